@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splitnet
-from splitnet.cli.local_swarm import EXACT, LocalSwarm
-from splitnet.net.codecs import CODECS
-from splitnet.net.identity import Identity
+from splitnet.cli.demo import EXACT, LocalSwarm
+from splitnet.security.identity import Identity
+from splitnet.wire.codecs import CODECS
 
 PROMPTS = {
     "facts": "The three primary colours are",

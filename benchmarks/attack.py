@@ -33,15 +33,15 @@ import psutil
 import torch
 from soak import Question, ask_locally
 
-from splitnet.cli.local_swarm import EXACT, LocalSwarm
-from splitnet.client.causal_lm import attach
-from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.demo import demo_checkpoint
+from splitnet.cli.demo import EXACT, LocalSwarm
+from splitnet.directory.dht import Directory
 from splitnet.errors import SplitnetError
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.demo import demo_checkpoint
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import PublicKey
+from splitnet.hf.causal_lm import attach
+from splitnet.security.identity import PublicKey
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.wire.endpoints import Endpoint
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -24,19 +24,19 @@ from pathlib import Path
 
 import zmq
 
-from peers.directory_service import DirectoryService
-from scheduler.encoding import encodings_of
-from scheduler.swarm import PASS_SIZES
-from splitnet.client.planner import Needs
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Connection, Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import LookUp, Message, Open, Ping, Pong, decode, encode
-from splitnet.net.peer_addresses import peer_address
-from splitnet.net.prober import PROBE_BYTES, Prober
-from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
-from splitnet.net.transport import Transport
+from peers.directory import DirectoryService
+from scheduler.cost import encodings_of
+from scheduler.facts import PASS_SIZES
+from splitnet.directory.dht import Directory
+from splitnet.directory.record import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
+from splitnet.security.identity import Identity
+from splitnet.swarm.plan import Needs
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.transport.addresses import peer_address
+from splitnet.transport.prober import PROBE_BYTES, Prober
+from splitnet.transport.transport import Transport
+from splitnet.wire.endpoints import Connection, Endpoint
+from splitnet.wire.messages import LookUp, Message, Open, Ping, Pong, decode, encode
 
 TIMES = 100
 OPEN_S = 20.0
@@ -225,7 +225,7 @@ class AnsweringPeers:
     def _listen(self, identity: Identity) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.ROUTER)
         socket.curve_server, socket.curve_secretkey = True, identity.curve_secret
-        socket.heartbeat_ivl = socket.heartbeat_timeout = 10_000  # as of `splitnet.net.transport`
+        socket.heartbeat_ivl = socket.heartbeat_timeout = 10_000  # as of `splitnet.transport.transport`
         socket.bind("tcp://127.0.0.1:*")
         self._poller.register(socket, zmq.POLLIN)
         return socket

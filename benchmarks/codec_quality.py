@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.whole_model import load_whole
-from splitnet.net.codecs import CODECS, Codec
+from splitnet.blocks.whole_model import load_whole
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.wire.codecs import CODECS, Codec
 
 VARIED_TEXT = Path(__file__).parent / "data" / "varied_text.txt"
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.compiled_step import CompiledStep
-from splitnet.model.families import COMPILED
-from splitnet.model.span import Part, Span
-from splitnet.model.weights import INTEGERS
+from splitnet.blocks.fast.compiled import CompiledStep
+from splitnet.blocks.span import Part, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import COMPILED
+from splitnet.quant.choose import INTEGERS
 from tests.unit.random_models import random_checkpoint
 from tests.unit.test_compiled_families import SIZES
 

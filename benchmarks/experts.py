@@ -33,19 +33,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from splitnet.bench.arms import SwarmArm
-from splitnet.bench.cases import Case
-from splitnet.bench.clock import Clock
-from splitnet.bench.figures import FIRST_TOKEN_MS, TOKEN_MS_P50, TOKENS_PER_S
-from splitnet.bench.measuring import Measured, measure
-from splitnet.bench.report import with_range
-from splitnet.cli.local_swarm import LocalSwarm
+from splitnet.blocks.sizes import ModelSizes
+from splitnet.blocks.span import Part, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.demo import LocalSwarm
 from splitnet.cli.progress import StageProgress
-from splitnet.client.causal_lm import RemoteCausalLM, attach
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.sizes import ModelSizes
-from splitnet.model.span import Part, Span
+from splitnet.hf.causal_lm import RemoteCausalLM, attach
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.tools.bench.backends import Clock, SwarmArm
+from splitnet.tools.bench.figures import FIRST_TOKEN_MS, TOKEN_MS_P50, TOKENS_PER_S, Case
+from splitnet.tools.bench.report import Measured, measure, with_range
 
 MIB = 2**20
 VOCABULARY = 4096
@@ -278,7 +275,7 @@ def bandwidth(threads: int) -> float:
 
 def libraries_bytes() -> int:
     """Memory of a process that has only imported what a daemon imports."""
-    code = "import peers.daemon, splitnet.cli.generation; print(flush=True); input()"
+    code = "import peers.server, splitnet.cli.generation; print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdin is not None
         process.stdout.readline()

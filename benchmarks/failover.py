@@ -30,13 +30,13 @@ from netlab import Lab, LabError
 from netlab.generation import generate
 from netlab.peers import LabPeers
 
-from splitnet.bench.clock import Clock
-from splitnet.client.cache import RemoteCache
-from splitnet.client.causal_lm import attach
-from splitnet.client.session_events import Recovered
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.directory import Directory
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
+from splitnet.hf.cache import RemoteCache
+from splitnet.hf.causal_lm import attach
+from splitnet.session.events import Recovered
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.tools.bench.backends import Clock
 
 TEXT = Path(__file__).parent / "data" / "varied_text.txt"
 HOPS = ("first", "middle", "last")

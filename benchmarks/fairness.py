@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from typing import Any
 
-from splitnet.cli.local_swarm import EXACT, LocalSwarm
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.messages import Opened
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.demo import EXACT, LocalSwarm
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import Opened
 from tests.attacks import fairness
 
 LOADS: dict[str, tuple[Callable[..., int], dict[str, Any]] | None] = {

@@ -24,11 +24,11 @@ from typing import Any
 
 import psutil
 
-from splitnet.cli.local_swarm import EXACT, LocalSwarm
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Endpoint
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.demo import EXACT, LocalSwarm
+from splitnet.directory.dht import Directory
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.wire.endpoints import Endpoint
 from tests.attacks import frames, requests
 from tests.attacks.directory import fake_record
 from tests.attacks.hop import HostileHop, use

@@ -17,13 +17,13 @@ from collections.abc import Callable
 
 import torch
 
+from splitnet.blocks.device import find_device
+from splitnet.blocks.span import Part, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.arguments import parse_blocks
 from splitnet.errors import SplitnetError
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.device_choice import find_device
-from splitnet.model.device_clock import Stopwatch, seconds_after_work
-from splitnet.model.memory import give_back_memory
-from splitnet.model.span import Part, Span
+from splitnet.quant.device import Stopwatch, seconds_after_work
+from splitnet.quant.memory import give_back_memory
 
 COPIED_BYTES = 2**28
 COPIES, PREFILLS, WARM_UP = 20, 5, 8

@@ -20,14 +20,13 @@ from statistics import median
 import torch
 from gguf import GGMLQuantizationType
 
+from splitnet.checkpoint.gguf.layouts import BLOCK_TYPES
 from splitnet.errors import KernelsError
-from splitnet.model import kernels
-from splitnet.model.gguf_layouts import BLOCK_TYPES
-from splitnet.model.grouped_forms import GroupedForm, held_bytes, hold_stored
-from splitnet.model.int4_forms import INT4
-from splitnet.model.int8_forms import INT8
-from splitnet.model.memory import in_large_pages
-from splitnet.model.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix
+from splitnet.quant import native
+from splitnet.quant.grouped import GroupedForm, held_bytes, hold_stored
+from splitnet.quant.integers import INT4, INT8
+from splitnet.quant.memory import in_large_pages
+from splitnet.quant.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix
 
 IN_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4")
 LAYOUTS = {
@@ -103,10 +102,10 @@ def time_layout(layout: Layout, cases: Sequence[Case], arguments: argparse.Names
     vector = torch.ones(READ_BYTES // 4)
     for _ in range(arguments.rounds):
         for case in cases:
-            kernels.use_path(case.path)
+            native.use_path(case.path)
             torch.set_num_threads(case.threads)
-            forms = held.setdefault(kernels.multiplies_bfloat16(), []) or hold(layout, arguments)
-            held[kernels.multiplies_bfloat16()] = forms
+            forms = held.setdefault(native.multiplies_bfloat16(), []) or hold(layout, arguments)
+            held[native.multiplies_bfloat16()] = forms
             given = torch.randn(case.rows, arguments.shape[1])
             read = min(seconds(part.sum) / part.nbytes for part in vector.chunk(READ_PARTS))
             each = [seconds(lambda form=form, given=given: form.multiply(given)) for form in forms]
@@ -123,11 +122,11 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], help="outputs and inputs of each matrix")
     parser.add_argument("--mib", type=int, default=128, help="of all matrices of a layout together, at least")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--paths", nargs="+", default=[kernels.path_in_use()])
+    parser.add_argument("--paths", nargs="+", default=[native.path_in_use()])
     arguments = parser.parse_args()
     try:
         for path in arguments.paths:
-            kernels.use_path(path)
+            native.use_path(path)
     except KernelsError as error:
         parser.error(f"--paths: {error}")
     cases = [Case(*each) for each in product(arguments.paths, arguments.rows, arguments.threads)]

@@ -16,16 +16,22 @@ from typing import NamedTuple
 
 import torch
 
-from splitnet.bench.arms import SwarmArm
-from splitnet.bench.cases import Case, check_room
-from splitnet.bench.figures import FIRST_TOKEN_MS, TOKEN_MS_P50, TOKEN_MS_P95, TOKENS_PER_S, Spread
-from splitnet.bench.measuring import Measured, measure
-from splitnet.bench.report import number, with_range
-from splitnet.cli.local_swarm import LocalSwarm
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.demo import LocalSwarm
 from splitnet.cli.progress import StageProgress
-from splitnet.client.causal_lm import attach
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
+from splitnet.hf.causal_lm import attach
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.tools.bench.backends import SwarmArm
+from splitnet.tools.bench.figures import (
+    FIRST_TOKEN_MS,
+    TOKEN_MS_P50,
+    TOKEN_MS_P95,
+    TOKENS_PER_S,
+    Case,
+    Spread,
+    check_room,
+)
+from splitnet.tools.bench.report import Measured, measure, number, with_range
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 COLUMNS = {

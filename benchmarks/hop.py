@@ -28,16 +28,16 @@ import torch
 from experts import bandwidth
 from random_shapes import SHAPES, random_model
 
-from splitnet.bench.clock import Clock
-from splitnet.cli.local_swarm import LocalSwarm
-from splitnet.client.causal_lm import RemoteCausalLM, attach
-from splitnet.client.session import Session
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.ends import Ends
-from splitnet.model.held_linear import HeldLinear
-from splitnet.model.span import Span
-from splitnet.net.messages import Part
+from splitnet.blocks.client_part import Ends
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.demo import LocalSwarm
+from splitnet.hf.causal_lm import RemoteCausalLM, attach
+from splitnet.quant.linear import HeldLinear
+from splitnet.session.inference import Session
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.tools.bench.backends import Clock
+from splitnet.wire.messages import Part
 
 
 def main() -> None:

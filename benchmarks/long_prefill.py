@@ -24,11 +24,11 @@ import torch
 from netlab import Lab, LabError
 from netlab.peers import LabPeers, even_spans
 
-from splitnet.client.session import Session
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.codecs import CODECS
-from splitnet.net.messages import Part, Timing
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.session.inference import Session
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.wire.codecs import CODECS
+from splitnet.wire.messages import Part, Timing
 
 PEERS = ("first", "middle", "last")
 

@@ -24,15 +24,15 @@ from pathlib import Path
 
 import psutil
 
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.dtypes import as_dtype
-from splitnet.model.span import block_bytes
-from splitnet.model.weights import name_of
+from splitnet.blocks.span import block_bytes
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.quant.choose import name_of
+from splitnet.quant.weight_form import as_dtype
 
 MIB = 2**20
 LIBRARIES = """
-import splitnet.cli.generation, peers.daemon
-from splitnet.net.dht_node import import_hivemind
+import splitnet.cli.generation, peers.server
+from splitnet.directory.hivemind_node import import_hivemind
 import_hivemind()
 """
 GENERATE = """
@@ -41,7 +41,7 @@ model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_s
 """
 CLIENT = """
 import sys, torch, splitnet
-from splitnet.net.identity import Identity
+from splitnet.security.identity import Identity
 torch.set_num_threads(1)
 model = splitnet.AutoModelForCausalLM.from_pretrained(
     sys.argv[1], initial_peers=[sys.argv[2]], identity=Identity.generate(), dtype=sys.argv[3] or None

@@ -41,133 +41,133 @@ class Fault(NamedTuple):
 SESSION = [
     Fault(
         "a hop that holds nothing counts as filled",
-        "splitnet/client/route_hop.py",
+        "splitnet/session/requests.py",
         "            self.filled, self.adapter_version = False, 0",
         "            pass",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "an adapter is not loaded again",
-        "splitnet/client/session_route.py",
+        "splitnet/session/route_setup.py",
         "and hop.adapter_version != self.adapter_version:",
         "and not hop.adapter_version and self.epoch == 1:",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "a relay log is kept while hops reach each other",
-        "splitnet/client/route_hop.py",
+        "splitnet/session/requests.py",
         "            self.relay_log = None  # what the hop pushes itself would be missing in it",
         "            pass",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "what is under way is not sent again",
-        "splitnet/client/session_state.py",
+        "splitnet/session/machine.py",
         "self._in_flight[number].send(self)",
         "pass",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "a step that overtakes a lost one is believed",
-        "splitnet/client/session_state.py",
+        "splitnet/session/machine.py",
         "if isinstance(request, StepRequest) and hop.endpoint == self.tail and self._came_too_soon(request):",
         "if False:",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "a step that a later one undid is sent again",
-        "splitnet/client/session_state.py",
+        "splitnet/session/machine.py",
         "self._end_what_is_undone(step)\n",
         "pass\n",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "the size of an answer is not checked",
-        "splitnet/client/requests.py",
-        "from splitnet.net.codecs import check_size",
+        "splitnet/session/requests.py",
+        "from splitnet.wire.codecs import check_size",
         "check_size = lambda *_: None",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "any hop may answer for the tail",
-        "splitnet/client/requests.py",
+        "splitnet/session/requests.py",
         "if not isinstance(message, Result) or source != route.tail or message.end != route.blocks[1]:",
         "if not isinstance(message, Result) or message.end != route.blocks[1]:",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "a hop is not told that the session has ended",
-        "splitnet/client/session_route.py",
+        "splitnet/session/route_setup.py",
         "self._members[hop.endpoint] = hop.blocks",
         "pass",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "silence is not noticed",
-        "splitnet/client/session_state.py",
+        "splitnet/session/machine.py",
         "times.append(self._liveness.wake_at(self._silence_s))",
         "pass",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "a peer that failed is asked again",
-        "splitnet/client/session_route.py",
+        "splitnet/session/route_setup.py",
         "making.excluded.add(hop.name)",
         "return",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "a batch is sent back before all its passes are repeated",
-        "splitnet/client/requests.py",
+        "splitnet/session/requests.py",
         "            self.back.batch.rewind()",
         "            pass",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "the sum of gradients is not waited for",
-        "splitnet/client/requests.py",
+        "splitnet/session/requests.py",
         "for each in self.passes) and self.sums.whole",
         "for each in self.passes)",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "a replay goes on past a relay",
-        "splitnet/client/requests.py",
+        "splitnet/session/requests.py",
         "group = group[: direct + 1]",
         "pass",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "requests are kept after the end",
-        "splitnet/client/session_state.py",
+        "splitnet/session/machine.py",
         "self._in_flight, self._making = {}, None",
         "self._making = None",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "a hop that was replaced is still listened to",
-        "splitnet/client/session_route.py",
+        "splitnet/session/route_setup.py",
         "return next((hop for hop in self.hops if hop.endpoint == endpoint and not hop.lost), None)",
         "return next((hop for hop in self.hops if hop.endpoint == endpoint), self.hops[0] if self.hops else None)",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "one complaint is believed",
-        "splitnet/client/session_state.py",
+        "splitnet/session/machine.py",
         "if len(complaints) > 1:",
         "if complaints:",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "what a hop pushes is never doubted",
-        "splitnet/client/session_state.py",
+        "splitnet/session/machine.py",
         "if len(refusing) > 1:",
         "if False:",
         ("tests/unit/test_session_machine.py",),
     ),
     Fault(
         "only the tail is doubted",
-        "splitnet/client/session_state.py",
+        "splitnet/session/machine.py",
         "if not request.makers:",
         "if True:",
         ("tests/unit/test_session_machine.py",),
@@ -224,7 +224,7 @@ SCHEDULER = [
     ),
     Fault(
         "a greater weight costs more",
-        "scheduler/fair_shares.py",
+        "scheduler/fairness.py",
         "balance -= seconds * (BULK_COST if bulk else 1.0) / self._weight(key)",
         "balance -= seconds * (BULK_COST if bulk else 1.0) * self._weight(key)",
         (
@@ -234,7 +234,7 @@ SCHEDULER = [
     ),
     Fault(
         "a key without work stays present",
-        "scheduler/fair_shares.py",
+        "scheduler/fairness.py",
         "            self._present.discard(key)\n",
         "",
         (
@@ -274,21 +274,21 @@ SCHEDULER = [
     ),
     Fault(
         "a chain search forgets queues",
-        "scheduler/chain_search.py",
+        "scheduler/route.py",
         "switched += costs.queue[receivers] + run[receivers]",
         "switched += run[receivers]",
         ("tests/unit/test_route.py",),
     ),
     Fault(
         "a chain visits a peer twice",
-        "scheduler/chain_search.py",
+        "scheduler/route.py",
         "            if peer in left_at:\n                return peer, left_at[peer]\n",
         "",
         ("tests/unit/test_route.py",),
     ),
     Fault(
         "a prefill has a step too many",
-        "scheduler/prefill.py",
+        "scheduler/batching.py",
         "(ceil(positions / size) - 1)",
         "ceil(positions / size)",
         ("tests/unit/test_prefill.py",),
@@ -305,7 +305,7 @@ SCHEDULER = [
     ),
     Fault(
         "the thriftiest chain may be too slow",
-        "scheduler/thrift.py",
+        "scheduler/route.py",
         "        if path_ms <= most_ms:",
         "        if path_ms >= most_ms:",
         ("tests/unit/test_route.py",),
@@ -314,7 +314,7 @@ SCHEDULER = [
 DIRECTORY = [
     Fault(
         "a record's signature is not checked",
-        "splitnet/net/records.py",
+        "splitnet/directory/record.py",
         'if not fields["key"].verify(_SIGNED_PREFIX + payload, signature):',
         "if not signature:",
         (
@@ -324,7 +324,7 @@ DIRECTORY = [
     ),
     Fault(
         "a record from the future is valid",
-        "splitnet/net/records.py",
+        "splitnet/directory/record.py",
         "return self.expires_at > now and self.issued_at <= now + MAX_CLOCK_SKEW_S",
         "return self.expires_at > now",
         (
@@ -334,7 +334,7 @@ DIRECTORY = [
     ),
     Fault(
         "a record is stored in the place of another key",
-        "splitnet/net/records.py",
+        "splitnet/directory/record.py",
         "return subkey == peer.key.text and record.key in",
         "return record.key in",
         (
@@ -344,7 +344,7 @@ DIRECTORY = [
     ),
     Fault(
         "an old record is kept in force",
-        "splitnet/net/records.py",
+        "splitnet/directory/record.py",
         "if peer.expires_at != record.expiration_time or peer",
         "if peer.expires_at > record.expiration_time or peer",
         (
@@ -354,28 +354,28 @@ DIRECTORY = [
     ),
     Fault(
         "an identity has a place too many",
-        "splitnet/net/dht_places.py",
+        "splitnet/directory/kept.py",
         "self._of[record.key] >= RECORDS_PER_IDENTITY",
         "self._of[record.key] > RECORDS_PER_IDENTITY",
         ("tests/unit/test_dht_places.py",),
     ),
     Fault(
         "the places of an identity are not given back",
-        "splitnet/net/dht_places.py",
+        "splitnet/directory/kept.py",
         "        self._of[record.key] -= 1\n",
         "",
         ("tests/unit/test_dht_places.py",),
     ),
     Fault(
         "a record without work takes the place of one with work",
-        "splitnet/net/dht_places.py",
+        "splitnet/directory/kept.py",
         "held.is_proven and not record.is_proven",
         "not held.is_proven and record.is_proven",
         ("tests/unit/test_dht_places.py",),
     ),
     Fault(
         "a void record is kept",
-        "splitnet/net/kept_records.py",
+        "splitnet/directory/kept.py",
         "if not record.is_valid_at(now):",
         "if record.expires_at < 0:",
         (
@@ -385,7 +385,7 @@ DIRECTORY = [
     ),
     Fault(
         "of two records the earlier counts",
-        "splitnet/net/swarm_directory.py",
+        "splitnet/directory/interface.py",
         "record.issued_at > kept[name].issued_at",
         "record.issued_at < kept[name].issued_at",
         (
@@ -395,7 +395,7 @@ DIRECTORY = [
     ),
     Fault(
         "a void record is told",
-        "splitnet/net/swarm_directory.py",
+        "splitnet/directory/interface.py",
         "if not record.is_valid_at(now) or (",
         "if (",
         (
@@ -405,7 +405,7 @@ DIRECTORY = [
     ),
     Fault(
         "a peer that has left is still there",
-        "splitnet/net/changes.py",
+        "splitnet/directory/ask.py",
         "                if not record.has_left:\n                    bits |= 1 << at",
         "                bits |= 1 << at",
         (
@@ -415,7 +415,7 @@ DIRECTORY = [
     ),
     Fault(
         "an older record counts as a change",
-        "splitnet/net/changes.py",
+        "splitnet/directory/ask.py",
         "if later > _TICKS // 2:",
         "if later > _TICKS:",
         (
@@ -425,7 +425,7 @@ DIRECTORY = [
     ),
     Fault(
         "a change of just as many steps as matter is not told",
-        "splitnet/net/changes.py",
+        "splitnet/directory/ask.py",
         "return most if most >= MATERIAL_STEPS else",
         "return most if most > MATERIAL_STEPS else",
         (
@@ -435,7 +435,7 @@ DIRECTORY = [
     ),
     Fault(
         "a peer answers for another",
-        "splitnet/net/asked_peers.py",
+        "splitnet/directory/ask.py",
         "answer = question.answers.get(source) if question is not None else None",
         "answer = next(iter(question.answers.values()), None) if question is not None else None",
         (
@@ -445,7 +445,7 @@ DIRECTORY = [
     ),
     Fault(
         "a peer that is asked tells more than it may",
-        "splitnet/net/asked_peers.py",
+        "splitnet/directory/ask.py",
         "if record.key in keys or size <= most]",
         "]",
         (
@@ -455,7 +455,7 @@ DIRECTORY = [
     ),
     Fault(
         "who asks for others waits as long as they do",
-        "splitnet/net/asked_peers.py",
+        "splitnet/directory/ask.py",
         "limit_s = ANSWER_S * depth / OWN_DEPTH",
         "limit_s = ANSWER_S",
         (
@@ -465,7 +465,7 @@ DIRECTORY = [
     ),
     Fault(
         "of what nodes of the DHT hold the earliest counts",
-        "splitnet/net/dht_reading.py",
+        "splitnet/directory/hivemind_node.py",
         "record.issued_at > latest[subkey].issued_at",
         "record.issued_at < latest[subkey].issued_at",
         ("tests/unit/test_directory.py",),
@@ -474,63 +474,63 @@ DIRECTORY = [
 WEIGHTS = [
     Fault(
         "the fingerprint leaves out types",
-        "splitnet/weights/manifest.py",
+        "splitnet/checkpoint/transfer/manifest.py",
         "[tensor.name, tensor.stored, list(tensor.shape), tensor.pieces.nbytes, digest",
         "[tensor.name, list(tensor.shape), tensor.pieces.nbytes, digest",
         ("tests/unit/test_manifest.py",),
     ),
     Fault(
         "a tensor that fills its pieces has another",
-        "splitnet/weights/manifest.py",
+        "splitnet/checkpoint/transfer/manifest.py",
         "return -(-nbytes // PIECE_BYTES)",
         "return nbytes // PIECE_BYTES + 1",
         ("tests/unit/test_manifest.py",),
     ),
     Fault(
         "a manifest names a tensor twice",
-        "splitnet/weights/manifest.py",
+        "splitnet/checkpoint/transfer/manifest.py",
         "if names != sorted(set(names)):",
         "if names != sorted(names):",
         ("tests/unit/test_manifest.py",),
     ),
     Fault(
         "a source is silent once too often",
-        "splitnet/weights/plan.py",
+        "splitnet/checkpoint/transfer/plan.py",
         "if state.strikes >= MAX_STRIKES:",
         "if state.strikes > MAX_STRIKES:",
         ("tests/unit/test_fetch_plan.py",),
     ),
     Fault(
         "strikes are not forgiven",
-        "splitnet/weights/plan.py",
+        "splitnet/checkpoint/transfer/plan.py",
         "state.heard_at, state.strikes = now, 0",
         "state.heard_at = now",
         ("tests/unit/test_fetch_plan.py",),
     ),
     Fault(
         "what has come counts as under way",
-        "splitnet/weights/plan.py",
+        "splitnet/checkpoint/transfer/plan.py",
         "state.asked_bytes -= state.asked.pop(name)[1]",
         "state.asked.pop(name)",
         ("tests/unit/test_fetch_plan.py",),
     ),
     Fault(
         "a busy source is asked again at once",
-        "splitnet/weights/plan.py",
+        "splitnet/checkpoint/transfer/plan.py",
         "= now, now + BUSY_S",
         "= now, now",
         ("tests/unit/test_fetch_plan.py",),
     ),
     Fault(
         "a file that has changed keeps its digests",
-        "splitnet/weights/hashing.py",
+        "splitnet/checkpoint/transfer/hashing.py",
         '"changed": status.st_mtime_ns',
         '"changed": 0',
         ("tests/unit/test_manifest.py",),
     ),
     Fault(
         "a damaged piece is read",
-        "splitnet/weights/held.py",
+        "splitnet/checkpoint/transfer/held.py",
         "            if digest(data) == name:\n                return data",
         "            return data",
         (
@@ -541,7 +541,7 @@ WEIGHTS = [
     ),
     Fault(
         "a damaged piece is not fetched again",
-        "splitnet/weights/held.py",
+        "splitnet/checkpoint/transfer/held.py",
         "if not (self._written[slot] and digest(self._read(slot)) == self.name_of(slot)):",
         "if not self._written[slot]:",
         (
@@ -552,35 +552,35 @@ WEIGHTS = [
     ),
     Fault(
         "a corrupt piece is kept",
-        "splitnet/weights/fetching.py",
+        "splitnet/checkpoint/transfer/fetching.py",
         "if len(data) != self._missing[name] or digest(data) != name:",
         "if len(data) != self._missing[name]:",
         ("tests/swarm/test_weights_from_peers.py",),
     ),
     Fault(
         "any peer answers a question about weights",
-        "splitnet/weights/fetching.py",
+        "splitnet/checkpoint/transfer/fetching.py",
         "if self._open.get(number) == source:",
         "if number in self._open:",
         ("tests/unit/test_asking.py",),
     ),
     Fault(
         "weights that are not shared are given",
-        "peers/weight_service.py",
+        "peers/weights.py",
         "data = self._piece(message.name) if self._shares() else None",
         "data = self._piece(message.name)",
         ("tests/unit/test_weight_service.py",),
     ),
     Fault(
         "weights are given faster while sessions are served",
-        "peers/weight_service.py",
+        "peers/weights.py",
         "SERVING_SHARE if self._serving() else 1.0",
         "1.0 if self._serving() else SERVING_SHARE",
         ("tests/unit/test_weight_service.py",),
     ),
     Fault(
         "a key asks without bound",
-        "peers/weight_service.py",
+        "peers/weights.py",
         "if len(own) >= WAITING_PER_KEY or sum",
         "if sum",
         ("tests/unit/test_weight_service.py",),
@@ -589,14 +589,14 @@ WEIGHTS = [
 SERVE = [
     Fault(
         "the beginning of an API key is enough",
-        "splitnet/serve/keys.py",
+        "splitnet/serve/gate.py",
         "if hmac.compare_digest(given, key)]",
         "if key.startswith(given)]",
         ("tests/unit/test_serve_requests.py",),
     ),
     Fault(
         "a greater weight holds less",
-        "splitnet/serve/shares.py",
+        "splitnet/serve/limits.py",
         "totals[client] / client.weight",
         "totals[client] * client.weight",
         (
@@ -606,7 +606,7 @@ SERVE = [
     ),
     Fault(
         "who holds just what it may lets go",
-        "splitnet/serve/shares.py",
+        "splitnet/serve/limits.py",
         "if totals.get(grown, 0) > self._each:",
         "if totals.get(grown, 0) >= self._each:",
         (
@@ -616,14 +616,14 @@ SERVE = [
     ),
     Fault(
         "a request that ends while it is let in keeps its place",
-        "splitnet/serve/admission.py",
+        "splitnet/serve/limits.py",
         "turn.exception() is None:\n                self.running -= 1\n",
         "turn.exception() is None:\n",
         ("tests/unit/test_serve_requests.py",),
     ),
     Fault(
         "one client takes the spare places",
-        "splitnet/serve/admission.py",
+        "splitnet/serve/limits.py",
         "self._places[waits.client] < self._most",
         "self._places[waits.client] <= self._most",
         ("tests/unit/test_serve_requests.py",),
@@ -671,21 +671,21 @@ SERVE = [
     ),
     Fault(
         "the first character of a stop string is told",
-        "splitnet/serve/stop_strings.py",
+        "splitnet/serve/text.py",
         "range(min(len(text), longest), 0, -1)",
         "range(min(len(text), longest), 1, -1)",
         ("tests/unit/test_serve_text.py",),
     ),
     Fault(
         "half a character is told",
-        "splitnet/serve/detokenizing.py",
+        "splitnet/serve/text.py",
         "if not text or text.endswith(INCOMPLETE):",
         "if not text:",
         ("tests/unit/test_serve_text.py",),
     ),
     Fault(
         "a key's tokens come back in a second",
-        "splitnet/token_bucket.py",
+        "splitnet/limits.py",
         "(now - self.at) * per_minute / MINUTE_S",
         "(now - self.at) * per_minute",
         (

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from .netlab import NAMED, Lab, LabError
+from benchmarks.netlab import NAMED, Lab, LabError
 
 Endpoint = tuple[str, int]
 Way = Callable[[Lab, str, str, str], bool]

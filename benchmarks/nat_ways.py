@@ -20,19 +20,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from splitnet.net.endpoints import Destination, Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import Payload
-from splitnet.net.transport import Transport
-from splitnet.net.ways import punching
-from splitnet.net.ways.helper import Helper
-from splitnet.net.ways.hidden import Hidden
-from splitnet.net.ways.loop import WaysLoop
-from splitnet.net.ways.punching import Way
-from splitnet.net.ways.tunnels import Tunnels
-
-from .nat_matrix import HELPER, PUBLIC
-from .netlab import NAMED, Lab, LabError
+from benchmarks.nat_matrix import HELPER, PUBLIC
+from benchmarks.netlab import NAMED, Lab, LabError
+from splitnet.nat import punch
+from splitnet.nat.loop import WaysLoop
+from splitnet.nat.punch import Way
+from splitnet.nat.relay import Helper
+from splitnet.nat.tunnel import Tunnels
+from splitnet.nat.unreachable import Hidden
+from splitnet.security.identity import Identity
+from splitnet.transport.transport import Transport
+from splitnet.wire.endpoints import Destination, Endpoint
+from splitnet.wire.messages import Payload
 
 KINDS = {**NAMED, "symmetric, any port": replace(NAMED["symmetric"], random_ports=True)}
 SHARED = ("port-restricted", "symmetric")
@@ -87,7 +86,7 @@ def reach(lab: Lab, first: str, second: str, helper: str, *, hidden: bool = True
 
         began = time.perf_counter()
         first_ms = best_ms = ask(SMALL)
-        while tunnels.way(endpoint) is Way.RELAYED and best_ms < first_ms + punching.PUNCH_S * 1000:
+        while tunnels.way(endpoint) is Way.RELAYED and best_ms < first_ms + punch.PUNCH_S * 1000:
             ask(SMALL)
             best_ms = (time.perf_counter() - began) * 1000
         way = tunnels.way(endpoint)
@@ -161,12 +160,12 @@ def measure(delay_ms: float, rate_mbit: float) -> Iterator[tuple[str, str, Reach
     with Lab([*hosts, HELPER], delay_ms=delay_ms, rate_mbit=rate_mbit, routers=routers, behind=behind) as lab:
         for first, second in pairs:
             yield first, second, reach(lab, f"{first} 1", f"{second} 2", HELPER, hidden=second != PUBLIC)
-        usual, punching.PUNCH_S = punching.PUNCH_S, 0.0
+        usual, punch.PUNCH_S = punch.PUNCH_S, 0.0
         try:
             for first, second in ((PUBLIC, "port-restricted"), ("port-restricted", "port-restricted")):
                 yield first, second, reach(lab, f"{first} 1", f"{second} 2", HELPER)
         finally:
-            punching.PUNCH_S = usual
+            punch.PUNCH_S = usual
 
 
 def main() -> int:

@@ -24,15 +24,14 @@ from dataclasses import replace
 
 from scheduler.candidates import Crowd
 from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.encoding import encodings_of
-from scheduler.network import CLIENT, Link, Network, Place
+from scheduler.cost import encodings_of
+from scheduler.facts import CLIENT, PASS_SIZES, Link, Network, Peer, Place, Speed
 from scheduler.route import best_route
-from scheduler.swarm import PASS_SIZES, Peer, Speed
-from splitnet.client.planner import Needs, PlannedHop, Planner
-from splitnet.client.survey import Survey
-from splitnet.net.identity import Identity
-from splitnet.net.messages import ToldLoad
-from splitnet.net.records import KEY_PREFIX_BYTES, PeerRecord, SeenLink
+from splitnet.directory.record import KEY_PREFIX_BYTES, PeerRecord, SeenLink
+from splitnet.security.identity import Identity
+from splitnet.swarm.measure import Survey
+from splitnet.swarm.plan import Needs, PlannedHop, Planner
+from splitnet.wire.messages import ToldLoad
 
 SPANS = ((10, 10), (4, 20), (1, 40))
 HIDDEN = 4096

@@ -31,7 +31,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
-from splitnet.net.codecs import CODECS, Codec
+from splitnet.wire.codecs import CODECS, Codec
 
 TEXT = Path(__file__).parent / "data" / "varied_text.txt"
 CUTS = [0, 1, 2, 3, 5, 10, 20, 28, 29, 30]

@@ -22,10 +22,10 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
-from splitnet.model import kernels
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.memory import in_large_pages
-from splitnet.model.span import Part, Span
+from splitnet.blocks.span import Part, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.quant import native
+from splitnet.quant.memory import in_large_pages
 from tests.unit.random_models import random_checkpoint
 
 FORMS = ("float32", "float16", "int8", "int4")
@@ -83,8 +83,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
-    prefetch = kernels.prefetch_in_use()
-    print(f"{kernels.processor()}, {arguments.threads} threads; {kernels.path_in_use() or 'no kernels'}, {prefetch}\n")
+    prefetch = native.prefetch_in_use()
+    print(f"{native.processor()}, {arguments.threads} threads; {native.path_in_use() or 'no kernels'}, {prefetch}\n")
 
     hidden = torch.randn(CONTEXT + 1, SIZES["hidden"], generator=torch.Generator().manual_seed(0))
     ways: dict[str, Callable[[], object]] = {}
@@ -124,7 +124,7 @@ def compare(ways: dict[str, Callable[[], object]], sizes: dict[str, int], rounds
         print(f"| {form} | {size >> 20} | {ms[form]:.2f} | {fast:.2f} | {read:.0%} |", flush=True)
         if fast < SLOWEST:
             faults.add(f"{form} is slower than transformers")
-        if form != "int4" and read < LEAST_BANDWIDTH and kernels.has_fast_kernels():
+        if form != "int4" and read < LEAST_BANDWIDTH and native.has_fast_kernels():
             faults.add(f"{form} reads at less than {LEAST_BANDWIDTH:.0%} of the bandwidth")
     return faults
 

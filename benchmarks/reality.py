@@ -41,8 +41,8 @@ from random_shapes import Shape, random_model
 
 from peers.neighbours import MEASURED_AT_ONCE
 from scheduler.coordinates import Coordinate
+from scheduler.facts import Peer, Speed
 from scheduler.placement import choose_span
-from scheduler.swarm import Peer, Speed
 from simulator.directory import View
 from simulator.engine import Simulation
 from simulator.geography import GivenGeography

@@ -21,12 +21,11 @@ from typing import Any
 
 import psutil
 
-from splitnet.net.endpoints import Endpoint, Relay
-from splitnet.net.identity import Identity, PublicKey
-from splitnet.net.ways.helper import Helper
-from splitnet.net.ways.loop import WaysLoop
-
-from .ways import SMALL, Caller
+from benchmarks.ways import SMALL, Caller
+from splitnet.nat.loop import WaysLoop
+from splitnet.nat.relay import Helper
+from splitnet.security.identity import Identity, PublicKey
+from splitnet.wire.endpoints import Endpoint, Relay
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.attacks import relay as attacks

@@ -33,18 +33,17 @@ from netlab import Lab, LabError
 from netlab.peers import LabPeers
 from peft import LoraConfig, get_peft_model
 
-from scheduler.swarm import missing_blocks
-from splitnet.cli.local_swarm import EXACT
-from splitnet.client.causal_lm import RemoteCausalLM, attach
-from splitnet.client.swarm import ModelFacts, Swarm
+from scheduler.facts import missing_blocks
+from splitnet.blocks.span import block_bytes
+from splitnet.blocks.whole_model import load_whole
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.demo import demo_checkpoint
+from splitnet.cli.demo import EXACT
+from splitnet.directory.dht import Directory
+from splitnet.directory.record import DEFAULT_TTL_S, facts_of
 from splitnet.errors import SplitnetError
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.demo import demo_checkpoint
-from splitnet.model.span import block_bytes
-from splitnet.model.whole_model import load_whole
-from splitnet.net.directory import Directory
-from splitnet.net.facts import facts_of
-from splitnet.net.records import DEFAULT_TTL_S
+from splitnet.hf.causal_lm import RemoteCausalLM, attach
+from splitnet.swarm.swarm import ModelFacts, Swarm
 
 TEXT = Path(__file__).parent / "data" / "varied_text.txt"
 PEERS = 8

@@ -22,10 +22,10 @@ import torch
 from netlab import Lab, LabError
 from netlab.peers import LabPeers, even_spans
 
-from splitnet.bench.clock import Clock
-from splitnet.client.causal_lm import RemoteCausalLM, attach
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.hf.causal_lm import RemoteCausalLM, attach
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.tools.bench.backends import Clock
 
 PEERS = ("first", "middle", "last")
 REPEATING = Path(__file__).parent / "data" / "repeating_prompts.json"

@@ -30,10 +30,10 @@ from statistics import median
 
 import psutil
 
+from splitnet.blocks.span import block_bytes
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.arguments import resolve_model
-from splitnet.cli.local_swarm import ONE_THREAD, LocalSwarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import block_bytes
+from splitnet.cli.demo import ONE_THREAD, LocalSwarm
 
 SPLITNET = [sys.executable, "-m", "splitnet"]
 MIB = 2**20
@@ -53,16 +53,16 @@ mark("Python")
 import torch
 mark("import torch")
 try:
-    from splitnet.light_imports import claim_process, import_models
+    from splitnet.import_shims import claim_process, import_models
     claim_process()
     import_models()
 except ImportError:
     pass
 import transformers.modeling_utils
 mark("import transformers' models")
-from peers.daemon import Peer
+from peers.server import Peer
 from peers.options import PeerOptions
-from peers.placing import SpanWish
+from peers.placement import SpanWish
 mark("import peers")
 torch.set_num_threads(1)
 start, end = map(int, sys.argv[2].split(":"))

@@ -22,8 +22,8 @@ from codec_quality import VARIED_TEXT
 from requantise import requantise
 from weights import MIB, Stopwatch, log_probabilities, print_tables, quality_of
 
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import Span
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
 

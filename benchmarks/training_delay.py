@@ -21,14 +21,14 @@ from dataclasses import dataclass, field
 import torch
 import tuning
 
-from splitnet.cli.local_swarm import EXACT, LocalSwarm
-from splitnet.client.causal_lm import attach
-from splitnet.client.session import Session
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.passes import SpanPasses
-from splitnet.model.span import Span
-from splitnet.net.messages import Part
+from splitnet.blocks.passes import SpanPasses
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.demo import EXACT, LocalSwarm
+from splitnet.hf.causal_lm import attach
+from splitnet.session.inference import Session
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.wire.messages import Part
 
 MICRO_BATCH = tuning.ROWS * tuning.COLUMNS // (2 * tuning.PEERS) // tuning.COLUMNS * tuning.COLUMNS
 """Positions of one micro-batch of the training that goes on."""

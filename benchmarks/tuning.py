@@ -19,11 +19,11 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from splitnet.cli.local_swarm import EXACT, LocalSwarm
-from splitnet.client.causal_lm import RemoteCausalLM, attach
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.tuning.methods import begin_prefix
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.demo import EXACT, LocalSwarm
+from splitnet.hf.causal_lm import RemoteCausalLM, attach
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.tools.tune.methods import begin_prefix
 
 TEXT = Path(__file__).parent / "data" / "varied_text.txt"
 TASK = TaskType.CAUSAL_LM

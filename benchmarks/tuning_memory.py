@@ -18,10 +18,10 @@ import torch
 import tuning
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from splitnet.cli.local_swarm import EXACT, LocalSwarm
-from splitnet.client.causal_lm import attach
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.demo import EXACT, LocalSwarm
+from splitnet.hf.causal_lm import attach
+from splitnet.swarm.swarm import ModelFacts, Swarm
 
 
 def main() -> None:

@@ -24,12 +24,12 @@ from netlab import Lab, LabError
 from netlab.generation import generate
 from netlab.peers import GuidedSwarm, LabPeers, StepTimes, even_spans, measure_steps
 
-from splitnet.bench.clock import Clock
-from splitnet.client.causal_lm import attach
-from splitnet.client.planner import PlannedHop
-from splitnet.client.session import Session
-from splitnet.client.swarm import ModelFacts
-from splitnet.model.checkpoint import Checkpoint
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.hf.causal_lm import attach
+from splitnet.session.inference import Session
+from splitnet.swarm.plan import PlannedHop
+from splitnet.swarm.swarm import ModelFacts
+from splitnet.tools.bench.backends import Clock
 
 PEERS = ("first", "middle", "last")
 TEXT = Path(__file__).parent / "data" / "varied_text.txt"

@@ -37,13 +37,13 @@ from netlab.crowd import ANSWER_TOKENS, PROMPT_POSITIONS, Crowd
 from netlab.generation import generate
 from netlab.peers import GuidedSwarm, LabPeers, RouteChanged, measure_steps
 
-from splitnet.bench.clock import Clock
-from splitnet.client.cache import ModelSession
-from splitnet.client.causal_lm import attach
-from splitnet.client.planner import PlannedHop
-from splitnet.client.session import Session
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.hf.cache import ModelSession
+from splitnet.hf.causal_lm import attach
+from splitnet.session.inference import Session
+from splitnet.swarm.plan import PlannedHop
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.tools.bench.backends import Clock
 
 Hop = tuple[str, int, int]
 Route = tuple[Hop, ...]

@@ -15,16 +15,16 @@ import sys
 import time
 from collections.abc import Sequence
 
-from splitnet.net.endpoints import Destination, Endpoint, Relay
-from splitnet.net.identity import Identity, PublicKey
-from splitnet.net.messages import Payload
-from splitnet.net.transport import Transport
-from splitnet.net.ways import punching
-from splitnet.net.ways.helper import Helper, HelperBounds
-from splitnet.net.ways.hidden import Hidden
-from splitnet.net.ways.loop import WaysLoop
-from splitnet.net.ways.punching import Way
-from splitnet.net.ways.tunnels import Tunnels
+from splitnet.nat import punch
+from splitnet.nat.loop import WaysLoop
+from splitnet.nat.punch import Way
+from splitnet.nat.relay import Helper, HelperBounds
+from splitnet.nat.tunnel import Tunnels
+from splitnet.nat.unreachable import Hidden
+from splitnet.security.identity import Identity, PublicKey
+from splitnet.transport.transport import Transport
+from splitnet.wire.endpoints import Destination, Endpoint, Relay
+from splitnet.wire.messages import Payload
 
 SMALL, LARGE = 700, 1 << 20
 SMALL_TIMES, LARGE_TIMES = 200, 20
@@ -41,7 +41,7 @@ def help_others() -> None:
 
 
 def hide(port: str, key: str, punches: str) -> None:
-    punching.PUNCH_S = float(punches)
+    punch.PUNCH_S = float(punches)
     identity = Identity.generate()
 
     def echo(source: Destination, frames: Sequence[Payload]) -> None:

@@ -37,13 +37,13 @@ from grouped import LAYOUTS, random_matrix
 from random_shapes import SHAPES, random_model
 from torch import nn
 
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.grouped_forms import hold_stored
-from splitnet.model.held_linear import HeldLinear
-from splitnet.model.shell import load_shell
-from splitnet.model.span import Part, Span
-from splitnet.model.stored import Layout
-from splitnet.model.weights import KINDS
+from splitnet.blocks.client_part import load_shell
+from splitnet.blocks.span import Part, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.quant.choose import KINDS
+from splitnet.quant.grouped import hold_stored
+from splitnet.quant.linear import HeldLinear
+from splitnet.quant.stored import Layout
 
 MIB = 2**20
 CONTEXT = 64

@@ -27,7 +27,7 @@ GIVERS = ("a", "b", "c")
 
 def measure(checkpoint: str, up: float, down: float, delay: float) -> dict[str, float]:
     """Bytes, seconds and bytes from each giver, by name."""
-    from splitnet.model.checkpoint import Checkpoint
+    from splitnet.checkpoint.checkpoint import Checkpoint
 
     model = Checkpoint.open(checkpoint)
     with Lab([*GIVERS, "new"], delay_ms=delay) as lab:
@@ -57,9 +57,9 @@ def measure(checkpoint: str, up: float, down: float, delay: float) -> dict[str, 
 
 def fetch(model: str, address: str, listen: str, blocks: int) -> None:
     """Runs in the host of the new peer."""
-    from peers.daemon import Peer
     from peers.options import PeerOptions
-    from peers.placing import SpanWish
+    from peers.placement import SpanWish
+    from peers.server import Peer
 
     times: list[float] = []
 

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
 
-from peers.energy import EnergyMeter
-from peers.session import PassWork, Work
-from scheduler.packing import DECODE_POSITIONS
-from splitnet.net.endpoints import Destination, Endpoint
-from splitnet.net.messages import FailureCode, Forward, Gradient, Message, Payload, Result, Step
+from peers.power import EnergyMeter
+from peers.sessions import PassWork, Work
+from scheduler.batching import DECODE_POSITIONS
+from splitnet.wire.endpoints import Destination, Endpoint
+from splitnet.wire.messages import FailureCode, Forward, Gradient, Message, Payload, Result, Step
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 POSITIONS = tuple(2.0**power for power in range(13))

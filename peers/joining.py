@@ -9,27 +9,105 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers.lan_presence import LanPresence
 from peers.options import PeerOptions
+from splitnet.blocks.block_sizes import check_file_bytes
+from splitnet.checkpoint.checkpoint import Checkpoint, open_store
+from splitnet.checkpoint.gguf.store import is_of_gguf
+from splitnet.checkpoint.transfer.fetching import Asking, Fetcher
+from splitnet.checkpoint.transfer.held import HeldPieces, make_folder, model_file, read_manifest, weights_folder
+from splitnet.checkpoint.transfer.hub import HubPieces
+from splitnet.checkpoint.transfer.manifest import Manifest
+from splitnet.checkpoint.transfer.matching import differs, find_manifest, headers_differ
+from splitnet.directory.dht import Directory
+from splitnet.directory.interface import SwarmDirectory
+from splitnet.directory.joining import join, node_of
+from splitnet.directory.mdns import LanNode, LocalNetwork, is_lan_address, what_was_found
 from splitnet.errors import DirectoryError, LanError, ModelNotFound, ProtocolError, UnsupportedModel, WrongSwarm
-from splitnet.model.block_sizes import check_file_bytes
-from splitnet.model.checkpoint import Checkpoint, open_store
-from splitnet.model.gguf_store import is_of_gguf
-from splitnet.net.addresses import dht_addresses
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.joining import join, node_of
-from splitnet.net.lan import LocalNetwork
-from splitnet.net.links import Links
-from splitnet.net.swarm_directory import SwarmDirectory
-from splitnet.net.swarm_key import OPEN
-from splitnet.weights.fetching import Asking, Fetcher
-from splitnet.weights.held import HeldPieces, make_folder, model_file, read_manifest, weights_folder
-from splitnet.weights.hub import HubPieces
-from splitnet.weights.manifest import Manifest
-from splitnet.weights.matching import differs, find_manifest, headers_differ
+from splitnet.security.identity import Identity
+from splitnet.security.swarm_key import OPEN
+from splitnet.swarm.links import Links
+from splitnet.transport.addresses import dht_addresses
+from splitnet.wire.endpoints import Endpoint
 
 log = logging.getLogger(__name__)
+
+
+class LanPresence:
+    """Announces a node of the DHT, and brings its DHT together with those of others that are or come there.
+
+    Peers that start at the same time each begin a DHT, so they go on looking. Close it when done.
+
+    Args:
+        directory: the node.
+        checkpoint: the model.
+    """
+
+    def __init__(self, directory: Directory, checkpoint: Checkpoint) -> None:
+        self._directory = directory
+        self._network = LocalNetwork(checkpoint.fingerprint)
+        self._announced = frozenset[str]()
+
+    @classmethod
+    def start(
+        cls, directory: Directory, checkpoint: Checkpoint, *, has_joined: bool, report: Callable[[str, int, int], None]
+    ) -> LanPresence | None:
+        """Announces the node and joins what is there; None if this machine has no local network to do that on.
+
+        Args:
+            directory: the node.
+            checkpoint: the model.
+            has_joined: the node is in a swarm already, so that nothing waits for others.
+            report: told what was found, see `Peer.start`.
+        """
+        with ExitStack() as on_failure:
+            try:
+                presence = cls(directory, checkpoint)
+                on_failure.callback(presence.close)
+                presence._announce_and_join(checkpoint.name, has_joined, report)
+            except LanError as error:
+                log.warning("others find this peer by --join only: %s", error)
+                return None
+            on_failure.pop_all()
+        return presence
+
+    def look(self) -> None:
+        """If the node has other addresses than before, announces those, where the machine is now; may take seconds."""
+        addresses = self._directory.addresses
+        now = frozenset(filter(is_lan_address, addresses))
+        if not now or now == self._announced:  # without a network for a moment it is still known by its last ones
+            return
+        self._announced = now
+        try:
+            self._network.begin_again(addresses=addresses)
+        except LanError as error:
+            log.warning("others find this peer by --join only: %s", error)
+
+    def close(self) -> None:
+        """Withdraws the announcement. May be called more than once."""
+        self._network.close()
+
+    def _announce_and_join(self, model: str, has_joined: bool, report: Callable[[str, int, int], None]) -> None:
+        # Before the search, so that of two that start together at least one finds the other.
+        addresses = self._directory.addresses
+        self._network.announce(addresses)
+        self._announced = frozenset(filter(is_lan_address, addresses))
+        if not has_joined:
+            nodes = self._network.search()
+            if nodes:
+                report(f"{what_was_found(nodes)}: joining", 0, 0)
+                if not self._directory.meet([address for node in nodes for address in node.addresses]):
+                    log.warning("none of the peers that were found on this network answers: starting a swarm")
+            else:
+                report(f"no swarm for {model} on this network: starting one", 0, 0)
+        self._network.watch(self._meet)
+
+    def _meet(self, nodes: Sequence[LanNode]) -> None:
+        try:
+            if met := self._directory.meet([address for node in nodes for address in node.addresses]):
+                log.info("met %d of %d peers on the local network", met, len(nodes))
+        except DirectoryError as error:
+            log.info("could not meet a peer on the local network: %s", error)
+
 
 FILE_TIMEOUT_S = 180.0
 """How long the file with the address of the first peer is waited for."""
@@ -70,7 +148,7 @@ def join_swarm(
         report: told what is going on, see `Peer.start`; also called again and again while others are waited for.
 
     Raises:
-        SplitnetError: see `splitnet.net.joining.join`; also if `options.join_file` does not come, or options of the DHT
+        SplitnetError: see `splitnet.directory.joining.join`; also if `options.join_file` does not come, or options of the DHT
             are given where none is joined.
         ModelNotFound: the model is not here, and no peer of the swarm gives it.
     """

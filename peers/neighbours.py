@@ -9,17 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from peers.next_hops import NextHops
+from peers.links import NextHops
+from scheduler.candidates import by_use
 from scheduler.coordinates import MIN_HEIGHT_MS
-from scheduler.neighbours import by_use
-from scheduler.network import Link, Network
+from scheduler.facts import Link, Network
+from splitnet.directory.record import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink, facts_of, place_of
 from splitnet.errors import SplitnetError
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.facts import facts_of, place_of
-from splitnet.net.identity import PublicKey
-from splitnet.net.network_coordinates import NetworkCoordinates
-from splitnet.net.prober import Prober
-from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
+from splitnet.security.identity import PublicKey
+from splitnet.swarm.measure import NetworkCoordinates
+from splitnet.transport.prober import Prober
+from splitnet.wire.endpoints import Endpoint
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers.placing import ANY_SPAN, SpanWish
-from peers.power_sources import SYSFS
-from splitnet.net.addresses import Reach
-from splitnet.net.identity import AuthorizedKeys, Identity
-from splitnet.net.swarm_key import SwarmKey
+from peers.placement import ANY_SPAN, SpanWish
+from peers.power import SYSFS
+from splitnet.security.identity import AuthorizedKeys, Identity
+from splitnet.security.swarm_key import SwarmKey
+from splitnet.transport.addresses import Reach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,9 @@ class PeerOptions:
         dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.
         public_host: host name (looked up at the start) or address that others reach this machine by, with `:port` if
             they reach it by another port than it listens on; None: found out.
-        device: as torch names it; "auto": the best that works, see `splitnet.model.device_choice`.
+        device: as torch names it; "auto": the best that works, see `splitnet.blocks.device`.
         dtype: what blocks compute in; None: what goes with `weights`, else as the checkpoint stores them.
-        weights: what those of linear layers are held as, see `splitnet.model.weights`; "auto": what decodes fast and is
+        weights: what those of linear layers are held as, see `splitnet.quant.choose`; "auto": what decodes fast and is
             nearly exact; None: as `dtype`.
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
         training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
@@ -46,7 +46,7 @@ class PeerOptions:
         relay_port: where it helps others to be reached, 0 for any; None: it does not.
         relay_rate: bytes per second that it passes on; None: as `HelperBounds` has it.
         share_weights: whether it gives weights to others; None: where it knows who may connect.
-        share_rate: bytes per second of that; None: as `peers.weight_service.DEFAULT_RATE` says.
+        share_rate: bytes per second of that; None: as `peers.weights.DEFAULT_RATE` says.
         model_id: the fingerprint that the model must have; None: any.
         invited: others have named the model: it counts if a peer of the swarm tells the same as what is here, or
             `model_id` does, and what is here is given to nobody unless `share_weights` says so.

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import platform
 from bisect import bisect_left
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from scheduler import swarm
-from scheduler.averages import MovingAverage
-from scheduler.swarm import PASS_SIZES
-from splitnet.model.device_clock import seconds_after_work
-from splitnet.model.memory import trim_memory
-from splitnet.model.span import Part, Span
+from scheduler import facts
+from scheduler.facts import PASS_SIZES
+from scheduler.load import MovingAverage
+from splitnet.blocks.span import Part, Span
+from splitnet.known_figures import KnownFigures
+from splitnet.quant import native
+from splitnet.quant.device import seconds_after_work
+from splitnet.quant.memory import trim_memory
+from splitnet.version import __version__
 
 SHARE = 0.1
 """Weight of the latest pass in the average."""
@@ -22,14 +29,14 @@ DISTURBED = 2.0
 
 
 class ObservedSpeed:
-    """Ms per block at each of `scheduler.swarm.PASS_SIZES`.
+    """Ms per block at each of `scheduler.facts.PASS_SIZES`.
 
     Attributes:
         on_measured: called when it was measured anew.
     """
 
     def __init__(self, block_ms: tuple[float, ...]) -> None:
-        self._speed = swarm.Speed(block_ms)
+        self._speed = facts.Speed(block_ms)
         self.on_measured: Callable[[], None] = lambda: None
 
     @property
@@ -55,7 +62,7 @@ class ObservedSpeed:
         correction = MovingAverage(SHARE, 1.0).add(factor)
         above = min(bisect_left(PASS_SIZES, positions), len(PASS_SIZES) - 1)
         touched = {above} if positions >= PASS_SIZES[above] else {above - 1, above}
-        self._speed = swarm.Speed(
+        self._speed = facts.Speed(
             tuple(value * correction if index in touched else value for index, value in enumerate(self.block_ms))
         )
 
@@ -90,3 +97,49 @@ def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -
         block_ms.append(min(times) / blocks)
     trim_memory()
     return ObservedSpeed(tuple(block_ms))
+
+
+class KnownSpeeds:
+    """Speeds by what they depend on. Anything that is not a speed is as if it were not there.
+
+    A peer measures again when it is idle, so a speed that is not right any more (another clock, other loads) is not
+    used for long.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._known = KnownFigures(file)
+
+    def find(self, span: Span, model: str) -> ObservedSpeed | None:
+        """What was measured of the same blocks, held and computed in the same way; `model`: the fingerprint.
+
+        The span computes once, as it would have done when it was measured.
+        """
+        block_ms = self._known.find(_key(span, model))
+        if not _is_speed(block_ms):
+            return None
+        span.forward(torch.zeros(PASS_SIZES[0], span.hidden_size), [Part(span.new_row(), 0, PASS_SIZES[0])])
+        return ObservedSpeed(tuple(block_ms))
+
+    def keep(self, span: Span, model: str, speed: ObservedSpeed) -> None:
+        """Remembers what was measured, in place of what was before."""
+        self._known.keep(_key(span, model), list(speed.block_ms))
+
+
+def _is_speed(block_ms: Any) -> bool:
+    return (
+        isinstance(block_ms, list)
+        and len(block_ms) == len(PASS_SIZES)
+        and all(isinstance(value, float) and math.isfinite(value) and value > 0 for value in block_ms)
+    )
+
+
+def _key(span: Span, model: str) -> str:
+    """All that a speed depends on and does not change by itself."""
+    device = torch.cuda.get_device_name(span.device) if span.device.type == "cuda" else native.processor()
+    return " ".join(
+        (
+            *(f"splitnet-{__version__}", f"torch-{torch.__version__}", f"kernels-{native.version()}"),
+            *(f"{platform.node()}/{span.device}/{device}", f"threads-{torch.get_num_threads()}"),
+            *(model, f"{span.start}:{span.end}", span.weights.kind, str(span.dtype)),
+        )
+    )

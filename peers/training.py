@@ -9,18 +9,15 @@ import threading
 from dataclasses import replace
 
 from peers.counters import Counters
-from peers.memory_account import MemoryAccount, Purpose
-from peers.outbox import Outbox, timing_of
-from peers.row_memory import SessionTooLong
-from peers.served_blocks import ServedBlocks
-from peers.session import PassWork, Session
-from peers.work_queue import WorkQueue
+from peers.links import Outbox, timing_of
+from peers.queue import WorkQueue
+from peers.sessions import MemoryAccount, PassWork, Purpose, ServedBlocks, Session, SessionTooLong
+from splitnet.blocks.adapters import counted_down
+from splitnet.blocks.passes import WayBack
 from splitnet.errors import PeerBusy, ProtocolError
-from splitnet.model.adapters import counted_down
-from splitnet.model.passes import WayBack
-from splitnet.net.codecs import codec_by_code
-from splitnet.net.endpoints import Connection
-from splitnet.net.messages import (
+from splitnet.wire.codecs import codec_by_code
+from splitnet.wire.endpoints import Connection
+from splitnet.wire.messages import (
     Adapter,
     AdapterGradient,
     AdapterLoaded,

@@ -11,12 +11,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler.batching import PASS_POSITIONS
 from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.cost import PROMPT_SHARE
-from scheduler.encoding import Encoding
-from scheduler.network import CLIENT, Network, Place
-from scheduler.packing import PASS_POSITIONS
-from scheduler.swarm import PASS_SIZES, Peer
+from scheduler.cost import PROMPT_SHARE, Encoding
+from scheduler.facts import CLIENT, PASS_SIZES, Network, Peer, Place
 
 LIMIT: Final = 300
 """Peers that the search takes some 5 ms for on one CPU core; what the others would have added: docs/simulation.md."""
@@ -323,3 +321,32 @@ def _squares(vectors: Floats, others: Floats) -> Floats:
     for mine, theirs in zip(vectors, others, strict=True):
         squares += (mine[:, None] - theirs) ** 2
     return squares
+
+
+def ms_per_block(
+    span: tuple[int, int], num_blocks: int, start: Integers, end: Integers, block_ms: Floats, latency_ms: Floats
+) -> Floats:
+    """What each block costs that a chain gains when it goes on to each of the others `[peers]`; inf: it gains none.
+
+    span: of the peer that the chain has come to, [start, end). To a peer of the last blocks chains come, instead.
+    start, end: of the others. block_ms: of one block and token. latency_ms: of the links to them.
+    """
+    if span[1] < num_blocks:
+        gained = np.where(start <= span[1], end - span[1], 0)
+    else:
+        gained = np.where(end >= span[0], span[0] - start, 0)
+    blocks = np.maximum(gained, 1)
+    return np.where(gained > 0, (latency_ms + blocks * block_ms) / blocks, np.inf)
+
+
+def by_use(own: Peer, others: Sequence[Peer], num_blocks: int, network: Network) -> list[Peer]:
+    """Those of the others to which a chain may go on, the most useful first, by what is known of links now."""
+    costs = ms_per_block(
+        (own.start, own.end),
+        num_blocks,
+        np.array([peer.start for peer in others], dtype=np.int64),
+        np.array([peer.end for peer in others], dtype=np.int64),
+        np.array([peer.speed.at(1) for peer in others]),
+        np.array([network.link(own.id, peer.id).latency_ms for peer in others]),
+    )
+    return [others[index] for index in map(int, costs.argsort(kind="stable")) if np.isfinite(costs[index])]

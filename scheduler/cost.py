@@ -3,14 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 from typing import Final
 
-from scheduler.encoding import Encoding
-from scheduler.network import CLIENT, Link, Network
-from scheduler.packing import PASS_POSITIONS
-from scheduler.swarm import Hop, Peer
+from scheduler.batching import PASS_POSITIONS
+from scheduler.facts import CLIENT, PASS_SIZES, Hop, Link, Network, Peer, Speed
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """A codec as the planner sees it.
+
+    bytes_per_position: of an encoded position. step_ms: to encode and decode any step, position_ms: more per position.
+    """
+
+    name: str
+    bytes_per_position: float
+    step_ms: float = 0.0
+    position_ms: float = 0.0
+
+    def ms(self, positions: float, bytes_per_ms: float) -> float:
+        """Ms to get a step of so many positions over a link, without its latency."""
+        per_position = self.position_ms + self.bytes_per_position / bytes_per_ms
+        return self.step_ms + positions * per_position
+
+
+CODING_MS: Final[Mapping[str, tuple[float, float]]] = {"none": (0.0, 0.0001), "int8": (0.24, 0.0029)}
+"""(step_ms, position_ms) of the codecs whose loss does not show in the text: only these are chosen without being asked.
+
+Measured on one CPU core with 576 values. A step between two passes finds cold caches, so it costs far more than in a
+loop: int8 adds 0.24 ms to a hop (docs/benchmarks.md); the rest is the time for 512 positions at once (docs/codecs.md).
+"""
+
+
+def encodings_of(bytes_per_position: Mapping[str, float]) -> tuple[Encoding, ...]:
+    """The codecs that may be chosen, of those with these sizes.
+
+    Raises:
+        ValueError: none of the codecs may be chosen.
+    """
+    known = [Encoding(name, size, *CODING_MS[name]) for name, size in bytes_per_position.items() if name in CODING_MS]
+    if not known:
+        raise ValueError(f"no codec to choose from: {', '.join(bytes_per_position) or 'none'}")
+    return tuple(known)
+
+
+def choose_codec(bytes_per_position: Mapping[str, float], bytes_per_ms: float) -> str:
+    """The codec of a link over which as many positions come in one prefill as in single decode steps.
+
+    Args:
+        bytes_per_position: size of an encoded position by codec name, of the codecs that both ends know.
+        bytes_per_ms: bandwidth of the link; a link that was not measured counts as slow.
+
+    Raises:
+        ValueError: none of the codecs may be chosen.
+    """
+    return soonest(encodings_of(bytes_per_position), bytes_per_ms).name
+
+
+def soonest(encodings: Sequence[Encoding], bytes_per_ms: float) -> Encoding:
+    """Which of them `choose_codec` takes."""
+    return min(encodings, key=lambda encoding: encoding.ms(2, bytes_per_ms))
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWork:
+    """What a pass through one block of a model has to do.
+
+    dense_bytes: weights that every pass reads. expert_bytes: weights of all experts, of which a position uses the part
+    `expert_share`. cache_bytes: keys and values of a session; a pass reads those of as many sessions as it has
+    positions, but at most of `sessions`. flops: floating-point operations per position.
+    """
+
+    dense_bytes: float
+    flops: float
+    expert_bytes: float = 0.0
+    expert_share: float = 1.0
+    cache_bytes: float = 0.0
+    sessions: int = 1
+
+    def bytes_read(self, positions: int) -> float:
+        """By a pass of so many positions; at worst each of them uses other experts."""
+        used = min(1.0, positions * self.expert_share)
+        return self.dense_bytes + used * self.expert_bytes + min(positions, self.sessions) * self.cache_bytes
+
+
+def roofline(work: BlockWork, *, bytes_per_ms: float, flops_per_ms: float) -> Speed:
+    """The speed of a device that does nothing but read and multiply, both at the same time.
+
+    That is the roofline model (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for
+    multicore architectures", 2009): a pass takes as long as the slower of the two. It is a bound, so give it what the
+    device achieves, not what its data sheet promises.
+
+    bytes_per_ms: of memory that is read. flops_per_ms: in the type of the weights.
+
+    Raises ValueError if one of the two is not positive.
+    """
+    if bytes_per_ms <= 0 or flops_per_ms <= 0:
+        raise ValueError("a device reads and multiplies at more than nothing")
+    return Speed(
+        tuple(max(work.bytes_read(size) / bytes_per_ms, size * work.flops / flops_per_ms) for size in PASS_SIZES)
+    )
+
 
 PROMPT_SHARE: Final = 0.03
 """What a ms of the prompt counts beside a ms of each token.

@@ -26,8 +26,8 @@ from typing import Final
 
 import numpy as np
 
+from scheduler.facts import Peer
 from scheduler.placement import Floats, Integers, Spans, best_span, fewest_hops, rates, sum_per_block
-from scheduler.swarm import Peer
 
 MIN_GAIN: Final = 0.2
 """A move must lift blocks that are weaker than this share above the weakest one beyond that, and weaken none below."""

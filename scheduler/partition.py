@@ -6,23 +6,239 @@ can be told its blocks.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from scheduler.cost import block_ms, occupied_ms, route_ms, transfer_ms
-from scheduler.encoding import Encoding
-from scheduler.network import CLIENT, Network
-from scheduler.orders import EXACT_DEVICES, Chain, Problem, cheapest_order
-from scheduler.swarm import Hop, Peer, Route, Speed
+from scheduler.cost import Encoding, block_ms, occupied_ms, route_ms, transfer_ms
+from scheduler.facts import CLIENT, Hop, Network, Peer, Route, Speed
+
+EXACT_DEVICES: Final = 15
+"""Up to so many devices the optimum is found: in a tenth of a second for 15, and three times that for each one more."""
+
+STARTS: Final = 8
+MAX_CHAINS: Final = 60_000
+"""Local searches begin with each of so many devices, and then near the best chain found so far, until so many chains
+have been looked at: some tenths of a second."""
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+_FORBIDDEN_LINK: Final = 1e9
+_MISSING_BLOCK: Final = 1e10
+_SMALL: Final = 1e-9
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Problem:
+    """What is to be cut, and what it costs in ms. Devices by their index.
+
+    capacity: for how many blocks a device has memory `[devices]`. block: one block `[devices]`. hop: what being in the
+    chain costs beside blocks and links `[devices]`. links: `[devices + 1, devices + 1]` from sender to receiver; the
+    last row and column are the client's; infinite where a link must not be used.
+    """
+
+    num_blocks: int
+    capacity: Integers
+    block: Floats
+    hop: Floats
+    links: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Devices in the order of the chain, the blocks of each, and what a step costs in ms."""
+
+    devices: tuple[int, ...]
+    blocks: tuple[int, ...]
+    cost: float
+
+
+def cheapest_order(problem: Problem, *, everyone: bool = False, exact_devices: int = EXACT_DEVICES) -> Chain | None:
+    """The cheapest chain; None if none holds all blocks. Of equally cheap ones one with the fewest devices.
+
+    everyone: all devices that have memory for a block take part.
+    exact_devices: with more devices that have memory, the result is good but may not be the optimum.
+    """
+    usable = np.flatnonzero(problem.capacity > 0)
+    if not len(usable) or problem.capacity.sum() < problem.num_blocks:
+        return None
+    if everyone and len(usable) > problem.num_blocks:
+        return None
+    corners = np.append(usable, len(problem.capacity))
+    part = Problem(
+        problem.num_blocks,
+        problem.capacity[usable],
+        problem.block[usable],
+        problem.hop[usable],
+        problem.links[np.ix_(corners, corners)],
+    )
+    order = _exact(part, everyone) if len(usable) <= exact_devices else _searched(part, everyone)
+    if order is None:
+        return None
+    members = np.zeros((1, len(usable)), dtype=bool)
+    members[0, order] = True
+    blocks, _ = _shared_out(part, members)
+    cost = float(_cost(part, part.links, np.array([order]))[0])
+    return Chain(
+        tuple(int(usable[device]) for device in order), tuple(int(blocks[0, device]) for device in order), cost
+    )
+
+
+def _shared_out(problem: Problem, members: Flags) -> tuple[Integers, Integers]:
+    """The blocks of each device `[cases, devices]` and those that remain `[cases]`, for sets of devices likewise.
+
+    Remaining blocks have no room. Fewer than none remain if a set has more devices than there are blocks.
+    """
+    by_speed = np.argsort(problem.block, kind="stable")
+    room = np.where(members, problem.capacity - 1, 0)[:, by_speed]
+    spare = problem.num_blocks - members.sum(axis=1)
+    before = np.cumsum(room, axis=1) - room
+    extra = np.clip(spare[:, None] - before, 0, room)
+    blocks = np.zeros(members.shape, dtype=np.int64)
+    blocks[:, by_speed] = extra
+    return blocks + members, spare - extra.sum(axis=1)
+
+
+def _work(problem: Problem, members: Flags) -> Floats:
+    """What the blocks of sets of devices cost `[cases]`, with a fine where they do not fit."""
+    blocks, remaining = _shared_out(problem, members)
+    return blocks @ problem.block + members @ problem.hop + np.abs(remaining) * _MISSING_BLOCK
+
+
+def _cost(problem: Problem, links: Floats, orders: Integers) -> Floats:
+    """What chains of the same length cost `[cases]`; orders: `[cases, length]`."""
+    members = np.zeros((len(orders), len(problem.capacity)), dtype=bool)
+    np.put_along_axis(members, orders, True, axis=1)
+    path = links[-1, orders[:, 0]] + links[orders[:, -1], -1] + links[orders[:, :-1], orders[:, 1:]].sum(axis=1)
+    return _work(problem, members) + path
+
+
+def _exact(problem: Problem, everyone: bool) -> list[int] | None:
+    """The optimum over all subsets and their orders; None if none is feasible."""
+    count = len(problem.capacity)
+    sets = np.arange(1 << count)
+    members = (sets[:, None] >> np.arange(count) & 1).astype(bool)
+    sizes = members.sum(axis=1)
+    links = problem.links[:-1, :-1]
+    path = np.full((len(sets), count), np.inf)  # of the links from the client through the set to its last device
+    previous = np.zeros((len(sets), count), dtype=np.int64)
+    path[1 << np.arange(count), np.arange(count)] = problem.links[-1, :-1]
+    for size in range(2, count + 1):
+        layer = sets[sizes == size]
+        for last in range(count):
+            with_last = layer[members[layer, last]]
+            choices = path[with_last ^ (1 << last)] + links[:, last]
+            chosen = choices.argmin(axis=1)
+            previous[with_last, last] = chosen
+            path[with_last, last] = choices[np.arange(len(with_last)), chosen]
+    tours = path + problem.links[:-1, -1]
+    total = tours.min(axis=1) + _work(problem, members)
+    if everyone:
+        total[:-1] = np.inf
+    least = float(total.min())
+    if not least < _FORBIDDEN_LINK:
+        return None
+    equals = np.flatnonzero(total <= least + _SMALL)
+    best = int(equals[sizes[equals].argmin()])
+    last, order = int(tours[best].argmin()), list[int]()
+    while best:
+        order.append(last)
+        best, last = best ^ (1 << last), int(previous[best, last])
+    return order[::-1]
+
+
+def _searched(problem: Problem, everyone: bool) -> list[int] | None:
+    """The best end of many local searches, an iterated local search (Lourenço, Martin and Stützle, 2003).
+
+    None if none is feasible. The same for the same problem.
+    """
+    links = np.minimum(problem.links, _FORBIDDEN_LINK)
+    count = len(problem.capacity)
+    rng = random.Random(count)
+    alone = problem.block * problem.num_blocks + links[-1, :-1] + links[:-1, -1]
+    seeds = [int(seed) for seed in np.argsort(alone, kind="stable")[:STARTS]]
+    best = np.inf, 0, list[int]()
+    looked_at = 0
+    while seeds or looked_at < MAX_CHAINS:
+        if seeds:
+            seed = seeds.pop(0)
+            order = [seed, *(device for device in range(count) if device != seed)] if everyone else [seed]
+        else:
+            order = _shaken(best[2], count, everyone, rng)
+        order, cost, chains = _local_optimum(problem, links, order, everyone)
+        looked_at += chains
+        if not best[2] or (round(cost, 9), len(order)) < best[:2]:
+            best = round(cost, 9), len(order), order
+    return best[2] if best[0] < _FORBIDDEN_LINK else None
+
+
+def _local_optimum(problem: Problem, links: Floats, order: list[int], everyone: bool) -> tuple[list[int], float, int]:
+    """A chain that no single change makes cheaper, its cost, and how many chains were looked at on the way."""
+    cost = float(_cost(problem, links, np.array([order]))[0])
+    looked_at = 1
+    while True:
+        better = cost - _SMALL
+        groups = [_same_devices(order)]
+        if not everyone:
+            groups += _other_devices(order, len(problem.capacity))
+        for group in groups:
+            if len(group):
+                looked_at += len(group)
+                costs = _cost(problem, links, group)
+                place = int(costs.argmin())
+                if costs[place] < better:
+                    better, order = float(costs[place]), group[place].tolist()
+        if better == cost - _SMALL:
+            return order, cost, looked_at
+        cost = better
+
+
+def _shaken(order: list[int], count: int, everyone: bool, rng: random.Random) -> list[int]:
+    """The chain with a few devices put elsewhere, left out or put in."""
+    shaken = list(order)
+    for _ in range(rng.randint(1, 3)):
+        others = [device for device in range(count) if device not in shaken]
+        place = rng.randrange(len(shaken))
+        if everyone:
+            shaken.insert(place, shaken.pop(rng.randrange(len(shaken))))
+        elif others and (len(shaken) == 1 or rng.random() < 0.7):
+            shaken.insert(rng.randint(0, len(shaken)), rng.choice(others))
+        elif len(shaken) > 1:
+            del shaken[place]
+    return shaken
+
+
+def _same_devices(order: list[int]) -> Integers:
+    """Chains of the same devices with some of them, in a row, elsewhere or the other way round `[cases, length]`."""
+    found: list[list[int]] = []
+    for start in range(len(order)):
+        for end in range(start + 1, len(order) + 1):
+            run, rest = order[start:end], order[:start] + order[end:]
+            found.append(order[:start] + run[::-1] + order[end:])
+            if len(run) <= 3:
+                found += [rest[:place] + run + rest[place:] for place in range(len(rest) + 1)]
+    return np.array(found)
+
+
+def _other_devices(order: list[int], count: int) -> list[Integers]:
+    """Chains with one device less, one exchanged, and one more; each `[cases, length]`."""
+    others = [device for device in range(count) if device not in order]
+    places = range(len(order))
+    less = [order[:place] + order[place + 1 :] for place in places] if len(order) > 1 else []
+    exchanged = [[*order[:place], other, *order[place + 1 :]] for place in places for other in others]
+    more = [[*order[:place], other, *order[place:]] for place in range(len(order) + 1) for other in others]
+    return [np.array(group, dtype=np.int64) for group in (less, exchanged, more)]
+
 
 HOP_MS: Final = 0.9
 """What a hop adds to a step beside blocks, codecs and links: messages, threads, dispatch (docs/benchmarks.md)."""
-
-_SMALL: Final = 1e-9
 
 
 @dataclass(frozen=True, slots=True)

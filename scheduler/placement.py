@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from scheduler.swarm import PASS_SIZES, Peer, Speed
+from scheduler.facts import PASS_SIZES, Peer, Speed
 
 BLOCKS_SHARE: Final = 0.6
 """Part of a device's memory that blocks take when nothing is asked for; the rest is for KV caches and the system."""

@@ -9,7 +9,7 @@ from itertools import takewhile
 from statistics import median
 from typing import Final, TypeVar
 
-from scheduler.averages import MovingAverage
+from scheduler.load import MovingAverage
 
 DISAPPOINTING: Final = 1.5
 """A route has become slow if a step takes so many times as long as it was to be expected, see `RouteWatch.expected_ms`.

@@ -2,20 +2,291 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import count, groupby, pairwise
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from scheduler.chain_search import Costs, Floats, LinkCosts, cheapest_chain
-from scheduler.cost import PROMPT_SHARE, block_joules, block_ms, route_ms
-from scheduler.encoding import Encoding
-from scheduler.network import CLIENT, LinkTable, Network
-from scheduler.swarm import Hop, Peer, Route, missing_blocks
-from scheduler.thrift import thriftiest_chain
+from scheduler.cost import PROMPT_SHARE, Encoding, block_joules, block_ms, route_ms
+from scheduler.facts import CLIENT, Hop, LinkTable, Network, Peer, Route, missing_blocks
+
+MAX_PROGRAMMES: Final = 256
+MAX_TRANSITIONS: Final = 2_000_000_000
+"""How often the dynamic programme may run, and how many (block, peer, peer) it may look at in all those runs.
+
+After that the best route found so far is taken, which may not be the optimum: a few seconds at most for any swarm.
+"""
+
+MAX_STAGES: Final = 64
+EXACT_STAGES_PEERS: Final = 64
+COARSE: Final = 0.05
+"""How many slowest stages are tried when several steps are under way; in swarms of more than so many peers only those
+that are faster by this share, so that the chain found may cost that share more than the best one."""
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+Path = list[int]
+"""For each block the index of the peer that runs it."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LinkCosts:
+    """What a step costs on the links that a route may take, read from a table of all links `[devices, devices]`.
+
+    source, target: who begins and who ends. members: where the peers stand in the table `[peers]`.
+    """
+
+    table: Floats
+    source: int
+    members: Integers
+    target: int
+
+    @property
+    def first(self) -> Floats:
+        """From whoever begins `[peers]`."""
+        return self.table[self.source, self.members]
+
+    @property
+    def leave(self) -> Floats:
+        """To whoever ends `[peers]`."""
+        return self.table[self.members, self.target]
+
+    def between(self, senders: Integers, receivers: Integers) -> Floats:
+        """`[senders, receivers]`, a copy."""
+        return self.table.take(self.members[senders], axis=0).take(self.members[receivers], axis=1)
+
+    def along(self, path: Path) -> Floats:
+        """The links of a path in order, from whoever begins to whoever ends."""
+        stations = [self.source, *(int(self.members[peer]) for peer, _ in groupby(path)), self.target]
+        return self.table[stations[:-1], stations[1:]]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Costs:
+    """All costs in ms, peers by their index. Blocks are counted from the first of the route.
+
+    start, end: spans `[peers]`. block: one block `[peers]`. queue: before the first block `[peers]`.
+    links: from sending to arrival. busy: how long the links are occupied by a step.
+    """
+
+    start: Integers
+    end: Integers
+    block: Floats
+    queue: Floats
+    links: LinkCosts
+    busy: LinkCosts
+
+
+def cheapest_chain(costs: Costs, num_blocks: int, in_flight: int) -> Path:
+    """The path on which `in_flight` steps, sent at the same time, are done soonest. Some peer must serve every block.
+
+    A path takes the sum of its costs for the first step, and its slowest stage for each further one.
+    """
+    path = _best_path(costs, num_blocks, np.inf)
+    if in_flight == 1:
+        return path
+    step = 1e-9 if len(costs.block) <= EXACT_STAGES_PEERS else COARSE
+    best_ms, best = np.inf, path
+    for _ in range(MAX_STAGES):
+        total, slowest = sum_of(costs, path), _slowest_of(costs, path)
+        if total + (in_flight - 1) * slowest < best_ms:
+            best_ms, best = total + (in_flight - 1) * slowest, path
+        path = _best_path(costs, num_blocks, slowest * (1 - step))
+        if not path or sum_of(costs, path) >= best_ms:
+            break
+    return best
+
+
+def _best_path(costs: Costs, num_blocks: int, slowest: float) -> Path:
+    """The path with the least sum on which no stage takes longer than `slowest`; empty if none is found."""
+    blocks = np.arange(num_blocks)
+    serves = (costs.start[:, None] <= blocks) & (blocks < costs.end[:, None])
+    transitions = MAX_TRANSITIONS if slowest == np.inf else MAX_TRANSITIONS // 16
+    limit = min(MAX_PROGRAMMES, transitions // (serves.size * len(serves)))
+    order = count(1)
+    best_ms, best = np.inf, Path()
+    open_cases: list[tuple[float, int, Path, Flags]] = []
+    new_cases = [serves]
+    number = 0
+    while True:
+        for case in new_cases:
+            bound, path = _least_sum(costs, case) if slowest == np.inf else _least_capped_sum(costs, case, slowest)
+            if not path:
+                continue
+            valid = _without_second_visits(path)
+            if (cost := sum_of(costs, valid)) < best_ms and _slowest_of(costs, valid) <= slowest:
+                best_ms, best = cost, valid
+            number = next(order)
+            heapq.heappush(open_cases, (bound, number, path, case))
+        if not open_cases or number >= limit:
+            return best
+        bound, _, path, case = heapq.heappop(open_cases)
+        visit = _second_visit(path)
+        if visit is None or bound >= best_ms:
+            return best
+        peer, block = visit
+        before, after, instead = case.copy(), case.copy(), case.copy()
+        before[peer, block:] = False
+        after[peer, : block + 1] = False
+        instead[:, block] = False
+        instead[peer, block] = True
+        new_cases = [before, after, instead]
+
+
+def sum_of(costs: Costs, path: Path) -> float:
+    """Ms of a step along a path."""
+    queues = costs.queue[[peer for peer, _ in groupby(path)]]
+    return float(costs.links.along(path).sum() + queues.sum() + costs.block[path].sum())
+
+
+def _slowest_of(costs: Costs, path: Path) -> float:
+    hops = max(float(costs.queue[peer] + len(list(run)) * costs.block[peer]) for peer, run in groupby(path))
+    return max(hops, float(costs.busy.along(path).max()))
+
+
+def _least_sum(costs: Costs, serves: Flags) -> tuple[float, Path]:
+    """The path with the least sum and that sum, when peers may be visited again; infinite if there is none."""
+    num_peers, num_blocks = serves.shape
+    runners = [np.flatnonzero(serves[:, block]) for block in range(num_blocks)]
+    if any(len(peers) == 0 for peers in runners):
+        return np.inf, []
+    follower = np.zeros((num_blocks, num_peers), dtype=np.int64)  # who runs block b after this peer ran block b - 1
+    run = np.full(num_peers, np.inf)  # the cost from here to the end when the peer runs this block
+    run[runners[-1]] = costs.block[runners[-1]] + costs.links.leave[runners[-1]]
+    for block in range(num_blocks - 1, 0, -1):
+        senders, receivers = runners[block - 1], runners[block]
+        switched = costs.links.between(senders, receivers)
+        switched += costs.queue[receivers] + run[receivers]
+        cheapest = switched.argmin(axis=1)
+        switch = switched[np.arange(len(senders)), cheapest]
+        stay = run[senders]
+        follower[block, senders] = np.where(stay <= switch, senders, receivers[cheapest])
+        run = np.full(num_peers, np.inf)
+        run[senders] = costs.block[senders] + np.minimum(stay, switch)
+    start = costs.links.first + costs.queue + run
+    peer = int(start.argmin())
+    cost = float(start[peer])
+    path = [peer]
+    for block in range(1, num_blocks):
+        peer = int(follower[block, peer])
+        path.append(peer)
+    return cost, path
+
+
+def _least_capped_sum(costs: Costs, serves: Flags, slowest: float) -> tuple[float, Path]:
+    """As `_least_sum`, of the paths on which no stage takes longer than `slowest`."""
+    num_peers, num_blocks = serves.shape
+    links, busy = costs.links, costs.busy
+    # entry[b][p]: what is left to pay when p's visit begins at block b. onward[b][p]: when it has ended before b.
+    entry = np.full((num_blocks + 1, num_peers), np.inf)
+    onward = np.full((num_blocks + 1, num_peers), np.inf)
+    leave_at = np.zeros((num_blocks, num_peers), dtype=np.int64)
+    follower = np.zeros((num_blocks + 1, num_peers), dtype=np.int64)
+    onward[num_blocks] = np.where(busy.leave <= slowest, links.leave, np.inf)
+    for block in range(num_blocks - 1, -1, -1):
+        running = np.flatnonzero(serves[:, block])
+        staying = running
+        for end in range(block + 1, num_blocks + 1):
+            stage = costs.queue[staying] + (end - block) * costs.block[staying]
+            staying, stage = staying[stage <= slowest], stage[stage <= slowest]
+            total = stage + onward[end, staying]
+            better = total < entry[block, staying]
+            entry[block, staying[better]] = total[better]
+            leave_at[block, staying[better]] = end
+            if end < num_blocks:
+                staying = staying[serves[staying, end]]
+        senders = np.flatnonzero(serves[:, block - 1]) if block else running[:0]
+        if len(senders) and len(running):
+            totals = links.between(senders, running) + entry[block, running]
+            totals[busy.between(senders, running) > slowest] = np.inf
+            totals[senders[:, None] == running[None, :]] = np.inf
+            cheapest = totals.argmin(axis=1)
+            onward[block, senders] = totals[np.arange(len(senders)), cheapest]
+            follower[block, senders] = running[cheapest]
+    start = np.where(busy.first <= slowest, links.first + entry[0], np.inf)
+    peer = int(start.argmin())
+    cost = float(start[peer])
+    path = Path()
+    while np.isfinite(cost) and len(path) < num_blocks:
+        end = int(leave_at[len(path), peer])
+        path += [peer] * (end - len(path))
+        if end < num_blocks:
+            peer = int(follower[end, peer])
+    return cost, path
+
+
+def _second_visit(path: Sequence[int]) -> tuple[int, int] | None:
+    """A peer that the path visits twice and the first block that another runs in between, if there is one."""
+    left_at: dict[int, int] = {}
+    for block, (previous, peer) in enumerate(pairwise(path), start=1):
+        if previous != peer:
+            left_at[previous] = block
+            if peer in left_at:
+                return peer, left_at[peer]
+    return None
+
+
+def _without_second_visits(path: Sequence[int]) -> Path:
+    """The path with everything between two visits of a peer given to that peer, whose span holds it all."""
+    repaired = list(path)
+    while (visit := _second_visit(repaired)) is not None:
+        peer, block = visit
+        last = len(repaired) - 1 - repaired[::-1].index(peer)
+        repaired[block : last + 1] = [peer] * (last + 1 - block)
+    return repaired
+
+
+ENERGY_SLOWDOWN: Final = 1.5
+"""How many times as long as on the fastest route a step may take, if nobody says otherwise."""
+
+MAX_WEIGHTS: Final = 8
+"""How many weights are tried; in random swarms four were the most that it took."""
+
+_ENERGY_ALONE: Final = 1e6
+"""Energy counts so many times as much as time in the first chain: of equally thrifty ones it is the fastest."""
+_SMALL: Final = 1e-9
+
+
+def thriftiest_chain(costs: Costs, joules: Floats, num_blocks: int, slowdown: float) -> Path:
+    """The path with the least joules on which a step takes at most `slowdown` times as long as on the fastest.
+
+    A chain that no weight makes the cheapest is not found, though it may have a little less energy. What is found keeps
+    the bound, and has no more energy than the fastest chain.
+
+    joules: of one block `[peers]`.
+    """
+
+    def with_weight(weight: float) -> tuple[Path, float, float]:
+        path = cheapest_chain(replace(costs, block=costs.block + weight * joules), num_blocks, 1)
+        return path, sum_of(costs, path), float(joules[path].sum())
+
+    within, within_ms, within_joules = with_weight(0.0)
+    most_ms = within_ms * max(slowdown, 1.0) * (1 + _SMALL)
+    alone = _ENERGY_ALONE * max(within_ms, _SMALL) / max(within_joules, _SMALL)
+    beyond, beyond_ms, beyond_joules = with_weight(alone)
+    if beyond_ms <= most_ms:
+        return beyond
+    for _ in range(MAX_WEIGHTS):
+        saved = within_joules - beyond_joules
+        if saved <= _SMALL * within_joules:
+            break
+        weight = (beyond_ms - within_ms) / saved
+        path, path_ms, path_joules = with_weight(weight)
+        if path_ms + weight * path_joules >= (within_ms + weight * within_joules) * (1 - _SMALL):
+            break  # nothing lies between the two
+        if path_ms <= most_ms:
+            within, within_ms, within_joules = path, path_ms, path_joules
+        else:
+            beyond_ms, beyond_joules = path_ms, path_joules
+    return within
+
 
 NEAR_EQUAL: Final = 0.05
 """Routes that cost at most this share more than the best one count as equally good."""
@@ -55,7 +326,7 @@ def best_route(
     One step in flight asks for the least latency, as chat does; several for throughput, as batches and training do.
 
     With `energy_slowdown` the one with the least energy for a step, among those on which it takes at most so many times
-    as long as on the fastest; see `scheduler.thrift`.
+    as long as on the fastest; see `scheduler.route`.
 
     Peers in `exclude` and peers with fewer than `kv_needed` free positions are not used. With `rng` the choice among
     near-equal routes is random, so that clients that know the same facts spread; without it the best one is returned.

@@ -12,11 +12,11 @@ from simulator.node import Held, Node
 from simulator.session import RUNNING, Session
 from simulator.traffic import Traffic
 from simulator.world import World
-from splitnet.client.known_peers import LOOK_S
-from splitnet.client.session_events import Alive, AskAlive, Event, LinkFailed, Received
 from splitnet.errors import PeerLost
-from splitnet.net.link_pool import KEEP_S
-from splitnet.net.messages import Close, FailureCode, Open, Opened, Replay
+from splitnet.session.events import Alive, AskAlive, Event, LinkFailed, Received
+from splitnet.swarm.peers import LOOK_S
+from splitnet.transport.pool import KEEP_S
+from splitnet.wire.messages import Close, FailureCode, Open, Opened, Replay
 
 Call = Open | Close | Replay | AskAlive
 

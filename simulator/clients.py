@@ -10,13 +10,12 @@ import numpy as np
 
 from scheduler.candidates import measured_first
 from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
-from scheduler.network import CLIENT, Link, Place
-from scheduler.swarm import Peer
+from scheduler.facts import CLIENT, Link, Peer, Place
 from simulator.directory import Record, View
 from simulator.world import World
-from splitnet.client.fresh_facts import PINGS_PER_MINUTE
-from splitnet.net.messages import ToldLoad
-from splitnet.net.prober import PING_TIMEOUT_S
+from splitnet.swarm.measure import PINGS_PER_MINUTE
+from splitnet.transport.prober import PING_TIMEOUT_S
+from splitnet.wire.messages import ToldLoad
 
 CONNECT_TRIPS: Final = 4
 """Round trips until a connection is up: one of TCP, one of ZeroMQ's greetings, two of CurveZMQ."""

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from scheduler.candidates import Crowd
 from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.network import Link, Network, Place
+from scheduler.facts import Link, Network, Peer, Place
 from scheduler.placement import Spans
-from scheduler.swarm import Peer
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.network import Link, LinkTable, Network
+from scheduler.facts import Link, LinkTable, Network
 from splitnet.errors import SplitnetError
 
 CITIES: Final[Sequence[tuple[float, float, float]]] = (

@@ -7,12 +7,12 @@ from ipaddress import IPv6Address
 
 from nacl.signing import SigningKey
 
-from scheduler.swarm import PASS_SIZES, Hop
+from scheduler.facts import PASS_SIZES, Hop
 from simulator.directory import Record
-from splitnet.client.planner import PlannedHop
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import PublicKey
-from splitnet.net.records import PeerRecord
+from splitnet.directory.record import PeerRecord
+from splitnet.security.identity import PublicKey
+from splitnet.swarm.plan import PlannedHop
+from splitnet.wire.endpoints import Endpoint
 
 MODEL = "5eed" * 8
 

@@ -9,10 +9,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler.candidates import Floats, Integers, ms_per_block
 from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.neighbours import Floats, Integers, ms_per_block
-from scheduler.network import Link
-from scheduler.swarm import Peer
+from scheduler.facts import Link, Peer
 from simulator.directory import Directory, View, one_way_ms
 from simulator.events import Events
 from simulator.node import Held, Node

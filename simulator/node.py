@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, UNSENT_BYTES, Gathering, next_pass
 from scheduler.coordinates import Coordinate
-from scheduler.fair_passes import FairPasses
+from scheduler.facts import Link, Peer, Place, Speed
+from scheduler.fairness import FairPasses
 from scheduler.load import Load
-from scheduler.network import Link, Place
-from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS, UNSENT_BYTES, next_pass
-from scheduler.swarm import Peer, Speed
 from simulator.directory import Record
 from simulator.world import Device
-from splitnet.gathering import Gathering
-from splitnet.net.messages import FailureCode
+from splitnet.wire.messages import FailureCode
 
 if TYPE_CHECKING:
     from simulator.route import Route
@@ -308,7 +306,7 @@ class Node:
         return self._load.at(now_ms / 1000)
 
     def record(self, now_ms: float) -> Record:
-        """What it publishes, as real peers tell it: see `peers/daemon.py`."""
+        """What it publishes, as real peers tell it: see `peers/server.py`."""
         wait_ms, batch = self.load_at(now_ms)
         peer = Peer(
             self.id,

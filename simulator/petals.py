@@ -17,9 +17,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from scheduler.coordinates import Coordinate
-from scheduler.network import Link
+from scheduler.facts import Hop, Link
 from scheduler.route import NoRoute
-from scheduler.swarm import Hop
 from simulator.directory import View
 from simulator.node import Node
 from simulator.policies import Plan, Planned

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from scheduler.coordinates import Coordinate
+from scheduler.facts import Peer
 from scheduler.moves import Move, Willingness, best_move
 from scheduler.placement import Spans, best_span, block_ms, work_ms
-from scheduler.swarm import Peer
 from simulator.directory import Floats, View, one_way_ms, points_of
 from simulator.node import Node
 from simulator.world import Device, World

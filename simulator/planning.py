@@ -8,23 +8,29 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from scheduler import route as routes
+from scheduler.batching import SIZES, best_step
 from scheduler.cost import route_ms
-from scheduler.network import CLIENT, Network
-from scheduler.prefill import SIZES, best_step
-from scheduler.swarm import Hop
+from scheduler.facts import CLIENT, Hop, Network
 from simulator.directory import View
 from simulator.identities import Identities, device_at
 from simulator.node import Node
 from simulator.policies import Plan, Planned, Routing
 from simulator.session import Session
 from simulator.world import World
-from splitnet.client.planner import Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
-from splitnet.client.route_search import HEARD_S, searched_route
-from splitnet.client.session_events import AskRoute, Move, NoRoute
-from splitnet.client.session_events import Planned as RoutePlanned
-from splitnet.client.survey import SILENT_S
 from splitnet.errors import CoverageError, PeerBusy
-from splitnet.net.codecs import Codec, codec_by_name
+from splitnet.session.events import AskRoute, Move, NoRoute
+from splitnet.session.events import Planned as RoutePlanned
+from splitnet.swarm.measure import SILENT_S
+from splitnet.swarm.plan import (
+    HEARD_S,
+    Ends,
+    PlannedHop,
+    no_route_error,
+    repaired_route,
+    searched_route,
+    with_kept_hops,
+)
+from splitnet.wire.codecs import Codec, codec_by_name
 
 PLAIN = codec_by_name("none")
 

@@ -12,13 +12,12 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.averages import MovingAverage
 from scheduler.candidates import LIMIT, Crowd
 from scheduler.cost import move_ms, route_ms
-from scheduler.network import CLIENT, Link, Network, Place
+from scheduler.facts import CLIENT, Hop, Link, Network, Peer, Place, Route, Speed
+from scheduler.load import MovingAverage
 from scheduler.replan import changed_hops
 from scheduler.route import NoRoute, best_route
-from scheduler.swarm import Hop, Peer, Route, Speed
 from simulator.clients import Client
 from simulator.directory import View
 from simulator.geography import TrueNetwork

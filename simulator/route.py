@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from scheduler.encoding import Encoding, soonest
-from scheduler.network import Link
+from scheduler.cost import Encoding, soonest
+from scheduler.facts import Link
 from simulator.geography import Geography
 from simulator.node import Node
 

@@ -14,9 +14,8 @@ from typing import Final
 import numpy as np
 
 from scheduler.cost import route_ms
-from scheduler.network import CLIENT
+from scheduler.facts import CLIENT, Hop
 from scheduler.route import NoRoute
-from scheduler.swarm import Hop
 from simulator.clients import Client, new_client
 from simulator.engine import Simulation
 from simulator.geography import TrueNetwork
@@ -24,8 +23,8 @@ from simulator.placing import OwnPlacing
 from simulator.policies import Best, BestOptions, Plan, RandomRoute, Routing
 from simulator.variants import EVERYBODY
 from simulator.world import Request, World
-from splitnet.client.planner import no_route_error
 from splitnet.errors import SplitnetError
+from splitnet.swarm.plan import no_route_error
 
 PAIRS: Final = 20_000
 

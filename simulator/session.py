@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from scheduler.network import CLIENT
+from scheduler.facts import CLIENT
 from scheduler.replan import Forecasts, RouteWatch
 from simulator.clients import Client
 from simulator.events import Events
@@ -17,9 +17,7 @@ from simulator.node import Node, Parcel
 from simulator.policies import SeenHop
 from simulator.route import Hops, Route
 from simulator.world import Request, World
-from splitnet.client.bans import BAN_S, Bans
-from splitnet.client.requests import StepRequest
-from splitnet.client.session_events import (
+from splitnet.session.events import (
     AskAlive,
     AskRoute,
     Ban,
@@ -36,12 +34,14 @@ from splitnet.client.session_events import (
     Unban,
     Use,
 )
-from splitnet.client.session_route import Phase
-from splitnet.client.session_state import SessionState
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.messages import Close as CloseMessage
-from splitnet.net.messages import Failure, FailureCode, Open, Part, Replay, Result, Step
-from splitnet.net.sent_log import REPLAY_POSITIONS
+from splitnet.session.machine import SessionState
+from splitnet.session.requests import StepRequest
+from splitnet.session.route_setup import Phase
+from splitnet.swarm.peers import BAN_S, Bans
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.log import REPLAY_POSITIONS
+from splitnet.wire.messages import Close as CloseMessage
+from splitnet.wire.messages import Failure, FailureCode, Open, Part, Replay, Result, Step
 
 if TYPE_CHECKING:
     from simulator.calls import Calls

@@ -6,14 +6,14 @@ import math
 import random
 from typing import Final
 
-from scheduler.encoding import Encoding
-from scheduler.network import Link
-from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS
+from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
+from scheduler.cost import Encoding
+from scheduler.facts import Link
 from simulator.events import Events
 from simulator.node import Awaited, Held, Node, Parcel
 from simulator.route import Hops, Route, Wire, wires_of
 from simulator.world import World
-from splitnet.net.messages import FailureCode
+from splitnet.wire.messages import FailureCode
 
 RESTART_MS: Final = 200.0
 """A connection that was silent for so long, and a round trip more, begins slowly again (RFC 5681, section 4.1)."""

@@ -13,9 +13,8 @@ from typing import Any, Final
 import numpy as np
 
 from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.encoding import Encoding, encodings_of
-from scheduler.network import CLIENT
-from scheduler.swarm import Speed
+from scheduler.cost import Encoding, encodings_of
+from scheduler.facts import CLIENT, Speed
 from simulator.geography import Access, Geography, MeasuredGeography, read_latencies
 
 

@@ -17,8 +17,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 
+from splitnet.blocks import device
+from splitnet.checkpoint import demo
 from splitnet.errors import SplitnetError
-from splitnet.model import demo, device_choice
 from tests.leftovers import RUN_MARK, Running, end_leftovers, end_run
 from tests.sharing import FilesTogether, longest_first
 from tests.tiers import TIERS, load_profile, select
@@ -39,9 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["SPLITNET_CONFIG"] = os.devnull
     os.environ["SPLITNET_LAN"] = "false"
     os.environ["SPLITNET_DEVICE"] = "cpu"
-    look = device_choice.find_present
+    look = device.find_present
     # Figures are compared with those of CPUs; tests of GPUs name their device.
-    device_choice.find_present = lambda *, tried=True: device_choice.Present() if tried else look(tried=False)
+    device.find_present = lambda *, tried=True: device.Present() if tried else look(tried=False)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -9,11 +9,11 @@ from textwrap import fill
 
 from gguf import GGML_QUANT_SIZES
 
-from splitnet.model.families import COMPILED, LEAN, PACKS, REFUSED, STATES, TEXT_ALONE
-from splitnet.model.gguf_layouts import BLOCK_TYPES
-from splitnet.model.grouped_forms import held_bytes
-from splitnet.model.mlx_format import FAMILIES as MLX_FAMILIES
-from splitnet.model.stored import Kind, Layout
+from splitnet.checkpoint.families import COMPILED, LEAN, PACKS, REFUSED, STATES, TEXT_ALONE
+from splitnet.checkpoint.gguf.layouts import BLOCK_TYPES
+from splitnet.checkpoint.quant.mlx import FAMILIES as MLX_FAMILIES
+from splitnet.quant.grouped import held_bytes
+from splitnet.quant.stored import Kind, Layout
 from tests.swarm.test_catalogue import CATALOGUE, NOT_CUT
 from tests.swarm.test_families import FAMILIES
 

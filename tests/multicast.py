@@ -9,7 +9,7 @@ import socket
 import ifaddr
 import pytest
 
-from splitnet.net import lan
+from splitnet.directory import mdns
 
 LOOPBACK = "127.0.0.1"
 
@@ -18,14 +18,14 @@ def use_network_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes services found on loopback, under a name that no other run of these tests uses; skips if that fails."""
     if not _carries_multicast():
         pytest.skip("loopback carries no multicast here")
-    monkeypatch.setattr(lan, "SERVICE_TYPE", f"_sn{secrets.token_hex(4)}._tcp.local.")
-    monkeypatch.setattr(lan, "_own_addresses", lambda: [LOOPBACK])
+    monkeypatch.setattr(mdns, "SERVICE_TYPE", f"_sn{secrets.token_hex(4)}._tcp.local.")
+    monkeypatch.setattr(mdns, "_own_addresses", lambda: [LOOPBACK])
 
 
 def lan_host() -> str:
     """An address of this machine on a local network; skips if there is none."""
     own = [str(ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips if ip.is_IPv4]
-    found = [address for address in own if lan._is_local(ipaddress.IPv4Address(address))]
+    found = [address for address in own if mdns._is_local(ipaddress.IPv4Address(address))]
     if not found:
         pytest.skip("this machine is on no local network")
     return found[0]

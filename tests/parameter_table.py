@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from splitnet.client.parameters import FORWARD, GENERATION, Refused
+from splitnet.hf.parameters import FORWARD, GENERATION, Refused
 
 TABLES = {"generation": GENERATION, "forward": FORWARD}
 

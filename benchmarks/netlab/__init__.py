@@ -1,7 +1,7 @@
 """Hosts on an emulated network on this machine: see docs/netlab.md."""
 
-from .errors import LabError
-from .lab import Lab
-from .router import NAMED, Router
+from benchmarks.netlab.errors import LabError
+from benchmarks.netlab.lab import Lab
+from benchmarks.netlab.router import NAMED, Router
 
 __all__ = ["NAMED", "Lab", "LabError", "Router"]

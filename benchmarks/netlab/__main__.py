@@ -11,11 +11,11 @@ import argparse
 import sys
 from dataclasses import replace
 
-from .check import check
-from .errors import LabError
-from .lab import Lab
-from .prompt import prompt
-from .router import NAMED, PROTOCOLS, Router, named
+from benchmarks.netlab.check import check
+from benchmarks.netlab.errors import LabError
+from benchmarks.netlab.lab import Lab
+from benchmarks.netlab.prompt import prompt
+from benchmarks.netlab.router import NAMED, PROTOCOLS, Router, named
 
 
 def main() -> int:

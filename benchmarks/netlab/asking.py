@@ -66,10 +66,10 @@ def ask(
     """
     import torch
 
-    from splitnet.client.causal_lm import attach
-    from splitnet.client.routes import Routes
-    from splitnet.client.swarm import ModelFacts, Swarm
-    from splitnet.model.checkpoint import Checkpoint
+    from splitnet.checkpoint.checkpoint import Checkpoint
+    from splitnet.hf.causal_lm import attach
+    from splitnet.session.driver import Routes
+    from splitnet.swarm.swarm import ModelFacts, Swarm
 
     torch.set_num_threads(1)
     if not replans:
@@ -111,11 +111,10 @@ def ask(
 def _answer(model: Any, question: Question, began: float, routed: Callable[[list[Hop]], None]) -> Answer:
     import torch
 
-    from scheduler.network import CLIENT
-    from splitnet.bench.clock import Clock
+    from benchmarks.netlab.generation import generate
+    from scheduler.facts import CLIENT
     from splitnet.errors import SplitnetError
-
-    from .generation import generate
+    from splitnet.tools.bench.backends import Clock
 
     choices = random.Random(question.number)
     prompt = torch.tensor([[choices.randrange(model.config.vocab_size) for _ in range(question.prompt)]])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from .lab import Lab
+from benchmarks.netlab.lab import Lab
 
 _DELAYS_MS = (0.0, 1.0, 5.0, 20.0, 100.0)
 _RATES_MBIT = (1.0, 10.0, 100.0, 500.0)

@@ -16,17 +16,16 @@ from pathlib import Path
 
 import torch
 
-from splitnet.client.planner import PlannedHop
-from splitnet.client.session import Session
-from splitnet.client.swarm import ModelFacts
+from benchmarks.netlab.errors import LabError
+from benchmarks.netlab.lab import Lab
+from benchmarks.netlab.peers import GuidedSwarm
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.record import PeerRecord
 from splitnet.errors import SplitnetError
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.messages import Part
-from splitnet.net.records import PeerRecord
-
-from .errors import LabError
-from .lab import Lab
-from .peers import GuidedSwarm
+from splitnet.session.inference import Session
+from splitnet.swarm.plan import PlannedHop
+from splitnet.swarm.swarm import ModelFacts
+from splitnet.wire.messages import Part
 
 PROMPT_POSITIONS = 128
 ANSWER_TOKENS = 8

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from .errors import LabError
+from benchmarks.netlab.errors import LabError
 
 ADDRESS = "192.168.1.1"
 """Where those behind a router find it."""

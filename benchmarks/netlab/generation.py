@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from splitnet.bench.clock import Clock
-from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.tools.bench.backends import Clock
 
 
 class _Until(StoppingCriteria):

@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.netlab.errors import LabError
+from benchmarks.netlab.gateway import Gateway
+from benchmarks.netlab.router import TRANSPORTS, Router
+
 from . import gateway
-from .errors import LabError
-from .gateway import Gateway
-from .router import TRANSPORTS, Router
 
 _HUB_SOURCE = Path(__file__).with_name("hub.c")
 _TUN = Path("/dev/net/tun")

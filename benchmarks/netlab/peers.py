@@ -16,15 +16,14 @@ from typing import Any, Self
 
 import torch
 
-from splitnet.cli.local_swarm import EXACT
-from splitnet.client.planner import PlannedHop
-from splitnet.client.session import Session
-from splitnet.client.swarm import Swarm
-from splitnet.net.messages import Part
-from splitnet.net.records import PeerRecord
-
-from .errors import LabError
-from .lab import Lab
+from benchmarks.netlab.errors import LabError
+from benchmarks.netlab.lab import Lab
+from splitnet.cli.demo import EXACT
+from splitnet.directory.record import PeerRecord
+from splitnet.session.inference import Session
+from splitnet.swarm.plan import PlannedHop
+from splitnet.swarm.swarm import Swarm
+from splitnet.wire.messages import Part
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 15.0

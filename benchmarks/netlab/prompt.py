@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 
-from .errors import LabError
-from .lab import Lab
-from .router import named
+from benchmarks.netlab.errors import LabError
+from benchmarks.netlab.lab import Lab
+from benchmarks.netlab.router import named
 
 _HELP = """\
 delay A B MS         one-way delay between two hosts

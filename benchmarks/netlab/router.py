@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import LabError
+from benchmarks.netlab.errors import LabError
 
 Kind = Literal["independent", "address", "address-and-port"]
 KINDS: tuple[Kind, ...] = ("independent", "address", "address-and-port")

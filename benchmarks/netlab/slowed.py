@@ -24,10 +24,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from scheduler.swarm import Speed
-
-from .errors import LabError
-from .lab import Lab, enter
+from benchmarks.netlab.errors import LabError
+from benchmarks.netlab.lab import Lab, enter
+from scheduler.facts import Speed
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
@@ -233,9 +232,9 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
 
     from peers.counters import Counters
     from peers.neighbours import Neighbours
+    from scheduler.batching import Gathering
+    from splitnet.blocks.span import Span
     from splitnet.cli import main
-    from splitnet.gathering import Gathering
-    from splitnet.model.span import Span
 
     torch.set_num_threads(1)
     # Each device has a speed of its own, which is not that of this machine.

@@ -18,9 +18,9 @@ from typing import Annotated
 
 import typer
 
-from splitnet.amounts import parse_bytes
+from splitnet.blocks.device import DEVICE_NAME
 from splitnet.errors import SplitnetError
-from splitnet.model.device_choice import DEVICE_NAME
+from splitnet.limits import parse_bytes
 
 # Boxes of options in `--help`, the same in all commands.
 SWARM = "Swarm"
@@ -34,7 +34,7 @@ def checked_addresses(addresses: list[str] | None) -> list[str] | None:
     """Refuses what is not even written as an address before anything slow begins."""
     for address in addresses or ():
         if address.startswith("tcp://"):
-            from splitnet.net.peer_addresses import check_peer_address
+            from splitnet.transport.addresses import check_peer_address
 
             check_peer_address(address)
         elif not re.fullmatch(r"/.+/p2p/\w+", address):
@@ -47,7 +47,7 @@ def checked_addresses(addresses: list[str] | None) -> list[str] | None:
 def _checked_codec(name: str) -> str:
     """Refuses what is no codec before anything slow begins."""
     if name != "auto":
-        from splitnet.net.codecs import codec_by_name
+        from splitnet.wire.codecs import codec_by_name
 
         codec_by_name(name)
     return name
@@ -186,7 +186,7 @@ Tokenizer = Annotated[
 
 
 class Preferred(StrEnum):
-    """What the best route is; as `splitnet.client.session.Preference`."""
+    """What the best route is; as `splitnet.session.inference.Preference`."""
 
     latency = "latency"
     throughput = "throughput"
@@ -339,7 +339,7 @@ def quiet_libraries() -> None:
 
 def resolve_model(model: str) -> str:
     """The checkpoint that a model argument stands for; prepares the demo model if it is asked for."""
-    from splitnet.model.demo import DEMO_NAME, demo_checkpoint
+    from splitnet.checkpoint.demo import DEMO_NAME, demo_checkpoint
 
     quiet_libraries()
     if model != DEMO_NAME:

@@ -12,8 +12,8 @@ from splitnet.cli.connecting import Connecting, connects
 from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Speculate, Temperature, TopP
 from splitnet.cli.invite import model_or_invited
 from splitnet.errors import SplitnetError
-from splitnet.light_imports import import_models
-from splitnet.printable import printable
+from splitnet.import_shims import import_models
+from splitnet.logs import printable
 
 
 @connects()

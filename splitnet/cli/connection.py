@@ -3,24 +3,82 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from splitnet.blocks.device import AUTO, find_device
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.invite import Invite
-from splitnet.cli.local_network import ask_network, find_swarm
-from splitnet.cli.logs import tell
 from splitnet.cli.progress import StageProgress
-from splitnet.client.session import Preference, check_preference
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.client.unknown_model import learn_manifest
-from splitnet.errors import WrongSwarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.device_choice import AUTO, find_device
-from splitnet.net.identity import AuthorizedKeys, Identity
-from splitnet.net.swarm_key import SwarmKey
+from splitnet.directory.hivemind_node import have_hivemind
+from splitnet.directory.mdns import LanNode, LocalNetwork, what_was_found
+from splitnet.errors import DirectoryError, LanError, WrongSwarm
+from splitnet.hf.remote_model import learn_manifest
+from splitnet.logs import tell
+from splitnet.security.identity import AuthorizedKeys, Identity
+from splitnet.security.swarm_key import SwarmKey
+from splitnet.session.inference import Preference, check_preference
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.wire.messages import PROTOCOL_VERSION
+
+_FIX = "give --join with the address that a peer of the swarm prints"
+
+
+def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
+    """Addresses to join a model's swarm with, as its peers on this network announce them; says so on stderr.
+
+    Args:
+        facts: the model.
+        lan: whether the user lets us look.
+
+    Raises:
+        DirectoryError: there is none, or nobody may look.
+    """
+    if not lan:
+        raise DirectoryError(f"no swarm is given: {_FIX}, or look for one on this network with --lan")
+    if not have_hivemind():
+        raise DirectoryError(
+            "no swarm is given, and to join one that is found on this network takes hivemind, which is not installed: "
+            "give --join tcp://HOST:PORT?key=..., as a peer prints"
+        )
+    try:
+        with LocalNetwork(facts.fingerprint) as network:
+            nodes = network.search()
+    except LanError as error:
+        raise DirectoryError(f"no swarm is given, and none can be looked for: {error}; {_FIX}") from error
+    if not nodes:
+        if network.foreign_protocols:
+            spoken = max(network.foreign_protocols)
+            older = "this client" if spoken > PROTOCOL_VERSION else "the peers"
+            raise DirectoryError(
+                f"the peers of {facts.name} on this network speak protocol {spoken}, this client speaks "
+                f"{PROTOCOL_VERSION}: upgrade {older}"
+            )
+        command = shlex.join(["splitnet", "peer", facts.source or facts.name])
+        raise DirectoryError(f"no swarm for {facts.name} on this network: start a peer with `{command}`, or {_FIX}")
+    print(f"{what_was_found(nodes)}: joining ...", file=sys.stderr, flush=True)
+    return [address for node in nodes for address in node.addresses]
+
+
+def ask_network(model: str, *, lan: bool) -> list[str]:
+    """Addresses to ask what a model is, of whatever is served on this network.
+
+    Raises:
+        DirectoryError: there is none, or nobody may look.
+    """
+    nodes: list[LanNode] = []
+    if lan:
+        with suppress(LanError), LocalNetwork("") as network:
+            nodes = network.search()
+    if not nodes:
+        raise DirectoryError(f"not all of {model} is on this machine, and nobody here tells what it is: {_FIX}")
+    return [address for node in nodes for address in node.addresses]
 
 
 @dataclass(frozen=True)
@@ -34,7 +92,7 @@ class Connection:
         any_weights: whether such weights may be held otherwise, see `splitnet.AutoModelForCausalLM`.
         local_blocks, local_weights: what runs here, see `splitnet.AutoModelForCausalLM`.
         tokenizer: hub id or folder, in place of the checkpoint's own.
-        device: that runs what is here; see `splitnet.model.device_choice`.
+        device: that runs what is here; see `splitnet.blocks.device`.
         prefer, energy_slowdown: which route is the best, see `splitnet.AutoModelForCausalLM`.
         swarm_key: file with the key of a closed swarm.
         trusted_peers: file with the keys of the peers that may be used; None: any.

@@ -2,19 +2,143 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated
 
 import typer
 
+from splitnet.checkpoint.demo import DEMO_NAME
 from splitnet.cli.arguments import CodecName, Device, resolve_model
+from splitnet.cli.configuration import without_options
 from splitnet.cli.extras import require
 from splitnet.cli.serve import serve as run_server
-from splitnet.light_imports import import_models
-from splitnet.model.demo import DEMO_NAME
-from splitnet.net.addresses import listen_at
+from splitnet.errors import SplitnetError
+from splitnet.import_shims import import_models
+from splitnet.transport.addresses import listen_at
 
-if TYPE_CHECKING:
-    from splitnet.cli.local_swarm import LocalSwarm
+ONE_THREAD = ("--threads", "1")
+EXACT = (*ONE_THREAD, "--weights", "float32", "--device", "cpu")
+"""Options of daemons that compute what plain transformers does with float32."""
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 15.0
+
+
+class LocalSwarm:
+    """`count` daemons that share the blocks of a checkpoint evenly; all are stopped on leaving.
+
+    Args:
+        checkpoint: hub id or folder.
+        count: how many daemons.
+        options: more options for each, as on the command line.
+        join: address of a swarm to join; empty starts a new one.
+    """
+
+    def __init__(self, checkpoint: str, count: int, options: tuple[str, ...] = ONE_THREAD, join: str = "") -> None:
+        self._checkpoint = checkpoint
+        self._options = options
+        self._join = join
+        blocks = _count_blocks(checkpoint)
+        count = min(count, blocks)
+        edges = [round(index * blocks / count) for index in range(count + 1)]
+        self.spans = list(itertools.pairwise(edges))
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="splitnet-demo-")
+
+    def __enter__(self) -> LocalSwarm:
+        self.processes += [self._start(index) for index in range(len(self.spans))]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._folder.cleanup()
+
+    def wait(self) -> str:
+        """Waits until all serve, and returns the address to join with."""
+        first, *_ = [self._await_address(index) for index in range(len(self.spans))]
+        return first
+
+    def restart_dead(self) -> None:
+        """Starts daemons that have ended again, and waits until they serve."""
+        for index, process in enumerate(self.processes):
+            if process.poll() is not None:
+                self._address_file(index).unlink()
+                self.processes[index] = self._start(index)
+                self._await_address(index)
+
+    def log(self, index: int) -> str:
+        """What a daemon has said."""
+        return self._log_file(index).read_text(encoding="utf-8", errors="replace")
+
+    def _start(self, index: int) -> subprocess.Popen[bytes]:
+        start, end = self.spans[index]
+        command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint, "--blocks", f"{start}:{end}"]
+        command += ["--listen", "tcp://127.0.0.1:0", "--address-file", str(self._address_file(index))]
+        if self._join:
+            command += ["--join", self._join]
+        elif index:
+            command += ["--join-file", str(self._address_file(0))]
+        with self._log_file(index).open("wb") as log:
+            return subprocess.Popen(
+                [*command, *self._options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=without_options(os.environ),
+            )
+
+    def _await_address(self, index: int) -> str:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        file = self._address_file(index)
+        while not file.exists():
+            if self.processes[index].poll() is not None:
+                said = self.log(index).strip().splitlines()
+                raise SplitnetError(f"daemon {index + 1} ended: {said[-1] if said else 'it said nothing'}")
+            if time.monotonic() > deadline:
+                raise SplitnetError(
+                    f"daemon {index + 1} did not start in {START_TIMEOUT_S:.0f} s: is the machine busy?"
+                )
+            time.sleep(0.05)
+        return file.read_text(encoding="utf-8").strip()
+
+    def _address_file(self, index: int) -> Path:
+        return Path(self._folder.name) / f"address-{index}"
+
+    def _log_file(self, index: int) -> Path:
+        return Path(self._folder.name) / f"log-{index}"
+
+
+def _count_blocks(checkpoint: str) -> int:
+    """Blocks of a checkpoint, without loading torch if the folder is local."""
+    config = Path(checkpoint) / "config.json"
+    if config.is_file():
+        with suppress(OSError, ValueError, AttributeError, RecursionError):  # what it is, a checkpoint says below
+            values = json.loads(config.read_text(encoding="utf-8"))
+            for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+                if isinstance(values.get(name), int):
+                    return values[name]
+    from splitnet.checkpoint.checkpoint import Checkpoint
+
+    return Checkpoint.open(checkpoint).num_blocks
+
 
 PROMPT = "Explain in three sentences how bees find their way home."
 
@@ -39,8 +163,6 @@ def demo(
         listen_at("127.0.0.1", port).close()  # to tell it now
     checkpoint = resolve_model(model)
     typer.secho(f"starting {peers} peers, which load and measure their blocks ...", err=True)
-
-    from splitnet.cli.local_swarm import ONE_THREAD, LocalSwarm
 
     with LocalSwarm(checkpoint, peers, (*ONE_THREAD, "--device", device)) as swarm:
         for index, blocks in enumerate(swarm.spans):

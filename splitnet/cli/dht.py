@@ -11,8 +11,7 @@ from typing import Annotated
 import typer
 
 from splitnet.cli.arguments import RelayPort, RelayRate, checked_addresses, parse_relay_rate
-from splitnet.cli.joining import forget_address, tell_addresses, write_address
-from splitnet.cli.stopping import StopSignals
+from splitnet.cli.daemon import StopSignals, forget_address, tell_addresses, write_address
 from splitnet.errors import KeyFileError, SplitnetError
 
 _FIRST_BYTE = b"\x08"
@@ -69,10 +68,10 @@ def dht(
     forget_address(address_file)
 
     stop = StopSignals()
-    from splitnet.net.connections import allow_open_files
-    from splitnet.net.directory import Directory
-    from splitnet.net.identity import AuthorizedKeys, Identity
-    from splitnet.net.ways.offer import relaying
+    from splitnet.directory.dht import Directory
+    from splitnet.directory.relay_offer import relaying
+    from splitnet.security.identity import AuthorizedKeys, Identity
+    from splitnet.transport.connections import allow_open_files
 
     stop.check()
     allow_open_files()

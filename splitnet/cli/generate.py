@@ -13,7 +13,7 @@ from splitnet.cli.connecting import Connecting, connects
 from splitnet.cli.extras import require
 from splitnet.cli.invite import model_or_invited
 from splitnet.errors import AdapterError, SplitnetError
-from splitnet.light_imports import import_models
+from splitnet.import_shims import import_models
 
 ANSWER = "Answer"
 

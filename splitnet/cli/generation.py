@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TextStreamer
 
+from splitnet.checkpoint.chat_template import render
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.connection import Connection
-from splitnet.client.cache import ModelSession
-from splitnet.client.causal_lm import RemoteCausalLM, attach
-from splitnet.client.saved_adapters import load_adapter
-from splitnet.client.speculation.speculator import PROMPT_LOOKUP
 from splitnet.errors import SplitnetError
-from splitnet.model.chat_template import render
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.printable import printable
+from splitnet.hf.adapters import load_adapter
+from splitnet.hf.cache import ModelSession
+from splitnet.hf.causal_lm import RemoteCausalLM, attach
+from splitnet.hf.speculate.speculator import PROMPT_LOOKUP
+from splitnet.logs import printable
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def drafts_of(speculate: str | None, connection: Connection) -> Any:
     """
     if speculate is None or speculate == PROMPT_LOOKUP:
         return speculate
-    from splitnet.model.whole_model import load_whole
+    from splitnet.blocks.whole_model import load_whole
 
     return load_whole(Checkpoint.open(speculate), "auto").to(connection.computes_on)
 

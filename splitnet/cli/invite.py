@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitnet.cli.arguments import ModelId, checked_addresses
+from splitnet.cli.arguments import KeyFile, ModelId, checked_addresses
 from splitnet.errors import KeyFileError, SplitnetError
 
 if TYPE_CHECKING:
-    from splitnet.net.identity import Identity
-    from splitnet.net.swarm_key import SwarmKey
+    from splitnet.security.identity import Identity
+    from splitnet.security.swarm_key import SwarmKey
+
 
 _ABOUT = """\
 # An invitation to a swarm of splitnet. Whoever has this file is who was invited, so give it to nobody else:
@@ -52,8 +53,8 @@ class Invite:
             KeyFileError: it is none, or others can read it.
             DirectoryError: it holds a wrong address.
         """
-        from splitnet.net.identity import Identity
-        from splitnet.net.swarm_key import SwarmKey, read_secret_file
+        from splitnet.security.identity import Identity
+        from splitnet.security.swarm_key import SwarmKey, read_secret_file
 
         text = read_secret_file(path)
         try:
@@ -74,7 +75,7 @@ class Invite:
 
     def save(self, path: Path) -> None:
         """Writes a new file that its owner alone can read. Raises KeyFileError if it cannot, or one is there."""
-        from splitnet.net.swarm_key import write_secret_file
+        from splitnet.security.swarm_key import write_secret_file
 
         fields = {"model": self.model, "swarm-key": self.swarm_key.secret_text, "key": self.identity.secret_text}
         if self.model_id is not None:
@@ -135,10 +136,10 @@ def invite(
 
     Take the line out of the list to revoke the invitation.
     """
-    from splitnet.net.identity import Identity, without_names
-    from splitnet.net.key_options import parse_options
-    from splitnet.net.peer_addresses import check_peer_address, is_peer_address
-    from splitnet.net.swarm_key import SwarmKey
+    from splitnet.security.grants import parse_options
+    from splitnet.security.identity import Identity, without_names
+    from splitnet.security.swarm_key import SwarmKey
+    from splitnet.transport.addresses import check_peer_address, is_peer_address
 
     for address in join:
         if not is_peer_address(address):
@@ -179,3 +180,21 @@ def _quoted(text: str) -> str:
     if not text.isprintable() or "'" in text:
         raise SplitnetError(f"{text!r} cannot stand in an invitation")
     return f"'{text}'"
+
+
+def key(
+    key_file: KeyFile = None,
+    swarm_key: Annotated[
+        Path | None, typer.Option(help="Make a key that closes a swarm in this new file, for its peers and clients.")
+    ] = None,
+) -> None:
+    """Print the public key of this machine, for the --authorized-keys file of a private swarm."""
+    from splitnet.security.identity import Identity
+
+    if swarm_key is not None:
+        from splitnet.security.swarm_key import SwarmKey
+
+        SwarmKey.create(swarm_key)
+        typer.echo(f"{swarm_key} holds a new swarm key: give it to members alone, as `splitnet invite` does")
+        return
+    typer.echo(Identity.load_or_create(key_file).public.text)

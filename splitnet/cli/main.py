@@ -21,15 +21,14 @@ from splitnet.cli.configuration import CONFIG_VARIABLE, ConfigurableGroup, read_
 from splitnet.cli.demo import demo
 from splitnet.cli.dht import dht
 from splitnet.cli.generate import generate
-from splitnet.cli.invite import invite
-from splitnet.cli.key import key
-from splitnet.cli.logs import LogFormat, set_up, tell
+from splitnet.cli.invite import invite, key
 from splitnet.cli.peer import peer
 from splitnet.cli.serve import serve
 from splitnet.cli.status import status
 from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetError
-from splitnet.light_imports import claim_process
-from splitnet.signals import ENDING
+from splitnet.import_shims import claim_process
+from splitnet.logs import LogFormat, set_up, tell
+from splitnet.process import ENDING
 from splitnet.version import __version__
 
 _ABSENT = "Not installed: says how to install it."
@@ -56,11 +55,11 @@ def _leaf(entry: str) -> Callable[..., None]:
     return absent
 
 
-bench = _leaf("splitnet.cli.bench:bench")
-doctor = _leaf("splitnet.cli.doctor:doctor")
-plan = _leaf("splitnet.cli.plan:plan")
+bench = _leaf("splitnet.tools.bench.command:bench")
+doctor = _leaf("splitnet.tools.doctor.command:doctor")
+plan = _leaf("splitnet.tools.plan.command:plan")
 simulate = _leaf("simulator.command:simulate")
-tune = _leaf("splitnet.cli.tune:tune")
+tune = _leaf("splitnet.tools.tune.command:tune")
 
 app = typer.Typer(
     name="splitnet",

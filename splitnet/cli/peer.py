@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scheduler.swarm import MAX_WATTS
-from splitnet.amounts import parse_bytes
+from scheduler.facts import MAX_WATTS
 from splitnet.cli.arguments import (
     COMPUTING,
     KEYS,
@@ -32,17 +31,17 @@ from splitnet.cli.arguments import (
     parse_relay_rate,
     resolve_model,
 )
+from splitnet.cli.daemon import StopSignals, forget_address, tell_addresses, write_address
 from splitnet.cli.invite import Invite, model_or_invited
-from splitnet.cli.joining import forget_address, tell_addresses, write_address
-from splitnet.cli.logs import tell
-from splitnet.cli.stopping import StopSignals
 from splitnet.errors import SplitnetError
-from splitnet.light_imports import import_models
-from splitnet.net.addresses import Reach, is_reachable, refuse_taken
-from splitnet.net.connections import allow_open_files
+from splitnet.import_shims import import_models
+from splitnet.limits import parse_bytes
+from splitnet.logs import tell
+from splitnet.transport.addresses import Reach, is_reachable, refuse_taken
+from splitnet.transport.connections import allow_open_files
 
 if TYPE_CHECKING:
-    from peers.daemon import Peer
+    from peers.server import Peer
 
 
 MEMORY = "Blocks and memory"
@@ -248,17 +247,16 @@ def peer(
     import_models(signals_raise=False)
     import torch
 
-    from peers.daemon import Peer
-    from peers.metrics import registry_of
-    from peers.metrics_server import MetricsServer
+    from peers.metrics import MetricsServer, registry_of
     from peers.options import PeerOptions
-    from peers.placing import SpanWish
+    from peers.placement import SpanWish
+    from peers.server import Peer
+    from splitnet.blocks.device import find_device
     from splitnet.cli.progress import StageProgress
-    from splitnet.model.device_choice import find_device
-    from splitnet.model.memory import keep_freed_memory
-    from splitnet.net.dht_node import have_hivemind
-    from splitnet.net.swarm_key import SwarmKey
+    from splitnet.directory.hivemind_node import have_hivemind
     from splitnet.paths import cache_folder
+    from splitnet.quant.memory import keep_freed_memory
+    from splitnet.security.swarm_key import SwarmKey
 
     closed = invitation.swarm_key if invitation else SwarmKey.load(swarm_key) if swarm_key else None
     if invitation and invite and authorized_keys is None:
@@ -362,8 +360,8 @@ def _what_it_serves(peer: Peer) -> str:
 
 def _other_weights(peer: Peer) -> str | None:
     """What else the weights could be held as; None: nothing that is known to be better in some way."""
-    from splitnet.model.kernels import has_integer_kernels
-    from splitnet.model.weights import STORED
+    from splitnet.quant.choose import STORED
+    from splitnet.quant.native import has_integer_kernels
 
     span = peer.span
     held = span.weights

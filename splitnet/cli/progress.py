@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from splitnet.cli.logs import for_programs
+from splitnet.logs import for_programs
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from splitnet.cli.connecting import Connecting, connects
 from splitnet.cli.extras import require
 from splitnet.cli.generate import Speculate
 from splitnet.cli.invite import model_or_invited
-from splitnet.cli.logs import tell
 from splitnet.errors import SplitnetError
-from splitnet.light_imports import import_models
-from splitnet.net.addresses import listen_at
+from splitnet.import_shims import import_models
+from splitnet.logs import tell
+from splitnet.transport.addresses import listen_at
 
 _HTTP = "HTTP"
 _LIMITS = "How much at a time"
@@ -134,7 +134,7 @@ def serve(
     """
     require("serve", "splitnet serve")
     listen_at(host, port).close()  # to tell it now
-    from splitnet.serve.keys import ApiKeys
+    from splitnet.serve.gate import ApiKeys
 
     ApiKeys.read(api_key_file)
     if "*" in (allow_origin or ()) and api_key_file is None:

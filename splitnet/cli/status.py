@@ -9,15 +9,15 @@ import typer
 
 from splitnet.cli.arguments import ModelOrInvite, resolve_model
 from splitnet.cli.connecting import Connecting, connects
+from splitnet.cli.daemon import tell_addresses
 from splitnet.cli.invite import model_or_invited
-from splitnet.cli.joining import tell_addresses
-from splitnet.light_imports import import_models
+from splitnet.import_shims import import_models
 
 SHOWN_ADDRESSES = 3
 """To join with; all are in the JSON."""
 
 if TYPE_CHECKING:
-    from splitnet.client.overview import Overview
+    from splitnet.swarm.overview import Overview
 
 
 @connects(only=("join", "lan", "key_file", "swarm_key", "invite", "model_id"))
@@ -31,8 +31,8 @@ def status(
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()
-    from splitnet.client.overview import Overview
-    from splitnet.model.checkpoint import Checkpoint
+    from splitnet.checkpoint.checkpoint import Checkpoint
+    from splitnet.swarm.overview import Overview
 
     connection = connecting.to(checkpoint)
     facts = connection.facts_of(Checkpoint.open(checkpoint))
@@ -48,9 +48,9 @@ def _print_table(overview: Overview) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from splitnet.client.overview import blocks_text, reached, short_key, token_joules, token_ms
-    from splitnet.net.fields import STRICT_VERSIONS
-    from splitnet.net.peer_addresses import peer_address
+    from splitnet.swarm.overview import blocks_text, reached, short_key, token_joules, token_ms
+    from splitnet.transport.addresses import peer_address
+    from splitnet.wire.fields import STRICT_VERSIONS
 
     console = Console()
     facts = overview.facts

@@ -15,28 +15,22 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
-from scheduler.swarm import missing_blocks
+from scheduler.facts import missing_blocks
+from splitnet.directory.record import facts_of
 from splitnet.errors import CoverageError, SplitnetError
-from splitnet.net.endpoints import LinkState
-from splitnet.net.facts import facts_of
-from splitnet.serve.admission import Admission
-from splitnet.serve.answering import Answer
-from splitnet.serve.chat import ChatAnswer
-from splitnet.serve.completions import CompletionAnswer
+from splitnet.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.events import EventStream, Numbered, events, unless_gone
 from splitnet.serve.failures import ApiError, ErrorReply, failure_of
-from splitnet.serve.gate import ON_THIS_MACHINE, Gate, client_of
+from splitnet.serve.gate import ON_THIS_MACHINE, ApiKeys, Gate, client_of
 from splitnet.serve.generation import Ask, Generations
 from splitnet.serve.grammars import Grammar, Grammars
-from splitnet.serve.keys import ApiKeys
+from splitnet.serve.limits import Admission, Client, Shares
 from splitnet.serve.metrics import GatewayMetrics, instrument
-from splitnet.serve.parsing import ParsingRoute, Preparing
+from splitnet.serve.openai import ChatRequest, CompletionRequest, ParsingRoute, Preparing, SamplingRequest
 from splitnet.serve.prompts import Prompts
-from splitnet.serve.requests import ChatRequest, CompletionRequest, SamplingRequest
-from splitnet.serve.sampling import Sampling
-from splitnet.serve.sampling_defaults import SamplingDefaults
-from splitnet.serve.shares import Client, Shares
+from splitnet.serve.sampling import Sampling, SamplingDefaults
+from splitnet.wire.endpoints import LinkState
 
 COMPLETION_TOKENS = 16
 """Of a completion that does not say how many it wants; OpenAI's default."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from dataclasses import asdict
+import time
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from enum import Enum
 from importlib import resources
 from typing import Any
 
@@ -14,16 +17,241 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from splitnet.directory.record import PeerRecord
 from splitnet.errors import SplitnetError
-from splitnet.net.records import PeerRecord
-from splitnet.serve.admission import Admission
-from splitnet.serve.events import EventStream
+from splitnet.serve.events import EventStream, framed
 from splitnet.serve.gate import client_of
 from splitnet.serve.generation import Generations
-from splitnet.serve.presence import PAUSE_S, Presence
-from splitnet.serve.shares import Client, Shares
-from splitnet.serve.snapshot import snapshot
-from splitnet.serve.sse import framed
+from splitnet.serve.limits import Admission, Client, Shares
+from splitnet.serve.progress import Progress
+from splitnet.swarm.events import Kind
+from splitnet.swarm.overview import Overview, blocks_text, short_key, token_joules, token_ms
+from splitnet.swarm.swarm import Swarm
+from splitnet.transport.prober import Answer
+from splitnet.version import __version__
+from splitnet.wire.endpoints import Endpoint, LinkState
+
+SILENT_S = 3.0
+"""A peer that has been asked for so long, and has not answered, is not there."""
+
+ASKED_PEERS = 128
+"""Every peer that is asked takes a socket. Of more peers the others are believed."""
+
+PAUSE_S = 10.0
+"""After such a pause nothing is told of what has changed since: it may have been any time ago."""
+
+
+class State(Enum):
+    """What is known of a peer."""
+
+    HERE = "here"
+    UNKNOWN = "unknown"
+    """It was not asked, or has had no time to answer."""
+    GONE = "gone"
+    REFUSES = "refuses"
+    """It does not accept this client's key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A peer as it was seen last."""
+
+    record: PeerRecord
+    state: State
+    since: float
+    """When it came into this state, in seconds of the clock."""
+    answer: Answer | None
+    """The last; None: it has never answered."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    future: Future[Answer] | None = None
+    first_unanswered_at: float = 0.0
+    asked_at: float = 0.0
+    answer: Answer | None = None
+
+
+class Presence:
+    """Asks peers for signs of life, and notes in the swarm's event log who comes and goes. For one thread at a time.
+
+    Args:
+        swarm: of the peers.
+        clock: seconds.
+    """
+
+    def __init__(self, swarm: Swarm, clock: Callable[[], float] = time.monotonic) -> None:
+        self._swarm = swarm
+        self._clock = clock
+        self._asked: dict[Endpoint, _Asked] = {}
+        self._seen: dict[str, Seen] = {}
+        self._looked_at = float("-inf")
+
+    def look(self, records: Sequence[PeerRecord], working: Collection[str] = ()) -> list[Seen]:
+        """What is known now of the peers of these records; asks them again, and does not wait for answers.
+
+        Args:
+            working: keys of peers on routes of answers that are under way. Their sessions watch them and replace them,
+                so none of them is gone because it answers late.
+        """
+        now = self._clock()
+        if now - self._looked_at > PAUSE_S:
+            self._asked, self._seen = {}, {}
+        told = bool(self._seen)
+        self._looked_at = now
+        # Keys are random: so who is asked does not depend on blocks, and is the same the next time.
+        asked = sorted(records, key=lambda record: record.key.text)[:ASKED_PEERS]
+        endpoints = {record.key.text: record.endpoint for record in asked}
+        self._asked = {endpoint: self._asked.get(endpoint) or _Asked() for endpoint in endpoints.values()}
+        before, self._seen = self._seen, {}
+        for record in records:
+            key = record.key.text
+            endpoint = endpoints.get(key)
+            state, answer = State.UNKNOWN, None
+            if endpoint is not None:
+                state, answer = self._ask(endpoint, now, works=key in working)
+            known = before.get(key)
+            since = known.since if known is not None and known.state is state else now
+            self._seen[key] = Seen(record, state, since, answer)
+        if told:
+            self._note_changes(before)
+        return list(self._seen.values())
+
+    def _ask(self, endpoint: Endpoint, now: float, *, works: bool) -> tuple[State, Answer | None]:
+        """What is known of a peer; asks it again if it has answered, or has been silent."""
+        asked = self._asked[endpoint]
+        if asked.future is not None and asked.future.done():
+            asked.answer, asked.future = asked.future.result(), None
+        link = self._swarm.links.state(endpoint)
+        if link is LinkState.REFUSED:
+            return State.REFUSES, asked.answer
+        is_due = now - asked.asked_at >= SILENT_S
+        if link is LinkState.DOWN:
+            if is_due:  # a link that nobody asks over is closed, and then finds out nothing more
+                self._swarm.ping(endpoint)
+                asked.asked_at = now
+            asked.future = None
+            return State.GONE, asked.answer
+        if asked.future is None or works:
+            asked.first_unanswered_at = now
+        silent = now - asked.first_unanswered_at >= SILENT_S
+        if asked.future is None or is_due:
+            asked.future, asked.asked_at = self._swarm.ping(endpoint), now
+        if silent:
+            return State.GONE, asked.answer
+        return State.UNKNOWN if asked.answer is None else State.HERE, asked.answer
+
+    def _note_changes(self, before: dict[str, Seen]) -> None:
+        for key, seen in self._seen.items():
+            was, record = before.get(key), seen.record
+            serving = _name(record)
+            blocks = f"blocks {blocks_text(record.start, record.end)}"
+            if was is None:
+                self._note("joined", f"{serving} has joined and serves {blocks}")
+                continue
+            if (was.record.start, was.record.end) != (record.start, record.end):
+                self._note("moved", f"{serving} now serves {blocks}")
+            if seen.state is State.GONE and was.state is not State.GONE:
+                self._note("gone", f"{serving} does not answer any more: {blocks} have lost a peer")
+            elif was.state is State.GONE and seen.state is State.HERE:
+                self._note("back", f"{serving} answers again and serves {blocks}")
+        for key, was in before.items():
+            if key not in self._seen and was.state is not State.GONE:
+                self._note("left", f"{_name(was.record)} has left")
+
+    def _note(self, kind: Kind, text: str) -> None:
+        self._swarm.events.note(kind, text)
+
+
+def _name(record: PeerRecord) -> str:
+    return f"{short_key(record.key.text)} at {record.address.removeprefix('tcp://')}"
+
+
+RATE_S = 5
+"""Rates are means of so many seconds."""
+
+SHOWN_S = 60.0
+"""For so long an answer that has ended is still told of."""
+
+
+def snapshot(
+    name: str, generations: Generations, admission: Admission, seen: Sequence[Seen], problem: str | None
+) -> Any:
+    """The swarm and the answers as they are now.
+
+    Args:
+        name: of the model, in requests.
+        seen: the peers.
+        problem: why they may not be known.
+    """
+    model, log = generations.model, generations.progress
+    there = [each.record for each in seen if each.state not in (State.GONE, State.REFUSES)]
+    overview = Overview.of(model.swarm, there, model.local_spans)
+    per_second = log.tokens_per_second()
+    rates = [sum(per_second[end - RATE_S : end]) / RATE_S for end in range(len(per_second), RATE_S - 1, -RATE_S)][::-1]
+    now = log.clock()
+    return {
+        "at": time.time(),
+        "version": __version__,
+        "model": name,
+        "num_blocks": overview.facts.num_blocks,
+        "problem": problem,
+        "holes": [
+            {"start": start, "end": end, "advice": advice}
+            for (start, end), advice in zip(overview.missing, overview.advice(), strict=True)
+        ],
+        "local_spans": model.local_spans,
+        "peers": [_peer(model.swarm, each, now) for each in _in_order(seen)],
+        "requests": {"running": admission.running, "waiting": admission.waiting},
+        "tokens_per_s": rates[-1],
+        "history": rates,
+        "answers": [_answer(each, now) for each in log.answers() if each.ended is None or now - each.ended < SHOWN_S],
+    }
+
+
+def _in_order(seen: Iterable[Seen]) -> list[Seen]:
+    return sorted(seen, key=lambda each: (each.record.start, each.record.end, each.record.key.text))
+
+
+def _peer(swarm: Swarm, seen: Seen, now: float) -> dict[str, Any]:
+    """What a peer says is untrusted text; its key and its numbers were checked with its record."""
+    record, answer = seen.record, seen.answer
+    return {
+        "key": record.key.text,
+        "short": short_key(record.key.text),
+        "state": seen.state.value,
+        "state_s": now - seen.since,
+        "serves": record.serves,
+        "address": record.address.removeprefix("tcp://"),
+        "start": record.start,
+        "end": record.end,
+        "moving_to": record.moving_to,
+        "device": record.device,
+        "weights": record.dtype,
+        "token_ms": token_ms(record),
+        "token_joules": token_joules(record),
+        "queue_ms": record.queue_ms if answer is None else answer.queue_ms,
+        "sessions": record.sessions,
+        "kv_free": record.kv_free_positions if answer is None else answer.kv_free_positions,
+        "delay_ms": swarm.links.prober.rtt_ms(record.endpoint) / 2 or None,
+        "way": swarm.links.way(record.endpoint).value,
+        "version": record.version,
+    }
+
+
+def _answer(progress: Progress, now: float) -> dict[str, Any]:
+    first, until = progress.first_token, now if progress.ended is None else progress.ended
+    seconds = until - first if first is not None else 0.0
+    return {
+        "id": progress.answer,
+        "ended": progress.ended is not None,
+        "began_s": now - progress.began,
+        "first_token_s": None if first is None else first - progress.began,
+        "tokens": progress.tokens,
+        "tokens_per_s": (progress.tokens - 1) / seconds if seconds > 0 else None,
+        "routes": [asdict(route) for route in progress.routes()],
+    }
+
 
 SNAPSHOT_S = 1.0
 LOOKUP_S = 3.0

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from splitnet.serve.admission import Admission
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ask, Ended, Event, Generations, Piece, ScoredPrompt
-from splitnet.serve.shares import ANYONE, Client, Shares
-from splitnet.serve.sse import framed
+from splitnet.serve.limits import ANYONE, Admission, Client, Shares
+
+DONE = "data: [DONE]\n\n"
+
+
+def framed(document: dict[str, Any]) -> str:
+    """One event; JSON has no line breaks of its own, so one line is enough."""
+    return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
 
 Result = TypeVar("Result")
 Numbered = tuple[int, ScoredPrompt | Piece | Ended]

@@ -2,19 +2,264 @@
 
 from __future__ import annotations
 
+import asyncio
+import hmac
 import ipaddress
 import re
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from splitnet.serve.bodies import Bodies
+from splitnet.errors import KeyFileError
+from splitnet.security.grants import KeyOptions, is_options, parse_options
 from splitnet.serve.failures import ApiError, failure_of
-from splitnet.serve.keys import ApiKeys
-from splitnet.serve.shares import Client, client_at
+from splitnet.serve.limits import Client, Holding, Shares, TokenQuota, client_at
+
+
+class ApiKeys:
+    """Keys that are accepted, with the options of each; without any, everybody is."""
+
+    def __init__(self, keys: Mapping[str, KeyOptions]) -> None:
+        self._clients = [
+            (key.encode(), Client(f"key {number}", options.weight, _quota(options)))
+            for number, (key, options) in enumerate(keys.items(), start=1)
+        ]
+
+    @classmethod
+    def read(cls, file: Path | None) -> ApiKeys:
+        """The keys of a file, one per line, with their options before or after them; # begins a comment.
+
+        Raises:
+            KeyFileError: it cannot be read, holds no key, or a line is wrong.
+        """
+        if file is None:
+            return cls({})
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not a text file"
+            raise KeyFileError(
+                f"the API keys in {file} cannot be read ({reason}): give a file with one key per line"
+            ) from None
+        keys: dict[str, KeyOptions] = {}
+        for number, line in enumerate(lines, start=1):
+            if line.strip() and not line.lstrip().startswith("#"):
+                try:
+                    key, options = _key_of(line)
+                    if key in keys:
+                        raise KeyFileError("this key is there already: leave it out")
+                except KeyFileError as error:
+                    raise KeyFileError(f"{file}, line {number}: {error}") from None
+                keys[key] = options
+        if not keys:
+            raise KeyFileError(f"{file} holds no API key: write one per line, or leave out --api-key-file")
+        return cls(keys)
+
+    @property
+    def required(self) -> bool:
+        return bool(self._clients)
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def client_of(self, given: bytes) -> Client | None:
+        """Whose key it is; None: nobody's. How long that takes tells nothing about the keys."""
+        matching = [client for key, client in self._clients if hmac.compare_digest(given, key)]
+        return matching[0] if matching else None
+
+
+def _key_of(line: str) -> tuple[str, KeyOptions]:
+    words = line.split()
+    comment = next((index for index, word in enumerate(words) if word.startswith("#")), len(words))
+    keys = [word for word in words[:comment] if not is_options(word)]
+    options = [word for word in words[:comment] if is_options(word)]
+    if len(keys) != 1 or len(options) > 1:
+        raise KeyFileError("write one key, its options before or after it without spaces, and a comment after #")
+    read = parse_options(options[0]) if options else KeyOptions()
+    if read.kv is not None or not read.train:
+        raise KeyFileError("kv and train are for authorized_keys of peers: leave them out of a file of API keys")
+    return keys[0], read
+
+
+def _quota(options: KeyOptions) -> TokenQuota | None:
+    return TokenQuota(options.tokens_per_minute) if options.tokens_per_minute is not None else None
+
+
+MAX_BODY_BYTES = 16 * 2**20
+
+VALUE_BYTES = 64
+"""What a value of JSON takes once it is parsed, without the text of strings: two bytes of a body can hold one."""
+
+MAX_PARSED_BYTES = 48 * 2**20
+ALL_PARSED_BYTES = 128 * 2**20
+"""What bodies take when they are parsed: one, and those of all requests until they are answered."""
+
+BODY_S = 60.0
+"""Time for a body to arrive."""
+
+
+class Bodies:
+    """Reads the bodies of one server."""
+
+    def __init__(self) -> None:
+        # Half of it is for others, whatever a client sends.
+        self._shares = Shares(ALL_PARSED_BYTES, ALL_PARSED_BYTES // 2)
+
+    @asynccontextmanager
+    async def read(self, receive: Receive, client: Client) -> AsyncIterator[Receive]:
+        """Waits for the whole body; within the `with`, whoever receives gets it in one piece.
+
+        Raises:
+            ApiError: it is too long, has too many values or comes too slowly, or there is no memory for it now.
+        """
+        arriving = _Arriving(receive)
+        holding = self._shares.hold(client, arriving.give_up)
+        try:
+            messages = [await arriving.whole(holding)]
+            holding.settled = True
+
+            async def received() -> Message:
+                return messages.pop() if messages else await receive()
+
+            yield received
+        finally:
+            holding.release()
+
+
+class _Arriving:
+    """A body on its way."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._timer = asyncio.timeout(BODY_S)
+        self._given_up = False
+
+    def give_up(self) -> None:
+        """Ends the waiting: there is no room."""
+        self._given_up = True
+        self._timer.reschedule(0)
+
+    async def whole(self, holding: Holding) -> Message:
+        """The message with all of it.
+
+        Raises:
+            ApiError: see `Bodies.read`.
+        """
+        body, more = bytearray(), True
+        try:
+            async with self._timer:
+                while more:
+                    message = await self._receive()
+                    new = message.get("body", b"")
+                    more = message.get("more_body", False)
+                    body += new
+                    holding.grow(len(new) + VALUE_BYTES * sum(map(new.count, (b",", b"[", b"{"))))
+                    if len(body) > MAX_BODY_BYTES:
+                        raise ApiError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+                    if holding.amount > MAX_PARSED_BYTES:
+                        raise ApiError(413, "the body has too many values: send fewer prompts or messages at once")
+                    if message["type"] == "http.disconnect":
+                        return message
+        except TimeoutError:
+            if not self._given_up:
+                raise ApiError(408, f"the body did not arrive within {BODY_S:.0f} s: send it faster") from None
+        if self._given_up:
+            raise ApiError(429, "there is no room for this body now: try again in a moment", code="overloaded")
+        return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+
+REQUEST_S = 10.0
+"""Time for the head of a request, from the connection or from the last answer on."""
+
+UNREAD_S = 30.0
+"""A client that has not read `READ_BYTES` of what waits for it within this time is cut off."""
+READ_BYTES = 2**14
+
+IDLE_CONNECTIONS = 256
+"""Connections without a whole request, at most; the oldest of the client with most of them are closed."""
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which bounds neither the time for a head nor the time for reading an answer.
+
+    Args:
+        idle: all connections without a whole request.
+    """
+
+    def __init__(self, idle: Shares, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._all_idle = idle
+        self._idle: Holding | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._unread = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self._wait(REQUEST_S)
+        self._be_idle()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait(None)
+        self._be_busy()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self._answering:
+            if not self.flow.write_paused:
+                self._wait(None)
+            if not self.cycle.more_body:
+                self._be_busy()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._answering:
+            self._wait(UNREAD_S if self.flow.write_paused else REQUEST_S)
+            self._be_idle()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait(UNREAD_S)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._wait(None if self._answering else REQUEST_S)
+
+    @property
+    def _answering(self) -> bool:
+        # Before its first request a connection of uvicorn has none.
+        return self.cycle is not None and not self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
+
+    def _wait(self, seconds: float | None) -> None:
+        """Cuts the client off after so long if it does nothing; None: waits without end."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._unread = self.transport.get_write_buffer_size()
+        self._timer = None if seconds is None else self.loop.call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        if self.transport.get_write_buffer_size() <= self._unread - READ_BYTES:
+            self._wait(UNREAD_S)
+        else:
+            self.transport.abort()
+
+    def _be_idle(self) -> None:
+        if self._idle is None and not self.transport.is_closing():
+            self._idle = self._all_idle.hold(client_at(self.client[0] if self.client else ""), self.transport.abort)
+            self._idle.grow(1)
+
+    def _be_busy(self) -> None:
+        if self._idle is not None:
+            self._idle.release()
+            self._idle = None
+
 
 ON_THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 """Origins whose pages may use the server, whatever else may."""

@@ -3,25 +3,103 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 
-from splitnet.client.cache import RemoteCache
-from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.errors import PeerBusy, SessionClosed
-from splitnet.model.openmp import end_threads
-from splitnet.serve.choice import Choice, Piece
+from splitnet.hf.cache import RemoteCache
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.quant.device import end_threads
 from splitnet.serve.grammars import AllowedTokens, Grammar
 from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
-from splitnet.serve.progress import Progress, ProgressLog
-from splitnet.serve.route_view import routes_of
+from splitnet.serve.progress import Observer, Progress, ProgressLog, SessionWatch, routes_of
 from splitnet.serve.sampling import Sampling, ScoredToken, TokenChooser, score_tokens
-from splitnet.serve.session_watch import Observer, SessionWatch
+from splitnet.serve.text import Detokenizer, StopStrings
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new of one answer.
+
+    Attributes:
+        choice: which answer of the request.
+        text: may be empty while a character or a stop string is not complete.
+        scored: the new tokens, if they are scored; also one that ends the answer and is no text.
+        begins: characters of the answer before those tokens.
+        finish: why the answer ends here; None: it goes on.
+    """
+
+    choice: int
+    text: str
+    scored: tuple[ScoredToken, ...]
+    finish: Finish | None
+    begins: int = 0
+
+
+class Choice:
+    """Takes the tokens of one answer.
+
+    Args:
+        index: which answer of the request.
+        decode: the text of a list of tokens.
+        max_tokens: after which it ends.
+        end_tokens: with which it ends; they are not text.
+        stop_strings: before which it ends.
+        prompt: the tokens whose text it goes on from; empty: it stands alone.
+
+    Attributes:
+        tokens: how many there were so far.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        decode: Callable[[list[int]], str],
+        max_tokens: int,
+        end_tokens: Collection[int],
+        stop_strings: Sequence[str],
+        prompt: Sequence[int] = (),
+    ) -> None:
+        self.index = index
+        self.tokens = 0
+        self.finished = False
+        self._max_tokens = max_tokens
+        self._end_tokens = end_tokens
+        self._characters = 0
+        self._detokenizer = Detokenizer(decode, prompt)
+        self._stops = StopStrings(stop_strings)
+
+    def push(self, token: int, scored: ScoredToken | None) -> Piece:
+        """Takes the next token, with its score if it is wanted."""
+        self.tokens += 1
+        begins = self._characters
+        text, finish = self._text_of(token)
+        self.finished = finish is not None
+        return Piece(self.index, text, (scored,) if scored is not None else (), finish, begins)
+
+    def _text_of(self, token: int) -> tuple[str, Finish | None]:
+        if token in self._end_tokens:
+            text, stopped = self._stops.push(self._detokenizer.rest())
+            return text + ("" if stopped else self._stops.rest()), "stop"
+        new = self._detokenizer.push(token)
+        self._characters += len(new)
+        text, stopped = self._stops.push(new)
+        if stopped:
+            return text, "stop"
+        if self.tokens < self._max_tokens:
+            return text, None
+        last, stopped = self._stops.push(self._detokenizer.rest())
+        if stopped:
+            return text + last, "stop"
+        return text + last + self._stops.rest(), "length"
+
 
 RESERVED_ANSWER = 512
 """Positions of an answer that peers keep free from its start; a longer one asks for more on its way."""

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from splitnet.serve.failures import ApiError
-from splitnet.serve.requests import Tool
-from splitnet.serve.tool_calls import CLOSING, OPENING
+from splitnet.serve.openai import Tool
+from splitnet.serve.text import CLOSING, OPENING
 
 ONE_LINE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """How JSON is written: where white space is free, small models write nothing else until their context is full."""

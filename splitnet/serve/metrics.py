@@ -22,15 +22,15 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from splitnet.client.causal_lm import RemoteCausalLM
-from splitnet.client.session_events import Cause, Recovered
 from splitnet.errors import SplitnetError
-from splitnet.net.messages import Timing
-from splitnet.serve.admission import Admission
+from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve.events import Numbered
 from splitnet.serve.failures import failure_of
 from splitnet.serve.generation import Ask, Ended, Generations, Piece, ScoredPrompt
+from splitnet.serve.limits import Admission
+from splitnet.session.events import Cause, Recovered
 from splitnet.version import __version__
+from splitnet.wire.messages import Timing
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 HOP_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -41,7 +41,7 @@ GONE_STATUS = "499"
 
 
 class GatewayMetrics:
-    """Counts for one app, in a registry of its own. It is also the `splitnet.serve.session_watch.Observer`."""
+    """Counts for one app, in a registry of its own. It is also the `splitnet.serve.progress.Observer`."""
 
     def __init__(self) -> None:
         # Of each series, when it began: Prometheus has no use for that in the text format.

@@ -7,8 +7,129 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
 
-from splitnet.serve.route_view import RouteView
+from scheduler.facts import UNMEASURED
+from splitnet.hf.cache import ModelSession, RemoteCache
+from splitnet.session.driver import LinkUse
+from splitnet.session.events import Recovered
+from splitnet.session.local import MixedSession
+from splitnet.session.requests import RouteHop
+from splitnet.swarm.swarm import Swarm
+from splitnet.wire.messages import Timing
+
+
+@dataclass(frozen=True, slots=True)
+class HopView:
+    """The blocks `[start, end)` that a peer runs for a session; `lost`: until another is found for them."""
+
+    peer: str
+    start: int
+    end: int
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LinkView:
+    """A link of a route, in the direction of the activations."""
+
+    codec: str
+    bytes_per_token: int
+    """See `splitnet.session.driver.LinkUse`."""
+    delay_ms: float | None
+    """One way, as measured, or predicted from where the two ends stand; None: nothing is known of it."""
+    via_client: bool
+    """Its ends cannot reach each other, so the client is between them."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteView:
+    """Hops in a row, and the links before, between and behind them: one more than hops."""
+
+    hops: tuple[HopView, ...]
+    links: tuple[LinkView, ...]
+
+
+def routes_of(swarm: Swarm, session: ModelSession | None) -> tuple[RouteView, ...]:
+    """The open routes of a session, in the order of their blocks; what is not on them runs at the client.
+
+    From any thread; where a route is being repaired meanwhile, it may be left out.
+    """
+    if session is None:
+        return ()
+    routes: list[RouteView] = []
+    for part in session.sessions if isinstance(session, MixedSession) else [session]:
+        hops, uses = list(part.hops), part.links()
+        if hops and len(uses) == len(hops) + 1:
+            ends = pairwise([None, *hops, None])
+            links = [_link(swarm, use, *each) for use, each in zip(uses, ends, strict=True)]
+            routes.append(RouteView(tuple(HopView(hop.name, *hop.blocks, hop.lost) for hop in hops), tuple(links)))
+    return tuple(routes)
+
+
+def _link(swarm: Swarm, use: LinkUse, sender: RouteHop | None, receiver: RouteHop | None) -> LinkView:
+    via_client = sender is not None and sender.relayed
+    return LinkView(use.codec, use.bytes_per_token, _delay_ms(swarm, sender, receiver), via_client)
+
+
+def _delay_ms(swarm: Swarm, sender: RouteHop | None, receiver: RouteHop | None) -> float | None:
+    ends = [hop.planned.record if hop is not None else None for hop in (sender, receiver)]
+    via_client = sender is not None and sender.relayed
+    links = [swarm.link(ends[0], None), swarm.link(None, ends[1])] if via_client else [swarm.link(*ends)]
+    return None if UNMEASURED in links else sum(link.latency_ms for link in links)
+
+
+class Observer(Protocol):
+    """Who is told; called from the threads of requests."""
+
+    def step_took(self, timings: tuple[Timing, ...]) -> None:
+        """What a step met at each hop."""
+        ...
+
+    def recovered(self, recovered: Recovered) -> None:
+        """A route was repaired."""
+        ...
+
+    def transferred(self, sent: int, received: int) -> None:
+        """So many bytes went to peers and came from them."""
+        ...
+
+
+class SessionWatch:
+    """Tells an observer what is new of a session at each look.
+
+    Args:
+        cache: whose session it is; one that has none yet gets one with its first step.
+        observer: is told what comes from now on.
+    """
+
+    def __init__(self, cache: RemoteCache, observer: Observer) -> None:
+        self._cache = cache
+        self._observer = observer
+        session = cache.session
+        self._timings = session.timings if session is not None else ()
+        self._repairs = len(session.recoveries) if session is not None else 0
+        traffic = session.traffic if session is not None else None
+        self._sent = traffic.bytes_sent if traffic is not None else 0
+        self._received = traffic.bytes_received if traffic is not None else 0
+
+    def look(self) -> None:
+        """Tells what has come since the last look; of several steps only the last one's times are known."""
+        session = self._cache.session
+        if session is None:
+            return
+        timings, repairs, traffic = session.timings, session.recoveries, session.traffic
+        sent, received = traffic.bytes_sent, traffic.bytes_received
+        if timings != self._timings:
+            self._timings = timings
+            self._observer.step_took(timings)
+        for recovered in repairs[self._repairs :]:
+            self._observer.recovered(recovered)
+        self._repairs = len(repairs)
+        self._observer.transferred(sent - self._sent, received - self._received)
+        self._sent, self._received = sent, received
+
 
 KEPT_ANSWERS = 64
 HISTORY_S = 300

@@ -12,11 +12,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from splitnet.model.chat_template import begin, render, variables_of
-from splitnet.serve.detokenizing import INCOMPLETE
+from splitnet.checkpoint.chat_template import begin, render, variables_of
 from splitnet.serve.failures import ApiError
-from splitnet.serve.requests import AssistantMessage, Content, Message, Tool, ToolMessage
-from splitnet.serve.tool_calls import CLOSING, OPENING
+from splitnet.serve.openai import AssistantMessage, Content, Message, Tool, ToolMessage
+from splitnet.serve.text import CLOSING, INCOMPLETE, OPENING
 
 KEPT_TEXTS = 2**16
 """Of tokens: requests can ask for those of 20 beside each token."""

@@ -15,21 +15,19 @@ from typing import Any
 
 import uvicorn
 
-from splitnet.client.causal_lm import attach
-from splitnet.client.swarm import Swarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.addresses import listen_at
-from splitnet.serve.admission import Admission
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.hf.causal_lm import attach
+from splitnet.process import Watchdog
 from splitnet.serve.app import Gateway, make_app
-from splitnet.serve.connections import IDLE_CONNECTIONS, Connection
+from splitnet.serve.gate import IDLE_CONNECTIONS, ApiKeys, Connection
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
-from splitnet.serve.keys import ApiKeys
+from splitnet.serve.limits import Admission, Shares
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
-from splitnet.serve.sampling_defaults import choose_defaults
-from splitnet.serve.shares import Shares
-from splitnet.watchdog import Watchdog
+from splitnet.serve.sampling import choose_defaults
+from splitnet.swarm.swarm import Swarm
+from splitnet.transport.addresses import listen_at
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def serve(
 
     Args:
         join: joins its swarm.
-        model: options of `splitnet.client.causal_lm.attach`.
+        model: options of `splitnet.hf.causal_lm.attach`.
         say: told where, and what is taken from the checkpoint, once requests are answered.
         warn: told what is dangerous.
 

@@ -18,14 +18,14 @@ from typing import Any
 
 from zeroconf import IPVersion, ServiceInfo, Zeroconf
 
-from splitnet.net import lan
-from splitnet.net.dht_node import import_hivemind
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.lan import LanNode
-from splitnet.net.messages import PROTOCOL_VERSION, Found, LookUp
-from splitnet.net.records import MAX_TTL_S, MODELS_KEY, PeerRecord, SeenLink, peers_key, shard_key
+from splitnet.directory import mdns as lan
+from splitnet.directory.dht import Directory
+from splitnet.directory.hivemind_node import import_hivemind
+from splitnet.directory.mdns import LanNode
+from splitnet.directory.record import MAX_TTL_S, MODELS_KEY, PeerRecord, SeenLink, peers_key, shard_key
+from splitnet.security.identity import Identity
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import PROTOCOL_VERSION, Found, LookUp
 from tests.attacks.transport import Client
 
 NODE = ["/ip4/127.0.0.1/tcp/0"]

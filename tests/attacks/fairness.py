@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from splitnet.client.swarm import ModelFacts
-from splitnet.net.codecs import CODECS
-from splitnet.net.endpoints import Destination, Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import (
+from splitnet.security.identity import Identity
+from splitnet.swarm.swarm import ModelFacts
+from splitnet.transport.transport import Transport
+from splitnet.wire.codecs import CODECS
+from splitnet.wire.endpoints import Destination, Endpoint
+from splitnet.wire.messages import (
     Close,
     Failure,
     FetchKV,
@@ -34,7 +35,6 @@ from splitnet.net.messages import (
     decode,
     encode,
 )
-from splitnet.net.transport import Transport
 
 PLAIN = CODECS["none"].code
 ANSWER_S = 60.0

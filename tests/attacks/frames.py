@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from splitnet.client.swarm import ModelFacts
-from splitnet.model.adapters import write_tensors
-from splitnet.net.codecs import CODECS
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.messages import (
+from splitnet.blocks.adapters import write_tensors
+from splitnet.directory.dht import Directory
+from splitnet.swarm.swarm import ModelFacts
+from splitnet.wire.codecs import CODECS
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import (
     Adapter,
     Announce,
     Close,
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("address", help="of the swarm, as for --join")
     parser.add_argument("--count", type=int, default=1_000_000, help="frames for each peer")
     arguments = parser.parse_args()
-    from splitnet.model.checkpoint import Checkpoint
+    from splitnet.checkpoint.checkpoint import Checkpoint
 
     facts = ModelFacts.of(Checkpoint.open(arguments.model))
     with Directory.start(initial_peers=[arguments.address]) as directory:

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 import zmq
 
-from splitnet.client.causal_lm import attach
-from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.blocks.adapters import write_tensors
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import ProtocolError, SplitnetError
-from splitnet.model.adapters import write_tensors
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.codecs import CODECS
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import (
+from splitnet.hf.causal_lm import attach
+from splitnet.security.identity import Identity
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.wire.codecs import CODECS
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import (
     Adapter,
     AdapterGradient,
     AdapterLoaded,

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from splitnet.client.swarm import ModelFacts
-from splitnet.model.adapters import write_groups
-from splitnet.net.codecs import CODECS
-from splitnet.net.endpoints import Destination, Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import (
+from splitnet.blocks.adapters import write_groups
+from splitnet.security.identity import Identity
+from splitnet.swarm.swarm import ModelFacts
+from splitnet.transport.transport import Transport
+from splitnet.wire.codecs import CODECS
+from splitnet.wire.endpoints import Destination, Endpoint
+from splitnet.wire.messages import (
     Adapter,
     Close,
     Failure,
@@ -40,7 +41,6 @@ from splitnet.net.messages import (
     decode,
     encode,
 )
-from splitnet.net.transport import Transport
 
 PLAIN, INT8 = CODECS["none"].code, CODECS["int8"].code
 ANSWER_S = 60.0

@@ -19,14 +19,8 @@ from multiprocessing.connection import Connection
 
 import psutil
 
-from splitnet.net.endpoints import Endpoint, Relay
-from splitnet.net.identity import Identity, PublicKey
-from splitnet.net.transport import Transport
-from splitnet.net.ways.handshake import Dialing
-from splitnet.net.ways.helper import Helper
-from splitnet.net.ways.hidden import Hidden
-from splitnet.net.ways.loop import WaysLoop
-from splitnet.net.ways.messages import (
+from splitnet.nat.loop import WaysLoop
+from splitnet.nat.messages import (
     LENGTH_BYTES,
     Beat,
     Call,
@@ -41,8 +35,13 @@ from splitnet.net.ways.messages import (
     pack,
     unpack,
 )
-from splitnet.net.ways.streams import host_and_port, send
-from splitnet.net.ways.tunnels import Tunnels
+from splitnet.nat.relay import Helper
+from splitnet.nat.stream import Dialing, host_and_port, send
+from splitnet.nat.tunnel import Tunnels
+from splitnet.nat.unreachable import Hidden
+from splitnet.security.identity import Identity, PublicKey
+from splitnet.transport.transport import Transport
+from splitnet.wire.endpoints import Endpoint, Relay
 from tests.attacks.transport import in_background
 
 SOURCE = "127.0.0.2"

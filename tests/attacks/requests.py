@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from splitnet.net.dht_node import import_hivemind
-from splitnet.net.directory import Directory
-from splitnet.net.identity import Identity
-from splitnet.net.records import MODELS_KEY, peers_key, shard_key
+from splitnet.directory.dht import Directory
+from splitnet.directory.hivemind_node import import_hivemind
+from splitnet.directory.record import MODELS_KEY, peers_key, shard_key
+from splitnet.security.identity import Identity
 from tests.attacks.directory import NODE, fake_record
 from tests.attacks.frames import mutated
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import zmq
 
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import Message, Open, Opened, Part, Ping, Pong, Step, decode, encode
+from splitnet.security.identity import Identity
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import Message, Open, Opened, Part, Ping, Pong, Step, decode, encode
 
 FRAME_BYTES = 1 << 20
 ANSWER_S = 20.0

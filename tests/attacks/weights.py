@@ -15,10 +15,17 @@ from itertools import count
 
 import psutil
 
-from splitnet.model.checkpoint import open_store
-from splitnet.net.endpoints import Destination, Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import (
+from splitnet.checkpoint.checkpoint import open_store
+from splitnet.checkpoint.transfer.fetching import Asking, Fetcher
+from splitnet.checkpoint.transfer.held import make_folder
+from splitnet.checkpoint.transfer.manifest import PIECE_BYTES, Manifest, Pieces, Tensor, digest
+from splitnet.checkpoint.transfer.matching import find_manifest
+from splitnet.directory.interface import SwarmDirectory
+from splitnet.directory.record import PeerRecord
+from splitnet.security.identity import Identity
+from splitnet.transport.transport import Transport
+from splitnet.wire.endpoints import Destination, Endpoint
+from splitnet.wire.messages import (
     MAX_PART_BYTES,
     AskWeights,
     Failure,
@@ -30,13 +37,6 @@ from splitnet.net.messages import (
     decode,
     encode,
 )
-from splitnet.net.records import PeerRecord
-from splitnet.net.swarm_directory import SwarmDirectory
-from splitnet.net.transport import Transport
-from splitnet.weights.fetching import Asking, Fetcher
-from splitnet.weights.held import make_folder
-from splitnet.weights.manifest import PIECE_BYTES, Manifest, Pieces, Tensor, digest
-from splitnet.weights.matching import find_manifest
 from tests.attacks.directory import fake_record
 
 MOST_MIB = 128

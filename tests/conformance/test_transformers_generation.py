@@ -24,8 +24,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from splitnet.directory.dht import Directory
 from splitnet.errors import UnsupportedModel, UnsupportedParameter
-from splitnet.net.directory import Directory
 from tests.conformance.counts import Outcome, counted
 from tests.swarm.harness import dht_node, local_swarm
 from tests.unit.random_models import random_config

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.kernels import path_in_use
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.quant.native import path_in_use
 from tests.e2e.conftest import DUO_SPANS, Here
 from tests.e2e.daemons import run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.codec_quality import VARIED_TEXT, Comparison
-from splitnet.net.codecs import CODECS, DEFAULT_INT8
+from splitnet.wire.codecs import CODECS, DEFAULT_INT8
 
 pytestmark = pytest.mark.e2e
 

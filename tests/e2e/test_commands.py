@@ -21,13 +21,13 @@ import pytest
 from typer.main import get_command
 
 import splitnet
-from peers.daemon import Peer
 from peers.options import PeerOptions
-from peers.placing import SpanWish
+from peers.placement import SpanWish
+from peers.server import Peer
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.main import app
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.directory import Directory
-from splitnet.net.identity import Identity
+from splitnet.directory.dht import Directory
+from splitnet.security.identity import Identity
 from tests.e2e.conftest import DUO_SPANS, SPANS, Here
 from tests.e2e.daemons import LOOPBACK, Daemon, daemon, run, starting
 from tests.e2e.small_model import small_model

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from splitnet.client.causal_lm import AutoModelForCausalLM
-from splitnet.net.identity import Identity
+from splitnet.hf.causal_lm import AutoModelForCausalLM
+from splitnet.security.identity import Identity
 from tests.e2e.conftest import SPANS
 from tests.e2e.daemons import Daemon, starting
 from tests.swarm.generation import After

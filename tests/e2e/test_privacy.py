@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from benchmarks import privacy
 from benchmarks.privacy import Attacker, FirstBlocks
-from splitnet.net.codecs import CODECS, DEFAULT_INT8
+from splitnet.wire.codecs import CODECS, DEFAULT_INT8
 
 pytestmark = pytest.mark.e2e
 

@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 import splitnet
-from splitnet.client.causal_lm import RemoteCausalLM
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.identity import Identity
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.security.identity import Identity
 from tests.e2e.daemons import Daemon
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]

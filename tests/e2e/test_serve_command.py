@@ -16,13 +16,13 @@ import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
 
-from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import DirectoryError
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.endpoints import Endpoint
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.sampling import Sampling, TokenChooser
 from splitnet.serve.server import ServeOptions, serve
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.wire.endpoints import Endpoint
 from tests.e2e.daemons import Background, background
 from tests.e2e.test_commands import NOBODY
 

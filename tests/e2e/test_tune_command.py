@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from splitnet.tuning.data import TEMPLATE, read_examples
-from splitnet.tuning.encoding import Encoder
-from splitnet.tuning.evaluation import evaluate
+from splitnet.tools.tune.data import TEMPLATE, read_examples
+from splitnet.tools.tune.encoding import Encoder
+from splitnet.tools.tune.job import evaluate
 from tests.e2e.conftest import Here
 from tests.e2e.daemons import Finished, background, run
 

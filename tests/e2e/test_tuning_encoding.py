@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from splitnet.errors import DataError
-from splitnet.tuning.data import read_examples
-from splitnet.tuning.encoding import IGNORED, Encoded, Encoder, collate
+from splitnet.tools.tune.data import read_examples
+from splitnet.tools.tune.encoding import IGNORED, Encoded, Encoder, collate
 
 pytestmark = pytest.mark.e2e
 

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-import peers.daemon
-from splitnet.client import options
-from splitnet.model import captured_step, device_choice, float_experts
-from splitnet.model.device_choice import Choice, find_device
+import peers.server
+from splitnet.blocks import device as device_choice
+from splitnet.blocks.device import Choice, find_device
+from splitnet.blocks.fast import captured
+from splitnet.hf import options
+from splitnet.quant import experts
 from tests.unit.recorded_operations import OperationRecorder
 
 STAND_IN = os.environ.get("GPU_TESTS_ON") == "stand-in"
@@ -40,13 +42,13 @@ def device(request: pytest.FixtureRequest) -> Any:
         return Choice(name, "the stand-in") if asked == name else find_device(asked)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers.daemon, "find_device", found)
+        patch.setattr(peers.server, "find_device", found)
         patch.setattr(options, "find_device", found)
         patch.setattr(torch.accelerator, "synchronize", lambda device: None)
         # Graphs and the grouped product always pay: what a timing decides is the same at every run.
-        patch.setattr(captured_step, "recorder_for", lambda device: OperationRecorder() if device == OTHER else None)
-        patch.setattr(captured_step, "SIZES", (1, 4))
-        for module in (captured_step, float_experts):
+        patch.setattr(captured, "recorder_for", lambda device: OperationRecorder() if device == OTHER else None)
+        patch.setattr(captured, "SIZES", (1, 4))
+        for module in (captured, experts):
             patch.setattr(module, "milliseconds", lambda device, work, times: next(falling))
         yield name
 

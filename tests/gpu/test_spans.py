@@ -9,17 +9,16 @@ import pytest
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from splitnet.model import captured_step
-from splitnet.model.captured_step import CapturedStep
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.device_clock import Stopwatch, seconds_after_work
-from splitnet.model.device_copies import to_device, to_host
-from splitnet.model.device_forms import DeviceForm, device_form
-from splitnet.model.grouped_forms import hold_stored
-from splitnet.model.held_linear import HeldLinear
-from splitnet.model.lean_step import LeanStep
-from splitnet.model.memory import free_memory, give_back_memory
-from splitnet.model.span import Part, Span
+from splitnet.blocks.fast import captured
+from splitnet.blocks.fast.captured import CapturedStep
+from splitnet.blocks.fast.lean import LeanStep
+from splitnet.blocks.span import Part, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.quant.device import Stopwatch, seconds_after_work, to_device, to_host
+from splitnet.quant.gpu import DeviceForm, device_form
+from splitnet.quant.grouped import hold_stored
+from splitnet.quant.linear import HeldLinear
+from splitnet.quant.memory import free_memory, give_back_memory
 from tests.gpu.conftest import STAND_IN
 from tests.unit.random_codes import LAYOUTS, matrix_of
 from tests.unit.random_models import random_checkpoint
@@ -124,14 +123,14 @@ def test_steps_prove_themselves_on_cuda(gpu: str, checkpoints: dict[str, Path]) 
     span = Span.load(Checkpoint.open(checkpoints["llama"]), 0, 4, dtype="bfloat16", device=gpu)
     step = span._lean.lean if isinstance(span._lean, CapturedStep) else span._lean
     assert isinstance(step, LeanStep)
-    recorder = captured_step.recorder_for(span.device)
+    recorder = captured.recorder_for(span.device)
     assert recorder is not None
     with torch.inference_mode():
-        for size in captured_step.SIZES:
-            rows = captured_step.rows_to_try(span, size)
+        for size in captured.SIZES:
+            rows = captured.rows_to_try(span, size)
             given = torch.zeros(size, span.hidden_size, dtype=span.dtype, device=gpu)
-            recorded = captured_step.Recorded(step, given, recorder)
-            assert captured_step.fault_of(span, step, recorded, rows) is None
+            recorded = captured.Recorded(step, given, recorder)
+            assert captured.fault_of(span, step, recorded, rows) is None
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -1,8 +1,8 @@
 /* Weights of any layout, for programs that try kernels. */
 
-#include "../../splitnet/model/native/paths.h"
+#include "../../splitnet/native/paths.h"
 
-/* The sizes that follow from the other fields, as splitnet/model/tiles.py has them. */
+/* The sizes that follow from the other fields, as splitnet/quant/tiles.py has them. */
 static void lay_out(Grouped *weight) {
     const int64_t scale = weight->scale, zero = weight->zero;
     weight->panel = weight->group ? 512 : parts_of(weight->inputs, CHUNK) * CHUNK;

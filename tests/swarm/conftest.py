@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from splitnet.net.directory import Directory
+from splitnet.directory.dht import Directory
 from tests.swarm.harness import SPANS, LocalSwarm, dht_node, local_swarm
 from tests.unit.random_models import random_checkpoint
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from peers.daemon import Peer
 from peers.options import PeerOptions
-from peers.placing import SpanWish
-from splitnet.client.causal_lm import RemoteCausalLM, attach
-from splitnet.client.mixed_session import MixedSession
-from splitnet.client.sequence_classification import RemoteSequenceClassification, attach_classifier
-from splitnet.client.session import Session
-from splitnet.client.session_events import Cause, Recovered
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.directory import Directory
-from splitnet.net.identity import Identity
+from peers.placement import SpanWish
+from peers.server import Peer
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
+from splitnet.hf.causal_lm import RemoteCausalLM, attach
+from splitnet.hf.classifier import RemoteSequenceClassification, attach_classifier
+from splitnet.security.identity import Identity
+from splitnet.session.events import Cause, Recovered
+from splitnet.session.inference import Session
+from splitnet.session.local import MixedSession
+from splitnet.swarm.swarm import ModelFacts, Swarm
 from tests.leftovers import outliving_tests
 
 LOOPBACK = "tcp://127.0.0.1:0"

@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from peers.daemon import Peer
-from peers.directory_service import MAX_MODELS
-from splitnet.client.causal_lm import attach
-from splitnet.client.swarm import ModelFacts, Swarm
+from peers.directory import MAX_MODELS
+from peers.server import Peer
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory import ask
+from splitnet.directory.ask import AskedPeers
+from splitnet.directory.dht import Directory
+from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError, LanError
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net import asked_peers
-from splitnet.net.asked_peers import AskedPeers
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.links import Links
-from splitnet.net.messages import Announce, Announced, Failure, Found, LookUp
-from splitnet.net.peer_addresses import peer_address
-from splitnet.net.records import PeerRecord
-from splitnet.net.transport import Transport
+from splitnet.hf.causal_lm import attach
+from splitnet.security.identity import Identity
+from splitnet.swarm.links import Links
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.transport.addresses import peer_address
+from splitnet.transport.transport import Transport
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import Announce, Announced, Failure, Found, LookUp
 from tests.attacks.transport import Client
 from tests.swarm.harness import LocalSwarm, local_swarm
 
@@ -52,12 +52,12 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutHivemind
 PEER_AND_CLIENT = """
 import torch
 from transformers import AutoModelForCausalLM
-from peers.daemon import Peer
+from peers.server import Peer
 from peers.options import PeerOptions
-from peers.placing import SpanWish
+from peers.placement import SpanWish
 import splitnet
 from splitnet.errors import DirectoryError
-from splitnet.net.identity import Identity
+from splitnet.security.identity import Identity
 
 if __name__ == "__main__":
     folder, address = sys.argv[1:]
@@ -191,8 +191,8 @@ def test_peers_that_ask_each_other_wait_for_no_circle(swarm: LocalSwarm, monkeyp
     directory = first._directory
     assert isinstance(directory, AskedPeers)
     monkeypatch.setattr(directory, "_joined", [*directory._joined, second.endpoint])  # second asks first already
-    monkeypatch.setattr(asked_peers, "ANSWER_S", 60.0)  # so that whoever waits for itself would be late
-    monkeypatch.setattr(asked_peers, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(ask, "ANSWER_S", 60.0)  # so that whoever waits for itself would be late
+    monkeypatch.setattr(ask, "PATIENCE_S", 60.0)
     began = time.monotonic()
     with connect(swarm, first, second) as client:
         for _ in range(3):

@@ -14,17 +14,17 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks import netlab
-from peers.daemon import Peer
-from splitnet.client.causal_lm import RemoteCausalLM, attach
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.net.addresses import Reach
-from splitnet.net.directory import Directory
-from splitnet.net.identity import Identity
-from splitnet.net.ways import hidden as hidden_module
-from splitnet.net.ways.helper import Helper
-from splitnet.net.ways.loop import WaysLoop
-from splitnet.net.ways.offer import HelperOffer, relaying
-from splitnet.net.ways.punching import Way
+from peers.server import Peer
+from splitnet.directory.dht import Directory
+from splitnet.directory.relay_offer import HelperOffer, relaying
+from splitnet.hf.causal_lm import RemoteCausalLM, attach
+from splitnet.nat import unreachable as hidden_module
+from splitnet.nat.loop import WaysLoop
+from splitnet.nat.punch import Way
+from splitnet.nat.relay import Helper
+from splitnet.security.identity import Identity
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.transport.addresses import Reach
 from tests.swarm.generation import GREEDY, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 from tests.swarm.test_hidden_peers import wait_until

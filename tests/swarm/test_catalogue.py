@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
+from splitnet.checkpoint.families import check_can_be_cut
+from splitnet.directory.dht import Directory
 from splitnet.errors import UnsupportedModel
-from splitnet.model.families import check_can_be_cut
-from splitnet.net.directory import Directory
 from tests.published import (
     DELTA,
     FP8_CONFIG,

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from splitnet.client.session import Session
-from splitnet.client.session_events import Cause
 from splitnet.errors import CoverageError, PeerBusy, PeerFailed, SessionClosed, WrongSwarm
-from splitnet.net.endpoints import Destination
-from splitnet.net.identity import Identity
-from splitnet.net.messages import Part, Result
+from splitnet.security.identity import Identity
+from splitnet.session.events import Cause
+from splitnet.session.inference import Session
+from splitnet.wire.endpoints import Destination
+from splitnet.wire.messages import Part, Result
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.unit.random_models import random_checkpoint
 

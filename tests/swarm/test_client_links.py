@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from splitnet.client import known_peers
-from splitnet.client.session import Session
+from splitnet.directory.dht import Directory
 from splitnet.errors import DirectoryError
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.links import MAX_LINKS
+from splitnet.security.identity import Identity
+from splitnet.session.inference import Session
+from splitnet.swarm import peers
+from splitnet.swarm.links import MAX_LINKS
+from splitnet.wire.endpoints import Endpoint
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs
 
@@ -50,7 +50,7 @@ def test_a_silent_directory_ends_no_generation_and_forbids_none(
 
         directory.peers = directory.models = silent
         # Whoever wants to know of peers finds that it is time to ask again.
-        monkeypatch.setattr(known_peers, "RECORDS_MAX_AGE_S", 0.0)
+        monkeypatch.setattr(peers, "RECORDS_MAX_AGE_S", 0.0)
 
     options: Any = GREEDY | ({"speculate": speculate} if speculate else {})
     expected = local.generate(**prompt(), **GREEDY)
@@ -81,9 +81,9 @@ def test_a_hop_is_replaced_while_the_directory_is_silent(
 
     def lose_a_hop() -> None:
         directory.peers = directory.models = silent
-        monkeypatch.setattr(known_peers, "RECORDS_MAX_AGE_S", 0.0)
+        monkeypatch.setattr(peers, "RECORDS_MAX_AGE_S", 0.0)
         assert cache.session is not None
-        model.swarm.links._link_changed(cache.session.hops[1].endpoint, known_peers.LinkState.DOWN)
+        model.swarm.links._link_changed(cache.session.hops[1].endpoint, peers.LinkState.DOWN)
 
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=After(5, lose_a_hop))

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from peers import directory_service
-from peers.daemon import Peer
+from peers import directory
+from peers.server import Peer
 from splitnet import AutoModelForCausalLM, AutoModelForSequenceClassification
-from splitnet.client.causal_lm import attach
-from splitnet.client.session import Session
-from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.joining import node_of
 from splitnet.errors import DirectoryError, KeyFileError, LanError, NotAuthorized, SplitnetError, WrongSwarm
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.identity import AuthorizedKeys, Identity
-from splitnet.net.joining import node_of
-from splitnet.net.messages import Announce, Announced, Found, LookUp, Part
-from splitnet.net.swarm_key import SwarmKey, write_secret_file
+from splitnet.hf.causal_lm import attach
+from splitnet.security.identity import AuthorizedKeys, Identity
+from splitnet.security.swarm_key import SwarmKey, write_secret_file
+from splitnet.session.inference import Session
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.wire.messages import Announce, Announced, Found, LookUp, Part
 from tests.attacks.directory import ask_of_nothing
 from tests.attacks.transport import Client
 from tests.swarm.harness import LocalSwarm, local_swarm
@@ -146,7 +146,7 @@ def test_an_outsider_learns_and_announces_nothing(swarm: LocalSwarm) -> None:
 def test_outsiders_that_ask_without_end_keep_no_member_from_joining(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(directory_service, "BYTES_OF_ALL_PER_MINUTE", 1 << 22)
+    monkeypatch.setattr(directory, "BYTES_OF_ALL_PER_MINUTE", 1 << 22)
     peer = swarm.peers[0]
     answered = ask_of_nothing(peer.endpoint, seconds=0.5)
     assert 0 < answered < 64, "they have had all that they may ask together"

@@ -14,10 +14,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from splitnet import __version__
-from splitnet.client.causal_lm import RemoteCausalLM
-from splitnet.serve.admission import Admission
+from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve.dashboard import Dashboard
-from splitnet.serve.shares import ANYONE
+from splitnet.serve.limits import ANYONE, Admission
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.swarm.test_serve import GREEDY, MODEL, TEMPLATE, Server, until

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from splitnet.doctor.examination import Setup, examine
-from splitnet.doctor.finding import Finding, Status, passed
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.kernels import Kernels
-from splitnet.net.directory import Directory
-from splitnet.net.identity import Identity
-from splitnet.net.lan import LocalNetwork
-from splitnet.net.records import PeerRecord
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
+from splitnet.directory.mdns import LocalNetwork
+from splitnet.directory.record import PeerRecord
+from splitnet.quant.native import Kernels
+from splitnet.security.identity import Identity
+from splitnet.tools.doctor.examination import Setup, examine
+from splitnet.tools.doctor.finding import Finding, Status, passed
 from tests.multicast import lan_host, use_network_of_its_own
 from tests.swarm.harness import LOOPBACK, LocalSwarm, dht_node, local_swarm
 from tests.unit.random_models import random_checkpoint
@@ -59,7 +59,7 @@ def examined(setup: Setup, **options: Any) -> dict[str, list[Finding]]:
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether there is a compiler here is no matter."""
-    monkeypatch.setattr("splitnet.model.kernels.kernels_here", lambda: Kernels.FAST)
+    monkeypatch.setattr("splitnet.quant.native.kernels_here", lambda: Kernels.FAST)
 
 
 def wrong(found: dict[str, list[Finding]]) -> dict[str, Finding]:
@@ -97,7 +97,7 @@ def test_what_was_reached_once_is_reached_again_at_the_same_port(sound: Setup) -
 
 
 def test_a_client_without_an_open_port_is_only_warned(sound: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.doctor.reach.public_address", lambda *_: "tcp://127.0.0.1:9")
+    monkeypatch.setattr("splitnet.tools.doctor.peers.public_address", lambda *_: "tcp://127.0.0.1:9")
     bad = wrong(examined(dataclasses.replace(sound, model=None, listen=None)))
     assert bad["reach"].status is Status.warned and "a client needs no open port" in bad["reach"].text
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from peers.daemon import Peer
 from peers.metrics import registry_of
+from peers.server import Peer
 from peers.speed import ObservedSpeed
-from splitnet.client.overview import Overview, token_ms
-from splitnet.client.session import Session
-from splitnet.client.swarm import Swarm
-from splitnet.net.directory import Directory
+from splitnet.directory.dht import Directory
+from splitnet.session.inference import Session
+from splitnet.swarm.overview import Overview, token_ms
+from splitnet.swarm.swarm import Swarm
 from tests.swarm.generation import GREEDY, prompt
 from tests.swarm.harness import LocalSwarm, local_swarm
 

@@ -13,7 +13,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from splitnet.errors import CoverageError, OtherWeights, SessionClosed
-from splitnet.net.identity import Identity
+from splitnet.security.identity import Identity
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs
 

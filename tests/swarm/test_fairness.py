@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from peers import admission
-from peers.daemon import Peer
-from splitnet.client.swarm import ModelFacts
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import Span
-from splitnet.net.directory import Directory
-from splitnet.net.messages import Failure, FailureCode, Opened
+from peers.server import Peer
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
+from splitnet.swarm.swarm import ModelFacts
+from splitnet.wire.messages import Failure, FailureCode, Opened
 from tests.attacks import fairness
 from tests.swarm.harness import local_swarm
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from peers import engine
 from scheduler.speculation import Window
-from splitnet.client.session import Session
-from splitnet.client.speculation.experience import Experience
+from splitnet.checkpoint.families import STATES
+from splitnet.directory.dht import Directory
 from splitnet.errors import UnsupportedParameter
-from splitnet.model.families import STATES
-from splitnet.net.directory import Directory
+from splitnet.hf.speculate.decoding import Experience
+from splitnet.session.inference import Session
 from tests.swarm.generation import After
 from tests.swarm.harness import LocalSwarm, local_swarm, repairs
 from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint

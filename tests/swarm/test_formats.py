@@ -11,10 +11,10 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM
 
 from scheduler.speculation import Window
-from splitnet.client.speculation.experience import Experience
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.whole_model import load_whole
-from splitnet.net.directory import Directory
+from splitnet.blocks.whole_model import load_whole
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
+from splitnet.hf.speculate.decoding import Experience
 from tests.swarm.generation import After
 from tests.swarm.harness import local_swarm, repairs
 from tests.swarm.test_families import embedding_gradient, kill_hop

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from peers.admission import MAX_SESSIONS
-from peers.next_hops import MAX_NEXT_HOPS
-from peers.row_memory import room_for
-from splitnet.model.adapters import write_tensors
-from splitnet.net.codecs import CODECS
-from splitnet.net.identity import Identity
-from splitnet.net.messages import (
+from peers.links import MAX_NEXT_HOPS
+from peers.sessions import room_for
+from splitnet.blocks.adapters import write_tensors
+from splitnet.security.identity import Identity
+from splitnet.wire.codecs import CODECS
+from splitnet.wire.messages import (
     Adapter,
     AdapterGradient,
     AdapterLoaded,

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
-from splitnet.client.causal_lm import RemoteCausalLM
-from splitnet.client.session import Session
+from splitnet.blocks import head as head_module
+from splitnet.blocks.head import Head
 from splitnet.errors import ContextTooLong, UnsupportedModel, UnsupportedParameter
-from splitnet.model import head as head_module
-from splitnet.model.head import Head
-from splitnet.model.kernels import has_float_kernels
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.quant.native import has_float_kernels
+from splitnet.session.inference import Session
 from tests.swarm.generation import Collector
 from tests.swarm.harness import local_swarm
 from tests.unit.random_models import random_checkpoint

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peers.placing import SpanWish
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import block_bytes
-from splitnet.net.directory import Directory
+from peers.placement import SpanWish
+from splitnet.blocks.span import block_bytes
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
 from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.random_models import random_checkpoint
 

@@ -11,24 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from peers.daemon import Peer
-from splitnet.client.causal_lm import attach
-from splitnet.client.overview import Overview, reached
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.doctor.finding import Status
-from splitnet.doctor.peers import peer as finding_of
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net import addresses
-from splitnet.net.addresses import Reach
-from splitnet.net.asked_peers import AskedPeers
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.peer_links import PeerLinks
-from splitnet.net.swarm_key import SwarmKey
-from splitnet.net.ways import hidden, punching
-from splitnet.net.ways.offer import find_helpers, relaying
-from splitnet.net.ways.punching import Way
+from peers.server import Peer
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.ask import AskedPeers
+from splitnet.directory.dht import Directory
+from splitnet.directory.relay_offer import find_helpers, relaying
+from splitnet.hf.causal_lm import attach
+from splitnet.nat import punch, unreachable
+from splitnet.nat.punch import Way
+from splitnet.security.identity import Identity
+from splitnet.security.swarm_key import SwarmKey
+from splitnet.swarm.overview import Overview, reached
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.swarm.trial import PeerLinks
+from splitnet.tools.doctor.finding import Status
+from splitnet.tools.doctor.peers import peer as finding_of
+from splitnet.transport import addresses
+from splitnet.transport.addresses import Reach
+from splitnet.wire.endpoints import Endpoint
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import LocalSwarm, local_swarm
 
@@ -42,12 +42,12 @@ NOWHERE = "127.0.0.1:9"
 @pytest.fixture
 def no_holes(monkeypatch: pytest.MonkeyPatch) -> None:
     """On loopback everybody reaches everybody, so there is always a better way than a helper."""
-    monkeypatch.setattr(punching, "PUNCH_S", 0.0)
+    monkeypatch.setattr(punch, "PUNCH_S", 0.0)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hidden, "LOOK_S", 0.5)
+    monkeypatch.setattr(unreachable, "LOOK_S", 0.5)
 
 
 @pytest.fixture
@@ -153,14 +153,14 @@ def test_a_peer_asks_others_and_looks_for_helpers(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, node: Directory
 ) -> None:
     """On loopback nobody is asked; here all are taken for peers on the internet."""
-    monkeypatch.setattr("peers.ways.is_global", lambda address: True)
-    monkeypatch.setattr("peers.ways.is_reachable", lambda listen: True)
+    monkeypatch.setattr("peers.reach.is_global", lambda address: True)
+    monkeypatch.setattr("peers.reach.is_reachable", lambda listen: True)
     swarm.add(0, 3, relay_port=0)
     reached = swarm.add(3, 6)
     reached.ways.look()
     assert not reached.ways.relays and reached.ways._ask_at > time.monotonic() + 500
     with monkeypatch.context() as patch:
-        patch.setattr("peers.daemon.public_address", lambda *_: f"tcp://{NOWHERE}")
+        patch.setattr("peers.server.public_address", lambda *_: f"tcp://{NOWHERE}")
         lost = swarm.add(3, 6, port_mapping=False)
     lost.ways._ask_at = 0.0
     lost.ways.look()
@@ -190,12 +190,12 @@ def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_he
 ) -> None:
     hosts = ["127.0.0.1"]
     found_out = addresses.reachable_host
-    for module in ("peers.ways", "splitnet.net.addresses"):
+    for module in ("peers.reach", "splitnet.transport.addresses"):
         monkeypatch.setattr(
             f"{module}.reachable_host", lambda listen: hosts[-1] if "0.0.0.0" in listen else found_out(listen)
         )
-    monkeypatch.setattr("peers.ways.is_reachable", lambda address: "127.0.0.1" not in address)
-    monkeypatch.setattr("peers.ways.MOVED_S", 0.0)
+    monkeypatch.setattr("peers.reach.is_reachable", lambda address: "127.0.0.1" not in address)
+    monkeypatch.setattr("peers.reach.MOVED_S", 0.0)
     swarm.add(0, 3, relay_port=0)
     peer = swarm.add(3, 6, listen="tcp://0.0.0.0:0", reach=Reach.helpers)
     assert "no address at which others could connect to tcp://0.0.0.0:0" in caplog.text

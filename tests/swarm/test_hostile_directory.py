@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from peers import relocation
-from peers.placing import SpanWish
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import block_bytes
-from splitnet.net.dht_node import import_hivemind
-from splitnet.net.dht_places import RECORDS_PER_IDENTITY, RECORDS_PER_KEY
-from splitnet.net.directory import Directory
-from splitnet.net.records import SHARDS, shard_key
+from peers import placement
+from peers.placement import SpanWish
+from splitnet.blocks.span import block_bytes
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
+from splitnet.directory.hivemind_node import import_hivemind
+from splitnet.directory.kept import RECORDS_PER_IDENTITY, RECORDS_PER_KEY
+from splitnet.directory.record import SHARDS, shard_key
 from tests.attacks.directory import announce_fakes, flood_records, hide_in_caches, list_models, withhold
 from tests.swarm.generation import GREEDY, prompt
 from tests.swarm.harness import LocalSwarm, local_swarm
@@ -59,8 +59,8 @@ def test_many_records_do_not_hide_the_peers(swarm: LocalSwarm, local: Any) -> No
 def test_a_peer_that_has_worked_comes_into_a_full_directory(
     swarm: LocalSwarm, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitnet.net.proof_of_work.WORK_BITS", 5)
-    monkeypatch.setattr("splitnet.net.dht_places.RECORDS_PER_KEY", 16)
+    monkeypatch.setattr("splitnet.security.identity.WORK_BITS", 5)
+    monkeypatch.setattr("splitnet.directory.kept.RECORDS_PER_KEY", 16)
     model = swarm.peers[0].checkpoint.fingerprint
     flood_records(swarm.addresses, model, count=SHARDS * 16 * 2)
     with_nothing = swarm.add(0, 6)
@@ -135,7 +135,7 @@ def test_blocks_that_only_fakes_serve_are_chosen_by_a_peer_that_joins(folder: Pa
 
 
 def test_fakes_make_no_peer_move_and_keep_none_from_moving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relocation, "QUICK_LOOK_S", 1e6)  # peers look when they are told
+    monkeypatch.setattr(placement, "QUICK_LOOK_S", 1e6)  # peers look when they are told
     with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as swarm:
         spare = swarm.add(0, 2, wish=memory_for(folder, 2))
         model, before = swarm.peers[0].checkpoint.fingerprint, spare.span.start

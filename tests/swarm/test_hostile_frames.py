@@ -14,13 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from splitnet.client.causal_lm import attach
-from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
 from splitnet.errors import ProtocolError
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.directory import Directory
-from splitnet.net.identity import Identity
-from splitnet.net.messages import decode
+from splitnet.hf.causal_lm import attach
+from splitnet.security.identity import Identity
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.wire.messages import decode
 from tests.attacks import requests
 from tests.attacks.directory import fake_record
 from tests.attacks.frames import SESSIONS, flood, frames_of, mutated, said

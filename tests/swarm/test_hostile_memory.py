@@ -17,12 +17,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peers.daemon import Peer
-from peers.memory_account import MESSAGE_BYTES
-from splitnet.client.swarm import ModelFacts
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.messages import Failure, Forward, Gradient, Result
+from peers.server import Peer
+from peers.sessions import MESSAGE_BYTES
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.swarm.swarm import ModelFacts
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import Failure, Forward, Gradient, Result
 from tests.attacks import fairness
 from tests.attacks import memory as attacks
 from tests.attacks.memory import PLAIN

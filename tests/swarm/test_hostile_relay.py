@@ -7,8 +7,8 @@ from contextlib import ExitStack
 import psutil
 import pytest
 
-from splitnet.net.ways import punching
-from splitnet.net.ways.helper import HelperBounds
+from splitnet.nat import punch
+from splitnet.nat.relay import HelperBounds
 from tests.attacks import relay as attacks
 from tests.attacks.transport import in_background
 from tests.unit.test_ways_streams import World, ask, to, wait_until
@@ -30,7 +30,7 @@ def test_a_hidden_peer_is_reached_beside_hostile_helpers(kind: str) -> None:
 @pytest.mark.default_cases(name=("strangers", "flood"))
 @pytest.mark.parametrize("name", attacks.ATTACKS)
 def test_members_are_served_beside_strangers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(punching, "PUNCH_S", 0.0)
+    monkeypatch.setattr(punch, "PUNCH_S", 0.0)
     bounds, attack = HelperBounds(), attacks.ATTACKS[name]
     with ExitStack() as stack:
         world = World(stack)

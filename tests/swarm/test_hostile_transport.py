@@ -18,12 +18,12 @@ import zmq
 from transformers.generation.streamers import BaseStreamer
 
 from peers.counters import SessionEnd
-from peers.daemon import Peer
+from peers.server import Peer
 from splitnet.errors import NotAuthorized
-from splitnet.net.connections import MAX_MESSAGE_BYTES
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import Failure, FailureCode, Open, Opened
+from splitnet.security.identity import Identity
+from splitnet.transport.connections import MAX_MESSAGE_BYTES
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import Failure, FailureCode, Open, Opened
 from tests.attacks import transport as attacks
 from tests.swarm.harness import LocalSwarm, local_swarm
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from peers import joining
-from peers.daemon import Peer
 from peers.options import PeerOptions
-from peers.placing import SpanWish
+from peers.placement import SpanWish
+from peers.server import Peer
+from splitnet.blocks.span import Span
+from splitnet.directory import dht
+from splitnet.directory.dht import Directory
 from splitnet.errors import DirectoryError, SplitnetError
-from splitnet.model.span import Span
-from splitnet.net import directory
-from splitnet.net.directory import Directory
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -97,7 +97,7 @@ def test_a_peer_that_waits_for_a_file_can_be_stopped(model: Path, tmp_path: Path
 def test_a_peer_that_is_stopped_leaves(
     model: Path, monkeypatch: pytest.MonkeyPatch, closed: Callable[[], list[bool]], stage: str, after: int
 ) -> None:
-    monkeypatch.setattr(directory, "WAITING_S", 0.001)
+    monkeypatch.setattr(dht, "WAITING_S", 0.001)
     with pytest.raises(Stopped):
         Peer.start(model, options(0, 3), progress=stop_at(stage, after))
     assert closed() == [True]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from peers.daemon import Peer
 from peers.options import PeerOptions
-from peers.placing import SpanWish
-from splitnet.cli.local_network import find_swarm
-from splitnet.client.swarm import ModelFacts, Swarm
+from peers.placement import SpanWish
+from peers.server import Peer
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.connection import find_swarm
 from splitnet.errors import DirectoryError
-from splitnet.model.checkpoint import Checkpoint
+from splitnet.swarm.swarm import ModelFacts, Swarm
 from tests.multicast import lan_host, use_network_of_its_own
 from tests.swarm.harness import KV_MEMORY
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from peers import session_service
+from peers import service
 from peers.counters import SessionEnd
-from peers.daemon import Peer
-from splitnet.client.session_events import Cause
+from peers.server import Peer
+from splitnet.session.events import Cause
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 
@@ -71,7 +71,7 @@ def test_a_peer_that_leaves_is_not_in_the_directory_and_takes_no_sessions(twins:
 
 
 def test_idle_sessions_do_not_hold_a_leaving_peer_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_service, "IN_USE_S", 0.5)
+    monkeypatch.setattr(service, "IN_USE_S", 0.5)
     with local_swarm(folder, SPANS) as swarm:
         model = swarm.model()
         with model.session():

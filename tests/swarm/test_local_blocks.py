@@ -10,14 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 
-from splitnet.client import local_share
-from splitnet.client.causal_lm import RemoteCausalLM
-from splitnet.client.mixed_session import MixedSession
-from splitnet.client.planner import Planner
-from splitnet.client.session import Session
+from splitnet.blocks.span import block_bytes
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import CoverageError, SplitnetError
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import block_bytes
+from splitnet.hf import remote_model
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.session.inference import Session
+from splitnet.session.local import MixedSession
+from splitnet.swarm.plan import Planner
 from tests.swarm.harness import LocalSwarm, local_swarm, repairs
 
 pytestmark = pytest.mark.swarm
@@ -150,7 +150,7 @@ def test_what_is_no_range_of_blocks_is_refused(folder: Path, swarm: LocalSwarm, 
 def costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block takes 2 ms at peers and 1 ms here, whatever else this machine does."""
     monkeypatch.setattr(Planner, "cost_ms", lambda _, __, hops: 2.0 * sum(hop.end - hop.start for hop in hops))
-    monkeypatch.setattr(local_share, "_block_ms", lambda *_: 1.0)
+    monkeypatch.setattr(remote_model, "_block_ms", lambda *_: 1.0)
 
 
 @pytest.mark.usefixtures("costs")
@@ -165,18 +165,18 @@ def test_auto_takes_what_makes_tokens_come_soonest(
             whole.generate(tokens(7), **options())
             assert isinstance(cache.session, MixedSession) and not cache.session.hops
         size = block_bytes(Checkpoint.open(swarm.folder), None)
-        monkeypatch.setattr(local_share, "free_memory", lambda _: int(2.5 * size / local_share.MEMORY_SHARE))
+        monkeypatch.setattr(remote_model, "free_memory", lambda _: int(2.5 * size / remote_model.MEMORY_SHARE))
         part = visit.model(local_blocks="auto")
         with part.session() as cache:
             part.generate(tokens(7), **options())
             assert cache.session is not None
             assert cache.session.hops[0].blocks[0] == 2
-        monkeypatch.setattr(local_share, "_block_ms", lambda *_: 2.0)
+        monkeypatch.setattr(remote_model, "_block_ms", lambda *_: 2.0)
         slow = visit.model(local_blocks="auto")
         with slow.session() as cache:
             slow.generate(tokens(7), **options())
             assert isinstance(cache.session, Session)
-        monkeypatch.setattr(local_share, "free_memory", lambda _: 0)
+        monkeypatch.setattr(remote_model, "free_memory", lambda _: 0)
         none = visit.model(local_blocks="auto")
         with none.session() as cache:
             none.generate(tokens(7), **options())
@@ -192,7 +192,7 @@ def test_auto_compares_routes_by_what_is_known_when_all_are_planned(
     monkeypatch.setattr(Planner, "plan", lambda *given, **options: plans.append(given) or plan(*given, **options))
     monkeypatch.setattr(Planner, "cost_ms", lambda *given: cost_ms(*given) + 100.0 * len(plans))
     size = block_bytes(Checkpoint.open(swarm.folder), None)
-    monkeypatch.setattr(local_share, "free_memory", lambda _: int(2.5 * size / local_share.MEMORY_SHARE))
+    monkeypatch.setattr(remote_model, "free_memory", lambda _: int(2.5 * size / remote_model.MEMORY_SHARE))
     with swarm.visit() as visit:
         model = visit.model(local_blocks="auto")
         with model.session() as cache:
@@ -203,7 +203,7 @@ def test_auto_compares_routes_by_what_is_known_when_all_are_planned(
 
 @pytest.mark.usefixtures("costs")
 def test_auto_takes_what_nobody_serves(folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_share, "_block_ms", lambda *_: 3.0)
+    monkeypatch.setattr(remote_model, "_block_ms", lambda *_: 3.0)
     with local_swarm(folder, [(2, 6)]) as few:
         model = few.model(local_blocks="auto")
         assert torch.equal(model.generate(tokens(7), **options()), local.generate(tokens(7), **options()))
@@ -211,7 +211,7 @@ def test_auto_takes_what_nobody_serves(folder: Path, local: Any, monkeypatch: py
             model.generate(tokens(7), **options())
             assert cache.session is not None
             assert [hop.blocks for hop in cache.session.hops] == [(2, 6)]
-        monkeypatch.setattr(local_share, "free_memory", lambda _: 0)
+        monkeypatch.setattr(remote_model, "free_memory", lambda _: 0)
         with pytest.raises(CoverageError, match=r"0\.\.1"):
             few.model(local_blocks="auto")
 

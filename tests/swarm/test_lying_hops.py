@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from peers.daemon import Peer
-from peers.session import Session as Held
-from splitnet.client import liveness, session_state
-from splitnet.client.session import Session
-from splitnet.net.directory import Directory
-from splitnet.net.messages import Failure, FailureCode, Ping, Pong, Result, Step, Timing
+from peers.server import Peer
+from peers.sessions import Session as Held
+from splitnet.directory.dht import Directory
+from splitnet.session import liveness, machine
+from splitnet.session.inference import Session
+from splitnet.wire.messages import Failure, FailureCode, Ping, Pong, Result, Step, Timing
 from tests.swarm.generation import GREEDY, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 
@@ -164,7 +164,7 @@ def test_a_liar_beside_honest_peers(
 
 def test_a_liar_that_pretends_to_work(company: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.5)
-    monkeypatch.setattr(session_state, "DECODE_PROGRESS_S", 1.5)
+    monkeypatch.setattr(machine, "DECODE_PROGRESS_S", 1.5)
     done = iter(range(1, 1 << 20))
 
     def pong(ping: Ping) -> Pong:

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from peers.metrics import registry_of
-from peers.metrics_server import MetricsServer
-from splitnet.client.session import Session
+from peers.metrics import MetricsServer, registry_of
 from splitnet.errors import PeerBusy
+from splitnet.session.inference import Session
 from tests.swarm.generation import GREEDY, prompt
 from tests.swarm.harness import LocalSwarm, shared_swarm
 

@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from peers import relocation
-from peers.daemon import Peer
-from peers.holder_watch import HolderWatch
-from peers.placing import SpanWish
+from peers import placement
+from peers.placement import HolderWatch, SpanWish
+from peers.server import Peer
+from splitnet.blocks.span import block_bytes
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import DirectoryError
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import block_bytes
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import PublicKey
+from splitnet.security.identity import PublicKey
+from splitnet.wire.endpoints import Endpoint
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import local_swarm
 
@@ -32,7 +31,7 @@ COVERED_S = 10.0
 @pytest.fixture
 def moves_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers do not look by themselves whether they should move."""
-    monkeypatch.setattr(relocation, "QUICK_LOOK_S", 1e6)
+    monkeypatch.setattr(placement, "QUICK_LOOK_S", 1e6)
 
 
 def memory_for(folder: Path, blocks: int) -> SpanWish:

@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from scheduler.swarm import Speed
-from splitnet.client import liveness, survey, swarm
-from splitnet.client.fresh_facts import FreshFacts
-from splitnet.client.liveness import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
-from splitnet.client.routes import Routes
-from splitnet.client.session import Session
-from splitnet.client.session_events import Cause, NoRoute, Planned
-from splitnet.client.session_route import OPEN_TIMEOUT_S
-from splitnet.net.directory import Directory
-from splitnet.net.facts import facts_of
+from scheduler.facts import Speed
+from splitnet.directory.dht import Directory
+from splitnet.directory.record import facts_of
+from splitnet.session import liveness
+from splitnet.session.driver import Routes
+from splitnet.session.events import Cause, NoRoute, Planned
+from splitnet.session.inference import Session
+from splitnet.session.liveness import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
+from splitnet.session.route_setup import OPEN_TIMEOUT_S
+from splitnet.swarm import measure as survey
+from splitnet.swarm import swarm
+from splitnet.swarm.measure import FreshFacts
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 from tests.swarm.proxy import Proxy, proxies

@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.utils.generic import TransformersKwargs
 
-from splitnet.client.parameters import FORWARD, GENERATION, Refused
+from splitnet.directory.dht import Directory
 from splitnet.errors import UnsupportedParameter
-from splitnet.net.directory import Directory
+from splitnet.hf.parameters import FORWARD, GENERATION, Refused
 from tests.parameter_table import with_tables
 from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.random_models import random_checkpoint

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 
 from benchmarks import netlab
-from peers.daemon import Peer
-from splitnet.doctor.finding import Status, failed
-from splitnet.doctor.reach import Reach
-from splitnet.net.endpoints import LinkState
-from splitnet.net.identity import Identity
-from splitnet.net.peer_links import PeerLinks
-from splitnet.net.records import PeerRecord
-from splitnet.net.ways import mapping, upnp
-from splitnet.net.ways.mapping import MappingError, PortMapping, look_for_router
-from splitnet.net.ways.punching import Way
+from peers.server import Peer
+from splitnet.directory.record import PeerRecord
+from splitnet.nat import port_mapping, upnp
+from splitnet.nat.port_mapping import MappingError, PortMapping, look_for_router
+from splitnet.nat.punch import Way
+from splitnet.security.identity import Identity
+from splitnet.swarm.trial import PeerLinks
+from splitnet.tools.doctor.finding import Status, failed
+from splitnet.tools.doctor.peers import Reach
+from splitnet.wire.endpoints import LinkState
 from tests.swarm.harness import local_swarm
 from tests.swarm.test_hidden_peers import wait_until
 
@@ -129,12 +129,12 @@ def given(inside: int = PORT, outside: int = 9, seconds: int = 60, result: int =
     ],
 )
 def test_a_router_that_lies_or_refuses(first: bytes, second: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapping, "_WAITS_S", (0.05,))
-    monkeypatch.setattr(mapping, "default_gateway", lambda: "127.0.0.1")
-    monkeypatch.setattr(mapping, "find_spec", lambda name: None)
+    monkeypatch.setattr(port_mapping, "_WAITS_S", (0.05,))
+    monkeypatch.setattr(port_mapping, "default_gateway", lambda: "127.0.0.1")
+    monkeypatch.setattr(port_mapping, "find_spec", lambda name: None)
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as router:
         router.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(mapping, "NAT_PMP_PORT", router.getsockname()[1])
+        monkeypatch.setattr(port_mapping, "NAT_PMP_PORT", router.getsockname()[1])
 
         def answer() -> None:
             for _ in range(2):
@@ -164,9 +164,9 @@ def test_a_router_that_lies_by_upnp_or_takes_for_ever(told: bytes | None, monkey
             raise subprocess.TimeoutExpired(command, options["timeout"])
         return subprocess.CompletedProcess(command, 0, told, b"")
 
-    monkeypatch.setattr(mapping, "default_gateway", lambda: "192.0.2.1")
-    monkeypatch.setattr(mapping, "_nat_pmp", refuse)
-    monkeypatch.setattr(mapping, "find_spec", lambda name: name)
+    monkeypatch.setattr(port_mapping, "default_gateway", lambda: "192.0.2.1")
+    monkeypatch.setattr(port_mapping, "_nat_pmp", refuse)
+    monkeypatch.setattr(port_mapping, "find_spec", lambda name: name)
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(MappingError, match="UPnP: "):
         PortMapping(PORT).open()
@@ -213,13 +213,13 @@ def test_nothing_but_the_router_has_requests_sent_by_upnp(monkeypatch: pytest.Mo
 def test_the_router_is_found_where_there_is_no_proc(
     told: str, gateway: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mapping.sys, "platform", "darwin")
+    monkeypatch.setattr(port_mapping.sys, "platform", "darwin")
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, told, ""))
     if gateway is None:
         with pytest.raises(MappingError, match="no default route"):
-            mapping.default_gateway()
+            port_mapping.default_gateway()
     else:
-        assert mapping.default_gateway() == gateway
+        assert port_mapping.default_gateway() == gateway
 
 
 class Home:

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import splitnet
 from scheduler.speculation import Window
-from splitnet.client.causal_lm import RemoteCausalLM
-from splitnet.client.session import Session
-from splitnet.client.session_route import Phase
-from splitnet.client.speculation.experience import Experience
 from splitnet.errors import AdapterError, SessionClosed, SplitnetError, UnsupportedParameter
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.hf.speculate.decoding import Experience
+from splitnet.session.inference import Session
+from splitnet.session.route_setup import Phase
 from tests.swarm.adapters import lora, wrapped
 from tests.swarm.harness import LocalSwarm, shared_swarm
 

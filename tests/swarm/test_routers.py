@@ -9,14 +9,14 @@ from contextlib import ExitStack
 import pytest
 
 from benchmarks import netlab
-from splitnet.net.endpoints import Endpoint, LinkState
-from splitnet.net.identity import Identity
-from splitnet.net.ways import hidden as hidden_module
-from splitnet.net.ways import punching
-from splitnet.net.ways.helper import Helper
-from splitnet.net.ways.hidden import Hidden
-from splitnet.net.ways.loop import WaysLoop
-from splitnet.net.ways.punching import Way
+from splitnet.nat import punch
+from splitnet.nat import unreachable as hidden_module
+from splitnet.nat.loop import WaysLoop
+from splitnet.nat.punch import Way
+from splitnet.nat.relay import Helper
+from splitnet.nat.unreachable import Hidden
+from splitnet.security.identity import Identity
+from splitnet.wire.endpoints import Endpoint, LinkState
 from tests.unit.test_transport import Node, echo
 from tests.unit.test_ways_streams import ask, wait_until
 
@@ -113,13 +113,13 @@ def test_a_peer_behind_a_router_is_reached_without_a_helper_in_the_end(
 def test_helpers_stay_where_routers_give_every_connection_any_port(
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(punching, "PUNCH_S", 1.5)
+    monkeypatch.setattr(punch, "PUNCH_S", 1.5)
     kind = netlab.NAMED["symmetric"]
     monkeypatch.setitem(netlab.NAMED, "symmetric", dataclasses.replace(kind, random_ports=True))
     lab = Lab(stack, "symmetric", "symmetric")
     endpoint = lab.endpoint()
-    wait_until(lambda: ask(lab.caller, endpoint, b"x") or punching._places.taken)
-    wait_until(lambda: ask(lab.caller, endpoint, b"x") or not punching._places.taken)
+    wait_until(lambda: ask(lab.caller, endpoint, b"x") or punch._places.taken)
+    wait_until(lambda: ask(lab.caller, endpoint, b"x") or not punch._places.taken)
     ask(lab.caller, endpoint, b"y")
     assert lab.caller.tunnels.way(endpoint) is Way.RELAYED
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitnet.client.session import Session
-from splitnet.client.swarm import Swarm
+from splitnet.directory.dht import Directory
+from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, NotAuthorized
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Connection, Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import Message, Part, Step
-from splitnet.net.records import PeerRecord
+from splitnet.security.identity import Identity
+from splitnet.session.inference import Session
+from splitnet.swarm.swarm import Swarm
+from splitnet.wire.endpoints import Connection, Endpoint
+from splitnet.wire.messages import Message, Part, Step
 from tests.swarm.harness import LocalSwarm, local_swarm
 
 pytestmark = pytest.mark.swarm

@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
 import splitnet
+from splitnet.directory.dht import Directory
 from splitnet.errors import UnsupportedModel
-from splitnet.net.directory import Directory
-from splitnet.net.identity import Identity
+from splitnet.security.identity import Identity
 from tests.swarm.adapters import CLASSES, FAMILIES, METHODS, gradients, padded, wrapped
 from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.random_models import random_checkpoint

@@ -21,20 +21,20 @@ from schemathesis.checks import CHECKS
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scheduler.speculation import Window
-from splitnet.cli.logs import JsonFormatter
-from splitnet.client.causal_lm import RemoteCausalLM
-from splitnet.client.speculation.experience import Experience
-from splitnet.net.key_options import KeyOptions
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.hf.speculate.decoding import Experience
+from splitnet.logs import JsonFormatter
+from splitnet.security.grants import KeyOptions
 from splitnet.serve import generation
-from splitnet.serve.admission import Admission
 from splitnet.serve.app import Gateway, make_app
+from splitnet.serve.gate import ApiKeys
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
-from splitnet.serve.keys import ApiKeys
+from splitnet.serve.limits import Admission
+from splitnet.serve.openai import ChatRequest
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
-from splitnet.serve.requests import ChatRequest
-from splitnet.serve.sampling_defaults import SamplingDefaults
+from splitnet.serve.sampling import SamplingDefaults
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm
 

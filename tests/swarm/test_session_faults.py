@@ -13,16 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from peers import engine
-from peers.daemon import Peer
 from peers.engine import Engine
+from peers.server import Peer
 from scheduler.speculation import Window
-from splitnet.client import liveness
-from splitnet.client.session import Session
-from splitnet.client.speculation.experience import Experience
+from splitnet.directory.dht import Directory
 from splitnet.errors import PeerBusy
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import LinkState
-from splitnet.net.messages import Step, decode
+from splitnet.hf.speculate.decoding import Experience
+from splitnet.session import liveness
+from splitnet.session.inference import Session
+from splitnet.wire.endpoints import LinkState
+from splitnet.wire.messages import Step, decode
 from tests.swarm.adapters import lora, wrapped
 from tests.swarm.generation import GREEDY, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs

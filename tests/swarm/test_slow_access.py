@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from benchmarks import netlab
-from splitnet.client import liveness
-from splitnet.client.causal_lm import RemoteCausalLM, attach
-from splitnet.client.session_events import Cause
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.net.directory import Directory
+from splitnet.directory.dht import Directory
+from splitnet.hf.causal_lm import RemoteCausalLM, attach
+from splitnet.session import liveness
+from splitnet.session.events import Cause
+from splitnet.swarm.swarm import ModelFacts, Swarm
 from tests.swarm.generation import prompt
 from tests.swarm.harness import SPANS, local_swarm
 

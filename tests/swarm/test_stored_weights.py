@@ -11,11 +11,11 @@ import torch
 from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.head import HeldHead
-from splitnet.model.stored import StoredTensor
-from splitnet.model.stored_layers import HeldEmbedding
-from splitnet.net.directory import Directory
+from splitnet.blocks.backbone import HeldEmbedding
+from splitnet.blocks.head import HeldHead
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
+from splitnet.quant.stored import StoredTensor
 from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint

@@ -25,15 +25,15 @@ for name in modules():
 import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
-from peers.daemon import Peer
+from peers.server import Peer
 from peers.options import PeerOptions
-from peers.placing import SpanWish
+from peers.placement import SpanWish
 import splitnet
 from splitnet.cli.main import app
-from splitnet.cli.stopping import StopSignals
+from splitnet.cli.daemon import StopSignals
 from splitnet.errors import SplitnetError
-from splitnet.model.memory import free_memory, keep_freed_memory, trim_memory
-from splitnet.net.identity import Identity
+from splitnet.quant.memory import free_memory, keep_freed_memory, trim_memory
+from splitnet.security.identity import Identity
 
 assert not {name for name in sys.modules if name.partition(".")[0] in ("hivemind", "multiaddr", "uvloop")}
 keep_freed_memory()

@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from splitnet.net.directory import Directory
+from splitnet.directory.dht import Directory
 from tests.swarm.harness import LocalSwarm, shared_swarm
 
 pytestmark = pytest.mark.swarm

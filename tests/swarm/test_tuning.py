@@ -17,11 +17,11 @@ from peft.helpers import rescale_adapter_scale
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 
-from splitnet.client.local_adapters import PROMPTS
+from splitnet.directory.dht import Directory
 from splitnet.errors import AdapterError
-from splitnet.net.directory import Directory
-from splitnet.tuning.methods import begin_prefix
-from splitnet.tuning.zeroth_order import estimate_gradients
+from splitnet.hf.adapters import PROMPTS
+from splitnet.tools.tune.methods import begin_prefix
+from splitnet.tools.tune.run import estimate_gradients
 from tests.swarm.adapters import CAUSAL, FAMILIES, METHODS, batch, flat, gradients, lora, padded, wrapped
 from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.random_models import random_checkpoint

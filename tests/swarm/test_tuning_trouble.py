@@ -13,9 +13,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from peers.daemon import Peer
+from peers.server import Peer
+from splitnet.directory.dht import Directory
 from splitnet.errors import SplitnetError
-from splitnet.net.directory import Directory
 from tests.swarm.adapters import CAUSAL, METHODS, batch, flat, gradients, lora, wrapped
 from tests.swarm.harness import SPANS, LocalSwarm, dht_node, local_swarm, shared_swarm
 from tests.unit.random_models import random_checkpoint
@@ -39,7 +39,7 @@ def pairs(folder: Path) -> Iterator[LocalSwarm]:
 @pytest.fixture(autouse=True)
 def several_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for batches as small as these."""
-    monkeypatch.setattr("splitnet.client.pass_session.MIN_POSITIONS", 8)
+    monkeypatch.setattr("splitnet.session.training.MIN_POSITIONS", 8)
 
 
 def train(model: PeftModel, steps: int, between: Callable[[int], None] = lambda step: None) -> torch.Tensor:

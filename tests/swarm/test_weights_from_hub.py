@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from splitnet.checkpoint import shards
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.transfer.hashing import make_manifest
+from splitnet.checkpoint.transfer.hub import HubPieces
 from splitnet.cli.connection import Connection
-from splitnet.client.unknown_model import learn_manifest
+from splitnet.directory.dht import Directory
 from splitnet.errors import ModelNotFound, WrongSwarm
-from splitnet.model import shards
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.directory import Directory
-from splitnet.net.identity import Identity
-from splitnet.weights.hashing import make_manifest
-from splitnet.weights.hub import HubPieces
+from splitnet.hf.remote_model import learn_manifest
+from splitnet.security.identity import Identity
 from tests.swarm.harness import local_swarm
 from tests.swarm.test_weights_from_peers import block_bytes_of, computes_as
 from tests.unit.random_models import random_checkpoint

@@ -12,14 +12,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
+from splitnet.blocks.span import Part, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.transfer.held import WeightFolder, weights_folder
+from splitnet.directory.dht import Directory
 from splitnet.errors import ModelNotFound, SplitnetError
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import Part, Span
-from splitnet.net.directory import Directory
-from splitnet.net.identity import Identity
-from splitnet.net.peer_addresses import peer_address
-from splitnet.net.swarm_key import SwarmKey
-from splitnet.weights.held import WeightFolder, weights_folder
+from splitnet.security.identity import Identity
+from splitnet.security.swarm_key import SwarmKey
+from splitnet.transport.addresses import peer_address
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
@@ -156,7 +156,7 @@ def test_holes_are_not_read_as_weights(folder: Path, swarm: LocalSwarm) -> None:
 
 
 def test_who_does_not_share_gives_nothing(node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.weights.fetching.PATIENCE_S", 0.5)
+    monkeypatch.setattr("splitnet.checkpoint.transfer.fetching.PATIENCE_S", 0.5)
     own = random_checkpoint("llama", tmp_path / "kept-llama", seed=2)
     with local_swarm(own, [(0, 6)], node=node) as swarm:  # anybody may connect, so it does not by itself
         with pytest.raises(ModelNotFound, match=r"at nobody who gives them .*--share-weights"):

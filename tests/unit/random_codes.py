@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from splitnet.model.gguf_layouts import BLOCK_TYPES
-from splitnet.model.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix
+from splitnet.checkpoint.gguf.layouts import BLOCK_TYPES
+from splitnet.quant.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix
 
 LAYOUTS = {
     **{kind.name: block.layout for kind, block in BLOCK_TYPES.items()},

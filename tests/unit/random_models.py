@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from splitnet.model.families import make_known
+from splitnet.checkpoint.families import make_known
 
 MAX_SHARD_SIZE = "200KB"
 """Small, so that the blocks of even these models lie in several shards."""

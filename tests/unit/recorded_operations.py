@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from splitnet.model.captured_step import Recording
+from splitnet.blocks.fast.captured import Recording
 
 Result = TypeVar("Result")
 

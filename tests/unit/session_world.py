@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from splitnet.client.planner import PlannedHop
-from splitnet.client.requests import Batch, PassRequest, StepRequest, WayBack
-from splitnet.client.session_events import (
+from splitnet.blocks.adapters import Adapter, read_tensors
+from splitnet.errors import CoverageError, PeerLost, ProtocolError, SplitnetError
+from splitnet.security.identity import Identity
+from splitnet.session.events import (
     Abandon,
     Alive,
     AskAlive,
@@ -41,15 +42,15 @@ from splitnet.client.session_events import (
     Tick,
     Unban,
 )
-from splitnet.client.session_route import Phase
-from splitnet.client.session_state import SessionState
-from splitnet.errors import CoverageError, PeerLost, ProtocolError, SplitnetError
-from splitnet.model.adapters import Adapter, read_tensors
-from splitnet.net.codecs import codec_by_name
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import Adapter as AdapterMessage
-from splitnet.net.messages import (
+from splitnet.session.machine import SessionState
+from splitnet.session.requests import Batch, PassRequest, StepRequest, WayBack
+from splitnet.session.route_setup import Phase
+from splitnet.swarm.plan import PlannedHop
+from splitnet.wire.codecs import codec_by_name
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.log import SentLog, fork_rows
+from splitnet.wire.messages import Adapter as AdapterMessage
+from splitnet.wire.messages import (
     AdapterGradient,
     AdapterLoaded,
     Failure,
@@ -65,9 +66,7 @@ from splitnet.net.messages import (
     Result,
     Step,
 )
-from splitnet.net.messages import Close as CloseMessage
-from splitnet.net.rows import fork_rows
-from splitnet.net.sent_log import SentLog
+from splitnet.wire.messages import Close as CloseMessage
 
 SID = b"s" * 16
 BLOCKS = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from splitnet.model.span import Part, Span
+from splitnet.blocks.span import Part, Span
 
 
 def decoded(span: Span, lengths: tuple[int, ...], steps: int) -> torch.Tensor:

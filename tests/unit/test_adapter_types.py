@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from splitnet.blocks.adapters import Adapter
 from splitnet.errors import AdapterError
-from splitnet.model.adapters import Adapter
 
 LAYER = "0.self_attn.q_proj"
 

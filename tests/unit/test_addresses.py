@@ -8,11 +8,18 @@ import ifaddr
 import pytest
 
 from splitnet.errors import SplitnetError
-from splitnet.net import addresses
-from splitnet.net.addresses import dht_addresses, inside_of, is_global, is_reachable, public_address, with_literal_host
-from splitnet.net.endpoints import is_address
-from splitnet.net.identity import Identity
-from splitnet.net.peer_addresses import hosts_of
+from splitnet.security.identity import Identity
+from splitnet.transport import addresses
+from splitnet.transport.addresses import (
+    dht_addresses,
+    hosts_of,
+    inside_of,
+    is_global,
+    is_reachable,
+    public_address,
+    with_literal_host,
+)
+from splitnet.wire.endpoints import is_address
 
 
 @pytest.mark.parametrize(
@@ -106,7 +113,7 @@ def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytes
         raise OSError("too late")
 
     monkeypatch.setattr("socket.getaddrinfo", hang)
-    monkeypatch.setattr("splitnet.net.addresses.RESOLVE_S", 0.05)
+    monkeypatch.setattr("splitnet.transport.addresses.RESOLVE_S", 0.05)
     try:
         with pytest.raises(SplitnetError, match=r"slow\.example\.org"):
             with_literal_host("slow.example.org:80")

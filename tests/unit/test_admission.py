@@ -14,11 +14,11 @@ from peers.admission import (
     WANTED_S,
     SessionTable,
 )
-from peers.session import Session
+from peers.sessions import Session
 from splitnet.errors import PeerBusy
-from splitnet.net.codecs import CODECS
-from splitnet.net.endpoints import Connection
-from splitnet.net.sent_log import SentLog
+from splitnet.wire.codecs import CODECS
+from splitnet.wire.endpoints import Connection
+from splitnet.wire.log import SentLog
 
 
 def session(name: int, budget: int, used_at: float = 0.0, owner: bytes = b"owner") -> Session:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from peers.announce import FIRST_TRIES, SOON, Announcer
+from peers.directory import FIRST_TRIES, SOON, Announcer
 from splitnet.errors import DirectoryError
 
 

@@ -192,7 +192,7 @@ def test_architecture_names_what_exists() -> None:
 
 
 def test_protocol_document_has_the_version_of_the_code() -> None:
-    from splitnet.net.messages import PROTOCOL_VERSION
+    from splitnet.wire.messages import PROTOCOL_VERSION
 
     text = (ROOT / "docs" / "protocol.md").read_text()
     assert re.findall(r"^Protocol version: (\d+)$", text, re.MULTILINE) == [str(PROTOCOL_VERSION)]

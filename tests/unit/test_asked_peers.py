@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
+from splitnet.directory import ask
+from splitnet.directory.ask import PART_BYTES, REMEMBERED_MODELS, AskedPeers, parts_of
+from splitnet.directory.record import PeerRecord, verified_record
 from splitnet.errors import DirectoryError
-from splitnet.net import asked_peers
-from splitnet.net.asked_peers import PART_BYTES, REMEMBERED_MODELS, AskedPeers, parts_of
-from splitnet.net.endpoints import Endpoint, LinkState
-from splitnet.net.fields import packb
-from splitnet.net.identity import Identity
-from splitnet.net.messages import (
+from splitnet.security.identity import Identity
+from splitnet.transport.addresses import check_peer_address, endpoint_of, peer_address
+from splitnet.wire.endpoints import Endpoint, LinkState
+from splitnet.wire.fields import packb
+from splitnet.wire.messages import (
     MAX_DEPTH,
     MAX_FOUND,
     Announce,
@@ -32,8 +34,6 @@ from splitnet.net.messages import (
     decode,
     encode,
 )
-from splitnet.net.peer_addresses import check_peer_address, endpoint_of, peer_address
-from splitnet.net.records import PeerRecord, verified_record
 from tests.unit.test_directory import record_of
 
 MODEL = "ab" * 16
@@ -101,9 +101,9 @@ class ScriptedPeers:
 
 @pytest.fixture
 def links(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedPeers]:
-    monkeypatch.setattr(asked_peers, "ANSWER_S", 0.2)
-    monkeypatch.setattr(asked_peers, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(asked_peers, "DOWN_S", 0.0)
+    monkeypatch.setattr(ask, "ANSWER_S", 0.2)
+    monkeypatch.setattr(ask, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(ask, "DOWN_S", 0.0)
     yield ScriptedPeers()
 
 
@@ -182,7 +182,7 @@ def test_nobody_answers_for_another_or_twice(links: ScriptedPeers) -> None:
 
 def test_more_than_an_answer_may_have_is_left_out(links: ScriptedPeers, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [signed() for _ in range(4)]
-    monkeypatch.setattr(asked_peers, "MAX_ANSWER_BYTES", 2 * len(records[0].signed) + 40)
+    monkeypatch.setattr(ask, "MAX_ANSWER_BYTES", 2 * len(records[0].signed) + 40)
     assert len(parts_of(records)) == 1
 
     def endless(asked: LookUp | Announce) -> Sequence[Message]:
@@ -307,7 +307,7 @@ def test_who_is_far_is_waited_for_while_its_handshake_is_under_way(links: Script
             links.connecting.clear()
             links.say(far, *tells(honest)(asked))
 
-        timers.append(threading.Timer(3 * asked_peers.ANSWER_S, come))
+        timers.append(threading.Timer(3 * ask.ANSWER_S, come))
         timers[-1].start()
         return []
 

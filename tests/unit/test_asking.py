@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import AskWeights, Failure, FailureCode, WeightsKind, WeightsPart
-from splitnet.weights.fetching import Asking
+from splitnet.checkpoint.transfer.fetching import Asking
+from splitnet.security.identity import Identity
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import AskWeights, Failure, FailureCode, WeightsKind, WeightsPart
 
 PEER = Endpoint("tcp://127.0.0.1:1", Identity.generate().public)
 OTHER = Endpoint("tcp://127.0.0.1:2", Identity.generate().public)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from splitnet.blocks import attention
+from splitnet.blocks import span as spans
+from splitnet.blocks.passes import SpanPasses
+from splitnet.blocks.span import Part, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import PeerBusy
-from splitnet.model import attention
-from splitnet.model import span as spans
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.passes import SpanPasses
-from splitnet.model.span import Part, Span
 from tests.unit.random_models import SPARSE, random_checkpoint
 
 PACKED = ("llama", "gemma2", "gpt_oss", "deepseek_v3", "gpt2")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.net.backlog import LARGE_BYTES, TRACKED_BYTES, Backlog
-from splitnet.net.budget import Budget
-from splitnet.net.endpoints import Connection
+from splitnet.limits import Budget
+from splitnet.transport.flow import LARGE_BYTES, TRACKED_BYTES, Backlog
+from splitnet.wire.endpoints import Connection
 
 LARGE = TRACKED_BYTES + 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from splitnet.client.bans import Bans
+from splitnet.swarm.peers import Bans
 from tests.unit.test_client_swarm import RECORD
 from tests.unit.test_survey import Clock, record
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from splitnet.client.requests import Batch, PassRequest, ReplayRequest, WayBack, most_bytes
 from splitnet.errors import ProtocolError
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import AdapterGradient, Forward, Gradient, Message, Replay, Result
+from splitnet.security.identity import Identity
+from splitnet.session.requests import Batch, PassRequest, ReplayRequest, WayBack, most_bytes
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import AdapterGradient, Forward, Gradient, Message, Replay, Result
 
 SID = b"s" * 16
 PAYLOAD = bytes(32)

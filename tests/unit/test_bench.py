@@ -11,13 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from splitnet.bench.cases import Case, cases_of, check_room
-from splitnet.bench.figures import Answer, Round, Route, RouteHop, Spread, Traffic, figures_of, percentile
-from splitnet.bench.gate import Gate, run_together
-from splitnet.bench.measuring import Measured, measure, turns
-from splitnet.bench.report import LOCAL, SWARM, Report, drawn, number, with_range
-from splitnet.client.link_use import LinkUse
 from splitnet.errors import ContextTooLong, PeerLost, SplitnetError
+from splitnet.session.driver import LinkUse
+from splitnet.tools.bench.backends import Gate, run_together
+from splitnet.tools.bench.figures import (
+    Answer,
+    Case,
+    Round,
+    Route,
+    RouteHop,
+    Spread,
+    Traffic,
+    cases_of,
+    check_room,
+    figures_of,
+    percentile,
+)
+from splitnet.tools.bench.report import LOCAL, SWARM, Measured, Report, drawn, measure, number, turns, with_range
 
 SECONDS = st.floats(1e-6, 1e3)
 PREFILL = Case(100)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.net.budget import Budget
+from splitnet.limits import Budget
 
 
 def test_one_account_gets_half_and_the_others_the_rest() -> None:

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.model import captured_step, kernels
-from splitnet.model.captured_step import SIZES, CannotBeRecorded, CapturedStep, OnDeviceAlone, size_for
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.lean_step import LeanStep
-from splitnet.model.span import Part, Span
+from splitnet.blocks.fast import captured
+from splitnet.blocks.fast.captured import SIZES, CannotBeRecorded, CapturedStep, OnDeviceAlone, size_for
+from splitnet.blocks.fast.lean import LeanStep
+from splitnet.blocks.span import Part, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.quant import native
 from tests.unit.random_models import random_checkpoint
 from tests.unit.recorded_operations import OperationRecorder
 
@@ -27,13 +28,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(autouse=True)
 def of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "has_fast_kernels", lambda: False)
+    monkeypatch.setattr(native, "has_fast_kernels", lambda: False)
     graphs_are(monkeypatch, faster=True)
 
 
 def graphs_are(monkeypatch: pytest.MonkeyPatch, *, faster: bool) -> None:
     times = itertools.count(1000, -1 if faster else 1)
-    monkeypatch.setattr(captured_step, "milliseconds", lambda device, work, count: float(next(times)))
+    monkeypatch.setattr(captured, "milliseconds", lambda device, work, count: float(next(times)))
 
 
 def load(
@@ -42,7 +43,7 @@ def load(
     recorder: OperationRecorder | None,
     dtype: str = "float32",
 ) -> Span:
-    monkeypatch.setattr(captured_step, "recorder_for", lambda device: recorder)
+    monkeypatch.setattr(captured, "recorder_for", lambda device: recorder)
     return Span.load(checkpoint, 1, 4, dtype=dtype)
 
 
@@ -123,14 +124,14 @@ def test_a_recording_that_gives_something_else_is_named_and_left_out(
 def test_one_that_stores_something_else_is_too(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    own = captured_step.Recorded.run
+    own = captured.Recorded.run
 
-    def run(self: captured_step.Recorded, blocks: object, hidden: object, parts: list[Part]) -> torch.Tensor:
+    def run(self: captured.Recorded, blocks: object, hidden: object, parts: list[Part]) -> torch.Tensor:
         output = own(self, blocks, hidden, parts)  # pyright: ignore[reportArgumentType]
         parts[-1].row._blocks[2].values[:, :, parts[-1].row.length] += 0.1
         return output
 
-    monkeypatch.setattr(captured_step.Recorded, "run", run)
+    monkeypatch.setattr(captured.Recorded, "run", run)
     assert type(load(checkpoint, monkeypatch, OperationRecorder())._lean) is LeanStep
     (record,) = caplog.records
     assert "block 3 stores in values something else" in record.getMessage()

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from splitnet.net.changes import OUTDATED_S, RECORD_OVERHEAD, Told, entry_of, still_there
-from splitnet.net.endpoints import Relay
-from splitnet.net.identity import Identity
-from splitnet.net.messages import ENTRY_BYTES
-from splitnet.net.records import PeerRecord
+from splitnet.directory.ask import OUTDATED_S, RECORD_OVERHEAD, Told, entry_of, still_there
+from splitnet.directory.record import PeerRecord
+from splitnet.security.identity import Identity
+from splitnet.wire.endpoints import Relay
+from splitnet.wire.messages import ENTRY_BYTES
 from tests.unit.test_asked_peers import signed
 
 MUCH = 60_000
@@ -106,6 +106,6 @@ def test_changes_and_others_have_their_turns_in_what_there_is_room_for() -> None
 
 
 def test_nobody_stands_for_another_with_the_same_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.net.changes.KEY_PREFIX_BYTES", 0)  # all keys begin alike
+    monkeypatch.setattr("splitnet.directory.ask.KEY_PREFIX_BYTES", 0)  # all keys begin alike
     other = signed()
     assert told([later(), other], [HELD]) == ([True], [other])

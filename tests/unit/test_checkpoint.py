@@ -17,10 +17,10 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM
 
+from splitnet.blocks.span import Part, Span, block_bytes
+from splitnet.checkpoint import shards
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import ModelNotFound, UnsupportedModel
-from splitnet.model import shards
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import Part, Span, block_bytes
 from tests.unit.random_models import random_checkpoint
 
 

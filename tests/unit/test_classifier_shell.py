@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from splitnet.blocks.client_part import load_classifier_shell
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import UnsupportedModel
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.shell import load_classifier_shell
-from splitnet.model.span import Span
 from tests.unit.random_models import random_checkpoint
 from tests.unit.test_span_families import LocalChain
 

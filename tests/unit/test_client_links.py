@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import pytest
 
 from splitnet.errors import PeerLost, SplitnetError
-from splitnet.net import links as links_module
-from splitnet.net.endpoints import Endpoint, LinkState
-from splitnet.net.identity import Identity
-from splitnet.net.links import Links
-from splitnet.net.messages import Close, Message, Open, Ping
+from splitnet.security.identity import Identity
+from splitnet.swarm import links as links_module
+from splitnet.swarm.links import Links
+from splitnet.wire.endpoints import Endpoint, LinkState
+from splitnet.wire.messages import Close, Message, Open, Ping
 
 MOST = 8
 WAIT_S = 20.0

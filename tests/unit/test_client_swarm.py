@@ -8,18 +8,19 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from scheduler.encoding import Encoding
-from scheduler.network import Link
-from splitnet.client import fresh_facts, known_peers
-from splitnet.client.planner import Needs
-from splitnet.client.swarm import ModelFacts, Swarm
+from scheduler.cost import Encoding
+from scheduler.facts import Link
+from splitnet.directory.dht import Directory
+from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, PeerBusy, ProtocolVersionError, WrongSwarm
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Endpoint, LinkState
-from splitnet.net.identity import Identity
-from splitnet.net.links import Links
-from splitnet.net.messages import PROTOCOL_VERSION, Message, Ping, Pong, decode, encode
-from splitnet.net.records import PeerRecord
+from splitnet.security.identity import Identity
+from splitnet.swarm import measure as fresh_facts
+from splitnet.swarm import peers
+from splitnet.swarm.links import Links
+from splitnet.swarm.plan import Needs
+from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.wire.endpoints import Endpoint, LinkState
+from splitnet.wire.messages import PROTOCOL_VERSION, Message, Ping, Pong, decode, encode
 
 NEEDS = Needs(kv_positions=10, encodings=(Encoding("int8", 66),), blocks=(0, 6))
 FACTS = ModelFacts("ab" * 32, "a-model", num_blocks=6, hidden_size=64, max_positions=256)
@@ -115,7 +116,7 @@ def test_who_has_planned_looks_around_in_the_background(
     directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that the next session need not wait for the directory."""
-    monkeypatch.setattr(known_peers, "LOOK_S", 0.01)
+    monkeypatch.setattr(peers, "LOOK_S", 0.01)
     directory.records = [served(start=0, end=FACTS.num_blocks)]
     with Swarm(FACTS, ["/an/address"]) as swarm:
         swarm.fresh_facts._look.wait(0.1)

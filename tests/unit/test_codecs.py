@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitnet.errors import CodecError
-from splitnet.net.codecs import CODECS, DEFAULT_INT8, Codec, _by_name, codec_by_code, codec_by_name
+from splitnet.wire.codecs import CODECS, DEFAULT_INT8, Codec, _by_name, codec_by_code, codec_by_name
 
 INTEGER_BITS = {"int8": 8, "int8-block": 8, "int6": 6, "int4": 4}
 LOSSY = [name for name in CODECS if name != "none"]

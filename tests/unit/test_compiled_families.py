@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from splitnet.model import block_description, kernels
-from splitnet.model.block_parts import Activation, Norm, UnknownPart
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.compiled_step import CompiledStep
-from splitnet.model.families import COMPILED
-from splitnet.model.span import Span
+from splitnet.blocks.fast import describe
+from splitnet.blocks.fast.compiled import CompiledStep
+from splitnet.blocks.fast.describe import Activation, Norm, UnknownPart
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import COMPILED
+from splitnet.quant import native
 from tests.unit.random_models import random_checkpoint
 from tests.unit.span_runs import decoded, windows_of_drafts
 from tests.unit.test_lean_step import EXPERTS, EXPERTS_IN_CODES, LATENTS
@@ -122,7 +123,7 @@ NOT_KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 pytestmark = pytest.mark.skipif(
-    not kernels.has_fast_kernels(), reason="steps were not compiled here, or not for this CPU"
+    not native.has_fast_kernels(), reason="steps were not compiled here, or not for this CPU"
 )
 
 
@@ -209,7 +210,7 @@ def test_weights_that_are_transposed_give_the_same_bits_as_before(tmp_path: Path
     folder = random_checkpoint("gpt2", tmp_path)
     found = Span.load(Checkpoint.open(folder), 1, 5)
     found._lean = None
-    monkeypatch.setattr(kernels, "has_fast_kernels", lambda: False)
+    monkeypatch.setattr(native, "has_fast_kernels", lambda: False)
     plain = Span.load(Checkpoint.open(folder), 1, 5)
     torch.testing.assert_close(decoded(found, (12, 9), 3), decoded(plain, (12, 9), 3), rtol=1e-5, atol=1e-5)
 
@@ -222,7 +223,7 @@ def test_in_half_precision_each_block_must_give_the_same(tmp_path: Path, monkeyp
         return type(Span.load(Checkpoint.open(folder), 1, 9, dtype=dtype)._lean)
 
     assert kind("bfloat16") is CompiledStep
-    monkeypatch.setattr(block_description, "_turns", lambda attention: attention.layer_idx != 5)
+    monkeypatch.setattr(describe, "_turns", lambda attention: attention.layer_idx != 5)
     assert kind("bfloat16") is not CompiledStep
 
 
@@ -230,7 +231,7 @@ def test_whatever_is_raised_means_none(tmp_path: Path, monkeypatch: pytest.Monke
     def broken(block: Any) -> None:
         raise TypeError
 
-    monkeypatch.setattr(block_description.BlockDescription, "of", broken)
+    monkeypatch.setattr(describe.BlockDescription, "of", broken)
     assert not isinstance(load("llama", tmp_path, {})._lean, CompiledStep)
 
 

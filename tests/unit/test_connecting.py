@@ -18,7 +18,7 @@ from splitnet.cli.arguments import Preferred
 from splitnet.cli.connecting import Connecting
 from splitnet.cli.main import EXAMPLES, app
 from splitnet.errors import SplitnetError
-from splitnet.net.identity import Identity
+from splitnet.security.identity import Identity
 
 ADDRESS = f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}"
 

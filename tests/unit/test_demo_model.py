@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from splitnet.checkpoint import demo
 from splitnet.errors import SplitnetError
-from splitnet.model import demo
 from splitnet.paths import cache_folder
 
 
@@ -142,7 +142,9 @@ def test_a_cache_that_cannot_be_written_is_told_with_the_fix(downloads: FakeDown
 
 
 def test_importing_the_module_is_cheap() -> None:
-    program = "import sys, splitnet.model.demo; print(sorted({'torch', 'transformers', 'gguf'} & set(sys.modules)))"
+    program = (
+        "import sys, splitnet.checkpoint.demo; print(sorted({'torch', 'transformers', 'gguf'} & set(sys.modules)))"
+    )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
 
@@ -152,8 +154,8 @@ def test_it_answers_a_question_as_transformers_reads_the_same_file(demo_checkpoi
     import torch
     from transformers import AutoModelForCausalLM
 
-    from splitnet.model.checkpoint import Checkpoint
-    from splitnet.model.whole_model import load_whole
+    from splitnet.blocks.whole_model import load_whole
+    from splitnet.checkpoint.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(demo_checkpoint)
     tokenizer = checkpoint.tokenizer()

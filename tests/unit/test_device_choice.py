@@ -9,11 +9,11 @@ import pytest
 import torch
 import typer
 
+from splitnet.blocks import device as device_choice
+from splitnet.blocks.device import DEVICE_NAME, Present, choose_device, find_device
 from splitnet.cli.main import app
-from splitnet.client.options import CausalOptions
 from splitnet.errors import SplitnetError
-from splitnet.model import device_choice
-from splitnet.model.device_choice import DEVICE_NAME, Present, choose_device, find_device
+from splitnet.hf.options import CausalOptions
 
 TWO = Present({"cuda": ("NVIDIA A", "NVIDIA B"), "xpu": ("Arc",)})
 ALL = Present({"xpu": ("Arc",), "mps": ("Metal",), "cuda": ("Instinct",)})

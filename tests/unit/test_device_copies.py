@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from splitnet.model import device_clock, device_copies
-from splitnet.model.device_clock import Stopwatch, milliseconds
-from splitnet.model.device_copies import to_device, to_host
+from splitnet.quant import device as device_clock
+from splitnet.quant import device as device_copies
+from splitnet.quant.device import Stopwatch, milliseconds, to_device, to_host
 
 CPU = torch.device("cpu")
 

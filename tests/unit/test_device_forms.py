@@ -10,13 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from splitnet.model import device_forms
-from splitnet.model.device_forms import DeviceFp8, DeviceInt4, DeviceInt8, device_form, fault_of, use_device_kernels
-from splitnet.model.grouped_forms import hold_stored
-from splitnet.model.held_linear import HeldLinear
-from splitnet.model.int4_forms import Int4
-from splitnet.model.int8_forms import DequantisedInt8
-from splitnet.model.weight_form import WeightForm
+from splitnet.quant import gpu
+from splitnet.quant.gpu import DeviceFp8, DeviceInt4, DeviceInt8, device_form, fault_of, use_device_kernels
+from splitnet.quant.grouped import hold_stored
+from splitnet.quant.integers import DequantisedInt8, Int4
+from splitnet.quant.linear import HeldLinear
+from splitnet.quant.weight_form import WeightForm
 from tests.unit.random_codes import LAYOUTS, matrix_of
 
 CPU = torch.device("cpu")
@@ -114,11 +113,11 @@ class NotFinite(DeviceInt8):
 def test_a_kernel_that_does_not_prove_itself_is_named_once_and_left(
     kernel: type[DeviceInt8], sentence: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(device_forms, "FORMS", (kernel,))
+    monkeypatch.setattr(gpu, "FORMS", (kernel,))
     held = DequantisedInt8.of(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
     assert held is not None
-    device_forms._warn.cache_clear()
-    with caplog.at_level(logging.WARNING, device_forms.__name__):
+    gpu._warn.cache_clear()
+    with caplog.at_level(logging.WARNING, gpu.__name__):
         assert device_form(held, torch.bfloat16) is None
         assert device_form(held, torch.bfloat16) is None
     (record,) = caplog.records
@@ -131,7 +130,7 @@ def test_without_memory_to_try_a_kernel_the_layer_stays(monkeypatch: pytest.Monk
         def multiply(self, rows: torch.Tensor) -> torch.Tensor:
             raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(device_forms, "FORMS", (Full,))
+    monkeypatch.setattr(gpu, "FORMS", (Full,))
     held = DequantisedInt8.of(torch.randn(16, 64))
     assert held is not None
     assert device_form(held, torch.bfloat16) is None
@@ -158,18 +157,18 @@ def test_layers_take_a_kernel_only_if_it_pays(faster: bool, monkeypatch: pytest.
     assert isinstance(layer, HeldLinear)
     use_device_kernels(model, torch.bfloat16)
     assert layer.held is held  # CPUs have kernels of their own
-    monkeypatch.setattr(device_forms, "_on_gpu", lambda layer: True)
-    monkeypatch.setattr(device_forms, "_ms", lambda form, row: float((form is held) == faster))
-    device_forms._faster.clear()
+    monkeypatch.setattr(gpu, "_on_gpu", lambda layer: True)
+    monkeypatch.setattr(gpu, "_ms", lambda form, row: float((form is held) == faster))
+    gpu._faster.clear()
     use_device_kernels(model, torch.bfloat16)
-    device_forms._faster.clear()
+    gpu._faster.clear()
     assert isinstance(layer.held, DeviceInt8) == faster
 
 
 def test_a_weight_that_layers_share_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     held = DequantisedInt8.of(torch.randn(16, 64))
     assert held is not None
-    monkeypatch.setattr(device_forms, "_on_gpu", lambda layer: True)
+    monkeypatch.setattr(gpu, "_on_gpu", lambda layer: True)
     model = nn.ModuleList([linear_of(held, 16, 64), linear_of(held, 16, 64)])
     use_device_kernels(model, torch.bfloat16)
     assert all(layer.held is held for layer in model)

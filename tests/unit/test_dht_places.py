@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.net import dht_places, proof_of_work
-from splitnet.net.dht_places import Places
-from splitnet.net.identity import Identity, PublicKey
-from splitnet.net.records import PeerRecord
+from splitnet.directory import kept as dht_places
+from splitnet.directory.kept import Places
+from splitnet.directory.record import PeerRecord
+from splitnet.security import identity
+from splitnet.security.identity import Identity, PublicKey
 from tests.attacks.directory import fake_record
 
 NOW = 1000.0
@@ -107,18 +108,18 @@ def test_bounds_hold_whatever_comes(steps: list[tuple[bytes, int, int, bool, flo
 
 
 def test_a_proof_is_of_one_key_and_is_kept_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof_of_work, "WORK_BITS", 6)
-    proof_of_work.has_worked.cache_clear()
+    monkeypatch.setattr(identity, "WORK_BITS", 6)
+    identity.has_worked.cache_clear()
     file, go_on, stop = tmp_path / "key.proof", threading.Event(), threading.Event()
     stop.set()
     key = KEYS[0]
-    assert proof_of_work.kept_proof(key, file, stop) == 0 and not file.exists()
-    proof = proof_of_work.kept_proof(key, file, go_on)
-    assert proof and proof_of_work.has_worked(key, proof)
-    assert proof_of_work.kept_proof(key, file, stop) == proof, "it is not made again"
-    assert not all(proof_of_work.has_worked(other, proof) for other in KEYS[1:])
-    assert not proof_of_work.has_worked(key, 0)
+    assert identity.kept_proof(key, file, stop) == 0 and not file.exists()
+    proof = identity.kept_proof(key, file, go_on)
+    assert proof and identity.has_worked(key, proof)
+    assert identity.kept_proof(key, file, stop) == proof, "it is not made again"
+    assert not all(identity.has_worked(other, proof) for other in KEYS[1:])
+    assert not identity.has_worked(key, 0)
     for garbage in (b"", b"x", b"9" * 50, b"\xff" * 20, b"0"):
         file.write_bytes(garbage)
-        assert proof_of_work.kept_proof(key, file, go_on) == proof
-    proof_of_work.has_worked.cache_clear()
+        assert identity.kept_proof(key, file, go_on) == proof
+    identity.has_worked.cache_clear()

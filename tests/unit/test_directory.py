@@ -20,13 +20,12 @@ from unittest.mock import AsyncMock
 import psutil
 import pytest
 
-from splitnet.errors import AddressInUse, DirectoryError
-from splitnet.net import dht_reading, swarm_directory
-from splitnet.net import directory as directory_module
-from splitnet.net.dht_node import KEYS_PER_FIND, import_hivemind
-from splitnet.net.directory import Directory
-from splitnet.net.identity import Identity
-from splitnet.net.records import (
+from splitnet.directory import dht as directory_module
+from splitnet.directory import hivemind_node, interface
+from splitnet.directory.dht import Directory
+from splitnet.directory.hivemind_node import KEYS_PER_FIND, import_hivemind
+from splitnet.directory.interface import JoinedDirectories
+from splitnet.directory.record import (
     MAX_CLOCK_SKEW_S,
     MAX_TTL_S,
     MODELS_KEY,
@@ -36,7 +35,8 @@ from splitnet.net.records import (
     shard_key,
     shard_keys,
 )
-from splitnet.net.swarm_directory import JoinedDirectories
+from splitnet.errors import AddressInUse, DirectoryError
+from splitnet.security.identity import Identity
 from tests.attacks.directory import withholding_node
 
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
@@ -189,7 +189,7 @@ def test_expired_records_are_dropped(member: Directory, client: Directory, monke
     anna = Identity.generate()
     record = record_of(anna)
     assert member.announce(record, anna)
-    monkeypatch.setattr(swarm_directory, "time", SimpleNamespace(time=lambda: record.expires_at + 0.1))
+    monkeypatch.setattr(interface, "time", SimpleNamespace(time=lambda: record.expires_at + 0.1))
     assert client.peers(record.model) == []
     assert record.model not in client.models()
 
@@ -243,7 +243,7 @@ def test_a_lookup_reads_a_bounded_number_of_records(attacker: Directory, monkeyp
     model = os.urandom(16).hex()
     for identity in identities:
         assert attacker.announce(record_of(identity, model=model), identity)
-    monkeypatch.setattr(dht_reading, "MOST_PER_KEY", 0)
+    monkeypatch.setattr(hivemind_node, "MOST_PER_KEY", 0)
     assert attacker.peers(model) == []
 
 
@@ -304,7 +304,7 @@ def test_values_nested_deep_end_no_process() -> None:
     """Neither of a node that is told to store one, nor of whoever reads it."""
     code = """
 import asyncio, sys, threading
-from splitnet.net.dht_node import import_hivemind
+from splitnet.directory.hivemind_node import import_hivemind
 hivemind = import_hivemind()
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.storage import DictionaryDHTValue
@@ -593,7 +593,7 @@ def test_close_leaves_no_thread_and_no_child(bootstrap: Directory) -> None:
 
 def test_a_killed_process_leaves_no_child() -> None:
     code = (
-        "import psutil, sys; from splitnet.net.directory import Directory; "
+        "import psutil, sys; from splitnet.directory.dht import Directory; "
         f"Directory.start(listen={LOOPBACK!r}); "
         "print(psutil.Process().children()[0].pid, flush=True); sys.stdin.read()"
     )

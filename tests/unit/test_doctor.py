@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.doctor import machine, network
-from splitnet.doctor.finding import Status, failed, passed, warned
-from splitnet.doctor.model import memory, open_model
-from splitnet.doctor.report import document, has_failed, summary
-from splitnet.model.kernels import Kernels
-from splitnet.model.sizes import ModelSizes
-from splitnet.net.dht_answers import NodeAnswer
-from splitnet.net.identity import Identity
+from splitnet.blocks.sizes import ModelSizes
+from splitnet.directory.hivemind_node import NodeAnswer
+from splitnet.quant.native import Kernels
+from splitnet.security.identity import Identity
+from splitnet.tools.doctor import machine, network
+from splitnet.tools.doctor.finding import Status, document, failed, has_failed, passed, summary, warned
+from splitnet.tools.doctor.machine import memory, open_model
 from tests.unit.random_models import random_checkpoint
 
 ALLOWED_S = 3.0
@@ -160,5 +159,5 @@ def test_the_package_itself_is_sound() -> None:
     [(Kernels.FAST, Status.passed), (Kernels.PLAIN, Status.passed), (Kernels.NONE, Status.warned)],
 )
 def test_kernels_that_are_missing_are_told(kernels: Kernels, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.model.kernels.kernels_here", lambda: kernels)
+    monkeypatch.setattr("splitnet.quant.native.kernels_here", lambda: kernels)
     assert machine.kernels().status is status

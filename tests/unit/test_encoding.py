@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.encoding import Encoding, choose_codec, encodings_of
+from scheduler.cost import Encoding, choose_codec, encodings_of
 
 SIZES = {"none": 2304, "fp16": 1152, "int8": 594, "int4": 306}
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from peers import power_sources
-from peers.energy import EnergyMeter, Source, Sources
-from peers.power_sources import find_sources
+from peers import power
+from peers.power import EnergyMeter, Source, Sources, find_sources
 
 CPU = torch.device("cpu")
 WRAP_UJ = 262_143_328_850
@@ -91,7 +90,7 @@ def denied(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise PermissionError(13, "Permission denied", str(path))
         return opened(path, flags)
 
-    monkeypatch.setattr(power_sources.os, "open", refuse)
+    monkeypatch.setattr(power.os, "open", refuse)
 
 
 def test_packages_are_added_up_and_their_parts_are_not_counted_twice(
@@ -313,7 +312,7 @@ def test_a_gpu_does_not_draw_what_its_processor_draws(tree: Tree) -> None:
 
 def test_a_gpu_of_nvidia_tells_its_power(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     milliwatts = [250_000]
-    monkeypatch.setattr(power_sources.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(power.importlib.util, "find_spec", lambda _: object())
     monkeypatch.setattr(torch.cuda, "power_draw", lambda _: milliwatts[0])
     meter = EnergyMeter(lambda: find_sources(torch.device("cuda:1")), clock=clock)
     assert meter.origin == "NVML cuda:1"

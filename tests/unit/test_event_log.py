@@ -7,7 +7,7 @@ import threading
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.client.event_log import KEPT_EVENTS, EventLog
+from splitnet.swarm.events import KEPT_EVENTS, EventLog
 
 
 @given(st.lists(st.integers(0, 2 * KEPT_EVENTS), max_size=4))

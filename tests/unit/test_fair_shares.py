@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.fair_shares import BULK_COST, CREDIT_S, LATELY_S, FairShares
+from scheduler.fairness import BULK_COST, CREDIT_S, LATELY_S, FairShares
 
 pieces = st.floats(0.001, 0.2)
 weights = st.sampled_from([0.5, 1.0, 2.0, 4.0])

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
-from splitnet.client.causal_lm import RemoteCausalLM
-from splitnet.client.remote_model import RemoteBlocks, made_remote
-from splitnet.client.speculation.family_loop import FamilyLoop
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.families import RopeLengths
-from splitnet.model.shell import load_shell
+from splitnet.blocks.client_part import load_shell
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import RopeLengths
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.hf.remote_model import RemoteBlocks, made_remote
+from splitnet.hf.speculate.family_loop import FamilyLoop
 from tests.unit.random_models import HYBRIDS, random_checkpoint
 
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40, "factor": 4.0}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from splitnet.weights.plan import MAX_BYTES, MAX_PIECES, MAX_STRIKES, REST_S, SILENT_S, FetchPlan
+from splitnet.checkpoint.transfer.plan import MAX_BYTES, MAX_PIECES, MAX_STRIKES, REST_S, SILENT_S, FetchPlan
 
 NAMES = [bytes([index]) * 32 for index in range(24)]
 SIZES = {name: 1 + 40_000 * index for index, name in enumerate(NAMES)}

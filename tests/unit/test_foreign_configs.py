@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from splitnet.checkpoint.checkpoint import open_store
+from splitnet.checkpoint.families import MAX_LABELS, MAX_LAYERS
 from splitnet.errors import UnsupportedModel
-from splitnet.model.checkpoint import open_store
-from splitnet.model.families import MAX_LABELS, MAX_LAYERS
 
 TINY = {"hidden_size": 8, "intermediate_size": 8, "model_type": "llama", "num_attention_heads": 1, "vocab_size": 4}
 

@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 
 from scheduler.candidates import measured_first
-from scheduler.network import CLIENT, Link
-from splitnet.client.fresh_facts import ENDS_PINGS, PINGS_PER_MINUTE, PROBE_AGAIN_S, FreshFacts
-from splitnet.client.route_search import HEARD_S
-from splitnet.client.survey import SILENT_S, TRUST_S, Survey
-from splitnet.client.swarm import Swarm
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.prober import PROBE_BYTES
-from splitnet.net.records import PeerRecord
+from scheduler.facts import CLIENT, Link
+from splitnet.directory.dht import Directory
+from splitnet.directory.record import PeerRecord
+from splitnet.swarm.measure import ENDS_PINGS, PINGS_PER_MINUTE, PROBE_AGAIN_S, SILENT_S, TRUST_S, FreshFacts, Survey
+from splitnet.swarm.plan import HEARD_S
+from splitnet.swarm.swarm import Swarm
+from splitnet.transport.prober import PROBE_BYTES
+from splitnet.wire.endpoints import Endpoint
 from tests.unit.test_client_swarm import FACTS, NEEDS, FakeDirectory
 from tests.unit.test_survey import Clock, Echo, record
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.gathering import LATELY_S, PATIENCE, Gathering
+from scheduler.batching import LATELY_S, PATIENCE, Gathering
 
 seconds = st.floats(0, 1, allow_subnormal=False)
 

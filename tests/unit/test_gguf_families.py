@@ -14,12 +14,12 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import splitnet
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.gguf.file import GgufFile
+from splitnet.checkpoint.gguf.store import GgufStore
 from splitnet.errors import ModelNotFound, UnsupportedModel
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.gguf_file import GgufFile
-from splitnet.model.gguf_store import GgufStore
-from splitnet.model.span import Span
-from splitnet.model.stored import StoredTensor
+from splitnet.quant.stored import StoredTensor
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from splitnet.checkpoint.gguf.file import GgufFile
 from splitnet.errors import UnsupportedModel
-from splitnet.model.gguf_file import GgufFile
 
 
 def _metadata(*counts: int) -> bytes:

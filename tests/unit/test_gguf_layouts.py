@@ -8,8 +8,8 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from splitnet.checkpoint.gguf.layouts import BLOCK_TYPES, layout_of, read_codes
 from splitnet.errors import UnsupportedModel
-from splitnet.model.gguf_layouts import BLOCK_TYPES, layout_of, read_codes
 
 FLOAT16_AT = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "MXFP4": ()}
 """Where numbers of type float16 begin in a block, where it is not at 0 (and 2)."""

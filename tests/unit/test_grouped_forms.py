@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitnet.errors import UnsupportedModel
-from splitnet.model import grouped_forms, many_rows, tiles
-from splitnet.model.grouped_forms import ExpertForm, GroupedForm, JoinedForm, held_bytes, hold_experts, hold_stored
-from splitnet.model.kernels import Kernels, convert_grouped, kernels_here, multiplies_bfloat16, multiply_grouped
-from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor, number_of
-from splitnet.model.tiles import Order
+from splitnet.quant import floats, grouped, tiles
+from splitnet.quant.grouped import ExpertForm, GroupedForm, JoinedForm, held_bytes, hold_experts, hold_stored
+from splitnet.quant.native import Kernels, convert_grouped, kernels_here, multiplies_bfloat16, multiply_grouped
+from splitnet.quant.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor, number_of
+from splitnet.quant.tiles import Order
 from tests.unit.random_codes import LAYOUTS, codes_of, matrix_of
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ sizes = st.integers(1, 70), st.integers(1, 40).map(lambda count: 32 * count) | s
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With splitnet's kernels, or without."""
     if request.param == "torch":
-        monkeypatch.setattr(grouped_forms, "kernels_here", lambda: Kernels.NONE)
+        monkeypatch.setattr(grouped, "kernels_here", lambda: Kernels.NONE)
     elif kernels_here() is Kernels.NONE:
         pytest.skip("the kernels were not compiled")
     return request.param
@@ -123,7 +123,7 @@ def test_products_of_many_rows(way: str, layout: Layout, outputs: int, inputs: i
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_many_rows_in_parts(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many_rows, "_PART", 2**14)
+    monkeypatch.setattr(floats, "_PART", 2**14)
     matrix = matrix_of(LAYOUTS[name], 150, 160, 1)
     rows = rows_of(70, 160, 1).bfloat16()
     assert not far(hold_stored([matrix], CPU).multiply(rows), rows, matrix, many=True)

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from splitnet.client.options import ClientOptions
-from splitnet.model import head as head_module
-from splitnet.model.head import MOST_ROWS, Head, HeldHead, SharedProduct, hold_head
-from splitnet.model.kernels import has_fast_kernels
-from splitnet.model.weights import choose_weights
+from splitnet.blocks import head as head_module
+from splitnet.blocks.head import MOST_ROWS, Head, HeldHead, SharedProduct, hold_head
+from splitnet.hf.options import ClientOptions
+from splitnet.quant.choose import choose_weights
+from splitnet.quant.native import has_fast_kernels
 from tests.unit.random_models import random_config
 
 WAIT_S = 20.0

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from splitnet.model.many_rows import EXPERTS_FROM
-from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
-from splitnet.model.stored_layers import hold_codes
+from splitnet.blocks.backbone import hold_codes
+from splitnet.quant.floats import EXPERTS_FROM
+from splitnet.quant.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
 from tests.unit.random_models import random_config
 
 HIDDEN = 64

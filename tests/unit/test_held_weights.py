@@ -14,24 +14,23 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from peers.options import PeerOptions
-from peers.placing import SpanWish, fitting_blocks
+from peers.placement import SpanWish, fitting_blocks
+from splitnet.blocks.adapters import Adapter
+from splitnet.blocks.passes import SpanPasses
+from splitnet.blocks.sizes import ModelSizes
+from splitnet.blocks.span import Part, Span, block_bytes
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.store import LazyTensors
 from splitnet.errors import OutOfMemory, WeightsError
-from splitnet.model import grouped_forms, many_rows, weights
-from splitnet.model.adapters import Adapter
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.float_forms import CompiledFloat16, ConvertedFloat16, ConvertedFloat32, NarrowFloat, PackedFloat16
-from splitnet.model.grouped_forms import ExpertForm
-from splitnet.model.held_experts import HeldExperts
-from splitnet.model.held_linear import HeldLinear
-from splitnet.model.int4_forms import GROUP, Int4, KernelInt4, kernel_order
-from splitnet.model.int8_forms import DequantisedInt8, Int8, KernelInt8
-from splitnet.model.kernels import Kernels, has_fast_kernels, has_float_kernels, has_integer_kernels
-from splitnet.model.lazy_tensors import LazyTensors
-from splitnet.model.passes import SpanPasses
-from splitnet.model.sizes import ModelSizes
-from splitnet.model.span import Part, Span, block_bytes
-from splitnet.model.weight_form import WeightForm
-from splitnet.model.weights import choose_weights, has_kernels
+from splitnet.quant import choose, floats, grouped
+from splitnet.quant.choose import choose_weights, has_kernels
+from splitnet.quant.experts import HeldExperts
+from splitnet.quant.floats import CompiledFloat16, ConvertedFloat16, ConvertedFloat32, NarrowFloat, PackedFloat16
+from splitnet.quant.grouped import ExpertForm
+from splitnet.quant.integers import GROUP, DequantisedInt8, Int4, Int8, KernelInt4, KernelInt8, kernel_order
+from splitnet.quant.linear import HeldLinear
+from splitnet.quant.native import Kernels, has_fast_kernels, has_float_kernels, has_integer_kernels
+from splitnet.quant.weight_form import WeightForm
 from tests.unit.random_models import random_checkpoint
 
 CPU = torch.device("cpu")
@@ -72,13 +71,13 @@ KERNEL_DISTANCE = 2 * STAGES**0.5 * KERNEL_ROUNDING
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whose kernels are used: splitnet's compiled ones, torch's, or none."""
     if request.param != "compiled":
-        monkeypatch.setattr(weights, "has_integer_kernels", lambda: False)
-        monkeypatch.setattr(weights, "has_float_kernels", lambda: False)
-        monkeypatch.setattr(grouped_forms, "kernels_here", lambda: Kernels.NONE)
+        monkeypatch.setattr(choose, "has_integer_kernels", lambda: False)
+        monkeypatch.setattr(choose, "has_float_kernels", lambda: False)
+        monkeypatch.setattr(grouped, "kernels_here", lambda: Kernels.NONE)
     elif not (has_integer_kernels() and has_fast_kernels()):
         pytest.skip("splitnet's kernels were not compiled here, or not for this CPU")
     if request.param == "fallback":
-        monkeypatch.setattr(weights, "has_kernels", lambda device: False)
+        monkeypatch.setattr(choose, "has_kernels", lambda device: False)
     elif request.param == "torch" and not has_kernels(CPU):
         pytest.skip("torch has no kernels for packed weights here")
     return request.param
@@ -266,7 +265,7 @@ def test_a_layer_in_every_form(form: type[WeightForm], shape: tuple[int, int]) -
 @pytest.mark.parametrize("form", [CompiledFloat16, Int8, Int4])
 @pytest.mark.parametrize("count", [1, 23, 24, 31, 32, 47, 48, 63, 64, 65, 257, 600])
 def test_any_number_of_rows(form: type[WeightForm], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many_rows, "_PART", 2**13)
+    monkeypatch.setattr(floats, "_PART", 2**13)
     torch.manual_seed(count)
     held = form.of(torch.randn(77, 96))
     assert held is not None
@@ -358,8 +357,8 @@ def test_the_form_is_chosen_by_the_device(kernels: str) -> None:
         assert not choose_weights("auto", dtype, dtype, device).forms
     assert choose_weights("float16", None, bfloat16, CPU).dtype == float32
     assert choose_weights("float16", "bfloat16", float32, CPU).dtype == bfloat16
-    assert choose_weights("float16", None, bfloat16, cuda) == weights.Weights("float16", float16)
-    assert choose_weights("bfloat16", None, float32, CPU) == weights.Weights("bfloat16", bfloat16)
+    assert choose_weights("float16", None, bfloat16, cuda) == choose.Weights("float16", float16)
+    assert choose_weights("bfloat16", None, float32, CPU) == choose.Weights("bfloat16", bfloat16)
     assert choose_weights("int4", None, bfloat16, CPU).dtype == bfloat16
     assert choose_weights("int8", "float32", bfloat16, cuda).forms == (DequantisedInt8,)
     forms = choose_weights("int8", None, float32, CPU).forms
@@ -441,7 +440,7 @@ def test_blocks_without_a_layer_that_fits_are_refused_or_stay_floats(
     checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path, blocks=1, hidden=40))  # not in groups of 32
     with pytest.raises(WeightsError, match="held as int4: use --weights float32"):
         Span.load(checkpoint, 0, 1, weights="int4")
-    monkeypatch.setattr(weights, "_fastest", lambda dtype, device: "int4")
+    monkeypatch.setattr(choose, "_fastest", lambda dtype, device: "int4")
     span = Span.load(checkpoint, 0, 1, weights="auto")
     assert (span.weights.kind, span.weight_bytes) == ("float32", Span.load(checkpoint, 0, 1).weight_bytes)
 

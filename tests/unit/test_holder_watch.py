@@ -9,13 +9,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from peers import relocation
-from peers.holder_watch import LOST_S, MAX_WATCHED, SILENT_S, HolderWatch
-from peers.mover import Mover
-from peers.relocation import Relocation
-from splitnet.net.endpoints import Endpoint, LinkState
-from splitnet.net.identity import Identity
-from splitnet.net.records import PeerRecord
+from peers import placement
+from peers.placement import LOST_S, MAX_WATCHED, SILENT_S, HolderWatch, Mover, Relocation
+from splitnet.directory.record import PeerRecord
+from splitnet.security.identity import Identity
+from splitnet.wire.endpoints import Endpoint, LinkState
 from tests.unit.test_client_swarm import RECORD
 
 NUM_BLOCKS = 6
@@ -110,7 +108,7 @@ def swarm(watch: HolderWatch) -> Swarm:
 
 def test_blocks_of_who_is_gone_are_taken_over(swarm: Swarm, links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Mock()
-    monkeypatch.setattr(relocation.time, "monotonic", clock)
+    monkeypatch.setattr(placement.time, "monotonic", clock)
     clock.return_value = 0.0
     assert not swarm.relocation.reconsider()
     last = swarm.others[2]
@@ -133,7 +131,7 @@ def test_who_renews_its_record_is_there_though_it_does_not_answer(
     swarm: Swarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Mock(return_value=0.0)
-    monkeypatch.setattr(relocation.time, "monotonic", clock)
+    monkeypatch.setattr(placement.time, "monotonic", clock)
     swarm.relocation.reconsider()
     monkeypatch.setattr(swarm.relocation._mover, "decide", decide := Mock(return_value=None))
     swarm.watch.heard(endpoint_of(swarm.others[2]), 0.0)

@@ -33,18 +33,18 @@ from tokenizers.models import BPE
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from splitnet.client.saved_adapters import load_adapter
-from splitnet.client.tokenizers import AutoTokenizer
+from splitnet.blocks.span import Span
+from splitnet.checkpoint import chat_template
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.gguf.config import _scaled_frequencies
+from splitnet.checkpoint.gguf.families import FAMILIES, _value_rows
+from splitnet.checkpoint.gguf.file import GgufFile
+from splitnet.checkpoint.gguf.store import GgufStore
 from splitnet.errors import AdapterError, SplitnetError
-from splitnet.model import chat_template
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.gguf_config import _scaled_frequencies
-from splitnet.model.gguf_families import FAMILIES, _value_rows
-from splitnet.model.gguf_file import GgufFile
-from splitnet.model.gguf_store import GgufStore
-from splitnet.model.span import Span
-from splitnet.model.stored import StoredTensor
+from splitnet.hf.adapters import load_adapter
+from splitnet.hf.causal_lm import AutoTokenizer
 from splitnet.patterns import ALL_S, Patterns
+from splitnet.quant.stored import StoredTensor
 from splitnet.serve.failures import ApiError
 from splitnet.serve.prompts import Prompts
 from tests.tiers import examples

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitnet.errors import KeyFileError
-from splitnet.net.identity import KEY_FILE_VARIABLE, AuthorizedKeys, Identity, PublicKey
-from splitnet.net.key_options import STRANGER_WEIGHT, KeyOptions
+from splitnet.security.grants import STRANGER_WEIGHT, KeyOptions
+from splitnet.security.identity import KEY_FILE_VARIABLE, AuthorizedKeys, Identity, PublicKey
 
 HANDSHAKE_TIMEOUT_MS = 5000
 
@@ -145,7 +145,7 @@ def test_key_path_that_is_a_folder_is_a_clear_error(tmp_path: Path) -> None:
 def test_processes_that_create_the_file_together_share_one_key(tmp_path: Path) -> None:
     path = tmp_path / "key"
     code = (
-        "import sys; from pathlib import Path; from splitnet.net.identity import Identity; sys.stdin.read(); "
+        "import sys; from pathlib import Path; from splitnet.security.identity import Identity; sys.stdin.read(); "
         "print(Identity.load_or_create(Path(sys.argv[1])).public)"
     )
     command = [sys.executable, "-c", code, str(path)]

@@ -11,10 +11,10 @@ import torch
 
 from peers import span_server
 from peers.counters import Counters
-from peers.next_hops import NextHops
+from peers.links import NextHops
 from peers.span_server import SpanServer
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import Part, Span
+from splitnet.blocks.span import Part, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
 from tests.unit.random_models import random_checkpoint
 
 WAIT_S = 30.0

@@ -16,17 +16,14 @@ from hypothesis import strategies as st
 
 from scheduler.candidates import Crowd, _block_ms, _LeastOfBlocks, _sending_ms, candidates
 from scheduler.coordinates import Coordinate
-from scheduler.cost import block_ms, occupied_ms
-from scheduler.encoding import Encoding
-from scheduler.network import CLIENT, Link, Network, Place
+from scheduler.cost import Encoding, block_ms, occupied_ms
+from scheduler.facts import CLIENT, Link, Network, Peer, Place, Speed
 from scheduler.route import best_route
-from scheduler.swarm import Peer, Speed
-from splitnet.client import planner as planner_module
-from splitnet.client import survey as survey_module
-from splitnet.client.latest import Latest
-from splitnet.client.planner import CLIENT_ENDS, PlannedHop, Planner
-from splitnet.client.survey import Survey
-from splitnet.net.records import KEY_PREFIX_BYTES, PeerRecord, SeenLink
+from splitnet.directory.record import KEY_PREFIX_BYTES, PeerRecord, SeenLink
+from splitnet.swarm import measure as survey_module
+from splitnet.swarm import plan as planner_module
+from splitnet.swarm.measure import Latest, Survey
+from splitnet.swarm.plan import CLIENT_ENDS, PlannedHop, Planner
 from tests.tiers import examples
 from tests.unit.test_planner import NEEDS, record
 from tests.unit.test_survey import Clock

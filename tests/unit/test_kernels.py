@@ -15,16 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitnet.errors import KernelsError
-from splitnet.model import kernels
-from splitnet.model.int8_forms import Int8
-from splitnet.model.kernels import multiply_floats
-from splitnet.model.stored import TABLES, StoredMatrix
+from splitnet.quant import native
+from splitnet.quant.integers import Int8
+from splitnet.quant.native import multiply_floats
+from splitnet.quant.stored import TABLES, StoredMatrix
 from tests.unit.random_codes import LAYOUTS, matrix_of
 from tests.unit.test_grouped_forms import far, hold_stored
 
 pytestmark = [
-    pytest.mark.skipif(not kernels.has_float_kernels(), reason="the kernels were not compiled for this CPU"),
-    pytest.mark.default_cases(path=(kernels.PLAIN_PATH, kernels.path_in_use())),
+    pytest.mark.skipif(not native.has_float_kernels(), reason="the kernels were not compiled for this CPU"),
+    pytest.mark.default_cases(path=(native.PLAIN_PATH, native.path_in_use())),
 ]
 
 LARGEST = 255 * 127 + 127
@@ -36,20 +36,18 @@ counts = st.integers(1, 9)
 seeds = st.integers(0, 2**31)
 
 
-@pytest.fixture(params=kernels.paths_here(), autouse=True)
+@pytest.fixture(params=native.paths_here(), autouse=True)
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each that this CPU has the instructions for."""
-    before = kernels.path_in_use()
+    before = native.path_in_use()
     assert before is not None
-    kernels.use_path(request.param)
+    native.use_path(request.param)
     yield request.param
-    kernels.use_path(before)
+    native.use_path(before)
 
 
 each_path = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-needs_floats = pytest.mark.parametrize(
-    "path", [each for each in kernels.paths_here() if each != "plain"], indirect=True
-)
+needs_floats = pytest.mark.parametrize("path", [each for each in native.paths_here() if each != "plain"], indirect=True)
 
 
 def rows_of(count: int, length: int, seed: int) -> torch.Tensor:
@@ -201,39 +199,39 @@ def test_small_numbers_count_whatever_a_thread_is_set_to() -> None:
     ("name", "reason"), [("avx3", "there are no such kernels"), ("avx-vnni", "no instructions for")]
 )
 def test_a_path_that_cannot_be_used_is_refused_by_name(name: str, reason: str, path: str) -> None:
-    if name in kernels.paths_here() or path != kernels.PLAIN_PATH:
+    if name in native.paths_here() or path != native.PLAIN_PATH:
         pytest.skip("it can be used, or was refused already")
-    program = "from splitnet.model import kernels"
-    environment = {**os.environ, kernels.PATH_VARIABLE: name}
+    program = "from splitnet.quant import native as kernels"
+    environment = {**os.environ, native.PATH_VARIABLE: name}
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert ran.returncode and name in ran.stderr and "use one of" in ran.stderr
-    ran = subprocess.run([sys.executable, "-c", program], env={**environment, kernels.PATH_VARIABLE: path})
+    ran = subprocess.run([sys.executable, "-c", program], env={**environment, native.PATH_VARIABLE: path})
     assert ran.returncode == 0
 
 
 @pytest.fixture
 def no_prefetch_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine that has measured nothing."""
-    before = kernels.prefetch_in_use()
-    monkeypatch.setattr(kernels, "_prefetch", None)
+    before = native.prefetch_in_use()
+    monkeypatch.setattr(native, "_prefetch", None)
     monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path))
     yield
-    kernels.use_prefetch(before or kernels.PREFETCHES[0])
+    native.use_prefetch(before or native.PREFETCHES[0])
 
 
 @needs_floats
 @pytest.mark.usefixtures("no_prefetch_yet")
 def test_the_fastest_prefetch_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    best = kernels.PREFETCHES[2]
+    best = native.PREFETCHES[2]
     times = Mock(return_value=best)
-    monkeypatch.setattr(kernels, "fastest_prefetch", times)
+    monkeypatch.setattr(native, "fastest_prefetch", times)
     multiply_floats(torch.ones(1, 4), torch.ones(4, 4))
-    assert kernels.prefetch_in_use() == best and times.call_count == 1
-    monkeypatch.setattr(kernels, "_prefetch", None)
-    assert kernels.prefetch_in_use() == best and times.call_count == 1, "it is known from the file"
-    monkeypatch.setattr(kernels, "_prefetch", None)
-    monkeypatch.setattr(kernels, "processor", lambda: "another")
-    assert kernels.prefetch_in_use() == best and times.call_count == 2
+    assert native.prefetch_in_use() == best and times.call_count == 1
+    monkeypatch.setattr(native, "_prefetch", None)
+    assert native.prefetch_in_use() == best and times.call_count == 1, "it is known from the file"
+    monkeypatch.setattr(native, "_prefetch", None)
+    monkeypatch.setattr(native, "processor", lambda: "another")
+    assert native.prefetch_in_use() == best and times.call_count == 2
 
 
 @pytest.mark.parametrize(
@@ -248,40 +246,40 @@ def test_the_fastest_prefetch_is_measured_once(monkeypatch: pytest.MonkeyPatch) 
 def test_a_prefetch_must_be_faster_twice(
     seen: list[dict[int, float]], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = [{kernels.PREFETCHES[index]: seconds for index, seconds in each.items()} for each in seen]
-    monkeypatch.setattr(kernels, "time_prefetches", Mock(side_effect=times))
-    assert kernels.fastest_prefetch() == kernels.PREFETCHES[expected]
+    times = [{native.PREFETCHES[index]: seconds for index, seconds in each.items()} for each in seen]
+    monkeypatch.setattr(native, "time_prefetches", Mock(side_effect=times))
+    assert native.fastest_prefetch() == native.PREFETCHES[expected]
 
 
 @needs_floats
 def test_products_do_not_depend_on_the_prefetch() -> None:
-    before = kernels.prefetch_in_use()
+    before = native.prefetch_in_use()
     rows, weight = rows_of(2, 300, 1), torch.randn(70, 300)
     held = hold_stored([matrix_of(LAYOUTS["Q4_K"], 64, 512, 3)], torch.device("cpu"))
     found: list[tuple[torch.Tensor, ...]] = []
-    for each in (*kernels.PREFETCHES, kernels.Prefetch("nta", 999999)):
-        kernels.use_prefetch(each)
+    for each in (*native.PREFETCHES, native.Prefetch("nta", 999999)):
+        native.use_prefetch(each)
         found.append((multiply_floats(rows, weight), held.multiply(rows_of(2, 512, 1))))
-    kernels.use_prefetch(before or kernels.PREFETCHES[0])
+    native.use_prefetch(before or native.PREFETCHES[0])
     assert all(torch.equal(one, first) for some in found for one, first in zip(some, found[0], strict=True))
 
 
 @needs_floats
 def test_all_prefetches_are_timed_and_none_stays_in_use() -> None:
-    before = kernels.Prefetch("nta", 4096)
-    kernels.use_prefetch(before)
-    times = kernels.time_prefetches(kernels.PREFETCHES)
-    assert kernels.prefetch_in_use() == before
-    kernels.use_prefetch(kernels.PREFETCHES[0])
-    assert set(times) == set(kernels.PREFETCHES) and all(0 < seconds < float("inf") for seconds in times.values())
+    before = native.Prefetch("nta", 4096)
+    native.use_prefetch(before)
+    times = native.time_prefetches(native.PREFETCHES)
+    assert native.prefetch_in_use() == before
+    native.use_prefetch(native.PREFETCHES[0])
+    assert set(times) == set(native.PREFETCHES) and all(0 < seconds < float("inf") for seconds in times.values())
 
 
 @needs_floats
 def test_the_environment_names_path_and_prefetch(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = kernels.prefetch_in_use()
+    before = native.prefetch_in_use()
     for names, expected in (("nta+4096", "nta+4096"), (f"{path},none", "none"), (f"t0,{path}", "t0+8192")):
-        kernels.use_as_named(names)
-        assert (kernels.path_in_use(), str(kernels.prefetch_in_use())) == (path, expected)
+        native.use_as_named(names)
+        assert (native.path_in_use(), str(native.prefetch_in_use())) == (path, expected)
     with pytest.raises(KernelsError, match=r"nta\+x"):
-        kernels.use_as_named("nta+x")
-    kernels.use_prefetch(before or kernels.PREFETCHES[0])
+        native.use_as_named("nta+x")
+    native.use_prefetch(before or native.PREFETCHES[0])

@@ -8,17 +8,16 @@ from typing import Any, cast
 
 import pytest
 
-from splitnet.client import known_peers
-from splitnet.client.known_peers import LISTED, LOOK_S, READ_S, UNHEARD_S, KnownPeers
+from splitnet.directory import ask
+from splitnet.directory.ask import AskedPeers, Told, parts_of
+from splitnet.directory.interface import latest
+from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError
-from splitnet.net import asked_peers
-from splitnet.net.asked_peers import AskedPeers, parts_of
-from splitnet.net.changes import Told
-from splitnet.net.endpoints import Endpoint, LinkState
-from splitnet.net.identity import Identity
-from splitnet.net.messages import Announce, Found, LookUp, Message, encode
-from splitnet.net.records import PeerRecord
-from splitnet.net.swarm_directory import latest
+from splitnet.security.identity import Identity
+from splitnet.swarm import peers
+from splitnet.swarm.peers import LISTED, LOOK_S, READ_S, UNHEARD_S, KnownPeers
+from splitnet.wire.endpoints import Endpoint, LinkState
+from splitnet.wire.messages import Announce, Found, LookUp, Message, encode
 from tests.unit.test_asked_peers import MODEL, ScriptedPeers, says_nothing, signed
 
 TTL_S = 60.0
@@ -28,13 +27,13 @@ class World:
     """Peers that tell each other's records, a directory that has them all, and a client whose clock the test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(asked_peers, "SOON_S", 0.1)
-        monkeypatch.setattr(asked_peers, "ANSWER_S", 0.2)
+        monkeypatch.setattr(ask, "SOON_S", 0.1)
+        monkeypatch.setattr(ask, "ANSWER_S", 0.2)
         self.links = ScriptedPeers()
         self.offset_s = 0.0
         for name in ("monotonic", "time"):
             real = getattr(time, name)
-            monkeypatch.setattr(known_peers.time, name, lambda real=real: real() + self.offset_s)
+            monkeypatch.setattr(peers.time, name, lambda real=real: real() + self.offset_s)
         self.owners: dict[Endpoint, Identity] = {}
         self.facts: dict[Endpoint, dict[str, Any]] = {}
         self.records: dict[Endpoint, PeerRecord] = {}

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import pytest
 
-from splitnet.client import known_peers
-from splitnet.client.known_peers import KnownPeers
+from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError
-from splitnet.net.endpoints import Endpoint, LinkState
-from splitnet.net.identity import Identity
-from splitnet.net.records import PeerRecord
+from splitnet.security.identity import Identity
+from splitnet.swarm import peers
+from splitnet.swarm.peers import KnownPeers
+from splitnet.wire.endpoints import Endpoint, LinkState
 from tests.unit.test_client_swarm import FACTS, RECORD
 
 WAIT_S = 20.0
@@ -52,8 +52,8 @@ class Client:
         self.directory = FakeDirectory()
         self.states: dict[Endpoint, LinkState] = {}
         self.now = time.time()
-        monkeypatch.setattr(known_peers.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(known_peers.time, "time", lambda: self.now)
+        monkeypatch.setattr(peers.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(peers.time, "time", lambda: self.now)
         self.known = KnownPeers(
             cast(Any, self.directory),
             FACTS.fingerprint,

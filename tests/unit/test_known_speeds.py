@@ -9,15 +9,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from peers import known_speeds, span_server
+from peers import span_server, speed
 from peers.counters import Counters
-from peers.current_span import CurrentSpan
-from peers.known_speeds import KnownSpeeds
 from peers.options import PeerOptions
-from peers.speed import ObservedSpeed
+from peers.span_server import CurrentSpan
+from peers.speed import KnownSpeeds, ObservedSpeed
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.known_figures import MAX_KNOWN, KnownFigures
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import Span
 from tests.unit.random_models import random_checkpoint
 
 SPEED = ObservedSpeed((1.0, 2.0, 3.0, 4.0, 5.0))
@@ -46,12 +45,12 @@ def test_another_device_model_or_way_to_compute_has_its_own(
     assert known.find(Span.load(checkpoint, 0, 3), "model") is None
     assert known.find(Span.load(checkpoint, 0, 2, dtype="bfloat16"), "model") is None
     for owner, name, value in (
-        (known_speeds.kernels, "path_in_use", lambda: "other"),
-        (known_speeds, "__version__", "other"),
-        (known_speeds.kernels, "processor", lambda: "other"),
+        (speed.kernels, "path_in_use", lambda: "other"),
+        (speed, "__version__", "other"),
+        (speed.kernels, "processor", lambda: "other"),
         (torch, "get_num_threads", lambda: 99),
         (torch, "__version__", "other"),
-        (known_speeds.platform, "node", lambda: "other"),
+        (speed.platform, "node", lambda: "other"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitnet.model.kv_cache import FIRST_CAPACITY, RowCache
+from splitnet.blocks.kv_cache import FIRST_CAPACITY, RowCache
 from tests.tiers import examples
 
 HEADS, KEY_SIZE, VALUE_SIZE, BLOCKS = 2, 4, 3, 2

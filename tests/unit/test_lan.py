@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zeroconf import IPVersion, ServiceInfo, Zeroconf
 
-from peers.lan_presence import LanPresence
+from peers.joining import LanPresence
+from splitnet.directory import mdns
+from splitnet.directory.mdns import MAX_ADDRESSES, LanNode, LocalNetwork, is_lan_address
 from splitnet.errors import LanError, ProtocolError
-from splitnet.net import lan
-from splitnet.net.lan import MAX_ADDRESSES, LanNode, LocalNetwork, is_lan_address
-from splitnet.net.messages import PROTOCOL_VERSION
+from splitnet.wire.messages import PROTOCOL_VERSION
 from tests.attacks.directory import flooded_lan, hide_on_lan
 from tests.multicast import LOOPBACK, use_network_of_its_own
 
@@ -102,7 +102,7 @@ def test_only_what_others_can_reach_is_announced(monkeypatch: pytest.MonkeyPatch
     use_network_of_its_own(monkeypatch)
     with LocalNetwork(MODEL) as network, pytest.raises(LanError, match="no address on a local network"):
         network.announce([f"/ip4/127.0.0.1/tcp/31330/p2p/{'2' * 46}", f"/ip4/8.8.8.8/tcp/31330/p2p/{'2' * 46}"])
-    monkeypatch.setattr(lan, "_own_addresses", list)
+    monkeypatch.setattr(mdns, "_own_addresses", list)
     with pytest.raises(LanError, match="this machine has no address on a local network"):
         LocalNetwork(MODEL)
 
@@ -124,7 +124,7 @@ def test_what_others_send_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
     with LocalNetwork(MODEL) as network, LocalNetwork(MODEL) as old, LocalNetwork(MODEL) as honest:
         with monkeypatch.context() as patch:
-            patch.setattr(lan, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+            patch.setattr(mdns, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
             old.announce(node_at(4).addresses)
         stranger = Zeroconf(interfaces=[LOOPBACK], ip_version=IPVersion.V4Only)
         try:
@@ -132,8 +132,8 @@ def test_what_others_send_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
             for number, text in enumerate(
                 ({}, {"model": b"\xff" * 200}, {**good, "dht0": "/ip4/8.8.8.8/tcp/1/p2p/x"}, {**good, "protocol": "-1"})
             ):
-                name = f"s{number}.{lan.SERVICE_TYPE}"
-                info = ServiceInfo(lan.SERVICE_TYPE, name, port=9, parsed_addresses=[LOOPBACK], properties=text)
+                name = f"s{number}.{mdns.SERVICE_TYPE}"
+                info = ServiceInfo(mdns.SERVICE_TYPE, name, port=9, parsed_addresses=[LOOPBACK], properties=text)
                 stranger.register_service(info, cooperating_responders=True)
             honest.announce(node_at(6).addresses)
             assert network.search(FOUND_S) == [node_at(6)]
@@ -144,8 +144,8 @@ def test_what_others_send_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fakes_on_the_network_block_nobody_who_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
-    monkeypatch.setattr(lan, "MAX_NODES", 3)
-    monkeypatch.setattr(lan, "MAX_WAITING", 5)
+    monkeypatch.setattr(mdns, "MAX_NODES", 3)
+    monkeypatch.setattr(mdns, "MAX_WAITING", 5)
     seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
     with LocalNetwork(MODEL) as victim, LocalNetwork(MODEL) as honest, flooded_lan(MODEL, count=9):
         assert len(victim.search(FOUND_S)) == 3
@@ -158,8 +158,8 @@ def test_fakes_on_the_network_block_nobody_who_comes_later(monkeypatch: pytest.M
 
 def test_a_flood_hides_nobody_who_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
-    monkeypatch.setattr(lan, "LOOK_S", 0.05)
-    monkeypatch.setattr(lan, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(mdns, "LOOK_S", 0.05)
+    monkeypatch.setattr(mdns, "FIRST_PAUSE_S", 0.05)
     seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
     with LocalNetwork(MODEL) as victim, LocalNetwork(MODEL) as honest:
         victim.announce(node_at(6).addresses)
@@ -168,7 +168,7 @@ def test_a_flood_hides_nobody_who_comes_after_it(monkeypatch: pytest.MonkeyPatch
         honest.announce(node_at(7).addresses)
         while node_at(7) not in seen.get(timeout=FOUND_S):
             pass
-        assert victim._records() <= lan.MOST_RECORDS
+        assert victim._records() <= mdns.MOST_RECORDS
         with LocalNetwork(MODEL) as newcomer:
             newcomer.watch(seen.put)
             while node_at(6) not in seen.get(timeout=FOUND_S):  # it goes on to announce itself
@@ -177,8 +177,8 @@ def test_a_flood_hides_nobody_who_comes_after_it(monkeypatch: pytest.MonkeyPatch
 
 def test_who_has_another_address_is_found_there(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
-    monkeypatch.setattr(lan, "LOOK_S", 0.05)
-    monkeypatch.setattr(lan, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(mdns, "LOOK_S", 0.05)
+    monkeypatch.setattr(mdns, "FIRST_PAUSE_S", 0.05)
     moved = LanNode(MODEL, PROTOCOL_VERSION, (node_at(8).addresses[0].replace("192.168.7.8", "192.168.9.9"),))
     seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
     with LocalNetwork(MODEL) as network, LocalNetwork(MODEL) as other:
@@ -187,7 +187,7 @@ def test_who_has_another_address_is_found_there(monkeypatch: pytest.MonkeyPatch)
         network.announce(node_at(8).addresses)
         assert node_at(8) in seen.get(timeout=FOUND_S)
         with monkeypatch.context() as patch:
-            patch.setattr(lan, "_own_addresses", list)
+            patch.setattr(mdns, "_own_addresses", list)
             with pytest.raises(LanError, match="no address on a local network"):
                 network.begin_again(addresses=moved.addresses)
         while moved not in seen.get(timeout=FOUND_S):  # once the network is there

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from splitnet.model import kernels
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.compiled_step import MOST_POSITIONS, CompiledStep
-from splitnet.model.grouped_forms import hold_stored
-from splitnet.model.held_linear import HeldLinear
-from splitnet.model.lean_step import LeanStep
-from splitnet.model.span import Part, Span
+from splitnet.blocks.fast.compiled import MOST_POSITIONS, CompiledStep
+from splitnet.blocks.fast.lean import LeanStep
+from splitnet.blocks.span import Part, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.quant import native
+from splitnet.quant.grouped import hold_stored
+from splitnet.quant.linear import HeldLinear
 from tests.published import (
     FP8_CONFIG,
     INT4_CONFIG,
@@ -86,9 +86,9 @@ COMPILED_ALONE = ("gpt2", "olmo2", "gemma2", "phi3", "smollm3")
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
     """What the steps are."""
     if request.param == "of torch":
-        monkeypatch.setattr(kernels, "has_fast_kernels", lambda: False)
+        monkeypatch.setattr(native, "has_fast_kernels", lambda: False)
         return LeanStep
-    if not kernels.has_fast_kernels():
+    if not native.has_fast_kernels():
         pytest.skip("steps were not compiled here, or not for this CPU")
     return CompiledStep
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitnet.model.backbone import _made_on_meta, on_meta
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.families import causal_class
+from splitnet.blocks.backbone import _made_on_meta, on_meta
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import causal_class
 from tests.unit.random_models import random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ SERVE_AND_ASK = f"""
 import sys
 {AS_A_COMMAND}
 import torch
-from peers.daemon import Peer
+from peers.server import Peer
 from peers.options import PeerOptions
 from splitnet.cli.connection import Connection
 from splitnet.cli.generation import Client, Sampling
@@ -42,7 +42,7 @@ from splitnet.cli.generation import Client, Sampling
 peer = Peer.start(sys.argv[1], PeerOptions(listen="tcp://127.0.0.1:0", device="cpu"))
 connection = Connection(sys.argv[1], peer.addresses, device="cpu")
 checkpoint = connection.checkpoint()
-from splitnet.client.causal_lm import attach
+from splitnet.hf.causal_lm import attach
 model = attach(checkpoint, connection.swarm(checkpoint), **connection.options())
 model.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False)
 model.close()
@@ -58,7 +58,7 @@ def test_a_peer_and_a_client_do_without_what_they_do_not_use(tmp_path: Path, fam
 
 
 def test_others_who_import_the_library_have_transformers_as_it_is() -> None:
-    program = "from splitnet.light_imports import import_models; import_models(); import sys"
+    program = "from splitnet.import_shims import import_models; import_models(); import sys"
     program += "; assert 'transformers' not in sys.modules; import transformers.modeling_utils"
     assert imported(program) >= {"scipy", "torch._dynamo", "torch.distributed.tensor"}
 
@@ -66,7 +66,7 @@ def test_others_who_import_the_library_have_transformers_as_it_is() -> None:
 def test_what_is_imported_late_is_there_when_it_is_used() -> None:
     program = f"""
 {AS_A_COMMAND}
-from splitnet.net.dht_node import import_hivemind
+from splitnet.directory.hivemind_node import import_hivemind
 import_hivemind()
 import hivemind, torch, transformers
 assert hivemind.__version__ and hivemind.DHT and hivemind.averaging.DecentralizedAverager
@@ -100,20 +100,20 @@ def test_a_model_in_which_numbers_meet_tensors_without_is_made_all_the_same() ->
     ],
 )
 def test_a_workaround_is_still_needed(module: str, brings: str, workaround: str) -> None:
-    assert brings in imported(f"import {module}"), f"{workaround} in splitnet/light_imports.py can go"
+    assert brings in imported(f"import {module}"), f"{workaround} in splitnet/import_shims.py can go"
 
 
 @pytest.mark.parametrize(
     ("program", "brings", "workaround"),
     [
-        ("torch.nn.Embedding(2, 2, device='meta')", "torch._dynamo", "_LightMeta in splitnet/model/backbone.py"),
+        ("torch.nn.Embedding(2, 2, device='meta')", "torch._dynamo", "_LightMeta in splitnet/blocks/backbone.py"),
         (
             "class Own(torch.Tensor):\n"
             "    @classmethod\n"
             "    def __torch_dispatch__(cls, *_): return torch.empty(())\n"
             "torch.Tensor._make_wrapper_subclass(Own, ()).detach()",
             "torch.distributed.tensor",
-            "_forget_dtensors in splitnet/light_imports.py",
+            "_forget_dtensors in splitnet/import_shims.py",
         ),
     ],
 )

@@ -11,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from splitnet.net.endpoints import Endpoint, LinkState, Relay
-from splitnet.net.identity import Identity
-from splitnet.net.link_pool import BRIEF_S, LinkPool
+from splitnet.security.identity import Identity
+from splitnet.transport.pool import BRIEF_S, LinkPool
+from splitnet.wire.endpoints import Endpoint, LinkState, Relay
 from tests.tiers import examples
 
 MOST = 3

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.cli.logs import JsonFormatter, LogFormat, set_up
 from splitnet.cli.progress import StageProgress
+from splitnet.logs import JsonFormatter, LogFormat, set_up
 from splitnet.serve.server import _Server
 
 FIXED = {"time", "level", "logger", "message"}
@@ -103,7 +103,7 @@ def test_an_error_that_ends_a_command_is_an_event() -> None:
 
 def test_what_the_hub_client_logs_is_written_once() -> None:
     program = (
-        "import logging; from splitnet.cli.logs import *; from splitnet.cli.arguments import quiet_libraries\n"
+        "import logging; from splitnet.logs import *; from splitnet.cli.arguments import quiet_libraries\n"
         "set_up(LogFormat.text, logging.WARNING); quiet_libraries(); import huggingface_hub.file_download\n"
         "logging.getLogger('huggingface_hub.utils._http').warning('Retrying')"
     )

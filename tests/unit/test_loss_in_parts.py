@@ -13,15 +13,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from splitnet.client.causal_lm import RemoteCausalLM
-from splitnet.client.remote_model import RemoteBlocks, made_remote
+from splitnet.blocks.client_part import load_shell
+from splitnet.blocks.head import HeldHead
+from splitnet.blocks.loss import IGNORED, loss_in_parts
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import RopeLengths
 from splitnet.errors import UnsupportedParameter
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.families import RopeLengths
-from splitnet.model.head import HeldHead
-from splitnet.model.loss_in_parts import IGNORED, loss_in_parts
-from splitnet.model.shell import load_shell
-from splitnet.model.weights import choose_weights
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.hf.remote_model import RemoteBlocks, made_remote
+from splitnet.quant.choose import choose_weights
 from tests.unit.random_models import random_checkpoint
 
 BATCH, POSITIONS, HIDDEN, VOCABULARY = 3, 14, 32, 320
@@ -199,7 +199,7 @@ def test_a_family_gives_the_same_loss_and_the_logits_that_are_kept(
     whole.loss.backward()
     expected = {name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}
     model.zero_grad()
-    monkeypatch.setattr("splitnet.model.loss_in_parts.PART_BYTES", 5 * 300 * 4)
+    monkeypatch.setattr("splitnet.blocks.loss.PART_BYTES", 5 * 300 * 4)
     parts = model(**ids(), logits_to_keep=2)
     parts.loss.backward()
     got = {name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}

@@ -17,16 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peers.joining import _check_layout
+from splitnet.blocks.block_sizes import check_file_bytes
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint, open_store
+from splitnet.checkpoint.transfer import hashing
+from splitnet.checkpoint.transfer.hashing import make_manifest
+from splitnet.checkpoint.transfer.held import WeightFolder, make_folder
+from splitnet.checkpoint.transfer.manifest import MAX_HEAD_BYTES, PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
+from splitnet.checkpoint.transfer.matching import headers_differ
 from splitnet.errors import ModelNotFound, ProtocolError, SplitnetError
-from splitnet.model.block_sizes import check_file_bytes
-from splitnet.model.checkpoint import Checkpoint, open_store
-from splitnet.model.span import Span
-from splitnet.net.fields import packb, unpack_array
-from splitnet.weights import hashing
-from splitnet.weights.hashing import make_manifest
-from splitnet.weights.held import WeightFolder, make_folder
-from splitnet.weights.manifest import MAX_HEAD_BYTES, PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
-from splitnet.weights.matching import headers_differ
+from splitnet.wire.fields import packb, unpack_array
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
 from tests.unit.test_gguf_families import LLAMA_3

@@ -9,15 +9,24 @@ from typing import Any
 
 import pytest
 
+from splitnet.checkpoint.transfer import matching
+from splitnet.checkpoint.transfer.manifest import Manifest, Pieces, Tensor, digest
+from splitnet.checkpoint.transfer.matching import (
+    ANSWER_S,
+    MAX_ASKED,
+    MAX_MODELS,
+    NEXT_S,
+    PATIENCE_S,
+    WHOLE_S,
+    find_manifest,
+    whole,
+)
+from splitnet.directory.record import PeerRecord
 from splitnet.errors import ModelNotFound
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import MAX_PART_BYTES, Announced, Failure, FailureCode, Message, WeightsKind, WeightsPart
-from splitnet.net.peer_addresses import peer_address
-from splitnet.net.records import PeerRecord
-from splitnet.weights import matching
-from splitnet.weights.manifest import Manifest, Pieces, Tensor, digest
-from splitnet.weights.matching import ANSWER_S, MAX_ASKED, MAX_MODELS, NEXT_S, PATIENCE_S, WHOLE_S, find_manifest, whole
+from splitnet.security.identity import Identity
+from splitnet.transport.addresses import peer_address
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import MAX_PART_BYTES, Announced, Failure, FailureCode, Message, WeightsKind, WeightsPart
 from tests.attacks.directory import fake_record
 from tests.attacks.weights import Known
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitnet.errors import ProtocolError, ProtocolVersionError
-from splitnet.net.messages import (
+from splitnet.logs import printable
+from splitnet.wire.messages import (
     ENTRY_BYTES,
     KEY_BYTES,
     MAGIC,
@@ -61,7 +62,6 @@ from splitnet.net.messages import (
     decode,
     encode,
 )
-from splitnet.printable import printable
 from tests.tiers import examples
 
 SESSION = bytes(range(SESSION_BYTES))

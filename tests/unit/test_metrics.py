@@ -24,21 +24,20 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from peers import metrics_server
+from peers import metrics as metrics_server
 from peers.counters import Counters, Histogram
-from peers.energy import EnergyMeter
-from peers.memory_account import Purpose
-from peers.metrics import PeerMetrics, Present
-from peers.metrics_server import MetricsServer
+from peers.metrics import MetricsServer, PeerMetrics, Present
+from peers.power import EnergyMeter
+from peers.sessions import Purpose
 from splitnet.cli.arguments import parse_host_port
-from splitnet.client.session_events import Cause, Recovered
 from splitnet.errors import AddressInUse, SplitnetError
-from splitnet.net.endpoints import Connection, Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import Part, Ping, Step, Timing, encode
-from splitnet.serve.admission import Admission
+from splitnet.security.identity import Identity
+from splitnet.serve.limits import Admission
 from splitnet.serve.metrics import GatewayMetrics, instrument
 from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
+from splitnet.session.events import Cause, Recovered
+from splitnet.wire.endpoints import Connection, Endpoint
+from splitnet.wire.messages import Part, Ping, Step, Timing, encode
 from tests.attacks import gateway
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peers.mover import Mover
-from splitnet.net.identity import Identity
-from splitnet.net.records import PeerRecord
+from peers.placement import Mover
+from splitnet.directory.record import PeerRecord
+from splitnet.security.identity import Identity
 from tests.unit.test_client_swarm import RECORD
 
 NUM_BLOCKS = 6

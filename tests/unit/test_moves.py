@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.facts import Peer, Speed, coverage, missing_blocks
 from scheduler.moves import MIN_GAIN, SETTLE_S, Move, Willingness, best_move
 from scheduler.placement import Spans, sum_per_block
-from scheduler.swarm import Peer, Speed, coverage, missing_blocks
 from tests.tiers import examples
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Li
 
 COUNT = """
 import os, sys, threading, time, torch
-from splitnet.model.openmp import end_threads
+from splitnet.quant.device import end_threads
 torch.set_num_threads(3)
 before = len(os.listdir("/proc/self/task")) - threading.active_count()
 
@@ -43,10 +43,10 @@ expect(2)
 PEER = """
 from unittest.mock import Mock
 from peers.counters import Counters
-from peers.next_hops import NextHops
+from peers.links import NextHops
 from peers.span_server import SpanServer
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.blocks.span import Span
 checkpoint, outbox = Checkpoint.open(sys.argv[1]), Mock()
 span = Span.load(checkpoint, 0, 2)
 work()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NATIVE = "splitnet/model/native"
+NATIVE = "splitnet/native"
 PACKAGES = ("peers", "scheduler", "simulator", "splitnet")
 EXTENSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
 
@@ -88,7 +88,7 @@ def test_without_a_compiler_it_installs_and_the_doctor_says_what_to_do(wheel: Pa
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = """
 import splitnet
-from splitnet.doctor import machine
+from splitnet.tools.doctor import machine
 print(splitnet.__file__)
 found = machine.kernels()
 print(found.status.name)

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.cost import hop_ms, occupied_ms, route_ms
-from scheduler.encoding import Encoding
-from scheduler.network import CLIENT, Link, Network
+from scheduler.cost import BlockWork, Encoding, hop_ms, occupied_ms, roofline, route_ms
+from scheduler.facts import CLIENT, PASS_SIZES, Hop, Link, Network, Peer, Route, Speed
 from scheduler.partition import (
     Device,
     DoesNotFit,
@@ -20,8 +19,6 @@ from scheduler.partition import (
     tokens_per_s,
     widest_partition,
 )
-from scheduler.roofline import BlockWork, roofline
-from scheduler.swarm import PASS_SIZES, Hop, Peer, Route, Speed
 from tests.tiers import examples
 
 ENCODINGS = (Encoding("none", 2304.0), Encoding("int8", 612.0, 0.2, 0.003))

@@ -10,16 +10,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from peers.daemon import Peer
 from peers.options import PeerOptions
+from peers.server import Peer
 from splitnet.cli import peer as command
 from splitnet.cli.invite import Invite
 from splitnet.cli.main import app
-from splitnet.model.kernels import has_integer_kernels
-from splitnet.model.weights import Weights
-from splitnet.net import dht_node
-from splitnet.net.identity import Identity
-from splitnet.net.swarm_key import SwarmKey
+from splitnet.directory import hivemind_node
+from splitnet.quant.choose import Weights
+from splitnet.quant.native import has_integer_kernels
+from splitnet.security.identity import Identity
+from splitnet.security.swarm_key import SwarmKey
 
 KEYS = [Identity.generate() for _ in range(2)]
 
@@ -76,7 +76,7 @@ def test_an_invitation_that_names_nobody_is_told(tmp_path: Path) -> None:
 
 def test_a_peer_without_hivemind_says_that_it_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert options_of("m")[0].lan
-    monkeypatch.setattr(dht_node, "have_hivemind", lambda: False)
+    monkeypatch.setattr(hivemind_node, "have_hivemind", lambda: False)
     options, said = options_of("m")
     assert not options.lan and "others do not find this peer" in said
     options, said = options_of("m", "--listen", "tcp://127.0.0.1:0")

@@ -8,21 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peers.placing import (
-    ANY_SPAN,
-    READ_BYTES,
-    TRIED_AT_ONCE,
-    Present,
-    answering,
-    choose_blocks,
-    expected_block_ms,
-)
-from scheduler.network import Link
+from peers.placement import ANY_SPAN, READ_BYTES, TRIED_AT_ONCE, Present, answering, choose_blocks, expected_block_ms
+from scheduler.facts import Link, Peer, Speed, coverage, missing_blocks
 from scheduler.placement import choose_span
-from scheduler.swarm import Peer, Speed, coverage, missing_blocks
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.records import PeerRecord
+from splitnet.directory.record import PeerRecord
+from splitnet.security.identity import Identity
+from splitnet.wire.endpoints import Endpoint
 from tests.unit.test_client_swarm import RECORD
 
 
@@ -115,9 +106,9 @@ def test_a_peer_serves_at_least_one_block(num_blocks: int, max_blocks: int) -> N
 
 
 def test_a_block_takes_as_long_as_it_takes_to_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peers.placing.block_bytes", lambda *_: 10 * READ_BYTES)
+    monkeypatch.setattr("peers.placement.block_bytes", lambda *_: 10 * READ_BYTES)
     now = iter([0.0, 0.5, 1.0, 1.1, 2.0, 2.3])
-    monkeypatch.setattr("peers.placing.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("peers.placement.time.perf_counter", lambda: next(now))
     assert expected_block_ms(Any, device="cpu", dtype=None) == pytest.approx(10 * 100.0)  # pyright: ignore
 
 
@@ -153,7 +144,7 @@ class FewLinks:
 
 @pytest.fixture
 def links(monkeypatch: pytest.MonkeyPatch) -> type[FewLinks]:
-    monkeypatch.setattr("peers.placing.PeerLinks", FewLinks)
+    monkeypatch.setattr("peers.placement.PeerLinks", FewLinks)
     FewLinks.tried, FewLinks.rtt_ms = [], {}
     return FewLinks
 
@@ -182,7 +173,7 @@ def test_who_lies_about_its_place_leads_nobody_astray(links: type[FewLinks]) -> 
     links.rtt_ms |= {each.endpoint: 1.0 for each in liars}
     with pytest.MonkeyPatch.context() as patch:
         keys = {each.key for each in (*liars, *near[:20])}
-        patch.setattr("splitnet.net.records.has_worked", lambda key, _: key in keys)
+        patch.setattr("splitnet.directory.record.has_worked", lambda key, _: key in keys)
         found = answering([*near, *far, *liars], Identity.generate())
     first, second = links.tried
     assert first >= {each.endpoint for each in (*liars, *near[:20])}, "whose keys have cost work come first"
@@ -201,7 +192,7 @@ def test_a_new_peer_counts_on_nobody_who_does_not_answer(links: type[FewLinks]) 
     assert answering([], Identity.generate()) == Present() and not links.tried
     keys = {each.key for each in gone}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("splitnet.net.records.has_worked", lambda key, _: key in keys)
+        patch.setattr("splitnet.directory.record.has_worked", lambda key, _: key in keys)
         found = answering([*there, *gone, *(at(0) for _ in range(2))], Identity.generate())
     assert {each.endpoint for each in found.records} == links.rtt_ms.keys(), (
         "where the first are silent others are asked"

@@ -9,18 +9,17 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from scheduler.network import CLIENT, Link, Network
+from scheduler.cost import BlockWork, roofline
+from scheduler.facts import CLIENT, Link, Network, Speed
 from scheduler.partition import HOP_MS
-from scheduler.roofline import BlockWork, roofline
-from scheduler.swarm import Speed
-from splitnet.amounts import parse_bytes
+from splitnet.blocks.sizes import ModelSizes
 from splitnet.cli.arguments import parse_blocks
-from splitnet.cli.devices_file import SAME_MACHINE, DevicesFile, KnownDevice, MachineSpeed
 from splitnet.cli.main import app
-from splitnet.cli.plan_text import summary
-from splitnet.cli.planning import Demand, ModelTooBig, make_plan
 from splitnet.errors import SplitnetError
-from splitnet.model.sizes import ModelSizes
+from splitnet.limits import parse_bytes
+from splitnet.tools.plan.devices_file import SAME_MACHINE, DevicesFile, KnownDevice, MachineSpeed
+from splitnet.tools.plan.planning import Demand, ModelTooBig, make_plan
+from splitnet.tools.plan.text import summary
 from tests.unit.random_models import random_config
 
 MIB = 2**20

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.network import CLIENT, Link
-from scheduler.swarm import Speed
-from splitnet.cli.devices_file import SAME_MACHINE, DevicesFile, DevicesFileError, MachineSpeed, read_devices
+from scheduler.facts import CLIENT, Link, Speed
+from splitnet.tools.plan.devices_file import SAME_MACHINE, DevicesFile, DevicesFileError, MachineSpeed, read_devices
 
 LAPTOP = "{name: laptop, memory: 4GiB, memory_bandwidth: 50GB/s, compute: 1.5TFLOPS}"
 BOARD = "{name: board, memory: 500MB, block_ms: {decode: 1.2, prefill: 0.05}, device: 'cuda:1'}"

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from splitnet.blocks.sizes import ModelSizes
+from splitnet.blocks.span import Span, block_bytes
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import ModelNotFound, UnsupportedModel
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.sizes import ModelSizes
-from splitnet.model.span import Span, block_bytes
-from splitnet.model.weights import Weights
+from splitnet.quant.choose import Weights
 from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint, random_config
 
 BFLOAT16 = Weights("bfloat16", torch.bfloat16)

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from scheduler.encoding import Encoding
-from scheduler.network import Link
+from scheduler.cost import Encoding
+from scheduler.facts import Link
 from scheduler.replan import DISAPPOINTING, RECENT_STEPS, Forecasts
-from splitnet.client import planner as planner_module
-from splitnet.client.options import CausalOptions
-from splitnet.client.planner import CLIENT_ENDS, HeldBlocks, Needs, PlannedHop, Planner
-from splitnet.client.routes import Routes
-from splitnet.client.session_events import AskRoute, Move, NoRoute, Planned
-from splitnet.client.survey import STEPS, Survey
+from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, OtherWeights, SplitnetError
-from splitnet.net.identity import Identity
-from splitnet.net.records import PeerRecord
+from splitnet.hf.options import CausalOptions
+from splitnet.security.identity import Identity
+from splitnet.session.driver import Routes
+from splitnet.session.events import AskRoute, Move, NoRoute, Planned
+from splitnet.swarm import plan as planner_module
+from splitnet.swarm.measure import STEPS, Survey
+from splitnet.swarm.plan import CLIENT_ENDS, HeldBlocks, Needs, PlannedHop, Planner
 from tests.unit.test_client_swarm import RECORD
 
 SLOW = tuple(1000 * ms for ms in RECORD.block_ms)

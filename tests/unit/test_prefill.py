@@ -7,7 +7,7 @@ from math import ceil
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.prefill import SIZES, best_step
+from scheduler.batching import SIZES, best_step
 
 
 def test_one_hop_takes_the_largest_steps() -> None:

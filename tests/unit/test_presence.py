@@ -11,15 +11,15 @@ from typing import Any, cast
 
 import pytest
 
-from splitnet.client.event_log import EventLog
-from splitnet.client.overview import Overview
-from splitnet.client.planner import peer_command
-from splitnet.client.swarm import Swarm
-from splitnet.net.endpoints import Endpoint, LinkState
-from splitnet.net.identity import Identity
-from splitnet.net.prober import Answer
-from splitnet.net.records import PeerRecord
-from splitnet.serve.presence import ASKED_PEERS, PAUSE_S, SILENT_S, Presence, State
+from splitnet.directory.record import PeerRecord
+from splitnet.security.identity import Identity
+from splitnet.serve.dashboard import ASKED_PEERS, PAUSE_S, SILENT_S, Presence, State
+from splitnet.swarm.events import EventLog
+from splitnet.swarm.overview import Overview
+from splitnet.swarm.plan import peer_command
+from splitnet.swarm.swarm import Swarm
+from splitnet.transport.prober import Answer
+from splitnet.wire.endpoints import Endpoint, LinkState
 from tests.unit.test_client_swarm import FACTS, RECORD
 
 OTHER = dataclasses.replace(RECORD, key=Identity.generate().public, address="tcp://127.0.0.1:10", start=2, end=4)

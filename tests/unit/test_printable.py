@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.cli import logs
-from splitnet.net.messages import Failure, FailureCode, decode, encode
-from splitnet.printable import printable
+from splitnet import logs
+from splitnet.logs import printable
+from splitnet.wire.messages import Failure, FailureCode, decode, encode
 
 TITLE = "\x1b]0;pwned\x07\x1b[2J\x9b31m\rok\u202etxt"
 

@@ -9,11 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from splitnet.net import prober as prober_module
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import Ping, Pong
-from splitnet.net.prober import (
+from splitnet.security.identity import Identity
+from splitnet.transport import prober as prober_module
+from splitnet.transport.prober import (
     ANSWER_TRIPS,
     MOST_PATIENCE_S,
     PING_TIMEOUT_S,
@@ -21,6 +19,8 @@ from splitnet.net.prober import (
     PROBES_OF_QUICK_LINKS,
     Prober,
 )
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import Ping, Pong
 
 PEER, OTHER, THIRD = (Endpoint(f"tcp://127.0.0.1:{port}", Identity.generate().public) for port in (1, 2, 3))
 

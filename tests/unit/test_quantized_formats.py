@@ -15,16 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from splitnet.blocks.client_part import check_all_is_taken
+from splitnet.blocks.span import Part, Span, block_bytes
+from splitnet.blocks.whole_model import load_whole
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.quant.format import Part as FilePart
+from splitnet.checkpoint.quant.mlx import Mlx
 from splitnet.errors import UnsupportedModel
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.held_experts import HeldExperts
-from splitnet.model.mlx_format import Mlx
-from splitnet.model.packed_codes import unpack_words
-from splitnet.model.quantized_format import Part as FilePart
-from splitnet.model.shell import check_all_is_taken
-from splitnet.model.span import Part, Span, block_bytes
-from splitnet.model.stored import StoredTensor
-from splitnet.model.whole_model import load_whole
+from splitnet.quant.experts import HeldExperts
+from splitnet.quant.stored import StoredTensor, unpack_words
 from tests.unit.quantized_checkpoints import (
     SCHEMES,
     Scheme,

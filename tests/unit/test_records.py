@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.swarm import MAX_WATTS
+from scheduler.facts import MAX_WATTS
+from splitnet.directory.record import MAX_RECORD_BYTES, MAX_TTL_S, RECORD_LAYOUT, PeerRecord, SeenLink
 from splitnet.errors import NotAuthorized, ProtocolError, ProtocolVersionError
-from splitnet.net.endpoints import Relay
-from splitnet.net.identity import Identity
-from splitnet.net.records import MAX_RECORD_BYTES, MAX_TTL_S, RECORD_LAYOUT, PeerRecord, SeenLink
+from splitnet.security.identity import Identity
+from splitnet.wire.endpoints import Relay
 
 IDENTITY = Identity.generate()
 STRANGER = Identity.generate()

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from splitnet.client.cache import RESERVE_STEP, RemoteCache, RemoteLayer
-from splitnet.client.session import Session
+from splitnet.blocks.adapters import Adapter
 from splitnet.errors import AdapterError
-from splitnet.model.adapters import Adapter
-from splitnet.net.messages import Fork, Part
-from splitnet.net.rows import fork_rows
+from splitnet.hf.cache import RESERVE_STEP, RemoteCache, RemoteLayer
+from splitnet.session.inference import Session
+from splitnet.wire.log import fork_rows
+from splitnet.wire.messages import Fork, Part
 from tests.tiers import examples
 
 

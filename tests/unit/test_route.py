@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler import chain_search
+from scheduler import route as chain_search
+from scheduler.batching import PASS_POSITIONS
 from scheduler.coordinates import Coordinate
 from scheduler.cost import (
     PROMPT_SHARE,
     UNKNOWN_WATTS,
+    Encoding,
     block_joules,
     block_ms,
     hop_joules,
@@ -23,11 +25,8 @@ from scheduler.cost import (
     route_ms,
     transfer_ms,
 )
-from scheduler.encoding import Encoding
-from scheduler.network import CLIENT, UNMEASURED, Link, Network, Place
-from scheduler.packing import PASS_POSITIONS
+from scheduler.facts import CLIENT, UNMEASURED, Hop, Link, Network, Peer, Place, Route, Speed, coverage, missing_blocks
 from scheduler.route import NEAR_EQUAL, NoRoute, best_route
-from scheduler.swarm import Hop, Peer, Route, Speed, coverage, missing_blocks
 
 FAST = Link(latency_ms=1.0, bytes_per_ms=100_000.0)
 PLAIN = (Encoding("plain", 100),)

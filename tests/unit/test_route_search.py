@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.client.route_search import ASKED_BESIDE, MANY_SILENT, MAX_PROBED_ROUTES, searched_route
 from splitnet.errors import CoverageError
+from splitnet.swarm.plan import ASKED_BESIDE, MANY_SILENT, MAX_PROBED_ROUTES, searched_route
 
 
 @dataclass

@@ -7,13 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peers.row_memory import SessionTooLong, prepare_rows, room_for
-from peers.session import Session
-from splitnet.model.kv_cache import RowCache
-from splitnet.net.codecs import CODECS
-from splitnet.net.endpoints import Connection
-from splitnet.net.messages import Fork, Part, Step
-from splitnet.net.sent_log import SentLog
+from peers.sessions import Session, SessionTooLong, prepare_rows, room_for
+from splitnet.blocks.kv_cache import RowCache
+from splitnet.wire.codecs import CODECS
+from splitnet.wire.endpoints import Connection
+from splitnet.wire.log import SentLog
+from splitnet.wire.messages import Fork, Part, Step
 from tests.tiers import examples
 
 BYTES_PER_POSITION = 8

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitnet.model.kv_cache import OneRow, RowCache
-from splitnet.model.row_states import COPIES, REACH, RowStates
+from splitnet.blocks.kv_cache import COPIES, REACH, OneRow, RowCache, RowStates
 from tests.tiers import examples
 
 SIZE = 3

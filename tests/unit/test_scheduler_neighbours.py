@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 
-from scheduler.neighbours import by_use, ms_per_block
-from scheduler.network import Link, Network
-from scheduler.swarm import Peer, Speed
+from scheduler.candidates import by_use, ms_per_block
+from scheduler.facts import Link, Network, Peer, Speed
 
 
 def peer(name: str, start: int, end: int, block_ms: float = 1.0) -> Peer:

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitnet.errors import ProtocolError
-from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part
-from splitnet.net.rows import fork_rows
-from splitnet.net.sent_log import SentLog
+from splitnet.wire.log import SentLog, fork_rows
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Fork, Part
 from tests.tiers import examples
 
 SIZE = 3

@@ -13,10 +13,10 @@ from tokenizers import AddedToken
 import splitnet
 from splitnet.serve.failures import ApiError
 from splitnet.serve.grammars import AllowedTokens, Grammar, Grammars
+from splitnet.serve.openai import Tool
 from splitnet.serve.prompts import Prompts
-from splitnet.serve.requests import Tool
 from splitnet.serve.sampling import Sampling, TokenChooser
-from splitnet.serve.tool_calls import CLOSING, OPENING
+from splitnet.serve.text import CLOSING, OPENING
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.serve.progress import HISTORY_S, KEPT_ANSWERS, ProgressLog
-from splitnet.serve.route_view import HopView, RouteView
+from splitnet.serve.progress import HISTORY_S, KEPT_ANSWERS, HopView, ProgressLog, RouteView
 
 ROUTE = RouteView((HopView("a", 0, 6),), ())
 

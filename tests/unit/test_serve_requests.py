@@ -28,13 +28,11 @@ from splitnet.errors import (
     SessionLost,
     SplitnetError,
 )
-from splitnet.serve.admission import Admission
 from splitnet.serve.failures import ApiError, failure_of
-from splitnet.serve.keys import ApiKeys
+from splitnet.serve.gate import ApiKeys
+from splitnet.serve.limits import Admission, Client, Holding, Shares, TokenQuota
+from splitnet.serve.openai import ChatRequest, CompletionRequest
 from splitnet.serve.prompts import Prompts
-from splitnet.serve.quota import TokenQuota
-from splitnet.serve.requests import ChatRequest, CompletionRequest
-from splitnet.serve.shares import Client, Holding, Shares
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}

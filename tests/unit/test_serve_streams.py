@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import uvicorn
 
-from splitnet.serve import connections
-from splitnet.serve.connections import Connection
+from splitnet.serve import gate
 from splitnet.serve.events import EventStream
-from splitnet.serve.shares import Client, Shares
+from splitnet.serve.gate import Connection
+from splitnet.serve.limits import Client, Shares
 
 
 def test_a_source_ends_while_nobody_reads_and_too_much_is_dropped() -> None:
@@ -78,7 +78,7 @@ async def on_a_server(app: Any, does: Callable[[int], Awaitable[None]], idle: Sh
 
 
 def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "UNREAD_S", 0.1)
+    monkeypatch.setattr(gate, "UNREAD_S", 0.1)
     cut_off = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -100,7 +100,7 @@ def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_client_that_sends_no_whole_head_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "REQUEST_S", 0.2)
+    monkeypatch.setattr(gate, "REQUEST_S", 0.2)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})

@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from splitnet.serve.choice import Choice
-from splitnet.serve.detokenizing import Detokenizer
+from splitnet.serve.events import DONE, framed
+from splitnet.serve.generation import Choice
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.sampling import ScoredToken
-from splitnet.serve.sse import DONE, framed
-from splitnet.serve.stop_strings import StopStrings
-from splitnet.serve.tool_calls import ToolCallParser
+from splitnet.serve.text import Detokenizer, StopStrings, ToolCallParser
 
 WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 CLOCK = '<tool_call>{"name": "clock"}</tool_call>'

@@ -16,26 +16,22 @@ from typing import Any
 import pytest
 import torch
 
-from peers.admission import MAX_SESSIONS, MIN_BUDGET, SessionTable
+from peers.admission import MAX_SESSIONS, MIN_BUDGET, KeyPolicy, SessionTable
 from peers.engine import Engine
-from peers.key_policy import KeyPolicy
-from peers.memory_account import MESSAGE_BYTES
-from peers.next_hops import KEEP_S, MAX_NEXT_HOPS, NextHops
-from peers.opening import FAR_TIMES
-from peers.row_memory import SessionTooLong, room_for
-from peers.served_blocks import ServedBlocks
-from peers.session import MOST_RESENT, RESEND_S, Session, Work
-from peers.session_service import LOST_GRACE_S, PROBE_S, SessionService
+from peers.links import KEEP_S, MAX_NEXT_HOPS, NextHops
+from peers.queue import WorkQueue
+from peers.service import FAR_TIMES, LOST_GRACE_S, PROBE_S, SessionService
+from peers.sessions import MESSAGE_BYTES, MOST_RESENT, RESEND_S, ServedBlocks, Session, SessionTooLong, Work, room_for
 from peers.speed import ObservedSpeed, measure_speed
-from peers.work_queue import WorkQueue
+from scheduler.batching import PASS_POSITIONS
+from scheduler.facts import PASS_SIZES
 from scheduler.load import Load
-from scheduler.packing import PASS_POSITIONS
-from scheduler.swarm import PASS_SIZES
 from splitnet.errors import ProtocolError, ProtocolVersionError
-from splitnet.net.codecs import CODECS
-from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
-from splitnet.net.identity import AuthorizedKeys, Identity
-from splitnet.net.messages import (
+from splitnet.security.identity import AuthorizedKeys, Identity
+from splitnet.wire.codecs import CODECS
+from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState
+from splitnet.wire.log import REPLAY_POSITIONS
+from splitnet.wire.messages import (
     Close,
     Failure,
     FailureCode,
@@ -54,7 +50,6 @@ from splitnet.net.messages import (
     decode,
     encode,
 )
-from splitnet.net.sent_log import REPLAY_POSITIONS
 
 HIDDEN = 8
 MODEL = "fingerprint"

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from splitnet.client.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S
-from splitnet.client.session_events import Alive, Distrust, LinkFailed, Received, Resize, Use, UseAdapter
-from splitnet.client.session_route import OPEN_TIMEOUT_S, POLL_S, TRANSITIONS, Phase
 from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, SplitnetError, WrongKey
-from splitnet.net.endpoints import Endpoint, Relay
-from splitnet.net.messages import Failure, FailureCode, Fork
+from splitnet.session.events import Alive, Distrust, LinkFailed, Received, Resize, Use, UseAdapter
+from splitnet.session.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S
+from splitnet.session.route_setup import OPEN_TIMEOUT_S, POLL_S, TRANSITIONS, Phase
+from splitnet.wire.endpoints import Endpoint, Relay
+from splitnet.wire.messages import Failure, FailureCode, Fork
 from tests.tiers import examples
 from tests.unit.session_world import CLIENT, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
 

@@ -12,13 +12,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from scheduler.batching import PASS_POSITIONS
 from scheduler.candidates import candidates
 from scheduler.coordinates import Coordinate
 from scheduler.cost import route_ms
-from scheduler.network import CLIENT, Link
-from scheduler.packing import PASS_POSITIONS
+from scheduler.facts import CLIENT, Hop, Link, Speed
 from scheduler.route import NoRoute, best_route
-from scheduler.swarm import Hop, Speed
 from simulator.chart import chart
 from simulator.engine import Simulation
 from simulator.events import Events
@@ -31,9 +30,9 @@ from simulator.session import FAILED, FINISHED, RUNNING
 from simulator.simulate import ABLATIONS, AGAINST, BASELINES, POLICIES, Settings, World, simulate
 from simulator.traffic import Stream
 from simulator.world import KINDS, Device, Request, device_id, measured_to
-from splitnet.client.session_events import Cause
-from splitnet.client.session_route import Phase
 from splitnet.errors import SplitnetError
+from splitnet.session.events import Cause
+from splitnet.session.route_setup import Phase
 
 SMALL = Settings(peers=40, clients=50, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.03, load_s=0.1)
 """A world in which peers come and go all the time."""

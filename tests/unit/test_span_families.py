@@ -26,17 +26,16 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter
+from splitnet.blocks.client_part import backbone_of, ends_of, load_shell
+from splitnet.blocks.kv_cache import RowCache
+from splitnet.blocks.sizes import ModelSizes
+from splitnet.blocks.span import Part, Span, block_bytes
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import PACKS, STATES, check_can_be_cut
 from splitnet.errors import AdapterError, OutOfMemory, UnsupportedModel
-from splitnet.model import memory
-from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.ends import ends_of
-from splitnet.model.families import PACKS, STATES, check_can_be_cut
-from splitnet.model.held_linear import HeldLinear
-from splitnet.model.kv_cache import RowCache
-from splitnet.model.shell import backbone_of, load_shell
-from splitnet.model.sizes import ModelSizes
-from splitnet.model.span import Part, Span, block_bytes
+from splitnet.quant import memory
+from splitnet.quant.linear import HeldLinear
 from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint, random_config
 
 CUTS = ((0, 1), (1, 4), (4, 6))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from splitnet.model.adapters import LORA_A, LORA_B, Adapter
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.passes import SpanPasses
-from splitnet.model.span import Part, Span
+from splitnet.blocks.adapters import LORA_A, LORA_B, Adapter
+from splitnet.blocks.passes import SpanPasses
+from splitnet.blocks.span import Part, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
 from tests.unit.random_models import random_checkpoint
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "gpt_oss", "bloom", "mixtral", "opt")

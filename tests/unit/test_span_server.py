@@ -8,14 +8,14 @@ from unittest.mock import Mock
 import pytest
 
 from peers.counters import Counters
-from peers.memory_account import TENSOR_BYTES
-from peers.next_hops import NextHops
+from peers.links import NextHops
+from peers.sessions import TENSOR_BYTES
 from peers.span_server import SpanServer
 from peers.speed import ObservedSpeed
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import OutOfMemory
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.span import Span
-from splitnet.net.codecs import DEFAULT_INT8, codec_by_name
+from splitnet.wire.codecs import DEFAULT_INT8, codec_by_name
 from tests.unit.random_models import HYBRIDS, random_checkpoint
 
 

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from scheduler.speculation import IN_FLIGHT, LENGTHS, NO_DRAFTS, WORTHWHILE, Pace, Window, best_window, tokens_per_ms
-from splitnet.client.planner import Forecast
-from splitnet.client.speculation.drafts import DraftModel
-from splitnet.client.speculation.experience import Experience
-from splitnet.client.speculation.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
+from splitnet.hf.speculate.decoding import Experience
+from splitnet.hf.speculate.drafts import DraftModel, PromptLookup
+from splitnet.swarm.plan import Forecast
 from tests.unit.random_models import HYBRIDS, random_config
 
 

@@ -9,7 +9,7 @@ import torch
 
 from peers import speed
 from peers.speed import measure_speed
-from scheduler.swarm import PASS_SIZES
+from scheduler.facts import PASS_SIZES
 
 BLOCKS = 2
 

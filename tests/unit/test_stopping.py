@@ -13,14 +13,14 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from splitnet.cli.stopping import StopSignals
-from splitnet.light_imports import _signals_held
+from splitnet.cli.daemon import StopSignals
+from splitnet.import_shims import _signals_held
 from tests.leftovers import RUN_MARK, end_run
 
 TWO_SIGNALS = """
 import asyncio, signal
-from splitnet.cli.stopping import StopSignals
-from splitnet.net.dht_node import NodeLoop
+from splitnet.cli.daemon import StopSignals
+from splitnet.directory.hivemind_node import NodeLoop
 
 stop = StopSignals()
 stop.check()
@@ -57,7 +57,7 @@ def test_what_an_interrupted_run_of_tests_leaves_is_ended() -> None:
 
 
 def test_a_signal_before_the_first_step_ends_the_process_at_once() -> None:
-    program = "import signal; from splitnet.cli.stopping import StopSignals; stop = StopSignals()"
+    program = "import signal; from splitnet.cli.daemon import StopSignals; stop = StopSignals()"
     program += "; signal.raise_signal(signal.SIGTERM); print('goes on')"
     ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (128 + signal.SIGTERM, "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
+from splitnet.quant.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
 
 FOUR_BITS = Layout(4, 32, Kind.FLOAT16, offset=8)
 

@@ -15,25 +15,24 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from splitnet.doctor.model import room_on_disk
+from splitnet.blocks.adapters import Adapter
+from splitnet.blocks.backbone import HeldEmbedding
+from splitnet.blocks.block_sizes import block_bytes, block_sizes
+from splitnet.blocks.client_part import ends_of, load_shell
+from splitnet.blocks.head import HeldHead
+from splitnet.blocks.passes import SpanPasses
+from splitnet.blocks.sizes import ModelSizes
+from splitnet.blocks.span import Part, Span
+from splitnet.blocks.whole_model import load_whole
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.store import Progress, TensorFacts
+from splitnet.checkpoint.transfer.held import Place, WeightFolder
 from splitnet.errors import ModelNotFound
-from splitnet.model.adapters import Adapter
-from splitnet.model.block_sizes import block_bytes, block_sizes
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.ends import ends_of
-from splitnet.model.grouped_forms import held_bytes
-from splitnet.model.head import HeldHead
-from splitnet.model.held_linear import HeldLinear
-from splitnet.model.passes import SpanPasses
-from splitnet.model.shell import load_shell
-from splitnet.model.sizes import ModelSizes
-from splitnet.model.span import Part, Span
-from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
-from splitnet.model.stored_layers import HeldEmbedding
-from splitnet.model.tensor_store import Progress, TensorFacts
-from splitnet.model.weights import choose_weights
-from splitnet.model.whole_model import load_whole
-from splitnet.weights.held import Place, WeightFolder
+from splitnet.quant.choose import choose_weights
+from splitnet.quant.grouped import held_bytes
+from splitnet.quant.linear import HeldLinear
+from splitnet.quant.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
+from splitnet.tools.doctor.machine import room_on_disk
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.quantized_checkpoints import quantized_pair
 from tests.unit.random_models import random_checkpoint

@@ -12,18 +12,25 @@ import pytest
 
 from peers.neighbours import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
 from peers.speed import ObservedSpeed
+from scheduler.facts import CLIENT, PASS_SIZES, UNMEASURED, Link
 from scheduler.load import HALF_LIFE_S, Load
-from scheduler.network import CLIENT, UNMEASURED, Link
-from scheduler.swarm import PASS_SIZES
-from splitnet.client import survey as survey_module
-from splitnet.client.survey import REMEASURE_S, SILENT_S, STEPS, TRUST_S, Survey
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.facts import place_of
-from splitnet.net.identity import Identity
-from splitnet.net.messages import Ping, Pong, ToldLoad
-from splitnet.net.network_coordinates import MAX_AGE_S, SETTLE_LINKS, SETTLE_S, NetworkCoordinates
-from splitnet.net.prober import FASTEST_PROBE_MS, PROBE_BYTES, Prober
-from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
+from splitnet.directory.record import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink, place_of
+from splitnet.security.identity import Identity
+from splitnet.swarm import measure as survey_module
+from splitnet.swarm.measure import (
+    MAX_AGE_S,
+    REMEASURE_S,
+    SETTLE_LINKS,
+    SETTLE_S,
+    SILENT_S,
+    STEPS,
+    TRUST_S,
+    NetworkCoordinates,
+    Survey,
+)
+from splitnet.transport.prober import FASTEST_PROBE_MS, PROBE_BYTES, Prober
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import Ping, Pong, ToldLoad
 from tests.unit.test_client_swarm import RECORD
 
 

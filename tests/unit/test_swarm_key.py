@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from splitnet.cli.benchmark import Benchmark
 from splitnet.cli.connection import Connection
 from splitnet.cli.invite import Invite
 from splitnet.cli.main import app
+from splitnet.directory.joining import join
 from splitnet.errors import DirectoryError, KeyFileError, NotAuthorized, SplitnetError
-from splitnet.net.identity import AuthorizedKeys, Identity
-from splitnet.net.joining import join
-from splitnet.net.messages import FINGERPRINT
-from splitnet.net.swarm_key import OPEN, SEAL_BYTES, SwarmKey
+from splitnet.security.identity import AuthorizedKeys, Identity
+from splitnet.security.swarm_key import OPEN, SEAL_BYTES, SwarmKey
+from splitnet.tools.bench.run import Benchmark
+from splitnet.wire.messages import FINGERPRINT
 
 KEY, OTHER = SwarmKey.generate(), SwarmKey.generate()
 

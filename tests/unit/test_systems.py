@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import zmq
 
+from splitnet.checkpoint import demo
+from splitnet.checkpoint.shards import Shards
 from splitnet.cli import main
+from splitnet.directory import mdns
 from splitnet.errors import LanError, ModelNotFound, SplitnetError
-from splitnet.model import demo
-from splitnet.model.shards import Shards
-from splitnet.net import lan, tcp
-from splitnet.net.wake import Wake
+from splitnet.transport import flow
+from splitnet.transport.flow import Wake
 from tests.other_system import ROOT
 
 
@@ -58,20 +59,20 @@ def test_without_cookies_connections_are_told_by_their_ends(
     lacks: str, monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[socket.socket, socket.socket]]
 ) -> None:
     if lacks == "Linux":
-        monkeypatch.setattr(tcp, "_LINUX", False)
+        monkeypatch.setattr(flow, "_LINUX", False)
     else:
-        monkeypatch.setattr(tcp, "_SO_COOKIE", 9999)
+        monkeypatch.setattr(flow, "_SO_COOKIE", 9999)
     (first, its_end), (second, other_end) = pairs
-    cookies = [tcp.cookie(end.fileno()) for pair in pairs for end in pair]
-    assert len(set(cookies)) == 4 and tcp.cookie(first.fileno()) == cookies[0]
-    tcp.hang_up(second.fileno(), cookies[0])  # its descriptor belonged to the first before
+    cookies = [flow.cookie(end.fileno()) for pair in pairs for end in pair]
+    assert len(set(cookies)) == 4 and flow.cookie(first.fileno()) == cookies[0]
+    flow.hang_up(second.fileno(), cookies[0])  # its descriptor belonged to the first before
     other_end.setblocking(False)
     with pytest.raises(BlockingIOError):
         other_end.recv(1)
-    tcp.hang_up(first.fileno(), cookies[0])
+    flow.hang_up(first.fileno(), cookies[0])
     assert its_end.recv(1) == b""
     with open(os.devnull, "rb") as file, pytest.raises(OSError):
-        tcp.cookie(file.fileno())
+        flow.cookie(file.fileno())
 
 
 @pytest.mark.parametrize("model", [r"C:\models\llama", r"models\llama", "C:/models/llama", "./llama"])
@@ -153,9 +154,9 @@ def test_android_does_not_tell_addresses(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse() -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(lan.ifaddr, "get_adapters", refuse)
+    monkeypatch.setattr(mdns.ifaddr, "get_adapters", refuse)
     with pytest.raises(LanError, match="does not tell its addresses"):
-        lan.LocalNetwork("ab" * 32)
+        mdns.LocalNetwork("ab" * 32)
 
 
 def test_text_is_read_and_written_in_one_encoding_everywhere() -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from peers.memory_account import MESSAGE_BYTES
-from peers.session import MOST_RESENT, RESEND_S, PassWork
-from splitnet.net.endpoints import Connection, Destination, LinkState
-from splitnet.net.messages import (
+from peers.sessions import MESSAGE_BYTES, MOST_RESENT, RESEND_S, PassWork
+from splitnet.wire.endpoints import Connection, Destination, LinkState
+from splitnet.wire.messages import (
     Adapter,
     AdapterGradient,
     AdapterLoaded,

@@ -16,15 +16,15 @@ import pytest
 import zmq
 
 from splitnet.errors import AddressInUse, SplitnetError
-from splitnet.net import tcp
-from splitnet.net.backlog import LARGE_BYTES, TRACKED_BYTES
-from splitnet.net.budget import Budget
-from splitnet.net.connections import Connections, TcpConnection
-from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState, is_address
-from splitnet.net.identity import AuthorizedKeys, Identity
-from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
-from splitnet.net.transport import Transport
-from splitnet.net.ways.tunnels import Tunnels
+from splitnet.limits import Budget
+from splitnet.nat.tunnel import Tunnels
+from splitnet.security.identity import AuthorizedKeys, Identity
+from splitnet.transport import flow
+from splitnet.transport.connections import Connections, TcpConnection
+from splitnet.transport.flow import LARGE_BYTES, TRACKED_BYTES
+from splitnet.transport.transport import Transport
+from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState, is_address
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Payload
 
 ANY_PORT = "tcp://127.0.0.1:0"
 WAIT_S = 20.0
@@ -296,7 +296,7 @@ def test_closing_sends_what_is_queued_and_leaves_no_thread(node: Start) -> None:
 
 
 def test_closing_does_not_wait_for_those_who_are_gone(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.net.transport._CLOSE_LINGER_MS", int(1000 * WAIT_S))
+    monkeypatch.setattr("splitnet.transport.transport._CLOSE_LINGER_MS", int(1000 * WAIT_S))
     server, client = node(ANY_PORT), node()
     client.transport.connect(server.endpoint)
     client.wait_for_state(server.endpoint, LinkState.UP)
@@ -552,7 +552,7 @@ def test_an_address_with_a_name_is_refused_by_name(node: Start) -> None:
 def test_connections_of_a_key_are_few_and_the_silent_ones_go_first(
     node: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitnet.net.connections.MOST_OF_KEY", 3)
+    monkeypatch.setattr("splitnet.transport.connections.MOST_OF_KEY", 3)
     identity = Identity.generate()
     monkeypatch.setattr(Identity, "generate", lambda: identity)
     server = node(ANY_PORT)
@@ -568,7 +568,7 @@ def test_connections_of_a_key_are_few_and_the_silent_ones_go_first(
 
 
 def test_silent_connections_leave_room_for_others(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.net.connections.most_connections", lambda: 16)
+    monkeypatch.setattr("splitnet.transport.connections.most_connections", lambda: 16)
     server, client = node(ANY_PORT), node()
     server.answer = echo
     with ExitStack() as stack:
@@ -584,7 +584,7 @@ def test_silent_connections_leave_room_for_others(node: Start, monkeypatch: pyte
 
 
 def test_a_handshake_under_way_outlives_silent_connections_that_are_newer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.net.connections.most_connections", lambda: 16)
+    monkeypatch.setattr("splitnet.transport.connections.most_connections", lambda: 16)
     table = Connections(Budget(1 << 20), drained=lambda: 0, drain=lambda: None)
     with ExitStack() as stack, socket.create_server(("127.0.0.1", 0), backlog=64) as server:
 
@@ -608,7 +608,7 @@ def test_a_handshake_under_way_outlives_silent_connections_that_are_newer(monkey
 
 
 def test_a_newcomer_gets_in_at_the_cost_of_a_key_with_more_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.net.connections.most_connections", lambda: 8)
+    monkeypatch.setattr("splitnet.transport.connections.most_connections", lambda: 8)
     table = Connections(Budget(1 << 20), drained=lambda: 0, drain=lambda: None)
     with ExitStack() as stack, socket.create_server(("127.0.0.1", 0), backlog=64) as server:
 
@@ -648,13 +648,13 @@ def test_a_key_that_is_taken_away_loses_its_connections(node: Start, tmp_path: P
 @pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="connections are looked at on Linux")
 def test_links_from_an_address_that_is_gone_are_made_anew(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would hang for half a minute: nobody tells that what is sent from there arrives nowhere."""
-    monkeypatch.setattr("splitnet.net.connections._MOVED_S", 0.05)
+    monkeypatch.setattr("splitnet.transport.connections._MOVED_S", 0.05)
     server, client = node(ANY_PORT), node()
     server.answer = echo
     client.transport.send(server.endpoint, [b"one"])
     client.wait(lambda: bool(client.received))
     with monkeypatch.context() as patch:
-        patch.setattr(tcp, "has_address", lambda host: False)
+        patch.setattr(flow, "has_address", lambda host: False)
         client.wait_for_state(server.endpoint, LinkState.DOWN)
     client.transport.send(server.endpoint, [b"two"])
     client.wait(lambda: client.frames() == [[b"one"], [b"two"]])
@@ -666,7 +666,7 @@ def test_an_address_that_is_away_for_a_moment_costs_no_connection(monkeypatch: p
     monkeypatch.setattr(connections, "end", lambda known, reason: ended.append(f"{known.own_host} {reason}"))
     present = [TcpConnection(-1, b"", "192.0.2.1", 0.0, None, own_host=own) for own in ("192.0.2.7", "192.0.2.8")]
     gone: set[str] = set()
-    monkeypatch.setattr(tcp, "has_address", lambda host: host not in gone)
+    monkeypatch.setattr(flow, "has_address", lambda host: host not in gone)
     for now, away in enumerate((set[str](), {"192.0.2.7"}, {"192.0.2.8"}, set[str](), {"192.0.2.7"}, {"192.0.2.7"})):
         gone = away
         assert not ended
@@ -675,12 +675,12 @@ def test_an_address_that_is_away_for_a_moment_costs_no_connection(monkeypatch: p
 
 
 def test_addresses_of_this_machine_are_told_from_others() -> None:
-    assert tcp.has_address("127.0.0.1") and tcp.has_address("::ffff:127.0.0.1")
-    assert not tcp.has_address("192.0.2.7") and not tcp.has_address("2001:db8::7")
+    assert flow.has_address("127.0.0.1") and flow.has_address("::ffff:127.0.0.1")
+    assert not flow.has_address("192.0.2.7") and not flow.has_address("2001:db8::7")
 
 
 def test_a_receiver_that_reads_nothing_for_long_is_cut_off(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.net.connections.STALLED_S", 1.0)
+    monkeypatch.setattr("splitnet.transport.connections.STALLED_S", 1.0)
     server = node(ANY_PORT)
     context = zmq.Context()
     identity = Identity.generate()

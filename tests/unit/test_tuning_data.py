@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitnet.errors import DataError
-from splitnet.tuning.data import FIELDS, Form, read_examples
+from splitnet.tools.tune.data import FIELDS, Form, read_examples
 from tests.tiers import examples
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}

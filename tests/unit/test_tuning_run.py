@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from splitnet.errors import DataError, SplitnetError
-from splitnet.tuning.encoding import IGNORED, Encoded
-from splitnet.tuning.evaluation import evaluate
-from splitnet.tuning.folder import TuningFolder
-from splitnet.tuning.run import TuningRun
-from splitnet.tuning.settings import Schedule, Settings
+from splitnet.tools.tune.encoding import IGNORED, Encoded
+from splitnet.tools.tune.folder import TuningFolder
+from splitnet.tools.tune.job import evaluate
+from splitnet.tools.tune.run import TuningRun
+from splitnet.tools.tune.settings import Schedule, Settings
 
 VOCABULARY = 11
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from splitnet.doctor.finding import Status
-from splitnet.doctor.model import open_model
+from splitnet.blocks.client_part import load_classifier_shell, load_shell
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import UnsupportedModel
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.shell import load_classifier_shell, load_shell
-from splitnet.model.span import Span
+from splitnet.tools.doctor.finding import Status
+from splitnet.tools.doctor.machine import open_model
 from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from splitnet.watchdog import EVERY_S, Watchdog
+from splitnet.process import EVERY_S, Watchdog
 
 
 @pytest.mark.parametrize("abstract", [False, True])

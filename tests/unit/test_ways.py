@@ -11,10 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitnet.errors import NotAuthorized, ProtocolError
-from splitnet.net.identity import Identity
-from splitnet.net.ways.bounds import ACTIVE_S, LEAST_BURST, Places, Shares
-from splitnet.net.ways.handshake import Answering, Dialing
-from splitnet.net.ways.messages import (
+from splitnet.limits import ACTIVE_S, LEAST_BURST, Places, Shares
+from splitnet.nat.messages import (
     KINDS,
     LENGTH_BYTES,
     MAX_MESSAGE_BYTES,
@@ -36,8 +34,9 @@ from splitnet.net.ways.messages import (
     pack,
     unpack,
 )
-from splitnet.net.ways.punching import lines
-from splitnet.net.ways.streams import host_and_port
+from splitnet.nat.punch import lines
+from splitnet.nat.stream import Answering, Dialing, host_and_port
+from splitnet.security.identity import Identity
 
 DIALER, LISTENER, STRANGER = Identity.generate(), Identity.generate(), Identity.generate()
 KEY, NONCE, TOKEN = bytes(range(32)), b"n" * 32, b"t" * 16

@@ -13,19 +13,12 @@ from typing import Any
 
 import pytest
 
-from splitnet.net import connections
-from splitnet.net.connections import Connections, TcpConnection
-from splitnet.net.endpoints import Endpoint, LinkState, Relay
-from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
-from splitnet.net.ways import helper as helper_module
-from splitnet.net.ways import hidden as hidden_module
-from splitnet.net.ways import loop as loop_module
-from splitnet.net.ways import punching, streams
-from splitnet.net.ways.handshake import Dialing
-from splitnet.net.ways.helper import Helper, HelperBounds
-from splitnet.net.ways.hidden import Hidden
-from splitnet.net.ways.loop import WaysLoop
-from splitnet.net.ways.messages import (
+from splitnet.nat import loop as loop_module
+from splitnet.nat import punch, stream
+from splitnet.nat import relay as helper_module
+from splitnet.nat import unreachable as hidden_module
+from splitnet.nat.loop import WaysLoop
+from splitnet.nat.messages import (
     Beat,
     Call,
     Join,
@@ -40,7 +33,14 @@ from splitnet.net.ways.messages import (
     pack,
     unpack,
 )
-from splitnet.net.ways.punching import Way
+from splitnet.nat.punch import Way
+from splitnet.nat.relay import Helper, HelperBounds
+from splitnet.nat.stream import Dialing
+from splitnet.nat.unreachable import Hidden
+from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
+from splitnet.transport import connections
+from splitnet.transport.connections import Connections, TcpConnection
+from splitnet.wire.endpoints import Endpoint, LinkState, Relay
 from tests.attacks.relay import Drops, Floods, TakesNoCalls
 from tests.unit.test_transport import ANY_PORT, WAIT_S, Node, echo
 
@@ -120,7 +120,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 @pytest.fixture
 def no_holes(monkeypatch: pytest.MonkeyPatch) -> None:
     """On loopback everybody reaches everybody, so there is always a better way than a helper."""
-    monkeypatch.setattr(punching, "PUNCH_S", 0.0)
+    monkeypatch.setattr(punch, "PUNCH_S", 0.0)
 
 
 def to(node: Node, relays: tuple[Relay, ...]) -> Endpoint:
@@ -408,9 +408,9 @@ def test_callers_have_proven_their_keys_before_ports_are_tried(world: World, str
     helper = world.helper()
     node, _ = world.hidden()
     call = Call(node.identity.public.raw, "tcp://127.0.0.3:9")
-    silent = [stranger(helper) for _ in range(punching.AT_ONCE)]
+    silent = [stranger(helper) for _ in range(punch.AT_ONCE)]
     assert all(isinstance(each.ask(Purpose.CALL, call), Joined) for each in silent)
-    assert not punching._places.taken
+    assert not punch._places.taken
 
 
 def test_streams_take_no_more_descriptors_than_a_process_has(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
@@ -432,15 +432,14 @@ def test_few_are_tried_at_once() -> None:
 
     async def many(*hosts: int) -> list[Any]:
         tried = [
-            punching.punch((HOST, 0), [punching.Line((HOST, 0), f"tcp://127.0.0.{host}:9")], check, 0.2)
-            for host in hosts
+            punch.punch((HOST, 0), [punch.Line((HOST, 0), f"tcp://127.0.0.{host}:9")], check, 0.2) for host in hosts
         ]
         tasks = [asyncio.ensure_future(each) for each in tried]
         await asyncio.sleep(0)
         done = sum(task.done() for task in tasks)
         return [done, *await asyncio.gather(*tasks)]
 
-    at_once, of_host = punching.AT_ONCE, punching.AT_ONCE_OF_HOST
+    at_once, of_host = punch.AT_ONCE, punch.AT_ONCE_OF_HOST
     assert asyncio.run(many(*range(1, at_once + 4))) == [3, *[None] * (at_once + 3)]
     assert asyncio.run(many(*[1] * (of_host + 2), 2)) == [2, *[None] * (of_host + 3)]
 
@@ -659,7 +658,7 @@ def test_who_sends_much_keeps_no_other_stream_waiting() -> None:
             async def pick(_: int) -> socket.socket:
                 return drain
 
-            await streams.copy(source, pick, passed)
+            await stream.copy(source, pick, passed)
 
         with ExitStack() as stack:
             copying: list[asyncio.Task[None]] = []

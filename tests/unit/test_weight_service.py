@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from peers.options import PeerOptions
-from peers.weight_service import QUESTION_BYTES, WAITING_PER_KEY, WeightService
-from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.endpoints import Connection
-from splitnet.net.identity import AuthorizedKeys, Identity
-from splitnet.net.messages import MAX_PART_BYTES, AskWeights, Failure, FailureCode, Message, WeightsKind, WeightsPart
-from splitnet.net.swarm_key import OPEN, SwarmKey
-from splitnet.token_bucket import Pace
-from splitnet.weights.held import HeldPieces
-from splitnet.weights.manifest import Manifest, digest
+from peers.weights import QUESTION_BYTES, WAITING_PER_KEY, WeightService
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.transfer.held import HeldPieces
+from splitnet.checkpoint.transfer.manifest import Manifest, digest
+from splitnet.limits import Pace
+from splitnet.security.identity import AuthorizedKeys, Identity
+from splitnet.security.swarm_key import OPEN, SwarmKey
+from splitnet.wire.endpoints import Connection
+from splitnet.wire.messages import MAX_PART_BYTES, AskWeights, Failure, FailureCode, Message, WeightsKind, WeightsPart
 from tests.unit.random_models import random_checkpoint
 
 

@@ -16,10 +16,11 @@ import msgpack
 import pytest
 from nacl.signing import SigningKey
 
+from splitnet.directory.record import RECORD_LAYOUT, PeerRecord
 from splitnet.errors import ProtocolError
-from splitnet.net.fields import Layout, appended, flag, uint, wire
-from splitnet.net.identity import Identity
-from splitnet.net.messages import (
+from splitnet.security.identity import Identity
+from splitnet.wire.fields import Layout, appended, flag, uint, wire
+from splitnet.wire.messages import (
     MAGIC,
     MESSAGES,
     PROTOCOL_VERSION,
@@ -32,7 +33,6 @@ from splitnet.net.messages import (
     decode,
     encode,
 )
-from splitnet.net.records import RECORD_LAYOUT, PeerRecord
 
 RENAMED = {"Recall": "FetchKV", "Recalled": "FetchedKV", "Adopted": "AdapterLoaded"}
 """Messages that had another name in version 0.1.0: names do not travel."""

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from peers.session import PassWork, Session, Work
-from peers.work_queue import MAX_SESSION_PASSES, STUCK_S, WorkQueue
-from scheduler.fair_shares import AHEAD_S
-from scheduler.packing import DECODE_POSITIONS, PATIENCE, UNSENT_BYTES
+from peers.queue import MAX_SESSION_PASSES, STUCK_S, WorkQueue
+from peers.sessions import PassWork, Session, Work
+from scheduler.batching import DECODE_POSITIONS, PATIENCE, UNSENT_BYTES
+from scheduler.fairness import AHEAD_S
 from splitnet.errors import PeerBusy
-from splitnet.net.codecs import CODECS
-from splitnet.net.endpoints import Connection, Endpoint
-from splitnet.net.identity import Identity
-from splitnet.net.messages import Fork, Forward, Part, Step
-from splitnet.net.sent_log import SentLog
+from splitnet.security.identity import Identity
+from splitnet.wire.codecs import CODECS
+from splitnet.wire.endpoints import Connection, Endpoint
+from splitnet.wire.log import SentLog
+from splitnet.wire.messages import Fork, Forward, Part, Step
 from tests.tiers import examples
 
 PASS = 64
@@ -500,7 +500,7 @@ def test_prompts_wait_for_the_way_to_their_next_hop_and_nothing_else_does() -> N
 def test_prompts_do_not_wait_for_a_way_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hostile next hop keeps its connection and does not read; its session must get lost where that is seen."""
     now, unsent = 1000.0, 2 * UNSENT_BYTES
-    monkeypatch.setattr("peers.work_queue.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("peers.queue.time", SimpleNamespace(monotonic=lambda: now))
     queue = WorkQueue(unsent=lambda endpoint: unsent)
     held, decodes = session(0, following=NEXT), session(1)
     queue.put(work(held, 100))

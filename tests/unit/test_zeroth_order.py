@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitnet.tuning.zeroth_order import estimate_gradients
+from splitnet.tools.tune.run import estimate_gradients
 
 
 def grad(weights: torch.nn.Parameter) -> torch.Tensor:

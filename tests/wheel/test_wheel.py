@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from splitnet.model import kernels
-from splitnet.model.int4_forms import Int4
+from splitnet.quant import native
+from splitnet.quant.integers import Int4
 
 LARGE = 4096
 """So many outputs that every thread has some."""
@@ -28,9 +28,9 @@ def run(code: str) -> list[str]:
 
 
 def test_the_kernels_are_there_and_have_threads() -> None:
-    assert kernels.paths_here()
-    assert not kernels.why_none
-    assert kernels.have_threads()
+    assert native.paths_here()
+    assert not native.why_none
+    assert native.have_threads()
 
 
 def test_the_version_is_the_one_that_is_installed() -> None:
@@ -39,13 +39,13 @@ def test_the_version_is_the_one_that_is_installed() -> None:
     assert splitnet.__version__ == metadata.version("splitnet")
 
 
-@pytest.mark.parametrize("path", kernels.paths_here())
+@pytest.mark.parametrize("path", native.paths_here())
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_products_are_the_same_with_any_number_of_threads(path: str, threads: int) -> None:
-    before, many = kernels.path_in_use(), torch.get_num_threads()
+    before, many = native.path_in_use(), torch.get_num_threads()
     assert before is not None
     weight, rows = torch.randn(77, 160), torch.randn(3, 160)
-    kernels.use_path(path)
+    native.use_path(path)
     try:
         held = Int4.of(weight)
         assert held is not None
@@ -57,7 +57,7 @@ def test_products_are_the_same_with_any_number_of_threads(path: str, threads: in
         assert (alone - wanted).norm() < 1e-3 * wanted.norm()  # rows are rounded
     finally:
         torch.set_num_threads(many)
-        kernels.use_path(before)
+        native.use_path(before)
 
 
 def raising(error: Exception) -> Callable[[str], Any]:
@@ -76,8 +76,8 @@ def raising(error: Exception) -> Callable[[str], Any]:
     ],
 )
 def test_why_there_are_no_kernels(load: Callable[[str], Any], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "import_module", load)
-    assert kernels._load() == (None, why)
+    monkeypatch.setattr(native, "import_module", load)
+    assert native._load() == (None, why)
 
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
@@ -86,7 +86,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /
 @LINUX
 def test_there_is_one_openmp_in_a_process() -> None:
     code = """
-from splitnet.model import kernels
+from splitnet.quant import native as kernels
 kernels.multiply_floats
 names = {line.split("/")[-1].strip() for line in open("/proc/self/maps") if "/" in line}
 print(*(name for name in names if name.startswith(("libgomp", "libomp", "libiomp"))), sep="\\n")
@@ -99,7 +99,7 @@ def test_threads_are_torchs() -> None:
     """A kernel starts the threads that torch computes with afterwards, or takes those that it has."""
     code = f"""
 import os, torch
-from splitnet.model.int4_forms import Int4
+from splitnet.quant.integers import Int4
 torch.set_num_threads(1)
 held, row = Int4.of(torch.randn({LARGE}, 64)), torch.randn(1, 64)
 numbers = torch.randn(2_000_000)
@@ -123,9 +123,9 @@ def without(*given, **named):
     return object() if "_C" in str(given[0]) else found
 import torch
 ctypes.CDLL = without
-from splitnet.doctor import machine
-from splitnet.model import kernels
-from splitnet.model.int4_forms import Int4
+from splitnet.tools.doctor import machine
+from splitnet.quant import native as kernels
+from splitnet.quant.integers import Int4
 torch.set_num_threads(3)
 held, row = Int4.of(torch.randn({LARGE}, 64)), torch.randn(1, 64)
 print(kernels.have_threads())

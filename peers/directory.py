@@ -1,0 +1,513 @@
+"""What a peer tells others of the directory, and announces for them: bounded by key, in threads of its own.
+
+Anybody who may connect may ask. What is read for one is told to all that ask within the next moment, so that a flood of
+questions does not become one of the DHT; and a key's answers have a size that it may not exceed in a minute.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from typing import Final, TypeVar
+
+from peers.links import Answering
+from splitnet.directory.ask import Told, parts_of
+from splitnet.directory.interface import SwarmDirectory
+from splitnet.directory.record import MAX_RECORD_BYTES, PeerRecord, verified_record
+from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError, SplitnetError
+from splitnet.limits import TokenBucket
+from splitnet.security.identity import Identity
+from splitnet.security.swarm_key import OPEN, SEAL_BYTES, OpenSwarm
+from splitnet.wire.endpoints import Connection
+from splitnet.wire.messages import ENTRY_BYTES, Announce, Announced, Failure, FailureCode, Found, LookUp
+
+log = logging.getLogger(__name__)
+
+FRESH_S: Final = 1.0
+"""How old an answer may be."""
+FRESH_PER_RECORD_S: Final = 0.1
+FRESH_CHANGES_S: Final = 10.0
+"""And one of what has changed, as who asks that asks again soon: so long for each record, up to this, as to read many
+takes a megabyte."""
+BYTES_PER_MINUTE: Final = 16 << 20
+"""Of answers to one key: a full directory a few times, or some thousand small swarms."""
+BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE
+"""To all keys, of answers about this peer's own model; half as much of each other kind of question."""
+LOOK_UP_BYTES: Final = 4096
+"""What a question costs besides its answer."""
+READ_BYTES: Final = 1 << 18
+"""What a question about another model than this peer's costs besides, as the directory is read for it alone."""
+ANNOUNCEMENTS_PER_MINUTE: Final = 256
+"""Of one key; a peer announces itself four times."""
+PASSED_ON_PER_MINUTE: Final = ANNOUNCEMENTS_PER_MINUTE * 3 // 4
+"""Of those of all keys together. They go on under this peer's key, which is to have room to announce itself."""
+RECORDS_PER_ANNOUNCER: Final = 64
+"""Keys whose records one key may announce, as a peer without a DHT does for those that ask it."""
+WAITING_PER_KEY: Final = 4
+MAX_WAITING: Final = 1024
+"""Of all keys: half of it for questions about this peer's own model, and announcements, the rest for other kinds."""
+MAX_MODELS: Final = 16
+"""Answers that are kept, or being made."""
+MAX_KEYS: Final = 4096
+"""Of which it is known what they have used."""
+
+
+class _About(StrEnum):
+    """What a question is about. Each kind has bytes and places of its own, so that none takes those of another."""
+
+    OWN = "own"
+    """This peer's model, or all models."""
+    KNOWN = "known"
+    """Another model of a closed swarm: only members can name it."""
+    OTHER = "other"
+    """Anything else, which anybody may name."""
+
+
+_Payer = tuple[_About, bytes]
+"""Whose bytes and places a question counts among. What a key asks about other models leaves it those of this peer's
+own, as it may be a peer that asks on behalf of strangers."""
+
+
+@dataclass
+class _Reading:
+    """An answer that is being made, or was a moment ago."""
+
+    waiting: list[tuple[Connection, LookUp, _Payer]] = field(default_factory=list[tuple[Connection, LookUp, _Payer]])
+    parts: list[bytes] | None = None
+    told: Told | None = None
+    """None: nothing is known of this model, whoever asks."""
+    fresh_changes_s: float = FRESH_S
+    read_at: float = 0.0
+
+    def serves(self, now: float, *, changes: bool) -> bool:
+        """Whether it is still fresh enough, or not complete yet."""
+        return self.parts is None or now - self.read_at <= (self.fresh_changes_s if changes else FRESH_S)
+
+
+class DirectoryService:
+    """Thread-safe; close it before the directory.
+
+    Args:
+        directory: what is read and written.
+        model: fingerprint of this peer's own model: questions about it wait for no others.
+        outbox: where answers go.
+        swarm: the key of a closed one.
+    """
+
+    def __init__(self, directory: SwarmDirectory, model: str, outbox: Answering, swarm: OpenSwarm = OPEN) -> None:
+        self._directory = directory
+        self._swarm = swarm
+        self._home = {swarm.place(""): "", swarm.place(model): model}
+        """By how questions name them."""
+        self._outbox = outbox
+        self._readings: OrderedDict[tuple[str, int], _Reading] = OrderedDict()
+        """By model and depth; the one that was begun last is the last."""
+        self._known: dict[int, tuple[float, dict[str, str]]] = {}
+        """Of a closed swarm, by depth: when its models were read, and they by how questions name them."""
+        self._waiting: Counter[_Payer] = Counter()
+        """Questions and announcements that are not answered yet."""
+        self._waiting_in: Counter[_About] = Counter()
+        self._bytes: OrderedDict[_Payer, TokenBucket] = OrderedDict()
+        self._announcements: OrderedDict[bytes, TokenBucket] = OrderedDict()
+        self._of_all = {about: TokenBucket() for about in _About}
+        self._passed_on = TokenBucket()
+        self._announced: OrderedDict[bytes, dict[bytes, float]] = OrderedDict()
+        """By announcer: keys of records, and when these expire."""
+        self._tasks: dict[tuple[str, int], deque[Callable[[], None]]] = {}
+        """By kind and depth: peers may wait for each other's answers, which is no circle as depths only fall. Each has
+        a thread while there are some."""
+        self._threads: set[threading.Thread] = set()
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def receive(self, source: Connection, message: LookUp | Announce, now: float) -> None:
+        """Answers at once or later; now: seconds."""
+        with self._lock:
+            if self._closed:
+                return
+            payer = self._payer(source, message)
+            most = MAX_WAITING // (2 if payer[0] is _About.OWN else 4)
+            if self._waiting[payer] >= WAITING_PER_KEY or self._waiting_in[payer[0]] >= most:
+                self._refuse(source, message.number, "too many questions wait here: ask again later")
+            elif isinstance(message, LookUp):
+                self._look_up(source, message, now)
+            else:
+                self._announce(source, message, now)
+            if not self._waiting[payer]:
+                del self._waiting[payer]
+
+    def close(self) -> None:
+        """Answers nothing any more."""
+        with self._lock:
+            self._closed = True
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()
+
+    def _look_up(self, source: Connection, message: LookUp, now: float) -> None:
+        payer = self._payer(source, message)
+        used, of_all = _bucket_of(self._bytes, payer), self._of_all[payer[0]]
+        wait_s = max(used.wait_s(BYTES_PER_MINUTE, now), of_all.wait_s(_bytes_of_all(payer[0]), now))
+        if wait_s:
+            self._refuse(source, message.number, f"this peer has told you much: ask again in {wait_s} s")
+            return
+        name = (message.model, message.depth)
+        reading = self._readings.get(name)
+        if reading is not None and not reading.serves(now, changes=message.most > 0):
+            reading = None
+        if reading is None:
+            if not self._make_room(message.model, now):
+                self._refuse(source, message.number, "this peer looks up too many other models: ask again later")
+                return
+            if message.model not in self._home:
+                self._charge(payer, READ_BYTES, now)
+            reading = self._readings[name] = _Reading()
+            self._readings.move_to_end(name)
+            self._do_later(self._kind(message), message.depth, partial(self._read, name, reading))
+        if reading.parts is None:
+            reading.waiting.append((source, message, payer))
+            self._waits(payer)
+        elif message.most:
+            self._waits(payer)
+            self._do_later(self._kind(message), message.depth, partial(self._tell, source, message, payer, reading, ""))
+        else:
+            self._answer(source, message, payer, reading.parts, b"", now)
+
+    def _kind(self, message: LookUp) -> str:
+        about = self._about(message.model)
+        return "models" if self._home.get(message.model) == "" else about
+
+    def _about(self, place: str) -> _About:
+        if place in self._home:
+            return _About.OWN
+        return _About.KNOWN if any(place in known for _, known in list(self._known.values())) else _About.OTHER
+
+    def _payer(self, source: Connection, message: LookUp | Announce) -> _Payer:
+        return self._about(message.model) if isinstance(message, LookUp) else _About.OWN, source.curve
+
+    def _waits(self, payer: _Payer) -> None:
+        self._waiting[payer] += 1
+        self._waiting_in[payer[0]] += 1
+
+    def _make_room(self, model: str, now: float) -> bool:
+        """Whether one more answer may be made; forgets old ones."""
+        for name, reading in list(self._readings.items()):
+            if not reading.serves(now, changes=True) or (
+                len(self._readings) >= MAX_MODELS and reading.parts is not None
+            ):
+                del self._readings[name]
+        return len(self._readings) < MAX_MODELS or self._about(model) is not _About.OTHER
+
+    def _read(self, name: tuple[str, int], reading: _Reading) -> None:
+        failure = ""
+        parts = list[bytes]()
+        try:
+            records = self._records(*name)
+            if records is None:
+                parts = [b""]  # perhaps to somebody without the key of this swarm, who learns nothing
+            else:
+                parts = self._sealed(records)
+                reading.told = Told(records)
+                reading.fresh_changes_s = min(max(FRESH_S, FRESH_PER_RECORD_S * len(records)), FRESH_CHANGES_S)
+        except SplitnetError as error:
+            # Whom this peer has joined through is for members, who can name what is here.
+            is_told = not self._swarm.is_closed or name[0] in self._home
+            failure = str(error) if is_told else "this peer's directory does not answer: ask again later"
+        except Exception:
+            log.exception("the directory could not be read")
+            failure = "an error at this peer"
+        with self._lock:
+            waiting, reading.waiting = reading.waiting, []
+            reading.parts, reading.read_at = parts, time.monotonic()
+            if failure:
+                self._readings.pop(name, None)
+        for source, message, payer in waiting:
+            self._tell(source, message, payer, reading, failure)
+
+    def _tell(self, source: Connection, message: LookUp, payer: _Payer, reading: _Reading, failure: str) -> None:
+        """Answers somebody who waits for it."""
+        parts, present = reading.parts or [b""], b""
+        if message.most and reading.told is not None and not failure:
+            present, changed = reading.told.changes(message.known, message.since, message.most)
+            parts = self._sealed(changed)
+        with self._lock:
+            self._done(payer)
+            if failure:
+                self._refuse(source, message.number, failure)
+            else:
+                self._answer(source, message, payer, parts, present, time.monotonic())
+
+    def _records(self, place: str, depth: int) -> list[PeerRecord] | None:
+        """What is to be told of a model; None: nothing is known of it."""
+        model = self._home.get(place, None if self._swarm.is_closed else place)
+        if model is None:
+            model = self._model_at(place, depth)
+        if model is None:
+            return None
+        return [record for record in self._directory.records(model, depth) if record.signed]
+
+    def _model_at(self, place: str, depth: int) -> str | None:
+        """Which model of a closed swarm a question names. All models are read for it once in a moment at most, as
+        outsiders ask, too, and those whom this peer asks count that among what it may ask."""
+        read_at, known = self._known.get(depth, (-math.inf, {}))
+        if place not in known and time.monotonic() - read_at > FRESH_S:
+            models = {record.model for record in self._directory.records("", depth)}
+            known = {self._swarm.place(model): model for model in models}
+            self._known[depth] = time.monotonic(), known
+        return known.get(place)
+
+    def _sealed(self, records: Sequence[PeerRecord]) -> list[bytes]:
+        """The payloads of an answer."""
+        return [self._swarm.seal(part) for part in parts_of(records)]
+
+    def _announce(self, source: Connection, message: Announce, now: float) -> None:
+        used = _bucket_of(self._announcements, source.curve)
+        if wait_s := used.wait_s(ANNOUNCEMENTS_PER_MINUTE, now):
+            self._refuse(source, message.number, f"your key has announced much here: come back in {wait_s} s")
+            return
+        used.spend(1, ANNOUNCEMENTS_PER_MINUTE, now)
+        packed: bytes | None = None
+        if len(message.payload) <= MAX_RECORD_BYTES + SEAL_BYTES:
+            with suppress(NotAuthorized):  # what outsiders announce takes no place
+                packed = self._swarm.unseal(message.payload)
+        if packed is None:
+            self._outbox.send(source, Announced(message.number, False))
+            return
+        self._waits((_About.OWN, source.curve))
+        store = partial(self._store, source, message.number, packed, message.depth)
+        self._do_later("announce", message.depth, store)
+
+    def _store(self, source: Connection, number: int, packed: bytes, depth: int) -> None:
+        record: PeerRecord | None = None
+        taken, failure = False, ""
+        try:
+            record = verified_record(packed)
+            now = time.time()
+            if record.is_valid_at(now) and self._has_place(source.curve, record, now):
+                taken = self._directory.store(record, packed, self._depth_left(depth))
+        except (ProtocolError, NotAuthorized):
+            pass
+        except SplitnetError as error:
+            failure = str(error)
+        except Exception:
+            log.exception("a record could not be announced")
+            failure = "an error at this peer"
+        with self._lock:
+            self._done((_About.OWN, source.curve))
+            if record is not None and taken:  # who is told of it may ask at once
+                for name, reading in list(self._readings.items()):
+                    if name[0] in map(self._swarm.place, ("", record.model)) and reading.parts is not None:
+                        del self._readings[name]
+            if failure:
+                self._refuse(source, number, failure)
+            else:
+                self._outbox.send(source, Announced(number, taken))
+
+    def _depth_left(self, depth: int) -> int:
+        """0, where this peer has passed on enough: then a record is kept here alone."""
+        with self._lock:
+            now = time.monotonic()
+            if not depth or self._passed_on.wait_s(PASSED_ON_PER_MINUTE, now):
+                return 0
+            self._passed_on.spend(1, PASSED_ON_PER_MINUTE, now)
+            return depth
+
+    def _has_place(self, announcer: bytes, record: PeerRecord, now: float) -> bool:
+        if record.key.curve_raw == announcer:
+            return True
+        with self._lock:
+            announced = self._announced.setdefault(announcer, {})
+            self._announced.move_to_end(announcer)
+            while len(self._announced) > MAX_KEYS:
+                self._announced.popitem(last=False)
+            for key in [key for key, expires_at in announced.items() if expires_at <= now]:
+                del announced[key]
+            if record.key.raw not in announced and len(announced) >= RECORDS_PER_ANNOUNCER:
+                return False
+            announced[record.key.raw] = record.expires_at
+            return True
+
+    def _answer(
+        self, source: Connection, message: LookUp, payer: _Payer, parts: list[bytes], present: bytes, now: float
+    ) -> None:
+        self._charge(payer, LOOK_UP_BYTES + ENTRY_BYTES * len(message.known) + sum(map(len, parts)), now)
+        for index, part in enumerate(parts):
+            self._outbox.send(source, Found(message.number, len(parts) - 1 - index, part, present))
+
+    def _charge(self, payer: _Payer, nbytes: int, now: float) -> None:
+        _bucket_of(self._bytes, payer).spend(nbytes, BYTES_PER_MINUTE, now)
+        self._of_all[payer[0]].spend(nbytes, _bytes_of_all(payer[0]), now)
+
+    def _refuse(self, source: Connection, number: int, text: str) -> None:
+        self._outbox.send(source, Failure(b"", 0, number, FailureCode.BUSY, text[:500]))
+
+    def _done(self, payer: _Payer) -> None:
+        self._waiting_in[payer[0]] -= 1
+        self._waiting[payer] -= 1
+        if not self._waiting[payer]:
+            del self._waiting[payer]
+
+    def _do_later(self, kind: str, depth: int, task: Callable[[], None]) -> None:
+        tasks = self._tasks.setdefault((kind, depth), deque())
+        tasks.append(task)
+        if len(tasks) == 1:
+            thread = threading.Thread(
+                target=self._work, args=((kind, depth),), name=f"splitnet-directory-{kind}", daemon=True
+            )
+            self._threads.add(thread)
+            thread.start()
+
+    def _work(self, name: tuple[str, int]) -> None:
+        tasks = self._tasks[name]
+        while True:
+            tasks[0]()
+            with self._lock:
+                tasks.popleft()
+                if self._closed or not tasks:
+                    tasks.clear()
+                    self._threads.discard(threading.current_thread())
+                    return
+
+
+def _bytes_of_all(about: _About) -> int:
+    return BYTES_OF_ALL_PER_MINUTE if about is _About.OWN else BYTES_OF_ALL_PER_MINUTE // 2
+
+
+K = TypeVar("K", bytes, _Payer)
+
+
+def _bucket_of(buckets: OrderedDict[K, TokenBucket], key: K) -> TokenBucket:
+    bucket = buckets.setdefault(key, TokenBucket())
+    buckets.move_to_end(key)
+    while len(buckets) > MAX_KEYS:
+        buckets.popitem(last=False)
+    return bucket
+
+
+REFRESH_S = 15.0
+
+SOON = 3
+"""Changes that are told at once within one `refresh_s`; more wait until the first is that old."""
+
+FIRST_TRIES = 3
+"""Of the first record, before the peer gives up: where nodes of the DHT were lost a moment ago, it answers late."""
+
+
+class Announcer:
+    """Publishes `describe()` now and every `refresh_s` seconds, until closed.
+
+    Args:
+        directory: the DHT.
+        identity: signs the records.
+        describe: the record as of now.
+        look_around: called before each refresh; brings up to date what `describe` tells of others.
+    """
+
+    def __init__(
+        self,
+        directory: SwarmDirectory,
+        identity: Identity,
+        describe: Callable[[], PeerRecord],
+        look_around: Callable[[], None],
+        *,
+        refresh_s: float = REFRESH_S,
+    ) -> None:
+        self._directory = directory
+        self._identity = identity
+        self._describe = describe
+        self._look_around = look_around
+        self._refresh_s = refresh_s
+        self._leaving = threading.Event()
+        self._soon = threading.Event()
+        self._soon_at: deque[float] = deque(maxlen=SOON)
+        """When changes were told that were not waited for."""
+        self._moved = False
+        self._publishing = threading.Lock()
+        self._withdrawn = False
+        self._thread = threading.Thread(target=self._run, name="splitnet-announce", daemon=True)
+
+    def start(self) -> None:
+        """Publishes the first record before returning, then keeps it fresh.
+
+        Raises:
+            DirectoryError: the directory does not answer.
+        """
+        for tries_left in reversed(range(FIRST_TRIES)):
+            try:
+                self.publish()
+                break
+            except DirectoryError as error:
+                if not tries_left or self._leaving.is_set():
+                    raise
+                log.warning("the first announcement failed, trying again: %s", error)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Withdraws the record. May be called more than once."""
+        if self._withdrawn:
+            return
+        self._withdrawn = True
+        self._leaving.set()
+        self._soon.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        record = self._describe()
+        try:
+            self._directory.withdraw(record, self._identity)
+        except SplitnetError as error:
+            log.warning("could not leave the DHT cleanly, the record expires by itself: %s", error)
+
+    def _run(self) -> None:
+        look_at = time.monotonic()  # those who are there already are measured at once
+        while not self._leaving.is_set():
+            self._wait(look_at)
+            if self._leaving.is_set():
+                return
+            self._soon.clear()
+            try:
+                if self._moved:
+                    self._moved, look_at = False, 0.0
+                    self._directory.moved()
+                    self.publish()
+                if time.monotonic() >= look_at:
+                    look_at = time.monotonic() + self._refresh_s
+                    self._look_around()
+                else:
+                    self._soon_at.append(time.monotonic())
+                self.publish()
+            except SplitnetError as error:
+                log.warning("announcement failed, next try in %.0f s: %s", self._refresh_s, error)
+
+    def _wait(self, look_at: float) -> None:
+        """Until then, or until something has changed, but no more often than others can stand to hear of."""
+        if len(self._soon_at) == SOON:
+            free_at = min(self._soon_at[0] + self._refresh_s, look_at)
+            self._leaving.wait(max(0.0, free_at - time.monotonic()))
+        self._soon.wait(max(0.0, look_at - time.monotonic()))
+
+    def publish_soon(self, *, moved: bool = False) -> None:
+        """The record has changed, and is published in the thread of this announcer. May be called from anywhere.
+
+        Args:
+            moved: what was found out about others is true no longer, either, and is looked at anew.
+        """
+        self._moved |= moved
+        self._soon.set()
+
+    def publish(self) -> None:
+        """Publishes the record as of now, beside the regular refreshes."""
+        with self._publishing:  # a record that was made before another and comes after it would be refused
+            taken = self._directory.announce(self._describe(), self._identity)
+        if not taken:
+            log.warning(
+                "the DHT did not take this peer's record: check that the clock of this machine is right, and give "
+                "--key-file if others fill the directory"
+            )

@@ -1,0 +1,457 @@
+"""Which blocks a peer takes when it joins."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median_low
+
+import torch
+
+from peers.links import NextHops
+from scheduler.coordinates import Coordinate
+from scheduler.facts import missing_blocks
+from scheduler.moves import Move, Willingness, best_move
+from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span, work_ms
+from splitnet.blocks.span import block_bytes, free_memory
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.record import PeerRecord, expected_facts_of, facts_of, place_of
+from splitnet.errors import OutOfMemory, SplitnetError
+from splitnet.security.identity import Identity, PublicKey
+from splitnet.swarm.trial import PeerLinks
+from splitnet.transport.prober import PING_TIMEOUT_S, PROBE_BYTES
+from splitnet.wire.codecs import codec_by_name
+from splitnet.wire.endpoints import Endpoint, LinkState
+
+LINK_CODEC = "int8"
+
+TRIED_AT_ONCE = 32
+WITNESSES = 5
+"""Of those that answer first, the nearest: by what most of them say of their places, who else is near is judged."""
+PROBED = 4
+"""Of those that answer: so many are sent 64 KiB, to know what this machine can send."""
+
+READ_BYTES = 32 * 2**20
+READS = 3
+"""Of memory, the fastest of which tells how fast the device reads."""
+
+
+@dataclass(frozen=True)
+class SpanWish:
+    """What the user asked for: exact blocks, or memory in bytes for them, or neither."""
+
+    blocks: tuple[int, int] | None = None
+    memory: int | None = None
+
+
+ANY_SPAN = SpanWish()
+
+
+def fitting_blocks(
+    checkpoint: Checkpoint, wish: SpanWish, *, device: str, dtype: str | None, weights: str | None = None
+) -> int:
+    """How many blocks the peer has memory for; 0 if it was told which blocks to serve, and so must stay with them.
+
+    Args:
+        device, dtype, weights: as `Span.load` takes them.
+
+    Raises:
+        OutOfMemory: not even one block fits.
+        WeightsError: weights cannot be held so.
+    """
+    if wish.blocks is not None:
+        return 0
+    size = block_bytes(checkpoint, dtype, weights, device)
+    memory = wish.memory if wish.memory is not None else int(free_memory(device) * BLOCKS_SHARE)
+    fitting = min(checkpoint.num_blocks, memory // size)
+    if fitting < 1:
+        raise OutOfMemory(
+            f"one block of {checkpoint.name} takes {size / 2**20:.0f} MiB, {memory / 2**20:.0f} MiB are given: "
+            "use --memory with more, or smaller --weights"
+        )
+    return fitting
+
+
+def expected_block_ms(checkpoint: Checkpoint, *, device: str, dtype: str | None, weights: str | None = None) -> float:
+    """Ms of a token at a block, as the device reads memory: a guess before anything is loaded, good for comparisons."""
+    values = torch.zeros(READ_BYTES // 4, dtype=torch.float32, device=device)
+    took_s = math.inf
+    for _ in range(READS):
+        began = time.perf_counter()
+        float(values.sum())
+        took_s = min(took_s, time.perf_counter() - began)
+    return block_bytes(checkpoint, dtype, weights, device) * took_s * 1000 / READ_BYTES
+
+
+@dataclass(frozen=True)
+class Present:
+    """Peers that are there. away_ms: one way to each, by name; bytes_per_ms: that can be sent to them; 0: not known."""
+
+    records: Sequence[PeerRecord] = ()
+    away_ms: Mapping[str, float] = field(default_factory=dict[str, float])
+    bytes_per_ms: float = 0.0
+
+
+NOBODY = Present()
+
+
+def answering(records: Sequence[PeerRecord], identity: Identity) -> Present:
+    """Those of the peers that answer, of many a sample: anybody can announce peers that do not exist.
+
+    First such whose keys have cost work; then those that stand near, by what the nearest that have answered say.
+    """
+    records = [record for record in records if record.key != identity.public]  # of an earlier life of this peer
+    if not records:
+        return NOBODY
+    others = sorted(random.sample(records, len(records)), key=lambda record: not record.is_proven)
+    found: list[tuple[float, PeerRecord]] = []
+    with PeerLinks(identity) as links:
+        for _ in range(2):
+            tried, others = others[:TRIED_AT_ONCE], others[TRIED_AT_ONCE:]
+            answers = links.try_out({record.endpoint for record in tried})
+            found += [(rtt_ms, record) for record in tried if (rtt_ms := answers[record.endpoint].rtt_ms) is not None]
+            if not others:
+                break
+            if found:
+                nearest = sorted(found, key=lambda pair: pair[0])[:WITNESSES]
+                places = [place_of(record).coordinate for _, record in nearest]
+                others.sort(key=lambda record: _far_ms(place_of(record).coordinate, places))
+        probed = links.prober.measure(record.endpoint for _, record in found[:PROBED])
+    slowest = PROBE_BYTES / (1000 * PING_TIMEOUT_S) if found else 0.0  # none has arrived in time
+    return Present(
+        [record for _, record in found],
+        {record.key.text: rtt_ms / 2 for rtt_ms, record in found},
+        max((link.bytes_per_ms for link in probed.values()), default=slowest),
+    )
+
+
+def _far_ms(place: Coordinate, witnesses: Sequence[Coordinate]) -> tuple[bool, float]:
+    """How far a place is from most of the others; whose place is not known comes last."""
+    return place.error >= 1.0, median_low(place.rtt_ms(each) for each in witnesses)
+
+
+def choose_blocks(
+    checkpoint: Checkpoint, wish: SpanWish, fitting: int, present: Present, own_ms: float | None = None
+) -> tuple[int, int]:
+    """The blocks `[start, end)` to serve beside the peers that are `present`; at most `fitting` if they are chosen.
+
+    own_ms: of a token at a block of the new peer; None: not known.
+
+    Raises:
+        SplitnetError: the blocks asked for do not exist in the model.
+    """
+    count = checkpoint.num_blocks
+    if wish.blocks is None:
+        size = position_bytes(checkpoint)
+        peers = [expected_facts_of(record, size) for record in present.records]
+        if own_ms is not None and peers:
+            # Arithmetic takes what it takes at the peer that is most like this one.
+            nearness = [abs(math.log(_positive(peer.speed.at(1)) / _positive(own_ms))) for peer in peers]
+            alike = peers[nearness.index(min(nearness))].speed
+            own_ms *= work_ms(alike) / _positive(alike.at(1))
+            own_ms = float(block_ms(own_ms, fitting, size / present.bytes_per_ms if present.bytes_per_ms else 0.0))
+        return choose_span(peers, count, fitting, own_ms, present.away_ms)
+    start, end = wish.blocks
+    if not 0 <= start < end <= count:
+        raise SplitnetError(f"{checkpoint.name} has blocks 0..{count - 1}: use --blocks START:END within 0:{count}")
+    return start, end
+
+
+def position_bytes(checkpoint: Checkpoint) -> int:
+    """What a position takes on slow links, which are those that count where peers choose their blocks."""
+    return codec_by_name(LINK_CODEC).bytes_per_position(checkpoint.hidden_size)
+
+
+def _positive(ms: float) -> float:
+    return max(ms, 1e-6)
+
+
+log = logging.getLogger(__name__)
+
+FEW = 3
+"""Servers of a block that may all be lost at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Announced:
+    """A move that waits until all that may leave the same blocks have spoken since.
+
+    issued: when the records of all others were, by key.
+    """
+
+    move: Move
+    issued: dict[str, float]
+
+
+class Mover:
+    """Decides for one peer. See `scheduler.moves` for the rules, and why peers do not leave a block together.
+
+    Args:
+        num_blocks: of the model.
+        position_bytes: that a position takes on links; 0: what peers can send does not count.
+
+    Attributes:
+        lacking: blocks were served by nobody when it decided last, and nobody was on the way to them.
+    """
+
+    def __init__(self, num_blocks: int, position_bytes: float = 0.0) -> None:
+        self.lacking = False
+        self._num_blocks = num_blocks
+        self._position_bytes = position_bytes
+        self._announced: _Announced | None = None
+
+    @property
+    def intended(self) -> tuple[int, int] | None:
+        """The span of a move that is announced but not done yet."""
+        return (self._announced.move.start, self._announced.move.end) if self._announced else None
+
+    def decide(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> tuple[int, int] | None:
+        """The span `[start, end)` to move to now, or None.
+
+        Args:
+            own: this peer's record as of now.
+            others: all other records.
+            now: Unix time in seconds.
+        """
+        expected = [expected_facts_of(record) for record in others if record.serves or record.moving_to]
+        self.lacking = bool(missing_blocks([facts_of(own), *expected], self._num_blocks))
+        move = self._named(own, others, now)
+        if move is None:
+            self._announced = None
+            return None
+        if move.confirm:
+            if self._announced is None or self._announced.move != move:
+                self._announced = _Announced(move, {record.key.text: record.issued_at for record in others})
+            before = self._announced.issued
+            if any(
+                record.issued_at <= before.get(record.key.text, 0.0) for record in others if _may_leave(record, own)
+            ):
+                return None
+        self._announced = None
+        return move.start, move.end
+
+    def guarded(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> list[PeerRecord]:
+        """The peers whose loss this one would have to make up for: few serve some block, and this is the one to move.
+
+        Args:
+            own, others, now: as for `decide`.
+        """
+        guarded: dict[PublicKey, PeerRecord] = {}
+        if own.max_blocks:
+            for holders in self._few_holders(own, others):
+                lost = {record.key for record in holders}
+                if self._named(own, [record for record in others if record.key not in lost], now) is not None:
+                    guarded |= {record.key: record for record in holders}
+        return list(guarded.values())
+
+    def _few_holders(self, own: PeerRecord, others: Sequence[PeerRecord]) -> list[list[PeerRecord]]:
+        """Who serves a block, for the blocks that only one to `FEW` others serve; each group once."""
+        groups: dict[frozenset[PublicKey], list[PeerRecord]] = {}
+        serving = [record for record in others if record.serves]
+        edges = sorted({edge for record in serving for edge in (record.start, record.end)} | {own.start, own.end})
+        for block in edges:  # between these all blocks have the same
+            holders = [record for record in serving if record.start <= block < record.end]
+            if 0 < len(holders) <= FEW and not own.start <= block < own.end:
+                groups[frozenset(record.key for record in holders)] = holders
+        return list(groups.values())
+
+    def _named(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> Move | None:
+        """The best move, if it is this peer's."""
+        if not own.max_blocks:
+            return None
+        present = [own, *(record for record in others if record.serves or record.moving_to)]
+        move = best_move(
+            [facts_of(record, self._position_bytes) for record in present],
+            self._num_blocks,
+            max_blocks={record.key.text: record.max_blocks for record in present if record.max_blocks},
+            willingness=Willingness(
+                sessions={record.key.text: record.sessions for record in present},
+                settled_s={record.key.text: now - record.placed_at for record in present},
+            ),
+            moving={record.key.text: record.moving_to for record in others if record.moving_to},
+        )
+        return move if move is not None and move.peer == own.key.text else None
+
+
+def _may_leave(record: PeerRecord, own: PeerRecord) -> bool:
+    """Whether this peer could leave a block that the own one serves."""
+    return record.serves and record.max_blocks > 0 and record.start < own.end and own.start < record.end
+
+
+MAX_WATCHED = 16
+LOST_S = 2.5
+"""A peer that has not answered for so long, and whose link is lost, is gone."""
+
+SILENT_S = 6.0
+"""The same, whatever its link says. Pings go out every `peers.links.PROBE_S`."""
+
+
+class HolderWatch:
+    """Keeps links to some peers and notes when they were heard of. Thread-safe.
+
+    Args:
+        links: opened as for a session, which also pings over them.
+        state: of a link.
+    """
+
+    def __init__(self, links: NextHops, state: Callable[[Endpoint], LinkState]) -> None:
+        self._links = links
+        self._state = state
+        self._heard_at: dict[Endpoint, float | None] = {}
+        """In seconds; None: not yet."""
+        self._lock = threading.Lock()
+
+    def watch(self, records: Iterable[PeerRecord]) -> None:
+        """Watches these peers from now on, the first `MAX_WATCHED`, and no others."""
+        wanted = list(dict.fromkeys(record.endpoint for record in records))[:MAX_WATCHED]
+        with self._lock:
+            for endpoint in [endpoint for endpoint in self._heard_at if endpoint not in wanted]:
+                del self._heard_at[endpoint]
+                self._links.release(endpoint)
+            for endpoint in wanted:
+                if endpoint not in self._heard_at and self._links.acquire(endpoint):
+                    self._heard_at[endpoint] = None
+
+    def heard(self, endpoint: Endpoint, now: float) -> None:
+        """A peer has answered a ping at `now` (seconds)."""
+        with self._lock:
+            if endpoint in self._heard_at:
+                self._heard_at[endpoint] = now
+
+    def gone(self, now: float) -> frozenset[PublicKey]:
+        """Those of the watched that were there and are not any more."""
+        with self._lock:
+            return frozenset(
+                endpoint.key
+                for endpoint, at in self._heard_at.items()
+                if at is not None and now - at > (SILENT_S if self._state(endpoint) is LinkState.UP else LOST_S)
+            )
+
+
+LOOK_S = 15.0
+"""How often a peer looks at the records of all others, at most."""
+
+QUICK_LOOK_S = 2.0
+LOOK_PER_PEER_S = 0.3
+"""In small swarms it looks more often: a hole is filled the sooner, and a lookup there costs little."""
+
+URGENT_LOOK_S = 1.0
+URGENT_LOOK_PER_PEER_S = 0.05
+"""While blocks are served by nobody: whoever is to move then waits for the records of others."""
+
+CHECK_S = 0.5
+"""How often it checks whether the peers that it watches are there."""
+
+Blocks = tuple[int, int]
+
+
+class Relocation:
+    """Looks at the swarm from time to time, and moves the peer where it is needed more. Thread-safe.
+
+    For peers that may move; others need not look.
+
+    Args:
+        mover: decides.
+        watch: tells which peers are gone although their records are still there.
+        leaving: set when the peer ends.
+        own: the record of this peer as of now.
+        others: looks all other records up.
+        publish: announces this peer's record beside the regular refreshes.
+        move: makes the peer serve other blocks; in haste if it is told so, as some are served by nobody.
+    """
+
+    def __init__(
+        self,
+        mover: Mover,
+        watch: HolderWatch,
+        leaving: threading.Event,
+        *,
+        own: Callable[[], PeerRecord],
+        others: Callable[[], Sequence[PeerRecord]],
+        publish: Callable[[], None],
+        move: Callable[[Blocks, bool], None],
+    ) -> None:
+        self._mover = mover
+        self._watch = watch
+        self._leaving = leaving
+        self._own = own
+        self._others = others
+        self._publish = publish
+        self._move = move
+        self._gone: frozenset[PublicKey] = frozenset()
+        self._issued: dict[PublicKey, float] = {}
+        """Of the records of those that are gone: when they had been, as of the loss."""
+        self._heard_of: set[tuple[PublicKey, Blocks]] = set()
+        """Moves of others that were announced."""
+        self._pause_s = QUICK_LOOK_S
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._look_often, name="splitnet-place", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits until the thread has ended, which it does when the peer leaves."""
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The peer does not begin to move meanwhile; waits for a move that is under way."""
+        with self._lock:
+            yield
+
+    def reconsider(self) -> bool:
+        """Moves to other blocks if the swarm needs this peer there more; tells whether it has moved."""
+        with self._lock:
+            if self._leaving.is_set():
+                return False
+            before, own, others = self._mover.intended, self._own(), self._others()
+            now = time.time()
+            present = self._present(others)
+            span = self._mover.decide(own, present, now)
+            if span is not None:
+                self._move(span, self._mover.lacking)
+                return True
+            lost = [record for record in others if record.key in self._gone]
+            # Where they are few everybody watches everybody: who is to move may be lost with those it was to replace.
+            rest = others if len(others) <= MAX_WATCHED else ()
+            self._watch.watch([*lost, *self._mover.guarded(own, present, now), *rest])
+            announced = {(record.key, record.moving_to) for record in others if record.moving_to and record.serves}
+            # Who announces a move waits until it has heard of others.
+            if self._mover.intended != before or announced - self._heard_of:
+                self._publish()
+            self._pause_s = self._pause(len(others))
+            self._heard_of = announced
+            return False
+
+    def _pause(self, others: int) -> float:
+        if self._mover.lacking:
+            return min(LOOK_S, max(URGENT_LOOK_S, URGENT_LOOK_PER_PEER_S * others))
+        return min(LOOK_S, max(QUICK_LOOK_S, LOOK_PER_PEER_S * others))
+
+    def _present(self, others: Sequence[PeerRecord]) -> list[PeerRecord]:
+        """Those that are there, as far as is known here; a record that is renewed shows that its peer is."""
+        self._gone = self._watch.gone(time.monotonic())
+        self._issued = {
+            record.key: self._issued.get(record.key, record.issued_at) for record in others if record.key in self._gone
+        }
+        return [record for record in others if record.issued_at > self._issued.get(record.key, 0.0)]
+
+    def _look_often(self) -> None:
+        look_at = time.monotonic() + QUICK_LOOK_S
+        while not self._leaving.wait(CHECK_S):
+            if time.monotonic() < look_at and self._watch.gone(time.monotonic()) == self._gone:
+                continue
+            try:
+                self.reconsider()
+            except SplitnetError as error:
+                log.warning("could not look for better blocks to serve: %s", error)
+            # Not at the same moment as everybody else: who looks later sees what the others have announced.
+            look_at = time.monotonic() + self._pause_s * random.uniform(0.5, 1.5)

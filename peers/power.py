@@ -1,0 +1,326 @@
+"""What the device draws while it computes: how readings around its work become watts. No I/O of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from scheduler.facts import MAX_WATTS
+
+log = logging.getLogger(__name__)
+
+HALF_LIFE_S = 20.0
+"""Of computing: what was drawn before counts half."""
+
+SENSOR_S = 0.5
+"""A sensor is read no more often: over I2C that takes a millisecond."""
+
+MOST_WATTS = 2000.0
+"""Of one counter. One that leaps by more was set back, and did not wrap."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Tells the energy of (a part of) the device, or its power.
+
+    Attributes:
+        name: for people; sources with the same names are the same.
+        read: joules so far of a counter, watts now of a sensor. Raises OSError or ValueError if that cannot be read.
+        wraps_at: joules at which a counter begins again at 0, 0 if that is not known; None: it is a sensor.
+    """
+
+    name: str
+    read: Callable[[], float] = field(compare=False)
+    wraps_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All that add up to the device; none if it is not known what it draws.
+
+    problem: what keeps it from being known, and what helps.
+    """
+
+    parts: tuple[Source, ...] = ()
+    problem: str = ""
+
+    @property
+    def names(self) -> str:
+        """For people."""
+        return ", ".join(part.name for part in self.parts)
+
+
+class EnergyMeter:
+    """Adds up what is read around the work of the device. A reading that fails counts for nothing, and invents nothing.
+
+    One thread at a time computes; another may look for sources.
+
+    Args:
+        find: the sources that can be read now.
+        watts: what the device draws while it computes, if the user says so; then nothing is read.
+        clock: seconds.
+
+    Attributes:
+        joules: of all work so far, as far as it is known.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[], Sources] = Sources,
+        watts: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.joules = 0.0
+        self._find = find
+        self._given = watts
+        self._clock = clock
+        self._sources = Sources()
+        self._recent_joules = self._recent_s = 0.0
+        self._sensed_watts, self._sensed_at = 0.0, float("-inf")
+        self.look()
+
+    @property
+    def watts(self) -> float:
+        """Drawn while the device computes; 0: not known."""
+        if self._given is not None:
+            return self._given
+        joules, seconds = self._recent_joules, self._recent_s
+        return min(joules / seconds, MAX_WATTS) if seconds else 0.0
+
+    @property
+    def origin(self) -> str:
+        """Where that is known from, or why it is not; "" if nothing here tells it."""
+        if self._given is not None:
+            return f"{self._given:g} W while it computes, as --watts says"
+        return self._sources.names or self._sources.problem
+
+    def look(self) -> None:
+        """Finds out which sources can be read now: they come and go with drivers and rights."""
+        if self._given is not None:
+            return
+        try:
+            found = self._find()
+        except OSError:  # something vanishes while it is looked at
+            found = Sources()
+        if found != self._sources:
+            self._use(found)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around work of the device."""
+        sources = self._sources
+        if self._given is None and not sources.parts:
+            yield
+            return
+        began, before = self._clock(), self._counted(sources)
+        try:
+            yield
+        finally:
+            self._take_in(sources, before, self._clock() - began)
+
+    def _take_in(self, sources: Sources, before: list[float] | None, seconds: float) -> None:
+        if self._given is not None:
+            self.joules += self._given * seconds
+            return
+        after = self._counted(sources)
+        if before is None or after is None or sources is not self._sources or seconds <= 0:
+            return
+        counters = [part for part in sources.parts if part.wraps_at is not None]
+        joules = 0.0
+        for counter, earlier, later in zip(counters, before, after, strict=True):
+            step = later - earlier if later >= earlier else later - earlier + (counter.wraps_at or 0.0)
+            if not 0 <= step <= MOST_WATTS * seconds + MOST_WATTS / 1000:
+                return
+            joules += step
+        watts = self._sensed(sources)
+        if watts is None:
+            return
+        joules += watts * seconds
+        self.joules += joules
+        kept = 0.5 ** (seconds / HALF_LIFE_S)
+        self._recent_joules = self._recent_joules * kept + joules
+        self._recent_s = self._recent_s * kept + seconds
+
+    def _counted(self, sources: Sources) -> list[float] | None:
+        """Of each counter; None: not all can be read."""
+        try:
+            return [part.read() for part in sources.parts if part.wraps_at is not None]
+        except (OSError, ValueError) as error:
+            self._lose(sources, error)
+            return None
+
+    def _sensed(self, sources: Sources) -> float | None:
+        """Watts of all sensors together, as read lately; None: not all can be read."""
+        sensors = [part for part in sources.parts if part.wraps_at is None]
+        now = self._clock()
+        if sensors and now - self._sensed_at >= SENSOR_S:
+            try:
+                self._sensed_watts = max(0.0, sum(part.read() for part in sensors))
+            except (OSError, ValueError) as error:
+                self._lose(sources, error)
+                return None
+            self._sensed_at = now
+        return self._sensed_watts if sensors else 0.0
+
+    def _lose(self, sources: Sources, error: Exception) -> None:
+        if sources is self._sources:
+            log.info("what the device draws cannot be read any more: %s", error)
+            self._use(Sources())
+
+    def _use(self, sources: Sources) -> None:
+        self._sources = sources
+        self._recent_joules = self._recent_s = 0.0
+        self._sensed_at = float("-inf")
+
+
+SYSFS = Path("/sys")
+
+_MICRO = 1e-6
+_OTHER_DEVICES = frozenset({"amdgpu", "radeon", "nouveau", "i915", "xe"})
+"""Chips whose power is that of a GPU."""
+
+_WHOLE = re.compile(r"VDD_IN|POM_5V_IN|.*total.*", re.IGNORECASE)
+"""Labels of a sensor that has all in it that the others of its board have."""
+
+
+def find_sources(device: torch.device, sysfs: Path = SYSFS) -> Sources:
+    """What tells the power of the device now.
+
+    Args:
+        device: that computes.
+        sysfs: where Linux shows counters and sensors.
+    """
+    if device.type == "cuda":
+        return _of_nvidia(device)
+    if device.type != "cpu":
+        return Sources()
+    rapl = _of_rapl(sysfs)
+    if rapl.parts:
+        return rapl
+    return _of_sensors(sysfs) or rapl
+
+
+def _of_rapl(sysfs: Path) -> Sources:
+    """The packages. Domains within them are in them; a platform (psys) has all in it, and counts where it is alone."""
+    domains = [
+        (folder, _text(folder / "name"))
+        for folder in sorted((sysfs / "class/powercap").glob("intel-rapl:*"))
+        if re.fullmatch(r"intel-rapl:\d+", folder.name)
+    ]
+    chosen = [each for each in domains if each[1].startswith("package")] or [
+        each for each in domains if each[1] == "psys"
+    ]
+    parts: list[Source] = []
+    for folder, name in chosen:
+        file = folder / "energy_uj"
+        try:
+            _read(file, _MICRO)
+        except PermissionError:
+            return Sources(problem=_not_allowed(file, folder.parent / "intel-rapl:*/energy_uj"))
+        except (OSError, ValueError):
+            return Sources()  # a sum without it would be too small
+        wraps_at = _text(folder / "max_energy_range_uj")
+        parts.append(
+            Source(f"RAPL {name}", partial(_read, file, _MICRO), int(wraps_at) * _MICRO if wraps_at.isdigit() else 0.0)
+        )
+    return Sources(tuple(parts))
+
+
+def _of_sensors(sysfs: Path) -> Sources | None:
+    """Those of one kind of chip: what different ones measure may be the same current. None: there are none."""
+    by_kind: dict[str, list[tuple[Source, str]]] = {}
+    for chip in sorted((sysfs / "class/hwmon").glob("hwmon*")):
+        name = _text(chip / "name")
+        # What hangs on a power supply or battery is what flows into it, or could.
+        if name and name not in _OTHER_DEVICES and not (chip / "device/type").exists():
+            sensors = list(_sensors(chip, name))
+            if sensors:
+                by_kind.setdefault("ina" if name.startswith("ina") else name, []).extend(sensors)
+    problem = ""
+    for kind in sorted(by_kind, key=lambda kind: (kind != "ina", kind != "power_meter", kind)):
+        whole = [each for each in by_kind[kind] if _WHOLE.fullmatch(each[1])][:1]
+        sensors = [source for source, _ in whole or by_kind[kind]]
+        try:
+            for sensor in sensors:
+                sensor.read()
+            return Sources(tuple(sensors))
+        except PermissionError as error:
+            file = Path(error.filename or sysfs / "class/hwmon")
+            problem = problem or _not_allowed(file, file)
+        except (OSError, ValueError):
+            continue
+    return Sources(problem=problem) if problem else None
+
+
+def _sensors(chip: Path, name: str) -> Iterator[tuple[Source, str]]:
+    """Each with its label."""
+    numbers = {int(match[1]) for file in chip.iterdir() if (match := re.fullmatch(r"power(\d+)_\w+", file.name))}
+    found = False
+    for number in sorted(numbers):
+        files = [chip / f"power{number}_{kind}" for kind in ("input", "average")]
+        file = next((file for file in files if file.exists()), None)
+        if file is not None:
+            label = _text(chip / f"power{number}_label")
+            yield Source(f"{name} {label or f'power{number}'}", partial(_read, file, _MICRO)), label
+            found = True
+    if found or not name.startswith("ina"):
+        return
+    for number in (1, 2, 3):  # beyond these an INA3221 has voltages of shunts and sums
+        current, voltage = chip / f"curr{number}_input", chip / f"in{number}_input"
+        if current.exists() and voltage.exists() and _text(chip / f"in{number}_enable") != "0":
+            label = _text(chip / f"in{number}_label")
+            yield Source(f"{name} {label or f'channel {number}'}", partial(_product, current, voltage)), label
+
+
+def _of_nvidia(device: torch.device) -> Sources:
+    if torch.version.hip is not None or importlib.util.find_spec("pynvml") is None:
+        return Sources()
+    source = Source(f"NVML {device}", partial(_nvidia_watts, device))
+    try:
+        source.read()
+    except OSError:
+        return Sources()
+    return Sources((source,))
+
+
+def _nvidia_watts(device: torch.device) -> float:
+    try:
+        return torch.cuda.power_draw(device) / 1000
+    except Exception as error:  # NVML has errors of its own, and which there are depends on its version
+        raise OSError(f"NVML: {error}") from error
+
+
+def _not_allowed(file: Path, files: Path) -> str:
+    return f"not known, as {file} may not be read: `sudo chmod a+r {files}` until the next boot, or --watts"
+
+
+def _product(current: Path, voltage: Path) -> float:
+    """Watts of mA and mV."""
+    return _read(current, 1e-3) * _read(voltage, 1e-3)
+
+
+def _read(file: Path, unit: float) -> float:
+    # In the way of every step, so without the layers of `open`.
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        return int(os.read(descriptor, 64)) * unit
+    finally:
+        os.close(descriptor)
+
+
+def _text(file: Path) -> str:
+    """A line of a file, "" without one."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,431 @@
+"""Work that waits for the device, and which of it runs next.
+
+As long as one client's key alone is active, decode comes first, then prefill, then passes over whole sequences
+(`scheduler/batching.py:next_pass`). When several are, keys share the device's time (`scheduler/fairness.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+from peers.sessions import MemoryAccount, PassWork, Purpose, Session, Work
+from scheduler.batching import DECODE_POSITIONS, PATIENCE, UNSENT_BYTES, Gathering, next_pass
+from scheduler.fairness import CHUNK_S, FairPasses
+from splitnet.errors import PeerBusy
+from splitnet.wire.endpoints import Endpoint
+
+MAX_SESSION_PASSES = 64
+MAX_KEY_PASSES = 256
+"""Passes over whole sequences, adapters and look-ups that may wait, of one session and of one key."""
+
+LOOK_S = 0.02
+"""How often it is looked whether a way is free again for which all wait."""
+
+STUCK_S = 60.0
+"""A way that has taken nothing for so long is not waited for: its next hop may never read. Clients wait for 120 s."""
+
+
+class WorkQueue:
+    """First steps of all sessions that have work, and passes over whole sequences.
+
+    A session is busy while its step is in a pass, so steps of one session never overtake each other.
+
+    Args:
+        pass_s: seconds that a pass of so many positions takes.
+        weight: of a client's key, in proportion to which keys share the device.
+        memory: for the steps that wait; None: 512 MiB.
+        unsent: bytes that wait for the link to a next hop.
+
+    Attributes:
+        gathering: of the sessions, by id, that steps are waited for.
+    """
+
+    def __init__(
+        self,
+        pass_s: Callable[[int], float] = lambda positions: 0.0,
+        weight: Callable[[bytes], float] = lambda key: 1.0,
+        memory: MemoryAccount | None = None,
+        unsent: Callable[[Endpoint], int] = lambda endpoint: 0,
+    ) -> None:
+        self._pass_s = pass_s
+        self._unsent = unsent
+        self._fair = FairPasses[Work](pass_s, weight)
+        self._shares = self._fair.shares
+        self.gathering = Gathering()
+        self.memory = memory or MemoryAccount(1 << 29, "no memory for waiting steps of", "send fewer at a time")
+        self._ready: OrderedDict[Session, None] = OrderedDict()
+        self._ways: dict[Endpoint, tuple[int, float]] = {}
+        """Of prompts that are ready: bytes that wait for the way, and since when they have not become fewer."""
+        self._changed = threading.Condition()
+        self._closed = False
+        self._passes: OrderedDict[bytes, dict[PassWork, None]] = OrderedDict()
+        """By key."""
+        self._next_pass_of: bytes | None = None
+        self._idle_job: Callable[[], None] | None = None
+        self.defers = False
+        """Whether `put` wakes nobody, as who puts steps calls `Engine.run_here` then."""
+        self._turns_without_pass = 0
+        self.queued_positions = 0
+        self.pass_positions = 0
+        """Of passes that wait or run."""
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step or a pass waits for the device."""
+        return bool(self._ready or self._passes)
+
+    def put(self, work: Work) -> None:
+        """Adds a step. Windows of drafts that it begins before were rejected by the client, and need not run.
+
+        Raises:
+            PeerBusy: there is no memory for it.
+        """
+        with self._changed:
+            session = work.session
+            while len(session.waiting) > self._begun(session) and _supersedes(work, session.waiting[-1]):
+                self._drop_last(session)
+            if not session.waiting:
+                self._ready.pop(session, None)
+            self.memory.take(session, Purpose.STEPS, work.nbytes)
+            self._shares.came(session.owner, time.monotonic())
+            work.follows = bool(session.waiting)
+            session.waiting.append(work)
+            session.waiting_size += work.size
+            self.queued_positions += work.total
+            if len(session.waiting) == 1:
+                self._ready[session] = None
+                if not self.defers:
+                    self._changed.notify()
+
+    def wake(self) -> None:
+        """Wakes the engine's thread, if there is something to do."""
+        with self._changed:
+            if self.has_work:
+                self._changed.notify()
+
+    def take_short(self, within_s: float, is_quick: Callable[[Work], bool]) -> Work | None:
+        """Takes the decode step that is all there is to do, if it takes no longer, and nothing is expected to join it.
+
+        Args:
+            is_quick: whether a step takes no longer than its positions do.
+        """
+        with self._changed:
+            if len(self._ready) != 1 or self._passes or self._closed:
+                return None
+            session = next(iter(self._ready))
+            work = session.waiting[0]
+            is_short = (
+                work.remaining <= DECODE_POSITIONS
+                and self._pass_s(work.remaining) <= within_s
+                and not self.gathering.patience_s(1)
+                and not self._shares.contended(time.monotonic())
+                and is_quick(work)
+            )
+            if not is_short:
+                return None
+            session.passed_over = 0
+            del self._ready[session]
+            return work
+
+    def put_pass(self, work: PassWork) -> None:
+        """Adds a pass over whole sequences, which runs when no step of its key is ready.
+
+        Raises:
+            PeerBusy: too many of its session or its key wait. Nothing is changed then.
+        """
+        with self._changed:
+            session = work.session
+            of_key = self._passes.get(session.owner, {})
+            for what, waiting, most in (
+                ("session", len(session.passes), MAX_SESSION_PASSES),
+                ("key", len(of_key), MAX_KEY_PASSES),
+            ):
+                if waiting >= most:
+                    wait_s = self._pass_s(self.pass_positions)
+                    raise PeerBusy(
+                        f"{waiting} passes of this {what} wait already, the most that may: send more when those are "
+                        f"answered, the last in about {wait_s:.0f} s"
+                    )
+            of_key[work] = None
+            self._passes[session.owner] = of_key
+            session.passes[work] = None
+            session.waiting_passes += 1
+            self.pass_positions += work.positions
+            self._shares.came(session.owner, time.monotonic())
+            self._changed.notify()
+
+    def take_pass(self) -> PassWork | None:
+        """The pass whose turn it is, if any; `release_pass` ends it."""
+        with self._changed:
+            self._turns_without_pass = 0
+            if not self._passes or self._closed:
+                return None
+            owner, self._next_pass_of = self._next_pass_of, None
+            if owner not in self._passes:
+                owner = next(iter(self._passes))
+            work = next(iter(self._passes[owner]))
+            self._take_out(work)
+            if owner in self._passes:
+                self._passes.move_to_end(owner)
+            return work
+
+    def release_pass(self, work: PassWork) -> None:
+        with self._changed:
+            self._count_out(work)
+
+    def discard_passes(self, session: Session) -> list[PassWork]:
+        """Forgets the passes of a session that wait, and returns them."""
+        with self._changed:
+            discarded = list(session.passes)
+            for work in discarded:
+                self._take_out(work)
+                self._count_out(work)
+            return discarded
+
+    def put_idle_job(self, job: Callable[[], None]) -> None:
+        """Leaves something to do on the engine's thread when nothing else waits; replaces what was left before."""
+        with self._changed:
+            self._idle_job = job
+            self._changed.notify()
+
+    def take_idle_job(self) -> Callable[[], None] | None:
+        """What was left for when nothing else waits, if nothing does."""
+        with self._changed:
+            if self.has_work or self._closed:
+                return None
+            job, self._idle_job = self._idle_job, None
+            return job
+
+    def gather(self) -> None:
+        """Waits for work, and then for what is about to come, as long as it keeps coming."""
+        with self._changed:
+            self._wait_for_work()
+            ready = 0
+            while len(self._ready) > ready and (patience_s := self.gathering.patience_s(len(self._ready))):
+                ready, until = len(self._ready), time.monotonic() + patience_s
+                while len(self._ready) == ready and not self._closed and (left := until - time.monotonic()) > 0:
+                    self._changed.wait(left)
+
+    def take(self, max_positions: int) -> list[tuple[Work, int]]:
+        """Waits for work and returns what runs in the next pass: steps with how many positions of each.
+
+        Empty when the queue is closed, or it is the turn of `take_pass`, or of `take_idle_job`. Of one key alone,
+        passes over whole sequences come when no step is ready, or after `PATIENCE` turns.
+        """
+        with self._changed:
+            self._wait_for_work()
+            while self.has_work and not self._closed:
+                ready = self._not_held()
+                if not ready and not self._passes:
+                    self._changed.wait(LOOK_S)
+                    continue
+                if not self._shares.contended(time.monotonic()):
+                    if not ready or (self._passes and self._turns_without_pass >= PATIENCE):
+                        return []
+                    self._turns_without_pass += 1
+                    return self._take_unshared(ready, max_positions)
+                chosen = self._take_shared(ready, max_positions, [*(each.owner for each in ready), *self._passes])
+                if chosen is not None:
+                    return chosen
+            return []
+
+    def take_between(self, running: PassWork, max_positions: int, *, first: bool) -> list[tuple[Work, int]]:
+        """Steps that run between two pieces of a pass over whole sequences; empty: the pass goes on.
+
+        Args:
+            first: since the last piece.
+        """
+        owner = running.session.owner
+        with self._changed:
+            while not self._closed:
+                ready = self._not_held()
+                if not self._shares.contended(time.monotonic()):
+                    return self._take_unshared(ready, max_positions) if first and ready else []
+                # Of its own key one pass of steps comes between two pieces.
+                ready = [session for session in ready if first or session.owner != owner]
+                keys = [*(session.owner for session in ready), owner]
+                chosen = self._take_shared(ready, max_positions, keys, goes_on=owner, own_steps=first)
+                if chosen is not None:
+                    return chosen
+            return []
+
+    def release(self, work: Work) -> None:
+        """Ends a pass of `work`: it goes on in a later pass, or makes room for the session's next step."""
+        with self._changed:
+            session = work.session
+            if not work.remaining and session.waiting and session.waiting[0] is work:
+                session.waiting.popleft()
+                self._drop(work)
+            if session.waiting:
+                self._ready[session] = None
+                self._changed.notify()
+
+    def ran(self, chosen: Sequence[tuple[Work, int]], seconds: float) -> None:
+        """Charges a pass to the keys whose positions it had, see `FairPasses.ran`."""
+        with self._changed:
+            self._fair.ran(chosen, seconds, time.monotonic())
+
+    def charge(self, session: Session, seconds: float) -> None:
+        """Charges the key of a session for prefill or training."""
+        with self._changed:
+            self._shares.charge(session.owner, seconds, time.monotonic(), bulk=True)
+
+    def chunk_s(self) -> float | None:
+        """How long a piece of a pass may take that others cannot interrupt, in seconds; None: nobody else is active."""
+        with self._changed:
+            now = time.monotonic()
+            return self._fair.chunk_s(now) if self._shares.contended(now) else None
+
+    def discard_waiting(self, session: Session) -> None:
+        """Forgets the steps of a session that no pass has begun: they will be sent again."""
+        with self._changed:
+            while len(session.waiting) > self._begun(session):
+                self._drop_last(session)
+            if not session.waiting:
+                self._ready.pop(session, None)
+
+    def discard(self, session: Session) -> None:
+        """Forgets the steps of a session that has ended."""
+        with self._changed:
+            while session.waiting:
+                self._drop(session.waiting.pop())
+            self._ready.pop(session, None)
+            self.gathering.left(session.id)
+            self.memory.end(session)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _not_held(self) -> list[Session]:
+        """Sessions that are ready, without those whose prompts wait for the way to their next hop."""
+        now, ways = time.monotonic(), dict[Endpoint, tuple[int, float]]()
+        ready: list[Session] = []
+        for session in self._ready:
+            following = session.next
+            if following is not None and session.waiting[0].remaining > DECODE_POSITIONS:
+                if following not in ways:
+                    unsent = self._unsent(following)
+                    before, since = self._ways.get(following, (0, now))
+                    ways[following] = unsent, (since if unsent >= before > UNSENT_BYTES else now)
+                unsent, since = ways[following]
+                if unsent > UNSENT_BYTES and now - since < STUCK_S:
+                    continue
+            ready.append(session)
+        self._ways = ways
+        return ready
+
+    def _take_unshared(self, ready: Sequence[Session], max_positions: int) -> list[tuple[Work, int]]:
+        return self._begin(self._next_pass(ready, max_positions))
+
+    def _take_shared(
+        self,
+        ready: Sequence[Session],
+        max_positions: int,
+        keys: Iterable[bytes],
+        *,
+        goes_on: bytes | None = None,
+        own_steps: bool = True,
+    ) -> list[tuple[Work, int]] | None:
+        """The next pass when several keys are active; empty: a pass over whole sequences begins, or goes on.
+
+        None: it was waited for a key that has had less; look again.
+
+        Args:
+            ready: sessions that may run.
+            keys: that have work.
+            goes_on: whose pass over whole sequences runs.
+            own_steps: whether steps of that key may come before it.
+        """
+        now = time.monotonic()
+        ranked = self._shares.ranked(dict.fromkeys(keys))
+        first = ranked[0]
+        own = [session for session in ready if session.owner == first]
+        is_pass = not own or (first == goes_on and not own_steps)
+        if first in self._passes and goes_on is None and self._turns_without_pass >= PATIENCE:
+            is_pass = True
+        takes_s = CHUNK_S if is_pass else self._pass_s(own[0].waiting[0].remaining)
+        waits = self._shares.awaited(first, min(takes_s, self._fair.chunk_s(now)), now)
+        if waits is not None:
+            key, left_s = waits
+            self._changed.wait(left_s)
+            self._shares.charge(key, time.monotonic() - now, now)
+            return None
+        self._shares.begin_rounds(first)
+        if is_pass:
+            self._next_pass_of = first
+            return []
+        self._turns_without_pass += 1
+        if any(session.waiting[0].remaining > DECODE_POSITIONS for session in own):
+            heads = [session.waiting[0] for session in ready]
+            turn = [work.session for work in self._fair.prefill_turn(heads, first, now)]
+            most = min(max_positions, self.positions_within(self._fair.chunk_s(now)))
+            return self._begin(self._next_pass(turn, most))
+        return self._begin(
+            self._fair.decode_pass([session.waiting[0] for session in ready], ranked, max_positions, now)
+        )
+
+    def _next_pass(self, ready: Iterable[Session], max_positions: int) -> dict[Work, int]:
+        # Who ran last stands at the end, so the first has waited longest.
+        heads = [session.waiting[0] for session in ready]
+        counts = next_pass(heads, heads[0].session.passed_over, max_positions)
+        for work in heads:
+            work.session.passed_over = 0 if work in counts else work.session.passed_over + 1
+        return counts
+
+    def _begin(self, counts: dict[Work, int]) -> list[tuple[Work, int]]:
+        for work in counts:
+            del self._ready[work.session]
+        return list(counts.items())
+
+    def positions_within(self, seconds: float) -> int:
+        """The most positions of which a pass takes so long, at least one."""
+        return self._fair.positions_within(seconds)
+
+    def _take_out(self, work: PassWork) -> None:
+        """Of those that wait."""
+        session = work.session
+        del session.passes[work]
+        of_key = self._passes[session.owner]
+        del of_key[work]
+        if not of_key:
+            del self._passes[session.owner]
+
+    def _count_out(self, work: PassWork) -> None:
+        work.session.waiting_passes -= 1
+        self.pass_positions -= work.positions
+        self._shares.left(work.session.owner, time.monotonic())
+
+    def _wait_for_work(self) -> None:
+        while not self.has_work and self._idle_job is None and not self._closed:
+            self._changed.wait()
+
+    def _begun(self, session: Session) -> int:
+        """How many of the waiting steps a pass has begun: the first, or none."""
+        return int(bool(session.waiting) and (session not in self._ready or session.waiting[0].done > 0))
+
+    def _drop_last(self, session: Session) -> None:
+        self._drop(session.waiting.pop())
+
+    def _drop(self, work: Work) -> None:
+        work.session.waiting_size -= work.size
+        self.queued_positions -= work.total
+        self.memory.give_back(work.session, Purpose.STEPS, work.nbytes)
+        self._shares.left(work.session.owner, time.monotonic())
+
+
+def _supersedes(later: Work, earlier: Work) -> bool:
+    """Whether a step takes back all that one before it would do: both are of one row, and it begins no later."""
+    for step in (later.step, earlier.step):
+        if len(step.parts) != 1 or step.forks is not None or step.replay_until:
+            return False
+    new, old = later.step.parts[0], earlier.step.parts[0]
+    return new.row == old.row and new.start <= old.start and later.step.number > earlier.step.number

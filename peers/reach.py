@@ -1,0 +1,276 @@
+"""How others reach a peer: at its address, or through helpers; and how it helps others to be reached."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+
+from splitnet.directory.interface import SwarmDirectory
+from splitnet.directory.record import PeerRecord
+from splitnet.directory.relay_offer import find_helpers
+from splitnet.errors import SplitnetError
+from splitnet.nat.port_mapping import MappingError, PortMapping
+from splitnet.nat.relay import Helper, HelperBounds
+from splitnet.nat.tunnel import Tunnels
+from splitnet.nat.unreachable import Hidden
+from splitnet.security.identity import AuthorizedKeys, Identity
+from splitnet.swarm.trial import PeerLinks
+from splitnet.transport.addresses import Reach, inside_of, is_global, is_reachable, is_wildcard, reachable_host
+from splitnet.transport.transport import Transport
+from splitnet.wire.endpoints import Endpoint, LinkState, Relay
+
+log = logging.getLogger(__name__)
+
+ASKED = 2
+"""Peers that try to connect, each time, and as many helpers."""
+MOVED_S = 2.0
+"""How often it is looked whether the machine has another address."""
+REACHED_S, UNREACHED_S, UNKNOWN_S = 600.0, 180.0, 60.0
+"""After which others are asked again, by what they said."""
+
+
+class PeerWays:
+    """Of a running peer; close it after the transport.
+
+    Args:
+        transport: of the peer.
+        tunnels: of the transport; their loop runs this.
+        identity: of the peer.
+        endpoint: as the peer would announce itself.
+        fixed: the user has said how others reach this machine, so that it is not found out anew.
+        listen: `tcp://host:port`, what the peer was told.
+        reach: how others are to reach it.
+        relay_port: where it helps others, 0 for any; None: it does not.
+        authorized: who may use its help; None: anyone.
+        bytes_per_s: that it passes on; None: as `HelperBounds` has it.
+        maps: may ask the router for a port.
+        others: looks up the other peers of the model.
+        directory: where helpers are found.
+        vouched: whether the user, or a friend, has named a helper.
+        changed: called when the record of the peer has changed; it must return at once.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        tunnels: Tunnels,
+        identity: Identity,
+        endpoint: Endpoint,
+        *,
+        fixed: bool,
+        listen: str,
+        reach: Reach,
+        relay_port: int | None,
+        authorized: AuthorizedKeys | None,
+        bytes_per_s: float | None,
+        maps: bool,
+        others: Callable[[], Sequence[PeerRecord]],
+        directory: SwarmDirectory,
+        vouched: Callable[[Relay], bool],
+        changed: Callable[[], object],
+    ) -> None:
+        self._transport = transport
+        self._identity = identity
+        self._listen = listen
+        self._may_move = not fixed and is_wildcard(listen)
+        self._moved_at = 0.0
+        self._has_moved = False
+        if self._may_move and not is_reachable(endpoint.address):
+            log.warning(
+                "this machine has no address at which others could connect to %s: where there is IPv6 alone, give "
+                "--listen tcp://[::]:PORT",
+                listen,
+            )
+        self._endpoint = endpoint
+        self._reach = reach
+        # On loopback are tests and demos: what others reach of them is no question.
+        self._asks = reach is Reach.auto and is_reachable(listen)
+        self._others = others
+        self._directory = directory
+        self._ask_at = -math.inf
+        self._mapping = PortMapping(transport.port) if maps and self._asks else None
+        self._mapped: str | None = None
+        """What the router has given, and others reach."""
+        inside = inside_of(listen, transport.port)
+        self._hidden = Hidden(tunnels.loop, identity, inside, tunnels.behind, self._find, changed, vouched)
+        self.helper: Helper | None = None
+        if relay_port is not None:
+            self.helper = Helper(
+                tunnels.loop,
+                identity,
+                f"{listen.rpartition(':')[0].replace('*', '0.0.0.0')}:{relay_port}",
+                authorized=authorized,
+                bounds=HelperBounds(bytes_per_s=bytes_per_s or HelperBounds.bytes_per_s),
+            )
+
+    @property
+    def address(self) -> str:
+        """`tcp://IP:port` to announce: its own, or that of a port of the router."""
+        return self._mapped or self._endpoint.address
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The peer at its own address, as that is now."""
+        return self._endpoint
+
+    @property
+    def relays(self) -> tuple[Relay, ...]:
+        """Through whom it is reached; empty: directly."""
+        return self._hidden.relays
+
+    @property
+    def relay_port(self) -> int:
+        """Where it helps others; 0: it does not, as when the port that others reach is the router's."""
+        return self.helper.port if self.helper is not None and self._mapped is None else 0
+
+    @property
+    def tunnelled(self) -> int:
+        """Connections that come through helpers, or came so at first."""
+        return self._hidden.streams
+
+    def start(self) -> None:
+        """Begins to help, and to look for help if that is sure to be needed."""
+        if self.helper is not None:
+            self.helper.start()
+        if self._reach is Reach.helpers:
+            self._hidden.start()
+
+    def close(self) -> None:
+        """Ends what goes through helpers, and through here; gives the port of the router back."""
+        self._hidden.stop()
+        if self._mapping is not None:
+            self._mapping.close()
+        if self.helper is not None:
+            self.helper.close()
+
+    def moves(self, now: float) -> bool:
+        """Whether the machine has another address since the last look; that is what the peer announces from now on.
+
+        Args:
+            now: `time.monotonic()`.
+        """
+        if not self._may_move or now < self._moved_at:
+            return False
+        self._moved_at = now + MOVED_S
+        host = reachable_host(self._listen)
+        address = f"tcp://{host}:{self._transport.port}"
+        # Without a network for a moment it is still known by its last address.
+        if address == self._endpoint.address or not is_reachable(address):
+            return False
+        log.warning("this machine has another address: %s, before %s", address, self._endpoint.address)
+        self._endpoint = Endpoint(address, self._identity.public)
+        self._has_moved = True
+        return True
+
+    def look(self) -> None:
+        """Asks others now and then whether they reach this peer, and acts on that; may take seconds."""
+        if self._has_moved:  # nothing that was found out there holds here, and streams from there are dead
+            self._has_moved = False
+            if self._mapped is not None:
+                self._unmap("it is in another network")
+            self._ask_at = -math.inf
+            if self._hidden.stop() or self._reach is Reach.helpers:
+                self._hidden.start()
+        if not self._asks:
+            return
+        if self._mapped is not None and self._mapping is not None:
+            try:
+                if self._mapping.renew() != self._mapped:
+                    self._unmap("it leads elsewhere now")
+            except MappingError as error:
+                self._unmap(str(error))
+        if time.monotonic() < self._ask_at:
+            return
+        reached = self._is_reached(self.address)
+        if reached is False and self._mapped is not None:
+            self._unmap("they find nothing there")
+        if reached is False:
+            if not self.relays:
+                log.warning("others cannot connect to %s: looking for helpers", self._endpoint.address)
+            self._hidden.start()  # routers may take long to answer
+            reached = self._mapping is not None and self._map(self._mapping)
+        self._ask_at = time.monotonic() + (UNKNOWN_S if reached is None else REACHED_S if reached else UNREACHED_S)
+        if reached and (self._mapped is None or self._reaches_itself()):
+            self._hidden.stop()
+        elif reached:  # those of this network need helpers, as the router does not lead its own back in
+            self._hidden.start()
+
+    def _map(self, mapping: PortMapping) -> bool:
+        """Has the router lead a port here; whether others reach it. It is announced only then."""
+        try:
+            address = mapping.open()
+        except MappingError as error:
+            log.info("no port is mapped: %s", error)
+            return False
+        # Who remembers the address from before waits a while until it tries again, but a new link at once.
+        if not is_global(address) or not any(self._is_reached(address) for _ in range(2)):
+            log.info("nobody reaches %s, which the router says it leads here (%s)", address, mapping.by)
+            mapping.close()
+            return False
+        self._mapped = address
+        text = "others reach this peer at %s, a port that the router leads here (%s)"
+        log.warning(text, address, mapping.by, extra={"address": address})
+        return True
+
+    def _unmap(self, why: str) -> None:
+        log.warning("others do not reach this peer at %s any more: %s", self._mapped, why)
+        self._mapped, self._ask_at = None, -math.inf
+        if self._mapping is not None:
+            self._mapping.close()
+
+    def _is_reached(self, address: str) -> bool | None:
+        """Whether others on the internet reach this peer; None: there are none, or they do not try.
+
+        Some are asked to connect. What counts is who has come, not what they say: whoever lies that this peer is
+        reached would leave it without helpers, and whoever lies that it is not would have it choose theirs.
+        """
+        began = time.monotonic()
+        try:
+            said = self._asked_peers(address) + self._asked_helpers(address)
+        except SplitnetError as error:
+            log.info("nobody could be asked whether this peer is reached: %s", error)
+            said = []
+        if any(_is_outside(host, address) for host in self._transport.hosts(began)):
+            return True
+        return False if said else None
+
+    def _asked_peers(self, address: str) -> list[bool]:
+        # Those of this network reach what others do not.
+        able = [record for record in self._others() if not record.relays and is_global(record.address)]
+        asked = random.sample(able, min(ASKED, len(able)))
+        if not asked:
+            return []
+        with PeerLinks(self._identity) as links:
+            return list(links.ask_back(asked, Endpoint(address, self._identity.public)).values())
+
+    def _asked_helpers(self, address: str) -> list[bool]:
+        able = [one for one in self._find() if one.key != self._identity.public.raw and is_global(one.address)]
+        asked = random.sample(able, min(ASKED, len(able)))
+        return self._hidden.reached_by(address, asked) if asked else []
+
+    def _reaches_itself(self) -> bool:
+        here = Endpoint(self.address, self._identity.public)
+        with PeerLinks(Identity.generate()) as links:
+            answer = links.try_out([here])[here]
+        return answer.rtt_ms is not None or answer.state is LinkState.REFUSED
+
+    def _find(self) -> list[Relay]:
+        of_model = [record.helper for record in self._others() if record.helper is not None]
+        try:
+            return [*of_model, *find_helpers(self._directory)]
+        except SplitnetError:
+            return of_model
+
+
+def _is_outside(host: str, address: str) -> bool:
+    """Whether a host that has connected shows that others reach an address: it is on the internet, as that is meant."""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:  # through a helper
+        return False
+    literal = str(ip) if ip.version == 4 else f"[{ip}]"
+    return is_global(f"tcp://{literal}:1") and ("[" in literal) == ("[" in address)

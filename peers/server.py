@@ -1,0 +1,507 @@
+"""A peer: directory, transport, service and engine put together around one span."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from peers.admission import KeyPolicy, SessionTable
+from peers.counters import Counters
+from peers.directory import Announcer, DirectoryService
+from peers.joining import LanPresence, join_swarm
+from peers.links import NextHops
+from peers.neighbours import Neighbours
+from peers.options import PeerOptions
+from peers.placement import (
+    NOBODY,
+    HolderWatch,
+    Mover,
+    Relocation,
+    answering,
+    choose_blocks,
+    expected_block_ms,
+    fitting_blocks,
+    position_bytes,
+)
+from peers.power import EnergyMeter, find_sources
+from peers.reach import PeerWays
+from peers.service import SessionService
+from peers.span_server import MOVE_DRAIN_S, CurrentSpan, IsLeaving, SpanServer
+from peers.weights import DEFAULT_RATE, WeightService
+from splitnet.blocks.device import find_device
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.transfer.fetching import Fetcher
+from splitnet.directory.interface import SwarmDirectory
+from splitnet.directory.record import PeerRecord
+from splitnet.errors import ModelNotFound, ProtocolError, SplitnetError
+from splitnet.limits import Budget
+from splitnet.nat.tunnel import Tunnels
+from splitnet.process import Watchdog
+from splitnet.quant.choose import choose_weights
+from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey, kept_proof
+from splitnet.security.swarm_key import OPEN
+from splitnet.transport.addresses import (
+    Reach,
+    hosts_of,
+    peer_address,
+    public_address,
+    reachable_host,
+    with_literal_host,
+)
+from splitnet.transport.prober import ANSWER_TRIPS, FIRST_TRIPS, Prober
+from splitnet.transport.transport import Transport
+from splitnet.version import __version__
+from splitnet.wire.codecs import CODECS
+from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState, Relay
+from splitnet.wire.messages import (
+    PROTOCOL_VERSION,
+    Announce,
+    AskWeights,
+    LookUp,
+    Message,
+    Payload,
+    Pong,
+    decode,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+
+class Peer:
+    """A running peer of one model. Use `Peer.start`, then `close`.
+
+    Attributes:
+        counters: what it has done since its start.
+        ways: how others reach it.
+        weights: what it gives of them.
+
+    Raises:
+        SplitnetError: any of its kinds, with the fix: the model, the swarm, the address, memory.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        directory: SwarmDirectory,
+        span: Span,
+        options: PeerOptions,
+        identity: Identity,
+        max_blocks: int,
+        lan: LanPresence | None = None,
+        fetcher: Fetcher | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.identity = identity
+        find = partial(find_sources, torch.device(options.device), options.sysfs)
+        self.counters = Counters(EnergyMeter(find, options.watts))
+        self._directory = directory
+        self._lan = lan
+        self._fetcher = fetcher
+        self._max_blocks = max_blocks
+        self._mover = Mover(checkpoint.num_blocks, position_bytes(checkpoint))
+        self._last_record: PeerRecord | None = None
+        self._key_file = options.key_file
+        self._proof = 0
+        self._leaving = threading.Event()
+        self._watchdog = Watchdog()
+        self._next_hops = NextHops(self)
+        self._watch = HolderWatch(self._next_hops, self.state)
+        authorized = AuthorizedKeys.from_file(options.authorized_keys) if options.authorized_keys else None
+        policy = KeyPolicy(authorized)
+        self._current = CurrentSpan(
+            checkpoint, span, options, self, self._next_hops, self.counters, self._leaving, policy
+        )
+        self._tunnels = Tunnels(identity)
+        self._transport = Transport(
+            identity,
+            on_message=self._receive,
+            on_link=lambda endpoint, state: self.service.link_changed(endpoint, state),
+            on_lost=lambda connection: self.service.connection_lost(connection, time.monotonic()),
+            on_dropped=lambda _, frames, reason: self.service.dropped(decode(frames), reason),
+            on_tick=self._tick,
+            on_received=self._current.run_here,
+            authorized=authorized,
+            listen=options.listen,
+            tunnels=self._tunnels,
+        )
+        address = public_address(options.listen, self._transport.port, options.public_host)
+        self._joined_at = hosts_of(options.initial_peers)
+        self._authorized = authorized
+        self.ways = PeerWays(
+            self._transport,
+            self._tunnels,
+            identity,
+            Endpoint(address, identity.public),
+            fixed=options.public_host is not None,
+            listen=options.listen,
+            reach=options.reach,
+            relay_port=options.relay_port,
+            authorized=authorized,
+            bytes_per_s=options.relay_rate,
+            maps=options.port_mapping,
+            others=self._others,
+            directory=directory,
+            vouched=self._vouches,
+            changed=lambda: self._announcer.publish_soon(),
+        )
+        self._prober = Prober(self.send, self._transport.is_taken)
+        self._neighbours = Neighbours(self._others, self._next_hops, self._prober, self.record)
+        self._directory_service = DirectoryService(directory, checkpoint.fingerprint, self, options.swarm_key or OPEN)
+        self.weights = WeightService(
+            checkpoint.held(),
+            self,
+            shares=partial(options.shares_weights, authorized),
+            rate=options.share_rate or DEFAULT_RATE,
+            swarm=options.swarm_key or OPEN,
+            serving=lambda: self.service.in_use(time.monotonic()),
+        )
+        self._announcer = Announcer(directory, identity, self.record, self._look_around)
+        self._relocation = Relocation(
+            self._mover,
+            self._watch,
+            self._leaving,
+            own=self.record,
+            others=lambda: self._neighbours.answering(self._others()),
+            publish=self._announcer.publish,
+            move=self._move,
+        )
+
+    @classmethod
+    def start(cls, model: str | Path, options: PeerOptions, *, progress: Progress | None = None) -> Peer:
+        """Joins or starts a swarm, loads blocks and serves them.
+
+        Args:
+            model: hub id or checkpoint folder.
+            options: how to serve.
+            progress: called with what is going on, bytes done and bytes in all, and with the same again while others
+                are waited for. What it raises ends the start.
+        """
+        report = progress or (lambda stage, done, total: None)
+        report("open the checkpoint", 0, 0)
+        checkpoint: Checkpoint | None = None
+        absent: ModelNotFound | None = None
+        try:
+            checkpoint = Checkpoint.open(model)
+            _ = checkpoint.is_whole
+        except ModelNotFound as error:
+            checkpoint = None
+            if not (options.initial_peers or options.join_file or options.model_id):
+                raise
+            absent = error
+        # Mistakes that can be seen before anything slow are told at once.
+        if options.authorized_keys is not None:
+            AuthorizedKeys.from_file(options.authorized_keys)
+        if options.public_host is not None:
+            reach = Reach.direct if options.reach is Reach.auto else options.reach
+            options = replace(options, public_host=with_literal_host(options.public_host), reach=reach)
+        else:
+            with_literal_host(reachable_host(options.listen))
+        options = replace(options, device=find_device(options.device).device)
+        if checkpoint is not None:
+            choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
+        identity = options.identity or (
+            Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
+        )
+        try:
+            joined = join_swarm(options, model, checkpoint, identity, report)
+        except ModelNotFound as error:
+            raise error if absent is None else ModelNotFound(f"{absent}. From peers: {error}") from error
+        checkpoint, directory, fetcher = joined.checkpoint, joined.directory, joined.fetcher
+        try:
+            choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
+            fitting = fitting_blocks(
+                checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
+            )
+            present, own_ms = NOBODY, None
+            if fitting:
+                report("ask who answers", 0, 0)
+                present = answering(directory.peers(checkpoint.fingerprint), identity)
+            if present.records:
+                own_ms = expected_block_ms(
+                    checkpoint, device=options.device, dtype=options.dtype, weights=options.weights
+                )
+            start, end = choose_blocks(checkpoint, options.wish, fitting, present, own_ms)
+            span = Span.load(
+                checkpoint,
+                start,
+                end,
+                device=options.device,
+                dtype=options.dtype,
+                weights=options.weights,
+                progress=lambda done, total: report(f"load blocks {start}..{end - 1}", done, total),
+            )
+            report("measure the device", 0, 0)
+            peer = cls(checkpoint, directory, span, options, identity, fitting, joined.lan, fetcher)
+        except BaseException:
+            joined.close()
+            raise
+        if fetcher is not None:
+            fetcher.report = peer._go_on
+        try:
+            peer._serve()
+        except BaseException:
+            peer.close()
+            raise
+        return peer
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where the peer is reached if others can connect to it, as of now."""
+        return self.ways.endpoint
+
+    @property
+    def addresses(self) -> list[str]:
+        """Multiaddrs that others join the swarm with; none if it has joined through peers alone."""
+        return self._directory.addresses
+
+    @property
+    def join_address(self) -> str:
+        """`tcp://IP:port?key=...`: what others join the swarm with through this peer's own port."""
+        return peer_address(self.endpoint)
+
+    @property
+    def server(self) -> SpanServer:
+        """The span and its sessions. Raises SplitnetError while the peer moves to other blocks."""
+        return self._current.server
+
+    @property
+    def span(self) -> Span:
+        """The blocks that it serves."""
+        return self.server.span
+
+    @property
+    def service(self) -> SessionService:
+        """What answers messages."""
+        return self._current.service
+
+    @property
+    def sessions(self) -> SessionTable:
+        """Who has reserved KV memory."""
+        return self.service.sessions
+
+    @property
+    def refused_connections(self) -> int:
+        """How many were refused, as their keys are not listed."""
+        return self._transport.refused_connections
+
+    @property
+    def ended_connections(self) -> Mapping[str, int]:
+        """How many connections this peer has ended, by the reason."""
+        return self._transport.ended_connections
+
+    @property
+    def buffers(self) -> Mapping[str, Budget]:
+        """Accounts for the bytes of messages that wait in sockets: to be read, and to be sent."""
+        return {"received": self._transport.receiving, "sent": self._transport.sending}
+
+    def record(self) -> PeerRecord:
+        """What the peer announces of itself, as of now."""
+        if self._last_record is not None:
+            return replace(self._last_record, issued_at=time.time())
+        server = self.server
+        wait_ms, batch = server.load.at(time.monotonic())
+        coordinate, coordinate_error = self._neighbours.coordinate
+        return PeerRecord(
+            key=self.identity.public,
+            model=self.checkpoint.fingerprint,
+            model_name=self.checkpoint.name,
+            address=self.ways.address,
+            start=server.span.start,
+            end=server.span.end,
+            num_blocks=self.checkpoint.num_blocks,
+            protocol=PROTOCOL_VERSION,
+            codecs=tuple(CODECS),
+            device=str(server.span.device),
+            dtype=server.span.weights.text,
+            block_ms=server.speed.block_ms,
+            queue_ms=wait_ms,
+            batch=batch,
+            kv_free_positions=server.sessions.free_positions,
+            sessions=len(server.sessions),
+            max_blocks=self._max_blocks,
+            placed_at=self._current.placed_at,
+            moving_to=self._mover.intended,
+            serves=not server.service.leaving,
+            coordinate=coordinate,
+            coordinate_error=coordinate_error,
+            bytes_per_ms=self._neighbours.network_coordinates.place.bytes_per_ms,
+            links=self._neighbours.seen_links,
+            version=__version__,
+            issued_at=time.time(),
+            state_bytes=server.span.state_bytes,
+            proof=self._proof,
+            watts=self.counters.energy.watts,
+            relays=self.ways.relays,
+            relay_port=self.ways.relay_port,
+        )
+
+    def reconsider(self) -> bool:
+        """Moves to other blocks if the swarm needs this peer there more; tells whether it has moved."""
+        return self._relocation.reconsider()
+
+    def drain(self, timeout_s: float) -> None:
+        """Leaves the DHT and hands running sessions over, see `SpanServer.drain`; `timeout_s`: seconds."""
+        self._leaving.set()
+        with self._relocation.held():
+            self.service.leave()  # before the directory, which may take a second
+            self._announcer.close()
+            if self._lan is not None:
+                self._lan.close()
+            self._current.drain(timeout_s)
+
+    def close(self) -> None:
+        """Leaves the DHT, stops serving and frees everything."""
+        self._leaving.set()
+        with self._relocation.held():
+            self._announcer.close()
+            self._transport.close()
+            self._directory_service.close()
+            self.weights.close()
+            self.ways.close()
+            self._current.close()
+        self._relocation.join()
+        if self._lan is not None:
+            self._lan.close()
+        self._directory.close()
+
+    def send(self, destination: Destination, message: Message) -> None:
+        """Sends a message; the service speaks through this."""
+        frames = encode(message)
+        self.counters.traffic.count_sent(destination, message, frames)
+        self._transport.send(destination, frames)
+
+    def together(self) -> AbstractContextManager[None]:
+        """See `Transport.together`."""
+        return self._transport.together()
+
+    def connect(self, endpoint: Endpoint) -> None:
+        """Opens the link to a next hop."""
+        self._transport.connect(endpoint)
+
+    def disconnect(self, endpoint: Endpoint) -> None:
+        """Closes the link to a next hop."""
+        self._transport.disconnect(endpoint)
+
+    def state(self, endpoint: Endpoint) -> LinkState:
+        """State of the link to a next hop."""
+        return self._transport.state(endpoint)
+
+    def unsent(self, endpoint: Endpoint) -> int:
+        """Bytes that wait for the link to a next hop."""
+        return self._transport.unsent(endpoint)
+
+    def probe(self, endpoint: Endpoint) -> int:
+        """Begins to measure the round trip to a next hop; returns the number of the ping."""
+        return self._prober.probe(endpoint)
+
+    def answered(self, endpoint: Endpoint) -> int:
+        """Number of the latest ping that a next hop has answered; 0: none."""
+        return self._prober.answered(endpoint)
+
+    def rtt_ms(self, endpoint: Endpoint) -> float:
+        """The round trip to a next hop as measured lately; 0: not measured."""
+        return self._prober.rtt_ms(endpoint)
+
+    def patience_s(self, endpoint: Endpoint, *, connects: bool) -> float:
+        """See `Prober.patience_s`."""
+        return self._prober.patience_s(endpoint, trips=FIRST_TRIPS if connects else ANSWER_TRIPS)
+
+    def _serve(self) -> None:
+        self._current.start()
+        self.weights.start()
+        self._transport.start()
+        self.ways.start()
+        self._announcer.start()
+        if self._max_blocks:
+            self._relocation.start()
+
+    def _tick(self) -> None:
+        self.service.tick(time.monotonic())
+        if self.ways.moves(time.monotonic()):
+            self._announcer.publish_soon(moved=True)
+        self._watchdog.alive()  # this thread runs, and nobody keeps the locks that it needs
+
+    def _look_around(self) -> None:
+        self.counters.energy.look()
+        self._current.remeasure_if_idle()
+        self.ways.look()
+        if self._lan is not None:
+            self._lan.look()
+        self._neighbours.hear_used()
+        self._neighbours.look_around()
+        self._prove_work()
+
+    def _prove_work(self) -> None:
+        """For a key that is kept; it takes seconds, once."""
+        if self._key_file is None or self._proof:
+            return
+        file = self._key_file.with_name(f"{self._key_file.name}.proof")
+        try:
+            self._proof = kept_proof(self.identity.public, file, self._leaving)
+        except OSError as error:
+            log.warning("the proof of work of this key cannot be kept in %s: %s", file, error.strerror)
+
+    def _others(self) -> list[PeerRecord]:
+        present = self._directory.peers(self.checkpoint.fingerprint)
+        return [record for record in present if record.key != self.identity.public]
+
+    def _vouches(self, relay: Relay) -> bool:
+        """Whether a helper is a friend's, or runs where the user has joined."""
+        is_friend = self._authorized is not None and self._authorized.names(PublicKey(relay.key).curve_raw)
+        return is_friend or relay.address.removeprefix("tcp://").rpartition(":")[0] in self._joined_at
+
+    def _move(self, span: tuple[int, int], urgent: bool = False) -> None:
+        """Hands its sessions over, then serves other blocks under the same key and address.
+
+        urgent: some blocks are served by nobody, so that sessions cannot go on anyway, and are not waited for.
+        """
+        try:
+            self.checkpoint.get_blocks(*span)  # while the old ones are still served
+        except IsLeaving:
+            return
+        self._last_record = replace(self.record(), moving_to=span, serves=False)
+        try:
+            self._announcer.publish()
+        except SplitnetError as error:  # as when the nodes of the DHT were lost together with the blocks
+            log.warning("the swarm is not told of the move: %s", error)
+        if self._current.change_to(*span, drain_s=0.0 if urgent else MOVE_DRAIN_S):
+            self._last_record = None
+            self._announcer.publish()
+            start, end = self.span.start, self.span.end
+            log.warning("serving blocks %d..%d", start, end - 1, extra={"blocks": f"{start}:{end}"})
+
+    def _go_on(self, *_: object) -> None:
+        if self._leaving.is_set():
+            raise IsLeaving
+
+    def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
+        try:
+            message = decode(frames)
+        except ProtocolError as error:
+            self.counters.traffic.count_received(source, None, frames)
+            self.service.reject(source, error)
+            return
+        self.counters.traffic.count_received(source, message, frames)
+        if isinstance(message, Pong) and isinstance(source, Endpoint):
+            self._prober.pong(source, message)
+            self._neighbours.heard(source)
+            self._watch.heard(source, time.monotonic())
+            self.service.answered(source)
+        elif isinstance(message, LookUp | Announce) and isinstance(source, Connection):
+            self._directory_service.receive(source, message, time.monotonic())
+        elif isinstance(message, AskWeights) and isinstance(source, Connection):
+            self.weights.receive(source, message)
+        else:
+            self.service.receive(source, message, time.monotonic())

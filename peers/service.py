@@ -1,0 +1,675 @@
+"""What a peer does with each message: no sockets, no device, no clock of its own.
+
+The transport brings messages in, the engine brings finished steps in, and whatever must be said goes out through
+`Outbox`. Every answer that a misbehaving sender can provoke is a `Failure` or silence.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+from peers.admission import REVOKED, KeyPolicy, SessionTable
+from peers.counters import Counters, SessionEnd
+from peers.links import NextHops, Outbox, timing_of
+from peers.queue import WorkQueue
+from peers.sessions import (
+    MemoryAccount,
+    ServedBlocks,
+    Session,
+    SessionTooLong,
+    Work,
+    goes_on,
+    next_hop_of,
+    prepare_rows,
+    rows_after,
+)
+from peers.training import MissingPass, Request, Training, number_of
+from scheduler.batching import DECODE_POSITIONS
+from scheduler.load import Load
+from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
+from splitnet.security.identity import PublicKey
+from splitnet.wire.codecs import codec_by_code
+from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState
+from splitnet.wire.log import SentLog
+from splitnet.wire.messages import (
+    Adapter,
+    AdapterGradient,
+    Close,
+    Failure,
+    FailureCode,
+    FetchedKV,
+    FetchKV,
+    Forward,
+    Gradient,
+    Message,
+    Open,
+    Opened,
+    Payload,
+    Ping,
+    Pong,
+    Replay,
+    Result,
+    Step,
+    ToldLoad,
+)
+
+
+class StepOutput:
+    """Sends outputs on, and those of the past once more. A part of the service: it is called under the service's lock.
+
+    Args:
+        outbox: where messages go.
+        num_blocks: of the model.
+    """
+
+    def __init__(self, outbox: Outbox, num_blocks: int) -> None:
+        self._outbox = outbox
+        self._num_blocks = num_blocks
+
+    def send(self, work: Work, payload: Payload, result_payload: Payload) -> None:
+        """Sends on what the engine has computed, and logs it.
+
+        Args:
+            work: the finished step.
+            payload: the output of all positions, encoded with the session's codec; empty at the tail.
+            result_payload: what the client asked to have back, encoded.
+        """
+        session, step = work.session, work.step
+        if session.closed:
+            return
+        # Sent first, since the next hop waits for it. Logged also in an older epoch: the log follows the rows.
+        if step.epoch == session.epoch:
+            session.last = max(session.last, 0 if step.replay_until else step.number)
+            self._send(work, payload, result_payload)
+        if session.end != self._num_blocks:
+            session.log.record(step.parts, step.forks, payload, step.reach)
+
+    def replay(self, session: Session, source: Connection, message: Replay) -> None:
+        """Sends the next hop all outputs that its rows were made of, or tells the `source` of the request of none."""
+        assert session.next is not None
+        steps = list(session.log.replay())
+        if not steps:
+            code = session.codec.code
+            self._outbox.send(source, Result(session.id, session.epoch, message.number, message.until, code, ()))
+        codec, end = session.log.codec, session.end
+        session.sent_on = True
+        for index, (parts, payload, reach) in enumerate(steps):
+            number = message.number if index == len(steps) - 1 else 0
+            self._outbox.send(
+                session.next,
+                Step(session.id, session.epoch, number, parts, None, message.until, codec, payload, end, (), reach),
+            )
+
+    def is_under_way(self, session: Session) -> bool:
+        """Whether what was sent to the next hop may still be on its way: no ping that went after it has come back.
+
+        A way up that many use holds prompts up for minutes. They are not lost, and to send them again would be worse.
+        """
+        following = session.next
+        if following is None or self._outbox.state(following) is not LinkState.UP:
+            return False
+        if session.sent_on:
+            session.sent_on, session.sent_before = False, self._outbox.probe(following)
+        return self._outbox.answered(following) < session.sent_before
+
+    def _send(self, work: Work, payload: Payload, result_payload: Payload) -> None:
+        session, step = work.session, work.step
+        timing = timing_of(work, self._outbox)
+        timings = (*step.timings, timing)
+        if work.total <= DECODE_POSITIONS and not step.replay_until:
+            session.timing = timing
+        replayed = step.replay_until != 0 and session.end >= step.replay_until
+        if session.next is not None and not replayed:
+            session.sent_on = True
+            self._outbox.send(
+                session.next,
+                Step(
+                    session.id,
+                    step.epoch,
+                    step.number,
+                    step.parts,
+                    step.forks,
+                    step.replay_until,
+                    session.codec.code,
+                    payload,
+                    session.end,
+                    timings,
+                    step.reach,
+                ),
+            )
+        elif not replayed or step.number:  # of a replay only the last step is answered
+            at_tail = session.end == self._num_blocks
+            body = b"" if replayed else (result_payload if at_tail else payload)
+            self._outbox.send(
+                session.reply_to,
+                Result(session.id, step.epoch, step.number, session.end, session.codec.code, timings, body),
+            )
+
+
+REMEMBERED_HOPS = 4096
+FAR_TIMES = 3.0
+"""Where round trips are long a next hop gets so many times as long at most: clients wait for what answers `Open`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingOpen:
+    """An `Open` that waits until its next hop answers or the time is up."""
+
+    deadline: float
+    new_link: bool
+    """The session has never pushed over this link."""
+    wants_pong: bool
+    """Messages over this link may have got lost, so that it is up counts for nothing: the next hop has to answer."""
+
+
+class NextHopOpening:
+    """Connects sessions to their next hops. A part of the service: it is called under the service's lock.
+
+    Args:
+        outbox: where messages go.
+        links: to next hops.
+        reach_s: how long a next hop may take to accept the link before the client is told to carry.
+    """
+
+    def __init__(self, outbox: Outbox, links: NextHops, reach_s: float) -> None:
+        self._outbox = outbox
+        self._links = links
+        self._reach_s = reach_s
+        self._pending: dict[Session, _PendingOpen] = {}
+        self._proven: dict[Endpoint, None] = {}
+        """Next hops that have shown their keys, the latest last."""
+
+    def reach(self, session: Session, following: Endpoint | None, now: float, *, again: bool) -> None:
+        """Connects a session to its next hop; the answer to its `Open` goes out when it is known whether that works.
+
+        again: a newer epoch of a session that was open.
+        """
+        pending = self._pending.pop(session, None)
+        if following != session.next:
+            pending = None
+        new_link = following != session.next or (pending is not None and pending.new_link)
+        if not self._set_next(session, following):
+            self._say_opened(session, next_reachable=False)
+            return
+        state = LinkState.UP if following is None else self._outbox.state(following)
+        # A route is opened again after trouble, and TCP finds out late that a link is cut.
+        wants_pong = again and not new_link and following is not None and state is LinkState.UP
+        if wants_pong and following is not None:
+            self._outbox.probe(following)
+        proven = following in self._proven
+        # A link that was lost may come back, if the next hop only restarted; a new one gets the full time.
+        patience_s = self._reach_s / 3 if (proven and state is LinkState.DOWN) or wants_pong else self._reach_s
+        if following is not None:  # of one that has not shown its key only this peer's own way is known
+            far_s = self._outbox.patience_s(following, connects=not wants_pong)
+            patience_s = max(patience_s, min(far_s, FAR_TIMES * self._reach_s))
+        deadline = now + patience_s if pending is None else min(pending.deadline, now + patience_s)
+        self._pending[session] = _PendingOpen(deadline, new_link, wants_pong)
+        if _is_known(state, proven) and state is not LinkState.DOWN and not wants_pong:
+            self._answer(session, reachable=state is LinkState.UP)
+
+    def link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
+        """A link to a next hop came up, was refused or was lost."""
+        if state is LinkState.UP:
+            self._proven.pop(endpoint, None)
+            self._proven[endpoint] = None
+            if len(self._proven) > REMEMBERED_HOPS:
+                del self._proven[next(iter(self._proven))]
+        if _is_known(state, endpoint in self._proven):
+            for session in [session for session in self._pending if session.next == endpoint]:
+                self._answer(session, reachable=state is LinkState.UP)
+
+    def answered(self, endpoint: Endpoint) -> None:
+        """Another peer has answered a ping, so it is reached."""
+        for session in [session for session, pending in self._pending.items() if pending.wants_pong]:
+            if session.next == endpoint:
+                self._answer(session, reachable=True)
+
+    def tick(self, now: float) -> None:
+        """Gives up on next hops whose time is over, and closes links that nobody uses."""
+        for session in [session for session, pending in self._pending.items() if now >= pending.deadline]:
+            self._answer(session, reachable=False)
+        self._links.tick(now)
+
+    def end(self, session: Session) -> None:
+        """Lets go of the link of a session that has ended."""
+        self._pending.pop(session, None)
+        self._set_next(session, None)
+
+    def _set_next(self, session: Session, following: Endpoint | None) -> bool:
+        """Makes a session push to another hop, or to none; False if this peer has too many links already."""
+        if following == session.next:
+            return True
+        before, session.next = session.next, None
+        if following is not None and self._links.acquire(following):
+            session.next = following
+        if before is not None:
+            self._links.release(before)
+        return session.next == following
+
+    def _answer(self, session: Session, *, reachable: bool) -> None:
+        pending = self._pending.pop(session)
+        if not reachable and pending.new_link:
+            # The client will carry. Nothing goes on trying to connect to an address that never answered.
+            self._set_next(session, None)
+        self._say_opened(session, next_reachable=reachable)
+
+    def _say_opened(self, session: Session, *, next_reachable: bool) -> None:
+        cached = sum(row.length for row in list(session.rows.values()))
+        self._outbox.send(session.reply_to, Opened(session.id, session.epoch, next_reachable, cached, session.weights))
+
+
+def _is_known(state: LinkState, proven: bool) -> bool:
+    """Whether the state of a link may be told: it is the next hop itself that refuses, not whatever is in its place."""
+    return state in (LinkState.UP, LinkState.REFUSED) or (proven and state is not LinkState.CONNECTING)
+
+
+log = logging.getLogger(__name__)
+
+PROBE_S = 15.0
+"""A client that was silent for so long is sent a `Pong` that it ignores, which shows whether it is still connected."""
+
+IN_USE_S = 3.0
+"""A session without a step for so long is waiting for somebody to type."""
+
+LOST_GRACE_S = 30.0
+"""How long the sessions of a client whose connection has ended wait for it to come back."""
+
+
+_CODE_OF_ERROR = {
+    PeerBusy: FailureCode.BUSY,
+    SessionTooLong: FailureCode.TOO_LONG,
+    MissingPass: FailureCode.OUT_OF_ORDER,
+}
+
+
+class SessionService:
+    """Sessions, admission and the way of every step through this hop.
+
+    Args:
+        served: what this peer serves.
+        sessions: the table of sessions with the KV budget.
+        queue: where steps wait for the device.
+        outbox: where messages go.
+        next_hops: the links to other peers.
+        training_memory: bytes to keep for clients that train.
+        reach_s: how long a next hop may take to accept the link before the client is told to carry.
+        counters: what the peer counts; None: nobody reads it.
+        policy: what keys are granted; None: all, alike.
+        load: how busy the device has been lately; None: nobody asks.
+    """
+
+    def __init__(
+        self,
+        served: ServedBlocks,
+        sessions: SessionTable,
+        queue: WorkQueue,
+        outbox: Outbox,
+        next_hops: NextHops,
+        *,
+        training_memory: int = 1 << 28,
+        reach_s: float = 3.0,
+        counters: Counters | None = None,
+        policy: KeyPolicy | None = None,
+        load: Load | None = None,
+    ) -> None:
+        self.served = served
+        self.sessions = sessions
+        self.queue = queue
+        self.ms_per_position = 0.0
+        """Time that a position takes on the device, kept up to date by the engine."""
+        self.leaving = False
+        self.training_memory = MemoryAccount(
+            training_memory, "no training memory for", "train with fewer positions at a time"
+        )
+        self._counters = counters or Counters()
+        self._policy = policy or KeyPolicy()
+        self._load = load or Load()
+        self._outbox = outbox
+        self._lock = threading.RLock()
+        self._opening = NextHopOpening(outbox, next_hops, reach_s)
+        self._output = StepOutput(outbox, served.num_blocks)
+        self.training = Training(served, queue, outbox, self.training_memory, self._lock, self._counters)
+        self._probe_at = 0.0
+
+    @property
+    def queue_ms(self) -> float:
+        """Expected wait of a new step for the device; 0 only if there is nothing to do."""
+        return self.queue.queued_positions * self.ms_per_position
+
+    @property
+    def busy_ms(self) -> float:
+        """How long the device will be busy with all that it has to do; 0 only if there is nothing."""
+        return self.queue_ms + self.queue.pass_positions * self.ms_per_position
+
+    def receive(self, source: Destination, message: Message, now: float) -> None:
+        """Handles a message that came from `source` at `now` (seconds)."""
+        with self._lock:
+            if not isinstance(source, Connection):
+                self._pass_on(source, message, now)
+                return
+            match message:
+                case Ping():
+                    self._pong(source, message, now)
+                case Step():
+                    self._step(source, message, now)
+                case Forward() | Gradient() | Adapter() | FetchKV():
+                    self._train(source, message, now)
+                case Open():
+                    self._open(source, message, now)
+                case Close():
+                    self._close(source, message)
+                case Replay():
+                    self._replay(source, message, now)
+                case _:
+                    self._fail(source, b"", 0, 0, FailureCode.BAD_MESSAGE, f"a peer takes no {type(message).__name__}")
+
+    def leave(self) -> None:
+        """Takes no new sessions from now on, and tells the clients of the others to replace this peer."""
+        with self._lock:
+            told, self.leaving = self.leaving, True
+            for session in () if told else self.sessions:
+                failure = Failure(session.id, session.epoch, 0, FailureCode.LEAVING, "this peer is leaving")
+                self._outbox.send(session.reply_to, failure)
+
+    def in_use(self, now: float) -> bool:
+        """Whether a session has steps under way, or had some a moment ago."""
+        with self._lock:
+            return any(session.waiting or now - session.used_at < IN_USE_S for session in self.sessions)
+
+    def forget_all(self) -> None:
+        """Ends all sessions; their clients find out when they go on."""
+        with self._lock:
+            for session in list(self.sessions):
+                self.sessions.remove(session)
+                self._forget(session)
+                self._counters.ended[SessionEnd.DROPPED] += 1
+
+    def reject(self, source: Destination, error: ProtocolError) -> None:
+        """Answers frames that are not a message."""
+        log.debug("bad frames: %s", error)
+        with self._lock:
+            # A sender of another version learns ours from the prefix of the answer, whatever else it can read.
+            if isinstance(source, Connection) and isinstance(error, ProtocolVersionError):
+                self._fail(source, b"", 0, 0, FailureCode.BAD_MESSAGE, str(error))
+            else:
+                self._counters.refused[FailureCode.BAD_MESSAGE] += 1
+
+    def link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
+        """A link to a next hop came up, was refused or was lost."""
+        with self._lock:
+            self._opening.link_changed(endpoint, state)
+
+    def answered(self, endpoint: Endpoint) -> None:
+        """Another peer has answered a ping, so it is reached."""
+        with self._lock:
+            self._opening.answered(endpoint)
+
+    def dropped(self, message: Message, reason: str) -> None:
+        """A message of a session could not be sent: its client learns of it, and need not wait for what will not come.
+
+        Args:
+            message: what was dropped.
+            reason: why, as a clause.
+        """
+        # Of a failure that is dropped nobody is told: that would be dropped as well, and so on.
+        if not isinstance(message, Step | Result | Forward | Gradient | AdapterGradient | FetchedKV):
+            return
+        with self._lock:
+            session = self.sessions.get(message.session)
+            if session is not None and session.epoch == message.epoch:
+                text = f"what this peer sends on was dropped: {reason}"
+                self._fail(session.reply_to, session.id, message.epoch, message.number, FailureCode.BUSY, text)
+
+    def connection_lost(self, connection: Connection, now: float) -> None:
+        """A client is not connected any more: unless it comes back, its sessions end soon."""
+        with self._lock:
+            for session in self.sessions:
+                if session.reply_to == connection:
+                    session.used_at = min(session.used_at, now + LOST_GRACE_S - self.sessions.idle_s)
+
+    def tick(self, now: float) -> None:
+        """Gives up on links, drops sessions that are idle or whose keys were taken away, and finds out which clients
+        have gone."""
+        with self._lock:
+            self._opening.tick(now)
+            for session in self.sessions.expire(now):
+                self._ended(session, SessionEnd.EXPIRED)
+            # The hop before would send on steps of a key whose own connection has ended.
+            for session in [session for session in self.sessions if not self._policy.allows(session.owner)]:
+                self.sessions.remove(session)
+                self._ended(session, SessionEnd.REVOKED, REVOKED)
+            if now >= self._probe_at:
+                self._probe_at = now + PROBE_S
+                for connection in {session.reply_to for session in self.sessions if now - session.used_at > PROBE_S}:
+                    self._outbox.send(connection, Pong(0, self.busy_ms, self.sessions.free_positions))
+
+    def prepare(self, work: Work) -> None:
+        """Brings a session's rows to where a step begins: forks and crops. Called by the engine, before a pass.
+
+        Raises:
+            SessionTooLong: the rows would take more memory than the session has reserved.
+            PeerBusy: there is no memory for the states of so many rows.
+            ProtocolError: a fork of a row that does not exist, or a gap before the first position.
+        """
+        session, step = work.session, work.step
+        if not goes_on(session, step):
+            rows = len(rows_after(session, step))
+            with self._lock:
+                self.sessions.hold_rows(session, max(rows, session.reserved_rows))
+            prepare_rows(session, step)
+            with self._lock:
+                self.sessions.hold_rows(session, rows)  # what a step drops is dropped now, unless it was refused
+        if session.end != self.served.num_blocks:
+            with self._lock:
+                session.log.prepare(step.parts, step.forks)
+
+    def together(self) -> AbstractContextManager[None]:
+        """What steps that are finished within send goes out at its end."""
+        return self._outbox.together()
+
+    def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:
+        """Sends on what the engine has computed, see `StepOutput.send`."""
+        with self._lock:
+            self._output.send(work, payload, result_payload)
+
+    def failed(self, work: Work, code: FailureCode, text: str) -> None:
+        """Tells the client that the device could not run its step."""
+        session = work.session
+        with self._lock:
+            if not session.closed:
+                self._fail(session.reply_to, session.id, work.step.epoch, work.step.number, code, text)
+
+    def _pong(self, source: Connection, message: Ping, now: float) -> None:
+        load = (ToldLoad(*self._load.at(now), time.time()),) if message.load else ()
+        pong = Pong(message.nonce, self.busy_ms, self.sessions.free_positions, load=load)
+        session = self.sessions.get(message.session)
+        # To anybody but its owner a session is unknown, so that nobody learns which ones exist.
+        if session is not None and session.owner == source.curve:
+            waiting = len(session.waiting) + session.waiting_passes
+            waiting = waiting or int(self._output.is_under_way(session))
+            timing = (session.timing,) if session.timing is not None else ()
+            pong = replace(pong, waiting=waiting, done=session.done, holds=True, last=session.last, timing=timing)
+        self._outbox.send(source, pong)
+
+    def _open(self, source: Connection, message: Open, now: float) -> None:
+        refused = self.served.refusal(message)
+        if refused is not None:
+            self._fail(source, message.session, message.epoch, 0, *refused)
+            return
+        codec = codec_by_code(message.codec)
+        session = self.sessions.get(message.session)
+        if session is not None and session.owner != source.curve:
+            self._fail(source, message.session, message.epoch, 0, FailureCode.UNKNOWN_SESSION, "not your session")
+            return
+        if session is not None and message.epoch < session.epoch:
+            self._fail(source, message.session, message.epoch, 0, FailureCode.STALE_EPOCH, "a newer epoch is open")
+            return
+        if session is not None and (session.start, session.end, session.codec) != (message.start, message.end, codec):
+            text = "an open session keeps its blocks and its codec"
+            self._fail(source, message.session, message.epoch, 0, FailureCode.WRONG_BLOCKS, text)
+            return
+        if session is None and self.leaving:
+            self._fail(source, message.session, message.epoch, 0, FailureCode.LEAVING, "this peer is leaving")
+            return
+        try:
+            self._policy.spend(source.curve, 0, now)
+            known = session is not None
+            if session is None:
+                session = Session(
+                    id=message.session,
+                    owner=source.curve,
+                    reply_to=source,
+                    epoch=message.epoch,
+                    start=message.start,
+                    end=message.end,
+                    budget=message.budget,
+                    codec=codec,
+                    previous=None,
+                    next=None,
+                    log=SentLog(message.codec, codec.bytes_per_position(self.served.hidden_size)),
+                    used_at=now,
+                )
+            self._make_room(session, message.budget, now)
+            if not known:
+                self.sessions.add(session)
+                self._counters.opened += 1
+            else:
+                self.sessions.resize(session, message.budget)
+        except PeerBusy as error:
+            self._fail(source, message.session, message.epoch, 0, FailureCode.BUSY, str(error))
+            return
+        again = message.epoch > session.epoch
+        if again:
+            self.queue.discard_waiting(session)
+            self.training.forget(session)
+            session.last, session.sent_on, session.sent_before = 0, False, 0
+        session.reply_to = source
+        session.epoch = message.epoch
+        session.previous = PublicKey(message.previous).curve_raw if message.previous else None
+        session.used_at = now
+        session.weights = self.served.weights if message.asks_weights else ""
+        self._opening.reach(session, next_hop_of(message), now, again=again)
+
+    def _make_room(self, session: Session, budget: int, now: float) -> None:
+        """Ends sessions of keys that have more than their share of the KV memory, if another key needs it."""
+        text = "your key had more than its share of this peer's KV memory, and others waited for it"
+        for ended in self.sessions.make_room(session, budget, now):
+            self._ended(ended, SessionEnd.EXPIRED, text)
+
+    def _ended(self, session: Session, how: SessionEnd, text: str = "") -> None:
+        """A session has ended here; with a text its client is told, if something of it waits."""
+        work = next(iter((*session.waiting, *session.passes)), None)
+        if text and work is not None:
+            number = work.step.number if isinstance(work, Work) else number_of(work.message)
+            self._fail(session.reply_to, session.id, session.epoch, number, FailureCode.BUSY, text)
+        self._forget(session)
+        self._counters.ended[how] += 1
+        log.info("session %s ended: %s", session.id.hex(), text or how, extra={"session": session.id.hex()})
+
+    def _forget(self, session: Session) -> None:
+        """Lets go of what a session that has ended occupied."""
+        self.queue.discard(session)
+        self.training.end(session)
+        self._opening.end(session)
+
+    def _pass_on(self, source: Endpoint, message: Message, now: float) -> None:
+        """What a next hop says: a failure, which the client waits for, or a gradient, which goes up from here."""
+        if not isinstance(message, Failure | Gradient):
+            return
+        session = self.sessions.get(message.session)
+        if session is None or session.next != source or session.epoch != message.epoch:
+            return
+        if isinstance(message, Failure):
+            self._outbox.send(session.reply_to, message)
+        else:
+            self._take_in(session, session.reply_to, message, now)
+
+    def _step(self, source: Connection, message: Step, now: float) -> None:
+        session = self.sessions.get(message.session)
+        if session is None or source.curve not in (session.owner, session.previous):
+            # The same answer for both, so that nobody learns which sessions exist.
+            self._fail(
+                source, message.session, message.epoch, message.number, FailureCode.UNKNOWN_SESSION, "no session"
+            )
+            return
+        if message.epoch != session.epoch:
+            return  # fenced: it comes from a route that is no more, or runs ahead of its Open and will be repeated
+        session.used_at = now
+        try:
+            if source.curve != session.owner and message.boundary != session.start:
+                raise ProtocolError(f"the step stands before block {message.boundary}, the session at {session.start}")
+            total = self.served.check(session, message)
+            self._policy.spend(session.owner, total, now)
+        except (ProtocolError, PeerBusy) as error:
+            code = _CODE_OF_ERROR.get(type(error), FailureCode.BAD_MESSAGE)
+            self._fail(session.reply_to, session.id, message.epoch, message.number, code, str(error))
+            return
+        try:
+            self.queue.put(Work(session, message, total, now))
+        except PeerBusy as error:
+            self._fail(session.reply_to, session.id, message.epoch, message.number, FailureCode.BUSY, str(error))
+            return
+        session.stepped_at = now
+
+    def _train(self, source: Connection, message: Request, now: float) -> None:
+        session = self.sessions.get(message.session)
+        pushed = isinstance(message, Forward) and session is not None and source.curve == session.previous
+        if session is None or not (source.curve == session.owner or pushed):
+            code = FailureCode.UNKNOWN_SESSION
+            self._fail(source, message.session, message.epoch, number_of(message), code, "no session")
+        elif message.epoch == session.epoch:
+            self._take_in(session, source, message, now)
+
+    def _take_in(self, session: Session, source: Connection, message: Request, now: float) -> None:
+        session.used_at = now
+        try:
+            if isinstance(message, Forward) and source.curve != session.owner and message.boundary != session.start:
+                raise ProtocolError(f"the pass stands before block {message.boundary}, the session at {session.start}")
+            if isinstance(message, Gradient) and message.boundary != session.end:
+                raise ProtocolError(
+                    f"the gradient stands at block {message.boundary}, the session ends at {session.end}"
+                )
+            if isinstance(message, Gradient) or (isinstance(message, Forward) and message.kept):
+                self._policy.check_training(session.owner)
+            if isinstance(message, Forward):
+                self._policy.spend(session.owner, message.positions, now)
+            self.training.receive(session, source, message, now)
+            session.stepped_at = now
+        except (ProtocolError, PeerBusy) as error:
+            code = _CODE_OF_ERROR.get(type(error), FailureCode.BAD_MESSAGE)
+            self._fail(session.reply_to, session.id, message.epoch, number_of(message), code, str(error))
+
+    def _close(self, source: Connection, message: Close) -> None:
+        session = self.sessions.get(message.session)
+        if session is not None and session.owner == source.curve:
+            self.sessions.remove(session)
+            self._forget(session)
+            self._counters.ended[SessionEnd.HANDED_OVER if self.leaving else SessionEnd.CLOSED] += 1
+
+    def _replay(self, source: Connection, message: Replay, now: float) -> None:
+        session = self.sessions.get(message.session)
+        if session is None or session.owner != source.curve:
+            self._fail(
+                source, message.session, message.epoch, message.number, FailureCode.UNKNOWN_SESSION, "no session"
+            )
+            return
+        if message.epoch != session.epoch or session.next is None:
+            self._fail(source, session.id, message.epoch, message.number, FailureCode.STALE_EPOCH, "no such next hop")
+            return
+        session.used_at = now
+        try:
+            session.count_resent(now, "the log of the session was sent")
+        except PeerBusy as error:
+            self._fail(source, session.id, message.epoch, message.number, FailureCode.BUSY, str(error))
+            return
+        self._output.replay(session, source, message)
+
+    def _fail(
+        self, destination: Connection, session: bytes, epoch: int, number: int, code: FailureCode, text: str
+    ) -> None:
+        self._counters.refused[code] += 1
+        self._outbox.send(destination, Failure(session, epoch, number, code, text[:500]))

@@ -1,0 +1,150 @@
+"""What a peer gives of its weights, in a thread of its own: bounded by key, and slower while sessions are served."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Final
+
+from peers.links import Answering
+from splitnet.checkpoint.transfer.held import HeldPieces
+from splitnet.limits import Pace
+from splitnet.security.swarm_key import OPEN, OpenSwarm
+from splitnet.wire.endpoints import Connection
+from splitnet.wire.messages import AskWeights, Failure, FailureCode, WeightsKind, WeightsPart
+
+log = logging.getLogger(__name__)
+
+DEFAULT_RATE: Final = 64 << 20
+"""Bytes per second, to all together."""
+SERVING_SHARE: Final = 0.25
+"""Of the rate, while sessions are served."""
+QUESTION_BYTES: Final = 1024
+"""What a question costs besides its answer."""
+BITS_S: Final = 1.0
+"""How long the answer to what is here stays as it is: to find it out takes as long as many pieces."""
+WAITING_PER_KEY: Final = 64
+MAX_WAITING: Final = 1024
+
+
+class WeightService:
+    """Thread-safe; close it when done.
+
+    Args:
+        held: the pieces that are here.
+        outbox: where answers go.
+        shares: tells whether pieces are given; what a model's weights are is told anyway, as clients must know it.
+        rate: bytes per second.
+        swarm: the key of a closed one.
+        serving: tells whether sessions are being served.
+
+    Attributes:
+        sent: bytes of pieces.
+    """
+
+    def __init__(
+        self,
+        held: HeldPieces,
+        outbox: Answering,
+        *,
+        shares: Callable[[], bool],
+        rate: float = DEFAULT_RATE,
+        swarm: OpenSwarm = OPEN,
+        serving: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.sent = 0
+        self._held = held
+        self._outbox = outbox
+        self._shares = shares
+        self._rate = rate
+        self._swarm = swarm
+        self._serving = serving
+        self._pace = Pace()
+        self._model = bytes.fromhex(swarm.place(held.manifest.fingerprint))
+        self._pieces: dict[bytes, bytes] | None = None
+        """The digest of each piece by how members of a closed swarm name it."""
+        self._packed: bytes | None = None
+        self._bits = b""
+        self._bits_at = -math.inf
+        self._waiting: OrderedDict[bytes, deque[tuple[Connection, AskWeights]]] = OrderedDict()
+        """By key; the first is next."""
+        self._changed = threading.Condition()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._answer_all, name="splitnet-weights", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def receive(self, source: Connection, message: AskWeights) -> None:
+        """Answers soon."""
+        with self._changed:
+            own = self._waiting.get(source.curve, ())
+            if len(own) >= WAITING_PER_KEY or sum(map(len, self._waiting.values())) >= MAX_WAITING:
+                self._refuse(source, message, FailureCode.BUSY, "too many questions about weights wait here")
+                return
+            self._waiting.setdefault(source.curve, deque()).append((source, message))
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Answers nothing any more."""
+        self._closed.set()
+        with self._changed:
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _answer_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed.is_set())
+                if self._closed.is_set():
+                    return
+                key, questions = self._waiting.popitem(last=False)
+                source, message = questions.popleft()
+                if questions:
+                    self._waiting[key] = questions  # behind all others
+            try:
+                nbytes = self._answer(source, message)
+            except Exception:
+                log.exception("weights could not be given")
+                nbytes = 0
+                self._refuse(source, message, FailureCode.INTERNAL, "an error at this peer")
+            rate = self._rate * (SERVING_SHARE if self._serving() else 1.0)
+            self._closed.wait(self._pace.wait_s(nbytes + QUESTION_BYTES, rate))
+
+    def _answer(self, source: Connection, message: AskWeights) -> int:
+        """Returns how many bytes were sent, or read for it."""
+        data: bytes | None = None
+        if message.kind == WeightsKind.PIECE:
+            data = self._piece(message.name) if self._shares() else None
+        elif message.name == self._model and message.kind == WeightsKind.MANIFEST:
+            if self._packed is None:
+                self._packed = self._held.manifest.pack()
+            data = self._packed
+        elif message.name == self._model and message.kind == WeightsKind.HELD and self._shares():
+            if time.monotonic() - self._bits_at > BITS_S:
+                self._bits, self._bits_at = self._held.bits(), time.monotonic()
+            data = self._bits
+        if data is None:
+            code = FailureCode.WRONG_BLOCKS if message.kind == WeightsKind.PIECE else FailureCode.WRONG_MODEL
+            self._refuse(source, message, code, "this peer gives no such weights")
+            return 0
+        part = memoryview(data)[message.offset : message.offset + message.length]
+        self._outbox.send(source, WeightsPart(message.number, len(data), part))
+        self.sent += len(part)
+        # A piece is read and hashed whole, whatever part of it is asked for.
+        return len(data) if message.kind == WeightsKind.PIECE else len(part)
+
+    def _piece(self, name: bytes) -> bytes | None:
+        if self._swarm.is_closed:
+            if self._pieces is None:
+                self._pieces = {bytes.fromhex(self._swarm.place(one.hex())): one for one in self._held.names}
+            name = self._pieces.get(name, b"")
+        return self._held.read(name)
+
+    def _refuse(self, source: Connection, message: AskWeights, code: FailureCode, text: str) -> None:
+        self._outbox.send(source, Failure(b"", 0, message.number, code, text))

@@ -1,0 +1,234 @@
+"""Facts about a swarm: who serves which blocks, at what speed and under what load. All frozen."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.coordinates import DIMENSIONS, Coordinate
+
+PASS_SIZES: Final = (1, 4, 16, 64, 256)
+"""Positions in a pass through the blocks at which a peer's speed is stated."""
+
+
+MAX_WATTS: Final = 1e5
+"""That a peer may say it draws."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Ms per block of one pass, by the positions in it: the decode tokens of a batch, or a chunk of a prefill.
+
+    block_ms: one value for each of `PASS_SIZES`. Between two sizes it runs straight, beyond the last in proportion.
+    Raises ValueError for another number of values.
+    """
+
+    block_ms: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.block_ms) != len(PASS_SIZES):
+            raise ValueError(f"a speed has {len(PASS_SIZES)} values, one for each of {PASS_SIZES}")
+
+    @classmethod
+    def of(cls, decode_ms: float, prefill_ms: float) -> Speed:
+        """Of a device that takes `decode_ms` to read a block's weights, and `prefill_ms` of arithmetic per position."""
+        return cls(tuple(max(decode_ms, size * prefill_ms) for size in PASS_SIZES))
+
+    def at(self, positions: float) -> float:
+        """Ms per block of a pass of so many positions."""
+        if positions <= PASS_SIZES[0]:
+            return self.block_ms[0]
+        if positions >= PASS_SIZES[-1]:
+            return self.block_ms[-1] * positions / PASS_SIZES[-1]
+        above = bisect_left(PASS_SIZES, positions)
+        low, high = PASS_SIZES[above - 1], PASS_SIZES[above]
+        share = (positions - low) / (high - low)
+        return self.block_ms[above - 1] * (1 - share) + self.block_ms[above] * share
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A peer that serves the blocks [start, end).
+
+    speed: observed. queue_ms: wait of a step until its pass starts. batch: positions of other sessions that share the
+    pass of a decode step. kv_free: positions that new sessions may still take. watts: drawn while it computes; 0: not
+    known. sending_ms: for which what a position gives to the next hop occupies its way up; 0: not known.
+    """
+
+    id: str
+    start: int
+    end: int
+    speed: Speed
+    queue_ms: float = 0.0
+    batch: float = 0.0
+    kv_free: int = 0
+    watts: float = 0.0
+    sending_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """The blocks [start, end) that a peer runs on a route."""
+
+    peer: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Hops that cover all blocks in order, no peer twice. cost_ms: by the objective that it was planned for."""
+
+    hops: tuple[Hop, ...]
+    cost_ms: float
+
+
+def coverage(peers: Iterable[Peer], num_blocks: int) -> list[int]:
+    """How many peers serve each of the blocks 0 .. num_blocks - 1."""
+    change = [0] * (num_blocks + 1)
+    for peer in peers:
+        start, end = max(peer.start, 0), min(peer.end, num_blocks)
+        if start < end:
+            change[start] += 1
+            change[end] -= 1
+    replicas = 0
+    return [replicas := replicas + step for step in change[:num_blocks]]
+
+
+def missing_blocks(peers: Iterable[Peer], num_blocks: int, first: int = 0) -> list[tuple[int, int]]:
+    """The ranges [start, end) of blocks that no peer serves, in order; of the blocks from `first` on."""
+    ranges: list[tuple[int, int]] = []
+    for block, replicas in enumerate(coverage(peers, num_blocks)):
+        if replicas or block < first:
+            continue
+        if ranges and ranges[-1][1] == block:
+            ranges[-1] = (ranges[-1][0], block + 1)
+        else:
+            ranges.append((block, block + 1))
+    return ranges
+
+
+CLIENT: Final = ""
+"""Stands for the client where a peer's id is expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A directed connection. latency_ms: one way. bytes_per_ms: bandwidth."""
+
+    latency_ms: float
+    bytes_per_ms: float
+
+
+UNMEASURED: Final = Link(latency_ms=100.0, bytes_per_ms=1250.0)
+"""Between two of whom nothing is known: across the world, 10 Mbit/s. Pessimistic, so that measured links win."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What one device says of all its links at once. bytes_per_ms: the best it has seen; 0: it has seen none."""
+
+    coordinate: Coordinate
+    bytes_per_ms: float
+
+
+class Network:
+    """Links by (sender, receiver). Immutable.
+
+    A link that was measured is taken as it is. Between two devices whose places are known the latency is predicted from
+    their coordinates and raised by their errors, and the bandwidth is the smaller of the two. Any other link counts as
+    `unmeasured`.
+    """
+
+    def __init__(
+        self,
+        links: Mapping[tuple[str, str], Link] | None = None,
+        unmeasured: Link = UNMEASURED,
+        places: Mapping[str, Place] | None = None,
+    ) -> None:
+        self.measured: Mapping[tuple[str, str], Link] = MappingProxyType(dict(links or {}))
+        self.places: Mapping[str, Place] = MappingProxyType(dict(places or {}))
+        self.unmeasured = unmeasured
+        self._table = lru_cache(maxsize=2)(self._fill_table)
+
+    def link(self, sender: str, receiver: str) -> Link:
+        """The link from `sender` to `receiver`; either may be `CLIENT`."""
+        link = self.measured.get((sender, receiver))
+        if link is not None:
+            return link
+        here, there = self.places.get(sender), self.places.get(receiver)
+        if here is None or there is None:
+            return self.unmeasured
+        rate = min(here.bytes_per_ms, there.bytes_per_ms) or self.unmeasured.bytes_per_ms
+        error = (here.coordinate.error + there.coordinate.error) / 2
+        return Link(here.coordinate.rtt_ms(there.coordinate) / 2 * (1 + error), rate)
+
+    def with_links(self, links: Mapping[tuple[str, str], Link]) -> Network:
+        """The same network with some links measured anew."""
+        network = Network({**self.measured, **links}, self.unmeasured, self.places)
+
+        def fill_table(ids: tuple[str, ...]) -> LinkTable:
+            return self.table(ids).with_links(ids, links)
+
+        network._table = lru_cache(maxsize=2)(fill_table)
+        return network
+
+    def with_places(self, places: Mapping[str, Place]) -> Network:
+        """The same network with some places known anew."""
+        return Network(self.measured, self.unmeasured, {**self.places, **places})
+
+    def table(self, ids: Sequence[str]) -> LinkTable:
+        """All links between these devices; the last tables are kept."""
+        return self._table(tuple(ids))
+
+    def _fill_table(self, ids: tuple[str, ...]) -> LinkTable:
+        count = len(ids)
+        places = [self.places.get(device) for device in ids]
+        known = np.array([place is not None for place in places], dtype=bool)
+        nowhere = Place(Coordinate(), 0.0)
+        coordinates = [(place or nowhere).coordinate for place in places]
+        vectors = np.array([coordinate.vector for coordinate in coordinates]).reshape(count, DIMENSIONS)
+        heights = np.array([coordinate.height_ms for coordinate in coordinates])
+        errors = np.array([coordinate.error for coordinate in coordinates])
+        rates = np.array([(place or nowhere).bytes_per_ms for place in places])
+
+        latency = np.zeros((count, count))
+        for axis in range(DIMENSIONS):
+            difference = np.subtract.outer(vectors[:, axis], vectors[:, axis])
+            latency += difference * difference
+        np.sqrt(latency, out=latency)
+        latency += np.add.outer(heights, heights)
+        latency *= np.add.outer(0.25 * (1 + errors), 0.25 * (1 + errors))
+        slowest = np.minimum.outer(rates, rates)
+        slowest[slowest == 0] = self.unmeasured.bytes_per_ms
+        if not known.all():
+            latency[~known, :] = latency[:, ~known] = self.unmeasured.latency_ms
+            slowest[~known, :] = slowest[:, ~known] = self.unmeasured.bytes_per_ms
+
+        return LinkTable(latency, 1.0 / slowest).with_links(ids, self.measured)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LinkTable:
+    """Links between devices in their order, `[senders, receivers]`. Not to be written to."""
+
+    latency_ms: NDArray[np.float64]
+    ms_per_byte: NDArray[np.float64]
+
+    def with_links(self, ids: Sequence[str], links: Mapping[tuple[str, str], Link]) -> LinkTable:
+        """The table of these devices with some links measured anew."""
+        index = {device: position for position, device in enumerate(ids)}
+        latency_ms, ms_per_byte = self.latency_ms.copy(), self.ms_per_byte.copy()
+        for (sender, receiver), link in links.items():
+            row, column = index.get(sender), index.get(receiver)
+            if row is not None and column is not None:
+                latency_ms[row, column] = link.latency_ms
+                ms_per_byte[row, column] = 1.0 / link.bytes_per_ms
+        return LinkTable(latency_ms, ms_per_byte)

@@ -1,0 +1,337 @@
+"""Which client's work a device does next when several want it: deficit round robin over device time.
+
+M. Shreedhar and G. Varghese, "Efficient Fair Queuing using Deficit Round Robin", SIGCOMM 1995. What work costs is known
+when it is done: so a key may begin while its balance is positive, and what its work took is taken off afterwards, also
+below zero. A round adds the same to the balances of all, per weight; it comes when no key that has work may begin.
+
+A device can do nothing else while a piece of work runs, and a key with one session has no work between two of its
+tokens. So the pieces of a key that has had more than another are short while that one is active, and do not begin just
+before it is expected back.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from scheduler.batching import DECODE_POSITIONS, Waiting
+from scheduler.load import MovingAverage
+
+CREDIT_S: Final = 0.05
+"""Seconds of device time, per weight, that a key may have left from former rounds."""
+
+BULK_COST: Final = 4.0
+"""What a second of prefill or training costs a key when others are active: decode steps of several keys share a pass at
+about the price of one, so work that does not share leaves them four fifths of the time."""
+
+CHUNK_S: Final = 0.05
+"""A pass of prefill and a piece of training take about so long when another key is active."""
+
+SLACK: Final = 1.2
+"""How much longer than with one step of each key a decode pass may take for more of them."""
+
+AHEAD_S: Final = 2.0
+"""Seconds of device time, per weight and `FORGET_S`, that a key's prefill may have in the turns of other keys. And a
+key lets others have so much of its own, whoever they are, and from then on half of them."""
+
+LATELY_S: Final = (1.0, 5.0)
+"""A key without work is active for twice the time that it usually needs to come back, within these bounds."""
+
+FORGET_S: Final = 60.0
+"""A key without work for so long begins anew."""
+
+_ROUND_S: Final = 0.001
+_LEARNING: Final = 0.2
+_EARLY: Final = 0.8
+"""A key may come back after such a part of its usual time."""
+_LATE: Final = 0.3
+"""A key that is late by more than such a part of its usual time, or of the work that waits for it, is given up."""
+_WORTH: Final = 0.8
+"""Part of the time that a piece of work takes, for which it waits for another key at most."""
+
+K = TypeVar("K", bound=Hashable)
+
+
+class _Account:
+    """Of one key.
+
+    balance: seconds of device time, per weight, not counting the rounds since. present: pieces of work that wait or
+    run. away: seconds from the end of its last work to its next. ahead: of others' turns that it has had by `ahead_at`,
+    less what it was allowed since. let: of its own turns that others have had, less what it had itself since.
+    """
+
+    __slots__ = ("ahead", "ahead_at", "away", "balance", "left_at", "let", "present", "seen_at")
+
+    def __init__(self, balance: float, now: float) -> None:
+        self.balance = balance
+        self.present = 0
+        self.seen_at = now
+        self.left_at = 0.0
+        self.away = MovingAverage(_LEARNING)
+        self.ahead = 0.0
+        self.ahead_at = now
+        self.let = 0.0
+
+    def is_active(self, now: float) -> bool:
+        least, most = LATELY_S
+        return self.present > 0 or now - self.seen_at <= min(most, max(least, 2 * self.away.value))
+
+
+class FairShares(Generic[K]):
+    """The balances of keys. No clock: `now` is in seconds. All it does takes time in proportion to active keys.
+
+    Args:
+        weight: of a key: in which proportion keys share the device.
+    """
+
+    def __init__(self, weight: Callable[[K], float] = lambda key: 1.0) -> None:
+        self._weight = weight
+        self._accounts: OrderedDict[K, _Account] = OrderedDict()
+        """Who was seen last stands at the end."""
+        self._present: set[K] = set()
+        self._rounds_s = 0.0
+        """What all rounds have added."""
+
+    def __len__(self) -> int:
+        return len(self._accounts)
+
+    def came(self, key: K, now: float) -> None:
+        """A piece of work of `key` waits from now on."""
+        account = self._accounts.get(key)
+        if account is None:
+            account = self._accounts[key] = _Account(CREDIT_S - self._rounds_s, now)
+        elif not account.present and now - account.left_at <= LATELY_S[1]:
+            account.away.add(now - account.left_at)
+        account.present += 1
+        self._present.add(key)
+        self._seen(key, account, now)
+
+    def left(self, key: K, now: float) -> None:
+        """A piece of its work is done, or was given up."""
+        account = self._accounts[key]
+        account.present -= 1
+        if not account.present:
+            self._present.discard(key)
+            account.left_at = now
+        self._seen(key, account, now)
+
+    def contended(self, now: float) -> bool:
+        """Whether several keys are active."""
+        return len(self._present) + len(list(islice(self._absent(now), 2))) > 1
+
+    def charge(self, key: K, seconds: float, now: float, *, bulk: bool = False) -> None:
+        """Takes off what work of `key` took of the device's time; `bulk`: prefill or training.
+
+        Nothing while no other key is active, but it has no credit beside one that comes then.
+        """
+        account = self._accounts.get(key)
+        if account is not None:
+            balance = self._balance(account)
+            if self.contended(now):
+                balance -= seconds * (BULK_COST if bulk else 1.0) / self._weight(key)
+            else:
+                balance = min(0.0, balance)
+            account.balance = balance - self._rounds_s
+
+    def may_go_ahead(self, key: K, now: float) -> bool:
+        """Whether `key` may have a turn of another that lets it: it has had few of them lately."""
+        return self._ahead(self._accounts[key], now) < AHEAD_S
+
+    def lets_others(self, key: K) -> bool:
+        """Whether others may have a turn of `key`: it has let them have few, or as many of its own since."""
+        return self._accounts[key].let < AHEAD_S
+
+    def had_turn(self, key: K, of: K, seconds: float, now: float) -> None:
+        """So much of the device's time the prefill of `key` had in a turn `of` a key, which is charged for it."""
+        account, payer = self._accounts.get(key), self._accounts.get(of)
+        if payer is not None:
+            let_s = seconds / self._weight(of)
+            payer.let = max(0.0, payer.let + (let_s if key != of else -let_s))
+        if account is not None and key != of:
+            account.ahead = self._ahead(account, now) + seconds / self._weight(key)
+            account.ahead_at = now
+
+    def _ahead(self, account: _Account, now: float) -> float:
+        return max(0.0, account.ahead - (now - account.ahead_at) * AHEAD_S / FORGET_S)
+
+    def ranked(self, keys: Collection[K]) -> list[K]:
+        """Keys that have work, in the order of their balances, largest first."""
+        return sorted(keys, key=lambda key: -self._balance(self._accounts[key]))
+
+    def may_join(self, key: K) -> bool:
+        """Whether a decode step of `key` belongs in the next pass: it has had hardly more than those that may begin."""
+        return self._balance(self._accounts[key]) > -CREDIT_S
+
+    def begin_rounds(self, first: K) -> None:
+        """As many as it takes until the first of those that have work may begin."""
+        short_s = -self._balance(self._accounts[first])
+        if short_s >= 0:
+            self._rounds_s += short_s + _ROUND_S
+
+    def awaited(self, first: K, takes_s: float, now: float) -> tuple[K, float] | None:
+        """Whether `first`, which of all that have work has had least, waits for a key that has had less and comes soon.
+
+        Args:
+            takes_s: seconds that its work would take.
+
+        Returns:
+            Whom it waits for, and how many seconds at most; None: it begins now.
+        """
+        own = self._balance(self._accounts[first])
+        for key, account in self._absent(now):
+            usual_s = account.away.value
+            gone_s = now - account.left_at
+            left_s = min(usual_s + max(_LATE * usual_s, _LATE * takes_s) - gone_s, takes_s)
+            if self._balance(account) - own > takes_s and usual_s - gone_s <= _WORTH * takes_s and left_s > 0:
+                return key, left_s
+        return None
+
+    def quiet_s(self, now: float) -> float:
+        """Seconds for which no active key that has no work now is expected; 0: one may come at any time."""
+        return min((max(0.0, _EARLY * it.away.value - (now - it.left_at)) for _, it in self._absent(now)), default=0.0)
+
+    def _balance(self, account: _Account) -> float:
+        return min(CREDIT_S, account.balance + self._rounds_s)
+
+    def _absent(self, now: float) -> Iterator[tuple[K, _Account]]:
+        """Active keys that have no work now."""
+        for key, account in reversed(self._accounts.items()):
+            if now - account.seen_at > LATELY_S[1]:
+                return
+            if not account.present and account.is_active(now):
+                yield key, account
+
+    def _seen(self, key: K, account: _Account, now: float) -> None:
+        account.seen_at = now
+        self._accounts.move_to_end(key)
+        oldest, former = next(iter(self._accounts.items()))
+        if not former.present and now - former.seen_at > FORGET_S:
+            del self._accounts[oldest]
+
+
+class Owned(Waiting, Protocol):
+    """A step of a client.
+
+    total: positions that it began with. owner: the key. left: positions that its session has still room for, before it.
+    """
+
+    @property
+    def total(self) -> int: ...
+
+    @property
+    def owner(self) -> Hashable: ...
+
+    @property
+    def left(self) -> int: ...
+
+
+W = TypeVar("W", bound=Owned)
+
+
+class FairPasses(Generic[W]):
+    """No clock: `now` is in seconds.
+
+    Args:
+        pass_s: seconds that a pass of so many positions takes.
+        weight: of a key, in proportion to which keys share the device.
+
+    Attributes:
+        shares: what keys have had.
+    """
+
+    def __init__(self, pass_s: Callable[[int], float], weight: Callable[[Any], float] = lambda key: 1.0) -> None:
+        self.shares = FairShares[Any](weight)
+        self._pass_s = pass_s
+        self._turn_of: dict[Hashable, Hashable] = {}
+        """In whose turn a key's prefill runs, if that is another's."""
+
+    def chunk_s(self, now: float) -> float:
+        """How long a piece of prefill or of a pass over whole sequences may take, in seconds."""
+        return max(CHUNK_S, 2 * self._pass_s(1), self.shares.quiet_s(now))
+
+    def positions_within(self, seconds: float) -> int:
+        """The most positions of which a pass takes so long, at least one."""
+        low, high = 1, 1 << 16
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._pass_s(middle) <= seconds else (low, middle - 1)
+        return low
+
+    def prefill_turn(self, waiting: Sequence[W], first: Hashable, now: float) -> list[W]:
+        """The steps of which prefill runs in a turn of `first`: its own, or one of another key that has less to come.
+
+        Prompts that share a device in turns are all done late. With the shortest first (Schrage 1968) half of them are
+        done in a fraction of the time, and hardly one later. What decoding gets is the same: `first` pays, and no key
+        goes ahead for long, nor lets all others have its turns, so that nobody waits for ever.
+
+        Args:
+            waiting: at most one step of each session.
+        """
+        own = [step for step in waiting if step.owner == first]
+        self._turn_of = {}
+        if any(step.remaining <= DECODE_POSITIONS for step in own) or not self.shares.lets_others(first):
+            return own
+        bulk = [step for step in waiting if step.remaining > DECODE_POSITIONS]
+        may = {key: key == first or self.shares.may_go_ahead(key, now) for key in {step.owner for step in bulk}}
+        shortest = min((step for step in bulk if may[step.owner]), key=lambda step: (step.left, step.owner != first))
+        if shortest.owner == first:
+            return own
+        self._turn_of = {shortest.owner: first}
+        return [shortest]
+
+    def decode_pass(
+        self, waiting: Sequence[W], ranked: Sequence[Hashable], max_positions: int, now: float
+    ) -> dict[W, int]:
+        """A decode step of each key that may join, more of all in turns, then prefill, as long as they cost little.
+
+        Args:
+            waiting: at most one step of each session; the first key of `ranked` decodes.
+            ranked: their keys, who has had least first.
+            max_positions: of the pass.
+        """
+        self._turn_of = {}
+        steps: dict[Hashable, list[W]] = {key: [] for key in ranked}
+        for step in waiting:
+            if step.remaining <= DECODE_POSITIONS:
+                steps[step.owner].append(step)
+        blocks = steps[ranked[0]][0].blocks
+        lanes = [(self.shares.may_join(key), [step for step in steps[key] if step.blocks == blocks]) for key in ranked]
+        due = sum(lane[0].remaining for may_join, lane in lanes if may_join and lane)
+        limit_s = max(SLACK * self._pass_s(due), self.shares.quiet_s(now))
+        counts: dict[W, int] = {}
+        positions = 0
+        for turn in range(max(len(lane) for _, lane in lanes)):
+            for may_join, lane in lanes:
+                if turn < len(lane):
+                    total = positions + lane[turn].remaining
+                    is_due = may_join and not turn
+                    if total <= max_positions and (is_due or self._pass_s(total) <= limit_s):
+                        counts[lane[turn]] = lane[turn].remaining
+                        positions = total
+        left = min(max_positions, self.positions_within(SLACK * self._pass_s(due))) - positions
+        for key in ranked:
+            for step in (step for step in waiting if step.owner == key):
+                if left > 0 and step.remaining > DECODE_POSITIONS and step.blocks == blocks:
+                    counts[step] = min(step.remaining, left)
+                    left -= counts[step]
+        return counts
+
+    def ran(self, chosen: Sequence[tuple[W, int]], seconds: float, now: float) -> None:
+        """Charges a pass to the keys whose positions it had; prefill that joined decode as in a piece of its own."""
+        decode = [(step, count) for step, count in chosen if step.total <= DECODE_POSITIONS]
+        bulk = [(step, count) for step, count in chosen if step.total > DECODE_POSITIONS]
+        bulk_s = seconds if bulk else 0.0
+        if decode and bulk:
+            in_piece = self.positions_within(self.chunk_s(now))
+            bulk_s = min(seconds, self._pass_s(in_piece) * sum(count for _, count in bulk) / in_piece)
+        for part, took_s in ((decode, seconds - bulk_s), (bulk, bulk_s)):
+            positions = sum(count for _, count in part)
+            for step, count in part:
+                own_s = took_s * count / positions
+                payer = self._turn_of.get(step.owner, step.owner) if part is bulk else step.owner
+                self.shares.charge(payer, own_s, now, bulk=part is bulk)
+                if part is bulk:
+                    self.shares.had_turn(step.owner, payer, own_s, now)
+        self._turn_of = {}

@@ -1,0 +1,256 @@
+"""A client's own parameters in blocks: low-rank additions to linear layers, and a prefix of keys and values.
+
+Tensors are named by the block of the whole model and what they are there:
+
+    12.self_attn.q_proj.lora_A    [rank, inputs]
+    12.self_attn.q_proj.lora_B    [outputs, rank], times the scaling
+    12.prefix_keys                [kv heads, virtual positions, head size]
+    12.prefix_values              likewise
+
+Low-rank adaptation: Hu et al., "LoRA", arXiv:2106.09685. Prefix: Li and Liang, "Prefix-Tuning", arXiv:2101.00190, and
+Liu et al., "P-Tuning v2", arXiv:2110.07602.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from splitnet.errors import AdapterError
+from splitnet.quant.linear import HeldLinear
+
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+MAX_PREFIX = 4096
+MAX_RANK = 1024
+MAX_GROUP_BYTES = 16 * 1024 * 1024
+"""Tensors of adapters and their gradients travel in groups of at most this size, unless one is larger."""
+
+LORA_A, LORA_B = ".lora_A", ".lora_B"
+PREFIX_KEYS, PREFIX_VALUES = "prefix_keys", "prefix_values"
+_NAME = re.compile(r"(0|[1-9][0-9]{0,5})\.(prefix_keys|prefix_values|[A-Za-z0-9_.]{1,200}\.lora_[AB])")
+
+
+class LowRank(NamedTuple):
+    """What is added to a linear layer: `x @ a.T @ b.T`."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class Prefix(NamedTuple):
+    """Keys and values that stand before the first position of every sequence: `[1, kv heads, positions, head size]`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class Adapter:
+    """The parameters of some blocks.
+
+    Args:
+        tensors: by name, as the module says.
+
+    Raises:
+        AdapterError: a name or shape that no adapter has.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = dict(tensors)
+        self._low_rank: dict[tuple[int, str], LowRank] = {}
+        self._prefixes: dict[int, Prefix] = {}
+        for name, tensor in self.tensors.items():
+            match = _NAME.fullmatch(name)
+            if match is None or tensor.dtype not in DTYPES:
+                raise AdapterError(f"{name!r} of {tensor.dtype} is no parameter of an adapter")
+            block, rest = int(match[1]), match[2]
+            if rest == PREFIX_KEYS:
+                self._prefixes[block] = _prefix(block, tensor, self._partner(f"{block}.{PREFIX_VALUES}"))
+            elif rest.endswith(LORA_A):
+                path = rest.removesuffix(LORA_A)
+                self._low_rank[block, path] = _low_rank(name, tensor, self._partner(f"{block}.{path}{LORA_B}"))
+        if 2 * (len(self._prefixes) + len(self._low_rank)) != len(self.tensors):
+            raise AdapterError("the adapter has a tensor without the one that belongs to it")
+        lengths = {prefix.keys.shape[2] for prefix in self._prefixes.values()}
+        if len(lengths) > 1:
+            raise AdapterError("the prefixes of an adapter differ in length")
+        self.prefix_length = lengths.pop() if lengths else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def low_ranks(self) -> Iterator[tuple[int, str, LowRank]]:
+        """What is added where: block, path of the layer in it, and the pair."""
+        for (block, path), low_rank in self._low_rank.items():
+            yield block, path, low_rank
+
+    def low_rank(self, block: int, path: str) -> LowRank | None:
+        return self._low_rank.get((block, path))
+
+    def prefixes(self) -> Iterable[tuple[int, Prefix]]:
+        """The blocks that have a prefix, with it."""
+        return self._prefixes.items()
+
+    def outside(self, start: int, end: int) -> bool:
+        """Whether it has tensors of other blocks than `[start, end)`."""
+        return len(self.within(start, end)) < len(self.tensors)
+
+    def within(self, start: int, end: int) -> dict[str, torch.Tensor]:
+        """The tensors of blocks `[start, end)`."""
+        return {name: tensor for name, tensor in self.tensors.items() if start <= block_of(name) < end}
+
+    def traced(self) -> Adapter:
+        """A copy whose tensors record gradients."""
+        return Adapter({name: tensor.detach().clone().requires_grad_() for name, tensor in self.tensors.items()})
+
+    def _partner(self, name: str) -> torch.Tensor:
+        if name not in self.tensors:
+            raise AdapterError(f"the adapter lacks {name}")
+        return self.tensors[name]
+
+
+def block_of(name: str) -> int:
+    """The block that a tensor of an adapter belongs to."""
+    return int(name.partition(".")[0])
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Tensors as they travel; `read_tensors` is the way back."""
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def read_tensors(payload: bytes | memoryview) -> dict[str, torch.Tensor]:
+    """Raises AdapterError if the bytes are not in the safetensors format."""
+    try:
+        return safetensors.torch.load(bytes(payload))
+    except Exception as error:  # the library raises what it finds
+        raise AdapterError(f"these are no tensors: {error}") from None
+
+
+def split_tensors(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Tensors in groups that fit in a message each."""
+    groups: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > MAX_GROUP_BYTES:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.nbytes
+    return groups
+
+
+def write_groups(tensors: Mapping[str, torch.Tensor]) -> list[bytes]:
+    """Tensors as payloads of as many messages as they need."""
+    return [write_tensors(group) for group in split_tensors(tensors)]
+
+
+def counted_down(payloads: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Payloads of one thing that travels in several messages, each with how many follow."""
+    for index, payload in enumerate(payloads):
+        yield len(payloads) - index - 1, payload
+
+
+class _Applied(threading.local):
+    slices: Sequence[tuple[slice, Adapter]] = ()
+    positions: int = 0
+
+
+_applied = _Applied()
+
+
+def applying(adapters: Sequence[Adapter | None], counts: Sequence[int]) -> AbstractContextManager[None]:
+    """Adds adapters to what this thread runs through layers with `AddsLowRank`.
+
+    Args:
+        adapters: of each sequence in the packed tensor, in order.
+        counts: positions of each.
+    """
+    slices: list[tuple[slice, Adapter]] = []
+    offset = 0
+    for adapter, count in zip(adapters, counts, strict=True):
+        begin, offset = offset, offset + count
+        if adapter is None:
+            continue
+        if slices and slices[-1][1] is adapter and slices[-1][0].stop == begin:
+            begin = slices.pop()[0].start
+        slices.append((slice(begin, offset), adapter))
+    # Most passes have none, and a token should not pay for those that do.
+    return _with_slices(slices, offset) if slices else nullcontext()
+
+
+@contextmanager
+def _with_slices(slices: Sequence[tuple[slice, Adapter]], positions: int) -> Iterator[None]:
+    _applied.slices, _applied.positions = slices, positions
+    try:
+        yield
+    finally:
+        _applied.slices, _applied.positions = (), 0
+
+
+class AddsLowRank:
+    """A forward hook of one linear layer: adds what the adapters of the running pass have for it."""
+
+    def __init__(self, block: int, path: str) -> None:
+        self._block = block
+        self._path = path
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+        """`args[0]`: `[1, positions, inputs]`; `output`: `[1, positions, outputs]`."""
+        found = [
+            (positions, low_rank)
+            for positions, adapter in _applied.slices
+            if (low_rank := adapter.low_rank(self._block, self._path)) is not None
+        ]
+        if not found:
+            return None
+        given = args[0]
+        if given.shape[:2] != (1, _applied.positions):
+            raise AdapterError(f"{self._path} does not see every position, so nothing can be added to it")
+        pieces: list[torch.Tensor] = []
+        done = 0
+        for positions, (a, b) in found:
+            pieces.append(output[:, done : positions.start])
+            # In the adapter's own precision, as PEFT does.
+            low = given[:, positions].to(a.dtype) @ a.T @ b.T
+            pieces.append(output[:, positions] + low.to(output.dtype))
+            done = positions.stop
+        pieces.append(output[:, done:])
+        return torch.cat(pieces, dim=1)
+
+
+def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
+    """Paths within a block of the layers that LoRA can be added to, with their inputs and outputs."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            sizes[path] = module.in_features, module.out_features
+        elif isinstance(module, Conv1D):
+            layer: Any = module
+            sizes[path] = layer.nx, layer.nf
+        elif isinstance(module, HeldLinear):
+            sizes[path] = module.in_features, module.out_features
+    return sizes
+
+
+def _low_rank(name: str, a: torch.Tensor, b: torch.Tensor) -> LowRank:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not 1 <= a.shape[0] <= MAX_RANK or a.dtype != b.dtype:
+        shapes = f"{list(a.shape)} {a.dtype} and its partner {list(b.shape)} {b.dtype}"
+        raise AdapterError(f"{name} is {shapes}: not a low-rank pair")
+    return LowRank(a, b)
+
+
+def _prefix(block: int, keys: torch.Tensor, values: torch.Tensor) -> Prefix:
+    if keys.ndim != 3 or values.ndim != 3 or keys.shape[:2] != values.shape[:2]:
+        raise AdapterError(f"the prefix of block {block} is not [kv heads, positions, head size]")
+    if not 1 <= keys.shape[1] <= MAX_PREFIX:
+        raise AdapterError(f"a prefix has 1 to {MAX_PREFIX} positions, got {keys.shape[1]}")
+    return Prefix(keys[None], values[None])

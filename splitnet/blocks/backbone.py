@@ -1,0 +1,425 @@
+"""A model of transformers, cut: some of its blocks and nothing else, or all but its blocks.
+
+The whole model is built on the meta device, which takes no memory, and cut before any weight is read. So whatever a
+family derives from the number of a block (experts in some blocks only, blocks without rotary embedding, scales) is as
+in the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from splitnet.checkpoint.families import ADDED_POSITIONS
+from splitnet.checkpoint.unexpected import check_none, ignored
+from splitnet.errors import UnsupportedModel
+from splitnet.quant.experts import can_hold_experts, hold_weight_of_experts
+from splitnet.quant.grouped import GroupedForm, JoinedForm, hold_stored
+from splitnet.quant.linear import HeldLinear, is_router, matrices_of, sizes_of
+from splitnet.quant.stored import StoredMatrix, StoredTensor
+
+
+class HeldEmbedding(nn.Embedding):
+    """A frozen embedding whose weight is held in the codes of the checkpoint.
+
+    Its `weight` is for those who look at it, or want all of it as numbers: it is read from the files when it is used.
+    """
+
+    held: GroupedForm | JoinedForm
+    parameter_like: nn.Parameter
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[...]` -> `[..., hidden]`."""
+        rows = self.held.rows(input.reshape(-1), self.parameter_like.dtype)
+        return rows.view(*input.shape, self.embedding_dim)
+
+
+def hold_codes(model: nn.Module, codes_on: torch.device | None) -> None:
+    """Leaves no parameter of a model in the codes of a checkpoint: a layer holds them, or they become numbers.
+
+    Layers that share a weight share what holds it.
+
+    Args:
+        codes_on: the device on which the model will be; None: all become numbers.
+    """
+    forms: dict[int, GroupedForm | JoinedForm] = {}
+    numbers: dict[int, nn.Parameter] = {}
+    found = [
+        (path, layer, name, parameter)
+        for path, layer in model.named_modules()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if isinstance(parameter, StoredTensor)
+    ]
+    for path, layer, name, parameter in found:
+        stored: Any = parameter
+        matrices: Sequence[StoredMatrix] | None = None
+        if codes_on is not None and can_hold_experts(layer, name, stored):
+            hold_weight_of_experts(layer, name, codes_on)
+            continue
+        if codes_on is not None and name == "weight" and can_hold_codes(path, layer):
+            matrices = matrices_of(stored, transposed=isinstance(layer, Conv1D))
+        if codes_on is None or matrices is None:
+            if id(stored) not in numbers:
+                numbers[id(stored)] = nn.Parameter(stored.floats(), requires_grad=stored.requires_grad)
+            layer.register_parameter(name, numbers[id(stored)])
+            continue
+        if id(stored) not in forms:
+            forms[id(stored)] = hold_stored(matrices, codes_on)
+        if isinstance(layer, nn.Embedding):
+            _hold_embedding(layer, forms[id(stored)])
+        else:
+            model.set_submodule(path, HeldLinear.holding(layer, forms[id(stored)], codes_on))
+
+
+def can_hold_codes(path: str, layer: nn.Module) -> bool:
+    """Whether a layer can hold its weight in codes; others need numbers."""
+    return isinstance(layer, nn.Embedding) or (sizes_of(layer) is not None and not is_router(path))
+
+
+def _hold_embedding(layer: Any, held: GroupedForm | JoinedForm) -> None:
+    """In place, as some families' embeddings do more: they scale what they give."""
+    stored = layer.weight.detach()
+    del layer.weight
+    own = type(layer)
+    layer.__class__ = HeldEmbedding if own is nn.Embedding else type(own.__name__, (own, HeldEmbedding), {})
+    layer.held = held
+    layer.parameter_like = nn.Parameter(torch.empty(0, dtype=stored.dtype), requires_grad=False)
+    layer.__dict__["weight"] = stored
+
+
+_T = TypeVar("_T")
+
+
+class Zero(nn.Module):
+    """Stands for learned position embeddings in a span: the client has added them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        # Not a buffer: loading would leave one uninitialized. A scalar on the CPU adds to tensors on any device.
+        self._zero = torch.zeros((), dtype=dtype, device="cpu")
+
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        return self._zero
+
+
+_MOST_COMPUTED = 1 << 26
+"""Numbers that a family may compute while its model is made, such as frequencies and tables of positions."""
+_LONGEST_RANGE = 1 << 20
+
+
+class _LightMeta(TorchFunctionMode):
+    """Makes a model on the meta device without torch's compiler, which torch imports (1 s) to fill tensors or count.
+
+    Raises:
+        UnsupportedModel: the numbers of the config have it compute more than `_MOST_COMPUTED` numbers, or count on
+            beyond `_LONGEST_RANGE`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left = _MOST_COMPUTED
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if func is torch.arange and str(options.get("device")) == "meta":
+            # Rotary embeddings are computed of it, and computed again when the weights have been loaded.
+            start, end, step = (*((0,) if len(args) == 1 else ()), *args, 1)[:3] if args else (0, 0, 1)
+            count = (options.get("end", end) - options.get("start", start)) / options.get("step", step)
+            self._check(count if count <= _LONGEST_RANGE else math.inf)
+            options = {**options, "device": "cpu"}
+        elif func is torch.Tensor.normal_ or getattr(func, "__module__", None) == nn.init.__name__:
+            tensor = args[0] if args else options["tensor"]
+            if tensor.is_meta:
+                return tensor
+        given = [one for one in args if isinstance(one, torch.Tensor) and not one.is_meta]
+        if math.prod(one.numel() for one in given) > _MOST_COMPUTED:  # what comes of them may be as large
+            made = func(*(one.to("meta") if isinstance(one, torch.Tensor) else one for one in args), **options)
+            self._check(made.numel() if isinstance(made, torch.Tensor) else 0)
+        made = func(*args, **options)
+        if isinstance(made, torch.Tensor) and not made.is_meta:
+            views = made.untyped_storage().data_ptr() in [one.untyped_storage().data_ptr() for one in given]
+            self._left -= 0 if views else made.numel()
+            self._check(0)
+        return made
+
+    def _check(self, count: float) -> None:
+        if not count <= self._left:
+            raise UnsupportedModel(
+                "the numbers of the config have its family compute tables that no model has: download it again, or "
+                "mend it"
+            )
+
+
+def _made_on_meta(make: Callable[[], _T]) -> _T:
+    """Makes something with the meta device as torch's default. What is computed of ranges may be on the CPU."""
+    try:
+        with _LightMeta(), torch.device("meta"):  # in this order, so that the device is among the arguments
+            return make()
+    except RuntimeError:  # as when numbers meet what has none
+        with torch.device("meta"):
+            return make()
+
+
+def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without weights.
+
+    Raises:
+        UnsupportedModel: transformers cannot build it of this config.
+    """
+    try:
+        model = _made_on_meta(lambda: model_class(copy.deepcopy(config)))
+        nn.Module.to(model, "meta")
+        return model
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # whatever it stumbles over
+        where = config.name_or_path or f"a model of the family {config.model_type!r}"
+        raise UnsupportedModel(
+            f"transformers cannot build a model of the config of {where}: download it again, or mend it "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def find_container(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
+    """The name of the list of blocks within a model, such as `layers` or `model.decoder.layers`.
+
+    Raises:
+        UnsupportedModel: it has no such list, or cannot be built.
+    """
+    model = on_meta(model_class, config)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return name
+    raise UnsupportedModel(
+        f"models of the family {config.model_type!r} cannot be cut into spans: they have no list of "
+        f"{config.num_hidden_layers} blocks"
+    )
+
+
+def load_cut(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    cut: Callable[[PreTrainedModel], None],
+    tensors: Mapping[str, Any],
+    dtype: torch.dtype,
+    attention: str | None,
+    *,
+    names: Mapping[str, str],
+    new_head: bool = False,
+    one_by_one: bool = False,
+    codes_on: torch.device | None = None,
+) -> PreTrainedModel:
+    """Builds a model on the meta device, cuts it, and loads what is left of it.
+
+    Loading itself (conversion of names and layouts, merging of experts, types, buffers) is transformers' own.
+
+    Args:
+        cut: removes parts of the model in place.
+        tensors: state dict whose values may be read lazily, with the names of the cut model in the checkpoint.
+        attention: name of the attention function; None for the family's default.
+        names: those of `tensors` -> those in the checkpoint, for errors.
+        new_head: what the checkpoint lacks of the head, transformers initialises with torch's random numbers.
+        one_by_one: no tensor is read before the one before it is in its place, so that a model whose layers make
+            their weights smaller is never in memory as a whole.
+        codes_on: the device for which layers hold weights that `tensors` gives in codes as they are; None: such
+            weights become numbers of type `dtype`.
+
+    Raises:
+        UnsupportedModel: the cut model cannot be built, the checkpoint lacks tensors of it, or it does not take all.
+    """
+
+    def build(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+        _made_on_meta(lambda: model_class.__init__(model, config))
+        cut(model)
+
+    members = {"__init__": build, "__module__": model_class.__module__}
+    cut_class: type[PreTrainedModel] = type(model_class.__name__, (model_class,), members)
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with _one_at_a_time, _no_progress_bars(), _reading_ahead(not one_by_one):
+            loaded: Any = cut_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # reported below, in our words
+                **options,
+            )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UnsupportedModel(
+            f"models of the family {config.model_type!r} cannot be cut into spans: {error}"
+        ) from error
+    model, report = loaded
+    missing, mismatched = set(report["missing_keys"]), {name for name, *_ in report["mismatched_keys"]}
+    if new_head:
+        head = {name for name in missing | mismatched if not name.startswith(f"{model.base_model_prefix}.")}
+        if head & mismatched:
+            raise UnsupportedModel(
+                f"the checkpoint has a head for another number of labels ({min(head & mismatched)}): give the number "
+                "that it was trained with, or a checkpoint without a head"
+            )
+        missing -= head
+    if missing := missing | mismatched:
+        raise UnsupportedModel(
+            f"the checkpoint does not fit the family {config.model_type!r}: {min(missing)} is missing or has another "
+            "shape; take a checkpoint in transformers' format"
+        )
+    unexpected = set(report["unexpected_keys"])
+    if new_head:  # the head that the checkpoint has may be for another task
+        unexpected = {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
+    unexpected -= ignored(unexpected, model)
+    unexpected -= {name for name in unexpected if name.endswith(".bias") and _is_zero(tensors.get(name))}
+    check_none((names.get(name, name) for name in unexpected), config.model_type)
+    model.__class__ = model_class
+    hold_codes(model, codes_on)
+    return model
+
+
+def _is_zero(tensor: Any) -> bool:
+    """Whether it is a bias of nothing, as AutoGPTQ stores with every layer."""
+    return tensor is not None and not bool(tensor[...].any())
+
+
+_one_at_a_time = threading.Lock()
+"""While it builds a model, transformers changes settings of the whole process, such as torch's default dtype."""
+
+
+def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint -> name of the parameter of a model that transformers loads it into, or into a part of."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    parameters = model.state_dict()
+    return {
+        name: rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)[0] for name in names
+    }
+
+
+def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> None:
+    """Leaves blocks `[start, end)` of a backbone and makes what comes before and after them neutral."""
+    parent, list_name = parent_of(backbone, container)
+    kept = getattr(parent, list_name)[start:end]
+    for module in kept.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx = module.layer_idx - start
+    for owner in {id(module): module for module in (backbone, parent)}.values():
+        for name, child in list(owner.named_children()):
+            if name in ADDED_POSITIONS:
+                setattr(owner, name, Zero(backbone.dtype))
+            elif child is not parent and (next(child.parameters(), None) is not None or _is_norm(child)):
+                setattr(owner, name, nn.Identity())
+    setattr(parent, list_name, kept)
+    keep_configs(parent)
+    slice_config(backbone.config, start, end)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()  # some have no parameters
+
+
+def keep_configs(parent: nn.Module) -> None:
+    """Before the config is sliced: what stands beside the blocks, as rotary embeddings do, keeps that of the whole."""
+    children: list[Any] = list(parent.children())
+    for child in children:
+        config = getattr(child, "config", None)
+        if isinstance(config, PreTrainedConfig) and not isinstance(child, PreTrainedModel):
+            child.config = copy.deepcopy(config)
+
+
+def share_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> PreTrainedModel:
+    """A backbone with blocks `[start, end)` of another, which has `config.num_hidden_layers` of them."""
+    shared = _shallow(backbone)
+    shared.config = copy.deepcopy(backbone.config)
+    slice_config(shared.config, start, end)
+    owner: nn.Module = shared
+    *path, list_name = container.split(".")
+    for name in path:
+        setattr(owner, name, _shallow(getattr(owner, name)))
+        owner = getattr(owner, name)
+        if isinstance(owner, PreTrainedModel):
+            owner.config = shared.config
+    setattr(owner, list_name, getattr(owner, list_name)[start:end])
+    return shared
+
+
+def parent_of(model: nn.Module, container: str) -> tuple[nn.Module, str]:
+    """The module that holds the list of blocks, and the list's name in it."""
+    path, _, name = container.rpartition(".")
+    return model.get_submodule(path), name
+
+
+def _shallow(module: Any) -> Any:
+    """A copy of a module with the same children, which can be replaced one by one."""
+    shallow = copy.copy(module)
+    shallow.__dict__["_modules"] = dict(module._modules)
+    return shallow
+
+
+def slice_config(config: PreTrainedConfig, start: int, end: int) -> None:
+    """Leaves the entries of the blocks `[start, end)` in all lists of the config that have one per block."""
+    count = config.num_hidden_layers
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == count and key in _PER_BLOCK:
+            setattr(config, key, value[start:end])
+    if getattr(config, "attn_layer_indices", None):
+        config.attn_layer_indices = [index - start for index in config.attn_layer_indices if start <= index < end]
+    if hasattr(config, "attn_layer_offset") and hasattr(config, "attn_layer_period"):
+        config.attn_layer_offset = (config.attn_layer_offset - start) % config.attn_layer_period
+    config.num_hidden_layers = end - start
+    spec = getattr(config, "_heterogeneity_spec", None)
+    if spec is not None:
+        overrides = {index - start: own for index, own in spec.per_layer_overrides.items() if start <= index < end}
+        config._heterogeneity_spec = dataclasses.replace(spec, per_layer_overrides=overrides)
+
+
+_PER_BLOCK = (
+    *("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type", "attention_layers", "indexer_types"),
+)
+"""Lists in configs with one entry per block. (Others of that length, such as `eos_token_id`, mean something else.)"""
+
+
+@contextmanager
+def _reading_ahead(allowed: bool) -> Iterator[None]:
+    """Whether transformers may read tensors in other threads before it needs them; it asks the environment."""
+    before = os.environ.get(_READ_AHEAD)
+    if not allowed:
+        os.environ[_READ_AHEAD] = "1"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[_READ_AHEAD] = before
+        elif not allowed:
+            del os.environ[_READ_AHEAD]
+
+
+_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silences transformers' own bar for loading: progress is reported to the caller."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Faster ways for decode steps."""

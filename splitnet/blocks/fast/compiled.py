@@ -1,0 +1,278 @@
+"""A few new positions through blocks of the usual parts, in one call of compiled code.
+
+What `splitnet.blocks.fast.lean` leaves is more than half of the time of a decode step with weights of few bits: for each
+block some twenty calls of torch, on tensors of a few hundred numbers. `native/step.h` has the whole block instead, also
+for several positions of a sequence, as windows of drafts have them, and of all the kinds that `BlockDescription` tells
+apart. As there, what comes out is compared with the family's own code when a span loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from inspect import signature
+from itertools import chain
+from struct import pack
+from typing import Any
+
+import torch
+from torch import nn
+
+from splitnet.blocks.attention import Part
+from splitnet.blocks.fast.describe import Attention, BlockDescription, Norm, Turned, UnknownPart
+from splitnet.blocks.fast.gating import KnownExperts
+from splitnet.blocks.rotary import Order, Turning
+from splitnet.quant import native
+from splitnet.quant.floats import CompiledBfloat16, CompiledFloat16, ConvertedBfloat16, ConvertedFloat32
+from splitnet.quant.grouped import GroupedForm
+from splitnet.quant.linear import PLAIN_LINEAR, HeldLinear
+from splitnet.quant.tiles import CHUNK
+
+MOST_POSITIONS = 16
+"""In one step; with more, products of matrices are faster."""
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_GROUPED = 3
+_VECTOR = 16
+_NO_MATRIX = [0] * 6
+_NO_NORM = [0] * 5
+_NO_EXPERTS = [0] * 31
+
+Fields = list[int | float]
+"""Of a struct of C: all have 8 bytes."""
+
+
+class CompiledStep:
+    """Runs blocks that `CompiledStep.of` knows.
+
+    Args:
+        blocks: what they consist of, in order.
+        rope: gives the cosines and sines of positions.
+        turning: what is done with them; None: no block is turned.
+        windows: sliding windows in positions, by the index that blocks have in their caches.
+        dtype: what the span computes in, and keeps in its caches.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockDescription],
+        rope: nn.Module | None,
+        turning: Turning | None,
+        windows: Sequence[int | None],
+        dtype: torch.dtype,
+    ) -> None:
+        self._rope: Any = rope
+        self._turning = turning
+        self._ropes = _ropes_of(blocks, rope)
+        self._dtype = dtype
+        self._kept = blocks[0].attention.kept
+        self._indices = tuple(block.attention.index for block in blocks)
+        self._alive: list[torch.Tensor] = []
+        fields = chain.from_iterable(self._fields(block, windows[block.attention.index]) for block in blocks)
+        described = b"".join(pack("d" if isinstance(field, float) else "q", field) for field in fields)
+        self._blocks = torch.frombuffer(bytearray(described), dtype=torch.int64)
+
+    @classmethod
+    def of(
+        cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None], dtype: torch.dtype
+    ) -> CompiledStep | None:
+        """For these blocks; None if nothing is compiled for this CPU.
+
+        Raises:
+            UnknownPart: their parts are not the usual ones. As they may be anything, so may be what is raised.
+        """
+        if not native.has_fast_kernels() or dtype not in (torch.float32, torch.bfloat16):
+            return None
+        described = [BlockDescription.of(block) for block in blocks]
+        for block in described:
+            _check(block)
+        if len({block.attention.kept for block in described}) > 1:
+            raise UnknownPart("blocks with other heads")
+        return cls(described, rope, _turning_of(blocks, described, rope), windows, dtype)
+
+    def takes(self, parts: Sequence[Part]) -> bool:
+        """Whether a pass is small enough, and without adapters."""
+        plain = all(part.adapter is None and not part.row.prefix_length for part in parts)
+        return plain and sum(part.count for part in parts) <= MOST_POSITIONS
+
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        """`[positions, hidden]` -> `[positions, hidden]`, in the type of `hidden`."""
+        indices = [part.row.prefix_length + part.start + new for part in parts for new in range(part.count)]
+        positions = torch.tensor(indices)
+        cosines, sines = self._turns(hidden, positions)
+        result = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        rows = [self._stores(part) for part in parts for _ in range(part.count)]
+        stores = rows[0] if len(rows) == 1 else torch.stack(rows, dim=1)
+        turns = (cosines, sines, Order.APART if self._turning is None else self._turning.order)
+        native.step(self._blocks, len(self._indices), result, stores, positions, *turns, self._dtype.itemsize)
+        return result.to(hidden.dtype)
+
+    def _turns(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, `[ropes, positions, half of what is turned]`."""
+        if self._turning is None:
+            return torch.empty(1, 0), torch.empty(1, 0)
+        found = [self._rope(hidden[None], positions[None], *kind) for kind in self._ropes]
+        halves = [[turn[0].float() for turn in self._turning.halves(turns)] for turns in found]
+        if len(halves) == 1:
+            return halves[0][0].contiguous(), halves[0][1].contiguous()
+        cosines, sines = (torch.stack(turns) for turns in zip(*halves, strict=True))
+        return cosines, sines
+
+    def _stores(self, part: Part) -> torch.Tensor:
+        return part.row.reserve(self._indices, part.count, self._kept, self._dtype)
+
+    def _fields(self, block: BlockDescription, window: int | None) -> Fields:
+        """As `Block` in `native/step.h`."""
+        attention, mlp, experts = block.attention, block.mlp, block.experts
+        norms = (block.before, block.after, block.between, block.behind, attention.query_norm, attention.key_norm)
+        fields: Fields = [*chain.from_iterable(map(self._norm, norms))]
+        fields += [block.parallel, block.residual, self._optional(attention.sinks), self._optional(attention.slopes)]
+        fields += [self._numbers(attention.places), attention.scale, attention.cap, attention.clip]
+        latents = attention.latents
+        rank, absorbed = (0, False) if latents is None else (latents.norm.weight.numel(), latents.kept)
+        fields += [attention.heads, attention.stored, attention.size, attention.value_size, rank, absorbed]
+        fields += [window or 0, attention.joined, attention.late]
+        turns = self._turning is not None and attention.turns
+        fields += [self._ropes.index(_kind_of(attention, self._rope)) if turns else -1]
+        fields += [0, 0.0, 0.0, 0.0, 0.0] if mlp is None else [int(mlp.activation.kind), *mlp.activation.shape]
+        fields += chain.from_iterable(map(self._matrix, block.layers))
+        inner = (None, None) if latents is None else (latents.lowered_norm, latents.norm)
+        fields += chain.from_iterable(map(self._norm, inner))
+        fields += chain.from_iterable(map(self._matrix, attention.latent_layers))
+        return fields + (_NO_EXPERTS if experts is None else self._described_experts(experts))
+
+    def _described_experts(self, experts: KnownExperts) -> Fields:
+        choice, gating = experts.choice, experts.gating
+        weight, short = choice.weight, choice.weight.bfloat16()
+        if torch.equal(short.float(), weight.float()):
+            weight = short  # as it came
+        self._alive.append(weight.contiguous())
+        outputs, inputs = weight.shape
+        matrices: Fields = [
+            _KINDS[weight.dtype],
+            self._alive[-1].data_ptr(),
+            0,
+            self._optional(choice.bias),
+            inputs,
+            outputs,
+        ]
+        for name in ("gate_up_proj", "down_proj"):
+            form = experts.held.held[name].parts[0]
+            self._alive += [form.tiles, form.description]
+            bias = self._optional(getattr(experts.held, f"{name}_bias") if experts.held.has_bias else None)
+            matrices += [_GROUPED, form.tiles.data_ptr(), form.description.data_ptr(), bias, form.inputs, form.outputs]
+        fields: Fields = [
+            outputs,
+            choice.chosen,
+            choice.sigmoid,
+            choice.normalised,
+            choice.groups,
+            choice.kept,
+            choice.judges,
+        ]
+        fields += [gating.interleaved, self._optional(choice.correction)]
+        return [*fields, choice.factor, gating.alpha, gating.limit, gating.shift, *matrices]
+
+    def _norm(self, norm: Norm | None) -> Fields:
+        if norm is None:
+            return [*_NO_NORM]
+        stride = norm.weight.shape[1] if norm.weight.ndim == 2 else 0
+        weight, bias = self._float_address(norm.weight), self._optional(norm.bias)
+        return [int(norm.kind), weight, bias, stride, norm.epsilon]
+
+    def _matrix(self, layer: Any) -> Fields:
+        if layer is None:
+            return [*_NO_MATRIX]
+        bias = self._optional(layer.bias)
+        kind, weight, scales = _held(layer)
+        scales_at = 0 if scales is None else scales.data_ptr()
+        self._alive += [weight] if scales is None else [weight, scales]
+        return [kind, weight.data_ptr(), scales_at, bias, layer.in_features, layer.out_features]
+
+    def _numbers(self, values: list[int] | None) -> int:
+        if values is None:
+            return 0
+        self._alive.append(torch.tensor(values))
+        return self._alive[-1].data_ptr()
+
+    def _optional(self, values: torch.Tensor | None) -> int:
+        return 0 if values is None else self._float_address(values)
+
+    def _float_address(self, values: torch.Tensor) -> int:
+        self._alive.append(values.detach().float().contiguous())
+        return self._alive[-1].data_ptr()
+
+
+Kind = tuple[str, ...]
+"""What a rotary embedding takes besides hidden states and positions."""
+
+
+def _kind_of(attention: Attention, rope: nn.Module | None) -> Kind:
+    """What tells the rotary embedding of a block apart where the family has several."""
+    several = rope is not None and "layer_type" in signature(rope.forward).parameters
+    return (attention.kind or "",) if several else ()
+
+
+def _ropes_of(blocks: Iterable[BlockDescription], rope: nn.Module | None) -> list[Kind]:
+    return sorted({_kind_of(block.attention, rope) for block in blocks if block.attention.turns})
+
+
+def _turning_of(
+    blocks: Sequence[nn.Module], described: Sequence[BlockDescription], rope: nn.Module | None
+) -> Turning | None:
+    kinds = _ropes_of(described, rope)
+    if rope is None or not kinds:
+        return None
+    attention = next(module for module in blocks[0].modules() if hasattr(module, "layer_idx"))
+    size, width = described[0].attention.turned_size, described[0].width
+    found = {Turning.of(attention, size, rope, width, kind) for kind in kinds}
+    turning = found.pop()
+    if found or turning is None:
+        raise UnknownPart("rotary embedding")
+    return turning
+
+
+def _check(block: BlockDescription) -> None:
+    """That there are kernels for a block."""
+    experts = block.experts
+    attention = block.attention
+    layers = (*block.layers, *attention.latent_layers)
+    if any(size % _VECTOR for size in attention.sizes) or not all(layer is None or _is_held(layer) for layer in layers):
+        raise UnknownPart("layers")
+    if attention.latents is not None and attention.latents.kept and not _is_plain(attention.latents.expand):
+        raise UnknownPart("codes of what makes keys and values of latents")
+    if experts is not None and not _experts_fit(experts, block.width):
+        raise UnknownPart("experts")
+
+
+def _experts_fit(experts: KnownExperts, width: int) -> bool:
+    inner, outer = experts.held.held["gate_up_proj"], experts.held.held["down_proj"]
+    return (
+        all(len(form.parts) == 1 and form.parts[0].has_fast_kernel for form in (inner, outer))
+        and all(form.inputs % CHUNK == 0 for form in (inner, outer))
+        and inner.outputs == 2 * outer.inputs
+        and experts.choice.weight.shape[1] == inner.inputs == outer.outputs == width
+        and experts.choice.chosen <= outer.experts
+        and (experts.opener is None or (experts.opener.in_features, experts.opener.out_features) == (width, 1))
+    )
+
+
+def _is_held(layer: nn.Linear | HeldLinear | Turned) -> bool:
+    if isinstance(layer, HeldLinear):
+        if isinstance(layer.held, GroupedForm):
+            return layer.held.has_fast_kernel and layer.in_features % CHUNK == 0
+        known = (CompiledFloat16, CompiledBfloat16, ConvertedBfloat16, ConvertedFloat32)
+        return type(layer.held) in known
+    plain = type(layer) in (nn.Linear, Turned) or type(layer).__name__ in PLAIN_LINEAR
+    return plain and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
+
+
+def _is_plain(layer: Any) -> bool:
+    return type(layer) is nn.Linear and layer.bias is None and layer.weight.dtype in (torch.float32, torch.bfloat16)
+
+
+def _held(layer: nn.Linear | HeldLinear | Turned) -> tuple[int, torch.Tensor, torch.Tensor | None]:
+    """The number of its kind in `native/products.h`, its tensor, and its description if it has one."""
+    held: Any = layer.held if isinstance(layer, HeldLinear) else layer
+    if isinstance(held, GroupedForm):
+        return _GROUPED, held.tiles, held.description
+    return _KINDS[held.weight.dtype], held.weight, None

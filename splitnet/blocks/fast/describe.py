@@ -1,0 +1,620 @@
+"""What blocks consist of, as compiled steps run them: found by the names that families have for the same parts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+from itertools import product
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from splitnet.blocks.attention import PACKED
+from splitnet.blocks.fast.gating import KnownExperts
+
+_TRIALS = 8
+_SCALES = (1.0, 1e-2)
+"""Of what norms are tried on: the second one shows what is added to the variance."""
+
+
+class UnknownPart(Exception):
+    """A part of a block that compiled steps do not have; the message names it."""
+
+
+class NormKind(IntEnum):
+    """As `enum norm` in `native/step.h`."""
+
+    RMS = 1
+    LAYER = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """What a norm multiplies and adds to normalised numbers.
+
+    Attributes:
+        weight: `[width]`, or `[heads, size]` of heads that have one each.
+        bias: likewise, or None.
+        epsilon: is added to the variance.
+    """
+
+    kind: NormKind
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    epsilon: float
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self:
+        """For a family's own module.
+
+        Raises:
+            UnknownPart: it does something else.
+        """
+        own: Any = deepcopy(module).float()
+        named = [(name.rpartition(".")[2], each.detach()) for name, each in own.named_parameters()]
+        weight, bias = (_stacked([each for name, each in named if name == wanted]) for wanted in ("weight", "bias"))
+        if weight is None:
+            weight = torch.ones(own.normalized_shape, dtype=torch.float32)
+        epsilon = float(getattr(own, "variance_epsilon", getattr(own, "eps", 1e-5)))
+        noise = torch.Generator().manual_seed(0)
+        # Heads stand before positions or behind them: here there is one position.
+        shape = (_TRIALS, *weight.shape) if weight.ndim == 1 else (_TRIALS, len(weight), 1, weight.shape[1])
+        if weight.ndim == 2 and not hasattr(own, "norms"):
+            shape = (_TRIALS, 1, *weight.shape)
+        given = [scale * (torch.randn(shape, generator=noise, dtype=torch.float32) + 0.5) for scale in _SCALES]
+        found = [own(each) for each in given]
+        for kind, offset in product(NormKind, (0.0, 1.0)):
+            likely = cls(kind, weight + offset, bias, epsilon)
+            rows = [each.view(_TRIALS, *weight.shape) for each in given]
+            if all(_same(likely._normed(row), each.view_as(row)) for row, each in zip(rows, found, strict=True)):
+                return likely
+        raise UnknownPart(type(module).__name__)
+
+    def _normed(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.kind == NormKind.LAYER:
+            rows = rows - rows.mean(-1, keepdim=True)
+        rows = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + self.epsilon) * self.weight
+        return rows if self.bias is None else rows + self.bias
+
+
+class ActivationKind(IntEnum):
+    """As `enum activation` in `native/step.h`."""
+
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+    GELU_QUICK = 3
+    RELU = 4
+    RELU_SQUARED = 5
+    XIELU = 6
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One of those that compiled steps have; `shape`: four numbers of xIELU."""
+
+    kind: ActivationKind
+    shape: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+    @classmethod
+    def of(cls, module: Any) -> Self:
+        """For a family's own module.
+
+        Raises:
+            UnknownPart: it does something else.
+        """
+        own: Any = deepcopy(module).float()
+        given = torch.linspace(-8, 8, 1001, dtype=torch.float32)
+        with torch.no_grad():
+            found = own(given)
+            for kind, shape, function in _activations(own):
+                if _same(function(given), found):
+                    return cls(kind, shape)
+        raise UnknownPart(type(module).__name__)
+
+
+def _activations(own: Any) -> Iterator[tuple[ActivationKind, Any, Callable[[torch.Tensor], torch.Tensor]]]:
+    plain: dict[ActivationKind, Callable[[torch.Tensor], torch.Tensor]] = {
+        ActivationKind.SILU: functional.silu,
+        ActivationKind.GELU: functional.gelu,
+        ActivationKind.GELU_TANH: partial(functional.gelu, approximate="tanh"),
+        ActivationKind.GELU_QUICK: lambda x: x * torch.sigmoid(1.702 * x),
+        ActivationKind.RELU: functional.relu,
+        ActivationKind.RELU_SQUARED: lambda x: functional.relu(x).square(),
+    }
+    for kind, function in plain.items():
+        yield kind, (0.0, 0.0, 0.0, 0.0), function
+    if hasattr(own, "alpha_p"):
+        beta, most = float(own.beta), float(own.eps)
+        positive, rest = float(functional.softplus(own.alpha_p)), float(functional.softplus(own.alpha_n)) + beta
+        yield (
+            ActivationKind.XIELU,
+            (positive, rest, beta, most),
+            lambda x: torch.where(x > 0, positive * x.square(), (torch.expm1(x.clamp(max=most)) - x) * rest) + beta * x,
+        )
+
+
+def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    return None if not tensors else tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "ffn", "block_sparse_moe")
+_QUERY, _KEY, _VALUE = ("q_proj",), ("k_proj",), ("v_proj",)
+_ALL_THREE = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
+_OUT = ("o_proj", "dense", "out_proj", "c_proj")
+_LATENT = "kv_a_proj_with_mqa"
+_QUERY_NORM = ("q_norm", "q_layernorm", "query_layernorm")
+_KEY_NORM = ("k_norm", "k_layernorm", "key_layernorm")
+_GATE, _GATE_AND_UP = ("gate_proj",), ("gate_up_proj",)
+_UP = ("up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h")
+_DOWN = ("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h")
+_ACTIVATION = ("act_fn", "activation_fn", "act", "gelu_impl")
+
+_NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("attention_layernorm", None, "feedforward_layernorm", None),
+    ("ln_1", None, "ln_2", None),
+    ("norm_1", None, "norm_2", None),
+    ("self_attn_layer_norm", None, "final_layer_norm", None),
+    ("ln_attn", None, "ln_mlp", None),
+    ("input_layernorm", None, None, None),
+    ("ln_1", None, None, None),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+)
+"""Names of the norms of what attention takes and gives, and of what the MLP does: a block has all of one line."""
+
+_AFTER_TURNING = "query_layernorm"
+"""The norm of queries that comes after the rotary embedding."""
+
+_BY_HEAD = "query_key_value"
+"""The product that has queries, keys and values in turns, by stored head; others have all queries first."""
+
+_DO_NOT_TURN: Mapping[str, Callable[[Any], bool]] = {
+    "Cohere2Attention": lambda attention: attention.sliding_window is None,
+    "Exaone4Attention": lambda attention: attention.sliding_window is not None and not attention.is_sliding,
+}
+"""Which blocks of a family leave its rotary embedding out, where no `use_rope` says so."""
+
+_NEEDED: Mapping[str, Any] = {"do_layer_norm_before": True, "apply_residual_connection_post_layernorm": False}
+"""Values of attributes of blocks where they exist; with others the order is another."""
+
+_CAPPED = "Gemma2Attention"
+"""Whose logits are capped. Gemma 3 reads the cap from its config, too, and does nothing with it."""
+
+_ALIBI: Mapping[str, Callable[[Any, int], torch.Tensor]] = {
+    "BloomAttention": lambda own, heads: own.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32),
+    "FalconAttention": lambda own, heads: own.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32),
+    "MptAttention": lambda own, heads: own.build_mpt_alibi_tensor(heads, 2),
+}
+"""What a family's module adds to the logits of two positions: `[heads, 1, 2]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockDescription:
+    """A block of the usual parts.
+
+    Attributes:
+        before, after: norms of what attention takes, and of what it gives.
+        between, behind: norms of what the MLP takes, and of what it gives.
+        parallel: the MLP takes what attention takes, too; else what comes out of it.
+        residual: what attention and MLP give is multiplied by it.
+        mlp: None where there are experts alone.
+    """
+
+    before: Norm | None
+    after: Norm | None
+    between: Norm | None
+    behind: Norm | None
+    parallel: bool
+    residual: float
+    attention: Attention
+    mlp: Mlp | None
+    experts: KnownExperts | None
+
+    @classmethod
+    def of(cls, block: Any) -> Self:
+        """For a family's own block.
+
+        Raises:
+            UnknownPart: it has a part that compiled steps do not have, or its parts do not fit together. As it may be
+                anything, so may be what is raised.
+        """
+        for name, value in _NEEDED.items():
+            if getattr(block, name, value) != value:
+                raise UnknownPart(name)
+        parts = _Parts(block)
+        attention, feed_forward = Attention.of(parts.take(_ATTENTION)), parts.find(_MLP)
+        experts = None if feed_forward is None else KnownExperts.of(feed_forward)
+        if experts is not None:
+            mlp = None if experts.shared is None else Mlp.all_of(experts.shared)
+        else:
+            mlp = Mlp.of(parts) if feed_forward is None else Mlp.all_of(feed_forward)
+        names = next((names for names in _NORMS if set(names) - {None} == set(parts.rest)), None)
+        if names is None or list(block.parameters(recurse=False)) or list(block.buffers(recurse=False)):
+            raise UnknownPart(", ".join(parts.rest) or "parameters of the block itself")
+        before, after, between, behind = (None if name is None else Norm.of(parts.rest[name]) for name in names)
+        alone = names[1:] == (None, None, None)
+        parallel = alone or names[0] == "ln_attn" or bool(getattr(block, "use_parallel_residual", False))
+        residual = float(getattr(block, "residual_multiplier", 1))
+        described = cls(before, after, between, behind, parallel, residual, attention, mlp, experts)
+        if not described._fits_together():
+            raise UnknownPart("sizes")
+        return described
+
+    @property
+    def width(self) -> int:
+        """Of hidden states."""
+        return self.attention.out.out_features
+
+    @property
+    def layers(self) -> list[Any]:
+        """Query, key, value, out, gate, up, down, and what opens a shared expert; None where there is none."""
+        own = self.attention
+        inner = (None, None, None) if self.mlp is None else (self.mlp.gate, self.mlp.up, self.mlp.down)
+        opener = None if self.experts is None else self.experts.opener
+        return [own.query, own.key, own.value, own.out, *inner, opener]
+
+    def _fits_together(self) -> bool:
+        """Whether the sizes are those that the compiled code takes for granted."""
+        query, key, value, out, gate, up, down, opener = self.layers
+        latents = self.attention.latents
+        first = query if latents is None or latents.lowered is None else latents.lowered
+        inputs = {layer.in_features for layer in (first, key, value, gate, up, opener) if layer is not None}
+        outputs = {layer.out_features for layer in (out, down) if layer is not None}
+        norms = (self.before, self.after, self.between, self.behind)
+        widths = {norm.weight.numel() for norm in norms if norm is not None}
+        return inputs | outputs | widths == {self.width} and self.attention.fits_together()
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Attention of a block.
+
+    Attributes:
+        query, key, value, out: layers; the second and the third are None where the first gives all three.
+        places: where it has the queries, keys and values, in heads; or None.
+        joined: the norms of queries and of keys are of all heads together.
+        late: they come after the rotary embedding.
+        heads, stored: of queries, and of keys as they are stored.
+        size: of a head of queries and keys.
+        value_size: of a head of values.
+        cap, clip: of logits, and of numbers of heads; or 0.
+        slopes: what is added to the logits of a head for every position.
+        turns: with the rotary embedding.
+        index: of the block in its caches.
+        kind: of the block, by which families have a rotary embedding; or None.
+        latents: what keys and values are made of; or None.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+    places: list[int] | None
+    query_norm: Norm | None
+    key_norm: Norm | None
+    late: bool
+    heads: int
+    stored: int
+    size: int
+    value_size: int
+    scale: float
+    cap: float
+    clip: float
+    sinks: torch.Tensor | None
+    slopes: torch.Tensor | None
+    turns: bool
+    index: int
+    kind: str | None
+    latents: Latents | None = None
+
+    @classmethod
+    def of(cls, module: Any) -> Self:
+        """For a family's own module.
+
+        Raises:
+            UnknownPart: it has a part that compiled steps do not have.
+        """
+        if hasattr(module, _LATENT):
+            return cls._with_latents(module)
+        size = int(getattr(module, "head_dim", None) or module.head_size)
+        by_head = hasattr(module, _BY_HEAD) or getattr(module, "multi_query", None) is False
+        parts = _Parts(module)
+        late = _AFTER_TURNING in parts.rest
+        norms = (parts.find(names) for names in (_QUERY_NORM, _KEY_NORM))
+        query_norm, key_norm = (None if norm is None else Norm.of(norm) for norm in norms)
+        out, query = parts.take(_OUT), parts.find(_ALL_THREE)
+        heads, key, value, places = out.in_features // size, None, None, None
+        if query is None:
+            query, key, value = (parts.take(names) for names in (_QUERY, _KEY, _VALUE))
+            stored = key.out_features // size
+        else:
+            places = _places(module, heads, (query.out_features // size - heads) // 2, by_head=by_head)
+            stored = (len(places) - heads) // 2
+        own = {name for name, _ in module.named_parameters(recurse=False)}
+        if parts.rest or own - {"sinks"}:
+            raise UnknownPart(", ".join([*parts.rest, *own]))
+        slopes = _slopes(module, heads)
+        return cls(
+            query,
+            key,
+            value,
+            out,
+            places,
+            query_norm,
+            key_norm,
+            late,
+            heads,
+            stored,
+            size,
+            size,
+            scale=float(_first(module, "scaling", "inv_norm_factor", "softmax_scale") or size**-0.5),
+            cap=float((type(module).__name__ == _CAPPED and module.attn_logit_softcapping) or 0),
+            clip=float(_first(module, "clip_qkv") or _first(getattr(module, "config", None), "clip_qkv") or 0),
+            sinks=getattr(module, "sinks", None),
+            slopes=slopes,
+            turns=slopes is None and _turns(module),
+            index=module.layer_idx,
+            kind=_first(module, "layer_type", "attention_type"),
+        )
+
+    @classmethod
+    def _with_latents(cls, module: Any) -> Self:
+        parts = _Parts(module)
+        latents, query, out = Latents.of(parts, module), parts.take((*_QUERY, "q_b_proj")), parts.take(_OUT)
+        if parts.rest or list(module.parameters(recurse=False)):
+            raise UnknownPart(", ".join(parts.rest) or "parameters of attention itself")
+        size, value_size = int(module.qk_nope_head_dim + module.qk_rope_head_dim), int(module.v_head_dim)
+        heads = out.in_features // value_size
+        return cls(
+            *(query, None, None, out, None, None, None),
+            late=False,
+            heads=heads,
+            stored=1 if latents.kept else heads,
+            size=size,
+            value_size=value_size,
+            scale=float(module.scaling),
+            cap=0.0,
+            clip=0.0,
+            sinks=None,
+            slopes=None,
+            turns=True,
+            index=module.layer_idx,
+            kind=None,
+            latents=latents,
+        )
+
+    @property
+    def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and their size, of the keys that are stored and of the values."""
+        if self.latents is not None and self.latents.kept:
+            return (1, self.latents.rank), (1, self.latents.turned)
+        return (self.stored, self.size), (self.stored, self.value_size)
+
+    @property
+    def latent_layers(self) -> list[Any]:
+        """Those of `latents`; None where there is none."""
+        latents = self.latents
+        return [None] * 3 if latents is None else [latents.lowered, latents.layer, latents.expand]
+
+    @property
+    def turned_size(self) -> int:
+        """Numbers of a head that a rotary embedding is given."""
+        return self.size if self.latents is None else self.latents.turned
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of all that is read and written in whole vectors."""
+        latents = self.latents
+        return [self.size, self.value_size] + ([] if latents is None else [latents.rank, latents.turned])
+
+    @property
+    def joined(self) -> bool:
+        """Whether the norms of queries and of keys are of all heads together."""
+        weight = None if self.query_norm is None else self.query_norm.weight
+        return weight is not None and weight.ndim == 1 and weight.numel() > self.size
+
+    def fits_together(self) -> bool:
+        """Whether the sizes are those that the compiled code takes for granted."""
+        if self.latents is not None:
+            return self.latents.fits_together(self)
+        taken = self.heads + 2 * self.stored if self.places is None else max(self.places) + 1
+        given = [layer.out_features // self.size for layer in (self.query, self.key, self.value) if layer is not None]
+        return (
+            self.heads % self.stored == 0
+            and sum(given) == taken
+            and given[1:] in ([], [self.stored, self.stored])
+            and self.out.in_features == self.heads * self.size
+            and self._fits(self.query_norm, self.heads)
+            and self._fits(self.key_norm, self.stored)
+            and all(each is None or each.numel() == self.heads for each in (self.sinks, self.slopes))
+        )
+
+    def _fits(self, norm: Norm | None, many: int) -> bool:
+        shapes = {(many * self.size,)} if self.joined else {(self.size,), (many, self.size)}
+        return norm is None or tuple(norm.weight.shape) in shapes
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """A few numbers of which the keys and values of all heads are made (DeepSeek-AI, "DeepSeek-V2", arXiv:2405.04434).
+
+    Attributes:
+        lowered, lowered_norm: layer and norm whose output queries are made of; or None.
+        layer: gives what `norm` makes latents of, and behind it the part of keys that is turned, which all heads share.
+        expand: makes of latents, by head, the rest of a key and the value.
+        kept: they are stored, with the part of keys that is turned, in the place of keys and values.
+    """
+
+    lowered: Any
+    lowered_norm: Norm | None
+    layer: Any
+    norm: Norm
+    expand: Any
+    kept: bool
+
+    @classmethod
+    def of(cls, parts: _Parts, module: Any) -> Self:
+        """Of the parts of a family's own module.
+
+        Raises:
+            UnknownPart: something is missing, or done otherwise.
+        """
+        lowered, lowered_norm = parts.find(("q_a_proj",)), parts.find(("q_a_layernorm",))
+        return cls(
+            lowered,
+            None if lowered is None else Norm.of(lowered_norm),
+            parts.take((_LATENT,)),
+            Norm.of(parts.take(("kv_a_layernorm",))),
+            parts.take(("kv_b_proj",)),
+            kept=module.config._attn_implementation != PACKED,
+        )
+
+    @property
+    def rank(self) -> int:
+        """How many numbers they are."""
+        return self.norm.weight.numel()
+
+    @property
+    def turned(self) -> int:
+        """Numbers of a key that are turned: the last ones."""
+        return self.layer.out_features - self.rank
+
+    def fits_together(self, attention: Attention) -> bool:
+        """Whether the sizes are those that the compiled code takes for granted."""
+        query, heads, plain = attention.query, attention.heads, attention.size - self.turned
+        lowered = query.in_features if self.lowered is None else self.lowered.out_features
+        return (
+            plain > 0
+            and self.turned > 0
+            and query.out_features == heads * attention.size
+            and query.in_features == lowered
+            and (self.lowered_norm is None or self.lowered_norm.weight.numel() == lowered)
+            and (self.expand.in_features, self.expand.out_features)
+            == (self.rank, heads * (plain + attention.value_size))
+            and attention.out.in_features == heads * attention.value_size
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Mlp:
+    """What all positions run through: `down(activation(gate) * up)`, or without a gate `down(activation(up))`.
+
+    Attributes:
+        gate: has the outputs of `up` behind its own, too, where that is None; or None.
+    """
+
+    gate: Any
+    up: Any
+    down: Any
+    activation: Activation
+
+    @classmethod
+    def all_of(cls, module: Any) -> Self:
+        """For a family's own module that has nothing else. Raises as `of`."""
+        parts = _Parts(module)
+        mlp = cls.of(parts)
+        if parts.rest:
+            raise UnknownPart(", ".join(parts.rest))
+        return mlp
+
+    @classmethod
+    def of(cls, parts: _Parts) -> Self:
+        """Of some parts.
+
+        Raises:
+            UnknownPart: there are none of an MLP, or they do not fit together.
+        """
+        joined = parts.find(_GATE_AND_UP)
+        gate = joined if joined is not None else parts.find(_GATE)
+        up = parts.take(_UP) if joined is None else None
+        down, activation = parts.take(_DOWN), Activation.of(parts.take(_ACTIVATION))
+        inner = {layer.out_features for layer in (gate, up) if layer is not None}
+        if inner != {down.in_features * (2 if up is None else 1)}:
+            raise UnknownPart("sizes of an MLP")
+        return cls(gate, up, down, activation)
+
+
+class Turned:
+    """A linear layer whose weight is `[inputs, outputs]`. It stays so, but lies in memory as others do from now on."""
+
+    def __init__(self, layer: Conv1D) -> None:
+        self.in_features, self.out_features = layer.weight.shape
+        if not layer.weight.t().is_contiguous():
+            layer.weight.data = layer.weight.data.t().contiguous().t()
+        self.weight, self.bias = layer.weight.detach().t(), layer.bias
+
+
+_NOTHING = (nn.Dropout, nn.Identity)
+"""What does nothing in a span."""
+
+
+class _Parts:
+    """Children of a module, taken one by one."""
+
+    def __init__(self, module: Any) -> None:
+        named = [(name, each) for name, each in module.named_children() if not isinstance(each, _NOTHING)]
+        self.rest: dict[str, Any] = {name: Turned(each) if type(each) is Conv1D else each for name, each in named}
+
+    def find(self, names: Iterable[str]) -> Any:
+        """Takes the one that has one of these names; None: there is none."""
+        return next((self.rest.pop(name) for name in names if name in self.rest), None)
+
+    def take(self, names: Iterable[str]) -> Any:
+        """The same; raises UnknownPart if there is none."""
+        found = self.find(names)
+        if found is None:
+            raise UnknownPart(f"no {' or '.join(names)}")
+        return found
+
+
+def _first(module: Any, *names: str) -> Any:
+    return next((found for name in names if (found := getattr(module, name, None)) is not None), None)
+
+
+def _turns(attention: Any) -> bool:
+    leaves_out = _DO_NOT_TURN.get(type(attention).__name__)
+    return bool(getattr(attention, "use_rope", True)) if leaves_out is None else not leaves_out(attention)
+
+
+def _slopes(attention: Any, heads: int) -> torch.Tensor | None:
+    alibi = _ALIBI.get(type(attention).__name__)
+    if alibi is None or not getattr(getattr(attention, "config", None), "alibi", True):
+        return None
+    added = alibi(sys.modules[type(attention).__module__], heads).float().view(heads, 2)
+    slopes = added[:, 1] - added[:, 0]
+    return slopes * attention.inv_norm_factor if type(attention).__name__ == "FalconAttention" else slopes
+
+
+def _places(attention: Any, heads: int, stored: int, *, by_head: bool) -> list[int]:
+    """Of the queries, the keys and the values in one product."""
+    if hasattr(attention, "mp_num"):  # CodeGen: queries, values and keys, in so many turns
+        own = heads // attention.mp_num
+        return [head // own * 3 * own + part * own + head % own for part in (0, 2, 1) for head in range(heads)]
+    if not by_head:
+        return list(range(heads + 2 * stored))
+    group = heads // stored
+    turns = range(stored)
+    queries = [turn * (group + 2) + query for turn in turns for query in range(group)]
+    # Some keep a copy of a key for every query.
+    times = group if getattr(attention, "new_decoder_architecture", False) else 1
+    return queries + [turn * (group + 2) + group + part for part in (0, 1) for turn in turns for _ in range(times)]

@@ -1,0 +1,203 @@
+"""One new position per sequence through blocks of the usual structure, with as few operations as it takes.
+
+A decode step reads all weights and computes next to nothing, so what a family's own code does besides counts: its
+modules, copies, and the parts of norms and rotary embeddings one by one. Blocks that are built as Llama's are run from
+here instead, with the family's own layers; whether a block is one of these is found by its parts, and proved when a
+span loads by comparing what comes out. Everything else, and every step with more positions, runs as the family does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from splitnet.blocks.attention import Part, attend_by_group
+from splitnet.blocks.rotary import Turning
+
+_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+Turns = tuple[torch.Tensor, torch.Tensor]
+"""Cosines, and sines with their signs."""
+
+
+class LeanStep:
+    """Runs blocks that `LeanStep.of` knows.
+
+    Args:
+        blocks: the family's own, in order.
+        rope: gives the cosines and sines of positions.
+        windows: sliding windows in positions, by the index that blocks have in their caches.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], rope: nn.Module, windows: Sequence[int | None]) -> None:
+        self.blocks = [LeanBlock(block, windows) for block in blocks]
+        self._rope = rope
+
+    @classmethod
+    def of(cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None]) -> LeanStep | None:
+        """For these blocks; None if their parts are not the usual ones."""
+        if rope is None or not all(is_usual(block, experts=True) and not has_sinks(block) for block in blocks):
+            return None
+        attention: Any = blocks[0].self_attn
+        if Turning.of(attention, attention.head_dim, rope, attention.q_proj.in_features) != Turning():
+            return None
+        return cls(blocks, rope, windows)
+
+    def only(self, blocks: Sequence[LeanBlock]) -> LeanStep:
+        """For some of its blocks."""
+        some = copy(self)
+        some.blocks = list(blocks)
+        return some
+
+    def takes(self, parts: Sequence[Part]) -> bool:
+        """Whether every part of a pass has one position and no adapter."""
+        return all(part.count == 1 and part.adapter is None for part in parts)
+
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        """`[positions, hidden]` -> `[positions, hidden]`."""
+        turns = self.turns(hidden, torch.tensor(positions_of(parts), device=hidden.device))
+        for block in self.blocks:
+            query, key, value = block.before(hidden, turns)
+            hidden = block.behind(hidden, block.attend(query, key, value, parts))
+        return hidden
+
+    def turns(self, like: torch.Tensor, positions: torch.Tensor) -> Turns:
+        """Cosines and sines by which heads are turned, `[positions, 1, head size]` each.
+
+        Args:
+            like: hidden states on their device and in their type.
+            positions: `[positions]`, int64.
+        """
+        cos, sin = self._rope(like[None], positions[None])
+        half = cos.shape[-1] // 2
+        # Halves are swapped below; the sign of the first one moves into the sines.
+        return cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)[:, None]
+
+
+def positions_of(parts: Sequence[Part]) -> list[int]:
+    """As the blocks count them, of parts with one position each."""
+    return [part.row.prefix_length + part.start for part in parts]
+
+
+class LeanBlock:
+    """A block in three parts: what is before its attention, that, and what is behind. Only that is about sequences."""
+
+    def __init__(self, block: Any, windows: Sequence[int | None]) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.index: int = attention.layer_idx
+        self._window = windows[self.index]
+        self._before, self._between = block.input_layernorm, block.post_attention_layernorm
+        self._query, self._key, self._value = attention.q_proj, attention.k_proj, attention.v_proj
+        self._query_norm = getattr(attention, "q_norm", None)
+        self._key_norm = getattr(attention, "k_norm", None)
+        self._out = attention.o_proj
+        self._size: int = attention.head_dim
+        self._scale: float = attention.scaling
+        self._mlp = mlp
+        if is_usual(block):
+            self._mlp = None
+            self._gate, self._up, self._down, self._act = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+
+    @property
+    def weights_at(self) -> int:
+        """The address of some of its weights: all move together, as when a model is sent to another device."""
+        return self._before.weight.untyped_storage().data_ptr()
+
+    def before(self, hidden: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries `[positions, heads, 1, head size]`, and keys and values `[positions, 1, heads, 1, head size]`."""
+        count = len(hidden)
+        normed = _norm(self._before, hidden)
+        query = _product(self._query, normed).view(count, -1, self._size)
+        key = _product(self._key, normed).view(count, -1, self._size)
+        value = _product(self._value, normed).view(count, 1, -1, 1, self._size)
+        if self._query_norm is not None and self._key_norm is not None:
+            query, key = _norm(self._query_norm, query), _norm(self._key_norm, key)
+        heads = query.shape[1]
+        turned = _turned(torch.cat((query, key), dim=1), *turns)
+        return turned[:, :heads].unsqueeze(2), turned[:, heads:].unsqueeze(1).unsqueeze(3), value
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part]
+    ) -> torch.Tensor:
+        """Stores the keys and values of the parts' positions, and gives `[positions, heads * head size]`.
+
+        What `before` gives may be of more positions, which do not count then.
+        """
+        attended: list[torch.Tensor] = []
+        for index, part in enumerate(parts):
+            keys, values = part.row.append(self.index, key[index], value[index])
+            if self._window is not None:
+                keys, values = keys[:, :, -self._window :], values[:, :, -self._window :]
+            attended.append(attend_by_group(query[index : index + 1], keys, values, None, self._scale))
+        mixed = attended[0] if len(parts) == 1 else torch.cat(attended)
+        return mixed.reshape(len(parts), -1)
+
+    def behind(self, hidden: torch.Tensor, mixed: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """`[positions, hidden]` of hidden states and what `attend` gives; `into` may be `hidden`, None: new ones."""
+        hidden = hidden + _product(self._out, mixed)
+        normed = _norm(self._between, hidden)
+        if self._mlp is not None:
+            added = self._mlp(normed[None])
+            return torch.add(hidden, (added[0] if isinstance(added, tuple) else added)[0], out=into)
+        gated = self._act(_product(self._gate, normed)).mul_(_product(self._up, normed))
+        return torch.add(hidden, _product(self._down, gated), out=into)
+
+
+def is_usual(block: nn.Module, *, experts: bool = False) -> bool:
+    """Whether the parts of a block have the names of Llama's; what they do is not known by that.
+
+    Args:
+        experts: what stands in the place of its MLP may be anything that takes and gives hidden states.
+    """
+    children = dict(block.named_children())
+    if set(children) != _PARTS:
+        return False
+    attention: Any = children["self_attn"]
+    within = {name for name, _ in attention.named_children()}
+    return (
+        within in (_ATTENTION, _ATTENTION | _HEAD_NORMS)
+        and {name for name, _ in attention.named_parameters(recurse=False)} <= {"sinks"}
+        and getattr(getattr(attention, "config", None), "clip_qkv", None) is None
+        and (experts or is_mlp(children["mlp"]))
+        and all(hasattr(attention, name) for name in ("layer_idx", "head_dim", "scaling"))
+        and all(
+            hasattr(norm, "variance_epsilon") and hasattr(norm, "weight")
+            for name, norm in (*children.items(), *attention.named_children())
+            if name.endswith("norm")
+        )
+    )
+
+
+def is_mlp(module: nn.Module) -> bool:
+    """Whether its parts have the names of those of Llama's MLP."""
+    return {name for name, _ in module.named_children()} == _MLP
+
+
+def has_sinks(block: Any) -> bool:
+    """Whether a logit that belongs to no position takes part in the softmax of its attention."""
+    return hasattr(block.self_attn, "sinks")
+
+
+def _norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (Su et al., "RoFormer", arXiv:2104.09864) of `[positions, heads, head size]`."""
+    half = heads.shape[-1] // 2
+    return torch.addcmul(heads * cos, heads.roll(half, -1), sin)
+
+
+def _product(layer: Any, rows: torch.Tensor) -> torch.Tensor:
+    plain = type(layer) is nn.Linear and layer.bias is None
+    if plain and len(rows) == 1 and rows.dtype == torch.float32 and rows.device.type == "cpu":
+        return torch.mv(layer.weight, rows[0])[None]  # which reads the weight faster than a product of matrices
+    return layer(rows)

@@ -1,0 +1,520 @@
+"""What one sequence leaves in the blocks of a span, and the caches that transformers' backbones see."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import LinearAttentionLayer
+
+from splitnet.blocks.adapters import Prefix
+
+COPIES = 4
+"""Earlier states that a row keeps: two of the last steps, and two that are farther apart."""
+
+REACH = 64
+"""Positions that the oldest copy stays behind at least, if the sequence is so long: windows of drafts lie within."""
+
+SPACING = 32
+"""Positions between copies while they come one by one; before several at once, such as drafts, one is made anyway."""
+
+HELD_AT_ONCE = COPIES + 2
+"""So many times its states a row takes at most: the present ones, those that a pass makes, and the copies."""
+
+
+class StateLayer(LinearAttentionLayer):
+    """transformers' states of one block, without writing to tensors that another copy may have."""
+
+    def conv_state(self, index: int) -> torch.Tensor | None:
+        """One that the caller may write to; None at the beginning of a sequence."""
+        return self._own(self.conv_states, index)
+
+    def recurrent_state(self, index: int) -> torch.Tensor | None:
+        """As `conv_state`."""
+        return self._own(self.recurrent_states, index)
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        self._own(self.conv_states, state_idx)
+        return super().update_conv_state(conv_states, state_idx, conv_kernel_size, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+        before = self.recurrent_states[state_idx]
+        state = recurrent_states if before is None else recurrent_states.to(before.dtype)
+        if state.untyped_storage().nbytes() > state.nbytes:
+            state = state.clone()  # a part of a tensor would keep the whole of it in memory
+        self.recurrent_states[state_idx] = state
+        self.is_recurrent_states_initialized[state_idx] = True
+        return state
+
+    def forked(self) -> StateLayer:
+        """One that goes on from here by itself."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, dict):
+                setattr(other, name, dict(value))
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (*self.conv_states.values(), *self.recurrent_states.values())
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def _own(self, states: dict[int, torch.Tensor | None], index: int) -> torch.Tensor | None:
+        state = states[index] if self.has_previous_state[index] else None
+        if state is not None:
+            state = states[index] = state.clone()
+        return state
+
+
+@dataclass(frozen=True)
+class _Copy:
+    length: int
+    layers: dict[int, StateLayer]
+
+
+class RowStates:
+    """The states of one row in all blocks of a span.
+
+    Args:
+        per_block: convolutions of a block, each with a state of its own.
+    """
+
+    def __init__(self, per_block: int) -> None:
+        self._per_block = per_block
+        self._layers: dict[int, StateLayer] = {}
+        self._working: dict[int, StateLayer] = {}
+        self._copies: list[_Copy] = []
+
+    @property
+    def blocks(self) -> frozenset[int]:
+        """Those that keep states."""
+        return frozenset(self._layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the present states."""
+        return sum(layer.nbytes for layer in self._layers.values())
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Where the copies were made."""
+        return tuple(copied.length for copied in self._copies)
+
+    def begin(self, start: int, count: int) -> None:
+        """Before a pass of `count` positions from `start` on; what one that failed has left is forgotten."""
+        self._working = {}
+        newest = self._copies[-1].length if self._copies else 0
+        if start > newest and (count > 1 or start - newest >= SPACING):
+            self._copies.append(_Copy(start, self._layers))
+            if len(self._copies) > COPIES:
+                del self._copies[0 if self._copies[1].length <= start - REACH else 2]
+
+    def layer(self, block: int) -> StateLayer:
+        """The states of a block, for the pass that is running."""
+        layer = self._working.get(block)
+        if layer is None:
+            present = self._layers.get(block)
+            layer = self._working[block] = StateLayer(self._per_block) if present is None else present.forked()
+        return layer
+
+    def commit(self) -> None:
+        """What the pass has made of the states is what they are now."""
+        self._layers, self._working = {**self._layers, **self._working}, {}
+
+    def rewind(self, length: int) -> int:
+        """Goes back to the last copy at or before `length`, else to the beginning, and says where that is."""
+        while self._copies and self._copies[-1].length > length:
+            self._copies.pop()
+        self._working = {}
+        if not self._copies:
+            self._layers = {}
+            return 0
+        self._layers = self._copies[-1].layers
+        return self._copies[-1].length
+
+    def fork(self) -> RowStates:
+        """Independent of these from now on; what both have is in memory once."""
+        other = RowStates(self._per_block)
+        other._layers, other._copies = self._layers, list(self._copies)
+        return other
+
+
+FIRST_CAPACITY = 256
+"""Positions that the first allocation of a row holds if nothing says how many; each next one doubles."""
+
+
+@dataclass
+class _Block:
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class RowCache:
+    """Keys and values of one sequence (row), one pair of tensors `[1, kv heads, capacity, head size]` per block.
+
+    Memory is allocated as positions arrive, for as many as `room` says, else in capacities that double, so that
+    appending a token copies only the token. All positions are kept, also for blocks with a sliding window: a rewind is
+    then exact.
+
+    Where blocks keep states, the row keeps what came into the span as well. After a rewind to where no copy of the
+    states was made, some positions are to run once more before the next ones: those from `computed` to `length`.
+
+    Args:
+        room: positions behind the prefix that memory is allocated for; None, or more than that arrive: as it doubles.
+        prefix: of an adapter, by block of the span: keys and values that stand before the first position.
+        states: where blocks keep them: none yet.
+
+    Attributes:
+        length: positions that are stored, without the prefix.
+        computed: positions that keys, values and states stand for.
+        prefix_length: positions of the prefix.
+    """
+
+    def __init__(
+        self,
+        room: int | None = None,
+        prefix: Mapping[int, Prefix] | None = None,
+        states: RowStates | None = None,
+    ) -> None:
+        self.length = 0
+        self.computed = 0
+        self._states = states
+        self.prefix_length = next(iter(prefix.values())).keys.shape[2] if prefix else 0
+        self._room = room
+        self._prefix: dict[int | str, Prefix | None] = {**prefix} if prefix else {}
+        """By block that has one; None once it is stored, so that the row keeps no adapter alive."""
+        self._blocks: dict[int | str, _Block] = {}
+        """By block; besides, by name, what else the row has of every position."""
+        self._places: dict[tuple[int, ...], tuple[int, torch.Tensor]] = {}
+        """By blocks: the least capacity of them, and what `reserve` returns, while no block's memory moves."""
+
+    @property
+    def room(self) -> int:
+        """Positions behind the prefix that memory is allocated for. Less gives memory back at once.
+
+        Setting it raises ValueError if the row holds more.
+        """
+        if self._room is not None:
+            return self._room
+        return max((block.keys.shape[2] - self._before(i) for i, block in self._blocks.items()), default=0)
+
+    @room.setter
+    def room(self, room: int) -> None:
+        if room < self.length:
+            raise ValueError(f"a row of {self.length} positions cannot have room for {room}")
+        self._room = room
+        for index, block in self._blocks.items():
+            capacity = self._before(index) + room
+            if block.keys.shape[2] > capacity:
+                self._move(block, capacity, self._before(index) + self.length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the row's tensors occupy, without copies of states."""
+        stored = sum(block.keys.nbytes + block.values.nbytes for block in self._blocks.values())
+        return stored + self.state_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the present states, however long the row is."""
+        return self._states.nbytes if self._states is not None else 0
+
+    @property
+    def has_states(self) -> bool:
+        return self._states is not None
+
+    @property
+    def blocks(self) -> frozenset[int]:
+        """The blocks that have stored something."""
+        return frozenset(self.shapes()) | (self._states.blocks if self._states is not None else frozenset())
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes that one position takes in all blocks that have stored something."""
+        return sum(
+            tensor.nbytes // tensor.shape[2] for block in self._blocks.values() for tensor in (block.keys, block.values)
+        )
+
+    def shapes(self) -> dict[int, list[tuple[int, int]]]:
+        """Heads and head size of the keys and of the values, by block that keeps them."""
+        return {
+            index: [(tensor.shape[1], tensor.shape[3]) for tensor in (block.keys, block.values)]
+            for index, block in self._blocks.items()
+            if isinstance(index, int)
+        }
+
+    def crop(self, length: int) -> None:
+        """Forgets all positions from `length` on; their memory is kept for the next ones.
+
+        Raises:
+            ValueError: the row has fewer positions than that.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop a row of {self.length} positions to {length}")
+        self.length = length
+        if length < self.computed:
+            self.computed = self._states.rewind(length) if self._states is not None else length
+
+    def fork(self, length: int | None = None, room: int | None = None) -> RowCache:
+        """An independent copy of the first `length` positions, or of all.
+
+        Args:
+            room: see `RowCache`; None: as much as this row has.
+        """
+        states = self._states.fork() if self._states is not None else None
+        copy = RowCache(self._room if room is None else room, None, states)
+        copy.prefix_length, copy._prefix = self.prefix_length, dict(self._prefix)
+        copy.length, copy.computed = self.length, self.computed
+        copy.crop(self.length if length is None else length)
+        for index, block in self._blocks.items():
+            before = self._before(index)
+            capacity = block.keys.shape[2] if room is None else before + room
+            held = before + copy.length
+            copy._blocks[index] = _Block(_grown(block.keys, capacity, held), _grown(block.values, capacity, held))
+        return copy
+
+    def held(self, length: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Keys and values of the first positions behind the prefix, `[1, kv heads, length, head size]`, block by block.
+
+        Raises:
+            ValueError: the row has fewer positions than that.
+        """
+        if not 0 < length <= self.length:
+            raise ValueError(f"the row has {self.length} positions, not {length}")
+        for index in sorted(self.shapes()):
+            block, before = self._blocks[index], self._before(index)
+            yield index, block.keys[:, :, before : before + length], block.values[:, :, before : before + length]
+
+    def append(self, block_index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores new positions after `computed` and gives views of all keys and values up to and with them.
+
+        The prefix comes first.
+
+        `computed` itself moves only with `advance`, when all blocks have stored theirs: a pass that fails half-way
+        leaves the row as it was.
+
+        Args:
+            block_index: which block of the span.
+            keys: `[1, kv heads, new positions, head size]`.
+            values: likewise; the head size may differ from that of the keys.
+        """
+        return self._store(block_index, self.computed, keys, values)
+
+    def append_indexer_keys(self, block_index: int, keys: torch.Tensor) -> torch.Tensor:
+        """As `append`, of the keys by which a block with sparse attention chooses positions: `[1, positions, size]`."""
+        stored, _ = self._store(f"indexer {block_index}", self.computed, keys[:, None], keys[:, None, :, :0])
+        return stored[:, 0]
+
+    def begin_pass(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What is to run for new positions, `[positions, hidden]`: before them, those that are to run once more.
+
+        What the blocks leave then counts only with `advance`.
+        """
+        if self._states is None:
+            self.computed = self.length  # a pass that was cut may have failed
+            return hidden
+        if self.computed > self.length:  # a pass has failed
+            self.computed = self._states.rewind(self.length)
+        inputs, _ = self._store("inputs", self.length, hidden[None, None], hidden[None, None, :, :0])
+        given = inputs[0, 0, self.computed :]
+        self._states.begin(self.computed, len(given))
+        return given
+
+    def begin_again(self, most: int) -> torch.Tensor | None:
+        """The first positions to run once more, `[positions, hidden]`, `most` at most; None: there are none."""
+        if self._states is None or self.computed >= self.length:
+            return None
+        given = self._blocks["inputs"].keys[0, 0, self.computed : min(self.length, self.computed + most)]
+        self._states.begin(self.computed, len(given))
+        return given
+
+    def state_layer(self, block_index: int) -> StateLayer:
+        """The states of a block, for the pass that is running. Raises LookupError if rows of the span have none."""
+        if self._states is None:
+            raise LookupError("some blocks keep a state other than a KV cache")
+        return self._states.layer(block_index)
+
+    def _store(
+        self, key: int | str, position: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self._before(key) + position
+        end = start + keys.shape[2]
+        block = self._with_room(key, keys, values, end)
+        block.keys[:, :, start:end] = keys
+        block.values[:, :, start:end] = values
+        return block.keys[:, :, :end], block.values[:, :, :end]
+
+    def reserve(
+        self, indices: tuple[int, ...], count: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Makes room for `count` new positions in blocks, for who writes to their memory.
+
+        Args:
+            indices: which blocks of the span.
+            shapes: heads and head size of keys and of values.
+            dtype: of keys and values.
+
+        Returns:
+            int64 `[blocks, 3]`: the addresses of a block's keys and of its values, and its capacity; they hold until
+            the next call.
+        """
+        known = self._places.get(indices)
+        if known is not None and known[0] >= self.prefix_length + self.length + count:
+            return known[1]
+        keys, values = (torch.empty(1, heads, 0, size, dtype=dtype) for heads, size in shapes)
+        blocks = [self._with_room(index, keys, values, self._before(index) + self.length + count) for index in indices]
+        for block in blocks:
+            for tensor, shape in zip((block.keys, block.values), shapes, strict=True):
+                if tensor.dtype != dtype or (tensor.shape[1], tensor.shape[3]) != shape:
+                    raise RuntimeError("keys and values of this row have another type or shape")
+        places = [(block.keys.data_ptr(), block.values.data_ptr(), block.keys.shape[2]) for block in blocks]
+        stores = torch.tensor(places)
+        self._places[indices] = min(capacity for _, _, capacity in places), stores
+        return stores
+
+    def advance(self, count: int) -> None:
+        """Counts `count` positions that all blocks have stored, and those that ran once more before them."""
+        self.length += count
+        self.caught_up(self.length)
+
+    def caught_up(self, length: int) -> None:
+        """Keys, values and states stand for the first `length` positions now."""
+        if self._states is not None:
+            self._states.commit()
+        self.computed = length
+
+    def _with_room(self, block_index: int | str, keys: torch.Tensor, values: torch.Tensor, end: int) -> _Block:
+        """A block with memory for `end` positions, made like `keys` and `values` if it has none."""
+        before = self._before(block_index)
+        block = self._blocks.get(block_index)
+        if block is None:
+            capacity = self._capacity(block_index, end, 0)
+            block = self._blocks[block_index] = _Block(_grown(keys, capacity, 0), _grown(values, capacity, 0))
+            prefix = self._prefix.get(block_index)
+            if prefix is not None:
+                block.keys[:, :, :before], block.values[:, :, :before] = prefix.keys, prefix.values
+                self._prefix[block_index] = None
+        elif end > block.keys.shape[2]:
+            held = max(self.length, self.computed)  # the second while a pass runs position by position
+            self._move(block, self._capacity(block_index, end, block.keys.shape[2]), before + held)
+        return block
+
+    def _move(self, block: _Block, capacity: int, held: int) -> None:
+        block.keys = _grown(block.keys, capacity, held)
+        block.values = _grown(block.values, capacity, held)
+        self._places.clear()
+
+    def _before(self, block_index: int | str) -> int:
+        return self.prefix_length if block_index in self._prefix else 0
+
+    def _capacity(self, block_index: int | str, needed: int, current: int) -> int:
+        if self._room is not None and needed <= self._before(block_index) + self._room:
+            return self._before(block_index) + self._room
+        capacity = max(FIRST_CAPACITY, current)
+        while capacity < needed:
+            capacity *= 2
+        return capacity
+
+
+class TracedRow(RowCache):
+    """A row that stores nothing and lets gradients through: a whole sequence passes at once, from its beginning."""
+
+    def append(self, block_index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        prefix = self._prefix.get(block_index)
+        if prefix is None:
+            return keys, values
+        return torch.cat((prefix.keys.to(keys), keys), 2), torch.cat((prefix.values.to(values), values), 2)
+
+
+def _grown(tensor: torch.Tensor, capacity: int, kept: int) -> torch.Tensor:
+    """A tensor like `tensor` with room for `capacity` positions that starts with its first `kept` ones."""
+    grown = tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[3]))
+    if kept:
+        grown[:, :, :kept] = tensor[:, :, :kept]
+    return grown
+
+
+class PassThrough(Cache):
+    """Given to a backbone whose attention function writes to the rows itself."""
+
+    def __init__(self) -> None:
+        self.layers = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+class OneRow(Cache):
+    """One row as the cache of a backbone that computes attention in its own way, one sequence at a time."""
+
+    def __init__(self, row: RowCache) -> None:
+        self.layers = []
+        self._row = row
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._row.append(layer_idx, key_states, value_states)
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        return self._row.append_indexer_keys(layer_idx, indexer_key_states)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self._row.state_layer(layer_idx).conv_state(state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self._row.state_layer(layer_idx).recurrent_state(state_idx)
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        return self._row.state_layer(layer_idx).update_conv_state(conv_states, state_idx, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
+    ) -> torch.Tensor:
+        return self._row.state_layer(layer_idx).update_recurrent_state(recurrent_states, state_idx, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self._row.computed > 0
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._row.prefix_length + self._row.computed
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self._row.prefix_length + self._row.computed
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._row.prefix_length + self._row.computed + query_length, 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return []  # all positions are kept: the mask alone makes the window
+
+    @property
+    def is_compileable(self) -> bool:
+        return False

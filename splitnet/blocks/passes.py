@@ -1,0 +1,267 @@
+"""Forward and backward passes over whole sequences, block by block.
+
+Only the input of the span need have been kept for a backward pass: the rest is computed again (Chen et al., "Training
+Deep Nets with Sublinear Memory Cost", arXiv:1604.06174), so that the activations of one pass are in memory, not those
+of all. With memory to spare, the way back of a pass is kept instead. The weights of the blocks stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+import torch
+
+from splitnet.blocks.adapters import Adapter, block_of
+from splitnet.blocks.span import Span
+from splitnet.errors import PeerBusy
+
+GRAPH_BYTES = 512 * 2**20
+ONE_BLOCK = 2
+"""So many times that may be kept of a block alone: of one long sequence, which cannot be cut."""
+
+
+MOST_KINDS = 256
+"""Of passes whose way back was measured."""
+
+
+class _Piece(NamedTuple):
+    """What went through a block at once: its input, its output if torch can go back from there, and its sequences."""
+
+    given: torch.Tensor
+    output: torch.Tensor | None
+    lengths: Sequence[int]
+
+
+@dataclass(slots=True)
+class WayBack:
+    """What is kept of a forward pass; it is used up by `SpanPasses.go_back`.
+
+    Attributes:
+        start: the first block.
+        pieces: of each block.
+        traced: the adapter that the blocks ran with.
+        reach: see `splitnet.wire.messages.Forward`.
+    """
+
+    start: int
+    pieces: list[list[_Piece]]
+    traced: Adapter | None
+    reach: int
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what torch saves for the way back meanwhile, besides the weights. Raises PeerBusy if it is too much."""
+
+    def __init__(self, weights: frozenset[int], most: int) -> None:
+        self.nbytes = 0
+        self._most = most
+        self._seen = set(weights)
+        super().__init__(self._count, lambda tensor: tensor)
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in self._seen:
+            self._seen.add(place)
+            self.nbytes += tensor.untyped_storage().nbytes()
+            if self.nbytes > self._most:
+                raise PeerBusy(
+                    f"the way back takes more than {self._most} bytes in a block: train with fewer positions"
+                )
+        return tensor
+
+
+class SpanPasses:
+    """Passes through a span. Use it from the thread that uses the span.
+
+    Args:
+        span: the blocks.
+        between: called between two pieces, so that more urgent work need not wait for the end of a pass.
+        most_positions: of a piece: what of the sequences goes through a block at once, one at least; None: all.
+        graph_bytes: what torch may keep of a pass to go back through it; where that of all blocks is more, each block
+            is computed once more when its turn comes.
+    """
+
+    def __init__(
+        self,
+        span: Span,
+        between: Callable[[], None] = lambda: None,
+        most_positions: Callable[[], int | None] = lambda: None,
+        *,
+        graph_bytes: int = GRAPH_BYTES,
+    ) -> None:
+        self._span = span
+        self._between = between
+        self._most_positions = most_positions
+        self._graph_bytes = graph_bytes
+        self._views: dict[int, Span] = {}
+        self._kept_per_position: dict[tuple[int, ...], float] = {}
+        """Bytes in a block, by kind of pass: the most that was seen."""
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        lengths: Sequence[int],
+        adapter: Adapter | None,
+        start: int,
+        end: int,
+        *,
+        reach: int = 0,
+    ) -> torch.Tensor:
+        """Runs whole sequences through blocks `[start, end)`.
+
+        Args:
+            hidden: `[positions, hidden]`: the sequences one after the other.
+            lengths: positions of each.
+            adapter: one that the span fits.
+            reach: see `splitnet.wire.messages.Forward`.
+
+        Returns:
+            `[positions, hidden]`.
+        """
+        for block in range(start, end):
+            outputs: list[torch.Tensor] = []
+            for given, group in self._pieces(hidden, lengths):
+                with torch.no_grad():
+                    outputs.append(self._view(block).sequences(given, group, adapter, reach))
+                self._between()
+            hidden = _joined(outputs)
+        return hidden
+
+    def backward(
+        self,
+        hidden: torch.Tensor,
+        lengths: Sequence[int],
+        gradient: torch.Tensor,
+        adapter: Adapter | None,
+        start: int,
+        end: int,
+        *,
+        reach: int = 0,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Gradients of a loss by what a forward pass was given.
+
+        Args:
+            hidden, lengths, adapter, start, end, reach: as in `forward`.
+            gradient: `[positions, hidden]`, of the loss by the output.
+
+        Returns:
+            The gradient by `hidden`, and those by the tensors of the adapter in these blocks.
+
+        Raises:
+            ValueError: the gradient does not fit `hidden`.
+            PeerBusy: torch would keep too much of a block.
+        """
+        if gradient.shape != hidden.shape:
+            raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
+        _, way = self.forward_kept(hidden, lengths, adapter, start, end, self._graph_bytes, reach=reach)
+        return self.go_back(way, gradient)
+
+    def bytes_to_keep(self, lengths: Sequence[int], adapter: Adapter | None, blocks: int) -> int | None:
+        """What `forward_kept` takes for so many blocks; None: no pass of this kind has gone back yet."""
+        kept = self._kept_per_position.get(_kind(lengths, adapter))
+        return None if kept is None else ceil(kept * sum(lengths) * blocks)
+
+    def forward_kept(
+        self,
+        hidden: torch.Tensor,
+        lengths: Sequence[int],
+        adapter: Adapter | None,
+        start: int,
+        end: int,
+        most: int,
+        *,
+        reach: int = 0,
+    ) -> tuple[torch.Tensor, WayBack]:
+        """`forward`, and what `go_back` needs.
+
+        Args:
+            most: bytes that torch may keep, besides what it saves of one block more while that runs; blocks for which
+                they are not enough are computed again on the way back.
+
+        Raises:
+            PeerBusy: torch would keep too much of a block.
+        """
+        traced = Adapter(adapter.within(start, end)).traced() if adapter is not None else None
+        ways: list[list[_Piece]] = []
+        kept = 0
+        for block in range(start, end):
+            pieces: list[_Piece] = []
+            outputs: list[torch.Tensor] = []
+            for part, group in self._pieces(hidden, lengths):
+                given = part.detach().requires_grad_()
+                saved = self._saved()
+                with saved, torch.set_grad_enabled(kept <= most):
+                    output = self._view(block).sequences(given, group, traced, reach)
+                kept += saved.nbytes
+                if output.requires_grad:
+                    self._note(_kind(group, adapter), saved.nbytes / len(given))
+                outputs.append(output.detach())
+                goes_back = output.requires_grad and kept <= most
+                pieces.append(_Piece(given, output if goes_back else None, group))
+                self._between()
+            ways.append(pieces)
+            hidden = _joined(outputs)
+        return hidden, WayBack(start, ways, traced, reach)
+
+    def go_back(self, way: WayBack, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """As `backward`, for a forward pass of which the way back is kept."""
+        found: dict[str, torch.Tensor] = {}
+        traced = way.traced
+        while way.pieces:
+            pieces = way.pieces.pop()
+            block = way.start + len(way.pieces)
+            names = [name for name in (traced.tensors if traced else ()) if block_of(name) == block]
+            leaves = [traced.tensors[name] for name in names] if traced else []
+            gradients: list[torch.Tensor] = []
+            for part in gradient.split([len(piece.given) for piece in pieces]):
+                given, output, group = pieces.pop(0)
+                if output is None:
+                    with self._saved(), torch.enable_grad():
+                        output = self._view(block).sequences(given, group, traced, way.reach)
+                by_input, *by_adapter = torch.autograd.grad(output, [given, *leaves], part.to(output))
+                gradients.append(by_input)
+                for name, tensor in zip(names, by_adapter, strict=True):
+                    found[name] = found[name] + tensor if name in found else tensor
+                self._between()
+            gradient = _joined(gradients)
+        return gradient, found
+
+    def _note(self, kind: tuple[int, ...], per_position: float) -> None:
+        if len(self._kept_per_position) >= MOST_KINDS and kind not in self._kept_per_position:
+            self._kept_per_position.clear()
+        self._kept_per_position[kind] = max(per_position, self._kept_per_position.get(kind, 0.0))
+
+    def _pieces(self, hidden: torch.Tensor, lengths: Sequence[int]) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
+        """What goes through a block at once: positions of whole sequences, and their lengths."""
+        group: list[int] = []
+        begin = 0
+        for length in lengths:
+            most = self._most_positions() if group else None
+            if most is not None and sum(group) + length > most:
+                yield hidden[begin : begin + sum(group)], group
+                begin += sum(group)
+                group = []
+            group.append(length)
+        yield hidden[begin:], group
+
+    def _saved(self) -> _Saved:
+        return _Saved(self._span.storages(), ONE_BLOCK * self._graph_bytes)
+
+    def _view(self, block: int) -> Span:
+        view = self._views.get(block)
+        if view is None:
+            view = self._views[block] = self._span.view(block, block + 1)
+        return view
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _kind(lengths: Sequence[int], adapter: Adapter | None) -> tuple[int, ...]:
+    """Passes of a kind take about as much for each position: scores of attention may grow with the longest sequence."""
+    longest = max(lengths).bit_length()
+    return (longest,) if adapter is None else (longest, len(adapter.tensors), adapter.prefix_length.bit_length())

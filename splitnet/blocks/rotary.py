@@ -1,0 +1,198 @@
+"""Rotary embeddings: how they turn, and those whose frequencies depend on the length of a sequence."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from functools import partial
+from itertools import product
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from splitnet.checkpoint.families import RopeLengths
+
+
+class Given(Enum):
+    """How a family gives the cosines and sines of pairs of numbers."""
+
+    TWICE = "those of all pairs, and the same once more"
+    ONCE = "one of each pair"
+    SIDE_BY_SIDE = "two of each pair"
+
+
+class Order(IntEnum):
+    """Of the numbers of a head that are turned together."""
+
+    APART = 0  # half of those that are turned lie between them
+    ADJACENT = 1  # side by side
+    PARTED = 2  # side by side, and apart once they are turned
+
+
+@dataclass(frozen=True)
+class Turning:
+    """How a family turns the first numbers of heads by cosines and sines.
+
+    Attributes:
+        given: how these are given.
+        sines_first: they are given before the cosines.
+    """
+
+    given: Given = Given.TWICE
+    order: Order = Order.APART
+    sines_first: bool = False
+
+    @classmethod
+    def of(cls, attention: Any, size: int, rope: nn.Module, width: int, kind: tuple[str, ...] = ()) -> Self | None:
+        """By trying the function of the family's module that does it; None: it does something else.
+
+        Args:
+            size: of a head.
+            rope: gives cosines and sines for hidden states and positions.
+            width: of hidden states.
+            kind: what `rope` takes besides.
+        """
+        module = sys.modules[type(attention).__module__]
+        interleaved = getattr(getattr(attention, "config", None), "rope_interleave", False)
+        names = _INTERLEAVED if interleaved else _TURNS
+        own: Any = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+        device = next((buffer.device for buffer in rope.buffers()), torch.device("cpu"))
+        if own is None or device.type == "meta":  # where nothing has values
+            return None
+        hidden, positions = torch.zeros(1, 3, width, dtype=torch.float32), torch.tensor([[0, 2, 30]])
+        turns = rope(hidden.to(device), positions.to(device), *kind)
+        if isinstance(turns, torch.Tensor):
+            own, turns = partial(_by_complex, own, turns), _parts(turns)
+        sines_first = bool(turns[0][0, 0].norm() < turns[1][0, 0].norm())  # there the cosine is 1
+        cosines, sines = turns[::-1] if sines_first else turns
+        noise = torch.Generator().manual_seed(0)
+        heads = torch.randn(1, 2, 3, size, generator=noise, dtype=torch.float32).to(device)
+        for most in (size, cosines.shape[-1], 2 * cosines.shape[-1]):  # some take what they turn, others all
+            given = heads[..., :most]
+            found = _turned_by(own, given, cosines, sines)
+            if found is None:
+                continue
+            for way in product(Given, Order):
+                likely = cls(*way, sines_first)
+                halves = likely.halves(turns)
+                if 2 * halves[0].shape[-1] <= given.shape[-1] and torch.allclose(
+                    likely._turned(given, *halves), found, atol=1e-4
+                ):
+                    return likely
+        return None
+
+    def halves(self, turns: tuple[torch.Tensor, torch.Tensor] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of what a family gives, which may be complex numbers: cosines and sines, one of each pair."""
+        if isinstance(turns, torch.Tensor):
+            turns = _parts(turns)
+        cosines, sines = turns[::-1] if self.sines_first else turns
+        if self.given is Given.SIDE_BY_SIDE:
+            return cosines[..., ::2], sines[..., ::2]
+        many = cosines.shape[-1] // (2 if self.given is Given.TWICE else 1)
+        return cosines[..., :many], sines[..., :many]
+
+    def _turned(self, heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        many = 2 * cosines.shape[-1]
+        turned, rest = heads.split([many, heads.shape[-1] - many], dim=-1)
+        apart = self.order is Order.APART
+        first, second = turned.unflatten(-1, (2, -1) if apart else (-1, 2)).unbind(-2 if apart else -1)
+        pairs = torch.stack(
+            (first * cosines - second * sines, second * cosines + first * sines),
+            dim=-1 if self.order is Order.ADJACENT else -2,
+        )
+        return torch.cat((pairs.flatten(-2), rest), dim=-1)
+
+
+_TURNS = ("apply_rotary_pos_emb", "apply_rotary_emb")
+_INTERLEAVED = ("apply_rotary_pos_emb_interleave",)
+"""What families call the function that turns queries and keys."""
+
+
+def _parts(turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return turns.real, turns.imag
+
+
+def _by_complex(
+    own: Any, turns: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *parts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the function of a family whose cosines and sines are complex numbers, as DeepSeek-V2 has them."""
+    return own(queries, keys, turns)
+
+
+def _turned_by(own: Any, heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor | None:
+    """By a family's function, for `[1, heads, positions, size]`; None: it does not take them."""
+    with suppress(TypeError, RuntimeError):
+        return own(heads, heads, cosines, sines)[0]
+    with suppress(TypeError, RuntimeError):  # as GPT-J has it: one tensor, and its positions first
+        return own(heads.transpose(1, 2), sines, cosines).transpose(1, 2)
+    return None
+
+
+class LengthDependentRopes:
+    """Those of a backbone. Their modules keep the frequencies, so one sequence passes at a time. Thread-safe."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        config: Any = backbone.config
+        self._lengths = RopeLengths(config)
+        self._ropes: list[Any] = []
+        self._length = 0
+        self._lock = threading.Lock()
+        if self.any:
+            self._ropes = [module for module in backbone.modules() if hasattr(module, "rope_type")]
+        for rope in self._ropes:
+            rope.register_forward_pre_hook(self._lengthen, with_kwargs=True)
+            rope.register_forward_hook(self._shorten)
+
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return self._lengths.matter
+
+    def alike(self, position: int, reach: int) -> int:
+        """How many positions from `position` on have the same frequencies.
+
+        Each has those of a sequence that ends with it, or of `reach` positions if that is longer.
+        """
+        return self._lengths.last(max(reach, position + 1)) - position
+
+    @contextmanager
+    def one_sequence(self, length: int) -> Iterator[None]:
+        """For the time of a pass of one sequence: the frequencies are those of `length` positions at least.
+
+        Whatever has passed before does not count.
+        """
+        if not self.any:
+            yield
+            return
+        with self._lock:
+            for rope in self._ropes:
+                _forget_length(rope)
+            self._length = length
+            yield
+
+    def _lengthen(self, rope: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        """Has a rope see a position more: from the last it takes the length."""
+        hidden, *others = given
+        positions = named.pop("position_ids") if "position_ids" in named else others.pop(0)
+        last = torch.full_like(positions[..., :1], self._length - 1)
+        return (hidden, torch.cat((positions, last), dim=-1), *others), named
+
+    def _shorten(self, rope: nn.Module, given: Any, turns: Any) -> Any:
+        """What the rope gives for the others."""
+        return turns[:, :-1] if isinstance(turns, torch.Tensor) else tuple(each[:, :-1] for each in turns)
+
+
+def _forget_length(rope: Any) -> None:
+    """A dynamic rope remembers the longest sequence so far."""
+    kinds = rope.rope_type if isinstance(rope.rope_type, dict) else {"": rope.rope_type}
+    for layers, kind in kinds.items():
+        prefix = f"{layers}_" if layers else ""
+        if kind == "dynamic":
+            frequencies = getattr(rope, f"{prefix}inv_freq")
+            setattr(rope, f"{prefix}inv_freq", getattr(rope, f"{prefix}original_inv_freq").to(frequencies.device))
+            setattr(rope, f"{prefix}max_seq_len_cached", rope.original_max_seq_len)

@@ -1,0 +1,218 @@
+"""What a model takes, before it is loaded: bytes of a block, of a cached position, of the client's part; arithmetic.
+
+The model is built on the meta device, where tensors have shapes but no memory, so this is what transformers would
+load, for every family, and no weight is read or downloaded. Only of weights in codes the headers of files must tell how
+many bytes they take.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from splitnet.blocks.attention import PACKED
+from splitnet.blocks.backbone import can_hold_codes, cut_to_blocks, find_container, on_meta, parent_of
+from splitnet.blocks.block_sizes import BlockSize, block_sizes, codes_bytes, codes_within, size_of_block, weights_of
+from splitnet.blocks.client_part import names_of_shell
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint, open_store, read_config
+from splitnet.checkpoint.families import (
+    backbone_class,
+    causal_class,
+    keeps_states,
+    max_positions,
+    packs_sequences,
+    sliding_windows,
+)
+from splitnet.quant.choose import STORED, Weights, choose_weights, name_of
+from splitnet.quant.weight_form import as_dtype, is_number_type
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes in bytes, of a model that computes in `dtype`.
+
+    Attributes:
+        block_bytes: weights of the largest block, as they are held; its `expert_bytes` are those of experts, of which a
+            position uses the part `expert_share`.
+        kv_bytes: what one position leaves in one block: keys and values. Where blocks differ, on average.
+        state_bytes: what a sequence takes in one block besides, however long it is; on average.
+        shell_bytes: weights that a client holds: embeddings, final norm and head.
+        head_bytes: weights of the head, which a client reads for every token.
+        max_positions: that the model was made for; None if its config does not say.
+        weights: what those of linear layers in blocks are held as; as `dtype` if not given.
+        saved_bytes, saved_expert_bytes: how many more those of a block, and of its experts, would take in `dtype`.
+        file_bytes: of the checkpoint; 0 if only its config was read.
+    """
+
+    name: str
+    dtype: str
+    num_blocks: int
+    hidden_size: int
+    block_bytes: int
+    expert_bytes: int
+    expert_share: float
+    kv_bytes: int
+    shell_bytes: int
+    head_bytes: int
+    max_positions: int | None
+    weights: str = ""
+    saved_bytes: int = 0
+    saved_expert_bytes: int = 0
+    file_bytes: int = 0
+    state_bytes: int = 0
+
+    @property
+    def held_as(self) -> str:
+        """What weights of blocks are held as, for people."""
+        if self.weights == STORED:
+            bits = 8 * self._itemsize * self.block_bytes / (self.block_bytes + self.saved_bytes)
+            return f"codes of {bits:.1f} bits"
+        return self.weights or self.dtype
+
+    @property
+    def flops_per_position(self) -> float:
+        """Of one position in one block: a multiplication and an addition for every weight that it uses."""
+        experts = self.expert_bytes + self.saved_expert_bytes
+        used = self.block_bytes + self.saved_bytes - (1 - self.expert_share) * experts
+        return 2 * used / self._itemsize
+
+    @property
+    def _itemsize(self) -> int:
+        return (as_dtype(self.dtype) or torch.float32).itemsize
+
+    @classmethod
+    def of(cls, model: str | Path, dtype: str | None = None, weights: str | None = None) -> ModelSizes:
+        """The sizes of a checkpoint folder (its config.json is enough if weights are plain), a file or a hub id.
+
+        Args:
+            dtype: that blocks compute in; None: what goes with `weights`, else what the config names, or float32.
+            weights: what those of linear layers are held as, see `splitnet.quant.choose`; None: as `dtype`, or in the
+                codes of the checkpoint.
+
+        Raises:
+            ModelNotFound: none of them exists, or there is but the config of a model whose weights are quantized.
+            UnsupportedModel: the model cannot be cut into spans.
+            WeightsError: weights cannot be held so.
+        """
+        store = open_store(model)
+        whole, config = read_config(store)
+        if not store.quantized:
+            stored = config.dtype if is_number_type(config.dtype) else torch.float32
+
+            def held_bytes(weights: Weights) -> int:
+                return cls.of_config(store.name, config, weights).block_bytes
+
+            chosen = choose_weights(weights, dtype, stored, torch.device("cpu"), held_bytes)
+            return cls.of_config(store.name, config, chosen)
+        checkpoint = Checkpoint(store, config, multimodal=config is not whole)
+        chosen = weights_of(checkpoint, weights, dtype, "cpu")
+        return cls.of_config(store.name, config, chosen).in_codes_of(checkpoint, chosen)
+
+    @classmethod
+    def of_config(cls, name: str, config: PreTrainedConfig, weights: Weights) -> ModelSizes:
+        """The sizes of the text model that a config describes, with plain weights."""
+        dtype = weights.dtype
+        whole, container = _on_meta(config, dtype)
+        parent, list_name = parent_of(whole, container)
+        blocks = list(getattr(parent, list_name))
+        size = _largest([size_of_block(block, weights, _bytes_of(block)) for block in blocks])
+        head = whole.get_output_embeddings()
+        kv_bytes, state_bytes = _row_bytes(config, dtype)
+        return cls(
+            name=name,
+            dtype=name_of(dtype),
+            num_blocks=len(blocks),
+            hidden_size=config.hidden_size,
+            block_bytes=size.held,
+            expert_bytes=size.experts,
+            saved_expert_bytes=size.plain_experts - size.experts,
+            expert_share=_expert_share(config) if size.experts else 1.0,
+            kv_bytes=kv_bytes,
+            state_bytes=state_bytes,
+            shell_bytes=_bytes_of(whole) - sum(_bytes_of(block) for block in blocks),
+            head_bytes=_bytes_of(head) if head is not None else 0,
+            max_positions=max_positions(config),
+            weights=weights.kind,
+            saved_bytes=size.plain - size.held,
+        )
+
+    def in_codes_of(self, checkpoint: Checkpoint, weights: Weights) -> ModelSizes:
+        """The same where a checkpoint has weights in codes, of blocks and of the client's part."""
+        blocks = block_sizes(checkpoint, weights, range(checkpoint.num_blocks))
+        size = _largest(blocks)
+        whole, container = _on_meta(checkpoint.config, weights.dtype)
+        parent, list_name = parent_of(whole, container)
+        setattr(parent, list_name, nn.ModuleList())
+        facts = checkpoint.facts(checkpoint.names)
+        ends = {name: facts[stored] for name, stored in names_of_shell(checkpoint, type(whole), container).items()}
+        saved: dict[int, int] = {}  # by parameter, as some share one
+        for path, (one, *_) in codes_within(whole, ends).items():
+            layer: Any = whole.get_submodule(path)
+            if can_hold_codes(path, layer):
+                saved[id(layer.weight)] = layer.weight.nbytes - codes_bytes(one)
+        head: Any = whole.get_output_embeddings()
+        return replace(
+            self,
+            block_bytes=size.held,
+            saved_bytes=size.plain - size.held,
+            shell_bytes=self.shell_bytes - sum(saved.values()),
+            head_bytes=self.head_bytes - (saved.get(id(head.weight), 0) if head is not None else 0),
+            weights=STORED if weights.as_stored and any(one.coded for one in blocks) else weights.kind,
+            expert_bytes=size.experts or self.expert_bytes,
+            saved_expert_bytes=size.plain_experts - size.experts,
+            file_bytes=sum(one.nbytes for one in facts.values()),
+        )
+
+
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, str]:
+    """A whole causal model without memory, and the name of its list of blocks."""
+    whole_class = causal_class(config)
+    with torch.device("meta"):
+        return nn.Module.to(whole_class(copy.deepcopy(config)), dtype), find_container(whole_class, config)
+
+
+def _largest(sizes: Sequence[BlockSize]) -> BlockSize:
+    """The block that takes most."""
+    return max(sizes, key=lambda size: size.held)
+
+
+def _bytes_of(module: nn.Module) -> int:
+    """Bytes of all that a checkpoint holds of a module, where what is tied counts once."""
+    tensors = module.state_dict(keep_vars=True).values()
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def _expert_share(config: PreTrainedConfig) -> float:
+    used = getattr(config, "num_experts_per_tok", None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    of = next((value for name in names if (value := getattr(config, name, None))), None)
+    return min(1.0, used / of) if used and of else 1.0
+
+
+def _row_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """What a sequence takes in a block, for each position and besides: a span probes that, as a peer's does."""
+    config = copy.deepcopy(config)
+    packs = packs_sequences(config)
+    if packs:
+        config._attn_implementation = PACKED
+    blocks = config.num_hidden_layers if keeps_states(config) else 1
+    model_class = backbone_class(config)
+    container = find_container(model_class, config)
+    backbone = on_meta(model_class, config)
+    probed = torch.bfloat16  # some kernels for experts take no other where no device is there to choose by
+    nn.Module.to(backbone, probed)
+    cut_to_blocks(backbone, container, 0, blocks)
+    windows = sliding_windows(config)[:blocks]
+    span = Span(backbone, container, 0, blocks, weights=Weights(name_of(probed), probed), windows=windows, packs=packs)
+    found = span.kv_bytes_per_position, span.state_bytes
+    position, state = (math.ceil(size * dtype.itemsize / (blocks * probed.itemsize)) for size in found)
+    return position, state

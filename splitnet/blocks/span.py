@@ -1,0 +1,564 @@
+"""Blocks `[start, end)` of a model: its transformers backbone, cut down to them.
+
+No model code is written here. The backbone is built in full on the meta device (which takes no memory), its list of
+blocks is cut, all that comes before and after the blocks is made neutral, and only the tensors of the blocks are
+read. Rotary embeddings, grouped heads, experts, soft caps and so on come with the family's own code.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter, AddsLowRank, Prefix, applying, linear_layers
+from splitnet.blocks.attention import GROUPED, PACKED, PackedPass, Part, positions_at_once, running
+from splitnet.blocks.backbone import cut_to_blocks, find_container, load_cut, parent_of, share_blocks
+from splitnet.blocks.block_sizes import block_bytes, block_sizes, weights_of
+from splitnet.blocks.coded_experts import with_coded_experts
+from splitnet.blocks.fast.captured import CapturedStep
+from splitnet.blocks.fast.step import FastStep, find_fast_step, same_kind
+from splitnet.blocks.kv_cache import HELD_AT_ONCE, OneRow, PassThrough, RowCache, RowStates, TracedRow
+from splitnet.blocks.rotary import LengthDependentRopes
+from splitnet.blocks.stand_in import check_neutral
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import (
+    COMPILED,
+    LEAN,
+    NEUTRAL_CONFIG,
+    ONE_BY_ONE,
+    ONE_WINDOW,
+    TAKEN_WEIGHTS,
+    backbone_class,
+    keeps_states,
+    packs_sequences,
+    score_heads,
+    sliding_windows,
+    states_per_block,
+    why_no_prefix,
+)
+from splitnet.errors import AdapterError, PeerBusy, UnsupportedModel, WeightsError
+from splitnet.quant.choose import AUTO, STORED, Weights, name_of
+from splitnet.quant.device import to_device
+from splitnet.quant.experts import prove_grouped_product
+from splitnet.quant.gpu import use_device_kernels
+from splitnet.quant.linear import hold_weights
+from splitnet.quant.memory import free_memory, guarded, move_to_large_pages
+from splitnet.quant.weight_form import WeightForm
+
+
+class SpanAdapters:
+    """What adapters find in the blocks of a span; its views share it.
+
+    Args:
+        blocks: of the span.
+        first: the number of the first one.
+
+    Attributes:
+        kv_shapes: by block that keeps them, heads and head size of the keys and of the values.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, first: int) -> None:
+        self._blocks = blocks
+        self._first = first
+        self._adapted: set[tuple[int, str]] = set()
+        self.kv_shapes: dict[int, list[tuple[int, int]]] = {}
+
+    def fit(self, adapter: Adapter, start: int, end: int) -> None:
+        """Makes the blocks `[start, end)` ready for an adapter.
+
+        Raises:
+            AdapterError: it names blocks or layers that are not there, or its shapes are not theirs.
+        """
+        for block, path, low_rank in adapter.low_ranks():
+            layer, sizes = self._linear_layer(self._index(block, start, end), block, path)
+            if (low_rank.a.shape[1], low_rank.b.shape[0]) != sizes:
+                raise AdapterError(f"{path} of block {block} maps {sizes[0]} values to {sizes[1]}, the adapter not")
+            if (block, path) not in self._adapted:
+                self._adapted.add((block, path))
+                layer.register_forward_hook(AddsLowRank(block, path))
+        for block, prefix in adapter.prefixes():
+            shapes = self.kv_shapes.get(self._index(block, start, end))
+            if [(tensor.shape[1], tensor.shape[3]) for tensor in prefix] != shapes:
+                raise AdapterError(f"keys and values of block {block} have (heads, size) {shapes}, the prefix has not")
+
+    def prefix_of(self, adapter: Adapter | None, start: int, end: int) -> dict[int, Prefix]:
+        """The prefix that rows in the blocks `[start, end)` begin with, by block of the span."""
+        if adapter is None or not adapter.prefix_length:
+            return {}
+        return {block - self._first: prefix for block, prefix in adapter.prefixes() if start <= block < end}
+
+    def _index(self, block: int, start: int, end: int) -> int:
+        """Which of the span's blocks it is."""
+        if not start <= block < end:
+            raise AdapterError(f"block {block} is not among the blocks {start}..{end - 1}")
+        return block - self._first
+
+    def _linear_layer(self, index: int, block: int, path: str) -> tuple[nn.Module, tuple[int, int]]:
+        """A layer that LoRA can be added to, with its numbers of inputs and outputs."""
+        module = self._blocks[index]
+        sizes = linear_layers(module).get(path)
+        if sizes is None:
+            raise AdapterError(f"block {block} has no linear layer {path!r}")
+        if path.rpartition(".")[2] in TAKEN_WEIGHTS:
+            raise AdapterError(
+                f"nothing can be added to {path} of block {block}, as the family's code takes its weight alone: leave "
+                "it out of target_modules"
+            )
+        return module.get_submodule(path), sizes
+
+
+__all__ = ["Part", "Span", "block_bytes", "free_memory"]
+
+MERGED_POSITIONS = 8
+"""So many positions that are to run once more run in the pass of the new ones; more get a pass of their own, so that
+the states behind them are kept."""
+
+PASS = 512
+"""Positions of a pass that run once more, or of whole sequences."""
+
+
+WAY_BACK = 8
+"""Gradients go back through whole sequences where the family's own attention runs: with so many times its memory."""
+
+
+class Span:
+    """Blocks `[start, end)` on one device. Use one span, with all views of it, from one thread at a time.
+
+    Load one with `Span.load`.
+
+    Attributes:
+        hidden_size: values per position of a boundary activation.
+        weights: how they are held.
+        weight_bytes: bytes that they take.
+        kv_bytes_per_position: bytes that one position of one row takes in all blocks of the span.
+        state_bytes: bytes that one row takes besides, however long it is, for states and copies of them.
+    """
+
+    _lean: FastStep | None = None
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        container: str,
+        start: int,
+        end: int,
+        *,
+        weights: Weights,
+        windows: Sequence[int | None],
+        packs: bool,
+        whole: Span | None = None,
+    ) -> None:
+        self.start = start
+        self.end = end
+        self._whole = whole or self  # of a view: where its blocks are numbered from
+        self._backbone = backbone
+        self._container = container
+        self._windows = windows
+        self._packs = packs
+        self._sdpa = bool(getattr(backbone, "_supports_sdpa", False))
+        self._keeps_states = keeps_states(backbone.config)
+        self._one_by_one = backbone.config.model_type in ONE_BY_ONE
+        self._score_heads = score_heads(backbone)
+        self._nothing_cached = PassThrough()
+        self._ropes: LengthDependentRopes = whole._ropes if whole else LengthDependentRopes(backbone)
+        parent, name = parent_of(backbone, container)
+        blocks: nn.ModuleList = getattr(parent, name)
+        self._adapters: SpanAdapters = whole._adapters if whole else SpanAdapters(blocks, start)
+        self.device = next(backbone.parameters()).device
+        self.weights = weights
+        self.dtype = weights.dtype  # not that of any parameter: some families keep their norms in float32
+        self.hidden_size: int = backbone.config.hidden_size
+        self.weight_bytes = sum(tensor.nbytes for tensor in (*backbone.parameters(), *backbone.buffers()))
+        forms = [module for module in backbone.modules() if isinstance(module, WeightForm)]
+        self.weight_bytes += sum(form.untracked_bytes for form in forms)
+        self.kv_bytes_per_position, self.state_bytes = self._probe()
+        self._lean = self._fast_step(list(blocks), getattr(parent, "rotary_emb", None))
+
+    @classmethod
+    @torch.inference_mode(False)  # what is loaded is used outside of it, too
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        start: int,
+        end: int,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+        weights: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Span:
+        """Reads the weights of blocks `[start, end)`, and no others.
+
+        Args:
+            dtype: that they compute in, such as "bfloat16"; None: what goes with `weights`, else as they are stored.
+            weights: what those of linear layers are held as, see `splitnet.quant.choose`; None: as `dtype`, or in the
+                codes of the checkpoint.
+            progress: called with (bytes read, bytes to read).
+
+        Raises:
+            ValueError: the model has no such blocks.
+            UnsupportedModel: its blocks cannot run on their own.
+            WeightsError: they cannot be held so.
+            OutOfMemory: they do not fit; the message says how many would.
+        """
+        if not 0 <= start < end <= checkpoint.num_blocks:
+            raise ValueError(f"blocks {start}:{end} are not within 0:{checkpoint.num_blocks}")
+        chosen = weights_of(checkpoint, weights, dtype, device)
+        config = copy.deepcopy(checkpoint.config)
+        for key, value in NEUTRAL_CONFIG.items():
+            if hasattr(config, key):
+                setattr(config, key, value)
+        model_class = backbone_class(config)
+        container = find_container(model_class, config)
+        packs = packs_sequences(config)
+        wanted = chosen.dtype
+        names = {
+            f"{container}.{index - start}.{tensor.rest}": tensor.name
+            for index in range(start, end)
+            for tensor in checkpoint.block_tensors[index]
+        }
+
+        def cut(backbone: PreTrainedModel) -> None:
+            cut_to_blocks(backbone, container, start, end)
+            for block in backbone.get_submodule(container).children():
+                hold_weights(block, chosen)
+
+        sizes = block_sizes(checkpoint, chosen, range(start, end))
+        if chosen.forms and not any(size.converted for size in sizes):
+            if weights != AUTO:
+                raise WeightsError(
+                    f"the blocks {start}..{end - 1} of {checkpoint.name} have no linear layers that can be held as "
+                    f"{chosen.kind}: use --weights {name_of(wanted)}"
+                )
+            chosen = chosen.plain()
+        if chosen.as_stored and any(size.coded for size in sizes):
+            converts = chosen.forms and any(size.converted for size in sizes)
+            chosen = replace(chosen, kind=f"{STORED}+{chosen.kind}" if converts else STORED)
+        largest = max(size.held for size in sizes)
+        grouped = keeps_states(config) and getattr(model_class, "_supports_sdpa", False)
+        attention = PACKED if packs else GROUPED if grouped else None
+        with guarded(checkpoint.name, start, end, largest, torch.device(device)):
+            with checkpoint.load_tensors(names, wanted, progress) as tensors:
+                tensors = with_coded_experts(
+                    tensors, checkpoint, model_class, container, range(start, end), chosen.kind
+                )
+                backbone = load_cut(
+                    model_class,
+                    config,
+                    cut,
+                    tensors,
+                    wanted,
+                    attention,
+                    names=names,
+                    one_by_one=bool(chosen.forms),
+                    codes_on=chosen.device if chosen.keeps_codes else None,
+                )
+            chosen = chosen.as_loaded(getattr(module, "held", None) for module in backbone.modules())
+            nn.Module.to(backbone, device).requires_grad_(False)
+            for block in backbone.get_submodule(container).children():
+                move_to_large_pages(block)
+            use_device_kernels(backbone, wanted)
+            prove_grouped_product(backbone)
+            check_neutral(backbone, container, wanted)
+            windows = sliding_windows(checkpoint.config)[start:end]
+            return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs)
+
+    def new_row(self, room: int | None = None, adapter: Adapter | None = None) -> RowCache:
+        """What one sequence leaves in the blocks: nothing yet.
+
+        Args:
+            room: positions that its memory is allocated for; None: it grows by doubling.
+            adapter: whose prefix it begins with.
+        """
+        states = RowStates(states_per_block(self._backbone.config)) if self._keeps_states else None
+        return RowCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states)
+
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        """Runs new positions of one or more sequences through the blocks and appends them to their rows.
+
+        Args:
+            hidden: `[positions, hidden]`: the positions of the parts one after the other.
+            parts: each with a row of its own that holds exactly the positions before `start`.
+
+        Returns:
+            `[positions, hidden]`, on the span's device and in its dtype.
+
+        Raises:
+            ValueError: the parts do not fit `hidden` or their rows. Nothing is changed then.
+        """
+        self._check(hidden, parts)
+        for part in parts:
+            if part.row.length - part.row.computed > MERGED_POSITIONS:
+                self.catch_up(part.row, part.adapter)
+        with torch.inference_mode():
+            output = self._run(to_device(hidden, self.device, self.dtype), parts)
+        for part in parts:
+            part.row.advance(part.count)
+        return output
+
+    def catch_up(self, row: RowCache, adapter: Adapter | None, most: int | None = None) -> int:
+        """Runs positions of a row once more that are to run before new ones; `forward` does it otherwise.
+
+        Args:
+            adapter: what they ran with before.
+            most: so many at most; None: all.
+
+        Returns:
+            How many.
+        """
+        done = 0
+        while (most is None or done < most) and (
+            hidden := row.begin_again(PASS if most is None else min(PASS, most - done))
+        ) is not None:
+            part = Part(row, row.computed, len(hidden), adapter)
+            with torch.inference_mode():
+                self._run_one(hidden, part)
+            row.caught_up(part.start + part.count)
+            done += part.count
+        return done
+
+    def sequences(
+        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None = None, reach: int = 0
+    ) -> torch.Tensor:
+        """Runs whole sequences of which nothing is kept; with a graph for gradients if torch records one.
+
+        Args:
+            hidden: `[positions, hidden]`: the sequences one after the other.
+            lengths: positions of each.
+            adapter: one that `fit` has accepted.
+            reach: as in `splitnet.wire.messages.Forward`.
+
+        Returns:
+            `[positions, hidden]`, on the span's device and in its dtype.
+
+        Raises:
+            ValueError: the lengths do not fit `hidden`.
+        """
+        prefix = self._adapters.prefix_of(adapter, self.start, self.end)
+        rows = [TracedRow(prefix=prefix) for _ in lengths]
+        parts = [
+            Part(row, 0, length, adapter, max(reach, row.prefix_length + length))
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+        self._check(hidden, parts)
+        if not self._packs and self._score_heads > 1:
+            longest = max(lengths)
+            reach = parts[0].row.prefix_length + longest
+            fitting = positions_at_once(self._score_heads, reach)
+            if not torch.is_grad_enabled() and longest > fitting:
+                parts = [replace(part, row=self.new_row(part.count, adapter)) for part in parts]
+            elif longest > WAY_BACK * fitting:
+                raise PeerBusy(
+                    f"there is no memory for the way back through {reach} positions in blocks of the family "
+                    f"{self._backbone.config.model_type!r}: train with shorter sequences"
+                )
+        hidden = hidden.to(device=self.device, dtype=self.dtype)
+        if self._packs and len(hidden) > PASS and not torch.is_grad_enabled():
+            return self._in_passes(hidden, lengths, adapter)
+        return self._run_as_the_family(hidden, parts)
+
+    def fit(self, adapter: Adapter) -> None:
+        """Makes the blocks ready for an adapter.
+
+        Raises:
+            AdapterError: it names blocks or layers that are not here, or its shapes are not theirs.
+        """
+        if adapter.prefix_length:
+            self._refuse_prefixes()
+        self._adapters.fit(adapter, self.start, self.end)
+
+    def keys_and_values(self, row: RowCache, length: int) -> dict[str, torch.Tensor]:
+        """Those of the first `length` positions of a row behind its prefix, named as the prefix of an adapter, float32.
+
+        Raises:
+            AdapterError: no prefix can stand before the blocks' positions.
+            ValueError: the row has fewer positions than that.
+        """
+        self._refuse_prefixes()
+        tensors: dict[str, torch.Tensor] = {}
+        for index, keys, values in row.held(length):
+            block = self._whole.start + index
+            tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"] = keys[0].float(), values[0].float()
+        return tensors
+
+    def view(self, start: int, end: int) -> Span:
+        """The blocks `[start, end)` of this span as a span of its own, with the same weights in memory.
+
+        Raises:
+            ValueError: this span does not hold all of these blocks.
+        """
+        if not self.start <= start < end <= self.end:
+            raise ValueError(f"blocks {start}:{end} are not within {self.start}:{self.end}")
+        backbone = share_blocks(self._backbone, self._container, start - self.start, end - self.start)
+        return Span(
+            backbone,
+            self._container,
+            start,
+            end,
+            weights=self.weights,
+            windows=self._windows,
+            packs=self._packs,
+            whole=self._whole,
+        )
+
+    def storages(self) -> frozenset[int]:
+        """Addresses of the memory of the weights."""
+        tensors = (*self._backbone.parameters(), *self._backbone.buffers())
+        return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
+
+    @property
+    def replayed_positions(self) -> int:
+        """Most positions of a decode step that is replayed from graphs; 0: none is."""
+        return self._lean.most if isinstance(self._lean, CapturedStep) else 0
+
+    def free_memory(self) -> int:
+        """Bytes that are free on the span's device."""
+        return free_memory(self.device)
+
+    def _refuse_prefixes(self) -> None:
+        reason = why_no_prefix(self._backbone.config)
+        if reason:
+            family = self._backbone.config.model_type
+            raise AdapterError(
+                f"blocks of the family {family!r} {reason}: train an adapter of another kind, such as LoRA"
+            )
+
+    def _check(self, hidden: torch.Tensor, parts: Sequence[Part]) -> None:
+        if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
+            raise ValueError(f"expected [positions, {self.hidden_size}], got {list(hidden.shape)}")
+        left, rows = hidden.shape[0], set[int]()
+        for part in parts:
+            if part.count < 1:
+                raise ValueError(f"the parts do not add up to {hidden.shape[0]} positions")
+            if part.start != part.row.length:
+                raise ValueError("a part does not start where its row ends: crop the row first")
+            left -= part.count
+            rows.add(id(part.row))
+        if left:
+            raise ValueError(f"the parts do not add up to {hidden.shape[0]} positions")
+        if len(rows) != len(parts):
+            raise ValueError("two parts of one pass have the same row")
+
+    def _run(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        if self._lean is not None and self._lean.takes(parts):
+            return self._lean.forward(hidden, parts)
+        return self._run_as_the_family(hidden, parts)
+
+    def _run_as_the_family(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        return self._run_packed(hidden, parts) if self._packs else self._run_rows(hidden, parts)
+
+    def _run_packed(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        positions = [position for part in parts for position in _positions(part)]
+        adapters = applying([part.adapter for part in parts], [part.count for part in parts])
+        with adapters, running(PackedPass(parts, self._windows, self._sdpa)):
+            output = self._backbone(
+                inputs_embeds=hidden[None],
+                position_ids=torch.tensor([positions], device=self.device),
+                cache=self._nothing_cached,
+                use_cache=True,
+            )
+        return output[0][0]
+
+    def _in_passes(self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None) -> torch.Tensor:
+        """As `sequences`, with the activations of so many positions at once as in the passes of steps."""
+        outputs: list[torch.Tensor] = []
+        parts: list[Part] = []
+        begin = end = 0
+        for length in lengths:
+            row, start = self.new_row(length, adapter), 0
+            while start < length:
+                count = min(length - start, begin + PASS - end)
+                parts.append(Part(row, start, count, adapter))
+                start, end = start + count, end + count
+                if end in (begin + PASS, len(hidden)):
+                    outputs.append(self._run_packed(hidden[begin:end], parts))
+                    for part in parts:
+                        part.row.advance(part.count)
+                    begin, parts = end, []
+        return torch.cat(outputs)
+
+    def _run_rows(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        outputs: list[torch.Tensor] = []
+        begin = 0
+        for part in parts:
+            given = part.row.begin_pass(hidden[begin : begin + part.count])
+            output = self._run_one(given, replace(part, start=part.row.computed, count=len(given)))
+            outputs.append(output[-part.count :])
+            begin += part.count
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _run_one(self, hidden: torch.Tensor, part: Part) -> torch.Tensor:
+        """Positions of one sequence, `[positions, hidden]`, from `part.start`: in as many calls as it takes."""
+        outputs: list[torch.Tensor] = []
+        done = 0
+        while done < part.count:
+            start = part.start + done
+            most = positions_at_once(self._score_heads, part.row.prefix_length + part.start + part.count)
+            count = 1 if self._one_by_one and start else min(part.count - done, most)
+            if self._ropes.any:
+                count = min(count, self._ropes.alike(part.row.prefix_length + start, part.reach))
+            outputs.append(self._call(hidden[done : done + count], replace(part, start=start, count=count)))
+            done += count
+            if done < part.count:
+                part.row.caught_up(part.start + done)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _call(self, hidden: torch.Tensor, part: Part) -> torch.Tensor:
+        row = part.row
+        cache = None if isinstance(row, TracedRow) and not row.prefix_length else OneRow(row)
+        positions = _positions(part)
+        length = max(part.reach, positions.stop)
+        with self._ropes.one_sequence(length), applying([part.adapter], [part.count]):
+            output = self._backbone(
+                inputs_embeds=hidden[None],
+                position_ids=torch.tensor([list(positions)], device=self.device),
+                cache=cache,
+                use_cache=cache is not None,
+            )
+        return output[0][0]
+
+    def _fast_step(self, blocks: Sequence[nn.Module], rope: nn.Module | None) -> FastStep | None:
+        """A faster way for decode steps, if there is one for these blocks that gives the same."""
+        config = self._backbone.config
+        of_torch = self._packs and config.model_type in LEAN
+        if not of_torch and (config.model_type not in COMPILED or self._ropes.any):
+            return None
+        everywhere = getattr(config, "sliding_window", None) if config.model_type in ONE_WINDOW else None
+        windows = self._windows or [everywhere] * (self._whole.end - self._whole.start)
+        if self._whole is not self:
+            former = self._whole._lean
+            return same_kind(former, blocks, rope, windows, self.dtype) if former is not None else None
+        return find_fast_step(self, blocks, rope, windows, of_torch=of_torch)
+
+    def _probe(self) -> tuple[int, int]:
+        """Runs one position: proves that the blocks run on their own, and measures what it leaves.
+
+        Returns:
+            Bytes of each position, and bytes that a row takes besides.
+        """
+        row = self.new_row()
+        family = self._backbone.config.model_type
+        try:
+            output = self.forward(torch.zeros(1, self.hidden_size, dtype=torch.float32), [Part(row, 0, 1)])
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            held = f" with weights held as {self.weights.kind}" if self.weights.kind != name_of(self.dtype) else ""
+            raise UnsupportedModel(f"blocks of the family {family!r} do not run on their own{held}: {error}") from error
+        all_keep = len(row.blocks) == self.end - self.start or self._keeps_states  # of those, some have experts alone
+        if output.shape != (1, self.hidden_size) or not all_keep:
+            raise UnsupportedModel(f"some blocks of the family {family!r} keep a state other than a KV cache")
+        if self._whole is self:
+            self._adapters.kv_shapes = row.shapes()
+        return row.bytes_per_position, row.state_bytes * HELD_AT_ONCE
+
+
+def _positions(part: Part) -> range:
+    """As the blocks count them: the prefix comes first."""
+    start = part.row.prefix_length + part.start
+    return range(start, start + part.count)

@@ -1,0 +1,1 @@
+"""Checkpoints: configs, tensors and tokenizers from folders, files, the hub, or peers."""

@@ -1,0 +1,336 @@
+"""A model's checkpoint: config, tensor index and the tensors that are asked for, from a folder or from the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from splitnet.checkpoint.families import causal_class, check_can_be_cut, max_positions, text_config_of
+from splitnet.checkpoint.safetensors import SafetensorsStore
+from splitnet.checkpoint.store import Progress, TensorFacts, TensorStore
+from splitnet.checkpoint.transfer.hashing import keep_manifest, kept_manifest, make_manifest
+from splitnet.checkpoint.transfer.held import HeldPieces, WeightFolder, read_manifest
+from splitnet.checkpoint.transfer.manifest import Manifest
+from splitnet.checkpoint.unexpected import check_none, ignored
+from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.quant.weight_form import is_number_type
+
+_BLOCK_NAME = re.compile(r"^(?P<container>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)$")
+OTHER_TOWERS = re.compile(
+    r"vision|visual|image|audio|speech|video|multi_?modal|(^|\.)mm_|projector|connector|merger|resampler|perceiver|talker|"
+    r"code2wav|token2wav|(^|\.)mtp\."
+)
+"""What names of tensors have in them that are not of the text model."""
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """Where one tensor of a block stands.
+
+    Attributes:
+        name: in the checkpoint.
+        rest: the part of the name after the number of the block.
+    """
+
+    name: str
+    rest: str
+
+
+class Checkpoint:
+    """A model whose tensors are read one by one, only from the shards that hold what is asked for.
+
+    Open one with `Checkpoint.open`.
+
+    Attributes:
+        name: hub id, or the name of the folder.
+        config: of the text model.
+        multimodal: the checkpoint holds more than the text model; the rest is left alone.
+        tokenizer_source: where the tokenizer comes from.
+    """
+
+    def __init__(
+        self, store: TensorStore, config: PreTrainedConfig, multimodal: bool = False, tokenizer: str | None = None
+    ) -> None:
+        self.name = store.name
+        self.tokenizer_source = tokenizer or store.source
+        self.config = config
+        self.multimodal = multimodal
+        self._store = store
+        self._manifest: Manifest | None = None
+
+    @property
+    def source(self) -> str:
+        """Hub id or path."""
+        return self._store.source
+
+    @classmethod
+    def open(cls, model: str | Path, *, revision: str | None = None, tokenizer: str | None = None) -> Checkpoint:
+        """Opens a GGUF file, a local folder or, if there is none of that name, a hub id.
+
+        Nothing but the config and the index of the shards is read (from the hub: downloaded).
+
+        Args:
+            tokenizer: hub id or folder with another tokenizer than the model's own.
+
+        Raises:
+            ModelNotFound: there is none of them, or it holds no safetensors.
+            UnsupportedModel: the family of the model is not known or cannot be cut into spans, or its weights are
+                stored in a way that is not known.
+        """
+        return cls.of(open_store(model, revision), tokenizer)
+
+    @classmethod
+    def of(cls, store: TensorStore, tokenizer: str | None = None) -> Checkpoint:
+        """The same with files that are open."""
+        whole, config = read_config(store)
+        checkpoint = cls(store, config, multimodal=config is not whole, tokenizer=tokenizer)
+        if config.num_hidden_layers > len(checkpoint.names):  # raises if there are no tensors
+            raise UnsupportedModel(
+                f"{store.name} has {len(checkpoint.names)} tensors, and its config says {config.num_hidden_layers} "
+                "blocks: download it again"
+            )
+        return checkpoint
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are stored in fewer bits than numbers of a usual type have."""
+        return self._store.quantized
+
+    @property
+    def num_blocks(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Values per position of a boundary activation."""
+        return self.config.hidden_size
+
+    @property
+    def model_type(self) -> str:
+        """The family as transformers names it."""
+        return self.config.model_type
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the model was made for; None: it has no bound, or none that is known."""
+        return max_positions(self.config)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type that the weights are stored in; of quantized ones, the type that the config says they stand for."""
+        if is_number_type(self.config.dtype):
+            return self.config.dtype
+        types = (self._store.facts([name])[name].dtype for name in self.names)
+        return next((dtype for dtype in types if is_number_type(dtype)), torch.float32)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors. A weight in few bits has one name, whatever it is made of in the files."""
+        return self._store.names
+
+    @cached_property
+    def block_tensors(self) -> tuple[tuple[BlockTensor, ...], ...]:
+        """The tensors of each block.
+
+        Raises:
+            UnsupportedModel: the names do not number `num_blocks` blocks, or there are more, which do not predict
+                further tokens.
+        """
+        containers: dict[str, dict[int, list[BlockTensor]]] = {}
+        for name in self.names:
+            if match := _BLOCK_NAME.match(name):
+                blocks = containers.setdefault(match["container"], {})
+                blocks.setdefault(int(match["index"]), []).append(BlockTensor(name, match["rest"]))
+        complete = [name for name, blocks in containers.items() if all(i in blocks for i in range(self.num_blocks))]
+        container = min(complete, key=lambda name: (bool(OTHER_TOWERS.search(name)), name), default=None)
+        if container is None:
+            raise UnsupportedModel(
+                f"the tensors of {self.name} are not named as {self.num_blocks} numbered blocks, so it cannot be cut "
+                "into spans: take a checkpoint in transformers' format"
+            )
+        self._container = container
+        beyond = {
+            tensor.name
+            for index, tensors in containers[container].items()
+            for tensor in tensors
+            if index >= self.num_blocks + (getattr(self.config, "num_nextn_predict_layers", None) or 0)
+        }
+        check_none(beyond - ignored(beyond, causal_class(self.config)), self.model_type)
+        return tuple(tuple(containers[container][i]) for i in range(self.num_blocks))
+
+    @cached_property
+    def shell_names(self) -> tuple[str, ...]:
+        """The names of all tensors outside the blocks."""
+        assert self.block_tensors
+        prefix = self._container + "."
+        return tuple(name for name in self.names if not (name.startswith(prefix) and _BLOCK_NAME.match(name)))
+
+    @property
+    def container(self) -> str:
+        """What stands before the number of a block in the names of its tensors, such as `model.layers`."""
+        assert self.block_tensors
+        return self._container
+
+    def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
+        """What is known of tensors without reading them. Reads only headers of files."""
+        return self._store.facts(names)
+
+    def bytes_of(self, names: Iterable[str], dtype: torch.dtype | None) -> int:
+        """Bytes of these tensors once they are loaded as numbers of type `dtype` (None: as stored)."""
+        return sum(facts.bytes_as(dtype) for facts in self.facts(names).values())
+
+    def load_tensors(
+        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
+    ) -> AbstractContextManager[dict[str, Any]]:
+        """Opens tensors for reading; from the hub, downloads the shards that hold them.
+
+        Args:
+            names: name to give a tensor -> its name in the checkpoint.
+            dtype: the type that they will be converted to by the reader.
+        """
+        return self._store.load_tensors(names, dtype, progress)
+
+    @property
+    def store(self) -> TensorStore:
+        """The files."""
+        return self._store
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex of a SHA-256 of the config and of all bytes of all tensors: swarms are told apart by it. See `manifest`.
+
+        It does not depend on how the tensors lie in files.
+        """
+        return self.manifest().fingerprint
+
+    def manifest(self, progress: Progress | None = None) -> Manifest:
+        """The digests of all tensors; those of files that did not change since are known from the last time.
+
+        From the hub, what is not on this machine is read once, and not kept.
+
+        Args:
+            progress: called with what is read, if that is much.
+
+        Raises:
+            ModelNotFound: a file is missing or not complete.
+        """
+        if self._manifest is None:
+            folder, commit = self._store.folder, self._store.commit
+            if folder is not None:
+                self._manifest = folder.manifest
+            elif self.is_whole:  # what others have told of it before is compared with all of it
+                self._manifest = make_manifest(self._store, progress)
+            else:
+                self._manifest = kept_manifest(commit) or make_manifest(self._store, progress)
+                keep_manifest(commit, self._manifest)
+        return self._manifest
+
+    @property
+    def knows_manifest(self) -> bool:
+        """Whether `manifest` needs nothing but files on this machine."""
+        return self._manifest is not None or self.is_whole or kept_manifest(self._store.commit) is not None
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """All files are on this machine, so that nobody else need be asked what they are.
+
+        Raises:
+            ModelNotFound: that cannot be said, as the hub is not reached.
+        """
+        store = self._store
+        if store.folder is not None or not store.commit:
+            return True
+        try:
+            return all(store.local_file(file) is not None for file in {place.file for place in store.places().values()})
+        except ModelNotFound:  # the hub is not reached, of which headers are missing
+            if kept_manifest(store.commit) is None:
+                raise
+            return False
+
+    def held(self) -> HeldPieces:
+        """What of the weights is on this machine. See `manifest`."""
+        return self._store.folder or HeldPieces(self.manifest(), self._store)
+
+    def adopt(self, manifest: Manifest) -> None:
+        """Takes a manifest as this model's, after it was compared with all that is here.
+
+        See `splitnet.checkpoint.transfer.matching.differs`.
+        """
+        self._manifest = manifest
+        keep_manifest(self._store.commit, manifest)
+
+    def get_blocks(self, start: int, end: int) -> None:
+        """Gets what is missing of blocks `[start, end)` from wherever it comes.
+
+        Raises:
+            SplitnetError: some cannot be had.
+        """
+        names = [tensor.name for block in self.block_tensors[start:end] for tensor in block]
+        with self.load_tensors({name: name for name in names}, self.dtype):
+            pass
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that comes with the model.
+
+        Raises:
+            ModelNotFound: the checkpoint has none, or there is none where it was said to be.
+        """
+        if self.tokenizer_source == self._store.source:
+            return self._store.tokenizer()
+        return open_store(self.tokenizer_source).tokenizer()
+
+    def generation_config(self) -> GenerationConfig:
+        """The model's defaults for generation; those of its config if it has none of its own."""
+        return self._store.generation_config() or GenerationConfig.from_model_config(self.config)
+
+
+def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
+    """The files of a checkpoint: a GGUF file, a local folder or, if there is none of that name, a hub id.
+
+    Raises:
+        ModelNotFound: there is no such file or folder.
+    """
+    if str(model).endswith(".gguf"):
+        from splitnet.checkpoint.gguf.store import GgufStore
+
+        store: TensorStore = GgufStore.open(model)
+        folder = Path(model).expanduser().parent
+    else:
+        store = SafetensorsStore.open(model, revision)
+        folder = Path(model).expanduser()
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        store.folder = WeightFolder(folder, manifest, store)
+    return store
+
+
+def read_config(store: TensorStore) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    """The config of a whole checkpoint and that of the text model in it, which is the same if that is all.
+
+    Raises:
+        ModelNotFound: it cannot be read.
+        UnsupportedModel: transformers does not know the architecture, or it cannot be cut into spans.
+    """
+    whole = store.config()
+    config = text_config_of(whole)
+    check_can_be_cut(config)
+    tied = any(getattr(one, "tie_word_embeddings", False) for one in (whole, config))
+    if config is not whole and tied:
+        # Wrappers say it outside, some by a default that checkpoints with a head of their own leave as it is.
+        config.tie_word_embeddings = not _has_head(store)
+    return whole, config
+
+
+def _has_head(store: TensorStore) -> bool:
+    try:
+        return any(name.endswith("lm_head.weight") for name in store.names)
+    except ModelNotFound:  # there is but the config
+        return False

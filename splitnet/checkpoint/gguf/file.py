@@ -1,0 +1,270 @@
+"""GGUF files: metadata and tensors, of a model in one file or split over several; tensors stay in the mapped files."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderField, ReaderTensor
+
+from splitnet.checkpoint.gguf.layouts import Bytes, layout_of, plain_dtype, read_codes
+from splitnet.checkpoint.shards import MOST_OF_NAME
+from splitnet.checkpoint.transfer.manifest import MAX_HEAD_BYTES
+from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
+from splitnet.quant.stored import Codes, Experts, Layout, StoredMatrix, StoredTensor
+
+_LONG = 1024
+"""Numbers; a list with one for each block is shorter."""
+_MAX_FIELDS = 1 << 12
+_MAX_TENSORS = 1 << 17
+_MAX_STRINGS = 1 << 22
+_MOST_IN_A_ROW = 1 << 24
+_SKIPPED: list[GGUFValueType] = []
+_AGAIN = "put the parts of one model, and no others, in a folder, or download them again"
+_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+
+
+class _Reader(GGUFReader):
+    """Skips strings in lists and long lists: of a vocabulary, the `gguf` package keeps some arrays for each token.
+
+    What a stranger says of a file, most of which is a hole, is read by this, too.
+    """
+
+    _reads_head = True
+
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, *args: Any, **options: Any) -> Any:
+        if self._reads_head and int(offset) + np.dtype(dtype).itemsize * int(count) > MAX_HEAD_BYTES:
+            raise ValueError("its metadata do not end")
+        return super()._get(offset, dtype, count, *args, **options)
+
+    def _build_fields(self, offs: int, count: int) -> int:
+        return super()._build_fields(offs, _at_most(_MAX_FIELDS, count, "keys"))
+
+    def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[ReaderField]]:
+        return super()._build_tensor_info(offs, _at_most(_MAX_TENSORS, count, "tensors"))
+
+    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        self._reads_head = False
+        super()._build_tensors(start_offs, fields)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind = GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+        count = int(self._get(orig_offs + 4, np.uint64)[0])
+        at = orig_offs + 12
+        if kind == GGUFValueType.STRING:
+            data = memoryview(np.asarray(self.data).data)
+            for _ in range(_at_most(_MAX_STRINGS, count, "strings in a list")):
+                at += 8 + int.from_bytes(data[at : at + 8], "little")
+                if at > min(len(data), MAX_HEAD_BYTES):
+                    raise ValueError("it ends within its vocabulary")
+        elif kind == GGUFValueType.ARRAY:
+            raise ValueError("it has lists of lists")
+        elif kind in self.gguf_scalar_to_np and count > _LONG:
+            at += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+        else:
+            return super()._get_field_parts(orig_offs, raw_type)
+        return at - orig_offs, [], [], _SKIPPED
+
+
+def _at_most(most: int, count: int, what: str) -> int:
+    if count > most:
+        raise ValueError(f"it says that it has {count} {what}")
+    return int(count)
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of a file.
+
+    Attributes:
+        shape: as torch has it, the inputs last.
+        stored: the type of its numbers or codes.
+        data: in the mapped file; of codes bytes, `[..., bytes of a row]`.
+        path: of the file.
+        offset: of its first byte in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored: GGMLQuantizationType
+    data: npt.NDArray[Any]
+    path: Path
+    offset: int
+
+    @property
+    def layout(self) -> Layout | None:
+        """Of codes; None: of numbers.
+
+        Raises:
+            UnsupportedModel: the type is not known.
+        """
+        return None if plain_dtype(self.stored) is not None else layout_of(self.stored, self.name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its numbers; codes are read as float32, for what they stand for is exact in no smaller type."""
+        return plain_dtype(self.stored) or torch.float32
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def tensor(self) -> torch.Tensor:
+        """Reads numbers; of codes a `StoredTensor`, which reads them when they are asked for."""
+        dtype = plain_dtype(self.stored)
+        if dtype is not None:
+            return torch.from_numpy(np.array(self.data)).view(dtype).reshape(self.shape)
+        rows = self.data.reshape(-1, self.data.shape[-1])
+        whole = _FileMatrix(self.name, self.stored, rows, self.shape[-1])
+        if len(self.shape) == 1:
+            return whole.floats()[0]
+        if len(self.shape) == 2:
+            return StoredTensor.of(whole)
+        outputs = self.shape[-2]
+
+        def one(expert: int) -> tuple[StoredMatrix]:
+            return (whole.of_outputs(slice(expert * outputs, (expert + 1) * outputs)),)
+
+        return StoredTensor.__new__(StoredTensor, Experts(len(rows) // outputs, one), stacked=True)
+
+
+class _FileMatrix(StoredMatrix):
+    """Rows of a tensor in a file. Of some of them no others are read."""
+
+    def __init__(self, name: str, stored: GGMLQuantizationType, rows: Bytes, inputs: int) -> None:
+        super().__init__(layout_of(stored, name), (len(rows), inputs), self._read)
+        self._name = name
+        self._stored = stored
+        self._rows = rows
+
+    def of_outputs(self, outputs: torch.Tensor | slice) -> StoredMatrix:
+        if isinstance(outputs, slice):
+            return _FileMatrix(self._name, self._stored, self._rows[outputs], self.shape[1])
+        chosen = outputs.numpy()
+        return StoredMatrix(
+            self.layout, (len(chosen), self.shape[1]), lambda: read_codes(self._stored, self._rows[chosen])
+        )
+
+    def _read(self) -> Codes:
+        return read_codes(self._stored, self._rows)
+
+
+class GgufFile:
+    """A model in one GGUF file, or in several whose names end with -00001-of-00003.gguf and so on.
+
+    Attributes:
+        name: of the file, without what all such names end with.
+        path: to it.
+        metadata: key -> value; lists of strings and long lists are left out.
+        tensors: name -> tensor, in the order of the files.
+        parts: the files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        match = _SPLIT.match(path.name)
+        self.name = match["stem"] if match else path.stem
+        self.path = path
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, GgufTensor] = {}
+        self.parts = parts = list(_parts(path))
+        for number, part in enumerate(parts):
+            own, tensors = _read(part)
+            _check_part(part, own, number, len(parts))
+            self.metadata = own | self.metadata
+            for tensor in tensors:
+                if tensor.name in self.tensors:
+                    raise UnsupportedModel(f"{part} has {tensor.name}, which a part before it has too: {_AGAIN}")
+                shape = tuple(int(size) for size in reversed(tensor.shape))
+                if len(tensor.name) > MOST_OF_NAME or any(not 0 < size <= _MOST_IN_A_ROW for size in shape):
+                    raise UnsupportedModel(
+                        f"{part} has {tensor.name[:MOST_OF_NAME]} of {' x '.join(map(str, shape))} numbers, which is "
+                        "no tensor of a model: download it again"
+                    )
+                offset = int(tensor.data_offset)
+                self.tensors[tensor.name] = GgufTensor(
+                    tensor.name, shape, tensor.tensor_type, tensor.data, part, offset
+                )
+        if not isinstance(self.metadata.get("general.architecture"), str) or not self.tensors:
+            raise UnsupportedModel(f"{path} holds no model: give the GGUF file that holds the weights")
+        if self.metadata.get("split.tensors.count", len(self.tensors)) != len(self.tensors):
+            raise UnsupportedModel(f"the parts of {path} do not hold all tensors that they should: {_AGAIN}")
+
+    @property
+    def architecture(self) -> str:
+        """As llama.cpp names it."""
+        return self.metadata["general.architecture"]
+
+    def let_go(self) -> None:
+        """Gives back the memory of what was read. It is read again if it is used again."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        mapped: list[Any] = [getattr(tensor.data, "_mmap", None) for tensor in self.tensors.values()]
+        for one in {id(file): file for file in mapped if file is not None}.values():
+            one.madvise(mmap.MADV_DONTNEED)
+
+    @cached_property
+    def of_architecture(self) -> Mapping[str, Any]:
+        """The metadata of the architecture, without its name in front."""
+        prefix = self.architecture + "."
+        return {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
+
+
+def _value(field: ReaderField) -> Any:
+    """The value of a field; a float32 as the shortest decimal that it is nearest to, as a config file has it."""
+    value = field.contents()
+    if field.types[-1] == GGUFValueType.FLOAT32:
+        return [_shortest(one) for one in value] if isinstance(value, list) else _shortest(value)
+    return value
+
+
+def _shortest(value: float) -> float:
+    return float(str(np.float32(value)))
+
+
+def _parts(path: Path) -> Iterator[Path]:
+    match = _SPLIT.match(path.name)
+    if match is None:
+        yield path
+        return
+    for number in range(1, int(match["count"]) + 1):
+        part = path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf")
+        if not part.is_file():
+            raise ModelNotFound(f"{part} is missing: put all {int(match['count'])} parts of the model in one folder")
+        yield part
+
+
+def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int) -> None:
+    """Whether a file is the part that its name says."""
+    says = metadata.get("split.no", number), metadata.get("split.count", count) or 1
+    if not all(isinstance(one, int) for one in says):
+        raise UnsupportedModel(f"{path} does not say which part of a model it is: {_AGAIN}")
+    if says != (number, count):
+        raise UnsupportedModel(
+            f"{path} is part {says[0] + 1} of {says[1]} by what is in it, and {number + 1} of {count} by its name: "
+            "give all parts of a model the names that they were published with, or download them again"
+        )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
+    """The metadata and the tensors of one file."""
+    with stumbling(
+        lambda why: UnsupportedModel(
+            f"{path} is not a complete GGUF file that this version of the gguf package reads: download it again, or "
+            f"update gguf ({why})"
+        )
+    ):
+        try:
+            reader = _Reader(path)
+        except OSError as error:
+            raise ModelNotFound(f"there is no file {path}: give the path of a GGUF file") from error
+        return {key: _value(it) for key, it in reader.fields.items() if it.types != _SKIPPED}, reader.tensors

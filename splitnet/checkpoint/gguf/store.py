@@ -1,0 +1,283 @@
+"""A checkpoint in a GGUF file, single or split."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig, PreTrainedConfig
+
+from splitnet.checkpoint.families import check_values
+from splitnet.checkpoint.gguf.config import ROPE_TENSORS, make_config, read_tokenizer
+from splitnet.checkpoint.gguf.families import OUTSIDE, Family, config_values, family_of
+from splitnet.checkpoint.gguf.file import GgufFile, GgufTensor
+from splitnet.checkpoint.quant.format import MALFORMED
+from splitnet.checkpoint.store import Progress, ReadBytes, TensorFacts
+from splitnet.checkpoint.transfer.held import Place, WeightFolder
+from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
+from splitnet.quant.stored import StoredTensor
+
+_ARCHITECTURE = "general.architecture"
+_MAX_ROPE_BYTES = 1 << 20
+"""Of the factors of rotary embeddings, which are read with the config."""
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a tensor of transformers is made of tensors of the file."""
+
+    parts: tuple[GgufTensor, ...]
+    make: Callable[..., torch.Tensor]
+    keeps_codes: bool
+
+
+class GgufStore:
+    """A `TensorStore` that maps the file and reads of it only what is asked for.
+
+    Open one with `GgufStore.open`.
+    """
+
+    def __init__(self, file: GgufFile) -> None:
+        self.name = file.name
+        self.source = str(file.path)
+        self.folder: WeightFolder | None = None
+        self._file = file
+        self._family = family_of(file)
+
+    @classmethod
+    def open(cls, path: str | Path) -> GgufStore:
+        """Opens a GGUF file; of a split one, any part, while all parts are in one folder.
+
+        Raises:
+            ModelNotFound: there is no such file, or a part is missing.
+            UnsupportedModel: it is not a GGUF file, or the architecture of the model is not known.
+        """
+        return cls(GgufFile(Path(path).expanduser()))
+
+    def config(self) -> PreTrainedConfig:
+        """See `TensorStore.config`."""
+        return self._config
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        check_values({"layers": self._file.of_architecture.get("block_count")}, self.source)
+        ropes = ROPE_TENSORS & self._file.tensors.keys()
+        if sum(self._file.tensors[name].nbytes for name in ropes) > _MAX_ROPE_BYTES:
+            raise UnsupportedModel(
+                f"{self.source} has more than {_MAX_ROPE_BYTES} bytes of rotary factors: download it again"
+            )
+        if self.folder is not None:
+            self.folder.supply(ropes)
+        try:
+            values = config_values(self._family, self._file)
+            check_values(values, self.source)
+            return make_config(self._family.model_type, values, self._file)
+        except (StrictDataclassError, *MALFORMED) as error:
+            raise UnsupportedModel(
+                f"the metadata of {self.source} describe no model of the family {self._family.model_type!r}: download "
+                f"it again, or take another file of this model ({' '.join(str(error).split())})"
+            ) from error
+
+    @property
+    def quantized(self) -> bool:
+        """See `TensorStore.quantized`."""
+        return any(tensor.layout is not None for tensor in self._file.tensors.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `TensorStore.names`; raises `UnsupportedModel` if the file has a tensor that is not known."""
+        return tuple(self._recipes)
+
+    def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
+        """See `TensorStore.facts`."""
+        return {name: self._facts(self._recipes[name]) for name in names}
+
+    def file_bytes(self, names: Iterable[str]) -> int:
+        """See `TensorStore.file_bytes`."""
+        return sum(part.nbytes for name in names for part in self._recipes[name].parts)
+
+    @contextmanager
+    def load_tensors(
+        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None
+    ) -> Iterator[dict[str, Any]]:
+        """See `TensorStore.load_tensors`."""
+        read = ReadBytes(progress)
+        recipes = {given: self._recipes[name] for given, name in names.items()}
+        if self.folder is not None:
+            self.folder.supply([part.name for recipe in recipes.values() for part in recipe.parts])
+        read.total = sum(part.nbytes for recipe in recipes.values() for part in recipe.parts)
+        try:
+            yield {given: _LazyTensor(self, recipe, read) for given, recipe in recipes.items()}
+        finally:
+            self._file.let_go()
+
+    def read(self, recipe: _Recipe) -> torch.Tensor:
+        """Makes a tensor."""
+        return self._made(recipe, [part.tensor() for part in recipe.parts])
+
+    def _made(self, recipe: _Recipe, parts: Iterable[torch.Tensor]) -> torch.Tensor:
+        try:
+            return recipe.make(self._config, *parts)
+        except (RuntimeError, *MALFORMED) as error:
+            first = recipe.parts[0]
+            raise UnsupportedModel(
+                f"{first.name} of {self.source} ({list(first.shape)}) is not what its metadata say ({error}): download "
+                "it again, or take another file of this model"
+            ) from error
+
+    def told_config(self) -> str:
+        """See `TensorStore.told_config`: the metadata of the architecture."""
+        told = {_ARCHITECTURE: self._file.architecture, **self._file.of_architecture}
+        return json.dumps(told, sort_keys=True, default=str)
+
+    def places(self) -> Mapping[str, Place]:
+        """See `TensorStore.places`."""
+        return {
+            name: Place(one.path.name, one.offset, one.nbytes, one.stored.name, one.shape)
+            for name, one in self._file.tensors.items()
+        }
+
+    def heads(self) -> Mapping[str, int]:
+        """See `TensorStore.heads`: of all files, with metadata and vocabulary."""
+        heads = {part.name: part.stat().st_size for part in self._file.parts}
+        for one in self._file.tensors.values():
+            heads[one.path.name] = min(heads[one.path.name], one.offset)
+        return heads
+
+    @property
+    def commit(self) -> str:
+        """See `TensorStore.commit`."""
+        return ""
+
+    def local_file(self, file: str) -> Path | None:
+        """See `TensorStore.local_file`."""
+        return self._file.path.with_name(file)
+
+    def open_file(self, file: str) -> BinaryIO:
+        """See `TensorStore.open_file`."""
+        try:
+            return self._file.path.with_name(file).open("rb")
+        except OSError as error:
+            raise ModelNotFound(f"{file} of {self.name} cannot be read: download it again") from error
+
+    def tokenizer(self, **options: Any) -> Any:
+        """See `TensorStore.tokenizer`."""
+        says = self._file.metadata.get
+        with stumbling(
+            lambda why: ModelNotFound(
+                f"no tokenizer can be made of what {self.name} says of it: give --tokenizer with the folder or the "
+                f"Hugging Face id of the original model ({why})"
+            )
+        ):
+            return read_tokenizer(self._file.path, says("tokenizer.ggml.model"), says("tokenizer.ggml.pre"), **options)
+
+    def generation_config(self) -> GenerationConfig | None:
+        """See `TensorStore.generation_config`; a file has none but the tokens at which generation ends."""
+        return None
+
+    def _facts(self, recipe: _Recipe) -> TensorFacts:
+        nbytes = sum(part.nbytes for part in recipe.parts)
+        layouts = [part.layout for part in recipe.parts]
+        if recipe.keeps_codes and None not in layouts:
+            tensor = self.read(recipe)  # of codes nothing is read before they are asked for
+            if isinstance(tensor, StoredTensor):
+                held = {matrix.layout for matrix in tensor.experts[0]}
+                widest = max(held, key=lambda layout: layout.nbytes(*tensor.experts[0][0].shape))
+                return TensorFacts(tuple(tensor.shape), tensor.dtype, widest, nbytes, tensor.transposed)
+        meta = [torch.empty(part.shape, device="meta") for part in recipe.parts]
+        dtype = recipe.parts[0].dtype if layouts.count(None) == len(layouts) else torch.float32
+        return TensorFacts(tuple(self._made(recipe, meta).shape), dtype, None, nbytes)
+
+    @cached_property
+    def _recipes(self) -> dict[str, _Recipe]:
+        """By the names that transformers' checkpoints have."""
+        return _recipes(self._file, self._family, self._config.num_hidden_layers)
+
+
+def is_of_gguf(told_config: str) -> bool:
+    """Whether `TensorStore.told_config` is that of GGUF files."""
+    return f'"{_ARCHITECTURE}": ' in told_config
+
+
+class _LazyTensor:
+    """One tensor in the file, as transformers' loading expects it: `tensor[...]` reads it."""
+
+    def __init__(self, store: GgufStore, recipe: _Recipe, read: ReadBytes) -> None:
+        self._store = store
+        self._recipe = recipe
+        self._read = read
+        self._known = store._facts(recipe)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._known.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._known.dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self._known.shape)
+
+    def get_dtype(self) -> str:
+        return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[self.dtype]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self._store.read(self._recipe)
+        self._read.add(self._known.nbytes)
+        return tensor if index is Ellipsis or index == slice(None) else tensor[index]
+
+
+def _recipes(file: GgufFile, family: Family, blocks: int) -> dict[str, _Recipe]:
+    inside: dict[int, dict[str, GgufTensor]] = {}
+    recipes: dict[str, _Recipe] = {}
+    for name, tensor in file.tensors.items():
+        if match := _BLOCK.match(name):
+            inside.setdefault(int(match[1]), {})[match[2]] = tensor
+            if int(match[1]) >= file.of_architecture["block_count"]:
+                raise UnsupportedModel(
+                    f"{file.name} has the tensor {name}, and says that it has {file.of_architecture['block_count']} "
+                    "blocks: download it again, or take another file of this model"
+                )
+        elif name not in ROPE_TENSORS:
+            recipes[_renamed(file, name, name, family.outside or OUTSIDE)] = _copied(family, name, tensor)
+    for block in range(blocks):  # what follows are blocks that predict further tokens, which transformers leaves out
+        left = dict(inside.get(block, {}))
+        path = f"{family.container}.{block}"
+        for change in family.changes:
+            if all(part in left for part in change.parts):
+                parts = tuple(left.pop(part) for part in change.parts)
+                recipes[f"{path}.{change.name}"] = _Recipe(parts, change.make, change.keeps_codes)
+        for name, tensor in left.items():
+            if name not in ROPE_TENSORS:
+                within = _renamed(file, tensor.name, name, family.tensors)
+                recipes[f"{path}.{within}"] = _copied(family, name, tensor)
+    for recipe in recipes.values():
+        for part in recipe.parts:
+            assert part.layout is None or part.layout  # raises if the type is not known
+    return recipes
+
+
+def _renamed(file: GgufFile, full: str, name: str, modules: Mapping[str, str]) -> str:
+    module, _, kind = name.rpartition(".")
+    if module not in modules or kind not in ("weight", "bias"):
+        raise UnsupportedModel(
+            f"{file.name} has the tensor {full}, which splitnet does not know in the architecture "
+            f"{file.architecture!r}: take another file of this model, or its safetensors"
+        )
+    return f"{modules[module]}.{kind}"
+
+
+def _copied(family: Family, name: str, tensor: GgufTensor) -> _Recipe:
+    if family.raised_norms and name.endswith("norm.weight") and name != "ssm_norm.weight":
+        return _Recipe((tensor,), lambda config, weight: weight - 1, False)
+    return _Recipe((tensor,), lambda config, same: same, True)

@@ -1,0 +1,246 @@
+"""What a format of quantized weights is: how its tensors are named, and what they stand for together."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from splitnet.errors import UnsupportedModel
+from splitnet.quant.stored import Codes, Experts, Layout, StoredMatrix, StoredTensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor in the files, read when `read` is called.
+
+    Attributes:
+        name: in the files.
+        read: called with an index, such as `...` or the number of an expert.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[Any], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A quantized weight that no `Layout` describes: it is read as plain numbers.
+
+    Attributes:
+        dtype: what it says that it is of.
+        read: gives float32, which whoever loads it rounds once.
+        why: the reason, for people.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+    why: str
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """How a tensor that belongs to a weight is named.
+
+    Attributes:
+        ending: of its name.
+        base: what stands in the place of the ending in the name of the weight.
+        role: the key that its format knows it by.
+        sure: nothing else is named so; otherwise it counts only where there is such a weight.
+    """
+
+    ending: str
+    base: str
+    role: str
+    sure: bool = True
+
+
+MALFORMED = (
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError, RecursionError),
+)
+"""What comes of a description that is not what it should be."""
+DESCRIPTION_BYTES = 1 << 16
+"""Parts of quantized weights that are no larger may describe the rest."""
+_MOST_COUNTED = 1 << 31
+_SCALES = (".weight_scale_inv", ".weight_scale", ".scale", ".scales", ".qscale_weight", ".weight_scale_2")
+"""What stands in the place of `.weight` in the names of scales."""
+WEIGHT = "weight"
+"""The role of the tensor whose name is that of the weight itself."""
+
+
+class QuantizedFormat(ABC):
+    """A format of quantized weights.
+
+    Attributes:
+        suffixes: of the tensors that belong to a weight; the first that fits counts.
+        needed: the roles without which there is no weight.
+        left: endings of tensors that concern activations or caches of keys and values only. They are left knowingly:
+            activations keep their type here.
+    """
+
+    suffixes: Sequence[Suffix]
+    needed: frozenset[str]
+    left: tuple[str, ...] = ()
+
+    @abstractmethod
+    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor | Numbers:
+        """A weight; nothing large is read before it is used.
+
+        Args:
+            parts: role -> tensor in the files.
+            dtype: what the weight says that it is of.
+
+        Raises:
+            UnsupportedModel: the tensors are not what the format says.
+        """
+
+    def group(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Name of each weight -> role -> name in the files. Plain tensors have the role `WEIGHT` only.
+
+        Raises:
+            UnsupportedModel: a weight lacks something.
+        """
+        names = list(names)
+        present = set(names)
+        groups: dict[str, dict[str, str]] = {}
+        for name in names:
+            if name.endswith(self.left):
+                continue
+            weight, role = self._place_of(name, present)
+            groups.setdefault(weight, {})[role] = name
+        for weight, roles in groups.items():
+            lacking = self.needed - roles.keys()
+            if roles.keys() != {WEIGHT} and lacking:
+                raise UnsupportedModel(
+                    f"{next(iter(roles.values()))} is in the checkpoint without what belongs to it ({weight}: "
+                    f"{', '.join(sorted(lacking))}): download it again, or take another checkpoint of this model"
+                )
+        return groups
+
+    def _place_of(self, name: str, present: set[str]) -> tuple[str, str]:
+        for suffix in self.suffixes:
+            if name.endswith(suffix.ending):
+                weight = name.removesuffix(suffix.ending) + suffix.base
+                if suffix.sure or weight in present:
+                    return weight, suffix.role
+        return name, WEIGHT
+
+
+class Weights:
+    """The weights of a checkpoint: which tensors in the files each is made of.
+
+    Attributes:
+        groups: name of each weight -> role -> name in the files.
+        dtype: what weights of codes say that they are of.
+    """
+
+    def __init__(self, names: Sequence[str], format: QuantizedFormat | None, dtype: torch.dtype) -> None:
+        """See `QuantizedFormat.group` for the errors."""
+        self.groups = {name: {WEIGHT: name} for name in names} if format is None else format.group(names)
+        self.dtype = dtype
+        self._format = format
+
+    def is_plain(self, name: str) -> bool:
+        """Whether a weight is one tensor of plain numbers."""
+        return self.groups[name].keys() == {WEIGHT}
+
+    def tensor(self, name: str, part: Callable[[str], Part]) -> StoredTensor | Numbers | None:
+        """A weight that is read when it is used; None for plain numbers.
+
+        Args:
+            part: called with names in the files.
+
+        Raises:
+            UnsupportedModel: as `QuantizedFormat.tensor`, or it is codes without scales, or integers of no format.
+        """
+        if self._format is None:
+            plain = part(name)
+            # Of four dimensions are masks of attention, which old checkpoints have.
+            if plain.dtype in (torch.int8, torch.uint8, torch.uint32) and len(plain.shape) in (2, 3):
+                raise misfit(plain, "is stored in integers, and the config does not say what they stand for")
+            stem = name.removesuffix(".weight")
+            if plain.dtype.itemsize == 1 and any(f"{stem}{scale}" in self.groups for scale in _SCALES):
+                raise UnsupportedModel(
+                    f"{name} is stored in {plain.dtype} with scales, and the config does not say how weights are "
+                    "quantized ('quantization_config'): take another config of this model, or another checkpoint"
+                )
+            return None
+        parts = {role: part(stored) for role, stored in self.groups[name].items()}
+        if not self.is_plain(name):
+            if empty := next((one for one in parts.values() if 0 in one.shape), None):
+                raise misfit(empty, "holds nothing")
+            try:
+                return self._format.tensor(name, parts, self.dtype)
+            except MALFORMED as error:
+                raise UnsupportedModel(
+                    f"{name} is not what the config says of quantized weights ({error!r}): download it again"
+                ) from error
+        plain = parts[WEIGHT]
+        if plain.dtype.itemsize == 1 and plain.dtype != torch.bool:
+            raise misfit(plain, "is in the checkpoint without its scales")
+        return None
+
+
+def number_in(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A number of a description that counts or measures something.
+
+    It bounds nothing: before it is used, sizes of tensors are compared with it.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    value = settings.get(key, default)
+    if type(value) is not int or not 0 < value < _MOST_COUNTED:
+        raise ValueError(f"{key}: {value!r}")
+    return value
+
+
+def misfit(part: Part, why: str) -> UnsupportedModel:
+    """The error of a tensor that is not what its format says."""
+    return UnsupportedModel(
+        f"{part.name} ({list(part.shape)}, {part.dtype}) {why}: take another checkpoint of this model"
+    )
+
+
+def codes_or_numbers(
+    layout: Layout, shape: Sequence[int], read: Callable[[Any], Codes], dtype: torch.dtype
+) -> StoredTensor | Numbers:
+    """As `one_or_stacked`, for groups of any length: numbers, where that is none that codes are held in."""
+    if layout.group % 16 == 0:
+        return one_or_stacked(layout, shape, read, dtype)
+    whole = one_or_stacked(layout, shape, read, torch.float32)
+    return Numbers(tuple(shape), dtype, whole.floats, f"{layout.group} inputs share a scale")
+
+
+def one_or_stacked(
+    layout: Layout,
+    shape: Sequence[int],
+    read: Callable[[Any], Codes],
+    dtype: torch.dtype,
+    *,
+    transposed: bool = False,
+) -> StoredTensor:
+    """A weight `[outputs, inputs]`, or of experts `[experts, outputs, inputs]`.
+
+    Args:
+        read: called with `...`, or with the number of an expert.
+        transposed: the tensor is `[..., inputs, outputs]` all the same.
+    """
+    *experts, outputs, inputs = shape
+
+    def matrix(index: Any) -> tuple[StoredMatrix]:
+        return (StoredMatrix(layout, (outputs, inputs), lambda: read(index)),)
+
+    every = Experts(experts[0], matrix) if experts else [matrix(...)]
+    return StoredTensor.__new__(StoredTensor, every, stacked=bool(experts), transposed=transposed, dtype=dtype)

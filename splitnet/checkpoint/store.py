@@ -1,0 +1,282 @@
+"""What a checkpoint is read from: safetensors or GGUF files, behind one interface."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedConfig
+
+from splitnet.checkpoint.quant.format import Numbers, Part, Weights
+from splitnet.checkpoint.shards import Shards, TensorInfo, read_tensor_infos
+from splitnet.checkpoint.transfer.held import TensorFiles, WeightFolder
+from splitnet.errors import ModelNotFound
+from splitnet.quant.stored import Layout, StoredTensor
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all); from several threads, one at a time."""
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One tensor of a checkpoint, known without reading it.
+
+    Attributes:
+        dtype: that it is stored in; of codes, the type of the tensor that reading gives.
+        layout: of codes; None for plain numbers.
+        nbytes: in the files, with its scales and zeros.
+        transposed: codes lie along the last dimension but one.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Layout | None
+    nbytes: int
+    transposed: bool = False
+
+    def bytes_as(self, dtype: torch.dtype | None) -> int:
+        """Bytes that it takes once loaded as numbers of type `dtype` (None: as stored)."""
+        if dtype is None or not self.dtype.is_floating_point:
+            return self.nbytes
+        return math.prod(self.shape) * dtype.itemsize
+
+
+class TensorStore(TensorFiles, Protocol):
+    """The files of one checkpoint.
+
+    Names are logical: those that a checkpoint of the family with plain weights has. A quantized weight, which may be
+    several tensors in the files, is one tensor with one name.
+
+    Attributes:
+        name: hub id, or name of the folder or file.
+        source: hub id or path.
+        folder: that gets bytes before they are read; None: all are in the files, or on the hub.
+    """
+
+    name: str
+    source: str
+    folder: WeightFolder | None
+
+    def config(self) -> PreTrainedConfig:
+        """That of the whole checkpoint, without a description of how the weights are quantized.
+
+        Raises:
+            ModelNotFound: it cannot be read.
+            UnsupportedModel: transformers does not know the architecture.
+        """
+        ...
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights may be in few bits: then only headers tell how many bytes they take, else config and type."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors.
+
+        Raises:
+            ModelNotFound: there are none.
+            UnsupportedModel: they are quantized in a way that is not known.
+        """
+        ...
+
+    def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
+        """Reads headers only."""
+        ...
+
+    def file_bytes(self, names: Iterable[str]) -> int:
+        """What tensors take in the files together. Reads headers only, and nothing that describes codes."""
+        ...
+
+    def load_tensors(
+        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None
+    ) -> AbstractContextManager[dict[str, Any]]:
+        """Opens tensors for reading; from the hub, downloads the files that hold them.
+
+        Args:
+            names: name to give a tensor -> its name in the checkpoint.
+            dtype: the type that they will be converted to by the reader.
+
+        Returns:
+            A context: given name -> what reads the tensor when it is indexed with `[...]`, and gives a tensor that
+            needs the files no more, or a `StoredTensor` whose matrices keep them mapped.
+        """
+        ...
+
+    def told_config(self) -> str:
+        """What of the config tells models apart, as JSON: it does not depend on the version of transformers."""
+        ...
+
+    @property
+    def commit(self) -> str:
+        """Hub id and commit, which stand for the same files at any time; empty: not known, or not from the hub."""
+        ...
+
+    def open_file(self, file: str) -> BinaryIO:
+        """Opens a file for reading parts of it, from the hub without downloading the whole.
+
+        Raises:
+            ModelNotFound: there is none, or the hub does not answer.
+        """
+        ...
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that comes with the checkpoint.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        ...
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The defaults for generation that come with the checkpoint."""
+        ...
+
+
+class ReadBytes:
+    """Counts what is read of tensors, from several threads, and reports it.
+
+    Attributes:
+        total: bytes to read.
+    """
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.total = 0
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._done = 0
+
+    def add(self, nbytes: int) -> None:
+        """Counts bytes as read."""
+        with self._lock:
+            self._done += nbytes
+            if self._progress is not None:
+                self._progress(self._done, self.total)
+
+
+log = logging.getLogger(__name__)
+
+
+class LazyTensors:
+    """A state dict that reads each tensor when it is indexed; use it in a `with`."""
+
+    def __init__(
+        self, shards: Shards, weights: Weights, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None
+    ) -> None:
+        self._shards = shards
+        self._weights = weights
+        self._names = names
+        self._dtype = dtype
+        self._files = ExitStack()
+        self._read = ReadBytes(progress)
+
+    def __enter__(self) -> dict[str, Any]:
+        stored = {part for name in self._names.values() for part in self._weights.groups[name].values()}
+        infos, slices = self._open(stored)
+
+        def part(name: str) -> Part:
+            return Part(name, infos[name].shape, infos[name].dtype, slices[name].__getitem__)
+
+        tensors: dict[str, Any] = {}
+        converted: list[Numbers] = []
+        for given, name in self._names.items():
+            nbytes = sum(infos[stored].nbytes for stored in self._weights.groups[name].values())
+            self._read.total += nbytes
+            tensor = self._weights.tensor(name, part)
+            if tensor is None:
+                tensors[given] = _LazyTensor(slices[name], infos[name].shape, infos[name].dtype, self.take)
+            elif isinstance(tensor, Numbers):
+                converted.append(tensor)
+                tensors[given] = _LazyTensor(
+                    _Whole(tensor.read), tensor.shape, tensor.dtype, lambda read, n=nbytes: self._counted(read, n)
+                )
+            else:
+                tensors[given] = _LazyTensor(
+                    tensor, tuple(tensor.shape), tensor.dtype, lambda read, n=nbytes: self._counted(read, n)
+                )
+        if converted:
+            size = sum(math.prod(numbers.shape) for numbers in converted) * self._dtype.itemsize
+            log.warning(
+                "%d weights of %s cannot be held as they are stored (%s): as numbers they take %.0f MiB",
+                len(converted),
+                self._shards.name,
+                converted[0].why,
+                size / 2**20,
+            )
+        return tensors
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Counts a tensor as read; one that keeps its type is copied, or it would stay on the mapped file."""
+        if tensor.dtype == self._dtype:
+            tensor = tensor.clone()
+        return self._counted(tensor, tensor.nbytes)
+
+    def _counted(self, tensor: torch.Tensor, nbytes: int) -> torch.Tensor:
+        self._read.add(nbytes)
+        return tensor
+
+    def _open(self, names: set[str]) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+        """What the headers say of tensors in the files, and what reads them; that outlives this state dict."""
+        by_shard: dict[str, list[str]] = {}
+        for name in sorted(names):
+            by_shard.setdefault(self._shards.weight_map[name], []).append(name)
+        infos: dict[str, TensorInfo] = {}
+        slices: dict[str, Any] = {}
+        for shard, held in by_shard.items():
+            path = self._shards.download(shard)
+            with path.open("rb") as raw:
+                infos.update(read_tensor_infos(raw, shard))
+            self._shards.check_hold(held, infos)
+            try:
+                file = self._files.enter_context(safe_open(path, framework="pt", device="cpu"))
+                slices.update({name: file.get_slice(name) for name in held})
+            except SafetensorError as error:
+                raise ModelNotFound(
+                    f"{shard} of {self._shards.name} is not complete, or is damaged ({error}): download it again"
+                ) from error
+        return infos, slices
+
+
+class _LazyTensor:
+    """One tensor on disk, as transformers' loading expects it: `tensor[...]` reads it."""
+
+    def __init__(
+        self,
+        stored: Any,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        take: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self._stored = stored
+        self._take = take
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        if index is ... and isinstance(self._stored, StoredTensor):
+            return self._take(self._stored)
+        return self._take(self._stored[index])
+
+
+class _Whole:
+    """What is read as a whole, whatever part is asked for."""
+
+    def __init__(self, read: Callable[[], torch.Tensor]) -> None:
+        self._read = read
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._read()[index]

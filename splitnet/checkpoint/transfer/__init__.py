@@ -1,0 +1,1 @@
+"""Weights from other peers and from the hub, by pieces with digests."""

@@ -1,0 +1,218 @@
+"""Digests of the tensors in files, which are kept: a file that did not change is hashed once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from splitnet.checkpoint.store import TensorStore
+from splitnet.checkpoint.transfer.manifest import PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
+from splitnet.errors import ModelNotFound, ProtocolError
+from splitnet.paths import cache_folder
+
+log = logging.getLogger(__name__)
+
+Range = tuple[int, int]
+"""Offset and bytes."""
+Progress = Callable[[int, int], None]
+
+KEPT_BYTES: Final = 16 << 20
+"""Digests of smaller files are not kept: to read these is as fast."""
+SHOWN_BYTES: Final = 256 << 20
+"""Progress is told where more is to be read."""
+_RUN_BYTES: Final = 8 * PIECE_BYTES
+"""That one thread reads at a time."""
+_THREADS: Final = min(4, os.cpu_count() or 1)
+_REQUESTS: Final = 16
+_STAMP: Final = 1
+"""Of what is kept."""
+
+
+def make_manifest(store: TensorStore, progress: Progress | None = None) -> Manifest:
+    """Reads all tensors of a checkpoint, but those whose digests are known.
+
+    Raises:
+        ModelNotFound: a file is missing or not complete.
+    """
+    places = dict(sorted(store.places().items()))
+    ranges: dict[str, set[Range]] = defaultdict(set)
+    for place in places.values():
+        ranges[place.file].add((place.offset, place.nbytes))
+    heads = store.heads()
+    for file, nbytes in heads.items():
+        ranges[file].add((0, nbytes))
+    digests = hash_ranges(store, {file: sorted(those) for file, those in ranges.items()}, progress)
+    tensors = tuple(
+        Tensor(name, at.stored, at.shape, Pieces(at.nbytes, digests[at.file][at.offset, at.nbytes]))
+        for name, at in places.items()
+    )
+    return Manifest(
+        store.told_config(),
+        tensors,
+        tuple(Head(_size(store, file), Pieces(nbytes, digests[file][0, nbytes])) for file, nbytes in heads.items()),
+    )
+
+
+def hash_ranges(
+    store: TensorStore, ranges: dict[str, list[Range]], progress: Progress | None = None
+) -> dict[str, dict[Range, bytes]]:
+    """The joined digests of the pieces of some ranges, by file. See `make_manifest`."""
+    kept = {file: _Kept.of(path) if (path := store.local_file(file)) is not None else None for file in ranges}
+    known: dict[str, dict[Range, bytes]] = {}
+    for file, wanted in ranges.items():
+        before = kept[file]
+        digests = before.digests if before is not None else {}
+        known[file] = {one: digests[one] for one in wanted if one in digests}
+    missing = {file: [one for one in wanted if one not in known[file]] for file, wanted in ranges.items()}
+    reading = _Reading(store, sum(nbytes for some in missing.values() for _, nbytes in some), progress)
+    for file, wanted in missing.items():
+        if wanted:
+            known[file].update(reading.read(file, wanted))
+            before, path = kept[file], store.local_file(file)
+            after = _Kept.of(path) if path is not None else None
+            if after is not None and before is not None and after.about == before.about:  # else it changed meanwhile
+                after.keep(known[file])
+    return known
+
+
+def kept_manifest(commit: str) -> Manifest | None:
+    """The manifest of a commit at the hub, if it was kept; `commit`: see `TensorStore.commit`."""
+    if not commit:
+        return None
+    try:
+        return Manifest.unpack(_manifest_file(commit).read_bytes())
+    except (OSError, ProtocolError):
+        return None
+
+
+def keep_manifest(commit: str, manifest: Manifest) -> None:
+    """Keeps the manifest of a commit, so that it need not be asked for, nor the files be read, again."""
+    if commit:
+        _write(_manifest_file(commit), manifest.pack())
+
+
+def forget_manifest(commit: str) -> None:
+    """Drops the manifest of a commit that has turned out to be another model's."""
+    if commit:
+        with suppress(OSError):
+            _manifest_file(commit).unlink(missing_ok=True)
+
+
+def _manifest_file(commit: str) -> Path:
+    return cache_folder() / "manifests" / digest(commit.encode()).hex()[:32]
+
+
+def _write(file: Path, data: bytes) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(file)
+    except OSError as error:
+        log.info("the digests of weights are not kept in %s: %s", file, error.strerror)
+
+
+class _Reading:
+    def __init__(self, store: TensorStore, total: int, progress: Progress | None) -> None:
+        self._store = store
+        self._total = total
+        self._done = 0
+        self._progress = progress if total >= SHOWN_BYTES else None
+
+    def read(self, file: str, ranges: Sequence[Range]) -> dict[Range, bytes]:
+        """The joined digests of ranges in the order of their offsets."""
+        runs: list[list[tuple[Range, int, int]]] = []
+        """Pieces that one thread reads one after the other: of what range, offset and bytes."""
+        room = 0
+        for one in ranges:
+            for at in range(0, one[1], PIECE_BYTES):
+                if room <= 0:
+                    runs.append([])
+                    room = _RUN_BYTES
+                size = min(PIECE_BYTES, one[1] - at)
+                runs[-1].append((one, one[0] + at, size))
+                room -= size
+        own = threading.local()
+        opened: list[BinaryIO] = []
+
+        def hash_run(run: list[tuple[Range, int, int]]) -> list[bytes]:
+            if not hasattr(own, "file"):
+                own.file = self._store.open_file(file)
+                opened.append(own.file)
+            return [self._hash(own.file, file, offset, size) for _, offset, size in run]
+
+        found: dict[Range, list[bytes]] = {one: [] for one in ranges}
+        pool = ThreadPoolExecutor(min(len(runs), _REQUESTS if self._store.local_file(file) is None else _THREADS) or 1)
+        try:
+            for run, digests in zip(runs, pool.map(hash_run, runs), strict=True):
+                for (one, _, size), it in zip(run, digests, strict=True):
+                    found[one].append(it)
+                    self._done += size
+                if self._progress is not None:
+                    self._progress(self._done, self._total)
+        except OSError as error:
+            raise ModelNotFound(f"{file} of {self._store.name} cannot be read: check the disk or network") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for one in opened:
+                one.close()
+        return {one: b"".join(digests) for one, digests in found.items()}
+
+    def _hash(self, opened: BinaryIO, file: str, offset: int, size: int) -> bytes:
+        opened.seek(offset)
+        data = opened.read(size)
+        if len(data) != size:
+            raise ModelNotFound(f"{file} of {self._store.name} is not complete: download it again")
+        return digest(data)
+
+
+class _Kept:
+    """The digests of one file as they were found; they count while its size and time of change stay the same."""
+
+    def __init__(self, path: Path, status: os.stat_result) -> None:
+        self.about = {"stamp": _STAMP, "path": str(path), "size": status.st_size, "changed": status.st_mtime_ns}
+        self._file = cache_folder() / "digests" / f"{digest(str(path).encode()).hex()[:32]}.json"
+        self.digests: dict[Range, bytes] = {}
+        try:
+            kept: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            if {key: kept.get(key) for key in self.about} == self.about:
+                found = {(int(at), int(size)): bytes.fromhex(it) for at, size, it in kept["ranges"]}
+                self.digests = {one: it for one, it in found.items() if _fits(one, it)}
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+
+    @classmethod
+    def of(cls, path: Path) -> _Kept | None:
+        """None: the file is too small, or is not there."""
+        try:
+            path = path.resolve()
+            status = path.stat()
+        except OSError:
+            return None
+        return cls(path, status) if status.st_size >= KEPT_BYTES else None
+
+    def keep(self, digests: dict[Range, bytes]) -> None:
+        content = {**self.about, "ranges": [[*one, it.hex()] for one, it in (self.digests | digests).items()]}
+        _write(self._file, json.dumps(content).encode())
+
+
+def _fits(one: Range, digests: bytes) -> bool:
+    try:
+        Pieces.read(one[1], digests)
+    except ProtocolError:
+        return False
+    return True
+
+
+def _size(store: TensorStore, file: str) -> int:
+    path = store.local_file(file)
+    assert path is not None
+    return path.stat().st_size

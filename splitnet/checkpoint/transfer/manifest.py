@@ -1,0 +1,199 @@
+"""What a model's weights are: for each tensor its name, type, shape and the SHA-256 of its pieces.
+
+The SHA-256 of that and of the config is the model's fingerprint: peers with the same one have the same bytes in all
+tensors, however these lie in files. Who knows a fingerprint can check a manifest that a stranger gives, and with the
+manifest each piece.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+from splitnet.errors import ProtocolError
+from splitnet.wire.fields import Values, packb
+from splitnet.wire.messages import DIGEST_BYTES, MAX_PART_BYTES, MAX_WEIGHTS_BYTES
+
+PIECE_BYTES: Final = MAX_PART_BYTES
+"""Of a piece; the last one of a tensor has what is left."""
+MAX_MANIFEST_BYTES: Final = MAX_WEIGHTS_BYTES // 2
+"""Enough for 4 TB of weights; reading it takes three times as much memory, and each tensor a little."""
+
+MAX_HEAD_BYTES: Final = 256 << 20
+"""What stands before the tensors in all files: metadata and a vocabulary, which are fetched into memory."""
+
+_MARK: Final = "splitnet weights 1"
+_MAX_TENSORS: Final = 1 << 19
+"""Kimi K2 has 277,000 where each matrix of an expert has three scales beside it, as in NVFP4."""
+_MAX_FILES: Final = 1 << 16
+_MAX_NAME: Final = 512
+_MAX_CONFIG: Final = 1 << 20
+_MAX_BYTES: Final = 1 << 44
+_MAX_DIMENSIONS: Final = 16
+
+
+def digest(data: bytes | memoryview) -> bytes:
+    """SHA-256."""
+    return hashlib.sha256(data).digest()
+
+
+def piece_count(nbytes: int) -> int:
+    """Of so many bytes."""
+    return -(-nbytes // PIECE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Bytes that are known by the digests of their pieces.
+
+    Attributes:
+        nbytes: of all pieces.
+        digests: of all pieces, joined.
+    """
+
+    nbytes: int
+    digests: bytes
+
+    def each(self) -> Iterator[tuple[bytes, int, int]]:
+        """Digest, offset and bytes of every piece."""
+        for index, at in enumerate(range(0, self.nbytes, PIECE_BYTES)):
+            name = self.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+            yield name, at, min(PIECE_BYTES, self.nbytes - at)
+
+    @classmethod
+    def read(cls, nbytes: Any, digests: Any) -> Pieces:
+        """Raises ProtocolError if they cannot be."""
+        if type(nbytes) is not int or not 0 <= nbytes <= _MAX_BYTES or type(digests) is not bytes:
+            raise ProtocolError("expected a number of bytes, and digests")
+        if len(digests) != DIGEST_BYTES * piece_count(nbytes):
+            raise ProtocolError("expected a digest for each piece")
+        return cls(nbytes, digests)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor in the files.
+
+    Attributes:
+        stored: its type, as the files name it.
+    """
+
+    name: str
+    stored: str
+    shape: tuple[int, ...]
+    pieces: Pieces
+
+    def without_bytes(self) -> tuple[str, str, tuple[int, ...], int]:
+        """What headers of files tell."""
+        return self.name, self.stored, self.shape, self.pieces.nbytes
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands before the tensors in a GGUF file.
+
+    Attributes:
+        file_bytes: of the whole file.
+        pieces: of the head.
+    """
+
+    file_bytes: int
+    pieces: Pieces
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All tensors of a model, by name.
+
+    Attributes:
+        config: what of the config tells models apart, as JSON.
+        tensors: in the order of their names.
+        heads: of the files of a GGUF model, in their order; empty: the tensors are those of safetensors files. They say
+            how tensors lie in files, and are no part of the fingerprint.
+    """
+
+    config: str
+    tensors: tuple[Tensor, ...]
+    heads: tuple[Head, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits."""
+        told: list[Any] = [
+            [tensor.name, tensor.stored, list(tensor.shape), tensor.pieces.nbytes, digest(tensor.pieces.digests)]
+            for tensor in self.tensors
+        ]
+        return digest(packb([_MARK, self.config, told])).hex()
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.pieces.nbytes for tensor in self.tensors)
+
+    @property
+    def parts(self) -> Iterator[Pieces]:
+        """All that has pieces: tensors, then heads."""
+        yield from (tensor.pieces for tensor in self.tensors)
+        yield from (head.pieces for head in self.heads)
+
+    def pack(self) -> bytes:
+        """As it travels, and as it is kept."""
+        tensors: list[Any] = [
+            [one.name, one.stored, list(one.shape), one.pieces.nbytes, one.pieces.digests] for one in self.tensors
+        ]
+        heads: list[Any] = [[head.file_bytes, head.pieces.nbytes, head.pieces.digests] for head in self.heads]
+        return packb([_MARK, self.config, tensors, heads])
+
+    @classmethod
+    def unpack(cls, data: bytes | memoryview) -> Manifest:
+        """Reads what `pack` wrote, from anybody.
+
+        Raises:
+            ProtocolError: it is anything else.
+        """
+        values = Values(data, most_text=_MAX_CONFIG, most_bytes=MAX_MANIFEST_BYTES)
+        if values.array(4) != 4 or values.value() != _MARK:
+            raise ProtocolError("not the manifest of a model that this version of splitnet reads")
+        config = values.value()
+        if type(config) is not str:
+            raise ProtocolError("expected a config")
+        tensors = tuple(_tensor(values) for _ in range(values.array(_MAX_TENSORS)))
+        heads = tuple(_head(values) for _ in range(values.array(_MAX_FILES)))
+        values.check_end()
+        if sum(head.pieces.nbytes for head in heads) > MAX_HEAD_BYTES:
+            raise ProtocolError("more stands before the tensors than metadata take")
+        manifest = cls(config, tensors, heads)
+        names = [tensor.name for tensor in manifest.tensors]
+        if names != sorted(set(names)):
+            raise ProtocolError("tensors of a manifest are in the order of their names")
+        return manifest
+
+
+def _begin_row(values: Values, width: int) -> None:
+    if values.array(width) != width:
+        raise ProtocolError(f"expected rows of {width} values")
+
+
+def _tensor(values: Values) -> Tensor:
+    _begin_row(values, 5)
+    name, stored = values.value(), values.value()
+    for text in (name, stored):
+        if type(text) is not str or not 0 < len(text) <= _MAX_NAME or not text.isprintable():
+            raise ProtocolError("expected a name")
+    shape = tuple(values.value() for _ in range(values.array(_MAX_DIMENSIONS)))
+    if any(type(size) is not int or not 0 <= size <= _MAX_BYTES for size in shape):
+        raise ProtocolError("expected a shape")
+    return Tensor(name, sys.intern(stored), shape, Pieces.read(values.value(), values.value()))
+
+
+def _head(values: Values) -> Head:
+    _begin_row(values, 3)
+    file_bytes, nbytes, digests = values.value(), values.value(), values.value()
+    head = Head(file_bytes, Pieces.read(nbytes, digests))
+    if type(file_bytes) is not int or not nbytes <= file_bytes <= _MAX_BYTES:
+        raise ProtocolError("expected the head of a file")
+    return head

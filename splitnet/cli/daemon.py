@@ -1,0 +1,91 @@
+"""How a daemon tells where others join: on stdout, and in a file that is there while it serves."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import typer
+
+from splitnet import process
+from splitnet.errors import SplitnetError
+from splitnet.process import ENDING, HANG_UP
+
+
+def tell_addresses(addresses: Sequence[str]) -> None:
+    """Prints them as options of the commands that join."""
+    typer.echo("others join with")
+    for address in addresses:
+        typer.echo(f"  --join {address}")
+
+
+def write_address(path: Path | None, address: str) -> None:
+    """Puts the file there at once with all of its text; None: there is none to write."""
+    if path is None:
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(address + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise SplitnetError(f"cannot write the address to {path} ({error.strerror}): give another file") from None
+
+
+def forget_address(path: Path | None) -> None:
+    """Removes the file, so that it is there only while its daemon serves."""
+    if path is None:
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise SplitnetError(f"cannot replace {path} ({error.strerror}): give another --address-file") from None
+
+
+_LOOK_S = 0.5
+"""Windows runs no handler while the main thread waits for a lock, so it does not wait for longer."""
+
+
+class StopSignals:
+    """From its making on, no signal that ends a process raises.
+
+    Until the first `check` they end the process at once. Then the first ends `check` and `wait`, the second all.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._may_end = True
+        self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()  # may be filled by a handler
+        for number in ENDING:
+            if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._note)
+
+    def check(self) -> None:
+        """Raises SystemExit if one has come."""
+        self._may_end = False
+        if self._number:
+            sys.exit(128 + self._number)
+
+    def wait(self) -> None:
+        """Returns when one has come; the next one raises KeyboardInterrupt. Raises SystemExit if it was SIGHUP."""
+        if self._next() == HANG_UP:
+            self.check()
+        for number in ENDING:
+            signal.signal(number, signal.default_int_handler)
+
+    def _next(self) -> int:
+        while True:
+            with suppress(queue.Empty):
+                return self._arrived.get(timeout=_LOOK_S)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self._may_end or self._number:
+            process.kill_all()
+            os._exit(128 + number)
+        self._number = number
+        self._arrived.put(number)

@@ -1,0 +1,1 @@
+"""Which peers exist: signed records in a DHT, asked of peers, or found on the local network."""

@@ -1,0 +1,592 @@
+"""The directory as peers tell it, over the links that a process has with them anyway: without a node of a DHT.
+
+Several peers are asked, and what they know is put together. Records are signed, so none can forge any; one that lies,
+knows nothing or is silent hides no record that another knows.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import struct
+import threading
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import accumulate, count, zip_longest
+from operator import itemgetter
+from typing import Final, Protocol
+
+from splitnet.directory.interface import OWN_DEPTH, SwarmDirectory, latest
+from splitnet.directory.kept import KeptRecords
+from splitnet.directory.record import HELPERS, KEY_PREFIX_BYTES, MAX_RECORD_BYTES, PeerRecord, verified_record
+from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError
+from splitnet.security.identity import PublicKey
+from splitnet.security.swarm_key import OPEN, OpenSwarm
+from splitnet.transport.addresses import peer_address
+from splitnet.wire.endpoints import Endpoint, LinkState
+from splitnet.wire.fields import Values, packb
+from splitnet.wire.messages import ENTRY_BYTES, MAX_FOUND, Announce, Announced, Failure, Found, LookUp, Message, Payload
+
+_ENTRY = struct.Struct(f">{KEY_PREFIX_BYTES}s3sI4B")
+"""A key, what the record says that is exact, when it was issued, and four measured amounts in steps."""
+assert _ENTRY.size == ENTRY_BYTES
+
+RECORD_OVERHEAD: Final = 3
+"""Bytes that a record takes in an answer besides its own."""
+
+STEPS_PER_DOUBLING: Final = 4
+MATERIAL_STEPS: Final = 2
+"""A measured amount has changed if it differs by so many steps: by 30 to 50 percent, or if it is small by little."""
+OUTDATED_S: Final = 300.0
+"""Coordinates and links are not compared: a record that is older than the latest by so much is told again."""
+
+_TICKS_PER_S, _TICKS = 16, 1 << 32
+"""Of when a record was issued; they begin anew after eight years."""
+_EXACT = 256
+"""Weighs more than any number of steps."""
+
+
+def entry_of(record: PeerRecord) -> bytes:
+    """What is said of a record that is held."""
+    amounts = zip((record.block_ms[0], record.queue_ms, record.batch, record.kv_free_positions), _UNITS, strict=True)
+    return _ENTRY.pack(
+        record.key.raw[:KEY_PREFIX_BYTES],
+        _digest(record),
+        int(record.issued_at * _TICKS_PER_S) % _TICKS,
+        *(_steps(amount, unit) for amount, unit in amounts),
+    )
+
+
+class Told:
+    """The records that a peer knows, as it tells them. Thread-safe.
+
+    Args:
+        records: the latest of each peer, of those that have left, too.
+    """
+
+    def __init__(self, records: Sequence[PeerRecord]) -> None:
+        self._by_key: defaultdict[bytes, list[tuple[bytes, PeerRecord]]] = defaultdict(list)
+        for record in records:
+            entry = entry_of(record)
+            self._by_key[entry[:KEY_PREFIX_BYTES]].append((entry, record))
+        present = [record for record in records if not record.has_left]
+        # Anybody can make keys: those that have cost work come first, so that a flood does not hide them.
+        self._newest = sorted(present, key=lambda record: (not record.is_proven, -record.placed_at))
+
+    def changes(self, known: Sequence[bytes], since: float, most: int) -> tuple[bytes, list[PeerRecord]]:
+        """What to tell somebody.
+
+        Args:
+            known: what is said of the records that it holds, those first that it needs most.
+            since: of all others it is told of those that are where they are since then, Unix time in seconds.
+            most: bytes of records.
+
+        Returns:
+            A bit for each that is known: whether it is still there, the lowest bit of a byte first. And records that
+            are new or say something else, one of the ones and one of the others in turns as far as there is room.
+        """
+        bits = 0
+        changed: list[tuple[int, PeerRecord]] = []
+        for at, entry in enumerate(known):
+            for latest, record in self._by_key.get(entry[:KEY_PREFIX_BYTES], ()):
+                if not record.has_left:
+                    bits |= 1 << at
+                if weight := _weight(entry, latest):
+                    changed.append((weight, record))
+        changed.sort(key=itemgetter(0), reverse=True)
+        room = most
+        told: list[PeerRecord] = []
+        for record in _in_turns([record for _, record in changed], self._unlisted(known, since)):
+            size = len(record.signed) + RECORD_OVERHEAD
+            if size > room:
+                break
+            told.append(record)
+            room -= size
+        return bits.to_bytes((len(known) + 7) // 8, "little"), told
+
+    def _unlisted(self, known: Sequence[bytes], since: float) -> Iterator[PeerRecord]:
+        listed = {entry[:KEY_PREFIX_BYTES] for entry in known}
+        return (
+            record
+            for record in self._newest
+            if record.placed_at >= since and record.key.raw[:KEY_PREFIX_BYTES] not in listed
+        )
+
+
+def still_there(present: bytes, count: int) -> list[bool]:
+    """For each of so many entries whether it is still there."""
+    bits = int.from_bytes(present, "little")
+    return [bool(bits >> at & 1) for at in range(count)]
+
+
+def _in_turns(ones: Sequence[PeerRecord], others: Iterator[PeerRecord]) -> Iterator[PeerRecord]:
+    for pair in zip_longest(ones, others):
+        yield from filter(None, pair)
+
+
+def _digest(record: PeerRecord) -> bytes:
+    exact = [
+        *(record.model_name, record.address, record.start, record.end, record.num_blocks, record.protocol),
+        *(record.codecs, record.device, record.dtype, record.max_blocks, record.moving_to, record.serves),
+        *(record.version, record.state_bytes, record.relays, record.relay_port),
+    ]
+    return blake2b(packb(exact), digest_size=3).digest()
+
+
+_UNITS: Final = (0.1, 5.0, 0.5, 16.0)
+"""Of ms per block, ms of waiting, positions in a pass, free positions: below these a step is about a quarter of it."""
+
+
+def _steps(amount: float, unit: float) -> int:
+    return min(round(STEPS_PER_DOUBLING * math.log2(1 + amount / unit)), 255)
+
+
+def _weight(held: bytes, latest: bytes) -> int:
+    """How much it matters to whoever holds the one that there is the other; 0: not at all."""
+    _, exact, issued, *amounts = _ENTRY.unpack(held)
+    _, latest_exact, latest_issued, *latest_amounts = _ENTRY.unpack(latest)
+    later = (latest_issued - issued) % _TICKS
+    if later > _TICKS // 2:  # it is earlier
+        return 0
+    if exact != latest_exact:
+        return _EXACT
+    most = max(abs(one - other) for one, other in zip(amounts, latest_amounts, strict=True))
+    return most if most >= MATERIAL_STEPS else int(later >= OUTDATED_S * _TICKS_PER_S)
+
+
+ANSWER_S: Final = 4.0
+"""In which a peer must answer."""
+SOON_S: Final = 1.0
+"""If one has not said by then what has changed, others are asked, too."""
+PATIENCE_S: Final = 1.0
+"""When one has named peers, the others are waited for so long. What they say later counts from the next question on."""
+DOWN_S: Final = 0.5
+"""A peer to which no link comes up in so long is not waited for if others answer."""
+CONNECT_TIMES: Final = 3.0
+"""While nobody has answered, peers that have taken the connection are waited for so many times as long, and then for
+their answers: a handshake takes some round trips, which may be of seconds."""
+LOOK_S: Final = 0.05
+"""How often the states of links are looked at."""
+
+PART_BYTES: Final = 60_000
+"""Of one message of an answer."""
+MAX_ANSWER_BYTES: Final = 4 << 20
+MAX_JOINED: Final = 16
+"""Peers that are asked in every question."""
+MAX_OTHERS: Final = 8
+"""Peers of the last answer that are asked when all of those are silent."""
+OPEN_QUESTIONS: Final = 32
+REMEMBERED_MODELS: Final = 4
+
+_RECORDS_PER_PART = 1024
+
+
+class AskingLinks(Protocol):
+    """Links to peers: see `splitnet.swarm.links.Links`."""
+
+    on_answer: Callable[[Endpoint, Message], None] | None
+
+    def send(self, endpoint: Endpoint, message: Message) -> object: ...
+
+    def state(self, endpoint: Endpoint) -> LinkState: ...
+
+    def is_connecting(self, endpoint: Endpoint) -> bool:
+        """Whether somebody has taken the connection, and the handshake is under way."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class _Answer:
+    """Of one peer."""
+
+    payloads: list[bytes] = field(default_factory=list[bytes])
+    present: bytes = b""
+    """See `Found`."""
+    nbytes: int = 0
+    remaining: int | None = None
+    """Messages that follow."""
+    complete: bool = False
+    taken: bool = False
+    refusal: str = ""
+    records: list[PeerRecord] | None = None
+    """Of the payloads, once they were read."""
+
+    def add(self, message: Found, swarm: OpenSwarm, model: str) -> None:
+        expected = message.remaining if self.remaining is None else self.remaining - 1
+        self.nbytes += len(message.payload)
+        if message.remaining != expected or self.nbytes > MAX_ANSWER_BYTES:
+            self.complete = True  # what does not fit is left out
+            return
+        try:
+            # Of a model that it does not know a peer of a closed swarm says nothing to members, too.
+            self.payloads.append(swarm.unseal(message.payload) if message.payload or not model else b"")
+        except NotAuthorized as error:
+            self.complete, self.refusal = True, str(error)
+            return
+        self.present = message.present
+        self.remaining, self.complete = message.remaining, message.remaining == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What has changed, as a peer says.
+
+    Attributes:
+        present: of each record that it was told of, whether the peer is still there.
+        records: the verified ones of its answer, of peers that have left, too.
+        whole: the answer was everything that it knows, as of a peer that does not tell changes.
+    """
+
+    present: Sequence[bool]
+    records: Sequence[PeerRecord]
+    whole: bool
+
+
+@dataclass
+class _Question:
+    """What was asked of some peers, and what has come. `model` None: it was an announcement."""
+
+    number: int
+    model: str | None
+    answers: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
+    before: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
+    """The latest answers to the same question, asked before."""
+
+    def said(self) -> dict[Endpoint, _Answer]:
+        """The answers that are complete."""
+        return {endpoint: answer for endpoint, answer in self.answers.items() if answer.complete and not answer.refusal}
+
+    def best(self) -> dict[Endpoint, _Answer]:
+        """What a peer said before counts while it is silent: records expire, and say themselves who has left."""
+        return self.before | self.said()
+
+
+class AskedPeers(SwarmDirectory):
+    """Asks peers for records, and has them tell others of its own.
+
+    Args:
+        joined: the peers to ask; none: this one begins the swarm, and knows who announces itself to it.
+        links: over which to ask.
+        serving: for a peer: remembers the records that others announce to it, and closes `links` with itself.
+        swarm: the key of a closed one.
+    """
+
+    def __init__(
+        self, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False, swarm: OpenSwarm = OPEN
+    ) -> None:
+        if len(joined) > MAX_JOINED:
+            raise DirectoryError(
+                f"at most {MAX_JOINED} peers are asked for others, not {len(joined)}: give fewer --join"
+            )
+        self.addresses = []
+        self._joined = list(dict.fromkeys(joined))
+        self._links = links
+        self._swarm = swarm
+        self._kept = KeptRecords() if serving else None
+        self._numbers = count(1)
+        self._open: OrderedDict[int, _Question] = OrderedDict()
+        self._last: OrderedDict[str, _Question] = OrderedDict()
+        """Of each model that this process itself asks about, and of some that others have asked about lately."""
+        self._wanted: set[str] = set()
+        """Models that this process itself asks about."""
+        self._others: list[Endpoint] = []
+        """Peers that others have named."""
+        self._silent: set[Endpoint] = set()
+        """They gave no answer to the last question that they were asked."""
+        self._alone = False
+        """None of those that were joined through did."""
+        self._own: set[PublicKey] = set()
+        """Keys that this process has announced."""
+        self._heard = threading.Condition()
+        self._closed = False
+        links.on_answer = self._received
+
+    @classmethod
+    def join(
+        cls, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False, swarm: OpenSwarm = OPEN
+    ) -> AskedPeers:
+        """The same, once a peer has answered.
+
+        Raises:
+            DirectoryError: none does; says why.
+        """
+        directory = cls(joined, links, serving=serving, swarm=swarm)
+        try:
+            directory.records("")
+        except BaseException:
+            directory.close()
+            raise
+        return directory
+
+    def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
+        taken = False
+        if depth == OWN_DEPTH:
+            self._own.add(record.key)
+        if self._kept is not None:
+            taken = self._kept.take(record if record.signed == packed else verified_record(packed))
+        leaves = record.has_left and depth == OWN_DEPTH
+        if leaves and self._kept is not None:  # those that ask this peer are told by nobody else
+            kept = self._kept.records(record.model)
+            known = [other.endpoint for other in kept if not other.has_left and other.key not in self._own]
+            self._others = self._nearest(known) or self._others
+        if not depth or not (self._joined or (leaves and self._others)) or not record.is_valid_at(time.time()):
+            return taken
+        try:
+            question = self._ask(
+                None, depth, lambda number: Announce(number, depth - 1, self._swarm.seal(packed)), everybody=leaves
+            )
+        except DirectoryError:
+            if not taken or depth == OWN_DEPTH:
+                raise
+            return True
+        return any(answer.taken for answer in question.said().values()) or (taken and depth < OWN_DEPTH)
+
+    def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
+        found = [self._kept.records(model)] if self._kept is not None else []
+        if not depth or not self._joined:
+            return latest(model, found)
+        try:
+            question = self._ask(model, depth, lambda number: LookUp(number, self._swarm.place(model), depth - 1))
+        except DirectoryError:
+            with self._heard:
+                before = self._last.get(model)
+            known = [] if before is None else list(map(_records, before.best().values()))
+            if not any(found):
+                raise
+            return latest(model, [*found, *known])
+        with self._heard:
+            before = self._last.pop(model, None)
+            if before is not None:
+                question.before = before.best()
+                self._forget(before)
+            self._last[model] = question
+            if depth == OWN_DEPTH:
+                self._wanted.add(model)
+            others = [other for other in self._last if other not in self._wanted]
+            for other in others[: max(0, len(others) - REMEMBERED_MODELS)]:
+                self._forget(self._last.pop(other))
+            answers = list(question.best().values())
+        records = latest(model, [*found, *map(_records, answers)])
+        if depth == OWN_DEPTH and model != HELPERS:  # not what strangers wanted to know, nor who answers no questions
+            present = [record.endpoint for record in records if not record.has_left]
+            self._others = self._nearest(present) or self._others
+        return records
+
+    def changes(
+        self,
+        model: str,
+        known: Sequence[PeerRecord],
+        since: float,
+        most: int,
+        asked: Sequence[Endpoint],
+        others: Sequence[Endpoint] = (),
+    ) -> dict[Endpoint, Changes]:
+        """What has changed of some records, as those of the peers say that answer.
+
+        Args:
+            model: whose peers.
+            known: the records, those first that are needed most.
+            since: of other peers those are told of that are where they are since then, Unix time in seconds.
+            most: bytes of records that each may tell; an older peer tells more, of which as much counts.
+            asked: the peers to ask.
+            others: they are asked if none of those answers soon.
+
+        Raises:
+            DirectoryError: this is closed.
+        """
+        place, entries = self._swarm.place(model), tuple(map(entry_of, known))
+
+        def message(number: int) -> LookUp:
+            return LookUp(number, place, OWN_DEPTH - 1, entries, since, most)
+
+        question = self._ask_these(asked, model, message, SOON_S if others else ANSWER_S)
+        if not question.said() and others:
+            self._ask_also(question, others, message, ANSWER_S - SOON_S)
+        with self._heard:
+            self._forget(question)
+            answers = question.said()
+        told = {endpoint: _changes(answer, model, known, most) for endpoint, answer in answers.items()}
+        return {endpoint: changes for endpoint, changes in told.items() if changes.records or not changes.whole}
+
+    def close(self) -> None:
+        self._closed = True
+        with self._heard:
+            self._heard.notify_all()
+        if self._kept is not None:
+            self._links.close()
+
+    def _ask(
+        self, model: str | None, depth: int, message: Callable[[int], Message], *, everybody: bool = False
+    ) -> _Question:
+        """Asks those that were joined through, and others if all of these are silent, or at once: everybody."""
+        # Who asks on behalf of others answers before these give up.
+        limit_s = ANSWER_S * depth / OWN_DEPTH
+        others = [other for other in self._others if other not in self._joined and other.key not in self._own]
+        rounds = [[*self._joined, *others]] if self._alone or everybody else [self._joined, others]
+        rounds = [asked for asked in rounds if asked]
+        for asked in rounds:
+            question = self._ask_these(asked, model, message, limit_s / len(rounds))
+            self._alone = not any(endpoint in question.said() for endpoint in self._joined)
+            if question.said():
+                return question
+        raise DirectoryError(self._explanation())
+
+    def _ask_these(
+        self, asked: Sequence[Endpoint], model: str | None, message: Callable[[int], Message], limit_s: float
+    ) -> _Question:
+        question = _Question(next(self._numbers), model)
+        with self._heard:
+            self._open[question.number] = question
+            while len(self._open) > OPEN_QUESTIONS:
+                self._open.popitem(last=False)
+        self._ask_also(question, asked, message, limit_s)
+        return question
+
+    def _ask_also(
+        self, question: _Question, asked: Sequence[Endpoint], message: Callable[[int], Message], limit_s: float
+    ) -> None:
+        with self._heard:
+            question.answers |= {endpoint: _Answer() for endpoint in asked if endpoint not in question.answers}
+        for endpoint in asked:
+            self._links.send(endpoint, message(question.number))
+        self._wait(question, limit_s)
+        with self._heard:
+            silent = {endpoint for endpoint, answer in question.answers.items() if not answer.complete}
+            self._silent = (self._silent & {*self._joined, *self._others} - question.answers.keys()) | silent
+
+    def _forget(self, question: _Question) -> None:
+        """Whatever comes late for it counts no more: answers are megabytes."""
+        self._open.pop(question.number, None)
+
+    def _wait(self, question: _Question, limit_s: float) -> None:
+        began = time.monotonic()
+        until = began + limit_s
+        satisfied = False
+        with self._heard:
+            while not self._closed:
+                now = time.monotonic()
+                answers = question.said().values()
+                if not satisfied and any(answer.taken or answer.present or any(answer.payloads) for answer in answers):
+                    satisfied = True
+                    until = min(until, now + PATIENCE_S)
+                waiting = [
+                    endpoint
+                    for endpoint, answer in question.answers.items()
+                    if not answer.complete
+                    and not self._is_lost(endpoint, now - began)
+                    and not (satisfied and endpoint in self._silent)
+                ]
+                connect = not satisfied and now < began + CONNECT_TIMES * limit_s
+                if connect and any(map(self._links.is_connecting, waiting)):
+                    until = max(until, now + limit_s)
+                if not waiting or now >= until:
+                    return
+                self._heard.wait(min(LOOK_S, until - now))
+        raise DirectoryError("The directory is closed; start it again.")
+
+    def _is_lost(self, endpoint: Endpoint, waited_s: float) -> bool:
+        state = self._links.state(endpoint)
+        return state.is_final or (state is LinkState.DOWN and waited_s > DOWN_S)
+
+    def _received(self, source: Endpoint, message: Message) -> None:
+        """Takes in an answer; nobody answers for another, nor twice. Runs in the transport's thread."""
+        if not isinstance(message, Found | Announced | Failure):
+            return
+        with self._heard:
+            question = self._open.get(message.number)
+            answer = question.answers.get(source) if question is not None else None
+            if question is None or answer is None or answer.complete:
+                return
+            if isinstance(message, Failure):
+                answer.complete, answer.refusal = True, message.text
+            elif isinstance(message, Found) and question.model is not None:
+                answer.add(message, self._swarm, question.model)
+            elif isinstance(message, Announced) and question.model is None:
+                answer.complete, answer.taken = True, message.taken
+            self._heard.notify_all()
+
+    def _nearest(self, endpoints: Collection[Endpoint]) -> list[Endpoint]:
+        """Some to ask when all that were joined through are gone: those with a link come first, as they exist."""
+        tried = random.sample(list(endpoints), min(len(endpoints), 64))
+        tried.sort(key=lambda endpoint: self._links.state(endpoint) is not LinkState.UP)
+        return tried[:MAX_OTHERS]
+
+    def _explanation(self) -> str:
+        reasons = [f"{peer_address(endpoint)} {self._reason(endpoint)}" for endpoint in self._joined]
+        return f"No peer tells of others: {'; '.join(reasons)}."
+
+    def _reason(self, endpoint: Endpoint) -> str:
+        with self._heard:
+            said = [
+                question.answers[endpoint].refusal for question in self._open.values() if endpoint in question.answers
+            ]
+        if said and said[-1]:
+            return f"refuses ({said[-1]})"
+        match self._links.state(endpoint):
+            case LinkState.REFUSED:
+                return "does not accept this key: have the output of `splitnet key` added to its --authorized-keys"
+            case LinkState.WRONG_KEY:
+                return "is somebody else: copy the address that the peer prints now"
+            case LinkState.UP:
+                return "does not answer: it is older than version 0.2, or hangs"
+            case _:
+                return "is not reached: check that it runs and that its port is open"
+
+
+def parts_of(records: Sequence[PeerRecord]) -> list[bytes]:
+    """The payloads of an answer with these records as they were signed; of too many the first."""
+    parts: list[list[bytes]] = [[]]
+    room, left = PART_BYTES, MAX_ANSWER_BYTES
+    for record in records:
+        size = len(record.signed) + 3  # of msgpack
+        if size > room:
+            if len(parts) == MAX_FOUND:
+                break
+            parts.append([])
+            room = PART_BYTES
+        if size > left:
+            break
+        parts[-1].append(record.signed)
+        room, left = room - size, left - size
+    return [packb(part) if part else b"" for part in parts]
+
+
+def _records(answer: _Answer) -> list[PeerRecord]:
+    """The valid records of an answer, whatever else it holds."""
+    if answer.records is None:
+        answer.records = []
+        for payload in answer.payloads:
+            for packed in _packed(payload):
+                with suppress(ProtocolError, NotAuthorized):
+                    answer.records.append(verified_record(packed))
+        answer.payloads = []
+    return answer.records
+
+
+def _changes(answer: _Answer, model: str, known: Sequence[PeerRecord], most: int) -> Changes:
+    """What an answer says: of peers that are not known, no more than was asked for, as anybody can make keys."""
+    told = latest(model, [_records(answer)])
+    keys = {record.key for record in known}
+    sizes = accumulate(0 if record.key in keys else len(record.signed) + RECORD_OVERHEAD for record in told)
+    records = [record for record, size in zip(told, sizes, strict=True) if record.key in keys or size <= most]
+    if answer.present:
+        return Changes(still_there(answer.present, len(known)), records, whole=False)
+    there = {record.key for record in told if not record.has_left}
+    return Changes([record.key in there for record in known], records, whole=True)
+
+
+def _packed(payload: Payload) -> list[bytes]:
+    if not payload:
+        return []
+    try:
+        values = Values(payload, most_text=0, most_bytes=MAX_RECORD_BYTES)
+        items = [values.value() for _ in range(values.array(_RECORDS_PER_PART))]
+    except ProtocolError:
+        return []
+    return [item for item in items if type(item) is bytes]

@@ -1,0 +1,408 @@
+"""The parts of hivemind that the directory uses, and the event loop that its node runs in."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import importlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, partial, wraps
+from importlib.util import find_spec
+from typing import Any, Final, cast
+
+from splitnet import process
+from splitnet.directory.kept import RECORDS_PER_KEY, Places
+from splitnet.directory.record import PeerRecord, stored_record
+from splitnet.errors import NotAuthorized, ProtocolError
+from splitnet.import_shims import late_package
+from splitnet.wire.fields import Values
+
+_OUTDATED = 64
+"""Entries of a heap that are kept beside those that count."""
+
+
+KEYS_PER_FIND: Final = 16
+"""As many as nodes of any version ask for at once."""
+
+
+class NodeLoop(asyncio.SelectorEventLoop):
+    """Starts children in a session of their own: a Ctrl-C ends this process only after the peer has left the DHT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._children: list[asyncio.SubprocessTransport] = []
+
+    async def subprocess_exec(self, protocol_factory: Any, *args: Any, **options: Any) -> Any:
+        transport, protocol = await super().subprocess_exec(protocol_factory, *args, start_new_session=True, **options)
+        self._children.append(transport)
+        process.running.add(transport)
+        return transport, protocol
+
+    async def reap_children(self, timeout_s: float) -> None:
+        """Kills the children that have not ended and waits until the system has let go of them."""
+        deadline = self.time() + timeout_s
+        for child in self._children:
+            with suppress(ProcessLookupError):
+                child.kill()
+            while child.get_returncode() is None and self.time() < deadline:
+                await asyncio.sleep(0.005)
+            child.close()
+            process.running.discard(child)
+        self._children.clear()
+
+    async def cancel_all_tasks(self) -> None:
+        """Ends the background tasks that hivemind leaves behind."""
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.shutdown_asyncgens()
+        await self.shutdown_default_executor()
+
+
+@dataclass(frozen=True)
+class Hivemind:
+    """The parts of hivemind that are used here; it has no type information."""
+
+    P2P: Any
+    PeerID: Any
+    Multiaddr: Any
+    DHTNode: Any
+    DHTLocalStorage: Any  # as hivemind has it, without bounds
+    stub: Callable[[Any, Any], Any]  # of (P2P, PeerID): what a node can be asked without being a node oneself
+    messages: Any  # of the DHT's protocol
+    dht_id: Callable[[str], Any]  # of a key
+    key_id: Callable[[str], bytes]  # the same in 20 bytes
+    max_skew_s: float  # by which the clocks of two nodes may differ when one joins the other
+
+
+def have_hivemind() -> bool:
+    """Whether this process can join a DHT: some systems have no wheel of hivemind."""
+    return find_spec("hivemind") is not None
+
+
+@cache
+def import_hivemind() -> Hivemind:
+    """Imports hivemind, once, and mends it."""
+    late_package("hivemind")  # the rest of it trains models, and brings scipy
+    node, protocol, p2p, messages, routing, storage, values, multiaddr = (  # late: these imports take 0.2 s
+        importlib.import_module(f"hivemind.{name}")
+        for name in (
+            *("dht.node", "dht.protocol", "p2p", "proto.dht_pb2", "dht.routing", "utils.timed_storage"),
+            *("dht.storage", "utils.multiaddr"),
+        )
+    )
+    # What it logs goes where the program's own log goes, and looks the same.
+    importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
+    storage.TimedStorage.store = _refuse_older(storage.TimedStorage.store)
+    mended: Any = protocol
+    unbounded, mended.DHTLocalStorage = mended.DHTLocalStorage, _bounded(mended.DHTLocalStorage)
+    mended.DHTProtocol.rpc_find = _few_keys(mended.DHTProtocol.rpc_find)
+    mended.DHTProtocol.serializer = _flat(mended.DHTProtocol.serializer, values.DictionaryDHTValue)
+    routing.RoutingTable.add_or_update_node = _few_spares(routing.RoutingTable.add_or_update_node)
+    logging.getLogger("asyncio").addFilter(_is_not_about_reaped_children)
+    return Hivemind(
+        P2P=p2p.P2P,
+        PeerID=p2p.PeerID,
+        Multiaddr=multiaddr.Multiaddr,
+        DHTNode=node.DHTNode,
+        DHTLocalStorage=unbounded,
+        stub=cast(Any, super(protocol.DHTProtocol, protocol.DHTProtocol)).get_stub,
+        messages=messages,
+        dht_id=routing.DHTID.generate,
+        key_id=lambda key: routing.DHTID.generate(key).to_bytes(),
+        max_skew_s=storage.MAX_DHT_TIME_DISCREPANCY_SECONDS,
+    )
+
+
+def _refuse_older(store: Callable[[Any, Any, Any, float], bool]) -> Callable[[Any, Any, Any, float], bool]:
+    """Mends `TimedStorage.store` of hivemind 1.1.12, which refuses an older value but takes over its expiration.
+
+    Whoever repeated an earlier record of a peer could so make the DHT forget the current one before its time.
+    """
+
+    def store_newer(self: Any, key: Any, value: Any, expiration_time: float) -> bool:
+        held = self.data.get(key)
+        if held is not None and held.expiration_time >= expiration_time:
+            return False
+        stored = store(self, key, value, expiration_time)
+        if len(self.expiration_heap) > 2 * len(self.key_to_heap) + _OUTDATED:  # values that were renewed often
+            self.expiration_heap = list(self.key_to_heap.values())
+            heapq.heapify(self.expiration_heap)
+        return stored
+
+    return store_newer
+
+
+def _few_keys(find: Callable[[Any, Any, Any], Coroutine[Any, Any, Any]]) -> Any:
+    """hivemind answers for as many keys as a question has, also if one is repeated; that could take all memory."""
+
+    @wraps(find)
+    async def find_few(self: Any, request: Any, context: Any) -> Any:
+        if len(request.keys) > KEYS_PER_FIND:
+            raise ValueError(f"at most {KEYS_PER_FIND} keys are looked up at once")
+        return await find(self, request, context)
+
+    return find_few
+
+
+def _flat(serializer: Any, dictionary: Any) -> Any:
+    """hivemind's serializer goes as deep into extension types as a message says: 300 levels, 2 kB, end the process.
+    And it makes lists of lists, which take 64 times their bytes; nothing that is kept here holds any."""
+
+    msgpack: Any = importlib.import_module("msgpack")  # it has no type information
+
+    class FlatSerializer(serializer):
+        @classmethod
+        def loads(cls, buf: bytes) -> Any:
+            return msgpack.loads(buf, ext_hook=read_dictionary, raw=False, max_array_len=0, max_map_len=0)
+
+    def read_dictionary(code: int, data: bytes) -> Any:
+        if code != serializer._ext_types[dictionary]:
+            raise ValueError(f"extension type {code} is not read")
+        read = dictionary()
+        try:
+            values = Values(data, most_text=len(data), most_bytes=len(data))
+            _ = values.array(3), values.value(), values.value()  # its size and its latest time
+            with read.freeze():  # what has expired is for others to refuse
+                for _ in range(values.array(len(data))):
+                    values.array(3)
+                    subkey, value, expiration_time = values.value(), values.value(), values.value()
+                    if not (type(subkey) is str and type(value) is bytes and type(expiration_time) is float):
+                        raise ProtocolError("a dictionary has texts, bytes and times")
+                    read.store(subkey, value, expiration_time)
+        except ProtocolError as error:
+            raise ValueError(f"a dictionary is not read: {error}") from None
+        return read
+
+    return FlatSerializer
+
+
+def _few_spares(add: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """hivemind keeps every node that it has ever heard of as a spare for a bucket that is full."""
+
+    def add_few(self: Any, node_id: Any, peer_id: Any) -> Any:
+        answer = add(self, node_id, peer_id)
+        bucket = self.buckets[self.get_bucket_index(node_id)]
+        while len(bucket.replacement_nodes) > bucket.size:
+            del self[next(iter(bucket.replacement_nodes))]
+        bucket.nodes_requested_for_ping &= bucket.nodes_to_peer_id.keys()
+        return answer
+
+    return add_few
+
+
+def _bounded(storage: Any) -> Any:
+    """hivemind's storage of a node, holding no more than there are places for."""
+
+    class BoundedStorage(storage):
+        def __init__(self, maxsize: int | None = None) -> None:
+            storage.__init__(self, maxsize)
+            self._places = Places()
+
+        def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
+            try:
+                gone = self._places.take((key.to_bytes(), subkey), stored_record(value), time.time())
+            except (ProtocolError, NotAuthorized):
+                return False
+            for full, name in gone or ():
+                if (held := self.data.get(key.from_bytes(full))) is not None:
+                    del held.value[name]
+            return gone is not None and storage.store_subkey(self, key, subkey, value, expiration_time)
+
+        def items(self) -> Any:
+            # hivemind sends all of these to each new node that says it is near. Peers refresh their records anyway.
+            return iter(())
+
+    return BoundedStorage
+
+
+def _is_not_about_reaped_children(record: logging.LogRecord) -> bool:
+    """False for asyncio's warning that a child had been waited for by someone else.
+
+    `terminate` and `kill` of asyncio's children do so themselves when the child has just ended.
+    """
+    return not str(record.msg).lower().startswith(("unknown child process pid", "child process pid"))
+
+
+SEARCH_S: Final = 5.0
+"""Nodes that are silent cannot keep a search from ending; whoever has answered until then counts."""
+MOST_PER_KEY: Final = 4 * RECORDS_PER_KEY
+"""What is read under one key. A node of an earlier version, or one that lies, may hold any number."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What came of asking.
+
+    Attributes:
+        records: by key, those found there with the subkeys that they stand under, of each the latest.
+        vouched: one of the nodes that are always asked has answered in full.
+    """
+
+    records: Mapping[str, Sequence[tuple[str, PeerRecord]]]
+    vouched: bool
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(self.records.values())
+
+
+_heard: ContextVar[list[tuple[Any, Mapping[Any, Any]]] | None] = ContextVar("_heard", default=None)
+"""Of one reading: nodes that have answered, and what they hold under each key that they were asked for."""
+
+
+def overhear(protocol: Any) -> None:
+    """Has `read` learn what each node answers, but for records that are not valid.
+
+    hivemind would drop all of an answer for one that is not: so one that is valid by the clock of one node, and not by
+    that of another, could hide all others.
+    """
+    call_find = protocol.call_find
+    is_valid = protocol._validate_record
+    protocol._validate_dictionary = partial(_leave_valid, is_valid, protocol.serializer.dumps)
+
+    async def heard_call_find(peer: Any, keys: Collection[Any]) -> Any:
+        answer = await call_find(peer, keys)
+        heard = _heard.get()
+        if heard is not None and answer is not None:
+            heard.append((peer, {key: found.value if found else {} for key, (found, _) in answer.items()}))
+        return answer
+
+    protocol.call_find = heard_call_find
+
+
+async def read(node: Any, keys: Sequence[str], always: Collection[Any]) -> Reading:
+    """Reads what stands under some keys.
+
+    Args:
+        node: hivemind's, with a protocol that is overheard.
+        always: nodes to ask wherever the keys belong, as those that are nearest may all be of one mind; the blacklist
+            of nodes that were silent lately holds for them, too.
+    """
+    ids = {key: import_hivemind().dht_id(key) for key in keys}
+    heard: list[tuple[Any, Mapping[Any, Any]]] = []
+    _heard.set(heard)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(node.find_nearest_nodes(list(ids.values())), SEARCH_S)
+    told = {(peer, key) for peer, held in heard for key in held}
+    # One key in a message, so that none becomes too long.
+    missing = [(peer, key) for peer in always for key in ids.values() if (peer, key) not in told]
+    await asyncio.gather(*(node._call_find_with_blacklist(peer, [key]) for peer, key in missing))
+    told = {(peer, key) for peer, held in heard for key in held}
+    own = {key: held.value for key in ids.values() if (held := node.protocol.storage.get(key))}
+    sources = [own, *(held for _, held in heard)]
+    return Reading(
+        {key: _together([held[key_id] for held in sources if key_id in held]) for key, key_id in ids.items()},
+        not always or any(all((peer, key) in told for key in ids.values()) for peer in always),
+    )
+
+
+def _leave_valid(is_valid: Callable[..., bool], packed: Callable[[Any], bytes], key: bytes, dictionary: Any) -> bool:
+    with dictionary.freeze():
+        for index, (subkey, entry) in enumerate(list(dictionary.items())):
+            if index >= MOST_PER_KEY or not is_valid(key, packed(subkey), entry.value, entry.expiration_time):
+                del dictionary[subkey]
+    return True
+
+
+def _together(answers: Sequence[Any]) -> list[tuple[str, PeerRecord]]:
+    """Of each subkey the latest record; of too many, those that have cost work, and that most nodes know."""
+    latest: dict[str, PeerRecord] = {}
+    known = Counter[str]()
+    for answer in answers:
+        for subkey, entry in answer.items() if hasattr(answer, "items") else ():
+            with suppress(ProtocolError, NotAuthorized, TypeError):
+                record = stored_record(entry.value)
+                known[subkey] += 1
+                if subkey not in latest or record.issued_at > latest[subkey].issued_at:
+                    latest[subkey] = record
+    records = list(latest.items())
+    if len(records) > MOST_PER_KEY:
+        records.sort(key=lambda item: (item[1].is_proven, known[item[0]]), reverse=True)
+    return records[:MOST_PER_KEY]
+
+
+CONNECT_TIMEOUT_S: Final = 4.0
+ANSWER_TIMEOUT_S: Final = 3.0
+_REAP_TIMEOUT_S = 2.0
+_OTHER_KEY = "remote key matches "
+
+NO_HIVEMIND: Final = "hivemind is not installed"
+"""A fault of this side."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAnswer:
+    """What came of asking the node at an address.
+
+    Attributes:
+        address: multiaddr, as others join with it.
+        fault: why it does not answer, in the words of the network; empty if it answers.
+        other_id: the id that the node there has, if it is not the one that the address names.
+        rtt_ms: round trip.
+        ahead_s: how many seconds its clock is ahead of the one here, to half a round trip.
+    """
+
+    address: str
+    fault: str = ""
+    other_id: str = ""
+    rtt_ms: float = 0.0
+    ahead_s: float = 0.0
+
+
+def ask_nodes(addresses: Sequence[str], *, clock: Callable[[], float] = time.time) -> list[NodeAnswer]:
+    """Asks the nodes at some multiaddrs, all at once; takes a few seconds if one is silent.
+
+    Args:
+        clock: Unix time in seconds, to compare theirs with.
+    """
+    if not have_hivemind():
+        return [NodeAnswer(address, NO_HIVEMIND) for address in addresses]
+    with asyncio.Runner(loop_factory=NodeLoop) as runner:
+        loop = runner.get_loop()
+        assert isinstance(loop, NodeLoop)
+        try:
+            return runner.run(_ask_all(addresses, clock))
+        finally:
+            loop.run_until_complete(loop.reap_children(_REAP_TIMEOUT_S))
+
+
+def allowed_skew_s() -> float:
+    """By how many seconds clocks may differ when one node joins another."""
+    return import_hivemind().max_skew_s
+
+
+async def _ask_all(addresses: Sequence[str], clock: Callable[[], float]) -> list[NodeAnswer]:
+    hivemind = import_hivemind()
+    return await asyncio.gather(*(_ask(hivemind, address, clock) for address in addresses))
+
+
+async def _ask(hivemind: Hivemind, address: str, clock: Callable[[], float]) -> NodeAnswer:
+    where, _, name = address.rpartition("/p2p/")
+    p2p: Any = None
+    try:
+        # libp2p dials all addresses that it has ever heard of a node, so each address has a child process of its own.
+        p2p = await hivemind.P2P.create(no_listen=True, dht_mode="client", nat_port_map=False)
+        peer = hivemind.PeerID.from_base58(name)
+        await asyncio.wait_for(p2p._client.connect(peer, [hivemind.Multiaddr(where)]), CONNECT_TIMEOUT_S)
+        stub: Any = hivemind.stub(p2p, peer)
+        request = hivemind.messages.PingRequest(peer=hivemind.messages.NodeInfo(), validate=False)
+        asked_at, began = clock(), time.perf_counter()
+        answer: Any = await stub.rpc_ping(request, timeout=ANSWER_TIMEOUT_S)
+        rtt_s = time.perf_counter() - began
+    except TimeoutError:
+        return NodeAnswer(address, "no answer in time")
+    except Exception as error:  # of libp2p's child process and of hivemind, which have no common base
+        fault = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip(" *")
+        return NodeAnswer(address, fault, fault.partition(_OTHER_KEY)[2].strip())
+    finally:
+        if p2p is not None:
+            await p2p.shutdown()
+    return NodeAnswer(address, rtt_ms=rtt_s * 1000, ahead_s=answer.dht_time - asked_at - rtt_s / 2)

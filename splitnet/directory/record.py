@@ -1,0 +1,428 @@
+"""What a peer announces about itself in the DHT: one small signed record, and where the DHT may hold it.
+
+On the wire a record is msgpack `[payload, signature]`. The payload is a msgpack array of the fields of `PeerRecord` in
+their order, behind the number of this layout; later versions append fields as `splitnet.wire.fields` says. The
+signature covers a prefix of its own, so that a signature made for another purpose is never taken for one of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar, Final, NamedTuple, cast
+
+from scheduler.coordinates import DIMENSIONS, Coordinate
+from scheduler.facts import CLIENT, MAX_WATTS, PASS_SIZES, Link, Network, Peer, Place, Speed
+from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, ProtocolVersionError
+from splitnet.security.identity import MAX_PROOF, Identity, PublicKey, has_worked
+from splitnet.wire.endpoints import Endpoint, Relay, is_address
+from splitnet.wire.fields import (
+    Layout,
+    appended,
+    blob,
+    flag,
+    matching,
+    number,
+    optional,
+    packb,
+    row,
+    several,
+    uint,
+    unpack_array,
+    wire,
+)
+from splitnet.wire.messages import FINGERPRINT, PROTOCOL_VERSION
+
+RECORD_LAYOUT: Final = 1
+MAX_RECORD_BYTES: Final = 3072
+DEFAULT_TTL_S: Final = 60.0
+MAX_TTL_S: Final = 300.0
+
+MAX_SEEN_LINKS: Final = 16
+KEY_PREFIX_BYTES: Final = 8
+
+MAX_CLOCK_SKEW_S: Final = 300.0
+MODELS_KEY: Final = "splitnet.models"
+SHARDS: Final = 8
+"""Keys of the DHT that the records of one model are spread over."""
+
+HELPERS: Final = "72656c617973"
+"""In the place of a model: helpers that serve none."""
+MAX_RELAYS: Final = 3
+
+_SIGNED_PREFIX = b"splitnet peer record\0"
+_MOST = 1e9
+_LEAST = math.ulp(0.0)
+_BLOCK = uint(4096)
+_COUNT = uint(1 << 48)
+_MS = number(0, _MOST)
+_UNIX_S = number(0, 1e11)
+_WORD = matching(re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+/ -]{0,63}"))
+
+
+class SeenLink(NamedTuple):
+    """A link to another peer, as the publisher has measured it."""
+
+    peer: bytes
+    """The first 8 bytes of the other's raw key."""
+    rtt_ms: float
+    bytes_per_ms: float
+
+
+def _key(value: Any) -> PublicKey:
+    if isinstance(value, PublicKey):
+        return value
+    if type(value) is not bytes:
+        raise ProtocolError("expected a key of 32 bytes")
+    try:
+        return PublicKey(value)
+    except KeyFileError as error:
+        raise ProtocolError(f"not a valid key: {error}") from None
+
+
+def _name(value: Any) -> str:
+    # Names are printed on terminals: a control character could rewrite what the user sees.
+    if type(value) is not str or not 1 <= len(value) <= 200 or not value.isprintable():
+        raise ProtocolError("expected 1 to 200 printable characters")
+    return value
+
+
+def _address(value: Any) -> str:
+    if type(value) is not str or not is_address(value):
+        raise ProtocolError("expected tcp://IP:PORT: names of others are not looked up")
+    return value
+
+
+def _floats(*values: float) -> tuple[float, ...]:
+    return values
+
+
+def _raw_key(value: Any) -> bytes:
+    return _key(value).raw
+
+
+_relay = row(Relay, _address, _raw_key)
+_seen_link = row(SeenLink, blob(KEY_PREFIX_BYTES), _MS, number(_LEAST, _MOST))
+
+
+@dataclass(frozen=True)
+class PeerRecord:
+    """The facts that one peer publishes. Raises ProtocolError when a value is out of its range.
+
+    key: signs the record and gives the CURVE key of the link.
+    model: fingerprint of the weights, 8 to 128 hex digits. model_name: for people, one line.
+    address: `tcp://IP:port` that clients and other peers connect to; an IPv6 address stands in brackets.
+    start, end, num_blocks: serves blocks [start, end) of num_blocks; start == end says that the peer has left.
+    protocol: version of the wire protocol. codecs: names, at most 32. device, version: for people. dtype: what weights
+    are held as, and behind a slash what blocks compute in if that is another type, such as float16/float32; version
+    0.1.0 names the former alone.
+    block_ms: ms per block of a pass with as many positions as `scheduler.facts.PASS_SIZES` says, observed.
+    queue_ms: wait of a decode step for its pass. batch: positions of others that share the pass of a decode step.
+    kv_free_positions: positions that new sessions may still take. sessions: open sessions.
+    max_blocks: how many blocks this peer has memory for; 0: it stays where it is. placed_at: Unix time in seconds when
+    it took its span. moving_to: the span [start, end) that it means to serve next. serves: it takes sessions.
+    coordinate: in ms, and behind it the height; coordinate_error: relative, see `scheduler.coordinates`.
+    bytes_per_ms: the best bandwidth it has seen on any link, 0: none yet. links: to other peers, at most 16.
+    issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
+    state_bytes: what a sequence takes in all blocks besides its positions, however long it is.
+    proof: of the work that the key has cost, see `splitnet.security.identity`; 0: none.
+    watts: what the device draws while it computes; 0: not known.
+    relays: helpers through which the peer is reached, at most 3; none: it is reached at its address.
+    relay_port: where it helps others to be reached, on the host of its address; 0: it does not.
+    """
+
+    signed: ClassVar[bytes] = b""
+    """The bytes that this record was read from, with the signature; none if it was made here."""
+
+    key: PublicKey = wire(_key)  # noqa: RUF009 (it makes a field)
+    model: str = wire(matching(FINGERPRINT))
+    model_name: str = wire(_name)
+    address: str = wire(_address)
+    start: int = wire(_BLOCK)
+    end: int = wire(_BLOCK)
+    num_blocks: int = wire(_BLOCK)
+    protocol: int = wire(uint(1 << 16))
+    codecs: tuple[str, ...] = wire(several(_WORD, most=32))
+    device: str = wire(_WORD)
+    dtype: str = wire(_WORD)
+    block_ms: tuple[float, ...] = wire(several(_MS, least=len(PASS_SIZES), most=len(PASS_SIZES)))
+    queue_ms: float = wire(_MS)
+    batch: float = wire(_MS)
+    kv_free_positions: int = wire(_COUNT)
+    sessions: int = wire(_COUNT)
+    max_blocks: int = wire(_COUNT)
+    placed_at: float = wire(_UNIX_S)
+    moving_to: tuple[int, int] | None = wire(optional(several(_BLOCK, least=2, most=2)))
+    serves: bool = wire(flag)
+    coordinate: tuple[float, ...] = wire(row(_floats, *(number(-_MOST, _MOST),) * DIMENSIONS, _MS))
+    coordinate_error: float = wire(_MS)
+    bytes_per_ms: float = wire(_MS)
+    links: tuple[SeenLink, ...] = wire(several(_seen_link, most=MAX_SEEN_LINKS))
+    version: str = wire(_WORD)
+    issued_at: float = wire(_UNIX_S)
+    ttl_s: float = wire(number(_LEAST, MAX_TTL_S), default=DEFAULT_TTL_S)
+    state_bytes: int = appended(_COUNT, 0)
+    proof: int = appended(uint(MAX_PROOF), 0)
+    watts: float = appended(number(0, MAX_WATTS), 0.0)
+    relays: tuple[Relay, ...] = appended(several(_relay, most=MAX_RELAYS), ())
+    relay_port: int = appended(uint(65535), 0)
+
+    def __post_init__(self) -> None:
+        for name, value in _LAYOUT.read([getattr(self, name) for name in _LAYOUT.names]).items():
+            object.__setattr__(self, name, value)
+        if not self.start <= self.end <= self.num_blocks or not self.num_blocks:
+            raise ProtocolError("PeerRecord.start, end, num_blocks: expected start <= end <= num_blocks, and a block")
+        if self.moving_to is not None and not self.moving_to[0] < self.moving_to[1] <= self.num_blocks:
+            raise ProtocolError("PeerRecord.moving_to: expected start < end <= num_blocks")
+
+    @cached_property
+    def endpoint(self) -> Endpoint:
+        """Where the peer is connected to, and the key that it must prove to have."""
+        return Endpoint(self.address, self.key, self.relays)
+
+    @property
+    def helper(self) -> Relay | None:
+        """As others reach hidden peers through it; None: they do not."""
+        if not self.relay_port or self.relays:
+            return None
+        return Relay(f"{self.address.rpartition(':')[0]}:{self.relay_port}", self.key.raw)
+
+    @property
+    def expires_at(self) -> float:
+        """Unix time in seconds after which the record is void."""
+        return self.issued_at + self.ttl_s
+
+    @property
+    def has_left(self) -> bool:
+        """Whether this record only says that the peer serves no longer."""
+        return self.start == self.end
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether its key has cost work."""
+        return has_worked(self.key, self.proof)
+
+    def is_valid_at(self, now: float) -> bool:
+        """Whether the record is neither void nor from the future at `now`, Unix time in seconds."""
+        return self.expires_at > now and self.issued_at <= now + MAX_CLOCK_SKEW_S
+
+    def farewell(self, now: float | None = None) -> PeerRecord:
+        """A record for the same peer that says it has left; it outlives this record by a moment."""
+        issued_at = max(time.time() if now is None else now, self.issued_at)
+        ttl_s = min(self.ttl_s + 1.0, MAX_TTL_S)
+        if issued_at + ttl_s <= self.expires_at:
+            issued_at = self.issued_at + 1.0
+        return dataclasses.replace(self, start=0, end=0, issued_at=issued_at, ttl_s=ttl_s)
+
+    def pack(self, identity: Identity) -> bytes:
+        """The record signed by `identity`. Raises NotAuthorized for a key other than the record's."""
+        if identity.public != self.key:
+            raise NotAuthorized("A record is signed with the key that it names; use the identity of this peer.")
+        payload = packb([RECORD_LAYOUT, self.key.raw, *_LAYOUT.write(self)[1:]])
+        data = packb([payload, identity.sign(_SIGNED_PREFIX + payload)])
+        if len(data) > MAX_RECORD_BYTES:
+            raise ProtocolError(f"A peer record has at most {MAX_RECORD_BYTES} bytes, not {len(data)}; shorten names.")
+        return data
+
+    @classmethod
+    def idle(cls, **facts: Any) -> PeerRecord:
+        """A record of who has nothing to do and measures nothing: `facts`, and zeros and the like for the others.
+
+        Needs at least the key, the model and its name, the address and the number of blocks.
+        """
+        nothing: dict[str, Any] = {
+            "start": 0,
+            "end": facts["num_blocks"],
+            "protocol": PROTOCOL_VERSION,
+            "codecs": (),
+            "device": "none",
+            "dtype": "none",
+            "block_ms": (0.0,) * len(PASS_SIZES),
+            "queue_ms": 0.0,
+            "batch": 0.0,
+            "kv_free_positions": 0,
+            "sessions": 0,
+            "max_blocks": 0,
+            "placed_at": 0.0,
+            "moving_to": None,
+            "serves": False,
+            "coordinate": (0.0,) * (DIMENSIONS + 1),
+            "coordinate_error": 0.0,
+            "bytes_per_ms": 0.0,
+            "links": (),
+            "version": "none",
+            "issued_at": 0.0,
+        }
+        return cls(**nothing | facts)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> PeerRecord:
+        """The record in `data`, from anybody. Raises ProtocolError if malformed, NotAuthorized if badly signed."""
+        if len(data) > MAX_RECORD_BYTES:
+            raise ProtocolError(f"A peer record has at most {MAX_RECORD_BYTES} bytes, not {len(data)}.")
+        envelope = _unpack_array(data)
+        if len(envelope) != 2 or not all(type(part) is bytes for part in envelope) or packb(envelope) != data:
+            raise ProtocolError("A peer record consists of a payload and its signature.")
+        payload, signature = cast(list[bytes], envelope)
+        values = _unpack_array(payload)
+        if not values or type(values[0]) is not int:
+            raise ProtocolError("A peer record begins with the number of its layout.")
+        if values[0] != RECORD_LAYOUT:
+            raise ProtocolVersionError(f"The peer record has layout {values[0]}, this version reads {RECORD_LAYOUT}.")
+        fields = _LAYOUT.read(values[1:])
+        if not fields["key"].verify(_SIGNED_PREFIX + payload, signature):
+            raise NotAuthorized("The peer record is not signed by the key that it names.")
+        record = cls(**fields)
+        object.__setattr__(record, "signed", data)
+        return record
+
+
+_LAYOUT = Layout(PeerRecord)
+
+
+class RecordValidator:
+    """Which values a node of the DHT stores, and believes when another node returns them.
+
+    hivemind asks `validate` (as it does of its `RecordValidatorBase`); whatever it answers False to is dropped. A value
+    counts only if it is a signed record that stands where it belongs and expires when it says: so nobody can replace
+    the record of another key, nor keep an old record in force by storing it again with a later expiration.
+
+    key_id: the DHT's hash of a key, 20 bytes.
+    """
+
+    def __init__(self, key_id: Callable[[str], bytes], clock: Callable[[], float] = time.time) -> None:
+        self._key_id = key_id
+        self._clock = clock
+        self._models_id = key_id(MODELS_KEY)
+
+    def validate(self, record: Any) -> bool:
+        """Whether the hivemind `DHTRecord` (key hash, msgpack subkey, msgpack value, expiration time) may be held."""
+        try:
+            subkey, peer = _unpack_scalar(record.subkey), stored_record(record.value)
+            if peer.expires_at != record.expiration_time or peer.issued_at > self._clock() + MAX_CLOCK_SKEW_S:
+                return False
+            if record.key == self._models_id:
+                return subkey == peer.model and not peer.has_left
+            places = (peers_key(peer.model), shard_key(peer.model, peer.key))
+            return subkey == peer.key.text and record.key in map(self._key_id, places)
+        except (ProtocolError, NotAuthorized):
+            return False
+
+    def sign_value(self, record: Any) -> bytes:
+        """The value as it is: records are signed before they reach the DHT."""
+        return record.value
+
+    def strip_value(self, record: Any) -> bytes:
+        """The value as it is: the signature stays part of it."""
+        return record.value
+
+
+def peers_key(model: str) -> str:
+    """The DHT key of the records of all peers that serve a model (its fingerprint); earlier versions know no other."""
+    return f"splitnet.peers.{model}"
+
+
+def shard_key(model: str, key: PublicKey) -> str:
+    """The DHT key of a peer's record."""
+    return shard_keys(model)[key.raw[0] % SHARDS]
+
+
+def shard_keys(model: str) -> list[str]:
+    """The DHT keys that the records of the peers of a model are spread over."""
+    return [f"{peers_key(model)}.{shard}" for shard in range(SHARDS)]
+
+
+@lru_cache(maxsize=4096)
+def verified_record(data: bytes) -> PeerRecord:
+    """`PeerRecord.unpack` that remembers: a lookup meets each record once per replica, a signature costs 0.1 ms."""
+    return PeerRecord.unpack(data)
+
+
+def stored_record(value: bytes) -> PeerRecord:
+    """The record in a value as nodes of the DHT hold it: msgpack of the record's bytes.
+
+    Raises:
+        ProtocolError, NotAuthorized: it is none.
+    """
+    data = _unpack_scalar(value)
+    if type(data) is not bytes:
+        raise ProtocolError("expected the bytes of a record")
+    return verified_record(data)
+
+
+def _unpack_array(data: bytes) -> list[Any]:
+    return unpack_array(data, most_items=64, most_text=MAX_RECORD_BYTES, most_bytes=MAX_RECORD_BYTES)
+
+
+def _unpack_scalar(data: bytes) -> object:
+    items = _unpack_array(b"\x91" + data)  # as the only element of an array
+    return items[0]
+
+
+def facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:
+    """What the planner needs to know of a peer.
+
+    position_bytes: that a position takes on links, where `Peer.sending_ms` is asked for.
+    """
+    return Peer(
+        id=record.key.text,
+        start=record.start,
+        end=record.end,
+        speed=Speed(record.block_ms),
+        queue_ms=record.queue_ms,
+        batch=record.batch,
+        kv_free=record.kv_free_positions,
+        watts=record.watts,
+        sending_ms=position_bytes / record.bytes_per_ms if record.bytes_per_ms else 0.0,
+    )
+
+
+def expected_facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:
+    """The same once the peer is where it moves to."""
+    facts = facts_of(record, position_bytes)
+    return replace(facts, start=record.moving_to[0], end=record.moving_to[1]) if record.moving_to else facts
+
+
+def place_of(record: PeerRecord) -> Place:
+    """Where a peer says that it stands."""
+    coordinate = Coordinate(record.coordinate[:DIMENSIONS], record.coordinate[DIMENSIONS], record.coordinate_error)
+    return Place(coordinate, record.bytes_per_ms)
+
+
+def places_of(records: Iterable[PeerRecord]) -> dict[str, Place]:
+    """Where peers stand, of those that know it."""
+    return {record.key.text: place_of(record) for record in records if record.coordinate_error < 1.0}
+
+
+def network_of(
+    records: Iterable[PeerRecord], links: Mapping[tuple[str, str], Link], places: Mapping[str, Place]
+) -> Network:
+    """The links between peers as their records tell.
+
+    What a peer has measured to another counts for the way back too, unless the other has measured that itself.
+
+    Args:
+        records: of all peers.
+        links: measured by whoever plans; they count more than what is told.
+        places: of others than the peers, such as the client.
+    """
+    records = list(records)
+    to = {receiver: link.latency_ms for (sender, receiver), link in links.items() if sender == CLIENT}
+    names = {record.key.raw[:KEY_PREFIX_BYTES]: record.key.text for record in records}
+    there: dict[tuple[str, str], Link] = {}
+    back: dict[tuple[str, str], Link] = {}
+    for record in records:
+        for seen in record.links:
+            other = names.get(seen.peer)
+            if other is not None and other != record.key.text:
+                # The way from here to the one and on to the other is no shorter than the way from here to the other.
+                ends = (to.get(record.key.text), to.get(other))
+                least_ms = abs(ends[0] - ends[1]) if ends[0] is not None and ends[1] is not None else 0.0
+                link = Link(max(seen.rtt_ms / 2, least_ms), seen.bytes_per_ms)
+                there[record.key.text, other] = back[other, record.key.text] = link
+    return Network({**back, **there, **links}, places={**places_of(records), **places})

@@ -1,0 +1,1 @@
+"""Models of transformers whose blocks are remote."""

@@ -1,0 +1,481 @@
+"""What PEFT has put on a model: the adapter that the peers are to run its blocks with, and prompts that were trained.
+
+A prompt is embeddings before the input, or keys and values before the first position. PEFT hands the latter to a model
+as a cache that holds something already. Here keys and values live on the peers, so they are taken out of the call and
+given to them as an adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, Final, Never
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import DynamicCache
+
+from splitnet.blocks.adapters import (
+    LORA_A,
+    LORA_B,
+    MAX_PREFIX,
+    MAX_RANK,
+    PREFIX_KEYS,
+    PREFIX_VALUES,
+    Adapter,
+    linear_layers,
+)
+from splitnet.blocks.stand_in import RemoteConv1D, RemoteLinear, RemotePart
+from splitnet.errors import AdapterError, SplitnetError
+from splitnet.hf.parameters import refuse
+from splitnet.patterns import Patterns
+
+Prefixes = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of each block, `[kv heads, positions, head size]`."""
+
+
+HARMLESS: Final = frozenset(
+    {
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "runtime_config", "trainable_token_indices", "ensure_weight_tying", "modules_to_save"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+        *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
+        *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size"),
+    }
+)
+"""Fields of a `LoraConfig` that say nothing of blocks by themselves, or nothing that their layers do not show."""
+
+
+PROMPTS: Final = frozenset(
+    {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE"}
+)
+"""PEFT's methods that train embeddings before a text, or keys and values."""
+
+
+class LocalAdapters:
+    """Collects the parameters of adapters.
+
+    Attributes:
+        outline: the blocks, which LoRA is put on; None: there are none.
+        configs: of what PEFT has put on layers, by the names of the adapters; None: nothing.
+    """
+
+    def __init__(self) -> None:
+        self.outline: nn.Module | None = None
+        self.configs: Mapping[str, Any] | None = None
+        self._latest: dict[tuple[str, ...], Adapter] = {}
+        self._seen: tuple[list[Any], list[torch.Tensor], Adapter | None, Adapter | None] = ([], [], None, None)
+        """What `recent` has returned last, for what, and by what to tell that it still holds."""
+
+    def parameters_for(self, prefix: Prefixes) -> dict[str, torch.Tensor]:
+        """The tensors of the active adapter as `splitnet.blocks.adapters` names them, connected to what is trained.
+
+        Args:
+            prefix: that of the running call; empty: none.
+
+        Raises:
+            AdapterError: see `check`.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        for path, a, b in self._low_rank_pairs():
+            tensors[path + LORA_A], tensors[path + LORA_B] = a, b
+        for block, (keys, values) in enumerate(prefix):
+            tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"] = keys, values
+        return tensors
+
+    def adapter_of(self, parameters: dict[str, torch.Tensor]) -> Adapter | None:
+        """What peers are given; the same object as long as the values stay the same."""
+        if not parameters:
+            return None
+        names = tuple(parameters)
+        latest = self._latest.get(names)
+        if latest is not None:
+            now = parameters.values()
+            if all(torch.equal(was, tensor.cpu()) for was, tensor in zip(latest.tensors.values(), now, strict=True)):
+                return latest
+        copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in parameters.items()}
+        self._latest[names] = Adapter(copied)
+        return self._latest[names]
+
+    def current(self, held: Adapter | None, prefix: Prefixes = ()) -> Adapter | None:
+        """The adapter that is active now: `held` itself if that has the same values."""
+        adapter = self.adapter_of(self.parameters_for(prefix))
+        if adapter is None or held is None or adapter.tensors.keys() != held.tensors.keys():
+            return adapter
+        same = all(torch.equal(tensor, held.tensors[name]) for name, tensor in adapter.tensors.items())
+        return held if same else adapter
+
+    def recent(self, held: Adapter | None, prefix: Prefixes) -> Adapter | None:
+        """As `current`, quickly, for every token: what torch does not count, by way of `.data`, is not seen.
+
+        Of tensors that were made in `torch.inference_mode()` it counts nothing, so their values are compared.
+        """
+        layers = [(layer, name) for _, layer, names in self._active() for name in names]
+        tensors = [tensor for pair in prefix for tensor in pair]
+        tensors += [module[name].weight for layer, name in layers for module in (layer.lora_A, layer.lora_B)]
+        if any(one.is_inference() for one in tensors):
+            return self.current(held, prefix)
+        marks = [*(float(layer.scaling[name]) for layer, name in layers), *((id(one), one._version) for one in tensors)]
+        seen, _, before, adapter = self._seen
+        if marks != seen or held is not before:
+            adapter = self.current(held, prefix)
+            self._seen = marks, tensors, held, adapter
+        return adapter
+
+    def check(self) -> None:
+        """Raises AdapterError if there is something on the blocks that peers do not do."""
+        for path, layer, names in self._active():
+            for name in names:
+                _check_matrices(path, layer, name)
+
+    def _active(self) -> Iterator[tuple[str, Any, list[str]]]:
+        """The layers that have LoRA which is switched on, and the names of it."""
+        if self.outline is None or "peft" not in sys.modules:
+            return
+        for name, config in (self.configs or {}).items():
+            check_config(name, config)
+        for path, layer in _lora_layers(self.outline, ""):
+            if not layer.disable_adapters:
+                yield path, layer, [name for name in layer.active_adapters if name in layer.lora_A]
+
+    def _low_rank_pairs(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        for path, layer, names in self._active():
+            pairs = [self._pair(path, layer, name) for name in names]
+            if pairs:
+                # Several adapters add up: so does one with all their ranks.
+                yield path, torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+
+    @staticmethod
+    def _pair(path: str, layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        _check_matrices(path, layer, name)
+        if layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0:
+            raise AdapterError("peers know no dropout in LoRA: use lora_dropout=0.0")
+        return layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
+
+
+_INSTEAD: Final = "use plain LoRA on linear layers, a prompt or a prefix, and load the model again"
+
+
+def check_config(name: str, config: Any) -> None:
+    """Raises AdapterError if layers do not show all that an adapter is to do to blocks."""
+    from peft import LoraConfig, TrainableTokensConfig
+
+    if type(config) is TrainableTokensConfig:  # of embeddings, which are here
+        return
+    if type(config) is not LoraConfig:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise AdapterError(f"the adapter {name!r} is {kind}, which peers do not run: {_INSTEAD}")
+    for field in fields(config):
+        value, usual = getattr(config, field.name), _default(field)
+        # What is empty is switched off to PEFT, whichever way it is so.
+        if field.name not in HARMLESS and value != usual and (value or usual):
+            raise AdapterError(
+                f"the adapter {name!r} has {field.name}={value!r}, which peers do not apply: leave it out of its "
+                "LoraConfig, and load the model again"
+            )
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _lora_layers(part: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
+    """The layers with LoRA in a part of the outline, by their paths.
+
+    Raises:
+        AdapterError: there is something else.
+    """
+    from peft.tuners.lora import Linear
+
+    for name, module in part.named_children():
+        kind, where = type(module), f"{path}{name}"
+        base: Any = module.base_layer if kind is Linear else module
+        if type(base) not in (RemotePart, RemoteLinear, RemoteConv1D):
+            raise AdapterError(
+                f"{where} is a {type(base).__name__} now, and peers only add LoRA to linear layers: leave it out of "
+                "target_modules and modules_to_save, and load the model again"
+            )
+        if _is_watched(module) or _is_watched(base):
+            raise AdapterError(
+                f"{where} has a hook, and peers run the blocks without it: leave out what puts it there, such as "
+                "adapter_names, and load the model again"
+            )
+        if kind is Linear:
+            yield where, module
+        elif kind is RemotePart:
+            yield from _lora_layers(module, f"{where}.")
+
+
+def _check_matrices(path: str, layer: Any, name: str) -> None:
+    """Raises AdapterError if an adapter does more in a layer than to add the product of its two matrices."""
+    for part in (layer.lora_A[name], layer.lora_B[name]):
+        if type(part) is not nn.Linear or part.bias is not None or _is_watched(part) or name in layer.lora_variant:
+            raise AdapterError(f"{path} has more than LoRA's two matrices, which peers do not run: {_INSTEAD}")
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether something is done when a module is called, besides what its class does."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
+def take_prefix(given: dict[str, Any], model: Any) -> Prefixes:
+    """Takes the prefix that PEFT has handed over out of what `model` is called with; empty if there is none.
+
+    Raises:
+        UnsupportedParameter: it is no prefix, but a cache of somebody else's.
+        AdapterError: it is of a method that is not known here.
+    """
+    name = next((name for name in ("cache", "past_key_values") if isinstance(given.get(name), DynamicCache)), None)
+    if name is None or not given[name].get_seq_length():
+        return ()
+    wrapper = _calling_wrapper(model)
+    if wrapper is None:
+        raise refuse(
+            name,
+            "is a DynamicCache, and the blocks are remote: leave it out, or use model.new_cache()",
+        )
+    _check_prompt(wrapper)
+    prefix = prefix_in(given.pop(name))
+    given["use_cache"] = False
+    length = prefix[0][0].shape[1]
+    mask = given.get("attention_mask")
+    if mask is not None:
+        given["attention_mask"] = mask[:, length:]
+    if given.get("position_ids") is None:
+        inputs = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        given["position_ids"] = torch.arange(length, length + inputs.shape[1], device=inputs.device)[None]
+    return prefix
+
+
+def _calling_wrapper(model: Any) -> Any:
+    """The PEFT model around `model` that calls it, as what it hands over does not tell; None: there is none."""
+    if "peft" not in sys.modules:
+        return None
+    from peft import PeftModel
+
+    frame = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, PeftModel) and caller.get_base_model() is model:
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _check_prompt(wrapper: Any) -> None:
+    """Raises AdapterError if what a trained prompt does is not known here."""
+    kind = wrapper.active_peft_config.peft_type
+    kind = getattr(kind, "value", kind)
+    if kind not in PROMPTS:
+        raise AdapterError(f"the adapter {wrapper.active_adapter!r} is {kind}, which is not known here: {_INSTEAD}")
+
+
+def prefix_in(cache: DynamicCache) -> Prefixes:
+    """Keys and values in a cache, block by block; PEFT has the same ones for all rows, so those of the first."""
+    layers: list[Any] = list(cache.layers)
+    return tuple((layer.keys[0], layer.values[0]) for layer in layers)
+
+
+def prompt_wrapper(model: Any) -> Any:
+    """The PEFT model that generates with `model` and a prompt that was trained; None if there is none."""
+    replaced = model.__dict__.get("prepare_inputs_for_generation")
+    wrapper = getattr(replaced, "__self__", None)
+    if wrapper is None or wrapper is model or not wrapper.active_peft_config.is_prompt_learning:
+        return None
+    _check_prompt(wrapper)
+    return wrapper
+
+
+def with_trained_prompt(wrapper: Any, given: dict[str, Any]) -> tuple[dict[str, Any], Prefixes]:
+    """What `generate()` is to be called with: the trained prompt is put before the user's, or returned as a prefix.
+
+    PEFT's own way to do so changes the inputs of every step, by names of arguments that transformers has given up.
+    """
+    model = wrapper.base_model
+    model.__dict__.pop("prepare_inputs_for_generation", None)
+    given = dict(given)
+    task_ids = given.pop("task_ids", None)
+    input_ids = given.pop("input_ids", None)
+    if given.get("inputs") is not None:
+        input_ids = given.pop("inputs")
+    if input_ids is None or given.get("inputs_embeds") is not None:
+        raise refuse("inputs_embeds", "do not go together with a trained prompt: give input_ids")
+    given["input_ids"] = input_ids
+    with torch.no_grad():
+        prompt = wrapper.get_prompt(batch_size=input_ids.shape[0], task_ids=task_ids)
+        if isinstance(prompt, DynamicCache):
+            return given, prefix_in(prompt)
+        embeddings = model.get_input_embeddings()(input_ids)
+    mask = given.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask.to(torch.long)
+    # The trained prompt comes first in the text, so behind the padding on the left.
+    padding = [int(pad) for pad in (mask.cumsum(1) == 0).sum(1).tolist()]
+    given["inputs_embeds"] = _inserted(embeddings, prompt.to(embeddings.dtype), padding)
+    given["attention_mask"] = _inserted(mask, mask.new_ones(prompt.shape[:2]), padding)
+    return given, ()
+
+
+def _inserted(rows: torch.Tensor, inserted: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """`[batch, seq, ...]`: each row with another inserted at its place."""
+    pairs = zip(rows, inserted, places, strict=True)
+    return torch.stack([torch.cat((row[:place], more, row[place:])) for row, more, place in pairs])
+
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_MAX_CONFIG_BYTES = 1 << 20
+_MODEL = "base_model.model."
+_PLAIN: Final = re.compile(r"[\w.-]+")
+_PAIRS: Final = {
+    ".lora_A.weight": ".lora_B.weight",
+    ".lora_embedding_A": ".lora_embedding_B",
+}
+"""Ends of names in the file: of the matrix that the input meets first, and of the other."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """A model with the adapter in a folder, as PEFT returns it.
+
+    Raises:
+        AdapterError: it is not for this model, or it does what peers do not.
+    """
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise AdapterError(f"the adapter in {folder} has no {WEIGHTS_FILE}: save it with safe_serialization=True")
+    try:
+        return _load(model, folder)
+    except SplitnetError as error:
+        raise AdapterError(f"the adapter in {folder} cannot be used, as {error}") from error
+    except Exception as error:  # PEFT and safetensors raise what they stumble over
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise AdapterError(f"the adapter in {folder} does not fit this model ({reason}): {_OTHER}") from error
+
+
+def _load(model: Any, folder: Path) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    config = _config(folder / CONFIG_FILE)
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if config.is_prompt_learning:
+        _check_saved_prompt(config, shapes)
+    else:
+        _check_tokens(config, shapes)
+        if config.peft_type == "LORA":
+            _name_layers(config, shapes, model)
+    loaded = PeftModel.from_pretrained(model, str(folder), config=config).eval()
+    taken = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
+    lacks = sorted(taken - shapes.keys())
+    unused = sorted(shapes.keys() - taken - loaded.state_dict().keys())
+    if lacks or unused:
+        raise AdapterError(f"{lacks[0]} is missing: {_OTHER}" if lacks else f"nothing takes its {unused[0]}: {_OTHER}")
+    return loaded
+
+
+_OTHER: Final = "take an adapter for this model"
+
+
+def _config(path: Path) -> Any:
+    """Raises ValueError or AdapterError if PEFT is not to see it."""
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise AdapterError(f"{path.name} is longer than configs are: {_OTHER}")
+    values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path.name} is no config: {_OTHER}")
+    kind = values.get("peft_type")
+    if kind not in {*PROMPTS, "LORA", "TRAINABLE_TOKENS"} or kind == "MULTITASK_PROMPT_TUNING":
+        raise AdapterError(f"it is {kind!r}, which commands cannot use: train LoRA, a prompt or a prefix")
+    values.pop("runtime_config", None)
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    for name in values.keys() - known:
+        if values.pop(name):
+            raise AdapterError(f"it has {name}, which this version of PEFT does not know: update PEFT")
+    config = PeftConfig.from_peft_type(**values)
+    if not config.is_prompt_learning:
+        check_config("default", config)
+    for name in getattr(config, "modules_to_save", None) or ():
+        if not _PLAIN.fullmatch(name):
+            raise AdapterError(f"{name!r} in modules_to_save is no name: {_OTHER}")
+    return config
+
+
+def _no_number(name: str) -> Never:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_saved_prompt(config: Any, shapes: Shapes) -> None:
+    """Raises AdapterError if the config is not that of the prompt in the file."""
+    rows, width = shapes["prompt_embeddings"]
+    tokens = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
+    numbers = config.token_dim * (2 * config.num_layers if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE") else 1)
+    if (rows, width) != (tokens, numbers) or rows > MAX_PREFIX:
+        raise AdapterError(
+            f"its config tells of {tokens} x {numbers} numbers, and there are {rows} x {width}: {_OTHER}"
+        )
+
+
+def _check_tokens(config: Any, shapes: Shapes) -> None:
+    """Raises AdapterError if the config tells of more tokens of its own than there are."""
+    named = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    told = sum(len(each) for each in named.values()) if isinstance(named, dict) else len(named)
+    there = sum(shape[0] for name, shape in shapes.items() if name.endswith("trainable_tokens_delta"))
+    if told > there:
+        raise AdapterError(f"its config tells of {told} tokens, and there are {there}: {_OTHER}")
+
+
+def _name_layers(config: Any, shapes: Shapes, model: nn.Module) -> None:
+    """Has a config of LoRA name the layers that have tensors, with their ranks, in the place of patterns.
+
+    Raises:
+        AdapterError: they are not as the config says, or not of this model.
+    """
+    sizes = linear_layers(model)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            sizes[path] = module.num_embeddings, module.embedding_dim
+    patterns = Patterns("the config", _OTHER)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, (rank, inputs) in {name: shapes[name] for name in shapes if _end_of(name)}.items():
+        end = _end_of(name)
+        path = name.removeprefix(_MODEL).removesuffix(end)
+        outputs, same = shapes[name.removesuffix(end) + _PAIRS[end]]
+        if sizes.get(path) != (inputs, outputs) or same != rank:
+            raise AdapterError(f"{path} of this model is not as its tensors are: {_OTHER}")
+        ranks[path] = _value_for(path, config.rank_pattern, config.r, patterns)
+        alphas[path] = _value_for(path, config.alpha_pattern, config.lora_alpha, patterns)
+        if ranks[path] != rank or rank > MAX_RANK:
+            raise AdapterError(f"its config says rank {ranks[path]} of {path}, and it has {rank}: {_OTHER}")
+    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
+        raise AdapterError(
+            f"it begins as {config.init_lora_weights!r}, which changes weights: convert it when it is saved "
+            "(path_initial_model_for_weight_conversion)"
+        )
+    config.init_lora_weights = False  # all is in the file
+    config.target_modules, config.exclude_modules = set(ranks), None
+    config.layers_to_transform = config.layers_pattern = None
+    if not all(_PLAIN.fullmatch(key) for key in (*config.rank_pattern, *config.alpha_pattern)):
+        config.rank_pattern = {re.escape(path): rank for path, rank in ranks.items()}
+        config.alpha_pattern = {re.escape(path): alpha for path, alpha in alphas.items()}
+
+
+def _end_of(name: str) -> str:
+    return next((end for end in _PAIRS if name.endswith(end)), "")
+
+
+def _value_for(path: str, by_pattern: Mapping[str, Any], default: Any, patterns: Patterns) -> Any:
+    """As PEFT chooses it: of the first pattern that the end of the path matches."""
+    for key, value in by_pattern.items():
+        pattern = rf"(.*\.)?({key})$"
+        if re.match(pattern, path) if _PLAIN.fullmatch(key) else patterns.match(pattern, path):
+            return value
+    return default

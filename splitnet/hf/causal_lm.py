@@ -1,0 +1,582 @@
+"""A transformers causal LM whose blocks are remote."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationMixin, StoppingCriteria
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES
+from splitnet.blocks.client_part import Ends, backbone_of, ends_of, load_shell
+from splitnet.blocks.head import Head
+from splitnet.blocks.loss import loss_in_parts
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.gguf.store import GgufStore
+from splitnet.errors import SplitnetError, UnsupportedModel
+from splitnet.hf.adapters import Prefixes, prompt_wrapper, with_trained_prompt
+from splitnet.hf.cache import Conversation, ModelSession, RemoteCache
+from splitnet.hf.options import CONNECTION, CausalOptions, takes
+from splitnet.hf.parameters import Request, refuse
+from splitnet.hf.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
+from splitnet.hf.speculate.decoding import Decoding, Drafts, Text
+from splitnet.hf.speculate.family_loop import FamilyLoop
+from splitnet.hf.speculate.speculator import Speculator
+from splitnet.hf.steps import Exchange
+from splitnet.quant.device import end_threads
+from splitnet.security.identity import Identity
+from splitnet.security.swarm_key import SwarmKey
+from splitnet.session.inference import Session
+from splitnet.session.local import Blocks, MixedSession
+from splitnet.swarm.swarm import Swarm
+
+_PLAIN = frozenset({"attention_mask", "cache", "use_cache", "position_ids", "logits_to_keep", "inputs_embeds"})
+"""What `generate()` may hand to the model without its loop having to."""
+
+_TRANSFORMERS: Any = GenerationMixin
+_POSITIONAL = [
+    name
+    for name, parameter in inspect.signature(_TRANSFORMERS.generate).parameters.items()
+    if name != "self" and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+]
+"""The parameters of transformers' `generate()` itself, in order; others are of its config or of `forward`."""
+
+
+class AutoModelForCausalLM:
+    """Loads a model of which only embeddings, final norm and head are here; use `from_pretrained`."""
+
+    def __init__(self) -> None:
+        raise OSError("use splitnet.AutoModelForCausalLM.from_pretrained(MODEL, initial_peers=[ADDR])")
+
+    @classmethod
+    @takes(CausalOptions)
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        initial_peers: Sequence[str],
+        identity: Identity | None = None,
+        revision: str | None = None,
+        swarm_key: str | Path | SwarmKey | None = None,
+        trusted_peers: str | Path | None = None,
+        **options: Any,
+    ) -> RemoteCausalLM:
+        """A causal LM of transformers, with `generate()` and all, whose blocks run on the peers of a swarm.
+
+        `peft.get_peft_model` puts adapters on it, and `loss.backward()` trains them; see docs/tuning.md.
+
+        Args:
+            model: hub id or checkpoint folder; only the tensors outside the blocks are read.
+            initial_peers: addresses of the swarm, multiaddrs or `tcp://HOST:PORT?key=...` of peers.
+            identity: the key that private swarms must know; None: the user's own (see `splitnet key`).
+            revision: of the model on the hub.
+            swarm_key: of a closed swarm, or its file (see `splitnet key --swarm-key`).
+            trusted_peers: file with the keys of the peers that may be used; None: any.
+            codec: how activations travel: "auto", or a name from `splitnet.wire.codecs.CODECS`.
+            dtype, device: of the local part; "auto": the best device that works, see `splitnet.blocks.device`.
+            recovery_timeout_s: how long to wait for other peers when blocks are suddenly served by nobody.
+            any_weights: whether to go on with weights held otherwise, such as int4 after float32, where nobody is left
+                who holds them as the session had them; else that raises OtherWeights. None: with the codec "auto" only.
+            prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches; "energy":
+                the least energy per token, as far as peers tell (docs/energy.md).
+            energy_slowdown: with "energy", how many times as long as on the fastest route a token may take; None: 1.5.
+            gradient_codec: how gradients travel; "auto": exact where the activations are, else "bf16".
+            local_blocks: blocks that this process runs itself, such as "0:10" or "0:2,28:30"; "auto": as many of the
+                first as make tokens come soonest, in half of the free memory at most; None: none.
+            local_weights: what the weights of those and of the head are held as, such as "float16"; None: "auto", or as
+                stored with the codec "none".
+
+        Raises:
+            ModelNotFound, UnsupportedModel: the model cannot be used.
+            DirectoryError: no initial peer answers.
+            KeyFileError: a file with keys cannot be used.
+            TypeError: there is no such option.
+        """
+        chosen = CausalOptions.of(options, *CONNECTION)
+        with joined(
+            model,
+            initial_peers=initial_peers,
+            identity=identity,
+            revision=revision,
+            swarm_key=swarm_key,
+            trusted_peers=trusted_peers,
+        ) as (checkpoint, swarm):
+            return _attached(checkpoint, swarm, chosen)
+
+
+def attach(checkpoint: Checkpoint, swarm: Swarm, **options: Any) -> RemoteCausalLM:
+    """The causal LM of `checkpoint` with its blocks on `swarm`; see `AutoModelForCausalLM.from_pretrained`."""
+    return _attached(checkpoint, swarm, CausalOptions.of(options))
+
+
+def _attached(checkpoint: Checkpoint, swarm: Swarm, options: CausalOptions) -> RemoteCausalLM:
+    local = local_part(checkpoint, swarm, options)
+
+    def open_part(budget: int, part: Blocks) -> Session:
+        return Session(
+            swarm,
+            budget=budget,
+            codec=options.codec,
+            blocks=part,
+            prefer=options.prefer,
+            energy_slowdown=options.energy_slowdown,
+            recovery_timeout_s=options.recovery_timeout_s,
+            any_weights=options.any_weights,
+        )
+
+    def open_session(budget: int) -> ModelSession:
+        if not local.ranges:
+            return open_part(budget, (0, checkpoint.num_blocks))
+        return MixedSession(local, open_part, budget)
+
+    blocks = remote_blocks(checkpoint, swarm, local, options)
+    shell = load_shell(checkpoint, blocks, dtype=options.dtype, device=options.device, weights=options.held_as)
+    model = made_remote(shell, RemoteCausalLM, checkpoint.source)
+    model.open_sessions_with(open_session)
+    model.ends = ends_of(model)
+    model.connect_blocks(blocks, swarm)
+    end_threads()  # another thread may generate
+    return model
+
+
+class RemoteCausalLM(RemoteModel):
+    """What a causal LM with remote blocks has beyond its transformers class: sessions, and a cache of its own."""
+
+    loss_in_parts = True
+    """That `logits_to_keep` goes together with `labels`: the loss is of all positions, the logits of those kept."""
+
+    ends: Ends | None = None
+    """What stands before and after the blocks, if that is all there is."""
+
+    def __init_subclass__(cls) -> None:
+        family: Any = cls.transformers_class
+        cls.prepare_inputs_for_generation = _keeping_the_cache(family.prepare_inputs_for_generation)
+
+    def open_sessions_with(self, open_session: Callable[[int], ModelSession]) -> None:
+        """Sets what makes the session of a cache, for a budget of positions."""
+        self._open_session = open_session
+        self._local = _OfThread()
+        self._family_loop = FamilyLoop(self, self.transformers_class)
+        self._speculator = Speculator(self.config.get_text_config().vocab_size)
+
+    @property
+    def drafts(self) -> tuple[int, int]:
+        """Tokens that were drafted so far, and how many of them were accepted; see `speculate` of `generate`."""
+        return self._speculator.counts
+
+    def generate(self, *args: Any, speculate: Any = None, **kwargs: Any) -> Any:
+        """transformers' `generate()`, with its arguments; without a `cache` of the caller, peers free their memory.
+
+        With `return_dict_in_generate` they keep it for the cache of the output, until that is closed or collected.
+        Within `session()`, positions that the peers hold from calls before are not computed again; a call within a
+        call, by a stopping criterion or a streamer, is as one outside of the session. What is given is honoured or
+        refused by name, see docs/parameters.md.
+
+        Args:
+            speculate: "prompt-lookup" drafts tokens from the text itself, a small causal LM of transformers with the
+                same tokenizer drafts them here; the peers verify several together, as many as pays, and the text stays
+                the same. For one sequence at a time.
+
+        Raises:
+            UnsupportedParameter: something is asked for that cannot be had with remote blocks.
+            SplitnetError: without beams, its `generated` holds the tokens so far, to go on from.
+        """
+        given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        if len(given) < len(args) + len(kwargs):
+            raise TypeError("generate() got an argument twice, by its place and by its name")
+        for former in ("past_key_values", "cache_params"):
+            if (cache := given.pop(former, None)) is not None:
+                given.setdefault("cache", cache)
+        # Texts come from tokenizers, on the CPU, wherever the model is.
+        given = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in given.items()}
+        request = Request(given, self.generation_config)
+        request.check()
+        caches = request.value("use_cache") is not False or given.get("inputs_embeds") is not None
+        if not caches and given.get("cache") is not None:
+            raise refuse("use_cache", "=False and a cache exclude each other: leave out one of them")
+        if speculate is not None:
+            self._check_speculation(speculate, given, request, caches)
+        drafts = self._speculator.drafts_by(speculate) if speculate is not None else None
+        head: Any = self.get_output_embeddings()
+        for module in () if head is None else head.modules():  # PEFT may have wrapped it
+            if isinstance(module, Head):
+                module.expect_changes()
+        conversation = self._local.conversation
+        if conversation is not None and given.get("cache") is conversation.cache:
+            del given["cache"]  # an output has it; the session knows how much of it fits
+        if not caches or given.get("cache") is not None:
+            conversation = None
+        with self._local.within(drafts=drafts, conversation=None, resumed=conversation, prefix=()):
+            own_cache = caches and given.get("cache") is None
+            return self._generate_with_own_cache(given, conversation) if own_cache else self._generate(given)
+
+    def _generate_with_own_cache(self, given: dict[str, Any], conversation: Conversation | None) -> Any:
+        """`generate()` in the cache of the session, or in one that lives as long as this call and its output."""
+        cache = conversation.cache if conversation else self.new_cache()
+        given["cache"] = cache
+        if conversation and given.get("custom_generate") is not None:
+            conversation.begin_anew()
+        prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
+        new_tokens = given.get("max_new_tokens")
+        if prompt is not None and isinstance(new_tokens, int):
+            cache.remote.reserve(prompt.shape[1] + new_tokens)
+        progress = _Progress()
+        given["stopping_criteria"] = [*(given.get("stopping_criteria") or ()), progress]
+        tokens: torch.Tensor | None = None
+        handed_out = False
+        try:
+            output = self._generate(given)
+            tokens = output if isinstance(output, torch.Tensor) else output.sequences
+            handed_out = isinstance(output, Mapping) and any(value is cache for value in output.values())
+            return output
+        except SplitnetError as error:
+            if prompt is not None and progress.extends(prompt):
+                error.generated = tokens = progress.tokens
+            raise
+        finally:
+            if conversation:
+                conversation.remember(tokens)
+            elif not handed_out:
+                cache.close()
+
+    @contextmanager
+    def session(self, max_length: int | None = None) -> Iterator[RemoteCache]:
+        """Keeps the KV caches on the peers between calls of `generate()` by this thread.
+
+        Args:
+            max_length: positions per row to reserve from the start, so that a later call cannot be refused.
+        """
+        cache = self.new_cache()
+        if max_length is not None:
+            cache.remote.reserve(max_length)
+        conversation = Conversation(cache, self._blocks.adapters, self._blocks.cached.ropes)
+        try:
+            with self._local.within(conversation=conversation):
+                yield cache
+        finally:
+            cache.close()
+
+    def new_cache(self) -> RemoteCache:
+        """An empty cache on the peers, for callers that pass `cache=` themselves."""
+        return RemoteCache(self._open_session)
+
+    def can_draft(self, prompt: int, new: int) -> bool:
+        """Whether `speculate` goes together with so many tokens and so many new ones: some families' texts do not."""
+        return not self._family_loop.differs(prompt, prompt + new)
+
+    def fitting(self, cache: RemoteCache, length: int) -> int:
+        """How many positions per row a cache holds as a prompt of `length` tokens that begins with them has them.
+
+        Fewer than all where the rotary embedding depends on the length of a text.
+        """
+        return cache.remote.fitting(length, self._blocks.cached.ropes)
+
+    def pieces_of(self, length: int) -> AbstractContextManager[None]:
+        """Within, this thread calls the model with pieces of a text of `length` tokens, as if it were given at once."""
+        return self._blocks.calling(length=length)
+
+    @torch.no_grad()
+    def keys_and_values(self, input_ids: torch.Tensor) -> Prefixes:
+        """Keys and values of a text in every block, as the peers compute them: what a trained prefix can begin as.
+
+        Args:
+            input_ids: `[1, positions]`.
+
+        Returns:
+            Per block a pair `[kv heads, positions, head size]`, float32, on the CPU.
+
+        Raises:
+            UnsupportedModel: some blocks have none of their own.
+        """
+        cache = self.new_cache()
+        input_ids = input_ids.to(self.device)
+        try:
+            self(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), cache=cache, logits_to_keep=1)
+            tensors = cache.remote.fetch_kv(0)
+        finally:
+            cache.close()
+        blocks = range(self.swarm.facts.num_blocks)
+        try:
+            names = [(f"{block}.{PREFIX_KEYS}", f"{block}.{PREFIX_VALUES}") for block in blocks]
+            return [(tensors[keys].cpu(), tensors[values].cpu()) for keys, values in names]
+        except KeyError as error:
+            raise UnsupportedModel(f"not all blocks of {self.name_or_path} have keys and values: {error}") from None
+
+    def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
+        """The logits of `[1, seq]` new tokens: `[seq, vocabulary]`."""
+        if self._only_ends is not None:
+            return self.receive(self.send(input_ids, cache), input_ids, cache)
+        with self._blocks.calling(run=lambda hidden: self._blocks.cached.begin(cache, hidden).finish()):
+            return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
+
+    def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
+        """Sends `[1, seq]` new tokens through the blocks; `receive` waits for them.
+
+        Raises:
+            SplitnetError: as a call of the model.
+        """
+        if self._only_ends is not None:
+            return self._blocks.cached.begin(cache, self._only_ends.embed(input_ids))
+        sent: list[Exchange] = []
+
+        def begin(hidden: torch.Tensor) -> torch.Tensor:
+            sent.append(self._blocks.cached.begin(cache, hidden))
+            return hidden
+
+        # What comes behind the blocks is computed for nothing here; the head does not belong to the backbone.
+        with self._blocks.calling(run=begin):
+            backbone_of(self)(input_ids=input_ids, cache=cache, use_cache=True)
+        return sent[0]
+
+    def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
+        """The logits of tokens that were sent, in the order of sending: `[seq, vocabulary]`.
+
+        Raises:
+            SplitnetError: as a call of the model.
+        """
+        if self._only_ends is not None:
+            return self._only_ends.logits(exchange.finish())[0]
+        with self._blocks.calling(run=lambda hidden: exchange.finish()), exchange.rewound():
+            return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
+
+    @property
+    def _only_ends(self) -> Ends | None:
+        """The ends, if nobody watches calls of the model."""
+        return None if self._forward_hooks or self._forward_pre_hooks else self.ends
+
+    def _generate(self, given: dict[str, Any]) -> Any:
+        wrapper = prompt_wrapper(self)
+        if wrapper is None:
+            return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
+        given, prefix = with_trained_prompt(wrapper, given)
+        with self._local.within(prefix=prefix, prefixed=given.get("cache")):
+            return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _check_speculation(self, by: Any, given: Mapping[str, Any], request: Request, caches: bool) -> None:
+        """Raises UnsupportedParameter if `by` makes no drafts, or something does not go together with them."""
+        if isinstance(by, RemoteModel):
+            raise refuse("speculate", "is a model with remote blocks, and drafts are made here: use assistant_model=")
+        excluded = [name for name in ("custom_generate", "assistant_model", "synced_gpus") if given.get(name)]
+        excluded += [name for name in ("return_dict_in_generate", "prompt_lookup_num_tokens") if request.value(name)]
+        excluded += [name for name in ("num_beams", "num_return_sequences") if (request.value(name) or 1) > 1]
+        excluded += [] if caches else ["use_cache"]
+        excluded += ["a trained prompt"] if prompt_wrapper(self) is not None else []
+        for name in excluded:
+            raise refuse(
+                name,
+                "does not go together with speculate, which is for one sequence with a cache, of which only tokens are "
+                "returned: leave out one of them",
+            )
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """What transformers' `generate()` calls for one sequence or more without beams.
+
+        For a single one, of which only tokens are wanted, its own loop takes longer than all else that a client does
+        for a token.
+        """
+        self._resume(input_ids, model_kwargs)
+        cache, mask, drafts = model_kwargs.get("cache"), model_kwargs.get("attention_mask"), self._local.drafts
+        others = sorted(model_kwargs.keys() - _PLAIN - {"tokenizer"})
+        others += [] if len(input_ids) == 1 else ["a batch"]
+        others += [] if mask is None or bool(mask.all()) else ["attention_mask with padding"]
+        others += self._family_loop.differs(input_ids.shape[1], generation_config.max_length)
+        only_tokens = not synced_gpus and not generation_config.return_dict_in_generate
+        unprompted = not self._local.prefix and prompt_wrapper(self) is None
+        fits = isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]
+        if only_tokens and unprompted and not others and (fits or drafts is not None):
+            text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+            return self._decode(text, generation_config, model_kwargs)
+        if drafts is not None:
+            raise refuse([*others, "synced_gpus"][0], "does not go together with speculate: leave out one of them")
+        return super()._sample(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+
+    def _beam_search(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        self._resume(input_ids, given, follows=False)  # a row of the cache is one of the beams
+        return super()._beam_search(input_ids, **given)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _assisted_decoding(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        self._resume(input_ids, given)
+        return super()._assisted_decoding(input_ids, **given)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _resume(self, input_ids: torch.Tensor, prepared: dict[str, Any], *, follows: bool = True) -> None:
+        """Within a session: keeps of its cache what fits the prompt, now that this is all prepared."""
+        conversation = self._local.resumed
+        if conversation is not None and prepared.get("cache") is conversation.cache:
+            plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} | {"tokenizer"} and not self._local.prefix
+            conversation.resume(input_ids, prepared.get("attention_mask"), follows=follows and plain)
+
+    def _decode(self, text: Text, config: Any, prepared: dict[str, Any]) -> torch.Tensor:
+        """Generates one text in the loop of `splitnet.client.speculation`; its prompt goes the way of transformers."""
+        prefilled = self._prefill(  # pyright: ignore[reportCallIssue]
+            text.ids(), config, prepared, is_first_iteration=not config.is_assistant
+        )
+        most = self._blocks.cached.max_positions
+        return Decoding(self, prepared["cache"], text, self._local.drafts, most).run(prefilled.logits[0, -1])
+
+    def _kept_positions(self, given: Mapping[str, Any]) -> int:
+        keep = given.get("logits_to_keep", 0)
+        return keep if isinstance(keep, int) and given.get("labels") is None else 0
+
+    def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        keep = given.get("logits_to_keep")
+        if given.get("labels") is not None and (isinstance(keep, torch.Tensor) or keep):
+            return self._call_with_loss(forward, given)
+        prefix = self._local.prefix
+        if not prefix or given.get("cache") is not self._local.prefixed:  # none of the calls that generate
+            return super()._call_model(forward, given)
+        if given.get("position_ids") is not None:  # the prefix comes before the first
+            given["position_ids"] = given["position_ids"] + prefix[0][0].shape[1]
+        with self._blocks.calling(prefix=prefix, keep=self._kept_positions(given)):
+            return forward(**given)
+
+    def _call_with_loss(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """A call with labels that keeps some logits: those of other positions are never there together.
+
+        What the family does behind its backbone it does for some positions at a time.
+        """
+        if self.loss_function is not ForCausalLMLoss:
+            raise refuse("logits_to_keep", "goes with labels where the loss is that of causal models: leave it out")
+        labels, keep = given.pop("labels"), given.pop("logits_to_keep")
+        items = given.pop("num_items_in_batch", None)
+        outputs: list[Any] = []
+
+        def keep_some(run: Callable[[], Any]) -> Any:
+            outputs.append(run())
+            hidden = outputs[0][0]
+            return _with_hidden(outputs[0], hidden[:, slice(-keep, None) if isinstance(keep, int) else keep])
+
+        def score(hidden: torch.Tensor) -> torch.Tensor:
+            with self._blocks.calling(backbone=lambda run: _with_hidden(outputs[0], hidden[None])):
+                return forward(**given)[0][0]
+
+        with self._blocks.calling(backbone=keep_some):
+            called = self._call_model(forward, given)
+        loss = loss_in_parts(
+            outputs[0][0],
+            labels,
+            score,
+            called[0].shape[-1],
+            trained=[parameter for parameter in self.parameters() if parameter.requires_grad],
+            items=items,
+        )
+        return (loss, *called) if isinstance(called, tuple) else type(called)(loss=loss, **called)
+
+    def _cache_for(self, given: Any, wanted: bool) -> RemoteCache | None:
+        if given is None:
+            return self.new_cache() if wanted else None
+        if not isinstance(given, RemoteCache):
+            raise TypeError(
+                f"the blocks are remote, so a {type(given).__name__} cannot hold their keys and values: "
+                "leave out `cache`, or use model.new_cache()"
+            )
+        return given
+
+
+def _keeping_the_cache(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A family's `prepare_inputs_for_generation`, whose signature transformers reads."""
+
+    @functools.wraps(prepare)
+    def prepared(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        cache = kwargs.get("cache")
+        inputs = prepare(*args, **kwargs)
+        if isinstance(cache, RemoteCache) and inputs.get("cache") is None:
+            # The family has dropped it, and computes the whole text anew; the session on the peers stays.
+            cache.remote.reset()
+            inputs["cache"] = cache
+        return inputs
+
+    return prepared
+
+
+def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """The output of a backbone with other hidden states."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    return type(output)(**{**output, "last_hidden_state": hidden})
+
+
+class _OfThread(threading.local):
+    """What is so for the calls of one thread."""
+
+    def __init__(self) -> None:
+        self.conversation: Conversation | None = None
+        """Of the session that a call of `generate()` would use."""
+        self.resumed: Conversation | None = None
+        """The one that is used by the call under way."""
+        self.prefix: Prefixes = ()
+        """Keys and values that a trained prompt puts before the text that is being generated."""
+        self.prefixed: Any = None
+        """The cache of that text; None: it has none."""
+        self.drafts: Drafts | None = None
+        """Where its drafts come from."""
+
+    @contextmanager
+    def within(self, **changes: Any) -> Iterator[None]:
+        """For the time of a call, some things are so; a call within it has its own."""
+        outer = {name: getattr(self, name) for name in changes}
+        vars(self).update(changes)
+        try:
+            yield
+        finally:
+            vars(self).update(outer)
+
+
+class _Progress(StoppingCriteria):
+    """Stops nothing: remembers the tokens so far."""
+
+    def __init__(self) -> None:
+        self.tokens: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.tokens = input_ids
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def extends(self, prompt: torch.Tensor) -> bool:
+        """Whether they begin with the prompt, row by row; beams do not."""
+        return self.tokens is not None and self.tokens.shape[0] == prompt.shape[0]
+
+
+class AutoTokenizer:
+    """transformers' `AutoTokenizer`, which takes the path of a GGUF file as well."""
+
+    @staticmethod
+    def from_pretrained(model: str | Path, **options: Any) -> Any:
+        """Loads a tokenizer.
+
+        Args:
+            model: GGUF file, folder or Hugging Face id.
+            options: of transformers.
+
+        Raises:
+            OSError, ValueError: there is none.
+            ModelNotFound: likewise, of a GGUF file.
+        """
+        if str(model).endswith(".gguf"):
+            return GgufStore.open(model).tokenizer(**options)
+        # Left to itself, transformers asks the user whether code of the checkpoint may run.
+        return transformers.AutoTokenizer.from_pretrained(model, **{"trust_remote_code": False} | options)

@@ -1,0 +1,202 @@
+"""A transformers model for sequence classification whose blocks are remote."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from splitnet.blocks.client_part import load_classifier_shell
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.hf.options import CONNECTION, ClientOptions, takes
+from splitnet.hf.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
+from splitnet.security.identity import Identity
+from splitnet.security.swarm_key import SwarmKey
+from splitnet.swarm.swarm import Swarm
+
+_Labels = tuple[int | None, Mapping[int, str] | None, Mapping[str, int] | None]
+_LABELS = ("num_labels", "id2label", "label2id")
+
+
+class AutoModelForSequenceClassification:
+    """Loads a model of which only embeddings, final norm and head are here; use `from_pretrained`."""
+
+    def __init__(self) -> None:
+        raise OSError("use splitnet.AutoModelForSequenceClassification.from_pretrained(MODEL, initial_peers=[ADDR])")
+
+    @classmethod
+    @takes(ClientOptions)
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        initial_peers: Sequence[str],
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        identity: Identity | None = None,
+        revision: str | None = None,
+        swarm_key: str | Path | SwarmKey | None = None,
+        trusted_peers: str | Path | None = None,
+        **options: Any,
+    ) -> RemoteSequenceClassification:
+        """The family's model for sequence classification, whose blocks run on the peers of a swarm.
+
+        A head that the checkpoint does not have (`score`) is a new one, as in transformers: train it.
+
+        Args:
+            model: hub id or checkpoint folder, of a causal LM or of a model for sequence classification.
+            num_labels, id2label, label2id: the labels, as in transformers; None: those of the checkpoint's config.
+            initial_peers, identity, revision, swarm_key, trusted_peers, options: see
+                `splitnet.AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            UnsupportedModel: transformers cannot classify with this family, or the checkpoint does not fit it.
+            DirectoryError: no initial peer answers.
+            ValueError: the labels contradict each other.
+            TypeError: there is no such option.
+        """
+        chosen = ClientOptions.of(options, *_LABELS, *CONNECTION)
+        with joined(
+            model,
+            initial_peers=initial_peers,
+            identity=identity,
+            revision=revision,
+            swarm_key=swarm_key,
+            trusted_peers=trusted_peers,
+        ) as (checkpoint, swarm):
+            return _attached(checkpoint, swarm, (num_labels, id2label, label2id), chosen)
+
+
+def attach_classifier(
+    checkpoint: Checkpoint,
+    swarm: Swarm,
+    *,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    label2id: Mapping[str, int] | None = None,
+    **options: Any,
+) -> RemoteSequenceClassification:
+    """The classifier on `checkpoint` with its blocks on `swarm`; see `AutoModelForSequenceClassification`."""
+    return _attached(checkpoint, swarm, (num_labels, id2label, label2id), ClientOptions.of(options, *_LABELS))
+
+
+def _attached(
+    checkpoint: Checkpoint, swarm: Swarm, labels: _Labels, options: ClientOptions
+) -> RemoteSequenceClassification:
+    config = copy.deepcopy(checkpoint.config)
+    _set_labels(config, *labels)
+    blocks = remote_blocks(checkpoint, swarm, local_part(checkpoint, swarm, options), options)
+    shell = load_classifier_shell(checkpoint, config, blocks, dtype=options.dtype, device=options.device)
+    model = made_remote(shell, RemoteSequenceClassification, checkpoint.source)
+    model.connect_blocks(blocks, swarm)
+    return model
+
+
+class RemoteSequenceClassification(RemoteModel):
+    """What a classifier with remote blocks has beyond its transformers class.
+
+    Every call is a pass over whole sequences. With a trained prompt, each row of a batch gives what it gives alone.
+    """
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the transformers class, which takes the last token that is no padding for the whole sequence.
+
+        Args:
+            past_key_values: PEFT looks for this name before it passes a prefix, which never comes to here.
+
+        Raises:
+            ValueError: the token that would be taken is masked out.
+            SplitnetError: see `RemoteBlocks.forward`.
+        """
+        if past_key_values is not None:
+            kwargs["cache"] = past_key_values
+        if attention_mask is not None and attention_mask.dim() == 2 and not attention_mask.all():
+            if input_ids is not None:
+                self._check_last_tokens(input_ids, attention_mask)
+            elif inputs_embeds is not None:
+                inputs_embeds, attention_mask, position_ids = _padding_first(
+                    inputs_embeds, attention_mask, position_ids
+                )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **kwargs,
+        )
+
+    def _check_last_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+        """Padding has no hidden state here, so a head that looked at it would see nothing, without an error."""
+        padding = self.config.pad_token_id
+        if padding is None and len(input_ids) > 1:
+            return  # transformers refuses them
+        tokens = torch.ones_like(input_ids) if padding is None else input_ids != padding
+        last = (torch.arange(input_ids.shape[1], device=input_ids.device) * tokens).argmax(dim=1, keepdim=True)
+        if not attention_mask.gather(1, last).all():
+            raise ValueError(
+                f"the last token of a row that is not model.config.pad_token_id ({padding}) is masked out: set "
+                "model.config.pad_token_id to that of the tokenizer"
+            )
+
+
+def _padding_first(
+    embeddings: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows with all of their padding before the first token.
+
+    Of embeddings, which do not tell what is padding, transformers takes the last column; and PEFT puts a trained prompt
+    into the first columns, before padding on the left.
+
+    Args:
+        embeddings: `[batch, seq, hidden]`.
+        mask: `[batch, seq]`.
+        positions: `[batch or 1, seq]`; None: they are counted without the padding.
+
+    Returns:
+        embeddings, mask and positions, with `batch` rows each.
+    """
+    order = mask.bool().to(torch.uint8).argsort(dim=1, stable=True)
+    mask = mask.gather(1, order)
+    if positions is None:
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    else:
+        positions = positions.expand_as(order).gather(1, order)
+    return embeddings.gather(1, order[..., None].expand_as(embeddings)), mask, positions
+
+
+def _set_labels(
+    config: PreTrainedConfig,
+    num_labels: int | None,
+    id2label: Mapping[int, str] | None,
+    label2id: Mapping[str, int] | None,
+) -> None:
+    """Puts labels into a config; names that are given in one direction hold in the other.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    if id2label is None and label2id is None:
+        if num_labels is not None:
+            config.num_labels = num_labels
+        return
+    names = dict(id2label) if id2label is not None else {index: name for name, index in (label2id or {}).items()}
+    indices = dict(label2id) if label2id is not None else {name: index for index, name in names.items()}
+    if num_labels not in (None, len(names)) or indices != {name: index for index, name in names.items()}:
+        raise ValueError("num_labels, id2label and label2id name different labels: leave out all but one")
+    config.id2label, config.label2id = names, indices

@@ -1,0 +1,217 @@
+"""What `generate()` and `forward()` may be given: each parameter is honoured, or refused with a sentence that names it.
+
+The tables are the whole of it. `docs/parameters.md` shows them, and a test goes over every parameter that transformers
+has: what is not in the tables is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from splitnet.checkpoint.families import RopeLengths
+from splitnet.errors import ContextTooLong, UnsupportedParameter
+
+HONOURED = "as in transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """why: it is refused, and what to do. unless: values that ask for nothing, besides None."""
+
+    why: str
+    unless: tuple[str | bool, ...] = (False,)
+
+
+_CACHE = Refused("keys and values are on the peers, which choose how to hold them: leave it out")
+_INSIDE = Refused("is computed inside the blocks, and peers send their output only: leave it out")
+_HUB = Refused("is a way of generating that transformers has moved out of its package: leave it out")
+_LAYERS = Refused("drafts with layers of the model that are not here: use speculate=, or prompt_lookup_num_tokens=")
+_PACKED = Refused("packs several sequences into one row: give each a row of its own")
+_UNKNOWN = Refused("is a parameter that splitnet does not know: leave it out")
+
+
+def _all(names: str, rule: str | Refused) -> dict[str, str | Refused]:
+    return dict.fromkeys(names.split(), rule)
+
+
+GENERATION: Mapping[str, str | Refused] = {
+    **_all(
+        """max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings do_sample num_beams
+        use_cache temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty
+        encoder_repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids renormalize_logits
+        forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+        begin_suppress_tokens sequence_bias token_healing guidance_scale watermarking_config num_return_sequences
+        output_scores output_logits return_dict_in_generate pad_token_id bos_token_id eos_token_id
+        encoder_no_repeat_ngram_size decoder_start_token_id is_assistant num_assistant_tokens
+        num_assistant_tokens_schedule assistant_confidence_threshold prompt_lookup_num_tokens max_matching_ngram_size
+        assistant_lookbehind target_lookbehind assistant_ensemble_weight compile_config disable_compile
+        prefill_chunk_size transformers_version""",
+        HONOURED,
+    ),
+    "cache_implementation": Refused(_CACHE.why, unless=("dynamic", "hybrid")),
+    **_all("cache_config max_cache_len continuous_batching_config", _CACHE),
+    **_all("output_attentions output_hidden_states", _INSIDE),
+    **_all("use_mtp speculation_type assistant_early_exit", _LAYERS),
+    **_all("low_memory penalty_alpha dola_layers diversity_penalty num_beam_groups constraints force_words_ids", _HUB),
+}
+"""Of `GenerationConfig`."""
+
+FORWARD: Mapping[str, str | Refused] = {
+    **_all(
+        "input_ids inputs_embeds labels use_cache num_items_in_batch return_dict token_type_ids",
+        HONOURED,
+    ),
+    "logits_to_keep": "as in transformers; with `labels` too, and then the loss is of all positions, part after part",
+    "attention_mask": "`[batch, positions]`, without a hole between tokens; with a cache, padding is on the left",
+    "position_ids": "those that follow from the mask; others are refused",
+    "cache": "that of `new_cache()`, or of an earlier call; others are refused",
+    **_all("output_attentions output_hidden_states output_router_logits", _INSIDE),
+    **_all("cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx", _PACKED),
+    "is_causal": Refused("changes the attention inside the blocks: leave it out", unless=(True,)),
+    **_all("encoder_hidden_states encoder_attention_mask", Refused("is attended to inside the blocks: leave it out")),
+}
+"""Of the `forward` of causal models."""
+
+_DEFAULTS = GenerationConfig._get_default_generation_params()
+_REFUSED = {
+    name: rule
+    for name in vars(GenerationConfig()).keys() - {"_from_model_config"}
+    if isinstance(rule := GENERATION.get(name, _UNKNOWN), Refused)
+}
+_LEFT_BY_GENERATE = frozenset({"tokenizer", "assistant_tokenizer"})
+"""What transformers' `generate()` has made use of, and hands on all the same."""
+
+_EMBEDDED = frozenset({"token_type_ids"})
+"""Honoured by backbones that have it in their signature: they embed it before the blocks."""
+
+
+class Request:
+    """What a call of `generate()` asks for.
+
+    Args:
+        given: its arguments by name.
+        config: of the model: what holds where neither they nor a config among them say anything.
+    """
+
+    def __init__(self, given: Mapping[str, Any], config: GenerationConfig) -> None:
+        self._given = given
+        self._configs = [each for each in (given.get("generation_config"), config) if each is not None]
+
+    def value(self, name: str) -> Any:
+        """Of a parameter of `GenerationConfig`."""
+        if name in self._given:
+            return self._given[name]
+        return next((value for one in self._configs if (value := getattr(one, name, None)) is not None), None)
+
+    def check(self) -> None:
+        """Raises UnsupportedParameter if it cannot be had with remote blocks."""
+        for name, rule in _REFUSED.items():
+            value = self.value(name)
+            if value != _DEFAULTS.get(name):
+                _check(name, rule, value)
+
+
+def check_forward(given: Mapping[str, Any], config: Any, explicit: Iterable[str]) -> None:
+    """The same of what a backbone is called with.
+
+    Args:
+        config: of the model, which has the defaults of some.
+        explicit: names in the signature of the backbone.
+    """
+    for name, value in given.items():
+        if value is None or name in _LEFT_BY_GENERATE:
+            continue
+        rule = _UNKNOWN if name in _EMBEDDED and name not in explicit else FORWARD.get(name, _UNKNOWN)
+        if isinstance(rule, Refused):
+            _check(name, rule, value)
+    for name in ("output_attentions", "output_hidden_states"):
+        if name not in given:
+            _check(name, _INSIDE, getattr(config, name, None))
+
+
+def refuse(name: str, why: str) -> UnsupportedParameter:
+    """The error of a parameter that cannot be honoured; `why` ends with what to do."""
+    return UnsupportedParameter(f"{name} {why}")
+
+
+def check_context(positions: int, most: int | None) -> None:
+    """Raises ContextTooLong if a sequence has more positions than the model knows."""
+    if most is not None and positions > most:
+        raise ContextTooLong(
+            f"{positions} positions are more than the model's context of {most}: "
+            "shorten the prompt or lower --max-new-tokens"
+        )
+
+
+def mask_of(given: Any, batch: int, columns: int) -> torch.Tensor:
+    """`[batch, columns]` bool, on the CPU; False is padding.
+
+    Raises:
+        UnsupportedParameter: the mask has another shape.
+    """
+    if given is None:
+        return torch.ones(batch, columns, dtype=torch.bool)
+    if not isinstance(given, torch.Tensor) or given.shape != (batch, columns):
+        shape = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+        raise refuse("attention_mask", f"must be [batch, positions] = {[batch, columns]}, not {shape}")
+    return given.to("cpu", torch.bool)
+
+
+def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) -> None:
+    """Refuses positions other than those that the peers count: of what is not padding, one after the other.
+
+    Args:
+        positions: `[..., batch or 1, new]`; None: those that follow from the mask.
+        mask: `[batch, past + new]`.
+        past: columns that are cached. prefix: positions before the first column.
+
+    Raises:
+        UnsupportedParameter: other positions, a hole in the mask that they do not pass over, or no new position.
+    """
+    if mask.shape[1] == past:
+        raise refuse("input_ids", "have no token: give one at least")
+    if positions is not None:
+        if positions.shape[-1] != mask.shape[1] - past:
+            raise refuse("position_ids", f"must be [batch, {mask.shape[1] - past}], not {list(positions.shape)}")
+        given, counted = positions.to("cpu"), mask.sum(dim=1, keepdim=True) - 1 + prefix
+        if mask.shape[1] - past > 1:
+            counted = (mask.long().cumsum(dim=1) - 1 + prefix)[:, past:]
+        if bool((given == counted).all()):  # padding included, as most often
+            return
+        padding = ~mask[:, past:]
+        if bool(((given == counted) | padding).all()):
+            return
+        columns = torch.arange(past, mask.shape[1]) + prefix
+        if not bool(((given == columns) | padding).all()):
+            raise refuse("position_ids", "are counted by the peers, from the attention mask: leave them out")
+    if past:  # of what is cached, padding was on the left
+        return
+    begins = mask[:, 1:] & ~mask[:, :-1]
+    if bool((begins.sum(dim=1) + mask[:, 0] > 1).any()):
+        raise refuse(
+            "attention_mask",
+            "has padding between tokens, where peers know no gap: pad on the right, or give position_ids that do not "
+            "count it",
+        )
+
+
+def reach_of(positions: Any, columns: int, ropes: RopeLengths, least: int = 0) -> int:
+    """What transformers takes for the length of a text in a call, for `splitnet.wire.messages.Step.reach`.
+
+    Args:
+        positions: as in `check_positions`. columns: that the text then has, with padding and prefix.
+        least: what it has in any case.
+    """
+    if not ropes.matter:
+        return 0
+    return ropes.shortest(max(least, columns if positions is None else int(positions.max()) + 1))
+
+
+def _check(name: str, rule: Refused, value: Any) -> None:
+    if value is not None and not (isinstance(value, str | bool) and value in rule.unless):
+        raise refuse(name, rule.why)

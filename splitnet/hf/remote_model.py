@@ -1,0 +1,442 @@
+"""What all transformers models with remote blocks have: the swarm, and a module that stands for the blocks."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import statistics
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Never, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from splitnet.blocks.client_part import backbone_of, outline_in
+from splitnet.blocks.span import Part, Span, block_bytes
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import RopeLengths, has_attention
+from splitnet.checkpoint.transfer.fetching import Asking, Report
+from splitnet.checkpoint.transfer.manifest import Manifest
+from splitnet.checkpoint.transfer.matching import differs, find_manifest
+from splitnet.directory.joining import join
+from splitnet.errors import AdapterError, CoverageError, ModelNotFound, PeerBusy, UnsupportedModel
+from splitnet.hf.adapters import LocalAdapters, Prefixes, take_prefix
+from splitnet.hf.autograd import PassBlocks
+from splitnet.hf.cache import RemoteCache
+from splitnet.hf.options import ClientOptions
+from splitnet.hf.parameters import check_forward
+from splitnet.hf.steps import CachedBlocks
+from splitnet.paths import public_name
+from splitnet.quant.device import seconds_after_work
+from splitnet.quant.memory import free_memory
+from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
+from splitnet.security.swarm_key import OPEN, SwarmKey
+from splitnet.session.driver import LinkCodecs
+from splitnet.session.local import Blocks, LocalBlocks, LocalSpan
+from splitnet.session.training import PassSession
+from splitnet.swarm.links import Links
+from splitnet.swarm.plan import Needs, PlannedHop
+from splitnet.swarm.swarm import ModelFacts, Swarm
+
+
+def learn_manifest(
+    checkpoint: Checkpoint,
+    addresses: Sequence[str],
+    identity: Identity,
+    *,
+    swarm_key: SwarmKey | None = None,
+    trusted: AuthorizedKeys | None = None,
+    expected: str | None = None,
+    report: Report = lambda stage, done, total: None,
+) -> None:
+    """Finds the manifest of a model in a swarm. All that is here of the model fits it.
+
+    Args:
+        addresses: of the swarm.
+        trusted: keys of the peers that may be asked; None: any.
+        expected: the fingerprint of the model; None: that of the only one which has its name and fits.
+
+    Raises:
+        ModelNotFound: no peer gives one that fits, or several do.
+        DirectoryError: the swarm does not answer.
+    """
+    swarm = swarm_key or OPEN
+    links = Links(identity)
+
+    def allows(key: PublicKey) -> bool:
+        return trusted is None or trusted.allows(key.curve_raw)
+
+    def why_not(manifest: Manifest, heads: Sequence[bytes]) -> str:
+        return differs(manifest, checkpoint.store, lambda done, total: report("check the weights", done, total))
+
+    try:
+        with join(addresses, lambda: links, swarm=swarm) as directory, Asking(identity, swarm) as asking:
+            found = find_manifest(
+                directory,
+                asking,
+                checkpoint.name,
+                expected=expected,
+                joined=addresses,
+                allows=allows,
+                accept=why_not,
+                report=report,
+            )
+    finally:
+        links.close()
+    if found is None:
+        raise ModelNotFound(
+            f"not all of {checkpoint.name} is on this machine, and no peer of this swarm tells what it is: join a "
+            "swarm that serves it, or download all of it"
+        )
+    checkpoint.adopt(found[0])
+
+
+MEMORY_SHARE = 0.5
+"""Of what is free, for weights; caches and others need memory, too."""
+
+TIMED_STEPS = 5
+
+
+def choose_local_blocks(
+    checkpoint: Checkpoint, swarm: Swarm, *, codec: str, device: str, weights: str | None
+) -> str | None:
+    """The first blocks, as `LocalBlocks.load` takes them, with which tokens come soonest; None: none.
+
+    Of as good numbers of blocks the smallest.
+
+    Args:
+        codec, device, weights: as for `splitnet.AutoModelForCausalLM`.
+
+    Raises:
+        CoverageError, PeerBusy: peers are missing for what the client has no memory for.
+    """
+    blocks = checkpoint.num_blocks
+    size = block_bytes(checkpoint, None, weights, device)
+    most = min(blocks, int(MEMORY_SHARE * free_memory(torch.device(device)) / size))
+    encodings = LinkCodecs(swarm, codec).encodings
+    # Between the ends of spans every block more costs the same.
+    edges = {edge for record in swarm.peers() for edge in (record.start, record.end) if edge <= most}
+    routes: dict[int, tuple[Needs, list[PlannedHop]]] = {}
+    problem: CoverageError | PeerBusy | None = None
+    for first in {0, most, *edges}:
+        needs = Needs(1, encodings, (first, blocks))
+        try:
+            routes[first] = needs, swarm.plan(needs) if first < blocks else []
+        except (CoverageError, PeerBusy) as error:
+            problem = error
+    if problem and not routes:
+        raise problem
+    # Planning measures, too: routes are compared by what is known when all are planned.
+    costs = {first: swarm.planner.cost_ms(needs, hops) if hops else 0.0 for first, (needs, hops) in routes.items()}
+    block_ms = _block_ms(checkpoint, device, weights) if most else 0.0
+    share = min(costs, key=lambda first: (first * block_ms + costs[first], first))
+    return f"0:{share}" if share else None
+
+
+def _block_ms(checkpoint: Checkpoint, device: str, weights: str | None) -> float:
+    """Of a decode step through the first block, here."""
+    span = Span.load(checkpoint, 0, 1, device=device, weights=weights)
+    row = span.new_row()
+    hidden = torch.randn(1, span.hidden_size, generator=torch.Generator().manual_seed(0))
+    times: list[float] = []
+    for position in range(1 + TIMED_STEPS):
+        began = seconds_after_work(span.device)
+        span.forward(hidden, [Part(row, position, 1)])
+        times.append((seconds_after_work(span.device) - began) * 1000)
+    return statistics.median(times[1:])
+
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the blocks need to know of the call of the model that they are in."""
+
+    keep: int = 0
+    """How many last positions the head looks at; 0: all."""
+    prefix: Prefixes = ()
+    length: int = 0
+    """Of the text that its positions are a piece of, if that is longer than they are known to be."""
+    run: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """What runs the blocks, `[batch, seq, hidden]` in and out."""
+    backbone: Callable[[Callable[[], Any]], Any] | None = None
+    """What is called in the place of the backbone, with what calls that."""
+
+
+class RemoteBlocks(nn.Module):
+    """All blocks of a model, run by peers, or partly here.
+
+    transformers calls it with hidden states alone, so all else stands around that call: see `calling`.
+
+    Args:
+        stages: what runs the model, in order: spans that are here, and ranges `[start, end)` that peers run.
+        make_passes: makes the session for passes without a cache through such a range.
+        max_positions: context length of the model, if it has one.
+        ropes: which lengths of a text its rotary frequencies tell apart.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[LocalSpan | Blocks],
+        make_passes: Callable[[Blocks], PassSession],
+        max_positions: int | None,
+        ropes: RopeLengths,
+    ) -> None:
+        super().__init__()
+        self.adapters = LocalAdapters()
+        self.cached = CachedBlocks(self.adapters, max_positions, ropes)
+        self.passes = PassBlocks(stages, make_passes, self.adapters, max_positions, ropes)
+        self.local_spans = [(stage.start, stage.end) for stage in stages if isinstance(stage, LocalSpan)]
+        self._local = threading.local()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Boundary activations in and out, `[batch, seq, hidden]`; see `CachedBlocks.run` and `PassBlocks.run`."""
+        run = self.call.run
+        assert run is not None, "the backbone calls the blocks"
+        return run(hidden)
+
+    def __deepcopy__(self, memo: object) -> Never:
+        raise AdapterError(
+            "blocks that peers run cannot be copied, as copies of the model and LoRA's layer_replication do: load the "
+            "model a second time"
+        )
+
+    @property
+    def call(self) -> Call:
+        """The one that the running thread is in."""
+        return getattr(self._local, "call", _NO_CALL)
+
+    @contextmanager
+    def calling(self, **changes: Any) -> Iterator[None]:
+        """Within, the running thread is in such a call; `changes` are those to the one around it."""
+        outer = self.call
+        self._local.call = replace(outer, **changes)
+        try:
+            yield
+        finally:
+            self._local.call = outer
+
+
+_NO_CALL = Call()
+
+
+class RemoteModel(PreTrainedModel):
+    """What a model with remote blocks has beyond its transformers class. Without more it uses no caches."""
+
+    swarm: Swarm
+    transformers_class: type[PreTrainedModel]
+
+    def connect_blocks(self, blocks: RemoteBlocks, swarm: Swarm) -> None:
+        """Lets `blocks` know of the mask, the cache and the prefix of every call."""
+        self.swarm = swarm
+        self._blocks = blocks
+        blocks.adapters.outline = outline_in(self)
+        self._backbone_parameters = frozenset(inspect.signature(backbone_of(self).forward).parameters)
+        _stand_around(backbone_of(self), self._call_backbone)
+        _stand_around(self, self._call_model)
+
+    @property
+    def training_bytes(self) -> tuple[int, int]:
+        """Bytes that training, and evaluation without a cache, have sent and received on the client's own links."""
+        return self._blocks.passes.moved
+
+    @property
+    def local_spans(self) -> list[Blocks]:
+        """The blocks `[start, end)` that run here and not on peers."""
+        return self._blocks.local_spans
+
+    @property
+    def peft_config(self) -> Mapping[str, Any]:
+        """Of adapters on layers, by name: PEFT sets it when it has put the first one there.
+
+        Raises:
+            AdapterError: when it is set, if peers cannot run the blocks so.
+        """
+        if self._blocks.adapters.configs is None:
+            raise AttributeError("there are no adapters on this model")
+        return self._blocks.adapters.configs
+
+    @peft_config.setter
+    def peft_config(self, configs: Mapping[str, Any]) -> None:
+        self._blocks.adapters.configs = configs
+        self._blocks.adapters.check()
+
+    @peft_config.deleter
+    def peft_config(self) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._blocks.adapters.configs = None
+
+    def close(self) -> None:
+        """Leaves the swarm."""
+        self._blocks.passes.close()
+        self.swarm.close()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: there are no blocks here to write. PEFT's `save_pretrained` writes what was trained.
+
+        Raises:
+            UnsupportedModel: always.
+        """
+        raise UnsupportedModel(
+            f"the blocks of {self.name_or_path} are on peers, so a checkpoint from here would lack them: keep "
+            f"{self.name_or_path}, and save what was trained with peft_model.save_pretrained(FOLDER)"
+        )
+
+    def _get_name(self) -> str:
+        # transformers' Trainer looks it up among those it knows, to tell how labels belong to positions.
+        return self.transformers_class.__name__
+
+    def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        prefix = take_prefix(given, self)
+        with self._blocks.calling(prefix=prefix, keep=self._kept_positions(given)):
+            return forward(**given)
+
+    def _call_backbone(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        instead = self._blocks.call.backbone
+        return instead(lambda: self._run_backbone(forward, given)) if instead else self._run_backbone(forward, given)
+
+    def _run_backbone(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        if "past_key_values" in given:  # its former name
+            given.setdefault("cache", given.pop("past_key_values"))
+        check_forward(given, self.config, self._backbone_parameters)
+        cache = self._cache_for(given.get("cache"), bool(given.get("use_cache")))
+        if cache is not None:
+            given["cache"] = cache
+        else:
+            # Otherwise transformers would make a local cache for blocks that aren't local.
+            given["use_cache"] = False
+        call = self._blocks.call
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        # Where no block attends, the families' own generation leaves the mask out behind the prompt.
+        no_masks_later = not has_attention(self.config)
+
+        def run(hidden: Any) -> Any:
+            if cache is None:
+                return self._blocks.passes.run(hidden, mask, positions, call.prefix)
+            layer = cache.remote
+            seen = layer.mask(hidden.shape[1]) if mask is None and layer.columns and no_masks_later else mask
+            return self._blocks.cached.run(cache, hidden, seen, positions, call.keep, call.prefix, call.length)
+
+        with self._blocks.calling(run=call.run or run):
+            return forward(**given)
+
+    def _kept_positions(self, given: Mapping[str, Any]) -> int:
+        """How many last positions the head looks at in such a call; 0: all."""
+        return 0
+
+    def _cache_for(self, given: Any, wanted: bool) -> RemoteCache | None:
+        """The cache that a call uses; None: it is a pass over whole sequences.
+
+        Args:
+            given: what the caller has passed as the cache.
+            wanted: whether the call is to use one.
+
+        Raises:
+            TypeError: `given` is none that this model can use.
+        """
+        if given is not None:
+            raise TypeError("this model runs whole sequences, without a cache: leave out `cache`")
+        return None
+
+
+def _stand_around(module: nn.Module, call: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> None:
+    """Has calls of a module go through `call`, with its own `forward` and with what it is given, by name."""
+    inner = module.forward
+    signature = inspect.signature(inner)
+    rest = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), "")
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not args:
+            return call(inner, kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        others = given.pop(rest, {})
+        return call(inner, {**given, **others})
+
+    module.forward = forward
+
+
+Model = TypeVar("Model", bound=RemoteModel)
+
+
+def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) -> Model:
+    """Gives a shell the methods of `remote_class`, which come before those of its transformers class.
+
+    Args:
+        source: hub id or folder of the checkpoint; PEFT notes it in the adapters that it saves.
+    """
+    original = type(model)
+    members = {"transformers_class": original}
+    model.__class__ = type(f"Remote{original.__name__}", (remote_class, original), members)
+    assert isinstance(model, remote_class)
+    model.name_or_path = model.config._name_or_path = public_name(source)
+    model.eval()
+    return model
+
+
+def local_part(checkpoint: Checkpoint, swarm: Swarm, options: ClientOptions) -> LocalBlocks:
+    """The blocks that run here."""
+    blocks, device, weights = options.local_blocks, options.device, options.held_as
+    if blocks == AUTO:
+        blocks = choose_local_blocks(checkpoint, swarm, codec=options.codec, device=device, weights=weights)
+        log.info("local blocks: %s", blocks or "none")
+    return LocalBlocks.load(checkpoint, blocks, device=device, weights=weights)
+
+
+def remote_blocks(checkpoint: Checkpoint, swarm: Swarm, local: LocalBlocks, options: ClientOptions) -> RemoteBlocks:
+    """What stands in the place of the blocks of `checkpoint`."""
+
+    def open_passes(blocks: Blocks) -> PassSession:
+        return PassSession(
+            swarm,
+            codec=options.codec,
+            gradient_codec=options.gradient_codec,
+            recovery_timeout_s=options.recovery_timeout_s,
+            any_weights=options.any_weights,
+            blocks=blocks,
+        )
+
+    return RemoteBlocks(local.stages, open_passes, checkpoint.max_positions, RopeLengths(checkpoint.config))
+
+
+@contextmanager
+def joined(
+    model: str | Path,
+    *,
+    initial_peers: Sequence[str],
+    identity: Identity | None,
+    revision: str | None,
+    swarm_key: str | Path | SwarmKey | None,
+    trusted_peers: str | Path | None,
+) -> Iterator[tuple[Checkpoint, Swarm]]:
+    """Opens a checkpoint and joins its swarm, and leaves it again if the `with` ends in an error.
+
+    Args:
+        swarm_key: of a closed swarm, or its file.
+        trusted_peers: file with the keys of the peers that may be used; None: any.
+
+    Raises:
+        ModelNotFound, UnsupportedModel: the model cannot be used.
+        DirectoryError: no initial peer answers.
+        KeyFileError: a file with keys cannot be used.
+    """
+    key = SwarmKey.load(Path(swarm_key)) if isinstance(swarm_key, str | Path) else swarm_key
+    trusted = AuthorizedKeys.from_file(Path(trusted_peers)) if trusted_peers is not None else None
+    checkpoint = Checkpoint.open(model, revision=revision)
+    identity = identity or Identity.load_or_create()
+    if not checkpoint.knows_manifest:
+        learn_manifest(checkpoint, initial_peers, identity, swarm_key=key, trusted=trusted)
+    swarm = Swarm(ModelFacts.of(checkpoint), initial_peers, identity=identity, swarm_key=key, trusted=trusted)
+    try:
+        yield checkpoint, swarm
+    except BaseException:
+        swarm.close()
+        raise

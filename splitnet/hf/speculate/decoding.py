@@ -1,0 +1,375 @@
+"""The loop that generates one text, with drafts or without, in the place of transformers' own.
+
+A drafted token is right if it is what the model chooses, greedily or by sampling, at that place. So every token is
+chosen as without drafts, from the same scores and with the same random numbers, and a seed gives the same text. For a
+draft that is certain of its token this is the rejection sampling of Leviathan et al. (arXiv:2211.17192): it is accepted
+with the probability that the model gives it, and otherwise another is drawn from what the model gives to the others.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from scheduler.load import MovingAverage
+from scheduler.speculation import NO_DRAFTS, Pace, Window, best_window
+from splitnet.hf.cache import RemoteCache
+from splitnet.hf.speculate.drafts import Draft, Drafter
+from splitnet.hf.steps import Exchange
+from splitnet.swarm.plan import Forecast
+
+SHARE = 0.2
+"""Weight of the latest step in the averages of what steps cost."""
+
+MEMORY = 0.97
+"""Of what was known of acceptance, so much counts after each further token."""
+
+PRIOR_TOKENS = 4.0
+"""So many tokens does what is assumed at first count for."""
+
+FORECAST_S = 1.0
+"""How long a forecast is used."""
+
+
+class Experience:
+    """Of one client with one model and one kind of drafter. It outlives texts, and several share it. Thread-safe.
+
+    Args:
+        priors: by kind of draft: how often its tokens are accepted at first.
+
+    Attributes:
+        drafted: tokens that were sent as drafts. accepted: those of them that belong to a text now.
+    """
+
+    def __init__(self, priors: Sequence[float]) -> None:
+        self.drafted = 0
+        self.accepted = 0
+        self._accepted = [prior * PRIOR_TOKENS for prior in priors]
+        self._tried = [PRIOR_TOKENS for _ in priors]
+        self._beyond_ms: dict[int, MovingAverage] = {}
+        """By positions: what a step took beyond its forecast."""
+        self._client_ms: dict[int, MovingAverage] = {}
+        """By positions: what of a step kept this process busy."""
+        self._forecasts: dict[int, Forecast] = {}
+        self._forecast_at = 0.0
+        self._lock = threading.RLock()
+
+    def acceptance(self, kind: int) -> float:
+        """Probability that a drafted token is what the model chooses, if those before it were."""
+        return self._accepted[kind] / self._tried[kind]
+
+    def compared(self, kind: int, right: bool) -> None:
+        """A drafted token, of which those before it were right, was compared with what the model chose."""
+        with self._lock:
+            self._accepted[kind] = MEMORY * self._accepted[kind] + right
+            self._tried[kind] = MEMORY * self._tried[kind] + 1
+
+    def sent(self, count: int) -> None:
+        """So many drafted tokens are under way."""
+        with self._lock:
+            self.drafted += count
+
+    def verified(self, kind: int, right: bool) -> None:
+        """As `compared`, of a token that was sent."""
+        with self._lock:
+            self.accepted += right
+            self.compared(kind, right)
+
+    def took(self, positions: int, elapsed_ms: float, client_ms: float, forecast: Callable[[int], Forecast]) -> None:
+        """A step that was alone under way came back.
+
+        Args:
+            positions: that it had.
+            elapsed_ms: from sending it until its tokens were chosen. client_ms: what of that kept this process busy.
+            forecast: what a step through the blocks is expected to take, by its positions.
+        """
+        with self._lock:
+            beyond = elapsed_ms - self._foretold(positions, forecast).latency_ms
+            for averages, value in ((self._beyond_ms, beyond), (self._client_ms, client_ms)):
+                averages.setdefault(positions, MovingAverage(SHARE)).add(value)
+
+    def window(self, kind: int, draft_ms: float, forecast: Callable[[int], Forecast]) -> Window:
+        """The window that promises most, for drafts of this kind; none as long as nothing was seen of plain steps."""
+        if 1 not in self._beyond_ms:
+            return NO_DRAFTS
+
+        def latency_ms(positions: int) -> float:
+            return max(self._foretold(positions, forecast).latency_ms + _nearest(self._beyond_ms, positions), 0.1)
+
+        def stage_ms(positions: int) -> float:
+            # What more positions take beyond the forecast is computed somewhere, at worst at the slowest hop.
+            growth = max(0.0, _nearest(self._beyond_ms, positions) - self._beyond_ms[1].value)
+            stage = self._foretold(positions, forecast).stage_ms + growth
+            return max(stage, _nearest(self._client_ms, positions))
+
+        with self._lock:
+            return best_window(self.acceptance(kind), Pace(latency_ms, stage_ms, draft_ms))
+
+    def _foretold(self, positions: int, forecast: Callable[[int], Forecast]) -> Forecast:
+        now = time.monotonic()
+        if now - self._forecast_at > FORECAST_S:
+            self._forecasts, self._forecast_at = {}, now
+        if positions not in self._forecasts:
+            self._forecasts[positions] = forecast(positions)
+        return self._forecasts[positions]
+
+
+def _nearest(averages: dict[int, MovingAverage], positions: int) -> float:
+    return averages[min(averages, key=lambda known: abs(known - positions))].value
+
+
+LOOK_EVERY = 32
+"""Where drafts cost time and promise nothing, one is made after so many tokens, to see whether that is still so."""
+
+NOTHING = Draft([])
+
+
+class Model(Protocol):
+    """A causal LM whose calls can be cut in two: what is sent, and what comes back."""
+
+    def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
+        """The logits of `[1, seq]` new tokens, `[seq, vocabulary]`."""
+        ...
+
+    def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
+        """Sends `[1, seq]` new tokens through the blocks."""
+        ...
+
+    def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
+        """Their logits, `[seq, vocabulary]`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Where drafts come from, and what decides how many of them are sent."""
+
+    drafter: Drafter
+    experience: Experience
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """Tokens under way."""
+
+    exchange: Exchange | None
+    """None: they go through the model in one piece, once it is their turn."""
+    ids: torch.Tensor
+    """`[1, seq]`: drafts, behind the last token of the text if nothing else was under way."""
+    began: float
+    sending_ms: float
+    alone: bool
+    """Nothing else was under way."""
+
+
+class Text:
+    """The tokens so far, and how the next one is chosen: as in transformers' `generate()`, from what that has prepared.
+
+    Args:
+        prompt: `[1, seq]`.
+        processor, criteria, config, streamer: transformers' `LogitsProcessorList`, `StoppingCriteriaList`,
+            `GenerationConfig`, and `BaseStreamer` or None.
+    """
+
+    def __init__(self, prompt: torch.Tensor, processor: Any, criteria: Any, config: Any, streamer: Any) -> None:
+        self.tokens: list[int] = prompt[0].tolist()
+        self.finished = False
+        self.most: int | None = config.max_length
+        """Tokens that it may have."""
+        self._held = torch.empty(1, 2 * prompt.shape[1] + 256, dtype=prompt.dtype, device=prompt.device)
+        self._held[:, : prompt.shape[1]] = prompt
+        self._processor = processor
+        self._criteria = criteria
+        self._samples: bool = config.do_sample
+        self._streamer = streamer
+
+    def ids(self, start: int = 0) -> torch.Tensor:
+        """`[1, seq]`, from the token at `start` on."""
+        return self._held[:, start : len(self.tokens)]
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """Takes the next token by its logits `[vocabulary]`."""
+        scores = logits[None].to(torch.float32, copy=len(self._processor) > 0)  # processors may write into it
+        scores = self._processor(self.ids(), scores)
+        if self._samples:
+            chosen = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1)[0]
+        else:
+            chosen = scores.argmax(dim=-1)
+        token = int(chosen)
+        if len(self.tokens) == self._held.shape[1]:
+            self._held = torch.cat((self._held, torch.empty_like(self._held)), dim=1)
+        self._held[0, len(self.tokens)] = token
+        self.tokens.append(token)
+        if self._streamer is not None:
+            self._streamer.put(chosen.cpu())
+        self.finished = bool(self._criteria(self.ids(), scores).all())
+        return token
+
+    def end(self) -> None:
+        """Nothing comes any more."""
+        if self._streamer is not None:
+            self._streamer.end()
+
+
+class Decoding:
+    """One text on its way.
+
+    Args:
+        model: runs the tokens.
+        cache: holds all of the text, or what stands in its place, but the tokens that are yet to come.
+        text: ends with the prompt.
+        drafts: None: one token after the other.
+        max_positions: context length of the model, if it has one.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: RemoteCache,
+        text: Text,
+        drafts: Drafts | None = None,
+        max_positions: int | None = None,
+    ) -> None:
+        self._model = model
+        self._layer = cache.remote
+        self._cache = cache
+        self._text = text
+        self._drafts = drafts
+        self._offset = cache.remote.columns - len(text.tokens)
+        """Columns of the cache before the first token: embeddings that the prompt began with."""
+        limits = (text.most, None if max_positions is None else max_positions - self._offset + 1)
+        self._most = min((limit for limit in limits if limit is not None), default=None)
+        self._under_way: deque[_Sent] = deque()
+        self._drafted: deque[tuple[int, int]] = deque()
+        """Tokens behind the text that were sent, each with the kind of its draft."""
+        self._imagined = NOTHING
+        """What was not sent, only to see whether it is right."""
+        self._unseen_drafts = 0
+        if drafts is not None:
+            drafts.drafter.begin(text.tokens)
+
+    def run(self, logits: torch.Tensor) -> torch.Tensor:
+        """Goes on until the text is finished.
+
+        Args:
+            logits: after the prompt, `[vocabulary]`.
+
+        Returns:
+            `[1, seq]`, the prompt and what comes after.
+
+        Raises:
+            SplitnetError: as a call of the model.
+        """
+        self._take(logits)
+        try:
+            while not self._text.finished:
+                self._turn()
+        finally:
+            self._forget_drafts()
+        self._text.end()
+        return self._text.ids()
+
+    def _turn(self) -> None:
+        """Sends what can be sent, and takes in what comes back first."""
+        self._send_windows()
+        sent = self._under_way.popleft()
+        began, waited_ms = time.perf_counter(), self._layer.waited_ms
+        if sent.exchange is None:
+            logits = self._model.step(sent.ids, self._cache)
+        else:
+            logits = self._model.receive(sent.exchange, sent.ids, self._cache)
+        for index in range(len(logits)):
+            token = self._take(logits[index])
+            if self._text.finished or not self._goes_on_with(token):
+                self._forget_drafts()
+                break
+        if sent.alone and self._drafts is not None:
+            now = time.perf_counter()
+            client_ms = sent.sending_ms + (now - began) * 1000 - (self._layer.waited_ms - waited_ms)
+            self._drafts.experience.took(sent.ids.shape[1], (now - sent.began) * 1000, client_ms, self._forecast)
+
+    def _send_windows(self) -> None:
+        window = self._window()
+        if not self._under_way:
+            self._send(self._draft(window.length), whole=window.in_flight == 1)
+        while len(self._under_way) < window.in_flight:
+            draft = self._draft(window.length)
+            if not draft.tokens:
+                return
+            self._send(draft)
+
+    def _window(self) -> Window:
+        """What is best now; where it is to draft nothing, a look at whether a draft would be right."""
+        if self._drafts is None:
+            return NO_DRAFTS
+        self._imagined = NOTHING
+        draft_ms = self._drafts.drafter.draft_ms
+        guess = NOTHING if draft_ms > 0 else self._draft(1)
+        if not draft_ms and not guess.tokens:
+            return NO_DRAFTS
+        window = self._drafts.experience.window(guess.kind, draft_ms, self._forecast)
+        if not window.length and not self._under_way:
+            self._unseen_drafts += 1
+            if draft_ms > 0 and self._unseen_drafts % LOOK_EVERY == 0:
+                guess = self._draft(1)
+            self._imagined = guess
+        return window
+
+    def _draft(self, count: int) -> Draft:
+        """Of `count` further tokens those that are of use: the model itself adds one at least."""
+        most = self._most
+        room = count if most is None else min(count, most - len(self._text.tokens) - 1 - len(self._drafted))
+        if room < 1 or self._drafts is None:
+            return NOTHING
+        return self._drafts.drafter.draft([token for token, _ in self._drafted], room)
+
+    def _send(self, draft: Draft, *, whole: bool = False) -> None:
+        """Sends drafts behind what is under way, or else behind the last token of the text."""
+        alone = not self._under_way
+        ids = self._text.ids(len(self._text.tokens) - alone)
+        if draft.tokens:
+            ids = torch.cat((ids, ids.new_tensor([draft.tokens])), dim=1)
+            self._drafted.extend((token, draft.kind) for token in draft.tokens)
+        began = time.perf_counter()
+        exchange = None if whole else self._model.send(ids, self._cache)
+        sending_ms = (time.perf_counter() - began) * 1000
+        if draft.tokens and self._drafts is not None:
+            self._drafts.experience.sent(len(draft.tokens))
+        self._under_way.append(_Sent(exchange, ids, began, sending_ms, alone))
+
+    def _take(self, logits: torch.Tensor) -> int:
+        token = self._text.choose(logits)
+        if self._drafts is not None:
+            self._drafts.drafter.observe(token)
+            if self._imagined.tokens:
+                self._drafts.experience.compared(self._imagined.kind, self._imagined.tokens[0] == token)
+                self._imagined = NOTHING
+        return token
+
+    def _goes_on_with(self, token: int) -> bool:
+        """Whether what was sent behind the text begins with this token, which belongs to the text now."""
+        if not self._drafted or self._drafts is None:
+            return False
+        drafted, kind = self._drafted.popleft()
+        self._drafts.experience.verified(kind, drafted == token)
+        return drafted == token
+
+    def _forget_drafts(self) -> None:
+        """What was sent behind the text counts no more; the cache holds what it shares with the text."""
+        for sent in self._under_way:
+            if sent.exchange is not None:
+                sent.exchange.abandon()
+        self._under_way.clear()
+        self._drafted.clear()
+        self._layer.crop(min(0, self._offset + len(self._text.tokens) - 1 - self._layer.columns))
+
+    def _forecast(self, positions: int) -> Forecast:
+        session = self._cache.session
+        assert session is not None
+        return session.forecast(positions)

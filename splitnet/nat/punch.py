@@ -1,0 +1,188 @@
+"""A straight stream between two that a helper has joined: one reaches the other, or both make holes at the same moment.
+
+Both connect from the port by which they speak to the helper, and listen there: routers on the way have let something
+out from it, and send what comes back to it. Where one has no router, the other simply gets through (a reversal); where
+both have one, each SYN makes a hole for the other's (Ford, Srisuresh and Kegel, 2005).
+
+A router that gives every connection another port (a symmetric one) mostly keeps the port of a socket for its first
+connection. So both sides take the next two ports as well, if the helper sees theirs unchanged, and expect the same of
+the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from enum import StrEnum
+from typing import NamedTuple
+
+from splitnet.limits import Places
+from splitnet.nat.messages import Joined
+from splitnet.nat.stream import STREAM_ERRORS, address_of, dial, host_and_port, listening
+
+PUNCH_S = 3.0
+"""How long two try to reach each other."""
+
+AT_ONCE, AT_ONCE_OF_HOST = 16, 8
+"""Of this process: helpers name the addresses, and a false one must not make it a flood for somebody else."""
+
+GUESS_S = 0.5
+"""After which ports are guessed: most routers need no guess."""
+
+_TRY_S, _PAUSE_S = 1.0, 0.1
+_ACCEPTED_AT_ONCE = 4
+_places = Places(AT_ONCE, host=AT_ONCE_OF_HOST)
+_lock = threading.Lock()
+"""For `_places`: there may be several loops."""
+
+
+class Way(StrEnum):
+    """How a peer is reached."""
+
+    DIRECT = "direct"
+    """It listens, and is connected to."""
+    RELAYED = "relayed"
+    """A helper passes on what is said."""
+    REVERSED = "reversed"
+    """It has connected to whoever wanted to reach it."""
+    PUNCHED = "punched"
+    """Through holes in routers."""
+
+
+Claim = Callable[[], bool]
+"""Whether a stream is to be the one; true once."""
+
+Check = Callable[[socket.socket, Claim], Awaitable[None]]
+"""Makes the handshake on a stream, and claims it before it commits itself. Raises one of STREAM_ERRORS if that is
+refused, or anything is wrong."""
+
+
+class Line(NamedTuple):
+    """From where to where to connect, again and again."""
+
+    source: tuple[str, int]
+    address: str
+    after_s: float = 0.0
+    """When to begin."""
+
+
+def lines(own: str, joined: Joined) -> list[Line]:
+    """How the other may be reached: as the helper sees it, and behind the same router as it sees itself.
+
+    Args:
+        own: this end of the stream to the helper, as this side sees it.
+    """
+    host, port = host_and_port(own)
+    found = [joined.seen]
+    if joined.you and joined.seen and host_and_port(joined.you)[0] == host_and_port(joined.seen)[0]:
+        found.insert(0, joined.here)
+    found = [each for each in dict.fromkeys(found) if each and each != own and _is_local(each) <= _is_local(own)]
+    tried = [Line((host, port), each) for each in found]
+    if joined.seen not in found or joined.you == own or joined.seen == joined.here:  # one of them has no router
+        return tried
+    other, seen = host_and_port(joined.seen)
+    keeps, other_keeps = _keeps(joined.you, port), _keeps(joined.here, seen)
+    if other_keeps:
+        tried.append(Line((host, port), address_of((other, seen + 1)), GUESS_S))
+    if keeps:
+        tried.append(Line((host, port + 1), joined.seen, GUESS_S))
+    if keeps and other_keeps:
+        # Ports of their own: only the first connection of each is sure to keep it.
+        tried.append(Line((host, port + 2), address_of((other, seen + 2)), GUESS_S))
+    return tried
+
+
+def _keeps(address: str, port: int) -> bool:
+    """Whether a router has not changed a port, and there are two more."""
+    return bool(address) and host_and_port(address)[1] == port <= 65533
+
+
+def _is_local(address: str) -> bool:
+    """Only for this machine: others have no business to name it."""
+    return ipaddress.ip_address(host_and_port(address)[0]).is_loopback  # `is_address` lets no IPv4 pass within IPv6
+
+
+async def punch(
+    own: tuple[str, int], tried: Sequence[Line], check: Check, seconds: float | None = None
+) -> tuple[socket.socket, Way] | None:
+    """The first stream that passes the check; None if there is none in time. Never fails.
+
+    Args:
+        own: host and port of the stream to the helper.
+        tried: ways to the other side.
+        seconds: how long to try; None: `PUNCH_S`.
+    """
+    found: asyncio.Future[tuple[socket.socket, Way]] = asyncio.get_running_loop().create_future()
+    taken = False
+
+    def claim() -> bool:
+        nonlocal taken
+        free, taken = not taken, True
+        return free
+
+    async def meet(sock: socket.socket, way: Way) -> None:
+        try:
+            async with asyncio.timeout(_TRY_S):
+                await check(sock, claim)
+            found.set_result((sock, way))
+        except BaseException as error:
+            sock.close()
+            if not isinstance(error, STREAM_ERRORS):
+                raise
+
+    async def connect(line: Line) -> None:
+        await asyncio.sleep(line.after_s)
+        while True:
+            with suppress(OSError, TimeoutError):
+                await meet(await dial(line.address, _TRY_S, source=line.source), Way.PUNCHED)
+            await asyncio.sleep(_PAUSE_S)
+
+    async def accept() -> None:
+        loop, hosts = asyncio.get_running_loop(), {host_and_port(line.address)[0] for line in tried}
+        running: set[asyncio.Task[None]] = set()
+        try:
+            with listening(address_of(own), again=True) as listener:
+                while True:
+                    await asyncio.sleep(0)  # or who connects fast enough keeps everything else waiting
+                    sock, name = await loop.sock_accept(listener)
+                    if host_and_port(address_of(name))[0] not in hosts or len(running) >= _ACCEPTED_AT_ONCE:
+                        sock.close()
+                        continue
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    task = loop.create_task(meet(sock, Way.REVERSED))
+                    running.add(task)
+                    task.add_done_callback(running.discard)
+        except OSError:  # this port cannot be listened at
+            return
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    limit_s = PUNCH_S if seconds is None else seconds
+    if limit_s <= 0 or not tried:
+        return None
+    host = host_and_port(tried[0].address)[0]
+    with _lock:
+        if not _places.take(host=host):
+            return None
+    tasks = [asyncio.ensure_future(accept()), *(asyncio.ensure_future(connect(line)) for line in tried)]
+    result: tuple[socket.socket, Way] | None = None
+    try:
+        async with asyncio.timeout(limit_s):
+            result = await asyncio.shield(found)
+    except TimeoutError:
+        pass
+    finally:
+        with _lock:
+            _places.leave(host=host)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if result is None and found.done():
+            found.result()[0].close()
+    return result

@@ -1,0 +1,453 @@
+"""A helper: who cannot be connected to keeps a stream to it, and is told there of those who want to reach it.
+
+It joins the two and copies what they say, which it cannot read. Everything that others make it hold is bounded: places
+by key, host and in all, one buffer for each direction of a stream, and bytes per second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import secrets
+import socket
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from splitnet.errors import AddressInUse, NotAuthorized, ProtocolError, SplitnetError
+from splitnet.limits import Places, Shares
+from splitnet.nat.loop import WaysLoop
+from splitnet.nat.messages import (
+    TOKEN_BYTES,
+    Beat,
+    Call,
+    Called,
+    Join,
+    Joined,
+    Message,
+    Purpose,
+    Refused,
+    Reserve,
+    Reserved,
+    Tried,
+    Try,
+)
+from splitnet.nat.stream import (
+    STREAM_ERRORS,
+    address_of,
+    copy,
+    dial,
+    end,
+    host_and_port,
+    listening,
+    meet,
+    receive,
+    send,
+)
+from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
+from splitnet.transport.connections import most_connections
+from splitnet.wire.endpoints import Relay
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 10.0
+"""How often who has reserved gives a sign of life."""
+KEYS_S = 1.0
+"""How often it is looked whether those who hold something may still do so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HelperBounds:
+    """What others may take of a helper."""
+
+    reservations: int = 128
+    reservations_of_host: int = 8
+    streams: int = 256
+    streams_of_key: int = 16
+    """Of one caller."""
+    streams_of_host: int = 32
+    """Of callers at one address."""
+    streams_to_key: int = 64
+    """To one hidden peer."""
+    handshakes: int = 64
+    handshakes_of_host: int = 16
+    """Of both the oldest ends for a new one."""
+    handshake_s: float = 5.0
+    join_s: float = 4.0
+    """How long a hidden peer may take to join."""
+    tries: int = 16
+    """Connections at the same time to those who ask whether they can be connected to."""
+    tries_of_host: int = 4
+    try_s: float = 2.0
+    silent_s: float = 3 * BEAT_S
+    """After which a reservation ends."""
+    idle_s: float = 60.0
+    """After which a stream ends: ZeroMQ says something every few seconds."""
+    half_open_s: float = 10.0
+    """The same once one direction has ended."""
+    bytes_per_s: float = 32 << 20
+    """Over all streams; hidden peers share them evenly."""
+    beats: int = 5
+    """Signs of life beyond one per second."""
+
+    def within(self, descriptors: int) -> HelperBounds:
+        """The same, or less in proportion, so that others make it open no more than so many descriptors."""
+        wanted = 2 * self.streams + self.reservations + self.handshakes + 2 * self.tries
+        if wanted <= descriptors:
+            return self
+        names = ("streams", "reservations", "handshakes", "tries")
+        return replace(self, **{name: max(1, getattr(self, name) * descriptors // wanted) for name in names})
+
+
+@dataclass(slots=True, eq=False)
+class _Reservation:
+    sock: socket.socket
+    key: PublicKey
+    task: asyncio.Task[None]
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A caller that waits for the peer that it has called, or is joined to it."""
+
+    caller: PublicKey
+    task: asyncio.Task[None]
+    target: PublicKey
+    joined: asyncio.Future[tuple[socket.socket, str, str]]
+    """Its stream, and what `Joined` says of it."""
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Helper:
+    """Listens as soon as it is made; `start` it, and close it before its loop.
+
+    Args:
+        loop: runs it.
+        identity: what others know it by.
+        listen: `tcp://IP:port`, port 0 for any.
+        authorized: who may reserve and call; None: anyone.
+        bounds: what they may take.
+
+    Attributes:
+        port: where it listens.
+        passed_bytes: copied so far.
+        events: how often what has happened: `reserved`, `joined`, `refused`, `failed`, `revoked`.
+
+    Raises:
+        AddressInUse, SplitnetError: it cannot listen there.
+    """
+
+    def __init__(
+        self,
+        loop: WaysLoop,
+        identity: Identity,
+        listen: str,
+        *,
+        authorized: AuthorizedKeys | None = None,
+        bounds: HelperBounds | None = None,
+    ) -> None:
+        self._loop = loop
+        self._identity = identity
+        self._authorized = authorized
+        # A peer that helps may be hidden, too: half of the descriptors that are left to streams is for that.
+        self._bounds = bounds = (bounds or HelperBounds()).within(most_connections() // 2)
+        self._reservations: dict[bytes, _Reservation] = {}
+        self._waiting: dict[bytes, _Waiting] = {}
+        self._greeted: dict[str, list[asyncio.Task[None]]] = {}
+        """Who has not proven a key yet, by host, the oldest first."""
+        self._served: set[asyncio.Task[None]] = set()
+        self._reserving = Places(bounds.reservations, host=bounds.reservations_of_host)
+        self._streaming = Places(
+            bounds.streams, key=bounds.streams_of_key, host=bounds.streams_of_host, target=bounds.streams_to_key
+        )
+        self._trying = Places(bounds.tries, host=bounds.tries_of_host)
+        self._shares = Shares(bounds.bytes_per_s)
+        self.passed_bytes = 0
+        self.events: Counter[str] = Counter()
+        try:
+            self._listener = listening(listen)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise AddressInUse(f"{listen} is taken: choose another port for streams, or 0 for any") from None
+            raise SplitnetError(f"streams cannot be taken at {listen}: {error.strerror}") from None
+        self.port: int = self._listener.getsockname()[1]
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Serves from now on."""
+        self._task = self._loop.begin(self._accept())
+
+    def close(self) -> None:
+        """Ends all streams through here."""
+        if self._task is not None:
+            self._loop.end(self._task)
+        self._listener.close()
+
+    def relay_at(self, host: str) -> Relay:
+        """This helper as others name it that reach this machine at `host`."""
+        return Relay(address_of((host, self.port)), self._identity.public.raw)
+
+    @property
+    def reservations(self) -> int:
+        """Hidden peers that can be called through here."""
+        return len(self._reservations)
+
+    @property
+    def streams(self) -> int:
+        """Pairs that are joined, or about to be."""
+        return self._streaming.taken
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._authorized is not None:
+            self._served.add(loop.create_task(self._end_unauthorized(self._authorized)))
+        try:
+            while True:
+                try:
+                    sock, name = await loop.sock_accept(self._listener)
+                except OSError as error:  # no more open files, as a rule
+                    log.warning("no stream can be accepted: %s", error)
+                    await asyncio.sleep(1.0)
+                    continue
+                self._greet(sock, address_of(name))
+                await asyncio.sleep(0)  # or who connects fast enough keeps everything else waiting
+        finally:
+            tasks = [*self._served]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _greet(self, sock: socket.socket, seen: str) -> None:
+        with suppress(OSError):  # it is gone already
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        host = host_and_port(seen)[0]
+        self._make_room(host)
+        task = asyncio.get_running_loop().create_task(self._serve(sock, host, seen))
+        self._greeted.setdefault(host, []).append(task)
+        self._served.add(task)
+
+        def over(_: object) -> None:
+            self._served.discard(task)
+            self._has_greeted(host, task)
+            sock.close()
+
+        task.add_done_callback(over)
+
+    def _make_room(self, host: str) -> None:
+        """Ends handshakes that are under way, so that there is room for one from `host`."""
+        greeted = self._greeted
+        crowd = greeted.get(host, [])
+        if len(crowd) < self._bounds.handshakes_of_host:
+            if sum(map(len, greeted.values())) < self._bounds.handshakes:
+                return
+            crowd = max(greeted.values(), key=len)
+        self.events["refused"] += 1
+        crowd.pop(0).cancel()
+
+    def _has_greeted(self, host: str, task: asyncio.Task[None] | None) -> None:
+        crowd = self._greeted.get(host, [])
+        if task in crowd:
+            crowd.remove(task)
+        if not crowd:
+            self._greeted.pop(host, None)
+
+    async def _serve(self, sock: socket.socket, host: str, seen: str) -> None:
+        try:
+            try:
+                async with asyncio.timeout(self._bounds.handshake_s):
+                    answering = await meet(sock, self._identity)
+                    key = answering.key
+                    try:
+                        self._check_key(key)
+                    except NotAuthorized:
+                        await send(sock, Refused("this helper does not know your key"))
+                        raise
+                    request = await _request(sock, answering.purpose)
+            finally:
+                self._has_greeted(host, asyncio.current_task())
+            if isinstance(request, Reserve):
+                await self._reserve(sock, host, key)
+            elif isinstance(request, Try):
+                await self._try(sock, host, request.address)
+            elif isinstance(request, Call):
+                await self._call(sock, host, seen, key, request)
+            else:
+                await self._join(sock, seen, key, request)
+        except STREAM_ERRORS as error:
+            self.events["failed"] += 1
+            log.debug("a stream from %s has ended: %s", host, error or type(error).__name__)
+
+    def _check_key(self, key: PublicKey) -> None:
+        if self._authorized is not None and not self._authorized.allows(key.curve_raw):
+            raise NotAuthorized(f"the key {key} is not authorised")
+
+    async def _end_unauthorized(self, authorized: AuthorizedKeys) -> None:
+        """Ends what those hold here that were taken out of the list."""
+        while True:
+            await asyncio.sleep(KEYS_S)
+            held = [(each.task, [each.key]) for each in self._reservations.values()]
+            held += [(each.task, [each.caller, each.target]) for each in self._waiting.values()]
+            for task, keys in held:
+                if not all(authorized.allows(key.curve_raw) for key in keys):
+                    self.events["revoked"] += 1
+                    task.cancel()
+
+    async def _try(self, sock: socket.socket, host: str, address: str) -> None:
+        """Connects to a port of whoever asks. Nobody can have others called so, or learn what listens there."""
+        asked = ipaddress.ip_address(host_and_port(address)[0]) if address else None
+        own = ipaddress.ip_address(host)
+        if asked is None or asked.version != own.version:
+            await self._refuse(sock, f"this helper sees you at {host}, and tries no other host")
+        elif asked != own:
+            await send(sock, Tried(False))
+        elif not self._trying.take(host=host):
+            await self._refuse(sock, "too many are tried at the moment")
+        else:
+            try:
+                await self._connect_back(sock, address)
+            finally:
+                self._trying.leave(host=host)
+
+    async def _connect_back(self, sock: socket.socket, address: str) -> None:
+        try:
+            with await dial(address, self._bounds.try_s), suppress(*STREAM_ERRORS):
+                await send(sock, Tried(True))
+                async with asyncio.timeout(self._bounds.try_s):
+                    await receive(sock)  # its end: until then the connection is there to be seen
+        except STREAM_ERRORS:
+            await send(sock, Tried(False))
+
+    async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
+        """Keeps the stream of a hidden peer until that falls silent."""
+        before = self._reservations.pop(key.raw, None)
+        if before is not None:
+            before.task.cancel()
+            await asyncio.wait([before.task])
+        if not self._reserving.take(host=host):
+            await self._refuse(sock, "there is no room for another reservation")
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        reservation = self._reservations[key.raw] = _Reservation(sock, key, task)
+        try:
+            self.events["reserved"] += 1
+            await self._tell(reservation, Reserved())
+            began, beats = time.monotonic(), 0
+            while True:
+                async with asyncio.timeout(self._bounds.silent_s):
+                    await receive(sock, Beat)
+                beats += 1
+                if beats > self._bounds.beats + time.monotonic() - began:
+                    raise ProtocolError("signs of life come too fast")
+                self._check_key(key)
+                await self._tell(reservation, Beat())
+        finally:
+            self._reserving.leave(host=host)
+            if self._reservations.get(key.raw) is reservation:
+                del self._reservations[key.raw]
+
+    async def _tell(self, reservation: _Reservation, message: Message) -> None:
+        """Says something to a hidden peer. One that does not listen loses its reservation."""
+        try:
+            async with asyncio.timeout(self._bounds.join_s), reservation.writing:
+                await send(reservation.sock, message)
+        except TimeoutError:
+            reservation.task.cancel()
+            raise
+
+    async def _call(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
+        reservation = self._reservations.get(call.key)
+        if reservation is None:
+            await self._refuse(sock, "that peer has no reservation here")
+            return
+        names = {"key": key.raw, "host": host, "target": call.key}
+        if not self._streaming.take(**names):
+            await self._refuse(sock, "there is no room for another stream")
+            return
+        token, task = secrets.token_bytes(TOKEN_BYTES), asyncio.current_task()
+        assert task is not None
+        joined: asyncio.Future[tuple[socket.socket, str, str]] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting[token] = _Waiting(key, task, reservation.key, joined)
+        try:
+            await self._tell(reservation, Called(token, key.raw, seen))
+            try:
+                async with asyncio.timeout(self._bounds.join_s):
+                    other, other_seen, other_here = await waiting.joined
+            except TimeoutError:
+                await self._refuse(sock, "that peer does not take calls")
+                return
+            self.events["joined"] += 1
+            await send(sock, Joined(token, seen, other_seen, other_here))
+            await send(other, Joined(token, other_seen, seen, call.here))
+            await self._splice(sock, other, call.key)
+        finally:
+            del self._waiting[token]
+            waiting.over.set()
+            self._streaming.leave(**names)
+
+    async def _join(self, sock: socket.socket, seen: str, key: PublicKey, join: Join) -> None:
+        waiting = self._waiting.get(join.token)
+        if waiting is None or waiting.target != key or waiting.joined.done():
+            await self._refuse(sock, "nobody waits for that any more")
+            return
+        waiting.joined.set_result((sock, seen, join.here))
+        await waiting.over.wait()
+
+    async def _splice(self, one: socket.socket, other: socket.socket, target: bytes) -> None:
+        """Copies in both directions until both have ended."""
+        at = time.monotonic()
+
+        def passed(size: int) -> float:
+            nonlocal at
+            self.passed_bytes += size
+            at = time.monotonic()
+            return self._shares.delay_s(target, size, at)
+
+        async def one_way(source: socket.socket, drain: socket.socket) -> None:
+            async def pick(_: int) -> socket.socket:
+                return drain
+
+            await copy(source, pick, passed)
+            end(drain)
+
+        copying = {asyncio.ensure_future(one_way(one, other)), asyncio.ensure_future(one_way(other, one))}
+        left = set(copying)
+        try:
+            while left:
+                limit_s = self._bounds.idle_s if len(left) == 2 else self._bounds.half_open_s
+                idle_s = time.monotonic() - at
+                if idle_s > limit_s:
+                    raise TimeoutError("nothing was said for too long")
+                done, left = await asyncio.wait(
+                    left, timeout=limit_s - idle_s + 0.01, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    task.result()
+        finally:
+            for task in copying:
+                task.cancel()
+            await asyncio.gather(*copying, return_exceptions=True)
+
+    async def _refuse(self, sock: socket.socket, text: str) -> None:
+        self.events["refused"] += 1
+        with suppress(*STREAM_ERRORS):
+            async with asyncio.timeout(1.0):
+                await send(sock, Refused(text))
+
+
+_REQUESTS: dict[Purpose, type[Reserve | Call | Join | Try]] = {
+    Purpose.RESERVE: Reserve,
+    Purpose.CALL: Call,
+    Purpose.JOIN: Join,
+    Purpose.TRY: Try,
+}
+
+
+async def _request(sock: socket.socket, purpose: Purpose) -> Reserve | Call | Join | Try:
+    if purpose not in _REQUESTS:
+        raise ProtocolError("a helper is not the end of a tunnel")
+    return await receive(sock, _REQUESTS[purpose])

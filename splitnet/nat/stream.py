@@ -1,0 +1,276 @@
+"""TCP streams as ways use them: opened from a chosen port, messages first, then bytes that are copied.
+
+They are plain sockets that do not block, so that a port can be bound twice (for holes in routers), an end can be closed
+in one direction, and a copy needs one buffer whose size is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import secrets
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, SplitnetError
+from splitnet.nat.messages import (
+    LENGTH_BYTES,
+    MAX_MESSAGE_BYTES,
+    NONCE_BYTES,
+    VERSION,
+    Hello,
+    Message,
+    Proof,
+    Purpose,
+    Refused,
+    Welcome,
+    pack,
+    unpack,
+)
+from splitnet.security.identity import Identity, PublicKey
+
+_DIALER, _LISTENER = b"d", b"l"
+
+
+class Dialing:
+    """The side that connects.
+
+    Args:
+        identity: proves itself.
+        expected: the key that the other side must prove.
+        token: of the call that the stream belongs to, which both know; empty: none.
+    """
+
+    def __init__(self, identity: Identity, expected: PublicKey, purpose: Purpose, token: bytes = b"") -> None:
+        self._identity = identity
+        self._expected = expected
+        self._token = token
+        self.hello = Hello(VERSION, purpose, identity.public.raw, secrets.token_bytes(NONCE_BYTES))
+
+    def prove(self, welcome: Welcome) -> Proof:
+        """The answer to what the other side has said. Raises NotAuthorized if that is not whom this side wants."""
+        if welcome.key != self._expected.raw:
+            raise NotAuthorized("another key than expected answers at the other end of a stream")
+        if not self._expected.verify(_signed(_LISTENER, self.hello, welcome, self._token), welcome.signature):
+            raise NotAuthorized("the other end of a stream does not have the key that it shows")
+        return Proof(self._identity.sign(_signed(_DIALER, self.hello, welcome, self._token)))
+
+
+class Answering:
+    """The side that was connected to.
+
+    Args:
+        identity: proves itself.
+        hello: what the other side began with.
+        token: of the call that the stream belongs to.
+
+    Attributes:
+        key: of the other side; it counts after `check`.
+        purpose: likewise.
+
+    Raises:
+        ProtocolError: it speaks another version, or is nonsense.
+    """
+
+    def __init__(self, identity: Identity, hello: Hello, token: bytes = b"") -> None:
+        if hello.version != VERSION:
+            raise ProtocolError(f"streams of version {hello.version} are not spoken here, only {VERSION}")
+        try:
+            self.key, self.purpose = PublicKey(hello.key), Purpose(hello.purpose)
+        except (KeyFileError, ValueError) as error:
+            raise ProtocolError(f"a stream begins with nonsense: {error}") from None
+        self._hello = hello
+        self._token = token
+        unsigned = Welcome(identity.public.raw, secrets.token_bytes(NONCE_BYTES), b"")
+        signature = identity.sign(_signed(_LISTENER, hello, unsigned, token))
+        self.welcome = Welcome(unsigned.key, unsigned.nonce, signature)
+
+    def check(self, proof: Proof) -> None:
+        """Raises NotAuthorized if the other side does not have the key that it shows."""
+        if not self.key.verify(_signed(_DIALER, self._hello, self.welcome, self._token), proof.signature):
+            raise NotAuthorized("the other end of a stream does not have the key that it shows")
+
+
+def _signed(side: bytes, hello: Hello, welcome: Welcome, token: bytes) -> bytes:
+    return b"".join(
+        (
+            b"splitnet way\0",
+            bytes((hello.version, hello.purpose)),
+            side,
+            hello.key,
+            welcome.key,
+            hello.nonce,
+            welcome.nonce,
+            token,
+        )
+    )
+
+
+Kind = TypeVar("Kind")
+
+BACKLOG = 128
+LEAST_BUFFER, MOST_BUFFER = 16 << 10, 128 << 10
+"""Bytes that one direction of a copy holds: it begins with little, and grows while reads fill it."""
+
+STREAM_ERRORS = (OSError, EOFError, TimeoutError, SplitnetError)
+"""What can go wrong with a stream because of the network or of the other side."""
+
+
+class RefusedError(SplitnetError):
+    """The other side of a stream has refused what was asked."""
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Of `tcp://IP:port`."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def address_of(name: tuple[str, int]) -> str:
+    """`tcp://IP:port` of what `getsockname` and `getpeername` tell; IPv4 addresses within IPv6 are IPv4 addresses."""
+    host, port = name[0].partition("%")[0], name[1]
+    ip = ipaddress.ip_address(host)
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    return f"tcp://{ip}:{port}" if ip.version == 4 else f"tcp://[{ip}]:{port}"
+
+
+def bound(family: socket.AddressFamily, name: tuple[str, int], *, again: bool = True) -> socket.socket:
+    """A socket that is bound there; `again`: others of this process may bind that port, too."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if again or sys.platform != "win32":  # without it a port of Unix stays taken for a minute after its last use
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if again and hasattr(socket, "SO_REUSEPORT"):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(name)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listening(address: str, *, again: bool = False) -> socket.socket:
+    """A socket that listens at `tcp://IP:port`. Raises OSError."""
+    host, port = host_and_port(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = bound(family, (host, port), again=again)
+    sock.listen(BACKLOG)
+    return sock
+
+
+async def dial(address: str, timeout_s: float, *, source: tuple[str, int] | None = None) -> socket.socket:
+    """Connects to `tcp://IP:port`.
+
+    Args:
+        source: host and port to connect from; None: any.
+
+    Raises:
+        OSError: nobody is there; TimeoutError: nor anybody who says so.
+    """
+    host, port = host_and_port(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = bound(family, source or ("::" if family == socket.AF_INET6 else "0.0.0.0", 0))
+    try:
+        async with asyncio.timeout(timeout_s):
+            await asyncio.get_running_loop().sock_connect(sock, (host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def send(sock: socket.socket, *messages: Message) -> None:
+    """Sends messages."""
+    await asyncio.get_running_loop().sock_sendall(sock, b"".join(map(pack, messages)))
+
+
+async def receive(sock: socket.socket, *kinds: type[Kind]) -> Kind:
+    """The next message, which must be of one of these kinds, and no byte of what follows it.
+
+    Raises:
+        EOFError: the stream has ended.
+        RefusedError: the other side refuses.
+        ProtocolError: it says something else, or nonsense.
+    """
+    size = int.from_bytes(await _exactly(sock, LENGTH_BYTES), "big")
+    if not 0 < size <= MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a message about ways has at most {MAX_MESSAGE_BYTES} bytes, not {size}")
+    message = unpack(await _exactly(sock, size))
+    await asyncio.sleep(0)  # what is there already is read without a pause: who floods would keep all others waiting
+    if isinstance(message, kinds):
+        return message
+    if isinstance(message, Refused):
+        raise RefusedError(message.text)
+    raise ProtocolError(f"expected {kinds[0].__name__}, not {type(message).__name__}")
+
+
+async def _exactly(sock: socket.socket, size: int) -> bytes:
+    loop = asyncio.get_running_loop()
+    data = b""
+    while len(data) < size:
+        more = await loop.sock_recv(sock, size - len(data))
+        if not more:
+            raise EOFError("a stream has ended")
+        data += more
+    return data
+
+
+async def prove(
+    sock: socket.socket, identity: Identity, expected: PublicKey, purpose: Purpose, token: bytes = b""
+) -> Proof:
+    """The handshake of who has connected, but for the proof that ends it. Raises STREAM_ERRORS."""
+    dialing = Dialing(identity, expected, purpose, token)
+    await send(sock, dialing.hello)
+    return dialing.prove(await receive(sock, Welcome))
+
+
+async def meet(sock: socket.socket, identity: Identity, token: bytes = b"", only: bytes | None = None) -> Answering:
+    """The handshake of who was connected to.
+
+    Args:
+        token: of the call that the stream belongs to.
+        only: the key that the other side must have; None: any.
+
+    Raises:
+        STREAM_ERRORS
+    """
+    answering = Answering(identity, await receive(sock, Hello), token)
+    if only is not None and answering.key.raw != only:
+        raise NotAuthorized("another key than expected answers at the other end of a stream")
+    await send(sock, answering.welcome)
+    answering.check(await receive(sock, Proof))
+    return answering
+
+
+async def copy(
+    source: socket.socket,
+    pick: Callable[[int], Awaitable[socket.socket]],
+    passed: Callable[[int], float] = lambda _: 0.0,
+) -> int:
+    """Copies until `source` ends; returns how many bytes that were.
+
+    Args:
+        pick: told how many bytes were passed so far, says where the next ones go.
+        passed: told how many bytes were passed just now, says how many seconds to wait before the next.
+    """
+    loop = asyncio.get_running_loop()
+    buffer, done = memoryview(bytearray(LEAST_BUFFER)), 0
+    while size := await loop.sock_recv_into(source, buffer):
+        await loop.sock_sendall(await pick(done), buffer[:size])
+        done += size
+        if size == len(buffer) < MOST_BUFFER:
+            buffer = memoryview(bytearray(2 * size))
+        await asyncio.sleep(passed(size))  # also for no time: who sends fast enough would keep the others waiting
+    return done
+
+
+def end(sock: socket.socket) -> None:
+    """Tells the other side that nothing more comes."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)

@@ -1,0 +1,291 @@
+"""The caller's ends of tunnels to hidden peers: a port of loopback for each, to which ZeroMQ connects in its place."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+from splitnet.errors import ProtocolError
+from splitnet.nat.loop import CARRYING, WaysLoop
+from splitnet.nat.messages import Call, Joined, Moved, Purpose
+from splitnet.nat.punch import Claim, Way, lines, punch
+from splitnet.nat.stream import (
+    STREAM_ERRORS,
+    RefusedError,
+    address_of,
+    copy,
+    dial,
+    end,
+    listening,
+    prove,
+    receive,
+    send,
+)
+from splitnet.security.identity import Identity, PublicKey
+from splitnet.transport.addresses import is_global
+from splitnet.wire.endpoints import Endpoint, Relay
+
+_LAST_BYTES_S = 1.0
+
+Better = asyncio.Task[tuple[socket.socket, Way] | None]
+
+
+async def join(inner: socket.socket, outer: socket.socket, better: Better, moved: Callable[[Way], None]) -> None:
+    """Copies in both directions until one side ends. Closes nothing but the better way.
+
+    Args:
+        inner: to ZeroMQ.
+        outer: to the other side, through a helper.
+        better: finds another way, or None; it is cancelled at the end.
+        moved: told when bytes begin to go that way.
+
+    Raises:
+        STREAM_ERRORS
+    """
+    way = outer
+
+    async def pick(sent: int) -> socket.socket:
+        nonlocal way
+        if way is outer and better.done() and not better.cancelled() and (found := better.result()):
+            await send(found[0], Moved(sent))
+            end(outer)
+            way = found[0]
+            moved(found[1])
+        return way
+
+    async def to_inner(_: int) -> socket.socket:
+        return inner
+
+    async def outward() -> None:
+        await copy(inner, pick)
+        end(way)
+
+    async def inward() -> None:
+        got = await copy(outer, to_inner)
+        found = await asyncio.shield(better)
+        if found is not None:
+            if (await receive(found[0], Moved)).sent != got:
+                raise ProtocolError("bytes were lost between two ways")
+            await copy(found[0], to_inner)
+        end(inner)
+
+    copying = [asyncio.ensure_future(outward()), asyncio.ensure_future(inward())]
+    try:
+        done, left = await asyncio.wait(copying, return_when=asyncio.FIRST_COMPLETED)
+        if left and all(task.exception() is None for task in done):
+            await asyncio.wait(left, timeout=_LAST_BYTES_S)
+        for task in copying:
+            if task.done():
+                task.result()
+    finally:
+        for task in copying:
+            task.cancel()
+        await asyncio.gather(*copying, return_exceptions=True)
+        give_up(better)
+
+
+def give_up(better: Better | None) -> None:
+    """Wants no better way any more: what looks for one ends, and closes what it finds."""
+    if better is None:
+        return
+    if not better.done():
+        better.cancel()
+    elif not better.cancelled() and better.exception() is None and (found := better.result()):
+        found[0].close()
+
+
+log = logging.getLogger(__name__)
+
+DIAL_S = 3.0
+STRAIGHT_S, STRAIGHT_AGAIN_S = 0.5, 60.0
+"""How long the address of a hidden peer is tried before helpers are asked, and after which failure not again."""
+CALL_S = 6.0
+KNOWN_RELAYS = 8
+"""Of one peer: the latest that were heard of, and those that work."""
+FIRST_PAUSE_S, MOST_PAUSE_S = 0.2, 5.0
+"""Between two rounds in which no helper reached the peer, or not for long."""
+WORKED_S = 1.0
+END_S = 1.0
+
+
+class Tunnels:
+    """Thread-safe. Everything runs in the loop; nothing here waits for the network.
+
+    Args:
+        identity: of this process.
+
+    Attributes:
+        loop: runs them; it ends with `stop`.
+        behind: the other end of each connection that a tunnel has made to this machine, by its host and port.
+    """
+
+    def __init__(self, identity: Identity) -> None:
+        self.loop = WaysLoop()
+        self.behind: dict[tuple[str, int], str] = {}
+        self._identity = identity
+        self._tunnels: dict[Endpoint, _Tunnel] = {}
+        self._lock = threading.Lock()
+
+    def open(self, endpoint: Endpoint) -> str:
+        """`tcp://IP:port` of loopback that leads to a hidden peer, until `close`. Raises OSError."""
+        with self._lock:
+            tunnel = self._tunnels.get(endpoint)
+            if tunnel is None:
+                tunnel = self._tunnels[endpoint] = _Tunnel(self._identity, endpoint)
+                self.loop.run(tunnel.serve())
+            return tunnel.address
+
+    def learn(self, endpoint: Endpoint) -> None:
+        """The endpoint names helpers that may be new."""
+        tunnel = self._tunnels.get(endpoint)
+        if tunnel is not None:
+            tunnel.learn(endpoint.relays)
+
+    def close(self, endpoint: Endpoint) -> None:
+        """Ends a tunnel, and what goes through it a second later, if ZeroMQ has not ended it."""
+        with self._lock:
+            tunnel = self._tunnels.pop(endpoint, None)
+        if tunnel is not None:
+            self.loop.run(tunnel.end())
+
+    def stop(self) -> None:
+        """Ends all tunnels, and the loop."""
+        self.loop.close()
+
+    def way(self, endpoint: Endpoint) -> Way:
+        """How a peer is reached, or would be."""
+        tunnel = self._tunnels.get(endpoint)
+        if tunnel is not None:
+            return tunnel.way
+        return Way.RELAYED if endpoint.hidden else Way.DIRECT
+
+
+class _Tunnel:
+    def __init__(self, identity: Identity, endpoint: Endpoint) -> None:
+        self._identity = identity
+        self._key: PublicKey = endpoint.key
+        self._relays: dict[Relay, float] = {}
+        """When each failed last, 0: it did not, or not since it worked."""
+        self._listener = listening("tcp://127.0.0.1:0")
+        self.address = address_of(self._listener.getsockname())
+        self._ended = asyncio.Event()
+        # A port of a router that leads there, but not for those behind it.
+        self._straight = endpoint.address if is_global(endpoint.address) else None
+        self._straight_at = 0.0
+        self.way = Way.RELAYED
+        self.learn(endpoint.relays)
+
+    def learn(self, relays: tuple[Relay, ...]) -> None:
+        known = self._relays
+        if any(relay not in known for relay in relays):
+            # In one step: the loop reads it meanwhile.
+            merged = {relay: known.get(relay, 0.0) for relay in (*relays, *known)}
+            self._relays = dict(list(merged.items())[:KNOWN_RELAYS])
+
+    async def end(self) -> None:
+        """Has `serve` come to its end."""
+        self._ended.set()
+
+    async def serve(self) -> None:
+        """Carries one connection of ZeroMQ after the other."""
+        loop = asyncio.get_running_loop()
+        pause_s, over_at = 0.0, 0.0
+        ended = loop.create_task(self._ended.wait())
+        carrying: asyncio.Task[bool] | None = None
+        with self._listener:
+            while True:
+                accepting = loop.create_task(loop.sock_accept(self._listener))
+                await asyncio.wait([accepting, ended], return_when=asyncio.FIRST_COMPLETED)
+                if ended.done() and not accepting.done():
+                    accepting.cancel()
+                    await asyncio.wait([accepting])  # the listener is watched until then
+                    break
+                inner, _ = accepting.result()
+                with suppress(OSError):  # it is gone already
+                    inner.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if carrying is not None:  # ZeroMQ has one connection, and has given the former up
+                    over_at = time.monotonic()
+                    carrying.cancel()
+                    (worked,) = await asyncio.gather(carrying, return_exceptions=True)
+                    pause_s = 0.0 if worked is True else min(max(2 * pause_s, FIRST_PAUSE_S), MOST_PAUSE_S)
+                carrying = loop.create_task(self._carry(inner, over_at + pause_s), name=CARRYING)
+        if carrying is not None:
+            await asyncio.wait([carrying], timeout=END_S)
+            carrying.cancel()
+
+    async def _carry(self, inner: socket.socket, begin_at: float) -> bool:
+        """Takes the bytes of one connection where they belong; returns whether that went well for a while."""
+        with inner:
+            await asyncio.sleep(max(0.0, begin_at - time.monotonic()))
+            if self._straight is not None and time.monotonic() >= self._straight_at:
+                self._straight_at = time.monotonic() + STRAIGHT_AGAIN_S
+                began = await self._carry_straight(inner, self._straight)
+                if began is not None:
+                    worked = time.monotonic() - began > WORKED_S
+                    self._straight_at *= not worked
+                    return worked
+            # Those that failed come last, the one that failed longest ago first of them.
+            relays = list(self._relays)
+            random.shuffle(relays)
+            for relay in sorted(relays, key=lambda relay: self._relays.get(relay, 0.0)):
+                try:
+                    outer, better = await self._call(relay)
+                except STREAM_ERRORS as error:
+                    log.info("%s is not reached through %s: %s", self._key, relay.address, error or "it is silent")
+                    self._relays[relay] = time.monotonic()
+                    continue
+                self._relays[relay] = 0.0
+                self.way, began = Way.RELAYED, time.monotonic()
+                with outer, suppress(*STREAM_ERRORS):
+                    await join(inner, outer, better, self._moved)
+                return time.monotonic() - began > WORKED_S
+            return False
+
+    async def _carry_straight(self, inner: socket.socket, address: str) -> float | None:
+        """The same by the peer's own address; since when, or None if that is not reached."""
+        try:
+            outer = await dial(address, STRAIGHT_S)
+        except STREAM_ERRORS:
+            return None
+        began = time.monotonic()
+        with outer, suppress(*STREAM_ERRORS):
+            self.way = Way.DIRECT
+            await join(inner, outer, asyncio.ensure_future(asyncio.sleep(0.0, None)), self._moved)
+        return began
+
+    async def _call(self, relay: Relay) -> tuple[socket.socket, Better]:
+        """A stream to the peer through a helper, and what looks for a better one."""
+        better: Better | None = None
+        sock = await dial(relay.address, DIAL_S)
+        try:
+            async with asyncio.timeout(CALL_S):
+                proof = await prove(sock, self._identity, PublicKey(relay.key), Purpose.CALL)
+                own = sock.getsockname()[:2]
+                await send(sock, proof, Call(self._key.raw, address_of(own)))
+                joined = await receive(sock, Joined)
+                better = asyncio.ensure_future(
+                    punch(own, lines(address_of(own), joined), partial(self._check, joined.token))
+                )
+                await send(sock, await prove(sock, self._identity, self._key, Purpose.TUNNEL, joined.token))
+            return sock, better
+        except BaseException:
+            give_up(better)
+            sock.close()
+            raise
+
+    async def _check(self, token: bytes, sock: socket.socket, claim: Claim) -> None:
+        proof = await prove(sock, self._identity, self._key, Purpose.MOVE, token)
+        if not claim():
+            raise RefusedError("another stream was faster")
+        await send(sock, proof)
+
+    def _moved(self, way: Way) -> None:
+        self.way = way
+        log.info("%s is reached without a helper now: %s", self._key, way.value)

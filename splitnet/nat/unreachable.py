@@ -1,0 +1,383 @@
+"""A hidden peer's ends: streams to helpers through which it can be called, and tunnels from them to its ZeroMQ port."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import math
+import random
+import socket
+import time
+from collections.abc import Callable, Coroutine, MutableMapping, Sequence
+from concurrent.futures import wait
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from splitnet.errors import SplitnetError
+from splitnet.limits import Places
+from splitnet.nat import tunnel
+from splitnet.nat.loop import CARRYING, WaysLoop
+from splitnet.nat.messages import Beat, Call, Called, Join, Joined, Purpose, Reserve, Reserved, Tried, Try
+from splitnet.nat.punch import Claim, lines, punch
+from splitnet.nat.relay import BEAT_S
+from splitnet.nat.stream import (
+    STREAM_ERRORS,
+    RefusedError,
+    address_of,
+    bound,
+    dial,
+    host_and_port,
+    meet,
+    prove,
+    receive,
+    send,
+)
+from splitnet.security.identity import Identity, PublicKey
+from splitnet.transport.connections import most_connections
+from splitnet.wire.endpoints import Relay
+
+log = logging.getLogger(__name__)
+
+WANTED = 3
+"""Helpers at the same time."""
+DIAL_S = 3.0
+JOIN_S = 6.0
+FIRST_PAUSE_S, MOST_PAUSE_S = 2.0, 120.0
+"""After which a helper that failed is tried again."""
+LOOK_S = 10.0
+"""How often others are looked for while there are too few."""
+RETRY_S = 1.0
+SEEN_S = 0.5
+"""How long a connection is left there to be seen."""
+
+STREAMS, STREAMS_OF_KEY, STREAMS_OF_HOST = 512, 16, 64
+"""That others may have here: in all, of one key, and of one address (as a helper tells it). Each helper has a part."""
+DESCRIPTORS = 3
+"""Of a stream, beside the one that ZeroMQ accepts: to the helper, to ZeroMQ, and of a better way."""
+MESSAGES_PER_S, MESSAGES_AT_ONCE = 50.0, 100.0
+"""Of a helper. It is read no faster, so that one that floods waits, and nobody else."""
+
+TEST_S = 60.0
+"""How often a call through each helper is tried."""
+HELD_S = 120.0
+"""A helper that was there for so long has not failed again when it fails."""
+MOST_WORKED = 32
+UNUSED_S = 900.0
+"""A helper gives way to one that nobody knows yet, if it has brought no call for so long: it may bring only ours."""
+
+
+class Hidden:
+    """Makes a peer reachable through helpers, from `start` on. Thread-safe; it ends with its loop at the latest.
+
+    Args:
+        loop: runs it.
+        identity: of the peer.
+        inside: `tcp://IP:port` where its own ZeroMQ listens, for this process.
+        behind: is told, by host and port of a connection to `inside`, who is at its other end.
+        find: looks up helpers; it may take seconds.
+        changed: called in the loop's thread when `relays` has changed, and must return at once.
+        vouched: whether the user, or a friend, has named a helper: such ones are preferred.
+
+    Attributes:
+        relays: by which the peer can be called now, as a call of its own has shown, those that were there first in
+            front.
+    """
+
+    def __init__(
+        self,
+        loop: WaysLoop,
+        identity: Identity,
+        inside: str,
+        behind: MutableMapping[tuple[str, int], str],
+        find: Callable[[], Sequence[Relay]],
+        changed: Callable[[], object],
+        vouched: Callable[[Relay], bool] = lambda _: False,
+    ) -> None:
+        self._loop = loop
+        self._identity = identity
+        self._inside = inside
+        self._behind = behind
+        self._find = find
+        self._changed = changed
+        self._vouched = vouched
+        streams = max(WANTED, min(STREAMS, most_connections() // 2 // DESCRIPTORS))
+        self._places = Places(streams, key=STREAMS_OF_KEY, host=STREAMS_OF_HOST, relay=streams // WANTED)
+        self._tested: dict[tuple[Relay, bytes], asyncio.Future[None]] = {}
+        """Helpers and keys of calls that this peer makes to itself, and what is told when they have arrived."""
+        self._used_at: dict[Relay, float] = {}
+        """When each helper began, or has brought a call of somebody else for the last time."""
+        self._worked: dict[Relay, None] = {}
+        """Those that have brought such calls, the latest last."""
+        self._keeping: dict[Relay, asyncio.Task[None]] = {}
+        self._answering: set[asyncio.Task[None]] = set()
+        self._pauses: dict[Relay, tuple[float, float]] = {}
+        """Of helpers that failed: until when they are left alone, and how long that is."""
+        self._task: asyncio.Task[None] | None = None
+        self.relays: tuple[Relay, ...] = ()
+
+    def start(self) -> None:
+        """Looks for helpers, now and whenever there are too few. Does nothing if it does already."""
+        if self._task is None:
+            self._task = self._loop.begin(self._run())
+
+    def stop(self) -> bool:
+        """Lets all helpers go, and what goes through them; tells whether it looked for any."""
+        task, self._task = self._task, None
+        if task is not None:
+            self._loop.end(task)
+        return task is not None
+
+    def reached_by(self, address: str, helpers: Sequence[Relay]) -> list[bool]:
+        """What helpers say that try to connect to an address of this machine; takes some seconds at most.
+
+        Their connections stay for a moment, so that what was connected to can tell whether it is true.
+        """
+        asking = [self._loop.run(self._ask(relay, address)) for relay in helpers]
+        wait(asking, timeout=DIAL_S + 2 * JOIN_S)
+        return [said for each in asking if each.done() and not each.cancelled() and (said := each.result()) is not None]
+
+    @property
+    def streams(self) -> int:
+        """Through all helpers."""
+        return self._places.taken
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        found: Sequence[Relay] = ()
+        looked_at = -math.inf
+        try:
+            while True:
+                lacks = self._lacks()
+                often = len(self._keeping) < WANTED
+                if lacks and time.monotonic() - looked_at >= (LOOK_S if often else 6 * LOOK_S):
+                    with suppress(SplitnetError):
+                        found = await loop.run_in_executor(None, self._find)
+                    looked_at = time.monotonic()
+                self._make_room(found)
+                if lacks:
+                    self._begin(found)
+                if self._keeping:
+                    keeping = self._keeping.values()
+                    await asyncio.wait(keeping, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                else:
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            tasks = [*self._keeping.values(), *self._answering]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.relays = ()
+
+    def _begin(self, found: Sequence[Relay]) -> None:
+        now = time.monotonic()
+        self._pauses = {relay: pause for relay, pause in self._pauses.items() if now < pause[0] + MOST_PAUSE_S}
+        while len(self._keeping) < WANTED and (free := self._free(found)):
+            kept = {network_of(relay) for relay in self._keeping}
+            relay = min(free, key=lambda one: (*self._rank(one), network_of(one) in kept, random.random()))
+            task = self._keeping[relay] = asyncio.get_running_loop().create_task(self._keep(relay))
+            task.add_done_callback(lambda _, relay=relay: self._keeping.pop(relay, None))
+
+    def _free(self, found: Sequence[Relay]) -> list[Relay]:
+        """Helpers that may be tried now. What has the key of one that is kept is that one."""
+        now, keys = time.monotonic(), {self._identity.public.raw, *(relay.key for relay in self._keeping)}
+        return [
+            relay
+            for relay in dict.fromkeys(found)
+            if relay.key not in keys and now >= self._pauses.get(relay, (0.0, 0.0))[0]
+        ]
+
+    def _rank(self, relay: Relay) -> tuple[bool, bool, bool]:
+        """Lower is better: named by people whom the user trusts, not known to have failed, known to have worked."""
+        return not self._vouched(relay), relay in self._pauses, relay not in self._worked
+
+    def _lacks(self) -> bool:
+        """Whether there are fewer than wanted, several at one place, or some that bring nothing."""
+        kept = {network_of(relay) for relay in self._keeping}
+        return len(kept) < WANTED or any(self._is_unused(relay) for relay in self._keeping)
+
+    def _is_unused(self, relay: Relay) -> bool:
+        used_at = self._used_at.get(relay)
+        is_old = used_at is not None and time.monotonic() - used_at > UNUSED_S
+        return is_old and not self._places.held("relay", relay) and not self._vouched(relay)
+
+    def _make_room(self, found: Sequence[Relay]) -> None:
+        """Ends one helper that is of least use, if another would be of more."""
+        if len(self._keeping) < WANTED:
+            return
+        free, networks = self._free(found), [network_of(relay) for relay in self._keeping]
+        elsewhere = [relay for relay in free if network_of(relay) not in networks]
+        for relay in reversed(list(self._keeping)):
+            doubled = networks.count(network_of(relay)) > 1 and not self._vouched(relay)
+            if (doubled and elsewhere) or (self._is_unused(relay) and free):
+                self._pauses[relay] = time.monotonic() + MOST_PAUSE_S, MOST_PAUSE_S
+                self._keeping[relay].cancel()
+                return
+
+    async def _keep(self, relay: Relay) -> None:
+        """Is there for calls through a helper, until that is lost."""
+        began = time.monotonic()
+        try:
+            with await dial(relay.address, DIAL_S) as sock:
+                async with asyncio.timeout(JOIN_S):
+                    proof = await prove(sock, self._identity, PublicKey(relay.key), Purpose.RESERVE)
+                    await send(sock, proof, Reserve())
+                    await receive(sock, Reserved)
+                self._used_at[relay] = time.monotonic()
+                await _until_one_ends(_beat(sock), self._hear(relay, sock), self._test(relay))
+        except STREAM_ERRORS as error:
+            log.info("the helper at %s is lost: %s", relay.address, error or "it is silent")
+            before_s = self._pauses.get(relay, (0.0, 0.0))[1] if time.monotonic() - began < HELD_S else 0.0
+            pause_s = min(max(2 * before_s, FIRST_PAUSE_S), MOST_PAUSE_S)
+            self._pauses[relay] = time.monotonic() + pause_s, pause_s
+        finally:
+            self._used_at.pop(relay, None)
+            if relay in self.relays:
+                self._set(tuple(other for other in self.relays if other != relay))
+
+    def _set(self, relays: tuple[Relay, ...]) -> None:
+        self.relays = relays
+        self._changed()
+
+    def _used(self, relay: Relay) -> None:
+        """Somebody else has called through a helper."""
+        if relay in self._used_at:
+            self._used_at[relay] = time.monotonic()
+        self._worked.pop(relay, None)
+        self._worked[relay] = None
+        if len(self._worked) > MOST_WORKED:
+            del self._worked[next(iter(self._worked))]
+
+    async def _hear(self, relay: Relay, sock: socket.socket) -> None:
+        """Takes what a helper says, no faster than it has to say anything."""
+        loop = asyncio.get_running_loop()
+        due = 0.0
+        while True:
+            async with asyncio.timeout(3 * BEAT_S):
+                message = await receive(sock, Beat, Called)
+            if isinstance(message, Called):
+                task = loop.create_task(self._answer(relay, message), name=CARRYING)
+                self._answering.add(task)
+                task.add_done_callback(self._answering.discard)
+            due = max(due, loop.time() - MESSAGES_AT_ONCE / MESSAGES_PER_S) + 1.0 / MESSAGES_PER_S
+            await asyncio.sleep(max(0.0, due - loop.time()))
+
+    async def _test(self, relay: Relay) -> None:
+        """Tries calls through a helper, and names it to others once one has come. Raises one of STREAM_ERRORS."""
+        while True:
+            try:
+                await self._call(relay)
+            except STREAM_ERRORS:
+                if relay not in self.relays:
+                    raise
+                await asyncio.sleep(FIRST_PAUSE_S)
+                await self._call(relay)
+            if relay not in self.relays:
+                self._set((*self.relays, relay))
+            await asyncio.sleep(TEST_S)
+
+    async def _call(self, relay: Relay) -> None:
+        """Calls this peer through a helper, as anybody would, up to the proof of both keys."""
+        try:
+            await self._call_as(relay, Identity.generate())
+        except RefusedError:  # it may know its members alone
+            await self._call_as(relay, self._identity)
+
+    async def _call_as(self, relay: Relay, caller: Identity) -> None:
+        arrived = self._tested[relay, caller.public.raw] = asyncio.get_running_loop().create_future()
+        try:
+            with await dial(relay.address, DIAL_S) as sock:
+                async with asyncio.timeout(JOIN_S):
+                    proof = await prove(sock, caller, PublicKey(relay.key), Purpose.CALL)
+                    await send(sock, proof, Call(self._identity.public.raw, ""))
+                    joined = await receive(sock, Joined)
+                    await send(sock, await prove(sock, caller, self._identity.public, Purpose.TUNNEL, joined.token))
+                    await arrived
+        finally:
+            del self._tested[relay, caller.public.raw]
+
+    async def _ask(self, relay: Relay, address: str) -> bool | None:
+        """Whether a helper connects to an address; None: it does not say."""
+        try:
+            with await dial(relay.address, DIAL_S) as sock:
+                async with asyncio.timeout(JOIN_S):
+                    proof = await prove(sock, self._identity, PublicKey(relay.key), Purpose.TRY)
+                    await send(sock, proof, Try(address))
+                    said = (await receive(sock, Tried)).reached
+                await asyncio.sleep(SEEN_S * said)
+                return said
+        except STREAM_ERRORS as error:
+            log.info("the helper at %s does not try: %s", relay.address, error or "it is silent")
+            return None
+
+    async def _answer(self, relay: Relay, called: Called) -> None:
+        """Takes a call: joins the caller to the ZeroMQ port here."""
+        host = host_and_port(called.seen)[0] if called.seen else ""
+        names = {"key": called.caller, "host": host, "relay": relay}
+        if not self._places.take(**names):
+            return
+        name: tuple[str, int] | None = None
+        try:
+            with await dial(relay.address, DIAL_S) as outer:
+                better: tunnel.Better | None = None
+                try:
+                    async with asyncio.timeout(JOIN_S):
+                        proof = await prove(outer, self._identity, PublicKey(relay.key), Purpose.JOIN)
+                        own = outer.getsockname()[:2]
+                        await send(outer, proof, Join(called.token, address_of(own)))
+                        joined = await receive(outer, Joined)
+                        await meet(outer, self._identity, called.token, only=called.caller)
+                    if (arrived := self._tested.get((relay, called.caller))) is not None:
+                        if not arrived.done():
+                            arrived.set_result(None)
+                        return
+                    self._used(relay)
+                    # Only now: few can be tried at once, and who called has proven its key.
+                    better = asyncio.ensure_future(
+                        punch(own, lines(address_of(own), joined), partial(self._check, called))
+                    )
+                    inside = host_and_port(self._inside)
+                    family = socket.AF_INET6 if ":" in inside[0] else socket.AF_INET
+                    with bound(family, (inside[0], 0), again=False) as inner:
+                        self._behind[name := inner.getsockname()[:2]] = f"{host}, through a helper"
+                        await asyncio.get_running_loop().sock_connect(inner, inside)
+                        await tunnel.join(inner, outer, better, lambda _: None)
+                finally:
+                    tunnel.give_up(better)
+        except STREAM_ERRORS as error:
+            log.debug("a call through %s has ended: %s", relay.address, error or type(error).__name__)
+        finally:
+            self._places.leave(**names)
+            if name is not None:
+                self._behind.pop(name, None)
+
+    async def _check(self, called: Called, sock: socket.socket, claim: Claim) -> None:
+        await meet(sock, self._identity, called.token, only=called.caller)
+        if not claim():
+            raise RefusedError("another stream was faster")
+
+
+def network_of(relay: Relay) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Where a helper is: as a rule, who has one address of it has others."""
+    host = ipaddress.ip_address(host_and_port(relay.address)[0])
+    return ipaddress.ip_network(f"{host}/{24 if host.version == 4 else 48}", strict=False)
+
+
+async def _until_one_ends(*coroutines: Coroutine[Any, Any, None]) -> None:
+    """Runs some beside each other until one ends, or raises."""
+    tasks = [asyncio.ensure_future(each) for each in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _beat(sock: socket.socket) -> None:
+    while True:
+        await asyncio.sleep(BEAT_S)
+        await send(sock, Beat())

@@ -1,0 +1,795 @@
+/* New positions through blocks of the usual parts; see splitnet/blocks/fast/compiled.py.
+
+Numbers are float32 throughout; keys and values are stored as the span computes, in float32 or bfloat16. */
+
+#ifndef SPLITNET_STEP_H
+#define SPLITNET_STEP_H
+
+#include "grouped.h"
+
+#ifdef HAVE_VNNI
+
+/* All fields have 8 bytes: Python writes them as a list of numbers. */
+typedef struct {
+    int64_t kind;
+    const void *weights;
+    const Grouped *description; /* of GROUPED */
+    const float *bias;  /* or NULL */
+    int64_t inputs, outputs;
+} Matrix;
+
+enum norm { NO_NORM, RMS_NORM, LAYER_NORM };
+
+typedef struct {
+    int64_t kind; /* enum norm */
+    const float *weight, *bias; /* the second or NULL */
+    int64_t stride; /* from the weight of a head to that of the next one: 0 where all have the same */
+    double epsilon;
+} Norm;
+
+enum activation { SILU, GELU, GELU_TANH, GELU_QUICK, RELU, RELU_SQUARED, XIELU };
+
+typedef struct {
+    Norm before, after;   /* of what attention takes, and of what it gives */
+    Norm between, behind; /* of what the MLP takes, and of what it gives */
+    Norm query_norm, key_norm;
+    int64_t parallel;       /* the MLP takes what attention takes, or its own norm of it; else what comes out of attention */
+    double residual;        /* by so much attention and MLP are multiplied before they are added */
+    const float *sinks;     /* a logit of each head that takes part in its softmax and sees nothing, or NULL */
+    const float *slopes;    /* of each head: added to a logit for every position (ALiBi), or NULL */
+    const int64_t *places;  /* where query, key and value of one product have the heads of each, or NULL: of three */
+    double scale, cap, clip; /* of logits; these within the cap, and numbers of heads within the clip; or 0 */
+    int64_t heads, stored_heads, size;
+    int64_t value_size; /* of what attention gives for a head */
+    int64_t rank;       /* of the latents of which keys and values are made, or 0: there are none */
+    int64_t absorbed;   /* these are stored, with what is turned of a key in the place of values */
+    int64_t window; /* positions that one may see, or 0: all */
+    int64_t joined; /* query_norm and key_norm are of all heads together */
+    int64_t late;   /* they come after the rotary embedding */
+    int64_t rope;   /* which one, or -1: none */
+    int64_t activation;
+    double shape[4]; /* of XIELU: alpha of what is positive, of the rest, beta, and what is at most taken for the latter */
+    Matrix query, key, value, out; /* query has the heads of all three, where there are places */
+    Matrix gate, up, down; /* of all positions; without weights where there are experts alone. Without up: gate has its outputs,
+too, or without gate: there is none */
+    Matrix opener; /* one number, of whose sigmoid the output of these is multiplied, or without weights */
+    Norm lowered_norm, latent_norm;
+    Matrix lowered; /* what query takes, before its norm, or without weights: what attention takes */
+    Matrix latent;  /* gives latents, before their norm, and what is turned of a key, which all heads share */
+    Matrix expand;  /* gives by head what is not turned of a key, and its value; of floats where latents are stored */
+    int64_t experts, chosen; /* 0: there are none */
+    int64_t sigmoid;         /* what makes scores of logits, else softmax */
+    int64_t normalised;      /* the shares of the chosen experts are made to add up to one */
+    int64_t groups, kept;    /* experts are chosen in `kept` of the groups with the best ones */
+    int64_t judges;          /* how many of a group tell how good it is: one or two */
+    int64_t interleaved;     /* gate and up of an expert take turns, else its gate is above its up */
+    const float *correction; /* added to scores to choose, or NULL */
+    double factor;           /* of shares */
+    double alpha, limit, shift; /* (up + shift) * gate * sigmoid(alpha * gate), of gate and up within the limit */
+    Matrix router, inner, outer; /* biases of the last two: [experts, outputs] */
+} Block;
+
+/* Where a block keeps keys and values of the sequence of a position: [stored heads, capacity, size of one] each. */
+typedef struct {
+    void *keys, *values;
+    int64_t capacity;
+} Store;
+
+typedef struct {
+    float *hidden; /* [count, width], replaced by what comes out */
+    int64_t count;
+    const int64_t *indices; /* of the positions in their stores */
+    const float *cosines, *sines; /* [ropes, count, half] */
+    int64_t half;    /* half of the numbers of a head that rotary embeddings turn: the first ones, of latents the last */
+    enum { APART, ADJACENT, PARTED } order; /* of those that are turned together: half of the others lie between them, or they
+stand side by side, and after they are turned, too, or apart */
+    int stores_floats; /* float32, else bfloat16 */
+    int threads;
+} Step;
+
+/* Cephes' exponential function: error of a unit in the last place. */
+INLINE VNNI __m512 exponential(__m512 x) {
+    const __m512 most = _mm512_set1_ps(88.0f), least = _mm512_set1_ps(-103.0f);
+    x = _mm512_max_ps(least, _mm512_min_ps(most, x)); /* in this order NaN stays */
+    __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 rest = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693359375f), x);
+    rest = _mm512_fnmadd_ps(twos, _mm512_set1_ps(-2.12194440e-4f), rest);
+    __m512 sum = _mm512_set1_ps(1.9875691500e-4f);
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.3981999507e-3f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(8.3334519073e-3f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(4.1665795894e-2f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.6666665459e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.0000001201e-1f));
+    sum = _mm512_fmadd_ps(_mm512_mul_ps(rest, rest), sum, _mm512_add_ps(rest, _mm512_set1_ps(1)));
+    return _mm512_scalef_ps(sum, twos);
+}
+
+INLINE VNNI __m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+INLINE VNNI __m512 tangent(__m512 x) { /* hyperbolic */
+    return _mm512_fmsub_ps(_mm512_set1_ps(2), sigmoid(_mm512_add_ps(x, x)), _mm512_set1_ps(1));
+}
+
+/* Of a head or of more; `head`: which one. */
+INLINE VNNI void normalise(const Norm *norm, const float *from, float *to, int64_t width, int64_t head) {
+    const float *weight = norm->weight + head * norm->stride;
+    __m512 squares = _mm512_setzero_ps(), mean = _mm512_setzero_ps();
+    if (norm->kind == LAYER_NORM) {
+        for (int64_t i = 0; i < width; i += 16) mean = _mm512_add_ps(mean, _mm512_maskz_loadu_ps(some_of(width - i), from + i));
+        mean = _mm512_set1_ps(_mm512_reduce_add_ps(mean) / (float)width);
+    }
+    for (int64_t i = 0; i < width; i += 16) {
+        __mmask16 mask = some_of(width - i);
+        __m512 values = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, from + i), mean);
+        squares = _mm512_fmadd_ps(values, values, squares);
+    }
+    __m512 factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)width + (float)norm->epsilon));
+    for (int64_t i = 0; i < width; i += 16) {
+        __mmask16 mask = some_of(width - i);
+        __m512 values = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, from + i), mean), factor);
+        values = _mm512_mul_ps(values, _mm512_maskz_loadu_ps(mask, weight + i));
+        if (norm->bias) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, norm->bias + head * norm->stride + i));
+        _mm512_mask_storeu_ps(to + i, mask, values);
+    }
+}
+
+VNNI static void normalise_rows(const Norm *norm, const float *from, float *to, int64_t rows, int64_t width) {
+    if (norm->kind == NO_NORM && from != to) memcpy(to, from, rows * width * sizeof(float));
+    for (int64_t row = 0; norm->kind != NO_NORM && row < rows; row++)
+        normalise(norm, from + row * width, to + row * width, width, 0);
+}
+
+/* Rotary embedding (Su et al., "RoFormer", arXiv:2104.09864). */
+INLINE VNNI void turn(float *head, const float *cosines, const float *sines, const Step *step) {
+    int64_t half = step->half;
+    if (step->order != APART) {
+        int parted = step->order == PARTED;
+        float seconds[half + 1];
+        for (int64_t i = 0; i < half; i++) {
+            float first = head[2 * i], second = head[2 * i + 1];
+            seconds[i] = second * cosines[i] + first * sines[i];
+            head[parted ? i : 2 * i] = first * cosines[i] - second * sines[i];
+        }
+        for (int64_t i = 0; i < half; i++) head[parted ? half + i : 2 * i + 1] = seconds[i];
+        return;
+    }
+    for (int64_t i = 0; i < half; i += 16) {
+        __mmask16 mask = some_of(half - i);
+        __m512 first = _mm512_maskz_loadu_ps(mask, head + i), second = _mm512_maskz_loadu_ps(mask, head + half + i);
+        __m512 cosine = _mm512_maskz_loadu_ps(mask, cosines + i), sine = _mm512_maskz_loadu_ps(mask, sines + i);
+        _mm512_mask_storeu_ps(head + i, mask, _mm512_fmsub_ps(first, cosine, _mm512_mul_ps(second, sine)));
+        _mm512_mask_storeu_ps(head + half + i, mask, _mm512_fmadd_ps(second, cosine, _mm512_mul_ps(first, sine)));
+    }
+}
+
+INLINE VNNI __m512 stored(const void *from, int64_t at, int floats) {
+    if (floats) return _mm512_loadu_ps((const float *)from + at);
+    __m256i halves = _mm256_loadu_si256((const __m256i *)((const uint16_t *)from + at));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+INLINE VNNI void store(void *to, int64_t at, const float *values, int64_t size, int floats) {
+    if (floats) {
+        memcpy((float *)to + at, values, size * sizeof(float));
+        return;
+    }
+    for (int64_t i = 0; i < size; i++) {
+        uint32_t bits;
+        memcpy(&bits, values + i, sizeof bits);
+        int special = (bits & 0x7f800000) == 0x7f800000; /* which rounding could make a number of */
+        ((uint16_t *)to)[at + i] = (bits + (special ? 0 : 0x7fff + (bits >> 16 & 1))) >> 16;
+    }
+}
+
+/* Keys, in one part or in two, and values, as some heads of queries see them. */
+typedef struct {
+    const void *keys, *rests, *values; /* the second or NULL */
+    int64_t size, rest, value_size; /* numbers of each */
+    int64_t first;                  /* where the sequence begins in them, in positions */
+} Seen;
+
+/* What one position sees with the `group` heads of queries from `head` on. `scores`: [heads, reach]. */
+INLINE VNNI void attend(const Block *block, const Seen *seen, const Step *step, int64_t position, int64_t head, int64_t group,
+                        const float *queries, float *mixed, float *scores, int floats) {
+    int64_t size = seen->size, rest = seen->rest, end = step->indices[position] + 1;
+    int64_t begin = block->window && end > block->window ? end - block->window : 0, reach = end - begin;
+    int64_t first = seen->first + begin;
+    __m512 scale = _mm512_set1_ps((float)block->scale), cap = _mm512_set1_ps((float)block->cap);
+    for (int64_t index = 0; index < reach; index++)
+        for (int64_t query = 0; query < group; query++) {
+            const float *own = queries + query * (size + rest);
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t i = 0; i < size; i += 16)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(own + i), stored(seen->keys, (first + index) * size + i, floats), sum);
+            for (int64_t i = 0; i < rest; i += 16)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(own + size + i), stored(seen->rests, (first + index) * rest + i, floats),
+                                      sum);
+            scores[query * reach + index] = _mm512_reduce_add_ps(sum);
+        }
+    for (int64_t query = 0; query < group; query++) {
+        float *score = scores + query * reach;
+        if (block->cap > 0)
+            for (int64_t i = 0; i < reach; i += 16) {
+                __mmask16 mask = some_of(reach - i);
+                __m512 part = _mm512_div_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, score + i), scale), cap);
+                _mm512_mask_storeu_ps(score + i, mask, _mm512_div_ps(_mm512_mul_ps(tangent(part), cap), scale));
+            }
+        if (block->slopes)
+            for (int64_t i = 0; i < reach; i++)
+                score[i] += block->slopes[head + query] / (float)block->scale * (float)(i - reach + 1);
+        __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+        for (int64_t i = 0; i < reach; i += 16) {
+            __mmask16 mask = some_of(reach - i);
+            most = _mm512_mask_max_ps(most, mask, most, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, score + i), scale));
+        }
+        float sink = block->sinks ? block->sinks[head + query] : -INFINITY;
+        __m512 largest = _mm512_max_ps(_mm512_set1_ps(sink), _mm512_set1_ps(_mm512_reduce_max_ps(most)));
+        for (int64_t i = 0; i < reach; i += 16) {
+            __mmask16 mask = some_of(reach - i);
+            __m512 weight = _mm512_maskz_loadu_ps(mask, score + i);
+            weight = _mm512_maskz_mov_ps(mask, exponential(_mm512_fmsub_ps(weight, scale, largest)));
+            total = _mm512_add_ps(total, weight);
+            _mm512_mask_storeu_ps(score + i, mask, weight);
+        }
+        if (block->sinks) {
+            __m512 weight = exponential(_mm512_sub_ps(_mm512_set1_ps(sink), largest));
+            total = _mm512_add_ps(total, _mm512_maskz_mov_ps(1, weight));
+        }
+        __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+        for (int64_t i = 0, width = seen->value_size; i < width; i += 64) {
+            __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+            int64_t vectors = width - i >= 64 ? 4 : (width - i) / 16;
+            for (int64_t index = 0; index < reach; index++) {
+                __m512 weight = _mm512_set1_ps(score[index]);
+                for (int64_t vector = 0; vector < vectors; vector++) {
+                    __m512 values = stored(seen->values, (first + index) * width + i + vector * 16, floats);
+                    sums[vector] = _mm512_fmadd_ps(weight, values, sums[vector]);
+                }
+            }
+            for (int64_t vector = 0; vector < vectors; vector++)
+                _mm512_storeu_ps(mixed + query * width + i + vector * 16, _mm512_mul_ps(sums[vector], share));
+        }
+    }
+}
+
+/* Some rows of floats, each of `width` numbers, as many as a sum takes at a time. */
+#define ROWS 4
+
+/* The sum of rows, each times its factor. */
+INLINE VNNI void add_rows(const void *rows, int64_t at, int64_t count, int64_t width, const float *factors, float *sums, int floats) {
+    memset(sums, 0, width * sizeof(float));
+    for (int64_t row = 0; row < count; row += ROWS)
+        for (int64_t i = 0; i < width; i += 16) {
+            __m512 sum = _mm512_loadu_ps(sums + i);
+            for (int64_t one = row; one < row + ROWS; one++)
+                sum = _mm512_fmadd_ps(_mm512_set1_ps(factors[one]), stored(rows, at + one * width + i, floats), sum);
+            _mm512_storeu_ps(sums + i, sum);
+        }
+}
+
+/* The products of rows with one vector. */
+INLINE VNNI void multiply_rows(const void *rows, int64_t at, int64_t count, int64_t width, const float *vector, float *products,
+                               int floats) {
+    for (int64_t row = 0; row < count; row += ROWS) {
+        __m512 sums[ROWS] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t i = 0; i < width; i += 16) {
+            __m512 part = _mm512_loadu_ps(vector + i);
+            for (int64_t one = 0; one < ROWS; one++)
+                sums[one] = _mm512_fmadd_ps(part, stored(rows, at + (row + one) * width + i, floats), sums[one]);
+        }
+        for (int64_t one = 0; one < ROWS; one++) products[row + one] = _mm512_reduce_add_ps(sums[one]);
+    }
+}
+
+/* Products of the same rows with some matrices; what these take is made of rows once. */
+INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products, int many, const float *rows,
+                          const Quantised *room, const Step *step) {
+    static const Kernel kernels[] = {float32_vnni, bfloat16_vnni, float16_vnni};
+    enum taken taken = AS_FLOATS;
+    Quantised numbers = *room;
+    for (int index = 0; index < many; index++) {
+        const Matrix *matrix = matrices[index];
+        Job job = {
+            .weights = matrix->weights,
+            .rows = rows,
+            .products = products[index],
+            .count = step->count,
+            .inputs = matrix->inputs,
+            .outputs = matrix->outputs,
+            .threads = step->threads,
+        };
+        const Grouped *weight = matrix->kind == GROUPED ? matrix->description : NULL;
+        enum taken wanted = weight != NULL ? taken_by(weight) : AS_FLOATS;
+        if (wanted != AS_FLOATS && wanted != taken) take_rows(taken = wanted, rows, job.count, job.inputs, &numbers);
+        if (weight != NULL) {
+            GroupedJob grouped = {
+                .weight = weight,
+                .rows = rows,
+                .products = job.products,
+                .count = job.count,
+                .stride = job.inputs,
+                .pitch = job.outputs,
+                .threads = job.threads,
+            };
+            Run all = {.tiles = matrix->weights, .row = 0, .count = job.count};
+            run_grouped(&grouped, &numbers, &all, 1, 0);
+        } else {
+            run(kernels[matrix->kind], &job, &numbers, job.outputs, BLOCK);
+        }
+        if (matrix->bias != NULL)
+            for (int64_t row = 0; row < job.count; row++)
+                for (int64_t i = 0; i < job.outputs; i++) job.products[row * job.outputs + i] += matrix->bias[i];
+    }
+}
+
+INLINE VNNI void add(float *to, const float *from, int64_t count, float share) {
+    __m512 factor = _mm512_set1_ps(share);
+    for (int64_t i = 0; i < count; i += 16) {
+        __mmask16 mask = some_of(count - i);
+        __m512 sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, from + i), factor, _mm512_maskz_loadu_ps(mask, to + i));
+        _mm512_mask_storeu_ps(to + i, mask, sum);
+    }
+}
+
+/* The error function by 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions": within 1.5e-7. */
+INLINE VNNI __m512 error_function(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1), size = _mm512_abs_ps(x);
+    __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), size, one));
+    __m512 sum = _mm512_set1_ps(1.061405429f);
+    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(-1.453152027f));
+    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(1.421413741f));
+    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(-0.284496736f));
+    sum = _mm512_mul_ps(_mm512_fmadd_ps(sum, t, _mm512_set1_ps(0.254829592f)), t);
+    __m512 found = _mm512_fnmadd_ps(sum, exponential(_mm512_fnmadd_ps(x, x, _mm512_setzero_ps())), one);
+    return _mm512_mask_sub_ps(found, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps(), found);
+}
+
+/* Expert Curvature-adapted ELU (Huang and Schlag, "Deriving Activation Functions Using Integration", arXiv:2411.13010). */
+INLINE VNNI __m512 xielu(__m512 x, const double *shape) {
+    __m512 linear = _mm512_mul_ps(x, _mm512_set1_ps((float)shape[2])), positive = _mm512_set1_ps((float)shape[0]);
+    __m512 bent = exponential(_mm512_min_ps(_mm512_set1_ps((float)shape[3]), x));
+    bent = _mm512_sub_ps(_mm512_sub_ps(bent, _mm512_set1_ps(1)), x);
+    bent = _mm512_fmadd_ps(bent, _mm512_set1_ps((float)shape[1]), linear);
+    __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_mask_mov_ps(bent, above, _mm512_fmadd_ps(_mm512_mul_ps(positive, x), x, linear));
+}
+
+INLINE VNNI __m512 activate(__m512 x, enum activation kind, const double *shape) {
+    const __m512 half = _mm512_set1_ps(0.5f), nothing = _mm512_setzero_ps();
+    switch (kind) {
+    case GELU: {
+        __m512 error = error_function(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f)));
+        return _mm512_mul_ps(_mm512_mul_ps(x, half), _mm512_add_ps(error, _mm512_set1_ps(1)));
+    }
+    case GELU_TANH: {
+        __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1));
+        return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(_mm512_mul_ps(x, inner), _mm512_set1_ps(1.59576912f))));
+    }
+    case GELU_QUICK: return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(x, _mm512_set1_ps(1.702f))));
+    case RELU: return _mm512_max_ps(nothing, x); /* in this order NaN stays */
+    case RELU_SQUARED: return _mm512_mul_ps(_mm512_max_ps(nothing, x), _mm512_max_ps(nothing, x));
+    case XIELU: return xielu(x, shape);
+    default: return _mm512_mul_ps(x, sigmoid(x));
+    }
+}
+
+/* The activation of the gate, times what it lets through, or alone where `up` is NULL. `to` may be `gate`. */
+INLINE VNNI void open_as(const float *gate, const float *up, float *to, int64_t count, enum activation kind, const double *shape) {
+    for (int64_t i = 0; i < count; i += 16) {
+        __mmask16 mask = some_of(count - i);
+        __m512 value = activate(_mm512_maskz_loadu_ps(mask, gate + i), kind, shape);
+        if (up != NULL) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, up + i));
+        _mm512_mask_storeu_ps(to + i, mask, value);
+    }
+}
+
+VNNI static void open_gate(const Block *block, const float *gate, const float *up, float *to, int64_t count) {
+    switch (block->activation) { /* so that the kind is known where it is compiled */
+    case SILU: open_as(gate, up, to, count, SILU, NULL); break;
+    case GELU: open_as(gate, up, to, count, GELU, NULL); break;
+    case GELU_TANH: open_as(gate, up, to, count, GELU_TANH, NULL); break;
+    default: open_as(gate, up, to, count, (enum activation)block->activation, block->shape);
+    }
+}
+
+/* The same of an expert, as its family has it. `inner`: its gate and its up. */
+VNNI static void open_expert(const Block *block, const float *inner, float *gated, int64_t count) {
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512 limit = _mm512_set1_ps((float)block->limit), least = _mm512_set1_ps(-(float)block->limit);
+    for (int64_t i = 0; i < count; i += 16) {
+        __mmask16 mask = some_of(count - i);
+        __m512 gate, up;
+        if (block->interleaved) {
+            __m512 first = _mm512_maskz_loadu_ps(some_of(2 * (count - i)), inner + 2 * i);
+            __m512 second = _mm512_maskz_loadu_ps(some_of(2 * (count - i) - 16), inner + 2 * i + 16);
+            gate = _mm512_permutex2var_ps(first, evens, second);
+            up = _mm512_permutex2var_ps(first, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), second);
+        } else {
+            gate = _mm512_maskz_loadu_ps(mask, inner + i), up = _mm512_maskz_loadu_ps(mask, inner + count + i);
+        }
+        gate = _mm512_min_ps(limit, gate), up = _mm512_max_ps(least, _mm512_min_ps(limit, up)); /* so that NaN stays */
+        gate = _mm512_mul_ps(gate, sigmoid(_mm512_mul_ps(gate, _mm512_set1_ps((float)block->alpha))));
+        gate = _mm512_mul_ps(gate, _mm512_add_ps(up, _mm512_set1_ps((float)block->shift)));
+        _mm512_mask_storeu_ps(gated + i, mask, gate);
+    }
+}
+
+/* What an expert computes: a position, of which its product counts by so much. */
+typedef struct {
+    int64_t position;
+    float share;
+} Chosen;
+
+INLINE VNNI int64_t best_of(const float *values, int64_t count) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < count; i++) best = values[i] > values[best] ? i : best;
+    return best;
+}
+
+/* Leaves the groups of experts whose best, or two best, make the most. */
+static void keep_groups(const Block *block, float *scores) {
+    int64_t size = block->experts / block->groups;
+    for (int64_t out = block->groups - block->kept; out > 0; out--) {
+        float least = INFINITY;
+        int64_t worst = 0;
+        for (int64_t group = 0; group < block->groups; group++) {
+            float first = -INFINITY, second = -INFINITY;
+            for (const float *score = scores + group * size; score < scores + (group + 1) * size; score++) {
+                if (*score > first) second = first, first = *score;
+                else if (*score > second) second = *score;
+            }
+            float total = block->judges == 2 ? first + second : first;
+            if (first > -INFINITY && total < least) least = total, worst = group;
+        }
+        for (int64_t i = worst * size; i < (worst + 1) * size; i++) scores[i] = -INFINITY;
+    }
+}
+
+/* The best experts of a position; replaces the logits by their scores. `ranks`: room for as many. */
+VNNI static void choose_experts(const Block *block, float *logits, float *ranks, int64_t position, Chosen *chosen,
+                                int64_t *experts) {
+    float most = -INFINITY, total = 0, kept = 0;
+    for (int64_t i = 0; i < block->experts; i++) most = logits[i] > most ? logits[i] : most;
+    for (int64_t i = 0; i < block->experts; i += 16) {
+        __mmask16 mask = some_of(block->experts - i);
+        __m512 values = _mm512_maskz_loadu_ps(mask, logits + i);
+        values = block->sigmoid ? sigmoid(values) : exponential(_mm512_sub_ps(values, _mm512_set1_ps(most)));
+        total += _mm512_reduce_add_ps(_mm512_maskz_mov_ps(mask, values));
+        _mm512_mask_storeu_ps(logits + i, mask, values);
+    }
+    for (int64_t i = 0; i < block->experts; i++) {
+        if (!block->sigmoid) logits[i] /= total;
+        ranks[i] = block->correction ? logits[i] + block->correction[i] : logits[i];
+    }
+    if (block->kept < block->groups) keep_groups(block, ranks);
+    for (int64_t index = 0; index < block->chosen; index++) {
+        int64_t best = best_of(ranks, block->experts);
+        chosen[index] = (Chosen){.position = position, .share = logits[best]};
+        experts[index] = best;
+        kept += logits[best];
+        ranks[best] = -INFINITY;
+    }
+    for (int64_t index = 0; index < block->chosen; index++)
+        chosen[index].share *= (float)block->factor / (block->normalised ? kept : 1);
+}
+
+/* Products of rows with the weights of their experts, which are sorted. */
+VNNI static void multiply_by_expert(const Matrix *matrix, const int64_t *experts, int64_t held, int64_t pairs, const float *rows,
+                                    float *products, const Quantised *room, Run *runs, int threads) {
+    const Grouped *weight = matrix->description;
+    int64_t expert_bytes = parts_of(weight->outputs, TILE) * weight->tile_bytes;
+    int64_t many = find_runs(matrix->weights, expert_bytes, experts, held, pairs, runs);
+    Quantised numbers = *room;
+    take_rows(taken_by(weight), rows, pairs, matrix->inputs, &numbers);
+    GroupedJob job = {.weight = weight,
+                      .rows = rows,
+                      .products = products,
+                      .count = pairs,
+                      .stride = matrix->inputs,
+                      .pitch = matrix->outputs,
+                      .threads = threads};
+    run_grouped(&job, &numbers, runs, many, 0);
+    for (int64_t pair = 0; matrix->bias != NULL && pair < pairs; pair++)
+        add(products + pair * matrix->outputs, matrix->bias + experts[pair] * matrix->outputs, matrix->outputs, 1);
+}
+
+/* Adds to `sums` what the experts of each position make of it. `memory`: see `memory_of_experts`. */
+VNNI static void run_experts(const Block *block, const Step *step, const float *normed, float *sums, const Quantised *room,
+                             char *memory) {
+    int64_t pairs = step->count * block->chosen, width = block->router.inputs, between = block->outer.inputs;
+    Chosen *chosen = (Chosen *)memory;
+    Run *runs = (Run *)(chosen + pairs);
+    int64_t *experts = (int64_t *)(runs + pairs);
+    float *logits = (float *)(experts + pairs), *rows = logits + step->count * block->experts;
+    float *inner = rows + pairs * width, *gated = inner + pairs * 2 * between, *outer = gated + pairs * between;
+    float *ranks = outer + pairs * width;
+    multiply((const Matrix *[]){&block->router}, (float *[]){logits}, 1, normed, room, step);
+    for (int64_t position = 0; position < step->count; position++)
+        choose_experts(block, logits + position * block->experts, ranks, position, chosen + position * block->chosen,
+                       experts + position * block->chosen);
+    for (int64_t pair = 1; pair < pairs; pair++) { /* few: sorted where they are */
+        Chosen one = chosen[pair];
+        int64_t expert = experts[pair];
+        int64_t at = pair;
+        for (; at > 0 && experts[at - 1] > expert; at--) {
+            chosen[at] = chosen[at - 1];
+            experts[at] = experts[at - 1];
+        }
+        chosen[at] = one;
+        experts[at] = expert;
+    }
+    for (int64_t pair = 0; pair < pairs; pair++)
+        memcpy(rows + pair * width, normed + chosen[pair].position * width, width * sizeof(float));
+    multiply_by_expert(&block->inner, experts, block->experts, pairs, rows, inner, room, runs, step->threads);
+    for (int64_t pair = 0; pair < pairs; pair++)
+        open_expert(block, inner + pair * 2 * between, gated + pair * between, between);
+    multiply_by_expert(&block->outer, experts, block->experts, pairs, gated, outer, room, runs, step->threads);
+    for (int64_t pair = 0; pair < pairs; pair++)
+        add(sums + chosen[pair].position * width, outer + pair * width, width, chosen[pair].share);
+}
+
+static size_t memory_of_experts(const Block *block, int64_t count) {
+    size_t pairs = count * block->chosen, width = block->router.inputs, between = block->outer.inputs;
+    size_t floats = (count + 1) * block->experts + pairs * (2 * width + 3 * between);
+    return pairs * (sizeof(Chosen) + sizeof(Run) + sizeof(int64_t)) + floats * sizeof(float);
+}
+
+/* Heads of a position, as they are before they are turned or stored, and `norm` where it comes before that. */
+INLINE VNNI void prepare_heads(const Block *block, const Norm *norm, float *heads, int64_t many, int64_t size) {
+    int64_t count = many * size;
+    if (norm->kind != NO_NORM && block->joined) normalise(norm, heads, heads, count, 0);
+    const __m512 clip = _mm512_set1_ps((float)block->clip), least = _mm512_set1_ps(-(float)block->clip);
+    for (int64_t i = 0; block->clip > 0 && i < count; i += 16)
+        _mm512_storeu_ps(heads + i, _mm512_max_ps(least, _mm512_min_ps(clip, _mm512_loadu_ps(heads + i))));
+    if (norm->kind == NO_NORM || block->joined || block->late) return;
+    for (int64_t head = 0; head < many; head++) normalise(norm, heads + head * size, heads + head * size, size, head);
+}
+
+INLINE VNNI void turn_heads(const Block *block, const Norm *norm, float *heads, int64_t many, int64_t size, int64_t position,
+                            const Step *step) {
+    int64_t at = (block->rope * step->count + position) * step->half;
+    int64_t first = block->rank ? size - 2 * step->half : 0;
+    for (int64_t head = 0; block->rope >= 0 && head < many; head++)
+        turn(heads + head * size + first, step->cosines + at, step->sines + at, step);
+    for (int64_t head = 0; block->late && norm->kind != NO_NORM && head < many; head++)
+        normalise(norm, heads + head * size, heads + head * size, size, head);
+}
+
+/* Heads of queries that share what they read of stored latents. */
+#define TOGETHER 4
+
+static int64_t room_to_absorb(const Block *block) {
+    return block->absorbed ? TOGETHER * (2 * block->rank + block->latent.outputs - block->rank) : 0;
+}
+
+/* As `attend`, where latents are stored: queries become ones for these, and what is seen of them becomes values. */
+VNNI static void attend_to_latents(const Block *block, const Store *where, const Step *step, int64_t position, int64_t head,
+                                   int64_t group, const float *queries, float *mixed, float *scores, float *room) {
+    int64_t rank = block->rank, rest = block->latent.outputs - rank, plain = block->size - rest, width = block->value_size;
+    int wide = block->expand.kind == FLOAT32;
+    const void *expand = block->expand.weights;
+    float *own = room, *found = room + group * (rank + rest);
+    for (int64_t query = 0; query < group; query++) {
+        const float *from = queries + query * block->size;
+        float *to = own + query * (rank + rest);
+        int64_t at = (head + query) * (plain + width) * rank;
+        if (wide) add_rows(expand, at, plain, rank, from, to, 1);
+        else add_rows(expand, at, plain, rank, from, to, 0);
+        memcpy(to + rank, from + plain, rest * sizeof(float));
+    }
+    Seen seen = {.keys = where->keys, .rests = where->values, .values = where->keys, .size = rank, .rest = rest, .value_size = rank};
+    if (step->stores_floats) attend(block, &seen, step, position, head, group, own, found, scores, 1);
+    else attend(block, &seen, step, position, head, group, own, found, scores, 0);
+    for (int64_t query = 0; query < group; query++) {
+        int64_t at = ((head + query) * (plain + width) + plain) * rank;
+        if (wide) multiply_rows(expand, at, width, rank, found + query * rank, mixed + query * width, 1);
+        else multiply_rows(expand, at, width, rank, found + query * rank, mixed + query * width, 0);
+    }
+}
+
+typedef struct {
+    const Block *block;
+    const Store *stores;
+    const Step *step;
+    const float *queries;
+    float *mixed, *scores; /* for each thread `room` numbers */
+    int64_t room, threads;
+} Attention;
+
+VNNI static void attend_some(const void *given, int64_t thread) {
+    const Attention *all = given;
+    const Block *block = all->block;
+    const Step *step = all->step;
+    int64_t size = block->size, width = block->value_size;
+    int64_t group = block->absorbed ? TOGETHER : block->heads / block->stored_heads;
+    int64_t units = step->count * ((block->heads + group - 1) / group);
+    float *own = all->scores + thread * all->room;
+    for (int64_t unit = thread; unit < units; unit += all->threads) {
+        int64_t position = unit % step->count, shared = unit / step->count, head = shared * group;
+        int64_t at = position * block->heads + head;
+        const Store *where = all->stores + position;
+        const float *queries = all->queries + at * size;
+        float *mixed = all->mixed + at * width;
+        if (block->absorbed) {
+            int64_t many = block->heads - head < group ? block->heads - head : group;
+            attend_to_latents(block, where, step, position, head, many, queries, mixed, own + room_to_absorb(block), own);
+            continue;
+        }
+        Seen seen = {.keys = where->keys, .values = where->values, .size = size, .value_size = width,
+                     .first = shared * where->capacity};
+        if (step->stores_floats) attend(block, &seen, step, position, head, group, queries, mixed, own, 1);
+        else attend(block, &seen, step, position, head, group, queries, mixed, own, 0);
+    }
+}
+
+/* `scores`: for each thread `room` numbers. */
+VNNI static void attend_all(const Block *block, const Store *stores, const Step *step, float *queries, float *keys,
+                            float *values, float *mixed, float *scores, int64_t room) {
+    static const Norm none = {.kind = NO_NORM};
+    int64_t size = block->size, width = block->value_size;
+    int64_t key_size = block->absorbed ? block->rank : size;
+    int64_t value_size = block->absorbed ? block->latent.outputs - block->rank : width;
+    for (int64_t position = 0; position < step->count; position++) {
+        float *query = queries + position * block->heads * size, *key = keys + position * block->stored_heads * key_size;
+        float *value = values + position * block->stored_heads * value_size;
+        prepare_heads(block, &block->query_norm, query, block->heads, size);
+        prepare_heads(block, &block->key_norm, key, block->stored_heads, key_size);
+        prepare_heads(block, &none, value, block->stored_heads, value_size);
+        turn_heads(block, &block->query_norm, query, block->heads, size, position, step);
+        if (block->absorbed) turn_heads(block, &none, value, 1, value_size, position, step);
+        else turn_heads(block, &block->key_norm, key, block->stored_heads, size, position, step);
+        for (int64_t head = 0; head < block->stored_heads; head++) {
+            int64_t at = head * stores[position].capacity + step->indices[position];
+            store(stores[position].keys, at * key_size, key + head * key_size, key_size, step->stores_floats);
+            store(stores[position].values, at * value_size, value + head * value_size, value_size, step->stores_floats);
+        }
+    }
+    Attention all = {block, stores, step, queries, mixed, scores, room, step->threads < 1 ? 1 : step->threads};
+    run_parts(attend_some, &all, all.threads, all.threads);
+}
+
+/* Query, key and value of normed positions, in a block with latents. Where these are stored, they are the keys, and the values what is turned of a key.
+`latents`: room for them. */
+VNNI static void make_latent_heads(const Block *block, const Step *step, const float *normed, float *product, float *latents,
+                                   float *queries, float *keys, float *values, const Quantised *room) {
+    int64_t heads = block->heads, size = block->size, width = block->value_size, count = step->count;
+    int64_t rank = block->rank, rest = block->latent.outputs - rank, plain = size - rest;
+    if (block->lowered.weights != NULL) {
+        multiply((const Matrix *[]){&block->lowered}, (float *[]){product}, 1, normed, room, step);
+        normalise_rows(&block->lowered_norm, product, product, count, block->lowered.outputs);
+        multiply((const Matrix *[]){&block->query}, (float *[]){queries}, 1, product, room, step);
+    } else multiply((const Matrix *[]){&block->query}, (float *[]){queries}, 1, normed, room, step);
+    multiply((const Matrix *[]){&block->latent}, (float *[]){product}, 1, normed, room, step);
+    for (int64_t row = 0; row < count; row++) {
+        const float *given = product + row * (rank + rest);
+        normalise_rows(&block->latent_norm, given, (block->absorbed ? keys : latents) + row * rank, 1, rank);
+        if (block->absorbed) memcpy(values + row * rest, given + rank, rest * sizeof(float));
+        for (int64_t head = 0; !block->absorbed && head < heads; head++)
+            memcpy(keys + (row * heads + head) * size + plain, given + rank, rest * sizeof(float));
+    }
+    if (block->absorbed) return;
+    multiply((const Matrix *[]){&block->expand}, (float *[]){product}, 1, latents, room, step);
+    for (int64_t head = 0; head < count * heads; head++) {
+        const float *given = product + head * (plain + width);
+        memcpy(keys + head * size, given, plain * sizeof(float));
+        memcpy(values + head * width, given + plain, width * sizeof(float));
+    }
+}
+
+/* Query, key and value of normed positions. `product`: room for all three. */
+VNNI static void make_heads(const Block *block, const Step *step, const float *normed, float *product, float *queries,
+                            float *keys, float *values, const Quantised *room) {
+    int64_t size = block->size, width = block->query.outputs;
+    if (block->places == NULL) {
+        multiply((const Matrix *[]){&block->query, &block->key, &block->value}, (float *[]){queries, keys, values}, 3, normed,
+                 room, step);
+        return;
+    }
+    multiply((const Matrix *[]){&block->query}, (float *[]){product}, 1, normed, room, step);
+    float *to[] = {queries, keys, values};
+    int64_t many[] = {block->heads, block->stored_heads, block->stored_heads};
+    for (int64_t row = 0; row < step->count; row++) {
+        const int64_t *place = block->places;
+        for (int64_t of = 0; of < 3; of++)
+            for (int64_t head = 0; head < many[of]; head++, place++)
+                memcpy(to[of] + (row * many[of] + head) * size, product + row * width + *place * size, size * sizeof(float));
+    }
+}
+
+/* What the MLP that all positions run through makes of normed ones. `inner`: room for its gate and its up. */
+VNNI static void run_mlp(const Block *block, const Step *step, const float *normed, float *product, float *inner,
+                         const Quantised *room) {
+    int64_t between = block->down.inputs, width = block->down.outputs, count = step->count;
+    if (block->gate.weights == NULL) {
+        multiply((const Matrix *[]){&block->up}, (float *[]){inner}, 1, normed, room, step);
+        open_gate(block, inner, NULL, inner, count * between);
+    } else if (block->up.weights == NULL) {
+        multiply((const Matrix *[]){&block->gate}, (float *[]){inner}, 1, normed, room, step);
+        for (int64_t row = 0; row < count; row++) {
+            const float *gate = inner + row * 2 * between;
+            open_gate(block, gate, gate + between, inner + row * between, between);
+        }
+    } else {
+        float *up = inner + count * between;
+        multiply((const Matrix *[]){&block->gate, &block->up}, (float *[]){inner, up}, 2, normed, room, step);
+        open_gate(block, inner, up, inner, count * between);
+    }
+    multiply((const Matrix *[]){&block->down}, (float *[]){product}, 1, inner, room, step);
+    if (block->opener.weights == NULL) return;
+    multiply((const Matrix *[]){&block->opener}, (float *[]){inner}, 1, normed, room, step);
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t i = 0; i < width; i++) product[row * width + i] /= 1 + expf(-inner[row]);
+}
+
+/* Runs the positions through the blocks. `stores`: [blocks, positions]. Gives 0 where there is no memory for it. */
+VNNI static int run_blocks(const Block *blocks, int64_t many, const Store *stores, const Step *step) {
+    int64_t count = step->count, most = 1, widest = 0, attention = 0, between = 0, rows = count, of_expert = 0, own = 0;
+    size_t of_experts = 0;
+    for (int64_t i = 0; i < count; i++) most = step->indices[i] + 1 > most ? step->indices[i] + 1 : most;
+    for (int64_t i = 0; i < many; i++) {
+        const Block *block = blocks + i;
+        int64_t heads = block->heads * block->size, fused = block->places == NULL ? 0 : block->query.outputs;
+        attention = heads > attention ? heads : attention;
+        heads = block->heads * block->value_size > block->rank ? block->heads * block->value_size : block->rank;
+        attention = heads > attention ? heads : attention;
+        between = block->down.inputs > between ? block->down.inputs : between;
+        widest = fused > widest ? fused : widest;
+        int64_t latent[] = {block->out.outputs, block->lowered.outputs, block->latent.outputs, block->expand.outputs};
+        for (int64_t one = 0; one < 4; one++) widest = latent[one] > widest ? latent[one] : widest;
+        int64_t needed_here = (block->absorbed ? TOGETHER : block->heads / block->stored_heads) * most + room_to_absorb(block);
+        own = needed_here > own ? needed_here : own;
+        if (!block->experts) continue;
+        size_t needed = memory_of_experts(block, count);
+        of_experts = needed > of_experts ? needed : of_experts;
+        rows = count * block->chosen > rows ? count * block->chosen : rows;
+        of_expert = block->outer.inputs > of_expert ? block->outer.inputs : of_expert;
+    }
+    Job largest = {.count = rows, .inputs = widest > between ? widest : between};
+    largest.inputs = of_expert > largest.inputs ? of_expert : largest.inputs;
+    largest.inputs = attention > largest.inputs ? attention : largest.inputs;
+    largest.inputs *= 2; /* where rows become bfloat16 */
+    Quantised room;
+    if (!prepare(&largest, &room)) return 0;
+    int64_t threads = step->threads < 1 ? 1 : step->threads;
+    float *memory = malloc(sizeof(float) * (count * (2 * widest + 4 * attention + 2 * between + 1) + threads * own));
+    char *more = malloc(of_experts + 1);
+    if (memory == NULL || more == NULL) {
+        free(memory);
+        free(more);
+        free(room.high);
+        return 0;
+    }
+    float *normed = memory, *product = normed + count * widest, *queries = product + count * widest;
+    float *keys = queries + count * attention, *values = keys + count * attention, *mixed = values + count * attention;
+    float *inner = mixed + count * attention, *scores = inner + count * (2 * between + 1);
+    for (int64_t index = 0; index < many; index++) {
+        const Block *block = blocks + index;
+        int64_t width = block->out.outputs;
+        float residual = (float)block->residual;
+        normalise_rows(&block->before, step->hidden, normed, count, width);
+        if (block->rank) make_latent_heads(block, step, normed, product, mixed, queries, keys, values, &room);
+        else make_heads(block, step, normed, product, queries, keys, values, &room);
+        attend_all(block, stores + index * count, step, queries, keys, values, mixed, scores, own);
+        multiply((const Matrix *[]){&block->out}, (float *[]){product}, 1, mixed, &room, step);
+        normalise_rows(&block->after, product, product, count, width);
+        if (block->parallel && block->between.kind != NO_NORM)
+            normalise_rows(&block->between, step->hidden, normed, count, width);
+        add(step->hidden, product, count * width, residual);
+        if (!block->parallel) normalise_rows(&block->between, step->hidden, normed, count, width);
+        if (block->down.weights != NULL) run_mlp(block, step, normed, product, inner, &room);
+        else memset(product, 0, count * width * sizeof(float));
+        if (block->experts) run_experts(block, step, normed, product, &room, more);
+        normalise_rows(&block->behind, product, product, count, width);
+        add(step->hidden, product, count * width, residual);
+    }
+    free(memory);
+    free(more);
+    free(room.high);
+    return 1;
+}
+
+#endif
+#endif

@@ -1,0 +1,340 @@
+"""Weights as torch's own kernels for GPUs read them, in the place of those that are made anew at every call.
+
+Which of these kernels there are depends on the device, on torch and on sizes, and some were never seen here. So each
+form proves itself on its device when it is made: it must multiply as the plain product with the same weight does, and
+sooner. If not, the layer stays as it was, and the log says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, pad
+
+from splitnet.errors import first_line
+from splitnet.quant.device import seconds_after_work
+from splitnet.quant.grouped import GroupedForm
+from splitnet.quant.integers import INT8, DequantisedInt8
+from splitnet.quant.linear import HeldLinear
+from splitnet.quant.stored import Codes, Kind, Layout, number_of
+from splitnet.quant.weight_form import ScaledOutputs, WeightForm
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.01
+"""How far products may be from exact ones, relative to their size: rows, scales and sums are rounded to bfloat16, each
+by 2^-9 at most. A wrong order of weights is off by about 1."""
+
+INT4_MANY = 64
+"""Rows from which int4 is made floats and multiplied as such: torch's kernel reads the weight again for every 16."""
+
+_PROOF_ROWS = 33
+_TIMED_CALLS = 10
+_GROUPS = (256, 128, 64, 32)
+"""Inputs that may share a scale in torch's kernels for int4."""
+
+_BLOCKS = ((8, 128), (8, 64), (8, 32), (16, 128), (16, 64), (16, 32), (1, 16), (64, 1), (32, 1), (16, 1))
+"""Outputs and inputs of the blocks in which kernels may order int4: CUDA's, ROCm's, MPS's, those of CPUs."""
+
+_PROBED = 128, 256
+_FP8_LARGEST = 448.0
+_INT16 = 32512.0
+"""Rows as int8 in two parts: 127 * 256."""
+
+_INT8_ROWS, _INT8_MULTIPLE = 32, 8
+"""`torch._int_mm` takes no fewer than 17 rows on CUDA."""
+
+
+class DeviceForm(WeightForm):
+    """Made of a form that holds codes, on the device where that is."""
+
+    @classmethod
+    def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
+        """Ways to hold a weight, of which one may be right, the likeliest first; none, if it is for other weights.
+
+        Args:
+            dtype: that blocks compute in.
+
+        Raises:
+            RuntimeError: torch has no such kernel for this device, these sizes or this type.
+        """
+        raise NotImplementedError
+
+
+class DeviceInt4(DeviceForm):
+    """Four bits, multiplied in bfloat16 (on MPS in what blocks compute in) with scales and zeros rounded to that."""
+
+    def __init__(self, packed: torch.Tensor, scales_and_zeros: torch.Tensor, blocks: _Blocks) -> None:
+        super().__init__()
+        self.packed: torch.Tensor
+        self.scales_and_zeros: torch.Tensor
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales_and_zeros", scales_and_zeros)  # [groups, outputs, 2]
+        self._blocks = blocks
+        self.outputs = scales_and_zeros.shape[1]
+        self.inputs = packed.nbytes * 2 // self.outputs
+        self._group = self.inputs // len(scales_and_zeros)
+
+    @classmethod
+    def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
+        device = codes.codes.device
+        outputs, inputs = codes.codes.shape
+        group = layout.group or next((size for size in _GROUPS if inputs % size == 0), 0)
+        if layout.bits != 4 or layout.table or group not in _GROUPS or inputs % group or outputs % 16:
+            return
+        if device.type != "mps":
+            if dtype == torch.float32:
+                return  # which keeps more of the rows than the kernel does
+            dtype = torch.bfloat16
+        scales = number_of(layout.scale, codes.scales, codes.scale_units, layout.group or inputs)
+        if layout.zero is Kind.CODES:
+            assert codes.zeros is not None
+            zeros = (8 - codes.zeros.float()) * scales
+        else:
+            zeros = (8 - layout.offset) * scales
+            if codes.zeros is not None:
+                zeros = zeros + number_of(layout.zero, codes.zeros, codes.zero_units, layout.group or inputs)
+        both = torch.stack((scales, zeros), dim=-1).to(dtype)
+        both = both.expand(-1, inputs // group, -1).transpose(0, 1).contiguous()
+        width = next(size for size in (8, 4, 2) if inputs % (16 * size) == 0)
+        for even_first in (True, False):
+            blocks = _Blocks.of(device, width, even_first)
+            if blocks is None:
+                raise RuntimeError("its kernel orders weights in a way that is not known")
+            if outputs % blocks.outputs == 0 and inputs % blocks.inputs == 0:
+                yield cls(_pack_int4(codes.codes, width, even_first), both, blocks)
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        dtype = self.scales_and_zeros.dtype
+        if len(rows) >= INT4_MANY:
+            return linear(rows, self.dequantised(rows.dtype))
+        aten: Any = torch.ops.aten
+        kernel = aten._weight_int4pack_mm_for_cpu if rows.device.type == "cpu" else aten._weight_int4pack_mm
+        return kernel(rows.to(dtype).contiguous(), self.packed, self._group, self.scales_and_zeros).to(rows.dtype)
+
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        steps = self._blocks.unpacked(self.packed, self.outputs, self.inputs).to(dtype).sub_(8)
+        scales, zeros = self.scales_and_zeros.permute(2, 1, 0).to(dtype)[..., None]
+        return steps.view(self.outputs, -1, self._group).mul_(scales).add_(zeros).view(self.outputs, self.inputs)
+
+
+class _Blocks:
+    """The order in which a kernel has weights of four bits: the same in all blocks of some outputs and inputs.
+
+    Args:
+        outputs, inputs: of a block.
+        places: for each weight of a block, in which half of which byte it is.
+    """
+
+    def __init__(self, outputs: int, inputs: int, places: torch.Tensor) -> None:
+        self.outputs, self.inputs = outputs, inputs
+        self._places = places
+
+    @classmethod
+    @cache
+    def of(cls, device: torch.device, width: int, even_first: bool) -> _Blocks | None:
+        """Found by packing numbers; None: it is none of those that are known."""
+        outputs, inputs = _PROBED
+        for high, wide in _BLOCKS:
+            within = torch.arange(high * wide, device=device).view(high, wide)
+            local = within.repeat(outputs // high, inputs // wide)
+            number = torch.arange(outputs * inputs // (high * wide), device=device).view(outputs // high, -1)
+            block = number.repeat_interleave(high, 0).repeat_interleave(wide, 1)
+            found, blocks = (
+                sum(
+                    _halves(_pack_int4((numbers >> 4 * digit & 15).to(torch.uint8), width, even_first)).long()
+                    << 4 * digit
+                    for digit in range(3)
+                ).view(-1, high * wide)  # pyright: ignore[reportAttributeAccessIssue]
+                for numbers in (local, block)
+            )
+            in_order = torch.equal(blocks, number.view(-1, 1).expand_as(blocks))
+            if in_order and torch.equal(found, found[:1].expand_as(found)):
+                places = found[0].argsort()
+                if torch.equal(found[0][places], within.flatten()):
+                    return cls(high, wide, places)
+        return None
+
+    def unpacked(self, packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+        """`[outputs, inputs]`, uint8."""
+        blocks = _halves(packed).view(-1, self.outputs * self.inputs)[:, self._places]
+        blocks = blocks.view(outputs // self.outputs, inputs // self.inputs, self.outputs, self.inputs)
+        return blocks.transpose(1, 2).reshape(outputs, inputs)
+
+
+def _halves(packed: torch.Tensor) -> torch.Tensor:
+    """All halves of bytes, the lower of each first."""
+    found = packed.flatten().view(torch.uint8)
+    return torch.stack((found & 15, found >> 4), dim=-1).flatten()
+
+
+def _pack_int4(codes: torch.Tensor, width: int, even_first: bool) -> torch.Tensor:
+    aten: Any = torch.ops.aten
+    if codes.device.type == "cpu":
+        return aten._convert_weight_to_int4pack_for_cpu(codes.int(), width)
+    upper, lower = (codes[:, ::2], codes[:, 1::2]) if even_first else (codes[:, 1::2], codes[:, ::2])
+    return aten._convert_weight_to_int4pack((upper << 4 | lower).contiguous(), width)
+
+
+class DeviceInt8(ScaledOutputs, DeviceForm):
+    """Codes are int8: integers are multiplied, of which rows keep 16 bits in two parts.
+
+    On MPS the kernel takes rows as they are.
+    """
+
+    @classmethod
+    def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
+        if layout != INT8 or codes.codes.shape[0] % 8 or codes.codes.shape[1] % 8:
+            return
+        yield cls((codes.codes.short() - INT8.offset).to(torch.int8), codes.scales[:, 0].contiguous())
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.device.type == "mps":
+            return torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.codes, self.scales.to(rows.dtype))
+        count = len(rows)
+        given = rows.float()
+        steps = given.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(_INT16)
+        whole = (given / steps).round_().int()
+        upper = whole + 128 >> 8
+        parts = torch.cat((upper, whole - (upper << 8))).to(torch.int8)
+        short = max(_INT8_ROWS - len(parts), -len(parts) % _INT8_MULTIPLE)
+        aten: Any = torch.ops.aten
+        sums = aten._int_mm(pad(parts, (0, 0, 0, short)), self.codes.t())
+        products = torch.add(sums[count : 2 * count].float(), sums[:count].float(), alpha=256)
+        return products.mul_(steps).mul_(self.scales).to(rows.dtype)
+
+
+class DeviceFp8(ScaledOutputs, DeviceForm):
+    """Codes are E4M3, and multiplied as such; rows are sums of two such numbers: eight bits."""
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        super().__init__(codes, scales)
+        self.register_buffer("one", torch.ones((), dtype=torch.float32, device=codes.device))
+        self.one: torch.Tensor
+
+    @classmethod
+    def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
+        outputs, inputs = codes.codes.shape
+        if layout.table != "e4m3" or layout.group or codes.zeros is not None or outputs % 16 or inputs % 16:
+            return
+        scales = number_of(layout.scale, codes.scales, codes.scale_units, inputs)[:, 0].contiguous()
+        yield cls(codes.codes.contiguous().view(torch.float8_e4m3fn), scales)
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        count = len(rows)
+        given = rows.float()
+        steps = given.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(_FP8_LARGEST)
+        given = given / steps
+        upper = given.to(torch.float8_e4m3fn)
+        # What is left is a sixteenth at most, and would be among the smallest numbers, which have fewer bits.
+        lower = given.sub_(upper.float()).mul_(16).to(torch.float8_e4m3fn)
+        both = torch.cat((upper.view(torch.uint8), lower.view(torch.uint8))).view(torch.float8_e4m3fn)
+        aten: Any = torch.ops.aten
+        sums = aten._scaled_mm(both, self.codes.t(), self.one, self.one, out_dtype=torch.float32)
+        products = torch.add(sums[:count], sums[count:], alpha=1 / 16)
+        return products.mul_(steps).mul_(self.scales).to(rows.dtype)
+
+
+FORMS: tuple[type[DeviceForm], ...] = (DeviceInt4, DeviceInt8, DeviceFp8)
+
+
+def use_device_kernels(model: nn.Module, dtype: torch.dtype) -> None:
+    """Has the linear layers of a model that is on a GPU multiply by its kernels, each where that is proven and pays.
+
+    Args:
+        dtype: that it computes in.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, HeldLinear)]
+    holders = [module.held for module in model.modules() if isinstance(getattr(module, "held", None), WeightForm)]
+    counts = {id(held): sum(other is held for other in holders) for held in holders}
+    for layer in layers:
+        held = layer.held
+        if counts[id(held)] == 1 and _on_gpu(layer):
+            made = device_form(held, dtype)
+            if made is not None and _is_faster(made, held, layer.in_features, layer.parameter_like.device, dtype):
+                layer.held = made
+
+
+def _on_gpu(layer: HeldLinear) -> bool:
+    return layer.parameter_like.device.type != "cpu"
+
+
+def device_form(held: WeightForm, dtype: torch.dtype) -> DeviceForm | None:
+    """The form of these codes that a kernel of their device multiplies; None: there is none that does it right."""
+    found = _codes_of(held)
+    if found is None:
+        return None
+    layout, codes = found
+    for form in FORMS:
+        fault = None
+        try:
+            for made in form.candidates(layout, codes, dtype):
+                if (fault := fault_of(made, codes.floats(layout), dtype)) is None:
+                    return made
+        except (RuntimeError, AttributeError) as error:  # there is no kernel, or no memory to try it
+            fault = first_line(error)
+        if fault is not None:
+            _warn(form.__name__.removeprefix("Device").lower(), codes.codes.device, fault)
+    return None
+
+
+def fault_of(made: WeightForm, weight: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """What is wrong with products of a form that stands for `weight`, `[outputs, inputs]` float32; None: nothing."""
+    noise = torch.Generator().manual_seed(0)
+    rows = torch.randn(_PROOF_ROWS, weight.shape[1], generator=noise).to(weight.device, dtype)
+    expected = linear(rows.float(), weight)
+    trials = {
+        "one row": (made.multiply(rows[:1]), expected[:1]),
+        "some rows": (made.multiply(rows), expected),
+        "many rows": (made.multiply(rows.repeat(4, 1))[-_PROOF_ROWS:], expected),
+        "the weight itself": (made.dequantised(dtype), weight),
+    }
+    for name, (got, exact) in trials.items():
+        away, size = float((got.float() - exact).norm()), float(exact.norm())
+        if not away <= TOLERANCE * size:  # nor if it is no number
+            return f"{name}: the product is off by {away:.3g} of {size:.3g}"
+    return None
+
+
+def _codes_of(held: WeightForm) -> tuple[Layout, Codes] | None:
+    if isinstance(held, GroupedForm):
+        return held.layout, held.order.unpacked(held.tiles).of_outputs(slice(held.outputs))
+    if isinstance(held, DequantisedInt8):
+        return INT8, Codes((held.codes.short() + INT8.offset).to(torch.uint8), held.scales[:, None])
+    return None
+
+
+def _is_faster(made: WeightForm, held: WeightForm, inputs: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a row takes less time so; measured once for each shape."""
+    shape = (type(made).__name__, sum(tensor.nbytes for tensor in made.buffers()), inputs, device, dtype)
+    if shape not in _faster:
+        row = torch.ones(1, inputs, device=device, dtype=dtype)
+        after, before = _ms(made, row), _ms(held, row)
+        _faster[shape] = after < before
+        text = "%s on %s, a row of %d inputs: %.3f ms, %.3f ms if made anew"
+        log.info(text, type(made).__name__, device, inputs, after, before)
+    return _faster[shape]
+
+
+_faster: dict[tuple[object, ...], bool] = {}
+
+
+def _ms(form: WeightForm, row: torch.Tensor) -> float:
+    times: list[float] = []
+    for _ in range(3):  # the first is slower
+        began = seconds_after_work(row.device)
+        for _ in range(_TIMED_CALLS):
+            form.multiply(row)
+        times.append((seconds_after_work(row.device) - began) * 1000 / _TIMED_CALLS)
+    return min(times)
+
+
+@cache
+def _warn(kind: str, device: torch.device, fault: str) -> None:
+    """Once for each reason."""
+    log.warning("%s on %s is made anew at every call, as torch's kernel cannot be used: %s", kind, device, fault)

@@ -1,0 +1,192 @@
+"""Linear layers whose weight is held in another form than the type that blocks compute in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from splitnet.quant.choose import Weights
+from splitnet.quant.floats import ConvertedFloat32
+from splitnet.quant.grouped import hold_stored
+from splitnet.quant.stored import StoredMatrix, StoredTensor
+from splitnet.quant.weight_form import WeightForm
+
+PLAIN_LINEAR = frozenset({"FalconLinear"})
+"""Families' own classes of linear layers that compute what torch's does: their weights may be held in other forms."""
+
+ROUTERS = frozenset({"router", "gate", "dt_proj", "kv_b_proj"})
+"""Names of modules that keep their weights. Routers choose experts: they are small, and another choice changes more
+than a rounded weight. Of the time steps of Mamba, see `splitnet.checkpoint.families.TAKEN_WEIGHTS`. What makes keys and
+values of latents is multiplied with by its columns, too, where latents are stored; it is small as well."""
+
+
+class HeldLinear(nn.Module):
+    """A frozen linear layer. Until its weight is set, it has none; then it brings it into its form and forgets it.
+
+    So a model of such layers is never held as a whole in floats while it is loaded. Gradients flow to what it is given,
+    none to its weight, of which a backward pass makes floats, piece by piece where the form can.
+
+    Args:
+        in_features, out_features: its numbers of inputs and outputs.
+        form: what holds its weight.
+        transposed: the weight is set as `[inputs, outputs]`.
+        bias: whether it has one.
+        dtype: of the bias.
+        codes_on: the device for which a weight that comes in codes is held as it is; None: it is converted, too.
+    """
+
+    held: WeightForm
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        form: type[WeightForm],
+        *,
+        transposed: bool,
+        bias: bool,
+        dtype: torch.dtype,
+        codes_on: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self._form = form
+        self._transposed = transposed
+        self._dtype = dtype
+        self._codes_on = codes_on
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        # float32, whatever blocks compute in: the form is made of the values as they are stored.
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"), requires_grad=False)
+        given = torch.empty(out_features, dtype=dtype, device="meta") if bias else None
+        self.bias = None if given is None else nn.Parameter(given, requires_grad=False)
+
+    @classmethod
+    def holding(cls, layer: Any, held: WeightForm, codes_on: torch.device | None) -> Self:
+        """In the place of a linear layer (or of one of this class) whose weight is `held`."""
+        outputs, inputs = sizes_of(layer) or (layer.out_features, layer.in_features)
+        transposed, dtype = isinstance(layer, Conv1D), layer.weight.dtype
+        bias = layer.bias is not None
+        made = cls(inputs, outputs, type(held), transposed=transposed, bias=bias, dtype=dtype, codes_on=codes_on)
+        made.bias = layer.bias
+        made._keep(held, layer.weight.device)
+        return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, torch.Tensor) and not value.is_meta:
+            self._hold(value.detach())
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., inputs]` -> `[..., outputs]`, in the type of `input`."""
+        rows = input.reshape(-1, self.in_features)
+        if not len(rows):
+            product = rows.new_zeros(0, self.out_features)
+        elif torch.is_grad_enabled() and rows.requires_grad:
+            product: Any = _Product.apply(rows, self.held)
+        else:
+            product = self.multiply(rows)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*input.shape[:-1], self.out_features)
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[rows, inputs]` times the weight, without gradients."""
+        return self.held.multiply(rows)
+
+    def _hold(self, weight: torch.Tensor) -> None:
+        matrices = matrices_of(weight, transposed=self._transposed)
+        if matrices is not None and self._codes_on is not None:
+            self._keep(hold_stored(matrices, self._codes_on), weight.device)
+            return
+        if isinstance(weight, StoredTensor):
+            weight = weight.floats()
+        rows = (weight.T if self._transposed else weight).to(torch.float32).contiguous()
+        # Values that are out of the range of the form, or that are no numbers, stay as they are.
+        self._keep(self._form.of(rows) or ConvertedFloat32(rows.clone()), weight.device)
+
+    def _keep(self, held: WeightForm, device: torch.device) -> None:
+        self.held = held
+        shape = self.weight.shape
+        del self.weight
+        # For those who only look: some families' code for new weights, which must take this one for filled.
+        absent: Any = torch.empty(shape, dtype=self._dtype, device="meta")
+        absent._is_hf_initialized = True
+        self.__dict__["weight"] = absent
+        # And what says to those who ask a model for the device and the type of its parameters.
+        self.parameter_like = nn.Parameter(torch.empty(0, dtype=self._dtype, device=device), requires_grad=False)
+
+
+class _Product(torch.autograd.Function):
+    """Rows times a held weight. Nothing is kept for the way back but the weight in its form."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, held: WeightForm) -> torch.Tensor:
+        ctx.held = held
+        return held.multiply(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = gradients
+        return ctx.held.multiply_back(gradient), None
+
+
+class Holdable(NamedTuple):
+    """A linear layer that may hold its weight in another form: where it is in its block, its sizes and that form."""
+
+    path: str
+    layer: nn.Module
+    outputs: int
+    inputs: int
+    form: type[WeightForm] | None
+
+
+def holdable_layers(block: nn.Module, weights: Weights) -> Iterator[Holdable]:
+    """The linear layers of a block, but routers and those that share their weight with others."""
+    shared = Counter(id(parameter) for _, parameter in block.named_parameters(remove_duplicate=False))
+    for path, layer in block.named_modules():
+        sizes = sizes_of(layer)
+        if sizes is not None and not is_router(path) and shared[id(layer.weight)] == 1:
+            yield Holdable(path, layer, *sizes, weights.form_for(*sizes))
+
+
+def hold_weights(block: nn.Module, weights: Weights) -> None:
+    """Puts layers that will hold their weights in the place of a block's own, which have none yet."""
+    for path, layer, outputs, inputs, form in list(holdable_layers(block, weights)):
+        if form is None:
+            continue
+        transposed, bias = isinstance(layer, Conv1D), layer.bias is not None
+        codes_on = weights.device if weights.as_stored else None
+        held = HeldLinear(
+            inputs, outputs, form, transposed=transposed, bias=bias, dtype=weights.dtype, codes_on=codes_on
+        )
+        block.set_submodule(path, held)
+
+
+def is_router(path: str) -> bool:
+    """Whether the module at this path chooses experts."""
+    return not ROUTERS.isdisjoint(path.split("."))
+
+
+def matrices_of(weight: torch.Tensor, *, transposed: bool) -> Sequence[StoredMatrix] | None:
+    """What a weight in codes consists of; None if it has none, or if they do not lie along its inputs."""
+    if not isinstance(weight, StoredTensor) or weight.stacked or weight.transposed != transposed:
+        return None
+    return weight.experts[0]
+
+
+def sizes_of(layer: nn.Module) -> tuple[int, int] | None:
+    """Outputs and inputs, of a layer that does nothing but multiply and add."""
+    if type(layer) is nn.Linear or type(layer).__name__ in PLAIN_LINEAR:
+        linear: Any = layer
+        return linear.out_features, linear.in_features
+    if type(layer) is Conv1D:
+        conv: Any = layer
+        return conv.nf, conv.nx
+    return None

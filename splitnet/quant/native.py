@@ -1,0 +1,394 @@
+"""Products of a few rows with held weights, by the kernels of `native/`, where they were compiled.
+
+Wheels have them; from source pip compiles them when it finds a C compiler and Python's headers. Without them torch's
+own kernels are used, which read integer weights at about half the speed. There is a path for each kind of instructions
+(`native/paths.h`); the best that this CPU has is used, or the one that the environment variable `SPLITNET_KERNELS`
+names. They run on torch's own threads (`docs/decisions/0023-wheels.md`).
+
+How weights are prefetched is measured once on each machine: a hint that is right for one maker's processors can halve
+the speed of another's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitnet.errors import KernelsError
+from splitnet.known_figures import KnownFigures
+from splitnet.paths import cache_folder
+from splitnet.quant.device import linked_with_torch
+
+PATH_VARIABLE = "SPLITNET_KERNELS"
+"""Names the path that is to be used, the prefetch, or both: `avx2`, `nta+4096`, `avx2,none`."""
+
+PLAIN_PATH = "plain"
+"""Loops for any CPU."""
+
+_FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""Names of the kernels."""
+
+_POOL = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+"""Of an OpenMP, as `Pool` in `native/threads.h`."""
+
+
+def _load() -> tuple[Any, str]:
+    """The kernels, running on torch's threads where these are found; else None, and why."""
+    try:
+        loaded = import_module("splitnet._kernels")
+    except ModuleNotFoundError:
+        return None, "not compiled"
+    except ImportError as error:
+        return None, f"compiled, but not loaded ({error})"
+    if not hasattr(loaded, "prefetch"):
+        return None, f"compiled, but from older sources ({loaded.__file__})"
+    try:
+        torchs = linked_with_torch()
+        loaded.use_threads(*(ctypes.cast(getattr(torchs, name), ctypes.c_void_p).value for name in _POOL))
+    except AttributeError:
+        pass  # such a torch was built without OpenMP: one thread
+    return loaded, ""
+
+
+_kernels, why_none = _load()
+"""`why_none`: what is wrong with the kernels; empty where they are there."""
+
+
+def use_path(name: str) -> None:
+    """Uses this path from now on. Weights that are held for another may be multiplied by plain loops.
+
+    Raises:
+        KernelsError: the kernels are not there, there is no such path, or this CPU lacks its instructions.
+    """
+    if _kernels is None:
+        raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {why_none}: leave it out")
+    paths = dict(_kernels.paths())
+    here = ", ".join(path for path, is_here in paths.items() if is_here)
+    if name not in paths:
+        raise KernelsError(f"{PATH_VARIABLE} names {name!r}, and there are no such kernels: use one of {here}")
+    if not paths[name]:
+        raise KernelsError(f"{PATH_VARIABLE} names {name!r}, which this CPU has no instructions for: use one of {here}")
+    _kernels.use(name)
+
+
+_HINTS = ("none", "t0", "t1", "nta")
+"""In the order of `enum hint` in `native/products.h`, named as on x86."""
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """How kernels ask for weights before they read them.
+
+    Attributes:
+        hint: one of "none", "t0" (into the first cache), "t1" (into the second), "nta" (into the first, not to stay).
+        ahead: bytes, where weights lie in the order in which they are read.
+    """
+
+    hint: str
+    ahead: int = 8192
+
+    def __str__(self) -> str:
+        return self.hint if self.hint == "none" else f"{self.hint}+{self.ahead}"
+
+
+PREFETCHES = (Prefetch("t1"), Prefetch("t0"), Prefetch("nta"), Prefetch("t1", 2048), Prefetch("none"))
+"""Are tried. The first is taken unless another is faster by more than chance."""
+
+_FASTER = 0.95
+_ROUNDS = 3
+_TRIED_BYTES = 48 * 2**20
+"""More than the second cache holds, and than most of the third."""
+
+_PIECE_BYTES = 3 * 2**20
+_TRIED_INPUTS = 2048
+_prefetch: Prefetch | None = None
+_choosing = threading.RLock()
+
+
+def use_prefetch(prefetch: Prefetch) -> None:
+    """Prefetches so from now on."""
+    global _prefetch
+    _prefetch = prefetch
+    _kernels.prefetch(_HINTS.index(prefetch.hint), prefetch.ahead)
+
+
+def prefetch_in_use() -> Prefetch | None:
+    """How weights are prefetched: as `SPLITNET_KERNELS` says, as was measured on this machine before, or as is measured
+    now, in some 0.2 s. None: the kernels were not compiled, or only plain loops are used.
+    """
+    if kernels_here() is not Kernels.FAST:
+        return None
+    with _choosing:
+        if _prefetch is None:
+            known = KnownFigures(cache_folder() / "speeds.json")
+            key = f"prefetch {platform.node()}/{processor()} kernels-{version()} threads-{torch.get_num_threads()}"
+            found = {str(each): each for each in PREFETCHES}.get(str(known.find(key)))
+            if found is None:
+                use_prefetch(PREFETCHES[0])  # so that products of the measurement do not ask again
+                found = fastest_prefetch()
+                known.keep(key, str(found))
+            use_prefetch(found)
+        return _prefetch
+
+
+def fastest_prefetch() -> Prefetch:
+    """The fastest of `PREFETCHES`, if it is twice seen to be faster than the first."""
+    seconds = time_prefetches(PREFETCHES)
+    best = min(seconds, key=lambda each: seconds[each])
+    if best != PREFETCHES[0]:
+        seconds = time_prefetches((PREFETCHES[0], best))
+    return best if seconds[best] < _FASTER * seconds[PREFETCHES[0]] else PREFETCHES[0]
+
+
+def time_prefetches(prefetches: Sequence[Prefetch]) -> dict[Prefetch, float]:
+    """Seconds that one row times weights takes, of 8 bits in tiles and of float16.
+
+    Prefetches take turns; of each piece of the weights the fastest product counts: other processes hardly matter.
+    """
+    weights = torch.full((_TRIED_BYTES,), 0x3C, dtype=torch.uint8)  # makes usual numbers, whatever it is read as
+    tile_bytes = 64 + 16 * _TRIED_INPUTS
+    outputs = _PIECE_BYTES // tile_bytes * 16
+    tiles = (0, 8, 0, _TRIED_INPUTS, _TRIED_INPUTS, outputs, 128, 2, 9, 64, 0, tile_bytes, 0)  # as `Grouped` has them
+    description = torch.frombuffer(bytearray(struct.pack("13qd3qd", *tiles, 1.0, 0, 0, 0, 1.0)), dtype=torch.int64)
+    rows = torch.ones(1, _TRIED_INPUTS, dtype=torch.float32)
+    products = torch.empty(1, outputs, dtype=torch.float32)
+    pieces = weights.split(_PIECE_BYTES)
+    taken = {each: [float("inf")] * len(pieces) for each in prefetches}
+    before = _prefetch
+    for _ in range(_ROUNDS):
+        for each in prefetches:
+            use_prefetch(each)
+            for index, piece in enumerate(pieces):
+                began = time.perf_counter()
+                multiply_grouped(rows, description, piece, products)
+                multiply_floats(rows, piece.view(torch.float16).view(-1, _TRIED_INPUTS))
+                taken[each][index] = min(taken[each][index], time.perf_counter() - began)
+    if before is not None:
+        use_prefetch(before)
+    return {each: sum(times) for each, times in taken.items()}
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def version() -> str:
+    """The path in use, and when these kernels were compiled."""
+    compiled_at = os.stat(_kernels.__file__).st_mtime_ns if _kernels is not None else 0
+    return f"{path_in_use()}@{compiled_at}"
+
+
+def paths_here() -> list[str]:
+    """The paths that this CPU has the instructions for, best first; none where they were not compiled."""
+    return [] if _kernels is None else [path for path, is_here in _kernels.paths() if is_here]
+
+
+def path_in_use() -> str | None:
+    """The name of the path that is used; None: they were not compiled."""
+    return None if _kernels is None else _kernels.in_use()
+
+
+def have_threads() -> bool:
+    """Whether the kernels compute with as many threads as torch; else with one."""
+    return _kernels is not None and _kernels.has_threads()
+
+
+class Kernels(Enum):
+    """What there is of them."""
+
+    FAST = "compiled for CPUs such as this one"
+    PLAIN = "compiled, but not for this CPU"
+    NONE = "not compiled, or not loaded"
+
+
+def kernels_here() -> Kernels:
+    """What there is of them on this machine."""
+    if _kernels is None:
+        return Kernels.NONE
+    return Kernels.PLAIN if path_in_use() == PLAIN_PATH else Kernels.FAST
+
+
+def has_integer_kernels() -> bool:
+    """Whether there are compiled kernels for integers, and nothing faster for this CPU.
+
+    On x86 torch's are faster than plain loops; elsewhere torch has none.
+    """
+    kernels = kernels_here()
+    return kernels is Kernels.FAST or (kernels is Kernels.PLAIN and platform.machine() not in ("x86_64", "AMD64"))
+
+
+def has_float_kernels() -> bool:
+    """Whether there are kernels for floats, which have no plain loops."""
+    return kernels_here() is Kernels.FAST
+
+
+def has_fast_kernels() -> bool:
+    """Whether there are steps through whole blocks, which take AVX512 with VNNI."""
+    return _kernels is not None and _kernels.has_steps()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the path in use multiplies bfloat16 in pairs, for which codes of E4M3 lie in another order."""
+    return _kernels is not None and _kernels.has_bfloat16()
+
+
+def multiply_grouped(
+    rows: torch.Tensor,
+    description: torch.Tensor,
+    tiles: torch.Tensor,
+    products: torch.Tensor,
+    experts: torch.Tensor | None = None,
+    held: int = 0,
+    *,
+    plainly: bool = False,
+) -> None:
+    """`[rows, inputs]` times weights in tiles, `[outputs, inputs]`; see `splitnet.quant.tiles`.
+
+    Where codes stand for integers, rows are rounded to 2^-15 of the largest value of each.
+
+    Args:
+        rows: float32; where codes stand for floats, with inputs in whole chunks.
+        description: of the weights, int64, as `Grouped` in `native/grouped.h`.
+        products: float32 `[rows, outputs]`, which may be columns of a wider one; they are set.
+        experts: int64 `[rows]`: with whose weight each is multiplied. They follow each other in `tiles`.
+        held: how many experts there are.
+        plainly: as CPUs do it for which no instructions are chosen.
+
+    Raises:
+        IndexError: there is no such expert.
+    """
+    if _prefetch is None:
+        prefetch_in_use()
+    given = rows.contiguous()
+    chosen = None if experts is None else experts.contiguous()
+    _kernels.grouped(
+        description.data_ptr(),
+        tiles.data_ptr(),
+        given.data_ptr(),
+        products.data_ptr(),
+        len(given),
+        given.shape[1],
+        products.stride(0),
+        0 if chosen is None else chosen.data_ptr(),
+        held,
+        torch.get_num_threads(),
+        plainly,
+    )
+
+
+def dequantise_grouped(
+    description: torch.Tensor, tiles: torch.Tensor, floats: torch.Tensor, indices: torch.Tensor
+) -> None:
+    """Sets `floats`, float32 `[len(indices), inputs]`, to what some outputs of weights in tiles stand for.
+
+    Args:
+        description: as `multiply_grouped` takes it.
+        indices: int64.
+
+    Raises:
+        IndexError: there is no such output.
+    """
+    chosen = indices.contiguous()
+    places = (description.data_ptr(), tiles.data_ptr(), chosen.data_ptr(), len(floats), floats.data_ptr())
+    _kernels.dequantised(*places, torch.get_num_threads())
+
+
+def convert_grouped(description: torch.Tensor, tiles: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Sets `numbers`, `[outputs, inputs]`, to what weights in tiles stand for: the first `len(numbers)` outputs.
+
+    Args:
+        description: as `multiply_grouped` takes it.
+        numbers: float32; or bfloat16 where there is a fast kernel for the weights and the CPU `multiplies_bfloat16`.
+    """
+    halves = numbers.dtype == torch.bfloat16
+    places = (description.data_ptr(), tiles.data_ptr(), len(numbers), numbers.data_ptr())
+    _kernels.converted(*places, halves, torch.get_num_threads())
+
+
+def has_kernel_for(weight: torch.Tensor) -> bool:
+    """Whether `multiply_floats` takes this weight."""
+    return has_float_kernels() and weight.device.type == "cpu" and weight.dtype in _FLOATS and weight.is_contiguous()
+
+
+def multiply_floats(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`[rows, inputs]` times float32, bfloat16 or float16 `[outputs, inputs]`, multiplied and summed in float32.
+
+    A row gives the same whatever others are with it.
+    """
+    if _prefetch is None:
+        prefetch_in_use()
+    given = rows.float().contiguous()
+    products = given.new_empty(len(given), len(weight))  # while another thread loads a model, the default is its type
+    kernel = getattr(_kernels, _FLOATS[weight.dtype])
+    places = (weight.data_ptr(), given.data_ptr(), products.data_ptr())
+    kernel(*places, *given.shape, len(weight), torch.get_num_threads())
+    return products.to(rows.dtype)
+
+
+def step(
+    blocks: torch.Tensor,
+    count: int,
+    hidden: torch.Tensor,
+    stores: torch.Tensor,
+    indices: torch.Tensor,
+    cosines: torch.Tensor,
+    sines: torch.Tensor,
+    order: int,
+    stored_bytes: int,
+) -> None:
+    """Runs positions through blocks: `hidden`, float32 `[positions, hidden]`, becomes what comes out.
+
+    Args:
+        blocks: `count` of them, as `Block` in `native/step.h`.
+        stores: int64 `[count, positions, 3]`: addresses of keys and of values, and their capacity.
+        indices: int64 `[positions]`, of each in its stores.
+        cosines: float32 `[ropes, positions, half of the numbers of a head that are turned]`.
+        sines: likewise.
+        order: of numbers that are turned together, as `splitnet.blocks.rotary.Order`.
+        stored_bytes: of a number in the stores: 4, or 2 for bfloat16.
+    """
+    if _prefetch is None:
+        prefetch_in_use()
+    tensors = (hidden, stores, indices, cosines, sines)
+    at, stores_at, indices_at, cosines_at, sines_at = (tensor.data_ptr() for tensor in tensors)
+    threads = torch.get_num_threads()
+    sizes = (cosines.shape[-1], order, stored_bytes, threads)
+    _kernels.step(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)
+
+
+def use_as_named(names: str) -> None:
+    """Uses a path, a prefetch or both from now on, as `SPLITNET_KERNELS` names them.
+
+    Raises:
+        KernelsError: as `use_path`; or there is no such prefetch.
+    """
+    for name in names.split(","):
+        found = re.fullmatch(rf"({'|'.join(_HINTS)})(?:\+([0-9]{{1,6}}))?", name.strip())
+        if found is None:
+            use_path(name.strip())
+        elif kernels_here() is Kernels.NONE:
+            raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {why_none}: leave it out")
+        else:
+            use_prefetch(Prefetch(found[1], int(found[2])) if found[2] else Prefetch(found[1]))
+
+
+if os.environ.get(PATH_VARIABLE):
+    use_as_named(os.environ[PATH_VARIABLE])

@@ -1,0 +1,558 @@
+"""Weights as a checkpoint stores them in few bits: codes, and what a code stands for.
+
+`StoredTensor` is a tensor to who loads a model: it has a shape and a type, and what transformers does to tensors while
+it loads (rename, stack experts, join gates with up projections, transpose) keeps the codes. Anything else makes floats
+of it, which is right but larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from itertools import chain
+from typing import Any
+
+import torch
+
+from splitnet.errors import UnsupportedModel
+
+STEPS_GROUP = 256
+"""Inputs that share the float16 number by which the steps of `Kind.STEPS` are multiplied."""
+
+
+class Kind(Enum):
+    """How the scales (or zeros) of groups are stored."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    E8M0 = "e8m0"
+    """uint8: 2^(byte - 127), of the OCP Microscaling Formats specification 1.0, section 5.4.1."""
+    STEPS = "steps"
+    """An integer of 8 bits, times a float16 number for every `STEPS_GROUP` inputs, as in the k-quants of GGML."""
+    CODES = "codes"
+    """Only of zeros: the code, uint8, that stands for zero, as in GPTQ and AWQ."""
+    NONE = "none"
+    """Only of zeros."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the codes of a weight `[outputs, inputs]` stand for: `value(code) * scale(group) + zero(group)`.
+
+    Attributes:
+        bits: of a code: 2, 3, 4, 5, 6 or 8.
+        group: inputs that share a scale and a zero: 16, 32, 64 and so on; 0: all inputs of an output.
+        scale: kind of the scales.
+        zero: kind of the zeros; with `Kind.CODES` it is `(value(code) - value(zero)) * scale`.
+        table: name in `TABLES` of what codes stand for; "": for `code - offset`.
+        offset: the code that stands for 0 where there is no table.
+    """
+
+    bits: int
+    group: int
+    scale: Kind
+    zero: Kind = Kind.NONE
+    table: str = ""
+    offset: int = 0
+
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        """Bytes that a weight takes in this layout when nothing is padded."""
+        groups = -(-inputs // self.group) if self.group else 1
+        sizes = {Kind.FLOAT16: 2, Kind.BFLOAT16: 2, Kind.FLOAT32: 4, Kind.E8M0: 1, Kind.STEPS: 1, Kind.CODES: 1}
+        each = sum(groups * sizes.get(kind, 0) for kind in (self.scale, self.zero))
+        each += sum(2 * -(-inputs // STEPS_GROUP) for kind in (self.scale, self.zero) if kind is Kind.STEPS)
+        return outputs * each + -(-outputs * inputs * self.bits // 8)
+
+
+def _floats(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)  # whatever torch's default is while this is imported
+
+
+def _floats_of_bytes(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+TABLES: dict[str, torch.Tensor] = {
+    # E2M1 of the OCP Microscaling Formats specification 1.0, section 5.3.3.
+    "e2m1": _floats([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]),
+    "e4m3": _floats_of_bytes(torch.float8_e4m3fn),
+    "e5m2": _floats_of_bytes(torch.float8_e5m2),
+    # `kvalues_iq4nl` of GGML.
+    "iq4_nl": _floats([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]),
+    # Dettmers et al., "QLoRA", arXiv:2305.14314, appendix E.
+    "nf4": _floats(
+        [
+            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+            *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+            *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+            *(0.7229568362236023, 1.0),
+        ]
+    ),
+}
+"""What a code stands for, by name."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight read: all tensors have the outputs as their first dimension.
+
+    Attributes:
+        codes: `[outputs, inputs]`, uint8.
+        scales: `[outputs, groups]`, in the type of the layout's kind; of steps int8 or uint8.
+        zeros: likewise; None if the layout has none. Of steps it is what is added: `steps * zero_units`.
+        scale_units, zero_units: `[outputs, inputs / STEPS_GROUP]`, float16, where scales or zeros are steps.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+    scale_units: torch.Tensor | None = None
+    zero_units: torch.Tensor | None = None
+
+    def of_outputs(self, outputs: torch.Tensor | slice) -> Codes:
+        """Those of some outputs, in the order given."""
+
+        def some(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[outputs]
+
+        codes, scales = self.codes[outputs], self.scales[outputs]
+        return Codes(codes, scales, some(self.zeros), some(self.scale_units), some(self.zero_units))
+
+    @staticmethod
+    def joined(parts: Sequence[Codes]) -> Codes:
+        """Those of weights of the same layout, one below the other."""
+
+        def together(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+            given = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(given) if given else None
+
+        return Codes(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            together([part.zeros for part in parts]),
+            together([part.scale_units for part in parts]),
+            together([part.zero_units for part in parts]),
+        )
+
+    def floats(self, layout: Layout) -> torch.Tensor:
+        """`[outputs, inputs]`, float32: what they stand for."""
+        inputs = self.codes.shape[1]
+        if layout.table:
+            values = TABLES[layout.table].to(self.codes.device)[self.codes.long()]
+        else:
+            values = self.codes.float() - layout.offset
+        group = layout.group or inputs
+        scales = spread(number_of(layout.scale, self.scales, self.scale_units, group), group, inputs)
+        if self.zeros is None:
+            return values.mul_(scales)
+        if layout.zero is Kind.CODES:
+            return values.sub_(spread(self.zeros.float() - layout.offset, group, inputs)).mul_(scales)
+        zeros = number_of(layout.zero, self.zeros, self.zero_units, group)
+        return values.mul_(scales).add_(spread(zeros, group, inputs))
+
+
+def number_of(kind: Kind, stored: torch.Tensor, units: torch.Tensor | None, group: int) -> torch.Tensor:
+    """Scales or zeros as float32, `[outputs, groups]`.
+
+    Args:
+        stored, units: as in `Codes`.
+        group: inputs that share one.
+    """
+    if kind is Kind.E8M0:
+        return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int() - 127)
+    if kind is Kind.STEPS:
+        assert units is not None
+        return stored.float() * spread(units.float(), STEPS_GROUP // group, stored.shape[1])
+    return stored.float()
+
+
+def spread(values: torch.Tensor, length: int, count: int, dim: int = 1) -> torch.Tensor:
+    """Each value `length` times along a dimension, `count` in all; the last may stand fewer times.
+
+    A length comes from files. What it takes is bounded by `count`, which is that of numbers that are there.
+
+    Raises:
+        UnsupportedModel: that takes another number of values.
+    """
+    length = max(1, min(length, count))
+    if values.shape[dim] != -(-count // length):
+        raise UnsupportedModel(
+            f"{values.shape[dim]} scales are not those of {count} numbers, {length} to each: download the model again"
+        )
+    return values.repeat_interleave(length, dim).narrow(dim, 0, count)
+
+
+def _order_of_runs(index: torch.Tensor, length: int) -> torch.Tensor | None:
+    """The order of runs of `length` that an order of single numbers keeps together; None if it parts some."""
+    if len(index) % length:
+        return None
+    runs = index.view(-1, length)
+    first = runs[:, :1]
+    whole = (first % length == 0).all() and torch.equal(runs, first + torch.arange(length))
+    return first.flatten() // length if whole else None
+
+
+class StoredMatrix:
+    """One weight `[outputs, inputs]` of a checkpoint, or some of its outputs; it is read when `read` is called.
+
+    Args:
+        layout: of its codes.
+        shape: outputs and inputs.
+        read: reads it. It is called once for each use, and what it gives is not kept.
+    """
+
+    def __init__(self, layout: Layout, shape: tuple[int, int], read: Callable[[], Codes]) -> None:
+        self.layout = layout
+        self.shape = shape
+        self.read = read
+
+    def of_outputs(self, outputs: torch.Tensor | slice) -> StoredMatrix:
+        """Some of its outputs, in the order given."""
+        count = len(range(self.shape[0])[outputs]) if isinstance(outputs, slice) else len(outputs)
+        return StoredMatrix(self.layout, (count, self.shape[1]), lambda: self.read().of_outputs(outputs))
+
+    def of_inputs(self, inputs: torch.Tensor) -> StoredMatrix | None:
+        """Its inputs in another order; None if that would part inputs that share a scale.
+
+        Steps whose `STEPS_GROUP` inputs are parted become float32 numbers, which stand for the same.
+        """
+        group = self.layout.group or self.shape[1]
+        order = _order_of_runs(inputs, group)
+        if order is None:
+            return None
+        layout, units = self.layout, None
+        if Kind.STEPS in (layout.scale, layout.zero):
+            units = _order_of_runs(inputs, STEPS_GROUP)
+            if units is None:
+                zero = Kind.FLOAT32 if layout.zero is Kind.STEPS else layout.zero
+                layout = replace(layout, scale=Kind.FLOAT32, zero=zero)
+
+        def read() -> Codes:
+            found = self.read()
+            scales, zeros = found.scales, found.zeros
+            scale_units, zero_units = found.scale_units, found.zero_units
+            if layout != self.layout:
+                scales = number_of(self.layout.scale, scales, scale_units, group)
+                zeros = None if zeros is None else number_of(self.layout.zero, zeros, zero_units, group)
+                scale_units = zero_units = None
+            return Codes(
+                found.codes[:, inputs],
+                scales[:, order],
+                None if zeros is None else zeros[:, order],
+                None if scale_units is None else scale_units[:, units],
+                None if zero_units is None else zero_units[:, units],
+            )
+
+        return StoredMatrix(layout, (self.shape[0], len(inputs)), read)
+
+    def floats(self) -> torch.Tensor:
+        """`[outputs, inputs]`, float32."""
+        return self.read().floats(self.layout)
+
+
+class Experts(Sequence[tuple[StoredMatrix, ...]]):
+    """The matrices of each expert, made when they are asked for: a file may say that it has any number of them.
+
+    Args:
+        count: of experts.
+        make: called with the number of an expert.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Iterable[StoredMatrix]]) -> None:
+        self._range = range(count)
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __iter__(self) -> Iterator[tuple[StoredMatrix, ...]]:
+        return (tuple(self._make(expert)) for expert in self._range)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            some = self._range[index]
+            return Experts(len(some), lambda expert: self._make(some[expert]))
+        return tuple(self._make(self._range[index]))
+
+    def each(self, change: Callable[[tuple[StoredMatrix, ...]], Iterable[StoredMatrix]]) -> Experts:
+        """Those that `change` makes of the matrices of each."""
+        return Experts(len(self), lambda expert: change(self[expert]))
+
+
+class StoredTensor(torch.Tensor):
+    """A weight in few bits, as a tensor of floats to others: `[outputs, inputs]`, or one for each expert.
+
+    Attributes:
+        experts: for each expert (one, where there are none) the matrices that, one below the other, are its weight.
+        stacked: whether the tensor has a dimension of experts in front.
+        transposed: whether it is `[..., inputs, outputs]`.
+    """
+
+    experts: Experts
+    stacked: bool
+    transposed: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        experts: Sequence[Sequence[StoredMatrix]],
+        *,
+        stacked: bool = False,
+        transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> StoredTensor:
+        first = experts[0]
+        inputs = first[0].shape[1]
+        outputs = sum(matrix.shape[0] for matrix in first)
+        matrix_shape = (inputs, outputs) if transposed else (outputs, inputs)
+        shape = (len(experts), *matrix_shape) if stacked else matrix_shape
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
+        made.experts = experts if isinstance(experts, Experts) else Experts(len(experts), experts.__getitem__)
+        made.stacked, made.transposed = stacked, transposed
+        return made
+
+    @classmethod
+    def of(cls, matrix: StoredMatrix, dtype: torch.dtype = torch.float32) -> StoredTensor:
+        """One matrix as a tensor that says that it is of type `dtype`."""
+        return cls.__new__(cls, [[matrix]], dtype=dtype)
+
+    def floats(self) -> torch.Tensor:
+        """What it stands for, as an ordinary tensor of its type."""
+        made = torch.empty(self.shape, dtype=self.dtype)
+        rows = made.transpose(-1, -2) if self.transposed else made
+        # One matrix at a time, so that there are never many in float32.
+        for expert, matrices in zip(rows if self.stacked else [rows], self.experts, strict=True):
+            for part, matrix in zip(expert.split([matrix.shape[0] for matrix in matrices]), matrices, strict=True):
+                part.copy_(matrix.floats())
+        return made
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"StoredTensor({list(self.shape)}, {self.dtype}, {self.experts[0][0].layout})"
+
+    def _like(self, experts: Sequence[Sequence[StoredMatrix]], **changes: Any) -> StoredTensor:
+        known = {"stacked": self.stacked, "transposed": self.transposed, "dtype": self.dtype}
+        return StoredTensor.__new__(StoredTensor, experts, **(known | changes))
+
+    def _outputs_dim(self) -> int:
+        return self.ndim - (1 if self.transposed else 2)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kept = _KEEP.get(func.overloadpacket)
+        result = kept(*args, **kwargs) if kept is not None else None
+        if result is not None:
+            return result
+
+        def floats(value: Any) -> Any:
+            if isinstance(value, StoredTensor):
+                return value.floats()
+            if isinstance(value, (list, tuple)):
+                return type(value)(floats(one) for one in value)
+            return value
+
+        return func(*floats(tuple(args)), **{name: floats(value) for name, value in kwargs.items()})
+
+
+def _same(tensor: StoredTensor, **options: Any) -> StoredTensor | None:
+    return tensor._like(tensor.experts)
+
+
+def _converted(tensor: StoredTensor, *, dtype: torch.dtype | None = None, **options: Any) -> StoredTensor | None:
+    device = options.get("device")
+    if device is not None and torch.device(device).type != "cpu":
+        return None
+    if dtype is not None and not dtype.is_floating_point:
+        return None
+    return tensor._like(tensor.experts, dtype=dtype or tensor.dtype)
+
+
+def _transposed(tensor: StoredTensor, first: int = 0, second: int = 1) -> StoredTensor | None:
+    if {first % tensor.ndim, second % tensor.ndim} != {tensor.ndim - 2, tensor.ndim - 1}:
+        return None
+    return tensor._like(tensor.experts, transposed=not tensor.transposed)
+
+
+def _permuted(tensor: StoredTensor, order: Sequence[int]) -> StoredTensor | None:
+    last = tensor.ndim - 1
+    swapped = [*range(last - 1), last, last - 1]
+    return _transposed(tensor, last, last - 1) if [dim % tensor.ndim for dim in order] == swapped else None
+
+
+def _stacked(tensors: Sequence[Any], dim: int = 0) -> StoredTensor | None:
+    stored = _alike(tensors)
+    if stored is None or dim != 0 or stored[0].stacked:
+        return None
+    return stored[0]._like([one.experts[0] for one in stored], stacked=True)
+
+
+def _joined(tensors: Sequence[Any], dim: int = 0) -> StoredTensor | None:
+    stored = _alike(tensors)
+    if stored is None:
+        return None
+    first = stored[0]
+    dim %= first.ndim
+    if dim == first._outputs_dim() and len({len(one.experts) for one in stored}) == 1:
+        return first._like(
+            Experts(len(first.experts), lambda expert: chain.from_iterable(one.experts[expert] for one in stored))
+        )
+    if first.stacked and dim == 0:
+        return first._like([matrices for one in stored for matrices in one.experts])
+    return None
+
+
+def _alike(tensors: Sequence[Any]) -> list[StoredTensor] | None:
+    """All of them, if all are stored and lie in the same way."""
+    stored = [tensor for tensor in tensors if isinstance(tensor, StoredTensor)]
+    ways = {(one.stacked, one.transposed, one.experts[0][0].shape[1]) for one in stored}
+    return stored if len(stored) == len(tensors) and len(ways) == 1 else None
+
+
+def _sliced(
+    tensor: StoredTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> StoredTensor | None:
+    dim %= tensor.ndim
+    if tensor.stacked and dim == 0:
+        return tensor._like(tensor.experts[slice(start, end, step)])
+    if dim != tensor._outputs_dim():
+        return None
+    wanted = range(tensor.shape[dim])[slice(start, end, step)]
+    if not wanted:
+        return None
+    return tensor._like(tensor.experts.each(lambda matrices: _outputs_of(matrices, wanted)))
+
+
+def _outputs_of(matrices: Sequence[StoredMatrix], wanted: range) -> list[StoredMatrix]:
+    """The matrices of some of the outputs of matrices that stand one below the other."""
+    found: list[StoredMatrix] = []
+    begin = 0
+    for matrix in matrices:
+        end = begin + matrix.shape[0]
+        first, last = (max(0, -((wanted.start - at) // wanted.step)) for at in (begin, end))
+        here = wanted[first:last]
+        if len(here) == matrix.shape[0]:
+            found.append(matrix)
+        elif here:
+            found.append(matrix.of_outputs(slice(here.start - begin, here.stop - begin, here.step)))
+        begin = end
+    return found
+
+
+def _chosen(tensor: StoredTensor, dim: int, index: torch.Tensor) -> StoredTensor | None:
+    dim %= tensor.ndim
+    if dim == tensor._outputs_dim():
+        return tensor._like(tensor.experts.each(lambda matrices: _chosen_outputs(matrices, index)))
+    if tensor.stacked and dim == 0:
+        return tensor._like([tensor.experts[expert] for expert in index.tolist()])
+    others = [[matrix.of_inputs(index) for matrix in matrices] for matrices in tensor.experts]
+    kept = [[matrix for matrix in matrices if matrix is not None] for matrices in others]
+    return tensor._like(kept) if kept == others else None
+
+
+def _chosen_outputs(matrices: Sequence[StoredMatrix], index: torch.Tensor) -> list[StoredMatrix]:
+    """Some outputs of matrices that stand one below the other, in the order given; few matrices, where it can be."""
+    if len(matrices) == 1:
+        return [matrices[0].of_outputs(index)]
+    layouts = {matrix.layout for matrix in matrices}
+    if len(layouts) == 1:
+        parts = tuple(matrices)
+        shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+        whole = StoredMatrix(parts[0].layout, shape, lambda: Codes.joined([part.read() for part in parts]))
+        return [whole.of_outputs(index)]
+    ends = torch.tensor([matrix.shape[0] for matrix in matrices]).cumsum(0)
+    owners = torch.bucketize(index, ends, right=True)
+    found: list[StoredMatrix] = []
+    for run in torch.tensor_split(torch.arange(len(index)), (owners.diff().nonzero().flatten() + 1).tolist()):
+        matrix = matrices[int(owners[run[0]])]
+        found.append(matrix.of_outputs(index[run] - (ends[owners[run[0]]] - matrix.shape[0])))
+    return found
+
+
+def _selected(tensor: StoredTensor, dim: int, index: int) -> StoredTensor | None:
+    if not tensor.stacked or dim % tensor.ndim != 0:
+        return None
+    return tensor._like([tensor.experts[index]], stacked=False)
+
+
+def _split(tensor: StoredTensor, size: int | Sequence[int], dim: int = 0) -> list[StoredTensor] | None:
+    whole = tensor.shape[dim]
+    sizes = [min(size, whole - at) for at in range(0, whole, size)] if isinstance(size, int) else list(size)
+    parts: list[StoredTensor] = []
+    begin = 0
+    for count in sizes:
+        part = _sliced(tensor, dim, begin, begin + count)
+        if part is None:
+            return None
+        parts.append(part)
+        begin += count
+    return parts
+
+
+_aten: Any = torch.ops.aten
+_KEEP: dict[Any, Callable[..., Any]] = {
+    _aten.detach: _same,
+    _aten.alias: _same,
+    _aten.clone: _same,
+    _aten._to_copy: _converted,
+    _aten.t: _transposed,
+    _aten.transpose: _transposed,
+    _aten.permute: _permuted,
+    _aten.stack: _stacked,
+    _aten.cat: _joined,
+    _aten.slice: _sliced,
+    _aten.select: _selected,
+    _aten.index_select: _chosen,
+    _aten.split: _split,
+    _aten.split_with_sizes: _split,
+}
+"""What keeps the codes; a function that gives None leaves it to the floats."""
+
+
+def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Codes that stand one after the other in each row of int32 words, lowest bits first; a code may span two words.
+
+    This is how compressed-tensors (`compressors/pack_quantized/helpers.py`) and GPTQ pack.
+
+    Args:
+        words: `[rows, words]`, int32.
+        bits: 1 to 8.
+        count: codes in a row; what follows is padding.
+
+    Returns:
+        `[rows, count]`, uint8.
+    """
+    stored = words.contiguous().view(torch.uint8)  # little endian: the lowest bits are in the first byte
+    if bits == 8:
+        return stored[:, :count].clone()
+    mask = (1 << bits) - 1
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        return (stored.unsqueeze(2) >> shifts).bitwise_and_(mask).flatten(1)[:, :count].contiguous()
+    padded = torch.nn.functional.pad(stored, (0, 1)).to(torch.int16)
+    begin = torch.arange(count) * bits
+    first = begin // 8
+    pairs = padded[:, first] | (padded[:, first + 1] << 8)
+    return (pairs.int() >> (begin % 8).int()).bitwise_and_(mask).to(torch.uint8)
+
+
+def unpack_nibbles(stored: torch.Tensor, *, high_first: bool = False) -> torch.Tensor:
+    """`[..., bytes]`, uint8 -> `[..., 2 * bytes]`, uint8: two codes of 4 bits per byte."""
+    halves = (stored & 15, stored >> 4)
+    return torch.stack(halves[::-1] if high_first else halves, dim=-1).flatten(-2)
+
+
+def signed_codes(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed integers of some bits -> codes, uint8, of which `2^(bits - 1)` stands for zero."""
+    return (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+
+
+def in_order(index: torch.Tensor, inputs: int, group: int) -> bool:
+    """Whether an index of groups says of each input that it is of the group that it stands in."""
+    return index.shape == (inputs,) and torch.equal(index.long(), torch.arange(inputs) // group)
+
+
+def layout_bits(bits: int) -> int:
+    """Bits of the `Layout` that holds codes of so many bits."""
+    return next(held for held in (2, 3, 4, 5, 6, 8) if held >= bits)

@@ -1,0 +1,325 @@
+"""How weights in the codes of a checkpoint lie in memory, for kernels that read them from front to back.
+
+A weight lies in tiles of `TILE` outputs, and a tile in panels of some hundred inputs, so that all of it is read from
+front to back. A panel has first what its codes are scaled by, for each group the numbers of the tile's outputs; then,
+for every `CHUNK` inputs, its codes. Of a chunk they are eight vectors of 64 bytes, each with four inputs of every
+output; where they have fewer than eight bits, as many of them as fit whole into bytes share one, and the rest lies in
+pieces in what these leave of the bytes (three, five and six bits).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import lcm
+from struct import pack
+
+import torch
+
+from splitnet.errors import UnsupportedModel
+from splitnet.quant.native import multiplies_bfloat16
+from splitnet.quant.stored import STEPS_GROUP, TABLES, Codes, Kind, Layout
+
+TILE = 16
+"""Outputs that are stored together."""
+
+CHUNK = 32
+"""Inputs whose codes are stored together."""
+
+_VECTORS = 8
+"""Of a chunk, with `_RUN` inputs of each output of a tile."""
+
+_RUN = 4
+_PANEL = 512
+"""Inputs of a panel, at least; the least multiple of the layout's groups."""
+
+_LINE = 64
+_PIECES = {
+    2: (),
+    3: (((0, 6, 2), (2, 6, 1)), ((1, 6, 2), (2, 7, 1))),
+    4: (),
+    5: (((0, 5, 3), (1, 5, 2)), ((2, 5, 3), (3, 5, 2)), ((4, 5, 3), (1, 7, 1), (3, 7, 1))),
+    6: (((0, 6, 2), (1, 6, 2), (2, 6, 2)), ((3, 6, 2), (4, 6, 2), (5, 6, 2))),
+    8: (),
+}
+"""Of the last vectors of a chunk, the lowest bits first: in which stored vector, from which bit on, how many."""
+
+_TYPES = {
+    Kind.FLOAT16: torch.float16,
+    Kind.BFLOAT16: torch.bfloat16,
+    Kind.FLOAT32: torch.float32,
+    Kind.E8M0: torch.uint8,
+    Kind.CODES: torch.uint8,
+}
+_FLOAT8 = ("e4m3", "e5m2")
+_NUMBERS = {Kind.FLOAT16: 0, Kind.BFLOAT16: 1, Kind.FLOAT32: 2, Kind.E8M0: 3, Kind.CODES: 8, Kind.NONE: 9}
+_STEPS, _UNSIGNED_STEPS, _LOWER_STEPS, _UPPER_STEPS, _ONES = 4, 5, 6, 7, 10
+"""`enum number` in `native/grouped.h`."""
+
+_PLAIN, _TABLE, _FLOAT_TABLE, _E4M3, _E5M2, _ANY = range(6)
+"""`enum code`."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """How the tiles of a weight lie.
+
+    Attributes:
+        scale_type, zero_type: of what is stored for each group.
+        nibbles: the steps of scales and zeros share a byte, the scale's in its lower half.
+        finite: whether all codes stand for numbers, without which e4m3 is multiplied by plain loops.
+    """
+
+    layout: Layout
+    inputs: int
+    scale_type: torch.dtype
+    zero_type: torch.dtype | None
+    nibbles: bool
+    finite: bool = True
+
+    @classmethod
+    def of(cls, layout: Layout, inputs: int, codes: Codes | None = None) -> Order:
+        """
+        Args:
+            codes: of which steps are signed; None: where that does not matter.
+
+        Raises:
+            UnsupportedModel: there is no order for such a layout.
+            ValueError: the codes are not of this layout.
+        """
+        group = layout.group
+        steps = Kind.STEPS in (layout.scale, layout.zero)
+        if (
+            layout.bits not in _PIECES
+            or (group not in (0, 8, 16) and group % CHUNK)
+            or (steps and (not group or STEPS_GROUP % group))
+            or layout.scale in (Kind.CODES, Kind.NONE)
+            or layout.zero is Kind.E8M0
+            or (layout.table and len(TABLES[layout.table]) != 1 << layout.bits)
+        ):
+            raise UnsupportedModel(f"weights cannot be held as {layout}: use a checkpoint in another format")
+        types = [
+            (torch.int8 if stored is None else stored.dtype) if kind is Kind.STEPS else _TYPES.get(kind)
+            for kind, stored in (
+                (layout.scale, codes and codes.scales),
+                (layout.zero, codes and codes.zeros),
+            )
+        ]
+        assert types[0] is not None
+        if codes is not None:
+            found = [codes.scales, codes.zeros, codes.scale_units, codes.zero_units]
+            units = [torch.float16 if kind is Kind.STEPS else None for kind in (layout.scale, layout.zero)]
+            stored = [None if one is None else one.dtype for one in found]
+            if codes.codes.dtype != torch.uint8 or stored != [*types, *units]:
+                raise ValueError(f"codes of {layout} with scales and zeros of the types {stored}")
+        nibbles = layout.bits == 2 and layout.scale is Kind.STEPS and layout.zero is Kind.STEPS
+        return cls(layout, inputs, types[0], types[1], nibbles)
+
+    @cached_property
+    def panel(self) -> int:
+        """Inputs of a panel."""
+        if not self.layout.group:
+            return -(-self.inputs // CHUNK) * CHUNK
+        unit = lcm(self.layout.group, CHUNK, STEPS_GROUP if Kind.STEPS in (self.layout.scale, self.layout.zero) else 1)
+        return -(-_PANEL // unit) * unit
+
+    def sections(self, inputs: int) -> list[int]:
+        """Bytes of a panel: of scales, zeros, units of scales, units of zeros, padding, codes."""
+        groups = -(-inputs // self.layout.group) if self.layout.group else 1
+        units = [2 * -(-inputs // STEPS_GROUP) * (kind is Kind.STEPS) for kind in (self.layout.scale, self.layout.zero)]
+        zeros = 0 if self.zero_type is None or self.nibbles else self.zero_type.itemsize
+        sizes = [TILE * size for size in (groups * self.scale_type.itemsize, groups * zeros, *units)]
+        return [*sizes, -sum(sizes) % _LINE, -(-inputs // CHUNK) * _LINE * self.layout.bits]
+
+    @cached_property
+    def pairs(self) -> bool:
+        """Whether of the four inputs of an output two lie behind the others of all outputs of a vector."""
+        return self.layout.table == "e5m2" or (self.layout.table == "e4m3" and not multiplies_bfloat16())
+
+    @property
+    def has_fast_kernel(self) -> bool:
+        """Whether there are kernels for it that are made for some CPUs, besides plain loops."""
+        return self._code != _ANY
+
+    @property
+    def for_integers(self) -> bool:
+        """Whether that kernel multiplies integers."""
+        return self._code <= _TABLE
+
+    @property
+    def _code(self) -> int:
+        if self.layout.table and self.layout.zero is not Kind.NONE and _table_code(self.layout.table)[0] > _TABLE:
+            return _ANY
+        if self.layout.group == 8 or not self.finite:
+            return _ANY
+        return _table_code(self.layout.table)[0] if self.layout.table else _PLAIN
+
+    def described(self, outputs: int, *, scaled: bool = True) -> torch.Tensor:
+        """A weight of so many outputs, int64, as `Grouped` in `native/grouped.h`.
+
+        Args:
+            scaled: else its scales are taken for 1, where it is made anew.
+        """
+        layout = self.layout
+        zero = _NUMBERS.get(layout.zero, _UNSIGNED_STEPS if self.zero_type is torch.uint8 else _STEPS)
+        scale = _NUMBERS.get(layout.scale, _UNSIGNED_STEPS if self.scale_type is torch.uint8 else _STEPS)
+        if self.nibbles:
+            scale, zero = _LOWER_STEPS, _UPPER_STEPS
+        if not scaled:
+            scale = _ONES
+        _, factor, at = _table_code(layout.table) if layout.table else (_PLAIN, 1.0, 0)
+        sizes = [0 if each is None else TILE * each.itemsize for each in (self.scale_type, self.zero_type)]
+        numbers = [self._code, layout.bits, layout.group, self.panel, self.inputs, outputs, layout.offset, scale, zero]
+        numbers += [sizes[0], 0 if self.nibbles else sizes[1], self.tile_bytes, self.pairs]
+        words, unit = _words(layout.table) if self._code == _FLOAT_TABLE else (None, 1.0)
+        addresses = [at, _values(layout).data_ptr(), 0 if words is None else words.data_ptr()]
+        packed = pack("13qd3qd", *numbers, factor, *addresses, unit)
+        return torch.frombuffer(bytearray(packed), dtype=torch.int64)
+
+    @cached_property
+    def tile_bytes(self) -> int:
+        return sum(count * sum(self.sections(inputs)) for _, count, inputs in self.ranges())
+
+    def ranges(self) -> list[tuple[int, int, int]]:
+        """Panels that are alike: the first input, how many they are and the inputs of each."""
+        whole, rest = divmod(self.inputs, self.panel)
+        found = [(0, whole, self.panel)] if whole else []
+        return [*found, (whole * self.panel, 1, rest)] if rest else found
+
+    def packed(self, codes: Codes) -> torch.Tensor:
+        """`[tiles, tile_bytes]`, uint8."""
+        tiles = -(-len(codes.codes) // TILE)
+        parts = [self._packed_panels(codes, tiles, *found) for found in self.ranges()]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _packed_panels(self, codes: Codes, tiles: int, start: int, count: int, inputs: int) -> torch.Tensor:
+        sizes = self.sections(inputs)
+
+        def numbers(stored: torch.Tensor | None, group: int) -> torch.Tensor:
+            """Those of each group of a panel: `[tiles, panels, bytes]`."""
+            if stored is None:
+                return torch.empty(tiles, count, 0, dtype=torch.uint8)
+            each = -(-inputs // group) if group else 1
+            first = start // group if group else 0
+            some = _padded(stored[:, first : first + count * each], tiles * TILE, count * each)
+            some = some.reshape(tiles, TILE, count, each).permute(0, 2, 3, 1).contiguous()
+            return some.view(tiles, count, -1).view(torch.uint8)
+
+        group = self.layout.group
+        scales, zeros = numbers(codes.scales, group), numbers(codes.zeros, group)
+        if self.nibbles:
+            scales, zeros = scales | zeros << 4, zeros[..., :0]
+        units = [numbers(codes.scale_units, STEPS_GROUP), numbers(codes.zero_units, STEPS_GROUP)]
+        padding = torch.zeros(tiles, count, sizes[4], dtype=torch.uint8)
+        chunks = -(-inputs // CHUNK)
+        some = _padded(codes.codes[:, start : start + count * inputs], tiles * TILE, count * chunks * CHUNK)
+        # Runs of inputs are turned, as numbers of 32 bits.
+        runs = some.contiguous().view(torch.int32).view(tiles, TILE, count, chunks, _VECTORS)
+        vectors = runs.permute(0, 2, 3, 4, 1).contiguous().view(torch.uint8)
+        if self.pairs:
+            vectors = vectors.view(tiles, count, chunks, _VECTORS, TILE, 2, 2).transpose(4, 5).contiguous()
+        vectors = vectors.view(tiles, count, chunks, _VECTORS, TILE * _RUN)
+        bits = self.layout.bits
+        whole = bits * (8 // bits)
+        together = vectors[..., :whole, :].unflatten(-2, (bits, 8 // bits))
+        stored = together[..., 0, :].clone()
+        for index in range(1, 8 // bits):
+            stored |= together[..., index, :] << index * bits
+        for vector, pieces in enumerate(_PIECES[bits], whole):
+            shift = 0
+            for place, at, some_bits in pieces:
+                stored[..., place, :] |= (vectors[..., vector, :] >> shift & (1 << some_bits) - 1) << at
+                shift += some_bits
+        return torch.cat([scales, zeros, *units, padding, stored.flatten(2)], dim=-1).flatten(1)
+
+    def unpacked(self, tiles: torch.Tensor) -> Codes:
+        """What `packed` was given, with the outputs that fill the last tile."""
+        begin = 0
+        parts: list[list[torch.Tensor]] = []
+        for _, count, inputs in self.ranges():
+            width = count * sum(self.sections(inputs))
+            parts.append(self._unpacked_panels(tiles[:, begin : begin + width], count, inputs))
+            begin += width
+        codes, scales, zeros, scale_units, zero_units = [
+            torch.cat([part[index] for part in parts], dim=1) for index in range(len(parts[0]))
+        ]
+        some = [one if one.shape[1] else None for one in (zeros, scale_units, zero_units)]
+        return Codes(codes[:, : self.inputs], scales, *some)
+
+    def _unpacked_panels(self, panels: torch.Tensor, count: int, inputs: int) -> list[torch.Tensor]:
+        tiles = len(panels)
+        sizes = self.sections(inputs)
+        scales, zeros, *units, _, stored = list(panels.view(tiles, count, -1).split(sizes, dim=-1))
+        if self.nibbles:
+            scales, zeros = scales & 15, scales >> 4
+
+        def numbers(stored: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+            some = stored.contiguous().view(dtype or torch.uint8).view(tiles, count, -1, TILE)
+            return some.permute(0, 3, 1, 2).reshape(tiles * TILE, -1)
+
+        chunks = -(-inputs // CHUNK)
+        bits = self.layout.bits
+        stored = stored.view(tiles, count, chunks, bits, _LINE)
+        if bits < 8:
+            shifts = torch.arange(0, 9 - bits, bits, dtype=torch.uint8, device=panels.device)[:, None]
+            vectors = (stored[..., None, :] >> shifts & (1 << bits) - 1).flatten(3, 4)
+        else:
+            vectors = stored
+        if _PIECES[bits]:
+            rest = torch.zeros_like(stored[..., : len(_PIECES[bits]), :])
+            for vector, pieces in enumerate(_PIECES[bits]):
+                shift = 0
+                for place, at, some_bits in pieces:
+                    rest[..., vector, :] |= (stored[..., place, :] >> at & (1 << some_bits) - 1) << shift
+                    shift += some_bits
+            vectors = torch.cat([vectors, rest], dim=-2)
+        if self.pairs:
+            vectors = vectors.view(tiles, count, chunks, _VECTORS, 2, TILE, 2).transpose(4, 5)
+        runs = vectors.reshape(tiles, count, -1).view(torch.int32).view(tiles, count, chunks, _VECTORS, TILE)
+        runs = runs.permute(0, 4, 1, 2, 3).contiguous().view(tiles * TILE, count * chunks * _VECTORS)
+        codes = runs.view(torch.uint8).view(tiles * TILE, count, chunks * CHUNK)[..., :inputs].flatten(1)
+        of_units = [numbers(one, torch.float16) for one in units]
+        return [codes, numbers(scales, self.scale_type), numbers(zeros, self.zero_type), *of_units]
+
+
+@cache
+def _values(layout: Layout) -> torch.Tensor:
+    """What each code stands for."""
+    return TABLES[layout.table] if layout.table else torch.arange(1 << layout.bits).float() - layout.offset
+
+
+@cache
+def _bytes(table: str) -> tuple[torch.Tensor, float] | None:
+    """Bytes that, less 128 and times a factor, are what the codes of a table stand for; None: there are none."""
+    values = TABLES[table]
+    for factor in (1.0, 0.5):
+        whole = values / factor + 128
+        if len(values) == 16 and torch.equal(whole, whole.round()) and whole.min() >= 0 and whole.max() <= 255:
+            return whole.to(torch.uint8), factor
+    return None
+
+
+@cache
+def _words(table: str) -> tuple[torch.Tensor, float]:
+    """Words, of at most 8191, that times a unit come closest to what the codes of a table stand for."""
+    values = TABLES[table].double()
+    largest = values.abs().max()
+    scaled = values / largest * torch.arange(4096, 8192)[:, None]
+    found = scaled[(scaled - scaled.round()).abs().amax(1).argmin()]
+    return found.round().short(), float(largest / found.abs().max())
+
+
+def _table_code(table: str) -> tuple[int, float, int]:
+    """The `enum code` of a table, the factor that goes with it and the address of its bytes."""
+    if table in _FLOAT8:
+        return (_E4M3, 256.0, 0) if table == "e4m3" else (_E5M2, 1.0, 0)
+    found = _bytes(table)
+    return (_FLOAT_TABLE, 1.0, 0) if found is None else (_TABLE, found[1], found[0].data_ptr())
+
+
+def _padded(tensor: torch.Tensor, outputs: int, width: int) -> torch.Tensor:
+    if tensor.shape == (outputs, width):
+        return tensor
+    whole = tensor.new_zeros(outputs, width)
+    whole[: tensor.shape[0], : tensor.shape[1]] = tensor
+    return whole

@@ -1,0 +1,1 @@
+"""Keys, closed swarms, and what a peer's owner grants each key."""

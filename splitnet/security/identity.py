@@ -1,0 +1,398 @@
+"""Key pairs of peers and clients, and the lists of keys that a private swarm accepts.
+
+Every process has one Ed25519 key pair that signs its records. The X25519 pair that CurveZMQ wants is derived from it
+(RFC 7748 and RFC 8032 share the curve), so whoever knows a signing key knows which CURVE key to expect on the link.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import os
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Final
+
+import nacl.bindings
+import nacl.exceptions
+import platformdirs
+from nacl.signing import SigningKey, VerifyKey
+from zmq.utils import z85
+
+from splitnet.errors import KeyFileError
+from splitnet.security.grants import STRANGER_WEIGHT, KeyOptions, parse_options
+
+logger = logging.getLogger(__name__)
+
+KEY_FILE_VARIABLE: Final = "SPLITNET_KEY_FILE"
+MAX_KEY_FILE_BYTES: Final = 1 << 20
+RELOAD_INTERVAL_S: Final = 1.0
+ANYONE: Final[bytes | None] = None
+"""In the place of a key: those that are not listed."""
+
+_PUBLIC_PREFIX = "sn1"
+_CHECKSUM_BYTES = 3  # 32 + 3 bytes are exactly 56 base32 characters: no padding, one text per key
+_PUBLIC_TEXT_LENGTH = len(_PUBLIC_PREFIX) + 56
+_SECRET_PREFIX = "splitnet-secret-1 "
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """An Ed25519 public key.
+
+    raw: 32 bytes. Raises KeyFileError if they are not a point of the curve that is safe to use.
+    """
+
+    raw: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.raw) != nacl.bindings.crypto_sign_PUBLICKEYBYTES:
+            raise KeyFileError(f"A public key has 32 bytes, not {len(self.raw)}; copy the whole key.")
+        _ = self.curve_raw
+
+    @cached_property
+    def curve_raw(self) -> bytes:
+        """The X25519 public key, 32 bytes, as a ZAP handler sees it."""
+        try:
+            return nacl.bindings.crypto_sign_ed25519_pk_to_curve25519(self.raw)
+        except nacl.exceptions.CryptoError as error:
+            raise KeyFileError("These 32 bytes are not an Ed25519 public key; copy the key again.") from error
+
+    @property
+    def curve(self) -> bytes:
+        """The X25519 public key in Z85, 40 bytes, as `zmq.CURVE_SERVERKEY` takes it."""
+        return z85.encode(self.curve_raw)
+
+    @cached_property
+    def text(self) -> str:
+        """The printable key: `sn1` and 56 base32 characters, with a checksum against typing errors."""
+        return _printable(self.raw)
+
+    @classmethod
+    def parse(cls, text: str) -> PublicKey:
+        """The key that `text` was printed from. Raises KeyFileError."""
+        text = text.strip()
+        shown = text if len(text) <= 70 else text[:67] + "..."
+        if len(text) != _PUBLIC_TEXT_LENGTH or not text.startswith(_PUBLIC_PREFIX) or text != text.lower():
+            raise KeyFileError(
+                f"{shown!r} is not a splitnet key ({_PUBLIC_TEXT_LENGTH} characters that start with "
+                f"{_PUBLIC_PREFIX}); copy what `splitnet key` prints."
+            )
+        try:
+            body = base64.b32decode(text[len(_PUBLIC_PREFIX) :].upper())
+        except ValueError as error:
+            raise KeyFileError(f"{shown!r} holds a character that no key has; copy the key again.") from error
+        raw, checksum = body[:-_CHECKSUM_BYTES], body[-_CHECKSUM_BYTES:]
+        if checksum != _checksum(raw):
+            raise KeyFileError(f"The checksum of {shown!r} is wrong: a character was changed; copy the key again.")
+        return cls(raw)
+
+    def verify(self, message: bytes, signature: bytes) -> bool:
+        """Whether `signature` (64 bytes) of `message` was made with the secret half of this key."""
+        if len(signature) != nacl.bindings.crypto_sign_BYTES:
+            return False
+        try:
+            VerifyKey(self.raw).verify(message, signature)
+        except nacl.exceptions.CryptoError:
+            return False
+        return True
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Identity:
+    """The key pair of this process or user. Nothing prints the secret half.
+
+    public: the Ed25519 public key. curve_public, curve_secret: the derived X25519 pair in Z85, 40 bytes each, for
+    `zmq.CURVE_PUBLICKEY` and `zmq.CURVE_SECRETKEY`.
+    """
+
+    def __init__(self, signing_key: SigningKey) -> None:
+        self._signing_key = signing_key
+        self.public = PublicKey(bytes(signing_key.verify_key))
+        self.curve_public = self.public.curve
+        self.curve_secret = z85.encode(bytes(signing_key.to_curve25519_private_key()))
+
+    @classmethod
+    def generate(cls) -> Identity:
+        """A fresh key pair that is kept in memory only."""
+        return cls(SigningKey.generate())
+
+    @classmethod
+    def load_or_create(cls, path: Path | None = None) -> Identity:
+        """The key pair in the file `path`, which is created if it does not exist.
+
+        Without a path: `SPLITNET_KEY_FILE`, else `key` in the user's data folder. Two processes that create the file
+        at the same time end with the same key. Raises KeyFileError if the file is damaged or others can read it.
+        """
+        path = default_key_file() if path is None else path
+        try:
+            if not path.exists():
+                _create_key_file(path)
+            return cls(_read_key_file(path))
+        except OSError as error:
+            raise KeyFileError(
+                f"The key file {path} cannot be used ({error.strerror or error}); "
+                f"set {KEY_FILE_VARIABLE} to a file that you can write."
+            ) from error
+
+    @classmethod
+    def parse(cls, text: str) -> Identity:
+        """The key pair that `secret_text` was read from. Raises KeyFileError."""
+        try:
+            return cls(_signing_key(text))
+        except ValueError:  # the cause would show the secret
+            raise KeyFileError("this is no secret key of splitnet: copy the whole line") from None
+
+    @property
+    def secret_text(self) -> str:
+        """Both halves as they stand in a key file, for a file that its owner alone can read."""
+        return f"{_SECRET_PREFIX}{bytes(self._signing_key).hex()}"
+
+    def sign(self, message: bytes) -> bytes:
+        """The Ed25519 signature of `message`, 64 bytes."""
+        return self._signing_key.sign(message).signature
+
+    def __repr__(self) -> str:
+        return f"Identity({self.public.text})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("an Identity holds a secret key and is not pickled; load it from its key file instead")
+
+
+class AuthorizedKeys:
+    """Which keys may use this peer, as `authorized_keys` of ssh: one key per line, `#` comments, text after the key.
+
+    Options stand before the key or right after it, see `splitnet/security/grants.py`. A line with `anyone` in the place
+    of a key lets strangers in, who come last.
+
+    The file is read again when it changes (looked at once a second at most). If the new text has an error, the old
+    list stays in force and a warning is logged, so that an edit cannot open or close the swarm by accident. For the
+    same reason an empty file, as it is while it is written anew, counts only if it still is so at the next look.
+    """
+
+    def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._next_check = clock() + RELOAD_INTERVAL_S
+        self._stamp = None if path is None else _file_stamp(path)
+        self._empty: tuple[int, int, int] | None = None
+        self._listed: dict[bytes | None, KeyOptions] = (
+            {ANYONE: KeyOptions()} if path is None else _read_authorized_keys(path)
+        )
+
+    @classmethod
+    def from_file(cls, path: Path, *, clock: Callable[[], float] = time.monotonic) -> AuthorizedKeys:
+        """The keys listed in `path`. Raises KeyFileError with the number of the line that is wrong."""
+        return cls(path, clock)
+
+    @classmethod
+    def anyone(cls) -> AuthorizedKeys:
+        """A public swarm: every key is allowed."""
+        return cls(None)
+
+    def allows(self, curve_raw: bytes) -> bool:
+        """Whether the client whose CURVE public key is `curve_raw` (32 bytes, from the handshake) may connect."""
+        return self._options(curve_raw) is not None
+
+    def names(self, curve_raw: bytes) -> bool:
+        """Whether this key stands in the list itself."""
+        return curve_raw in self._current()
+
+    def options_of(self, curve_raw: bytes) -> KeyOptions:
+        """What this client gets; one that may not connect any more gets what strangers do."""
+        return self._options(curve_raw) or KeyOptions(weight=STRANGER_WEIGHT)
+
+    @property
+    def lets_in_strangers(self) -> bool:
+        """Whether keys that are not listed may connect."""
+        return ANYONE in self._current()
+
+    def _options(self, curve_raw: bytes) -> KeyOptions | None:
+        listed = self._current()
+        return listed.get(curve_raw) or listed.get(ANYONE)
+
+    def _current(self) -> dict[bytes | None, KeyOptions]:
+        if self._path is not None and (now := self._clock()) >= self._next_check:
+            self._next_check = now + RELOAD_INTERVAL_S
+            self._reload_if_changed(self._path)
+        return self._listed
+
+    def _reload_if_changed(self, path: Path) -> None:
+        stamp = _file_stamp(path)
+        if stamp == self._stamp:
+            return
+        if stamp is not None and stamp[1] == 0 and stamp != self._empty:
+            self._empty = stamp
+            return
+        self._stamp = stamp
+        try:
+            self._listed = _read_authorized_keys(path)
+        except KeyFileError as error:
+            logger.warning("The old list of authorized keys stays in force: %s", error)
+
+
+def default_key_file() -> Path:
+    """Where the key of this user lives unless a path is given."""
+    override = os.environ.get(KEY_FILE_VARIABLE)
+    return Path(override) if override else Path(platformdirs.user_data_dir("splitnet")) / "key"
+
+
+@lru_cache(4096)
+def _printable(key: bytes) -> str:
+    body = base64.b32encode(key + _checksum(key)).decode("ascii").lower()
+    return _PUBLIC_PREFIX + body
+
+
+def _checksum(raw: bytes) -> bytes:
+    return hashlib.sha256(b"splitnet public key" + raw).digest()[:_CHECKSUM_BYTES]
+
+
+def _create_key_file(path: Path) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # mkstemp opens with mode 0600; link() puts the complete file in place and fails if another process was first.
+    descriptor, temporary = tempfile.mkstemp(prefix=".key-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(f"{_SECRET_PREFIX}{bytes(SigningKey.generate()).hex()}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return
+        except OSError:  # no hard links, as on Android and on FAT
+            if not path.exists():
+                os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _read_key_file(path: Path) -> SigningKey:
+    with path.open("rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
+            raise KeyFileError(f"Others can read the secret key in {path}; run: chmod 600 {path}")
+        content = file.read(MAX_KEY_FILE_BYTES)
+    try:
+        return _signing_key(content.decode("ascii"))
+    except ValueError:  # also what PyNaCl raises for a seed of another length; the cause would show the secret
+        raise KeyFileError(f"{path} holds no splitnet key; move it away and a new key will be made.") from None
+
+
+def _signing_key(text: str) -> SigningKey:
+    prefix, _, seed = text.strip().rpartition(" ")
+    if prefix != _SECRET_PREFIX.strip():
+        raise ValueError("prefix")
+    return SigningKey(bytes.fromhex(seed))
+
+
+def _read_authorized_keys(path: Path) -> dict[bytes | None, KeyOptions]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_KEY_FILE_BYTES + 1)
+    except OSError as error:
+        raise KeyFileError(f"The authorized keys in {path} cannot be read ({error.strerror or error}).") from error
+    if len(content) > MAX_KEY_FILE_BYTES:
+        raise KeyFileError(f"{path} is longer than {MAX_KEY_FILE_BYTES} bytes; is it a list of keys?")
+    listed: dict[bytes | None, KeyOptions] = {}
+    for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        try:
+            key, options = _listed_key(words)
+        except KeyFileError as error:
+            raise KeyFileError(f"{path}, line {number}: {error}") from error
+        if listed.setdefault(key, options) != options:
+            raise KeyFileError(f"{path}, line {number}: this key is listed before with other options; keep one line.")
+    return listed
+
+
+def without_names(text: str) -> list[str]:
+    """The lines of a list of authorized keys, without the names and comments behind keys."""
+    lines = list[str]()
+    for words in (line.partition("#")[0].split() for line in text.splitlines()):
+        if words:
+            key = 1 if "=" in words[0] else 0
+            has_options = len(words) > key + 1 and "=" in words[key + 1]
+            lines.append(" ".join(words[: key + 1 + has_options]))
+    return lines
+
+
+def _listed_key(words: list[str]) -> tuple[bytes | None, KeyOptions]:
+    """The CURVE key of a line, or `ANYONE`, and its options."""
+    texts: list[str] = []
+    if "=" in words[0]:
+        texts.append(words.pop(0))
+    if not words:
+        raise KeyFileError("there are options, and no key.")
+    if words[1:] and "=" in words[1]:
+        texts.append(words[1])
+    strangers = words[0] == "anyone"
+    key = ANYONE if strangers else PublicKey.parse(words[0]).curve_raw
+    defaults = KeyOptions(weight=STRANGER_WEIGHT) if strangers else KeyOptions()
+    return key, parse_options(",".join(texts), defaults) if texts else defaults
+
+
+def _file_stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+WORK_BITS: Final = 13
+MAX_PROOF: Final = (1 << 32) - 1
+
+_MOST_DIGITS = 10
+_PREFIX = b"splitnet proof of work\0"
+
+
+@lru_cache(maxsize=4096)
+def has_worked(key: PublicKey, proof: int) -> bool:
+    """Whether `proof` proves the work of this key; 0 proves none."""
+    return proof > 0 and _is_found(key, proof)
+
+
+def work(key: PublicKey, stop: threading.Event) -> int:
+    """Finds the proof of a key, 3 s of one core on average; 0 if told to stop before."""
+    for proof in range(1, MAX_PROOF):
+        if stop.is_set():
+            break
+        if _is_found(key, proof):
+            return proof
+    return 0
+
+
+def kept_proof(key: PublicKey, file: Path, stop: threading.Event) -> int:
+    """The proof of a key in `file`, which is made if it holds none; 0 if told to stop before it was found.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        text = file.read_bytes()[:_MOST_DIGITS]
+    except FileNotFoundError:
+        text = b""
+    proof = int(text) if text.isdigit() else 0
+    if proof > MAX_PROOF or not has_worked(key, proof):
+        proof = work(key, stop)
+        if proof:
+            file.write_text(str(proof), encoding="utf-8")
+    return proof
+
+
+def _is_found(key: PublicKey, proof: int) -> bool:
+    # scrypt, as it leaves other threads alone and is hardly faster on special hardware than here.
+    digest = hashlib.scrypt(_PREFIX, salt=key.raw + proof.to_bytes(8, "big"), n=256, r=8, p=1, dklen=4)
+    return int.from_bytes(digest, "big") >> (32 - WORK_BITS) == 0

@@ -1,0 +1,1 @@
+"""Sessions along a route: the state machine, its requests, its driver, and kinds of sessions."""

@@ -1,0 +1,646 @@
+"""Runs a session's state machine: its queue, its clock, its thread."""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from scheduler.cost import CODING_MS, Encoding, choose_codec, encodings_of
+from scheduler.facts import Link
+from scheduler.replan import RouteWatch, changed_hops
+from splitnet.errors import CoverageError, NotAuthorized, PeerBusy, SessionClosed, SplitnetError
+from splitnet.session.events import (
+    Abandon,
+    Alive,
+    AskAlive,
+    AskRoute,
+    Ban,
+    Close,
+    Effect,
+    Event,
+    LinkFailed,
+    Move,
+    NoRoute,
+    Note,
+    Planned,
+    Received,
+    Recovered,
+    Send,
+    Tick,
+    Unban,
+    Use,
+)
+from splitnet.session.liveness import ANSWER_S
+from splitnet.session.machine import SessionState
+from splitnet.session.requests import Request, RouteHop
+from splitnet.session.route_setup import Phase
+from splitnet.swarm.links import refusal
+from splitnet.swarm.measure import TRUST_S
+from splitnet.swarm.peers import BAN_S, LOOK_S
+from splitnet.swarm.plan import Forecast, Needs, PlannedHop, repaired_route, with_kept_hops
+from splitnet.swarm.swarm import Swarm
+from splitnet.transport import flow
+from splitnet.transport.prober import ANSWER_TRIPS, FIRST_TRIPS, Answer
+from splitnet.wire.codecs import CODECS, DEFAULT_INT8, Codec, codec_by_name
+from splitnet.wire.endpoints import Endpoint, LinkState
+from splitnet.wire.log import REPLAY_POSITIONS
+from splitnet.wire.messages import SESSION_BYTES, Message, Open, Part, Result, Step, Timing, encode
+
+EMBEDDINGS = codec_by_name("fp16")
+
+
+class LinkCodecs:
+    """Chooses codecs for the links of routes.
+
+    Args:
+        swarm: knows the bandwidth of links.
+        name: of a codec for every link, or "auto" to choose by cost for each.
+        exact_embeddings: what goes to the first hop has at least the precision of `EMBEDDINGS`. Gradients need it: in
+            what blocks add to embeddings, errors of integers grow.
+
+    Raises:
+        CodecError: there is no such codec.
+    """
+
+    def __init__(self, swarm: Swarm, name: str, *, exact_embeddings: bool = False) -> None:
+        if name != "auto":
+            codec_by_name(name)
+        self._swarm = swarm
+        self._name = name
+        self._exact_embeddings = exact_embeddings
+
+    @property
+    def vary(self) -> bool:
+        """Whether another route may have other codecs, and so other tokens."""
+        return self._name == "auto"
+
+    @property
+    def encodings(self) -> tuple[Encoding, ...]:
+        """What a planner needs to know of the codecs that a link may use."""
+        sizes = {name: codec.bytes_per_position(self._swarm.facts.hidden_size) for name, codec in CODECS.items()}
+        if self._name == "auto":
+            return encodings_of(sizes)
+        times = CODING_MS.get(self._name, CODING_MS[DEFAULT_INT8])
+        return (Encoding(self._name, sizes[self._name], *times),)
+
+    def to(self, first: PlannedHop) -> Codec:
+        """Of the link from the client to the first hop."""
+        codec = self._choose(self._swarm.link(None, first.record), first.record.codecs)
+        hidden = self._swarm.facts.hidden_size
+        too_coarse = codec.bytes_per_position(hidden) < EMBEDDINGS.bytes_per_position(hidden)
+        return EMBEDDINGS if self._exact_embeddings and too_coarse else codec
+
+    def after(self, route: Sequence[PlannedHop], index: int) -> Codec:
+        """Of the link behind a hop: to the next one, or from the tail to the client."""
+        record = route[index].record
+        if index + 1 == len(route):
+            return self._choose(self._swarm.link(record, None), record.codecs)
+        following = route[index + 1].record
+        shared = [name for name in record.codecs if name in following.codecs]
+        return self._choose(self._swarm.link(record, following), shared)
+
+    def _choose(self, link: Link, spoken: Sequence[str]) -> Codec:
+        if self._name != "auto":
+            return codec_by_name(self._name)
+        hidden = self._swarm.facts.hidden_size
+        sizes = {name: CODECS[name].bytes_per_position(hidden) for name in spoken if name in CODECS}
+        return codec_by_name(choose_codec(sizes, link.bytes_per_ms))
+
+
+_POSITION = 1000
+_TIMING = Timing(500, 10_000, 500)
+"""The size of a message grows a little with the numbers in it; these stand for usual ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUse:
+    """A link of a route."""
+
+    sender: str
+    receiver: str
+    codec: str
+    bytes_per_token: int
+    """Of the message of one decode token, without the framing and encryption of ZeroMQ."""
+
+
+def link_uses(state: SessionState) -> list[LinkUse]:
+    """The links of a session's route from the client back to it."""
+    uses: list[LinkUse] = []
+    codec, sender = state.first_codec, "client"
+    hops = list(state.hops)
+    for index, hop in enumerate(hops):
+        start, end = hop.blocks
+        receiver = f"blocks {start}..{end - 1}"
+        uses.append(LinkUse(sender, receiver, codec.name, _step_bytes(state, codec, index)))
+        sender = f"{receiver} via client" if hop.relayed else receiver
+        codec = hop.codec
+    if hops:
+        uses.append(LinkUse(sender, "client", codec.name, _result_bytes(state, codec, len(hops))))
+    return uses
+
+
+def _step_bytes(state: SessionState, codec: Codec, hops_before: int) -> int:
+    payload = bytes(codec.bytes_per_position(state.hidden_size))
+    parts = (Part(1, _POSITION, 1, 1),)
+    timings = (_TIMING,) * hops_before
+    step = Step(state.session, state.epoch, _POSITION, parts, None, 0, codec.code, payload, 0, timings)
+    return sum(map(len, encode(step)))
+
+
+def _result_bytes(state: SessionState, codec: Codec, hops: int) -> int:
+    payload = bytes(codec.bytes_per_position(state.hidden_size))
+    result = Result(state.session, state.epoch, _POSITION, state.blocks[1], codec.code, (_TIMING,) * hops, payload)
+    return sum(map(len, encode(result)))
+
+
+log = logging.getLogger(__name__)
+
+PAUSE_S = 1.0
+"""Between two looks for a better route."""
+
+
+class Routes:
+    """Routes for one session. Blocks: it reads the directory and measures links.
+
+    Args:
+        swarm: the peers.
+        codecs: chooses the codec of each link.
+        blocks: what to cover, `[start, end)`.
+        any_weights: whether blocks may be held otherwise than a session needs them where nobody holds them so.
+
+    Attributes:
+        watch: what steps take on the present route.
+    """
+
+    def __init__(self, swarm: Swarm, codecs: LinkCodecs, blocks: tuple[int, int], *, any_weights: bool = False) -> None:
+        self.watch = RouteWatch()
+        self._swarm = swarm
+        self._codecs = codecs
+        self._blocks = blocks
+        self._any_weights = any_weights
+        self._news = swarm.fresh_facts.news
+        self._looked_at = 0.0
+        self._stepped_at = 0.0
+        self._suspected_at = 0.0
+        self._unexplained = False
+        self._route: list[PlannedHop] = []
+        self._lost = False
+        """The latest plan takes the place of a route that was lost."""
+        self._planned: tuple[list[PlannedHop], float] = [], 0.0
+        """The latest plan, with what a step of it was predicted to take then, in ms."""
+
+    def answer(self, asked: AskRoute, needs: Needs) -> Planned | NoRoute:
+        """The route that was asked for, or why there is none."""
+        swarm = self._swarm
+
+        def route_for(needs: Needs) -> list[PlannedHop]:
+            return repaired_route(
+                asked.kept,
+                asked.excluded,
+                self._blocks,
+                lambda blocks, ends, exclude, holders: swarm.plan(
+                    needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, fresh=asked.fresh
+                ),
+            )
+
+        try:
+            if asked.unban:
+                swarm.unban_living()
+            try:
+                route = route_for(needs)
+            except (CoverageError, PeerBusy):
+                if not (needs.held and self._any_weights):
+                    raise
+                route = route_for(replace(needs, held=()))
+        except SplitnetError as error:
+            return NoRoute(asked.number, error, self._present(), swarm.was_covered)
+        self._planned, self._lost = (route, swarm.planner.cost_ms(replace(needs, prompt=0), route)), True
+        return Planned(asked.number, tuple(route), self._codecs_of(route))
+
+    def step_took(self, elapsed_ms: float, positions: int) -> None:
+        """Takes in the time of a decode step that had the route for itself."""
+        now = time.monotonic()
+        if now - self._stepped_at > TRUST_S:
+            self.watch.forget_recent()
+        self._stepped_at = now
+        ratio = self.watch.step_took(elapsed_ms, positions)
+        if ratio is not None:
+            self._swarm.survey.forecast_came(tuple(hop.name for hop in self._route), ratio)
+
+    def better(
+        self, hops: Sequence[PlannedHop], needs_now: Callable[[], Needs], cached: int, steps_left: int
+    ) -> Move | None:
+        """A route that pays for the move from `hops`, if there is a reason to look for one and it exists.
+
+        Args:
+            hops: the present route.
+            needs_now: of the session.
+            cached: positions that new hops would have to be given.
+            steps_left: decode steps that are expected at most.
+        """
+        swarm = self._swarm
+        if self._route != list(hops):
+            self._route = list(hops)
+            # By what was known when it was planned: until the first step facts may say that it has become slow.
+            route, predicted_ms = self._planned
+            known = route == self._route
+            self.watch.begin(predicted_ms if known else swarm.planner.cost_ms(needs_now(), hops), lost=self._lost)
+        now = time.monotonic()
+        surprised = self.watch.surprised
+        news = self._news != swarm.fresh_facts.news or surprised
+        if not (news or self._unexplained) or now - self._looked_at < PAUSE_S:
+            return None
+        if now - self._stepped_at > TRUST_S:
+            self.watch.forget_recent()
+        self._looked_at, self._news, self.watch.surprised = now, swarm.fresh_facts.news, False
+        needs = needs_now()
+        known_ms = swarm.planner.cost_ms(needs, hops)
+        current_ms = self.watch.present_ms(known_ms)
+        is_slow = self.watch.is_slow(current_ms)
+        # What a hop took is known from the step. If it was one of the own links, that is measured first; of the
+        # others their hops tell after some seconds.
+        silent = swarm.survey.silent() & {hops[0].name, hops[-1].name}
+        explained = bool(silent) or self.watch.is_slow(known_ms)
+        self._unexplained = is_slow and not explained
+        measures = self._unexplained and now - self._suspected_at >= LOOK_S
+        if surprised or measures:
+            swarm.fresh_facts.look_again([hops[0].record, hops[-1].record], probe=measures)
+        if measures:
+            self._suspected_at = now
+        if not is_slow or measures or (self._unexplained and not news):
+            return None
+        try:
+            route = with_kept_hops(swarm.plan(needs, holders={hop.name for hop in hops}), hops)
+        except SplitnetError as error:
+            log.debug("no other route: %s", error)
+            return None
+        if route == list(hops):
+            return None
+        # What is known of the present route was seen; what is known of the other was told, and may be too good.
+        predicted_ms = swarm.planner.cost_ms(needs, route)
+        new_ms = predicted_ms * swarm.survey.prediction_error
+        if self._unexplained and set(_links(route)) & set(_links(hops)):  # which may be what is slow
+            new_ms += current_ms - known_ms
+        before, changed = changed_hops(hops, route)
+        move_ms = swarm.planner.move_ms(needs, before, changed, max(cached, 1))
+        if not self.watch.move_pays(current_ms, new_ms, move_ms, steps_left):
+            return None
+        self._planned, self._lost = (route, predicted_ms), False
+        log.info(
+            "a better route: %.0f ms per step instead of %.0f ms",
+            new_ms,
+            current_ms,
+            extra={"step_ms": round(new_ms, 1), "former_step_ms": round(current_ms, 1)},
+        )
+        return Move(tuple(route), self._codecs_of(route))
+
+    def _codecs_of(self, route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
+        return (self._codecs.to(route[0]), *(self._codecs.after(route, index) for index in range(len(route))))
+
+    def _present(self) -> frozenset[str]:
+        try:
+            return frozenset(record.key.text for record in self._swarm.peers())
+        except SplitnetError:
+            return frozenset()
+
+
+def _links(hops: Sequence[PlannedHop]) -> Iterable[tuple[str, str]]:
+    """Between hops, by name."""
+    return pairwise(hop.name for hop in hops)
+
+
+RECOVERY_TIMEOUT_S = 30.0
+PROGRESS_TIMEOUT_S = 120.0
+
+USUAL_POSITIONS = 64
+"""Of a step, where many are under way: a micro-batch, or a chunk of a prefill. Otherwise it is a token."""
+
+
+QUEUED_S = 10.0
+"""So long a hop may be silent because the client sends much to others."""
+ROUND_S = 0.1
+"""All hops are asked within that."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a session has moved so far."""
+
+    steps: int = 0
+    positions: int = 0
+    bytes_sent: int = 0
+    """By the client, headers included."""
+    bytes_received: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """first_at, at: when a hop was asked first, and last. passed: what its link had carried then. queues: the links on
+    which something waited then.
+    """
+
+    first_at: float
+    at: float
+    passed: flow.Traffic | None
+    queues: Mapping[Endpoint, flow.Traffic]
+
+
+class SessionDriver:
+    """A session along a route of peers. One thread uses a session at a time.
+
+    Messages come in the transport's thread, which has them handled and sends what follows from them, so that the client
+    relays without waiting for the thread that uses the session. What blocks (planning) is done by that thread.
+
+    Args:
+        swarm: the peers.
+        budget: positions of KV cache to reserve over all rows.
+        codecs: chooses the codec of each link.
+        blocks: what the peers run of the model, `[start, end)`; None: all of it.
+        in_flight: how many steps are under way at the same time.
+        energy_slowdown: see `splitnet.swarm.plan.Needs`.
+        progress_timeout_s: how long hops may work on something without any progress.
+        recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
+        any_weights: whether it goes on with weights held otherwise where nobody is left who holds them as on the route
+            before; None: if codecs vary with the route, too.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        *,
+        budget: int,
+        codecs: LinkCodecs,
+        blocks: tuple[int, int] | None,
+        in_flight: int,
+        progress_timeout_s: float,
+        recovery_timeout_s: float,
+        energy_slowdown: float | None = None,
+        any_weights: bool | None = None,
+    ) -> None:
+        self.id = secrets.token_bytes(SESSION_BYTES)
+        self.traffic = Traffic()
+        if any_weights is None:
+            any_weights = codecs.vary
+        self.state = SessionState(
+            self.id,
+            model=swarm.facts.fingerprint,
+            blocks=blocks or (0, swarm.facts.num_blocks),
+            hidden_size=swarm.facts.hidden_size,
+            max_positions=swarm.facts.max_positions,
+            budget=budget,
+            progress_timeout_s=progress_timeout_s,
+            recovery_timeout_s=recovery_timeout_s,
+            any_weights=any_weights,
+            answer_s=self._answer_s,
+        )
+        self._swarm = swarm
+        self._codecs = codecs
+        self._in_flight = in_flight
+        self._energy_slowdown = energy_slowdown
+        self._prompt = 0
+        self._routes = Routes(swarm, codecs, self.state.blocks, any_weights=any_weights)
+        self._events: deque[Event] = deque()
+        self._asked: deque[AskRoute] = deque(maxlen=1)
+        """The route to be planned, if there is one: filled by any thread, emptied by the one that waits."""
+        self._handling = threading.RLock()
+        self._is_handling = False
+        self._unanswered: dict[Endpoint, _Asked] = {}
+        """Hops that were asked whether they live, and have not answered since."""
+        self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._until: Callable[[], bool] | None = None
+        """What the thread in `_wait` waits for: it is woken for that alone, not for every event."""
+        self._wakes_at = math.inf
+        swarm.links.register(self)
+
+    @property
+    def hops(self) -> list[RouteHop]:
+        """The route; empty before the first step."""
+        return self.state.hops
+
+    @property
+    def recoveries(self) -> list[Recovered]:
+        """Repairs of the route so far."""
+        return self.state.recoveries
+
+    @property
+    def needs(self) -> Needs:
+        """What the session wants of its route once it decodes."""
+        return self._needs(0)
+
+    def forecasts(self) -> Callable[[int], Forecast]:
+        """What steps are expected to take on the route, by their positions."""
+        return self._swarm.planner.forecasts(self.needs, [hop.planned for hop in self.hops])
+
+    def open(self, prompt: int = 0) -> None:
+        """Plans a route and reserves memory on it; called by the first step at the latest.
+
+        Args:
+            prompt: positions of the first step; with them the route is chosen for the time to the first token, too.
+
+        Raises:
+            CoverageError: blocks are served by nobody; if they once were, nor after `recovery_timeout_s`.
+            PeerBusy: no peer of some blocks has memory for the budget.
+            NotAuthorized: the peers do not accept this client's key, or are not those that it trusts.
+            PeerLost: peers do not answer, nor does anybody take their place in time.
+            SessionClosed: another thread has closed the session.
+        """
+        for hop in self.hops:
+            if not self._swarm.trusts(hop.endpoint.key):
+                error = NotAuthorized(f"the peer at {hop.endpoint.address} is not one that you trust any more")
+                self.link_failed(hop.endpoint, error)
+        if self.state.is_open and self.state.is_settled:
+            return
+        self._prompt = 0 if self.state.hops else prompt
+        self.feed(Use())
+        self._wait(lambda: self.state.is_settled)
+        self._raise_if_broken()
+
+    def close(self) -> None:
+        """Frees the memory on all hops; from any thread. A thread that uses the session gets `SessionClosed`."""
+        self._swarm.links.unregister(self)
+        self.feed(Close())
+
+    def close_later(self) -> None:
+        """Has another thread do so within a second; the only way for finalizers, see `Links.close_later`."""
+        self._swarm.links.close_later(self)
+
+    def deliver(self, source: Endpoint, message: Message) -> None:
+        """Takes a message from the transport's thread."""
+        self.traffic.bytes_received += len(getattr(message, "payload", b""))
+        self.feed(Received(source, message))
+
+    def link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None:
+        """Takes from the transport's thread that a link of the client is lost or refused."""
+        self.feed(LinkFailed(endpoint, error))
+
+    def feed(self, event: Event) -> None:
+        """Has the machine handle an event, and does what follows from it; from any thread."""
+        self._events.append(event)
+        with self._handling:
+            if self._is_handling:
+                return  # what is done about an event has caused another: it comes next
+            self._is_handling = True
+            try:
+                while self._events:
+                    for effect in self.state.handle(self._events.popleft(), time.monotonic()):
+                        self._perform(effect)
+            finally:
+                self._is_handling = False
+        if self._has_work():
+            self._changed.put(None)
+
+    def _has_work(self) -> bool:
+        state, until = self.state, self._until
+        return until is not None and bool(
+            self._asked
+            or state.phase is Phase.CLOSED
+            or state.wake_at < self._wakes_at
+            or self._wants_forecast()
+            or until()
+        )
+
+    def _wants_forecast(self) -> bool:
+        return self.state.phase is Phase.REPLAYING and not self.state.chunk_ms
+
+    def _perform(self, effect: Effect) -> None:
+        swarm = self._swarm
+        match effect:
+            case Send(endpoint, message):
+                if isinstance(message, Open) and (state := swarm.links.state(endpoint)).is_final:
+                    self._events.append(LinkFailed(endpoint, refusal(endpoint, state)))
+                else:
+                    self.traffic.bytes_sent += swarm.links.send(endpoint, message)
+            case AskAlive(endpoint):
+                links, before = swarm.links, self._unanswered.get(endpoint)
+                now = time.perf_counter()
+                first_at = before.first_at if before is not None and now - before.at < QUEUED_S else now
+                self._unanswered[endpoint] = _Asked(first_at, now, links.traffic(endpoint), links.queues())
+                swarm.ping(endpoint, self.id).add_done_callback(lambda pong: self._alive(endpoint, pong))
+            case AskRoute():
+                self._asked.append(effect)
+            case Ban(name, leaves):
+                swarm.ban(name, BAN_S, leaves=leaves)
+            case Unban(name):
+                swarm.unban(name)
+            case Note(kind, text, peer):
+                log.log(
+                    logging.WARNING if kind in ("lost", "failed", "weights") else logging.INFO,
+                    "%s",
+                    text,
+                    extra={"session": self.id.hex()} | ({"peer": peer} if peer else {}),
+                )
+                swarm.events.note(kind, text)
+
+    def _alive(self, endpoint: Endpoint, pong: Future[Answer]) -> None:
+        answer = pong.result()
+        self._unanswered.pop(endpoint, None)
+        self.feed(Alive(endpoint, answer.queue_ms, answer.holds, answer.waiting, answer.done, answer.last))
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        """Waits for something, and does meanwhile what takes time.
+
+        Raises:
+            SessionClosed: another thread has closed the session.
+        """
+        # set before the first look: what happens after a look wakes this thread
+        self._until = until
+        try:
+            self._wait_awake(until)
+        finally:
+            self._until = None
+        self._refuse_if_closed()
+
+    def _wait_awake(self, until: Callable[[], bool]) -> None:
+        while True:
+            self._wakes_at = math.inf
+            if until():
+                return
+            self._refuse_if_closed()
+            if self._asked:
+                self.feed(self._routes.answer(self._asked.popleft(), self._needs(self._prompt)))
+                continue
+            if self._wants_forecast():
+                self.state.chunk_ms = self.forecasts()(REPLAY_POSITIONS).latency_ms
+            self._wakes_at = self.state.wake_at
+            try:
+                self._changed.get(timeout=max(0.0, min(self._wakes_at - time.monotonic(), threading.TIMEOUT_MAX)))
+            except queue.Empty:
+                for endpoint in self._late():
+                    self.feed(Alive(endpoint, 0.0, late=True))
+                self.feed(Tick())
+
+    def _late(self) -> list[Endpoint]:
+        """Of the hops that were asked and have not answered those that something else holds up.
+
+        That is what their own links carry. Or, for a while, what goes to others: the way up of a home is one queue, in
+        which a ping may stand behind a prompt; but then nobody answers quickly.
+        """
+        links, now = self._swarm.links, time.perf_counter()
+        late: list[Endpoint] = []
+        for endpoint, asked in list(self._unanswered.items()):
+            if asked.passed is None or now - asked.at >= 2 * self._answer_s(endpoint):
+                continue
+            passed = links.traffic(endpoint)
+            if passed is None:
+                continue
+            # A tunnel confirms at once what goes into it.
+            carries = passed.has_received(asked.passed) or (not endpoint.hidden and passed.has_sent(asked.passed))
+            if carries or self._stands_behind_others(endpoint, asked, passed):
+                late.append(endpoint)
+        return late
+
+    def _answer_s(self, endpoint: Endpoint) -> float:
+        links = self._swarm.links
+        trips = ANSWER_TRIPS if links.state(endpoint) is LinkState.UP else FIRST_TRIPS
+        return links.prober.patience_s(endpoint, ANSWER_S, trips)
+
+    def _stands_behind_others(self, endpoint: Endpoint, asked: _Asked, passed: flow.Traffic) -> bool:
+        links, now = self._swarm.links, time.perf_counter()
+        # The first time it may have arrived just now, or have been dropped by a full queue and sent again.
+        if asked.at > asked.first_at:
+            quick = links.prober.quick_at >= asked.at - ROUND_S
+            if quick or not passed.unsent or now - asked.first_at >= QUEUED_S:
+                return False
+        others = [(before, links.traffic(other)) for other, before in asked.queues.items() if other != endpoint]
+        return any(passed is not None and passed.has_sent(before) for before, passed in others)
+
+    def _wait_for(self, requests: Sequence[Request]) -> None:
+        """Waits until all have what they asked for; raises the error of the first that has not."""
+        try:
+            for request in requests:
+                self._wait(lambda request=request: request.done or request.error is not None)
+                if request.error is not None:
+                    raise request.error
+        except BaseException:
+            self.feed(Abandon(tuple(request.number for request in requests)))
+            raise
+
+    def _refuse_if_closed(self) -> None:
+        if self.state.phase is Phase.CLOSED:
+            raise SessionClosed("the session was closed while it was used: begin with a new one")
+
+    def _raise_if_broken(self) -> None:
+        if not self.state.is_open and self.state.error is not None:
+            raise self.state.error
+
+    def _needs(self, prompt: int) -> Needs:
+        one_step = self._in_flight == 1
+        return Needs(
+            self.state.budget,
+            self._codecs.encodings,
+            self.state.blocks,
+            1 if one_step else USUAL_POSITIONS,
+            self._in_flight,
+            self._energy_slowdown,
+            prompt if one_step else 0,
+            self.state.held,
+        )

@@ -1,0 +1,269 @@
+"""What happens to a session, and what is to be done about it: the two sides of `SessionState.handle`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from splitnet.errors import SplitnetError
+from splitnet.swarm.events import Kind
+from splitnet.swarm.plan import PlannedHop
+from splitnet.wire.codecs import Codec
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import Message
+
+if TYPE_CHECKING:
+    from splitnet.blocks.adapters import Adapter
+    from splitnet.session.requests import Batch, Request, StepRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """The caller wants an open route. Does nothing if there is one, or one is being made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """The caller sends requests, in this order. A route must have stood; if it is broken by now, it is repaired."""
+
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GoBack:
+    """The caller sends the gradients of passes that went forward up the route."""
+
+    batch: Batch
+    adapter: int
+    """Version that the passes run with; 0: none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """The caller awaits these requests no longer."""
+
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """The caller wants KV memory for so many positions on every hop; never shrinks."""
+
+    budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class UseAdapter:
+    """The caller wants the blocks to run with other parameters. Nothing may be cached or under way."""
+
+    adapter: Adapter
+    for_passes: bool = False
+    """Hops without a part of it take over an empty one: passes name the version that every hop is to have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The caller leaves a route that works for a better one; ignored while something is under way."""
+
+    route: tuple[PlannedHop, ...]
+    codecs: tuple[Codec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Distrust:
+    """An answer that was accepted turned out to be wrong when it was decoded: the request is done again elsewhere."""
+
+    request: StepRequest
+    source: Endpoint
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The caller ends the session."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message came from a peer."""
+
+    source: Endpoint
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFailed:
+    """The client's own link to a peer is lost or refused."""
+
+    endpoint: Endpoint
+    error: SplitnetError
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """A peer has answered an `AskAlive`, or is about to.
+
+    Attributes:
+        queue_ms: how long its device has something to do, for whomever.
+        holds: it knows the session; None: a peer of version 0.1.0, which does not say.
+        waiting: steps and passes of the session that wait or run there; 1 for all that is on its way to the next hop.
+        done: positions of the session computed there so far; only grows.
+        last: highest number of a step or pass of the session's epoch that was finished there.
+        late: it has not answered; but its link carries something, behind which the question or the answer waits.
+    """
+
+    endpoint: Endpoint
+    queue_ms: float
+    holds: bool | None = None
+    waiting: int = 0
+    done: int = 0
+    last: int = 0
+    late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A route, as `AskRoute` wanted it.
+
+    Attributes:
+        number: of the question.
+        codecs: of every link, one more than hops.
+    """
+
+    number: int
+    route: tuple[PlannedHop, ...]
+    codecs: tuple[Codec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoute:
+    """There is no route.
+
+    Attributes:
+        number: of the question.
+        error: why.
+        present: names of all peers that the directory lists.
+        was_covered: all blocks were served at some time.
+    """
+
+    number: int
+    error: SplitnetError
+    present: frozenset[str]
+    was_covered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The time of `SessionState.wake_at` has come."""
+
+
+Event = (
+    Use
+    | Submit
+    | GoBack
+    | Abandon
+    | Resize
+    | UseAdapter
+    | Move
+    | Distrust
+    | Close
+    | Received
+    | LinkFailed
+    | Alive
+    | Planned
+    | NoRoute
+    | Tick
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message to a hop."""
+
+    endpoint: Endpoint
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class AskAlive:
+    """Ping a hop, naming the session; `Alive` follows if it answers."""
+
+    endpoint: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class AskRoute:
+    """Plan a route; `Planned` or `NoRoute` must follow, with the same number. One that is newer replaces it.
+
+    Attributes:
+        number: of the question.
+        kept: hops that stay if they can, in order.
+        excluded: names of peers that must not be used.
+        fresh: look into the directory even if that was done a moment ago.
+        unban: lift the bans of peers that answer now.
+    """
+
+    number: int
+    kept: tuple[PlannedHop, ...]
+    excluded: frozenset[str]
+    fresh: bool
+    unban: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ban:
+    """Plan without a peer for a while; `leaves`: it said that it goes away."""
+
+    name: str
+    leaves: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Unban:
+    """A ban was not deserved."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Tell people what has happened."""
+
+    kind: Kind
+    text: str
+    peer: str = ""
+
+
+Effect = Send | AskAlive | AskRoute | Ban | Unban | Note
+
+
+class Cause(StrEnum):
+    """Why a route was repaired."""
+
+    LOST = "lost"
+    """A hop died, hangs, is cut off or answered nonsense."""
+    SESSION_LOST = "session_lost"
+    """A hop answers, but does not hold the session any more."""
+    LEAVING = "leaving"
+    """A hop has said that it is about to end or to move."""
+    BUSY = "busy"
+    """A hop ran out of memory."""
+    STALLED = "stalled"
+    """All hops live, but what was under way got lost between them."""
+    BETTER_ROUTE = "better_route"
+    """Nothing was lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """One repair of a route."""
+
+    lost: tuple[str, ...]
+    """Why hops were replaced."""
+    opened_ms: float
+    """Until other peers were planned and had opened the session."""
+    total_ms: float
+    """Until they had the cache, and what was under way was sent again."""
+    cause: Cause
+    """Of the first hop that was replaced."""

@@ -1,0 +1,359 @@
+"""A session that generates: rows of positions whose KV caches live along a route of peers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from scheduler.batching import DECODE_POSITIONS, SIZES, best_step
+from scheduler.route import ENERGY_SLOWDOWN
+from splitnet.blocks.adapters import Adapter, read_tensors
+from splitnet.errors import ProtocolError, SplitnetError
+from splitnet.session.driver import (
+    PROGRESS_TIMEOUT_S,
+    RECOVERY_TIMEOUT_S,
+    LinkCodecs,
+    LinkUse,
+    SessionDriver,
+    link_uses,
+)
+from splitnet.session.events import Abandon, Distrust, Resize, Submit, UseAdapter
+from splitnet.session.requests import FetchRequest, RouteHop, StepRequest
+from splitnet.swarm.plan import Forecast
+from splitnet.swarm.swarm import Swarm
+from splitnet.wire.codecs import codec_by_code
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, FetchKV, Fork, Part, Step, Timing
+
+Preference = Literal["latency", "throughput", "energy"]
+
+ASK_S = 2.0
+"""After so many seconds hops are asked what the decode steps met there."""
+
+THROUGHPUT_STEPS = 8
+"""How many steps a session that asks for throughput has under way."""
+
+
+def check_preference(prefer: str, energy_slowdown: float | None) -> None:
+    """Raises SplitnetError for what a session cannot prefer."""
+    if prefer not in get_args(Preference):
+        raise SplitnetError(f"a session prefers latency, throughput or energy, not {prefer!r}")
+    if energy_slowdown is not None and prefer != "energy":
+        raise SplitnetError(f"an energy slowdown goes with the preference energy, not with {prefer}: ask for both")
+    if energy_slowdown is None:
+        return
+    is_number = isinstance(energy_slowdown, int | float) and not isinstance(energy_slowdown, bool)
+    if not is_number or not 1 <= energy_slowdown < math.inf:
+        raise SplitnetError(f"an energy slowdown of {energy_slowdown!r} is none: give 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """New positions that were sent through the route."""
+
+    requests: tuple[StepRequest, ...]
+    began: float
+    """Seconds, as `time.perf_counter` tells."""
+    repairs: int
+    """Of the route, before."""
+    alone: bool
+    """Nothing else was under way, so the time that it takes tells about the route."""
+
+
+class Session(SessionDriver):
+    """KV caches of some rows along a route. One thread uses a session at a time.
+
+    When a hop dies, the session replaces it and goes on with the same tokens; see `splitnet.session.machine`.
+
+    Args:
+        swarm: the peers.
+        budget: positions to reserve over all rows; grows when needed.
+        codec: name of a codec for every link, or "auto" to choose by cost for each link.
+        blocks: what the peers run of the model, `[start, end)`; None: all of it.
+        prefer: "latency": the result of a step soonest; "throughput": most steps per second, for batches and training;
+            "energy": the least energy per token, see docs/energy.md.
+        energy_slowdown: of "energy": how many times as long as on the fastest route a step may take; None: 1.5.
+        progress_timeout_s: how long hops may work on a step without any progress.
+        recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
+        any_weights: see `SessionDriver`.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        *,
+        budget: int,
+        codec: str = "auto",
+        blocks: tuple[int, int] | None = None,
+        prefer: Preference = "latency",
+        energy_slowdown: float | None = None,
+        progress_timeout_s: float = PROGRESS_TIMEOUT_S,
+        recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
+        any_weights: bool | None = None,
+    ) -> None:
+        check_preference(prefer, energy_slowdown)
+        super().__init__(
+            swarm,
+            budget=budget,
+            codecs=LinkCodecs(swarm, codec),
+            blocks=blocks,
+            in_flight=THROUGHPUT_STEPS if prefer == "throughput" else 1,
+            energy_slowdown=(energy_slowdown or ENERGY_SLOWDOWN) if prefer == "energy" else None,
+            progress_timeout_s=progress_timeout_s,
+            recovery_timeout_s=recovery_timeout_s,
+            any_weights=any_weights,
+        )
+        self._asked_at = 0.0
+
+    @property
+    def timings(self) -> tuple[Timing, ...]:
+        """What the last step met at each hop, as the last of them tells."""
+        return self.state.timings
+
+    @property
+    def compute_ms(self) -> float:
+        """Time that the devices of all hops spent on the last step."""
+        return sum(timing.compute_us for timing in self.timings) / 1000
+
+    def reserve(self, positions: int) -> None:
+        """Makes room for `positions` positions over all rows, on every hop.
+
+        Raises:
+            PeerBusy: a hop has no memory for so many; the session goes on with what it has.
+            PeerLost, CoverageError: a hop was lost and could not be replaced.
+        """
+        if positions <= self.state.budget:
+            return
+        if self.hops:
+            self.open()  # only an open route keeps what it has when it cannot have more
+        self.feed(Resize(positions))
+        self._wait(lambda: self.state.is_settled)
+        self._raise_if_broken()
+        if self.state.refusal is not None:
+            raise self.state.refusal
+
+    def step(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None) -> torch.Tensor:
+        """Sends new positions through the route.
+
+        Args:
+            hidden: `[positions, hidden]`, the positions of all parts in order.
+            parts: which rows they belong to, and how many of each row's outputs to return.
+            forks: rows to fork before, see `splitnet.wire.messages.Step`.
+
+        Returns:
+            `[kept, hidden]` float32: the outputs that the parts keep, in order.
+
+        Raises:
+            PeerLost: a hop died or did not go on, and could not be replaced.
+            CoverageError: blocks of a lost hop are served by nobody else.
+            PeerFailed: two hops answered with the same error.
+            ContextTooLong: the rows are longer than the model allows.
+            SessionClosed: another thread has closed the session.
+        """
+        return self.finish(self.begin(hidden, parts, forks))
+
+    def begin(
+        self,
+        hidden: torch.Tensor,
+        parts: Sequence[Part],
+        forks: Sequence[Fork] | None = None,
+        *,
+        step_positions: int | None = None,
+        reach: int = 0,
+    ) -> UnderWay:
+        """Sends new positions on their way; the arguments, and what may go wrong, are those of `step`.
+
+        More may be sent before the first have come back. What the hops are to forget of them is said by where the
+        next ones start.
+
+        Args:
+            step_positions: of the steps that they are cut into; None: chosen.
+            reach: see `splitnet.wire.messages.Step`.
+
+        Returns:
+            What `finish` or `abandon` is to be called with.
+        """
+        state = self.state
+        self.open(len(hidden))
+        if not state.under_way and state.log is not None:
+            self._improve_route()
+        began, alone, repairs = time.perf_counter(), not state.under_way, len(self.recoveries)
+        forecast = self.forecasts() if len(hidden) > DECODE_POSITIONS else None
+        size = step_positions or self.step_positions(len(hidden), forecast)
+        predicted_ms = forecast(min(size, len(hidden))).latency_ms if forecast is not None else 0.0
+        codec = state.first_codec
+        requests: list[StepRequest] = []
+        offset = 0
+        for chunk in cut_into_steps(parts, size):
+            positions = sum(part.length for part in chunk)
+            payload = codec.encode(hidden[offset : offset + positions])
+            offset += positions
+            number = state.next_number()
+            step = Step(
+                self.id,
+                state.epoch,
+                number,
+                tuple(chunk),
+                tuple(forks) if forks is not None else None,
+                0,
+                codec.code,
+                payload,
+                reach=reach,
+            )
+            forks = None
+            requests.append(StepRequest(step, sum(part.keep for part in chunk), predicted_ms))
+            self.feed(Submit((requests[-1],)))
+        self.traffic.steps += len(requests)
+        self.traffic.positions += offset
+        return UnderWay(tuple(requests), began, repairs, alone)
+
+    def finish(self, sent: UnderWay) -> torch.Tensor:
+        """Waits for what was sent; returns and raises what `step` does. In the order of sending."""
+        outputs: list[torch.Tensor] = []
+        for request in sent.requests:
+            output = None
+            while output is None:
+                self._wait_for([request])
+                output = self._decoded(request)
+            outputs.append(output)
+        if len(sent.requests) == 1 and sent.requests[0].decodes and len(self.recoveries) == sent.repairs:
+            if sent.alone:
+                self._routes.step_took((time.perf_counter() - sent.began) * 1000, sent.requests[0].step.positions)
+                self.state.usual_ms = self._routes.watch.usual_ms
+            self._learn_timings(sent.requests[0].step.positions, at_once=sent.alone and self._routes.watch.surprised)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def abandon(self, sent: UnderWay) -> None:
+        """Awaits it no longer: what it has done at the hops, the next positions that are sent undo."""
+        self.feed(Abandon(tuple(request.number for request in sent.requests)))
+
+    def use_adapter(self, adapter: Adapter) -> None:
+        """Has the blocks run with parameters of the client; once, before the first step.
+
+        Raises:
+            PeerFailed: they do not fit the blocks.
+        """
+        state = self.state
+        if adapter is state.adapter:
+            return
+        if state.log is not None or state.adapter is not None:
+            raise SplitnetError("the peers hold keys and values of another adapter: begin with a new cache")
+        self.feed(UseAdapter(adapter))
+        if state.hops:
+            self.open()
+
+    def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
+        """The keys and values that the peers hold of the first `length` positions of a row, without its prefix.
+
+        Returns:
+            Tensors of all blocks, named and shaped as the prefix of an adapter, see `splitnet.blocks.adapters`.
+
+        Raises:
+            PeerLost, PeerFailed: as in `step`.
+        """
+        self.open()
+        request = FetchRequest(FetchKV(self.id, self.state.epoch, self.state.next_number(), row, length))
+        self.feed(Submit((request,)))
+        self._wait_for([request])
+        tensors: dict[str, torch.Tensor] = {}
+        for endpoint in self.state.endpoints():
+            for part in request.found.parts[endpoint]:
+                tensors.update(read_tensors(part))
+        return tensors
+
+    def forecast(self, positions: int) -> Forecast:
+        """What a step of `positions` positions is expected to take on the open route."""
+        return self.forecasts()(positions)
+
+    def step_positions(self, positions: int, forecast: Callable[[int], Forecast] | None = None) -> int:
+        """The size of the steps that so many positions are cut into, which flow through the hops in a row."""
+        if positions <= SIZES[0]:
+            return positions
+        if forecast is None:
+            self.open(positions)
+            forecast = self.forecasts()
+        size = best_step(positions, lambda n: forecast(n).latency_ms, lambda n: forecast(n).stage_ms)
+        return min(size, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
+
+    def links(self) -> list[LinkUse]:
+        """The links of the route in order, with the bytes that one decode token takes on each."""
+        return link_uses(self.state)
+
+    def _improve_route(self) -> None:
+        """Before a step: moves to a better route if that pays."""
+        state = self.state
+        cached = state.log.positions if state.log is not None else 0
+        planned = [hop.planned for hop in self.hops]
+        move = self._routes.better(planned, lambda: self.needs, cached, max(0, state.budget - cached))
+        if move is not None:
+            self.feed(move)
+            self.open()
+
+    def _decoded(self, request: StepRequest) -> torch.Tensor | None:
+        """`[kept, hidden]`; None: the answer was no use, and the step is done again."""
+        result = request.result
+        assert result is not None
+        try:
+            output = codec_by_code(result.codec).decode(result.payload, request.kept, self._swarm.facts.hidden_size)
+            if np.isfinite(output.numpy()).all():  # on few numbers a fifth of what torch takes
+                return output
+            why = "answered with values that are not finite"
+        except ProtocolError as error:
+            why = f"answered nonsense: {error}"
+        self.feed(Distrust(request, self.state.tail, why))
+        return None
+
+    def _learn_timings(self, positions: int, *, at_once: bool) -> None:
+        """After a decode step: tells the survey what it met. Each hop is believed of itself alone.
+
+        Results carry the timings of all hops, but any of them may have rewritten those before it. So only the tail's
+        own is taken from a result; the other hops are asked now and then, and nothing waits for their answers.
+
+        Args:
+            at_once: the step took far longer than usual, so all are asked what it met.
+        """
+        if self.timings:
+            self._tell_survey(self.hops[-1], None, positions, self.timings[-1])
+        now = time.monotonic()
+        if not at_once and now < self._asked_at + ASK_S:
+            return
+        self._asked_at = now
+        for hop, following in pairwise(self.hops):
+            self._swarm.ping(hop.endpoint, self.id).add_done_callback(
+                lambda pong, hop=hop, following=following: self._tell_survey(
+                    hop, following, positions, pong.result().timing
+                )
+            )
+
+    def _tell_survey(self, hop: RouteHop, following: RouteHop | None, positions: int, timing: Timing | None) -> None:
+        if timing is None:
+            return
+        survey = self._swarm.survey
+        blocks = hop.planned.end - hop.planned.start
+        survey.hop_seen(hop.name, positions, timing.compute_us / 1000 / blocks, timing.wait_us / 1000)
+        if timing.next_rtt_us and following is not None:
+            survey.link_seen(hop.name, following.name, timing.next_rtt_us / 1000)
+
+
+def cut_into_steps(parts: Sequence[Part], limit: int) -> list[list[Part]]:
+    """Parts in steps of at most `limit` positions. What comes back are still the last `keep` of each whole part."""
+    steps: list[list[Part]] = [[]]
+    room = limit
+    for row, start, length, keep in parts:
+        begun = 0
+        while begun < length:
+            if not room:
+                steps.append([])
+                room = limit
+            taken = min(room, length - begun)
+            kept = max(0, min(taken, begun + taken - (length - keep)))
+            steps[-1].append(Part(row, start + begun, taken, kept))
+            begun += taken
+            room -= taken
+    return steps

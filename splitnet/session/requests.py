@@ -1,0 +1,499 @@
+"""What a session has under way: what was sent, what has come of it, and how it is sent again on another route."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import Protocol
+
+from scheduler.batching import DECODE_POSITIONS
+from splitnet.errors import ProtocolError, SplitnetError
+from splitnet.swarm.plan import PlannedHop
+from splitnet.wire.codecs import Codec, check_size
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.log import SentLog
+from splitnet.wire.messages import (
+    AdapterGradient,
+    FetchedKV,
+    FetchKV,
+    Forward,
+    Gradient,
+    Message,
+    Payload,
+    Replay,
+    Result,
+    Step,
+)
+
+
+@dataclass(slots=True, eq=False)
+class RouteHop:
+    """Stays the same object for as long as the peer runs the same blocks of the session."""
+
+    planned: PlannedHop
+    codec: Codec
+    """What this hop encodes its output with. Its log is written with it, so it never changes."""
+    relayed: bool = False
+    """It does not reach its next hop, so the client relays its output."""
+    relay_log: SentLog | None = None
+    """What the client has relayed; None if that is not all of it."""
+    cached_positions: int = 0
+    """What it held of the session when it was opened last."""
+    filled: bool = False
+    """It holds the KV cache that the session wants."""
+    weights: str = ""
+    """What its blocks are held as, as its record or itself has said last."""
+    adapter_version: int = 0
+    """Of the adapter that it has taken over; 0: none."""
+    lost: bool = False
+    """It was given up, and is not replaced yet."""
+    endpoint: Endpoint = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.endpoint = self.planned.endpoint
+        self.weights = self.planned.record.dtype
+
+    @property
+    def name(self) -> str:
+        return self.planned.name
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return self.planned.start, self.planned.end
+
+    def forget(self) -> None:
+        """What it holds of the session counts no more."""
+        self.filled, self.adapter_version, self.relay_log = False, 0, None
+
+    def opened(self, *, wants_cache: bool) -> None:
+        """The route is open. The hop may have lost the session since it was opened before.
+
+        Args:
+            wants_cache: the session has sent positions.
+        """
+        if not self.cached_positions:
+            self.filled, self.adapter_version = False, 0
+        if not wants_cache:
+            self.filled = True
+        if not self.relayed:
+            self.relay_log = None  # what the hop pushes itself would be missing in it
+
+    def log_relayed(self, step: Step, result: Result) -> None:
+        """Takes in what the client relays; a log is of use only from where the session holds nothing else."""
+        begins = step.forks == () or step.replay_until  # all rows are dropped, or sent again
+        if self.relay_log is None and begins and not any(part.start for part in step.parts):
+            self.relay_log = SentLog(result.codec, len(result.payload) // step.positions)
+        if self.relay_log is not None:
+            try:
+                self.relay_log.record(step.parts, step.forks, result.payload, step.reach)
+            except ProtocolError:  # its rows were filled by a replay that did not come this way
+                self.relay_log = None
+
+
+class Route(Protocol):
+    """The open route, as far as what travels on it needs it."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def blocks(self) -> tuple[int, int]: ...
+
+    @property
+    def first(self) -> Endpoint: ...
+
+    @property
+    def tail(self) -> Endpoint: ...
+
+    def send(self, endpoint: Endpoint, message: Message) -> None: ...
+
+    def endpoints(self) -> list[Endpoint]:
+        """All hops in order."""
+        ...
+
+    def adapted_hops(self) -> dict[Endpoint, int]:
+        """Hops with a part of the session's adapter, and what that takes in messages, in bytes at most."""
+        ...
+
+
+class Request(ABC):
+    """Something that was asked for.
+
+    Attributes:
+        error: why nothing will come any more.
+        predicted_ms: what it is predicted to take; 0: not known.
+    """
+
+    error: SplitnetError | None
+    predicted_ms: float = 0.0
+
+    @property
+    @abstractmethod
+    def number(self) -> int:
+        """That its answers name."""
+
+    @property
+    @abstractmethod
+    def done(self) -> bool: ...
+
+    @property
+    def message(self) -> Step | Forward | None:
+        """What travels along the route, if the client sent it."""
+        return None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is so small that an answer is due soon."""
+        return False
+
+    @abstractmethod
+    def send(self, route: Route) -> None:
+        """Sends it in the route's epoch; what came before counts no more."""
+
+    @abstractmethod
+    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+        """Takes an answer in; tells whether it was one.
+
+        Raises:
+            ProtocolError: it is not what was asked for.
+        """
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Forgets what has come of it."""
+
+
+@dataclass(slots=True, eq=False)
+class StepRequest(Request):
+    """New positions: `kept` of them come back from the tail.
+
+    Attributes:
+        makers: names of the hops that an answer which was no use came from; empty: none was.
+    """
+
+    step: Step
+    kept: int
+    predicted_ms: float = 0.0
+    result: Result | None = None
+    error: SplitnetError | None = None
+    makers: list[str] = field(default_factory=list)
+
+    @property
+    def number(self) -> int:
+        return self.step.number
+
+    @property
+    def done(self) -> bool:
+        return self.result is not None
+
+    @property
+    def message(self) -> Step:
+        return self.step
+
+    @property
+    def decodes(self) -> bool:
+        return self.step.positions <= DECODE_POSITIONS
+
+    def send(self, route: Route) -> None:
+        self.step = replace(self.step, epoch=route.epoch)
+        route.send(route.first, self.step)
+
+    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+        if not isinstance(message, Result) or source != route.tail or message.end != route.blocks[1]:
+            return False
+        check_size(message.codec, message.payload, self.kept, route.hidden_size)
+        self.result = message
+        return True
+
+    def undo(self) -> None:
+        self.result = None
+
+
+@dataclass(slots=True, eq=False)
+class ReplayRequest(Request):
+    """A part of a log that is sent again: by the client, or by a hop that is asked to.
+
+    Attributes:
+        sent: what goes to `to`.
+        last: the hop where the replay ends, which answers.
+    """
+
+    sent: Step | Replay
+    to: Endpoint
+    last: Endpoint
+    ended: bool = False
+    error: SplitnetError | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.ended
+
+    @property
+    def number(self) -> int:
+        return self.sent.number
+
+    @property
+    def message(self) -> Step | None:
+        return self.sent if isinstance(self.sent, Step) else None
+
+    def send(self, route: Route) -> None:
+        route.send(self.to, self.sent)
+
+    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+        if isinstance(message, Result) and source == self.last:
+            self.ended = True
+        elif isinstance(message, Result) and source == self.to:
+            raise ProtocolError("it has nothing to replay")
+        return self.ended
+
+    def undo(self) -> None:
+        self.ended = False
+
+
+def next_refill(
+    hops: Sequence[RouteHop], sent: SentLog, session: bytes, epoch: int, next_number: Callable[[], int]
+) -> tuple[list[RouteHop], list[ReplayRequest]]:
+    """The first hops in a row that are not filled, and the replays that fill them.
+
+    Args:
+        hops: the route.
+        sent: what the client itself has sent.
+        session, epoch: of the messages.
+        next_number: makes numbers for them.
+
+    Returns:
+        Both are empty if all hops are filled.
+    """
+    first = next((index for index, hop in enumerate(hops) if not hop.filled), None)
+    if first is None:
+        return [], []
+    group = list(takewhile(lambda hop: not hop.filled, hops[first:]))
+    before = hops[first - 1] if first else None
+    if before is not None and not before.relayed:
+        # The client cannot relay what a hop replays, as it does not know its parts.
+        direct = len(list(takewhile(lambda hop: not hop.relayed, group[:-1])))
+        group = group[: direct + 1]
+        number, last = next_number(), group[-1]
+        message = Replay(session, epoch, number, last.blocks[1])
+        return group, [ReplayRequest(message, before.endpoint, last.endpoint)]
+    if before is not None and before.relay_log is not None:
+        log, to = before.relay_log, group[0].endpoint
+    else:
+        # The client begins; if its steps pass hops that are filled, those compute them once more.
+        log, to = sent, hops[0].endpoint
+    return group, _replay(log, to, group[-1], session, epoch, next_number)
+
+
+def _replay(
+    log: SentLog, to: Endpoint, last: RouteHop, session: bytes, epoch: int, next_number: Callable[[], int]
+) -> list[ReplayRequest]:
+    until = last.blocks[1]
+    return [
+        ReplayRequest(
+            Step(session, epoch, next_number(), parts, None, until, log.codec, payload, reach=reach), to, last.endpoint
+        )
+        for parts, payload, reach in log.replay()
+    ]
+
+
+KV_WIDTH = 8
+"""So many times the hidden size the keys of a position have at most, and so the values."""
+
+PART_BYTES = 1024
+"""What a part is counted as, besides its payload; and what a tensor takes in it, besides its numbers, at most."""
+
+
+def most_bytes(sizes: Iterable[int]) -> int:
+    """What tensors of these sizes, in bytes, take in messages at most."""
+    return sum(size + 2 * PART_BYTES for size in sizes)
+
+
+@dataclass(slots=True)
+class FromHops:
+    """What several hops send, each in one or several messages."""
+
+    parts: dict[Endpoint, list[Payload]] = field(default_factory=dict)
+    _left: dict[Endpoint, int] = field(default_factory=dict)
+    """Bytes that may come of those of which something is missing."""
+    _remaining: dict[Endpoint, int] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all that is expected has come."""
+        return not self._left
+
+    def begin(self, expected: Mapping[Endpoint, int]) -> None:
+        """Forgets what came before; these hops will send something, each so many bytes at most."""
+        self.parts, self._left, self._remaining = {}, dict(expected), {}
+
+    def take(self, source: Endpoint, message: AdapterGradient | FetchedKV) -> bool:
+        """Takes a part in; False if nothing of this hop is missing.
+
+        Raises:
+            ProtocolError: it does not follow the one before, or there is more than was expected.
+        """
+        if source not in self._left:
+            return False
+        if message.remaining != self._remaining.get(source, message.remaining + 1) - 1:
+            raise ProtocolError("its parts are not in order")
+        self._left[source] -= len(message.payload) + PART_BYTES
+        if self._left[source] < 0:
+            raise ProtocolError("it sends more than was asked for")
+        self._remaining[source] = message.remaining
+        self.parts.setdefault(source, []).append(message.payload)
+        if not message.remaining:
+            del self._left[source]
+        return True
+
+
+@dataclass(slots=True, eq=False)
+class PassRequest(Request):
+    """A pass over whole sequences: its output, and once it goes back the gradients of its batch."""
+
+    forward: Forward
+    result: Result | None = None
+    back: WayBack | None = None
+    gradient: Gradient | None = None
+    error: SplitnetError | None = None
+
+    @property
+    def number(self) -> int:
+        return self.forward.number
+
+    @property
+    def done(self) -> bool:
+        return self.result is not None if self.back is None else self.back.batch.done
+
+    @property
+    def message(self) -> Forward:
+        return self.forward
+
+    def send(self, route: Route) -> None:
+        self.result, self.gradient = None, None
+        if self.back is not None:
+            self.back.batch.rewind()
+        self.forward = replace(self.forward, epoch=route.epoch)
+        route.send(route.first, self.forward)
+
+    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+        match message:
+            case Result() if self.result is None and source == route.tail and message.end == route.blocks[1]:
+                check_size(message.codec, message.payload, self.forward.positions, route.hidden_size)
+                self.result = message
+                if self.back is not None:
+                    self.back.batch.send_ready(route)
+            case Gradient() if self.gradient is None and source == route.first and message.boundary == route.blocks[0]:
+                check_size(message.codec, message.payload, self.forward.positions, route.hidden_size)
+                self.gradient = message
+            case AdapterGradient() if self.back is not None:
+                return self.back.batch.sums.take(source, message)
+            case _:
+                return False
+        return True
+
+    def undo(self) -> None:
+        self.result, self.gradient = None, None
+
+
+@dataclass(slots=True)
+class WayBack:
+    """What a pass goes back with."""
+
+    batch: Batch
+    codec: int
+    payload: Payload
+    """The encoded gradient by the output."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Passes that go back together.
+
+    Hops add up their gradients by the adapter in the order of the passes, so all are done, or repeated, as one.
+    """
+
+    passes: list[PassRequest]
+    sums: FromHops = field(default_factory=FromHops)
+    """The gradients by the adapter."""
+    _sent: int = 0
+    """How many passes have been sent back, the first ones."""
+
+    @property
+    def done(self) -> bool:
+        return all(each.gradient is not None for each in self.passes) and self.sums.whole
+
+    @property
+    def by_adapter(self) -> dict[Endpoint, list[Payload]]:
+        return self.sums.parts
+
+    def go_back(self, adapter: int, route: Route) -> None:
+        """Sends the gradients by the output up the route.
+
+        The passes themselves are done again if the route is another by now, or the blocks ran with another adapter
+        meanwhile.
+        """
+        if all(each.forward.epoch == route.epoch and each.forward.adapter == adapter for each in self.passes):
+            self.send_ready(route)
+            return
+        for each in self.passes:
+            each.forward = replace(each.forward, adapter=adapter)
+            each.send(route)
+
+    def rewind(self) -> None:
+        """The passes are done again."""
+        self._sent = 0
+
+    def send_ready(self, route: Route) -> None:
+        """Sends back what can go back, in order."""
+        while self._sent < len(self.passes) and self.passes[self._sent].result is not None:
+            if not self._sent:
+                self.sums.begin(route.adapted_hops() if self.passes[0].forward.adapter else {})
+            self._send(self.passes[self._sent], route)
+            self._sent += 1
+
+    def _send(self, which: PassRequest, route: Route) -> None:
+        forward, result, back = which.forward, which.result, which.back
+        assert result is not None and back is not None
+        since, held = self.passes[0].forward.number, which is not self.passes[-1]
+        route.send(
+            route.tail,
+            Gradient(forward.session, forward.epoch, forward.number, result.end, since, held, back.codec, back.payload),
+        )
+
+
+@dataclass(slots=True, eq=False)
+class FetchRequest(Request):
+    """Keys and values of a row, from every hop."""
+
+    asked: FetchKV
+    found: FromHops = field(default_factory=FromHops)
+    sent: bool = False
+    error: SplitnetError | None = None
+
+    @property
+    def number(self) -> int:
+        return self.asked.number
+
+    @property
+    def done(self) -> bool:
+        return self.sent and self.found.whole
+
+    def send(self, route: Route) -> None:
+        self.sent = True
+        self.asked = replace(self.asked, epoch=route.epoch)
+        count, position_bytes = route.blocks[1] - route.blocks[0], 4 * KV_WIDTH * route.hidden_size
+        most = most_bytes([self.asked.length * position_bytes] * 2 * count)
+        self.found.begin(dict.fromkeys(route.endpoints(), most))
+        for endpoint in route.endpoints():
+            route.send(endpoint, self.asked)
+
+    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+        return isinstance(message, FetchedKV) and self.found.take(source, message)
+
+    def undo(self) -> None:
+        self.sent = False

@@ -1,0 +1,224 @@
+"""Passes over whole sequences along a route, forward and back: for training, and for logits without a cache."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from splitnet.blocks.adapters import Adapter, read_tensors
+from splitnet.errors import PeerFailed, SplitnetError
+from splitnet.session.driver import RECOVERY_TIMEOUT_S, LinkCodecs, SessionDriver
+from splitnet.session.events import GoBack, Submit, UseAdapter
+from splitnet.session.requests import Batch, PassRequest, WayBack
+from splitnet.swarm.swarm import Swarm
+from splitnet.wire.codecs import Codec, codec_by_code, codec_by_name
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward
+
+PASS_PROGRESS_S = 600.0
+MICRO_BATCHES_PER_HOP = 2
+"""A batch is cut into so many micro-batches for each hop, so that all hops have something to do most of the time."""
+
+MIN_POSITIONS = 64
+MAX_POSITIONS = 512
+"""Of a micro-batch: smaller ones use the devices badly, larger ones make them wait for each other."""
+
+LOSSY_GRADIENT_CODEC = "bf16"
+
+
+@dataclass(slots=True)
+class Passed:
+    """A batch that went through the blocks, with what the way back needs."""
+
+    passes: list[PassRequest]
+    adapter: Adapter | None
+
+    @property
+    def numbers(self) -> list[int]:
+        return [request.number for request in self.passes]
+
+
+class PassSession(SessionDriver):
+    """A route for whole sequences, of which no KV caches are kept. One thread uses it at a time.
+
+    A batch is cut into micro-batches, which flow through the hops one after the other. When a hop dies, those that
+    were under way, or had gone forward and not back, are done again: the same bytes give the same gradients.
+
+    Args:
+        swarm: the peers.
+        codec: of the activations on every link, or "auto".
+        gradient_codec: of the gradients on every link; "auto": exact where the activations are, else "bf16".
+        recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
+        any_weights: see `SessionDriver`.
+        blocks: what the peers run of the model, `[start, end)`; None: all of it.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        *,
+        codec: str = "auto",
+        gradient_codec: str = "auto",
+        recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
+        any_weights: bool | None = None,
+        blocks: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(
+            swarm,
+            budget=1,
+            codecs=LinkCodecs(swarm, codec, exact_embeddings=blocks is None or not blocks[0]),
+            blocks=blocks,
+            in_flight=MICRO_BATCHES_PER_HOP * 4,
+            progress_timeout_s=PASS_PROGRESS_S,
+            recovery_timeout_s=recovery_timeout_s,
+            any_weights=any_weights,
+        )
+        if gradient_codec != "auto":
+            codec_by_name(gradient_codec)
+        self._gradient_codec = gradient_codec
+        self._kept: set[int] = set()
+        self._forgotten: deque[list[int]] = deque()
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        lengths: Sequence[int],
+        adapter: Adapter | None = None,
+        *,
+        keep: bool = False,
+        reach: int = 0,
+    ) -> tuple[torch.Tensor, Passed]:
+        """Runs sequences through all blocks.
+
+        Args:
+            hidden: `[positions, hidden]`: the sequences one after the other.
+            lengths: positions of each.
+            adapter: what the blocks run with.
+            keep: `backward` may follow; call `forget` if it does not.
+            reach: see `splitnet.wire.messages.Forward`.
+
+        Returns:
+            `[positions, hidden]` float32, and what `backward` needs.
+
+        Raises:
+            PeerLost, CoverageError, PeerFailed, PeerBusy, ContextTooLong: as in `Session.step`.
+            AdapterError: the adapter does not fit the blocks.
+        """
+        self._use(adapter)
+        while self._forgotten:
+            self._kept.difference_update(self._forgotten.popleft())
+        state = self.state
+        batch = Passed([], adapter)
+        codec = state.first_codec
+        offset = 0
+        for group in self._micro_batches(lengths):
+            positions = sum(group)
+            number = state.next_number()
+            if keep:
+                self._kept.add(number)
+            payload = codec.encode(hidden[offset : offset + positions])
+            offset += positions
+            forward = Forward(
+                self.id,
+                state.epoch,
+                number,
+                min(self._kept, default=number),
+                tuple(group),
+                keep,
+                self._version(adapter),
+                self._codec_of_gradients().code,
+                codec.code,
+                payload,
+                reach=reach,
+            )
+            batch.passes.append(PassRequest(forward))
+        self.traffic.steps += len(batch.passes)
+        self.traffic.positions += offset
+        self.feed(Submit(tuple(batch.passes)))
+        self._wait_for_batch(batch)
+        outputs: list[torch.Tensor] = []
+        for request in batch.passes:
+            assert request.result is not None
+            outputs.append(self._decode(request.result.codec, request.result.payload, request))
+        return torch.cat(outputs), batch
+
+    def backward(self, batch: Passed, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Gradients of a loss by what `forward` was given.
+
+        Args:
+            batch: what `forward` returned, with `keep`; it can go back once.
+            gradient: `[positions, hidden]`, of the loss by the output.
+
+        Returns:
+            The gradient by `hidden`, `[positions, hidden]` float32, and those by the tensors of the adapter.
+
+        Raises:
+            as `forward`.
+        """
+        self._use(batch.adapter)
+        codec = self._codec_of_gradients()
+        together = Batch(batch.passes)
+        offset = 0
+        for request in batch.passes:
+            positions = request.forward.positions
+            payload = codec.encode(gradient[offset : offset + positions])
+            offset += positions
+            request.back = WayBack(together, codec.code, payload)
+        self.feed(GoBack(together, self._version(batch.adapter)))
+        self._wait_for_batch(batch)
+        self.forget(batch)
+        by_input: list[torch.Tensor] = []
+        by_adapter: dict[str, torch.Tensor] = {}
+        for request in batch.passes:
+            assert request.gradient is not None
+            by_input.append(self._decode(request.gradient.codec, request.gradient.payload, request))
+        for payloads in together.by_adapter.values():
+            for payload in payloads:
+                by_adapter.update(read_tensors(payload))
+        wanted = batch.adapter.tensors if batch.adapter is not None else {}
+        if {name: tensor.shape for name, tensor in by_adapter.items()} != {n: t.shape for n, t in wanted.items()}:
+            raise PeerFailed("the peers sent gradients of other parameters than the adapter has")
+        return torch.cat(by_input), by_adapter
+
+    def forget(self, batch: Passed) -> None:
+        """The batch will not go back; the peers drop what they keep for it with the next pass. For any thread."""
+        self._forgotten.append(batch.numbers)
+
+    def _version(self, adapter: Adapter | None) -> int:
+        return self.state.adapter_version if adapter is not None else 0
+
+    def _use(self, adapter: Adapter | None) -> None:
+        """Has a route open whose blocks run with an adapter; nothing is sent if they do already."""
+        if adapter is not None and adapter is not self.state.adapter:
+            self.feed(UseAdapter(adapter, for_passes=True))
+        self.open()
+
+    def _wait_for_batch(self, batch: Passed) -> None:
+        try:
+            self._wait_for(batch.passes)
+        except SplitnetError:
+            self.forget(batch)
+            raise
+
+    def _codec_of_gradients(self) -> Codec:
+        if self._gradient_codec != "auto":
+            return codec_by_name(self._gradient_codec)
+        exact = self.state.first_codec.name == "none" and all(hop.codec.name == "none" for hop in self.hops)
+        return codec_by_name("none" if exact else LOSSY_GRADIENT_CODEC)
+
+    def _decode(self, codec: int, payload: bytes | memoryview, request: PassRequest) -> torch.Tensor:
+        return codec_by_code(codec).decode(payload, request.forward.positions, self._swarm.facts.hidden_size)
+
+    def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The sequences in groups that fill the hops well; no sequence is cut."""
+        wanted = -(-sum(lengths) // (MICRO_BATCHES_PER_HOP * len(self.hops)))
+        most = min(MAX_POSITIONS, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
+        limit = min(max(wanted, MIN_POSITIONS), most)
+        groups: list[list[int]] = [[]]
+        for length in lengths:
+            if groups[-1] and sum(groups[-1]) + length > limit:
+                groups.append([])
+            groups[-1].append(length)
+        return groups

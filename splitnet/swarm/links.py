@@ -1,0 +1,272 @@
+"""A client's links to peers: what sessions send goes out over them, and what peers say is handed to its session."""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from splitnet.errors import NotAuthorized, PeerLost, ProtocolError, ProtocolVersionError, SplitnetError, WrongKey
+from splitnet.logs import SeldomWarnings
+from splitnet.nat.punch import Way
+from splitnet.nat.tunnel import Tunnels
+from splitnet.security.identity import Identity
+from splitnet.transport.flow import Traffic
+from splitnet.transport.pool import KEEP_S, LinkPool
+from splitnet.transport.prober import PROBE_BYTES, Prober
+from splitnet.transport.transport import Transport
+from splitnet.wire.endpoints import Destination, Endpoint, LinkState
+from splitnet.wire.messages import (
+    Announced,
+    Close,
+    Failure,
+    Found,
+    Message,
+    Open,
+    Payload,
+    Pong,
+    WeightsPart,
+    decode,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_LINKS = 160
+"""At the same time; each takes four file descriptors, and processes often may have 1,024. See `LinkPool`."""
+
+KEEP_UNREACHED_S = 15.0
+"""A link that is lost, or never came up, is tried so long after its last use: a peer that restarts comes back."""
+
+QUEUES_S = 0.05
+"""For so long it is not looked again which links have queues: many sessions ask at the same time."""
+BUSY_BYTES = 2 * PROBE_BYTES
+"""More than what measuring a link alone puts on it."""
+
+
+class Subscriber(Protocol):
+    """Who gets what arrives for a session, from the transport's thread."""
+
+    id: bytes
+
+    def deliver(self, source: Endpoint, message: Message) -> None: ...
+
+    def link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Links:
+    """Thread-safe; close it when done.
+
+    A session uses a link from its `Open` on until its `Close`, or until it is unregistered; other links are closed when
+    nothing was sent over them for a minute.
+
+    Args:
+        identity: the client's key.
+        most: links at the same time.
+        keep_unused_s: how long a link that no session has used outlives its last message, see `LinkPool`.
+
+    Attributes:
+        prober: asks peers for signs of life.
+        on_answer: takes in what answers a question that belongs to no session, see `splitnet.directory.ask`.
+    """
+
+    def __init__(self, identity: Identity, *, most: int = MAX_LINKS, keep_unused_s: float = KEEP_S) -> None:
+        self._sessions: dict[bytes, Subscriber] = {}
+        self._used: dict[bytes, set[Endpoint]] = {}
+        """By registered session."""
+        self._lock = threading.Lock()
+        self._ended: queue.SimpleQueue[Subscriber] = queue.SimpleQueue()
+        self._most = most
+        self._complaints = SeldomWarnings(log)
+        self.on_answer: Callable[[Endpoint, Message], None] | None = None
+        self._queues: tuple[float, dict[Endpoint, Traffic]] = -math.inf, {}
+        self._tunnels = Tunnels(identity)
+        self._transport = Transport(
+            identity,
+            on_message=self._receive,
+            on_link=self._link_changed,
+            on_dropped=self._dropped,
+            on_tick=self._tick,
+            max_backlog=None,
+            tunnels=self._tunnels,
+        )
+        self._pool = LinkPool(
+            self._transport, most=most, keep_unreached_s=KEEP_UNREACHED_S, keep_unused_s=keep_unused_s
+        )
+        self.prober = Prober(self.send, self._transport.is_taken)
+        self._transport.start()
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    @property
+    def has_sessions(self) -> bool:
+        """Whether a session is registered."""
+        return bool(self._sessions)
+
+    @property
+    def in_use(self) -> list[Endpoint]:
+        """Peers of the registered sessions."""
+        return self._pool.in_use
+
+    def close(self) -> None:
+        """Closes all sessions and links."""
+        self.close_sessions()
+        self._transport.close()
+
+    def close_sessions(self) -> None:
+        """Closes all sessions."""
+        for session in list(self._sessions.values()):
+            session.close()
+
+    def register(self, session: Subscriber) -> None:
+        """Hands over what comes for a session from now on."""
+        with self._lock:
+            self._sessions[session.id] = session
+            self._used[session.id] = set()
+
+    def unregister(self, session: Subscriber) -> None:
+        """Hands over nothing any more; the session uses no link from now on."""
+        with self._lock:
+            self._sessions.pop(session.id, None)
+            used = self._used.pop(session.id, set())
+        for endpoint in used:
+            self._pool.release(endpoint)
+
+    def close_later(self, session: Subscriber) -> None:
+        """Has another thread close a session within a second. The collector of garbage may call it at any moment."""
+        # SimpleQueue.put is reentrant; everything else here may wait for a lock that this very thread holds.
+        self._ended.put(session)
+        self._transport.tick_soon()
+
+    def send(self, endpoint: Endpoint, message: Message) -> int:
+        """Sends a message and returns its size in bytes; 0 if the number of links does not allow it.
+
+        The session of the message learns of that by `Subscriber.link_failed`.
+        """
+        if not self._keep_open(endpoint, message):
+            many = f"this client has {self._most} links in use: close sessions, or share the work among processes"
+            self._tell_session(getattr(message, "session", b""), endpoint, PeerLost(f"no link to a peer: {many}"))
+            return 0
+        frames = encode(message)
+        self._transport.send(endpoint, frames)
+        return sum(map(len, frames))
+
+    def state(self, endpoint: Endpoint) -> LinkState:
+        """State of the link to a peer; of a closed one that had failed, for a minute, how it had failed."""
+        return self._pool.state(endpoint)
+
+    def is_connecting(self, endpoint: Endpoint) -> bool:
+        """Whether somebody has taken the connection, and the handshake is under way."""
+        return self.state(endpoint) is LinkState.CONNECTING and self._transport.is_taken(endpoint)
+
+    def traffic(self, endpoint: Endpoint) -> Traffic | None:
+        """What has passed on a link so far; None: it is not up, or the system does not tell."""
+        return self._transport.traffic(endpoint)
+
+    def queues(self) -> dict[Endpoint, Traffic]:
+        """The links on which something waits to be confirmed, as of a moment ago; none if the system does not tell."""
+        now = time.monotonic()
+        if now - self._queues[0] > QUEUES_S:
+            self._queues = now, self._transport.queues()
+        return self._queues[1]
+
+    def is_busy(self, endpoint: Endpoint) -> bool:
+        """Whether a ping to a peer may wait behind what is sent to it, or to others over the same way up."""
+        passed = self.traffic(endpoint)
+        if passed is None or not passed.unsent:
+            return False
+        return passed.unsent > BUSY_BYTES or bool(self.queues().keys() - {endpoint})
+
+    def way(self, endpoint: Endpoint) -> Way:
+        """How a peer is reached, or would be."""
+        return self._tunnels.way(endpoint)
+
+    def _keep_open(self, endpoint: Endpoint, message: Message) -> bool:
+        """Keeps the link for a message open; False if there are too many others."""
+        used = self._used.get(getattr(message, "session", b""), set())
+        if isinstance(message, Open | Close):
+            with self._lock:
+                if isinstance(message, Close) and endpoint in used:
+                    used.remove(endpoint)
+                    self._pool.release(endpoint)
+                elif isinstance(message, Open) and message.session in self._used and endpoint not in used:
+                    if not self._pool.acquire(endpoint):
+                        return False
+                    used.add(endpoint)
+        return endpoint in used or self._pool.touch(endpoint)
+
+    def _tick(self) -> None:
+        while True:
+            try:
+                session = self._ended.get_nowait()
+            except queue.Empty:
+                break
+            try:
+                session.close()
+            except Exception:
+                log.exception("a session could not be closed")
+        self._pool.tick(time.monotonic())
+
+    def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
+        if not isinstance(source, Endpoint):
+            return
+        try:
+            message = decode(frames)
+        except ProtocolError as error:
+            self._complaints.say("%s sent what is not a message: %s", source.address, error)
+            if isinstance(error, ProtocolVersionError):
+                self._tell_all(source, error)
+            return
+        if isinstance(message, Pong):
+            self.prober.pong(source, message)
+        elif isinstance(message, Found | Announced | WeightsPart) or (
+            isinstance(message, Failure) and not message.session and message.number
+        ):
+            if self.on_answer is not None:
+                self.on_answer(source, message)
+        elif isinstance(message, Failure) and not message.session:
+            self._complaints.say("%s answered: %s", source.address, message.text)
+        else:
+            session = self._sessions.get(getattr(message, "session", b""))
+            if session is not None:
+                session.deliver(source, message)
+
+    def _link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
+        if state.is_final:
+            self._tell_all(endpoint, refusal(endpoint, state))
+        elif state is LinkState.DOWN:
+            self._tell_all(endpoint, PeerLost(f"the peer at {endpoint.address} is gone"))
+
+    def _dropped(self, destination: Destination, frames: Sequence[Payload], reason: str) -> None:
+        if isinstance(destination, Endpoint):
+            session = getattr(decode(frames), "session", b"")
+            self._tell_session(session, destination, PeerLost(f"nothing goes to {destination.address}: {reason}"))
+
+    def _tell_all(self, endpoint: Endpoint, error: SplitnetError) -> None:
+        for session in list(self._sessions.values()):
+            session.link_failed(endpoint, error)
+
+    def _tell_session(self, session_id: bytes, endpoint: Endpoint, error: SplitnetError) -> None:
+        session = self._sessions.get(session_id)
+        if session is not None:
+            session.link_failed(endpoint, error)
+
+
+def refusal(endpoint: Endpoint, state: LinkState) -> NotAuthorized:
+    """The error of a link whose keys do not fit."""
+    if state is LinkState.WRONG_KEY:
+        return WrongKey(
+            f"what answers at {endpoint.address} has another key than the record of the peer there: if the peer was "
+            "started anew, wait a minute until its old record has expired; otherwise do not trust that address"
+        )
+    return NotAuthorized(
+        f"the peer at {endpoint.address} does not accept this client's key: ask its owner to add the output of "
+        "`splitnet key` to the peer's --authorized-keys file"
+    )

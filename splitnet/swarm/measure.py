@@ -1,0 +1,547 @@
+"""Peers and links as a client plans with them: what they say of themselves, corrected by what it has seen."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median_low
+from typing import Generic, ParamSpec, TypeVar
+
+from scheduler.candidates import measured_first
+from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
+from scheduler.facts import CLIENT, PASS_SIZES, UNMEASURED, Link, Network, Peer, Place, Speed
+from scheduler.replan import Forecasts
+from splitnet.directory.record import PeerRecord, facts_of, network_of, place_of
+from splitnet.errors import SplitnetError
+from splitnet.swarm.peers import KnownPeers
+from splitnet.transport.prober import PING_TIMEOUT_S, Prober
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.fields import STRICT_VERSIONS
+from splitnet.wire.messages import ToldLoad
+
+MAX_AGE_S = 90.0
+"""A link that was measured longer ago counts as not measured."""
+
+KEPT_LINKS = 256
+
+SETTLE_S = 300.0
+SETTLE_LINKS = 32
+"""A place is found anew from the links of the last minutes, or from so many if these are fewer: one may have moved."""
+
+
+class NetworkCoordinates:
+    """Measured links to peers by key text, and the coordinate that they make. Thread-safe.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._links: dict[str, tuple[float, Link, Coordinate]] = {}
+        self._coordinate = Coordinate()
+        self._bytes_per_ms = 0.0
+        self._random = random.Random()
+        self._lock = threading.Lock()
+
+    @property
+    def place(self) -> Place:
+        """As of now; an error of 1 and more says that it is not known yet."""
+        with self._lock:
+            return Place(self._coordinate, self._bytes_per_ms)
+
+    @property
+    def links(self) -> dict[str, Link]:
+        """Links that were measured lately, the latest last; with 0 bytes per ms those of unknown bandwidth."""
+        oldest = self._clock() - MAX_AGE_S
+        with self._lock:
+            return {key: link for key, (at, link, _) in self._links.items() if at >= oldest}
+
+    def age_s(self, key: str) -> float:
+        """How long ago the link to a peer was measured; infinite: never."""
+        with self._lock:
+            at, *_ = self._links.get(key, (float("-inf"),))
+        return self._clock() - at
+
+    def measured(self, record: PeerRecord, link: Link) -> None:
+        """Takes in a link to a peer; of one whose bandwidth was not measured this time (0) the former one counts."""
+        other = place_of(record).coordinate
+        with self._lock:
+            _, former, _ = self._links.pop(record.key.text, (0.0, link, other))
+            link = link if link.bytes_per_ms else Link(link.latency_ms, former.bytes_per_ms)
+            self._links[record.key.text] = (self._clock(), link, other)
+            while len(self._links) > KEPT_LINKS:
+                del self._links[next(iter(self._links))]
+            self._coordinate = self._coordinate.moved(other, 2 * link.latency_ms, self._direction())
+            self._bytes_per_ms = max(self._bytes_per_ms, link.bytes_per_ms)
+
+    def settle(self) -> None:
+        """Finds the place anew from the latest links, for a device that measures many at a time."""
+        oldest = self._clock() - SETTLE_S
+        with self._lock:
+            links = list(self._links.values())
+            young = sum(at >= oldest for at, _, _ in links)
+            measured = [(other, 2 * link.latency_ms) for _, link, other in links[-max(young, SETTLE_LINKS) :]]
+            self._coordinate = place_among(measured, self._direction())
+
+    def _direction(self) -> tuple[float, ...]:
+        return tuple(self._random.gauss(0.0, 1.0) for _ in range(DIMENSIONS))
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Latest(Generic[P, T]):
+    """Calls a function, and remembers what it made of the facts of the last calls: equal ones are not made again.
+
+    Facts must not be changed afterwards; they are compared, so they need not be hashable. Thread-safe.
+
+    Args:
+        make: the function.
+        count: how many are remembered.
+    """
+
+    def __init__(self, make: Callable[P, T], count: int) -> None:
+        self._make = make
+        self._count = count
+        self._made: tuple[tuple[object, T], ...] = ()
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        facts = (args, kwargs)
+        made = self._made  # replaced as a whole, so that other threads may do so meanwhile
+        found = next((each for each in made if each[0] == facts), None)
+        if found is None:
+            found = facts, self._make(*args, **kwargs)
+        if not made or found is not made[0]:
+            self._made = (found, *(each for each in made if each is not found))[: self._count]
+        return found[1]
+
+
+TRUST_S = 60.0
+"""How long what was seen of a hop counts more than what it says."""
+
+STEPS = 3
+"""Of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop."""
+
+REMEASURE_S = 30.0
+SILENT_S = 60.0
+"""Who has answered before and was late is left out of routes for so long: it may have been busy, or the link. Whoever
+never did may not exist."""
+
+KEPT_NETWORKS = 8
+"""A session asks for the links of the peers that it plans with, of its own hops, and of those at both ends of each."""
+
+KEPT_TRIED = 4096
+"""Of so many peers it is known when their links were measured; records of ever new peers cost nothing."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The latest decode steps that a hop has run for this client."""
+
+    at: float
+    positions: int = 1
+    """Of the last one; most have the same number."""
+    block_ms: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
+    wait_ms: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
+
+
+class Survey:
+    """Thread-safe.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.network_coordinates = NetworkCoordinates(clock)
+        self._clock = clock
+        self._hops: dict[str, _Seen] = {}
+        self._loads: dict[str, ToldLoad] = {}
+        self._links: dict[tuple[str, str], tuple[float, float]] = {}
+        self._tried: dict[str, float] = {}
+        self._silent: set[str] = set()
+        """Of those that were tried."""
+        self._heard: set[str] = set()
+        """Of those that were tried, who has ever answered."""
+        self._probed: dict[str, float] = {}
+        """Of those that were tried, with the bandwidth of the link, and when."""
+        self._forecasts = Forecasts()
+        self._told = Latest(_told_network, KEPT_NETWORKS)
+        self._lock = threading.Lock()
+
+    @property
+    def now_s(self) -> float:
+        """By its clock."""
+        return self._clock()
+
+    def hop_seen(self, key: str, positions: int, block_ms: float, wait_ms: float) -> None:
+        """Takes in what a decode step of `positions` met at a hop: ms per block, and ms until its pass began."""
+        now = self._clock()
+        with self._lock:
+            seen = self._hops.get(key)
+            if seen is None or now - seen.at >= TRUST_S:
+                seen = self._hops[key] = _Seen(now)
+            seen.at, seen.positions = now, positions
+            seen.block_ms.append(block_ms)
+            seen.wait_ms.append(wait_ms)
+
+    def link_seen(self, sender: str, receiver: str, rtt_ms: float) -> None:
+        """Takes in the round trip between two hops."""
+        with self._lock:
+            self._links[sender, receiver] = (self._clock(), rtt_ms)
+
+    def forecast_came(self, route: Hashable, ratio: float) -> None:
+        """Takes in by what factor a route was slower than predicted."""
+        with self._lock:
+            self._forecasts.came(route, ratio)
+
+    @property
+    def prediction_error(self) -> float:
+        """By what factor routes have been slower than predicted lately, at least 1."""
+        with self._lock:
+            return self._forecasts.error
+
+    def peers(self, records: Sequence[PeerRecord]) -> list[Peer]:
+        """The peers of these records."""
+        hops, loads = self._seen_lately()
+        return [_corrected(record, hops.get(record.key.text), loads.get(record.key.text)) for record in records]
+
+    def corrected(self, records: Mapping[str, PeerRecord]) -> dict[str, Peer]:
+        """Those of the peers, by their names, of which something else was seen or told than their records say."""
+        hops, loads = self._seen_lately()
+        names = (hops.keys() | loads.keys()) & records.keys()
+        return {name: _corrected(records[name], hops.get(name), loads.get(name)) for name in names}
+
+    def _seen_lately(self) -> tuple[dict[str, _Seen], dict[str, ToldLoad]]:
+        oldest = self._clock() - TRUST_S
+        with self._lock:
+            hops = {key: seen for key, seen in self._hops.items() if seen.at >= oldest}
+            return hops, {key: told for key, told in self._loads.items() if self._tried[key] >= oldest}
+
+    def network(self, records: Sequence[PeerRecord]) -> Network:
+        """All links, the client's own among them."""
+        network = self._told(tuple(records), self.network_coordinates.links, self.network_coordinates.place)
+        names = {record.key.text for record in records}
+        oldest = self._clock() - TRUST_S
+        with self._lock:
+            self._links = {pair: seen for pair, seen in self._links.items() if seen[0] >= oldest}
+            seen = {pair: rtt_ms for pair, (_, rtt_ms) in self._links.items() if names.issuperset(pair)}
+        between = {pair: Link(rtt_ms / 2, network.link(*pair).bytes_per_ms) for pair, rtt_ms in seen.items()}
+        return network.with_links(between) if between else network
+
+    def unknown(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> list[PeerRecord]:
+        """Those of the peers, but for those with the names `exclude`, whose link nobody tried to measure yet."""
+        with self._lock:
+            known = self._tried.keys() | set(exclude)
+        return [record for record in records if record.key.text not in known]
+
+    def unprobed(self, records: Sequence[PeerRecord], again_s: float = math.inf) -> list[PeerRecord]:
+        """Those of the peers to which the bandwidth of the link was not measured, as far as they answer.
+
+        again_s: what was measured longer ago does not count.
+        """
+        oldest = self._clock() - again_s
+        with self._lock:
+            known = {key for key, at in self._probed.items() if at >= oldest}
+        known |= self.silent()
+        return [record for record in records if record.key.text not in known]
+
+    def silent(self, *, lately: bool = False) -> set[str]:
+        """Names of peers that did not answer when their links were measured: perhaps there are none such.
+
+        lately: those alone that were tried a moment ago; else also those that never answered.
+        """
+        oldest = self._clock() - SILENT_S
+        with self._lock:
+            never: set[str] = set() if lately else self._silent - self._heard
+            return never | {key for key in self._silent if self._tried[key] >= oldest}
+
+    def met_since(self, since_s: float) -> tuple[set[str], set[str]]:
+        """Names of those that were silent when they were asked since then, and of others from which something came."""
+        with self._lock:
+            asked = {key for key, at in self._tried.items() if at >= since_s}
+            stepped = {key for key, seen in self._hops.items() if seen.at >= since_s}
+            return asked & self._silent, (stepped | asked) - self._silent
+
+    def stale(self, records: Sequence[PeerRecord], age_s: float = REMEASURE_S) -> list[PeerRecord]:
+        """Those of the peers whose link nobody tried to measure for so long; the one tried longest ago first."""
+        oldest = self._clock() - age_s
+        with self._lock:
+            tried = {record.key.text: self._tried.get(record.key.text, float("-inf")) for record in records}
+        return sorted(
+            (record for record in records if tried[record.key.text] < oldest),
+            key=lambda record: tried[record.key.text],
+        )
+
+    def links_measured(
+        self,
+        tried: Mapping[Endpoint, PeerRecord],
+        links: Mapping[Endpoint, Link],
+        loads: Mapping[Endpoint, ToldLoad] | None = None,
+    ) -> None:
+        """Takes in which links the client tried to measure, and what came of it; 0 bytes per ms: not measured.
+
+        loads: how busy the peers said that they are.
+        """
+        now = self._clock()
+        with self._lock:
+            for endpoint, record in tried.items():
+                key = record.key.text
+                self._tried.pop(key, None)
+                self._tried[key] = now
+                (self._silent.discard if endpoint in links else self._silent.add)(key)
+                self._loads.pop(key, None)
+                if loads and endpoint in loads:
+                    self._loads[key] = loads[endpoint]
+                if endpoint in links:
+                    self._heard.add(key)
+                if endpoint in links and links[endpoint].bytes_per_ms:
+                    self._probed[key] = now
+            while len(self._tried) > KEPT_TRIED:
+                oldest = next(iter(self._tried))
+                del self._tried[oldest]
+                self._silent.discard(oldest)
+                self._heard.discard(oldest)
+                self._loads.pop(oldest, None)
+                self._probed.pop(oldest, None)
+        for endpoint, link in links.items():
+            self.network_coordinates.measured(tried[endpoint], link)
+        self.network_coordinates.settle()
+
+
+def _told_network(records: tuple[PeerRecord, ...], measured: dict[str, Link], place: Place) -> Network:
+    rates = {record.key.text: record.bytes_per_ms for record in records}
+    links: dict[tuple[str, str], Link] = {}
+    for key, link in measured.items():
+        told = [rate for rate in (place.bytes_per_ms, rates.get(key, 0.0)) if rate]
+        rate = link.bytes_per_ms or min(told, default=UNMEASURED.bytes_per_ms)
+        links[CLIENT, key] = links[key, CLIENT] = Link(link.latency_ms, rate)
+    return network_of(records, links, {CLIENT: place} if place.coordinate.error < 1.0 else {})
+
+
+def _corrected(record: PeerRecord, seen: _Seen | None, told: ToldLoad | None) -> Peer:
+    peer = facts_of(record)
+    if told is not None and told.at >= record.issued_at:
+        peer = replace(peer, queue_ms=told.wait_ms, batch=told.batch)
+    if seen is None:
+        return peer
+    told_ms = max(peer.speed.at(seen.positions + peer.batch), 1e-6)
+    usual_ms = _usual(seen.block_ms, told_ms)
+    factor = usual_ms / told_ms
+    # More positions take no less than was seen, even of a peer that says that they take no time.
+    block_ms = tuple(
+        max(ms * factor, usual_ms if size >= seen.positions + peer.batch else 0.0)
+        for size, ms in zip(PASS_SIZES, peer.speed.block_ms, strict=True)
+    )
+    queue_ms = _usual(seen.wait_ms, peer.queue_ms)
+    return replace(peer, speed=Speed(block_ms), queue_ms=queue_ms)
+
+
+def _usual(seen: Sequence[float], told: float) -> float:
+    """The median; before there are `STEPS` values, what the hop says is one of them."""
+    return median_low(seen if len(seen) == STEPS else [told, *seen])
+
+
+log = logging.getLogger(__name__)
+
+PINGED_AT_ONCE = 96
+"""Of peers of which nothing is known, if those of a planned route do not answer: many others may not exist either."""
+
+OTHERS_PER_MINUTE = 6
+LIKELY_PER_MINUTE = 9
+"""Of the peers that are measured again while sessions are open: any, and those that routes most likely go through.
+
+Before a route is planned anew, as the present one seems slow, it is one of each block at least.
+"""
+
+PINGS_PER_MINUTE = 256
+ENDS_PINGS = 32
+"""Of these are for the ends of a route that is to be used: two, and up to eight that measure the bandwidth, to each."""
+_PROBE_PINGS = 8
+PROBE_AGAIN_S = 180.0
+SUSPECTED_AGAIN_S = 25.0
+"""The bandwidth of a link is measured again after so long, or so long if steps stay slow: it takes 128 KiB and more."""
+IN_USE_S = 300.0
+"""So long after a plan another session is expected, which should not have to wait for a look into the directory."""
+
+
+class FreshFacts:
+    """Thread-safe; close it when done.
+
+    Args:
+        known: the peers.
+        survey: takes in what is measured.
+        prober: sends the pings.
+        is_needed: whether links that are known are to be measured again and again.
+        in_use: peers of open sessions; what is known of their links must not grow old.
+        likely: of all peers and some of them so many of the latter through which routes most likely go; True: at least
+            one for each block.
+        clock: seconds.
+        is_busy: whether much waits on the way to a peer.
+
+    Attributes:
+        news: counts up when facts were refreshed.
+    """
+
+    def __init__(
+        self,
+        known: KnownPeers,
+        survey: Survey,
+        prober: Prober,
+        is_needed: Callable[[], bool],
+        in_use: Callable[[], Collection[Endpoint]],
+        likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int, bool], Sequence[PeerRecord]],
+        clock: Callable[[], float] = time.monotonic,
+        is_busy: Callable[[Endpoint], bool] = lambda _: False,
+    ) -> None:
+        self.news = 0
+        self._known = known
+        self._survey = survey
+        self._prober = prober
+        self._is_needed = is_needed
+        self._in_use = in_use
+        self._likely = likely
+        self._is_busy = is_busy
+        self._clock = clock
+        self._used_at = -math.inf
+        self._pinged_at: deque[float] = deque()
+        """When, once for each ping to a peer that answers: to those that do not exist nothing is sent."""
+        self._counting = threading.Lock()
+        self._closing = threading.Event()
+        self._look = threading.Event()
+        self._suspects: Sequence[PeerRecord] = ()
+        self._suspects_probed_s = PROBE_AGAIN_S
+        self._watcher = threading.Thread(target=self._watch, name="splitnet-watch", daemon=True)
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """Begins nothing in the background any more."""
+        self._closing.set()
+        self._look.set()
+
+    def close(self) -> None:
+        """Ends the thread, as soon as what it waits for has come."""
+        self.stop()
+        self._watcher.join(PING_TIMEOUT_S)
+
+    def look_again(self, suspects: Sequence[PeerRecord], *, probe: bool = False) -> None:
+        """Refreshes the facts soon, in the background; the links to `suspects` are measured in any case.
+
+        probe: steps stay slow, and no fact says why: the bandwidth is measured unless that was a moment ago.
+        """
+        self._suspects, self._suspects_probed_s = suspects, SUSPECTED_AGAIN_S if probe else PROBE_AGAIN_S
+        self._look.set()
+
+    def used(self) -> None:
+        """Somebody plans with the facts, or may have to."""
+        self._used_at = self._clock()
+
+    def measure_first(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> None:
+        """Measures links to peers that were never tried, if few links are known at all; to none of those in `exclude`.
+
+        Some of them are any peers, which tell where the client stands; the others are those that routes most likely go
+        through as seen from there.
+        """
+        anyone, *likely = measured_first(len(records))
+        if len(self._survey.network_coordinates.links) < anyone:
+            unknown = sorted(self._survey.unknown(records, exclude), key=lambda record: not record.is_proven)
+            self.look_at(unknown[:anyone])
+            for count in likely:
+                self.look_at(self._likely(records, self._survey.unknown(records, exclude), count, False))
+
+    def look_at(self, records: Sequence[PeerRecord]) -> None:
+        """Measures the round trips to the first of these peers, as far as a minute has pings for that."""
+        chosen = {record.endpoint: record for record in records[: max(0, self._pings_left() - ENDS_PINGS) // 2]}
+        if chosen:
+            round_trips = self._prober.round_trips(chosen, PING_TIMEOUT_S, loads=_that_tell(chosen))
+            self._pinged(2 * len(round_trips))
+            links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
+            self._take_in(chosen, links)
+
+    def measure(
+        self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = (), again_s: float = PROBE_AGAIN_S
+    ) -> bool:
+        """Measures the links to the first of these peers; of `records` the bandwidth too, but seldom more than once.
+
+        As far as a minute has pings for that; whether it had any.
+        """
+        left = self._pings_left()
+        chosen = {record.endpoint: record for record in records[: left // (2 + _PROBE_PINGS)]}
+        due = {record.endpoint for record in self._survey.unprobed(list(chosen.values()), again_s)}
+        left -= 2 * len(chosen) + _PROBE_PINGS * len(due)
+        chosen |= {record.endpoint: record for record in others[: max(0, min(left // 2, PINGED_AT_ONCE))]}
+        if chosen:
+            links = self._prober.measure(chosen, PING_TIMEOUT_S, probed=due, loads=_that_tell(chosen))
+            self._pinged(2 * len(links) + _PROBE_PINGS * len(due & links.keys()))
+            self._take_in(chosen, links)
+        return bool(chosen)
+
+    def _take_in(self, tried: Mapping[Endpoint, PeerRecord], links: Mapping[Endpoint, Link]) -> None:
+        """Nobody is silent because what waits on the way to it holds up a ping."""
+        told = {each: record for each, record in tried.items() if each in links or not self._is_busy(each)}
+        loads = {each: load for each in _that_tell(tried) & links.keys() if (load := self._prober.load(each))}
+        self._survey.links_measured(told, links, loads)
+
+    def _pings_left(self) -> int:
+        """In this minute; others that measure at the same time may have overdrawn it."""
+        now = self._clock()
+        with self._counting:
+            while self._pinged_at and now - self._pinged_at[0] > 60.0:
+                self._pinged_at.popleft()
+            return max(0, PINGS_PER_MINUTE - len(self._pinged_at))
+
+    def _pinged(self, count: int) -> None:
+        with self._counting:
+            self._pinged_at.extend([self._clock()] * count)
+
+    def _some_likely(
+        self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], *, everywhere: bool = False
+    ) -> Sequence[PeerRecord]:
+        """Some through which routes likely go; `everywhere`: one of each block, for a route that is to be planned."""
+        count = self._at_once(LIKELY_PER_MINUTE)
+        likely = self._likely(records, among, count, True)
+        return likely if everywhere else random.sample(likely, min(len(likely), count))
+
+    def _at_once(self, per_minute: int) -> int:
+        return round(per_minute * self._known.look_s / 60)
+
+    def _watch(self) -> None:
+        """Keeps records fresh, and while sessions are open links: so they can tell when a better route exists."""
+        while True:
+            self._look.wait(self._known.look_s)
+            if self._closing.is_set():
+                return
+            self._look.clear()
+            has_sessions = self._is_needed()
+            if has_sessions:
+                self.used()
+            if self._clock() - self._used_at > IN_USE_S:
+                continue
+            suspects, self._suspects = self._suspects, ()
+            try:
+                records = self._known.look(fresh=self._known.is_old)
+                if has_sessions:
+                    used = self._in_use()
+                    self.look_at([record for record in self._survey.stale(records) if record.endpoint in used])
+                    self.measure(suspects, again_s=self._suspects_probed_s)
+                    stale = self._survey.stale(records)
+                    self.look_at(stale[: self._at_once(OTHERS_PER_MINUTE)])
+                    self.look_at(self._some_likely(records, self._survey.stale(stale), everywhere=bool(suspects)))
+                    self.news += 1
+                else:  # so that the next session need not wait for that either
+                    self.look_at(self._some_likely(records, self._survey.unknown(records)))
+            except SplitnetError as error:
+                log.info("the facts about peers could not be refreshed: %s", error)
+
+
+def _that_tell(records: Mapping[Endpoint, PeerRecord]) -> set[Endpoint]:
+    """Who says how busy it is if it is asked."""
+    return {endpoint for endpoint, record in records.items() if record.version not in STRICT_VERSIONS}

@@ -1,0 +1,372 @@
+"""Which peers serve the client's model, as the directory said last; also while it says nothing.
+
+The directory is read as a whole at first and then seldom, as that takes megabytes among many peers. In between peers
+are asked what has changed, another one each time: none can forge a record, and what one leaves out the next one tells.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from splitnet.directory.ask import AskedPeers, Changes
+from splitnet.directory.interface import SwarmDirectory
+from splitnet.directory.record import PeerRecord
+from splitnet.errors import DirectoryError, NotAuthorized, ProtocolVersionError, WrongSwarm
+from splitnet.security.identity import AuthorizedKeys, PublicKey
+from splitnet.wire.endpoints import Endpoint, LinkState
+from splitnet.wire.fields import STRICT_VERSIONS
+from splitnet.wire.messages import ENTRY_BYTES, PROTOCOL_VERSION
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 10.0
+"""How often is asked while the client is in use, or nobody answers."""
+SLOWER = 2
+FEW_RECORDS = 32
+"""In proportion it is asked less often for more records than this, down to half as often."""
+RECORDS_MAX_AGE_S = 20.0
+"""Who asks for older ones waits until there is an answer: some round trips, so long as a first token takes."""
+
+READ_S: Final = 600.0
+"""After so long everything is read again, of more than `FEW_RECORDS` in proportion later: it takes as much more."""
+REST_S: Final = 30.0
+"""A directory that was not read for so long rests until it is."""
+BYTES_PER_MINUTE: Final = 30_000
+"""Of questions about changes and their answers; what others are asked as well, when one is silent, comes on top."""
+MESSAGE_BYTES: Final = 400
+"""A question and its answer, besides what they hold."""
+LEAST_BYTES: Final = 3000
+"""An answer may have so many in any case: some records."""
+LISTED: Final = 256
+"""Records that are named in a question."""
+LISTED_LIKELY: Final = 192
+"""Of these the ones that routes most likely go through; the others are those that were not heard of for longest."""
+CLOCKS_S: Final = 60.0
+"""By which the clocks of peers may differ, so that one that is new is told of."""
+UNHEARD_S: Final = 1800.0
+"""An expired record of which nobody says that it is still there does not count after that, whoever was asked."""
+NEVER: Final = 1e11
+
+Likely = Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int], Sequence[PeerRecord]]
+
+
+class KnownPeers:
+    """Thread-safe.
+
+    Args:
+        directory: where records come from.
+        fingerprint: of the model.
+        model_name: for errors.
+        link_state: of the client's link to a peer.
+        trusted: keys of the peers that count; None: any.
+        peers: asks them what has changed; None: everything is read each time.
+        likely: of all peers and some of them so many of the latter through which routes most likely go.
+    """
+
+    def __init__(
+        self,
+        directory: SwarmDirectory,
+        fingerprint: str,
+        model_name: str,
+        link_state: Callable[[Endpoint], LinkState],
+        trusted: AuthorizedKeys | None = None,
+        peers: AskedPeers | None = None,
+        likely: Likely = lambda _, some, count: some[:count],
+    ) -> None:
+        self._directory = directory
+        self._fingerprint = fingerprint
+        self._model_name = model_name
+        self._link_state = link_state
+        self._trusted = trusted
+        self._peers = peers
+        self._likely = likely
+        self._held: dict[PublicKey, PeerRecord] = {}
+        """By key, those of peers that have left, too."""
+        self._heard_at: dict[PublicKey, float] = {}
+        """When somebody said that a peer is still there, Unix time in seconds."""
+        self._records: list[PeerRecord] = []
+        self._asked_at = self._read_at = -math.inf
+        self._told_since = 0.0
+        """Of all that are where they are since before that it was told; Unix time in seconds."""
+        self._asked_last: Endpoint | None = None
+        self._older: set[PublicKey] = set()
+        """Peers that do not tell changes, but everything."""
+        self._asks_linked = False
+        self._silent = False
+        """Nobody answered the last time, though there are peers to go on with."""
+        self._asking = threading.Lock()
+
+    def look(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:
+        """Peers that serve this model and speak this protocol; asked for again after 20 to 30 s, or at once if `fresh`.
+
+        While nobody answers, that is tried every 10 s. Meanwhile the last records count, until they expire; those of
+        peers to which a link is up count longer.
+
+        whole: the directory is read, rather than somebody asked what has changed, unless that was 10 s ago at most.
+
+        Raises:
+            DirectoryError: the directory does not answer, and no peer is known.
+            WrongSwarm: the swarm serves other weights only.
+            ProtocolVersionError: all peers speak another protocol.
+            NotAuthorized: there are peers, of which none is trusted.
+        """
+        if self._is_due(fresh or whole):
+            asked_at = self._asked_at
+            # An answer that does not come takes seconds: of all threads only one waits for it.
+            if self._asking.acquire(blocking=not self._silent):
+                try:
+                    if self._asked_at == asked_at:  # and no other thread has just asked
+                        self._ask(whole)
+                finally:
+                    self._asking.release()
+        trusted = [record for record in self._records if self.trusts(record.key)]
+        speaking = [record for record in trusted if record.protocol == PROTOCOL_VERSION]
+        if not self._records:
+            self._explain_none()
+        elif not trusted:
+            raise NotAuthorized(
+                f"{len(self._records)} peers serve {self._model_name}, and none of them is one that you trust: add "
+                "its key to your --trusted-peers file if you do"
+            )
+        elif not speaking:
+            spoken = max(record.protocol for record in trusted)
+            older = "this client" if spoken > PROTOCOL_VERSION else "the peers"
+            raise ProtocolVersionError(
+                f"the peers speak protocol {spoken}, this client speaks {PROTOCOL_VERSION}: upgrade {older}"
+            )
+        return speaking
+
+    @property
+    def look_s(self) -> float:
+        """How often the directory is to be asked while the client is in use."""
+        return LOOK_S * min(max(len(self._records) / FEW_RECORDS, 1.0), SLOWER)
+
+    @property
+    def is_old(self) -> bool:
+        """Whether to ask again in the background, so that nobody has to wait for that before the next look."""
+        return time.monotonic() - self._asked_at > min(LOOK_S, self.look_s - LOOK_S / 2)
+
+    def find(self, key: PublicKey) -> PeerRecord | None:
+        """The record of a peer, as it was read last."""
+        return next((record for record in self._records if record.key == key), None)
+
+    def trusts(self, key: PublicKey) -> bool:
+        """Whether the peer with this key counts."""
+        return self._trusted is None or self._trusted.allows(key.curve_raw)
+
+    def _is_due(self, fresh: bool) -> bool:
+        age_s = time.monotonic() - self._asked_at
+        if not self._records or age_s > (LOOK_S if self._silent else RECORDS_MAX_AGE_S + self.look_s - LOOK_S):
+            return True
+        return fresh and not self._silent
+
+    def _ask(self, whole: bool) -> None:
+        try:
+            read_s_ago = time.monotonic() - self._read_at
+            if (whole and read_s_ago > LOOK_S) or not self._hear_changes():
+                self._read()
+            elif read_s_ago > REST_S:
+                self._directory.rest()
+            self._silent = False
+        except DirectoryError as error:
+            self._keep(self._still_counts)
+            if not self._records:
+                self._silent = False
+                raise
+            if not self._silent:
+                log.warning("%s Until it does, the %d peers known so far are used.", error, len(self._records))
+            self._silent = True
+        finally:
+            self._asked_at = time.monotonic()
+
+    def _read(self) -> None:
+        began = time.time()
+        records = self._directory.peers(self._fingerprint)
+        self._held = {record.key: record for record in records}
+        self._heard_at.clear()
+        self._older.clear()
+        self._records = records
+        self._told_since, self._read_at = began - CLOCKS_S, time.monotonic()
+
+    def _hear_changes(self) -> bool:
+        """Asks somebody what has changed; False: nobody can be asked, or answers, or it is time to read everything."""
+        read_s = READ_S * max(len(self._records) / FEW_RECORDS, 1.0)
+        if self._peers is None or not self._records or time.monotonic() - self._read_at > read_s:
+            return False
+        began = time.time()
+        listed = self._listed()
+        since = 0.0 if len(listed) == len(self._records) else self._told_since
+        first = self._one_to_ask()
+        heard = self._hear_from(first, listed, since, self._others_to_ask(set(first)))
+        if not heard:
+            return False
+        doubted = self._take_in(listed, heard)
+        if doubted:
+            # One alone could leave out whom it likes. If nobody else is left, those are asked that it has left out.
+            teller, named = self._asked_last, {record.endpoint for record in doubted}
+            others = self._others_to_ask({teller, *named})
+            second = self._hear_from(others or self._others_to_ask({teller}), doubted, NEVER)
+            if second:
+                doubted = self._take_in(doubted, second)
+            elif others:
+                doubted = []
+        gone = {record.key for record in doubted}
+        self._keep(
+            lambda record: (
+                record.key not in gone and self._void_at(record) > (began if record.has_left else began - UNHEARD_S)
+            )
+        )
+        self._told_since = began - CLOCKS_S
+        return True
+
+    def _listed(self) -> Sequence[PeerRecord]:
+        """The records that are named in a question, those first that are needed most."""
+        if len(self._records) <= LISTED:
+            return self._records
+        likely = self._likely(self._records, self._records, LISTED_LIKELY)
+        new = [record for record in self._records if record.placed_at >= self._told_since]  # they would be told again
+        rest = sorted(self._records, key=self._void_at)
+        return list({record.key: record for record in (*likely, *new, *rest)}.values())[:LISTED]
+
+    def _hear_from(
+        self,
+        asked: Sequence[Endpoint],
+        listed: Sequence[PeerRecord],
+        since: float,
+        others: Sequence[Endpoint] = (),
+    ) -> list[Changes]:
+        """What those of these peers say that answer, see `AskedPeers.changes`."""
+        assert self._peers is not None
+        if not asked:
+            return []
+        room = BYTES_PER_MINUTE * self.look_s / 60 / len(asked) - MESSAGE_BYTES - (ENTRY_BYTES + 2) * len(listed)
+        told = self._peers.changes(self._fingerprint, listed, since, max(int(room), LEAST_BYTES), asked, others)
+        self._older |= {endpoint.key for endpoint, changes in told.items() if changes.whole}
+        self._asked_last = next(iter(told), asked[0])
+        return list(told.values())
+
+    def _askable(self, excluded: Collection[Endpoint | None]) -> tuple[list[Endpoint], list[Endpoint]]:
+        """Peers that can be asked what has changed: those to which a link is up, and all that can be connected to."""
+        known = [
+            record.endpoint
+            for record in self._records
+            if record.protocol == PROTOCOL_VERSION
+            and record.version not in STRICT_VERSIONS
+            and record.key not in self._older
+            and record.endpoint not in excluded
+            and self.trusts(record.key)
+        ]
+        linked = [endpoint for endpoint in known if self._link_state(endpoint) is LinkState.UP]
+        return linked, [endpoint for endpoint in known if not endpoint.hidden] or linked
+
+    def _one_to_ask(self) -> list[Endpoint]:
+        """In turns one with a link and any one: those with a link may all be of one mind. Not the one of last time."""
+        linked, known = self._askable({self._asked_last})
+        if not known:
+            linked, known = self._askable(())
+        self._asks_linked = not self._asks_linked
+        choice = linked if linked and self._asks_linked else known
+        return [random.choice(choice)] if choice else []
+
+    def _others_to_ask(self, excluded: Collection[Endpoint | None]) -> list[Endpoint]:
+        """One with a link and any one at once, so that nobody waits for one that is silent."""
+        linked, known = self._askable(excluded)
+        return list(dict.fromkeys(random.choice(some) for some in (linked, known) if some))
+
+    def _take_in(self, listed: Sequence[PeerRecord], heard: Sequence[Changes]) -> list[PeerRecord]:
+        """Takes in what some say; returns those that nobody says are there, and whose records are void."""
+        for record in (record for changes in heard for record in changes.records):
+            held = self._held.get(record.key)
+            if held is None or record.issued_at > held.issued_at:
+                self._held[record.key] = record
+        now = time.time()
+        doubted: list[PeerRecord] = []
+        for record, *present in zip(listed, *(changes.present for changes in heard), strict=True):
+            if any(present):
+                self._heard_at[record.key] = now
+            elif self._held[record.key].expires_at <= now:
+                doubted.append(record)
+        return doubted
+
+    def _keep(self, counts: Callable[[PeerRecord], bool]) -> None:
+        """Keeps the records that still count."""
+        self._held = {key: record for key, record in self._held.items() if counts(record)}
+        self._heard_at = {key: at for key, at in self._heard_at.items() if key in self._held}
+        self._records = [record for record in self._held.values() if not record.has_left]
+
+    def _void_at(self, record: PeerRecord) -> float:
+        """Until when a record counts by itself, and by what was said of its peer later; Unix time in seconds."""
+        return max(record.expires_at, self._heard_at.get(record.key, 0.0) + record.ttl_s)
+
+    def _still_counts(self, record: PeerRecord) -> bool:
+        return self._void_at(record) > time.time() or self._link_state(record.endpoint) is LinkState.UP
+
+    def _explain_none(self) -> None:
+        others = sorted({name for key, name in self._directory.models().items() if key != self._fingerprint})
+        if others:
+            raise WrongSwarm(
+                f"this swarm serves other weights than your {self._model_name}: it has {', '.join(others)}. "
+                "Use that model, or the address of a swarm of yours"
+            )
+
+
+BAN_S = 30.0
+"""How long a peer that died is not planned with."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ban:
+    """left_at: the `placed_at` of the span that the peer was leaving, if it said so."""
+
+    until: float
+    left_at: float | None
+
+
+class Bans:
+    """Bans by key text. Thread-safe.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._bans: dict[str, _Ban] = {}
+
+    def add(self, key: str, seconds: float, left: PeerRecord | None = None) -> None:
+        """Bans a peer; left: its record, if it said that it goes away."""
+        ban = _Ban(self._clock() + seconds, left.placed_at if left else None)
+        with self._lock:
+            self._bans[key] = ban
+
+    def lift(self, key: str) -> None:
+        with self._lock:
+            self._bans.pop(key, None)
+
+    def keys(self) -> set[str]:
+        """Who is banned now."""
+        return set(self._present())
+
+    def may_be_unbanned(self, records: Iterable[PeerRecord]) -> list[PeerRecord]:
+        """Banned peers that may serve again, if they answer: those that did not go away, or have come back since."""
+        banned = self._present()
+        return [
+            record
+            for record in records
+            if record.serves and record.key.text in banned
+            if banned[record.key.text].left_at != record.placed_at
+        ]
+
+    def _present(self) -> dict[str, _Ban]:
+        now = self._clock()
+        with self._lock:
+            self._bans = {key: ban for key, ban in self._bans.items() if ban.until > now}
+            return dict(self._bans)

@@ -1,0 +1,535 @@
+"""Routes for a client's sessions, from what its survey knows."""
+
+from __future__ import annotations
+
+import random
+import shlex
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Final, NamedTuple, Protocol, TypeVar
+
+from scheduler.candidates import LIMIT, Crowd
+from scheduler.cost import Encoding, hop_joules, move_ms, route_ms
+from scheduler.facts import CLIENT, Hop, Network, Peer
+from scheduler.route import NoRoute, best_route
+from splitnet.directory.record import PeerRecord, facts_of, places_of
+from splitnet.errors import CoverageError, OtherWeights, PeerBusy, SplitnetError
+from splitnet.swarm.measure import PINGED_AT_ONCE, Latest, Survey
+from splitnet.wire.endpoints import Endpoint
+
+EXACT_PEERS = LIMIT
+"""Among more peers than this the search is over the likeliest ones."""
+
+KEPT_CROWDS = 2
+"""Of the records that were read last, and of those before, with which another thread may still plan."""
+
+
+StartPeer = Callable[[int, int], str]
+"""Gives the command that starts a peer for the blocks `[start, end)`."""
+
+ALIKE_AGAIN = "start a peer that holds them so (--weights, --dtype), or allow others, and other tokens (--any-weights)"
+"""What to do if nobody holds blocks as a session had them."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedHop:
+    """A peer of a route with the blocks `[start, end)` that it runs."""
+
+    record: PeerRecord
+    start: int
+    end: int
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self.record.endpoint
+
+    @property
+    def name(self) -> str:
+        return self.record.key.text
+
+
+def with_kept_hops(route: Sequence[PlannedHop], present: Sequence[PlannedHop]) -> list[PlannedHop]:
+    """The route with those hops that it shares with the present one.
+
+    A record changes with every refresh; a peer that runs the same blocks as before is the same hop.
+    """
+    known = {(hop.name, hop.record.address, hop.start, hop.end): hop for hop in present}
+    return [known.get((hop.name, hop.record.address, hop.start, hop.end), hop) for hop in route]
+
+
+Ends = tuple[PeerRecord | None, PeerRecord | None]
+"""The peers before and after a part of a route; None: the client."""
+
+CLIENT_ENDS: Ends = (None, None)
+
+
+PlanPart = Callable[[tuple[int, int], Ends, Collection[str], Collection[str]], list[PlannedHop]]
+"""Plans the blocks `[start, end)` between two ends without some peers; others hold the session already. By names."""
+
+
+def repaired_route(
+    kept: Sequence[PlannedHop], excluded: Collection[str], blocks: tuple[int, int], plan: PlanPart
+) -> list[PlannedHop]:
+    """A route with the hops that are left of a former one: others are planned for just the blocks between them.
+
+    Raises:
+        CoverageError, PeerBusy: as `plan` does, even for a route without them.
+    """
+    try:
+        used = set(excluded) | {hop.name for hop in kept}
+        route: list[PlannedHop] = []
+        position, end = blocks
+        for following in (*kept, None):
+            until = following.start if following else end
+            if position < until:
+                ends = (route[-1].record if route else None, following.record if following else None)
+                fill = plan((position, until), ends, used, ())
+                used |= {hop.name for hop in fill}
+                route += fill
+            if following:
+                route.append(following)
+                position = following.end
+        return route
+    except (CoverageError, PeerBusy):
+        if not kept:
+            raise
+        # Perhaps a hop that stays could run more blocks. It holds one cache per session, so it begins anew.
+        return with_kept_hops(plan(blocks, CLIENT_ENDS, excluded, {hop.name for hop in kept}), kept)
+
+
+class HeldBlocks(NamedTuple):
+    """Blocks `[start, end)` whose weights are held as `weights`, see `PeerRecord.dtype`."""
+
+    start: int
+    end: int
+    weights: str
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a session wants of a route.
+
+    kv_positions: to be free on every hop. encodings: codecs that a link may use. blocks: what to cover, [start, end).
+    positions: of a usual step. in_flight: steps under way at the same time; 1 asks for the least latency.
+    energy_slowdown: asks for the least energy on routes that take at most so many times as long as the fastest; None:
+    asks for the fastest. prompt: positions that come before the first token. held: what the weights of blocks must be
+    held as; of blocks that it does not name, as anything.
+    """
+
+    kv_positions: int
+    encodings: tuple[Encoding, ...]
+    blocks: tuple[int, int]
+    positions: int = 1
+    in_flight: int = 1
+    energy_slowdown: float | None = None
+    prompt: int = 0
+    held: tuple[HeldBlocks, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a step is expected to take, in ms.
+
+    latency_ms: from sending it until its outputs are there. stage_ms: for which it keeps the slowest hop or link busy.
+    """
+
+    latency_ms: float
+    stage_ms: float
+
+
+class Planner:
+    """Plans routes over the blocks of one model.
+
+    Args:
+        survey: what is known.
+        model_name: for errors.
+        start_peer: the command that starts a peer for blocks, likewise.
+        look: the records of all peers as they are now.
+    """
+
+    def __init__(
+        self,
+        survey: Survey,
+        model_name: str,
+        look: Callable[[], Sequence[PeerRecord]] = tuple[PeerRecord, ...],
+        start_peer: StartPeer | None = None,
+    ) -> None:
+        self._start_peer = start_peer or partial(peer_command, model_name, ())
+        self._look = look
+        self._survey = survey
+        self._model_name = model_name
+        self._random = random.Random()
+        self._crowd = Latest(_crowd_of, KEPT_CROWDS)
+
+    def plan(
+        self,
+        records: Sequence[PeerRecord],
+        needs: Needs,
+        blocks: tuple[int, int],
+        *,
+        ends: Ends = CLIENT_ENDS,
+        exclude: Collection[str] = (),
+        holders: Collection[str] = (),
+        restricted: bool = False,
+    ) -> list[PlannedHop]:
+        """The best route through the peers of `records` over the blocks `[start, end)`.
+
+        What was read of very many records is kept for the next plan with the same ones, whoever is excluded.
+
+        Args:
+            records: who is there.
+            needs: of the session.
+            blocks: what to cover.
+            ends: who stands before and after them.
+            exclude: names of peers that must not be used.
+            holders: peers that hold the session already, so that it needs no more room there.
+            restricted: there are more peers, which may not be used; for the error.
+
+        Raises:
+            CoverageError: blocks are served by nobody that may be used; names them.
+            OtherWeights: nobody holds them as they must be.
+            PeerBusy: they are served, but no peer has memory for the session.
+        """
+        source, target = _names(ends)
+        everyone, alike = records, _held_alike(records, needs.held, blocks)
+        exclude = {*exclude, *(name for name, (start, end) in alike.items() if start == end)}
+        if len(records) > EXACT_PEERS:
+            peers, by_name = self._likely(records, needs, blocks, EXACT_PEERS, exclude, ends, holders)
+            records = [by_name[peer.id] for peer in peers]
+        else:
+            by_name = {record.key.text: record for record in records if record.key.text not in exclude}
+            records = list(by_name.values())
+            peers = [_with_room(peer, needs, holders) for peer in self._survey.peers(records)]
+        if alike:
+            peers = [replace(peer, start=alike[peer.id][0], end=alike[peer.id][1]) for peer in peers]
+        network = self._survey.network(_with_ends(records, ends))
+        try:
+            route = best_route(
+                peers,
+                blocks,
+                network,
+                encodings=needs.encodings,
+                kv_needed=needs.kv_positions,
+                positions=needs.positions,
+                prompt=needs.prompt,
+                in_flight=needs.in_flight,
+                source=source,
+                target=target,
+                energy_slowdown=needs.energy_slowdown,
+                rng=self._random,
+            )
+        except NoRoute as error:
+            otherwise = _held_otherwise(error.missing, needs.held, everyone, self._model_name)
+            raise otherwise or no_route_error(
+                error, self._model_name, self._start_peer, restricted=restricted
+            ) from None
+        return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
+
+    def likely(
+        self,
+        records: Sequence[PeerRecord],
+        among: Iterable[PeerRecord],
+        needs: Needs,
+        count: int,
+        *,
+        everywhere: bool = False,
+    ) -> list[PeerRecord]:
+        """So many of the peers `among` all that routes most likely go through; `everywhere`: at least one per block."""
+        others = {record.key.text for record in records}.difference(record.key.text for record in among)
+        peers, by_name = self._likely(records, needs, needs.blocks, count, others, everywhere=everywhere)
+        return [by_name[peer.id] for peer in peers]
+
+    def beside_silent(
+        self, records: Sequence[PeerRecord], silent: Collection[str], answered: Collection[str]
+    ) -> set[str]:
+        """See `Crowd.beside_silent`."""
+        crowd, _ = self._crowd(tuple(records))
+        return crowd.beside_silent(silent, answered)
+
+    def _likely(
+        self,
+        records: Sequence[PeerRecord],
+        needs: Needs,
+        blocks: tuple[int, int],
+        limit: int,
+        exclude: Collection[str],
+        ends: Ends = CLIENT_ENDS,
+        holders: Collection[str] = (),
+        *,
+        everywhere: bool = True,
+    ) -> tuple[list[Peer], Mapping[str, PeerRecord]]:
+        """The peers to plan with, holders in any case, and all records by name."""
+        crowd, by_name = self._crowd(tuple(records))
+        corrected = self._survey.corrected(by_name)
+        present = [name for name in dict.fromkeys(holders) if name in by_name and name not in exclude]
+        for name in present:
+            corrected[name] = _with_room(corrected.get(name) or facts_of(by_name[name]), needs, holders)
+        places = self._survey.network([end for end in ends if end is not None]).places
+        likely = crowd.corrected(corrected.values()).near(
+            [places[name] for name in _names(ends) if name in places],
+            blocks,
+            encodings=needs.encodings,
+            kv_needed=needs.kv_positions,
+            positions=needs.positions,
+            prompt=needs.prompt,
+            exclude=exclude,
+            limit=limit,
+            everywhere=everywhere,
+        )
+        chosen = {peer.id for peer in likely}
+        return [*likely, *(corrected[name] for name in present if name not in chosen)], by_name
+
+    def forecasts(self, needs: Needs, hops: Sequence[PlannedHop]) -> Callable[[int], Forecast]:
+        """What steps through `hops` take, by their positions and by what is known now."""
+        cost_ms = self._costs(needs, hops)
+
+        @cache
+        def forecast(positions: int) -> Forecast:
+            latency_ms = cost_ms(positions, 1)
+            return Forecast(latency_ms, cost_ms(positions, 2) - latency_ms)
+
+        return forecast
+
+    def cost_ms(self, needs: Needs, hops: Sequence[PlannedHop]) -> float:
+        """Ms of a usual step through `hops` by what is known now."""
+        return self._costs(needs, hops, needs.prompt)(needs.positions, needs.in_flight)
+
+    def token_joules(self, hops: Sequence[PlannedHop]) -> list[float | None]:
+        """Joules of a decoded token at each of `hops`, by what is known now; None where it is not known."""
+        named, peers, _ = self._facts(hops)
+        return [hop_joules(peers[hop.peer], hop.end - hop.start) for hop in named]
+
+    def _costs(self, needs: Needs, hops: Sequence[PlannedHop], prompt: int = 0) -> Callable[[int, int], float]:
+        """Ms of steps through `hops`, by their positions and by how many are under way."""
+        named, peers, network = self._facts(hops)
+        return lambda positions, in_flight: route_ms(
+            named, peers, network, positions=positions, encodings=needs.encodings, prompt=prompt, in_flight=in_flight
+        )
+
+    def move_ms(self, needs: Needs, before: PlannedHop | None, hops: Sequence[PlannedHop], cached: int) -> float:
+        """Ms until `hops`, which follow `before` (None: the client), hold the KV cache of `cached` positions."""
+        named, peers, network = self._facts([before, *hops] if before else hops)
+        return move_ms(
+            named[1:] if before else named,
+            peers,
+            network,
+            cached=cached,
+            encodings=needs.encodings,
+            source=before.name if before else CLIENT,
+        )
+
+    def _facts(self, hops: Sequence[PlannedHop]) -> tuple[list[Hop], dict[str, Peer], Network]:
+        """Hops, with what they say of themselves now; of those that say nothing any more, what they said before."""
+        try:
+            now = self._look()
+        except SplitnetError:  # they may live all the same
+            now = []
+        planned = {hop.name: hop.record for hop in hops}
+        known = list((planned | {record.key.text: record for record in now if record.key.text in planned}).values())
+        named = [Hop(hop.name, hop.start, hop.end) for hop in hops]
+        return named, {peer.id: peer for peer in self._survey.peers(known)}, self._survey.network(known)
+
+
+def _crowd_of(records: tuple[PeerRecord, ...]) -> tuple[Crowd, Mapping[str, PeerRecord]]:
+    """What the records say of the peers, and the records by name."""
+    crowd = Crowd([facts_of(record) for record in records], Network(places=places_of(records)))
+    return crowd, {record.key.text: record for record in records}
+
+
+def _held_alike(
+    records: Sequence[PeerRecord], held: Sequence[HeldBlocks], blocks: tuple[int, int]
+) -> dict[str, tuple[int, int]]:
+    """Which of the blocks `[start, end)` each peer serves and holds as they must be: the longest range, by name.
+
+    Nothing if nothing is said of how they must be held.
+    """
+    alike: dict[str, tuple[int, int]] = {}
+    for record in records if held else ():
+        start, end = (min(max(edge, blocks[0]), blocks[1]) for edge in (record.start, record.end))
+        others = sorted((one.start, one.end) for one in held if one.weights != record.dtype)
+        edges = [start, *(min(max(edge, start), end) for other in others for edge in other), end]
+        alike[record.key.text] = max(zip(edges[::2], edges[1::2], strict=True), key=lambda each: each[1] - each[0])
+    return alike
+
+
+def _held_otherwise(
+    missing: Sequence[tuple[int, int]], held: Sequence[HeldBlocks], records: Sequence[PeerRecord], model_name: str
+) -> OtherWeights | None:
+    """Why blocks are missing that some serve, but hold otherwise; None: that is not why."""
+    for start, end in missing:
+        wanted = {one.weights for one in held if one.start < end and one.end > start}
+        there = {record.dtype for record in records if record.start < end and record.end > start} - wanted
+        if wanted and there:
+            return OtherWeights(
+                f"blocks {_ranges([(start, end)])} of {model_name} are held as {' or '.join(sorted(there))} by all who "
+                f"serve them, and were held as {' and '.join(sorted(wanted))} in this session: {ALIKE_AGAIN}"
+            )
+    return None
+
+
+def _with_room(peer: Peer, needs: Needs, holders: Collection[str]) -> Peer:
+    return replace(peer, kv_free=max(peer.kv_free, needs.kv_positions)) if peer.id in holders else peer
+
+
+def _names(ends: Ends) -> tuple[str, str]:
+    before, after = ends
+    return before.key.text if before else CLIENT, after.key.text if after else CLIENT
+
+
+def _with_ends(records: Sequence[PeerRecord], ends: Ends) -> list[PeerRecord]:
+    names = {record.key.text for record in records}
+    return [*records, *(end for end in ends if end is not None and end.key.text not in names)]
+
+
+def peer_command(model: str, way: Sequence[str], start: int, end: int) -> str:
+    """The command that starts a peer for the blocks `[start, end)`, as a shell takes it.
+
+    Args:
+        model: hub id, folder or file.
+        way: the arguments that say how the swarm is joined.
+    """
+    return shlex.join(["splitnet", "peer", model, "--blocks", f"{start}:{end}", *way])
+
+
+def no_route_error(
+    error: NoRoute, model_name: str, start_peer: StartPeer, *, restricted: bool = False
+) -> CoverageError | PeerBusy:
+    """What it means for a session; restricted: there are more peers, which may not be used."""
+    if not error.missing:
+        return PeerBusy(
+            f"the peers of blocks {_ranges(error.full)} of {model_name} have no free KV memory for this session: "
+            "try again later, generate less, or start another peer for them"
+        )
+    start, end = error.missing[0]
+    who = "by no peer that can be used" if restricted else "by nobody"
+    return CoverageError(
+        f"blocks {_ranges(error.missing)} of {model_name} are served {who}: start a peer with "
+        f"`{start_peer(start, end)}`"
+    )
+
+
+def _ranges(blocks: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{start}..{end - 1}" if end - start > 1 else f"{start}" for start, end in blocks)
+
+
+MAX_PROBED_ROUTES: Final = 4
+"""How often a route is planned again because the links to its ends were not measured yet, or hops were silent."""
+MANY_SILENT: Final = 2
+HEARD_S: Final = 3.0
+"""If so many peers do not answer, others may not either: all hops of a route that were not heard for so long are asked
+before it is opened, which takes a round trip instead of the time in which they should have opened it. After 3 s a hop
+counts as lost: who answered before may be lost with it.
+"""
+ASKED_BESIDE: Final = 4
+"""Of those that stand beside silent peers, and so are left out, that are asked all the same: it may be they alone."""
+
+Route = TypeVar("Route")
+
+
+class Grounds(Protocol[Route]):
+    """What a client knows of the peers, and how it learns more.
+
+    excluded: through whom no route may go.
+    """
+
+    excluded: Collection[str]
+
+    def route(self, left_out: frozenset[str]) -> Route:
+        """The best one without these and without `excluded`. Raises CoverageError, PeerBusy."""
+        ...
+
+    def unmeasured(self, route: Route) -> list[str]:
+        """Who stands at an end of the route with a link to the client that was not measured, unless it is silent."""
+        ...
+
+    def unheard(self, route: Route) -> list[str]:
+        """Hops from which nothing came for `HEARD_S`, of those that can be asked and do not hold the session."""
+        ...
+
+    def measure(self, ends: Collection[str], others: Collection[str]) -> bool:
+        """Measures links, as many as the client still may; whether it measured any. Some may be in both."""
+        ...
+
+    def lost(self) -> Collection[str]:
+        """Who of those that have records was silent lately, or has been given up."""
+        ...
+
+    def silent(self) -> Collection[str]:
+        """Who did not answer when it was asked last, and may not exist."""
+        ...
+
+    def met(self) -> tuple[set[str], set[str]]:
+        """Who was silent in this search and a moment before, and from whom something came."""
+        ...
+
+    def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
+        """See `scheduler/candidates.py:Crowd.beside_silent`."""
+        ...
+
+    def unasked(self, met: set[str]) -> tuple[set[str], set[str]]:
+        """Who has a record and is not in `met`: all of them, and those that were never asked."""
+        ...
+
+    def likely(self, among: set[str], count: int) -> list[str]:
+        """So many of these through which routes most likely go."""
+        ...
+
+    def drawn(self, among: set[str], count: int) -> list[str]:
+        """So many of these at random."""
+        ...
+
+
+def searched_route(grounds: Grounds[Route], alive: Collection[str]) -> Route:
+    """The best route whose hops live, as far as that can be known before it is used.
+
+    Of many peers only some links are measured. Those that the client would use are, before it does; and where others
+    are silent, all hops are asked. If these are silent, too, those that stand near are left out of the next plan, and
+    others are measured with it: among many that do not exist few are found one by one.
+
+    alive: peers that are known to live.
+
+    Raises:
+        CoverageError, PeerBusy: as `Grounds.route` does.
+    """
+    beside: set[str] = set()
+    others: list[str] = []
+    route = _route_past(grounds, beside)
+    for _ in range(MAX_PROBED_ROUTES):
+        ends = grounds.unmeasured(route)
+        doubted = grounds.unheard(route) if len(grounds.lost()) >= MANY_SILENT else []
+        if not (ends or doubted) or not grounds.measure(ends, [*dict.fromkeys((*doubted, *others))]):
+            break
+        silent = grounds.silent()
+        if beside or any(name in silent for name in (*ends, *doubted)):
+            beside, others = _elsewhere(grounds, alive)
+        elif grounds.unmeasured(route) == ends:
+            break  # all live, or nothing could be learnt
+        route = _route_past(grounds, beside)
+    return route
+
+
+def _route_past(grounds: Grounds[Route], beside: set[str]) -> Route:
+    """Through peers that have answered, if there are enough of them. beside: who stands beside silent ones."""
+    silent = frozenset(grounds.silent()).difference(grounds.excluded)
+    *doubted, nobody = dict.fromkeys((silent | beside, silent, frozenset[str]()))
+    for left_out in doubted:
+        with suppress(CoverageError, PeerBusy):
+            return grounds.route(left_out)
+    return grounds.route(nobody)
+
+
+def _elsewhere(grounds: Grounds[Route], alive: Collection[str]) -> tuple[set[str], list[str]]:
+    """Who is likely silent, as those are that stand near, and whom to ask with the next route.
+
+    These are a few of the former, and others that routes likely go through; any others as long as nobody has answered.
+    """
+    silent, heard = grounds.met()
+    heard = heard.difference(grounds.excluded)  # steps came from a hop until it was lost
+    beside = grounds.beside_silent(silent, heard.union(alive))
+    unasked, strangers = grounds.unasked({*grounds.silent(), *heard, *grounds.excluded})
+    near = grounds.likely(unasked & beside, ASKED_BESIDE)
+    if heard:
+        return beside, [*near, *grounds.likely(strangers - beside, PINGED_AT_ONCE)]
+    return beside, grounds.drawn(strangers - beside, PINGED_AT_ONCE)

@@ -1,0 +1,335 @@
+"""A client's connection to the peers of one model: who is there, how far away, and through whom to go."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from scheduler.cost import CODING_MS, encodings_of
+from scheduler.facts import CLIENT, Link
+from splitnet.directory.ask import AskedPeers
+from splitnet.directory.joining import asked_peers_of, join
+from splitnet.directory.record import PeerRecord
+from splitnet.errors import CoverageError, PeerBusy
+from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
+from splitnet.security.swarm_key import OPEN, SwarmKey
+from splitnet.swarm.events import EventLog
+from splitnet.swarm.links import Links
+from splitnet.swarm.measure import FreshFacts, Survey
+from splitnet.swarm.peers import Bans, KnownPeers
+from splitnet.swarm.plan import CLIENT_ENDS, HEARD_S, Ends, Needs, PlannedHop, Planner, peer_command, searched_route
+from splitnet.transport.pool import BRIEF_S
+from splitnet.transport.prober import Answer
+from splitnet.wire.codecs import codec_by_name
+from splitnet.wire.endpoints import Endpoint, LinkState
+from splitnet.wire.fields import STRICT_VERSIONS
+
+SHOWN_ADDRESSES = 2
+"""With which a command that people copy joins a swarm."""
+UNBAN_S = 0.5
+"""In which a banned peer must answer if its ban is to be lifted, as nobody else serves its blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a client must know of the model to use its swarm."""
+
+    fingerprint: str
+    name: str
+    num_blocks: int
+    hidden_size: int
+    max_positions: int | None
+    source: str = ""
+    """Hub id, folder or file on this machine; empty: none is known."""
+
+    @classmethod
+    def of(cls, checkpoint: Any) -> ModelFacts:
+        """The facts of a `Checkpoint`, which has attributes of these names."""
+        return cls(**{each.name: getattr(checkpoint, each.name) for each in fields(cls)})
+
+
+class Swarm:
+    """All peers of one model, seen from a client. Thread-safe; close it when done.
+
+    Args:
+        facts: the model.
+        initial_peers: addresses that any peer of the swarm prints, multiaddrs or `tcp://HOST:PORT?key=...`.
+        identity: the client's key; None makes one that lives as long as this object.
+        swarm_key: of a closed swarm.
+        trusted: keys of the peers that may be used; None: any.
+        way: the arguments with which commands join the swarm; None: with these addresses.
+
+    Attributes:
+        way: see above.
+        survey: what is known of peers and links.
+        links: the client's own.
+        fresh_facts: keeps `survey` fresh.
+        planner: predicts what routes take.
+        events: what has happened to peers and routes lately.
+        was_covered: all blocks were served at some time.
+
+    Raises:
+        DirectoryError: none of `initial_peers` answers.
+    """
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        initial_peers: Sequence[str],
+        *,
+        identity: Identity | None = None,
+        swarm_key: SwarmKey | None = None,
+        trusted: AuthorizedKeys | None = None,
+        way: Sequence[str] | None = None,
+    ) -> None:
+        self.facts = facts
+        if way is None:
+            way = [part for address in initial_peers[:SHOWN_ADDRESSES] for part in ("--join", address)]
+            way += ["--swarm-key", "FILE"] if swarm_key else []
+        self.way = tuple(way)
+        self.identity = identity or Identity.generate()
+        self.survey = Survey()
+        self.events = EventLog()
+        self.was_covered = False
+        self._bans = Bans()
+        self.planner = Planner(self.survey, facts.name, self.peers, self.start_peer)
+        self.links = Links(self.identity, keep_unused_s=BRIEF_S)
+        try:
+            self._directory = join(initial_peers, lambda: self.links, swarm=swarm_key or OPEN)
+        except BaseException:
+            self.links.close()
+            raise
+        self._peers = asked_peers_of(self._directory) or AskedPeers([], self.links, swarm=swarm_key or OPEN)
+        self._known = KnownPeers(
+            self._directory, facts.fingerprint, facts.name, self.links.state, trusted, self._peers, self.likely
+        )
+        self.fresh_facts = FreshFacts(
+            self._known,
+            self.survey,
+            self.links.prober,
+            lambda: self.links.has_sessions,
+            lambda: self.links.in_use,
+            self.likely,
+            is_busy=self.links.is_busy,
+        )
+
+    def start_peer(self, start: int, end: int) -> str:
+        """The command that starts a peer of this swarm for the blocks `[start, end)`."""
+        return peer_command(self.facts.source or self.facts.name, self.way, start, end)
+
+    def close(self) -> None:
+        """Closes all sessions and leaves."""
+        self.fresh_facts.stop()
+        self.links.close()
+        self._directory.close()
+        self._peers.close()
+        self.fresh_facts.close()
+
+    def __enter__(self) -> Swarm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def peers(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:
+        """Peers that serve this model and speak this protocol, see `KnownPeers.look`.
+
+        Raises:
+            DirectoryError: the directory does not answer, and no peer is known.
+            WrongSwarm: the swarm serves other weights only.
+            ProtocolVersionError: all peers speak another protocol.
+        """
+        return self._known.look(fresh=fresh, whole=whole)
+
+    def plan(
+        self,
+        needs: Needs,
+        *,
+        blocks: tuple[int, int] | None = None,
+        ends: Ends = CLIENT_ENDS,
+        exclude: Collection[str] = (),
+        holders: Collection[str] = (),
+        fresh: bool = False,
+        whole: bool = False,
+    ) -> list[PlannedHop]:
+        """The best route for a session.
+
+        Args:
+            needs: of the session.
+            blocks: the part `[start, end)` of the model to plan; None: all that the session needs.
+            ends: the peers before and after that part; None: the client.
+            exclude: keys (as text) of peers that must not be used.
+            holders: keys of peers that hold the session already.
+            fresh: ask who is there even if that was done a moment ago.
+            whole: read all of the directory for it; else that is done if there is no route.
+
+        Raises:
+            CoverageError: blocks are served by nobody that could be used; names them.
+            PeerBusy: they are served, but no peer has memory for the session.
+        """
+        part = blocks or needs.blocks
+        since_s = self.survey.now_s - HEARD_S
+        self.fresh_facts.used()
+        try:
+            records, unusable = self._look(exclude, fresh=fresh, whole=whole)
+
+            def route(left_out: frozenset[str]) -> list[PlannedHop]:
+                names = left_out | unusable
+                return self.planner.plan(
+                    records, needs, part, ends=ends, exclude=names, holders=holders, restricted=bool(names)
+                )
+
+            alive = {*holders, *(end.key.text for end in ends if end is not None)}
+            found = searched_route(_Grounds(self, records, unusable, ends, holders, since_s, route), alive)
+            self.was_covered |= part == needs.blocks
+            return found
+        except (CoverageError, PeerBusy):
+            if whole:
+                raise
+            return self.plan(needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, whole=True)
+
+    def trusts(self, key: PublicKey) -> bool:
+        """Whether the peer with this key may be used."""
+        return self._known.trusts(key)
+
+    def ban(self, key: str, seconds: float, *, leaves: bool = False) -> None:
+        """Plans without a peer for a while; `leaves`: it said that it goes away, so that it answers means nothing."""
+        record = self._known.find(PublicKey.parse(key))
+        self._bans.add(key, seconds, record if leaves else None)
+
+    def unban(self, key: str) -> None:
+        """Lifts a ban that was not deserved."""
+        self._bans.lift(key)
+
+    def unban_living(self) -> None:
+        """Lifts the bans of peers that answer now: they were slow or cut off, or have moved and serve other blocks.
+
+        Peers that could not be connected to are tried again as well.
+        """
+        records = self.peers(fresh=True)
+        tried = {record.endpoint for record in self._bans.may_be_unbanned(records)}
+        lost = {record.endpoint for record in records if self.links.state(record.endpoint) is LinkState.DOWN}
+        for endpoint in tried & self.links.prober.measure(tried | lost, UNBAN_S).keys():
+            self._bans.lift(endpoint.key.text)
+
+    def link(self, sender: PeerRecord | None, receiver: PeerRecord | None) -> Link:
+        """The link between two peers, or the client (None) and a peer: as measured, predicted, or assumed."""
+        records = [record for record in (sender, receiver) if record is not None]
+        names = [record.key.text if record is not None else CLIENT for record in (sender, receiver)]
+        return self.survey.network(records).link(*names)
+
+    def ping(self, endpoint: Endpoint, session: bytes = b"") -> Future[Answer]:
+        """Asks a peer for a sign of life; the future stays undone if none comes.
+
+        Args:
+            endpoint: the peer.
+            session: id of a session to ask about. A peer without a record, or of a version that does not know this
+                question, is asked without: `Answer.holds` is None then.
+        """
+        record = self._known.find(endpoint.key)
+        asked = session if record is not None and record.version not in STRICT_VERSIONS else b""
+        return self.links.prober.ping(endpoint, session=asked)
+
+    def likely(
+        self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], count: int, everywhere: bool = False
+    ) -> Sequence[PeerRecord]:
+        """See `Planner.likely`."""
+        hidden = self.facts.hidden_size
+        encodings = encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS})
+        needs = Needs(1, encodings, (0, self.facts.num_blocks))
+        return self.planner.likely(records, among, needs, count, everywhere=everywhere)
+
+    def lost(self) -> set[str]:
+        """Names of peers that were silent lately, or have been banned."""
+        return self.survey.silent(lately=True) | self._bans.keys()
+
+    def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
+        """Who is there, and which of them a route must not go through."""
+        excluded = set(exclude) | self._bans.keys()
+        present = self.peers(fresh=fresh, whole=whole)
+        self.fresh_facts.measure_first(present, excluded)
+        # A record outlives a peer that was killed; whom the client cannot connect to cannot serve it.
+        return present, {
+            record.key.text
+            for record in present
+            if record.key.text in excluded or not record.serves or self.links.state(record.endpoint) is LinkState.DOWN
+        }
+
+
+class _Grounds:
+    """What a route is searched with, see `Grounds`: all of one look at the records."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        records: Sequence[PeerRecord],
+        excluded: Collection[str],
+        ends: Ends,
+        holders: Collection[str],
+        since_s: float,
+        route: Callable[[frozenset[str]], list[PlannedHop]],
+    ) -> None:
+        self.excluded = excluded
+        self._route = route
+        self._swarm = swarm
+        self._survey = swarm.survey
+        self._records = records
+        self._ends = ends
+        self._holders = holders
+        self._since_s = since_s
+
+    @cached_property
+    def _by_name(self) -> dict[str, PeerRecord]:
+        return {record.key.text: record for record in self._records}
+
+    def _of(self, names: Iterable[str]) -> list[PeerRecord]:
+        return [self._by_name[name] for name in names]
+
+    def route(self, left_out: frozenset[str]) -> list[PlannedHop]:
+        return self._route(left_out)
+
+    def unmeasured(self, route: Sequence[PlannedHop]) -> list[str]:
+        own = [hop.record for hop, end in zip((route[0], route[-1]), self._ends, strict=True) if end is None]
+        return _names(self._survey.unprobed(own))
+
+    def unheard(self, route: Sequence[PlannedHop]) -> list[str]:
+        _, heard = self._survey.met_since(self._survey.now_s - HEARD_S)
+        others = [hop.record for hop in route if hop.name not in heard and hop.name not in self._holders]
+        # To those that are hidden a way may have to be found.
+        return _names(self._survey.stale([record for record in others if not record.endpoint.hidden], HEARD_S))
+
+    def measure(self, ends: Collection[str], others: Collection[str]) -> bool:
+        return self._swarm.fresh_facts.measure(self._of(ends), self._of(others))
+
+    def lost(self) -> set[str]:
+        lost = self._swarm.lost()
+        return lost & self._by_name.keys() if lost else lost
+
+    def silent(self) -> set[str]:
+        return self._survey.silent()
+
+    def met(self) -> tuple[set[str], set[str]]:
+        return self._survey.met_since(self._since_s)
+
+    def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
+        return self._swarm.planner.beside_silent(self._records, silent, answered)
+
+    def unasked(self, met: set[str]) -> tuple[set[str], set[str]]:
+        unasked = self._by_name.keys() - met
+        return unasked, set(_names(self._survey.unknown(self._of(unasked))))
+
+    def likely(self, among: set[str], count: int) -> list[str]:
+        return _names(self._swarm.likely(self._records, self._of(among), count))
+
+    def drawn(self, among: set[str], count: int) -> list[str]:
+        """Those whose keys have cost work come first."""
+        drawn = random.sample(sorted(among), len(among))
+        return sorted(drawn, key=lambda name: not self._by_name[name].is_proven)[:count]
+
+
+def _names(records: Iterable[PeerRecord]) -> list[str]:
+    return [record.key.text for record in records]

@@ -1,0 +1,152 @@
+"""Links to peers, opened to see how each answers."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from splitnet.directory.record import PeerRecord
+from splitnet.errors import ProtocolError
+from splitnet.nat.punch import Way
+from splitnet.nat.tunnel import Tunnels
+from splitnet.security.identity import Identity
+from splitnet.transport.prober import FIRST_TRIPS, MOST_PATIENCE_S, Prober
+from splitnet.transport.transport import Transport
+from splitnet.wire.codecs import CODECS
+from splitnet.wire.endpoints import Destination, Endpoint, LinkState
+from splitnet.wire.messages import SESSION_BYTES, Close, Failure, Message, Open, Opened, Payload, Pong, decode, encode
+
+Thing = TypeVar("Thing")
+
+ANSWER_TIMEOUT_S = 5.0
+"""More than a handshake takes, and than a peer gives the one that it is to reach."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAnswer:
+    """How a peer answers.
+
+    Attributes:
+        state: of the link to it.
+        rtt_ms: round trip; None: it does not answer.
+        way: how it is reached.
+    """
+
+    state: LinkState
+    rtt_ms: float | None
+    way: Way = Way.DIRECT
+
+
+class PeerLinks:
+    """Links as a client has them. Close them when done.
+
+    Args:
+        identity: the key to show.
+
+    Attributes:
+        prober: asks peers for signs of life.
+    """
+
+    def __init__(self, identity: Identity) -> None:
+        self._changed = threading.Condition()
+        self._opened: dict[bytes, Opened | Failure] = {}
+        self._tunnels = Tunnels(identity)
+        self._transport = Transport(
+            identity, on_message=self._receive, on_link=lambda endpoint, state: self._notify(), tunnels=self._tunnels
+        )
+        self.prober = Prober(self._send)
+        self._transport.start()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def __enter__(self) -> PeerLinks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def try_out(self, endpoints: Collection[Endpoint]) -> dict[Endpoint, PeerAnswer]:
+        """Connects to peers and pings them, all at once; takes a few seconds if one is silent."""
+        first = {endpoint: self.prober.ping(endpoint) for endpoint in endpoints}
+
+        def is_settled(endpoint: Endpoint) -> bool:
+            state = self._transport.state(endpoint)
+            return first[endpoint].done() or state is LinkState.DOWN or state.is_final
+
+        self._wait_until_all(endpoints, is_settled, ANSWER_TIMEOUT_S)
+        late = [each for each in endpoints if not is_settled(each) and self._transport.is_taken(each)]
+        if late:  # where round trips are long
+            least_s = 0.0 if any(ping.done() for ping in first.values()) else MOST_PATIENCE_S
+            longest_s = max(self.prober.patience_s(each, least_s, FIRST_TRIPS) for each in late)
+            self._wait_until_all(late, is_settled, longest_s - ANSWER_TIMEOUT_S)
+        answering = [endpoint for endpoint in endpoints if first[endpoint].done()]
+        # The first ping also paid for the handshake.
+        self.prober.answering(answering)
+        return {
+            endpoint: PeerAnswer(
+                self._transport.state(endpoint),
+                self.prober.rtt_ms(endpoint) if endpoint in answering else None,
+                self._tunnels.way(endpoint),
+            )
+            for endpoint in endpoints
+        }
+
+    def ask_back(self, records: Sequence[PeerRecord], address: Endpoint) -> Mapping[str, bool]:
+        """Asks peers to connect to an address, as they do to the next hop of a session.
+
+        Args:
+            records: of peers that answer.
+            address: where they shall connect to, and the key that they shall find there.
+
+        Returns:
+            By the text of their keys whether they could; those that had no room for a session are left out.
+        """
+        sessions = {record.key.text: secrets.token_bytes(SESSION_BYTES) for record in records}
+        for record in records:
+            self._send(
+                record.endpoint,
+                Open(
+                    session=sessions[record.key.text],
+                    epoch=1,
+                    model=record.model,
+                    start=record.start,
+                    end=record.end,
+                    budget=1,
+                    codec=CODECS["none"].code,
+                    previous=b"",
+                    next_key=address.key.raw,
+                    next_address=address.address,
+                ),
+            )
+        waits_s = [self.prober.patience_s(record.endpoint, ANSWER_TIMEOUT_S, FIRST_TRIPS) for record in records]
+        self._wait_until_all(sessions.values(), lambda session: session in self._opened, max(waits_s, default=0.0))
+        for record in records:
+            self._send(record.endpoint, Close(sessions[record.key.text]))
+        answers = {key: self._opened.pop(session, None) for key, session in sessions.items()}
+        return {key: answer.next_reachable for key, answer in answers.items() if isinstance(answer, Opened)}
+
+    def _send(self, endpoint: Endpoint, message: Message) -> None:
+        self._transport.send(endpoint, encode(message))
+
+    def _wait_until_all(self, things: Collection[Thing], condition: Callable[[Thing], bool], timeout_s: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: all(map(condition, things)), timeout_s)
+
+    def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
+        try:
+            message = decode(frames)
+        except ProtocolError:
+            return
+        if isinstance(message, Pong) and isinstance(source, Endpoint):
+            self.prober.pong(source, message)
+        elif isinstance(message, Opened | Failure):
+            self._opened[message.session] = message
+        self._notify()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()

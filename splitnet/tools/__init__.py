@@ -1,0 +1,1 @@
+"""Tools that are leaves: their commands are registered, the core does not know them."""

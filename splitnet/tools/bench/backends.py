@@ -1,0 +1,257 @@
+"""The two ways to run a model that are compared: through a swarm, and in plain transformers. Both call `generate()`."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from splitnet.blocks.whole_model import load_whole
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.errors import UnsupportedModel
+from splitnet.hf.cache import ModelSession, RemoteCache
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.tools.bench.figures import Answer, Case, Round, Route, RouteHop, Traffic
+
+
+class Clock(BaseStreamer):
+    """Notes when each new token came, in seconds of `time.perf_counter`.
+
+    Args:
+        after: called after each with how many there are.
+    """
+
+    def __init__(self, after: Callable[[int], None] | None = None) -> None:
+        self.times: list[float] = []
+        self._after = after
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._is_prompt:  # transformers shows it first
+            self._is_prompt = False
+            return
+        self.times.append(time.perf_counter())
+        if self._after is not None:
+            self._after(len(self.times))
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def gaps_ms(self) -> list[float]:
+        """From each token to the next."""
+        return [(late - early) * 1000 for early, late in itertools.pairwise(self.times)]
+
+
+Result = TypeVar("Result")
+
+
+class Gate:
+    """Opens when all clients have come to it.
+
+    Args:
+        clients: how many.
+
+    Attributes:
+        opened_at: by `time.perf_counter`.
+    """
+
+    def __init__(self, clients: int) -> None:
+        self.opened_at = 0.0
+        self._barrier = threading.Barrier(clients, action=self._open)
+
+    def wait(self) -> None:
+        """Waits for all clients.
+
+        Raises:
+            threading.BrokenBarrierError: one of them has failed, so it makes no sense to go on.
+        """
+        self._barrier.wait()
+
+    def check(self) -> None:
+        """Raises, as `wait`, if a client has failed."""
+        if self._barrier.broken:
+            raise threading.BrokenBarrierError
+
+    def give_up(self) -> None:
+        """Has all clients end at the gate, or at their next `check`."""
+        self._barrier.abort()
+
+    def _open(self) -> None:
+        self.opened_at = time.perf_counter()
+
+
+def run_together(clients: Sequence[Callable[[], Result]], gate: Gate) -> list[Result]:
+    """The results of clients that run at once, each in a thread of its own; a single one runs in this thread.
+
+    Raises:
+        Exception: what the first client that failed raised; the others have ended by then.
+    """
+    if len(clients) == 1:
+        return [clients[0]()]
+    with ThreadPoolExecutor(len(clients), thread_name_prefix="splitnet-bench") as pool:
+        running = [pool.submit(client) for client in clients]
+        try:
+            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+            failed = any(each.exception() is not None for each in done)
+        except BaseException:
+            gate.give_up()
+            raise
+        if failed:
+            gate.give_up()
+    errors = [error for each in running if (error := each.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
+    return [each.result() for each in running]
+
+
+class SwarmArm:
+    """Clients of a swarm, each with a session and a thread of its own; all use one model.
+
+    Args:
+        model: with remote blocks.
+        seed: of the tokens of prompts.
+    """
+
+    def __init__(self, model: RemoteCausalLM, seed: int) -> None:
+        self._model = model
+        self._seed = seed
+
+    def run(self, case: Case) -> Round:
+        """Runs a case once.
+
+        Raises:
+            SplitnetError: the swarm could not do it.
+        """
+        prompts = random_prompts(self._model.config.vocab_size, case, self._seed)
+        gate = Gate(case.clients)
+        clients = [_Client(self._model, prompt, case, gate) for prompt in prompts.split(1)]
+        return tuple(run_together([client.run for client in clients], gate))
+
+
+class LocalArm:
+    """Plain transformers in this process; several clients are the rows of one batch.
+
+    Args:
+        checkpoint: is loaded whole, in the type that it is stored in.
+        seed: of the tokens of prompts.
+        device: that computes.
+
+    Raises:
+        UnsupportedModel: transformers cannot load it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, seed: int, device: str) -> None:
+        self._seed = seed
+        try:
+            self._model = load_whole(checkpoint, checkpoint.dtype).to(device)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UnsupportedModel(
+                f"transformers cannot load {checkpoint.name} here ({reason}): leave out --local"
+            ) from error
+
+    def run(self, case: Case) -> Round:
+        """Runs a case once."""
+        prompts = random_prompts(self._model.config.get_text_config().vocab_size, case, self._seed)
+        clock = Clock()
+        began = time.perf_counter()
+        generate_exactly(self._model, prompts, case.new_tokens, clock)
+        gaps = tuple(late - early for early, late in itertools.pairwise(clock.times))
+        return (Answer(clock.times[0] - began, gaps),) * case.clients
+
+
+def random_prompts(vocabulary: int, case: Case, seed: int) -> torch.Tensor:
+    """Token ids `[clients, prompt]`, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (case.clients, case.prompt), generator=generator)
+
+
+def generate_exactly(model: Any, prompts: torch.Tensor, new_tokens: int, clock: Clock, **options: Any) -> None:
+    """Greedy decoding of `new_tokens` tokens after prompts `[rows, seq]`, whatever the model would end with.
+
+    Args:
+        options: more for `generate()`.
+    """
+    prompts = prompts.to(model.device)
+    model.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=new_tokens,
+        # `min_new_tokens` would keep these out at the price of a pass over the vocabulary for every token.
+        eos_token_id=None,
+        pad_token_id=0,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        use_cache=True,
+        streamer=clock,
+        **options,
+    )
+
+
+class _Client:
+    """One answer through the swarm."""
+
+    def __init__(self, model: RemoteCausalLM, prompt: torch.Tensor, case: Case, gate: Gate) -> None:
+        self._model = model
+        self._prompt = prompt
+        self._case = case
+        self._gate = gate
+        self._cache: RemoteCache = model.new_cache()
+        self._bytes_before = (0, 0)
+
+    def run(self) -> Answer:
+        self._cache.remote.reserve(self._case.positions)
+        clock = Clock(self._after_token)
+        began = time.perf_counter()
+        try:
+            generate_exactly(self._model, self._prompt, self._case.new_tokens, clock, cache=self._cache)
+            times = [self._gate.opened_at, *clock.times[1:]]
+            gaps = tuple(late - early for early, late in itertools.pairwise(times))
+            assert self._cache.session is not None
+            return Answer(clock.times[0] - began, gaps, self._traffic(self._cache.session))
+        finally:
+            self._cache.close()
+
+    def _after_token(self, count: int) -> None:
+        if count > 1:
+            self._gate.check()
+            return
+        assert self._cache.session is not None
+        if self._case.decodes:  # the prompt is not what is measured
+            traffic = self._cache.session.traffic
+            self._bytes_before = traffic.bytes_sent, traffic.bytes_received
+        self._gate.wait()
+
+    def _traffic(self, session: ModelSession) -> Traffic:
+        sent, received = self._bytes_before
+        return Traffic(
+            sent_bytes=session.traffic.bytes_sent - sent,
+            received_bytes=session.traffic.bytes_received - received,
+            positions=session.traffic.positions,
+            repairs=len(session.recoveries),
+            route=route_of(session),
+            joules_per_token=self._joules(session),
+        )
+
+    def _joules(self, session: ModelSession) -> float | None:
+        joules = self._model.swarm.planner.token_joules([hop.planned for hop in session.hops])
+        known = [each for each in joules if each is not None]
+        return sum(known) if known and len(known) == len(joules) else None
+
+
+def route_of(session: ModelSession) -> Route:
+    """The open route of a session."""
+    records = [(hop.blocks, hop.planned.record) for hop in session.hops]
+    hops = (
+        RouteHop(start, end, record.key.text, record.address, record.device, record.dtype)
+        for (start, end), record in records
+    )
+    return Route(tuple(hops), tuple(session.links()))

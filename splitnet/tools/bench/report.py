@@ -1,0 +1,275 @@
+"""What `splitnet bench` prints: a table with sentences for people, or a document for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from splitnet.errors import SplitnetError
+from splitnet.tools.bench.figures import (
+    FIRST_TOKEN_MS,
+    JOULES,
+    TOKEN_MS_P50,
+    TOKEN_MS_P95,
+    TOKENS_PER_S,
+    Answer,
+    Case,
+    Round,
+    Route,
+    Spread,
+    Traffic,
+    figures_of,
+    ratio_of,
+    spreads_of,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+Progress = Callable[[str, int, int], None]
+"""Is told the stage, and how many of how many measurements of it are done."""
+
+
+class Arm(Protocol):
+    """A way to run the model."""
+
+    def run(self, case: Case) -> Round:
+        """Runs a case once, with exactly its tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One measurement; those of rounds before the first do not count."""
+
+    round: int
+    case: Case
+    arm: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A case with its rounds, by arm."""
+
+    case: Case
+    rounds: Mapping[str, Sequence[Round]]
+
+    def figures(self, arm: str) -> list[dict[str, float]]:
+        """Of each round."""
+        return [figures_of(self.case, seen) for seen in self.rounds[arm]]
+
+    def spreads(self, arm: str) -> dict[str, Spread]:
+        """Each figure over the rounds."""
+        return spreads_of(self.figures(arm))
+
+    def ratio(self, arm: str, other: str) -> Spread:
+        """Tokens per second of one arm as a part of another's, round by round."""
+        return ratio_of(self.figures(arm), self.figures(other))
+
+
+def turns(cases: Sequence[Case], arms: Sequence[str], rounds: int, warm_up: int) -> Iterator[Turn]:
+    """All measurements in order. Arms change places with every round, so that none always comes first."""
+    for number in range(1 - warm_up, rounds + 1):
+        for case in cases:
+            for arm in arms if number % 2 else reversed(arms):
+                yield Turn(number, case, arm)
+
+
+def measure(
+    arms: Mapping[str, Arm], cases: Sequence[Case], *, rounds: int, warm_up: int, progress: Progress
+) -> list[Measured]:
+    """Runs all cases with all arms.
+
+    Raises:
+        SplitnetError: an arm failed, or did not give exactly the tokens that it was asked for.
+    """
+    seen: dict[tuple[Case, str], list[Round]] = {(case, arm): [] for case in cases for arm in arms}
+    of_each_round = len(cases) * len(arms)
+    for index, turn in enumerate(turns(cases, list(arms), rounds, warm_up)):
+        stage = f"round {turn.round} of {rounds}" if turn.round > 0 else f"warm-up {turn.round + warm_up} of {warm_up}"
+        progress(stage, index % of_each_round, of_each_round)
+        answers = arms[turn.arm].run(turn.case)
+        _check_exact(turn, answers)
+        if turn.round > 0:
+            seen[turn.case, turn.arm].append(answers)
+    return [Measured(case, {arm: seen[case, arm] for arm in arms}) for case in cases]
+
+
+def _check_exact(turn: Turn, answers: Round) -> None:
+    wanted = turn.case.new_tokens
+    given = [answer.new_tokens for answer in answers]
+    if given != [wanted] * turn.case.clients:
+        raise SplitnetError(
+            f"{turn.arm}: an answer of {wanted} tokens ended after {min(given, default=0)}: remove what ends answers, "
+            "such as stop_strings or max_time, from the model's generation_config.json"
+        )
+
+
+SWARM = "swarm"
+LOCAL = "local"
+"""The two arms of the command."""
+
+_FIRST_TOKEN = "first\ntoken ms"
+_LOCAL_SPEED = f"{LOCAL}:\ntokens/s"
+_RATIO = f"{SWARM} /\n{LOCAL}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured.
+
+    Attributes:
+        model: its name.
+        settings: of the command, for the document.
+        environment: versions, platform, threads and kernels, for the document.
+        measured: all cases with the same arms, `SWARM`, `LOCAL` or both.
+    """
+
+    model: str
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    measured: Sequence[Measured]
+
+    @property
+    def arms(self) -> list[str]:
+        return list(self.measured[0].rounds)
+
+    def routes(self) -> Counter[Route]:
+        """Distinct routes, and how many answers went through each."""
+        return Counter(traffic.route for traffic in self._traffics())
+
+    def document(self) -> dict[str, Any]:
+        """For JSON: all rounds, medians and ranges; routes are named by their place in a list."""
+        routes = list(self.routes())
+        return {
+            "model": self.model,
+            "settings": dict(self.settings),
+            "environment": dict(self.environment),
+            "routes": [asdict(route) for route in routes],
+            "tests": [self._test(measured, routes) for measured in self.measured],
+        }
+
+    def table(self) -> Table:
+        """A row per case; where both arms were measured, the first columns are the swarm's."""
+        from rich.table import Table
+
+        first = self.arms[0]
+        cases = [measured.case for measured in self.measured]
+        table = Table(title=self._title(), title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table.add_column("test", no_wrap=True)
+        columns = ["context"] * any(case.context for case in cases)
+        columns += ["clients"] * any(case.clients > 1 for case in cases)
+        columns += ["tokens/s", _FIRST_TOKEN, "ms/token", "p95"]
+        columns += ["J/token"] * any(JOULES in measured.spreads(first) for measured in self.measured)
+        columns += [_LOCAL_SPEED, _RATIO] * (len(self.arms) > 1)
+        for column in columns:
+            table.add_column(column, justify="right")
+        for measured in self.measured:
+            case, spreads = measured.case, measured.spreads(first)
+            cells = {
+                "context": f"{case.context:,}" if case.decodes else "",
+                "clients": str(case.clients) if case.decodes else "",
+                "tokens/s": with_range(spreads[TOKENS_PER_S]),
+                _FIRST_TOKEN: number(spreads[FIRST_TOKEN_MS].median) if not case.decodes else "",
+                "ms/token": number(spreads[TOKEN_MS_P50].median) if case.decodes else "",
+                "p95": number(spreads[TOKEN_MS_P95].median) if case.decodes else "",
+                "J/token": number(spreads[JOULES].median) if JOULES in spreads else "?" * case.decodes,
+            }
+            if len(self.arms) > 1:
+                cells[_LOCAL_SPEED] = with_range(measured.spreads(LOCAL)[TOKENS_PER_S])
+                cells[_RATIO] = f"{measured.ratio(SWARM, LOCAL).median:.2f}"
+            table.add_row(case.name, *(cells[column] for column in columns))
+        return table
+
+    def sentence(self) -> str:
+        """What it ran through."""
+        local = f"plain transformers in this process, with {counted(self.environment['threads'], 'thread')}"
+        routes = self.routes()
+        if not routes:
+            return f"By {local}."
+        route, answers = routes.most_common(1)[0]
+        others = ""
+        if len(routes) > 1:
+            others = f" ({answers} of {routes.total()} answers; {counted(len(routes) - 1, 'other route')})"
+        repairs = sum(traffic.repairs for traffic in self._traffics())
+        repaired = f" {counted(repairs, 'time')} a route was repaired or left for a better one." if repairs else ""
+        beside = f"; {LOCAL}: {local}" if LOCAL in self.arms else ""
+        peers = counted(len(route.hops), "peer")
+        kernels = f" The client's kernels: {self.environment['kernels'] or 'torch'}."
+        return f"Through {peers}, with bytes per decoded token: {drawn(route)}{others}{beside}.{repaired}{kernels}"
+
+    def _title(self) -> str:
+        rounds = len(self.measured[0].rounds[self.arms[0]])
+        over = f"{rounds} rounds: medians (lowest-highest)" if rounds > 1 else "one round"
+        return f"{self.model}, {over}"
+
+    def _traffics(self) -> list[Traffic]:
+        rounds = [seen for measured in self.measured for of_arm in measured.rounds.values() for seen in of_arm]
+        return [answer.traffic for seen in rounds for answer in seen if answer.traffic is not None]
+
+    def _test(self, measured: Measured, routes: Sequence[Route]) -> dict[str, Any]:
+        case = measured.case
+        test: dict[str, Any] = {
+            "test": "decode" if case.decodes else "prefill",
+            "tokens": case.tokens,
+            "context": case.context,
+            "prompt_tokens": case.prompt,
+            "clients": case.clients,
+        }
+        for arm, rounds in measured.rounds.items():
+            test[arm] = {name: asdict(spread) for name, spread in measured.spreads(arm).items()}
+            test[arm]["rounds"] = [
+                {**figures, "answers": [_answer(answer, routes) for answer in seen]}
+                for figures, seen in zip(measured.figures(arm), rounds, strict=True)
+            ]
+        if len(self.arms) > 1:
+            test["swarm_to_local"] = asdict(measured.ratio(SWARM, LOCAL))
+        return test
+
+
+def drawn(route: Route) -> str:
+    """A route as text: codec and bytes of a decoded token stand on each link."""
+    text = "client"
+    for link in route.links:
+        carried = ", via client" * link.sender.endswith(" via client")
+        text += f" -[{link.codec}, {link.bytes_per_token:,}{carried}]-> {link.receiver}"
+    return text
+
+
+def counted(count: int, thing: str) -> str:
+    """A number of things."""
+    return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
+def number(value: float) -> str:
+    """With as many digits as matter."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def with_range(spread: Spread) -> str:
+    """A median and its range, which is left out where there was one round."""
+    if spread.low == spread.high:
+        return number(spread.median)
+    return f"{number(spread.median)} ({number(spread.low)}-{number(spread.high)})"
+
+
+def _answer(answer: Answer, routes: Sequence[Route]) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "new_tokens": answer.new_tokens,
+        "first_token_ms": answer.first_token_s * 1000,
+        "token_ms": [round(seconds * 1000, 3) for seconds in answer.token_s],
+    }
+    traffic = answer.traffic
+    if traffic is not None:
+        values |= {
+            "positions": traffic.positions,
+            "sent_bytes": traffic.sent_bytes,
+            "received_bytes": traffic.received_bytes,
+            "repairs": traffic.repairs,
+            "joules_per_token": traffic.joules_per_token,
+            "route": routes.index(traffic.route),
+        }
+    return values

@@ -1,0 +1,73 @@
+"""`splitnet doctor`: what is wrong with this machine, and with its way to a swarm."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from splitnet.cli.arguments import Device, InviteFile, JoinToExamine, KeyFile, Lan, SwarmKeyFile, resolve_model
+from splitnet.import_shims import import_models
+
+if TYPE_CHECKING:
+    from splitnet.tools.doctor.finding import Finding
+
+
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hugging Face id or checkpoint folder, to check whether it can be used here."),
+    ] = None,
+    join: JoinToExamine = None,
+    lan: Lan = True,
+    listen: Annotated[
+        str | None,
+        typer.Option(metavar="tcp://HOST:PORT", help="Where a peer here would listen; it must be reached then."),
+    ] = None,
+    public_host: Annotated[
+        str | None, typer.Option(metavar="HOST[:PORT]", help="How others would reach it, if by another name or port.")
+    ] = None,
+    device: Device = "auto",
+    key_file: KeyFile = None,
+    swarm_key: SwarmKeyFile = None,
+    invite: InviteFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Check this machine, a MODEL and the way to a swarm; say what is wrong and what to do.
+
+    Ends with exit code 1 if a check has failed. docs/doctor.md lists the checks.
+    """
+    from splitnet.cli.invite import Invite
+
+    invitation = Invite.load(invite) if invite else None
+    if model is None and invitation is not None:
+        model = invitation.model
+    source = None if model is None else resolve_model(model)
+
+    import_models()
+    from splitnet.security.swarm_key import OPEN, SwarmKey
+    from splitnet.tools.doctor import finding as report
+    from splitnet.tools.doctor.examination import Setup, examine
+
+    swarm = invitation.swarm_key if invitation else SwarmKey.load(swarm_key) if swarm_key else OPEN
+    setup = Setup(
+        model=source,
+        join=[*(join or ()), *(invitation.join if invitation else ())],
+        lan=lan,
+        listen=listen,
+        public_host=public_host,
+        key_file=key_file,
+        device=device,
+        identity=invitation.identity if invitation else None,
+        swarm=swarm,
+    )
+    findings: list[Finding] = []
+    for finding in examine(setup):
+        findings.append(finding)
+        if not as_json:
+            typer.secho(f"{finding.status:<5}", fg=report.COLORS[finding.status], nl=False)
+            typer.echo(report.line(finding))
+    typer.echo(json.dumps(report.document(findings)) if as_json else report.summary(findings))
+    if report.has_failed(findings):
+        raise typer.Exit(1)

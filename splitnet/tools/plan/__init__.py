@@ -1,0 +1,1 @@
+"""Cuts a model over known devices."""

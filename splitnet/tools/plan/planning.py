@@ -1,0 +1,301 @@
+"""What `splitnet plan` finds out: the best partition of a model over known devices, and what to expect of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+from scheduler.batching import SIZES
+from scheduler.cost import BlockWork, Encoding, encodings_of, hop_joules, hop_ms, roofline, transfer_ms
+from scheduler.facts import CLIENT, Hop, Peer, Speed
+from scheduler.partition import (
+    EXACT_DEVICES,
+    Device,
+    DoesNotFit,
+    fastest_partition,
+    first_token_ms,
+    tokens_per_s,
+    widest_partition,
+)
+from splitnet.blocks.sizes import ModelSizes
+from splitnet.errors import OutOfMemory
+from splitnet.tools.plan.devices_file import DevicesFile, KnownDevice
+from splitnet.wire.codecs import CODECS
+
+MOST_SESSIONS: Final = 16
+"""Sessions for which a throughput is told if nothing is asked for; fewer if there is no memory for so many."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the partition is for.
+
+    Attributes:
+        context: positions of a session, prompt and answer.
+        prompt: positions of a prompt.
+        sessions: for how many sessions each device has memory.
+        throughput: what many sessions get together counts, not how soon one gets its tokens.
+    """
+
+    context: int
+    prompt: int
+    sessions: int
+    throughput: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A device of the plan with its blocks `[start, end)`. Memory in bytes; ms_per_token: its part of a decode step.
+
+    kv_memory: what its blocks leave for KV caches. joules_per_token: None if it is not known what the device draws.
+    """
+
+    device: KnownDevice
+    start: int
+    end: int
+    memory_used: int
+    kv_memory: int
+    ms_per_token: float
+    joules_per_token: float | None
+
+
+@dataclass(frozen=True)
+class UsedLink:
+    """A link of the plan by the names of its ends. ms_per_token: its part of a decode step, latency included."""
+
+    sender: str
+    receiver: str
+    latency_ms: float
+    ms_per_token: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The best partition, and what it is compared with.
+
+    Attributes:
+        client_ms: of a decode step, for the head; None if nothing is known of the client's machine.
+        tokens_per_s: of one session while it decodes.
+        first_token_ms: after the prompt was sent, with the session open.
+        sessions, all_tokens_per_s: so many sessions get so much together.
+        alone: by device that could hold all blocks, the tokens per second that one session would get (or, if the plan
+            is for throughput, that all get together).
+        everyone: the same for the best chain of all devices; None if the plan is that, or if there is none.
+        exact: no partition is better by the cost model.
+    """
+
+    sizes: ModelSizes
+    demand: Demand
+    client: str
+    client_ms: float | None
+    stages: tuple[Stage, ...]
+    links: tuple[UsedLink, ...]
+    tokens_per_s: float
+    first_token_ms: float
+    sessions: int
+    all_tokens_per_s: float
+    alone: Mapping[str, float]
+    everyone: float | None
+    exact: bool
+
+
+def joules_of(stages: Sequence[Stage]) -> float | None:
+    """Of a token on all devices; None if one is not known."""
+    known = [stage.joules_per_token for stage in stages if stage.joules_per_token is not None]
+    return sum(known) if len(known) == len(stages) else None
+
+
+def amount(count: int) -> str:
+    """Bytes in GiB or MiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+class ModelTooBig(OutOfMemory):
+    """The devices together cannot hold the model. missing_bytes: of weights and KV caches."""
+
+    def __init__(self, message: str, missing_blocks: int, missing_bytes: int) -> None:
+        super().__init__(message)
+        self.missing_blocks = missing_blocks
+        self.missing_bytes = missing_bytes
+
+
+def make_plan(sizes: ModelSizes, file: DevicesFile, demand: Demand) -> Plan:
+    """The best partition of a model over the devices of a file.
+
+    Raises:
+        ModelTooBig: says how much memory is missing.
+    """
+    return _Planning(sizes, file, demand).plan()
+
+
+class _Planning:
+    def __init__(self, sizes: ModelSizes, file: DevicesFile, demand: Demand) -> None:
+        self._sizes = sizes
+        self._file = file
+        self._demand = demand
+        self._known = {device.name: device for device in file.devices}
+        self._kv_bytes = sizes.kv_bytes * demand.context + sizes.state_bytes  # of a session and block
+        self._encodings: Sequence[Encoding] = encodings_of(
+            {name: codec.bytes_per_position(sizes.hidden_size) for name, codec in CODECS.items()}
+        )
+        self._devices = [
+            Device(
+                device.name,
+                max(0, self._room(device) // (sizes.block_bytes + demand.sessions * self._kv_bytes)),
+                self._speed(device),
+                watts=device.watts,
+            )
+            for device in file.devices
+        ]
+        self._peers: dict[str, Peer] = {device.id: device.peer(0, 1) for device in self._devices}
+        self._client_ms = self._head_ms()
+
+    def plan(self) -> Plan:
+        demand = self._demand
+        try:
+            hops = self._widest() if demand.throughput else self._fastest(self._devices)
+        except DoesNotFit as error:
+            raise self._too_big(error.missing) from None
+        usable = [device for device in self._devices if device.max_blocks]
+        everyone = None
+        if len(hops) < len(usable) <= self._sizes.num_blocks:
+            everyone = self._worth(self._fastest(self._devices, everyone=True))
+        sessions = demand.sessions if demand.sessions > 1 else min(MOST_SESSIONS, self._sessions_with_room(hops))
+        return Plan(
+            sizes=self._sizes,
+            demand=demand,
+            client=self._file.client_host or "client",
+            client_ms=self._client_ms,
+            stages=tuple(self._stage(hop) for hop in hops),
+            links=self._links(hops),
+            tokens_per_s=self._tokens_per_s(hops, 1),
+            first_token_ms=min(
+                first_token_ms(
+                    hops,
+                    self._peers,
+                    self._file.network,
+                    encodings=self._encodings,
+                    prompt=demand.prompt,
+                    step_positions=size,
+                    client_ms=self._client_ms or 0.0,
+                )
+                for size in SIZES
+            ),
+            sessions=sessions,
+            all_tokens_per_s=self._tokens_per_s(hops, sessions),
+            alone={
+                device.id: self._worth([Hop(device.id, 0, self._sizes.num_blocks)])
+                for device in self._devices
+                if device.max_blocks >= self._sizes.num_blocks
+            },
+            everyone=everyone,
+            exact=len(usable) <= EXACT_DEVICES,
+        )
+
+    def _room(self, device: KnownDevice) -> int:
+        """Bytes for blocks and KV caches; the client's part of the model stays on the client's host."""
+        return device.memory - (self._sizes.shell_bytes if device.name == self._file.client_host else 0)
+
+    def _speed(self, device: KnownDevice) -> Speed:
+        if isinstance(device.speed, Speed):
+            return device.speed
+        work = BlockWork(
+            dense_bytes=self._sizes.block_bytes - self._sizes.expert_bytes,
+            expert_bytes=self._sizes.expert_bytes,
+            expert_share=self._sizes.expert_share,
+            cache_bytes=self._kv_bytes,
+            sessions=max(self._demand.sessions, MOST_SESSIONS),
+            flops=self._sizes.flops_per_position,
+        )
+        return roofline(work, bytes_per_ms=device.speed.bytes_per_ms, flops_per_ms=device.speed.flops_per_ms)
+
+    def _head_ms(self) -> float | None:
+        """Ms that the client needs for a token: like a block it is bound by reading its weights."""
+        host = self._known.get(self._file.client_host or "")
+        if host is None:
+            return None
+        if isinstance(host.speed, Speed):
+            return host.speed.at(1) * self._sizes.head_bytes / self._sizes.block_bytes
+        return self._sizes.head_bytes / host.speed.bytes_per_ms
+
+    def _fastest(self, devices: Sequence[Device], everyone: bool = False) -> Sequence[Hop]:
+        route = fastest_partition(
+            devices, self._sizes.num_blocks, self._file.network, encodings=self._encodings, everyone=everyone
+        )
+        return route.hops
+
+    def _widest(self) -> Sequence[Hop]:
+        """The chain with which all sessions together get most: how many share a pass best is tried."""
+        candidates = [self._fastest(self._devices)]
+        positions = 1
+        while positions <= self._demand.sessions:
+            route = widest_partition(
+                self._devices,
+                self._sizes.num_blocks,
+                self._file.network,
+                encodings=self._encodings,
+                positions=positions,
+            )
+            candidates.append(route.hops)
+            positions *= 2
+        return max(candidates, key=lambda hops: (round(self._worth(hops), 6), -len(hops)))
+
+    def _worth(self, hops: Sequence[Hop]) -> float:
+        return self._tokens_per_s(hops, self._demand.sessions if self._demand.throughput else 1)
+
+    def _tokens_per_s(self, hops: Sequence[Hop], sessions: int) -> float:
+        return tokens_per_s(
+            hops,
+            self._peers,
+            self._file.network,
+            encodings=self._encodings,
+            sessions=sessions,
+            client_ms=self._client_ms or 0.0,
+        )
+
+    def _sessions_with_room(self, hops: Sequence[Hop]) -> int:
+        return min(
+            (self._room(self._known[hop.peer]) // (hop.end - hop.start) - self._sizes.block_bytes) // self._kv_bytes
+            for hop in hops
+        )
+
+    def _stage(self, hop: Hop) -> Stage:
+        device, blocks = self._known[hop.peer], hop.end - hop.start
+        room = self._room(device)
+        weights = blocks * self._sizes.block_bytes
+        return Stage(
+            device,
+            hop.start,
+            hop.end,
+            memory_used=device.memory - room + weights + blocks * self._demand.sessions * self._kv_bytes,
+            kv_memory=room - weights,
+            ms_per_token=hop_ms(self._peers[hop.peer], blocks, 1),
+            joules_per_token=hop_joules(self._peers[hop.peer], blocks),
+        )
+
+    def _links(self, hops: Sequence[Hop]) -> tuple[UsedLink, ...]:
+        host = self._file.client_host
+        client = f"client on {host}" if host else "client"
+        names = [CLIENT, *(hop.peer for hop in hops), CLIENT]
+        used: list[UsedLink] = []
+        for sender, receiver in pairwise(names):
+            link = self._file.network.link(sender, receiver)
+            token_ms = transfer_ms(link, 1, self._encodings)
+            used.append(UsedLink(sender or client, receiver or client, link.latency_ms, token_ms))
+        return tuple(used)
+
+    def _too_big(self, missing: int) -> ModelTooBig:
+        sizes, demand = self._sizes, self._demand
+        per_block = sizes.block_bytes + demand.sessions * self._kv_bytes
+        room = sizes.num_blocks - missing
+        caches = f"{demand.sessions} sessions" if demand.sessions > 1 else "a session"
+        return ModelTooBig(
+            f"{sizes.name} in {sizes.held_as} does not fit: the devices have memory for {room} of its "
+            f"{sizes.num_blocks} blocks, {amount(missing * per_block)} are missing ({amount(per_block)} a block, with "
+            f"the KV cache of {caches} of {demand.context} tokens): add a device or memory, or use smaller --weights "
+            "or --context",
+            missing,
+            missing * per_block,
+        )

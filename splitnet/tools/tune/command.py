@@ -1,0 +1,166 @@
+"""`splitnet tune`: fine-tune a model on one's own examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitnet.cli.arguments import ModelOrInvite, resolve_model
+from splitnet.cli.connecting import Connecting, connects
+from splitnet.cli.extras import require
+from splitnet.cli.invite import model_or_invited
+from splitnet.errors import SplitnetError
+from splitnet.tools.tune.data import TEMPLATE
+from splitnet.tools.tune.folder import TuningFolder
+from splitnet.tools.tune.methods import AdapterOptions, Method, PromptNetwork
+from splitnet.tools.tune.settings import Schedule, Settings
+
+_DATA = "Data"
+_TRAINING = "Training"
+_ADAPTER = "Adapter"
+
+
+@connects(without=("prefer", "energy_slowdown"))
+def tune(
+    data: Annotated[
+        Path,
+        typer.Option(metavar="FILE.jsonl", help="Examples, one JSON object per line.", rich_help_panel=_DATA),
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the adapter and what belongs to it.")],
+    model: ModelOrInvite = None,
+    *,
+    connecting: Connecting,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option("--eval", metavar="FILE.jsonl", help="Held-out examples.", rich_help_panel=_DATA),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="What to train.")] = Method.LORA,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    template: Annotated[
+        str,
+        typer.Option(help="What the model reads of a text with a label.", rich_help_panel=_DATA),
+    ] = TEMPLATE,
+    head: Annotated[
+        bool,
+        typer.Option(
+            "--head", help="Train a head that tells labels, instead of the model's words.", rich_help_panel=_DATA
+        ),
+    ] = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per example at most; 1024 if the model has room.", rich_help_panel=_DATA),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.", rich_help_panel=_TRAINING)] = 100,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--lr", min=0, help="Largest step size; depends on the method.", rich_help_panel=_TRAINING),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.", rich_help_panel=_TRAINING)] = 8,
+    accumulate: Annotated[
+        int,
+        typer.Option(min=1, help="Parts to cut a step into, to save memory here.", rich_help_panel=_TRAINING),
+    ] = 1,
+    schedule: Annotated[
+        Schedule, typer.Option(help="Of the learning rate.", rich_help_panel=_TRAINING)
+    ] = Schedule.LINEAR,
+    warmup: Annotated[
+        int, typer.Option(min=0, help="Steps in which the learning rate rises.", rich_help_panel=_TRAINING)
+    ] = 0,
+    clip: Annotated[
+        float, typer.Option(min=0, help="Largest norm of a gradient; 0: any.", rich_help_panel=_TRAINING)
+    ] = 1.0,
+    weight_decay: Annotated[float, typer.Option(min=0, help="As in AdamW.", rich_help_panel=_TRAINING)] = 0.0,
+    zeroth_order: Annotated[
+        bool,
+        typer.Option("--zeroth-order", help="Train by forward passes alone (MeZO).", rich_help_panel=_TRAINING),
+    ] = False,
+    directions: Annotated[
+        int, typer.Option(min=1, help="Random directions per step of --zeroth-order.", rich_help_panel=_TRAINING)
+    ] = 4,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31, help="Makes training repeatable.", rich_help_panel=_TRAINING)
+    ] = 0,
+    eval_every: Annotated[
+        int, typer.Option(min=0, help="Steps between evaluations; 0: at both ends only.", rich_help_panel=_TRAINING)
+    ] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_TRAINING)] = 25,
+    rank: Annotated[int, typer.Option(min=1, help="Of LoRA.", rich_help_panel=_ADAPTER)] = 8,
+    alpha: Annotated[int, typer.Option(min=1, help="Of LoRA: scale times rank.", rich_help_panel=_ADAPTER)] = 16,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Layers for LoRA, as q_proj,v_proj; or all-linear.", rich_help_panel=_ADAPTER),
+    ] = None,
+    tokens: Annotated[
+        int,
+        typer.Option(min=1, max=512, help="Virtual tokens of prompt, prefix and p-tuning.", rich_help_panel=_ADAPTER),
+    ] = 16,
+    init_text: Annotated[
+        str | None,
+        typer.Option(help="What prompt or prefix begins as; an instruction if not given.", rich_help_panel=_ADAPTER),
+    ] = None,
+    projection: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Width of the network that makes prefix or p-tuning prompt.", rich_help_panel=_ADAPTER
+        ),
+    ] = None,
+    network: Annotated[PromptNetwork, typer.Option(help="Of p-tuning.", rich_help_panel=_ADAPTER)] = PromptNetwork.MLP,
+) -> None:
+    """Fine-tune a model on your examples: the adapter stays here, the blocks and their work with the peers.
+
+    Examples are chats {"messages": [{"role": "user", "content": "..."}, ...]}, {"prompt": "...", "completion": "..."},
+    classified texts {"text": "...", "label": "..."}, or plain {"text": "..."}; all of a file are of one form.
+    """
+    require("tune", "splitnet tune")
+    TuningFolder(output).check_place(resume=resume)
+    if "{text}" not in template:
+        raise SplitnetError("the template has no {text}: write it where the text goes, as in '{text} Topic:'")
+    if learning_rate == 0:
+        raise SplitnetError("with --lr 0 nothing is learned: leave it out, or give a step size such as 1e-3")
+    if warmup >= steps:
+        raise SplitnetError(f"{warmup} steps of warm-up leave none of {steps}: lower --warmup or raise --steps")
+    from splitnet.tools.tune.data import read_examples
+
+    train = read_examples(data)
+    held_out = read_examples(evaluation, train.form) if evaluation else None
+    if train.form == "classification" and len(train.labels) < 2:
+        raise SplitnetError(f"all examples have the label {train.labels[0]!r}: give others too, or there is no choice")
+    if head and train.form != "classification":
+        raise SplitnetError('--head tells labels, and the data has none: give {"text": "...", "label": "..."}')
+    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
+
+    from splitnet.tools.tune.job import Tuning
+
+    named = tuple(name.strip() for name in (targets or "").split(",") if name.strip())
+    options = AdapterOptions(tokens, init_text, projection, network, rank, alpha, named)
+    settings = Settings(
+        steps=steps,
+        learning_rate=learning_rate or method.learning_rate,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        warmup_steps=warmup,
+        schedule=schedule,
+        clip=clip,
+        weight_decay=weight_decay,
+        zeroth_order=zeroth_order,
+        directions=directions,
+        seed=seed,
+    )
+    tuning = Tuning(
+        method=method,
+        options=options,
+        settings=settings,
+        train=train,
+        held_out=held_out,
+        template=template,
+        head=head,
+        max_length=max_length,
+        eval_every=eval_every,
+        save_every=save_every,
+        output=output,
+        resume=resume,
+        way=[*([model] if model else []), *connecting.as_arguments()],
+    )
+    tuning.run(connecting.to(checkpoint))

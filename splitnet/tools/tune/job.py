@@ -1,0 +1,497 @@
+"""What `tune` does: rows from examples, a model with an adapter, steps with progress, and the files of the run."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.connection import Connection
+from splitnet.cli.extras import has
+from splitnet.errors import SplitnetError
+from splitnet.hf.causal_lm import RemoteCausalLM, attach
+from splitnet.hf.classifier import RemoteSequenceClassification, attach_classifier
+from splitnet.swarm.swarm import Swarm
+from splitnet.tools.tune.data import Examples
+from splitnet.tools.tune.encoding import IGNORED, Encoded, Encoder, collate
+from splitnet.tools.tune.folder import TuningFolder
+from splitnet.tools.tune.methods import AdapterOptions, Method, begin_prefix, with_new_adapter
+from splitnet.tools.tune.run import Step, TuningRun
+from splitnet.tools.tune.settings import Settings
+
+SMOOTHED_OVER = 10
+"""Steps whose mean the smoothed line shows."""
+
+
+def draw_loss_curve(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Writes a PNG of the lines of `metrics.jsonl`."""
+    from matplotlib.figure import Figure  # without pyplot there is no window, and no global state
+
+    steps = [line["step"] for line in metrics if "loss" in line]
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="loss of the step")
+    if len(losses) > SMOOTHED_OVER:
+        windows = [losses[max(0, end - SMOOTHED_OVER) : end] for end in range(1, len(losses) + 1)]
+        means = [sum(window) / len(window) for window in windows]
+        axes.plot(steps, means, color="tab:blue", label=f"mean of {SMOOTHED_OVER} steps")
+    held_out = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="loss on held-out examples")
+    accuracy = [(line["step"], line["eval_accuracy"]) for line in metrics if line.get("eval_accuracy") is not None]
+    handles = axes.get_legend_handles_labels()
+    if accuracy:
+        right = axes.twinx()
+        right.plot(*zip(*accuracy, strict=True), "s--", color="tab:green", label="accuracy on held-out examples")
+        right.set_ylim(0, 1)
+        right.set_ylabel("accuracy")
+        handles = tuple(a + b for a, b in zip(handles, right.get_legend_handles_labels(), strict=True))
+    axes.legend(*handles)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, format="png", dpi=120)
+
+
+@dataclass(frozen=True)
+class ModelToTune:
+    """Where a model comes from.
+
+    Attributes:
+        pad: token id of padding.
+        labels: of a head to train; None: the model's words tell.
+    """
+
+    checkpoint: Checkpoint
+    swarm: Swarm
+    connection: Connection
+    tokenizer: Any
+    pad: int
+    labels: Sequence[str] | None
+
+    def with_adapter(self, method: Method, options: AdapterOptions, beginning: str) -> Any:
+        """The model with a new adapter; head and adapter begin by torch's random numbers.
+
+        Args:
+            beginning: the text that prompts and prefixes begin as.
+
+        Raises:
+            AdapterError: the options do not fit the model.
+        """
+        head = self.labels is not None
+        model = self._classifier() if head else self._causal()
+        adapted = with_new_adapter(
+            model,
+            method,
+            replace(options, init_text=beginning),
+            tokenizer_source=self.checkpoint.tokenizer_source,
+            head=head,
+        )
+        if method is Method.PREFIX and options.projection is None:
+            # A classifier uses no caches, but the keys and values of a causal model are those of the same blocks.
+            causal = model if isinstance(model, RemoteCausalLM) else self._causal()
+            ids = self.tokenizer(beginning, return_tensors="pt").input_ids[:, : options.tokens]
+            begin_prefix(adapted, causal.keys_and_values(ids))
+        return adapted
+
+    def _causal(self) -> RemoteCausalLM:
+        return attach(self.checkpoint, self.swarm, **self.connection.options())
+
+    def _classifier(self) -> RemoteSequenceClassification:
+        model = attach_classifier(
+            self.checkpoint,
+            self.swarm,
+            id2label=dict(enumerate(self.labels or ())),
+            **self.connection.options(),
+        )
+        model.config.pad_token_id = self.pad  # by which it finds the last token of a row
+        return model
+
+
+LINE_EVERY_S = 10.0
+"""How often a line is written where there is no terminal."""
+
+
+class TuningProgress:
+    """A bar with loss, tokens/s and remaining time on a terminal; a line now and then where there is none."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._training = self._bars.add_task("training", total=steps, facts="")
+        self._line_at = 0.0
+
+    def __enter__(self) -> TuningProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def stepped(self, step: Step, tokens_per_s: float) -> None:
+        """Shows that a step is done."""
+        facts = f"loss {step.loss:.4f}  {tokens_per_s:,.0f} tokens/s"
+        self._bars.update(self._training, completed=step.number, facts=facts)
+        now = time.monotonic()
+        due = now - self._line_at >= LINE_EVERY_S or step.number == self._steps
+        if due and not self._console.is_terminal:
+            self._line_at = now
+            self.say(f"step {step.number} of {self._steps}: {facts}")
+
+    @contextmanager
+    def evaluating(self, rows: int) -> Iterator[Callable[[int], None]]:
+        """Shows an evaluation; gives the function to tell how many more rows are done."""
+        task = self._bars.add_task("evaluating", total=rows, facts="")
+        try:
+            yield lambda done: self._bars.advance(task, done)
+        finally:
+            self._bars.remove_task(task)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Result on held-out examples.
+
+    Attributes:
+        loss: mean over the learned tokens, or with a head over the examples.
+        accuracy: share of examples whose label was told right; None if they have none.
+    """
+
+    loss: float
+    accuracy: float | None
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    rows: Sequence[Encoded],
+    *,
+    batch_size: int,
+    pad: int,
+    words: Sequence[int] | None = None,
+    head: bool = False,
+    advance: Callable[[int], None] | None = None,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Runs a model over rows, by forward passes.
+
+    Args:
+        words: the first token of each label, for accuracy by words: the model's label is that of the likeliest token.
+        device: of the model.
+        head: whether the model's logits are those of labels.
+        advance: told how many rows are done after each batch.
+    """
+    model.eval()
+    loss_sum, weight_sum, right = 0.0, 0, 0
+    in_parts = not head and getattr(model, "loss_in_parts", False)
+    by_length = sorted(rows, key=lambda row: len(row.ids))
+    for start in range(0, len(by_length), batch_size):
+        part = by_length[start : start + batch_size]
+        places = _before_answers(part) if words is not None and not head else [-1] * len(part)
+        kept: dict[str, Any] = {}
+        if in_parts:
+            asked = sorted(set(places))
+            kept = {"logits_to_keep": torch.tensor(asked, device=device)}
+            places = [asked.index(place) for place in places]
+        output = model(**collate(part, pad, head=head, device=device), **kept)
+        weight = len(part) if head else sum(row.learned for row in part)
+        loss_sum += float(output.loss) * weight
+        weight_sum += weight
+        if head:
+            right += sum(int(output.logits[index].argmax()) == row.choice for index, row in enumerate(part))
+        elif words is not None:
+            scores = [logits[place, list(words)] for logits, place in zip(output.logits, places, strict=True)]
+            right += sum(int(one.argmax()) == row.choice for one, row in zip(scores, part, strict=True))
+        if advance:
+            advance(len(part))
+    classified = head or words is not None
+    return Evaluation(loss_sum / weight_sum, right / len(rows) if classified else None)
+
+
+def _before_answers(rows: Sequence[Encoded]) -> list[int]:
+    """The position before the first learned token of each row, from the end: soft prompts come before the rows."""
+    longest = max(len(row.ids) for row in rows)
+    return [next(at for at, target in enumerate(row.targets) if target != IGNORED) - 1 - longest for row in rows]
+
+
+LONGEST_ROW = 1024
+"""Tokens per row where the user sets none."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One call of the command; see its options."""
+
+    method: Method
+    options: AdapterOptions
+    settings: Settings
+    train: Examples
+    held_out: Examples | None
+    template: str
+    head: bool
+    max_length: int | None
+    eval_every: int
+    save_every: int
+    output: Path
+    resume: bool
+    way: Sequence[str]
+    """The arguments with which commands reach the model."""
+
+    def run(self, connection: Connection) -> None:
+        """Trains to the last step, or until the user stops it.
+
+        Raises:
+            SplitnetError: what went wrong; steps that were done are kept in the output folder.
+        """
+        checkpoint = connection.checkpoint()
+        tokenizer = checkpoint.tokenizer()
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        encoder = self._encoder(checkpoint, tokenizer)
+        rows = encoder.encode(self.train)
+        held_out = encoder.encode(self.held_out) if self.held_out else []
+        classified = self.train.form == "classification"
+        words = encoder.words() if classified and not self.head else None
+        facts = connection.facts_of(checkpoint)
+        folder = TuningFolder(self.output)
+        description = self._description(facts.fingerprint)
+        folder.check(description, resume=self.resume)
+        swarm = connection.swarm_of(facts)
+        try:
+            torch.manual_seed(self.settings.seed)
+            labels = self.train.labels if self.head else None
+            maker = ModelToTune(checkpoint, swarm, connection, tokenizer, pad, labels)
+            adapted = maker.with_adapter(self.method, self.options, self._beginning())
+            folder.begin(description)
+            run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head, device=connection.computes_on)
+            _Training(self, run, folder, held_out, words, pad).train()
+        finally:
+            swarm.close()
+        self._print_next()
+
+    def _encoder(self, checkpoint: Checkpoint, tokenizer: Any) -> Encoder:
+        virtual = self.options.virtual_tokens(self.method)
+        room = checkpoint.max_positions - virtual if checkpoint.max_positions else None
+        wanted = self.max_length or min(LONGEST_ROW, room or LONGEST_ROW)
+        if room is not None and wanted > room:
+            raise SplitnetError(
+                f"{wanted:,} tokens and {virtual} virtual ones are more than the model's context of "
+                f"{checkpoint.max_positions:,}: lower --max-length to {room:,}"
+            )
+        return Encoder(tokenizer, wanted, template=self.template, labels=self.train.labels, head=self.head)
+
+    def _beginning(self) -> str:
+        """What prompts and prefixes begin as: words that say what the examples show."""
+        if self.options.init_text is not None:
+            return self.options.init_text
+        if self.train.form == "classification":
+            return f"Tell the label of the text. The labels are {', '.join(self.train.labels)}."
+        return "Write what follows in the way of the examples that you have seen."
+
+    def _description(self, fingerprint: str) -> dict[str, Any]:
+        """What makes two runs the same."""
+        return {
+            "model": fingerprint,
+            "data": _digest(self.train.path),
+            "evaluation": _digest(self.held_out.path) if self.held_out else None,
+            "method": self.method,
+            **asdict(self.options),
+            **asdict(self.settings),
+            "template": self.template,
+            "head": self.head,
+            "max_length": self.max_length,
+            "labels": self.train.labels,
+        }
+
+    def _print_next(self) -> None:
+        if self.head:
+            typer.echo("Use it: splitnet.AutoModelForSequenceClassification and peft.PeftModel, see docs/tuning.md.")
+            return
+        command = ["splitnet", "chat" if self.train.form == "chat" else "generate", *self.way]
+        command += ["--adapter", str(self.output)]
+        if self.train.form != "chat":
+            command += [
+                "--raw",
+                self.template.replace("{text}", "...") if self.train.form == "classification" else "...",
+            ]
+        typer.echo(f"Use it: {shlex.join(command)}")
+
+
+class _Training:
+    """Steps, evaluations and files of a run until its end, or until it is stopped."""
+
+    def __init__(
+        self,
+        tuning: Tuning,
+        run: TuningRun,
+        folder: TuningFolder,
+        held_out: Sequence[Encoded],
+        words: Sequence[int] | None,
+        pad: int,
+    ) -> None:
+        self._tuning = tuning
+        self._run = run
+        self._folder = folder
+        self._held_out = held_out
+        self._words = words
+        self._pad = pad
+        self._progress = TuningProgress(tuning.settings.steps)
+
+    def train(self) -> None:
+        """Trains.
+
+        Raises:
+            SystemExit: it was stopped; all is saved.
+        """
+        run, steps = self._run, self._tuning.settings.steps
+        saved = self._folder.load_checkpoint() if self._tuning.resume else None
+        if saved:
+            run.restore(*saved)
+        self._folder.metrics(until=run.done if saved else -1)
+        typer.echo(
+            f"{self._tuning.method}: {run.trained_parameters:,} trained parameters, "
+            f"{len(self._tuning.train.rows):,} examples" + (f", going on after step {run.done}" if saved else ""),
+            err=True,
+        )
+        with self._progress, _stop_signals() as stopped:
+            try:
+                self._evaluate_if_due()
+                while run.done < steps and not stopped:
+                    self._step()
+                    self._evaluate_if_due()
+            except SplitnetError:
+                if run.done:
+                    typer.echo(f"{run.done} steps are saved; the same command with --resume goes on.", err=True)
+                raise
+            finally:
+                self._save()
+        self._report(stopped[0] if stopped else None)
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        moved = self._run.model.training_bytes
+        step = self._run.step()
+        seconds = time.perf_counter() - began
+        sent, received = (after - before for before, after in zip(moved, self._run.model.training_bytes, strict=True))
+        line = {
+            "step": step.number,
+            "loss": step.loss,
+            "learning_rate": step.learning_rate,
+            "gradient_norm": step.gradient_norm,
+            "tokens": step.tokens,
+            "seconds": round(seconds, 4),
+            "sent_bytes": sent,
+            "received_bytes": received,
+        }
+        self._folder.add_metrics(line)
+        self._progress.stepped(step, step.tokens / seconds)
+        if step.number % self._tuning.save_every == 0:
+            self._folder.save_checkpoint(*self._run.state())
+
+    def _evaluate_if_due(self) -> None:
+        done, every = self._run.done, self._tuning.eval_every
+        due = done in (0, self._tuning.settings.steps) or (every and done % every == 0)
+        if not self._held_out or not due:
+            return
+        if not any(line["step"] == done and "eval_loss" in line for line in self._folder.metrics()):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        with self._progress.evaluating(len(self._held_out)) as advance:
+            result = evaluate(
+                self._run.model,
+                self._held_out,
+                batch_size=self._tuning.settings.batch_size,
+                pad=self._pad,
+                words=self._words,
+                head=self._tuning.head,
+                advance=advance,
+                device=self._run.device,
+            )
+        self._folder.add_metrics({"step": self._run.done, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
+        self._progress.say(f"step {self._run.done}: {_told(result)}")
+
+    def _save(self) -> None:
+        """All that was done so far, also when an error ends the run."""
+        if not self._run.done:
+            return
+        self._folder.save_checkpoint(*self._run.state())
+        self._folder.save_adapter(self._run.model)
+        if not has("plot"):
+            return
+        metrics = self._folder.metrics()
+        title = f"{self._tuning.method}, {self._tuning.train.path.name}"
+        self._folder.save_chart(lambda path: draw_loss_curve(metrics, title, path))
+
+    def _report(self, stopped_by: int | None) -> None:
+        done, output = self._run.done, self._tuning.output
+        if stopped_by is not None:
+            typer.echo(f"Stopped after step {done}; nothing is lost. The same command with --resume goes on.", err=True)
+            raise SystemExit(128 + stopped_by)
+        evaluations = [line for line in self._folder.metrics() if "eval_loss" in line]
+        if len(evaluations) > 1:
+            ends = (evaluations[0], evaluations[-1])
+            before, after = (Evaluation(line["eval_loss"], line["eval_accuracy"]) for line in ends)
+            typer.echo(f"Before: {_told(before)}. After {done} steps: {_told(after)}.")
+        if has("plot"):
+            typer.echo(f"The adapter, metrics.jsonl and loss.png are in {output}.")
+        else:
+            typer.echo(f"The adapter and metrics.jsonl are in {output}. For loss.png: `pip install 'splitnet[plot]'`.")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects the first signal to stop, so that the running step can be finished; a second one ends at once."""
+    stopped: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(number)
+        typer.echo("Stopping after this step; once more to stop at once.", err=True)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _told(result: Evaluation) -> str:
+    accuracy = f", accuracy {result.accuracy:.1%}" if result.accuracy is not None else ""
+    return f"held-out loss {result.loss:.4f}{accuracy}"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

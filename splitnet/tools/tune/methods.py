@@ -1,0 +1,159 @@
+"""What is trained, by name: each method with PEFT's config for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from splitnet.errors import AdapterError
+from splitnet.paths import public_name
+
+if TYPE_CHECKING:
+    from splitnet.hf.adapters import Prefixes
+
+
+class Method(StrEnum):
+    """A way to fine-tune a model whose own weights stay as they are."""
+
+    PROMPT = "prompt"
+    PREFIX = "prefix"
+    P_TUNING = "p-tuning"
+    LORA = "lora"
+
+    @property
+    def learning_rate(self) -> float:
+        """A step size of AdamW to begin with."""
+        return _LEARNING_RATES[self]
+
+
+class PromptNetwork(StrEnum):
+    """The network that makes the prompt in p-tuning."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOptions:
+    """How large an adapter is, and how it begins; each method reads what concerns it.
+
+    Attributes:
+        tokens: virtual tokens of prompt, prefix and p-tuning.
+        init_text: a prompt begins as the embeddings of this text, cut or repeated; None: as those of random tokens.
+        projection: width of the network that makes a prefix while it is trained (None: there is none), or p-tuning's.
+        network: of p-tuning.
+        rank, alpha, targets: of LoRA; no targets: those that PEFT has for the family; ALL_LINEAR: all linear layers.
+    """
+
+    tokens: int = 16
+    init_text: str | None = None
+    projection: int | None = None
+    network: PromptNetwork = PromptNetwork.MLP
+    rank: int = 8
+    alpha: int = 16
+    targets: Sequence[str] = ()
+
+    def virtual_tokens(self, method: Method) -> int:
+        """Positions that an adapter of this method takes of the model's context."""
+        return 0 if method is Method.LORA else self.tokens
+
+
+ALL_LINEAR = "all-linear"
+
+_LEARNING_RATES = {
+    Method.PROMPT: 1e-2,
+    Method.PREFIX: 1e-2,
+    Method.P_TUNING: 1e-3,
+    Method.LORA: 1e-3,
+}
+
+
+def with_new_adapter(
+    model: Any, method: Method, options: AdapterOptions, *, tokenizer_source: str, head: bool = False
+) -> Any:
+    """What PEFT makes of a model, with an adapter that is to be trained.
+
+    Args:
+        model: a causal language model or a sequence classifier, remote or not.
+        tokenizer_source: where the tokenizer for `init_text` comes from.
+        head: whether the model is a sequence classifier, whose head is trained too.
+
+    Raises:
+        AdapterError: the options do not fit the model.
+    """
+    from peft import TaskType, get_peft_model
+
+    task = TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM
+    try:
+        wrapped = get_peft_model(model, _config(task, method, options, tokenizer_source))
+    except ValueError as error:
+        if method is Method.LORA:
+            raise AdapterError(f"LoRA does not fit this model ({error}): name its layers with --targets") from None
+        raise AdapterError(f"{method} does not fit this model: {error}") from None
+    if method is Method.PROMPT and options.init_text:
+        wrapped.active_peft_config.tokenizer_name_or_path = public_name(tokenizer_source)
+    return wrapped
+
+
+def begin_prefix(wrapped: Any, pairs: Prefixes) -> None:
+    """Has a prefix without projection begin as the keys and values of a text.
+
+    From random ones, which no model expects, training begins with a much higher loss, and with gradients that the least
+    error of an activation turns. Real words as a beginning: Li and Liang, arXiv:2101.00190, section 7.4.
+
+    Args:
+        wrapped: as PEFT returns it.
+        pairs: of each block `[kv heads, positions, head size]`; cut or repeated to the length of the prefix.
+
+    Raises:
+        AdapterError: keys and values have other sizes than PEFT's prefix for this model.
+    """
+    import torch
+
+    (encoder,) = wrapped.prompt_encoder.values()
+    weight = encoder.embedding.weight
+    columns = [tensor.transpose(0, 1).flatten(1) for pair in pairs for tensor in pair]
+    rows = torch.cat(columns, dim=1)
+    repeated = rows.repeat(-(-len(weight) // len(rows)), 1)[: len(weight)]
+    if repeated.shape != weight.shape:
+        raise AdapterError(
+            f"PEFT's prefix for this model has {weight.shape[1]} numbers per position, its keys and values "
+            f"{rows.shape[1]}: train a prefix with --projection, or another method"
+        )
+    with torch.no_grad():
+        weight.copy_(repeated)
+
+
+def _config(task: Any, method: Method, options: AdapterOptions, tokenizer_source: str) -> Any:
+    from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+
+    match method:
+        case Method.LORA:
+            targets = ALL_LINEAR if ALL_LINEAR in options.targets else list(options.targets) or None
+            return LoraConfig(task_type=task, r=options.rank, lora_alpha=options.alpha, target_modules=targets)
+        case Method.PROMPT if options.init_text:
+            return PromptTuningConfig(
+                task_type=task,
+                num_virtual_tokens=options.tokens,
+                prompt_tuning_init="TEXT",
+                prompt_tuning_init_text=options.init_text,
+                tokenizer_name_or_path=tokenizer_source,
+            )
+        case Method.PROMPT:
+            return PromptTuningConfig(
+                task_type=task, num_virtual_tokens=options.tokens, prompt_tuning_init="SAMPLE_VOCAB"
+            )
+        case Method.P_TUNING:
+            return PromptEncoderConfig(
+                task_type=task,
+                num_virtual_tokens=options.tokens,
+                encoder_reparameterization_type=options.network.value,
+                encoder_hidden_size=options.projection or 128,
+            )
+        case Method.PREFIX:
+            config = PrefixTuningConfig(task_type=task, num_virtual_tokens=options.tokens)
+            if options.projection is not None:
+                config.prefix_projection, config.encoder_hidden_size = True, options.projection
+            return config

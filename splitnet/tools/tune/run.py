@@ -1,0 +1,238 @@
+"""A training run: steps of which each follows from the number of the step and the state alone, so that it can go on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from splitnet.errors import DataError, SplitnetError
+from splitnet.tools.tune.encoding import Encoded, collate
+from splitnet.tools.tune.settings import Settings
+
+_SEEDS = 2**63 - 1
+
+
+@torch.no_grad()
+def estimate_gradients(
+    parameters: Iterable[torch.nn.Parameter],
+    loss: Callable[[], Any],
+    *,
+    seed: int,
+    directions: int = 1,
+    eps: float = 1e-3,
+) -> float:
+    """Sets `grad` of what is trained to an estimate, for any torch optimizer.
+
+    Along each random direction the loss is computed a little ahead and a little behind; the slope times the direction
+    is the estimate of SPSA (Spall, 1992). With plain SGD this is MeZO (Malladi et al., "Fine-Tuning Language Models
+    with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, algorithm 1), and with Adam its variant of appendix B.
+    MeZO stores no direction; here they are no larger than what a client trains of its own.
+
+    Args:
+        parameters: those that do not require gradients stay as they are.
+        loss: computes the loss of the model as it is now.
+        seed: of the directions; take another one for every step.
+        directions: that are averaged over; each takes two forward passes.
+        eps: how far to go along a direction.
+
+    Returns:
+        The mean of the losses.
+
+    Raises:
+        whatever `loss` raises; parameters and gradients are as before then.
+    """
+    if directions < 1 or eps <= 0:
+        raise ValueError(f"directions must be at least 1 and eps above 0, got {directions} and {eps}")
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    before = [parameter.clone() for parameter in trained]
+    estimates = [torch.zeros_like(parameter) for parameter in trained]
+    generator = torch.Generator().manual_seed(seed % _SEEDS)
+    total = 0.0
+
+    def loss_at(direction: list[torch.Tensor], distance: float) -> float:
+        for parameter, value, along in zip(trained, before, direction, strict=True):
+            parameter.copy_(value).add_(along, alpha=distance)
+        return float(loss())
+
+    try:
+        for _ in range(directions):
+            direction = [
+                torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
+                for parameter in trained
+            ]
+            ahead, behind = loss_at(direction, eps), loss_at(direction, -eps)
+            total += ahead + behind
+            for estimate, along in zip(estimates, direction, strict=True):
+                estimate.add_(along, alpha=(ahead - behind) / (2 * eps * directions))
+    finally:
+        for parameter, value in zip(trained, before, strict=True):
+            parameter.copy_(value)
+    for parameter, estimate in zip(trained, estimates, strict=True):
+        parameter.grad = estimate
+    return total / (2 * directions)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step has done.
+
+    Attributes:
+        number: counted from 1.
+        loss: mean over the learned tokens, or with a head over the rows, before the step.
+        gradient_norm: before clipping.
+        tokens: that went through the model, padding not counted; those of one pass.
+    """
+
+    number: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+
+
+class TuningRun:
+    """Trains what a model has to train on rows that are taken again and again, each time in another order.
+
+    Args:
+        model: as PEFT returns it.
+        pad: token id of padding.
+        head: whether rows have one label each.
+        device: of the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[Encoded],
+        settings: Settings,
+        *,
+        pad: int,
+        head: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.done = 0
+        self._rows = rows
+        self._pad = pad
+        self._head = head
+        self.device = device
+        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(), settings.learning_rate, weight_decay=settings.weight_decay
+        )
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers that are trained."""
+        return sum(parameter.numel() for parameter in self._trained.values())
+
+    def step(self) -> Step:
+        """Takes the next step.
+
+        Raises:
+            SplitnetError: the loss is not a number any more; nothing has changed. Errors of the peers as they are.
+        """
+        number, settings = self.done, self.settings
+        rows = self._rows_of(number)
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.learning_rate_at(number)
+        self.model.train()
+        self._optimizer.zero_grad()
+        if settings.zeroth_order:
+            loss = estimate_gradients(
+                self._trained.values(),
+                lambda: self._loss(rows, backward=False),
+                seed=settings.seed * 1_000_003 + number,
+                directions=settings.directions,
+            )
+        else:
+            loss = self._loss(rows, backward=True)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), settings.clip or math.inf))
+        self._optimizer.step()
+        self.done += 1
+        tokens = sum(len(row.ids) for row in rows)
+        return Step(self.done, loss, settings.learning_rate_at(number), norm, tokens)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Everything that the next step follows from: tensors, and facts that JSON can hold."""
+        tensors = {f"parameter.{name}": parameter.detach().clone() for name, parameter in self._trained.items()}
+        numbers: dict[str, dict[str, Any]] = {}
+        optimizer = self._optimizer.state_dict()
+        for index, values in optimizer["state"].items():
+            for key, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{index}.{key}"] = value
+                else:
+                    numbers.setdefault(str(index), {})[key] = value
+        tensors["random"] = torch.get_rng_state()
+        groups = optimizer["param_groups"]
+        return tensors, {"step": self.done, "optimizer": {"numbers": numbers, "groups": groups}}
+
+    def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        """Goes back to what `state()` returned.
+
+        Raises:
+            DataError: it is of another model or method.
+        """
+        try:
+            for name, parameter in self._trained.items():
+                saved = tensors[f"parameter.{name}"]
+                if saved.shape != parameter.shape:
+                    raise KeyError(name)
+            state: dict[int, dict[str, Any]] = {}
+            for name, tensor in tensors.items():
+                kind, _, rest = name.partition(".")
+                if kind == "optimizer":
+                    index, _, key = rest.partition(".")
+                    state.setdefault(int(index), {})[key] = tensor
+            for index, numbers in facts["optimizer"]["numbers"].items():
+                state.setdefault(int(index), {}).update(numbers)
+            self._optimizer.load_state_dict({"state": state, "param_groups": facts["optimizer"]["groups"]})
+            with torch.no_grad():
+                for name, parameter in self._trained.items():
+                    parameter.copy_(tensors[f"parameter.{name}"])
+            torch.set_rng_state(tensors["random"])
+            self.done = int(facts["step"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise DataError(f"the checkpoint is not of this run ({error}): give another --output") from error
+
+    def _rows_of(self, step: int) -> list[Encoded]:
+        count, size = len(self._rows), self.settings.batch_size
+        numbers = range(step * size, (step + 1) * size)
+        epochs = itertools.groupby(numbers, key=lambda number: number // count)
+        rows: list[Encoded] = []
+        for epoch, group in epochs:
+            order = self._order(epoch)
+            rows += [self._rows[order[number % count]] for number in group]
+        return rows
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self._rows), generator=generator).tolist()
+
+    def _loss(self, rows: Sequence[Encoded], *, backward: bool) -> float:
+        """Of all rows together, part after part; gradients add up to those of the whole."""
+        weights = [1 if self._head else row.learned for row in rows]
+        whole = sum(weights)
+        size = math.ceil(len(rows) / self.settings.accumulate)
+        # Of all logits none are looked at, and they would be by far the largest tensors.
+        spared = {"logits_to_keep": 1} if not self._head and getattr(self.model, "loss_in_parts", False) else {}
+        total = 0.0
+        for start in range(0, len(rows), size):
+            batch = collate(rows[start : start + size], self._pad, head=self._head, device=self.device)
+            share = sum(weights[start : start + size]) / whole
+            with torch.set_grad_enabled(backward):
+                loss = self.model(**batch, **spared).loss * share
+            value = loss.item()
+            if not math.isfinite(value):
+                raise SplitnetError(f"the loss of step {self.done + 1} is {value}: start again with a lower --lr")
+            if backward:
+                loss.backward()
+            total += value
+        return total

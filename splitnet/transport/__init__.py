@@ -1,0 +1,1 @@
+"""Sockets and links: one thread with all ZeroMQ sockets, connections and their bounds, pings, addresses."""

@@ -1,0 +1,270 @@
+"""Where a peer listens, and how others reach this machine if the user does not say."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import queue
+import re
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from enum import StrEnum
+
+import ifaddr
+
+from splitnet.errors import AddressInUse, DirectoryError, KeyFileError, SplitnetError
+from splitnet.security.identity import PublicKey
+from splitnet.wire.endpoints import Endpoint, is_address
+
+RESOLVE_S = 5.0
+
+
+class Reach(StrEnum):
+    """How others are to reach a peer."""
+
+    auto = "auto"
+    """At its address, unless others say that they cannot: then through helpers."""
+    direct = "direct"
+    helpers = "helpers"
+
+
+def with_literal_host(text: str) -> str:
+    """`HOST` or `HOST:PORT` with the IP address of the host in its place, as records and messages name it.
+
+    Raises:
+        SplitnetError: the name has no address, or none was found within `RESOLVE_S`.
+    """
+    match = re.fullmatch(r"(\[[^\]]+\]|[^:]+)(:\d+)?", text)
+    if match is None:
+        raise SplitnetError(f"{text!r} is no host: write HOST or HOST:PORT, an IPv6 address in brackets")
+    host = match[1].strip("[]")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        address = ipaddress.ip_address(_look_up(host))
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return (str(address) if address.version == 4 else f"[{address}]") + (match[2] or "")
+
+
+def _look_up(host: str) -> str:
+    answers: queue.SimpleQueue[str | OSError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            answers.put(OSError(str(error)))
+        else:
+            answers.put(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])  # pyright: ignore[reportArgumentType]
+
+    threading.Thread(target=ask, name="splitnet-resolver", daemon=True).start()
+    try:
+        answer = answers.get(timeout=RESOLVE_S)
+    except queue.Empty:
+        answer = OSError(f"no name server answered within {RESOLVE_S:g} s")
+    if isinstance(answer, OSError):
+        raise SplitnetError(f"no address was found for {host} ({answer}): check the name, or give the IP address")
+    return answer
+
+
+def public_address(listen: str, port: int, public_host: str | None) -> str:
+    """`tcp://IP:port` to announce.
+
+    Args:
+        listen: what the peer listens on.
+        port: the one that it got.
+        public_host: `HOST` or `HOST:PORT` that the user gave.
+
+    Raises:
+        SplitnetError: the host is a name, and has no address.
+    """
+    host = with_literal_host(public_host or reachable_host(listen))
+    has_port = host.rpartition(":")[2].isdecimal() and not host.endswith("]")
+    return f"tcp://{host}" if has_port else f"tcp://{host}:{port}"
+
+
+def reachable_host(listen: str) -> str:
+    """The host of `listen`; for a wildcard, this machine's address on its default route, or any if it has none.
+
+    IPv4 comes first, as more can connect to it; the address of loopback only if there is no other.
+    """
+    if not is_wildcard(listen):
+        return listen.removeprefix("tcp://").rpartition(":")[0]
+    families = [socket.AF_INET, socket.AF_INET6] if "[::]" in listen else [socket.AF_INET]
+    for look in (_on_default_route, _on_any_network):
+        for family in families:
+            if host := look(family):
+                return host if family == socket.AF_INET else f"[{host}]"
+    return "127.0.0.1"
+
+
+def is_wildcard(listen: str) -> bool:
+    """Whether `tcp://host:port` is all addresses of this machine, which may change."""
+    return listen.removeprefix("tcp://").rpartition(":")[0] in ("0.0.0.0", "*", "[::]", "")
+
+
+def _on_default_route(family: socket.AddressFamily) -> str:
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            # No packet is sent: this only asks the kernel for a route.
+            probe.connect(("192.0.2.1" if family == socket.AF_INET else "2001:db8::1", 9))
+            return probe.getsockname()[0]
+    except OSError:
+        return ""
+
+
+def _on_any_network(family: socket.AddressFamily) -> str:
+    try:
+        adapters = list(ifaddr.get_adapters())
+    except OSError:  # Android does not tell programs
+        return ""
+    for ip in (ip for adapter in adapters for ip in adapter.ips):
+        host = ipaddress.ip_address(ip.ip if isinstance(ip.ip, str) else ip.ip[0])
+        if ip.is_IPv4 == (family == socket.AF_INET) and not (host.is_loopback or host.is_link_local):
+            return str(host)
+    return ""
+
+
+def dht_addresses(listen: str) -> tuple[str, ...]:
+    """The multiaddrs for the DHT on the host of `listen`, any port."""
+    host = _ip_of(listen)
+    found = f"/ip{host.version}/{host}/tcp/0"
+    return (found,) if host != ipaddress.IPv6Address("::") else ("/ip4/0.0.0.0/tcp/0", found)
+
+
+def is_reachable(listen: str) -> bool:
+    """Whether other machines can reach what listens there: anywhere but on loopback."""
+    return not _ip_of(listen).is_loopback
+
+
+def inside_of(listen: str, port: int) -> str:
+    """`tcp://IP:port` by which this machine itself reaches what listens at `listen`, with the port that it got."""
+    host = listen.removeprefix("tcp://").rpartition(":")[0]
+    host = "127.0.0.1" if host in ("", "*", "0.0.0.0") else "[::1]" if host == "[::]" else host
+    return f"tcp://{host}:{port}"
+
+
+def is_global(address: str) -> bool:
+    """Whether the IP of `tcp://IP:port` is one of the internet."""
+    return ipaddress.ip_address(address.removeprefix("tcp://").rpartition(":")[0].strip("[]")).is_global
+
+
+def _ip_of(listen: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    host = listen.removeprefix("tcp://").rpartition(":")[0]
+    if host in ("*", ""):
+        host = "0.0.0.0"
+    try:
+        return ipaddress.ip_address(with_literal_host(host).strip("[]"))
+    except SplitnetError:
+        return ipaddress.IPv4Address("0.0.0.0")
+
+
+def refuse_taken(listen: str) -> None:
+    """Checks an address such as `tcp://0.0.0.0:31331`, so that one that cannot be used is told before blocks load.
+
+    Raises:
+        AddressInUse: something listens there.
+        SplitnetError: it is not an address of this machine.
+    """
+    match = re.fullmatch(r"tcp://(.+):(\d+)", listen)
+    if match is None or int(match[2]) > 65535:
+        raise SplitnetError(
+            f"{listen!r} is no address to listen on: write tcp://HOST:PORT, with port 0 for any free one"
+        )
+    host = "0.0.0.0" if match[1] == "*" else match[1].strip("[]")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, int(match[2]), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            if sys.platform != "win32":  # where it would take the port beside whoever has it
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"{listen} is taken: choose another port with --listen, or 0 for any free one") from None
+        raise SplitnetError(
+            f"cannot listen on {listen} ({error.strerror}): give an address of this machine, or tcp://0.0.0.0:0"
+        ) from None
+
+
+def listen_at(host: str, port: int) -> socket.socket:
+    """Listens for HTTP.
+
+    Raises:
+        AddressInUse: something listens there.
+        SplitnetError: it is not an address of this machine.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)  # pyright: ignore[reportArgumentType]
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"{host}:{port} is taken: choose another --port, or 0 for any free one") from None
+        raise SplitnetError(
+            f"cannot listen on {host}:{port} ({error.strerror}): give an address of this machine as --host"
+        ) from None
+
+
+_SCHEME, _KEY = "tcp://", "?key="
+
+
+def peer_address(endpoint: Endpoint) -> str:
+    """The address to join through a peer with."""
+    return f"{endpoint.address}{_KEY}{endpoint.key.text}"
+
+
+def is_peer_address(address: str) -> bool:
+    """Whether an address to join with is meant as that of a peer, not as a multiaddr."""
+    return address.startswith(_SCHEME)
+
+
+def split_addresses(addresses: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The multiaddrs among addresses to join with, and those of peers."""
+    return [one for one in addresses if not is_peer_address(one)], [one for one in addresses if is_peer_address(one)]
+
+
+def check_peer_address(address: str) -> PublicKey:
+    """The key of an address, which is not looked up.
+
+    Raises:
+        DirectoryError: it is not written as one.
+    """
+    place, separator, key = address.removeprefix(_SCHEME).partition(_KEY)
+    host, _, port = place.rpartition(":")
+    if not separator or not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise DirectoryError(
+            f"{address!r} is no address of a peer: copy a whole one that `splitnet peer` prints, tcp://HOST:PORT?key=..."
+        )
+    try:
+        return PublicKey.parse(key)
+    except KeyFileError as error:
+        raise DirectoryError(f"the key in {address!r} is none: {error}") from None
+
+
+def endpoint_of(address: str) -> Endpoint:
+    """Where a peer is, of an address to join with; a host name is looked up.
+
+    Raises:
+        DirectoryError: it is not written as one.
+        SplitnetError: the name has no address.
+    """
+    key = check_peer_address(address)
+    endpoint = Endpoint(_SCHEME + with_literal_host(address.removeprefix(_SCHEME).partition(_KEY)[0]), key)
+    if not is_address(endpoint.address):
+        raise DirectoryError(f"nobody can be reached at {endpoint.address}: give the host of the peer")
+    return endpoint
+
+
+def hosts_of(addresses: Sequence[str]) -> frozenset[str]:
+    """The IP addresses of hosts that addresses to join with name, IPv6 ones in brackets; names are looked up."""
+    found: set[str] = set()
+    for address in addresses:
+        parts = address.split("/")  # /ip4/HOST/tcp/PORT/p2p/ID
+        host = address.removeprefix(_SCHEME).partition(_KEY)[0] if is_peer_address(address) else parts[2]
+        with suppress(SplitnetError):
+            literal = with_literal_host(f"[{host}]" if parts[1] == "ip6" else host)
+            found.add(literal if literal.endswith("]") else literal.rpartition(":")[0] or literal)
+    return frozenset(found)

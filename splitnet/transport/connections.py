@@ -1,0 +1,441 @@
+"""The TCP connections of a transport: whose they are, what they hold, and which of them must end.
+
+ZeroMQ bounds the size of a frame and the number of whole messages that wait, but keeps any number of frames of one
+message. So bytes are counted from outside: what the kernel says was read of a connection, less what was handed over as
+messages, is what ZeroMQ holds of it (on Linux; elsewhere nothing is counted). Connections end by shutting their
+descriptors down.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar, cast
+
+import zmq
+
+from splitnet.limits import Budget
+from splitnet.security.identity import AuthorizedKeys
+from splitnet.transport import flow
+from splitnet.wire.endpoints import Connection, Endpoint
+from splitnet.wire.messages import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
+log = logging.getLogger(__name__)
+
+MAX_RECEIVED_BYTES = 1 << 30
+"""Of messages that are not complete or not read yet, over all connections."""
+
+MAX_MESSAGE_BYTES = MAX_HEADER_BYTES + MAX_PAYLOAD_BYTES + 4096
+
+MOST_OF_KEY = 64
+MOST_CONNECTIONS = 4096
+STALLED_S = 30.0
+"""A connection ends on which bytes wait and the other side has taken none for so long."""
+
+_LEAST_CONNECTIONS = 64
+_OTHER_DESCRIPTORS = 256
+"""For everything but incoming connections: models, the DHT, links to other peers."""
+
+_LOOK_S, _CLOSE_LOOK_S = 0.1, 0.02
+_WORTH_A_CLOSE_LOOK = 4 << 20
+_KEYS_S = 1.0
+_MOVED_S = 1.0
+_HANDSHAKE_BYTES = 2048
+_ARRIVALS = 256
+_SPARED = 16
+"""Handshakes under way that are spared before one ends that is: looking for one that is silent takes bounded time."""
+_HEARTBEAT_BYTES_PER_S = 64.0
+"""More than heartbeats of both sides take, which are read and never handed over."""
+
+
+Name = TypeVar("Name", str, bytes)
+
+
+@dataclass(slots=True, eq=False)
+class TcpConnection:
+    """One connection, incoming or outgoing."""
+
+    descriptor: int
+    cookie: bytes
+    host: str
+    opened_at: float
+    owner: Connection | Endpoint | None
+    """None: it has sent no message yet, so that its key is not known."""
+    delivered: int = 0
+    """Bytes of messages that were handed over, as they were on the wire; only the transport's thread writes it."""
+    ended: str = ""
+    """Why this side has ended it."""
+    inside: int = 0
+    active_at: float = 0.0
+    delivered_before: int = 0
+    acked: int = 0
+    acked_at: float = 0.0
+    too_long_since: int | None = None
+    own_host: str = ""
+    """The address of this machine that it goes from."""
+    spared: bool = False
+    """It was not ended though it was the oldest without a name, as its handshake had begun."""
+
+    @property
+    def account(self) -> tuple[Hashable, Hashable]:
+        owner = self.owner
+        return (owner.curve if isinstance(owner, Connection) else owner or self.host, self)
+
+
+@dataclass(slots=True)
+class _Table:
+    by_descriptor: dict[int, TcpConnection] = field(default_factory=dict[int, TcpConnection])
+    nameless: dict[str, dict[TcpConnection, None]] = field(default_factory=dict[str, dict[TcpConnection, None]])
+    """By host, the oldest first, and behind them those that were spared."""
+    of_keys: dict[bytes, dict[TcpConnection, None]] = field(default_factory=dict[bytes, dict[TcpConnection, None]])
+    incoming: int = 0
+
+
+class Connections:
+    """Thread-safe. A thread of its own looks at all connections ten times per second, closely while much is under way.
+
+    Args:
+        received: accounts for bytes that were received and are not handed over, by key (or host, until the key is
+            known) and connection.
+        drained: how often all sockets have been read empty so far.
+        drain: asks for that to happen soon.
+        authorized: whose connections may stay; None: anybody's.
+        behind: who is at the other end of a connection that is made for another, by its host and port: that one counts
+            as its host.
+
+    Attributes:
+        ended: how many connections were ended from here, by the reason.
+    """
+
+    def __init__(
+        self,
+        received: Budget,
+        *,
+        drained: Callable[[], int],
+        drain: Callable[[], None],
+        authorized: AuthorizedKeys | None = None,
+        behind: Mapping[tuple[str, int], str] | None = None,
+    ) -> None:
+        self.ended: Counter[str] = Counter()
+        self._received = received
+        self._drained = drained
+        self._drain = drain
+        self._authorized = authorized
+        self._behind = dict[tuple[str, int], str]() if behind is None else behind
+        self._keys_at = self._moved_at = 0.0
+        self._missed: set[str] = set()
+        """Addresses of connections that were not there at the last look."""
+        self._looked_at = time.monotonic()
+        self._table = _Table()
+        self._arrived: deque[tuple[float, str]] = deque(maxlen=_ARRIVALS)
+        self._lock = threading.RLock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="splitnet-connections", daemon=True)
+
+    def start(self) -> None:
+        """Begins to look."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops looking; it ends no connection."""
+        self._closing.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def opened(self, descriptor: int, owner: Endpoint | None = None) -> TcpConnection | None:
+        """A connection has been made: to `owner`, or with whoever has connected to this process.
+
+        Returns None if it is gone already.
+        """
+        try:
+            cookie, other, own_host = flow.cookie(descriptor), flow.other_end(descriptor), flow.own_host(descriptor)
+        except OSError:
+            return None
+        host = self._behind.get(other, other[0])
+        now = time.monotonic()
+        made = TcpConnection(descriptor, cookie, host, now, owner, active_at=now, acked_at=now, own_host=own_host)
+        with self._lock:
+            self.closed(descriptor)
+            self._table.by_descriptor[descriptor] = made
+            if owner is None:
+                self._arrived.append((now, host))
+                self._table.incoming += 1
+                others = self._table.nameless.setdefault(host, {})
+                others[made] = None
+                most = most_connections()
+                if len(others) > most // 2:
+                    self.end(_first_silent(others), "handshakes")
+                if self._table.incoming > most:
+                    self._end_one()
+        return made
+
+    def hosts(self, since: float) -> set[str]:
+        """Whose incoming connections are open, or were opened since then (`time.monotonic()`), of the last ones."""
+        with self._lock:
+            present = [known for known in self._table.by_descriptor.values() if not isinstance(known.owner, Endpoint)]
+            return {known.host for known in present} | {host for at, host in self._arrived if at >= since}
+
+    def closed(self, descriptor: int, expected: TcpConnection | None = None) -> TcpConnection | None:
+        """A connection has ended; returns what it was.
+
+        Args:
+            expected: which one; its descriptor may belong to another by now.
+        """
+        with self._lock:
+            if expected is not None and self._table.by_descriptor.get(descriptor) is not expected:
+                return None
+            gone = self._table.by_descriptor.pop(descriptor, None)
+            if gone is not None:
+                self._forget(gone)
+            return gone
+
+    def named(self, descriptor: int, owner: Connection) -> TcpConnection | None:
+        """The first message of an incoming connection has come; None if the connection is gone."""
+        with self._lock:
+            known = self._table.by_descriptor.get(descriptor)
+            if known is None or isinstance(known.owner, Endpoint):
+                return None
+            self._forget(known)
+            known.owner, known.active_at = owner, time.monotonic()
+            if not known.ended:
+                of_key = self._table.of_keys.setdefault(owner.curve, {})
+                of_key[known] = None
+                self._table.incoming += 1
+                if self._authorized is not None and not self._authorized.allows(owner.curve):
+                    self.end(known, "revoked")
+                elif len(of_key) > MOST_OF_KEY:
+                    self.end(min(of_key, key=lambda other: other.active_at), "too_many_of_key")
+            return known
+
+    def end(self, connection: TcpConnection, reason: str) -> None:
+        """Ends a connection; the transport learns of that as if the other side had ended it."""
+        with self._lock:
+            if connection.ended:
+                return
+            self._forget(connection)
+            connection.ended = reason
+            self.ended[reason] += 1
+            log.info("a connection from or to %s was ended: %s", connection.host, reason)
+            flow.hang_up(connection.descriptor, connection.cookie)
+
+    def look(self, now: float) -> bool:
+        """Counts what every connection holds, and ends those that must end.
+
+        Returns whether much is under way.
+        """
+        with self._lock:
+            present = [known for known in self._table.by_descriptor.values() if not known.ended]
+        if now - self._looked_at > STALLED_S / 2:  # this process stood still, which tells nothing of others
+            for known in present:
+                known.acked_at = now
+        self._looked_at = now
+        self._end_unauthorized(now)
+        self._end_moved(present, now)
+        close = False
+        for known in present:
+            close |= self._measure(known, now)
+        while self._received.used > self._received.limit:
+            left = [known for known in present if known.inside and not known.ended]
+            if not left:
+                break
+            who = max((known.account[0] for known in left), key=self._received.held)
+            its = [known for known in left if known.account[0] == who]
+            self.end(max(its, key=lambda known: known.inside), "memory")
+        return close
+
+    def _measure(self, known: TcpConnection, now: float) -> bool:
+        try:
+            passed = flow.traffic(known.descriptor)
+            if passed is None or flow.cookie(known.descriptor) != known.cookie:
+                return False
+        except OSError:
+            return False
+        drained, delivered = self._drained(), known.delivered
+        if delivered != known.delivered_before:
+            known.active_at = now
+        if passed.acked != known.acked or not passed.unsent:
+            known.acked, known.acked_at = passed.acked, now
+        elif now - known.acked_at > STALLED_S:
+            self.end(known, "stalled")
+            return False
+        others = _HANDSHAKE_BYTES + _HEARTBEAT_BYTES_PER_S * (now - known.opened_at)
+        inside = max(0, round(passed.read - delivered - others))
+        with self._lock:
+            if known.ended or self._table.by_descriptor.get(known.descriptor) is not known:
+                return False
+            known.inside = inside
+            self._received.hold(inside, *known.account)
+        # More than one message can hold means a whole one, which is handed over when the sockets are read empty: an
+        # iteration of the transport that was under way when this was measured may not have seen it, the next one must.
+        if inside <= MAX_MESSAGE_BYTES or delivered != known.delivered_before:
+            known.too_long_since = None
+        elif known.too_long_since is None:
+            known.too_long_since = drained
+        elif drained > known.too_long_since + 1:
+            self.end(known, "endless_message")
+        known.delivered_before = delivered
+        if inside > MAX_MESSAGE_BYTES:
+            self._drain()
+        return inside > _WORTH_A_CLOSE_LOOK
+
+    def _end_unauthorized(self, now: float) -> None:
+        if self._authorized is None or now < self._keys_at:
+            return
+        self._keys_at = now + _KEYS_S
+        with self._lock:
+            gone = [key for key in self._table.of_keys if not self._authorized.allows(key)]
+            for known in [known for key in gone for known in self._table.of_keys[key]]:
+                self.end(known, "revoked")
+
+    def _end_moved(self, present: Sequence[TcpConnection], now: float) -> None:
+        """Ends connections from addresses that this machine has no longer: nothing else would, for half a minute.
+
+        They are missed twice, as an address may be away for a moment.
+        """
+        if now < self._moved_at:
+            return
+        self._moved_at = now + _MOVED_S
+        missed = {host for host in {known.own_host for known in present} if not flow.has_address(host)}
+        for known in present:
+            if known.own_host in missed & self._missed:
+                self.end(known, "moved")
+        self._missed = missed
+
+    def _end_one(self) -> None:
+        """Makes room for a new connection, at the cost of whoever has most."""
+        table = self._table
+        nameless = max(table.nameless.values(), key=len, default=dict[TcpConnection, None]())
+        most_of_key = max(map(len, table.of_keys.values()), default=0)
+        if len(nameless) > max(1, most_of_key):
+            self.end(_first_silent(nameless), "too_many")
+        elif table.of_keys:
+            hosts = Counter(known.host for of_key in table.of_keys.values() for known in of_key)
+            choice = [known for of_key in table.of_keys.values() if len(of_key) == most_of_key for known in of_key]
+            self.end(min(choice, key=lambda known: (-hosts[known.host], known.active_at)), "too_many")
+
+    def _forget(self, connection: TcpConnection) -> None:
+        """Counts a connection no more. With the lock held."""
+        self._received.hold(0, *connection.account)
+        connection.inside = 0
+        owner = connection.owner
+        if isinstance(owner, Connection):
+            self._leave(self._table.of_keys, owner.curve, connection)
+        elif owner is None:
+            self._leave(self._table.nameless, connection.host, connection)
+
+    def _leave(self, groups: dict[Name, dict[TcpConnection, None]], name: Name, connection: TcpConnection) -> None:
+        group = groups.get(name, {})
+        if connection in group:
+            del group[connection]
+            self._table.incoming -= 1
+            if not group:
+                del groups[name]
+
+    def _run(self) -> None:
+        pause_s = _LOOK_S
+        while not self._closing.wait(pause_s):
+            try:
+                pause_s = _CLOSE_LOOK_S if self.look(time.monotonic()) else _LOOK_S
+            except Exception:
+                log.exception("error while looking at connections")
+
+
+def _first_silent(nameless: dict[TcpConnection, None]) -> TcpConnection:
+    """Which of some connections of a host gives way: the oldest that has said nothing, or was spared once."""
+    for _ in range(min(_SPARED, len(nameless))):
+        oldest = next(iter(nameless))
+        if oldest.spared or not _has_spoken(oldest):
+            return oldest
+        oldest.spared = True
+        del nameless[oldest]
+        nameless[oldest] = None
+    return next(iter(nameless))
+
+
+def _has_spoken(connection: TcpConnection) -> bool:
+    try:
+        passed = flow.traffic(connection.descriptor)
+    except OSError:
+        return False
+    return passed is not None and passed.received > 0
+
+
+def most_connections() -> int:
+    """How many incoming connections the open files of this process allow; as many are left to streams of helpers."""
+    if resource is None:
+        return MOST_CONNECTIONS
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    return min(max(_LEAST_CONNECTIONS, (files - _OTHER_DESCRIPTORS) // 2), MOST_CONNECTIONS)
+
+
+def allow_open_files() -> None:
+    """Raises this process' limit of open files to what connections may take, as far as the system lets it."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OTHER_DESCRIPTORS + 2 * MOST_CONNECTIONS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+_AT_ONCE = 64
+
+
+class Gatekeeper:
+    """The ZAP handler of a context. Its `socket` belongs to the thread that polls it and calls `answer`.
+
+    Args:
+        context: whose CURVE servers ask.
+        authorized: whose keys are accepted; None accepts any.
+
+    Attributes:
+        refused: how many connections were refused.
+    """
+
+    DOMAIN: ClassVar[bytes] = b"splitnet"
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], authorized: AuthorizedKeys | None) -> None:
+        self._authorized = authorized
+        self.refused = 0
+        self.socket = context.socket(zmq.REP)
+        self.socket.bind("inproc://zeromq.zap.01")
+
+    def answer(self) -> None:
+        """Answers what is asked, many at once: who comes must not wait for messages of those who are there."""
+        for _ in range(_AT_ONCE):
+            try:
+                self._answer(self.socket.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+
+    def _answer(self, request: list[bytes]) -> None:
+        version, request_id = request[0], request[1] if len(request) > 1 else b""
+        curve = request[6] if len(request) == 7 and request[5] == b"CURVE" else b""
+        if len(curve) == 32 and (self._authorized is None or self._authorized.allows(curve)):
+            reply = [version, request_id, b"200", b"OK", curve.hex().encode(), b""]
+        else:
+            self.refused += 1
+            key = curve.hex()
+            log.info("connection refused: key %s is not authorised", key, extra={"curve_key": key})
+            reply = [version, request_id, b"400", b"not authorised", b"", b""]
+        self.socket.send_multipart(reply)
+
+
+def proven_key(frame: zmq.Frame) -> bytes:
+    """The CURVE key that a gatekeeper vouched for, of a frame that came over that connection; 32 bytes."""
+    return bytes.fromhex(cast(str, frame.get("User-Id")))

@@ -1,0 +1,166 @@
+"""Which links to peers stay open: those in use, and others for a while.
+
+Whom a process connects to others decide: clients name next hops, and records of the directory may come from anybody.
+Every link takes four file descriptors, one to a hidden peer up to eight, so their number is bounded, and those that
+nobody needs are closed.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from typing import Protocol
+
+from splitnet.wire.endpoints import Endpoint, LinkState
+
+KEEP_S = 60.0
+REMEMBERED_STATES = 4096
+BRIEF_S = 5.0
+"""A link outlives a question at least so long, if there is room: an answer may take that; heartbeats begin later."""
+
+
+class Linking(Protocol):
+    """What opens and closes links: see `splitnet.transport.transport.Transport`."""
+
+    def connect(self, endpoint: Endpoint) -> None: ...
+
+    def disconnect(self, endpoint: Endpoint) -> None: ...
+
+    def state(self, endpoint: Endpoint) -> LinkState: ...
+
+
+class LinkPool:
+    """Counts the users of each link. Thread-safe.
+
+    Args:
+        linking: opens and closes links.
+        most: links at the same time; one to a hidden peer counts as two. Of those without users, one that failed is
+            closed first for a new one, then the one that was used longest ago.
+        keep_s: how long a link outlives its last use.
+        keep_unreached_s: the same for a link that is not up; 0: it is closed with its last user.
+        keep_unused_s: the same for a link that is up and has had no users, but for links to hidden peers: to open one
+            takes the help of others.
+    """
+
+    def __init__(
+        self,
+        linking: Linking,
+        *,
+        most: int,
+        keep_s: float = KEEP_S,
+        keep_unreached_s: float = 0.0,
+        keep_unused_s: float = KEEP_S,
+    ) -> None:
+        self._linking = linking
+        self._most = most
+        self._keep_s = keep_s
+        self._keep_unreached_s = keep_unreached_s
+        self._keep_unused_s = keep_unused_s
+        self._users: Counter[Endpoint] = Counter()
+        self._unused: dict[Endpoint, float] = {}
+        """Since when (infinite until the next tick); the one that was used longest ago first."""
+        self._had_users: set[Endpoint] = set()
+        """Of the links that are open."""
+        self._failed: dict[Endpoint, tuple[LinkState, float]] = {}
+        """In which state links were closed that had failed, and when (infinite until the next tick)."""
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._users) + len(self._unused)
+
+    @property
+    def in_use(self) -> list[Endpoint]:
+        """Links with users."""
+        with self._lock:
+            return list(self._users)
+
+    def acquire(self, endpoint: Endpoint) -> bool:
+        """Opens the link for one more user; False if too many others are in use."""
+        with self._lock:
+            if endpoint not in self._users:
+                if not self._make_room(endpoint):
+                    return False
+                if self._unused.pop(endpoint, None) is None:
+                    self._linking.connect(endpoint)
+            self._users[endpoint] += 1
+            self._had_users.add(endpoint)
+            return True
+
+    def release(self, endpoint: Endpoint) -> None:
+        """Undoes one `acquire`."""
+        with self._lock:
+            self._users[endpoint] -= 1
+            if not self._users[endpoint]:
+                del self._users[endpoint]
+                self._unused[endpoint] = math.inf
+                if not self._keep_unreached_s and self._linking.state(endpoint) is not LinkState.UP:
+                    self._close(endpoint)
+
+    def touch(self, endpoint: Endpoint) -> bool:
+        """Says that a message goes over a link, which that opens; False if it must not, as all others are in use."""
+        with self._lock:
+            if endpoint not in self._users:
+                if not self._make_room(endpoint):
+                    return False
+                self._unused.pop(endpoint, None)
+                self._unused[endpoint] = math.inf
+            return True
+
+    def state(self, endpoint: Endpoint) -> LinkState:
+        """State of a link; of one that was closed after it had failed, for a while, how it had failed."""
+        state = self._linking.state(endpoint)
+        if state is LinkState.CONNECTING:
+            state, _ = self._failed.get(endpoint, (state, 0.0))
+        return state
+
+    def tick(self, now: float) -> None:
+        """Closes links that nobody has used for long; now: seconds."""
+        with self._lock:
+            for endpoint, since in list(self._unused.items()):
+                if now - since > self._kept_s(endpoint):
+                    self._close(endpoint)
+                else:
+                    self._unused[endpoint] = min(since, now)
+            for endpoint, (state, since) in list(self._failed.items()):
+                if now - since > self._keep_s or self._linking.state(endpoint) is LinkState.UP:
+                    del self._failed[endpoint]
+                else:
+                    self._failed[endpoint] = (state, min(since, now))
+
+    def _kept_s(self, endpoint: Endpoint) -> float:
+        """How long a link outlives its last use."""
+        if self._linking.state(endpoint) is not LinkState.UP:
+            return min(self._keep_s, self._keep_unreached_s)
+        lasts = endpoint in self._had_users or endpoint.hidden
+        return self._keep_s if lasts else min(self._keep_s, self._keep_unused_s)
+
+    def _make_room(self, endpoint: Endpoint) -> bool:
+        if endpoint in self._unused:
+            return True
+        most = self._most - _size(endpoint)
+        if sum(map(_size, self._users)) > most:
+            return False
+        while self._unused and sum(map(_size, (*self._users, *self._unused))) > most:
+            self._close(min(self._unused, key=lambda unused: not _has_failed(self._linking.state(unused))))
+        return True
+
+    def _close(self, endpoint: Endpoint) -> None:
+        del self._unused[endpoint]
+        self._had_users.discard(endpoint)
+        state = self._linking.state(endpoint)
+        self._failed.pop(endpoint, None)
+        if _has_failed(state):
+            self._failed[endpoint] = (state, math.inf)
+            if len(self._failed) > REMEMBERED_STATES:
+                del self._failed[next(iter(self._failed))]
+        self._linking.disconnect(endpoint)
+
+
+def _size(endpoint: Endpoint) -> int:
+    """What a link counts as: one through a tunnel has the sockets of both ends of that, too."""
+    return 2 if endpoint.hidden else 1
+
+
+def _has_failed(state: LinkState) -> bool:
+    return state is LinkState.DOWN or state.is_final

@@ -1,0 +1,278 @@
+"""Pings, and what they tell of links."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from itertools import count
+
+from scheduler.facts import Link
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.messages import Ping, Pong, Timing, ToldLoad
+
+PING_TIMEOUT_S = 1.0
+"""An answer is waited for at least so long, and longer where round trips are long: see `Prober.patience_s`."""
+FIRST_PING_S = 3.0
+"""For so long the first ping of a link is waited for if somebody has taken the connection: it takes five to six round
+trips, of which TCP takes the first. And for so long anybody is waited for who takes the first connection of all.
+"""
+ANSWER_TRIPS, TAKEN_TRIPS, FIRST_TRIPS = 3, 2, 7
+"""So many of the latest round trips an answer is waited for over a link that is up; the taking of a connection; and the
+answer to the first ping of a link."""
+MOST_PATIENCE_S = 12.0
+"""And no longer, as peers decide how late they answer."""
+LOOK_S = 0.05
+QUICK_MS = 500.0
+"""A ping that is answered in this time has met no long queue on the way up."""
+
+PROBE_BYTES = 64 * 1024
+FASTEST_PROBE_MS = 0.05
+"""A probe that seems to take no time at all says only that the link is fast."""
+
+QUICK_PROBE_MS = 20.0
+PROBES_OF_QUICK_LINKS = 3
+SURE_MS = 4.0
+"""A probe that takes less than the former, besides the round trip, is repeated so often while it takes more than the
+latter."""
+
+FORGET_S = 60.0
+KEPT_ENDPOINTS = 1024
+KEPT_ROUND_TRIPS = 3
+"""Of these the shortest counts: it met the least traffic and computing on its way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a ping brings back."""
+
+    rtt_ms: float
+    queue_ms: float
+    """How long a new step would wait for the peer's device; 0: it has nothing to do."""
+    kv_free_positions: int
+    """Positions that new sessions may take."""
+    holds: bool | None = None
+    """Whether the peer holds the session asked about; None: not asked, or the peer is too old to say."""
+    waiting: int = 0
+    """Steps and passes of that session that wait at the peer or are being computed; 1 for all that it has sent on and
+    that has not arrived, as far as it knows."""
+    done: int = 0
+    """Positions of that session that the peer has computed so far; it only grows."""
+    last: int = 0
+    """Highest number of a step or pass of the session's epoch that the peer has finished."""
+    timing: Timing | None = None
+    """What the last decode step of that session met at the peer; None: there was none, or the peer does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    endpoint: Endpoint
+    at: float
+    padding: int
+    session: bytes
+    future: Future[Answer]
+
+
+class Prober:
+    """Sends pings and takes in the answers. Thread-safe.
+
+    Args:
+        send: sends a message to an endpoint.
+        is_taken: whether somebody has taken the connection to it.
+
+    Attributes:
+        quick_at: when the latest ping was sent that anybody has answered within `QUICK_MS`, by `time.perf_counter`.
+    """
+
+    def __init__(
+        self, send: Callable[[Endpoint, Ping], object], is_taken: Callable[[Endpoint], bool] = lambda _: False
+    ) -> None:
+        self.quick_at = 0.0
+        self._send = send
+        self._is_taken = is_taken
+        self._nonces = count(1)
+        self._sent: dict[int, _Sent] = {}
+        self._round_trips: dict[Endpoint, deque[float]] = {}
+        self._latest: deque[float] = deque(maxlen=KEPT_ROUND_TRIPS)
+        """Round trips of the latest answers of anybody, in ms: if all are long, so is the way from here."""
+        self._answered: dict[Endpoint, int] = {}
+        self._loads: dict[Endpoint, ToldLoad] = {}
+        self._lock = threading.Lock()
+
+    def ping(self, endpoint: Endpoint, padding: int = 0, session: bytes = b"", *, load: bool = False) -> Future[Answer]:
+        """Asks a peer for a sign of life; the future stays undone if none comes.
+
+        Args:
+            endpoint: the peer.
+            padding: bytes to send with it.
+            session: id of a session to ask about, 16 bytes; a peer of version 0.1.0 drops such a ping.
+            load: asks how busy the peer is, too, see `load`; a peer of version 0.1.0 drops such a ping.
+        """
+        return self._ping(endpoint, padding, session, load)[1]
+
+    def probe(self, endpoint: Endpoint) -> int:
+        """Asks likewise, and returns the number of the ping: the higher, the later."""
+        return self._ping(endpoint, 0, b"", load=False)[0]
+
+    def _ping(self, endpoint: Endpoint, padding: int, session: bytes, load: bool) -> tuple[int, Future[Answer]]:
+        nonce = next(self._nonces)
+        future: Future[Answer] = Future()
+        now = time.perf_counter()
+        with self._lock:
+            while self._sent and now - next(iter(self._sent.values())).at > FORGET_S:
+                del self._sent[next(iter(self._sent))]
+            self._sent[nonce] = _Sent(endpoint, now, padding, session, future)
+        self._send(endpoint, Ping(nonce, bytes(padding), session, load))
+        return nonce, future
+
+    def pong(self, source: Endpoint, message: Pong) -> None:
+        """Takes in an answer; nobody answers for another."""
+        with self._lock:
+            sent = self._sent.get(message.nonce)
+            if sent is None or sent.endpoint != source:
+                return
+            del self._sent[message.nonce]
+            rtt_ms = (time.perf_counter() - sent.at) * 1000
+            if rtt_ms < QUICK_MS:
+                self.quick_at = max(self.quick_at, sent.at)
+            self._answered[source] = max(message.nonce, self._answered.pop(source, 0))
+            if len(self._answered) > KEPT_ENDPOINTS:
+                del self._answered[next(iter(self._answered))]
+            for load in message.load:
+                self._loads.pop(source, None)
+                self._loads[source] = load
+            if len(self._loads) > KEPT_ENDPOINTS:
+                del self._loads[next(iter(self._loads))]
+            if not sent.padding:
+                self._latest.append(rtt_ms)
+                self._round_trips.setdefault(source, deque(maxlen=KEPT_ROUND_TRIPS)).append(rtt_ms)
+                while len(self._round_trips) > KEPT_ENDPOINTS:
+                    del self._round_trips[next(iter(self._round_trips))]
+        holds = message.holds if sent.session else None
+        sent.future.set_result(
+            Answer(
+                rtt_ms,
+                message.queue_ms,
+                message.kv_free_positions,
+                holds,
+                message.waiting,
+                message.done,
+                message.last,
+                message.timing[0] if message.timing else None,
+            )
+        )
+
+    def rtt_ms(self, endpoint: Endpoint) -> float:
+        """The round trip to a peer as measured lately; 0: not measured."""
+        with self._lock:
+            return min(self._round_trips.get(endpoint, (0.0,)))
+
+    def patience_s(
+        self, endpoint: Endpoint, least_s: float = PING_TIMEOUT_S, trips: float = ANSWER_TRIPS, taken_s: float = 0.0
+    ) -> float:
+        """How long to wait for a peer: so many of its latest round trips, or of what those to anybody are at least.
+
+        taken_s: in which a connection was taken, where nobody has answered yet.
+        """
+        with self._lock:
+            own_ms = self._round_trips.get(endpoint, (0.0,))[-1]
+            anybody_ms = min(self._latest, default=1000 * taken_s)
+        return max(least_s, min(trips * max(own_ms, anybody_ms) / 1000, MOST_PATIENCE_S))
+
+    def answered(self, endpoint: Endpoint) -> int:
+        """Number of the latest ping that a peer has answered: what was sent before that on its link has come."""
+        return self._answered.get(endpoint, 0)
+
+    def load(self, endpoint: Endpoint) -> ToldLoad | None:
+        """How busy a peer has last said that it is; None: it was not asked."""
+        return self._loads.get(endpoint)
+
+    def round_trips(
+        self,
+        endpoints: Iterable[Endpoint],
+        timeout_s: float = PING_TIMEOUT_S,
+        *,
+        loads: Collection[Endpoint] = (),
+    ) -> dict[Endpoint, float]:
+        """Ms to peers and back, with two small pings to each; those that don't answer in time are left out.
+
+        loads: who is asked how busy it is, too, see `ping`.
+        """
+        # The first ping of a link also pays for its handshake, so it is thrown away.
+        answered = self._answers(endpoints, 0, timeout_s, FIRST_PING_S if timeout_s >= PING_TIMEOUT_S else 0.0)
+        answers = self._answers(answered, 0, timeout_s, loads=loads)
+        return {endpoint: answer.rtt_ms for endpoint, answer in answers.items()}
+
+    def measure(
+        self,
+        endpoints: Iterable[Endpoint],
+        timeout_s: float = PING_TIMEOUT_S,
+        *,
+        probed: Collection[Endpoint] | None = None,
+        loads: Collection[Endpoint] = (),
+    ) -> dict[Endpoint, Link]:
+        """Latency and bandwidth of the links to peers; those that don't answer in time are left out.
+
+        probed: whose bandwidth is measured, 0 stands for that of others; None: all. loads: see `round_trips`.
+        """
+        small = self.round_trips(endpoints, timeout_s, loads=loads)
+        others = {} if probed is None else {each: Link(ms / 2, 0.0) for each, ms in small.items() if each not in probed}
+        # The first probe is thrown away: until it has arrived, TCP does not trust the link with as many bytes at once.
+        answered = self._answers([endpoint for endpoint in small if endpoint not in others], PROBE_BYTES, timeout_s)
+        answered = self._answers(answered, PROBE_BYTES, timeout_s)
+        rtt_ms = {endpoint: small[endpoint] for endpoint in answered}
+        probe_ms = {endpoint: answer.rtt_ms for endpoint, answer in answered.items()}
+        # Where a probe takes little time, most of that may be a wait for a processor: the shortest of some counts.
+        quick = [endpoint for endpoint in answered if probe_ms[endpoint] - rtt_ms[endpoint] < QUICK_PROBE_MS]
+        for _ in range(PROBES_OF_QUICK_LINKS if quick else 0):
+            for endpoint, answer in self._answers(quick, 0, timeout_s).items():
+                rtt_ms[endpoint] = min(rtt_ms[endpoint], answer.rtt_ms)
+            unsure = [endpoint for endpoint in quick if probe_ms[endpoint] - rtt_ms[endpoint] > SURE_MS]
+            for endpoint, answer in self._answers(unsure, PROBE_BYTES, timeout_s).items():
+                probe_ms[endpoint] = min(probe_ms[endpoint], answer.rtt_ms)
+        return others | {
+            endpoint: Link(
+                rtt_ms[endpoint] / 2, PROBE_BYTES / max(probe_ms[endpoint] - rtt_ms[endpoint], FASTEST_PROBE_MS)
+            )
+            for endpoint in answered
+        }
+
+    def answering(self, endpoints: Iterable[Endpoint], timeout_s: float = PING_TIMEOUT_S) -> set[Endpoint]:
+        """Those that answer one small ping in time."""
+        return set(self._answers(endpoints, 0, timeout_s, FIRST_PING_S))
+
+    def _answers(
+        self,
+        endpoints: Iterable[Endpoint],
+        padding: int,
+        timeout_s: float,
+        taken_s: float = 0.0,
+        loads: Collection[Endpoint] = (),
+    ) -> dict[Endpoint, Answer]:
+        """taken_s: for how long those are waited for at least whose connections somebody takes meanwhile."""
+        endpoints = list(endpoints)
+        new = {endpoint for endpoint in endpoints if timeout_s < taken_s and not self._is_taken(endpoint)}
+        pings = {endpoint: self.ping(endpoint, padding, load=endpoint in loads) for endpoint in endpoints}
+        began, taken = time.perf_counter(), dict[Endpoint, float]()
+        while waiting := [endpoint for endpoint, ping in pings.items() if not ping.done()]:
+            waited_s = time.perf_counter() - began
+            taken |= {endpoint: waited_s for endpoint in new - taken.keys() if self._is_taken(endpoint)}
+            soonest_s = min(taken.values(), default=0.0)
+            left_s = -waited_s
+            for endpoint in waiting:
+                if endpoint not in new:
+                    limit_s = self.patience_s(endpoint, timeout_s)
+                elif endpoint in taken:
+                    limit_s = self.patience_s(endpoint, taken_s, FIRST_TRIPS, soonest_s)
+                elif taken or self._latest:
+                    limit_s = self.patience_s(endpoint, timeout_s, TAKEN_TRIPS, soonest_s)
+                else:  # nobody knows yet how far all others are
+                    limit_s = taken_s
+                left_s = max(left_s, limit_s - waited_s)
+            if left_s <= 0:
+                break
+            wait([pings[endpoint] for endpoint in waiting], timeout=min(left_s, LOOK_S) if new else left_s)
+        return {endpoint: future.result() for endpoint, future in pings.items() if future.done()}

@@ -1,0 +1,645 @@
+"""All ZeroMQ sockets of a process, owned by one thread.
+
+A peer listens with one ROUTER socket; every process connects to others with one DEALER socket each. Every link is
+CurveZMQ: a server proves its key to whoever connects, and learns the key of the client (ZAP, RFC 27). Messages are
+handed over as raw frames; what they mean is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from splitnet.errors import AddressInUse, SplitnetError
+from splitnet.limits import Budget
+from splitnet.logs import SeldomWarnings
+from splitnet.security.identity import AuthorizedKeys, Identity
+from splitnet.transport import flow
+from splitnet.transport.connections import (
+    MAX_MESSAGE_BYTES,
+    MAX_RECEIVED_BYTES,
+    Connections,
+    Gatekeeper,
+    TcpConnection,
+    proven_key,
+)
+from splitnet.transport.flow import LARGE_BYTES, MAX_BACKLOG_BYTES, Backlog, Wake
+from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState, is_address
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Payload
+
+log = logging.getLogger(__name__)
+
+_TICK_MS = 200
+_CLOSE_LINGER_MS = 500
+_RECEIVE_BURST = 64
+_QUEUED_MESSAGES = 1000
+_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 10_000, 10_000
+_HANDSHAKE_MS = 10_000
+_CURVE_BYTES = 64
+"""More than encryption adds to a frame (RFC 26: 33 bytes)."""
+_HELD_BYTES = 128
+"""What ZeroMQ allocates for a frame that waits, besides its content."""
+_SHORT_FRAME, _SHORT_EXTRA, _LONG_EXTRA = 222, 35, 42
+"""What encryption and framing add to a frame of up to so many bytes, and to a longer one."""
+_TOO_SLOW = "its receiver is too slow"
+_NOBLOCK, _MORE, _POLLIN, _EVENTS = (
+    int(flag) for flag in (zmq.NOBLOCK, zmq.NOBLOCK | zmq.SNDMORE, zmq.POLLIN, zmq.EVENTS)
+)
+"""Plain numbers: to combine and to look up members of enums takes longer than to send a frame."""
+_SERVE_THREAD, _CONNECT_THREAD = 1, 2
+"""ZeroMQ's threads: those who flood one of them do not delay the other's links."""
+
+MessageHandler = Callable[[Destination, Sequence[Payload]], None]
+LinkHandler = Callable[[Endpoint, LinkState], None]
+LostHandler = Callable[[Connection], None]
+DropHandler = Callable[[Destination, Sequence[Payload], str], None]
+
+_ARRIVALS = zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED
+_STATE_OF_EVENT: dict[zmq.Event, LinkState] = {
+    zmq.Event.HANDSHAKE_SUCCEEDED: LinkState.UP,
+    zmq.Event.DISCONNECTED: LinkState.DOWN,
+    zmq.Event.CLOSED: LinkState.DOWN,
+    zmq.Event.CONNECT_RETRIED: LinkState.DOWN,
+    zmq.Event.HANDSHAKE_FAILED_AUTH: LinkState.REFUSED,
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: LinkState.WRONG_KEY,
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: LinkState.WRONG_KEY,
+}
+
+
+@dataclass(slots=True)
+class _Link:
+    endpoint: Endpoint
+    socket: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    state: LinkState = LinkState.CONNECTING
+    tcp: TcpConnection | None = None
+
+
+@dataclass(slots=True)
+class _Outbox:
+    """Messages from other threads; one byte on `wake` per batch makes the owner look."""
+
+    items: deque[tuple[Destination, Sequence[Payload] | None]] = field(
+        default_factory=deque[tuple[Destination, Sequence[Payload] | None]]
+    )
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    awake: bool = False
+    held: int = 0
+    """How many threads are within `Transport.together`."""
+
+
+class HiddenPeers(Protocol):
+    """Leads to peers that cannot be connected to, as `splitnet.nat.tunnel.Tunnels` does."""
+
+    behind: dict[tuple[str, int], str]
+
+    def open(self, endpoint: Endpoint) -> str: ...
+
+    def learn(self, endpoint: Endpoint) -> None: ...
+
+    def close(self, endpoint: Endpoint) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Transport:
+    """Sends and receives frames on CurveZMQ links.
+
+    Handlers run in the transport's own thread and must return quickly. `send`, `connect`, `disconnect` and `close`
+    may be called from any thread, `tick_soon` by finalizers too.
+
+    Args:
+        identity: the key pair of this process.
+        on_message: called with the source and the frames of every message.
+        on_link: called when the state of an outgoing link changes.
+        on_lost: called when a message could not be sent because its incoming connection has ended.
+        on_dropped: called with the destination and the frames of a message that was dropped for any other reason, and
+            that reason: its receiver is too slow, or no link to it can be opened.
+        on_tick: called about five times per second.
+        on_received: called when messages had come in and all were handed over.
+        max_backlog: bytes that may wait to be sent, over all receivers; None: any number, for a process that sends
+            only what it holds itself.
+        max_received: bytes that may wait to be read, over all connections; beyond, those who hold most are cut off.
+        authorized: whose connections are accepted; None accepts any key.
+        listen: `tcp://host:port` to bind (port 0: any free one); None for a process that only connects.
+        tunnels: lead to hidden peers, and are stopped when the transport ends; None: hidden peers are not reached.
+
+    Attributes:
+        sending, receiving: account for what ZeroMQ holds, by key (see `Backlog` and `Connections`).
+
+    Raises:
+        AddressInUse: something else listens on `listen`.
+        SplitnetError: `listen` is not an address of this machine.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        on_message: MessageHandler,
+        on_link: LinkHandler | None = None,
+        on_lost: LostHandler | None = None,
+        on_dropped: DropHandler | None = None,
+        on_tick: Callable[[], None] | None = None,
+        on_received: Callable[[], None] | None = None,
+        max_backlog: int | None = MAX_BACKLOG_BYTES,
+        max_received: int = MAX_RECEIVED_BYTES,
+        authorized: AuthorizedKeys | None = None,
+        listen: str | None = None,
+        tunnels: HiddenPeers | None = None,
+    ) -> None:
+        self._identity = identity
+        self._on_message = on_message
+        self._on_link = on_link
+        self._on_lost = on_lost
+        self._on_dropped = on_dropped
+        self._on_tick = on_tick
+        self._on_received = on_received
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
+        self._bounded = max_backlog is not None
+        self.sending = Budget(max_backlog if max_backlog is not None else sys.maxsize)
+        self.receiving = Budget(max_received)
+        self._backlog = Backlog(self.sending)
+        self._drained = 0
+        self._tunnels = tunnels
+        self._connections = Connections(
+            self.receiving,
+            drained=lambda: self._drained,
+            drain=self._look,
+            authorized=authorized,
+            behind=None if tunnels is None else tunnels.behind,
+        )
+        self._incoming: dict[bytes, tuple[Connection, TcpConnection]] = {}
+        """By routing id."""
+        self._links: dict[Endpoint, _Link] = {}
+        self._outbox = _Outbox()
+        self._wake = Wake()
+        self._closing = self._dispatching = False
+        self._tick_now = False
+        self._dropping = SeldomWarnings(log)
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake.fileno(), zmq.POLLIN)
+        self._gate = Gatekeeper(self._context, authorized) if listen is not None else None
+        self._router: zmq.Socket[bytes] | None = None
+        self._arrivals: zmq.Socket[bytes] | None = None
+        self.port = 0
+        if listen is not None:
+            try:
+                self._listen(listen)
+            except BaseException:
+                self._release()
+                raise
+        self._thread = threading.Thread(target=self._run, name="splitnet-transport", daemon=True)
+
+    def start(self) -> None:
+        """Begins to serve; handlers may be called from now on."""
+        self._thread.start()
+        self._connections.start()
+
+    def send(self, destination: Destination, frames: Sequence[Payload]) -> None:
+        """Queues frames. An endpoint that is not connected yet is connected.
+
+        Frames must not be changed afterwards. `on_dropped` is told of a message that is dropped here, and of none that
+        gets lost with its link.
+        """
+        self._post(destination, frames)
+
+    @contextmanager
+    def together(self) -> Generator[None]:
+        """What is sent within goes out at the end of it: who receives several messages is woken once for all."""
+        outbox = self._outbox
+        with outbox.lock:
+            outbox.held += 1
+        try:
+            yield
+        finally:
+            with outbox.lock:
+                outbox.held -= 1
+                if outbox.items and not outbox.held and not outbox.awake and not self._closing:
+                    outbox.awake = True
+                    self._wake.set()
+
+    def connect(self, endpoint: Endpoint) -> None:
+        """Opens a link; its state arrives at `on_link`. Does nothing for a link that is open."""
+        self._post(endpoint, ())
+
+    def disconnect(self, endpoint: Endpoint) -> None:
+        """Closes a link and forgets it; what waits to be sent over one that is not up is dropped."""
+        self._post(endpoint, None)
+
+    def tick_soon(self) -> None:
+        """Has `on_tick` called without delay, if that can be arranged without waiting for a lock."""
+        self._tick_now = True
+        self._look()
+
+    def _look(self) -> None:
+        """Has all sockets looked at without delay, likewise."""
+        if self._outbox.lock.acquire(blocking=False):
+            try:
+                if not self._closing and self._thread.ident is not None:
+                    self._wake.set()
+            finally:
+                self._outbox.lock.release()
+
+    def state(self, endpoint: Endpoint) -> LinkState:
+        """State of the link to `endpoint`; `CONNECTING` for one that was never opened."""
+        link = self._links.get(endpoint)
+        return link.state if link else LinkState.CONNECTING
+
+    def is_taken(self, endpoint: Endpoint) -> bool:
+        """Whether somebody has taken the connection, though the handshake may still be under way.
+
+        Of one through others that says nothing: it is this process that takes the way into the tunnel.
+        """
+        link = self._links.get(endpoint)
+        return link is not None and link.tcp is not None and not endpoint.hidden
+
+    def hosts(self, since: float) -> set[str]:
+        """Who has connected to this process: the hosts of connections that are open, or were opened since then."""
+        return self._connections.hosts(since)
+
+    def traffic(self, endpoint: Endpoint) -> flow.Traffic | None:
+        """What has passed on a link so far; None: it is not up, or the system does not tell."""
+        link = self._links.get(endpoint)
+        connection = link.tcp if link is not None else None
+        try:
+            if connection is None or flow.cookie(connection.descriptor) != connection.cookie:
+                return None
+            return flow.traffic(connection.descriptor)
+        except OSError:
+            return None
+
+    def queues(self) -> dict[Endpoint, flow.Traffic]:
+        """The links on which something waits to be confirmed; none where the system does not tell."""
+        passed = {endpoint: self.traffic(endpoint) for endpoint in list(self._links)}
+        return {
+            endpoint: each for endpoint, each in passed.items() if each is not None and each.unsent >= flow.QUEUE_BYTES
+        }
+
+    def unsent(self, endpoint: Endpoint) -> int:
+        """Bytes of large messages that wait for a link; 0 if it is not up, or nothing is counted (`max_backlog`)."""
+        return self._backlog.held(endpoint) if self.state(endpoint) is LinkState.UP else 0
+
+    @property
+    def refused_connections(self) -> int:
+        """How many incoming connections were refused, as their keys are not authorised."""
+        return self._gate.refused if self._gate is not None else 0
+
+    @property
+    def ended_connections(self) -> Mapping[str, int]:
+        """How many connections this side has ended, by the reason."""
+        return self._connections.ended
+
+    def close(self) -> None:
+        """Sends what is queued for those who are there (for at most half a second), and ends sockets and thread."""
+        with self._outbox.lock:
+            if self._closing:
+                return
+            self._closing = True
+            if self._thread.ident is not None:
+                self._wake.set()
+        if self._thread.ident is None:
+            self._release()
+        else:
+            self._thread.join()
+
+    def _post(self, destination: Destination, frames: Sequence[Payload] | None) -> None:
+        outbox = self._outbox
+        with outbox.lock:
+            if self._closing:
+                return
+            here = threading.get_ident() == self._thread.ident
+            at_once = here and bool(frames) and not outbox.items and not self._dispatching
+            if not at_once:
+                outbox.items.append((destination, frames))
+                if not outbox.awake and not outbox.held:
+                    outbox.awake = True
+                    if not here:
+                        self._wake.set()
+        if at_once:  # who waits for it need not wait for what else this thread does
+            self._dispatch(destination, frames)
+
+    def _listen(self, address: str) -> None:
+        assert self._gate is not None
+        self._poller.register(self._gate.socket, zmq.POLLIN)
+        self._router = self._context.socket(zmq.ROUTER)
+        self._secure(self._router)
+        self._router.affinity = _SERVE_THREAD
+        self._router.curve_server = True
+        self._router.zap_domain = Gatekeeper.DOMAIN
+        self._router.router_mandatory = True
+        self._arrivals = self._router.get_monitor_socket(_ARRIVALS)
+        try:
+            self._router.bind(address)
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EADDRINUSE:
+                raise AddressInUse(f"{address} is taken: choose another with --listen, or port 0 for any") from None
+            raise SplitnetError(f"cannot listen on {address}: {error}. Use --listen tcp://HOST:PORT") from None
+        bound = cast(bytes, self._router.getsockopt(zmq.LAST_ENDPOINT))
+        self.port = int(bound.rpartition(b":")[2].rstrip(b"\0"))
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._arrivals, zmq.POLLIN)
+
+    def _secure(self, handle: zmq.Socket[bytes]) -> None:
+        handle.curve_publickey = self._identity.curve_public
+        handle.curve_secretkey = self._identity.curve_secret
+        handle.linger = _CLOSE_LINGER_MS
+        handle.copy_threshold = 0  # small messages can be tracked, too
+        handle.maxmsgsize = MAX_PAYLOAD_BYTES + _CURVE_BYTES
+        handle.rcvhwm = _QUEUED_MESSAGES
+        handle.sndhwm = 0  # bytes are counted: a number of messages would drop small ones of a busy key
+        handle.heartbeat_ivl = _HEARTBEAT_MS
+        handle.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
+        handle.handshake_ivl = _HANDSHAKE_MS
+        handle.ipv6 = True
+
+    def _link(self, endpoint: Endpoint) -> _Link:
+        link = self._links.get(endpoint)
+        if link is None:
+            if not is_address(endpoint.address):  # ZeroMQ would look a name up, and all links wait for that
+                raise zmq.ZMQError(zmq.EINVAL, f"{endpoint.address} has no IP address")
+            dealer = self._context.socket(zmq.DEALER)
+            monitor: zmq.Socket[bytes] | None = None
+            try:
+                self._secure(dealer)
+                dealer.affinity = _CONNECT_THREAD
+                dealer.curve_serverkey = endpoint.key.curve
+                dealer.reconnect_ivl_max = 5_000
+                monitor = dealer.get_monitor_socket(sum(_STATE_OF_EVENT) + zmq.Event.CONNECTED)
+                dealer.connect(self._address(endpoint))
+            except (zmq.ZMQError, OSError) as error:
+                _close_watched(dealer, monitor)
+                self._close_tunnel(endpoint)
+                raise error if isinstance(error, zmq.ZMQError) else zmq.ZMQError(error.errno) from error
+            link = self._links[endpoint] = _Link(endpoint, dealer, monitor)
+            self._poller.register(dealer, zmq.POLLIN)
+            self._poller.register(monitor, zmq.POLLIN)
+        elif endpoint.relays != link.endpoint.relays and self._tunnels is not None:
+            self._tunnels.learn(endpoint)
+        return link
+
+    def _address(self, endpoint: Endpoint) -> str:
+        """What ZeroMQ connects to. Raises OSError."""
+        if not endpoint.hidden:
+            return endpoint.address
+        if self._tunnels is None:
+            raise zmq.ZMQError(zmq.EINVAL, f"{endpoint.address} is hidden, and this process has no tunnels")
+        return self._tunnels.open(endpoint)
+
+    def _close_tunnel(self, endpoint: Endpoint) -> None:
+        if self._tunnels is not None:
+            self._tunnels.close(endpoint)
+
+    def _unlink(self, endpoint: Endpoint, *, at_end: bool = False) -> None:
+        link = self._links.pop(endpoint, None)
+        if link is not None:
+            self._backlog.forget(endpoint)
+            if link.tcp is not None:
+                self._connections.closed(link.tcp.descriptor, link.tcp)
+            self._poller.unregister(link.socket)
+            self._poller.unregister(link.monitor)
+            if link.state is not LinkState.UP and not (at_end and link.state is LinkState.CONNECTING):
+                link.socket.linger = 0  # a socket that waits for somebody to take what is queued keeps its descriptors
+            _close_watched(link.socket, link.monitor)
+            self._close_tunnel(endpoint)
+
+    def _run(self) -> None:
+        wake = self._wake.fileno()
+        next_tick = 0.0
+        try:
+            while not self._closing:
+                ready = dict(self._poller.poll(_TICK_MS))
+                if wake in ready:
+                    self._wake.clear()
+                self._flush()
+                if self._gate is not None and self._gate.socket in ready:
+                    self._gate.answer()
+                drained, received = True, False
+                if self._arrivals is not None and self._arrivals in ready:
+                    self._follow_arrivals(self._arrivals)
+                if self._router is not None and self._router in ready:
+                    drained, received = self._receive(self._router, None), True
+                for link in list(self._links.values()):
+                    if link.monitor in ready:
+                        self._follow(link)
+                    if link.socket in ready:
+                        drained, received = drained & self._receive(link.socket, link), True
+                self._drained += drained
+                if received and self._on_received is not None:
+                    self._guard(self._on_received)
+                if self._on_tick is not None and (self._tick_now or time.monotonic() >= next_tick):
+                    self._tick_now = False
+                    next_tick = time.monotonic() + _TICK_MS / 1000
+                    self._guard(self._on_tick)
+                # Handlers do not wake this thread, so nothing of theirs may be left when it goes to sleep.
+                self._flush()
+            self._flush()
+        finally:
+            self._release()
+
+    def _flush(self) -> None:
+        outbox = self._outbox
+        while True:
+            with outbox.lock:
+                if not outbox.items:
+                    outbox.awake = False
+                    return
+                items = list(outbox.items)
+                outbox.items.clear()
+            for destination, frames in items:
+                self._dispatch(destination, frames)
+
+    def _dispatch(self, destination: Destination, frames: Sequence[Payload] | None) -> None:
+        self._dispatching = True  # what a handler sends meanwhile comes later
+        try:
+            if isinstance(destination, Endpoint):
+                if frames is None:
+                    self._unlink(destination)
+                elif frames:
+                    self._transmit(self._link(destination).socket, destination, frames)
+                else:
+                    self._link(destination)
+            elif self._router is not None and frames:
+                if self._is_over(destination):
+                    raise zmq.ZMQError(zmq.EHOSTUNREACH)
+                self._transmit(self._router, destination, [destination.routing_id, *frames])
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH and isinstance(destination, Connection):
+                log.debug("message dropped: its connection has ended")
+                self._backlog.forget(destination)
+                if self._on_lost is not None:
+                    self._guard(self._on_lost, destination)
+            else:
+                self._drop(destination, frames or (), _TOO_SLOW if error.errno == zmq.EAGAIN else str(error))
+        finally:
+            self._dispatching = False
+
+    def _is_over(self, connection: Connection) -> bool:
+        """Whether this side has ended a connection, or its routing id is another's by now."""
+        known, tcp = self._incoming.get(connection.routing_id, (connection, None))
+        return (known is not connection and known != connection) or (tcp is not None and bool(tcp.ended))
+
+    def _transmit(self, handle: zmq.Socket[bytes], destination: Destination, frames: Sequence[Payload]) -> None:
+        if not self._bounded:
+            _send(handle, frames, copy=len(frames[-1]) <= LARGE_BYTES)
+            return
+        size = sum(map(len, frames)) + _HELD_BYTES * len(frames)
+        if self._backlog.untracked(destination, size):
+            _send(handle, frames)
+            return
+        size = self._backlog.reserve(destination, size)
+        if not size:
+            raise zmq.Again
+        tracker: zmq.MessageTracker | None = None
+        try:
+            tracker = _send(handle, frames, copy=False, track=True)
+        finally:
+            self._backlog.add(destination, size, tracker)
+
+    def _drop(self, destination: Destination, frames: Sequence[Payload], reason: str) -> None:
+        if not frames:
+            log.warning("no link could be opened: %s", reason)
+            return
+        size = sum(map(len, frames))
+        self._dropping.say("a message of %d bytes was dropped: %s", size, reason, extra={"nbytes": size})
+        if self._on_dropped is not None:
+            self._guard(self._on_dropped, destination, frames, reason)
+
+    def _receive(self, handle: zmq.Socket[bytes], link: _Link | None) -> bool:
+        """Hands messages over; returns whether that were all."""
+        for _ in range(_RECEIVE_BURST):
+            try:
+                received = _receive_frames(handle)
+            except zmq.Again:
+                return True
+            source: Destination
+            if link is None:
+                source, tcp = self._sender(received[0].bytes, received[-1])
+                received = received[1:]
+            else:
+                source, tcp = link.endpoint, link.tcp
+            size, frames = 0, list[Payload]()
+            for frame in received:
+                length = len(frame)
+                size += length + (_SHORT_EXTRA if length <= _SHORT_FRAME else _LONG_EXTRA)
+                frames.append(frame.bytes if length < 4096 else frame.buffer)
+            if tcp is not None:
+                tcp.delivered += size
+                if not tcp.ended and size > MAX_MESSAGE_BYTES:
+                    self._connections.end(tcp, "endless_message")
+                if tcp.ended:
+                    continue
+            self._guard(self._on_message, source, frames)
+            if not cast(int, handle.get(_EVENTS)) & _POLLIN:  # sooner told than by an error
+                return True
+        return False
+
+    def _sender(self, routing_id: bytes, frame: zmq.Frame) -> tuple[Connection, TcpConnection | None]:
+        known = self._incoming.get(routing_id)
+        if known is not None:
+            return known
+        connection = Connection(routing_id, proven_key(frame))
+        descriptor = int(cast(str, frame.get("__fd")))
+        tcp = self._connections.named(descriptor, connection)
+        if tcp is None and self._arrivals is not None:  # it has arrived just now
+            self._follow_arrivals(self._arrivals)
+            tcp = self._connections.named(descriptor, connection)
+        if tcp is not None:
+            self._incoming[routing_id] = connection, tcp
+        return connection, tcp
+
+    def _follow_arrivals(self, monitor: zmq.Socket[bytes]) -> None:
+        while True:
+            try:
+                event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            if event["event"] == zmq.Event.ACCEPTED:
+                self._connections.opened(event["value"])
+                continue
+            gone = self._connections.closed(event["value"])
+            if gone is not None and isinstance(gone.owner, Connection):
+                self._incoming.pop(gone.owner.routing_id, None)
+                self._backlog.forget(gone.owner)
+                if gone.ended and self._on_lost is not None:
+                    self._guard(self._on_lost, gone.owner)
+
+    def _follow(self, link: _Link) -> None:
+        while True:
+            try:
+                message = parse_monitor_message(link.monitor.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            event = message["event"]
+            if event == zmq.Event.CONNECTED:
+                link.tcp = self._connections.opened(message["value"], link.endpoint)
+            elif event == zmq.Event.DISCONNECTED and link.tcp is not None:
+                self._connections.closed(link.tcp.descriptor, link.tcp)
+                link.tcp = None
+            state = _STATE_OF_EVENT.get(zmq.Event(event), link.state)
+            if event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL and link.endpoint.hidden:
+                state = LinkState.DOWN  # a tunnel that leads nowhere ends so, too
+            # A refused handshake also ends in a disconnection: keep the cause until the link is up.
+            if state is LinkState.DOWN and link.state.is_final:
+                continue
+            if state is not link.state:
+                link.state = state
+                if self._on_link is not None:
+                    self._guard(self._on_link, link.endpoint, state)
+
+    def _guard(self, handler: Callable[..., None], *arguments: Any) -> None:
+        """A handler's error must not end the thread that everything depends on."""
+        try:
+            handler(*arguments)
+        except Exception:
+            log.exception("error in a transport handler")
+
+    def _release(self) -> None:
+        with self._outbox.lock:
+            self._closing = True
+        self._connections.close()
+        for endpoint in list(self._links):
+            self._unlink(endpoint, at_end=True)
+        if self._gate is not None:
+            self._gate.socket.close()
+        if self._router is not None:
+            _close_watched(self._router, self._arrivals)
+        self._context.term()
+        if self._tunnels is not None:
+            self._tunnels.stop()
+        self._wake.close()
+
+
+def _send(
+    handle: zmq.Socket[bytes], frames: Sequence[Payload], *, copy: bool = True, track: bool = False
+) -> zmq.MessageTracker | None:
+    """Sends a message, or raises zmq.Again; as `send_multipart`, which takes twice as long."""
+    for frame in frames[:-1]:
+        handle.send(frame, _MORE, copy, track)
+    return handle.send(frames[-1], _NOBLOCK, copy, track)
+
+
+def _receive_frames(handle: zmq.Socket[bytes]) -> list[zmq.Frame]:
+    """Receives a message, or raises zmq.Again; as `recv_multipart`, which takes twice as long."""
+    frames = [handle.recv(_NOBLOCK, copy=False)]
+    while frames[-1].more:
+        frames.append(handle.recv(_NOBLOCK, copy=False))
+    return frames
+
+
+def _close_watched(handle: zmq.Socket[bytes], monitor: zmq.Socket[bytes] | None) -> None:
+    """Closes a socket and the one that monitors it."""
+    handle.disable_monitor()
+    if monitor is not None:
+        monitor.close(0)
+    handle.close()

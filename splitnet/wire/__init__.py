@@ -1,0 +1,1 @@
+"""What travels between processes: messages, fields, codecs of activations, and logs of what was sent."""

@@ -1,0 +1,420 @@
+"""How boundary activations are written on a link: tensor <-> bytes.
+
+Every codec writes position by position: each position is one self-contained record of exactly
+`bytes_per_position(hidden)` bytes. So a sender may slice, crop and join encoded payloads without decoding them, and
+a position gives the same bytes whether it is encoded alone or among others, on every machine.
+
+The integer codecs quantise blocks of 64 values, each block with its own scale. A few channels of boundary activations
+are hundreds of times larger than the rest ("massive activations", arXiv:2402.17762) and would take the whole range of
+their block, so all but `int8-block` first rotate each block by a Hadamard matrix, which spreads an outlier evenly over
+the block (QuaRot, arXiv:2404.00456). `docs/codecs.md` has the measured quality of each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from splitnet.errors import CodecError
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Codes = npt.NDArray[np.int8]
+Scales = npt.NDArray[np.uint16]  # the bits of a bfloat16, never negative
+
+BLOCK = 64  # values that share one scale, and the size of the rotation
+SCALE_BYTES = 2
+LARGEST_SCALE = 0x7200  # the bits of 2**101: above every scale that `quantise` returns
+_LARGEST = 2.0**100  # larger magnitudes are refused: no model has them, and it keeps every decoded value finite
+_SMALLEST = np.float32(2.0**-100)  # blocks of smaller magnitudes become zeros
+SMALL_BATCH = 64  # blocks; a product of so few rows does not wake the threads of a BLAS, which would then spin
+
+
+def quantise(values: Floats, bits: int, rotate: bool) -> tuple[Scales, Codes]:
+    """Return the scales `[blocks, 1]` and codes `[blocks, 64]` of `values`, `[blocks, 64]`, at least one block.
+
+    Raises:
+        OverflowError: a value is inf, NaN or of a magnitude above 2**100.
+    """
+    peak = _peak(values)
+    if not float(peak.max()) < _LARGEST:  # also true of NaN
+        raise OverflowError
+    is_zero = peak < _SMALLEST
+    peak = np.maximum(peak, _SMALLEST)
+    if rotate:
+        # With p the power of two at or below the peak, floats near 96 p are 2**-17 p apart: so adding and subtracting
+        # 96 p rounds each value to a multiple of that, and 64 values below 2 p sum up to at most 2**24 such multiples.
+        anchor: Floats = (peak.view(np.int32) & np.int32(0x7F800000)).view(np.float32) * np.float32(96)
+        values = _product((values + anchor) - anchor, _ROTATION)
+        peak = np.maximum(_peak(values), _SMALLEST)
+    levels = 2 ** (bits - 1) - (0 if rotate else 1)
+    # The next bfloat16 strictly above the smallest scale that covers the peak, so that no code overflows.
+    scale = (peak * np.float32(1 / levels)).view(np.uint32) + np.uint32(0x10000)
+    scale &= np.uint32(0xFFFF0000)
+    codes = values / scale.view(np.float32)
+    if rotate:
+        np.floor(codes, out=codes)
+    else:
+        np.rint(codes, out=codes)
+    scale[is_zero] = 0
+    return (scale >> np.uint32(16)).astype(np.uint16), codes.astype(np.int8)
+
+
+def dequantise(scales: Scales, codes: Codes, rotate: bool) -> Floats:
+    """Return the values `[blocks, 64]` of scales `[blocks, 1]` and codes `[blocks, 64]`."""
+    values = codes.astype(np.float32)
+    if rotate:
+        values += np.float32(0.5)
+        values = _product(values, _ROTATION_BACK)
+    values *= from_bfloat16(scales)
+    return values
+
+
+def from_bfloat16(bits: Scales) -> Floats:
+    """Return the float32 values of bfloat16 bits."""
+    wide = bits.astype(np.uint32)
+    wide <<= np.uint32(16)
+    return wide.view(np.float32)
+
+
+def pack(codes: Codes, bits: int) -> Bytes:
+    """Pack codes `[blocks, 64]` into `[blocks, 8 * bits]` bytes.
+
+    4 bits: byte i holds code i (low) and code 32 + i (high). 6 bits: byte 16 j + i holds code 16 j + i in its low six
+    bits and the j-th pair of bits, lowest first, of code 48 + i in its high two.
+    """
+    unsigned = codes.view(np.uint8)
+    if bits == 8:
+        return unsigned
+    if bits == 4:
+        return np.bitwise_or(unsigned[:, :32] & np.uint8(15), unsigned[:, 32:] << np.uint8(4))
+    shared = (unsigned[:, None, 48:] >> _SIX_BIT_SHIFTS) << np.uint8(6)
+    return np.bitwise_or((unsigned[:, :48] & np.uint8(63)).reshape(-1, 3, 16), shared).reshape(-1, 48)
+
+
+def unpack(packed: Bytes, bits: int) -> Codes:
+    """Undo `pack`."""
+    if bits == 8:
+        return packed.view(np.int8)
+    if bits == 4:
+        unsigned = np.concatenate((packed & np.uint8(15), packed >> np.uint8(4)), axis=1)
+    else:
+        shared = (packed.reshape(-1, 3, 16) >> np.uint8(6)) << _SIX_BIT_SHIFTS
+        unsigned = np.concatenate((packed & np.uint8(63), np.bitwise_or.reduce(shared, axis=1)), axis=1)
+    sign = np.int8(1 << (bits - 1))
+    return np.subtract(unsigned.view(np.int8) ^ sign, sign)
+
+
+_SIX_BIT_SHIFTS = np.array([[0], [2], [4]], np.uint8)
+
+
+def _signed_hadamard() -> Floats:
+    """Return Sylvester's orthonormal Hadamard matrix, its rows negated where the bent function is 1."""
+    index = np.arange(BLOCK)
+    exponent = index & (index >> 1) & 0b010101  # row i: i0 i1 + i2 i3 + i4 i5, as separate bits
+    entries = (index[:, None] & index) ^ exponent[:, None]
+    return np.array([[(-1) ** bin(entry).count("1") for entry in row] for row in entries], np.float32) / np.float32(8)
+
+
+_ROTATION = _signed_hadamard()
+_ROTATION_BACK = np.ascontiguousarray(_ROTATION.T)
+
+
+def _product(values: Floats, matrix: Floats) -> Floats:
+    if len(values) <= SMALL_BATCH:
+        return values @ matrix
+    product = np.empty_like(values)
+    for start in range(0, len(values), SMALL_BATCH):
+        part = slice(start, start + SMALL_BATCH)
+        np.matmul(values[part], matrix, out=product[part])
+    return product
+
+
+def _peak(values: Floats) -> Floats:
+    """Return the largest magnitude `[blocks, 1]` of each block; NaN if it holds one."""
+    magnitudes = np.abs(values)
+    if len(values) <= SMALL_BATCH:
+        return np.maximum.reduce(magnitudes, axis=1, keepdims=True)
+    # torch is many times faster than numpy along short rows.
+    return torch.from_numpy(magnitudes).amax(1, keepdim=True).numpy()  # pyright: ignore[reportUnknownMemberType]
+
+
+EXACT = "none"
+DEFAULT_INT8 = "int8"
+_LARGEST_HIDDEN = 2**20
+_BLOCKS_PER_CHUNK = 1024  # temporaries of 256 KiB stay in the cache of a core
+
+
+class Codec(ABC):
+    """A way to write `[positions, hidden]` activations as bytes."""
+
+    name: str
+    code: int  # the codec's number on the wire, one byte
+
+    @abstractmethod
+    def bytes_per_position(self, hidden: int) -> int:
+        """Return the exact size in bytes of one position's record."""
+
+    @abstractmethod
+    def encode(self, hidden: torch.Tensor) -> bytes:
+        """Write `hidden`, `[positions, hidden]` of any float type on any device.
+
+        Raises:
+            CodecError: the tensor has another shape or type, or (all codecs but `none`) holds inf or NaN.
+        """
+
+    @abstractmethod
+    def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
+        """Read what `encode` wrote: float32 `[positions, hidden]` on the CPU, in memory of its own.
+
+        Raises:
+            CodecError: the payload has another size than the shape implies (found before anything is allocated), or
+                an integer codec's scale is one that no sender writes.
+        """
+
+    def _check_payload(self, payload: bytes | memoryview, positions: int, hidden: int) -> None:
+        if positions < 0 or not 1 <= hidden <= _LARGEST_HIDDEN:
+            raise CodecError(
+                f"activations of {positions} positions and {hidden} hidden values are out of bounds; "
+                f"the hidden size may be 1 to {_LARGEST_HIDDEN}."
+            )
+        expected = positions * self.bytes_per_position(hidden)
+        size = payload.nbytes if isinstance(payload, memoryview) else len(payload)
+        if size != expected:
+            raise CodecError(
+                f"the {self.name} payload has {size} bytes; {positions} positions of {hidden} values take {expected}."
+            )
+
+
+class _Float32(Codec):
+    """Raw little-endian float32: bit-exact for models in float32, bfloat16 and float16, inf and NaN included."""
+
+    name, code = EXACT, 0
+
+    def bytes_per_position(self, hidden: int) -> int:
+        return 4 * hidden
+
+    def encode(self, hidden: torch.Tensor) -> bytes:
+        return _rows(hidden).astype("<f4", copy=False).tobytes()
+
+    def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
+        self._check_payload(payload, positions, hidden)
+        return _tensor(np.frombuffer(payload, "<f4").astype(np.float32).reshape(positions, hidden))
+
+
+class _Float16(Codec):
+    """IEEE float16; magnitudes above 65504 saturate, since massive activations may exceed them."""
+
+    name, code = "fp16", 1
+
+    def bytes_per_position(self, hidden: int) -> int:
+        return 2 * hidden
+
+    def encode(self, hidden: torch.Tensor) -> bytes:
+        values = _matrix(hidden).float()
+        if not _all_within(values, torch.finfo(torch.float32).max):
+            raise _not_finite(self.name)
+        halves = values.clamp(-65504.0, 65504.0).to(torch.float16).cpu()
+        return halves.contiguous().numpy().astype("<f2", copy=False).tobytes()
+
+    def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
+        self._check_payload(payload, positions, hidden)
+        halves = np.frombuffer(payload, "<f2").astype(np.float16).reshape(positions, hidden)
+        return _tensor(halves).float()
+
+
+class _BFloat16(Codec):
+    """The upper half of a float32, rounded to nearest: exact for models that compute in bfloat16."""
+
+    name, code = "bf16", 2
+
+    def bytes_per_position(self, hidden: int) -> int:
+        return 2 * hidden
+
+    def encode(self, hidden: torch.Tensor) -> bytes:
+        values = _matrix(hidden)
+        if not _all_within(values, torch.finfo(torch.bfloat16).max):
+            raise _not_finite(self.name)
+        return (
+            values.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+        )
+
+    def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
+        self._check_payload(payload, positions, hidden)
+        return _tensor(from_bfloat16(np.frombuffer(payload, "<u2")).reshape(positions, hidden))
+
+
+class _BlockInteger(Codec):
+    """Integers of `bits` bits in blocks of 64 values (see block_integers.py), rotated or not.
+
+    A record is the scales of all its blocks, then their codes. If 64 does not divide `hidden`, the last block is padded
+    with zeros.
+    """
+
+    def __init__(self, name: str, code: int, bits: int, rotate: bool) -> None:
+        self.name = name
+        self.code = code
+        self._bits = bits
+        self._rotate = rotate
+
+    def bytes_per_position(self, hidden: int) -> int:
+        return _blocks(hidden) * (SCALE_BYTES + BLOCK * self._bits // 8)
+
+    def encode(self, hidden: torch.Tensor) -> bytes:
+        values = _rows(hidden)
+        positions, width = values.shape
+        blocks = _blocks(width)
+        if blocks * BLOCK != width:
+            values = np.pad(values, ((0, 0), (0, blocks * BLOCK - width)))
+        if 0 < positions * blocks <= SMALL_BATCH:
+            return self._encode_small(values, blocks)
+        payload = np.empty(positions, _record(blocks, self._bits))
+        scales, codes = _fields(payload)
+        for part in _chunks(positions, blocks):
+            try:
+                scale, code = quantise(values[part].reshape(-1, BLOCK), self._bits, self._rotate)
+            except OverflowError:
+                raise _not_finite(self.name) from None
+            scales[part] = scale.reshape(-1, blocks)
+            codes[part] = pack(code, self._bits).reshape(-1, blocks, codes.shape[2])
+        return payload.tobytes()
+
+    def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
+        self._check_payload(payload, positions, hidden)
+        blocks = _blocks(hidden)
+        if 0 < positions * blocks <= SMALL_BATCH and blocks * BLOCK == hidden:
+            return self._decode_small(payload, positions, blocks)
+        scales, codes = _fields(np.frombuffer(payload, _record(blocks, self._bits)))
+        if positions and int(scales.max()) > LARGEST_SCALE:
+            raise self._forged()
+        values = np.empty((positions, blocks * BLOCK), np.float32)
+        for part in _chunks(positions, blocks):
+            code = unpack(codes[part].reshape(-1, codes.shape[2]), self._bits)
+            values[part] = dequantise(scales[part].reshape(-1, 1), code, self._rotate).reshape(-1, blocks * BLOCK)
+        if blocks * BLOCK != hidden:
+            values = values[:, :hidden].copy()
+        return _tensor(values)
+
+    # A decode token is on the critical path right after the device has flushed the caches, where every call costs
+    # several microseconds: so few positions go the same way with fewer calls.
+
+    def _encode_small(self, values: Floats, blocks: int) -> bytes:
+        try:
+            scale, code = quantise(values.reshape(-1, BLOCK), self._bits, self._rotate)
+        except OverflowError:
+            raise _not_finite(self.name) from None
+        scales = scale.astype("<u2", copy=False)
+        packed = pack(code, self._bits)
+        if len(values) == 1:
+            return scales.tobytes() + packed.tobytes()
+        rows = (len(values), -1)
+        return np.concatenate((scales.view(np.uint8).reshape(rows), packed.reshape(rows)), axis=1).tobytes()
+
+    def _decode_small(self, payload: bytes | memoryview, positions: int, blocks: int) -> torch.Tensor:
+        records = np.frombuffer(payload, np.uint8).reshape(positions, -1)
+        scales = records[:, : blocks * SCALE_BYTES].view("<u2").reshape(-1, 1)
+        if int(scales.max()) > LARGEST_SCALE:
+            raise self._forged()
+        codes = unpack(records[:, blocks * SCALE_BYTES :].reshape(positions * blocks, -1), self._bits)
+        return _tensor(dequantise(scales, codes, self._rotate).reshape(positions, blocks * BLOCK))
+
+    def _forged(self) -> CodecError:
+        return CodecError(f"the {self.name} payload holds a scale that no sender writes; it is corrupt or forged.")
+
+
+def _rows(hidden: torch.Tensor) -> Floats:
+    values = _matrix(hidden)
+    if not (values.dtype is torch.float32 and values.is_cpu):
+        values = values.cpu().float()
+    return values.numpy()
+
+
+def _matrix(hidden: torch.Tensor) -> torch.Tensor:
+    if hidden.dim() != 2 or not 1 <= hidden.shape[1] <= _LARGEST_HIDDEN or not hidden.is_floating_point():
+        raise CodecError(f"activations must be floats [positions, hidden], not {hidden.dtype} {list(hidden.shape)}.")
+    return hidden.detach()
+
+
+def _tensor(values: npt.NDArray[np.float32] | npt.NDArray[np.float16]) -> torch.Tensor:
+    return torch.from_numpy(values)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _all_within(values: torch.Tensor, largest: float) -> bool:
+    return values.numel() == 0 or float(values.abs().amax()) <= largest  # false if there is a NaN
+
+
+def _not_finite(name: str) -> CodecError:
+    return CodecError(
+        f"the activations hold inf, NaN or values too large for the {name} codec: the model overflowed; "
+        "run its blocks in bfloat16 or float32."
+    )
+
+
+def _blocks(hidden: int) -> int:
+    return -(-hidden // BLOCK)
+
+
+def _chunks(positions: int, blocks: int) -> Iterator[slice]:
+    step = max(1, _BLOCKS_PER_CHUNK // blocks)
+    return (slice(start, start + step) for start in range(0, positions, step))
+
+
+@lru_cache(maxsize=64)
+def _record(blocks: int, bits: int) -> np.dtype[np.void]:
+    return np.dtype([("scales", "<u2", (blocks,)), ("codes", "u1", (blocks, BLOCK * bits // 8))])
+
+
+def _fields(records: npt.NDArray[np.void]) -> tuple[Scales, Bytes]:
+    """Return views of the scales `[positions, blocks]` and the codes `[positions, blocks, bytes]`."""
+    return records["scales"], records["codes"]
+
+
+def _by_name(codecs: Sequence[Codec]) -> Mapping[str, Codec]:
+    codes = {codec.code for codec in codecs}
+    names = {codec.name: codec for codec in codecs}
+    if len(codes) != len(codecs) or len(names) != len(codecs) or not codes <= set(range(256)):
+        raise ValueError("codecs must have different names and different one-byte codes")
+    return MappingProxyType(names)
+
+
+CODECS: Mapping[str, Codec] = _by_name(
+    [
+        _Float32(),
+        _Float16(),
+        _BFloat16(),
+        _BlockInteger("int8", 3, bits=8, rotate=True),
+        _BlockInteger("int8-block", 4, bits=8, rotate=False),
+        _BlockInteger("int6", 5, bits=6, rotate=True),
+        _BlockInteger("int4", 6, bits=4, rotate=True),
+    ]
+)
+_CODECS_BY_CODE = {codec.code: codec for codec in CODECS.values()}
+
+
+def codec_by_name(name: str) -> Codec:
+    """Return the codec called `name`; raises CodecError, naming the known ones."""
+    try:
+        return CODECS[name]
+    except KeyError:
+        raise CodecError(f"there is no codec {name!r}; use one of {', '.join(CODECS)}.") from None
+
+
+def codec_by_code(code: int) -> Codec:
+    """Return the codec with this number on the wire; raises CodecError if there is none."""
+    try:
+        return _CODECS_BY_CODE[code]
+    except KeyError:
+        raise CodecError(f"codec number {code} is unknown here; upgrade splitnet or use another codec.") from None
+
+
+def check_size(code: int, payload: bytes | memoryview, positions: int, hidden_size: int) -> None:
+    """Raises CodecError if there is no such codec, or the payload has not the size of so many positions."""
+    expected = positions * codec_by_code(code).bytes_per_position(hidden_size)
+    if len(payload) != expected:
+        raise CodecError(f"{positions} positions take {expected} bytes, got {len(payload)}")

@@ -1,0 +1,252 @@
+"""What fields of messages and records may hold, and how they travel: as a msgpack array in the order of a dataclass.
+
+A check returns the value to use, or raises `ProtocolError`.
+
+Later versions append fields, each with a default. A reader ignores fields behind those that it knows, and takes the
+default of one that is missing. A writer leaves out appended fields at the end that hold their defaults, so that version
+0.1.0, which refuses messages with more fields than it knows, reads whatever makes no use of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import msgpack  # pyright: ignore[reportMissingTypeStubs]
+
+from splitnet.errors import ProtocolError
+from splitnet.logs import printable
+
+Check = Callable[[Any], Any]
+
+STRICT_VERSIONS = frozenset({"0.1.0"})
+"""Versions of splitnet that refuse a message with more fields than they know."""
+
+# msgpack comes without types.
+packb = cast("Callable[[list[Any]], bytes]", msgpack.packb)  # pyright: ignore[reportUnknownMemberType]
+_unpackb = cast("Callable[..., Any]", msgpack.unpackb)  # pyright: ignore[reportUnknownMemberType]
+_Unpacker = cast("Callable[..., Any]", msgpack.Unpacker)  # pyright: ignore[reportUnknownMemberType]
+
+
+def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, most_bytes: int) -> list[Any]:
+    """A msgpack array from anybody; bounds hold for every array, text and byte string in it.
+
+    Raises:
+        ProtocolError: it is anything else, or breaks a bound; nothing beyond the bounds was allocated.
+    """
+    try:
+        values: list[Any] = _unpackb(
+            data,
+            max_array_len=most_items,
+            max_map_len=0,
+            max_ext_len=0,
+            max_str_len=most_text,
+            max_bin_len=most_bytes,
+        )
+    except Exception as error:  # msgpack documents no common base class for what bad input can raise
+        raise ProtocolError(f"not valid msgpack: {error}") from None
+    if type(values) is not list:
+        raise ProtocolError("not a msgpack array")
+    return values
+
+
+class Values:
+    """Msgpack from anybody, read value by value: arrays stand only where they are asked for.
+
+    An empty array takes a byte there and 64 here, so long lists of lists must not be made before they are looked at.
+    """
+
+    def __init__(self, data: bytes | memoryview, *, most_text: int, most_bytes: int) -> None:
+        bounds = {"max_array_len": 0, "max_map_len": 0, "max_ext_len": 0}
+        size = max(len(data), 1)
+        self._unpacker = _Unpacker(max_buffer_size=size, max_str_len=most_text, max_bin_len=most_bytes, **bounds)
+        self._unpacker.feed(data)
+        self._end = len(data)
+
+    def array(self, most: int) -> int:
+        """How many values of an array follow. Raises ProtocolError: no array follows, or one of more than `most`."""
+        count: int = self._read("read_array_header")
+        if count > most:
+            raise ProtocolError(f"expected an array of at most {most} values")
+        return count
+
+    def value(self) -> Any:
+        """The next value, an empty array at most. Raises ProtocolError if there is none, or it breaks a bound."""
+        return self._read("unpack")
+
+    def check_end(self) -> None:
+        """Raises ProtocolError if there is more."""
+        if self._unpacker.tell() != self._end:
+            raise ProtocolError("more than was expected")
+
+    def _read(self, how: str) -> Any:
+        try:
+            return getattr(self._unpacker, how)()
+        except Exception as error:  # see `unpack_array`
+            raise ProtocolError(f"not the msgpack that was expected: {error}") from None
+
+
+def wire(check: Check, **options: Any) -> Any:
+    """A field of a dataclass that travels; version 0.1.0 has it."""
+    return dataclasses.field(metadata={"check": check}, **options)
+
+
+def appended(check: Check, default: Any) -> Any:
+    """A field of a dataclass that travels, and that version 0.1.0 does not have: behind all that it has."""
+    return dataclasses.field(default=default, metadata={"check": check, "appended": True})
+
+
+class Layout:
+    """The fields of a dataclass that travel, in order.
+
+    Args:
+        kind: the dataclass, with fields made by `wire` and `appended`.
+    """
+
+    def __init__(self, kind: type[Any]) -> None:
+        fields = [field for field in dataclasses.fields(kind) if "check" in field.metadata]
+        self.names = [field.name for field in fields]
+        self._kind = kind.__name__
+        self._checks: list[tuple[str, Check]] = [(field.name, field.metadata["check"]) for field in fields]
+        self._required = sum(field.default is dataclasses.MISSING for field in fields)
+        self._defaults = [field.default for field in fields]
+        self._always_written = sum("appended" not in field.metadata for field in fields)
+
+    def write(self, message: Any) -> list[Any]:
+        """The values that travel."""
+        values = [getattr(message, name) for name in self.names]
+        while len(values) > self._always_written and values[-1] == self._defaults[len(values) - 1]:
+            values.pop()
+        return values
+
+    def read(self, values: Sequence[Any]) -> dict[str, Any]:
+        """The fields, by name, that have come; all others have defaults.
+
+        Raises:
+            ProtocolError: names the field that is missing or holds what it must not.
+        """
+        if len(values) < self._required:
+            raise ProtocolError(f"{self._kind} lacks the field {self.names[len(values)]}")
+        fields: dict[str, Any] = {}
+        for (name, check), value in zip(self._checks, values, strict=False):
+            try:
+                fields[name] = check(value)
+            except ProtocolError as error:
+                raise ProtocolError(f"{self._kind}.{name}: {error}") from None
+        return fields
+
+
+def uint(limit: int) -> Check:
+    """An integer in `0..limit`."""
+
+    def check(value: Any) -> int:
+        if type(value) is not int or not 0 <= value <= limit:
+            raise ProtocolError(f"expected an integer in 0..{limit}")
+        return value
+
+    return check
+
+
+def number(low: float, high: float) -> Check:
+    """A number in `low..high`, as a float."""
+
+    def check(value: Any) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            raise ProtocolError(f"expected a number in {low:g}..{high:g}")
+        return float(value)
+
+    return check
+
+
+milliseconds = number(0, sys.float_info.max)
+"""A finite number that is not negative."""
+
+
+def blob(*lengths: int) -> Check:
+    """Bytes of one of these lengths."""
+
+    def check(value: Any) -> bytes:
+        if type(value) is not bytes or len(value) not in lengths:
+            raise ProtocolError(f"expected {' or '.join(map(str, lengths))} bytes")
+        return value
+
+    return check
+
+
+def text(limit: int) -> Check:
+    """Text of at most `limit` characters, as `printable` gives it: it ends in logs and on terminals."""
+
+    def check(value: Any) -> str:
+        if type(value) is not str or len(value) > limit:
+            raise ProtocolError(f"expected text of at most {limit} characters")
+        return printable(value)[:limit]  # so that who passes it on may
+
+    return check
+
+
+def matching(pattern: re.Pattern[str]) -> Check:
+    """Text that `pattern` matches as a whole."""
+
+    def check(value: Any) -> str:
+        if type(value) is not str or not pattern.fullmatch(value):
+            raise ProtocolError(f"expected text that matches {pattern.pattern}")
+        return value
+
+    return check
+
+
+def flag(value: Any) -> bool:
+    """A boolean."""
+    if type(value) is not bool:
+        raise ProtocolError("expected a boolean")
+    return value
+
+
+def records(kind: Callable[..., Any], limits: Sequence[int], *, most: int) -> Check:
+    """At most `most` records of integers, each within its limit, as a tuple of `kind`."""
+    width = len(limits)
+
+    def check(value: Any) -> tuple[Any, ...]:
+        rows: list[Any] = value
+        if type(value) is not list or len(rows) > most:
+            raise ProtocolError(f"expected a list of at most {most} records")
+        for row in rows:
+            numbers: list[Any] = row
+            if type(row) is not list or len(numbers) != width:
+                raise ProtocolError(f"expected records of {width} integers")
+            for number, limit in zip(numbers, limits, strict=True):
+                if type(number) is not int or not 0 <= number <= limit:
+                    raise ProtocolError(f"expected an integer in 0..{limit}")
+        return tuple([kind(*row) for row in rows])
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    """None, or what `check` accepts."""
+    return lambda value: None if value is None else check(value)
+
+
+def several(check_one: Check, *, least: int = 0, most: int) -> Check:
+    """`least` to `most` values that `check_one` accepts, as a tuple."""
+
+    def check(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple) or not least <= len(cast("Sequence[Any]", value)) <= most:
+            raise ProtocolError(f"expected a list of {least} to {most} values")
+        return tuple(check_one(item) for item in cast("Sequence[Any]", value))
+
+    return check
+
+
+def row(kind: Callable[..., Any], *checks: Check) -> Check:
+    """A list with one value for each of `checks`, as a `kind`."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, list | tuple) or len(cast("Sequence[Any]", value)) != len(checks):
+            raise ProtocolError(f"expected a list of {len(checks)} values")
+        return kind(*(check_one(item) for check_one, item in zip(checks, cast("Sequence[Any]", value), strict=True)))
+
+    return check

@@ -1,0 +1,594 @@
+"""Every message of the wire protocol, and how it becomes frames.
+
+A message travels as one or two ZeroMQ frames:
+
+    frame 0   b"SN", version (1 byte), tag (1 byte), msgpack array of the fields in the order of the dataclass
+    frame 1   only for messages with a payload: the encoded tensor, an adapter, or padding of a ping
+
+The first three bytes are the same in every version, so that each side can name the other's version. Every length is
+bounded here and checked before anything is allocated; whatever breaks a bound raises `ProtocolError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, ClassVar, NamedTuple, cast, get_args
+
+from splitnet.errors import ProtocolError, ProtocolVersionError
+from splitnet.wire.endpoints import Relay
+from splitnet.wire.fields import (
+    Layout,
+    appended,
+    blob,
+    flag,
+    matching,
+    milliseconds,
+    number,
+    optional,
+    packb,
+    records,
+    row,
+    several,
+    text,
+    uint,
+    unpack_array,
+    wire,
+)
+
+PROTOCOL_VERSION = 1
+MAGIC = b"SN"
+
+MAX_HEADER_BYTES = 64 * 1024
+MAX_PAYLOAD_BYTES = 64 * 1024 * 1024
+MAX_ROWS = 1024
+MAX_POSITIONS = 1 << 24
+MAX_BLOCKS = 4096
+MAX_TEXT = 2048
+
+MAX_DEPTH = 2
+MAX_FOUND = 256
+ENTRY_BYTES = 19
+MAX_KNOWN = 512
+MAX_CHANGES_BYTES = 60_000
+
+FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
+"""Of a model's weights."""
+
+SESSION_BYTES = 16
+KEY_BYTES = 32
+DIGEST_BYTES = 32
+
+MAX_PART_BYTES = 1 << 20
+"""Of weights in one message."""
+MAX_WEIGHTS_BYTES = 256 << 20
+"""Of all that a peer tells of weights by one name: of a manifest, as a piece is one part."""
+
+Payload = bytes | memoryview
+
+
+class FailureCode(IntEnum):
+    """Why a peer refused; the client turns each into an exception of `splitnet.errors`."""
+
+    INTERNAL = 1
+    BAD_MESSAGE = 2
+    BUSY = 3
+    UNKNOWN_SESSION = 4
+    OUT_OF_ORDER = 5
+    WRONG_MODEL = 6
+    WRONG_BLOCKS = 7
+    TOO_LONG = 8
+    STALE_EPOCH = 9
+    LEAVING = 10
+    """Not about a request: the peer is about to end, and serves the session until its client has replaced it."""
+
+
+class Part(NamedTuple):
+    """New positions of one row in a step."""
+
+    row: int
+    start: int
+    """Absolute position of the first new one; what the hop has cached from there on is dropped first."""
+    length: int
+    keep: int
+    """How many of the last positions the tail returns to the client (0: none)."""
+
+
+class Timing(NamedTuple):
+    """What a step met at one hop, in microseconds."""
+
+    wait_us: int
+    """From its arrival until its first pass began."""
+    compute_us: int
+    """On the device, over all its passes."""
+    next_rtt_us: int
+    """Round trip to the next hop, as this one has seen it lately; 0: not measured."""
+
+
+class ToldLoad(NamedTuple):
+    """How busy a device has been lately, see `scheduler.load`; records tell the same, seconds to a minute later."""
+
+    wait_ms: float
+    """For which decode steps waited."""
+    batch: float
+    """Positions of others in the pass of a decode step."""
+    at: float
+    """Unix time in seconds by the clock of the peer, as in its records."""
+
+
+class Fork(NamedTuple):
+    """Row `row` continues from the cache of row `source` (the same id: it simply stays)."""
+
+    row: int
+    source: int
+
+
+_ROW_ID = (1 << 48) - 1
+_NUMBER = uint((1 << 48) - 1)
+_UNIX_S = number(0, 1e11)
+_MAX_US = (1 << 48) - 1
+_MAX_HOPS = 256
+
+
+def _session() -> Any:
+    return wire(blob(SESSION_BYTES))
+
+
+def _epoch() -> Any:
+    return wire(uint((1 << 31) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Asks for a `Pong`; the payload is padding that makes bandwidth measurable."""
+
+    TAG: ClassVar[int] = 1
+    nonce: int = wire(_NUMBER)
+    payload: Payload = b""
+    session: bytes = appended(blob(0, SESSION_BYTES), b"")
+    """Asks also about this session of the sender; empty: about none. Version 0.1.0 refuses it."""
+    load: bool = appended(flag, False)
+    """Asks also how busy the device is. Version 0.1.0 refuses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Answers `Ping` at once, whatever the device is doing."""
+
+    TAG: ClassVar[int] = 2
+    nonce: int = wire(_NUMBER)
+    queue_ms: float = wire(milliseconds)
+    kv_free_positions: int = wire(_NUMBER)
+    waiting: int = appended(_NUMBER, 0)
+    """Steps and passes of the session asked about that wait here or are being computed; 1 for all that was sent on and
+    has not arrived, as far as is known."""
+    done: int = appended(_NUMBER, 0)
+    """Positions of the session that were computed here so far; it only grows."""
+    holds: bool = appended(flag, False)
+    """The peer holds the session, and whoever asks has opened it."""
+    last: int = appended(_NUMBER, 0)
+    """Highest number of a step or pass of the session's epoch that was finished here; replays do not count."""
+    timing: tuple[Timing, ...] = appended(records(Timing, (_MAX_US,) * 3, most=1), ())
+    """Of the last decode step of the session here; empty: there was none."""
+    load: tuple[ToldLoad, ...] = appended(several(row(ToldLoad, number(0, 1e9), number(0, 1e9), _UNIX_S), most=1), ())
+    """Empty: not asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Opens a session at a hop, or changes an open one: a larger budget, another next hop, a newer epoch."""
+
+    TAG: ClassVar[int] = 3
+    session: bytes = _session()
+    epoch: int = _epoch()
+    model: str = wire(text(64))
+    """Fingerprint of the weights."""
+    start: int = wire(uint(MAX_BLOCKS))
+    end: int = wire(uint(MAX_BLOCKS))
+    budget: int = wire(uint(MAX_POSITIONS))
+    """Positions of KV cache to reserve, over all rows."""
+    codec: int = wire(uint(255))
+    """Codec of what this hop sends on."""
+    previous: bytes = wire(blob(0, KEY_BYTES))
+    """Public key of the hop that may push steps of this session; empty: only the client does."""
+    next_key: bytes = wire(blob(0, KEY_BYTES))
+    """Public key of the next hop; empty: results go to the client."""
+    next_address: str = wire(text(256))
+    next_relays: tuple[Relay, ...] = appended(several(row(Relay, text(64), blob(KEY_BYTES)), most=3), ())
+    """Helpers through whom the next hop is reached; none: it is reached at its address."""
+    asks_weights: bool = appended(flag, default=False)
+    """Whether `Opened` shall say what the weights are held as."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Answers `Open`: memory is reserved."""
+
+    TAG: ClassVar[int] = 4
+    session: bytes = _session()
+    epoch: int = _epoch()
+    next_reachable: bool = wire(flag)
+    cached_positions: int = wire(_NUMBER)
+    """Over all rows; 0 tells the client that this hop begins with nothing."""
+    weights: str = appended(text(64), "")
+    """What they are held as, as in `PeerRecord.dtype`; empty: it was not asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Ends a session and frees its memory; sent by its owner."""
+
+    TAG: ClassVar[int] = 5
+    session: bytes = _session()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """New positions of some rows, with their encoded boundary activations `[positions, hidden]` as payload.
+
+    A step is idempotent: positions are absolute, a hop crops what it has cached beyond `start` first, and forks that
+    were made already are left as they are.
+    """
+
+    TAG: ClassVar[int] = 6
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = wire(_NUMBER)
+    parts: tuple[Part, ...] = wire(records(Part, (_ROW_ID, *(MAX_POSITIONS,) * 3), most=MAX_ROWS))
+    forks: tuple[Fork, ...] | None = wire(optional(records(Fork, (_ROW_ID, _ROW_ID), most=MAX_ROWS)))
+    """Applied before the new positions; rows that are not named are dropped. None: the rows stay."""
+    replay_until: int = wire(uint(MAX_BLOCKS))
+    """0 for new positions. In a replay: hops that end at this block or later log their output and send nothing on."""
+    codec: int = wire(uint(255))
+    payload: Payload = b""
+    boundary: int = wire(uint(MAX_BLOCKS), default=0)
+    """The block that the payload stands before, as a hop that pushes names it: so that no chain can be a circle."""
+    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
+    """Of the hops before, in order."""
+    reach: int = appended(uint(MAX_POSITIONS), 0)
+    """Where rotary frequencies depend on the length of a text, a position has those of a text that ends with it, or of
+    one of so many positions (with the prefix of an adapter) if that is longer. Version 0.1.0 refuses it."""
+
+    @property
+    def positions(self) -> int:
+        return sum(part.length for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Output of a hop for the client: of the tail, or of a hop whose next is the client."""
+
+    TAG: ClassVar[int] = 7
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = wire(_NUMBER)
+    end: int = wire(uint(MAX_BLOCKS))
+    """The boundary that the payload stands at."""
+    codec: int = wire(uint(255))
+    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))
+    """Of all hops so far, in order."""
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request could not be served; `number` is 0 if it was not about a step."""
+
+    TAG: ClassVar[int] = 8
+    session: bytes = wire(blob(0, SESSION_BYTES))
+    epoch: int = _epoch()
+    number: int = wire(_NUMBER)
+    code: int = wire(uint(255))
+    text: str = wire(text(MAX_TEXT))
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Asks a hop to send its log of encoded activations to its next hop again (see `Open` for a new next hop)."""
+
+    TAG: ClassVar[int] = 9
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = wire(_NUMBER)
+    """Number of the last step of the replay; the hop that ends at `until` answers it with an empty `Result`."""
+    until: int = wire(uint(MAX_BLOCKS))
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Whole sequences of which no KV cache is kept, with their encoded boundary activations `[positions, hidden]`.
+
+    Answered as a step is: pushed from hop to hop, and by the tail with a `Result` of all positions. Sent again, it does
+    the same again.
+    """
+
+    TAG: ClassVar[int] = 10
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = wire(_NUMBER)
+    oldest: int = wire(_NUMBER)
+    """The client needs nothing any more of what has a lower number."""
+    lengths: tuple[int, ...] = wire(several(uint(MAX_POSITIONS), most=MAX_ROWS))
+    """Positions of each sequence."""
+    kept: bool = wire(flag)
+    """Each hop keeps its input, so that a `Gradient` can follow."""
+    adapter: int = wire(_NUMBER)
+    """Version of the adapter that the blocks run with; 0: none."""
+    gradient_codec: int = wire(uint(255))
+    """Codec of the gradients that come back this way."""
+    codec: int = wire(uint(255))
+    payload: Payload = b""
+    boundary: int = wire(uint(MAX_BLOCKS), default=0)
+    """As in `Step`."""
+    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
+    """Of the hops before, in order."""
+    reach: int = appended(uint(MAX_POSITIONS), 0)
+    """As in `Step`, but a sequence counts as a whole."""
+
+    @property
+    def positions(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """Goes the way of a `Forward` back: the gradient of the client's loss by the activations at a boundary."""
+
+    TAG: ClassVar[int] = 11
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = wire(_NUMBER)
+    """Of the `Forward`."""
+    boundary: int = wire(uint(MAX_BLOCKS))
+    since: int = wire(_NUMBER)
+    """Number of the first of the passes over which hops add up the gradients by the adapter."""
+    held: bool = wire(flag)
+    """More of them follow; with the last one the sum goes to the client."""
+    codec: int = wire(uint(255))
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Parameters of the client that the blocks of a hop run with from now on, in this session alone.
+
+    The payload is in the safetensors format; `splitnet.blocks.adapters` says how the tensors are named. A large adapter
+    comes in several messages.
+    """
+
+    TAG: ClassVar[int] = 12
+    session: bytes = _session()
+    epoch: int = _epoch()
+    version: int = wire(_NUMBER)
+    remaining: int = wire(_NUMBER)
+    """How many messages of this version follow."""
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoaded:
+    """Answers the last `Adapter` of a version."""
+
+    TAG: ClassVar[int] = 13
+    session: bytes = _session()
+    epoch: int = _epoch()
+    version: int = wire(_NUMBER)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterGradient:
+    """A hop's gradient by the adapter of its blocks, with the same names and shapes; straight to the client."""
+
+    TAG: ClassVar[int] = 14
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = wire(_NUMBER)
+    """Of the last `Forward` that it is summed over."""
+    remaining: int = wire(_NUMBER)
+    """How many messages of it follow."""
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchKV:
+    """Asks a hop for the keys and values of the first positions of a row, which the client may use as a prefix."""
+
+    TAG: ClassVar[int] = 15
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = wire(_NUMBER)
+    row: int = wire(uint(_ROW_ID))
+    length: int = wire(uint(MAX_POSITIONS))
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedKV:
+    """Answers a `FetchKV` for the blocks of a hop, with tensors that are named as those of an adapter."""
+
+    TAG: ClassVar[int] = 16
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = wire(_NUMBER)
+    remaining: int = wire(_NUMBER)
+    """How many messages of it follow."""
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class LookUp:
+    """Asks a peer for the records of a model's peers, or for one record of each model."""
+
+    TAG: ClassVar[int] = 17
+    number: int = wire(_NUMBER)
+    """Of the question; its answer has the same."""
+    model: str = wire(matching(re.compile(rf"(?:{FINGERPRINT.pattern})?")))
+    """Fingerprint of the weights; empty: all models."""
+    depth: int = wire(uint(MAX_DEPTH))
+    """Over how many further peers the question may go, where the one asked has to ask others itself."""
+    known: tuple[bytes, ...] = appended(several(blob(ENTRY_BYTES), most=MAX_KNOWN), ())
+    """What is said of the records that who asks holds, see `splitnet.directory.ask`; those first that it needs most."""
+    since: float = appended(_UNIX_S, 0.0)
+    """Of other peers tell only of those that are where they are since then, Unix time in seconds."""
+    most: int = appended(uint(MAX_CHANGES_BYTES), 0)
+    """Only what has changed, in so many bytes of records; 0: everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Answers a `LookUp` in one message or several; each payload is a msgpack array of signed records."""
+
+    TAG: ClassVar[int] = 18
+    number: int = wire(_NUMBER)
+    remaining: int = wire(uint(MAX_FOUND - 1))
+    """How many messages of this answer follow."""
+    payload: Payload = b""
+    present: bytes = appended(blob(*range(MAX_KNOWN // 8 + 1)), b"")
+    """For each entry of `LookUp.known` a bit: the peer is still there; the lowest of a byte first. Empty: the answer
+    is everything, as of a peer that does not know this field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Asks a peer to tell others of a record; the payload is the signed record."""
+
+    TAG: ClassVar[int] = 19
+    number: int = wire(_NUMBER)
+    depth: int = wire(uint(MAX_DEPTH))
+    """As in `LookUp`."""
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """Answers an `Announce`."""
+
+    TAG: ClassVar[int] = 20
+    number: int = wire(_NUMBER)
+    taken: bool = wire(flag)
+    """False: the record is not valid, or there is no place for it."""
+
+
+class WeightsKind(IntEnum):
+    """What `AskWeights` asks for."""
+
+    MANIFEST = 0
+    """Of the model that is named."""
+    HELD = 1
+    """Which pieces of it the peer has: a bit for each in the order of the manifest, the lowest of a byte first."""
+    PIECE = 2
+    """The piece that is named, by its digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskWeights:
+    """Asks a peer for weights of its model, or what they are."""
+
+    TAG: ClassVar[int] = 21
+    number: int = wire(_NUMBER)
+    """Of the question; its answer has the same."""
+    kind: int = wire(uint(255))
+    """A `WeightsKind`."""
+    name: bytes = wire(blob(DIGEST_BYTES))
+    """Fingerprint of the model, or SHA-256 of the piece; in a closed swarm as its members name it."""
+    offset: int = wire(uint(MAX_WEIGHTS_BYTES))
+    """The answer begins there."""
+    length: int = wire(uint(MAX_PART_BYTES))
+    """The answer has at most so many bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsPart:
+    """Answers `AskWeights`."""
+
+    TAG: ClassVar[int] = 22
+    number: int = wire(_NUMBER)
+    total: int = wire(uint(MAX_WEIGHTS_BYTES))
+    """Bytes of all that was asked for, of which these are a part."""
+    payload: Payload = b""
+
+
+Message = (
+    Ping
+    | Pong
+    | Open
+    | Opened
+    | Close
+    | Step
+    | Result
+    | Failure
+    | Replay
+    | Forward
+    | Gradient
+    | Adapter
+    | AdapterLoaded
+    | AdapterGradient
+    | FetchKV
+    | FetchedKV
+    | LookUp
+    | Found
+    | Announce
+    | Announced
+    | AskWeights
+    | WeightsPart
+)
+
+MESSAGES: tuple[type[Message], ...] = get_args(Message)
+
+_BY_TAG: dict[int, type[Message]] = {kind.TAG: kind for kind in MESSAGES}
+assert len(_BY_TAG) == len(MESSAGES), "two messages share a tag"
+
+_LAYOUTS = {kind: Layout(kind) for kind in MESSAGES}
+_HAS_PAYLOAD = frozenset(kind for kind in MESSAGES if any(item.name == "payload" for item in dataclasses.fields(kind)))
+_PREFIX = {kind: MAGIC + bytes((PROTOCOL_VERSION, kind.TAG)) for kind in MESSAGES}
+
+
+def encode(message: Message) -> list[Payload]:
+    """The frames of a message."""
+    kind = type(message)
+    header = _PREFIX[kind] + packb(_LAYOUTS[kind].write(message))
+    if kind in _HAS_PAYLOAD:
+        payload = cast("Step", message).payload
+        if len(payload):
+            return [header, payload]
+    return [header]
+
+
+def decode(frames: Sequence[Payload]) -> Message:
+    """The message in `frames`.
+
+    Raises:
+        ProtocolVersionError: the sender speaks another version.
+        ProtocolError: anything else that is not exactly a message.
+    """
+    if not 1 <= len(frames) <= 2:
+        raise ProtocolError(f"expected 1 or 2 frames, got {len(frames)}")
+    header = memoryview(frames[0])
+    if not 4 <= len(header) <= MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header has 4 to {MAX_HEADER_BYTES} bytes, got {len(header)}")
+    if bytes(header[:2]) != MAGIC:
+        raise ProtocolError("not a splitnet message")
+    if header[2] != PROTOCOL_VERSION:
+        raise ProtocolVersionError(
+            f"the other side speaks protocol {header[2]}, this one {PROTOCOL_VERSION}: upgrade the older of the two"
+        )
+    kind = _BY_TAG.get(header[3])
+    if kind is None:
+        raise ProtocolError(f"unknown message tag {header[3]}")
+    body = unpack_array(header[4:], most_items=MAX_ROWS, most_text=MAX_TEXT * 4, most_bytes=256)
+    values = _LAYOUTS[kind].read(body)
+    if kind in _HAS_PAYLOAD:
+        values["payload"] = _payload(frames)
+    elif len(frames) > 1:
+        raise ProtocolError(f"{kind.__name__} has no payload")
+    return kind(**values)
+
+
+def _payload(frames: Sequence[Payload]) -> Payload:
+    if len(frames) == 1:
+        return b""
+    if len(frames[1]) > MAX_PAYLOAD_BYTES:
+        raise ProtocolError(f"a payload has at most {MAX_PAYLOAD_BYTES} bytes, got {len(frames[1])}")
+    return frames[1]
