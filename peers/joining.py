@@ -148,8 +148,8 @@ def join_swarm(
         report: told what is going on, see `Peer.start`; also called again and again while others are waited for.
 
     Raises:
-        SplitnetError: see `splitnet.directory.joining.join`; also if `options.join_file` does not come, or options of the DHT
-            are given where none is joined.
+        SplitnetError: see `splitnet.directory.joining.join`; also if `options.join_file` does not come, or options of
+            the DHT are given where none is joined.
         ModelNotFound: the model is not here, and no peer of the swarm gives it.
     """
     if checkpoint is not None and checkpoint.is_whole:

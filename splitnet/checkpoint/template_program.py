@@ -1,4 +1,4 @@
-"""Renders chat templates, which are programs of strangers. A process of its own, see `splitnet.checkpoint.chat_template`.
+"""Renders chat templates, which are programs of strangers: a process of its own, see `checkpoint/chat_template.py`.
 
 Says that it is ready by an empty frame; then reads frames (8 bytes with the length, then JSON) from stdin and answers
 each on stdout with `[answer, error]`, one of which is null: a text, or of a template without messages its variables. It

@@ -92,10 +92,10 @@ class Told:
         bits = 0
         changed: list[tuple[int, PeerRecord]] = []
         for at, entry in enumerate(known):
-            for latest, record in self._by_key.get(entry[:KEY_PREFIX_BYTES], ()):
+            for newest, record in self._by_key.get(entry[:KEY_PREFIX_BYTES], ()):
                 if not record.has_left:
                     bits |= 1 << at
-                if weight := _weight(entry, latest):
+                if weight := _weight(entry, newest):
                     changed.append((weight, record))
         changed.sort(key=itemgetter(0), reverse=True)
         room = most

@@ -431,7 +431,7 @@ class RemoteCausalLM(RemoteModel):
             conversation.resume(input_ids, prepared.get("attention_mask"), follows=follows and plain)
 
     def _decode(self, text: Text, config: Any, prepared: dict[str, Any]) -> torch.Tensor:
-        """Generates one text in the loop of `splitnet.client.speculation`; its prompt goes the way of transformers."""
+        """Generates one text in the loop of `splitnet.hf.speculate`; its prompt goes the way of transformers."""
         prefilled = self._prefill(  # pyright: ignore[reportCallIssue]
             text.ids(), config, prepared, is_first_iteration=not config.is_assistant
         )

@@ -45,9 +45,9 @@ def test_another_device_model_or_way_to_compute_has_its_own(
     assert known.find(Span.load(checkpoint, 0, 3), "model") is None
     assert known.find(Span.load(checkpoint, 0, 2, dtype="bfloat16"), "model") is None
     for owner, name, value in (
-        (speed.kernels, "path_in_use", lambda: "other"),
+        (speed.native, "path_in_use", lambda: "other"),
         (speed, "__version__", "other"),
-        (speed.kernels, "processor", lambda: "other"),
+        (speed.native, "processor", lambda: "other"),
         (torch, "get_num_threads", lambda: 99),
         (torch, "__version__", "other"),
         (speed.platform, "node", lambda: "other"),

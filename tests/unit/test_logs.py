@@ -34,10 +34,10 @@ def event(record: logging.LogRecord) -> dict[str, Any]:
 @given(st.text(), st.dictionaries(FIELDS, st.text() | st.integers()))
 def test_an_event_is_one_line_with_its_fields(text: str, extra: dict[str, Any]) -> None:
     record = logging.makeLogRecord(
-        {"name": "splitnet.net", "levelno": 30, "levelname": "WARN", "msg": "%s", "args": (text,), **extra}
+        {"name": "splitnet.nat", "levelno": 30, "levelname": "WARN", "msg": "%s", "args": (text,), **extra}
     )
     told = event(record)
-    assert (told["level"], told["logger"], told["message"]) == ("warning", "splitnet.net", text)
+    assert (told["level"], told["logger"], told["message"]) == ("warning", "splitnet.nat", text)
     assert {name: told[name] for name in extra.keys() - FIXED} == {name: extra[name] for name in extra.keys() - FIXED}
     at = datetime.fromisoformat(told["time"])
     assert at.utcoffset() == timedelta(0) and abs(at.timestamp() - record.created) < 0.002

@@ -1,9 +1,9 @@
 """A few new positions through blocks of the usual parts, in one call of compiled code.
 
-What `splitnet.blocks.fast.lean` leaves is more than half of the time of a decode step with weights of few bits: for each
-block some twenty calls of torch, on tensors of a few hundred numbers. `native/step.h` has the whole block instead, also
-for several positions of a sequence, as windows of drafts have them, and of all the kinds that `BlockDescription` tells
-apart. As there, what comes out is compared with the family's own code when a span loads.
+What `splitnet.blocks.fast.lean` leaves is more than half of the time of a decode step with weights of few bits: for
+each block some twenty calls of torch, on tensors of a few hundred numbers. `native/step.h` has the whole block
+instead, also for several positions of a sequence, as windows of drafts have them, and of all the kinds that
+`BlockDescription` tells apart. As there, what comes out is compared with the family's own code when a span loads.
 """
 
 from __future__ import annotations
