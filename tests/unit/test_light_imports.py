@@ -29,7 +29,7 @@ def imported(program: str, *arguments: str) -> set[str]:
     return set(json.loads(ended.stdout.splitlines()[-1]))
 
 
-AS_A_COMMAND = "from splitnet import light_imports; light_imports.claim_process(); light_imports.import_models()"
+AS_A_COMMAND = "from splitnet import import_shims; import_shims.claim_process(); import_shims.import_models()"
 SERVE_AND_ASK = f"""
 import sys
 {AS_A_COMMAND}
