@@ -47,8 +47,8 @@ from simulator.directory import View
 from simulator.engine import Simulation
 from simulator.geography import GivenGeography
 from simulator.node import Node
+from simulator.policies import POLICIES
 from simulator.session import FINISHED
-from simulator.variants import POLICIES
 from simulator.world import BYTES_PER_MS, KINDS, Device, Request, Settings, World, device_id, draw_requests
 
 SHAPE = Shape(hidden=128, middle=256, blocks=24, heads=4, kv_heads=2, vocabulary=512)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from statistics import median
 from typing import Final, TypeVar
@@ -40,6 +41,15 @@ def move_pays(current_ms: float, new_ms: float, move_ms: float, steps_left: int,
         return False
     return (current_ms - new_ms) * steps_left > MOVE_COUNTS * move_ms
 
+
+PAUSE_S: Final = 1.0
+"""Between two looks for a better route."""
+
+SUSPECTED_AGAIN_S: Final = 10.0
+"""How often the links of a route that is slow for no known reason are measured again."""
+
+RECENT_S: Final = 60.0
+"""What steps took longer ago says nothing of now."""
 
 SURPRISE: Final = 2.0
 SURPRISE_MS: Final = 20.0
@@ -85,8 +95,22 @@ class Forecasts:
         return min(max(1.0, sorted(ratios)[-2]), MAX_ERROR)
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What to do about a route now.
+
+    plans: look for another one. suspects: ask the hops at its ends. measures: and measure the bandwidth to them.
+    """
+
+    plans: bool
+    suspects: bool
+    measures: bool
+
+
 class RouteWatch:
-    """What decode steps take on the present route, beside what was predicted. All times in ms.
+    """What decode steps take on the present route, beside what was predicted, and whether to leave it.
+
+    Times are in ms, but for moments, which are in s.
 
     Attributes:
         former_ms: of a step before a hop was lost, as it was to be expected, or at its best, if that was less than now;
@@ -105,6 +129,8 @@ class RouteWatch:
         self._is_tried = False
         self._recent_ms: deque[float] = deque(maxlen=RECENT_STEPS)
         self._is_slow = False
+        self._stepped_s = self._looked_s = self._suspected_s = -math.inf
+        self._is_unexplained = False
 
     @property
     def expected_ms(self) -> float:
@@ -140,23 +166,73 @@ class RouteWatch:
         """Whether the route may be left if a step takes so long: it has become slow, or is what a loss has left."""
         return has_become_slow(step_ms, self._expected_ms) or has_become_slow(step_ms, self.former_ms or math.inf)
 
-    def move_pays(self, current_ms: float, new_ms: float, move_ms: float, steps_left: int) -> bool:
-        """See `move_pays`. What was left after a loss is left in turn for a route that is as good as the lost one."""
+    def may_look(self, now_s: float, *, news: bool) -> bool:
+        """Whether there is a reason to `look`, and the last look was not a moment ago. news: facts were refreshed."""
+        return (news or self.surprised or self._is_unexplained) and now_s - self._looked_s >= PAUSE_S
+
+    def look(self, now_s: float, known_ms: float, *, news: bool, ends_silent: bool) -> Look:
+        """What to do about the route now.
+
+        What a hop took is known from the step. If it was one of the client's own links, that is measured first; of the
+        others their hops tell after some seconds.
+
+        known_ms: of a step, as the facts say. ends_silent: one of the hops beside the client does not answer.
+        """
+        surprised, self.surprised = self.surprised, False
+        self._forget_old(now_s)
+        self._looked_s = now_s
+        is_slow = self.is_slow(self.present_ms(known_ms))
+        self._is_unexplained = is_slow and not ends_silent and not self.is_slow(known_ms)
+        measures = self._is_unexplained and now_s - self._suspected_s >= SUSPECTED_AGAIN_S
+        if measures:
+            self._suspected_s = now_s
+        plans = is_slow and not measures and (news or surprised or not self._is_unexplained)
+        return Look(plans, suspects=surprised or measures, measures=measures)
+
+    def better_ms(
+        self,
+        known_ms: float,
+        predicted_ms: float,
+        error: float,
+        move_ms: float,
+        steps_left: int,
+        *,
+        shares_links: bool = False,
+    ) -> float | None:
+        """Ms of a step on another route, if it pays to leave the present one for it; else None.
+
+        What is known of the present route was seen; what is known of the other was told, and may be too good. A route
+        that was left after a loss is left in turn for one that is as good as the lost one, see `move_pays`.
+
+        Args:
+            known_ms: of a step on the present route, as the facts say.
+            predicted_ms: of one on the other.
+            error: by what factor predictions are too good, see `Forecasts`.
+            move_ms: until the new hops hold the session's cache.
+            steps_left: in the session.
+            shares_links: whether the routes have a link in common, which may be what is slow for no known reason.
+        """
+        current_ms, new_ms = self.present_ms(known_ms), predicted_ms * error
+        if self._is_unexplained and shares_links:
+            new_ms += current_ms - known_ms
         is_back = bool(self.former_ms) and not has_become_slow(new_ms, self.former_ms)
         expected_ms = self.former_ms if is_back else self._expected_ms
-        return move_pays(current_ms, new_ms, move_ms, steps_left, expected_ms)
+        return new_ms if move_pays(current_ms, new_ms, move_ms, steps_left, expected_ms) else None
 
-    def forget_recent(self) -> None:
-        """What the last steps took was too long ago to say anything of now."""
-        self._recent_ms.clear()
+    def _forget_old(self, now_s: float) -> None:
+        if now_s - self._stepped_s > RECENT_S:
+            self._recent_ms.clear()
 
-    def step_took(self, elapsed_ms: float, positions: int = 1) -> float | None:
+    def step_took(self, elapsed_ms: float, positions: int = 1, now_s: float = 0.0) -> float | None:
         """Takes in a step; returns by what factor the route is slower than predicted, once known and when it is less.
 
         It may be slow at first as contexts of others are computed that have moved, too: its best counts.
 
         positions: in the step; only of single ones is compared what they cost with what they took.
+        now_s: when it was done.
         """
+        self._forget_old(now_s)
+        self._stepped_s = now_s
         self.surprised |= elapsed_ms > SURPRISE * (self.usual_ms or elapsed_ms) + SURPRISE_MS
         self._usual.add(elapsed_ms)
         if positions == 1:

@@ -1,8 +1,9 @@
-"""A client's own knowledge of the network: where it stands, and the links that it has measured."""
+"""A client: where it stands, the links that it has measured, what its session met, and the routes that it asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -10,9 +11,11 @@ import numpy as np
 
 from scheduler.candidates import measured_first
 from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
-from scheduler.facts import CLIENT, Link, Peer, Place
+from scheduler.facts import CLIENT, Hop, Link, Peer, Place
+from scheduler.load import MovingAverage
+from scheduler.route_search import Answers
 from simulator.directory import Record, View
-from simulator.world import World
+from simulator.world import Request, World
 from splitnet.swarm.measure import PINGS_PER_MINUTE
 from splitnet.transport.prober import PING_TIMEOUT_S
 from splitnet.wire.messages import ToldLoad
@@ -27,6 +30,10 @@ PING_TRIPS: Final = CONNECT_TRIPS + 2
 """Round trips that measuring a link takes which has to be opened for it."""
 
 
+SHARE: Final = 0.5
+"""Weight of the latest token in the averages of what a session met."""
+
+
 def _idle(_: str) -> tuple[float, float]:
     return 0.0, 0.0
 
@@ -35,15 +42,15 @@ def _idle(_: str) -> tuple[float, float]:
 class Client:
     """number: in the geography. links: both ways between the client and the peers that it has measured.
 
-    asked_s: when it measured which peers. silent: those of them that did not answer. told: how busy the others said
-    that they were then. load_of: ms that a step waits at a peer now, and positions of others that share its pass.
+    answers: which peers answered when it measured its links. told: how busy they said that they were then.
+    load_of: ms that a step waits at a peer now, and positions of others that share its pass.
     """
 
     number: int
     place: Place
     links: dict[tuple[str, str], Link] = field(default_factory=dict[tuple[str, str], Link])
-    asked_s: dict[str, float] = field(default_factory=dict[str, float])
-    silent: set[str] = field(default_factory=set[str])
+    answers: Answers = field(default_factory=lambda: Answers(silent_s=math.inf))
+    """In the short life of a simulated client no peer comes back."""
     told: dict[str, ToldLoad] = field(default_factory=dict[str, ToldLoad])
     load_of: Callable[[str], tuple[float, float]] = _idle
 
@@ -53,13 +60,12 @@ class Client:
         for name in names:
             number = world.number_of[name]
             late = 1 + 0.1 * luck()
-            self.asked_s[name] = now_s
-            if world.devices[number].leaves_s <= now_s:
-                self.silent.add(name)
+            is_there = world.devices[number].leaves_s > now_s
+            self.answers.asked(name, now_s, answered=is_there)
+            if not is_there:
                 self.told.pop(name, None)
                 took_ms = PING_TIMEOUT_S * 1000
                 continue
-            self.silent.discard(name)
             self.told[name] = ToldLoad(*self.load_of(name), now_s)
             for sender, receiver, pair in (
                 (self.number, number, (CLIENT, name)),
@@ -77,11 +83,6 @@ class Client:
             return None
         return replace(record.peer, queue_ms=told.wait_ms, batch=told.batch)
 
-    def asked_since(self, since_s: float) -> tuple[set[str], set[str]]:
-        """Of those whom it asked since then, who was silent, and who answered."""
-        asked = {name for name, at in self.asked_s.items() if at >= since_s}
-        return asked & self.silent, asked - self.silent
-
     def likely(self, world: World, view: View, limit: int, exclude: Collection[str]) -> list[str]:
         """So many of the peers that its routes most likely go through."""
         near = view.idle_crowd.near(
@@ -96,9 +97,9 @@ class Client:
         return [peer.id for peer in near]
 
     def pings_left(self, now_s: float) -> int:
-        """In this minute, beside those for the ends of a route; who is silent costs none."""
-        answered = sum(at > now_s - 60.0 and name not in self.silent for name, at in self.asked_s.items())
-        return max(0, PINGS_PER_MINUTE - ENDS_PINGS - 2 * answered)
+        """In this minute, beside those for the ends of a route; a silent peer costs none."""
+        _, answered = self.answers.met_since(now_s - 60.0)
+        return max(0, PINGS_PER_MINUTE - ENDS_PINGS - 2 * len(answered))
 
 
 def new_client(
@@ -116,10 +117,11 @@ def new_client(
 
     def measure(names: Sequence[str]) -> None:
         client.measure(world, names, now_s, rng.random)
+        silent = client.answers.silent(now_s)
         measured = [
             (view.records[name].place.coordinate, 2 * client.links[CLIENT, name].latency_ms)
-            for name in client.asked_s
-            if name not in client.silent
+            for name in client.answers.asked_s()
+            if name not in silent
         ]
         client.place = replace(
             client.place, coordinate=place_among(measured, tuple(rng.normal(size=DIMENSIONS).tolist()))
@@ -128,5 +130,52 @@ def new_client(
     chosen: list[int] = rng.choice(count, min(anyone, count), replace=False).tolist()
     measure([view.peers[index].id for index in chosen])
     for limit in likely:
-        measure(client.likely(world, view, limit, client.asked_s))
+        measure(client.likely(world, view, limit, client.answers.asked_s()))
     return client
+
+
+@dataclass(slots=True)
+class SeenHop:
+    """What a session met at a hop, averaged over its last tokens: ms per block of a pass, and ms until it began."""
+
+    block_ms: MovingAverage = field(default_factory=lambda: MovingAverage(SHARE))
+    wait_ms: MovingAverage = field(default_factory=lambda: MovingAverage(SHARE))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to plan. blocks: [start, end). source, target: the client, or the peers beside a part of a route.
+
+    exclude: peers that must not be used. kv_needed: positions that each hop must have room for.
+    prompt: positions that come before the first token.
+    present: the route that the session has, if it asks for a better one. cached: positions that new hops would have to
+    be given. seen: what the session met at its hops; latencies: and between them.
+    """
+
+    client: Client
+    request: Request
+    blocks: tuple[int, int]
+    source: str
+    target: str
+    exclude: Collection[str]
+    kv_needed: int
+    prompt: int = 0
+    present: Sequence[Hop] = ()
+    cached: int = 0
+    seen: Mapping[str, SeenHop] = field(default_factory=dict[str, SeenHop])
+    latencies: Mapping[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A route. token_ms: what a token is expected to take; 0: not known. asked_ms: time that the plan itself took.
+
+    present_ms: what a token is expected to take on the present route; 0: not known. move_ms: what it takes to leave
+    that for this one.
+    """
+
+    hops: list[Hop]
+    token_ms: float = 0.0
+    asked_ms: float = 0.0
+    present_ms: float = 0.0
+    move_ms: float = 0.0

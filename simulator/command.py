@@ -1,21 +1,26 @@
-"""`splitnet simulate`: a swarm that exists only in numbers."""
+"""`splitnet simulate`: a swarm that exists only in numbers; tables and a chart of what became of its clients.
+
+What is heavy is imported when it is used: `splitnet --help` reads this file.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import typer
 
 from splitnet.errors import SplitnetError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from simulator.simulate import Outcome, Settings, World
+    from simulator.outcome import Outcome
+    from simulator.world import Settings, World
 
 RESULTS = "results.json"
 _WORLD = "World"
@@ -73,7 +78,9 @@ def simulate(
     plot: Annotated[Path | None, typer.Option(help="A file for a chart (SVG).")] = None,
 ) -> None:
     """Simulate a swarm of thousands of peers and compare ways to route and to place blocks."""
-    from simulator.simulate import AGAINST, SCENARIOS, Settings, World, pooled
+    from simulator.outcome import pooled
+    from simulator.policies import AGAINST
+    from simulator.world import SCENARIOS, Settings, World
 
     if coordinates:
         unused = {
@@ -116,17 +123,12 @@ def simulate(
     title = f"{peers:,} peers, {worlds} x {clients:,} sessions, " + {
         "burst": "all within a second", "dark": f"{load}; half way through a continent vanishes"
     }.get(scenario or "", load)  # fmt: skip
-    if against:
-        _print_against(outcomes, figures, title)
-    else:
-        _print_table(figures, title)
+    _print_table(outcomes, figures, title, against=bool(against))
     if results:
         told = {"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": figures}
         text = json.dumps(_for_json(told), indent=1, default=str, allow_nan=False)  # a path is one
         results.write_text(text + "\n", encoding="utf-8")
     if plot:
-        from simulator.chart import chart
-
         plot.write_text(chart(figures, f"{peers:,} peers, {worlds * clients:,} sessions"), encoding="utf-8")
 
 
@@ -155,7 +157,7 @@ def _for_json(value: Any) -> Any:
 
 
 def _policies(wanted: list[str]) -> list[str]:
-    from simulator.simulate import ABLATIONS, BASELINES, POLICIES
+    from simulator.policies import ABLATIONS, BASELINES, POLICIES
 
     groups = {"baselines": BASELINES, "ablations": ABLATIONS}
     names = [name for word in wanted for name in groups.get(word, (word,))]
@@ -167,8 +169,9 @@ def _policies(wanted: list[str]) -> list[str]:
 
 def _run(all_settings: list[Settings], names: list[str]) -> dict[str, list[Outcome]]:
     """What became of each policy in each world. One world after the other, so that only one is in memory."""
-    from simulator.simulate import POLICIES, World
-    from simulator.simulate import simulate as simulate_policy
+    from simulator.outcome import simulate as simulate_policy
+    from simulator.policies import POLICIES
+    from simulator.world import World
     from splitnet.cli.progress import StageProgress
 
     parts: dict[str, list[Outcome]] = {name: [] for name in names}
@@ -185,74 +188,48 @@ def _run(all_settings: list[Settings], names: list[str]) -> dict[str, list[Outco
     return parts
 
 
-def _print_whole(table: Table) -> None:
-    """However narrow the terminal is: what it breaks can be read, what is left out cannot."""
+COLUMNS: Final[Sequence[tuple[str, str, str]]] = (
+    ("TTFT s\np50", "ttft_p50_s", ".2f"), ("\np95", "ttft_p95_s", ".1f"), ("ms/token\np50", "token_p50_ms", ".0f"),
+    ("\np95", "token_p95_ms", ".0f"), ("tokens/s", "goodput_tokens_per_s", ".1f"), ("failed", "failed", ".0f"),
+    ("hops", "hops_mean", ".1f"), ("load\nGini", "utilisation_gini", ".2f"), ("\nmax", "utilisation_max", ".2f"),
+    ("peer\nmoves", "peer_moves", ".0f"), ("session\nmoves", "session_moves", ".0f"), ("repairs", "repairs", ".0f"),
+)  # fmt: skip
+"""Heading, figure and form of each column."""
+COMPARED: Final = COLUMNS[:6]
+
+
+def _print_table(
+    outcomes: dict[str, list[Outcome]], figures: dict[str, dict[str, float]], title: str, *, against: bool
+) -> None:
+    """A row for each policy; `against`: with differences to our own."""
     from rich.console import Console
-
-    console = Console()
-    needed = console.measure(table, options=console.options.update(width=1000)).maximum
-    Console(width=max(console.width, needed)).print(table)
-
-
-def _print_table(figures: dict[str, dict[str, float]], title: str) -> None:
     from rich.table import Table
 
-    from simulator.simulate import POLICIES
+    from simulator.outcome import differences
+    from simulator.policies import POLICIES
 
+    several = len(next(iter(outcomes.values()))) > 1
+    if against:
+        title += "; in brackets the difference to own in the same worlds"
+        title += ", with 95% intervals" if several else ": of one world, which is luck"
     table = Table(title=title)
     table.add_column("policy")
-    for heading in (
-        "TTFT s\np50", "\np95", "ms/token\np50", "\np95", "tokens/s", "failed", "hops", "load\nGini", "\nmax",
-        "peer\nmoves", "session\nmoves", "repairs",
-    ):  # fmt: skip
-        table.add_column(heading, justify="right")
-    for name, row in figures.items():
-        table.add_row(
-            POLICIES[name].label,
-            f"{row['ttft_p50_s']:.2f}",
-            f"{row['ttft_p95_s']:.1f}",
-            f"{row['token_p50_ms']:.0f}",
-            f"{row['token_p95_ms']:.0f}",
-            f"{row['goodput_tokens_per_s']:.1f}",
-            f"{row['failed']:.0f}",
-            f"{row['hops_mean']:.1f}",
-            f"{row['utilisation_gini']:.2f}",
-            f"{row['utilisation_max']:.2f}",
-            f"{row['peer_moves']:.0f}",
-            f"{row['session_moves']:.0f}",
-            f"{row['repairs']:.0f}",
-        )
-    _print_whole(table)
-
-
-def _print_against(outcomes: dict[str, list[Outcome]], figures: dict[str, dict[str, float]], title: str) -> None:
-    from rich.table import Table
-
-    from simulator.simulate import POLICIES, differences
-
-    columns = (
-        ("TTFT s\np50", "ttft_p50_s", ".2f"), ("\np95", "ttft_p95_s", ".1f"), ("ms/token\np50", "token_p50_ms", ".0f"),
-        ("\np95", "token_p95_ms", ".0f"), ("tokens/s", "goodput_tokens_per_s", ".1f"),
-    )  # fmt: skip
-    several = len(outcomes["own"]) > 1
-    table = Table(
-        title=f"{title}; in brackets the difference to own in the same worlds"
-        + (", with 95% intervals" if several else ": of one world, which is luck")
-    )
-    table.add_column("policy")
+    columns = COMPARED if against else COLUMNS
     for heading, _, _ in columns:
         table.add_column(heading, justify="right")
-    table.add_column("failed", justify="right")
     for name, row in figures.items():
         cells: list[str] = []
         for _, figure, form in columns:
             cell = format(row[figure], form)
-            if name != "own":
+            if against and name != "own" and figure != "failed":
                 share, low, high = differences(outcomes[name], outcomes["own"], figure)
                 cell += f" ({share:+.0%}: {low:+.0%} to {high:+.0%})" if several else f" ({share:+.0%})"
             cells.append(cell)
-        table.add_row(POLICIES[name].label, *cells, f"{row['failed']:.0f}")
-    _print_whole(table)
+        table.add_row(POLICIES[name].label, *cells)
+    console = Console()
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    # However narrow the terminal is: what it breaks can be read, what is left out cannot.
+    Console(width=max(console.width, needed)).print(table)
 
 
 def _print_coordinates(world: World) -> None:
@@ -261,8 +238,7 @@ def _print_coordinates(world: World) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from simulator.outcome import percentile
-    from simulator.route_quality import coordinate_error, plan_qualities
+    from simulator.outcome import coordinate_error, percentile, plan_qualities
     from splitnet.cli.progress import StageProgress
 
     console = Console()
@@ -284,3 +260,106 @@ def _print_coordinates(world: World) -> None:
                 quality.name, f"{mean:.1%}", f"{percentile(quality.excess, 90):.1%}", f"{quality.plan_ms:.0f}"
             )
     console.print(table)
+
+
+LABEL: Final = 230
+PANEL: Final = 250
+GAP: Final = 24
+ROW: Final = 26
+HEAD: Final = 64
+OWN: Final = "#1f6f8b"
+OTHER: Final = "#9aa5ab"
+INK: Final = "#222222"
+
+
+Figures = Mapping[str, float]
+"""Of one policy, as `Outcome.figures` gives them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One quantity: from the figure `low` to the figure `high`; only a bar of `low` where `high` is empty."""
+
+    title: str
+    low: str
+    high: str = ""
+
+
+PANELS: Final[Sequence[Panel]] = (
+    Panel("time to first token, s: p50 | p95 (log)", "ttft_p50_s", "ttft_p95_s"),
+    Panel("time per token, ms: p50 | p95 (log)", "token_p50_ms", "token_p95_ms"),
+    Panel("failed sessions", "failed"),
+)
+
+
+def chart(figures: Mapping[str, Figures], title: str) -> str:
+    """An SVG document: a row for each policy, a panel for each quantity, the policies of splitnet in a colour."""
+    width = LABEL + len(PANELS) * (PANEL + GAP)
+    height = HEAD + len(figures) * ROW + 16
+    from simulator.policies import POLICIES
+
+    labels = [POLICIES[name].label for name in figures]
+    rows = [
+        (OWN if label.startswith("own") else OTHER, figures[name]) for name, label in zip(figures, labels, strict=True)
+    ]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="12" fill="{INK}">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<text x="12" y="22" font-size="15" font-weight="bold">{escape(title)}</text>',
+    ]
+    parts += [_text(LABEL - 10, _middle(row), label, "end") for row, label in enumerate(labels)]
+    for number, panel in enumerate(PANELS):
+        left = LABEL + number * (PANEL + GAP)
+        parts.append(_text(left, HEAD - 10, panel.title, "start"))
+        parts += (_ranges if panel.high else _bars)(panel, rows, left)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _middle(row: int) -> float:
+    return HEAD + row * ROW + ROW / 2 + 4
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _told(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+Rows = Sequence[tuple[str, Figures]]
+"""The colour and the figures of each policy."""
+
+
+def _ranges(panel: Panel, rows: Rows, left: float) -> list[str]:
+    """From one figure to another on a logarithmic scale."""
+    low = min((figures[panel.low] for _, figures in rows if figures[panel.low] > 0), default=1.0)
+    high = max((figures[panel.high] for _, figures in rows if figures[panel.high] > 0), default=low)
+    scale = (PANEL - 120) / max(math.log(high / low), 1e-9)
+    parts: list[str] = []
+    for row, (colour, values) in enumerate(rows):
+        begin, end = values[panel.low], values[panel.high]
+        if math.isnan(begin):
+            parts.append(_text(left, _middle(row), "nobody got one", "start"))
+            continue
+        middle = HEAD + row * ROW + ROW / 2
+        at, to = (left + 5 + scale * math.log(max(value, low) / low) for value in (begin, end))
+        parts.append(f'<circle cx="{at:.1f}" cy="{middle}" r="5" fill="{colour}"/>')
+        parts.append(
+            f'<path d="M{at:.1f} {middle}H{to:.1f}M{to:.1f} {middle - 6}v12" stroke="{colour}" stroke-width="2"/>'
+        )
+        parts.append(_text(to + 6, _middle(row), f"{_told(begin)} | {_told(end)}", "start"))
+    return parts
+
+
+def _bars(panel: Panel, rows: Rows, left: float) -> list[str]:
+    longest = max((figures[panel.low] for _, figures in rows), default=0.0) or 1.0
+    parts: list[str] = []
+    for row, (colour, values) in enumerate(rows):
+        value = values[panel.low]
+        length = (PANEL - 120) * value / longest
+        top = HEAD + row * ROW + 5
+        parts.append(f'<rect x="{left}" y="{top}" width="{length:.1f}" height="{ROW - 10}" fill="{colour}"/>')
+        parts.append(_text(left + length + 6, _middle(row), _told(value), "start"))
+    return parts

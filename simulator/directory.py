@@ -1,18 +1,25 @@
-"""What peers have published, and what clients see of it: facts with an age."""
+"""What peers have published, what clients see of it, and the names under which real clients know the peers."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
+from ipaddress import IPv6Address
 
 import numpy as np
+from nacl.signing import SigningKey
 from numpy.typing import NDArray
 
 from scheduler.candidates import Crowd
 from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.facts import Link, Network, Peer, Place
+from scheduler.facts import PASS_SIZES, Hop, Link, Network, Peer, Place
 from scheduler.placement import Spans
+from splitnet.directory.record import PeerRecord
+from splitnet.security.identity import PublicKey
+from splitnet.swarm.plan import PlannedHop
+from splitnet.wire.endpoints import Endpoint
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -77,7 +84,7 @@ class View:
 
     @cached_property
     def serving(self) -> list[Integers]:
-        """For each block who serves it."""
+        """For each block the peers that serve it."""
         return [np.flatnonzero((self.start <= block) & (block < self.end)) for block in range(self.num_blocks)]
 
     @cached_property
@@ -101,7 +108,7 @@ class View:
         return points_of([record.place.coordinate for record in self.records.values()])
 
     def links_behind(self, block: int) -> tuple[Integers, Integers, Floats]:
-        """Senders, receivers and ms one way of all links that those told of who serve up to this block."""
+        """Senders, receivers and ms one way of all links that are told of by peers that serve up to this block."""
         ends, senders, receivers, latency_ms = self._links
         links = slice(*np.searchsorted(ends, [block, block + 1]))
         return senders[links], receivers[links], latency_ms[links]
@@ -165,3 +172,63 @@ def one_way_ms(place: Coordinate, vectors: Floats, heights: Floats) -> Floats:
     """From one place to those points, as predicted."""
     apart = np.sqrt(((vectors - np.array(place.vector)) ** 2).sum(axis=1))
     return (apart + heights + place.height_ms) / 2
+
+
+MODEL = "5eed" * 8
+
+
+class Identities:
+    """Keys, addresses and records of devices by their ids; the same device always gets the same."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
+        self._keys: dict[str, PublicKey] = {}
+        self._ids: dict[str, str] = {}
+        self._records: dict[tuple[str, float], PeerRecord] = {}
+
+    def endpoint(self, device: str) -> Endpoint:
+        return Endpoint(_address(device), self._key(device))
+
+    def device(self, name: str) -> str:
+        """Whose key, which was given out before, that is."""
+        return self._ids[name]
+
+    def hop(self, hop: Hop, record: Record) -> PlannedHop:
+        """A hop through the peer that published the record."""
+        return PlannedHop(self._record(hop.peer, record.settled_at_s), hop.start, hop.end)
+
+    def _key(self, device: str) -> PublicKey:
+        key = self._keys.get(device)
+        if key is None:
+            key = PublicKey(bytes(SigningKey(sha256(device.encode()).digest()).verify_key))
+            self._keys[device] = key
+            self._ids[key.text] = device
+        return key
+
+    def _record(self, device: str, placed_at: float) -> PeerRecord:
+        record = self._records.get((device, placed_at))
+        if record is None:
+            record = self._records[device, placed_at] = PeerRecord.idle(
+                key=self._key(device),
+                model=MODEL,
+                model_name="simulated",
+                address=_address(device),
+                num_blocks=self._num_blocks,
+                codecs=("none",),
+                block_ms=(1.0,) * len(PASS_SIZES),
+                placed_at=placed_at,
+                serves=True,
+                coordinate_error=1.0,
+            )
+        return record
+
+
+def device_at(endpoint: Endpoint) -> str:
+    """The id of the device that listens there."""
+    return IPv6Address(endpoint.address.removeprefix("tcp://[").removesuffix("]:1")).packed.lstrip(b"\0").decode()
+
+
+def _address(device: str) -> str:
+    """Endpoints name IP addresses only: the id of at most 16 bytes is one."""
+    packed = device.encode().rjust(16, b"\0")
+    return f"tcp://[{IPv6Address(packed)}]:1"

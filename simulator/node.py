@@ -1,23 +1,61 @@
-"""A peer that runs: its queue, its passes, its KV memory, and what it knows of itself."""
+"""A peer that runs: its queue, its passes, its KV memory, what it knows of itself; and the routes through peers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from itertools import pairwise
+from typing import Final
 
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, UNSENT_BYTES, Gathering, next_pass
 from scheduler.coordinates import Coordinate
+from scheduler.cost import Encoding, soonest
 from scheduler.facts import Link, Peer, Place, Speed
 from scheduler.fairness import FairPasses
 from scheduler.load import Load
 from simulator.directory import Record
+from simulator.geography import Geography
 from simulator.world import Device
 from splitnet.wire.messages import FailureCode
 
-if TYPE_CHECKING:
-    from simulator.route import Route
-    from simulator.session import Session
+Hops = list[tuple["Node", int, int]]
+"""The nodes that run blocks [start, end)."""
+
+
+@dataclass(slots=True)
+class Wire:
+    """What it costs to get a step from one device to the next, directly or by way of the client.
+
+    token_ms: of one position, without the latency. stations: numbers of the devices that a step passes, the last of
+    which it ends at; links: between these; encodings: one of each. last_ms: when the last thing that was sent on each
+    arrives.
+    """
+
+    latency_ms: float
+    token_ms: float
+    stations: tuple[int, ...]
+    links: tuple[Link, ...]
+    encodings: tuple[Encoding, ...]
+    last_ms: list[float]
+
+    def in_order(self, index: int, arrival_ms: float) -> float:
+        """When something arrives over a link: nothing overtakes what was sent before it."""
+        self.last_ms[index] = max(self.last_ms[index], arrival_ms)
+        return self.last_ms[index]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """The hops of a session in one epoch.
+
+    client: its number. reserved: positions that the session has room for. wires: before each hop, and after the last.
+    """
+
+    client: int
+    reserved: int
+    epoch: int
+    hops: Hops
+    wires: list[Wire]
 
 
 MIN_WAIT_MS: Final = 0.1
@@ -60,24 +98,24 @@ class Parcel:
     @property
     def left(self) -> int:
         """Positions that its session has reserved and that come now or later."""
-        return self.route.session.request.positions - self.start - self.positions + self.remaining
+        return self.route.reserved - self.start - self.positions + self.remaining
 
     @property
     def owner(self) -> int:
         """Each client has a key of its own."""
-        return self.route.session.client.number
+        return self.route.client
 
 
 @dataclass(slots=True, eq=False)
 class Held:
     """A session at a peer.
 
-    budget: positions that are reserved. cached: that are there. waiting: parcels that wait or run. done: positions
-    computed so far. last: highest number of a request of the epoch that is finished. sending: parcels on their way to
-    the next hop.
+    client: number of the client, which has one session. budget: positions that are reserved. cached: that are there.
+    waiting: parcels that wait or run. done: positions computed so far. last: highest number of a request of the epoch
+    that is finished. sending: parcels on their way to the next hop.
     """
 
-    session: Session
+    client: int
     epoch: int
     blocks: tuple[int, int]
     budget: int
@@ -131,7 +169,7 @@ class Node:
         self.published = 0
         self.slower = 1.0
         self.kv_used = 0
-        self.sessions: dict[Session, Held] = {}
+        self.sessions: dict[int, Held] = {}
         self.ready: list[Parcel] = []
         self.running = False
         self.awaited: Awaited | None = None
@@ -147,8 +185,12 @@ class Node:
         self._gathered = False
         self._gathers_from, self._gathers_until_ms = 0, 0.0
 
+    def block_ms(self, positions: int) -> float:
+        """Of a pass through one block now."""
+        return self.device.speed.at(positions) * self.slower
+
     def _pass_s(self, positions: int) -> float:
-        return self.device.speed.at(positions) * self.slower * (self.end - self.start) / 1000
+        return self.block_ms(positions) * (self.end - self.start) / 1000
 
     def begin(self, now_ms: float) -> None:
         """Serves from now on."""
@@ -175,16 +217,16 @@ class Node:
         self.served_ms += now_ms - self.served_since_ms
         self.served_since_ms = now_ms
 
-    def open(self, session: Session, epoch: int, blocks: tuple[int, int], budget: int) -> FailureCode | None:
-        """Takes a session in, or opens it in a newer epoch; or says why not."""
+    def open(self, client: int, epoch: int, blocks: tuple[int, int], budget: int) -> FailureCode | None:
+        """Takes the session of a client in, or opens it in a newer epoch; or says why not."""
         if not self.serves or not self.start <= blocks[0] < blocks[1] <= self.end:
             return FailureCode.WRONG_BLOCKS
-        held = self.sessions.get(session)
+        held = self.sessions.get(client)
         if held is None:
             if self.kv_used + budget > self.device.kv_positions:
                 return FailureCode.BUSY
             self.kv_used += budget
-            self.sessions[session] = Held(session, epoch, blocks, budget)
+            self.sessions[client] = Held(client, epoch, blocks, budget)
             return None
         if held.blocks != blocks:
             return FailureCode.WRONG_BLOCKS
@@ -192,22 +234,22 @@ class Node:
             held.epoch, held.waiting, held.last, held.sending = epoch, 0, 0, 0
         return None
 
-    def release(self, session: Session) -> None:
+    def release(self, client: int) -> None:
         """Gives the memory of a session back, if it is still there."""
-        held = self.sessions.pop(session, None)
+        held = self.sessions.pop(client, None)
         if held is not None:
             self.kv_used -= held.budget
-            self._gathering.left(session)
+            self._gathering.left(client)
 
     def _heads(self, held: bool) -> list[Parcel]:
         """The first of every session, for which its others wait; if `held`, without prompts that would go on."""
-        heads: dict[Session, Parcel] = {}
+        heads: dict[int, Parcel] = {}
         for parcel in sorted(self.ready, key=lambda parcel: (parcel.arrived_ms, parcel.number)):
-            heads.setdefault(parcel.route.session, parcel)
+            heads.setdefault(parcel.owner, parcel)
         return [
             parcel
             for parcel in self.ready
-            if heads[parcel.route.session] is parcel
+            if heads[parcel.owner] is parcel
             and not (held and parcel.remaining > DECODE_POSITIONS and parcel.hop < parcel.last_hop)
         ]
 
@@ -222,9 +264,10 @@ class Node:
         self._fair.shares.left(parcel.owner, now_ms / 1000)
 
     def next_pass(self, now_ms: float, sent_ms: float) -> tuple[list[tuple[Parcel, int]], float]:
-        """What runs now, parcels with how many positions of each, and for how many ms.
+        """Parcels that run now, with how many positions of each, and for how many ms.
 
-        No parcel: so long it is waited for others, see `awaited`. sent_ms: when all is sent that waits for its way up.
+        No parcel: for so many ms the node waits for others, see `awaited`.
+        sent_ms: when all is sent that waits for its way up.
         """
         now = now_ms / 1000
         shares = self._fair.shares
@@ -261,8 +304,7 @@ class Node:
         taken = list(counts.items())
         start, end = taken[0][0].blocks
         positions = sum(counts.values())
-        block_ms = self.device.speed.at(positions) * self.slower
-        took_ms = block_ms * (end - start)
+        took_ms = self.block_ms(positions) * (end - start)
         waits_ms: list[float] = []
         others: list[int] = []
         for parcel, count in taken:
@@ -270,7 +312,6 @@ class Node:
                 others.append(positions - count)
                 if not parcel.follows:
                     waits_ms.append(now_ms - parcel.arrived_ms)
-                    parcel.route.session.met(self, block_ms, waits_ms[-1])
         self.running = True
         self._gathered, self._gathers_from = False, 0
         self.busy_ms += took_ms
@@ -279,7 +320,7 @@ class Node:
 
     def _gathers_ms(self, now_ms: float) -> float:
         """For how long it still waits for more work before it looks what runs, as real peers do: while more comes."""
-        ready = len({parcel.route.session for parcel in self.ready})
+        ready = len({parcel.owner for parcel in self.ready})
         if not self._gathered and ready > self._gathers_from:
             patience_ms = self._gathering.patience_s(ready) * 1000
             self._gathers_from, self._gathers_until_ms = ready, now_ms + patience_ms
@@ -298,7 +339,7 @@ class Node:
         self.running = False
         self._fair.ran(taken, took_ms / 1000, now_ms / 1000)
         if sum(count for _, count in taken) <= DECODE_POSITIONS * len(taken):
-            sessions = (parcel.route.session for parcel, _ in taken if parcel.route.session in self.sessions)
+            sessions = (parcel.owner for parcel, _ in taken if parcel.owner in self.sessions)
             self._gathering.ran(sessions, took_ms / 1000, took_ms / 1000, now_ms / 1000)
 
     def load_at(self, now_ms: float) -> tuple[float, float]:
@@ -327,3 +368,24 @@ class Node:
             len(self.sessions),
             self.served_since_ms / 1000,
         )
+
+
+def wires_of(
+    hops: Hops, client: int, geography: Geography, encodings: Sequence[Encoding], *, through_client: bool
+) -> list[Wire]:
+    """The wires along some hops.
+
+    through_client: whether the client carries everything between two hops.
+    """
+    wires: list[Wire] = []
+    stations: list[Node | None] = [None, *(node for node, _, _ in hops), None]
+    for sender, receiver in pairwise(stations):
+        passed = [sender.number if sender else client, receiver.number if receiver else client]
+        if through_client and sender and receiver:
+            passed.insert(1, client)
+        links = tuple(geography.link(here, there) for here, there in pairwise(passed))
+        chosen = tuple(soonest(encodings, link.bytes_per_ms) for link in links)
+        token_ms = sum(encoding.ms(1, link.bytes_per_ms) for encoding, link in zip(chosen, links, strict=True))
+        latency_ms, last_ms = sum(link.latency_ms for link in links), [0.0] * len(links)
+        wires.append(Wire(latency_ms, token_ms, tuple(passed), links, chosen, last_ms))
+    return wires

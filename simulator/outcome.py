@@ -1,19 +1,32 @@
-"""What became of the clients of a simulation, in figures."""
+"""What becomes of the clients of a world under a policy, in figures; and what it costs a route that little is known.
+
+The latter is judged with the facts with which a world begins, in which no peer is busy, and by the links as they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
 
 import numpy as np
 
+from scheduler.cost import route_ms
+from scheduler.facts import CLIENT, Hop
+from scheduler.route import NoRoute
+from simulator.clients import Client, Plan, new_client
 from simulator.engine import Simulation
+from simulator.geography import TrueNetwork
+from simulator.membership import OwnPlacing
+from simulator.policies import EVERYBODY, POLICIES, Best, BestOptions, RandomRoute, Routing
 from simulator.session import FINISHED
+from simulator.world import Request, World
+from splitnet.errors import SplitnetError
+from splitnet.swarm.plan import no_route_error
 
-SETTLED_MS = 60_000.0
+SETTLED_MS: Final = 60_000.0
 """Peers that served for less time say nothing about the balance of load."""
-
 
 T_QUANTILES: Final = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12)
 """97.5% points of Student's distribution by the degrees of freedom, from 1 on."""
@@ -113,23 +126,28 @@ def outcome_of(simulation: Simulation) -> Outcome:
     )
 
 
+def simulate(world: World, policy: str, progress: Callable[[float], None] | None = None) -> Outcome:
+    """What becomes of the clients of a world under a policy, one of `POLICIES`; the same arguments give the same.
+
+    progress: told from time to time which share of the clients has come.
+    """
+    chosen = POLICIES[policy]
+    world = world.under(**chosen.rules)
+    simulation = Simulation(world, chosen.routing(world), chosen.placing(world))
+    for share in simulation.run():
+        if progress:
+            progress(share)
+    return outcome_of(simulation)
+
+
 def pooled(outcomes: Sequence[Outcome]) -> Outcome:
     """The same policy in several worlds, as if all their sessions were of one."""
-    return Outcome(
-        sessions=sum(outcome.sessions for outcome in outcomes),
-        failed=sum(outcome.failed for outcome in outcomes),
-        ttft_ms=[value for outcome in outcomes for value in outcome.ttft_ms],
-        token_ms=[value for outcome in outcomes for value in outcome.token_ms],
-        hops=[value for outcome in outcomes for value in outcome.hops],
-        utilisation=[value for outcome in outcomes for value in outcome.utilisation],
-        predicted=[value for outcome in outcomes for value in outcome.predicted],
-        tokens=sum(outcome.tokens for outcome in outcomes),
-        time_s=sum(outcome.time_s for outcome in outcomes),
-        peer_moves=sum(outcome.peer_moves for outcome in outcomes),
-        session_moves=sum(outcome.session_moves for outcome in outcomes),
-        repairs=sum(outcome.repairs for outcome in outcomes),
-        record_bytes=max(outcome.record_bytes for outcome in outcomes),
-    )
+    totals: dict[str, Any] = {}
+    for field in fields(Outcome):
+        first, *others = (getattr(outcome, field.name) for outcome in outcomes)
+        totals[field.name] = sum(others, first)
+    totals["record_bytes"] = max(outcome.record_bytes for outcome in outcomes)
+    return Outcome(**totals)
 
 
 def differences(outcomes: Sequence[Outcome], others: Sequence[Outcome], figure: str) -> tuple[float, float, float]:
@@ -148,3 +166,112 @@ def differences(outcomes: Sequence[Outcome], others: Sequence[Outcome], figure: 
         spread = quantile * float(ratios.std(ddof=1)) / len(ratios) ** 0.5
     mean = float(ratios.mean())
     return float(np.expm1(mean)), float(np.expm1(mean - spread)), float(np.expm1(mean + spread))
+
+
+PAIRS: Final = 20_000
+
+EXACT_PEERS: Final = 2000
+"""Above that a table of all links takes gigabytes: routes over all peers are left out."""
+
+NARROW: Final = BestOptions(spread=False)
+"""As clients plan."""
+
+PLANS: Final = (
+    ("all links known, of all peers", BestOptions(limit=EVERYBODY, true_links=True, spread=False)),
+    ("all links known, of 300 candidates", BestOptions(true_links=True, spread=False)),
+    ("all links known, of 100 candidates", BestOptions(limit=100, true_links=True, spread=False)),
+    ("coordinates and measured links, of all peers", BestOptions(limit=EVERYBODY, spread=False)),
+    ("coordinates and measured links, of 300 candidates", NARROW),
+    ("the same, and the links of the new route asked for, twice", BestOptions(checks=2, spread=False)),
+    ("measured links, no coordinates, of all peers", BestOptions(limit=EVERYBODY, coordinates=False, spread=False)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinateError:
+    """Relative errors of round trips predicted between peers. fell_short: share of pairs predicted too near."""
+
+    median: float
+    p90: float
+    fell_short: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlanQuality:
+    """Of one way to plan. excess: by how much a token takes longer than with the first way of all, for each client.
+
+    plan_ms: median of the time that a plan took.
+    """
+
+    name: str
+    excess: Sequence[float]
+    plan_ms: float
+
+
+def coordinate_error(world: World) -> CoordinateError:
+    """Over random pairs of the peers that are there from the start. Raises SplitnetError if there are no two."""
+    if len(world.coordinates) < 2:
+        raise SplitnetError("one peer is nowhere: simulate two and more")
+    rng = np.random.default_rng([world.settings.seed, 4])
+    here, there = rng.integers(0, len(world.coordinates), (2, PAIRS))
+    here, there = here[here != there], there[here != there]
+    vectors = np.array([coordinate.vector for coordinate in world.coordinates])
+    heights = np.array([coordinate.height_ms for coordinate in world.coordinates])
+    predicted = np.sqrt(((vectors[here] - vectors[there]) ** 2).sum(axis=1)) + heights[here] + heights[there]
+    pairs: list[tuple[int, int]] = np.stack([here, there], axis=1).tolist()
+    true = np.array([2 * world.geography.one_way_ms(one, other) for one, other in pairs])
+    errors = np.abs(predicted - true) / true
+    return CoordinateError(float(np.median(errors)), float(np.percentile(errors, 90)), float((predicted < true).mean()))
+
+
+def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> Iterator[PlanQuality]:
+    """For the first clients of a world each way of `PLANS` that the swarm is small enough for, and a random route.
+
+    clock: gives the time in seconds, to measure how long planning takes.
+
+    Raises CoverageError if the peers do not serve all blocks.
+    """
+    simulation = Simulation(world, RandomRoute(world), OwnPlacing(world))
+    view = simulation.membership.view
+    rng = np.random.default_rng([world.settings.seed, 5])
+    requests = world.requests[:clients]
+    asking = [new_client(world, request.number, view, rng) for request in requests]
+    sparing = world.under(probes=(16, 16))
+    measuring_less = [new_client(sparing, request.number, view, rng) for request in requests]
+
+    def costs(routing: Routing, asking: Sequence[Client]) -> tuple[list[float], float]:
+        took_ms: list[float] = []
+        found: list[float] = []
+        for client, request in zip(asking, requests, strict=True):
+            began = clock()
+            try:
+                planned = routing.route(_plan(client, request, world), view, random.Random(request.number))
+            except NoRoute as error:
+                raise no_route_error(error, "simulated", lambda start, end: f"blocks {start}:{end}") from None
+            took_ms.append((clock() - began) * 1000)
+            found.append(true_ms(planned.hops, client))
+        return found, float(np.median(took_ms))
+
+    def true_ms(hops: Sequence[Hop], client: Client) -> float:
+        peers = {hop.peer: view.records[hop.peer].peer for hop in hops}
+        network = TrueNetwork(world.geography, world.names_for(client.number))
+        return route_ms(hops, peers, network, positions=1, encodings=world.settings.encodings)
+
+    ways: list[tuple[str, Routing, Sequence[Client]]] = [
+        *(
+            (name, Best(world, options), asking)
+            for name, options in PLANS
+            if options.limit != EVERYBODY or len(view.peers) <= EXACT_PEERS
+        ),
+        ("the client measures 32 links, of 300 candidates", Best(world, NARROW), measuring_less),
+        ("random route", RandomRoute(world), asking),
+    ]
+    best: list[float] = []
+    for name, routing, clients_asking in ways:
+        found, took_ms = costs(routing, clients_asking)
+        best = best or found
+        yield PlanQuality(name, [cost / least - 1 for cost, least in zip(found, best, strict=True)], took_ms)
+
+
+def _plan(client: Client, request: Request, world: World) -> Plan:
+    return Plan(client, request, (0, world.settings.num_blocks), CLIENT, CLIENT, frozenset(), request.positions)

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from scheduler.coordinates import Coordinate
 from scheduler.facts import Hop, Link
 from scheduler.route import NoRoute
+from simulator.clients import Plan, Planned
 from simulator.directory import View
 from simulator.node import Node
-from simulator.policies import Plan, Planned
 from simulator.world import Device, World
 
 OVERHEAD_MS: Final = 18.0
@@ -41,7 +41,7 @@ class PetalsRouting:
     """The shortest path over servers, each used to the end of its blocks.
 
     push: servers send to each other, and a link costs what the sending server has measured, or `UNKNOWN_MS`; without
-    it everything goes through the client, who knows the round trip to each server exactly, which is more than Petals'
+    it everything goes through the client, which knows the round trip to each server exactly, which is more than Petals'
     own client measures. Load is not a part of the costs.
     """
 
@@ -226,7 +226,7 @@ class PetalsPlacing:
         return start, start + node.end - node.start
 
     def _balance(self, view: View, each: Floats) -> float:
-        """The throughput of the weakest block when nobody wants to move any more."""
+        """The throughput of the weakest block when no server wants to move any more."""
         start, length = view.start.copy(), view.end - view.start
         throughput, _ = self._of_view(view)
         for _ in range(ROUNDS):

@@ -1,13 +1,15 @@
-"""Ways to choose a route, all from the same facts: that of splitnet, and simple ones to compare it with."""
+"""The policies that can be simulated; ways to choose a route from the same facts: that of splitnet, and simple ones."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from math import ceil
-from typing import Final, Protocol
+from types import MappingProxyType
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,66 +17,20 @@ from numpy.typing import NDArray
 from scheduler.candidates import LIMIT, Crowd
 from scheduler.cost import move_ms, route_ms
 from scheduler.facts import CLIENT, Hop, Link, Network, Peer, Place, Route, Speed
-from scheduler.load import MovingAverage
 from scheduler.replan import changed_hops
 from scheduler.route import NoRoute, best_route
-from simulator.clients import Client
+from simulator.clients import Plan, Planned
 from simulator.directory import View
 from simulator.geography import TrueNetwork
-from simulator.world import Request, World
+from simulator.membership import OwnPlacing, Placing
+from simulator.petals import PetalsPlacing, PetalsRouting
+from simulator.world import World
 
-SHARE: Final = 0.5
-"""Weight of the latest token in the averages of what a session met."""
+EVERYBODY: Final = 1_000_000
+"""As a limit of candidates: no limit."""
 
 GRAIN: Final = 64
 """To multiples of so many positions prompts are rounded up, so that the peers are prepared seldom for the choice."""
-
-
-@dataclass(slots=True)
-class SeenHop:
-    """What a session met at a hop, averaged over its last tokens: ms per block of a pass, and ms until it began."""
-
-    block_ms: MovingAverage = field(default_factory=lambda: MovingAverage(SHARE))
-    wait_ms: MovingAverage = field(default_factory=lambda: MovingAverage(SHARE))
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to plan. blocks: [start, end). source, target: the client, or the peers beside a part of a route.
-
-    exclude: peers that must not be used. kv_needed: positions that each hop must have room for.
-    prompt: positions that come before the first token.
-    present: the route that the session has, if it asks for a better one. cached: positions that new hops would have to
-    be given. seen: what the session met at its hops; latencies: and between them.
-    """
-
-    client: Client
-    request: Request
-    blocks: tuple[int, int]
-    source: str
-    target: str
-    exclude: Collection[str]
-    kv_needed: int
-    prompt: int = 0
-    present: Sequence[Hop] = ()
-    cached: int = 0
-    seen: Mapping[str, SeenHop] = field(default_factory=dict[str, SeenHop])
-    latencies: Mapping[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A route. token_ms: what a token is expected to take; 0: not known. asked_ms: time that the plan itself took.
-
-    present_ms: what a token is expected to take on the present route; 0: not known. move_ms: what it takes to leave
-    that for this one.
-    """
-
-    hops: list[Hop]
-    token_ms: float = 0.0
-    asked_ms: float = 0.0
-    present_ms: float = 0.0
-    move_ms: float = 0.0
 
 
 class Routing(Protocol):
@@ -150,30 +106,16 @@ class Best:
         chosen = list(by_id.values())
         network = self._network(plan, view, places, by_id.keys())
 
+        chain: dict[str, Any] = {"encodings": encodings, "source": plan.source, "target": plan.target}
+        chooser = rng if options.spread else None
+
         def best() -> Route:
             return best_route(
-                chosen,
-                plan.blocks,
-                network,
-                encodings=encodings,
-                kv_needed=plan.kv_needed,
-                prompt=prompt,
-                source=plan.source,
-                target=plan.target,
-                rng=rng if options.spread else None,
+                chosen, plan.blocks, network, kv_needed=plan.kv_needed, prompt=prompt, rng=chooser, **chain
             )
 
         def cost(hops: Sequence[Hop], prompt: int = prompt) -> float:
-            return route_ms(
-                hops,
-                by_id,
-                network,
-                positions=1,
-                prompt=prompt,
-                encodings=encodings,
-                source=plan.source,
-                target=plan.target,
-            )
+            return route_ms(hops, by_id, network, positions=1, prompt=prompt, **chain)
 
         route = best()
         asked_ms, found = 0.0, [route.hops]
@@ -214,7 +156,7 @@ class Best:
         return self._world.geography.one_way_ms(numbers.get(sender, client), numbers.get(receiver, client))
 
     def _known(self, plan: Plan, view: View) -> dict[str, Peer]:
-        """Of whom something else is known than what is published: by pings, and by what the session has seen."""
+        """Peers of which pings, or the session itself, tell something else than they publish."""
         known: dict[str, Peer] = {}
         if self._options.load:
             told = (plan.client.corrected(view.records[name]) for name in plan.client.told if name in view.records)
@@ -263,7 +205,7 @@ class Stepwise:
         self._world = world
 
     def choose(self, view: View, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random) -> int:
-        """Which of `serving` (indices in the view) comes next. sender: number of who sends to it."""
+        """Which of `serving` (indices in the view) comes next. sender: number of the device that sends to it."""
         raise NotImplementedError
 
     def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
@@ -309,3 +251,63 @@ class Nearest(Stepwise):
     def choose(self, view: View, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random) -> int:
         latency = self._world.geography.one_way_from(sender, view.numbers[serving])
         return int(serving[latency.argmin()])
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How clients choose routes and peers choose blocks. rules: settings that differ from those of the world."""
+
+    label: str
+    routing: Callable[[World], Routing]
+    placing: Callable[[World], Placing] = OwnPlacing
+    rules: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _best(**options: Any) -> Callable[[World], Routing]:
+    return lambda world: Best(world, BestOptions(**options))
+
+
+def _petals(push: bool) -> Callable[[World], Routing]:
+    return lambda world: PetalsRouting(world, push=push)
+
+
+BASELINES: Final = ("own", "no-prompt", "no-replan", "petals-push", "petals", "fewest-hops", "nearest", "random")
+AGAINST: Final = ("own", "no-load", "petals-push", "petals", "fewest-hops", "nearest", "random", "oracle")
+ABLATIONS: Final = (
+    "own", "no-prompt", "few-probes", "own-checks", "no-doubt", "no-replan", "no-moves", "no-load", "stale",
+    "no-coordinates", "true-links", "no-distance", "petals-routing", "petals-placement",
+)  # fmt: skip
+
+POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
+    {
+        "own": Policy("own", _best()),
+        "no-prompt": Policy("own, the prompt ignored", _best(prompt=False)),
+        "own-checks": Policy("own, links of the new route asked for", _best(checks=2)),
+        "true-links": Policy("own, all links known", _best(true_links=True)),
+        "oracle": Policy(
+            "oracle: all links known, facts of 3 s ago",
+            _best(true_links=True),
+            rules={"refresh_s": 2.0, "record_ttl_s": 6.0, "view_s": 1.0},
+        ),
+        "no-coordinates": Policy("own, measured links only", _best(coordinates=False)),
+        "few-probes": Policy("own, clients measure 32 links", _best(), rules={"probes": (16, 16)}),
+        "no-replan": Policy("own, no re-planning", _best(replans=False)),
+        "no-doubt": Policy("own, forecasts never doubted", _best(), rules={"doubts": False}),
+        "no-moves": Policy("own, peers never move", _best(), rules={"moves": False}),
+        "no-distance": Policy("own, blocks chosen wherever peers are", _best(), partial(OwnPlacing, by_distance=False)),
+        "no-load": Policy("own, load ignored", _best(load=False)),
+        "stale": Policy(
+            "own, facts four times as old",
+            _best(),
+            rules={"refresh_s": 120.0, "look_s": 120.0, "record_ttl_s": 360.0, "view_s": 120.0},
+        ),
+        "all-candidates": Policy("own, over all peers", _best(limit=EVERYBODY)),
+        "random": Policy("random route", RandomRoute),
+        "fewest-hops": Policy("fewest hops", FewestHops),
+        "nearest": Policy("nearest next", Nearest),
+        "petals": Policy("Petals, through the client", _petals(push=False), PetalsPlacing),
+        "petals-push": Policy("Petals, pushing", _petals(push=True), PetalsPlacing),
+        "petals-routing": Policy("Petals' routing, own placement", _petals(push=True)),
+        "petals-placement": Policy("own routing, Petals' placement", _best(), PetalsPlacing),
+    }
+)

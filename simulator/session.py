@@ -1,130 +1,89 @@
-"""A client's session: it runs the machine of real sessions in simulated time."""
+"""A client's session, and what it has planned: by the policy, with what the client knows."""
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from typing import Final
 
-from scheduler.facts import CLIENT
+from scheduler import route as routes
+from scheduler.batching import SIZES, best_step
+from scheduler.cost import route_ms
+from scheduler.facts import CLIENT, Hop, Network
 from scheduler.replan import Forecasts, RouteWatch
-from simulator.clients import Client
-from simulator.events import Events
-from simulator.identities import MODEL, Identities, device_at
-from simulator.node import Node, Parcel
-from simulator.policies import SeenHop
-from simulator.route import Hops, Route
+from scheduler.route_search import HEARD_S, Found, searched_route
+from simulator.clients import Client, Plan, Planned, SeenHop
+from simulator.directory import MODEL, Identities, View, device_at
+from simulator.node import Hops, Node, Parcel, Route
+from simulator.policies import Routing
 from simulator.world import Request, World
-from splitnet.session.events import (
-    AskAlive,
-    AskRoute,
-    Ban,
-    Cause,
-    Close,
-    Effect,
-    Event,
-    Note,
-    Planned,
-    Received,
-    Send,
-    Submit,
-    Tick,
-    Unban,
-    Use,
-)
+from splitnet.errors import CoverageError, PeerBusy
+from splitnet.session.events import AskRoute, Cause, Event, Move, NoRoute, Received
+from splitnet.session.events import Planned as RoutePlanned
 from splitnet.session.machine import SessionState
-from splitnet.session.requests import StepRequest
-from splitnet.session.route_setup import Phase
-from splitnet.swarm.peers import BAN_S, Bans
+from splitnet.swarm.peers import Bans
+from splitnet.swarm.plan import Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
+from splitnet.wire.codecs import Codec, codec_by_name
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.log import REPLAY_POSITIONS
-from splitnet.wire.messages import Close as CloseMessage
-from splitnet.wire.messages import Failure, FailureCode, Open, Part, Replay, Result, Step
-
-if TYPE_CHECKING:
-    from simulator.calls import Calls
-    from simulator.planning import Planning
-    from simulator.traffic import Traffic
+from splitnet.wire.messages import Failure, FailureCode, Result
 
 RUNNING: Final = "running"
 FINISHED: Final = "finished"
 FAILED: Final = "failed"
 
-RETRY_MS: Final = 2000.0
-"""After so long a client whose session was given up tries again."""
-
-_POSITION: Final = bytes(4)
+POSITION: Final = bytes(4)
 """An activation of one value: what it stands for takes time in `Wire`, and no memory here."""
 
-
-@dataclass(slots=True)
-class Surroundings:
-    """What sessions act on. running: how many of them. tokens_in_time: that they got while clients still came."""
-
-    world: World
-    events: Events
-    identities: Identities
-    nodes: dict[str, Node]
-    planning: Planning
-    traffic: Traffic
-    calls: Calls
-    running: int = 0
-    tokens_in_time: int = 0
+PLAIN = codec_by_name("none")
 
 
 class Session:
-    """One request and its way through the swarm. All times in ms.
+    """One request and its way through the swarm, with the machine of real sessions. All times in ms.
 
     Attributes:
         machine: its life.
         route: the hops of the present epoch; None: there are none. hops: the same; after the end the last ones.
         first_ms, last_ms: when the client had its first and its latest token.
         predicted_ms: of a token, by the plan of the whole route; 0: hops were replaced since.
+        forecasts: by what factor routes were slower than predicted.
         seen, latencies: what it met at its hops, and between them.
-        doubt: by what factor routes were slower than predicted.
         contacts: since when the client is connected to peers.
+        feed: has the machine handle an event, and does what follows from it.
     """
 
-    def __init__(self, request: Request, client: Client, around: Surroundings) -> None:
-        settings = around.world.settings
+    feed: Callable[[Event], None]
+
+    def __init__(
+        self, request: Request, client: Client, identities: Identities, world: World, clock_s: Callable[[], float]
+    ) -> None:
         self.request = request
         self.client = client
-        self.arrived_ms = around.events.now
+        self.arrived_ms = clock_s() * 1000
         self.state = RUNNING
         self.tokens = 0
         self.first_ms = 0.0
         self.last_ms = 0.0
         self.ended_ms = 0.0
         self.predicted_ms = 0.0
-        self._lost = False
-        """The route that was planned last is not better than the former, but takes its place."""
         self.forecasts = Forecasts()
+        self.watch = RouteWatch()
         self.hops: Hops = []
         self.route: Route | None = None
         self.seen: dict[Node, SeenHop] = {}
         self.latencies: dict[tuple[str, str], float] = {}
         self.contacts: dict[Node, float] = {}
-        self.bans = Bans(lambda: around.events.now / 1000)
+        self.bans = Bans(clock_s)
         self.machine = SessionState(
             request.number.to_bytes(16, "big"),
             model=MODEL,
-            blocks=(0, settings.num_blocks),
+            blocks=(0, world.settings.num_blocks),
             hidden_size=1,
             budget=request.positions,
-            recovery_timeout_s=settings.patience_s,
+            recovery_timeout_s=world.settings.patience_s,
         )
-        self._around = around
-        self.watch = RouteWatch()
-        self._pending: deque[Event] = deque()
-        self._handling = False
-        self._wakes_ms = math.inf
-        self._requests: tuple[StepRequest, ...] = ()
-        self._sent_ms = 0.0
-        self._sent_repairs = 0
-        self._looked_ms = 0.0
-        self._retries = False
+        self._identities = identities
 
     @property
     def context(self) -> int:
@@ -142,7 +101,7 @@ class Session:
         return len(self.machine.recoveries) - self.moves
 
     def endpoint(self, node: Node) -> Endpoint:
-        return self._around.identities.endpoint(node.id)
+        return self._identities.endpoint(node.id)
 
     def failure(self, node: Node, epoch: int, number: int, code: FailureCode) -> Received:
         """That a peer refuses something; number 0: the session itself."""
@@ -157,211 +116,210 @@ class Session:
         seen.block_ms.add(block_ms)
         seen.wait_ms.add(wait_ms)
 
-    def answered(self, parcel: Parcel) -> None:
-        """The client is told that a request, or a replay, is done."""
-        if parcel.route is self.route:
-            node, _, end = parcel.route.hops[parcel.last_hop]
-            payload = _POSITION * parcel.keep
-            result = Result(self.machine.session, parcel.route.epoch, parcel.number, end, 0, (), payload)
-            self.feed(Received(self.endpoint(node), result))
+    def result(self, parcel: Parcel) -> Received:
+        """That a request, or a replay, is done."""
+        node, _, end = parcel.route.hops[parcel.last_hop]
+        payload = POSITION * parcel.keep
+        message = Result(self.machine.session, parcel.route.epoch, parcel.number, end, 0, (), payload)
+        return Received(self.endpoint(node), message)
 
-    def begin(self) -> None:
-        """The client wants its answer."""
-        self._around.running += 1
-        self.feed(Use())
 
-    def feed(self, event: Event) -> None:
-        """Has the machine handle an event, and does what follows from it."""
-        self._pending.append(event)
-        if self._handling:
-            return
-        self._handling = True
-        while self._pending:
-            for effect in self.machine.handle(self._pending.popleft(), self._around.events.now / 1000):
-                self._perform(effect)
-            if not self._pending and self.state == RUNNING:
-                self._go_on()
-        if self.machine.phase is Phase.REPLAYING and not self.machine.chunk_ms:
-            self.machine.chunk_ms = self._around.planning.step_ms(self, REPLAY_POSITIONS)
-        self._handling = False
-        self._arm()
+class Planning:
+    """Plans for all sessions.
 
-    def end(self, state: str) -> None:
-        """Ends it, and gives back what it has reserved."""
-        self.state = state
-        self._around.running -= 1
-        self.ended_ms = self._around.events.now
-        self.route = None
-        self.feed(Close())
+    Args:
+        routing: the policy.
+        view: what clients know now.
+        nodes: all peers by id, to see whether one that is banned answers.
+        choices: makes the random ones.
+    """
 
-    # Time.
+    def __init__(
+        self,
+        world: World,
+        routing: Routing,
+        identities: Identities,
+        view: Callable[[], View],
+        nodes: Mapping[str, Node],
+        choices: random.Random,
+        clock_s: Callable[[], float],
+    ) -> None:
+        self._world = world
+        self._settings = world.settings
+        self._blocks = (0, world.settings.num_blocks)
+        self._routing = routing
+        self._identities = identities
+        self._view = view
+        self._nodes = nodes
+        self._choices = choices
+        self._clock_s = clock_s
 
-    def _arm(self) -> None:
-        wakes_ms = self._due_ms()
-        if wakes_ms < self._wakes_ms:
-            self._wakes_ms = wakes_ms
-            self._around.events.at(wakes_ms, self._wake, wakes_ms)
+    @property
+    def replans(self) -> bool:
+        """Whether sessions look for better routes while they run."""
+        return self._routing.replans
 
-    def _due_ms(self) -> float:
-        """When the machine wants a tick; a hair later, so that the time in seconds is not before it."""
-        return self.machine.wake_at * 1000 + 1e-6
+    def answer(self, session: Session, asked: AskRoute) -> tuple[RoutePlanned | NoRoute, Planned]:
+        """The answer to a machine's question, and what the policy says of the last part that it planned."""
+        if asked.unban:
+            for name in session.bans.keys():  # noqa: SIM118 (not a mapping)
+                if self._nodes[self._identities.device(name)].serves:
+                    session.bans.lift(name)
+        banned = session.bans.keys()
+        planned = Planned([])
 
-    def _wake(self, planned_ms: float) -> None:
-        if planned_ms == self._wakes_ms:
-            self._wakes_ms = math.inf
-        if self._around.events.now >= self._due_ms():
-            self.feed(Tick())
-        else:
-            self._arm()
+        def part(
+            blocks: tuple[int, int], ends: Ends, exclude: Collection[str], holders: Collection[str]
+        ) -> list[PlannedHop]:
+            nonlocal planned
+            source, target = (self._identities.device(end.key.text) if end is not None else CLIENT for end in ends)
+            plan = replace(
+                self._plan(session, {*exclude, *banned}),
+                blocks=blocks,
+                source=source,
+                target=target,
+                prompt=0 if session.tokens else session.request.prompt,
+                present=[_named(hop) for hop in asked.kept if hop.name in holders],
+            )
+            planned = self._route(session, plan)
+            return self._hops(planned.hops)
 
-    # Effects.
+        try:
+            route = repaired_route(asked.kept, asked.excluded, self._blocks, part)
+        except (CoverageError, PeerBusy) as error:
+            known = self._view().records
+            refused = {name for name in asked.excluded if self._identities.device(name) in known}
+            return NoRoute(asked.number, error, frozenset(refused), was_covered=True), planned
+        return RoutePlanned(asked.number, tuple(route), _codecs(route)), planned
 
-    def _perform(self, effect: Effect) -> None:
-        around = self._around
-        match effect:
-            case Send(endpoint, message):
-                node = around.nodes[device_at(endpoint)]
-                match message:
-                    case Step():
-                        self._send(message)
-                    case Open():
-                        self._follow_route(message.epoch)
-                        around.calls.send(self, node, message)
-                    case CloseMessage() | Replay():
-                        around.calls.send(self, node, message)
-                    case _:
-                        raise AssertionError(f"no simulated session sends {message}")
-            case AskAlive(endpoint):
-                around.calls.send(self, around.nodes[device_at(endpoint)], effect)
-            case AskRoute():
-                answer, planned = around.planning.answer(self, effect)
-                self._lost = True
-                if isinstance(answer, Planned):
-                    self.predicted_ms = 0.0 if effect.kept else planned.token_ms
-                self._later(planned.asked_ms, answer)
-            case Ban(name):
-                self.bans.add(name, BAN_S)
-            case Unban(name):
-                self.bans.lift(name)
-            case Note():
-                pass
+    def better(self, session: Session) -> tuple[Move, Planned] | None:
+        """A change of route that pays for the tokens that are left, or None."""
+        present = [hop.planned for hop in session.machine.hops]
+        plan = replace(
+            self._plan(session, session.bans.keys()),
+            present=[_named(hop) for hop in present],
+            cached=session.context,
+            seen={node.id: seen for node, seen in session.seen.items()},
+            latencies=session.latencies,
+        )
+        try:
+            planned = self._route(session, plan)
+        except (CoverageError, PeerBusy):
+            return None
+        if not planned.present_ms or planned.hops == plan.present:
+            return None
+        error = session.forecasts.error if self._settings.doubts else 1.0
+        left = session.request.output - session.tokens
+        if session.watch.better_ms(planned.present_ms, planned.token_ms, error, planned.move_ms, left) is None:
+            return None
+        route = with_kept_hops(self._hops(planned.hops), present)
+        return Move(tuple(route), _codecs(route)), planned
 
-    def _later(self, ms: float, event: Event) -> None:
-        if ms:
-            self._around.events.at(self._around.events.now + ms, self.feed, event)
-        else:
-            self.feed(event)
+    def step_ms(self, session: Session, positions: int, in_flight: int = 1) -> float:
+        """What so many steps of so many positions are predicted to take on the present route; 0: not known."""
+        hops = [_named(hop.planned) for hop in session.machine.hops]
+        view = self._view()
+        if any(hop.peer not in view.records for hop in hops):
+            return 0.0
+        places = {CLIENT: session.client.place, **{hop.peer: view.records[hop.peer].place for hop in hops}}
+        return route_ms(
+            hops,
+            {hop.peer: view.records[hop.peer].peer for hop in hops},
+            Network(session.client.links, places=places),
+            positions=positions,
+            encodings=self._settings.encodings,
+            in_flight=in_flight,
+        )
 
-    def _follow_route(self, epoch: int) -> None:
-        """Takes over the route that the machine opens."""
-        if self.route is not None and self.route.epoch == epoch:
-            return
-        around = self._around
-        planned = [hop.planned for hop in self.machine.hops]
-        self.hops = [(around.nodes[device_at(hop.endpoint)], hop.start, hop.end) for hop in planned]
-        self.route = Route(self, epoch, self.hops, around.traffic.wires(self.hops, self.client.number))
-        own = (CLIENT, self.client.number)
-        stations = [own, *((node.id, node.number) for node, _, _ in self.hops), own]
-        for (sender, here), (receiver, there) in pairwise(stations):
-            self.latencies[sender, receiver] = around.world.geography.one_way_ms(here, there)
-        self.watch.begin(self.predicted_ms or around.planning.step_ms(self, 1), lost=self._lost)
+    def step_positions(self, session: Session, positions: int) -> int:
+        """Into steps of what size so many positions are cut, as a real client cuts them."""
+        if positions <= SIZES[0]:
+            return positions
+        return best_step(
+            positions,
+            lambda size: self.step_ms(session, size),
+            lambda size: self.step_ms(session, size, 2) - self.step_ms(session, size),
+        )
 
-    def _send(self, step: Step) -> None:
-        route, (part,) = self.route, step.parts
-        assert route is not None
-        replay = step.replay_until > 0
-        last = len(route.hops) - 1
-        if replay:
-            last = next(index for index, (_, _, end) in enumerate(route.hops) if end == step.replay_until)
-        parcel = Parcel(route, step.number, 0, last, part.start, part.length, part.keep, replay=replay)
-        self._around.traffic.send(parcel)
+    def _plan(self, session: Session, exclude: Collection[str]) -> Plan:
+        request, ids = session.request, {self._identities.device(name) for name in exclude}
+        return Plan(session.client, request, self._blocks, CLIENT, CLIENT, ids, request.positions)
 
-    # What the client does.
+    def _route(self, session: Session, plan: Plan) -> Planned:
+        """Past silent peers, as real clients search for it."""
+        now_s, holders = self._clock_s(), {hop.peer for hop in plan.present}
+        searcher = _Searcher(self._world, self._routing, self._view(), self._choices, plan, now_s)
+        planned = searched_route(
+            searcher,
+            plan.client.answers,
+            excluded=plan.exclude,
+            given_up=set(map(self._identities.device, session.bans.keys())),
+            alive={*holders, plan.source, plan.target},
+            since_s=now_s - HEARD_S,
+        )
+        for name in searcher.contacts:
+            session.contacts.setdefault(self._nodes[name], now_s * 1000)
+        return replace(planned, asked_ms=planned.asked_ms + searcher.waited_ms)
 
-    def _go_on(self) -> None:
-        """Takes what has come, and asks for more."""
-        machine = self.machine
-        if machine.phase is Phase.BROKEN:
-            self._requests = ()
-            if machine.error is None:  # a hop was lost while nothing was under way
-                self.feed(Use())
-            else:
-                self._try_later()
-        elif machine.is_open:
-            if not all(request.done for request in self._requests):
-                return
-            if self._requests:
-                self._got_token()
-                if self.state != RUNNING:
-                    return
-            if not self._moves():
-                self._submit()
+    def _hops(self, hops: Sequence[Hop]) -> list[PlannedHop]:
+        records = self._view().records
+        return [self._identities.hop(hop, records[hop.peer]) for hop in hops]
 
-    def _try_later(self) -> None:
-        if self._retries:
-            return
-        now = self._around.events.now
-        if now + RETRY_MS - max(self.arrived_ms, self.last_ms) > self._around.world.settings.patience_s * 1000:
-            self.end(FAILED)
-        else:
-            self._retries = True
-            self._around.events.at(now + RETRY_MS, self._try_again, None)
 
-    def _try_again(self, _: None) -> None:
-        self._retries = False
-        if self.state == RUNNING:
-            self.feed(Use())
+class _Searcher:
+    """Plans and measures for the search of a route, see `Searcher`.
 
-    def _got_token(self) -> None:
-        now = self._around.events.now
-        if self.tokens == 0:
-            self.first_ms = now
-        elif self._sent_repairs == len(self.machine.recoveries):
-            ratio = self.watch.step_took(now - self._sent_ms)
-            self.machine.usual_ms = self.watch.usual_ms
-            if ratio is not None:
-                self.forecasts.came(tuple(hop.name for hop in self.machine.hops), ratio)
-        self.tokens += 1
-        self._around.tokens_in_time += now <= self._around.world.settings.duration_s * 1000
-        self.last_ms = now
-        self._requests = ()
-        if self.tokens >= self.request.output:
-            self.end(FINISHED)
+    Attributes:
+        names: of all peers in view.
+        contacts: peers that the search has asked. waited_ms: how long that took.
+    """
 
-    def _moves(self) -> bool:
-        """Looks for a better route between two tokens, when it is time to, and goes over to it if that pays."""
-        around = self._around
-        now = around.events.now
-        due = now - self._looked_ms >= around.world.settings.replan_s * 1000
-        if not self.tokens or not around.planning.replans or not due:
-            return False
-        self._looked_ms = now
-        found = around.planning.better(self)
-        if found is None:
-            return False
-        move, planned = found
-        self.predicted_ms, self._lost = planned.token_ms, False
-        self._later(planned.asked_ms, move)
-        return True
+    def __init__(
+        self, world: World, routing: Routing, view: View, choices: random.Random, plan: Plan, now_s: float
+    ) -> None:
+        self.now_s = now_s
+        self.names = view.records.keys()
+        self.contacts: list[str] = []
+        self.waited_ms = 0.0
+        self._world = world
+        self._routing = routing
+        self._view = view
+        self._choices = choices
+        self._plan = plan
+        self._client = plan.client
 
-    def _submit(self) -> None:
-        """Sends the prompt, or the latest token."""
-        start, end, size, predicted_ms = 0, self.request.prompt, 1, 0.0
-        if self.tokens:
-            start, end = self.context, self.context + 1
-        else:
-            size = self._around.planning.step_positions(self, end)
-            predicted_ms = self._around.planning.step_ms(self, min(end, size))
-        machine = self.machine
-        requests: list[StepRequest] = []
-        while start < end:
-            count = min(end - start, size)
-            keep = int(start + count == end)
-            part = Part(0, start, count, keep)
-            number = machine.next_number()
-            step = Step(machine.session, machine.epoch, number, (part,), None, 0, 0, _POSITION * count)
-            requests.append(StepRequest(step, keep, predicted_ms))
-            start += count
-        self._requests = tuple(requests)
-        self._sent_ms, self._sent_repairs = self._around.events.now, len(machine.recoveries)
-        self.feed(Submit(self._requests))
+    def plan(self, left_out: frozenset[str]) -> Found[Planned] | None:
+        try:
+            plan = replace(self._plan, exclude={*self._plan.exclude, *left_out})
+            route = self._routing.route(plan, self._view, self._choices)
+        except routes.NoRoute as error:
+            if left_out:
+                return None
+            raise no_route_error(error, "simulated", lambda start, end: f"blocks {start}:{end}") from None
+        holders = {hop.peer for hop in self._plan.present}
+        # Bandwidths are known.
+        return Found(route, unmeasured=(), newcomers=[hop.peer for hop in route.hops if hop.peer not in holders])
+
+    def measure(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
+        asked = list(others)[: self._client.pings_left(self.now_s) // 2]
+        if not asked:
+            return None
+        self.waited_ms += self._client.measure(self._world, asked, self.now_s, self._choices.random)
+        self.contacts += asked
+        return set()
+
+    def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
+        return self._view.idle_crowd.beside_silent(silent, answered) if self._routing.has_coordinates else set()
+
+    def chosen(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
+        if likely:
+            return self._client.likely(self._world, self._view, count, self.names - among)
+        return self._choices.sample(sorted(among), min(len(among), count))
+
+
+def _named(hop: PlannedHop) -> Hop:
+    return Hop(device_at(hop.endpoint), hop.start, hop.end)
+
+
+def _codecs(route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
+    return (PLAIN,) * (len(route) + 1)

@@ -1,22 +1,28 @@
-"""Steps on their way: over links, into queues, through passes."""
+"""What is under way: steps over links, into queues and through passes; and what clients and peers say beside steps."""
 
 from __future__ import annotations
 
 import math
 import random
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
+from typing import Any, Final
 
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
 from scheduler.cost import Encoding
 from scheduler.facts import Link
-from simulator.events import Events
-from simulator.node import Awaited, Held, Node, Parcel
-from simulator.route import Hops, Route, Wire, wires_of
-from simulator.world import World
-from splitnet.wire.messages import FailureCode
+from simulator.clients import CONNECT_TRIPS
+from simulator.node import Awaited, Held, Hops, Node, Parcel, Route, Wire, wires_of
+from simulator.session import RUNNING, Session
+from simulator.world import Events, World
+from splitnet.errors import PeerLost
+from splitnet.session.events import Alive, AskAlive, Event, LinkFailed, Received
+from splitnet.swarm.peers import LOOK_S
+from splitnet.transport.pool import KEEP_S
+from splitnet.wire.messages import Close, FailureCode, Open, Opened, Replay
 
 RESTART_MS: Final = 200.0
-"""A connection that was silent for so long, and a round trip more, begins slowly again (RFC 5681, section 4.1)."""
+"""After this silence, and a round trip more, a connection begins slowly again (RFC 5681, section 4.1)."""
 
 
 class Stream:
@@ -55,10 +61,11 @@ Pass = tuple[Node, int, list[tuple[Parcel, int]], float]
 class Traffic:
     """Carries parcels from hop to hop. Times in ms.
 
-    through_client: whether the client carries everything between two hops.
+    sessions: by the number of the client. through_client: whether the client carries everything between two hops.
     """
 
-    def __init__(self, world: World, events: Events, through_client: bool) -> None:
+    def __init__(self, world: World, events: Events, sessions: Mapping[int, Session], through_client: bool) -> None:
+        self._sessions = sessions
         self._geography = world.geography
         self._settings = world.settings
         self._encodings = world.settings.encodings
@@ -82,7 +89,7 @@ class Traffic:
             start += count
 
     def send(self, parcel: Parcel) -> None:
-        """Sends a parcel to its hop from whoever comes before it."""
+        """Sends a parcel to its hop from the one before it."""
         parcel.remaining = parcel.positions
         if (sender := _sender_of(parcel)) is not None:
             sender.sending += 1
@@ -122,13 +129,12 @@ class Traffic:
 
     def _receive(self, parcel: Parcel) -> None:
         route = parcel.route
-        session = route.session
-        if session.route is not route:
+        if not self._is_present(route):
             return
         if (sender := _sender_of(parcel)) is not None:
             sender.sending -= 1
         node = route.hops[parcel.hop][0]
-        held = node.sessions.get(session)
+        held = node.sessions.get(route.client)
         if held is None:
             if not node.gone:
                 self._say_no_session(parcel)
@@ -140,25 +146,33 @@ class Traffic:
                 self._begin_pass(node)
 
     def _say_no_session(self, parcel: Parcel) -> None:
-        """A hop that does not hold the session says so to who sent the step, who passes it on to the client."""
-        route, client = parcel.route, parcel.route.session.client.number
+        """A hop that does not hold the session says so to the sender of the step, which passes it on to the client."""
+        route, session = parcel.route, self._sessions[parcel.route.client]
         node = teller = route.hops[parcel.hop][0]
         delay_ms = 0.0
         if parcel.hop:
             teller = route.hops[parcel.hop - 1][0]
             delay_ms = self._geography.one_way_ms(node.number, teller.number)
-        delay_ms += self._geography.one_way_ms(teller.number, client)
-        failure = route.session.failure(teller, route.epoch, parcel.number, FailureCode.UNKNOWN_SESSION)
-        self._events.at(self._events.now + delay_ms, route.session.feed, failure)
+        delay_ms += self._geography.one_way_ms(teller.number, route.client)
+        failure = session.failure(teller, route.epoch, parcel.number, FailureCode.UNKNOWN_SESSION)
+        self._events.at(self._events.now + delay_ms, session.feed, failure)
+
+    def _is_present(self, route: Route) -> bool:
+        """Whether its session still uses it."""
+        return self._sessions[route.client].route is route
 
     def _begin_pass(self, node: Node) -> None:
         now = self._events.now
-        for parcel in [parcel for parcel in node.ready if parcel.route is not parcel.route.session.route]:
+        for parcel in [parcel for parcel in node.ready if not self._is_present(parcel.route)]:
             node.ready.remove(parcel)
             node.left(parcel, now)
         if node.ready:
             taken, ms = node.next_pass(now, self._uplink_free_ms.get(node.number, 0.0))
             if taken:
+                block_ms = node.block_ms(sum(count for _, count in taken))
+                for parcel, _ in taken:
+                    if parcel.positions <= DECODE_POSITIONS and not parcel.follows:
+                        self._sessions[parcel.owner].met(node, block_ms, now - parcel.arrived_ms)
                 self._events.at(now + ms, self._end_pass, (node, node.generation, taken, ms))
             else:
                 self._events.at(now + ms, self._end_wait, (node, node.awaited))
@@ -177,8 +191,8 @@ class Traffic:
         for parcel, done in taken:
             route = parcel.route
             parcel.remaining -= done
-            held = node.sessions.get(route.session)
-            if held is None or route.session.route is not route:
+            held = node.sessions.get(route.client)
+            if held is None or not self._is_present(route):
                 node.left(parcel, now)
                 continue
             held.done += done
@@ -205,13 +219,142 @@ class Traffic:
             latency_ms, payload_ms = wire.latency_ms, wire.token_ms if parcel.keep else 0.0
             if parcel.last_hop + 1 < len(route.hops):
                 number = route.hops[parcel.last_hop][0].number
-                latency_ms = self._geography.one_way_ms(number, route.session.client.number)
+                latency_ms = self._geography.one_way_ms(number, route.client)
             arrival = self._events.now + payload_ms + self._latency(latency_ms)
-            self._events.at(wire.in_order(-1, arrival), route.session.answered, parcel)
+            self._events.at(wire.in_order(-1, arrival), self._answer, parcel)
+
+    def _answer(self, parcel: Parcel) -> None:
+        """The client is told that a request, or a replay, is done."""
+        if self._is_present(parcel.route):
+            session = self._sessions[parcel.owner]
+            session.feed(session.result(parcel))
 
 
 def _sender_of(parcel: Parcel) -> Held | None:
     """The session at the hop before, in the epoch of a parcel that goes from there to the next."""
     route = parcel.route
-    held = route.hops[parcel.hop - 1][0].sessions.get(route.session) if parcel.hop else None
+    held = route.hops[parcel.hop - 1][0].sessions.get(route.client) if parcel.hop else None
     return held if held is not None and held.epoch == route.epoch else None
+
+
+Call = Open | Close | Replay | AskAlive
+
+
+class Calls:
+    """Carries calls and their answers. Times in ms.
+
+    Attributes:
+        under_way: how many have not arrived.
+    """
+
+    def __init__(self, world: World, events: Events, traffic: Traffic) -> None:
+        self.under_way = 0
+        self._users: dict[tuple[int, ...], list[Session]] = {}
+        """Of connections, by their owners: a client, or a peer and the next."""
+        self._up_ms: dict[tuple[int, int], float] = {}
+        """Since when a peer is connected to the next."""
+        self._geography = world.geography
+        self._events = events
+        self._traffic = traffic
+
+    def send(self, session: Session, node: Node, call: Call) -> None:
+        """Sends a call to a peer; the first may have to connect to it.
+
+        A client that was in use lately has measured its links to likely peers, and so is connected to them.
+        """
+        one_way_ms, now = self._one_way_ms(session, node), self._events.now
+        if node not in session.contacts:
+            up_ms = now + 2 * CONNECT_TRIPS * one_way_ms
+            for user in (*self._others((session.client.number,), session), session):
+                looked = now - user.arrived_ms > LOOK_S * 1000
+                up_ms = min(up_ms, user.contacts.get(node, now if looked else up_ms))
+            session.contacts[node] = up_ms
+        waits_ms = max(0.0, session.contacts[node] - now)
+        self._later(waits_ms + one_way_ms, self._arrived, (session, node, call))
+
+    def _others(self, key: tuple[int, ...], session: Session) -> list[Session]:
+        """Other sessions that use such connections, or did so before they were closed; from now on this one does."""
+        now = self._events.now
+        others = [
+            each
+            for each in self._users.get(key, ())
+            if each is not session and (each.state == RUNNING or now - each.ended_ms < KEEP_S * 1000)
+        ]
+        self._users[key] = [*others, session]
+        return others
+
+    def say_leaving(self, node: Node, held: Iterable[tuple[Session, int]]) -> None:
+        """A peer tells the clients of these sessions, each in an epoch, that it goes; or its machine ends the links."""
+        for session, epoch in held:
+            if node.gone and node.device.crashes:
+                endpoint = session.endpoint(node)
+                error = PeerLost(f"the peer at {endpoint.address} is gone")
+                self._answer(session, node, LinkFailed(endpoint, error))
+            else:
+                self._answer(session, node, session.failure(node, epoch, 0, FailureCode.LEAVING))
+
+    def _one_way_ms(self, session: Session, node: Node) -> float:
+        return self._geography.one_way_ms(session.client.number, node.number)
+
+    def _later(self, ms: float, act: Callable[[Any], None], subject: Any) -> None:
+        self.under_way += 1
+        self._events.at(self._events.now + ms, self._happens, (act, subject))
+
+    def _happens(self, item: tuple[Callable[[Any], None], Any]) -> None:
+        self.under_way -= 1
+        act, subject = item
+        act(subject)
+
+    def _answer(self, session: Session, node: Node, event: Event) -> None:
+        self._later(self._one_way_ms(session, node), session.feed, event)
+
+    def _arrived(self, item: tuple[Session, Node, Call]) -> None:
+        session, node, call = item
+        if node.gone:
+            # A device that crashed is silent. One that left has no listener, which a client sees when it connects.
+            if isinstance(call, Open) and not node.device.is_silent:
+                endpoint = session.endpoint(node)
+                error = PeerLost(f"nobody listens at {endpoint.address}: it may have ended")
+                self._answer(session, node, LinkFailed(endpoint, error))
+            return
+        match call:
+            case Open():
+                self._opens(session, node, call)
+            case Close():
+                node.release(session.client.number)
+            case Replay():
+                self._replays(session, node, call)
+            case AskAlive():
+                held = node.sessions.get(session.client.number)
+                progress = (held.waiting or held.sending, held.done, held.last) if held else (0, 0, 0)
+                alive = Alive(session.endpoint(node), float(node.running), held is not None, *progress)
+                self._answer(session, node, alive)
+
+    def _opens(self, session: Session, node: Node, call: Open) -> None:
+        refusal = node.open(session.client.number, call.epoch, (call.start, call.end), call.budget)
+        if refusal is not None:
+            self._answer(session, node, session.failure(node, call.epoch, 0, refusal))
+            return
+        opened = Opened(call.session, call.epoch, True, node.sessions[session.client.number].cached)
+        answer = Received(session.endpoint(node), opened)
+        self._later(self._reaches_ms(session, node) + self._one_way_ms(session, node), session.feed, answer)
+
+    def _reaches_ms(self, session: Session, node: Node) -> float:
+        """How long a peer takes to reach the hop after it, before it says that it is open."""
+        following = next((after for (hop, _, _), (after, _, _) in pairwise(session.hops) if hop is node), None)
+        if following is None or self._traffic.through_client:
+            return 0.0
+        pair, now = (node.number, following.number), self._events.now
+        if not self._others(pair, session):
+            self._up_ms[pair] = now + 2 * CONNECT_TRIPS * self._geography.one_way_ms(*pair)
+        return max(0.0, self._up_ms[pair] - now)
+
+    def _replays(self, session: Session, node: Node, call: Replay) -> None:
+        held, route = node.sessions.get(session.client.number), session.route
+        if held is None:
+            failure = session.failure(node, call.epoch, call.number, FailureCode.UNKNOWN_SESSION)
+            self._answer(session, node, failure)
+        elif route is not None and held.epoch == route.epoch == call.epoch:
+            first = 1 + next(index for index, hop in enumerate(route.hops) if hop[0] is node)
+            last = next(index for index, hop in enumerate(route.hops) if hop[2] == call.until)
+            self._traffic.replay(route, first, last, held.cached, call.number)

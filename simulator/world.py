@@ -1,14 +1,16 @@
-"""What happens in a simulation whatever anybody decides: devices, when they come and go, and who asks for what."""
+"""What no policy decides: devices, when they come and go, the requests of clients, and the order of events."""
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -88,18 +90,7 @@ SCENARIOS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 """Settings by what clients and devices do."""
 
 RULES: Final = frozenset(
-    {
-        "refresh_s",
-        "look_s",
-        "record_ttl_s",
-        "view_s",
-        "load_s",
-        "moves",
-        "replan_s",
-        "doubts",
-        "probes",
-        "patience_s",
-    }
+    ["refresh_s", "look_s", "record_ttl_s", "view_s", "load_s", "moves", "replan_s", "doubts", "probes", "patience_s"]
 )
 """The settings on which devices and requests do not depend."""
 
@@ -169,7 +160,7 @@ class Device:
 
     @property
     def is_silent(self) -> bool:
-        """Whether nobody is told that it is gone."""
+        """Whether it leaves without any sign to others."""
         return self.crashes and not self.resets
 
 
@@ -322,7 +313,7 @@ def _draw_device(
 USED_EVERY_S: Final = 2 * 3600.0
 USED_FOR_S: Final = 600.0
 USED_SLOWER: Final = 3.0
-"""Once in so long a device's owner works with it for so long, both on average; then it is slower by the factor."""
+"""How often a device's owner works with it, and for how long, on average; it is slower by the factor then."""
 
 
 def _draw_use(rng: np.random.Generator, device: Device, end_s: float) -> list[tuple[float, float]]:
@@ -366,3 +357,34 @@ def measured_to(
     """The coordinate of a device after it measured a round trip to another, up to 10% too long."""
     rtt_ms = 2 * geography.one_way_ms(number, other) * (1 + 0.1 * rng.random())
     return own.moved(theirs, rtt_ms, tuple(rng.normal(size=DIMENSIONS).tolist()))
+
+
+Subject = TypeVar("Subject")
+
+
+class Events:
+    """What is still to happen. Of two events at the same time the one that was planned first comes first.
+
+    Attributes:
+        now: in ms.
+        done: how many events have happened.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.done = 0
+        self._order = count()
+        self._planned: list[tuple[float, int, Callable[[Any], None], Any]] = []
+
+    def at(self, ms: float, act: Callable[[Subject], None], subject: Subject) -> None:
+        """Plans `act(subject)`."""
+        heapq.heappush(self._planned, (ms, next(self._order), act, subject))
+
+    def next_before(self, end_ms: float) -> bool:
+        """Lets the next event happen, and says so; False if none is planned until then."""
+        if not self._planned or self._planned[0][0] > end_ms:
+            return False
+        self.now, _, act, subject = heapq.heappop(self._planned)
+        act(subject)
+        self.done += 1
+        return True

@@ -44,8 +44,7 @@ from splitnet.session.machine import SessionState
 from splitnet.session.requests import Request, RouteHop
 from splitnet.session.route_setup import Phase
 from splitnet.swarm.links import refusal
-from splitnet.swarm.measure import TRUST_S
-from splitnet.swarm.peers import BAN_S, LOOK_S
+from splitnet.swarm.peers import BAN_S
 from splitnet.swarm.plan import Forecast, Needs, PlannedHop, repaired_route, with_kept_hops
 from splitnet.swarm.swarm import Swarm
 from splitnet.transport import flow
@@ -164,9 +163,6 @@ def _result_bytes(state: SessionState, codec: Codec, hops: int) -> int:
 
 log = logging.getLogger(__name__)
 
-PAUSE_S = 1.0
-"""Between two looks for a better route."""
-
 
 class Routes:
     """Routes for one session. Blocks: it reads the directory and measures links.
@@ -188,10 +184,6 @@ class Routes:
         self._blocks = blocks
         self._any_weights = any_weights
         self._news = swarm.fresh_facts.news
-        self._looked_at = 0.0
-        self._stepped_at = 0.0
-        self._suspected_at = 0.0
-        self._unexplained = False
         self._route: list[PlannedHop] = []
         self._lost = False
         """The latest plan takes the place of a route that was lost."""
@@ -228,11 +220,7 @@ class Routes:
 
     def step_took(self, elapsed_ms: float, positions: int) -> None:
         """Takes in the time of a decode step that had the route for itself."""
-        now = time.monotonic()
-        if now - self._stepped_at > TRUST_S:
-            self.watch.forget_recent()
-        self._stepped_at = now
-        ratio = self.watch.step_took(elapsed_ms, positions)
+        ratio = self.watch.step_took(elapsed_ms, positions, time.monotonic())
         if ratio is not None:
             self._swarm.survey.forecast_came(tuple(hop.name for hop in self._route), ratio)
 
@@ -247,36 +235,25 @@ class Routes:
             cached: positions that new hops would have to be given.
             steps_left: decode steps that are expected at most.
         """
-        swarm = self._swarm
+        swarm, watch = self._swarm, self.watch
         if self._route != list(hops):
             self._route = list(hops)
             # By what was known when it was planned: until the first step facts may say that it has become slow.
             route, predicted_ms = self._planned
             known = route == self._route
-            self.watch.begin(predicted_ms if known else swarm.planner.cost_ms(needs_now(), hops), lost=self._lost)
+            watch.begin(predicted_ms if known else swarm.planner.cost_ms(needs_now(), hops), lost=self._lost)
         now = time.monotonic()
-        surprised = self.watch.surprised
-        news = self._news != swarm.fresh_facts.news or surprised
-        if not (news or self._unexplained) or now - self._looked_at < PAUSE_S:
+        news = self._news != swarm.fresh_facts.news
+        if not watch.may_look(now, news=news):
             return None
-        if now - self._stepped_at > TRUST_S:
-            self.watch.forget_recent()
-        self._looked_at, self._news, self.watch.surprised = now, swarm.fresh_facts.news, False
+        self._news = swarm.fresh_facts.news
         needs = needs_now()
         known_ms = swarm.planner.cost_ms(needs, hops)
-        current_ms = self.watch.present_ms(known_ms)
-        is_slow = self.watch.is_slow(current_ms)
-        # What a hop took is known from the step. If it was one of the own links, that is measured first; of the
-        # others their hops tell after some seconds.
         silent = swarm.survey.silent() & {hops[0].name, hops[-1].name}
-        explained = bool(silent) or self.watch.is_slow(known_ms)
-        self._unexplained = is_slow and not explained
-        measures = self._unexplained and now - self._suspected_at >= LOOK_S
-        if surprised or measures:
-            swarm.fresh_facts.look_again([hops[0].record, hops[-1].record], probe=measures)
-        if measures:
-            self._suspected_at = now
-        if not is_slow or measures or (self._unexplained and not news):
+        look = watch.look(now, known_ms, news=news, ends_silent=bool(silent))
+        if look.suspects:
+            swarm.fresh_facts.look_again([hops[0].record, hops[-1].record], probe=look.measures)
+        if not look.plans:
             return None
         try:
             route = with_kept_hops(swarm.plan(needs, holders={hop.name for hop in hops}), hops)
@@ -285,15 +262,19 @@ class Routes:
             return None
         if route == list(hops):
             return None
-        # What is known of the present route was seen; what is known of the other was told, and may be too good.
         predicted_ms = swarm.planner.cost_ms(needs, route)
-        new_ms = predicted_ms * swarm.survey.prediction_error
-        if self._unexplained and set(_links(route)) & set(_links(hops)):  # which may be what is slow
-            new_ms += current_ms - known_ms
         before, changed = changed_hops(hops, route)
-        move_ms = swarm.planner.move_ms(needs, before, changed, max(cached, 1))
-        if not self.watch.move_pays(current_ms, new_ms, move_ms, steps_left):
+        new_ms = watch.better_ms(
+            known_ms,
+            predicted_ms,
+            swarm.survey.prediction_error,
+            swarm.planner.move_ms(needs, before, changed, max(cached, 1)),
+            steps_left,
+            shares_links=bool(set(_links(route)) & set(_links(hops))),
+        )
+        if new_ms is None:
             return None
+        current_ms = watch.present_ms(known_ms)
         self._planned, self._lost = (route, predicted_ms), False
         log.info(
             "a better route: %.0f ms per step instead of %.0f ms",

@@ -17,6 +17,7 @@ from scheduler.candidates import measured_first
 from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
 from scheduler.facts import CLIENT, PASS_SIZES, UNMEASURED, Link, Network, Peer, Place, Speed
 from scheduler.replan import Forecasts
+from scheduler.route_search import PINGED_AT_ONCE, Answers
 from splitnet.directory.record import PeerRecord, facts_of, network_of, place_of
 from splitnet.errors import SplitnetError
 from splitnet.swarm.peers import KnownPeers
@@ -131,15 +132,9 @@ STEPS = 3
 """Of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop."""
 
 REMEASURE_S = 30.0
-SILENT_S = 60.0
-"""Who has answered before and was late is left out of routes for so long: it may have been busy, or the link. Whoever
-never did may not exist."""
 
 KEPT_NETWORKS = 8
 """A session asks for the links of the peers that it plans with, of its own hops, and of those at both ends of each."""
-
-KEPT_TRIED = 4096
-"""Of so many peers it is known when their links were measured; records of ever new peers cost nothing."""
 
 
 @dataclass(slots=True)
@@ -158,21 +153,21 @@ class Survey:
 
     Args:
         clock: seconds.
+
+    Attributes:
+        answers: which peers answered when their links were measured.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.answers = Answers()
         self.network_coordinates = NetworkCoordinates(clock)
         self._clock = clock
         self._hops: dict[str, _Seen] = {}
-        self._loads: dict[str, ToldLoad] = {}
+        self._loads: dict[str, tuple[float, ToldLoad]] = {}
+        """With the time at which it was told."""
         self._links: dict[tuple[str, str], tuple[float, float]] = {}
-        self._tried: dict[str, float] = {}
-        self._silent: set[str] = set()
-        """Of those that were tried."""
-        self._heard: set[str] = set()
-        """Of those that were tried, who has ever answered."""
         self._probed: dict[str, float] = {}
-        """Of those that were tried, with the bandwidth of the link, and when."""
+        """When the bandwidth of the link was measured."""
         self._forecasts = Forecasts()
         self._told = Latest(_told_network, KEPT_NETWORKS)
         self._lock = threading.Lock()
@@ -192,6 +187,7 @@ class Survey:
             seen.at, seen.positions = now, positions
             seen.block_ms.append(block_ms)
             seen.wait_ms.append(wait_ms)
+        self.answers.stepped(key, now)
 
     def link_seen(self, sender: str, receiver: str, rtt_ms: float) -> None:
         """Takes in the round trip between two hops."""
@@ -224,7 +220,7 @@ class Survey:
         oldest = self._clock() - TRUST_S
         with self._lock:
             hops = {key: seen for key, seen in self._hops.items() if seen.at >= oldest}
-            return hops, {key: told for key, told in self._loads.items() if self._tried[key] >= oldest}
+            return hops, {key: told for key, (at, told) in self._loads.items() if at >= oldest}
 
     def network(self, records: Sequence[PeerRecord]) -> Network:
         """All links, the client's own among them."""
@@ -239,8 +235,7 @@ class Survey:
 
     def unknown(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> list[PeerRecord]:
         """Those of the peers, but for those with the names `exclude`, whose link nobody tried to measure yet."""
-        with self._lock:
-            known = self._tried.keys() | set(exclude)
+        known = self.answers.asked_s().keys() | set(exclude)
         return [record for record in records if record.key.text not in known]
 
     def unprobed(self, records: Sequence[PeerRecord], again_s: float = math.inf) -> list[PeerRecord]:
@@ -259,27 +254,14 @@ class Survey:
 
         lately: those alone that were tried a moment ago; else also those that never answered.
         """
-        oldest = self._clock() - SILENT_S
-        with self._lock:
-            never: set[str] = set() if lately else self._silent - self._heard
-            return never | {key for key in self._silent if self._tried[key] >= oldest}
-
-    def met_since(self, since_s: float) -> tuple[set[str], set[str]]:
-        """Names of those that were silent when they were asked since then, and of others from which something came."""
-        with self._lock:
-            asked = {key for key, at in self._tried.items() if at >= since_s}
-            stepped = {key for key, seen in self._hops.items() if seen.at >= since_s}
-            return asked & self._silent, (stepped | asked) - self._silent
+        return self.answers.silent(self._clock(), lately=lately)
 
     def stale(self, records: Sequence[PeerRecord], age_s: float = REMEASURE_S) -> list[PeerRecord]:
         """Those of the peers whose link nobody tried to measure for so long; the one tried longest ago first."""
         oldest = self._clock() - age_s
-        with self._lock:
-            tried = {record.key.text: self._tried.get(record.key.text, float("-inf")) for record in records}
-        return sorted(
-            (record for record in records if tried[record.key.text] < oldest),
-            key=lambda record: tried[record.key.text],
-        )
+        asked_s = self.answers.asked_s()
+        tried = [(asked_s.get(record.key.text, -math.inf), record) for record in records]
+        return [record for at, record in sorted(tried, key=lambda each: each[0]) if at < oldest]
 
     def links_measured(
         self,
@@ -295,23 +277,14 @@ class Survey:
         with self._lock:
             for endpoint, record in tried.items():
                 key = record.key.text
-                self._tried.pop(key, None)
-                self._tried[key] = now
-                (self._silent.discard if endpoint in links else self._silent.add)(key)
                 self._loads.pop(key, None)
                 if loads and endpoint in loads:
-                    self._loads[key] = loads[endpoint]
-                if endpoint in links:
-                    self._heard.add(key)
+                    self._loads[key] = now, loads[endpoint]
                 if endpoint in links and links[endpoint].bytes_per_ms:
                     self._probed[key] = now
-            while len(self._tried) > KEPT_TRIED:
-                oldest = next(iter(self._tried))
-                del self._tried[oldest]
-                self._silent.discard(oldest)
-                self._heard.discard(oldest)
-                self._loads.pop(oldest, None)
-                self._probed.pop(oldest, None)
+                for forgotten in self.answers.asked(key, now, answered=endpoint in links):
+                    self._loads.pop(forgotten, None)
+                    self._probed.pop(forgotten, None)
         for endpoint, link in links.items():
             self.network_coordinates.measured(tried[endpoint], link)
         self.network_coordinates.settle()
@@ -351,9 +324,6 @@ def _usual(seen: Sequence[float], told: float) -> float:
 
 
 log = logging.getLogger(__name__)
-
-PINGED_AT_ONCE = 96
-"""Of peers of which nothing is known, if those of a planned route do not answer: many others may not exist either."""
 
 OTHERS_PER_MINUTE = 6
 LIKELY_PER_MINUTE = 9

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, KeysView, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 
 from scheduler.cost import CODING_MS, encodings_of
 from scheduler.facts import CLIENT, Link
+from scheduler.route_search import HEARD_S, Found, searched_route
 from splitnet.directory.ask import AskedPeers
 from splitnet.directory.joining import asked_peers_of, join
 from splitnet.directory.record import PeerRecord
@@ -21,7 +23,7 @@ from splitnet.swarm.events import EventLog
 from splitnet.swarm.links import Links
 from splitnet.swarm.measure import FreshFacts, Survey
 from splitnet.swarm.peers import Bans, KnownPeers
-from splitnet.swarm.plan import CLIENT_ENDS, HEARD_S, Ends, Needs, PlannedHop, Planner, peer_command, searched_route
+from splitnet.swarm.plan import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner, peer_command
 from splitnet.transport.pool import BRIEF_S
 from splitnet.transport.prober import Answer
 from splitnet.wire.codecs import codec_by_name
@@ -176,15 +178,14 @@ class Swarm:
         self.fresh_facts.used()
         try:
             records, unusable = self._look(exclude, fresh=fresh, whole=whole)
-
-            def route(left_out: frozenset[str]) -> list[PlannedHop]:
-                names = left_out | unusable
-                return self.planner.plan(
-                    records, needs, part, ends=ends, exclude=names, holders=holders, restricted=bool(names)
-                )
-
-            alive = {*holders, *(end.key.text for end in ends if end is not None)}
-            found = searched_route(_Grounds(self, records, unusable, ends, holders, since_s, route), alive)
+            found = searched_route(
+                _Searcher(self, records, needs, part, ends, holders, unusable),
+                self.survey.answers,
+                excluded=unusable,
+                given_up=self._bans.keys(),
+                alive={*holders, *(end.key.text for end in ends if end is not None)},
+                since_s=since_s,
+            )
             self.was_covered |= part == needs.blocks
             return found
         except (CoverageError, PeerBusy):
@@ -243,10 +244,6 @@ class Swarm:
         needs = Needs(1, encodings, (0, self.facts.num_blocks))
         return self.planner.likely(records, among, needs, count, everywhere=everywhere)
 
-    def lost(self) -> set[str]:
-        """Names of peers that were silent lately, or have been banned."""
-        return self.survey.silent(lately=True) | self._bans.keys()
-
     def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
         """Who is there, and which of them a route must not go through."""
         excluded = set(exclude) | self._bans.keys()
@@ -260,75 +257,78 @@ class Swarm:
         }
 
 
-class _Grounds:
-    """What a route is searched with, see `Grounds`: all of one look at the records."""
+class _Searcher:
+    """Plans and measures for the search of a route, see `Searcher`: all of one look at the records."""
 
     def __init__(
         self,
         swarm: Swarm,
         records: Sequence[PeerRecord],
-        excluded: Collection[str],
+        needs: Needs,
+        part: tuple[int, int],
         ends: Ends,
         holders: Collection[str],
-        since_s: float,
-        route: Callable[[frozenset[str]], list[PlannedHop]],
+        unusable: AbstractSet[str],
     ) -> None:
-        self.excluded = excluded
-        self._route = route
         self._swarm = swarm
-        self._survey = swarm.survey
         self._records = records
+        self._needs = needs
+        self._part = part
         self._ends = ends
         self._holders = holders
-        self._since_s = since_s
+        self._unusable = unusable
+
+    @property
+    def now_s(self) -> float:
+        return self._swarm.survey.now_s
 
     @cached_property
     def _by_name(self) -> dict[str, PeerRecord]:
         return {record.key.text: record for record in self._records}
 
-    def _of(self, names: Iterable[str]) -> list[PeerRecord]:
-        return [self._by_name[name] for name in names]
+    @property
+    def names(self) -> KeysView[str]:
+        return self._by_name.keys()
 
-    def route(self, left_out: frozenset[str]) -> list[PlannedHop]:
-        return self._route(left_out)
+    def plan(self, left_out: frozenset[str]) -> Found[list[PlannedHop]] | None:
+        ends, holders, exclude = self._ends, self._holders, left_out | self._unusable
+        try:
+            route = self._swarm.planner.plan(
+                self._records,
+                self._needs,
+                self._part,
+                ends=ends,
+                exclude=exclude,
+                holders=holders,
+                restricted=bool(exclude),
+            )
+        except (CoverageError, PeerBusy):
+            if left_out:
+                return None
+            raise
+        own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
+        # To peers that are hidden a way may have to be found first.
+        newcomers = [hop.name for hop in route if hop.name not in holders and not hop.endpoint.hidden]
+        return Found(route, _names(self._swarm.survey.unprobed(own)), newcomers)
 
-    def unmeasured(self, route: Sequence[PlannedHop]) -> list[str]:
-        own = [hop.record for hop, end in zip((route[0], route[-1]), self._ends, strict=True) if end is None]
-        return _names(self._survey.unprobed(own))
-
-    def unheard(self, route: Sequence[PlannedHop]) -> list[str]:
-        _, heard = self._survey.met_since(self._survey.now_s - HEARD_S)
-        others = [hop.record for hop in route if hop.name not in heard and hop.name not in self._holders]
-        # To those that are hidden a way may have to be found.
-        return _names(self._survey.stale([record for record in others if not record.endpoint.hidden], HEARD_S))
-
-    def measure(self, ends: Collection[str], others: Collection[str]) -> bool:
-        return self._swarm.fresh_facts.measure(self._of(ends), self._of(others))
-
-    def lost(self) -> set[str]:
-        lost = self._swarm.lost()
-        return lost & self._by_name.keys() if lost else lost
-
-    def silent(self) -> set[str]:
-        return self._survey.silent()
-
-    def met(self) -> tuple[set[str], set[str]]:
-        return self._survey.met_since(self._since_s)
+    def measure(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
+        own = self._of(ends)
+        if not self._swarm.fresh_facts.measure(own, self._of(others)):
+            return None
+        return {*ends}.difference(_names(self._swarm.survey.unprobed(own)))
 
     def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
         return self._swarm.planner.beside_silent(self._records, silent, answered)
 
-    def unasked(self, met: set[str]) -> tuple[set[str], set[str]]:
-        unasked = self._by_name.keys() - met
-        return unasked, set(_names(self._survey.unknown(self._of(unasked))))
-
-    def likely(self, among: set[str], count: int) -> list[str]:
-        return _names(self._swarm.likely(self._records, self._of(among), count))
-
-    def drawn(self, among: set[str], count: int) -> list[str]:
-        """Those whose keys have cost work come first."""
+    def chosen(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
+        if likely:
+            return _names(self._swarm.likely(self._records, self._of(among), count))
+        # Peers whose keys have cost work come first.
         drawn = random.sample(sorted(among), len(among))
         return sorted(drawn, key=lambda name: not self._by_name[name].is_proven)[:count]
+
+    def _of(self, names: Iterable[str]) -> list[PeerRecord]:
+        return [self._by_name[name] for name in names]
 
 
 def _names(records: Iterable[PeerRecord]) -> list[str]:

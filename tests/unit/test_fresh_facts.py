@@ -12,10 +12,10 @@ import pytest
 
 from scheduler.candidates import measured_first
 from scheduler.facts import CLIENT, Link
+from scheduler.route_search import HEARD_S, SILENT_S
 from splitnet.directory.dht import Directory
 from splitnet.directory.record import PeerRecord
-from splitnet.swarm.measure import ENDS_PINGS, PINGS_PER_MINUTE, PROBE_AGAIN_S, SILENT_S, TRUST_S, FreshFacts, Survey
-from splitnet.swarm.plan import HEARD_S
+from splitnet.swarm.measure import ENDS_PINGS, PINGS_PER_MINUTE, PROBE_AGAIN_S, TRUST_S, FreshFacts, Survey
 from splitnet.swarm.swarm import Swarm
 from splitnet.transport.prober import PROBE_BYTES
 from splitnet.wire.endpoints import Endpoint

@@ -158,7 +158,7 @@ class Facts:
     def look(self, routes: Routes, hops: list[PlannedHop], news: int = 1, needs: Needs = NEEDS) -> Move | None:
         """Whether to move, after a while with so many news."""
         self.fresh_facts.news += news
-        routes._looked_at = 0.0
+        routes.watch._looked_s = 0.0
         return routes.better(hops, lambda: needs, 10, 100)
 
 

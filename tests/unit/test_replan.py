@@ -7,6 +7,7 @@ from scheduler.replan import (
     FORECASTS,
     MAX_ERROR,
     MOVE_COUNTS,
+    RECENT_S,
     RECENT_STEPS,
     TRIAL_STEPS,
     WORTHWHILE,
@@ -39,7 +40,7 @@ class TestPresentMs:
             watch.step_took(elapsed_ms)
         assert watch.present_ms(10.0) == 90.0
         assert watch.present_ms(95.0) == 90.0
-        watch.forget_recent()
+        watch.look(RECENT_S + 1, 95.0, news=True, ends_silent=False)
         assert watch.present_ms(95.0) == 95.0
 
     def test_steps_of_several_positions_say_nothing_of_single_ones(self) -> None:

@@ -18,18 +18,16 @@ from scheduler.coordinates import Coordinate
 from scheduler.cost import route_ms
 from scheduler.facts import CLIENT, Hop, Link, Speed
 from scheduler.route import NoRoute, best_route
-from simulator.chart import chart
+from simulator.clients import Plan, Planned
+from simulator.command import chart
 from simulator.engine import Simulation
-from simulator.events import Events
 from simulator.geography import Access, Geography, GivenGeography, TrueNetwork, read_latencies
-from simulator.outcome import Outcome, differences, outcome_of, pooled
-from simulator.placing import Placing
-from simulator.policies import Plan, Planned
-from simulator.route_quality import coordinate_error, plan_qualities
+from simulator.membership import Placing
+from simulator.outcome import Outcome, coordinate_error, differences, outcome_of, plan_qualities, pooled, simulate
+from simulator.policies import ABLATIONS, AGAINST, BASELINES, POLICIES
 from simulator.session import FAILED, FINISHED, RUNNING
-from simulator.simulate import ABLATIONS, AGAINST, BASELINES, POLICIES, Settings, World, simulate
 from simulator.traffic import Stream
-from simulator.world import KINDS, Device, Request, device_id, measured_to
+from simulator.world import KINDS, Device, Events, Request, Settings, World, device_id, measured_to
 from splitnet.errors import SplitnetError
 from splitnet.session.events import Cause
 from splitnet.session.route_setup import Phase

@@ -12,17 +12,17 @@ import pytest
 
 from peers.neighbours import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
 from peers.speed import ObservedSpeed
+from scheduler import route_search
 from scheduler.facts import CLIENT, PASS_SIZES, UNMEASURED, Link
 from scheduler.load import HALF_LIFE_S, Load
+from scheduler.route_search import SILENT_S
 from splitnet.directory.record import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink, place_of
 from splitnet.security.identity import Identity
-from splitnet.swarm import measure as survey_module
 from splitnet.swarm.measure import (
     MAX_AGE_S,
     REMEASURE_S,
     SETTLE_LINKS,
     SETTLE_S,
-    SILENT_S,
     STEPS,
     TRUST_S,
     NetworkCoordinates,
@@ -175,7 +175,7 @@ class TestSurvey:
         assert survey.stale([peer]) == [peer]
 
     def test_records_of_ever_new_peers_take_no_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(survey_module, "KEPT_TRIED", 2)
+        monkeypatch.setattr(route_search, "KEPT_ASKED", 2)
         survey, peers = Survey(Clock()), [record() for _ in range(3)]
         for peer in (*peers[:2], peers[0], peers[2]):
             survey.links_measured({peer.endpoint: peer}, {})
