@@ -54,6 +54,7 @@ def test_who_says_the_same_is_still_there() -> None:
         {"queue_ms": 90.0},
         {"queue_ms": 0.0},
         {"kv_free_positions": 5000},
+        {"kv_free_positions": 6900},  # two steps: just as much as matters
         {"batch": 9.0},
         {"block_ms": (9.0,) * 5},
     ],

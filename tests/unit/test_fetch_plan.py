@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from splitnet.checkpoint.transfer.plan import MAX_BYTES, MAX_PIECES, MAX_STRIKES, REST_S, SILENT_S, FetchPlan
+from splitnet.checkpoint.transfer.plan import BUSY_S, MAX_BYTES, MAX_PIECES, MAX_STRIKES, REST_S, SILENT_S, FetchPlan
 
 NAMES = [bytes([index]) * 32 for index in range(24)]
 SIZES = {name: 1 + 40_000 * index for index, name in enumerate(NAMES)}
@@ -166,3 +166,27 @@ def test_a_silent_source_is_left_out_in_the_end() -> None:
         assert plan.asks(now) == []
         now += REST_S + 1
     assert plan.is_stuck(now)
+
+
+def test_a_source_that_brings_something_is_forgiven_its_silences() -> None:
+    plan: FetchPlan[str] = FetchPlan({NAMES[0]: 10, NAMES[1]: 10})
+    plan.add("slow", NAMES)
+    now = 0.0
+    for silence in range(MAX_STRIKES):
+        asked = plan.asks(now)
+        assert asked
+        if silence == MAX_STRIKES - 1:
+            plan.arrived(*asked[0], now)
+        now += SILENT_S + 1
+        assert plan.asks(now) == []
+        now += REST_S + 1
+    assert plan.asks(now)
+
+
+def test_a_busy_source_is_asked_again_after_a_while() -> None:
+    plan: FetchPlan[str] = FetchPlan({NAMES[0]: 10})
+    plan.add("busy", NAMES)
+    assert plan.asks(0.0) == [("busy", NAMES[0])]
+    plan.busy("busy", NAMES[0], 0.0)
+    assert plan.asks(BUSY_S / 2) == []
+    assert plan.asks(BUSY_S) == [("busy", NAMES[0])]

@@ -71,6 +71,20 @@ def test_a_manifest_from_a_stranger_is_refused_or_another_one(manifest: Manifest
     assert (changed.fingerprint == manifest.fingerprint) == same
 
 
+def test_a_fingerprint_tells_all_of_a_tensor_and_stays_the_same_over_versions() -> None:
+    one = Tensor("a", "F16", (2, 3), pieces_of(b"1234"))
+    changes: list[dict[str, Any]] = [
+        {},
+        {"name": "b"},
+        {"stored": "BF16"},
+        {"shape": (3, 2)},
+        {"pieces": pieces_of(b"1235")},
+    ]
+    manifests = [Manifest("{}", (dataclasses.replace(one, **change),)) for change in changes]
+    assert len({each.fingerprint for each in [*manifests, Manifest("{ }", (one,))]}) == len(manifests) + 1
+    assert manifests[0].fingerprint == "62de952fd4bd1d93a8a0bc659b0a850d8ef1eea64cc01eeade18733332076391"
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -151,6 +151,13 @@ def test_spans_are_entered_and_left_in_the_middle() -> None:
     assert plan(peers, 12).hops == (Hop("fast", 0, 10), Hop("slow", 10, 12))
 
 
+@pytest.mark.parametrize("in_flight", [1, 10])
+def test_a_queue_counts_wherever_its_peer_stands_on_the_route(in_flight: int) -> None:
+    first, busy, slow = peer("a", 0, 1), peer("b", 1, 2, queue_ms=20.0), peer("c", 1, 2, decode_ms=10.0)
+    for peers in ([first, busy, slow], [replace(busy, start=0, end=1), replace(slow, start=0, end=1), peer("a", 1, 2)]):
+        assert "c" in [hop.peer for hop in plan(peers, 2, in_flight=in_flight).hops]
+
+
 def test_no_peer_is_visited_twice_even_where_that_would_be_faster() -> None:
     peers = [peer("wide", 0, 30, decode_ms=10.0), peer("fast", 10, 20, decode_ms=0.1)]
     assert plan(peers, 30).hops == (Hop("wide", 0, 30),)

@@ -354,6 +354,27 @@ def test_a_client_leaves_the_spare_places_to_others() -> None:
     asyncio.run(come())
 
 
+def test_a_request_that_is_cancelled_as_it_is_let_in_gives_its_place_back() -> None:
+    async def come() -> None:
+        admission = Admission(1, 4)
+
+        async def request() -> None:
+            async with admission.place():
+                pytest.fail("it was cancelled")
+
+        async with admission.place():
+            task = asyncio.create_task(request())
+            await asyncio.sleep(0)
+        assert (admission.running, admission.waiting) == (1, 0), "it is let in, and has not gone on yet"
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() and (admission.running, admission.waiting) == (0, 0)
+        async with admission.place():
+            assert admission.running == 1
+
+    asyncio.run(come())
+
+
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60), st.booleans()), max_size=40))
 def test_shares_keep_their_bounds_as_far_as_holdings_may_go(grown: list[tuple[int, int, bool]]) -> None:
     shares = Shares(100, 60)
@@ -376,6 +397,24 @@ def test_who_holds_most_lets_go() -> None:
         shares.hold(Client(client), lambda name=name: gone.append(name)).grow(amount)
     shares.hold(Client("c"), lambda: gone.append("c1")).grow(2)
     assert gone == ["a2"]
+
+
+def test_a_client_may_hold_as_much_as_its_bound() -> None:
+    shares = Shares(10, 4)
+    gone: list[str] = []
+    holding = shares.hold(Client("a"), lambda: gone.append("a"))
+    holding.grow(4)
+    assert not gone
+    holding.grow(1)
+    assert gone == ["a"]
+
+
+def test_who_holds_most_for_its_weight_lets_go() -> None:
+    shares = Shares(10)
+    gone: list[str] = []
+    for client, amount in ((Client("heavy", 3), 6), (Client("light"), 4), (Client("light"), 1)):
+        shares.hold(client, lambda name=client.name: gone.append(name)).grow(amount)
+    assert gone == ["light"]
 
 
 def messages(said: list[dict[str, Any]]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from peers.options import PeerOptions
-from peers.weights import QUESTION_BYTES, WAITING_PER_KEY, WeightService
+from peers.weights import QUESTION_BYTES, SERVING_SHARE, WAITING_PER_KEY, WeightService
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.transfer.held import HeldPieces
 from splitnet.checkpoint.transfer.manifest import Manifest, digest
@@ -137,6 +137,18 @@ def test_questions_without_length_cost_what_they_make_a_peer_do(
             assert len(asker.answer().payload) == 0
     size = next(size for pieces in held.manifest.parts for one, _, size in pieces.each() if one == piece)
     assert paced[0] == size + QUESTION_BYTES and len(looked) == 1
+
+
+@pytest.mark.parametrize(("serving", "share"), [(False, 1.0), (True, SERVING_SHARE)])
+def test_weights_come_more_slowly_while_sessions_are_served(
+    held: HeldPieces, monkeypatch: pytest.MonkeyPatch, serving: bool, share: float
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(Pace, "wait_s", lambda self, tokens, per_s: rates.append(per_s) or 0.0)
+    with Asker(held, rate=1000.0, serving=lambda: serving) as asker:
+        asker.ask(WeightsKind.PIECE, next(iter(held.names)))
+        assert isinstance(asker.answer(), WeightsPart)
+    assert rates == [1000.0 * share]
 
 
 def test_bytes_per_second_are_bounded() -> None:
