@@ -57,6 +57,15 @@ def test_one_identity_has_few_places() -> None:
     assert places.take((b"models", "other"), record(KEYS[1]), NOW) == []
 
 
+def test_an_identity_gets_its_places_back_when_its_records_are_renewed_or_expire() -> None:
+    places = Places()
+    for seconds, names in ((0, "abc"), (30, "abc"), (100, "def")):
+        for name in names:
+            renewed = record(KEYS[0], issued_at=NOW + seconds)
+            assert places.take((b"models", name), renewed, NOW + seconds) == []
+        assert places.take((b"models", "more"), record(KEYS[0], issued_at=NOW + seconds), NOW + seconds) is None
+
+
 def test_an_unproven_key_does_not_replace_what_a_proven_one_says_of_a_model() -> None:
     places = Places()
     assert places.take((b"models", "m"), record(KEYS[0], proven=True), NOW) == []
