@@ -331,6 +331,34 @@ def test_a_piece_that_stands_in_many_places_is_kept_where_it_is_needed(
     assert open_store(path).folder.read(digest(data)) == data  # type: ignore[union-attr]
 
 
+def test_a_piece_that_was_damaged_on_the_disk_is_fetched_again(tmp_path: Path, cache: Path) -> None:
+    data = bytes([7]) * 100
+    path = make_folder(manifest_of((Tensor("a", "U8", (100,), pieces_of(data)),)), (), lambda path: None)
+    fetched: list[bytes] = []
+
+    def supply() -> WeightFolder:
+        """As after a start: nothing is known of what is on the disk but that it was written."""
+        held = open_store(path).folder
+        assert isinstance(held, WeightFolder)
+
+        def fetch(missing: Any) -> None:
+            fetched.extend(missing)
+            held.write(digest(data), data)
+
+        held.fetch = fetch
+        held.supply(["a"])
+        return held
+
+    supply()
+    held = supply()
+    assert fetched == [digest(data)]
+    file, offset, _ = held.where(0)
+    with (path / file).open("r+b") as opened:
+        opened.seek(offset + 50)
+        opened.write(b"x")
+    assert supply().read(digest(data)) == data and len(fetched) == 2
+
+
 def test_a_manifest_of_many_pieces_takes_little_more_than_its_bytes(tmp_path: Path, cache: Path) -> None:
     count = 1 << 17
     tensor = Tensor("a", "U8", (count * PIECE_BYTES,), Pieces(count * PIECE_BYTES, os.urandom(32 * count)))
