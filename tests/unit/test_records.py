@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.facts import MAX_WATTS
-from splitnet.directory.record import MAX_RECORD_BYTES, MAX_TTL_S, RECORD_LAYOUT, PeerRecord, SeenLink
+from splitnet.directory.record import MAX_CLOCK_SKEW_S, MAX_RECORD_BYTES, MAX_TTL_S, RECORD_LAYOUT, PeerRecord, SeenLink
 from splitnet.errors import NotAuthorized, ProtocolError, ProtocolVersionError
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Relay
@@ -270,3 +270,9 @@ def test_a_farewell_outlives_the_record_it_ends(now: float, ttl_s: float) -> Non
     assert farewell.has_left and not record.has_left
     assert farewell.expires_at > record.expires_at
     assert PeerRecord.unpack(farewell.pack(IDENTITY)) == farewell
+
+
+def test_a_record_is_valid_until_it_expires_and_not_from_the_future() -> None:
+    issued_at, expires_at = RECORD.issued_at, RECORD.issued_at + RECORD.ttl_s
+    assert all(map(RECORD.is_valid_at, (issued_at - MAX_CLOCK_SKEW_S, issued_at, expires_at - 0.25)))
+    assert not any(map(RECORD.is_valid_at, (issued_at - MAX_CLOCK_SKEW_S - 0.25, expires_at, expires_at + 1)))
