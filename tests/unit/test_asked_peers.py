@@ -9,12 +9,14 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from splitnet.directory import ask
 from splitnet.directory.ask import PART_BYTES, REMEMBERED_MODELS, AskedPeers, parts_of
+from splitnet.directory.interface import OWN_DEPTH
 from splitnet.directory.record import PeerRecord, verified_record
 from splitnet.errors import DirectoryError
 from splitnet.security.identity import Identity
@@ -243,6 +245,30 @@ def test_a_question_goes_on_over_a_bounded_number_of_peers(links: ScriptedPeers)
         assert asked.store(record, record.pack(identity), depth)
     told = [message.depth for _, message in links.asked if isinstance(message, LookUp | Announce)]
     assert told == sorted([*range(MAX_DEPTH + 1), *range(MAX_DEPTH + 1)])
+
+
+def test_a_question_of_others_is_given_up_before_they_give_up(
+    links: ScriptedPeers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    asked = AskedPeers([links.add(says_nothing)], links, serving=True)
+    monkeypatch.setattr(ask, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    monkeypatch.setattr(asked._heard, "wait", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    ends: list[float] = []
+    for depth in range(1, OWN_DEPTH + 1):
+        began = now[0]
+        with pytest.raises(DirectoryError):
+            asked.records(MODEL, depth)
+        ends.append(now[0] - began)
+    assert ends == pytest.approx([ask.ANSWER_S * depth / OWN_DEPTH for depth in range(1, OWN_DEPTH + 1)])
+
+
+def test_a_void_record_is_not_kept_for_others(links: ScriptedPeers) -> None:
+    asked = AskedPeers([], links, serving=True)
+    for issued_at in (time.time() - 61, time.time() + 1000):
+        record = signed(issued_at=issued_at)
+        assert not asked.store(record, record.signed, depth=0)
+    assert asked.peers(MODEL) == []
 
 
 def test_a_serving_peer_keeps_what_others_announce_to_it(links: ScriptedPeers) -> None:
