@@ -49,6 +49,7 @@ def installed(*programs: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not all(map(shutil.which, programs)), reason=f"no {' and '.join(programs)}")
 
 
+@pytest.mark.full
 @installed(ARM, ARM_EMULATOR)
 @pytest.mark.parametrize(("cpu", "paths"), [("max", ["neon-dotprod", "plain"]), ("cortex-a72", ["plain"])])
 def test_paths_of_arm(cpu: str, paths: list[str], tmp_path: Path) -> None:
@@ -58,6 +59,7 @@ def test_paths_of_arm(cpu: str, paths: list[str], tmp_path: Path) -> None:
     assert (ran.stdout.split("\n")[:-1], ran.returncode) == (paths, 0)
 
 
+@pytest.mark.full
 @installed(WINDOWS, WINDOWS_EMULATOR)
 @pytest.mark.timeout(300)  # wine first makes a system of files
 def test_paths_of_windows(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from splitnet.blocks.kv_cache import RowCache
 from splitnet.blocks.sizes import ModelSizes
 from splitnet.blocks.span import Part, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.families import PACKS, STATES, check_can_be_cut
+from splitnet.checkpoint.families import LEAN, ONE_WINDOW, PACKS, STATES, check_can_be_cut
 from splitnet.errors import AdapterError, OutOfMemory, UnsupportedModel
 from splitnet.quant import memory
 from splitnet.quant.linear import HeldLinear
@@ -194,6 +194,10 @@ def whole_model(folder: Path) -> PreTrainedModel:
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
     assert expected.std() > 0.05, "the reference is degenerate"
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_every_family_of_which_something_is_known_is_among_the_cases() -> None:
+    assert {case.family for case in (*CASES, *OTHER_CASES)} >= PACKS | STATES | LEAN | ONE_WINDOW
 
 
 @pytest.mark.default_cases(case=STRUCTURES)
