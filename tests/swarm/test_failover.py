@@ -165,6 +165,7 @@ def test_without_a_replacement_the_blocks_are_named(folder: Path) -> None:
         assert [event.kind for event in model.swarm.events.since(0)] == ["lost", "failed"]
 
 
+@pytest.mark.full
 def test_who_waits_for_blocks_that_nobody_serves_can_be_stopped(folder: Path) -> None:
     with local_swarm(folder, SPANS) as swarm:
         model = swarm.model(recovery_timeout_s=60.0)
@@ -203,6 +204,7 @@ def test_what_was_generated_before_an_error_is_kept_to_go_on_from(folder: Path, 
         assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
+@pytest.mark.full
 def test_who_holds_weights_otherwise_takes_a_place_only_if_that_is_allowed(folder: Path, local: Any) -> None:
     with local_swarm(folder, SPANS) as swarm:
         strict, lenient = swarm.model(recovery_timeout_s=0.5), swarm.model("auto")
@@ -230,6 +232,7 @@ def test_who_holds_weights_otherwise_takes_a_place_only_if_that_is_allowed(folde
             assert torch.equal(strict(**prompt()).logits, exact)
 
 
+@pytest.mark.full
 def test_hops_that_the_client_carries_between_are_replaced_too(folder: Path, local: Any, tmp_path: Path) -> None:
     client = Identity.generate()
     keys = tmp_path / "authorized_keys"

@@ -170,6 +170,7 @@ def greedy(whole: Any, ids: list[int], tokens: int) -> list[int]:
     return output[0, len(ids) :].tolist()
 
 
+@pytest.mark.default_cases(temperature=(0.9,))
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_drafts_change_neither_answers_nor_scores(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, temperature: float
@@ -814,6 +815,7 @@ def test_neither_prompts_nor_tokens_nor_keys_are_logged(
 PATHS = ["GET /health", "GET /v1/models", "GET /v1/models/{name}", "POST /v1/chat/completions", "POST /v1/completions"]
 
 
+@pytest.mark.default_cases(path=("POST /v1/chat/completions", "GET /v1/models"))
 @pytest.mark.parametrize("path", PATHS)
 def test_whatever_comes_is_answered_as_the_schema_says(path: str, model: RemoteCausalLM, tokenizer: Any) -> None:
     server = Server(model, tokenizer)

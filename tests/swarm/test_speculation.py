@@ -60,8 +60,8 @@ def drafter_of(kind: str, folder: Path, tmp_path: Path) -> Any:
 
 
 @pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,))
-@pytest.mark.default_cases(window=(Window(15, 2),), kind=("same model",))
-@pytest.mark.default_cases(remote=("0:2,5:6",), kind=("prompt-lookup",))
+@pytest.mark.default_cases(window=(Window(15, 2),), remote=("0:2,5:6",), kind=("same model",))
+@pytest.mark.default_cases(window=(Window(3, 1),), remote=("0:2,5:6",), kind=("prompt-lookup",))
 @pytest.mark.parametrize("kind", ["prompt-lookup", "same model", "other model"])
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
 def test_the_text_is_the_same(
@@ -76,7 +76,7 @@ def test_the_text_is_the_same(
     assert torch.equal(got, expected)
 
 
-@pytest.mark.default_cases(window=(Window(2, 3),))
+@pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,))
 def test_right_drafts_save_round_trips(remote: RemoteCausalLM, folder: Path, window: Window) -> None:
     with remote.session() as cache:
         remote.generate(repeating(), speculate=AutoModelForCausalLM.from_pretrained(folder), **options())
@@ -87,7 +87,7 @@ def test_right_drafts_save_round_trips(remote: RemoteCausalLM, folder: Path, win
     assert steps <= 2 + 39 / window.length
 
 
-@pytest.mark.default_cases(window=(Window(2, 3),))
+@pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,))
 def test_it_stops_where_it_should(local: Any, remote: RemoteCausalLM, folder: Path, window: Window) -> None:
     """In the middle of a window: at a stop token, and at the length."""
     plain = local.generate(repeating(), **options())
@@ -98,7 +98,7 @@ def test_it_stops_where_it_should(local: Any, remote: RemoteCausalLM, folder: Pa
         assert torch.equal(remote.generate(repeating(), speculate=drafter, **chosen), expected)
 
 
-@pytest.mark.default_cases(window=(Window(2, 3),))
+@pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,))
 def test_a_conversation_goes_on_after_it(local: Any, remote: RemoteCausalLM, folder: Path, window: Window) -> None:
     drafter = AutoModelForCausalLM.from_pretrained(folder)
     with remote.session():
@@ -111,7 +111,7 @@ def test_a_conversation_goes_on_after_it(local: Any, remote: RemoteCausalLM, fol
     assert torch.equal(third, expected)
 
 
-@pytest.mark.default_cases(window=(Window(2, 3),))
+@pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,))
 def test_tokens_are_streamed_one_by_one(remote: RemoteCausalLM, window: Window) -> None:
     streamer = Collector()
     got = remote.generate(repeating(), speculate="prompt-lookup", streamer=streamer, **options())

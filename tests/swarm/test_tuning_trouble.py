@@ -228,6 +228,7 @@ def test_a_layer_that_does_not_see_every_position_is_named(use_cache: bool, node
             model(torch.tensor([[5, 6, 7]]), use_cache=use_cache)
 
 
+@pytest.mark.full
 def test_a_peer_without_memory_for_training_says_so(folder: Path) -> None:
     with local_swarm(folder, SPANS, training_memory=1000) as swarm:
         model = wrapped(swarm.model(recovery_timeout_s=1.0), lora())
