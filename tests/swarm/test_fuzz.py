@@ -507,6 +507,7 @@ def test_a_fork_bomb_copies_nothing(running: LocalSwarm, attacker: Attacker) -> 
     assert list(session.rows) == [1]
 
 
+@pytest.mark.full
 def test_an_endless_queue_of_small_steps(attacker: Attacker) -> None:
     attacker.say(attacker.open(SESSIONS[0], budget=2000))
     forks = tuple(Fork(1, 1) for _ in range(900))

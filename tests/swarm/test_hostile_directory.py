@@ -95,6 +95,7 @@ def test_one_key_lists_few_models(swarm: LocalSwarm) -> None:
     assert len(models) <= 1 + RECORDS_PER_IDENTITY
 
 
+@pytest.mark.full
 def test_readers_find_the_peers_while_strangers_hide_them(swarm: LocalSwarm) -> None:
     """Under records that nodes are told to cache, and with nodes around the keys that keep nothing."""
     model = swarm.peers[0].checkpoint.fingerprint

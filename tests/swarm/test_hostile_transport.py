@@ -84,6 +84,7 @@ def test_messages_that_do_not_end_take_bounded_memory(running: LocalSwarm, local
     assert most < CUT_OFF_AT
 
 
+@pytest.mark.default_cases(attack=(attacks.silent_connections,))
 @pytest.mark.parametrize("attack", [attacks.silent_connections, attacks.connections_of_one_key])
 def test_connections_leave_room_for_others(running: LocalSwarm, local: Any, attack: Callable[..., None]) -> None:
     peer, here = running.peers[0], psutil.Process()
