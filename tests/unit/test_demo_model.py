@@ -149,6 +149,7 @@ def test_importing_the_module_is_cheap() -> None:
     assert told.stdout.strip() == "[]"
 
 
+@pytest.mark.full
 @pytest.mark.e2e
 def test_it_answers_a_question_as_transformers_reads_the_same_file(demo_checkpoint: Path) -> None:
     import torch

@@ -355,6 +355,7 @@ def test_a_node_remembers_few_nodes(bootstrap: Directory) -> None:
     assert len(table.uid_to_peer_id) <= 40 * len(table.buckets) < 4_000
 
 
+@pytest.mark.full
 def test_nodes_that_keep_nothing_cannot_hide_a_peer(bootstrap: Directory) -> None:
     anna = Identity.generate()
     record = record_of(anna)
