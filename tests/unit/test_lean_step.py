@@ -117,6 +117,8 @@ def test_experts_run_as_their_family_runs_them(family: str, tmp_path: Path) -> N
     torch.testing.assert_close(lean, decoded(span, (5, 1, 9), 4), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.default_cases(step=("compiled",), family=("mixtral",))
+@pytest.mark.default_cases(step=("of torch",), family=("qwen3_moe",), form=("int4",))
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("form", ["int4", "float8"])
 def test_experts_in_codes_run_as_their_family_runs_them(family: str, form: str, tmp_path: Path, step: type) -> None:
@@ -159,6 +161,7 @@ def test_routers_and_what_stands_beside_experts(case: str, weights: str, tmp_pat
     torch.testing.assert_close(windows, windows_of_drafts(span, (3, 1, 9)), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.default_cases(step=("compiled",))
 def test_mxfp4_as_gpt_oss_publishes_it(tmp_path: Path, step: type) -> None:
     published = Published("gpt_oss", {"num_local_experts": 4}, store=mxfp4_experts, quantization=MXFP4_CONFIG)
     published.write(tmp_path / "published", tmp_path / "plain")
@@ -171,6 +174,7 @@ def test_mxfp4_as_gpt_oss_publishes_it(tmp_path: Path, step: type) -> None:
         assert (found - expected).norm() < tolerance * expected.norm()
 
 
+@pytest.mark.default_cases(step=("compiled",))
 @pytest.mark.parametrize("change", ["another activation", "another choice"])
 def test_experts_of_another_kind_run_as_their_family_does_it(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -187,7 +191,7 @@ def test_experts_of_another_kind_run_as_their_family_does_it(
     assert not isinstance(span._lean, CompiledStep)
 
 
-@pytest.mark.default_cases(family=("llama", "qwen3"))
+@pytest.mark.default_cases(family=("llama", "qwen3"), counts=((3, 1, 9),))
 @pytest.mark.parametrize("family", USUAL)
 @pytest.mark.parametrize("counts", [(7,), (3, 1, 9)], ids=["alone", "together"])
 def test_several_positions_of_a_sequence(family: str, counts: tuple[int, ...], tmp_path: Path) -> None:
@@ -264,6 +268,8 @@ def test_a_sliding_window_that_is_over(tmp_path: Path) -> None:
     torch.testing.assert_close(lean, decoded(span, (window + 3, 2), 4), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.default_cases(step=("compiled",))
+@pytest.mark.default_cases(options=({"weights": "int8"},))
 @pytest.mark.parametrize(
     "options",
     [
@@ -289,6 +295,7 @@ def test_blocks_of_another_structure_run_as_their_family_does_it(family: str, tm
     assert load(family, tmp_path)._lean is None
 
 
+@pytest.mark.default_cases(family=("gpt2", "gemma2"))
 @pytest.mark.parametrize("family", COMPILED_ALONE)
 def test_there_are_steps_of_torch_for_blocks_like_those_of_llama(family: str, tmp_path: Path, step: type) -> None:
     assert isinstance(load(family, tmp_path)._lean, CompiledStep) == (step is CompiledStep)

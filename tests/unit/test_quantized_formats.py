@@ -63,6 +63,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.default_cases(
+    name=(
+        *("fp8", "fp8-tensor", "fbgemm_fp8", "mxfp4", "mxfp8", "nvfp4", "int4-group", "int-quantized-zeros"),
+        *("float-quantized", "gptq", "gptq-3-bits", "awq", "nf4", "mlx-4", "modelopt-nvfp4"),
+    )
+)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_weights_stand_for_what_the_format_says(
     name: str, sources: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
