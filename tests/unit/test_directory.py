@@ -592,6 +592,7 @@ def test_close_leaves_no_thread_and_no_child(bootstrap: Directory) -> None:
         directory.peers("00" * 16)
 
 
+@pytest.mark.full
 def test_a_killed_process_leaves_no_child() -> None:
     code = (
         "import psutil, sys; from splitnet.directory.dht import Directory; "

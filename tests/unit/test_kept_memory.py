@@ -43,6 +43,7 @@ def faults(how: str, **environment: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.full
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="glibc alone is told to keep memory")
 def test_a_pass_uses_the_memory_of_the_one_before_unless_the_environment_says_otherwise() -> None:
     assert faults("not") > PIECE_PAGES

@@ -57,6 +57,7 @@ def test_a_peer_and_a_client_do_without_what_they_do_not_use(tmp_path: Path, fam
     assert imported(SERVE_AND_ASK, str(random_checkpoint(family, tmp_path / "model"))) == set()
 
 
+@pytest.mark.full
 def test_others_who_import_the_library_have_transformers_as_it_is() -> None:
     program = "from splitnet.import_shims import import_models; import_models(); import sys"
     program += "; assert 'transformers' not in sys.modules; import transformers.modeling_utils"
@@ -90,6 +91,7 @@ def test_a_model_in_which_numbers_meet_tensors_without_is_made_all_the_same() ->
     assert _made_on_meta(lambda: torch.arange(3) * torch.ones(3)).is_meta
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("module", "brings", "workaround"),
     [

@@ -93,6 +93,7 @@ def test_an_error_that_ends_a_thread_is_an_event(lines: Callable[[], list[Any]])
     assert told["level"] == "critical" and told["exception"].endswith("IndexError: pop from empty list")
 
 
+@pytest.mark.full
 def test_an_error_that_ends_a_command_is_an_event() -> None:
     command = [sys.executable, "-m", "splitnet", "--log-format", "json", "peer", "nothing", "--blocks", "3:1"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)

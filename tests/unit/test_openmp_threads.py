@@ -72,5 +72,6 @@ def test_a_thread_ends_those_that_help_it() -> None:
     run(ENDED)
 
 
+@pytest.mark.full
 def test_those_that_helped_to_load_and_measure_are_gone_when_a_peer_serves(tmp_path: Path) -> None:
     run(PEER, str(random_checkpoint("llama", tmp_path)))

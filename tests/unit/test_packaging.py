@@ -84,6 +84,7 @@ def test_the_wheel_is_for_all_versions_of_python(wheel: Path) -> None:
     assert wheel.name.split("-")[2:4] == ["cp311", "abi3"]
 
 
+@pytest.mark.full
 def test_without_a_compiler_it_installs_and_the_doctor_says_what_to_do(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = """
@@ -117,6 +118,7 @@ def test_the_kernels_link_no_openmp() -> None:
         assert "pragma omp" not in path.read_text()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(CLANG is None, reason="there is no clang here")
 def test_clang_compiles_the_kernels(tmp_path: Path) -> None:
     """As on a Mac. Without optimisation, which takes a third of the time."""
