@@ -94,6 +94,7 @@ def test_a_token_beside_another_keys_load_takes_little_longer_than_beside_an_equ
     assert ms_per_token(peer, facts, load, **options) <= 2.0 * equal_ms
 
 
+@pytest.mark.full
 def test_lookups_that_are_queued_and_discarded_freeze_nobody(peer: Peer, facts: ModelFacts) -> None:
     assert fairness.recalls(peer.endpoint, facts, seconds=0.1, count=60_000) < 2500
 

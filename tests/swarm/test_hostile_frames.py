@@ -78,6 +78,7 @@ def test_a_client_goes_on_and_keeps_its_memory(tmp_path: Path, caplog: pytest.Lo
             assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8).shape == (1, 17)
 
 
+@pytest.mark.full
 def test_a_node_of_the_directory_answers_on_and_keeps_its_memory() -> None:
     identity = Identity.generate()
     record = fake_record(identity, requests.MODEL)

@@ -177,12 +177,14 @@ def test_names_that_were_bound_to_this_machine(public: Gateway) -> None:
         assert httpx.get(public.url + "/v1/models", headers={"Host": host}).status_code == 200
 
 
+@pytest.mark.full
 def test_a_key_that_asks_without_end(keyed: Gateway) -> None:
     with keyed.under(lambda: attacks.crowd(keyed.url, seconds=4, key=BOB, count=32, max_tokens=60)) as beside:
         assert set(beside.outcomes) <= {"200", "429"} and beside.outcomes["429"], beside.outcomes
         assert len(beside.seconds) >= 5 and max(beside.seconds) < 3, beside.seconds
 
 
+@pytest.mark.full
 def test_guessing_what_others_have_asked(keyed: Gateway) -> None:
     system = {"role": "system", "content": "You are the helpdesk of a hospital. " * 2}
     secret = [system, {"role": "user", "content": "I am Ann and I have a cold."}]
@@ -192,6 +194,7 @@ def test_guessing_what_others_have_asked(keyed: Gateway) -> None:
     assert attacks.guessed_prompts(keyed.url, [guess], key=ANN)[0] > 10, "the owner's is kept"
 
 
+@pytest.mark.full
 def test_a_key_that_has_used_its_tokens(keyed: Gateway) -> None:
     assert keyed.ask(key="sk-poor", max_tokens=40).status_code == 200
     refused = keyed.ask(key="sk-poor")

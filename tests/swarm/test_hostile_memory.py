@@ -230,6 +230,7 @@ def test_adapters_that_do_not_fit_fill_no_log(victims: Victims, caplog: pytest.L
     assert not [record for record in caplog.records if record.exc_info], "a peer was surprised"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_attention_takes_no_more_than_its_chunks(backward: bool, tmp_path: Path) -> None:
     folder = random_checkpoint("gemma2", tmp_path, blocks=2, max_position_embeddings=8192)

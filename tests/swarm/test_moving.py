@@ -123,6 +123,7 @@ def test_what_a_peer_has_moved_from_takes_no_memory(folder: Path) -> None:
         assert left() is None
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
 def test_a_peer_moves_though_the_directory_is_silent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with local_swarm(folder, [(0, 6), (0, 2)]) as swarm:
@@ -139,6 +140,7 @@ def test_a_peer_moves_though_the_directory_is_silent(folder: Path, monkeypatch: 
         assert mover.record().serves
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
 def test_a_session_waits_for_the_blocks_that_are_moved_to(folder: Path, local: Any) -> None:
     with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as swarm:
@@ -181,6 +183,7 @@ def test_a_peer_that_moves_hands_its_session_over(folder: Path, local: Any) -> N
         }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
 def test_a_peer_ends_while_it_moves(folder: Path) -> None:
     with local_swarm(folder, [(0, 6), (0, 6)]) as swarm:
