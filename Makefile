@@ -67,12 +67,12 @@ format: .venv/dev.stamp
 # Kernels for one version of Python alone, as they were before, would be taken before those for all.
 .venv/all.stamp: pyproject.toml $(wildcard splitnet/native/*) | .venv/bin/python
 	@echo "Installing splitnet into .venv (some minutes the first time)"
-	@rm -f splitnet/_kernels.cpython-*
+	@rm -f splitnet/quant/_kernels.cpython-*
 	@.venv/bin/python -m pip install --disable-pip-version-check --editable ".[all]"
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml $(wildcard splitnet/native/*) | .venv/bin/python
 	@echo "Installing splitnet and its development tools into .venv (some minutes the first time)"
-	@rm -f splitnet/_kernels.cpython-*
+	@rm -f splitnet/quant/_kernels.cpython-*
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch .venv/all.stamp $@

@@ -48,7 +48,7 @@ _POOL = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 def _load() -> tuple[Any, str]:
     """The kernels, running on torch's threads where these are found; else None, and why."""
     try:
-        loaded = import_module("splitnet._kernels")
+        loaded = import_module("splitnet.quant._kernels")
     except ModuleNotFoundError:
         return None, "not compiled"
     except ImportError as error:
