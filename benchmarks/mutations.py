@@ -743,7 +743,7 @@ def planted(fault: Fault, file: Path) -> Iterator[None]:
 def run_tests(folder: Path, arguments: Sequence[str], limit_s: float) -> tuple[str, str]:
     """Whether tests fail in a copy: "yes", "no", or that they did not end in time; and the end of what they say."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--durations=0", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(folder), "TESTS_WITHOUT_SHRINKING": "1"}
     process = subprocess.Popen(
         command,
         cwd=folder,

@@ -11,15 +11,22 @@ A test itself says what it is:
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 
 TIERS = ("default", "all", "rest")
 MOST_EXAMPLES, DEFAULT_EXAMPLES = 100, 25
 
+WITHOUT_SHRINKING = "TESTS_WITHOUT_SHRINKING"
+"""A variable of the environment: it is only asked whether a property fails, as by benchmarks/mutations.py."""
+
+PHASES = [phase for phase in hypothesis.Phase if phase.name != "shrink" or WITHOUT_SHRINKING not in os.environ]
+
 # A busy machine must not fail a property by its clock.
-hypothesis.settings.register_profile("all", deadline=None, max_examples=MOST_EXAMPLES)
-hypothesis.settings.register_profile("default", deadline=None, max_examples=DEFAULT_EXAMPLES)
+hypothesis.settings.register_profile("all", deadline=None, phases=PHASES, max_examples=MOST_EXAMPLES)
+hypothesis.settings.register_profile("default", deadline=None, phases=PHASES, max_examples=DEFAULT_EXAMPLES)
 
 
 def load_profile(tier: str) -> None:

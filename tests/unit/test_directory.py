@@ -37,6 +37,7 @@ from splitnet.directory.record import (
 )
 from splitnet.errors import AddressInUse, DirectoryError
 from splitnet.security.identity import Identity
+from splitnet.wire.fields import packb
 from tests.attacks.directory import withholding_node
 
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
@@ -245,6 +246,15 @@ def test_a_lookup_reads_a_bounded_number_of_records(attacker: Directory, monkeyp
         assert attacker.announce(record_of(identity, model=model), identity)
     monkeypatch.setattr(hivemind_node, "MOST_PER_KEY", 0)
     assert attacker.peers(model) == []
+
+
+def test_of_what_nodes_hold_of_a_peer_the_latest_counts() -> None:
+    anna = Identity.generate()
+    early = record_of(anna, issued_at=time.time() - 20)
+    late = dataclasses.replace(early, issued_at=early.issued_at + 10, end=3)
+    answers = [{"anna": SimpleNamespace(value=packb(record.pack(anna)))} for record in (early, late)]
+    for told in (answers, answers[::-1]):
+        assert hivemind_node._together(told) == [("anna", late)]
 
 
 def test_a_record_in_the_cache_of_a_node_hides_nothing(
