@@ -28,6 +28,7 @@ from splitnet.session.events import (
     Effect,
     Event,
     Note,
+    Phase,
     Planned,
     Send,
     Submit,
@@ -36,7 +37,6 @@ from splitnet.session.events import (
     Use,
 )
 from splitnet.session.requests import StepRequest
-from splitnet.session.route_setup import Phase
 from splitnet.swarm.peers import BAN_S
 from splitnet.wire.log import REPLAY_POSITIONS
 from splitnet.wire.messages import Close as CloseMessage

@@ -15,7 +15,7 @@ from splitnet.hf.cache import ModelSession, RemoteCache
 from splitnet.session.driver import LinkUse
 from splitnet.session.events import Recovered
 from splitnet.session.local import MixedSession
-from splitnet.session.requests import RouteHop
+from splitnet.session.route import RouteHop
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.messages import Timing
 

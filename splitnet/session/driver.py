@@ -31,6 +31,7 @@ from splitnet.session.events import (
     Move,
     NoRoute,
     Note,
+    Phase,
     Planned,
     Received,
     Recovered,
@@ -41,8 +42,8 @@ from splitnet.session.events import (
 )
 from splitnet.session.liveness import ANSWER_S
 from splitnet.session.machine import SessionState
-from splitnet.session.requests import Request, RouteHop
-from splitnet.session.route_setup import Phase
+from splitnet.session.requests import Request
+from splitnet.session.route import RouteHop
 from splitnet.swarm.links import refusal
 from splitnet.swarm.peers import BAN_S
 from splitnet.swarm.plan import Forecast, Needs, PlannedHop, repaired_route, with_kept_hops

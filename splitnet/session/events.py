@@ -1,4 +1,4 @@
-"""What happens to a session, and what is to be done about it: the two sides of `SessionState.handle`."""
+"""A session's phases, what happens to it, and what is to be done about it: the words of `SessionState.handle`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,39 @@ from splitnet.wire.messages import Message
 if TYPE_CHECKING:
     from splitnet.blocks.adapters import Adapter
     from splitnet.session.requests import Batch, Request, StepRequest
+
+
+class Phase(StrEnum):
+    """Where a session stands."""
+
+    NEW = "new"
+    """No hop was asked yet."""
+    PLANNING = "planning"
+    """A route is being planned, or awaited where nobody serves some blocks."""
+    OPENING = "opening"
+    """Hops reserve memory and find out whether they reach each other."""
+    LOADING = "loading"
+    """Hops take over the session's adapter."""
+    REPLAYING = "replaying"
+    """Hops that lack the session's KV cache compute it from a log."""
+    OPEN = "open"
+    """Requests travel along the route."""
+    BROKEN = "broken"
+    """Hops are missing, and nothing is under way."""
+    CLOSED = "closed"
+
+
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    Phase.NEW: frozenset({Phase.PLANNING, Phase.CLOSED}),
+    Phase.PLANNING: frozenset({Phase.OPENING, Phase.BROKEN, Phase.CLOSED}),
+    Phase.OPENING: frozenset({Phase.LOADING, Phase.PLANNING, Phase.CLOSED}),
+    Phase.LOADING: frozenset({Phase.REPLAYING, Phase.OPEN, Phase.PLANNING, Phase.OPENING, Phase.BROKEN, Phase.CLOSED}),
+    Phase.REPLAYING: frozenset({Phase.OPEN, Phase.PLANNING, Phase.OPENING, Phase.BROKEN, Phase.CLOSED}),
+    Phase.OPEN: frozenset({Phase.PLANNING, Phase.OPENING, Phase.LOADING, Phase.BROKEN, Phase.CLOSED}),
+    Phase.BROKEN: frozenset({Phase.PLANNING, Phase.OPENING, Phase.CLOSED}),
+    Phase.CLOSED: frozenset(),
+}
+"""Every change that can happen; `tests/unit/test_session_machine.py` compares it with what does happen."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from splitnet.session.driver import (
     link_uses,
 )
 from splitnet.session.events import Abandon, Distrust, Resize, Submit, UseAdapter
-from splitnet.session.requests import FetchRequest, RouteHop, StepRequest
+from splitnet.session.requests import FetchRequest, StepRequest
+from splitnet.session.route import RouteHop
 from splitnet.swarm.plan import Forecast
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import codec_by_code

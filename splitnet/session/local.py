@@ -20,7 +20,7 @@ from splitnet.session.driver import LinkUse, Traffic
 from splitnet.session.events import Recovered
 from splitnet.session.inference import Session, cut_into_steps
 from splitnet.session.inference import UnderWay as SentThrough
-from splitnet.session.requests import RouteHop
+from splitnet.session.route import RouteHop
 from splitnet.swarm.plan import Forecast
 from splitnet.wire.log import fork_rows
 from splitnet.wire.messages import Fork, Part, Timing

@@ -1,23 +1,31 @@
 """The life of a session as a state machine: events in, effects out. No socket, thread, clock, queue or tensor.
 
-`splitnet.session.route_setup` has the phases, and makes the route. Here is what travels along it, and what is made of
-what comes and of what does not come.
+    NEW ──> PLANNING ──> OPENING ──> LOADING ──> REPLAYING ──> OPEN
+               ^            │           │            │          │
+               └────────────┴───────────┴────────────┴──────────┘  a hop is lost, or a better route is there
+    any ──> BROKEN  no route: the next use tries again, with the hops that are left
+    any ──> CLOSED
 
-Whatever a hop does wrong is handled as its death: it is banned and replaced. A cache that may not be what the session
-wants is computed again, never used. Waiting is bounded by progress: by how long nothing came, not by totals.
+A hop that fails in any way counts as dead: it is banned and replaced. Other peers are planned for just the lost blocks,
+the route is opened again in a new epoch (messages of the old one are dropped from then on), logs fill the replacements,
+see `splitnet.session.route`, and what is under way is sent again. A cache that may not be what the session wants is
+computed again, never used. Waiting is bounded by progress: by how long nothing came, not by totals.
 
 The model is the worker of Dask's distributed (`distributed/worker_state_machine.py`) and h11 (`h11/_state.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
+from splitnet.blocks.adapters import Adapter, counted_down, write_groups
 from splitnet.errors import (
     ContextTooLong,
     NotAuthorized,
+    OtherWeights,
     PeerBusy,
     PeerFailed,
     PeerLeaving,
@@ -29,9 +37,12 @@ from splitnet.errors import (
     WrongSwarm,
 )
 from splitnet.session.events import (
+    TRANSITIONS,
     Abandon,
     Alive,
     AskAlive,
+    AskRoute,
+    Ban,
     Cause,
     Close,
     Distrust,
@@ -41,33 +52,55 @@ from splitnet.session.events import (
     LinkFailed,
     Move,
     NoRoute,
+    Note,
+    Phase,
     Planned,
     Received,
+    Recovered,
     Resize,
+    Send,
     Submit,
     Tick,
     Unban,
     Use,
     UseAdapter,
 )
-from splitnet.session.liveness import ANSWER_S, MAX_QUEUE_S, Finding, Verdict, silence_s
-from splitnet.session.requests import ReplayRequest, Request, RouteHop, StepRequest
-from splitnet.session.route_setup import PeerSilent, Phase, SessionRoute, cause_of
-from splitnet.wire.codecs import check_size
-from splitnet.wire.endpoints import Endpoint
+from splitnet.session.liveness import ANSWER_S, MAX_QUEUE_S, Finding, Liveness, Verdict, silence_s
+from splitnet.session.requests import ReplayRequest, Request, StepRequest, check_beside, most_bytes, undone_by
+from splitnet.session.route import PeerSilent, RouteHop, RouteSetup, cause_of, next_refill
+from splitnet.swarm.events import Kind
+from splitnet.swarm.overview import blocks_text, short_key
+from splitnet.swarm.plan import ALIKE_AGAIN, HeldBlocks, PlannedHop
+from splitnet.wire.codecs import Codec, check_size, codec_by_name
+from splitnet.wire.endpoints import Endpoint, Relay
+from splitnet.wire.fields import STRICT_VERSIONS
 from splitnet.wire.log import SentLog
+from splitnet.wire.messages import Adapter as AdapterMessage
 from splitnet.wire.messages import (
-    MAX_POSITIONS,
     AdapterLoaded,
     Failure,
     FailureCode,
     Gradient,
     Message,
+    Open,
     Opened,
     Result,
     Step,
     Timing,
 )
+from splitnet.wire.messages import Close as CloseMessage
+
+OPEN_TIMEOUT_S = 10.0
+"""In which a hop that lives answers an `Open`; it may have to reach its next hop before."""
+
+POLL_S = 0.5
+"""Between two looks for a peer that serves blocks that no peer serves."""
+
+MAX_ATTEMPTS = 8
+"""So many routes may fail before an answer comes on one."""
+
+_NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights)
+"""Why a peer may not do for one session without being at fault."""
 
 DECODE_PROGRESS_S = 30.0
 """A hop that works on a decode step for so long without any progress counts as lost."""
@@ -90,15 +123,50 @@ _ERROR_OF_CODE: dict[int, type[SplitnetError]] = {
 }
 
 
-class SessionState(SessionRoute):
-    """What is under way on a session's route, and what to do about whatever happens.
-
-    Args:
-        max_positions: context length of the model, if it has one.
-        options: of `SessionRoute`.
+@dataclass(slots=True)
+class _Faults:
+    """What has gone wrong since an answer came, or since nothing was under way.
 
     Attributes:
+        attempts: routes that have failed.
+        suspects: hops that may lose what is under way.
+        strikes: how often peers had forgotten the session, by name.
+        complaints: which peers have answered with which failure; 0: an answer that cannot be used.
+        refusing: which peers have refused what a hop that pushes sent on, by its name.
+    """
+
+    attempts: int = 0
+    suspects: list[Endpoint] = field(default_factory=list[Endpoint])
+    strikes: dict[str, int] = field(default_factory=dict[str, int])
+    complaints: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
+    refusing: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
+
+
+class SessionState:
+    """A session: its route, what is under way on it, and what to do about whatever happens.
+
+    Args:
+        session: id of the session.
+        model: fingerprint of the weights.
+        blocks: what the hops run, `[start, end)`.
+        hidden_size: values per position.
+        budget: positions of KV cache to reserve on every hop, over all rows.
+        max_positions: context length of the model, if it has one.
+        progress_timeout_s: how long hops may work on what is under way without any progress.
+        recovery_timeout_s: how long to wait for other peers when some blocks are not served any more.
+        any_weights: whether it goes on where weights are held otherwise than before, if no peer holds them so.
+        answer_s: in which time a hop that lives answers a ping.
+
+    Attributes:
+        held: what the weights of blocks are held as, on the last route that stood; empty: none has.
+        phase, epoch, hops, adapter, adapter_version, budget: as they are now.
+        first_codec: of the client's own link to the first hop.
+        log: what the client itself has sent; None before the first step.
+        recoveries: repairs of the route so far.
+        error: why there is no route, until the next `Use`.
+        refusal: why the last `Resize` was refused, if nothing else changed.
         timings: what the last step met, hop by hop, as the tail says.
+        chunk_ms: what a chunk of a replay is predicted to take, told by the driver during one; 0: not known.
         usual_ms: what a decode step usually takes, told by the driver; 0: not known.
     """
 
@@ -116,38 +184,75 @@ class SessionState(SessionRoute):
         any_weights: bool = False,
         answer_s: Callable[[Endpoint], float] = lambda _: ANSWER_S,
     ) -> None:
-        super().__init__(
-            session,
-            model=model,
-            blocks=blocks,
-            hidden_size=hidden_size,
-            budget=budget,
-            progress_timeout_s=progress_timeout_s,
-            recovery_timeout_s=recovery_timeout_s,
-            any_weights=any_weights,
-            answer_s=answer_s,
-        )
-        self._max_positions = max_positions
+        self.session = session
+        self.blocks = blocks
+        self.hidden_size = hidden_size
+        self.budget = max(1, budget)
+        self.phase = Phase.NEW
+        self.epoch = 0
+        self.hops: list[RouteHop] = []
+        self.held: tuple[HeldBlocks, ...] = ()
+        self.first_codec: Codec = codec_by_name("none")
+        self.adapter: Adapter | None = None
+        self.adapter_version = 0
+        self.log: SentLog | None = None
+        self.recoveries: list[Recovered] = []
+        self.error: SplitnetError | None = None
+        self.refusal: SplitnetError | None = None
         self.timings: tuple[Timing, ...] = ()
-        self.usual_ms = 0.0
+        self.chunk_ms = self.usual_ms = 0.0
+        self._model = model
+        self._max_positions = max_positions
+        self._progress_timeout_s = progress_timeout_s
+        self._recovery_timeout_s = recovery_timeout_s
+        self._any_weights = any_weights
+        self._answer_s = answer_s
+        self._numbers = itertools.count(1)
+        self._now = 0.0
+        self._effects: list[Effect] = []
         self._in_flight: dict[int, Request] = {}
-        self._suspects: list[Endpoint] = []
-        """Of those who lose what is under way; empty as long as an answer has come since."""
-        self._strikes: dict[str, int] = {}
-        """How often peers had forgotten the session since an answer came, by name."""
-        self._complaints: dict[int, list[str]] = {}
-        """Who has answered with which failure since an answer came; 0: an answer that cannot be used."""
-        self._refusing: dict[str, set[str]] = {}
-        """By the name of a hop that pushes: who has refused what it sent on, since an answer came."""
+        self._faults = _Faults()
+        self._liveness = Liveness(answer_s)
+        self._setup: RouteSetup | None = None
+        """The route that is being made."""
+        self._has_stood = False
+        """There was a route before."""
+        self._asked: dict[Endpoint, float] = {}
+        """Hops that are to answer an `Open` or an adapter, and until when."""
+        self._failed: dict[Endpoint, SplitnetError] = {}
+        """Hops that were asked and cannot."""
+        self._members: dict[Endpoint, tuple[int, int]] = {}
+        """Peers that were sent an `Open`, for which blocks, and no `Close` since."""
+        self._relays: set[Endpoint] = set()
+        """Hops that were opened without a next hop, as they do not reach it."""
+        self._replays: dict[int, ReplayRequest] = {}
+        self._filling: list[RouteHop] = []
+        """Hops that the replays fill."""
+        self._silenced: dict[Endpoint, str] = {}
+        """The names of hops that were given up as they did not answer in time."""
+        self._for_passes = False
+        self._opened_budget = 0
+        """What the hops were asked to reserve when the route was opened."""
+        self._former_budget = 0
+        """Before a resize that no route stands with yet; 0: there is none."""
 
     def __str__(self) -> str:
         """What it does now, for people."""
-        making = self._making
-        if making is None:
+        setup = self._setup
+        if setup is None:
             return str(self.phase)
-        waits = ["waits"] if making.retry_at < math.inf else []
-        refused = sorted({type(error).__name__ for error in making.refused.values()})
-        return f"{self.phase} ({', '.join([making.cause, *waits, *refused])})"
+        waits = ["waits"] if setup.retry_at < math.inf else []
+        refused = sorted({type(error).__name__ for error in setup.refused.values()})
+        return f"{self.phase} ({', '.join([setup.cause, *waits, *refused])})"
+
+    @property
+    def is_open(self) -> bool:
+        return self.phase is Phase.OPEN
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is being made or loaded."""
+        return self.phase in (Phase.NEW, Phase.OPEN, Phase.BROKEN, Phase.CLOSED)
 
     @property
     def under_way(self) -> int:
@@ -160,15 +265,49 @@ class SessionState(SessionRoute):
         return max(self._replays, default=0)
 
     @property
+    def first(self) -> Endpoint:
+        """The hop that the client sends to."""
+        return self.hops[0].endpoint
+
+    @property
+    def tail(self) -> Endpoint:
+        """The hop that runs the last of the blocks."""
+        return self.hops[-1].endpoint
+
+    def endpoints(self) -> list[Endpoint]:
+        """All hops in order."""
+        return [hop.endpoint for hop in self.hops]
+
+    def adapted_hops(self) -> dict[Endpoint, int]:
+        """Hops with a part of the adapter, and what that takes in messages, in bytes at most."""
+        parts = {hop.endpoint: self.adapter.within(*hop.blocks) for hop in self.hops} if self.adapter else {}
+        return {
+            endpoint: most_bytes(tensor.nbytes for tensor in part.values()) for endpoint, part in parts.items() if part
+        }
+
+    @property
+    def route_text(self) -> str:
+        """The hops, for people."""
+        return " -> ".join(f"{short_key(hop.name)} {blocks_text(*hop.blocks)}" for hop in self.hops)
+
+    @property
     def wake_at(self) -> float:
         """When a `Tick` is due, in seconds of the clock of `handle`."""
         times = list(self._asked.values())
-        making = self._making  # read once: another thread may handle an event meanwhile
-        if making is not None:
-            times.append(making.retry_at)
+        setup = self._setup  # read once: another thread may handle an event meanwhile
+        if setup is not None:
+            times.append(setup.retry_at)
         if self._awaits_hops:
             times.append(self._liveness.wake_at(self._silence_s))
         return min(times, default=math.inf)
+
+    def next_number(self) -> int:
+        """A number for a request."""
+        return next(self._numbers)
+
+    def send(self, endpoint: Endpoint, message: Message) -> None:
+        """Has a message sent; for requests."""
+        self._effects.append(Send(endpoint, message))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Takes in what has happened, and says what is to be done, in order.
@@ -226,7 +365,7 @@ class SessionState(SessionRoute):
     def _use(self) -> None:
         if self.phase in (Phase.NEW, Phase.BROKEN):
             self.error = None
-            self._begin_making()
+            self._begin_setup()
             self._go_on()
 
     def _submit(self, requests: Sequence[Request]) -> None:
@@ -250,34 +389,12 @@ class SessionState(SessionRoute):
         longest = max((part.start + part.length for part in step.parts), default=0)
         if self._max_positions is not None and longest > self._max_positions:
             raise ContextTooLong(f"position {longest} is beyond the model's context of {self._max_positions}")
-        if step.forks and self._in_flight:
-            # A hop that has forked rows does not fork them again, so it could not be told of what was lost before.
-            raise SplitnetError("rows were to be forked while steps are under way: wait for them before")
-        starts = {part.row: part.start for part in step.parts}
-        for request in self._in_flight.values():
-            for part in request.step.parts if isinstance(request, StepRequest) else ():
-                if part.start < starts.get(part.row, 0) < part.start + part.length:
-                    # Were it lost, nobody would send its first positions again, which this one builds on.
-                    raise SplitnetError("a step was to begin inside of one under way: wait for that, or begin with it")
-            parts = request.step.parts if isinstance(request, StepRequest) else ()
-            if len({starts.get(part.row, MAX_POSITIONS) < part.start + part.length for part in parts}) > 1:
-                # It would end, and with it what the steps of its other rows build on.
-                raise SplitnetError(
-                    "a step was to undo some rows of one under way: wait for that, or undo all its rows"
-                )
+        under_way = [each for each in self._in_flight.values() if isinstance(each, StepRequest)]
+        check_beside(step, under_way)
         self.log.record(step.parts, step.forks, step.payload, step.reach)
-        self._end_what_is_undone(step)
-
-    def _end_what_is_undone(self, step: Step) -> None:
-        """A step that begins before the end of one under way undoes it; sent again, that would build on this one."""
-        starts = {part.row: part.start for part in step.parts}
-        rows = {fork.row for fork in step.forks} if step.forks is not None else None
-        for number, request in list(self._in_flight.items()):
-            for part in request.step.parts if isinstance(request, StepRequest) else ():
-                is_dropped = rows is not None and part.row not in rows
-                if is_dropped or starts.get(part.row, MAX_POSITIONS) < part.start + part.length:
-                    request.error = SplitnetError("a later step of the session began before the end of this one")
-                    self._in_flight.pop(number, None)
+        for request in undone_by(step, under_way):
+            request.error = SplitnetError("a later step of the session began before the end of this one")
+            self._in_flight.pop(request.number)
 
     def _put_under_way(self, request: Request) -> None:
         if not self._in_flight:
@@ -312,6 +429,29 @@ class SessionState(SessionRoute):
                     self._leave(each.endpoint)
         self._reopen({each.endpoint: error for each in lost}, Cause.LOST)
 
+    def _resize(self, budget: int) -> None:
+        """The route is opened anew: a hop that has lost the session meanwhile is found out before it computes."""
+        self.refusal = None
+        if budget > self.budget:
+            self._former_budget = self._former_budget or self.budget
+            self.budget = budget
+            if self.is_open:
+                self._go_on()
+
+    def _use_adapter(self, adapter: Adapter, for_passes: bool) -> None:
+        if adapter is not self.adapter:
+            self.adapter, self._for_passes = adapter, for_passes
+            self.adapter_version += 1
+            if self.is_open:
+                self._load_adapter()
+
+    def _move(self, event: Move) -> None:
+        if self.is_open and not self._in_flight:
+            setup = self._begin_setup()
+            setup.cause = Cause.BETTER_ROUTE
+            setup.reasons.append("there is a better route")
+            self._open_route(event.route, event.codecs)
+
     def _close(self) -> None:
         for endpoint in list(self._members):
             self._leave(endpoint)
@@ -319,33 +459,333 @@ class SessionState(SessionRoute):
         self.log = None
         self._enter(Phase.CLOSED)
 
-    # What the route asks.
+    # Planning a route.
 
-    @property
-    def _is_used(self) -> bool:
-        return bool(self._in_flight)
+    def _begin_setup(self) -> RouteSetup:
+        if self._setup is None:
+            self._setup = RouteSetup(self._now, repairs=self._has_stood)
+        return self._setup
 
-    def _resume(self) -> None:
+    def _reopen(self, lost: dict[Endpoint, SplitnetError], cause: Cause, reason: str = "") -> None:
+        """Makes the route whole without the hops that are lost; if nothing waits for it, with the next use."""
+        idle = self.is_open and not self._in_flight
+        setup = self._begin_setup()
+        if not setup.reasons:
+            setup.cause = cause
+        if reason:
+            setup.reasons.append(reason)
+        for endpoint, error in lost.items():
+            self._give_up(endpoint, error)
+        if idle or (self.phase is Phase.BROKEN and not self._in_flight):
+            self._stop_waiting()
+            self._enter(Phase.BROKEN)
+            return
+        # A hop that refuses while the route is opened is left out, and waited for in time.
+        self._faults.attempts += self.phase is not Phase.OPENING
+        if self._faults.attempts > MAX_ATTEMPTS:
+            self._fail(next(iter(lost.values()), PeerLost("the route fails again and again: try again later")))
+        elif self.phase is not Phase.PLANNING:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Opens the hops that are left, if they make a whole route; otherwise has one planned."""
+        setup = self._begin_setup()
+        self._stop_waiting()
+        if self.phase is Phase.BROKEN:
+            setup.began = self._now
+        kept = tuple(hop.planned for hop in self.hops if not hop.lost)
+        position = self.blocks[0]
+        for hop in kept:
+            position = hop.end if hop.start == position else -1
+        if position == self.blocks[1]:
+            self._open_route(kept, ())
+        else:
+            self._ask_route(fresh=bool(setup.refused), unban=False)
+
+    def _ask_route(self, *, fresh: bool, unban: bool) -> None:
+        setup = self._setup
+        assert setup is not None
+        setup.question, setup.retry_at = self.next_number(), math.inf
+        kept = tuple(hop.planned for hop in self.hops if not hop.lost)
+        self._enter(Phase.PLANNING)
+        self._effects.append(AskRoute(setup.question, kept, frozenset(setup.excluded), fresh, unban))
+
+    def _planned(self, event: Planned) -> None:
+        setup = self._setup
+        if setup is None or setup.question != event.number or self.phase is not Phase.PLANNING:
+            return
+        setup.question = 0
+        if not any(hop.name in setup.excluded for hop in event.route):
+            self._open_route(event.route, event.codecs)
+            return
+        self._faults.attempts += 1  # it was lost meanwhile
+        if self._faults.attempts > MAX_ATTEMPTS:
+            self._fail(PeerLost("peers are lost faster than routes are planned: try again later"))
+        else:
+            self._ask_route(fresh=True, unban=False)
+
+    def _no_route(self, event: NoRoute) -> None:
+        setup = self._setup
+        if setup is None or setup.question != event.number or self.phase is not Phase.PLANNING:
+            return
+        setup.question = 0
+        if self._now < setup.began + self._recovery_timeout_s and setup.may_wait(event, grows=self._former_budget > 0):
+            setup.excluded -= setup.refused.keys() if setup.repairs else setup.silent
+            setup.retry_at = self._now + POLL_S
+        else:
+            self._fail(setup.explanation(event))
+
+    # Opening it.
+
+    def _open_route(self, route: Sequence[PlannedHop], codecs: Sequence[Codec]) -> None:
+        """Opens all hops in a new epoch; those that run the same blocks as before keep their caches."""
+        before = {(hop.endpoint, hop.blocks): hop for hop in self.hops if not hop.lost}
+        hops: list[RouteHop] = []
+        for index, planned in enumerate(route):
+            hop = before.get((planned.endpoint, (planned.start, planned.end)))
+            hops.append(hop if hop is not None else RouteHop(planned, codecs[index + 1]))
+        if self.log is None and codecs:
+            self.first_codec = codecs[0]
+        self.hops, self.chunk_ms = hops, 0.0
+        wanted = {hop.endpoint: hop.blocks for hop in hops}
+        for endpoint, blocks in list(self._members.items()):
+            if wanted.get(endpoint) != blocks:
+                self._leave(endpoint)
+        for hop in hops:
+            hop.relayed = False
+        self._enter(Phase.OPENING)
+        self._open_hops()
+
+    def _open_hops(self) -> None:
+        """Asks all hops, in an epoch of its own: so no answer is taken for that to another question."""
+        self.epoch += 1
+        self._opened_budget = self.budget
+        self._relays = {hop.endpoint for hop in self.hops if hop.relayed}
+        self._liveness.heard(self._now)
+        for index in range(len(self.hops)):
+            self._open_hop(index)
+
+    def _open_hop(self, index: int) -> None:
+        hop = self.hops[index]
+        previous = self.hops[index - 1] if index else None
+        following = self.hops[index + 1] if index + 1 < len(self.hops) and not hop.relayed else None
+        message = Open(
+            session=self.session,
+            epoch=self.epoch,
+            model=self._model,
+            start=hop.planned.start,
+            end=hop.planned.end,
+            budget=self.budget,
+            codec=hop.codec.code,
+            previous=previous.planned.record.key.raw if previous is not None and not previous.relayed else b"",
+            next_key=following.planned.record.key.raw if following is not None else b"",
+            next_address=following.planned.record.address if following is not None else "",
+            next_relays=self._relays_to(hop, following),
+            asks_weights=hop.planned.record.version not in STRICT_VERSIONS,
+        )
+        self._members[hop.endpoint] = hop.blocks
+        self._asked[hop.endpoint] = self._now + self._open_timeout_s(hop.endpoint)
+        self.send(hop.endpoint, message)
+
+    def _open_timeout_s(self, endpoint: Endpoint) -> float:
+        """Longer where round trips are: a link may have to be made, to the hop and from it to the next one."""
+        return OPEN_TIMEOUT_S + 2 * (self._answer_s(endpoint) - ANSWER_S)
+
+    def _relays_to(self, hop: RouteHop, following: RouteHop | None) -> tuple[Relay, ...]:
+        """Through whom a hop reaches the next one; nothing that it is too old to read."""
+        if following is None or not following.endpoint.hidden or hop.planned.record.version in STRICT_VERSIONS:
+            return ()
+        return following.endpoint.relays
+
+    def _opened(self, hop: RouteHop, message: Opened) -> None:
+        if self.phase is Phase.OPENING and self._asked.pop(hop.endpoint, None) is not None:
+            hop.relayed |= not message.next_reachable
+            hop.cached_positions = message.cached_positions
+            hop.weights = message.weights or hop.weights
+            if not self._any_weights and (changes := self._changes_of_weights(hop)):
+                what = " and ".join(changes)
+                text = f"the peer at {hop.endpoint.address} holds {what} in this session: {ALIKE_AGAIN}"
+                self._failed[hop.endpoint] = OtherWeights(text)
+            self._if_all_answered()
+
+    def _if_all_answered(self) -> None:
+        """Goes on once no hop is to answer any more."""
+        if self._asked:
+            return
+        failed, self._failed = self._failed, {}
+        busy = [error for error in failed.values() if isinstance(error, PeerBusy)]
+        if self._former_budget and self._has_stood and busy and len(busy) == len(failed):
+            # Nobody lost anything: the route stands with what it had.
+            self.budget, self._former_budget, self.refusal = self._former_budget, 0, busy[0]
+            self._go_on()
+            return
+        if failed:
+            self._reopen(failed, cause_of(next(iter(failed.values()))))
+        elif self.phase is Phase.OPENING:
+            self._all_opened()
+        elif self.phase is Phase.LOADING:
+            if self._setup is None:
+                self._enter(Phase.OPEN)
+            else:
+                self._refill()
+
+    def _all_opened(self) -> None:
+        """All hops have opened the session. If some do not reach their next hop, all are told who is relayed."""
+        if self._relays != {hop.endpoint for hop in self.hops if hop.relayed}:
+            self._open_hops()
+            return
+        self._begin_setup().opened_at = self._now
+        for hop in self.hops:
+            hop.opened(wants_cache=self.log is not None and bool(self.log.nbytes))
+        self._load_adapter()
+
+    def _changes_of_weights(self, hop: RouteHop) -> list[str]:
+        """Which blocks a hop holds otherwise than the session had them, for people."""
+        start, end = hop.blocks
+        return [
+            f"blocks {blocks_text(max(start, one.start), min(end, one.end))} as {hop.weights} that were {one.weights}"
+            for one in self.held
+            if one.start < end and one.end > start and one.weights != hop.weights
+        ]
+
+    # Loading the adapter, and replaying.
+
+    def _load_adapter(self) -> None:
+        """Sends the hops that lack it their parts of the adapter, which are empty where passes alone need one."""
+        self._enter(Phase.LOADING)
+        self._liveness.heard(self._now)
+        for hop in self.hops:
+            tensors = self.adapter.within(*hop.blocks) if self.adapter is not None else {}
+            if (tensors or self._for_passes) and hop.adapter_version != self.adapter_version:
+                self._asked[hop.endpoint] = self._now + self._progress_timeout_s
+                for remaining, payload in counted_down(write_groups(tensors)):
+                    self.send(
+                        hop.endpoint, AdapterMessage(self.session, self.epoch, self.adapter_version, remaining, payload)
+                    )
+        self._if_all_answered()
+
+    def _adapter_loaded(self, hop: RouteHop, message: AdapterLoaded) -> None:
+        if message.version == self.adapter_version and self._asked.pop(hop.endpoint, None) is not None:
+            hop.adapter_version = message.version
+            self._if_all_answered()
+
+    def _refill(self) -> None:
+        """Has the next hops filled; once all are, the route stands."""
+        filling: list[RouteHop] = []
+        replays: list[ReplayRequest] = []
+        if self.log is not None:
+            filling, replays = next_refill(self.hops, self.log, self.session, self.epoch, self.next_number)
+        if not filling:
+            self._stands()
+            return
+        self._enter(Phase.REPLAYING)
+        self._liveness.heard(self._now)
+        self._filling = filling
+        self._replays = {replay.number: replay for replay in replays}
+        for replay in replays:
+            replay.send(self)
+
+    def _replayed(self, replay: ReplayRequest) -> None:
+        del self._replays[replay.number]
+        if not self._replays:
+            for hop in self._filling:
+                hop.filled = True
+            self._filling = []
+            self._refill()
+
+    def _stands(self) -> None:
+        """The route is whole: what is under way is sent again."""
+        setup, self._setup = self._setup, None
+        self._has_stood = True
+        changes = [change for hop in self.hops for change in self._changes_of_weights(hop)]
+        self.held = tuple(HeldBlocks(*hop.blocks, hop.weights) for hop in self.hops)
+        self._enter(Phase.OPEN)
+        if self.budget == self._opened_budget:
+            self._former_budget = 0
+        self._liveness.heard(self._now)
         if not self._in_flight:
-            self._forgive()
+            self._faults = _Faults()
         for number in sorted(self._in_flight):
             if not self._in_flight[number].done:
                 self._in_flight[number].send(self)
+        if setup is not None and setup.reasons:
+            recovered = setup.recovered(self._now)
+            self.recoveries.append(recovered)
+            moved = setup.cause is Cause.BETTER_ROUTE
+            what = "a session has moved to a better route" if moved else "a route is whole again"
+            text = f"{what} after {recovered.total_ms:.0f} ms: {self.route_text}"
+            self._note("rerouted" if moved else "repaired", text)
+        if changes:
+            what = " and ".join(changes)
+            self._note("weights", f"a session goes on with {what}, as nobody else holds them: it may get other tokens")
+        if self.budget > self._opened_budget:
+            self._go_on()
+
+    # The end of a hop, or of the route.
+
+    def _give_up(self, endpoint: Endpoint, error: SplitnetError) -> None:
+        """A hop is lost, or did not take the session."""
+        setup = self._begin_setup()
+        hop = self._hop_at(endpoint)
+        self._leave(endpoint)
+        if hop is None:
+            return
+        hop.lost = True
+        if isinstance(error, PeerSilent):
+            self._silenced[endpoint] = hop.name
+        setup.refuse(hop.name, error)
+        if not isinstance(error, _NOT_BANNED):
+            self._effects.append(Ban(hop.name, isinstance(error, PeerLeaving)))
+        if setup.repairs:
+            setup.reasons.append(str(error))
+            self._note("lost", f"{error}: another peer takes its place", hop.name)
+        else:
+            self._note("refused", f"{short_key(hop.name)} is left out of a new route: {error}", hop.name)
+
+    def _leave(self, endpoint: Endpoint) -> None:
+        """Has a peer forget the session."""
+        if self._members.pop(endpoint, None) is not None:
+            self.send(endpoint, CloseMessage(self.session))
+
+    def _fail(self, error: SplitnetError) -> None:
+        """There is no route for now: what waits gets the error."""
+        setup = self._setup
+        if setup is not None and setup.repairs:
+            self._note("failed", f"a route could not be repaired: {error}")
+        for name, refused in setup.refused.items() if setup is not None else ():
+            if not isinstance(refused, PeerLost):  # it may have been right, as nothing else did better
+                self._effects.append(Unban(name))
+        self._end_requests(error)
+        self._enter(Phase.BROKEN)
 
     def _end_requests(self, error: SplitnetError) -> None:
         self.error = error
         for request in self._in_flight.values():
             request.error = error
-        self._in_flight, self._making = {}, None
+        self._in_flight, self._setup = {}, None
         if self._former_budget:
             self.budget, self._former_budget = self._former_budget, 0
-        self._forgive()
+        self._faults = _Faults()
         self._stop_waiting()
 
-    def _forgive(self) -> None:
-        """An answer has come, or none is awaited: what went wrong before counts no more."""
-        self._attempts = 0
-        self._strikes, self._complaints, self._refusing, self._suspects = {}, {}, {}, []
+    def _stop_waiting(self) -> None:
+        """What was asked of the route that is no more is not awaited."""
+        if self._replays:
+            for hop in self.hops:
+                hop.relay_log = None  # it may be a part of what was to be replayed
+        self._asked, self._failed, self._replays, self._filling = {}, {}, {}, []
+        self._liveness.stop()
+
+    def _hop_at(self, endpoint: Endpoint) -> RouteHop | None:
+        return next((hop for hop in self.hops if hop.endpoint == endpoint and not hop.lost), None)
+
+    def _note(self, kind: Kind, text: str, peer: str = "") -> None:
+        self._effects.append(Note(kind, text, peer))
+
+    def _enter(self, phase: Phase) -> None:
+        if phase is not self.phase:
+            assert phase in TRANSITIONS[self.phase], f"{self.phase} -> {phase}"
+            self.phase = phase
 
     # What comes from peers.
 
@@ -393,7 +833,7 @@ class SessionState(SessionRoute):
             self._replayed(request)
         elif request.done:
             self._in_flight = {number: each for number, each in self._in_flight.items() if not each.done}
-            self._forgive()
+            self._faults = _Faults()
 
     def _came_too_soon(self, request: StepRequest) -> bool:
         earlier = (each for number, each in self._in_flight.items() if number < request.number)
@@ -419,7 +859,7 @@ class SessionState(SessionRoute):
     def _request_failed(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
         feeder = self._feeder(hop)
         if feeder is not None and code in _OF_WHAT_CAME:
-            refusing = self._refusing.setdefault(feeder.name, set())
+            refusing = self._faults.refusing.setdefault(feeder.name, set())
             refusing.add(hop.name)
             if len(refusing) > 1:
                 text = f"what the peer at {feeder.endpoint.address} sends on is refused by two others: {error}"
@@ -438,7 +878,7 @@ class SessionState(SessionRoute):
         The first time all are opened again, and those that hold nothing are filled. If that is no help, one of the two
         is wrong.
         """
-        strikes = self._strikes[hop.name] = self._strikes.get(hop.name, 0) + 1
+        strikes = self._faults.strikes[hop.name] = self._faults.strikes.get(hop.name, 0) + 1
         if strikes == 1:
             if code != FailureCode.UNKNOWN_SESSION:  # it holds something else than it should
                 hop.forget()
@@ -460,7 +900,7 @@ class SessionState(SessionRoute):
     def _blame(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
         """A hop has failed. If another says the same of the same, it is the request's own fault, and the caller's."""
         if code:
-            complaints = self._complaints.setdefault(code, [])
+            complaints = self._faults.complaints.setdefault(code, [])
             complaints.append(hop.name)
             if len(complaints) > 1:
                 self._believe(code, error)
@@ -468,8 +908,8 @@ class SessionState(SessionRoute):
         self._lose(hop, error)
 
     def _believe(self, code: int, error: SplitnetError) -> None:
-        self._complaints.pop(code, None)
-        self._begin_making()
+        self._faults.complaints.pop(code, None)
+        self._begin_setup()
         self._fail(error)
 
     def _lose(self, hop: RouteHop, error: SplitnetError) -> None:
@@ -481,12 +921,12 @@ class SessionState(SessionRoute):
 
     def _link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None:
         hop = self._hop_at(endpoint)
-        making = self._making
+        setup = self._setup
         if hop is not None:
             self._lose(hop, error)
-        elif making is not None and endpoint.key.text in making.refused and isinstance(error, NotAuthorized):
+        elif setup is not None and endpoint.key.text in setup.refused and isinstance(error, NotAuthorized):
             # A key that is taken away ends the connection first, and is refused when that is made anew.
-            making.refused[endpoint.key.text] = error
+            setup.refused[endpoint.key.text] = error
 
     def _relay(self, hop: RouteHop, result: Result) -> None:
         """The client stands between two hops that do not reach each other."""
@@ -553,8 +993,8 @@ class SessionState(SessionRoute):
         )
 
     def _tick(self) -> None:
-        making = self._making
-        if making is not None and self._now >= making.retry_at:
+        setup = self._setup
+        if setup is not None and self._now >= setup.retry_at:
             self._ask_route(fresh=True, unban=True)
             return
         late = [endpoint for endpoint, until in self._asked.items() if self._now >= until]
@@ -570,9 +1010,9 @@ class SessionState(SessionRoute):
 
     def _wait_longer(self, endpoint: Endpoint) -> None:
         """An `Open` waits behind what else goes over the link."""
-        until, making = self._asked.get(endpoint), self._making
-        if self.phase is Phase.OPENING and until is not None and making is not None:
-            longest = making.began + MAX_QUEUE_S
+        until, setup = self._asked.get(endpoint), self._setup
+        if self.phase is Phase.OPENING and until is not None and setup is not None:
+            longest = setup.began + MAX_QUEUE_S
             self._asked[endpoint] = max(until, min(self._now + self._open_timeout_s(endpoint), longest))
 
     def _unanswered(self, hops: Sequence[Endpoint]) -> None:
@@ -609,7 +1049,7 @@ class SessionState(SessionRoute):
                 error = SessionLost(f"the peer at {hop.endpoint.address} does not hold the session any more")
                 self._request_failed(hop, FailureCode.UNKNOWN_SESSION, error)
         elif verdict.finding is Finding.STUCK:
-            self._suspects = self._suspects or self.endpoints()
+            self._faults.suspects = self._faults.suspects or self.endpoints()
             likeliest = [*verdict.hops, *(hop.endpoint for hop in self._filling)]
             self._replace_likeliest(likeliest, "has worked for too long without any progress")
         else:
@@ -617,16 +1057,16 @@ class SessionState(SessionRoute):
 
     def _stalled(self, hops: Sequence[Endpoint]) -> None:
         """All hops live, and what was under way is at none of them. `hops`: the likeliest culprit first."""
-        if not self._suspects:  # opened again, hops find out whether they reach each other
-            self._suspects = self.endpoints()
+        if not self._faults.suspects:  # opened again, hops find out whether they reach each other
+            self._faults.suspects = self.endpoints()
             self._reopen({}, Cause.STALLED, "what was under way was lost between two hops that live")
             return
         # One of those that were there at the first time loses messages, or keeps them.
         self._replace_likeliest([*(hop.endpoint for hop in self._filling), *hops], "loses what is sent to it")
 
     def _replace_likeliest(self, likeliest: Sequence[Endpoint], what: str) -> None:
-        where = next((each for each in likeliest if each in self._suspects), likeliest[0])
-        self._suspects = [each for each in self._suspects if each != where] or [where]
+        where = next((each for each in likeliest if each in self._faults.suspects), likeliest[0])
+        self._faults.suspects = [each for each in self._faults.suspects if each != where] or [where]
         self._reopen({where: PeerLost(f"the peer at {where.address} {what}")}, Cause.LOST)
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Protocol
 
 from scheduler.batching import DECODE_POSITIONS
 from splitnet.errors import ProtocolError, SplitnetError
-from splitnet.swarm.plan import PlannedHop
-from splitnet.wire.codecs import Codec, check_size
+from splitnet.wire.codecs import check_size
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.log import SentLog
 from splitnet.wire.messages import (
+    MAX_POSITIONS,
     AdapterGradient,
     FetchedKV,
     FetchKV,
@@ -26,70 +24,6 @@ from splitnet.wire.messages import (
     Result,
     Step,
 )
-
-
-@dataclass(slots=True, eq=False)
-class RouteHop:
-    """Stays the same object for as long as the peer runs the same blocks of the session."""
-
-    planned: PlannedHop
-    codec: Codec
-    """What this hop encodes its output with. Its log is written with it, so it never changes."""
-    relayed: bool = False
-    """It does not reach its next hop, so the client relays its output."""
-    relay_log: SentLog | None = None
-    """What the client has relayed; None if that is not all of it."""
-    cached_positions: int = 0
-    """What it held of the session when it was opened last."""
-    filled: bool = False
-    """It holds the KV cache that the session wants."""
-    weights: str = ""
-    """What its blocks are held as, as its record or itself has said last."""
-    adapter_version: int = 0
-    """Of the adapter that it has taken over; 0: none."""
-    lost: bool = False
-    """It was given up, and is not replaced yet."""
-    endpoint: Endpoint = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.endpoint = self.planned.endpoint
-        self.weights = self.planned.record.dtype
-
-    @property
-    def name(self) -> str:
-        return self.planned.name
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        return self.planned.start, self.planned.end
-
-    def forget(self) -> None:
-        """What it holds of the session counts no more."""
-        self.filled, self.adapter_version, self.relay_log = False, 0, None
-
-    def opened(self, *, wants_cache: bool) -> None:
-        """The route is open. The hop may have lost the session since it was opened before.
-
-        Args:
-            wants_cache: the session has sent positions.
-        """
-        if not self.cached_positions:
-            self.filled, self.adapter_version = False, 0
-        if not wants_cache:
-            self.filled = True
-        if not self.relayed:
-            self.relay_log = None  # what the hop pushes itself would be missing in it
-
-    def log_relayed(self, step: Step, result: Result) -> None:
-        """Takes in what the client relays; a log is of use only from where the session holds nothing else."""
-        begins = step.forks == () or step.replay_until  # all rows are dropped, or sent again
-        if self.relay_log is None and begins and not any(part.start for part in step.parts):
-            self.relay_log = SentLog(result.codec, len(result.payload) // step.positions)
-        if self.relay_log is not None:
-            try:
-                self.relay_log.record(step.parts, step.forks, result.payload, step.reach)
-            except ProtocolError:  # its rows were filled by a replay that did not come this way
-                self.relay_log = None
 
 
 class Route(Protocol):
@@ -214,6 +148,38 @@ class StepRequest(Request):
         self.result = None
 
 
+def check_beside(step: Step, under_way: Collection[Request]) -> None:
+    """Raises SplitnetError for a step that must not be sent while these requests are under way."""
+    if step.forks and under_way:
+        # A hop that has forked rows does not fork them again, so it could not be told of what was lost before.
+        raise SplitnetError("rows were to be forked while steps are under way: wait for them before")
+    starts = {part.row: part.start for part in step.parts}
+    for request in under_way:
+        parts = request.step.parts if isinstance(request, StepRequest) else ()
+        if any(part.start < starts.get(part.row, 0) < part.start + part.length for part in parts):
+            # Were it lost, its first positions, which this one builds on, would not be sent again.
+            raise SplitnetError("a step was to begin inside of one under way: wait for that, or begin with it")
+        if len({starts.get(part.row, MAX_POSITIONS) < part.start + part.length for part in parts}) > 1:
+            # It would end, and with it what the steps of its other rows build on.
+            raise SplitnetError("a step was to undo some rows of one under way: wait for that, or undo all its rows")
+
+
+def undone_by(step: Step, under_way: Iterable[Request]) -> list[StepRequest]:
+    """Steps under way that a new one undoes, as it begins before their end; sent again, they would build on it."""
+    starts = {part.row: part.start for part in step.parts}
+    rows = {fork.row for fork in step.forks} if step.forks is not None else None
+    return [
+        request
+        for request in under_way
+        if isinstance(request, StepRequest)
+        and any(
+            (rows is not None and part.row not in rows)
+            or starts.get(part.row, MAX_POSITIONS) < part.start + part.length
+            for part in request.step.parts
+        )
+    ]
+
+
 @dataclass(slots=True, eq=False)
 class ReplayRequest(Request):
     """A part of a log that is sent again: by the client, or by a hop that is asked to.
@@ -253,52 +219,6 @@ class ReplayRequest(Request):
 
     def undo(self) -> None:
         self.ended = False
-
-
-def next_refill(
-    hops: Sequence[RouteHop], sent: SentLog, session: bytes, epoch: int, next_number: Callable[[], int]
-) -> tuple[list[RouteHop], list[ReplayRequest]]:
-    """The first hops in a row that are not filled, and the replays that fill them.
-
-    Args:
-        hops: the route.
-        sent: what the client itself has sent.
-        session, epoch: of the messages.
-        next_number: makes numbers for them.
-
-    Returns:
-        Both are empty if all hops are filled.
-    """
-    first = next((index for index, hop in enumerate(hops) if not hop.filled), None)
-    if first is None:
-        return [], []
-    group = list(takewhile(lambda hop: not hop.filled, hops[first:]))
-    before = hops[first - 1] if first else None
-    if before is not None and not before.relayed:
-        # The client cannot relay what a hop replays, as it does not know its parts.
-        direct = len(list(takewhile(lambda hop: not hop.relayed, group[:-1])))
-        group = group[: direct + 1]
-        number, last = next_number(), group[-1]
-        message = Replay(session, epoch, number, last.blocks[1])
-        return group, [ReplayRequest(message, before.endpoint, last.endpoint)]
-    if before is not None and before.relay_log is not None:
-        log, to = before.relay_log, group[0].endpoint
-    else:
-        # The client begins; if its steps pass hops that are filled, those compute them once more.
-        log, to = sent, hops[0].endpoint
-    return group, _replay(log, to, group[-1], session, epoch, next_number)
-
-
-def _replay(
-    log: SentLog, to: Endpoint, last: RouteHop, session: bytes, epoch: int, next_number: Callable[[], int]
-) -> list[ReplayRequest]:
-    until = last.blocks[1]
-    return [
-        ReplayRequest(
-            Step(session, epoch, next_number(), parts, None, until, log.codec, payload, reach=reach), to, last.endpoint
-        )
-        for parts, payload, reach in log.replay()
-    ]
 
 
 KV_WIDTH = 8

@@ -21,7 +21,7 @@ from splitnet.session.driver import Routes
 from splitnet.session.events import Cause, NoRoute, Planned
 from splitnet.session.inference import Session
 from splitnet.session.liveness import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
-from splitnet.session.route_setup import OPEN_TIMEOUT_S
+from splitnet.session.machine import OPEN_TIMEOUT_S
 from splitnet.swarm import measure as survey
 from splitnet.swarm import swarm
 from splitnet.swarm.measure import FreshFacts

@@ -20,8 +20,8 @@ from scheduler.speculation import Window
 from splitnet.errors import AdapterError, SessionClosed, SplitnetError, UnsupportedParameter
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.hf.speculate.decoding import Experience
+from splitnet.session.events import Phase
 from splitnet.session.inference import Session
-from splitnet.session.route_setup import Phase
 from tests.swarm.adapters import lora, wrapped
 from tests.swarm.harness import LocalSwarm, shared_swarm
 

@@ -35,6 +35,7 @@ from splitnet.session.events import (
     LinkFailed,
     NoRoute,
     Note,
+    Phase,
     Planned,
     Received,
     Send,
@@ -44,7 +45,6 @@ from splitnet.session.events import (
 )
 from splitnet.session.machine import SessionState
 from splitnet.session.requests import Batch, PassRequest, StepRequest, WayBack
-from splitnet.session.route_setup import Phase
 from splitnet.swarm.plan import PlannedHop
 from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.endpoints import Endpoint

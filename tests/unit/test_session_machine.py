@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, SplitnetError, WrongKey
-from splitnet.session.events import Alive, Distrust, LinkFailed, Received, Resize, Use, UseAdapter
+from splitnet.session.events import TRANSITIONS, Alive, Distrust, LinkFailed, Phase, Received, Resize, Use, UseAdapter
 from splitnet.session.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S
-from splitnet.session.route_setup import OPEN_TIMEOUT_S, POLL_S, TRANSITIONS, Phase
+from splitnet.session.machine import OPEN_TIMEOUT_S, POLL_S
 from splitnet.wire.endpoints import Endpoint, Relay
 from splitnet.wire.messages import Failure, FailureCode, Fork
 from tests.tiers import examples

@@ -29,8 +29,7 @@ from simulator.session import FAILED, FINISHED, RUNNING
 from simulator.traffic import Stream
 from simulator.world import KINDS, Device, Events, Request, Settings, World, device_id, measured_to
 from splitnet.errors import SplitnetError
-from splitnet.session.events import Cause
-from splitnet.session.route_setup import Phase
+from splitnet.session.events import Cause, Phase
 
 SMALL = Settings(peers=40, clients=50, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.03, load_s=0.1)
 """A world in which peers come and go all the time."""

@@ -1,0 +1,218 @@
+"""A session's route: its hops, a route that is being made, and how hops are filled with the KV cache.
+
+A hop that dies is replaced: the peer before it has logged the encoded activations that it sent. The log is sent to the
+replacement: the same bytes give the same KV cache. Where the neighbour died too, the log of the nearest living sender
+stands in; the last of them is the client's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from splitnet.errors import (
+    CoverageError,
+    NotAuthorized,
+    PeerBusy,
+    PeerLeaving,
+    PeerLost,
+    ProtocolError,
+    SessionLost,
+    SplitnetError,
+    WrongKey,
+)
+from splitnet.session.events import Cause, NoRoute, Recovered
+from splitnet.session.requests import ReplayRequest
+from splitnet.swarm.plan import PlannedHop
+from splitnet.wire.codecs import Codec
+from splitnet.wire.endpoints import Endpoint
+from splitnet.wire.log import SentLog
+from splitnet.wire.messages import Replay, Result, Step
+
+
+@dataclass(slots=True, eq=False)
+class RouteHop:
+    """Stays the same object for as long as the peer runs the same blocks of the session."""
+
+    planned: PlannedHop
+    codec: Codec
+    """What this hop encodes its output with. Its log is written with it, so it never changes."""
+    relayed: bool = False
+    """It does not reach its next hop, so the client relays its output."""
+    relay_log: SentLog | None = None
+    """What the client has relayed; None if that is not all of it."""
+    cached_positions: int = 0
+    """What it held of the session when it was opened last."""
+    filled: bool = False
+    """It holds the KV cache that the session wants."""
+    weights: str = ""
+    """What its blocks are held as, as its record or itself has said last."""
+    adapter_version: int = 0
+    """Of the adapter that it has taken over; 0: none."""
+    lost: bool = False
+    """It was given up, and is not replaced yet."""
+    endpoint: Endpoint = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.endpoint = self.planned.endpoint
+        self.weights = self.planned.record.dtype
+
+    @property
+    def name(self) -> str:
+        return self.planned.name
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return self.planned.start, self.planned.end
+
+    def forget(self) -> None:
+        """What it holds of the session counts no more."""
+        self.filled, self.adapter_version, self.relay_log = False, 0, None
+
+    def opened(self, *, wants_cache: bool) -> None:
+        """The route is open. The hop may have lost the session since it was opened before.
+
+        Args:
+            wants_cache: the session has sent positions.
+        """
+        if not self.cached_positions:
+            self.filled, self.adapter_version = False, 0
+        if not wants_cache:
+            self.filled = True
+        if not self.relayed:
+            self.relay_log = None  # what the hop pushes itself would be missing in it
+
+    def log_relayed(self, step: Step, result: Result) -> None:
+        """Takes in what the client relays; a log is of use only from where the session holds nothing else."""
+        begins = step.forks == () or step.replay_until  # all rows are dropped, or sent again
+        if self.relay_log is None and begins and not any(part.start for part in step.parts):
+            self.relay_log = SentLog(result.codec, len(result.payload) // step.positions)
+        if self.relay_log is not None:
+            try:
+                self.relay_log.record(step.parts, step.forks, result.payload, step.reach)
+            except ProtocolError:  # its rows were filled by a replay that did not come this way
+                self.relay_log = None
+
+
+class PeerSilent(PeerLost):
+    """A hop has not answered in time; if it does later, it was only far away."""
+
+
+@dataclass(slots=True)
+class RouteSetup:
+    """A route that is being made.
+
+    Attributes:
+        repairs: there was a route before.
+        reasons: why, for people.
+        refused: why peers do not take the session, by name, the latest last.
+        excluded: those of them that are not asked again while this route is made. How long a peer that failed is not
+            planned with afterwards, bans say.
+        question: number of the route that is being planned; 0: none is.
+        retry_at: when to plan again, as no route was found.
+        opened_at: when all hops had opened the session.
+    """
+
+    began: float
+    repairs: bool
+    cause: Cause = Cause.LOST
+    reasons: list[str] = field(default_factory=list)
+    refused: dict[str, SplitnetError] = field(default_factory=dict)
+    excluded: set[str] = field(default_factory=set)
+    question: int = 0
+    retry_at: float = math.inf
+    opened_at: float | None = None
+
+    @property
+    def silent(self) -> set[str]:
+        """Names of peers that were lost."""
+        return {name for name, error in self.refused.items() if isinstance(error, PeerLost)}
+
+    def refuse(self, name: str, error: SplitnetError) -> None:
+        """Takes in why a peer does not take the session."""
+        self.refused.pop(name, None)
+        self.refused[name] = error
+        self.excluded.add(name)
+
+    def may_wait(self, answer: NoRoute, *, grows: bool) -> bool:
+        """Whether peers may appear that make a route: others take the blocks of those that died, or a network is back.
+
+        grows: the session has a route that has only too little memory.
+        """
+        if not isinstance(answer.error, CoverageError | PeerBusy):
+            return False
+        silent = self.silent
+        if silent == self.refused.keys() and (silent or answer.was_covered):
+            return True
+        # Nothing is missing but peers that do not accept this client's key, or must not be used any more.
+        forbidden = bool(self.refused) and all(
+            isinstance(error, NotAuthorized) and not isinstance(error, WrongKey) for error in self.refused.values()
+        )
+        return self.repairs and not forbidden and not (grows and isinstance(answer.error, PeerBusy))
+
+    def explanation(self, answer: NoRoute) -> SplitnetError:
+        """Why there is no route: the refusal of a peer that is there says more than that no other is."""
+        ignored = self.silent if self.repairs else set[str]()
+        names = [name for name in reversed(self.refused) if name in answer.present and name not in ignored]
+        return self.refused[names[0]] if names else answer.error
+
+    def recovered(self, now: float) -> Recovered:
+        """What this repair was, once the route stands."""
+        opened_at = self.opened_at or now
+        return Recovered(tuple(self.reasons), (opened_at - self.began) * 1000, (now - self.began) * 1000, self.cause)
+
+
+def cause_of(error: SplitnetError) -> Cause:
+    if isinstance(error, PeerLeaving):
+        return Cause.LEAVING
+    if isinstance(error, SessionLost):
+        return Cause.SESSION_LOST
+    return Cause.BUSY if isinstance(error, PeerBusy) else Cause.LOST
+
+
+def next_refill(
+    hops: Sequence[RouteHop], sent: SentLog, session: bytes, epoch: int, next_number: Callable[[], int]
+) -> tuple[list[RouteHop], list[ReplayRequest]]:
+    """The first hops in a row that are not filled, and the replays that fill them.
+
+    Args:
+        hops: the route.
+        sent: what the client itself has sent.
+        session, epoch: of the messages.
+        next_number: makes numbers for them.
+
+    Returns:
+        Both are empty if all hops are filled.
+    """
+    first = next((index for index, hop in enumerate(hops) if not hop.filled), None)
+    if first is None:
+        return [], []
+    group = list(takewhile(lambda hop: not hop.filled, hops[first:]))
+    before = hops[first - 1] if first else None
+    if before is not None and not before.relayed:
+        # The client cannot relay what a hop replays, as it does not know its parts.
+        direct = len(list(takewhile(lambda hop: not hop.relayed, group[:-1])))
+        group = group[: direct + 1]
+        number, last = next_number(), group[-1]
+        message = Replay(session, epoch, number, last.blocks[1])
+        return group, [ReplayRequest(message, before.endpoint, last.endpoint)]
+    if before is not None and before.relay_log is not None:
+        log, to = before.relay_log, group[0].endpoint
+    else:
+        # The client begins; if its steps pass hops that are filled, those compute them once more.
+        log, to = sent, hops[0].endpoint
+    return group, _replay(log, to, group[-1], session, epoch, next_number)
+
+
+def _replay(
+    log: SentLog, to: Endpoint, last: RouteHop, session: bytes, epoch: int, next_number: Callable[[], int]
+) -> list[ReplayRequest]:
+    until = last.blocks[1]
+    return [
+        ReplayRequest(
+            Step(session, epoch, next_number(), parts, None, until, log.codec, payload, reach=reach), to, last.endpoint
+        )
+        for parts, payload, reach in log.replay()
+    ]
