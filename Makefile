@@ -26,7 +26,7 @@ test-rest: .venv/dev.stamp
 test-all: .venv/dev.stamp
 	@.venv/bin/python -m pytest -q --tier=all
 
-# In one process: `make test-quick FILE=tests/unit/test_codecs.py` or `FILE="tests/unit -k codecs"`.
+# In one process: `make test-quick FILE=tests/unit/wire/test_codecs.py` or `FILE="tests/unit -k codecs"`.
 test-quick: .venv/dev.stamp
 	@.venv/bin/python -m pytest -q -n0 --durations=0 --durations-min=1 $(FILE)
 

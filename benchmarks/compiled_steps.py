@@ -23,8 +23,8 @@ from splitnet.blocks.span import Part, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import COMPILED
 from splitnet.quant.choose import INTEGERS
+from tests.unit.blocks.test_compiled_families import SIZES
 from tests.unit.random_models import random_checkpoint
-from tests.unit.test_compiled_families import SIZES
 
 _LATENTS = {
     "qk_rope_head_dim": 64,

@@ -44,133 +44,133 @@ SESSION = [
         "splitnet/session/route.py",
         "            self.filled, self.adapter_version = False, 0",
         "            pass",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "an adapter is not loaded again",
         "splitnet/session/machine.py",
         "and hop.adapter_version != self.adapter_version:",
         "and not hop.adapter_version and self.epoch == 1:",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "a relay log is kept while hops reach each other",
         "splitnet/session/route.py",
         "            self.relay_log = None  # what the hop pushes itself would be missing in it",
         "            pass",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "what is under way is not sent again",
         "splitnet/session/machine.py",
         "self._in_flight[number].send(self)",
         "pass",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "a step that overtakes a lost one is believed",
         "splitnet/session/machine.py",
         "if isinstance(request, StepRequest) and hop.endpoint == self.tail and self._came_too_soon(request):",
         "if False:",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "a step that a later one undid is sent again",
         "splitnet/session/machine.py",
         "            self._in_flight.pop(request.number)\n",
         "            pass\n",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "the size of an answer is not checked",
         "splitnet/session/requests.py",
         "from splitnet.wire.codecs import check_size",
         "check_size = lambda *_: None",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "any hop may answer for the tail",
         "splitnet/session/requests.py",
         "if not isinstance(message, Result) or source != route.tail or message.end != route.blocks[1]:",
         "if not isinstance(message, Result) or message.end != route.blocks[1]:",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "a hop is not told that the session has ended",
         "splitnet/session/machine.py",
         "self._members[hop.endpoint] = hop.blocks",
         "pass",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "silence is not noticed",
         "splitnet/session/machine.py",
         "times.append(self._liveness.wake_at(self._silence_s))",
         "pass",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "a peer that failed is asked again",
         "splitnet/session/route.py",
         "self.excluded.add(name)",
         "pass",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "a batch is sent back before all its passes are repeated",
         "splitnet/session/requests.py",
         "            self.back.batch.rewind()",
         "            pass",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "the sum of gradients is not waited for",
         "splitnet/session/requests.py",
         "for each in self.passes) and self.sums.whole",
         "for each in self.passes)",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "a replay goes on past a relay",
         "splitnet/session/route.py",
         "group = group[: direct + 1]",
         "pass",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "requests are kept after the end",
         "splitnet/session/machine.py",
         "self._in_flight, self._setup = {}, None",
         "self._setup = None",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "a hop that was replaced is still listened to",
         "splitnet/session/machine.py",
         "return next((hop for hop in self.hops if hop.endpoint == endpoint and not hop.lost), None)",
         "return next((hop for hop in self.hops if hop.endpoint == endpoint), self.hops[0] if self.hops else None)",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "one complaint is believed",
         "splitnet/session/machine.py",
         "if len(complaints) > 1:",
         "if complaints:",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "what a hop pushes is never doubted",
         "splitnet/session/machine.py",
         "if len(refusing) > 1:",
         "if False:",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "only the tail is doubted",
         "splitnet/session/machine.py",
         "if not request.makers:",
         "if True:",
-        ("tests/unit/test_session_machine.py",),
+        ("tests/unit/session/test_session_machine.py",),
     ),
 ]
 SCHEDULER = [
@@ -180,8 +180,8 @@ SCHEDULER = [
         "return link.latency_ms + occupied_ms(link, positions, encodings, prompt)",
         "return occupied_ms(link, positions, encodings, prompt)",
         (
-            "tests/unit/test_route.py",
-            "tests/unit/test_partition.py",
+            "tests/unit/scheduler/test_route.py",
+            "tests/unit/scheduler/test_partition.py",
         ),
     ),
     Fault(
@@ -190,8 +190,8 @@ SCHEDULER = [
         "return total + (in_flight - 1) * slowest",
         "return total + in_flight * slowest",
         (
-            "tests/unit/test_route.py",
-            "tests/unit/test_partition.py",
+            "tests/unit/scheduler/test_route.py",
+            "tests/unit/scheduler/test_partition.py",
         ),
     ),
     Fault(
@@ -199,28 +199,28 @@ SCHEDULER = [
         "scheduler/cost.py",
         "prompt) - alone_ms) / 1000",
         "prompt) - alone_ms)",
-        ("tests/unit/test_route.py",),
+        ("tests/unit/scheduler/test_route.py",),
     ),
     Fault(
         "a peer that is the lowest somewhere moves for throughput",
         "scheduler/moves.py",
         "movers = np.flatnonzero(~view.lowest & (view.length > 0) & settled)",
         "movers = np.flatnonzero((view.length > 0) & settled)",
-        ("tests/unit/test_moves.py",),
+        ("tests/unit/scheduler/test_moves.py",),
     ),
     Fault(
         "two peers move at the same time",
         "scheduler/moves.py",
         "    if moving:\n        return None\n",
         "",
-        ("tests/unit/test_moves.py",),
+        ("tests/unit/scheduler/test_moves.py",),
     ),
     Fault(
         "a peer moves again at once",
         "scheduler/moves.py",
         ">= SETTLE_S for peer",
         "<= SETTLE_S for peer",
-        ("tests/unit/test_moves.py",),
+        ("tests/unit/scheduler/test_moves.py",),
     ),
     Fault(
         "a greater weight costs more",
@@ -228,8 +228,8 @@ SCHEDULER = [
         "balance -= seconds * (BULK_COST if bulk else 1.0) / self._weight(key)",
         "balance -= seconds * (BULK_COST if bulk else 1.0) * self._weight(key)",
         (
-            "tests/unit/test_fair_shares.py",
-            "tests/unit/test_work_queue.py",
+            "tests/unit/scheduler/test_fair_shares.py",
+            "tests/unit/peers/test_work_queue.py",
         ),
     ),
     Fault(
@@ -238,8 +238,8 @@ SCHEDULER = [
         "            self._present.discard(key)\n",
         "",
         (
-            "tests/unit/test_fair_shares.py",
-            "tests/unit/test_work_queue.py",
+            "tests/unit/scheduler/test_fair_shares.py",
+            "tests/unit/peers/test_work_queue.py",
         ),
     ),
     Fault(
@@ -248,8 +248,8 @@ SCHEDULER = [
         "* steps_left > MOVE_COUNTS * move_ms",
         "* steps_left > move_ms",
         (
-            "tests/unit/test_replan.py",
-            "tests/unit/test_planner.py",
+            "tests/unit/scheduler/test_replan.py",
+            "tests/unit/swarm/test_planner.py",
         ),
     ),
     Fault(
@@ -258,8 +258,8 @@ SCHEDULER = [
         "list(rest[: len(rest) - behind])",
         "list(rest)",
         (
-            "tests/unit/test_replan.py",
-            "tests/unit/test_planner.py",
+            "tests/unit/scheduler/test_replan.py",
+            "tests/unit/swarm/test_planner.py",
         ),
     ),
     Fault(
@@ -268,8 +268,8 @@ SCHEDULER = [
         "    levels[flow.throughput == 0] = -1.0\n",
         "",
         (
-            "tests/unit/test_placement.py",
-            "tests/unit/test_moves.py",
+            "tests/unit/scheduler/test_placement.py",
+            "tests/unit/scheduler/test_moves.py",
         ),
     ),
     Fault(
@@ -277,21 +277,21 @@ SCHEDULER = [
         "scheduler/route.py",
         "switched += costs.queue[receivers] + run[receivers]",
         "switched += run[receivers]",
-        ("tests/unit/test_route.py",),
+        ("tests/unit/scheduler/test_route.py",),
     ),
     Fault(
         "a chain visits a peer twice",
         "scheduler/route.py",
         "            if peer in left_at:\n                return peer, left_at[peer]\n",
         "",
-        ("tests/unit/test_route.py",),
+        ("tests/unit/scheduler/test_route.py",),
     ),
     Fault(
         "a prefill has a step too many",
         "scheduler/batching.py",
         "(ceil(positions / size) - 1)",
         "ceil(positions / size)",
-        ("tests/unit/test_prefill.py",),
+        ("tests/unit/scheduler/test_prefill.py",),
     ),
     Fault(
         "sessions that fill no group are left out",
@@ -299,8 +299,8 @@ SCHEDULER = [
         "positions = -(-sessions // groups)",
         "positions = sessions // groups",
         (
-            "tests/unit/test_partition.py",
-            "tests/unit/test_plan.py",
+            "tests/unit/scheduler/test_partition.py",
+            "tests/unit/tools/test_plan.py",
         ),
     ),
     Fault(
@@ -308,7 +308,7 @@ SCHEDULER = [
         "scheduler/route.py",
         "        if path_ms <= most_ms:",
         "        if path_ms >= most_ms:",
-        ("tests/unit/test_route.py",),
+        ("tests/unit/scheduler/test_route.py",),
     ),
 ]
 DIRECTORY = [
@@ -318,8 +318,8 @@ DIRECTORY = [
         'if not fields["key"].verify(_SIGNED_PREFIX + payload, signature):',
         "if not signature:",
         (
-            "tests/unit/test_records.py",
-            "tests/unit/test_directory.py",
+            "tests/unit/directory/test_records.py",
+            "tests/unit/directory/test_directory.py",
         ),
     ),
     Fault(
@@ -328,8 +328,8 @@ DIRECTORY = [
         "return self.expires_at > now and self.issued_at <= now + MAX_CLOCK_SKEW_S",
         "return self.expires_at > now",
         (
-            "tests/unit/test_records.py",
-            "tests/unit/test_directory.py",
+            "tests/unit/directory/test_records.py",
+            "tests/unit/directory/test_directory.py",
         ),
     ),
     Fault(
@@ -338,8 +338,8 @@ DIRECTORY = [
         "return subkey == peer.key.text and record.key in",
         "return record.key in",
         (
-            "tests/unit/test_records.py",
-            "tests/unit/test_directory.py",
+            "tests/unit/directory/test_records.py",
+            "tests/unit/directory/test_directory.py",
         ),
     ),
     Fault(
@@ -348,8 +348,8 @@ DIRECTORY = [
         "if peer.expires_at != record.expiration_time or peer",
         "if peer.expires_at > record.expiration_time or peer",
         (
-            "tests/unit/test_records.py",
-            "tests/unit/test_directory.py",
+            "tests/unit/directory/test_records.py",
+            "tests/unit/directory/test_directory.py",
         ),
     ),
     Fault(
@@ -357,21 +357,21 @@ DIRECTORY = [
         "splitnet/directory/kept.py",
         "self._of[record.key] >= RECORDS_PER_IDENTITY",
         "self._of[record.key] > RECORDS_PER_IDENTITY",
-        ("tests/unit/test_dht_places.py",),
+        ("tests/unit/directory/test_dht_places.py",),
     ),
     Fault(
         "the places of an identity are not given back",
         "splitnet/directory/kept.py",
         "        self._of[record.key] -= 1\n",
         "",
-        ("tests/unit/test_dht_places.py",),
+        ("tests/unit/directory/test_dht_places.py",),
     ),
     Fault(
         "a record without work takes the place of one with work",
         "splitnet/directory/kept.py",
         "held.is_proven and not record.is_proven",
         "not held.is_proven and record.is_proven",
-        ("tests/unit/test_dht_places.py",),
+        ("tests/unit/directory/test_dht_places.py",),
     ),
     Fault(
         "a void record is kept",
@@ -379,8 +379,8 @@ DIRECTORY = [
         "if not record.is_valid_at(now):",
         "if record.expires_at < 0:",
         (
-            "tests/unit/test_asked_peers.py",
-            "tests/unit/test_directory_service.py",
+            "tests/unit/directory/test_asked_peers.py",
+            "tests/unit/peers/test_directory_service.py",
         ),
     ),
     Fault(
@@ -389,8 +389,8 @@ DIRECTORY = [
         "record.issued_at > kept[name].issued_at",
         "record.issued_at < kept[name].issued_at",
         (
-            "tests/unit/test_directory.py",
-            "tests/unit/test_asked_peers.py",
+            "tests/unit/directory/test_directory.py",
+            "tests/unit/directory/test_asked_peers.py",
         ),
     ),
     Fault(
@@ -399,8 +399,8 @@ DIRECTORY = [
         "if not record.is_valid_at(now) or (",
         "if (",
         (
-            "tests/unit/test_directory.py",
-            "tests/unit/test_asked_peers.py",
+            "tests/unit/directory/test_directory.py",
+            "tests/unit/directory/test_asked_peers.py",
         ),
     ),
     Fault(
@@ -409,8 +409,8 @@ DIRECTORY = [
         "                if not record.has_left:\n                    bits |= 1 << at",
         "                bits |= 1 << at",
         (
-            "tests/unit/test_changes.py",
-            "tests/unit/test_known_changes.py",
+            "tests/unit/directory/test_changes.py",
+            "tests/unit/swarm/test_known_changes.py",
         ),
     ),
     Fault(
@@ -419,8 +419,8 @@ DIRECTORY = [
         "if later > _TICKS // 2:",
         "if later > _TICKS:",
         (
-            "tests/unit/test_changes.py",
-            "tests/unit/test_known_changes.py",
+            "tests/unit/directory/test_changes.py",
+            "tests/unit/swarm/test_known_changes.py",
         ),
     ),
     Fault(
@@ -429,8 +429,8 @@ DIRECTORY = [
         "return most if most >= MATERIAL_STEPS else",
         "return most if most > MATERIAL_STEPS else",
         (
-            "tests/unit/test_changes.py",
-            "tests/unit/test_known_changes.py",
+            "tests/unit/directory/test_changes.py",
+            "tests/unit/swarm/test_known_changes.py",
         ),
     ),
     Fault(
@@ -439,8 +439,8 @@ DIRECTORY = [
         "answer = question.answers.get(source) if question is not None else None",
         "answer = next(iter(question.answers.values()), None) if question is not None else None",
         (
-            "tests/unit/test_asked_peers.py",
-            "tests/unit/test_known_changes.py",
+            "tests/unit/directory/test_asked_peers.py",
+            "tests/unit/swarm/test_known_changes.py",
         ),
     ),
     Fault(
@@ -449,8 +449,8 @@ DIRECTORY = [
         "if record.key in keys or size <= most]",
         "]",
         (
-            "tests/unit/test_asked_peers.py",
-            "tests/unit/test_known_changes.py",
+            "tests/unit/directory/test_asked_peers.py",
+            "tests/unit/swarm/test_known_changes.py",
         ),
     ),
     Fault(
@@ -459,8 +459,8 @@ DIRECTORY = [
         "limit_s = ANSWER_S * depth / OWN_DEPTH",
         "limit_s = ANSWER_S",
         (
-            "tests/unit/test_asked_peers.py",
-            "tests/unit/test_directory_service.py",
+            "tests/unit/directory/test_asked_peers.py",
+            "tests/unit/peers/test_directory_service.py",
         ),
     ),
     Fault(
@@ -468,7 +468,7 @@ DIRECTORY = [
         "splitnet/directory/hivemind_node.py",
         "record.issued_at > latest[subkey].issued_at",
         "record.issued_at < latest[subkey].issued_at",
-        ("tests/unit/test_directory.py",),
+        ("tests/unit/directory/test_directory.py",),
     ),
 ]
 WEIGHTS = [
@@ -477,56 +477,56 @@ WEIGHTS = [
         "splitnet/checkpoint/transfer/manifest.py",
         "[tensor.name, tensor.stored, list(tensor.shape), tensor.pieces.nbytes, digest",
         "[tensor.name, list(tensor.shape), tensor.pieces.nbytes, digest",
-        ("tests/unit/test_manifest.py",),
+        ("tests/unit/checkpoint/test_manifest.py",),
     ),
     Fault(
         "a tensor that fills its pieces has another",
         "splitnet/checkpoint/transfer/manifest.py",
         "return -(-nbytes // PIECE_BYTES)",
         "return nbytes // PIECE_BYTES + 1",
-        ("tests/unit/test_manifest.py",),
+        ("tests/unit/checkpoint/test_manifest.py",),
     ),
     Fault(
         "a manifest names a tensor twice",
         "splitnet/checkpoint/transfer/manifest.py",
         "if names != sorted(set(names)):",
         "if names != sorted(names):",
-        ("tests/unit/test_manifest.py",),
+        ("tests/unit/checkpoint/test_manifest.py",),
     ),
     Fault(
         "a source is silent once too often",
         "splitnet/checkpoint/transfer/plan.py",
         "if state.strikes >= MAX_STRIKES:",
         "if state.strikes > MAX_STRIKES:",
-        ("tests/unit/test_fetch_plan.py",),
+        ("tests/unit/checkpoint/test_fetch_plan.py",),
     ),
     Fault(
         "strikes are not forgiven",
         "splitnet/checkpoint/transfer/plan.py",
         "state.heard_at, state.strikes = now, 0",
         "state.heard_at = now",
-        ("tests/unit/test_fetch_plan.py",),
+        ("tests/unit/checkpoint/test_fetch_plan.py",),
     ),
     Fault(
         "what has come counts as under way",
         "splitnet/checkpoint/transfer/plan.py",
         "state.asked_bytes -= state.asked.pop(name)[1]",
         "state.asked.pop(name)",
-        ("tests/unit/test_fetch_plan.py",),
+        ("tests/unit/checkpoint/test_fetch_plan.py",),
     ),
     Fault(
         "a busy source is asked again at once",
         "splitnet/checkpoint/transfer/plan.py",
         "= now, now + BUSY_S",
         "= now, now",
-        ("tests/unit/test_fetch_plan.py",),
+        ("tests/unit/checkpoint/test_fetch_plan.py",),
     ),
     Fault(
         "a file that has changed keeps its digests",
         "splitnet/checkpoint/transfer/hashing.py",
         '"changed": status.st_mtime_ns',
         '"changed": 0',
-        ("tests/unit/test_manifest.py",),
+        ("tests/unit/checkpoint/test_manifest.py",),
     ),
     Fault(
         "a damaged piece is read",
@@ -534,9 +534,9 @@ WEIGHTS = [
         "            if digest(data) == name:\n                return data",
         "            return data",
         (
-            "tests/unit/test_manifest.py",
-            "tests/unit/test_weight_service.py",
-            "tests/unit/test_stored_weights.py",
+            "tests/unit/checkpoint/test_manifest.py",
+            "tests/unit/peers/test_weight_service.py",
+            "tests/unit/blocks/test_stored_weights.py",
         ),
     ),
     Fault(
@@ -545,9 +545,9 @@ WEIGHTS = [
         "if not (self._written[slot] and digest(self._read(slot)) == self.name_of(slot)):",
         "if not self._written[slot]:",
         (
-            "tests/unit/test_manifest.py",
-            "tests/unit/test_weight_service.py",
-            "tests/unit/test_stored_weights.py",
+            "tests/unit/checkpoint/test_manifest.py",
+            "tests/unit/peers/test_weight_service.py",
+            "tests/unit/blocks/test_stored_weights.py",
         ),
     ),
     Fault(
@@ -562,28 +562,28 @@ WEIGHTS = [
         "splitnet/checkpoint/transfer/fetching.py",
         "if self._open.get(number) == source:",
         "if number in self._open:",
-        ("tests/unit/test_asking.py",),
+        ("tests/unit/wire/test_asking.py",),
     ),
     Fault(
         "weights that are not shared are given",
         "peers/weights.py",
         "data = self._piece(message.name) if self._shares() else None",
         "data = self._piece(message.name)",
-        ("tests/unit/test_weight_service.py",),
+        ("tests/unit/peers/test_weight_service.py",),
     ),
     Fault(
         "weights are given faster while sessions are served",
         "peers/weights.py",
         "SERVING_SHARE if self._serving() else 1.0",
         "1.0 if self._serving() else SERVING_SHARE",
-        ("tests/unit/test_weight_service.py",),
+        ("tests/unit/peers/test_weight_service.py",),
     ),
     Fault(
         "a key asks without bound",
         "peers/weights.py",
         "if len(own) >= WAITING_PER_KEY or sum",
         "if sum",
-        ("tests/unit/test_weight_service.py",),
+        ("tests/unit/peers/test_weight_service.py",),
     ),
 ]
 SERVE = [
@@ -592,7 +592,7 @@ SERVE = [
         "splitnet/serve/gate.py",
         "if hmac.compare_digest(given, key)]",
         "if key.startswith(given)]",
-        ("tests/unit/test_serve_requests.py",),
+        ("tests/unit/serve/test_requests.py",),
     ),
     Fault(
         "a greater weight holds less",
@@ -600,8 +600,8 @@ SERVE = [
         "totals[client] / client.weight",
         "totals[client] * client.weight",
         (
-            "tests/unit/test_serve_requests.py",
-            "tests/unit/test_serve_streams.py",
+            "tests/unit/serve/test_requests.py",
+            "tests/unit/serve/test_streams.py",
         ),
     ),
     Fault(
@@ -610,8 +610,8 @@ SERVE = [
         "if totals.get(grown, 0) > self._each:",
         "if totals.get(grown, 0) >= self._each:",
         (
-            "tests/unit/test_serve_requests.py",
-            "tests/unit/test_serve_streams.py",
+            "tests/unit/serve/test_requests.py",
+            "tests/unit/serve/test_streams.py",
         ),
     ),
     Fault(
@@ -619,35 +619,35 @@ SERVE = [
         "splitnet/serve/limits.py",
         "turn.exception() is None:\n                self.running -= 1\n",
         "turn.exception() is None:\n",
-        ("tests/unit/test_serve_requests.py",),
+        ("tests/unit/serve/test_requests.py",),
     ),
     Fault(
         "one client takes the spare places",
         "splitnet/serve/limits.py",
         "self._places[waits.client] < self._most",
         "self._places[waits.client] <= self._most",
-        ("tests/unit/test_serve_requests.py",),
+        ("tests/unit/serve/test_requests.py",),
     ),
     Fault(
         "a session is found by another owner",
         "splitnet/serve/prefix_cache.py",
         "_shared(kept.tokens, wanted) if kept.owner == owner else 0",
         "_shared(kept.tokens, wanted)",
-        ("tests/unit/test_serve_prefix_cache.py",),
+        ("tests/unit/serve/test_prefix_cache.py",),
     ),
     Fault(
         "the token that differs counts as shared",
         "splitnet/serve/prefix_cache.py",
         "return int(differs.argmax()) if",
         "return int(differs.argmax()) + 1 if",
-        ("tests/unit/test_serve_prefix_cache.py",),
+        ("tests/unit/serve/test_prefix_cache.py",),
     ),
     Fault(
         "sessions are kept beyond their time",
         "splitnet/serve/prefix_cache.py",
         "if kept.since <= oldest or kept",
         "if kept.since > oldest + limits.seconds or kept",
-        ("tests/unit/test_serve_prefix_cache.py",),
+        ("tests/unit/serve/test_prefix_cache.py",),
     ),
     Fault(
         "all answers to a prompt are the same",
@@ -655,8 +655,8 @@ SERVE = [
         "np.array([self._sampling.seed, row], np.uint64)",
         "np.array([self._sampling.seed, 0], np.uint64)",
         (
-            "tests/unit/test_serve_sampling.py",
-            "tests/unit/test_serve_text.py",
+            "tests/unit/serve/test_sampling.py",
+            "tests/unit/serve/test_text.py",
         ),
     ),
     Fault(
@@ -665,8 +665,8 @@ SERVE = [
         "self._sampling.presence_penalty * (counts > 0)",
         "self._sampling.presence_penalty * counts",
         (
-            "tests/unit/test_serve_sampling.py",
-            "tests/unit/test_serve_text.py",
+            "tests/unit/serve/test_sampling.py",
+            "tests/unit/serve/test_text.py",
         ),
     ),
     Fault(
@@ -674,14 +674,14 @@ SERVE = [
         "splitnet/serve/text.py",
         "range(min(len(text), longest), 0, -1)",
         "range(min(len(text), longest), 1, -1)",
-        ("tests/unit/test_serve_text.py",),
+        ("tests/unit/serve/test_text.py",),
     ),
     Fault(
         "half a character is told",
         "splitnet/serve/text.py",
         "if not text or text.endswith(INCOMPLETE):",
         "if not text:",
-        ("tests/unit/test_serve_text.py",),
+        ("tests/unit/serve/test_text.py",),
     ),
     Fault(
         "a key's tokens come back in a second",
@@ -689,9 +689,9 @@ SERVE = [
         "(now - self.at) * per_minute / MINUTE_S",
         "(now - self.at) * per_minute",
         (
-            "tests/unit/test_serve_requests.py",
-            "tests/unit/test_admission.py",
-            "tests/unit/test_weight_service.py",
+            "tests/unit/serve/test_requests.py",
+            "tests/unit/peers/test_admission.py",
+            "tests/unit/peers/test_weight_service.py",
         ),
     ),
 ]

@@ -48,7 +48,7 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.BROKEN: frozenset({Phase.PLANNING, Phase.OPENING, Phase.CLOSED}),
     Phase.CLOSED: frozenset(),
 }
-"""Every change that can happen; `tests/unit/test_session_machine.py` compares it with what does happen."""
+"""Every change that can happen; `tests/unit/session/test_session_machine.py` compares it with what does happen."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """On which devices the tests of GPUs run: each GPU that torch finds; on the stand-in, in a process of its own.
 
 The stand-in changes torch for a whole process, so that it is asked for: `GPU_TESTS_ON=stand-in pytest -n0 tests/gpu`;
-`tests/unit/test_gpu_stand_in.py` does so.
+`tests/unit/blocks/test_gpu_stand_in.py` does so.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from splitnet.nat import punch
 from splitnet.nat.relay import HelperBounds
 from tests.attacks import relay as attacks
 from tests.attacks.transport import in_background
-from tests.unit.test_ways_streams import World, ask, to, wait_until
+from tests.unit.nat.test_ways_streams import World, ask, to, wait_until
 
 pytestmark = pytest.mark.swarm
 

@@ -17,8 +17,8 @@ from splitnet.nat.relay import Helper
 from splitnet.nat.unreachable import Hidden
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Endpoint, LinkState
-from tests.unit.test_transport import Node, echo
-from tests.unit.test_ways_streams import ask, wait_until
+from tests.unit.nat.test_ways_streams import ask, wait_until
+from tests.unit.transport.test_transport import Node, echo
 
 pytestmark = pytest.mark.swarm
 

@@ -1,0 +1,112 @@
+"""What of the directory has changed for somebody who knows some of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from splitnet.directory.ask import OUTDATED_S, RECORD_OVERHEAD, Told, entry_of, still_there
+from splitnet.directory.record import PeerRecord
+from splitnet.security.identity import Identity
+from splitnet.wire.endpoints import Relay
+from splitnet.wire.messages import ENTRY_BYTES
+from tests.unit.directory.test_asked_peers import signed
+
+MUCH = 60_000
+OWNER = Identity.generate()
+HELD = signed(OWNER, issued_at=time.time() - 20, queue_ms=50.0, kv_free_positions=10_000, batch=4.0)
+
+
+def told(
+    now: Sequence[PeerRecord], held: Sequence[PeerRecord], since: float = 0.0, most: int = MUCH
+) -> tuple[list[bool], list[PeerRecord]]:
+    present, records = Told(now).changes(list(map(entry_of, held)), since, most)
+    return still_there(present, len(held)), records
+
+
+def later(**changes: Any) -> PeerRecord:
+    return PeerRecord.unpack(dataclasses.replace(HELD, issued_at=HELD.issued_at + 15, **changes).pack(OWNER))
+
+
+def test_a_record_is_named_in_few_bytes() -> None:
+    assert len(entry_of(HELD)) == ENTRY_BYTES
+
+
+def test_who_says_the_same_is_still_there() -> None:
+    assert told([later()], [HELD]) == ([True], [])
+    assert told([], [HELD]) == ([False], [])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"end": 3},
+        {"address": "tcp://192.0.2.7:5"},
+        {"relays": (Relay("tcp://192.0.2.8:1", OWNER.public.raw),)},
+        {"serves": False},
+        {"moving_to": (1, 3)},
+        {"codecs": ("none", "int8")},
+        {"version": "9.9"},
+        {"queue_ms": 90.0},
+        {"queue_ms": 0.0},
+        {"kv_free_positions": 5000},
+        {"kv_free_positions": 6900},  # two steps: just as much as matters
+        {"batch": 9.0},
+        {"block_ms": (9.0,) * 5},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_has_changed_is_told(changes: dict[str, Any]) -> None:
+    new = later(**changes)
+    assert told([new], [HELD]) == ([True], [new])
+    assert told([HELD], [new]) == ([True], []), "what is older is not told"
+
+
+@pytest.mark.parametrize("changes", [{"queue_ms": 55.0}, {"kv_free_positions": 9000}, {"batch": 4.4}])
+def test_what_has_changed_by_little_is_not(changes: dict[str, Any]) -> None:
+    assert told([later(**changes)], [HELD]) == ([True], [])
+
+
+def test_an_old_record_is_told_again_after_all_that_has_changed() -> None:
+    old, moved = Identity.generate(), Identity.generate()
+    held = [signed(each, issued_at=time.time() - OUTDATED_S - 20) for each in (old, moved)]
+    now = [signed(old), signed(moved, end=1)]
+    assert told(now, held) == ([True, True], [now[1], now[0]])
+    assert told(now, held, most=len(now[1].signed) + RECORD_OVERHEAD) == ([True, True], [now[1]])
+
+
+def test_one_that_has_left_is_told_as_it_signed_that() -> None:
+    gone = PeerRecord.unpack(HELD.farewell().pack(OWNER))
+    assert told([gone], [HELD]) == ([False], [gone])
+    assert told([gone], [signed()])[1] == [], "who did not know it need not know that"
+
+
+def test_others_are_told_the_latest_first_and_those_that_have_cost_work_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = time.time()
+    worked, *others = (signed(placed_at=now - age) for age in (900, 300, 20, 600))
+    monkeypatch.setattr(PeerRecord, "is_proven", property(lambda record: record.key == worked.key))
+    assert told([worked, *others], [HELD])[1] == [worked, others[1], others[0], others[2]]
+    assert told([worked, *others], [HELD], since=now - 400)[1] == [others[1], others[0]]
+    assert told([worked, *others], [worked, others[0]])[1] == [others[1], others[2]]
+
+
+def test_changes_and_others_have_their_turns_in_what_there_is_room_for() -> None:
+    owners = [Identity.generate() for _ in range(20)]
+    held = [signed(owner, issued_at=time.time() - 20) for owner in owners]
+    changed, others = [signed(owner, end=1) for owner in owners], [signed() for _ in range(20)]
+    size = len(changed[0].signed) + RECORD_OVERHEAD
+    present, records = told([*changed, *others], held, most=10 * size + 20)
+    assert all(present) and len(records) == 10
+    assert [record in changed for record in records] == [True, False] * 5
+
+
+def test_nobody_stands_for_another_with_the_same_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitnet.directory.ask.KEY_PREFIX_BYTES", 0)  # all keys begin alike
+    other = signed()
+    assert told([later(), other], [HELD]) == ([True], [other])

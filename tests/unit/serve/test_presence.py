@@ -1,0 +1,146 @@
+"""Who is there: what answers, links and records together say of peers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from splitnet.directory.record import PeerRecord
+from splitnet.security.identity import Identity
+from splitnet.serve.dashboard import ASKED_PEERS, PAUSE_S, SILENT_S, Presence, State
+from splitnet.swarm.events import EventLog
+from splitnet.swarm.overview import Overview
+from splitnet.swarm.plan import peer_command
+from splitnet.swarm.swarm import Swarm
+from splitnet.transport.prober import Answer
+from splitnet.wire.endpoints import Endpoint, LinkState
+from tests.unit.swarm.test_client_swarm import FACTS, RECORD
+
+OTHER = dataclasses.replace(RECORD, key=Identity.generate().public, address="tcp://127.0.0.1:10", start=2, end=4)
+
+
+class FakeSwarm:
+    """Peers that answer or do not, as a test wants it."""
+
+    def __init__(self) -> None:
+        self.events = EventLog()
+        self.now = 100.0
+        self.silent: set[Endpoint] = set()
+        self.states: dict[Endpoint, LinkState] = {}
+        self.pinged: list[Endpoint] = []
+        self.links = SimpleNamespace(state=lambda endpoint: self.states.get(endpoint, LinkState.UP))
+        self.presence = Presence(cast(Swarm, self), clock=lambda: self.now)
+
+    def ping(self, endpoint: Endpoint) -> Future[Answer]:
+        self.pinged.append(endpoint)
+        future: Future[Answer] = Future()
+        if endpoint not in self.silent:
+            future.set_result(Answer(rtt_ms=1.0, queue_ms=2.0, kv_free_positions=30))
+        return future
+
+    def look(self, *records: PeerRecord, after: float = 1.0, working: Sequence[PeerRecord] = ()) -> list[State]:
+        self.now += after
+        return [seen.state for seen in self.presence.look(records, {record.key.text for record in working})]
+
+    def told(self) -> list[str]:
+        return [event.kind for event in self.events.since(0)]
+
+
+@pytest.fixture
+def swarm() -> FakeSwarm:
+    return FakeSwarm()
+
+
+def endpoint_of(record: PeerRecord) -> Endpoint:
+    return Endpoint(record.address, record.key)
+
+
+def test_who_answers_is_there_with_what_it_says(swarm: FakeSwarm) -> None:
+    assert swarm.look(RECORD) == [State.UNKNOWN]
+    assert swarm.look(RECORD) == [State.HERE]
+    (seen,) = swarm.presence.look([RECORD])
+    assert seen.answer == Answer(1.0, 2.0, 30) and seen.since == swarm.now
+    assert swarm.told() == []
+
+
+def test_who_stops_answering_is_gone_and_may_come_back(swarm: FakeSwarm) -> None:
+    swarm.look(RECORD, OTHER)
+    assert swarm.look(RECORD, OTHER) == [State.HERE, State.HERE]
+    swarm.silent.add(endpoint_of(RECORD))
+    states = [swarm.look(RECORD, OTHER) for _ in range(int(SILENT_S) + 2)]
+    assert states[0] == [State.HERE, State.HERE] and states[-1] == [State.GONE, State.HERE]
+    assert swarm.told() == ["gone"]
+    assert "blocks 0..5 have lost a peer" in swarm.events.since(0)[0].text
+    swarm.silent.clear()
+    for _ in range(int(SILENT_S) + 1):
+        states.append(swarm.look(RECORD, OTHER))
+    assert states[-1] == [State.HERE, State.HERE] and swarm.told() == ["gone", "back"]
+
+
+def test_who_has_no_time_to_answer_for_an_answer_under_way_is_there(swarm: FakeSwarm) -> None:
+    swarm.look(RECORD)
+    swarm.look(RECORD)
+    swarm.silent.add(endpoint_of(RECORD))
+    states = [swarm.look(RECORD, working=[RECORD]) for _ in range(3 * int(SILENT_S))]
+    states += [swarm.look(RECORD) for _ in range(int(SILENT_S) - 1)]
+    assert set(map(tuple, states)) == {(State.HERE,)}
+    assert swarm.look(RECORD) == [State.GONE]
+    swarm.states[endpoint_of(RECORD)] = LinkState.DOWN
+    assert swarm.look(RECORD, working=[RECORD]) == [State.GONE]
+
+
+def test_a_link_that_is_down_needs_no_patience(swarm: FakeSwarm) -> None:
+    swarm.look(RECORD)
+    swarm.look(RECORD)
+    swarm.states[endpoint_of(RECORD)] = LinkState.DOWN
+    asked = len(swarm.pinged)
+    assert swarm.look(RECORD, after=0.1) == [State.GONE] and len(swarm.pinged) == asked
+    assert swarm.look(RECORD, after=SILENT_S) == [State.GONE] and len(swarm.pinged) == asked + 1, "it may be back"
+    swarm.states[endpoint_of(RECORD)] = LinkState.REFUSED
+    assert swarm.look(RECORD, after=0.1) == [State.REFUSES]
+
+
+def test_who_joins_moves_and_leaves_is_told(swarm: FakeSwarm) -> None:
+    swarm.look(RECORD)
+    swarm.look(RECORD, OTHER)
+    swarm.look(RECORD, OTHER)
+    swarm.look(RECORD, dataclasses.replace(OTHER, start=3, end=5))
+    swarm.look(RECORD)
+    assert swarm.told() == ["joined", "moved", "left"]
+    assert "now serves blocks 3..4" in swarm.events.since(0)[1].text
+
+
+def test_nothing_is_told_of_what_changed_while_nobody_looked(swarm: FakeSwarm) -> None:
+    swarm.look(RECORD)
+    swarm.look(OTHER, after=PAUSE_S + 1)
+    assert swarm.told() == []
+
+
+def test_of_many_peers_some_are_asked_and_always_the_same() -> None:
+    swarm = FakeSwarm()
+    records = [dataclasses.replace(RECORD, key=Identity.generate().public) for _ in range(ASKED_PEERS + 8)]
+    orders: Sequence[Any] = (records, records[::-1])
+    for order in orders:
+        swarm.look(*order)
+    assert len(set(swarm.pinged)) == ASKED_PEERS
+    states = swarm.look(*records)
+    assert (states.count(State.HERE), states.count(State.UNKNOWN)) == (ASKED_PEERS, 8)
+
+
+def test_an_overview_says_in_words_what_is_missing() -> None:
+    starting = dataclasses.replace(OTHER, start=4, end=6, serves=False)
+    model, address = "/models/a b", "tcp://192.0.2.7:1?key=k"
+    swarm: Any = SimpleNamespace(
+        facts=dataclasses.replace(FACTS, source=model), start_peer=partial(peer_command, model, ["--join", address])
+    )
+    overview = Overview.of(swarm, [starting, OTHER], local=[(0, 1)])
+    assert overview.records == (OTHER, starting) and overview.missing == ((1, 2), (4, 6))
+    assert overview.advice()[1] == (
+        f"blocks 4..5 are served by nobody: start a peer with `splitnet peer '{model}' --blocks 4:6 --join '{address}'`"
+    )

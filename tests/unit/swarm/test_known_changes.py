@@ -1,0 +1,322 @@
+"""What a client knows that asks peers what has changed: it reads the directory seldom, and misses nobody for long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import pytest
+
+from splitnet.directory import ask
+from splitnet.directory.ask import AskedPeers, Told, parts_of
+from splitnet.directory.interface import latest
+from splitnet.directory.record import PeerRecord
+from splitnet.errors import DirectoryError
+from splitnet.security.identity import Identity
+from splitnet.swarm import peers
+from splitnet.swarm.peers import LISTED, LOOK_S, READ_S, UNHEARD_S, KnownPeers
+from splitnet.wire.endpoints import Endpoint, LinkState
+from splitnet.wire.messages import Announce, Found, LookUp, Message, encode
+from tests.unit.directory.test_asked_peers import MODEL, ScriptedPeers, says_nothing, signed
+
+TTL_S = 60.0
+
+
+class World:
+    """Peers that tell each other's records, a directory that has them all, and a client whose clock the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ask, "SOON_S", 0.1)
+        monkeypatch.setattr(ask, "ANSWER_S", 0.2)
+        self.links = ScriptedPeers()
+        self.offset_s = 0.0
+        for name in ("monotonic", "time"):
+            real = getattr(time, name)
+            monkeypatch.setattr(peers.time, name, lambda real=real: real() + self.offset_s)
+        self.owners: dict[Endpoint, Identity] = {}
+        self.facts: dict[Endpoint, dict[str, Any]] = {}
+        self.records: dict[Endpoint, PeerRecord] = {}
+        self.reads = 0
+        self.directory_is_silent = self.rests = False
+        self.known = KnownPeers(cast(Any, self), MODEL, "a model", self.links.state, peers=AskedPeers([], self.links))
+
+    def peers(self, _: str) -> list[PeerRecord]:
+        """What the directory says."""
+        self.reads += 1
+        self.rests = False
+        if self.directory_is_silent:
+            raise DirectoryError("The DHT did not answer.")
+        return [record for record in self.there() if not record.has_left]
+
+    def models(self) -> dict[str, str]:
+        return {}
+
+    def rest(self) -> None:
+        self.rests = True
+
+    def there(self) -> list[PeerRecord]:
+        return latest(MODEL, [list(self.records.values())])
+
+    def add(self, state: LinkState = LinkState.UP, **facts: Any) -> Endpoint:
+        endpoint, owner = self.links.add(self.tells, state), Identity.generate()
+        endpoint = Endpoint(endpoint.address, owner.public)
+        self.links.scripts[endpoint], self.links.states[endpoint] = self.tells, state
+        self.owners[endpoint] = owner
+        self.facts[endpoint] = {"address": endpoint.address, "version": "0.2.0"} | facts
+        self.renew(endpoint)
+        return endpoint
+
+    def renew(self, *endpoints: Endpoint, **facts: Any) -> None:
+        for endpoint in endpoints:
+            self.facts[endpoint] |= facts
+            self.records[endpoint] = signed(self.owners[endpoint], issued_at=time.time(), **self.facts[endpoint])
+
+    def leave(self, endpoint: Endpoint) -> None:
+        self.records[endpoint] = PeerRecord.unpack(self.records[endpoint].farewell().pack(self.owners[endpoint]))
+
+    def tells(self, asked: LookUp | Announce, records: Sequence[PeerRecord] | None = None) -> Sequence[Message]:
+        assert isinstance(asked, LookUp)
+        present, changed = Told(self.there() if records is None else records).changes(
+            asked.known, asked.since, asked.most
+        )
+        parts = parts_of(changed)
+        return [Found(asked.number, len(parts) - 1 - at, part, present) for at, part in enumerate(parts)]
+
+    def hides_all(self, asked: LookUp | Announce) -> Sequence[Message]:
+        return self.tells(asked, [])
+
+    def passes(self, seconds: float, *renewed: Endpoint) -> None:
+        """Time, in which these peers tell their records again."""
+        self.offset_s += seconds
+        self.renew(*renewed)
+
+    def look(self, *, whole: bool = False) -> set[Endpoint]:
+        return {record.endpoint for record in self.known.look(fresh=True, whole=whole)}
+
+    @property
+    def asked(self) -> list[Endpoint]:
+        return [endpoint for endpoint, _ in self.links.asked]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    yield World(monkeypatch)
+
+
+def test_who_comes_leaves_and_moves_is_told_with_the_next_question(world: World) -> None:
+    first, second, third = world.add(), world.add(), world.add()
+    assert world.look() == {first, second, third}
+    fourth = world.add()
+    world.renew(first, end=2)
+    world.leave(second)
+    assert world.look() == {first, third, fourth}
+    assert {record.endpoint: record.end for record in world.known.look()}[first] == 2
+    assert world.reads == 1 and len(world.asked) == 1
+
+
+def test_peers_that_say_nothing_new_count_for_longer_than_their_records(world: World) -> None:
+    everybody = [world.add() for _ in range(10)]
+    world.look()
+    before = [record.issued_at for record in world.known.look()]
+    for _ in range(6):
+        world.passes(20.0, *everybody)
+        assert world.look() == {*everybody}
+    assert [record.issued_at for record in world.known.look()] == before, "nothing was told again"
+    assert world.reads == 1 and world.rests
+    sent = sum(len(frame) for _, message in world.links.asked for frame in encode(message)) / len(world.asked)
+    assert sent < 300
+
+
+def test_a_peer_that_has_died_is_missed_once_its_record_has_expired_and_two_say_so(world: World) -> None:
+    dead, *living = everybody = [world.add() for _ in range(5)]
+    world.look()
+    world.passes(20.0, *everybody)
+    world.links.scripts[dead], world.links.states[dead] = says_nothing, LinkState.DOWN
+    world.passes(30.0, *living)
+    assert world.look() == {*everybody}
+    world.passes(TTL_S - 20.0, *living)
+    asked = len(world.asked)
+    assert world.look() == {*living}
+    assert len({*world.asked[asked:]} & {*living}) >= 2
+    assert len(world.known._held) == len(living), "nothing is kept of it"
+
+
+def test_the_only_other_peer_is_believed(world: World) -> None:
+    dead, living = world.add(), world.add()
+    world.look()
+    world.links.scripts[dead], world.links.states[dead] = says_nothing, LinkState.REFUSED
+    world.passes(TTL_S + 10.0, living)
+    assert world.look() == {living}
+
+
+def test_one_that_lies_hides_nobody(world: World) -> None:
+    liar, *_ = everybody = [world.add() for _ in range(6)]
+    world.links.scripts[liar] = world.hides_all
+    world.look()
+    for _ in range(20):
+        world.passes(20.0, *everybody)
+        assert world.look() == {*everybody}
+    assert liar in world.asked and world.reads == 1
+
+
+def test_those_that_lie_together_hide_others_until_an_honest_one_is_asked(world: World) -> None:
+    liars, honest = [world.add() for _ in range(3)], [world.add(LinkState.CONNECTING) for _ in range(3)]
+    for liar in liars:
+        world.links.scripts[liar] = world.hides_all
+    world.look()
+    complete = 0
+    for _ in range(20):
+        world.passes(20.0, *liars, *honest)
+        complete += world.look() == {*liars, *honest}
+    assert complete > 5, "though the client has links to liars alone, every other time it asks any peer"
+
+
+def test_if_all_that_are_asked_lie_the_next_reading_tells(world: World) -> None:
+    liars = [world.add() for _ in range(2)]
+    honest = world.add(version="0.1.0")
+    world.look()
+
+    def hides_one(asked: LookUp | Announce) -> Sequence[Message]:
+        return world.tells(asked, [record for record in world.there() if record.endpoint != honest])
+
+    for liar in liars:
+        world.links.scripts[liar] = hides_one
+    world.passes(TTL_S + 1.0, *liars)
+    assert honest not in world.look()
+    world.passes(20.0, *liars, honest)
+    assert honest not in world.look() and world.reads == 1
+    world.passes(READ_S - 100.0, *liars, honest)
+    assert honest not in world.look() and world.reads == 1
+    world.passes(50.0, *liars, honest)
+    assert honest in world.look() and world.reads == 2
+
+
+def test_without_a_route_everything_is_read_but_not_all_the_time(world: World) -> None:
+    everybody = [world.add() for _ in range(3)]
+    world.look()
+    world.look(whole=True)
+    assert world.reads == 1 and not world.rests, "that was a moment ago"
+    world.passes(LOOK_S + 1.0, *everybody)
+    world.look(whole=True)
+    assert world.reads == 2
+
+
+def test_a_silent_peer_costs_no_reading_and_a_moment(world: World) -> None:
+    silent, *_ = everybody = [world.add() for _ in range(4)]
+    world.links.scripts[silent] = says_nothing
+    world.look()
+    for _ in range(55):
+        world.passes(10.0, *everybody)
+        began = time.perf_counter()
+        assert world.look() == {*everybody}
+        assert time.perf_counter() - began < 1.0
+    assert silent in world.asked and world.reads == 1
+
+
+def test_if_all_are_silent_everything_is_read(world: World) -> None:
+    everybody = [world.add() for _ in range(3)]
+    for each in everybody:
+        world.links.scripts[each] = says_nothing
+    world.look()
+    late = world.add()
+    world.links.scripts[late] = says_nothing
+    assert world.look() == {*everybody, late}
+    assert world.reads == 2
+
+
+def test_while_the_directory_is_silent_too_those_that_were_there_lately_count(world: World) -> None:
+    everybody = [world.add(LinkState.CONNECTING) for _ in range(3)]
+    world.look()
+    world.passes(TTL_S - 10.0, *everybody)
+    assert world.look() == {*everybody}
+    for each in everybody:
+        world.links.scripts[each] = says_nothing
+    world.directory_is_silent = True
+    world.passes(30.0)
+    assert world.look() == {*everybody}, "their records have expired, and somebody said that they are still there"
+    world.passes(TTL_S)
+    with pytest.raises(DirectoryError):
+        world.look()
+
+
+def test_peers_that_tell_everything_are_asked_once(world: World) -> None:
+    def tells_all(asked: LookUp | Announce) -> Sequence[Message]:
+        return [Found(asked.number, 0, parts_of(world.there())[0])]
+
+    older = [world.add() for _ in range(3)]
+    for each in older:
+        world.links.scripts[each] = tells_all
+    newer = world.add()
+    world.look()
+    late = world.add()
+    for _ in range(12):
+        world.passes(20.0, *older, newer, late)
+        assert world.look() == {*older, newer, late}
+    assert all(world.asked.count(each) <= 1 for each in older)
+    assert world.reads == 1
+
+
+def test_peers_of_another_version_or_hidden_ones_without_a_link_are_not_asked(world: World) -> None:
+    old = world.add(version="0.1.0")
+    other = world.add(protocol=2)
+    helper = Identity.generate().public.raw
+    hidden = world.add(LinkState.CONNECTING, relays=[("tcp://192.0.2.1:1", helper)])
+    usual = world.add()
+    world.look()
+    for _ in range(6):
+        world.look()
+    assert {*world.asked} == {usual}
+    assert world.known.find(world.owners[hidden].public) and world.known.find(world.owners[other].public)
+    assert world.known.find(world.owners[old].public)
+
+
+def test_of_very_many_those_are_named_that_routes_need_and_all_in_turns(world: World) -> None:
+    count = LISTED + 120
+    placed = time.time() - 1000
+    everybody = [world.add(placed_at=placed) for _ in range(count)]
+    likely = everybody[-50:]
+    world.known._likely = lambda records, _, most: [record for record in records if record.endpoint in likely][:most]
+    world.look()
+    late = world.add(placed_at=time.time())
+    for _ in range(4):
+        world.passes(20.0, *everybody, late)
+        assert world.look() == {*everybody, late}
+        question = world.links.asked[-1][1]
+        assert isinstance(question, LookUp) and len(question.known) == LISTED
+        first = {entry[:8] for entry in question.known[: len(likely)]}
+        assert first == {endpoint.key.raw[:8] for endpoint in likely}
+    named = {entry[:8] for _, message in world.links.asked if isinstance(message, LookUp) for entry in message.known}
+    assert len(named) == count + 1
+    assert world.reads == 1
+    dead = everybody[0]
+    del world.records[dead]
+    everybody.remove(dead)
+    for _ in range(6):
+        world.passes(20.0, *everybody, late)
+        world.look()
+    assert world.known.find(dead.key) is None
+
+
+def test_what_nobody_speaks_of_is_not_kept(world: World) -> None:
+    lost, usual = world.add(), [world.add() for _ in range(3)]
+    world.look()
+    world.known._listed = lambda: [record for record in world.known._records if record.endpoint != lost]
+    del world.records[lost]
+    for seconds, counts in ((UNHEARD_S - 20.0, True), (TTL_S + 30.0, False)):
+        world.passes(seconds, *usual)
+        world.known._read_at = time.monotonic()
+        assert (lost in world.look()) is counts
+
+
+def test_a_flood_of_new_peers_is_taken_in_bit_by_bit(world: World) -> None:
+    flood = [signed(issued_at=time.time(), version="0.2.0") for _ in range(100)]
+    liar = world.add()
+
+    def floods(asked: LookUp | Announce) -> Sequence[Message]:
+        present, _ = Told(world.there()).changes(asked.known, 0.0, 0)  # pyright: ignore[reportAttributeAccessIssue]
+        return [Found(asked.number, 0, parts_of(flood[:60])[0], present)]
+
+    world.links.scripts[liar] = floods
+    world.look()
+    assert 1 < len(world.look()) < 20

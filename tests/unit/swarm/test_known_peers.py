@@ -1,0 +1,177 @@
+"""Which peers a client knows of, also while the directory does not answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from typing import Any, cast
+
+import pytest
+
+from splitnet.directory.record import PeerRecord
+from splitnet.errors import DirectoryError
+from splitnet.security.identity import Identity
+from splitnet.swarm import peers
+from splitnet.swarm.peers import KnownPeers
+from splitnet.wire.endpoints import Endpoint, LinkState
+from tests.unit.swarm.test_client_swarm import FACTS, RECORD
+
+WAIT_S = 20.0
+
+
+class FakeDirectory:
+    """Holds what a test puts into it, or says nothing."""
+
+    def __init__(self) -> None:
+        self.records: list[PeerRecord] = []
+        self.silent = False
+        self.asked = 0
+        self.is_asked = threading.Event()
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def peers(self, model: str) -> list[PeerRecord]:
+        self.asked += 1
+        self.is_asked.set()
+        assert self.answers.wait(WAIT_S)
+        if self.silent:
+            raise DirectoryError("The DHT did not answer.")
+        return self.records
+
+    def models(self) -> dict[str, str]:
+        if self.silent:
+            raise DirectoryError("The DHT did not answer.")
+        return {}
+
+
+class Client:
+    """What a client knows, with a clock that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory = FakeDirectory()
+        self.states: dict[Endpoint, LinkState] = {}
+        self.now = time.time()
+        monkeypatch.setattr(peers.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(peers.time, "time", lambda: self.now)
+        self.known = KnownPeers(
+            cast(Any, self.directory),
+            FACTS.fingerprint,
+            FACTS.name,
+            lambda endpoint: self.states.get(endpoint, LinkState.CONNECTING),
+        )
+
+    def served(self, ttl_s: float = 60.0) -> PeerRecord:
+        key = Identity.generate().public
+        record = dataclasses.replace(RECORD, key=key, issued_at=self.now, ttl_s=ttl_s)
+        self.directory.records = [*self.directory.records, record]
+        return record
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Client:
+    return Client(monkeypatch)
+
+
+def test_without_an_answer_the_last_records_count_until_they_expire(client: Client) -> None:
+    short, long = client.served(ttl_s=30.0), client.served(ttl_s=120.0)
+    assert client.known.look() == [short, long]
+    client.directory.silent = True
+    client.now += 20
+    assert client.known.look() == client.known.look(fresh=True) == [short, long]
+    client.now += 20
+    assert client.known.look(fresh=True) == [long]
+    client.now += 100
+    with pytest.raises(DirectoryError):
+        client.known.look()
+
+
+def test_a_peer_that_is_connected_counts_after_its_record_has_expired(client: Client) -> None:
+    connected, _ = client.served(), client.served()
+    client.known.look()
+    client.states[connected.endpoint] = LinkState.UP
+    client.directory.silent = True
+    client.now += 1000
+    assert client.known.look() == [connected]
+    client.states[connected.endpoint] = LinkState.DOWN
+    client.now += 1000
+    with pytest.raises(DirectoryError):
+        client.known.look()
+
+
+def test_a_silent_directory_is_told_once_and_asked_now_and_then(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = client.served(ttl_s=300.0)
+    client.known.look()
+    client.directory.silent = True
+    for _ in range(10):
+        client.now += 3
+        assert client.known.look(fresh=True) == [record]
+    assert client.directory.asked == 1 + 3
+    assert len(caplog.records) == 1 and "1 peers known" in caplog.text
+    client.directory.silent = False
+    other = client.served()
+    client.now += 11
+    assert client.known.look() == [record, other]
+    assert client.known.look(fresh=True) and client.directory.asked == 6
+    client.directory.silent = True
+    client.known.look(fresh=True)
+    assert len(caplog.records) == 2, "another outage is told again"
+
+
+def test_records_that_are_not_old_are_not_waited_for(client: Client) -> None:
+    client.served()
+    client.known.look()
+    client.now += 19
+    client.known.look()
+    assert client.directory.asked == 1
+    client.now += 2
+    client.known.look()
+    assert client.directory.asked == 2
+
+
+def test_only_one_thread_waits_for_a_silent_directory(client: Client) -> None:
+    record = client.served(ttl_s=300.0)
+    client.known.look()
+    client.directory.silent = True
+    client.now += 21
+    client.known.look()
+    client.now += 11
+    client.directory.answers.clear()
+    client.directory.is_asked.clear()
+    waiting = threading.Thread(target=client.known.look)
+    waiting.start()
+    assert client.directory.is_asked.wait(WAIT_S)
+    try:
+        assert client.known.look() == client.known.look(fresh=True) == [record]
+        assert client.directory.asked == 3
+    finally:
+        client.directory.answers.set()
+        waiting.join(WAIT_S)
+
+
+def test_who_has_no_records_is_told_that_nothing_answers(client: Client) -> None:
+    client.directory.silent = True
+    for _ in range(2):
+        with pytest.raises(DirectoryError):
+            client.known.look()
+
+
+@pytest.mark.parametrize(("count", "look_s"), [(1, 10.0), (32, 10.0), (64, 20.0), (96, 20.0), (200, 20.0)])
+def test_of_many_peers_the_directory_is_asked_less_often(client: Client, count: int, look_s: float) -> None:
+    record = client.served(ttl_s=300.0)
+    client.directory.records = [record] * count
+    client.known.look()
+    assert client.known.look_s == look_s
+    soonest_s = min(10.0, look_s - 5.0)
+    client.now += soonest_s - 0.1
+    assert not client.known.is_old
+    client.now += 0.2
+    assert client.known.is_old, "else it were too old to plan with before the next look"
+    client.now += look_s + 9.8 - soonest_s
+    client.known.look()
+    assert client.directory.asked == 1, "not yet too old to plan with"
+    client.now += 0.2
+    client.known.look()
+    assert client.directory.asked == 2

@@ -1,0 +1,295 @@
+"""Routes for a client's sessions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from scheduler.cost import Encoding
+from scheduler.facts import Link
+from scheduler.replan import DISAPPOINTING, RECENT_STEPS, Forecasts
+from splitnet.directory.record import PeerRecord
+from splitnet.errors import CoverageError, OtherWeights, SplitnetError
+from splitnet.hf.options import CausalOptions
+from splitnet.security.identity import Identity
+from splitnet.session.driver import Routes
+from splitnet.session.events import AskRoute, Move, NoRoute, Planned
+from splitnet.swarm import plan as planner_module
+from splitnet.swarm.measure import STEPS, Survey
+from splitnet.swarm.plan import CLIENT_ENDS, HeldBlocks, Needs, PlannedHop, Planner
+from tests.unit.swarm.test_client_swarm import RECORD
+
+SLOW = tuple(1000 * ms for ms in RECORD.block_ms)
+NEEDS = Needs(kv_positions=10, encodings=(Encoding("int8", 66),), blocks=(0, 6))
+
+
+def record(start: int, end: int, **facts: Any) -> PeerRecord:
+    return replace(RECORD, key=Identity.generate().public, start=start, end=end, **facts)
+
+
+def plan(records: list[PeerRecord], needs: Needs = NEEDS, survey: Survey | None = None) -> list[PeerRecord]:
+    planner = Planner(survey or Survey(), "a-model")
+    route = planner.plan(records, needs, (0, 6), ends=CLIENT_ENDS, holders=(), restricted=False)
+    return [hop.record for hop in route]
+
+
+def test_a_long_prompt_takes_the_route_that_is_good_at_prompts() -> None:
+    # The one is a little faster per token, the other ten times faster at many positions.
+    decodes = record(0, 6, block_ms=(10.0, 11.0, 40.0, 160.0, 640.0))
+    prefills = record(0, 6, block_ms=(12.0, 12.0, 12.5, 16.0, 64.0))
+    survey = Survey()
+    for peer in (decodes, prefills):
+        survey.network_coordinates.measured(peer, Link(1.0, 10_000.0))
+    assert plan([decodes, prefills], survey=survey) == [decodes]
+    long = replace(NEEDS, prompt=500)
+    assert plan([decodes, prefills], long, survey) == [prefills]
+
+
+def held(*blocks: tuple[int, int, str]) -> Needs:
+    return replace(NEEDS, held=tuple(HeldBlocks(*each) for each in blocks))
+
+
+@pytest.mark.parametrize("crowd", [planner_module.EXACT_PEERS, 1])
+def test_blocks_that_must_be_held_alike_are(monkeypatch: pytest.MonkeyPatch, crowd: int) -> None:
+    monkeypatch.setattr(planner_module, "EXACT_PEERS", crowd)
+    exact, fast, half = record(0, 6, block_ms=SLOW), record(0, 6, dtype="int4"), record(0, 2, dtype="float16/float32")
+    everybody = [exact, fast, half]
+    assert plan(everybody) == [fast]
+    assert plan(everybody, held((0, 6, "float32"))) == [exact]
+    assert plan(everybody, held((0, 2, "float32"), (2, 6, "int4"))) == [exact, fast], "as far as they hold them so"
+    assert plan(everybody, held((0, 2, "float16/float32"))) == [half, fast], "of the others nothing was said"
+
+
+def test_who_holds_blocks_otherwise_is_named_where_nobody_holds_them_so() -> None:
+    others = [record(0, 6, dtype="int4"), record(2, 6, dtype="int8/float32"), record(0, 2)]
+    with pytest.raises(OtherWeights) as raised:
+        plan(others, held((0, 6, "float32")))
+    assert "blocks 2..5 of a-model are held as int4 or int8/float32 by all who serve them" in str(raised.value)
+    assert "were held as float32 in this session" in str(raised.value) and "--any-weights" in str(raised.value)
+    with pytest.raises(CoverageError, match="served by nobody"):
+        plan(others[2:], held((0, 6, "float32")))
+
+
+def test_energy_of_a_route_is_that_of_its_hops_as_they_are_seen() -> None:
+    told, silent = record(0, 2, watts=15.0), record(2, 6)
+    survey = Survey()
+    planner = Planner(survey, "a-model")
+    hops = [PlannedHop(told, 0, 2), PlannedHop(silent, 2, 6)]
+    assert planner.token_joules(hops) == [pytest.approx(2 * 0.001 * 15.0), None]
+    for _ in range(STEPS):
+        survey.hop_seen(told.key.text, 1, 4.0, 0.0)  # it takes four times as long as it says
+    assert planner.token_joules(hops) == [pytest.approx(2 * 0.004 * 15.0), None]
+
+
+def test_a_claim_of_little_energy_draws_no_route_that_is_too_slow() -> None:
+    honest = record(0, 6, watts=100.0)
+    liars = [record(0, 6, watts=1e-300, block_ms=tuple(2 * ms for ms in RECORD.block_ms)) for _ in range(5)]
+    survey = Survey()
+    for peer in (honest, *liars):
+        survey.network_coordinates.measured(peer, Link(0.1, 10_000.0))
+    assert plan([honest, *liars], replace(NEEDS, energy_slowdown=1.5), survey) == [honest]
+    assert plan([honest, *liars], replace(NEEDS, energy_slowdown=3.0), survey)[0] in liars
+
+
+def test_among_very_many_peers_the_likeliest_are_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner_module, "EXACT_PEERS", 50)
+    choices = random.Random(1)
+    records = [
+        record(start, start + 3, coordinate=(choices.gauss(0, 40), 0.0, 0.0, 5.0), coordinate_error=0.2, block_ms=SLOW)
+        for start in (0, 3)
+        for _ in range(500)
+    ]
+    fast = [replace(peer, block_ms=RECORD.block_ms) for peer in (records[7], records[707])]
+    records[7], records[707] = fast
+    assert plan(records) == fast
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prefer": "speed"}, "prefers latency, throughput or energy, not 'speed'"),
+        ({"energy_slowdown": 2.0}, "goes with the preference energy, not with latency"),
+        ({"prefer": "energy", "energy_slowdown": 0.9}, "slowdown of 0.9 is none: give 1 or more"),
+        ({"prefer": "energy", "energy_slowdown": float("nan")}, "1 or more"),
+        ({"prefer": "energy", "energy_slowdown": "2"}, "slowdown of .2. is none: give 1 or more"),
+        ({"prefer": "energy", "energy_slowdown": True}, "slowdown of True is none: give 1 or more"),
+    ],
+)
+def test_what_cannot_be_preferred_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SplitnetError, match=said):
+        CausalOptions.of(options)
+
+
+class Facts:
+    """A swarm in which each route costs what it is told to, and the best one is `best`."""
+
+    def __init__(self, best: list[PlannedHop]) -> None:
+        self.best = best
+        self.costs: dict[str, float] = {}
+        """Ms of a step by the first hop; 10 if not told."""
+        self.planned = 0
+        self.holds = {"float32"}
+        """What peers hold blocks as."""
+        self.wished: list[tuple[HeldBlocks, ...]] = []
+        self.was_covered = True
+        self.peers = list[PeerRecord]
+        self.probed: list[bool] = []
+        self.fresh_facts = SimpleNamespace(news=0, look_again=lambda suspects, probe: self.probed.append(probe))
+        self.survey = SimpleNamespace(prediction_error=1.0, forecast_came=lambda *_: None, silent=set)
+        self.planner = SimpleNamespace(
+            cost_ms=lambda needs, hops: self.costs.get(hops[0].name, 10.0), move_ms=lambda *_: 0.0
+        )
+
+    def plan(self, needs: Needs, **_: Any) -> list[PlannedHop]:
+        self.planned += 1
+        self.wished.append(needs.held)
+        if any(blocks.weights not in self.holds for blocks in needs.held):
+            raise OtherWeights("others")
+        return self.best
+
+    def routes(self, *, any_weights: bool = False) -> Routes:
+        codecs: Any = SimpleNamespace(to=lambda hop: None, after=lambda route, index: None)
+        return Routes(self, codecs, (0, 6), any_weights=any_weights)  # pyright: ignore[reportArgumentType]
+
+    def look(self, routes: Routes, hops: list[PlannedHop], news: int = 1, needs: Needs = NEEDS) -> Move | None:
+        """Whether to move, after a while with so many news."""
+        self.fresh_facts.news += news
+        routes.watch._looked_s = 0.0
+        return routes.better(hops, lambda: needs, 10, 100)
+
+
+def steps(routes: Routes, step_ms: float) -> None:
+    for _ in range(RECENT_STEPS):
+        routes.step_took(step_ms, 1)
+
+
+def test_while_a_route_is_as_fast_as_predicted_no_other_is_planned() -> None:
+    hops = [PlannedHop(record(0, 6), 0, 6)]
+    facts = Facts(hops)
+    routes = facts.routes()
+    facts.look(routes, hops)
+    for step_ms in (10.0, 10.0 * DISAPPOINTING - 0.1):
+        steps(routes, step_ms)
+        assert facts.look(routes, hops) is None and not facts.planned
+    steps(routes, 10.0 * DISAPPOINTING + 0.1)
+    assert routes.watch.surprised, "which is a reason to look before there is news"
+    assert facts.look(routes, hops) is None and not facts.planned
+    assert facts.probed == [True], "no fact says why the last steps are slow"
+    assert facts.look(routes, hops) is None and facts.planned == 1
+
+
+@pytest.mark.parametrize("any_weights", [False, True])
+def test_other_weights_are_taken_if_nobody_has_the_same_and_that_is_allowed(any_weights: bool) -> None:
+    hops = [PlannedHop(record(0, 6), 0, 6)]
+    facts = Facts(hops)
+    routes = facts.routes(any_weights=any_weights)
+    asked = AskRoute(1, (), frozenset(), fresh=False, unban=False)
+    needs = held((0, 6, "float32"))
+    assert isinstance(routes.answer(asked, needs), Planned) and facts.wished == [needs.held]
+    facts.holds = {"int4"}
+    answer = routes.answer(asked, needs)
+    assert isinstance(answer, Planned) if any_weights else isinstance(answer, NoRoute)
+    assert not isinstance(answer, NoRoute) or isinstance(answer.error, OtherWeights)
+
+
+def test_a_move_never_changes_what_weights_are_held_as() -> None:
+    hops = [PlannedHop(record(0, 6), 0, 6)]
+    facts = Facts([PlannedHop(record(0, 6), 0, 6)])
+    facts.costs = {hops[0].name: 100.0}
+    routes = facts.routes()
+    needs = held((0, 6, "float32"))
+    facts.look(routes, hops, needs=needs)
+    steps(routes, 1000.0)
+    facts.look(routes, hops, needs=needs)
+    facts.look(routes, hops, needs=needs)
+    assert set(facts.wished) == {needs.held}
+
+
+def test_a_route_counts_as_slow_by_what_was_known_when_it_was_planned() -> None:
+    """Facts may tell before the first step that it has become slow."""
+    hops = [PlannedHop(record(0, 6), 0, 6)]
+    facts = Facts(hops)
+    routes = facts.routes()
+    routes.answer(AskRoute(1, (), frozenset(), fresh=False, unban=False), NEEDS)
+    facts.costs = {hops[0].name: 30.0}
+    routes.better(hops, lambda: NEEDS, 10, 100)
+    assert routes.watch.expected_ms == 10.0
+
+
+def test_what_no_fact_explains_may_be_a_link_that_the_other_route_has_too() -> None:
+    first, twin, middle, last, other = (record(*span) for span in ((0, 2), (0, 2), (2, 4), (4, 6), (4, 6)))
+
+    def route(*records: PeerRecord) -> list[PlannedHop]:
+        return [PlannedHop(each, each.start, each.end) for each in records]
+
+    hops, shares, avoids = route(first, middle, last), route(twin, middle, last), route(twin, middle, other)
+    for explained, best in ((False, shares), (True, shares), (False, avoids)):
+        facts = Facts(best)
+        routes = facts.routes()
+        facts.look(routes, hops)
+        steps(routes, 20.0)
+        facts.look(routes, hops)
+        facts.costs = {first.key.text: 20.0} if explained else {}
+        move = facts.look(routes, hops)
+        assert facts.planned
+        assert (move is not None) == (explained or best == avoids)
+
+
+def test_what_was_not_explained_is_looked_at_until_it_is() -> None:
+    hops, other = ([PlannedHop(record(0, 6), 0, 6)] for _ in range(2))
+    facts = Facts(hops)
+    routes = facts.routes()
+    facts.look(routes, hops)
+    steps(routes, 20.0)
+    facts.look(routes, hops)
+    facts.best = other
+    for cost_ms, moves in ((10.0, False), (20.0, True)):
+        facts.costs = {hops[0].name: cost_ms}
+        assert (facts.look(routes, hops, news=0) is not None) == moves
+
+
+def test_a_session_comes_to_rest_though_it_leaves_routes_before_they_are_tried_out() -> None:
+    """As where all devices are one machine, and steps so slow that few are taken until it looks for a better route."""
+    hops, other = ([PlannedHop(record(0, 6), 0, 6)] for _ in range(2))
+    facts = Facts(other)
+    forecasts = Forecasts()
+    facts.survey.forecast_came = forecasts.came
+    routes = facts.routes()
+    moves = 0
+    for _ in range(40):
+        facts.look(routes, hops)
+        steps(routes, 100.0)
+        facts.survey.prediction_error = forecasts.error
+        facts.best = other
+        if facts.look(routes, hops) is not None:
+            moves += 1
+            hops, other = other, hops
+    assert moves <= 3
+
+
+def test_what_was_left_after_a_loss_is_left_for_a_route_that_is_as_good_as_the_lost_one() -> None:
+    good, slow, middling, again = ([PlannedHop(record(0, 6), 0, 6)] for _ in range(4))
+    facts = Facts(good)
+    facts.costs = {slow[0].name: 40.0, middling[0].name: 22.0}
+    routes = facts.routes()
+    routes.answer(AskRoute(1, (), frozenset(), fresh=False, unban=False), NEEDS)
+    facts.look(routes, good)
+    steps(routes, 14.0)  # of the lost route what it took counts, if that is more than was predicted
+    facts.costs[again[0].name] = 18.0
+    facts.best = slow
+    routes.answer(AskRoute(2, (), frozenset(), fresh=True, unban=False), NEEDS)
+    facts.look(routes, slow)
+    steps(routes, 40.0)
+    for best, moves in ((slow, False), (middling, False), (again, True)):
+        facts.best = best
+        move = facts.look(routes, slow)
+        assert (move is not None) == moves, "a route that is as slow as it was to be expected is left for no other"
+    assert list(move.route if move else ()) == again
+    facts.look(routes, again)
+    steps(routes, 18.0)
+    before, facts.costs[again[0].name] = facts.planned, 20.0
+    assert facts.look(routes, again) is None and facts.planned == before, "it has come to rest"

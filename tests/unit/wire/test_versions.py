@@ -1,0 +1,167 @@
+"""Versions of splitnet that read each other: bytes that version 0.1.0 has written, and fields that came later.
+
+`data/wire_0_1_0.json` was written by version 0.1.0 and never changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from nacl.signing import SigningKey
+
+from splitnet.directory.record import RECORD_LAYOUT, PeerRecord
+from splitnet.errors import ProtocolError
+from splitnet.security.identity import Identity
+from splitnet.wire.fields import Layout, appended, flag, uint, wire
+from splitnet.wire.messages import (
+    MAGIC,
+    MESSAGES,
+    PROTOCOL_VERSION,
+    Close,
+    Ping,
+    Pong,
+    Step,
+    Timing,
+    ToldLoad,
+    decode,
+    encode,
+)
+
+RENAMED = {"Recall": "FetchKV", "Recalled": "FetchedKV", "Adopted": "AdapterLoaded"}
+"""Messages that had another name in version 0.1.0: names do not travel."""
+
+OLD = json.loads((Path(__file__).parents[1] / "data" / "wire_0_1_0.json").read_text())
+IDENTITY = Identity(SigningKey(bytes.fromhex(OLD["record"]["seed"])))
+OLD_RECORD = bytes.fromhex(OLD["record"]["bytes"])
+
+old_messages = pytest.mark.parametrize("old", OLD["messages"], ids=lambda old: old["kind"])
+
+
+def frames_of(old: dict[str, Any]) -> list[bytes]:
+    return [bytes.fromhex(frame) for frame in old["frames"]]
+
+
+def plain(value: Any) -> Any:
+    """A value as the recording has it."""
+    if isinstance(value, bytes | memoryview):
+        return bytes(value).hex()
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def changed_frames(message: Any, change: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    header, *payload = encode(message)
+    values = change(msgpack.unpackb(bytes(header)[4:]))
+    return [MAGIC + bytes((PROTOCOL_VERSION, message.TAG)) + (msgpack.packb(values) or b""), *payload]
+
+
+def test_every_message_of_version_0_1_0_is_recorded() -> None:
+    kinds = {RENAMED.get(old["kind"], old["kind"]) for old in OLD["messages"]}
+    assert kinds <= {kind.__name__ for kind in MESSAGES}
+    assert len(kinds) == 16
+
+
+@old_messages
+def test_messages_of_version_0_1_0_are_read(old: dict[str, Any]) -> None:
+    message = decode(frames_of(old))
+    assert type(message).__name__ == RENAMED.get(old["kind"], old["kind"])
+    assert {name: plain(getattr(message, name)) for name in old["fields"]} == old["fields"]
+    for field in dataclasses.fields(message):
+        if field.name not in old["fields"]:
+            assert getattr(message, field.name) == field.default
+
+
+@old_messages
+def test_messages_without_new_fields_are_written_as_by_version_0_1_0(old: dict[str, Any]) -> None:
+    assert [bytes(frame) for frame in encode(decode(frames_of(old)))] == frames_of(old)
+
+
+def test_a_record_of_version_0_1_0_is_read_and_written_again() -> None:
+    record = PeerRecord.unpack(OLD_RECORD)
+    assert {name: plain(getattr(record, name)) for name in OLD["record"]["fields"]} == OLD["record"]["fields"]
+    assert record.key == IDENTITY.public
+    assert record.pack(IDENTITY) == OLD_RECORD
+
+
+def test_a_record_may_lack_fields_that_have_defaults_and_no_others() -> None:
+    values = msgpack.unpackb(msgpack.unpackb(OLD_RECORD)[0])
+
+    def signed(values: list[Any]) -> bytes:
+        payload = msgpack.packb(values) or b""
+        return msgpack.packb([payload, IDENTITY.sign(b"splitnet peer record\0" + payload)]) or b""
+
+    assert values[0] == RECORD_LAYOUT
+    assert PeerRecord.unpack(signed(values[:-1])) == PeerRecord.unpack(OLD_RECORD)
+    assert PeerRecord.unpack(signed([*values, 0, 0, 0.0, [], 0, "a later field", 7])) == PeerRecord.unpack(OLD_RECORD)
+    with pytest.raises(ProtocolError, match="lacks the field issued_at"):
+        PeerRecord.unpack(signed(values[:-2]))
+
+
+@old_messages
+def test_fields_of_later_versions_are_ignored(old: dict[str, Any]) -> None:
+    message = decode(frames_of(old))
+    later = changed_frames(message, lambda _: [*_all_values(message), 7, "text", [1, [2]], None])
+    assert decode(later) == message
+
+
+def _all_values(message: Any) -> list[Any]:
+    """Everything that travels, without leaving out a default."""
+    return [getattr(message, field.name) for field in dataclasses.fields(message) if "check" in field.metadata]
+
+
+@old_messages
+def test_a_message_without_a_required_field_names_it(old: dict[str, Any]) -> None:
+    message = decode(frames_of(old))
+    fields = [field for field in dataclasses.fields(message) if "check" in field.metadata]
+    required = [field.name for field in fields if field.default is dataclasses.MISSING]
+    assert required == [field.name for field in fields[: len(required)]]
+    for count, name in enumerate(required):
+        with pytest.raises(ProtocolError, match=f"{RENAMED.get(old['kind'], old['kind'])} lacks the field {name}"):
+            decode(changed_frames(message, lambda values, count=count: values[:count]))
+    decode(changed_frames(message, lambda values: values[: len(required)]))
+
+
+def test_what_a_ping_asks_for_and_its_answer_travel() -> None:
+    ping = Ping(1, b"padding", bytes(range(16)), load=True)
+    pong = Pong(1, 2.5, 100, 3, 4, True, 5, (Timing(6, 7, 8),), (ToldLoad(9.5, 0.25, 1.5e9),))
+    assert (decode(encode(ping)), decode(encode(pong))) == (ping, pong)
+
+
+def test_appended_fields_stand_behind_those_of_version_0_1_0() -> None:
+    for kind in (*MESSAGES, PeerRecord):
+        later = ["appended" in field.metadata for field in dataclasses.fields(kind) if "check" in field.metadata]
+        assert later == sorted(later), f"{kind.__name__} has a field of version 0.1.0 behind an appended one"
+    assert {type(decode(frames_of(old))) for old in OLD["messages"]} >= {Close, Step}
+
+
+@dataclass(frozen=True)
+class Early:
+    first: int = wire(uint(9))
+    known: int = wire(uint(9), default=1)
+
+
+@dataclass(frozen=True)
+class Late(Early):
+    second: int = appended(uint(9), 5)
+    third: bool = appended(flag, False)
+
+
+@pytest.mark.parametrize(
+    ("late", "written"),
+    [
+        (Late(3), [3, 1]),
+        (Late(3, 1, 5, False), [3, 1]),
+        (Late(3, 2, 4), [3, 2, 4]),
+        (Late(3, 2, 5, True), [3, 2, 5, True]),
+    ],
+)
+def test_a_writer_leaves_out_appended_defaults_at_the_end_only(late: Late, written: list[Any]) -> None:
+    assert Layout(Late).write(late) == written
+    assert Late(**Layout(Late).read(written)) == late
+    assert Early(**Layout(Early).read(written)) == Early(late.first, late.known)
