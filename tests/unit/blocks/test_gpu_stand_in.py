@@ -22,4 +22,4 @@ def test_the_tests_of_gpus_pass_on_the_stand_in(tier: str) -> None:
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout[-4000:]
     passed = re.search(r"(\d+) passed", finished.stdout)
-    assert passed is not None and int(passed[1]) > {"default": 20, "rest": 50}[tier]
+    assert passed is not None and int(passed[1]) > {"default": 15, "rest": 50}[tier]

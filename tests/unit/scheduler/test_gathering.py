@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.batching import LATELY_S, PATIENCE, Gathering
+from scheduler.batching import LATELY_S, OWN_WAIT, Gathering
 
 seconds = st.floats(0, 1, allow_subnormal=False)
 
@@ -21,7 +21,7 @@ def test_nothing_is_waited_for_that_was_not_seen() -> None:
 def test_others_are_waited_for_until_they_are_there() -> None:
     gathering = Gathering()
     gathering.ran(["a", "b"], 0.01, 0.01, 0.0)
-    assert gathering.patience_s(1) == pytest.approx(0.01 * PATIENCE)
+    assert gathering.patience_s(1) == pytest.approx(0.01 * OWN_WAIT)
     assert gathering.patience_s(2) == 0
 
 
