@@ -605,6 +605,29 @@ def test_a_replay_of_a_hop_ends_where_the_client_relays() -> None:
     assert world.asked[-1].request.done and world.state.recoveries
 
 
+def test_what_was_relayed_before_hops_reached_each_other_fills_no_hop() -> None:
+    """What the first hop has pushed itself since then is missing in it."""
+
+    def opened(seed: int) -> World:
+        world = World(seed=seed, kind=Kind.CALM)
+        world.feed(Use())
+        world.settle()
+        return world
+
+    world = next(world for world in map(opened, range(64)) if len(world.state.hops) > 1)
+    first, second = world.state.hops[:2]
+    row = world.new_row_id()
+    world.submit([(row, 0, 2, 1)])
+    world.settle()
+    for apart, starts in ((True, [1]), (False, [1, 1]), (True, [2])):
+        world.apart = {(first.name, second.name)} if apart else set()
+        world.at(second.endpoint).forget()
+        for start in starts:
+            world.submit([(row, start, 1, 1)])
+            world.settle()
+    assert world.state.endpoints()[:2] == [first.endpoint, second.endpoint]
+
+
 def test_who_answers_for_the_tail_does_not_tell_of_a_lost_step() -> None:
     """Of two steps, a hop before the tail answers the second, too: what it says is not that the first was lost."""
     run = Steps()
