@@ -456,8 +456,8 @@ DIRECTORY = [
     Fault(
         "who asks for others waits as long as they do",
         "splitnet/directory/ask.py",
-        "limit_s = ANSWER_S * depth / OWN_DEPTH",
-        "limit_s = ANSWER_S",
+        "limit_s = DIRECTORY_ANSWER_S * depth / OWN_DEPTH",
+        "limit_s = DIRECTORY_ANSWER_S",
         (
             "tests/unit/directory/test_asked_peers.py",
             "tests/unit/peers/test_directory_service.py",

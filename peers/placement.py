@@ -17,6 +17,7 @@ import torch
 from peers.links import NextHops
 from scheduler.coordinates import Coordinate
 from scheduler.facts import missing_blocks
+from scheduler.liveness import ANSWER_S, HOLDER_LOST_S, HOLDER_SILENT_S
 from scheduler.moves import Move, Willingness, best_move
 from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span, work_ms
 from splitnet.blocks.span import block_bytes, free_memory
@@ -25,7 +26,7 @@ from splitnet.directory.record import PeerRecord, expected_facts_of, facts_of, p
 from splitnet.errors import OutOfMemory, SplitnetError
 from splitnet.security.identity import Identity, PublicKey
 from splitnet.swarm.trial import PeerLinks
-from splitnet.transport.prober import PING_TIMEOUT_S, PROBE_BYTES
+from splitnet.transport.prober import PROBE_BYTES
 from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
 
@@ -123,7 +124,7 @@ def answering(records: Sequence[PeerRecord], identity: Identity) -> Present:
                 places = [place_of(record).coordinate for _, record in nearest]
                 others.sort(key=lambda record: _far_ms(place_of(record).coordinate, places))
         probed = links.prober.measure(record.endpoint for _, record in found[:PROBED])
-    slowest = PROBE_BYTES / (1000 * PING_TIMEOUT_S) if found else 0.0  # none has arrived in time
+    slowest = PROBE_BYTES / (1000 * ANSWER_S) if found else 0.0  # none has arrived in time
     return Present(
         [record for _, record in found],
         {record.key.text: rtt_ms / 2 for rtt_ms, record in found},
@@ -285,11 +286,6 @@ def _may_leave(record: PeerRecord, own: PeerRecord) -> bool:
 
 
 MAX_WATCHED = 16
-LOST_S = 2.5
-"""A peer that has not answered for so long, and whose link is lost, is gone."""
-
-SILENT_S = 6.0
-"""The same, whatever its link says. Pings go out every `peers.links.PROBE_S`."""
 
 
 class HolderWatch:
@@ -330,7 +326,8 @@ class HolderWatch:
             return frozenset(
                 endpoint.key
                 for endpoint, at in self._heard_at.items()
-                if at is not None and now - at > (SILENT_S if self._state(endpoint) is LinkState.UP else LOST_S)
+                if at is not None
+                and now - at > (HOLDER_SILENT_S if self._state(endpoint) is LinkState.UP else HOLDER_LOST_S)
             )
 
 

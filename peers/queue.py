@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from peers.sessions import MemoryAccount, PassWork, Purpose, Session, Work
 from scheduler.batching import DECODE_POSITIONS, PATIENCE, UNSENT_BYTES, Gathering, next_pass
 from scheduler.fairness import CHUNK_S, FairPasses
+from scheduler.liveness import STUCK_S
 from splitnet.errors import PeerBusy
 from splitnet.wire.endpoints import Endpoint
 
@@ -23,9 +24,6 @@ MAX_KEY_PASSES = 256
 
 LOOK_S = 0.02
 """How often it is looked whether a way is free again for which all wait."""
-
-STUCK_S = 60.0
-"""A way that has taken nothing for so long is not waited for: its next hop may never read. Clients wait for 120 s."""
 
 
 class WorkQueue:

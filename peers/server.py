@@ -36,6 +36,7 @@ from peers.reach import PeerWays
 from peers.service import SessionService
 from peers.span_server import MOVE_DRAIN_S, CurrentSpan, IsLeaving, SpanServer
 from peers.weights import DEFAULT_RATE, WeightService
+from scheduler.liveness import ANSWER_TRIPS, FIRST_TRIPS
 from splitnet.blocks.device import find_device
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -57,7 +58,7 @@ from splitnet.transport.addresses import (
     reachable_host,
     with_literal_host,
 )
-from splitnet.transport.prober import ANSWER_TRIPS, FIRST_TRIPS, Prober
+from splitnet.transport.prober import Prober
 from splitnet.transport.transport import Transport
 from splitnet.version import __version__
 from splitnet.wire.codecs import CODECS

@@ -29,6 +29,7 @@ from peers.sessions import (
 )
 from peers.training import MissingPass, Request, Training, number_of
 from scheduler.batching import DECODE_POSITIONS
+from scheduler.liveness import CLIENT_LOST_S
 from scheduler.load import Load
 from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.security.identity import PublicKey
@@ -275,10 +276,6 @@ PROBE_S = 15.0
 IN_USE_S = 3.0
 """A session without a step for so long is waiting for somebody to type."""
 
-LOST_GRACE_S = 30.0
-"""How long the sessions of a client whose connection has ended wait for it to come back."""
-
-
 _CODE_OF_ERROR = {
     PeerBusy: FailureCode.BUSY,
     SessionTooLong: FailureCode.TOO_LONG,
@@ -429,7 +426,7 @@ class SessionService:
         with self._lock:
             for session in self.sessions:
                 if session.reply_to == connection:
-                    session.used_at = min(session.used_at, now + LOST_GRACE_S - self.sessions.idle_s)
+                    session.used_at = min(session.used_at, now + CLIENT_LOST_S - self.sessions.idle_s)
 
     def tick(self, now: float) -> None:
         """Gives up on links, drops sessions that are idle or whose keys were taken away, and finds out which clients

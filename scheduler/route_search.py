@@ -12,14 +12,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeVar
 
+from scheduler.liveness import LOST_S, SILENT_S
+
 MAX_PROBED_ROUTES: Final = 4
 """How often a route is planned again because the links to its ends were not measured yet, or hops were silent."""
 
 MANY_SILENT: Final = 2
-HEARD_S: Final = 3.0
-"""If this many peers do not answer, others may not either: all hops of a route that gave no sign of life for `HEARD_S`
-are asked before it is opened, which takes a round trip instead of the time in which they should have opened it. After
-3 s a hop counts as lost: a peer that answered before may be lost with it.
+"""If this many peers do not answer, others may not either: all hops of a route that gave no sign of life for `LOST_S`
+are asked before it is opened, which takes a round trip instead of the time in which they should have opened it.
 """
 
 ASKED_BESIDE: Final = 4
@@ -27,10 +27,6 @@ ASKED_BESIDE: Final = 4
 
 PINGED_AT_ONCE: Final = 96
 """Of peers of which nothing is known, if those of a planned route do not answer: many others may not exist either."""
-
-SILENT_S: Final = 60.0
-"""How long a peer that answered before and was late is left out of routes: it may have been busy, or the link. A peer
-that never answered may not exist, and is left out until it answers."""
 
 KEPT_ASKED: Final = 4096
 """Of so many peers it is known when they were asked; records of ever new peers cost no memory."""
@@ -206,7 +202,7 @@ def searched_route(
         now_s, ends = searcher.now_s, found.unmeasured
         lost = answers.silent(now_s, lately=True) | given_up
         many = len(lost) >= MANY_SILENT and len(lost & searcher.names) >= MANY_SILENT
-        doubted = answers.unheard(found.newcomers, now_s - HEARD_S) if many else []
+        doubted = answers.unheard(found.newcomers, now_s - LOST_S) if many else []
         if not (ends or doubted):
             break
         measured = searcher.measure(ends, [*dict.fromkeys((*doubted, *others))])

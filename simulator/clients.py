@@ -12,12 +12,12 @@ import numpy as np
 from scheduler.candidates import measured_first
 from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
 from scheduler.facts import CLIENT, Hop, Link, Peer, Place
+from scheduler.liveness import ANSWER_S
 from scheduler.load import MovingAverage
 from scheduler.route_search import Answers
 from simulator.directory import Record, View
 from simulator.world import Request, World
 from splitnet.swarm.measure import PINGS_PER_MINUTE
-from splitnet.transport.prober import PING_TIMEOUT_S
 from splitnet.wire.messages import ToldLoad
 
 CONNECT_TRIPS: Final = 4
@@ -64,7 +64,7 @@ class Client:
             self.answers.asked(name, now_s, answered=is_there)
             if not is_there:
                 self.told.pop(name, None)
-                took_ms = PING_TIMEOUT_S * 1000
+                took_ms = ANSWER_S * 1000
                 continue
             self.told[name] = ToldLoad(*self.load_of(name), now_s)
             for sender, receiver, pair in (

@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from scheduler.facts import CLIENT
+from scheduler.liveness import BAN_S
 from simulator.clients import new_client
 from simulator.directory import Identities, device_at
 from simulator.membership import Membership, Placing
@@ -37,7 +38,6 @@ from splitnet.session.events import (
     Use,
 )
 from splitnet.session.requests import StepRequest
-from splitnet.swarm.peers import BAN_S
 from splitnet.wire.log import REPLAY_POSITIONS
 from splitnet.wire.messages import Close as CloseMessage
 from splitnet.wire.messages import Open, Part, Replay, Step

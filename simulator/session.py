@@ -12,8 +12,9 @@ from scheduler import route as routes
 from scheduler.batching import SIZES, best_step
 from scheduler.cost import route_ms
 from scheduler.facts import CLIENT, Hop, Network
+from scheduler.liveness import LOST_S
 from scheduler.replan import Forecasts, RouteWatch
-from scheduler.route_search import HEARD_S, Found, searched_route
+from scheduler.route_search import Found, searched_route
 from simulator.clients import Client, Plan, Planned, SeenHop
 from simulator.directory import MODEL, Identities, View, device_at
 from simulator.node import Hops, Node, Parcel, Route
@@ -255,7 +256,7 @@ class Planning:
             excluded=plan.exclude,
             given_up=set(map(self._identities.device, session.bans.keys())),
             alive={*holders, plan.source, plan.target},
-            since_s=now_s - HEARD_S,
+            since_s=now_s - LOST_S,
         )
         for name in searcher.contacts:
             session.contacts.setdefault(self._nodes[name], now_s * 1000)

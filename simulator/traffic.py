@@ -11,12 +11,13 @@ from typing import Any, Final
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
 from scheduler.cost import Encoding
 from scheduler.facts import Link
+from scheduler.liveness import Alive
 from simulator.clients import CONNECT_TRIPS
 from simulator.node import Awaited, Held, Hops, Node, Parcel, Route, Wire, wires_of
 from simulator.session import RUNNING, Session
 from simulator.world import Events, World
 from splitnet.errors import PeerLost
-from splitnet.session.events import Alive, AskAlive, Event, LinkFailed, Received
+from splitnet.session.events import AskAlive, Event, LinkFailed, Received
 from splitnet.swarm.peers import LOOK_S
 from splitnet.transport.pool import KEEP_S
 from splitnet.wire.messages import Close, FailureCode, Open, Opened, Replay

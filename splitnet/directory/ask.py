@@ -20,6 +20,7 @@ from itertools import accumulate, count, zip_longest
 from operator import itemgetter
 from typing import Final, Protocol
 
+from scheduler.liveness import DIRECTORY_ANSWER_S, DIRECTORY_DOWN_S, DIRECTORY_OTHERS_S, DIRECTORY_SOON_S
 from splitnet.directory.interface import OWN_DEPTH, SwarmDirectory, latest
 from splitnet.directory.kept import KeptRecords
 from splitnet.directory.record import HELPERS, KEY_PREFIX_BYTES, MAX_RECORD_BYTES, PeerRecord, verified_record
@@ -158,14 +159,6 @@ def _weight(held: bytes, latest: bytes) -> int:
     return most if most >= MATERIAL_STEPS else int(later >= OUTDATED_S * _TICKS_PER_S)
 
 
-ANSWER_S: Final = 4.0
-"""In which a peer must answer."""
-SOON_S: Final = 1.0
-"""If one has not said by then what has changed, others are asked, too."""
-PATIENCE_S: Final = 1.0
-"""When one has named peers, the others are waited for so long. What they say later counts from the next question on."""
-DOWN_S: Final = 0.5
-"""A peer to which no link comes up in so long is not waited for if others answer."""
 CONNECT_TIMES: Final = 3.0
 """While nobody has answered, peers that have taken the connection are waited for so many times as long, and then for
 their answers: a handshake takes some round trips, which may be of seconds."""
@@ -405,9 +398,9 @@ class AskedPeers(SwarmDirectory):
         def message(number: int) -> LookUp:
             return LookUp(number, place, OWN_DEPTH - 1, entries, since, most)
 
-        question = self._ask_these(asked, model, message, SOON_S if others else ANSWER_S)
+        question = self._ask_these(asked, model, message, DIRECTORY_SOON_S if others else DIRECTORY_ANSWER_S)
         if not question.said() and others:
-            self._ask_also(question, others, message, ANSWER_S - SOON_S)
+            self._ask_also(question, others, message, DIRECTORY_ANSWER_S - DIRECTORY_SOON_S)
         with self._heard:
             self._forget(question)
             answers = question.said()
@@ -426,7 +419,7 @@ class AskedPeers(SwarmDirectory):
     ) -> _Question:
         """Asks those that were joined through, and others if all of these are silent, or at once: everybody."""
         # Who asks on behalf of others answers before these give up.
-        limit_s = ANSWER_S * depth / OWN_DEPTH
+        limit_s = DIRECTORY_ANSWER_S * depth / OWN_DEPTH
         others = [other for other in self._others if other not in self._joined and other.key not in self._own]
         rounds = [[*self._joined, *others]] if self._alone or everybody else [self._joined, others]
         rounds = [asked for asked in rounds if asked]
@@ -474,7 +467,7 @@ class AskedPeers(SwarmDirectory):
                 answers = question.said().values()
                 if not satisfied and any(answer.taken or answer.present or any(answer.payloads) for answer in answers):
                     satisfied = True
-                    until = min(until, now + PATIENCE_S)
+                    until = min(until, now + DIRECTORY_OTHERS_S)
                 waiting = [
                     endpoint
                     for endpoint, answer in question.answers.items()
@@ -492,7 +485,7 @@ class AskedPeers(SwarmDirectory):
 
     def _is_lost(self, endpoint: Endpoint, waited_s: float) -> bool:
         state = self._links.state(endpoint)
-        return state.is_final or (state is LinkState.DOWN and waited_s > DOWN_S)
+        return state.is_final or (state is LinkState.DOWN and waited_s > DIRECTORY_DOWN_S)
 
     def _received(self, source: Endpoint, message: Message) -> None:
         """Takes in an answer; nobody answers for another, nor twice. Runs in the transport's thread."""

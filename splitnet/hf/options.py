@@ -10,9 +10,9 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from scheduler.liveness import RECOVERY_TIMEOUT_S
 from splitnet.blocks.device import find_device
 from splitnet.quant.choose import AUTO
-from splitnet.session.driver import RECOVERY_TIMEOUT_S
 from splitnet.session.inference import Preference, check_preference
 from splitnet.wire.codecs import EXACT
 

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from scheduler.liveness import LOST_S
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import SplitnetError
 from splitnet.serve.events import EventStream, framed
@@ -30,9 +31,6 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.transport.prober import Answer
 from splitnet.version import __version__
 from splitnet.wire.endpoints import Endpoint, LinkState
-
-SILENT_S = 3.0
-"""A peer that has been asked for so long, and has not answered, is not there."""
 
 ASKED_PEERS = 128
 """Every peer that is asked takes a socket. Of more peers the others are believed."""
@@ -125,7 +123,7 @@ class Presence:
         link = self._swarm.links.state(endpoint)
         if link is LinkState.REFUSED:
             return State.REFUSES, asked.answer
-        is_due = now - asked.asked_at >= SILENT_S
+        is_due = now - asked.asked_at >= LOST_S
         if link is LinkState.DOWN:
             if is_due:  # a link that nobody asks over is closed, and then finds out nothing more
                 self._swarm.ping(endpoint)
@@ -134,7 +132,7 @@ class Presence:
             return State.GONE, asked.answer
         if asked.future is None or works:
             asked.first_unanswered_at = now
-        silent = now - asked.first_unanswered_at >= SILENT_S
+        silent = now - asked.first_unanswered_at >= LOST_S
         if asked.future is None or is_due:
             asked.future, asked.asked_at = self._swarm.ping(endpoint), now
         if silent:

@@ -16,11 +16,18 @@ from itertools import pairwise
 
 from scheduler.cost import CODING_MS, Encoding, choose_codec, encodings_of
 from scheduler.facts import Link
+from scheduler.liveness import (
+    ANSWER_S,
+    ANSWER_TRIPS,
+    BAN_S,
+    FIRST_TRIPS,
+    UPLINK_QUEUE_S,
+    Alive,
+)
 from scheduler.replan import RouteWatch, changed_hops
 from splitnet.errors import CoverageError, NotAuthorized, PeerBusy, SessionClosed, SplitnetError
 from splitnet.session.events import (
     Abandon,
-    Alive,
     AskAlive,
     AskRoute,
     Ban,
@@ -40,16 +47,14 @@ from splitnet.session.events import (
     Unban,
     Use,
 )
-from splitnet.session.liveness import ANSWER_S
 from splitnet.session.machine import SessionState
 from splitnet.session.requests import Request
 from splitnet.session.route import RouteHop
 from splitnet.swarm.links import refusal
-from splitnet.swarm.peers import BAN_S
 from splitnet.swarm.plan import Forecast, Needs, PlannedHop, repaired_route, with_kept_hops
 from splitnet.swarm.swarm import Swarm
 from splitnet.transport import flow
-from splitnet.transport.prober import ANSWER_TRIPS, FIRST_TRIPS, Answer
+from splitnet.transport.prober import Answer
 from splitnet.wire.codecs import CODECS, DEFAULT_INT8, Codec, codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
 from splitnet.wire.log import REPLAY_POSITIONS
@@ -300,15 +305,10 @@ def _links(hops: Sequence[PlannedHop]) -> Iterable[tuple[str, str]]:
     return pairwise(hop.name for hop in hops)
 
 
-RECOVERY_TIMEOUT_S = 30.0
-PROGRESS_TIMEOUT_S = 120.0
-
 USUAL_POSITIONS = 64
 """Of a step, where many are under way: a micro-batch, or a chunk of a prefill. Otherwise it is a token."""
 
 
-QUEUED_S = 10.0
-"""So long a hop may be silent because the client sends much to others."""
 ROUND_S = 0.1
 """All hops are asked within that."""
 
@@ -504,7 +504,7 @@ class SessionDriver:
             case AskAlive(endpoint):
                 links, before = swarm.links, self._unanswered.get(endpoint)
                 now = time.perf_counter()
-                first_at = before.first_at if before is not None and now - before.at < QUEUED_S else now
+                first_at = before.first_at if before is not None and now - before.at < UPLINK_QUEUE_S else now
                 self._unanswered[endpoint] = _Asked(first_at, now, links.traffic(endpoint), links.queues())
                 swarm.ping(endpoint, self.id).add_done_callback(lambda pong: self._alive(endpoint, pong))
             case AskRoute():
@@ -590,7 +590,7 @@ class SessionDriver:
         # The first time it may have arrived just now, or have been dropped by a full queue and sent again.
         if asked.at > asked.first_at:
             quick = links.prober.quick_at >= asked.at - ROUND_S
-            if quick or not passed.unsent or now - asked.first_at >= QUEUED_S:
+            if quick or not passed.unsent or now - asked.first_at >= UPLINK_QUEUE_S:
                 return False
         others = [(before, links.traffic(other)) for other, before in asked.queues.items() if other != endpoint]
         return any(passed is not None and passed.has_sent(before) for before, passed in others)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from scheduler.liveness import Alive
 from splitnet.errors import SplitnetError
 from splitnet.swarm.events import Kind
 from splitnet.swarm.plan import PlannedHop
@@ -134,28 +135,6 @@ class LinkFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Alive:
-    """A peer has answered an `AskAlive`, or is about to.
-
-    Attributes:
-        queue_ms: how long its device has something to do, for whomever.
-        holds: it knows the session; None: a peer of version 0.1.0, which does not say.
-        waiting: steps and passes of the session that wait or run there; 1 for all that is on its way to the next hop.
-        done: positions of the session computed there so far; only grows.
-        last: highest number of a step or pass of the session's epoch that was finished there.
-        late: it has not answered; but its link carries something, behind which the question or the answer waits.
-    """
-
-    endpoint: Endpoint
-    queue_ms: float
-    holds: bool | None = None
-    waiting: int = 0
-    done: int = 0
-    last: int = 0
-    late: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Planned:
     """A route, as `AskRoute` wanted it.
 
@@ -203,7 +182,7 @@ Event = (
     | Close
     | Received
     | LinkFailed
-    | Alive
+    | Alive[Endpoint]
     | Planned
     | NoRoute
     | Tick

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from scheduler.batching import DECODE_POSITIONS, SIZES, best_step
+from scheduler.liveness import PROGRESS_TIMEOUT_S, RECOVERY_TIMEOUT_S
 from scheduler.route import ENERGY_SLOWDOWN
 from splitnet.blocks.adapters import Adapter, read_tensors
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.session.driver import (
-    PROGRESS_TIMEOUT_S,
-    RECOVERY_TIMEOUT_S,
     LinkCodecs,
     LinkUse,
     SessionDriver,

@@ -21,6 +21,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from scheduler.liveness import (
+    ANSWER_S,
+    DECODE_PROGRESS_S,
+    MAX_QUEUE_S,
+    OPEN_TIMEOUT_S,
+    PROGRESS_TIMEOUT_S,
+    RECOVERY_TIMEOUT_S,
+    Alive,
+    Finding,
+    Liveness,
+    Verdict,
+    silence_s,
+)
 from splitnet.blocks.adapters import Adapter, counted_down, write_groups
 from splitnet.errors import (
     ContextTooLong,
@@ -39,7 +52,6 @@ from splitnet.errors import (
 from splitnet.session.events import (
     TRANSITIONS,
     Abandon,
-    Alive,
     AskAlive,
     AskRoute,
     Ban,
@@ -65,7 +77,6 @@ from splitnet.session.events import (
     Use,
     UseAdapter,
 )
-from splitnet.session.liveness import ANSWER_S, MAX_QUEUE_S, Finding, Liveness, Verdict, silence_s
 from splitnet.session.requests import ReplayRequest, Request, StepRequest, check_beside, most_bytes, undone_by
 from splitnet.session.route import PeerSilent, RouteHop, RouteSetup, cause_of, next_refill
 from splitnet.swarm.events import Kind
@@ -90,9 +101,6 @@ from splitnet.wire.messages import (
 )
 from splitnet.wire.messages import Close as CloseMessage
 
-OPEN_TIMEOUT_S = 10.0
-"""In which a hop that lives answers an `Open`; it may have to reach its next hop before."""
-
 POLL_S = 0.5
 """Between two looks for a peer that serves blocks that no peer serves."""
 
@@ -101,9 +109,6 @@ MAX_ATTEMPTS = 8
 
 _NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights)
 """Why a peer may not do for one session without being at fault."""
-
-DECODE_PROGRESS_S = 30.0
-"""A hop that works on a decode step for so long without any progress counts as lost."""
 
 _FORGETFUL = (FailureCode.UNKNOWN_SESSION, FailureCode.OUT_OF_ORDER, FailureCode.STALE_EPOCH, FailureCode.TOO_LONG)
 """A hop that says so once may be right: it restarted, or has work of an older epoch to do."""
@@ -179,8 +184,8 @@ class SessionState:
         hidden_size: int,
         budget: int,
         max_positions: int | None = None,
-        progress_timeout_s: float = 120.0,
-        recovery_timeout_s: float = 30.0,
+        progress_timeout_s: float = PROGRESS_TIMEOUT_S,
+        recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
         any_weights: bool = False,
         answer_s: Callable[[Endpoint], float] = lambda _: ANSWER_S,
     ) -> None:
@@ -1039,7 +1044,7 @@ class SessionState:
         elif verdict is not None and not (self.phase is Phase.LOADING and verdict.finding is Finding.IDLE):
             self._act_on(verdict)
 
-    def _act_on(self, verdict: Verdict) -> None:
+    def _act_on(self, verdict: Verdict[Endpoint]) -> None:
         if verdict.finding is Finding.SILENT:
             errors = {each: PeerSilent(f"the peer at {each.address} does not answer") for each in verdict.hops}
             self._reopen(dict(errors), Cause.LOST)

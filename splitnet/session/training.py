@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
+from scheduler.liveness import PASS_PROGRESS_S, RECOVERY_TIMEOUT_S
 from splitnet.blocks.adapters import Adapter, read_tensors
 from splitnet.errors import PeerFailed, SplitnetError
-from splitnet.session.driver import RECOVERY_TIMEOUT_S, LinkCodecs, SessionDriver
+from splitnet.session.driver import LinkCodecs, SessionDriver
 from splitnet.session.events import GoBack, Submit, UseAdapter
 from splitnet.session.requests import Batch, PassRequest, WayBack
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import Codec, codec_by_code, codec_by_name
 from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward
 
-PASS_PROGRESS_S = 600.0
 MICRO_BATCHES_PER_HOP = 2
 """A batch is cut into so many micro-batches for each hop, so that all hops have something to do most of the time."""
 

@@ -16,12 +16,13 @@ from typing import Generic, ParamSpec, TypeVar
 from scheduler.candidates import measured_first
 from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
 from scheduler.facts import CLIENT, PASS_SIZES, UNMEASURED, Link, Network, Peer, Place, Speed
+from scheduler.liveness import ANSWER_S
 from scheduler.replan import Forecasts
 from scheduler.route_search import PINGED_AT_ONCE, Answers
 from splitnet.directory.record import PeerRecord, facts_of, network_of, place_of
 from splitnet.errors import SplitnetError
 from splitnet.swarm.peers import KnownPeers
-from splitnet.transport.prober import PING_TIMEOUT_S, Prober
+from splitnet.transport.prober import Prober
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.fields import STRICT_VERSIONS
 from splitnet.wire.messages import ToldLoad
@@ -400,7 +401,7 @@ class FreshFacts:
     def close(self) -> None:
         """Ends the thread, as soon as what it waits for has come."""
         self.stop()
-        self._watcher.join(PING_TIMEOUT_S)
+        self._watcher.join(ANSWER_S)
 
     def look_again(self, suspects: Sequence[PeerRecord], *, probe: bool = False) -> None:
         """Refreshes the facts soon, in the background; the links to `suspects` are measured in any case.
@@ -431,7 +432,7 @@ class FreshFacts:
         """Measures the round trips to the first of these peers, as far as a minute has pings for that."""
         chosen = {record.endpoint: record for record in records[: max(0, self._pings_left() - ENDS_PINGS) // 2]}
         if chosen:
-            round_trips = self._prober.round_trips(chosen, PING_TIMEOUT_S, loads=_that_tell(chosen))
+            round_trips = self._prober.round_trips(chosen, ANSWER_S, loads=_that_tell(chosen))
             self._pinged(2 * len(round_trips))
             links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
             self._take_in(chosen, links)
@@ -449,7 +450,7 @@ class FreshFacts:
         left -= 2 * len(chosen) + _PROBE_PINGS * len(due)
         chosen |= {record.endpoint: record for record in others[: max(0, min(left // 2, PINGED_AT_ONCE))]}
         if chosen:
-            links = self._prober.measure(chosen, PING_TIMEOUT_S, probed=due, loads=_that_tell(chosen))
+            links = self._prober.measure(chosen, ANSWER_S, probed=due, loads=_that_tell(chosen))
             self._pinged(2 * len(links) + _PROBE_PINGS * len(due & links.keys()))
             self._take_in(chosen, links)
         return bool(chosen)

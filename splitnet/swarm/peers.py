@@ -317,10 +317,6 @@ class KnownPeers:
             )
 
 
-BAN_S = 30.0
-"""How long a peer that died is not planned with."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Ban:
     """left_at: the `placed_at` of the span that the peer was leaving, if it said so."""

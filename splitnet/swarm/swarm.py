@@ -12,7 +12,8 @@ from typing import Any
 
 from scheduler.cost import CODING_MS, encodings_of
 from scheduler.facts import CLIENT, Link
-from scheduler.route_search import HEARD_S, Found, searched_route
+from scheduler.liveness import LOST_S, UNBAN_S
+from scheduler.route_search import Found, searched_route
 from splitnet.directory.ask import AskedPeers
 from splitnet.directory.joining import asked_peers_of, join
 from splitnet.directory.record import PeerRecord
@@ -32,8 +33,6 @@ from splitnet.wire.fields import STRICT_VERSIONS
 
 SHOWN_ADDRESSES = 2
 """With which a command that people copy joins a swarm."""
-UNBAN_S = 0.5
-"""In which a banned peer must answer if its ban is to be lifted, as nobody else serves its blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +173,7 @@ class Swarm:
             PeerBusy: they are served, but no peer has memory for the session.
         """
         part = blocks or needs.blocks
-        since_s = self.survey.now_s - HEARD_S
+        since_s = self.survey.now_s - LOST_S
         self.fresh_facts.used()
         try:
             records, unusable = self._look(exclude, fresh=fresh, whole=whole)

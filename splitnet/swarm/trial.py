@@ -8,21 +8,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from scheduler.liveness import FIRST_TRIPS, MAX_ANSWER_S, TRIAL_ANSWER_S
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import ProtocolError
 from splitnet.nat.punch import Way
 from splitnet.nat.tunnel import Tunnels
 from splitnet.security.identity import Identity
-from splitnet.transport.prober import FIRST_TRIPS, MOST_PATIENCE_S, Prober
+from splitnet.transport.prober import Prober
 from splitnet.transport.transport import Transport
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Destination, Endpoint, LinkState
 from splitnet.wire.messages import SESSION_BYTES, Close, Failure, Message, Open, Opened, Payload, Pong, decode, encode
 
 Thing = TypeVar("Thing")
-
-ANSWER_TIMEOUT_S = 5.0
-"""More than a handshake takes, and than a peer gives the one that it is to reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +75,12 @@ class PeerLinks:
             state = self._transport.state(endpoint)
             return first[endpoint].done() or state is LinkState.DOWN or state.is_final
 
-        self._wait_until_all(endpoints, is_settled, ANSWER_TIMEOUT_S)
+        self._wait_until_all(endpoints, is_settled, TRIAL_ANSWER_S)
         late = [each for each in endpoints if not is_settled(each) and self._transport.is_taken(each)]
         if late:  # where round trips are long
-            least_s = 0.0 if any(ping.done() for ping in first.values()) else MOST_PATIENCE_S
+            least_s = 0.0 if any(ping.done() for ping in first.values()) else MAX_ANSWER_S
             longest_s = max(self.prober.patience_s(each, least_s, FIRST_TRIPS) for each in late)
-            self._wait_until_all(late, is_settled, longest_s - ANSWER_TIMEOUT_S)
+            self._wait_until_all(late, is_settled, longest_s - TRIAL_ANSWER_S)
         answering = [endpoint for endpoint in endpoints if first[endpoint].done()]
         # The first ping also paid for the handshake.
         self.prober.answering(answering)
@@ -122,7 +120,7 @@ class PeerLinks:
                     next_address=address.address,
                 ),
             )
-        waits_s = [self.prober.patience_s(record.endpoint, ANSWER_TIMEOUT_S, FIRST_TRIPS) for record in records]
+        waits_s = [self.prober.patience_s(record.endpoint, TRIAL_ANSWER_S, FIRST_TRIPS) for record in records]
         self._wait_until_all(sessions.values(), lambda session: session in self._opened, max(waits_s, default=0.0))
         for record in records:
             self._send(record.endpoint, Close(sessions[record.key.text]))

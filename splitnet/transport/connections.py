@@ -19,6 +19,7 @@ from typing import ClassVar, TypeVar, cast
 
 import zmq
 
+from scheduler.liveness import STALLED_S
 from splitnet.limits import Budget
 from splitnet.security.identity import AuthorizedKeys
 from splitnet.transport import flow
@@ -39,8 +40,6 @@ MAX_MESSAGE_BYTES = MAX_HEADER_BYTES + MAX_PAYLOAD_BYTES + 4096
 
 MOST_OF_KEY = 64
 MOST_CONNECTIONS = 4096
-STALLED_S = 30.0
-"""A connection ends on which bytes wait and the other side has taken none for so long."""
 
 _LEAST_CONNECTIONS = 64
 _OTHER_DESCRIPTORS = 256

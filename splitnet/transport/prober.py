@@ -11,20 +11,10 @@ from dataclasses import dataclass
 from itertools import count
 
 from scheduler.facts import Link
+from scheduler.liveness import ANSWER_S, ANSWER_TRIPS, FIRST_ANSWER_S, FIRST_TRIPS, MAX_ANSWER_S, TAKEN_TRIPS
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import Ping, Pong, Timing, ToldLoad
 
-PING_TIMEOUT_S = 1.0
-"""An answer is waited for at least so long, and longer where round trips are long: see `Prober.patience_s`."""
-FIRST_PING_S = 3.0
-"""For so long the first ping of a link is waited for if somebody has taken the connection: it takes five to six round
-trips, of which TCP takes the first. And for so long anybody is waited for who takes the first connection of all.
-"""
-ANSWER_TRIPS, TAKEN_TRIPS, FIRST_TRIPS = 3, 2, 7
-"""So many of the latest round trips an answer is waited for over a link that is up; the taking of a connection; and the
-answer to the first ping of a link."""
-MOST_PATIENCE_S = 12.0
-"""And no longer, as peers decide how late they answer."""
 LOOK_S = 0.05
 QUICK_MS = 500.0
 """A ping that is answered in this time has met no long queue on the way up."""
@@ -171,7 +161,7 @@ class Prober:
             return min(self._round_trips.get(endpoint, (0.0,)))
 
     def patience_s(
-        self, endpoint: Endpoint, least_s: float = PING_TIMEOUT_S, trips: float = ANSWER_TRIPS, taken_s: float = 0.0
+        self, endpoint: Endpoint, least_s: float = ANSWER_S, trips: float = ANSWER_TRIPS, taken_s: float = 0.0
     ) -> float:
         """How long to wait for a peer: so many of its latest round trips, or of what those to anybody are at least.
 
@@ -180,7 +170,7 @@ class Prober:
         with self._lock:
             own_ms = self._round_trips.get(endpoint, (0.0,))[-1]
             anybody_ms = min(self._latest, default=1000 * taken_s)
-        return max(least_s, min(trips * max(own_ms, anybody_ms) / 1000, MOST_PATIENCE_S))
+        return max(least_s, min(trips * max(own_ms, anybody_ms) / 1000, MAX_ANSWER_S))
 
     def answered(self, endpoint: Endpoint) -> int:
         """Number of the latest ping that a peer has answered: what was sent before that on its link has come."""
@@ -193,7 +183,7 @@ class Prober:
     def round_trips(
         self,
         endpoints: Iterable[Endpoint],
-        timeout_s: float = PING_TIMEOUT_S,
+        timeout_s: float = ANSWER_S,
         *,
         loads: Collection[Endpoint] = (),
     ) -> dict[Endpoint, float]:
@@ -202,14 +192,14 @@ class Prober:
         loads: who is asked how busy it is, too, see `ping`.
         """
         # The first ping of a link also pays for its handshake, so it is thrown away.
-        answered = self._answers(endpoints, 0, timeout_s, FIRST_PING_S if timeout_s >= PING_TIMEOUT_S else 0.0)
+        answered = self._answers(endpoints, 0, timeout_s, FIRST_ANSWER_S if timeout_s >= ANSWER_S else 0.0)
         answers = self._answers(answered, 0, timeout_s, loads=loads)
         return {endpoint: answer.rtt_ms for endpoint, answer in answers.items()}
 
     def measure(
         self,
         endpoints: Iterable[Endpoint],
-        timeout_s: float = PING_TIMEOUT_S,
+        timeout_s: float = ANSWER_S,
         *,
         probed: Collection[Endpoint] | None = None,
         loads: Collection[Endpoint] = (),
@@ -240,9 +230,9 @@ class Prober:
             for endpoint in answered
         }
 
-    def answering(self, endpoints: Iterable[Endpoint], timeout_s: float = PING_TIMEOUT_S) -> set[Endpoint]:
+    def answering(self, endpoints: Iterable[Endpoint], timeout_s: float = ANSWER_S) -> set[Endpoint]:
         """Those that answer one small ping in time."""
-        return set(self._answers(endpoints, 0, timeout_s, FIRST_PING_S))
+        return set(self._answers(endpoints, 0, timeout_s, FIRST_ANSWER_S))
 
     def _answers(
         self,

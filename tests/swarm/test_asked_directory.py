@@ -191,8 +191,8 @@ def test_peers_that_ask_each_other_wait_for_no_circle(swarm: LocalSwarm, monkeyp
     directory = first._directory
     assert isinstance(directory, AskedPeers)
     monkeypatch.setattr(directory, "_joined", [*directory._joined, second.endpoint])  # second asks first already
-    monkeypatch.setattr(ask, "ANSWER_S", 60.0)  # so that whoever waits for itself would be late
-    monkeypatch.setattr(ask, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(ask, "DIRECTORY_ANSWER_S", 60.0)  # so that whoever waits for itself would be late
+    monkeypatch.setattr(ask, "DIRECTORY_OTHERS_S", 60.0)
     began = time.monotonic()
     with connect(swarm, first, second) as client:
         for _ in range(3):

@@ -15,8 +15,9 @@ import torch
 
 from peers.server import Peer
 from peers.sessions import Session as Held
+from scheduler import liveness
 from splitnet.directory.dht import Directory
-from splitnet.session import liveness, machine
+from splitnet.session import machine
 from splitnet.session.inference import Session
 from splitnet.wire.messages import Failure, FailureCode, Ping, Pong, Result, Step, Timing
 from tests.swarm.generation import GREEDY, prompt

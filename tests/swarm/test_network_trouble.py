@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from scheduler import liveness
 from scheduler.facts import Speed
+from scheduler.liveness import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S, OPEN_TIMEOUT_S
 from splitnet.directory.dht import Directory
 from splitnet.directory.record import facts_of
-from splitnet.session import liveness
 from splitnet.session.driver import Routes
 from splitnet.session.events import Cause, NoRoute, Planned
 from splitnet.session.inference import Session
-from splitnet.session.liveness import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
-from splitnet.session.machine import OPEN_TIMEOUT_S
 from splitnet.swarm import measure as survey
 from splitnet.swarm import swarm
 from splitnet.swarm.measure import FreshFacts
@@ -153,7 +152,7 @@ def test_a_route_through_a_part_of_the_network_that_has_stopped_is_left_before_i
 
     monkeypatch.setattr(Routes, "answer", planned)
     monkeypatch.setattr(FreshFacts, "measure", measured)
-    monkeypatch.setattr(swarm, "HEARD_S", 0.0)  # what was measured a moment ago does not count
+    monkeypatch.setattr(swarm, "LOST_S", 0.0)  # what was measured a moment ago does not count
     began = time.monotonic()
     model = network.swarm.model()
     with model.session(max_length=64) as cache:

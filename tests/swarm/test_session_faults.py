@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from peers import engine
 from peers.engine import Engine
 from peers.server import Peer
+from scheduler import liveness
 from scheduler.speculation import Window
 from splitnet.directory.dht import Directory
 from splitnet.errors import PeerBusy
 from splitnet.hf.speculate.decoding import Experience
-from splitnet.session import liveness
 from splitnet.session.inference import Session
 from splitnet.wire.endpoints import LinkState
 from splitnet.wire.messages import Step, decode

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks import netlab
+from scheduler import liveness
 from splitnet.directory.dht import Directory
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
-from splitnet.session import liveness
 from splitnet.session.events import Cause
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from tests.swarm.generation import prompt

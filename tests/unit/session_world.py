@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from scheduler.liveness import BAN_S, Alive
 from splitnet.blocks.adapters import Adapter, read_tensors
 from splitnet.errors import CoverageError, PeerLost, ProtocolError, SplitnetError
 from splitnet.security.identity import Identity
 from splitnet.session.events import (
     Abandon,
-    Alive,
     AskAlive,
     AskRoute,
     Ban,
@@ -75,7 +75,6 @@ PLAIN = codec_by_name("none")
 SIZE = PLAIN.bytes_per_position(1)
 NOT_FINITE = b"\xff" * SIZE
 """A value that any client can tell from a right one."""
-BAN_S = 30.0
 CLIENT = "client"
 
 _KEYS = [Identity.generate().public for _ in SPANS]

@@ -12,6 +12,8 @@ from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
+from scheduler.liveness import SOURCE_SILENT_S
+
 FIRST_BYTES: Final = 2 << 20
 """That are asked of a source that has brought nothing yet."""
 MAX_BYTES: Final = 32 << 20
@@ -19,10 +21,8 @@ MAX_PIECES: Final = 48
 """Under way from one source."""
 HORIZON_S: Final = 0.25
 """Twice that of what a source brings is under way from it; twice the least time that a piece took, if that is more."""
-SILENT_S: Final = 15.0
-"""A source that brings nothing for so long is not waited for."""
 REST_S: Final = 10.0
-"""It is asked again after that."""
+"""A source that was silent is asked again after that."""
 BUSY_S: Final = 1.0
 """So is one that says that it is busy, after that."""
 MAX_STRIKES: Final = 3
@@ -190,7 +190,7 @@ class FetchPlan(Generic[Source]):
 
     def _give_up_silent(self, now: float) -> None:
         for source, state in list(self._sources.items()):
-            if state.asked and now - state.heard_at > SILENT_S:
+            if state.asked and now - state.heard_at > SOURCE_SILENT_S:
                 for name in list(state.asked):
                     self._release(source, name)
                 self._queues_are_old = True

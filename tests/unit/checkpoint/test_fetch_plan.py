@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from splitnet.checkpoint.transfer.plan import BUSY_S, MAX_BYTES, MAX_PIECES, MAX_STRIKES, REST_S, SILENT_S, FetchPlan
+from scheduler.liveness import SOURCE_SILENT_S
+from splitnet.checkpoint.transfer.plan import BUSY_S, MAX_BYTES, MAX_PIECES, MAX_STRIKES, REST_S, FetchPlan
 
 NAMES = [bytes([index]) * 32 for index in range(24)]
 SIZES = {name: 1 + 40_000 * index for index, name in enumerate(NAMES)}
@@ -34,7 +35,7 @@ class Fetching(RuleBasedStateMachine):
         if source not in self.liars:
             self.held[source] = held
 
-    @rule(seconds=st.sampled_from([0.0, 0.05, 1.0, REST_S + 1, SILENT_S + 1]))
+    @rule(seconds=st.sampled_from([0.0, 0.05, 1.0, REST_S + 1, SOURCE_SILENT_S + 1]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
@@ -107,7 +108,7 @@ class Fetching(RuleBasedStateMachine):
         for _ in range(200):
             if self.plan.is_done:
                 break
-            self.now += SILENT_S + REST_S
+            self.now += SOURCE_SILENT_S + REST_S
             for source, name in self.plan.asks(self.now):
                 if source == "good":
                     self.plan.arrived(source, name, self.now + 0.01)
@@ -162,7 +163,7 @@ def test_a_silent_source_is_left_out_in_the_end() -> None:
     now = 0.0
     for _ in range(MAX_STRIKES):
         assert plan.asks(now) == [("silent", NAMES[0])]
-        now += SILENT_S + 1
+        now += SOURCE_SILENT_S + 1
         assert plan.asks(now) == []
         now += REST_S + 1
     assert plan.is_stuck(now)
@@ -177,7 +178,7 @@ def test_a_source_that_brings_something_is_forgiven_its_silences() -> None:
         assert asked
         if silence == MAX_STRIKES - 1:
             plan.arrived(*asked[0], now)
-        now += SILENT_S + 1
+        now += SOURCE_SILENT_S + 1
         assert plan.asks(now) == []
         now += REST_S + 1
     assert plan.asks(now)

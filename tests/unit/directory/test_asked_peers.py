@@ -103,9 +103,9 @@ class ScriptedPeers:
 
 @pytest.fixture
 def links(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedPeers]:
-    monkeypatch.setattr(ask, "ANSWER_S", 0.2)
-    monkeypatch.setattr(ask, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(ask, "DOWN_S", 0.0)
+    monkeypatch.setattr(ask, "DIRECTORY_ANSWER_S", 0.2)
+    monkeypatch.setattr(ask, "DIRECTORY_OTHERS_S", 0.05)
+    monkeypatch.setattr(ask, "DIRECTORY_DOWN_S", 0.0)
     yield ScriptedPeers()
 
 
@@ -260,7 +260,7 @@ def test_a_question_of_others_is_given_up_before_they_give_up(
         with pytest.raises(DirectoryError):
             asked.records(MODEL, depth)
         ends.append(now[0] - began)
-    assert ends == pytest.approx([ask.ANSWER_S * depth / OWN_DEPTH for depth in range(1, OWN_DEPTH + 1)])
+    assert ends == pytest.approx([ask.DIRECTORY_ANSWER_S * depth / OWN_DEPTH for depth in range(1, OWN_DEPTH + 1)])
 
 
 def test_a_void_record_is_not_kept_for_others(links: ScriptedPeers) -> None:
@@ -333,7 +333,7 @@ def test_who_is_far_is_waited_for_while_its_handshake_is_under_way(links: Script
             links.connecting.clear()
             links.say(far, *tells(honest)(asked))
 
-        timers.append(threading.Timer(3 * ask.ANSWER_S, come))
+        timers.append(threading.Timer(3 * ask.DIRECTORY_ANSWER_S, come))
         timers[-1].start()
         return []
 

@@ -10,7 +10,8 @@ from unittest.mock import Mock
 import pytest
 
 from peers import placement
-from peers.placement import LOST_S, MAX_WATCHED, SILENT_S, HolderWatch, Mover, Relocation
+from peers.placement import MAX_WATCHED, HolderWatch, Mover, Relocation
+from scheduler.liveness import HOLDER_LOST_S, HOLDER_SILENT_S
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Endpoint, LinkState
@@ -66,12 +67,12 @@ def test_who_falls_silent_is_gone_and_sooner_if_its_link_is_lost(watch: HolderWa
     watch.watch([peer])
     assert not watch.gone(1000.0), "it was never heard of, so it may be out of reach only from here"
     watch.heard(endpoint_of(peer), 0.0)
-    assert not watch.gone(SILENT_S)
-    assert watch.gone(SILENT_S + 0.1) == {peer.key}
+    assert not watch.gone(HOLDER_SILENT_S)
+    assert watch.gone(HOLDER_SILENT_S + 0.1) == {peer.key}
     links.states[endpoint_of(peer)] = LinkState.DOWN
-    assert watch.gone(LOST_S + 0.1) == {peer.key}
-    watch.heard(endpoint_of(peer), LOST_S + 0.2)
-    assert not watch.gone(LOST_S + 0.3)
+    assert watch.gone(HOLDER_LOST_S + 0.1) == {peer.key}
+    watch.heard(endpoint_of(peer), HOLDER_LOST_S + 0.2)
+    assert not watch.gone(HOLDER_LOST_S + 0.3)
 
 
 class Swarm:
@@ -114,7 +115,7 @@ def test_blocks_of_who_is_gone_are_taken_over(swarm: Swarm, links: Links, monkey
     last = swarm.others[2]
     assert endpoint_of(last) in links.open
     swarm.watch.heard(endpoint_of(last), 0.0)
-    clock.return_value = SILENT_S + 1
+    clock.return_value = HOLDER_SILENT_S + 1
     assert swarm.relocation.reconsider()
     assert swarm.moves == [((4, 6), True)]
 
@@ -135,7 +136,7 @@ def test_who_renews_its_record_is_there_though_it_does_not_answer(
     swarm.relocation.reconsider()
     monkeypatch.setattr(swarm.relocation._mover, "decide", decide := Mock(return_value=None))
     swarm.watch.heard(endpoint_of(swarm.others[2]), 0.0)
-    clock.return_value = SILENT_S + 1
+    clock.return_value = HOLDER_SILENT_S + 1
     swarm.relocation.reconsider()
     assert swarm.others[2] not in decide.call_args.args[1]
     swarm.others = [*swarm.others[:2], replace(swarm.others[2], issued_at=swarm.others[2].issued_at + 15)]

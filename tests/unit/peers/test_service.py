@@ -20,7 +20,7 @@ from peers.admission import MAX_SESSIONS, MIN_BUDGET, KeyPolicy, SessionTable
 from peers.engine import Engine
 from peers.links import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.queue import WorkQueue
-from peers.service import FAR_TIMES, LOST_GRACE_S, PROBE_S, SessionService
+from peers.service import CLIENT_LOST_S, FAR_TIMES, PROBE_S, SessionService
 from peers.sessions import MESSAGE_BYTES, MOST_RESENT, RESEND_S, ServedBlocks, Session, SessionTooLong, Work, room_for
 from peers.speed import ObservedSpeed, measure_speed
 from scheduler.batching import PASS_POSITIONS
@@ -868,7 +868,7 @@ class TestTime:
         assert all(isinstance(message, Pong) for _, message in probes)
         opened.service.connection_lost(STRANGER, opened.now)
         opened.service.connection_lost(CLIENT, opened.now)
-        opened.passes(LOST_GRACE_S)
+        opened.passes(CLIENT_LOST_S)
         assert len(opened.table) == 1
         # It is lost in every probe, which gives it no more time.
         opened.service.connection_lost(CLIENT, opened.now)
@@ -877,10 +877,10 @@ class TestTime:
 
     def test_a_client_that_comes_back_keeps_its_sessions(self, opened: Peer) -> None:
         opened.service.connection_lost(CLIENT, opened.now)
-        opened.passes(LOST_GRACE_S - 1)
+        opened.passes(CLIENT_LOST_S - 1)
         returned = Connection(b"another", CLIENT.curve)
         opened.says(opening(epoch=2), returned)
-        opened.passes(LOST_GRACE_S)
+        opened.passes(CLIENT_LOST_S)
         assert len(opened.table) == 1
         assert opened.session().reply_to == returned
 

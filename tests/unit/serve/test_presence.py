@@ -11,9 +11,10 @@ from typing import Any, cast
 
 import pytest
 
+from scheduler.liveness import LOST_S
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
-from splitnet.serve.dashboard import ASKED_PEERS, PAUSE_S, SILENT_S, Presence, State
+from splitnet.serve.dashboard import ASKED_PEERS, PAUSE_S, Presence, State
 from splitnet.swarm.events import EventLog
 from splitnet.swarm.overview import Overview
 from splitnet.swarm.plan import peer_command
@@ -73,12 +74,12 @@ def test_who_stops_answering_is_gone_and_may_come_back(swarm: FakeSwarm) -> None
     swarm.look(RECORD, OTHER)
     assert swarm.look(RECORD, OTHER) == [State.HERE, State.HERE]
     swarm.silent.add(endpoint_of(RECORD))
-    states = [swarm.look(RECORD, OTHER) for _ in range(int(SILENT_S) + 2)]
+    states = [swarm.look(RECORD, OTHER) for _ in range(int(LOST_S) + 2)]
     assert states[0] == [State.HERE, State.HERE] and states[-1] == [State.GONE, State.HERE]
     assert swarm.told() == ["gone"]
     assert "blocks 0..5 have lost a peer" in swarm.events.since(0)[0].text
     swarm.silent.clear()
-    for _ in range(int(SILENT_S) + 1):
+    for _ in range(int(LOST_S) + 1):
         states.append(swarm.look(RECORD, OTHER))
     assert states[-1] == [State.HERE, State.HERE] and swarm.told() == ["gone", "back"]
 
@@ -87,8 +88,8 @@ def test_who_has_no_time_to_answer_for_an_answer_under_way_is_there(swarm: FakeS
     swarm.look(RECORD)
     swarm.look(RECORD)
     swarm.silent.add(endpoint_of(RECORD))
-    states = [swarm.look(RECORD, working=[RECORD]) for _ in range(3 * int(SILENT_S))]
-    states += [swarm.look(RECORD) for _ in range(int(SILENT_S) - 1)]
+    states = [swarm.look(RECORD, working=[RECORD]) for _ in range(3 * int(LOST_S))]
+    states += [swarm.look(RECORD) for _ in range(int(LOST_S) - 1)]
     assert set(map(tuple, states)) == {(State.HERE,)}
     assert swarm.look(RECORD) == [State.GONE]
     swarm.states[endpoint_of(RECORD)] = LinkState.DOWN
@@ -101,7 +102,7 @@ def test_a_link_that_is_down_needs_no_patience(swarm: FakeSwarm) -> None:
     swarm.states[endpoint_of(RECORD)] = LinkState.DOWN
     asked = len(swarm.pinged)
     assert swarm.look(RECORD, after=0.1) == [State.GONE] and len(swarm.pinged) == asked
-    assert swarm.look(RECORD, after=SILENT_S) == [State.GONE] and len(swarm.pinged) == asked + 1, "it may be back"
+    assert swarm.look(RECORD, after=LOST_S) == [State.GONE] and len(swarm.pinged) == asked + 1, "it may be back"
     swarm.states[endpoint_of(RECORD)] = LinkState.REFUSED
     assert swarm.look(RECORD, after=0.1) == [State.REFUSES]
 

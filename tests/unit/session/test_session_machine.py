@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from scheduler.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S, OPEN_TIMEOUT_S, Alive
 from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, SplitnetError, WrongKey
-from splitnet.session.events import TRANSITIONS, Alive, Distrust, LinkFailed, Phase, Received, Resize, Use, UseAdapter
-from splitnet.session.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S
-from splitnet.session.machine import OPEN_TIMEOUT_S, POLL_S
+from splitnet.session.events import TRANSITIONS, Distrust, LinkFailed, Phase, Received, Resize, Use, UseAdapter
+from splitnet.session.machine import POLL_S
 from splitnet.wire.endpoints import Endpoint, Relay
 from splitnet.wire.messages import Failure, FailureCode, Fork
 from tests.tiers import examples

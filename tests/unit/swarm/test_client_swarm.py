@@ -79,7 +79,7 @@ class FakeDirectory:
 def directory(monkeypatch: pytest.MonkeyPatch) -> FakeDirectory:
     fake = FakeDirectory()
     monkeypatch.setattr(Directory, "start", lambda **_: fake)
-    monkeypatch.setattr(fresh_facts, "PING_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(fresh_facts, "ANSWER_S", 0.0)
     monkeypatch.setattr(Links, "state", lambda self, endpoint: fake.states.get(endpoint, LinkState.CONNECTING))
     return fake
 

@@ -12,7 +12,7 @@ import pytest
 
 from scheduler.candidates import measured_first
 from scheduler.facts import CLIENT, Link
-from scheduler.route_search import HEARD_S, SILENT_S
+from scheduler.liveness import LOST_S, SILENT_S
 from splitnet.directory.dht import Directory
 from splitnet.directory.record import PeerRecord
 from splitnet.swarm.measure import ENDS_PINGS, PINGS_PER_MINUTE, PROBE_AGAIN_S, TRUST_S, FreshFacts, Survey
@@ -163,7 +163,7 @@ def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch
 
         def asked(among: list[PeerRecord], **options: Any) -> tuple[list[PeerRecord], list[Endpoint]]:
             """The hops of a route, and who was asked for it."""
-            clock.now += HEARD_S + 1
+            clock.now += LOST_S + 1
             monkeypatch.setattr(swarm, "_look", lambda *_, **__: (among, set[str]()))
             echo.asked.clear()
             return [hop.record for hop in swarm.plan(NEEDS, **options)], list(echo.asked)
@@ -236,7 +236,7 @@ def test_who_lives_beside_silent_peers_is_used_all_the_same(strangers: int) -> N
         swarm.survey.links_measured(
             {peer.endpoint: peer for peer in near}, dict.fromkeys(endpoints(near), Link(1.0, 0))
         )
-        clock.now += HEARD_S + 1
+        clock.now += LOST_S + 1
         echo.silent = endpoints(gone)
         swarm.survey.links_measured({peer.endpoint: peer for peer in gone[:2]}, {})
         first, *others = swarm.plan(NEEDS)
@@ -252,7 +252,7 @@ def test_who_is_known_to_live_is_not_left_out_for_those_beside_it(known: str) ->
     with client_of([near, *far, *gone], clock, echo) as swarm:
         swarm.survey.links_measured({near.endpoint: near}, {near.endpoint: Link(0.1, 0.0)})
         holds = known == "it holds the session"
-        clock.now += HEARD_S + 1 if holds else HEARD_S - 1
+        clock.now += LOST_S + 1 if holds else LOST_S - 1
         swarm.survey.links_measured({peer.endpoint: peer for peer in far[:2]}, {})
         echo.silent = endpoints([near, *gone])
         route = swarm.plan(NEEDS, holders={near.key.text} if holds else ())

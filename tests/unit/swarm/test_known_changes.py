@@ -27,8 +27,8 @@ class World:
     """Peers that tell each other's records, a directory that has them all, and a client whose clock the test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ask, "SOON_S", 0.1)
-        monkeypatch.setattr(ask, "ANSWER_S", 0.2)
+        monkeypatch.setattr(ask, "DIRECTORY_SOON_S", 0.1)
+        monkeypatch.setattr(ask, "DIRECTORY_ANSWER_S", 0.2)
         self.links = ScriptedPeers()
         self.offset_s = 0.0
         for name in ("monotonic", "time"):

@@ -12,9 +12,9 @@ import pytest
 from splitnet.security.identity import Identity
 from splitnet.transport import prober as prober_module
 from splitnet.transport.prober import (
+    ANSWER_S,
     ANSWER_TRIPS,
-    MOST_PATIENCE_S,
-    PING_TIMEOUT_S,
+    MAX_ANSWER_S,
     PROBE_BYTES,
     PROBES_OF_QUICK_LINKS,
     Prober,
@@ -82,7 +82,7 @@ def test_a_far_peer_is_waited_for_once_it_has_taken_the_connection(
     monkeypatch: pytest.MonkeyPatch, taken: bool
 ) -> None:
     """The first ping of a link pays for its handshake."""
-    monkeypatch.setattr(prober_module, "PING_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(prober_module, "ANSWER_S", 0.2)
     with answering([0.0, 0.3, 0.0], lambda asked: taken and asked > 1) as prober:
         assert prober.answering([OTHER]) == {OTHER}, "who is near tells how long it takes here"
         assert list(prober.round_trips([PEER], timeout_s=0.2)) == [PEER] * taken
@@ -113,7 +113,7 @@ def test_where_all_are_far_the_first_answers_are_waited_for_longer(
     monkeypatch: pytest.MonkeyPatch, somebody_is_near: bool
 ) -> None:
     """Over satellites a connection alone takes more than a second: as long as it took, so long the rest may take."""
-    for name, value in {"PING_TIMEOUT_S": 0.1, "FIRST_PING_S": 0.4}.items():
+    for name, value in {"ANSWER_S": 0.1, "FIRST_ANSWER_S": 0.4}.items():
         monkeypatch.setattr(prober_module, name, value)
     began = time.monotonic()
     with answering([0.0] * somebody_is_near + [0.8, 0.2], lambda _: time.monotonic() - began > 0.2) as prober:
@@ -135,20 +135,20 @@ def test_answers_are_waited_for_as_long_as_round_trips_are(monkeypatch: pytest.M
         now += seconds
         prober.pong(endpoint, Pong(pings[-1].nonce, 0.0, 0))
 
-    assert prober.patience_s(PEER) == PING_TIMEOUT_S
+    assert prober.patience_s(PEER) == ANSWER_S
     for _ in range(3):
         answers(PEER, 0.1)
-    assert prober.patience_s(PEER) == prober.patience_s(OTHER) == PING_TIMEOUT_S
+    assert prober.patience_s(PEER) == prober.patience_s(OTHER) == ANSWER_S
     answers(PEER, 1.2)
     assert prober.patience_s(PEER) == pytest.approx(ANSWER_TRIPS * 1.2), "the latest counts, as it came late"
-    assert prober.patience_s(OTHER) == PING_TIMEOUT_S, "one that is far says nothing of others"
+    assert prober.patience_s(OTHER) == ANSWER_S, "one that is far says nothing of others"
     answers(PEER, 1.3)
     answers(THIRD, 1.1)
     assert prober.patience_s(OTHER) == pytest.approx(ANSWER_TRIPS * 1.1), "if all are, the way from here is long"
     answers(OTHER, 0.1)
-    assert prober.patience_s(OTHER) == PING_TIMEOUT_S
+    assert prober.patience_s(OTHER) == ANSWER_S
     answers(PEER, 50.0)
-    assert prober.patience_s(PEER) == MOST_PATIENCE_S, "who answers as late as it likes is not waited for so long"
+    assert prober.patience_s(PEER) == MAX_ANSWER_S, "who answers as late as it likes is not waited for so long"
 
 
 def test_nobody_answers_for_another() -> None:
