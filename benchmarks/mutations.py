@@ -355,15 +355,15 @@ DIRECTORY = [
     Fault(
         "an identity has a place too many",
         "splitnet/directory/kept.py",
-        "self._of[record.key] >= RECORDS_PER_IDENTITY",
-        "self._of[record.key] > RECORDS_PER_IDENTITY",
+        "identity=RECORDS_PER_IDENTITY)",
+        "identity=RECORDS_PER_IDENTITY + 1)",
         ("tests/unit/directory/test_dht_places.py",),
     ),
     Fault(
         "the places of an identity are not given back",
         "splitnet/directory/kept.py",
-        "        self._of[record.key] -= 1\n",
-        "",
+        "self._places.leave(key=key, identity=record.key)",
+        "self._places.leave(key=key)",
         ("tests/unit/directory/test_dht_places.py",),
     ),
     Fault(
@@ -376,8 +376,8 @@ DIRECTORY = [
     Fault(
         "a void record is kept",
         "splitnet/directory/kept.py",
-        "if not record.is_valid_at(now):",
-        "if record.expires_at < 0:",
+        "return record.is_valid_at(now) and",
+        "return record.expires_at >= 0 and",
         (
             "tests/unit/directory/test_asked_peers.py",
             "tests/unit/peers/test_directory_service.py",
@@ -596,9 +596,9 @@ SERVE = [
     ),
     Fault(
         "a greater weight holds less",
-        "splitnet/serve/limits.py",
-        "totals[client] / client.weight",
-        "totals[client] * client.weight",
+        "splitnet/limits.py",
+        "totals[holder] / holder.weight",
+        "totals[holder] * holder.weight",
         (
             "tests/unit/serve/test_requests.py",
             "tests/unit/serve/test_streams.py",
@@ -606,9 +606,9 @@ SERVE = [
     ),
     Fault(
         "who holds just what it may lets go",
-        "splitnet/serve/limits.py",
-        "if totals.get(grown, 0) > self._each:",
-        "if totals.get(grown, 0) >= self._each:",
+        "splitnet/limits.py",
+        "if totals[grown] > self._each:",
+        "if totals[grown] >= self._each:",
         (
             "tests/unit/serve/test_requests.py",
             "tests/unit/serve/test_streams.py",
@@ -616,16 +616,16 @@ SERVE = [
     ),
     Fault(
         "a request that ends while it is let in keeps its place",
-        "splitnet/serve/limits.py",
-        "turn.exception() is None:\n                self.running -= 1\n",
-        "turn.exception() is None:\n",
+        "splitnet/serve/admission.py",
+        "turn.exception() is None:\n                self._leave(client)\n",
+        "turn.exception() is None:\n                self._places[client] -= 1\n",
         ("tests/unit/serve/test_requests.py",),
     ),
     Fault(
         "one client takes the spare places",
-        "splitnet/serve/limits.py",
-        "self._places[waits.client] < self._most",
-        "self._places[waits.client] <= self._most",
+        "splitnet/serve/admission.py",
+        "self._places[waits.holder] < self._most",
+        "self._places[waits.holder] <= self._most",
         ("tests/unit/serve/test_requests.py",),
     ),
     Fault(

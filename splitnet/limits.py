@@ -1,4 +1,7 @@
-"""Tokens per minute: what was spent comes back evenly, and what was taken beyond it is owed."""
+"""Limits: rates, accounts of bytes and places by holder, and the amounts in which they are given.
+
+A `TokenBucket` bounds a rate. `Budget` and `Places` refuse what does not fit; `FairAccount` evicts the largest holding.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
 
 from splitnet.errors import SplitnetError
 
@@ -15,7 +19,7 @@ MINUTE_S = 60.0
 
 
 class TokenBucket:
-    """Of one key. How much a minute has is told at each call, as it may change.
+    """What one key has spent; it comes back evenly. The rate is an argument of each call, as it may change.
 
     Attributes:
         at: when tokens were spent last, in seconds.
@@ -26,31 +30,62 @@ class TokenBucket:
         self._spent = 0.0
 
     def wait_s(self, per_minute: int, now: float) -> int:
-        """Seconds until there are some; 0: there are."""
+        """Seconds until there are tokens, where a quiet minute saves `per_minute` of them; 0: there are some."""
         owed = self._still_spent(per_minute, now) - per_minute
         return math.floor(owed * MINUTE_S / per_minute) + 1 if owed >= 0 else 0
 
-    def spend(self, tokens: int, per_minute: int, now: float) -> None:
-        """Takes tokens away, also where there are not as many."""
+    def spend(self, tokens: float, per_minute: float, now: float) -> float:
+        """Takes tokens away, also where there are not as many; returns all that were spent and have not come back."""
         self._spent = self._still_spent(per_minute, now) + tokens
         self.at = now
+        return self._spent
 
-    def _still_spent(self, per_minute: int, now: float) -> float:
-        """What was spent and has not come back."""
+    def _still_spent(self, per_minute: float, now: float) -> float:
         return max(0.0, self._spent - (now - self.at) * per_minute / MINUTE_S)
 
 
 class Pace:
-    """Keeps what is sent at a rate, evenly: a bucket without depth."""
+    """Keeps a sender at a rate, evenly: a bucket that saves nothing."""
 
     def __init__(self) -> None:
-        self._free_at = 0.0
+        self._bucket = TokenBucket()
 
     def wait_s(self, tokens: int, per_s: float, now: float | None = None) -> float:
         """Seconds to wait after `tokens` were used."""
-        now = time.monotonic() if now is None else now
-        self._free_at = max(self._free_at, now) + tokens / per_s
-        return self._free_at - now
+        return self._bucket.spend(tokens, per_s * MINUTE_S, time.monotonic() if now is None else now) / per_s
+
+
+BURST_S = 0.25
+"""After a pause a share of this many seconds passes at once."""
+LEAST_BURST = 1 << 20
+ACTIVE_S = 1.0
+"""A name that passed nothing for this long has no share."""
+
+
+class SharedRate:
+    """Bytes per second, shared evenly by the names that are active.
+
+    Args:
+        bytes_per_s: of all names together.
+    """
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._rate = bytes_per_s
+        self._buckets: dict[Hashable, TokenBucket] = {}
+        """The name that passed something longest ago stands first."""
+
+    def delay_s(self, name: Hashable, nbytes: int, now: float) -> float:
+        """Counts bytes that were passed; returns how long to pass no more.
+
+        Args:
+            now: in seconds.
+        """
+        bucket = self._buckets.pop(name, None) or TokenBucket()
+        while self._buckets and now - self._buckets[first := next(iter(self._buckets))].at > ACTIVE_S:
+            del self._buckets[first]
+        rate = self._rate / (len(self._buckets) + 1)
+        self._buckets[name] = bucket
+        return max(0.0, bucket.spend(nbytes, rate * MINUTE_S, now) - max(rate * BURST_S, LEAST_BURST)) / rate
 
 
 class Budget:
@@ -133,22 +168,16 @@ class Budget:
                 self._held.pop(account[:level], None)
 
 
-BURST_S = 0.25
-"""What comes together after a pause passes at once, as much as a share has in so long."""
-LEAST_BURST = 1 << 20
-ACTIVE_S = 1.0
-
-
 class Places:
-    """Counts what others hold, in all and by names of several kinds.
+    """Counts places that are held, in all and by names of several kinds.
 
     Args:
-        most: in all.
-        most_of: of one name of each kind.
+        most: places in all.
+        most_of: places of one name, by kind.
 
     Attributes:
         taken: places that are held.
-        refused: how often there was none.
+        refused: how many calls of `take` found none.
     """
 
     def __init__(self, most: int, **most_of: int) -> None:
@@ -162,19 +191,27 @@ class Places:
         """Names that hold something."""
         return len(self._held)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no name gets a place."""
+        return self.taken >= self._most
+
+    def has_most(self, kind: str, name: Hashable) -> bool:
+        """Whether this name gets no more places."""
+        return self._held[kind, name] >= self._most_of[kind]
+
+    def held(self, kind: str, name: Hashable) -> int:
+        """How many places of this name are taken."""
+        return self._held[kind, name]
+
     def take(self, **names: Hashable) -> bool:
-        """Takes one place in the name of each kind; False if one of these, or all, hold too many."""
-        full = any(self._held[kind, name] >= self._most_of[kind] for kind, name in names.items())
-        if full or self.taken >= self._most:
+        """Takes one place in the name of each kind; False: a name, or all names together, hold too many."""
+        if self.is_full or any(self.has_most(kind, name) for kind, name in names.items()):
             self.refused += 1
             return False
         self.taken += 1
         self._held.update(names.items())
         return True
-
-    def held(self, kind: str, name: Hashable) -> int:
-        """How many places of this name are taken."""
-        return self._held[kind, name]
 
     def leave(self, **names: Hashable) -> None:
         """Undoes one `take`."""
@@ -185,34 +222,91 @@ class Places:
                 del self._held[item]
 
 
-class Shares:
-    """Bytes per second that are shared evenly by the names that pass some: a token bucket for each.
+class Holder(Protocol):
+    """Has holdings in a `FairAccount`; hashable."""
 
-    Args:
-        bytes_per_s: of all together.
+    @property
+    def weight(self) -> float:
+        """Of its share."""
+        ...
+
+
+class Holding:
+    """What one thing of a holder takes of a `FairAccount`, which makes it.
+
+    Attributes:
+        amount: what it takes now.
+        settled: it is not evicted any more.
     """
 
-    def __init__(self, bytes_per_s: float) -> None:
-        self._rate = bytes_per_s
-        self._owed: dict[Hashable, tuple[float, float]] = {}
-        """Bytes that were passed beyond what the time allowed, and as of when."""
+    def __init__(self, account: FairAccount, holder: Any, evict: Callable[[], object]) -> None:
+        self.holder = holder
+        self.evict = evict
+        self.amount = 0
+        self.settled = False
+        self._account = account
 
-    def delay_s(self, name: Hashable, nbytes: int, now: float) -> float:
-        """Counts bytes that were passed, and tells how long to pass no more.
+    def grow(self, amount: int) -> None:
+        """Takes more, and evicts the largest holding if that is too much; it may be this one."""
+        self.amount += amount
+        self._account.make_room(self.holder)
 
-        Args:
-            now: in seconds.
-        """
-        owed, at = self._owed.pop(name, (0.0, now))
-        while self._owed:  # who passed something longest ago stands first
-            first = next(iter(self._owed))
-            if now - self._owed[first][1] <= ACTIVE_S:
-                break
-            del self._owed[first]
-        rate = self._rate / (len(self._owed) + 1)
-        owed = max(0.0, owed - (now - at) * rate) + nbytes
-        self._owed[name] = owed, now
-        return max(0.0, owed - max(rate * BURST_S, LEAST_BURST)) / rate
+    def shrink(self, amount: int) -> None:
+        """Gives a part back."""
+        self.amount -= amount
+
+    def release(self) -> None:
+        """Gives all back, for good."""
+        self._account.holdings.pop(self, None)
+
+
+class FairAccount:
+    """Bounds what all holders take together, and each of them, by evicting the largest holding. For one thread.
+
+    Args:
+        limit: of all holders together.
+        each: of one holder.
+        newest_first: of holdings of the same size the newest is evicted first, otherwise the oldest.
+
+    Attributes:
+        holdings: the oldest first.
+    """
+
+    def __init__(self, limit: int, each: int | None = None, *, newest_first: bool = False) -> None:
+        self.holdings: dict[Holding, None] = {}
+        self._limit = limit
+        self._each = limit if each is None else each
+        self._newest_first = newest_first
+
+    def hold(self, holder: Holder, evict: Callable[[], object], amount: int = 0) -> Holding:
+        """A holding; `evict` is called after it was removed because it, or its holder, took too much."""
+        holding = Holding(self, holder, evict)
+        self.holdings[holding] = None
+        if amount:
+            holding.grow(amount)
+        return holding
+
+    def make_room(self, grown: Holder) -> None:
+        """Evicts holdings until the bounds are kept, as far as they can be; `grown`: the holder that took more."""
+        while candidates := self._candidates(grown):
+            ordered = reversed(candidates) if self._newest_first else candidates
+            largest = max(ordered, key=lambda holding: holding.amount)
+            largest.release()
+            largest.evict()
+
+    def _candidates(self, grown: Holder) -> list[Holding]:
+        """Holdings of which one must go: of the holder with too much, or of the one with most of what is too much."""
+        totals: Counter[Holder] = Counter()
+        loose: dict[Holder, list[Holding]] = {}
+        for holding in self.holdings:
+            totals[holding.holder] += holding.amount
+            if not holding.settled and holding.amount:
+                loose.setdefault(holding.holder, []).append(holding)
+        if totals[grown] > self._each:
+            return loose.get(grown, [])
+        if totals.total() <= self._limit or not loose:
+            return []
+        return loose[max(loose, key=lambda holder: (totals[holder] / holder.weight, holder == grown))]
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

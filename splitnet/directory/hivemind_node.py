@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any, Final, cast
 
 from splitnet import process
-from splitnet.directory.kept import RECORDS_PER_KEY, Places
+from splitnet.directory.kept import RECORDS_PER_KEY, RecordTable
 from splitnet.directory.record import PeerRecord, stored_record
 from splitnet.errors import NotAuthorized, ProtocolError
 from splitnet.import_shims import late_package
@@ -204,7 +204,7 @@ def _bounded(storage: Any) -> Any:
     class BoundedStorage(storage):
         def __init__(self, maxsize: int | None = None) -> None:
             storage.__init__(self, maxsize)
-            self._places = Places()
+            self._places = RecordTable()
 
         def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
             try:

@@ -1,18 +1,18 @@
-"""Which records a node of the DHT has room for. Anybody can make keys and records, so all that it holds is bounded."""
+"""The records that a node of the DHT holds. Anybody can make keys and records, so all of them are bounded."""
 
 from __future__ import annotations
 
 import heapq
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Final
 
 from splitnet.directory.record import PeerRecord
-from splitnet.security.identity import PublicKey
+from splitnet.limits import Places
 
 RECORDS_PER_KEY: Final = 256
-"""Under one key of the DHT: with at most 3 KiB each they fit in a message several times."""
+"""Under one key of the DHT; a record has at most 3 KiB, so a message has room for all of them several times."""
 RECORDS_PER_IDENTITY: Final = 16
 """A peer of one model needs three."""
 MAX_RECORDS: Final = 16384
@@ -22,22 +22,29 @@ Place = tuple[bytes, str]
 """A key of the DHT and a subkey."""
 
 
-class Places:
-    """The places of one node. Who came first keeps its place, but for records without a proof of work: these give way.
+class RecordTable:
+    """The records of one node. The first to come keeps its place, but records without a proof of work give way.
 
     Not thread-safe.
     """
 
     def __init__(self) -> None:
         self._held: defaultdict[bytes, dict[str, PeerRecord]] = defaultdict(dict)
-        self._of: Counter[PublicKey] = Counter()
+        self._places = Places(MAX_RECORDS, key=RECORDS_PER_KEY, identity=RECORDS_PER_IDENTITY)
         self._unproven: dict[Place, None] = {}
         """In the order in which they came."""
         self._expiring: list[tuple[float, Place]] = []
-        self._count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self._places.taken
+
+    def held_keys(self) -> list[bytes]:
+        """Keys of the DHT that have records, which may have expired."""
+        return list(self._held)
+
+    def under(self, key: bytes) -> list[PeerRecord]:
+        """The records under a key of the DHT; some may have expired."""
+        return list(self._held.get(key, {}).values())
 
     def take(self, place: Place, record: PeerRecord, now: float) -> list[Place] | None:
         """Takes a verified record in.
@@ -59,25 +66,24 @@ class Places:
             return None
         own = held is not None and held.key == record.key
         if not own and (
-            self._of[record.key] >= RECORDS_PER_IDENTITY
+            self._places.has_most("identity", record.key)
             or (held is not None and held.is_proven and not record.is_proven)
         ):
             return None
         freed: list[Place] = []
-        if held is None and (len(self._held.get(key, ())) >= RECORDS_PER_KEY or self._count >= MAX_RECORDS):
+        if held is None and (self._places.is_full or self._places.has_most("key", key)):
             victim = self._first_unproven(key) if record.is_proven else None
             if victim is None:
                 return None
             freed.append(victim)
         for taken in (*freed, *([place] if held is not None else ())):
             self._free(taken)
+        self._places.take(key=key, identity=record.key)
         self._held[key][subkey] = record
-        self._of[record.key] += 1
-        self._count += 1
         if not record.is_proven:
             self._unproven[place] = None
         heapq.heappush(self._expiring, (record.expires_at, place))
-        if len(self._expiring) > 2 * self._count + RECORDS_PER_KEY:  # records that were renewed often
+        if len(self._expiring) > 2 * len(self) + RECORDS_PER_KEY:  # records that were renewed often
             self._expiring = [
                 (one.expires_at, (key, name)) for key in self._held for name, one in self._held[key].items()
             ]
@@ -85,7 +91,7 @@ class Places:
         return freed
 
     def _first_unproven(self, key: bytes) -> Place | None:
-        if len(self._held.get(key, ())) < RECORDS_PER_KEY:  # only the node as a whole is full
+        if not self._places.has_most("key", key):  # only the node as a whole is full
             return next(iter(self._unproven), None)
         return next(((key, subkey) for subkey in self._held[key] if (key, subkey) in self._unproven), None)
 
@@ -94,46 +100,32 @@ class Places:
         record = self._held[key].pop(subkey)
         if not self._held[key]:
             del self._held[key]
-        self._of[record.key] -= 1
-        if not self._of[record.key]:
-            del self._of[record.key]
+        self._places.leave(key=key, identity=record.key)
         self._unproven.pop(place, None)
-        self._count -= 1
 
 
 class KeptRecords:
-    """Thread-safe."""
+    """Records of peers by model. Thread-safe."""
 
     def __init__(self) -> None:
-        self._places = Places()
-        self._held: defaultdict[str, dict[str, PeerRecord]] = defaultdict(dict)
-        """By model and key."""
+        self._table = RecordTable()
         self._lock = threading.Lock()
 
     def take(self, record: PeerRecord) -> bool:
         """Keeps a valid record until it expires; False: there is a later one of its key, or no place for it."""
         now = time.time()
         with self._lock:
-            if not record.is_valid_at(now):
-                return False
-            gone = self._places.take((record.model.encode(), record.key.text), record, now)
-            if gone is None:
-                return False
-            for model, key in gone:
-                self._held[model.decode()].pop(key, None)  # it may have expired
-            self._held[record.model][record.key.text] = record
-            return True
+            place = record.model.encode(), record.key.text
+            return record.is_valid_at(now) and self._table.take(place, record, now) is not None
 
     def records(self, model: str) -> list[PeerRecord]:
         """Those of a model, or one of each model that has a peer if `model` is empty."""
         now = time.time()
         with self._lock:
-            for name, held in list(self._held.items()):
-                for key in [key for key, record in held.items() if record.expires_at <= now]:
-                    del held[key]
-                if not held:
-                    del self._held[name]
             if model:
-                return list(self._held[model].values()) if model in self._held else []
-            present = ([record for record in held.values() if not record.has_left] for held in self._held.values())
-            return [max(records, key=lambda record: record.issued_at) for records in present if records]
+                return [record for record in self._table.under(model.encode()) if record.expires_at > now]
+            latest: list[PeerRecord] = []
+            for key in self._table.held_keys():
+                present = [each for each in self._table.under(key) if each.expires_at > now and not each.has_left]
+                latest += [max(present, key=lambda record: record.issued_at)] if present else []
+            return latest

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from splitnet.errors import AddressInUse, NotAuthorized, ProtocolError, SplitnetError
-from splitnet.limits import Places, Shares
+from splitnet.limits import Places, SharedRate
 from splitnet.nat.loop import WaysLoop
 from splitnet.nat.messages import (
     TOKEN_BYTES,
@@ -165,7 +165,7 @@ class Helper:
             bounds.streams, key=bounds.streams_of_key, host=bounds.streams_of_host, target=bounds.streams_to_key
         )
         self._trying = Places(bounds.tries, host=bounds.tries_of_host)
-        self._shares = Shares(bounds.bytes_per_s)
+        self._rate = SharedRate(bounds.bytes_per_s)
         self.passed_bytes = 0
         self.events: Counter[str] = Counter()
         try:
@@ -405,7 +405,7 @@ class Helper:
             nonlocal at
             self.passed_bytes += size
             at = time.monotonic()
-            return self._shares.delay_s(target, size, at)
+            return self._rate.delay_s(target, size, at)
 
         async def one_way(source: socket.socket, drain: socket.socket) -> None:
             async def pick(_: int) -> socket.socket:

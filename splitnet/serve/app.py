@@ -18,6 +18,8 @@ from starlette.responses import JSONResponse, Response
 from scheduler.facts import missing_blocks
 from splitnet.directory.record import facts_of
 from splitnet.errors import CoverageError, SplitnetError
+from splitnet.limits import FairAccount
+from splitnet.serve.admission import Admission, Client
 from splitnet.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.events import EventStream, Numbered, events, unless_gone
@@ -25,7 +27,6 @@ from splitnet.serve.failures import ApiError, ErrorReply, failure_of
 from splitnet.serve.gate import ON_THIS_MACHINE, ApiKeys, Gate, client_of
 from splitnet.serve.generation import Ask, Generations
 from splitnet.serve.grammars import Grammar, Grammars
-from splitnet.serve.limits import Admission, Client, Shares
 from splitnet.serve.metrics import GatewayMetrics, instrument
 from splitnet.serve.openai import ChatRequest, CompletionRequest, ParsingRoute, Preparing, SamplingRequest
 from splitnet.serve.prompts import Prompts
@@ -71,7 +72,7 @@ class Gateway:
     other_names: Sequence[str] = ()
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     preparing: Preparing = field(default_factory=Preparing)
-    unread: Shares = field(default_factory=lambda: Shares(UNREAD_BYTES))
+    unread: FairAccount = field(default_factory=lambda: FairAccount(UNREAD_BYTES))
 
     @property
     def names(self) -> list[str]:

@@ -20,10 +20,11 @@ from starlette.responses import Response
 from scheduler.liveness import LOST_S
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import SplitnetError
+from splitnet.limits import FairAccount
+from splitnet.serve.admission import Admission, Client
 from splitnet.serve.events import EventStream, framed
 from splitnet.serve.gate import client_of
 from splitnet.serve.generation import Generations
-from splitnet.serve.limits import Admission, Client, Shares
 from splitnet.serve.progress import Progress
 from splitnet.swarm.events import Kind
 from splitnet.swarm.overview import Overview, blocks_text, short_key, token_joules, token_ms
@@ -292,7 +293,7 @@ class Dashboard:
         self._shown: Any = None
         self._shown_at = float("-inf")
         self._showing = asyncio.Lock()
-        self._streams = Shares(MAX_STREAMS)
+        self._streams = FairAccount(MAX_STREAMS)
 
     async def stream(self, client: Client) -> AsyncGenerator[str]:
         """Server-sent events: snapshots, and what has happened; at first all that is known to have happened lately.
@@ -300,8 +301,7 @@ class Dashboard:
         The oldest stream of who has most of them ends where there are more than `MAX_STREAMS`.
         """
         over = asyncio.Event()
-        looks = self._streams.hold(client, over.set)
-        looks.grow(1)
+        looks = self._streams.hold(client, over.set, 1)
         try:
             async for text in self._told(over):
                 yield text

@@ -13,9 +13,10 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from splitnet.limits import FairAccount
+from splitnet.serve.admission import ANYONE, Admission, Client
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ask, Ended, Event, Generations, Piece, ScoredPrompt
-from splitnet.serve.limits import ANYONE, Admission, Client, Shares
 
 DONE = "data: [DONE]\n\n"
 
@@ -37,14 +38,13 @@ async def events(
 
     Whoever closes this, or is cancelled while waiting for it, ends the generation.
     """
-    spend = client.quota.spend if client.quota is not None else lambda _: None
     async with admission.place(client):
         for number, ask in enumerate(asks):
-            spend(len(ask.prompt))
+            client.spend(len(ask.prompt))
             async with aclosing(_events_of(generations, ask, answer)) as of_one:
                 async for event in of_one:
                     if isinstance(event, Piece) and ask.max_tokens:
-                        spend(1)
+                        client.spend(1)
                     yield number, event
 
 
@@ -98,7 +98,7 @@ class EventStream(StreamingResponse):
         self,
         body: AsyncGenerator[str],
         source: AsyncGenerator[object],
-        unread: Shares | None = None,
+        unread: FairAccount | None = None,
         client: Client = ANYONE,
     ) -> None:
         self._closing = [body, source]
@@ -115,7 +115,7 @@ class EventStream(StreamingResponse):
                 await each.aclose()
 
 
-async def _read_ahead(source: AsyncGenerator[str], unread: Shares, client: Client) -> AsyncGenerator[bytes]:
+async def _read_ahead(source: AsyncGenerator[str], unread: FairAccount, client: Client) -> AsyncGenerator[bytes]:
     kept: deque[bytes] = deque()
     more = asyncio.Event()
 
@@ -125,12 +125,12 @@ async def _read_ahead(source: AsyncGenerator[str], unread: Shares, client: Clien
             more.set()
             holding.grow(len(kept[-1]))
 
-    def let_go() -> None:
+    def evict() -> None:
         reading.cancel()
         kept.clear()
         kept.append(framed(ApiError(429, "too much of this answer was not read: read faster").reply()).encode())
 
-    holding = unread.hold(client, let_go)
+    holding = unread.hold(client, evict)
     reading = asyncio.create_task(read())
     reading.add_done_callback(lambda _: more.set())
     try:

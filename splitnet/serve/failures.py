@@ -22,6 +22,7 @@ from splitnet.errors import (
     SessionClosed,
     SplitnetError,
 )
+from splitnet.serve.admission import Overloaded, QuotaUsed
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 _STATUS_OF: list[tuple[type[SplitnetError], int, str]] = [
     (ContextTooLong, 400, "context_length_exceeded"),
+    (Overloaded, 429, "overloaded"),
+    (QuotaUsed, 429, "rate_limit_exceeded"),
     (PeerBusy, 429, "peers_busy"),
     (CoverageError, 503, "blocks_not_served"),
     (DirectoryError, 503, "swarm_unreachable"),
@@ -104,7 +107,8 @@ def failure_of(error: BaseException) -> ApiError:
         return ApiError(503, "the server is ending: send the request to another, or again later", code="server_ending")
     for kind, status, code in _STATUS_OF:
         if isinstance(error, kind):
-            return ApiError(status, str(error), code=code)
+            wait_s = error.retry_after_s if isinstance(error, QuotaUsed) else RETRY_AFTER_S
+            return ApiError(status, str(error), code=code, retry_after_s=wait_s)
     if isinstance(error, SplitnetError):
         return ApiError(502, str(error))
     if isinstance(error, RequestValidationError):

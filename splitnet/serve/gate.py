@@ -18,9 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from splitnet.errors import KeyFileError
+from splitnet.limits import FairAccount, Holding
 from splitnet.security.grants import KeyOptions, is_options, parse_options
+from splitnet.serve.admission import Client, client_at
 from splitnet.serve.failures import ApiError, failure_of
-from splitnet.serve.limits import Client, Holding, Shares, TokenQuota, client_at
 
 
 class ApiKeys:
@@ -28,7 +29,7 @@ class ApiKeys:
 
     def __init__(self, keys: Mapping[str, KeyOptions]) -> None:
         self._clients = [
-            (key.encode(), Client(f"key {number}", options.weight, _quota(options)))
+            (key.encode(), Client(f"key {number}", options.weight, options.tokens_per_minute))
             for number, (key, options) in enumerate(keys.items(), start=1)
         ]
 
@@ -88,10 +89,6 @@ def _key_of(line: str) -> tuple[str, KeyOptions]:
     return keys[0], read
 
 
-def _quota(options: KeyOptions) -> TokenQuota | None:
-    return TokenQuota(options.tokens_per_minute) if options.tokens_per_minute is not None else None
-
-
 MAX_BODY_BYTES = 16 * 2**20
 
 VALUE_BYTES = 64
@@ -110,7 +107,7 @@ class Bodies:
 
     def __init__(self) -> None:
         # Half of it is for others, whatever a client sends.
-        self._shares = Shares(ALL_PARSED_BYTES, ALL_PARSED_BYTES // 2)
+        self._account = FairAccount(ALL_PARSED_BYTES, ALL_PARSED_BYTES // 2)
 
     @asynccontextmanager
     async def read(self, receive: Receive, client: Client) -> AsyncIterator[Receive]:
@@ -120,7 +117,7 @@ class Bodies:
             ApiError: it is too long, has too many values or comes too slowly, or there is no memory for it now.
         """
         arriving = _Arriving(receive)
-        holding = self._shares.hold(client, arriving.give_up)
+        holding = self._account.hold(client, arriving.give_up)
         try:
             messages = [await arriving.whole(holding)]
             holding.settled = True
@@ -193,7 +190,7 @@ class Connection(H11Protocol):
         idle: all connections without a whole request.
     """
 
-    def __init__(self, idle: Shares, *arguments: Any, **options: Any) -> None:
+    def __init__(self, idle: FairAccount, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._all_idle = idle
         self._idle: Holding | None = None
@@ -252,8 +249,8 @@ class Connection(H11Protocol):
 
     def _be_idle(self) -> None:
         if self._idle is None and not self.transport.is_closing():
-            self._idle = self._all_idle.hold(client_at(self.client[0] if self.client else ""), self.transport.abort)
-            self._idle.grow(1)
+            client = client_at(self.client[0] if self.client else "")
+            self._idle = self._all_idle.hold(client, self.transport.abort, 1)
 
     def _be_busy(self) -> None:
         if self._idle is not None:

@@ -24,10 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.serve.admission import Admission
 from splitnet.serve.events import Numbered
 from splitnet.serve.failures import failure_of
 from splitnet.serve.generation import Ask, Ended, Generations, Piece, ScoredPrompt
-from splitnet.serve.limits import Admission
 from splitnet.session.events import Cause, Recovered
 from splitnet.version import __version__
 from splitnet.wire.messages import Timing

@@ -17,12 +17,13 @@ import uvicorn
 
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.hf.causal_lm import attach
+from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
+from splitnet.serve.admission import Admission
 from splitnet.serve.app import Gateway, make_app
 from splitnet.serve.gate import IDLE_CONNECTIONS, ApiKeys, Connection
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
-from splitnet.serve.limits import Admission, Shares
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.sampling import choose_defaults
@@ -119,7 +120,7 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                http=partial(Connection, Shares(IDLE_CONNECTIONS)),  # pyright: ignore[reportArgumentType]
+                http=partial(Connection, FairAccount(IDLE_CONNECTIONS)),  # pyright: ignore[reportArgumentType]
                 ws="none",
                 callback_notify=_tell_alive(),
                 timeout_notify=1,

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from splitnet import __version__
 from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.serve.admission import ANYONE, Admission
 from splitnet.serve.dashboard import Dashboard
-from splitnet.serve.limits import ANYONE, Admission
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.swarm.test_serve import GREEDY, MODEL, TEMPLATE, Server, until

@@ -26,11 +26,11 @@ from splitnet.hf.speculate.decoding import Experience
 from splitnet.logs import JsonFormatter
 from splitnet.security.grants import KeyOptions
 from splitnet.serve import generation
+from splitnet.serve.admission import Admission
 from splitnet.serve.app import Gateway, make_app
 from splitnet.serve.gate import ApiKeys
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
-from splitnet.serve.limits import Admission
 from splitnet.serve.openai import ChatRequest
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts

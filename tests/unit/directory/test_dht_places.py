@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitnet.directory import kept as dht_places
-from splitnet.directory.kept import Places
+from splitnet.directory.kept import RecordTable
 from splitnet.directory.record import PeerRecord
 from splitnet.security import identity
 from splitnet.security.identity import Identity, PublicKey
@@ -33,7 +33,7 @@ def record(key: PublicKey, *, proven: bool = False, issued_at: float = NOW, ttl_
 
 
 def test_a_flood_fills_no_more_than_its_places_and_drives_out_nobody_who_came_before() -> None:
-    places = Places()
+    places = RecordTable()
     assert places.take((b"k", "honest"), record(KEYS[0]), NOW) == []
     taken = [places.take((b"k", str(n)), record(key), NOW) for n, key in enumerate(KEYS[1:])]
     assert taken.count([]) == 7 and len(places) == 8
@@ -42,7 +42,7 @@ def test_a_flood_fills_no_more_than_its_places_and_drives_out_nobody_who_came_be
 
 
 def test_who_has_worked_takes_the_place_of_one_who_has_not() -> None:
-    places = Places()
+    places = RecordTable()
     for n, key in enumerate(KEYS[:8]):
         places.take((b"k", str(n)), record(key, proven=n > 0), NOW)
     assert places.take((b"k", "late"), record(KEYS[8], proven=True), NOW) == [(b"k", "0")]
@@ -51,14 +51,14 @@ def test_who_has_worked_takes_the_place_of_one_who_has_not() -> None:
 
 
 def test_one_identity_has_few_places() -> None:
-    places = Places()
+    places = RecordTable()
     taken = [places.take((b"models", str(n)), record(KEYS[0]), NOW) for n in range(8)]
     assert taken == [[]] * 3 + [None] * 5
     assert places.take((b"models", "other"), record(KEYS[1]), NOW) == []
 
 
 def test_an_identity_gets_its_places_back_when_its_records_are_renewed_or_expire() -> None:
-    places = Places()
+    places = RecordTable()
     for seconds, names in ((0, "abc"), (30, "abc"), (100, "def")):
         for name in names:
             renewed = record(KEYS[0], issued_at=NOW + seconds)
@@ -67,14 +67,14 @@ def test_an_identity_gets_its_places_back_when_its_records_are_renewed_or_expire
 
 
 def test_an_unproven_key_does_not_replace_what_a_proven_one_says_of_a_model() -> None:
-    places = Places()
+    places = RecordTable()
     assert places.take((b"models", "m"), record(KEYS[0], proven=True), NOW) == []
     assert places.take((b"models", "m"), record(KEYS[1], ttl_s=300), NOW) is None
     assert places.take((b"models", "m"), record(KEYS[2], proven=True, ttl_s=61), NOW) == []
 
 
 def test_places_are_free_again_when_records_expire() -> None:
-    places = Places()
+    places = RecordTable()
     for n, key in enumerate(KEYS[:8]):
         places.take((b"k", str(n)), record(key), NOW)
     assert places.take((b"k", "late"), record(KEYS[9], issued_at=NOW + 59), NOW + 59) is None
@@ -96,7 +96,7 @@ def test_places_are_free_again_when_records_expire() -> None:
     )
 )
 def test_bounds_hold_whatever_comes(steps: list[tuple[bytes, int, int, bool, float, float]]) -> None:
-    places, held, now = Places(), {}, NOW
+    places, held, now = RecordTable(), {}, NOW
     for key, subkey, who, proven, later, ttl_s in steps:
         now += later
         place = (key, str(subkey))

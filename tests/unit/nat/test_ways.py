@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitnet.errors import NotAuthorized, ProtocolError
-from splitnet.limits import ACTIVE_S, LEAST_BURST, Places, Shares
+from splitnet.limits import ACTIVE_S, LEAST_BURST, Places, SharedRate
 from splitnet.nat.messages import (
     KINDS,
     LENGTH_BYTES,
@@ -168,7 +168,7 @@ def test_no_name_holds_more_places_than_it_may(steps: list[tuple[bool, int, int]
     assert not len(places) and not places.taken
 
 
-def passed(shares: Shares, names: list[str], seconds: float, chunk: int) -> dict[str, int]:
+def passed(shares: SharedRate, names: list[str], seconds: float, chunk: int) -> dict[str, int]:
     """What each name gets through in so long, if it wants as much as it can."""
     free_at, total = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     while (now := min(free_at.values())) < seconds:
@@ -181,18 +181,18 @@ def passed(shares: Shares, names: list[str], seconds: float, chunk: int) -> dict
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_who_passes_bytes_shares_what_there_is(count: int) -> None:
     rate, seconds = 10 << 20, 20.0
-    total = passed(Shares(rate), [str(index) for index in range(count)], seconds, 64 << 10)
+    total = passed(SharedRate(rate), [str(index) for index in range(count)], seconds, 64 << 10)
     assert sum(total.values()) <= rate * seconds + count * (rate / 4 + 2 * LEAST_BURST)
     assert sum(total.values()) >= 0.9 * rate * seconds
     assert max(total.values()) <= 1.3 * min(total.values())
 
 
 def test_who_is_silent_leaves_its_share_to_others() -> None:
-    shares = Shares(1 << 20)
+    shares = SharedRate(1 << 20)
     for index in range(1000):
         shares.delay_s(index, 1, 0.0)
-    alone = passed(Shares(1 << 20), ["x"], 10.0, 1 << 16)["x"]
-    assert shares.delay_s("x", 0, ACTIVE_S + 0.1) == 0.0 and len(shares._owed) == 1
+    alone = passed(SharedRate(1 << 20), ["x"], 10.0, 1 << 16)["x"]
+    assert shares.delay_s("x", 0, ACTIVE_S + 0.1) == 0.0 and len(shares._buckets) == 1
     assert passed(shares, ["x"], 10.0, 1 << 16)["x"] == pytest.approx(alone, rel=0.2)
 
 

@@ -32,7 +32,7 @@ from peers.sessions import Purpose
 from splitnet.cli.arguments import parse_host_port
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.security.identity import Identity
-from splitnet.serve.limits import Admission
+from splitnet.serve.admission import Admission
 from splitnet.serve.metrics import GatewayMetrics, instrument
 from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
 from splitnet.session.events import Cause, Recovered

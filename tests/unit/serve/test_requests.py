@@ -28,9 +28,10 @@ from splitnet.errors import (
     SessionLost,
     SplitnetError,
 )
+from splitnet.limits import FairAccount, Holding
+from splitnet.serve.admission import Admission, Client, Overloaded, QuotaUsed
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import ApiKeys
-from splitnet.serve.limits import Admission, Client, Holding, Shares, TokenQuota
 from splitnet.serve.openai import ChatRequest, CompletionRequest
 from splitnet.serve.prompts import Prompts
 
@@ -200,7 +201,7 @@ def test_options_of_keys(tmp_path: Path) -> None:
     one, two, three = (ApiKeys.read(file).client_of(key) for key in (b"one", b"two", b"three"))
     assert one and two and three
     assert (one.weight, two.weight, three.weight) == (4, 0.5, 1)
-    assert one.quota is not None and two.quota is None
+    assert one.tokens_per_minute == 60 and two.tokens_per_minute is None
 
 
 @pytest.mark.parametrize(
@@ -227,18 +228,20 @@ def test_a_line_that_is_wrong_is_named(tmp_path: Path, line: str, message: str) 
 
 def test_a_quota_fills_evenly_and_what_was_taken_beyond_it_is_owed() -> None:
     now = 0.0
-    quota = TokenQuota(60, lambda: now)
-    quota.check()
-    quota.spend(90)
-    with pytest.raises(ApiError, match="60 tokens per minute") as refused:
-        quota.check()
-    assert refused.value.headers == {"Retry-After": "31"}
+    client = Client("", tokens_per_minute=60, clock=lambda: now)
+    client.check_quota()
+    client.spend(90)
+    with pytest.raises(QuotaUsed, match="60 tokens per minute") as refused:
+        client.check_quota()
+    failure = failure_of(refused.value)
+    assert (failure.status, failure.code) == (429, "rate_limit_exceeded")
+    assert failure.headers == {"Retry-After": "31"}
     now = 31.0
-    quota.check()
+    client.check_quota()
     now = 1000.0
-    quota.spend(60)
-    with pytest.raises(ApiError):
-        quota.check()
+    client.spend(60)
+    with pytest.raises(QuotaUsed):
+        client.check_quota()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"# only a comment\n", b"\xff\xfe"])
@@ -264,9 +267,10 @@ def test_requests_run_in_order_and_too_many_are_told_so() -> None:
         first = asyncio.create_task(request("first"))
         second = asyncio.create_task(request("second"))
         third = asyncio.create_task(request("third"))
-        with pytest.raises(ApiError, match="try again") as refused:
+        with pytest.raises(Overloaded, match="try again") as refused:
             await third
-        assert refused.value.status == 429
+        failure = failure_of(refused.value)
+        assert (failure.status, failure.code) == (429, "overloaded")
         assert (admission.running, admission.waiting) == (1, 1)
         second.cancel()  # makes room to wait
         await asyncio.wait([second])
@@ -326,7 +330,7 @@ def test_a_full_waiting_room_refuses_who_fills_it() -> None:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             refused = [task for task in tasks if task.done()]
             assert refused == tasks[3:4], "the last of those who have most"
-        assert isinstance(refused[0].exception(), ApiError)
+        assert isinstance(refused[0].exception(), Overloaded)
         assert await tasks[4] == "modest"
         await asyncio.gather(*tasks, return_exceptions=True)
         assert (admission.running, admission.waiting) == (0, 0)
@@ -376,33 +380,33 @@ def test_a_request_that_is_cancelled_as_it_is_let_in_gives_its_place_back() -> N
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60), st.booleans()), max_size=40))
-def test_shares_keep_their_bounds_as_far_as_holdings_may_go(grown: list[tuple[int, int, bool]]) -> None:
-    shares = Shares(100, 60)
+def test_accounts_keep_their_bounds_as_far_as_holdings_may_go(grown: list[tuple[int, int, bool]]) -> None:
+    account = FairAccount(100, 60)
     held: dict[int, Holding] = {}
     for number, (client, amount, settles) in enumerate(grown):
-        held[number] = shares.hold(Client(str(client)), lambda number=number: held.pop(number))
+        held[number] = account.hold(Client(str(client)), lambda number=number: held.pop(number))
         held[number].grow(amount)
         if number in held:
             held[number].settled = settles
-        totals = [sum(each.amount for each in held.values() if each.client == Client(str(name))) for name in range(3)]
+        totals = [sum(each.amount for each in held.values() if each.holder == Client(str(name))) for name in range(3)]
         assert max(totals) <= 60
         assert sum(totals) <= 100 or all(each.settled for each in held.values())
-        assert sorted(each.number for each in shares.holdings) == sorted(each.number for each in held.values())
+        assert list(account.holdings) == list(held.values())
 
 
 def test_who_holds_most_lets_go() -> None:
-    shares = Shares(10)
+    account = FairAccount(10)
     gone: list[str] = []
     for client, name, amount in (("a", "a1", 2), ("a", "a2", 5), ("b", "b1", 3)):
-        shares.hold(Client(client), lambda name=name: gone.append(name)).grow(amount)
-    shares.hold(Client("c"), lambda: gone.append("c1")).grow(2)
+        account.hold(Client(client), lambda name=name: gone.append(name)).grow(amount)
+    account.hold(Client("c"), lambda: gone.append("c1")).grow(2)
     assert gone == ["a2"]
 
 
 def test_a_client_may_hold_as_much_as_its_bound() -> None:
-    shares = Shares(10, 4)
+    account = FairAccount(10, 4)
     gone: list[str] = []
-    holding = shares.hold(Client("a"), lambda: gone.append("a"))
+    holding = account.hold(Client("a"), lambda: gone.append("a"))
     holding.grow(4)
     assert not gone
     holding.grow(1)
@@ -410,10 +414,10 @@ def test_a_client_may_hold_as_much_as_its_bound() -> None:
 
 
 def test_who_holds_most_for_its_weight_lets_go() -> None:
-    shares = Shares(10)
+    account = FairAccount(10)
     gone: list[str] = []
     for client, amount in ((Client("heavy", 3), 6), (Client("light"), 4), (Client("light"), 1)):
-        shares.hold(client, lambda name=client.name: gone.append(name)).grow(amount)
+        account.hold(client, lambda name=client.name: gone.append(name)).grow(amount)
     assert gone == ["light"]
 
 

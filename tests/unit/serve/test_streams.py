@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import uvicorn
 
+from splitnet.limits import FairAccount
 from splitnet.serve import gate
+from splitnet.serve.admission import Client
 from splitnet.serve.events import EventStream
 from splitnet.serve.gate import Connection
-from splitnet.serve.limits import Client, Shares
 
 
 def test_a_source_ends_while_nobody_reads_and_too_much_is_dropped() -> None:
     async def come() -> None:
-        unread = Shares(1000)
+        unread = FairAccount(1000)
         ended: list[str] = []
 
         async def source(name: str, events: int) -> AsyncGenerator[str]:
@@ -54,19 +55,19 @@ def test_a_source_ends_while_nobody_reads_and_too_much_is_dropped() -> None:
             while len(ended) < 3:
                 await asyncio.sleep(0)
         assert sorted(ended) == ["greedy closed", "modest", "modest closed"]
-        assert unread.amount == 400, "what the modest one has not read yet"
+        assert sum(holding.amount for holding in unread.holdings) == 400, "what the modest one has not read yet"
         later.set()
         assert await modest == b"x" * 500
         assert b"read faster" in await greedy
-        assert len(unread) == 0
+        assert not unread.holdings
 
     asyncio.run(come())
 
 
-async def on_a_server(app: Any, does: Callable[[int], Awaitable[None]], idle: Shares | None = None) -> None:
+async def on_a_server(app: Any, does: Callable[[int], Awaitable[None]], idle: FairAccount | None = None) -> None:
     """Runs an app on a socket while a client does something with its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        kind: Any = partial(Connection, Shares(100) if idle is None else idle)
+        kind: Any = partial(Connection, FairAccount(100) if idle is None else idle)
         server = uvicorn.Server(uvicorn.Config(app, http=kind, lifespan="off", log_config=None))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
@@ -133,4 +134,4 @@ def test_of_too_many_idle_connections_the_oldest_is_closed() -> None:
             writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
 
-    asyncio.run(on_a_server(app, does, Shares(3)))
+    asyncio.run(on_a_server(app, does, FairAccount(3)))

@@ -1,0 +1,164 @@
+"""Clients of the gateway, how many of their requests run and wait, and whose turn is next."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from splitnet.errors import SplitnetError
+from splitnet.limits import FairAccount, Holding, TokenBucket
+
+
+class Overloaded(SplitnetError):
+    """Too many requests wait already."""
+
+
+class QuotaUsed(SplitnetError):
+    """A client has used its tokens.
+
+    Attributes:
+        retry_after_s: seconds until there are some.
+    """
+
+    def __init__(self, per_minute: int, retry_after_s: int) -> None:
+        super().__init__(f"this key has used its {per_minute} tokens per minute: try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True)
+class Client:
+    """The holder of an API key, or an address where there are no keys.
+
+    Attributes:
+        name: by which clients are told apart; no key.
+        weight: of its share.
+        tokens_per_minute: of prompts and answers, so many at once after a quiet minute; None: no bound. What a running
+            answer takes beyond them is owed before the next request.
+        clock: seconds.
+    """
+
+    name: str
+    weight: float = 1.0
+    tokens_per_minute: int | None = None
+    clock: Callable[[], float] = field(default=time.monotonic, compare=False)
+    _spent: TokenBucket = field(default_factory=TokenBucket, compare=False, repr=False)
+
+    def check_quota(self) -> None:
+        """Raises QuotaUsed if nothing is left."""
+        per_minute = self.tokens_per_minute
+        if per_minute is not None and (seconds := self._spent.wait_s(per_minute, self.clock())):
+            raise QuotaUsed(per_minute, seconds)
+
+    def spend(self, tokens: int) -> None:
+        """Takes tokens away."""
+        if self.tokens_per_minute is not None:
+            self._spent.spend(tokens, self.tokens_per_minute, self.clock())
+
+
+ANYONE = Client("")
+
+
+def client_at(address: str) -> Client:
+    """The client at an IP address; one machine has 2**64 addresses of IPv6 at least, which are one client."""
+    try:
+        version = ipaddress.ip_address(address).version
+    except ValueError:
+        return Client(address)
+    return Client(str(ipaddress.ip_network(f"{address}/64", strict=False)) if version == 6 else address)
+
+
+class Admission:
+    """Lets requests in. A free place goes to the client that has fewest of them, for its weight, then in turns.
+
+    When too many wait, the newest request of the client with most of them is refused.
+
+    Args:
+        at_a_time: requests that run.
+        waiting: requests that may wait.
+        spare: places that no client takes alone, for others that come later.
+
+    Attributes:
+        running: how many requests are running now.
+    """
+
+    def __init__(self, at_a_time: int, waiting: int, *, spare: int = 0) -> None:
+        self._at_a_time = at_a_time
+        self._most = max(1, at_a_time - spare)
+        self._waiting = FairAccount(waiting, newest_first=True)
+        self._turns: dict[Holding, asyncio.Future[None]] = {}
+        self._places: Counter[Client] = Counter()
+        self._taken: dict[Client, float] = {}
+        """Places that each client has had so far, for its weight; a new client begins where the others are."""
+        self._now = 0.0
+        self.running = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait now."""
+        return len(self._waiting.holdings)
+
+    @asynccontextmanager
+    async def place(self, client: Client = ANYONE) -> AsyncIterator[None]:
+        """Waits for a place, and has it until the end of the `with`.
+
+        Raises:
+            Overloaded: too many wait already.
+            QuotaUsed: the client has used its tokens.
+        """
+        client.check_quota()
+        await self._turn(client)
+        try:
+            yield
+        finally:
+            self._leave(client)
+            self._let_in()
+
+    def _leave(self, client: Client) -> None:
+        self.running -= 1
+        self._places[client] -= 1
+
+    async def _turn(self, client: Client) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        refusal = Overloaded(f"{self._at_a_time} requests are running and others wait: try again in a moment")
+        waits = self._waiting.hold(client, lambda: turn.done() or turn.set_exception(refusal))
+        self._turns[waits] = turn
+        self._taken.setdefault(client, self._now)
+        self._let_in()
+        if not turn.done():
+            waits.grow(1)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._leave(client)
+            raise
+        finally:
+            del self._turns[waits]
+            waits.release()
+            self._let_in()
+
+    def _let_in(self) -> None:
+        while self.running < self._at_a_time:
+            first: dict[Client, Holding] = {}
+            for waits in self._waiting.holdings:
+                if not self._turns[waits].done() and self._places[waits.holder] < self._most:
+                    first.setdefault(waits.holder, waits)
+            if not first:
+                break
+            client = min(first, key=lambda each: (self._places[each] / each.weight, self._taken[each]))
+            self._now = self._taken[client]
+            self._taken[client] += 1 / client.weight
+            self._places[client] += 1
+            self.running += 1
+            waits = first[client]
+            waits.release()
+            self._turns[waits].set_result(None)
+        present = {waits.holder for waits in self._waiting.holdings} | set(+self._places)
+        for gone in self._taken.keys() - present:
+            del self._taken[gone]
+            del self._places[gone]
