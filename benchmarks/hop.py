@@ -35,6 +35,7 @@ from splitnet.cli.demo import LocalSwarm
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
 from splitnet.quant.linear import HeldLinear
 from splitnet.session.inference import Session
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.tools.bench.backends import Clock
 from splitnet.wire.messages import Part
@@ -71,7 +72,9 @@ def run(arguments: argparse.Namespace, stack: ExitStack) -> None:
     for count in (1, hops):
         daemons = stack.enter_context(LocalSwarm(checkpoint, count, options))
         swarms[count] = stack.enter_context(Swarm(facts, [daemons.wait()]))
-    routes = {count: Session(swarm, budget=4096, codec=arguments.codec) for count, swarm in swarms.items()}
+    routes = {
+        count: Session(swarm, ConnectionOptions(codec=arguments.codec), budget=4096) for count, swarm in swarms.items()
+    }
     for session in routes.values():
         decode(session, hidden, 50)
     rounds: dict[int, list[Token]] = {count: [] for count in routes}

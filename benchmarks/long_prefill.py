@@ -26,6 +26,7 @@ from netlab.peers import LabPeers, even_spans
 
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.session.inference import Session
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.messages import Part, Timing
@@ -88,7 +89,7 @@ def prefill(
     swarm: Swarm, hidden: torch.Tensor, size: int, arguments: argparse.Namespace
 ) -> tuple[int, str, float, float]:
     """Size of the steps, codecs of the links, seconds until the output is there, and the least that they could be."""
-    session = Session(swarm, budget=len(hidden), codec=arguments.codec)
+    session = Session(swarm, ConnectionOptions(codec=arguments.codec), budget=len(hidden))
     chosen: Any = mock.patch.object(Session, "step_positions", lambda *_: size) if size else nullcontext()
     try:
         session.open(len(hidden))

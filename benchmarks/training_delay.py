@@ -27,6 +27,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.demo import EXACT, LocalSwarm
 from splitnet.hf.causal_lm import attach
 from splitnet.session.inference import Session
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.messages import Part
 
@@ -59,7 +60,7 @@ def main() -> None:
     with LocalSwarm(arguments.checkpoint, tuning.PEERS, EXACT) as peers:
         address = peers.wait()
         with Swarm(facts, [address]) as swarm:
-            session = Session(swarm, budget=4096)
+            session = Session(swarm, ConnectionOptions(), budget=4096)
             decode(session, facts.hidden_size, 30, Seen())
             for _ in range(arguments.rounds):
                 decode(session, facts.hidden_size, arguments.tokens, alone)

@@ -41,6 +41,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.hf.cache import ModelSession
 from splitnet.hf.causal_lm import attach
 from splitnet.session.inference import Session
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.plan import PlannedHop
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.tools.bench.backends import Clock
@@ -162,7 +163,7 @@ class Bench:
         for _ in range(self._arguments.rounds):
             for route in random.sample(routes, len(routes)):
                 self._swarm.route = self._planned(route)
-                session = Session(self._swarm, budget=ROOM, codec=CODEC)
+                session = Session(self._swarm, ConnectionOptions(codec=CODEC), budget=ROOM)
                 try:
                     measured[route].append(measure_steps(session, hidden, self._arguments.tokens).mean_ms)
                 except RouteChanged as error:  # one of some rounds
@@ -231,7 +232,7 @@ class Bench:
         costs: dict[Route, float] = {}
         for _ in range(self._arguments.clients):
             with Swarm(self._facts, list(self._peers.addresses.values())) as swarm:
-                session = Session(swarm, budget=ROOM, codec=CODEC)
+                session = Session(swarm, ConnectionOptions(codec=CODEC), budget=ROOM)
                 session.open()
                 route = self._route_of(session)
                 chosen[route] += 1

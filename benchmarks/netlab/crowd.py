@@ -23,6 +23,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import SplitnetError
 from splitnet.session.inference import Session
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.plan import PlannedHop
 from splitnet.swarm.swarm import ModelFacts
 from splitnet.wire.messages import Part
@@ -120,7 +121,7 @@ def _generate(swarm: GuidedSwarm, ended: threading.Event) -> None:
     """One answer after the other."""
     hidden = torch.randn(PROMPT_POSITIONS, swarm.facts.hidden_size)
     while not ended.is_set():
-        session = Session(swarm, budget=PROMPT_POSITIONS + ANSWER_TOKENS, codec="none")
+        session = Session(swarm, ConnectionOptions(codec="none"), budget=PROMPT_POSITIONS + ANSWER_TOKENS)
         try:
             # A peer that is not the last of a model gives back everything, so everything is asked for.
             session.step(hidden, [Part(1, 0, PROMPT_POSITIONS, PROMPT_POSITIONS)])

@@ -6,21 +6,28 @@ or under `[common]` in the configuration file, see `splitnet/cli/configuration.p
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import logging
 import os
 import re
 import sys
 import warnings
+from collections.abc import Callable, Collection
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from splitnet.blocks.device import DEVICE_NAME
 from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
+from splitnet.session.options import ConnectionOptions
+
+Command = Callable[..., None]
 
 # Boxes of options in `--help`, the same in all commands.
 SWARM = "Swarm"
@@ -126,43 +133,6 @@ CodecName = Annotated[
         rich_help_panel=ROUTE,
     ),
 ]
-Wait = Annotated[
-    float,
-    typer.Option(
-        min=0, metavar="SECONDS", help="Time to wait for blocks that suddenly nobody serves.", rich_help_panel=ROUTE
-    ),
-]
-AnyWeights = Annotated[
-    bool | None,
-    typer.Option(
-        "--any-weights/--same-weights",
-        help="Whether a text may go on with weights held otherwise (int4 after float32) if nobody else is left; if not "
-        "given, it may with --codec auto.",
-        show_default=False,
-        rich_help_panel=COMPUTING,
-    ),
-]
-LocalBlocks = Annotated[
-    str | None,
-    typer.Option(
-        "--local-blocks",
-        metavar="START:END",
-        envvar="SPLITNET_LOCAL_BLOCKS",
-        help="Blocks to run here, without peers; several as 0:2,28:30, or auto.",
-        rich_help_panel=COMPUTING,
-    ),
-]
-LocalWeights = Annotated[
-    str | None,
-    typer.Option(
-        "--local-weights",
-        metavar="KIND",
-        envvar="SPLITNET_LOCAL_WEIGHTS",
-        help="Hold those blocks and the head as auto, float32, float16, int8 or int4; auto if not given, but as stored "
-        "with --codec none.",
-        rich_help_panel=COMPUTING,
-    ),
-]
 Device = Annotated[
     str,
     typer.Option(
@@ -174,44 +144,14 @@ Device = Annotated[
         rich_help_panel=COMPUTING,
     ),
 ]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option(
-        "--tokenizer",
-        metavar="MODEL",
-        envvar="SPLITNET_TOKENIZER",
-        help="Hugging Face id or folder with the tokenizer, if the model comes without a usable one.",
-    ),
-]
 
 
 class Preferred(StrEnum):
-    """What the best route is; as `splitnet.session.inference.Preference`."""
+    """What the best route is; as `splitnet.session.options.Preference`."""
 
     latency = "latency"
     throughput = "throughput"
     energy = "energy"
-
-
-Prefer = Annotated[
-    Preferred,
-    typer.Option(
-        "--prefer",
-        envvar="SPLITNET_PREFER",
-        help="Routes with the next token soonest, the most tokens per second, or the least energy per token.",
-        rich_help_panel=ROUTE,
-    ),
-]
-EnergySlowdown = Annotated[
-    float | None,
-    typer.Option(
-        "--energy-slowdown",
-        metavar="FACTOR",
-        envvar="SPLITNET_ENERGY_SLOWDOWN",
-        help="With --prefer energy: how many times as long as on the fastest route a token may take; 1.5 if not given.",
-        rich_help_panel=ROUTE,
-    ),
-]
 
 
 def one_identity(context: typer.Context, value: Path | None) -> Path | None:
@@ -250,16 +190,6 @@ InviteFile = Annotated[
         envvar="SPLITNET_INVITE",
         callback=one_identity,
         help="File of `splitnet invite`: model, addresses, swarm key and key in place of those options.",
-        rich_help_panel=KEYS,
-    ),
-]
-TrustedPeers = Annotated[
-    Path | None,
-    typer.Option(
-        "--trusted-peers",
-        metavar="FILE",
-        envvar="SPLITNET_TRUSTED_PEERS",
-        help="File with the keys of the peers that may be used, as --authorized-keys; any peer if not given.",
         rich_help_panel=KEYS,
     ),
 ]
@@ -321,6 +251,180 @@ KeyFile = Annotated[
         rich_help_panel=KEYS,
     ),
 ]
+
+
+CONNECTING: dict[str, Any] = {
+    "initial_peers": Join,
+    "lan": Lan,
+    "codec": CodecName,
+    "recovery_timeout_s": Annotated[
+        float,
+        typer.Option(
+            "--wait",
+            min=0,
+            metavar="SECONDS",
+            help="Time to wait for blocks that suddenly nobody serves.",
+            rich_help_panel=ROUTE,
+        ),
+    ],
+    "any_weights": Annotated[
+        bool | None,
+        typer.Option(
+            "--any-weights/--same-weights",
+            help="Whether a text may go on with weights held otherwise (int4 after float32) if nobody else is left; "
+            "if not given, it may with --codec auto.",
+            show_default=False,
+            rich_help_panel=COMPUTING,
+        ),
+    ],
+    "device": Device,
+    "local_blocks": Annotated[
+        str | None,
+        typer.Option(
+            "--local-blocks",
+            metavar="START:END",
+            envvar="SPLITNET_LOCAL_BLOCKS",
+            help="Blocks to run here, without peers; several as 0:2,28:30, or auto.",
+            rich_help_panel=COMPUTING,
+        ),
+    ],
+    "local_weights": Annotated[
+        str | None,
+        typer.Option(
+            "--local-weights",
+            metavar="KIND",
+            envvar="SPLITNET_LOCAL_WEIGHTS",
+            help="Hold those blocks and the head as auto, float32, float16, int8 or int4; auto if not given, but as "
+            "stored with --codec none.",
+            rich_help_panel=COMPUTING,
+        ),
+    ],
+    "tokenizer": Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="MODEL",
+            envvar="SPLITNET_TOKENIZER",
+            help="Hugging Face id or folder with the tokenizer, if the model comes without a usable one.",
+        ),
+    ],
+    "prefer": Annotated[
+        Preferred,
+        typer.Option(
+            "--prefer",
+            envvar="SPLITNET_PREFER",
+            help="Routes with the next token soonest, the most tokens per second, or the least energy per token.",
+            rich_help_panel=ROUTE,
+        ),
+    ],
+    "energy_slowdown": Annotated[
+        float | None,
+        typer.Option(
+            "--energy-slowdown",
+            metavar="FACTOR",
+            envvar="SPLITNET_ENERGY_SLOWDOWN",
+            help="With --prefer energy: how many times as long as on the fastest route a token may take; 1.5 if not "
+            "given.",
+            rich_help_panel=ROUTE,
+        ),
+    ],
+    "key_file": KeyFile,
+    "swarm_key": SwarmKeyFile,
+    "trusted_peers": Annotated[
+        Path | None,
+        typer.Option(
+            "--trusted-peers",
+            metavar="FILE",
+            envvar="SPLITNET_TRUSTED_PEERS",
+            help="File with the keys of the peers that may be used, as --authorized-keys; any peer if not given.",
+            rich_help_panel=KEYS,
+        ),
+    ],
+    "invite": InviteFile,
+    "model_id": ModelId,
+}
+"""The options with which commands reach a model and its swarm: fields of `ConnectionOptions`, with their defaults."""
+
+
+def connects(*, only: Collection[str] = (), without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Gives a command these options in the place of its parameter `connecting`, which stands behind a `*`.
+
+    Args:
+        only: the fields of those that it has; none: all.
+        without: the fields of those that it does not have.
+    """
+    options = {
+        name: inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=getattr(ConnectionOptions, name) or None,
+            annotation=annotation,
+        )
+        for name, annotation in CONNECTING.items()
+        if (not only or name in only) and name not in without
+    }
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        parameters = list[inspect.Parameter]()
+        for parameter in signature.parameters.values():
+            parameters += options.values() if parameter.name == "connecting" else [parameter]
+
+        @functools.wraps(command)
+        def with_options(**given: Any) -> None:
+            chosen = {name: given.pop(name) for name in options if name in given}
+            chosen = {name: value for name, value in chosen.items() if value is not None}
+            command(**given, connecting=ConnectionOptions(**chosen))
+
+        with_options.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
+        del with_options.__wrapped__  # its signature is that of the command
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_options
+
+    return decorate
+
+
+def as_arguments(options: ConnectionOptions) -> list[str]:
+    """What these options differ from the defaults in, as another command takes it."""
+    arguments: list[str] = []
+    for name, annotation in CONNECTING.items():
+        value = getattr(options, name)
+        if value == getattr(ConnectionOptions, name) or (options.invite and name in ("key_file", "swarm_key")):
+            continue
+        (option,) = annotation.__metadata__
+        flags = (
+            option.default if isinstance(option.default, str) else f"--{name.replace('_', '-')}"
+        )  # typer keeps them so
+        flag, _, opposite = flags.partition("/")
+        if isinstance(value, bool):
+            arguments.append(flag if value else opposite)
+            continue
+        for each in value if isinstance(value, list | tuple) else [value]:
+            arguments += [flag, str(each)]
+    return arguments
+
+
+EXTRAS = {
+    "plot": ("matplotlib",),
+    "serve": ("fastapi", "llguidance", "uvicorn"),
+    "tune": ("peft",),
+}
+"""The packages of each extra in pyproject.toml, which `pip install splitnet` does not bring."""
+
+
+def has(extra: str) -> bool:
+    """Whether the packages of an extra are installed."""
+    return all(find_spec(module) is not None for module in EXTRAS[extra])
+
+
+def require(extra: str, what: str) -> None:
+    """Refuses `what` if the packages of an extra are not installed.
+
+    Raises:
+        SplitnetError: they are not; it names the command that installs them.
+    """
+    if not has(extra):
+        raise SplitnetError(f"{what} needs packages that are not installed: run `pip install 'splitnet[{extra}]'`")
 
 
 def quiet_libraries() -> None:

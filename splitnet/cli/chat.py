@@ -7,20 +7,20 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, resolve_model
-from splitnet.cli.connecting import Connecting, connects
+from splitnet.cli.arguments import ModelOrInvite, connects, resolve_model
 from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Speculate, Temperature, TopP
 from splitnet.cli.invite import model_or_invited
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.logs import printable
+from splitnet.session.options import ConnectionOptions
 
 
 @connects()
 def chat(
     model: ModelOrInvite = None,
     *,
-    connecting: Connecting,
+    connecting: ConnectionOptions,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
@@ -33,9 +33,10 @@ def chat(
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()
+    from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling
 
-    connection = connecting.to(checkpoint)
+    connection = Connection(checkpoint, connecting)
     client = Client.connect(connection, adapter, speculate)
     try:
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)

@@ -7,23 +7,21 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any
 
-from splitnet.blocks.device import AUTO, find_device
+from splitnet.blocks.device import find_device
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.invite import Invite
 from splitnet.cli.progress import StageProgress
 from splitnet.directory.hivemind_node import have_hivemind
 from splitnet.directory.mdns import LanNode, LocalNetwork, what_was_found
 from splitnet.errors import DirectoryError, LanError, WrongSwarm
-from splitnet.hf.remote_model import learn_manifest
+from splitnet.hf.remote_model import learn_manifest, swarm_key_of, trusted_by
 from splitnet.logs import tell
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import SwarmKey
-from splitnet.session.inference import Preference, check_preference
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.messages import PROTOCOL_VERSION
 
@@ -83,63 +81,32 @@ def ask_network(model: str, *, lan: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Connection:
-    """As the options of the commands say.
+    """A model and the swarm that serves it, as the options of a command say.
 
     Attributes:
         model: hub id, checkpoint folder or GGUF file.
-        join: addresses of the swarm; empty: it is looked for on the local network, if `lan`.
-        wait_s: how long to wait for blocks that are suddenly served by nobody.
-        any_weights: whether such weights may be held otherwise, see `splitnet.AutoModelForCausalLM`.
-        local_blocks, local_weights: what runs here, see `splitnet.AutoModelForCausalLM`.
-        tokenizer: hub id or folder, in place of the checkpoint's own.
-        device: that runs what is here; see `splitnet.blocks.device`.
-        prefer, energy_slowdown: which route is the best, see `splitnet.AutoModelForCausalLM`.
-        swarm_key: file with the key of a closed swarm.
-        trusted_peers: file with the keys of the peers that may be used; None: any.
-        invite: file of an invitation, of which addresses, swarm key and key are taken.
-        model_id: the fingerprint that the model must have; None: as the invitation says, or any.
-
-    Raises:
-        SplitnetError: a preference that cannot be.
+        given: the options; without addresses, the swarm is looked for on the local network, if they let us.
     """
 
     model: str
-    join: Sequence[str]
-    codec: str = "auto"
-    key_file: Path | None = None
-    wait_s: float = 30.0
-    any_weights: bool | None = None
-    local_blocks: str | None = None
-    local_weights: str | None = None
-    lan: bool = True
-    tokenizer: str | None = None
-    device: str = AUTO
-    prefer: Preference = "latency"
-    energy_slowdown: float | None = None
-    swarm_key: Path | None = None
-    trusted_peers: Path | None = None
-    invite: Path | None = None
-    model_id: str | None = None
-
-    def __post_init__(self) -> None:
-        check_preference(self.prefer, self.energy_slowdown)
+    given: ConnectionOptions
 
     @cached_property
-    def computes_on(self) -> str:
-        """The device that was chosen; the user is told of one that is not the CPU, the log of all.
+    def options(self) -> ConnectionOptions:
+        """Those given, with the device that was found; the user is told of one that is not the CPU, the log of all.
 
         Raises:
-            SplitnetError: the one asked for is not here, or does not work.
+            SplitnetError: the device asked for is not here, or does not work.
         """
-        choice = find_device(self.device)
+        choice = find_device(self.given.device)
         if choice.device != "cpu":
             tell(logging.INFO, f"computes on {choice}")
-        return choice.device
+        return replace(self.given, device=choice.device)
 
     def checkpoint(self) -> Checkpoint:
-        """The model's; errors as `Checkpoint.open`, after those of `computes_on` and of files with keys."""
-        _ = self.computes_on, self._way, self._trusted
-        return Checkpoint.open(self.model, tokenizer=self.tokenizer)
+        """The model's; errors as `Checkpoint.open`, after those of `options` and of files with keys."""
+        _ = self.options, self._way, self._trusted
+        return Checkpoint.open(self.model, tokenizer=self.given.tokenizer)
 
     def swarm(self, checkpoint: Checkpoint) -> Swarm:
         """Joins.
@@ -154,14 +121,14 @@ class Connection:
 
     def facts_of(self, checkpoint: Checkpoint) -> ModelFacts:
         """What is known of the model; where not all of it is here, peers are asked. Errors as of `swarm`."""
-        expected = self.model_id or (Invite.load(self.invite).model_id if self.invite else None)
+        expected = self.given.model_id or (self._invite.model_id if self._invite else None)
         with StageProgress() as progress:
             known = checkpoint.knows_manifest
             if known:
                 checkpoint.manifest(partial(progress.update, "check the weights"))
             if not known or (expected not in (None, checkpoint.fingerprint) and not checkpoint.is_whole):
                 addresses, swarm_key, identity = self._way
-                addresses = addresses or ask_network(checkpoint.name, lan=self.lan and swarm_key is None)
+                addresses = addresses or ask_network(checkpoint.name, lan=self.given.lan and swarm_key is None)
                 learn_manifest(
                     checkpoint,
                     addresses,
@@ -181,35 +148,26 @@ class Connection:
     def swarm_of(self, facts: ModelFacts) -> Swarm:
         """The same, of a model of which no more is known."""
         addresses, swarm_key, identity = self._way
-        addresses = addresses or (() if swarm_key else find_swarm(facts, lan=self.lan))
+        addresses = addresses or (() if swarm_key else find_swarm(facts, lan=self.given.lan))
         way = None  # with the addresses
-        if self.invite or self.swarm_key:
-            way = [part for address in self.join for part in ("--join", address)]
-            way += ["--invite", str(self.invite)] if self.invite else ["--swarm-key", str(self.swarm_key)]
+        if self.given.invite or self.given.swarm_key:
+            way = [part for address in self.given.initial_peers for part in ("--join", address)]
+            invite = self.given.invite
+            way += ["--invite", str(invite)] if invite else ["--swarm-key", str(self.given.swarm_key)]
         return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=self._trusted, way=way)
+
+    @cached_property
+    def _invite(self) -> Invite | None:
+        return Invite.load(self.given.invite) if self.given.invite else None
 
     @cached_property
     def _way(self) -> tuple[Sequence[str], SwarmKey | None, Identity]:
         """Addresses that are given, the swarm key, and the key of this client."""
-        if self.invite:
-            invite = Invite.load(self.invite)
-            return [*self.join, *invite.join], invite.swarm_key, invite.identity
-        swarm_key = SwarmKey.load(self.swarm_key) if self.swarm_key else None
-        return self.join, swarm_key, Identity.load_or_create(self.key_file)
+        given, invite = self.given, self._invite
+        if invite:
+            return [*given.initial_peers, *invite.join], invite.swarm_key, invite.identity
+        return given.initial_peers, swarm_key_of(given), Identity.load_or_create(given.key_file)
 
     @cached_property
     def _trusted(self) -> AuthorizedKeys | None:
-        return AuthorizedKeys.from_file(self.trusted_peers) if self.trusted_peers else None
-
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of what attaches a model to the swarm."""
-        preference = {"prefer": self.prefer, "energy_slowdown": self.energy_slowdown}
-        return {
-            "codec": self.codec,
-            "recovery_timeout_s": self.wait_s,
-            "any_weights": self.any_weights,
-            "device": self.computes_on,
-            "local_blocks": self.local_blocks,
-            "local_weights": self.local_weights,
-            **(preference if self.prefer != "latency" else {}),  # which not every model takes
-        }
+        return trusted_by(self.given)

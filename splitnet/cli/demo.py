@@ -17,12 +17,12 @@ from typing import Annotated
 import typer
 
 from splitnet.checkpoint.demo import DEMO_NAME
-from splitnet.cli.arguments import CodecName, Device, resolve_model
+from splitnet.cli.arguments import CodecName, Device, require, resolve_model
 from splitnet.cli.configuration import without_options
-from splitnet.cli.extras import require
 from splitnet.cli.serve import serve as run_server
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
+from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import listen_at
 
 ONE_THREAD = ("--threads", "1")
@@ -170,7 +170,7 @@ def demo(
         if serve:
             address = swarm.wait()
             typer.secho(f"others reach this swarm with --join {address}", err=True)
-            run_server(model=checkpoint, join=[address], port=port, codec=codec, device=device)
+            run_server(model=checkpoint, initial_peers=[address], port=port, codec=codec, device=device)
         else:
             _ask(checkpoint, swarm, prompt, max_new_tokens, codec, device)
     typer.secho("all daemons have left; nothing is running any more", err=True)
@@ -182,7 +182,8 @@ def _ask(checkpoint: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int, c
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary
 
-    client = Client.connect(Connection(checkpoint, [swarm.wait()], codec, device=device))
+    options = ConnectionOptions(initial_peers=[swarm.wait()], codec=codec, device=device)
+    client = Client.connect(Connection(checkpoint, options))
     try:
         typer.secho(f"\n> {prompt}\n", bold=True)
         ids = client.encode_prompt(prompt, chat=None)

@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, resolve_model
-from splitnet.cli.connecting import Connecting, connects
-from splitnet.cli.extras import require
+from splitnet.cli.arguments import ModelOrInvite, connects, require, resolve_model
 from splitnet.cli.invite import model_or_invited
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.import_shims import import_models
+from splitnet.session.options import ConnectionOptions
 
 ANSWER = "Answer"
 
@@ -62,7 +61,7 @@ def generate(
     model: ModelOrInvite = None,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False)] = None,
     *,
-    connecting: Connecting,
+    connecting: ConnectionOptions,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -86,9 +85,10 @@ def generate(
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()
+    from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary
 
-    connection = connecting.to(checkpoint)
+    connection = Connection(checkpoint, connecting)
     client = Client.connect(connection, adapter, speculate)
     try:
         ids = client.encode_prompt(text, chat=chat, system=system)

@@ -21,7 +21,7 @@ from splitnet.cli.connection import Connection
 from splitnet.errors import SplitnetError
 from splitnet.hf.adapters import load_adapter
 from splitnet.hf.cache import ModelSession
-from splitnet.hf.causal_lm import RemoteCausalLM, attach
+from splitnet.hf.causal_lm import RemoteCausalLM, attached
 from splitnet.hf.speculate.speculator import PROMPT_LOOKUP
 from splitnet.logs import printable
 
@@ -76,7 +76,7 @@ class Client:
         drafts = drafts_of(speculate, connection)
         swarm = connection.swarm(checkpoint)
         try:
-            remote = attach(checkpoint, swarm, **connection.options())
+            remote = attached(checkpoint, swarm, connection.options)
             generator = load_adapter(remote, adapter) if adapter else remote
             return cls(remote, checkpoint.tokenizer(), generator, drafts)
         except BaseException:
@@ -151,7 +151,7 @@ def drafts_of(speculate: str | None, connection: Connection) -> Any:
         return speculate
     from splitnet.blocks.whole_model import load_whole
 
-    return load_whole(Checkpoint.open(speculate), "auto").to(connection.computes_on)
+    return load_whole(Checkpoint.open(speculate), "auto").to(connection.options.device)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, resolve_model
-from splitnet.cli.connecting import Connecting, connects
-from splitnet.cli.extras import require
+from splitnet.cli.arguments import ModelOrInvite, connects, require, resolve_model
 from splitnet.cli.generate import Speculate
 from splitnet.cli.invite import model_or_invited
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.logs import tell
+from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import listen_at
 
 _HTTP = "HTTP"
@@ -48,7 +47,7 @@ def _checked_names(names: list[str] | None) -> list[str] | None:
 def serve(
     model: ModelOrInvite = None,
     *,
-    connecting: Connecting,
+    connecting: ConnectionOptions,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.", rich_help_panel=_HTTP)
     ] = "127.0.0.1",
@@ -142,12 +141,13 @@ def serve(
     source = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()
+    from splitnet.cli.connection import Connection
     from splitnet.cli.generation import drafts_of
     from splitnet.serve.prefix_cache import KeepLimits
     from splitnet.serve.server import ServeOptions
     from splitnet.serve.server import serve as serve_until_told
 
-    connection = connecting.to(source)
+    connection = Connection(source, connecting)
     checkpoint = connection.checkpoint()
     options = ServeOptions(
         host=host,
@@ -166,7 +166,7 @@ def serve(
     serve_until_told(
         checkpoint,
         lambda: connection.swarm(checkpoint),
-        connection.options(),
+        connection.options,
         options,
         say=typer.echo,
         warn=lambda text: tell(logging.WARNING, text),

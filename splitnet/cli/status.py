@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, resolve_model
-from splitnet.cli.connecting import Connecting, connects
+from splitnet.cli.arguments import ModelOrInvite, connects, resolve_model
 from splitnet.cli.daemon import tell_addresses
 from splitnet.cli.invite import model_or_invited
 from splitnet.import_shims import import_models
+from splitnet.session.options import ConnectionOptions
 
 SHOWN_ADDRESSES = 3
 """To join with; all are in the JSON."""
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from splitnet.swarm.overview import Overview
 
 
-@connects(only=("join", "lan", "key_file", "swarm_key", "invite", "model_id"))
+@connects(only=("initial_peers", "lan", "key_file", "swarm_key", "invite", "model_id"))
 def status(
     model: ModelOrInvite = None,
     *,
-    connecting: Connecting,
+    connecting: ConnectionOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the peers of MODEL's swarm, their blocks, speed and load, and which blocks nobody serves."""
@@ -32,9 +32,10 @@ def status(
 
     import_models()
     from splitnet.checkpoint.checkpoint import Checkpoint
+    from splitnet.cli.connection import Connection
     from splitnet.swarm.overview import Overview
 
-    connection = connecting.to(checkpoint)
+    connection = Connection(checkpoint, connecting)
     facts = connection.facts_of(Checkpoint.open(checkpoint))
     with connection.swarm_of(facts) as swarm:
         overview = Overview.of(swarm, swarm.peers(fresh=True))

@@ -24,7 +24,6 @@ from splitnet.checkpoint.gguf.store import GgufStore
 from splitnet.errors import SplitnetError, UnsupportedModel
 from splitnet.hf.adapters import Prefixes, prompt_wrapper, with_trained_prompt
 from splitnet.hf.cache import Conversation, ModelSession, RemoteCache
-from splitnet.hf.options import CONNECTION, CausalOptions, takes
 from splitnet.hf.parameters import Request, refuse
 from splitnet.hf.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
 from splitnet.hf.speculate.decoding import Decoding, Drafts, Text
@@ -32,10 +31,9 @@ from splitnet.hf.speculate.family_loop import FamilyLoop
 from splitnet.hf.speculate.speculator import Speculator
 from splitnet.hf.steps import Exchange
 from splitnet.quant.device import end_threads
-from splitnet.security.identity import Identity
-from splitnet.security.swarm_key import SwarmKey
 from splitnet.session.inference import Session
 from splitnet.session.local import Blocks, MixedSession
+from splitnet.session.options import GENERATING, JOINING, ConnectionOptions, takes
 from splitnet.swarm.swarm import Swarm
 
 _PLAIN = frozenset({"attention_mask", "cache", "use_cache", "position_ids", "logits_to_keep", "inputs_embeds"})
@@ -57,18 +55,8 @@ class AutoModelForCausalLM:
         raise OSError("use splitnet.AutoModelForCausalLM.from_pretrained(MODEL, initial_peers=[ADDR])")
 
     @classmethod
-    @takes(CausalOptions)
-    def from_pretrained(
-        cls,
-        model: str | Path,
-        *,
-        initial_peers: Sequence[str],
-        identity: Identity | None = None,
-        revision: str | None = None,
-        swarm_key: str | Path | SwarmKey | None = None,
-        trusted_peers: str | Path | None = None,
-        **options: Any,
-    ) -> RemoteCausalLM:
+    @takes(*JOINING, *GENERATING)
+    def from_pretrained(cls, model: str | Path, *, initial_peers: Sequence[str], **options: Any) -> RemoteCausalLM:
         """A causal LM of transformers, with `generate()` and all, whose blocks run on the peers of a swarm.
 
         `peft.get_peft_model` puts adapters on it, and `loss.backward()` trains them; see docs/tuning.md.
@@ -100,37 +88,22 @@ class AutoModelForCausalLM:
             KeyFileError: a file with keys cannot be used.
             TypeError: there is no such option.
         """
-        chosen = CausalOptions.of(options, *CONNECTION)
-        with joined(
-            model,
-            initial_peers=initial_peers,
-            identity=identity,
-            revision=revision,
-            swarm_key=swarm_key,
-            trusted_peers=trusted_peers,
-        ) as (checkpoint, swarm):
-            return _attached(checkpoint, swarm, chosen)
+        chosen = ConnectionOptions.of({"initial_peers": initial_peers, **options}, (*JOINING, *GENERATING))
+        with joined(model, chosen) as (checkpoint, swarm):
+            return attached(checkpoint, swarm, chosen)
 
 
 def attach(checkpoint: Checkpoint, swarm: Swarm, **options: Any) -> RemoteCausalLM:
     """The causal LM of `checkpoint` with its blocks on `swarm`; see `AutoModelForCausalLM.from_pretrained`."""
-    return _attached(checkpoint, swarm, CausalOptions.of(options))
+    return attached(checkpoint, swarm, ConnectionOptions.of(options))
 
 
-def _attached(checkpoint: Checkpoint, swarm: Swarm, options: CausalOptions) -> RemoteCausalLM:
+def attached(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -> RemoteCausalLM:
+    """The same, with options whose device is one that was found."""
     local = local_part(checkpoint, swarm, options)
 
     def open_part(budget: int, part: Blocks) -> Session:
-        return Session(
-            swarm,
-            budget=budget,
-            codec=options.codec,
-            blocks=part,
-            prefer=options.prefer,
-            energy_slowdown=options.energy_slowdown,
-            recovery_timeout_s=options.recovery_timeout_s,
-            any_weights=options.any_weights,
-        )
+        return Session(swarm, options, budget=budget, blocks=part)
 
     def open_session(budget: int) -> ModelSession:
         if not local.ranges:

@@ -12,10 +12,8 @@ from transformers import PreTrainedConfig
 
 from splitnet.blocks.client_part import load_classifier_shell
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.hf.options import CONNECTION, ClientOptions, takes
 from splitnet.hf.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
-from splitnet.security.identity import Identity
-from splitnet.security.swarm_key import SwarmKey
+from splitnet.session.options import JOINING, RUNNING, ConnectionOptions, takes
 from splitnet.swarm.swarm import Swarm
 
 _Labels = tuple[int | None, Mapping[int, str] | None, Mapping[str, int] | None]
@@ -29,7 +27,7 @@ class AutoModelForSequenceClassification:
         raise OSError("use splitnet.AutoModelForSequenceClassification.from_pretrained(MODEL, initial_peers=[ADDR])")
 
     @classmethod
-    @takes(ClientOptions)
+    @takes(*JOINING, *RUNNING)
     def from_pretrained(
         cls,
         model: str | Path,
@@ -38,10 +36,6 @@ class AutoModelForSequenceClassification:
         num_labels: int | None = None,
         id2label: Mapping[int, str] | None = None,
         label2id: Mapping[str, int] | None = None,
-        identity: Identity | None = None,
-        revision: str | None = None,
-        swarm_key: str | Path | SwarmKey | None = None,
-        trusted_peers: str | Path | None = None,
         **options: Any,
     ) -> RemoteSequenceClassification:
         """The family's model for sequence classification, whose blocks run on the peers of a swarm.
@@ -61,16 +55,9 @@ class AutoModelForSequenceClassification:
             ValueError: the labels contradict each other.
             TypeError: there is no such option.
         """
-        chosen = ClientOptions.of(options, *_LABELS, *CONNECTION)
-        with joined(
-            model,
-            initial_peers=initial_peers,
-            identity=identity,
-            revision=revision,
-            swarm_key=swarm_key,
-            trusted_peers=trusted_peers,
-        ) as (checkpoint, swarm):
-            return _attached(checkpoint, swarm, (num_labels, id2label, label2id), chosen)
+        chosen = ConnectionOptions.of({"initial_peers": initial_peers, **options}, (*JOINING, *RUNNING), *_LABELS)
+        with joined(model, chosen) as (checkpoint, swarm):
+            return attached_classifier(checkpoint, swarm, (num_labels, id2label, label2id), chosen)
 
 
 def attach_classifier(
@@ -83,12 +70,14 @@ def attach_classifier(
     **options: Any,
 ) -> RemoteSequenceClassification:
     """The classifier on `checkpoint` with its blocks on `swarm`; see `AutoModelForSequenceClassification`."""
-    return _attached(checkpoint, swarm, (num_labels, id2label, label2id), ClientOptions.of(options, *_LABELS))
+    chosen = ConnectionOptions.of(options, RUNNING, *_LABELS)
+    return attached_classifier(checkpoint, swarm, (num_labels, id2label, label2id), chosen)
 
 
-def _attached(
-    checkpoint: Checkpoint, swarm: Swarm, labels: _Labels, options: ClientOptions
+def attached_classifier(
+    checkpoint: Checkpoint, swarm: Swarm, labels: _Labels, options: ConnectionOptions
 ) -> RemoteSequenceClassification:
+    """The same, with options whose device is one that was found."""
     config = copy.deepcopy(checkpoint.config)
     _set_labels(config, *labels)
     blocks = remote_blocks(checkpoint, swarm, local_part(checkpoint, swarm, options), options)

@@ -29,7 +29,6 @@ from splitnet.errors import AdapterError, CoverageError, ModelNotFound, PeerBusy
 from splitnet.hf.adapters import LocalAdapters, Prefixes, take_prefix
 from splitnet.hf.autograd import PassBlocks
 from splitnet.hf.cache import RemoteCache
-from splitnet.hf.options import ClientOptions
 from splitnet.hf.parameters import check_forward
 from splitnet.hf.steps import CachedBlocks
 from splitnet.paths import public_name
@@ -39,6 +38,7 @@ from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.security.swarm_key import OPEN, SwarmKey
 from splitnet.session.driver import LinkCodecs
 from splitnet.session.local import Blocks, LocalBlocks, LocalSpan
+from splitnet.session.options import ConnectionOptions
 from splitnet.session.training import PassSession
 from splitnet.swarm.links import Links
 from splitnet.swarm.plan import Needs, PlannedHop
@@ -382,7 +382,7 @@ def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) 
     return model
 
 
-def local_part(checkpoint: Checkpoint, swarm: Swarm, options: ClientOptions) -> LocalBlocks:
+def local_part(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -> LocalBlocks:
     """The blocks that run here."""
     blocks, device, weights = options.local_blocks, options.device, options.held_as
     if blocks == AUTO:
@@ -391,50 +391,41 @@ def local_part(checkpoint: Checkpoint, swarm: Swarm, options: ClientOptions) -> 
     return LocalBlocks.load(checkpoint, blocks, device=device, weights=weights)
 
 
-def remote_blocks(checkpoint: Checkpoint, swarm: Swarm, local: LocalBlocks, options: ClientOptions) -> RemoteBlocks:
+def remote_blocks(checkpoint: Checkpoint, swarm: Swarm, local: LocalBlocks, options: ConnectionOptions) -> RemoteBlocks:
     """What stands in the place of the blocks of `checkpoint`."""
 
     def open_passes(blocks: Blocks) -> PassSession:
-        return PassSession(
-            swarm,
-            codec=options.codec,
-            gradient_codec=options.gradient_codec,
-            recovery_timeout_s=options.recovery_timeout_s,
-            any_weights=options.any_weights,
-            blocks=blocks,
-        )
+        return PassSession(swarm, options, blocks=blocks)
 
     return RemoteBlocks(local.stages, open_passes, checkpoint.max_positions, RopeLengths(checkpoint.config))
 
 
-@contextmanager
-def joined(
-    model: str | Path,
-    *,
-    initial_peers: Sequence[str],
-    identity: Identity | None,
-    revision: str | None,
-    swarm_key: str | Path | SwarmKey | None,
-    trusted_peers: str | Path | None,
-) -> Iterator[tuple[Checkpoint, Swarm]]:
-    """Opens a checkpoint and joins its swarm, and leaves it again if the `with` ends in an error.
+def swarm_key_of(options: ConnectionOptions) -> SwarmKey | None:
+    """The key of the closed swarm. Raises KeyFileError: its file cannot be used."""
+    key = options.swarm_key
+    return SwarmKey.load(Path(key)) if isinstance(key, str | Path) else key
 
-    Args:
-        swarm_key: of a closed swarm, or its file.
-        trusted_peers: file with the keys of the peers that may be used; None: any.
+
+def trusted_by(options: ConnectionOptions) -> AuthorizedKeys | None:
+    """The keys of the peers that may be used; None: any. Raises KeyFileError: their file cannot be used."""
+    return None if options.trusted_peers is None else AuthorizedKeys.from_file(Path(options.trusted_peers))
+
+
+@contextmanager
+def joined(model: str | Path, options: ConnectionOptions) -> Iterator[tuple[Checkpoint, Swarm]]:
+    """Opens a checkpoint and joins its swarm, and leaves it again if the `with` ends in an error.
 
     Raises:
         ModelNotFound, UnsupportedModel: the model cannot be used.
         DirectoryError: no initial peer answers.
         KeyFileError: a file with keys cannot be used.
     """
-    key = SwarmKey.load(Path(swarm_key)) if isinstance(swarm_key, str | Path) else swarm_key
-    trusted = AuthorizedKeys.from_file(Path(trusted_peers)) if trusted_peers is not None else None
-    checkpoint = Checkpoint.open(model, revision=revision)
-    identity = identity or Identity.load_or_create()
+    known: dict[str, Any] = {"swarm_key": swarm_key_of(options), "trusted": trusted_by(options)}
+    checkpoint = Checkpoint.open(model, revision=options.revision)
+    identity = options.identity or Identity.load_or_create(options.key_file)
     if not checkpoint.knows_manifest:
-        learn_manifest(checkpoint, initial_peers, identity, swarm_key=key, trusted=trusted)
-    swarm = Swarm(ModelFacts.of(checkpoint), initial_peers, identity=identity, swarm_key=key, trusted=trusted)
+        learn_manifest(checkpoint, options.initial_peers, identity, **known)
+    swarm = Swarm(ModelFacts.of(checkpoint), options.initial_peers, identity=identity, **known)
     try:
         yield checkpoint, swarm
     except BaseException:

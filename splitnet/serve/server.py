@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.hf.causal_lm import attach
+from splitnet.hf.causal_lm import attached
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
 from splitnet.serve.admission import Admission
@@ -27,6 +27,7 @@ from splitnet.serve.grammars import Grammars
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.sampling import choose_defaults
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm
 from splitnet.transport.addresses import listen_at
 
@@ -52,7 +53,7 @@ class ServeOptions:
 def serve(
     checkpoint: Checkpoint,
     join: Callable[[], Swarm],
-    model: dict[str, Any],
+    model: ConnectionOptions,
     options: ServeOptions,
     say: Callable[[str], None],
     warn: Callable[[str], None],
@@ -61,7 +62,7 @@ def serve(
 
     Args:
         join: joins its swarm.
-        model: options of `splitnet.hf.causal_lm.attach`.
+        model: how it runs.
         say: told where, and what is taken from the checkpoint, once requests are answered.
         warn: told what is dangerous.
 
@@ -78,7 +79,7 @@ def serve(
         tokenizer = checkpoint.tokenizer()
         with join() as swarm:
             swarm.peers()  # tells a swarm of other weights
-            remote = attach(checkpoint, swarm, **model)
+            remote = attached(checkpoint, swarm, model)
             defaults, said = choose_defaults(remote.generation_config, of_checkpoint=options.checkpoint_sampling)
             vocabulary = remote.config.get_text_config().vocab_size
             prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)

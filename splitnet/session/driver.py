@@ -48,6 +48,7 @@ from splitnet.session.events import (
     Use,
 )
 from splitnet.session.machine import SessionState
+from splitnet.session.options import ConnectionOptions
 from splitnet.session.requests import Request
 from splitnet.session.route import RouteHop
 from splitnet.swarm.links import refusal
@@ -344,34 +345,30 @@ class SessionDriver:
 
     Args:
         swarm: the peers.
+        options: what the client asked for; `any_weights` None: if codecs vary with the route, too.
         budget: positions of KV cache to reserve over all rows.
         codecs: chooses the codec of each link.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
         in_flight: how many steps are under way at the same time.
         energy_slowdown: see `splitnet.swarm.plan.Needs`.
         progress_timeout_s: how long hops may work on something without any progress.
-        recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
-        any_weights: whether it goes on with weights held otherwise where nobody is left who holds them as on the route
-            before; None: if codecs vary with the route, too.
     """
 
     def __init__(
         self,
         swarm: Swarm,
+        options: ConnectionOptions,
         *,
         budget: int,
         codecs: LinkCodecs,
         blocks: tuple[int, int] | None,
         in_flight: int,
         progress_timeout_s: float,
-        recovery_timeout_s: float,
         energy_slowdown: float | None = None,
-        any_weights: bool | None = None,
     ) -> None:
         self.id = secrets.token_bytes(SESSION_BYTES)
         self.traffic = Traffic()
-        if any_weights is None:
-            any_weights = codecs.vary
+        any_weights = codecs.vary if options.any_weights is None else options.any_weights
         self.state = SessionState(
             self.id,
             model=swarm.facts.fingerprint,
@@ -380,7 +377,7 @@ class SessionDriver:
             max_positions=swarm.facts.max_positions,
             budget=budget,
             progress_timeout_s=progress_timeout_s,
-            recovery_timeout_s=recovery_timeout_s,
+            recovery_timeout_s=options.recovery_timeout_s,
             any_weights=any_weights,
             answer_s=self._answer_s,
         )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 
 from scheduler.batching import DECODE_POSITIONS, SIZES, best_step
-from scheduler.liveness import PROGRESS_TIMEOUT_S, RECOVERY_TIMEOUT_S
+from scheduler.liveness import PROGRESS_TIMEOUT_S
 from scheduler.route import ENERGY_SLOWDOWN
 from splitnet.blocks.adapters import Adapter, read_tensors
 from splitnet.errors import ProtocolError, SplitnetError
@@ -24,6 +22,7 @@ from splitnet.session.driver import (
     link_uses,
 )
 from splitnet.session.events import Abandon, Distrust, Resize, Submit, UseAdapter
+from splitnet.session.options import ConnectionOptions
 from splitnet.session.requests import FetchRequest, StepRequest
 from splitnet.session.route import RouteHop
 from splitnet.swarm.plan import Forecast
@@ -31,26 +30,11 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import codec_by_code
 from splitnet.wire.messages import MAX_PAYLOAD_BYTES, FetchKV, Fork, Part, Step, Timing
 
-Preference = Literal["latency", "throughput", "energy"]
-
 ASK_S = 2.0
 """After so many seconds hops are asked what the decode steps met there."""
 
 THROUGHPUT_STEPS = 8
 """How many steps a session that asks for throughput has under way."""
-
-
-def check_preference(prefer: str, energy_slowdown: float | None) -> None:
-    """Raises SplitnetError for what a session cannot prefer."""
-    if prefer not in get_args(Preference):
-        raise SplitnetError(f"a session prefers latency, throughput or energy, not {prefer!r}")
-    if energy_slowdown is not None and prefer != "energy":
-        raise SplitnetError(f"an energy slowdown goes with the preference energy, not with {prefer}: ask for both")
-    if energy_slowdown is None:
-        return
-    is_number = isinstance(energy_slowdown, int | float) and not isinstance(energy_slowdown, bool)
-    if not is_number or not 1 <= energy_slowdown < math.inf:
-        raise SplitnetError(f"an energy slowdown of {energy_slowdown!r} is none: give 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,41 +57,31 @@ class Session(SessionDriver):
 
     Args:
         swarm: the peers.
+        options: codec, preference and patience, see `splitnet.AutoModelForCausalLM.from_pretrained`.
         budget: positions to reserve over all rows; grows when needed.
-        codec: name of a codec for every link, or "auto" to choose by cost for each link.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
-        prefer: "latency": the result of a step soonest; "throughput": most steps per second, for batches and training;
-            "energy": the least energy per token, see docs/energy.md.
-        energy_slowdown: of "energy": how many times as long as on the fastest route a step may take; None: 1.5.
         progress_timeout_s: how long hops may work on a step without any progress.
-        recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
-        any_weights: see `SessionDriver`.
     """
 
     def __init__(
         self,
         swarm: Swarm,
+        options: ConnectionOptions,
         *,
         budget: int,
-        codec: str = "auto",
         blocks: tuple[int, int] | None = None,
-        prefer: Preference = "latency",
-        energy_slowdown: float | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
-        recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
-        any_weights: bool | None = None,
     ) -> None:
-        check_preference(prefer, energy_slowdown)
+        slowdown = options.energy_slowdown or ENERGY_SLOWDOWN
         super().__init__(
             swarm,
+            options,
             budget=budget,
-            codecs=LinkCodecs(swarm, codec),
+            codecs=LinkCodecs(swarm, options.codec),
             blocks=blocks,
-            in_flight=THROUGHPUT_STEPS if prefer == "throughput" else 1,
-            energy_slowdown=(energy_slowdown or ENERGY_SLOWDOWN) if prefer == "energy" else None,
+            in_flight=THROUGHPUT_STEPS if options.prefer == "throughput" else 1,
+            energy_slowdown=slowdown if options.prefer == "energy" else None,
             progress_timeout_s=progress_timeout_s,
-            recovery_timeout_s=recovery_timeout_s,
-            any_weights=any_weights,
         )
         self._asked_at = 0.0
 

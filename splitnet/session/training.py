@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from scheduler.liveness import PASS_PROGRESS_S, RECOVERY_TIMEOUT_S
+from scheduler.liveness import PASS_PROGRESS_S
 from splitnet.blocks.adapters import Adapter, read_tensors
 from splitnet.errors import PeerFailed, SplitnetError
 from splitnet.session.driver import LinkCodecs, SessionDriver
 from splitnet.session.events import GoBack, Submit, UseAdapter
+from splitnet.session.options import ConnectionOptions
 from splitnet.session.requests import Batch, PassRequest, WayBack
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import Codec, codec_by_code, codec_by_name
@@ -48,36 +49,29 @@ class PassSession(SessionDriver):
 
     Args:
         swarm: the peers.
-        codec: of the activations on every link, or "auto".
-        gradient_codec: of the gradients on every link; "auto": exact where the activations are, else "bf16".
-        recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
-        any_weights: see `SessionDriver`.
+        options: codecs and patience, see `splitnet.AutoModelForCausalLM.from_pretrained`.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
     """
 
     def __init__(
         self,
         swarm: Swarm,
+        options: ConnectionOptions,
         *,
-        codec: str = "auto",
-        gradient_codec: str = "auto",
-        recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
-        any_weights: bool | None = None,
         blocks: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(
             swarm,
+            options,
             budget=1,
-            codecs=LinkCodecs(swarm, codec, exact_embeddings=blocks is None or not blocks[0]),
+            codecs=LinkCodecs(swarm, options.codec, exact_embeddings=blocks is None or not blocks[0]),
             blocks=blocks,
             in_flight=MICRO_BATCHES_PER_HOP * 4,
             progress_timeout_s=PASS_PROGRESS_S,
-            recovery_timeout_s=recovery_timeout_s,
-            any_weights=any_weights,
         )
-        if gradient_codec != "auto":
-            codec_by_name(gradient_codec)
-        self._gradient_codec = gradient_codec
+        self._gradient_codec = options.gradient_codec
+        if self._gradient_codec != "auto":
+            codec_by_name(self._gradient_codec)
         self._kept: set[int] = set()
         self._forgotten: deque[list[int]] = deque()
 

@@ -17,8 +17,8 @@ import peers.server
 from splitnet.blocks import device as device_choice
 from splitnet.blocks.device import Choice, find_device
 from splitnet.blocks.fast import captured
-from splitnet.hf import options
 from splitnet.quant import experts
+from splitnet.session import options
 from tests.unit.recorded_operations import OperationRecorder
 
 STAND_IN = os.environ.get("GPU_TESTS_ON") == "stand-in"

@@ -15,6 +15,7 @@ from splitnet.errors import CoverageError, PeerBusy, PeerFailed, SessionClosed, 
 from splitnet.security.identity import Identity
 from splitnet.session.events import Cause
 from splitnet.session.inference import Session
+from splitnet.session.options import ConnectionOptions
 from splitnet.wire.endpoints import Destination
 from splitnet.wire.messages import Part, Result
 from tests.swarm.harness import LocalSwarm, local_swarm
@@ -111,8 +112,8 @@ def test_a_hop_rebuilds_its_cache_from_the_log_of_the_one_before(shared: LocalSw
     swarm = shared.connect()
     torch.manual_seed(0)
     hidden = torch.randn(20, 64)
-    with_replay = Session(swarm, budget=64, codec="int8")
-    undisturbed = Session(swarm, budget=64, codec="int8")
+    with_replay = Session(swarm, ConnectionOptions(codec="int8"), budget=64)
+    undisturbed = Session(swarm, ConnectionOptions(codec="int8"), budget=64)
     for session in (with_replay, undisturbed):
         session.step(hidden[:12], [Part(1, 0, 12, 0)])
         session.step(hidden[12:15], [Part(1, 12, 3, 1)])
@@ -132,7 +133,7 @@ def test_a_hop_rebuilds_its_cache_from_the_log_of_the_one_before(shared: LocalSw
 
 
 def test_a_repeated_step_changes_nothing(shared: LocalSwarm) -> None:
-    session = Session(shared.connect(), budget=64, codec="none")
+    session = Session(shared.connect(), ConnectionOptions(codec="none"), budget=64)
     hidden = torch.randn(10, 64, generator=torch.Generator().manual_seed(3))
     session.step(hidden[:9], [Part(1, 0, 9, 1)])
     once = session.step(hidden[9:], [Part(1, 9, 1, 1)])
@@ -144,7 +145,7 @@ def test_a_repeated_step_changes_nothing(shared: LocalSwarm) -> None:
 def test_a_step_beyond_what_is_cached_is_refused(shared: LocalSwarm) -> None:
     from splitnet.errors import ProtocolError
 
-    session = Session(shared.connect(), budget=64, codec="none")
+    session = Session(shared.connect(), ConnectionOptions(codec="none"), budget=64)
     with pytest.raises((PeerFailed, ProtocolError), match="position"):
         session.step(torch.randn(1, 64), [Part(1, 5, 1, 1)])
     session.close()

@@ -21,6 +21,7 @@ from splitnet.hf.causal_lm import attach
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import SwarmKey, write_secret_file
 from splitnet.session.inference import Session
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.messages import Announce, Announced, Found, LookUp, Part
 from tests.attacks.directory import ask_of_nothing
@@ -215,7 +216,7 @@ def test_a_session_leaves_a_peer_that_is_trusted_no_longer(swarm: LocalSwarm, tm
     trusted = tmp_path / "trusted"
     trusted.write_text("".join(f"{key.text}\n" for key in keys))
     with connect(swarm.peers[0], trusted=AuthorizedKeys.from_file(trusted)) as client:
-        session = Session(client, budget=64, codec="none")
+        session = Session(client, ConnectionOptions(codec="none"), budget=64)
         session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)])
         (used,) = {hop.endpoint.key for hop in session.hops}
         (other,) = keys - {used}

@@ -13,6 +13,7 @@ from peers.server import Peer
 from peers.speed import ObservedSpeed
 from splitnet.directory.dht import Directory
 from splitnet.session.inference import Session
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.overview import Overview, token_ms
 from splitnet.swarm.swarm import Swarm
 from tests.swarm.generation import GREEDY, prompt
@@ -90,7 +91,7 @@ def test_records_and_metrics_say_what_a_token_takes(client: Swarm, peers: list[P
 def test_a_client_takes_the_route_that_it_prefers(
     client: Swarm, peers: list[Peer], options: dict[str, Any], chosen: int
 ) -> None:
-    session = Session(client, budget=16, codec="none", **options)
+    session = Session(client, ConnectionOptions(codec="none", **options), budget=16)
     session.open()
     assert [hop.name for hop in session.hops] == [peers[chosen].identity.public.text]
     session.close()

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from splitnet.cli import extras
-from splitnet.cli.extras import MODULES, has, require
+from splitnet.cli import arguments
+from splitnet.cli.arguments import EXTRAS, has, require
 from splitnet.errors import SplitnetError
 from tests.unit.random_models import random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-ABSENT = {*(module for modules in MODULES.values() for module in modules), "accelerate", "starlette"}
+ABSENT = {*(module for modules in EXTRAS.values() for module in modules), "accelerate", "starlette"}
 """Packages of the extras, and what only these bring."""
 
 WITHOUT_EXTRAS = f"""
@@ -76,17 +76,17 @@ def test_extras_are_those_of_the_package() -> None:
     def names(requirements: list[str]) -> set[str]:
         return {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
 
-    brought = {extra: names(project["optional-dependencies"][extra]) for extra in MODULES}
-    assert all(set(modules) <= brought[extra] for extra, modules in MODULES.items())
+    brought = {extra: names(project["optional-dependencies"][extra]) for extra in EXTRAS}
+    assert all(set(modules) <= brought[extra] for extra, modules in EXTRAS.items())
     assert not names(project["dependencies"]) & set().union(*brought.values())
-    assert project["optional-dependencies"]["all"] == [f"splitnet[{','.join(sorted(MODULES))}]"]
+    assert project["optional-dependencies"]["all"] == [f"splitnet[{','.join(sorted(EXTRAS))}]"]
 
 
 def test_what_lacks_its_extra_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_spec(module: str) -> Any:
         return None if module == "llguidance" else PathFinder.find_spec(module)
 
-    monkeypatch.setattr(extras, "find_spec", find_spec)
+    monkeypatch.setattr(arguments, "find_spec", find_spec)
     require("tune", "splitnet tune")
     assert has("plot") and not has("serve")
     with pytest.raises(SplitnetError, match=r"^splitnet serve needs .*`pip install 'splitnet\[serve\]'`$"):

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from peers.metrics import MetricsServer, registry_of
 from splitnet.errors import PeerBusy
 from splitnet.session.inference import Session
+from splitnet.session.options import ConnectionOptions
 from tests.swarm.generation import GREEDY, prompt
 from tests.swarm.harness import LocalSwarm, shared_swarm
 
@@ -113,7 +114,7 @@ def test_numbers_are_those_of_training(swarm: LocalSwarm, scrape: Callable[[], l
 
 def test_what_is_refused_is_told_by_cause(swarm: LocalSwarm, scrape: Callable[[], list[Told]]) -> None:
     before = scrape()
-    session = Session(swarm.client, budget=64, codec="none")
+    session = Session(swarm.client, ConnectionOptions(codec="none"), budget=64)
     session.open()
     with pytest.raises(PeerBusy):
         session.reserve(1 << 23)

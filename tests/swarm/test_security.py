@@ -15,6 +15,7 @@ from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, NotAuthorized
 from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.messages import Message, Part, Step
@@ -34,7 +35,7 @@ def private(folder: Path, tmp_path: Path) -> Iterator[tuple[LocalSwarm, Identity
 
 
 def one_step(swarm: Swarm) -> torch.Tensor:
-    session = Session(swarm, budget=16, codec="none")
+    session = Session(swarm, ConnectionOptions(codec="none"), budget=16)
     try:
         return session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)])
     finally:
@@ -81,7 +82,7 @@ def test_a_peer_with_another_key_than_its_record_is_not_used(folder: Path) -> No
         _announce(swarm, lie, impostor)
         client = swarm.connect()
         assert {record.key for record in client.peers(fresh=True)} == {honest.identity.public, impostor.public}
-        session = Session(client, budget=16, codec="none")
+        session = Session(client, ConnectionOptions(codec="none"), budget=16)
         assert session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)]).shape == (1, 64)
         assert [hop.endpoint.key for hop in session.hops] == [honest.identity.public]
         session.close()
@@ -99,10 +100,10 @@ def test_a_swarm_of_impostors_serves_nobody(folder: Path) -> None:
 def test_a_session_belongs_to_the_key_that_opened_it(folder: Path) -> None:
     with local_swarm(folder, [(0, 6)]) as swarm:
         owner, thief = swarm.connect(), swarm.connect()
-        session = Session(owner, budget=16, codec="none")
+        session = Session(owner, ConnectionOptions(codec="none"), budget=16)
         before = session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)])
         # The thief knows the id and everything else of the session.
-        stolen = Session(thief, budget=16, codec="none", recovery_timeout_s=0.5)
+        stolen = Session(thief, ConnectionOptions(codec="none", recovery_timeout_s=0.5), budget=16)
         owner_id, stolen_id = session.id, stolen.id
         thief.links.unregister(stolen)
         stolen.id = stolen.state.session = owner_id

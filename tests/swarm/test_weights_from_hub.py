@@ -24,6 +24,7 @@ from splitnet.directory.dht import Directory
 from splitnet.errors import ModelNotFound, WrongSwarm
 from splitnet.hf.remote_model import learn_manifest
 from splitnet.security.identity import Identity
+from splitnet.session.options import ConnectionOptions
 from tests.swarm.harness import local_swarm
 from tests.swarm.test_weights_from_peers import block_bytes_of, computes_as
 from tests.unit.random_models import random_checkpoint
@@ -221,9 +222,10 @@ def test_what_was_told_before_gives_way_to_a_model_id(folder: Path, node: Direct
         checkpoint = Checkpoint.open("someone/tiny")
         checkpoint.adopt(told)
         assert Checkpoint.open("someone/tiny").fingerprint == told.fingerprint
-        connection = Connection(
-            model="someone/tiny", join=[swarm.peers[0].join_address], key_file=tmp_path / "key", model_id=right
+        options = ConnectionOptions(
+            initial_peers=[swarm.peers[0].join_address], key_file=tmp_path / "key", model_id=right
         )
+        connection = Connection("someone/tiny", options)
         assert connection.facts_of(Checkpoint.open("someone/tiny")).fingerprint == right
         checkpoint.adopt(told)
         peer = swarm.add(0, 2, folder="someone/tiny", model_id=right)

@@ -38,12 +38,13 @@ from peers.server import Peer
 from peers.options import PeerOptions
 from splitnet.cli.connection import Connection
 from splitnet.cli.generation import Client, Sampling
+from splitnet.session.options import ConnectionOptions
 
 peer = Peer.start(sys.argv[1], PeerOptions(listen="tcp://127.0.0.1:0", device="cpu"))
-connection = Connection(sys.argv[1], peer.addresses, device="cpu")
+connection = Connection(sys.argv[1], ConnectionOptions(initial_peers=peer.addresses, device="cpu"))
 checkpoint = connection.checkpoint()
-from splitnet.hf.causal_lm import attach
-model = attach(checkpoint, connection.swarm(checkpoint), **connection.options())
+from splitnet.hf.causal_lm import attached
+model = attached(checkpoint, connection.swarm(checkpoint), connection.options)
 model.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False)
 model.close()
 peer.close()

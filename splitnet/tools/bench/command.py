@@ -7,22 +7,22 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, resolve_model
-from splitnet.cli.connecting import Connecting, connects
+from splitnet.cli.arguments import ModelOrInvite, connects, resolve_model
 from splitnet.cli.invite import model_or_invited
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
+from splitnet.session.options import ConnectionOptions
 from splitnet.tools.bench.figures import cases_of
 
 _TESTS = "Tests"
 _MANNER = "How to measure"
 
 
-@connects(without=("wait", "tokenizer"))
+@connects(without=("recovery_timeout_s", "tokenizer"))
 def bench(
     model: ModelOrInvite = None,
     *,
-    connecting: Connecting,
+    connecting: ConnectionOptions,
     local: Annotated[
         bool,
         typer.Option(
@@ -78,7 +78,7 @@ def bench(
 
     Prompts are random tokens, answers have exactly as many tokens as asked for, whatever the model says.
     """
-    if not (connecting.join or connecting.lan or local or connecting.invite):
+    if not (connecting.initial_peers or connecting.lan or local or connecting.invite):
         raise SplitnetError(
             "there is nothing to measure: give --join ADDR for a swarm, --local for plain transformers here, or both"
         )
@@ -88,9 +88,10 @@ def bench(
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()
+    from splitnet.cli.connection import Connection
     from splitnet.tools.bench.run import Benchmark
 
-    connection = connecting.to(checkpoint)
+    connection = Connection(checkpoint, connecting)
     report = Benchmark(cases, rounds, warm_up, seed, threads, local).run(connection)
     if as_json:
         typer.echo(json.dumps(report.document()))

@@ -14,7 +14,7 @@ import transformers
 
 from splitnet.cli.connection import Connection
 from splitnet.cli.progress import StageProgress
-from splitnet.hf.causal_lm import attach
+from splitnet.hf.causal_lm import attached
 from splitnet.quant.native import path_in_use, prefetch_in_use, processor
 from splitnet.tools.bench.backends import LocalArm, SwarmArm
 from splitnet.tools.bench.figures import Case, check_room
@@ -49,23 +49,24 @@ class Benchmark:
             if self._measures_swarm(connection):
                 swarm = connection.swarm(checkpoint)
                 at_end.callback(swarm.close)
-                arms[SWARM] = SwarmArm(attach(checkpoint, swarm, **connection.options()), self.seed)
+                arms[SWARM] = SwarmArm(attached(checkpoint, swarm, connection.options), self.seed)
             if self.local:
                 progress.update(f"loading {checkpoint.name} for --local", 0, 0)
-                arms[LOCAL] = LocalArm(checkpoint, self.seed, connection.computes_on)
+                arms[LOCAL] = LocalArm(checkpoint, self.seed, connection.options.device)
             measured = measure(arms, self.cases, rounds=self.rounds, warm_up=self.warm_up, progress=progress.update)
         return Report(checkpoint.name, self._settings(connection), environment(), measured)
 
     def _measures_swarm(self, connection: Connection) -> bool:
-        return bool(connection.join or connection.invite) or not self.local
+        return bool(connection.given.initial_peers or connection.given.invite) or not self.local
 
     def _settings(self, connection: Connection) -> dict[str, Any]:
+        options = connection.options
         settings: dict[str, Any] = {"rounds": self.rounds, "warm_up": self.warm_up, "seed": self.seed}
-        settings["device"] = connection.computes_on
+        settings["device"] = options.device
         if self._measures_swarm(connection):
-            settings |= {"codec": connection.codec, "join": list(connection.join), "prefer": connection.prefer}
-        if connection.local_blocks is not None or connection.local_weights is not None:
-            settings |= {"local_blocks": connection.local_blocks, "local_weights": connection.local_weights}
+            settings |= {"codec": options.codec, "join": list(options.initial_peers), "prefer": options.prefer}
+        if options.local_blocks is not None or options.local_weights is not None:
+            settings |= {"local_blocks": options.local_blocks, "local_weights": options.local_weights}
         return settings
 
 

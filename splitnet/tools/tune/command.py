@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, resolve_model
-from splitnet.cli.connecting import Connecting, connects
-from splitnet.cli.extras import require
+from splitnet.cli.arguments import ModelOrInvite, as_arguments, connects, require, resolve_model
 from splitnet.cli.invite import model_or_invited
 from splitnet.errors import SplitnetError
+from splitnet.session.options import ConnectionOptions
 from splitnet.tools.tune.data import TEMPLATE
 from splitnet.tools.tune.folder import TuningFolder
 from splitnet.tools.tune.methods import AdapterOptions, Method, PromptNetwork
@@ -31,7 +30,7 @@ def tune(
     output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the adapter and what belongs to it.")],
     model: ModelOrInvite = None,
     *,
-    connecting: Connecting,
+    connecting: ConnectionOptions,
     evaluation: Annotated[
         Path | None,
         typer.Option("--eval", metavar="FILE.jsonl", help="Held-out examples.", rich_help_panel=_DATA),
@@ -131,6 +130,7 @@ def tune(
         raise SplitnetError('--head tells labels, and the data has none: give {"text": "...", "label": "..."}')
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
+    from splitnet.cli.connection import Connection
     from splitnet.tools.tune.job import Tuning
 
     named = tuple(name.strip() for name in (targets or "").split(",") if name.strip())
@@ -161,6 +161,6 @@ def tune(
         save_every=save_every,
         output=output,
         resume=resume,
-        way=[*([model] if model else []), *connecting.as_arguments()],
+        way=[*([model] if model else []), *as_arguments(connecting)],
     )
-    tuning.run(connecting.to(checkpoint))
+    tuning.run(Connection(checkpoint, connecting))

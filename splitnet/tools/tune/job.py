@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.arguments import has
 from splitnet.cli.connection import Connection
-from splitnet.cli.extras import has
 from splitnet.errors import SplitnetError
-from splitnet.hf.causal_lm import RemoteCausalLM, attach
-from splitnet.hf.classifier import RemoteSequenceClassification, attach_classifier
+from splitnet.hf.causal_lm import RemoteCausalLM, attached
+from splitnet.hf.classifier import RemoteSequenceClassification, attached_classifier
 from splitnet.swarm.swarm import Swarm
 from splitnet.tools.tune.data import Examples
 from splitnet.tools.tune.encoding import IGNORED, Encoded, Encoder, collate
@@ -110,15 +110,11 @@ class ModelToTune:
         return adapted
 
     def _causal(self) -> RemoteCausalLM:
-        return attach(self.checkpoint, self.swarm, **self.connection.options())
+        return attached(self.checkpoint, self.swarm, self.connection.options)
 
     def _classifier(self) -> RemoteSequenceClassification:
-        model = attach_classifier(
-            self.checkpoint,
-            self.swarm,
-            id2label=dict(enumerate(self.labels or ())),
-            **self.connection.options(),
-        )
+        labels = (None, dict(enumerate(self.labels or ())), None)
+        model = attached_classifier(self.checkpoint, self.swarm, labels, self.connection.options)
         model.config.pad_token_id = self.pad  # by which it finds the last token of a row
         return model
 
@@ -293,7 +289,7 @@ class Tuning:
             maker = ModelToTune(checkpoint, swarm, connection, tokenizer, pad, labels)
             adapted = maker.with_adapter(self.method, self.options, self._beginning())
             folder.begin(description)
-            run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head, device=connection.computes_on)
+            run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head, device=connection.options.device)
             _Training(self, run, folder, held_out, words, pad).train()
         finally:
             swarm.close()

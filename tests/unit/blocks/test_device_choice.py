@@ -13,7 +13,7 @@ from splitnet.blocks import device as device_choice
 from splitnet.blocks.device import DEVICE_NAME, Present, choose_device, find_device
 from splitnet.cli.main import app
 from splitnet.errors import SplitnetError
-from splitnet.hf.options import CausalOptions
+from splitnet.session.options import ConnectionOptions
 
 TWO = Present({"cuda": ("NVIDIA A", "NVIDIA B"), "xpu": ("Arc",)})
 ALL = Present({"xpu": ("Arc",), "mps": ("Metal",), "cuda": ("Instinct",)})
@@ -100,9 +100,9 @@ def test_a_named_device_is_tried_before_anything_slow(monkeypatch: pytest.Monkey
 
 
 def test_the_options_of_a_client_hold_the_device_that_was_found() -> None:
-    assert CausalOptions.of({}).device == "cpu"
+    assert ConnectionOptions.of({}).device == "cpu"
     with pytest.raises(SplitnetError, match="no device 'cuda:99'"):
-        CausalOptions.of({"device": "cuda:99"})
+        ConnectionOptions.of({"device": "cuda:99"})
 
 
 def test_all_commands_that_compute_take_it() -> None:

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from splitnet.blocks import head as head_module
 from splitnet.blocks.head import MOST_ROWS, Head, HeldHead, SharedProduct, hold_head
-from splitnet.hf.options import ClientOptions
 from splitnet.quant.choose import choose_weights
 from splitnet.quant.native import has_fast_kernels
+from splitnet.session.options import ConnectionOptions
 from tests.unit.random_models import random_config
 
 WAIT_S = 20.0
@@ -100,9 +100,9 @@ def test_a_head_as_it_is_stored_gives_the_same(dtype: torch.dtype) -> None:
 
 
 def test_who_asks_for_exact_links_gets_an_exact_head() -> None:
-    held = {codec: ClientOptions(codec=codec).held_as for codec in ("auto", "int8", "none")}
+    held = {codec: ConnectionOptions(codec=codec).held_as for codec in ("auto", "int8", "none")}
     assert held == {"auto": "auto", "int8": "auto", "none": None}
-    assert ClientOptions(codec="none", local_weights="int8").held_as == "int8"
+    assert ConnectionOptions(codec="none", local_weights="int8").held_as == "int8"
 
 
 @compiled

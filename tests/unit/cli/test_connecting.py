@@ -6,6 +6,7 @@ import os
 import shlex
 import socket
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Never
 
@@ -14,17 +15,17 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from splitnet.cli import connection
-from splitnet.cli.arguments import Preferred
-from splitnet.cli.connecting import Connecting
+from splitnet.cli.arguments import as_arguments
 from splitnet.cli.main import EXAMPLES, app
 from splitnet.errors import SplitnetError
 from splitnet.security.identity import Identity
+from splitnet.session.options import ConnectionOptions
 
 ADDRESS = f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}"
 
 GIVEN: dict[str, tuple[str, Any]] = {
     "--codec": ("codec", "int8"),
-    "--wait": ("wait_s", 7.0),
+    "--wait": ("recovery_timeout_s", 7.0),
     "--device": ("device", "cuda:1"),
     "--local-blocks": ("local_blocks", "0:2"),
     "--local-weights": ("local_weights", "int8"),
@@ -35,7 +36,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "--swarm-key": ("swarm_key", Path("swarm.key")),
     "--trusted-peers": ("trusted_peers", Path("trusted")),
 }
-"""Of each option the field of a connection, and what is given."""
+"""Of each option its field, and what is given."""
 
 LACKS = {
     "tune": {"--prefer", "--energy-slowdown"},
@@ -78,8 +79,8 @@ def test_wrong_options_are_told_before_anything_slow(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the model is looked for, and libraries are imported."""
-    for module in ("serve", "demo", "generate", "chat", "tune"):
-        monkeypatch.setattr(f"splitnet.cli.{module}.resolve_model", lambda _: pytest.fail("the model is looked for"))
+    for module in ("cli.serve", "cli.demo", "cli.generate", "cli.chat", "tools.tune.command"):
+        monkeypatch.setattr(f"splitnet.{module}.resolve_model", lambda _: pytest.fail("the model is looked for"))
     (tmp_path / "data.jsonl").write_text('{"text": "a"}')
     with socket.create_server(("127.0.0.1", 0)) as taken:
         words = {"taken": taken.getsockname()[1], "tmp": tmp_path}
@@ -92,8 +93,8 @@ class Reached(Exception):
     """With the arguments of the connection."""
 
 
-def refuse(*given: Any, **named: Any) -> Never:
-    raise Reached(given, named)
+def refuse(*given: Any) -> Never:
+    raise Reached(*given)
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve", "tune", "bench", "status"])
@@ -105,13 +106,13 @@ def test_what_a_command_takes_reaches_its_connection(
     monkeypatch.setattr(connection, "Connection", refuse)
     more = {"generate": ["prompt"], "tune": ["--data", str(data), "--output", str(tmp_path / "out")]}.get(command, [])
     taken = {option: one for option, one in GIVEN.items() if option not in LACKS.get(command, ())}
-    options = [text for option, (_, value) in taken.items() for text in (option, str(value))]
-    ran = CliRunner().invoke(app, [command, "m", *more, "--join", ADDRESS, "--no-lan", *options])
+    words = [text for option, (_, value) in taken.items() for text in (option, str(value))]
+    ran = CliRunner().invoke(app, [command, "m", *more, "--join", ADDRESS, "--no-lan", *words])
     assert isinstance(ran.exception, Reached), ran.output
-    given, named = ran.exception.args
-    assert given == ("m", [ADDRESS])
-    assert {name: named[name] for name, _ in taken.values()} == dict(taken.values())
-    assert named["lan"] is False and named["invite"] is None
+    model, options = ran.exception.args
+    assert model == "m" and options.initial_peers == [ADDRESS]
+    assert {name: getattr(options, name) for name, _ in taken.values()} == dict(taken.values())
+    assert options.lan is False and options.invite is None
     has = {option for parameter in get_command(app).commands[command].params for option in parameter.opts}  # pyright: ignore[reportAttributeAccessIssue]
     assert has & GIVEN.keys() == taken.keys()
 
@@ -119,23 +120,22 @@ def test_what_a_command_takes_reaches_its_connection(
 @pytest.mark.parametrize(
     "given",
     [
-        Connecting(join=[ADDRESS, ADDRESS], lan=False, codec="int8", prefer=Preferred.energy, swarm_key=Path("a key")),
-        Connecting(invite=Path("invite"), key_file=Path("key"), wait=7.0, model_id="0" * 64),
-        Connecting(),
+        ConnectionOptions(
+            initial_peers=[ADDRESS, ADDRESS], lan=False, codec="int8", prefer="energy", swarm_key=Path("a key")
+        ),
+        ConnectionOptions(invite=Path("invite"), key_file=Path("key"), recovery_timeout_s=7.0, model_id="0" * 64),
+        ConnectionOptions(any_weights=True),
+        ConnectionOptions(any_weights=False),
+        ConnectionOptions(),
     ],
 )
-def test_what_was_given_can_be_given_to_another_command(given: Connecting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_given_can_be_given_to_another_command(
+    given: ConnectionOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(connection, "Connection", refuse)
     for name in [name for name in os.environ if name.startswith("SPLITNET_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SPLITNET_CONFIG", os.devnull)
-
-    def reached(*options: str) -> Any:
-        ran = CliRunner().invoke(app, ["generate", "m", "prompt", *options])
-        assert isinstance(ran.exception, Reached), ran.output
-        return ran.exception.args
-
-    with pytest.raises(Reached) as expected:
-        given.to("m")
-    addresses, named = expected.value.args
-    assert reached(*given.as_arguments()) == (addresses, named | ({"key_file": None} if given.invite else {}))
+    ran = CliRunner().invoke(app, ["generate", "m", "prompt", *as_arguments(given)])
+    assert isinstance(ran.exception, Reached), ran.output
+    assert ran.exception.args == ("m", replace(given, key_file=None) if given.invite else given)

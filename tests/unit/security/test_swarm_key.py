@@ -18,6 +18,7 @@ from splitnet.directory.joining import join
 from splitnet.errors import DirectoryError, KeyFileError, NotAuthorized, SplitnetError
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import OPEN, SEAL_BYTES, SwarmKey
+from splitnet.session.options import ConnectionOptions
 from splitnet.tools.bench.run import Benchmark
 from splitnet.wire.messages import FINGERPRINT
 
@@ -180,9 +181,9 @@ def test_an_invitation_beside_another_swarm_key_or_key_is_refused_by_name(comman
 
 def test_bench_measures_the_swarm_of_an_invitation_beside_the_model_here(tmp_path: Path) -> None:
     benchmark = Benchmark((), 1, 0, 0, None, local=True)
-    assert benchmark._measures_swarm(Connection("m", (), invite=tmp_path / "anna.invite"))
-    assert benchmark._measures_swarm(Connection("m", ["tcp://..."]))
-    assert not benchmark._measures_swarm(Connection("m", ()))
+    assert benchmark._measures_swarm(Connection("m", ConnectionOptions(invite=tmp_path / "anna.invite")))
+    assert benchmark._measures_swarm(Connection("m", ConnectionOptions(initial_peers=["tcp://..."])))
+    assert not benchmark._measures_swarm(Connection("m", ConnectionOptions()))
 
 
 def test_a_closed_swarm_joins_no_dht() -> None:

@@ -14,10 +14,10 @@ from scheduler.facts import Link
 from scheduler.replan import DISAPPOINTING, RECENT_STEPS, Forecasts
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, OtherWeights, SplitnetError
-from splitnet.hf.options import CausalOptions
 from splitnet.security.identity import Identity
 from splitnet.session.driver import Routes
 from splitnet.session.events import AskRoute, Move, NoRoute, Planned
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm import plan as planner_module
 from splitnet.swarm.measure import STEPS, Survey
 from splitnet.swarm.plan import CLIENT_ENDS, HeldBlocks, Needs, PlannedHop, Planner
@@ -121,7 +121,7 @@ def test_among_very_many_peers_the_likeliest_are_planned_with(monkeypatch: pytes
 )
 def test_what_cannot_be_preferred_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(SplitnetError, match=said):
-        CausalOptions.of(options)
+        ConnectionOptions.of(options)
 
 
 class Facts:

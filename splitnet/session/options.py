@@ -1,0 +1,140 @@
+"""How a client reaches a swarm and runs a model through it: options from the command line down to the session."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from scheduler.liveness import RECOVERY_TIMEOUT_S
+from splitnet.blocks.device import AUTO, find_device
+from splitnet.errors import SplitnetError
+
+if TYPE_CHECKING:
+    import torch
+
+    from splitnet.security.identity import Identity
+    from splitnet.security.swarm_key import SwarmKey
+
+Preference = Literal["latency", "throughput", "energy"]
+
+JOINING = ("initial_peers", "identity", "revision", "swarm_key", "trusted_peers")
+"""Keywords of every `from_pretrained` that say which swarm, which client, and which model."""
+RUNNING = (
+    "codec",
+    "dtype",
+    "device",
+    "recovery_timeout_s",
+    "any_weights",
+    "gradient_codec",
+    "local_blocks",
+    "local_weights",
+)
+"""Keywords of every `from_pretrained` and `attach` that say how the model runs."""
+GENERATING = (*RUNNING, "prefer", "energy_slowdown")
+"""The same for a causal LM."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionOptions:
+    """Keywords of `from_pretrained` and `attach`, and options of commands; each takes some of them.
+
+    Attributes:
+        initial_peers: addresses of the swarm, multiaddrs or `tcp://HOST:PORT?key=...` of peers.
+        lan: without `initial_peers`, look for the swarm on the local network.
+        identity: the key of this client.
+        key_file: the file of that key, where `identity` is None; None: the user's own.
+        swarm_key: of a closed swarm, or its file.
+        trusted_peers: file with the keys of the peers that may be used; None: any.
+        invite: file of an invitation, of which addresses, swarm key and key are taken.
+        model_id: fingerprint that the model must have; None: as the invitation says, or any.
+        revision: of the model on the hub.
+        tokenizer: hub id or folder, in place of the checkpoint's own.
+        codec, dtype, device, recovery_timeout_s, any_weights, gradient_codec, local_blocks, local_weights, prefer,
+            energy_slowdown: see `splitnet.AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        SplitnetError: a preference that cannot be.
+    """
+
+    initial_peers: Sequence[str] = ()
+    lan: bool = True
+    identity: Identity | None = None
+    key_file: Path | None = None
+    swarm_key: str | Path | SwarmKey | None = None
+    trusted_peers: str | Path | None = None
+    invite: Path | None = None
+    model_id: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    codec: str = "auto"
+    dtype: torch.dtype | str | None = None
+    device: str = AUTO
+    recovery_timeout_s: float = RECOVERY_TIMEOUT_S
+    any_weights: bool | None = None
+    gradient_codec: str = "auto"
+    local_blocks: str | None = None
+    local_weights: str | None = None
+    prefer: Preference = "latency"
+    energy_slowdown: float | None = None
+
+    def __post_init__(self) -> None:
+        slowdown = self.energy_slowdown
+        if self.prefer not in get_args(Preference):
+            raise SplitnetError(f"a session prefers latency, throughput or energy, not {self.prefer!r}")
+        if slowdown is None:
+            return
+        if self.prefer != "energy":
+            raise SplitnetError(
+                f"an energy slowdown goes with the preference energy, not with {self.prefer}: ask for both"
+            )
+        is_number = isinstance(slowdown, int | float) and not isinstance(slowdown, bool)
+        if not is_number or not 1 <= slowdown < math.inf:
+            raise SplitnetError(f"an energy slowdown of {slowdown!r} is none: give 1 or more")
+
+    @property
+    def held_as(self) -> str | None:
+        """Weight format of local blocks and of the head: as asked for, else AUTO, or None (as stored) if exact."""
+        from splitnet.wire.codecs import EXACT  # numpy and torch, which a command's help does without
+
+        return self.local_weights or (None if self.codec == EXACT else AUTO)
+
+    @classmethod
+    def of(cls, keywords: dict[str, Any], known: Sequence[str] = GENERATING, *others: str) -> ConnectionOptions:
+        """The options that keywords give, with the device that is found here for the one that they ask for.
+
+        Args:
+            known: the keywords that the caller takes.
+            others: those that it takes besides, and that are no options.
+
+        Raises:
+            TypeError: there is no such option; names the one that is probably meant.
+            SplitnetError: there is no such device here, or it does not work; or a value that cannot be.
+        """
+        for name in keywords:
+            if name not in known:
+                near = difflib.get_close_matches(name, [*known, *others], n=1)
+                meant = f"did you mean {near[0]}?" if near else f"there are {', '.join([*known, *others])}"
+                raise TypeError(f"there is no option {name}: {meant}")
+        given = cls(**keywords)
+        return replace(given, device=find_device(str(given.device)).device)
+
+
+def takes(*names: str) -> Callable[[Function], Function]:
+    """Shows these options in the signature of a function in the place of its `**options`."""
+
+    def shown(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        options = inspect.signature(ConnectionOptions).parameters
+        taken = [options[name] for name in names if name not in signature.parameters]
+        function.__signature__ = signature.replace(parameters=[*own, *taken])  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return shown
