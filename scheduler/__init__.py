@@ -1,1 +1,1 @@
-"""Pure planning: facts about a swarm in, decisions out. No sockets, no clock, no torch."""
+"""Pure planning of splitnet: facts about a swarm in, decisions out. No sockets, no clock, no torch."""

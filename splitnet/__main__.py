@@ -1,5 +1,22 @@
-"""`python -m splitnet` is the command `splitnet`."""
+"""The command `splitnet`, also as `python -m splitnet`."""
 
-from splitnet.cli.main import main
+from __future__ import annotations
 
-main()
+import sys
+
+from splitnet import foreign_modules
+
+
+def main() -> None:
+    """Runs the command line; where a module of another project stands in the place of ours, it says so and ends."""
+    try:
+        from splitnet.cli.main import main as run
+    except ImportError:
+        if sentences := foreign_modules():
+            sys.exit("error: " + "\n".join(sentences))
+        raise
+    run()
+
+
+if __name__ == "__main__":
+    main()

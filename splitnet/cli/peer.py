@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scheduler.facts import MAX_WATTS
+from splitnet import foreign_modules
 from splitnet.cli.arguments import (
     COMPUTING,
     KEYS,
@@ -220,6 +221,8 @@ def peer(
     ] = None,
 ) -> None:
     """Serve blocks of MODEL until interrupted (SIGINT or SIGTERM); then running sessions move to other peers."""
+    for sentence in foreign_modules():
+        raise SplitnetError(sentence)
     if blocks and memory:
         raise typer.BadParameter("give --blocks or --memory, not both")
     wanted_blocks = parse_blocks(blocks) if blocks else None

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from scheduler.placement import BLOCKS_SHARE
+from splitnet import foreign_modules
 from splitnet.blocks.client_part import check_all_is_taken
 from splitnet.blocks.device import AUTO, find_device, find_present
 from splitnet.blocks.sizes import ModelSizes
@@ -26,7 +27,8 @@ _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def software() -> Iterator[Finding]:
-    """Python and the libraries, against what the package says that it needs."""
+    """Python and the libraries, against what the package says that it needs, and modules in the place of ours."""
+    yield from (failed("libraries", sentence) for sentence in foreign_modules())
     try:
         package = metadata.distribution("splitnet")
     except metadata.PackageNotFoundError:
