@@ -12,7 +12,6 @@ from typing import Final
 import numpy as np
 
 from scheduler.facts import CLIENT
-from scheduler.liveness import BAN_S
 from simulator.clients import new_client
 from simulator.directory import Identities, device_at
 from simulator.membership import Membership, Placing
@@ -201,7 +200,7 @@ class Driver:
                     session.predicted_ms = 0.0 if effect.kept else planned.token_ms
                 self._later(planned.asked_ms, answer)
             case Ban(name):
-                session.bans.add(name, BAN_S)
+                session.bans.add(name)
             case Unban(name):
                 session.bans.lift(name)
             case Note():

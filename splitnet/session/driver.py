@@ -19,7 +19,6 @@ from scheduler.facts import Link
 from scheduler.liveness import (
     ANSWER_S,
     ANSWER_TRIPS,
-    BAN_S,
     FIRST_TRIPS,
     UPLINK_QUEUE_S,
     Alive,
@@ -381,6 +380,8 @@ class SessionDriver:
             any_weights=any_weights,
             answer_s=self._answer_s,
         )
+        self.recoveries: list[Recovered] = self.state.recoveries
+        """Repairs of the route so far."""
         self._swarm = swarm
         self._codecs = codecs
         self._in_flight = in_flight
@@ -406,11 +407,6 @@ class SessionDriver:
         return self.state.hops
 
     @property
-    def recoveries(self) -> list[Recovered]:
-        """Repairs of the route so far."""
-        return self.state.recoveries
-
-    @property
     def needs(self) -> Needs:
         """What the session wants of its route once it decodes."""
         return self._needs(0)
@@ -432,11 +428,12 @@ class SessionDriver:
             PeerLost: peers do not answer, nor does anybody take their place in time.
             SessionClosed: another thread has closed the session.
         """
-        for hop in self.hops:
-            if not self._swarm.trusts(hop.endpoint.key):
+        trusted = self._swarm.trusted
+        for hop in self.state.hops if trusted is not None else ():
+            if trusted is not None and not trusted.allows(hop.endpoint.key.curve_raw):
                 error = NotAuthorized(f"the peer at {hop.endpoint.address} is not one that you trust any more")
                 self.link_failed(hop.endpoint, error)
-        if self.state.is_open and self.state.is_settled:
+        if self.state.is_open:
             return
         self._prompt = 0 if self.state.hops else prompt
         self.feed(Use())
@@ -507,9 +504,9 @@ class SessionDriver:
             case AskRoute():
                 self._asked.append(effect)
             case Ban(name, leaves):
-                swarm.ban(name, BAN_S, leaves=leaves)
+                swarm.ban(name, leaves=leaves)
             case Unban(name):
-                swarm.unban(name)
+                swarm.bans.lift(name)
             case Note(kind, text, peer):
                 log.log(
                     logging.WARNING if kind in ("lost", "failed", "weights") else logging.INFO,
@@ -530,32 +527,29 @@ class SessionDriver:
         Raises:
             SessionClosed: another thread has closed the session.
         """
-        # set before the first look: what happens after a look wakes this thread
-        self._until = until
+        self._until = until  # before the first look: what happens after a look wakes this thread
         try:
-            self._wait_awake(until)
+            while True:
+                self._wakes_at = math.inf
+                done = until()
+                if self.state.phase is Phase.CLOSED:
+                    raise SessionClosed("the session was closed while it was used: begin with a new one")
+                if done:
+                    return
+                if self._asked:
+                    self.feed(self._routes.answer(self._asked.popleft(), self._needs(self._prompt)))
+                    continue
+                if self._wants_forecast():
+                    self.state.chunk_ms = self.forecasts()(REPLAY_POSITIONS).latency_ms
+                self._wakes_at = self.state.wake_at
+                try:
+                    self._changed.get(timeout=max(0.0, min(self._wakes_at - time.monotonic(), threading.TIMEOUT_MAX)))
+                except queue.Empty:
+                    for endpoint in self._late():
+                        self.feed(Alive(endpoint, 0.0, late=True))
+                    self.feed(Tick())
         finally:
             self._until = None
-        self._refuse_if_closed()
-
-    def _wait_awake(self, until: Callable[[], bool]) -> None:
-        while True:
-            self._wakes_at = math.inf
-            if until():
-                return
-            self._refuse_if_closed()
-            if self._asked:
-                self.feed(self._routes.answer(self._asked.popleft(), self._needs(self._prompt)))
-                continue
-            if self._wants_forecast():
-                self.state.chunk_ms = self.forecasts()(REPLAY_POSITIONS).latency_ms
-            self._wakes_at = self.state.wake_at
-            try:
-                self._changed.get(timeout=max(0.0, min(self._wakes_at - time.monotonic(), threading.TIMEOUT_MAX)))
-            except queue.Empty:
-                for endpoint in self._late():
-                    self.feed(Alive(endpoint, 0.0, late=True))
-                self.feed(Tick())
 
     def _late(self) -> list[Endpoint]:
         """Of the hops that were asked and have not answered those that something else holds up.
@@ -602,10 +596,6 @@ class SessionDriver:
         except BaseException:
             self.feed(Abandon(tuple(request.number for request in requests)))
             raise
-
-    def _refuse_if_closed(self) -> None:
-        if self.state.phase is Phase.CLOSED:
-            raise SessionClosed("the session was closed while it was used: begin with a new one")
 
     def _raise_if_broken(self) -> None:
         if not self.state.is_open and self.state.error is not None:

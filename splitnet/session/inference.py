@@ -159,7 +159,7 @@ class Session(SessionDriver):
             self._improve_route()
         began, alone, repairs = time.perf_counter(), not state.under_way, len(self.recoveries)
         forecast = self.forecasts() if len(hidden) > DECODE_POSITIONS else None
-        size = step_positions or self.step_positions(len(hidden), forecast)
+        size = step_positions or (self.step_positions(len(hidden), forecast) if forecast else len(hidden))
         predicted_ms = forecast(min(size, len(hidden))).latency_ms if forecast is not None else 0.0
         codec = state.first_codec
         requests: list[StepRequest] = []
@@ -263,7 +263,7 @@ class Session(SessionDriver):
         """Before a step: moves to a better route if that pays."""
         state = self.state
         cached = state.log.positions if state.log is not None else 0
-        planned = [hop.planned for hop in self.hops]
+        planned = [hop.planned for hop in state.hops]
         move = self._routes.better(planned, lambda: self.needs, cached, max(0, state.budget - cached))
         if move is not None:
             self.feed(move)
@@ -292,13 +292,14 @@ class Session(SessionDriver):
         Args:
             at_once: the step took far longer than usual, so all are asked what it met.
         """
-        if self.timings:
-            self._tell_survey(self.hops[-1], None, positions, self.timings[-1])
+        hops, timings = self.state.hops, self.state.timings
+        if timings:
+            self._tell_survey(hops[-1], None, positions, timings[-1])
         now = time.monotonic()
         if not at_once and now < self._asked_at + ASK_S:
             return
         self._asked_at = now
-        for hop, following in pairwise(self.hops):
+        for hop, following in pairwise(hops):
             self._swarm.ping(hop.endpoint, self.id).add_done_callback(
                 lambda pong, hop=hop, following=following: self._tell_survey(
                     hop, following, positions, pong.result().timing

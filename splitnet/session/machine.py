@@ -322,12 +322,9 @@ class SessionState:
             now: seconds of a clock that never goes back.
         """
         self._now, self._effects = now, []
-        if self.phase is not Phase.CLOSED:
-            self._handle(event)
-        return self._effects
-
-    def _handle(self, event: Event) -> None:
         match event:
+            case _ if self.phase is Phase.CLOSED:
+                pass
             case Received():
                 self._received(event.source, event.message)
             case Submit():
@@ -364,6 +361,7 @@ class SessionState:
                 self._distrust(event)
             case Close():
                 self._close()
+        return self._effects
 
     # What the caller wants.
 

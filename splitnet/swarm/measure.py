@@ -21,8 +21,8 @@ from scheduler.replan import Forecasts
 from scheduler.route_search import PINGED_AT_ONCE, Answers
 from splitnet.directory.record import PeerRecord, facts_of, network_of, place_of
 from splitnet.errors import SplitnetError
+from splitnet.swarm.links import Links
 from splitnet.swarm.peers import KnownPeers
-from splitnet.transport.prober import Prober
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.fields import STRICT_VERSIONS
 from splitnet.wire.messages import ToldLoad
@@ -350,13 +350,10 @@ class FreshFacts:
     Args:
         known: the peers.
         survey: takes in what is measured.
-        prober: sends the pings.
-        is_needed: whether links that are known are to be measured again and again.
-        in_use: peers of open sessions; what is known of their links must not grow old.
+        links: of the client. While sessions use some, known ones are measured again and again.
         likely: of all peers and some of them so many of the latter through which routes most likely go; True: at least
             one for each block.
         clock: seconds.
-        is_busy: whether much waits on the way to a peer.
 
     Attributes:
         news: counts up when facts were refreshed.
@@ -366,21 +363,15 @@ class FreshFacts:
         self,
         known: KnownPeers,
         survey: Survey,
-        prober: Prober,
-        is_needed: Callable[[], bool],
-        in_use: Callable[[], Collection[Endpoint]],
+        links: Links,
         likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int, bool], Sequence[PeerRecord]],
         clock: Callable[[], float] = time.monotonic,
-        is_busy: Callable[[Endpoint], bool] = lambda _: False,
     ) -> None:
         self.news = 0
         self._known = known
         self._survey = survey
-        self._prober = prober
-        self._is_needed = is_needed
-        self._in_use = in_use
+        self._links = links
         self._likely = likely
-        self._is_busy = is_busy
         self._clock = clock
         self._used_at = -math.inf
         self._pinged_at: deque[float] = deque()
@@ -432,7 +423,7 @@ class FreshFacts:
         """Measures the round trips to the first of these peers, as far as a minute has pings for that."""
         chosen = {record.endpoint: record for record in records[: max(0, self._pings_left() - ENDS_PINGS) // 2]}
         if chosen:
-            round_trips = self._prober.round_trips(chosen, ANSWER_S, loads=_that_tell(chosen))
+            round_trips = self._links.prober.round_trips(chosen, ANSWER_S, loads=_that_tell(chosen))
             self._pinged(2 * len(round_trips))
             links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
             self._take_in(chosen, links)
@@ -450,15 +441,15 @@ class FreshFacts:
         left -= 2 * len(chosen) + _PROBE_PINGS * len(due)
         chosen |= {record.endpoint: record for record in others[: max(0, min(left // 2, PINGED_AT_ONCE))]}
         if chosen:
-            links = self._prober.measure(chosen, ANSWER_S, probed=due, loads=_that_tell(chosen))
+            links = self._links.prober.measure(chosen, ANSWER_S, probed=due, loads=_that_tell(chosen))
             self._pinged(2 * len(links) + _PROBE_PINGS * len(due & links.keys()))
             self._take_in(chosen, links)
         return bool(chosen)
 
     def _take_in(self, tried: Mapping[Endpoint, PeerRecord], links: Mapping[Endpoint, Link]) -> None:
         """Nobody is silent because what waits on the way to it holds up a ping."""
-        told = {each: record for each, record in tried.items() if each in links or not self._is_busy(each)}
-        loads = {each: load for each in _that_tell(tried) & links.keys() if (load := self._prober.load(each))}
+        told = {each: record for each, record in tried.items() if each in links or not self._links.is_busy(each)}
+        loads = {each: load for each in _that_tell(tried) & links.keys() if (load := self._links.prober.load(each))}
         self._survey.links_measured(told, links, loads)
 
     def _pings_left(self) -> int:
@@ -491,7 +482,7 @@ class FreshFacts:
             if self._closing.is_set():
                 return
             self._look.clear()
-            has_sessions = self._is_needed()
+            has_sessions = self._links.has_sessions
             if has_sessions:
                 self.used()
             if self._clock() - self._used_at > IN_USE_S:
@@ -500,7 +491,7 @@ class FreshFacts:
             try:
                 records = self._known.look(fresh=self._known.is_old)
                 if has_sessions:
-                    used = self._in_use()
+                    used = self._links.in_use
                     self.look_at([record for record in self._survey.stale(records) if record.endpoint in used])
                     self.measure(suspects, again_s=self._suspects_probed_s)
                     stale = self._survey.stale(records)

@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
+from scheduler.liveness import BAN_S
 from splitnet.directory.ask import AskedPeers, Changes
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import PeerRecord
@@ -57,6 +58,12 @@ NEVER: Final = 1e11
 Likely = Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int], Sequence[PeerRecord]]
 
 
+class LinkStates(Protocol):
+    """The client's links to peers."""
+
+    def state(self, endpoint: Endpoint) -> LinkState: ...
+
+
 class KnownPeers:
     """Thread-safe.
 
@@ -64,7 +71,7 @@ class KnownPeers:
         directory: where records come from.
         fingerprint: of the model.
         model_name: for errors.
-        link_state: of the client's link to a peer.
+        links: of the client.
         trusted: keys of the peers that count; None: any.
         peers: asks them what has changed; None: everything is read each time.
         likely: of all peers and some of them so many of the latter through which routes most likely go.
@@ -75,7 +82,7 @@ class KnownPeers:
         directory: SwarmDirectory,
         fingerprint: str,
         model_name: str,
-        link_state: Callable[[Endpoint], LinkState],
+        links: LinkStates,
         trusted: AuthorizedKeys | None = None,
         peers: AskedPeers | None = None,
         likely: Likely = lambda _, some, count: some[:count],
@@ -83,7 +90,7 @@ class KnownPeers:
         self._directory = directory
         self._fingerprint = fingerprint
         self._model_name = model_name
-        self._link_state = link_state
+        self._links = links
         self._trusted = trusted
         self._peers = peers
         self._likely = likely
@@ -263,7 +270,7 @@ class KnownPeers:
             and record.endpoint not in excluded
             and self.trusts(record.key)
         ]
-        linked = [endpoint for endpoint in known if self._link_state(endpoint) is LinkState.UP]
+        linked = [endpoint for endpoint in known if self._links.state(endpoint) is LinkState.UP]
         return linked, [endpoint for endpoint in known if not endpoint.hidden] or linked
 
     def _one_to_ask(self) -> list[Endpoint]:
@@ -306,7 +313,7 @@ class KnownPeers:
         return max(record.expires_at, self._heard_at.get(record.key, 0.0) + record.ttl_s)
 
     def _still_counts(self, record: PeerRecord) -> bool:
-        return self._void_at(record) > time.time() or self._link_state(record.endpoint) is LinkState.UP
+        return self._void_at(record) > time.time() or self._links.state(record.endpoint) is LinkState.UP
 
     def _explain_none(self) -> None:
         others = sorted({name for key, name in self._directory.models().items() if key != self._fingerprint})
@@ -326,7 +333,7 @@ class _Ban:
 
 
 class Bans:
-    """Bans by key text. Thread-safe.
+    """Which peers a client does not plan with, and for how long, by key text. Thread-safe.
 
     Args:
         clock: seconds.
@@ -337,8 +344,8 @@ class Bans:
         self._lock = threading.Lock()
         self._bans: dict[str, _Ban] = {}
 
-    def add(self, key: str, seconds: float, left: PeerRecord | None = None) -> None:
-        """Bans a peer; left: its record, if it said that it goes away."""
+    def add(self, key: str, left: PeerRecord | None = None, *, seconds: float = BAN_S) -> None:
+        """Bans a peer that failed; left: its record, if it said that it goes away."""
         ban = _Ban(self._clock() + seconds, left.placed_at if left else None)
         with self._lock:
             self._bans[key] = ban
@@ -348,8 +355,20 @@ class Bans:
             self._bans.pop(key, None)
 
     def keys(self) -> set[str]:
-        """Who is banned now."""
+        """Peers that are banned now."""
         return set(self._present())
+
+    def unusable(self, records: Iterable[PeerRecord], links: LinkStates, exclude: Collection[str] = ()) -> set[str]:
+        """Names of the peers that no route may go through now: banned ones, and those that cannot serve this client.
+
+        A record outlives a peer that was killed: a peer whose link has failed counts as gone while links remember that.
+        """
+        banned = self.keys() | set(exclude)
+        return {
+            record.key.text
+            for record in records
+            if record.key.text in banned or not record.serves or links.state(record.endpoint) is LinkState.DOWN
+        }
 
     def may_be_unbanned(self, records: Iterable[PeerRecord]) -> list[PeerRecord]:
         """Banned peers that may serve again, if they answer: those that did not go away, or have come back since."""

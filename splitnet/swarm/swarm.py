@@ -12,7 +12,7 @@ from typing import Any
 
 from scheduler.cost import CODING_MS, encodings_of
 from scheduler.facts import CLIENT, Link
-from scheduler.liveness import LOST_S, UNBAN_S
+from scheduler.liveness import BAN_S, LOST_S, UNBAN_S
 from scheduler.route_search import Found, searched_route
 from splitnet.directory.ask import AskedPeers
 from splitnet.directory.joining import asked_peers_of, join
@@ -70,6 +70,8 @@ class Swarm:
         links: the client's own.
         fresh_facts: keeps `survey` fresh.
         planner: predicts what routes take.
+        bans: peers that are not planned with for now.
+        trusted: see above.
         events: what has happened to peers and routes lately.
         was_covered: all blocks were served at some time.
 
@@ -88,6 +90,7 @@ class Swarm:
         way: Sequence[str] | None = None,
     ) -> None:
         self.facts = facts
+        self.trusted = trusted
         if way is None:
             way = [part for address in initial_peers[:SHOWN_ADDRESSES] for part in ("--join", address)]
             way += ["--swarm-key", "FILE"] if swarm_key else []
@@ -96,7 +99,7 @@ class Swarm:
         self.survey = Survey()
         self.events = EventLog()
         self.was_covered = False
-        self._bans = Bans()
+        self.bans = Bans()
         self.planner = Planner(self.survey, facts.name, self.peers, self.start_peer)
         self.links = Links(self.identity, keep_unused_s=BRIEF_S)
         try:
@@ -106,17 +109,9 @@ class Swarm:
             raise
         self._peers = asked_peers_of(self._directory) or AskedPeers([], self.links, swarm=swarm_key or OPEN)
         self._known = KnownPeers(
-            self._directory, facts.fingerprint, facts.name, self.links.state, trusted, self._peers, self.likely
+            self._directory, facts.fingerprint, facts.name, self.links, trusted, self._peers, self.likely
         )
-        self.fresh_facts = FreshFacts(
-            self._known,
-            self.survey,
-            self.links.prober,
-            lambda: self.links.has_sessions,
-            lambda: self.links.in_use,
-            self.likely,
-            is_busy=self.links.is_busy,
-        )
+        self.fresh_facts = FreshFacts(self._known, self.survey, self.links, self.likely)
 
     def start_peer(self, start: int, end: int) -> str:
         """The command that starts a peer of this swarm for the blocks `[start, end)`."""
@@ -181,7 +176,7 @@ class Swarm:
                 _Searcher(self, records, needs, part, ends, holders, unusable),
                 self.survey.answers,
                 excluded=unusable,
-                given_up=self._bans.keys(),
+                given_up=self.bans.keys(),
                 alive={*holders, *(end.key.text for end in ends if end is not None)},
                 since_s=since_s,
             )
@@ -192,18 +187,9 @@ class Swarm:
                 raise
             return self.plan(needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, whole=True)
 
-    def trusts(self, key: PublicKey) -> bool:
-        """Whether the peer with this key may be used."""
-        return self._known.trusts(key)
-
-    def ban(self, key: str, seconds: float, *, leaves: bool = False) -> None:
+    def ban(self, key: str, *, leaves: bool = False, seconds: float = BAN_S) -> None:
         """Plans without a peer for a while; `leaves`: it said that it goes away, so that it answers means nothing."""
-        record = self._known.find(PublicKey.parse(key))
-        self._bans.add(key, seconds, record if leaves else None)
-
-    def unban(self, key: str) -> None:
-        """Lifts a ban that was not deserved."""
-        self._bans.lift(key)
+        self.bans.add(key, self._known.find(PublicKey.parse(key)) if leaves else None, seconds=seconds)
 
     def unban_living(self) -> None:
         """Lifts the bans of peers that answer now: they were slow or cut off, or have moved and serve other blocks.
@@ -211,10 +197,10 @@ class Swarm:
         Peers that could not be connected to are tried again as well.
         """
         records = self.peers(fresh=True)
-        tried = {record.endpoint for record in self._bans.may_be_unbanned(records)}
+        tried = {record.endpoint for record in self.bans.may_be_unbanned(records)}
         lost = {record.endpoint for record in records if self.links.state(record.endpoint) is LinkState.DOWN}
         for endpoint in tried & self.links.prober.measure(tried | lost, UNBAN_S).keys():
-            self._bans.lift(endpoint.key.text)
+            self.bans.lift(endpoint.key.text)
 
     def link(self, sender: PeerRecord | None, receiver: PeerRecord | None) -> Link:
         """The link between two peers, or the client (None) and a peer: as measured, predicted, or assumed."""
@@ -244,16 +230,10 @@ class Swarm:
         return self.planner.likely(records, among, needs, count, everywhere=everywhere)
 
     def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
-        """Who is there, and which of them a route must not go through."""
-        excluded = set(exclude) | self._bans.keys()
+        """The peers, and the names of those that a route must not go through."""
         present = self.peers(fresh=fresh, whole=whole)
-        self.fresh_facts.measure_first(present, excluded)
-        # A record outlives a peer that was killed; whom the client cannot connect to cannot serve it.
-        return present, {
-            record.key.text
-            for record in present
-            if record.key.text in excluded or not record.serves or self.links.state(record.endpoint) is LinkState.DOWN
-        }
+        self.fresh_facts.measure_first(present, self.bans.keys() | set(exclude))
+        return present, self.bans.unusable(present, self.links, exclude)
 
 
 class _Searcher:

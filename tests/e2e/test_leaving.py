@@ -37,10 +37,10 @@ def test_sigterm_hands_the_session_over(
         def leave() -> None:
             assert cache.session is not None
             assert cache.session.hops[1].endpoint.address in leaver.log
-            model.swarm._bans.lift(twin)
+            model.swarm.bans.lift(twin)
             leaver.process.send_signal(signal.SIGTERM)
 
-        model.swarm.ban(twin, 60.0)  # so that the session begins on the one that is to leave
+        model.swarm.ban(twin, seconds=60.0)  # so that the session begins on the one that is to leave
         try:
             with model.session() as cache:
                 got = model.generate(**prompt, **options, streamer=After(5, leave))

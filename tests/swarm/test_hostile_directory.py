@@ -82,7 +82,7 @@ def test_a_client_opens_nothing_at_peers_that_are_silent(swarm: LocalSwarm, loca
         flood_records(swarm.addresses, swarm.peers[0].checkpoint.fingerprint, count=64, address=address)
         client = swarm.join()
         assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
-        assert not client._bans.keys()
+        assert not client.bans.keys()
         client.close()
 
 

@@ -157,7 +157,7 @@ def test_a_liar_beside_honest_peers(
         assert torch.equal(model.generate(**prompt(), **OPTIONS), expected)
         assert time.monotonic() - began < 30.0
         assert met
-        assert model.swarm._bans.keys() >= {liar.identity.public.text}
+        assert model.swarm.bans.keys() >= {liar.identity.public.text}
         met.clear()
         assert torch.equal(model.generate(**prompt(), **OPTIONS), expected)
         assert not met
@@ -180,7 +180,7 @@ def test_a_liar_that_pretends_to_work(company: LocalSwarm, local: Any, monkeypat
         assert torch.equal(model.generate(**prompt(), **OPTIONS), expected)
         assert time.monotonic() - began < 30.0
         assert met
-        assert model.swarm._bans.keys() >= {company.peers[7].identity.public.text}
+        assert model.swarm.bans.keys() >= {company.peers[7].identity.public.text}
 
 
 @pytest.mark.parametrize("index", range(3), ids=["head", "middle", "tail"])

@@ -98,7 +98,7 @@ def test_a_lora_stays_when_hops_lose_the_session(swarm: LocalSwarm, folder: Path
         # All of them have done what they should, so none is replaced.
         assert [hop.name for hop in cache.session.hops] == route
         assert [repair.cause for repair in cache.session.recoveries] == ["session_lost"]
-    assert not model.swarm._bans.keys()
+    assert not model.swarm.bans.keys()
 
 
 @pytest.mark.default_cases(index=(1,))
@@ -144,7 +144,7 @@ def test_a_lost_message_is_repaired_while_the_peers_are_busy_with_others(
         assert [repair.cause for repair in cache.session.recoveries] == ["stalled"]
     assert follows(local, ids, logits)
     assert took_s < 20.0  # instead of two minutes
-    assert not model.swarm._bans.keys()
+    assert not model.swarm.bans.keys()
 
 
 PAUSE_S = 0.3
@@ -243,7 +243,7 @@ def test_what_the_client_relayed_before_is_not_replayed_in_the_place_of_what_the
 
         def lose_the_tail() -> None:
             assert cache.session is not None
-            model.swarm._bans._bans.clear()
+            model.swarm.bans._bans.clear()
             model.swarm.links._link_changed(cache.session.hops[1].endpoint, LinkState.DOWN)
 
         one, two, three = prompt(20)["input_ids"], prompt(28)["input_ids"][:, 20:], prompt(32)["input_ids"][:, 28:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from scheduler.liveness import BAN_S
 from splitnet.swarm.peers import Bans
 from tests.unit.swarm.test_client_swarm import RECORD
 from tests.unit.swarm.test_survey import Clock, record
@@ -12,15 +13,15 @@ from tests.unit.swarm.test_survey import Clock, record
 def test_a_ban_ends() -> None:
     clock = Clock()
     bans = Bans(clock)
-    bans.add("a", 30.0)
+    bans.add("a")
     assert bans.keys() == {"a"}
-    clock.now += 30.0
+    clock.now += BAN_S
     assert bans.keys() == set()
 
 
 def test_who_died_may_be_pardoned() -> None:
     bans, peer = Bans(Clock()), record()
-    bans.add(peer.key.text, 30.0)
+    bans.add(peer.key.text)
     assert bans.may_be_unbanned([peer, record()]) == [peer]
     bans.lift(peer.key.text)
     assert bans.keys() == set()
@@ -28,7 +29,7 @@ def test_who_died_may_be_pardoned() -> None:
 
 def test_who_left_may_be_pardoned_only_when_it_serves_other_blocks() -> None:
     bans, peer = Bans(Clock()), replace(RECORD, placed_at=1.0)
-    bans.add(peer.key.text, 30.0, peer)
+    bans.add(peer.key.text, peer)
     assert bans.may_be_unbanned([peer]) == []
     assert bans.may_be_unbanned([replace(peer, placed_at=2.0, serves=False)]) == []
     assert bans.may_be_unbanned([moved := replace(peer, placed_at=2.0)]) == [moved]

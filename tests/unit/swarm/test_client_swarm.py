@@ -190,7 +190,7 @@ def test_banned_peers_and_those_that_were_lost_are_tried_again(
     monkeypatch.setattr(swarm.links.prober, "measure", measure)
     swarm.unban_living()
     assert sorted(tried, key=str) == sorted((record.endpoint for record in (banned, silent, lost)), key=str)
-    assert swarm._bans.keys() == {silent.key.text}
+    assert swarm.bans.keys() == {silent.key.text}
 
 
 def test_a_part_of_the_model_is_planned_between_peers(swarm: Swarm, directory: FakeDirectory) -> None:

@@ -23,6 +23,11 @@ from tests.unit.swarm.test_client_swarm import FACTS, NEEDS, FakeDirectory
 from tests.unit.swarm.test_survey import Clock, Echo, record
 
 
+def links_of(echo: Echo) -> SimpleNamespace:
+    """Stands for `Links` that no session uses."""
+    return SimpleNamespace(prober=echo.prober, has_sessions=False, in_use=[], is_busy=lambda _: False)
+
+
 def facts_with(clock: Clock, echo: Echo, likely: Sequence[PeerRecord]) -> tuple[Survey, FreshFacts]:
     survey, known = Survey(clock), SimpleNamespace(look_s=60.0)
     chosen = {peer.key.text for peer in likely}
@@ -30,7 +35,7 @@ def facts_with(clock: Clock, echo: Echo, likely: Sequence[PeerRecord]) -> tuple[
     def among(_: Sequence[PeerRecord], records: Sequence[PeerRecord], *__: object) -> list[PeerRecord]:
         return [peer for peer in records if peer.key.text in chosen]
 
-    return survey, FreshFacts(known, survey, echo.prober, lambda: False, list, among, clock)  # pyright: ignore
+    return survey, FreshFacts(known, survey, links_of(echo), among, clock)  # pyright: ignore
 
 
 def region(host: str, far_ms: float, block_ms: float, count: int) -> list[PeerRecord]:
@@ -61,7 +66,7 @@ def client_of(peers: list[PeerRecord], clock: Clock, echo: Echo) -> Iterator[Swa
         patch.setattr(Directory, "start", lambda **_: directory)
         with Swarm(FACTS, ["/an/address"]) as swarm:
             for owner, what, stand_in in (
-                (swarm.fresh_facts, "_prober", echo.prober),
+                (swarm.links, "prober", echo.prober),
                 (swarm.fresh_facts, "_clock", clock),
                 (swarm.survey, "_clock", clock),
                 (swarm, "_look", lambda *_, **__: (peers, set[str]())),
@@ -100,7 +105,7 @@ def test_among_more_peers_more_links_are_measured_first(count: int, measured: in
     def some(_: Sequence[PeerRecord], records: Sequence[PeerRecord], count: int, __: bool) -> Sequence[PeerRecord]:
         return records[:count]
 
-    facts = FreshFacts(SimpleNamespace(look_s=60.0), survey, echo.prober, lambda: False, list, some, clock)  # pyright: ignore
+    facts = FreshFacts(SimpleNamespace(look_s=60.0), survey, links_of(echo), some, clock)  # pyright: ignore
     facts.measure_first(known)
     assert len(survey.network_coordinates.links) == measured
     facts.close()

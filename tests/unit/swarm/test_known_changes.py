@@ -39,7 +39,7 @@ class World:
         self.records: dict[Endpoint, PeerRecord] = {}
         self.reads = 0
         self.directory_is_silent = self.rests = False
-        self.known = KnownPeers(cast(Any, self), MODEL, "a model", self.links.state, peers=AskedPeers([], self.links))
+        self.known = KnownPeers(cast(Any, self), MODEL, "a model", self.links, peers=AskedPeers([], self.links))
 
     def peers(self, _: str) -> list[PeerRecord]:
         """What the directory says."""

@@ -58,8 +58,12 @@ class Client:
             cast(Any, self.directory),
             FACTS.fingerprint,
             FACTS.name,
-            lambda endpoint: self.states.get(endpoint, LinkState.CONNECTING),
+            self,
         )
+
+    def state(self, endpoint: Endpoint) -> LinkState:
+        """Of the client's link to a peer."""
+        return self.states.get(endpoint, LinkState.CONNECTING)
 
     def served(self, ttl_s: float = 60.0) -> PeerRecord:
         key = Identity.generate().public
