@@ -39,7 +39,7 @@ from netlab.asking import Answer, Question, ask
 from netlab.slowed import Nursery, SlowedPeers
 from random_shapes import Shape, random_model
 
-from peers.neighbours import MEASURED_AT_ONCE
+from peers.links import MEASURED_AT_ONCE
 from scheduler.coordinates import Coordinate
 from scheduler.facts import Peer, Speed
 from scheduler.placement import choose_span

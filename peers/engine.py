@@ -1,11 +1,14 @@
-"""The loop that owns the device: takes ready steps, runs them as one packed pass, hands the results on."""
+"""The loop that owns the device: takes ready steps, runs them as one packed pass, hands the results on.
+
+Between these it runs passes over whole sequences of clients that train, piece by piece.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -15,7 +18,6 @@ from peers.queue import WorkQueue
 from peers.service import SessionService, SessionTooLong
 from peers.sessions import GradientSum, PassWork, Session, Work, is_quick
 from peers.speed import ObservedSpeed, measure_speed
-from peers.training import Training
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
 from scheduler.load import Load
 from splitnet.blocks.adapters import Adapter, read_tensors, write_groups
@@ -29,8 +31,11 @@ from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient, Part
 
 log = logging.getLogger(__name__)
 
+SHORT_S = 0.02
+"""A step that takes no longer may run in the thread that received it: nothing else is received meanwhile."""
+
 TELL_S = 60.0
-"""The same error is told so rarely, as whoever causes it may do so a thousand times a second."""
+"""How often the same error is logged at most: a client may cause it a thousand times a second."""
 
 _told: dict[tuple[type[Exception], int], float] = {}
 """When errors were told, by kind and place in the code."""
@@ -57,162 +62,8 @@ def failure_of(error: Exception, what: str) -> tuple[FailureCode, str]:
     return FailureCode.INTERNAL, f"the peer could not compute this {what}; see its log"
 
 
-class PassEngine:
-    """Belongs to the engine.
-
-    Args:
-        span: the blocks.
-        training: takes what is computed.
-        between: called between two pieces of a pass, for others, with the seconds that the last one took.
-        most_positions: of a piece, if a pass has more sequences; None: any.
-        counters: what the peer counts.
-    """
-
-    def __init__(
-        self,
-        span: Span,
-        training: Training,
-        between: Callable[[PassWork, float], None],
-        most_positions: Callable[[], int | None],
-        counters: Counters,
-    ) -> None:
-        self._span = span
-        self._training = training
-        self._between = between
-        self._counters = counters
-        self._running: PassWork | None = None
-        self._piece_began = 0.0
-        graph_bytes = max(GRAPH_BYTES, training.memory.limit // 4)
-        self._passes = SpanPasses(span, self._end_piece, most_positions, graph_bytes=graph_bytes)
-
-    def run(self, work: PassWork) -> None:
-        """Does what `work` asks for; whatever goes wrong is told its client."""
-        if work.session.closed:
-            return
-        work.wait_ms = (time.monotonic() - work.arrived_at) * 1000
-        began = self._piece_began = time.perf_counter()
-        self._running = work
-        try:
-            if isinstance(work.message, Forward):
-                self._forward(work, work.message, began)
-            elif isinstance(work.message, Gradient):
-                self._backward(work, work.message, began)
-            elif isinstance(work.message, FetchKV):
-                self._fetch_kv(work, work.message)
-            else:
-                self._adopt(work)
-        except _Abandoned:
-            pass
-        except CodecError as error:
-            self._training.failed(work, FailureCode.BAD_MESSAGE, str(error))
-        except ProtocolError as error:
-            self._training.failed(work, FailureCode.OUT_OF_ORDER, str(error))
-        except Exception as error:
-            self._training.failed(work, *failure_of(error, "pass"))
-        finally:
-            self._let_others_in(work)
-
-    def _end_piece(self) -> None:
-        assert self._running is not None
-        self._let_others_in(self._running)
-        if self._running.session.closed:
-            raise _Abandoned
-
-    def _let_others_in(self, running: PassWork) -> None:
-        self._between(running, seconds_after_work(self._span.device) - self._piece_began)
-        self._piece_began = time.perf_counter()
-
-    def _forward(self, work: PassWork, message: Forward, began: float) -> None:
-        session = work.session
-        adapter = self._adapter(work, message)
-        hidden = self._decode(message.codec, message.payload, message.positions)
-        run = hidden, message.lengths, adapter, session.start, session.end
-        nbytes = self._passes.bytes_to_keep(message.lengths, adapter, session.end - session.start)
-        if message.kept and nbytes is not None and self._training.may_keep_way(work, nbytes):
-            output, way = self._passes.forward_kept(*run, nbytes, reach=message.reach)
-            self._training.keep_way(work, way)
-            del way
-        else:
-            output = self._passes.forward(*run, reach=message.reach)
-        payload = session.codec.encode(to_host(output))
-        work.compute_ms = self._ms_since(began)
-        session.done += message.positions
-        self._counters.sequences_passed(PassKind.FORWARD, work, message.lengths, work.compute_ms / 1000)
-        self._training.forwarded(work, payload)
-
-    def _backward(self, work: PassWork, message: Gradient, began: float) -> None:
-        session = work.session
-        assert work.forward is not None and isinstance(work.forward.message, Forward)
-        forward = work.forward.message
-        adapter = self._adapter(work, forward)
-        gradient = self._decode(message.codec, message.payload, forward.positions)
-        way = self._training.take_way(work.forward)
-        if way is not None:
-            gradient, by_adapter = self._passes.go_back(way, gradient)
-        else:
-            hidden = self._decode(forward.codec, forward.payload, forward.positions)
-            gradient, by_adapter = self._passes.backward(
-                hidden, forward.lengths, gradient, adapter, session.start, session.end, reach=forward.reach
-            )
-        payload = codec_by_code(forward.gradient_codec).encode(to_host(gradient))
-        by_adapter = self._added_up(session, message, by_adapter)
-        parts = write_groups(by_adapter) if by_adapter else []
-        session.done += forward.positions
-        self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, self._ms_since(began) / 1000)
-        self._training.went_back(work, payload, parts)
-
-    @staticmethod
-    def _added_up(session: Session, message: Gradient, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The gradient by the adapter that goes to the client now: nothing, or the sum of its batch."""
-        before, session.gradient_sum = session.gradient_sum, None
-        # What an abandoned batch has left is of another epoch, or begins at another number.
-        if tensors and before is not None and (before.epoch, before.since) == (message.epoch, message.since):
-            tensors = {name: before.tensors[name] + tensor for name, tensor in tensors.items()}
-        if tensors and message.held:
-            session.gradient_sum = GradientSum(message.epoch, message.since, tensors)
-            return {}
-        return tensors
-
-    def _adopt(self, work: PassWork) -> None:
-        session = work.session
-        tensors: dict[str, torch.Tensor] = {}
-        for part in work.parts:
-            tensors.update(read_tensors(part.payload))
-        adapter = Adapter({name: tensor.to(self._span.device) for name, tensor in tensors.items()})
-        if adapter.outside(session.start, session.end):
-            raise AdapterError(f"the session has blocks {session.start}..{session.end - 1}, the adapter others")
-        self._span.fit(adapter)
-        session.adapter, session.adapter_version = adapter, work.parts[0].version
-        session.gradient_sum = None  # of the former one, whose memory is given back
-        self._training.adapter_loaded(work)
-
-    def _fetch_kv(self, work: PassWork, message: FetchKV) -> None:
-        session = work.session
-        row = session.rows.get(message.row)
-        if row is None or not 0 < message.length <= row.length:
-            raise ProtocolError(f"there are no {message.length} positions of row {message.row}")
-        self._training.fetched_kv(work, write_groups(self._span.keys_and_values(row, message.length)))
-
-    def _adapter(self, work: PassWork, message: Forward) -> Adapter | None:
-        session = work.session
-        if message.adapter and message.adapter != session.adapter_version:
-            raise ProtocolError(f"version {message.adapter} of the adapter is not here")
-        return session.adapter if message.adapter else None
-
-    def _ms_since(self, began: float) -> float:
-        return (seconds_after_work(self._span.device) - began) * 1000
-
-    def _decode(self, codec: int, payload: bytes | memoryview, positions: int) -> torch.Tensor:
-        values = codec_by_code(codec).decode(payload, positions, self._span.hidden_size)
-        return to_device(values, self._span.device, values.dtype)
-
-
 class _Abandoned(Exception):
     """The session has ended: nobody waits for its pass."""
-
-
-SHORT_S = 0.02
-"""A step that takes no longer may run in the thread that received it: nothing else is received meanwhile."""
 
 
 class Engine:
@@ -246,9 +97,11 @@ class Engine:
         self._turns = threading.Lock()
         """Held by the thread that runs what was waiting."""
         self._publish_speed()
-        self._pass_engine = PassEngine(
-            span, service.training, self._let_others_in, self._most_positions, self._counters
-        )
+        self._running: PassWork | None = None
+        """The pass over whole sequences that the device is at."""
+        self._piece_began = 0.0
+        graph_bytes = max(GRAPH_BYTES, service.training_memory.limit // 4)
+        self._passes = SpanPasses(span, self._end_piece, self._most_positions, graph_bytes=graph_bytes)
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
@@ -294,7 +147,7 @@ class Engine:
             if chosen:
                 self._run_steps(chosen)
             elif (work := self._queue.take_pass()) is not None:
-                self._pass_engine.run(work)
+                self._run_pass(work)
                 self._queue.release_pass(work)
             elif (job := self._queue.take_idle_job()) is not None:
                 job()
@@ -310,19 +163,6 @@ class Engine:
         if measured is not None:
             self._speed.replace(measured)
             self._publish_speed()
-
-    def _let_others_in(self, running: PassWork, seconds: float) -> None:
-        """Between two pieces of a pass over whole sequences, the last of which took so long: no step waits for all."""
-        self._queue.charge(running.session, seconds)
-        first = True
-        while chosen := self._queue.take_between(running, PASS_POSITIONS, first=first):
-            self._run_steps(chosen)
-            first = False
-
-    def _most_positions(self) -> int | None:
-        """Of a piece of a pass over whole sequences, which goes through one block; None: any."""
-        chunk_s = self._queue.chunk_s()
-        return None if chunk_s is None else self._queue.positions_within(chunk_s * (self._span.end - self._span.start))
 
     def _run_steps(self, chosen: list[tuple[Work, int]]) -> None:
         ready = [(work, count) for work, count in chosen if self._begin(work, count)]
@@ -421,7 +261,7 @@ class Engine:
         elapsed_ms = watch.seconds * 1000
         computed_s = time.thread_time() - began_cpu
         # First of all, since the next hops wait for it. All that they gather comes at once.
-        with self._service.together() if len(ready) > 1 else nullcontext():
+        with self._service.outbox.together() if len(ready) > 1 else nullcontext():
             computed = self._hand_on(ready, wanted, elapsed_ms)
         self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
         if len(hidden) <= DECODE_POSITIONS * len(ready):
@@ -493,6 +333,137 @@ class Engine:
         others = [positions - count for work, count in ready if work.total <= DECODE_POSITIONS]
         waits = [work.wait_ms for work in fresh if work.total <= DECODE_POSITIONS and not work.follows]
         self._load.observe(now, waits, others, elapsed_ms)
+
+    def _run_pass(self, work: PassWork) -> None:
+        """Does what `work` asks for; whatever goes wrong is told its client."""
+        if work.session.closed:
+            return
+        work.wait_ms = (time.monotonic() - work.arrived_at) * 1000
+        began = self._piece_began = time.perf_counter()
+        self._running = work
+        try:
+            if isinstance(work.message, Forward):
+                self._forward(work, work.message, began)
+            elif isinstance(work.message, Gradient):
+                self._backward(work, work.message, began)
+            elif isinstance(work.message, FetchKV):
+                self._fetch_kv(work, work.message)
+            else:
+                self._adopt(work)
+        except _Abandoned:
+            pass
+        except CodecError as error:
+            self._service.training.failed(work, FailureCode.BAD_MESSAGE, str(error))
+        except ProtocolError as error:
+            self._service.training.failed(work, FailureCode.OUT_OF_ORDER, str(error))
+        except Exception as error:
+            self._service.training.failed(work, *failure_of(error, "pass"))
+        finally:
+            self._let_others_in(work)
+
+    def _end_piece(self) -> None:
+        assert self._running is not None
+        self._let_others_in(self._running)
+        if self._running.session.closed:
+            raise _Abandoned
+
+    def _let_others_in(self, running: PassWork) -> None:
+        """Between two pieces of a pass over whole sequences: steps that are ready do not wait for all of it."""
+        self._queue.charge(running.session, seconds_after_work(self._span.device) - self._piece_began)
+        first = True
+        while chosen := self._queue.take_between(running, PASS_POSITIONS, first=first):
+            self._run_steps(chosen)
+            first = False
+        self._piece_began = time.perf_counter()
+
+    def _most_positions(self) -> int | None:
+        """Of a piece of a pass over whole sequences, which goes through one block; None: any."""
+        chunk_s = self._queue.chunk_s()
+        return None if chunk_s is None else self._queue.positions_within(chunk_s * (self._span.end - self._span.start))
+
+    def _forward(self, work: PassWork, message: Forward, began: float) -> None:
+        session = work.session
+        adapter = self._adapter(work, message)
+        hidden = self._decode(message.codec, message.payload, message.positions)
+        run = hidden, message.lengths, adapter, session.start, session.end
+        nbytes = self._passes.bytes_to_keep(message.lengths, adapter, session.end - session.start)
+        if message.kept and nbytes is not None and self._service.training.may_keep_way(work, nbytes):
+            output, way = self._passes.forward_kept(*run, nbytes, reach=message.reach)
+            self._service.training.keep_way(work, way)
+            del way
+        else:
+            output = self._passes.forward(*run, reach=message.reach)
+        payload = session.codec.encode(to_host(output))
+        work.compute_ms = self._ms_since(began)
+        session.done += message.positions
+        self._counters.sequences_passed(PassKind.FORWARD, work, message.lengths, work.compute_ms / 1000)
+        self._service.training.forwarded(work, payload)
+
+    def _backward(self, work: PassWork, message: Gradient, began: float) -> None:
+        session = work.session
+        assert work.forward is not None and isinstance(work.forward.message, Forward)
+        forward = work.forward.message
+        adapter = self._adapter(work, forward)
+        gradient = self._decode(message.codec, message.payload, forward.positions)
+        way = self._service.training.take_way(work.forward)
+        if way is not None:
+            gradient, by_adapter = self._passes.go_back(way, gradient)
+        else:
+            hidden = self._decode(forward.codec, forward.payload, forward.positions)
+            gradient, by_adapter = self._passes.backward(
+                hidden, forward.lengths, gradient, adapter, session.start, session.end, reach=forward.reach
+            )
+        payload = codec_by_code(forward.gradient_codec).encode(to_host(gradient))
+        by_adapter = self._added_up(session, message, by_adapter)
+        parts = write_groups(by_adapter) if by_adapter else []
+        session.done += forward.positions
+        self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, self._ms_since(began) / 1000)
+        self._service.training.went_back(work, payload, parts)
+
+    @staticmethod
+    def _added_up(session: Session, message: Gradient, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The gradient by the adapter that goes to the client now: nothing, or the sum of its batch."""
+        before, session.gradient_sum = session.gradient_sum, None
+        # What an abandoned batch has left is of another epoch, or begins at another number.
+        if tensors and before is not None and (before.epoch, before.since) == (message.epoch, message.since):
+            tensors = {name: before.tensors[name] + tensor for name, tensor in tensors.items()}
+        if tensors and message.held:
+            session.gradient_sum = GradientSum(message.epoch, message.since, tensors)
+            return {}
+        return tensors
+
+    def _adopt(self, work: PassWork) -> None:
+        session = work.session
+        tensors: dict[str, torch.Tensor] = {}
+        for part in work.parts:
+            tensors.update(read_tensors(part.payload))
+        adapter = Adapter({name: tensor.to(self._span.device) for name, tensor in tensors.items()})
+        if adapter.outside(session.start, session.end):
+            raise AdapterError(f"the session has blocks {session.start}..{session.end - 1}, the adapter others")
+        self._span.fit(adapter)
+        session.adapter, session.adapter_version = adapter, work.parts[0].version
+        session.gradient_sum = None  # of the former one, whose memory is given back
+        self._service.training.adapter_loaded(work)
+
+    def _fetch_kv(self, work: PassWork, message: FetchKV) -> None:
+        session = work.session
+        row = session.rows.get(message.row)
+        if row is None or not 0 < message.length <= row.length:
+            raise ProtocolError(f"there are no {message.length} positions of row {message.row}")
+        self._service.training.fetched_kv(work, write_groups(self._span.keys_and_values(row, message.length)))
+
+    def _adapter(self, work: PassWork, message: Forward) -> Adapter | None:
+        session = work.session
+        if message.adapter and message.adapter != session.adapter_version:
+            raise ProtocolError(f"version {message.adapter} of the adapter is not here")
+        return session.adapter if message.adapter else None
+
+    def _ms_since(self, began: float) -> float:
+        return (seconds_after_work(self._span.device) - began) * 1000
+
+    def _decode(self, codec: int, payload: bytes | memoryview, positions: int) -> torch.Tensor:
+        values = codec_by_code(codec).decode(payload, positions, self._span.hidden_size)
+        return to_device(values, self._span.device, values.dtype)
 
     def _view(self, start: int, end: int) -> Span:
         view = self._views.get((start, end))

@@ -1,34 +1,63 @@
-"""Where a service puts what it has to say."""
+"""The links of a peer to others: what is sent over them, which stay open, and what the peer measures of them."""
 
 from __future__ import annotations
 
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from peers.counters import Traffic
 from peers.sessions import PassWork, Work
-from splitnet.transport.pool import KEEP_S, LinkPool
-from splitnet.wire.endpoints import Destination, Endpoint, LinkState
-from splitnet.wire.messages import Message, Timing
+from scheduler.candidates import by_use
+from scheduler.coordinates import MIN_HEIGHT_MS
+from scheduler.facts import Link, Network
+from scheduler.liveness import ANSWER_TRIPS, FIRST_TRIPS
+from splitnet.directory.record import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink, facts_of, place_of
+from splitnet.errors import SplitnetError
+from splitnet.security.identity import PublicKey
+from splitnet.swarm.measure import NetworkCoordinates
+from splitnet.transport.pool import KEEP_S, Linking, LinkPool
+from splitnet.transport.prober import Prober
+from splitnet.transport.transport import Transport
+from splitnet.wire.endpoints import Destination, Endpoint
+from splitnet.wire.messages import Message, Timing, encode
+
+log = logging.getLogger(__name__)
+
+MAX_NEXT_HOPS = 64
+PROBE_S = 2.0
+"""How often the links that sessions use are measured."""
+
+MEASURED_AT_ONCE = 8
+"""Half of them for the place of the peer: those that it knows least about. The others are those that routes need."""
+USEFUL_S = 600.0
+"""How long a peer relies on a measurement of a link."""
+RENEW_S = 60.0
+"""After that the links that it publishes are measured again, one after the other."""
+
+ASKED_AT_ONCE = 32
+HEARD_S = 600.0
+"""After which a peer that has answered is asked again."""
+KEPT_HEARD = 4096
 
 
 class Answering(Protocol):
-    """Where messages go."""
+    """Where answers go."""
 
     def send(self, destination: Destination, message: Message) -> None: ...
 
 
-class Outbox(Answering, Protocol):
-    """The way out, without sockets: see `splitnet.transport.transport.Transport`."""
+class Outbox(Answering, Linking, Protocol):
+    """What the service needs of the transport; tests put a record of what was sent in its place."""
 
     def together(self) -> AbstractContextManager[None]:
         """What is sent within may wait for its end."""
         ...
-
-    def connect(self, endpoint: Endpoint) -> None: ...
-
-    def disconnect(self, endpoint: Endpoint) -> None: ...
-
-    def state(self, endpoint: Endpoint) -> LinkState: ...
 
     def unsent(self, endpoint: Endpoint) -> int:
         """Bytes that wait for a link that is up."""
@@ -51,16 +80,41 @@ class Outbox(Answering, Protocol):
         ...
 
 
+class TransportOutbox:
+    """The outbox of a running peer: encodes and counts messages, and lends what the transport and its pings know.
+
+    Args:
+        transport: of the peer.
+        traffic: counts what is sent.
+
+    Attributes:
+        prober: pings over the transport.
+    """
+
+    def __init__(self, transport: Transport, traffic: Traffic) -> None:
+        self._transport = transport
+        self._traffic = traffic
+        self.prober = Prober(self.send, transport.is_taken)
+        self.connect, self.disconnect, self.state = transport.connect, transport.disconnect, transport.state
+        self.together, self.unsent = transport.together, transport.unsent
+        self.probe, self.answered, self.rtt_ms = self.prober.probe, self.prober.answered, self.prober.rtt_ms
+
+    def send(self, destination: Destination, message: Message) -> None:
+        """Sends a message; it must not be changed afterwards."""
+        frames = encode(message)
+        self._traffic.count_sent(destination, message, frames)
+        self._transport.send(destination, frames)
+
+    def patience_s(self, endpoint: Endpoint, *, connects: bool) -> float:
+        """See `Prober.patience_s`."""
+        return self.prober.patience_s(endpoint, trips=FIRST_TRIPS if connects else ANSWER_TRIPS)
+
+
 def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
-    """What a step or pass met at this hop, for whoever comes after it."""
+    """What a step or pass met at this hop, for those after it."""
     following = work.session.next
     rtt_ms = outbox.rtt_ms(following) if following is not None else 0.0
     return Timing(round(work.wait_ms * 1000), round(work.compute_ms * 1000), round(rtt_ms * 1000))
-
-
-MAX_NEXT_HOPS = 64
-PROBE_S = 2.0
-"""How often the links that sessions use are measured."""
 
 
 class NextHops(LinkPool):
@@ -84,3 +138,162 @@ class NextHops(LinkPool):
             self._probe_at = now + PROBE_S
             for endpoint in self.in_use:
                 self._outbox.probe(endpoint)
+
+
+class Neighbours:
+    """Measures links to a few peers at a time: those that it knows least about.
+
+    Args:
+        others: looks up all other peers.
+        links: opened for a measurement as for a session.
+        prober: sends the pings.
+        own: the peer's own record; None: it does not know yet what it serves.
+    """
+
+    def __init__(
+        self,
+        others: Callable[[], Sequence[PeerRecord]],
+        links: NextHops,
+        prober: Prober,
+        own: Callable[[], PeerRecord | None] = lambda: None,
+    ) -> None:
+        self.network_coordinates = NetworkCoordinates()
+        self._others = others
+        self._links = links
+        self._prober = prober
+        self._own = own
+        self._seen: dict[str, tuple[float, Link]] = {}
+        """When which link was measured, by key text."""
+        self._used: dict[str, tuple[float, float]] = {}
+        """When what round trip was seen of links that sessions used, in ms, by key text."""
+        self._answered: dict[Endpoint, int] = {}
+        """The latest ping that came back on links that sessions use."""
+        self._tried_at: dict[str, float] = {}
+        """The same of those that were silent, too."""
+        self._useful: Sequence[str] = ()
+        """Those of the measured ones to which a chain may go on, the most useful first."""
+        self._random = random.Random()
+        self._heard_at: dict[Endpoint, float] = {}
+        self._asked_at: dict[Endpoint, float] = {}
+        self._lock = threading.Lock()
+
+    def heard(self, endpoint: Endpoint) -> None:
+        """A peer has answered a ping."""
+        with self._lock:
+            _note(self._heard_at, endpoint)
+
+    def answering(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
+        """Those whose peers have answered a ping, which proves their key; takes a second while there are others.
+
+        Anybody can announce peers that do not exist. At most `ASKED_AT_ONCE` are asked in one call: first those whose
+        keys have cost work, then those that were asked longest ago. Who has answered counts until it is asked again,
+        after `HEARD_S`, and is silent.
+        """
+        begin = time.monotonic()
+        due = [record for record in records if begin - self._heard_at.get(record.endpoint, -math.inf) > HEARD_S]
+        due.sort(key=lambda record: (not record.is_proven, self._asked_at.get(record.endpoint, 0.0)))
+        asked = [record.endpoint for record in due[:ASKED_AT_ONCE] if self._links.acquire(record.endpoint)]
+        try:
+            self._prober.answering(asked)
+        finally:
+            for endpoint in asked:
+                self._links.release(endpoint)
+        with self._lock:
+            for endpoint in asked:
+                _note(self._asked_at, endpoint)
+                if self._heard_at.get(endpoint, begin) < begin:
+                    del self._heard_at[endpoint]
+            return [record for record in records if record.endpoint in self._heard_at]
+
+    def hear_used(self) -> None:
+        """Takes in the round trips of links that sessions use: others must not begin on one that has become slow.
+
+        What was heard before says nothing of a link on which no ping has come back since.
+        """
+        now, before = time.monotonic(), self._answered
+        self._answered = {endpoint: self._prober.answered(endpoint) for endpoint in self._links.in_use}
+        heard = [endpoint for endpoint, number in self._answered.items() if number > before.get(endpoint, number)]
+        used = {endpoint.key.text: (now, self._prober.rtt_ms(endpoint)) for endpoint in heard}
+        self._used = {name: seen for name, seen in (self._used | used).items() if name in self._seen and seen[1]}
+
+    def look_around(self) -> None:
+        """Measures some links; takes a few round trips, a few seconds at most."""
+        try:
+            others = list(self._others())
+        except SplitnetError as error:
+            log.warning("could not look for other peers: %s", error)
+            return
+        self._random.shuffle(others)
+        others.sort(key=lambda record: -self._age_s(record.key.text))
+        useful = self._by_use(others)
+        by_name = {record.key.text: record for record in others}
+        began, half = time.monotonic(), MEASURED_AT_ONCE // 2
+        self._tried_at = {name: at for name, at in self._tried_at.items() if began - at < USEFUL_S}
+        published = [name for name in useful if name in self._seen][:MAX_SEEN_LINKS]
+        published.sort(key=lambda name: -self._age_s(name))
+        renewed = [name for name in published if self._age_s(name) > RENEW_S][: half // 2]
+        fresh = [name for name in useful if name not in self._tried_at][: half - len(renewed)]
+        names = list(dict.fromkeys([*renewed, *fresh, *by_name]))[:MEASURED_AT_ONCE]
+        self._tried_at |= dict.fromkeys(names, began)
+        seen = dict(self._seen)
+        chosen = {by_name[name].endpoint: by_name[name] for name in names}
+        borrowed = [endpoint for endpoint in chosen if self._links.acquire(endpoint)]
+        try:
+            for endpoint, link in self._prober.measure(borrowed).items():
+                self.network_coordinates.measured(chosen[endpoint], link)
+                seen[chosen[endpoint].key.text] = time.monotonic(), link
+        finally:
+            for endpoint in borrowed:
+                self._links.release(endpoint)
+        self._seen = {name: (at, link) for name, (at, link) in seen.items() if began - at < USEFUL_S}
+        self._useful = self._by_use([record for record in others if record.key.text in self._seen])
+
+    def _link(self, name: str, seen: tuple[float, Link]) -> Link:
+        """The latest of a link that was `seen`."""
+        at, link = seen
+        used_at, rtt_ms = self._used.get(name, (at, 0.0))
+        return Link(rtt_ms / 2, link.bytes_per_ms) if used_at > at else link
+
+    def _age_s(self, name: str) -> float:
+        at, _ = self._seen.get(name, (-math.inf, None))
+        return time.monotonic() - at
+
+    def _by_use(self, others: Sequence[PeerRecord]) -> list[str]:
+        """Those to which a chain may go on from here, the most useful first; by key text."""
+        own = self._own()
+        if own is None or not others:
+            return []
+        place = self.network_coordinates.place
+        links = {(own.key.text, name): self._link(name, seen) for name, seen in self._seen.items()}
+        places = {record.key.text: place_of(record) for record in others if record.coordinate_error < 1.0}
+        if place.coordinate.error < 1.0:
+            places[own.key.text] = place
+        useful = by_use(
+            facts_of(own), [facts_of(record) for record in others], own.num_blocks, Network(links, places=places)
+        )
+        return [peer.id for peer in useful]
+
+    @property
+    def seen_links(self) -> tuple[SeenLink, ...]:
+        """The measurements that are published: those that routes need first, then the latest."""
+        seen = self._seen
+        latest = sorted(seen, key=self._age_s)
+        best = dict.fromkeys([*(name for name in self._useful if name in seen), *latest])
+        links = ((name, self._link(name, seen[name])) for name in list(best)[:MAX_SEEN_LINKS])
+        return tuple(
+            SeenLink(PublicKey.parse(name).raw[:KEY_PREFIX_BYTES], 2 * link.latency_ms, link.bytes_per_ms)
+            for name, link in links
+        )
+
+    @property
+    def coordinate(self) -> tuple[tuple[float, ...], float]:
+        """Vector with the height behind it, and the relative error, as they are published."""
+        coordinate = self.network_coordinates.place.coordinate
+        return (*coordinate.vector, max(coordinate.height_ms, MIN_HEIGHT_MS)), coordinate.error
+
+
+def _note(times: dict[Endpoint, float], endpoint: Endpoint) -> None:
+    times.pop(endpoint, None)
+    times[endpoint] = time.monotonic()
+    while len(times) > KEPT_HEARD:
+        del times[next(iter(times))]

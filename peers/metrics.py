@@ -84,7 +84,7 @@ class Present:
             server = peer.server
         except SplitnetError:
             server = None
-        service, helper = peer.service, peer.ways.helper
+        service, helper, transport = peer.service, peer.ways.helper, peer.transport
         table, memory = service.sessions, service.training_memory
         return cls(
             info={
@@ -109,11 +109,15 @@ class Present:
             queued_pass_positions=service.queue.pass_positions,
             training_used_bytes=memory.used,
             training_free_bytes=memory.free,
-            refused_connections=peer.refused_connections,
-            ended_connections=dict(peer.ended_connections),
-            dropped_messages=peer.buffers["sent"].refused,
-            buffer_bytes={name: budget.used for name, budget in peer.buffers.items()}
-            | {f"{name}_limit": budget.limit for name, budget in peer.buffers.items()},
+            refused_connections=transport.refused_connections,
+            ended_connections=dict(transport.ended_connections),
+            dropped_messages=transport.sending.refused,
+            buffer_bytes={
+                "received": transport.receiving.used,
+                "sent": transport.sending.used,
+                "received_limit": transport.receiving.limit,
+                "sent_limit": transport.sending.limit,
+            },
             token_joules=_token_joules(peer, server),
             relays=len(peer.ways.relays),
             tunnelled=peer.ways.tunnelled,

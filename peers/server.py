@@ -1,12 +1,11 @@
-"""A peer: directory, transport, service and engine put together around one span."""
+"""A running peer: it joins a swarm, puts directory, transport and service together, and moves to other blocks."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +16,7 @@ from peers.admission import KeyPolicy, SessionTable
 from peers.counters import Counters
 from peers.directory import Announcer, DirectoryService
 from peers.joining import LanPresence, join_swarm
-from peers.links import NextHops
-from peers.neighbours import Neighbours
+from peers.links import Neighbours, NextHops, TransportOutbox
 from peers.options import PeerOptions
 from peers.placement import (
     NOBODY,
@@ -33,10 +31,9 @@ from peers.placement import (
 )
 from peers.power import EnergyMeter, find_sources
 from peers.reach import PeerWays
-from peers.service import SessionService
-from peers.span_server import MOVE_DRAIN_S, CurrentSpan, IsLeaving, SpanServer
+from peers.span_server import SpanServer
+from peers.speed import KnownSpeeds, ObservedSpeed, speed_of
 from peers.weights import DEFAULT_RATE, WeightService
-from scheduler.liveness import ANSWER_TRIPS, FIRST_TRIPS
 from splitnet.blocks.device import find_device
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -44,10 +41,10 @@ from splitnet.checkpoint.transfer.fetching import Fetcher
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import ModelNotFound, ProtocolError, SplitnetError
-from splitnet.limits import Budget
 from splitnet.nat.tunnel import Tunnels
 from splitnet.process import Watchdog
 from splitnet.quant.choose import choose_weights
+from splitnet.quant.memory import give_back_memory
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey, kept_proof
 from splitnet.security.swarm_key import OPEN
 from splitnet.transport.addresses import (
@@ -58,26 +55,30 @@ from splitnet.transport.addresses import (
     reachable_host,
     with_literal_host,
 )
-from splitnet.transport.prober import Prober
 from splitnet.transport.transport import Transport
 from splitnet.version import __version__
 from splitnet.wire.codecs import CODECS
-from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState, Relay
+from splitnet.wire.endpoints import Connection, Destination, Endpoint, Relay
 from splitnet.wire.messages import (
     PROTOCOL_VERSION,
     Announce,
     AskWeights,
     LookUp,
-    Message,
     Payload,
     Pong,
     decode,
-    encode,
 )
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
+
+MOVE_DRAIN_S = 15.0
+"""How long a peer that moves waits for its sessions to be taken over."""
+
+
+class IsLeaving(Exception):
+    """The peer was told to end while it was getting or loading blocks."""
 
 
 class Peer:
@@ -85,8 +86,11 @@ class Peer:
 
     Attributes:
         counters: what it has done since its start.
+        transport: its sockets and links.
         ways: how others reach it.
         weights: what it gives of them.
+        service: what answers messages; while the peer moves, that of the blocks that it has left.
+        relocation: moves it to blocks where the swarm needs it more.
 
     Raises:
         SplitnetError: any of its kinds, with the fix: the model, the swarm, the address, memory.
@@ -97,51 +101,56 @@ class Peer:
         checkpoint: Checkpoint,
         directory: SwarmDirectory,
         span: Span,
+        speed: ObservedSpeed,
         options: PeerOptions,
         identity: Identity,
+        counters: Counters,
         max_blocks: int,
         lan: LanPresence | None = None,
         fetcher: Fetcher | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.identity = identity
-        find = partial(find_sources, torch.device(options.device), options.sysfs)
-        self.counters = Counters(EnergyMeter(find, options.watts))
+        self.counters = counters
         self._directory = directory
         self._lan = lan
         self._fetcher = fetcher
         self._max_blocks = max_blocks
         self._mover = Mover(checkpoint.num_blocks, position_bytes(checkpoint))
         self._last_record: PeerRecord | None = None
-        self._key_file = options.key_file
+        self._options = options
         self._proof = 0
         self._leaving = threading.Event()
         self._watchdog = Watchdog()
-        self._next_hops = NextHops(self)
-        self._watch = HolderWatch(self._next_hops, self.state)
-        authorized = AuthorizedKeys.from_file(options.authorized_keys) if options.authorized_keys else None
-        policy = KeyPolicy(authorized)
-        self._current = CurrentSpan(
-            checkpoint, span, options, self, self._next_hops, self.counters, self._leaving, policy
-        )
+        self._authorized = AuthorizedKeys.from_file(options.authorized_keys) if options.authorized_keys else None
+        self._policy = KeyPolicy(self._authorized)
         self._tunnels = Tunnels(identity)
-        self._transport = Transport(
+        self.transport = Transport(
             identity,
             on_message=self._receive,
             on_link=lambda endpoint, state: self.service.link_changed(endpoint, state),
             on_lost=lambda connection: self.service.connection_lost(connection, time.monotonic()),
             on_dropped=lambda _, frames, reason: self.service.dropped(decode(frames), reason),
             on_tick=self._tick,
-            on_received=self._current.run_here,
-            authorized=authorized,
+            on_received=self._run_here,
+            authorized=self._authorized,
             listen=options.listen,
             tunnels=self._tunnels,
         )
-        address = public_address(options.listen, self._transport.port, options.public_host)
+        self._outbox = TransportOutbox(self.transport, self.counters.traffic)
+        self._next_hops = NextHops(self._outbox)
+        try:
+            self._server: SpanServer | None = self._server_of(span, speed)
+        except BaseException:
+            self.transport.close()
+            raise
+        self.service = self._server.service
+        self._placed_at = time.time()
+        self._watch = HolderWatch(self._next_hops, self.transport.state)
+        address = public_address(options.listen, self.transport.port, options.public_host)
         self._joined_at = hosts_of(options.initial_peers)
-        self._authorized = authorized
         self.ways = PeerWays(
-            self._transport,
+            self.transport,
             self._tunnels,
             identity,
             Endpoint(address, identity.public),
@@ -149,7 +158,7 @@ class Peer:
             listen=options.listen,
             reach=options.reach,
             relay_port=options.relay_port,
-            authorized=authorized,
+            authorized=self._authorized,
             bytes_per_s=options.relay_rate,
             maps=options.port_mapping,
             others=self._others,
@@ -157,19 +166,19 @@ class Peer:
             vouched=self._vouches,
             changed=lambda: self._announcer.publish_soon(),
         )
-        self._prober = Prober(self.send, self._transport.is_taken)
-        self._neighbours = Neighbours(self._others, self._next_hops, self._prober, self.record)
-        self._directory_service = DirectoryService(directory, checkpoint.fingerprint, self, options.swarm_key or OPEN)
+        self._neighbours = Neighbours(self._others, self._next_hops, self._outbox.prober, self.record)
+        swarm = options.swarm_key or OPEN
+        self._directory_service = DirectoryService(directory, checkpoint.fingerprint, self._outbox, swarm)
         self.weights = WeightService(
             checkpoint.held(),
-            self,
-            shares=partial(options.shares_weights, authorized),
+            self._outbox,
+            shares=partial(options.shares_weights, self._authorized),
             rate=options.share_rate or DEFAULT_RATE,
-            swarm=options.swarm_key or OPEN,
+            swarm=swarm,
             serving=lambda: self.service.in_use(time.monotonic()),
         )
         self._announcer = Announcer(directory, identity, self.record, self._look_around)
-        self._relocation = Relocation(
+        self.relocation = Relocation(
             self._mover,
             self._watch,
             self._leaving,
@@ -244,7 +253,11 @@ class Peer:
                 progress=lambda done, total: report(f"load blocks {start}..{end - 1}", done, total),
             )
             report("measure the device", 0, 0)
-            peer = cls(checkpoint, directory, span, options, identity, fitting, joined.lan, fetcher)
+            counters = Counters(
+                EnergyMeter(partial(find_sources, torch.device(options.device), options.sysfs), options.watts)
+            )
+            speed = speed_of(span, checkpoint.fingerprint, options.speeds_file, counters.energy)
+            peer = cls(checkpoint, directory, span, speed, options, identity, counters, fitting, joined.lan, fetcher)
         except BaseException:
             joined.close()
             raise
@@ -275,37 +288,19 @@ class Peer:
     @property
     def server(self) -> SpanServer:
         """The span and its sessions. Raises SplitnetError while the peer moves to other blocks."""
-        return self._current.server
+        if self._server is None:
+            raise SplitnetError("this peer is moving to other blocks: try again when it serves them")
+        return self._server
 
     @property
     def span(self) -> Span:
-        """The blocks that it serves."""
+        """The blocks that it serves. Raises SplitnetError while the peer moves to other blocks."""
         return self.server.span
 
     @property
-    def service(self) -> SessionService:
-        """What answers messages."""
-        return self._current.service
-
-    @property
     def sessions(self) -> SessionTable:
-        """Who has reserved KV memory."""
+        """The sessions, and what they have reserved."""
         return self.service.sessions
-
-    @property
-    def refused_connections(self) -> int:
-        """How many were refused, as their keys are not listed."""
-        return self._transport.refused_connections
-
-    @property
-    def ended_connections(self) -> Mapping[str, int]:
-        """How many connections this peer has ended, by the reason."""
-        return self._transport.ended_connections
-
-    @property
-    def buffers(self) -> Mapping[str, Budget]:
-        """Accounts for the bytes of messages that wait in sockets: to be read, and to be sent."""
-        return {"received": self._transport.receiving, "sent": self._transport.sending}
 
     def record(self) -> PeerRecord:
         """What the peer announces of itself, as of now."""
@@ -332,7 +327,7 @@ class Peer:
             kv_free_positions=server.sessions.free_positions,
             sessions=len(server.sessions),
             max_blocks=self._max_blocks,
-            placed_at=self._current.placed_at,
+            placed_at=self._placed_at,
             moving_to=self._mover.intended,
             serves=not server.service.leaving,
             coordinate=coordinate,
@@ -348,85 +343,45 @@ class Peer:
             relay_port=self.ways.relay_port,
         )
 
-    def reconsider(self) -> bool:
-        """Moves to other blocks if the swarm needs this peer there more; tells whether it has moved."""
-        return self._relocation.reconsider()
-
     def drain(self, timeout_s: float) -> None:
         """Leaves the DHT and hands running sessions over, see `SpanServer.drain`; `timeout_s`: seconds."""
         self._leaving.set()
-        with self._relocation.held():
+        with self.relocation.held():
             self.service.leave()  # before the directory, which may take a second
             self._announcer.close()
             if self._lan is not None:
                 self._lan.close()
-            self._current.drain(timeout_s)
+            if self._server is not None:
+                self._server.drain(timeout_s)
 
     def close(self) -> None:
         """Leaves the DHT, stops serving and frees everything."""
         self._leaving.set()
-        with self._relocation.held():
+        with self.relocation.held():
             self._announcer.close()
-            self._transport.close()
+            self.transport.close()
             self._directory_service.close()
             self.weights.close()
             self.ways.close()
-            self._current.close()
-        self._relocation.join()
+            if self._server is not None:
+                self._server.close()
+        self.relocation.join()
         if self._lan is not None:
             self._lan.close()
         self._directory.close()
 
-    def send(self, destination: Destination, message: Message) -> None:
-        """Sends a message; the service speaks through this."""
-        frames = encode(message)
-        self.counters.traffic.count_sent(destination, message, frames)
-        self._transport.send(destination, frames)
-
-    def together(self) -> AbstractContextManager[None]:
-        """See `Transport.together`."""
-        return self._transport.together()
-
-    def connect(self, endpoint: Endpoint) -> None:
-        """Opens the link to a next hop."""
-        self._transport.connect(endpoint)
-
-    def disconnect(self, endpoint: Endpoint) -> None:
-        """Closes the link to a next hop."""
-        self._transport.disconnect(endpoint)
-
-    def state(self, endpoint: Endpoint) -> LinkState:
-        """State of the link to a next hop."""
-        return self._transport.state(endpoint)
-
-    def unsent(self, endpoint: Endpoint) -> int:
-        """Bytes that wait for the link to a next hop."""
-        return self._transport.unsent(endpoint)
-
-    def probe(self, endpoint: Endpoint) -> int:
-        """Begins to measure the round trip to a next hop; returns the number of the ping."""
-        return self._prober.probe(endpoint)
-
-    def answered(self, endpoint: Endpoint) -> int:
-        """Number of the latest ping that a next hop has answered; 0: none."""
-        return self._prober.answered(endpoint)
-
-    def rtt_ms(self, endpoint: Endpoint) -> float:
-        """The round trip to a next hop as measured lately; 0: not measured."""
-        return self._prober.rtt_ms(endpoint)
-
-    def patience_s(self, endpoint: Endpoint, *, connects: bool) -> float:
-        """See `Prober.patience_s`."""
-        return self._prober.patience_s(endpoint, trips=FIRST_TRIPS if connects else ANSWER_TRIPS)
-
     def _serve(self) -> None:
-        self._current.start()
+        self.server.start()
         self.weights.start()
-        self._transport.start()
+        self.transport.start()
         self.ways.start()
         self._announcer.start()
         if self._max_blocks:
-            self._relocation.start()
+            self.relocation.start()
+
+    def _run_here(self) -> None:
+        if (server := self._server) is not None:
+            server.engine.run_here()
 
     def _tick(self) -> None:
         self.service.tick(time.monotonic())
@@ -436,7 +391,8 @@ class Peer:
 
     def _look_around(self) -> None:
         self.counters.energy.look()
-        self._current.remeasure_if_idle()
+        if (server := self._server) is not None:
+            server.remeasure_if_idle()
         self.ways.look()
         if self._lan is not None:
             self._lan.look()
@@ -446,9 +402,9 @@ class Peer:
 
     def _prove_work(self) -> None:
         """For a key that is kept; it takes seconds, once."""
-        if self._key_file is None or self._proof:
+        if self._options.key_file is None or self._proof:
             return
-        file = self._key_file.with_name(f"{self._key_file.name}.proof")
+        file = self._options.key_file.with_name(f"{self._options.key_file.name}.proof")
         try:
             self._proof = kept_proof(self.identity.public, file, self._leaving)
         except OSError as error:
@@ -477,11 +433,74 @@ class Peer:
             self._announcer.publish()
         except SplitnetError as error:  # as when the nodes of the DHT were lost together with the blocks
             log.warning("the swarm is not told of the move: %s", error)
-        if self._current.change_to(*span, drain_s=0.0 if urgent else MOVE_DRAIN_S):
+        if self._change_to(*span, drain_s=0.0 if urgent else MOVE_DRAIN_S):
             self._last_record = None
             self._announcer.publish()
             start, end = self.span.start, self.span.end
             log.warning("serving blocks %d..%d", start, end - 1, extra={"blocks": f"{start}:{end}"})
+
+    def _change_to(self, start: int, end: int, drain_s: float) -> bool:
+        """Hands the sessions over, then serves blocks `[start, end)`, or the old ones if these cannot be loaded.
+
+        Args:
+            start, end: the new blocks.
+            drain_s: how long to wait for the sessions to be taken over, in seconds.
+
+        Returns:
+            False if the peer ends before it serves.
+        """
+        server = self.server
+        old, speed = (server.span.start, server.span.end), server.speed
+        blocks = {"former_blocks": "{}:{}".format(*old), "blocks": f"{start}:{end}"}
+        log.warning("moving from blocks %d..%d to %d..%d", old[0], old[1] - 1, start, end - 1, extra=blocks)
+        server.drain(drain_s)
+        server.close()
+        # The memory of the old blocks is needed for the new ones. Until those serve, the old service says so.
+        self._server = server = None
+        give_back_memory()
+        try:
+            self._load_and_serve(start, end, speed)
+        except IsLeaving:
+            return False
+        except Exception:
+            log.exception("could not load blocks %d..%d, going back", start, end - 1)
+            self._load_and_serve(*old, speed)
+        else:
+            self.counters.moves += 1
+        return True
+
+    def _load_and_serve(self, start: int, end: int, speed: ObservedSpeed) -> None:
+        options = self._options
+        span = Span.load(
+            self.checkpoint,
+            start,
+            end,
+            device=options.device,
+            dtype=options.dtype,
+            weights=options.weights,
+            progress=self._go_on,
+        )
+        # All blocks of a model are about as fast. Timing these takes seconds, and is done when the peer is idle.
+        if options.speeds_file is not None:
+            KnownSpeeds(options.speeds_file).follow(span, self.checkpoint.fingerprint, speed)
+        server = self._server_of(span, speed)
+        server.start()
+        self._server, self.service = server, server.service
+        self._placed_at = time.time()
+
+    def _server_of(self, span: Span, speed: ObservedSpeed) -> SpanServer:
+        return SpanServer(
+            self.checkpoint,
+            span,
+            speed,
+            self._outbox,
+            self._next_hops,
+            kv_memory=self._options.kv_memory,
+            training_memory=self._options.training_memory,
+            idle_s=self._options.idle_s,
+            counters=self.counters,
+            policy=self._policy,
+        )
 
     def _go_on(self, *_: object) -> None:
         if self._leaving.is_set():
@@ -496,7 +515,7 @@ class Peer:
             return
         self.counters.traffic.count_received(source, message, frames)
         if isinstance(message, Pong) and isinstance(source, Endpoint):
-            self._prober.pong(source, message)
+            self._outbox.prober.pong(source, message)
             self._neighbours.heard(source)
             self._watch.heard(source, time.monotonic())
             self.service.answered(source)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from peers.admission import REVOKED, KeyPolicy, SessionTable
@@ -58,102 +57,24 @@ from splitnet.wire.messages import (
     ToldLoad,
 )
 
+log = logging.getLogger(__name__)
 
-class StepOutput:
-    """Sends outputs on, and those of the past once more. A part of the service: it is called under the service's lock.
+PROBE_S = 15.0
+"""A client that was silent for this long is sent a `Pong` that it ignores, which shows whether it is connected."""
 
-    Args:
-        outbox: where messages go.
-        num_blocks: of the model.
-    """
-
-    def __init__(self, outbox: Outbox, num_blocks: int) -> None:
-        self._outbox = outbox
-        self._num_blocks = num_blocks
-
-    def send(self, work: Work, payload: Payload, result_payload: Payload) -> None:
-        """Sends on what the engine has computed, and logs it.
-
-        Args:
-            work: the finished step.
-            payload: the output of all positions, encoded with the session's codec; empty at the tail.
-            result_payload: what the client asked to have back, encoded.
-        """
-        session, step = work.session, work.step
-        if session.closed:
-            return
-        # Sent first, since the next hop waits for it. Logged also in an older epoch: the log follows the rows.
-        if step.epoch == session.epoch:
-            session.last = max(session.last, 0 if step.replay_until else step.number)
-            self._send(work, payload, result_payload)
-        if session.end != self._num_blocks:
-            session.log.record(step.parts, step.forks, payload, step.reach)
-
-    def replay(self, session: Session, source: Connection, message: Replay) -> None:
-        """Sends the next hop all outputs that its rows were made of, or tells the `source` of the request of none."""
-        assert session.next is not None
-        steps = list(session.log.replay())
-        if not steps:
-            code = session.codec.code
-            self._outbox.send(source, Result(session.id, session.epoch, message.number, message.until, code, ()))
-        codec, end = session.log.codec, session.end
-        session.sent_on = True
-        for index, (parts, payload, reach) in enumerate(steps):
-            number = message.number if index == len(steps) - 1 else 0
-            self._outbox.send(
-                session.next,
-                Step(session.id, session.epoch, number, parts, None, message.until, codec, payload, end, (), reach),
-            )
-
-    def is_under_way(self, session: Session) -> bool:
-        """Whether what was sent to the next hop may still be on its way: no ping that went after it has come back.
-
-        A way up that many use holds prompts up for minutes. They are not lost, and to send them again would be worse.
-        """
-        following = session.next
-        if following is None or self._outbox.state(following) is not LinkState.UP:
-            return False
-        if session.sent_on:
-            session.sent_on, session.sent_before = False, self._outbox.probe(following)
-        return self._outbox.answered(following) < session.sent_before
-
-    def _send(self, work: Work, payload: Payload, result_payload: Payload) -> None:
-        session, step = work.session, work.step
-        timing = timing_of(work, self._outbox)
-        timings = (*step.timings, timing)
-        if work.total <= DECODE_POSITIONS and not step.replay_until:
-            session.timing = timing
-        replayed = step.replay_until != 0 and session.end >= step.replay_until
-        if session.next is not None and not replayed:
-            session.sent_on = True
-            self._outbox.send(
-                session.next,
-                Step(
-                    session.id,
-                    step.epoch,
-                    step.number,
-                    step.parts,
-                    step.forks,
-                    step.replay_until,
-                    session.codec.code,
-                    payload,
-                    session.end,
-                    timings,
-                    step.reach,
-                ),
-            )
-        elif not replayed or step.number:  # of a replay only the last step is answered
-            at_tail = session.end == self._num_blocks
-            body = b"" if replayed else (result_payload if at_tail else payload)
-            self._outbox.send(
-                session.reply_to,
-                Result(session.id, step.epoch, step.number, session.end, session.codec.code, timings, body),
-            )
-
+IN_USE_S = 3.0
+"""A session without a step for this long waits for a person who types."""
 
 REMEMBERED_HOPS = 4096
 FAR_TIMES = 3.0
-"""Where round trips are long a next hop gets so many times as long at most: clients wait for what answers `Open`."""
+"""Limit of the patience with a next hop where round trips are long, as a multiple of the usual patience: clients wait
+for the answer to `Open`."""
+
+_CODE_OF_ERROR = {
+    PeerBusy: FailureCode.BUSY,
+    SessionTooLong: FailureCode.TOO_LONG,
+    MissingPass: FailureCode.OUT_OF_ORDER,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,21 +189,6 @@ def _is_known(state: LinkState, proven: bool) -> bool:
     return state in (LinkState.UP, LinkState.REFUSED) or (proven and state is not LinkState.CONNECTING)
 
 
-log = logging.getLogger(__name__)
-
-PROBE_S = 15.0
-"""A client that was silent for so long is sent a `Pong` that it ignores, which shows whether it is still connected."""
-
-IN_USE_S = 3.0
-"""A session without a step for so long is waiting for somebody to type."""
-
-_CODE_OF_ERROR = {
-    PeerBusy: FailureCode.BUSY,
-    SessionTooLong: FailureCode.TOO_LONG,
-    MissingPass: FailureCode.OUT_OF_ORDER,
-}
-
-
 class SessionService:
     """Sessions, admission and the way of every step through this hop.
 
@@ -325,10 +231,9 @@ class SessionService:
         self._counters = counters or Counters()
         self._policy = policy or KeyPolicy()
         self._load = load or Load()
-        self._outbox = outbox
+        self.outbox = outbox
         self._lock = threading.RLock()
         self._opening = NextHopOpening(outbox, next_hops, reach_s)
-        self._output = StepOutput(outbox, served.num_blocks)
         self.training = Training(served, queue, outbox, self.training_memory, self._lock, self._counters)
         self._probe_at = 0.0
 
@@ -370,7 +275,7 @@ class SessionService:
             told, self.leaving = self.leaving, True
             for session in () if told else self.sessions:
                 failure = Failure(session.id, session.epoch, 0, FailureCode.LEAVING, "this peer is leaving")
-                self._outbox.send(session.reply_to, failure)
+                self.outbox.send(session.reply_to, failure)
 
     def in_use(self, now: float) -> bool:
         """Whether a session has steps under way, or had some a moment ago."""
@@ -442,7 +347,7 @@ class SessionService:
             if now >= self._probe_at:
                 self._probe_at = now + PROBE_S
                 for connection in {session.reply_to for session in self.sessions if now - session.used_at > PROBE_S}:
-                    self._outbox.send(connection, Pong(0, self.busy_ms, self.sessions.free_positions))
+                    self.outbox.send(connection, Pong(0, self.busy_ms, self.sessions.free_positions))
 
     def prepare(self, work: Work) -> None:
         """Brings a session's rows to where a step begins: forks and crops. Called by the engine, before a pass.
@@ -464,14 +369,24 @@ class SessionService:
             with self._lock:
                 session.log.prepare(step.parts, step.forks)
 
-    def together(self) -> AbstractContextManager[None]:
-        """What steps that are finished within send goes out at its end."""
-        return self._outbox.together()
-
     def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:
-        """Sends on what the engine has computed, see `StepOutput.send`."""
+        """Sends on what the engine has computed, and logs it.
+
+        Args:
+            work: the finished step.
+            payload: the output of all positions, encoded with the session's codec; empty at the tail.
+            result_payload: what the client asked to have back, encoded.
+        """
         with self._lock:
-            self._output.send(work, payload, result_payload)
+            session, step = work.session, work.step
+            if session.closed:
+                return
+            # Sent first, since the next hop waits for it. Logged also in an older epoch: the log follows the rows.
+            if step.epoch == session.epoch:
+                session.last = max(session.last, 0 if step.replay_until else step.number)
+                self._send_on(work, payload, result_payload)
+            if session.end != self.served.num_blocks:
+                session.log.record(step.parts, step.forks, payload, step.reach)
 
     def failed(self, work: Work, code: FailureCode, text: str) -> None:
         """Tells the client that the device could not run its step."""
@@ -480,6 +395,37 @@ class SessionService:
             if not session.closed:
                 self._fail(session.reply_to, session.id, work.step.epoch, work.step.number, code, text)
 
+    def _send_on(self, work: Work, payload: Payload, result_payload: Payload) -> None:
+        session, step = work.session, work.step
+        timing = timing_of(work, self.outbox)
+        timings = (*step.timings, timing)
+        if work.total <= DECODE_POSITIONS and not step.replay_until:
+            session.timing = timing
+        replayed = step.replay_until != 0 and session.end >= step.replay_until
+        code = session.codec.code
+        if session.next is not None and not replayed:
+            session.sent_on = True
+            kept = step.epoch, step.number, step.parts, step.forks, step.replay_until
+            onward = Step(session.id, *kept, code, payload, session.end, timings, step.reach)
+            self.outbox.send(session.next, onward)
+        elif not replayed or step.number:  # of a replay only the last step is answered
+            at_tail = session.end == self.served.num_blocks
+            body = b"" if replayed else (result_payload if at_tail else payload)
+            result = Result(session.id, step.epoch, step.number, session.end, code, timings, body)
+            self.outbox.send(session.reply_to, result)
+
+    def _is_under_way(self, session: Session) -> bool:
+        """Whether what was sent to the next hop may still be on its way: no ping that went after it has come back.
+
+        A busy uplink holds prompts up for minutes. They are not lost, and sending them again would make it worse.
+        """
+        following = session.next
+        if following is None or self.outbox.state(following) is not LinkState.UP:
+            return False
+        if session.sent_on:
+            session.sent_on, session.sent_before = False, self.outbox.probe(following)
+        return self.outbox.answered(following) < session.sent_before
+
     def _pong(self, source: Connection, message: Ping, now: float) -> None:
         load = (ToldLoad(*self._load.at(now), time.time()),) if message.load else ()
         pong = Pong(message.nonce, self.busy_ms, self.sessions.free_positions, load=load)
@@ -487,10 +433,10 @@ class SessionService:
         # To anybody but its owner a session is unknown, so that nobody learns which ones exist.
         if session is not None and session.owner == source.curve:
             waiting = len(session.waiting) + session.waiting_passes
-            waiting = waiting or int(self._output.is_under_way(session))
+            waiting = waiting or int(self._is_under_way(session))
             timing = (session.timing,) if session.timing is not None else ()
             pong = replace(pong, waiting=waiting, done=session.done, holds=True, last=session.last, timing=timing)
-        self._outbox.send(source, pong)
+        self.outbox.send(source, pong)
 
     def _open(self, source: Connection, message: Open, now: float) -> None:
         refused = self.served.refusal(message)
@@ -581,7 +527,7 @@ class SessionService:
         if session is None or session.next != source or session.epoch != message.epoch:
             return
         if isinstance(message, Failure):
-            self._outbox.send(session.reply_to, message)
+            self.outbox.send(session.reply_to, message)
         else:
             self._take_in(session, session.reply_to, message, now)
 
@@ -648,6 +594,7 @@ class SessionService:
             self._counters.ended[SessionEnd.HANDED_OVER if self.leaving else SessionEnd.CLOSED] += 1
 
     def _replay(self, source: Connection, message: Replay, now: float) -> None:
+        """Sends the next hop all outputs that its rows were made of, or tells the `source` that there are none."""
         session = self.sessions.get(message.session)
         if session is None or session.owner != source.curve:
             self._fail(
@@ -663,10 +610,18 @@ class SessionService:
         except PeerBusy as error:
             self._fail(source, session.id, message.epoch, message.number, FailureCode.BUSY, str(error))
             return
-        self._output.replay(session, source, message)
+        steps, codec = list(session.log.replay()), session.log.codec
+        if not steps:
+            result = Result(session.id, session.epoch, message.number, message.until, session.codec.code, ())
+            self.outbox.send(source, result)
+        session.sent_on = True
+        for index, (parts, payload, reach) in enumerate(steps):
+            number = message.number if index == len(steps) - 1 else 0
+            again = session.id, session.epoch, number, parts, None, message.until, codec, payload
+            self.outbox.send(session.next, Step(*again, session.end, (), reach))
 
     def _fail(
         self, destination: Connection, session: bytes, epoch: int, number: int, code: FailureCode, text: str
     ) -> None:
         self._counters.refused[code] += 1
-        self._outbox.send(destination, Failure(session, epoch, number, code, text[:500]))
+        self.outbox.send(destination, Failure(session, epoch, number, code, text[:500]))

@@ -1,9 +1,7 @@
-"""The blocks that a peer serves now; it leaves them for others when it moves."""
+"""One span and all that serves it: sessions with their memory, the queue, the service and the engine."""
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from functools import partial
 
@@ -11,17 +9,15 @@ from peers.admission import KeyPolicy, SessionTable
 from peers.counters import Counters
 from peers.engine import Engine
 from peers.links import NextHops, Outbox
-from peers.options import PeerOptions
 from peers.queue import WorkQueue
 from peers.service import SessionService
 from peers.sessions import AHEAD, TENSOR_BYTES, MemoryAccount, ServedBlocks
-from peers.speed import KnownSpeeds, ObservedSpeed, measure_speed
+from peers.speed import ObservedSpeed
 from scheduler.load import Load
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.errors import OutOfMemory, SplitnetError
+from splitnet.errors import OutOfMemory
 from splitnet.quant.device import end_threads
-from splitnet.quant.memory import give_back_memory
 from splitnet.wire.codecs import DEFAULT_INT8, codec_by_name
 
 FIRST_REMEASURE_S = 20.0
@@ -31,11 +27,12 @@ LEAST_STEP_MEMORY = 128 * 2**20
 
 
 class SpanServer:
-    """Sessions, queue and engine of one span.
+    """Serves one span; a peer that moves makes another one.
 
     Args:
         checkpoint: the model.
         span: its blocks.
+        speed: of the device.
         outbox: where messages go.
         next_hops: the links to other peers.
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
@@ -43,7 +40,6 @@ class SpanServer:
         idle_s: seconds until an idle session is dropped.
         counters: what the peer counts.
         policy: what keys are granted; None: all, alike.
-        speed: of the device, as far as it is known; None: it is measured now.
 
     Raises:
         OutOfMemory: `kv_memory` is less than the states of one sequence take.
@@ -53,6 +49,7 @@ class SpanServer:
         self,
         checkpoint: Checkpoint,
         span: Span,
+        speed: ObservedSpeed,
         outbox: Outbox,
         next_hops: NextHops,
         *,
@@ -61,7 +58,6 @@ class SpanServer:
         idle_s: float,
         counters: Counters,
         policy: KeyPolicy | None = None,
-        speed: ObservedSpeed | None = None,
     ) -> None:
         if kv_memory is not None and kv_memory <= span.state_bytes != 0:
             raise OutOfMemory(
@@ -69,10 +65,6 @@ class SpanServer:
                 f"{kv_memory / 2**20:.1f} MiB are given for KV caches: use --kv-memory with more, or fewer blocks"
             )
         self.span = span
-        if speed is None:
-            with counters.energy.computing():
-                speed = measure_speed(span)
-        assert speed is not None
         self.speed = speed
         self.load = Load()
         policy = policy or KeyPolicy()
@@ -121,39 +113,35 @@ class SpanServer:
             policy=policy,
             load=self.load,
         )
-        self._engine = Engine(span, self.service, self.queue, self.speed, self.load, counters)
+        self.engine = Engine(span, self.service, self.queue, self.speed, self.load, counters)
         self._measured_at = time.monotonic()
         self._measure_after_s = FIRST_REMEASURE_S
 
     def start(self) -> None:
-        """Begins to compute. From now on `run_here` is called after messages were received.
+        """Begins to compute. From now on `engine.run_here` is called after messages were received.
 
         Call it from the thread that has loaded the blocks, which computes no more.
         """
         end_threads()
         self.queue.defers = True
-        self._engine.start()
-
-    def run_here(self) -> None:
-        """See `Engine.run_here`."""
-        self._engine.run_here()
+        self.engine.start()
 
     def remeasure_if_idle(self) -> None:
-        """Times the device again if nobody has used it since: at the start others may have kept the machine busy.
+        """Times the device again if it was idle since: at the start other processes may have kept the machine busy.
 
-        The longer that stays so, the more rarely.
+        The longer it stays idle, the more rarely.
         """
         now = time.monotonic()
         last = max(self._measured_at, self.load.last_at)
         if now - last > self._measure_after_s and not self.queue.has_work:
-            self._engine.measure_when_idle()
+            self.engine.measure_when_idle()
             self._measured_at = now
             self._measure_after_s *= 2
 
     def drain(self, timeout_s: float) -> None:
-        """Takes no new sessions, and hands the running ones over: their clients replace this peer, as it is told them.
+        """Takes no new sessions, and tells the clients of the running ones to replace this peer.
 
-        Returns when no session is in use any more, or after `timeout_s` seconds. The clients of idle ones find out when
+        Returns when no session is in use any more, or after `timeout_s` seconds. Clients of idle sessions notice when
         they go on.
         """
         self.service.leave()
@@ -163,162 +151,5 @@ class SpanServer:
 
     def close(self) -> None:
         """Stops computing, after the pass that is running, and ends all sessions."""
-        self._engine.close()
+        self.engine.close()
         self.service.forget_all()
-
-
-log = logging.getLogger(__name__)
-
-MOVE_DRAIN_S = 15.0
-"""How long a peer that moves waits for its sessions to be taken over."""
-
-
-class CurrentSpan:
-    """Serves one span at a time, under the same links and counters.
-
-    Args:
-        checkpoint: the model.
-        span: the first one.
-        options: how to serve.
-        outbox: where messages go.
-        next_hops: the links to other peers.
-        counters: what the peer counts.
-        leaving: set when the peer ends.
-        policy: what keys are granted; None: all, alike.
-
-    Attributes:
-        service: what answers messages; while the peer moves that of the blocks that it has left.
-        placed_at: since when these blocks are served, Unix time in seconds.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        span: Span,
-        options: PeerOptions,
-        outbox: Outbox,
-        next_hops: NextHops,
-        counters: Counters,
-        leaving: threading.Event,
-        policy: KeyPolicy | None = None,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._options = options
-        self._outbox = outbox
-        self._next_hops = next_hops
-        self._counters = counters
-        self._leaving = leaving
-        self._policy = policy
-        self._server: SpanServer | None = self._server_of(span)
-        self.service: SessionService = self._server.service
-        self.placed_at = time.time()
-
-    @property
-    def server(self) -> SpanServer:
-        """Raises SplitnetError while the peer moves to other blocks."""
-        if self._server is None:
-            raise SplitnetError("this peer is moving to other blocks: try again when it serves them")
-        return self._server
-
-    def start(self) -> None:
-        """Begins to compute."""
-        self.server.start()
-
-    def run_here(self) -> None:
-        """See `Engine.run_here`; does nothing while the peer moves."""
-        if (server := self._server) is not None:
-            server.run_here()
-
-    def remeasure_if_idle(self) -> None:
-        """See `SpanServer.remeasure_if_idle`; does nothing while the peer moves."""
-        if self._server is not None:
-            self._server.remeasure_if_idle()
-
-    def drain(self, timeout_s: float) -> None:
-        """See `SpanServer.drain`."""
-        if self._server is not None:
-            self._server.drain(timeout_s)
-
-    def close(self) -> None:
-        """Stops computing and ends all sessions."""
-        if self._server is not None:
-            self._server.close()
-
-    def change_to(self, start: int, end: int, drain_s: float = MOVE_DRAIN_S) -> bool:
-        """Hands the sessions over, then serves blocks `[start, end)`, or the old ones if these cannot be loaded.
-
-        Args:
-            start, end: the new blocks.
-            drain_s: how long to wait for the sessions to be taken over, in seconds.
-
-        Returns:
-            False if the peer ends before it serves.
-        """
-        server = self.server
-        old = server.span.start, server.span.end
-        blocks = {"former_blocks": "{}:{}".format(*old), "blocks": f"{start}:{end}"}
-        log.warning("moving from blocks %d..%d to %d..%d", old[0], old[1] - 1, start, end - 1, extra=blocks)
-        server.drain(drain_s)
-        speed = server.speed
-        server.close()
-        # The memory of the old blocks is needed for the new ones. Until those serve, the old service says so.
-        self._server = server = None
-        give_back_memory()
-        try:
-            self._load_and_serve(start, end, speed)
-        except IsLeaving:
-            return False
-        except Exception:
-            log.exception("could not load blocks %d..%d, going back", start, end - 1)
-            self._load_and_serve(*old, speed)
-        else:
-            self._counters.moves += 1
-        return True
-
-    def _load_and_serve(self, start: int, end: int, speed: ObservedSpeed) -> None:
-        def go_on(*_: int) -> None:
-            if self._leaving.is_set():
-                raise IsLeaving
-
-        options = self._options
-        span = Span.load(
-            self._checkpoint,
-            start,
-            end,
-            device=options.device,
-            dtype=options.dtype,
-            weights=options.weights,
-            progress=go_on,
-        )
-        # All blocks of a model are about as fast. To time these takes seconds, so that waits until nobody needs them.
-        server = self._server_of(span, speed)
-        server.start()
-        self._server, self.service = server, server.service
-        self.placed_at = time.time()
-
-    def _server_of(self, span: Span, speed: ObservedSpeed | None = None) -> SpanServer:
-        options = self._options
-        known = KnownSpeeds(options.speeds_file) if options.speeds_file is not None else None
-        if speed is None and known is not None:
-            speed = known.find(span, self._checkpoint.fingerprint)
-        server = SpanServer(
-            self._checkpoint,
-            span,
-            self._outbox,
-            self._next_hops,
-            kv_memory=options.kv_memory,
-            training_memory=options.training_memory,
-            idle_s=options.idle_s,
-            counters=self._counters,
-            policy=self._policy,
-            speed=speed,
-        )
-        if known is not None:
-            server.speed.on_measured = lambda: known.keep(span, self._checkpoint.fingerprint, server.speed)
-            if speed is None:
-                server.speed.on_measured()
-        return server
-
-
-class IsLeaving(Exception):
-    """The peer was told to end while it was getting or loading blocks."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from peers.power import EnergyMeter
 from scheduler import facts
 from scheduler.facts import PASS_SIZES
 from scheduler.load import MovingAverage
@@ -123,6 +124,35 @@ class KnownSpeeds:
     def keep(self, span: Span, model: str, speed: ObservedSpeed) -> None:
         """Remembers what was measured, in place of what was before."""
         self._known.keep(_key(span, model), list(speed.block_ms))
+
+    def follow(self, span: Span, model: str, speed: ObservedSpeed) -> None:
+        """Remembers later measurements of `speed`, too. Refers to no span: a peer that moves frees the old one."""
+        key = _key(span, model)
+        speed.on_measured = lambda: self._known.keep(key, list(speed.block_ms))
+
+
+def speed_of(span: Span, model: str, file: Path | None, energy: EnergyMeter) -> ObservedSpeed:
+    """The speed of the span as it is known from an earlier start, or else as it is measured now.
+
+    Call it from the thread that uses the span.
+
+    Args:
+        span: the blocks.
+        model: fingerprint of the model.
+        file: where speeds are kept for the next start; None: nowhere.
+        energy: counts what measuring takes.
+    """
+    known = KnownSpeeds(file) if file is not None else None
+    speed = known.find(span, model) if known is not None else None
+    if speed is None:
+        with energy.computing():
+            speed = measure_speed(span)
+        assert speed is not None
+        if known is not None:
+            known.keep(span, model, speed)
+    if known is not None:
+        known.follow(span, model, speed)
+    return speed
 
 
 def _is_speed(block_ms: Any) -> bool:

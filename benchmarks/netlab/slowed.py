@@ -231,7 +231,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
     import torch
 
     from peers.counters import Counters
-    from peers.neighbours import Neighbours
+    from peers.links import Neighbours
     from scheduler.batching import Gathering
     from splitnet.blocks.span import Span
     from splitnet.cli import main

@@ -129,7 +129,7 @@ class LocalSwarm:
 
 
 def _has_ended(peer: Peer) -> bool:
-    return peer._leaving.is_set() or peer._transport._closing
+    return peer._leaving.is_set() or peer.transport._closing
 
 
 class _LentDirectory:

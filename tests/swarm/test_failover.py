@@ -144,12 +144,12 @@ def test_a_message_that_is_lost_between_peers_is_sent_again(twins: LocalSwarm, l
     def lose_one() -> None:
         assert cache.session is not None
         sender = next(peer for peer in twins.peers if peer.endpoint == cache.session.hops[0].endpoint)
-        send = sender._transport.send
+        send = sender.transport.send
 
         def drop(*_: Any) -> None:
-            sender._transport.send = send  # type: ignore[method-assign]
+            sender.transport.send = send  # type: ignore[method-assign]
 
-        sender._transport.send = drop  # type: ignore[method-assign]
+        sender.transport.send = drop  # type: ignore[method-assign]
 
     model = twins.model()
     with model.session() as cache:

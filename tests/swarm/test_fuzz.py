@@ -435,7 +435,7 @@ def test_thousands_of_sessions(running: LocalSwarm, attacker: Attacker) -> None:
 
 
 def test_thousands_of_next_hops(running: LocalSwarm, attacker: Attacker) -> None:
-    transport = running.peers[0]._transport
+    transport = running.peers[0].transport
     sockets = psutil.Process().num_fds()
     for number in range(2000):
         attacker.say(

@@ -172,7 +172,7 @@ def test_a_peer_asks_others_and_looks_for_helpers(
         patch.setattr(PeerLinks, "ask_back", lambda *_: {"one": True, "two": True})
         assert lost.ways._is_reached(lost.ways.address) is False, "they say so, and nobody has come"
         patch.setattr(PeerLinks, "ask_back", lambda *_: {"one": False, "two": False})
-        here = Endpoint(f"tcp://127.0.0.1:{lost._transport.port}", lost.identity.public)
+        here = Endpoint(f"tcp://127.0.0.1:{lost.transport.port}", lost.identity.public)
         with PeerLinks(Identity.generate()) as links:
             assert links.try_out([here])[here].rtt_ms is not None
             assert lost.ways._is_reached(here.address) is True, "they deny it, and somebody is here"
@@ -206,7 +206,7 @@ def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_he
         records = node.peers(peer.checkpoint.fingerprint)
         return next(record.address for record in records if record.key == peer.identity.public)
 
-    port = peer._transport.port
+    port = peer.transport.port
     wait_until(lambda: announced() == f"tcp://127.0.0.2:{port}")
     assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
     wait_until(lambda: not peer.ways._has_moved and peer.ways.relays)

@@ -145,14 +145,14 @@ def test_fakes_make_no_peer_move_and_keep_none_from_moving(folder: Path, monkeyp
         )
         stop.start()
         for _ in range(3):
-            assert not spare.reconsider()
+            assert not spare.relocation.reconsider()
         hole = next(peer for peer in swarm.peers[1:3] if peer.span.start != before)
         blocks = hole.span.start, hole.span.end
         hole.close()
         stop.join()
         others = [peer for peer in swarm.peers[:3] if peer is not hole]
         for _ in range(3):
-            if spare.reconsider():
+            if spare.relocation.reconsider():
                 break
             for other in others:
                 other._announcer.publish()

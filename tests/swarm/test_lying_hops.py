@@ -82,7 +82,7 @@ def lying(peer: Peer, answer: Answer, pong: Callable[[Ping], Pong] | None = None
 
     service._step = lie
     if pong is not None:
-        service._pong = lambda source, ping, _: service._outbox.send(source, pong(ping))
+        service._pong = lambda source, ping, _: service.outbox.send(source, pong(ping))
     claim(peer, 0.0)
     try:
         yield met
@@ -93,7 +93,7 @@ def lying(peer: Peer, answer: Answer, pong: Callable[[Ping], Pong] | None = None
 
 def send(peer: Peer, to: Any, message: Any) -> None:
     service: Any = peer.service
-    service._outbox.send(to, message)
+    service.outbox.send(to, message)
 
 
 def fails(code: FailureCode) -> Answer:
@@ -239,7 +239,7 @@ class Rewriting:
 
 def test_a_tail_tells_nothing_of_other_hops(company: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     liar: Any = company.peers[8]
-    monkeypatch.setattr(liar.service._output, "_outbox", Rewriting(liar.service._outbox))
+    monkeypatch.setattr(liar.service, "outbox", Rewriting(liar.service.outbox))
     with company.newcomer() as visitor, lying(liar, swallows):
         liar.service._step = type(liar.service)._step.__get__(liar.service)
         model = visitor.model()

@@ -41,7 +41,7 @@ def memory_for(folder: Path, blocks: int) -> SpanWish:
 def has_moved(spare: Peer, others: list[Peer]) -> bool:
     """Lets a peer move; should it have to announce that first, until all others have spoken again."""
     for _ in range(3):
-        if spare.reconsider():
+        if spare.relocation.reconsider():
             return True
         for other in others:
             other._announcer.publish()
@@ -70,7 +70,7 @@ def die(peer: Peer) -> None:
     peer._announcer._withdrawn = True
     peer._announcer._leaving.set()
     peer._announcer._soon.set()
-    peer._transport.close()
+    peer.transport.close()
 
 
 @pytest.mark.default_cases(fixed=([(0, 2), (2, 4), (4, 6)],))

@@ -55,7 +55,7 @@ def reached_by_proxies(folder: Path, node: Directory) -> Iterator[Network]:
     with proxies(2 * len(SPANS)) as made, local_swarm(folder, [], node=node) as swarm:
         for proxy, span in zip(made, SPANS * 2, strict=True):
             peer = swarm.add(*span, public_host=f"127.0.0.1:{proxy.port}")
-            proxy.target = peer._transport.port
+            proxy.target = peer.transport.port
         yield Network(swarm, made)
 
 
@@ -217,7 +217,7 @@ def test_a_prompt_on_a_slow_way_is_not_taken_for_lost(
 def test_a_peer_that_nobody_can_replace_is_used_again_once_it_answers(folder: Path, local: Any) -> None:
     with proxies(1) as (proxy,), local_swarm(folder, [SPANS[0]]) as swarm:
         middle = swarm.add(*SPANS[1], public_host=f"127.0.0.1:{proxy.port}")
-        proxy.target = middle._transport.port
+        proxy.target = middle.transport.port
         swarm.add(*SPANS[2])
         model = swarm.model(recovery_timeout_s=15.0)  # less than a ban
         timer = threading.Timer(4.0, proxy.release)

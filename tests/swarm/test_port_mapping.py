@@ -231,7 +231,7 @@ class Home:
         self._swarm = stack.enter_context(local_swarm(folder, []))
         self.public = self._peer("one", 0, 6, relay_port=0)
         self.peer = self._peer("home", 0, 3, join=[self.public.join_address], relay_port=0)
-        self.mapped = f"tcp://{self.lab.public_address('home')}:{self.peer._transport.port}"
+        self.mapped = f"tcp://{self.lab.public_address('home')}:{self.peer.transport.port}"
 
     def _peer(self, host: str, start: int, end: int, **options: Any) -> Peer:
         with self.lab.inside(host):
@@ -272,7 +272,7 @@ def test_a_mapped_port_is_announced_once_others_reach_it(
     assert record is not None and record.helper is None, "the router leads no other port there"
     assert home.way_from("two") is Way.DIRECT
     assert (home.way_from("sofa") is Way.DIRECT) == hairpin  # else through the helper at first, which is public
-    lab.unforward("router", "tcp", home.peer._transport.port)  # as when a router starts anew
+    lab.unforward("router", "tcp", home.peer.transport.port)  # as when a router starts anew
     ways, said = home.peer.ways, [False]  # open connections still pass
     ask = ways._is_reached
     monkeypatch.setattr(ways, "_is_reached", lambda address: said.pop() if said else ask(address))

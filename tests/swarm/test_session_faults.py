@@ -107,7 +107,7 @@ def test_a_lost_message_is_repaired_while_the_peers_are_busy_with_others(
     swarm: LocalSwarm, local: Any, index: int
 ) -> None:
     model = swarm.model()
-    sender: Any = swarm.peers[index]._transport
+    sender: Any = swarm.peers[index].transport
     send, lost = sender.send, threading.Event()
 
     def lossy(to: Any, frames: Any) -> Any:

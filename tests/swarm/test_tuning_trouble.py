@@ -98,12 +98,12 @@ def test_a_peer_that_dies_while_it_computes_changes_nothing(
     def arm(step: int) -> None:
         if step == 0:
             peer = used(twins, model, victim)
-            passes: Any = peer.server._engine._pass_engine._passes
+            passes: Any = peer.server.engine._passes
 
             def dies(original: Any, *args: Any, **others: Any) -> Any:
                 if not killed.is_set():
                     killed.set()
-                    peer._transport.close()
+                    peer.transport.close()
                 return original(*args, **others)
 
             for way in ways:

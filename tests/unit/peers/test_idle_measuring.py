@@ -13,6 +13,7 @@ from peers import span_server
 from peers.counters import Counters
 from peers.links import NextHops
 from peers.span_server import SpanServer
+from peers.speed import ObservedSpeed
 from splitnet.blocks.span import Part, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from tests.unit.random_models import random_checkpoint
@@ -36,6 +37,7 @@ def test_an_idle_span_is_measured_by_the_thread_that_uses_it(
     peer = SpanServer(
         checkpoint,
         span,
+        ObservedSpeed((1.0,) * 5),
         outbox,
         NextHops(outbox),
         kv_memory=1 << 20,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from peers import span_server, speed
-from peers.counters import Counters
-from peers.options import PeerOptions
-from peers.span_server import CurrentSpan
-from peers.speed import KnownSpeeds, ObservedSpeed
+from peers import speed
+from peers.power import EnergyMeter
+from peers.speed import KnownSpeeds, ObservedSpeed, speed_of
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.known_figures import MAX_KNOWN, KnownFigures
@@ -99,14 +99,26 @@ def test_a_peer_measures_at_its_first_start_and_keeps_what_it_measures_later(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = Mock(side_effect=lambda *_: ObservedSpeed((9.0, 9.0, 9.0, 9.0, 9.0)))
-    monkeypatch.setattr(span_server, "measure_speed", measured)
-    options = PeerOptions(speeds_file=tmp_path / "speeds.json", kv_memory=2**20, training_memory=2**20)
+    monkeypatch.setattr(speed, "measure_speed", measured)
 
-    def start() -> CurrentSpan:
-        return CurrentSpan(checkpoint, Span.load(checkpoint, 0, 2), options, Mock(), Mock(), Counters(), Mock())
+    def start() -> ObservedSpeed:
+        return speed_of(Span.load(checkpoint, 0, 2), "model", tmp_path / "speeds.json", EnergyMeter())
 
-    assert start().server.speed.block_ms[0] == 9.0
+    assert start().block_ms[0] == 9.0
     second = start()
-    assert second.server.speed.block_ms[0] == 9.0 and measured.call_count == 1
-    second.server.speed.replace(SPEED)
-    assert start().server.speed.block_ms == SPEED.block_ms and measured.call_count == 1
+    assert second.block_ms[0] == 9.0 and measured.call_count == 1
+    second.replace(SPEED)
+    assert start().block_ms == SPEED.block_ms and measured.call_count == 1
+
+
+def test_what_is_measured_of_a_span_that_is_left_is_kept_without_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    known, first = KnownSpeeds(tmp_path / "speeds.json"), Span.load(checkpoint, 0, 2)
+    observed = ObservedSpeed(SPEED.block_ms)
+    known.follow(first, "model", observed)
+    left = weakref.ref(first)
+    del first
+    gc.collect()
+    assert left() is None, "a peer that moves needs its memory"
+    observed.replace(ObservedSpeed((9.0,) * 5))
+    found = known.find(Span.load(checkpoint, 0, 2), "model")
+    assert found is not None and found.block_ms == (9.0,) * 5

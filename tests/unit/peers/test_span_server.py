@@ -27,13 +27,13 @@ def test_memory_for_less_than_the_states_of_one_sequence_is_refused(tmp_path: Pa
         return SpanServer(
             checkpoint,
             span,
+            ObservedSpeed((1.0,) * 5),
             outbox,
             NextHops(outbox),
             kv_memory=kv_memory,
             training_memory=0,
             idle_s=600.0,
             counters=Counters(),
-            speed=ObservedSpeed((1.0,) * 5),
         )
 
     with pytest.raises(OutOfMemory, match=r"blocks 0:3 .*--kv-memory"):

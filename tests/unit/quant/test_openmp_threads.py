@@ -45,13 +45,22 @@ from unittest.mock import Mock
 from peers.counters import Counters
 from peers.links import NextHops
 from peers.span_server import SpanServer
+from peers.speed import measure_speed
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.blocks.span import Span
 checkpoint, outbox = Checkpoint.open(sys.argv[1]), Mock()
 span = Span.load(checkpoint, 0, 2)
 work()
 server = SpanServer(
-    checkpoint, span, outbox, NextHops(outbox), kv_memory=1 << 20, training_memory=0, idle_s=9.0, counters=Counters()
+    checkpoint,
+    span,
+    measure_speed(span),
+    outbox,
+    NextHops(outbox),
+    kv_memory=1 << 20,
+    training_memory=0,
+    idle_s=9.0,
+    counters=Counters(),
 )
 server.start()
 ran = threading.Event()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from peers.neighbours import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
+from peers.links import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
 from peers.speed import ObservedSpeed
 from scheduler import route_search
 from scheduler.facts import CLIENT, PASS_SIZES, UNMEASURED, Link
@@ -386,7 +386,7 @@ class TestNeighbours:
             assert len(echo.sizes) <= ASKED_AT_ONCE
             echo.sizes.clear()
         assert neighbours.answering([*fakes, here]) == [here] and links.open == 0
-        monkeypatch.setattr("peers.neighbours.HEARD_S", 0.0)
+        monkeypatch.setattr("peers.links.HEARD_S", 0.0)
         refused = Neighbours(list, Links([here.endpoint]), Prober(answer))  # pyright: ignore[reportArgumentType]
         refused.heard(here.endpoint)
         assert refused.answering([here]) == [here], "as it cannot be asked"
