@@ -1,33 +1,176 @@
-"""Which sessions a peer admits: by the KV memory that they reserve, in bytes, shared among keys when it is full."""
+"""What a peer accepts: blocks that it serves, memory that is free, and keys with what they are granted.
+
+All memory that clients make a peer take is counted in a `MemoryAccount`: KV memory by the `SessionTable`, waiting steps
+by the `WorkQueue`, and training by `Training`. In each a key leaves something for the next.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
 
-from peers.sessions import MemoryAccount, Purpose, Session
-from splitnet.errors import PeerBusy
-from splitnet.limits import MINUTE_S, TokenBucket
+from peers.sessions import Session, SessionTooLong
+from splitnet.errors import PeerBusy, ProtocolError
+from splitnet.limits import MINUTE_S, Budget, TokenBucket
 from splitnet.security.grants import KeyOptions
-from splitnet.security.identity import AuthorizedKeys
+from splitnet.security.identity import AuthorizedKeys, PublicKey
+from splitnet.wire.codecs import check_size, codec_by_code
+from splitnet.wire.endpoints import Endpoint, is_address
+from splitnet.wire.messages import FailureCode, Open, Payload, Step
 
 MAX_SESSIONS = 1024
 MIN_BUDGET = 64
-"""Positions that a session reserves at least, so that many tiny ones are not free."""
+"""Positions that a session reserves at least, so that many tiny sessions are not free."""
 
 LEASE_S = 10.0
-"""While another key wants its memory, a session of a key that has more than its share ends after so long without a
+"""While another key wants its memory, a session of a key that has more than its share ends this long after its last
 step."""
 
 LONGEST_LEASE_S = 60.0
-"""And after so long even if it makes steps."""
+"""And this long after it was opened, even if it makes steps."""
 
 WANTED_S = 15.0
-"""A key that was refused wants memory for so long, and those that have more than their share get no more of it."""
+"""How long a refused key counts as wanting memory: keys that have more than their share get no more meanwhile."""
 
 LOOK_AGAIN_S = 0.25
-"""A key that is refused again within so long is refused without a look at the sessions."""
+"""A key that was refused this recently is refused without a look at the sessions."""
+
+REVOKED = "the owner of this peer does not accept your key any more: use other peers"
+
+
+class Purpose(StrEnum):
+    """What memory is for."""
+
+    POSITIONS = "positions"
+    """Keys, values and logs, for all positions that a session has reserved."""
+    ROWS = "rows"
+    """What rows take besides their positions: tensors, and states with copies of them."""
+    STEPS = "steps"
+    """Steps that wait for the device."""
+    PASSES = "passes"
+    """Passes that wait, and inputs that gradients may come for."""
+    GRAPHS = "graphs"
+    """What spares passes that gradients may come for to be computed again; it makes room for everything else."""
+    ADAPTERS = "adapters"
+    """Adapters, with parts that come in and sums of gradients."""
+
+
+class MemoryAccount(Budget):
+    """Bytes of one kind of memory by key, session and purpose; a key gets what `Budget` says. Its user has a lock.
+
+    Args:
+        limit: bytes.
+        refusal: the beginning of the refusal, before the bytes.
+        advice: what a refused client can do, as a clause.
+        most: as of `Budget`, for a key, a session of it, and a purpose of that.
+    """
+
+    def __init__(self, limit: int, refusal: str, advice: str, most: tuple[int | None, ...] = ()) -> None:
+        super().__init__(limit, most)
+        self._refusal, self._advice = refusal, advice
+
+    def used_for(self, purpose: Purpose) -> int:
+        """Bytes of all sessions."""
+        return sum(nbytes for account, nbytes in self.accounts() if account[2:] == (purpose,))
+
+    def take(self, session: Session, purpose: Purpose, nbytes: int) -> None:
+        """Before something is allocated.
+
+        Raises:
+            PeerBusy: it does not fit, or leaves too little for other keys. Nothing is changed then.
+        """
+        if not self.reserve(nbytes, session.owner, session, purpose):
+            held = self.held(session.owner)
+            shared = f"; your key has {held}, and may have as much as is left for others" if nbytes <= self.free else ""
+            raise PeerBusy(
+                f"{self._refusal} {nbytes} bytes: {self.free} of {self.limit} are free{shared}; {self._advice}"
+            )
+
+    def give_back(self, session: Session, purpose: Purpose, nbytes: int) -> None:
+        """After something was dropped; nothing is left of a session that has ended."""
+        account = session.owner, session, purpose
+        self.release(min(nbytes, self.held(*account)), *account)
+
+    def end(self, session: Session) -> None:
+        """Gives back all that is left of a session."""
+        for purpose in Purpose:
+            self.give_back(session, purpose, self.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedBlocks:
+    """The part of a model that this peer serves."""
+
+    model: str
+    """Fingerprint of the weights."""
+    start: int
+    end: int
+    num_blocks: int
+    hidden_size: int
+    max_positions: int | None
+    weights: str = ""
+    """What they are held as, see `Weights.text`."""
+
+    def refusal(self, message: Open) -> tuple[FailureCode, str] | None:
+        """Why an `Open` cannot be served by this peer at all."""
+        if message.model != self.model:
+            return FailureCode.WRONG_MODEL, "this peer serves other weights"
+        if not self.start <= message.start < message.end <= self.end:
+            return (
+                FailureCode.WRONG_BLOCKS,
+                f"this peer serves blocks {self.start}..{self.end - 1}, not {message.start}..{message.end - 1}",
+            )
+        try:
+            codec_by_code(message.codec)
+            next_hop_of(message)
+            if message.previous:
+                PublicKey(message.previous)
+        except Exception as error:  # an unknown codec, a key that is no point of the curve, a malformed address
+            return FailureCode.BAD_MESSAGE, str(error)
+        return None
+
+    def check(self, session: Session, message: Step) -> int:
+        """Positions in the step, after everything that its header claims was checked against its session."""
+        rows = set[int]()
+        total = longest = 0
+        for row, start, length, keep in message.parts:
+            if not length or keep > length:
+                raise ProtocolError("a part of the step is empty, or keeps more than it has")
+            rows.add(row)
+            total += length
+            longest = max(longest, start + length)
+        if not total:
+            raise ProtocolError("a step has no parts")
+        if len(rows) != len(message.parts):
+            raise ProtocolError("a step names a row twice")
+        self.check_payload(message.codec, message.payload, total)
+        if self.max_positions is not None and longest > self.max_positions:
+            raise SessionTooLong(f"position {longest} is beyond the model's context of {self.max_positions}")
+        size = total + len(message.forks or ())
+        # Twice in all, as steps that are answered may still be in their pass, and those of an older epoch are finished.
+        if size > session.budget or session.waiting_size + size > 2 * session.budget:
+            raise SessionTooLong(f"the session has reserved {session.budget} positions")
+        return total
+
+    def check_payload(self, codec: int, payload: Payload, positions: int) -> None:
+        """Raises CodecError if there is no such codec, or the payload has not the size of so many positions."""
+        check_size(codec, payload, positions, self.hidden_size)
+
+
+def next_hop_of(message: Open) -> Endpoint | None:
+    """The next hop that an `Open` names. Raises ProtocolError and KeyFileError if that is malformed."""
+    if not message.next_key:
+        return None
+    key = PublicKey(message.next_key)
+    _ = key.curve_raw
+    if not all(map(is_address, (message.next_address, *(relay.address for relay in message.next_relays)))):
+        raise ProtocolError("the next hop's address is not tcp://IP:PORT: names of others are not looked up")
+    for relay in message.next_relays:
+        PublicKey(relay.key)
+    return Endpoint(message.next_address, key, message.next_relays)
 
 
 class SessionTable:
@@ -38,14 +181,17 @@ class SessionTable:
 
     Args:
         capacity: bytes for keys and values, states, and logs of what was sent on.
-        idle_s: a session that nothing was heard of for so long is dropped.
+        idle_s: after this long without a message a session is dropped.
         position_bytes: of keys and values.
         row_bytes: what a row takes besides its positions.
         usual_log_bytes: what the log of a position takes with the codec that most sessions have.
         ahead: share of its budget that a session's rows and logs may take beyond it, as they are allocated ahead.
         num_blocks: of the model; sessions that end there keep no log.
-        weight: of a key.
-        most: bytes that the sessions of a key may reserve; None: any.
+        keys: what each key is granted; None: all alike.
+
+    Attributes:
+        get: the session of an id, or None.
+        memory: what sessions have reserved.
     """
 
     def __init__(
@@ -58,8 +204,7 @@ class SessionTable:
         usual_log_bytes: int = 0,
         ahead: float = 0.0,
         num_blocks: int = 0,
-        weight: Callable[[bytes], float] = lambda key: 1.0,
-        most: Callable[[bytes], int | None] = lambda key: None,
+        keys: AuthorizedKeys | None = None,
     ) -> None:
         # What a key may have is found here.
         self.memory = MemoryAccount(capacity, "no KV memory for", "try with fewer positions", (capacity,) * 3)
@@ -69,9 +214,9 @@ class SessionTable:
         self._usual_bytes = (position_bytes + usual_log_bytes) * (1 + ahead)
         self._ahead = ahead
         self._num_blocks = num_blocks
-        self._weight = weight
-        self._most = most
+        self._keys = keys or AuthorizedKeys.anyone()
         self._sessions: dict[bytes, Session] = {}
+        self.get = self._sessions.get
         self._count: dict[bytes, int] = {}
         """Sessions by key."""
         self._wanted: dict[bytes, float] = {}
@@ -94,9 +239,6 @@ class SessionTable:
         """What a new session may reserve, with the usual codec."""
         return max(0, int((self.memory.free - self._row_bytes) / self._usual_bytes))
 
-    def get(self, session_id: bytes) -> Session | None:
-        return self._sessions.get(session_id)
-
     def make_room(self, session: Session, budget: int, now: float) -> list[Session]:
         """Ends sessions of keys that have more than their share, if that lets a key reserve what it wants.
 
@@ -115,7 +257,7 @@ class SessionTable:
             return []
         weights = self._weights(key, now)
         share, places = self._share(key, weights)
-        most = self._most(key)
+        most = self._keys.options_of(key).kv
         if self.memory.held(key) + wanted > (share if most is None else min(share, most)):
             return []
         if is_new and self._count.get(key, 0) >= places:
@@ -238,11 +380,11 @@ class SessionTable:
 
     def _weights(self, key: bytes, now: float) -> float:
         """Of a key and those that have memory, or want some."""
-        return sum(map(self._weight, {key, *self._count, *self._wanting(now)}))
+        return sum(self._keys.options_of(each).weight for each in {key, *self._count, *self._wanting(now)})
 
     def _share(self, key: bytes, weights: float) -> tuple[float, float]:
         """Bytes and sessions that a key may have beside others, of all of whose weights it has its own."""
-        part = self._weight(key) / weights
+        part = self._keys.options_of(key).weight / weights
         return part * self.memory.limit, max(1.0, part * MAX_SESSIONS)
 
     def _lease_left_s(self, session: Session, now: float) -> float:
@@ -250,7 +392,7 @@ class SessionTable:
 
     def _check_share(self, key: bytes, nbytes: int, now: float) -> None:
         held = self.memory.held(key)
-        most = self._most(key)
+        most = self._keys.options_of(key).kv
         if most is not None and held + nbytes > most:
             raise PeerBusy(
                 f"your key may reserve {most} bytes of KV memory at this peer, and has {held}: close sessions, or ask "
@@ -273,32 +415,21 @@ class SessionTable:
         return f"{when}, or use other peers"
 
 
-REVOKED = "the owner of this peer does not accept your key any more: use other peers"
-
-
 class KeyPolicy:
-    """Keys are CURVE keys.
+    """Holds CURVE keys to what the owner of the peer grants them.
 
     Args:
-        authorized: whose keys are accepted, with their options; None: any, all alike.
+        keys: which are accepted, with their options; None: any, all alike.
     """
 
-    def __init__(self, authorized: AuthorizedKeys | None = None) -> None:
-        self._authorized = authorized or AuthorizedKeys.anyone()
+    def __init__(self, keys: AuthorizedKeys | None = None) -> None:
+        self.keys = keys or AuthorizedKeys.anyone()
         self._spent: dict[bytes, TokenBucket] = {}
         """By key."""
 
-    def allows(self, key: bytes) -> bool:
-        """Whether the key is accepted still."""
-        return self._authorized.allows(key)
-
-    def options_of(self, key: bytes) -> KeyOptions:
-        """What the key gets; one that is not accepted any more, as long as it is still here, what strangers do."""
-        return self._authorized.options_of(key)
-
     def weight(self, key: bytes) -> float:
         """In proportion to it keys share what several want."""
-        return self._authorized.options_of(key).weight
+        return self.keys.options_of(key).weight
 
     def check_training(self, key: bytes) -> None:
         """Raises PeerBusy if the owner of this peer does not let the key train."""
@@ -327,6 +458,6 @@ class KeyPolicy:
             self._spent = {other: used for other, used in self._spent.items() if now - used.at < MINUTE_S}
 
     def _granted(self, key: bytes) -> KeyOptions:
-        if not self.allows(key):
+        if not self.keys.allows(key):
             raise PeerBusy(REVOKED)
-        return self.options_of(key)
+        return self.keys.options_of(key)

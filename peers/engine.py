@@ -15,8 +15,8 @@ import torch
 
 from peers.counters import Counters, PassKind
 from peers.queue import WorkQueue
-from peers.service import SessionService, SessionTooLong
-from peers.sessions import GradientSum, PassWork, Session, Work, is_quick
+from peers.service import SessionService
+from peers.sessions import GradientSum, PassWork, Session, SessionTooLong, Work, is_quick
 from peers.speed import ObservedSpeed, measure_speed
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
 from scheduler.load import Load

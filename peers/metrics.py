@@ -30,10 +30,10 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from peers.admission import Purpose
 from peers.counters import OTHER_CODEC, Counters, Histogram
 from peers.server import Peer
 from peers.service import SessionService
-from peers.sessions import Purpose
 from peers.span_server import SpanServer
 from scheduler import facts as swarm
 from scheduler.cost import hop_joules

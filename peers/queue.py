@@ -11,7 +11,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-from peers.sessions import MemoryAccount, PassWork, Purpose, Session, Work
+from peers.admission import MemoryAccount, Purpose
+from peers.sessions import PassWork, Session, Work
 from scheduler.batching import DECODE_POSITIONS, PATIENCE, UNSENT_BYTES, Gathering, next_pass
 from scheduler.fairness import CHUNK_S, FairPasses
 from scheduler.liveness import STUCK_S

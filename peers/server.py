@@ -391,8 +391,8 @@ class Peer:
 
     def _look_around(self) -> None:
         self.counters.energy.look()
-        if (server := self._server) is not None:
-            server.remeasure_if_idle()
+        if self._server is not None:  # not kept in a variable: the rest takes seconds, and a move frees the span
+            self._server.remeasure_if_idle()
         self.ways.look()
         if self._lan is not None:
             self._lan.look()

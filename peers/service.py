@@ -11,21 +11,11 @@ import threading
 import time
 from dataclasses import dataclass, replace
 
-from peers.admission import REVOKED, KeyPolicy, SessionTable
+from peers.admission import REVOKED, KeyPolicy, MemoryAccount, ServedBlocks, SessionTable, next_hop_of
 from peers.counters import Counters, SessionEnd
 from peers.links import NextHops, Outbox, timing_of
 from peers.queue import WorkQueue
-from peers.sessions import (
-    MemoryAccount,
-    ServedBlocks,
-    Session,
-    SessionTooLong,
-    Work,
-    goes_on,
-    next_hop_of,
-    prepare_rows,
-    rows_after,
-)
+from peers.sessions import Session, SessionTooLong, Work, goes_on, prepare_rows, rows_after
 from peers.training import MissingPass, Request, Training, number_of
 from scheduler.batching import DECODE_POSITIONS
 from scheduler.liveness import CLIENT_LOST_S
@@ -341,7 +331,7 @@ class SessionService:
             for session in self.sessions.expire(now):
                 self._ended(session, SessionEnd.EXPIRED)
             # The hop before would send on steps of a key whose own connection has ended.
-            for session in [session for session in self.sessions if not self._policy.allows(session.owner)]:
+            for session in [session for session in self.sessions if not self._policy.keys.allows(session.owner)]:
                 self.sessions.remove(session)
                 self._ended(session, SessionEnd.REVOKED, REVOKED)
             if now >= self._probe_at:

@@ -1,22 +1,22 @@
-"""A session at a hop, and its steps on their way through the device."""
+"""A session at a hop, its steps and passes on their way through the device, and the rooms of its rows.
+
+Rows are allocated ahead, so that they are not moved at every step, and all together within the session's budget.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from splitnet.blocks.kv_cache import FIRST_CAPACITY, RowCache
 from splitnet.errors import PeerBusy, ProtocolError
-from splitnet.limits import Budget
-from splitnet.security.identity import PublicKey
-from splitnet.wire.codecs import Codec, check_size, codec_by_code
-from splitnet.wire.endpoints import Connection, Endpoint, is_address
+from splitnet.wire.codecs import Codec
+from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.log import SentLog, fork_rows
 from splitnet.wire.messages import Adapter as AdapterMessage
-from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient, Open, Part, Payload, Step, Timing
+from splitnet.wire.messages import FetchKV, Forward, Gradient, Part, Step, Timing
 
 if TYPE_CHECKING:
     import torch
@@ -37,83 +37,21 @@ TIMING_BYTES = 192
 FORK_BYTES = 128
 """What a part or a fork of a step takes."""
 
-
-class Purpose(StrEnum):
-    """What memory is for."""
-
-    POSITIONS = "positions"
-    """Keys, values and logs, for all positions that a session has reserved."""
-    ROWS = "rows"
-    """What rows take besides their positions: tensors, and states with copies of them."""
-    STEPS = "steps"
-    """Steps that wait for the device."""
-    PASSES = "passes"
-    """Passes that wait, and inputs that gradients may come for."""
-    GRAPHS = "graphs"
-    """What spares passes that gradients may come for to be computed again; it makes room for everything else."""
-    ADAPTERS = "adapters"
-    """Adapters, with parts that come in and sums of gradients."""
-
-
-class Holder(Hashable, Protocol):
-    """A session."""
-
-    @property
-    def owner(self) -> Hashable:
-        """The key that it counts for."""
-        ...
-
-
-class MemoryAccount(Budget):
-    """Bytes of one kind of memory by key, session and purpose; a key gets what `Budget` says. Its holder has a lock.
-
-    Args:
-        limit: bytes.
-        refusal: the beginning of what who is refused is told, before the bytes.
-        advice: what who is refused can do, as a clause.
-        most: as of `Budget`, for a key, a session of it, and a purpose of that.
-    """
-
-    def __init__(self, limit: int, refusal: str, advice: str, most: tuple[int | None, ...] = ()) -> None:
-        super().__init__(limit, most)
-        self._refusal, self._advice = refusal, advice
-
-    def used_for(self, purpose: Purpose) -> int:
-        """Bytes of all sessions."""
-        return sum(nbytes for account, nbytes in self.accounts() if account[2:] == (purpose,))
-
-    def take(self, session: Holder, purpose: Purpose, nbytes: int) -> None:
-        """Before something is allocated.
-
-        Raises:
-            PeerBusy: it does not fit, or leaves too little for other keys. Nothing is changed then.
-        """
-        if not self.reserve(nbytes, session.owner, session, purpose):
-            held = self.held(session.owner)
-            shared = f"; your key has {held}, and may have as much as is left for others" if nbytes <= self.free else ""
-            raise PeerBusy(
-                f"{self._refusal} {nbytes} bytes: {self.free} of {self.limit} are free{shared}; {self._advice}"
-            )
-
-    def give_back(self, session: Holder, purpose: Purpose, nbytes: int) -> None:
-        """After something was dropped; nothing is left of a session that has ended."""
-        account = session.owner, session, purpose
-        self.release(min(nbytes, self.held(*account)), *account)
-
-    def end(self, session: Holder) -> None:
-        """Gives back all that is left of a session."""
-        for purpose in Purpose:
-            self.give_back(session, purpose, self.limit)
-
+AHEAD = 1 / 8
+"""Share of the budget that rows may take beyond it. With less of it, rows of a full session are moved more often."""
 
 MOST_RESENT = 10
-"""So often may a session have its log, or keys and values, sent at once: more than the routes that a client tries."""
+"""How often a session may have its log, or keys and values, sent at once: more than the routes that a client tries."""
 
 RESEND_S = 10.0
-"""And once more after so long."""
+"""Time after which it may once more."""
 
 ADAPTER_COPIES = 2
 """The adapter, and the sum of its gradients."""
+
+
+class SessionTooLong(ProtocolError):
+    """More positions than the model or the session allows."""
 
 
 @dataclass(slots=True)
@@ -156,7 +94,7 @@ class Session:
     rows: dict[int, RowCache] = field(default_factory=dict)
     """Touched by the engine only, so that no pass loses its rows half-way."""
     new_room: dict[int, int] = field(default_factory=dict)
-    """Positions that the rows which begin with the next step are allocated for, see `peers/sessions.py`."""
+    """Positions that the rows which begin with the next step are allocated for, see `prepare_rows`."""
     waiting: deque[Work] = field(default_factory=deque)
     """Steps in the order of arrival; the engine takes the first. Touched by the work queue only."""
     waiting_size: int = 0
@@ -319,14 +257,6 @@ class PassWork:
         return own + (self.forward.nbytes if self.forward is not None else 0)
 
 
-AHEAD = 1 / 8
-"""Of the budget: what rows may take beyond it. Less of it means that rows of a full session are moved more often."""
-
-
-class SessionTooLong(ProtocolError):
-    """More positions than the model or the session allows."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Copy:
     """A row that is to begin as a copy of another."""
@@ -447,76 +377,3 @@ def shared_room(ends: Mapping[int, int], present: Mapping[int, int], total: int)
         free = spare
     share = free // len(growing) if not room else free // 2 // len(growing)
     return room | {row: ends[row] + min(wanted[row], share) for row in growing}
-
-
-@dataclass(frozen=True, slots=True)
-class ServedBlocks:
-    """The part of a model that this peer serves."""
-
-    model: str
-    """Fingerprint of the weights."""
-    start: int
-    end: int
-    num_blocks: int
-    hidden_size: int
-    max_positions: int | None
-    weights: str = ""
-    """What they are held as, see `Weights.text`."""
-
-    def refusal(self, message: Open) -> tuple[FailureCode, str] | None:
-        """Why an `Open` cannot be served by this peer at all."""
-        if message.model != self.model:
-            return FailureCode.WRONG_MODEL, "this peer serves other weights"
-        if not self.start <= message.start < message.end <= self.end:
-            return (
-                FailureCode.WRONG_BLOCKS,
-                f"this peer serves blocks {self.start}..{self.end - 1}, not {message.start}..{message.end - 1}",
-            )
-        try:
-            codec_by_code(message.codec)
-            next_hop_of(message)
-            if message.previous:
-                PublicKey(message.previous)
-        except Exception as error:  # an unknown codec, a key that is no point of the curve, a malformed address
-            return FailureCode.BAD_MESSAGE, str(error)
-        return None
-
-    def check(self, session: Session, message: Step) -> int:
-        """Positions in the step, after everything that its header claims was checked against its session."""
-        rows = set[int]()
-        total = longest = 0
-        for row, start, length, keep in message.parts:
-            if not length or keep > length:
-                raise ProtocolError("a part of the step is empty, or keeps more than it has")
-            rows.add(row)
-            total += length
-            longest = max(longest, start + length)
-        if not total:
-            raise ProtocolError("a step has no parts")
-        if len(rows) != len(message.parts):
-            raise ProtocolError("a step names a row twice")
-        self.check_payload(message.codec, message.payload, total)
-        if self.max_positions is not None and longest > self.max_positions:
-            raise SessionTooLong(f"position {longest} is beyond the model's context of {self.max_positions}")
-        size = total + len(message.forks or ())
-        # Twice in all, as steps that are answered may still be in their pass, and those of an older epoch are finished.
-        if size > session.budget or session.waiting_size + size > 2 * session.budget:
-            raise SessionTooLong(f"the session has reserved {session.budget} positions")
-        return total
-
-    def check_payload(self, codec: int, payload: Payload, positions: int) -> None:
-        """Raises CodecError if there is no such codec, or the payload has not the size of so many positions."""
-        check_size(codec, payload, positions, self.hidden_size)
-
-
-def next_hop_of(message: Open) -> Endpoint | None:
-    """The next hop that an `Open` names. Raises ProtocolError and KeyFileError if that is malformed."""
-    if not message.next_key:
-        return None
-    key = PublicKey(message.next_key)
-    _ = key.curve_raw
-    if not all(map(is_address, (message.next_address, *(relay.address for relay in message.next_relays)))):
-        raise ProtocolError("the next hop's address is not tcp://IP:PORT: names of others are not looked up")
-    for relay in message.next_relays:
-        PublicKey(relay.key)
-    return Endpoint(message.next_address, key, message.next_relays)

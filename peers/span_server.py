@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from peers.admission import KeyPolicy, SessionTable
+from peers.admission import KeyPolicy, MemoryAccount, ServedBlocks, SessionTable
 from peers.counters import Counters
 from peers.engine import Engine
 from peers.links import NextHops, Outbox
 from peers.queue import WorkQueue
 from peers.service import SessionService
-from peers.sessions import AHEAD, TENSOR_BYTES, MemoryAccount, ServedBlocks
+from peers.sessions import AHEAD, TENSOR_BYTES
 from peers.speed import ObservedSpeed
 from scheduler.load import Load
 from splitnet.blocks.span import Span
@@ -80,8 +80,7 @@ class SpanServer:
             usual_log_bytes=usual if keeps_logs else 0,
             ahead=AHEAD,
             num_blocks=checkpoint.num_blocks,
-            weight=policy.weight,
-            most=lambda key: policy.options_of(key).kv,
+            keys=policy.keys,
         )
         self.queue = WorkQueue(
             partial(self.speed.pass_s, blocks=span.end - span.start),

@@ -8,10 +8,11 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
+from peers.admission import MemoryAccount, Purpose, ServedBlocks
 from peers.counters import Counters
 from peers.links import Outbox, timing_of
 from peers.queue import WorkQueue
-from peers.sessions import MemoryAccount, PassWork, Purpose, ServedBlocks, Session, SessionTooLong
+from peers.sessions import PassWork, Session, SessionTooLong
 from splitnet.blocks.adapters import counted_down
 from splitnet.blocks.passes import WayBack
 from splitnet.errors import PeerBusy, ProtocolError

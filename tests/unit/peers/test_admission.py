@@ -16,9 +16,22 @@ from peers.admission import (
 )
 from peers.sessions import Session
 from splitnet.errors import PeerBusy
+from splitnet.security.grants import KeyOptions
+from splitnet.security.identity import AuthorizedKeys
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Connection
 from splitnet.wire.log import SentLog
+
+
+class Granted(AuthorizedKeys):
+    """Keys by name; others get what strangers do."""
+
+    def __init__(self, **granted: KeyOptions) -> None:
+        super().__init__(None)
+        self._granted = granted
+
+    def options_of(self, curve_raw: bytes) -> KeyOptions:
+        return self._granted.get(curve_raw.decode(), KeyOptions())
 
 
 def session(name: int, budget: int, used_at: float = 0.0, owner: bytes = b"owner") -> Session:
@@ -208,7 +221,7 @@ def test_who_has_its_share_gets_no_more_while_others_want_some() -> None:
 
 
 def test_shares_go_by_weight_and_a_key_has_its_own_bound() -> None:
-    table = SessionTable(1000, weight=lambda key: 3.0 if key == b"friend" else 1.0, most={b"guest": 300}.get)
+    table = SessionTable(1000, keys=Granted(friend=KeyOptions(weight=3.0), guest=KeyOptions(kv=300)))
     opens(table, 1, 1000, 0.0, b"greedy")
     with pytest.raises(PeerBusy, match=r"your key may reserve 300 bytes .* larger kv="):
         opens(table, 2, 301, 1.0, b"guest")
@@ -219,7 +232,7 @@ def test_shares_go_by_weight_and_a_key_has_its_own_bound() -> None:
 
 
 def test_nobody_is_ended_for_a_session_that_its_key_may_not_have() -> None:
-    table = SessionTable(1000, most={b"guest": 300}.get)
+    table = SessionTable(1000, keys=Granted(guest=KeyOptions(kv=300)))
     idle = opens(table, 1, 1000, 0.0, b"greedy")
     with pytest.raises(PeerBusy, match="larger kv="):
         opens(table, 2, 400, 20.0, b"guest")

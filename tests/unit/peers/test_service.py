@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from peers.admission import MAX_SESSIONS, MIN_BUDGET, KeyPolicy, SessionTable
+from peers.admission import MAX_SESSIONS, MIN_BUDGET, KeyPolicy, ServedBlocks, SessionTable
 from peers.engine import Engine
 from peers.links import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.queue import WorkQueue
 from peers.service import CLIENT_LOST_S, FAR_TIMES, PROBE_S, SessionService
-from peers.sessions import MESSAGE_BYTES, MOST_RESENT, RESEND_S, ServedBlocks, Session, SessionTooLong, Work, room_for
+from peers.sessions import MESSAGE_BYTES, MOST_RESENT, RESEND_S, Session, SessionTooLong, Work, room_for
 from peers.speed import ObservedSpeed, measure_speed
 from scheduler.batching import PASS_POSITIONS
 from scheduler.facts import PASS_SIZES
