@@ -62,7 +62,7 @@ import transformers.modeling_utils
 mark("import transformers' models")
 from peers.server import Peer
 from peers.options import PeerOptions
-from peers.placement import SpanWish
+from peers.options import SpanWish
 mark("import peers")
 torch.set_num_threads(1)
 start, end = map(int, sys.argv[2].split(":"))

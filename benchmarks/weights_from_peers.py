@@ -57,8 +57,7 @@ def measure(checkpoint: str, up: float, down: float, delay: float) -> dict[str, 
 
 def fetch(model: str, address: str, listen: str, blocks: int) -> None:
     """Runs in the host of the new peer."""
-    from peers.options import PeerOptions
-    from peers.placement import SpanWish
+    from peers.options import PeerOptions, SpanWish
     from peers.server import Peer
 
     times: list[float] = []

@@ -1,7 +1,8 @@
-"""What a peer tells others of the directory, and announces for them: bounded by key, in threads of its own.
+"""A peer's part in the directory: it announces itself, and answers others that ask it instead of the DHT.
 
-Anybody who may connect may ask. What is read for one is told to all that ask within the next moment, so that a flood of
-questions does not become one of the DHT; and a key's answers have a size that it may not exceed in a minute.
+Anybody who may connect may ask. An answer that was read for one is told to all that ask within the next moment, so that
+a flood of questions does not become one of the DHT; and the answers to a key are bounded in bytes per minute. All of it
+runs in threads of its own.
 """
 
 from __future__ import annotations
@@ -58,6 +59,13 @@ MAX_MODELS: Final = 16
 """Answers that are kept, or being made."""
 MAX_KEYS: Final = 4096
 """Of which it is known what they have used."""
+
+REFRESH_S: Final = 15.0
+"""How often a peer announces itself."""
+SOON: Final = 3
+"""Changes that are told at once within one `refresh_s`; more wait until the first is that old."""
+FIRST_TRIES: Final = 3
+"""Of the first announcement, before the peer gives up: just after nodes of the DHT were lost it answers late."""
 
 
 class _About(StrEnum):
@@ -390,15 +398,6 @@ def _bucket_of(buckets: OrderedDict[K, TokenBucket], key: K) -> TokenBucket:
     while len(buckets) > MAX_KEYS:
         buckets.popitem(last=False)
     return bucket
-
-
-REFRESH_S = 15.0
-
-SOON = 3
-"""Changes that are told at once within one `refresh_s`; more wait until the first is that old."""
-
-FIRST_TRIES = 3
-"""Of the first record, before the peer gives up: where nodes of the DHT were lost a moment ago, it answers late."""
 
 
 class Announcer:

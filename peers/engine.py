@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -25,7 +26,7 @@ from splitnet.blocks.passes import GRAPH_BYTES, SpanPasses
 from splitnet.blocks.span import Part as SpanPart
 from splitnet.blocks.span import Span
 from splitnet.errors import AdapterError, CodecError, PeerBusy, ProtocolError
-from splitnet.quant.device import Stopwatch, seconds_after_work, to_device, to_host
+from splitnet.quant.device import Stopwatch, end_threads, seconds_after_work, to_device, to_host
 from splitnet.wire.codecs import codec_by_code
 from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient, Part
 
@@ -100,11 +101,20 @@ class Engine:
         self._running: PassWork | None = None
         """The pass over whole sequences that the device is at."""
         self._piece_began = 0.0
+        blocks = span.end - span.start
         graph_bytes = max(GRAPH_BYTES, service.training_memory.limit // 4)
-        self._passes = SpanPasses(span, self._end_piece, self._most_positions, graph_bytes=graph_bytes)
+        self._passes = SpanPasses(
+            span, self._end_piece, partial(queue.piece_positions, blocks), graph_bytes=graph_bytes
+        )
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
+        """Begins to compute. From now on `run_here` is to be called after messages were received.
+
+        Call it from the thread that has loaded the blocks, which computes no more.
+        """
+        end_threads()
+        self._queue.defers = True
         self._thread.start()
 
     def measure_when_idle(self) -> None:
@@ -375,11 +385,6 @@ class Engine:
             self._run_steps(chosen)
             first = False
         self._piece_began = time.perf_counter()
-
-    def _most_positions(self) -> int | None:
-        """Of a piece of a pass over whole sequences, which goes through one block; None: any."""
-        chunk_s = self._queue.chunk_s()
-        return None if chunk_s is None else self._queue.positions_within(chunk_s * (self._span.end - self._span.start))
 
     def _forward(self, work: PassWork, message: Forward, began: float) -> None:
         session = work.session

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers.options import PeerOptions
+from peers.options import PeerOptions, Report
 from splitnet.blocks.block_sizes import check_file_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint, open_store
 from splitnet.checkpoint.gguf.store import is_of_gguf
@@ -31,6 +31,9 @@ from splitnet.wire.endpoints import Endpoint
 
 log = logging.getLogger(__name__)
 
+FILE_TIMEOUT_S = 180.0
+"""How long a peer waits for the file with the address of the first peer."""
+
 
 class LanPresence:
     """Announces a node of the DHT, and brings its DHT together with those of others that are or come there.
@@ -40,16 +43,20 @@ class LanPresence:
     Args:
         directory: the node.
         checkpoint: the model.
+
+    Attributes:
+        close: withdraws the announcement; may be called more than once.
     """
 
     def __init__(self, directory: Directory, checkpoint: Checkpoint) -> None:
         self._directory = directory
         self._network = LocalNetwork(checkpoint.fingerprint)
+        self.close = self._network.close
         self._announced = frozenset[str]()
 
     @classmethod
     def start(
-        cls, directory: Directory, checkpoint: Checkpoint, *, has_joined: bool, report: Callable[[str, int, int], None]
+        cls, directory: Directory, checkpoint: Checkpoint, *, has_joined: bool, report: Report
     ) -> LanPresence | None:
         """Announces the node and joins what is there; None if this machine has no local network to do that on.
 
@@ -82,11 +89,7 @@ class LanPresence:
         except LanError as error:
             log.warning("others find this peer by --join only: %s", error)
 
-    def close(self) -> None:
-        """Withdraws the announcement. May be called more than once."""
-        self._network.close()
-
-    def _announce_and_join(self, model: str, has_joined: bool, report: Callable[[str, int, int], None]) -> None:
+    def _announce_and_join(self, model: str, has_joined: bool, report: Report) -> None:
         # Before the search, so that of two that start together at least one finds the other.
         addresses = self._directory.addresses
         self._network.announce(addresses)
@@ -107,12 +110,6 @@ class LanPresence:
                 log.info("met %d of %d peers on the local network", met, len(nodes))
         except DirectoryError as error:
             log.info("could not meet a peer on the local network: %s", error)
-
-
-FILE_TIMEOUT_S = 180.0
-"""How long the file with the address of the first peer is waited for."""
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a peer tells Prometheus: its counters, and what is true at the moment of a scrape."""
+"""Metrics of a peer for Prometheus: its counters, its state at the moment of a scrape, and the server of both."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ from scheduler.cost import hop_joules
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.version import __version__
 from splitnet.wire.codecs import CODECS
+
+log = logging.getLogger(__name__)
+
+PATH = "/metrics"
+REQUEST_S = 5.0
+"""How long a connection lasts at most."""
+MOST_CONNECTIONS = 16
+"""At the same time: for one more the oldest ends."""
 
 Label = TypeVar("Label", bound=str)
 
@@ -120,7 +128,7 @@ class Present:
             },
             token_joules=_token_joules(peer, server),
             relays=len(peer.ways.relays),
-            tunnelled=peer.ways.tunnelled,
+            tunnelled=peer.ways.hidden.streams,
             helped_peers=helper.reservations if helper is not None else 0,
             helped_streams=helper.streams if helper is not None else 0,
             helped_bytes=helper.passed_bytes if helper is not None else 0,
@@ -316,15 +324,6 @@ def _histograms(name: str, help: str, label: str, histograms: Mapping[Label, His
         buckets = list(zip(bounds, accumulate(list(histogram.counts)), strict=True))
         family.add_metric([key], buckets, histogram.total)
     return family
-
-
-log = logging.getLogger(__name__)
-
-PATH = "/metrics"
-REQUEST_S = 5.0
-"""A connection ends after so long, whatever it has said by then."""
-MOST_CONNECTIONS = 16
-"""At the same time: the oldest ends for one more."""
 
 
 class MetricsServer:

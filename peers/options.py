@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers.placement import ANY_SPAN, SpanWish
 from peers.power import SYSFS
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import SwarmKey
 from splitnet.transport.addresses import Reach
+
+Report = Callable[[str, int, int], None]
+"""Told what a start is at: a stage, and bytes done and in all; also again while the peer waits for others."""
+
+
+@dataclass(frozen=True)
+class SpanWish:
+    """What the user asked for: exact blocks, or memory in bytes for them, or neither."""
+
+    blocks: tuple[int, int] | None = None
+    memory: int | None = None
+
+
+ANY_SPAN = SpanWish()
 
 
 @dataclass(frozen=True, kw_only=True)

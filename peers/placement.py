@@ -1,4 +1,4 @@
-"""Which blocks a peer takes when it joins."""
+"""Which blocks a peer serves: those that it takes when it joins, and those that it moves to when others are lost."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from statistics import median_low
 import torch
 
 from peers.links import NextHops
+from peers.options import SpanWish
 from scheduler.coordinates import Coordinate
 from scheduler.facts import missing_blocks
 from scheduler.liveness import ANSWER_S, HOLDER_LOST_S, HOLDER_SILENT_S
@@ -30,28 +31,37 @@ from splitnet.transport.prober import PROBE_BYTES
 from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
 
+log = logging.getLogger(__name__)
+
 LINK_CODEC = "int8"
 
 TRIED_AT_ONCE = 32
 WITNESSES = 5
-"""Of those that answer first, the nearest: by what most of them say of their places, who else is near is judged."""
+"""The nearest of the first peers that answer: most of their coordinates decide which other peers are near."""
 PROBED = 4
-"""Of those that answer: so many are sent 64 KiB, to know what this machine can send."""
+"""Peers that answer and are sent 64 KiB, which measures what this machine can send."""
 
 READ_BYTES = 32 * 2**20
 READS = 3
-"""Of memory, the fastest of which tells how fast the device reads."""
+"""Of memory; the fastest one tells how fast the device reads."""
 
+FEW = 3
+"""Servers of a block that may all be lost at once."""
 
-@dataclass(frozen=True)
-class SpanWish:
-    """What the user asked for: exact blocks, or memory in bytes for them, or neither."""
+MAX_WATCHED = 16
 
-    blocks: tuple[int, int] | None = None
-    memory: int | None = None
+LOOK_S = 15.0
+"""How often a peer looks at the records of all others, at most."""
+QUICK_LOOK_S = 2.0
+LOOK_PER_PEER_S = 0.3
+"""Small swarms are looked at more often: a hole is filled the sooner, and a lookup there costs little."""
+URGENT_LOOK_S = 1.0
+URGENT_LOOK_PER_PEER_S = 0.05
+"""While some blocks have no server: the peer that is to move then waits for the records of others."""
+CHECK_S = 0.5
+"""How often a peer checks whether the peers that it watches are there."""
 
-
-ANY_SPAN = SpanWish()
+Blocks = tuple[int, int]
 
 
 def fitting_blocks(
@@ -173,12 +183,6 @@ def _positive(ms: float) -> float:
     return max(ms, 1e-6)
 
 
-log = logging.getLogger(__name__)
-
-FEW = 3
-"""Servers of a block that may all be lost at once."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Announced:
     """A move that waits until all that may leave the same blocks have spoken since.
@@ -285,9 +289,6 @@ def _may_leave(record: PeerRecord, own: PeerRecord) -> bool:
     return record.serves and record.max_blocks > 0 and record.start < own.end and own.start < record.end
 
 
-MAX_WATCHED = 16
-
-
 class HolderWatch:
     """Keeps links to some peers and notes when they were heard of. Thread-safe.
 
@@ -329,23 +330,6 @@ class HolderWatch:
                 if at is not None
                 and now - at > (HOLDER_SILENT_S if self._state(endpoint) is LinkState.UP else HOLDER_LOST_S)
             )
-
-
-LOOK_S = 15.0
-"""How often a peer looks at the records of all others, at most."""
-
-QUICK_LOOK_S = 2.0
-LOOK_PER_PEER_S = 0.3
-"""In small swarms it looks more often: a hole is filled the sooner, and a lookup there costs little."""
-
-URGENT_LOOK_S = 1.0
-URGENT_LOOK_PER_PEER_S = 0.05
-"""While blocks are served by nobody: whoever is to move then waits for the records of others."""
-
-CHECK_S = 0.5
-"""How often it checks whether the peers that it watches are there."""
-
-Blocks = tuple[int, int]
 
 
 class Relocation:

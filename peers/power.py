@@ -1,4 +1,7 @@
-"""What the device draws while it computes: how readings around its work become watts. No I/O of its own."""
+"""The power that the device draws while it computes: counters and sensors are read around its work.
+
+The meter does no I/O of its own; `find_sources` finds what can be read on this machine.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,23 @@ from scheduler.facts import MAX_WATTS
 log = logging.getLogger(__name__)
 
 HALF_LIFE_S = 20.0
-"""Of computing: what was drawn before counts half."""
+"""Of computing: energy of before that counts half."""
 
 SENSOR_S = 0.5
-"""A sensor is read no more often: over I2C that takes a millisecond."""
+"""A sensor is read at most this often: over I2C that takes a millisecond."""
 
 MOST_WATTS = 2000.0
 """Of one counter. One that leaps by more was set back, and did not wrap."""
+
+
+SYSFS = Path("/sys")
+
+_MICRO = 1e-6
+_OTHER_DEVICES = frozenset({"amdgpu", "radeon", "nouveau", "i915", "xe"})
+"""Chips whose power is that of a GPU."""
+
+_WHOLE = re.compile(r"VDD_IN|POM_5V_IN|.*total.*", re.IGNORECASE)
+"""Labels of a sensor that includes all others of its board."""
 
 
 @dataclass(frozen=True)
@@ -181,16 +194,6 @@ class EnergyMeter:
         self._sources = sources
         self._recent_joules = self._recent_s = 0.0
         self._sensed_at = float("-inf")
-
-
-SYSFS = Path("/sys")
-
-_MICRO = 1e-6
-_OTHER_DEVICES = frozenset({"amdgpu", "radeon", "nouveau", "i915", "xe"})
-"""Chips whose power is that of a GPU."""
-
-_WHOLE = re.compile(r"VDD_IN|POM_5V_IN|.*total.*", re.IGNORECASE)
-"""Labels of a sensor that has all in it that the others of its board have."""
 
 
 def find_sources(device: torch.device, sysfs: Path = SYSFS) -> Sources:

@@ -276,11 +276,13 @@ class WorkQueue:
         with self._changed:
             self._shares.charge(session.owner, seconds, time.monotonic(), bulk=True)
 
-    def chunk_s(self) -> float | None:
-        """How long a piece of a pass may take that others cannot interrupt, in seconds; None: nobody else is active."""
+    def piece_positions(self, blocks: int) -> int | None:
+        """Positions of a piece of a pass over whole sequences, which goes through one of so many blocks; None: any."""
         with self._changed:
             now = time.monotonic()
-            return self._fair.chunk_s(now) if self._shares.contended(now) else None
+            if not self._shares.contended(now):
+                return None
+            return self._fair.positions_within(self._fair.chunk_s(now) * blocks)
 
     def discard_waiting(self, session: Session) -> None:
         """Forgets the steps of a session that no pass has begun: they will be sent again."""
@@ -366,7 +368,7 @@ class WorkQueue:
         if any(session.waiting[0].remaining > DECODE_POSITIONS for session in own):
             heads = [session.waiting[0] for session in ready]
             turn = [work.session for work in self._fair.prefill_turn(heads, first, now)]
-            most = min(max_positions, self.positions_within(self._fair.chunk_s(now)))
+            most = min(max_positions, self._fair.positions_within(self._fair.chunk_s(now)))
             return self._begin(self._next_pass(turn, most))
         return self._begin(
             self._fair.decode_pass([session.waiting[0] for session in ready], ranked, max_positions, now)
@@ -384,10 +386,6 @@ class WorkQueue:
         for work in counts:
             del self._ready[work.session]
         return list(counts.items())
-
-    def positions_within(self, seconds: float) -> int:
-        """The most positions of which a pass takes so long, at least one."""
-        return self._fair.positions_within(seconds)
 
     def _take_out(self, work: PassWork) -> None:
         """Of those that wait."""

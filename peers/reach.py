@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
+from peers.options import PeerOptions
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import PeerRecord
 from splitnet.directory.relay_offer import find_helpers
@@ -28,9 +29,9 @@ log = logging.getLogger(__name__)
 ASKED = 2
 """Peers that try to connect, each time, and as many helpers."""
 MOVED_S = 2.0
-"""How often it is looked whether the machine has another address."""
+"""How often the peer looks whether the machine has another address."""
 REACHED_S, UNREACHED_S, UNKNOWN_S = 600.0, 180.0, 60.0
-"""After which others are asked again, by what they said."""
+"""Time after which others are asked again, by their answers."""
 
 
 class PeerWays:
@@ -40,18 +41,18 @@ class PeerWays:
         transport: of the peer.
         tunnels: of the transport; their loop runs this.
         identity: of the peer.
-        endpoint: as the peer would announce itself.
-        fixed: the user has said how others reach this machine, so that it is not found out anew.
-        listen: `tcp://host:port`, what the peer was told.
-        reach: how others are to reach it.
-        relay_port: where it helps others, 0 for any; None: it does not.
+        options: how the user wants it to be reached, and to help others to be.
+        address: `tcp://IP:port` as the peer would announce it.
         authorized: who may use its help; None: anyone.
-        bytes_per_s: that it passes on; None: as `HelperBounds` has it.
-        maps: may ask the router for a port.
         others: looks up the other peers of the model.
         directory: where helpers are found.
         vouched: whether the user, or a friend, has named a helper.
         changed: called when the record of the peer has changed; it must return at once.
+
+    Attributes:
+        endpoint: the peer at its own address, as that is now.
+        hidden: its connections to helpers.
+        helper: what helps others; None: it does not.
     """
 
     def __init__(
@@ -59,15 +60,10 @@ class PeerWays:
         transport: Transport,
         tunnels: Tunnels,
         identity: Identity,
-        endpoint: Endpoint,
+        options: PeerOptions,
+        address: str,
         *,
-        fixed: bool,
-        listen: str,
-        reach: Reach,
-        relay_port: int | None,
         authorized: AuthorizedKeys | None,
-        bytes_per_s: float | None,
-        maps: bool,
         others: Callable[[], Sequence[PeerRecord]],
         directory: SwarmDirectory,
         vouched: Callable[[Relay], bool],
@@ -75,73 +71,63 @@ class PeerWays:
     ) -> None:
         self._transport = transport
         self._identity = identity
-        self._listen = listen
-        self._may_move = not fixed and is_wildcard(listen)
+        self._listen = listen = options.listen
+        self._may_move = options.public_host is None and is_wildcard(listen)
         self._moved_at = 0.0
         self._has_moved = False
-        if self._may_move and not is_reachable(endpoint.address):
+        if self._may_move and not is_reachable(address):
             log.warning(
                 "this machine has no address at which others could connect to %s: where there is IPv6 alone, give "
                 "--listen tcp://[::]:PORT",
                 listen,
             )
-        self._endpoint = endpoint
-        self._reach = reach
+        self.endpoint = Endpoint(address, identity.public)
+        self._reach = options.reach
         # On loopback are tests and demos: what others reach of them is no question.
-        self._asks = reach is Reach.auto and is_reachable(listen)
+        self._asks = options.reach is Reach.auto and is_reachable(listen)
         self._others = others
         self._directory = directory
         self._ask_at = -math.inf
-        self._mapping = PortMapping(transport.port) if maps and self._asks else None
+        self._mapping = PortMapping(transport.port) if options.port_mapping and self._asks else None
         self._mapped: str | None = None
         """What the router has given, and others reach."""
         inside = inside_of(listen, transport.port)
-        self._hidden = Hidden(tunnels.loop, identity, inside, tunnels.behind, self._find, changed, vouched)
+        self.hidden = Hidden(tunnels.loop, identity, inside, tunnels.behind, self._find, changed, vouched)
         self.helper: Helper | None = None
-        if relay_port is not None:
+        if options.relay_port is not None:
             self.helper = Helper(
                 tunnels.loop,
                 identity,
-                f"{listen.rpartition(':')[0].replace('*', '0.0.0.0')}:{relay_port}",
+                f"{listen.rpartition(':')[0].replace('*', '0.0.0.0')}:{options.relay_port}",
                 authorized=authorized,
-                bounds=HelperBounds(bytes_per_s=bytes_per_s or HelperBounds.bytes_per_s),
+                bounds=HelperBounds(bytes_per_s=options.relay_rate or HelperBounds.bytes_per_s),
             )
 
     @property
     def address(self) -> str:
         """`tcp://IP:port` to announce: its own, or that of a port of the router."""
-        return self._mapped or self._endpoint.address
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """The peer at its own address, as that is now."""
-        return self._endpoint
+        return self._mapped or self.endpoint.address
 
     @property
     def relays(self) -> tuple[Relay, ...]:
-        """Through whom it is reached; empty: directly."""
-        return self._hidden.relays
+        """Helpers that it is reached through; empty: directly."""
+        return self.hidden.relays
 
     @property
     def relay_port(self) -> int:
         """Where it helps others; 0: it does not, as when the port that others reach is the router's."""
         return self.helper.port if self.helper is not None and self._mapped is None else 0
 
-    @property
-    def tunnelled(self) -> int:
-        """Connections that come through helpers, or came so at first."""
-        return self._hidden.streams
-
     def start(self) -> None:
         """Begins to help, and to look for help if that is sure to be needed."""
         if self.helper is not None:
             self.helper.start()
         if self._reach is Reach.helpers:
-            self._hidden.start()
+            self.hidden.start()
 
     def close(self) -> None:
         """Ends what goes through helpers, and through here; gives the port of the router back."""
-        self._hidden.stop()
+        self.hidden.stop()
         if self._mapping is not None:
             self._mapping.close()
         if self.helper is not None:
@@ -159,10 +145,10 @@ class PeerWays:
         host = reachable_host(self._listen)
         address = f"tcp://{host}:{self._transport.port}"
         # Without a network for a moment it is still known by its last address.
-        if address == self._endpoint.address or not is_reachable(address):
+        if address == self.endpoint.address or not is_reachable(address):
             return False
-        log.warning("this machine has another address: %s, before %s", address, self._endpoint.address)
-        self._endpoint = Endpoint(address, self._identity.public)
+        log.warning("this machine has another address: %s, before %s", address, self.endpoint.address)
+        self.endpoint = Endpoint(address, self._identity.public)
         self._has_moved = True
         return True
 
@@ -173,8 +159,8 @@ class PeerWays:
             if self._mapped is not None:
                 self._unmap("it is in another network")
             self._ask_at = -math.inf
-            if self._hidden.stop() or self._reach is Reach.helpers:
-                self._hidden.start()
+            if self.hidden.stop() or self._reach is Reach.helpers:
+                self.hidden.start()
         if not self._asks:
             return
         if self._mapped is not None and self._mapping is not None:
@@ -190,14 +176,14 @@ class PeerWays:
             self._unmap("they find nothing there")
         if reached is False:
             if not self.relays:
-                log.warning("others cannot connect to %s: looking for helpers", self._endpoint.address)
-            self._hidden.start()  # routers may take long to answer
+                log.warning("others cannot connect to %s: looking for helpers", self.endpoint.address)
+            self.hidden.start()  # routers may take long to answer
             reached = self._mapping is not None and self._map(self._mapping)
         self._ask_at = time.monotonic() + (UNKNOWN_S if reached is None else REACHED_S if reached else UNREACHED_S)
         if reached and (self._mapped is None or self._reaches_itself()):
-            self._hidden.stop()
+            self.hidden.stop()
         elif reached:  # those of this network need helpers, as the router does not lead its own back in
-            self._hidden.start()
+            self.hidden.start()
 
     def _map(self, mapping: PortMapping) -> bool:
         """Has the router lead a port here; whether others reach it. It is announced only then."""
@@ -250,7 +236,7 @@ class PeerWays:
     def _asked_helpers(self, address: str) -> list[bool]:
         able = [one for one in self._find() if one.key != self._identity.public.raw and is_global(one.address)]
         asked = random.sample(able, min(ASKED, len(able)))
-        return self._hidden.reached_by(address, asked) if asked else []
+        return self.hidden.reached_by(address, asked) if asked else []
 
     def _reaches_itself(self) -> bool:
         here = Endpoint(self.address, self._identity.public)

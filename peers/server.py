@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from peers.counters import Counters
 from peers.directory import Announcer, DirectoryService
 from peers.joining import LanPresence, join_swarm
 from peers.links import Neighbours, NextHops, TransportOutbox
-from peers.options import PeerOptions
+from peers.options import PeerOptions, Report
 from peers.placement import (
     NOBODY,
     HolderWatch,
@@ -70,8 +70,6 @@ from splitnet.wire.messages import (
 )
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
 
 MOVE_DRAIN_S = 15.0
 """How long a peer that moves waits for its sessions to be taken over."""
@@ -147,20 +145,14 @@ class Peer:
         self.service = self._server.service
         self._placed_at = time.time()
         self._watch = HolderWatch(self._next_hops, self.transport.state)
-        address = public_address(options.listen, self.transport.port, options.public_host)
         self._joined_at = hosts_of(options.initial_peers)
         self.ways = PeerWays(
             self.transport,
             self._tunnels,
             identity,
-            Endpoint(address, identity.public),
-            fixed=options.public_host is not None,
-            listen=options.listen,
-            reach=options.reach,
-            relay_port=options.relay_port,
+            options,
+            public_address(options.listen, self.transport.port, options.public_host),
             authorized=self._authorized,
-            bytes_per_s=options.relay_rate,
-            maps=options.port_mapping,
             others=self._others,
             directory=directory,
             vouched=self._vouches,
@@ -189,7 +181,7 @@ class Peer:
         )
 
     @classmethod
-    def start(cls, model: str | Path, options: PeerOptions, *, progress: Progress | None = None) -> Peer:
+    def start(cls, model: str | Path, options: PeerOptions, *, progress: Report | None = None) -> Peer:
         """Joins or starts a swarm, loads blocks and serves them.
 
         Args:
@@ -371,7 +363,7 @@ class Peer:
         self._directory.close()
 
     def _serve(self) -> None:
-        self.server.start()
+        self.server.engine.start()
         self.weights.start()
         self.transport.start()
         self.ways.start()
@@ -484,7 +476,7 @@ class Peer:
         if options.speeds_file is not None:
             KnownSpeeds(options.speeds_file).follow(span, self.checkpoint.fingerprint, speed)
         server = self._server_of(span, speed)
-        server.start()
+        server.engine.start()
         self._server, self.service = server, server.service
         self._placed_at = time.time()
 

@@ -262,14 +262,12 @@ class _Copy:
     """A row that is to begin as a copy of another."""
 
     source: RowCache
+    length: int
+    prefix_length: int
 
-    @property
-    def length(self) -> int:
-        return self.source.length
 
-    @property
-    def prefix_length(self) -> int:
-        return self.source.prefix_length
+def _copy_of(row: RowCache | _Copy) -> _Copy:
+    return row if isinstance(row, _Copy) else _Copy(row, row.length, row.prefix_length)
 
 
 def room_for(budget: int) -> int:
@@ -321,7 +319,7 @@ def prepare_rows(session: Session, step: Step) -> None:
         return
     rows: dict[int, RowCache | _Copy] = dict(session.rows)
     if step.forks is not None:
-        rows = fork_rows(rows, step.forks, lambda row: row if isinstance(row, _Copy) else _Copy(row))
+        rows = fork_rows(rows, step.forks, _copy_of)
     starts = {part.row: part.start for part in step.parts}
     ends = {row_id: row.prefix_length + row.length for row_id, row in rows.items()}
     for part in step.parts:

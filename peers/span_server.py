@@ -17,7 +17,6 @@ from scheduler.load import Load
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import OutOfMemory
-from splitnet.quant.device import end_threads
 from splitnet.wire.codecs import DEFAULT_INT8, codec_by_name
 
 FIRST_REMEASURE_S = 20.0
@@ -115,15 +114,6 @@ class SpanServer:
         self.engine = Engine(span, self.service, self.queue, self.speed, self.load, counters)
         self._measured_at = time.monotonic()
         self._measure_after_s = FIRST_REMEASURE_S
-
-    def start(self) -> None:
-        """Begins to compute. From now on `engine.run_here` is called after messages were received.
-
-        Call it from the thread that has loaded the blocks, which computes no more.
-        """
-        end_threads()
-        self.queue.defers = True
-        self.engine.start()
 
     def remeasure_if_idle(self) -> None:
         """Times the device again if it was idle since: at the start other processes may have kept the machine busy.

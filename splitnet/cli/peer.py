@@ -251,8 +251,7 @@ def peer(
     import torch
 
     from peers.metrics import MetricsServer, registry_of
-    from peers.options import PeerOptions
-    from peers.placement import SpanWish
+    from peers.options import PeerOptions, SpanWish
     from peers.server import Peer
     from splitnet.blocks.device import find_device
     from splitnet.cli.progress import StageProgress

@@ -21,8 +21,7 @@ import pytest
 from typer.main import get_command
 
 import splitnet
-from peers.options import PeerOptions
-from peers.placement import SpanWish
+from peers.options import PeerOptions, SpanWish
 from peers.server import Peer
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.main import app

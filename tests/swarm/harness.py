@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from peers.options import PeerOptions
-from peers.placement import SpanWish
+from peers.options import PeerOptions, SpanWish
 from peers.server import Peer
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory

@@ -54,7 +54,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from peers.server import Peer
 from peers.options import PeerOptions
-from peers.placement import SpanWish
+from peers.options import SpanWish
 import splitnet
 from splitnet.errors import DirectoryError
 from splitnet.security.identity import Identity

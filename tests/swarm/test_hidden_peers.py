@@ -89,7 +89,7 @@ def test_hidden_peers_serve_through_a_helper(swarm: LocalSwarm, local: Any) -> N
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
     assert ways_of(swarm) == {(0, 2): Way.DIRECT, (2, 4): Way.RELAYED, (4, 6): Way.RELAYED}
     assert helper.ways.helper is not None and helper.ways.helper.passed_bytes
-    assert first.ways.tunnelled and second.ways.tunnelled
+    assert first.ways.hidden.streams and second.ways.hidden.streams
 
 
 def test_better_ways_are_found_meanwhile(swarm: LocalSwarm, local: Any) -> None:
@@ -176,7 +176,7 @@ def test_a_peer_asks_others_and_looks_for_helpers(
         with PeerLinks(Identity.generate()) as links:
             assert links.try_out([here])[here].rtt_ms is not None
             assert lost.ways._is_reached(here.address) is True, "they deny it, and somebody is here"
-    lost.ways._endpoint, lost.ways._ask_at = here, 0.0
+    lost.ways.endpoint, lost.ways._ask_at = here, 0.0
     lost.ways.look()
     assert not lost.ways.relays
 
@@ -210,11 +210,11 @@ def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_he
     wait_until(lambda: announced() == f"tcp://127.0.0.2:{port}")
     assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
     wait_until(lambda: not peer.ways._has_moved and peer.ways.relays)
-    stopped = peer.ways._hidden._task
+    stopped = peer.ways.hidden._task
     hosts.append("127.0.0.1")  # for a moment there is no network
     hosts.append("127.0.0.3")
     wait_until(lambda: announced() == f"tcp://127.0.0.3:{port}")
-    wait_until(lambda: peer.ways._hidden._task is not stopped and peer.ways.relays)
+    wait_until(lambda: peer.ways.hidden._task is not stopped and peer.ways.relays)
     assert peer.join_address.startswith(f"tcp://127.0.0.3:{port}?")
     assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from peers import placement
-from peers.placement import SpanWish
+from peers.options import SpanWish
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from peers import joining
-from peers.options import PeerOptions
-from peers.placement import SpanWish
+from peers.options import PeerOptions, SpanWish
 from peers.server import Peer
 from splitnet.blocks.span import Span
 from splitnet.directory import dht

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from peers.options import PeerOptions
-from peers.placement import SpanWish
+from peers.options import PeerOptions, SpanWish
 from peers.server import Peer
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.connection import find_swarm

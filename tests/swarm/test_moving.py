@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from peers import placement
-from peers.placement import HolderWatch, SpanWish
+from peers.options import SpanWish
+from peers.placement import HolderWatch
 from peers.server import Peer
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint

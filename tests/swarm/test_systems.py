@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 from peers.server import Peer
 from peers.options import PeerOptions
-from peers.placement import SpanWish
+from peers.options import SpanWish
 import splitnet
 from splitnet.cli.main import app
 from splitnet.cli.daemon import StopSignals

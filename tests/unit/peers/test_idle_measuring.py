@@ -54,7 +54,7 @@ def test_an_idle_span_is_measured_by_the_thread_that_uses_it(
         return forward(hidden, parts)
 
     monkeypatch.setattr(span, "forward", seen)
-    peer.start()
+    peer.engine.start()
     try:
         peer.remeasure_if_idle()
         assert measured.wait(WAIT_S)

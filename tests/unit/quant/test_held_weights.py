@@ -13,8 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from peers.options import PeerOptions
-from peers.placement import SpanWish, fitting_blocks
+from peers.options import PeerOptions, SpanWish
+from peers.placement import fitting_blocks
 from splitnet.blocks.adapters import Adapter
 from splitnet.blocks.passes import SpanPasses
 from splitnet.blocks.sizes import ModelSizes

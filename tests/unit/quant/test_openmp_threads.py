@@ -62,7 +62,7 @@ server = SpanServer(
     idle_s=9.0,
     counters=Counters(),
 )
-server.start()
+server.engine.start()
 ran = threading.Event()
 server.queue.put_idle_job(lambda: (work(), ran.set()))
 assert ran.wait(20)

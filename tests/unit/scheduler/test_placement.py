@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peers.placement import ANY_SPAN, READ_BYTES, TRIED_AT_ONCE, Present, answering, choose_blocks, expected_block_ms
+from peers.options import ANY_SPAN
+from peers.placement import READ_BYTES, TRIED_AT_ONCE, Present, answering, choose_blocks, expected_block_ms
 from scheduler.facts import Link, Peer, Speed, coverage, missing_blocks
 from scheduler.placement import choose_span
 from splitnet.directory.record import PeerRecord
