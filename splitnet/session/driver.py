@@ -60,6 +60,19 @@ from splitnet.wire.endpoints import Endpoint, LinkState
 from splitnet.wire.log import REPLAY_POSITIONS
 from splitnet.wire.messages import SESSION_BYTES, Message, Open, Part, Result, Step, Timing, encode
 
+log = logging.getLogger(__name__)
+
+USUAL_POSITIONS = 64
+"""Of a step, where many are under way: a micro-batch, or a chunk of a prefill. Otherwise it is a token."""
+
+ROUND_S = 0.1
+"""All hops are asked within that."""
+
+_POSITION = 1000
+_TIMING = Timing(500, 10_000, 500)
+"""The size of a message grows a little with the numbers in it; these stand for usual ones."""
+
+
 EMBEDDINGS = codec_by_name("fp16")
 
 
@@ -121,11 +134,6 @@ class LinkCodecs:
         return codec_by_name(choose_codec(sizes, link.bytes_per_ms))
 
 
-_POSITION = 1000
-_TIMING = Timing(500, 10_000, 500)
-"""The size of a message grows a little with the numbers in it; these stand for usual ones."""
-
-
 @dataclass(frozen=True, slots=True)
 class LinkUse:
     """A link of a route."""
@@ -165,9 +173,6 @@ def _result_bytes(state: SessionState, codec: Codec, hops: int) -> int:
     payload = bytes(codec.bytes_per_position(state.hidden_size))
     result = Result(state.session, state.epoch, _POSITION, state.blocks[1], codec.code, (_TIMING,) * hops, payload)
     return sum(map(len, encode(result)))
-
-
-log = logging.getLogger(__name__)
 
 
 class Routes:
@@ -303,14 +308,6 @@ class Routes:
 def _links(hops: Sequence[PlannedHop]) -> Iterable[tuple[str, str]]:
     """Between hops, by name."""
     return pairwise(hop.name for hop in hops)
-
-
-USUAL_POSITIONS = 64
-"""Of a step, where many are under way: a micro-batch, or a chunk of a prefill. Otherwise it is a token."""
-
-
-ROUND_S = 0.1
-"""All hops are asked within that."""
 
 
 @dataclass(slots=True)

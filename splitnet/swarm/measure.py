@@ -27,6 +27,40 @@ from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.fields import STRICT_VERSIONS
 from splitnet.wire.messages import ToldLoad
 
+log = logging.getLogger(__name__)
+
+TRUST_S = 60.0
+"""How long what was seen of a hop counts more than what it says."""
+
+STEPS = 3
+"""Of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop."""
+
+REMEASURE_S = 30.0
+
+KEPT_NETWORKS = 8
+"""A session asks for the links of the peers that it plans with, of its own hops, and of those at both ends of each."""
+
+OTHERS_PER_MINUTE = 6
+LIKELY_PER_MINUTE = 9
+"""Of the peers that are measured again while sessions are open: any, and those that routes most likely go through.
+
+Before a route is planned anew, as the present one seems slow, it is one of each block at least.
+"""
+
+PINGS_PER_MINUTE = 256
+ENDS_PINGS = 32
+"""Of these are for the ends of a route that is to be used: two, and up to eight that measure the bandwidth, to each."""
+_PROBE_PINGS = 8
+PROBE_AGAIN_S = 180.0
+SUSPECTED_AGAIN_S = 25.0
+"""The bandwidth of a link is measured again after so long, or so long if steps stay slow: it takes 128 KiB and more."""
+IN_USE_S = 300.0
+"""So long after a plan another session is expected, which should not have to wait for a look into the directory."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
 MAX_AGE_S = 90.0
 """A link that was measured longer ago counts as not measured."""
 
@@ -96,10 +130,6 @@ class NetworkCoordinates:
         return tuple(self._random.gauss(0.0, 1.0) for _ in range(DIMENSIONS))
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
 class Latest(Generic[P, T]):
     """Calls a function, and remembers what it made of the facts of the last calls: equal ones are not made again.
 
@@ -124,18 +154,6 @@ class Latest(Generic[P, T]):
         if not made or found is not made[0]:
             self._made = (found, *(each for each in made if each is not found))[: self._count]
         return found[1]
-
-
-TRUST_S = 60.0
-"""How long what was seen of a hop counts more than what it says."""
-
-STEPS = 3
-"""Of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop."""
-
-REMEASURE_S = 30.0
-
-KEPT_NETWORKS = 8
-"""A session asks for the links of the peers that it plans with, of its own hops, and of those at both ends of each."""
 
 
 @dataclass(slots=True)
@@ -322,26 +340,6 @@ def _corrected(record: PeerRecord, seen: _Seen | None, told: ToldLoad | None) ->
 def _usual(seen: Sequence[float], told: float) -> float:
     """The median; before there are `STEPS` values, what the hop says is one of them."""
     return median_low(seen if len(seen) == STEPS else [told, *seen])
-
-
-log = logging.getLogger(__name__)
-
-OTHERS_PER_MINUTE = 6
-LIKELY_PER_MINUTE = 9
-"""Of the peers that are measured again while sessions are open: any, and those that routes most likely go through.
-
-Before a route is planned anew, as the present one seems slow, it is one of each block at least.
-"""
-
-PINGS_PER_MINUTE = 256
-ENDS_PINGS = 32
-"""Of these are for the ends of a route that is to be used: two, and up to eight that measure the bandwidth, to each."""
-_PROBE_PINGS = 8
-PROBE_AGAIN_S = 180.0
-SUSPECTED_AGAIN_S = 25.0
-"""The bandwidth of a link is measured again after so long, or so long if steps stay slow: it takes 128 KiB and more."""
-IN_USE_S = 300.0
-"""So long after a plan another session is expected, which should not have to wait for a look into the directory."""
 
 
 class FreshFacts:
