@@ -379,7 +379,7 @@ DIRECTORY = [
         "return record.is_valid_at(now) and",
         "return record.expires_at >= 0 and",
         (
-            "tests/unit/directory/test_asked_peers.py",
+            "tests/unit/directory/test_peer_directory.py",
             "tests/unit/peers/test_directory_service.py",
         ),
     ),
@@ -390,7 +390,7 @@ DIRECTORY = [
         "record.issued_at < kept[name].issued_at",
         (
             "tests/unit/directory/test_directory.py",
-            "tests/unit/directory/test_asked_peers.py",
+            "tests/unit/directory/test_peer_directory.py",
         ),
     ),
     Fault(
@@ -400,7 +400,7 @@ DIRECTORY = [
         "if (",
         (
             "tests/unit/directory/test_directory.py",
-            "tests/unit/directory/test_asked_peers.py",
+            "tests/unit/directory/test_peer_directory.py",
         ),
     ),
     Fault(
@@ -439,7 +439,7 @@ DIRECTORY = [
         "answer = question.answers.get(source) if question is not None else None",
         "answer = next(iter(question.answers.values()), None) if question is not None else None",
         (
-            "tests/unit/directory/test_asked_peers.py",
+            "tests/unit/directory/test_peer_directory.py",
             "tests/unit/swarm/test_known_changes.py",
         ),
     ),
@@ -449,7 +449,7 @@ DIRECTORY = [
         "if record.key in keys or size <= most]",
         "]",
         (
-            "tests/unit/directory/test_asked_peers.py",
+            "tests/unit/directory/test_peer_directory.py",
             "tests/unit/swarm/test_known_changes.py",
         ),
     ),
@@ -459,7 +459,7 @@ DIRECTORY = [
         "limit_s = DIRECTORY_ANSWER_S * depth / OWN_DEPTH",
         "limit_s = DIRECTORY_ANSWER_S",
         (
-            "tests/unit/directory/test_asked_peers.py",
+            "tests/unit/directory/test_peer_directory.py",
             "tests/unit/peers/test_directory_service.py",
         ),
     ),

@@ -29,7 +29,7 @@ from scheduler.facts import CLIENT, PASS_SIZES, Link, Network, Peer, Place, Spee
 from scheduler.route import best_route
 from splitnet.directory.record import KEY_PREFIX_BYTES, PeerRecord, SeenLink
 from splitnet.security.identity import Identity
-from splitnet.swarm.measure import Survey
+from splitnet.swarm.measure import Measurements
 from splitnet.swarm.plan import Needs, PlannedHop, Planner
 from splitnet.wire.messages import ToldLoad
 
@@ -108,9 +108,9 @@ def time_a_client(count: int, num_blocks: int, rounds: int) -> None:
             taken["warm"] += [client.planning_ms() for _ in range(rounds)]
             for _ in range(rounds):
                 before, after, *_ = client.hops
-                client.survey.hop_seen(before.name, 1, choices.uniform(1, 5), choices.uniform(1, 20))
-                client.survey.hop_seen(after.name, 1, choices.uniform(1, 5), choices.uniform(1, 20))
-                client.survey.link_seen(before.name, after.name, choices.uniform(1, 150))
+                client.measurements.hop_seen(before.name, 1, choices.uniform(1, 5), choices.uniform(1, 20))
+                client.measurements.hop_seen(after.name, 1, choices.uniform(1, 5), choices.uniform(1, 20))
+                client.measurements.link_seen(before.name, after.name, choices.uniform(1, 150))
                 taken["seen"].append(client.planning_ms())
             for _ in range(rounds):
                 taken["without"].append(client.planning_ms({hop.name for hop in client.hops[:2]}))
@@ -127,13 +127,13 @@ class Client:
 
     def __init__(self, choices: random.Random, packed: Sequence[bytes], num_blocks: int) -> None:
         self.records = [PeerRecord.unpack(data) for data in packed]
-        self.survey = Survey()
+        self.measurements = Measurements()
         measured = {record.endpoint: record for record in choices.sample(self.records, min(len(packed), OWN_LINKS))}
         links = {endpoint: Link(choices.uniform(1, 150), choices.uniform(100, 10_000)) for endpoint in measured}
         loads = {endpoint: ToldLoad(choices.expovariate(0.2), choices.random(), time.time()) for endpoint in measured}
-        self.survey.links_measured(measured, links, loads)
+        self.measurements.links_measured(measured, links, loads)
         self.hops: list[PlannedHop] = []
-        self._planner = Planner(self.survey, "a-model")
+        self._planner = Planner(self.measurements, "a-model")
         self._needs = Needs(100, ENCODINGS, (0, num_blocks), prompt=300)
 
     def planning_ms(self, exclude: Collection[str] = ()) -> float:

@@ -129,9 +129,9 @@ def _answer(model: Any, question: Question, began: float, routed: Callable[[list
         if count == 1:
             answer.predicted_ms = model.swarm.planner.cost_ms(session.needs, [hop.planned for hop in session.hops])
             records = model.swarm.peers()
-            network = model.swarm.survey.network(records)
+            network = model.swarm.measurements.network(records)
             names = {CLIENT: ""} | {record.key.text: record.address for record in records}
-            for peer in model.swarm.survey.peers(records):
+            for peer in model.swarm.measurements.peers(records):
                 answer.facts[names[peer.id]] = (peer.queue_ms, peer.batch, peer.speed.at(1))
             answer.links = [
                 (names[a], names[b], network.link(a, b).latency_ms) for a, b in itertools.permutations(names, 2)

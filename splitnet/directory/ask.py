@@ -260,7 +260,7 @@ class _Question:
         return self.before | self.said()
 
 
-class AskedPeers(SwarmDirectory):
+class PeerDirectory(SwarmDirectory):
     """Asks peers for records, and has them tell others of its own.
 
     Args:
@@ -303,7 +303,7 @@ class AskedPeers(SwarmDirectory):
     @classmethod
     def join(
         cls, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False, swarm: OpenSwarm = OPEN
-    ) -> AskedPeers:
+    ) -> PeerDirectory:
         """The same, once a peer has answered.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from splitnet.directory.ask import AskedPeers, AskingLinks
+from splitnet.directory.ask import AskingLinks, PeerDirectory
 from splitnet.directory.dht import Directory
 from splitnet.directory.hivemind_node import have_hivemind
 from splitnet.directory.interface import JoinedDirectories, SwarmDirectory
@@ -21,9 +21,9 @@ def node_of(directory: SwarmDirectory) -> Directory | None:
     return next((part for part in _parts(directory) if isinstance(part, Directory)), None)
 
 
-def asked_peers_of(directory: SwarmDirectory) -> AskedPeers | None:
+def peer_directory_of(directory: SwarmDirectory) -> PeerDirectory | None:
     """What asks peers in a directory, if it does."""
-    return next((part for part in _parts(directory) if isinstance(part, AskedPeers)), None)
+    return next((part for part in _parts(directory) if isinstance(part, PeerDirectory)), None)
 
 
 def _parts(directory: SwarmDirectory) -> Sequence[SwarmDirectory]:
@@ -58,16 +58,16 @@ def join(
     if swarm.is_closed and multiaddrs:
         raise DirectoryError(f"a closed swarm has no DHT: join through a peer, tcp://..., instead of {multiaddrs[0]}")
     if not peers and listen is not None and (swarm.is_closed or (not multiaddrs and not have_hivemind())):
-        return AskedPeers([], links(), serving=True, swarm=swarm)
+        return PeerDirectory([], links(), serving=True, swarm=swarm)
     if not peers and swarm.is_closed:
         raise DirectoryError("a closed swarm is joined through a peer: give --join tcp://HOST:PORT?key=...")
     if not peers:
         return Directory.start(initial_peers=multiaddrs, listen=listen, waiting=waiting)
     endpoints = [endpoint_of(address) for address in peers]
-    asked: AskedPeers | None = None
+    asked: PeerDirectory | None = None
     errors = list[DirectoryError]()
     try:
-        asked = AskedPeers.join(endpoints, links(), serving=listen is not None, swarm=swarm)
+        asked = PeerDirectory.join(endpoints, links(), serving=listen is not None, swarm=swarm)
     except DirectoryError as error:
         errors.append(error)
     node: Directory | None = None

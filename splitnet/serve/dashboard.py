@@ -346,7 +346,7 @@ class Dashboard:
         try:
             self._records = await run_in_threadpool(self._swarm.peers, fresh=True)
             self._problem = None
-        except SplitnetError as error:  # none is left that counts, see `KnownPeers.look`
+        except SplitnetError as error:  # none is left that counts, see `PeerCache.look`
             self._records, self._problem = [], str(error)
 
     def _look(self) -> Any:

@@ -194,7 +194,7 @@ class Routes:
         self._codecs = codecs
         self._blocks = blocks
         self._any_weights = any_weights
-        self._news = swarm.fresh_facts.news
+        self._news = swarm.measurer.news
         self._route: list[PlannedHop] = []
         self._lost = False
         """The latest plan takes the place of a route that was lost."""
@@ -233,7 +233,7 @@ class Routes:
         """Takes in the time of a decode step that had the route for itself."""
         ratio = self.watch.step_took(elapsed_ms, positions, time.monotonic())
         if ratio is not None:
-            self._swarm.survey.forecast_came(tuple(hop.name for hop in self._route), ratio)
+            self._swarm.measurements.forecast_came(tuple(hop.name for hop in self._route), ratio)
 
     def better(
         self, hops: Sequence[PlannedHop], needs_now: Callable[[], Needs], cached: int, steps_left: int
@@ -254,16 +254,16 @@ class Routes:
             known = route == self._route
             watch.begin(predicted_ms if known else swarm.planner.cost_ms(needs_now(), hops), lost=self._lost)
         now = time.monotonic()
-        news = self._news != swarm.fresh_facts.news
+        news = self._news != swarm.measurer.news
         if not watch.may_look(now, news=news):
             return None
-        self._news = swarm.fresh_facts.news
+        self._news = swarm.measurer.news
         needs = needs_now()
         known_ms = swarm.planner.cost_ms(needs, hops)
-        silent = swarm.survey.silent() & {hops[0].name, hops[-1].name}
+        silent = swarm.measurements.silent() & {hops[0].name, hops[-1].name}
         look = watch.look(now, known_ms, news=news, ends_silent=bool(silent))
         if look.suspects:
-            swarm.fresh_facts.look_again([hops[0].record, hops[-1].record], probe=look.measures)
+            swarm.measurer.look_again([hops[0].record, hops[-1].record], probe=look.measures)
         if not look.plans:
             return None
         try:
@@ -278,7 +278,7 @@ class Routes:
         new_ms = watch.better_ms(
             known_ms,
             predicted_ms,
-            swarm.survey.prediction_error,
+            swarm.measurements.prediction_error,
             swarm.planner.move_ms(needs, before, changed, max(cached, 1)),
             steps_left,
             shares_links=bool(set(_links(route)) & set(_links(hops))),

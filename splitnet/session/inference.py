@@ -284,7 +284,7 @@ class Session(SessionDriver):
         return None
 
     def _learn_timings(self, positions: int, *, at_once: bool) -> None:
-        """After a decode step: tells the survey what it met. Each hop is believed of itself alone.
+        """After a decode step: notes what it met. Each hop is believed of itself alone.
 
         Results carry the timings of all hops, but any of them may have rewritten those before it. So only the tail's
         own is taken from a result; the other hops are asked now and then, and nothing waits for their answers.
@@ -294,26 +294,26 @@ class Session(SessionDriver):
         """
         hops, timings = self.state.hops, self.state.timings
         if timings:
-            self._tell_survey(hops[-1], None, positions, timings[-1])
+            self._note_timing(hops[-1], None, positions, timings[-1])
         now = time.monotonic()
         if not at_once and now < self._asked_at + ASK_S:
             return
         self._asked_at = now
         for hop, following in pairwise(hops):
             self._swarm.ping(hop.endpoint, self.id).add_done_callback(
-                lambda pong, hop=hop, following=following: self._tell_survey(
+                lambda pong, hop=hop, following=following: self._note_timing(
                     hop, following, positions, pong.result().timing
                 )
             )
 
-    def _tell_survey(self, hop: RouteHop, following: RouteHop | None, positions: int, timing: Timing | None) -> None:
+    def _note_timing(self, hop: RouteHop, following: RouteHop | None, positions: int, timing: Timing | None) -> None:
         if timing is None:
             return
-        survey = self._swarm.survey
+        measurements = self._swarm.measurements
         blocks = hop.planned.end - hop.planned.start
-        survey.hop_seen(hop.name, positions, timing.compute_us / 1000 / blocks, timing.wait_us / 1000)
+        measurements.hop_seen(hop.name, positions, timing.compute_us / 1000 / blocks, timing.wait_us / 1000)
         if timing.next_rtt_us and following is not None:
-            survey.link_seen(hop.name, following.name, timing.next_rtt_us / 1000)
+            measurements.link_seen(hop.name, following.name, timing.next_rtt_us / 1000)
 
 
 def cut_into_steps(parts: Sequence[Part], limit: int) -> list[list[Part]]:

@@ -1,4 +1,4 @@
-"""Peers and links as a client plans with them: what they say of themselves, corrected by what it has seen."""
+"""Peers and links as a client plans with them: records, corrected by what was measured, and what to measure next."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from scheduler.route_search import PINGED_AT_ONCE, Answers
 from splitnet.directory.record import PeerRecord, facts_of, network_of, place_of
 from splitnet.errors import SplitnetError
 from splitnet.swarm.links import Links
-from splitnet.swarm.peers import KnownPeers
+from splitnet.swarm.peers import PeerCache
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.fields import STRICT_VERSIONS
 from splitnet.wire.messages import ToldLoad
@@ -167,8 +167,8 @@ class _Seen:
     wait_ms: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
 
 
-class Survey:
-    """Thread-safe.
+class Measurements:
+    """What a client has measured of peers and links. Thread-safe.
 
     Args:
         clock: seconds.
@@ -342,12 +342,12 @@ def _usual(seen: Sequence[float], told: float) -> float:
     return median_low(seen if len(seen) == STEPS else [told, *seen])
 
 
-class FreshFacts:
-    """Thread-safe; close it when done.
+class Measurer:
+    """Keeps measurements and records fresh, in the background while they are in use. Thread-safe; close it when done.
 
     Args:
         known: the peers.
-        survey: takes in what is measured.
+        measurements: takes in what is measured.
         links: of the client. While sessions use some, known ones are measured again and again.
         likely: of all peers and some of them so many of the latter through which routes most likely go; True: at least
             one for each block.
@@ -359,15 +359,15 @@ class FreshFacts:
 
     def __init__(
         self,
-        known: KnownPeers,
-        survey: Survey,
+        known: PeerCache,
+        measurements: Measurements,
         links: Links,
         likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int, bool], Sequence[PeerRecord]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.news = 0
         self._known = known
-        self._survey = survey
+        self._measurements = measurements
         self._links = links
         self._likely = likely
         self._clock = clock
@@ -411,11 +411,11 @@ class FreshFacts:
         through as seen from there.
         """
         anyone, *likely = measured_first(len(records))
-        if len(self._survey.network_coordinates.links) < anyone:
-            unknown = sorted(self._survey.unknown(records, exclude), key=lambda record: not record.is_proven)
+        if len(self._measurements.network_coordinates.links) < anyone:
+            unknown = sorted(self._measurements.unknown(records, exclude), key=lambda record: not record.is_proven)
             self.look_at(unknown[:anyone])
             for count in likely:
-                self.look_at(self._likely(records, self._survey.unknown(records, exclude), count, False))
+                self.look_at(self._likely(records, self._measurements.unknown(records, exclude), count, False))
 
     def look_at(self, records: Sequence[PeerRecord]) -> None:
         """Measures the round trips to the first of these peers, as far as a minute has pings for that."""
@@ -435,7 +435,7 @@ class FreshFacts:
         """
         left = self._pings_left()
         chosen = {record.endpoint: record for record in records[: left // (2 + _PROBE_PINGS)]}
-        due = {record.endpoint for record in self._survey.unprobed(list(chosen.values()), again_s)}
+        due = {record.endpoint for record in self._measurements.unprobed(list(chosen.values()), again_s)}
         left -= 2 * len(chosen) + _PROBE_PINGS * len(due)
         chosen |= {record.endpoint: record for record in others[: max(0, min(left // 2, PINGED_AT_ONCE))]}
         if chosen:
@@ -448,7 +448,7 @@ class FreshFacts:
         """Nobody is silent because what waits on the way to it holds up a ping."""
         told = {each: record for each, record in tried.items() if each in links or not self._links.is_busy(each)}
         loads = {each: load for each in _that_tell(tried) & links.keys() if (load := self._links.prober.load(each))}
-        self._survey.links_measured(told, links, loads)
+        self._measurements.links_measured(told, links, loads)
 
     def _pings_left(self) -> int:
         """In this minute; others that measure at the same time may have overdrawn it."""
@@ -490,14 +490,14 @@ class FreshFacts:
                 records = self._known.look(fresh=self._known.is_old)
                 if has_sessions:
                     used = self._links.in_use
-                    self.look_at([record for record in self._survey.stale(records) if record.endpoint in used])
+                    self.look_at([record for record in self._measurements.stale(records) if record.endpoint in used])
                     self.measure(suspects, again_s=self._suspects_probed_s)
-                    stale = self._survey.stale(records)
+                    stale = self._measurements.stale(records)
                     self.look_at(stale[: self._at_once(OTHERS_PER_MINUTE)])
-                    self.look_at(self._some_likely(records, self._survey.stale(stale), everywhere=bool(suspects)))
+                    self.look_at(self._some_likely(records, self._measurements.stale(stale), everywhere=bool(suspects)))
                     self.news += 1
                 else:  # so that the next session need not wait for that either
-                    self.look_at(self._some_likely(records, self._survey.unknown(records)))
+                    self.look_at(self._some_likely(records, self._measurements.unknown(records)))
             except SplitnetError as error:
                 log.info("the facts about peers could not be refreshed: %s", error)
 

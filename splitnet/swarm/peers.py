@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from scheduler.liveness import BAN_S
-from splitnet.directory.ask import AskedPeers, Changes
+from splitnet.directory.ask import Changes, PeerDirectory
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError, NotAuthorized, ProtocolVersionError, WrongSwarm
@@ -64,8 +64,8 @@ class LinkStates(Protocol):
     def state(self, endpoint: Endpoint) -> LinkState: ...
 
 
-class KnownPeers:
-    """Thread-safe.
+class PeerCache:
+    """The records of a model's peers, as they were read or told last. Thread-safe.
 
     Args:
         directory: where records come from.
@@ -84,7 +84,7 @@ class KnownPeers:
         model_name: str,
         links: LinkStates,
         trusted: AuthorizedKeys | None = None,
-        peers: AskedPeers | None = None,
+        peers: PeerDirectory | None = None,
         likely: Likely = lambda _, some, count: some[:count],
     ) -> None:
         self._directory = directory
@@ -249,7 +249,7 @@ class KnownPeers:
         since: float,
         others: Sequence[Endpoint] = (),
     ) -> list[Changes]:
-        """What those of these peers say that answer, see `AskedPeers.changes`."""
+        """What those of these peers say that answer, see `PeerDirectory.changes`."""
         assert self._peers is not None
         if not asked:
             return []

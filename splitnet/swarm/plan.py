@@ -1,4 +1,4 @@
-"""Routes for a client's sessions, from what its survey knows."""
+"""Routes for a client's sessions, from what was measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scheduler.facts import CLIENT, Hop, Network, Peer
 from scheduler.route import NoRoute, best_route
 from splitnet.directory.record import PeerRecord, facts_of, places_of
 from splitnet.errors import CoverageError, OtherWeights, PeerBusy, SplitnetError
-from splitnet.swarm.measure import Latest, Survey
+from splitnet.swarm.measure import Latest, Measurements
 from splitnet.wire.endpoints import Endpoint
 
 EXACT_PEERS = LIMIT
@@ -142,7 +142,7 @@ class Planner:
     """Plans routes over the blocks of one model.
 
     Args:
-        survey: what is known.
+        measurements: what is known.
         model_name: for errors.
         start_peer: the command that starts a peer for blocks, likewise.
         look: the records of all peers as they are now.
@@ -150,14 +150,14 @@ class Planner:
 
     def __init__(
         self,
-        survey: Survey,
+        measurements: Measurements,
         model_name: str,
         look: Callable[[], Sequence[PeerRecord]] = tuple[PeerRecord, ...],
         start_peer: StartPeer | None = None,
     ) -> None:
         self._start_peer = start_peer or partial(peer_command, model_name, ())
         self._look = look
-        self._survey = survey
+        self._measurements = measurements
         self._model_name = model_name
         self._random = random.Random()
         self._crowd = Latest(_crowd_of, KEPT_CROWDS)
@@ -200,10 +200,10 @@ class Planner:
         else:
             by_name = {record.key.text: record for record in records if record.key.text not in exclude}
             records = list(by_name.values())
-            peers = [_with_room(peer, needs, holders) for peer in self._survey.peers(records)]
+            peers = [_with_room(peer, needs, holders) for peer in self._measurements.peers(records)]
         if alike:
             peers = [replace(peer, start=alike[peer.id][0], end=alike[peer.id][1]) for peer in peers]
-        network = self._survey.network(_with_ends(records, ends))
+        network = self._measurements.network(_with_ends(records, ends))
         try:
             route = best_route(
                 peers,
@@ -261,11 +261,11 @@ class Planner:
     ) -> tuple[list[Peer], Mapping[str, PeerRecord]]:
         """The peers to plan with, holders in any case, and all records by name."""
         crowd, by_name = self._crowd(tuple(records))
-        corrected = self._survey.corrected(by_name)
+        corrected = self._measurements.corrected(by_name)
         present = [name for name in dict.fromkeys(holders) if name in by_name and name not in exclude]
         for name in present:
             corrected[name] = _with_room(corrected.get(name) or facts_of(by_name[name]), needs, holders)
-        places = self._survey.network([end for end in ends if end is not None]).places
+        places = self._measurements.network([end for end in ends if end is not None]).places
         likely = crowd.corrected(corrected.values()).near(
             [places[name] for name in _names(ends) if name in places],
             blocks,
@@ -328,7 +328,7 @@ class Planner:
         planned = {hop.name: hop.record for hop in hops}
         known = list((planned | {record.key.text: record for record in now if record.key.text in planned}).values())
         named = [Hop(hop.name, hop.start, hop.end) for hop in hops]
-        return named, {peer.id: peer for peer in self._survey.peers(known)}, self._survey.network(known)
+        return named, {peer.id: peer for peer in self._measurements.peers(known)}, self._measurements.network(known)
 
 
 def _crowd_of(records: tuple[PeerRecord, ...]) -> tuple[Crowd, Mapping[str, PeerRecord]]:

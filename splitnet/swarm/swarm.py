@@ -14,16 +14,16 @@ from scheduler.cost import CODING_MS, encodings_of
 from scheduler.facts import CLIENT, Link
 from scheduler.liveness import BAN_S, LOST_S, UNBAN_S
 from scheduler.route_search import Found, searched_route
-from splitnet.directory.ask import AskedPeers
-from splitnet.directory.joining import asked_peers_of, join
+from splitnet.directory.ask import PeerDirectory
+from splitnet.directory.joining import join, peer_directory_of
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.security.swarm_key import OPEN, SwarmKey
 from splitnet.swarm.events import EventLog
 from splitnet.swarm.links import Links
-from splitnet.swarm.measure import FreshFacts, Survey
-from splitnet.swarm.peers import Bans, KnownPeers
+from splitnet.swarm.measure import Measurements, Measurer
+from splitnet.swarm.peers import Bans, PeerCache
 from splitnet.swarm.plan import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner, peer_command
 from splitnet.transport.pool import BRIEF_S
 from splitnet.transport.prober import Answer
@@ -66,9 +66,9 @@ class Swarm:
 
     Attributes:
         way: see above.
-        survey: what is known of peers and links.
+        measurements: what is known of peers and links.
         links: the client's own.
-        fresh_facts: keeps `survey` fresh.
+        measurer: keeps `measurements` fresh.
         planner: predicts what routes take.
         bans: peers that are not planned with for now.
         trusted: see above.
@@ -96,22 +96,22 @@ class Swarm:
             way += ["--swarm-key", "FILE"] if swarm_key else []
         self.way = tuple(way)
         self.identity = identity or Identity.generate()
-        self.survey = Survey()
+        self.measurements = Measurements()
         self.events = EventLog()
         self.was_covered = False
         self.bans = Bans()
-        self.planner = Planner(self.survey, facts.name, self.peers, self.start_peer)
+        self.planner = Planner(self.measurements, facts.name, self.peers, self.start_peer)
         self.links = Links(self.identity, keep_unused_s=BRIEF_S)
         try:
             self._directory = join(initial_peers, lambda: self.links, swarm=swarm_key or OPEN)
         except BaseException:
             self.links.close()
             raise
-        self._peers = asked_peers_of(self._directory) or AskedPeers([], self.links, swarm=swarm_key or OPEN)
-        self._known = KnownPeers(
+        self._peers = peer_directory_of(self._directory) or PeerDirectory([], self.links, swarm=swarm_key or OPEN)
+        self._known = PeerCache(
             self._directory, facts.fingerprint, facts.name, self.links, trusted, self._peers, self.likely
         )
-        self.fresh_facts = FreshFacts(self._known, self.survey, self.links, self.likely)
+        self.measurer = Measurer(self._known, self.measurements, self.links, self.likely)
 
     def start_peer(self, start: int, end: int) -> str:
         """The command that starts a peer of this swarm for the blocks `[start, end)`."""
@@ -119,11 +119,11 @@ class Swarm:
 
     def close(self) -> None:
         """Closes all sessions and leaves."""
-        self.fresh_facts.stop()
+        self.measurer.stop()
         self.links.close()
         self._directory.close()
         self._peers.close()
-        self.fresh_facts.close()
+        self.measurer.close()
 
     def __enter__(self) -> Swarm:
         return self
@@ -132,7 +132,7 @@ class Swarm:
         self.close()
 
     def peers(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:
-        """Peers that serve this model and speak this protocol, see `KnownPeers.look`.
+        """Peers that serve this model and speak this protocol, see `PeerCache.look`.
 
         Raises:
             DirectoryError: the directory does not answer, and no peer is known.
@@ -168,13 +168,13 @@ class Swarm:
             PeerBusy: they are served, but no peer has memory for the session.
         """
         part = blocks or needs.blocks
-        since_s = self.survey.now_s - LOST_S
-        self.fresh_facts.used()
+        since_s = self.measurements.now_s - LOST_S
+        self.measurer.used()
         try:
             records, unusable = self._look(exclude, fresh=fresh, whole=whole)
             found = searched_route(
                 _Searcher(self, records, needs, part, ends, holders, unusable),
-                self.survey.answers,
+                self.measurements.answers,
                 excluded=unusable,
                 given_up=self.bans.keys(),
                 alive={*holders, *(end.key.text for end in ends if end is not None)},
@@ -206,7 +206,7 @@ class Swarm:
         """The link between two peers, or the client (None) and a peer: as measured, predicted, or assumed."""
         records = [record for record in (sender, receiver) if record is not None]
         names = [record.key.text if record is not None else CLIENT for record in (sender, receiver)]
-        return self.survey.network(records).link(*names)
+        return self.measurements.network(records).link(*names)
 
     def ping(self, endpoint: Endpoint, session: bytes = b"") -> Future[Answer]:
         """Asks a peer for a sign of life; the future stays undone if none comes.
@@ -232,7 +232,7 @@ class Swarm:
     def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
         """The peers, and the names of those that a route must not go through."""
         present = self.peers(fresh=fresh, whole=whole)
-        self.fresh_facts.measure_first(present, self.bans.keys() | set(exclude))
+        self.measurer.measure_first(present, self.bans.keys() | set(exclude))
         return present, self.bans.unusable(present, self.links, exclude)
 
 
@@ -259,7 +259,7 @@ class _Searcher:
 
     @property
     def now_s(self) -> float:
-        return self._swarm.survey.now_s
+        return self._swarm.measurements.now_s
 
     @cached_property
     def _by_name(self) -> dict[str, PeerRecord]:
@@ -288,13 +288,13 @@ class _Searcher:
         own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
         # To peers that are hidden a way may have to be found first.
         newcomers = [hop.name for hop in route if hop.name not in holders and not hop.endpoint.hidden]
-        return Found(route, _names(self._swarm.survey.unprobed(own)), newcomers)
+        return Found(route, _names(self._swarm.measurements.unprobed(own)), newcomers)
 
     def measure(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
         own = self._of(ends)
-        if not self._swarm.fresh_facts.measure(own, self._of(others)):
+        if not self._swarm.measurer.measure(own, self._of(others)):
             return None
-        return {*ends}.difference(_names(self._swarm.survey.unprobed(own)))
+        return {*ends}.difference(_names(self._swarm.measurements.unprobed(own)))
 
     def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
         return self._swarm.planner.beside_silent(self._records, silent, answered)

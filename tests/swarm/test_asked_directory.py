@@ -16,7 +16,7 @@ from peers.directory import MAX_MODELS
 from peers.server import Peer
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory import ask
-from splitnet.directory.ask import AskedPeers
+from splitnet.directory.ask import PeerDirectory
 from splitnet.directory.dht import Directory
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError, LanError
@@ -167,14 +167,14 @@ def test_a_running_client_hears_of_who_comes_and_leaves_without_reading_all_agai
     with Swarm(facts, swarm.node.addresses if through_dht else [swarm.peers[1].join_address]) as client:
         assert spans(client.peers()) == [(0, 2), (2, 4), (4, 6)]
         kind = type(client._directory)
-        assert kind is (Directory if through_dht else AskedPeers)
+        assert kind is (Directory if through_dht else PeerDirectory)
         reads: list[str] = []
         monkeypatch.setattr(client._directory, "records", lambda model, depth=0: reads.append(model) or [])
 
         def sees_soon(expected: list[tuple[int, int]]) -> bool:
             deadline = time.monotonic() + 20
             while spans(client.peers(fresh=True)) != expected and time.monotonic() < deadline:
-                client.fresh_facts._closing.wait(0.1)
+                client.measurer._closing.wait(0.1)
             return spans(client.peers()) == expected
 
         newcomer = swarm.add(0, 6, join=swarm.node.addresses)
@@ -189,7 +189,7 @@ def test_a_running_client_hears_of_who_comes_and_leaves_without_reading_all_agai
 def test_peers_that_ask_each_other_wait_for_no_circle(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = swarm.peers[1:]
     directory = first._directory
-    assert isinstance(directory, AskedPeers)
+    assert isinstance(directory, PeerDirectory)
     monkeypatch.setattr(directory, "_joined", [*directory._joined, second.endpoint])  # second asks first already
     monkeypatch.setattr(ask, "DIRECTORY_ANSWER_S", 60.0)  # so that whoever waits for itself would be late
     monkeypatch.setattr(ask, "DIRECTORY_OTHERS_S", 60.0)
@@ -240,7 +240,7 @@ def test_a_swarm_whose_first_peer_is_gone_goes_on(folder: Path) -> None:
         second = swarm.add(0, 3, join=[first.join_address])
         third = swarm.add(3, 6, join=[first.join_address])
         links = Links(Identity.generate())
-        with AskedPeers.join([second.endpoint], links) as directory:
+        with PeerDirectory.join([second.endpoint], links) as directory:
             assert len(directory.peers(second.checkpoint.fingerprint)) == 3
             second._directory.peers(second.checkpoint.fingerprint)
             third._directory.peers(second.checkpoint.fingerprint)

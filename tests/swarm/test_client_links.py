@@ -64,7 +64,7 @@ def test_peers_that_are_measured_tell_how_busy_they_are(swarm: LocalSwarm) -> No
     model = swarm.model()
     model.generate(**prompt(), **GREEDY)
     records = model.swarm.peers()
-    model.swarm.fresh_facts.look_at(records)
+    model.swarm.measurer.look_at(records)
     told = [model.swarm.links.prober.load(record.endpoint) for record in records]
     assert all(load and load.at >= record.issued_at for load, record in zip(told, records, strict=True))
     assert sum(load.wait_ms > 0 for load in told if load) >= len(SPANS), "these have just computed"

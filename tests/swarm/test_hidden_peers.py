@@ -13,7 +13,7 @@ import torch
 
 from peers.server import Peer
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.ask import AskedPeers
+from splitnet.directory.ask import PeerDirectory
 from splitnet.directory.dht import Directory
 from splitnet.directory.relay_offer import find_helpers, relaying
 from splitnet.hf.causal_lm import attach
@@ -229,7 +229,7 @@ def test_who_joins_through_a_peer_finds_helpers_of_the_dht(swarm: LocalSwarm, no
         wait_until(lambda: hidden_one.ways.relays == (relay,))
         hidden_one._announcer.publish()
         directory = hidden_one._directory
-        assert isinstance(directory, AskedPeers)
+        assert isinstance(directory, PeerDirectory)
         assert relay.key not in {other.key.raw for other in directory._others}, "it answers no questions"
         assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
         assert ways_of(swarm)[3, 6] is Way.RELAYED

@@ -243,7 +243,7 @@ def test_a_tail_tells_nothing_of_other_hops(company: LocalSwarm, local: Any, mon
     with company.newcomer() as visitor, lying(liar, swallows):
         liar.service._step = type(liar.service)._step.__get__(liar.service)
         model = visitor.model()
-        survey = model.swarm.survey
+        measurements = model.swarm.measurements
         with model.session() as cache:
             assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
             assert isinstance(cache.session, Session)
@@ -251,10 +251,10 @@ def test_a_tail_tells_nothing_of_other_hops(company: LocalSwarm, local: Any, mon
             assert names[2] == liar.identity.public.text
             assert max(timing.wait_us for timing in cache.session.timings) >= 3600 * 10**6
         until = time.monotonic() + 10.0
-        while not set(names) <= survey._hops.keys() and time.monotonic() < until:
+        while not set(names) <= measurements._hops.keys() and time.monotonic() < until:
             time.sleep(0.01)
         # All are known by what they say of themselves.
-        assert set(names) <= survey._hops.keys()
-        for seen in survey._hops.values():
+        assert set(names) <= measurements._hops.keys()
+        for seen in measurements._hops.values():
             assert max(seen.wait_ms) < 10_000 and max(seen.block_ms) < 10_000
-        assert all(rtt_ms < 10_000 for _, rtt_ms in survey._links.values())
+        assert all(rtt_ms < 10_000 for _, rtt_ms in measurements._links.values())

@@ -21,9 +21,9 @@ from splitnet.directory.record import facts_of
 from splitnet.session.driver import Routes
 from splitnet.session.events import Cause, NoRoute, Planned
 from splitnet.session.inference import Session
-from splitnet.swarm import measure as survey
+from splitnet.swarm import measure as measurements
 from splitnet.swarm import swarm
-from splitnet.swarm.measure import FreshFacts
+from splitnet.swarm.measure import Measurer
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 from tests.swarm.proxy import Proxy, proxies
@@ -132,7 +132,7 @@ def test_a_network_that_stops_is_found_out_in_time(network: Network, local: Any,
 def test_a_route_through_a_part_of_the_network_that_has_stopped_is_left_before_it_is_opened_again(
     network: Network, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, measure = Routes.answer, FreshFacts.measure
+    plan, measure = Routes.answer, Measurer.measure
     routes: list[set[str]] = []
     asked: set[str] = set()
 
@@ -146,12 +146,12 @@ def test_a_route_through_a_part_of_the_network_that_has_stopped_is_left_before_i
         routes.append({hop.name for hop in answer.route})
         return answer
 
-    def measured(facts: FreshFacts, records: Any, others: Any = (), **options: Any) -> None:
+    def measured(facts: Measurer, records: Any, others: Any = (), **options: Any) -> None:
         asked.update(record.key.text for record in [*records, *others])
         measure(facts, records, others, **options)
 
     monkeypatch.setattr(Routes, "answer", planned)
-    monkeypatch.setattr(FreshFacts, "measure", measured)
+    monkeypatch.setattr(Measurer, "measure", measured)
     monkeypatch.setattr(swarm, "LOST_S", 0.0)  # what was measured a moment ago does not count
     began = time.monotonic()
     model = network.swarm.model()
@@ -234,7 +234,7 @@ def test_a_peer_that_nobody_can_replace_is_used_again_once_it_answers(folder: Pa
 
 def test_a_link_that_has_become_slow_is_left(network: Network, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Peers that were measured on a busy machine say that they are slow, and so is then the other route.
-    monkeypatch.setattr(survey, "facts_of", lambda record: replace(facts_of(record), speed=Speed.of(1.0, 0.1)))
+    monkeypatch.setattr(measurements, "facts_of", lambda record: replace(facts_of(record), speed=Speed.of(1.0, 0.1)))
 
     options = {**GREEDY, "max_new_tokens": 60}
 
@@ -245,10 +245,10 @@ def test_a_link_that_has_become_slow_is_left(network: Network, local: Any, monke
     slow: list[Proxy] = []
     client = network.swarm.client
     peers = client.peers()
-    while client.survey.silent() or client.survey.unprobed(peers):
-        client.fresh_facts.measure(peers)  # on a busy machine a peer may have been late for the first ping
+    while client.measurements.silent() or client.measurements.unprobed(peers):
+        client.measurer.measure(peers)  # on a busy machine a peer may have been late for the first ping
     for sender, receiver in itertools.permutations(peers, 2):  # and have published no links yet
-        client.survey.link_seen(sender.key.text, receiver.key.text, 1.0)
+        client.measurements.link_seen(sender.key.text, receiver.key.text, 1.0)
     model = network.swarm.model()
     with model.session() as cache:
         got = model.generate(**prompt(), **options, streamer=After(20, slow_down))

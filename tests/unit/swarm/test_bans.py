@@ -7,7 +7,7 @@ from dataclasses import replace
 from scheduler.liveness import BAN_S
 from splitnet.swarm.peers import Bans
 from tests.unit.swarm.test_client_swarm import RECORD
-from tests.unit.swarm.test_survey import Clock, record
+from tests.unit.swarm.test_measurements import Clock, record
 
 
 def test_a_ban_ends() -> None:

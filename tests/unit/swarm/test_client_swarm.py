@@ -14,7 +14,7 @@ from splitnet.directory.dht import Directory
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, PeerBusy, ProtocolVersionError, WrongSwarm
 from splitnet.security.identity import Identity
-from splitnet.swarm import measure as fresh_facts
+from splitnet.swarm import measure as measurer
 from splitnet.swarm import peers
 from splitnet.swarm.links import Links
 from splitnet.swarm.plan import Needs
@@ -79,7 +79,7 @@ class FakeDirectory:
 def directory(monkeypatch: pytest.MonkeyPatch) -> FakeDirectory:
     fake = FakeDirectory()
     monkeypatch.setattr(Directory, "start", lambda **_: fake)
-    monkeypatch.setattr(fresh_facts, "ANSWER_S", 0.0)
+    monkeypatch.setattr(measurer, "ANSWER_S", 0.0)
     monkeypatch.setattr(Links, "state", lambda self, endpoint: fake.states.get(endpoint, LinkState.CONNECTING))
     return fake
 
@@ -119,14 +119,14 @@ def test_who_has_planned_looks_around_in_the_background(
     monkeypatch.setattr(peers, "LOOK_S", 0.01)
     directory.records = [served(start=0, end=FACTS.num_blocks)]
     with Swarm(FACTS, ["/an/address"]) as swarm:
-        swarm.fresh_facts._look.wait(0.1)
+        swarm.measurer._look.wait(0.1)
         assert not directory.lookups, "it has not been used yet"
         swarm.plan(NEEDS)
         deadline = time.monotonic() + 20
         while directory.lookups < 3 and time.monotonic() < deadline:
-            swarm.fresh_facts._closing.wait(0.01)
+            swarm.measurer._closing.wait(0.01)
         assert directory.lookups >= 3
-        assert swarm.fresh_facts.news == 0
+        assert swarm.measurer.news == 0
 
 
 def test_newer_peers_ask_for_a_newer_client(swarm: Swarm, directory: FakeDirectory) -> None:

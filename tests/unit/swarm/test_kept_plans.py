@@ -20,13 +20,13 @@ from scheduler.cost import Encoding, block_ms, occupied_ms
 from scheduler.facts import CLIENT, Link, Network, Peer, Place, Speed
 from scheduler.route import best_route
 from splitnet.directory.record import KEY_PREFIX_BYTES, PeerRecord, SeenLink
-from splitnet.swarm import measure as survey_module
+from splitnet.swarm import measure as measure_module
 from splitnet.swarm import plan as planner_module
-from splitnet.swarm.measure import Latest, Survey
+from splitnet.swarm.measure import Latest, Measurements
 from splitnet.swarm.plan import CLIENT_ENDS, PlannedHop, Planner
 from tests.tiers import examples
+from tests.unit.swarm.test_measurements import Clock
 from tests.unit.swarm.test_planner import NEEDS, record
-from tests.unit.swarm.test_survey import Clock
 
 FEW = 12
 ENCODINGS = (Encoding("none", 256.0), Encoding("int8", 66.0, 0.24, 0.003))
@@ -60,9 +60,9 @@ class World:
     def __init__(self, seed: int) -> None:
         self.choices = random.Random(seed)
         self.clock = Clock()
-        self.survey = Survey(self.clock)
+        self.measurements = Measurements(self.clock)
         self.records = crowd_of(self.choices, 30)
-        self.planner = Planner(self.survey, "a-model")
+        self.planner = Planner(self.measurements, "a-model")
         self.prompt = 0
 
     def any(self) -> int:
@@ -85,9 +85,11 @@ class World:
             "a record": renew,
             "equal records": read_again,
             "another order": lambda: self.choices.shuffle(self.records),
-            "a hop": lambda: self.survey.hop_seen(key, 1, self.choices.expovariate(0.1), self.choices.expovariate(0.1)),
-            "a link between": lambda: self.survey.link_seen(key, other, self.choices.uniform(0, 300)),
-            "an own link": lambda: self.survey.network_coordinates.measured(
+            "a hop": lambda: self.measurements.hop_seen(
+                key, 1, self.choices.expovariate(0.1), self.choices.expovariate(0.1)
+            ),
+            "a link between": lambda: self.measurements.link_seen(key, other, self.choices.uniform(0, 300)),
+            "an own link": lambda: self.measurements.network_coordinates.measured(
                 self.records[some], Link(self.choices.uniform(0, 100), self.choices.choice((0.0, 500.0)))
             ),
             "time": lambda: wait(50.0),
@@ -104,7 +106,7 @@ class World:
 
     def route_with_all_links(self, seed: int, exclude: Collection[str]) -> list[PlannedHop]:
         """The same without holders, as of a planner that knows nothing but the functions of `scheduler`."""
-        peers, network = self.survey.peers(self.records), self.survey.network(self.records)
+        peers, network = self.measurements.peers(self.records), self.measurements.network(self.records)
         wanted: dict[str, Any] = {"encodings": NEEDS.encodings, "kv_needed": NEEDS.kv_positions, "prompt": self.prompt}
         likely = candidates(peers, (0, 6), network, exclude=exclude, limit=FEW, **wanted)
         route = best_route(likely, (0, 6), network, rng=random.Random(seed), **wanted)
@@ -132,8 +134,8 @@ def test_routes_are_those_of_a_client_that_keeps_nothing(seed: int, changes: lis
             exclude = world.not_needed(world.choices.choice((0, 0, 10)))
             holders = [world.records[world.any()].key.text for _ in range(world.choices.randrange(3))]
             inner = world.choices.random() < 0.3
-            forgetful = copy.copy(world.survey)
-            forgetful._told = Latest(survey_module._told_network, 0)
+            forgetful = copy.copy(world.measurements)
+            forgetful._told = Latest(measure_module._told_network, 0)
             anew = Planner(forgetful, "a-model")
             expected = world.route(anew, number, exclude=exclude, holders=holders, inner=inner)
             assert world.route(world.planner, number, exclude=exclude, holders=holders, inner=inner) == expected
@@ -152,7 +154,7 @@ def test_what_is_kept_is_used_for_the_same_facts_only(monkeypatch: pytest.Monkey
 
     assert [plan(), plan()] == [1, 1]
     assert [plan(missing=3), plan(), plan(missing=2)] == [1, 1, 1], "some that must not be used"
-    world.survey.hop_seen(world.records[0].key.text, 1, 5.0, 5.0)
+    world.measurements.hop_seen(world.records[0].key.text, 1, 5.0, 5.0)
     world.prompt = 100
     assert plan() == 1, "what a session sees, and needs, costs no new crowd"
     world.records[5] = replace(world.records[5], queue_ms=77.0)

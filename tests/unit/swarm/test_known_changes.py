@@ -9,16 +9,16 @@ from typing import Any, cast
 import pytest
 
 from splitnet.directory import ask
-from splitnet.directory.ask import AskedPeers, Told, parts_of
+from splitnet.directory.ask import PeerDirectory, Told, parts_of
 from splitnet.directory.interface import latest
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError
 from splitnet.security.identity import Identity
 from splitnet.swarm import peers
-from splitnet.swarm.peers import LISTED, LOOK_S, READ_S, UNHEARD_S, KnownPeers
+from splitnet.swarm.peers import LISTED, LOOK_S, READ_S, UNHEARD_S, PeerCache
 from splitnet.wire.endpoints import Endpoint, LinkState
 from splitnet.wire.messages import Announce, Found, LookUp, Message, encode
-from tests.unit.directory.test_asked_peers import MODEL, ScriptedPeers, says_nothing, signed
+from tests.unit.directory.test_peer_directory import MODEL, ScriptedPeers, says_nothing, signed
 
 TTL_S = 60.0
 
@@ -39,7 +39,7 @@ class World:
         self.records: dict[Endpoint, PeerRecord] = {}
         self.reads = 0
         self.directory_is_silent = self.rests = False
-        self.known = KnownPeers(cast(Any, self), MODEL, "a model", self.links, peers=AskedPeers([], self.links))
+        self.known = PeerCache(cast(Any, self), MODEL, "a model", self.links, peers=PeerDirectory([], self.links))
 
     def peers(self, _: str) -> list[PeerRecord]:
         """What the directory says."""

@@ -19,7 +19,7 @@ from splitnet.session.driver import Routes
 from splitnet.session.events import AskRoute, Move, NoRoute, Planned
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm import plan as planner_module
-from splitnet.swarm.measure import STEPS, Survey
+from splitnet.swarm.measure import STEPS, Measurements
 from splitnet.swarm.plan import CLIENT_ENDS, HeldBlocks, Needs, PlannedHop, Planner
 from tests.unit.swarm.test_client_swarm import RECORD
 
@@ -31,8 +31,8 @@ def record(start: int, end: int, **facts: Any) -> PeerRecord:
     return replace(RECORD, key=Identity.generate().public, start=start, end=end, **facts)
 
 
-def plan(records: list[PeerRecord], needs: Needs = NEEDS, survey: Survey | None = None) -> list[PeerRecord]:
-    planner = Planner(survey or Survey(), "a-model")
+def plan(records: list[PeerRecord], needs: Needs = NEEDS, measurements: Measurements | None = None) -> list[PeerRecord]:
+    planner = Planner(measurements or Measurements(), "a-model")
     route = planner.plan(records, needs, (0, 6), ends=CLIENT_ENDS, holders=(), restricted=False)
     return [hop.record for hop in route]
 
@@ -41,12 +41,12 @@ def test_a_long_prompt_takes_the_route_that_is_good_at_prompts() -> None:
     # The one is a little faster per token, the other ten times faster at many positions.
     decodes = record(0, 6, block_ms=(10.0, 11.0, 40.0, 160.0, 640.0))
     prefills = record(0, 6, block_ms=(12.0, 12.0, 12.5, 16.0, 64.0))
-    survey = Survey()
+    measurements = Measurements()
     for peer in (decodes, prefills):
-        survey.network_coordinates.measured(peer, Link(1.0, 10_000.0))
-    assert plan([decodes, prefills], survey=survey) == [decodes]
+        measurements.network_coordinates.measured(peer, Link(1.0, 10_000.0))
+    assert plan([decodes, prefills], measurements=measurements) == [decodes]
     long = replace(NEEDS, prompt=500)
-    assert plan([decodes, prefills], long, survey) == [prefills]
+    assert plan([decodes, prefills], long, measurements) == [prefills]
 
 
 def held(*blocks: tuple[int, int, str]) -> Needs:
@@ -76,23 +76,23 @@ def test_who_holds_blocks_otherwise_is_named_where_nobody_holds_them_so() -> Non
 
 def test_energy_of_a_route_is_that_of_its_hops_as_they_are_seen() -> None:
     told, silent = record(0, 2, watts=15.0), record(2, 6)
-    survey = Survey()
-    planner = Planner(survey, "a-model")
+    measurements = Measurements()
+    planner = Planner(measurements, "a-model")
     hops = [PlannedHop(told, 0, 2), PlannedHop(silent, 2, 6)]
     assert planner.token_joules(hops) == [pytest.approx(2 * 0.001 * 15.0), None]
     for _ in range(STEPS):
-        survey.hop_seen(told.key.text, 1, 4.0, 0.0)  # it takes four times as long as it says
+        measurements.hop_seen(told.key.text, 1, 4.0, 0.0)  # it takes four times as long as it says
     assert planner.token_joules(hops) == [pytest.approx(2 * 0.004 * 15.0), None]
 
 
 def test_a_claim_of_little_energy_draws_no_route_that_is_too_slow() -> None:
     honest = record(0, 6, watts=100.0)
     liars = [record(0, 6, watts=1e-300, block_ms=tuple(2 * ms for ms in RECORD.block_ms)) for _ in range(5)]
-    survey = Survey()
+    measurements = Measurements()
     for peer in (honest, *liars):
-        survey.network_coordinates.measured(peer, Link(0.1, 10_000.0))
-    assert plan([honest, *liars], replace(NEEDS, energy_slowdown=1.5), survey) == [honest]
-    assert plan([honest, *liars], replace(NEEDS, energy_slowdown=3.0), survey)[0] in liars
+        measurements.network_coordinates.measured(peer, Link(0.1, 10_000.0))
+    assert plan([honest, *liars], replace(NEEDS, energy_slowdown=1.5), measurements) == [honest]
+    assert plan([honest, *liars], replace(NEEDS, energy_slowdown=3.0), measurements)[0] in liars
 
 
 def test_among_very_many_peers_the_likeliest_are_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +138,8 @@ class Facts:
         self.was_covered = True
         self.peers = list[PeerRecord]
         self.probed: list[bool] = []
-        self.fresh_facts = SimpleNamespace(news=0, look_again=lambda suspects, probe: self.probed.append(probe))
-        self.survey = SimpleNamespace(prediction_error=1.0, forecast_came=lambda *_: None, silent=set)
+        self.measurer = SimpleNamespace(news=0, look_again=lambda suspects, probe: self.probed.append(probe))
+        self.measurements = SimpleNamespace(prediction_error=1.0, forecast_came=lambda *_: None, silent=set)
         self.planner = SimpleNamespace(
             cost_ms=lambda needs, hops: self.costs.get(hops[0].name, 10.0), move_ms=lambda *_: 0.0
         )
@@ -157,7 +157,7 @@ class Facts:
 
     def look(self, routes: Routes, hops: list[PlannedHop], news: int = 1, needs: Needs = NEEDS) -> Move | None:
         """Whether to move, after a while with so many news."""
-        self.fresh_facts.news += news
+        self.measurer.news += news
         routes.watch._looked_s = 0.0
         return routes.better(hops, lambda: needs, 10, 100)
 
@@ -257,13 +257,13 @@ def test_a_session_comes_to_rest_though_it_leaves_routes_before_they_are_tried_o
     hops, other = ([PlannedHop(record(0, 6), 0, 6)] for _ in range(2))
     facts = Facts(other)
     forecasts = Forecasts()
-    facts.survey.forecast_came = forecasts.came
+    facts.measurements.forecast_came = forecasts.came
     routes = facts.routes()
     moves = 0
     for _ in range(40):
         facts.look(routes, hops)
         steps(routes, 100.0)
-        facts.survey.prediction_error = forecasts.error
+        facts.measurements.prediction_error = forecasts.error
         facts.best = other
         if facts.look(routes, hops) is not None:
             moves += 1

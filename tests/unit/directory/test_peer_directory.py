@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from splitnet.directory import ask
-from splitnet.directory.ask import PART_BYTES, REMEMBERED_MODELS, AskedPeers, parts_of
+from splitnet.directory.ask import PART_BYTES, REMEMBERED_MODELS, PeerDirectory, parts_of
 from splitnet.directory.interface import OWN_DEPTH
 from splitnet.directory.record import PeerRecord, verified_record
 from splitnet.errors import DirectoryError
@@ -115,13 +115,13 @@ def test_the_latest_record_of_each_peer_counts(links: ScriptedPeers) -> None:
     old, new = (signed(moved, issued_at=now - age, end=end) for age, end in ((20, 2), (10, 3)))
     there = signed(left, issued_at=now - 5)
     gone = PeerRecord.unpack(there.farewell().pack(left))
-    asked = AskedPeers([links.add(tells(new, there)), links.add(tells(old, gone)), links.add(tells(stays))], links)
+    asked = PeerDirectory([links.add(tells(new, there)), links.add(tells(old, gone)), links.add(tells(stays))], links)
     assert sorted(asked.peers(MODEL), key=lambda record: record.end) == [new, stays]
 
 
 def test_models_are_told_once_each(links: ScriptedPeers) -> None:
     other = signed(model="cd" * 16, model_name="another")
-    asked = AskedPeers([links.add(tells(signed(), other)), links.add(tells(other))], links)
+    asked = PeerDirectory([links.add(tells(signed(), other)), links.add(tells(other))], links)
     assert asked.models() == {MODEL: "tiny", "cd" * 16: "another"}
     assert [message.model for _, message in links.asked if isinstance(message, LookUp)] == ["", ""]
 
@@ -156,7 +156,7 @@ def refuses(asked: LookUp | Announce) -> Sequence[Message]:
 def test_who_lies_or_knows_nothing_hides_nobody(links: ScriptedPeers, wrong: Script, first: bool) -> None:
     honest = signed()
     scripts = [wrong, tells(honest)] if first else [tells(honest), wrong]
-    asked = AskedPeers([links.add(script) for script in scripts], links)
+    asked = PeerDirectory([links.add(script) for script in scripts], links)
     assert asked.peers(MODEL) == [honest]
 
 
@@ -164,7 +164,7 @@ def test_a_peer_of_which_others_know_a_later_record_is_not_hidden_by_an_earlier_
     peer, now = Identity.generate(), time.time()
     left = PeerRecord.unpack(record_of(peer, model=MODEL, issued_at=now - 30).farewell(now - 20).pack(peer))
     back = signed(peer, issued_at=now)
-    asked = AskedPeers([links.add(tells(left)), links.add(tells(back))], links)
+    asked = PeerDirectory([links.add(tells(left)), links.add(tells(back))], links)
     assert asked.peers(MODEL) == [back]
 
 
@@ -179,7 +179,7 @@ def test_nobody_answers_for_another_or_twice(links: ScriptedPeers) -> None:
         return [Found(asked.number, 0, packb([liar.signed])), Announced(asked.number, True)]
 
     links.scripts[peer] = interrupted
-    assert AskedPeers([peer], links).peers(MODEL) == [honest]
+    assert PeerDirectory([peer], links).peers(MODEL) == [honest]
 
 
 def test_more_than_an_answer_may_have_is_left_out(links: ScriptedPeers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,13 +190,13 @@ def test_more_than_an_answer_may_have_is_left_out(links: ScriptedPeers, monkeypa
     def endless(asked: LookUp | Announce) -> Sequence[Message]:
         return [Found(asked.number, 3 - at, packb([record.signed])) for at, record in enumerate(records)]
 
-    assert AskedPeers([links.add(endless)], links).peers(MODEL) == records[:2]
+    assert PeerDirectory([links.add(endless)], links).peers(MODEL) == records[:2]
 
 
 def test_what_comes_late_counts_from_the_next_question_on(links: ScriptedPeers) -> None:
     early, late = signed(), signed()
     slow = links.add(says_nothing)
-    asked = AskedPeers([links.add(tells(early)), slow], links)
+    asked = PeerDirectory([links.add(tells(early)), slow], links)
     assert asked.peers(MODEL) == [early]
     question = next(message for endpoint, message in links.asked if endpoint == slow)
     assert isinstance(question, LookUp)
@@ -216,7 +216,7 @@ def test_if_nobody_answers_it_is_said_why_of_each(links: ScriptedPeers) -> None:
     endpoints = {links.add(says_nothing, state): text for state, text in states.items()}
     busy = links.add(refuses)
     with pytest.raises(DirectoryError) as told:
-        AskedPeers.join([*endpoints, busy], links)
+        PeerDirectory.join([*endpoints, busy], links)
     for endpoint, text in {**endpoints, busy: "refuses (ask again in 7 s)"}.items():
         assert f"{peer_address(endpoint)} {text}" in str(told.value)
 
@@ -225,7 +225,7 @@ def test_others_are_asked_when_those_joined_through_are_gone(links: ScriptedPeer
     other = Identity.generate()
     record = signed(other, address="tcp://127.0.0.1:999")
     joined = links.add(tells(record))
-    asked = AskedPeers([joined], links)
+    asked = PeerDirectory([joined], links)
     assert asked.peers(MODEL) == [record]
     found_later = signed()
     links.scripts[joined] = says_nothing
@@ -237,7 +237,7 @@ def test_others_are_asked_when_those_joined_through_are_gone(links: ScriptedPeer
 
 
 def test_a_question_goes_on_over_a_bounded_number_of_peers(links: ScriptedPeers) -> None:
-    asked = AskedPeers([links.add(tells(signed()))], links, serving=True)
+    asked = PeerDirectory([links.add(tells(signed()))], links, serving=True)
     for depth in range(MAX_DEPTH + 2):
         asked.records(MODEL, depth)
         identity = Identity.generate()
@@ -251,7 +251,7 @@ def test_a_question_of_others_is_given_up_before_they_give_up(
     links: ScriptedPeers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    asked = AskedPeers([links.add(says_nothing)], links, serving=True)
+    asked = PeerDirectory([links.add(says_nothing)], links, serving=True)
     monkeypatch.setattr(ask, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     monkeypatch.setattr(asked._heard, "wait", lambda seconds: now.__setitem__(0, now[0] + seconds))
     ends: list[float] = []
@@ -264,7 +264,7 @@ def test_a_question_of_others_is_given_up_before_they_give_up(
 
 
 def test_a_void_record_is_not_kept_for_others(links: ScriptedPeers) -> None:
-    asked = AskedPeers([], links, serving=True)
+    asked = PeerDirectory([], links, serving=True)
     for issued_at in (time.time() - 61, time.time() + 1000):
         record = signed(issued_at=issued_at)
         assert not asked.store(record, record.signed, depth=0)
@@ -273,7 +273,7 @@ def test_a_void_record_is_not_kept_for_others(links: ScriptedPeers) -> None:
 
 def test_a_serving_peer_keeps_what_others_announce_to_it(links: ScriptedPeers) -> None:
     upstream = links.add(says_nothing)
-    asked = AskedPeers([upstream], links, serving=True)
+    asked = PeerDirectory([upstream], links, serving=True)
     record = signed()
     assert asked.store(record, record.signed, depth=1)  # also while those that it has joined through are gone
     assert asked.peers(MODEL) == [record]
@@ -284,7 +284,7 @@ def test_a_serving_peer_keeps_what_others_announce_to_it(links: ScriptedPeers) -
 
 def test_a_serving_peer_that_is_refused_does_not_forget_whom_it_was_told_of(links: ScriptedPeers) -> None:
     upstream = links.add(tells(told := signed()))
-    asked = AskedPeers([upstream], links, serving=True)
+    asked = PeerDirectory([upstream], links, serving=True)
     own = Identity.generate()
     asked.announce(record_of(own, model=MODEL), own)
     assert {record.key for record in asked.peers(MODEL)} == {own.public, told.key}
@@ -300,7 +300,7 @@ def test_of_each_peer_the_latest_answer_is_kept_and_no_earlier_one(links: Script
     def tells_new_ones(asked: LookUp | Announce) -> Sequence[Message]:
         return tells(signed(hostile))(asked)
 
-    asked = AskedPeers([links.add(tells_new_ones), links.add(never_ends)], links)
+    asked = PeerDirectory([links.add(tells_new_ones), links.add(never_ends)], links)
     for _ in range(10):
         asked.peers(MODEL)
     verified_record.cache_clear()
@@ -311,7 +311,7 @@ def test_of_each_peer_the_latest_answer_is_kept_and_no_earlier_one(links: Script
 
 def test_a_client_keeps_nothing_and_its_links_are_its_own(links: ScriptedPeers) -> None:
     record = signed()
-    asked = AskedPeers([links.add(says_nothing)], links)
+    asked = PeerDirectory([links.add(says_nothing)], links)
     assert not asked.store(record, record.signed, depth=0)
     with pytest.raises(DirectoryError, match="No peer tells of others"):
         asked.announce(*_of_mine())
@@ -339,7 +339,7 @@ def test_who_is_far_is_waited_for_while_its_handshake_is_under_way(links: Script
 
     far = links.add(late, LinkState.CONNECTING)
     links.connecting.add(far)
-    assert AskedPeers([far], links).peers(MODEL) == [honest]
+    assert PeerDirectory([far], links).peers(MODEL) == [honest]
     for timer in timers:
         timer.join()
 
@@ -348,7 +348,7 @@ def test_an_answer_of_lists_of_lists_takes_no_memory(links: ScriptedPeers) -> No
     lists = b"\xdc\x04\x00" + b"\x90" * 1024
     bomb = b"\x93" + (b"\xdc\x04\x00" + lists * 1024) * 3
     honest = signed()
-    asked = AskedPeers([links.add(lambda asked: [Found(asked.number, 0, bomb)]), links.add(tells(honest))], links)
+    asked = PeerDirectory([links.add(lambda asked: [Found(asked.number, 0, bomb)]), links.add(tells(honest))], links)
     tracemalloc.start()
     try:
         assert asked.peers(MODEL) == [honest]

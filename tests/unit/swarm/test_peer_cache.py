@@ -13,7 +13,7 @@ from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError
 from splitnet.security.identity import Identity
 from splitnet.swarm import peers
-from splitnet.swarm.peers import KnownPeers
+from splitnet.swarm.peers import PeerCache
 from splitnet.wire.endpoints import Endpoint, LinkState
 from tests.unit.swarm.test_client_swarm import FACTS, RECORD
 
@@ -54,7 +54,7 @@ class Client:
         self.now = time.time()
         monkeypatch.setattr(peers.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(peers.time, "time", lambda: self.now)
-        self.known = KnownPeers(
+        self.known = PeerCache(
             cast(Any, self.directory),
             FACTS.fingerprint,
             FACTS.name,

@@ -15,12 +15,12 @@ from scheduler.facts import CLIENT, Link
 from scheduler.liveness import LOST_S, SILENT_S
 from splitnet.directory.dht import Directory
 from splitnet.directory.record import PeerRecord
-from splitnet.swarm.measure import ENDS_PINGS, PINGS_PER_MINUTE, PROBE_AGAIN_S, TRUST_S, FreshFacts, Survey
+from splitnet.swarm.measure import ENDS_PINGS, PINGS_PER_MINUTE, PROBE_AGAIN_S, TRUST_S, Measurements, Measurer
 from splitnet.swarm.swarm import Swarm
 from splitnet.transport.prober import PROBE_BYTES
 from splitnet.wire.endpoints import Endpoint
 from tests.unit.swarm.test_client_swarm import FACTS, NEEDS, FakeDirectory
-from tests.unit.swarm.test_survey import Clock, Echo, record
+from tests.unit.swarm.test_measurements import Clock, Echo, record
 
 
 def links_of(echo: Echo) -> SimpleNamespace:
@@ -28,14 +28,14 @@ def links_of(echo: Echo) -> SimpleNamespace:
     return SimpleNamespace(prober=echo.prober, has_sessions=False, in_use=[], is_busy=lambda _: False)
 
 
-def facts_with(clock: Clock, echo: Echo, likely: Sequence[PeerRecord]) -> tuple[Survey, FreshFacts]:
-    survey, known = Survey(clock), SimpleNamespace(look_s=60.0)
+def facts_with(clock: Clock, echo: Echo, likely: Sequence[PeerRecord]) -> tuple[Measurements, Measurer]:
+    measurements, known = Measurements(clock), SimpleNamespace(look_s=60.0)
     chosen = {peer.key.text for peer in likely}
 
     def among(_: Sequence[PeerRecord], records: Sequence[PeerRecord], *__: object) -> list[PeerRecord]:
         return [peer for peer in records if peer.key.text in chosen]
 
-    return survey, FreshFacts(known, survey, links_of(echo), among, clock)  # pyright: ignore
+    return measurements, Measurer(known, measurements, links_of(echo), among, clock)  # pyright: ignore
 
 
 def region(host: str, far_ms: float, block_ms: float, count: int) -> list[PeerRecord]:
@@ -67,8 +67,8 @@ def client_of(peers: list[PeerRecord], clock: Clock, echo: Echo) -> Iterator[Swa
         with Swarm(FACTS, ["/an/address"]) as swarm:
             for owner, what, stand_in in (
                 (swarm.links, "prober", echo.prober),
-                (swarm.fresh_facts, "_clock", clock),
-                (swarm.survey, "_clock", clock),
+                (swarm.measurer, "_clock", clock),
+                (swarm.measurements, "_clock", clock),
                 (swarm, "_look", lambda *_, **__: (peers, set[str]())),
             ):
                 patch.setattr(owner, what, stand_in)
@@ -100,23 +100,23 @@ def test_among_more_peers_more_links_are_measured_first(count: int, measured: in
     clock, echo = Clock(), Echo()
     peers = [record() for _ in range(150)]
     known = peers + [peers[0]] * (count - len(peers)) if count > len(peers) else peers[:count]
-    survey = Survey(clock)
+    measurements = Measurements(clock)
 
     def some(_: Sequence[PeerRecord], records: Sequence[PeerRecord], count: int, __: bool) -> Sequence[PeerRecord]:
         return records[:count]
 
-    facts = FreshFacts(SimpleNamespace(look_s=60.0), survey, links_of(echo), some, clock)  # pyright: ignore
+    facts = Measurer(SimpleNamespace(look_s=60.0), measurements, links_of(echo), some, clock)  # pyright: ignore
     facts.measure_first(known)
-    assert len(survey.network_coordinates.links) == measured
+    assert len(measurements.network_coordinates.links) == measured
     facts.close()
 
 
 def test_the_first_look_goes_to_any_peers_and_to_those_that_routes_go_through() -> None:
     clock, echo = Clock(), Echo()
     peers = [record() for _ in range(100)]
-    survey, facts = facts_with(clock, echo, peers[90:])
+    measurements, facts = facts_with(clock, echo, peers[90:])
     facts.measure_first(peers)
-    measured = survey.network_coordinates.links
+    measured = measurements.network_coordinates.links
     assert {peer.key.text for peer in peers[90:]} < measured.keys()
     assert len(measured) == measured_first(100)[0] + 10
     assert not any(echo.sizes), "no bandwidth is measured"
@@ -124,33 +124,33 @@ def test_the_first_look_goes_to_any_peers_and_to_those_that_routes_go_through() 
 
 
 def test_a_link_of_unknown_bandwidth_has_that_of_its_ends() -> None:
-    survey, peer = Survey(Clock()), record(bytes_per_ms=300.0)
-    survey.links_measured({peer.endpoint: peer}, {peer.endpoint: Link(5.0, 0.0)})
-    assert survey.network([peer]).link(CLIENT, peer.key.text) == Link(5.0, 300.0)
-    assert survey.unprobed([peer]) == [peer] and survey.unknown([peer]) == []
-    survey.links_measured({peer.endpoint: peer}, {peer.endpoint: Link(5.0, 120.0)})
-    survey.links_measured({peer.endpoint: peer}, {peer.endpoint: Link(7.0, 0.0)})
-    assert survey.network([peer]).link(CLIENT, peer.key.text) == Link(7.0, 120.0)
-    assert survey.unprobed([peer]) == []
-    survey.links_measured({peer.endpoint: peer}, {})
-    assert survey.unprobed([peer]) == [], "who is silent is not asked for more"
+    measurements, peer = Measurements(Clock()), record(bytes_per_ms=300.0)
+    measurements.links_measured({peer.endpoint: peer}, {peer.endpoint: Link(5.0, 0.0)})
+    assert measurements.network([peer]).link(CLIENT, peer.key.text) == Link(5.0, 300.0)
+    assert measurements.unprobed([peer]) == [peer] and measurements.unknown([peer]) == []
+    measurements.links_measured({peer.endpoint: peer}, {peer.endpoint: Link(5.0, 120.0)})
+    measurements.links_measured({peer.endpoint: peer}, {peer.endpoint: Link(7.0, 0.0)})
+    assert measurements.network([peer]).link(CLIENT, peer.key.text) == Link(7.0, 120.0)
+    assert measurements.unprobed([peer]) == []
+    measurements.links_measured({peer.endpoint: peer}, {})
+    assert measurements.unprobed([peer]) == [], "who is silent is not asked for more"
 
 
 def test_bandwidth_is_probed_again_after_minutes_and_round_trips_at_any_time() -> None:
     clock, echo = Clock(), Echo()
     end, other = record(address="tcp://192.0.2.1:1"), record(address="tcp://192.0.2.1:2")
-    survey, facts = facts_with(clock, echo, [])
+    measurements, facts = facts_with(clock, echo, [])
     facts.measure([end], [other])
     probes = sum(size > 0 for size in echo.sizes)
     assert 2 <= probes == sum(size == PROBE_BYTES for size in echo.sizes)
-    assert survey.unknown([end, other]) == [] and survey.unprobed([end, other]) == [other]
-    rate = survey.network([end]).link(CLIENT, end.key.text).bytes_per_ms
+    assert measurements.unknown([end, other]) == [] and measurements.unprobed([end, other]) == [other]
+    rate = measurements.network([end]).link(CLIENT, end.key.text).bytes_per_ms
     for waited_s in (1.0, PROBE_AGAIN_S - 2.0):
         clock.now += waited_s
         echo.sizes.clear()
         facts.measure([end])
         assert echo.sizes == [0, 0]
-        assert survey.network([end]).link(CLIENT, end.key.text).bytes_per_ms == rate, "what was measured counts"
+        assert measurements.network([end]).link(CLIENT, end.key.text).bytes_per_ms == rate, "what was measured counts"
     clock.now += 2.0
     facts.measure([end])
     assert sum(map(bool, echo.sizes)) >= 2
@@ -174,26 +174,26 @@ def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch
             return [hop.record for hop in swarm.plan(NEEDS, **options)], list(echo.asked)
 
         for some in (there[:15], there[15:]):
-            swarm.fresh_facts.measure(some)
+            swarm.measurer.measure(some)
             clock.now += 61.0
         tried = {peer.endpoint: peer for peer in gone}
-        swarm.survey.links_measured(tried, {})
+        swarm.measurements.links_measured(tried, {})
         route, pings = asked(everyone)
         assert sorted(pings, key=str) == sorted([hop.endpoint for hop in route for _ in range(2)], key=str)
         _, pings = asked(there)
         assert not pings, "who has no record any more says nothing of others"
-        swarm.survey.links_measured(tried, {})
+        swarm.measurements.links_measured(tried, {})
         _, pings = asked(everyone, holders={peer.key.text for peer in there})
         assert not pings, "who holds the session is no newcomer"
-        swarm.survey.links_measured(tried, {})
+        swarm.measurements.links_measured(tried, {})
         echo.silent = {hop.endpoint for hop in route}
         second, pings = asked(everyone)
         assert not {hop.endpoint for hop in second} & echo.silent
         clock.now += SILENT_S
         _, pings = asked(everyone)
         assert not pings, "what was silent long ago says nothing either"
-        swarm.survey.links_measured(tried, {})
-        swarm.fresh_facts._pinged(PINGS_PER_MINUTE)
+        swarm.measurements.links_measured(tried, {})
+        swarm.measurer._pinged(PINGS_PER_MINUTE)
         _, pings = asked(everyone)
         assert not pings, "a minute has so many pings and no more"
 
@@ -201,15 +201,15 @@ def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch
 def test_pings_ask_how_busy_peers_are_but_for_those_of_a_version_that_would_drop_them() -> None:
     clock, echo = Clock(), Echo()
     peers = [record(queue_ms=1.0, version=version) for version in ("0.2.0", "0.1.0")]
-    survey, facts = facts_with(clock, echo, peers)
+    measurements, facts = facts_with(clock, echo, peers)
     for measure, wait_ms in ((facts.look_at, 12.0), (facts.measure, 14.0)):
         echo.load = echo.load._replace(wait_ms=wait_ms)
         measure(peers)
-        assert [peer.queue_ms for peer in survey.peers(peers)] == [wait_ms, 1.0]
+        assert [peer.queue_ms for peer in measurements.peers(peers)] == [wait_ms, 1.0]
         clock.now += TRUST_S + 1
     older = replace(peers[0], version="0.1.0")
     facts.measure([older])
-    assert survey.peers([older])[0].queue_ms == 1.0, "what it said as a later version is no answer of now"
+    assert measurements.peers([older])[0].queue_ms == 1.0, "what it said as a later version is no answer of now"
     facts.close()
 
 
@@ -218,11 +218,11 @@ def test_where_a_region_is_silent_routes_go_elsewhere() -> None:
     clock, echo = Clock(), Echo()
     near, far = region("192.0.2.1", 0.0, 1.0, 300), region("192.0.2.2", 90.0, 2.0, 300)
     with client_of([*near, *far], clock, echo) as swarm:
-        swarm.fresh_facts.measure([], near[:20])
+        swarm.measurer.measure([], near[:20])
         assert endpoints([hop.record for hop in swarm.plan(NEEDS)]) <= endpoints(near)
         clock.now += SILENT_S + 1
         echo.silent = endpoints(near)
-        swarm.survey.links_measured({peer.endpoint: peer for peer in near[:2]}, {})
+        swarm.measurements.links_measured({peer.endpoint: peer for peer in near[:2]}, {})
         echo.asked.clear()
         assert endpoints([hop.record for hop in swarm.plan(NEEDS)]) <= endpoints(far)
         assert len(echo.silent.intersection(echo.asked)) < len(near) / 3, "most of them were never asked"
@@ -238,12 +238,12 @@ def test_who_lives_beside_silent_peers_is_used_all_the_same(strangers: int) -> N
     near = [peer for peer in region("192.0.2.1", 0.0, 1.0, 9) if peer.start]
     far, gone = region("192.0.2.2", 90.0, 500.0, 9), region("192.0.2.3", 0.5, 0.1, strangers)
     with client_of([*near, *far, *gone], clock, echo) as swarm:
-        swarm.survey.links_measured(
+        swarm.measurements.links_measured(
             {peer.endpoint: peer for peer in near}, dict.fromkeys(endpoints(near), Link(1.0, 0))
         )
         clock.now += LOST_S + 1
         echo.silent = endpoints(gone)
-        swarm.survey.links_measured({peer.endpoint: peer for peer in gone[:2]}, {})
+        swarm.measurements.links_measured({peer.endpoint: peer for peer in gone[:2]}, {})
         first, *others = swarm.plan(NEEDS)
         assert first.record in far, "nobody else serves its blocks"
         assert endpoints([hop.record for hop in others]) <= endpoints(near)
@@ -255,10 +255,10 @@ def test_who_is_known_to_live_is_not_left_out_for_those_beside_it(known: str) ->
     [near], far = region("192.0.2.1", 0.0, 1.0, 1), region("192.0.2.2", 90.0, 500.0, 30)
     gone = [*region("192.0.2.3", 0.5, 0.1, 1), *region("192.0.2.4", 0.6, 0.1, 1)]
     with client_of([near, *far, *gone], clock, echo) as swarm:
-        swarm.survey.links_measured({near.endpoint: near}, {near.endpoint: Link(0.1, 0.0)})
+        swarm.measurements.links_measured({near.endpoint: near}, {near.endpoint: Link(0.1, 0.0)})
         holds = known == "it holds the session"
         clock.now += LOST_S + 1 if holds else LOST_S - 1
-        swarm.survey.links_measured({peer.endpoint: peer for peer in far[:2]}, {})
+        swarm.measurements.links_measured({peer.endpoint: peer for peer in far[:2]}, {})
         echo.silent = endpoints([near, *gone])
         route = swarm.plan(NEEDS, holders={near.key.text} if holds else ())
         assert near.endpoint in endpoints([hop.record for hop in route])

@@ -25,8 +25,8 @@ from splitnet.swarm.measure import (
     SETTLE_S,
     STEPS,
     TRUST_S,
+    Measurements,
     NetworkCoordinates,
-    Survey,
 )
 from splitnet.transport.prober import FASTEST_PROBE_MS, PROBE_BYTES, Prober
 from splitnet.wire.endpoints import Endpoint
@@ -46,13 +46,13 @@ class Clock:
         return self.now
 
 
-class TestSurvey:
+class TestMeasurements:
     def test_what_was_seen_of_a_hop_counts_more_than_what_it_says(self) -> None:
         clock, peer = Clock(), record(queue_ms=1.0)
-        survey = Survey(clock)
+        measurements = Measurements(clock)
         for _ in range(2):
-            survey.hop_seen(peer.key.text, positions=1, block_ms=5.0, wait_ms=40.0)
-        (seen,) = survey.peers([peer])
+            measurements.hop_seen(peer.key.text, positions=1, block_ms=5.0, wait_ms=40.0)
+        (seen,) = measurements.peers([peer])
         assert seen.speed.at(1) == pytest.approx(5.0)
         # Slower by the same factor at all sizes.
         assert seen.speed.at(256) == pytest.approx(5.0 * peer.block_ms[-1] / peer.block_ms[0])
@@ -60,44 +60,44 @@ class TestSurvey:
 
     def test_what_was_seen_long_ago_counts_no_more(self) -> None:
         clock, peer = Clock(), record(queue_ms=1.0)
-        survey = Survey(clock)
-        survey.hop_seen(peer.key.text, positions=1, block_ms=5.0, wait_ms=40.0)
+        measurements = Measurements(clock)
+        measurements.hop_seen(peer.key.text, positions=1, block_ms=5.0, wait_ms=40.0)
         clock.now += TRUST_S + 1
-        (told,) = survey.peers([peer])
+        (told,) = measurements.peers([peer])
         assert (told.speed.at(1), told.queue_ms) == (peer.block_ms[0], 1.0)
 
     def test_what_a_ping_tells_of_the_load_counts_until_a_later_record_comes(self) -> None:
         clock, peer = Clock(), record(queue_ms=1.0, batch=0.0)
-        survey, link = Survey(clock), {peer.endpoint: Link(1.0, 100.0)}
+        measurements, link = Measurements(clock), {peer.endpoint: Link(1.0, 100.0)}
         later = replace(peer, issued_at=peer.issued_at + 20)
         load = {peer.endpoint: ToldLoad(30.0, 2.0, peer.issued_at + 10)}
 
         def told(of: PeerRecord) -> tuple[float, float]:
-            [seen] = survey.peers([of])
-            assert list(survey.corrected({of.key.text: of}).values()) in ([], [seen])
+            [seen] = measurements.peers([of])
+            assert list(measurements.corrected({of.key.text: of}).values()) in ([], [seen])
             return seen.queue_ms, seen.batch
 
         assert told(peer) == (1.0, 0.0)
-        survey.links_measured({later.endpoint: later}, link, load)
+        measurements.links_measured({later.endpoint: later}, link, load)
         assert told(peer) == told(replace(peer, issued_at=peer.issued_at + 9)) == (30.0, 2.0), "published before that"
         assert told(later) == (1.0, 0.0)
         for wait_ms in (30.0, 7.0, 7.0):
-            survey.hop_seen(peer.key.text, positions=1, block_ms=peer.block_ms[0], wait_ms=wait_ms)
+            measurements.hop_seen(peer.key.text, positions=1, block_ms=peer.block_ms[0], wait_ms=wait_ms)
         assert told(peer) == (7.0, 2.0), "what steps have met says more"
         clock.now += TRUST_S + 1
         assert told(peer) == (1.0, 0.0)
-        survey.links_measured({peer.endpoint: peer}, link, load)
-        survey.links_measured({peer.endpoint: peer}, {})
+        measurements.links_measured({peer.endpoint: peer}, link, load)
+        measurements.links_measured({peer.endpoint: peer}, {})
         assert told(peer) == (1.0, 0.0), "it does not answer any more"
 
     @pytest.mark.parametrize("before", [0, 1, 2, 3])
     def test_one_slow_step_says_nothing_of_a_hop_and_two_do(self, before: int) -> None:
-        survey, peer = Survey(Clock()), record(queue_ms=0.0)
+        measurements, peer = Measurements(Clock()), record(queue_ms=0.0)
         told_ms = peer.block_ms[0]
 
         def see(block_ms: float, wait_ms: float) -> tuple[float, float]:
-            survey.hop_seen(peer.key.text, positions=1, block_ms=block_ms, wait_ms=wait_ms)
-            (seen,) = survey.peers([peer])
+            measurements.hop_seen(peer.key.text, positions=1, block_ms=block_ms, wait_ms=wait_ms)
+            (seen,) = measurements.peers([peer])
             return seen.speed.at(1), seen.queue_ms
 
         for _ in range(before):
@@ -108,78 +108,78 @@ class TestSurvey:
     def test_a_link_that_a_step_has_passed_replaces_what_is_told(self) -> None:
         clock, there = Clock(), record()
         here = record(links=(SeenLink(there.key.raw[:KEY_PREFIX_BYTES], 10.0, 500.0),))
-        survey = Survey(clock)
+        measurements = Measurements(clock)
         between = (here.key.text, there.key.text)
-        assert survey.network([here, there]).link(*between) == Link(5.0, 500.0)
-        survey.link_seen(*between, rtt_ms=80.0)
-        assert survey.network([here, there]).link(*between) == Link(40.0, 500.0)
+        assert measurements.network([here, there]).link(*between) == Link(5.0, 500.0)
+        measurements.link_seen(*between, rtt_ms=80.0)
+        assert measurements.network([here, there]).link(*between) == Link(40.0, 500.0)
         clock.now += TRUST_S + 1
-        assert survey.network([here, there]).link(*between) == Link(5.0, 500.0)
+        assert measurements.network([here, there]).link(*between) == Link(5.0, 500.0)
 
     def test_who_says_that_it_takes_no_time_takes_what_was_seen(self) -> None:
         liar = record(block_ms=(0.0,) * len(PASS_SIZES), queue_ms=0.0)
-        survey = Survey(Clock())
+        measurements = Measurements(Clock())
         for _ in range(STEPS):
-            survey.hop_seen(liar.key.text, positions=1, block_ms=5.0, wait_ms=7.0)
-        (seen,) = survey.peers([liar])
+            measurements.hop_seen(liar.key.text, positions=1, block_ms=5.0, wait_ms=7.0)
+        (seen,) = measurements.peers([liar])
         assert [seen.speed.at(size) for size in PASS_SIZES] == [5.0] * len(PASS_SIZES)
         assert seen.queue_ms == 7.0
 
     def test_no_link_is_shorter_than_the_way_of_its_ends_allows(self) -> None:
         near = record()
         far = record(links=(SeenLink(near.key.raw[:KEY_PREFIX_BYTES], 0.0, 1e9),))
-        survey = Survey(Clock())
+        measurements = Measurements(Clock())
         endpoints = {near.endpoint: near, far.endpoint: far}
-        survey.links_measured(endpoints, {near.endpoint: Link(1.0, 100.0), far.endpoint: Link(80.0, 100.0)})
-        network = survey.network([near, far])
+        measurements.links_measured(endpoints, {near.endpoint: Link(1.0, 100.0), far.endpoint: Link(80.0, 100.0)})
+        network = measurements.network([near, far])
         for ends in ((near, far), (far, near)):
             assert network.link(ends[0].key.text, ends[1].key.text).latency_ms == 79.0
 
     def test_what_a_peer_measured_counts_for_the_way_back(self) -> None:
         there = record()
         here = record(links=(SeenLink(there.key.raw[:KEY_PREFIX_BYTES], 10.0, 500.0),))
-        network = Survey(Clock()).network([here, there])
+        network = Measurements(Clock()).network([here, there])
         assert network.link(there.key.text, here.key.text) == Link(5.0, 500.0)
 
     def test_nothing_unknown_is_free(self) -> None:
         here, there = record(), record()
-        network = Survey(Clock()).network([here, there])
+        network = Measurements(Clock()).network([here, there])
         assert network.link(here.key.text, there.key.text) == UNMEASURED
         assert network.link(CLIENT, here.key.text) == UNMEASURED
 
     def test_who_was_silent_is_told_apart_until_it_answers(self) -> None:
         clock = Clock()
-        survey, here, silent = Survey(clock), record(), record()
+        measurements, here, silent = Measurements(clock), record(), record()
         tried, link = {here.endpoint: here, silent.endpoint: silent}, Link(1.0, 100.0)
-        survey.links_measured(tried, {here.endpoint: link})
-        assert survey.silent() == {silent.key.text}
-        assert survey.silent(lately=True) == {silent.key.text}
+        measurements.links_measured(tried, {here.endpoint: link})
+        assert measurements.silent() == {silent.key.text}
+        assert measurements.silent(lately=True) == {silent.key.text}
         clock.now += SILENT_S + 1
-        assert survey.silent() == {silent.key.text}, "it may not exist"
-        assert survey.silent(lately=True) == set(), "of others that says nothing any more"
-        survey.links_measured(tried, {here.endpoint: link, silent.endpoint: link})
-        assert survey.silent() == set()
-        survey.links_measured(tried, {here.endpoint: link})
-        assert survey.silent() == {silent.key.text}
+        assert measurements.silent() == {silent.key.text}, "it may not exist"
+        assert measurements.silent(lately=True) == set(), "of others that says nothing any more"
+        measurements.links_measured(tried, {here.endpoint: link, silent.endpoint: link})
+        assert measurements.silent() == set()
+        measurements.links_measured(tried, {here.endpoint: link})
+        assert measurements.silent() == {silent.key.text}
         clock.now += SILENT_S + 1
-        assert survey.silent() == set(), "it was late for one ping only, perhaps"
+        assert measurements.silent() == set(), "it was late for one ping only, perhaps"
 
     def test_own_links_are_measured_again_after_a_while(self) -> None:
         clock, peer = Clock(), record()
-        survey = Survey(clock)
-        assert survey.unknown([peer]) == [peer] == survey.stale([peer])
-        survey.links_measured({Endpoint(peer.address, peer.key): peer}, {})
-        assert survey.unknown([peer]) == [] == survey.stale([peer])
+        measurements = Measurements(clock)
+        assert measurements.unknown([peer]) == [peer] == measurements.stale([peer])
+        measurements.links_measured({Endpoint(peer.address, peer.key): peer}, {})
+        assert measurements.unknown([peer]) == [] == measurements.stale([peer])
         clock.now += REMEASURE_S + 1
-        assert survey.unknown([peer]) == []
-        assert survey.stale([peer]) == [peer]
+        assert measurements.unknown([peer]) == []
+        assert measurements.stale([peer]) == [peer]
 
     def test_records_of_ever_new_peers_take_no_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(route_search, "KEPT_ASKED", 2)
-        survey, peers = Survey(Clock()), [record() for _ in range(3)]
+        measurements, peers = Measurements(Clock()), [record() for _ in range(3)]
         for peer in (*peers[:2], peers[0], peers[2]):
-            survey.links_measured({peer.endpoint: peer}, {})
-        assert survey.unknown(peers) == [peers[1]], "the one that was tried longest ago"
+            measurements.links_measured({peer.endpoint: peer}, {})
+        assert measurements.unknown(peers) == [peers[1]], "the one that was tried longest ago"
 
 
 class TestWhereabouts:
