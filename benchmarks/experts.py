@@ -41,8 +41,7 @@ from splitnet.cli.progress import StageProgress
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.tools.bench.backends import Clock, SwarmArm
-from splitnet.tools.bench.figures import FIRST_TOKEN_MS, TOKEN_MS_P50, TOKENS_PER_S, Case
-from splitnet.tools.bench.report import Measured, measure, with_range
+from splitnet.tools.bench.report import FIRST_TOKEN_MS, TOKEN_MS_P50, TOKENS_PER_S, Case, Measured, measure, with_range
 
 MIB = 2**20
 VOCABULARY = 4096

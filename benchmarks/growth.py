@@ -22,16 +22,19 @@ from splitnet.cli.progress import StageProgress
 from splitnet.hf.causal_lm import attach
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.tools.bench.backends import SwarmArm
-from splitnet.tools.bench.figures import (
+from splitnet.tools.bench.report import (
     FIRST_TOKEN_MS,
     TOKEN_MS_P50,
     TOKEN_MS_P95,
     TOKENS_PER_S,
     Case,
+    Measured,
     Spread,
     check_room,
+    measure,
+    number,
+    with_range,
 )
-from splitnet.tools.bench.report import Measured, measure, number, with_range
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 COLUMNS = {

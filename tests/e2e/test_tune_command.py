@@ -16,8 +16,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from splitnet.tools.tune.data import TEMPLATE, read_examples
-from splitnet.tools.tune.encoding import Encoder
 from splitnet.tools.tune.job import evaluate
+from splitnet.tools.tune.run import Encoder
 from tests.e2e.conftest import Here
 from tests.e2e.daemons import Finished, background, run
 

@@ -11,7 +11,7 @@ import pytest
 
 from splitnet.errors import DataError
 from splitnet.tools.tune.data import read_examples
-from splitnet.tools.tune.encoding import IGNORED, Encoded, Encoder, collate
+from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, collate
 
 pytestmark = pytest.mark.e2e
 

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from splitnet.tools.tune.encoding import Encoded, collate
+from splitnet.tools.tune.run import Encoded, collate
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.unit.random_models import random_checkpoint
 

@@ -19,7 +19,7 @@ from splitnet.directory.record import PeerRecord
 from splitnet.quant.native import Kernels
 from splitnet.security.identity import Identity
 from splitnet.tools.doctor.examination import Setup, examine
-from splitnet.tools.doctor.finding import Finding, Status, passed
+from splitnet.tools.doctor.machine import Finding, Status, passed
 from tests.multicast import lan_host, use_network_of_its_own
 from tests.swarm.harness import LOOPBACK, LocalSwarm, dht_node, local_swarm
 from tests.unit.random_models import random_checkpoint
@@ -97,7 +97,7 @@ def test_what_was_reached_once_is_reached_again_at_the_same_port(sound: Setup) -
 
 
 def test_a_client_without_an_open_port_is_only_warned(sound: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.tools.doctor.peers.public_address", lambda *_: "tcp://127.0.0.1:9")
+    monkeypatch.setattr("splitnet.tools.doctor.examination.public_address", lambda *_: "tcp://127.0.0.1:9")
     bad = wrong(examined(dataclasses.replace(sound, model=None, listen=None)))
     assert bad["reach"].status is Status.warned and "a client needs no open port" in bad["reach"].text
 

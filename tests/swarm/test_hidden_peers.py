@@ -24,8 +24,8 @@ from splitnet.security.swarm_key import SwarmKey
 from splitnet.swarm.overview import Overview, reached
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.swarm.trial import PeerLinks
-from splitnet.tools.doctor.finding import Status
-from splitnet.tools.doctor.peers import peer as finding_of
+from splitnet.tools.doctor.examination import peer as finding_of
+from splitnet.tools.doctor.machine import Status
 from splitnet.transport import addresses
 from splitnet.transport.addresses import Reach
 from splitnet.wire.endpoints import Endpoint

@@ -21,8 +21,8 @@ from splitnet.nat.port_mapping import MappingError, PortMapping, look_for_router
 from splitnet.nat.punch import Way
 from splitnet.security.identity import Identity
 from splitnet.swarm.trial import PeerLinks
-from splitnet.tools.doctor.finding import Status, failed
-from splitnet.tools.doctor.peers import Reach
+from splitnet.tools.doctor.examination import Reach
+from splitnet.tools.doctor.machine import Status, failed
 from splitnet.wire.endpoints import LinkState
 from tests.swarm.harness import local_swarm
 from tests.swarm.test_hidden_peers import wait_until

@@ -14,7 +14,7 @@ from splitnet import foreign_modules
 from splitnet.cli.main import app
 from splitnet.errors import SplitnetError
 from splitnet.tools.doctor import machine
-from splitnet.tools.doctor.finding import Status
+from splitnet.tools.doctor.machine import Status
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ from splitnet.cli.invite import model_or_invited
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.session.options import ConnectionOptions
-from splitnet.tools.bench.figures import cases_of
+from splitnet.tools.bench.report import cases_of
 
 _TESTS = "Tests"
 _MANNER = "How to measure"
@@ -89,7 +89,7 @@ def bench(
 
     import_models()
     from splitnet.cli.connection import Connection
-    from splitnet.tools.bench.run import Benchmark
+    from splitnet.tools.bench.backends import Benchmark
 
     connection = Connection(checkpoint, connecting)
     report = Benchmark(cases, rounds, warm_up, seed, threads, local).run(connection)

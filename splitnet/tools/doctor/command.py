@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +14,10 @@ from splitnet.cli.arguments import Device, InviteFile, JoinToExamine, KeyFile, L
 from splitnet.import_shims import import_models
 
 if TYPE_CHECKING:
-    from splitnet.tools.doctor.finding import Finding
+    from splitnet.tools.doctor.machine import Finding
+
+_COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}
+_CHECK_WIDTH = 10
 
 
 def doctor(
@@ -47,7 +53,6 @@ def doctor(
 
     import_models()
     from splitnet.security.swarm_key import OPEN, SwarmKey
-    from splitnet.tools.doctor import finding as report
     from splitnet.tools.doctor.examination import Setup, examine
 
     swarm = invitation.swarm_key if invitation else SwarmKey.load(swarm_key) if swarm_key else OPEN
@@ -66,8 +71,26 @@ def doctor(
     for finding in examine(setup):
         findings.append(finding)
         if not as_json:
-            typer.secho(f"{finding.status:<5}", fg=report.COLORS[finding.status], nl=False)
-            typer.echo(report.line(finding))
-    typer.echo(json.dumps(report.document(findings)) if as_json else report.summary(findings))
-    if report.has_failed(findings):
+            typer.secho(f"{finding.status:<5}", fg=_COLORS[finding.status], nl=False)
+            typer.echo(f"{finding.check:<{_CHECK_WIDTH}} {finding.text}")
+    typer.echo(json.dumps(document(findings)) if as_json else summary(findings))
+    if has_failed(findings):
         raise typer.Exit(1)
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """How many checks passed, warned and failed."""
+    counts = Counter(str(finding.status) for finding in findings)
+    passed, warned, failed = (counts[status] for status in _COLORS)
+    told = f"{passed} passed, {warned} warned, {failed} failed"
+    return f"{told}: docs/doctor.md has more on each check" if failed else told
+
+
+def has_failed(findings: Sequence[Finding]) -> bool:
+    """Whether something cannot work."""
+    return any(finding.status == "fail" for finding in findings)
+
+
+def document(findings: Sequence[Finding]) -> dict[str, Any]:
+    """For JSON."""
+    return {"failed": has_failed(findings), "findings": [asdict(finding) for finding in findings]}

@@ -2,30 +2,357 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
 
+from scheduler.facts import missing_blocks
 from splitnet.blocks.device import AUTO
 from splitnet.blocks.sizes import ModelSizes
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.hivemind_node import allowed_skew_s, ask_nodes
+from splitnet.directory.hivemind_node import NO_HIVEMIND, NodeAnswer, allowed_skew_s, ask_nodes
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.joining import join as join_swarm
-from splitnet.directory.record import MAX_CLOCK_SKEW_S, PeerRecord
-from splitnet.errors import SplitnetError
+from splitnet.directory.mdns import LocalNetwork, what_was_found
+from splitnet.directory.record import MAX_CLOCK_SKEW_S, PeerRecord, facts_of
+from splitnet.errors import AddressInUse, LanError, SplitnetError
+from splitnet.nat.port_mapping import MappingError, look_for_router
+from splitnet.nat.punch import Way
 from splitnet.quant.memory import free_memory
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import OPEN, OpenSwarm
-from splitnet.swarm.links import Links
-from splitnet.swarm.trial import PeerLinks
-from splitnet.tools.doctor import machine, network
-from splitnet.tools.doctor.finding import Finding, Status, failed, passed, warned
-from splitnet.tools.doctor.machine import memory, open_model, room_on_disk
-from splitnet.tools.doctor.peers import Reach, peer, peer_to_join
-from splitnet.transport.addresses import endpoint_of, split_addresses
-from splitnet.wire.endpoints import Endpoint
+from splitnet.swarm.links import Links, refusal
+from splitnet.swarm.trial import PeerAnswer, PeerLinks
+from splitnet.tools.doctor import machine
+from splitnet.tools.doctor.machine import (
+    SHOWN_DIGITS,
+    Finding,
+    Status,
+    failed,
+    memory,
+    open_model,
+    passed,
+    room_on_disk,
+    warned,
+)
+from splitnet.transport.addresses import endpoint_of, is_reachable, public_address, refuse_taken, split_addresses
+from splitnet.transport.transport import Transport
+from splitnet.wire.endpoints import Endpoint, LinkState, is_address
+from splitnet.wire.messages import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from splitnet.checkpoint.checkpoint import Checkpoint
+
+
+_SILENCE = (
+    "it does not answer: check that the machine is on, and that no firewall or router drops connections to this port"
+)
+_CAUSES = {
+    NO_HIVEMIND: "such an address needs hivemind, which is not installed here: join through a peer, with "
+    "--join tcp://HOST:PORT?key=... as it prints",
+    "connection refused": "nothing listens there: check that the peer runs, and copy the address that it prints",
+    "no answer in time": _SILENCE,
+    "i/o timeout": _SILENCE,
+    "no good addresses": "its host name has no address: check the name",
+    "no route to host": "no route leads there: check the network of both machines",
+    "network is unreachable": "no route leads there: check the network of this machine",
+}
+_OTHER_CAUSE = "copy the whole address that the peer prints, and check the network"
+
+
+def local_network(checkpoint: Checkpoint) -> tuple[Finding, list[str]]:
+    """Looks for a swarm of the model on the local network, and gives the addresses to join it with."""
+    try:
+        with LocalNetwork(checkpoint.fingerprint if checkpoint.knows_manifest else "") as lan:
+            nodes = lan.search()
+    except LanError as error:
+        return warned("lan", f"no swarm can be looked for on this network ({error}): give --join"), []
+    if not nodes:
+        return warned(
+            "lan",
+            f"no swarm for {checkpoint.name} on this network, or multicast is filtered there: start a peer with "
+            f"`{shlex.join(['splitnet', 'peer', checkpoint.source])}`, or give --join",
+        ), []
+    return passed("lan", what_was_found(nodes)), [address for node in nodes for address in node.addresses]
+
+
+def join_addresses(answers: Sequence[NodeAnswer], *, others_answer: bool = False) -> Iterator[Finding]:
+    """Whether the nodes to join through answer, with the keys that their addresses name.
+
+    Args:
+        others_answer: there is another way to join.
+    """
+    # One is enough to join, so while another answers, one that does not is no more than a waste of time.
+    wrong = warned if others_answer or any(not answer.fault for answer in answers) else failed
+    for answer in answers:
+        if not answer.fault:
+            yield passed("join", f"{answer.address} answers in {answer.rtt_ms:.1f} ms")
+        elif answer.other_id:
+            yield wrong(
+                "join",
+                f"{answer.address}: what answers there has another key, {answer.other_id}: if the peer was started "
+                "anew, copy the address that it prints now; otherwise do not trust it",
+            )
+        else:
+            advice = next((words for cause, words in _CAUSES.items() if cause in answer.fault), None)
+            yield wrong("join", f"{answer.address}: {advice or f'{answer.fault}; {_OTHER_CAUSE}'}")
+
+
+def clocks(answers: Sequence[NodeAnswer], allowed_s: float) -> Finding:
+    """Whether this machine's clock agrees with those of nodes that answer.
+
+    Args:
+        answers: of at least one node that answers.
+        allowed_s: by how many seconds clocks may differ.
+    """
+    ahead_s = {answer.address: answer.ahead_s for answer in answers if not answer.fault}
+    usual_s = median(ahead_s.values())
+    if abs(usual_s) > allowed_s:
+        direction = "behind" if usual_s > 0 else "ahead of"
+        return failed(
+            "clock",
+            f"the clock of this machine is {abs(usual_s):.0f} s {direction} the swarm's, and {allowed_s:.0f} s are "
+            "allowed: set it, for instance with `timedatectl set-ntp true`",
+        )
+    for address, seconds in ahead_s.items():
+        if abs(seconds) > allowed_s:
+            return warned(
+                "clock",
+                f"the clock of {address} is {abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}, others agree "
+                "with this machine's: have it set, for instance with `timedatectl set-ntp true`",
+            )
+    return passed("clock", f"within {abs(usual_s):.2f} s of the swarm's, {allowed_s:.0f} s are allowed")
+
+
+def served_marks(models: Mapping[str, str], checkpoint: Checkpoint | None) -> list[str]:
+    """The fingerprints of the models in a swarm that are the user's, or are called so if not all of it is here.
+
+    Args:
+        models, checkpoint: as for `served_model`.
+    """
+    if checkpoint is None:
+        return list(models)
+    if checkpoint.knows_manifest:
+        return [checkpoint.fingerprint] * (checkpoint.fingerprint in models)
+    return [mark for mark, name in models.items() if name == checkpoint.name]
+
+
+def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Finding:
+    """Whether the swarm serves the model.
+
+    Args:
+        models: name by fingerprint of those that it serves.
+        checkpoint: of the user; None: any model will do.
+    """
+    names = ", ".join(sorted(set(models.values())))
+    if not models:
+        return failed("swarm", "no peer serves a model here: start one with `splitnet peer MODEL --join ADDR`")
+    if checkpoint is None:
+        return passed("swarm", f"serves {names}")
+    if served_marks(models, checkpoint):
+        same = "with the same weights" if checkpoint.knows_manifest else "by its name: not all of it is here to compare"
+        return passed("swarm", f"serves {checkpoint.name}, {same}")
+    revisions = [mark[:SHOWN_DIGITS] for mark, name in models.items() if name == checkpoint.name]
+    if revisions and checkpoint.knows_manifest:
+        return failed(
+            "swarm",
+            f"serves another revision of {checkpoint.name}: its fingerprint is {' or '.join(revisions)}, yours is "
+            f"{checkpoint.fingerprint[:SHOWN_DIGITS]}: use the same files on all machines",
+        )
+    return failed(
+        "swarm", f"serves {names}, not your {checkpoint.name}: use that model, or the address of a swarm of yours"
+    )
+
+
+def coverage(name: str, count: int, silent: Sequence[PeerRecord], others: Sequence[PeerRecord]) -> Finding:
+    """Whether every block of a model is served by a peer that answers.
+
+    Args:
+        name: of the model, which has `count` blocks.
+        silent: records of peers that do not answer; others: of those that do, and may be counted on.
+    """
+    holes = missing_blocks([facts_of(record) for record in others if record.serves], count)
+    if not holes:
+        return passed("coverage", f"all {count} blocks of {name} are served by peers that answer")
+    blocks = ", ".join(f"{start}..{end - 1}" for start, end in holes)
+    fix = f"start a peer with --blocks {holes[0][0]}:{holes[0][1]}"
+    if any(record.start < end and start < record.end for record in silent for start, end in holes):
+        return failed(
+            "coverage",
+            f"blocks {blocks} of {name} are served only by peers that do not answer: {fix}, or see to the peers above",
+        )
+    return failed("coverage", f"blocks {blocks} of {name} are served by nobody: {fix}")
+
+
+_SHOWN_KEY = 9
+_HIDDEN_SILENCE = (
+    "it is not reached through any of its helpers: it or they have ended, or have no room; its record expires within a "
+    "minute, or names others then"
+)
+
+
+def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: float) -> Finding:
+    """What there is to say of one peer.
+
+    Args:
+        record: what it announces.
+        answer: how it answers.
+        ahead_s: how much later than now its record was signed, in seconds; negative for one of the past.
+        allowed_s: by how many seconds clocks may differ.
+    """
+    blocks = f"blocks {record.start}..{record.end - 1}"
+    name = f"{record.key.text[:_SHOWN_KEY]} at {record.address}, {blocks}"
+    if record.relays:
+        name = f"{record.key.text[:_SHOWN_KEY]} behind a router, {blocks}"
+    if record.protocol != PROTOCOL_VERSION:
+        older = "this machine" if record.protocol > PROTOCOL_VERSION else "it"
+        return failed("peer", f"{name}: speaks protocol {record.protocol}, this is {PROTOCOL_VERSION}: upgrade {older}")
+    if answer.state.is_final:
+        return failed("peer", f"{name}: {refusal(Endpoint(record.address, record.key), answer.state)}")
+    if answer.rtt_ms is None:
+        return warned("peer", f"{name}: {_HIDDEN_SILENCE if record.relays else _silence(answer.state)}")
+    if ahead_s > allowed_s:
+        return warned("peer", f"{name}: its clock is {ahead_s:.0f} s ahead: have it set by NTP")
+    way = "" if answer.way is Way.DIRECT else f", {answer.way.value}"
+    return passed("peer", f"{name}: answers in {answer.rtt_ms:.1f} ms, with its key{way}")
+
+
+def peer_to_join(address: str, endpoint: Endpoint, answer: PeerAnswer, wrong: Callable[[str, str], Finding]) -> Finding:
+    """Whether a peer to join through answers, with the key that its address names.
+
+    Args:
+        wrong: makes a finding of what is not as it should be.
+    """
+    if answer.state is LinkState.WRONG_KEY:
+        return wrong("join", f"{address}: what answers there has another key: copy the address that it prints now")
+    if answer.state is LinkState.REFUSED:
+        return wrong("join", f"{address}: {refusal(endpoint, answer.state)}")
+    if answer.rtt_ms is None:
+        return wrong("join", f"{address}: {_silence(answer.state)}")
+    return passed("join", f"{address} answers in {answer.rtt_ms:.1f} ms, with its key")
+
+
+def _silence(state: LinkState) -> str:
+    if state is LinkState.DOWN:
+        return (
+            "nothing listens there: it has ended and its record expires within a minute, or it announces a wrong "
+            "address: start it with --public-host"
+        )
+    if state is LinkState.UP:
+        return "accepts the connection and does not answer: it hangs; start it again"
+    return (
+        "the connection gets no answer: have its port opened in firewalls and routers on the way, or start it with "
+        "the --public-host by which others reach it"
+    )
+
+
+ASKED_PEERS = 3
+
+
+class Reach:
+    """The checks of one address.
+
+    Args:
+        identity: the key of this machine.
+        listen: `tcp://host:port`, where a peer would listen.
+        public_host: `HOST` or `HOST:PORT` by which others reach it; None: found out.
+        needed: this machine is meant to serve, so that it is a fault if nobody reaches it.
+    """
+
+    def __init__(self, identity: Identity, listen: str, public_host: str | None, *, needed: bool) -> None:
+        self._identity = identity
+        self._listen = listen
+        self._public_host = public_host
+        self._needed = needed
+        self._serving: PeerRecord | None = None
+        self._address = listen
+        """What others were asked to connect to."""
+
+    def port(self, own: PeerRecord | None = None) -> Finding:
+        """Whether the port is free.
+
+        Args:
+            own: the record of a peer with the key of this machine, which may hold the port rightly.
+        """
+        try:
+            refuse_taken(self._listen)
+        except AddressInUse as error:
+            if own is not None:
+                self._serving = own
+                return passed("port", f"{self._listen} is taken by the peer that has the key of this machine")
+            return failed("port", str(error))
+        except SplitnetError as error:
+            return failed("port", str(error))
+        return passed("port", f"{self._listen} can be listened on")
+
+    def from_outside(self, links: PeerLinks, answering: Sequence[PeerRecord]) -> Finding:
+        """Whether some of the peers that answer reach this machine; to be called after `port`, if that passed."""
+        if self._serving is not None:
+            return self._ask(links, answering, self._serving.address)
+        try:
+            listener = Transport(self._identity, on_message=lambda *_: None, listen=self._listen)
+        except SplitnetError as error:
+            return failed("reach", str(error))
+        listener.start()
+        try:
+            address = public_address(self._listen, listener.port, self._public_host)
+        except SplitnetError as error:
+            return failed("reach", str(error))
+        else:
+            return self._ask(links, answering, address)
+        finally:
+            listener.close()
+
+    def router(self, found: Finding) -> Iterator[Finding]:
+        """What the router says of itself, if `from_outside` has found that no peer reaches this machine.
+
+        It is asked for no port.
+        """
+        if found.status is Status.passed or self._public_host is not None or not is_reachable(self._address):
+            return
+        try:
+            yield passed("router", f"{look_for_router()} gives ports, and a peer here asks it for one")
+        except MappingError as error:
+            yield warned("router", f"it gives no ports ({error}): switch NAT-PMP or UPnP on there, or forward a port")
+
+    def _ask(self, links: PeerLinks, answering: Sequence[PeerRecord], address: str) -> Finding:
+        self._address = address
+        wrong = failed if self._needed else warned
+        if not is_address(address):
+            return failed("reach", f"peers cannot connect to {address}: give --public-host as HOST or HOST:PORT")
+        others = [record for record in answering if record.key != self._identity.public][:ASKED_PEERS]
+        if not others:
+            return warned("reach", "there is no peer that answers and could try to reach this machine: see above")
+        here = Endpoint(address, self._identity.public)
+        reached = dict(links.ask_back(others, here))
+        # A peer that remembers this address from before waits a while until it tries again, but a new link at once.
+        again = [record for record in others if reached.get(record.key.text) is False]
+        reached |= links.ask_back(again, here) if again else {}
+        count = sum(reached.values())
+        if not reached:
+            return warned("reach", f"no peer had room to try whether it reaches {address}: try again later")
+        if count == len(reached):
+            note = ", which is only for this machine" if not is_reachable(address) else ""
+            return passed("reach", f"{count} of {count} peers reach this machine at {address}{note}")
+        who = f"only {count} of {len(reached)} peers reach" if count else "no peer reaches"
+        helpers = sum(record.helper is not None for record in answering)
+        if helpers and not count:
+            return warned(
+                "reach",
+                f"{who} this machine at {address}: a peer here is reached through helpers ({helpers} peers help); "
+                "straighter is to open the port, forward it in the router, and name it with --public-host",
+            )
+        purpose = "" if self._needed else "a client needs no open port, but to serve here "
+        return wrong(
+            "reach",
+            f"{who} this machine at {address}: {purpose}open the port in firewalls, forward it in the router, and name "
+            "with --public-host the HOST:PORT that others see",
+        )
+
 
 MAX_PEERS = 64
 ANY_PORT = "tcp://0.0.0.0:0"
@@ -84,7 +411,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
     )
     join = setup.join
     if not join and setup.lan and checkpoint is not None:
-        found, join = network.local_network(checkpoint)
+        found, join = local_network(checkpoint)
         yield found
     if join:
         yield from _way_to(join, checkpoint, identity, reach, clock, setup.swarm)
@@ -115,15 +442,15 @@ def _way_to(
     answers = ask_nodes(multiaddrs, clock=clock) if multiaddrs else []
     present = [answer for answer in answers if not answer.fault]
     found, joined = _peers_to_ask(addresses, identity, others_answer=bool(present))
-    yield from network.join_addresses(answers, others_answer=bool(joined))
+    yield from join_addresses(answers, others_answer=bool(joined))
     yield from found
     allowed_s = MAX_CLOCK_SKEW_S
     if present:
         allowed_s = allowed_skew_s()
-        clocks = network.clock(present, allowed_s)
-        yield clocks
+        agreement = clocks(present, allowed_s)
+        yield agreement
         # With a clock that is off, records of peers are void, or of the future.
-        in_time = [] if clocks.status is Status.failed else present
+        in_time = [] if agreement.status is Status.failed else present
         present = [answer for answer in in_time if abs(answer.ahead_s) <= allowed_s]
     joined = [*joined, *(answer.address for answer in present)]
     if not joined:
@@ -169,8 +496,8 @@ def _swarm(
     allowed_s: float,
 ) -> Iterator[Finding]:
     models = directory.models()
-    yield network.served_model(models, checkpoint)
-    wanted = network.served_marks(models, checkpoint)
+    yield served_model(models, checkpoint)
+    wanted = served_marks(models, checkpoint)
     records = [record for model in wanted or models for record in directory.peers(model)]
     tried = records[:MAX_PEERS]
     with PeerLinks(identity) as links:
@@ -187,7 +514,7 @@ def _swarm(
         for model in wanted:
             told = max((record.num_blocks for record in records if record.model == model), default=0)
             if count := checkpoint.num_blocks if checkpoint else told:
-                yield network.coverage(
+                yield coverage(
                     models[model],
                     count,
                     [record for record in silent if record.model == model],

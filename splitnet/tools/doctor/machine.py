@@ -1,4 +1,4 @@
-"""What of the machine matters: Python, libraries, devices, kernels, disk, and the key."""
+"""What a check finds; and checks of the machine: Python, libraries, devices, kernels, disk, and the key."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +23,45 @@ from splitnet.blocks.sizes import ModelSizes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import KernelsError, KeyFileError, SplitnetError
 from splitnet.security.identity import Identity, default_key_file
-from splitnet.tools.doctor.finding import Finding, failed, passed, warned
+
+
+class Status(StrEnum):
+    """How a check ended."""
+
+    passed = "pass"
+    warned = "warn"
+    failed = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check has found.
+
+    Attributes:
+        check: its name, one word.
+        status: how it ended.
+        text: what was found; if it did not pass, what is wrong and what to do.
+    """
+
+    check: str
+    status: Status
+    text: str
+
+
+def passed(check: str, text: str) -> Finding:
+    """All is well."""
+    return Finding(check, Status.passed, text)
+
+
+def warned(check: str, text: str) -> Finding:
+    """Something may be wrong, or is wrong for some uses."""
+    return Finding(check, Status.warned, text)
+
+
+def failed(check: str, text: str) -> Finding:
+    """It cannot work like this."""
+    return Finding(check, Status.failed, text)
+
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 

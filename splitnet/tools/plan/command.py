@@ -180,7 +180,7 @@ def _as_json(plan: Plan, commands: list[str]) -> dict[str, Any]:
 def _print(plan: Plan, commands: list[str]) -> None:
     from rich.console import Console
 
-    from splitnet.tools.plan.text import device_table, link_table, summary, title
+    from splitnet.tools.plan.planning import device_table, link_table, summary, title
 
     console = Console(highlight=False)
     console.print(title(plan), soft_wrap=True, markup=False)

@@ -13,8 +13,7 @@ from splitnet.errors import SplitnetError
 from splitnet.session.options import ConnectionOptions
 from splitnet.tools.tune.data import TEMPLATE
 from splitnet.tools.tune.folder import TuningFolder
-from splitnet.tools.tune.methods import AdapterOptions, Method, PromptNetwork
-from splitnet.tools.tune.settings import Schedule, Settings
+from splitnet.tools.tune.methods import AdapterOptions, Method, PromptNetwork, Schedule, Settings
 
 _DATA = "Data"
 _TRAINING = "Training"

@@ -26,11 +26,9 @@ from splitnet.hf.causal_lm import RemoteCausalLM, attached
 from splitnet.hf.classifier import RemoteSequenceClassification, attached_classifier
 from splitnet.swarm.swarm import Swarm
 from splitnet.tools.tune.data import Examples
-from splitnet.tools.tune.encoding import IGNORED, Encoded, Encoder, collate
 from splitnet.tools.tune.folder import TuningFolder
-from splitnet.tools.tune.methods import AdapterOptions, Method, begin_prefix, with_new_adapter
-from splitnet.tools.tune.run import Step, TuningRun
-from splitnet.tools.tune.settings import Settings
+from splitnet.tools.tune.methods import AdapterOptions, Method, Settings, begin_prefix, with_new_adapter
+from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, Step, TuningRun, collate
 
 SMOOTHED_OVER = 10
 """Steps whose mean the smoothed line shows."""

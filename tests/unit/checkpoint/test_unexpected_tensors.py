@@ -15,8 +15,7 @@ from splitnet.blocks.client_part import load_classifier_shell, load_shell
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import UnsupportedModel
-from splitnet.tools.doctor.finding import Status
-from splitnet.tools.doctor.machine import open_model
+from splitnet.tools.doctor.machine import Status, open_model
 from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
 

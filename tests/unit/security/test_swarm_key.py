@@ -19,7 +19,7 @@ from splitnet.errors import DirectoryError, KeyFileError, NotAuthorized, Splitne
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import OPEN, SEAL_BYTES, SwarmKey
 from splitnet.session.options import ConnectionOptions
-from splitnet.tools.bench.run import Benchmark
+from splitnet.tools.bench.backends import Benchmark
 from splitnet.wire.messages import FINGERPRINT
 
 KEY, OTHER = SwarmKey.generate(), SwarmKey.generate()

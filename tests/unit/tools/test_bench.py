@@ -14,9 +14,13 @@ from rich.console import Console
 from splitnet.errors import ContextTooLong, PeerLost, SplitnetError
 from splitnet.session.driver import LinkUse
 from splitnet.tools.bench.backends import Gate, run_together
-from splitnet.tools.bench.figures import (
+from splitnet.tools.bench.report import (
+    LOCAL,
+    SWARM,
     Answer,
     Case,
+    Measured,
+    Report,
     Round,
     Route,
     RouteHop,
@@ -24,10 +28,14 @@ from splitnet.tools.bench.figures import (
     Traffic,
     cases_of,
     check_room,
+    drawn,
     figures_of,
+    measure,
+    number,
     percentile,
+    turns,
+    with_range,
 )
-from splitnet.tools.bench.report import LOCAL, SWARM, Measured, Report, drawn, measure, number, turns, with_range
 
 SECONDS = st.floats(1e-6, 1e3)
 PREFILL = Case(100)

@@ -13,9 +13,9 @@ from splitnet.blocks.sizes import ModelSizes
 from splitnet.directory.hivemind_node import NodeAnswer
 from splitnet.quant.native import Kernels
 from splitnet.security.identity import Identity
-from splitnet.tools.doctor import machine, network
-from splitnet.tools.doctor.finding import Status, document, failed, has_failed, passed, summary, warned
-from splitnet.tools.doctor.machine import memory, open_model
+from splitnet.tools.doctor import examination, machine
+from splitnet.tools.doctor.command import document, has_failed, summary
+from splitnet.tools.doctor.machine import Status, failed, memory, open_model, passed, warned
 from tests.unit.random_models import random_checkpoint
 
 ALLOWED_S = 3.0
@@ -113,7 +113,7 @@ answers = st.lists(st.builds(NodeAnswer, st.uuids().map(str), ahead_s=st.floats(
 
 @given(answers)
 def test_the_clock_fails_only_if_most_others_disagree_with_it(nodes: list[NodeAnswer]) -> None:
-    found = network.clock(nodes, ALLOWED_S)
+    found = examination.clocks(nodes, ALLOWED_S)
     off = [node for node in nodes if abs(node.ahead_s) > ALLOWED_S]
     if not off:
         assert found.status is Status.passed
@@ -127,12 +127,12 @@ def test_the_clock_fails_only_if_most_others_disagree_with_it(nodes: list[NodeAn
 
 @given(st.text(max_size=60))
 def test_every_fault_of_a_node_comes_with_something_to_do(fault: str) -> None:
-    (found,) = network.join_addresses([NodeAnswer("/ip4/192.0.2.1/tcp/1/p2p/x", fault=f"!{fault}")])
+    (found,) = examination.join_addresses([NodeAnswer("/ip4/192.0.2.1/tcp/1/p2p/x", fault=f"!{fault}")])
     assert found.status is Status.failed and ("check" in found.text or "copy" in found.text)
 
 
 def test_a_swarm_without_peers() -> None:
-    found = network.served_model({}, None)
+    found = examination.served_model({}, None)
     assert found.status is Status.failed and "splitnet peer MODEL" in found.text
 
 

@@ -18,8 +18,7 @@ from splitnet.cli.main import app
 from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
 from splitnet.tools.plan.devices_file import SAME_MACHINE, DevicesFile, KnownDevice, MachineSpeed
-from splitnet.tools.plan.planning import Demand, ModelTooBig, make_plan
-from splitnet.tools.plan.text import summary
+from splitnet.tools.plan.planning import Demand, ModelTooBig, make_plan, summary
 from tests.unit.random_models import random_config
 
 MIB = 2**20

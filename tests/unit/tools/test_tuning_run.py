@@ -14,11 +14,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from splitnet.errors import DataError, SplitnetError
-from splitnet.tools.tune.encoding import IGNORED, Encoded
 from splitnet.tools.tune.folder import TuningFolder
 from splitnet.tools.tune.job import evaluate
-from splitnet.tools.tune.run import TuningRun
-from splitnet.tools.tune.settings import Schedule, Settings
+from splitnet.tools.tune.methods import Schedule, Settings
+from splitnet.tools.tune.run import IGNORED, Encoded, TuningRun
 
 VOCABULARY = 11
 
