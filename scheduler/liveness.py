@@ -86,8 +86,8 @@ UNBAN_S: Final = 0.5
 """A banned peer that answers in this time is planned with again, if its blocks are not served otherwise."""
 
 SILENT_S: Final = 60.0
-"""A peer that answered before and was late is avoided for this time: it may have been busy, or the link. A peer that
-never answered may not exist, and is avoided until it answers."""
+"""A peer that answered before and was late, or whose link has failed, is avoided for this time: it may have been busy.
+A peer that never answered may not exist, and is avoided until it answers."""
 
 # Peers that are asked for records.
 

@@ -65,7 +65,7 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
-class GoBack:
+class Backward:
     """The caller sends the gradients of passes that went forward up the route."""
 
     batch: Batch
@@ -173,7 +173,7 @@ class Tick:
 Event = (
     Use
     | Submit
-    | GoBack
+    | Backward
     | Abandon
     | Resize
     | UseAdapter

@@ -54,13 +54,13 @@ from splitnet.session.events import (
     Abandon,
     AskAlive,
     AskRoute,
+    Backward,
     Ban,
     Cause,
     Close,
     Distrust,
     Effect,
     Event,
-    GoBack,
     LinkFailed,
     Move,
     NoRoute,
@@ -329,7 +329,7 @@ class SessionState:
                 self._received(event.source, event.message)
             case Submit():
                 self._submit(event.requests)
-            case GoBack():
+            case Backward():
                 self._go_back(event)
             case Abandon():
                 for number in event.numbers:
@@ -404,7 +404,7 @@ class SessionState:
             self._liveness.heard(self._now)
         self._in_flight[request.number] = request
 
-    def _go_back(self, event: GoBack) -> None:
+    def _go_back(self, event: Backward) -> None:
         for request in event.batch.passes:
             self._put_under_way(request)
         if self.is_open:

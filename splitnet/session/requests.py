@@ -277,7 +277,7 @@ class PassRequest(Request):
 
     forward: Forward
     result: Result | None = None
-    back: WayBack | None = None
+    back: BackwardState | None = None
     gradient: Gradient | None = None
     error: SplitnetError | None = None
 
@@ -321,7 +321,7 @@ class PassRequest(Request):
 
 
 @dataclass(slots=True)
-class WayBack:
+class BackwardState:
     """What a pass goes back with."""
 
     batch: Batch

@@ -12,9 +12,9 @@ from scheduler.liveness import PASS_PROGRESS_S
 from splitnet.blocks.adapters import Adapter, read_tensors
 from splitnet.errors import PeerFailed, SplitnetError
 from splitnet.session.driver import LinkCodecs, SessionDriver
-from splitnet.session.events import GoBack, Submit, UseAdapter
+from splitnet.session.events import Backward, Submit, UseAdapter
 from splitnet.session.options import ConnectionOptions
-from splitnet.session.requests import Batch, PassRequest, WayBack
+from splitnet.session.requests import BackwardState, Batch, PassRequest
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import Codec, codec_by_code, codec_by_name
 from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward
@@ -159,8 +159,8 @@ class PassSession(SessionDriver):
             positions = request.forward.positions
             payload = codec.encode(gradient[offset : offset + positions])
             offset += positions
-            request.back = WayBack(together, codec.code, payload)
-        self.feed(GoBack(together, self._version(batch.adapter)))
+            request.back = BackwardState(together, codec.code, payload)
+        self.feed(Backward(together, self._version(batch.adapter)))
         self._wait_for_batch(batch)
         self.forget(batch)
         by_input: list[torch.Tensor] = []

@@ -361,7 +361,8 @@ class Bans:
     def unusable(self, records: Iterable[PeerRecord], links: LinkStates, exclude: Collection[str] = ()) -> set[str]:
         """Names of the peers that no route may go through now: banned ones, and those that cannot serve this client.
 
-        A record outlives a peer that was killed: a peer whose link has failed counts as gone while links remember that.
+        A record outlives a peer that was killed: a peer whose link has failed is left out until the link is up, or for
+        `SILENT_S` after that was closed.
         """
         banned = self.keys() | set(exclude)
         return {

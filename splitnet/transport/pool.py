@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from typing import Protocol
 
+from scheduler.liveness import SILENT_S
 from splitnet.wire.endpoints import Endpoint, LinkState
 
 KEEP_S = 60.0
@@ -108,7 +109,7 @@ class LinkPool:
             return True
 
     def state(self, endpoint: Endpoint) -> LinkState:
-        """State of a link; of one that was closed after it had failed, for a while, how it had failed."""
+        """State of a link; of one that was closed after it had failed, for `SILENT_S`, how it had failed."""
         state = self._linking.state(endpoint)
         if state is LinkState.CONNECTING:
             state, _ = self._failed.get(endpoint, (state, 0.0))
@@ -123,7 +124,7 @@ class LinkPool:
                 else:
                     self._unused[endpoint] = min(since, now)
             for endpoint, (state, since) in list(self._failed.items()):
-                if now - since > self._keep_s or self._linking.state(endpoint) is LinkState.UP:
+                if now - since > SILENT_S or self._linking.state(endpoint) is LinkState.UP:
                     del self._failed[endpoint]
                 else:
                     self._failed[endpoint] = (state, min(since, now))

@@ -26,12 +26,12 @@ from splitnet.session.events import (
     Abandon,
     AskAlive,
     AskRoute,
+    Backward,
     Ban,
     Close,
     Distrust,
     Effect,
     Event,
-    GoBack,
     LinkFailed,
     NoRoute,
     Note,
@@ -44,7 +44,7 @@ from splitnet.session.events import (
     Unban,
 )
 from splitnet.session.machine import SessionState
-from splitnet.session.requests import Batch, PassRequest, StepRequest, WayBack
+from splitnet.session.requests import BackwardState, Batch, PassRequest, StepRequest
 from splitnet.swarm.plan import PlannedHop
 from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.endpoints import Endpoint
@@ -722,11 +722,11 @@ class World:
         asked.goes_back = True
         for each in asked.batch.passes:
             gradient = b"".join(self._new_token() for _ in range(each.forward.positions))
-            each.back = WayBack(asked.batch, PLAIN.code, gradient)
+            each.back = BackwardState(asked.batch, PLAIN.code, gradient)
             tags = tags_of(asked.adapter)
             asked.gradients.append(go_back(0, BLOCKS, tags, sequences_of(each.forward), gradient, asked.sums))
         version = self.state.adapter_version if asked.adapter is not None else 0
-        self.feed(GoBack(asked.batch, version))
+        self.feed(Backward(asked.batch, version))
 
     def new_row_id(self) -> int:
         return next(self._row_ids)

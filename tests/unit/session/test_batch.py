@@ -8,7 +8,7 @@ import pytest
 
 from splitnet.errors import ProtocolError
 from splitnet.security.identity import Identity
-from splitnet.session.requests import Batch, PassRequest, ReplayRequest, WayBack, most_bytes
+from splitnet.session.requests import BackwardState, Batch, PassRequest, ReplayRequest, most_bytes
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import AdapterGradient, Forward, Gradient, Message, Replay, Result
 
@@ -59,7 +59,7 @@ def result(each: PassRequest, epoch: int = 1) -> Result:
 def goes_back(made: list[PassRequest], route: FakeRoute) -> Batch:
     batch = Batch(made)
     for each in made:
-        each.back = WayBack(batch, 0, b"gradient")
+        each.back = BackwardState(batch, 0, b"gradient")
     batch.go_back(4, route)
     return batch
 
