@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,18 +12,15 @@ from splitnet.blocks.backbone import loaded_as, on_meta
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import WeightsError
 from splitnet.quant.experts import weights_of_experts
-from splitnet.quant.integers import INT4, INT8, int4_codes, int8_codes
+from splitnet.quant.integers import INT4, INT8, integer_codes
 from splitnet.quant.stored import Codes, Layout, StoredMatrix, StoredTensor
 
-_KINDS: Mapping[str, tuple[Layout, Callable[[torch.Tensor], Codes | None]]] = {
-    "int4": (INT4, int4_codes),
-    "int8": (INT8, int8_codes),
-}
+_KINDS: Mapping[str, Layout] = {"int4": INT4, "int8": INT8}
 
 
 def layout_of_experts(kind: str, inputs: int) -> Layout | None:
     """What experts are held in with weights of a kind; None: as they are loaded."""
-    layout = _KINDS[kind][0] if kind in _KINDS else None
+    layout = _KINDS.get(kind)
     return layout if layout is not None and inputs % max(1, layout.group) == 0 else None
 
 
@@ -74,7 +71,7 @@ class _CodedExperts:
         self._name = name
         self._lazy = lazy
         self._transposed = transposed
-        self._layout, self._code = _KINDS[kind]
+        self._layout = _KINDS[kind]
         self.shape: torch.Size = lazy.shape
         self.dtype: torch.dtype = lazy.dtype
 
@@ -100,7 +97,7 @@ class _CodedExperts:
         weight = self._lazy[expert]
         numbers = weight.floats() if isinstance(weight, StoredTensor) else weight
         lies = (numbers.T if self._transposed else numbers).float().contiguous()
-        codes = self._code(lies)
+        codes = integer_codes(lies, self._layout)
         if codes is None:
             raise WeightsError(
                 f"{self._name} has values that are no numbers, which fit no code: use --weights with a type of floats"

@@ -19,10 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from scheduler.batching import Gathering
-from splitnet.quant.choose import Weights
+from splitnet.quant.choose import NARROW, Weights
 from splitnet.quant.device import seconds_after_work
-from splitnet.quant.floats import CompiledBfloat16, CompiledFloat16, NarrowFloat
-from splitnet.quant.grouped import GroupedForm, JoinedForm
+from splitnet.quant.floats import FloatForm
 from splitnet.quant.linear import HeldLinear, sizes_of
 from splitnet.quant.native import has_kernel_for, multiply_floats
 from splitnet.quant.weight_form import WeightForm
@@ -40,9 +39,6 @@ _SAMPLE = 1024
 
 MOST_ROWS = 16
 """Of all threads together; with more, products of matrices are faster."""
-
-_ALONE_AS_TOGETHER = (CompiledBfloat16, CompiledFloat16)
-"""Forms with which a row gives the same whatever others are with it."""
 
 
 @dataclass(slots=True)
@@ -146,7 +142,7 @@ class _Copy:
 class Head(_Sharing, nn.Linear):
     """A head in the type that the model computes in; its weight may be the embedding's, too, and it may be trained.
 
-    narrows: of a float32 weight there is a copy in `NarrowFloat`, which few rows are multiplied with.
+    narrows: of a float32 weight there is a copy in 16 bits, which few rows are multiplied with.
     """
 
     def __init__(self, weight: Any, bias: Any, *, narrows: bool = False) -> None:
@@ -190,7 +186,7 @@ class Head(_Sharing, nn.Linear):
         if copied is None or now - used_at > CHANGES_S or not torch.equal(some[::every], copied.some[::every]):
             sums = torch.cat([rows.sum(-1) for rows in bits.split(_SUMMED_ROWS)])
             same = copied is not None and torch.equal(sums, copied.sums)
-            form = copied.form if copied is not None and same else NarrowFloat.of(weight)
+            form = copied.form if copied is not None and same else FloatForm.narrowest(weight)
             copied = self._copy = _Copy(form, sums, state, some.clone())
         copied.used_at = now
         return copied.form
@@ -200,18 +196,12 @@ class HeldHead(_Sharing, HeldLinear):
     """A head whose weight is held in another form."""
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) > MOST_ROWS or not _alone_as_together(self.held):
+        if len(rows) > MOST_ROWS or not self.held.alone_as_together:
             return self.held.multiply(rows)
         return self.shared(rows)
 
     def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
         return self.held.multiply(rows)
-
-
-def _alone_as_together(held: WeightForm) -> bool:
-    if isinstance(held, (GroupedForm, JoinedForm)):
-        return held.alone_as_together
-    return type(held) in _ALONE_AS_TOGETHER
 
 
 def hold_head(model: PreTrainedModel, weights: Weights) -> None:
@@ -238,7 +228,7 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
         held.weight = head.weight
         model.set_output_embeddings(held)
     elif type(head) is nn.Linear and has_kernel_for(head.weight):
-        model.set_output_embeddings(Head(head.weight, head.bias, narrows=form is NarrowFloat))
+        model.set_output_embeddings(Head(head.weight, head.bias, narrows=form == NARROW))
 
 
 def _of_floats(head: HeldLinear) -> nn.Linear:

@@ -48,7 +48,6 @@ from splitnet.quant.experts import prove_grouped_product
 from splitnet.quant.gpu import use_device_kernels
 from splitnet.quant.linear import hold_weights
 from splitnet.quant.memory import free_memory, guarded, move_to_large_pages
-from splitnet.quant.weight_form import WeightForm
 
 
 class SpanAdapters:
@@ -174,8 +173,6 @@ class Span:
         self.dtype = weights.dtype  # not that of any parameter: some families keep their norms in float32
         self.hidden_size: int = backbone.config.hidden_size
         self.weight_bytes = sum(tensor.nbytes for tensor in (*backbone.parameters(), *backbone.buffers()))
-        forms = [module for module in backbone.modules() if isinstance(module, WeightForm)]
-        self.weight_bytes += sum(form.untracked_bytes for form in forms)
         self.kv_bytes_per_position, self.state_bytes = self._probe()
         self._lean = self._fast_step(list(blocks), getattr(parent, "rotary_emb", None))
 

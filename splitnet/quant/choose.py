@@ -10,17 +10,11 @@ from typing import Any
 import torch
 
 from splitnet.errors import WeightsError
-from splitnet.quant.floats import (
-    CompiledBfloat16,
-    CompiledFloat16,
-    ConvertedBfloat16,
-    ConvertedFloat,
-    ConvertedFloat16,
-    NarrowFloat,
-    PackedFloat16,
-)
-from splitnet.quant.integers import DequantisedInt8, Int4, Int8, KernelInt4, KernelInt8
+from splitnet.quant.floats import FloatForm
+from splitnet.quant.grouped import GroupedForm, held_bytes
+from splitnet.quant.integers import INT4, INT8, ScaledForm, integer_codes
 from splitnet.quant.native import has_float_kernels, has_integer_kernels
+from splitnet.quant.stored import Layout
 from splitnet.quant.weight_form import WeightForm, as_dtype
 
 AUTO = "auto"
@@ -30,6 +24,57 @@ KINDS = ("float32", "bfloat16", "float16", *INTEGERS)
 
 STORED = "stored"
 """Held in the codes of the checkpoint."""
+
+
+_MOST_INPUTS = 2**16
+"""Of kernels with a scale for each output, so that sums of products of bytes stay within 32 bits."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """What the weight of a linear layer is brought into.
+
+    Attributes:
+        numbers: a type of floats; int8, of which floats are made at every call; or the layout of codes in tiles.
+        narrows: bfloat16 takes the place of float16 where only that is exact.
+    """
+
+    numbers: torch.dtype | Layout
+    narrows: bool = False
+
+    def fits(self, outputs: int, inputs: int) -> bool:
+        """Whether a weight of this shape can be held so."""
+        if not isinstance(self.numbers, Layout):
+            return True
+        return inputs % self.numbers.group == 0 if self.numbers.group else inputs <= _MOST_INPUTS
+
+    def bytes_for(self, outputs: int, inputs: int) -> int:
+        """Bytes that a weight of this shape takes."""
+        if isinstance(self.numbers, Layout):
+            return held_bytes(self.numbers, outputs, inputs)
+        scales = outputs * torch.bfloat16.itemsize if self.numbers == torch.int8 else 0
+        return outputs * inputs * self.numbers.itemsize + scales
+
+    def of(self, weight: torch.Tensor) -> WeightForm | None:
+        """Brings a weight into this format, on its device; None if its values do not allow it.
+
+        Args:
+            weight: `[outputs, inputs]`, float32; it is left alone and not kept.
+        """
+        if isinstance(self.numbers, Layout):
+            codes = integer_codes(weight, self.numbers)
+            rounds = self.numbers == INT8
+            return codes and GroupedForm.hold(self.numbers, [codes], weight.device, rounds_rows=rounds)
+        if self.numbers == torch.int8:
+            return ScaledForm.of(weight)
+        return FloatForm.narrowest(weight) if self.narrows else FloatForm.of(weight, self.numbers)
+
+
+FLOAT16 = WeightFormat(torch.float16)
+NARROW = WeightFormat(torch.float16, narrows=True)
+INT8_TILES = WeightFormat(INT8)
+INT8_SCALED = WeightFormat(torch.int8)
+INT4_TILES = WeightFormat(INT4)
 
 
 @dataclass(frozen=True)
@@ -48,7 +93,7 @@ class Weights:
 
     kind: str
     dtype: torch.dtype
-    forms: tuple[type[WeightForm], ...] = ()
+    forms: tuple[WeightFormat, ...] = ()
     as_stored: bool = False
     device: torch.device = field(default=torch.device("cpu"), compare=False)
     exact: bool = False
@@ -64,7 +109,7 @@ class Weights:
         computes = name_of(self.dtype)
         return computes if self.kind == computes or self.exact else f"{self.kind}/{computes}"
 
-    def form_for(self, outputs: int, inputs: int) -> type[WeightForm] | None:
+    def form_for(self, outputs: int, inputs: int) -> WeightFormat | None:
         """The form of a linear layer of these sizes; None: it stays as it is."""
         return next((form for form in self.forms if form.fits(outputs, inputs)), None)
 
@@ -72,13 +117,13 @@ class Weights:
         """The same where the forms of all layers are known, among anything else in `held`."""
         is_stored = self.kind.startswith(STORED)
         forms = [form for form in held if isinstance(form, WeightForm)]
-        floats = [form for form in forms if isinstance(form, ConvertedFloat | PackedFloat16)]
+        floats = [form for form in forms if isinstance(form, FloatForm)]
         # Codes of the checkpoint lose nothing; others are made of numbers.
         if not floats or not all(form.exact for form in (floats if is_stored else forms)):
             return self
         if is_stored:
             return replace(self, kind=STORED)
-        narrowest = all(isinstance(form, CompiledBfloat16) for form in floats)
+        narrowest = all(form.weight.dtype == torch.bfloat16 for form in floats)
         return replace(self, kind="bfloat16" if narrowest else "float16", exact=True)
 
     def plain(self) -> Weights:
@@ -116,10 +161,10 @@ def choose_weights(
         return Weights(name_of(wished or stored), wished or stored, as_stored=True, device=device)
     if kind == AUTO:
         computes = wished or stored
-        if wished is None and stored == torch.float16 and has_kernels(device) and _has_float_kernels(device):
+        if wished is None and stored == torch.float16 and _reads_halves_fast(device):
             computes = torch.float32  # three times as fast, as no steps in halves are compiled, and no less exact
         fastest = _of_kind(_fastest(computes, device), computes, stored, device)
-        forms = (NarrowFloat,) if CompiledFloat16 in fastest.forms else fastest.forms
+        forms = (NARROW,) if FLOAT16 in fastest.forms else fastest.forms
         chosen = replace(fastest, forms=forms, as_stored=True, device=device)
         if computes.itemsize > (wished or stored).itemsize and held_bytes is not None:
             narrow = choose_weights(None, stored, stored, device)
@@ -145,9 +190,7 @@ def _of_kind(kind: str, wished: torch.dtype | None, stored: torch.dtype, device:
             f"blocks that compute in {name_of(wished)} cannot hold weights as {kind}: leave --dtype out, or use "
             f"--weights {name_of(wished)}"
         )
-    if held == torch.bfloat16:
-        return Weights(kind, wished, (CompiledBfloat16 if _has_float_kernels(device) else ConvertedBfloat16,))
-    return Weights(kind, wished, _float16_forms(device))
+    return Weights(kind, wished, (WeightFormat(held),))
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -155,39 +198,19 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether torch has kernels for packed weights on a device: for now on x86 CPUs. Others convert at every call."""
-    return (
-        device.type == "cpu"
-        and platform.machine() in ("x86_64", "AMD64")
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-        and torch.backends.quantized.engine in ("x86", "fbgemm")
-    )
-
-
 def _fastest(dtype: torch.dtype, device: torch.device) -> str:
     """Decoding reads all weights for every token, so half of the bytes are twice as fast, where a kernel reads them."""
-    return "float16" if dtype == torch.float32 and has_kernels(device) else name_of(dtype)
+    return "float16" if dtype == torch.float32 and _reads_halves_fast(device) else name_of(dtype)
 
 
-def _float16_forms(device: torch.device) -> tuple[type[WeightForm], ...]:
-    if _has_float_kernels(device):
-        return (CompiledFloat16,)
-    return (PackedFloat16, ConvertedFloat16) if has_kernels(device) else (ConvertedFloat16,)
+def _reads_halves_fast(device: torch.device) -> bool:
+    """Whether kernels multiply with float16 in less time than with float32: that was measured on x86."""
+    return device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and has_float_kernels()
 
 
-def _has_float_kernels(device: torch.device) -> bool:
-    return device.type == "cpu" and has_float_kernels()
-
-
-def _integer_forms(kind: str, device: torch.device) -> tuple[type[WeightForm], ...]:
+def _integer_forms(kind: str, device: torch.device) -> tuple[WeightFormat, ...]:
     """Best first."""
-    compiled = device.type == "cpu" and has_integer_kernels()
     if kind == "int4":
-        return (KernelInt4, Int4) if has_kernels(device) and not compiled else (Int4,)
-    forms: list[type[WeightForm]] = [DequantisedInt8]
-    if has_kernels(device):
-        forms.insert(0, KernelInt8)
-    if compiled:
-        forms.insert(0, Int8)
-    return tuple(forms)
+        return (INT4_TILES,)
+    compiled = device.type == "cpu" and has_integer_kernels()
+    return (INT8_TILES, INT8_SCALED) if compiled else (INT8_SCALED,)

@@ -1,17 +1,17 @@
-"""Weights held in a narrower float type than blocks compute in."""
+"""Weights held as floats of a narrower type, and from how many rows on weights of other forms become floats."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Self
 
 import torch
 from torch.nn.functional import linear
 
 from splitnet.quant.memory import in_large_pages
-from splitnet.quant.native import has_fast_kernels, multiply_floats
+from splitnet.quant.native import has_fast_kernels, has_float_kernels, has_kernel_for, multiply_floats
 from splitnet.quant.weight_form import WeightForm
 
 FLOATS_FROM = 64
@@ -19,10 +19,6 @@ FLOATS_FROM = 64
 
 PLAIN_LOOPS_FROM = 24
 """The kernels for any CPU."""
-
-TORCH_INT8_FROM = 48
-TORCH_INT4_FROM = 128
-"""torch's kernels."""
 
 EXPERTS_FROM = 32
 """Rows of one expert, whose products in float32 by a kernel are slower from then on."""
@@ -88,33 +84,51 @@ def multiply_by_parts(rows: torch.Tensor, outputs: int, parts: Iterable[torch.Te
     return products
 
 
-_HALF_MAX = torch.finfo(torch.float16).max
-_PACKED_ROWS, _PACKED_COLUMNS = 512, 16
-"""fbgemm packs in tiles of so many inputs and outputs, and pads to whole tiles."""
+class FloatForm(WeightForm):
+    """Numbers of a float type, `[outputs, inputs]`.
 
+    On CPUs for which there are kernels, few rows are multiplied with 16 bits as they are, and summed in float32. Else
+    the weight is converted at every call: correct on every device, fast on none.
 
-class ConvertedFloat(WeightForm):
-    """Stored in a float type and converted at every call: correct on every device, fast on none."""
+    Args:
+        exact: whether no value was rounded.
+    """
 
-    stored: ClassVar[torch.dtype]
-
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, *, exact: bool = False) -> None:
         super().__init__()
+        self.exact = exact
         self.weight: torch.Tensor
         self.register_buffer("weight", weight)
 
     @classmethod
-    def bytes_for(cls, outputs: int, inputs: int) -> int:
-        return outputs * inputs * cls.stored.itemsize
+    def of(cls, weight: torch.Tensor, dtype: torch.dtype, *, exact: bool = False) -> Self | None:
+        """A copy of a weight as numbers of `dtype`; None: a value is out of its range, or no number."""
+        if not bool(weight.abs().max() <= torch.finfo(dtype).max):
+            return None
+        if weight.device.type != "cpu" or not has_float_kernels():
+            return cls(weight.to(dtype, copy=True), exact=exact)
+        room = in_large_pages(len(weight), weight.shape[1] * dtype.itemsize).view(dtype)
+        return cls(room.copy_(weight), exact=exact)
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> Self | None:
-        if not bool(weight.abs().max() <= torch.finfo(cls.stored).max):  # nor if it is not a number
-            return None
-        return cls(weight.to(cls.stored, copy=True))
+    def narrowest(cls, weight: torch.Tensor) -> Self | None:
+        """A float32 weight as bfloat16 or float16 if one of them is exact, else as float16; None as in `of`."""
+        for dtype in (torch.bfloat16, torch.float16):
+            # Most weights are told by their first row.
+            if all(torch.equal(part.to(dtype).float(), part) for part in (weight[:1], weight)):
+                return cls.of(weight, dtype, exact=True)
+        return cls.of(weight, torch.float16)
+
+    @property
+    def alone_as_together(self) -> bool:
+        return self.weight.dtype.itemsize == 2 and has_kernel_for(self.weight)
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(rows, self.dequantised(rows.dtype))
+        if len(rows) < FLOATS_FROM and self.alone_as_together:
+            return multiply_floats(rows, self.weight)
+        if self.weight.dtype == rows.dtype or rows.device.type != "cpu":
+            return linear(rows, self.dequantised(rows.dtype))
+        return multiply_by_parts(rows, len(self.weight), self.pieces(rows.dtype))
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return _as(self.weight, dtype)
@@ -124,106 +138,7 @@ class ConvertedFloat(WeightForm):
         return (_as(part, dtype) for part in self.weight.split(outputs))
 
 
-class ConvertedFloat16(ConvertedFloat):
-    """float16, converted at every call."""
-
-    stored = torch.float16
-
-
-class ConvertedBfloat16(ConvertedFloat):
-    """bfloat16, converted at every call."""
-
-    stored = torch.bfloat16
-
-
-class _Compiled(ConvertedFloat):
-    """For splitnet's kernel, which multiplies and sums in float32."""
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> Self | None:
-        held = super().of(weight)
-        if held is not None:
-            room = in_large_pages(len(weight), weight.shape[1] * cls.stored.itemsize).view(cls.stored)
-            held.weight = room.copy_(held.weight)
-        return held
-
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) < FLOATS_FROM:
-            return multiply_floats(rows, self.weight)
-        outputs, inputs = self.weight.shape
-        parts = (_as(part, rows.dtype) for part in self.weight.split(outputs_at_a_time(inputs)))
-        return multiply_by_parts(rows, outputs, parts)
-
-
 def _as(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """In another type. From one half precision to the other, torch's loops for CPUs are eight times slower than two."""
     halves = weight.dtype != dtype and weight.element_size() == dtype.itemsize
     return weight.float().to(dtype) if halves else weight.to(dtype)
-
-
-class CompiledFloat16(_Compiled, ConvertedFloat16):
-    """float16 for splitnet's kernel."""
-
-
-class CompiledBfloat16(_Compiled, ConvertedBfloat16):
-    """bfloat16 for splitnet's kernel."""
-
-
-class NarrowFloat(WeightForm):
-    """For float32 weights: what it makes is `CompiledBfloat16` or `CompiledFloat16`, exact if one of them can be."""
-
-    @classmethod
-    def bytes_for(cls, outputs: int, inputs: int) -> int:
-        return CompiledFloat16.bytes_for(outputs, inputs)
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> WeightForm | None:
-        for form in (CompiledBfloat16, CompiledFloat16):
-            # Most weights are told by their first row.
-            if all(torch.equal(part.to(form.stored).float(), part) for part in (weight[:1], weight)):
-                held = form.of(weight)
-                if held is not None:
-                    held.exact = True
-                return held
-        return CompiledFloat16.of(weight)
-
-
-class ConvertedFloat32(ConvertedFloat):
-    """float32: for layers whose values are too large for the form that was wished."""
-
-    stored = torch.float32
-    exact = True
-
-
-class PackedFloat16(WeightForm):
-    """float16 in fbgemm's tiles: read as float16 and multiplied in float32. For x86 CPUs with AVX2."""
-
-    def __init__(self, packed: Any, outputs: int, inputs: int) -> None:
-        super().__init__()
-        self._packed = packed
-        self._bytes = self.bytes_for(outputs, inputs)
-
-    @classmethod
-    def fits(cls, outputs: int, inputs: int) -> bool:
-        return cls.bytes_for(outputs, inputs) < outputs * inputs * torch.float32.itemsize
-
-    @classmethod
-    def bytes_for(cls, outputs: int, inputs: int) -> int:
-        tiles = -(-inputs // _PACKED_ROWS) * -(-outputs // _PACKED_COLUMNS)
-        return tiles * _PACKED_ROWS * _PACKED_COLUMNS * torch.float16.itemsize
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> Self | None:
-        if not bool(weight.abs().max() <= _HALF_MAX):  # fbgemm would cut larger ones off
-            return None
-        return cls(torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None), *weight.shape)
-
-    @property
-    def untracked_bytes(self) -> int:
-        return self._bytes
-
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(rows.float(), self._packed).to(rows.dtype)
-
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.ops.quantized.linear_unpack_fp16(self._packed)[0].to(dtype)

@@ -19,10 +19,10 @@ from torch.nn.functional import linear, pad
 from splitnet.errors import first_line
 from splitnet.quant.device import seconds_after_work
 from splitnet.quant.grouped import GroupedForm
-from splitnet.quant.integers import INT8, DequantisedInt8
+from splitnet.quant.integers import INT8, ScaledForm
 from splitnet.quant.linear import HeldLinear
 from splitnet.quant.stored import Codes, Kind, Layout, number_of
-from splitnet.quant.weight_form import ScaledOutputs, WeightForm
+from splitnet.quant.weight_form import WeightForm
 
 log = logging.getLogger(__name__)
 
@@ -50,23 +50,7 @@ _INT8_ROWS, _INT8_MULTIPLE = 32, 8
 """`torch._int_mm` takes no fewer than 17 rows on CUDA."""
 
 
-class DeviceForm(WeightForm):
-    """Made of a form that holds codes, on the device where that is."""
-
-    @classmethod
-    def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
-        """Ways to hold a weight, of which one may be right, the likeliest first; none, if it is for other weights.
-
-        Args:
-            dtype: that blocks compute in.
-
-        Raises:
-            RuntimeError: torch has no such kernel for this device, these sizes or this type.
-        """
-        raise NotImplementedError
-
-
-class DeviceInt4(DeviceForm):
+class DeviceInt4(WeightForm):
     """Four bits, multiplied in bfloat16 (on MPS in what blocks compute in) with scales and zeros rounded to that."""
 
     def __init__(self, packed: torch.Tensor, scales_and_zeros: torch.Tensor, blocks: _Blocks) -> None:
@@ -82,6 +66,14 @@ class DeviceInt4(DeviceForm):
 
     @classmethod
     def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
+        """Ways to hold a weight, of which one may be right, the likeliest first; none, if it is for other weights.
+
+        Args:
+            dtype: that blocks compute in.
+
+        Raises:
+            RuntimeError: torch has no such kernel for this device, these sizes or this type.
+        """
         device = codes.codes.device
         outputs, inputs = codes.codes.shape
         group = layout.group or next((size for size in _GROUPS if inputs % size == 0), 0)
@@ -181,7 +173,7 @@ def _pack_int4(codes: torch.Tensor, width: int, even_first: bool) -> torch.Tenso
     return aten._convert_weight_to_int4pack((upper << 4 | lower).contiguous(), width)
 
 
-class DeviceInt8(ScaledOutputs, DeviceForm):
+class DeviceInt8(ScaledForm):
     """Codes are int8: integers are multiplied, of which rows keep 16 bits in two parts.
 
     On MPS the kernel takes rows as they are.
@@ -189,6 +181,7 @@ class DeviceInt8(ScaledOutputs, DeviceForm):
 
     @classmethod
     def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
+        """As `DeviceInt4.candidates`."""
         if layout != INT8 or codes.codes.shape[0] % 8 or codes.codes.shape[1] % 8:
             return
         yield cls((codes.codes.short() - INT8.offset).to(torch.int8), codes.scales[:, 0].contiguous())
@@ -209,7 +202,7 @@ class DeviceInt8(ScaledOutputs, DeviceForm):
         return products.mul_(steps).mul_(self.scales).to(rows.dtype)
 
 
-class DeviceFp8(ScaledOutputs, DeviceForm):
+class DeviceFp8(ScaledForm):
     """Codes are E4M3, and multiplied as such; rows are sums of two such numbers: eight bits."""
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
@@ -219,6 +212,7 @@ class DeviceFp8(ScaledOutputs, DeviceForm):
 
     @classmethod
     def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
+        """As `DeviceInt4.candidates`."""
         outputs, inputs = codes.codes.shape
         if layout.table != "e4m3" or layout.group or codes.zeros is not None or outputs % 16 or inputs % 16:
             return
@@ -240,7 +234,7 @@ class DeviceFp8(ScaledOutputs, DeviceForm):
         return products.mul_(steps).mul_(self.scales).to(rows.dtype)
 
 
-FORMS: tuple[type[DeviceForm], ...] = (DeviceInt4, DeviceInt8, DeviceFp8)
+FORMS: tuple[type[DeviceInt4 | DeviceInt8 | DeviceFp8], ...] = (DeviceInt4, DeviceInt8, DeviceFp8)
 
 
 def use_device_kernels(model: nn.Module, dtype: torch.dtype) -> None:
@@ -264,7 +258,7 @@ def _on_gpu(layer: HeldLinear) -> bool:
     return layer.parameter_like.device.type != "cpu"
 
 
-def device_form(held: WeightForm, dtype: torch.dtype) -> DeviceForm | None:
+def device_form(held: WeightForm, dtype: torch.dtype) -> WeightForm | None:
     """The form of these codes that a kernel of their device multiplies; None: there is none that does it right."""
     found = _codes_of(held)
     if found is None:
@@ -304,7 +298,7 @@ def fault_of(made: WeightForm, weight: torch.Tensor, dtype: torch.dtype) -> str 
 def _codes_of(held: WeightForm) -> tuple[Layout, Codes] | None:
     if isinstance(held, GroupedForm):
         return held.layout, held.order.unpacked(held.tiles).of_outputs(slice(held.outputs))
-    if isinstance(held, DequantisedInt8):
+    if type(held) is ScaledForm:
         return INT8, Codes((held.codes.short() + INT8.offset).to(torch.uint8), held.scales[:, None])
     return None
 

@@ -15,8 +15,10 @@ from splitnet.quant.floats import (
     EXPERTS_FROM,
     PLAIN_LOOPS_FROM,
     codes_from,
+    int8_from,
     multiply_by_parts,
     outputs_at_a_time,
+    type_for_many,
     type_of_codes,
 )
 from splitnet.quant.memory import in_large_pages
@@ -50,12 +52,15 @@ class GroupedForm(WeightForm):
         order: how they lie.
         outputs: how many there are; the last tile is filled up.
         tiles: `[tiles, order.tile_bytes]`, uint8.
+        rounds_rows: many rows are rounded to bfloat16 where the CPU multiplies that faster, whatever type they have:
+            of integers with a scale for each output, whose codes are exact in it.
     """
 
-    def __init__(self, order: Order, outputs: int, tiles: torch.Tensor) -> None:
+    def __init__(self, order: Order, outputs: int, tiles: torch.Tensor, *, rounds_rows: bool = False) -> None:
         super().__init__()
         self.order = order
         self.outputs = outputs
+        self._rounds_rows = rounds_rows
         self.description = order.described(outputs)
         """For the kernels; it stays on the CPU."""
 
@@ -63,7 +68,7 @@ class GroupedForm(WeightForm):
         self.register_buffer("tiles", tiles)
 
     @classmethod
-    def hold(cls, layout: Layout, codes: Sequence[Codes], device: torch.device) -> Self:
+    def hold(cls, layout: Layout, codes: Sequence[Codes], device: torch.device, *, rounds_rows: bool = False) -> Self:
         """Holds codes that stand one below the other.
 
         Raises:
@@ -71,7 +76,7 @@ class GroupedForm(WeightForm):
         """
         outputs = sum(len(some.codes) for some in codes)
         order, tiles = _tiles_of(layout, codes)
-        return cls(order, outputs, tiles.to(device))
+        return cls(order, outputs, tiles.to(device), rounds_rows=rounds_rows)
 
     @property
     def layout(self) -> Layout:
@@ -90,11 +95,12 @@ class GroupedForm(WeightForm):
 
     @property
     def alone_as_together(self) -> bool:
-        """Whether a row, of fewer than `PLAIN_LOOPS_FROM`, gives the same whatever others are with it."""
-        return self._has_kernel
+        return self._has_kernel  # of fewer rows than `PLAIN_LOOPS_FROM`
 
     def many_from(self, dtype: torch.dtype) -> int:
         """From so many rows of a type on `multiply_many` is faster than a kernel."""
+        if self._rounds_rows:
+            return int8_from()
         return codes_from(dtype, integers=self.order.for_integers) if self.has_fast_kernel else PLAIN_LOOPS_FROM
 
     @property
@@ -155,6 +161,11 @@ class GroupedForm(WeightForm):
         Args:
             expert: whose weight it is, where the tiles are those of several.
         """
+        if self._rounds_rows and self._has_kernel:
+            # Codes are exact in bfloat16, numbers would not be.
+            parts = self._pieces(type_for_many(), expert, self.order.described(self.outputs, scaled=False))
+            scales = self.tiles[:, : TILE * torch.bfloat16.itemsize].view(torch.bfloat16).flatten()[: self.outputs]
+            return multiply_by_parts(rows, self.outputs, parts).mul_(scales)
         dtype = type_of_codes(rows) if len(rows) >= PLAIN_LOOPS_FROM else rows.dtype
         return multiply_by_parts(rows, self.outputs, self._pieces(dtype, expert))
 
@@ -224,7 +235,6 @@ class JoinedForm(WeightForm):
 
     @property
     def alone_as_together(self) -> bool:
-        """As `GroupedForm.alone_as_together`."""
         return all(form.alone_as_together for form in self._each())
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
@@ -387,7 +397,7 @@ def _tiles_of(
     layout: Layout, below: Sequence[Codes], room: Callable[[int, int], torch.Tensor] = in_large_pages
 ) -> tuple[Order, torch.Tensor]:
     """The tiles of codes that stand one below the other."""
-    codes = _below(below)
+    codes = below[0] if len(below) == 1 else Codes.joined(below)
     inputs = codes.codes.shape[1]
     order = Order.of(layout, inputs, codes)
     if order.nibbles and any(int(steps.max()) > 15 for steps in (codes.scales, codes.zeros) if steps is not None):
@@ -400,20 +410,3 @@ def _tiles_of(
         some = codes.of_outputs(slice(begin * TILE, (begin + most) * TILE))
         tiles[begin : begin + most] = order.packed(some)
     return order, tiles
-
-
-def _below(codes: Sequence[Codes]) -> Codes:
-    if len(codes) == 1:
-        return codes[0]
-
-    def joined(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
-        some = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(some) if some else None
-
-    return Codes(
-        torch.cat([one.codes for one in codes]),
-        torch.cat([one.scales for one in codes]),
-        joined([one.zeros for one in codes]),
-        joined([one.scale_units for one in codes]),
-        joined([one.zero_units for one in codes]),
-    )

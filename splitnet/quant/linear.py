@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from splitnet.quant.choose import Weights
-from splitnet.quant.floats import ConvertedFloat32
+from splitnet.quant.choose import WeightFormat, Weights
+from splitnet.quant.floats import FloatForm
 from splitnet.quant.grouped import hold_stored
 from splitnet.quant.stored import StoredMatrix, StoredTensor
 from splitnet.quant.weight_form import WeightForm
@@ -33,7 +33,7 @@ class HeldLinear(nn.Module):
 
     Args:
         in_features, out_features: its numbers of inputs and outputs.
-        form: what holds its weight.
+        form: what its weight is brought into; None: that is held already.
         transposed: the weight is set as `[inputs, outputs]`.
         bias: whether it has one.
         dtype: of the bias.
@@ -46,7 +46,7 @@ class HeldLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        form: type[WeightForm],
+        form: WeightFormat | None,
         *,
         transposed: bool,
         bias: bool,
@@ -72,7 +72,7 @@ class HeldLinear(nn.Module):
         outputs, inputs = sizes_of(layer) or (layer.out_features, layer.in_features)
         transposed, dtype = isinstance(layer, Conv1D), layer.weight.dtype
         bias = layer.bias is not None
-        made = cls(inputs, outputs, type(held), transposed=transposed, bias=bias, dtype=dtype, codes_on=codes_on)
+        made = cls(inputs, outputs, None, transposed=transposed, bias=bias, dtype=dtype, codes_on=codes_on)
         made.bias = layer.bias
         made._keep(held, layer.weight.device)
         return made
@@ -109,7 +109,8 @@ class HeldLinear(nn.Module):
             weight = weight.floats()
         rows = (weight.T if self._transposed else weight).to(torch.float32).contiguous()
         # Values that are out of the range of the form, or that are no numbers, stay as they are.
-        self._keep(self._form.of(rows) or ConvertedFloat32(rows.clone()), weight.device)
+        made = self._form and self._form.of(rows)
+        self._keep(made or FloatForm(rows.clone(), exact=True), weight.device)
 
     def _keep(self, held: WeightForm, device: torch.device) -> None:
         self.held = held
@@ -144,7 +145,7 @@ class Holdable(NamedTuple):
     layer: nn.Module
     outputs: int
     inputs: int
-    form: type[WeightForm] | None
+    form: WeightFormat | None
 
 
 def holdable_layers(block: nn.Module, weights: Weights) -> Iterator[Holdable]:

@@ -18,29 +18,10 @@ class WeightForm(nn.Module):
     exact: bool = False
     """Whether it is known to stand for exactly the values that it was made of."""
 
-    @classmethod
-    def fits(cls, outputs: int, inputs: int) -> bool:
-        """Whether a weight of this shape can be held so, and is the smaller for it than as float32."""
-        return True
-
-    @classmethod
-    def bytes_for(cls, outputs: int, inputs: int) -> int:
-        """Bytes that a weight of this shape takes."""
-        raise NotImplementedError
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> WeightForm | None:
-        """Brings a weight into this form (or one of as many bytes), on its device; None if its values do not allow it.
-
-        Args:
-            weight: `[outputs, inputs]`, float32; it is left alone and not kept.
-        """
-        raise NotImplementedError
-
     @property
-    def untracked_bytes(self) -> int:
-        """Bytes that it takes besides its tensors."""
-        return 0
+    def alone_as_together(self) -> bool:
+        """Whether a row, of a few, gives the same whatever others are with it."""
+        return False
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """`[rows, inputs]` -> `[rows, outputs]`, in the type of `rows`; records nothing for gradients."""
@@ -67,20 +48,6 @@ class WeightForm(nn.Module):
             begin += len(piece)
         assert found is not None
         return found.to(gradient.dtype)
-
-
-class ScaledOutputs(WeightForm):
-    """Codes `[outputs, inputs]` of eight bits, and a scale for each output, `[outputs]`."""
-
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
-        super().__init__()
-        self.codes: torch.Tensor
-        self.scales: torch.Tensor
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
-
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.codes.to(dtype).mul_(self.scales.to(dtype)[:, None])
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

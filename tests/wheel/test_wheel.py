@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from splitnet.quant import native
-from splitnet.quant.integers import Int4
+from splitnet.quant.choose import INT4_TILES
 
 LARGE = 4096
 """So many outputs that every thread has some."""
@@ -47,7 +47,7 @@ def test_products_are_the_same_with_any_number_of_threads(path: str, threads: in
     weight, rows = torch.randn(77, 160), torch.randn(3, 160)
     native.use_path(path)
     try:
-        held = Int4.of(weight)
+        held = INT4_TILES.of(weight)
         assert held is not None
         torch.set_num_threads(1)
         alone = held.multiply(rows)
@@ -99,9 +99,9 @@ def test_threads_are_torchs() -> None:
     """A kernel starts the threads that torch computes with afterwards, or takes those that it has."""
     code = f"""
 import os, torch
-from splitnet.quant.integers import Int4
+from splitnet.quant.choose import INT4_TILES
 torch.set_num_threads(1)
-held, row = Int4.of(torch.randn({LARGE}, 64)), torch.randn(1, 64)
+held, row = INT4_TILES.of(torch.randn({LARGE}, 64)), torch.randn(1, 64)
 numbers = torch.randn(2_000_000)
 held.multiply(row), numbers.mul_(2)
 torch.set_num_threads(3)
@@ -125,9 +125,9 @@ import torch
 ctypes.CDLL = without
 from splitnet.tools.doctor import machine
 from splitnet.quant import native as kernels
-from splitnet.quant.integers import Int4
+from splitnet.quant.choose import INT4_TILES
 torch.set_num_threads(3)
-held, row = Int4.of(torch.randn({LARGE}, 64)), torch.randn(1, 64)
+held, row = INT4_TILES.of(torch.randn({LARGE}, 64)), torch.randn(1, 64)
 print(kernels.have_threads())
 print(torch.allclose(held.multiply(row), row @ held.dequantised(torch.float32).T, atol=1e-3, rtol=1e-3))
 found = machine.kernels()

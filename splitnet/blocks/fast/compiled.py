@@ -22,7 +22,7 @@ from splitnet.blocks.fast.describe import Attention, BlockDescription, Norm, Tur
 from splitnet.blocks.fast.gating import KnownExperts
 from splitnet.blocks.rotary import Order, Turning
 from splitnet.quant import native
-from splitnet.quant.floats import CompiledBfloat16, CompiledFloat16, ConvertedBfloat16, ConvertedFloat32
+from splitnet.quant.floats import FloatForm
 from splitnet.quant.grouped import GroupedForm
 from splitnet.quant.linear import PLAIN_LINEAR, HeldLinear
 from splitnet.quant.tiles import CHUNK
@@ -260,8 +260,7 @@ def _is_held(layer: nn.Linear | HeldLinear | Turned) -> bool:
     if isinstance(layer, HeldLinear):
         if isinstance(layer.held, GroupedForm):
             return layer.held.has_fast_kernel and layer.in_features % CHUNK == 0
-        known = (CompiledFloat16, CompiledBfloat16, ConvertedBfloat16, ConvertedFloat32)
-        return type(layer.held) in known
+        return isinstance(layer.held, FloatForm)
     plain = type(layer) in (nn.Linear, Turned) or type(layer).__name__ in PLAIN_LINEAR
     return plain and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 

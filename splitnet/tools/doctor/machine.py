@@ -142,8 +142,8 @@ def kernels() -> Finding:
                 "install a wheel of splitnet for this system; or a C compiler and Python's headers (Debian: apt "
                 "install gcc python3-dev), then splitnet anew with `pip install --force-reinstall --no-deps .`"
             )
-        return warned("kernels", f"{why_none}, so CPUs decode more slowly, with torch's kernels: {fix}")
-    used = "plain loops are used, and torch's kernels where it has some"
+        return warned("kernels", f"{why_none}, so CPUs decode more slowly: {fix}")
+    used = "plain loops are used, and torch's products where they are faster"
     if found is Kernels.FAST:
         used = f"{path_in_use()} is used, with prefetch {prefetch_in_use()}"
     text = f"compiled; {used}"

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from splitnet.quant import gpu
+from splitnet.quant.choose import INT4_TILES, INT8_SCALED
 from splitnet.quant.gpu import DeviceFp8, DeviceInt4, DeviceInt8, device_form, fault_of, use_device_kernels
 from splitnet.quant.grouped import hold_stored
-from splitnet.quant.integers import DequantisedInt8, Int4
+from splitnet.quant.integers import ScaledForm
 from splitnet.quant.linear import HeldLinear
 from splitnet.quant.weight_form import WeightForm
 from tests.unit.random_codes import LAYOUTS, matrix_of
@@ -52,7 +53,7 @@ def test_layouts_that_a_kernel_takes_multiply_as_before(name: str, dtype: torch.
 def test_weights_that_were_floats(shape: tuple[int, int], count: int, seed: int) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     rows = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(seed + 1)).bfloat16()
-    for kind in (Int4, DequantisedInt8):
+    for kind in (INT4_TILES, INT8_SCALED):
         held = kind.of(weight)
         assert held is not None
         made = device_form(held, torch.bfloat16)
@@ -114,7 +115,7 @@ def test_a_kernel_that_does_not_prove_itself_is_named_once_and_left(
     kernel: type[DeviceInt8], sentence: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(gpu, "FORMS", (kernel,))
-    held = DequantisedInt8.of(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
+    held = ScaledForm.of(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
     assert held is not None
     gpu._warn.cache_clear()
     with caplog.at_level(logging.WARNING, gpu.__name__):
@@ -131,14 +132,14 @@ def test_without_memory_to_try_a_kernel_the_layer_stays(monkeypatch: pytest.Monk
             raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(gpu, "FORMS", (Full,))
-    held = DequantisedInt8.of(torch.randn(16, 64))
+    held = ScaledForm.of(torch.randn(16, 64))
     assert held is not None
     assert device_form(held, torch.bfloat16) is None
 
 
 def test_the_proof_sees_a_wrong_weight() -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    held = DequantisedInt8.of(weight)
+    held = ScaledForm.of(weight)
     assert held is not None
     assert fault_of(held, held.dequantised(torch.float32), torch.float32) is None
     assert fault_of(held, weight.flip(0), torch.float32) is not None
@@ -150,7 +151,7 @@ def linear_of(held: WeightForm, outputs: int, inputs: int) -> HeldLinear:
 
 @pytest.mark.parametrize("faster", [True, False])
 def test_layers_take_a_kernel_only_if_it_pays(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = DequantisedInt8.of(torch.randn(16, 64))
+    held = ScaledForm.of(torch.randn(16, 64))
     assert held is not None
     model = nn.ModuleList([linear_of(held, 16, 64)])
     layer = model[0]
@@ -166,7 +167,7 @@ def test_layers_take_a_kernel_only_if_it_pays(faster: bool, monkeypatch: pytest.
 
 
 def test_a_weight_that_layers_share_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = DequantisedInt8.of(torch.randn(16, 64))
+    held = ScaledForm.of(torch.randn(16, 64))
     assert held is not None
     monkeypatch.setattr(gpu, "_on_gpu", lambda layer: True)
     model = nn.ModuleList([linear_of(held, 16, 64), linear_of(held, 16, 64)])

@@ -1,4 +1,4 @@
-"""Weights of linear layers that are held in other forms than floats, with torch's kernels and without them."""
+"""Weights of linear layers that are held in other forms than floats, with compiled kernels and without them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,30 @@ from splitnet.blocks.span import Part, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.store import LazyTensors
 from splitnet.errors import OutOfMemory, WeightsError
-from splitnet.quant import choose, floats, grouped
-from splitnet.quant.choose import choose_weights, has_kernels
+from splitnet.quant import choose, floats, grouped, native
+from splitnet.quant.choose import (
+    FLOAT16,
+    INT4_TILES,
+    INT8_SCALED,
+    INT8_TILES,
+    NARROW,
+    WeightFormat,
+    choose_weights,
+)
 from splitnet.quant.experts import HeldExperts
-from splitnet.quant.floats import CompiledFloat16, ConvertedFloat16, ConvertedFloat32, NarrowFloat, PackedFloat16
-from splitnet.quant.grouped import ExpertForm
-from splitnet.quant.integers import GROUP, DequantisedInt8, Int4, Int8, KernelInt4, KernelInt8, kernel_order
+from splitnet.quant.floats import FloatForm
+from splitnet.quant.grouped import ExpertForm, GroupedForm
+from splitnet.quant.integers import GROUP, ScaledForm
 from splitnet.quant.linear import HeldLinear
 from splitnet.quant.native import Kernels, has_fast_kernels, has_float_kernels, has_integer_kernels
-from splitnet.quant.weight_form import WeightForm
+from splitnet.quant.stored import Layout
 from tests.unit.random_models import random_checkpoint
 
 CPU = torch.device("cpu")
 HIDDEN = 320
-"""Large enough that packed float16, which is padded to 512 inputs, is smaller than float32."""
 LENGTHS = (5, 9)
 FAMILIES = ("llama", "qwen3", "gpt2", "mixtral", "falcon", "olmo", "opt")
 HELD = ("float16", "bfloat16", "int8", "int4")
-needs_kernels = pytest.mark.skipif(not has_kernels(CPU), reason="torch has no kernels for packed weights here")
 
 # How far rounding moves a weight, relative to the size of the weights: the distance of two neighbours over sqrt(12).
 # That of floats is at most a unit in the last place, 2^-10 and 2^-7. The weights of the models here are normally
@@ -67,19 +73,14 @@ def distance(kind: str) -> float:
 KERNEL_DISTANCE = 2 * STAGES**0.5 * KERNEL_ROUNDING
 
 
-@pytest.fixture(params=["compiled", "torch", "fallback"])
+@pytest.fixture(params=["compiled", "fallback"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whose kernels are used: splitnet's compiled ones, torch's, or none."""
+    """Whether there are compiled kernels."""
     if request.param != "compiled":
-        monkeypatch.setattr(choose, "has_integer_kernels", lambda: False)
-        monkeypatch.setattr(choose, "has_float_kernels", lambda: False)
+        monkeypatch.setattr(native, "kernels_here", lambda: Kernels.NONE)
         monkeypatch.setattr(grouped, "kernels_here", lambda: Kernels.NONE)
     elif not (has_integer_kernels() and has_fast_kernels()):
         pytest.skip("splitnet's kernels were not compiled here, or not for this CPU")
-    if request.param == "fallback":
-        monkeypatch.setattr(choose, "has_kernels", lambda device: False)
-    elif request.param == "torch" and not has_kernels(CPU):
-        pytest.skip("torch has no kernels for packed weights here")
     return request.param
 
 
@@ -207,19 +208,6 @@ def test_gradients_and_low_rank_additions_are_those_of_the_weights_that_are_stoo
         assert relative(actual, expected) < tolerance
 
 
-FORMS: list[tuple[type[WeightForm], tuple[int, int]]] = [
-    (PackedFloat16, (48, 320)),
-    (ConvertedFloat16, (5, 7)),
-    (KernelInt8, (48, 64)),
-    (DequantisedInt8, (5, 7)),
-    (KernelInt4, (128, 96)),
-    (Int4, (5, 64)),
-    (Int4, (48, 96)),
-    (Int8, (49, 70)),
-]
-COMPILED: list[tuple[type[WeightForm], tuple[int, int]]] = [
-    (CompiledFloat16, (49, 33)),
-]
 needs_compiled = pytest.mark.skipif(
     not (has_integer_kernels() and has_fast_kernels()), reason="splitnet's kernels were not compiled here"
 )
@@ -228,12 +216,15 @@ needs_compiled = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("form", "shape"),
     [
-        *(pytest.param(*case, marks=needs_kernels) for case in FORMS),
-        *(pytest.param(*case, marks=needs_compiled) for case in COMPILED),
+        (FLOAT16, (49, 33)),
+        (FLOAT16, (5, 7)),
+        (INT8_SCALED, (5, 7)),
+        (INT8_TILES, (49, 70)),
+        (INT4_TILES, (5, 64)),
+        (INT4_TILES, (48, 96)),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_layer_in_every_form(form: type[WeightForm], shape: tuple[int, int]) -> None:
+def test_a_layer_in_every_form(form: WeightFormat, shape: tuple[int, int], kernels: str) -> None:
     torch.manual_seed(3)
     outputs, inputs = shape
     assert form.fits(outputs, inputs)
@@ -241,10 +232,10 @@ def test_a_layer_in_every_form(form: type[WeightForm], shape: tuple[int, int]) -
     layer = HeldLinear(inputs, outputs, form, transposed=False, bias=True, dtype=torch.float32)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = nn.Parameter(bias, requires_grad=False)
-    assert isinstance(layer.held, form)
-    assert form.bytes_for(outputs, inputs) == layer.held.untracked_bytes + sum(
-        buffer.nbytes for buffer in layer.held.buffers()
-    )
+    kinds = {torch.float16: FloatForm, torch.int8: ScaledForm}
+    assert type(layer.held) is (GroupedForm if isinstance(form.numbers, Layout) else kinds[form.numbers])
+    assert form.bytes_for(outputs, inputs) == sum(buffer.nbytes for buffer in layer.held.buffers())
+    assert layer.held.alone_as_together == (kernels == "compiled" and form != INT8_SCALED)
     stood_for = layer.held.dequantised(torch.float32)
     rows = torch.randn(2, 3, inputs, requires_grad=True)
     product = layer(rows)
@@ -262,15 +253,15 @@ def test_a_layer_in_every_form(form: type[WeightForm], shape: tuple[int, int]) -
 
 
 @needs_compiled
-@pytest.mark.parametrize("form", [CompiledFloat16, Int8, Int4])
+@pytest.mark.parametrize("form", [FLOAT16, INT8_TILES, INT4_TILES])
 @pytest.mark.parametrize("count", [1, 23, 24, 31, 32, 47, 48, 63, 64, 65, 257, 600])
-def test_any_number_of_rows(form: type[WeightForm], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_rows(form: WeightFormat, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floats, "_PART", 2**13)
     torch.manual_seed(count)
     held = form.of(torch.randn(77, 96))
     assert held is not None
     rows = torch.randn(count, 96)
-    most = 1e-6 if form is CompiledFloat16 else KERNEL_ROUNDING
+    most = 1e-6 if form == FLOAT16 else KERNEL_ROUNDING
     assert relative(held.multiply(rows), rows @ held.dequantised(torch.float32).T) < most
 
 
@@ -278,12 +269,12 @@ def test_integers_are_the_nearest() -> None:
     torch.manual_seed(4)
     weight = torch.randn(6, 64) * torch.logspace(-6, 3, 6)[:, None]
     weight[5] = 0
-    eight = DequantisedInt8.of(weight)
+    eight = INT8_SCALED.of(weight)
     assert eight is not None
     # Half a step; the scale, which bfloat16 rounds, may leave the largest weight a little outside.
     steps = weight.abs().amax(1, keepdim=True) / 127
     assert ((eight.dequantised(torch.float32) - weight).abs() <= steps * (0.5 + 127 * 2**-8)).all()
-    four = Int4.of(weight)
+    four = INT4_TILES.of(weight)
     assert four is not None
     groups = weight.view(6, -1, GROUP)
     spans = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
@@ -291,24 +282,14 @@ def test_integers_are_the_nearest() -> None:
     assert (error <= spans * (0.5 / 15 + 2**-7)).all()
 
 
-@needs_kernels
-def test_four_bits_come_back_from_the_order_of_the_kernel() -> None:
-    order = kernel_order()
-    assert order is not None and sorted(order.tolist()) == list(range(len(order)))
-    weight = torch.randn(3 * len(order), 96)
-    plain, packed = Int4.of(weight), KernelInt4.of(weight)
-    assert plain is not None and packed is not None
-    assert torch.equal(plain.dequantised(torch.float32), packed.dequantised(torch.float32))
-
-
 @pytest.mark.parametrize("value", [1e5, float("inf"), float("nan")])
 def test_weights_out_of_range_stay_as_they_are(value: float) -> None:
     weight = torch.randn(48, 320)
     weight[3, 4] = value
-    for form in (PackedFloat16, ConvertedFloat16):
+    for form in (FLOAT16, NARROW):
         layer = HeldLinear(320, 48, form, transposed=False, bias=False, dtype=torch.float32)
         layer.weight = nn.Parameter(weight, requires_grad=False)
-        assert isinstance(layer.held, ConvertedFloat32)
+        assert isinstance(layer.held, FloatForm) and layer.held.weight.dtype == torch.float32
         assert torch.equal(layer.held.dequantised(torch.float32).nan_to_num(), weight.nan_to_num())
 
 
@@ -347,8 +328,7 @@ def test_the_form_is_chosen_by_the_device(kernels: str) -> None:
     cuda = torch.device("cuda")
     found = choose_weights("auto", None, float32, CPU)
     assert (found.kind, found.dtype) == ("float32" if kernels == "fallback" else "float16", float32)
-    assert (PackedFloat16 in found.forms) == (kernels == "torch")
-    assert (NarrowFloat in found.forms) == (kernels == "compiled")
+    assert (NARROW in found.forms) == (kernels == "compiled")
     found = choose_weights("auto", None, float16, CPU)
     assert (found.kind, found.dtype) == ("float16", float32 if kernels == "compiled" else float16)
     assert choose_weights("auto", None, float16, cuda) == choose_weights(None, None, float16, cuda)
@@ -360,14 +340,13 @@ def test_the_form_is_chosen_by_the_device(kernels: str) -> None:
     assert choose_weights("float16", None, bfloat16, cuda) == choose.Weights("float16", float16)
     assert choose_weights("bfloat16", None, float32, CPU) == choose.Weights("bfloat16", bfloat16)
     assert choose_weights("int4", None, bfloat16, CPU).dtype == bfloat16
-    assert choose_weights("int8", "float32", bfloat16, cuda).forms == (DequantisedInt8,)
+    assert choose_weights("int8", "float32", bfloat16, cuda).forms == (INT8_SCALED,)
     forms = choose_weights("int8", None, float32, CPU).forms
-    assert (Int8 in forms, KernelInt8 in forms) == (kernels == "compiled", kernels != "fallback")
-    assert choose_weights("int4", None, float32, CPU).forms == ((KernelInt4, Int4) if kernels == "torch" else (Int4,))
+    assert forms == ((INT8_TILES, INT8_SCALED) if kernels == "compiled" else (INT8_SCALED,))
+    assert choose_weights("int4", None, float32, CPU).forms == (INT4_TILES,)
 
 
 @pytest.mark.skipif(not has_float_kernels(), reason="the kernels were not compiled for this CPU")
-@needs_kernels
 @pytest.mark.parametrize(
     ("values", "kind", "text"),
     [(None, "float16", "float16/float32"), ("bfloat16", "bfloat16", "float32"), ("float16", "float16", "float32")],
@@ -392,7 +371,6 @@ def test_unless_told_float32_takes_half_the_bytes_exactly_if_its_values_allow_it
 
 
 @pytest.mark.skipif(not has_float_kernels(), reason="the kernels were not compiled for this CPU")
-@needs_kernels
 @pytest.mark.parametrize(("family", "computes"), [("llama", torch.float32), ("mixtral", torch.float16)])
 def test_a_float16_checkpoint_computes_in_float32_only_where_that_takes_little_memory(
     family: str, computes: torch.dtype, tmp_path: Path
@@ -415,7 +393,7 @@ def test_integers_are_not_told_as_exact_where_one_layer_stays_as_it_is(kind: str
     as_it_is.weight = nn.Parameter(torch.full((32, 64), torch.inf))
     integers = HeldLinear(64, 32, chosen.forms[-1], transposed=False, bias=False, dtype=torch.float32)
     integers.weight = nn.Parameter(torch.randn(32, 64))
-    assert isinstance(as_it_is.held, ConvertedFloat32)
+    assert isinstance(as_it_is.held, FloatForm) and as_it_is.held.weight.dtype == torch.float32
     assert chosen.as_loaded([as_it_is.held, integers.held, None]).text == f"{kind}/float32"
 
 

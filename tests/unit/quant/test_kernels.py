@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from splitnet.errors import KernelsError
 from splitnet.quant import native
-from splitnet.quant.integers import Int8
+from splitnet.quant.choose import INT8_TILES
 from splitnet.quant.native import multiply_floats
 from splitnet.quant.stored import TABLES, StoredMatrix
 from tests.unit.quant.test_grouped_forms import far, hold_stored
@@ -69,7 +69,7 @@ def most(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @given(outputs, inputs, counts, seeds)
 def test_int8(outputs: int, inputs: int, count: int, seed: int) -> None:
     rows = rows_of(count, inputs, seed)
-    held = Int8.of(torch.randn(outputs, inputs))
+    held = INT8_TILES.of(torch.randn(outputs, inputs))
     assert held is not None
     weight = held.dequantised(torch.float32)
     product = held.multiply(rows)
@@ -108,7 +108,7 @@ def test_floats(dtype: torch.dtype, outputs: int, inputs: int, count: int, seed:
 def test_what_is_no_number_stays_none_in_its_row(value: float) -> None:
     rows = torch.randn(3, 64)
     rows[1, 5] = value
-    held = Int8.of(torch.randn(16, 64))
+    held = INT8_TILES.of(torch.randn(16, 64))
     assert held is not None
     product = held.multiply(rows)
     assert not product[1].isfinite().any()
@@ -117,7 +117,7 @@ def test_what_is_no_number_stays_none_in_its_row(value: float) -> None:
 
 def test_largest_numbers_do_not_overflow() -> None:
     rows = torch.ones(1, 2**15)
-    held = Int8.of(torch.ones(1, 2**15))
+    held = INT8_TILES.of(torch.ones(1, 2**15))
     assert held is not None
     assert held.multiply(rows).item() == pytest.approx(2**15, rel=1e-2)
 
@@ -126,7 +126,7 @@ def test_largest_numbers_do_not_overflow() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads_share_the_outputs(threads: int) -> None:
     rows = torch.randn(2, 96)
-    held = Int8.of(torch.randn(50, 96))
+    held = INT8_TILES.of(torch.randn(50, 96))
     assert held is not None
     half = torch.randn(50, 96).half()
 
