@@ -21,7 +21,7 @@ import torch
 from splitnet.blocks.fast.compiled import CompiledStep
 from splitnet.blocks.span import Part, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.families import COMPILED
+from splitnet.checkpoint.families import FAMILIES
 from splitnet.quant.choose import INTEGERS
 from tests.unit.blocks.test_compiled_families import SIZES
 from tests.unit.random_models import random_checkpoint
@@ -70,7 +70,9 @@ def measure(span: Span, context: int, rounds: int, steps: int) -> tuple[dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", default=sorted(COMPILED))
+    parser.add_argument(
+        "--families", nargs="+", default=[name for name, family in FAMILIES.items() if family.native_step]
+    )
     parser.add_argument("--weights", default="float32", help="what they are held as")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=6)

@@ -9,9 +9,9 @@ from textwrap import fill
 
 from gguf import GGML_QUANT_SIZES
 
-from splitnet.checkpoint.families import COMPILED, LEAN, PACKS, REFUSED, STATES, TEXT_ALONE
+from splitnet.checkpoint.families import FAMILIES as FACTS
+from splitnet.checkpoint.families import Family
 from splitnet.checkpoint.gguf.layouts import BLOCK_TYPES
-from splitnet.checkpoint.quant.mlx import FAMILIES as MLX_FAMILIES
 from splitnet.quant.grouped import held_bytes
 from splitnet.quant.stored import Kind, Layout
 from tests.swarm.test_catalogue import CATALOGUE, NOT_CUT
@@ -68,21 +68,25 @@ def sections() -> Iterator[str]:
         "`tests/unit/blocks/test_compiled_families.py` for each of these families; experts must be held in codes. They "
         "are for CPUs with AVX512 and VNNI ([how](decisions/0012-lean-steps.md))."
     )
-    yield ", ".join(f"`{name}`" for name in sorted(COMPILED)) + "."
+    yield ", ".join(f"`{name}`" for name in sorted(FACTS) if FACTS[name].native_step) + "."
     yield (
         "Of multimodal checkpoints the text model runs, where it is one of a family above. Some have text models that "
         "transformers has nowhere else, and that do what others do: "
-        f"{', '.join(f'`{text}` as `{_family_of(text)}`' for text in TEXT_ALONE)}."
+        f"{', '.join(f'`{text}` as `{_family_of(text)}`' for text, family in FACTS.items() if family.text_as)}."
     )
     yield "Refused, as their blocks cannot be cut apart:"
-    yield table(("family", "why"), [(f"`{name}`", why) for name, why in sorted(REFUSED.items())])
+    yield table(
+        ("family", "why"),
+        [(f"`{name}`", why) for name, why in sorted((name, one.refused) for name, one in FACTS.items()) if why],
+    )
     yield "## Formats"
     yield f"Bits per weight in the files and as held, of a weight of {SIDE} x {SIDE}."
     yield table(("in safetensors", "in the file", "held"), _layouts())
     yield (
         "MLX is read with 2 to 8 bits and in its modes `mxfp4`, `mxfp8` and `nvfp4`, single layers in other ones too, "
         "of families in which mlx-lm changes no more than the names of experts: "
-        f"{', '.join(f'`{name}`' for name in sorted(MLX_FAMILIES))}. Of AWQ the packing `gemm` is read (and `exllama`, "
+        f"{', '.join(f'`{name}`' for name in sorted(FACTS) if FACTS[name].mlx)}. "
+        "Of AWQ the packing `gemm` is read (and `exllama`, "
         "which is the same in files), of AutoRound `auto_round:auto_gptq` and `auto_round:auto_awq`. What is not read "
         "is refused by name: Quark, HQQ, AQLM and others."
     )
@@ -90,7 +94,7 @@ def sections() -> Iterator[str]:
 
 
 def _family_of(text: str) -> str:
-    return {"qwen3_vl_moe_text": "qwen3_moe"}.get(text) or TEXT_ALONE[text][0]
+    return {"qwen3_vl_moe_text": "qwen3_moe"}.get(text) or FACTS[text].text_as
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -112,10 +116,11 @@ def _families() -> list[tuple[str, ...]]:
     def mark(known: bool) -> str:
         return "yes" if known else ""
 
-    def short(name: str) -> str:
-        return "compiled, of torch" if name in LEAN else "compiled" if name in COMPILED else ""
+    def short(family: Family) -> str:
+        return "compiled, of torch" if family.torch_step else "compiled" if family.native_step else ""
 
-    return [(f"`{name}`", mark(name in PACKS), mark(name in STATES), short(name)) for name in sorted(FAMILIES)]
+    known = [(name, FACTS.get(name, Family())) for name in sorted(FAMILIES)]
+    return [(f"`{name}`", mark(family.packs), mark(family.states), short(family)) for name, family in known]
 
 
 def _layouts() -> list[tuple[str, ...]]:

@@ -27,13 +27,10 @@ from splitnet.blocks.rotary import LengthDependentRopes
 from splitnet.blocks.stand_in import check_neutral
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import (
-    COMPILED,
-    LEAN,
     NEUTRAL_CONFIG,
-    ONE_BY_ONE,
-    ONE_WINDOW,
     TAKEN_WEIGHTS,
     backbone_class,
+    family_of,
     keeps_states,
     packs_sequences,
     score_heads,
@@ -161,7 +158,7 @@ class Span:
         self._packs = packs
         self._sdpa = bool(getattr(backbone, "_supports_sdpa", False))
         self._keeps_states = keeps_states(backbone.config)
-        self._one_by_one = backbone.config.model_type in ONE_BY_ONE
+        self._one_by_one = family_of(backbone.config).one_by_one
         self._score_heads = score_heads(backbone)
         self._nothing_cached = PassThrough()
         self._ropes: LengthDependentRopes = whole._ropes if whole else LengthDependentRopes(backbone)
@@ -522,10 +519,11 @@ class Span:
     def _fast_step(self, blocks: Sequence[nn.Module], rope: nn.Module | None) -> FastStep | None:
         """A faster way for decode steps, if there is one for these blocks that gives the same."""
         config = self._backbone.config
-        of_torch = self._packs and config.model_type in LEAN
-        if not of_torch and (config.model_type not in COMPILED or self._ropes.any):
+        family = family_of(config)
+        of_torch = self._packs and family.torch_step
+        if not of_torch and (not family.native_step or self._ropes.any):
             return None
-        everywhere = getattr(config, "sliding_window", None) if config.model_type in ONE_WINDOW else None
+        everywhere = getattr(config, "sliding_window", None) if family.one_window else None
         windows = self._windows or [everywhere] * (self._whole.end - self._whole.start)
         if self._whole is not self:
             former = self._whole._lean

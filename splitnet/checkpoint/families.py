@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from transformers import (
@@ -31,99 +32,145 @@ MAX_LENGTH = 1 << 48
 """Longer than all sequences."""
 _BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "swa_rope_theta")
 
-PACKS = frozenset(
-    {
-        *("apertus", "arcee", "codegen", "cohere", "cohere2", "cwm", "deepseek_v3", "ernie4_5", "ernie4_5_moe"),
-        *(
-            "exaone4",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "gemma4_text",
-            "glm",
-            "glm4",
-            "glm4_moe",
-            "gpt2",
-            "gpt_bigcode",
-            "gpt_neox",
-        ),
-        *("gpt_oss", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "internlm3", "llama", "minimax_m2"),
-        *("ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt"),
-        *("persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
-        *("solar_open", "starcoder2"),
-    }
-)
-"""Families whose attention can be replaced by a packed one, so that sequences share a pass: each is in the tests."""
 
-STATES = frozenset(
-    {
-        *(
-            "bamba",
-            "falcon_h1",
-            "falcon_mamba",
-            "granitemoehybrid",
-            "jamba",
-            "kimi_linear",
-            "lfm2",
-            "lfm2_moe",
-            "mamba",
-        ),
-        *("mamba2", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
-    }
-)
-"""Families with blocks that keep states besides keys and values, or nothing at all: each is in the tests. Their code
-goes on from a state with many positions as with one by one, but for those of `ONE_BY_ONE`."""
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What is special about a family. Each fact is in the tests of every family of which it is told.
 
-ONE_BY_ONE = frozenset({"falcon_mamba", "jamba", "mamba"})
-"""Those of them that forget the state before a step of several positions: these run one by one, behind the first
-step."""
+    Attributes:
+        packs: its attention can be replaced by a packed one, so that sequences share a pass.
+        states: some blocks keep states besides keys and values, or nothing at all. Their code goes on from a state with
+            many positions as with one by one.
+        one_by_one: but of these, it forgets the state before a step of several positions: positions run one by one,
+            behind the first step.
+        native_step: `splitnet.blocks.fast.describe` knows all that its blocks do, so that steps are compiled.
+        torch_step: short steps need not run its own code, as its blocks do what Llama's do at every position. That
+            parts have the same names is not enough: others leave the rotary embedding out in some blocks (SmolLM3), or
+            scale queries far from the beginning (Ministral 3), which no short trial shows.
+        one_window: a sliding window of the config is that of all blocks; others must say which blocks have it.
+        mlx: mlx-lm changes nothing but how experts are named (`sanitize` in `mlx_lm/models`). In others it changes
+            values: norms get one more, kernels and experts lie otherwise.
+        same_as: what transformers calls a family that published configs name otherwise.
+        text_as: of a text model that transformers has only inside of multimodal ones, the family whose blocks do the
+            same; `text_values` are values of its config.
+        heads_share_hidden: heads are as wide as hidden states by the number of heads, whatever the config says.
+        attention: a kind of blocks that attend in a way of their own, to positions that are all kept.
+        refused: why it cannot be cut, where the config does not tell.
+    """
 
-LEAN = frozenset(
-    {
-        *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
-        *("ernie4_5_moe", "glm4_moe", "gpt_oss", "minimax_m2", "olmoe", "solar_open"),
-    }
-)
-"""Families whose short steps need not run their own code, as their blocks do what Llama's do at every position: each is
-in the tests. That parts have the same names is not enough: others leave the rotary embedding out in some blocks
-(SmolLM3), or scale queries far from the beginning (Ministral 3), which no short trial shows."""
+    packs: bool = False
+    states: bool = False
+    one_by_one: bool = False
+    native_step: bool = False
+    torch_step: bool = False
+    one_window: bool = False
+    mlx: bool = False
+    same_as: str = ""
+    text_as: str = ""
+    text_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    heads_share_hidden: bool = False
+    attention: str = ""
+    refused: str = ""
 
-COMPILED = LEAN | {
-    *("apertus", "arcee", "bloom", "codegen", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "falcon", "gemma"),
-    *("gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "granitemoe"),
-    *("helium", "hunyuan_v1_dense", "internlm3", "ministral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "opt"),
-    *("persimmon", "phi", "phi3", "smollm3", "stablelm", "starcoder2"),
-    *("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"),
+
+FAMILIES: Mapping[str, Family] = {
+    "apertus": Family(packs=True, native_step=True, mlx=True),
+    "arcee": Family(packs=True, native_step=True),
+    "bamba": Family(states=True),
+    "bloom": Family(native_step=True),
+    "codegen": Family(packs=True, native_step=True),
+    "cohere": Family(packs=True, native_step=True, mlx=True),
+    "cohere2": Family(packs=True, native_step=True, mlx=True),
+    "cwm": Family(packs=True, native_step=True),
+    "deepseek_v2": Family(native_step=True),
+    "deepseek_v3": Family(packs=True, native_step=True),
+    "deepseek_v32": Family(attention="indexed_attention"),
+    "deepseek_v4": Family(
+        refused="between its blocks there are several hidden states, and some blocks choose experts by the token"
+    ),
+    "ernie4_5": Family(packs=True, native_step=True),
+    "ernie4_5_moe": Family(packs=True, torch_step=True, native_step=True),
+    "exaone4": Family(packs=True, native_step=True, mlx=True),
+    "falcon": Family(native_step=True),
+    "falcon_h1": Family(states=True),
+    "falcon_mamba": Family(states=True, one_by_one=True),
+    "gemma": Family(packs=True, native_step=True, mlx=True),
+    "gemma2": Family(packs=True, native_step=True, mlx=True),
+    "gemma3_text": Family(packs=True, native_step=True, mlx=True),
+    "gemma3n_text": Family(refused="its blocks share states with each other besides the hidden state"),
+    "gemma4_text": Family(packs=True),
+    "glm": Family(packs=True, native_step=True),
+    "glm4": Family(packs=True, native_step=True, mlx=True),
+    "glm4_moe": Family(packs=True, torch_step=True, native_step=True, mlx=True),
+    "glm4_moe_lite": Family(native_step=True),
+    "glm4v_moe_text": Family(text_as="glm4_moe", text_values={"use_qk_norm": False}),
+    "glm4v_text": Family(text_as="glm4", text_values={"attention_bias": True}, heads_share_hidden=True),
+    "glm_moe_dsa": Family(attention="indexed_attention"),
+    "gpt2": Family(packs=True, native_step=True),
+    "gpt_bigcode": Family(packs=True, native_step=True),
+    "gpt_neox": Family(packs=True, native_step=True),
+    "gpt_oss": Family(packs=True, torch_step=True, native_step=True),
+    "gptj": Family(packs=True, native_step=True),
+    "granite": Family(packs=True, native_step=True, mlx=True),
+    "granitemoe": Family(packs=True, native_step=True),
+    "granitemoehybrid": Family(states=True),
+    "helium": Family(packs=True, native_step=True, mlx=True),
+    "hunyuan_v1_dense": Family(packs=True, native_step=True, mlx=True),
+    "internlm3": Family(packs=True, native_step=True, mlx=True),
+    "jamba": Family(states=True, one_by_one=True),
+    "kimi_k2": Family(same_as="deepseek_v3"),
+    "kimi_linear": Family(states=True),
+    "lfm2": Family(states=True),
+    "lfm2_moe": Family(states=True),
+    "llama": Family(packs=True, torch_step=True, native_step=True, mlx=True),
+    "llama4_text": Family(attention="chunked_attention"),
+    "mamba": Family(states=True, one_by_one=True),
+    "mamba2": Family(states=True),
+    "minimax_m2": Family(packs=True, torch_step=True, native_step=True, mlx=True),
+    "ministral": Family(packs=True, native_step=True),
+    "ministral3": Family(packs=True, mlx=True),
+    "mistral": Family(packs=True, torch_step=True, native_step=True, one_window=True, mlx=True),
+    "mixtral": Family(packs=True, torch_step=True, native_step=True, one_window=True, mlx=True),
+    "mpt": Family(native_step=True),
+    "nemotron": Family(packs=True, native_step=True, mlx=True),
+    "nemotron_h": Family(states=True),
+    "olmo": Family(packs=True, native_step=True, mlx=True),
+    "olmo2": Family(packs=True, native_step=True, mlx=True),
+    "olmo3": Family(packs=True, native_step=True, mlx=True),
+    "olmo_hybrid": Family(states=True),
+    "olmoe": Family(packs=True, torch_step=True, native_step=True, one_window=True, mlx=True),
+    "opt": Family(packs=True, native_step=True),
+    "persimmon": Family(packs=True, native_step=True),
+    "phi": Family(packs=True, native_step=True, mlx=True),
+    "phi3": Family(packs=True, native_step=True, one_window=True, mlx=True),
+    "qwen2": Family(packs=True, torch_step=True, native_step=True, mlx=True),
+    "qwen2_5_vl_text": Family(text_as="qwen2", heads_share_hidden=True),
+    "qwen2_moe": Family(packs=True, torch_step=True, native_step=True, mlx=True),
+    "qwen2_vl_text": Family(text_as="qwen2", heads_share_hidden=True),
+    "qwen3": Family(packs=True, torch_step=True, native_step=True, mlx=True),
+    "qwen3_5_moe_text": Family(states=True),
+    "qwen3_5_text": Family(states=True),
+    "qwen3_moe": Family(packs=True, torch_step=True, native_step=True, one_window=True, mlx=True),
+    "qwen3_next": Family(states=True),
+    "qwen3_vl_moe_text": Family(text_as="qwen3_vl_moe_alone", text_values={"norm_topk_prob": True}),
+    "qwen3_vl_text": Family(text_as="qwen3"),
+    "seed_oss": Family(packs=True, torch_step=True, native_step=True, mlx=True),
+    "smollm3": Family(packs=True, native_step=True, mlx=True),
+    "solar_open": Family(packs=True, torch_step=True, native_step=True, mlx=True),
+    "stablelm": Family(packs=True, native_step=True, mlx=True),
+    "starcoder2": Family(packs=True, native_step=True, one_window=True, mlx=True),
+    "youtu": Family(native_step=True),
+    "zamba": Family(refused="some of its blocks have the same weights"),
+    "zamba2": Family(refused="some of its blocks have the same weights"),
 }
-"""Families with compiled steps: `splitnet.blocks.fast.describe` knows all that their blocks do. Each is in the
-tests."""
 
-ONE_WINDOW = frozenset({"mistral", "mixtral", "olmoe", "phi3", "qwen3_moe", "starcoder2"})
-"""Those of them in which a sliding window of the config is that of all blocks; others must say which blocks have it."""
 
-SAME_AS: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
-"""Names of families in published configs that transformers has under another name."""
+def family_of(config: PreTrainedConfig) -> Family:
+    """What is special about the family of a text model."""
+    return FAMILIES.get(config.model_type, _ORDINARY)
 
-TEXT_ALONE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "glm4v_moe_text": ("glm4_moe", {"use_qk_norm": False}),
-    "glm4v_text": ("glm4", {"attention_bias": True}),
-    "qwen2_5_vl_text": ("qwen2", {}),
-    "qwen2_vl_text": ("qwen2", {}),
-    "qwen3_vl_moe_text": ("qwen3_vl_moe_alone", {"norm_topk_prob": True}),
-    "qwen3_vl_text": ("qwen3", {}),
-}
-"""Text models that transformers has only inside of multimodal ones: the family whose blocks do the same, and values of
-its config."""
-_HEADS_SHARE_HIDDEN = ("glm4v_text", "qwen2_5_vl_text", "qwen2_vl_text")
-"""Those of them whose heads are as wide as hidden states by the number of heads, whatever their config says."""
 
-REFUSED: Mapping[str, str] = {
-    "deepseek_v4": "between its blocks there are several hidden states, and some blocks choose experts by the token",
-    "zamba2": "some of its blocks have the same weights",
-    "zamba": "some of its blocks have the same weights",
-    "gemma3n_text": "its blocks share states with each other besides the hidden state",
-}
-"""Families that cannot be cut, and why, where the config does not tell."""
+_ORDINARY = Family()
 
 ADDED_POSITIONS = ("wpe", "embed_positions")
 """Children of the module that holds the blocks whose output the backbone adds to the embeddings. The client does so;
@@ -138,13 +185,6 @@ their output would do nothing."""
 
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
-_OTHER_ATTENTION: Mapping[str, set[str]] = {
-    "deepseek_v32": {"indexed_attention"},
-    "glm_moe_dsa": {"indexed_attention"},
-    "llama4_text": {"chunked_attention"},
-}
-"""Kinds of blocks of families that attend in a way of their own, to positions that are all kept."""
-
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the text model within that of a checkpoint.
@@ -153,16 +193,17 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
     """
     text = config.get_text_config()
     make_known(text)
-    if text.model_type not in TEXT_ALONE:
+    family = family_of(text)
+    if not family.text_as:
         return text
-    family, own = TEXT_ALONE[text.model_type]
     values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
     # Without images the three positions of every token are equal, and the rotary embedding is that of the family.
     rope = {key: value for key, value in (text.rope_parameters or {}).items() if key[:5] not in ("mrope", "type")}
-    values |= {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_type": "default"} | rope, **own}
-    if text.model_type in _HEADS_SHARE_HIDDEN:
+    values |= {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_type": "default"} | rope}
+    values |= family.text_values
+    if family.heads_share_hidden:
         values["head_dim"] = text.hidden_size // text.num_attention_heads
-    return CONFIG_MAPPING[family](**values)
+    return CONFIG_MAPPING[family.text_as](**values)
 
 
 def make_known(config: PreTrainedConfig) -> None:
@@ -211,7 +252,7 @@ def check_can_be_cut(config: PreTrainedConfig) -> None:
     Raises:
         UnsupportedModel: the message names the family and says why.
     """
-    reason = REFUSED.get(config.model_type) or _reason_against(config)
+    reason = family_of(config).refused or _reason_against(config)
     if reason:
         raise UnsupportedModel(
             f"models of the family {config.model_type!r} cannot be cut into spans: {reason}. Use a decoder-only model "
@@ -263,12 +304,12 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 def packs_sequences(config: PreTrainedConfig) -> bool:
     """Whether several sequences can share one pass through the backbone; if not they run one after the other."""
-    return config.model_type in PACKS and not RopeLengths(config).matter
+    return family_of(config).packs and not RopeLengths(config).matter
 
 
 def keeps_states(config: PreTrainedConfig) -> bool:
     """Whether some blocks of the family keep more than keys and values, or nothing."""
-    return config.model_type in STATES
+    return family_of(config).states
 
 
 def why_no_prefix(config: PreTrainedConfig) -> str:
@@ -372,7 +413,7 @@ def _reason_against(config: PreTrainedConfig) -> str:
         return "its blocks share KV caches with each other"
     if "shared" in (getattr(config, "indexer_types", None) or ()):
         return "some of its blocks attend to the positions that the block before has chosen"
-    known = _ATTENTION_TYPES | _OTHER_ATTENTION.get(config.model_type, set())
+    known = _ATTENTION_TYPES | {family_of(config).attention}
     others = sorted(set(getattr(config, "layer_types", None) or ()) - known)
     if others:
         return f"it has blocks of the kind {others[0]!r}, whose states are not known here"

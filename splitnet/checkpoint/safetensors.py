@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from splitnet.checkpoint.families import SAME_AS, check_values
+from splitnet.checkpoint.families import FAMILIES, check_values
 from splitnet.checkpoint.quant.format import DESCRIPTION_BYTES, Part, Weights
 from splitnet.checkpoint.quant.known import quantization_settings, quantized_format
 from splitnet.checkpoint.shards import Shards, TensorInfo, read_tensor_infos
@@ -64,8 +64,9 @@ class SafetensorsStore:
             try:
                 values, _ = PreTrainedConfig.get_config_dict(self._config_file)
                 check_values(values, self._config_file)
-                if known := SAME_AS.get(values.get("model_type", "")):
-                    config = AutoConfig.for_model(**(values | {"model_type": known}))
+                known = FAMILIES.get(str(values.get("model_type")))
+                if known is not None and known.same_as:
+                    config = AutoConfig.for_model(**(values | {"model_type": known.same_as}))
                 else:
                     config = AutoConfig.from_pretrained(self._config_file, trust_remote_code=False)
             except OSError as error:

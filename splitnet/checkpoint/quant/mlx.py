@@ -7,21 +7,11 @@ from typing import Any
 
 import torch
 
+from splitnet.checkpoint.families import FAMILIES, Family
 from splitnet.checkpoint.quant.format import WEIGHT, Part, QuantizedFormat, Suffix, misfit, number_in, one_or_stacked
 from splitnet.checkpoint.quant.scaled_floats import SCALE_KINDS
 from splitnet.errors import UnsupportedModel
 from splitnet.quant.stored import Codes, Kind, Layout, StoredTensor, unpack_words
-
-FAMILIES = frozenset(
-    {
-        *("apertus", "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "glm4_moe", "granite"),
-        *("helium", "hunyuan_v1_dense", "internlm3", "llama", "minimax_m2", "ministral3", "mistral", "mixtral"),
-        *("nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
-        *("seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2"),
-    }
-)
-"""Of which mlx-lm changes nothing but how experts are named (`sanitize` in `mlx_lm/models`). In others it changes
-values: norms get one more, kernels and experts lie otherwise."""
 
 _FLOATS: Mapping[str, Layout] = {
     "mxfp4": Layout(4, 32, Kind.E8M0, table="e2m1"),
@@ -51,7 +41,7 @@ class Mlx(QuantizedFormat):
     needed = frozenset({WEIGHT, "scales"})
 
     def __init__(self, settings: Mapping[str, Any], family: str) -> None:
-        if family not in FAMILIES:
+        if not FAMILIES.get(family, Family()).mlx:
             raise UnsupportedModel(
                 f"what MLX changes in checkpoints of the family {family!r} is not known here: take the original of "
                 "this model, or a GGUF file"

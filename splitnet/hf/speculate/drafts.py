@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache
 
 from scheduler.load import MovingAverage
 from splitnet.blocks.kv_cache import OneRow, RowCache, RowStates
-from splitnet.checkpoint.families import ONE_BY_ONE, keeps_states, states_per_block
+from splitnet.checkpoint.families import family_of, keeps_states, states_per_block
 from splitnet.errors import SplitnetError
 
 SHARE = 0.2
@@ -90,7 +90,7 @@ class DraftModel:
         self._cache = DynamicCache()  # of full layers, which can always be cropped
         self._row = RowCache(states=RowStates(states_per_block(config))) if has_states else None
         """In its place where blocks keep states; it has the tokens as what came in."""
-        self._one_by_one = has_states and config.model_type in ONE_BY_ONE
+        self._one_by_one = has_states and family_of(config).one_by_one
 
     @property
     def draft_ms(self) -> float:

@@ -14,12 +14,13 @@ from splitnet.blocks.fast.compiled import CompiledStep
 from splitnet.blocks.fast.describe import Activation, Norm, UnknownPart
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.families import COMPILED
+from splitnet.checkpoint.families import FAMILIES
 from splitnet.quant import native
 from tests.unit.blocks.test_lean_step import EXPERTS, EXPERTS_IN_CODES, LATENTS
 from tests.unit.random_models import random_checkpoint
 from tests.unit.span_runs import decoded, windows_of_drafts
 
+COMPILED = {name for name, family in FAMILIES.items() if family.native_step}
 WITH_EXPERTS = {*EXPERTS, *(family for family, _ in EXPERTS_IN_CODES.values())}
 """Which compiled steps have in codes; see test_lean_step.py."""
 

@@ -32,7 +32,7 @@ from splitnet.blocks.kv_cache import RowCache
 from splitnet.blocks.sizes import ModelSizes
 from splitnet.blocks.span import Part, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.families import LEAN, ONE_WINDOW, PACKS, STATES, check_can_be_cut
+from splitnet.checkpoint.families import FAMILIES, check_can_be_cut
 from splitnet.errors import AdapterError, OutOfMemory, UnsupportedModel
 from splitnet.quant import memory
 from splitnet.quant.linear import HeldLinear
@@ -62,6 +62,8 @@ def _dynamic_rope(**more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_theta": 10_000.0, **more}, "max_position_embeddings": 16}
 
 
+PACKS = {name for name, family in FAMILIES.items() if family.packs}
+STATES = {name for name, family in FAMILIES.items() if family.states}
 NAMED = (
     *("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "mixtral", "olmo2"),
     *("gpt_oss", "smollm3", "gpt2", "opt", "gpt_neox", "bloom", "falcon"),
@@ -197,7 +199,9 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 
 def test_every_family_of_which_something_is_known_is_among_the_cases() -> None:
-    assert {case.family for case in (*CASES, *OTHER_CASES)} >= PACKS | STATES | LEAN | ONE_WINDOW
+    assert {case.family for case in (*CASES, *OTHER_CASES)} >= PACKS | STATES | {
+        name for name, family in FAMILIES.items() if family.torch_step or family.one_window
+    }
 
 
 @pytest.mark.default_cases(case=STRUCTURES)
