@@ -252,11 +252,11 @@ def bytes_read(checkpoint: Checkpoint, shape: Shape) -> tuple[int, int]:
     """Bytes of the blocks in the files, and those that a token reads of blocks and head."""
     in_files = read = 0
     for tensors in checkpoint.block_tensors:
-        facts = checkpoint.facts([tensor.name for tensor in tensors])
+        facts = checkpoint.store.facts([tensor.name for tensor in tensors])
         for name, fact in facts.items():
             in_files += fact.nbytes
             read += fact.nbytes * shape.chosen // shape.experts if ".experts." in name else fact.nbytes
-    head = checkpoint.facts(["lm_head.weight"])["lm_head.weight"].nbytes
+    head = checkpoint.store.facts(["lm_head.weight"])["lm_head.weight"].nbytes
     return in_files, read + head
 
 
@@ -342,7 +342,7 @@ def run(shape: Shape, folder: Path, arguments: argparse.Namespace, stack: ExitSt
     if arguments.in_process:
         daemons.__exit__(None, None, None)  # there may not be memory for both
         blocks_ms = decode_ms(checkpoint, arguments.tokens)
-        of_blocks = read - checkpoint.facts(["lm_head.weight"])["lm_head.weight"].nbytes
+        of_blocks = read - checkpoint.store.facts(["lm_head.weight"])["lm_head.weight"].nbytes
         print(f"\nAll blocks in one process: {blocks_ms:.2f} ms per token, {of_blocks / speed * 1000 / blocks_ms:.0%}.")
 
 

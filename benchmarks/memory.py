@@ -170,7 +170,7 @@ def main() -> None:
         watch.memory()
     whole = memory_of(WHOLE + GENERATE, *words)
     print(client.row("splitnet", checkpoint.bytes_of(checkpoint.shell_names, dtype), base))
-    print(whole.row("plain transformers", checkpoint.bytes_of(checkpoint.names, dtype), base))
+    print(whole.row("plain transformers", checkpoint.bytes_of(checkpoint.store.names, dtype), base))
 
 
 if __name__ == "__main__":

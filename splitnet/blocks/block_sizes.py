@@ -94,7 +94,7 @@ def check_file_bytes(checkpoint: Checkpoint) -> None:
 
 def block_sizes(checkpoint: Checkpoint, weights: Weights, blocks: range) -> list[BlockSize]:
     """The sizes of each block."""
-    facts = checkpoint.facts(tensor.name for index in blocks for tensor in checkpoint.block_tensors[index])
+    facts = checkpoint.store.facts(tensor.name for index in blocks for tensor in checkpoint.block_tensors[index])
     plain = [
         sum(facts[tensor.name].bytes_as(weights.dtype) for tensor in checkpoint.block_tensors[index])
         for index in blocks

@@ -106,7 +106,7 @@ def _load(
     # Nothing attends here: the packed attention's name only tells transformers to make no masks, where it can.
     attention = PACKED if packs_sequences(config) else None
     names = names_of_shell(checkpoint, model_class, container)
-    with checkpoint.load_tensors(names, wanted) as tensors:
+    with checkpoint.store.load_tensors(names, wanted) as tensors:
         model = load_cut(
             model_class,
             config,
@@ -138,7 +138,7 @@ def check_all_is_taken(checkpoint: Checkpoint) -> None:
     names = names_of_shell(checkpoint, model_class, container)
     for index, block in enumerate(checkpoint.block_tensors):
         names |= {f"{container}.{index}.{tensor.rest}": tensor.name for tensor in block}
-    facts = checkpoint.facts(names.values())
+    facts = checkpoint.store.facts(names.values())
     model = on_meta(model_class, checkpoint.config)
     parameters = model.state_dict()
     loaded = loaded_as(model, names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from splitnet.blocks.backbone import loaded_as, on_meta
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.store import LazyTensor
 from splitnet.errors import WeightsError
 from splitnet.quant.experts import weights_of_experts
 from splitnet.quant.integers import INT4, INT8, integer_codes
@@ -52,54 +54,43 @@ def with_coded_experts(
     found = dict(tensors)
     for name, transposed in coded.items():
         inputs = found[name].shape[-2 if transposed else -1]
-        if layout_of_experts(kind, inputs) is not None:
-            found[name] = _CodedExperts(name, found[name], transposed, kind)
+        layout = layout_of_experts(kind, inputs)
+        if layout is not None:
+            found[name] = _coded(name, found[name], transposed, layout)
     return found
 
 
-class _CodedExperts:
-    """A weight of one expert, or of all, as transformers' loading expects it; `[...]` reads nothing yet.
+def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: Layout) -> LazyTensor:
+    """A weight of one expert, or of all, of which `[...]` reads nothing before its codes are asked for.
 
     Args:
         name: in the checkpoint.
-        lazy: what reads it.
+        lazy: what reads its numbers.
         transposed: whether it is `[..., inputs, outputs]`.
-        kind: "int8" or "int4".
     """
 
-    def __init__(self, name: str, lazy: Any, transposed: bool, kind: str) -> None:
-        self._name = name
-        self._lazy = lazy
-        self._transposed = transposed
-        self._layout = _KINDS[kind]
-        self.shape: torch.Size = lazy.shape
-        self.dtype: torch.dtype = lazy.dtype
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        if index is not ...:
-            return self._lazy[index]
-        stacked = len(self.shape) == 3
-        outputs, inputs = self.shape[-2:]
-        if self._transposed:
-            outputs, inputs = inputs, outputs
-        matrices = [
-            [StoredMatrix(self._layout, (outputs, inputs), lambda expert=expert: self._read(expert))]
-            for expert in (range(self.shape[0]) if stacked else [...])
-        ]
-        return StoredTensor.__new__(
-            StoredTensor, matrices, stacked=stacked, transposed=self._transposed, dtype=torch.float32
-        )
-
-    def _read(self, expert: Any) -> Codes:
-        weight = self._lazy[expert]
+    def read(expert: Any) -> Codes:
+        weight = lazy[expert]
         numbers = weight.floats() if isinstance(weight, StoredTensor) else weight
-        lies = (numbers.T if self._transposed else numbers).float().contiguous()
-        codes = integer_codes(lies, self._layout)
+        lies = (numbers.T if transposed else numbers).float().contiguous()
+        codes = integer_codes(lies, layout)
         if codes is None:
             raise WeightsError(
-                f"{self._name} has values that are no numbers, which fit no code: use --weights with a type of floats"
+                f"{name} has values that are no numbers, which fit no code: use --weights with a type of floats"
             )
         return codes
+
+    def of(index: Any) -> torch.Tensor:
+        if index is not ...:
+            return lazy[index]
+        stacked = len(lazy.shape) == 3
+        outputs, inputs = lazy.shape[-2:]
+        if transposed:
+            outputs, inputs = inputs, outputs
+        matrices = [
+            [StoredMatrix(layout, (outputs, inputs), partial(read, expert))]
+            for expert in (range(lazy.shape[0]) if stacked else [...])
+        ]
+        return StoredTensor.__new__(StoredTensor, matrices, stacked=stacked, transposed=transposed, dtype=torch.float32)
+
+    return LazyTensor(lazy.shape, lazy.dtype, of)

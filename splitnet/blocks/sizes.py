@@ -152,7 +152,7 @@ class ModelSizes:
         whole, container = _on_meta(checkpoint.config, weights.dtype)
         parent, list_name = parent_of(whole, container)
         setattr(parent, list_name, nn.ModuleList())
-        facts = checkpoint.facts(checkpoint.names)
+        facts = checkpoint.store.facts(checkpoint.store.names)
         ends = {name: facts[stored] for name, stored in names_of_shell(checkpoint, type(whole), container).items()}
         saved: dict[int, int] = {}  # by parameter, as some share one
         for path, (one, *_) in codes_within(whole, ends).items():

@@ -237,7 +237,7 @@ class Span:
         grouped = keeps_states(config) and getattr(model_class, "_supports_sdpa", False)
         attention = PACKED if packs else GROUPED if grouped else None
         with guarded(checkpoint.name, start, end, largest, torch.device(device)):
-            with checkpoint.load_tensors(names, wanted, progress) as tensors:
+            with checkpoint.store.load_tensors(names, wanted, progress) as tensors:
                 tensors = with_coded_experts(
                     tensors, checkpoint, model_class, container, range(start, end), chosen.kind
                 )

@@ -25,15 +25,15 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
         OSError, ValueError: transformers cannot load it.
         UnsupportedModel: likewise, of a GGUF file or of quantized weights.
     """
-    if not checkpoint.source.endswith(".gguf") and (checkpoint.multimodal or not checkpoint.quantized):
+    if not checkpoint.source.endswith(".gguf") and (checkpoint.multimodal or not checkpoint.store.quantized):
         try:
             return AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=dtype, trust_remote_code=False).eval()
         except ImportError as error:
             raise UnsupportedModel(f"{checkpoint.name} cannot be loaded by transformers alone: {error}") from error
     wanted = dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
     config = copy.deepcopy(checkpoint.config)
-    names = {name: name for name in checkpoint.names}
-    with checkpoint.load_tensors(names, wanted) as tensors:
+    names = {name: name for name in checkpoint.store.names}
+    with checkpoint.store.load_tensors(names, wanted) as tensors:
         model = load_cut(causal_class(config), config, lambda model: None, tensors, wanted, None, names=names)
     model.generation_config = checkpoint.generation_config()
     return model.eval()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.checkpoint.families import causal_class, check_can_be_cut, max_positions, text_config_of
 from splitnet.checkpoint.safetensors import SafetensorsStore
-from splitnet.checkpoint.store import Progress, TensorFacts, TensorStore
+from splitnet.checkpoint.store import Progress, TensorStore
 from splitnet.checkpoint.transfer.hashing import keep_manifest, kept_manifest, make_manifest
 from splitnet.checkpoint.transfer.held import HeldPieces, WeightFolder, read_manifest
 from splitnet.checkpoint.transfer.manifest import Manifest
@@ -50,26 +49,28 @@ class Checkpoint:
     Open one with `Checkpoint.open`.
 
     Attributes:
+        store: its files.
         name: hub id, or the name of the folder.
+        source: hub id or path.
         config: of the text model.
         multimodal: the checkpoint holds more than the text model; the rest is left alone.
         tokenizer_source: where the tokenizer comes from.
+        model_type: the family as transformers names it.
+        num_blocks: of the text model.
     """
 
     def __init__(
         self, store: TensorStore, config: PreTrainedConfig, multimodal: bool = False, tokenizer: str | None = None
     ) -> None:
+        self.store = store
         self.name = store.name
+        self.source = store.source
         self.tokenizer_source = tokenizer or store.source
         self.config = config
         self.multimodal = multimodal
-        self._store = store
+        self.model_type: str = config.model_type
+        self.num_blocks: int = config.num_hidden_layers
         self._manifest: Manifest | None = None
-
-    @property
-    def source(self) -> str:
-        """Hub id or path."""
-        return self._store.source
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, tokenizer: str | None = None) -> Checkpoint:
@@ -92,31 +93,17 @@ class Checkpoint:
         """The same with files that are open."""
         whole, config = read_config(store)
         checkpoint = cls(store, config, multimodal=config is not whole, tokenizer=tokenizer)
-        if config.num_hidden_layers > len(checkpoint.names):  # raises if there are no tensors
+        if config.num_hidden_layers > len(store.names):  # raises if there are no tensors
             raise UnsupportedModel(
-                f"{store.name} has {len(checkpoint.names)} tensors, and its config says {config.num_hidden_layers} "
+                f"{store.name} has {len(store.names)} tensors, and its config says {config.num_hidden_layers} "
                 "blocks: download it again"
             )
         return checkpoint
 
     @property
-    def quantized(self) -> bool:
-        """Whether weights are stored in fewer bits than numbers of a usual type have."""
-        return self._store.quantized
-
-    @property
-    def num_blocks(self) -> int:
-        return self.config.num_hidden_layers
-
-    @property
     def hidden_size(self) -> int:
         """Values per position of a boundary activation."""
         return self.config.hidden_size
-
-    @property
-    def model_type(self) -> str:
-        """The family as transformers names it."""
-        return self.config.model_type
 
     @property
     def max_positions(self) -> int | None:
@@ -128,13 +115,8 @@ class Checkpoint:
         """The type that the weights are stored in; of quantized ones, the type that the config says they stand for."""
         if is_number_type(self.config.dtype):
             return self.config.dtype
-        types = (self._store.facts([name])[name].dtype for name in self.names)
+        types = (self.store.facts([name])[name].dtype for name in self.store.names)
         return next((dtype for dtype in types if is_number_type(dtype)), torch.float32)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of all tensors. A weight in few bits has one name, whatever it is made of in the files."""
-        return self._store.names
 
     @cached_property
     def block_tensors(self) -> tuple[tuple[BlockTensor, ...], ...]:
@@ -145,7 +127,7 @@ class Checkpoint:
                 further tokens.
         """
         containers: dict[str, dict[int, list[BlockTensor]]] = {}
-        for name in self.names:
+        for name in self.store.names:
             if match := _BLOCK_NAME.match(name):
                 blocks = containers.setdefault(match["container"], {})
                 blocks.setdefault(int(match["index"]), []).append(BlockTensor(name, match["rest"]))
@@ -171,7 +153,7 @@ class Checkpoint:
         """The names of all tensors outside the blocks."""
         assert self.block_tensors
         prefix = self._container + "."
-        return tuple(name for name in self.names if not (name.startswith(prefix) and _BLOCK_NAME.match(name)))
+        return tuple(name for name in self.store.names if not (name.startswith(prefix) and _BLOCK_NAME.match(name)))
 
     @property
     def container(self) -> str:
@@ -179,29 +161,9 @@ class Checkpoint:
         assert self.block_tensors
         return self._container
 
-    def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
-        """What is known of tensors without reading them. Reads only headers of files."""
-        return self._store.facts(names)
-
     def bytes_of(self, names: Iterable[str], dtype: torch.dtype | None) -> int:
         """Bytes of these tensors once they are loaded as numbers of type `dtype` (None: as stored)."""
-        return sum(facts.bytes_as(dtype) for facts in self.facts(names).values())
-
-    def load_tensors(
-        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
-    ) -> AbstractContextManager[dict[str, Any]]:
-        """Opens tensors for reading; from the hub, downloads the shards that hold them.
-
-        Args:
-            names: name to give a tensor -> its name in the checkpoint.
-            dtype: the type that they will be converted to by the reader.
-        """
-        return self._store.load_tensors(names, dtype, progress)
-
-    @property
-    def store(self) -> TensorStore:
-        """The files."""
-        return self._store
+        return sum(facts.bytes_as(dtype) for facts in self.store.facts(names).values())
 
     @property
     def fingerprint(self) -> str:
@@ -223,20 +185,20 @@ class Checkpoint:
             ModelNotFound: a file is missing or not complete.
         """
         if self._manifest is None:
-            folder, commit = self._store.folder, self._store.commit
+            folder, commit = self.store.folder, self.store.commit
             if folder is not None:
                 self._manifest = folder.manifest
             elif self.is_whole:  # what others have told of it before is compared with all of it
-                self._manifest = make_manifest(self._store, progress)
+                self._manifest = make_manifest(self.store, progress)
             else:
-                self._manifest = kept_manifest(commit) or make_manifest(self._store, progress)
+                self._manifest = kept_manifest(commit) or make_manifest(self.store, progress)
                 keep_manifest(commit, self._manifest)
         return self._manifest
 
     @property
     def knows_manifest(self) -> bool:
         """Whether `manifest` needs nothing but files on this machine."""
-        return self._manifest is not None or self.is_whole or kept_manifest(self._store.commit) is not None
+        return self._manifest is not None or self.is_whole or kept_manifest(self.store.commit) is not None
 
     @cached_property
     def is_whole(self) -> bool:
@@ -245,7 +207,7 @@ class Checkpoint:
         Raises:
             ModelNotFound: that cannot be said, as the hub is not reached.
         """
-        store = self._store
+        store = self.store
         if store.folder is not None or not store.commit:
             return True
         try:
@@ -257,7 +219,7 @@ class Checkpoint:
 
     def held(self) -> HeldPieces:
         """What of the weights is on this machine. See `manifest`."""
-        return self._store.folder or HeldPieces(self.manifest(), self._store)
+        return self.store.folder or HeldPieces(self.manifest(), self.store)
 
     def adopt(self, manifest: Manifest) -> None:
         """Takes a manifest as this model's, after it was compared with all that is here.
@@ -265,7 +227,7 @@ class Checkpoint:
         See `splitnet.checkpoint.transfer.matching.differs`.
         """
         self._manifest = manifest
-        keep_manifest(self._store.commit, manifest)
+        keep_manifest(self.store.commit, manifest)
 
     def get_blocks(self, start: int, end: int) -> None:
         """Gets what is missing of blocks `[start, end)` from wherever it comes.
@@ -274,7 +236,7 @@ class Checkpoint:
             SplitnetError: some cannot be had.
         """
         names = [tensor.name for block in self.block_tensors[start:end] for tensor in block]
-        with self.load_tensors({name: name for name in names}, self.dtype):
+        with self.store.load_tensors({name: name for name in names}, self.dtype):
             pass
 
     def tokenizer(self) -> Any:
@@ -283,13 +245,13 @@ class Checkpoint:
         Raises:
             ModelNotFound: the checkpoint has none, or there is none where it was said to be.
         """
-        if self.tokenizer_source == self._store.source:
-            return self._store.tokenizer()
+        if self.tokenizer_source == self.store.source:
+            return self.store.tokenizer()
         return open_store(self.tokenizer_source).tokenizer()
 
     def generation_config(self) -> GenerationConfig:
         """The model's defaults for generation; those of its config if it has none of its own."""
-        return self._store.generation_config() or GenerationConfig.from_model_config(self.config)
+        return self.store.generation_config() or GenerationConfig.from_model_config(self.config)
 
 
 def open_store(model: str | Path, revision: str | None = None) -> TensorStore:

@@ -146,7 +146,9 @@ class SafetensorsStore:
         self._shards.check_hold(stored, infos)
         return sum(infos[part].nbytes for part in stored)
 
-    def load_tensors(self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None) -> LazyTensors:
+    def load_tensors(
+        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
+    ) -> LazyTensors:
         """See `TensorStore.load_tensors`; only the shards that hold these tensors are downloaded."""
         if self.folder is not None:
             self.folder.supply([part for name in names.values() for part in self._weights.groups[name].values()])

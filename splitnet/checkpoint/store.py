@@ -20,6 +20,8 @@ from splitnet.checkpoint.transfer.held import TensorFiles, WeightFolder
 from splitnet.errors import ModelNotFound
 from splitnet.quant.stored import Layout, StoredTensor
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); from several threads, one at a time."""
 
@@ -97,7 +99,7 @@ class TensorStore(TensorFiles, Protocol):
         ...
 
     def load_tensors(
-        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None
+        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
     ) -> AbstractContextManager[dict[str, Any]]:
         """Opens tensors for reading; from the hub, downloads the files that hold them.
 
@@ -162,7 +164,23 @@ class ReadBytes:
                 self._progress(self._done, self.total)
 
 
-log = logging.getLogger(__name__)
+class LazyTensor:
+    """One tensor in the files, as transformers' loading expects it: `tensor[...]` reads it.
+
+    Args:
+        read: called with an index, for each use; what it gives needs the files no more, or is a `StoredTensor`.
+    """
+
+    def __init__(self, shape: Iterable[int], dtype: torch.dtype, read: Callable[[Any], torch.Tensor]) -> None:
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self._read = read
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._read(index)
 
 
 class LazyTensors:
@@ -192,16 +210,11 @@ class LazyTensors:
             self._read.total += nbytes
             tensor = self._weights.tensor(name, part)
             if tensor is None:
-                tensors[given] = _LazyTensor(slices[name], infos[name].shape, infos[name].dtype, self.take)
-            elif isinstance(tensor, Numbers):
+                tensors[given] = self._plain(slices[name], infos[name])
+                continue
+            if isinstance(tensor, Numbers):
                 converted.append(tensor)
-                tensors[given] = _LazyTensor(
-                    _Whole(tensor.read), tensor.shape, tensor.dtype, lambda read, n=nbytes: self._counted(read, n)
-                )
-            else:
-                tensors[given] = _LazyTensor(
-                    tensor, tuple(tensor.shape), tensor.dtype, lambda read, n=nbytes: self._counted(read, n)
-                )
+            tensors[given] = self._quantized(tensor, nbytes)
         if converted:
             size = sum(math.prod(numbers.shape) for numbers in converted) * self._dtype.itemsize
             log.warning(
@@ -220,11 +233,20 @@ class LazyTensors:
         """Counts a tensor as read; one that keeps its type is copied, or it would stay on the mapped file."""
         if tensor.dtype == self._dtype:
             tensor = tensor.clone()
-        return self._counted(tensor, tensor.nbytes)
-
-    def _counted(self, tensor: torch.Tensor, nbytes: int) -> torch.Tensor:
-        self._read.add(nbytes)
+        self._read.add(tensor.nbytes)
         return tensor
+
+    def _plain(self, stored: Any, info: TensorInfo) -> LazyTensor:
+        return LazyTensor(info.shape, info.dtype, lambda index: self.take(stored[index]))
+
+    def _quantized(self, tensor: Numbers | StoredTensor, nbytes: int) -> LazyTensor:
+        def read(index: Any) -> torch.Tensor:
+            whole = tensor.read() if isinstance(tensor, Numbers) else tensor
+            found = whole if index is ... else whole[index]
+            self._read.add(nbytes)
+            return found
+
+        return LazyTensor(tensor.shape, tensor.dtype, read)
 
     def _open(self, names: set[str]) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
         """What the headers say of tensors in the files, and what reads them; that outlives this state dict."""
@@ -246,37 +268,3 @@ class LazyTensors:
                     f"{shard} of {self._shards.name} is not complete, or is damaged ({error}): download it again"
                 ) from error
         return infos, slices
-
-
-class _LazyTensor:
-    """One tensor on disk, as transformers' loading expects it: `tensor[...]` reads it."""
-
-    def __init__(
-        self,
-        stored: Any,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        take: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        self._stored = stored
-        self._take = take
-        self.shape = torch.Size(shape)
-        self.dtype = dtype
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        if index is ... and isinstance(self._stored, StoredTensor):
-            return self._take(self._stored)
-        return self._take(self._stored[index])
-
-
-class _Whole:
-    """What is read as a whole, whatever part is asked for."""
-
-    def __init__(self, read: Callable[[], torch.Tensor]) -> None:
-        self._read = read
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._read()[index]

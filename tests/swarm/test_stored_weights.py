@@ -40,7 +40,7 @@ def swarm(file: Path, node: Directory) -> Iterator[LocalSwarm]:
 def exact(file: Path) -> Any:
     """Plain transformers on the numbers that the file stands for."""
     checkpoint = Checkpoint.open(file)
-    with checkpoint.load_tensors({name: name for name in checkpoint.names}, torch.float32) as tensors:
+    with checkpoint.store.load_tensors({name: name for name in checkpoint.store.names}, torch.float32) as tensors:
         read = {name: tensor[...] for name, tensor in tensors.items()}
     numbers = {name: tensor.floats() if isinstance(tensor, StoredTensor) else tensor for name, tensor in read.items()}
     model_class: Any = type(AutoModelForCausalLM.from_config(checkpoint.config))

@@ -20,7 +20,7 @@ from splitnet.checkpoint.gguf.config import ROPE_TENSORS, make_config, read_toke
 from splitnet.checkpoint.gguf.families import OUTSIDE, Family, config_values, family_of
 from splitnet.checkpoint.gguf.file import GgufFile, GgufTensor
 from splitnet.checkpoint.quant.format import MALFORMED
-from splitnet.checkpoint.store import Progress, ReadBytes, TensorFacts
+from splitnet.checkpoint.store import LazyTensor, Progress, ReadBytes, TensorFacts
 from splitnet.checkpoint.transfer.held import Place, WeightFolder
 from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
 from splitnet.quant.stored import StoredTensor
@@ -107,7 +107,7 @@ class GgufStore:
 
     @contextmanager
     def load_tensors(
-        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None
+        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
     ) -> Iterator[dict[str, Any]]:
         """See `TensorStore.load_tensors`."""
         read = ReadBytes(progress)
@@ -116,13 +116,19 @@ class GgufStore:
             self.folder.supply([part.name for recipe in recipes.values() for part in recipe.parts])
         read.total = sum(part.nbytes for recipe in recipes.values() for part in recipe.parts)
         try:
-            yield {given: _LazyTensor(self, recipe, read) for given, recipe in recipes.items()}
+            yield {given: self._lazy(recipe, read) for given, recipe in recipes.items()}
         finally:
             self._file.let_go()
 
-    def read(self, recipe: _Recipe) -> torch.Tensor:
-        """Makes a tensor."""
-        return self._made(recipe, [part.tensor() for part in recipe.parts])
+    def _lazy(self, recipe: _Recipe, read: ReadBytes) -> LazyTensor:
+        known = self._facts(recipe)
+
+        def of(index: Any) -> torch.Tensor:
+            tensor = self._made(recipe, [part.tensor() for part in recipe.parts])
+            read.add(known.nbytes)
+            return tensor if index is ... or index == slice(None) else tensor[index]
+
+        return LazyTensor(known.shape, known.dtype, of)
 
     def _made(self, recipe: _Recipe, parts: Iterable[torch.Tensor]) -> torch.Tensor:
         try:
@@ -188,7 +194,9 @@ class GgufStore:
         nbytes = sum(part.nbytes for part in recipe.parts)
         layouts = [part.layout for part in recipe.parts]
         if recipe.keeps_codes and None not in layouts:
-            tensor = self.read(recipe)  # of codes nothing is read before they are asked for
+            tensor = self._made(
+                recipe, [part.tensor() for part in recipe.parts]
+            )  # of codes nothing is read before they are asked for
             if isinstance(tensor, StoredTensor):
                 held = {matrix.layout for matrix in tensor.experts[0]}
                 widest = max(held, key=lambda layout: layout.nbytes(*tensor.experts[0][0].shape))
@@ -206,35 +214,6 @@ class GgufStore:
 def is_of_gguf(told_config: str) -> bool:
     """Whether `TensorStore.told_config` is that of GGUF files."""
     return f'"{_ARCHITECTURE}": ' in told_config
-
-
-class _LazyTensor:
-    """One tensor in the file, as transformers' loading expects it: `tensor[...]` reads it."""
-
-    def __init__(self, store: GgufStore, recipe: _Recipe, read: ReadBytes) -> None:
-        self._store = store
-        self._recipe = recipe
-        self._read = read
-        self._known = store._facts(recipe)
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size(self._known.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._known.dtype
-
-    def get_shape(self) -> list[int]:
-        return list(self._known.shape)
-
-    def get_dtype(self) -> str:
-        return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[self.dtype]
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = self._store.read(self._recipe)
-        self._read.add(self._known.nbytes)
-        return tensor if index is Ellipsis or index == slice(None) else tensor[index]
 
 
 def _recipes(file: GgufFile, family: Family, blocks: int) -> dict[str, _Recipe]:

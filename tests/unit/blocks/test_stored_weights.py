@@ -73,7 +73,7 @@ class CodedStore:
         return {name: _facts(self.tensors[name]) for name in names}
 
     def load_tensors(
-        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None
+        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
     ) -> AbstractContextManager[dict[str, Any]]:
         return nullcontext({given: _Lazy(self.tensors[name]) for given, name in names.items()})
 
@@ -162,7 +162,7 @@ def in_codes(family: str, layout: Layout, folder: Path, **overrides: Any) -> tup
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     plain = Checkpoint.open(folder)
     transposed = {f"{path}.weight" for path, layer in model.named_modules() if isinstance(layer, Conv1D)}
-    with plain.load_tensors({name: name for name in plain.names}, torch.float32) as tensors:
+    with plain.store.load_tensors({name: name for name in plain.store.names}, torch.float32) as tensors:
         read = {name: tensor[...] for name, tensor in tensors.items()}
     stored = {
         name: coded(tensor, layout, transposed=name in transposed or f"transformer.{name}" in transposed)
@@ -239,7 +239,7 @@ def test_a_span_takes_the_bytes_that_were_foretold(family: str, checkpoints: Any
     if family == "llama":
         assert sizes.held_as == "codes of 5.0 bits"
     assert sizes.saved_bytes == foretold[0].plain - foretold[0].held
-    assert sizes.file_bytes == sum(one.nbytes for one in checkpoint.facts(checkpoint.names).values())
+    assert sizes.file_bytes == sum(one.nbytes for one in checkpoint.store.facts(checkpoint.store.names).values())
 
 
 def sizes_of(checkpoint: Checkpoint) -> ModelSizes:
@@ -298,7 +298,7 @@ def test_of_a_block_with_numbers_and_codes_each_is_held_as_it_is(checkpoints: An
     whole, _ = checkpoints("llama")
     tensors = {
         name: tensor.floats() if isinstance(tensor, StoredTensor) and "mlp" in name else tensor
-        for name, tensor in whole._store.tensors.items()
+        for name, tensor in whole.store.tensors.items()
     }
     checkpoint = Checkpoint(CodedStore(Path(whole.source), tensors), whole.config)
     span = Span.load(checkpoint, 0, 1)
@@ -387,7 +387,7 @@ def test_a_gguf_file_is_held_in_the_bytes_that_it_has(family: str, tmp_path: Pat
     span, exact = Span.load(checkpoint, 0, 2), Span.load(checkpoint, 0, 2, weights="float32")
     hidden = torch.randn(5, 64)
     assert close(run(span, hidden), run(exact, hidden))
-    facts = checkpoint.facts(checkpoint.names)
+    facts = checkpoint.store.facts(checkpoint.store.names)
     in_file = sum(facts[tensor.name].nbytes for block in checkpoint.block_tensors for tensor in block)
     if family != "qwen3_moe":
         assert span.weight_bytes < 1.1 * in_file + 1024

@@ -289,7 +289,7 @@ def test_an_index_of_other_shards(folder: Path, tmp_path: Path) -> None:
     other = next(shard for shard in weight_map.values() if shard != weight_map[name])
     index.write_text(json.dumps({"weight_map": weight_map | {name: other}}))
     checkpoint = Checkpoint.open(copy)
-    for read in (lambda: checkpoint.facts([name]), lambda: Span.load(checkpoint, 5, 6)):
+    for read in (lambda: checkpoint.store.facts([name]), lambda: Span.load(checkpoint, 5, 6)):
         with pytest.raises(ModelNotFound, match=f"{other} of copy lacks {name}"):
             read()
 

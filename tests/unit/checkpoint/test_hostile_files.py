@@ -300,7 +300,7 @@ def test_what_a_description_says_to_repeat_takes_no_more_than_the_weight(
     change(tensors, config)
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "it", made, tensors, config))
     name = "model.layers.0.self_attn.q_proj.weight"
-    with Largest() as largest, checkpoint.load_tensors({name: name}, torch.float32) as read:
+    with Largest() as largest, checkpoint.store.load_tensors({name: name}, torch.float32) as read:
         weight = read[name][...]
         assert (weight.floats() if isinstance(weight, StoredTensor) else weight).shape == (128, 128)
     assert largest.most <= 16 * 128 * 128
@@ -332,8 +332,8 @@ def test_experts_without_number_take_nothing_before_they_are_asked_for(tmp_path:
         write_checkpoint(tmp_path / "all", folder, tensors, json.loads((folder / "config.json").read_text()))
     )
     with few_objects():
-        assert checkpoint.facts([name])[name].shape == (EXPERTS, 32, 1)
-        with checkpoint.load_tensors({name: name}, torch.float32) as read:
+        assert checkpoint.store.facts([name])[name].shape == (EXPERTS, 32, 1)
+        with checkpoint.store.load_tensors({name: name}, torch.float32) as read:
             lazy = read[name][...]
     assert [len(matrices) for matrices in lazy[EXPERTS - 1 :].experts] == [1]
     with pytest.raises(SplitnetError, match=r"layers\.0\.mlp\.up"):

@@ -258,7 +258,7 @@ def test_a_folder_with_holes_is_the_same_model(kind: str, folder: Path, tmp_path
     held.fetch = fetch
     Span.load(filled, 2, 4)
     names = {tensor.name for block in whole.block_tensors[2:4] for tensor in block}
-    needed = sum(facts.nbytes for facts in whole.facts(names).values())
+    needed = sum(facts.nbytes for facts in whole.store.facts(names).values())
     assert sum(asked.values()) == needed == held.fetched
     assert sum(bits.bit_count() for bits in held.bits()) < sum(bits.bit_count() for bits in source.bits())
 

@@ -77,15 +77,15 @@ def test_weights_stand_for_what_the_format_says(
     folder, plain_folder = quantized_pair(source, tmp_path, name)
     checkpoint, plain = Checkpoint.open(folder), Checkpoint.open(plain_folder)
     expected = tensors_of(plain_folder)
-    assert set(checkpoint.names) == set(expected)
+    assert set(checkpoint.store.names) == set(expected)
     assert checkpoint.dtype == torch.float32
-    facts = checkpoint.facts(checkpoint.names)
+    facts = checkpoint.store.facts(checkpoint.store.names)
     sizes = {part.name: part.stat().st_size for part in folder.glob("*.safetensors")}
     assert 0.8 * sum(sizes.values()) < sum(fact.nbytes for fact in facts.values()) < sum(sizes.values())
     with caplog.at_level(logging.WARNING):
-        loading = checkpoint.load_tensors({key: key for key in checkpoint.names}, torch.float32)
+        loading = checkpoint.store.load_tensors({key: key for key in checkpoint.store.names}, torch.float32)
         with loading as lazy:
-            read = {key: lazy[key][...] for key in checkpoint.names}
+            read = {key: lazy[key][...] for key in checkpoint.store.names}
     coded = {key for key, tensor in read.items() if isinstance(tensor, StoredTensor)}
     assert bool(coded) is (name != "gptq-desc_act")
     assert ("as numbers they take" in caplog.text) is (name == "gptq-desc_act")
@@ -329,7 +329,7 @@ def test_numbers_of_codes_are_rounded_once(sources: dict[str, Path], tmp_path: P
         json.dumps(json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"})
     )
     name = "model.layers.1.mlp.down_proj.weight"
-    with Checkpoint.open(folder).load_tensors({name: name}, torch.float32) as read:
+    with Checkpoint.open(folder).store.load_tensors({name: name}, torch.float32) as read:
         torch.testing.assert_close(read[name][...], tensors_of(plain)[name], rtol=1e-6, atol=1e-7)
     span, whole = (Span.load(Checkpoint.open(one), 1, 2, dtype="float32") for one in (folder, plain))
     hidden = torch.randn(5, 128)
@@ -368,7 +368,7 @@ def test_layers_may_be_quantized_in_different_ways(sources: dict[str, Path], tmp
     config = json.loads((sources["llama"] / "config.json").read_text())
     config["quantization_config"] = {**int4.settings} | {"format": "mixed-precision", "config_groups": groups}
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "mixed", sources["llama"], stored, config))
-    with checkpoint.load_tensors({name: name for name in checkpoint.names}, torch.float32) as lazy:
+    with checkpoint.store.load_tensors({name: name for name in checkpoint.store.names}, torch.float32) as lazy:
         for name, tensor in expected.items():
             read = lazy[name][...]
             torch.testing.assert_close(read.floats() if isinstance(read, StoredTensor) else read, tensor)
@@ -393,8 +393,8 @@ def test_groups_of_permuted_inputs(sources: dict[str, Path], tmp_path: Path) -> 
     for index, coded in ((order, True), (torch.full((128,), -1), True), (order[torch.randperm(128)], False)):
         stored = tensors | {name + "_g_idx": index.int()}
         checkpoint = Checkpoint.open(write_checkpoint(tmp_path / str(index.tolist()[:9]), folder, stored, config))
-        assert (checkpoint.facts([name])[name].layout is not None) is coded
-        with checkpoint.load_tensors({name: name}, torch.float32) as lazy:
+        assert (checkpoint.store.facts([name])[name].layout is not None) is coded
+        with checkpoint.store.load_tensors({name: name}, torch.float32) as lazy:
             read = lazy[name][...]
         assert isinstance(read, StoredTensor) is coded
         of = order if coded else index
@@ -469,7 +469,7 @@ def test_stacked_experts_have_stacked_scales(tmp_path: Path, sources: dict[str, 
     stored |= {"b.experts.up_scale_inv": one}
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 64]}
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "stacked", sources["llama"], stored, config))
-    with checkpoint.load_tensors({"a": "a.experts.up", "b": "b.experts.up"}, torch.float32) as lazy:
+    with checkpoint.store.load_tensors({"a": "a.experts.up", "b": "b.experts.up"}, torch.float32) as lazy:
         a, b = lazy["a"][...], lazy["b"][...]
     assert isinstance(a, StoredTensor) and isinstance(b, StoredTensor) and a.stacked and len(a.experts) == 4
     torch.testing.assert_close(a.floats(), codes.float() * wide.repeat_interleave(32, 1).repeat_interleave(64, 2))
@@ -507,4 +507,4 @@ def test_the_type_that_a_config_gives_of_codes_is_not_what_blocks_compute_in(
         (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
         checkpoint = Checkpoint.open(folder)
         assert checkpoint.dtype in (torch.float32, torch.bfloat16)
-        assert checkpoint.facts(["model.layers.0.mlp.up_proj.weight"]).popitem()[1].dtype == torch.bfloat16
+        assert checkpoint.store.facts(["model.layers.0.mlp.up_proj.weight"]).popitem()[1].dtype == torch.bfloat16
