@@ -13,9 +13,8 @@ from peers.options import PeerOptions, Report
 from splitnet.blocks.block_sizes import check_file_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint, open_store
 from splitnet.checkpoint.gguf.store import is_of_gguf
-from splitnet.checkpoint.transfer.fetching import Asking, Fetcher
+from splitnet.checkpoint.transfer.fetching import Asking, Fetcher, HubPieces
 from splitnet.checkpoint.transfer.held import HeldPieces, make_folder, model_file, read_manifest, weights_folder
-from splitnet.checkpoint.transfer.hub import HubPieces
 from splitnet.checkpoint.transfer.manifest import Manifest
 from splitnet.checkpoint.transfer.matching import differs, find_manifest, headers_differ
 from splitnet.directory.dht import Directory

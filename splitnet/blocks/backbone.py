@@ -25,8 +25,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from splitnet.checkpoint.checkpoint import check_no_unexpected, ignored
 from splitnet.checkpoint.families import ADDED_POSITIONS
-from splitnet.checkpoint.unexpected import check_none, ignored
 from splitnet.errors import UnsupportedModel
 from splitnet.quant.experts import can_hold_experts, hold_weight_of_experts
 from splitnet.quant.grouped import GroupedForm, JoinedForm, hold_stored
@@ -286,7 +286,7 @@ def load_cut(
         unexpected = {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
     unexpected -= ignored(unexpected, model)
     unexpected -= {name for name in unexpected if name.endswith(".bias") and _is_zero(tensors.get(name))}
-    check_none((names.get(name, name) for name in unexpected), config.model_type)
+    check_no_unexpected((names.get(name, name) for name in unexpected), config.model_type)
     model.__class__ = model_class
     hold_codes(model, codes_on)
     return model

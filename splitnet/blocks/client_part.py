@@ -13,9 +13,8 @@ from splitnet.blocks.attention import PACKED
 from splitnet.blocks.backbone import find_container, keep_configs, load_cut, loaded_as, on_meta, parent_of, slice_config
 from splitnet.blocks.head import hold_head
 from splitnet.blocks.stand_in import AllBlocks, BlockList, blocks_return_tuple, outline_of
-from splitnet.checkpoint.checkpoint import OTHER_TOWERS, Checkpoint
+from splitnet.checkpoint.checkpoint import OTHER_TOWERS, Checkpoint, check_no_unexpected, ignored
 from splitnet.checkpoint.families import causal_class, classifier_class, packs_sequences
-from splitnet.checkpoint.unexpected import check_none, ignored
 from splitnet.quant.choose import choose_weights
 from splitnet.quant.gpu import use_device_kernels
 from splitnet.quant.weight_form import as_dtype
@@ -147,7 +146,7 @@ def check_all_is_taken(checkpoint: Checkpoint) -> None:
     # Biases of layers in codes may be zero, for which what loads them looks.
     weights = {name: facts.get(name.removesuffix("bias") + "weight") for name in left if name.endswith(".bias")}
     left -= {name for name, weight in weights.items() if weight is not None and weight.layout is not None}
-    check_none(left, checkpoint.model_type)
+    check_no_unexpected(left, checkpoint.model_type)
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -187,7 +186,7 @@ def names_of_shell(checkpoint: Checkpoint, model_class: type[PreTrainedModel], c
             names[head] = name
         else:
             others.append(name)
-    check_none(set(others) - ignored(others, model_class), checkpoint.model_type)
+    check_no_unexpected(set(others) - ignored(others, model_class), checkpoint.model_type)
     left_out = ignored(names, model_class)
     return {name: stored for name, stored in names.items() if name not in left_out}
 

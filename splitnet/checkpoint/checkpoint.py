@@ -18,7 +18,6 @@ from splitnet.checkpoint.store import Progress, TensorStore
 from splitnet.checkpoint.transfer.hashing import keep_manifest, kept_manifest, make_manifest
 from splitnet.checkpoint.transfer.held import HeldPieces, WeightFolder, read_manifest
 from splitnet.checkpoint.transfer.manifest import Manifest
-from splitnet.checkpoint.unexpected import check_none, ignored
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.quant.weight_form import is_number_type
 
@@ -28,6 +27,14 @@ OTHER_TOWERS = re.compile(
     r"code2wav|token2wav|(^|\.)mtp\."
 )
 """What names of tensors have in them that are not of the text model."""
+
+_SHOWN = 3
+"""Tensors that an error names."""
+
+_NOT_WEIGHTS = r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)position_ids$"
+"""Tables that older checkpoints hold and models make anew; where one of these is a weight, the model takes it."""
+_NEXT_TOKENS = r"(^|\.)mtp(\.|_|\d|$)"
+"""Layers that predict more than one token, which transformers' classes do not have."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ class Checkpoint:
             for tensor in tensors
             if index >= self.num_blocks + (getattr(self.config, "num_nextn_predict_layers", None) or 0)
         }
-        check_none(beyond - ignored(beyond, causal_class(self.config)), self.model_type)
+        check_no_unexpected(beyond - ignored(beyond, causal_class(self.config)), self.model_type)
         return tuple(tuple(containers[container][i]) for i in range(self.num_blocks))
 
     @cached_property
@@ -296,3 +303,29 @@ def _has_head(store: TensorStore) -> bool:
         return any(name.endswith("lm_head.weight") for name in store.names)
     except ModelNotFound:  # there is but the config
         return False
+
+
+def ignored(names: Iterable[str], model_class: Any) -> set[str]:
+    """Those that models leave out on purpose: what the family's class says, old tables, further predictions."""
+    own = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
+    known = re.compile("|".join(f"({pattern})" for pattern in (*own, _NOT_WEIGHTS, _NEXT_TOKENS)))
+    return {name for name in names if known.search(name)}
+
+
+def check_no_unexpected(names: Iterable[str], model_type: str) -> None:
+    """Refuses a checkpoint with tensors too many.
+
+    Args:
+        names: of tensors that nothing takes.
+
+    Raises:
+        UnsupportedModel: with the first of them and how many they are.
+    """
+    left = sorted(names)
+    if left:
+        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        raise UnsupportedModel(
+            f"the checkpoint holds tensors that models of the family {model_type!r} do not take "
+            f"({', '.join(left[:_SHOWN])}{more}): without them the model would be another one; take a checkpoint in "
+            "transformers' format, or remove them if they are not meant to be used"
+        )

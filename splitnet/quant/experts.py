@@ -2,7 +2,7 @@
 
 Such a class (`transformers.integrations.moe.use_experts_implementation`) says how its tensors lie and how it gates, so
 one way to run experts is enough. A decode step reads the experts that were chosen and no others; the positions of a
-prefill are sorted by expert.
+prefill are sorted by expert. On GPUs, experts in floats are run by torch's grouped product where that is proven right.
 """
 
 from __future__ import annotations
@@ -19,6 +19,19 @@ from splitnet.errors import first_line
 from splitnet.quant.device import milliseconds
 from splitnet.quant.grouped import ExpertForm, hold_experts, runs
 from splitnet.quant.stored import StoredTensor
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.02
+"""How far a row may be from that of the family's own code, relative to its size: both are rounded in half precision. If
+one of its four experts is another, it is off by more."""
+
+_GROUPED, _OWN = "grouped_mm", "eager"
+_ROWS = 1, 33, 132
+_CHOSEN = 4
+_TIMED_CALLS = 5
+
+Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
@@ -151,20 +164,6 @@ class _Product(torch.autograd.Function):
         for expert, of in runs(ctx.experts):
             given[of] = gradient[of] @ ctx.form.dequantised(expert, gradient.dtype)
         return given, None, None
-
-
-log = logging.getLogger(__name__)
-
-TOLERANCE = 0.02
-"""How far a row may be from that of the family's own code, relative to its size: both are rounded in half precision. If
-one of its four experts is another, it is off by more."""
-
-_GROUPED, _OWN = "grouped_mm", "eager"
-_ROWS = 1, 33, 132
-_CHOSEN = 4
-_TIMED_CALLS = 5
-
-Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @torch.inference_mode()

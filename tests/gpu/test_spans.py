@@ -15,7 +15,7 @@ from splitnet.blocks.fast.lean import LeanStep
 from splitnet.blocks.span import Part, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant.device import Stopwatch, seconds_after_work, to_device, to_host
-from splitnet.quant.gpu import DeviceForm, device_form
+from splitnet.quant.gpu import FORMS, device_form
 from splitnet.quant.grouped import hold_stored
 from splitnet.quant.linear import HeldLinear
 from splitnet.quant.memory import free_memory, give_back_memory
@@ -218,4 +218,4 @@ def test_memory_is_what_was_foretold(kind: str, gpu: str, checkpoints: dict[str,
     assert span.weight_bytes <= held <= 1.2 * span.weight_bytes + 2**20
     assert free_memory(gpu) > 0
     forms = [layer.held for layer in span._backbone.modules() if isinstance(layer, HeldLinear)]
-    print(kind, sum(isinstance(form, DeviceForm) for form in forms), "of", len(forms), "layers have a kernel")
+    print(kind, sum(isinstance(form, FORMS) for form in forms), "of", len(forms), "layers have a kernel")

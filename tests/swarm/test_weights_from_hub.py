@@ -17,8 +17,8 @@ from huggingface_hub import constants
 
 from splitnet.checkpoint import shards
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.transfer.fetching import HubPieces
 from splitnet.checkpoint.transfer.hashing import make_manifest
-from splitnet.checkpoint.transfer.hub import HubPieces
 from splitnet.cli.connection import Connection
 from splitnet.directory.dht import Directory
 from splitnet.errors import ModelNotFound, WrongSwarm

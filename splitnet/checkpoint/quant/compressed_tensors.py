@@ -17,8 +17,7 @@ from splitnet.checkpoint.quant.format import (
     misfit,
     number_in,
 )
-from splitnet.checkpoint.quant.fp4 import nvfp4_weight
-from splitnet.checkpoint.quant.scaled_floats import FP8_TABLES, SCALE_KINDS, scaled_weight
+from splitnet.checkpoint.quant.scaled_floats import FP8_TABLES, SCALE_KINDS, nvfp4_weight, scaled_weight
 from splitnet.errors import UnsupportedModel
 from splitnet.patterns import Patterns
 from splitnet.quant.stored import Codes, Kind, Layout, StoredTensor, in_order, layout_bits, signed_codes, unpack_words

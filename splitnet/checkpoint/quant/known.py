@@ -8,10 +8,9 @@ from typing import Any
 from splitnet.checkpoint.quant.bitsandbytes import Int8, Nf4
 from splitnet.checkpoint.quant.compressed_tensors import CompressedTensors
 from splitnet.checkpoint.quant.format import MALFORMED, QuantizedFormat
-from splitnet.checkpoint.quant.fp4 import ModelOpt, Mxfp4
-from splitnet.checkpoint.quant.fp8 import FbgemmFP8, FineGrainedFP8
 from splitnet.checkpoint.quant.gptq import Awq, Gptq, auto_round
 from splitnet.checkpoint.quant.mlx import Mlx
+from splitnet.checkpoint.quant.scaled_floats import FbgemmFP8, FineGrainedFP8, ModelOpt, Mxfp4
 from splitnet.errors import UnsupportedModel
 
 _KEYS = ("quantization_config", "compression_config", "quantization")
