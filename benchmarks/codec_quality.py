@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from splitnet.blocks.whole_model import load_whole
+from splitnet.blocks.backbone import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.wire.codecs import CODECS, Codec
 

@@ -34,8 +34,8 @@ from netlab.peers import LabPeers
 from peft import LoraConfig, get_peft_model
 
 from scheduler.facts import missing_blocks
+from splitnet.blocks.backbone import load_whole
 from splitnet.blocks.span import block_bytes
-from splitnet.blocks.whole_model import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.demo import demo_checkpoint
 from splitnet.cli.demo import EXACT

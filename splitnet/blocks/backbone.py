@@ -1,4 +1,4 @@
-"""A model of transformers, cut: some of its blocks and nothing else, or all but its blocks.
+"""A model of transformers, cut: some of its blocks and nothing else, or all but its blocks; or the whole of it.
 
 The whole model is built on the meta device, which takes no memory, and cut before any weight is read. So whatever a
 family derives from the number of a block (experts in some blocks only, blocks without rotary embedding, scales) is as
@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from splitnet.checkpoint.checkpoint import check_no_unexpected, ignored
-from splitnet.checkpoint.families import ADDED_POSITIONS
+from splitnet.checkpoint.checkpoint import Checkpoint, check_no_unexpected, ignored
+from splitnet.checkpoint.families import ADDED_POSITIONS, causal_class
 from splitnet.errors import UnsupportedModel
 from splitnet.quant.experts import can_hold_experts, hold_weight_of_experts
 from splitnet.quant.grouped import GroupedForm, JoinedForm, hold_stored
@@ -423,3 +423,30 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             transformers_logging.enable_progress_bar()
+
+
+@torch.inference_mode(False)  # what is loaded is used outside of it, too
+def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
+    """Loads all of a checkpoint into this process, in plain transformers.
+
+    What is in codes becomes numbers, without packages that transformers wants for it.
+
+    Args:
+        dtype: of the weights; "auto": as they are stored.
+
+    Raises:
+        OSError, ValueError: transformers cannot load it.
+        UnsupportedModel: likewise, of a GGUF file or of quantized weights.
+    """
+    if not checkpoint.source.endswith(".gguf") and (checkpoint.multimodal or not checkpoint.store.quantized):
+        try:
+            return AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=dtype, trust_remote_code=False).eval()
+        except ImportError as error:
+            raise UnsupportedModel(f"{checkpoint.name} cannot be loaded by transformers alone: {error}") from error
+    wanted = dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
+    config = copy.deepcopy(checkpoint.config)
+    names = {name: name for name in checkpoint.store.names}
+    with checkpoint.store.load_tensors(names, wanted) as tensors:
+        model = load_cut(causal_class(config), config, lambda model: None, tensors, wanted, None, names=names)
+    model.generation_config = checkpoint.generation_config()
+    return model.eval()

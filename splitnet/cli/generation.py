@@ -149,7 +149,7 @@ def drafts_of(speculate: str | None, connection: Connection) -> Any:
     """
     if speculate is None or speculate == PROMPT_LOOKUP:
         return speculate
-    from splitnet.blocks.whole_model import load_whole
+    from splitnet.blocks.backbone import load_whole
 
     return load_whole(Checkpoint.open(speculate), "auto").to(connection.options.device)
 

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM
 
 from scheduler.speculation import Window
-from splitnet.blocks.whole_model import load_whole
+from splitnet.blocks.backbone import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory
 from splitnet.hf.speculate.decoding import Experience

@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
-from splitnet.blocks.whole_model import load_whole
+from splitnet.blocks.backbone import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.connection import Connection
 from splitnet.cli.progress import StageProgress

@@ -16,14 +16,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.blocks.adapters import Adapter
-from splitnet.blocks.backbone import HeldEmbedding
+from splitnet.blocks.backbone import HeldEmbedding, load_whole
 from splitnet.blocks.block_sizes import block_bytes, block_sizes
 from splitnet.blocks.client_part import ends_of, load_shell
 from splitnet.blocks.head import HeldHead
 from splitnet.blocks.passes import SpanPasses
 from splitnet.blocks.sizes import ModelSizes
 from splitnet.blocks.span import Part, Span
-from splitnet.blocks.whole_model import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.store import Progress, TensorFacts
 from splitnet.checkpoint.transfer.held import Place, WeightFolder

@@ -155,7 +155,7 @@ def test_it_answers_a_question_as_transformers_reads_the_same_file(demo_checkpoi
     import torch
     from transformers import AutoModelForCausalLM
 
-    from splitnet.blocks.whole_model import load_whole
+    from splitnet.blocks.backbone import load_whole
     from splitnet.checkpoint.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(demo_checkpoint)

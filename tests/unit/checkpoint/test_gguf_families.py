@@ -204,7 +204,7 @@ def test_a_split_file_is_one_checkpoint(tmp_path: Path) -> None:
     first = write_gguf(folder, tmp_path / "split.gguf", Type.Q8_0, split=20)
     assert first.name == "split-00001-of-00004.gguf"
     parts = Checkpoint.open(first)
-    assert parts.fingerprint == whole.fingerprint and set(parts.names) == set(whole.names)
+    assert parts.fingerprint == whole.fingerprint and set(parts.store.names) == set(whole.store.names)
     third = tmp_path / "split-00003-of-00004.gguf"
     shutil.copy(third, tmp_path / "alone.gguf")
     with pytest.raises(UnsupportedModel, match=r"alone\.gguf is part 3 of 4 by what is in it"):
@@ -258,7 +258,7 @@ def test_another_type_of_weights_is_another_checkpoint(tmp_path: Path) -> None:
     paths = [write_gguf(folder, tmp_path / f"{stored.name}.gguf", stored) for stored in (Type.Q8_0, Type.Q4_0)]
     eight, four = (Checkpoint.open(path) for path in paths)
     assert eight.fingerprint != four.fingerprint
-    assert four.bytes_of(four.names, None) < eight.bytes_of(eight.names, None)
+    assert four.bytes_of(four.store.names, None) < eight.bytes_of(eight.store.names, None)
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:

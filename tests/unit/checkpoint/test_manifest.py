@@ -241,7 +241,7 @@ def test_a_folder_with_holes_is_the_same_model(kind: str, folder: Path, tmp_path
     heads = [store.open_file(file).read(nbytes) for file, nbytes in store.heads().items()]
     made = make_folder(manifest, heads, lambda new: assert_same(manifest, new))
     filled = Checkpoint.open(made)
-    assert filled.fingerprint == whole.fingerprint and filled.names
+    assert filled.fingerprint == whole.fingerprint and filled.store.names
     held = filled.store.folder
     assert isinstance(held, WeightFolder)
     with pytest.raises(ModelNotFound, match=r"are missing"):

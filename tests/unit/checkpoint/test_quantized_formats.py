@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from splitnet.blocks.backbone import load_whole
 from splitnet.blocks.client_part import check_all_is_taken
 from splitnet.blocks.span import Part, Span, block_bytes
-from splitnet.blocks.whole_model import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.quant.format import Part as FilePart
 from splitnet.checkpoint.quant.mlx import Mlx
