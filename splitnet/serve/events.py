@@ -18,7 +18,7 @@ from splitnet.serve.admission import ANYONE, Admission, Client
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ask, Ended, Event, Generations, Piece, ScoredPrompt
 
-DONE = "data: [DONE]\n\n"
+UNREAD = ApiError(429, "too much of this answer was not read: read faster")
 
 
 def framed(document: dict[str, Any]) -> str:
@@ -90,8 +90,8 @@ class EventStream(StreamingResponse):
         body: the events.
         source: what they come from.
         unread: the events are taken as they come, so that their source ends when it has given the last one, and what
-            the client has not read counts here. The stream that must let go of it ends with an error. None: the
-            events are taken as they are read.
+            the client has not read counts here. None: the events are taken as they are read.
+        evicted: the last event of a stream whose client reads too slowly.
     """
 
     def __init__(
@@ -100,10 +100,11 @@ class EventStream(StreamingResponse):
         source: AsyncGenerator[object],
         unread: FairAccount | None = None,
         client: Client = ANYONE,
+        evicted: str = "",
     ) -> None:
         self._closing = [body, source]
         if unread is not None:
-            ahead = _read_ahead(body, unread, client)
+            ahead = _read_ahead(body, unread, client, evicted)
             self._closing.insert(0, ahead)
         super().__init__(self._closing[0], media_type="text/event-stream", headers={"Cache-Control": "no-cache"})  # pyright: ignore[reportArgumentType]
 
@@ -115,7 +116,9 @@ class EventStream(StreamingResponse):
                 await each.aclose()
 
 
-async def _read_ahead(source: AsyncGenerator[str], unread: FairAccount, client: Client) -> AsyncGenerator[bytes]:
+async def _read_ahead(
+    source: AsyncGenerator[str], unread: FairAccount, client: Client, evicted: str
+) -> AsyncGenerator[bytes]:
     kept: deque[bytes] = deque()
     more = asyncio.Event()
 
@@ -128,7 +131,7 @@ async def _read_ahead(source: AsyncGenerator[str], unread: FairAccount, client: 
     def evict() -> None:
         reading.cancel()
         kept.clear()
-        kept.append(framed(ApiError(429, "too much of this answer was not read: read faster").reply()).encode())
+        kept.append(evicted.encode())
 
     holding = unread.hold(client, evict)
     reading = asyncio.create_task(read())

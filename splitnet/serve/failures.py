@@ -1,4 +1,4 @@
-"""What a client is told when something goes wrong: OpenAI's error JSON, and the status that goes with it."""
+"""What a client is told when something goes wrong: a status, a sentence, and a code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from splitnet.errors import (
@@ -27,21 +26,6 @@ from splitnet.serve.admission import Overloaded, QuotaUsed
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2
-
-
-class ErrorDetails(BaseModel):
-    """What OpenAI's clients read of an error."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorReply(BaseModel):
-    """The body of every error."""
-
-    error: ErrorDetails
 
 
 class ApiError(SplitnetError):
@@ -76,14 +60,6 @@ class ApiError(SplitnetError):
             return {"WWW-Authenticate": "Bearer"}
         return {"Retry-After": str(self.retry_after_s)} if self.status in (429, 503) else {}
 
-    def reply(self) -> dict[str, Any]:
-        """The body."""
-        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        details = ErrorDetails(message=str(self), type=kind, param=self.param, code=self.code)
-        return ErrorReply(error=details).model_dump()
-
-
-_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 _STATUS_OF: list[tuple[type[SplitnetError], int, str]] = [
     (ContextTooLong, 400, "context_length_exceeded"),
@@ -100,7 +76,7 @@ _STATUS_OF: list[tuple[type[SplitnetError], int, str]] = [
 
 
 def failure_of(error: BaseException) -> ApiError:
-    """What a client is told of any error; one that nobody expected is logged, without the words of a request."""
+    """What a client is told of any error; an unexpected one is logged, without the words of a request."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, SessionClosed):

@@ -6,14 +6,20 @@ import asyncio
 import hmac
 import ipaddress
 import re
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -21,7 +27,7 @@ from splitnet.errors import KeyFileError
 from splitnet.limits import FairAccount, Holding
 from splitnet.security.grants import KeyOptions, is_options, parse_options
 from splitnet.serve.admission import Client, client_at
-from splitnet.serve.failures import ApiError, failure_of
+from splitnet.serve.failures import ApiError, failure_of, refused
 
 
 class ApiKeys:
@@ -102,53 +108,42 @@ BODY_S = 60.0
 """Time for a body to arrive."""
 
 
-class Bodies:
-    """Reads the bodies of one server."""
+class Body:
+    """The body of a request, on its way.
 
-    def __init__(self) -> None:
-        # Half of it is for others, whatever a client sends.
-        self._account = FairAccount(ALL_PARSED_BYTES, ALL_PARSED_BYTES // 2)
+    Args:
+        account: of what all bodies take, until they are answered.
+    """
+
+    def __init__(self, account: FairAccount, client: Client, receive: Receive) -> None:
+        self._receive = receive
+        self._timer = asyncio.timeout(BODY_S)
+        self._given_up = False
+        self._holding = account.hold(client, self._give_up)
+
+    def _give_up(self) -> None:
+        self._given_up = True
+        self._timer.reschedule(0)
 
     @asynccontextmanager
-    async def read(self, receive: Receive, client: Client) -> AsyncIterator[Receive]:
-        """Waits for the whole body; within the `with`, whoever receives gets it in one piece.
+    async def whole(self) -> AsyncIterator[Receive]:
+        """Waits for all of it; within the `with`, what is given receives it in one piece.
 
         Raises:
             ApiError: it is too long, has too many values or comes too slowly, or there is no memory for it now.
         """
-        arriving = _Arriving(receive)
-        holding = self._account.hold(client, arriving.give_up)
         try:
-            messages = [await arriving.whole(holding)]
-            holding.settled = True
+            messages = [await self._arrived()]
+            self._holding.settled = True
 
             async def received() -> Message:
-                return messages.pop() if messages else await receive()
+                return messages.pop() if messages else await self._receive()
 
             yield received
         finally:
-            holding.release()
+            self._holding.release()
 
-
-class _Arriving:
-    """A body on its way."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._timer = asyncio.timeout(BODY_S)
-        self._given_up = False
-
-    def give_up(self) -> None:
-        """Ends the waiting: there is no room."""
-        self._given_up = True
-        self._timer.reschedule(0)
-
-    async def whole(self, holding: Holding) -> Message:
-        """The message with all of it.
-
-        Raises:
-            ApiError: see `Bodies.read`.
-        """
+    async def _arrived(self) -> Message:
         body, more = bytearray(), True
         try:
             async with self._timer:
@@ -157,10 +152,10 @@ class _Arriving:
                     new = message.get("body", b"")
                     more = message.get("more_body", False)
                     body += new
-                    holding.grow(len(new) + VALUE_BYTES * sum(map(new.count, (b",", b"[", b"{"))))
+                    self._holding.grow(len(new) + VALUE_BYTES * sum(map(new.count, (b",", b"[", b"{"))))
                     if len(body) > MAX_BODY_BYTES:
                         raise ApiError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
-                    if holding.amount > MAX_PARSED_BYTES:
+                    if self._holding.amount > MAX_PARSED_BYTES:
                         raise ApiError(413, "the body has too many values: send fewer prompts or messages at once")
                     if message["type"] == "http.disconnect":
                         return message
@@ -265,6 +260,30 @@ PROTECTED = ("/v1", "/dashboard/", "/metrics")
 """Paths that need a key begin with one of these."""
 
 
+@dataclass(frozen=True)
+class Api:
+    """A protocol of HTTP.
+
+    Attributes:
+        paths: with which its paths begin.
+        router: its paths for a `splitnet.serve.gateway.Gateway`, which exists since so many seconds since 1970.
+        error_body: the JSON of an error.
+        key_of: the API key that the headers of a request give.
+        error: the type of `error_body`.
+    """
+
+    paths: tuple[str, ...]
+    router: Callable[[Any, int], APIRouter]
+    error_body: Callable[[ApiError], dict[str, Any]]
+    key_of: Callable[[Headers], str]
+    error: type[BaseModel]
+
+
+def api_of(path: str, apis: Sequence[Api]) -> Api:
+    """The protocol of a path; of one that belongs to none, the first."""
+    return next((api for api in apis if path.startswith(api.paths)), apis[0])
+
+
 class Gate:
     """ASGI middleware; the paths that are `PROTECTED` need a key, if there are keys.
 
@@ -274,17 +293,27 @@ class Gate:
     has a `Client` in its state.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, hosts: Collection[str] = (), origins: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        apis: Sequence[Api],
+        keys: ApiKeys,
+        hosts: Collection[str] = (),
+        origins: Collection[str] = (),
+    ) -> None:
         self._app = app
+        self._apis = apis
         self._keys = keys
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
         self._origins = origins
-        self._bodies = Bodies()
+        # Half of it is for others, however much a client sends.
+        self._parsed = FairAccount(ALL_PARSED_BYTES, ALL_PARSED_BYTES // 2)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        api = api_of(scope["path"], self._apis)
         begun = False
 
         async def noting_send(message: Message) -> None:
@@ -297,14 +326,14 @@ class Gate:
             if not self._keys.required:
                 self._check_host(headers)
                 self._check_origin(headers)
-            client = self._client_of(scope, headers)
+            client = self._client_of(scope, api.key_of(headers))
             scope.setdefault("state", {})["client"] = client
-            async with self._bodies.read(receive, client) as received:
+            async with Body(self._parsed, client, receive).whole() as received:
                 await self._app(scope, received, noting_send)
         except Exception as error:
             failure = failure_of(error)
             if not begun:
-                await JSONResponse(failure.reply(), failure.status, failure.headers)(scope, receive, send)
+                await JSONResponse(api.error_body(failure), failure.status, failure.headers)(scope, receive, send)
 
     def _check_host(self, headers: Headers) -> None:
         given = headers.get("host")
@@ -329,11 +358,10 @@ class Gate:
                 code="unknown_origin",
             )
 
-    def _client_of(self, scope: Scope, headers: Headers) -> Client:
+    def _client_of(self, scope: Scope, key: str) -> Client:
         if not self._keys.required or not scope["path"].startswith(PROTECTED):
             return client_at(scope["client"][0] if scope.get("client") else "")
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        client = self._keys.client_of(given.strip().encode()) if kind.lower() == "bearer" else None
+        client = self._keys.client_of(key.encode()) if key else None
         if client is None:
             raise ApiError(
                 401, "wrong API key: send one of the server's as `Authorization: Bearer KEY`", code="wrong_key"
@@ -352,3 +380,57 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+Result = TypeVar("Result")
+
+LARGE_BYTES = 2**16
+"""A request of more is prepared after others of that kind, so that small ones find a free core."""
+
+
+class Preparing:
+    """Does what a request needs before it runs in other threads: parsing, templates, tokens, grammars."""
+
+    def __init__(self) -> None:
+        self._small, self._large = CapacityLimiter(4), CapacityLimiter(1)
+
+    async def run(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+        """What `work` returns; `size`: bytes of the request."""
+        limiter = self._large if size > LARGE_BYTES else self._small
+        return await to_thread.run_sync(work, *arguments, limiter=limiter)
+
+
+def parsed(kind: type[BaseModel], body: bytes) -> BaseModel:
+    """The request that a body holds.
+
+    Raises:
+        ApiError: it is no JSON, or no such request.
+    """
+    try:
+        document = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        deep = "recursion limit" in str(error)
+        raise ApiError(400, "the body is nested too deep" if deep else "the body is not valid JSON") from None
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+        raise refused([{**each, "loc": ("body", *each["loc"])} for each in errors]) from None
+
+
+class ParsingRoute(APIRoute):
+    """Parses bodies with `app.state.preparing`; FastAPI would do so on the event loop, and collect every error."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+        kind = self.body_field.field_info.annotation if self.body_field is not None else None
+
+        class Parsed(Request):
+            async def json(self) -> Any:
+                body = await self.body()
+                return await self.app.state.preparing.run(len(body), parsed, kind, body)
+
+        async def handle(request: Request) -> Response:
+            return await handler(Parsed(request.scope, request.receive))
+
+        return handle

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig
 
 from splitnet.errors import PeerBusy, SessionClosed
 from splitnet.hf.cache import RemoteCache
@@ -17,7 +17,7 @@ from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.quant.device import end_threads
 from splitnet.serve.grammars import AllowedTokens, Grammar
 from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
-from splitnet.serve.progress import Observer, Progress, ProgressLog, SessionWatch, routes_of
+from splitnet.serve.progress import Progress, ProgressLog, routes_of
 from splitnet.serve.sampling import Sampling, ScoredToken, TokenChooser, score_tokens
 from splitnet.serve.text import Detokenizer, StopStrings
 
@@ -175,7 +175,7 @@ class Generations:
         speculate: where drafts come from, see `RemoteCausalLM.generate`; None: there are none.
 
     Attributes:
-        observer: is told what sessions meet on the peers, if there is one.
+        watch_session: for a cache, what notes the news of its session at each call.
         progress: of the answers that are being generated, and of the last ones.
         draining: see `drain`.
     """
@@ -189,7 +189,7 @@ class Generations:
         speculate: Any = None,
     ) -> None:
         self.speculate = speculate
-        self.observer: Observer | None = None
+        self.watch_session: Callable[[RemoteCache], Callable[[], None]] = lambda cache: lambda: None
         self.model = model
         self.decode = decode
         self.vocabulary: int = model.config.get_text_config().vocab_size
@@ -244,7 +244,6 @@ class Generation:
         self._progress = progress
         self._lock = threading.Lock()
         self._cache: RemoteCache | None = None
-        self._watch: SessionWatch | None = None
         self._cancelled = False
         self._begun = False
 
@@ -281,8 +280,8 @@ class Generation:
         cache, shared = taken or (self._own.model.new_cache(), 0)
         self._hold(cache)
         held: list[int] | None = None
+        look = self._own.watch_session(cache)
         try:
-            self._watch = SessionWatch(cache, self._own.observer) if self._own.observer is not None else None
             prompt = torch.tensor([ask.prompt])
             # The model must see one token at least, to tell what comes after it.
             cached = min(shared, len(ask.prompt) - 1, self._own.model.fitting(cache, len(ask.prompt)))
@@ -292,15 +291,16 @@ class Generation:
                 self._score(prompt, cache)
             answer_tokens = 0
             if ask.max_tokens:
-                answer_tokens, tokens = self._answer(prompt, cache)
+                answer_tokens, tokens = self._answer(prompt, cache, look)
                 if ask.choices == 1:
                     held = tokens[: cache.remote.columns]
             else:
+                self._begun = True
                 for choice in range(ask.choices):
-                    self.tell(Piece(choice, "", (), "length"))
+                    self._listener(Piece(choice, "", (), "length"))
             return Ended(cached, answer_tokens)
         finally:
-            self.look()
+            look()
             self._let_go(cache, held)
 
     @torch.no_grad()
@@ -316,7 +316,7 @@ class Generation:
         cache.remote.crop(-1)  # for the answer, which begins with the logits of the last token
         self._listener(ScoredPrompt(tuple(scored)))
 
-    def _answer(self, prompt: torch.Tensor, cache: RemoteCache) -> tuple[int, list[int]]:
+    def _answer(self, prompt: torch.Tensor, cache: RemoteCache, look: Callable[[], None]) -> tuple[int, list[int]]:
         """Generates; the number of new tokens, and all tokens of the first answer."""
         ask, own = self._ask, self._own
         if ask.choices > 1:
@@ -332,6 +332,24 @@ class Generation:
             Choice(index, own.decode, ask.max_tokens, own.end_tokens, ask.stop_strings, before)
             for index in range(ask.choices)
         ]
+        seen = prompt.shape[1]
+
+        def stepped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            """Hands on the text of the tokens that were chosen; says which answers have ended."""
+            nonlocal seen
+            if self._cancelled:
+                raise SessionClosed("the request was cancelled")
+            look()
+            for position in range(seen, input_ids.shape[1]):
+                for row, choice in enumerate(choices):
+                    if not choice.finished:
+                        own.progress.token(self._progress)
+                        self._begun = True
+                        scored = chooser.scored.pop((row, position), None)
+                        self._listener(choice.push(int(input_ids[row, position]), scored))
+            seen = input_ids.shape[1]
+            return torch.tensor([choice.finished for choice in choices], device=input_ids.device)
+
         drafts = ask.choices == 1 and own.model.can_draft(prompt.shape[1], ask.max_tokens)
         output = own.model.generate(
             input_ids=prompt,
@@ -341,7 +359,7 @@ class Generation:
             max_new_tokens=ask.max_tokens,
             do_sample=False,
             logits_processor=[chooser],
-            stopping_criteria=[_Watch(self, choices, chooser, prompt.shape[1])],
+            stopping_criteria=[stepped],
             # Which tokens end an answer is for `Choice` to know.
             eos_token_id=None,
             pad_token_id=0,
@@ -352,25 +370,6 @@ class Generation:
         mask = torch.ones(1, cache.remote.columns + ids.shape[1], dtype=torch.long)
         with self._own.model.pieces_of(len(self._ask.prompt)):
             return self._own.model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, **options)
-
-    def tell(self, piece: Piece) -> None:
-        """Hands on what is new of an answer."""
-        self._begun = True
-        self._listener(piece)
-
-    def count_token(self) -> None:
-        """Takes in that the model has chosen a token."""
-        self._own.progress.token(self._progress)
-
-    def look(self) -> None:
-        """Has the observer told what the session has met."""
-        if self._watch is not None:
-            self._watch.look()
-
-    def check(self) -> None:
-        """Raises SessionClosed if nobody waits for the answer any more."""
-        if self._cancelled:
-            raise SessionClosed("the request was cancelled")
 
     def _hold(self, cache: RemoteCache) -> None:
         self._progress.follow(lambda: routes_of(self._own.model.swarm, cache.session))
@@ -389,25 +388,3 @@ class Generation:
             self._own.kept.keep(self._ask.owner, held, cache.remote.reserved, cache)
         else:
             cache.close()
-
-
-class _Watch(StoppingCriteria):
-    """Sees the tokens of all answers as they are chosen, hands their text on, and says which have ended."""
-
-    def __init__(self, generation: Generation, choices: list[Choice], chooser: TokenChooser, seen: int) -> None:
-        self._generation = generation
-        self._choices = choices
-        self._chooser = chooser
-        self._seen = seen
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        self._generation.check()
-        self._generation.look()
-        for position in range(self._seen, input_ids.shape[1]):
-            for row, choice in enumerate(self._choices):
-                if not choice.finished:
-                    self._generation.count_token()
-                    scored = self._chooser.scored.pop((row, position), None)
-                    self._generation.tell(choice.push(int(input_ids[row, position]), scored))
-        self._seen = input_ids.shape[1]
-        return torch.tensor([choice.finished for choice in self._choices], device=input_ids.device)

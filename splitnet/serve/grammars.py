@@ -6,14 +6,13 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import llguidance.hf
 import numpy as np
 import torch
 
 from splitnet.serve.failures import ApiError
-from splitnet.serve.openai import Tool
 from splitnet.serve.text import CLOSING, OPENING
 
 ONE_LINE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -26,6 +25,14 @@ class Grammar:
 
     text: str
     tokens: llguidance.LLTokenizer
+
+
+class Function(Protocol):
+    """A function that the model may call; `parameters`: a JSON schema of its arguments, to which strict ones keep."""
+
+    name: str
+    parameters: dict[str, Any] | None
+    strict: bool | None
 
 
 class Grammars:
@@ -42,8 +49,8 @@ class Grammars:
         self._vocabulary = vocabulary
         self._end_tokens = end_tokens
 
-    def of_schema(self, schema: dict[str, Any]) -> Grammar:
-        """The grammar of all JSON that fits a schema.
+    def of_schema(self, schema: dict[str, Any], param: str | None = None) -> Grammar:
+        """The grammar of all JSON that fits a schema; `param`: the parameter of a request that holds it.
 
         Raises:
             ApiError: it is no schema, or one that is not supported.
@@ -51,10 +58,10 @@ class Grammars:
         try:
             text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=ONE_LINE)
         except ValueError as error:  # it is nested too deep
-            raise _not_kept_to(error, "response_format") from None
-        return self._checked(text, "response_format")
+            raise _not_kept_to(error, param) from None
+        return self._checked(text, param)
 
-    def of_calls(self, tools: Sequence[Tool], *, required: bool, several: bool = False) -> Grammar:
+    def of_calls(self, tools: Sequence[Function], *, required: bool, several: bool = False) -> Grammar:
         """The grammar of an answer that may call some tools, or of one call of one of them.
 
         Args:
@@ -69,7 +76,7 @@ class Grammars:
         rules = [f'call: "\\n" ({" | ".join(f"call_{number}" for number in range(len(tools)))}) "\\n" {closing}']
         # Each schema stands alone, as its references are to places in itself.
         for number, tool in enumerate(tools):
-            begins = json.dumps(f'{{"name": "{tool.function.name}", "arguments": ')
+            begins = json.dumps(f'{{"name": "{tool.name}", "arguments": ')
             schema = json.dumps(_of_arguments(tool, bound=required) | {"x-guidance": ONE_LINE})
             rules.append(f'call_{number}: {begins} %json {schema} "}}"')
         if required:
@@ -86,7 +93,7 @@ class Grammars:
         ids = self._tokenizer(text, add_special_tokens=False).input_ids
         return f"<[{ids[0]}]>" if len(ids) == 1 and held.is_special_token(ids[0]) else json.dumps(text)
 
-    def _checked(self, text: str, param: str) -> Grammar:
+    def _checked(self, text: str, param: str | None) -> Grammar:
         tokens = self._tokens
         wrong = llguidance.LLMatcher.validate_grammar(text, tokens)
         if wrong:
@@ -101,17 +108,17 @@ class Grammars:
             raise ApiError(400, f"this model's answers cannot be bound to JSON ({error}): ask for text") from None
 
 
-def _of_arguments(tool: Tool, *, bound: bool) -> dict[str, Any]:
+def _of_arguments(tool: Function, *, bound: bool) -> dict[str, Any]:
     """The schema that the arguments of a call fit; `bound`: the tool's own, strict or not."""
-    given = tool.function.parameters if bound or tool.function.strict else None
+    given = tool.parameters if bound or tool.strict else None
     schema: dict[str, Any] = {"type": "object"} | (given or {})
     if schema["type"] != "object":
-        name = tool.function.name
+        name = tool.name
         raise ApiError(400, f"the arguments of {name} are an object: give its parameters that type", param="tools")
     return schema
 
 
-def _not_kept_to(why: object, param: str) -> ApiError:
+def _not_kept_to(why: object, param: str | None) -> ApiError:
     return ApiError(400, f"the JSON schema cannot be kept to: {why}: use a simpler one", param=param)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections import Counter as Counted
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -23,11 +24,12 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from splitnet.errors import SplitnetError
+from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve.admission import Admission
 from splitnet.serve.events import Numbered
 from splitnet.serve.failures import failure_of
-from splitnet.serve.generation import Ask, Ended, Generations, Piece, ScoredPrompt
+from splitnet.serve.generation import Ask, Ended, Generations, Piece
 from splitnet.session.events import Cause, Recovered
 from splitnet.version import __version__
 from splitnet.wire.messages import Timing
@@ -41,7 +43,7 @@ GONE_STATUS = "499"
 
 
 class GatewayMetrics:
-    """Counts for one app, in a registry of its own. It is also the `splitnet.serve.progress.Observer`."""
+    """Counts for one app, in a registry of its own."""
 
     def __init__(self) -> None:
         # Of each series, when it began: Prometheus has no use for that in the text format.
@@ -88,15 +90,31 @@ class GatewayMetrics:
     async def watch(self, source: AsyncGenerator[Numbered], asks: Sequence[Ask]) -> AsyncGenerator[Numbered]:
         """Hands the events of a request on, and counts them."""
         began = time.perf_counter()
-        answers = [_AnswerWatch(self, ask) for ask in asks]
-        got_token = False
+        current, got_token = -1, False
+        tokens: Counted[int] = Counted()
+        first_at = last_at = 0.0
         try:
             async with aclosing(source):
                 async for number, event in source:
-                    if isinstance(event, Piece) and asks[number].max_tokens and not got_token:
-                        got_token = True
-                        self._first_token.observe(time.perf_counter() - began)
-                    answers[number].take(event)
+                    ask = asks[number]
+                    if number != current:  # prompts of a request run one after the other
+                        current = number
+                        tokens.clear()
+                        self._prompt.inc(len(ask.prompt))
+                    if isinstance(event, Piece) and ask.max_tokens:
+                        last_at = time.perf_counter()
+                        if not got_token:
+                            got_token = True
+                            self._first_token.observe(last_at - began)
+                        if not tokens:
+                            first_at = last_at
+                        tokens[event.choice] += 1
+                        self._completion.inc()
+                    elif isinstance(event, Ended):
+                        self._cached.inc(event.cached_tokens)
+                        gaps = max(tokens.values(), default=0) - 1  # all answers to a prompt grow together
+                        if gaps > 0:
+                            self._per_token.observe((last_at - first_at) / gaps)
                     yield number, event
         except (GeneratorExit, asyncio.CancelledError):
             self._cancelled.inc()
@@ -108,7 +126,37 @@ class GatewayMetrics:
             self._failures.labels("unexpected").inc()
             raise
 
+    def watch_session(self, cache: RemoteCache) -> Callable[[], None]:
+        """Counts what is new of a cache's session at each call; of several steps only the last one's times are known.
+
+        Args:
+            cache: one without a session gets one with its first step.
+        """
+        session = cache.session
+        timings = session.timings if session is not None else ()
+        repairs = len(session.recoveries) if session is not None else 0
+        sent = session.traffic.bytes_sent if session is not None else 0
+        received = session.traffic.bytes_received if session is not None else 0
+
+        def look() -> None:
+            nonlocal timings, repairs, sent, received
+            session = cache.session
+            if session is None:
+                return
+            if session.timings != timings:
+                timings = session.timings
+                self.step_took(timings)
+            recoveries, traffic = session.recoveries, session.traffic
+            for recovered in recoveries[repairs:]:
+                self.recovered(recovered)
+            repairs = len(recoveries)
+            self.transferred(traffic.bytes_sent - sent, traffic.bytes_received - received)
+            sent, received = traffic.bytes_sent, traffic.bytes_received
+
+        return look
+
     def step_took(self, timings: tuple[Timing, ...]) -> None:
+        """Takes in what a step met at each hop."""
         for timing in timings:
             self._hop.labels("wait").observe(timing.wait_us / 1e6)
             self._hop.labels("compute").observe(timing.compute_us / 1e6)
@@ -116,9 +164,11 @@ class GatewayMetrics:
                 self._hop.labels("link").observe(timing.next_rtt_us / 2e6)
 
     def recovered(self, recovered: Recovered) -> None:
+        """Takes in that a route was repaired."""
         self._failover.labels(recovered.cause.value).observe(recovered.total_ms / 1000)
 
     def transferred(self, sent: int, received: int) -> None:
+        """Takes in bytes that went to peers and came from them."""
         self._sent.inc(sent)
         self._received.inc(received)
 
@@ -127,51 +177,11 @@ class GatewayMetrics:
         self._requests.labels(path, status).inc()
         self._seconds.labels(path).observe(seconds)
 
-    def prompt_read(self, tokens: int) -> None:
-        """The peers hold the keys and values of a prompt."""
-        self._prompt.inc(tokens)
-
-    def token_came(self) -> None:
-        """An answer has one more token."""
-        self._completion.inc()
-
-    def answer_ended(self, cached_tokens: int, seconds_per_token: float | None) -> None:
-        """An answer is complete; None: it has one token at most."""
-        self._cached.inc(cached_tokens)
-        if seconds_per_token is not None:
-            self._per_token.observe(seconds_per_token)
-
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(f"splitnet_gateway_{name}", help, labels, registry=self.registry)
 
     def _histogram(self, name: str, help: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(f"splitnet_gateway_{name}", help, labels, buckets=buckets, registry=self.registry)
-
-
-class _AnswerWatch:
-    """The answers to one prompt as they come."""
-
-    def __init__(self, metrics: GatewayMetrics, ask: Ask) -> None:
-        self._metrics = metrics
-        self._ask = ask
-        self._begun = False
-        self._tokens = [0] * ask.choices
-        self._first_at = self._last_at = 0.0
-
-    def take(self, event: ScoredPrompt | Piece | Ended) -> None:
-        if not self._begun:
-            self._begun = True
-            self._metrics.prompt_read(len(self._ask.prompt))
-        if isinstance(event, Piece) and self._ask.max_tokens:
-            self._last_at = time.perf_counter()
-            if not any(self._tokens):
-                self._first_at = self._last_at
-            self._tokens[event.choice] += 1
-            self._metrics.token_came()
-        elif isinstance(event, Ended):
-            gaps = max(self._tokens) - 1  # all answers to a prompt grow together
-            mean_s = (self._last_at - self._first_at) / gaps if gaps > 0 else None
-            self._metrics.answer_ended(event.cached_tokens, mean_s)
 
 
 class _PresentMetrics(Collector):
@@ -251,7 +261,7 @@ def instrument(
         name: of the model.
     """
     metrics.registry.register(_PresentMetrics(name, generations, admission))
-    generations.observer = metrics
+    generations.watch_session = metrics.watch_session
 
     @app.get("/metrics", include_in_schema=False)
     def tell(request: Request) -> Response:

@@ -1,353 +1,460 @@
-"""The requests that are understood. A parameter that is not listed here, or has a value that is not, is refused."""
+"""OpenAI's HTTP API: paths, answers and errors. Nothing else in the server knows its protocol."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, Literal, TypeVar
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from anyio import CapacityLimiter, to_thread
-from fastapi import Request
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError, model_validator
-from pydantic_core import from_json
+from fastapi import APIRouter, Request
+from pydantic import BaseModel
 from starlette.responses import Response
 
-from splitnet.serve.failures import ApiError, refused
+from splitnet.serve.events import Numbered, framed
+from splitnet.serve.failures import ApiError, failure_of
+from splitnet.serve.gate import Api, ParsingRoute, client_of
+from splitnet.serve.gateway import Gateway
+from splitnet.serve.generation import Ask, Ended, Piece, ScoredPrompt
+from splitnet.serve.grammars import Grammar
+from splitnet.serve.openai_requests import ChatRequest, CompletionRequest, SamplingRequest
+from splitnet.serve.sampling import Sampling, ScoredToken
+from splitnet.serve.text import ToolCall, ToolCallParser
 
-STOP_STRINGS = 16
-TOP_LOGPROBS = 20
-CHOICES = 16
-PROMPTS = 256
-BIASED_TOKENS = 1024
-MAX_TOKENS = 2**24
-MESSAGES = 2**14
-TOOLS = 256
+DONE = "data: [DONE]\n\n"
+"""The last event of a stream."""
 
+COMPLETION_TOKENS = 16
+"""Of a completion that does not say how many it wants; OpenAI's default."""
 
-def _few(given: Any) -> Any:
-    """Of an object pydantic collects an error for every name, so one with very many is refused before it looks."""
-    if isinstance(given, dict) and len(given) > BIASED_TOKENS:
-        raise ValueError(f"an object has {len(given)} names: give {BIASED_TOKENS} at most")
-    return given
+MAX_SCORES = 2**19
+"""Of the tokens of the prompts of one request, with those of the likeliest tokens beside them."""
 
 
-Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
-TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+class ErrorDetails(BaseModel):
+    """What OpenAI's clients read of an error."""
 
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    _few_names = model_validator(mode="before")(_few)
+class ErrorReply(BaseModel):
+    """The body of every error."""
 
+    error: ErrorDetails
 
-class StreamOptions(_Strict):
-    """How a stream ends."""
 
-    include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+_ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
-class TextFormat(_Strict):
-    """Any text."""
+def error_body(failure: ApiError) -> dict[str, Any]:
+    """OpenAI's JSON of an error."""
+    kind = _ERROR_TYPES.get(failure.status, "invalid_request_error" if failure.status < 500 else "server_error")
+    details = ErrorDetails(message=str(failure), type=kind, param=failure.param, code=failure.code)
+    return ErrorReply(error=details).model_dump()
 
-    type: Literal["text"]
 
+def key_of(headers: Mapping[str, str]) -> str:
+    """The key that a request gives; empty: none."""
+    kind, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if kind.lower() == "bearer" else ""
 
-class JsonFormat(_Strict):
-    """Any JSON object."""
 
-    type: Literal["json_object"]
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, as a whole or as a stream.", "content": {"text/event-stream": {}}}
+}
 
 
-class NamedSchema(_Strict):
-    """A JSON schema; the answer keeps to it, strict or not."""
+def router(gateway: Gateway, created: int) -> APIRouter:
+    """The paths of the API.
 
-    name: str
-    description: str | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: bool | None = None
-
-
-class SchemaFormat(_Strict):
-    """JSON that fits a schema."""
-
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
-
-
-ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
-
-
-class SamplingRequest(_Strict):
-    """What both kinds of generation take."""
-
-    model: str
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=STOP_STRINGS)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(_few)] | None = None
-
-    @property
-    def stop_strings(self) -> list[str]:
-        """As a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @model_validator(mode="after")
-    def _options_need_a_stream(self) -> SamplingRequest:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only for streams: leave it out, or set stream to true")
-        return self
-
-
-class TextPart(_Strict):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class CalledFunction(_Strict):
-    """What an assistant has called; `arguments` is JSON."""
-
-    name: str
-    arguments: str
-
-
-class MadeCall(_Strict):
-    """A call in the message of an assistant."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
-
-
-class UserMessage(_Strict):
-    """From who asks, or who says how to answer."""
-
-    role: Literal["system", "developer", "user"]
-    content: Content
-    name: str | None = None
-
-
-class AssistantMessage(_Strict):
-    """From the model."""
-
-    role: Literal["assistant"]
-    content: Content | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[MadeCall], Field(fail_fast=True)] | None = None
-    # What clients send back with the answers that they got.
-    refusal: str | None = None
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-
-
-class ToolMessage(_Strict):
-    """What a tool has answered."""
-
-    role: Literal["tool"]
-    content: Content
-    name: str | None = None
-    tool_call_id: str
-
-
-Message = Annotated[UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-
-
-class FunctionDefinition(_Strict):
-    """A function that the model may call; `parameters` is a JSON schema."""
-
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(_Strict):
-    """A tool that the model may use."""
-
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-class NamedFunction(_Strict):
-    """A function by its name."""
-
-    name: str
-
-
-class ChosenTool(_Strict):
-    """The tool that must be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class ChatRequest(SamplingRequest):
-    """The body of `/v1/chat/completions`."""
-
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few)] | None = None
-    # What clients send that changes no answer.
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
-    verbosity: Literal["medium"] | None = None
-
-    @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: set logprobs to true")
-        return self
-
-    @model_validator(mode="after")
-    def _json_or_tools(self) -> ChatRequest:
-        if self.tools and self.schema_of_answer is not None:
-            raise ValueError("an answer cannot both be JSON and call tools: leave out tools or response_format")
-        return self
-
-    @model_validator(mode="after")
-    def _chosen_tools_are_there(self) -> ChatRequest:
-        if self.tool_choice not in (None, "none", "auto") and not self.tools_to_call:
-            raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
-        return self
-
-    @model_validator(mode="after")
-    def _a_call_is_no_text(self) -> ChatRequest:
-        if self.stop_strings and self.tools_to_call:
-            raise ValueError("stop ends texts, and the answer is to be a call: leave out stop, or tool_choice")
-        return self
-
-    @property
-    def offered_tools(self) -> list[Tool]:
-        """Those that the model may call."""
-        return self.tools if self.tools and self.tool_choice != "none" else []
-
-    @property
-    def binds_calls(self) -> bool:
-        """Whether calls, if the model makes some, must keep to anything."""
-        return self.parallel_tool_calls is False or any(tool.function.strict for tool in self.offered_tools)
-
-    @property
-    def template_variables(self) -> dict[str, Any]:
-        """What the chat template is given besides messages and tools."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return (self.chat_template_kwargs or {}) | effort
-
-    @property
-    def tools_to_call(self) -> list[Tool]:
-        """One of these must be called; empty: the model may do as it likes."""
-        if self.tool_choice == "required":
-            return self.tools or []
-        if isinstance(self.tool_choice, ChosenTool):
-            return [tool for tool in self.tools or [] if tool.function.name == self.tool_choice.function.name]
-        return []
-
-    @property
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer keeps to; None: it is text."""
-        if isinstance(self.response_format, SchemaFormat):
-            return self.response_format.json_schema.schema_
-        return {"type": "object"} if isinstance(self.response_format, JsonFormat) else None
-
-
-Each = TypeVar("Each")
-Batch = Annotated[list[Each], Field(fail_fast=True, min_length=1, max_length=PROMPTS)]
-
-
-class CompletionRequest(SamplingRequest):
-    """The body of `/v1/completions`."""
-
-    prompt: str | TokenIds | Batch[str] | Batch[TokenIds]
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
-    echo: bool | None = None
-    best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
-
-
-Result = TypeVar("Result")
-
-LARGE_BYTES = 2**16
-"""A request of more is prepared after others of that kind, so that small ones find a free core."""
-
-
-class Preparing:
-    """Does what a request needs before it runs in other threads: parsing, templates, tokens, grammars."""
-
-    def __init__(self) -> None:
-        self._small, self._large = CapacityLimiter(4), CapacityLimiter(1)
-
-    async def run(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
-        """What `work` returns; `size`: bytes of the request."""
-        limiter = self._large if size > LARGE_BYTES else self._small
-        return await to_thread.run_sync(work, *arguments, limiter=limiter)
-
-
-def parsed(kind: type[BaseModel], body: bytes) -> BaseModel:
-    """The request that a body holds.
-
-    Raises:
-        ApiError: it is no JSON, or no such request.
+    Args:
+        created: seconds since 1970 that are told of the model.
     """
-    try:
-        document = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        deep = "recursion limit" in str(error)
-        raise ApiError(400, "the body is nested too deep" if deep else "the body is not valid JSON") from None
-    try:
-        return kind.model_validate(document)
-    except ValidationError as error:
-        errors = error.errors(include_url=False, include_input=False)
-        raise refused([{**each, "loc": ("body", *each["loc"])} for each in errors]) from None
+    paths = APIRouter(route_class=ParsingRoute)
+
+    def entry(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "splitnet"}
+
+    @paths.get("/v1/models")
+    def models() -> dict[str, Any]:
+        """The model that is served, once for each of its names."""
+        return {"object": "list", "data": [entry(name) for name in gateway.names]}
+
+    @paths.get("/v1/models/{name:path}")
+    def model(name: str) -> dict[str, Any]:
+        """The model, if it has this name."""
+        gateway.check_model(name)
+        return entry(name)
+
+    @paths.post("/v1/chat/completions", response_model=None, responses=STREAMED)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """The next message of a chat."""
+        gateway.check_model(body.model)
+        prompts, size = gateway.prompts, len(await request.body())
+        prompt = await gateway.preparing.run(
+            size, lambda: prompts.of_chat(body.conversation, body.described_tools, body.template_variables)
+        )
+        ask = Ask(
+            prompt=prompt,
+            max_tokens=prompts.room_for(prompt, body.max_completion_tokens or body.max_tokens),
+            sampling=_sampling(gateway, body),
+            choices=body.n or 1,
+            stop_strings=body.stop_strings,
+            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=await gateway.preparing.run(size, _grammar_of, gateway, body),
+            owner=client_of(request).name,
+        )
+        choices = [_ChatChoice(index, bool(body.logprobs), prompts.text_of, body) for index in range(ask.choices)]
+        answer = Answer(CHAT, gateway.model, [ask], choices, with_usage=body.wants_usage)
+        return await gateway.respond(request, [ask], answer, stream=bool(body.stream))
+
+    @paths.post("/v1/completions", response_model=None, responses=STREAMED)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """How texts go on."""
+        gateway.check_model(body.model)
+        prompts, size = gateway.prompts, len(await request.body())
+        texts = body.prompts
+        tokenized = await gateway.preparing.run(size, lambda: [prompts.of_text(text) for text in texts])
+        echoes_scores = bool(body.echo) and body.logprobs is not None
+        if echoes_scores:
+            _check_scores(sum(map(len, tokenized)) * (1 + (body.logprobs or 0)))
+        max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        sampling = _sampling(gateway, body)
+        asks = [
+            Ask(
+                prompt=prompt,
+                max_tokens=prompts.room_for(prompt, max_tokens),
+                sampling=replace(sampling, prompt=number),
+                choices=body.n or 1,
+                stop_strings=body.stop_strings,
+                top_logprobs=body.logprobs,
+                score_prompt=echoes_scores,
+                goes_on=True,
+                owner=client_of(request).name,
+            )
+            for number, prompt in enumerate(tokenized)
+        ]
+        echoed, begins = [""] * len(texts), [list[int]()] * len(texts)
+        if body.echo:
+            echoed = [text if isinstance(text, str) else prompts.decode_all(text) for text in texts]
+        if echoes_scores:
+            begins = await gateway.preparing.run(size, lambda: [*map(prompts.begins, tokenized, echoed)])
+        each = [(text, offsets) for text, offsets in zip(echoed, begins, strict=True) for _ in range(body.n or 1)]
+        choices = [
+            _CompletionChoice(index, body.logprobs is not None, prompts.text_of, text, offsets)
+            for index, (text, offsets) in enumerate(each)
+        ]
+        answer = Answer(COMPLETION, gateway.model, asks, choices, with_usage=body.wants_usage)
+        return await gateway.respond(request, asks, answer, stream=bool(body.stream))
+
+    return paths
 
 
-class ParsingRoute(APIRoute):
-    """Parses bodies with `app.state.preparing`; FastAPI would do so on the event loop, and collect every error."""
+API = Api(("/v1",), router, error_body, key_of, ErrorReply)
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-        kind = self.body_field.field_info.annotation if self.body_field is not None else None
 
-        class Parsed(Request):
-            async def json(self) -> Any:
-                body = await self.body()
-                return await self.app.state.preparing.run(len(body), parsed, kind, body)
+def _grammar_of(gateway: Gateway, body: ChatRequest) -> Grammar | None:
+    """What the answer to a chat must keep to, if to anything."""
+    grammars = gateway.grammars
+    if body.tools_to_call:
+        return grammars.of_calls([tool.function for tool in body.tools_to_call], required=True)
+    if body.offered_tools and body.binds_calls:
+        several = body.parallel_tool_calls is not False
+        return grammars.of_calls([tool.function for tool in body.offered_tools], required=False, several=several)
+    return None if body.schema_of_answer is None else grammars.of_schema(body.schema_of_answer, "response_format")
 
-        async def handle(request: Request) -> Response:
-            return await handler(Parsed(request.scope, request.receive))
 
-        return handle
+def _sampling(gateway: Gateway, body: SamplingRequest) -> Sampling:
+    bias = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
+    gateway.prompts.check_known(bias, "logit_bias")
+    defaults = gateway.defaults
+    return Sampling(
+        temperature=defaults.temperature if body.temperature is None else body.temperature,
+        top_p=defaults.top_p if body.top_p is None else body.top_p,
+        seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        bias=tuple(bias.items()),
+        top_k=defaults.top_k if body.top_k is None else max(body.top_k, 0),
+        min_p=defaults.min_p if body.min_p is None else body.min_p,
+        repetition_penalty=(
+            defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty
+        ),
+    )
+
+
+def _check_scores(scores: int) -> None:
+    """Refuses more scores of prompts than are made and told in one go."""
+    if scores > MAX_SCORES:
+        raise ApiError(
+            400,
+            f"{scores} scores of prompts are more than {MAX_SCORES}: ask for fewer logprobs or fewer prompts at once",
+            param="logprobs",
+        )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How answers of a kind are named: the beginning of their ids, and the `object` of a whole one and of a chunk."""
+
+    id_prefix: str
+    whole: str
+    chunk: str
+
+
+CHAT = Kind("chatcmpl", "chat.completion", "chat.completion.chunk")
+COMPLETION = Kind("cmpl", "text_completion", "text_completion")
+
+
+class Answer:
+    """Writes the events of a request as OpenAI does.
+
+    Args:
+        kind: of the answer.
+        model: its name.
+        asks: what is asked, by prompt.
+        choices: of all prompts, those of the first prompt first.
+        with_usage: a stream ends with the usage.
+
+    Attributes:
+        id: by which clients know the answer.
+    """
+
+    def __init__(
+        self, kind: Kind, model: str, asks: Sequence[Ask], choices: Sequence[_Choice], *, with_usage: bool
+    ) -> None:
+        self.id = f"{kind.id_prefix}-{secrets.token_hex(12)}"
+        self._kind = kind
+        self._created = int(time.time())
+        self._model = model
+        self._choices = choices
+        self._per_prompt = asks[0].choices
+        self._with_usage = with_usage
+        self._prompt_tokens = sum(len(ask.prompt) for ask in asks)
+        self._answer_tokens = 0
+        self._cached_tokens = 0
+
+    async def whole(self, events: AsyncGenerator[Numbered]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        async for number, event in events:
+            self._take(number, event)
+        choices = [choice.whole() for choice in self._choices]
+        return {**self._head(self._kind.whole), "choices": choices, "usage": self._usage()}
+
+    async def chunks(self, first: Numbered, events: AsyncGenerator[Numbered]) -> AsyncGenerator[str]:
+        """The events of a stream; an error is the last of them.
+
+        Args:
+            first: the first event, which has been waited for already.
+        """
+        head = self._head(self._kind.chunk)
+        usage = {"usage": None} if self._with_usage else {}
+        try:
+            if (choice := self._take(*first)) is not None:
+                yield framed({**head, "choices": [choice], **usage})
+            async for number, event in events:
+                if (choice := self._take(number, event)) is not None:
+                    yield framed({**head, "choices": [choice], **usage})
+        except Exception as error:
+            yield self.failed(failure_of(error))
+            return
+        if self._with_usage:
+            yield framed({**head, "choices": [], "usage": self._usage()})
+        yield DONE
+
+    def failed(self, failure: ApiError) -> str:
+        """The last event of a stream that has failed."""
+        return framed(error_body(failure))
+
+    def _take(self, number: int, event: ScoredPrompt | Piece | Ended) -> dict[str, Any] | None:
+        """Takes an event of the prompt with this number; returns the choice of a chunk, if there is news to tell."""
+        if isinstance(event, Ended):
+            self._answer_tokens += event.answer_tokens
+            self._cached_tokens += event.cached_tokens
+            return None
+        choices = self._choices[number * self._per_prompt : (number + 1) * self._per_prompt]
+        if isinstance(event, Piece):
+            return choices[event.choice].take(event)
+        for choice in choices:
+            choice.scored_prompt = event.scored
+        return None
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+
+    def _usage(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._answer_tokens,
+            "total_tokens": self._prompt_tokens + self._answer_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+        }
+
+
+class _Choice(ABC):
+    """One choice as it grows.
+
+    Args:
+        index: of the choice.
+        with_logprobs: whether tokens are scored.
+        text_of: the text of a token, also of a special one.
+    """
+
+    def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str]) -> None:
+        self.scored_prompt: tuple[ScoredToken, ...] = ()
+        self._index = index
+        self._with_logprobs = with_logprobs
+        self._text_of = text_of
+        self._begun = False
+        self._text = ""
+        self._scored: list[ScoredToken] = []
+        self._finish: str | None = None
+
+    @abstractmethod
+    def take(self, piece: Piece) -> dict[str, Any] | None:
+        """Takes what is new; returns the choice of a chunk, if there is news to tell."""
+
+    @abstractmethod
+    def whole(self) -> dict[str, Any]:
+        """All of it."""
+
+
+class _ChatChoice(_Choice):
+    """A message of the assistant; where a call is required, text that is no whole call is not told."""
+
+    def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str], body: ChatRequest) -> None:
+        super().__init__(index, with_logprobs, text_of)
+        self._only_calls = bool(body.tools_to_call)
+        self._parser = ToolCallParser() if body.offered_tools else None
+        self._calls: list[ToolCall] = []
+
+    def take(self, piece: Piece) -> dict[str, Any] | None:
+        text, calls = self._without_calls(piece)
+        delta: dict[str, Any] = {} if self._begun else {"role": "assistant", "content": ""}
+        if text:
+            delta["content"] = text
+        if calls:
+            delta["tool_calls"] = [
+                {"index": index, **_call(call)} for index, call in enumerate(calls, start=len(self._calls))
+            ]
+        self._begun = True
+        self._text += text
+        self._calls += calls
+        self._scored += piece.scored
+        self._finish = "tool_calls" if piece.finish == "stop" and self._calls else piece.finish
+        if not delta and not piece.scored and not piece.finish:
+            return None
+        return {
+            "index": self._index,
+            "delta": delta,
+            "logprobs": self._logprobs(piece.scored),
+            "finish_reason": self._finish,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": self._text, "refusal": None}
+        if self._calls or self._only_calls:
+            message["content"] = self._text or None
+        if self._calls:
+            message["tool_calls"] = [_call(call) for call in self._calls]
+        return {
+            "index": self._index,
+            "message": message,
+            "logprobs": self._logprobs(self._scored),
+            "finish_reason": self._finish,
+        }
+
+    def _without_calls(self, piece: Piece) -> tuple[str, list[ToolCall]]:
+        if self._parser is None:
+            return piece.text, []
+        text, calls = self._parser.push(piece.text)
+        if piece.finish:
+            last_text, last_calls = self._parser.rest()
+            text, calls = text + last_text, calls + last_calls
+        return "" if self._only_calls else text, calls
+
+    def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        content = [
+            {
+                **self._scored_token(each.token, each.logprob),
+                "top_logprobs": [self._scored_token(token, logprob) for token, logprob in each.top],
+            }
+            for each in scored
+        ]
+        return {"content": content, "refusal": None}
+
+    def _scored_token(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self._text_of(token)
+        # The replacement character stands for a part of a character, whose bytes are not known here.
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+class _CompletionChoice(_Choice):
+    """A text that goes on from a prompt.
+
+    Args:
+        prompt: the text that is told first; empty if it is not wanted.
+        begins: where in that text each of its tokens begins, if these are scored.
+    """
+
+    def __init__(
+        self, index: int, with_logprobs: bool, text_of: Callable[[int], str], prompt: str, begins: Sequence[int]
+    ) -> None:
+        super().__init__(index, with_logprobs, text_of)
+        self._prompt = prompt
+        self._begins = list(begins)
+
+    def take(self, piece: Piece) -> dict[str, Any] | None:
+        told, text, scored = len(self._scored), piece.text, piece.scored
+        if not self._begun:
+            self._begun = True
+            text, scored = self._prompt + text, self.scored_prompt + scored
+        self._text += text
+        self._scored += scored
+        self._begins += [len(self._prompt) + piece.begins] * len(piece.scored)
+        self._finish = piece.finish
+        if not text and not scored and not piece.finish:
+            return None
+        return self._told(text, told)
+
+    def whole(self) -> dict[str, Any]:
+        return self._told(self._text, 0)
+
+    def _told(self, text: str, first: int) -> dict[str, Any]:
+        """A text, with the scores from the one with number `first` on."""
+        return {
+            "index": self._index,
+            "text": text,
+            "logprobs": self._logprobs(self._scored[first:], self._begins[first:]),
+            "finish_reason": self._finish,
+        }
+
+    def _logprobs(self, scored: Sequence[ScoredToken], begins: list[int]) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        return {
+            "tokens": [self._text_of(each.token) for each in scored],
+            "token_logprobs": [each.logprob for each in scored],
+            "top_logprobs": [self._top(each) for each in scored],
+            "text_offset": begins,
+        }
+
+    def _top(self, scored: ScoredToken) -> dict[str, float] | None:
+        if scored.logprob is None:
+            return None
+        top: dict[str, float] = {}
+        # Of tokens that look the same, the likeliest counts; the chosen one is always there.
+        for token, logprob in (*scored.top, (scored.token, scored.logprob)):
+            top.setdefault(self._text_of(token), logprob)
+        return top

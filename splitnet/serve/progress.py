@@ -8,16 +8,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
 
 from scheduler.facts import UNMEASURED
-from splitnet.hf.cache import ModelSession, RemoteCache
+from splitnet.hf.cache import ModelSession
 from splitnet.session.driver import LinkUse
-from splitnet.session.events import Recovered
 from splitnet.session.local import MixedSession
 from splitnet.session.route import RouteHop
 from splitnet.swarm.swarm import Swarm
-from splitnet.wire.messages import Timing
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,57 +75,6 @@ def _delay_ms(swarm: Swarm, sender: RouteHop | None, receiver: RouteHop | None) 
     via_client = sender is not None and sender.relayed
     links = [swarm.link(ends[0], None), swarm.link(None, ends[1])] if via_client else [swarm.link(*ends)]
     return None if UNMEASURED in links else sum(link.latency_ms for link in links)
-
-
-class Observer(Protocol):
-    """Who is told; called from the threads of requests."""
-
-    def step_took(self, timings: tuple[Timing, ...]) -> None:
-        """What a step met at each hop."""
-        ...
-
-    def recovered(self, recovered: Recovered) -> None:
-        """A route was repaired."""
-        ...
-
-    def transferred(self, sent: int, received: int) -> None:
-        """So many bytes went to peers and came from them."""
-        ...
-
-
-class SessionWatch:
-    """Tells an observer what is new of a session at each look.
-
-    Args:
-        cache: whose session it is; one that has none yet gets one with its first step.
-        observer: is told what comes from now on.
-    """
-
-    def __init__(self, cache: RemoteCache, observer: Observer) -> None:
-        self._cache = cache
-        self._observer = observer
-        session = cache.session
-        self._timings = session.timings if session is not None else ()
-        self._repairs = len(session.recoveries) if session is not None else 0
-        traffic = session.traffic if session is not None else None
-        self._sent = traffic.bytes_sent if traffic is not None else 0
-        self._received = traffic.bytes_received if traffic is not None else 0
-
-    def look(self) -> None:
-        """Tells what has come since the last look; of several steps only the last one's times are known."""
-        session = self._cache.session
-        if session is None:
-            return
-        timings, repairs, traffic = session.timings, session.recoveries, session.traffic
-        sent, received = traffic.bytes_sent, traffic.bytes_received
-        if timings != self._timings:
-            self._timings = timings
-            self._observer.step_took(timings)
-        for recovered in repairs[self._repairs :]:
-            self._observer.recovered(recovered)
-        self._repairs = len(repairs)
-        self._observer.transferred(sent - self._sent, received - self._received)
-        self._sent, self._received = sent, received
 
 
 KEPT_ANSWERS = 64

@@ -14,7 +14,6 @@ from jinja2 import TemplateError
 
 from splitnet.checkpoint.chat_template import begin, render, variables_of
 from splitnet.serve.failures import ApiError
-from splitnet.serve.openai import AssistantMessage, Content, Message, Tool, ToolMessage
 from splitnet.serve.text import CLOSING, INCOMPLETE, OPENING
 
 KEPT_TEXTS = 2**16
@@ -69,23 +68,31 @@ class Prompts:
         return self.decode_all([*self._some_text, token])[len(self.decode_all(self._some_text)) :]
 
     def of_chat(
-        self, messages: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, Any] = MappingProxyType({})
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]],
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[int]:
-        """The tokens of a conversation, ready for the next answer; `variables`: what the template is given besides.
+        """The tokens of a conversation, ready for the next answer.
 
-        Special tokens come from the template alone: where messages or tools name one, that is text. So nobody who
-        writes a part of a message can end it and begin one of another role.
+        Args:
+            messages: as chat templates expect them: text in one piece, arguments of calls as objects.
+            tools: as chat templates expect them.
+            variables: given to the template besides these.
+
+        Special tokens come from the template alone: where messages or tools name one, that is text. So no text
+        of a message can end it and begin one of another role.
 
         Raises:
             ApiError: the model has no template for it, the template refuses it, or it is longer than the context.
         """
         if not self._tokenizer.chat_template:
             raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
-        described = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools] or None
+        described = list(tools) or None
         if described and "tools" not in self._tokenizer.get_chat_template(tools=described):
             raise ApiError(400, "this model's chat template has no place for tools: leave them out", param="tools")
         self._check_variables(variables, described)
-        said = [_for_template(message) for message in messages]
+        said = list(messages)
         self._check_length([message["content"] for message in said])
         text = json.dumps([said, described, dict(variables)], ensure_ascii=False)
         self._check_length([text], times=2)  # a template may leave out some of it, and write it shorter
@@ -203,36 +210,3 @@ class Prompts:
 
 DEFAULT_MAX_TOKENS = 4096
 """Of an answer, where neither the request nor the model has a bound."""
-
-
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it: text in one piece, arguments of calls as objects."""
-    said: dict[str, Any] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": _text(message.content),
-    }
-    if message.name is not None:
-        said["name"] = message.name
-    if isinstance(message, ToolMessage):
-        said["tool_call_id"] = message.tool_call_id
-    if isinstance(message, AssistantMessage) and message.tool_calls:
-        said["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-            }
-            for call in message.tool_calls
-        ]
-    return said
-
-
-def _text(content: Content | None) -> str:
-    return "".join(part.text for part in content) if isinstance(content, list) else content or ""
-
-
-def _arguments(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the arguments of a tool call are not valid JSON", param="messages") from None

@@ -1,4 +1,4 @@
-"""The process of `splitnet serve`: the socket, the model, and a clean end."""
+"""The server of `splitnet serve`: its app, its socket, the model, and a clean end."""
 
 from __future__ import annotations
 
@@ -7,29 +7,129 @@ import ipaddress
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
 
+from scheduler.facts import missing_blocks
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.record import facts_of
+from splitnet.errors import CoverageError, SplitnetError
 from splitnet.hf.causal_lm import attached
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
+from splitnet.serve import openai
 from splitnet.serve.admission import Admission
-from splitnet.serve.app import Gateway, make_app
-from splitnet.serve.gate import IDLE_CONNECTIONS, ApiKeys, Connection
+from splitnet.serve.dashboard import Dashboard, dashboard_router
+from splitnet.serve.failures import ApiError, failure_of
+from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, ApiKeys, Connection, Gate, api_of
+from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
+from splitnet.serve.metrics import instrument
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.sampling import choose_defaults
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm
 from splitnet.transport.addresses import listen_at
+from splitnet.wire.endpoints import LinkState
+
+APIS = (openai.API,)
+"""The protocols that are served; the first one's errors answer paths of none."""
+
+ERRORS = (400, 401, 404, 413, 429, 500, 502, 503)
+"""Statuses that each path may answer."""
+
+EXPIRY_S = 5.0
+"""How often it is looked whether kept sessions have expired."""
+
+
+def make_app(
+    gateway: Gateway, keys: ApiKeys, created: int, hosts: Collection[str] = (), origins: Collection[str] = ()
+) -> FastAPI:
+    """The app.
+
+    Args:
+        keys: that are accepted.
+        created: seconds since 1970 that are told of the model.
+        hosts: names by which it may be asked where there are no keys; see `splitnet.serve.gate.Gate`.
+        origins: whose pages may use it, as browsers write them, besides those of this machine; `*`: of any.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        expiring = asyncio.create_task(_expire_regularly(gateway))
+        yield
+        expiring.cancel()
+        with suppress(asyncio.CancelledError):
+            await expiring
+
+    errors: dict[int | str, dict[str, Any]] = {status: {"model": APIS[0].error} for status in ERRORS}
+    app = FastAPI(title="splitnet", lifespan=lifespan, docs_url=None, redoc_url=None, responses=errors)
+    app.state.preparing = gateway.preparing
+    app.add_middleware(Gate, apis=APIS, keys=keys, hosts=hosts, origins=origins)
+    instrument(app, gateway.metrics, gateway.model, gateway.generations, gateway.admission)
+    # Around the gate, as browsers send no key with the question whether a page may ask.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_origin_regex=ON_THIS_MACHINE,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
+    app.include_router(dashboard_router(Dashboard(gateway.generations, gateway.admission, gateway.model)))
+    app.state.names = gateway.names
+    for kind in (SplitnetError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _told)
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        """Whether every block of the model is served; needs no key."""
+        swarm = gateway.generations.model.swarm
+        # A record outlives a peer that was killed; whom nobody can connect to does not serve.
+        present = [
+            facts_of(record)
+            for record in swarm.peers()
+            if record.serves and swarm.links.state(record.endpoint) is not LinkState.DOWN
+        ]
+        holes = missing_blocks(present, swarm.facts.num_blocks)
+        if holes:
+            missing = ", ".join(f"{start}..{end - 1}" for start, end in holes)
+            raise CoverageError(f"blocks {missing} are served by nobody: start peers for them")
+        return {"status": "ok"}
+
+    for api in APIS:
+        app.include_router(api.router(gateway, created))
+    return app
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    failure = failure_of(error)
+    if isinstance(error, HTTPException) and failure.status in (404, 405):
+        served = ", ".join(
+            f"{method.upper()} {path}" for path, methods in request.app.openapi()["paths"].items() for method in methods
+        )
+        names = " or ".join(map(repr, request.app.state.names))
+        failure = ApiError(failure.status, f"{error.detail}: this server has {served}, for the model {names}")
+    return JSONResponse(api_of(request.url.path, APIS).error_body(failure), failure.status, failure.headers)
+
+
+async def _expire_regularly(gateway: Gateway) -> None:
+    while True:
+        await asyncio.sleep(EXPIRY_S)
+        gateway.generations.kept.expire()
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,15 @@ from splitnet.logs import JsonFormatter
 from splitnet.security.grants import KeyOptions
 from splitnet.serve import generation
 from splitnet.serve.admission import Admission
-from splitnet.serve.app import Gateway, make_app
 from splitnet.serve.gate import ApiKeys
+from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
-from splitnet.serve.openai import ChatRequest
+from splitnet.serve.openai_requests import ChatRequest
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.sampling import SamplingDefaults
+from splitnet.serve.server import make_app
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm
 
@@ -614,7 +615,7 @@ def test_nobody_forges_a_role_with_special_tokens(small: Path) -> None:
 
     def tokens(*said: tuple[str, str]) -> list[int]:
         messages = [{"role": role, "content": text} for role, text in said]
-        return prompts.of_chat(ChatRequest.model_validate({"model": MODEL, "messages": messages}).messages, [])
+        return prompts.of_chat(ChatRequest.model_validate({"model": MODEL, "messages": messages}).conversation, [])
 
     plain = [("system", "Be kind."), ("user", " How are you? ")]
     messages = [{"role": role, "content": text} for role, text in plain]

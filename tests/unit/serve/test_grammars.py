@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 import splitnet
 from splitnet.serve.failures import ApiError
 from splitnet.serve.grammars import AllowedTokens, Grammar, Grammars
-from splitnet.serve.openai import Tool
+from splitnet.serve.openai_requests import FunctionDefinition
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.sampling import Sampling, TokenChooser
 from splitnet.serve.text import CLOSING, OPENING
@@ -68,12 +68,9 @@ TRIP = {"$defs": {"Town": TOWN}, "properties": {"to": {"$ref": "#/$defs/Town"}},
 LIST = {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["next"]}
 
 
-def tools(**parameters: Any) -> list[Tool]:
+def tools(**parameters: Any) -> list[FunctionDefinition]:
     return [
-        Tool.model_validate(
-            {"type": "function", "function": {"name": name, "parameters": schema, "strict": name != "any"}}
-        )
-        for name, schema in parameters.items()
+        FunctionDefinition(name=name, parameters=schema, strict=name != "any") for name, schema in parameters.items()
     ]
 
 

@@ -14,8 +14,9 @@ import uvicorn
 from splitnet.limits import FairAccount
 from splitnet.serve import gate
 from splitnet.serve.admission import Client
-from splitnet.serve.events import EventStream
+from splitnet.serve.events import UNREAD, EventStream, framed
 from splitnet.serve.gate import Connection
+from splitnet.serve.openai import error_body
 
 
 def test_a_source_ends_while_nobody_reads_and_too_much_is_dropped() -> None:
@@ -44,7 +45,7 @@ def test_a_source_ends_while_nobody_reads_and_too_much_is_dropped() -> None:
             async def receive() -> Any:
                 await asyncio.Event().wait()
 
-            stream = EventStream(body, body, unread, Client(name))
+            stream = EventStream(body, body, unread, Client(name), framed(error_body(UNREAD)))
             await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
             return b"".join(sent)
 

@@ -1,0 +1,334 @@
+"""The requests of OpenAI's API. A parameter that is not listed here, or has a value that is not, is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
+
+from splitnet.serve.failures import ApiError
+
+STOP_STRINGS = 16
+TOP_LOGPROBS = 20
+CHOICES = 16
+PROMPTS = 256
+BIASED_TOKENS = 1024
+MAX_TOKENS = 2**24
+MESSAGES = 2**14
+TOOLS = 256
+
+
+def _few(given: Any) -> Any:
+    """Of an object pydantic collects an error for every name, so one with very many is refused before it looks."""
+    if isinstance(given, dict) and len(given) > BIASED_TOKENS:
+        raise ValueError(f"an object has {len(given)} names: give {BIASED_TOKENS} at most")
+    return given
+
+
+Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    _few_names = model_validator(mode="before")(_few)
+
+
+class StreamOptions(_Strict):
+    """How a stream ends."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class TextFormat(_Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonFormat(_Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Strict):
+    """A JSON schema; the answer keeps to it, strict or not."""
+
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class SchemaFormat(_Strict):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
+
+
+class SamplingRequest(_Strict):
+    """What both kinds of generation take."""
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=STOP_STRINGS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(_few)] | None = None
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """As a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> SamplingRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only for streams: leave it out, or set stream to true")
+        return self
+
+
+class TextPart(_Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(_Strict):
+    """What an assistant has called; `arguments` is JSON."""
+
+    name: str
+    arguments: str
+
+
+class MadeCall(_Strict):
+    """A call in the message of an assistant."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
+
+
+class UserMessage(_Strict):
+    """From the user, or an instruction how to answer."""
+
+    role: Literal["system", "developer", "user"]
+    content: Content
+    name: str | None = None
+
+
+class AssistantMessage(_Strict):
+    """From the model."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[MadeCall], Field(fail_fast=True)] | None = None
+    # What clients send back with the answers that they got.
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class ToolMessage(_Strict):
+    """What a tool has answered."""
+
+    role: Literal["tool"]
+    content: Content
+    name: str | None = None
+    tool_call_id: str
+
+
+Message = Annotated[UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """A message as chat templates expect it: text in one piece, arguments of calls as objects."""
+    said: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": _text(message.content),
+    }
+    if message.name is not None:
+        said["name"] = message.name
+    if isinstance(message, ToolMessage):
+        said["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage) and message.tool_calls:
+        said["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return said
+
+
+def _text(content: Content | None) -> str:
+    return "".join(part.text for part in content) if isinstance(content, list) else content or ""
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the arguments of a tool call are not valid JSON", param="messages") from None
+
+
+class FunctionDefinition(_Strict):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    """A tool that the model may use."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(_Strict):
+    """A function by its name."""
+
+    name: str
+
+
+class ChosenTool(_Strict):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ChatRequest(SamplingRequest):
+    """The body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few)] | None = None
+    # What clients send that changes no answer.
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: set logprobs to true")
+        if self.tools and self.schema_of_answer is not None:
+            raise ValueError("an answer cannot both be JSON and call tools: leave out tools or response_format")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools_to_call:
+            raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
+        if self.stop_strings and self.tools_to_call:
+            raise ValueError("stop ends texts, and the answer is to be a call: leave out stop, or tool_choice")
+        return self
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as chat templates expect them. Raises ApiError if the arguments of a call are no JSON."""
+        return [_for_template(message) for message in self.messages]
+
+    @property
+    def described_tools(self) -> list[dict[str, Any]]:
+        """The offered tools as chat templates expect them."""
+        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.offered_tools]
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """Those that the model may call."""
+        return self.tools if self.tools and self.tool_choice != "none" else []
+
+    @property
+    def binds_calls(self) -> bool:
+        """Whether calls, if the model makes some, must keep to anything."""
+        return self.parallel_tool_calls is False or any(tool.function.strict for tool in self.offered_tools)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is given besides messages and tools."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return (self.chat_template_kwargs or {}) | effort
+
+    @property
+    def tools_to_call(self) -> list[Tool]:
+        """One of these must be called; empty: the model may do as it likes."""
+        if self.tool_choice == "required":
+            return self.tools or []
+        if isinstance(self.tool_choice, ChosenTool):
+            return [tool for tool in self.tools or [] if tool.function.name == self.tool_choice.function.name]
+        return []
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer keeps to; None: it is text."""
+        if isinstance(self.response_format, SchemaFormat):
+            return self.response_format.json_schema.schema_
+        return {"type": "object"} if isinstance(self.response_format, JsonFormat) else None
+
+
+Each = TypeVar("Each")
+Batch = Annotated[list[Each], Field(fail_fast=True, min_length=1, max_length=PROMPTS)]
+
+
+class CompletionRequest(SamplingRequest):
+    """The body of `/v1/completions`."""
+
+    prompt: str | TokenIds | Batch[str] | Batch[TokenIds]
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """All prompts; there may be one that stands alone."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # pyright: ignore[reportReturnType]
+        return self.prompt  # pyright: ignore[reportReturnType]
