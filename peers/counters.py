@@ -1,6 +1,6 @@
 """What a peer counts of its work, as cheaply as a decode step allows; `peers/metrics.py` tells it to others.
 
-Every number has one writer at a time: the engine, or whoever holds the lock of the service.
+Every number has one writer at a time: the engine, or the thread that holds the lock of the service.
 """
 
 from __future__ import annotations

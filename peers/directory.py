@@ -36,8 +36,8 @@ FRESH_S: Final = 1.0
 """How old an answer may be."""
 FRESH_PER_RECORD_S: Final = 0.1
 FRESH_CHANGES_S: Final = 10.0
-"""And one of what has changed, as who asks that asks again soon: so long for each record, up to this, as to read many
-takes a megabyte."""
+"""How old an answer with changes may be: `FRESH_PER_RECORD_S` for each record, up to this. A client that asks for
+changes asks again soon, and reading many records takes a megabyte."""
 BYTES_PER_MINUTE: Final = 16 << 20
 """Of answers to one key: a full directory a few times, or some thousand small swarms."""
 BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE
@@ -91,7 +91,7 @@ class _Reading:
     waiting: list[tuple[Connection, LookUp, _Payer]] = field(default_factory=list[tuple[Connection, LookUp, _Payer]])
     parts: list[bytes] | None = None
     told: Told | None = None
-    """None: nothing is known of this model, whoever asks."""
+    """None: nothing is known of this model."""
     fresh_changes_s: float = FRESH_S
     read_at: float = 0.0
 
@@ -220,13 +220,13 @@ class DirectoryService:
         try:
             records = self._records(*name)
             if records is None:
-                parts = [b""]  # perhaps to somebody without the key of this swarm, who learns nothing
+                parts = [b""]  # the sender may lack the key of this swarm, and learns nothing
             else:
                 parts = self._sealed(records)
                 reading.told = Told(records)
                 reading.fresh_changes_s = min(max(FRESH_S, FRESH_PER_RECORD_S * len(records)), FRESH_CHANGES_S)
         except SplitnetError as error:
-            # Whom this peer has joined through is for members, who can name what is here.
+            # Errors name the peers that this one has joined through: that is for members, which can name what is here.
             is_told = not self._swarm.is_closed or name[0] in self._home
             failure = str(error) if is_told else "this peer's directory does not answer: ask again later"
         except Exception:
@@ -241,7 +241,7 @@ class DirectoryService:
             self._tell(source, message, payer, reading, failure)
 
     def _tell(self, source: Connection, message: LookUp, payer: _Payer, reading: _Reading, failure: str) -> None:
-        """Answers somebody who waits for it."""
+        """Sends a finished answer to one that waits for it."""
         parts, present = reading.parts or [b""], b""
         if message.most and reading.told is not None and not failure:
             present, changed = reading.told.changes(message.known, message.since, message.most)
@@ -310,7 +310,7 @@ class DirectoryService:
             failure = "an error at this peer"
         with self._lock:
             self._done((_About.OWN, source.curve))
-            if record is not None and taken:  # who is told of it may ask at once
+            if record is not None and taken:  # its announcer may ask at once
                 for name, reading in list(self._readings.items()):
                     if name[0] in map(self._swarm.place, ("", record.model)) and reading.parts is not None:
                         del self._readings[name]
@@ -465,7 +465,7 @@ class Announcer:
             log.warning("could not leave the DHT cleanly, the record expires by itself: %s", error)
 
     def _run(self) -> None:
-        look_at = time.monotonic()  # those who are there already are measured at once
+        look_at = time.monotonic()  # peers that are there already are measured at once
         while not self._leaving.is_set():
             self._wait(look_at)
             if self._leaving.is_set():

@@ -132,8 +132,9 @@ class Engine:
     def run_here(self) -> None:
         """Runs a short decode step that waits alone, in the thread that has received it; another thread runs all else.
 
-        To hand a step from thread to thread, and what comes out back, takes some tenths of a millisecond. Not so where
-        several threads share the work: OpenMP has those for each thread that computes, and too many of them are slow.
+        Handing a step to another thread and its output back takes some tenths of a millisecond. Where several threads
+        share the work, the engine's thread runs all of it: OpenMP has helpers for each thread that computes, and more
+        of them than cores are slow.
         """
         if self._runs_here and self._turns.acquire(blocking=False):
             try:

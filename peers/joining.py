@@ -200,7 +200,7 @@ def _join(options: PeerOptions, identity: Identity, report: Report) -> SwarmDire
 
 
 def _meet_local_network(options: PeerOptions, directory: SwarmDirectory, report: Report) -> None:
-    """Who does not know yet what its model is joins whoever is there, to ask them."""
+    """A peer that does not know its model yet joins the peers that are there, to ask them."""
     node = node_of(directory)
     if node is None or not options.lan or options.initial_peers or options.join_file:
         return

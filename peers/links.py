@@ -186,8 +186,8 @@ class Neighbours:
         """Those whose peers have answered a ping, which proves their key; takes a second while there are others.
 
         Anybody can announce peers that do not exist. At most `ASKED_AT_ONCE` are asked in one call: first those whose
-        keys have cost work, then those that were asked longest ago. Who has answered counts until it is asked again,
-        after `HEARD_S`, and is silent.
+        keys have cost work, then those that were asked longest ago. A peer that has answered counts until it is asked
+        again, after `HEARD_S`, and is silent.
         """
         begin = time.monotonic()
         due = [record for record in records if begin - self._heard_at.get(record.endpoint, -math.inf) > HEARD_S]

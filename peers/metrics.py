@@ -32,9 +32,8 @@ from prometheus_client.registry import Collector
 
 from peers.admission import Purpose
 from peers.counters import OTHER_CODEC, Counters, Histogram
-from peers.server import Peer
+from peers.server import Peer, SpanServer
 from peers.service import SessionService
-from peers.span_server import SpanServer
 from scheduler import facts as swarm
 from scheduler.cost import hop_joules
 from splitnet.errors import AddressInUse, SplitnetError
@@ -418,7 +417,7 @@ class _Server(ThreadingTCPServer):
             request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # Whoever asked is gone, or does not speak HTTP.
+        # The client is gone, or does not speak HTTP.
         log.debug("a reader of the metrics was lost", exc_info=True)
 
 

@@ -256,7 +256,7 @@ class Mover:
         return list(guarded.values())
 
     def _few_holders(self, own: PeerRecord, others: Sequence[PeerRecord]) -> list[list[PeerRecord]]:
-        """Who serves a block, for the blocks that only one to `FEW` others serve; each group once."""
+        """The servers of a block, for blocks that only one to `FEW` others serve; each group once."""
         groups: dict[frozenset[PublicKey], list[PeerRecord]] = {}
         serving = [record for record in others if record.serves]
         edges = sorted({edge for record in serving for edge in (record.start, record.end)} | {own.start, own.end})
@@ -401,11 +401,11 @@ class Relocation:
                 self._move(span, self._mover.lacking)
                 return True
             lost = [record for record in others if record.key in self._gone]
-            # Where they are few everybody watches everybody: who is to move may be lost with those it was to replace.
+            # Where peers are few all watch all: the one to move may be lost with those that it was to replace.
             rest = others if len(others) <= MAX_WATCHED else ()
             self._watch.watch([*lost, *self._mover.guarded(own, present, now), *rest])
             announced = {(record.key, record.moving_to) for record in others if record.moving_to and record.serves}
-            # Who announces a move waits until it has heard of others.
+            # A peer that announces a move waits until it has heard of others.
             if self._mover.intended != before or announced - self._heard_of:
                 self._publish()
             self._pause_s = self._pause(len(others))
@@ -434,5 +434,5 @@ class Relocation:
                 self.reconsider()
             except SplitnetError as error:
                 log.warning("could not look for better blocks to serve: %s", error)
-            # Not at the same moment as everybody else: who looks later sees what the others have announced.
+            # Not at the same moment as others: a later look sees what they have announced.
             look_at = time.monotonic() + self._pause_s * random.uniform(0.5, 1.5)

@@ -65,7 +65,7 @@ class WorkQueue:
         self._next_pass_of: bytes | None = None
         self._idle_job: Callable[[], None] | None = None
         self.defers = False
-        """Whether `put` wakes nobody, as who puts steps calls `Engine.run_here` then."""
+        """Whether `put` leaves it to the caller to wake the engine, by `Engine.run_here`."""
         self._turns_without_pass = 0
         self.queued_positions = 0
         self.pass_positions = 0
@@ -375,7 +375,7 @@ class WorkQueue:
         )
 
     def _next_pass(self, ready: Iterable[Session], max_positions: int) -> dict[Work, int]:
-        # Who ran last stands at the end, so the first has waited longest.
+        # Sessions that ran last stand at the end, so the first has waited longest.
         heads = [session.waiting[0] for session in ready]
         counts = next_pass(heads, heads[0].session.passed_over, max_positions)
         for work in heads:

@@ -43,7 +43,7 @@ class PeerWays:
         identity: of the peer.
         options: how the user wants it to be reached, and to help others to be.
         address: `tcp://IP:port` as the peer would announce it.
-        authorized: who may use its help; None: anyone.
+        authorized: keys that may use its help; None: any.
         others: looks up the other peers of the model.
         directory: where helpers are found.
         vouched: whether the user, or a friend, has named a helper.
@@ -192,7 +192,7 @@ class PeerWays:
         except MappingError as error:
             log.info("no port is mapped: %s", error)
             return False
-        # Who remembers the address from before waits a while until it tries again, but a new link at once.
+        # A peer that knows the address from before waits until it tries again; a new link is tried at once.
         if not is_global(address) or not any(self._is_reached(address) for _ in range(2)):
             log.info("nobody reaches %s, which the router says it leads here (%s)", address, mapping.by)
             mapping.close()
@@ -211,8 +211,8 @@ class PeerWays:
     def _is_reached(self, address: str) -> bool | None:
         """Whether others on the internet reach this peer; None: there are none, or they do not try.
 
-        Some are asked to connect. What counts is who has come, not what they say: whoever lies that this peer is
-        reached would leave it without helpers, and whoever lies that it is not would have it choose theirs.
+        Some are asked to connect. Connections count, not answers: a liar that says that this peer is reached would
+        leave it without helpers, and one that says that it is not would have it choose theirs.
         """
         began = time.monotonic()
         try:

@@ -53,7 +53,7 @@ PROBE_S = 15.0
 """A client that was silent for this long is sent a `Pong` that it ignores, which shows whether it is connected."""
 
 IN_USE_S = 3.0
-"""A session without a step for this long waits for a person who types."""
+"""A session without a step for this long waits for its user to type."""
 
 REMEMBERED_HOPS = 4096
 FAR_TIMES = 3.0
@@ -429,28 +429,15 @@ class SessionService:
         self.outbox.send(source, pong)
 
     def _open(self, source: Connection, message: Open, now: float) -> None:
-        refused = self.served.refusal(message)
+        session = self.sessions.get(message.session)
+        refused = self._refusal(source, message, session)
         if refused is not None:
             self._fail(source, message.session, message.epoch, 0, *refused)
             return
         codec = codec_by_code(message.codec)
-        session = self.sessions.get(message.session)
-        if session is not None and session.owner != source.curve:
-            self._fail(source, message.session, message.epoch, 0, FailureCode.UNKNOWN_SESSION, "not your session")
-            return
-        if session is not None and message.epoch < session.epoch:
-            self._fail(source, message.session, message.epoch, 0, FailureCode.STALE_EPOCH, "a newer epoch is open")
-            return
-        if session is not None and (session.start, session.end, session.codec) != (message.start, message.end, codec):
-            text = "an open session keeps its blocks and its codec"
-            self._fail(source, message.session, message.epoch, 0, FailureCode.WRONG_BLOCKS, text)
-            return
-        if session is None and self.leaving:
-            self._fail(source, message.session, message.epoch, 0, FailureCode.LEAVING, "this peer is leaving")
-            return
         try:
             self._policy.spend(source.curve, 0, now)
-            known = session is not None
+            is_new = session is None
             if session is None:
                 session = Session(
                     id=message.session,
@@ -466,8 +453,10 @@ class SessionService:
                     log=SentLog(message.codec, codec.bytes_per_position(self.served.hidden_size)),
                     used_at=now,
                 )
-            self._make_room(session, message.budget, now)
-            if not known:
+            text = "your key had more than its share of this peer's KV memory, and others waited for it"
+            for ended in self.sessions.make_room(session, message.budget, now):
+                self._ended(ended, SessionEnd.EXPIRED, text)
+            if is_new:
                 self.sessions.add(session)
                 self._counters.opened += 1
             else:
@@ -487,11 +476,20 @@ class SessionService:
         session.weights = self.served.weights if message.asks_weights else ""
         self._opening.reach(session, next_hop_of(message), now, again=again)
 
-    def _make_room(self, session: Session, budget: int, now: float) -> None:
-        """Ends sessions of keys that have more than their share of the KV memory, if another key needs it."""
-        text = "your key had more than its share of this peer's KV memory, and others waited for it"
-        for ended in self.sessions.make_room(session, budget, now):
-            self._ended(ended, SessionEnd.EXPIRED, text)
+    def _refusal(self, source: Connection, message: Open, session: Session | None) -> tuple[FailureCode, str] | None:
+        """Why this peer does not open a session, or a newer epoch of one that it has."""
+        refused = self.served.refusal(message)
+        if refused is not None:
+            return refused
+        if session is None:
+            return (FailureCode.LEAVING, "this peer is leaving") if self.leaving else None
+        if session.owner != source.curve:
+            return FailureCode.UNKNOWN_SESSION, "not your session"
+        if message.epoch < session.epoch:
+            return FailureCode.STALE_EPOCH, "a newer epoch is open"
+        if (session.start, session.end, session.codec.code) != (message.start, message.end, message.codec):
+            return FailureCode.WRONG_BLOCKS, "an open session keeps its blocks and its codec"
+        return None
 
     def _ended(self, session: Session, how: SessionEnd, text: str = "") -> None:
         """A session has ended here; with a text its client is told, if something of it waits."""

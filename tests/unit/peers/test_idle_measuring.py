@@ -9,10 +9,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from peers import span_server
+from peers import server
 from peers.counters import Counters
 from peers.links import NextHops
-from peers.span_server import SpanServer
+from peers.server import SpanServer
 from peers.speed import ObservedSpeed
 from splitnet.blocks.span import Part, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_an_idle_span_is_measured_by_the_thread_that_uses_it(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(span_server, "FIRST_REMEASURE_S", -1.0)
+    monkeypatch.setattr(server, "FIRST_REMEASURE_S", -1.0)
     span, outbox = Span.load(checkpoint, 0, 1), Mock()
     peer = SpanServer(
         checkpoint,

@@ -44,7 +44,7 @@ PEER = """
 from unittest.mock import Mock
 from peers.counters import Counters
 from peers.links import NextHops
-from peers.span_server import SpanServer
+from peers.server import SpanServer
 from peers.speed import measure_speed
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.blocks.span import Span

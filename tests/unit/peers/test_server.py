@@ -9,8 +9,8 @@ import pytest
 
 from peers.counters import Counters
 from peers.links import NextHops
+from peers.server import SpanServer
 from peers.sessions import TENSOR_BYTES
-from peers.span_server import SpanServer
 from peers.speed import ObservedSpeed
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
