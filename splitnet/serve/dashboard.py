@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -26,7 +26,6 @@ from splitnet.serve.events import EventStream, framed
 from splitnet.serve.gate import client_of
 from splitnet.serve.generation import Generations
 from splitnet.serve.progress import Progress
-from splitnet.swarm.events import Kind
 from splitnet.swarm.overview import Overview, blocks_text, short_key, token_joules, token_ms
 from splitnet.swarm.swarm import Swarm
 from splitnet.transport.prober import Answer
@@ -72,7 +71,7 @@ class _Asked:
 
 
 class Presence:
-    """Asks peers for signs of life, and notes in the swarm's event log who comes and goes. For one thread at a time.
+    """Asks peers for signs of life, and notes in the swarm's event log which come and go. For one thread at a time.
 
     Args:
         swarm: of the peers.
@@ -98,7 +97,7 @@ class Presence:
             self._asked, self._seen = {}, {}
         told = bool(self._seen)
         self._looked_at = now
-        # Keys are random: so who is asked does not depend on blocks, and is the same the next time.
+        # Keys are random: the choice does not depend on blocks, and is the same the next time.
         asked = sorted(records, key=lambda record: record.key.text)[:ASKED_PEERS]
         endpoints = {record.key.text: record.endpoint for record in asked}
         self._asked = {endpoint: self._asked.get(endpoint) or _Asked() for endpoint in endpoints.values()}
@@ -126,7 +125,7 @@ class Presence:
             return State.REFUSES, asked.answer
         is_due = now - asked.asked_at >= LOST_S
         if link is LinkState.DOWN:
-            if is_due:  # a link that nobody asks over is closed, and then finds out nothing more
+            if is_due:  # an unused link is closed, and finds out nothing more
                 self._swarm.ping(endpoint)
                 asked.asked_at = now
             asked.future = None
@@ -141,25 +140,23 @@ class Presence:
         return State.UNKNOWN if asked.answer is None else State.HERE, asked.answer
 
     def _note_changes(self, before: dict[str, Seen]) -> None:
+        note = self._swarm.events.note
         for key, seen in self._seen.items():
             was, record = before.get(key), seen.record
             serving = _name(record)
             blocks = f"blocks {blocks_text(record.start, record.end)}"
             if was is None:
-                self._note("joined", f"{serving} has joined and serves {blocks}")
+                note("joined", f"{serving} has joined and serves {blocks}")
                 continue
             if (was.record.start, was.record.end) != (record.start, record.end):
-                self._note("moved", f"{serving} now serves {blocks}")
+                note("moved", f"{serving} now serves {blocks}")
             if seen.state is State.GONE and was.state is not State.GONE:
-                self._note("gone", f"{serving} does not answer any more: {blocks} have lost a peer")
+                note("gone", f"{serving} does not answer any more: {blocks} have lost a peer")
             elif was.state is State.GONE and seen.state is State.HERE:
-                self._note("back", f"{serving} answers again and serves {blocks}")
+                note("back", f"{serving} answers again and serves {blocks}")
         for key, was in before.items():
             if key not in self._seen and was.state is not State.GONE:
-                self._note("left", f"{_name(was.record)} has left")
-
-    def _note(self, kind: Kind, text: str) -> None:
-        self._swarm.events.note(kind, text)
+                note("left", f"{_name(was.record)} has left")
 
 
 def _name(record: PeerRecord) -> str:
@@ -170,7 +167,7 @@ RATE_S = 5
 """Rates are means of so many seconds."""
 
 SHOWN_S = 60.0
-"""For so long an answer that has ended is still told of."""
+"""An answer that has ended is shown for this time."""
 
 
 def snapshot(
@@ -200,7 +197,7 @@ def snapshot(
             for (start, end), advice in zip(overview.missing, overview.advice(), strict=True)
         ],
         "local_spans": model.local_spans,
-        "peers": [_peer(model.swarm, each, now) for each in _in_order(seen)],
+        "peers": [_peer(model.swarm, each, now) for each in sorted(seen, key=_place)],
         "requests": {"running": admission.running, "waiting": admission.waiting},
         "tokens_per_s": rates[-1],
         "history": rates,
@@ -208,8 +205,8 @@ def snapshot(
     }
 
 
-def _in_order(seen: Iterable[Seen]) -> list[Seen]:
-    return sorted(seen, key=lambda each: (each.record.start, each.record.end, each.record.key.text))
+def _place(seen: Seen) -> tuple[int, int, str]:
+    return seen.record.start, seen.record.end, seen.record.key.text
 
 
 def _peer(swarm: Swarm, seen: Seen, now: float) -> dict[str, Any]:
@@ -254,17 +251,17 @@ def _answer(progress: Progress, now: float) -> dict[str, Any]:
 
 SNAPSHOT_S = 1.0
 LOOKUP_S = 3.0
-"""Between two looks into the directory, while somebody looks at the page."""
+"""Between two looks into the directory, while a page is open."""
 
 MAX_STREAMS = 32
-"""Of the page, for all who look."""
+"""Open pages, of all clients."""
 
 TICK_S = 0.25
 """How soon events are told, and how soon a stream ends with the server."""
 
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
-    # Whatever a peer says of itself, no browser runs or loads it.
+    # A browser runs and loads nothing of what a peer says of itself.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -274,7 +271,7 @@ HEADERS = {
 
 
 class Dashboard:
-    """Watches the swarm and the answers, only while somebody looks; all who look see the same.
+    """Watches the swarm and the answers, only while a page is open; all pages show the same.
 
     Args:
         name: by which the chat asks for the model.
@@ -298,7 +295,7 @@ class Dashboard:
     async def stream(self, client: Client) -> AsyncGenerator[str]:
         """Server-sent events: snapshots, and what has happened; at first all that is known to have happened lately.
 
-        The oldest stream of who has most of them ends where there are more than `MAX_STREAMS`.
+        Where there are more than `MAX_STREAMS`, the oldest stream of the client with most of them ends.
         """
         over = asyncio.Event()
         looks = self._streams.hold(client, over.set, 1)
@@ -333,7 +330,7 @@ class Dashboard:
             return self._shown
 
     async def _look_up(self) -> None:
-        """Keeps the records fresh; only who looks after a pause waits for them, as a directory can be slow."""
+        """Keeps the records fresh; waits for them only after a pause, as a directory can be slow."""
         now = asyncio.get_running_loop().time()
         age_s = now - self._looked_up_at
         if (self._lookup is None or self._lookup.done()) and age_s >= LOOKUP_S:

@@ -1,4 +1,4 @@
-"""From threads that generate to coroutines that answer: events of a request, until it ends or nobody listens."""
+"""From threads that generate to coroutines that answer: events of a request, until it ends or its client is gone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def events(
 ) -> AsyncGenerator[Numbered]:
     """Runs some prompts of one request in one place, one after the other; `answer` is the id of what they answer.
 
-    Whoever closes this, or is cancelled while waiting for it, ends the generation.
+    The generation ends when this is closed, or its reader is cancelled.
     """
     async with admission.place(client):
         for number, ask in enumerate(asks):

@@ -1,4 +1,4 @@
-"""The way in and out of every request: the host that it names, its key, its body, and errors that nobody expected."""
+"""The way in and out of every request: the host that it names, its key, its body, and unexpected errors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ApiKeys:
         return len(self._clients)
 
     def client_of(self, given: bytes) -> Client | None:
-        """Whose key it is; None: nobody's. How long that takes tells nothing about the keys."""
+        """The client of a key; None: the key is not accepted. The time that it takes tells nothing about the keys."""
         matching = [client for key, client in self._clients if hmac.compare_digest(given, key)]
         return matching[0] if matching else None
 
@@ -230,7 +230,7 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
 
     def _wait(self, seconds: float | None) -> None:
-        """Cuts the client off after so long if it does nothing; None: waits without end."""
+        """Cuts the client off if it does nothing for this time; None: waits without end."""
         if self._timer is not None:
             self._timer.cancel()
         self._unread = self.transport.get_write_buffer_size()
@@ -254,10 +254,10 @@ class Connection(H11Protocol):
 
 
 ON_THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-"""Origins whose pages may use the server, whatever else may."""
+"""Origins whose pages may always use the server."""
 
-PROTECTED = ("/v1", "/dashboard/", "/metrics")
-"""Paths that need a key begin with one of these."""
+PROTECTED = ("/dashboard/", "/metrics")
+"""Paths that need a key begin with one of these, or are those of a protocol."""
 
 
 @dataclass(frozen=True)
@@ -280,12 +280,12 @@ class Api:
 
 
 def api_of(path: str, apis: Sequence[Api]) -> Api:
-    """The protocol of a path; of one that belongs to none, the first."""
-    return next((api for api in apis if path.startswith(api.paths)), apis[0])
+    """The protocol that has the longest beginning of a path; the first one if none has."""
+    return max(apis, key=lambda api: max((len(begin) for begin in api.paths if path.startswith(begin)), default=0))
 
 
 class Gate:
-    """ASGI middleware; the paths that are `PROTECTED` need a key, if there are keys.
+    """ASGI middleware; paths of protocols and those that are `PROTECTED` need a key, if there are keys.
 
     Without keys, a page of another site must not reach the server by giving its own name the address of this machine:
     requests name an IP address, localhost, or one of `hosts`. Nor may it send requests of which it could not read the
@@ -326,7 +326,7 @@ class Gate:
             if not self._keys.required:
                 self._check_host(headers)
                 self._check_origin(headers)
-            client = self._client_of(scope, api.key_of(headers))
+            client = self._client_of(scope, api, headers)
             scope.setdefault("state", {})["client"] = client
             async with Body(self._parsed, client, receive).whole() as received:
                 await self._app(scope, received, noting_send)
@@ -358,10 +358,10 @@ class Gate:
                 code="unknown_origin",
             )
 
-    def _client_of(self, scope: Scope, key: str) -> Client:
-        if not self._keys.required or not scope["path"].startswith(PROTECTED):
+    def _client_of(self, scope: Scope, api: Api, headers: Headers) -> Client:
+        if not self._keys.required or not scope["path"].startswith((*PROTECTED, *api.paths)):
             return client_at(scope["client"][0] if scope.get("client") else "")
-        client = self._keys.client_of(key.encode()) if key else None
+        client = self._keys.client_of(api.key_of(headers).encode())
         if client is None:
             raise ApiError(
                 401, "wrong API key: send one of the server's as `Authorization: Bearer KEY`", code="wrong_key"
@@ -370,7 +370,7 @@ class Gate:
 
 
 def client_of(request: Request) -> Client:
-    """Who has sent a request that the gate has let in."""
+    """The client that sent a request."""
     return request.state.client
 
 

@@ -38,8 +38,8 @@ class _Kept(Generic[Handle]):
 class PrefixCache(Generic[Handle]):
     """Kept sessions, of which the least recently used of the owner with most of them go first. Thread-safe.
 
-    Who takes a session has it alone until it is kept again. Owners never get sessions of each other, as what is found
-    tells what others have asked.
+    A session that is taken has one user until it is kept again. Owners never get sessions of each other: these
+    tell what was asked before.
 
     Args:
         limits: how much is kept.

@@ -104,7 +104,7 @@ class Progress:
     _last_routes: Routes = ()
 
     def follow(self, routes: Callable[[], Routes]) -> None:
-        """From now on `routes` tells through whom it goes."""
+        """From now on `routes` tells through which peers it goes."""
         self._routes = routes
 
     def unfollow(self) -> None:
@@ -114,7 +114,7 @@ class Progress:
         self._routes = None
 
     def routes(self) -> Routes:
-        """Through whom it goes, or went at last."""
+        """The peers through which it goes, or went at last."""
         routes = self._routes
         return routes() if routes is not None else self._last_routes
 

@@ -98,7 +98,7 @@ def make_app(
     def health() -> dict[str, str]:
         """Whether every block of the model is served; needs no key."""
         swarm = gateway.generations.model.swarm
-        # A record outlives a peer that was killed; whom nobody can connect to does not serve.
+        # A record outlives a peer that was killed; a peer that cannot be connected to does not serve.
         present = [
             facts_of(record)
             for record in swarm.peers()
@@ -183,7 +183,7 @@ def serve(
             defaults, said = choose_defaults(remote.generation_config, of_checkpoint=options.checkpoint_sampling)
             vocabulary = remote.config.get_text_config().vocab_size
             prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
-            # Whoever has one of several keys finds a place soon, whatever the others do.
+            # The holder of one of several keys finds a place soon, however many requests the others send.
             spare = options.max_requests // 4 if len(keys) > 1 else 0
             generations = Generations(remote, prompts.decode, options.max_requests, options.keep, options.speculate)
             try:
