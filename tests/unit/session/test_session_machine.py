@@ -519,6 +519,24 @@ def test_what_is_sent_just_after_a_hop_has_left_waits_for_another(then: str) -> 
     assert all(each.request.done for each in world.asked)
 
 
+def test_a_step_that_a_later_one_undid_is_not_sent_again() -> None:
+    """It would build on the later one; its sender learns that it has ended."""
+    world = World(seed=1, kind=Kind.CALM)
+    world.feed(Use())
+    world.settle()
+    row = world.new_row_id()
+    world.submit([(row, 0, 3, 1)])
+    world.settle()
+    world.submit([(row, 3, 2, 1)])
+    world.submit([(row, 3, 1, 1)])
+    undone, later = (each.request for each in world.asked[-2:])
+    assert undone.error is not None and world.state.under_way == 1
+    world.kill(world.at(world.state.tail))
+    world.settle()
+    assert later.done and not undone.done and world.state.recoveries
+    world.close()
+
+
 def test_hops_that_restart_between_adapters_stay() -> None:
     world = World(seed=1, kind=Kind.CALM)
     world.feed(Use())
