@@ -21,6 +21,7 @@ from splitnet.errors import DirectoryError
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.sampling import Sampling, TokenChooser
 from splitnet.serve.server import ServeOptions, serve
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.endpoints import Endpoint
 from tests.e2e.daemons import Background, background
@@ -303,7 +304,7 @@ def test_a_server_that_is_open_to_others_says_so(served: Path, host: str, warned
         serve(
             checkpoint,
             lambda: Swarm(ModelFacts.of(checkpoint), [NOBODY]),
-            {},
+            ConnectionOptions(),
             options,
             say=pytest.fail,
             warn=warnings.append,
