@@ -16,7 +16,7 @@ from scheduler import facts
 from scheduler.facts import PASS_SIZES
 from scheduler.load import MovingAverage
 from splitnet.blocks.span import Part, Span
-from splitnet.known_figures import KnownFigures
+from splitnet.paths import KnownFigures
 from splitnet.quant import native
 from splitnet.quant.device import seconds_after_work
 from splitnet.quant.memory import trim_memory

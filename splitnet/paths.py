@@ -1,9 +1,19 @@
-"""Where files of this package are kept for later, and what others are told of paths."""
+"""Where files of this package are kept, what others are told of paths, and a file of measured figures."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, Final
+
+log = logging.getLogger(__name__)
+
+MAX_KNOWN: Final = 64
+"""Figures that a file of `KnownFigures` keeps: the latest."""
 
 
 def cache_folder() -> Path:
@@ -20,3 +30,41 @@ def public_name(source: str) -> str:
     """What is written into files of a checkpoint's hub id or path: no path of a file that only this package knows."""
     path = Path(source)
     return path.name.removesuffix(".gguf") if cache_folder() in path.parents else source
+
+
+class KnownFigures:
+    """A JSON file of figures by key, measured on this machine, so that a later start need not measure them.
+
+    An unreadable file counts as empty; one that cannot be written is only logged.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def find(self, key: str) -> Any:
+        """The figure as JSON has it; None: it is not known."""
+        return self._read().get(key)
+
+    def keep(self, key: str, figure: Any) -> None:
+        """Remembers a figure, in place of the one before."""
+        known = self._read()
+        known.pop(key, None)
+        known[key] = figure
+        latest = dict(list(known.items())[-MAX_KNOWN:])
+        # Processes that write at the same time may lose what the others write, and never more than that.
+        partial = self._file.with_name(f".{self._file.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(latest, indent=1), encoding="utf-8")
+            partial.replace(self._file)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            log.info("figures of this device are not kept in %s: %s", self._file, error.strerror)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            known = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}

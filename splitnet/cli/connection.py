@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from splitnet.blocks.device import find_device
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.cli.invite import Invite
+from splitnet.cli.invite import with_invitation
 from splitnet.cli.progress import StageProgress
 from splitnet.directory.hivemind_node import have_hivemind
 from splitnet.directory.mdns import LanNode, LocalNetwork, what_was_found
 from splitnet.errors import DirectoryError, LanError, WrongSwarm
-from splitnet.hf.remote_model import learn_manifest, swarm_key_of, trusted_by
+from splitnet.hf.remote_model import learn_manifest
 from splitnet.logs import tell
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import SwarmKey
@@ -105,7 +104,7 @@ class Connection:
 
     def checkpoint(self) -> Checkpoint:
         """The model's; errors as `Checkpoint.open`, after those of `options` and of files with keys."""
-        _ = self.options, self._way, self._trusted
+        _ = self.options, self._keys
         return Checkpoint.open(self.model, tokenizer=self.given.tokenizer)
 
     def swarm(self, checkpoint: Checkpoint) -> Swarm:
@@ -121,20 +120,21 @@ class Connection:
 
     def facts_of(self, checkpoint: Checkpoint) -> ModelFacts:
         """What is known of the model; where not all of it is here, peers are asked. Errors as of `swarm`."""
-        expected = self.given.model_id or (self._invite.model_id if self._invite else None)
+        expected = self._reached.model_id
         with StageProgress() as progress:
             known = checkpoint.knows_manifest
             if known:
                 checkpoint.manifest(partial(progress.update, "check the weights"))
             if not known or (expected not in (None, checkpoint.fingerprint) and not checkpoint.is_whole):
-                addresses, swarm_key, identity = self._way
-                addresses = addresses or ask_network(checkpoint.name, lan=self.given.lan and swarm_key is None)
+                identity, swarm_key, trusted = self._keys
+                lan = self.given.lan and swarm_key is None
+                addresses = self._reached.initial_peers or ask_network(checkpoint.name, lan=lan)
                 learn_manifest(
                     checkpoint,
                     addresses,
                     identity,
                     swarm_key=swarm_key,
-                    trusted=self._trusted,
+                    trusted=trusted,
                     expected=expected,
                     report=progress.update,
                 )
@@ -147,27 +147,24 @@ class Connection:
 
     def swarm_of(self, facts: ModelFacts) -> Swarm:
         """The same, of a model of which no more is known."""
-        addresses, swarm_key, identity = self._way
-        addresses = addresses or (() if swarm_key else find_swarm(facts, lan=self.given.lan))
+        identity, swarm_key, trusted = self._keys
+        addresses = self._reached.initial_peers or (() if swarm_key else find_swarm(facts, lan=self.given.lan))
         way = None  # with the addresses
         if self.given.invite or self.given.swarm_key:
             way = [part for address in self.given.initial_peers for part in ("--join", address)]
             invite = self.given.invite
             way += ["--invite", str(invite)] if invite else ["--swarm-key", str(self.given.swarm_key)]
-        return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=self._trusted, way=way)
+        return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=trusted, way=way)
 
     @cached_property
-    def _invite(self) -> Invite | None:
-        return Invite.load(self.given.invite) if self.given.invite else None
+    def _reached(self) -> ConnectionOptions:
+        """The options, with those of an invitation."""
+        return with_invitation(self.given)
 
     @cached_property
-    def _way(self) -> tuple[Sequence[str], SwarmKey | None, Identity]:
-        """Addresses that are given, the swarm key, and the key of this client."""
-        given, invite = self.given, self._invite
-        if invite:
-            return [*given.initial_peers, *invite.join], invite.swarm_key, invite.identity
-        return given.initial_peers, swarm_key_of(given), Identity.load_or_create(given.key_file)
-
-    @cached_property
-    def _trusted(self) -> AuthorizedKeys | None:
-        return trusted_by(self.given)
+    def _keys(self) -> tuple[Identity, SwarmKey | None, AuthorizedKeys | None]:
+        """The key of this client, the swarm's, and those of the peers that may be used."""
+        reached = self._reached
+        swarm_key = reached.load_swarm_key()
+        identity = reached.identity or Identity.load_or_create(reached.key_file)
+        return identity, swarm_key, reached.load_trusted()

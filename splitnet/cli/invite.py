@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,7 @@ import typer
 
 from splitnet.cli.arguments import KeyFile, ModelId, checked_addresses
 from splitnet.errors import KeyFileError, SplitnetError
+from splitnet.session.options import ConnectionOptions
 
 if TYPE_CHECKING:
     from splitnet.security.identity import Identity
@@ -104,6 +105,20 @@ class Invite:
                 f"{file} cannot be written ({error.strerror}): give --authorized-keys with who may use this peer"
             ) from None
         return file
+
+
+def with_invitation(options: ConnectionOptions) -> ConnectionOptions:
+    """The options, with addresses, keys and model id of their invitation. Errors as of `Invite.load`."""
+    if options.invite is None:
+        return options
+    invite = Invite.load(options.invite)
+    return replace(
+        options,
+        initial_peers=[*options.initial_peers, *invite.join],
+        swarm_key=invite.swarm_key,
+        identity=invite.identity,
+        model_id=options.model_id or invite.model_id,
+    )
 
 
 def model_or_invited(model: str | None, invite: Path | None) -> str:

@@ -33,11 +33,12 @@ from splitnet.cli.arguments import (
     resolve_model,
 )
 from splitnet.cli.daemon import StopSignals, forget_address, tell_addresses, write_address
-from splitnet.cli.invite import Invite, model_or_invited
+from splitnet.cli.invite import Invite, model_or_invited, with_invitation
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.limits import parse_bytes
 from splitnet.logs import tell
+from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import Reach, is_reachable, refuse_taken
 from splitnet.transport.connections import allow_open_files
 
@@ -243,8 +244,9 @@ def peer(
         refuse_taken(f"{listen.rpartition(':')[0]}:{relay_port}")
     forget_address(address_file)
     checkpoint = resolve_model(model_or_invited(model, invite))
-    invitation = Invite.load(invite) if invite else None
-    joined = [*(join or ()), *(invitation.join if invitation else ())]
+    given = with_invitation(
+        ConnectionOptions(initial_peers=join or (), swarm_key=swarm_key, invite=invite, model_id=model_id)
+    )
 
     stop = StopSignals()
     import_models(signals_raise=False)
@@ -258,11 +260,10 @@ def peer(
     from splitnet.directory.hivemind_node import have_hivemind
     from splitnet.paths import cache_folder
     from splitnet.quant.memory import keep_freed_memory
-    from splitnet.security.swarm_key import SwarmKey
 
-    closed = invitation.swarm_key if invitation else SwarmKey.load(swarm_key) if swarm_key else None
-    if invitation and invite and authorized_keys is None:
-        authorized_keys = invitation.list_of_keys(invite)
+    closed = given.load_swarm_key()
+    if invite and authorized_keys is None:
+        authorized_keys = Invite.load(invite).list_of_keys(invite)
         if authorized_keys:
             typer.echo(
                 f"who comes first at this peer stands in {authorized_keys}; without its line `anyone` no other may"
@@ -270,7 +271,7 @@ def peer(
     if closed is not None and authorized_keys is None:
         tell(logging.WARNING, "whoever knows this peer's address may use it: give --authorized-keys with those who may")
     if lan is None:
-        lan = is_reachable(listen) and not (joined or join_file) and closed is None
+        lan = is_reachable(listen) and not (given.initial_peers or join_file) and closed is None
         if lan and not have_hivemind():
             lan = False
             tell(
@@ -285,7 +286,7 @@ def peer(
         torch.set_num_threads(threads)
     options = PeerOptions(
         wish=SpanWish(wanted_blocks, wanted_memory),
-        initial_peers=joined,
+        initial_peers=given.initial_peers,
         join_file=join_file,
         lan=is_reachable(listen) and lan,
         listen=listen,
@@ -299,7 +300,7 @@ def peer(
         authorized_keys=authorized_keys,
         key_file=key_file,
         watts=watts,
-        identity=invitation.identity if invitation else None,
+        identity=given.identity,
         swarm_key=closed,
         reach=reach,
         port_mapping=port_mapping,
@@ -307,7 +308,7 @@ def peer(
         relay_rate=wanted_rate,
         share_weights=share_weights,
         share_rate=wanted_share,
-        model_id=model_id or (invitation.model_id if invitation else None),
+        model_id=given.model_id,
         invited=model is None,
         speeds_file=cache_folder() / "speeds.json",
     )

@@ -400,17 +400,6 @@ def remote_blocks(checkpoint: Checkpoint, swarm: Swarm, local: LocalBlocks, opti
     return RemoteBlocks(local.stages, open_passes, checkpoint.max_positions, RopeLengths(checkpoint.config))
 
 
-def swarm_key_of(options: ConnectionOptions) -> SwarmKey | None:
-    """The key of the closed swarm. Raises KeyFileError: its file cannot be used."""
-    key = options.swarm_key
-    return SwarmKey.load(Path(key)) if isinstance(key, str | Path) else key
-
-
-def trusted_by(options: ConnectionOptions) -> AuthorizedKeys | None:
-    """The keys of the peers that may be used; None: any. Raises KeyFileError: their file cannot be used."""
-    return None if options.trusted_peers is None else AuthorizedKeys.from_file(Path(options.trusted_peers))
-
-
 @contextmanager
 def joined(model: str | Path, options: ConnectionOptions) -> Iterator[tuple[Checkpoint, Swarm]]:
     """Opens a checkpoint and joins its swarm, and leaves it again if the `with` ends in an error.
@@ -420,7 +409,7 @@ def joined(model: str | Path, options: ConnectionOptions) -> Iterator[tuple[Chec
         DirectoryError: no initial peer answers.
         KeyFileError: a file with keys cannot be used.
     """
-    known: dict[str, Any] = {"swarm_key": swarm_key_of(options), "trusted": trusted_by(options)}
+    known: dict[str, Any] = {"swarm_key": options.load_swarm_key(), "trusted": options.load_trusted()}
     checkpoint = Checkpoint.open(model, revision=options.revision)
     identity = options.identity or Identity.load_or_create(options.key_file)
     if not checkpoint.knows_manifest:

@@ -28,8 +28,7 @@ from typing import Any
 import torch
 
 from splitnet.errors import KernelsError
-from splitnet.known_figures import KnownFigures
-from splitnet.paths import cache_folder
+from splitnet.paths import KnownFigures, cache_folder
 from splitnet.quant.device import linked_with_torch
 
 PATH_VARIABLE = "SPLITNET_KERNELS"

@@ -17,7 +17,7 @@ from splitnet.errors import SplitnetError
 if TYPE_CHECKING:
     import torch
 
-    from splitnet.security.identity import Identity
+    from splitnet.security.identity import AuthorizedKeys, Identity
     from splitnet.security.swarm_key import SwarmKey
 
 Preference = Literal["latency", "throughput", "energy"]
@@ -104,6 +104,19 @@ class ConnectionOptions:
         from splitnet.wire.codecs import EXACT  # numpy and torch, which a command's help does without
 
         return self.local_weights or (None if self.codec == EXACT else AUTO)
+
+    def load_swarm_key(self) -> SwarmKey | None:
+        """The key of the closed swarm. Raises KeyFileError: its file cannot be used."""
+        from splitnet.security.swarm_key import SwarmKey
+
+        key = self.swarm_key
+        return SwarmKey.load(Path(key)) if isinstance(key, str | Path) else key
+
+    def load_trusted(self) -> AuthorizedKeys | None:
+        """The keys of the peers that may be used; None: any. Raises KeyFileError: their file cannot be used."""
+        from splitnet.security.identity import AuthorizedKeys
+
+        return None if self.trusted_peers is None else AuthorizedKeys.from_file(Path(self.trusted_peers))
 
     @classmethod
     def of(cls, keywords: dict[str, Any], known: Sequence[str] = GENERATING, *others: str) -> ConnectionOptions:

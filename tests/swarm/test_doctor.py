@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from splitnet.directory.mdns import LocalNetwork
 from splitnet.directory.record import PeerRecord
 from splitnet.quant.native import Kernels
 from splitnet.security.identity import Identity
+from splitnet.session.options import ConnectionOptions
 from splitnet.tools.doctor.examination import Setup, examine
 from splitnet.tools.doctor.machine import Finding, Status, passed
 from tests.multicast import lan_host, use_network_of_its_own
@@ -45,7 +46,13 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def sound(folder: Path, swarm: LocalSwarm, key_file: Path) -> Setup:
     """A set-up in which nothing is wrong."""
-    return Setup(model=str(folder), join=swarm.addresses, listen=LOOPBACK, key_file=key_file)
+    options = ConnectionOptions(initial_peers=swarm.addresses, lan=False, key_file=key_file)
+    return Setup(model=str(folder), options=options, listen=LOOPBACK)
+
+
+def joining(setup: Setup, addresses: Sequence[str], **others: Any) -> Setup:
+    """The same set-up with other addresses to join with."""
+    return dataclasses.replace(setup, options=dataclasses.replace(setup.options, initial_peers=addresses), **others)
 
 
 def examined(setup: Setup, **options: Any) -> dict[str, list[Finding]]:
@@ -104,7 +111,7 @@ def test_a_client_without_an_open_port_is_only_warned(sound: Setup, monkeypatch:
 
 def test_a_swarm_on_the_local_network_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
-    setup = Setup(model=str(folder), lan=True)
+    setup = Setup(model=str(folder), options=ConnectionOptions())
     with Directory.start(listen=[f"/ip4/{lan_host()}/tcp/0"]) as directory:
         with LocalNetwork(Checkpoint.open(folder).fingerprint) as presence:
             presence.announce(directory.addresses)
@@ -119,7 +126,7 @@ class TestPort:
     def test_that_is_taken(self, sound: Setup) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             listen = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-            found = examined(dataclasses.replace(sound, join=(), listen=listen))
+            found = examined(joining(sound, (), listen=listen))
         assert wrong(found)["port"] == Finding(
             "port", Status.failed, f"{listen} is taken: choose another port with --listen, or 0 for any free one"
         )
@@ -146,9 +153,9 @@ class TestPort:
 
 class TestWrongKey:
     def test_of_the_address_to_join_with(self, sound: Setup) -> None:
-        where, _, there = sound.join[0].rpartition("/p2p/")
+        where, _, there = sound.options.initial_peers[0].rpartition("/p2p/")
         address = f"{where}/p2p/{NOBODY.rpartition('/')[2]}"
-        bad = wrong(examined(dataclasses.replace(sound, join=[address])))
+        bad = wrong(examined(joining(sound, [address])))
         assert list(bad) == ["join"] and bad["join"].status is Status.failed
         assert f"{address}: what answers there has another key, {there}:" in bad["join"].text
 
@@ -168,7 +175,7 @@ class TestWrongKey:
         # Of another model, so that the other tests do not see it.
         other = random_checkpoint("llama", tmp_path / "private", seed=3)
         with dht_node() as node, local_swarm(other, [(0, 6)], node=node, authorized_keys=guests) as private:
-            bad = wrong(examined(dataclasses.replace(sound, model=str(other), join=private.addresses)))
+            bad = wrong(examined(joining(sound, private.addresses, model=str(other))))
         assert list(bad) == ["peer", "coverage", "reach"]
         assert "does not accept this client's key: ask its owner" in bad["peer"].text
 
@@ -185,24 +192,24 @@ class TestWrongKey:
         else:
             path = tmp_path
             expected = f"The key file {path} cannot be used (Is a directory); set SPLITNET_KEY_FILE"
-        bad = wrong(examined(Setup(key_file=path)))
+        bad = wrong(examined(Setup(options=ConnectionOptions(lan=False, key_file=path))))
         assert list(bad) == ["key"] and bad["key"].status is Status.failed
         assert bad["key"].text.startswith(expected)
 
 
 class TestNoRoute:
     def test_to_the_address_to_join_with(self, sound: Setup) -> None:
-        bad = wrong(examined(dataclasses.replace(sound, join=[NOBODY])))
+        bad = wrong(examined(joining(sound, [NOBODY])))
         assert list(bad) == ["join"]
         assert bad["join"].text.startswith(f"{NOBODY}: nothing listens there: check that the peer runs")
 
     def test_to_one_of_two_such_addresses_is_only_a_warning(self, sound: Setup) -> None:
-        bad = wrong(examined(dataclasses.replace(sound, join=[NOBODY, *sound.join])))
+        bad = wrong(examined(joining(sound, [NOBODY, *sound.options.initial_peers])))
         assert list(bad) == ["join"] and bad["join"].status is Status.warned
 
     def test_to_a_host_without_an_address(self, sound: Setup) -> None:
         address = NOBODY.replace("/ip4/127.0.0.1/", "/dns4/no-such-host.invalid/")
-        bad = wrong(examined(dataclasses.replace(sound, join=[address])))
+        bad = wrong(examined(joining(sound, [address])))
         assert bad["join"].text == f"{address}: its host name has no address: check the name"
 
     def test_to_a_peer_that_is_announced(self, sound: Setup, swarm: LocalSwarm) -> None:
@@ -221,7 +228,7 @@ class TestNoRoute:
             record = holed.peers[0].record()
             record = dataclasses.replace(record, key=gone.public, address="tcp://127.0.0.1:9", start=4, end=6)
             with announced(node, record, gone):
-                bad = wrong(examined(dataclasses.replace(sound, model=str(model), join=holed.addresses)))
+                bad = wrong(examined(joining(sound, holed.addresses, model=str(model))))
         assert list(bad) == ["peer", "coverage"] and bad["coverage"].status is Status.failed
         assert "blocks 4..5 of holed are served only by peers that do not answer" in bad["coverage"].text
 

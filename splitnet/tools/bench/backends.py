@@ -321,7 +321,7 @@ class Benchmark:
         settings: dict[str, Any] = {"rounds": self.rounds, "warm_up": self.warm_up, "seed": self.seed}
         settings["device"] = options.device
         if self._measures_swarm(connection):
-            settings |= {"codec": options.codec, "join": list(options.initial_peers), "prefer": options.prefer}
+            settings |= {"codec": options.codec, "join": list(connection.given.initial_peers), "prefer": options.prefer}
         if options.local_blocks is not None or options.local_weights is not None:
             settings |= {"local_blocks": options.local_blocks, "local_weights": options.local_weights}
         return settings

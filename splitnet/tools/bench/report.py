@@ -196,18 +196,6 @@ def figures_of(case: Case, seen: Round) -> dict[str, float]:
     return figures
 
 
-def spreads_of(rounds: Sequence[dict[str, float]]) -> dict[str, Spread]:
-    """Each figure that all rounds have; there is at least one round."""
-    names = [name for name in rounds[0] if all(name in figures for figures in rounds)]
-    return {name: Spread.of([figures[name] for figures in rounds]) for name in names}
-
-
-def ratio_of(rounds: Sequence[dict[str, float]], others: Sequence[dict[str, float]]) -> Spread:
-    """Tokens per second of one arm as a part of another's in the same round."""
-    pairs = zip(rounds, others, strict=True)
-    return Spread.of([figures[TOKENS_PER_S] / other[TOKENS_PER_S] for figures, other in pairs])
-
-
 Progress = Callable[[str, int, int], None]
 """Is told the stage, and how many of how many measurements of it are done."""
 
@@ -241,12 +229,15 @@ class Measured:
         return [figures_of(self.case, seen) for seen in self.rounds[arm]]
 
     def spreads(self, arm: str) -> dict[str, Spread]:
-        """Each figure over the rounds."""
-        return spreads_of(self.figures(arm))
+        """Each figure that all rounds have; there is at least one round."""
+        rounds = self.figures(arm)
+        names = [name for name in rounds[0] if all(name in figures for figures in rounds)]
+        return {name: Spread.of([figures[name] for figures in rounds]) for name in names}
 
     def ratio(self, arm: str, other: str) -> Spread:
         """Tokens per second of one arm as a part of another's, round by round."""
-        return ratio_of(self.figures(arm), self.figures(other))
+        pairs = zip(self.figures(arm), self.figures(other), strict=True)
+        return Spread.of([figures[TOKENS_PER_S] / others[TOKENS_PER_S] for figures, others in pairs])
 
 
 def turns(cases: Sequence[Case], arms: Sequence[str], rounds: int, warm_up: int) -> Iterator[Turn]:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitnet.cli.arguments import Device, InviteFile, JoinToExamine, KeyFile, Lan, SwarmKeyFile, resolve_model
+from splitnet.cli.invite import model_or_invited, with_invitation
 from splitnet.import_shims import import_models
+from splitnet.session.options import ConnectionOptions
 
 if TYPE_CHECKING:
     from splitnet.tools.doctor.machine import Finding
@@ -44,31 +46,18 @@ def doctor(
 
     Ends with exit code 1 if a check has failed. docs/doctor.md lists the checks.
     """
-    from splitnet.cli.invite import Invite
-
-    invitation = Invite.load(invite) if invite else None
-    if model is None and invitation is not None:
-        model = invitation.model
-    source = None if model is None else resolve_model(model)
+    options = with_invitation(
+        ConnectionOptions(
+            initial_peers=join or (), lan=lan, device=device, key_file=key_file, swarm_key=swarm_key, invite=invite
+        )
+    )
+    source = resolve_model(model_or_invited(model, invite)) if model or invite else None
 
     import_models()
-    from splitnet.security.swarm_key import OPEN, SwarmKey
     from splitnet.tools.doctor.examination import Setup, examine
 
-    swarm = invitation.swarm_key if invitation else SwarmKey.load(swarm_key) if swarm_key else OPEN
-    setup = Setup(
-        model=source,
-        join=[*(join or ()), *(invitation.join if invitation else ())],
-        lan=lan,
-        listen=listen,
-        public_host=public_host,
-        key_file=key_file,
-        device=device,
-        identity=invitation.identity if invitation else None,
-        swarm=swarm,
-    )
     findings: list[Finding] = []
-    for finding in examine(setup):
+    for finding in examine(Setup(model=source, options=options, listen=listen, public_host=public_host)):
         findings.append(finding)
         if not as_json:
             typer.secho(f"{finding.status:<5}", fg=_COLORS[finding.status], nl=False)

@@ -6,7 +6,6 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from splitnet.nat.punch import Way
 from splitnet.quant.memory import free_memory
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import OPEN, OpenSwarm
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.links import Links, refusal
 from splitnet.swarm.trial import PeerAnswer, PeerLinks
 from splitnet.tools.doctor import machine
@@ -364,22 +364,14 @@ class Setup:
 
     Attributes:
         model: hub id or checkpoint folder; None: no model.
-        join: addresses of a swarm, multiaddrs or those of peers.
-        lan: without them, look for a swarm of the model on the local network.
+        options: addresses, keys and device.
         listen: where a peer would listen; None: nowhere in particular.
-        identity: the key of this machine itself, in the place of a file.
-        swarm: the key of a closed one.
     """
 
     model: str | None = None
-    join: Sequence[str] = ()
-    lan: bool = False
+    options: ConnectionOptions
     listen: str | None = None
     public_host: str | None = None
-    key_file: Path | None = None
-    device: str = AUTO
-    identity: Identity | None = None
-    swarm: OpenSwarm = OPEN
 
 
 def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
@@ -387,9 +379,13 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
 
     Args:
         clock: Unix time in seconds, of this machine.
+
+    Raises:
+        KeyFileError: the file with the swarm's key cannot be used.
     """
+    swarm = setup.options.load_swarm_key() or OPEN
     yield from machine.software()
-    yield machine.devices(setup.device)
+    yield machine.devices(setup.options.device)
     yield machine.kernels()
     checkpoint = None
     if setup.model is None:
@@ -398,9 +394,9 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         found, checkpoint = open_model(setup.model)
         yield found
         yield from _room(setup.model, checkpoint)
-    identity = setup.identity
+    identity = setup.options.identity
     if identity is None:
-        found, identity = machine.key_of(setup.key_file)
+        found, identity = machine.key_of(setup.options.key_file)
         yield found
         identity = identity or Identity.generate()
     reach = Reach(
@@ -409,12 +405,12 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         setup.public_host,
         needed=setup.listen is not None or setup.public_host is not None,
     )
-    join = setup.join
-    if not join and setup.lan and checkpoint is not None:
+    join = setup.options.initial_peers
+    if not join and setup.options.lan and checkpoint is not None:
         found, join = local_network(checkpoint)
         yield found
     if join:
-        yield from _way_to(join, checkpoint, identity, reach, clock, setup.swarm)
+        yield from _way_to(join, checkpoint, identity, reach, clock, swarm)
     else:
         yield reach.port()
 

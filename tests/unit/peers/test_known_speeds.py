@@ -16,7 +16,7 @@ from peers.power import EnergyMeter
 from peers.speed import KnownSpeeds, ObservedSpeed, speed_of
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.known_figures import MAX_KNOWN, KnownFigures
+from splitnet.paths import MAX_KNOWN, KnownFigures
 from tests.unit.random_models import random_checkpoint
 
 SPEED = ObservedSpeed((1.0, 2.0, 3.0, 4.0, 5.0))
