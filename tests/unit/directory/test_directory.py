@@ -252,7 +252,8 @@ def test_of_what_nodes_hold_of_a_peer_the_latest_counts() -> None:
     anna = Identity.generate()
     early = record_of(anna, issued_at=time.time() - 20)
     late = dataclasses.replace(early, issued_at=early.issued_at + 10, end=3)
-    stored = [cast("Callable[[bytes], bytes]", packb)(record.pack(anna)) for record in (early, late)]
+    pack: Any = packb
+    stored = [pack(record.pack(anna)) for record in (early, late)]
     answers = [{"anna": SimpleNamespace(value=value)} for value in stored]
     for told in (answers, answers[::-1]):
         assert hivemind_node._together(told) == [("anna", late)]
