@@ -2,7 +2,7 @@
 
 A node of the DHT is a service `<its id>._splitnet._tcp.local.`; its TXT record says which model's swarm it belongs to
 and where the DHT can be joined. Anybody on the network can send such records, so they are checked, bounded, and used
-for nothing but to connect to an address that the internet does not route; what is read there is signed (`records.py`).
+for nothing but to connect to an address that the internet does not route; what is read there is signed (`record.py`).
 """
 
 from __future__ import annotations

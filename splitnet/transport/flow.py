@@ -258,7 +258,10 @@ def traffic(descriptor: int) -> Traffic | None:
 
 def hang_up(descriptor: int, expected: bytes) -> None:
     """Ends the connection with this cookie, if it has not ended: ZeroMQ finds it closed by the other side."""
-    handle = _borrow(descriptor)
+    try:
+        handle = _borrow(descriptor)
+    except OSError:  # ZeroMQ has closed it
+        return
     try:
         copy = handle.dup()  # the number may be given to another meanwhile
     except OSError:

@@ -251,7 +251,7 @@ class _BFloat16(Codec):
 
 
 class _BlockInteger(Codec):
-    """Integers of `bits` bits in blocks of 64 values (see block_integers.py), rotated or not.
+    """Integers of `bits` bits in blocks of 64 values, rotated or not.
 
     A record is the scales of all its blocks, then their codes. If 64 does not divide `hidden`, the last block is padded
     with zeros.

@@ -56,11 +56,16 @@ def test_many_records_do_not_hide_the_peers(swarm: LocalSwarm, local: Any) -> No
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
+@pytest.fixture
+def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before nodes start."""
+    monkeypatch.setattr("splitnet.directory.kept.RECORDS_PER_KEY", 16)
+
+
 def test_a_peer_that_has_worked_comes_into_a_full_directory(
-    swarm: LocalSwarm, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few_places: None, swarm: LocalSwarm, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("splitnet.security.identity.WORK_BITS", 5)
-    monkeypatch.setattr("splitnet.directory.kept.RECORDS_PER_KEY", 16)
     model = swarm.peers[0].checkpoint.fingerprint
     flood_records(swarm.addresses, model, count=SHARDS * 16 * 2)
     with_nothing = swarm.add(0, 6)

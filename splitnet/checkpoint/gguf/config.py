@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file say, as a config of transformers; what is special of a family: gguf_families.py."""
+"""What the metadata of a GGUF file say, as a config of transformers; what is special of a family: families.py."""
 
 from __future__ import annotations
 

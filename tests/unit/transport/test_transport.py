@@ -674,6 +674,12 @@ def test_an_address_that_is_away_for_a_moment_costs_no_connection(monkeypatch: p
     assert ended == ["192.0.2.7 moved"]
 
 
+def test_a_connection_that_zeromq_has_closed_is_hung_up_without_an_error() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as one:
+        descriptor = one.fileno()
+    flow.hang_up(descriptor, b"\0" * 8)
+
+
 def test_addresses_of_this_machine_are_told_from_others() -> None:
     assert flow.has_address("127.0.0.1") and flow.has_address("::ffff:127.0.0.1")
     assert not flow.has_address("192.0.2.7") and not flow.has_address("2001:db8::7")
