@@ -52,8 +52,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two for all tests. None for a part: a worker takes seconds to start."""
-    return 2 if config.args == config.getini("testpaths") and not config.option.keyword else 0
+    """Three for all tests, which wait half of their time. None for a part: a worker takes seconds to start."""
+    return 3 if config.args == config.getini("testpaths") and not config.option.keyword else 0
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether | None:
