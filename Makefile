@@ -38,9 +38,9 @@ lint: .venv/dev.stamp
 docs: .venv/dev.stamp
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
-# How large the product is, and what one decode token passes; for the figures before a change: `.venv/bin/python benchmarks/size.py ROOT`.
+# How large the product is, and what one decode token passes; for the figures before a change: `.venv/bin/python -m benchmarks.size ROOT`.
 size: .venv/dev.stamp
-	@.venv/bin/python benchmarks/size.py --trace
+	@.venv/bin/python -m benchmarks.size --trace
 
 # How fast blocks decode on this processor, beside transformers and the memory; fails below its bounds. A minute.
 bench-quick: .venv/dev.stamp
@@ -48,11 +48,11 @@ bench-quick: .venv/dev.stamp
 
 # Needs root on Linux, see docs/netlab.md.
 soak: .venv/dev.stamp
-	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/soak.py $${MODEL:+"$$MODEL"} --minutes $(or $(MINUTES),10)
+	OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.soak $${MODEL:+"$$MODEL"} --minutes $(or $(MINUTES),10)
 
 # Ten minutes of known attacks on daemons and a gateway of this machine, beside honest clients.
 attack: .venv/dev.stamp
-	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/attack.py $${MODEL:+"$$MODEL"} --minutes $(or $(MINUTES),10)
+	OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.attack $${MODEL:+"$$MODEL"} --minutes $(or $(MINUTES),10)
 
 format: .venv/dev.stamp
 	.venv/bin/ruff check --fix .

@@ -1,6 +1,6 @@
 """How many tokens of a greedy continuation through three peers are those of plain transformers; prints Markdown.
 
-    python benchmarks/agreement.py CHECKPOINT [--tokens 64] [--peers 3] [--codec NAME ...]
+    python -m benchmarks.agreement CHECKPOINT [--tokens 64] [--peers 3] [--codec NAME ...]
 
 Each prompt is continued greedily by plain transformers and by the peers (processes on this machine, every link with
 the codec under test). Two numbers per prompt: how many tokens are the same before the first one that differs, and how

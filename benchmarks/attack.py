@@ -31,8 +31,8 @@ from typing import Any
 
 import psutil
 import torch
-from soak import Question, ask_locally
 
+from benchmarks.soak import Question, ask_locally
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.demo import demo_checkpoint
 from splitnet.cli.demo import EXACT, LocalSwarm
@@ -42,10 +42,7 @@ from splitnet.hf.causal_lm import attach
 from splitnet.security.identity import PublicKey
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.endpoints import Endpoint
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from tests.attacks import directory, fairness, frames, gateway, memory, relay, transport, weights  # noqa: E402
+from tests.attacks import directory, fairness, frames, gateway, memory, relay, transport, weights
 
 CLIENTS = 1
 """Besides the gateway's: with the attacker there is enough to do for two cores."""
@@ -478,12 +475,12 @@ def main() -> int:
         seconds = 60 * arguments.minutes / len(names)
         phases = [calm]
         for name in names:
-            command = [sys.executable, __file__, folder, "--attack", name, "--seconds", str(seconds)]
+            command = [sys.executable, "-m", "benchmarks.attack", folder, "--attack", name, "--seconds", str(seconds)]
             command += ["--target", json.dumps(target | {"key": API_KEYS[1]})]
             began, computed_s = time.monotonic(), children_cpu_s()
             with subprocess.Popen(
                 command,
-                cwd=ROOT,
+                cwd=Path(__file__).parents[1],
                 env=os.environ | {"SPLITNET_CACHE": work},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

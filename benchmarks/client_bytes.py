@@ -3,7 +3,7 @@
 Counts what passes the loopback device, with the headers of TCP and IP: run it where nothing else uses that, as in a
 network of its own (Linux):
 
-    unshare -rn sh -c 'ip link set lo up; exec python benchmarks/client_bytes.py [--nodes 8] [--peers 100]'
+    unshare -rn sh -c 'ip link set lo up; exec python -m benchmarks.client_bytes [--nodes 8] [--peers 100]'
 
 With `--minutes` it counts instead what a whole client takes in each of so many minutes. It joins through one of the
 `--peers`, which only answer, plans a route, and keeps its links as a session does: nothing is computed. `--busy`: every

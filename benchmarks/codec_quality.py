@@ -1,6 +1,6 @@
 """What each codec costs in quality, bytes and time on the boundary activations of a real model; prints Markdown.
 
-    python benchmarks/codec_quality.py CHECKPOINT [--text FILE] [--cuts 10 20] [--cuts 5 25] [--tokens 1024]
+    python -m benchmarks.codec_quality CHECKPOINT [--text FILE] [--cuts 10 20] [--cuts 5 25] [--tokens 1024]
 
 The model runs whole; at each cut the output of the block before it is encoded and decoded by the codec under test, as
 between two peers. Each result is compared with the same model without codecs.

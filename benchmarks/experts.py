@@ -1,6 +1,6 @@
 """Mixtures of experts and hybrids as they are published, with random weights, over daemons on this machine.
 
-    python benchmarks/experts.py --shape qwen3-30b-fp8 [--blocks 9] [--peers 3] [--threads 2] [--rounds 3]
+    python -m benchmarks.experts --shape qwen3-30b-fp8 [--blocks 9] [--peers 3] [--threads 2] [--rounds 3]
                                  [--context 100 8000] [--clients 1 8] [--prefill 512] [--tokens 48]
 
 The checkpoint has the sizes of the model that its name says, but fewer blocks and a small vocabulary, and is written

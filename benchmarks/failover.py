@@ -10,7 +10,7 @@ answer is generated undisturbed, then again, and after some tokens something hap
     slow    its program gets one hundredth of the time
     leave   its program is told to end (SIGTERM)
 
-    sudo .venv/bin/python benchmarks/failover.py CHECKPOINT [--context 100 1000] [--trouble kill hang ...] [--delay MS]
+    sudo .venv/bin/python -m benchmarks.failover CHECKPOINT [--context 100 1000] [--trouble kill hang ...] [--delay MS]
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from netlab import Lab, LabError
-from netlab.generation import generate
-from netlab.peers import LabPeers
 
+from benchmarks.netlab import Lab, LabError
+from benchmarks.netlab.generation import generate
+from benchmarks.netlab.peers import LabPeers
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory
 from splitnet.hf.cache import RemoteCache

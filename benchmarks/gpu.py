@@ -1,6 +1,6 @@
 """How fast a span decodes and prefills on a GPU, by what its weights are held as; prints Markdown.
 
-    python benchmarks/gpu.py MODEL [--device auto] [--blocks 0:8] [--kinds bfloat16 int8 int4]
+    python -m benchmarks.gpu MODEL [--device auto] [--blocks 0:8] [--kinds bfloat16 int8 int4]
 
 A decode step is one position of one session. "bandwidth" is what a copy within the device's memory reaches, of which a
 step has to read all weights once; "graph" tells how many sessions a step may have that is replayed from CUDA graphs.

@@ -1,7 +1,7 @@
 """How fast weights in the codes of checkpoints are read: products of a few rows; prints Markdown.
 
-    python benchmarks/grouped.py [--threads 1 2] [--rows 1 8] [--rounds 20] [--shape 4096 4096] [--layouts Q4_K MXFP4]
-    python benchmarks/grouped.py --paths avx512 avx2 --shape 5632 2048
+    python -m benchmarks.grouped [--threads 1 2] [--rows 1 8] [--rounds 20] [--shape 4096 4096] [--layouts Q4_K MXFP4]
+    python -m benchmarks.grouped --paths avx512 avx2 --shape 5632 2048
 
 Each layout has so many different matrices that they fit no cache. "GB/s" is of the bytes held, "of bandwidth" relative
 to what sums over parts of a long vector read in the same rounds. Paths take turns. Of a round the fastest product

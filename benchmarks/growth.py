@@ -3,7 +3,7 @@
 Daemons of one thread each share the blocks of a checkpoint evenly, on this machine; clients generate as
 `splitnet bench` has them do. Codecs take turns, round by round. Prints a table and draws a picture for each part.
 
-    python benchmarks/growth.py CHECKPOINT [--part hops context clients] [--rounds 3] [--codecs none int8]
+    python -m benchmarks.growth CHECKPOINT [--part hops context clients] [--rounds 3] [--codecs none int8]
 """
 
 from __future__ import annotations

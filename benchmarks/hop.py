@@ -6,8 +6,8 @@ that the devices spent on it (steps and results carry it); the rest is what the 
 messages, sockets, encryption, threads and dispatch. The difference between the routes, per additional peer, is what one
 hop adds. Then whole tokens are generated through the longer route: what is not spent in its steps is the client's.
 
-    python benchmarks/hop.py CHECKPOINT [--weights int8] [--hops 3] [--tokens 200] [--rounds 5] [--codec auto]
-    python benchmarks/hop.py --random 0.5b [--weights int8] ...
+    python -m benchmarks.hop CHECKPOINT [--weights int8] [--hops 3] [--tokens 200] [--rounds 5] [--codec auto]
+    python -m benchmarks.hop --random 0.5b [--weights int8] ...
 
 Every token gives the blocks the same activations. "Reading" is the time that one thread needs to read so many bytes as
 the weights take (a sum over a long vector; the fastest of some before and after), of the blocks and of the head.
@@ -25,9 +25,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from experts import bandwidth
-from random_shapes import SHAPES, random_model
 
+from benchmarks.experts import bandwidth
+from benchmarks.random_shapes import SHAPES, random_model
 from splitnet.blocks.client_part import Ends
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint

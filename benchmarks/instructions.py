@@ -1,6 +1,6 @@
 """How many instructions the kernels for ARM take for a weight, counted under emulation; prints Markdown.
 
-    python benchmarks/instructions.py [--inputs 512]
+    python -m benchmarks.instructions [--inputs 512]
 
 It takes aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user). What
 a product with three tiles takes more than one with two is divided by the weights of a tile, so that the rest of the

@@ -1,6 +1,6 @@
 """How soon `splitnet generate` says its first word, joined through a node of the DHT and through a peer's own port.
 
-    python benchmarks/joining.py CHECKPOINT [--rounds 5]
+    python -m benchmarks.joining CHECKPOINT [--rounds 5]
 
 One daemon serves the whole model; commands that join by either of its addresses run in turns, each as a process of its
 own that generates one token. Prints Markdown: seconds from the start of the process until the first byte of text and

@@ -5,7 +5,7 @@ The prompt is cut into steps that flow through the hops one after the other. The
 all links and hops, and then the remaining steps at the hop that takes longest for them; what a step takes at a hop is
 what the daemon measured in the same prefill.
 
-    sudo .venv/bin/python benchmarks/long_prefill.py CHECKPOINT [--tokens 4096] [--delay 20] [--rate 100]
+    sudo .venv/bin/python -m benchmarks.long_prefill CHECKPOINT [--tokens 4096] [--delay 20] [--rate 100]
                                                      [--weights float32] [--codec auto] [--sizes 0 128 256 512]
 """
 
@@ -21,9 +21,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from netlab import Lab, LabError
-from netlab.peers import LabPeers, even_spans
 
+from benchmarks.netlab import Lab, LabError
+from benchmarks.netlab.peers import LabPeers, even_spans
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions

@@ -1,6 +1,6 @@
 """Memory of daemons with spans of different length, and of a client, next to the whole model; prints Markdown.
 
-    python benchmarks/memory.py CHECKPOINT [--blocks 1 5 10 20 30] [--dtype bfloat16] [--weights int8]
+    python -m benchmarks.memory CHECKPOINT [--blocks 1 5 10 20 30] [--dtype bfloat16] [--weights int8]
 
 One daemon runs at a time, as `splitnet peer` starts it; it is measured when it serves and has computed (it times its
 blocks first). The columns, in MiB: bytes of the weights; resident memory (RSS); how much that is above a process that

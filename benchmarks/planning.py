@@ -10,7 +10,7 @@ With --client what a client does: its own `Planner` plans with signed records, 3
 links. "Cold": the first time with these records; "one changed": a record was renewed since; "in a session": its own
 steps told something new of two hops and of the link between them; "without some": two peers must not be used.
 
-    python benchmarks/planning.py [--client] [--peers 1000] [--blocks 80] [--rounds 30]
+    python -m benchmarks.planning [--client] [--peers 1000] [--blocks 80] [--rounds 30]
 """
 
 from __future__ import annotations

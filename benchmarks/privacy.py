@@ -1,6 +1,6 @@
 """How many tokens of a text can be read from the activations between two blocks; prints Markdown.
 
-    python benchmarks/privacy.py CHECKPOINT [--text FILE] [--tokens 512] [--searched 64] [--cuts 0 2 28] [--codec int8]
+    python -m benchmarks.privacy CHECKPOINT [--text FILE] [--tokens 512] [--searched 64] [--cuts 0 2 28] [--codec int8]
 
 The attacker sees the activations before a block (the cut), as a peer does that serves it, and has the checkpoint, as
 every peer may have. Four attacks:

@@ -8,7 +8,7 @@ seeded schedule daemons are killed, lost together with their hosts, or leave, an
 the same devices, links, blocks, requests and losses, and both are compared: times to the first token and per token, and
 the load of each peer.
 
-    sudo .venv/bin/python benchmarks/reality.py [--minutes 10] [--peers 24] [--clients 10] [--output reality.json]
+    sudo .venv/bin/python -m benchmarks.reality [--minutes 10] [--peers 24] [--clients 10] [--output reality.json]
 
 It refuses to compare if the cores of this machine were busy for more than 60% of the time: then daemons were late. Time
 of niced programs does not count, as they yield: daemons and clients get a raised priority. Linux counts what runs under
@@ -34,11 +34,11 @@ from typing import Any
 
 import numpy as np
 import psutil
-from netlab import Lab, LabError
-from netlab.asking import Answer, Question, ask
-from netlab.slowed import Nursery, SlowedPeers
-from random_shapes import Shape, random_model
 
+from benchmarks.netlab import Lab, LabError
+from benchmarks.netlab.asking import Answer, Question, ask
+from benchmarks.netlab.slowed import Nursery, SlowedPeers
+from benchmarks.random_shapes import Shape, random_model
 from peers.links import MEASURED_AT_ONCE
 from scheduler.coordinates import Coordinate
 from scheduler.facts import Peer, Speed

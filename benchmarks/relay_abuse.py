@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,8 +25,6 @@ from splitnet.nat.loop import WaysLoop
 from splitnet.nat.relay import Helper
 from splitnet.security.identity import Identity, PublicKey
 from splitnet.wire.endpoints import Endpoint, Relay
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.attacks import relay as attacks
 from tests.attacks.transport import in_background
 

@@ -1,6 +1,6 @@
 """A minute of concurrent streams through `splitnet serve`, one peer of which is killed in the middle; prints Markdown.
 
-    python benchmarks/serve_load.py CHECKPOINT [--streams 16] [--seconds 60] [--tokens 48] [--weights float32]
+    python -m benchmarks.serve_load CHECKPOINT [--streams 16] [--seconds 60] [--tokens 48] [--weights float32]
 
 Four daemons share the model, the middle blocks twice; each of `--streams` clients of OpenAI's own package asks for one
 greedy chat after the other, each with a prompt of its own. Half-way one of the two peers with the same blocks that has

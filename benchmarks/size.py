@@ -1,6 +1,6 @@
 """Counts the house: files, lines, forwarders, modules with one importer, namesakes, and what one token passes.
 
-    .venv/bin/python benchmarks/size.py [ROOT] [--trace] [--list]
+    .venv/bin/python -m benchmarks.size [ROOT] [--trace] [--list]
 
 ROOT: another checkout to count, e.g. of `git worktree add /tmp/before COMMIT`. Its packages are those that its
 pyproject.toml names, and the simulator, which is told apart. No figure makes it fail.

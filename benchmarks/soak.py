@@ -29,10 +29,10 @@ from typing import Any
 
 import psutil
 import torch
-from netlab import Lab, LabError
-from netlab.peers import LabPeers
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.netlab import Lab, LabError
+from benchmarks.netlab.peers import LabPeers
 from scheduler.facts import missing_blocks
 from splitnet.blocks.backbone import load_whole
 from splitnet.blocks.span import block_bytes

@@ -4,7 +4,7 @@ Three daemons with a third of the blocks each and a client are four hosts of an 
 With --local-blocks the client runs some blocks itself; peers whose blocks it has all have nothing to do then. Every
 prompt is answered with and without drafts in turns, greedily. With weights in floats the answers must be equal.
 
-    sudo .venv/bin/python benchmarks/speculation.py CHECKPOINT [--delay 20] [--rate 100] [--weights float16]
+    sudo .venv/bin/python -m benchmarks.speculation CHECKPOINT [--delay 20] [--rate 100] [--weights float16]
                                                     [--local-blocks 0:10]
 """
 
@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 import torch
-from netlab import Lab, LabError
-from netlab.peers import LabPeers, even_spans
 
+from benchmarks.netlab import Lab, LabError
+from benchmarks.netlab.peers import LabPeers, even_spans
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
 from splitnet.swarm.swarm import ModelFacts, Swarm

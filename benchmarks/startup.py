@@ -1,7 +1,7 @@
 """How soon a peer, a client and a swarm of both are ready, and what a peer takes beside its blocks; prints Markdown.
 
-    python benchmarks/startup.py [CHECKPOINT] [--blocks 0:10] [--rounds 3]
-    python benchmarks/startup.py [CHECKPOINT] --lean PYTHON [--rounds 5]
+    python -m benchmarks.startup [CHECKPOINT] [--blocks 0:10] [--rounds 3]
+    python -m benchmarks.startup [CHECKPOINT] --lean PYTHON [--rounds 5]
 
 Of several rounds the least of each figure is told, as others who use the machine only add to it. All is timed from the
 start of the Python process. The first table is of one process that does what `splitnet peer` does: what ends when, in

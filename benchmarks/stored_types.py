@@ -1,6 +1,6 @@
 """A GGUF file in several types of weights, held as they are stored: bytes, speed and quality; prints Markdown.
 
-    python benchmarks/stored_types.py MODEL.gguf [--types Q8_0 Q6_K Q5_K Q4_K Q4_0] [--threads 1 2] [--rounds 5]
+    python -m benchmarks.stored_types MODEL.gguf [--types Q8_0 Q6_K Q5_K Q4_K Q4_0] [--threads 1 2] [--rounds 5]
                                       [--steps 16] [--tokens 1024]
 
 The file is written again in each type (`benchmarks/requantise.py`); its own types come first. All are in memory
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import gguf
 import torch
-from codec_quality import VARIED_TEXT
-from requantise import requantise
-from weights import MIB, Stopwatch, log_probabilities, print_tables, quality_of
 
+from benchmarks.codec_quality import VARIED_TEXT
+from benchmarks.requantise import requantise
+from benchmarks.weights import MIB, Stopwatch, log_probabilities, print_tables, quality_of
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 

@@ -4,7 +4,7 @@ A client decodes through three daemons of one thread each, in turns alone and wh
 Of every token each hop tells how long it waited for the device. What docs/tuning.md promises is one block over one
 micro-batch, forward or backward; that is measured here, too.
 
-    python benchmarks/training_delay.py CHECKPOINT [--tokens 200] [--rounds 3]
+    python -m benchmarks.training_delay CHECKPOINT [--tokens 200] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import tuning
 
+from benchmarks import tuning
 from splitnet.blocks.passes import SpanPasses
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -96,7 +96,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 @contextmanager
 def training(checkpoint: str, address: str) -> Iterator[None]:
     """Another process trains, from its first step on."""
-    command = [sys.executable, __file__, checkpoint, "--train", address]
+    command = [sys.executable, "-m", "benchmarks.training_delay", checkpoint, "--train", address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None and process.stdout.readline(), "the training has ended"

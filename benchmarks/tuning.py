@@ -2,7 +2,7 @@
 
 Three daemons serve a third of the model each. The same adapters, data and seeds are trained there and in this process.
 
-    python benchmarks/tuning.py CHECKPOINT [--steps 20] [--rounds 3] [--parts gradients curves speed]
+    python -m benchmarks.tuning CHECKPOINT [--steps 20] [--rounds 3] [--parts gradients curves speed]
 """
 
 from __future__ import annotations

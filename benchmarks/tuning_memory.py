@@ -2,7 +2,7 @@
 
 Each is a process of its own that takes two steps; what counts is the most that it held, above what it held before.
 
-    python benchmarks/tuning_memory.py CHECKPOINT [--rows 8] [--columns 256] [--vocabulary 152000]
+    python -m benchmarks.tuning_memory CHECKPOINT [--rows 8] [--columns 256] [--vocabulary 152000]
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import tuning
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import tuning
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.demo import EXACT, LocalSwarm
 from splitnet.hf.causal_lm import attach
@@ -71,7 +71,7 @@ def enlarge(checkpoint: str, folder: str, vocabulary: int) -> None:
 
 def run(method: str, address: str, arguments: Sequence[str]) -> tuple[float, float]:
     """MiB before training, and what it adds, in a new process."""
-    command = [sys.executable, __file__, *arguments, "--only", method, address]
+    command = [sys.executable, "-m", "benchmarks.tuning_memory", *arguments, "--only", method, address]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     before, added = map(float, printed.split())
     return before, added

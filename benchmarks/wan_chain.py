@@ -6,7 +6,7 @@ cannot reach each other the client carries, so cutting the links between peers m
 peer. Both are compared with the least that is possible: the delay of these links and what the devices compute. To open
 a star takes up to 3 s more, for which peers try to reach each other; the time to the first token has that in it.
 
-    sudo .venv/bin/python benchmarks/wan_chain.py CHECKPOINT [--delay 20] [--rate 100] [--codecs none int8]
+    sudo .venv/bin/python -m benchmarks.wan_chain CHECKPOINT [--delay 20] [--rate 100] [--codecs none int8]
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from netlab import Lab, LabError
-from netlab.generation import generate
-from netlab.peers import GuidedSwarm, LabPeers, StepTimes, even_spans, measure_steps
 
+from benchmarks.netlab import Lab, LabError
+from benchmarks.netlab.generation import generate
+from benchmarks.netlab.peers import GuidedSwarm, LabPeers, StepTimes, even_spans, measure_steps
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.hf.causal_lm import attach
 from splitnet.session.inference import Session

@@ -12,7 +12,7 @@ new clients choose by themselves. All of this three times:
 
 Each change comes while a session generates that has begun on the fastest route, and shows when and where it moves.
 
-    sudo .venv/bin/python benchmarks/wan_routes.py CHECKPOINT [--rounds 3] [--tokens 12] [--clients 5]
+    sudo .venv/bin/python -m benchmarks.wan_routes CHECKPOINT [--rounds 3] [--tokens 12] [--clients 5]
 
 Takes about 12 minutes, and wants a machine that does nothing else.
 """
@@ -32,11 +32,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from netlab import Lab, LabError
-from netlab.crowd import ANSWER_TOKENS, PROMPT_POSITIONS, Crowd
-from netlab.generation import generate
-from netlab.peers import GuidedSwarm, LabPeers, RouteChanged, measure_steps
 
+from benchmarks.netlab import Lab, LabError
+from benchmarks.netlab.crowd import ANSWER_TOKENS, PROMPT_POSITIONS, Crowd
+from benchmarks.netlab.generation import generate
+from benchmarks.netlab.peers import GuidedSwarm, LabPeers, RouteChanged, measure_steps
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.hf.cache import ModelSession
 from splitnet.hf.causal_lm import attach

@@ -1,9 +1,9 @@
 """What each kind of weights costs in memory, time and quality, for a span of all blocks; prints Markdown.
 
-    python benchmarks/weights.py CHECKPOINT [--kinds float32 float16 int8] [--threads 1 2] [--rounds 5] [--steps 16]
+    python -m benchmarks.weights CHECKPOINT [--kinds float32 float16 int8] [--threads 1 2] [--rounds 5] [--steps 16]
                                  [--tokens 1024]
-    python benchmarks/weights.py --random-1b
-    python benchmarks/weights.py --random-half-b [--blocks 4] [--kinds bfloat16 int4/bfloat16 Q4_K/bfloat16]
+    python -m benchmarks.weights --random-1b
+    python -m benchmarks.weights --random-half-b [--blocks 4] [--kinds bfloat16 int4/bfloat16 Q4_K/bfloat16]
 
 All kinds are in memory together and are timed in turns, so that a disturbance of the machine meets all of them. The
 median and the fastest of all tokens are told. "Of bandwidth" is the time that the machine needs to read so many bytes
@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codec_quality import VARIED_TEXT
-from grouped import LAYOUTS, random_matrix
-from random_shapes import SHAPES, random_model
 from torch import nn
 
+from benchmarks.codec_quality import VARIED_TEXT
+from benchmarks.grouped import LAYOUTS, random_matrix
+from benchmarks.random_shapes import SHAPES, random_model
 from splitnet.blocks.client_part import load_shell
 from splitnet.blocks.span import Part, Span
 from splitnet.checkpoint.checkpoint import Checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import importlib
 import json
 import re
 import runpy
@@ -213,6 +214,12 @@ def test_python_in_the_text_compiles_and_imports_what_exists(document: Path) -> 
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("splitnet", "benchmarks"):
                 exec(compile(ast.Module([node], []), place, "exec"), {})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("benchmark", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda benchmark: benchmark.stem)
+def test_benchmark_imports_what_exists(benchmark: Path) -> None:
+    importlib.import_module(f"benchmarks.{benchmark.stem}")
 
 
 @pytest.fixture(scope="module")
