@@ -263,14 +263,14 @@ ATTACKS: dict[str, Callable[[Target, float], object]] = {
     "training": lambda at, seconds: fairness.trains(at.peer, at.facts, seconds=seconds, blocks=at.blocks),
     "look-ups without end": lambda at, seconds: fairness.recalls(at.peer, at.facts, seconds=seconds, blocks=at.blocks),
     "a session with all KV memory": lambda at, seconds: fairness.squats(
-        at.peer, at.facts, seconds=seconds, budget=at.free_positions, blocks=at.blocks
+        at.peer, at.facts, seconds=seconds, reservation=at.free_positions, blocks=at.blocks
     ),
     "1,024 sessions": lambda at, seconds: fairness.crowds(at.peer, at.facts, seconds=seconds, blocks=at.blocks),
     "rows of one position": lambda at, seconds: memory.tiny_rows(
-        at.peer, at.facts, seconds=seconds, budget=4096, blocks=at.blocks
+        at.peer, at.facts, seconds=seconds, reservation=4096, blocks=at.blocks
     ),
     "steps faster than the device": lambda at, seconds: memory.waiting_steps(
-        at.peer, at.facts, seconds=seconds, budget=4096, blocks=at.blocks
+        at.peer, at.facts, seconds=seconds, reservation=4096, blocks=at.blocks
     ),
     "passes as long as the context": lambda at, seconds: memory.long_passes(
         at.peer, at.facts, seconds=seconds, length=2048, blocks=at.blocks
@@ -279,7 +279,7 @@ ATTACKS: dict[str, Callable[[Target, float], object]] = {
         at.peer, at.facts, seconds=seconds, blocks=at.blocks
     ),
     "replays without end": lambda at, seconds: memory.replays(
-        at.peer, at.facts, seconds=seconds, budget=4096, blocks=at.blocks
+        at.peer, at.facts, seconds=seconds, reservation=4096, blocks=at.blocks
     ),
     "values that are all wrong": lambda at, seconds: gateway.wrong_values(at.url, seconds=seconds, key=at.key),
     "texts of megabytes": lambda at, seconds: gateway.long_texts(at.url, seconds=seconds, key=at.key),

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from splitnet.blocks.fast.compiled import CompiledStep
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.fast.native_step import NativeStep
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import FAMILIES
 from splitnet.quant.choose import INTEGERS
@@ -47,7 +47,7 @@ def load(family: str, folder: Path, arguments: argparse.Namespace) -> Span | Non
     random_checkpoint(family, folder, blocks=arguments.blocks, hidden=arguments.hidden, **sizes)
     checkpoint = Checkpoint.open(folder)
     span = Span.load(checkpoint, 0, checkpoint.num_blocks, dtype="float32", weights=arguments.weights)
-    return span if isinstance(span._lean, CompiledStep) else None
+    return span if isinstance(span._lean, NativeStep) else None
 
 
 def measure(span: Span, context: int, rounds: int, steps: int) -> tuple[dict[str, list[float]], float]:
@@ -60,10 +60,10 @@ def measure(span: Span, context: int, rounds: int, steps: int) -> tuple[dict[str
         for way, step in ways.items():
             span._lean = step
             row = span.new_row(context + steps)
-            span.forward(hidden[:context], [Part(row, 0, context)])
+            span.forward(hidden[:context], [Chunk(row, 0, context)])
             for index in range(context, context + steps):
                 began = time.perf_counter()
-                outputs[way] = span.forward(hidden[index : index + 1], [Part(row, index, 1)])
+                outputs[way] = span.forward(hidden[index : index + 1], [Chunk(row, index, 1)])
                 times[way].append((time.perf_counter() - began) * 1000)
     return times, float((outputs["own"] - outputs["compiled"]).abs().max() / outputs["own"].abs().max())
 

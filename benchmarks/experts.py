@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from splitnet.blocks.sizes import ModelSizes
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.demo import LocalSwarm
 from splitnet.cli.progress import StageProgress
@@ -390,11 +390,11 @@ def decode_ms(checkpoint: Checkpoint, tokens: int) -> float:
     span = Span.load(checkpoint, 0, checkpoint.num_blocks)
     hidden = torch.randn(100, span.hidden_size)
     row = span.new_row(100 + tokens)
-    span.forward(hidden, [Part(row, 0, 100)])
+    span.forward(hidden, [Chunk(row, 0, 100)])
     times: list[float] = []
     for _ in range(tokens):
         began = time.perf_counter()
-        span.forward(hidden[:1], [Part(row, row.length, 1)])
+        span.forward(hidden[:1], [Chunk(row, row.length, 1)])
         times.append(time.perf_counter() - began)
     return statistics.median(times) * 1000
 

@@ -27,8 +27,8 @@ from tests.attacks import fairness
 
 LOADS: dict[str, tuple[Callable[..., int], dict[str, Any]] | None] = {
     "nobody": None,
-    "one session": (fairness.decodes, {"sessions": 1, "budget": 4096}),
-    "64 sessions": (fairness.decodes, {"sessions": 64, "budget": 1024}),
+    "one session": (fairness.decodes, {"sessions": 1, "reservation": 4096}),
+    "64 sessions": (fairness.decodes, {"sessions": 64, "reservation": 1024}),
     "8 prompts of 1,024": (fairness.prefills, {"sessions": 8, "length": 1024}),
     "training, 8 x 512": (fairness.trains, {"lengths": (512,) * 8, "waiting": 2}),
     "passes of one sequence of 4,096": (fairness.trains, {"lengths": (4096,), "waiting": 6, "backward": False}),

@@ -23,7 +23,7 @@ from gguf import GGMLQuantizationType
 from splitnet.checkpoint.gguf.layouts import BLOCK_TYPES
 from splitnet.errors import KernelsError
 from splitnet.quant import native
-from splitnet.quant.grouped import GroupedForm, held_bytes, hold_stored
+from splitnet.quant.grouped import BlockQuantWeight, held_bytes, hold_stored
 from splitnet.quant.integers import INT4, INT8
 from splitnet.quant.memory import in_large_pages
 from splitnet.quant.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix
@@ -82,21 +82,21 @@ class Case:
         return f"{self.path}, {rows}, {threads}"
 
 
-def hold(layout: Layout, arguments: argparse.Namespace) -> list[GroupedForm]:
+def hold(layout: Layout, arguments: argparse.Namespace) -> list[BlockQuantWeight]:
     """Matrices for the path in use."""
     outputs, inputs = arguments.shape
     count = max(2, -(-arguments.mib * 2**20 // held_bytes(layout, outputs, inputs)))
     first = hold_stored([random_matrix(layout, outputs, inputs)], torch.device("cpu"))
-    assert isinstance(first, GroupedForm)
+    assert isinstance(first, BlockQuantWeight)
     return [
-        GroupedForm(first.order, first.outputs, in_large_pages(*first.tiles.shape).copy_(first.tiles))
+        BlockQuantWeight(first.order, first.outputs, in_large_pages(*first.tiles.shape).copy_(first.tiles))
         for _ in range(count)
     ]
 
 
 def time_layout(layout: Layout, cases: Sequence[Case], arguments: argparse.Namespace) -> list[str]:
     """The cells of a row: GB/s and part of the bandwidth."""
-    held: dict[bool, list[GroupedForm]] = {}
+    held: dict[bool, list[BlockQuantWeight]] = {}
     taken: dict[Case, list[float]] = {case: [] for case in cases}
     shares: dict[Case, list[float]] = {case: [] for case in cases}
     vector = torch.ones(READ_BYTES // 4)

@@ -33,12 +33,12 @@ from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.demo import LocalSwarm
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
-from splitnet.quant.linear import HeldLinear
+from splitnet.quant.linear import QuantizedLinear
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.tools.bench.backends import Clock
-from splitnet.wire.messages import Part
+from splitnet.wire.messages import Chunk
 
 
 def main() -> None:
@@ -73,7 +73,8 @@ def run(arguments: argparse.Namespace, stack: ExitStack) -> None:
         daemons = stack.enter_context(LocalSwarm(checkpoint, count, options))
         swarms[count] = stack.enter_context(Swarm(facts, [daemons.wait()]))
     routes = {
-        count: Session(swarm, ConnectionOptions(codec=arguments.codec), budget=4096) for count, swarm in swarms.items()
+        count: Session(swarm, ConnectionOptions(codec=arguments.codec), reservation=4096)
+        for count, swarm in swarms.items()
     }
     for session in routes.values():
         decode(session, hidden, 50)
@@ -93,7 +94,7 @@ def report_reading(model: RemoteCausalLM, checkpoint: Checkpoint, weights: str |
     """Tells the bytes of blocks and head, and the time to read them at so many bytes per second."""
     block = Span.load(checkpoint, 0, 1, weights=weights)
     head: Any = model.get_output_embeddings()
-    held = head.held if isinstance(head, HeldLinear) else head
+    held = head.held if isinstance(head, QuantizedLinear) else head
     sizes = {
         "blocks": checkpoint.num_blocks * block.weight_bytes,
         "head": sum(tensor.nbytes for tensor in (*held.parameters(), *held.buffers())),
@@ -118,7 +119,7 @@ def decode(session: Session, hidden: torch.Tensor, tokens: int) -> Token:
     computes: list[float] = []
     for position in range(tokens):
         began = time.perf_counter()
-        session.step(hidden, [Part(1, position, 1, 1)])
+        session.step(hidden, [Chunk(1, position, 1, 1)])
         totals.append((time.perf_counter() - began) * 1000)
         computes.append(session.compute_ms)
     rests = [total - compute for total, compute in zip(totals, computes, strict=True)]

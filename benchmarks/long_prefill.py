@@ -29,7 +29,7 @@ from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.codecs import CODECS
-from splitnet.wire.messages import Part, Timing
+from splitnet.wire.messages import Chunk, Timing
 
 PEERS = ("first", "middle", "last")
 
@@ -89,13 +89,13 @@ def prefill(
     swarm: Swarm, hidden: torch.Tensor, size: int, arguments: argparse.Namespace
 ) -> tuple[int, str, float, float]:
     """Size of the steps, codecs of the links, seconds until the output is there, and the least that they could be."""
-    session = Session(swarm, ConnectionOptions(codec=arguments.codec), budget=len(hidden))
+    session = Session(swarm, ConnectionOptions(codec=arguments.codec), reservation=len(hidden))
     chosen: Any = mock.patch.object(Session, "step_positions", lambda *_: size) if size else nullcontext()
     try:
         session.open(len(hidden))
         with chosen:
             began = time.perf_counter()
-            sent = session.begin(hidden, [Part(1, 0, len(hidden), 1)])
+            sent = session.begin(hidden, [Chunk(1, 0, len(hidden), 1)])
             session.finish(sent)
             took = time.perf_counter() - began
         timings = [request.result.timings for request in sent.requests if request.result is not None]

@@ -169,7 +169,7 @@ def main() -> None:
         client = memory_of(CLIENT + GENERATE, *words)
         watch.memory()
     whole = memory_of(WHOLE + GENERATE, *words)
-    print(client.row("splitnet", checkpoint.bytes_of(checkpoint.shell_names, dtype), base))
+    print(client.row("splitnet", checkpoint.bytes_of(checkpoint.client_part_names_of, dtype), base))
     print(whole.row("plain transformers", checkpoint.bytes_of(checkpoint.store.names, dtype), base))
 
 

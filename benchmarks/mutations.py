@@ -41,7 +41,7 @@ class Fault(NamedTuple):
 SESSION = [
     Fault(
         "a hop that holds nothing counts as filled",
-        "splitnet/session/route.py",
+        "splitnet/session/failover.py",
         "            self.filled, self.adapter_version = False, 0",
         "            pass",
         ("tests/unit/session/test_session_machine.py",),
@@ -55,7 +55,7 @@ SESSION = [
     ),
     Fault(
         "a relay log is kept while hops reach each other",
-        "splitnet/session/route.py",
+        "splitnet/session/failover.py",
         "            self.relay_log = None  # what the hop pushes itself would be missing in it",
         "            pass",
         ("tests/unit/session/test_session_machine.py",),
@@ -111,7 +111,7 @@ SESSION = [
     ),
     Fault(
         "a peer that failed is asked again",
-        "splitnet/session/route.py",
+        "splitnet/session/failover.py",
         "self.excluded.add(name)",
         "pass",
         ("tests/unit/session/test_session_machine.py",),
@@ -132,7 +132,7 @@ SESSION = [
     ),
     Fault(
         "a replay goes on past a relay",
-        "splitnet/session/route.py",
+        "splitnet/session/failover.py",
         "group = group[: direct + 1]",
         "pass",
         ("tests/unit/session/test_session_machine.py",),

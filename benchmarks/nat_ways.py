@@ -25,9 +25,9 @@ from benchmarks.netlab import NAMED, Lab, LabError
 from splitnet.nat import punch
 from splitnet.nat.loop import WaysLoop
 from splitnet.nat.punch import Way
-from splitnet.nat.relay import Helper
+from splitnet.nat.relay import RelayServer
 from splitnet.nat.tunnel import Tunnels
-from splitnet.nat.unreachable import Hidden
+from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import Identity
 from splitnet.transport.transport import Transport
 from splitnet.wire.endpoints import Destination, Endpoint
@@ -127,7 +127,7 @@ def _relays(stack: ExitStack, lab: Lab, peer: _Peer, host: str, helper: str) -> 
     with lab.inside(helper):
         loop = WaysLoop()
         stack.callback(loop.close)
-        helping = Helper(loop, Identity.generate(), f"tcp://{lab.address(helper)}:0")
+        helping = RelayServer(loop, Identity.generate(), f"tcp://{lab.address(helper)}:0")
         stack.callback(helping.close)
         helping.start()
     relay = helping.relay_at(lab.address(helper))
@@ -135,7 +135,7 @@ def _relays(stack: ExitStack, lab: Lab, peer: _Peer, host: str, helper: str) -> 
     tunnels = peer.tunnels
     inside = f"tcp://127.0.0.1:{peer.port}"
     with lab.inside(host):
-        hidden = Hidden(
+        hidden = UnreachablePeer(
             tunnels.loop, peer.identity, inside, tunnels.behind, lambda: [relay], lambda: reserved.put(None)
         )
         stack.callback(hidden.stop)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from scheduler.candidates import Crowd
+from scheduler.candidates import CandidateIndex
 from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.cost import encodings_of
 from scheduler.facts import CLIENT, PASS_SIZES, Link, Network, Peer, Place, Speed
@@ -31,7 +31,7 @@ from splitnet.directory.record import KEY_PREFIX_BYTES, PeerRecord, SeenLink
 from splitnet.security.identity import Identity
 from splitnet.swarm.measure import Measurements
 from splitnet.swarm.plan import Needs, PlannedHop, Planner
-from splitnet.wire.messages import ToldLoad
+from splitnet.wire.messages import LoadReport
 
 SPANS = ((10, 10), (4, 20), (1, 40))
 HIDDEN = 4096
@@ -60,7 +60,7 @@ def main() -> None:
         taken: dict[str, list[float]] = {"choose": [], "chosen": [], "warm": [], "cold": [], "throughput": []}
         for seed in range(arguments.rounds):
             peers, network = swarm(random.Random(seed), arguments.peers, arguments.blocks, shortest, longest)
-            crowd = Crowd(peers, network)
+            crowd = CandidateIndex(peers, network)
             ends, blocks = [network.places[CLIENT]] * 2, (0, arguments.blocks)
             likely: list[Peer] = []
             for number in range(4):
@@ -130,7 +130,7 @@ class Client:
         self.measurements = Measurements()
         measured = {record.endpoint: record for record in choices.sample(self.records, min(len(packed), OWN_LINKS))}
         links = {endpoint: Link(choices.uniform(1, 150), choices.uniform(100, 10_000)) for endpoint in measured}
-        loads = {endpoint: ToldLoad(choices.expovariate(0.2), choices.random(), time.time()) for endpoint in measured}
+        loads = {endpoint: LoadReport(choices.expovariate(0.2), choices.random(), time.time()) for endpoint in measured}
         self.measurements.links_measured(measured, links, loads)
         self.hops: list[PlannedHop] = []
         self._planner = Planner(self.measurements, "a-model")

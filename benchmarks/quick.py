@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant import native
 from splitnet.quant.memory import in_large_pages
@@ -54,10 +54,10 @@ def held_bytes(span: Span) -> int:
 def step_of(span: Span, hidden: torch.Tensor) -> Callable[[], object]:
     """Decodes one position behind a context."""
     row = span.new_row(len(hidden))
-    span.forward(hidden[:CONTEXT], [Part(row, 0, CONTEXT)])
+    span.forward(hidden[:CONTEXT], [Chunk(row, 0, CONTEXT)])
 
     def step() -> None:
-        span.forward(hidden[CONTEXT:], [Part(row, CONTEXT, 1)])
+        span.forward(hidden[CONTEXT:], [Chunk(row, CONTEXT, 1)])
         row.crop(CONTEXT)
 
     return step

@@ -29,7 +29,7 @@ from splitnet.hf.causal_lm import attach
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
-from splitnet.wire.messages import Part
+from splitnet.wire.messages import Chunk
 
 MICRO_BATCH = tuning.ROWS * tuning.COLUMNS // (2 * tuning.PEERS) // tuning.COLUMNS * tuning.COLUMNS
 """Positions of one micro-batch of the training that goes on."""
@@ -60,7 +60,7 @@ def main() -> None:
     with LocalSwarm(arguments.checkpoint, tuning.PEERS, EXACT) as peers:
         address = peers.wait()
         with Swarm(facts, [address]) as swarm:
-            session = Session(swarm, ConnectionOptions(), budget=4096)
+            session = Session(swarm, ConnectionOptions(), reservation=4096)
             decode(session, facts.hidden_size, 30, Seen())
             for _ in range(arguments.rounds):
                 decode(session, facts.hidden_size, arguments.tokens, alone)
@@ -83,7 +83,7 @@ def decode(session: Session, hidden: int, tokens: int, seen: Seen) -> None:
     given = torch.randn(1, hidden)
     for position in range(tokens):
         began = time.perf_counter()
-        session.step(given, [Part(1, position, 1, 1)])
+        session.step(given, [Chunk(1, position, 1, 1)])
         seen.totals.append((time.perf_counter() - began) * 1000)
         seen.waits += [timing.wait_us / 1000 for timing in session.timings]
 

@@ -96,7 +96,7 @@ def measure(shape: str, swarm: GuidedSwarm, checkpoint: Checkpoint, arguments: a
     for _ in range(arguments.rounds):
         for codec, model in models.items():
             began = time.perf_counter()
-            session = Session(swarm, ConnectionOptions(codec=codec), budget=ROOM)
+            session = Session(swarm, ConnectionOptions(codec=codec), reservation=ROOM)
             session.open()
             seen[codec].open_ms.append((time.perf_counter() - began) * 1000)
             seen[codec].rounds.append(measure_steps(session, hidden, arguments.tokens))
@@ -116,7 +116,7 @@ def await_shape(shape: str, swarm: GuidedSwarm) -> None:
     """Waits until peers have found out which of them they can reach."""
     deadline = time.monotonic() + SETTLE_S
     while True:
-        session = Session(swarm, ConnectionOptions(), budget=ROOM)
+        session = Session(swarm, ConnectionOptions(), reservation=ROOM)
         session.open()
         settled = is_shape(shape, session)
         session.close()

@@ -163,7 +163,7 @@ class Bench:
         for _ in range(self._arguments.rounds):
             for route in random.sample(routes, len(routes)):
                 self._swarm.route = self._planned(route)
-                session = Session(self._swarm, ConnectionOptions(codec=CODEC), budget=ROOM)
+                session = Session(self._swarm, ConnectionOptions(codec=CODEC), reservation=ROOM)
                 try:
                     measured[route].append(measure_steps(session, hidden, self._arguments.tokens).mean_ms)
                 except RouteChanged as error:  # one of some rounds
@@ -232,7 +232,7 @@ class Bench:
         costs: dict[Route, float] = {}
         for _ in range(self._arguments.clients):
             with Swarm(self._facts, list(self._peers.addresses.values())) as swarm:
-                session = Session(swarm, ConnectionOptions(codec=CODEC), budget=ROOM)
+                session = Session(swarm, ConnectionOptions(codec=CODEC), reservation=ROOM)
                 session.open()
                 route = self._route_of(session)
                 chosen[route] += 1

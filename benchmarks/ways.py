@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from splitnet.nat import punch
 from splitnet.nat.loop import WaysLoop
 from splitnet.nat.punch import Way
-from splitnet.nat.relay import Helper, HelperBounds
+from splitnet.nat.relay import RelayBounds, RelayServer
 from splitnet.nat.tunnel import Tunnels
-from splitnet.nat.unreachable import Hidden
+from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import Identity, PublicKey
 from splitnet.transport.transport import Transport
 from splitnet.wire.endpoints import Destination, Endpoint, Relay
@@ -32,7 +32,7 @@ SMALL_TIMES, LARGE_TIMES = 200, 20
 
 def help_others() -> None:
     loop, identity = WaysLoop(), Identity.generate()
-    helper = Helper(loop, identity, "tcp://127.0.0.1:0", bounds=HelperBounds(bytes_per_s=1 << 40))
+    helper = RelayServer(loop, identity, "tcp://127.0.0.1:0", bounds=RelayBounds(bytes_per_s=1 << 40))
     helper.start()
     print(helper.port, identity.public.text, flush=True)
     sys.stdin.read()
@@ -53,7 +53,9 @@ def hide(port: str, key: str, punches: str) -> None:
     inside = f"tcp://127.0.0.1:{transport.port}"
     relay = Relay(f"tcp://127.0.0.1:{port}", PublicKey.parse(key).raw)
     reserved = queue.SimpleQueue[None]()
-    hidden = Hidden(tunnels.loop, identity, inside, tunnels.behind, lambda: [relay], lambda: reserved.put(None))
+    hidden = UnreachablePeer(
+        tunnels.loop, identity, inside, tunnels.behind, lambda: [relay], lambda: reserved.put(None)
+    )
     hidden.start()
     reserved.get(timeout=10)
     print(transport.port, identity.public.text, flush=True)

@@ -37,12 +37,12 @@ from torch import nn
 from benchmarks.codec_quality import VARIED_TEXT
 from benchmarks.grouped import LAYOUTS, random_matrix
 from benchmarks.random_shapes import SHAPES, random_model
-from splitnet.blocks.client_part import load_shell
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.client_part import load_client_part
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant.choose import KINDS
 from splitnet.quant.grouped import hold_stored
-from splitnet.quant.linear import HeldLinear
+from splitnet.quant.linear import QuantizedLinear
 from splitnet.quant.stored import Layout
 
 MIB = 2**20
@@ -77,7 +77,7 @@ class Blocks(nn.Module):
         self.span = span
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = [self.span.forward(row, [Part(self.span.new_row(), 0, len(row))]) for row in hidden]
+        rows = [self.span.forward(row, [Chunk(self.span.new_row(), 0, len(row))]) for row in hidden]
         return torch.stack(rows).to(hidden.dtype)
 
 
@@ -100,7 +100,7 @@ def hold_random_codes(span: Span, layout: Layout) -> None:
     for path, layer in list(backbone.named_modules()):
         if isinstance(layer, nn.Linear):
             held = hold_stored([random_matrix(layout, layer.out_features, layer.in_features)], span.device)
-            backbone.set_submodule(path, HeldLinear.holding(layer, held, span.device))
+            backbone.set_submodule(path, QuantizedLinear.holding(layer, held, span.device))
 
 
 Measured = dict[str, dict[int, Times]]
@@ -139,11 +139,11 @@ class Stopwatch:
     def _time(self, span: Span, hidden: torch.Tensor, steps: int, times: Times) -> None:
         """Times `steps` tokens of one session after `CONTEXT` positions, and one pass of `PREFILL` positions."""
         row = span.new_row(CONTEXT + steps)
-        span.forward(hidden[:CONTEXT], [Part(row, 0, CONTEXT)])
+        span.forward(hidden[:CONTEXT], [Chunk(row, 0, CONTEXT)])
         for index in range(steps):
-            parts = [Part(row, CONTEXT + index, 1)]
+            parts = [Chunk(row, CONTEXT + index, 1)]
             times.decode_ms.append(self._ms(lambda parts=parts: span.forward(hidden[:1], parts)))
-        parts = [Part(span.new_row(PREFILL), 0, PREFILL)]
+        parts = [Chunk(span.new_row(PREFILL), 0, PREFILL)]
         times.prefill_ms.append(self._ms(lambda: span.forward(hidden[:PREFILL], parts)))
 
     def _ms(self, call: Callable[[], object]) -> float:
@@ -154,9 +154,9 @@ class Stopwatch:
 
 def log_probabilities(checkpoint: Checkpoint, span: Span, ids: torch.Tensor) -> torch.Tensor:
     """`[positions, vocabulary]`, of the next tokens."""
-    shell: Any = load_shell(checkpoint, Blocks(span), dtype="float32")
+    client_part: Any = load_client_part(checkpoint, Blocks(span), dtype="float32")
     with torch.inference_mode():
-        return shell(ids, use_cache=False).logits[0].float().log_softmax(-1)
+        return client_part(ids, use_cache=False).logits[0].float().log_softmax(-1)
 
 
 def quality_of(found: torch.Tensor, exact: torch.Tensor, ids: torch.Tensor) -> Quality:

@@ -22,7 +22,7 @@ from splitnet.wire.endpoints import Endpoint, is_address
 from splitnet.wire.messages import FailureCode, Open, Payload, Step
 
 MAX_SESSIONS = 1024
-MIN_BUDGET = 64
+MIN_RESERVATION = 64
 """Positions that a session reserves at least, so that many tiny sessions are not free."""
 
 LEASE_S = 10.0
@@ -151,8 +151,8 @@ class ServedBlocks:
             raise SessionTooLong(f"position {longest} is beyond the model's context of {self.max_positions}")
         size = total + len(message.forks or ())
         # Twice in all, as steps that are answered may still be in their pass, and those of an older epoch are finished.
-        if size > session.budget or session.waiting_size + size > 2 * session.budget:
-            raise SessionTooLong(f"the session has reserved {session.budget} positions")
+        if size > session.reservation or session.waiting_size + size > 2 * session.reservation:
+            raise SessionTooLong(f"the session has reserved {session.reservation} positions")
         return total
 
     def check_payload(self, codec: int, payload: Payload, positions: int) -> None:
@@ -185,7 +185,7 @@ class SessionTable:
         position_bytes: of keys and values.
         row_bytes: what a row takes besides its positions.
         usual_log_bytes: what the log of a position takes with the codec that most sessions have.
-        ahead: share of its budget that a session's rows and logs may take beyond it, as they are allocated ahead.
+        ahead: share of its reservation that a session's rows and logs may take beyond it, as they are allocated ahead.
         num_blocks: of the model; sessions that end there keep no log.
         keys: what each key is granted; None: all alike.
 
@@ -239,18 +239,18 @@ class SessionTable:
         """What a new session may reserve, with the usual codec."""
         return max(0, int((self.memory.free - self._row_bytes) / self._usual_bytes))
 
-    def make_room(self, session: Session, budget: int, now: float) -> list[Session]:
+    def make_room(self, session: Session, reservation: int, now: float) -> list[Session]:
         """Ends sessions of keys that have more than their share, if that lets a key reserve what it wants.
 
         Args:
-            session: of that key; one that is not admitted yet, or has a smaller budget.
-            budget: positions that it wants.
+            session: of that key; one that is not admitted yet, or has a smaller reservation.
+            reservation: positions that it wants.
 
         Returns:
             Those that were ended; none if there is room already, or there would not be.
         """
         key, is_new = session.owner, session.id not in self._sessions
-        wanted = self._new_bytes(session) if is_new else self._bytes_of(session, budget - session.budget)
+        wanted = self._new_bytes(session) if is_new else self._bytes_of(session, reservation - session.reservation)
         short = wanted - self.memory.free
         crowded = is_new and len(self._sessions) >= MAX_SESSIONS
         if (short <= 0 and not crowded) or now - self._wanted.get(key, -LOOK_AGAIN_S) < LOOK_AGAIN_S:
@@ -280,18 +280,18 @@ class SessionTable:
         return ending
 
     def add(self, session: Session) -> None:
-        """Admits a session; its budget becomes what it has reserved.
+        """Admits a session; its reservation becomes what it has reserved.
 
         Raises:
-            PeerBusy: its budget does not fit, or is more than its key may have now.
+            PeerBusy: its reservation does not fit, or is more than its key may have now.
         """
         if len(self._sessions) >= MAX_SESSIONS:
             text = f"this peer holds {MAX_SESSIONS} sessions already"
             raise PeerBusy(f"{text}; {self._note_refused(session.owner, 0, session.used_at)}")
-        session.budget = self._budget(session)
+        session.reservation = self._reservation(session)
         self._check_share(session.owner, self._new_bytes(session), session.used_at)
         try:
-            self._take(session, Purpose.POSITIONS, self._bytes_of(session, session.budget))
+            self._take(session, Purpose.POSITIONS, self._bytes_of(session, session.reservation))
             self._take(session, Purpose.ROWS, self._row_bytes)
         except PeerBusy:
             self.memory.end(session)
@@ -317,17 +317,17 @@ class SessionTable:
             self.memory.give_back(session, Purpose.ROWS, -more * self._row_bytes)
         session.reserved_rows += more
 
-    def resize(self, session: Session, budget: int) -> None:
+    def resize(self, session: Session, reservation: int) -> None:
         """Changes what a session has reserved; it never shrinks.
 
         Raises:
-            PeerBusy: the larger budget does not fit, or is more than its key may have now.
+            PeerBusy: the larger reservation does not fit, or is more than its key may have now.
         """
-        if budget > session.budget:
-            more = self._bytes_of(session, budget - session.budget)
+        if reservation > session.reservation:
+            more = self._bytes_of(session, reservation - session.reservation)
             self._check_share(session.owner, more, session.used_at)
             self._take(session, Purpose.POSITIONS, more)
-            session.budget = budget
+            session.reservation = reservation
 
     def remove(self, session: Session) -> None:
         if self._sessions.pop(session.id, None) is not None:
@@ -352,19 +352,19 @@ class SessionTable:
         self._wanted = self._wanting(now)
         return idle
 
-    def _budget(self, session: Session) -> int:
+    def _reservation(self, session: Session) -> int:
         least = int((self.memory.limit - self._row_bytes) / self._cost_of(session))
-        return max(session.budget, min(MIN_BUDGET, max(1, least)))
+        return max(session.reservation, min(MIN_RESERVATION, max(1, least)))
 
     def _new_bytes(self, session: Session) -> int:
         """What a session takes when it is admitted."""
-        return self._bytes_of(session, self._budget(session)) + self._row_bytes
+        return self._bytes_of(session, self._reservation(session)) + self._row_bytes
 
     def _bytes_of(self, session: Session, positions: int) -> int:
         return math.ceil(positions * self._cost_of(session))
 
     def _cost_of(self, session: Session) -> float:
-        """Bytes of a position of its budget."""
+        """Bytes of a position of its reservation."""
         log = session.log.bytes_per_position if session.end < self._num_blocks else 0
         return self._position_bytes + log * (1 + self._ahead)
 

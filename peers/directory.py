@@ -20,7 +20,7 @@ from functools import partial
 from typing import Final, TypeVar
 
 from peers.links import Answering
-from splitnet.directory.ask import Told, parts_of
+from splitnet.directory.ask import DirectoryDelta, parts_of
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import MAX_RECORD_BYTES, PeerRecord, verified_record
 from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError, SplitnetError
@@ -90,7 +90,7 @@ class _Reading:
 
     waiting: list[tuple[Connection, LookUp, _Payer]] = field(default_factory=list[tuple[Connection, LookUp, _Payer]])
     parts: list[bytes] | None = None
-    told: Told | None = None
+    told: DirectoryDelta | None = None
     """None: nothing is known of this model."""
     fresh_changes_s: float = FRESH_S
     read_at: float = 0.0
@@ -223,7 +223,7 @@ class DirectoryService:
                 parts = [b""]  # the sender may lack the key of this swarm, and learns nothing
             else:
                 parts = self._sealed(records)
-                reading.told = Told(records)
+                reading.told = DirectoryDelta(records)
                 reading.fresh_changes_s = min(max(FRESH_S, FRESH_PER_RECORD_S * len(records)), FRESH_CHANGES_S)
         except SplitnetError as error:
             # Errors name the peers that this one has joined through: that is for members, which can name what is here.

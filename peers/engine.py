@@ -23,12 +23,12 @@ from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
 from scheduler.load import Load
 from splitnet.blocks.adapters import Adapter, read_tensors, write_groups
 from splitnet.blocks.passes import GRAPH_BYTES, SpanPasses
-from splitnet.blocks.span import Part as SpanPart
+from splitnet.blocks.span import Chunk as SpanChunk
 from splitnet.blocks.span import Span
 from splitnet.errors import AdapterError, CodecError, PeerBusy, ProtocolError
 from splitnet.quant.device import Stopwatch, end_threads, seconds_after_work, to_device, to_host
 from splitnet.wire.codecs import codec_by_code
-from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient, Part
+from splitnet.wire.messages import Chunk, FailureCode, FetchKV, Forward, Gradient
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ class Engine:
             work.wait_ms = (began_at - work.arrived_at) * 1000
         session = ready[0][0].session
         span = self._view(session.start, session.end)
-        parts: list[SpanPart] = []
+        parts: list[SpanChunk] = []
         inputs: list[torch.Tensor] = []
         for work, count in ready:
             assert work.hidden is not None
@@ -263,7 +263,7 @@ class Engine:
                 if row is None:
                     room = work.session.new_room[part.row]
                     row = work.session.rows[part.row] = span.new_row(room, work.adapter)
-                parts.append(SpanPart(row, part.start, part.length, work.adapter, work.step.reach))
+                parts.append(SpanChunk(row, part.start, part.length, work.adapter, work.step.reach))
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         watch = Stopwatch(self._span.device)
         output = span.forward(hidden, parts)
@@ -277,7 +277,7 @@ class Engine:
         self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
         if len(hidden) <= DECODE_POSITIONS * len(ready):
             sources = (work.session.id for work, _ in ready if not work.session.closed)
-            self._queue.gathering.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
+            self._queue.delay.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
         self._observe_load(ready, fresh, began_at, elapsed_ms)
         for work, count in computed:
             self._counters.step_computed(work, count)
@@ -395,7 +395,7 @@ class Engine:
         nbytes = self._passes.bytes_to_keep(message.lengths, adapter, session.end - session.start)
         if message.kept and nbytes is not None and self._service.training.may_keep_way(work, nbytes):
             output, way = self._passes.forward_kept(*run, nbytes, reach=message.reach)
-            self._service.training.keep_way(work, way)
+            self._service.training.keep_saved(work, way)
             del way
         else:
             output = self._passes.forward(*run, reach=message.reach)
@@ -411,7 +411,7 @@ class Engine:
         forward = work.forward.message
         adapter = self._adapter(work, forward)
         gradient = self._decode(message.codec, message.payload, forward.positions)
-        way = self._service.training.take_way(work.forward)
+        way = self._service.training.take_saved(work.forward)
         if way is not None:
             gradient, by_adapter = self._passes.go_back(way, gradient)
         else:
@@ -486,7 +486,7 @@ class Engine:
         self._service.ms_per_position = blocks * self._speed.prefill_ms_per_block_position
 
 
-def _kept_rows(parts: Sequence[Part], output: torch.Tensor) -> torch.Tensor:
+def _kept_rows(parts: Sequence[Chunk], output: torch.Tensor) -> torch.Tensor:
     """The positions of `output` that the client asked to have back."""
     if all(part.keep == part.length for part in parts):
         return output

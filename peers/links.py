@@ -75,7 +75,7 @@ class Outbox(Answering, Linking, Protocol):
         """The round trip as measured lately; 0: not measured."""
         ...
 
-    def patience_s(self, endpoint: Endpoint, *, connects: bool) -> float:
+    def answer_limit_s(self, endpoint: Endpoint, *, connects: bool) -> float:
         """How long to wait for a pong, or for a link to come up and one: more where round trips are long."""
         ...
 
@@ -105,9 +105,9 @@ class TransportOutbox:
         self._traffic.count_sent(destination, message, frames)
         self._transport.send(destination, frames)
 
-    def patience_s(self, endpoint: Endpoint, *, connects: bool) -> float:
-        """See `Prober.patience_s`."""
-        return self.prober.patience_s(endpoint, trips=FIRST_TRIPS if connects else ANSWER_TRIPS)
+    def answer_limit_s(self, endpoint: Endpoint, *, connects: bool) -> float:
+        """See `Prober.answer_limit_s`."""
+        return self.prober.answer_limit_s(endpoint, trips=FIRST_TRIPS if connects else ANSWER_TRIPS)
 
 
 def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:

@@ -57,7 +57,7 @@ class PeerOptions:
         reach: how others are to reach it; a `public_host` is believed, so that none are asked.
         port_mapping: ask the router for a port, if others do not reach it.
         relay_port: where it helps others to be reached, 0 for any; None: it does not.
-        relay_rate: bytes per second that it passes on; None: as `HelperBounds` has it.
+        relay_rate: bytes per second that it passes on; None: as `RelayBounds` has it.
         share_weights: whether it gives weights to others; None: where the keys that may connect are known.
         share_rate: bytes per second of that; None: as `peers.weights.DEFAULT_RATE` says.
         model_id: the fingerprint that the model must have; None: any.

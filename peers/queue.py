@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from peers.admission import MemoryAccount, Purpose
 from peers.sessions import PassWork, Session, Work
-from scheduler.batching import DECODE_POSITIONS, PATIENCE, UNSENT_BYTES, Gathering, next_pass
+from scheduler.batching import DECODE_POSITIONS, MAX_PASSED_OVER, UNSENT_BYTES, BatchingDelay, next_pass
 from scheduler.fairness import CHUNK_S, FairPasses
 from scheduler.liveness import STUCK_S
 from splitnet.errors import PeerBusy
@@ -39,7 +39,7 @@ class WorkQueue:
         unsent: bytes that wait for the link to a next hop.
 
     Attributes:
-        gathering: of the sessions, by id, that steps are waited for.
+        delay: of the sessions, by id, that steps are waited for.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class WorkQueue:
         self._unsent = unsent
         self._fair = FairPasses[Work](pass_s, weight)
         self._shares = self._fair.shares
-        self.gathering = Gathering()
+        self.delay = BatchingDelay()
         self.memory = memory or MemoryAccount(1 << 29, "no memory for waiting steps of", "send fewer at a time")
         self._ready: OrderedDict[Session, None] = OrderedDict()
         self._ways: dict[Endpoint, tuple[int, float]] = {}
@@ -123,7 +123,7 @@ class WorkQueue:
             is_short = (
                 work.remaining <= DECODE_POSITIONS
                 and self._pass_s(work.remaining) <= within_s
-                and not self.gathering.patience_s(1)
+                and not self.delay.delay_s(1)
                 and not self._shares.contended(time.monotonic())
                 and is_quick(work)
             )
@@ -207,8 +207,8 @@ class WorkQueue:
         with self._changed:
             self._wait_for_work()
             ready = 0
-            while len(self._ready) > ready and (patience_s := self.gathering.patience_s(len(self._ready))):
-                ready, until = len(self._ready), time.monotonic() + patience_s
+            while len(self._ready) > ready and (delay_s := self.delay.delay_s(len(self._ready))):
+                ready, until = len(self._ready), time.monotonic() + delay_s
                 while len(self._ready) == ready and not self._closed and (left := until - time.monotonic()) > 0:
                     self._changed.wait(left)
 
@@ -216,7 +216,7 @@ class WorkQueue:
         """Waits for work and returns what runs in the next pass: steps with how many positions of each.
 
         Empty when the queue is closed, or it is the turn of `take_pass`, or of `take_idle_job`. Of one key alone,
-        passes over whole sequences come when no step is ready, or after `PATIENCE` turns.
+        passes over whole sequences come when no step is ready, or after `MAX_PASSED_OVER` turns.
         """
         with self._changed:
             self._wait_for_work()
@@ -226,7 +226,7 @@ class WorkQueue:
                     self._changed.wait(LOOK_S)
                     continue
                 if not self._shares.contended(time.monotonic()):
-                    if not ready or (self._passes and self._turns_without_pass >= PATIENCE):
+                    if not ready or (self._passes and self._turns_without_pass >= MAX_PASSED_OVER):
                         return []
                     self._turns_without_pass += 1
                     return self._take_unshared(ready, max_positions)
@@ -298,7 +298,7 @@ class WorkQueue:
             while session.waiting:
                 self._drop(session.waiting.pop())
             self._ready.pop(session, None)
-            self.gathering.left(session.id)
+            self.delay.left(session.id)
             self.memory.end(session)
 
     def close(self) -> None:
@@ -351,7 +351,7 @@ class WorkQueue:
         first = ranked[0]
         own = [session for session in ready if session.owner == first]
         is_pass = not own or (first == goes_on and not own_steps)
-        if first in self._passes and goes_on is None and self._turns_without_pass >= PATIENCE:
+        if first in self._passes and goes_on is None and self._turns_without_pass >= MAX_PASSED_OVER:
             is_pass = True
         takes_s = CHUNK_S if is_pass else self._pass_s(own[0].waiting[0].remaining)
         waits = self._shares.awaited(first, min(takes_s, self._fair.chunk_s(now)), now)

@@ -15,9 +15,9 @@ from splitnet.directory.record import PeerRecord
 from splitnet.directory.relay_offer import find_helpers
 from splitnet.errors import SplitnetError
 from splitnet.nat.port_mapping import MappingError, PortMapping
-from splitnet.nat.relay import Helper, HelperBounds
+from splitnet.nat.relay import RelayBounds, RelayServer
 from splitnet.nat.tunnel import Tunnels
-from splitnet.nat.unreachable import Hidden
+from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.swarm.trial import PeerLinks
 from splitnet.transport.addresses import Reach, inside_of, is_global, is_reachable, is_wildcard, reachable_host
@@ -92,15 +92,15 @@ class PeerWays:
         self._mapped: str | None = None
         """What the router has given, and others reach."""
         inside = inside_of(listen, transport.port)
-        self.hidden = Hidden(tunnels.loop, identity, inside, tunnels.behind, self._find, changed, vouched)
-        self.helper: Helper | None = None
+        self.hidden = UnreachablePeer(tunnels.loop, identity, inside, tunnels.behind, self._find, changed, vouched)
+        self.helper: RelayServer | None = None
         if options.relay_port is not None:
-            self.helper = Helper(
+            self.helper = RelayServer(
                 tunnels.loop,
                 identity,
                 f"{listen.rpartition(':')[0].replace('*', '0.0.0.0')}:{options.relay_port}",
                 authorized=authorized,
-                bounds=HelperBounds(bytes_per_s=options.relay_rate or HelperBounds.bytes_per_s),
+                bounds=RelayBounds(bytes_per_s=options.relay_rate or RelayBounds.bytes_per_s),
             )
 
     @property

@@ -35,6 +35,7 @@ from splitnet.wire.messages import (
     FetchKV,
     Forward,
     Gradient,
+    LoadReport,
     Message,
     Open,
     Opened,
@@ -44,7 +45,6 @@ from splitnet.wire.messages import (
     Replay,
     Result,
     Step,
-    ToldLoad,
 )
 
 log = logging.getLogger(__name__)
@@ -114,11 +114,11 @@ class NextHopOpening:
             self._outbox.probe(following)
         proven = following in self._proven
         # A link that was lost may come back, if the next hop only restarted; a new one gets the full time.
-        patience_s = self._reach_s / 3 if (proven and state is LinkState.DOWN) or wants_pong else self._reach_s
+        answer_limit_s = self._reach_s / 3 if (proven and state is LinkState.DOWN) or wants_pong else self._reach_s
         if following is not None:  # of one that has not shown its key only this peer's own way is known
-            far_s = self._outbox.patience_s(following, connects=not wants_pong)
-            patience_s = max(patience_s, min(far_s, FAR_TIMES * self._reach_s))
-        deadline = now + patience_s if pending is None else min(pending.deadline, now + patience_s)
+            far_s = self._outbox.answer_limit_s(following, connects=not wants_pong)
+            answer_limit_s = max(answer_limit_s, min(far_s, FAR_TIMES * self._reach_s))
+        deadline = now + answer_limit_s if pending is None else min(pending.deadline, now + answer_limit_s)
         self._pending[session] = _PendingOpen(deadline, new_link, wants_pong)
         if _is_known(state, proven) and state is not LinkState.DOWN and not wants_pong:
             self._answer(session, reachable=state is LinkState.UP)
@@ -417,7 +417,7 @@ class SessionService:
         return self.outbox.answered(following) < session.sent_before
 
     def _pong(self, source: Connection, message: Ping, now: float) -> None:
-        load = (ToldLoad(*self._load.at(now), time.time()),) if message.load else ()
+        load = (LoadReport(*self._load.at(now), time.time()),) if message.load else ()
         pong = Pong(message.nonce, self.busy_ms, self.sessions.free_positions, load=load)
         session = self.sessions.get(message.session)
         # To anybody but its owner a session is unknown, so that nobody learns which ones exist.
@@ -446,7 +446,7 @@ class SessionService:
                     epoch=message.epoch,
                     start=message.start,
                     end=message.end,
-                    budget=message.budget,
+                    reservation=message.reservation,
                     codec=codec,
                     previous=None,
                     next=None,
@@ -454,13 +454,13 @@ class SessionService:
                     used_at=now,
                 )
             text = "your key had more than its share of this peer's KV memory, and others waited for it"
-            for ended in self.sessions.make_room(session, message.budget, now):
+            for ended in self.sessions.make_room(session, message.reservation, now):
                 self._ended(ended, SessionEnd.EXPIRED, text)
             if is_new:
                 self.sessions.add(session)
                 self._counters.opened += 1
             else:
-                self.sessions.resize(session, message.budget)
+                self.sessions.resize(session, message.reservation)
         except PeerBusy as error:
             self._fail(source, message.session, message.epoch, 0, FailureCode.BUSY, str(error))
             return

@@ -10,19 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from splitnet.blocks.kv_cache import FIRST_CAPACITY, RowCache
+from splitnet.blocks.kv_cache import FIRST_CAPACITY, SequenceCache
 from splitnet.errors import PeerBusy, ProtocolError
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.log import SentLog, fork_rows
 from splitnet.wire.messages import Adapter as AdapterMessage
-from splitnet.wire.messages import FetchKV, Forward, Gradient, Part, Step, Timing
+from splitnet.wire.messages import Chunk, FetchKV, Forward, Gradient, Step, Timing
 
 if TYPE_CHECKING:
     import torch
 
     from splitnet.blocks.adapters import Adapter
-    from splitnet.blocks.passes import WayBack
+    from splitnet.blocks.passes import SavedPass
 
 
 MESSAGE_BYTES = 2048
@@ -76,7 +76,7 @@ class Session:
     epoch: int
     start: int
     end: int
-    budget: int
+    reservation: int
     """Positions reserved, over all rows."""
     codec: Codec
     previous: bytes | None
@@ -91,7 +91,7 @@ class Session:
     """When it was opened, and when its last step or pass came. Of the peer's clock."""
     reserved_rows: int = 0
     """Rows whose states have a place. Touched by the table of sessions only."""
-    rows: dict[int, RowCache] = field(default_factory=dict)
+    rows: dict[int, SequenceCache] = field(default_factory=dict)
     """Touched by the engine only, so that no pass loses its rows half-way."""
     new_room: dict[int, int] = field(default_factory=dict)
     """Positions that the rows which begin with the next step are allocated for, see `prepare_rows`."""
@@ -189,7 +189,7 @@ class Work:
     @property
     def left(self) -> int:
         """Positions that its session has reserved and that come now or later."""
-        return self.session.budget - sum(part.start for part in self.step.parts) - self.done
+        return self.session.reservation - sum(part.start for part in self.step.parts) - self.done
 
     @property
     def size(self) -> int:
@@ -203,9 +203,9 @@ class Work:
         objects = FORK_BYTES * references + TIMING_BYTES * len(self.step.timings)
         return len(self.step.payload) + MESSAGE_BYTES + objects
 
-    def parts(self, count: int) -> list[Part]:
+    def parts(self, count: int) -> list[Chunk]:
         """The next `count` positions as parts of rows, each with how many of its last ones the client wants."""
-        chosen: list[Part] = []
+        chosen: list[Chunk] = []
         skip, left = self.done, count
         for part in self.step.parts:
             if skip >= part.length:
@@ -213,7 +213,7 @@ class Work:
                 continue
             taken = min(part.length - skip, left)
             keep = max(0, skip + taken - max(skip, part.length - part.keep))
-            chosen.append(Part(part.row, part.start + skip, taken, keep))
+            chosen.append(Chunk(part.row, part.start + skip, taken, keep))
             skip = 0
             left -= taken
             if not left:
@@ -236,7 +236,7 @@ class PassWork:
     """Of an adapter."""
     wait_ms: float = 0.0
     compute_ms: float = 0.0
-    way: WayBack | None = None
+    way: SavedPass | None = None
     """What is kept of a forward pass besides its input."""
     way_bytes: int = 0
     """What is accounted for it."""
@@ -261,18 +261,18 @@ class PassWork:
 class _Copy:
     """A row that is to begin as a copy of another."""
 
-    source: RowCache
+    source: SequenceCache
     length: int
     prefix_length: int
 
 
-def _copy_of(row: RowCache | _Copy) -> _Copy:
+def _copy_of(row: SequenceCache | _Copy) -> _Copy:
     return row if isinstance(row, _Copy) else _Copy(row, row.length, row.prefix_length)
 
 
-def room_for(budget: int) -> int:
+def room_for(reservation: int) -> int:
     """Positions that the rows of a session with this budget are allocated for at most, all together."""
-    return budget + int(budget * AHEAD)
+    return reservation + int(reservation * AHEAD)
 
 
 def rows_after(session: Session, step: Step) -> set[int]:
@@ -290,7 +290,7 @@ def goes_on(session: Session, step: Step) -> bool:
     if row is None or part.start != row.length:
         return False
     end = part.start + part.length
-    return end <= row.room and row.prefix_length + end <= session.budget
+    return end <= row.room and row.prefix_length + end <= session.reservation
 
 
 def is_quick(work: Work) -> bool:
@@ -317,7 +317,7 @@ def prepare_rows(session: Session, step: Step) -> None:
     """
     if goes_on(session, step):
         return
-    rows: dict[int, RowCache | _Copy] = dict(session.rows)
+    rows: dict[int, SequenceCache | _Copy] = dict(session.rows)
     if step.forks is not None:
         rows = fork_rows(rows, step.forks, _copy_of)
     starts = {part.row: part.start for part in step.parts}
@@ -329,12 +329,12 @@ def prepare_rows(session: Session, step: Step) -> None:
             raise ProtocolError(f"row {part.row} has {length} positions, the step begins at {part.start}")
         ends[part.row] = before + part.start + part.length
     held = sum(ends.values())
-    if held > session.budget:
-        raise SessionTooLong(f"the step needs {held} positions, the session has reserved {session.budget}")
+    if held > session.reservation:
+        raise SessionTooLong(f"the step needs {held} positions, the session has reserved {session.reservation}")
     present = {row_id: row.prefix_length + row.room for row_id, row in rows.items() if not isinstance(row, _Copy)}
-    room = shared_room(ends, present, room_for(session.budget))
+    room = shared_room(ends, present, room_for(session.reservation))
 
-    def fit(row_id: int, row: RowCache) -> None:
+    def fit(row_id: int, row: SequenceCache) -> None:
         row.crop(starts.get(row_id, row.length))
         row.room = room[row_id] - row.prefix_length
 

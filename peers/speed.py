@@ -15,7 +15,7 @@ from peers.power import EnergyMeter
 from scheduler import facts
 from scheduler.facts import PASS_SIZES
 from scheduler.load import MovingAverage
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.span import Chunk, Span
 from splitnet.paths import KnownFigures
 from splitnet.quant import native
 from splitnet.quant.device import seconds_after_work
@@ -82,16 +82,16 @@ def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -
 
     def elapsed_ms(positions: int) -> float:
         began = seconds_after_work(span.device)
-        span.forward(hidden[:positions], [Part(span.new_row(), 0, positions)])
+        span.forward(hidden[:positions], [Chunk(span.new_row(), 0, positions)])
         return (seconds_after_work(span.device) - began) * 1000
 
     elapsed_ms(PASS_SIZES[0])
     block_ms: list[float] = []
     for size in PASS_SIZES:
         times: list[float] = []
-        foretold = blocks * block_ms[-1] * size / PASS_SIZES[len(block_ms) - 1] if block_ms else 0.0
+        predicted_ms = blocks * block_ms[-1] * size / PASS_SIZES[len(block_ms) - 1] if block_ms else 0.0
         # A short pass is easily disturbed, a long one takes its time.
-        while len(times) < (3 if size <= 16 or min(times, default=0.0) > DISTURBED * foretold else 1):
+        while len(times) < (3 if size <= 16 or min(times, default=0.0) > DISTURBED * predicted_ms else 1):
             if interrupted():
                 return None
             times.append(elapsed_ms(size))
@@ -118,7 +118,7 @@ class KnownSpeeds:
         block_ms = self._known.find(_key(span, model))
         if not _is_speed(block_ms):
             return None
-        span.forward(torch.zeros(PASS_SIZES[0], span.hidden_size), [Part(span.new_row(), 0, PASS_SIZES[0])])
+        span.forward(torch.zeros(PASS_SIZES[0], span.hidden_size), [Chunk(span.new_row(), 0, PASS_SIZES[0])])
         return ObservedSpeed(tuple(block_ms))
 
     def keep(self, span: Span, model: str, speed: ObservedSpeed) -> None:

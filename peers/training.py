@@ -14,7 +14,7 @@ from peers.links import Outbox, timing_of
 from peers.queue import WorkQueue
 from peers.sessions import PassWork, Session, SessionTooLong
 from splitnet.blocks.adapters import counted_down
-from splitnet.blocks.passes import WayBack
+from splitnet.blocks.passes import SavedPass
 from splitnet.errors import PeerBusy, ProtocolError
 from splitnet.wire.codecs import codec_by_code
 from splitnet.wire.endpoints import Connection
@@ -114,7 +114,7 @@ class Training:
         session.adapter, session.adapter_version, session.gradient_sum = None, 0, None
         session.adapter_parts = []
         for work in [work for work in self._ways if work.session is session]:
-            self._drop_way(work)
+            self._drop_saved(work)
         self.memory.end(session)
 
     def may_keep_way(self, work: PassWork, nbytes: int) -> bool:
@@ -129,14 +129,14 @@ class Training:
             work.way_bytes = nbytes
             return True
 
-    def keep_way(self, work: PassWork, way: WayBack) -> None:
+    def keep_saved(self, work: PassWork, way: SavedPass) -> None:
         """Keeps what memory was taken for, until a gradient comes or something else needs the memory."""
         with self._lock:
             if not work.session.closed:
                 work.way = way
                 self._ways[work] = None
 
-    def take_way(self, work: PassWork) -> WayBack | None:
+    def take_saved(self, work: PassWork) -> SavedPass | None:
         """What is kept of a forward pass, for its way back, which begins now."""
         with self._lock:
             self._ways.pop(work, None)
@@ -260,10 +260,10 @@ class Training:
         """
         while self._ways and not self.memory.has_room(nbytes, session.owner, session, purpose):
             own = (work for work in self._ways if work.session.owner == session.owner)
-            self._drop_way(next(own, None) or next(iter(self._ways)))
+            self._drop_saved(next(own, None) or next(iter(self._ways)))
         self.memory.take(session, purpose, nbytes)
 
-    def _drop_way(self, work: PassWork) -> None:
+    def _drop_saved(self, work: PassWork) -> None:
         self._ways.pop(work, None)
         self.memory.give_back(work.session, Purpose.GRAPHS, work.way_bytes)
         work.way, work.way_bytes = None, 0
@@ -271,7 +271,7 @@ class Training:
     def _release(self, work: PassWork) -> None:
         for one in (work, work.forward):
             if one is not None:
-                self._drop_way(one)
+                self._drop_saved(one)
         purpose = Purpose.ADAPTERS if isinstance(work.message, Adapter) else Purpose.PASSES
         self.memory.give_back(work.session, purpose, work.nbytes)
 

@@ -14,7 +14,7 @@ DECODE_POSITIONS: Final = 16
 PASS_POSITIONS: Final = 512
 """Most positions of a pass, and of a step of a replay."""
 
-PATIENCE: Final = 4
+MAX_PASSED_OVER: Final = 4
 """Passes that may leave out a step that is ready; then one is made for it."""
 
 
@@ -42,8 +42,8 @@ def next_pass(waiting: Sequence[W], passed_over: int, max_positions: int = PASS_
     """The steps of the next pass, with how many positions of each.
 
     Decode comes first, so that a token never waits for more than one pass of somebody's prefill; then prefill fills the
-    pass up. All of a pass goes through the same blocks. A step that `PATIENCE` passes left out leads the next one, and
-    half of it is kept for it.
+    pass up. All of a pass goes through the same blocks. A step that `MAX_PASSED_OVER` passes left out leads the next
+    one, and half of it is kept for it.
 
     Args:
         waiting: at most one step of each session, hashed by identity; who has waited longest comes first.
@@ -54,7 +54,7 @@ def next_pass(waiting: Sequence[W], passed_over: int, max_positions: int = PASS_
     prefill = [step for step in waiting if step.remaining > DECODE_POSITIONS]
     leader = (decode or prefill)[0]
     kept = 0
-    if passed_over >= PATIENCE:
+    if passed_over >= MAX_PASSED_OVER:
         leader = waiting[0]
         kept = min(leader.remaining, -(-max_positions // 2))
     left = max_positions - kept
@@ -73,17 +73,17 @@ SIZES: Final = (64, 128, 256, 512)
 """Positions of a step. Smaller ones use the devices badly, larger ones make the hops wait for each other."""
 
 
-def best_step(positions: int, latency_ms: Callable[[int], float], stage_ms: Callable[[int], float]) -> int:
+def best_step(positions: int, latency_ms: Callable[[int], float], slowest_hop_ms: Callable[[int], float]) -> int:
     """The size of steps with which `positions` positions are through soonest, the largest of those that are as good.
 
     Args:
         latency_ms: of a step through the route, by its positions.
-        stage_ms: by how much a step behind it comes later: what it keeps the slowest hop or link busy for.
+        slowest_hop_ms: by how much a step behind it comes later: what it keeps the slowest hop or link busy for.
     """
 
     def prefill_ms(size: int) -> float:
         size = min(size, positions)
-        return latency_ms(size) + (ceil(positions / size) - 1) * stage_ms(size)
+        return latency_ms(size) + (ceil(positions / size) - 1) * slowest_hop_ms(size)
 
     return min(reversed(SIZES), key=prefill_ms)
 
@@ -103,7 +103,7 @@ LATELY_S = 1.0
 _LEARNING = 0.1
 
 
-class Gathering:
+class BatchingDelay:
     """Tells how long to wait, from what was seen before. One thread uses it at a time; `left` may come from any."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class Gathering:
         """Nothing more comes from a source."""
         self._seen.pop(source, None)
 
-    def patience_s(self, ready: int) -> float:
+    def delay_s(self, ready: int) -> float:
         """Seconds to wait for the next one when the work of so many sources is ready; 0: no more are expected.
 
         At most what the work itself takes.

@@ -58,10 +58,10 @@ def candidates(
 ) -> list[Peer]:
     """At most `limit` of the peers, those that the best route over the blocks [start, end) most likely goes through.
 
-    Who plans often with the same facts keeps a `Crowd`. Arguments as for `best_route`, with which the result is meant
-    to be planned.
+    A caller that plans often with the same facts keeps a `CandidateIndex`. Arguments as for `best_route`, with which
+    the result is meant to be planned.
     """
-    crowd = Crowd(peers, network)
+    crowd = CandidateIndex(peers, network)
     outside = [network.places[name] for name in (source, target) if name in network.places]
     return crowd.near(
         outside,
@@ -75,7 +75,7 @@ def candidates(
     )
 
 
-class Crowd:
+class CandidateIndex:
     """The peers of a swarm as any client sees them, prepared once for many plans.
 
     Only the places in `network` are used, not its measured links.
@@ -101,7 +101,7 @@ class Crowd:
         self._unknown_ms = 2 * network.unmeasured.latency_ms
         self._serving: dict[tuple[int, int], tuple[Integers, Integers]] = {}
 
-    def corrected(self, peers: Iterable[Peer]) -> Crowd:
+    def corrected(self, peers: Iterable[Peer]) -> CandidateIndex:
         """The same crowd where other facts are known of these of its peers. They serve the blocks that they served."""
         crowd = copy(self)
         crowd._peers, crowd._load, crowd._speed = list(self._peers), self._load.copy(), self._speed.copy()

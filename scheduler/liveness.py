@@ -294,8 +294,8 @@ class Liveness(Generic[Hop]):
             return Verdict(Finding.IDLE, tuple(dict.fromkeys(order)))
         # An overloaded peer says so, and is given the time; one that only says so, not for ever.
         queued_s = max((MAX_QUEUE_S if answer.late else answer.queue_ms / 1000 for answer in told), default=0.0)
-        patience_s = min(max(progress_s, PREDICTED_TIMES * queued_s), max(progress_s, MAX_QUEUE_S))
-        if any(works) and now - self._progress_at >= patience_s:
+        limit_s = min(max(progress_s, PREDICTED_TIMES * queued_s), max(progress_s, MAX_QUEUE_S))
+        if any(works) and now - self._progress_at >= limit_s:
             self._progress_at = now
             stuck = [answer.endpoint for answer, busy in zip(told, works, strict=True) if busy]
             # If those are done with it, it is on its way: they are slow to send it on, or the next does not take it.

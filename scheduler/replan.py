@@ -64,13 +64,13 @@ TRIAL_STEPS: Final = 8
 RECENT_STEPS: Final = 8
 """The median of so many steps tells what the route costs now: where others use the devices, a few are soon slow."""
 
-FORECASTS: Final = 4
+PREDICTIONS: Final = 4
 """The slowest but one of so many routes tells by what factor a client's predictions are too good."""
 
 MAX_ERROR: Final = 20.0
 
 
-class Forecasts:
+class PredictionErrors:
     """By what factor routes are slower than predicted, from the latest of a client; not thread-safe.
 
     Where devices share something that no record tells of (a machine, a radio), every peer that is not in use looks
@@ -85,13 +85,13 @@ class Forecasts:
         """Takes in by what factor a route was slower than predicted; of one that is known already the latest counts."""
         self._ratios.pop(route, None)
         self._ratios[route] = ratio
-        if len(self._ratios) > FORECASTS:
+        if len(self._ratios) > PREDICTIONS:
             del self._ratios[next(iter(self._ratios))]
 
     @property
     def error(self) -> float:
         """At least 1; what is not known yet counts as right."""
-        ratios = [*self._ratios.values(), *(1.0 for _ in range(FORECASTS - len(self._ratios)))]
+        ratios = [*self._ratios.values(), *(1.0 for _ in range(PREDICTIONS - len(self._ratios)))]
         return min(max(1.0, sorted(ratios)[-2]), MAX_ERROR)
 
 
@@ -207,7 +207,7 @@ class RouteWatch:
         Args:
             known_ms: of a step on the present route, as the facts say.
             predicted_ms: of one on the other.
-            error: by what factor predictions are too good, see `Forecasts`.
+            error: by what factor predictions are too good, see `PredictionErrors`.
             move_ms: until the new hops hold the session's cache.
             steps_left: in the session.
             shares_links: whether the routes have a link in common, which may be what is slow for no known reason.

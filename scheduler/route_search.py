@@ -202,14 +202,14 @@ def searched_route(
         now_s, ends = searcher.now_s, found.unmeasured
         lost = answers.silent(now_s, lately=True) | given_up
         many = len(lost) >= MANY_SILENT and len(lost & searcher.names) >= MANY_SILENT
-        doubted = answers.unheard(found.newcomers, now_s - LOST_S) if many else []
-        if not (ends or doubted):
+        suspects = answers.unheard(found.newcomers, now_s - LOST_S) if many else []
+        if not (ends or suspects):
             break
-        measured = searcher.measure(ends, [*dict.fromkeys((*doubted, *others))])
+        measured = searcher.measure(ends, [*dict.fromkeys((*suspects, *others))])
         if measured is None:
             break
         silent = answers.silent(searcher.now_s)
-        if beside or any(name in silent for name in (*ends, *doubted)):
+        if beside or any(name in silent for name in (*ends, *suspects)):
             beside, others = elsewhere()
         elif not measured:
             break  # all live, or nothing could be learnt

@@ -38,12 +38,12 @@ NO_DRAFTS: Final = Window(0, 1)
 class Pace:
     """What a step costs, by the number of its positions, in ms.
 
-    latency_ms: from sending it until its outputs are there. stage_ms: for which it keeps the slowest hop, link or end
-    busy, so that a step behind it comes so much later. draft_ms: to draft a token.
+    latency_ms: from sending it until its outputs are there. slowest_hop_ms: for which it keeps the slowest hop, link or
+    end busy, so that a step behind it comes so much later. draft_ms: to draft a token.
     """
 
     latency_ms: Callable[[int], float]
-    stage_ms: Callable[[int], float]
+    slowest_hop_ms: Callable[[int], float]
     draft_ms: float = 0.0
 
 
@@ -73,6 +73,6 @@ def tokens_per_ms(window: Window, acceptance: float, pace: Pace) -> float:
         return (1 - whole * accepted) / (1 - accepted) / first_ms
     # Drafts are accepted until one is not: that many tokens and the one that was chosen instead, in the time of the
     # first window and of those behind it that were accepted. What was sent after the rejected one is in the way.
-    following_ms = max(pace.stage_ms(length), length * pace.draft_ms, pace.latency_ms(length) / window.in_flight)
-    in_the_way_ms = pace.stage_ms(length) / 2
+    following_ms = max(pace.slowest_hop_ms(length), length * pace.draft_ms, pace.latency_ms(length) / window.in_flight)
+    in_the_way_ms = pace.slowest_hop_ms(length) / 2
     return 1 / (1 - accepted) / (first_ms + following_ms * whole / (1 - whole) + in_the_way_ms)

@@ -18,7 +18,7 @@ from scheduler.route_search import Answers
 from simulator.directory import Record, View
 from simulator.world import Request, World
 from splitnet.swarm.measure import PINGS_PER_MINUTE
-from splitnet.wire.messages import ToldLoad
+from splitnet.wire.messages import LoadReport
 
 CONNECT_TRIPS: Final = 4
 """Round trips until a connection is up: one of TCP, one of ZeroMQ's greetings, two of CurveZMQ."""
@@ -51,7 +51,7 @@ class Client:
     links: dict[tuple[str, str], Link] = field(default_factory=dict[tuple[str, str], Link])
     answers: Answers = field(default_factory=lambda: Answers(silent_s=math.inf))
     """In the short life of a simulated client no peer comes back."""
-    told: dict[str, ToldLoad] = field(default_factory=dict[str, ToldLoad])
+    told: dict[str, LoadReport] = field(default_factory=dict[str, LoadReport])
     load_of: Callable[[str], tuple[float, float]] = _idle
 
     def measure(self, world: World, names: Collection[str], now_s: float, luck: Callable[[], float]) -> float:
@@ -66,7 +66,7 @@ class Client:
                 self.told.pop(name, None)
                 took_ms = ANSWER_S * 1000
                 continue
-            self.told[name] = ToldLoad(*self.load_of(name), now_s)
+            self.told[name] = LoadReport(*self.load_of(name), now_s)
             for sender, receiver, pair in (
                 (self.number, number, (CLIENT, name)),
                 (number, self.number, (name, CLIENT)),

@@ -12,7 +12,7 @@ import numpy as np
 from nacl.signing import SigningKey
 from numpy.typing import NDArray
 
-from scheduler.candidates import Crowd
+from scheduler.candidates import CandidateIndex
 from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.facts import PASS_SIZES, Hop, Link, Network, Peer, Place
 from scheduler.placement import Spans
@@ -98,9 +98,9 @@ class View:
         return Network(places={name: record.place for name, record in self.records.items()})
 
     @cached_property
-    def idle_crowd(self) -> Crowd:
+    def idle_crowd(self) -> CandidateIndex:
         """All peers as if they had nothing to do, prepared for the choice of some of them."""
-        return Crowd(self.idle_peers, self.places)
+        return CandidateIndex(self.idle_peers, self.places)
 
     @cached_property
     def coordinates(self) -> tuple[Floats, Floats]:

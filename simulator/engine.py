@@ -38,8 +38,8 @@ from splitnet.session.events import (
 )
 from splitnet.session.requests import StepRequest
 from splitnet.wire.log import REPLAY_POSITIONS
+from splitnet.wire.messages import Chunk, Open, Replay, Step
 from splitnet.wire.messages import Close as CloseMessage
-from splitnet.wire.messages import Open, Part, Replay, Step
 
 DRAIN_S: Final = 600.0
 """How long sessions may still run when no more clients come; those that still run then have failed."""
@@ -260,7 +260,7 @@ class Driver:
             return
         simulation, session = self._simulation, self._session
         retry_ms = simulation.events.now + RETRY_MS
-        if retry_ms - max(session.arrived_ms, session.last_ms) > simulation.world.settings.patience_s * 1000:
+        if retry_ms - max(session.arrived_ms, session.last_ms) > simulation.world.settings.wait_limit_s * 1000:
             self.end(FAILED)
         else:
             self._retries = True
@@ -280,7 +280,7 @@ class Driver:
             ratio = session.watch.step_took(now - self._sent_ms, now_s=now / 1000)
             machine.usual_ms = session.watch.usual_ms
             if ratio is not None:
-                session.forecasts.came(tuple(hop.name for hop in machine.hops), ratio)
+                session.predictions.came(tuple(hop.name for hop in machine.hops), ratio)
         session.tokens += 1
         simulation.tokens_in_time += now <= simulation.world.settings.duration_s * 1000
         session.last_ms = now
@@ -317,7 +317,7 @@ class Driver:
         while start < end:
             count = min(end - start, size)
             keep = int(start + count == end)
-            part = Part(0, start, count, keep)
+            part = Chunk(0, start, count, keep)
             number = machine.next_number()
             step = Step(machine.session, machine.epoch, number, (part,), None, 0, 0, POSITION * count)
             requests.append(StepRequest(step, keep, predicted_ms))

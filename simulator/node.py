@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, UNSENT_BYTES, Gathering, next_pass
+from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, UNSENT_BYTES, BatchingDelay, next_pass
 from scheduler.coordinates import Coordinate
 from scheduler.cost import Encoding, soonest
 from scheduler.facts import Link, Peer, Place, Speed
@@ -118,7 +118,7 @@ class Held:
     client: int
     epoch: int
     blocks: tuple[int, int]
-    budget: int
+    reservation: int
     cached: int = 0
     waiting: int = 0
     done: int = 0
@@ -181,7 +181,7 @@ class Node:
     def _forget_load(self) -> None:
         self._fair = FairPasses[Parcel](self._pass_s)
         self._load = Load()
-        self._gathering = Gathering()
+        self._delay = BatchingDelay()
         self._gathered = False
         self._gathers_from, self._gathers_until_ms = 0, 0.0
 
@@ -217,16 +217,16 @@ class Node:
         self.served_ms += now_ms - self.served_since_ms
         self.served_since_ms = now_ms
 
-    def open(self, client: int, epoch: int, blocks: tuple[int, int], budget: int) -> FailureCode | None:
+    def open(self, client: int, epoch: int, blocks: tuple[int, int], reservation: int) -> FailureCode | None:
         """Takes the session of a client in, or opens it in a newer epoch; or says why not."""
         if not self.serves or not self.start <= blocks[0] < blocks[1] <= self.end:
             return FailureCode.WRONG_BLOCKS
         held = self.sessions.get(client)
         if held is None:
-            if self.kv_used + budget > self.device.kv_positions:
+            if self.kv_used + reservation > self.device.kv_positions:
                 return FailureCode.BUSY
-            self.kv_used += budget
-            self.sessions[client] = Held(client, epoch, blocks, budget)
+            self.kv_used += reservation
+            self.sessions[client] = Held(client, epoch, blocks, reservation)
             return None
         if held.blocks != blocks:
             return FailureCode.WRONG_BLOCKS
@@ -238,8 +238,8 @@ class Node:
         """Gives the memory of a session back, if it is still there."""
         held = self.sessions.pop(client, None)
         if held is not None:
-            self.kv_used -= held.budget
-            self._gathering.left(client)
+            self.kv_used -= held.reservation
+            self._delay.left(client)
 
     def _heads(self, held: bool) -> list[Parcel]:
         """The first of every session, for which its others wait; if `held`, without prompts that would go on."""
@@ -322,8 +322,8 @@ class Node:
         """For how long it still waits for more work before it looks what runs, as real peers do: while more comes."""
         ready = len({parcel.owner for parcel in self.ready})
         if not self._gathered and ready > self._gathers_from:
-            patience_ms = self._gathering.patience_s(ready) * 1000
-            self._gathers_from, self._gathers_until_ms = ready, now_ms + patience_ms
+            delay_ms = self._delay.delay_s(ready) * 1000
+            self._gathers_from, self._gathers_until_ms = ready, now_ms + delay_ms
         left_ms = 0.0 if self._gathered else self._gathers_until_ms - now_ms
         self._gathered = left_ms <= 1e-6
         return 0.0 if self._gathered else left_ms
@@ -340,7 +340,7 @@ class Node:
         self._fair.ran(taken, took_ms / 1000, now_ms / 1000)
         if sum(count for _, count in taken) <= DECODE_POSITIONS * len(taken):
             sessions = (parcel.owner for parcel, _ in taken if parcel.owner in self.sessions)
-            self._gathering.ran(sessions, took_ms / 1000, took_ms / 1000, now_ms / 1000)
+            self._delay.ran(sessions, took_ms / 1000, took_ms / 1000, now_ms / 1000)
 
     def load_at(self, now_ms: float) -> tuple[float, float]:
         """Ms that a step waits, and positions of others that share its pass: see `scheduler/load.py`."""

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.candidates import LIMIT, Crowd
+from scheduler.candidates import LIMIT, CandidateIndex
 from scheduler.cost import move_ms, route_ms
 from scheduler.facts import CLIENT, Hop, Link, Network, Peer, Place, Route, Speed
 from scheduler.replan import changed_hops
@@ -80,7 +80,7 @@ class Best:
         self.has_coordinates = options.coordinates
         self._world = world
         self._options = options
-        self._kept: tuple[View, Crowd] | None = None
+        self._kept: tuple[View, CandidateIndex] | None = None
 
     def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
         options, encodings = self._options, self._world.settings.encodings
@@ -144,11 +144,11 @@ class Best:
         )
         return replace(planned, present_ms=cost(plan.present), move_ms=to_move_ms)
 
-    def _crowd(self, view: View) -> Crowd:
+    def _crowd(self, view: View) -> CandidateIndex:
         """Of all peers in view, kept until there is another view."""
         if self._kept is None or self._kept[0] is not view:
             peers = view.peers if self._options.load else view.idle_peers
-            self._kept = view, Crowd(peers, view.places if self._options.coordinates else Network())
+            self._kept = view, CandidateIndex(peers, view.places if self._options.coordinates else Network())
         return self._kept[1]
 
     def _latency(self, plan: Plan, sender: str, receiver: str) -> float:
@@ -274,7 +274,7 @@ def _petals(push: bool) -> Callable[[World], Routing]:
 BASELINES: Final = ("own", "no-prompt", "no-replan", "petals-push", "petals", "fewest-hops", "nearest", "random")
 AGAINST: Final = ("own", "no-load", "petals-push", "petals", "fewest-hops", "nearest", "random", "oracle")
 ABLATIONS: Final = (
-    "own", "no-prompt", "few-probes", "own-checks", "no-doubt", "no-replan", "no-moves", "no-load", "stale",
+    "own", "no-prompt", "few-probes", "own-checks", "uncorrected", "no-replan", "no-moves", "no-load", "stale",
     "no-coordinates", "true-links", "no-distance", "petals-routing", "petals-placement",
 )  # fmt: skip
 
@@ -292,7 +292,7 @@ POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
         "no-coordinates": Policy("own, measured links only", _best(coordinates=False)),
         "few-probes": Policy("own, clients measure 32 links", _best(), rules={"probes": (16, 16)}),
         "no-replan": Policy("own, no re-planning", _best(replans=False)),
-        "no-doubt": Policy("own, forecasts never doubted", _best(), rules={"doubts": False}),
+        "uncorrected": Policy("own, predictions never corrected", _best(), rules={"corrects": False}),
         "no-moves": Policy("own, peers never move", _best(), rules={"moves": False}),
         "no-distance": Policy("own, blocks chosen wherever peers are", _best(), partial(OwnPlacing, by_distance=False)),
         "no-load": Policy("own, load ignored", _best(load=False)),

@@ -13,7 +13,7 @@ from scheduler.batching import SIZES, best_step
 from scheduler.cost import route_ms
 from scheduler.facts import CLIENT, Hop, Network
 from scheduler.liveness import LOST_S
-from scheduler.replan import Forecasts, RouteWatch
+from scheduler.replan import PredictionErrors, RouteWatch
 from scheduler.route_search import Found, searched_route
 from simulator.clients import Client, Plan, Planned, SeenHop
 from simulator.directory import MODEL, Identities, View, device_at
@@ -24,7 +24,7 @@ from splitnet.errors import CoverageError, PeerBusy
 from splitnet.session.events import AskRoute, Cause, Event, Move, NoRoute, Received
 from splitnet.session.events import Planned as RoutePlanned
 from splitnet.session.machine import SessionState
-from splitnet.swarm.peers import Bans
+from splitnet.swarm.peer_cache import Bans
 from splitnet.swarm.plan import Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
 from splitnet.wire.codecs import Codec, codec_by_name
 from splitnet.wire.endpoints import Endpoint
@@ -48,7 +48,7 @@ class Session:
         route: the hops of the present epoch; None: there are none. hops: the same; after the end the last ones.
         first_ms, last_ms: when the client had its first and its latest token.
         predicted_ms: of a token, by the plan of the whole route; 0: hops were replaced since.
-        forecasts: by what factor routes were slower than predicted.
+        predictions: by what factor routes were slower than predicted.
         seen, latencies: what it met at its hops, and between them.
         contacts: since when the client is connected to peers.
         feed: has the machine handle an event, and does what follows from it.
@@ -68,7 +68,7 @@ class Session:
         self.last_ms = 0.0
         self.ended_ms = 0.0
         self.predicted_ms = 0.0
-        self.forecasts = Forecasts()
+        self.predictions = PredictionErrors()
         self.watch = RouteWatch()
         self.hops: Hops = []
         self.route: Route | None = None
@@ -81,8 +81,8 @@ class Session:
             model=MODEL,
             blocks=(0, world.settings.num_blocks),
             hidden_size=1,
-            budget=request.positions,
-            recovery_timeout_s=world.settings.patience_s,
+            reservation=request.positions,
+            recovery_timeout_s=world.settings.wait_limit_s,
         )
         self._identities = identities
 
@@ -209,7 +209,7 @@ class Planning:
             return None
         if not planned.present_ms or planned.hops == plan.present:
             return None
-        error = session.forecasts.error if self._settings.doubts else 1.0
+        error = session.predictions.error if self._settings.corrects else 1.0
         left = session.request.output - session.tokens
         if session.watch.better_ms(planned.present_ms, planned.token_ms, error, planned.move_ms, left) is None:
             return None

@@ -18,7 +18,7 @@ from simulator.session import RUNNING, Session
 from simulator.world import Events, World
 from splitnet.errors import PeerLost
 from splitnet.session.events import AskAlive, Event, LinkFailed, Received
-from splitnet.swarm.peers import LOOK_S
+from splitnet.swarm.peer_cache import LOOK_S
 from splitnet.transport.pool import KEEP_S
 from splitnet.wire.messages import Close, FailureCode, Open, Opened, Replay
 
@@ -332,7 +332,7 @@ class Calls:
                 self._answer(session, node, alive)
 
     def _opens(self, session: Session, node: Node, call: Open) -> None:
-        refusal = node.open(session.client.number, call.epoch, (call.start, call.end), call.budget)
+        refusal = node.open(session.client.number, call.epoch, (call.start, call.end), call.reservation)
         if refusal is not None:
             self._answer(session, node, session.failure(node, call.epoch, 0, refusal))
             return

@@ -30,9 +30,9 @@ class Settings:
     view_s: how often clients read all facts. load_s: to load one block. uptime: factor to the time that devices stay;
     infinite for no churn. own_use: whether their owners work with them. moves: whether peers may change their blocks.
     jitter: mean share by which a message's latency exceeds the link's. loss: share of messages that are sent twice.
-    window_bytes: that a connection sends before any are confirmed; infinite: all at once. patience_s: how long a client
-    waits for a route, or for the next token when there is none.
-    replan_s: how often a session looks for a better route; doubts: whether it doubts forecasts.
+    window_bytes: that a connection sends before any are confirmed; infinite: all at once. wait_limit_s: how long a
+    client waits for a route, or for the next token when there is none.
+    replan_s: how often a session looks for a better route; corrects: whether by the errors of earlier predictions.
     burst: all clients come within a second, instead. dark: half way through all devices in Europe are silent for good.
     probes: to how many random peers, and then to how many that its routes most likely go through, a client measures
     its links; None: as clients do.
@@ -56,9 +56,9 @@ class Settings:
     jitter: float = 0.05
     loss: float = 0.005
     window_bytes: float = 14_480.0
-    patience_s: float = 30.0
+    wait_limit_s: float = 30.0
     replan_s: float = 10.0
-    doubts: bool = True
+    corrects: bool = True
     burst: bool = False
     dark: bool = False
     probes: tuple[int, ...] | None = None
@@ -90,7 +90,18 @@ SCENARIOS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 """Settings by what clients and devices do."""
 
 RULES: Final = frozenset(
-    ["refresh_s", "look_s", "record_ttl_s", "view_s", "load_s", "moves", "replan_s", "doubts", "probes", "patience_s"]
+    [
+        "refresh_s",
+        "look_s",
+        "record_ttl_s",
+        "view_s",
+        "load_s",
+        "moves",
+        "replan_s",
+        "corrects",
+        "probes",
+        "wait_limit_s",
+    ]
 )
 """The settings on which devices and requests do not depend."""
 

@@ -26,7 +26,7 @@ from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.plan import PlannedHop
 from splitnet.swarm.swarm import ModelFacts
-from splitnet.wire.messages import Part
+from splitnet.wire.messages import Chunk
 
 PROMPT_POSITIONS = 128
 ANSWER_TOKENS = 8
@@ -121,14 +121,14 @@ def _generate(swarm: GuidedSwarm, ended: threading.Event) -> None:
     """One answer after the other."""
     hidden = torch.randn(PROMPT_POSITIONS, swarm.facts.hidden_size)
     while not ended.is_set():
-        session = Session(swarm, ConnectionOptions(codec="none"), budget=PROMPT_POSITIONS + ANSWER_TOKENS)
+        session = Session(swarm, ConnectionOptions(codec="none"), reservation=PROMPT_POSITIONS + ANSWER_TOKENS)
         try:
             # A peer that is not the last of a model gives back everything, so everything is asked for.
-            session.step(hidden, [Part(1, 0, PROMPT_POSITIONS, PROMPT_POSITIONS)])
+            session.step(hidden, [Chunk(1, 0, PROMPT_POSITIONS, PROMPT_POSITIONS)])
             for position in range(PROMPT_POSITIONS, PROMPT_POSITIONS + ANSWER_TOKENS):
                 if ended.is_set():
                     break
-                session.step(hidden[:1], [Part(1, position, 1, 1)])
+                session.step(hidden[:1], [Chunk(1, position, 1, 1)])
         except SplitnetError as error:
             print(f"a session of the crowd: {error}", file=sys.stderr)
             ended.wait(1.0)

@@ -23,7 +23,7 @@ from splitnet.directory.record import PeerRecord
 from splitnet.session.inference import Session
 from splitnet.swarm.plan import PlannedHop
 from splitnet.swarm.swarm import Swarm
-from splitnet.wire.messages import Part
+from splitnet.wire.messages import Chunk
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 15.0
@@ -192,13 +192,13 @@ def measure_steps(session: Session, hidden: torch.Tensor, tokens: int) -> StepTi
     """
     context = len(hidden)
     began = time.perf_counter()
-    session.step(hidden, [Part(1, 0, context, 1)])
+    session.step(hidden, [Chunk(1, 0, context, 1)])
     prompt_ms = (time.perf_counter() - began) * 1000
     totals: list[float] = []
     computes: list[float] = []
     for position in range(context, context + tokens):
         began = time.perf_counter()
-        session.step(hidden[-1:], [Part(1, position, 1, 1)])
+        session.step(hidden[-1:], [Chunk(1, position, 1, 1)])
         totals.append((time.perf_counter() - began) * 1000)
         computes.append(session.compute_ms)
     if session.recoveries:

@@ -232,7 +232,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
 
     from peers.counters import Counters
     from peers.links import Neighbours
-    from scheduler.batching import Gathering
+    from scheduler.batching import BatchingDelay
     from splitnet.blocks.span import Span
     from splitnet.cli import main
 
@@ -240,7 +240,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
     # Each device has a speed of its own, which is not that of this machine.
     os.environ["SPLITNET_CACHE"] = str(meter_file.parent / f"{meter_file.stem}-cache")
     meter = Meter(meter_file)
-    forward, ran, passed, look = Span.forward, Gathering.ran, Counters.steps_passed, Neighbours.look_around
+    forward, ran, passed, look = Span.forward, BatchingDelay.ran, Counters.steps_passed, Neighbours.look_around
     looks = itertools.count()
 
     def held_forward(self: Span, hidden: Any, parts: Any) -> Any:
@@ -259,7 +259,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
         meter.measured = Measured(before.busy_s + seconds, before.passes + 1, before.late)
 
     # While a device is held it has its processor.
-    def ran_all_the_time(self: Gathering, sources: Any, took_s: float, computed_s: float, now: float) -> None:
+    def ran_all_the_time(self: BatchingDelay, sources: Any, took_s: float, computed_s: float, now: float) -> None:
         ran(self, sources, took_s, took_s, now)
 
     # The probes of links, 64 KiB each, are what an idle daemon has most to do with.
@@ -268,7 +268,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
         if number < _LOOKS or number % _LOOKS_EACH == 0:
             look(self)
 
-    Span.forward, Counters.steps_passed, Gathering.ran = held_forward, count, ran_all_the_time
+    Span.forward, Counters.steps_passed, BatchingDelay.ran = held_forward, count, ran_all_the_time
     Neighbours.look_around = look_less
     sys.argv = ["splitnet", *arguments]
     try:

@@ -25,7 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.errors import AdapterError
-from splitnet.quant.linear import HeldLinear
+from splitnet.quant.linear import QuantizedLinear
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 MAX_PREFIX = 4096
@@ -236,7 +236,7 @@ def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
         elif isinstance(module, Conv1D):
             layer: Any = module
             sizes[path] = layer.nx, layer.nf
-        elif isinstance(module, HeldLinear):
+        elif isinstance(module, QuantizedLinear):
             sizes[path] = module.in_features, module.out_features
     return sizes
 

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from splitnet.blocks.adapters import Adapter
-from splitnet.blocks.kv_cache import RowCache
+from splitnet.blocks.kv_cache import SequenceCache
 
 PACKED = "splitnet_packed"
 """Name of the attention function; transformers makes no masks for it."""
@@ -46,10 +46,10 @@ Masks = dict[tuple[int, int, int | None, torch.dtype | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Part:
+class Chunk:
     """New positions of one sequence: `count` of them from the absolute position `start`, which is `row.length`."""
 
-    row: RowCache
+    row: SequenceCache
     start: int
     count: int
     adapter: Adapter | None = None
@@ -70,7 +70,7 @@ class PackedPass:
         masks: those made so far in this pass, by what they depend on: most blocks need the same ones.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[Chunk]
     windows: Sequence[int | None]
     sdpa: bool
     masks: Masks = field(default_factory=dict)

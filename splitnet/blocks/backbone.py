@@ -29,18 +29,18 @@ from splitnet.checkpoint.checkpoint import Checkpoint, check_no_unexpected, igno
 from splitnet.checkpoint.families import ADDED_POSITIONS, causal_class
 from splitnet.errors import UnsupportedModel
 from splitnet.quant.experts import can_hold_experts, hold_weight_of_experts
-from splitnet.quant.grouped import GroupedForm, JoinedForm, hold_stored
-from splitnet.quant.linear import HeldLinear, is_router, matrices_of, sizes_of
-from splitnet.quant.stored import StoredMatrix, StoredTensor
+from splitnet.quant.grouped import BlockQuantWeight, JoinedForm, hold_stored
+from splitnet.quant.linear import QuantizedLinear, is_router, matrices_of, sizes_of
+from splitnet.quant.stored import PackedTensor, StoredMatrix
 
 
-class HeldEmbedding(nn.Embedding):
+class QuantizedEmbedding(nn.Embedding):
     """A frozen embedding whose weight is held in the codes of the checkpoint.
 
     Its `weight` is for those who look at it, or want all of it as numbers: it is read from the files when it is used.
     """
 
-    held: GroupedForm | JoinedForm
+    held: BlockQuantWeight | JoinedForm
     parameter_like: nn.Parameter
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -57,13 +57,13 @@ def hold_codes(model: nn.Module, codes_on: torch.device | None) -> None:
     Args:
         codes_on: the device on which the model will be; None: all become numbers.
     """
-    forms: dict[int, GroupedForm | JoinedForm] = {}
+    forms: dict[int, BlockQuantWeight | JoinedForm] = {}
     numbers: dict[int, nn.Parameter] = {}
     found = [
         (path, layer, name, parameter)
         for path, layer in model.named_modules()
         for name, parameter in layer.named_parameters(recurse=False)
-        if isinstance(parameter, StoredTensor)
+        if isinstance(parameter, PackedTensor)
     ]
     for path, layer, name, parameter in found:
         stored: Any = parameter
@@ -83,7 +83,7 @@ def hold_codes(model: nn.Module, codes_on: torch.device | None) -> None:
         if isinstance(layer, nn.Embedding):
             _hold_embedding(layer, forms[id(stored)])
         else:
-            model.set_submodule(path, HeldLinear.holding(layer, forms[id(stored)], codes_on))
+            model.set_submodule(path, QuantizedLinear.holding(layer, forms[id(stored)], codes_on))
 
 
 def can_hold_codes(path: str, layer: nn.Module) -> bool:
@@ -91,12 +91,12 @@ def can_hold_codes(path: str, layer: nn.Module) -> bool:
     return isinstance(layer, nn.Embedding) or (sizes_of(layer) is not None and not is_router(path))
 
 
-def _hold_embedding(layer: Any, held: GroupedForm | JoinedForm) -> None:
+def _hold_embedding(layer: Any, held: BlockQuantWeight | JoinedForm) -> None:
     """In place, as some families' embeddings do more: they scale what they give."""
     stored = layer.weight.detach()
     del layer.weight
     own = type(layer)
-    layer.__class__ = HeldEmbedding if own is nn.Embedding else type(own.__name__, (own, HeldEmbedding), {})
+    layer.__class__ = QuantizedEmbedding if own is nn.Embedding else type(own.__name__, (own, QuantizedEmbedding), {})
     layer.held = held
     layer.parameter_like = nn.Parameter(torch.empty(0, dtype=stored.dtype), requires_grad=False)
     layer.__dict__["weight"] = stored

@@ -21,7 +21,7 @@ from splitnet.quant.weight_form import as_dtype
 
 
 @torch.inference_mode(False)  # what is loaded is used outside of it, too
-def load_shell(
+def load_client_part(
     checkpoint: Checkpoint,
     blocks: nn.Module,
     *,
@@ -55,7 +55,7 @@ def load_shell(
 
 
 @torch.inference_mode(False)
-def load_classifier_shell(
+def load_classifier_part(
     checkpoint: Checkpoint,
     config: PreTrainedConfig,
     blocks: nn.Module,
@@ -67,10 +67,10 @@ def load_classifier_shell(
 
     Args:
         config: that of the checkpoint, with the labels that are wanted.
-        blocks, dtype: as for `load_shell`.
+        blocks, dtype: as for `load_client_part`.
 
     Raises:
-        UnsupportedModel: transformers has no such model of this family, or as for `load_shell`.
+        UnsupportedModel: transformers has no such model of this family, or as for `load_client_part`.
     """
     return _load(checkpoint, config, classifier_class(config), blocks, dtype, device, new_head=True)
 
@@ -104,7 +104,7 @@ def _load(
 
     # Nothing attends here: the packed attention's name only tells transformers to make no masks, where it can.
     attention = PACKED if packs_sequences(config) else None
-    names = names_of_shell(checkpoint, model_class, container)
+    names = client_part_names(checkpoint, model_class, container)
     with checkpoint.store.load_tensors(names, wanted) as tensors:
         model = load_cut(
             model_class,
@@ -134,7 +134,7 @@ def check_all_is_taken(checkpoint: Checkpoint) -> None:
     """
     model_class = causal_class(checkpoint.config)
     container = find_container(model_class, checkpoint.config)
-    names = names_of_shell(checkpoint, model_class, container)
+    names = client_part_names(checkpoint, model_class, container)
     for index, block in enumerate(checkpoint.block_tensors):
         names |= {f"{container}.{index}.{tensor.rest}": tensor.name for tensor in block}
     facts = checkpoint.store.facts(names.values())
@@ -154,7 +154,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if any(isinstance(child, BlockList) for child in module.children()):
             return module
-    raise ValueError("this model has no place where its blocks were: load it with load_shell")
+    raise ValueError("this model has no place where its blocks were: load it with load_client_part")
 
 
 def outline_in(model: nn.Module) -> BlockList:
@@ -162,7 +162,7 @@ def outline_in(model: nn.Module) -> BlockList:
     return next(child for child in backbone_of(model).children() if isinstance(child, BlockList))
 
 
-def names_of_shell(checkpoint: Checkpoint, model_class: type[PreTrainedModel], container: str) -> dict[str, str]:
+def client_part_names(checkpoint: Checkpoint, model_class: type[PreTrainedModel], container: str) -> dict[str, str]:
     """Name in the model -> name in the checkpoint, of what is outside the blocks and meant for the model.
 
     They differ where the checkpoint is of a multimodal model, whose text model has a prefix of its own. What belongs to
@@ -172,12 +172,12 @@ def names_of_shell(checkpoint: Checkpoint, model_class: type[PreTrainedModel], c
         UnsupportedModel: a multimodal checkpoint has tensors that belong to none of its parts.
     """
     if not checkpoint.multimodal:
-        left_out = ignored(checkpoint.shell_names, model_class)
-        return {name: name for name in checkpoint.shell_names if name not in left_out}
+        left_out = ignored(checkpoint.client_part_names_of, model_class)
+        return {name: name for name in checkpoint.client_part_names_of if name not in left_out}
     own, stored = container.rpartition(".")[0], checkpoint.container.rpartition(".")[0]
     names: dict[str, str] = {}
     others: list[str] = []
-    for name in checkpoint.shell_names:
+    for name in checkpoint.client_part_names_of:
         if name.startswith(stored + "."):
             names[own + name.removeprefix(stored)] = name
         elif OTHER_TOWERS.search(name):

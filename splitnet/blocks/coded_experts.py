@@ -15,7 +15,7 @@ from splitnet.checkpoint.store import LazyTensor
 from splitnet.errors import WeightsError
 from splitnet.quant.experts import weights_of_experts
 from splitnet.quant.integers import INT4, INT8, integer_codes
-from splitnet.quant.stored import Codes, Layout, StoredMatrix, StoredTensor
+from splitnet.quant.stored import Codes, Layout, PackedTensor, StoredMatrix
 
 _KINDS: Mapping[str, Layout] = {"int4": INT4, "int8": INT8}
 
@@ -71,7 +71,7 @@ def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: Layout) -> Laz
 
     def read(expert: Any) -> Codes:
         weight = lazy[expert]
-        numbers = weight.floats() if isinstance(weight, StoredTensor) else weight
+        numbers = weight.floats() if isinstance(weight, PackedTensor) else weight
         lies = (numbers.T if transposed else numbers).float().contiguous()
         codes = integer_codes(lies, layout)
         if codes is None:
@@ -91,6 +91,6 @@ def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: Layout) -> Laz
             [StoredMatrix(layout, (outputs, inputs), partial(read, expert))]
             for expert in (range(lazy.shape[0]) if stacked else [...])
         ]
-        return StoredTensor.__new__(StoredTensor, matrices, stacked=stacked, transposed=transposed, dtype=torch.float32)
+        return PackedTensor.__new__(PackedTensor, matrices, stacked=stacked, transposed=transposed, dtype=torch.float32)
 
     return LazyTensor(lazy.shape, lazy.dtype, of)

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from scheduler.batching import Gathering
+from scheduler.batching import BatchingDelay
 from splitnet.quant.choose import NARROW, Weights
 from splitnet.quant.device import seconds_after_work
 from splitnet.quant.floats import FloatForm
-from splitnet.quant.linear import HeldLinear, sizes_of
+from splitnet.quant.linear import QuantizedLinear, sizes_of
 from splitnet.quant.native import has_kernel_for, multiply_floats
 from splitnet.quant.weight_form import WeightForm
 
@@ -67,7 +67,7 @@ class SharedProduct:
         self._multiply = multiply
         self._waiting: deque[_Call] = deque()
         self._working = threading.Lock()
-        self._gathering = Gathering()
+        self._delay = BatchingDelay()
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """`[rows, inputs]` -> `[rows, outputs]`, without gradients.
@@ -87,9 +87,9 @@ class SharedProduct:
 
     def _work(self) -> None:
         waiting = 0
-        while len(self._waiting) > waiting and (patience_s := self._gathering.patience_s(len(self._waiting))):
+        while len(self._waiting) > waiting and (delay_s := self._delay.delay_s(len(self._waiting))):
             waiting = len(self._waiting)
-            time.sleep(patience_s)
+            time.sleep(delay_s)
         began, computed = time.perf_counter(), time.thread_time()
         calls = [self._waiting.popleft()]
         rows = len(calls[0].rows)
@@ -107,7 +107,7 @@ class SharedProduct:
             for call in calls:
                 call.error = error
         now = seconds_after_work(calls[0].rows.device)
-        self._gathering.ran((call.thread for call in calls), now - began, time.thread_time() - computed, now)
+        self._delay.ran((call.thread for call in calls), now - began, time.thread_time() - computed, now)
 
 
 class _Sharing(nn.Module):
@@ -192,7 +192,7 @@ class Head(_Sharing, nn.Linear):
         return copied.form
 
 
-class HeldHead(_Sharing, HeldLinear):
+class QuantizedHead(_Sharing, QuantizedLinear):
     """A head whose weight is held in another form."""
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
@@ -211,9 +211,9 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
     its own, if that is another form.
     """
     head: Any = model.get_output_embeddings()
-    if isinstance(head, HeldLinear):
+    if isinstance(head, QuantizedLinear):
         if weights.as_stored or (weights.forms and weights.form_for(head.out_features, head.in_features) is None):
-            model.set_output_embeddings(HeldHead.holding(head, head.held, weights.device))
+            model.set_output_embeddings(QuantizedHead.holding(head, head.held, weights.device))
             return
         head = _of_floats(head)
         model.set_output_embeddings(head)
@@ -223,7 +223,9 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
     form = weights.form_for(*sizes)
     if form is not None and not weights.as_stored:
         outputs, inputs = sizes
-        held = HeldHead(inputs, outputs, form, transposed=False, bias=head.bias is not None, dtype=head.weight.dtype)
+        held = QuantizedHead(
+            inputs, outputs, form, transposed=False, bias=head.bias is not None, dtype=head.weight.dtype
+        )
         held.bias = head.bias
         held.weight = head.weight
         model.set_output_embeddings(held)
@@ -231,7 +233,7 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
         model.set_output_embeddings(Head(head.weight, head.bias, narrows=form == NARROW))
 
 
-def _of_floats(head: HeldLinear) -> nn.Linear:
+def _of_floats(head: QuantizedLinear) -> nn.Linear:
     plain: Any = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(head.held.dequantised(head.weight.dtype))
     plain.bias = head.bias

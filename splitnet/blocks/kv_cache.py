@@ -78,7 +78,7 @@ class _Copy:
     layers: dict[int, StateLayer]
 
 
-class RowStates:
+class SequenceStates:
     """The states of one row in all blocks of a span.
 
     Args:
@@ -138,9 +138,9 @@ class RowStates:
         self._layers = self._copies[-1].layers
         return self._copies[-1].length
 
-    def fork(self) -> RowStates:
+    def fork(self) -> SequenceStates:
         """Independent of these from now on; what both have is in memory once."""
-        other = RowStates(self._per_block)
+        other = SequenceStates(self._per_block)
         other._layers, other._copies = self._layers, list(self._copies)
         return other
 
@@ -155,7 +155,7 @@ class _Block:
     values: torch.Tensor
 
 
-class RowCache:
+class SequenceCache:
     """Keys and values of one sequence (row), one pair of tensors `[1, kv heads, capacity, head size]` per block.
 
     Memory is allocated as positions arrive, for as many as `room` says, else in capacities that double, so that
@@ -180,7 +180,7 @@ class RowCache:
         self,
         room: int | None = None,
         prefix: Mapping[int, Prefix] | None = None,
-        states: RowStates | None = None,
+        states: SequenceStates | None = None,
     ) -> None:
         self.length = 0
         self.computed = 0
@@ -261,14 +261,14 @@ class RowCache:
         if length < self.computed:
             self.computed = self._states.rewind(length) if self._states is not None else length
 
-    def fork(self, length: int | None = None, room: int | None = None) -> RowCache:
+    def fork(self, length: int | None = None, room: int | None = None) -> SequenceCache:
         """An independent copy of the first `length` positions, or of all.
 
         Args:
-            room: see `RowCache`; None: as much as this row has.
+            room: see `SequenceCache`; None: as much as this row has.
         """
         states = self._states.fork() if self._states is not None else None
-        copy = RowCache(self._room if room is None else room, None, states)
+        copy = SequenceCache(self._room if room is None else room, None, states)
         copy.prefix_length, copy._prefix = self.prefix_length, dict(self._prefix)
         copy.length, copy.computed = self.length, self.computed
         copy.crop(self.length if length is None else length)
@@ -422,7 +422,7 @@ class RowCache:
         return capacity
 
 
-class TracedRow(RowCache):
+class TracedSequence(SequenceCache):
     """A row that stores nothing and lets gradients through: a whole sequence passes at once, from its beginning."""
 
     def append(self, block_index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -465,10 +465,10 @@ class PassThrough(Cache):
         return False
 
 
-class OneRow(Cache):
+class OneSequence(Cache):
     """One row as the cache of a backbone that computes attention in its own way, one sequence at a time."""
 
-    def __init__(self, row: RowCache) -> None:
+    def __init__(self, row: SequenceCache) -> None:
         self.layers = []
         self._row = row
 

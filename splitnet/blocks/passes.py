@@ -36,7 +36,7 @@ class _Piece(NamedTuple):
 
 
 @dataclass(slots=True)
-class WayBack:
+class SavedPass:
     """What is kept of a forward pass; it is used up by `SpanPasses.go_back`.
 
     Attributes:
@@ -174,7 +174,7 @@ class SpanPasses:
         most: int,
         *,
         reach: int = 0,
-    ) -> tuple[torch.Tensor, WayBack]:
+    ) -> tuple[torch.Tensor, SavedPass]:
         """`forward`, and what `go_back` needs.
 
         Args:
@@ -204,9 +204,9 @@ class SpanPasses:
                 self._between()
             ways.append(pieces)
             hidden = _joined(outputs)
-        return hidden, WayBack(start, ways, traced, reach)
+        return hidden, SavedPass(start, ways, traced, reach)
 
-    def go_back(self, way: WayBack, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def go_back(self, way: SavedPass, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """As `backward`, for a forward pass of which the way back is kept."""
         found: dict[str, torch.Tensor] = {}
         traced = way.traced

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from splitnet.blocks.attention import PACKED
 from splitnet.blocks.backbone import can_hold_codes, cut_to_blocks, find_container, on_meta, parent_of
 from splitnet.blocks.block_sizes import BlockSize, block_sizes, codes_bytes, codes_within, size_of_block, weights_of
-from splitnet.blocks.client_part import names_of_shell
+from splitnet.blocks.client_part import client_part_names
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint, open_store, read_config
 from splitnet.checkpoint.families import (
@@ -45,7 +45,7 @@ class ModelSizes:
             position uses the part `expert_share`.
         kv_bytes: what one position leaves in one block: keys and values. Where blocks differ, on average.
         state_bytes: what a sequence takes in one block besides, however long it is; on average.
-        shell_bytes: weights that a client holds: embeddings, final norm and head.
+        client_part_bytes: weights that a client holds: embeddings, final norm and head.
         head_bytes: weights of the head, which a client reads for every token.
         max_positions: that the model was made for; None if its config does not say.
         weights: what those of linear layers in blocks are held as; as `dtype` if not given.
@@ -61,7 +61,7 @@ class ModelSizes:
     expert_bytes: int
     expert_share: float
     kv_bytes: int
-    shell_bytes: int
+    client_part_bytes: int
     head_bytes: int
     max_positions: int | None
     weights: str = ""
@@ -138,7 +138,7 @@ class ModelSizes:
             expert_share=_expert_share(config) if size.experts else 1.0,
             kv_bytes=kv_bytes,
             state_bytes=state_bytes,
-            shell_bytes=_bytes_of(whole) - sum(_bytes_of(block) for block in blocks),
+            client_part_bytes=_bytes_of(whole) - sum(_bytes_of(block) for block in blocks),
             head_bytes=_bytes_of(head) if head is not None else 0,
             max_positions=max_positions(config),
             weights=weights.kind,
@@ -153,7 +153,7 @@ class ModelSizes:
         parent, list_name = parent_of(whole, container)
         setattr(parent, list_name, nn.ModuleList())
         facts = checkpoint.store.facts(checkpoint.store.names)
-        ends = {name: facts[stored] for name, stored in names_of_shell(checkpoint, type(whole), container).items()}
+        ends = {name: facts[stored] for name, stored in client_part_names(checkpoint, type(whole), container).items()}
         saved: dict[int, int] = {}  # by parameter, as some share one
         for path, (one, *_) in codes_within(whole, ends).items():
             layer: Any = whole.get_submodule(path)
@@ -164,7 +164,7 @@ class ModelSizes:
             self,
             block_bytes=size.held,
             saved_bytes=size.plain - size.held,
-            shell_bytes=self.shell_bytes - sum(saved.values()),
+            client_part_bytes=self.client_part_bytes - sum(saved.values()),
             head_bytes=self.head_bytes - (saved.get(id(head.weight), 0) if head is not None else 0),
             weights=STORED if weights.as_stored and any(one.coded for one in blocks) else weights.kind,
             expert_bytes=size.experts or self.expert_bytes,

@@ -16,13 +16,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter, AddsLowRank, Prefix, applying, linear_layers
-from splitnet.blocks.attention import GROUPED, PACKED, PackedPass, Part, positions_at_once, running
+from splitnet.blocks.attention import GROUPED, PACKED, Chunk, PackedPass, positions_at_once, running
 from splitnet.blocks.backbone import cut_to_blocks, find_container, load_cut, parent_of, share_blocks
 from splitnet.blocks.block_sizes import block_bytes, block_sizes, weights_of
 from splitnet.blocks.coded_experts import with_coded_experts
-from splitnet.blocks.fast.captured import CapturedStep
+from splitnet.blocks.fast.graph_step import GraphStep
 from splitnet.blocks.fast.step import FastStep, find_fast_step, same_kind
-from splitnet.blocks.kv_cache import HELD_AT_ONCE, OneRow, PassThrough, RowCache, RowStates, TracedRow
+from splitnet.blocks.kv_cache import (
+    HELD_AT_ONCE,
+    OneSequence,
+    PassThrough,
+    SequenceCache,
+    SequenceStates,
+    TracedSequence,
+)
 from splitnet.blocks.rotary import LengthDependentRopes
 from splitnet.blocks.stand_in import check_neutral
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -108,7 +115,7 @@ class SpanAdapters:
         return module.get_submodule(path), sizes
 
 
-__all__ = ["Part", "Span", "block_bytes", "free_memory"]
+__all__ = ["Chunk", "Span", "block_bytes", "free_memory"]
 
 MERGED_POSITIONS = 8
 """So many positions that are to run once more run in the pass of the new ones; more get a pass of their own, so that
@@ -262,17 +269,17 @@ class Span:
             windows = sliding_windows(checkpoint.config)[start:end]
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs)
 
-    def new_row(self, room: int | None = None, adapter: Adapter | None = None) -> RowCache:
+    def new_row(self, room: int | None = None, adapter: Adapter | None = None) -> SequenceCache:
         """What one sequence leaves in the blocks: nothing yet.
 
         Args:
             room: positions that its memory is allocated for; None: it grows by doubling.
             adapter: whose prefix it begins with.
         """
-        states = RowStates(states_per_block(self._backbone.config)) if self._keeps_states else None
-        return RowCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states)
+        states = SequenceStates(states_per_block(self._backbone.config)) if self._keeps_states else None
+        return SequenceCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states)
 
-    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
 
         Args:
@@ -295,7 +302,7 @@ class Span:
             part.row.advance(part.count)
         return output
 
-    def catch_up(self, row: RowCache, adapter: Adapter | None, most: int | None = None) -> int:
+    def catch_up(self, row: SequenceCache, adapter: Adapter | None, most: int | None = None) -> int:
         """Runs positions of a row once more that are to run before new ones; `forward` does it otherwise.
 
         Args:
@@ -309,7 +316,7 @@ class Span:
         while (most is None or done < most) and (
             hidden := row.begin_again(PASS if most is None else min(PASS, most - done))
         ) is not None:
-            part = Part(row, row.computed, len(hidden), adapter)
+            part = Chunk(row, row.computed, len(hidden), adapter)
             with torch.inference_mode():
                 self._run_one(hidden, part)
             row.caught_up(part.start + part.count)
@@ -334,9 +341,9 @@ class Span:
             ValueError: the lengths do not fit `hidden`.
         """
         prefix = self._adapters.prefix_of(adapter, self.start, self.end)
-        rows = [TracedRow(prefix=prefix) for _ in lengths]
+        rows = [TracedSequence(prefix=prefix) for _ in lengths]
         parts = [
-            Part(row, 0, length, adapter, max(reach, row.prefix_length + length))
+            Chunk(row, 0, length, adapter, max(reach, row.prefix_length + length))
             for row, length in zip(rows, lengths, strict=True)
         ]
         self._check(hidden, parts)
@@ -366,7 +373,7 @@ class Span:
             self._refuse_prefixes()
         self._adapters.fit(adapter, self.start, self.end)
 
-    def keys_and_values(self, row: RowCache, length: int) -> dict[str, torch.Tensor]:
+    def keys_and_values(self, row: SequenceCache, length: int) -> dict[str, torch.Tensor]:
         """Those of the first `length` positions of a row behind its prefix, named as the prefix of an adapter, float32.
 
         Raises:
@@ -408,7 +415,7 @@ class Span:
     @property
     def replayed_positions(self) -> int:
         """Most positions of a decode step that is replayed from graphs; 0: none is."""
-        return self._lean.most if isinstance(self._lean, CapturedStep) else 0
+        return self._lean.most if isinstance(self._lean, GraphStep) else 0
 
     def free_memory(self) -> int:
         """Bytes that are free on the span's device."""
@@ -422,7 +429,7 @@ class Span:
                 f"blocks of the family {family!r} {reason}: train an adapter of another kind, such as LoRA"
             )
 
-    def _check(self, hidden: torch.Tensor, parts: Sequence[Part]) -> None:
+    def _check(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> None:
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
             raise ValueError(f"expected [positions, {self.hidden_size}], got {list(hidden.shape)}")
         left, rows = hidden.shape[0], set[int]()
@@ -438,15 +445,15 @@ class Span:
         if len(rows) != len(parts):
             raise ValueError("two parts of one pass have the same row")
 
-    def _run(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def _run(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
         if self._lean is not None and self._lean.takes(parts):
             return self._lean.forward(hidden, parts)
         return self._run_as_the_family(hidden, parts)
 
-    def _run_as_the_family(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def _run_as_the_family(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
         return self._run_packed(hidden, parts) if self._packs else self._run_rows(hidden, parts)
 
-    def _run_packed(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def _run_packed(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
         positions = [position for part in parts for position in _positions(part)]
         adapters = applying([part.adapter for part in parts], [part.count for part in parts])
         with adapters, running(PackedPass(parts, self._windows, self._sdpa)):
@@ -461,13 +468,13 @@ class Span:
     def _in_passes(self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None) -> torch.Tensor:
         """As `sequences`, with the activations of so many positions at once as in the passes of steps."""
         outputs: list[torch.Tensor] = []
-        parts: list[Part] = []
+        parts: list[Chunk] = []
         begin = end = 0
         for length in lengths:
             row, start = self.new_row(length, adapter), 0
             while start < length:
                 count = min(length - start, begin + PASS - end)
-                parts.append(Part(row, start, count, adapter))
+                parts.append(Chunk(row, start, count, adapter))
                 start, end = start + count, end + count
                 if end in (begin + PASS, len(hidden)):
                     outputs.append(self._run_packed(hidden[begin:end], parts))
@@ -476,7 +483,7 @@ class Span:
                     begin, parts = end, []
         return torch.cat(outputs)
 
-    def _run_rows(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def _run_rows(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
         outputs: list[torch.Tensor] = []
         begin = 0
         for part in parts:
@@ -486,7 +493,7 @@ class Span:
             begin += part.count
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _run_one(self, hidden: torch.Tensor, part: Part) -> torch.Tensor:
+    def _run_one(self, hidden: torch.Tensor, part: Chunk) -> torch.Tensor:
         """Positions of one sequence, `[positions, hidden]`, from `part.start`: in as many calls as it takes."""
         outputs: list[torch.Tensor] = []
         done = 0
@@ -502,9 +509,9 @@ class Span:
                 part.row.caught_up(part.start + done)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _call(self, hidden: torch.Tensor, part: Part) -> torch.Tensor:
+    def _call(self, hidden: torch.Tensor, part: Chunk) -> torch.Tensor:
         row = part.row
-        cache = None if isinstance(row, TracedRow) and not row.prefix_length else OneRow(row)
+        cache = None if isinstance(row, TracedSequence) and not row.prefix_length else OneSequence(row)
         positions = _positions(part)
         length = max(part.reach, positions.stop)
         with self._ropes.one_sequence(length), applying([part.adapter], [part.count]):
@@ -539,7 +546,7 @@ class Span:
         row = self.new_row()
         family = self._backbone.config.model_type
         try:
-            output = self.forward(torch.zeros(1, self.hidden_size, dtype=torch.float32), [Part(row, 0, 1)])
+            output = self.forward(torch.zeros(1, self.hidden_size, dtype=torch.float32), [Chunk(row, 0, 1)])
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -553,7 +560,7 @@ class Span:
         return row.bytes_per_position, row.state_bytes * HELD_AT_ONCE
 
 
-def _positions(part: Part) -> range:
+def _positions(part: Chunk) -> range:
     """As the blocks count them: the prefix comes first."""
     start = part.row.prefix_length + part.start
     return range(start, start + part.count)

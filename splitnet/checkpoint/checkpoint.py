@@ -156,7 +156,7 @@ class Checkpoint:
         return tuple(tuple(containers[container][i]) for i in range(self.num_blocks))
 
     @cached_property
-    def shell_names(self) -> tuple[str, ...]:
+    def client_part_names_of(self) -> tuple[str, ...]:
         """The names of all tensors outside the blocks."""
         assert self.block_tensors
         prefix = self._container + "."

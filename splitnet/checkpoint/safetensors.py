@@ -19,7 +19,7 @@ from splitnet.checkpoint.shards import Shards, TensorInfo, read_tensor_infos
 from splitnet.checkpoint.store import LazyTensors, Progress, TensorFacts
 from splitnet.checkpoint.transfer.held import Place, WeightFolder
 from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
-from splitnet.quant.stored import StoredTensor
+from splitnet.quant.stored import PackedTensor
 from splitnet.quant.weight_form import is_number_type
 
 _GENERATION = "generation_config.json"
@@ -133,7 +133,7 @@ class SafetensorsStore:
             if tensor is None:
                 facts[name] = TensorFacts(infos[name].shape, infos[name].dtype, None, nbytes)
             else:
-                coded = tensor if isinstance(tensor, StoredTensor) else None
+                coded = tensor if isinstance(tensor, PackedTensor) else None
                 layout = coded.experts[0][0].layout if coded is not None else None
                 across = coded is not None and coded.transposed
                 facts[name] = TensorFacts(tuple(tensor.shape), tensor.dtype, layout, nbytes, across)

@@ -18,7 +18,7 @@ from splitnet.checkpoint.quant.format import Numbers, Part, Weights
 from splitnet.checkpoint.shards import Shards, TensorInfo, read_tensor_infos
 from splitnet.checkpoint.transfer.held import TensorFiles, WeightFolder
 from splitnet.errors import ModelNotFound
-from splitnet.quant.stored import Layout, StoredTensor
+from splitnet.quant.stored import Layout, PackedTensor
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class TensorStore(TensorFiles, Protocol):
 
         Returns:
             A context: given name -> what reads the tensor when it is indexed with `[...]`, and gives a tensor that
-            needs the files no more, or a `StoredTensor` whose matrices keep them mapped.
+            needs the files no more, or a `PackedTensor` whose matrices keep them mapped.
         """
         ...
 
@@ -168,7 +168,7 @@ class LazyTensor:
     """One tensor in the files, as transformers' loading expects it: `tensor[...]` reads it.
 
     Args:
-        read: called with an index, for each use; what it gives needs the files no more, or is a `StoredTensor`.
+        read: called with an index, for each use; what it gives needs the files no more, or is a `PackedTensor`.
     """
 
     def __init__(self, shape: Iterable[int], dtype: torch.dtype, read: Callable[[Any], torch.Tensor]) -> None:
@@ -239,7 +239,7 @@ class LazyTensors:
     def _plain(self, stored: Any, info: TensorInfo) -> LazyTensor:
         return LazyTensor(info.shape, info.dtype, lambda index: self.take(stored[index]))
 
-    def _quantized(self, tensor: Numbers | StoredTensor, nbytes: int) -> LazyTensor:
+    def _quantized(self, tensor: Numbers | PackedTensor, nbytes: int) -> LazyTensor:
         def read(index: Any) -> torch.Tensor:
             whole = tensor.read() if isinstance(tensor, Numbers) else tensor
             found = whole if index is ... else whole[index]

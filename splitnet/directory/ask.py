@@ -62,7 +62,7 @@ def entry_of(record: PeerRecord) -> bytes:
     )
 
 
-class Told:
+class DirectoryDelta:
     """The records that a peer knows, as it tells them. Thread-safe.
 
     Args:

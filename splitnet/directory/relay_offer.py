@@ -12,7 +12,7 @@ from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import HELPERS, PeerRecord
 from splitnet.errors import SplitnetError
 from splitnet.nat.loop import WaysLoop
-from splitnet.nat.relay import Helper, HelperBounds
+from splitnet.nat.relay import RelayBounds, RelayServer
 from splitnet.nat.stream import host_and_port
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.transport.addresses import reachable_host, with_literal_host
@@ -53,19 +53,19 @@ def relaying(
     name = with_literal_host(public_host or reachable_host(listen))
     if name.rpartition(":")[2].isdecimal() and not name.endswith("]"):
         name = name.rpartition(":")[0]
-    bounds = HelperBounds(bytes_per_s=bytes_per_s or HelperBounds.bytes_per_s)
+    bounds = RelayBounds(bytes_per_s=bytes_per_s or RelayBounds.bytes_per_s)
     with (
         closing(WaysLoop()) as loop,
-        closing(Helper(loop, identity, listen, authorized=authorized, bounds=bounds)) as helper,
+        closing(RelayServer(loop, identity, listen, authorized=authorized, bounds=bounds)) as helper,
     ):
         helper.start()
         relay = helper.relay_at(name.strip("[]"))
-        with closing(HelperOffer(directory, identity, relay)) as offer:
+        with closing(RelayOffer(directory, identity, relay)) as offer:
             offer.start()
             yield relay
 
 
-class HelperOffer:
+class RelayOffer:
     """Publishes a record now and every 15 s, until closed.
 
     Args:

@@ -20,7 +20,7 @@ from splitnet.hf.adapters import LocalAdapters
 from splitnet.hf.parameters import refuse
 from splitnet.session.inference import Session
 from splitnet.session.local import MixedSession
-from splitnet.wire.messages import Fork, Part
+from splitnet.wire.messages import Chunk, Fork
 
 ModelSession = Session | MixedSession
 
@@ -70,7 +70,7 @@ class RemoteLayer(CacheLayerMixin):
 
     def begin_step(
         self, mask: torch.Tensor, keep: int, adapter: Adapter | None = None
-    ) -> tuple[ModelSession, list[Part], list[Fork] | None]:
+    ) -> tuple[ModelSession, list[Chunk], list[Fork] | None]:
         """Registers new columns and says what the peers have to do for them.
 
         Args:
@@ -113,11 +113,11 @@ class RemoteLayer(CacheLayerMixin):
         if any(pad < columns for pad in padding):
             # No forks at all drop the rows of before a reset.
             forks, self._restart = [] if self._restart else self._take_forks(), False
-        parts: list[Part] = []
+        parts: list[Chunk] = []
         for row, pad in zip(self._rows, padding, strict=True):
             start = max(0, self.columns - pad)
             length = columns - pad - start
-            parts.append(Part(row, start, length, min(length, keep) if keep else length))
+            parts.append(Chunk(row, start, length, min(length, keep) if keep else length))
         self.columns = columns
         return session, parts, forks
 
@@ -291,7 +291,7 @@ class RemoteCache(Cache):
             self.remote.close_later()
 
 
-class Conversation:
+class CachedSession:
     """What `RemoteCausalLM.session()` keeps. What is not known to fit the next prompt is computed again.
 
     Args:

@@ -16,14 +16,14 @@ from transformers import GenerationMixin, StoppingCriteria
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES
-from splitnet.blocks.client_part import Ends, backbone_of, ends_of, load_shell
+from splitnet.blocks.client_part import Ends, backbone_of, ends_of, load_client_part
 from splitnet.blocks.head import Head
 from splitnet.blocks.loss import loss_in_parts
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.gguf.store import GgufStore
 from splitnet.errors import SplitnetError, UnsupportedModel
 from splitnet.hf.adapters import Prefixes, prompt_wrapper, with_trained_prompt
-from splitnet.hf.cache import Conversation, ModelSession, RemoteCache
+from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
 from splitnet.hf.parameters import Request, refuse
 from splitnet.hf.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
 from splitnet.hf.speculate.decoding import Decoding, Drafts, Text
@@ -102,17 +102,19 @@ def attached(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -
     """The same, with options whose device is one that was found."""
     local = local_part(checkpoint, swarm, options)
 
-    def open_part(budget: int, part: Blocks) -> Session:
-        return Session(swarm, options, budget=budget, blocks=part)
+    def open_part(reservation: int, part: Blocks) -> Session:
+        return Session(swarm, options, reservation=reservation, blocks=part)
 
-    def open_session(budget: int) -> ModelSession:
+    def open_session(reservation: int) -> ModelSession:
         if not local.ranges:
-            return open_part(budget, (0, checkpoint.num_blocks))
-        return MixedSession(local, open_part, budget)
+            return open_part(reservation, (0, checkpoint.num_blocks))
+        return MixedSession(local, open_part, reservation)
 
     blocks = remote_blocks(checkpoint, swarm, local, options)
-    shell = load_shell(checkpoint, blocks, dtype=options.dtype, device=options.device, weights=options.held_as)
-    model = made_remote(shell, RemoteCausalLM, checkpoint.source)
+    client_part = load_client_part(
+        checkpoint, blocks, dtype=options.dtype, device=options.device, weights=options.held_as
+    )
+    model = made_remote(client_part, RemoteCausalLM, checkpoint.source)
     model.open_sessions_with(open_session)
     model.ends = ends_of(model)
     model.connect_blocks(blocks, swarm)
@@ -182,21 +184,21 @@ class RemoteCausalLM(RemoteModel):
         for module in () if head is None else head.modules():  # PEFT may have wrapped it
             if isinstance(module, Head):
                 module.expect_changes()
-        conversation = self._local.conversation
-        if conversation is not None and given.get("cache") is conversation.cache:
+        kept_session = self._local.kept_session
+        if kept_session is not None and given.get("cache") is kept_session.cache:
             del given["cache"]  # an output has it; the session knows how much of it fits
         if not caches or given.get("cache") is not None:
-            conversation = None
-        with self._local.within(drafts=drafts, conversation=None, resumed=conversation, prefix=()):
+            kept_session = None
+        with self._local.within(drafts=drafts, kept_session=None, resumed=kept_session, prefix=()):
             own_cache = caches and given.get("cache") is None
-            return self._generate_with_own_cache(given, conversation) if own_cache else self._generate(given)
+            return self._generate_with_own_cache(given, kept_session) if own_cache else self._generate(given)
 
-    def _generate_with_own_cache(self, given: dict[str, Any], conversation: Conversation | None) -> Any:
+    def _generate_with_own_cache(self, given: dict[str, Any], kept_session: CachedSession | None) -> Any:
         """`generate()` in the cache of the session, or in one that lives as long as this call and its output."""
-        cache = conversation.cache if conversation else self.new_cache()
+        cache = kept_session.cache if kept_session else self.new_cache()
         given["cache"] = cache
-        if conversation and given.get("custom_generate") is not None:
-            conversation.begin_anew()
+        if kept_session and given.get("custom_generate") is not None:
+            kept_session.begin_anew()
         prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
         new_tokens = given.get("max_new_tokens")
         if prompt is not None and isinstance(new_tokens, int):
@@ -215,8 +217,8 @@ class RemoteCausalLM(RemoteModel):
                 error.generated = tokens = progress.tokens
             raise
         finally:
-            if conversation:
-                conversation.remember(tokens)
+            if kept_session:
+                kept_session.remember(tokens)
             elif not handed_out:
                 cache.close()
 
@@ -230,9 +232,9 @@ class RemoteCausalLM(RemoteModel):
         cache = self.new_cache()
         if max_length is not None:
             cache.remote.reserve(max_length)
-        conversation = Conversation(cache, self._blocks.adapters, self._blocks.cached.ropes)
+        kept_session = CachedSession(cache, self._blocks.adapters, self._blocks.cached.ropes)
         try:
-            with self._local.within(conversation=conversation):
+            with self._local.within(kept_session=kept_session):
                 yield cache
         finally:
             cache.close()
@@ -398,10 +400,10 @@ class RemoteCausalLM(RemoteModel):
 
     def _resume(self, input_ids: torch.Tensor, prepared: dict[str, Any], *, follows: bool = True) -> None:
         """Within a session: keeps of its cache what fits the prompt, now that this is all prepared."""
-        conversation = self._local.resumed
-        if conversation is not None and prepared.get("cache") is conversation.cache:
+        kept_session = self._local.resumed
+        if kept_session is not None and prepared.get("cache") is kept_session.cache:
             plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} | {"tokenizer"} and not self._local.prefix
-            conversation.resume(input_ids, prepared.get("attention_mask"), follows=follows and plain)
+            kept_session.resume(input_ids, prepared.get("attention_mask"), follows=follows and plain)
 
     def _decode(self, text: Text, config: Any, prepared: dict[str, Any]) -> torch.Tensor:
         """Generates one text in the loop of `splitnet.hf.speculate`; its prompt goes the way of transformers."""
@@ -497,9 +499,9 @@ class _OfThread(threading.local):
     """What is so for the calls of one thread."""
 
     def __init__(self) -> None:
-        self.conversation: Conversation | None = None
+        self.kept_session: CachedSession | None = None
         """Of the session that a call of `generate()` would use."""
-        self.resumed: Conversation | None = None
+        self.resumed: CachedSession | None = None
         """The one that is used by the call under way."""
         self.prefix: Prefixes = ()
         """Keys and values that a trained prompt puts before the text that is being generated."""

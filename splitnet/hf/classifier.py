@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from splitnet.blocks.client_part import load_classifier_shell
+from splitnet.blocks.client_part import load_classifier_part
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.hf.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
 from splitnet.session.options import JOINING, RUNNING, ConnectionOptions, takes
@@ -81,8 +81,8 @@ def attached_classifier(
     config = copy.deepcopy(checkpoint.config)
     _set_labels(config, *labels)
     blocks = remote_blocks(checkpoint, swarm, local_part(checkpoint, swarm, options), options)
-    shell = load_classifier_shell(checkpoint, config, blocks, dtype=options.dtype, device=options.device)
-    model = made_remote(shell, RemoteSequenceClassification, checkpoint.source)
+    client_part = load_classifier_part(checkpoint, config, blocks, dtype=options.dtype, device=options.device)
+    model = made_remote(client_part, RemoteSequenceClassification, checkpoint.source)
     model.connect_blocks(blocks, swarm)
     return model
 

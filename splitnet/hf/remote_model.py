@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from splitnet.blocks.client_part import backbone_of, outline_in
-from splitnet.blocks.span import Part, Span, block_bytes
+from splitnet.blocks.span import Chunk, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import RopeLengths, has_attention
 from splitnet.checkpoint.transfer.fetching import Asking, Report
@@ -147,7 +147,7 @@ def _block_ms(checkpoint: Checkpoint, device: str, weights: str | None) -> float
     times: list[float] = []
     for position in range(1 + TIMED_STEPS):
         began = seconds_after_work(span.device)
-        span.forward(hidden, [Part(row, position, 1)])
+        span.forward(hidden, [Chunk(row, position, 1)])
         times.append((seconds_after_work(span.device) - began) * 1000)
     return statistics.median(times[1:])
 

@@ -15,7 +15,7 @@ from splitnet.checkpoint.families import RopeLengths
 from splitnet.hf.adapters import LocalAdapters, Prefixes
 from splitnet.hf.cache import ModelSession, RemoteCache, RemoteLayer
 from splitnet.hf.parameters import check_context, check_positions, mask_of, reach_of
-from splitnet.wire.messages import Part
+from splitnet.wire.messages import Chunk
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class Exchange:
     session: ModelSession
     under_way: Any
     """What the session awaits; None: no position was sent."""
-    parts: list[Part]
+    parts: list[Chunk]
     hidden: torch.Tensor
     """What was sent, `[batch, seq, hidden]`."""
     new_mask: torch.Tensor

@@ -60,7 +60,7 @@ KEYS_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class HelperBounds:
+class RelayBounds:
     """What others may take of a helper."""
 
     reservations: int = 128
@@ -93,7 +93,7 @@ class HelperBounds:
     beats: int = 5
     """Signs of life beyond one per second."""
 
-    def within(self, descriptors: int) -> HelperBounds:
+    def within(self, descriptors: int) -> RelayBounds:
         """The same, or less in proportion, so that others make it open no more than so many descriptors."""
         wanted = 2 * self.streams + self.reservations + self.handshakes + 2 * self.tries
         if wanted <= descriptors:
@@ -122,7 +122,7 @@ class _Waiting:
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Helper:
+class RelayServer:
     """Listens as soon as it is made; `start` it, and close it before its loop.
 
     Args:
@@ -148,13 +148,13 @@ class Helper:
         listen: str,
         *,
         authorized: AuthorizedKeys | None = None,
-        bounds: HelperBounds | None = None,
+        bounds: RelayBounds | None = None,
     ) -> None:
         self._loop = loop
         self._identity = identity
         self._authorized = authorized
         # A peer that helps may be hidden, too: half of the descriptors that are left to streams is for that.
-        self._bounds = bounds = (bounds or HelperBounds()).within(most_connections() // 2)
+        self._bounds = bounds = (bounds or RelayBounds()).within(most_connections() // 2)
         self._reservations: dict[bytes, _Reservation] = {}
         self._waiting: dict[bytes, _Waiting] = {}
         self._greeted: dict[str, list[asyncio.Task[None]]] = {}

@@ -68,7 +68,7 @@ UNUSED_S = 900.0
 """A helper gives way to one that nobody knows yet, if it has brought no call for so long: it may bring only ours."""
 
 
-class Hidden:
+class UnreachablePeer:
     """Makes a peer reachable through helpers, from `start` on. Thread-safe; it ends with its loop at the latest.
 
     Args:

@@ -1,4 +1,4 @@
-/* What Python calls: addresses and sizes, which splitnet/quant/native.py and splitnet/blocks/fast/compiled.py vouch for. */
+/* What Python calls: addresses and sizes, which splitnet/quant/native.py and splitnet/blocks/fast/native_step.py vouch for. */
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000 /* so that one wheel is for this Python and all later ones */

@@ -1,4 +1,4 @@
-/* New positions through blocks of the usual parts; see splitnet/blocks/fast/compiled.py.
+/* New positions through blocks of the usual parts; see splitnet/blocks/fast/native_step.py.
 
 Numbers are float32 throughout; keys and values are stored as the span computes, in float32 or bfloat16. */
 

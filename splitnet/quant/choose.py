@@ -11,7 +11,7 @@ import torch
 
 from splitnet.errors import WeightsError
 from splitnet.quant.floats import FloatForm
-from splitnet.quant.grouped import GroupedForm, held_bytes
+from splitnet.quant.grouped import BlockQuantWeight, held_bytes
 from splitnet.quant.integers import INT4, INT8, ScaledForm, integer_codes
 from splitnet.quant.native import has_float_kernels, has_integer_kernels
 from splitnet.quant.stored import Layout
@@ -64,7 +64,7 @@ class WeightFormat:
         if isinstance(self.numbers, Layout):
             codes = integer_codes(weight, self.numbers)
             rounds = self.numbers == INT8
-            return codes and GroupedForm.hold(self.numbers, [codes], weight.device, rounds_rows=rounds)
+            return codes and BlockQuantWeight.hold(self.numbers, [codes], weight.device, rounds_rows=rounds)
         if self.numbers == torch.int8:
             return ScaledForm.of(weight)
         return FloatForm.narrowest(weight) if self.narrows else FloatForm.of(weight, self.numbers)

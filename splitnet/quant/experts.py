@@ -18,7 +18,7 @@ from torch import nn
 from splitnet.errors import first_line
 from splitnet.quant.device import milliseconds
 from splitnet.quant.grouped import ExpertForm, hold_experts, runs
-from splitnet.quant.stored import StoredTensor
+from splitnet.quant.stored import PackedTensor
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
 
 
-class HeldExperts(nn.Module):
+class QuantizedExperts(nn.Module):
     """Stands before a family's own class of experts, for those of its weights that are held in codes."""
 
     held: nn.ModuleDict
@@ -82,10 +82,10 @@ class HeldExperts(nn.Module):
 
 
 def hold_weight_of_experts(experts: nn.Module, name: str, device: torch.device) -> None:
-    """Holds one weight of experts that `can_hold_experts` in the codes that it came in, a `StoredTensor`."""
+    """Holds one weight of experts that `can_hold_experts` in the codes that it came in, a `PackedTensor`."""
     own: Any = experts
     stored: Any = own.get_parameter(name).detach()
-    if not isinstance(experts, HeldExperts):
+    if not isinstance(experts, QuantizedExperts):
         experts.__class__ = _held_class(type(experts))
         own.held = nn.ModuleDict()
     own.held[name] = hold_experts(stored.transpose(1, 2) if own.is_transposed else stored, device)
@@ -99,7 +99,7 @@ def is_weight_of_experts(layer: nn.Module, name: str) -> bool:
     return name in _WEIGHTS and all(hasattr(layer, attribute) for attribute in _INTERFACE)
 
 
-def can_hold_experts(layer: nn.Module, name: str, stored: StoredTensor) -> bool:
+def can_hold_experts(layer: nn.Module, name: str, stored: PackedTensor) -> bool:
     """Whether it is such a weight, and its codes lie along its inputs."""
     own: Any = layer
     return is_weight_of_experts(layer, name) and stored.stacked and stored.transposed == own.is_transposed
@@ -116,7 +116,7 @@ def weights_of_experts(block: nn.Module) -> Iterator[tuple[str, nn.Parameter, bo
 
 @cache
 def _held_class(family: type[nn.Module]) -> type[nn.Module]:
-    return type(family.__name__, (HeldExperts, family), {"__module__": family.__module__})
+    return type(family.__name__, (QuantizedExperts, family), {"__module__": family.__module__})
 
 
 def multiply_by_expert(form: ExpertForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
@@ -199,7 +199,7 @@ def fault_of(experts: nn.Module) -> str | None:
 
 def _is_grouped(module: Any) -> bool:
     return (
-        not isinstance(module, HeldExperts)
+        not isinstance(module, QuantizedExperts)
         and any(
             is_weight_of_experts(module, name) and weight.device.type != "cpu"
             for name, weight in module.named_parameters(recurse=False)

@@ -18,9 +18,9 @@ from torch.nn.functional import linear, pad
 
 from splitnet.errors import first_line
 from splitnet.quant.device import seconds_after_work
-from splitnet.quant.grouped import GroupedForm
+from splitnet.quant.grouped import BlockQuantWeight
 from splitnet.quant.integers import INT8, ScaledForm
-from splitnet.quant.linear import HeldLinear
+from splitnet.quant.linear import QuantizedLinear
 from splitnet.quant.stored import Codes, Kind, Layout, number_of
 from splitnet.quant.weight_form import WeightForm
 
@@ -243,7 +243,7 @@ def use_device_kernels(model: nn.Module, dtype: torch.dtype) -> None:
     Args:
         dtype: that it computes in.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, HeldLinear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     holders = [module.held for module in model.modules() if isinstance(getattr(module, "held", None), WeightForm)]
     counts = {id(held): sum(other is held for other in holders) for held in holders}
     for layer in layers:
@@ -254,7 +254,7 @@ def use_device_kernels(model: nn.Module, dtype: torch.dtype) -> None:
                 layer.held = made
 
 
-def _on_gpu(layer: HeldLinear) -> bool:
+def _on_gpu(layer: QuantizedLinear) -> bool:
     return layer.parameter_like.device.type != "cpu"
 
 
@@ -296,7 +296,7 @@ def fault_of(made: WeightForm, weight: torch.Tensor, dtype: torch.dtype) -> str 
 
 
 def _codes_of(held: WeightForm) -> tuple[Layout, Codes] | None:
-    if isinstance(held, GroupedForm):
+    if isinstance(held, BlockQuantWeight):
         return held.layout, held.order.unpacked(held.tiles).of_outputs(slice(held.outputs))
     if type(held) is ScaledForm:
         return INT8, Codes((held.codes.short() + INT8.offset).to(torch.uint8), held.scales[:, None])

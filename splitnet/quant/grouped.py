@@ -30,8 +30,8 @@ from splitnet.quant.native import (
     multiplies_bfloat16,
     multiply_grouped,
 )
-from splitnet.quant.stored import Codes, Layout, StoredMatrix, StoredTensor
-from splitnet.quant.tiles import CHUNK, TILE, Order
+from splitnet.quant.stored import Codes, Layout, PackedTensor, StoredMatrix
+from splitnet.quant.tiles import CHUNK, TILE, TileLayout
 from splitnet.quant.weight_form import WeightForm
 
 _PIECE = 2**20
@@ -45,7 +45,7 @@ _LARGE_PIECE = 2**24
 """Weights that are made floats at a time on devices that are no CPUs."""
 
 
-class GroupedForm(WeightForm):
+class BlockQuantWeight(WeightForm):
     """Codes in tiles.
 
     Args:
@@ -56,7 +56,7 @@ class GroupedForm(WeightForm):
             of integers with a scale for each output, whose codes are exact in it.
     """
 
-    def __init__(self, order: Order, outputs: int, tiles: torch.Tensor, *, rounds_rows: bool = False) -> None:
+    def __init__(self, order: TileLayout, outputs: int, tiles: torch.Tensor, *, rounds_rows: bool = False) -> None:
         super().__init__()
         self.order = order
         self.outputs = outputs
@@ -229,7 +229,7 @@ class GroupedForm(WeightForm):
 class JoinedForm(WeightForm):
     """Weights of several layouts, one below the other."""
 
-    def __init__(self, forms: Sequence[GroupedForm]) -> None:
+    def __init__(self, forms: Sequence[BlockQuantWeight]) -> None:
         super().__init__()
         self.forms = nn.ModuleList(forms)
 
@@ -248,7 +248,7 @@ class JoinedForm(WeightForm):
             yield from form.pieces(dtype)
 
     def rows(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """As `GroupedForm.rows`."""
+        """As `BlockQuantWeight.rows`."""
         found: torch.Tensor | None = None
         begin = 0
         for form in self._each():
@@ -260,8 +260,8 @@ class JoinedForm(WeightForm):
         assert found is not None
         return found
 
-    def _each(self) -> list[GroupedForm]:
-        return [form for form in self.forms if isinstance(form, GroupedForm)]
+    def _each(self) -> list[BlockQuantWeight]:
+        return [form for form in self.forms if isinstance(form, BlockQuantWeight)]
 
 
 class ExpertForm(nn.Module):
@@ -273,7 +273,7 @@ class ExpertForm(nn.Module):
         experts: how many there are.
     """
 
-    def __init__(self, parts: Sequence[GroupedForm], experts: int) -> None:
+    def __init__(self, parts: Sequence[BlockQuantWeight], experts: int) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.experts = experts
@@ -323,8 +323,8 @@ class ExpertForm(nn.Module):
             raise IndexError(f"there are {self.experts} experts, and {expert} is asked for")
         return torch.cat([part.of_expert(expert, dtype) for part in self._each()])
 
-    def _each(self) -> list[GroupedForm]:
-        return [part for part in self.parts if isinstance(part, GroupedForm)]
+    def _each(self) -> list[BlockQuantWeight]:
+        return [part for part in self.parts if isinstance(part, BlockQuantWeight)]
 
 
 def runs(experts: torch.Tensor) -> Iterator[tuple[int, slice]]:
@@ -341,23 +341,23 @@ def held_bytes(layout: Layout, outputs: int, inputs: int) -> int:
     Raises:
         UnsupportedModel: such a layout cannot be held.
     """
-    return -(-outputs // TILE) * Order.of(layout, inputs).tile_bytes
+    return -(-outputs // TILE) * TileLayout.of(layout, inputs).tile_bytes
 
 
-def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> GroupedForm | JoinedForm:
+def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> BlockQuantWeight | JoinedForm:
     """Holds matrices that stand one below the other in the codes that they are stored in.
 
     Raises:
         UnsupportedModel: a layout cannot be held.
     """
-    forms: list[GroupedForm] = []
+    forms: list[BlockQuantWeight] = []
     for _, alike in groupby(matrices, lambda matrix: matrix.layout):
         some = list(alike)
-        forms.append(GroupedForm.hold(some[0].layout, [matrix.read() for matrix in some], device))
+        forms.append(BlockQuantWeight.hold(some[0].layout, [matrix.read() for matrix in some], device))
     return forms[0] if len(forms) == 1 else JoinedForm(forms)
 
 
-def hold_experts(stored: StoredTensor, device: torch.device) -> ExpertForm:
+def hold_experts(stored: PackedTensor, device: torch.device) -> ExpertForm:
     """Holds the weights of experts; they are read one at a time.
 
     Args:
@@ -369,12 +369,12 @@ def hold_experts(stored: StoredTensor, device: torch.device) -> ExpertForm:
     kinds = [[(matrix.layout, matrix.shape) for matrix in matrices] for matrices in stored.experts]
     if any(kind != kinds[0] for kind in kinds):
         raise UnsupportedModel("experts that are stored in different ways cannot be held together")
-    parts: list[GroupedForm] = []
+    parts: list[BlockQuantWeight] = []
     begin = 0
     for layout, alike in groupby(kinds[0], lambda kind: kind[0]):
         shapes = [shape for _, shape in alike]
         end = begin + len(shapes)
-        found: tuple[Order, torch.Tensor] | None = None
+        found: tuple[TileLayout, torch.Tensor] | None = None
         for index, matrices in enumerate(stored.experts):
             order, tiles = _tiles_of(layout, [matrix.read() for matrix in matrices[begin:end]], _passing_room)
             if found is None:
@@ -383,7 +383,7 @@ def hold_experts(stored: StoredTensor, device: torch.device) -> ExpertForm:
                 raise UnsupportedModel("experts whose scales are of different types cannot be held together")
             found[1][index * len(tiles) : (index + 1) * len(tiles)] = tiles
         assert found is not None
-        parts.append(GroupedForm(found[0], sum(outputs for outputs, _ in shapes), found[1].to(device)))
+        parts.append(BlockQuantWeight(found[0], sum(outputs for outputs, _ in shapes), found[1].to(device)))
         begin = end
     return ExpertForm(parts, len(stored.experts))
 
@@ -395,11 +395,11 @@ def _passing_room(rows: int, row_bytes: int) -> torch.Tensor:
 
 def _tiles_of(
     layout: Layout, below: Sequence[Codes], room: Callable[[int, int], torch.Tensor] = in_large_pages
-) -> tuple[Order, torch.Tensor]:
+) -> tuple[TileLayout, torch.Tensor]:
     """The tiles of codes that stand one below the other."""
     codes = below[0] if len(below) == 1 else Codes.joined(below)
     inputs = codes.codes.shape[1]
-    order = Order.of(layout, inputs, codes)
+    order = TileLayout.of(layout, inputs, codes)
     if order.nibbles and any(int(steps.max()) > 15 for steps in (codes.scales, codes.zeros) if steps is not None):
         order = replace(order, nibbles=False)
     if layout.table == "e4m3" and bool((codes.codes & 127 == 127).any()):

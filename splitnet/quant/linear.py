@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from splitnet.quant.choose import WeightFormat, Weights
 from splitnet.quant.floats import FloatForm
 from splitnet.quant.grouped import hold_stored
-from splitnet.quant.stored import StoredMatrix, StoredTensor
+from splitnet.quant.stored import PackedTensor, StoredMatrix
 from splitnet.quant.weight_form import WeightForm
 
 PLAIN_LINEAR = frozenset({"FalconLinear"})
@@ -25,7 +25,7 @@ than a rounded weight. Of the time steps of Mamba, see `splitnet.checkpoint.fami
 values of latents is multiplied with by its columns, too, where latents are stored; it is small as well."""
 
 
-class HeldLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """A frozen linear layer. Until its weight is set, it has none; then it brings it into its form and forgets it.
 
     So a model of such layers is never held as a whole in floats while it is loaded. Gradients flow to what it is given,
@@ -105,7 +105,7 @@ class HeldLinear(nn.Module):
         if matrices is not None and self._codes_on is not None:
             self._keep(hold_stored(matrices, self._codes_on), weight.device)
             return
-        if isinstance(weight, StoredTensor):
+        if isinstance(weight, PackedTensor):
             weight = weight.floats()
         rows = (weight.T if self._transposed else weight).to(torch.float32).contiguous()
         # Values that are out of the range of the form, or that are no numbers, stay as they are.
@@ -164,7 +164,7 @@ def hold_weights(block: nn.Module, weights: Weights) -> None:
             continue
         transposed, bias = isinstance(layer, Conv1D), layer.bias is not None
         codes_on = weights.device if weights.as_stored else None
-        held = HeldLinear(
+        held = QuantizedLinear(
             inputs, outputs, form, transposed=transposed, bias=bias, dtype=weights.dtype, codes_on=codes_on
         )
         block.set_submodule(path, held)
@@ -177,7 +177,7 @@ def is_router(path: str) -> bool:
 
 def matrices_of(weight: torch.Tensor, *, transposed: bool) -> Sequence[StoredMatrix] | None:
     """What a weight in codes consists of; None if it has none, or if they do not lie along its inputs."""
-    if not isinstance(weight, StoredTensor) or weight.stacked or weight.transposed != transposed:
+    if not isinstance(weight, PackedTensor) or weight.stacked or weight.transposed != transposed:
         return None
     return weight.experts[0]
 

@@ -1,6 +1,6 @@
 """Weights as a checkpoint stores them in few bits: codes, and what a code stands for.
 
-`StoredTensor` is a tensor to who loads a model: it has a shape and a type, and what transformers does to tensors while
+`PackedTensor` is a tensor to who loads a model: it has a shape and a type, and what transformers does to tensors while
 it loads (rename, stack experts, join gates with up projections, transpose) keeps the codes. Anything else makes floats
 of it, which is right but larger.
 """
@@ -281,7 +281,7 @@ class Experts(Sequence[tuple[StoredMatrix, ...]]):
         return Experts(len(self), lambda expert: change(self[expert]))
 
 
-class StoredTensor(torch.Tensor):
+class PackedTensor(torch.Tensor):
     """A weight in few bits, as a tensor of floats to others: `[outputs, inputs]`, or one for each expert.
 
     Attributes:
@@ -302,7 +302,7 @@ class StoredTensor(torch.Tensor):
         stacked: bool = False,
         transposed: bool = False,
         dtype: torch.dtype = torch.float32,
-    ) -> StoredTensor:
+    ) -> PackedTensor:
         first = experts[0]
         inputs = first[0].shape[1]
         outputs = sum(matrix.shape[0] for matrix in first)
@@ -314,7 +314,7 @@ class StoredTensor(torch.Tensor):
         return made
 
     @classmethod
-    def of(cls, matrix: StoredMatrix, dtype: torch.dtype = torch.float32) -> StoredTensor:
+    def of(cls, matrix: StoredMatrix, dtype: torch.dtype = torch.float32) -> PackedTensor:
         """One matrix as a tensor that says that it is of type `dtype`."""
         return cls.__new__(cls, [[matrix]], dtype=dtype)
 
@@ -329,11 +329,11 @@ class StoredTensor(torch.Tensor):
         return made
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"StoredTensor({list(self.shape)}, {self.dtype}, {self.experts[0][0].layout})"
+        return f"PackedTensor({list(self.shape)}, {self.dtype}, {self.experts[0][0].layout})"
 
-    def _like(self, experts: Sequence[Sequence[StoredMatrix]], **changes: Any) -> StoredTensor:
+    def _like(self, experts: Sequence[Sequence[StoredMatrix]], **changes: Any) -> PackedTensor:
         known = {"stacked": self.stacked, "transposed": self.transposed, "dtype": self.dtype}
-        return StoredTensor.__new__(StoredTensor, experts, **(known | changes))
+        return PackedTensor.__new__(PackedTensor, experts, **(known | changes))
 
     def _outputs_dim(self) -> int:
         return self.ndim - (1 if self.transposed else 2)
@@ -347,7 +347,7 @@ class StoredTensor(torch.Tensor):
             return result
 
         def floats(value: Any) -> Any:
-            if isinstance(value, StoredTensor):
+            if isinstance(value, PackedTensor):
                 return value.floats()
             if isinstance(value, (list, tuple)):
                 return type(value)(floats(one) for one in value)
@@ -356,11 +356,11 @@ class StoredTensor(torch.Tensor):
         return func(*floats(tuple(args)), **{name: floats(value) for name, value in kwargs.items()})
 
 
-def _same(tensor: StoredTensor, **options: Any) -> StoredTensor | None:
+def _same(tensor: PackedTensor, **options: Any) -> PackedTensor | None:
     return tensor._like(tensor.experts)
 
 
-def _converted(tensor: StoredTensor, *, dtype: torch.dtype | None = None, **options: Any) -> StoredTensor | None:
+def _converted(tensor: PackedTensor, *, dtype: torch.dtype | None = None, **options: Any) -> PackedTensor | None:
     device = options.get("device")
     if device is not None and torch.device(device).type != "cpu":
         return None
@@ -369,26 +369,26 @@ def _converted(tensor: StoredTensor, *, dtype: torch.dtype | None = None, **opti
     return tensor._like(tensor.experts, dtype=dtype or tensor.dtype)
 
 
-def _transposed(tensor: StoredTensor, first: int = 0, second: int = 1) -> StoredTensor | None:
+def _transposed(tensor: PackedTensor, first: int = 0, second: int = 1) -> PackedTensor | None:
     if {first % tensor.ndim, second % tensor.ndim} != {tensor.ndim - 2, tensor.ndim - 1}:
         return None
     return tensor._like(tensor.experts, transposed=not tensor.transposed)
 
 
-def _permuted(tensor: StoredTensor, order: Sequence[int]) -> StoredTensor | None:
+def _permuted(tensor: PackedTensor, order: Sequence[int]) -> PackedTensor | None:
     last = tensor.ndim - 1
     swapped = [*range(last - 1), last, last - 1]
     return _transposed(tensor, last, last - 1) if [dim % tensor.ndim for dim in order] == swapped else None
 
 
-def _stacked(tensors: Sequence[Any], dim: int = 0) -> StoredTensor | None:
+def _stacked(tensors: Sequence[Any], dim: int = 0) -> PackedTensor | None:
     stored = _alike(tensors)
     if stored is None or dim != 0 or stored[0].stacked:
         return None
     return stored[0]._like([one.experts[0] for one in stored], stacked=True)
 
 
-def _joined(tensors: Sequence[Any], dim: int = 0) -> StoredTensor | None:
+def _joined(tensors: Sequence[Any], dim: int = 0) -> PackedTensor | None:
     stored = _alike(tensors)
     if stored is None:
         return None
@@ -403,16 +403,16 @@ def _joined(tensors: Sequence[Any], dim: int = 0) -> StoredTensor | None:
     return None
 
 
-def _alike(tensors: Sequence[Any]) -> list[StoredTensor] | None:
+def _alike(tensors: Sequence[Any]) -> list[PackedTensor] | None:
     """All of them, if all are stored and lie in the same way."""
-    stored = [tensor for tensor in tensors if isinstance(tensor, StoredTensor)]
+    stored = [tensor for tensor in tensors if isinstance(tensor, PackedTensor)]
     ways = {(one.stacked, one.transposed, one.experts[0][0].shape[1]) for one in stored}
     return stored if len(stored) == len(tensors) and len(ways) == 1 else None
 
 
 def _sliced(
-    tensor: StoredTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> StoredTensor | None:
+    tensor: PackedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> PackedTensor | None:
     dim %= tensor.ndim
     if tensor.stacked and dim == 0:
         return tensor._like(tensor.experts[slice(start, end, step)])
@@ -440,7 +440,7 @@ def _outputs_of(matrices: Sequence[StoredMatrix], wanted: range) -> list[StoredM
     return found
 
 
-def _chosen(tensor: StoredTensor, dim: int, index: torch.Tensor) -> StoredTensor | None:
+def _chosen(tensor: PackedTensor, dim: int, index: torch.Tensor) -> PackedTensor | None:
     dim %= tensor.ndim
     if dim == tensor._outputs_dim():
         return tensor._like(tensor.experts.each(lambda matrices: _chosen_outputs(matrices, index)))
@@ -470,16 +470,16 @@ def _chosen_outputs(matrices: Sequence[StoredMatrix], index: torch.Tensor) -> li
     return found
 
 
-def _selected(tensor: StoredTensor, dim: int, index: int) -> StoredTensor | None:
+def _selected(tensor: PackedTensor, dim: int, index: int) -> PackedTensor | None:
     if not tensor.stacked or dim % tensor.ndim != 0:
         return None
     return tensor._like([tensor.experts[index]], stacked=False)
 
 
-def _split(tensor: StoredTensor, size: int | Sequence[int], dim: int = 0) -> list[StoredTensor] | None:
+def _split(tensor: PackedTensor, size: int | Sequence[int], dim: int = 0) -> list[PackedTensor] | None:
     whole = tensor.shape[dim]
     sizes = [min(size, whole - at) for at in range(0, whole, size)] if isinstance(size, int) else list(size)
-    parts: list[StoredTensor] = []
+    parts: list[PackedTensor] = []
     begin = 0
     for count in sizes:
         part = _sliced(tensor, dim, begin, begin + count)

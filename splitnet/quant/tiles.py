@@ -61,7 +61,7 @@ _PLAIN, _TABLE, _FLOAT_TABLE, _E4M3, _E5M2, _ANY = range(6)
 
 
 @dataclass(frozen=True)
-class Order:
+class TileLayout:
     """How the tiles of a weight lie.
 
     Attributes:
@@ -78,7 +78,7 @@ class Order:
     finite: bool = True
 
     @classmethod
-    def of(cls, layout: Layout, inputs: int, codes: Codes | None = None) -> Order:
+    def of(cls, layout: Layout, inputs: int, codes: Codes | None = None) -> TileLayout:
         """
         Args:
             codes: of which steps are signed; None: where that does not matter.

@@ -97,7 +97,7 @@ def router(gateway: Gateway, created: int) -> APIRouter:
         gateway.check_model(body.model)
         prompts, size = gateway.prompts, len(await request.body())
         prompt = await gateway.preparing.run(
-            size, lambda: prompts.of_chat(body.conversation, body.described_tools, body.template_variables)
+            size, lambda: prompts.of_chat(body.chat_messages, body.described_tools, body.template_variables)
         )
         ask = Ask(
             prompt=prompt,

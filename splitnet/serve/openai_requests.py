@@ -268,7 +268,7 @@ class ChatRequest(SamplingRequest):
         return self
 
     @property
-    def conversation(self) -> list[dict[str, Any]]:
+    def chat_messages(self) -> list[dict[str, Any]]:
         """The messages as chat templates expect them. Raises ApiError if the arguments of a call are no JSON."""
         return [_for_template(message) for message in self.messages]
 

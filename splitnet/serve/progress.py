@@ -12,8 +12,8 @@ from itertools import pairwise
 from scheduler.facts import UNMEASURED
 from splitnet.hf.cache import ModelSession
 from splitnet.session.driver import LinkUse
+from splitnet.session.failover import RouteHop
 from splitnet.session.local import MixedSession
-from splitnet.session.route import RouteHop
 from splitnet.swarm.swarm import Swarm
 
 

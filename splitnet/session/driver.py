@@ -46,19 +46,19 @@ from splitnet.session.events import (
     Unban,
     Use,
 )
+from splitnet.session.failover import RouteHop
 from splitnet.session.machine import SessionState
 from splitnet.session.options import ConnectionOptions
 from splitnet.session.requests import Request
-from splitnet.session.route import RouteHop
 from splitnet.swarm.links import refusal
-from splitnet.swarm.plan import Forecast, Needs, PlannedHop, repaired_route, with_kept_hops
+from splitnet.swarm.plan import Needs, PlannedHop, Prediction, repaired_route, with_kept_hops
 from splitnet.swarm.swarm import Swarm
 from splitnet.transport import flow
 from splitnet.transport.prober import Answer
 from splitnet.wire.codecs import CODECS, DEFAULT_INT8, Codec, codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
 from splitnet.wire.log import REPLAY_POSITIONS
-from splitnet.wire.messages import SESSION_BYTES, Message, Open, Part, Result, Step, Timing, encode
+from splitnet.wire.messages import SESSION_BYTES, Chunk, Message, Open, Result, Step, Timing, encode
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def link_uses(state: SessionState) -> list[LinkUse]:
 
 def _step_bytes(state: SessionState, codec: Codec, hops_before: int) -> int:
     payload = bytes(codec.bytes_per_position(state.hidden_size))
-    parts = (Part(1, _POSITION, 1, 1),)
+    parts = (Chunk(1, _POSITION, 1, 1),)
     timings = (_TIMING,) * hops_before
     step = Step(state.session, state.epoch, _POSITION, parts, None, 0, codec.code, payload, 0, timings)
     return sum(map(len, encode(step)))
@@ -233,7 +233,7 @@ class Routes:
         """Takes in the time of a decode step that had the route for itself."""
         ratio = self.watch.step_took(elapsed_ms, positions, time.monotonic())
         if ratio is not None:
-            self._swarm.measurements.forecast_came(tuple(hop.name for hop in self._route), ratio)
+            self._swarm.measurements.prediction_came(tuple(hop.name for hop in self._route), ratio)
 
     def better(
         self, hops: Sequence[PlannedHop], needs_now: Callable[[], Needs], cached: int, steps_left: int
@@ -342,7 +342,7 @@ class SessionDriver:
     Args:
         swarm: the peers.
         options: what the client asked for; `any_weights` None: if codecs vary with the route, too.
-        budget: positions of KV cache to reserve over all rows.
+        reservation: positions of KV cache to reserve over all rows.
         codecs: chooses the codec of each link.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
         in_flight: how many steps are under way at the same time.
@@ -355,7 +355,7 @@ class SessionDriver:
         swarm: Swarm,
         options: ConnectionOptions,
         *,
-        budget: int,
+        reservation: int,
         codecs: LinkCodecs,
         blocks: tuple[int, int] | None,
         in_flight: int,
@@ -371,7 +371,7 @@ class SessionDriver:
             blocks=blocks or (0, swarm.facts.num_blocks),
             hidden_size=swarm.facts.hidden_size,
             max_positions=swarm.facts.max_positions,
-            budget=budget,
+            reservation=reservation,
             progress_timeout_s=progress_timeout_s,
             recovery_timeout_s=options.recovery_timeout_s,
             any_weights=any_weights,
@@ -408,9 +408,9 @@ class SessionDriver:
         """What the session wants of its route once it decodes."""
         return self._needs(0)
 
-    def forecasts(self) -> Callable[[int], Forecast]:
+    def predictions(self) -> Callable[[int], Prediction]:
         """What steps are expected to take on the route, by their positions."""
-        return self._swarm.planner.forecasts(self.needs, [hop.planned for hop in self.hops])
+        return self._swarm.planner.predictions(self.needs, [hop.planned for hop in self.hops])
 
     def open(self, prompt: int = 0) -> None:
         """Plans a route and reserves memory on it; called by the first step at the latest.
@@ -477,11 +477,11 @@ class SessionDriver:
             self._asked
             or state.phase is Phase.CLOSED
             or state.wake_at < self._wakes_at
-            or self._wants_forecast()
+            or self._wants_prediction()
             or until()
         )
 
-    def _wants_forecast(self) -> bool:
+    def _wants_prediction(self) -> bool:
         return self.state.phase is Phase.REPLAYING and not self.state.chunk_ms
 
     def _perform(self, effect: Effect) -> None:
@@ -536,8 +536,8 @@ class SessionDriver:
                 if self._asked:
                     self.feed(self._routes.answer(self._asked.popleft(), self._needs(self._prompt)))
                     continue
-                if self._wants_forecast():
-                    self.state.chunk_ms = self.forecasts()(REPLAY_POSITIONS).latency_ms
+                if self._wants_prediction():
+                    self.state.chunk_ms = self.predictions()(REPLAY_POSITIONS).latency_ms
                 self._wakes_at = self.state.wake_at
                 try:
                     self._changed.get(timeout=max(0.0, min(self._wakes_at - time.monotonic(), threading.TIMEOUT_MAX)))
@@ -571,7 +571,7 @@ class SessionDriver:
     def _answer_s(self, endpoint: Endpoint) -> float:
         links = self._swarm.links
         trips = ANSWER_TRIPS if links.state(endpoint) is LinkState.UP else FIRST_TRIPS
-        return links.prober.patience_s(endpoint, ANSWER_S, trips)
+        return links.prober.answer_limit_s(endpoint, ANSWER_S, trips)
 
     def _stands_behind_others(self, endpoint: Endpoint, asked: _Asked, passed: flow.Traffic) -> bool:
         links, now = self._swarm.links, time.perf_counter()
@@ -601,7 +601,7 @@ class SessionDriver:
     def _needs(self, prompt: int) -> Needs:
         one_step = self._in_flight == 1
         return Needs(
-            self.state.budget,
+            self.state.reservation,
             self._codecs.encodings,
             self.state.blocks,
             1 if one_step else USUAL_POSITIONS,

@@ -84,7 +84,7 @@ class Abandon:
 class Resize:
     """The caller wants KV memory for so many positions on every hop; never shrinks."""
 
-    budget: int
+    reservation: int
 
 
 @dataclass(frozen=True, slots=True)

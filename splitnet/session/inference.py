@@ -22,13 +22,13 @@ from splitnet.session.driver import (
     link_uses,
 )
 from splitnet.session.events import Abandon, Distrust, Resize, Submit, UseAdapter
+from splitnet.session.failover import RouteHop
 from splitnet.session.options import ConnectionOptions
 from splitnet.session.requests import FetchRequest, StepRequest
-from splitnet.session.route import RouteHop
-from splitnet.swarm.plan import Forecast
+from splitnet.swarm.plan import Prediction
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import codec_by_code
-from splitnet.wire.messages import MAX_PAYLOAD_BYTES, FetchKV, Fork, Part, Step, Timing
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Chunk, FetchKV, Fork, Step, Timing
 
 ASK_S = 2.0
 """After so many seconds hops are asked what the decode steps met there."""
@@ -58,7 +58,7 @@ class Session(SessionDriver):
     Args:
         swarm: the peers.
         options: codec, preference and patience, see `splitnet.AutoModelForCausalLM.from_pretrained`.
-        budget: positions to reserve over all rows; grows when needed.
+        reservation: positions to reserve over all rows; grows when needed.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
         progress_timeout_s: how long hops may work on a step without any progress.
     """
@@ -68,7 +68,7 @@ class Session(SessionDriver):
         swarm: Swarm,
         options: ConnectionOptions,
         *,
-        budget: int,
+        reservation: int,
         blocks: tuple[int, int] | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> None:
@@ -76,7 +76,7 @@ class Session(SessionDriver):
         super().__init__(
             swarm,
             options,
-            budget=budget,
+            reservation=reservation,
             codecs=LinkCodecs(swarm, options.codec),
             blocks=blocks,
             in_flight=THROUGHPUT_STEPS if options.prefer == "throughput" else 1,
@@ -102,7 +102,7 @@ class Session(SessionDriver):
             PeerBusy: a hop has no memory for so many; the session goes on with what it has.
             PeerLost, CoverageError: a hop was lost and could not be replaced.
         """
-        if positions <= self.state.budget:
+        if positions <= self.state.reservation:
             return
         if self.hops:
             self.open()  # only an open route keeps what it has when it cannot have more
@@ -112,7 +112,7 @@ class Session(SessionDriver):
         if self.state.refusal is not None:
             raise self.state.refusal
 
-    def step(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None) -> torch.Tensor:
+    def step(self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None = None) -> torch.Tensor:
         """Sends new positions through the route.
 
         Args:
@@ -135,7 +135,7 @@ class Session(SessionDriver):
     def begin(
         self,
         hidden: torch.Tensor,
-        parts: Sequence[Part],
+        parts: Sequence[Chunk],
         forks: Sequence[Fork] | None = None,
         *,
         step_positions: int | None = None,
@@ -158,9 +158,9 @@ class Session(SessionDriver):
         if not state.under_way and state.log is not None:
             self._improve_route()
         began, alone, repairs = time.perf_counter(), not state.under_way, len(self.recoveries)
-        forecast = self.forecasts() if len(hidden) > DECODE_POSITIONS else None
-        size = step_positions or (self.step_positions(len(hidden), forecast) if forecast else len(hidden))
-        predicted_ms = forecast(min(size, len(hidden))).latency_ms if forecast is not None else 0.0
+        prediction = self.predictions() if len(hidden) > DECODE_POSITIONS else None
+        size = step_positions or (self.step_positions(len(hidden), prediction) if prediction else len(hidden))
+        predicted_ms = prediction(min(size, len(hidden))).latency_ms if prediction is not None else 0.0
         codec = state.first_codec
         requests: list[StepRequest] = []
         offset = 0
@@ -241,18 +241,18 @@ class Session(SessionDriver):
                 tensors.update(read_tensors(part))
         return tensors
 
-    def forecast(self, positions: int) -> Forecast:
+    def prediction(self, positions: int) -> Prediction:
         """What a step of `positions` positions is expected to take on the open route."""
-        return self.forecasts()(positions)
+        return self.predictions()(positions)
 
-    def step_positions(self, positions: int, forecast: Callable[[int], Forecast] | None = None) -> int:
+    def step_positions(self, positions: int, prediction: Callable[[int], Prediction] | None = None) -> int:
         """The size of the steps that so many positions are cut into, which flow through the hops in a row."""
         if positions <= SIZES[0]:
             return positions
-        if forecast is None:
+        if prediction is None:
             self.open(positions)
-            forecast = self.forecasts()
-        size = best_step(positions, lambda n: forecast(n).latency_ms, lambda n: forecast(n).stage_ms)
+            prediction = self.predictions()
+        size = best_step(positions, lambda n: prediction(n).latency_ms, lambda n: prediction(n).slowest_hop_ms)
         return min(size, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
 
     def links(self) -> list[LinkUse]:
@@ -264,7 +264,7 @@ class Session(SessionDriver):
         state = self.state
         cached = state.log.positions if state.log is not None else 0
         planned = [hop.planned for hop in state.hops]
-        move = self._routes.better(planned, lambda: self.needs, cached, max(0, state.budget - cached))
+        move = self._routes.better(planned, lambda: self.needs, cached, max(0, state.reservation - cached))
         if move is not None:
             self.feed(move)
             self.open()
@@ -316,9 +316,9 @@ class Session(SessionDriver):
             measurements.link_seen(hop.name, following.name, timing.next_rtt_us / 1000)
 
 
-def cut_into_steps(parts: Sequence[Part], limit: int) -> list[list[Part]]:
+def cut_into_steps(parts: Sequence[Chunk], limit: int) -> list[list[Chunk]]:
     """Parts in steps of at most `limit` positions. What comes back are still the last `keep` of each whole part."""
-    steps: list[list[Part]] = [[]]
+    steps: list[list[Chunk]] = [[]]
     room = limit
     for row, start, length, keep in parts:
         begun = 0
@@ -328,7 +328,7 @@ def cut_into_steps(parts: Sequence[Part], limit: int) -> list[list[Part]]:
                 room = limit
             taken = min(room, length - begun)
             kept = max(0, min(taken, begun + taken - (length - keep)))
-            steps[-1].append(Part(row, start + begun, taken, kept))
+            steps[-1].append(Chunk(row, start + begun, taken, kept))
             begun += taken
             room -= taken
     return steps

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 import torch
 
 from splitnet.blocks.adapters import Adapter
-from splitnet.blocks.kv_cache import RowCache
-from splitnet.blocks.span import Part as SpanPart
+from splitnet.blocks.kv_cache import SequenceCache
+from splitnet.blocks.span import Chunk as SpanChunk
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import SplitnetError
 from splitnet.session.driver import LinkUse, Traffic
 from splitnet.session.events import Recovered
+from splitnet.session.failover import RouteHop
 from splitnet.session.inference import Session, cut_into_steps
 from splitnet.session.inference import UnderWay as SentThrough
-from splitnet.session.route import RouteHop
-from splitnet.swarm.plan import Forecast
+from splitnet.swarm.plan import Prediction
 from splitnet.wire.log import fork_rows
-from splitnet.wire.messages import Fork, Part, Timing
+from splitnet.wire.messages import Chunk, Fork, Timing
 
 Blocks = tuple[int, int]
 
@@ -106,15 +106,15 @@ class LocalSpan:
         self._span = span
         self._lock = threading.Lock()
 
-    def new_row(self, adapter: Adapter | None) -> RowCache:
+    def new_row(self, adapter: Adapter | None) -> SequenceCache:
         return self._span.new_row(adapter=adapter)
 
-    def run(self, hidden: torch.Tensor, parts: Sequence[SpanPart]) -> torch.Tensor:
+    def run(self, hidden: torch.Tensor, parts: Sequence[SpanChunk]) -> torch.Tensor:
         """`[positions, hidden]` -> `[positions, hidden]` float32, see `Span.forward`."""
         with self._lock:
             return self._span.forward(hidden, parts).float()
 
-    def keys_and_values(self, row: RowCache, length: int) -> dict[str, torch.Tensor]:
+    def keys_and_values(self, row: SequenceCache, length: int) -> dict[str, torch.Tensor]:
         """See `Span.keys_and_values`."""
         return self._span.keys_and_values(row, length)
 
@@ -140,12 +140,12 @@ class LocalSpan:
             return self._span.sequences(hidden, lengths, adapter, reach).to(hidden.device, hidden.dtype)
 
 
-class LocalRows:
+class LocalSequences:
     """The KV caches of one session in a local span. One thread uses them at a time."""
 
     def __init__(self, span: LocalSpan) -> None:
         self._span = span
-        self._rows: dict[int, RowCache] = {}
+        self._rows: dict[int, SequenceCache] = {}
         self._adapter: Adapter | None = None
 
     def use_adapter(self, adapter: Adapter) -> None:
@@ -153,7 +153,7 @@ class LocalRows:
         self._adapter = self._span.fit(adapter)
 
     def step(
-        self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None, reach: int = 0
+        self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None, reach: int = 0
     ) -> torch.Tensor:
         """Runs new positions; what the rows hold from a part's start on is forgotten before.
 
@@ -166,13 +166,13 @@ class LocalRows:
         """
         if forks is not None:
             self._rows = fork_rows(self._rows, forks, lambda row: row.fork())
-        span_parts: list[SpanPart] = []
+        span_parts: list[SpanChunk] = []
         for part in parts:
             row = self._rows.get(part.row)
             if row is None:
                 row = self._rows[part.row] = self._span.new_row(self._adapter)
             row.crop(part.start)
-            span_parts.append(SpanPart(row, part.start, part.length, self._adapter, reach))
+            span_parts.append(SpanChunk(row, part.start, part.length, self._adapter, reach))
         return self._span.run(hidden, span_parts)
 
     def close(self) -> None:
@@ -188,7 +188,7 @@ class LocalRows:
 class _Piece:
     """Positions on their way through the stages."""
 
-    parts: list[Part]
+    parts: list[Chunk]
     forks: Sequence[Fork] | None
     hidden: torch.Tensor
     reach: int
@@ -212,12 +212,13 @@ class MixedSession:
     Args:
         local: the blocks that are here.
         open_session: makes the session for a range of blocks that peers run, with a budget of positions.
-        budget: positions to reserve on the peers.
+        reservation: positions to reserve on the peers.
     """
 
-    def __init__(self, local: LocalBlocks, open_session: Callable[[int, Blocks], Session], budget: int) -> None:
-        self._stages: list[LocalRows | Session] = [
-            LocalRows(stage) if isinstance(stage, LocalSpan) else open_session(budget, stage) for stage in local.stages
+    def __init__(self, local: LocalBlocks, open_session: Callable[[int, Blocks], Session], reservation: int) -> None:
+        self._stages: list[LocalSequences | Session] = [
+            LocalSequences(stage) if isinstance(stage, LocalSpan) else open_session(reservation, stage)
+            for stage in local.stages
         ]
         self._positions = 0
 
@@ -256,12 +257,12 @@ class MixedSession:
     def links(self) -> list[LinkUse]:
         return [link for session in self.sessions for link in session.links()]
 
-    def forecast(self, positions: int) -> Forecast:
+    def prediction(self, positions: int) -> Prediction:
         """As `Session.forecast`, of what is not here."""
-        forecasts = [session.forecast(positions) for session in self.sessions]
-        return Forecast(
-            sum(forecast.latency_ms for forecast in forecasts),
-            max((forecast.stage_ms for forecast in forecasts), default=0.0),
+        predictions = [session.prediction(positions) for session in self.sessions]
+        return Prediction(
+            sum(prediction.latency_ms for prediction in predictions),
+            max((prediction.slowest_hop_ms for prediction in predictions), default=0.0),
         )
 
     def reserve(self, positions: int) -> None:
@@ -274,12 +275,12 @@ class MixedSession:
         for stage in self._stages:
             stage.use_adapter(adapter)
 
-    def step(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None) -> torch.Tensor:
+    def step(self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None = None) -> torch.Tensor:
         """As `Session.step`."""
         return self.finish(self.begin(hidden, parts, forks))
 
     def begin(
-        self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None, *, reach: int = 0
+        self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None = None, *, reach: int = 0
     ) -> UnderWay:
         """As `Session.begin`; a long prefill goes in pieces, so that peers run one while the next is run here."""
         sent = UnderWay([])
@@ -366,12 +367,12 @@ class MixedSession:
             piece.stage += 1
 
 
-def _keeping_all(parts: Sequence[Part]) -> list[Part]:
+def _keeping_all(parts: Sequence[Chunk]) -> list[Chunk]:
     """The same positions, of which all come back: other blocks need them."""
     return [part._replace(keep=part.length) for part in parts]
 
 
-def _kept_positions(output: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+def _kept_positions(output: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
     """What comes back of the output of all positions, `[positions, hidden]`."""
     pieces = output.split([part.length for part in parts])
     return torch.cat([piece[part.length - part.keep :] for piece, part in zip(pieces, parts, strict=True)])

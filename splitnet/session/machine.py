@@ -8,7 +8,7 @@
 
 A hop that fails in any way counts as dead: it is banned and replaced. Other peers are planned for just the lost blocks,
 the route is opened again in a new epoch (messages of the old one are dropped from then on), logs fill the replacements,
-see `splitnet.session.route`, and what is under way is sent again. A cache that may not be what the session wants is
+see `splitnet.session.failover`, and what is under way is sent again. A cache that may not be what the session wants is
 computed again, never used. Waiting is bounded by progress: by how long nothing came, not by totals.
 
 The model is the worker of Dask's distributed (`distributed/worker_state_machine.py`) and h11 (`h11/_state.py`).
@@ -77,8 +77,8 @@ from splitnet.session.events import (
     Use,
     UseAdapter,
 )
+from splitnet.session.failover import PeerSilent, RouteHop, RouteSetup, cause_of, next_refill
 from splitnet.session.requests import ReplayRequest, Request, StepRequest, check_beside, most_bytes, undone_by
-from splitnet.session.route import PeerSilent, RouteHop, RouteSetup, cause_of, next_refill
 from splitnet.swarm.events import Kind
 from splitnet.swarm.overview import blocks_text, short_key
 from splitnet.swarm.plan import ALIKE_AGAIN, HeldBlocks, PlannedHop
@@ -155,7 +155,7 @@ class SessionState:
         model: fingerprint of the weights.
         blocks: what the hops run, `[start, end)`.
         hidden_size: values per position.
-        budget: positions of KV cache to reserve on every hop, over all rows.
+        reservation: positions of KV cache to reserve on every hop, over all rows.
         max_positions: context length of the model, if it has one.
         progress_timeout_s: how long hops may work on what is under way without any progress.
         recovery_timeout_s: how long to wait for other peers when some blocks are not served any more.
@@ -164,7 +164,7 @@ class SessionState:
 
     Attributes:
         held: what the weights of blocks are held as, on the last route that stood; empty: none has.
-        phase, epoch, hops, adapter, adapter_version, budget: as they are now.
+        phase, epoch, hops, adapter, adapter_version, reservation: as they are now.
         first_codec: of the client's own link to the first hop.
         log: what the client itself has sent; None before the first step.
         recoveries: repairs of the route so far.
@@ -182,7 +182,7 @@ class SessionState:
         model: str,
         blocks: tuple[int, int],
         hidden_size: int,
-        budget: int,
+        reservation: int,
         max_positions: int | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
@@ -192,7 +192,7 @@ class SessionState:
         self.session = session
         self.blocks = blocks
         self.hidden_size = hidden_size
-        self.budget = max(1, budget)
+        self.reservation = max(1, reservation)
         self.phase = Phase.NEW
         self.epoch = 0
         self.hops: list[RouteHop] = []
@@ -236,9 +236,9 @@ class SessionState:
         self._silenced: dict[Endpoint, str] = {}
         """The names of hops that were given up as they did not answer in time."""
         self._for_passes = False
-        self._opened_budget = 0
+        self._opened_reservation = 0
         """What the hops were asked to reserve when the route was opened."""
-        self._former_budget = 0
+        self._former_reservation = 0
         """Before a resize that no route stands with yet; 0: there is none."""
 
     def __str__(self) -> str:
@@ -352,7 +352,7 @@ class SessionState:
             case NoRoute():
                 self._no_route(event)
             case Resize():
-                self._resize(event.budget)
+                self._resize(event.reservation)
             case UseAdapter():
                 self._use_adapter(event.adapter, event.for_passes)
             case Move():
@@ -432,12 +432,12 @@ class SessionState:
                     self._leave(each.endpoint)
         self._reopen({each.endpoint: error for each in lost}, Cause.LOST)
 
-    def _resize(self, budget: int) -> None:
+    def _resize(self, reservation: int) -> None:
         """The route is opened anew: a hop that has lost the session meanwhile is found out before it computes."""
         self.refusal = None
-        if budget > self.budget:
-            self._former_budget = self._former_budget or self.budget
-            self.budget = budget
+        if reservation > self.reservation:
+            self._former_reservation = self._former_reservation or self.reservation
+            self.reservation = reservation
             if self.is_open:
                 self._go_on()
 
@@ -532,7 +532,9 @@ class SessionState:
         if setup is None or setup.question != event.number or self.phase is not Phase.PLANNING:
             return
         setup.question = 0
-        if self._now < setup.began + self._recovery_timeout_s and setup.may_wait(event, grows=self._former_budget > 0):
+        if self._now < setup.began + self._recovery_timeout_s and setup.may_wait(
+            event, grows=self._former_reservation > 0
+        ):
             setup.excluded -= setup.refused.keys() if setup.repairs else setup.silent
             setup.retry_at = self._now + POLL_S
         else:
@@ -562,7 +564,7 @@ class SessionState:
     def _open_hops(self) -> None:
         """Asks all hops, in an epoch of its own: so no answer is taken for that to another question."""
         self.epoch += 1
-        self._opened_budget = self.budget
+        self._opened_reservation = self.reservation
         self._relays = {hop.endpoint for hop in self.hops if hop.relayed}
         self._liveness.heard(self._now)
         for index in range(len(self.hops)):
@@ -578,7 +580,7 @@ class SessionState:
             model=self._model,
             start=hop.planned.start,
             end=hop.planned.end,
-            budget=self.budget,
+            reservation=self.reservation,
             codec=hop.codec.code,
             previous=previous.planned.record.key.raw if previous is not None and not previous.relayed else b"",
             next_key=following.planned.record.key.raw if following is not None else b"",
@@ -617,9 +619,9 @@ class SessionState:
             return
         failed, self._failed = self._failed, {}
         busy = [error for error in failed.values() if isinstance(error, PeerBusy)]
-        if self._former_budget and self._has_stood and busy and len(busy) == len(failed):
+        if self._former_reservation and self._has_stood and busy and len(busy) == len(failed):
             # Nobody lost anything: the route stands with what it had.
-            self.budget, self._former_budget, self.refusal = self._former_budget, 0, busy[0]
+            self.reservation, self._former_reservation, self.refusal = self._former_reservation, 0, busy[0]
             self._go_on()
             return
         if failed:
@@ -703,8 +705,8 @@ class SessionState:
         changes = [change for hop in self.hops for change in self._changes_of_weights(hop)]
         self.held = tuple(HeldBlocks(*hop.blocks, hop.weights) for hop in self.hops)
         self._enter(Phase.OPEN)
-        if self.budget == self._opened_budget:
-            self._former_budget = 0
+        if self.reservation == self._opened_reservation:
+            self._former_reservation = 0
         self._liveness.heard(self._now)
         if not self._in_flight:
             self._faults = _Faults()
@@ -721,7 +723,7 @@ class SessionState:
         if changes:
             what = " and ".join(changes)
             self._note("weights", f"a session goes on with {what}, as nobody else holds them: it may get other tokens")
-        if self.budget > self._opened_budget:
+        if self.reservation > self._opened_reservation:
             self._go_on()
 
     # The end of a hop, or of the route.
@@ -766,8 +768,8 @@ class SessionState:
         for request in self._in_flight.values():
             request.error = error
         self._in_flight, self._setup = {}, None
-        if self._former_budget:
-            self.budget, self._former_budget = self._former_budget, 0
+        if self._former_reservation:
+            self.reservation, self._former_reservation = self._former_reservation, 0
         self._faults = _Faults()
         self._stop_waiting()
 

@@ -63,7 +63,7 @@ class PassSession(SessionDriver):
         super().__init__(
             swarm,
             options,
-            budget=1,
+            reservation=1,
             codecs=LinkCodecs(swarm, options.codec, exact_embeddings=blocks is None or not blocks[0]),
             blocks=blocks,
             in_flight=MICRO_BATCHES_PER_HOP * 4,

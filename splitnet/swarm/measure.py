@@ -17,15 +17,15 @@ from scheduler.candidates import measured_first
 from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
 from scheduler.facts import CLIENT, PASS_SIZES, UNMEASURED, Link, Network, Peer, Place, Speed
 from scheduler.liveness import ANSWER_S
-from scheduler.replan import Forecasts
+from scheduler.replan import PredictionErrors
 from scheduler.route_search import PINGED_AT_ONCE, Answers
 from splitnet.directory.record import PeerRecord, facts_of, network_of, place_of
 from splitnet.errors import SplitnetError
 from splitnet.swarm.links import Links
-from splitnet.swarm.peers import PeerCache
+from splitnet.swarm.peer_cache import PeerCache
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.fields import STRICT_VERSIONS
-from splitnet.wire.messages import ToldLoad
+from splitnet.wire.messages import LoadReport
 
 log = logging.getLogger(__name__)
 
@@ -182,12 +182,12 @@ class Measurements:
         self.network_coordinates = NetworkCoordinates(clock)
         self._clock = clock
         self._hops: dict[str, _Seen] = {}
-        self._loads: dict[str, tuple[float, ToldLoad]] = {}
+        self._loads: dict[str, tuple[float, LoadReport]] = {}
         """With the time at which it was told."""
         self._links: dict[tuple[str, str], tuple[float, float]] = {}
         self._probed: dict[str, float] = {}
         """When the bandwidth of the link was measured."""
-        self._forecasts = Forecasts()
+        self._predictions = PredictionErrors()
         self._told = Latest(_told_network, KEPT_NETWORKS)
         self._lock = threading.Lock()
 
@@ -213,16 +213,16 @@ class Measurements:
         with self._lock:
             self._links[sender, receiver] = (self._clock(), rtt_ms)
 
-    def forecast_came(self, route: Hashable, ratio: float) -> None:
+    def prediction_came(self, route: Hashable, ratio: float) -> None:
         """Takes in by what factor a route was slower than predicted."""
         with self._lock:
-            self._forecasts.came(route, ratio)
+            self._predictions.came(route, ratio)
 
     @property
     def prediction_error(self) -> float:
         """By what factor routes have been slower than predicted lately, at least 1."""
         with self._lock:
-            return self._forecasts.error
+            return self._predictions.error
 
     def peers(self, records: Sequence[PeerRecord]) -> list[Peer]:
         """The peers of these records."""
@@ -235,7 +235,7 @@ class Measurements:
         names = (hops.keys() | loads.keys()) & records.keys()
         return {name: _corrected(records[name], hops.get(name), loads.get(name)) for name in names}
 
-    def _seen_lately(self) -> tuple[dict[str, _Seen], dict[str, ToldLoad]]:
+    def _seen_lately(self) -> tuple[dict[str, _Seen], dict[str, LoadReport]]:
         oldest = self._clock() - TRUST_S
         with self._lock:
             hops = {key: seen for key, seen in self._hops.items() if seen.at >= oldest}
@@ -286,7 +286,7 @@ class Measurements:
         self,
         tried: Mapping[Endpoint, PeerRecord],
         links: Mapping[Endpoint, Link],
-        loads: Mapping[Endpoint, ToldLoad] | None = None,
+        loads: Mapping[Endpoint, LoadReport] | None = None,
     ) -> None:
         """Takes in which links the client tried to measure, and what came of it; 0 bytes per ms: not measured.
 
@@ -319,7 +319,7 @@ def _told_network(records: tuple[PeerRecord, ...], measured: dict[str, Link], pl
     return network_of(records, links, {CLIENT: place} if place.coordinate.error < 1.0 else {})
 
 
-def _corrected(record: PeerRecord, seen: _Seen | None, told: ToldLoad | None) -> Peer:
+def _corrected(record: PeerRecord, seen: _Seen | None, told: LoadReport | None) -> Peer:
     peer = facts_of(record)
     if told is not None and told.at >= record.issued_at:
         peer = replace(peer, queue_ms=told.wait_ms, batch=told.batch)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple
 
-from scheduler.candidates import LIMIT, Crowd
+from scheduler.candidates import LIMIT, CandidateIndex
 from scheduler.cost import Encoding, hop_joules, move_ms, route_ms
 from scheduler.facts import CLIENT, Hop, Network, Peer
 from scheduler.route import NoRoute, best_route
@@ -128,14 +128,15 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class Prediction:
     """What a step is expected to take, in ms.
 
-    latency_ms: from sending it until its outputs are there. stage_ms: for which it keeps the slowest hop or link busy.
+    latency_ms: from sending it until its outputs are there. slowest_hop_ms: for which it keeps the slowest hop or link
+    busy.
     """
 
     latency_ms: float
-    stage_ms: float
+    slowest_hop_ms: float
 
 
 class Planner:
@@ -243,7 +244,7 @@ class Planner:
     def beside_silent(
         self, records: Sequence[PeerRecord], silent: Collection[str], answered: Collection[str]
     ) -> set[str]:
-        """See `Crowd.beside_silent`."""
+        """See `CandidateIndex.beside_silent`."""
         crowd, _ = self._crowd(tuple(records))
         return crowd.beside_silent(silent, answered)
 
@@ -280,16 +281,16 @@ class Planner:
         chosen = {peer.id for peer in likely}
         return [*likely, *(corrected[name] for name in present if name not in chosen)], by_name
 
-    def forecasts(self, needs: Needs, hops: Sequence[PlannedHop]) -> Callable[[int], Forecast]:
+    def predictions(self, needs: Needs, hops: Sequence[PlannedHop]) -> Callable[[int], Prediction]:
         """What steps through `hops` take, by their positions and by what is known now."""
         cost_ms = self._costs(needs, hops)
 
         @cache
-        def forecast(positions: int) -> Forecast:
+        def prediction(positions: int) -> Prediction:
             latency_ms = cost_ms(positions, 1)
-            return Forecast(latency_ms, cost_ms(positions, 2) - latency_ms)
+            return Prediction(latency_ms, cost_ms(positions, 2) - latency_ms)
 
-        return forecast
+        return prediction
 
     def cost_ms(self, needs: Needs, hops: Sequence[PlannedHop]) -> float:
         """Ms of a usual step through `hops` by what is known now."""
@@ -331,9 +332,9 @@ class Planner:
         return named, {peer.id: peer for peer in self._measurements.peers(known)}, self._measurements.network(known)
 
 
-def _crowd_of(records: tuple[PeerRecord, ...]) -> tuple[Crowd, Mapping[str, PeerRecord]]:
+def _crowd_of(records: tuple[PeerRecord, ...]) -> tuple[CandidateIndex, Mapping[str, PeerRecord]]:
     """What the records say of the peers, and the records by name."""
-    crowd = Crowd([facts_of(record) for record in records], Network(places=places_of(records)))
+    crowd = CandidateIndex([facts_of(record) for record in records], Network(places=places_of(records)))
     return crowd, {record.key.text: record for record in records}
 
 

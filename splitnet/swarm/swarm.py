@@ -23,7 +23,7 @@ from splitnet.security.swarm_key import OPEN, SwarmKey
 from splitnet.swarm.events import EventLog
 from splitnet.swarm.links import Links
 from splitnet.swarm.measure import Measurements, Measurer
-from splitnet.swarm.peers import Bans, PeerCache
+from splitnet.swarm.peer_cache import Bans, PeerCache
 from splitnet.swarm.plan import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner, peer_command
 from splitnet.transport.pool import BRIEF_S
 from splitnet.transport.prober import Answer

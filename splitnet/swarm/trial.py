@@ -79,7 +79,7 @@ class PeerLinks:
         late = [each for each in endpoints if not is_settled(each) and self._transport.is_taken(each)]
         if late:  # where round trips are long
             least_s = 0.0 if any(ping.done() for ping in first.values()) else MAX_ANSWER_S
-            longest_s = max(self.prober.patience_s(each, least_s, FIRST_TRIPS) for each in late)
+            longest_s = max(self.prober.answer_limit_s(each, least_s, FIRST_TRIPS) for each in late)
             self._wait_until_all(late, is_settled, longest_s - TRIAL_ANSWER_S)
         answering = [endpoint for endpoint in endpoints if first[endpoint].done()]
         # The first ping also paid for the handshake.
@@ -113,14 +113,14 @@ class PeerLinks:
                     model=record.model,
                     start=record.start,
                     end=record.end,
-                    budget=1,
+                    reservation=1,
                     codec=CODECS["none"].code,
                     previous=b"",
                     next_key=address.key.raw,
                     next_address=address.address,
                 ),
             )
-        waits_s = [self.prober.patience_s(record.endpoint, TRIAL_ANSWER_S, FIRST_TRIPS) for record in records]
+        waits_s = [self.prober.answer_limit_s(record.endpoint, TRIAL_ANSWER_S, FIRST_TRIPS) for record in records]
         self._wait_until_all(sessions.values(), lambda session: session in self._opened, max(waits_s, default=0.0))
         for record in records:
             self._send(record.endpoint, Close(sessions[record.key.text]))

@@ -13,7 +13,7 @@ from itertools import count
 from scheduler.facts import Link
 from scheduler.liveness import ANSWER_S, ANSWER_TRIPS, FIRST_ANSWER_S, FIRST_TRIPS, MAX_ANSWER_S, TAKEN_TRIPS
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import Ping, Pong, Timing, ToldLoad
+from splitnet.wire.messages import LoadReport, Ping, Pong, Timing
 
 LOOK_S = 0.05
 QUICK_MS = 500.0
@@ -89,7 +89,7 @@ class Prober:
         self._latest: deque[float] = deque(maxlen=KEPT_ROUND_TRIPS)
         """Round trips of the latest answers of anybody, in ms: if all are long, so is the way from here."""
         self._answered: dict[Endpoint, int] = {}
-        self._loads: dict[Endpoint, ToldLoad] = {}
+        self._loads: dict[Endpoint, LoadReport] = {}
         self._lock = threading.Lock()
 
     def ping(self, endpoint: Endpoint, padding: int = 0, session: bytes = b"", *, load: bool = False) -> Future[Answer]:
@@ -160,7 +160,7 @@ class Prober:
         with self._lock:
             return min(self._round_trips.get(endpoint, (0.0,)))
 
-    def patience_s(
+    def answer_limit_s(
         self, endpoint: Endpoint, least_s: float = ANSWER_S, trips: float = ANSWER_TRIPS, taken_s: float = 0.0
     ) -> float:
         """How long to wait for a peer: so many of its latest round trips, or of what those to anybody are at least.
@@ -176,7 +176,7 @@ class Prober:
         """Number of the latest ping that a peer has answered: what was sent before that on its link has come."""
         return self._answered.get(endpoint, 0)
 
-    def load(self, endpoint: Endpoint) -> ToldLoad | None:
+    def load(self, endpoint: Endpoint) -> LoadReport | None:
         """How busy a peer has last said that it is; None: it was not asked."""
         return self._loads.get(endpoint)
 
@@ -254,11 +254,11 @@ class Prober:
             left_s = -waited_s
             for endpoint in waiting:
                 if endpoint not in new:
-                    limit_s = self.patience_s(endpoint, timeout_s)
+                    limit_s = self.answer_limit_s(endpoint, timeout_s)
                 elif endpoint in taken:
-                    limit_s = self.patience_s(endpoint, taken_s, FIRST_TRIPS, soonest_s)
+                    limit_s = self.answer_limit_s(endpoint, taken_s, FIRST_TRIPS, soonest_s)
                 elif taken or self._latest:
-                    limit_s = self.patience_s(endpoint, timeout_s, TAKEN_TRIPS, soonest_s)
+                    limit_s = self.answer_limit_s(endpoint, timeout_s, TAKEN_TRIPS, soonest_s)
                 else:  # nobody knows yet how far all others are
                     limit_s = taken_s
                 left_s = max(left_s, limit_s - waited_s)

@@ -98,7 +98,7 @@ class _Outbox:
     """How many threads are within `Transport.together`."""
 
 
-class HiddenPeers(Protocol):
+class UnreachablePeers(Protocol):
     """Leads to peers that cannot be connected to, as `splitnet.nat.tunnel.Tunnels` does."""
 
     behind: dict[tuple[str, int], str]
@@ -156,7 +156,7 @@ class Transport:
         max_received: int = MAX_RECEIVED_BYTES,
         authorized: AuthorizedKeys | None = None,
         listen: str | None = None,
-        tunnels: HiddenPeers | None = None,
+        tunnels: UnreachablePeers | None = None,
     ) -> None:
         self._identity = identity
         self._on_message = on_message

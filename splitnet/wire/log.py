@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from scheduler.batching import PASS_POSITIONS
 from splitnet.errors import ProtocolError
-from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Fork, Part, Payload
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Chunk, Fork, Payload
 
 Row = TypeVar("Row")
 
@@ -76,7 +76,7 @@ class SentLog:
         """Positions logged for `row`."""
         return len(self._rows[row].data) // self.bytes_per_position if row in self._rows else 0
 
-    def prepare(self, parts: Sequence[Part], forks: Sequence[Fork] | None) -> None:
+    def prepare(self, parts: Sequence[Chunk], forks: Sequence[Fork] | None) -> None:
         """Forgets what a step replaces, and makes its forks: positions at or after a part's start are no more.
 
         Raises:
@@ -95,7 +95,7 @@ class SentLog:
                 while row.reaches and row.reaches[-1][0] >= part.start:
                     row.reaches.pop()
 
-    def record(self, parts: Sequence[Part], forks: Sequence[Fork] | None, payload: Payload, reach: int = 0) -> None:
+    def record(self, parts: Sequence[Chunk], forks: Sequence[Fork] | None, payload: Payload, reach: int = 0) -> None:
         """Takes in what a step sent.
 
         Raises:
@@ -112,7 +112,7 @@ class SentLog:
                 row.reaches.append((part.start, reach))
             offset += part.length * size
 
-    def replay(self, positions_per_step: int = REPLAY_POSITIONS) -> Iterator[tuple[tuple[Part, ...], bytes, int]]:
+    def replay(self, positions_per_step: int = REPLAY_POSITIONS) -> Iterator[tuple[tuple[Chunk, ...], bytes, int]]:
         """Steps that rebuild every row from nothing, at most `positions_per_step` positions each.
 
         Yields:
@@ -125,4 +125,4 @@ class SentLog:
             for (begin, reach), (end, _) in pairwise(changes):
                 for start in range(begin, end, step):
                     chunk = bytes(row.data[start * size : min(start + step, end) * size])
-                    yield (Part(number, start, len(chunk) // size, 0),), chunk, reach
+                    yield (Chunk(number, start, len(chunk) // size, 0),), chunk, reach

@@ -86,7 +86,7 @@ class FailureCode(IntEnum):
     """Not about a request: the peer is about to end, and serves the session until its client has replaced it."""
 
 
-class Part(NamedTuple):
+class Chunk(NamedTuple):
     """New positions of one row in a step."""
 
     row: int
@@ -108,7 +108,7 @@ class Timing(NamedTuple):
     """Round trip to the next hop, as this one has seen it lately; 0: not measured."""
 
 
-class ToldLoad(NamedTuple):
+class LoadReport(NamedTuple):
     """How busy a device has been lately, see `scheduler.load`; records tell the same, seconds to a minute later."""
 
     wait_ms: float
@@ -173,13 +173,15 @@ class Pong:
     """Highest number of a step or pass of the session's epoch that was finished here; replays do not count."""
     timing: tuple[Timing, ...] = appended(records(Timing, (_MAX_US,) * 3, most=1), ())
     """Of the last decode step of the session here; empty: there was none."""
-    load: tuple[ToldLoad, ...] = appended(several(row(ToldLoad, number(0, 1e9), number(0, 1e9), _UNIX_S), most=1), ())
+    load: tuple[LoadReport, ...] = appended(
+        several(row(LoadReport, number(0, 1e9), number(0, 1e9), _UNIX_S), most=1), ()
+    )
     """Empty: not asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Opens a session at a hop, or changes an open one: a larger budget, another next hop, a newer epoch."""
+    """Opens a session at a hop, or changes an open one: a larger reservation, another next hop, a newer epoch."""
 
     TAG: ClassVar[int] = 3
     session: bytes = _session()
@@ -188,7 +190,7 @@ class Open:
     """Fingerprint of the weights."""
     start: int = wire(uint(MAX_BLOCKS))
     end: int = wire(uint(MAX_BLOCKS))
-    budget: int = wire(uint(MAX_POSITIONS))
+    reservation: int = wire(uint(MAX_POSITIONS))
     """Positions of KV cache to reserve, over all rows."""
     codec: int = wire(uint(255))
     """Codec of what this hop sends on."""
@@ -237,7 +239,7 @@ class Step:
     session: bytes = _session()
     epoch: int = _epoch()
     number: int = wire(_NUMBER)
-    parts: tuple[Part, ...] = wire(records(Part, (_ROW_ID, *(MAX_POSITIONS,) * 3), most=MAX_ROWS))
+    parts: tuple[Chunk, ...] = wire(records(Chunk, (_ROW_ID, *(MAX_POSITIONS,) * 3), most=MAX_ROWS))
     forks: tuple[Fork, ...] | None = wire(optional(records(Fork, (_ROW_ID, _ROW_ID), most=MAX_ROWS)))
     """Applied before the new positions; rows that are not named are dropped. None: the rows stay."""
     replay_until: int = wire(uint(MAX_BLOCKS))

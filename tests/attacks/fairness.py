@@ -19,6 +19,7 @@ from splitnet.transport.transport import Transport
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Destination, Endpoint
 from splitnet.wire.messages import (
+    Chunk,
     Close,
     Failure,
     FetchKV,
@@ -26,7 +27,6 @@ from splitnet.wire.messages import (
     Gradient,
     Message,
     Open,
-    Part,
     Payload,
     Ping,
     Pong,
@@ -87,16 +87,16 @@ class Client:
         except queue.Empty:
             return None
 
-    def open(self, budget: int, session: bytes | None = None, *, epoch: int = 1) -> tuple[bytes, Message | None]:
+    def open(self, reservation: int, session: bytes | None = None, *, epoch: int = 1) -> tuple[bytes, Message | None]:
         """Opens a session; returns its id and the answer."""
         session = session or os.urandom(16)
-        self.say(self.opening(session, budget, epoch=epoch))
+        self.say(self.opening(session, reservation, epoch=epoch))
         return session, self.hear()
 
-    def opening(self, session: bytes, budget: int, *, epoch: int = 1) -> Open:
+    def opening(self, session: bytes, reservation: int, *, epoch: int = 1) -> Open:
         """What opens a session."""
         self.positions[session] = 0
-        return Open(session, epoch, self.facts.fingerprint, self.start, self.end, budget, PLAIN, b"", b"", "")
+        return Open(session, epoch, self.facts.fingerprint, self.start, self.end, reservation, PLAIN, b"", b"", "")
 
     def ping_ms(self) -> float:
         """How long the peer takes to answer a ping; what else it has said is forgotten."""
@@ -111,7 +111,7 @@ class Client:
         """Sends the next positions of a session, of which the last comes back."""
         start = self.positions[session]
         self.positions[session] = start + positions
-        part = Part(1, start, positions, 1)
+        part = Chunk(1, start, positions, 1)
         self.say(Step(session, 1, start + positions, (part,), None, 0, PLAIN, self.hidden(positions)))
 
     def forward(self, session: bytes, number: int, lengths: Sequence[int], *, kept: bool = False) -> None:
@@ -149,7 +149,7 @@ def decodes(
     *,
     seconds: float,
     sessions: int = 64,
-    budget: int = 512,
+    reservation: int = 512,
     blocks: tuple[int, int] | None = None,
     began: Callable[[], None] = lambda: None,
 ) -> int:
@@ -162,7 +162,7 @@ def decodes(
         How many tokens it got.
     """
     with Client(endpoint, facts, blocks) as client:
-        ids = [client.open(budget)[0] for _ in range(sessions)]
+        ids = [client.open(reservation)[0] for _ in range(sessions)]
         for session in ids:
             client.step(session)
         began()
@@ -171,7 +171,7 @@ def decodes(
             answer = client.hear(left)
             if isinstance(answer, Result):
                 tokens += 1
-                if client.positions[answer.session] < budget:
+                if client.positions[answer.session] < reservation:
                     client.step(answer.session)
         return tokens
 
@@ -280,17 +280,17 @@ def squats(
     facts: ModelFacts,
     *,
     seconds: float,
-    budget: int,
+    reservation: int,
     blocks: tuple[int, int] | None = None,
     began: Callable[[], None] = lambda: None,
 ) -> int:
-    """Reserves `budget` positions of KV memory in one session, and opens it again and again. Returns how often."""
+    """Reserves `reservation` positions of KV memory in one session, and opens it again and again. Returns how often."""
     opened = 0
     with Client(endpoint, facts, blocks) as client:
         session, until, epoch = os.urandom(16), time.monotonic() + seconds, 0
         while time.monotonic() < until:
             epoch += 1
-            _, answer = client.open(budget, session, epoch=epoch)
+            _, answer = client.open(reservation, session, epoch=epoch)
             opened += not isinstance(answer, Failure)
             if epoch == 1:
                 began()

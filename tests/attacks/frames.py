@@ -17,6 +17,7 @@ from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import (
     Adapter,
     Announce,
+    Chunk,
     Close,
     FetchKV,
     Fork,
@@ -25,7 +26,6 @@ from splitnet.wire.messages import (
     LookUp,
     Message,
     Open,
-    Part,
     Ping,
     Replay,
     Step,
@@ -45,7 +45,7 @@ def said(facts: ModelFacts, blocks: tuple[int, int], session: bytes) -> list[Mes
     hidden = 4 * facts.hidden_size
 
     def step(number: int, first: int, count: int, forks: tuple[Fork, ...] | None = None) -> Step:
-        part = Part(1, first, count, 1)
+        part = Chunk(1, first, count, 1)
         return Step(session, 1, number, (part,), forks, start, PLAIN, bytes(hidden * count))
 
     weights = {f"{start}.self_attn.q_proj.lora_A": torch.zeros(2, facts.hidden_size)}

@@ -22,6 +22,7 @@ from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Destination, Endpoint
 from splitnet.wire.messages import (
     Adapter,
+    Chunk,
     Close,
     Failure,
     FetchKV,
@@ -31,7 +32,6 @@ from splitnet.wire.messages import (
     Message,
     Open,
     Opened,
-    Part,
     Payload,
     Ping,
     Pong,
@@ -102,7 +102,7 @@ class Stranger:
 
     def open(
         self,
-        budget: int,
+        reservation: int,
         session: bytes | None = None,
         *,
         epoch: int = 1,
@@ -112,7 +112,7 @@ class Stranger:
         """A session that is open, or was refused; `onward`: where its next hop is taken from."""
         session = session or os.urandom(16)
         key, address = (onward.next_key, onward.next_address) if onward is not None else (b"", "")
-        self.say(Open(session, epoch, self._model, *self.blocks, budget, PLAIN, b"", key, address))
+        self.say(Open(session, epoch, self._model, *self.blocks, reservation, PLAIN, b"", key, address))
         self._open.add(session)
         self.wait_for(session, Opened)
         return session
@@ -126,7 +126,7 @@ class Stranger:
     def positions(self, count: int) -> bytes:
         return b"\x00\x00\x80\x3f" * (count * self.hidden_size)
 
-    def step(self, session: bytes, number: int, *parts: Part, forks: Sequence[Fork] | None = None) -> Step:
+    def step(self, session: bytes, number: int, *parts: Chunk, forks: Sequence[Fork] | None = None) -> Step:
         count = sum(part.length for part in parts)
         named = tuple(forks) if forks is not None else None
         return Step(session, 1, number, parts, named, 0, PLAIN, self.positions(count))
@@ -151,7 +151,7 @@ def prefix_rows(
     seconds: float,
     heads: int,
     head_size: int,
-    budget: int,
+    reservation: int,
     rows: int = 100,
     blocks: tuple[int, int] | None = None,
     began: Began = _nothing,
@@ -160,7 +160,7 @@ def prefix_rows(
 
     Args:
         heads, head_size: of keys and values.
-        budget: positions of a session; its half takes some passes.
+        reservation: positions of a session; its half takes some passes.
 
     Returns:
         How often.
@@ -168,17 +168,17 @@ def prefix_rows(
     until, rounds = time.monotonic() + seconds, 0
     with Stranger(endpoint, facts, blocks) as stranger:
         start, end = stranger.blocks
-        shape = heads, min(4096, budget // 2), head_size
+        shape = heads, min(4096, reservation // 2), head_size
         kinds = [f"{block}.prefix_{kind}" for block in range(start, end) for kind in ("keys", "values")]
         prefix = write_groups({kind: torch.zeros(shape) for kind in kinds})
         while time.monotonic() < until:
-            session = stranger.open(budget)
-            late = [Part(2 + row, 0, 1, 0) for row in range(rows)]
-            stranger.say(stranger.step(session, 1, Part(1, 0, budget // 2, 1), *late))
+            session = stranger.open(reservation)
+            late = [Chunk(2 + row, 0, 1, 0) for row in range(rows)]
+            stranger.say(stranger.step(session, 1, Chunk(1, 0, reservation // 2, 1), *late))
             stranger.say(*(Adapter(session, 1, 1, len(prefix) - 1 - i, part) for i, part in enumerate(prefix)))
             stranger.wait_for(session, Result)
             forks = [Fork(5000 + row, 2) for row in range(1000)]
-            stranger.say(stranger.step(session, 2, Part(5000, 1, 1, 1), forks=forks))
+            stranger.say(stranger.step(session, 2, Chunk(5000, 1, 1, 1), forks=forks))
             stranger.wait_for(session, Result)
             began()
             stranger.close(session)
@@ -191,7 +191,7 @@ def tiny_rows(
     facts: ModelFacts,
     *,
     seconds: float,
-    budget: int,
+    reservation: int,
     blocks: tuple[int, int] | None = None,
     began: Began = _nothing,
 ) -> int:
@@ -203,9 +203,9 @@ def tiny_rows(
     until, rows = time.monotonic() + seconds, 0
     with Stranger(endpoint, facts, blocks) as stranger:
         while time.monotonic() < until:
-            session = stranger.open(budget)
-            for number in range(1, budget // 1000 + 2):
-                parts = [Part(1000 * number + row, 0, 1, 0) for row in range(min(1000, budget))]
+            session = stranger.open(reservation)
+            for number in range(1, reservation // 1000 + 2):
+                parts = [Chunk(1000 * number + row, 0, 1, 0) for row in range(min(1000, reservation))]
                 stranger.say(stranger.step(session, number, *parts))
                 if isinstance(stranger.wait_for(session, Result), Failure):
                     break
@@ -220,7 +220,7 @@ def lost_logs(
     facts: ModelFacts,
     *,
     seconds: float,
-    budget: int,
+    reservation: int,
     rounds: int = 1 << 30,
     blocks: tuple[int, int],
     began: Began = _nothing,
@@ -235,17 +235,17 @@ def lost_logs(
     """
     until, sent = time.monotonic() + seconds, 0
     with Stranger(endpoint, facts, blocks) as stranger:
-        session, numbers = stranger.open(budget), itertools.count(1)
+        session, numbers = stranger.open(reservation), itertools.count(1)
         forged = b"\xff" * CODECS["int8"].bytes_per_position(facts.hidden_size)
-        length = min(512, budget // 2)
+        length = min(512, reservation // 2)
         for row in range(1, rounds):
             if time.monotonic() > until:
                 break
-            for start in range(0, budget - length, length):
-                stranger.say(stranger.step(session, next(numbers), Part(2 * row, start, length, 1)))
+            for start in range(0, reservation - length, length):
+                stranger.say(stranger.step(session, next(numbers), Chunk(2 * row, start, length, 1)))
                 stranger.wait_for(session, Result)
                 sent += length
-            forks, part = (), Part(2 * row + 1, 0, 1, 1)
+            forks, part = (), Chunk(2 * row + 1, 0, 1, 1)
             stranger.say(Step(session, 1, next(numbers), (part,), forks, 0, INT8, forged))
             stranger.wait_for(session, Result)
             began()
@@ -257,16 +257,18 @@ def waiting_steps(
     facts: ModelFacts,
     *,
     seconds: float,
-    budget: int,
+    reservation: int,
     blocks: tuple[int, int] | None = None,
     began: Began = _nothing,
 ) -> int:
     """Sends steps of one position faster than any device computes them. Returns how many."""
     until, sent = time.monotonic() + seconds, 0
     with Stranger(endpoint, facts, blocks) as stranger:
-        session = stranger.open(budget)
+        session = stranger.open(reservation)
         while time.monotonic() < until:
-            steps = [stranger.step(session, sent + i, Part(sent + i, 0, 1, 0), forks=()) for i in range(1, AT_ONCE + 1)]
+            steps = [
+                stranger.step(session, sent + i, Chunk(sent + i, 0, 1, 0), forks=()) for i in range(1, AT_ONCE + 1)
+            ]
             stranger.say(*steps)
             sent += len(steps)
             began()
@@ -332,7 +334,7 @@ def replays(
     facts: ModelFacts,
     *,
     seconds: float,
-    budget: int,
+    reservation: int,
     blocks: tuple[int, int],
     began: Began = _nothing,
 ) -> tuple[int, int, int]:
@@ -359,10 +361,10 @@ def replays(
         with Stranger(endpoint, facts, blocks) as stranger:
             address = f"tcp://127.0.0.1:{following.port}"
             onward = Open(bytes(16), 1, "", 0, 1, 0, 0, b"", identity.public.raw, address)
-            session = stranger.open(budget, onward=onward)
-            length = min(512, budget)
-            for number, start in enumerate(range(0, budget - length + 1, length), 1):
-                stranger.say(stranger.step(session, number, Part(1, start, length, 0)))
+            session = stranger.open(reservation, onward=onward)
+            length = min(512, reservation)
+            for number, start in enumerate(range(0, reservation - length + 1, length), 1):
+                stranger.say(stranger.step(session, number, Chunk(1, start, length, 0)))
                 uploaded += len(stranger.positions(length))
             deadline = time.monotonic() + ANSWER_S
             while came < uploaded and time.monotonic() < deadline:
@@ -383,7 +385,7 @@ def replays(
                     if time.monotonic() > until:
                         break
                 epoch += 1
-                stranger.open(budget, session, epoch=epoch, onward=onward)
+                stranger.open(reservation, session, epoch=epoch, onward=onward)
     finally:
         following.close()
     return asked, uploaded, came
@@ -423,7 +425,7 @@ def adapters(
             for payload in (half, eight, plain, plain):
                 version += 1
                 stranger.say(*(Adapter(session, 1, version, 0, payload) for _ in range(3)))
-                stranger.say(*(stranger.step(session, next(numbers), Part(1, 0, 1, 1)) for _ in range(20)))
+                stranger.say(*(stranger.step(session, next(numbers), Chunk(1, 0, 1, 1)) for _ in range(20)))
             version += 1
             stranger.say(*(Adapter(session, 1, version, 1, b"") for _ in range(200)))
             stranger.say(*(Adapter(session, 1, version, 1000 - i, b"x") for i in range(200)))

@@ -35,10 +35,10 @@ from splitnet.nat.messages import (
     pack,
     unpack,
 )
-from splitnet.nat.relay import Helper
+from splitnet.nat.relay import RelayServer
 from splitnet.nat.stream import Dialing, host_and_port, send
 from splitnet.nat.tunnel import Tunnels
-from splitnet.nat.unreachable import Hidden
+from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import Identity, PublicKey
 from splitnet.transport.transport import Transport
 from splitnet.wire.endpoints import Endpoint, Relay
@@ -194,14 +194,14 @@ def _joined(relay: Relay, until: float) -> Iterator[list[socket.socket]]:
         yield ends
 
 
-class TakesNoCalls(Helper):
+class TakesNoCalls(RelayServer):
     """Keeps whoever comes, gives signs of life, and lets nobody through."""
 
     async def _call(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
         await self._refuse(sock, "busy")
 
 
-class Floods(Helper):
+class Floods(RelayServer):
     """Says without end that somebody calls, as fast as it is heard, and keeps callers waiting."""
 
     said = b"".join(pack(Called(bytes([index]) * 16, bytes([index]) * 32, "")) for index in range(200))
@@ -216,7 +216,7 @@ class Floods(Helper):
         await asyncio.Event().wait()
 
 
-class Drops(Helper):
+class Drops(RelayServer):
     """Lets nobody stay."""
 
     async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
@@ -245,12 +245,12 @@ def hostile_helpers(kind: str, seconds: float) -> int:
         for transport in (peer, caller):
             stack.callback(transport.close)
             transport.start()
-        helper = Helper(own_ways.loop, Identity.generate(), _ANY_PORT)
+        helper = RelayServer(own_ways.loop, Identity.generate(), _ANY_PORT)
         stack.callback(helper.close)
         helper.start()
         found.append(helper.relay_at("127.0.0.1"))
         inside = f"tcp://127.0.0.1:{peer.port}"
-        hidden = Hidden(ways.loop, identity, inside, ways.behind, lambda: found, lambda: None)
+        hidden = UnreachablePeer(ways.loop, identity, inside, ways.behind, lambda: found, lambda: None)
         stack.callback(hidden.stop)
         process = psutil.Process()
         before = process.memory_info().rss, process.num_fds()

@@ -17,7 +17,7 @@ import zmq
 
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import Message, Open, Opened, Part, Ping, Pong, Step, decode, encode
+from splitnet.wire.messages import Chunk, Message, Open, Opened, Ping, Pong, Step, decode, encode
 
 FRAME_BYTES = 1 << 20
 ANSWER_S = 20.0
@@ -143,7 +143,7 @@ def unread_answers(
         while time.monotonic() < deadline:
             step += 1
             for number, client in enumerate(clients):
-                part = Part(1, 0, positions, positions)
+                part = Chunk(1, 0, positions, positions)
                 client.say(Step(bytes([number]) * 16, 1, step, (part,), None, 0, 0, payload))
             time.sleep(0.01)
 

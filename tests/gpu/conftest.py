@@ -16,7 +16,7 @@ import torch
 import peers.server
 from splitnet.blocks import device as device_choice
 from splitnet.blocks.device import Choice, find_device
-from splitnet.blocks.fast import captured
+from splitnet.blocks.fast import graph_step
 from splitnet.quant import experts
 from splitnet.session import options
 from tests.unit.recorded_operations import OperationRecorder
@@ -46,9 +46,9 @@ def device(request: pytest.FixtureRequest) -> Any:
         patch.setattr(options, "find_device", found)
         patch.setattr(torch.accelerator, "synchronize", lambda device: None)
         # Graphs and the grouped product always pay: what a timing decides is the same at every run.
-        patch.setattr(captured, "recorder_for", lambda device: OperationRecorder() if device == OTHER else None)
-        patch.setattr(captured, "SIZES", (1, 4))
-        for module in (captured, experts):
+        patch.setattr(graph_step, "recorder_for", lambda device: OperationRecorder() if device == OTHER else None)
+        patch.setattr(graph_step, "SIZES", (1, 4))
+        for module in (graph_step, experts):
             patch.setattr(module, "milliseconds", lambda device, work, times: next(falling))
         yield name
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from splitnet.blocks.fast import captured
-from splitnet.blocks.fast.captured import CapturedStep
-from splitnet.blocks.fast.lean import LeanStep
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.fast import graph_step
+from splitnet.blocks.fast.graph_step import GraphStep
+from splitnet.blocks.fast.torch_step import TorchStep
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant.device import Stopwatch, seconds_after_work, to_device, to_host
 from splitnet.quant.gpu import FORMS, device_form
 from splitnet.quant.grouped import hold_stored
-from splitnet.quant.linear import HeldLinear
+from splitnet.quant.linear import QuantizedLinear
 from splitnet.quant.memory import free_memory, give_back_memory
 from tests.gpu.conftest import STAND_IN
 from tests.unit.random_codes import LAYOUTS, matrix_of
@@ -52,7 +52,7 @@ def session(span: Span) -> list[torch.Tensor]:
     def run(*given: tuple[int, int]) -> torch.Tensor:
         hidden = torch.randn(sum(count for _, count in given), span.hidden_size, generator=noise)
         rows = (first, second)
-        return span.forward(hidden, [Part(rows[row], rows[row].length, count) for row, count in given]).float().cpu()
+        return span.forward(hidden, [Chunk(rows[row], rows[row].length, count) for row, count in given]).float().cpu()
 
     outputs = [run((0, 5), (1, 9)), run((0, 1), (1, 1)), run((0, 1), (1, 4)), run((1, 1))]
     first.crop(3)
@@ -107,7 +107,7 @@ def test_steps_from_graphs_are_those_of_the_cpu(
             hidden = torch.randn(sum(counts), here.hidden_size, generator=noise)
             expected, got = (
                 span.forward(
-                    hidden, [Part(row, row.length, count) for row, count in zip(held, counts, strict=False)]
+                    hidden, [Chunk(row, row.length, count) for row, count in zip(held, counts, strict=False)]
                 ).float()
                 for span, held in zip(spans, rows, strict=True)
             )
@@ -121,16 +121,16 @@ def test_steps_prove_themselves_on_cuda(gpu: str, checkpoints: dict[str, Path]) 
     if torch.device(gpu).type != "cuda":
         pytest.skip("graphs are those of CUDA")
     span = Span.load(Checkpoint.open(checkpoints["llama"]), 0, 4, dtype="bfloat16", device=gpu)
-    step = span._lean.lean if isinstance(span._lean, CapturedStep) else span._lean
-    assert isinstance(step, LeanStep)
-    recorder = captured.recorder_for(span.device)
+    step = span._lean.lean if isinstance(span._lean, GraphStep) else span._lean
+    assert isinstance(step, TorchStep)
+    recorder = graph_step.recorder_for(span.device)
     assert recorder is not None
     with torch.inference_mode():
-        for size in captured.SIZES:
-            rows = captured.rows_to_try(span, size)
+        for size in graph_step.SIZES:
+            rows = graph_step.rows_to_try(span, size)
             given = torch.zeros(size, span.hidden_size, dtype=span.dtype, device=gpu)
-            recorded = captured.Recorded(step, given, recorder)
-            assert captured.fault_of(span, step, recorded, rows) is None
+            recorded = graph_step.Recorded(step, given, recorder)
+            assert graph_step.fault_of(span, step, recorded, rows) is None
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -154,7 +154,7 @@ def test_the_grouped_product_proves_itself_or_is_named(
         assert len(warned) == 1 and span._backbone.config._experts_implementation == "eager"
     else:
         print("experts run by", span._backbone.config._experts_implementation, [each.getMessage() for each in warned])
-    assert torch.isfinite(span.forward(torch.ones(3, span.hidden_size), [Part(span.new_row(), 0, 3)])).all()
+    assert torch.isfinite(span.forward(torch.ones(3, span.hidden_size), [Chunk(span.new_row(), 0, 3)])).all()
 
 
 def test_activations_travel_as_they_are(device: str) -> None:
@@ -217,5 +217,5 @@ def test_memory_is_what_was_foretold(kind: str, gpu: str, checkpoints: dict[str,
     held = torch.accelerator.memory_allocated(gpu) - allocated
     assert span.weight_bytes <= held <= 1.2 * span.weight_bytes + 2**20
     assert free_memory(gpu) > 0
-    forms = [layer.held for layer in span._backbone.modules() if isinstance(layer, HeldLinear)]
+    forms = [layer.held for layer in span._backbone.modules() if isinstance(layer, QuantizedLinear)]
     print(kind, sum(isinstance(form, FORMS) for form in forms), "of", len(forms), "layers have a kernel")

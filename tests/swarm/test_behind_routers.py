@@ -16,12 +16,12 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks import netlab
 from peers.server import Peer
 from splitnet.directory.dht import Directory
-from splitnet.directory.relay_offer import HelperOffer, relaying
+from splitnet.directory.relay_offer import RelayOffer, relaying
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
 from splitnet.nat import unreachable as hidden_module
 from splitnet.nat.loop import WaysLoop
 from splitnet.nat.punch import Way
-from splitnet.nat.relay import Helper
+from splitnet.nat.relay import RelayServer
 from splitnet.security.identity import Identity
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.transport.addresses import Reach
@@ -61,15 +61,15 @@ class Behind:
         for peer in self.peers.values():
             peer._announcer.publish()
 
-    def _help(self, stack: ExitStack, name: str) -> Helper:
+    def _help(self, stack: ExitStack, name: str) -> RelayServer:
         identity = Identity.generate()
         with self.lab.inside(name):
             loop = WaysLoop()
             stack.callback(loop.close)
-            helper = Helper(loop, identity, f"tcp://{self.lab.address(name)}:0")
+            helper = RelayServer(loop, identity, f"tcp://{self.lab.address(name)}:0")
             stack.callback(helper.close)
             helper.start()
-            offer = HelperOffer(self.node, identity, helper.relay_at(self.lab.address(name)))
+            offer = RelayOffer(self.node, identity, helper.relay_at(self.lab.address(name)))
             stack.callback(offer.close)
             offer.start()
         return helper

@@ -17,7 +17,7 @@ from splitnet.session.events import Cause
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
 from splitnet.wire.endpoints import Destination
-from splitnet.wire.messages import Part, Result
+from splitnet.wire.messages import Chunk, Result
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.unit.random_models import random_checkpoint
 
@@ -112,17 +112,17 @@ def test_a_hop_rebuilds_its_cache_from_the_log_of_the_one_before(shared: LocalSw
     swarm = shared.connect()
     torch.manual_seed(0)
     hidden = torch.randn(20, 64)
-    with_replay = Session(swarm, ConnectionOptions(codec="int8"), budget=64)
-    undisturbed = Session(swarm, ConnectionOptions(codec="int8"), budget=64)
+    with_replay = Session(swarm, ConnectionOptions(codec="int8"), reservation=64)
+    undisturbed = Session(swarm, ConnectionOptions(codec="int8"), reservation=64)
     for session in (with_replay, undisturbed):
-        session.step(hidden[:12], [Part(1, 0, 12, 0)])
-        session.step(hidden[12:15], [Part(1, 12, 3, 1)])
+        session.step(hidden[:12], [Chunk(1, 0, 12, 0)])
+        session.step(hidden[12:15], [Chunk(1, 12, 3, 1)])
     # The last hop has lost the session; the hop before sends its log again.
     tail = next(peer for peer in shared.peers if peer.span.end == 6)
     held = tail.service.sessions.get(with_replay.id)
     assert held is not None
     tail.service.sessions.remove(held)
-    after = [session.step(hidden[15:16], [Part(1, 15, 1, 1)]) for session in (with_replay, undisturbed)]
+    after = [session.step(hidden[15:16], [Chunk(1, 15, 1, 1)]) for session in (with_replay, undisturbed)]
     assert torch.equal(*after)
     assert [recovered.cause for recovered in with_replay.recoveries] == [Cause.SESSION_LOST]
     held = tail.service.sessions.get(with_replay.id)
@@ -133,11 +133,11 @@ def test_a_hop_rebuilds_its_cache_from_the_log_of_the_one_before(shared: LocalSw
 
 
 def test_a_repeated_step_changes_nothing(shared: LocalSwarm) -> None:
-    session = Session(shared.connect(), ConnectionOptions(codec="none"), budget=64)
+    session = Session(shared.connect(), ConnectionOptions(codec="none"), reservation=64)
     hidden = torch.randn(10, 64, generator=torch.Generator().manual_seed(3))
-    session.step(hidden[:9], [Part(1, 0, 9, 1)])
-    once = session.step(hidden[9:], [Part(1, 9, 1, 1)])
-    twice = session.step(hidden[9:], [Part(1, 9, 1, 1)])
+    session.step(hidden[:9], [Chunk(1, 0, 9, 1)])
+    once = session.step(hidden[9:], [Chunk(1, 9, 1, 1)])
+    twice = session.step(hidden[9:], [Chunk(1, 9, 1, 1)])
     assert torch.equal(once, twice)
     session.close()
 
@@ -145,9 +145,9 @@ def test_a_repeated_step_changes_nothing(shared: LocalSwarm) -> None:
 def test_a_step_beyond_what_is_cached_is_refused(shared: LocalSwarm) -> None:
     from splitnet.errors import ProtocolError
 
-    session = Session(shared.connect(), ConnectionOptions(codec="none"), budget=64)
+    session = Session(shared.connect(), ConnectionOptions(codec="none"), reservation=64)
     with pytest.raises((PeerFailed, ProtocolError), match="position"):
-        session.step(torch.randn(1, 64), [Part(1, 5, 1, 1)])
+        session.step(torch.randn(1, 64), [Chunk(1, 5, 1, 1)])
     session.close()
 
 

@@ -15,7 +15,7 @@ from splitnet.directory.dht import Directory
 from splitnet.errors import DirectoryError
 from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
-from splitnet.swarm import peers
+from splitnet.swarm import peer_cache
 from splitnet.swarm.links import MAX_LINKS
 from splitnet.wire.endpoints import Endpoint
 from tests.swarm.generation import GREEDY, After, prompt
@@ -50,7 +50,7 @@ def test_a_silent_directory_ends_no_generation_and_forbids_none(
 
         directory.peers = directory.models = silent
         # Whoever wants to know of peers finds that it is time to ask again.
-        monkeypatch.setattr(peers, "RECORDS_MAX_AGE_S", 0.0)
+        monkeypatch.setattr(peer_cache, "RECORDS_MAX_AGE_S", 0.0)
 
     options: Any = GREEDY | ({"speculate": speculate} if speculate else {})
     expected = local.generate(**prompt(), **GREEDY)
@@ -81,9 +81,9 @@ def test_a_hop_is_replaced_while_the_directory_is_silent(
 
     def lose_a_hop() -> None:
         directory.peers = directory.models = silent
-        monkeypatch.setattr(peers, "RECORDS_MAX_AGE_S", 0.0)
+        monkeypatch.setattr(peer_cache, "RECORDS_MAX_AGE_S", 0.0)
         assert cache.session is not None
-        model.swarm.links._link_changed(cache.session.hops[1].endpoint, peers.LinkState.DOWN)
+        model.swarm.links._link_changed(cache.session.hops[1].endpoint, peer_cache.LinkState.DOWN)
 
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=After(5, lose_a_hop))

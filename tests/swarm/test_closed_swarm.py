@@ -23,7 +23,7 @@ from splitnet.security.swarm_key import SwarmKey, write_secret_file
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
-from splitnet.wire.messages import Announce, Announced, Found, LookUp, Part
+from splitnet.wire.messages import Announce, Announced, Chunk, Found, LookUp
 from tests.attacks.directory import ask_of_nothing
 from tests.attacks.transport import Client
 from tests.swarm.harness import LocalSwarm, local_swarm
@@ -216,14 +216,14 @@ def test_a_session_leaves_a_peer_that_is_trusted_no_longer(swarm: LocalSwarm, tm
     trusted = tmp_path / "trusted"
     trusted.write_text("".join(f"{key.text}\n" for key in keys))
     with connect(swarm.peers[0], trusted=AuthorizedKeys.from_file(trusted)) as client:
-        session = Session(client, ConnectionOptions(codec="none"), budget=64)
-        session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)])
+        session = Session(client, ConnectionOptions(codec="none"), reservation=64)
+        session.step(torch.ones(3, 64), [Chunk(1, 0, 3, 1)])
         (used,) = {hop.endpoint.key for hop in session.hops}
         (other,) = keys - {used}
         trusted.write_text(f"{other.text}\n")
         deadline = time.monotonic() + 5
         for at in range(3, 50):
-            session.step(torch.ones(1, 64), [Part(1, at, 1, 1)])
+            session.step(torch.ones(1, 64), [Chunk(1, at, 1, 1)])
             if [hop.endpoint.key for hop in session.hops] == [other]:
                 break
             assert time.monotonic() < deadline
@@ -233,6 +233,6 @@ def test_a_session_leaves_a_peer_that_is_trusted_no_longer(swarm: LocalSwarm, tm
         trusted.write_text(f"{Identity.generate().public.text}\n")
         with pytest.raises(SplitnetError, match="trust"):
             for later in range(at + 1, at + 50):
-                session.step(torch.ones(1, 64), [Part(1, later, 1, 1)])
+                session.step(torch.ones(1, 64), [Chunk(1, later, 1, 1)])
                 time.sleep(0.1)
         session.close()

@@ -91,7 +91,7 @@ def test_records_and_metrics_say_what_a_token_takes(client: Swarm, peers: list[P
 def test_a_client_takes_the_route_that_it_prefers(
     client: Swarm, peers: list[Peer], options: dict[str, Any], chosen: int
 ) -> None:
-    session = Session(client, ConnectionOptions(codec="none", **options), budget=16)
+    session = Session(client, ConnectionOptions(codec="none", **options), reservation=16)
     session.open()
     assert [hop.name for hop in session.hops] == [peers[chosen].identity.public.text]
     session.close()

@@ -74,13 +74,13 @@ def ms_per_token(peer: Peer, facts: ModelFacts, load: Callable[..., int], **opti
 
 @pytest.fixture(scope="module")
 def equal_ms(peer: Peer, facts: ModelFacts) -> float:
-    return ms_per_token(peer, facts, fairness.decodes, sessions=1, budget=250)
+    return ms_per_token(peer, facts, fairness.decodes, sessions=1, reservation=250)
 
 
 @pytest.mark.parametrize(
     ("load", "options"),
     [
-        (fairness.decodes, {"sessions": 64, "budget": 200}),
+        (fairness.decodes, {"sessions": 64, "reservation": 200}),
         (fairness.prefills, {"sessions": 8, "length": 200}),
         (fairness.trains, {"lengths": (256,) * 16, "waiting": 2}),
         (fairness.trains, {"lengths": (256,) * 16, "waiting": 6, "backward": False}),
@@ -106,7 +106,9 @@ def test_who_holds_all_memory_without_steps_makes_room(
     began = threading.Event()
     capacity = peer.sessions.capacity
     with ThreadPoolExecutor(1) as threads, fairness.Client(peer.endpoint, facts) as client:
-        load = threads.submit(fairness.squats, peer.endpoint, facts, seconds=SECONDS, budget=capacity, began=began.set)
+        load = threads.submit(
+            fairness.squats, peer.endpoint, facts, seconds=SECONDS, reservation=capacity, began=began.set
+        )
         assert began.wait(20)
         _, refused = client.open(100)
         assert isinstance(refused, Failure) and refused.code == FailureCode.BUSY

@@ -31,6 +31,7 @@ from splitnet.wire.messages import (
     AdapterLoaded,
     Announce,
     Announced,
+    Chunk,
     Close,
     Failure,
     FetchedKV,
@@ -43,7 +44,6 @@ from splitnet.wire.messages import (
     Message,
     Open,
     Opened,
-    Part,
     Ping,
     Pong,
     Replay,
@@ -302,9 +302,9 @@ def training(draw: st.DrawFn) -> Message:
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
     """Steps with values that a program would not send; many are well-formed enough to reach the device."""
-    parts = tuple(draw(st.lists(st.builds(Part, rows, counts, counts, counts), max_size=4)))
+    parts = tuple(draw(st.lists(st.builds(Chunk, rows, counts, counts, counts), max_size=4)))
     if draw(st.booleans()):
-        parts = tuple(Part(row, start % 2, 1 + length % 40, 1) for row, start, length, _ in parts)
+        parts = tuple(Chunk(row, start % 2, 1 + length % 40, 1) for row, start, length, _ in parts)
     forks = draw(st.none() | st.none() | st.lists(st.builds(Fork, rows, rows), max_size=6).map(tuple))
     codec = draw(codecs)
     positions = sum(part.length for part in parts)
@@ -329,7 +329,7 @@ def hostile_messages(attacker: Attacker) -> st.SearchStrategy[Message]:
         keys,
         addresses | st.just(attacker.peer_address),
     )
-    useful = st.builds(attacker.open, session_ids, epoch=epochs, budget=st.integers(0, 600))
+    useful = st.builds(attacker.open, session_ids, epoch=epochs, reservation=st.integers(0, 600))
     return st.one_of(
         opens,
         useful,
@@ -367,8 +367,8 @@ def test_mutated_frames(attacker: Attacker) -> None:
     payload = bytes(3 * 4 * HIDDEN)
     valid = [
         attacker.open(SESSIONS[0]),
-        Step(SESSIONS[0], 1, 1, (Part(1, 0, 3, 1),), None, 0, 0, payload),
-        Step(SESSIONS[0], 1, 2, (Part(1, 0, 1, 1), Part(2, 0, 2, 1)), (Fork(2, 1),), 0, 0, payload),
+        Step(SESSIONS[0], 1, 1, (Chunk(1, 0, 3, 1),), None, 0, 0, payload),
+        Step(SESSIONS[0], 1, 2, (Chunk(1, 0, 1, 1), Chunk(2, 0, 2, 1)), (Fork(2, 1),), 0, 0, payload),
         Forward(SESSIONS[0], 1, 1, 0, (2, 1), True, 0, 0, 0, payload),
         Gradient(SESSIONS[0], 1, 1, 3, 1, False, 0, payload),
         Adapter(SESSIONS[0], 1, 1, 0, write_tensors({"0.prefix_keys": torch.ones(2, 3, 16)})),
@@ -425,7 +425,7 @@ def test_thousands_of_sessions(running: LocalSwarm, attacker: Attacker) -> None:
     names = [number.to_bytes(16, "big") for number in range(3000)]
     before = running.peers[0].sessions.free_positions
     for first in range(0, len(names), 100):
-        attacker.say(*(attacker.open(name, budget=0) for name in names[first : first + 100]))
+        attacker.say(*(attacker.open(name, reservation=0) for name in names[first : first + 100]))
         attacker.ping()
     assert len(running.peers[0].sessions) <= MAX_SESSIONS
     for first in range(0, len(names), 100):
@@ -439,14 +439,14 @@ def test_thousands_of_next_hops(running: LocalSwarm, attacker: Attacker) -> None
     sockets = psutil.Process().num_fds()
     for number in range(2000):
         attacker.say(
-            attacker.open(SESSIONS[0], epoch=2 + number, budget=64, next_key=HOSTILE_KEYS[0], next_address=target)
+            attacker.open(SESSIONS[0], epoch=2 + number, reservation=64, next_key=HOSTILE_KEYS[0], next_address=target)
             if (target := f"tcp://192.0.2.1:{1 + number}")
             else Close(SESSIONS[0])
         )
     names = [number.to_bytes(16, "big") for number in range(2 * MAX_NEXT_HOPS)]
     for number, name in enumerate(names):
         address = f"tcp://192.0.2.2:{1 + number}"
-        attacker.say(attacker.open(name, budget=64, next_key=HOSTILE_KEYS[1], next_address=address))
+        attacker.say(attacker.open(name, reservation=64, next_key=HOSTILE_KEYS[1], next_address=address))
     attacker.ping()
     assert len(transport._links) <= MAX_NEXT_HOPS
     assert psutil.Process().num_fds() - sockets < 8 * MAX_NEXT_HOPS
@@ -470,7 +470,7 @@ def test_peers_cannot_be_made_to_push_in_a_circle(running: LocalSwarm, attacker:
         assert time.monotonic() < deadline
         attacker.ping()
     refused = attacker.answers.get(Failure, 0)
-    attacker.say(Step(SESSIONS[0], 1, 5, (Part(1, 0, 1, 1),), None, 0, 0, bytes(4 * HIDDEN)))
+    attacker.say(Step(SESSIONS[0], 1, 5, (Chunk(1, 0, 1, 1),), None, 0, 0, bytes(4 * HIDDEN)))
     # The step runs once; its output comes back to the same peer, which refuses it.
     while attacker.answers.get(Failure, 0) == refused:
         assert time.monotonic() < deadline
@@ -482,25 +482,25 @@ def test_peers_cannot_be_made_to_push_in_a_circle(running: LocalSwarm, attacker:
 
 
 def test_rows_that_were_cropped_are_not_collected(running: LocalSwarm, attacker: Attacker) -> None:
-    attacker.say(attacker.open(SESSIONS[0], budget=600))
+    attacker.say(attacker.open(SESSIONS[0], reservation=600))
     held = running.peers[0].sessions
     for row in range(1, 40):
-        parts = (Part(row, 0, 500, 0), *((Part(row - 1, 0, 1, 0),) if row > 1 else ()))
+        parts = (Chunk(row, 0, 500, 0), *((Chunk(row - 1, 0, 1, 0),) if row > 1 else ()))
         positions = sum(part.length for part in parts)
         attacker.say(Step(SESSIONS[0], 1, row, parts, None, 0, 0, bytes(positions * 4 * HIDDEN)))
         attacker.wait_until_idle()
     session = held.get(SESSIONS[0])
     assert session is not None
     per_position = running.peers[0].span.kv_bytes_per_position
-    assert sum(row.nbytes for row in session.rows.values()) <= room_for(session.budget) * per_position
+    assert sum(row.nbytes for row in session.rows.values()) <= room_for(session.reservation) * per_position
 
 
 def test_a_fork_bomb_copies_nothing(running: LocalSwarm, attacker: Attacker) -> None:
-    attacker.say(attacker.open(SESSIONS[0], budget=2200))
+    attacker.say(attacker.open(SESSIONS[0], reservation=2200))
     hidden = bytes(200 * 4 * HIDDEN)
-    attacker.say(Step(SESSIONS[0], 1, 1, (Part(1, 0, 200, 0),), None, 0, 0, hidden))
+    attacker.say(Step(SESSIONS[0], 1, 1, (Chunk(1, 0, 200, 0),), None, 0, 0, hidden))
     bomb = tuple(Fork(row, 1) for row in range(2, 1000))
-    attacker.say(Step(SESSIONS[0], 1, 2, (Part(2, 200, 1, 0),), bomb, 0, 0, bytes(4 * HIDDEN)))
+    attacker.say(Step(SESSIONS[0], 1, 2, (Chunk(2, 200, 1, 0),), bomb, 0, 0, bytes(4 * HIDDEN)))
     attacker.wait_until_idle()
     session = running.peers[0].sessions.get(SESSIONS[0])
     assert session is not None
@@ -509,13 +509,13 @@ def test_a_fork_bomb_copies_nothing(running: LocalSwarm, attacker: Attacker) -> 
 
 @pytest.mark.full
 def test_an_endless_queue_of_small_steps(attacker: Attacker) -> None:
-    attacker.say(attacker.open(SESSIONS[0], budget=2000))
+    attacker.say(attacker.open(SESSIONS[0], reservation=2000))
     forks = tuple(Fork(1, 1) for _ in range(900))
     slowest = 0.0
     for _ in range(10):
         for number in range(300):
             attacker.say(
-                Step(SESSIONS[0], 1, number, (Part(1, 0, 1, 1),), forks if number % 2 else None, 0, 0, bytes(256))
+                Step(SESSIONS[0], 1, number, (Chunk(1, 0, 1, 1),), forks if number % 2 else None, 0, 0, bytes(256))
             )
         slowest = max(slowest, attacker.ping())
     assert slowest < ANSWER_S * 1000
@@ -535,9 +535,9 @@ def test_another_client_is_not_disturbed_while_it_lasts(running: LocalSwarm, fol
                 session = SESSIONS[number % 2]
                 # NaN, a gap, a row twice, and a close while steps are on the device.
                 attacker.say(
-                    Step(session, 1, number, (Part(1, 0, 4, 4),), None, 0, 0, nan * 4),
-                    Step(session, 1, number, (Part(1, 99, 1, 1),), None, 0, 0, nan),
-                    Step(session, 1, number, (Part(2, 0, 1, 1), Part(2, 0, 1, 1)), None, 0, 0, nan * 2),
+                    Step(session, 1, number, (Chunk(1, 0, 4, 4),), None, 0, 0, nan * 4),
+                    Step(session, 1, number, (Chunk(1, 99, 1, 1),), None, 0, 0, nan),
+                    Step(session, 1, number, (Chunk(2, 0, 1, 1), Chunk(2, 0, 1, 1)), None, 0, 0, nan * 2),
                 )
                 if number % 20 == 19:
                     attacker.say(Close(session), attacker.open(session))

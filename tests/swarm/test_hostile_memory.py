@@ -147,7 +147,7 @@ def serving(folder: Path, spans: list[tuple[int, int]], training_memory: int = T
 
 
 def test_rows_take_no_more_than_was_reserved(victims: Victims) -> None:
-    options: dict[str, Any] = {"seconds": SECONDS, "budget": BUDGET, "blocks": (0, 3)}
+    options: dict[str, Any] = {"seconds": SECONDS, "reservation": BUDGET, "blocks": (0, 3)}
 
     def attack(began: Callable[[], None]) -> None:
         attacks.prefix_rows(victims.endpoint, victims.facts, heads=HEADS, head_size=HEAD_SIZE, began=began, **options)
@@ -165,7 +165,7 @@ def test_small_messages_are_counted_with_their_objects(folder: Path) -> None:
 
         def attack(began: Callable[[], None]) -> None:
             attacks.tiny_passes(victims.endpoint, victims.facts, seconds=SECONDS, began=began)
-            attacks.waiting_steps(victims.endpoint, victims.facts, seconds=SECONDS, budget=BUDGET)
+            attacks.waiting_steps(victims.endpoint, victims.facts, seconds=SECONDS, reservation=BUDGET)
 
         with victims.attacked(attack) as seen:
             assert 0 < seen.kept <= little // MESSAGE_BYTES
@@ -201,7 +201,9 @@ def test_small_requests_have_little_sent(victims: Victims) -> None:
 
     def attack(began: Callable[[], None]) -> None:
         figures.append(
-            attacks.replays(victims.endpoint, victims.facts, seconds=SECONDS, budget=BUDGET, blocks=(0, 3), began=began)
+            attacks.replays(
+                victims.endpoint, victims.facts, seconds=SECONDS, reservation=BUDGET, blocks=(0, 3), began=began
+            )
         )
 
     with victims.attacked(attack):

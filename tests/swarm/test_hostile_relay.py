@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from splitnet.nat import punch
-from splitnet.nat.relay import HelperBounds
+from splitnet.nat.relay import RelayBounds
 from tests.attacks import relay as attacks
 from tests.attacks.transport import in_background
 from tests.unit.nat.test_ways_streams import World, ask, to, wait_until
@@ -31,7 +31,7 @@ def test_a_hidden_peer_is_reached_beside_hostile_helpers(kind: str) -> None:
 @pytest.mark.parametrize("name", attacks.ATTACKS)
 def test_members_are_served_beside_strangers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(punch, "PUNCH_S", 0.0)
-    bounds, attack = HelperBounds(), attacks.ATTACKS[name]
+    bounds, attack = RelayBounds(), attacks.ATTACKS[name]
     with ExitStack() as stack:
         world = World(stack)
         helper = world.helper(bounds=bounds)

@@ -114,7 +114,7 @@ def test_numbers_are_those_of_training(swarm: LocalSwarm, scrape: Callable[[], l
 
 def test_what_is_refused_is_told_by_cause(swarm: LocalSwarm, scrape: Callable[[], list[Told]]) -> None:
     before = scrape()
-    session = Session(swarm.client, ConnectionOptions(codec="none"), budget=64)
+    session = Session(swarm.client, ConnectionOptions(codec="none"), reservation=64)
     session.open()
     with pytest.raises(PeerBusy):
         session.reserve(1 << 23)

@@ -13,8 +13,8 @@ from splitnet.nat import punch
 from splitnet.nat import unreachable as hidden_module
 from splitnet.nat.loop import WaysLoop
 from splitnet.nat.punch import Way
-from splitnet.nat.relay import Helper
-from splitnet.nat.unreachable import Hidden
+from splitnet.nat.relay import RelayServer
+from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Endpoint, LinkState
 from tests.unit.nat.test_ways_streams import ask, wait_until
@@ -45,7 +45,7 @@ class Lab:
         with self.net.inside("helper"):  # threads stay where they begin
             loop = WaysLoop()
             stack.callback(loop.close)
-            self.helper = Helper(loop, Identity.generate(), f"tcp://{self.net.address('helper')}:0")
+            self.helper = RelayServer(loop, Identity.generate(), f"tcp://{self.net.address('helper')}:0")
             stack.callback(self.helper.close)
             self.helper.start()
         self.node = self._node("peer", "tcp://0.0.0.0:0")
@@ -53,7 +53,9 @@ class Lab:
         tunnels, relays = self.node.tunnels, [self.helper.relay_at(self.net.address("helper"))]
         with self.net.inside("peer"):
             inside = f"tcp://127.0.0.1:{self.node.transport.port}"
-            self.hidden = Hidden(tunnels.loop, self.node.identity, inside, tunnels.behind, lambda: relays, lambda: None)
+            self.hidden = UnreachablePeer(
+                tunnels.loop, self.node.identity, inside, tunnels.behind, lambda: relays, lambda: None
+            )
             stack.callback(self.hidden.stop)
             self.hidden.start()
         wait_until(lambda: self.hidden.relays)

@@ -18,7 +18,7 @@ from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.endpoints import Connection, Endpoint
-from splitnet.wire.messages import Message, Part, Step
+from splitnet.wire.messages import Chunk, Message, Step
 from tests.swarm.harness import LocalSwarm, local_swarm
 
 pytestmark = pytest.mark.swarm
@@ -35,9 +35,9 @@ def private(folder: Path, tmp_path: Path) -> Iterator[tuple[LocalSwarm, Identity
 
 
 def one_step(swarm: Swarm) -> torch.Tensor:
-    session = Session(swarm, ConnectionOptions(codec="none"), budget=16)
+    session = Session(swarm, ConnectionOptions(codec="none"), reservation=16)
     try:
-        return session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)])
+        return session.step(torch.ones(3, 64), [Chunk(1, 0, 3, 1)])
     finally:
         session.close()
 
@@ -82,8 +82,8 @@ def test_a_peer_with_another_key_than_its_record_is_not_used(folder: Path) -> No
         _announce(swarm, lie, impostor)
         client = swarm.connect()
         assert {record.key for record in client.peers(fresh=True)} == {honest.identity.public, impostor.public}
-        session = Session(client, ConnectionOptions(codec="none"), budget=16)
-        assert session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)]).shape == (1, 64)
+        session = Session(client, ConnectionOptions(codec="none"), reservation=16)
+        assert session.step(torch.ones(3, 64), [Chunk(1, 0, 3, 1)]).shape == (1, 64)
         assert [hop.endpoint.key for hop in session.hops] == [honest.identity.public]
         session.close()
 
@@ -100,10 +100,10 @@ def test_a_swarm_of_impostors_serves_nobody(folder: Path) -> None:
 def test_a_session_belongs_to_the_key_that_opened_it(folder: Path) -> None:
     with local_swarm(folder, [(0, 6)]) as swarm:
         owner, thief = swarm.connect(), swarm.connect()
-        session = Session(owner, ConnectionOptions(codec="none"), budget=16)
-        before = session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)])
+        session = Session(owner, ConnectionOptions(codec="none"), reservation=16)
+        before = session.step(torch.ones(3, 64), [Chunk(1, 0, 3, 1)])
         # The thief knows the id and everything else of the session.
-        stolen = Session(thief, ConnectionOptions(codec="none", recovery_timeout_s=0.5), budget=16)
+        stolen = Session(thief, ConnectionOptions(codec="none", recovery_timeout_s=0.5), reservation=16)
         owner_id, stolen_id = session.id, stolen.id
         thief.links.unregister(stolen)
         stolen.id = stolen.state.session = owner_id
@@ -115,11 +115,11 @@ def test_a_session_belongs_to_the_key_that_opened_it(folder: Path) -> None:
         service = swarm.peers[0].service
         service.receive(
             Connection(b"elsewhere", Identity.generate().public.curve_raw),
-            Step(owner_id, held.epoch, 99, (Part(1, 0, 1, 0),), None, 0, 0, bytes(256)),
+            Step(owner_id, held.epoch, 99, (Chunk(1, 0, 1, 0),), None, 0, 0, bytes(256)),
             time.monotonic(),
         )
         assert {row: cache.length for row, cache in held.rows.items()} == {1: 3}
-        again = session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)])
+        again = session.step(torch.ones(3, 64), [Chunk(1, 0, 3, 1)])
         assert torch.equal(before, again)
         assert stolen_id != owner_id
         session.close()

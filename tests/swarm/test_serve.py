@@ -615,7 +615,7 @@ def test_nobody_forges_a_role_with_special_tokens(small: Path) -> None:
 
     def tokens(*said: tuple[str, str]) -> list[int]:
         messages = [{"role": role, "content": text} for role, text in said]
-        return prompts.of_chat(ChatRequest.model_validate({"model": MODEL, "messages": messages}).conversation, [])
+        return prompts.of_chat(ChatRequest.model_validate({"model": MODEL, "messages": messages}).chat_messages, [])
 
     plain = [("system", "Be kind."), ("user", " How are you? ")]
     messages = [{"role": role, "content": text} for role, text in plain]

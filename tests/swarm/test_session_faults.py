@@ -223,9 +223,9 @@ def test_memory_is_extended_while_drafts_are_under_way(
         with model.session() as cache:
             generated(model, ids[:, :100], max_new_tokens=2)
             assert isinstance(cache.session, Session)
-            budget = cache.session.state.budget
+            reservation = cache.session.state.reservation
             got = generated(model, ids, speculate=long_local, **limit)
-            assert cache.session.state.budget > budget
+            assert cache.session.state.reservation > reservation
             assert not cache.session.recoveries
     assert torch.equal(got, generated(long_local, ids, **limit))
 

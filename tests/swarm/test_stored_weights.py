@@ -11,11 +11,11 @@ import torch
 from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
-from splitnet.blocks.backbone import HeldEmbedding
-from splitnet.blocks.head import HeldHead
+from splitnet.blocks.backbone import QuantizedEmbedding
+from splitnet.blocks.head import QuantizedHead
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory
-from splitnet.quant.stored import StoredTensor
+from splitnet.quant.stored import PackedTensor
 from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
@@ -42,7 +42,7 @@ def exact(file: Path) -> Any:
     checkpoint = Checkpoint.open(file)
     with checkpoint.store.load_tensors({name: name for name in checkpoint.store.names}, torch.float32) as tensors:
         read = {name: tensor[...] for name, tensor in tensors.items()}
-    numbers = {name: tensor.floats() if isinstance(tensor, StoredTensor) else tensor for name, tensor in read.items()}
+    numbers = {name: tensor.floats() if isinstance(tensor, PackedTensor) else tensor for name, tensor in read.items()}
     model_class: Any = type(AutoModelForCausalLM.from_config(checkpoint.config))
     model = model_class.from_pretrained(None, config=checkpoint.config, state_dict=numbers, dtype=torch.float32)
     return model.eval().requires_grad_(False)
@@ -54,8 +54,8 @@ def test_they_give_what_its_numbers_give(swarm: LocalSwarm, exact: Any) -> None:
     mask = torch.ones_like(ids)
     with swarm.visit() as visitor:
         model: Any = visitor.model()
-        assert isinstance(model.get_input_embeddings(), HeldEmbedding)
-        assert isinstance(model.get_output_embeddings(), HeldHead)
+        assert isinstance(model.get_input_embeddings(), QuantizedEmbedding)
+        assert isinstance(model.get_output_embeddings(), QuantizedHead)
         with torch.no_grad():
             found, expected = model(ids).logits, exact(ids).logits
         assert float((found - expected).norm() / expected.norm()) < 2e-3  # kernels round activations to 16 bits

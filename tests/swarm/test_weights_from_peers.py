@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.transfer.held import WeightFolder, weights_folder
 from splitnet.directory.dht import Directory
@@ -53,7 +53,7 @@ def block_bytes_of(folder: Path, start: int, end: int) -> int:
 def computes_as(span: Span, folder: Path) -> bool:
     same = Span.load(Checkpoint.open(folder), span.start, span.end, weights=None)
     hidden = torch.randn(3, span.hidden_size, generator=torch.Generator().manual_seed(0))
-    outputs = [one.forward(hidden.clone(), [Part(one.new_row(), 0, 3)]) for one in (span, same)]
+    outputs = [one.forward(hidden.clone(), [Chunk(one.new_row(), 0, 3)]) for one in (span, same)]
     return torch.equal(*outputs)
 
 
@@ -156,7 +156,7 @@ def test_holes_are_not_read_as_weights(folder: Path, swarm: LocalSwarm) -> None:
 
 
 def test_who_does_not_share_gives_nothing(node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.checkpoint.transfer.fetching.PATIENCE_S", 0.5)
+    monkeypatch.setattr("splitnet.checkpoint.transfer.fetching.WAIT_LIMIT_S", 0.5)
     own = random_checkpoint("llama", tmp_path / "kept-llama", seed=2)
     with local_swarm(own, [(0, 6)], node=node) as swarm:  # anybody may connect, so it does not by itself
         with pytest.raises(ModelNotFound, match=r"at nobody who gives them .*--share-weights"):

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from splitnet.blocks.fast.captured import Recording
+from splitnet.blocks.fast.graph_step import Recording
 
 Result = TypeVar("Result")
 

@@ -53,6 +53,7 @@ from splitnet.wire.messages import Adapter as AdapterMessage
 from splitnet.wire.messages import (
     AdapterGradient,
     AdapterLoaded,
+    Chunk,
     Failure,
     FailureCode,
     Fork,
@@ -61,7 +62,6 @@ from splitnet.wire.messages import (
     Message,
     Open,
     Opened,
-    Part,
     Replay,
     Result,
     Step,
@@ -163,7 +163,7 @@ class Held:
     epoch: int
     start: int
     end: int
-    budget: int
+    reservation: int
     codec: int
     previous: bytes
     next: Endpoint | None
@@ -296,19 +296,19 @@ class PeerModel:
             self.fail(message.epoch, 0, FailureCode.WRONG_BLOCKS)
         elif held is None and (self.leaves or self.full):
             self.fail(message.epoch, 0, FailureCode.LEAVING if self.leaves else FailureCode.BUSY)
-        elif held is not None and message.budget > held.budget and self.full:
+        elif held is not None and message.reservation > held.reservation and self.full:
             self.fail(message.epoch, 0, FailureCode.BUSY)
         else:
             if held is None:
                 log = SentLog(message.codec, SIZE)
                 self.held = held = Held(
-                    message.epoch, message.start, message.end, message.budget, message.codec, b"", None, log
+                    message.epoch, message.start, message.end, message.reservation, message.codec, b"", None, log
                 )
             if message.epoch > held.epoch:
                 held.last = 0
                 held.kept.clear()
                 held.sums.clear()
-            held.epoch, held.budget = message.epoch, max(held.budget, message.budget)
+            held.epoch, held.reservation = message.epoch, max(held.reservation, message.reservation)
             following = self.world.at_key(message.next_key) if message.next_key else None
             reachable = following is None or (self.name, following.name) not in self.world.apart
             held.next = following.endpoint if following is not None and reachable else None
@@ -356,7 +356,7 @@ class PeerModel:
             made = run_blocks(held.start, held.end, held.tags, rows[part.row])[part.start :]
             outputs += made
             kept += made[len(made) - part.keep :]
-        if sum(map(len, rows.values())) > held.budget:
+        if sum(map(len, rows.values())) > held.reservation:
             self.fail(step.epoch, step.number, FailureCode.TOO_LONG)
             return
         if self.fault == "not finite":
@@ -510,7 +510,9 @@ class _Watched(SessionState):
 class World:
     """A session, its peers, and what is under way between them."""
 
-    def __init__(self, *, budget: int = 64, seed: int = 0, kind: Kind = Kind.ROUGH, any_weights: bool = False) -> None:
+    def __init__(
+        self, *, reservation: int = 64, seed: int = 0, kind: Kind = Kind.ROUGH, any_weights: bool = False
+    ) -> None:
         self.kind = kind
         self.now = 0.0
         self.peers = [PeerModel(self, index) for index in range(len(SPANS))]
@@ -534,7 +536,9 @@ class World:
         self._choose = random.Random(seed)
         self._events: deque[Event] = deque()
         self.told: list[Note] = []
-        self.state = _Watched(SID, model="m", blocks=(0, BLOCKS), hidden_size=1, budget=budget, any_weights=any_weights)
+        self.state = _Watched(
+            SID, model="m", blocks=(0, BLOCKS), hidden_size=1, reservation=reservation, any_weights=any_weights
+        )
         self.state.seen = self.seen
 
     # The outside of the machine.
@@ -667,7 +671,7 @@ class World:
 
     def submit(self, new: Sequence[tuple[int | None, int, int, int]], forks: tuple[Fork, ...] | None = None) -> None:
         """Sends new positions: (row or None for a new one, start, length, keep) of each."""
-        parts: list[Part] = []
+        parts: list[Chunk] = []
         payload: list[bytes] = []
         wanted: list[bytes] = []
         if forks is not None:
@@ -678,7 +682,7 @@ class World:
             row_id = row if row is not None else next(self._row_ids)
             tokens = tuple(self._new_token() for _ in range(length))
             self.rows[row_id] = self.rows.get(row_id, ())[:start] + tokens
-            parts.append(Part(row_id, start, length, keep))
+            parts.append(Chunk(row_id, start, length, keep))
             payload += tokens
             made = run_blocks(0, BLOCKS, self.tags, self.rows[row_id])
             wanted += made[len(made) - keep :]

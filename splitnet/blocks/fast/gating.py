@@ -11,9 +11,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from splitnet.blocks.fast.lean import is_mlp
-from splitnet.quant.experts import HeldExperts
-from splitnet.quant.linear import HeldLinear
+from splitnet.blocks.fast.torch_step import is_mlp
+from splitnet.quant.experts import QuantizedExperts
+from splitnet.quant.linear import QuantizedLinear
 
 _GATING_TRIALS = 64
 _CORRECTION = "e_score_correction_bias"
@@ -95,10 +95,10 @@ class KnownExperts:
     def of(cls, mlp: Any) -> Self | None:
         """For a family's own module; None: compiled steps do not know it."""
         parts = list(mlp.children())
-        held = [part for part in parts if isinstance(part, HeldExperts)]
+        held = [part for part in parts if isinstance(part, QuantizedExperts)]
         routers = [part for part in parts if hasattr(part, "top_k") and part not in held]
         shared = [part for part in parts if is_mlp(part)]
-        openers = [part for part in parts if isinstance(part, (nn.Linear, HeldLinear))]
+        openers = [part for part in parts if isinstance(part, (nn.Linear, QuantizedLinear))]
         if len(parts) != len(held + routers + shared + openers) or max(len(shared), len(openers)) > 1:
             return None
         if len(held) != 1 or len(routers) != 1 or list(mlp.parameters(recurse=False)):

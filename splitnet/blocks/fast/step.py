@@ -9,13 +9,13 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from splitnet.blocks.attention import Part
-from splitnet.blocks.fast.captured import CapturedStep, with_recordings
-from splitnet.blocks.fast.compiled import CompiledStep
-from splitnet.blocks.fast.lean import LeanStep
-from splitnet.blocks.kv_cache import RowCache
+from splitnet.blocks.attention import Chunk
+from splitnet.blocks.fast.graph_step import GraphStep, with_recordings
+from splitnet.blocks.fast.native_step import NativeStep
+from splitnet.blocks.fast.torch_step import TorchStep
+from splitnet.blocks.kv_cache import SequenceCache
 
-FastStep = LeanStep | CapturedStep | CompiledStep
+FastStep = TorchStep | GraphStep | NativeStep
 
 LEAN_PROMPT = 5
 LEAN_TRIALS = 3
@@ -41,9 +41,9 @@ class Runs(Protocol):
 
     end: int
 
-    def new_row(self, room: int | None = None) -> RowCache: ...
+    def new_row(self, room: int | None = None) -> SequenceCache: ...
 
-    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor: ...
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor: ...
 
     def view(self, start: int, end: int) -> Runs: ...
 
@@ -54,16 +54,16 @@ def find_fast_step(
     """The fastest way through `blocks` that gives the same as `span`, which has these; None: there is none.
 
     Args:
-        of_torch: whether there may be a `LeanStep`.
+        of_torch: whether there may be a `TorchStep`.
     """
     compiled = _compiled(blocks, rope, windows, span.dtype) if span.device.type == "cpu" else None
-    for step in (compiled, LeanStep.of(blocks, rope, windows) if of_torch else None):
+    for step in (compiled, TorchStep.of(blocks, rope, windows) if of_torch else None):
         # Where shapes do not fit, it is another structure with the same names.
         with suppress(RuntimeError):
             if step is None or not _gives_the_same(span, step):
                 continue
             if span.dtype == torch.float32 or _each_gives_the_same(span, step, blocks, rope, windows):
-                return with_recordings(span, step) if isinstance(step, LeanStep) else step
+                return with_recordings(span, step) if isinstance(step, TorchStep) else step
     return None
 
 
@@ -75,17 +75,17 @@ def same_kind(
     dtype: torch.dtype,
 ) -> FastStep | None:
     """For some of the blocks that `former` was found for: the same way through these."""
-    if isinstance(former, CompiledStep):
+    if isinstance(former, NativeStep):
         return _compiled(blocks, rope, windows, dtype)
-    lean = LeanStep.of(blocks, rope, windows)
-    return former.with_blocks_of(lean) if isinstance(former, CapturedStep) and lean is not None else lean
+    lean = TorchStep.of(blocks, rope, windows)
+    return former.with_blocks_of(lean) if isinstance(former, GraphStep) and lean is not None else lean
 
 
 def _compiled(
     blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None], dtype: torch.dtype
-) -> CompiledStep | None:
+) -> NativeStep | None:
     with suppress(Exception):  # whatever another structure leads to: there is the family's own code
-        return CompiledStep.of(blocks, rope, windows, dtype)
+        return NativeStep.of(blocks, rope, windows, dtype)
     return None
 
 
@@ -110,11 +110,11 @@ def _gives_the_same(span: Runs, step: FastStep, *, alone: bool = False) -> bool:
     if alone:
         tolerance, rounding = LEAN_TOLERANCE_ALONE, LEAN_ROUNDING_ALONE
     prompt = torch.randn(LEAN_PROMPT, span.hidden_size, generator=noise, dtype=torch.float32)
-    span.forward(torch.cat((prompt, prompt)), [Part(row, 0, LEAN_PROMPT) for row in rows])
+    span.forward(torch.cat((prompt, prompt)), [Chunk(row, 0, LEAN_PROMPT) for row in rows])
     for position in range(LEAN_PROMPT, LEAN_PROMPT + LEAN_TRIALS):
         given = torch.randn(1, span.hidden_size, generator=noise).to(device=span.device, dtype=span.dtype)
-        expected = span.forward(given, [Part(rows[0], position, 1)])
-        got = step.forward(given, [Part(rows[1], position, 1)])
+        expected = span.forward(given, [Chunk(rows[0], position, 1)])
+        got = step.forward(given, [Chunk(rows[1], position, 1)])
         rows[1].advance(1)
         allowed = tolerance * (expected - given).float().norm() + rounding * given.float().norm()
         if not (got - expected).float().norm() <= allowed:

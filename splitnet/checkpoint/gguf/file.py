@@ -19,7 +19,7 @@ from splitnet.checkpoint.gguf.layouts import Bytes, layout_of, plain_dtype, read
 from splitnet.checkpoint.shards import MOST_OF_NAME
 from splitnet.checkpoint.transfer.manifest import MAX_HEAD_BYTES
 from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
-from splitnet.quant.stored import Codes, Experts, Layout, StoredMatrix, StoredTensor
+from splitnet.quant.stored import Codes, Experts, Layout, PackedTensor, StoredMatrix
 
 _LONG = 1024
 """Numbers; a list with one for each block is shorter."""
@@ -120,7 +120,7 @@ class GgufTensor:
         return self.data.nbytes
 
     def tensor(self) -> torch.Tensor:
-        """Reads numbers; of codes a `StoredTensor`, which reads them when they are asked for."""
+        """Reads numbers; of codes a `PackedTensor`, which reads them when they are asked for."""
         dtype = plain_dtype(self.stored)
         if dtype is not None:
             return torch.from_numpy(np.array(self.data)).view(dtype).reshape(self.shape)
@@ -129,13 +129,13 @@ class GgufTensor:
         if len(self.shape) == 1:
             return whole.floats()[0]
         if len(self.shape) == 2:
-            return StoredTensor.of(whole)
+            return PackedTensor.of(whole)
         outputs = self.shape[-2]
 
         def one(expert: int) -> tuple[StoredMatrix]:
             return (whole.of_outputs(slice(expert * outputs, (expert + 1) * outputs)),)
 
-        return StoredTensor.__new__(StoredTensor, Experts(len(rows) // outputs, one), stacked=True)
+        return PackedTensor.__new__(PackedTensor, Experts(len(rows) // outputs, one), stacked=True)
 
 
 class _FileMatrix(StoredMatrix):

@@ -23,7 +23,7 @@ from splitnet.checkpoint.quant.format import MALFORMED
 from splitnet.checkpoint.store import LazyTensor, Progress, ReadBytes, TensorFacts
 from splitnet.checkpoint.transfer.held import Place, WeightFolder
 from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
-from splitnet.quant.stored import StoredTensor
+from splitnet.quant.stored import PackedTensor
 
 _ARCHITECTURE = "general.architecture"
 _MAX_ROPE_BYTES = 1 << 20
@@ -197,7 +197,7 @@ class GgufStore:
             tensor = self._made(
                 recipe, [part.tensor() for part in recipe.parts]
             )  # of codes nothing is read before they are asked for
-            if isinstance(tensor, StoredTensor):
+            if isinstance(tensor, PackedTensor):
                 held = {matrix.layout for matrix in tensor.experts[0]}
                 widest = max(held, key=lambda layout: layout.nbytes(*tensor.experts[0][0].shape))
                 return TensorFacts(tuple(tensor.shape), tensor.dtype, widest, nbytes, tensor.transposed)

@@ -22,8 +22,8 @@ from splitnet.quant.stored import (
     Codes,
     Kind,
     Layout,
+    PackedTensor,
     StoredMatrix,
-    StoredTensor,
     signed_codes,
     spread,
     unpack_nibbles,
@@ -47,7 +47,7 @@ class Nf4(QuantizedFormat):
     )
     needed = frozenset({WEIGHT, "maxima", "table", "state"})
 
-    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor | Numbers:
+    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
         """See `QuantizedFormat.tensor`."""
         weight, maxima = parts[WEIGHT], parts["maxima"]
         if parts["state"].nbytes > DESCRIPTION_BYTES:
@@ -89,7 +89,7 @@ class Nf4(QuantizedFormat):
             def read() -> Codes:
                 return Codes(codes().view(outputs, inputs), scales().view(outputs, -1))
 
-            return StoredTensor.of(
+            return PackedTensor.of(
                 StoredMatrix(Layout(4, block, Kind.FLOAT32, table="nf4"), (outputs, inputs), read), dtype
             )
 
@@ -109,7 +109,7 @@ class Int8(QuantizedFormat):
     suffixes = (Suffix(".SCB", ".weight", "maxima"), Suffix(".weight_format", ".weight", "order"))
     needed = frozenset({WEIGHT, "maxima"})
 
-    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor:
+    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor:
         """See `QuantizedFormat.tensor`."""
         weight, maxima = parts[WEIGHT], parts["maxima"]
         if weight.dtype != torch.int8 or len(weight.shape) != 2 or maxima.shape != weight.shape[:1]:
@@ -121,4 +121,4 @@ class Int8(QuantizedFormat):
                 raise misfit(parts["order"], "says that rows are not one after the other")
             return Codes(signed_codes(weight.read(...), 8), maxima.read(...).float().view(outputs, 1) / 127)
 
-        return StoredTensor.of(StoredMatrix(Layout(8, 0, Kind.FLOAT32, offset=128), (outputs, inputs), read), dtype)
+        return PackedTensor.of(StoredMatrix(Layout(8, 0, Kind.FLOAT32, offset=128), (outputs, inputs), read), dtype)

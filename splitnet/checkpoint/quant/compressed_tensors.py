@@ -20,7 +20,7 @@ from splitnet.checkpoint.quant.format import (
 from splitnet.checkpoint.quant.scaled_floats import FP8_TABLES, SCALE_KINDS, nvfp4_weight, scaled_weight
 from splitnet.errors import UnsupportedModel
 from splitnet.patterns import Patterns
-from splitnet.quant.stored import Codes, Kind, Layout, StoredTensor, in_order, layout_bits, signed_codes, unpack_words
+from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, in_order, layout_bits, signed_codes, unpack_words
 
 _FORMATS = frozenset(
     {
@@ -75,7 +75,7 @@ class CompressedTensors(QuantizedFormat):
                 "take one without"
             )
 
-    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor | Numbers:
+    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
         """See `QuantizedFormat.tensor`."""
         settings = self._settings_of(name.removesuffix(".weight"))
         packed = parts.get("packed")
@@ -95,7 +95,7 @@ class CompressedTensors(QuantizedFormat):
 
     def _unpacked(
         self, parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: torch.dtype
-    ) -> StoredTensor | Numbers:
+    ) -> PackedTensor | Numbers:
         weight, zero = parts[WEIGHT], parts.get("zero")
         if weight.dtype not in (*FP8_TABLES, torch.int8):
             raise misfit(weight, "has scales, and is stored neither in FP8 nor in int8")
@@ -152,7 +152,7 @@ class _Targets:
         return any(self._match(pattern, rest) for pattern in self._patterns for rest in rests)
 
 
-def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: torch.dtype) -> StoredTensor | Numbers:
+def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: torch.dtype) -> PackedTensor | Numbers:
     """Weights of 1 to 8 bits in int32 words, with scales for groups, outputs or all."""
     packed, scale, zero = parts["packed"], parts["scale"], parts.get("zero")
     bits = number_in(settings, "num_bits")

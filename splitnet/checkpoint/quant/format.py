@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from splitnet.errors import UnsupportedModel
-from splitnet.quant.stored import Codes, Experts, Layout, StoredMatrix, StoredTensor
+from splitnet.quant.stored import Codes, Experts, Layout, PackedTensor, StoredMatrix
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class QuantizedFormat(ABC):
     left: tuple[str, ...] = ()
 
     @abstractmethod
-    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor | Numbers:
+    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
         """A weight; nothing large is read before it is used.
 
         Args:
@@ -155,7 +155,7 @@ class Weights:
         """Whether a weight is one tensor of plain numbers."""
         return self.groups[name].keys() == {WEIGHT}
 
-    def tensor(self, name: str, part: Callable[[str], Part]) -> StoredTensor | Numbers | None:
+    def tensor(self, name: str, part: Callable[[str], Part]) -> PackedTensor | Numbers | None:
         """A weight that is read when it is used; None for plain numbers.
 
         Args:
@@ -215,7 +215,7 @@ def misfit(part: Part, why: str) -> UnsupportedModel:
 
 def codes_or_numbers(
     layout: Layout, shape: Sequence[int], read: Callable[[Any], Codes], dtype: torch.dtype
-) -> StoredTensor | Numbers:
+) -> PackedTensor | Numbers:
     """As `one_or_stacked`, for groups of any length: numbers, where that is none that codes are held in."""
     if layout.group % 16 == 0:
         return one_or_stacked(layout, shape, read, dtype)
@@ -230,7 +230,7 @@ def one_or_stacked(
     dtype: torch.dtype,
     *,
     transposed: bool = False,
-) -> StoredTensor:
+) -> PackedTensor:
     """A weight `[outputs, inputs]`, or of experts `[experts, outputs, inputs]`.
 
     Args:
@@ -243,4 +243,4 @@ def one_or_stacked(
         return (StoredMatrix(layout, (outputs, inputs), lambda: read(index)),)
 
     every = Experts(experts[0], matrix) if experts else [matrix(...)]
-    return StoredTensor.__new__(StoredTensor, every, stacked=bool(experts), transposed=transposed, dtype=dtype)
+    return PackedTensor.__new__(PackedTensor, every, stacked=bool(experts), transposed=transposed, dtype=dtype)

@@ -10,7 +10,7 @@ import torch
 from splitnet.checkpoint.quant.format import Numbers, Part, QuantizedFormat, Suffix, codes_or_numbers, misfit
 from splitnet.checkpoint.quant.scaled_floats import SCALE_KINDS
 from splitnet.errors import UnsupportedModel
-from splitnet.quant.stored import Codes, Kind, Layout, StoredTensor, in_order, layout_bits, unpack_words
+from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, in_order, layout_bits, unpack_words
 
 _WORD = 32
 _SUFFIXES = (
@@ -44,7 +44,7 @@ class Gptq(QuantizedFormat):
         self._symmetric = bool(settings.get("sym", False))
         self._permuted = bool(settings.get("desc_act", False))
 
-    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor | Numbers:
+    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
         """See `QuantizedFormat.tensor`."""
         words, zeros, scales, index = parts["codes"], parts["zeros"], parts["scales"], parts.get("groups")
         if {words.dtype, zeros.dtype} != {torch.int32} or {len(p.shape) for p in (words, zeros, scales)} != {2}:
@@ -124,7 +124,7 @@ class Awq(QuantizedFormat):
                 "of AWQ only 4 bits with zero points are known ('bits', 'zero_point'): take such a checkpoint"
             )
 
-    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor | Numbers:
+    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
         """See `QuantizedFormat.tensor`."""
         words, zeros, scales = parts["codes"], parts["zeros"], parts["scales"]
         if {words.dtype, zeros.dtype} != {torch.int32} or {len(p.shape) for p in (words, zeros, scales)} != {2}:

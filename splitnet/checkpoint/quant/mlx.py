@@ -11,7 +11,7 @@ from splitnet.checkpoint.families import FAMILIES, Family
 from splitnet.checkpoint.quant.format import WEIGHT, Part, QuantizedFormat, Suffix, misfit, number_in, one_or_stacked
 from splitnet.checkpoint.quant.scaled_floats import SCALE_KINDS
 from splitnet.errors import UnsupportedModel
-from splitnet.quant.stored import Codes, Kind, Layout, StoredTensor, unpack_words
+from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, unpack_words
 
 _FLOATS: Mapping[str, Layout] = {
     "mxfp4": Layout(4, 32, Kind.E8M0, table="e2m1"),
@@ -48,7 +48,7 @@ class Mlx(QuantizedFormat):
             )
         self._settings = settings
 
-    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor:
+    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor:
         """See `QuantizedFormat.tensor`."""
         one = self._matrix(parts[WEIGHT], parts["scales"], parts.get("biases"), dtype)
         if not name.endswith(".experts.gate_up_proj"):
@@ -59,7 +59,7 @@ class Mlx(QuantizedFormat):
         both: Any = torch.cat([one, up], dim=1)
         return both
 
-    def _matrix(self, weight: Part, scales: Part, biases: Part | None, dtype: torch.dtype) -> StoredTensor:
+    def _matrix(self, weight: Part, scales: Part, biases: Part | None, dtype: torch.dtype) -> PackedTensor:
         settings = self._settings.get(weight.name.removesuffix(".weight"), True)
         settings = self._settings if settings is True else settings
         mode, bits, group = (

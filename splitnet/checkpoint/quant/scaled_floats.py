@@ -20,7 +20,7 @@ from splitnet.checkpoint.quant.format import (
     one_or_stacked,
 )
 from splitnet.errors import UnsupportedModel
-from splitnet.quant.stored import Codes, Kind, Layout, StoredTensor, signed_codes, spread, unpack_nibbles
+from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, signed_codes, spread, unpack_nibbles
 
 FP8_TABLES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 SCALE_KINDS = {
@@ -60,7 +60,7 @@ class FineGrainedFP8(QuantizedFormat):
         self._block = settings.get("weight_block_size", (128, 128))
         self._fp4 = settings.get("expert_dtype", "fp8") == "fp4"
 
-    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor | Numbers:
+    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
         """See `QuantizedFormat.tensor`."""
         weight = parts[WEIGHT]
         packed = self._fp4 and weight.dtype in (torch.int8, torch.uint8)
@@ -80,7 +80,7 @@ class FbgemmFP8(QuantizedFormat):
     needed = frozenset({WEIGHT, "scale"})
     left = _ACTIVATIONS
 
-    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor | Numbers:
+    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
         """See `QuantizedFormat.tensor`."""
         weight, scale = parts[WEIGHT], parts["scale"]
         if weight.dtype not in FP8_TABLES:
@@ -109,7 +109,7 @@ class Mxfp4(QuantizedFormat):
     suffixes = (Suffix("_blocks", "", "blocks"), Suffix("_scales", "", "scales"))
     needed = frozenset({"blocks", "scales"})
 
-    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor:
+    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor:
         """See `QuantizedFormat.tensor`."""
         blocks, scales = parts["blocks"], parts["scales"]
         fits = len(blocks.shape) == 4 and blocks.shape[-1] == _MXFP4_GROUP // 2 and blocks.shape[:-1] == scales.shape
@@ -145,7 +145,7 @@ class ModelOpt(QuantizedFormat):
                 f"the algorithm {algorithm!r} of ModelOpt is not known: take a checkpoint in FP8 or NVFP4"
             )
 
-    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor | Numbers:
+    def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
         """See `QuantizedFormat.tensor`."""
         weight, scale = parts[WEIGHT], parts["scale"]
         if "global scale" in parts:
@@ -155,7 +155,7 @@ class ModelOpt(QuantizedFormat):
         return scaled_weight(weight, scale, dtype)
 
 
-def nvfp4_weight(packed: Part, scale: Part, whole: Part, dtype: torch.dtype, *, divide: bool) -> StoredTensor:
+def nvfp4_weight(packed: Part, scale: Part, whole: Part, dtype: torch.dtype, *, divide: bool) -> PackedTensor:
     """NVFP4: E2M1 codes, an FP8 scale for every 16 inputs, and one for all by which scales are divided or multiplied.
 
     There is no kind of scales that are FP8 times a number, so they are float32: the weight is held in 6 bits.
@@ -185,7 +185,7 @@ def scaled_weight(
     block: Sequence[int] | None = None,
     zero: Part | None = None,
     packed_fp4: bool = False,
-) -> StoredTensor | Numbers:
+) -> PackedTensor | Numbers:
     """A weight of FP8 or int8 numbers, or of FP4 numbers two to a byte, times its scales.
 
     Args:

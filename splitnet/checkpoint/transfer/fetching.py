@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 LOOK_S: Final = 5.0
 """How often others are looked for while pieces are missing."""
-PATIENCE_S: Final = 30.0
+WAIT_LIMIT_S: Final = 30.0
 """How long others are waited for while nobody has what is missing."""
 GATHER_S: Final = 0.5
 """How long what peers have is waited for, so that it is asked of all of them."""
@@ -184,7 +184,7 @@ class Fetcher:
 
     Attributes:
         fetched: what has come.
-        patience_s: how long others are waited for while nobody has what is missing.
+        wait_limit_s: how long others are waited for while nobody has what is missing.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Fetcher:
         report: Report = lambda stage, done, total: None,
     ) -> None:
         self.fetched = Fetched()
-        self.patience_s = PATIENCE_S
+        self.wait_limit_s = WAIT_LIMIT_S
         self.report = report
         self._folder = folder
         self._peers = peers
@@ -283,7 +283,7 @@ class _Fetch:
                 stuck_since = None
             elif stuck_since is None:
                 stuck_since = now
-            elif now - stuck_since > self._fetcher.patience_s:
+            elif now - stuck_since > self._fetcher.wait_limit_s:
                 raise ModelNotFound(self._explanation())
         self._report()
 

@@ -31,7 +31,7 @@ MAX_MODELS: Final = 8
 """Of one name that are asked about, as names are what anybody claims."""
 NEXT_S: Final = 5.0
 """After which another peer is asked, too, while one tells slowly."""
-PATIENCE_S: Final = 40.0
+ANSWER_LIMIT_S: Final = 40.0
 """A peer tells slowly if it is not done by then, or will not be at its rate: peers share the link of this machine."""
 ANSWER_S: Final = 10.0
 """In which a peer answers."""
@@ -230,7 +230,7 @@ class _Asked:
     def is_quick(self, now: float) -> bool:
         """Whether no other peer needs to be asked yet."""
         took = now - self.began
-        return took < NEXT_S or (self.nbytes > 0 and took * max(1, self.total / self.nbytes) < PATIENCE_S)
+        return took < NEXT_S or (self.nbytes > 0 and took * max(1, self.total / self.nbytes) < ANSWER_LIMIT_S)
 
 
 class _Race:

@@ -22,7 +22,7 @@ from scheduler.speculation import NO_DRAFTS, Pace, Window, best_window
 from splitnet.hf.cache import RemoteCache
 from splitnet.hf.speculate.drafts import Draft, Drafter
 from splitnet.hf.steps import Exchange
-from splitnet.swarm.plan import Forecast
+from splitnet.swarm.plan import Prediction
 
 SHARE = 0.2
 """Weight of the latest step in the averages of what steps cost."""
@@ -33,7 +33,7 @@ MEMORY = 0.97
 PRIOR_TOKENS = 4.0
 """So many tokens does what is assumed at first count for."""
 
-FORECAST_S = 1.0
+PREDICTION_S = 1.0
 """How long a forecast is used."""
 
 
@@ -56,8 +56,8 @@ class Experience:
         """By positions: what a step took beyond its forecast."""
         self._client_ms: dict[int, MovingAverage] = {}
         """By positions: what of a step kept this process busy."""
-        self._forecasts: dict[int, Forecast] = {}
-        self._forecast_at = 0.0
+        self._predictions: dict[int, Prediction] = {}
+        self._predicted_at = 0.0
         self._lock = threading.RLock()
 
     def acceptance(self, kind: int) -> float:
@@ -81,43 +81,47 @@ class Experience:
             self.accepted += right
             self.compared(kind, right)
 
-    def took(self, positions: int, elapsed_ms: float, client_ms: float, forecast: Callable[[int], Forecast]) -> None:
+    def took(
+        self, positions: int, elapsed_ms: float, client_ms: float, prediction: Callable[[int], Prediction]
+    ) -> None:
         """A step that was alone under way came back.
 
         Args:
             positions: that it had.
             elapsed_ms: from sending it until its tokens were chosen. client_ms: what of that kept this process busy.
-            forecast: what a step through the blocks is expected to take, by its positions.
+            prediction: what a step through the blocks is expected to take, by its positions.
         """
         with self._lock:
-            beyond = elapsed_ms - self._foretold(positions, forecast).latency_ms
+            beyond = elapsed_ms - self._predicted_step(positions, prediction).latency_ms
             for averages, value in ((self._beyond_ms, beyond), (self._client_ms, client_ms)):
                 averages.setdefault(positions, MovingAverage(SHARE)).add(value)
 
-    def window(self, kind: int, draft_ms: float, forecast: Callable[[int], Forecast]) -> Window:
+    def window(self, kind: int, draft_ms: float, prediction: Callable[[int], Prediction]) -> Window:
         """The window that promises most, for drafts of this kind; none as long as nothing was seen of plain steps."""
         if 1 not in self._beyond_ms:
             return NO_DRAFTS
 
         def latency_ms(positions: int) -> float:
-            return max(self._foretold(positions, forecast).latency_ms + _nearest(self._beyond_ms, positions), 0.1)
+            return max(
+                self._predicted_step(positions, prediction).latency_ms + _nearest(self._beyond_ms, positions), 0.1
+            )
 
-        def stage_ms(positions: int) -> float:
+        def slowest_hop_ms(positions: int) -> float:
             # What more positions take beyond the forecast is computed somewhere, at worst at the slowest hop.
             growth = max(0.0, _nearest(self._beyond_ms, positions) - self._beyond_ms[1].value)
-            stage = self._foretold(positions, forecast).stage_ms + growth
+            stage = self._predicted_step(positions, prediction).slowest_hop_ms + growth
             return max(stage, _nearest(self._client_ms, positions))
 
         with self._lock:
-            return best_window(self.acceptance(kind), Pace(latency_ms, stage_ms, draft_ms))
+            return best_window(self.acceptance(kind), Pace(latency_ms, slowest_hop_ms, draft_ms))
 
-    def _foretold(self, positions: int, forecast: Callable[[int], Forecast]) -> Forecast:
+    def _predicted_step(self, positions: int, prediction: Callable[[int], Prediction]) -> Prediction:
         now = time.monotonic()
-        if now - self._forecast_at > FORECAST_S:
-            self._forecasts, self._forecast_at = {}, now
-        if positions not in self._forecasts:
-            self._forecasts[positions] = forecast(positions)
-        return self._forecasts[positions]
+        if now - self._predicted_at > PREDICTION_S:
+            self._predictions, self._predicted_at = {}, now
+        if positions not in self._predictions:
+            self._predictions[positions] = prediction(positions)
+        return self._predictions[positions]
 
 
 def _nearest(averages: dict[int, MovingAverage], positions: int) -> float:
@@ -292,7 +296,7 @@ class Decoding:
         if sent.alone and self._drafts is not None:
             now = time.perf_counter()
             client_ms = sent.sending_ms + (now - began) * 1000 - (self._layer.waited_ms - waited_ms)
-            self._drafts.experience.took(sent.ids.shape[1], (now - sent.began) * 1000, client_ms, self._forecast)
+            self._drafts.experience.took(sent.ids.shape[1], (now - sent.began) * 1000, client_ms, self._prediction)
 
     def _send_windows(self) -> None:
         window = self._window()
@@ -313,7 +317,7 @@ class Decoding:
         guess = NOTHING if draft_ms > 0 else self._draft(1)
         if not draft_ms and not guess.tokens:
             return NO_DRAFTS
-        window = self._drafts.experience.window(guess.kind, draft_ms, self._forecast)
+        window = self._drafts.experience.window(guess.kind, draft_ms, self._prediction)
         if not window.length and not self._under_way:
             self._unseen_drafts += 1
             if draft_ms > 0 and self._unseen_drafts % LOOK_EVERY == 0:
@@ -369,7 +373,7 @@ class Decoding:
         self._drafted.clear()
         self._layer.crop(min(0, self._offset + len(self._text.tokens) - 1 - self._layer.columns))
 
-    def _forecast(self, positions: int) -> Forecast:
+    def _prediction(self, positions: int) -> Prediction:
         session = self._cache.session
         assert session is not None
-        return session.forecast(positions)
+        return session.prediction(positions)

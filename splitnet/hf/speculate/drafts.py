@@ -12,7 +12,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from scheduler.load import MovingAverage
-from splitnet.blocks.kv_cache import OneRow, RowCache, RowStates
+from splitnet.blocks.kv_cache import OneSequence, SequenceCache, SequenceStates
 from splitnet.checkpoint.families import family_of, keeps_states, states_per_block
 from splitnet.errors import SplitnetError
 
@@ -88,7 +88,7 @@ class DraftModel:
         self._text: list[int] = []
         self._cached: list[int] = []
         self._cache = DynamicCache()  # of full layers, which can always be cropped
-        self._row = RowCache(states=RowStates(states_per_block(config))) if has_states else None
+        self._row = SequenceCache(states=SequenceStates(states_per_block(config))) if has_states else None
         """In its place where blocks keep states; it has the tokens as what came in."""
         self._one_by_one = has_states and family_of(config).one_by_one
 
@@ -128,7 +128,7 @@ class DraftModel:
         pieces = to_run.split(1) if self._one_by_one and self._row.computed else [to_run]
         logits = torch.empty(0)
         for piece in pieces:
-            logits = self._run(piece, OneRow(self._row))
+            logits = self._run(piece, OneSequence(self._row))
             self._row.caught_up(self._row.computed + len(piece))
         self._row.advance(len(ids))
         return logits

@@ -241,7 +241,7 @@ def memory(sizes: ModelSizes, free: int) -> Finding:
     block = f"{sizes.block_bytes / 2**20:.0f} MiB as {sizes.held_as}"
     if fitting:
         return passed("memory", f"{gib(free)} are free: room for {fitting} of {sizes.num_blocks} blocks ({block} each)")
-    if free >= sizes.shell_bytes:
+    if free >= sizes.client_part_bytes:
         return warned(
             "memory",
             f"{gib(free)} are free: enough for a client, but not for one block ({block}) and its KV caches; free some, "
@@ -249,8 +249,8 @@ def memory(sizes: ModelSizes, free: int) -> Finding:
         )
     return failed(
         "memory",
-        f"{gib(free)} are free, and a client of {sizes.name} takes {gib(sizes.shell_bytes)}: end other programs, or "
-        "use a smaller model",
+        f"{gib(free)} are free, and a client of {sizes.name} takes {gib(sizes.client_part_bytes)}: "
+        "end other programs, or use a smaller model",
     )
 
 
@@ -262,6 +262,6 @@ def room_on_disk(model: str, sizes: ModelSizes | None) -> Finding:
         return passed("disk", "the model is read from where it lies, nothing is downloaded")
     whole = 0
     if sizes:
-        plain = sizes.num_blocks * (sizes.block_bytes + sizes.saved_bytes) + sizes.shell_bytes
+        plain = sizes.num_blocks * (sizes.block_bytes + sizes.saved_bytes) + sizes.client_part_bytes
         whole = sizes.file_bytes or plain
     return disk(Path(HF_HUB_CACHE), whole)

@@ -17,7 +17,7 @@ from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
 
 if TYPE_CHECKING:
-    from splitnet.tools.plan.planning import Plan, Stage
+    from splitnet.tools.plan.planning import Plan, PlannedSpan
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_PROMPT = 512
@@ -111,23 +111,23 @@ def plan(
         raise typer.Exit(1) from None
     if weights is None and sizes.dtype == "float16":
         dtype = Dtype.float16  # or CPUs would compute in float32, with caches of twice the size
-    commands = [_command(model, stage, dtype, weights, joins=index > 0) for index, stage in enumerate(made.stages)]
+    commands = [_command(model, span, dtype, weights, joins=index > 0) for index, span in enumerate(made.spans)]
     if as_json:
         typer.echo(json.dumps(_as_json(made, commands)))
     else:
         _print(made, commands)
 
 
-def _command(model: str, stage: Stage, dtype: Dtype | None, weights: WeightKind | None, *, joins: bool) -> str:
+def _command(model: str, span: PlannedSpan, dtype: Dtype | None, weights: WeightKind | None, *, joins: bool) -> str:
     """What to run on the device of a stage."""
-    needed = stage.memory_used - (stage.device.memory - stage.kv_memory)  # of all memory, what is not weights
-    whole_mib = stage.kv_memory // 2**20
-    kv_memory = f"{whole_mib}MiB" if whole_mib * 2**20 >= needed else f"{stage.kv_memory}B"
-    words = ["splitnet", "peer", model, "--blocks", f"{stage.start}:{stage.end}", "--kv-memory", kv_memory]
-    if stage.device.torch_device not in (None, AUTO):
-        words += ["--device", str(stage.device.torch_device)]
-    if stage.device.watts:
-        words += ["--watts", f"{stage.device.watts:.15g}"]
+    needed = span.memory_used - (span.device.memory - span.kv_memory)  # of all memory, what is not weights
+    whole_mib = span.kv_memory // 2**20
+    kv_memory = f"{whole_mib}MiB" if whole_mib * 2**20 >= needed else f"{span.kv_memory}B"
+    words = ["splitnet", "peer", model, "--blocks", f"{span.start}:{span.end}", "--kv-memory", kv_memory]
+    if span.device.torch_device not in (None, AUTO):
+        words += ["--device", str(span.device.torch_device)]
+    if span.device.watts:
+        words += ["--watts", f"{span.device.watts:.15g}"]
     if dtype is not None:
         words += ["--dtype", dtype.value]
     if weights is not None:
@@ -151,22 +151,22 @@ def _as_json(plan: Plan, commands: list[str]) -> dict[str, Any]:
         "client_ms_per_token": plan.client_ms,
         "devices": [
             {
-                "name": stage.device.name,
-                "start": stage.start,
-                "end": stage.end,
-                "memory_used": stage.memory_used,
-                "memory": stage.device.memory,
-                "ms_per_token": stage.ms_per_token,
-                "joules_per_token": stage.joules_per_token,
+                "name": span.device.name,
+                "start": span.start,
+                "end": span.end,
+                "memory_used": span.memory_used,
+                "memory": span.device.memory,
+                "ms_per_token": span.ms_per_token,
+                "joules_per_token": span.joules_per_token,
                 "command": command,
             }
-            for stage, command in zip(plan.stages, commands, strict=True)
+            for span, command in zip(plan.spans, commands, strict=True)
         ],
         "links": [
             {"from": link.sender, "to": link.receiver, "latency_ms": link.latency_ms, "ms_per_token": link.ms_per_token}
             for link in plan.links
         ],
-        "joules_per_token": joules_of(plan.stages),
+        "joules_per_token": joules_of(plan.spans),
         "tokens_per_s": plan.tokens_per_s,
         "first_token_ms": plan.first_token_ms,
         "sessions": plan.sessions,
@@ -192,6 +192,6 @@ def _print(plan: Plan, commands: list[str]) -> None:
     for sentence in summary(plan):
         console.print(sentence, soft_wrap=True, markup=False)
     console.print("\nRun on each device (ADDR is what the first one prints):")
-    for stage, command in zip(plan.stages, commands, strict=True):
-        console.print(f"  {stage.device.name}:", style="bold")
+    for span, command in zip(plan.spans, commands, strict=True):
+        console.print(f"  {span.device.name}:", style="bold")
         console.print(f"    {command}", soft_wrap=True, markup=False)

@@ -48,7 +48,7 @@ class Demand:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedSpan:
     """A device of the plan with its blocks `[start, end)`. Memory in bytes; ms_per_token: its part of a decode step.
 
     kv_memory: what its blocks leave for KV caches. joules_per_token: None if it is not known what the device draws.
@@ -92,7 +92,7 @@ class Plan:
     demand: Demand
     client: str
     client_ms: float | None
-    stages: tuple[Stage, ...]
+    spans: tuple[PlannedSpan, ...]
     links: tuple[UsedLink, ...]
     tokens_per_s: float
     first_token_ms: float
@@ -103,10 +103,10 @@ class Plan:
     exact: bool
 
 
-def joules_of(stages: Sequence[Stage]) -> float | None:
+def joules_of(spans: Sequence[PlannedSpan]) -> float | None:
     """Of a token on all devices; None if one is not known."""
-    known = [stage.joules_per_token for stage in stages if stage.joules_per_token is not None]
-    return sum(known) if len(known) == len(stages) else None
+    known = [span.joules_per_token for span in spans if span.joules_per_token is not None]
+    return sum(known) if len(known) == len(spans) else None
 
 
 def amount(count: int) -> str:
@@ -170,7 +170,7 @@ class _Planning:
             demand=demand,
             client=self._file.client_host or "client",
             client_ms=self._client_ms,
-            stages=tuple(self._stage(hop) for hop in hops),
+            spans=tuple(self._span(hop) for hop in hops),
             links=self._links(hops),
             tokens_per_s=self._tokens_per_s(hops, 1),
             first_token_ms=min(
@@ -198,7 +198,7 @@ class _Planning:
 
     def _room(self, device: KnownDevice) -> int:
         """Bytes for blocks and KV caches; the client's part of the model stays on the client's host."""
-        return device.memory - (self._sizes.shell_bytes if device.name == self._file.client_host else 0)
+        return device.memory - (self._sizes.client_part_bytes if device.name == self._file.client_host else 0)
 
     def _speed(self, device: KnownDevice) -> Speed:
         if isinstance(device.speed, Speed):
@@ -263,11 +263,11 @@ class _Planning:
             for hop in hops
         )
 
-    def _stage(self, hop: Hop) -> Stage:
+    def _span(self, hop: Hop) -> PlannedSpan:
         device, blocks = self._known[hop.peer], hop.end - hop.start
         room = self._room(device)
         weights = blocks * self._sizes.block_bytes
-        return Stage(
+        return PlannedSpan(
             device,
             hop.start,
             hop.end,
@@ -318,16 +318,16 @@ def device_table(plan: Plan) -> Table:
     table.add_column("blocks", no_wrap=True)
     table.add_column("memory used of available", justify="right", no_wrap=True)
     table.add_column("ms/token", justify="right", no_wrap=True)
-    shows_energy = any(stage.device.watts for stage in plan.stages)
+    shows_energy = any(span.device.watts for span in plan.spans)
     if shows_energy:
         table.add_column("J/token", justify="right", no_wrap=True)
-    for stage in plan.stages:
+    for span in plan.spans:
         table.add_row(
-            stage.device.name,
-            f"{stage.start}..{stage.end - 1}" if stage.end - stage.start > 1 else str(stage.start),
-            f"{amount(stage.memory_used)} of {amount(stage.device.memory)}",
-            f"{stage.ms_per_token:.1f}",
-            *(["?" if stage.joules_per_token is None else f"{stage.joules_per_token:.3g}"] * shows_energy),
+            span.device.name,
+            f"{span.start}..{span.end - 1}" if span.end - span.start > 1 else str(span.start),
+            f"{amount(span.memory_used)} of {amount(span.device.memory)}",
+            f"{span.ms_per_token:.1f}",
+            *(["?" if span.joules_per_token is None else f"{span.joules_per_token:.3g}"] * shows_energy),
         )
     if plan.client_ms is None:
         table.add_row("client", "head", "", "?")
@@ -356,7 +356,7 @@ def summary(plan: Plan) -> Iterator[str]:
     )
     if plan.sessions <= 1:
         yield f"There is memory for one session of {plan.demand.context} tokens; --sessions makes room for more."
-    joules = joules_of(plan.stages)
+    joules = joules_of(plan.spans)
     if joules is not None:
         yield f"A token takes {joules:.3g} J on the devices, without the client and the network."
     yield from _comparison(plan)
@@ -367,7 +367,7 @@ def summary(plan: Plan) -> Iterator[str]:
 
 
 def _comparison(plan: Plan) -> Iterator[str]:
-    names = [stage.device.name for stage in plan.stages]
+    names = [span.device.name for span in plan.spans]
     unit = f"tokens/s for {plan.sessions} sessions together" if plan.demand.throughput else "tokens/s"
     everyone = f": all devices in a chain would give {plan.everyone:.1f} {unit}" if plan.everyone is not None else ""
     if len(names) == 1:

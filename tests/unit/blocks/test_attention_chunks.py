@@ -11,7 +11,7 @@ import torch
 from splitnet.blocks import attention
 from splitnet.blocks import span as spans
 from splitnet.blocks.passes import SpanPasses
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import PeerBusy
 from tests.unit.random_models import SPARSE, random_checkpoint
@@ -65,8 +65,8 @@ def test_steps(
 
     def run() -> list[torch.Tensor]:
         rows = [span.new_row(50) for _ in LENGTHS]
-        first = span.forward(hidden, [Part(row, 0, count) for row, count in zip(rows, LENGTHS, strict=True)])
-        more = [Part(row, count, count) for row, count in zip(rows, LENGTHS, strict=True)]
+        first = span.forward(hidden, [Chunk(row, 0, count) for row, count in zip(rows, LENGTHS, strict=True)])
+        more = [Chunk(row, count, count) for row, count in zip(rows, LENGTHS, strict=True)]
         return [first, span.forward(hidden.flip(0), more)]
 
     whole = run()

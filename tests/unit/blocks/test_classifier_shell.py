@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from splitnet.blocks.client_part import load_classifier_shell
+from splitnet.blocks.client_part import load_classifier_part
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import UnsupportedModel
@@ -39,13 +39,13 @@ def shell_of(folder: Path) -> PreTrainedModel:
     config.num_labels = LABELS
     torch.manual_seed(2)
     spans = [Span.load(checkpoint, 0, 1), Span.load(checkpoint, 1, 4)]
-    return load_classifier_shell(checkpoint, config, LocalChain(spans)).eval()
+    return load_classifier_part(checkpoint, config, LocalChain(spans)).eval()
 
 
-def assert_same_logits(shell: Any, whole: Any) -> None:
+def assert_same_logits(client_part: Any, whole: Any) -> None:
     ids = torch.randint(3, 280, (2, 13), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        found, expected = shell(ids).logits, whole(ids).logits
+        found, expected = client_part(ids).logits, whole(ids).logits
     assert expected.shape == (2, LABELS)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
 
@@ -53,10 +53,10 @@ def assert_same_logits(shell: Any, whole: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_new_head_on_a_causal_checkpoint(family: str, tmp_path: Path) -> None:
     random_checkpoint(family, tmp_path, blocks=4, **FAMILIES[family])
-    shell = shell_of(tmp_path)
+    client_part = shell_of(tmp_path)
     torch.manual_seed(2)
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=LABELS, dtype=torch.float32)
-    assert_same_logits(shell, whole.eval())
+    assert_same_logits(client_part, whole.eval())
 
 
 def test_the_head_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
@@ -73,19 +73,21 @@ def test_the_head_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
     whole = Gemma3ForSequenceClassification(config).eval()
     nn.init.normal_(whole.score.weight)
     whole.save_pretrained(tmp_path)
-    shell = shell_of(tmp_path)
-    assert_same_logits(shell, whole)
+    client_part = shell_of(tmp_path)
+    assert_same_logits(client_part, whole)
 
 
 def test_what_is_missing_besides_the_head_is_an_error(tmp_path: Path) -> None:
     random_checkpoint("llama", tmp_path, blocks=4)
     checkpoint = Checkpoint.open(tmp_path)
-    checkpoint.shell_names = tuple(name for name in checkpoint.shell_names if name != "model.norm.weight")
+    checkpoint.client_part_names_of = tuple(
+        name for name in checkpoint.client_part_names_of if name != "model.norm.weight"
+    )
     with pytest.raises(UnsupportedModel, match=r"model\.norm\.weight is missing"):
-        load_classifier_shell(checkpoint, checkpoint.config, nn.Identity())
+        load_classifier_part(checkpoint, checkpoint.config, nn.Identity())
 
 
 def test_a_family_without_classifiers_is_refused(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(random_checkpoint("granite", tmp_path, blocks=2))
     with pytest.raises(UnsupportedModel, match="no sequence classification for models of the family 'granite'"):
-        load_classifier_shell(checkpoint, checkpoint.config, nn.Identity())
+        load_classifier_part(checkpoint, checkpoint.config, nn.Identity())

@@ -10,19 +10,19 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from splitnet.blocks.fast import describe
-from splitnet.blocks.fast.compiled import CompiledStep
 from splitnet.blocks.fast.describe import Activation, Norm, UnknownPart
+from splitnet.blocks.fast.native_step import NativeStep
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import FAMILIES
 from splitnet.quant import native
-from tests.unit.blocks.test_lean_step import EXPERTS, EXPERTS_IN_CODES, LATENTS
+from tests.unit.blocks.test_torch_step import EXPERTS, EXPERTS_IN_CODES, LATENTS
 from tests.unit.random_models import random_checkpoint
 from tests.unit.span_runs import decoded, windows_of_drafts
 
 COMPILED = {name for name, family in FAMILIES.items() if family.native_step}
 WITH_EXPERTS = {*EXPERTS, *(family for family, _ in EXPERTS_IN_CODES.values())}
-"""Which compiled steps have in codes; see test_lean_step.py."""
+"""Which compiled steps have in codes; see test_torch_step.py."""
 
 SIZES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
@@ -138,7 +138,7 @@ def outputs(span: Span) -> list[torch.Tensor]:
 
 
 def check_the_same(span: Span, atol: float) -> None:
-    assert isinstance(span._lean, CompiledStep)
+    assert isinstance(span._lean, NativeStep)
     compiled = outputs(span)
     span._lean = None
     for found, expected in zip(compiled, outputs(span), strict=True):
@@ -199,7 +199,7 @@ def test_blocks_of_another_structure_have_none(case: str, tmp_path: Path) -> Non
 )
 def test_other_types(family: str, weights: str, dtype: str, tolerance: float, tmp_path: Path) -> None:
     span = load(family, tmp_path, SIZES.get(family, {}), weights=weights, dtype=dtype)
-    assert isinstance(span._lean, CompiledStep)
+    assert isinstance(span._lean, NativeStep)
     compiled = outputs(span)
     span._lean = None
     for found, expected in zip(compiled, outputs(span), strict=True):
@@ -223,9 +223,9 @@ def test_in_half_precision_each_block_must_give_the_same(tmp_path: Path, monkeyp
     def kind(dtype: str) -> type[Any]:
         return type(Span.load(Checkpoint.open(folder), 1, 9, dtype=dtype)._lean)
 
-    assert kind("bfloat16") is CompiledStep
+    assert kind("bfloat16") is NativeStep
     monkeypatch.setattr(describe, "_turns", lambda attention: attention.layer_idx != 5)
-    assert kind("bfloat16") is not CompiledStep
+    assert kind("bfloat16") is not NativeStep
 
 
 def test_whatever_is_raised_means_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,7 @@ def test_whatever_is_raised_means_none(tmp_path: Path, monkeypatch: pytest.Monke
         raise TypeError
 
     monkeypatch.setattr(describe.BlockDescription, "of", broken)
-    assert not isinstance(load("llama", tmp_path, {})._lean, CompiledStep)
+    assert not isinstance(load("llama", tmp_path, {})._lean, NativeStep)
 
 
 def test_views_have_the_steps_of_their_blocks(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from splitnet.blocks import head as head_module
-from splitnet.blocks.head import MOST_ROWS, Head, HeldHead, SharedProduct, hold_head
+from splitnet.blocks.head import MOST_ROWS, Head, QuantizedHead, SharedProduct, hold_head
 from splitnet.quant.choose import choose_weights
 from splitnet.quant.native import has_fast_kernels
 from splitnet.session.options import ConnectionOptions
@@ -187,7 +187,7 @@ def test_rows_of_a_held_head_are_the_same_alone_and_together(kind: str) -> None:
     exact: nn.Module = copy.deepcopy(model.lm_head)
     dtype = torch.float32 if kind == "bfloat16" else None
     hold_head(model, choose_weights(kind, dtype, torch.float32, CPU))
-    assert isinstance(model.lm_head, HeldHead)
+    assert isinstance(model.lm_head, QuantizedHead)
     hidden = torch.randn(4, 64)
     together = model.lm_head(hidden)
     assert torch.equal(together, torch.cat([model.lm_head(row[None]) for row in hidden]))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitnet.blocks.kv_cache import FIRST_CAPACITY, RowCache
+from splitnet.blocks.kv_cache import FIRST_CAPACITY, SequenceCache
 from tests.tiers import examples
 
 HEADS, KEY_SIZE, VALUE_SIZE, BLOCKS = 2, 4, 3, 2
@@ -31,9 +31,9 @@ def _new(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @settings(max_examples=examples(60))
 @given(st.lists(actions, max_size=12), st.sampled_from([None, 0, 700]))
 def test_equals_concatenation(steps: list[tuple[str, float]], room: int | None) -> None:
-    row = RowCache(room)
+    row = SequenceCache(room)
     expected = [(torch.empty(1, HEADS, 0, KEY_SIZE), torch.empty(1, HEADS, 0, VALUE_SIZE)) for _ in range(BLOCKS)]
-    abandoned: list[tuple[RowCache, int]] = []
+    abandoned: list[tuple[SequenceCache, int]] = []
     for number, (action, amount) in enumerate(steps):
         if action == "append":
             for block in range(BLOCKS):
@@ -59,7 +59,7 @@ def test_equals_concatenation(steps: list[tuple[str, float]], room: int | None) 
 
 
 def test_a_fork_shares_nothing() -> None:
-    row = RowCache()
+    row = SequenceCache()
     row.append(0, *_new(5, seed=1))
     row.advance(5)
     copy = row.fork()
@@ -70,7 +70,7 @@ def test_a_fork_shares_nothing() -> None:
 
 
 def test_a_pass_that_fails_leaves_the_row_as_it_was() -> None:
-    row = RowCache()
+    row = SequenceCache()
     row.append(0, *_new(5, seed=1))
     row.append(1, *_new(5, seed=2))
     row.advance(5)
@@ -81,7 +81,7 @@ def test_a_pass_that_fails_leaves_the_row_as_it_was() -> None:
 
 
 def test_appending_a_token_does_not_move_the_others() -> None:
-    row = RowCache()
+    row = SequenceCache()
     places: set[int] = set()
     for position in range(FIRST_CAPACITY * 4):
         keys, _ = row.append(0, *_new(1, seed=position))
@@ -91,7 +91,7 @@ def test_appending_a_token_does_not_move_the_others() -> None:
 
 
 def test_memory_follows_the_positions_or_the_room() -> None:
-    row = RowCache()
+    row = SequenceCache()
     assert row.nbytes == 0
     per_position = HEADS * (KEY_SIZE + VALUE_SIZE) * 4
 
@@ -116,7 +116,7 @@ def test_memory_follows_the_positions_or_the_room() -> None:
 
 @pytest.mark.parametrize("length", [-1, 6])
 def test_crop_beyond_the_row_is_refused(length: int) -> None:
-    row = RowCache()
+    row = SequenceCache()
     row.append(0, *_new(5, seed=1))
     row.advance(5)
     with pytest.raises(ValueError, match="cannot crop"):

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from splitnet.blocks.client_part import load_shell
-from splitnet.blocks.head import HeldHead
+from splitnet.blocks.client_part import load_client_part
+from splitnet.blocks.head import QuantizedHead
 from splitnet.blocks.loss import IGNORED, loss_in_parts
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import RopeLengths
@@ -145,7 +145,7 @@ def test_a_head_in_another_form(kind: str) -> None:
     hidden = torch.randn(BATCH, POSITIONS, sizes[1], generator=torch.Generator().manual_seed(3), requires_grad=True)
     form = choose_weights(kind, torch.float32, torch.float32, torch.device("cpu")).form_for(*sizes)
     assert form is not None
-    held = HeldHead(sizes[1], sizes[0], form, transposed=False, bias=False, dtype=torch.float32)
+    held = QuantizedHead(sizes[1], sizes[0], form, transposed=False, bias=False, dtype=torch.float32)
     held.weight = nn.Parameter(torch.randn(*sizes, generator=torch.Generator().manual_seed(4)) / 20)
     (expected,) = torch.autograd.grad(ForCausalLMLoss(held(hidden), chosen, sizes[0]), [hidden])
     with Largest() as largest:
@@ -174,8 +174,8 @@ def model_without_blocks(folder: Path) -> RemoteCausalLM:
         raise AssertionError(blocks)
 
     blocks = RemoteBlocks([], none, None, RopeLengths(LlamaConfig()))
-    shell = load_shell(Checkpoint.open(folder), blocks)
-    model = made_remote(shell, RemoteCausalLM, str(folder))
+    client_part = load_client_part(Checkpoint.open(folder), blocks)
+    model = made_remote(client_part, RemoteCausalLM, str(folder))
     model.open_sessions_with(none)
     model.connect_blocks(blocks, None)  # type: ignore[arg-type]
     return model

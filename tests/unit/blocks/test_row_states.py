@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitnet.blocks.kv_cache import COPIES, REACH, OneRow, RowCache, RowStates
+from splitnet.blocks.kv_cache import COPIES, REACH, OneSequence, SequenceCache, SequenceStates
 from tests.tiers import examples
 
 SIZE = 3
@@ -27,10 +27,10 @@ class Accumulator:
     def __init__(self) -> None:
         self.ran = 0
 
-    def run(self, row: RowCache, hidden: torch.Tensor, *, fails: bool = False) -> torch.Tensor:
+    def run(self, row: SequenceCache, hidden: torch.Tensor, *, fails: bool = False) -> torch.Tensor:
         """`[positions, SIZE]` -> `[positions, SIZE]`: the sums up to each position."""
         given = row.begin_pass(hidden)
-        cache, self.ran = OneRow(row), self.ran + len(given)
+        cache, self.ran = OneSequence(row), self.ran + len(given)
         sums: list[torch.Tensor] = []
         for block in (0, 2):
             before = cache.get_recurrent_state(block)
@@ -51,11 +51,11 @@ class Accumulator:
 @given(st.lists(actions, max_size=14), st.sampled_from([None, 16]))
 def test_a_row_goes_on_from_wherever_it_was_cut(steps: list[tuple[str, float]], room: int | None) -> None:
     span, generator = Accumulator(), torch.Generator().manual_seed(0)
-    row = RowCache(room, states=RowStates(1))
+    row = SequenceCache(room, states=SequenceStates(1))
     held = torch.empty(0, SIZE, dtype=torch.float64)
-    others: list[tuple[RowCache, torch.Tensor]] = []
+    others: list[tuple[SequenceCache, torch.Tensor]] = []
 
-    def grow(row: RowCache, held: torch.Tensor, count: int) -> torch.Tensor:
+    def grow(row: SequenceCache, held: torch.Tensor, count: int) -> torch.Tensor:
         new = torch.randint(-9, 9, (count, SIZE), generator=generator).double()
         together = torch.cat((held, new))
         assert torch.equal(span.run(row, new), together.cumsum(0)[len(held) :])
@@ -89,7 +89,7 @@ def test_a_row_goes_on_from_wherever_it_was_cut(steps: list[tuple[str, float]], 
 
 
 def test_rewinds_within_reach_run_little_again() -> None:
-    span, row = Accumulator(), RowCache(states=RowStates(1))
+    span, row = Accumulator(), SequenceCache(states=SequenceStates(1))
     span.run(row, torch.ones(200, SIZE))
     for _ in range(100):
         span.run(row, torch.ones(5, SIZE))
@@ -102,7 +102,7 @@ def test_rewinds_within_reach_run_little_again() -> None:
 
 
 def test_what_a_row_takes_is_known() -> None:
-    span, row = Accumulator(), RowCache(4, states=RowStates(1))
+    span, row = Accumulator(), SequenceCache(4, states=SequenceStates(1))
     span.run(row, torch.ones(3, SIZE))
     assert row.state_bytes == 2 * (SIZE * 4 + SIZE * 2 * 4)  # blocks, sums, and two inputs of a convolution
     assert row.nbytes == row.state_bytes + 4 * SIZE * 4

@@ -27,15 +27,15 @@ from transformers import (
 )
 
 from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter
-from splitnet.blocks.client_part import backbone_of, ends_of, load_shell
-from splitnet.blocks.kv_cache import RowCache
+from splitnet.blocks.client_part import backbone_of, ends_of, load_client_part
+from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.blocks.sizes import ModelSizes
-from splitnet.blocks.span import Part, Span, block_bytes
+from splitnet.blocks.span import Chunk, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import FAMILIES, check_can_be_cut
 from splitnet.errors import AdapterError, OutOfMemory, UnsupportedModel
 from splitnet.quant import memory
-from splitnet.quant.linear import HeldLinear
+from splitnet.quant.linear import QuantizedLinear
 from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint, random_config
 
 CUTS = ((0, 1), (1, 4), (4, 6))
@@ -146,7 +146,7 @@ class Sequences:
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self.spans = spans
-        self.rows: dict[int, list[RowCache]] = {}
+        self.rows: dict[int, list[SequenceCache]] = {}
 
     def step(self, chunks: Sequence[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
         """Runs new positions `[count, hidden]` of some sequences, packed, through all spans."""
@@ -155,7 +155,7 @@ class Sequences:
         hidden = torch.cat([chunk for _, chunk in chunks])
         for index, span in enumerate(self.spans):
             rows = [self.rows[key][index] for key, _ in chunks]
-            parts = [Part(row, row.length, len(chunk)) for row, (_, chunk) in zip(rows, chunks, strict=True)]
+            parts = [Chunk(row, row.length, len(chunk)) for row, (_, chunk) in zip(rows, chunks, strict=True)]
             hidden = span.forward(hidden, parts)
         return list(hidden.split([len(chunk) for _, chunk in chunks]))
 
@@ -209,16 +209,16 @@ def test_every_family_of_which_something_is_known_is_among_the_cases() -> None:
 @torch.inference_mode()
 def test_the_ends_alone_do_what_the_model_does_around_its_blocks(case: Case, made: Callable[[Case], Path]) -> None:
     tap = Tap()
-    shell = load_shell(Checkpoint.open(made(case)), tap)
-    ends = ends_of(shell)
+    client_part = load_client_part(Checkpoint.open(made(case)), tap)
+    ends = ends_of(client_part)
     assert tap.seen is None, "the blocks are left alone"
     if ends is None:
         assert case.family not in USUAL_ENDS
         return
     torch.manual_seed(2)
     ids = torch.randint(3, 300, (1, 5))
-    tap.answer = torch.randn(1, 5, shell.config.get_text_config().hidden_size)
-    logits = shell(ids, use_cache=False).logits
+    tap.answer = torch.randn(1, 5, client_part.config.get_text_config().hidden_size)
+    logits = client_part(ids, use_cache=False).logits
     assert tap.seen is not None and torch.equal(ends.embed(ids), tap.seen)
     assert torch.equal(ends.logits(tap.answer), logits)
 
@@ -230,13 +230,13 @@ def test_packed_spans_equal_the_whole_model(case: Case, made: Callable[[Case], P
     folder = made(case)
     checkpoint = Checkpoint.open(folder)
     whole, tap = whole_model(folder), Tap()
-    shell = load_shell(checkpoint, tap)
+    client_part = load_client_part(checkpoint, tap)
     sequences = Sequences(load_spans(checkpoint))
     torch.manual_seed(1)
     tokens = [torch.randint(3, 300, (1, length)) for length in LENGTHS]
     inputs: list[torch.Tensor] = []
     for ids in tokens:
-        shell(ids)
+        client_part(ids)
         assert tap.seen is not None
         inputs.append(tap.seen[0])
 
@@ -267,7 +267,7 @@ def test_packed_spans_equal_the_whole_model(case: Case, made: Callable[[Case], P
     for ids, output in zip(tokens, outputs, strict=True):
         tap.answer = output[None]
         tolerance = OWN_DIFFERENCE.get(case.family, STATES_TOLERANCE) if case.family in STATES else TOLERANCE
-        assert_close(shell(ids).logits, whole(ids).logits, tolerance)
+        assert_close(client_part(ids).logits, whole(ids).logits, tolerance)
 
 
 @pytest.mark.default_cases(case=STRUCTURES)
@@ -277,16 +277,16 @@ def test_shell_over_local_spans_equals_the_whole_model(case: Case, made: Callabl
     folder = made(case)
     checkpoint = Checkpoint.open(folder)
     whole = whole_model(folder)
-    shell = load_shell(checkpoint, LocalChain(load_spans(checkpoint)))
+    client_part = load_client_part(checkpoint, LocalChain(load_spans(checkpoint)))
     ids = torch.randint(3, 300, (2, 13))
-    assert_close(shell(ids).logits, whole(ids).logits, STATES_TOLERANCE if case.family in STATES else TOLERANCE)
-    assert type(shell) is type(whole)
-    assert shell.config.num_hidden_layers == checkpoint.num_blocks
-    assert "cache" in inspect.signature(type(backbone_of(shell)).forward).parameters
+    assert_close(client_part(ids).logits, whole(ids).logits, STATES_TOLERANCE if case.family in STATES else TOLERANCE)
+    assert type(client_part) is type(whole)
+    assert client_part.config.num_hidden_layers == checkpoint.num_blocks
+    assert "cache" in inspect.signature(type(backbone_of(client_part)).forward).parameters
     blocks = sum(checkpoint.bytes_of((tensor.name for tensor in block), None) for block in checkpoint.block_tensors)
     stored = whole.state_dict(keep_vars=True).values()  # some have more in it than parameters
     whole_bytes = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in stored}.values())
-    assert sum(parameter.nbytes for parameter in shell.parameters()) == whole_bytes - blocks
+    assert sum(parameter.nbytes for parameter in client_part.parameters()) == whole_bytes - blocks
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_positions_have_the_frequencies_that_they_are_told(case: Case, made: Cal
         """Of every block, after steps from a position to another, with such a reach."""
         row = span.new_row()
         for start, end, reach in steps:
-            span.forward(hidden[start:end], [Part(row, start, end - start, None, reach)])
+            span.forward(hidden[start:end], [Chunk(row, start, end - start, None, reach)])
         return [keys for _, keys, _ in row.held(40)]
 
     text = keys([(0, 24, 24), *((position, position + 1, 0) for position in range(24, 40))])
@@ -436,9 +436,9 @@ def test_text_model_of_a_multimodal_checkpoint(family: str, tmp_path: Path) -> N
             parameter.normal_(0, parameter.shape[-1] ** -0.5)
     whole.save_pretrained(tmp_path, max_shard_size="200KB")
     checkpoint = Checkpoint.open(tmp_path)
-    shell = load_shell(checkpoint, LocalChain(load_spans(checkpoint)))
+    client_part = load_client_part(checkpoint, LocalChain(load_spans(checkpoint)))
     ids = torch.randint(3, 280, (1, 20))
-    assert_close(shell(ids).logits, whole(ids).logits, 3e-5)
+    assert_close(client_part(ids).logits, whole(ids).logits, 3e-5)
     assert ModelSizes.of(tmp_path).block_bytes == block_bytes(checkpoint, None)
 
 
@@ -455,9 +455,9 @@ def test_a_head_of_its_own_counts_more_than_what_a_wrapper_says_by_default(tmp_p
     del values["tie_word_embeddings"]  # as it is published; true by default
     (tmp_path / "config.json").write_text(json.dumps(values))
     checkpoint = Checkpoint.open(tmp_path)
-    shell = load_shell(checkpoint, LocalChain(load_spans(checkpoint)))
+    client_part = load_client_part(checkpoint, LocalChain(load_spans(checkpoint)))
     ids = torch.randint(3, 280, (1, 20))
-    assert_close(shell(ids).logits, whole(ids).logits, 3e-5)
+    assert_close(client_part(ids).logits, whole(ids).logits, 3e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba", "nemotron_h"])
@@ -466,10 +466,10 @@ def test_a_rewind_far_back_runs_once_more_what_came_before(family: str, made: Ca
     span = Span.load(Checkpoint.open(made(Case(family, HYBRIDS[family]))), 0, 6)
     torch.manual_seed(0)
     hidden = torch.randn(130, 64)
-    expected = span.forward(hidden, [Part(span.new_row(), 0, 130)])
+    expected = span.forward(hidden, [Chunk(span.new_row(), 0, 130)])
     row = span.new_row()
-    span.forward(hidden[:30], [Part(row, 0, 30)])
-    span.forward(hidden[30:130] + 1, [Part(row, 30, 100)])
+    span.forward(hidden[:30], [Chunk(row, 0, 30)])
+    span.forward(hidden[30:130] + 1, [Chunk(row, 30, 100)])
     fork = row.fork(25)
     row.crop(30)
     assert row.computed == 30, "a copy was made before the second step"
@@ -478,7 +478,7 @@ def test_a_rewind_far_back_runs_once_more_what_came_before(family: str, made: Ca
     assert span.catch_up(row, None, 11) == 11
     assert row.computed == 11
     for other in (row, fork):
-        again = span.forward(hidden[25:120], [Part(other, 25, 95)])
+        again = span.forward(hidden[25:120], [Chunk(other, 25, 95)])
         assert_close(again, expected[25:120], 1e-4)
         assert (other.length, other.computed) == (120, 120)
     assert span.catch_up(row, None) == 0
@@ -489,11 +489,11 @@ def test_a_row_moves_to_more_memory_in_the_middle_of_a_step(made: Callable[[Case
     span = Span.load(Checkpoint.open(made(Case("jamba", HYBRIDS["jamba"]))), 0, 6)
     torch.manual_seed(0)
     hidden = torch.randn(40, 64)
-    expected = span.forward(hidden, [Part(span.new_row(), 0, 40)])
+    expected = span.forward(hidden, [Chunk(span.new_row(), 0, 40)])
     row = span.new_row(16)
-    span.forward(hidden[:10], [Part(row, 0, 10)])
+    span.forward(hidden[:10], [Chunk(row, 0, 10)])
     row.room = 40
-    assert_close(span.forward(hidden[10:], [Part(row, 10, 30)]), expected[10:], 3e-5)
+    assert_close(span.forward(hidden[10:], [Chunk(row, 10, 30)]), expected[10:], 3e-5)
 
 
 @pytest.mark.parametrize("path", ["mamba.dt_proj", "mamba.out_proj"])
@@ -509,7 +509,7 @@ def test_adapters_are_added_to_a_layer_or_refused(path: str, made: Callable[[Cas
         return
     span.fit(adapter)
     hidden = torch.randn(5, 64)
-    plain, adapted = (span.forward(hidden, [Part(span.new_row(), 0, 5, which)]) for which in (None, adapter))
+    plain, adapted = (span.forward(hidden, [Chunk(span.new_row(), 0, 5, which)]) for which in (None, adapter))
     assert not torch.allclose(plain, adapted)
 
 
@@ -524,10 +524,12 @@ def test_time_steps_keep_their_weights(family: str, weights: str, made: Callable
     hidden = torch.randn(9, 64)
     exact, held = (Span.load(checkpoint, 0, 1, weights=kind) for kind in (None, weights))
     layers = {
-        path.rpartition(".")[2] for path, module in held._backbone.named_modules() if isinstance(module, HeldLinear)
+        path.rpartition(".")[2]
+        for path, module in held._backbone.named_modules()
+        if isinstance(module, QuantizedLinear)
     }
     assert "in_proj" in layers and "dt_proj" not in layers
-    outputs = [span.forward(hidden, [Part(span.new_row(), 0, 9)]).float() for span in (exact, held)]
+    outputs = [span.forward(hidden, [Chunk(span.new_row(), 0, 9)]).float() for span in (exact, held)]
     assert (outputs[1] - outputs[0]).norm() < 0.4 * outputs[0].norm()
 
 
@@ -538,7 +540,7 @@ def test_prefixes_that_cannot_stand_are_refused(family: str, reason: str, made: 
     with pytest.raises(AdapterError, match=rf"'{family}' {reason}.*LoRA"):
         span.fit(Adapter(prefix))
     row = span.new_row()
-    span.forward(torch.randn(3, 64), [Part(row, 0, 3)])
+    span.forward(torch.randn(3, 64), [Chunk(row, 0, 3)])
     with pytest.raises(AdapterError, match="LoRA"):
         span.keys_and_values(row, 3)
 
@@ -558,7 +560,7 @@ def test_a_span_reads_only_its_shards(family: str, made: Callable[[Case], Path],
     hidden = torch.randn(3, 64)
     whole = Span.load(checkpoint, 2, 4)
     assert torch.equal(
-        span.forward(hidden, [Part(span.new_row(), 0, 3)]), whole.forward(hidden, [Part(whole.new_row(), 0, 3)])
+        span.forward(hidden, [Chunk(span.new_row(), 0, 3)]), whole.forward(hidden, [Chunk(whole.new_row(), 0, 3)])
     )
     stored = sum(checkpoint.bytes_of((t.name for t in checkpoint.block_tensors[i]), None) for i in (2, 3))
     assert reported[-1] == (stored, stored)
@@ -569,7 +571,7 @@ def test_a_span_reads_only_its_shards(family: str, made: Callable[[Case], Path],
 def test_dtype_of_a_span(llama: Checkpoint) -> None:
     assert Span.load(llama, 0, 2).dtype == torch.float32
     span = Span.load(llama, 0, 2, dtype="bfloat16")
-    output = span.forward(torch.randn(3, 64), [Part(span.new_row(), 0, 3)])
+    output = span.forward(torch.randn(3, 64), [Chunk(span.new_row(), 0, 3)])
     assert span.dtype == output.dtype == torch.bfloat16
     assert span.kv_bytes_per_position == 2 * 2 * (2 * 16) * 2  # keys and values, blocks, heads x head size, bytes
     assert block_bytes(llama, "bfloat16") * 2 == block_bytes(llama, None)
@@ -588,15 +590,15 @@ def test_a_view_runs_some_blocks_of_a_span(family: str, made: Callable[[Case], P
     for begin, end in ((0, 10), (10, 11), (11, 12)):
         count = end - begin
         assert torch.equal(
-            view.forward(hidden[begin:end], [Part(rows[0], begin, count)]),
-            alone.forward(hidden[begin:end], [Part(rows[1], begin, count)]),
+            view.forward(hidden[begin:end], [Chunk(rows[0], begin, count)]),
+            alone.forward(hidden[begin:end], [Chunk(rows[1], begin, count)]),
         )
     assert view.kv_bytes_per_position == alone.kv_bytes_per_position
     assert (view.start, view.end) == (2, 5)
-    whole = span.forward(hidden, [Part(span.new_row(), 0, 12)])
+    whole = span.forward(hidden, [Chunk(span.new_row(), 0, 12)])
     chained = hidden
     for part in (span.view(1, 2), view, span.view(5, 6)):
-        chained = part.forward(chained, [Part(part.new_row(), 0, 12)])
+        chained = part.forward(chained, [Chunk(part.new_row(), 0, 12)])
     assert_close(chained, whole)
     with pytest.raises(ValueError, match="not within"):
         span.view(0, 3)
@@ -605,14 +607,14 @@ def test_a_view_runs_some_blocks_of_a_span(family: str, made: Callable[[Case], P
 def test_spans_in_several_threads_do_not_meet(llama: Checkpoint) -> None:
     hidden = torch.randn(40, 64)
     spans = load_spans(llama)
-    expected = [span.forward(hidden, [Part(span.new_row(), 0, 40)]) for span in spans]
+    expected = [span.forward(hidden, [Chunk(span.new_row(), 0, 40)]) for span in spans]
     barrier = threading.Barrier(len(spans))
     equal: list[bool] = []
 
     def work(span: Span, wanted: torch.Tensor) -> None:
         barrier.wait()
         for _ in range(20):
-            equal.append(torch.equal(span.forward(hidden, [Part(span.new_row(), 0, 40)]), wanted))
+            equal.append(torch.equal(span.forward(hidden, [Chunk(span.new_row(), 0, 40)]), wanted))
 
     threads = [threading.Thread(target=work, args=pair) for pair in zip(spans, expected, strict=True)]
     for thread in threads:
@@ -626,11 +628,11 @@ def test_parts_that_do_not_fit_are_refused(llama: Checkpoint) -> None:
     span = Span.load(llama, 0, 1)
     row = span.new_row()
     refused = [
-        (torch.randn(2, 32), [Part(row, 0, 2)]),
-        (torch.randn(2, 64), [Part(row, 0, 3)]),
-        (torch.randn(2, 64), [Part(row, 1, 2)]),
-        (torch.randn(2, 64), [Part(row, 0, 1), Part(row, 0, 1)]),
-        (torch.randn(0, 64), [Part(row, 0, 0)]),
+        (torch.randn(2, 32), [Chunk(row, 0, 2)]),
+        (torch.randn(2, 64), [Chunk(row, 0, 3)]),
+        (torch.randn(2, 64), [Chunk(row, 1, 2)]),
+        (torch.randn(2, 64), [Chunk(row, 0, 1), Chunk(row, 0, 1)]),
+        (torch.randn(0, 64), [Chunk(row, 0, 0)]),
     ]
     for hidden, parts in refused:
         with pytest.raises(ValueError):

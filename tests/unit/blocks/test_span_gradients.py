@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from splitnet.blocks.adapters import LORA_A, LORA_B, Adapter
 from splitnet.blocks.passes import SpanPasses
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from tests.unit.random_models import random_checkpoint
 
@@ -86,7 +86,7 @@ def test_of_packed_sequences_is_that_of_the_whole_model(family: str, checkpoint_
 def test_forward_is_that_of_rows_that_are_kept(checkpoint_of: Callable[[str], Path]) -> None:
     span = spans_of(checkpoint_of("llama"))[1]
     hidden = torch.randn(sum(LENGTHS), HIDDEN)
-    rows = [Part(span.new_row(), 0, length) for length in LENGTHS]
+    rows = [Chunk(span.new_row(), 0, length) for length in LENGTHS]
     whole = SpanPasses(span).forward(hidden, LENGTHS, None, span.start, span.end)
     assert torch.equal(whole, span.forward(hidden, rows))
 
@@ -115,7 +115,7 @@ def test_more_urgent_work_may_run_between_two_blocks(checkpoint_of: Callable[[st
     token = torch.randn(1, HIDDEN)
 
     def decode() -> None:
-        decoded.append(span.forward(token, [Part(row, row.length, 1)]))
+        decoded.append(span.forward(token, [Chunk(row, row.length, 1)]))
 
     hidden, gradient = torch.randn(9, HIDDEN), torch.randn(9, HIDDEN)
     alone, _ = SpanPasses(span).backward(hidden, (9,), gradient, None, 1, 4)

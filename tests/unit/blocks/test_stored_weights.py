@@ -16,21 +16,21 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.blocks.adapters import Adapter
-from splitnet.blocks.backbone import HeldEmbedding, load_whole
+from splitnet.blocks.backbone import QuantizedEmbedding, load_whole
 from splitnet.blocks.block_sizes import block_bytes, block_sizes
-from splitnet.blocks.client_part import ends_of, load_shell
-from splitnet.blocks.head import HeldHead
+from splitnet.blocks.client_part import ends_of, load_client_part
+from splitnet.blocks.head import QuantizedHead
 from splitnet.blocks.passes import SpanPasses
 from splitnet.blocks.sizes import ModelSizes
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.store import Progress, TensorFacts
 from splitnet.checkpoint.transfer.held import Place, WeightFolder
 from splitnet.errors import ModelNotFound
 from splitnet.quant.choose import choose_weights
 from splitnet.quant.grouped import held_bytes
-from splitnet.quant.linear import HeldLinear
-from splitnet.quant.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
+from splitnet.quant.linear import QuantizedLinear
+from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, StoredMatrix
 from splitnet.tools.doctor.machine import room_on_disk
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.quantized_checkpoints import quantized_pair
@@ -124,11 +124,11 @@ class _Lazy:
         return "F32"
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._tensor if isinstance(self._tensor, StoredTensor) else self._tensor.clone()
+        return self._tensor if isinstance(self._tensor, PackedTensor) else self._tensor.clone()
 
 
 def _facts(tensor: torch.Tensor) -> TensorFacts:
-    if not isinstance(tensor, StoredTensor):
+    if not isinstance(tensor, PackedTensor):
         return TensorFacts(tuple(tensor.shape), tensor.dtype, None, tensor.nbytes)
     ((matrix,),) = tensor.experts
     nbytes = matrix.layout.nbytes(*matrix.shape)
@@ -151,7 +151,7 @@ def coded(weight: torch.Tensor, layout: Layout, *, transposed: bool = False) -> 
     stored_zeros = zeros.to(torch.uint8) if layout.zero is Kind.CODES else None
     made = Codes(codes.view(values.shape), scales, stored_zeros)
     matrix = StoredMatrix(layout, (values.shape[0], values.shape[1]), lambda: made)
-    weight_in_codes = StoredTensor.of(matrix)
+    weight_in_codes = PackedTensor.of(matrix)
     return weight_in_codes.T if transposed else weight_in_codes
 
 
@@ -169,7 +169,7 @@ def in_codes(family: str, layout: Layout, folder: Path, **overrides: Any) -> tup
         else tensor
         for name, tensor in read.items()
     }
-    numbers = {name: tensor.floats() if isinstance(tensor, StoredTensor) else tensor for name, tensor in stored.items()}
+    numbers = {name: tensor.floats() if isinstance(tensor, PackedTensor) else tensor for name, tensor in stored.items()}
     exact = type(model).from_pretrained(None, config=model.config, state_dict=numbers, dtype=torch.float32)
     return Checkpoint(CodedStore(folder, stored), plain.config), exact.eval().requires_grad_(False)
 
@@ -194,11 +194,13 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def held_layers(span: Span) -> set[str]:
-    return {path.rpartition(".")[-1] for path, layer in span._backbone.named_modules() if isinstance(layer, HeldLinear)}
+    return {
+        path.rpartition(".")[-1] for path, layer in span._backbone.named_modules() if isinstance(layer, QuantizedLinear)
+    }
 
 
 def run(span: Span, hidden: torch.Tensor) -> torch.Tensor:
-    return span.forward(hidden, [Part(span.new_row(), 0, len(hidden))])
+    return span.forward(hidden, [Chunk(span.new_row(), 0, len(hidden))])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -217,9 +219,9 @@ def test_a_split_model_in_codes_gives_what_its_numbers_give(family: str, layout:
                 row = run(span, row)
             return row[None]
 
-    shell: Any = load_shell(checkpoint, Blocks())
+    client_part: Any = load_client_part(checkpoint, Blocks())
     ids = torch.arange(1, 15)[None]
-    assert close(shell(ids, use_cache=False).logits, exact(ids).logits)
+    assert close(client_part(ids, use_cache=False).logits, exact(ids).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -296,7 +298,7 @@ def test_what_no_wished_form_fits_keeps_its_codes(tmp_path: Path) -> None:
 def test_of_a_block_with_numbers_and_codes_each_is_held_as_it_is(checkpoints: Any) -> None:
     whole, _ = checkpoints("llama")
     tensors = {
-        name: tensor.floats() if isinstance(tensor, StoredTensor) and "mlp" in name else tensor
+        name: tensor.floats() if isinstance(tensor, PackedTensor) and "mlp" in name else tensor
         for name, tensor in whole.store.tensors.items()
     }
     checkpoint = Checkpoint(CodedStore(Path(whole.source), tensors), whole.config)
@@ -312,9 +314,9 @@ def test_of_a_block_with_numbers_and_codes_each_is_held_as_it_is(checkpoints: An
 @torch.no_grad()
 def test_embeddings_and_head_stay_in_their_codes(family: str, checkpoints: Any) -> None:
     checkpoint, exact = checkpoints(family)
-    shell: Any = load_shell(checkpoint, nn.Identity())
-    embedding, head = shell.get_input_embeddings(), shell.get_output_embeddings()
-    assert isinstance(embedding, HeldEmbedding) and isinstance(head, HeldHead)
+    client_part: Any = load_client_part(checkpoint, nn.Identity())
+    embedding, head = client_part.get_input_embeddings(), client_part.get_output_embeddings()
+    assert isinstance(embedding, QuantizedEmbedding) and isinstance(head, QuantizedHead)
     tied = family != "llama"
     assert (embedding.held is head.held) == tied
     ids = torch.tensor([[1, 0, VOCAB - 1, 1]])
@@ -324,20 +326,20 @@ def test_embeddings_and_head_stay_in_their_codes(family: str, checkpoints: Any) 
     assert close(head(hidden), exact.get_output_embeddings()(hidden))
     if head.held.has_fast_kernel:
         assert torch.equal(head(hidden), torch.cat([head(row[None]) for row in hidden[0]])[None])
-    assert (shell.device, shell.dtype) == (CPU, torch.float32)
-    taken = sum({id(tensor): tensor.nbytes for tensor in (*shell.parameters(), *shell.buffers())}.values())
+    assert (client_part.device, client_part.dtype) == (CPU, torch.float32)
+    taken = sum({id(tensor): tensor.nbytes for tensor in (*client_part.parameters(), *client_part.buffers())}.values())
     sizes = sizes_of(checkpoint)
-    assert abs(taken - sizes.shell_bytes) < 1024
+    assert abs(taken - sizes.client_part_bytes) < 1024
     assert sizes.head_bytes == held_bytes(LAYOUTS["4 bits"], VOCAB, HIDDEN)
     if family == "llama":
-        assert sizes.shell_bytes < 0.2 * 4 * 2 * VOCAB * HIDDEN
-        assert ends_of(shell) is not None
+        assert sizes.client_part_bytes < 0.2 * 4 * 2 * VOCAB * HIDDEN
+        assert ends_of(client_part) is not None
 
 
 @torch.no_grad()
 def test_gradients_flow_through_a_head_in_codes(checkpoints: Any) -> None:
     checkpoint, exact = checkpoints("llama")
-    head: Any = load_shell(checkpoint, nn.Identity()).get_output_embeddings()
+    head: Any = load_client_part(checkpoint, nn.Identity()).get_output_embeddings()
     with torch.enable_grad():
         hidden = torch.randn(1, 3, HIDDEN, requires_grad=True)
         head(hidden).square().sum().backward()
@@ -353,10 +355,10 @@ def test_a_head_that_is_wished_otherwise_is_converted_and_embeddings_are_not(che
     hidden = torch.randn(2, HIDDEN)
     expected = exact.lm_head(hidden)
     for kind, loss in (("int8", 0.02), ("float32", 1e-5)):
-        shell: Any = load_shell(checkpoint, nn.Identity(), dtype="float32", weights=kind)
-        assert isinstance(shell.get_input_embeddings(), HeldEmbedding)
-        assert not isinstance(shell.lm_head, HeldHead) or kind == "int8"
-        assert float((shell.lm_head(hidden) - expected).norm() / expected.norm()) < loss
+        client_part: Any = load_client_part(checkpoint, nn.Identity(), dtype="float32", weights=kind)
+        assert isinstance(client_part.get_input_embeddings(), QuantizedEmbedding)
+        assert not isinstance(client_part.lm_head, QuantizedHead) or kind == "int8"
+        assert float((client_part.lm_head(hidden) - expected).norm() / expected.norm()) < loss
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "awq", "gptq", "int4-group", "nf4"])
@@ -369,7 +371,7 @@ def test_sizes_of_quantized_files_are_those_of_what_a_peer_loads(scheme: str, tm
     sizes = ModelSizes.of(folder)
     assert abs(span.weight_bytes - 2 * sizes.block_bytes) < 1024
     assert sizes.block_bytes == block_bytes(checkpoint, None)
-    assert sizes.shell_bytes == checkpoint.bytes_of(checkpoint.shell_names, None)
+    assert sizes.client_part_bytes == checkpoint.bytes_of(checkpoint.client_part_names_of, None)
     alone = tmp_path / "config"
     alone.mkdir()
     shutil.copy(folder / "config.json", alone)
@@ -393,10 +395,12 @@ def test_a_gguf_file_is_held_in_the_bytes_that_it_has(family: str, tmp_path: Pat
     sizes = ModelSizes.of(path)
     assert abs(span.weight_bytes - 2 * sizes.block_bytes) < 1024
     assert "nothing is downloaded" in room_on_disk(str(path), sizes).text
-    shell: Any = load_shell(checkpoint, nn.Identity())
-    assert isinstance(shell.get_input_embeddings(), HeldEmbedding) and isinstance(shell.lm_head, HeldHead)
-    taken = sum({id(tensor): tensor.nbytes for tensor in (*shell.parameters(), *shell.buffers())}.values())
-    assert abs(taken - sizes.shell_bytes) < 1024
+    client_part: Any = load_client_part(checkpoint, nn.Identity())
+    assert isinstance(client_part.get_input_embeddings(), QuantizedEmbedding) and isinstance(
+        client_part.lm_head, QuantizedHead
+    )
+    taken = sum({id(tensor): tensor.nbytes for tensor in (*client_part.parameters(), *client_part.buffers())}.values())
+    assert abs(taken - sizes.client_part_bytes) < 1024
 
 
 def test_a_plain_checkpoint_is_held_as_before(tmp_path: Path) -> None:
@@ -414,11 +418,14 @@ def test_what_is_loaded_in_inference_mode_is_used_outside_of_it(kind: str, tmp_p
     hidden, ids = torch.randn(5, HIDDEN), torch.arange(1, 9)[None]
     expected = Span.load(Checkpoint.open(path), 0, 2)
     with torch.inference_mode():
-        span, shell = Span.load(Checkpoint.open(path), 0, 2), load_shell(Checkpoint.open(path), nn.Identity())
+        span, client_part = (
+            Span.load(Checkpoint.open(path), 0, 2),
+            load_client_part(Checkpoint.open(path), nn.Identity()),
+        )
         whole = load_whole(Checkpoint.open(path), "auto")
-    found, wanted = (each.forward(hidden, [Part(each.new_row(), 0, 5)]) for each in (span, expected))
+    found, wanted = (each.forward(hidden, [Chunk(each.new_row(), 0, 5)]) for each in (span, expected))
     torch.testing.assert_close(found, wanted)
-    for model in (shell, whole):
+    for model in (client_part, whole):
         given = model.get_input_embeddings()(ids).detach().requires_grad_()
         model(inputs_embeds=given, use_cache=False).logits.sum().backward()
         assert given.grad is not None and bool(given.grad.any())

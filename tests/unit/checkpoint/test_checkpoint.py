@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM
 
-from splitnet.blocks.span import Part, Span, block_bytes
+from splitnet.blocks.span import Chunk, Span, block_bytes
 from splitnet.checkpoint import shards
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import ModelNotFound, UnsupportedModel
@@ -73,7 +73,7 @@ def test_facts_of_a_folder(folder: Path) -> None:
     assert checkpoint.max_positions == 256
     assert checkpoint.dtype == torch.float32
     assert checkpoint.container == "model.layers"
-    assert set(checkpoint.shell_names) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert set(checkpoint.client_part_names_of) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     model = AutoModelForCausalLM.from_pretrained(folder)
     block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     assert block_bytes(checkpoint, None) == block
@@ -99,7 +99,7 @@ def test_only_needed_shards_are_downloaded_from_the_hub(folder: Path, hub: FakeH
     assert needed < set(weight_map.values())
     hidden, same = torch.randn(2, 64), Span.load(local, 4, 5)
     assert torch.equal(
-        span.forward(hidden, [Part(span.new_row(), 0, 2)]), same.forward(hidden, [Part(same.new_row(), 0, 2)])
+        span.forward(hidden, [Chunk(span.new_row(), 0, 2)]), same.forward(hidden, [Chunk(same.new_row(), 0, 2)])
     )
 
 

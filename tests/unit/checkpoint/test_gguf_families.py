@@ -19,7 +19,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.gguf.file import GgufFile
 from splitnet.checkpoint.gguf.store import GgufStore
 from splitnet.errors import ModelNotFound, UnsupportedModel
-from splitnet.quant.stored import StoredTensor
+from splitnet.quant.stored import PackedTensor
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
 
@@ -165,7 +165,7 @@ def test_codes_are_kept_and_stand_for_what_gguf_dequantises(case: str, tmp_path:
     with store.load_tensors({name: name for name in names}, torch.float32, None) as tensors:
         for name, facts in store.facts(names).items():
             tensor = tensors[name][...]
-            assert isinstance(tensor, StoredTensor) and facts.layout is not None, name
+            assert isinstance(tensor, PackedTensor) and facts.layout is not None, name
             assert tuple(tensor.shape) == facts.shape, name
     expected = logits(load(GgufStore.open(dequantised(path))))
     torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

@@ -44,7 +44,7 @@ from splitnet.errors import AdapterError, SplitnetError
 from splitnet.hf.adapters import load_adapter
 from splitnet.hf.causal_lm import AutoTokenizer
 from splitnet.patterns import ALL_S, Patterns
-from splitnet.quant.stored import StoredTensor
+from splitnet.quant.stored import PackedTensor
 from splitnet.serve.failures import ApiError
 from splitnet.serve.prompts import Prompts
 from tests.tiers import examples
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def use(path: Path) -> None:
     """All that a peer does with a checkpoint before it serves."""
     checkpoint = Checkpoint.open(str(path))
-    assert checkpoint.fingerprint and checkpoint.block_tensors and checkpoint.shell_names is not None
+    assert checkpoint.fingerprint and checkpoint.block_tensors and checkpoint.client_part_names_of is not None
     Span.load(checkpoint, 0, min(2, checkpoint.num_blocks))
 
 
@@ -302,7 +302,7 @@ def test_what_a_description_says_to_repeat_takes_no_more_than_the_weight(
     name = "model.layers.0.self_attn.q_proj.weight"
     with Largest() as largest, checkpoint.store.load_tensors({name: name}, torch.float32) as read:
         weight = read[name][...]
-        assert (weight.floats() if isinstance(weight, StoredTensor) else weight).shape == (128, 128)
+        assert (weight.floats() if isinstance(weight, PackedTensor) else weight).shape == (128, 128)
     assert largest.most <= 16 * 128 * 128
 
 

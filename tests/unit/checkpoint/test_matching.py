@@ -12,11 +12,11 @@ import pytest
 from splitnet.checkpoint.transfer import matching
 from splitnet.checkpoint.transfer.manifest import Manifest, Pieces, Tensor, digest
 from splitnet.checkpoint.transfer.matching import (
+    ANSWER_LIMIT_S,
     ANSWER_S,
     MAX_ASKED,
     MAX_MODELS,
     NEXT_S,
-    PATIENCE_S,
     WHOLE_S,
     find_manifest,
     whole,
@@ -148,7 +148,7 @@ def test_peers_that_tell_slowly_hold_nobody_up_for_long(asked: Any) -> None:
         records += some
     with pytest.raises(ModelNotFound, match="takes too long"):
         find_manifest(Known(*records), asked, "llama")
-    assert asked.now <= MAX_ASKED * (PATIENCE_S + 1) + WHOLE_S + ANSWER_S
+    assert asked.now <= MAX_ASKED * (ANSWER_LIMIT_S + 1) + WHOLE_S + ANSWER_S
     began, manifest = asked.now, model_of(1)
     liars = [peer_of(manifest.fingerprint, 9000 + port)[0] for port in range(MAX_ASKED - 1)]
     asked.peers |= {record.address: dripping for record in liars}
@@ -158,7 +158,7 @@ def test_peers_that_tell_slowly_hold_nobody_up_for_long(asked: Any) -> None:
     assert found is not None and asked.now - began <= MAX_ASKED * (NEXT_S + 1) + ANSWER_S
 
 
-@pytest.mark.parametrize(("seconds", "also"), [(PATIENCE_S / 2, False), (PATIENCE_S * 1.5, True)])
+@pytest.mark.parametrize(("seconds", "also"), [(ANSWER_LIMIT_S / 2, False), (ANSWER_LIMIT_S * 1.5, True)])
 def test_peers_share_a_slow_link_only_where_one_would_take_long(asked: Any, seconds: float, also: bool) -> None:
     """They would take all the longer, and none might end in time."""
     total = int(seconds) * MAX_PART_BYTES

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from splitnet.blocks.backbone import load_whole
 from splitnet.blocks.client_part import check_all_is_taken
-from splitnet.blocks.span import Part, Span, block_bytes
+from splitnet.blocks.span import Chunk, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.quant.format import Part as FilePart
 from splitnet.checkpoint.quant.mlx import Mlx
 from splitnet.errors import UnsupportedModel
-from splitnet.quant.experts import HeldExperts
-from splitnet.quant.stored import StoredTensor, unpack_words
+from splitnet.quant.experts import QuantizedExperts
+from splitnet.quant.stored import PackedTensor, unpack_words
 from tests.unit.quantized_checkpoints import (
     SCHEMES,
     Scheme,
@@ -86,13 +86,13 @@ def test_weights_stand_for_what_the_format_says(
         loading = checkpoint.store.load_tensors({key: key for key in checkpoint.store.names}, torch.float32)
         with loading as lazy:
             read = {key: lazy[key][...] for key in checkpoint.store.names}
-    coded = {key for key, tensor in read.items() if isinstance(tensor, StoredTensor)}
+    coded = {key for key, tensor in read.items() if isinstance(tensor, PackedTensor)}
     assert bool(coded) is (name != "gptq-desc_act")
     assert ("as numbers they take" in caplog.text) is (name == "gptq-desc_act")
     for key, tensor in read.items():  # after the files were closed
         fact = facts[key]
         assert (fact.shape, fact.dtype) == (tuple(tensor.shape), torch.float32)
-        if isinstance(tensor, StoredTensor):
+        if isinstance(tensor, PackedTensor):
             assert fact.layout is not None and fact.layout == tensor.experts[0][0].layout
             assert fact.layout.bits == BITS.get(name, 4)
             matrices = [matrix for matrices in tensor.experts for matrix in matrices]
@@ -106,7 +106,7 @@ def test_weights_stand_for_what_the_format_says(
         return
     span, whole = (Span.load(each, 0, each.num_blocks, weights="float32") for each in (checkpoint, plain))
     hidden = torch.randn(5, checkpoint.hidden_size)
-    found, wanted = (each.forward(hidden, [Part(each.new_row(), 0, 5)]) for each in (span, whole))
+    found, wanted = (each.forward(hidden, [Chunk(each.new_row(), 0, 5)]) for each in (span, whole))
     assert float((found - wanted).norm() / wanted.norm()) < 2e-3  # kernels round activations to 16 bits
 
 
@@ -294,9 +294,9 @@ def test_experts_of_mlx_are_stacked(family: str, tmp_path: Path) -> None:
     check_all_is_taken(checkpoint)
     plain = Checkpoint.open(write_checkpoint(tmp_path / "plain", source, expected, config))
     span, whole = Span.load(checkpoint, 0, 2), Span.load(plain, 0, 2)
-    assert any(isinstance(one, HeldExperts) for one in span._backbone.modules())
+    assert any(isinstance(one, QuantizedExperts) for one in span._backbone.modules())
     hidden = torch.randn(5, 64)
-    found, wanted = (each.forward(hidden, [Part(each.new_row(), 0, 5)]) for each in (span, whole))
+    found, wanted = (each.forward(hidden, [Chunk(each.new_row(), 0, 5)]) for each in (span, whole))
     assert float((found - wanted).norm() / wanted.norm()) < 2e-3
 
 
@@ -333,7 +333,7 @@ def test_numbers_of_codes_are_rounded_once(sources: dict[str, Path], tmp_path: P
         torch.testing.assert_close(read[name][...], tensors_of(plain)[name], rtol=1e-6, atol=1e-7)
     span, whole = (Span.load(Checkpoint.open(one), 1, 2, dtype="float32") for one in (folder, plain))
     hidden = torch.randn(5, 128)
-    found, wanted = (each.forward(hidden, [Part(each.new_row(), 0, 5)]) for each in (span, whole))
+    found, wanted = (each.forward(hidden, [Chunk(each.new_row(), 0, 5)]) for each in (span, whole))
     torch.testing.assert_close(found, wanted)
 
 
@@ -371,7 +371,7 @@ def test_layers_may_be_quantized_in_different_ways(sources: dict[str, Path], tmp
     with checkpoint.store.load_tensors({name: name for name in checkpoint.store.names}, torch.float32) as lazy:
         for name, tensor in expected.items():
             read = lazy[name][...]
-            torch.testing.assert_close(read.floats() if isinstance(read, StoredTensor) else read, tensor)
+            torch.testing.assert_close(read.floats() if isinstance(read, PackedTensor) else read, tensor)
 
 
 @given(bits=st.integers(1, 8), rows=st.integers(1, 3), columns=st.integers(1, 70), seed=st.integers(0, 2**16))
@@ -396,10 +396,10 @@ def test_groups_of_permuted_inputs(sources: dict[str, Path], tmp_path: Path) -> 
         assert (checkpoint.store.facts([name])[name].layout is not None) is coded
         with checkpoint.store.load_tensors({name: name}, torch.float32) as lazy:
             read = lazy[name][...]
-        assert isinstance(read, StoredTensor) is coded
+        assert isinstance(read, PackedTensor) is coded
         of = order if coded else index
         expected = (codes - shift[:, of]) * tensors[name + "_scale"][:, of]
-        torch.testing.assert_close(read.floats() if isinstance(read, StoredTensor) else read, expected)
+        torch.testing.assert_close(read.floats() if isinstance(read, PackedTensor) else read, expected)
 
 
 def test_fp8_experts_and_blocks_that_do_not_come_out_even(tmp_path: Path) -> None:
@@ -440,7 +440,7 @@ def test_fp8_experts_and_blocks_that_do_not_come_out_even(tmp_path: Path) -> Non
     ]
     spans = [Span.load(Checkpoint.open(folder), 0, 2) for folder in folders]
     hidden = torch.randn(5, 128)
-    outputs = [span.forward(hidden, [Part(span.new_row(), 0, 5)]) for span in spans]
+    outputs = [span.forward(hidden, [Chunk(span.new_row(), 0, 5)]) for span in spans]
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
 
 
@@ -454,7 +454,7 @@ def test_codes_that_lie_across_what_experts_multiply_become_numbers(
     folders = quantized_pair(sources["gpt_oss"], tmp_path, "across")
     spans = [Span.load(Checkpoint.open(folder), 0, 2, weights=weights) for folder in folders]
     hidden = torch.randn(5, 64)
-    outputs = [span.forward(hidden, [Part(span.new_row(), 0, 5)]) for span in spans]
+    outputs = [span.forward(hidden, [Chunk(span.new_row(), 0, 5)]) for span in spans]
     torch.testing.assert_close(*outputs)
     foretold = block_bytes(Checkpoint.open(folders[0]), None, weights)
     assert abs(spans[0].weight_bytes - 2 * foretold) < 1024
@@ -471,7 +471,7 @@ def test_stacked_experts_have_stacked_scales(tmp_path: Path, sources: dict[str, 
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "stacked", sources["llama"], stored, config))
     with checkpoint.store.load_tensors({"a": "a.experts.up", "b": "b.experts.up"}, torch.float32) as lazy:
         a, b = lazy["a"][...], lazy["b"][...]
-    assert isinstance(a, StoredTensor) and isinstance(b, StoredTensor) and a.stacked and len(a.experts) == 4
+    assert isinstance(a, PackedTensor) and isinstance(b, PackedTensor) and a.stacked and len(a.experts) == 4
     torch.testing.assert_close(a.floats(), codes.float() * wide.repeat_interleave(32, 1).repeat_interleave(64, 2))
     torch.testing.assert_close(b.floats(), codes.float() * one[:, None, None])
 
@@ -494,7 +494,7 @@ def test_fp8_in_a_multimodal_wrapper(tmp_path: Path, sources: dict[str, Path]) -
     assert checkpoints["quantized"].multimodal and checkpoints["quantized"].dtype == torch.float32
     spans = [Span.load(checkpoint, 0, 3) for checkpoint in checkpoints.values()]
     hidden = torch.randn(5, 128)
-    outputs = [span.forward(hidden, [Part(span.new_row(), 0, 5)]) for span in spans]
+    outputs = [span.forward(hidden, [Chunk(span.new_row(), 0, 5)]) for span in spans]
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
 
 

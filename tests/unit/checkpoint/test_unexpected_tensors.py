@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from splitnet.blocks.client_part import load_classifier_shell, load_shell
+from splitnet.blocks.client_part import load_classifier_part, load_client_part
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import UnsupportedModel
@@ -36,7 +36,7 @@ def _load_block(checkpoint: Checkpoint) -> object:
 
 
 def _load_shell(checkpoint: Checkpoint) -> object:
-    return load_shell(checkpoint, nn.Identity())
+    return load_client_part(checkpoint, nn.Identity())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_is_left_out_on_purpose(
     checkpoint = Checkpoint.open(folder)
     assert open_model(str(folder))[0].status is Status.passed
     assert Span.load(checkpoint, 0, 2).end == 2
-    load_shell(checkpoint, nn.Identity())
+    load_client_part(checkpoint, nn.Identity())
 
 
 def test_a_family_says_itself_what_it_leaves_out(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_classifier_leaves_the_head_of_a_causal_model(llama: Path) -> None:
     config = checkpoint.config
     config.num_labels, config.pad_token_id = 3, 0
     assert "lm_head.weight" in checkpoint.store.names
-    load_classifier_shell(checkpoint, config, nn.Identity())
+    load_classifier_part(checkpoint, config, nn.Identity())
 
 
 def test_a_multimodal_checkpoint(llama: Path, tmp_path: Path) -> None:

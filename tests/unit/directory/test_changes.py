@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from splitnet.directory.ask import OUTDATED_S, RECORD_OVERHEAD, Told, entry_of, still_there
+from splitnet.directory.ask import OUTDATED_S, RECORD_OVERHEAD, DirectoryDelta, entry_of, still_there
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Relay
@@ -24,7 +24,7 @@ HELD = signed(OWNER, issued_at=time.time() - 20, queue_ms=50.0, kv_free_position
 def told(
     now: Sequence[PeerRecord], held: Sequence[PeerRecord], since: float = 0.0, most: int = MUCH
 ) -> tuple[list[bool], list[PeerRecord]]:
-    present, records = Told(now).changes(list(map(entry_of, held)), since, most)
+    present, records = DirectoryDelta(now).changes(list(map(entry_of, held)), since, most)
     return still_there(present, len(held)), records
 
 

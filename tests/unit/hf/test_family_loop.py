@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
-from splitnet.blocks.client_part import load_shell
+from splitnet.blocks.client_part import load_client_part
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import RopeLengths
 from splitnet.hf.causal_lm import RemoteCausalLM
@@ -28,7 +28,7 @@ def remote_without_peers(folder: Path) -> RemoteCausalLM:
 
     checkpoint = Checkpoint.open(folder)
     blocks = RemoteBlocks([], none, None, RopeLengths(checkpoint.config))
-    model = made_remote(load_shell(checkpoint, blocks), RemoteCausalLM, str(folder))
+    model = made_remote(load_client_part(checkpoint, blocks), RemoteCausalLM, str(folder))
     model.open_sessions_with(none)
     return model
 

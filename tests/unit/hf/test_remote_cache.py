@@ -15,15 +15,15 @@ from splitnet.errors import AdapterError
 from splitnet.hf.cache import RESERVE_STEP, RemoteCache, RemoteLayer
 from splitnet.session.inference import Session
 from splitnet.wire.log import fork_rows
-from splitnet.wire.messages import Fork, Part
+from splitnet.wire.messages import Chunk, Fork
 from tests.tiers import examples
 
 
 class FakeSession:
     """Rows as peers hold them, with a token in the place of each position's keys and values."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, reservation: int) -> None:
+        self.reservation = reservation
         self.rows: dict[int, list[int]] = {}
         self.seen: set[int] = set()
         self.closed = 0
@@ -32,7 +32,7 @@ class FakeSession:
         self.copies = 0
 
     def reserve(self, positions: int) -> None:
-        self.budget = max(self.budget, positions)
+        self.reservation = max(self.reservation, positions)
 
     def use_adapter(self, adapter: Adapter) -> None:
         self.adapter = adapter
@@ -43,7 +43,7 @@ class FakeSession:
     def close_later(self) -> None:
         self.closed_later += 1
 
-    def step(self, parts: list[Part], forks: list[Fork] | None, tokens: list[list[int]]) -> None:
+    def step(self, parts: list[Chunk], forks: list[Fork] | None, tokens: list[list[int]]) -> None:
         """Does what a peer does; `tokens` are those of each part."""
         if forks is not None:
             new = [fork.row for fork in forks if fork.row not in self.rows]
@@ -56,14 +56,14 @@ class FakeSession:
             assert part.length == len(added) >= 1
             row[part.start :] = added
         self.seen |= self.rows.keys()
-        assert sum(map(len, self.rows.values())) <= self.budget
+        assert sum(map(len, self.rows.values())) <= self.reservation
 
 
 def make_layer() -> tuple[RemoteLayer, list[FakeSession]]:
     made: list[FakeSession] = []
 
-    def open_session(budget: int) -> Session:
-        made.append(FakeSession(budget))
+    def open_session(reservation: int) -> Session:
+        made.append(FakeSession(reservation))
         return cast(Session, made[-1])
 
     return RemoteLayer(open_session), made
@@ -203,14 +203,14 @@ def test_memory_is_reserved_ahead_and_for_all_rows() -> None:
     layer, made = make_layer()
     layer.begin_step(mask(0, 0, columns=3), 1)
     [session] = made
-    assert session.budget == 2 * RESERVE_STEP
+    assert session.reservation == 2 * RESERVE_STEP
     layer.begin_step(mask(0, 0, columns=RESERVE_STEP), 1)
-    assert session.budget == 2 * RESERVE_STEP
+    assert session.reservation == 2 * RESERVE_STEP
     layer.begin_step(mask(0, 0, columns=RESERVE_STEP + 1), 1)
-    assert session.budget == 4 * RESERVE_STEP
+    assert session.reservation == 4 * RESERVE_STEP
     layer.batch_repeat_interleave(3)
     layer.begin_step(mask(0, 0, 0, 0, 0, 0, columns=RESERVE_STEP + 2), 1)
-    assert session.budget == 12 * RESERVE_STEP
+    assert session.reservation == 12 * RESERVE_STEP
 
 
 def test_a_length_that_is_known_is_reserved_at_once_and_exactly() -> None:
@@ -218,7 +218,7 @@ def test_a_length_that_is_known_is_reserved_at_once_and_exactly() -> None:
     layer.reserve(40)
     layer.reserve(20)
     layer.begin_step(mask(0, 0, columns=3), 1)
-    assert made[0].budget == 2 * 40
+    assert made[0].reservation == 2 * 40
 
 
 @pytest.mark.parametrize(
@@ -271,8 +271,8 @@ def test_a_cache_that_is_gone_has_its_session_closed_by_others() -> None:
     """The collector may run in a thread that holds the locks which closing takes."""
     made: list[FakeSession] = []
 
-    def open_session(budget: int) -> Any:
-        made.append(FakeSession(budget))
+    def open_session(reservation: int) -> Any:
+        made.append(FakeSession(reservation))
         return made[-1]
 
     RemoteCache(open_session).close()

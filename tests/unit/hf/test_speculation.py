@@ -15,7 +15,7 @@ from scheduler.speculation import IN_FLIGHT, LENGTHS, NO_DRAFTS, WORTHWHILE, Pac
 from splitnet.errors import SplitnetError
 from splitnet.hf.speculate.decoding import Experience
 from splitnet.hf.speculate.drafts import DraftModel, PromptLookup
-from splitnet.swarm.plan import Forecast
+from splitnet.swarm.plan import Prediction
 from tests.unit.random_models import HYBRIDS, random_config
 
 
@@ -23,7 +23,7 @@ def pace(link_ms: float = 80.0, pass_ms: float = 20.0, position_ms: float = 1.0,
     """Of a chain of four hops."""
     return Pace(
         latency_ms=lambda positions: link_ms + pass_ms + position_ms * positions,
-        stage_ms=lambda positions: (pass_ms + position_ms * positions) / 4,
+        slowest_hop_ms=lambda positions: (pass_ms + position_ms * positions) / 4,
         draft_ms=draft_ms,
     )
 
@@ -198,14 +198,14 @@ class TestDraftModel:
 
 class TestExperience:
     @staticmethod
-    def forecast(positions: int) -> Forecast:
-        return Forecast(latency_ms=80.0 + positions, stage_ms=5.0)
+    def prediction(positions: int) -> Prediction:
+        return Prediction(latency_ms=80.0 + positions, slowest_hop_ms=5.0)
 
     def test_nothing_is_drafted_before_a_plain_step_was_seen(self) -> None:
         experience = Experience([0.9])
-        assert experience.window(0, 0.0, self.forecast) == NO_DRAFTS
-        experience.took(1, 100.0, 2.0, self.forecast)
-        assert experience.window(0, 0.0, self.forecast) != NO_DRAFTS
+        assert experience.window(0, 0.0, self.prediction) == NO_DRAFTS
+        experience.took(1, 100.0, 2.0, self.prediction)
+        assert experience.window(0, 0.0, self.prediction) != NO_DRAFTS
 
     def test_acceptance_is_learned_by_kind(self) -> None:
         experience = Experience([0.5, 0.5])
@@ -213,23 +213,23 @@ class TestExperience:
             experience.compared(0, True)
             experience.compared(1, False)
         assert experience.acceptance(0) > 0.95 and experience.acceptance(1) < 0.05
-        experience.took(1, 100.0, 2.0, self.forecast)
-        assert experience.window(0, 0.0, self.forecast).length > 0
-        assert experience.window(1, 0.0, self.forecast) == NO_DRAFTS
+        experience.took(1, 100.0, 2.0, self.prediction)
+        assert experience.window(0, 0.0, self.prediction).length > 0
+        assert experience.window(1, 0.0, self.prediction) == NO_DRAFTS
 
     def test_long_windows_that_take_longer_than_foretold_are_given_up(self) -> None:
         experience = Experience([0.7])
-        experience.took(1, 100.0, 2.0, self.forecast)
-        length = experience.window(0, 0.0, self.forecast).length
+        experience.took(1, 100.0, 2.0, self.prediction)
+        length = experience.window(0, 0.0, self.prediction).length
         for _ in range(50):
             for positions in range(2, 17):
-                experience.took(positions, 100.0 * positions, 2.0, self.forecast)
-        assert length > 1 and experience.window(0, 0.0, self.forecast).length <= 1
+                experience.took(positions, 100.0 * positions, 2.0, self.prediction)
+        assert length > 1 and experience.window(0, 0.0, self.prediction).length <= 1
 
     def test_a_client_that_is_slow_itself_sends_fewer_windows(self) -> None:
         quick, slow = Experience([0.95]), Experience([0.95])
-        quick.took(1, 400.0, 2.0, lambda positions: Forecast(400.0, 2.0))
-        slow.took(1, 400.0, 200.0, lambda positions: Forecast(400.0, 2.0))
-        many = quick.window(0, 0.0, lambda positions: Forecast(400.0, 2.0))
-        few = slow.window(0, 0.0, lambda positions: Forecast(400.0, 2.0))
+        quick.took(1, 400.0, 2.0, lambda positions: Prediction(400.0, 2.0))
+        slow.took(1, 400.0, 200.0, lambda positions: Prediction(400.0, 2.0))
+        many = quick.window(0, 0.0, lambda positions: Prediction(400.0, 2.0))
+        few = slow.window(0, 0.0, lambda positions: Prediction(400.0, 2.0))
         assert many.in_flight > few.in_flight

@@ -34,9 +34,9 @@ from splitnet.nat.messages import (
     unpack,
 )
 from splitnet.nat.punch import Way
-from splitnet.nat.relay import Helper, HelperBounds
+from splitnet.nat.relay import RelayBounds, RelayServer
 from splitnet.nat.stream import Dialing
-from splitnet.nat.unreachable import Hidden
+from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.transport import connections
 from splitnet.transport.connections import Connections, TcpConnection
@@ -60,10 +60,10 @@ class World:
 
     def __init__(self, stack: ExitStack) -> None:
         self.stack = stack
-        self.helpers: list[Helper] = []
-        self.hosts: dict[Helper, str] = {}
+        self.helpers: list[RelayServer] = []
+        self.hosts: dict[RelayServer, str] = {}
 
-    def helper(self, kind: type[Helper] = Helper, host: str = HOST, **options: Any) -> Helper:
+    def helper(self, kind: type[RelayServer] = RelayServer, host: str = HOST, **options: Any) -> RelayServer:
         loop = WaysLoop()
         self.stack.callback(loop.close)
         made = kind(loop, Identity.generate(), f"tcp://{host}:0", **options)
@@ -84,7 +84,7 @@ class World:
 
     def hidden(
         self, *, helpers: int | None = None, vouched: Callable[[Relay], bool] = lambda _: False, **options: Any
-    ) -> tuple[Node, Hidden]:
+    ) -> tuple[Node, UnreachablePeer]:
         """A node that answers what comes through the helpers."""
         node = self.node(ANY_PORT, **options)
         node.answer = echo
@@ -92,8 +92,8 @@ class World:
 
     def hidden_at(
         self, node: Node, *, helpers: int | None = None, vouched: Callable[[Relay], bool] = lambda _: False
-    ) -> Hidden:
-        hidden = Hidden(
+    ) -> UnreachablePeer:
+        hidden = UnreachablePeer(
             node.tunnels.loop,
             node.identity,
             f"tcp://{HOST}:{node.transport.port}",
@@ -305,7 +305,7 @@ def test_a_helper_that_lets_nobody_stay_is_tried_ever_more_seldom(
 
 
 def test_helpers_of_other_hosts_are_preferred_and_those_that_the_user_knows(world: World) -> None:
-    crowd = [world.helper(TakesNoCalls if index < 6 else Helper) for index in range(9)]
+    crowd = [world.helper(TakesNoCalls if index < 6 else RelayServer) for index in range(9)]
     elsewhere = [world.helper(host=f"127.0.{index}.1") for index in (1, 2)]
     known = crowd[-1]._identity.public.raw
     _, hidden = world.hidden(helpers=3, vouched=lambda relay: relay.key == known)
@@ -317,7 +317,7 @@ def test_every_helper_is_tried_before_one_that_has_failed_is_tried_again(
 ) -> None:
     monkeypatch.setattr(hidden_module, "FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(hidden_module, "RETRY_S", 0.01)
-    order: list[Helper] = []
+    order: list[RelayServer] = []
 
     class Noted(Drops):
         async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
@@ -370,7 +370,7 @@ def test_a_helper_connects_to_whoever_asks_and_to_nobody_else(world: World) -> N
 
 
 def test_who_asks_too_often_to_be_tried_is_refused(world: World, stranger: Connect) -> None:
-    helper = world.helper(bounds=HelperBounds(tries_of_host=1))
+    helper = world.helper(bounds=RelayBounds(tries_of_host=1))
     node = world.node(ANY_PORT)
     question = Try(f"tcp://{HOST}:{node.transport.port}")
     first = stranger(helper)
@@ -423,7 +423,7 @@ def test_streams_take_no_more_descriptors_than_a_process_has(monkeypatch: pytest
     assert used + connections.most_connections() <= 1024 - 256
     assert hidden._places._most_of["relay"] * hidden_module.WANTED <= hidden._places._most
     monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert world.helper()._bounds == HelperBounds()
+    assert world.helper()._bounds == RelayBounds()
 
 
 def test_few_are_tried_at_once() -> None:
@@ -447,7 +447,7 @@ def test_few_are_tried_at_once() -> None:
 class Stranger:
     """Speaks to a helper as it likes."""
 
-    def __init__(self, helper: Helper, identity: Identity | None = None) -> None:
+    def __init__(self, helper: RelayServer, identity: Identity | None = None) -> None:
         self.identity = identity or Identity.generate()
         self.helper = helper
         self.sock = socket.create_connection((HOST, helper.port), timeout=WAIT_S)
@@ -474,7 +474,7 @@ class Stranger:
 
 @pytest.fixture
 def stranger(world: World) -> Callable[..., Stranger]:
-    def connect(helper: Helper, identity: Identity | None = None) -> Stranger:
+    def connect(helper: RelayServer, identity: Identity | None = None) -> Stranger:
         made = Stranger(helper, identity)
         world.stack.enter_context(closing(made.sock))
         return made
@@ -486,7 +486,7 @@ Connect = Callable[..., Stranger]
 
 
 def test_streams_that_say_nothing_end_and_keep_nobody_away(world: World, stranger: Connect) -> None:
-    helper = world.helper(bounds=HelperBounds(handshakes_of_host=4, handshake_s=0.3))
+    helper = world.helper(bounds=RelayBounds(handshakes_of_host=4, handshake_s=0.3))
     silent = [stranger(helper) for _ in range(40)]
     assert stranger(helper).ask(Purpose.RESERVE, Reserve()) == Reserved()
     assert all(each.hear() is None for each in silent)
@@ -511,7 +511,7 @@ def test_a_stranger_is_no_member(world: World, stranger: Connect, tmp_path: Path
 
 
 def test_reservations_are_bounded_by_host_and_one_for_a_key(world: World, stranger: Connect) -> None:
-    helper = world.helper(bounds=HelperBounds(reservations_of_host=3))
+    helper = world.helper(bounds=RelayBounds(reservations_of_host=3))
     kept = [stranger(helper) for _ in range(3)]
     assert all(each.ask(Purpose.RESERVE, Reserve()) == Reserved() for each in kept)
     assert isinstance(stranger(helper).ask(Purpose.RESERVE, Reserve()), Refused)
@@ -522,7 +522,7 @@ def test_reservations_are_bounded_by_host_and_one_for_a_key(world: World, strang
 
 
 def test_reservations_end_that_are_silent_or_never_silent(world: World, stranger: Connect) -> None:
-    helper = world.helper(bounds=HelperBounds(silent_s=0.2))
+    helper = world.helper(bounds=RelayBounds(silent_s=0.2))
     silent = stranger(helper)
     assert silent.ask(Purpose.RESERVE, Reserve()) == Reserved()
     assert silent.hear() is None
@@ -539,7 +539,7 @@ def test_reservations_end_that_are_silent_or_never_silent(world: World, stranger
 
 
 def test_calls_are_bounded_by_key_and_nobody_joins_for_another(world: World, stranger: Connect) -> None:
-    helper = world.helper(bounds=HelperBounds(streams_of_key=2, join_s=0.5))
+    helper = world.helper(bounds=RelayBounds(streams_of_key=2, join_s=0.5))
     hidden, caller = stranger(helper), Identity.generate()
     assert hidden.ask(Purpose.RESERVE, Reserve()) == Reserved()
     call = Call(hidden.identity.public.raw, "")
@@ -563,7 +563,7 @@ def test_calls_are_bounded_by_key_and_nobody_joins_for_another(world: World, str
     assert isinstance(nobody, Refused)
 
 
-def joined(helper: Helper, stranger: Connect) -> tuple[Stranger, Stranger]:
+def joined(helper: RelayServer, stranger: Connect) -> tuple[Stranger, Stranger]:
     """Two that the helper has joined."""
     hidden, caller = stranger(helper), stranger(helper)
     assert hidden.ask(Purpose.RESERVE, Reserve()) == Reserved()
@@ -594,10 +594,10 @@ def test_a_receiver_that_does_not_read_takes_no_memory(world: World, stranger: C
 
 
 def test_idle_and_half_open_streams_end(world: World, stranger: Connect) -> None:
-    helper = world.helper(bounds=HelperBounds(idle_s=0.3, half_open_s=0.3))
+    helper = world.helper(bounds=RelayBounds(idle_s=0.3, half_open_s=0.3))
     caller, other = joined(helper, stranger)
     assert caller.sock.recv(1) == other.sock.recv(1) == b""
-    helper = world.helper(bounds=HelperBounds(half_open_s=0.3))
+    helper = world.helper(bounds=RelayBounds(half_open_s=0.3))
     caller, other = joined(helper, stranger)
     caller.sock.shutdown(socket.SHUT_WR)
     assert other.sock.recv(1) == b""
@@ -607,7 +607,7 @@ def test_idle_and_half_open_streams_end(world: World, stranger: Connect) -> None
 
 
 def test_bytes_per_second_are_bounded(world: World, stranger: Connect) -> None:
-    helper = world.helper(bounds=HelperBounds(bytes_per_s=4 << 20))
+    helper = world.helper(bounds=RelayBounds(bytes_per_s=4 << 20))
     caller, other = joined(helper, stranger)
     size = 5 << 20
     sending = threading.Thread(target=caller.sock.sendall, args=(bytes(size),))
@@ -623,11 +623,11 @@ def test_a_helper_tells_that_its_port_is_taken(world: World) -> None:
     taken = world.helper()
     loop = WaysLoop()
     with closing(loop), pytest.raises(helper_module.AddressInUse):
-        Helper(loop, Identity.generate(), f"tcp://{HOST}:{taken.port}")
+        RelayServer(loop, Identity.generate(), f"tcp://{HOST}:{taken.port}")
 
 
 def test_a_flood_of_connections_is_taken_one_after_the_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    bounds = HelperBounds()
+    bounds = RelayBounds()
     helper = world.helper(bounds=bounds)
     make_room, held = helper._make_room, list[int]()
     monkeypatch.setattr(helper, "_make_room", lambda host: held.append(len(helper._served)) or make_room(host))

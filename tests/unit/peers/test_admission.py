@@ -10,7 +10,7 @@ from peers.admission import (
     LEASE_S,
     LONGEST_LEASE_S,
     MAX_SESSIONS,
-    MIN_BUDGET,
+    MIN_RESERVATION,
     WANTED_S,
     SessionTable,
 )
@@ -34,7 +34,7 @@ class Granted(AuthorizedKeys):
         return self._granted.get(curve_raw.decode(), KeyOptions())
 
 
-def session(name: int, budget: int, used_at: float = 0.0, owner: bytes = b"owner") -> Session:
+def session(name: int, reservation: int, used_at: float = 0.0, owner: bytes = b"owner") -> Session:
     return Session(
         id=name.to_bytes(16, "big"),
         owner=owner,
@@ -42,7 +42,7 @@ def session(name: int, budget: int, used_at: float = 0.0, owner: bytes = b"owner
         epoch=1,
         start=0,
         end=4,
-        budget=budget,
+        reservation=reservation,
         codec=CODECS["none"],
         previous=None,
         next=None,
@@ -87,10 +87,10 @@ def test_a_session_grows_where_there_is_room_and_never_shrinks() -> None:
     table.add(one)
     table.resize(one, 800)
     table.resize(one, 100)
-    assert (one.budget, table.free_positions) == (800, 200)
+    assert (one.reservation, table.free_positions) == (800, 200)
     with pytest.raises(PeerBusy):
         table.resize(one, 1001)
-    assert (one.budget, table.free_positions) == (800, 200)
+    assert (one.reservation, table.free_positions) == (800, 200)
 
 
 def test_rows_with_states_take_their_place_before_any_position() -> None:
@@ -114,7 +114,7 @@ def test_rows_with_states_take_their_place_before_any_position() -> None:
 
 
 def test_the_smallest_session_takes_something_even_where_there_is_little() -> None:
-    table = SessionTable(MIN_BUDGET + 1)
+    table = SessionTable(MIN_RESERVATION + 1)
     table.add(session(1, 0))
     assert table.free_positions == 1
     with pytest.raises(PeerBusy):
@@ -125,7 +125,7 @@ def test_the_smallest_session_takes_something_even_where_there_is_little() -> No
 
 
 def test_the_number_of_sessions_is_bounded() -> None:
-    table = SessionTable(10 * MIN_BUDGET * MAX_SESSIONS)
+    table = SessionTable(10 * MIN_RESERVATION * MAX_SESSIONS)
     for name in range(MAX_SESSIONS):
         table.add(session(name, 1))
     with pytest.raises(PeerBusy, match=str(MAX_SESSIONS)):
@@ -169,16 +169,16 @@ def test_what_is_reserved_is_what_the_sessions_hold(steps: list[tuple[str, int, 
                     assert amount - expired.used_at > 100
                     del made[int.from_bytes(expired.id, "big")]
         except PeerBusy:
-            assert amount > table.free_positions or amount < MIN_BUDGET
-        assert table.free_positions == 2000 - sum(held.budget for held in made.values()) >= 0
+            assert amount > table.free_positions or amount < MIN_RESERVATION
+        assert table.free_positions == 2000 - sum(held.reservation for held in made.values()) >= 0
         assert set(table) == set(made.values())
         assert not any(held.closed for held in made.values())
 
 
-def opens(table: SessionTable, name: int, budget: int, now: float, owner: bytes) -> Session:
+def opens(table: SessionTable, name: int, reservation: int, now: float, owner: bytes) -> Session:
     """What the service does with an `Open`."""
-    opened = session(name, budget, now, owner)
-    table.make_room(opened, budget, now)
+    opened = session(name, reservation, now, owner)
+    table.make_room(opened, reservation, now)
     table.add(opened)
     return opened
 
@@ -240,7 +240,7 @@ def test_nobody_is_ended_for_a_session_that_its_key_may_not_have() -> None:
 
 
 def test_many_tiny_sessions_of_a_key_make_room_for_another() -> None:
-    table = SessionTable(10 * MIN_BUDGET * MAX_SESSIONS)
+    table = SessionTable(10 * MIN_RESERVATION * MAX_SESSIONS)
     for name in range(MAX_SESSIONS):
         opens(table, name, 1, 0.0, b"greedy")
     with pytest.raises(PeerBusy, match=str(MAX_SESSIONS)):
@@ -270,21 +270,21 @@ def _refused(table: SessionTable, now: float) -> bool:
 def test_a_key_within_its_share_is_never_ended_for_another(steps: list[tuple[int, int, int, int]]) -> None:
     table = SessionTable(1000)
     now = 0.0
-    for key, name, budget, after_s in steps:
+    for key, name, reservation, after_s in steps:
         now += after_s
         owner = bytes([key])
         if table.get((100 * key + name).to_bytes(16, "big")) is not None:
             continue
-        held = {other: sum(it.budget for it in table if it.owner == other) for other in {it.owner for it in table}}
-        one_more = session(100 * key + name, budget, now, owner)
-        ended = table.make_room(one_more, budget, now)
+        held = {other: sum(it.reservation for it in table if it.owner == other) for other in {it.owner for it in table}}
+        one_more = session(100 * key + name, reservation, now, owner)
+        ended = table.make_room(one_more, reservation, now)
         keys = {owner, *held, *table._wanted}
         for one in ended:
             assert held[one.owner] > 1000 / len(keys)
-            held[one.owner] -= one.budget
+            held[one.owner] -= one.reservation
         try:
             table.add(one_more)
         except PeerBusy:
             assert not ended
         by_key = [table.memory.held(key) for key in {it.owner for it in table}]
-        assert table.memory.used == sum(it.budget for it in table) == sum(by_key) <= 1000
+        assert table.memory.used == sum(it.reservation for it in table) == sum(by_key) <= 1000

@@ -14,7 +14,7 @@ from peers.counters import Counters
 from peers.links import NextHops
 from peers.server import SpanServer
 from peers.speed import ObservedSpeed
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from tests.unit.random_models import random_checkpoint
 
@@ -69,7 +69,7 @@ def test_one_sequence_at_a_time_passes_where_frequencies_depend_on_it(checkpoint
     alone: list[bool] = []
     rope.register_forward_pre_hook(lambda *_: alone.append(span._ropes._lock.locked()))
     for some in (span, span.view(0, 1)):
-        some.forward(torch.randn(8, span.hidden_size), [Part(some.new_row(), 0, 8)])
+        some.forward(torch.randn(8, span.hidden_size), [Chunk(some.new_row(), 0, 8)])
         assert some._ropes is span._ropes
     assert alone
     assert all(alone)

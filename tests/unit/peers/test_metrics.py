@@ -37,7 +37,7 @@ from splitnet.serve.metrics import GatewayMetrics, instrument
 from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
 from splitnet.session.events import Cause, Recovered
 from splitnet.wire.endpoints import Connection, Endpoint
-from splitnet.wire.messages import Part, Ping, Step, Timing, encode
+from splitnet.wire.messages import Chunk, Ping, Step, Timing, encode
 from tests.attacks import gateway
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -182,8 +182,8 @@ def test_a_histogram_has_each_value_in_one_bucket(values: list[float], bounds: l
 def test_bytes_are_told_by_link_and_codec() -> None:
     counters = Counters()
     registry = peer_registry(counters)
-    step = Step(bytes(16), 0, 1, (Part(1, 0, 1, 1),), None, 0, 0, b"12345678")
-    unknown = Step(bytes(16), 0, 1, (Part(1, 0, 1, 1),), None, 0, 200, b"1234")
+    step = Step(bytes(16), 0, 1, (Chunk(1, 0, 1, 1),), None, 0, 0, b"12345678")
+    unknown = Step(bytes(16), 0, 1, (Chunk(1, 0, 1, 1),), None, 0, 200, b"1234")
     for message in (step, unknown, Ping(1)):
         counters.traffic.count_received(CLIENT, message, encode(message))
     counters.traffic.count_received(CLIENT, None, [b"nonsense"])

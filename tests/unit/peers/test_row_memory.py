@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peers.sessions import Session, SessionTooLong, prepare_rows, room_for
-from splitnet.blocks.kv_cache import RowCache
+from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Connection
 from splitnet.wire.log import SentLog
-from splitnet.wire.messages import Fork, Part, Step
+from splitnet.wire.messages import Chunk, Fork, Step
 from tests.tiers import examples
 
 BYTES_PER_POSITION = 8
@@ -21,7 +21,7 @@ BYTES_PER_POSITION = 8
 class Rows:
     """A session whose steps are prepared and stored as the engine does it; values tell the row and the position."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, reservation: int) -> None:
         self.session = Session(
             id=bytes(16),
             owner=b"owner",
@@ -29,7 +29,7 @@ class Rows:
             epoch=1,
             start=0,
             end=1,
-            budget=budget,
+            reservation=reservation,
             codec=CODECS["none"],
             previous=None,
             next=None,
@@ -53,7 +53,7 @@ class Rows:
         self.names += 1
         return self.names
 
-    def step(self, *parts: Part, forks: tuple[Fork, ...] | None = None) -> None:
+    def step(self, *parts: Chunk, forks: tuple[Fork, ...] | None = None) -> None:
         places = {row_id: self.place(row) for row_id, row in self.session.rows.items()}
         prepare_rows(self.session, Step(bytes(16), 1, 0, parts, forks, 0, 0))
         expected = self.expected
@@ -62,7 +62,7 @@ class Rows:
         for part in parts:
             row = self.session.rows.get(part.row)
             if row is None:
-                row = self.session.rows[part.row] = RowCache(self.session.new_room[part.row])
+                row = self.session.rows[part.row] = SequenceCache(self.session.new_room[part.row])
             assert row.length == part.start
             new = [float(100_000 * part.row + part.start + i) for i in range(part.length)]
             tensor = torch.tensor(new)[None, None, :, None]
@@ -75,7 +75,7 @@ class Rows:
         self.moved += sum(places.get(row_id, place) != place for row_id, place in now.items())
 
     @staticmethod
-    def place(row: RowCache) -> int:
+    def place(row: SequenceCache) -> int:
         return row._blocks[0].keys.data_ptr()
 
 
@@ -86,13 +86,13 @@ def check(rows: Rows) -> None:
     for row_id, values in rows.expected.items():
         [(_, keys, _)] = rows.session.rows[row_id].held(len(values))
         assert keys.flatten().tolist() == values
-    assert rows.allocated <= room_for(rows.session.budget)
+    assert rows.allocated <= room_for(rows.session.reservation)
 
 
 @settings(max_examples=examples(150))
 @given(st.data(), st.sampled_from([64, 200, 1000, 3000]))
-def test_every_step_within_the_budget_is_taken(data: st.DataObject, budget: int) -> None:
-    rows = Rows(budget)
+def test_every_step_within_the_budget_is_taken(data: st.DataObject, reservation: int) -> None:
+    rows = Rows(reservation)
     for _ in range(data.draw(st.integers(1, 15))):
         forks: tuple[Fork, ...] | None = None
         lengths = {row_id: len(values) for row_id, values in rows.expected.items()}
@@ -109,15 +109,15 @@ def test_every_step_within_the_budget_is_taken(data: st.DataObject, budget: int)
             for row_id in sorted(chosen)
         }
         held = sum(lengths.values()) + sum(start - lengths.get(row_id, 0) for row_id, start in starts.items())
-        parts: list[Part] = []
+        parts: list[Chunk] = []
         for row_id, start in starts.items():
-            left = budget - held - (len(starts) - len(parts) - 1)
+            left = reservation - held - (len(starts) - len(parts) - 1)
             length = data.draw(st.integers(1, max(1, left)))
             held += length
-            parts.append(Part(row_id, start, length, 0))
+            parts.append(Chunk(row_id, start, length, 0))
         if not parts:
             continue
-        if held > budget:
+        if held > reservation:
             before = dict(rows.session.rows)
             with pytest.raises(SessionTooLong):
                 rows.step(*parts, forks=forks)
@@ -132,7 +132,7 @@ def test_a_batch_that_fills_its_budget_is_seldom_moved(batch: int) -> None:
     columns = 4096 // batch
     rows = Rows(batch * columns)
     for position in range(columns):
-        rows.step(*(Part(row, position, 1, 1) for row in range(batch)))
+        rows.step(*(Chunk(row, position, 1, 1) for row in range(batch)))
     check(rows)
     assert rows.moved <= 8 * batch
 
@@ -141,18 +141,18 @@ def test_a_batch_that_fills_its_budget_is_seldom_moved(batch: int) -> None:
 def test_a_prompt_that_many_continue_fits(prompt: int, batch: int) -> None:
     """As the samples of a server do, and as a replay of a batch at another peer."""
     rows = Rows(batch * (prompt + 5))
-    rows.step(Part(100, 0, prompt, 1))
-    rows.step(*(Part(row, prompt, 1, 1) for row in range(batch)), forks=tuple(Fork(row, 100) for row in range(batch)))
+    rows.step(Chunk(100, 0, prompt, 1))
+    rows.step(*(Chunk(row, prompt, 1, 1) for row in range(batch)), forks=tuple(Fork(row, 100) for row in range(batch)))
     for position in range(prompt + 1, prompt + 5):
-        rows.step(*(Part(row, position, 1, 1) for row in range(batch)))
+        rows.step(*(Chunk(row, position, 1, 1) for row in range(batch)))
     check(rows)
 
 
 def test_rows_that_wait_give_their_memory_to_one_that_goes_on() -> None:
     rows = Rows(2000)
-    rows.step(*(Part(row, 0, 100, 1) for row in range(4)))
+    rows.step(*(Chunk(row, 0, 100, 1) for row in range(4)))
     for position in range(100, 1700):
-        rows.step(Part(0, position, 1, 1))
+        rows.step(Chunk(0, position, 1, 1))
         assert rows.allocated <= room_for(2000)
     check(rows)
     assert rows.moved <= 20

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from peers.admission import MAX_SESSIONS, MIN_BUDGET, KeyPolicy, ServedBlocks, SessionTable
+from peers.admission import MAX_SESSIONS, MIN_RESERVATION, KeyPolicy, ServedBlocks, SessionTable
 from peers.engine import Engine
 from peers.links import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.queue import WorkQueue
@@ -32,6 +32,7 @@ from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.wire.log import REPLAY_POSITIONS
 from splitnet.wire.messages import (
+    Chunk,
     Close,
     Failure,
     FailureCode,
@@ -40,7 +41,6 @@ from splitnet.wire.messages import (
     Message,
     Open,
     Opened,
-    Part,
     Ping,
     Pong,
     Replay,
@@ -109,7 +109,7 @@ class FakeOutbox:
     def rtt_ms(self, endpoint: Endpoint) -> float:
         return 0.25
 
-    def patience_s(self, endpoint: Endpoint, *, connects: bool) -> float:
+    def answer_limit_s(self, endpoint: Endpoint, *, connects: bool) -> float:
         return self.far_s
 
 
@@ -219,7 +219,7 @@ def opening(**changes: Any) -> Open:
         model=MODEL,
         start=2,
         end=6,
-        budget=1000,
+        reservation=1000,
         codec=PLAIN.code,
         previous=BEFORE.raw,
         next_key=AFTER.key.raw,
@@ -232,8 +232,8 @@ def to_client(**changes: Any) -> Open:
     return opening(next_key=b"", next_address="", **changes)
 
 
-def step(*parts: Part, forks: tuple[Fork, ...] | None = None, fill: int = 0, **changes: Any) -> Step:
-    parts = parts or (Part(1, 0, 3, 1),)
+def step(*parts: Chunk, forks: tuple[Fork, ...] | None = None, fill: int = 0, **changes: Any) -> Step:
+    parts = parts or (Chunk(1, 0, 3, 1),)
     payload = bytes([fill]) * (sum(part.length for part in parts) * 4 * HIDDEN)
     return replace(Step(SID, 1, 7, parts, forks, 0, PLAIN.code, payload, 2), **changes)
 
@@ -310,13 +310,13 @@ class TestPolicy:
     def test_a_key_that_has_used_its_tokens_is_told_when_to_come_back(self, granted: Callable[[str], Peer]) -> None:
         peer = granted("tokens-per-minute=60")
         peer.says(to_client())
-        assert peer.says(step(Part(1, 0, 90, 1), number=1)) == [], "what begins within them may go beyond"
-        for message in (step(Part(1, 90, 1, 1), number=2), to_client(session=bytes(16))):
+        assert peer.says(step(Chunk(1, 0, 90, 1), number=1)) == [], "what begins within them may go beyond"
+        for message in (step(Chunk(1, 90, 1, 1), number=2), to_client(session=bytes(16))):
             [(_, refused)] = peer.says(message)
             assert isinstance(refused, Failure) and refused.code == FailureCode.BUSY
             assert "come back in 31 s" in refused.text
         peer.now += 31
-        assert peer.says(step(Part(1, 90, 1, 1), number=2)) == []
+        assert peer.says(step(Chunk(1, 90, 1, 1), number=2)) == []
 
 
 class TestOpen:
@@ -397,11 +397,11 @@ class TestOpen:
         assert opened.session().rows[1].length == 3
 
     def test_again_with_more_budget_reserves_more_and_never_less(self, opened: Peer) -> None:
-        opened.says(opening(budget=1500))
+        opened.says(opening(reservation=1500))
         assert opened.table.free_positions == CAPACITY - 1500
-        opened.says(opening(budget=10))
+        opened.says(opening(reservation=10))
         assert opened.table.free_positions == CAPACITY - 1500
-        assert code_of(opened.says(opening(budget=CAPACITY + 1))) is FailureCode.BUSY
+        assert code_of(opened.says(opening(reservation=CAPACITY + 1))) is FailureCode.BUSY
         assert opened.table.free_positions == CAPACITY - 1500
 
     def test_again_with_another_next_hop_uses_that(self, opened: Peer) -> None:
@@ -413,26 +413,26 @@ class TestOpen:
 
     def test_of_a_session_that_pushes_already_survives_a_link_that_is_down(self, opened: Peer) -> None:
         opened.outbox.states[AFTER] = LinkState.DOWN
-        assert opened.says(opening(budget=1500)) == []
+        assert opened.says(opening(reservation=1500)) == []
         assert is_opened(opened.passes(REACH_S), reachable=False)
         assert opened.session().next == AFTER
         assert opened.outbox.open_links == {AFTER}
 
     def test_without_memory_is_busy(self, peer: Peer) -> None:
-        assert code_of(peer.says(opening(budget=CAPACITY + 1))) is FailureCode.BUSY
+        assert code_of(peer.says(opening(reservation=CAPACITY + 1))) is FailureCode.BUSY
         assert len(peer.table) == 0
         assert peer.table.free_positions == CAPACITY
 
     def test_of_tiny_sessions_is_not_free(self, peer: Peer) -> None:
-        answers = [peer.says(to_client(session=number.to_bytes(16, "big"), budget=0)) for number in range(200)]
+        answers = [peer.says(to_client(session=number.to_bytes(16, "big"), reservation=0)) for number in range(200)]
         admitted = sum(isinstance(message, Opened) for sent in answers for _, message in sent)
-        assert admitted == CAPACITY // MIN_BUDGET == len(peer.table)
+        assert admitted == CAPACITY // MIN_RESERVATION == len(peer.table)
 
     def test_of_more_sessions_than_allowed_is_busy(self) -> None:
-        peer = Peer(capacity=MIN_BUDGET * (MAX_SESSIONS + 10))
+        peer = Peer(capacity=MIN_RESERVATION * (MAX_SESSIONS + 10))
         for number in range(MAX_SESSIONS):
-            peer.says(to_client(session=number.to_bytes(16, "big"), budget=1))
-        assert code_of(peer.says(to_client(session=b"\xff" * 16, budget=1))) is FailureCode.BUSY
+            peer.says(to_client(session=number.to_bytes(16, "big"), reservation=1))
+        assert code_of(peer.says(to_client(session=b"\xff" * 16, reservation=1))) is FailureCode.BUSY
         assert len(peer.table) == MAX_SESSIONS
 
     @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ class TestOpen:
     @pytest.mark.parametrize("changes", [{"start": 3}, {"end": 5}, {"codec": CODECS["fp16"].code}])
     def test_of_an_open_session_keeps_blocks_and_codec(self, opened: Peer, changes: dict[str, Any]) -> None:
         before = opened.table.free_positions
-        assert code_of(opened.says(opening(budget=2000, **changes))) is FailureCode.WRONG_BLOCKS
+        assert code_of(opened.says(opening(reservation=2000, **changes))) is FailureCode.WRONG_BLOCKS
         assert opened.table.free_positions == before
 
     def test_by_another_key_changes_nothing(self, opened: Peer) -> None:
@@ -486,7 +486,9 @@ class TestOpen:
 class TestLinks:
     def open_to(self, peer: Peer, number: int, endpoint: Endpoint) -> list[tuple[Destination, Message]]:
         session = number.to_bytes(16, "big")
-        return peer.says(opening(session=session, budget=1, next_key=endpoint.key.raw, next_address=endpoint.address))
+        return peer.says(
+            opening(session=session, reservation=1, next_key=endpoint.key.raw, next_address=endpoint.address)
+        )
 
     def test_are_few_whatever_clients_ask_for(self, peer: Peer) -> None:
         key = AFTER.key
@@ -562,7 +564,7 @@ class TestStep:
         peer.says(to_client())
         [(destination, _)] = peer.compute(step(), PREVIOUS)
         assert destination == CLIENT
-        assert code_of(peer.says(step(Part(1, 3, 3, 4)), PREVIOUS)) is FailureCode.BAD_MESSAGE
+        assert code_of(peer.says(step(Chunk(1, 3, 3, 4)), PREVIOUS)) is FailureCode.BAD_MESSAGE
 
     def test_of_a_stranger_is_of_no_session(self, opened: Peer) -> None:
         assert code_of(opened.says(step(), STRANGER), STRANGER) is FailureCode.UNKNOWN_SESSION
@@ -586,19 +588,19 @@ class TestStep:
     @pytest.mark.parametrize(
         ("wrong", "code"),
         [
-            (step(Part(1, 0, 0, 0), payload=b""), FailureCode.BAD_MESSAGE),
-            (step(Part(1, 0, 2, 0), Part(2, 0, 0, 0)), FailureCode.BAD_MESSAGE),
+            (step(Chunk(1, 0, 0, 0), payload=b""), FailureCode.BAD_MESSAGE),
+            (step(Chunk(1, 0, 2, 0), Chunk(2, 0, 0, 0)), FailureCode.BAD_MESSAGE),
             (step(parts=(), payload=b""), FailureCode.BAD_MESSAGE),
-            (step(Part(1, 0, 2, 3)), FailureCode.BAD_MESSAGE),
-            (step(Part(1, 0, 1, 0), Part(1, 1, 1, 0)), FailureCode.BAD_MESSAGE),
+            (step(Chunk(1, 0, 2, 3)), FailureCode.BAD_MESSAGE),
+            (step(Chunk(1, 0, 1, 0), Chunk(1, 1, 1, 0)), FailureCode.BAD_MESSAGE),
             (step(payload=b"short"), FailureCode.BAD_MESSAGE),
             (step(payload=b""), FailureCode.BAD_MESSAGE),
             (step(codec=255), FailureCode.BAD_MESSAGE),
             (step(codec=CODECS["fp16"].code), FailureCode.BAD_MESSAGE),
-            (step(Part(1, 4095, 2, 0)), FailureCode.TOO_LONG),
-            (step(Part(1, 0, 1001, 0)), FailureCode.TOO_LONG),
-            (step(Part(1, 0, 1 << 24, 0), payload=b""), FailureCode.BAD_MESSAGE),
-            (step(Part(1, 0, 1, 0), forks=tuple(Fork(row, row) for row in range(1000))), FailureCode.TOO_LONG),
+            (step(Chunk(1, 4095, 2, 0)), FailureCode.TOO_LONG),
+            (step(Chunk(1, 0, 1001, 0)), FailureCode.TOO_LONG),
+            (step(Chunk(1, 0, 1 << 24, 0), payload=b""), FailureCode.BAD_MESSAGE),
+            (step(Chunk(1, 0, 1, 0), forks=tuple(Fork(row, row) for row in range(1000))), FailureCode.TOO_LONG),
         ],
     )
     def test_that_cannot_be_is_refused_before_the_device_sees_it(
@@ -609,14 +611,14 @@ class TestStep:
 
     def test_waits_only_within_twice_the_budget(self, opened: Peer) -> None:
         for start in (*range(0, 1000, 250), *range(0, 1000, 250)):
-            assert opened.says(step(Part(1, start, 250, 0))) == []
-        assert code_of(opened.says(step(Part(1, 0, 1, 0)))) is FailureCode.TOO_LONG
+            assert opened.says(step(Chunk(1, start, 250, 0))) == []
+        assert code_of(opened.says(step(Chunk(1, 0, 1, 0)))) is FailureCode.TOO_LONG
         opened.end_pass(opened.begin())
-        assert opened.says(step(Part(1, 0, 250, 0))) == []
+        assert opened.says(step(Chunk(1, 0, 250, 0))) == []
 
     def test_of_an_older_epoch_is_not_computed_any_more(self, opened: Peer) -> None:
         for start in (0, 10):
-            assert opened.says(step(Part(1, start, 10, 0))) == []
+            assert opened.says(step(Chunk(1, start, 10, 0))) == []
         running = opened.begin()
         opened.says(opening(epoch=2))
         opened.end_pass(running)
@@ -624,8 +626,8 @@ class TestStep:
         assert opened.service.queue.queued_positions == 0
 
     def test_twice_changes_nothing(self, opened: Peer) -> None:
-        opened.compute(step(Part(1, 0, 3, 0)))
-        again = step(Part(1, 3, 1, 1), Part(2, 3, 1, 1), forks=(Fork(1, 1), Fork(2, 1)))
+        opened.compute(step(Chunk(1, 0, 3, 0)))
+        again = step(Chunk(1, 3, 1, 1), Chunk(2, 3, 1, 1), forks=(Fork(1, 1), Fork(2, 1)))
         first = opened.compute(again)
         rows = {row: held.length for row, held in opened.session().rows.items()}
         second = opened.compute(again)
@@ -635,25 +637,25 @@ class TestStep:
 
 class TestRows:
     def test_are_cropped_to_the_start(self, opened: Peer) -> None:
-        opened.compute(step(Part(1, 0, 10, 0)))
-        opened.compute(step(Part(1, 4, 1, 0)))
+        opened.compute(step(Chunk(1, 0, 10, 0)))
+        opened.compute(step(Chunk(1, 4, 1, 0)))
         assert opened.session().rows[1].length == 5
 
     @pytest.mark.parametrize(
         ("wrong", "error"),
         [
-            (step(Part(1, 11, 1, 0)), ProtocolError),
-            (step(Part(2, 1, 1, 0)), ProtocolError),
-            (step(Part(3, 0, 1, 0), forks=(Fork(3, 2),)), ProtocolError),
-            (step(Part(1, 0, 1, 0), Part(2, 0, 995, 0)), None),
-            (step(Part(2, 0, 995, 0)), SessionTooLong),
-            (step(Part(1, 9, 1, 0), forks=tuple(Fork(row, 1) for row in range(1, 102))), SessionTooLong),
+            (step(Chunk(1, 11, 1, 0)), ProtocolError),
+            (step(Chunk(2, 1, 1, 0)), ProtocolError),
+            (step(Chunk(3, 0, 1, 0), forks=(Fork(3, 2),)), ProtocolError),
+            (step(Chunk(1, 0, 1, 0), Chunk(2, 0, 995, 0)), None),
+            (step(Chunk(2, 0, 995, 0)), SessionTooLong),
+            (step(Chunk(1, 9, 1, 0), forks=tuple(Fork(row, 1) for row in range(1, 102))), SessionTooLong),
         ],
     )
     def test_stay_as_they_were_if_a_step_does_not_fit(
         self, opened: Peer, wrong: Step, error: type[Exception] | None
     ) -> None:
-        opened.compute(step(Part(1, 0, 10, 0)))
+        opened.compute(step(Chunk(1, 0, 10, 0)))
         session = opened.session()
         row = session.rows[1]
         opened.says(wrong)
@@ -667,20 +669,20 @@ class TestRows:
         assert row.length == 10
 
     def test_that_a_refused_step_would_drop_stay_reserved(self, opened: Peer) -> None:
-        opened.compute(step(Part(1, 0, 10, 0)))
-        opened.compute(step(Part(1, 10, 1, 0), forks=(Fork(1, 1), Fork(2, 1))))
+        opened.compute(step(Chunk(1, 0, 10, 0)))
+        opened.compute(step(Chunk(1, 10, 1, 0), forks=(Fork(1, 1), Fork(2, 1))))
         session = opened.session()
         assert (set(session.rows), session.reserved_rows) == ({1, 2}, 2)
-        opened.says(step(Part(1, 15, 1, 0), forks=(Fork(1, 1),)))
+        opened.says(step(Chunk(1, 15, 1, 0), forks=(Fork(1, 1),)))
         [(work, _)] = opened.queue.take(10_000)
         with pytest.raises(ProtocolError):
             opened.service.prepare(work)
         assert (set(session.rows), session.reserved_rows) == ({1, 2}, 2)
 
     def test_that_were_long_once_give_their_memory_to_others(self, opened: Peer) -> None:
-        opened.compute(step(Part(1, 0, 990, 0)))
+        opened.compute(step(Chunk(1, 0, 990, 0)))
         for row in range(2, 10):
-            opened.compute(step(Part(row - 1, 0, 1, 0), Part(row, 0, 900, 0)))
+            opened.compute(step(Chunk(row - 1, 0, 1, 0), Chunk(row, 0, 900, 0)))
             assert sum(held.room for held in opened.session().rows.values()) <= room_for(1000)
 
     def test_of_a_batch_fit_in_what_a_client_reserves_for_them(self, opened: Peer) -> None:
@@ -688,13 +690,13 @@ class TestRows:
         for batch in (4, 10):
             columns = 1000 // batch
             rows = list(range(batch * 1000, batch * 1000 + batch))
-            opened.compute(step(*(Part(row, 0, 5, 1) for row in rows), forks=()))
+            opened.compute(step(*(Chunk(row, 0, 5, 1) for row in rows), forks=()))
             for position in range(5, columns):
                 forks = None
                 if position % 50 == 0:
                     forks = tuple(Fork(row + 100 * position, rows[0]) for row in rows)
                     rows = [fork.row for fork in forks]
-                opened.compute(step(*(Part(row, position, 1, 1) for row in rows), forks=forks))
+                opened.compute(step(*(Chunk(row, position, 1, 1) for row in rows), forks=forks))
             assert sum(row.length for row in opened.session().rows.values()) == batch * columns
 
 
@@ -716,7 +718,7 @@ class TestClose:
 
     def test_while_the_step_is_on_the_device(self, opened: Peer) -> None:
         opened.compute(step())
-        opened.says(step(Part(1, 3, 1, 1)))
+        opened.says(step(Chunk(1, 3, 1, 1)))
         work = opened.begin()
         opened.says(Close(SID))
         assert work.session.rows[1].length == 3, "the pass that runs keeps its rows"
@@ -739,7 +741,7 @@ class TestEpochs:
         opened.says(opening(epoch=2))
         assert opened.end_pass(work) == []
         # The rows hold its positions, so the next step continues after them, and so must the log.
-        [(destination, pushed)] = opened.compute(step(Part(1, 3, 1, 1), epoch=2))
+        [(destination, pushed)] = opened.compute(step(Chunk(1, 3, 1, 1), epoch=2))
         assert (destination, pushed.epoch) == (AFTER, 2)
         assert opened.session().log.length(1) == 4
 
@@ -753,15 +755,15 @@ class TestEpochs:
 class TestReplay:
     def test_sends_the_log_to_the_next_hop(self, opened: Peer) -> None:
         length = REPLAY_POSITIONS + 10
-        opened.says(opening(budget=2000))
-        opened.compute(step(Part(1, 0, length, 1), fill=3))
-        opened.compute(step(Part(1, length, 2, 1), fill=4))
+        opened.says(opening(reservation=2000))
+        opened.compute(step(Chunk(1, 0, length, 1), fill=3))
+        opened.compute(step(Chunk(1, length, 2, 1), fill=4))
         sent = opened.says(Replay(SID, 1, 99, 8))
         assert [destination for destination, _ in sent] == [AFTER, AFTER]
         steps: list[Any] = [message for _, message in sent]
         assert [message.parts for message in steps] == [
-            (Part(1, 0, REPLAY_POSITIONS, 0),),
-            (Part(1, REPLAY_POSITIONS, 12, 0),),
+            (Chunk(1, 0, REPLAY_POSITIONS, 0),),
+            (Chunk(1, REPLAY_POSITIONS, 12, 0),),
         ]
         assert [message.number for message in steps] == [0, 99]
         assert {message.replay_until for message in steps} == {8}
@@ -776,7 +778,7 @@ class TestReplay:
     def test_steps_end_at_their_boundary_with_one_answer(self, peer: Peer) -> None:
         peer.says(to_client())
         assert peer.compute(step(number=0, replay_until=6), PREVIOUS) == []
-        [(destination, result)] = peer.compute(step(Part(1, 3, 1, 0), number=99, replay_until=6), PREVIOUS)
+        [(destination, result)] = peer.compute(step(Chunk(1, 3, 1, 0), number=99, replay_until=6), PREVIOUS)
         assert (destination, result.number, result.payload) == (CLIENT, 99, b"")
         assert peer.session().log.length(1) == 4
 
@@ -813,20 +815,20 @@ class TestReplay:
         opened.compute(step())
         log = opened.session().log
         assert log.positions == 3
-        assert opened.says(step(Part(2, 0, 3, 1), forks=(), number=8)) == []
+        assert opened.says(step(Chunk(2, 0, 3, 1), forks=(), number=8)) == []
         work = opened.begin()
         opened.service.failed(work, FailureCode.BAD_MESSAGE, "its payload cannot be decoded")
         work.done = work.total
         opened.queue.release(work)
         assert log.positions == 0
         opened.heard()
-        opened.compute(step(Part(3, 0, 3, 1), number=9))
+        opened.compute(step(Chunk(3, 0, 3, 1), number=9))
         assert log.positions == 3
 
     def test_steps_that_wait_take_no_more_memory_than_there_is(self, opened: Peer) -> None:
         opened.queue.memory.limit = 6 * MESSAGE_BYTES
-        answers = [opened.says(step(Part(1, 0, 1, 1), number=number)) for number in range(1, 9)]
-        answers = [opened.says(step(Part(2 + number, 0, 1, 1), number=9 + number)) for number in range(8)]
+        answers = [opened.says(step(Chunk(1, 0, 1, 1), number=number)) for number in range(1, 9)]
+        answers = [opened.says(step(Chunk(2 + number, 0, 1, 1), number=9 + number)) for number in range(8)]
         assert code_of(answers[-1]) is FailureCode.BUSY
         assert 0 < opened.queue.memory.used <= opened.queue.memory.limit
         theirs = bytes(16)
@@ -848,7 +850,7 @@ class TestTime:
         assert opened.service.queue.queued_positions == 0
 
     def test_steps_and_opens_keep_a_session(self, opened: Peer) -> None:
-        for message in (opening(), step(), step(Part(1, 3, 1, 1))):
+        for message in (opening(), step(), step(Chunk(1, 3, 1, 1))):
             opened.passes(IDLE_S - 1)
             opened.says(message)
         opened.passes(IDLE_S - 1)
@@ -946,7 +948,7 @@ class TestEngine:
 
     def send(self, peer: Peer, name: int, value: float = 0.0, start: int = 0, **changes: Any) -> None:
         payload = PLAIN.encode(torch.full((2, HIDDEN), float(value)))
-        message = step(Part(1, start, 2, 1), session=bytes([name]) * 16, payload=payload, **changes)
+        message = step(Chunk(1, start, 2, 1), session=bytes([name]) * 16, payload=payload, **changes)
         assert peer.says(message, Connection(bytes([name]), OWNER.curve_raw)) == []
 
     def answers(self, peer: Peer) -> dict[int, Any]:
@@ -1217,7 +1219,7 @@ class TestEngine:
         length = 900
         payload = PLAIN.encode(-torch.arange(length * HIDDEN).reshape(length, HIDDEN).float())
         client = Connection(b"\1", OWNER.curve_raw)
-        peer.says(step(Part(1, 0, length, 1), session=b"\1" * 16, payload=payload), client)
+        peer.says(step(Chunk(1, 0, length, 1), session=b"\1" * 16, payload=payload), client)
         engine._turn()
         self.send(peer, 2)
         engine._turn()
@@ -1300,7 +1302,7 @@ class TestOthers:
         assert [waiting(), waiting()] == [1, 1] and opened.outbox.probed == [AFTER], "one ping tells of all before it"
         opened.outbox.answers = 1
         assert waiting() == 0
-        opened.compute(step(Part(1, 3, 1, 1), number=8))
+        opened.compute(step(Chunk(1, 3, 1, 1), number=8))
         assert waiting() == 1, "the ping that came back went before this"
         opened.outbox.states[AFTER] = LinkState.DOWN
         assert waiting() == 0, "what was on a link that is lost is lost"

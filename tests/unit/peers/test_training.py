@@ -343,7 +343,7 @@ def keeps_way(peer: Peer, number: int, nbytes: int, **changes: Any) -> PassWork 
     work, training = take(peer), peer.service.training
     may = training.may_keep_way(work, nbytes)
     if may:
-        training.keep_way(work, WAY)
+        training.keep_saved(work, WAY)
     ends(peer, work)
     return work if may else None
 
@@ -354,8 +354,8 @@ def test_a_way_back_that_is_kept_is_accounted_for_until_the_gradient_has_gone_ba
     assert opened.says(gradient(), AFTER) == []
     work = take(opened)
     assert work.forward is kept
-    assert opened.service.training.take_way(kept) is WAY
-    assert opened.service.training.take_way(kept) is None
+    assert opened.service.training.take_saved(kept) is WAY
+    assert opened.service.training.take_saved(kept) is None
     ends(opened, work)
     assert kept_bytes(opened) == 0
 
@@ -395,7 +395,7 @@ def test_a_way_back_of_a_session_that_has_ended_is_not_kept(opened: Peer) -> Non
     work, training = take(opened), opened.service.training
     assert training.may_keep_way(work, 1000)
     opened.says(Close(SID))
-    training.keep_way(work, WAY)
+    training.keep_saved(work, WAY)
     assert work.way is None
     assert not training.may_keep_way(work, 1000)
     ends(opened, work)

@@ -14,14 +14,14 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from peers.queue import MAX_SESSION_PASSES, STUCK_S, WorkQueue
 from peers.sessions import PassWork, Session, Work
-from scheduler.batching import DECODE_POSITIONS, PATIENCE, UNSENT_BYTES
+from scheduler.batching import DECODE_POSITIONS, MAX_PASSED_OVER, UNSENT_BYTES
 from scheduler.fairness import AHEAD_S
 from splitnet.errors import PeerBusy
 from splitnet.security.identity import Identity
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.log import SentLog
-from splitnet.wire.messages import Fork, Forward, Part, Step
+from splitnet.wire.messages import Chunk, Fork, Forward, Step
 from tests.tiers import examples
 
 PASS = 64
@@ -40,7 +40,7 @@ def session(
     end: int = 4,
     owner: bytes = b"owner",
     *,
-    budget: int = 1 << 20,
+    reservation: int = 1 << 20,
     following: Endpoint | None = None,
 ) -> Session:
     return Session(
@@ -50,7 +50,7 @@ def session(
         epoch=1,
         start=start,
         end=end,
-        budget=budget,
+        reservation=reservation,
         codec=CODECS["none"],
         previous=None,
         next=following,
@@ -68,7 +68,7 @@ def work(
     replay_until: int = 0,
 ) -> Work:
     begins = 1000 * number if start is None else start
-    parts = tuple(Part(row, begins, length, 1) for row, length in enumerate(lengths, start=1))
+    parts = tuple(Chunk(row, begins, length, 1) for row, length in enumerate(lengths, start=1))
     return Work(owner, Step(owner.id, 1, number, parts, forks, replay_until, 0), sum(lengths), 0.0)
 
 
@@ -99,7 +99,7 @@ def test_decode_comes_before_prefill_and_prefill_fills_the_pass() -> None:
 def test_a_pass_waits_for_a_session_that_is_about_to_come() -> None:
     queue = WorkQueue()
     sessions = [session(1), session(2)]
-    queue.gathering.ran([owner.id for owner in sessions], WAIT_S, 0.0, 0.0)
+    queue.delay.ran([owner.id for owner in sessions], WAIT_S, 0.0, 0.0)
     queue.put(work(sessions[0], 1))
     with ThreadPoolExecutor(1) as threads:
         gathered = threads.submit(queue.gather)
@@ -111,10 +111,10 @@ def test_a_pass_waits_for_a_session_that_is_about_to_come() -> None:
 def test_a_pass_waits_for_nobody_when_nobody_is_expected_or_the_queue_is_closed() -> None:
     queue = WorkQueue()
     owner, other = session(1), session(2)
-    queue.gathering.ran([owner.id], WAIT_S, 0.0, 0.0)
+    queue.delay.ran([owner.id], WAIT_S, 0.0, 0.0)
     queue.put(work(owner, 1))
     queue.gather()
-    queue.gathering.ran([owner.id, other.id], WAIT_S, 0.0, 0.0)
+    queue.delay.ran([owner.id, other.id], WAIT_S, 0.0, 0.0)
     with ThreadPoolExecutor(1) as threads:
         gathered = threads.submit(queue.gather)
         queue.close()
@@ -124,7 +124,7 @@ def test_a_pass_waits_for_nobody_when_nobody_is_expected_or_the_queue_is_closed(
 def test_a_session_that_has_ended_is_not_waited_for() -> None:
     queue = WorkQueue()
     owner, ended = session(1), session(2)
-    queue.gathering.ran([owner.id, ended.id], WAIT_S, 0.0, 0.0)
+    queue.delay.ran([owner.id, ended.id], WAIT_S, 0.0, 0.0)
     queue.put(work(owner, 1))
     assert queue.take_short(WAIT_S, lambda step: True) is None
     queue.discard(ended)
@@ -190,7 +190,7 @@ def test_a_step_waits_until_the_one_before_is_through() -> None:
 
 def test_the_parts_of_a_pass_go_on_where_the_last_ended() -> None:
     item = work(session(1), 5, 3, 4, start=10)
-    seen: list[Part] = []
+    seen: list[Chunk] = []
     while item.remaining:
         count = min(4, item.remaining)
         parts = item.parts(count)
@@ -198,15 +198,15 @@ def test_the_parts_of_a_pass_go_on_where_the_last_ended() -> None:
         seen += parts
         item.done += count
     assert seen == [
-        Part(1, 10, 4, 0),
-        Part(1, 14, 1, 1),
-        Part(2, 10, 3, 1),
-        Part(3, 10, 4, 1),
+        Chunk(1, 10, 4, 0),
+        Chunk(1, 14, 1, 1),
+        Chunk(2, 10, 3, 1),
+        Chunk(3, 10, 4, 1),
     ]
 
 
 def test_what_the_client_wants_back_is_spread_over_the_passes() -> None:
-    part = Part(1, 0, 10, 5)
+    part = Chunk(1, 0, 10, 5)
     item = Work(session(1), Step(bytes(16), 1, 1, (part,), None, 0, 0), 10, 0.0)
     kept: list[int] = []
     for count in (4, 3, 3):
@@ -251,7 +251,7 @@ def test_decode_without_end_does_not_starve_prefill() -> None:
         chosen = run_pass(queue)
         assert any(item.session is not prefill for item, _ in chosen), "decode goes on beside it"
         passes += 1
-    assert passes <= 4 * (PATIENCE + 1)
+    assert passes <= 4 * (MAX_PASSED_OVER + 1)
 
 
 def test_decode_of_all_sessions_goes_on_when_it_fills_more_than_a_pass() -> None:
@@ -287,7 +287,7 @@ def test_other_blocks_are_not_starved() -> None:
         run_pass(queue)
         passes += 1
     # One pass for each half that is kept for it would be the worst.
-    assert passes <= 2 * (PATIENCE + 1)
+    assert passes <= 2 * (MAX_PASSED_OVER + 1)
 
 
 def test_discarding_a_session_whose_step_is_in_a_pass() -> None:
@@ -547,7 +547,7 @@ def test_training_has_its_turn_among_steps_that_never_end() -> None:
     while run_pass(queue):
         turns += 1
         queue.put(work(decodes, 1, number=turns))
-    assert turns == PATIENCE
+    assert turns == MAX_PASSED_OVER
     assert queue.take_pass() is not None
     assert run_pass(queue)
 
@@ -608,17 +608,17 @@ class TestSeveralKeys:
 
     def test_the_shortest_prompt_runs_first_whoever_has_had_less(self) -> None:
         queue = self.queue()
-        owners = {left: session(left, owner=left.to_bytes(2, "big"), budget=left) for left in (900, 100, 400)}
+        owners = {left: session(left, owner=left.to_bytes(2, "big"), reservation=left) for left in (900, 100, 400)}
         for left, owner in owners.items():
             queue.put(work(owner, min(left, 300)))
         done = list[int]()
         while queue.queued_positions:
-            done += [item.session.budget for item, _ in self.run(queue) if not item.remaining]
+            done += [item.session.reservation for item, _ in self.run(queue) if not item.remaining]
         assert done == [100, 400, 900], "of 900 reserved positions 300 have come, and more may"
 
     def test_who_let_a_prompt_go_ahead_that_did_not_run_pays_for_no_other(self) -> None:
         queue = self.queue()
-        lets, ahead = session(1, owner=b"lets", budget=900), session(2, owner=b"ahead", budget=100)
+        lets, ahead = session(1, owner=b"lets", reservation=900), session(2, owner=b"ahead", reservation=100)
         for owner in (lets, ahead):
             queue.put(work(owner, 90))
         assert [item.session for item, _ in run_pass(queue)] == [ahead]  # its session has ended, so nothing is charged
@@ -635,13 +635,13 @@ class TestSeveralKeys:
 
     def test_a_key_whose_prompts_never_end_goes_ahead_for_a_while_only(self) -> None:
         queue = self.queue()
-        patient = session(1, owner=b"patient", budget=5000)
+        patient = session(1, owner=b"patient", reservation=5000)
         queue.put(work(patient, 5000))
         had, number = Counter[bytes](), 1
         while patient.waiting[0].remaining > 1000:
             if not any(owner.owner == b"hurried" for owner in queue._ready):
                 number += 1
-                queue.put(work(session(number, owner=b"hurried", budget=100), 100, start=0))
+                queue.put(work(session(number, owner=b"hurried", reservation=100), 100, start=0))
             for item, count in self.run(queue):
                 had[item.owner] += count
         more_s = queue._pass_s(had[b"hurried"] - had[b"patient"])
@@ -650,9 +650,9 @@ class TestSeveralKeys:
     def test_a_long_prompt_beside_short_ones_of_many_keys_goes_on(self) -> None:
         """Each key goes ahead a little only, but all of them together could have every turn of the long one."""
         queue = self.queue()
-        patient = session(0, owner=b"patient", budget=50_000)
+        patient = session(0, owner=b"patient", reservation=50_000)
         queue.put(work(patient, 50_000))
-        others = [session(number, owner=number.to_bytes(2, "big"), budget=88) for number in range(1, 30)]
+        others = [session(number, owner=number.to_bytes(2, "big"), reservation=88) for number in range(1, 30)]
         had_s, took_s = 0.0, 0.0
         while took_s < 120.0:
             for owner in others:

@@ -15,7 +15,7 @@ from splitnet.quant.choose import INT4_TILES, INT8_SCALED
 from splitnet.quant.gpu import DeviceFp8, DeviceInt4, DeviceInt8, device_form, fault_of, use_device_kernels
 from splitnet.quant.grouped import hold_stored
 from splitnet.quant.integers import ScaledForm
-from splitnet.quant.linear import HeldLinear
+from splitnet.quant.linear import QuantizedLinear
 from splitnet.quant.weight_form import WeightForm
 from tests.unit.random_codes import LAYOUTS, matrix_of
 
@@ -145,8 +145,8 @@ def test_the_proof_sees_a_wrong_weight() -> None:
     assert fault_of(held, weight.flip(0), torch.float32) is not None
 
 
-def linear_of(held: WeightForm, outputs: int, inputs: int) -> HeldLinear:
-    return HeldLinear.holding(nn.Linear(inputs, outputs, bias=False), held, None)
+def linear_of(held: WeightForm, outputs: int, inputs: int) -> QuantizedLinear:
+    return QuantizedLinear.holding(nn.Linear(inputs, outputs, bias=False), held, None)
 
 
 @pytest.mark.parametrize("faster", [True, False])
@@ -155,7 +155,7 @@ def test_layers_take_a_kernel_only_if_it_pays(faster: bool, monkeypatch: pytest.
     assert held is not None
     model = nn.ModuleList([linear_of(held, 16, 64)])
     layer = model[0]
-    assert isinstance(layer, HeldLinear)
+    assert isinstance(layer, QuantizedLinear)
     use_device_kernels(model, torch.bfloat16)
     assert layer.held is held  # CPUs have kernels of their own
     monkeypatch.setattr(gpu, "_on_gpu", lambda layer: True)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from splitnet.errors import UnsupportedModel
 from splitnet.quant import floats, grouped, tiles
-from splitnet.quant.grouped import ExpertForm, GroupedForm, JoinedForm, held_bytes, hold_experts, hold_stored
+from splitnet.quant.grouped import BlockQuantWeight, ExpertForm, JoinedForm, held_bytes, hold_experts, hold_stored
 from splitnet.quant.native import Kernels, convert_grouped, kernels_here, multiplies_bfloat16, multiply_grouped
-from splitnet.quant.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor, number_of
-from splitnet.quant.tiles import Order
+from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, StoredMatrix, number_of
+from splitnet.quant.tiles import TileLayout
 from tests.unit.random_codes import LAYOUTS, codes_of, matrix_of
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def rows_of(count: int, length: int, seed: int) -> torch.Tensor:
 def test_the_weight_comes_back(way: str, layout: Layout, outputs: int, inputs: int, seed: int) -> None:
     matrix = matrix_of(layout, outputs, inputs, seed)
     held = hold_stored([matrix], CPU)
-    assert isinstance(held, GroupedForm)
+    assert isinstance(held, BlockQuantWeight)
     assert torch.equal(held.dequantised(torch.float32), matrix.floats())
     indices = torch.randint(0, outputs, (7,), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(held.rows(indices), matrix.floats()[indices])
@@ -134,7 +134,7 @@ def test_many_rows_in_parts(way: str, name: str, monkeypatch: pytest.MonkeyPatch
 def test_what_becomes_bfloat16_is_rounded_once(layout: Layout, outputs: int, inputs: int, seed: int) -> None:
     matrix = matrix_of(layout, outputs, inputs, seed)
     held = hold_stored([matrix], CPU)
-    assert isinstance(held, GroupedForm)
+    assert isinstance(held, BlockQuantWeight)
     if held.has_fast_kernel:
         numbers = torch.empty(outputs, inputs, dtype=torch.bfloat16)
         convert_grouped(held.description, held.tiles, numbers)
@@ -146,7 +146,7 @@ def test_what_becomes_bfloat16_is_rounded_once(layout: Layout, outputs: int, inp
 def test_plain_loops(layout: Layout, outputs: int, inputs: int, count: int, seed: int) -> None:
     matrix = matrix_of(layout, outputs, inputs, seed)
     held = hold_stored([matrix], CPU)
-    assert isinstance(held, GroupedForm)
+    assert isinstance(held, BlockQuantWeight)
     rows = rows_of(count, inputs, seed)
     products = torch.empty(count, outputs)
     multiply_grouped(rows, held.description, held.tiles, products, plainly=True)
@@ -171,7 +171,7 @@ def test_experts(way: str, first: Layout, second: Layout, outputs: int, seed: in
         [matrix_of(first, outputs, 64, seed + 2 * index), matrix_of(second, 3, 64, seed + 2 * index + 1)]
         for index in range(3)
     ]
-    stored = StoredTensor.__new__(StoredTensor, experts, stacked=True)
+    stored = PackedTensor.__new__(PackedTensor, experts, stacked=True)
     held = hold_experts(stored, CPU)
     assert isinstance(held, ExpertForm)
     assert (held.experts, held.outputs, held.inputs) == (3, outputs + 3, 64)
@@ -190,7 +190,7 @@ def test_experts(way: str, first: Layout, second: Layout, outputs: int, seed: in
 
 def test_an_expert_that_does_not_exist_is_refused(way: str) -> None:
     matrices = [[matrix_of(LAYOUTS["Q4_0"], 16, 64, seed)] for seed in range(3)]
-    held = hold_experts(StoredTensor.__new__(StoredTensor, matrices, stacked=True), CPU)
+    held = hold_experts(PackedTensor.__new__(PackedTensor, matrices, stacked=True), CPU)
     for index in (3, -1):
         with pytest.raises(IndexError):
             held.multiply(torch.randn(2, 64), torch.tensor([0, index]))
@@ -201,7 +201,7 @@ def test_an_expert_that_does_not_exist_is_refused(way: str) -> None:
 def test_experts_that_differ_are_refused() -> None:
     matrices = [[matrix_of(LAYOUTS[name], 16, 64, 1)] for name in ("Q4_0", "Q8_0")]
     with pytest.raises(UnsupportedModel, match="different ways"):
-        hold_experts(StoredTensor.__new__(StoredTensor, matrices, stacked=True), CPU)
+        hold_experts(PackedTensor.__new__(PackedTensor, matrices, stacked=True), CPU)
 
 
 @pytest.mark.parametrize("layout", [Layout(7, 32, Kind.FLOAT16), Layout(4, 24, Kind.FLOAT16), Layout(4, 0, Kind.STEPS)])
@@ -260,10 +260,10 @@ def test_both_orders_of_e4m3(name: str, count: int, monkeypatch: pytest.MonkeyPa
     for pairs in {not tiles.multiplies_bfloat16(), True}:
         monkeypatch.setattr(tiles, "multiplies_bfloat16", lambda pairs=pairs: not pairs)
         held = hold_stored([matrix], CPU)
-        assert isinstance(held, GroupedForm) and held.order.pairs == pairs
+        assert isinstance(held, BlockQuantWeight) and held.order.pairs == pairs
         assert torch.equal(held.dequantised(torch.float32), matrix.floats())
         assert not far(held.multiply(rows), rows, matrix)
-        again = Order.of(held.layout, 416).unpacked(held.tiles)
+        again = TileLayout.of(held.layout, 416).unpacked(held.tiles)
         assert torch.equal(again.codes[:19], codes.codes)
 
 

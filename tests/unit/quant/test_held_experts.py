@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from splitnet.blocks.backbone import hold_codes
 from splitnet.quant.floats import EXPERTS_FROM
-from splitnet.quant.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
+from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, StoredMatrix
 from tests.unit.random_models import random_config
 
 HIDDEN = 64
@@ -75,7 +75,7 @@ def model_of(family: str) -> Any:
     return model
 
 
-def coded(weight: torch.Tensor, transposed: bool) -> StoredTensor:
+def coded(weight: torch.Tensor, transposed: bool) -> PackedTensor:
     """Random codes of the size of a weight."""
     experts, outputs, inputs = (weight.transpose(1, 2) if transposed else weight).shape
     layout = Layout(4, 32, Kind.FLOAT16, offset=8)
@@ -86,7 +86,7 @@ def coded(weight: torch.Tensor, transposed: bool) -> StoredTensor:
         read = Codes(codes, scales.half())
         return StoredMatrix(layout, (outputs, inputs), lambda: read)
 
-    return StoredTensor.__new__(StoredTensor, [[matrix()] for _ in range(experts)], stacked=True, transposed=transposed)
+    return PackedTensor.__new__(PackedTensor, [[matrix()] for _ in range(experts)], stacked=True, transposed=transposed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,7 +94,7 @@ def test_gives_what_the_family_gives(family: str) -> None:
     model = model_of(family)
     experts: list[Any] = [module for module in model.modules() if hasattr(module, "_apply_gate")]
     assert experts
-    stored: list[tuple[Any, str, StoredTensor]] = []
+    stored: list[tuple[Any, str, PackedTensor]] = []
     for module in experts:
         for name in ("gate_up_proj", "up_proj", "down_proj"):
             if isinstance(getattr(module, name, None), nn.Parameter):

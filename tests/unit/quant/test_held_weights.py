@@ -18,7 +18,7 @@ from peers.placement import fitting_blocks
 from splitnet.blocks.adapters import Adapter
 from splitnet.blocks.passes import SpanPasses
 from splitnet.blocks.sizes import ModelSizes
-from splitnet.blocks.span import Part, Span, block_bytes
+from splitnet.blocks.span import Chunk, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.store import LazyTensors
 from splitnet.errors import OutOfMemory, WeightsError
@@ -32,11 +32,11 @@ from splitnet.quant.choose import (
     WeightFormat,
     choose_weights,
 )
-from splitnet.quant.experts import HeldExperts
+from splitnet.quant.experts import QuantizedExperts
 from splitnet.quant.floats import FloatForm
-from splitnet.quant.grouped import ExpertForm, GroupedForm
+from splitnet.quant.grouped import BlockQuantWeight, ExpertForm
 from splitnet.quant.integers import GROUP, ScaledForm
-from splitnet.quant.linear import HeldLinear
+from splitnet.quant.linear import QuantizedLinear
 from splitnet.quant.native import Kernels, has_fast_kernels, has_float_kernels, has_integer_kernels
 from splitnet.quant.stored import Layout
 from tests.unit.random_models import random_checkpoint
@@ -96,8 +96,8 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], C
     return make
 
 
-def held_layers(span: Span) -> dict[str, HeldLinear]:
-    return {path: layer for path, layer in span._backbone.named_modules() if isinstance(layer, HeldLinear)}
+def held_layers(span: Span) -> dict[str, QuantizedLinear]:
+    return {path: layer for path, layer in span._backbone.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
 def floats_of(checkpoint: Checkpoint, held: Span) -> Span:
@@ -109,7 +109,7 @@ def floats_of(checkpoint: Checkpoint, held: Span) -> Span:
         weight = layer.held.dequantised(torch.float32)
         plain.weight = nn.Parameter(weight.T if isinstance(plain, Conv1D) else weight, requires_grad=False)
     for path, experts in held._backbone.named_modules():
-        for name, form in experts.held.items() if isinstance(experts, HeldExperts) else ():
+        for name, form in experts.held.items() if isinstance(experts, QuantizedExperts) else ():
             assert isinstance(form, ExpertForm)
             weight = torch.stack([form.dequantised(expert, torch.float32) for expert in range(form.experts)])
             setattr(span._backbone.get_submodule(path), name, nn.Parameter(weight, requires_grad=False))
@@ -117,7 +117,7 @@ def floats_of(checkpoint: Checkpoint, held: Span) -> Span:
 
 
 def outputs(span: Span, hidden: torch.Tensor) -> torch.Tensor:
-    return span.forward(hidden, [Part(span.new_row(), 0, len(hidden))])
+    return span.forward(hidden, [Chunk(span.new_row(), 0, len(hidden))])
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -198,7 +198,7 @@ def test_gradients_and_low_rank_additions_are_those_of_the_weights_that_are_stoo
         output = passes.forward(hidden, LENGTHS, adapter, 0, 2)
         by_input, by_adapter = passes.backward(hidden, LENGTHS, gradient, adapter, 0, 2)
         found.append([output, by_input, *by_adapter.values()])
-        parts = [Part(span.new_row(), 0, length, adapter) for length in LENGTHS]
+        parts = [Chunk(span.new_row(), 0, length, adapter) for length in LENGTHS]
         assert torch.equal(span.forward(hidden, parts), output)
         assert relative(passes.forward(hidden, LENGTHS, None, 0, 2), output) > 0.01
     tolerance = (
@@ -229,11 +229,11 @@ def test_a_layer_in_every_form(form: WeightFormat, shape: tuple[int, int], kerne
     outputs, inputs = shape
     assert form.fits(outputs, inputs)
     weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
-    layer = HeldLinear(inputs, outputs, form, transposed=False, bias=True, dtype=torch.float32)
+    layer = QuantizedLinear(inputs, outputs, form, transposed=False, bias=True, dtype=torch.float32)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = nn.Parameter(bias, requires_grad=False)
     kinds = {torch.float16: FloatForm, torch.int8: ScaledForm}
-    assert type(layer.held) is (GroupedForm if isinstance(form.numbers, Layout) else kinds[form.numbers])
+    assert type(layer.held) is (BlockQuantWeight if isinstance(form.numbers, Layout) else kinds[form.numbers])
     assert form.bytes_for(outputs, inputs) == sum(buffer.nbytes for buffer in layer.held.buffers())
     assert layer.held.alone_as_together == (kernels == "compiled" and form != INT8_SCALED)
     stood_for = layer.held.dequantised(torch.float32)
@@ -287,7 +287,7 @@ def test_weights_out_of_range_stay_as_they_are(value: float) -> None:
     weight = torch.randn(48, 320)
     weight[3, 4] = value
     for form in (FLOAT16, NARROW):
-        layer = HeldLinear(320, 48, form, transposed=False, bias=False, dtype=torch.float32)
+        layer = QuantizedLinear(320, 48, form, transposed=False, bias=False, dtype=torch.float32)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         assert isinstance(layer.held, FloatForm) and layer.held.weight.dtype == torch.float32
         assert torch.equal(layer.held.dequantised(torch.float32).nan_to_num(), weight.nan_to_num())
@@ -389,9 +389,9 @@ def test_a_float16_checkpoint_computes_in_float32_only_where_that_takes_little_m
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_integers_are_not_told_as_exact_where_one_layer_stays_as_it_is(kind: str) -> None:
     chosen = choose_weights(kind, None, torch.float32, CPU)
-    as_it_is = HeldLinear(64, 32, chosen.forms[-1], transposed=False, bias=False, dtype=torch.float32)
+    as_it_is = QuantizedLinear(64, 32, chosen.forms[-1], transposed=False, bias=False, dtype=torch.float32)
     as_it_is.weight = nn.Parameter(torch.full((32, 64), torch.inf))
-    integers = HeldLinear(64, 32, chosen.forms[-1], transposed=False, bias=False, dtype=torch.float32)
+    integers = QuantizedLinear(64, 32, chosen.forms[-1], transposed=False, bias=False, dtype=torch.float32)
     integers.weight = nn.Parameter(torch.randn(32, 64))
     assert isinstance(as_it_is.held, FloatForm) and as_it_is.held.weight.dtype == torch.float32
     assert chosen.as_loaded([as_it_is.held, integers.held, None]).text == f"{kind}/float32"

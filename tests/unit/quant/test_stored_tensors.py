@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from splitnet.quant.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
+from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, StoredMatrix
 
 FOUR_BITS = Layout(4, 32, Kind.FLOAT16, offset=8)
 
@@ -16,17 +16,17 @@ def matrix(outputs: int, inputs: int) -> StoredMatrix:
 
 
 def stored(outputs: int = 8, inputs: int = 64) -> torch.Tensor:
-    return StoredTensor.of(matrix(outputs, inputs))
+    return PackedTensor.of(matrix(outputs, inputs))
 
 
 def floats(tensor: torch.Tensor) -> torch.Tensor:
-    assert isinstance(tensor, StoredTensor)
+    assert isinstance(tensor, PackedTensor)
     return tensor.floats()
 
 
 def same(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether it has kept its codes and stands for what is expected."""
-    return isinstance(tensor, StoredTensor) and torch.equal(tensor.floats(), expected)
+    return isinstance(tensor, PackedTensor) and torch.equal(tensor.floats(), expected)
 
 
 def test_experts_are_stacked_and_joined() -> None:
@@ -59,12 +59,12 @@ def test_outputs_are_chosen_in_any_order() -> None:
     assert same(experts.index_select(0, torch.tensor([1, 0])), floats(experts)[[1, 0]])
 
     codes = Codes(torch.randint(0, 256, (4, 64), dtype=torch.uint8), torch.rand(4, 2).half())
-    other = StoredTensor.of(StoredMatrix(Layout(8, 32, Kind.FLOAT16), (4, 64), lambda: codes))
+    other = PackedTensor.of(StoredMatrix(Layout(8, 32, Kind.FLOAT16), (4, 64), lambda: codes))
     mixed = torch.cat([stored(), other])
     order = torch.tensor([11, 3, 4, 8, 9, 0])
     chosen = mixed.index_select(0, order)
     assert same(chosen, floats(mixed)[order])
-    assert isinstance(chosen, StoredTensor) and len(chosen.experts[0]) == 4  # runs of rows of the same layout
+    assert isinstance(chosen, PackedTensor) and len(chosen.experts[0]) == 4  # runs of rows of the same layout
 
 
 def test_inputs_that_share_a_scale_stay_together() -> None:
@@ -82,12 +82,12 @@ def test_steps_whose_unit_is_parted_become_numbers() -> None:
     steps = torch.randint(0, 64, (2, 4, 16), dtype=torch.uint8)
     units = torch.rand(2, 4, 2).half()
     whole = Codes(codes, steps[0], steps[1], units[0], -units[1])
-    given = StoredTensor.of(StoredMatrix(layout, (4, 512), lambda: whole))
+    given = PackedTensor.of(StoredMatrix(layout, (4, 512), lambda: whole))
     for run, kind in ((256, Kind.STEPS), (128, Kind.FLOAT32)):
         order = (torch.arange(512 // run).flip(0)[:, None] * run + torch.arange(run)).flatten()
         chosen = given.index_select(1, order)
         assert same(chosen, floats(given)[:, order])
-        assert isinstance(chosen, StoredTensor) and chosen.experts[0][0].layout.scale is kind
+        assert isinstance(chosen, PackedTensor) and chosen.experts[0][0].layout.scale is kind
 
 
 def test_all_else_is_done_with_floats() -> None:

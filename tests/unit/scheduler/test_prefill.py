@@ -25,12 +25,12 @@ def test_hops_that_are_slow_with_few_positions_get_more() -> None:
 
 @given(st.integers(65, 10_000), st.floats(0, 100), st.floats(0.001, 10), st.integers(1, 16))
 def test_no_other_size_is_sooner(positions: int, step_ms: float, position_ms: float, hops: int) -> None:
-    def stage_ms(count: int) -> float:
+    def slowest_hop_ms(count: int) -> float:
         return step_ms + position_ms * count
 
     def prefill_ms(size: int) -> float:
         size = min(size, positions)
-        return hops * stage_ms(size) + (ceil(positions / size) - 1) * stage_ms(size)
+        return hops * slowest_hop_ms(size) + (ceil(positions / size) - 1) * slowest_hop_ms(size)
 
-    best = best_step(positions, lambda count: hops * stage_ms(count), stage_ms)
+    best = best_step(positions, lambda count: hops * slowest_hop_ms(count), slowest_hop_ms)
     assert all(prefill_ms(best) <= prefill_ms(size) * (1 + 1e-9) for size in SIZES)

@@ -4,14 +4,14 @@ import pytest
 
 from scheduler.replan import (
     DISAPPOINTING,
-    FORECASTS,
     MAX_ERROR,
     MOVE_COUNTS,
+    PREDICTIONS,
     RECENT_S,
     RECENT_STEPS,
     TRIAL_STEPS,
     WORTHWHILE,
-    Forecasts,
+    PredictionErrors,
     RouteWatch,
     changed_hops,
     move_pays,
@@ -83,52 +83,52 @@ class TestForecasts:
         assert [ratio for ratio in ratios if ratio is not None] == [3.0, 1.2]
 
     def test_a_single_slow_route_says_nothing_of_others(self) -> None:
-        forecasts = Forecasts()
-        assert forecasts.error == 1.0
+        predictions = PredictionErrors()
+        assert predictions.error == 1.0
         for ratio in (1.6, 3.0, 3.0):
-            forecasts.came("a", ratio)
-        assert forecasts.error == 1.0
+            predictions.came("a", ratio)
+        assert predictions.error == 1.0
 
     def test_where_two_routes_are_slower_than_predicted_others_will_be(self) -> None:
-        forecasts = Forecasts()
-        forecasts.came("a", 3.0)
-        forecasts.came("b", 2.0)
-        assert forecasts.error == 2.0
-        forecasts.came("a", 1e6)
-        forecasts.came("b", 1e6)
-        assert forecasts.error == MAX_ERROR
+        predictions = PredictionErrors()
+        predictions.came("a", 3.0)
+        predictions.came("b", 2.0)
+        assert predictions.error == 2.0
+        predictions.came("a", 1e6)
+        predictions.came("b", 1e6)
+        assert predictions.error == MAX_ERROR
 
     def test_the_latest_routes_count(self) -> None:
-        forecasts = Forecasts()
-        for route in range(FORECASTS):
-            forecasts.came(route, 3.0)
-        assert forecasts.error == 3.0
+        predictions = PredictionErrors()
+        for route in range(PREDICTIONS):
+            predictions.came(route, 3.0)
+        assert predictions.error == 3.0
         for route in "abc":
-            forecasts.came(route, 0.5)
-        assert forecasts.error == 1.0, "routes that are faster than predicted make up for none"
+            predictions.came(route, 0.5)
+        assert predictions.error == 1.0, "routes that are faster than predicted make up for none"
 
     @pytest.mark.parametrize("factor", [2.0, 4.0])
     def test_a_session_comes_to_rest_where_each_route_is_slower_than_it_looks(self, factor: float) -> None:
         """As where all devices are one machine. It has computed its context again on few routes until then."""
-        forecasts, watch, moves = Forecasts(), RouteWatch(), 0
+        predictions, watch, moves = PredictionErrors(), RouteWatch(), 0
         watch.begin(10.0)
         for _ in range(100):
             for _ in range(TRIAL_STEPS):
                 ratio = watch.step_took(10.0 * factor)
                 if ratio is not None:
-                    forecasts.came(moves, ratio)
-            if move_pays(watch.present_ms(10.0), 10.0 * forecasts.error, 0.0, 1000, watch.expected_ms):
+                    predictions.came(moves, ratio)
+            if move_pays(watch.present_ms(10.0), 10.0 * predictions.error, 0.0, 1000, watch.expected_ms):
                 moves += 1
                 watch.begin(10.0)
         assert moves == 1
 
     def test_a_session_that_began_on_a_slow_route_leaves_it(self) -> None:
-        forecasts, watch = Forecasts(), RouteWatch()
+        predictions, watch = PredictionErrors(), RouteWatch()
         watch.begin(10.0)
         *_, ratio = [watch.step_took(10.0 * DISAPPOINTING) for _ in range(TRIAL_STEPS)]
         assert ratio is not None
-        forecasts.came("slow", ratio)
-        assert move_pays(watch.present_ms(10.0), 10.0 * forecasts.error, 0.0, 1000, watch.expected_ms)
+        predictions.came("slow", ratio)
+        assert move_pays(watch.present_ms(10.0), 10.0 * predictions.error, 0.0, 1000, watch.expected_ms)
 
 
 @pytest.mark.parametrize(

@@ -423,7 +423,7 @@ def test_who_holds_most_for_its_weight_lets_go() -> None:
 
 
 def messages(said: list[dict[str, Any]]) -> Any:
-    return ChatRequest.model_validate({"model": "m", "messages": said}).conversation
+    return ChatRequest.model_validate({"model": "m", "messages": said}).chat_messages
 
 
 class Tokenizer:
@@ -511,7 +511,7 @@ def test_a_template_is_given_the_variables_that_it_has() -> None:
     said = ChatRequest.model_validate(
         CHAT | {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
     )
-    prompts.of_chat(said.conversation, [], said.template_variables)
+    prompts.of_chat(said.chat_messages, [], said.template_variables)
     assert tokenizer.variables == {"enable_thinking": False, "reasoning_effort": "low"}
 
 
@@ -533,11 +533,11 @@ def test_a_template_is_given_the_variables_that_it_has() -> None:
 def test_a_template_is_not_given_what_it_does_not_use(name: str) -> None:
     said = ChatRequest.model_validate(CHAT | {"chat_template_kwargs": {name: True}})
     with pytest.raises(ApiError, match=f"no place for '{name}'") as refused:
-        Prompts(WithVariables(), 300, 256).of_chat(said.conversation, [], said.template_variables)
+        Prompts(WithVariables(), 300, 256).of_chat(said.chat_messages, [], said.template_variables)
     assert refused.value.param == "chat_template_kwargs"
     said = ChatRequest.model_validate(CHAT | {"reasoning_effort": "high"})
     with pytest.raises(ApiError, match="no place for 'reasoning_effort'") as refused:
-        Prompts(Tokenizer("{{ messages }}"), 300, 256).of_chat(said.conversation, [], said.template_variables)
+        Prompts(Tokenizer("{{ messages }}"), 300, 256).of_chat(said.chat_messages, [], said.template_variables)
     assert refused.value.param == "reasoning_effort"
 
 

@@ -42,7 +42,7 @@ class Trouble(RuleBasedStateMachine):
         kind=st.sampled_from(Kind), seed=st.integers(0, 1 << 16), opens=st.booleans(), which=st.sampled_from(ADAPTERS)
     )
     def begin(self, kind: Kind, seed: int, opens: bool, which: Any) -> None:
-        self.world = World(budget=64, seed=seed, kind=kind)
+        self.world = World(reservation=64, seed=seed, kind=kind)
         if which is not None:
             self.world.feed(UseAdapter(which, for_passes=isinstance(self, Passes)))
             self.world.tags = tags_of(which)
@@ -191,7 +191,7 @@ class Steps(Trouble):
     @rule(length=st.integers(1, 3), keep=st.integers(0, 3))
     def prompt(self, length: int, keep: int) -> None:
         log = self.world.state.log
-        if (log.positions if log is not None else 0) + length <= self.world.state.budget:
+        if (log.positions if log is not None else 0) + length <= self.world.state.reservation:
             self.world.submit([(None, 0, length, min(keep, length))])
 
     @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
@@ -200,7 +200,7 @@ class Steps(Trouble):
         rows = list(self.world.rows)
         row = rows[at % len(rows)]
         log = self.world.state.log
-        if (log.positions if log is not None else 0) + length <= self.world.state.budget:
+        if (log.positions if log is not None else 0) + length <= self.world.state.reservation:
             self.world.submit([(row, len(self.world.rows[row]), length, 1)])
 
     @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
@@ -249,7 +249,7 @@ class Steps(Trouble):
         rows = list(self.world.rows)
         source = rows[at % len(rows)]
         length = len(self.world.rows[source])
-        if 2 * length + 2 <= self.world.state.budget:
+        if 2 * length + 2 <= self.world.state.reservation:
             new = self.world.new_row_id()
             forks = (Fork(source, source), Fork(new, source))
             self.world.submit([(source, length, 1, 1), (new, length, 1, 1)], forks)
@@ -257,7 +257,7 @@ class Steps(Trouble):
     @precondition(lambda self: self.world.ready)
     @rule(more=st.integers(1, 40))
     def resize(self, more: int) -> None:
-        self.world.feed(Resize(self.world.state.budget + more))
+        self.world.feed(Resize(self.world.state.reservation + more))
 
     @precondition(lambda self: any(not each.request.done for each in self.world.asked))
     @rule()
@@ -707,7 +707,7 @@ def test_a_step_does_not_undo_some_rows_of_one_under_way() -> None:
 
 
 def test_memory_that_is_refused_leaves_the_session_as_it_was() -> None:
-    world = World(budget=8)
+    world = World(reservation=8)
     world.feed(Use())
     world.settle()
     row = world.new_row_id()
@@ -720,7 +720,7 @@ def test_memory_that_is_refused_leaves_the_session_as_it_was() -> None:
         world.feed(Resize(20))
         world.settle()
         assert isinstance(world.state.refusal, PeerBusy)
-        assert world.state.is_open and world.state.budget == 8
+        assert world.state.is_open and world.state.reservation == 8
     world.submit([(row, 3, 1, 1)])
     world.settle()
     assert world.asked[-1].request.done and world.state.endpoints() == route

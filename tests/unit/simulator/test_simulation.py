@@ -428,16 +428,16 @@ def test_a_session_that_never_ends_has_failed() -> None:
 def test_a_session_doubts_forecasts_that_did_not_come_true() -> None:
     world = tiny_world((0.0, 16, 30))
     simulation, outcome = outcome_in(world, SPANS, THREE_HOPS)
-    forecasts = simulation.sessions[0].forecasts
-    forecasts.came("another route", 5.0)
-    assert forecasts.error == 1.0  # nothing was predicted
+    predictions = simulation.sessions[0].predictions
+    predictions.came("another route", 5.0)
+    assert predictions.error == 1.0  # nothing was predicted
     fixed = Fixed(SPANS, THREE_HOPS, predicted_ms=outcome.token_ms[0] / 3)
     doubting = Simulation(world, fixed, fixed)
     for _ in doubting.run():
         pass
-    forecasts = doubting.sessions[0].forecasts
-    forecasts.came("another route", 5.0)
-    assert forecasts.error == pytest.approx(3.0)
+    predictions = doubting.sessions[0].predictions
+    predictions.came("another route", 5.0)
+    assert predictions.error == pytest.approx(3.0)
     assert outcome_of(doubting).predicted == [pytest.approx(1 / 3)]
 
 

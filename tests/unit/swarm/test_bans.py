@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from scheduler.liveness import BAN_S
-from splitnet.swarm.peers import Bans
+from splitnet.swarm.peer_cache import Bans
 from tests.unit.swarm.test_client_swarm import RECORD
 from tests.unit.swarm.test_measurements import Clock, record
 

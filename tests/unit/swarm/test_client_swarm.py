@@ -15,7 +15,7 @@ from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, PeerBusy, ProtocolVersionError, WrongSwarm
 from splitnet.security.identity import Identity
 from splitnet.swarm import measure as measurer
-from splitnet.swarm import peers
+from splitnet.swarm import peer_cache
 from splitnet.swarm.links import Links
 from splitnet.swarm.plan import Needs
 from splitnet.swarm.swarm import ModelFacts, Swarm
@@ -116,7 +116,7 @@ def test_who_has_planned_looks_around_in_the_background(
     directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that the next session need not wait for the directory."""
-    monkeypatch.setattr(peers, "LOOK_S", 0.01)
+    monkeypatch.setattr(peer_cache, "LOOK_S", 0.01)
     directory.records = [served(start=0, end=FACTS.num_blocks)]
     with Swarm(FACTS, ["/an/address"]) as swarm:
         swarm.measurer._look.wait(0.1)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.candidates import Crowd, _block_ms, _LeastOfBlocks, _sending_ms, candidates
+from scheduler.candidates import CandidateIndex, _block_ms, _LeastOfBlocks, _sending_ms, candidates
 from scheduler.coordinates import Coordinate
 from scheduler.cost import Encoding, block_ms, occupied_ms
 from scheduler.facts import CLIENT, Link, Network, Peer, Place, Speed
@@ -199,9 +199,12 @@ def test_a_corrected_crowd_is_one_of_the_corrected_peers(seed: int, count: int) 
     corrected = [facts(peer) for peer in choices.sample(peers, count)]
     by_id = {peer.id: peer for peer in (*peers, *corrected)}
     places = {peer.id: Place(Coordinate((choices.gauss(0, 40), 0.0, 0.0), 1.0, 0.2), 100.0) for peer in peers[:30]}
-    crowd, anew = Crowd(peers, Network(places=places)), Crowd(list(by_id.values()), Network(places=places))
+    crowd, anew = (
+        CandidateIndex(peers, Network(places=places)),
+        CandidateIndex(list(by_id.values()), Network(places=places)),
+    )
 
-    def near(crowd: Crowd) -> list[Peer]:
+    def near(crowd: CandidateIndex) -> list[Peer]:
         return crowd.near([], (0, 6), encodings=ENCODINGS, kv_needed=100, prompt=64, limit=15)
 
     before = near(crowd)
@@ -259,7 +262,7 @@ def test_who_stands_beside_silent_ones(points: list[tuple[int, int, int, str]]) 
 
     expected = {name for name in places if stands_beside_silent(name)} if len(silent) > 1 and answered else set[str]()
     unknown = [*placeless, "a stranger"]
-    crowd = Crowd(peers, Network(places=places))
+    crowd = CandidateIndex(peers, Network(places=places))
     assert crowd.beside_silent([*silent, *unknown], [*answered, *unknown]) == expected - {*answered}
 
 
@@ -280,6 +283,6 @@ def test_who_must_not_be_used_does_not_say_where_chains_run() -> None:
     false = [f"false{index}" for index in range(8)]
     for index, name in enumerate(false):
         add(name, ((-1) ** index * 1e8, (-1) ** (index // 2) * 1e8, (-1) ** (index // 4) * 1e8), 1e8)
-    crowd = Crowd(peers, Network(places=places))
+    crowd = CandidateIndex(peers, Network(places=places))
     chosen = crowd.near([places[CLIENT]] * 2, (0, 40), encodings=ENCODINGS, kv_needed=10, exclude=false, limit=300)
     assert sum(peer.id.startswith("fast") for peer in chosen) > 100

@@ -9,13 +9,13 @@ from typing import Any, cast
 import pytest
 
 from splitnet.directory import ask
-from splitnet.directory.ask import PeerDirectory, Told, parts_of
+from splitnet.directory.ask import DirectoryDelta, PeerDirectory, parts_of
 from splitnet.directory.interface import latest
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError
 from splitnet.security.identity import Identity
-from splitnet.swarm import peers
-from splitnet.swarm.peers import LISTED, LOOK_S, READ_S, UNHEARD_S, PeerCache
+from splitnet.swarm import peer_cache
+from splitnet.swarm.peer_cache import LISTED, LOOK_S, READ_S, UNHEARD_S, PeerCache
 from splitnet.wire.endpoints import Endpoint, LinkState
 from splitnet.wire.messages import Announce, Found, LookUp, Message, encode
 from tests.unit.directory.test_peer_directory import MODEL, ScriptedPeers, says_nothing, signed
@@ -33,7 +33,7 @@ class World:
         self.offset_s = 0.0
         for name in ("monotonic", "time"):
             real = getattr(time, name)
-            monkeypatch.setattr(peers.time, name, lambda real=real: real() + self.offset_s)
+            monkeypatch.setattr(peer_cache.time, name, lambda real=real: real() + self.offset_s)
         self.owners: dict[Endpoint, Identity] = {}
         self.facts: dict[Endpoint, dict[str, Any]] = {}
         self.records: dict[Endpoint, PeerRecord] = {}
@@ -77,7 +77,7 @@ class World:
 
     def tells(self, asked: LookUp | Announce, records: Sequence[PeerRecord] | None = None) -> Sequence[Message]:
         assert isinstance(asked, LookUp)
-        present, changed = Told(self.there() if records is None else records).changes(
+        present, changed = DirectoryDelta(self.there() if records is None else records).changes(
             asked.known, asked.since, asked.most
         )
         parts = parts_of(changed)
@@ -314,7 +314,7 @@ def test_a_flood_of_new_peers_is_taken_in_bit_by_bit(world: World) -> None:
     liar = world.add()
 
     def floods(asked: LookUp | Announce) -> Sequence[Message]:
-        present, _ = Told(world.there()).changes(asked.known, 0.0, 0)  # pyright: ignore[reportAttributeAccessIssue]
+        present, _ = DirectoryDelta(world.there()).changes(asked.known, 0.0, 0)  # pyright: ignore[reportAttributeAccessIssue]
         return [Found(asked.number, 0, parts_of(flood[:60])[0], present)]
 
     world.links.scripts[liar] = floods

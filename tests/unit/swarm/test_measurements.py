@@ -30,7 +30,7 @@ from splitnet.swarm.measure import (
 )
 from splitnet.transport.prober import FASTEST_PROBE_MS, PROBE_BYTES, Prober
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import Ping, Pong, ToldLoad
+from splitnet.wire.messages import LoadReport, Ping, Pong
 from tests.unit.swarm.test_client_swarm import RECORD
 
 
@@ -70,7 +70,7 @@ class TestMeasurements:
         clock, peer = Clock(), record(queue_ms=1.0, batch=0.0)
         measurements, link = Measurements(clock), {peer.endpoint: Link(1.0, 100.0)}
         later = replace(peer, issued_at=peer.issued_at + 20)
-        load = {peer.endpoint: ToldLoad(30.0, 2.0, peer.issued_at + 10)}
+        load = {peer.endpoint: LoadReport(30.0, 2.0, peer.issued_at + 10)}
 
         def told(of: PeerRecord) -> tuple[float, float]:
             [seen] = measurements.peers([of])
@@ -239,7 +239,7 @@ class Echo:
         self.prober = Prober(self.send)
         self.sizes: list[int] = []
         self.asked: list[Endpoint] = []
-        self.load = ToldLoad(12.0, 3.0, 2e9)
+        self.load = LoadReport(12.0, 3.0, 2e9)
 
     def send(self, endpoint: Endpoint, ping: Ping) -> None:
         self.sizes.append(len(ping.payload))
@@ -368,7 +368,7 @@ class TestNeighbours:
     def test_peers_count_when_they_have_answered_and_few_are_asked_at_once(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(Prober, "patience_s", lambda *_, **__: 0.0)
+        monkeypatch.setattr(Prober, "answer_limit_s", lambda *_, **__: 0.0)
         here, echo = record(address="tcp://192.0.2.1:1"), Echo()
         fakes = [record(address=f"tcp://192.0.2.9:{port}") for port in range(1, 2 * ASKED_AT_ONCE + 1)]
         echo.silent |= {fake.endpoint for fake in fakes}

@@ -12,8 +12,8 @@ import pytest
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError
 from splitnet.security.identity import Identity
-from splitnet.swarm import peers
-from splitnet.swarm.peers import PeerCache
+from splitnet.swarm import peer_cache
+from splitnet.swarm.peer_cache import PeerCache
 from splitnet.wire.endpoints import Endpoint, LinkState
 from tests.unit.swarm.test_client_swarm import FACTS, RECORD
 
@@ -52,8 +52,8 @@ class Client:
         self.directory = FakeDirectory()
         self.states: dict[Endpoint, LinkState] = {}
         self.now = time.time()
-        monkeypatch.setattr(peers.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(peers.time, "time", lambda: self.now)
+        monkeypatch.setattr(peer_cache.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(peer_cache.time, "time", lambda: self.now)
         self.known = PeerCache(
             cast(Any, self.directory),
             FACTS.fingerprint,

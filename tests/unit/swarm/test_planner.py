@@ -11,7 +11,7 @@ import pytest
 
 from scheduler.cost import Encoding
 from scheduler.facts import Link
-from scheduler.replan import DISAPPOINTING, RECENT_STEPS, Forecasts
+from scheduler.replan import DISAPPOINTING, RECENT_STEPS, PredictionErrors
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, OtherWeights, SplitnetError
 from splitnet.security.identity import Identity
@@ -139,7 +139,7 @@ class Facts:
         self.peers = list[PeerRecord]
         self.probed: list[bool] = []
         self.measurer = SimpleNamespace(news=0, look_again=lambda suspects, probe: self.probed.append(probe))
-        self.measurements = SimpleNamespace(prediction_error=1.0, forecast_came=lambda *_: None, silent=set)
+        self.measurements = SimpleNamespace(prediction_error=1.0, prediction_came=lambda *_: None, silent=set)
         self.planner = SimpleNamespace(
             cost_ms=lambda needs, hops: self.costs.get(hops[0].name, 10.0), move_ms=lambda *_: 0.0
         )
@@ -256,14 +256,14 @@ def test_a_session_comes_to_rest_though_it_leaves_routes_before_they_are_tried_o
     """As where all devices are one machine, and steps so slow that few are taken until it looks for a better route."""
     hops, other = ([PlannedHop(record(0, 6), 0, 6)] for _ in range(2))
     facts = Facts(other)
-    forecasts = Forecasts()
-    facts.measurements.forecast_came = forecasts.came
+    predictions = PredictionErrors()
+    facts.measurements.prediction_came = predictions.came
     routes = facts.routes()
     moves = 0
     for _ in range(40):
         facts.look(routes, hops)
         steps(routes, 100.0)
-        facts.measurements.prediction_error = forecasts.error
+        facts.measurements.prediction_error = predictions.error
         facts.best = other
         if facts.look(routes, hops) is not None:
             moves += 1

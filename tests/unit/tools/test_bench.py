@@ -150,19 +150,19 @@ def measured(rounds: int = 3) -> list[Measured]:
     """Warm-up, then rounds of a prefill and a decode; a swarm that is half as fast as the process itself."""
     swarm = Scripted(*(99, 99), *(2, 0.2, 4, 0.4, 8, 0.8)[: 2 * rounds], remote=True)
     local = Scripted(*(99, 99), *(1, 0.1, 2, 0.2, 4, 0.4)[: 2 * rounds])
-    stages: list[tuple[str, int, int]] = []
+    spans: list[tuple[str, int, int]] = []
     result = measure(
         {SWARM: swarm, LOCAL: local},
         [PREFILL, DECODE],
         rounds=rounds,
         warm_up=1,
-        progress=lambda *told: stages.append(told),
+        progress=lambda *told: spans.append(told),
     )
-    assert [stage for stage, done, _ in stages if not done] == [
+    assert [span for span, done, _ in spans if not done] == [
         "warm-up 1 of 1",
         *(f"round {number} of {rounds}" for number in range(1, rounds + 1)),
     ]
-    assert [done for _, done, _ in stages] == [0, 1, 2, 3] * (rounds + 1)
+    assert [done for _, done, _ in spans] == [0, 1, 2, 3] * (rounds + 1)
     return result
 
 

@@ -28,7 +28,7 @@ SIZES = ModelSizes(
     expert_bytes=0,
     expert_share=1.0,
     kv_bytes=512,
-    shell_bytes=2**29,
+    client_part_bytes=2**29,
     head_bytes=0,
     max_positions=None,
 )

@@ -31,7 +31,7 @@ SIZES = ModelSizes(
     expert_bytes=0,
     expert_share=1.0,
     kv_bytes=1024,
-    shell_bytes=30 * MIB,
+    client_part_bytes=30 * MIB,
     head_bytes=20 * MIB,
     max_positions=4096,
 )
@@ -47,15 +47,15 @@ def device(name: str, memory_mib: int, decode_ms: float = 1.0, torch_device: str
 def test_memory_is_for_weights_and_caches_and_for_the_clients_part_on_its_host() -> None:
     devices = device("a", 4 * 11), device("b", 4 * 11)
     plan = make_plan(SIZES, DevicesFile(devices, None, NEAR), DEMAND)
-    assert [(stage.start, stage.end) for stage in plan.stages] == [(0, 4), (4, 8)]
-    assert all(stage.memory_used == stage.device.memory for stage in plan.stages)
-    assert all(stage.kv_memory == 4 * MIB for stage in plan.stages)
+    assert [(span.start, span.end) for span in plan.spans] == [(0, 4), (4, 8)]
+    assert all(span.memory_used == span.device.memory for span in plan.spans)
+    assert all(span.kv_memory == 4 * MIB for span in plan.spans)
     with pytest.raises(ModelTooBig) as error:
         make_plan(SIZES, DevicesFile(devices, "a", NEAR), DEMAND)
     assert error.value.missing_blocks == 3  # of 30 MiB
     assert error.value.missing_bytes == 3 * PER_BLOCK
     on_host = make_plan(SIZES, DevicesFile((device("a", 4 * 11 + 30), devices[1]), "a", NEAR), DEMAND)
-    assert {stage.device.name: stage.memory_used for stage in on_host.stages} == {"a": 74 * MIB, "b": 44 * MIB}
+    assert {span.device.name: span.memory_used for span in on_host.spans} == {"a": 74 * MIB, "b": 44 * MIB}
 
 
 def test_more_sessions_take_more_memory() -> None:
@@ -70,7 +70,7 @@ def test_more_sessions_take_more_memory() -> None:
 def test_a_single_device_is_recommended_where_it_is_faster() -> None:
     file = DevicesFile((device("slow", 200, 3.0), device("fast", 200)), "fast", NEAR)
     plan = make_plan(SIZES, file, DEMAND)
-    assert [stage.device.name for stage in plan.stages] == ["fast"]
+    assert [span.device.name for span in plan.spans] == ["fast"]
     assert plan.everyone is not None and plan.everyone < plan.tokens_per_s == plan.alone["fast"]
     text = " ".join(summary(plan))
     assert "fast alone is faster than any chain of devices" in text
@@ -83,7 +83,7 @@ def test_a_single_device_is_recommended_where_it_is_faster() -> None:
 def test_fewer_devices_are_recommended_where_they_are_faster_than_all() -> None:
     file = DevicesFile((device("a", 44), device("b", 44), device("far", 44, 50.0)), None, NEAR)
     plan = make_plan(SIZES, file, DEMAND)
-    assert {stage.device.name for stage in plan.stages} == {"a", "b"}
+    assert {span.device.name for span in plan.spans} == {"a", "b"}
     text = " ".join(summary(plan))
     assert "These 2 devices are faster than more of them" in text
     assert "No device has memory for the model alone" in text
@@ -100,8 +100,8 @@ def test_many_sessions_get_most_from_stages_of_equal_pace() -> None:
     file = replace(file, devices=tuple(slow_in_batches))
     one = make_plan(SIZES, file, replace(DEMAND, sessions=8))
     many = make_plan(SIZES, file, replace(DEMAND, sessions=8, throughput=True))
-    assert [stage.device.name for stage in one.stages] == ["a"]
-    assert {stage.device.name: stage.end - stage.start for stage in many.stages} == {"a": 5, "b": 3}
+    assert [span.device.name for span in one.spans] == ["a"]
+    assert {span.device.name: span.end - span.start for span in many.spans} == {"a": 5, "b": 3}
     assert many.all_tokens_per_s > 1.3 * one.all_tokens_per_s
     assert many.tokens_per_s < one.tokens_per_s
 
@@ -114,23 +114,23 @@ def test_the_clients_head_and_the_block_times_follow_from_the_machine() -> None:
     work = BlockWork(10 * MIB, SIZES.flops_per_position, cache_bytes=MIB, sessions=16)
     block_ms = roofline(work, bytes_per_ms=machine.bytes_per_ms, flops_per_ms=machine.flops_per_ms).at(1)
     assert block_ms == pytest.approx(1.1)
-    assert plan.stages[0].ms_per_token == pytest.approx(8 * 1.1 + HOP_MS)
+    assert plan.spans[0].ms_per_token == pytest.approx(8 * 1.1 + HOP_MS)
     shared_ms = 8 * 2.6 + HOP_MS + 2.0  # 16 sessions share the weights, but each reads a cache of its own
     assert plan.all_tokens_per_s == pytest.approx(16_000 / shared_ms, rel=0.03)
     measured = make_plan(SIZES, DevicesFile((device("a", 300),), "a", Network(links)), DEMAND)
     assert measured.client_ms == pytest.approx(2.0)  # a head as big as two blocks
-    parts = sum(stage.ms_per_token for stage in plan.stages) + sum(link.ms_per_token for link in plan.links)
+    parts = sum(span.ms_per_token for span in plan.spans) + sum(link.ms_per_token for link in plan.links)
     assert 1000 / plan.tokens_per_s == pytest.approx(parts + 2.0)
 
 
 def test_measured_chains_are_foretold() -> None:
     """The table "What a hop adds" of docs/benchmarks.md: one peer with all 30 blocks, and three with ten each."""
-    smollm = replace(SIZES, num_blocks=30, hidden_size=576, block_bytes=13 * MIB, shell_bytes=0, head_bytes=0)
+    smollm = replace(SIZES, num_blocks=30, hidden_size=576, block_bytes=13 * MIB, client_part_bytes=0, head_bytes=0)
     loopback = Network(unmeasured=SAME_MACHINE)
     for on_device_ms, total_ms, count in [(29.61, 31.41, 1), (32.89, 36.36, 3)]:
         devices = tuple(device(str(index), 14 * 30 // count, on_device_ms / 30) for index in range(count))
         plan = make_plan(smollm, DevicesFile(devices, None, loopback), replace(DEMAND, context=1))
-        assert len(plan.stages) == count
+        assert len(plan.spans) == count
         assert 1000 / plan.tokens_per_s == pytest.approx(total_ms, rel=0.05)
 
 
@@ -170,14 +170,14 @@ def test_json_holds_the_plan_and_commands_that_the_peer_command_understands(mode
     plan = json.loads(result.output)
     assert plan["fits"] and plan["exact"] and plan["num_blocks"] == 6
     assert [plan["devices"][0]["start"], plan["devices"][-1]["end"]] == [0, 6]
-    for index, stage in enumerate(plan["devices"]):
-        assert stage["memory_used"] <= stage["memory"] == 700 * 1024
-        words = shlex.split(stage["command"])
+    for index, span in enumerate(plan["devices"]):
+        assert span["memory_used"] <= span["memory"] == 700 * 1024
+        words = shlex.split(span["command"])
         assert words[:3] == ["splitnet", "peer", str(model)]
-        assert parse_blocks(words[words.index("--blocks") + 1]) == (stage["start"], stage["end"])
-        caches = (stage["end"] - stage["start"]) * 64 * 2 * 2 * 16 * 4  # positions, keys and values, heads, size, bytes
-        assert caches <= parse_bytes(words[words.index("--kv-memory") + 1]) <= stage["memory"]
-        assert ("--device" in words) == (stage["name"] == "desk")
+        assert parse_blocks(words[words.index("--blocks") + 1]) == (span["start"], span["end"])
+        caches = (span["end"] - span["start"]) * 64 * 2 * 2 * 16 * 4  # positions, keys and values, heads, size, bytes
+        assert caches <= parse_bytes(words[words.index("--kv-memory") + 1]) <= span["memory"]
+        assert ("--device" in words) == (span["name"] == "desk")
         assert ("--join" in words) == (index > 0)
         assert words[words.index("--dtype") + 1] == "float32"
 
@@ -187,13 +187,13 @@ def test_peers_compute_in_the_type_whose_caches_were_planned(model: Path, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     plan = json.loads(run(tmp_path, TWO, "--context", "64", "--json").output)
     assert plan["dtype"] == "float16"
-    assert all("--dtype float16" in stage["command"] for stage in plan["devices"])
+    assert all("--dtype float16" in span["command"] for span in plan["devices"])
 
 
 def test_energy_is_told_where_it_is_known(model: Path) -> None:
     one = TWO.replace("decode: 1,", "decode: 1.0,").replace("name: desk,", "name: desk, watts: 100,")
     plan = json.loads(run(model, one, "--json").output)
-    by_name = {stage["name"]: stage for stage in plan["devices"]}
+    by_name = {span["name"]: span for span in plan["devices"]}
     desk = by_name["desk"]
     assert desk["joules_per_token"] == pytest.approx(100 * (desk["end"] - desk["start"]) * 1.0 / 1000)
     assert "--watts 100 " in desk["command"] + " "
@@ -202,7 +202,7 @@ def test_energy_is_told_where_it_is_known(model: Path) -> None:
     assert "J/token" in run(model, one).output and "A token takes" not in run(model, one).output
     both = one.replace("name: lap,", "name: lap, watts: 7.5,")
     plan = json.loads(run(model, both, "--json").output)
-    by_name = {stage["name"]: stage for stage in plan["devices"]}
+    by_name = {span["name"]: span for span in plan["devices"]}
     lap = by_name["lap"]
     assert lap["joules_per_token"] == pytest.approx(7.5 * (lap["end"] - lap["start"]) * 2.0 / 1000)
     assert plan["joules_per_token"] == pytest.approx(desk["joules_per_token"] + lap["joules_per_token"])

@@ -135,20 +135,20 @@ def test_answers_are_waited_for_as_long_as_round_trips_are(monkeypatch: pytest.M
         now += seconds
         prober.pong(endpoint, Pong(pings[-1].nonce, 0.0, 0))
 
-    assert prober.patience_s(PEER) == ANSWER_S
+    assert prober.answer_limit_s(PEER) == ANSWER_S
     for _ in range(3):
         answers(PEER, 0.1)
-    assert prober.patience_s(PEER) == prober.patience_s(OTHER) == ANSWER_S
+    assert prober.answer_limit_s(PEER) == prober.answer_limit_s(OTHER) == ANSWER_S
     answers(PEER, 1.2)
-    assert prober.patience_s(PEER) == pytest.approx(ANSWER_TRIPS * 1.2), "the latest counts, as it came late"
-    assert prober.patience_s(OTHER) == ANSWER_S, "one that is far says nothing of others"
+    assert prober.answer_limit_s(PEER) == pytest.approx(ANSWER_TRIPS * 1.2), "the latest counts, as it came late"
+    assert prober.answer_limit_s(OTHER) == ANSWER_S, "one that is far says nothing of others"
     answers(PEER, 1.3)
     answers(THIRD, 1.1)
-    assert prober.patience_s(OTHER) == pytest.approx(ANSWER_TRIPS * 1.1), "if all are, the way from here is long"
+    assert prober.answer_limit_s(OTHER) == pytest.approx(ANSWER_TRIPS * 1.1), "if all are, the way from here is long"
     answers(OTHER, 0.1)
-    assert prober.patience_s(OTHER) == ANSWER_S
+    assert prober.answer_limit_s(OTHER) == ANSWER_S
     answers(PEER, 50.0)
-    assert prober.patience_s(PEER) == MAX_ANSWER_S, "who answers as late as it likes is not waited for so long"
+    assert prober.answer_limit_s(PEER) == MAX_ANSWER_S, "who answers as late as it likes is not waited for so long"
 
 
 def test_nobody_answers_for_another() -> None:

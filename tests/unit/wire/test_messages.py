@@ -38,6 +38,7 @@ from splitnet.wire.messages import (
     Announce,
     Announced,
     AskWeights,
+    Chunk,
     Close,
     Failure,
     FetchedKV,
@@ -50,7 +51,6 @@ from splitnet.wire.messages import (
     Message,
     Open,
     Opened,
-    Part,
     Ping,
     Pong,
     Replay,
@@ -85,7 +85,7 @@ def texts(limit: int) -> st.SearchStrategy[str]:
     return st.text(st.characters(codec="utf-8"), max_size=min(limit, 80)).map(lambda text: printable(text)[:limit])
 
 
-parts = st.lists(st.builds(Part, numbers, positions, positions, positions), max_size=5).map(tuple)
+parts = st.lists(st.builds(Chunk, numbers, positions, positions, positions), max_size=5).map(tuple)
 timings = st.lists(st.builds(Timing, numbers, numbers, numbers), max_size=4).map(tuple)
 forks = st.none() | st.lists(st.builds(Fork, numbers, numbers), max_size=5).map(tuple)
 messages: st.SearchStrategy[Message] = st.one_of(
@@ -153,7 +153,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
 )
 
 OPEN = Open(SESSION, 1, "model", 0, 2, 128, 0, b"", bytes(KEY_BYTES), "tcp://127.0.0.1:1")
-STEP = Step(SESSION, 1, 7, (Part(1, 0, 3, 1),), (Fork(2, 1),), 0, 0, b"payload")
+STEP = Step(SESSION, 1, 7, (Chunk(1, 0, 3, 1),), (Fork(2, 1),), 0, 0, b"payload")
 RESULT = Result(SESSION, 1, 7, 2, 0, (Timing(0, 1500, 250),), b"payload")
 FAILURE = Failure(SESSION, 1, 7, 3, "busy")
 FORWARD = Forward(SESSION, 1, 7, 5, (3, 1), True, 2, 0, 0, b"payload")
@@ -304,7 +304,7 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (OPEN, "model", "m" * 64, "m" * 65),
     (OPEN, "start", MAX_BLOCKS, MAX_BLOCKS + 1),
     (OPEN, "end", MAX_BLOCKS, MAX_BLOCKS + 1),
-    (OPEN, "budget", MAX_POSITIONS, MAX_POSITIONS + 1),
+    (OPEN, "reservation", MAX_POSITIONS, MAX_POSITIONS + 1),
     (OPEN, "codec", 255, 256),
     (OPEN, "previous", bytes(KEY_BYTES), bytes(KEY_BYTES - 1)),
     (OPEN, "next_key", b"", bytes(KEY_BYTES + 1)),
@@ -454,7 +454,7 @@ def test_a_header_that_claims_much_allocates_little(body: bytes) -> None:
 
 
 def test_a_step_with_as_much_as_allowed_fits_in_a_header() -> None:
-    most = (Part(LARGEST_NUMBER, MAX_POSITIONS, MAX_POSITIONS, MAX_POSITIONS),) * MAX_ROWS
+    most = (Chunk(LARGEST_NUMBER, MAX_POSITIONS, MAX_POSITIONS, MAX_POSITIONS),) * MAX_ROWS
     step = Step(
         SESSION, LARGEST_EPOCH, LARGEST_NUMBER, most, (Fork(LARGEST_NUMBER, LARGEST_NUMBER),) * MAX_ROWS, 0, 255
     )

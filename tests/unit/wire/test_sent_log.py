@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from splitnet.errors import ProtocolError
 from splitnet.wire.log import SentLog, fork_rows
-from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Fork, Part
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Chunk, Fork
 from tests.tiers import examples
 
 SIZE = 3
@@ -21,7 +21,7 @@ SIZE = 3
 class Sent:
     """One step as a sender logs it."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Chunk, ...]
     forks: tuple[Fork, ...] | None
     payload: bytes
     reach: int
@@ -46,7 +46,7 @@ class Model:
         candidates = [*self.rows, self.next_row]
         chosen = data.draw(st.lists(st.sampled_from(candidates), min_size=1, max_size=3, unique=True), "rows")
         reach = data.draw(st.integers(0, 2), "reach")
-        parts: list[Part] = []
+        parts: list[Chunk] = []
         payload = b""
         for row in chosen:
             positions = self.rows.setdefault(row, [])
@@ -54,7 +54,7 @@ class Model:
             start = data.draw(st.integers(0, len(positions)), "start")
             new = [self.fresh(reach) for _ in range(data.draw(st.integers(1, 4), "length"))]
             positions[start:] = new
-            parts.append(Part(row, start, len(new), 0))
+            parts.append(Chunk(row, start, len(new), 0))
             payload += b"".join(new)
         return Sent(tuple(parts), forks, payload, reach)
 
@@ -112,35 +112,35 @@ def test_a_step_that_is_logged_twice_changes_nothing(data: st.DataObject) -> Non
 
 def test_a_fork_goes_its_own_way() -> None:
     log = SentLog(codec=0, bytes_per_position=1)
-    log.record([Part(1, 0, 3, 0)], None, b"abc")
-    log.record([Part(1, 3, 1, 0), Part(2, 3, 1, 0)], [Fork(1, 1), Fork(2, 1)], b"de")
-    log.record([Part(2, 1, 1, 0)], None, b"x")
+    log.record([Chunk(1, 0, 3, 0)], None, b"abc")
+    log.record([Chunk(1, 3, 1, 0), Chunk(2, 3, 1, 0)], [Fork(1, 1), Fork(2, 1)], b"de")
+    log.record([Chunk(2, 1, 1, 0)], None, b"x")
     assert {parts[0].row: payload for parts, payload, _ in log.replay(10)} == {1: b"abcd", 2: b"ax"}
 
 
 def test_no_forks_keep_the_rows_and_an_empty_list_drops_them() -> None:
     log = SentLog(codec=0, bytes_per_position=1)
-    log.record([Part(1, 0, 2, 0)], None, b"ab")
-    log.record([Part(2, 0, 1, 0)], None, b"c")
+    log.record([Chunk(1, 0, 2, 0)], None, b"ab")
+    log.record([Chunk(2, 0, 1, 0)], None, b"c")
     assert (log.length(1), log.length(2)) == (2, 1)
-    log.record([Part(3, 0, 1, 0)], [], b"d")
+    log.record([Chunk(3, 0, 1, 0)], [], b"d")
     assert (log.length(1), log.length(2), log.length(3)) == (0, 0, 1)
 
 
 @pytest.mark.parametrize(
     ("parts", "forks"),
     [
-        ([Part(1, 3, 1, 0)], None),
-        ([Part(2, 1, 1, 0)], None),
-        ([Part(5, 0, 1, 0)], [Fork(5, 4)]),
-        ([Part(1, 0, 1, 0), Part(2, 1, 1, 0)], [Fork(1, 1)]),
+        ([Chunk(1, 3, 1, 0)], None),
+        ([Chunk(2, 1, 1, 0)], None),
+        ([Chunk(5, 0, 1, 0)], [Fork(5, 4)]),
+        ([Chunk(1, 0, 1, 0), Chunk(2, 1, 1, 0)], [Fork(1, 1)]),
     ],
     ids=["gap", "gap in a new row", "fork of nothing", "gap in the second part"],
 )
-def test_what_does_not_fit_is_refused_and_changes_nothing(parts: list[Part], forks: list[Fork] | None) -> None:
+def test_what_does_not_fit_is_refused_and_changes_nothing(parts: list[Chunk], forks: list[Fork] | None) -> None:
     log = SentLog(codec=0, bytes_per_position=1)
-    log.record([Part(1, 0, 2, 0)], None, b"ab")
-    log.record([Part(9, 0, 1, 0)], None, b"c")
+    log.record([Chunk(1, 0, 2, 0)], None, b"ab")
+    log.record([Chunk(9, 0, 1, 0)], None, b"c")
     with pytest.raises(ProtocolError):
         log.record(parts, forks, b"xy")
     assert {parts[0].row: payload for parts, payload, _ in log.replay(10)} == {1: b"ab", 9: b"c"}
@@ -150,7 +150,7 @@ def test_a_replayed_step_never_exceeds_a_payload() -> None:
     size = MAX_PAYLOAD_BYTES // 4
     log = SentLog(codec=0, bytes_per_position=size)
     payload = bytearray(6 * size)  # pages that are never touched take no memory
-    log.record([Part(1, 0, 6, 0)], None, memoryview(payload))
+    log.record([Chunk(1, 0, 6, 0)], None, memoryview(payload))
     assert [parts[0].length for parts, _, _ in log.replay(512)] == [4, 2]
 
 

@@ -25,11 +25,11 @@ from splitnet.wire.messages import (
     MESSAGES,
     PROTOCOL_VERSION,
     Close,
+    LoadReport,
     Ping,
     Pong,
     Step,
     Timing,
-    ToldLoad,
     decode,
     encode,
 )
@@ -129,7 +129,7 @@ def test_a_message_without_a_required_field_names_it(old: dict[str, Any]) -> Non
 
 def test_what_a_ping_asks_for_and_its_answer_travel() -> None:
     ping = Ping(1, b"padding", bytes(range(16)), load=True)
-    pong = Pong(1, 2.5, 100, 3, 4, True, 5, (Timing(6, 7, 8),), (ToldLoad(9.5, 0.25, 1.5e9),))
+    pong = Pong(1, 2.5, 100, 3, 4, True, 5, (Timing(6, 7, 8),), (LoadReport(9.5, 0.25, 1.5e9),))
     assert (decode(encode(ping)), decode(encode(pong))) == (ping, pong)
 
 

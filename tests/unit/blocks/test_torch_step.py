@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from splitnet.blocks.fast.compiled import MOST_POSITIONS, CompiledStep
-from splitnet.blocks.fast.lean import LeanStep
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.fast.native_step import MOST_POSITIONS, NativeStep
+from splitnet.blocks.fast.torch_step import TorchStep
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant import native
 from splitnet.quant.grouped import hold_stored
-from splitnet.quant.linear import HeldLinear
+from splitnet.quant.linear import QuantizedLinear
 from tests.published import (
     FP8_CONFIG,
     INT4_CONFIG,
@@ -87,10 +87,10 @@ def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> typ
     """What the steps are."""
     if request.param == "of torch":
         monkeypatch.setattr(native, "has_fast_kernels", lambda: False)
-        return LeanStep
+        return TorchStep
     if not native.has_fast_kernels():
         pytest.skip("steps were not compiled here, or not for this CPU")
-    return CompiledStep
+    return NativeStep
 
 
 def load(family: str, folder: Path, dtype: str | None = None, weights: str | None = None) -> Span:
@@ -111,7 +111,7 @@ def test_it_gives_the_same(family: str, tmp_path: Path, lengths: tuple[int, ...]
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_run_as_their_family_runs_them(family: str, tmp_path: Path) -> None:
     span = load(family, tmp_path)
-    assert type(span._lean) is LeanStep
+    assert type(span._lean) is TorchStep
     lean = decoded(span, (5, 1, 9), 4)
     span._lean = None
     torch.testing.assert_close(lean, decoded(span, (5, 1, 9), 4), rtol=1e-4, atol=1e-5)
@@ -129,7 +129,7 @@ def test_experts_in_codes_run_as_their_family_runs_them(family: str, form: str, 
     span = Span.load(Checkpoint.open(tmp_path / "published"), 1, 5, dtype="float32")
     assert type(span._lean) is step
     lean = decoded(span, (5, 1, 9), 4)
-    windows = windows_of_drafts(span, (3, 1, 9)) if step is CompiledStep else None
+    windows = windows_of_drafts(span, (3, 1, 9)) if step is NativeStep else None
     span._lean = None
     torch.testing.assert_close(lean, decoded(span, (5, 1, 9), 4), rtol=2e-3, atol=2e-3)
     if windows is not None:
@@ -154,7 +154,7 @@ def test_routers_and_what_stands_beside_experts(case: str, weights: str, tmp_pat
                 tensors[name] = torch.rand_like(tensors[name])
         save_file(tensors, shard, {"format": "pt"})
     span = Span.load(Checkpoint.open(folder), 1, 6, dtype="float32", weights=weights)
-    assert type(span._lean) is CompiledStep
+    assert type(span._lean) is NativeStep
     compiled, windows = decoded(span, (12, 1, 9), 4), windows_of_drafts(span, (3, 1, 9))
     span._lean = None
     torch.testing.assert_close(compiled, decoded(span, (12, 1, 9), 4), rtol=2e-3, atol=2e-3)
@@ -167,7 +167,7 @@ def test_mxfp4_as_gpt_oss_publishes_it(tmp_path: Path, step: type) -> None:
     published.write(tmp_path / "published", tmp_path / "plain")
     for dtype, tolerance in (("float32", 1e-3), ("bfloat16", 3e-2)):
         span = Span.load(Checkpoint.open(tmp_path / "published"), 0, 6, dtype=dtype)
-        assert type(span._lean) is (CompiledStep if step is CompiledStep else type(None))
+        assert type(span._lean) is (NativeStep if step is NativeStep else type(None))
         found = decoded(span, (12, 1, 9), 4)
         span._lean = None
         expected = decoded(span, (12, 1, 9), 4)
@@ -188,7 +188,7 @@ def test_experts_of_another_kind_run_as_their_family_does_it(
         own: Any = modeling_olmoe.OlmoeTopKRouter.forward
         monkeypatch.setattr(modeling_olmoe.OlmoeTopKRouter, "forward", lambda self, hidden: own(self, -hidden))
     span = Span.load(Checkpoint.open(random_checkpoint("olmoe", tmp_path, **sizes)), 1, 5, weights="int8")
-    assert not isinstance(span._lean, CompiledStep)
+    assert not isinstance(span._lean, NativeStep)
 
 
 @pytest.mark.default_cases(family=("llama", "qwen3"), counts=((3, 1, 9),))
@@ -207,7 +207,7 @@ def test_weights_in_the_codes_of_a_checkpoint(name: str, tmp_path: Path, step: t
     folder = random_checkpoint("qwen3", tmp_path, blocks=2, hidden=256)
     span = Span.load(Checkpoint.open(folder), 0, 2, dtype="float32", weights="int8")
     for module in span._backbone.modules():
-        if isinstance(module, HeldLinear):
+        if isinstance(module, QuantizedLinear):
             matrix = matrix_of(LAYOUTS[name], module.out_features, module.in_features, module.out_features)
             module.held = hold_stored([matrix], torch.device("cpu"))
     backbone: Any = span._backbone
@@ -246,7 +246,7 @@ def test_a_window_in_the_config_that_the_family_does_not_use(tmp_path: Path) -> 
 def test_how_the_input_lies_in_memory_does_not_matter(tmp_path: Path) -> None:
     span = load("llama", tmp_path)
     hidden = torch.randn(span.hidden_size, 4).t()
-    found = [span.forward(given, [Part(span.new_row(), 0, 4)]) for given in (hidden, hidden.contiguous())]
+    found = [span.forward(given, [Chunk(span.new_row(), 0, 4)]) for given in (hidden, hidden.contiguous())]
     torch.testing.assert_close(*found)
 
 
@@ -254,8 +254,8 @@ def test_only_small_passes_are_compiled(tmp_path: Path, step: type) -> None:
     span = load("llama", tmp_path)
     lean, row = span._lean, span.new_row()
     assert lean is not None
-    assert lean.takes([Part(row, 0, 1)] * MOST_POSITIONS)
-    assert not lean.takes([Part(row, 0, MOST_POSITIONS + 1)])
+    assert lean.takes([Chunk(row, 0, 1)] * MOST_POSITIONS)
+    assert not lean.takes([Chunk(row, 0, MOST_POSITIONS + 1)])
 
 
 def test_a_sliding_window_that_is_over(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_blocks_of_another_structure_run_as_their_family_does_it(family: str, tm
 @pytest.mark.default_cases(family=("gpt2", "gemma2"))
 @pytest.mark.parametrize("family", COMPILED_ALONE)
 def test_there_are_steps_of_torch_for_blocks_like_those_of_llama(family: str, tmp_path: Path, step: type) -> None:
-    assert isinstance(load(family, tmp_path)._lean, CompiledStep) == (step is CompiledStep)
+    assert isinstance(load(family, tmp_path)._lean, NativeStep) == (step is NativeStep)
 
 
 def test_blocks_that_only_look_usual_run_as_their_family_does_it(

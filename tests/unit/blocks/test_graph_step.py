@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.blocks.fast import captured
-from splitnet.blocks.fast.captured import SIZES, CannotBeRecorded, CapturedStep, OnDeviceAlone, size_for
-from splitnet.blocks.fast.lean import LeanStep
-from splitnet.blocks.span import Part, Span
+from splitnet.blocks.fast import graph_step
+from splitnet.blocks.fast.graph_step import SIZES, CannotBeRecorded, GraphStep, OnDeviceAlone, size_for
+from splitnet.blocks.fast.torch_step import TorchStep
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant import native
 from tests.unit.random_models import random_checkpoint
@@ -34,7 +34,7 @@ def of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def graphs_are(monkeypatch: pytest.MonkeyPatch, *, faster: bool) -> None:
     times = itertools.count(1000, -1 if faster else 1)
-    monkeypatch.setattr(captured, "milliseconds", lambda device, work, count: float(next(times)))
+    monkeypatch.setattr(graph_step, "milliseconds", lambda device, work, count: float(next(times)))
 
 
 def load(
@@ -43,7 +43,7 @@ def load(
     recorder: OperationRecorder | None,
     dtype: str = "float32",
 ) -> Span:
-    monkeypatch.setattr(captured, "recorder_for", lambda device: recorder)
+    monkeypatch.setattr(graph_step, "recorder_for", lambda device: recorder)
     return Span.load(checkpoint, 1, 4, dtype=dtype)
 
 
@@ -56,7 +56,7 @@ def session(span: Span, rows: int = 5) -> torch.Tensor:
 
     def run(*counts: tuple[int, int]) -> None:
         hidden = torch.randn(sum(count for _, count in counts), span.hidden_size, generator=noise)
-        parts = [Part(held[row], held[row].length, count) for row, count in counts]
+        parts = [Chunk(held[row], held[row].length, count) for row, count in counts]
         outputs.append(span.forward(hidden, parts).float())
 
     run(*enumerate(lengths))
@@ -79,10 +79,10 @@ def test_what_is_replayed_is_what_is_computed(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     expected = load(checkpoint, monkeypatch, None, dtype)
-    assert type(expected._lean) is LeanStep
+    assert type(expected._lean) is TorchStep
     recorder = OperationRecorder()
     span = load(checkpoint, monkeypatch, recorder, dtype)
-    assert isinstance(span._lean, CapturedStep) and span.replayed_positions == MOST
+    assert isinstance(span._lean, GraphStep) and span.replayed_positions == MOST
     before = recorder.replays
     torch.testing.assert_close(session(span), session(expected), rtol=2e-2 if dtype == "bfloat16" else 1e-4, atol=1e-2)
     steps = 8 + 4 + 1  # each with the rotary embedding, and two pieces of every block
@@ -95,7 +95,7 @@ def test_more_positions_than_were_recorded_run_as_ever(checkpoint: Checkpoint, m
     before = recorder.replays
     hidden = torch.randn(MOST + 1, span.hidden_size, generator=torch.Generator().manual_seed(0))
     got, expected = (
-        each.forward(hidden, [Part(each.new_row(), 0, 1) for _ in range(MOST + 1)]) for each in (span, plain)
+        each.forward(hidden, [Chunk(each.new_row(), 0, 1) for _ in range(MOST + 1)]) for each in (span, plain)
     )
     torch.testing.assert_close(got, expected)
     assert recorder.replays == before
@@ -116,7 +116,7 @@ def test_a_recording_that_gives_something_else_is_named_and_left_out(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     span = load(checkpoint, monkeypatch, OperationRecorder(spoils=0.5))
-    assert type(span._lean) is LeanStep and span.replayed_positions == 0
+    assert type(span._lean) is TorchStep and span.replayed_positions == 0
     (record,) = caplog.records
     assert "block 1 adds something else" in record.getMessage()
 
@@ -124,15 +124,15 @@ def test_a_recording_that_gives_something_else_is_named_and_left_out(
 def test_one_that_stores_something_else_is_too(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    own = captured.Recorded.run
+    own = graph_step.Recorded.run
 
-    def run(self: captured.Recorded, blocks: object, hidden: object, parts: list[Part]) -> torch.Tensor:
+    def run(self: graph_step.Recorded, blocks: object, hidden: object, parts: list[Chunk]) -> torch.Tensor:
         output = own(self, blocks, hidden, parts)  # pyright: ignore[reportArgumentType]
         parts[-1].row._blocks[2].values[:, :, parts[-1].row.length] += 0.1
         return output
 
-    monkeypatch.setattr(captured.Recorded, "run", run)
-    assert type(load(checkpoint, monkeypatch, OperationRecorder())._lean) is LeanStep
+    monkeypatch.setattr(graph_step.Recorded, "run", run)
+    assert type(load(checkpoint, monkeypatch, OperationRecorder())._lean) is TorchStep
     (record,) = caplog.records
     assert "block 3 stores in values something else" in record.getMessage()
 
@@ -141,7 +141,7 @@ def test_one_that_is_no_faster_is_left_out(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     graphs_are(monkeypatch, faster=False)
-    assert type(load(checkpoint, monkeypatch, OperationRecorder())._lean) is LeanStep
+    assert type(load(checkpoint, monkeypatch, OperationRecorder())._lean) is TorchStep
     assert not caplog.records
 
 

@@ -21,9 +21,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from splitnet.blocks.attention import Part
-from splitnet.blocks.fast.lean import LeanBlock, LeanStep, positions_of
-from splitnet.blocks.kv_cache import RowCache
+from splitnet.blocks.attention import Chunk
+from splitnet.blocks.fast.torch_step import LeanBlock, TorchStep, positions_of
+from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.errors import first_line
 from splitnet.quant.device import milliseconds, put
 
@@ -169,7 +169,7 @@ class Recorded:
         hidden: `[positions, hidden]`, on the device and in the type of the blocks: it is overwritten by every step.
     """
 
-    def __init__(self, step: LeanStep, hidden: torch.Tensor, recorder: Recorder) -> None:
+    def __init__(self, step: TorchStep, hidden: torch.Tensor, recorder: Recorder) -> None:
         def record(work: Callable[[], Result]) -> Recording[Result]:
             with OnDeviceAlone(hidden.device):
                 work()
@@ -186,7 +186,7 @@ class Recorded:
             behind = record(partial(block.behind, hidden, mixed, hidden))
             self._pieces[block.index] = _Piece(block.weights_at, before, mixed, behind)
 
-    def run(self, blocks: Sequence[LeanBlock], hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def run(self, blocks: Sequence[LeanBlock], hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`, through some of the blocks, in their order; no more positions
         than there are recorded. What is left in the rest of the memory does not count.
 
@@ -206,14 +206,14 @@ class Recorded:
         return self._hidden[:count].clone()  # the next step overwrites it
 
 
-class CapturedStep:
+class GraphStep:
     """Runs blocks as `lean` does, from recordings where there are some.
 
     Args:
         recorded: by number of positions, of these blocks or more; shared with who has others of them.
     """
 
-    def __init__(self, lean: LeanStep, recorded: dict[int, Recorded]) -> None:
+    def __init__(self, lean: TorchStep, recorded: dict[int, Recorded]) -> None:
         self.lean = lean
         self._recorded = recorded
 
@@ -222,15 +222,15 @@ class CapturedStep:
         """Positions of a step that is replayed; 0: none is any more."""
         return max(self._recorded, default=0)
 
-    def with_blocks_of(self, lean: LeanStep) -> CapturedStep:
+    def with_blocks_of(self, lean: TorchStep) -> GraphStep:
         """For some of its blocks."""
-        return CapturedStep(lean, self._recorded)
+        return GraphStep(lean, self._recorded)
 
-    def takes(self, parts: Sequence[Part]) -> bool:
-        """As `LeanStep.takes`."""
+    def takes(self, parts: Sequence[Chunk]) -> bool:
+        """As `TorchStep.takes`."""
         return self.lean.takes(parts)
 
-    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`."""
         size = size_for(len(parts), self._recorded)
         if size is not None and _in_order(hidden.device):
@@ -263,13 +263,13 @@ class Runs(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def new_row(self, room: int) -> RowCache: ...
+    def new_row(self, room: int) -> SequenceCache: ...
 
-    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor: ...
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor: ...
 
 
 @torch.inference_mode()
-def with_recordings(span: Runs, step: LeanStep) -> LeanStep | CapturedStep:
+def with_recordings(span: Runs, step: TorchStep) -> TorchStep | GraphStep:
     """For all blocks of `span`: `step`, or what replays it from graphs where that is proven and pays."""
     made: dict[int, Recorded] = {}
     where = f"blocks {span.start}..{span.end - 1} on {span.device}"
@@ -282,7 +282,7 @@ def with_recordings(span: Runs, step: LeanStep) -> LeanStep | CapturedStep:
             if (fault := fault_of(span, step, recorded, rows)) is not None:
                 _warn(where, made, fault)
                 break
-            given, parts = _noise(span, size, seed=0), [Part(row, row.length, 1) for row in rows]
+            given, parts = _noise(span, size, seed=0), [Chunk(row, row.length, 1) for row in rows]
             before = milliseconds(span.device, partial(step.forward, given, parts), _TIMED_STEPS)
             after = milliseconds(span.device, partial(recorded.run, step.blocks, given, parts), _TIMED_STEPS)
             log.info("%s, a decode step of %d: %.3f ms from graphs, %.3f ms if not", where, size, after, before)
@@ -291,10 +291,10 @@ def with_recordings(span: Runs, step: LeanStep) -> LeanStep | CapturedStep:
             made[size] = recorded
     except Exception as error:  # whatever a driver leads to: steps run without
         _warn(where, made, first_line(error.__context__ or error))  # where one breaks off, another follows
-    return CapturedStep(step, made) if made else step
+    return GraphStep(step, made) if made else step
 
 
-def fault_of(span: Runs, step: LeanStep, recorded: Recorded, rows: Sequence[RowCache]) -> str | None:
+def fault_of(span: Runs, step: TorchStep, recorded: Recorded, rows: Sequence[SequenceCache]) -> str | None:
     """What is wrong with a recording for as many positions as there are rows; None: nothing."""
     size = len(rows)
     for count in {size, size // 2 + 1}:  # all that are recorded, and as few as take it
@@ -310,10 +310,15 @@ def fault_of(span: Runs, step: LeanStep, recorded: Recorded, rows: Sequence[RowC
 
 
 def _compared(
-    step: LeanStep, recorded: Recorded, given: torch.Tensor, rows: Sequence[RowCache], count: int, tolerance: float
+    step: TorchStep,
+    recorded: Recorded,
+    given: torch.Tensor,
+    rows: Sequence[SequenceCache],
+    count: int,
+    tolerance: float,
 ) -> tuple[str | None, torch.Tensor]:
     """What the first `count` of the rows have otherwise from a recording, or None; and what is right, of all rows."""
-    parts = [Part(row, row.length, 1) for row in rows]
+    parts = [Chunk(row, row.length, 1) for row in rows]
     got = recorded.run(step.blocks, given[:count], parts[:count])
     kept = _stored(rows[:count], step.blocks)  # looked at first, as they are overwritten
     right = step.forward(given, parts)
@@ -329,7 +334,7 @@ def _compared(
     return None, right
 
 
-def _stored(rows: Sequence[RowCache], blocks: Sequence[LeanBlock]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stored(rows: Sequence[SequenceCache], blocks: Sequence[LeanBlock]) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys, and values, of the positions that a step has stored, `[rows, numbers in all these blocks]`."""
     indices = {block.index for block in blocks}
     found: list[list[torch.Tensor]] = [[], []]
@@ -342,11 +347,11 @@ def _stored(rows: Sequence[RowCache], blocks: Sequence[LeanBlock]) -> tuple[torc
     return torch.stack(found[0]), torch.stack(found[1])
 
 
-def rows_to_try(span: Runs, size: int) -> list[RowCache]:
+def rows_to_try(span: Runs, size: int) -> list[SequenceCache]:
     """With prompts of several lengths, and room for one position more."""
     lengths = [1 + place % _PROMPTS for place in range(size)]
     rows = [span.new_row(length + 1) for length in lengths]
-    parts = [Part(row, 0, length) for row, length in zip(rows, lengths, strict=True)]
+    parts = [Chunk(row, 0, length) for row, length in zip(rows, lengths, strict=True)]
     span.forward(_noise(span, sum(lengths), seed=0), parts)
     return rows
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from splitnet.blocks.attention import Part, attend_by_group
+from splitnet.blocks.attention import Chunk, attend_by_group
 from splitnet.blocks.rotary import Turning
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -28,8 +28,8 @@ Turns = tuple[torch.Tensor, torch.Tensor]
 """Cosines, and sines with their signs."""
 
 
-class LeanStep:
-    """Runs blocks that `LeanStep.of` knows.
+class TorchStep:
+    """Runs blocks that `TorchStep.of` knows.
 
     Args:
         blocks: the family's own, in order.
@@ -42,7 +42,7 @@ class LeanStep:
         self._rope = rope
 
     @classmethod
-    def of(cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None]) -> LeanStep | None:
+    def of(cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None]) -> TorchStep | None:
         """For these blocks; None if their parts are not the usual ones."""
         if rope is None or not all(is_usual(block, experts=True) and not has_sinks(block) for block in blocks):
             return None
@@ -51,17 +51,17 @@ class LeanStep:
             return None
         return cls(blocks, rope, windows)
 
-    def only(self, blocks: Sequence[LeanBlock]) -> LeanStep:
+    def only(self, blocks: Sequence[LeanBlock]) -> TorchStep:
         """For some of its blocks."""
         some = copy(self)
         some.blocks = list(blocks)
         return some
 
-    def takes(self, parts: Sequence[Part]) -> bool:
+    def takes(self, parts: Sequence[Chunk]) -> bool:
         """Whether every part of a pass has one position and no adapter."""
         return all(part.count == 1 and part.adapter is None for part in parts)
 
-    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`."""
         turns = self.turns(hidden, torch.tensor(positions_of(parts), device=hidden.device))
         for block in self.blocks:
@@ -82,7 +82,7 @@ class LeanStep:
         return cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)[:, None]
 
 
-def positions_of(parts: Sequence[Part]) -> list[int]:
+def positions_of(parts: Sequence[Chunk]) -> list[int]:
     """As the blocks count them, of parts with one position each."""
     return [part.row.prefix_length + part.start for part in parts]
 
@@ -125,7 +125,7 @@ class LeanBlock:
         return turned[:, :heads].unsqueeze(2), turned[:, heads:].unsqueeze(1).unsqueeze(3), value
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Chunk]
     ) -> torch.Tensor:
         """Stores the keys and values of the parts' positions, and gives `[positions, heads * head size]`.
 

@@ -214,17 +214,17 @@ class PeerCache:
         heard = self._hear_from(first, listed, since, self._others_to_ask(set(first)))
         if not heard:
             return False
-        doubted = self._take_in(listed, heard)
-        if doubted:
+        suspects = self._take_in(listed, heard)
+        if suspects:
             # One alone could leave out whom it likes. If nobody else is left, those are asked that it has left out.
-            teller, named = self._asked_last, {record.endpoint for record in doubted}
+            teller, named = self._asked_last, {record.endpoint for record in suspects}
             others = self._others_to_ask({teller, *named})
-            second = self._hear_from(others or self._others_to_ask({teller}), doubted, NEVER)
+            second = self._hear_from(others or self._others_to_ask({teller}), suspects, NEVER)
             if second:
-                doubted = self._take_in(doubted, second)
+                suspects = self._take_in(suspects, second)
             elif others:
-                doubted = []
-        gone = {record.key for record in doubted}
+                suspects = []
+        gone = {record.key for record in suspects}
         self._keep(
             lambda record: (
                 record.key not in gone and self._void_at(record) > (began if record.has_left else began - UNHEARD_S)
@@ -294,13 +294,13 @@ class PeerCache:
             if held is None or record.issued_at > held.issued_at:
                 self._held[record.key] = record
         now = time.time()
-        doubted: list[PeerRecord] = []
+        suspects: list[PeerRecord] = []
         for record, *present in zip(listed, *(changes.present for changes in heard), strict=True):
             if any(present):
                 self._heard_at[record.key] = now
             elif self._held[record.key].expires_at <= now:
-                doubted.append(record)
-        return doubted
+                suspects.append(record)
+        return suspects
 
     def _keep(self, counts: Callable[[PeerRecord], bool]) -> None:
         """Keeps the records that still count."""

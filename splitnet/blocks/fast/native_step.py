@@ -1,9 +1,9 @@
 """A few new positions through blocks of the usual parts, in one call of compiled code.
 
-What `splitnet.blocks.fast.lean` leaves is more than half of the time of a decode step with weights of few bits: for
-each block some twenty calls of torch, on tensors of a few hundred numbers. `native/step.h` has the whole block
-instead, also for several positions of a sequence, as windows of drafts have them, and of all the kinds that
-`BlockDescription` tells apart. As there, what comes out is compared with the family's own code when a span loads.
+With weights of few bits, `splitnet.blocks.fast.torch_step` spends more than half of a decode step on some twenty calls
+of torch for each block, on tensors of a few hundred numbers. `native/step.h` has the whole block instead, also for
+several positions of a sequence, as windows of drafts have them, and of all the kinds that `BlockDescription` tells
+apart. As there, the results are compared with the family's own code when a span loads.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitnet.blocks.attention import Part
+from splitnet.blocks.attention import Chunk
 from splitnet.blocks.fast.describe import Attention, BlockDescription, Norm, Turned, UnknownPart
 from splitnet.blocks.fast.gating import KnownExperts
 from splitnet.blocks.rotary import Order, Turning
 from splitnet.quant import native
 from splitnet.quant.floats import FloatForm
-from splitnet.quant.grouped import GroupedForm
-from splitnet.quant.linear import PLAIN_LINEAR, HeldLinear
+from splitnet.quant.grouped import BlockQuantWeight
+from splitnet.quant.linear import PLAIN_LINEAR, QuantizedLinear
 from splitnet.quant.tiles import CHUNK
 
 MOST_POSITIONS = 16
@@ -41,8 +41,8 @@ Fields = list[int | float]
 """Of a struct of C: all have 8 bytes."""
 
 
-class CompiledStep:
-    """Runs blocks that `CompiledStep.of` knows.
+class NativeStep:
+    """Runs blocks that `NativeStep.of` knows.
 
     Args:
         blocks: what they consist of, in order.
@@ -74,7 +74,7 @@ class CompiledStep:
     @classmethod
     def of(
         cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None], dtype: torch.dtype
-    ) -> CompiledStep | None:
+    ) -> NativeStep | None:
         """For these blocks; None if nothing is compiled for this CPU.
 
         Raises:
@@ -89,12 +89,12 @@ class CompiledStep:
             raise UnknownPart("blocks with other heads")
         return cls(described, rope, _turning_of(blocks, described, rope), windows, dtype)
 
-    def takes(self, parts: Sequence[Part]) -> bool:
+    def takes(self, parts: Sequence[Chunk]) -> bool:
         """Whether a pass is small enough, and without adapters."""
         plain = all(part.adapter is None and not part.row.prefix_length for part in parts)
         return plain and sum(part.count for part in parts) <= MOST_POSITIONS
 
-    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`, in the type of `hidden`."""
         indices = [part.row.prefix_length + part.start + new for part in parts for new in range(part.count)]
         positions = torch.tensor(indices)
@@ -117,7 +117,7 @@ class CompiledStep:
         cosines, sines = (torch.stack(turns) for turns in zip(*halves, strict=True))
         return cosines, sines
 
-    def _stores(self, part: Part) -> torch.Tensor:
+    def _stores(self, part: Chunk) -> torch.Tensor:
         return part.row.reserve(self._indices, part.count, self._kept, self._dtype)
 
     def _fields(self, block: BlockDescription, window: int | None) -> Fields:
@@ -256,9 +256,9 @@ def _experts_fit(experts: KnownExperts, width: int) -> bool:
     )
 
 
-def _is_held(layer: nn.Linear | HeldLinear | Turned) -> bool:
-    if isinstance(layer, HeldLinear):
-        if isinstance(layer.held, GroupedForm):
+def _is_held(layer: nn.Linear | QuantizedLinear | Turned) -> bool:
+    if isinstance(layer, QuantizedLinear):
+        if isinstance(layer.held, BlockQuantWeight):
             return layer.held.has_fast_kernel and layer.in_features % CHUNK == 0
         return isinstance(layer.held, FloatForm)
     plain = type(layer) in (nn.Linear, Turned) or type(layer).__name__ in PLAIN_LINEAR
@@ -269,9 +269,9 @@ def _is_plain(layer: Any) -> bool:
     return type(layer) is nn.Linear and layer.bias is None and layer.weight.dtype in (torch.float32, torch.bfloat16)
 
 
-def _held(layer: nn.Linear | HeldLinear | Turned) -> tuple[int, torch.Tensor, torch.Tensor | None]:
+def _held(layer: nn.Linear | QuantizedLinear | Turned) -> tuple[int, torch.Tensor, torch.Tensor | None]:
     """The number of its kind in `native/products.h`, its tensor, and its description if it has one."""
-    held: Any = layer.held if isinstance(layer, HeldLinear) else layer
-    if isinstance(held, GroupedForm):
+    held: Any = layer.held if isinstance(layer, QuantizedLinear) else layer
+    if isinstance(held, BlockQuantWeight):
         return _GROUPED, held.tiles, held.description
     return _KINDS[held.weight.dtype], held.weight, None
