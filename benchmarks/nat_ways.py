@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from benchmarks.nat_matrix import HELPER, PUBLIC
 from benchmarks.netlab import NAMED, Lab, LabError
 from splitnet.nat import punch
-from splitnet.nat.loop import WaysLoop
 from splitnet.nat.punch import Way
 from splitnet.nat.relay import RelayServer
+from splitnet.nat.stream import WaysLoop
 from splitnet.nat.tunnel import Tunnels
 from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import Identity

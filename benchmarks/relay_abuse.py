@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 
 from benchmarks.ways import SMALL, Caller
-from splitnet.nat.loop import WaysLoop
 from splitnet.nat.relay import RelayServer
+from splitnet.nat.stream import WaysLoop
 from splitnet.security.identity import Identity, PublicKey
 from splitnet.wire.endpoints import Endpoint, Relay
 from tests.attacks import relay as attacks

@@ -16,9 +16,9 @@ import time
 from collections.abc import Sequence
 
 from splitnet.nat import punch
-from splitnet.nat.loop import WaysLoop
 from splitnet.nat.punch import Way
 from splitnet.nat.relay import RelayBounds, RelayServer
+from splitnet.nat.stream import WaysLoop
 from splitnet.nat.tunnel import Tunnels
 from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import Identity, PublicKey

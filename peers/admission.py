@@ -15,8 +15,7 @@ from enum import StrEnum
 from peers.sessions import Session, SessionTooLong
 from splitnet.errors import PeerBusy, ProtocolError
 from splitnet.limits import MINUTE_S, Budget, TokenBucket
-from splitnet.security.grants import KeyOptions
-from splitnet.security.identity import AuthorizedKeys, PublicKey
+from splitnet.security.identity import AuthorizedKeys, KeyOptions, PublicKey
 from splitnet.wire.codecs import check_size, codec_by_code
 from splitnet.wire.endpoints import Endpoint, is_address
 from splitnet.wire.messages import FailureCode, Open, Payload, Step

@@ -117,7 +117,7 @@ class Present:
             training_used_bytes=memory.used,
             training_free_bytes=memory.free,
             refused_connections=transport.refused_connections,
-            ended_connections=dict(transport.ended_connections),
+            ended_connections=dict(transport.connections.ended),
             dropped_messages=transport.sending.refused,
             buffer_bytes={
                 "received": transport.receiving.used,
@@ -127,9 +127,9 @@ class Present:
             },
             token_joules=_token_joules(peer, server),
             relays=len(peer.ways.relays),
-            tunnelled=peer.ways.hidden.streams,
+            tunnelled=peer.ways.hidden.streams.taken,
             helped_peers=helper.reservations if helper is not None else 0,
-            helped_streams=helper.streams if helper is not None else 0,
+            helped_streams=helper.streams.taken if helper is not None else 0,
             helped_bytes=helper.passed_bytes if helper is not None else 0,
         )
 

@@ -20,9 +20,9 @@ from splitnet.nat.tunnel import Tunnels
 from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.swarm.trial import PeerLinks
-from splitnet.transport.addresses import Reach, inside_of, is_global, is_reachable, is_wildcard, reachable_host
+from splitnet.transport.addresses import Reach, inside_of, is_reachable, is_wildcard, reachable_host
 from splitnet.transport.transport import Transport
-from splitnet.wire.endpoints import Endpoint, LinkState, Relay
+from splitnet.wire.endpoints import Endpoint, LinkState, Relay, is_global
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ class PeerWays:
         except SplitnetError as error:
             log.info("nobody could be asked whether this peer is reached: %s", error)
             said = []
-        if any(_is_outside(host, address) for host in self._transport.hosts(began)):
+        if any(_is_outside(host, address) for host in self._transport.connections.hosts(began)):
             return True
         return False if said else None
 

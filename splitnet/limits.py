@@ -11,9 +11,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any, Protocol
 
-from splitnet.errors import SplitnetError
+from splitnet.errors import SplitnetError, UnsupportedModel
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
 
 MINUTE_S = 60.0
 
@@ -328,3 +334,88 @@ def parse_bytes(text: str) -> int:
         meant = f"{match[1]}{'GiB' if amount <= 1024 else 'MiB'}"
         raise SplitnetError(f"{match[1]} is an amount of {match[1]} bytes: did you mean {meant}? Write the unit")
     return int(amount)
+
+
+ONE_S = 0.5
+"""For one match; those of names take microseconds."""
+ALL_S = 10.0
+"""For what all matches of one `Patterns` take beyond `FREE_S` each, of the time of a processor."""
+FREE_S = 0.001
+"""For one match in any case: a large model has a million, and other processes may run meanwhile."""
+_LONGEST = 1000
+_KNOWN = re.compile(
+    r"(?:[\w/ ,:-]|\.|\\[.bdDwWsS/_-]|\[\^?(?:[\w./-]|\\[.dDwWsS_-])+\]|\((?:\?[:!=]|(?!\?))|[)|^$*+?]"
+    r"|(?<=[\w.\]])\{\d{1,2}(?:,\d{0,2})?\})*"
+)
+"""What patterns of names consist of: no repeats of groups that are counted, for which an engine may take any memory,
+and no references. It has one way to read each text, so it takes no time itself."""
+
+
+class Patterns:
+    """Matches patterns of one file, for no longer than `ONE_S` each and `ALL_S` in all.
+
+    Args:
+        source: what the patterns are in, for messages.
+        fix: what to do if one cannot be used.
+    """
+
+    def __init__(self, source: str, fix: str = "take another checkpoint of this model") -> None:
+        self._source = source
+        self._fix = fix
+        self._left = ALL_S
+        self._compiled: dict[str, Any] = {}
+
+    def match(self, pattern: str, text: str) -> bool:
+        """Whether a text begins with what a pattern describes, as `re.match` says it.
+
+        Raises:
+            UnsupportedModel: it is no pattern of names, or it takes too long.
+        """
+        import regex  # unlike `re` it can be told to stop
+
+        begin = time.thread_time()
+        try:
+            if pattern not in self._compiled:
+                if len(pattern) > _LONGEST or not _KNOWN.fullmatch(pattern):
+                    raise ValueError("it is longer than such patterns are, or has more in it")
+                self._compiled[pattern] = regex.compile(pattern)
+            return self._compiled[pattern].match(text, timeout=max(FREE_S, min(ONE_S, self._left))) is not None
+        except TimeoutError:
+            raise UnsupportedModel(
+                f"the pattern {pattern!r} in {self._source} takes too long to match: {self._fix}"
+            ) from None
+        except (regex.error, ValueError, RecursionError) as error:
+            raise UnsupportedModel(
+                f"{pattern[:100]!r} in {self._source} is no pattern of names ({error}): {self._fix}"
+            ) from None
+        finally:
+            self._left -= max(0.0, time.thread_time() - begin - FREE_S)
+
+
+MOST_CONNECTIONS = 4096
+_LEAST_CONNECTIONS = 64
+_OTHER_DESCRIPTORS = 256
+"""For everything but incoming connections: models, the DHT, links to other peers."""
+
+
+def most_connections() -> int:
+    """How many incoming connections the open files of this process allow; as many are left to streams of helpers."""
+    if resource is None:
+        return MOST_CONNECTIONS
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    return min(max(_LEAST_CONNECTIONS, (files - _OTHER_DESCRIPTORS) // 2), MOST_CONNECTIONS)
+
+
+def allow_open_files() -> None:
+    """Raises this process' limit of open files to what connections may take, as far as the system lets it."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OTHER_DESCRIPTORS + 2 * MOST_CONNECTIONS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

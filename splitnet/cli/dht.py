@@ -70,8 +70,8 @@ def dht(
     stop = StopSignals()
     from splitnet.directory.dht import Directory
     from splitnet.directory.relay_offer import relaying
+    from splitnet.limits import allow_open_files
     from splitnet.security.identity import AuthorizedKeys, Identity
-    from splitnet.transport.connections import allow_open_files
 
     stop.check()
     allow_open_files()

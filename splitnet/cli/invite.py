@@ -151,8 +151,7 @@ def invite(
 
     Take the line out of the list to revoke the invitation.
     """
-    from splitnet.security.grants import parse_options
-    from splitnet.security.identity import Identity, without_names
+    from splitnet.security.identity import Identity, parse_options, without_names
     from splitnet.security.swarm_key import SwarmKey
     from splitnet.transport.addresses import check_peer_address, is_peer_address
 

@@ -36,11 +36,10 @@ from splitnet.cli.daemon import StopSignals, forget_address, tell_addresses, wri
 from splitnet.cli.invite import Invite, model_or_invited, with_invitation
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
-from splitnet.limits import parse_bytes
+from splitnet.limits import allow_open_files, parse_bytes
 from splitnet.logs import tell
 from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import Reach, is_reachable, refuse_taken
-from splitnet.transport.connections import allow_open_files
 
 if TYPE_CHECKING:
     from peers.server import Peer

@@ -21,8 +21,7 @@ from operator import itemgetter
 from typing import Final, Protocol
 
 from scheduler.liveness import DIRECTORY_ANSWER_S, DIRECTORY_DOWN_S, DIRECTORY_OTHERS_S, DIRECTORY_SOON_S
-from splitnet.directory.interface import OWN_DEPTH, SwarmDirectory, latest
-from splitnet.directory.kept import KeptRecords
+from splitnet.directory.interface import OWN_DEPTH, KeptRecords, SwarmDirectory, latest
 from splitnet.directory.record import HELPERS, KEY_PREFIX_BYTES, MAX_RECORD_BYTES, PeerRecord, verified_record
 from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError
 from splitnet.security.identity import PublicKey

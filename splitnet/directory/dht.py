@@ -4,7 +4,7 @@ The node runs in an event loop on a thread of its own, beside the one child proc
 DHT keys: `splitnet.peers.<fingerprint>.<shard>` holds one record per peer, under the text of its key, and
 `splitnet.peers.<fingerprint>` does so for earlier versions; `splitnet.models` holds one record per model, under its
 fingerprint. Every node of the DHT checks the signatures of what it stores and reads, and holds a bounded number
-(`splitnet.directory.kept`).
+(`splitnet.directory.interface`).
 """
 
 from __future__ import annotations

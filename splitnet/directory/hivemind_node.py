@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any, Final, cast
 
 from splitnet import process
-from splitnet.directory.kept import RECORDS_PER_KEY, RecordTable
+from splitnet.directory.interface import RECORDS_PER_KEY, RecordTable
 from splitnet.directory.record import PeerRecord, stored_record
 from splitnet.errors import NotAuthorized, ProtocolError
 from splitnet.import_shims import late_package

@@ -1,21 +1,27 @@
-"""What a directory of peers is, whoever keeps it: a DHT, or peers that are asked."""
+"""What a directory of peers is, be it a DHT or peers that are asked, and how a node keeps records."""
 
 from __future__ import annotations
 
+import heapq
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import zip_longest
-from typing import Final
+from typing import Final, TypeVar
 
 from splitnet.directory.record import HELPERS, PeerRecord
 from splitnet.errors import DirectoryError
+from splitnet.limits import Places
 from splitnet.security.identity import Identity, PublicKey
 from splitnet.wire.messages import MAX_DEPTH
 
+T = TypeVar("T")
+
 OWN_DEPTH: Final = MAX_DEPTH + 1
-"""Of questions that this process has itself: whom it asks may ask on."""
+"""Of questions of this process itself: the peers that it asks may ask on."""
 
 
 class SwarmDirectory(ABC):
@@ -35,7 +41,7 @@ class SwarmDirectory(ABC):
             depth: over how many peers it may go on; 0: it is only kept here.
 
         Returns:
-            False: it was refused, as there is a later record of its key, no place for it, or a clock is wrong.
+            False: it was refused: there is a later record of its key, no place for it, or a clock is wrong.
 
         Raises:
             DirectoryError: the directory does not answer.
@@ -50,7 +56,7 @@ class SwarmDirectory(ABC):
             depth: over how many peers the question may go on; 0: only what is kept here counts.
 
         Raises:
-            DirectoryError: the directory does not answer, or nobody is found and who was joined through is silent.
+            DirectoryError: the directory does not answer, or nobody is found and the nodes joined through are silent.
         """
 
     @abstractmethod
@@ -58,7 +64,7 @@ class SwarmDirectory(ABC):
         """Leaves. May be called more than once."""
 
     def rest(self) -> None:  # noqa: B027 (most have nothing to end)
-        """Says that nothing will be asked for a while: what costs bytes meanwhile ends until something is."""
+        """Nothing will be asked for a while: what costs bytes meanwhile ends until something is."""
 
     def moved(self) -> None:  # noqa: B027 (most notice by themselves)
         """The machine has another address: what was opened from the former one is dead. May take seconds."""
@@ -68,7 +74,7 @@ class SwarmDirectory(ABC):
         return self.store(record, record.pack(identity))
 
     def withdraw(self, record: PeerRecord, identity: Identity) -> bool:
-        """Replaces the announced `record` by one that says that the peer has left, so that lookups miss it at once."""
+        """Replaces the announced `record` by one that says that the peer has left."""
         return self.announce(record.farewell(), identity)
 
     def peers(self, model: str) -> list[PeerRecord]:
@@ -94,28 +100,22 @@ class JoinedDirectories(SwarmDirectory):
         self.addresses = [address for directory in directories for address in directory.addresses]
 
     def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
-        answers = list[bool]()
-        error: DirectoryError | None = None
-        for directory in self.directories:
-            try:
-                answers.append(directory.store(record, packed, depth))
-            except DirectoryError as silent:
-                error = silent
-        if error is not None and not answers:
-            raise error
-        return any(answers)
+        return any(self._answers(lambda directory: directory.store(record, packed, depth)))
 
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
-        answers = list[list[PeerRecord]]()
+        return latest(model, self._answers(lambda directory: directory.records(model, depth)))
+
+    def _answers(self, ask: Callable[[SwarmDirectory], T]) -> list[T]:
+        answers = list[T]()
         error: DirectoryError | None = None
         for directory in self.directories:
             try:
-                answers.append(directory.records(model, depth))
+                answers.append(ask(directory))
             except DirectoryError as silent:
                 error = silent
         if error is not None and not answers:
             raise error
-        return latest(model, answers)
+        return answers
 
     def rest(self) -> None:
         for directory in self.directories:
@@ -135,7 +135,7 @@ class JoinedDirectories(SwarmDirectory):
 def latest(model: str, found: Iterable[Sequence[PeerRecord]]) -> list[PeerRecord]:
     """Of records from several places the latest one of each peer of a model, or of each model if `model` is empty.
 
-    The first of each place come first: so a flood in one place stands behind those who were there before in others.
+    The first of each place come first: a flood in one place stands behind older records of others.
     """
     now = time.time()
     kept: dict[PublicKey | str, PeerRecord] = {}
@@ -147,3 +147,112 @@ def latest(model: str, found: Iterable[Sequence[PeerRecord]]) -> list[PeerRecord
             if name not in kept or record.issued_at > kept[name].issued_at:
                 kept[name] = record
     return list(kept.values())
+
+
+# What a node holds is bounded, as anybody can make keys and records.
+RECORDS_PER_KEY: Final = 256
+"""Under one key of the DHT; a record has at most 3 KiB, so a message has room for all of them several times."""
+RECORDS_PER_IDENTITY: Final = 16
+"""A peer of one model needs three."""
+MAX_RECORDS: Final = 16384
+"""Of a node in all: 48 MiB."""
+
+Place = tuple[bytes, str]
+"""A key of the DHT and a subkey."""
+
+
+class RecordTable:
+    """The records of one node. The first one keeps its place, but records without a proof of work give way.
+
+    Not thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self.held: defaultdict[bytes, dict[str, PeerRecord]] = defaultdict(dict)
+        """By key of the DHT and subkey; some may have expired."""
+        self.places = Places(MAX_RECORDS, key=RECORDS_PER_KEY, identity=RECORDS_PER_IDENTITY)
+        self._unproven: dict[Place, None] = {}
+        """In the order in which they came."""
+        self._expiring: list[tuple[float, Place]] = []
+
+    def take(self, place: Place, record: PeerRecord, now: float) -> list[Place] | None:
+        """Takes a verified record in at `now`, Unix time in seconds.
+
+        Returns:
+            The places of those that give way to it; None: there is no place for it.
+        """
+        while self._expiring and self._expiring[0][0] < now:
+            expired_at, gone = heapq.heappop(self._expiring)
+            there = self.held.get(gone[0], {}).get(gone[1])
+            if there is not None and there.expires_at == expired_at:
+                self._free(gone)
+        key, subkey = place
+        held = self.held.get(key, {}).get(subkey)
+        if held is not None and held.expires_at >= record.expires_at:
+            return None
+        own = held is not None and held.key == record.key
+        if not own and (
+            self.places.has_most("identity", record.key)
+            or (held is not None and held.is_proven and not record.is_proven)
+        ):
+            return None
+        freed: list[Place] = []
+        if held is None and (self.places.is_full or self.places.has_most("key", key)):
+            victim = self._first_unproven(key) if record.is_proven else None
+            if victim is None:
+                return None
+            freed.append(victim)
+        for taken in (*freed, *([place] if held is not None else ())):
+            self._free(taken)
+        self.places.take(key=key, identity=record.key)
+        self.held[key][subkey] = record
+        if not record.is_proven:
+            self._unproven[place] = None
+        heapq.heappush(self._expiring, (record.expires_at, place))
+        if len(self._expiring) > 2 * self.places.taken + RECORDS_PER_KEY:  # records that were renewed often
+            self._expiring = [
+                (one.expires_at, (key, name)) for key in self.held for name, one in self.held[key].items()
+            ]
+            heapq.heapify(self._expiring)
+        return freed
+
+    def _first_unproven(self, key: bytes) -> Place | None:
+        if not self.places.has_most("key", key):  # only the node as a whole is full
+            return next(iter(self._unproven), None)
+        return next(((key, subkey) for subkey in self.held[key] if (key, subkey) in self._unproven), None)
+
+    def _free(self, place: Place) -> None:
+        key, subkey = place
+        record = self.held[key].pop(subkey)
+        if not self.held[key]:
+            del self.held[key]
+        self.places.leave(key=key, identity=record.key)
+        self._unproven.pop(place, None)
+
+
+class KeptRecords:
+    """Records of peers by model. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._table = RecordTable()
+        self._lock = threading.Lock()
+
+    def take(self, record: PeerRecord) -> bool:
+        """Keeps a valid record until it expires; False: there is a later one of its key, or no place for it."""
+        now = time.time()
+        with self._lock:
+            place = record.model.encode(), record.key.text
+            return record.is_valid_at(now) and self._table.take(place, record, now) is not None
+
+    def records(self, model: str) -> list[PeerRecord]:
+        """Those of a model, or the latest of each model that has a peer if `model` is empty."""
+        now = time.time()
+        with self._lock:
+            if model:
+                kept = self._table.held.get(model.encode(), {})
+                return [record for record in kept.values() if record.expires_at > now]
+            present = [
+                [each for each in kept.values() if each.expires_at > now and not each.has_left]
+                for kept in self._table.held.values()
+            ]
+            return [max(each, key=lambda record: record.issued_at) for each in present if each]

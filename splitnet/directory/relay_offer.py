@@ -1,4 +1,4 @@
-"""Tells the DHT of a helper that serves no blocks."""
+"""Tells the directory of a relay that serves no blocks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from contextlib import closing, contextmanager
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import HELPERS, PeerRecord
 from splitnet.errors import SplitnetError
-from splitnet.nat.loop import WaysLoop
 from splitnet.nat.relay import RelayBounds, RelayServer
-from splitnet.nat.stream import host_and_port
+from splitnet.nat.stream import WaysLoop
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.transport.addresses import reachable_host, with_literal_host
 from splitnet.version import __version__
-from splitnet.wire.endpoints import Relay
+from splitnet.wire.endpoints import Relay, host_and_port
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ REFRESH_S = 15.0
 
 
 def find_helpers(directory: SwarmDirectory) -> list[Relay]:
-    """Helpers that serve no blocks. Raises DirectoryError."""
+    """Relays that serve no blocks. Raises DirectoryError."""
     return [record.helper for record in directory.peers(HELPERS) if record.helper is not None]
 
 
@@ -40,7 +39,7 @@ def relaying(
     authorized: AuthorizedKeys | None = None,
     bytes_per_s: float | None = None,
 ) -> Generator[Relay]:
-    """Helps, and says so in the DHT; gives how others reach the helper.
+    """Runs a relay, and offers it in the directory; gives how others reach it.
 
     Args:
         host, port: where it listens.
@@ -56,61 +55,48 @@ def relaying(
     bounds = RelayBounds(bytes_per_s=bytes_per_s or RelayBounds.bytes_per_s)
     with (
         closing(WaysLoop()) as loop,
-        closing(RelayServer(loop, identity, listen, authorized=authorized, bounds=bounds)) as helper,
+        closing(RelayServer(loop, identity, listen, authorized=authorized, bounds=bounds)) as server,
     ):
-        helper.start()
-        relay = helper.relay_at(name.strip("[]"))
-        with closing(RelayOffer(directory, identity, relay)) as offer:
-            offer.start()
+        server.start()
+        relay = server.relay_at(name.strip("[]"))
+        with offered(directory, identity, relay):
             yield relay
 
 
-class RelayOffer:
-    """Publishes a record now and every 15 s, until closed.
+@contextmanager
+def offered(directory: SwarmDirectory, identity: Identity, relay: Relay) -> Generator[None]:
+    """Publishes a record of a relay with this identity now and every 15 s, and withdraws it at the end."""
+    leaving = threading.Event()
 
-    Args:
-        directory: the DHT.
-        identity: of the helper.
-        relay: how others reach it.
-    """
-
-    def __init__(self, directory: SwarmDirectory, identity: Identity, relay: Relay) -> None:
-        self._directory = directory
-        self._identity = identity
-        self._relay = relay
-        self._leaving = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="splitnet-offer", daemon=True)
-
-    def start(self) -> None:
-        """Begins."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Withdraws the record."""
-        self._leaving.set()
-        self._thread.join()
-        try:
-            self._directory.withdraw(self._record(), self._identity)
-        except SplitnetError as error:
-            log.info("the record of this helper expires by itself: %s", error)
-
-    def _run(self) -> None:
-        pause_s = 0.0
-        while not self._leaving.wait(pause_s):
-            pause_s = REFRESH_S
-            try:
-                self._directory.announce(self._record(), self._identity)
-            except SplitnetError as error:
-                log.warning("the DHT was not told of this helper, next try in %.0f s: %s", REFRESH_S, error)
-
-    def _record(self) -> PeerRecord:
+    def record() -> PeerRecord:
         return PeerRecord.idle(
-            key=self._identity.public,
+            key=identity.public,
             model=HELPERS,
             model_name="helpers",
-            address=self._relay.address,
+            address=relay.address,
             num_blocks=1,
             version=__version__,
             issued_at=time.time(),
-            relay_port=host_and_port(self._relay.address)[1],
+            relay_port=host_and_port(relay.address)[1],
         )
+
+    def publish() -> None:
+        pause_s = 0.0
+        while not leaving.wait(pause_s):
+            pause_s = REFRESH_S
+            try:
+                directory.announce(record(), identity)
+            except SplitnetError as error:
+                log.warning("the DHT was not told of this helper, next try in %.0f s: %s", REFRESH_S, error)
+
+    thread = threading.Thread(target=publish, name="splitnet-offer", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        leaving.set()
+        thread.join()
+        try:
+            directory.withdraw(record(), identity)
+        except SplitnetError as error:
+            log.info("the record of this helper expires by itself: %s", error)

@@ -33,7 +33,7 @@ from splitnet.blocks.adapters import (
 from splitnet.blocks.stand_in import RemoteConv1D, RemoteLinear, RemotePart
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.hf.parameters import refuse
-from splitnet.patterns import Patterns
+from splitnet.limits import Patterns
 
 Prefixes = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of each block, `[kv heads, positions, head size]`."""

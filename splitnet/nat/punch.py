@@ -22,33 +22,27 @@ from typing import NamedTuple
 
 from splitnet.limits import Places
 from splitnet.nat.messages import Joined
-from splitnet.nat.stream import STREAM_ERRORS, address_of, dial, host_and_port, listening
+from splitnet.nat.stream import STREAM_ERRORS, dial, end_all, listening
+from splitnet.wire.endpoints import address_of, host_and_port
 
 PUNCH_S = 3.0
-"""How long two try to reach each other."""
-
-AT_ONCE, AT_ONCE_OF_HOST = 16, 8
-"""Of this process: helpers name the addresses, and a false one must not make it a flood for somebody else."""
-
 GUESS_S = 0.5
 """After which ports are guessed: most routers need no guess."""
-
+AT_ONCE, AT_ONCE_OF_HOST = 16, 8
+"""Of this process: relays name the addresses, and a false one must not make it a flood for somebody else."""
 _TRY_S, _PAUSE_S = 1.0, 0.1
 _ACCEPTED_AT_ONCE = 4
-_places = Places(AT_ONCE, host=AT_ONCE_OF_HOST)
-_lock = threading.Lock()
-"""For `_places`: there may be several loops."""
+_places, _lock = Places(AT_ONCE, host=AT_ONCE_OF_HOST), threading.Lock()  # there may be several loops
 
 
 class Way(StrEnum):
     """How a peer is reached."""
 
     DIRECT = "direct"
-    """It listens, and is connected to."""
     RELAYED = "relayed"
-    """A helper passes on what is said."""
+    """A helper passes bytes on."""
     REVERSED = "reversed"
-    """It has connected to whoever wanted to reach it."""
+    """The peer has connected to the caller."""
     PUNCHED = "punched"
     """Through holes in routers."""
 
@@ -57,24 +51,21 @@ Claim = Callable[[], bool]
 """Whether a stream is to be the one; true once."""
 
 Check = Callable[[socket.socket, Claim], Awaitable[None]]
-"""Makes the handshake on a stream, and claims it before it commits itself. Raises one of STREAM_ERRORS if that is
-refused, or anything is wrong."""
+"""Makes the handshake on a stream, and claims the stream before the last message. Raises STREAM_ERRORS."""
 
 
 class Line(NamedTuple):
-    """From where to where to connect, again and again."""
+    """From where to where to connect, again and again, from when on."""
 
     source: tuple[str, int]
     address: str
     after_s: float = 0.0
-    """When to begin."""
 
 
 def lines(own: str, joined: Joined) -> list[Line]:
     """How the other may be reached: as the helper sees it, and behind the same router as it sees itself.
 
-    Args:
-        own: this end of the stream to the helper, as this side sees it.
+    own: this end of the stream to the helper, as this side sees it.
     """
     host, port = host_and_port(own)
     found = [joined.seen]
@@ -97,12 +88,11 @@ def lines(own: str, joined: Joined) -> list[Line]:
 
 
 def _keeps(address: str, port: int) -> bool:
-    """Whether a router has not changed a port, and there are two more."""
+    """Whether a router has not changed a port, and two more ports follow it."""
     return bool(address) and host_and_port(address)[1] == port <= 65533
 
 
 def _is_local(address: str) -> bool:
-    """Only for this machine: others have no business to name it."""
     return ipaddress.ip_address(host_and_port(address)[0]).is_loopback  # `is_address` lets no IPv4 pass within IPv6
 
 
@@ -111,10 +101,7 @@ async def punch(
 ) -> tuple[socket.socket, Way] | None:
     """The first stream that passes the check; None if there is none in time. Never fails.
 
-    Args:
-        own: host and port of the stream to the helper.
-        tried: ways to the other side.
-        seconds: how long to try; None: `PUNCH_S`.
+    own: host and port of the stream to the helper. seconds: how long to try; None: `PUNCH_S`.
     """
     found: asyncio.Future[tuple[socket.socket, Way]] = asyncio.get_running_loop().create_future()
     taken = False
@@ -159,9 +146,7 @@ async def punch(
         except OSError:  # this port cannot be listened at
             return
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await end_all(running)
 
     limit_s = PUNCH_S if seconds is None else seconds
     if limit_s <= 0 or not tried:
@@ -180,9 +165,7 @@ async def punch(
     finally:
         with _lock:
             _places.leave(host=host)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_all(tasks)
         if result is None and found.done():
             found.result()[0].close()
     return result

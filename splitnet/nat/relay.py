@@ -1,7 +1,7 @@
-"""A helper: who cannot be connected to keeps a stream to it, and is told there of those who want to reach it.
+"""A relay: a peer that cannot be connected to keeps a stream to it, and is told there of callers.
 
-It joins the two and copies what they say, which it cannot read. Everything that others make it hold is bounded: places
-by key, host and in all, one buffer for each direction of a stream, and bytes per second.
+It joins the two and copies their bytes, which it cannot read. Everything that others make it hold is bounded: places by
+key, host and in all, one buffer for each direction of a stream, and bytes per second.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from splitnet.errors import AddressInUse, NotAuthorized, ProtocolError, SplitnetError
-from splitnet.limits import Places, SharedRate
-from splitnet.nat.loop import WaysLoop
+from splitnet.limits import Places, SharedRate, most_connections
 from splitnet.nat.messages import (
     TOKEN_BYTES,
     Beat,
@@ -35,41 +34,28 @@ from splitnet.nat.messages import (
     Tried,
     Try,
 )
-from splitnet.nat.stream import (
-    STREAM_ERRORS,
-    address_of,
-    copy,
-    dial,
-    end,
-    host_and_port,
-    listening,
-    meet,
-    receive,
-    send,
-)
+from splitnet.nat.stream import STREAM_ERRORS, WaysLoop, copy, dial, end, end_all, listening, meet, receive, send
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
-from splitnet.transport.connections import most_connections
-from splitnet.wire.endpoints import Relay
+from splitnet.wire.endpoints import Relay, address_of, host_and_port
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 10.0
-"""How often who has reserved gives a sign of life."""
+"""Between two signs of life of a peer with a reservation."""
 KEYS_S = 1.0
-"""How often it is looked whether those who hold something may still do so."""
+"""Between two looks whether all that hold something are still authorised."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RelayBounds:
-    """What others may take of a helper."""
+    """What others may take of a relay."""
 
     reservations: int = 128
     reservations_of_host: int = 8
     streams: int = 256
     streams_of_key: int = 16
-    """Of one caller."""
+    """Of one caller, as `streams_of_host`."""
     streams_of_host: int = 32
-    """Of callers at one address."""
     streams_to_key: int = 64
     """To one hidden peer."""
     handshakes: int = 64
@@ -79,7 +65,7 @@ class RelayBounds:
     join_s: float = 4.0
     """How long a hidden peer may take to join."""
     tries: int = 16
-    """Connections at the same time to those who ask whether they can be connected to."""
+    """Connections at the same time to those that ask whether they can be connected to."""
     tries_of_host: int = 4
     try_s: float = 2.0
     silent_s: float = 3 * BEAT_S
@@ -94,7 +80,7 @@ class RelayBounds:
     """Signs of life beyond one per second."""
 
     def within(self, descriptors: int) -> RelayBounds:
-        """The same, or less in proportion, so that others make it open no more than so many descriptors."""
+        """The same, or less in proportion, so that others make it open at most so many descriptors."""
         wanted = 2 * self.streams + self.reservations + self.handshakes + 2 * self.tries
         if wanted <= descriptors:
             return self
@@ -126,14 +112,12 @@ class RelayServer:
     """Listens as soon as it is made; `start` it, and close it before its loop.
 
     Args:
-        loop: runs it.
-        identity: what others know it by.
         listen: `tcp://IP:port`, port 0 for any.
-        authorized: who may reserve and call; None: anyone.
-        bounds: what they may take.
+        authorized: the keys that may reserve and call; None: any.
 
     Attributes:
         port: where it listens.
+        streams: pairs that are joined, or about to be.
         passed_bytes: copied so far.
         events: how often what has happened: `reserved`, `joined`, `refused`, `failed`, `revoked`.
 
@@ -153,15 +137,15 @@ class RelayServer:
         self._loop = loop
         self._identity = identity
         self._authorized = authorized
-        # A peer that helps may be hidden, too: half of the descriptors that are left to streams is for that.
+        # A relay may be hidden, too: half of the descriptors that are left to streams is for that.
         self._bounds = bounds = (bounds or RelayBounds()).within(most_connections() // 2)
         self._reservations: dict[bytes, _Reservation] = {}
         self._waiting: dict[bytes, _Waiting] = {}
         self._greeted: dict[str, list[asyncio.Task[None]]] = {}
-        """Who has not proven a key yet, by host, the oldest first."""
+        """Streams without a proven key, by host, the oldest first."""
         self._served: set[asyncio.Task[None]] = set()
         self._reserving = Places(bounds.reservations, host=bounds.reservations_of_host)
-        self._streaming = Places(
+        self.streams = Places(
             bounds.streams, key=bounds.streams_of_key, host=bounds.streams_of_host, target=bounds.streams_to_key
         )
         self._trying = Places(bounds.tries, host=bounds.tries_of_host)
@@ -188,18 +172,13 @@ class RelayServer:
         self._listener.close()
 
     def relay_at(self, host: str) -> Relay:
-        """This helper as others name it that reach this machine at `host`."""
+        """This relay, for others that reach this machine at `host`."""
         return Relay(address_of((host, self.port)), self._identity.public.raw)
 
     @property
     def reservations(self) -> int:
         """Hidden peers that can be called through here."""
         return len(self._reservations)
-
-    @property
-    def streams(self) -> int:
-        """Pairs that are joined, or about to be."""
-        return self._streaming.taken
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -216,10 +195,7 @@ class RelayServer:
                 self._greet(sock, address_of(name))
                 await asyncio.sleep(0)  # or who connects fast enough keeps everything else waiting
         finally:
-            tasks = [*self._served]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_all([*self._served])
 
     def _greet(self, sock: socket.socket, seen: str) -> None:
         with suppress(OSError):  # it is gone already
@@ -286,7 +262,7 @@ class RelayServer:
             raise NotAuthorized(f"the key {key} is not authorised")
 
     async def _end_unauthorized(self, authorized: AuthorizedKeys) -> None:
-        """Ends what those hold here that were taken out of the list."""
+        """Ends what keys hold here that were taken out of the list."""
         while True:
             await asyncio.sleep(KEYS_S)
             held = [(each.task, [each.key]) for each in self._reservations.values()]
@@ -297,7 +273,7 @@ class RelayServer:
                     task.cancel()
 
     async def _try(self, sock: socket.socket, host: str, address: str) -> None:
-        """Connects to a port of whoever asks. Nobody can have others called so, or learn what listens there."""
+        """Connects to a port of the host that asks. Nobody can have others called so, or learn what listens there."""
         asked = ipaddress.ip_address(host_and_port(address)[0]) if address else None
         own = ipaddress.ip_address(host)
         if asked is None or asked.version != own.version:
@@ -351,7 +327,7 @@ class RelayServer:
                 del self._reservations[key.raw]
 
     async def _tell(self, reservation: _Reservation, message: Message) -> None:
-        """Says something to a hidden peer. One that does not listen loses its reservation."""
+        """One that does not take the message in time loses its reservation."""
         try:
             async with asyncio.timeout(self._bounds.join_s), reservation.writing:
                 await send(reservation.sock, message)
@@ -365,7 +341,7 @@ class RelayServer:
             await self._refuse(sock, "that peer has no reservation here")
             return
         names = {"key": key.raw, "host": host, "target": call.key}
-        if not self._streaming.take(**names):
+        if not self.streams.take(**names):
             await self._refuse(sock, "there is no room for another stream")
             return
         token, task = secrets.token_bytes(TOKEN_BYTES), asyncio.current_task()
@@ -387,7 +363,7 @@ class RelayServer:
         finally:
             del self._waiting[token]
             waiting.over.set()
-            self._streaming.leave(**names)
+            self.streams.leave(**names)
 
     async def _join(self, sock: socket.socket, seen: str, key: PublicKey, join: Join) -> None:
         waiting = self._waiting.get(join.token)
@@ -428,9 +404,7 @@ class RelayServer:
                 for task in done:
                     task.result()
         finally:
-            for task in copying:
-                task.cancel()
-            await asyncio.gather(*copying, return_exceptions=True)
+            await end_all(copying)
 
     async def _refuse(self, sock: socket.socket, text: str) -> None:
         self.events["refused"] += 1
@@ -439,15 +413,13 @@ class RelayServer:
                 await send(sock, Refused(text))
 
 
-_REQUESTS: dict[Purpose, type[Reserve | Call | Join | Try]] = {
-    Purpose.RESERVE: Reserve,
-    Purpose.CALL: Call,
-    Purpose.JOIN: Join,
-    Purpose.TRY: Try,
-}
+_Request = Reserve | Call | Join | Try
+_REQUESTS: dict[Purpose, type[_Request]] = dict(
+    zip((Purpose.RESERVE, Purpose.CALL, Purpose.JOIN, Purpose.TRY), (Reserve, Call, Join, Try), strict=True)
+)
 
 
-async def _request(sock: socket.socket, purpose: Purpose) -> Reserve | Call | Join | Try:
+async def _request(sock: socket.socket, purpose: Purpose) -> _Request:
     if purpose not in _REQUESTS:
         raise ProtocolError("a helper is not the end of a tunnel")
     return await receive(sock, _REQUESTS[purpose])

@@ -1,4 +1,4 @@
-"""TCP streams as ways use them: opened from a chosen port, messages first, then bytes that are copied.
+"""TCP streams of relays and tunnels (messages first, then bytes that are copied), and the event loop that they run in.
 
 They are plain sockets that do not block, so that a port can be bound twice (for holes in routers), an end can be closed
 in one direction, and a copy needs one buffer whose size is known.
@@ -7,13 +7,14 @@ in one direction, and a copy needs one buffer whose size is known.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import secrets
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Collection, Coroutine
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, SplitnetError
 from splitnet.nat.messages import (
@@ -31,6 +32,7 @@ from splitnet.nat.messages import (
     unpack,
 )
 from splitnet.security.identity import Identity, PublicKey
+from splitnet.wire.endpoints import host_and_port
 
 _DIALER, _LISTENER = b"d", b"l"
 
@@ -38,10 +40,7 @@ _DIALER, _LISTENER = b"d", b"l"
 class Dialing:
     """The side that connects.
 
-    Args:
-        identity: proves itself.
-        expected: the key that the other side must prove.
-        token: of the call that the stream belongs to, which both know; empty: none.
+    expected: the key that the other side must prove. token: of the call that the stream belongs to, if it does.
     """
 
     def __init__(self, identity: Identity, expected: PublicKey, purpose: Purpose, token: bytes = b"") -> None:
@@ -60,19 +59,9 @@ class Dialing:
 
 
 class Answering:
-    """The side that was connected to.
+    """The side that was connected to, and has got `hello`. Raises ProtocolError: of another version, or malformed.
 
-    Args:
-        identity: proves itself.
-        hello: what the other side began with.
-        token: of the call that the stream belongs to.
-
-    Attributes:
-        key: of the other side; it counts after `check`.
-        purpose: likewise.
-
-    Raises:
-        ProtocolError: it speaks another version, or is nonsense.
+    key, purpose: of the other side; they count after `check`.
     """
 
     def __init__(self, identity: Identity, hello: Hello, token: bytes = b"") -> None:
@@ -95,21 +84,11 @@ class Answering:
 
 
 def _signed(side: bytes, hello: Hello, welcome: Welcome, token: bytes) -> bytes:
-    return b"".join(
-        (
-            b"splitnet way\0",
-            bytes((hello.version, hello.purpose)),
-            side,
-            hello.key,
-            welcome.key,
-            hello.nonce,
-            welcome.nonce,
-            token,
-        )
-    )
+    parts = (side, hello.key, welcome.key, hello.nonce, welcome.nonce, token)
+    return b"".join((b"splitnet way\0", bytes((hello.version, hello.purpose)), *parts))
 
 
-Kind = TypeVar("Kind")
+T = TypeVar("T")
 
 BACKLOG = 128
 LEAST_BUFFER, MOST_BUFFER = 16 << 10, 128 << 10
@@ -121,21 +100,6 @@ STREAM_ERRORS = (OSError, EOFError, TimeoutError, SplitnetError)
 
 class RefusedError(SplitnetError):
     """The other side of a stream has refused what was asked."""
-
-
-def host_and_port(address: str) -> tuple[str, int]:
-    """Of `tcp://IP:port`."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def address_of(name: tuple[str, int]) -> str:
-    """`tcp://IP:port` of what `getsockname` and `getpeername` tell; IPv4 addresses within IPv6 are IPv4 addresses."""
-    host, port = name[0].partition("%")[0], name[1]
-    ip = ipaddress.ip_address(host)
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    return f"tcp://{ip}:{port}" if ip.version == 4 else f"tcp://[{ip}]:{port}"
 
 
 def bound(family: socket.AddressFamily, name: tuple[str, int], *, again: bool = True) -> socket.socket:
@@ -186,11 +150,10 @@ async def dial(address: str, timeout_s: float, *, source: tuple[str, int] | None
 
 
 async def send(sock: socket.socket, *messages: Message) -> None:
-    """Sends messages."""
     await asyncio.get_running_loop().sock_sendall(sock, b"".join(map(pack, messages)))
 
 
-async def receive(sock: socket.socket, *kinds: type[Kind]) -> Kind:
+async def receive(sock: socket.socket, *kinds: type[T]) -> T:
     """The next message, which must be of one of these kinds, and no byte of what follows it.
 
     Raises:
@@ -224,21 +187,16 @@ async def _exactly(sock: socket.socket, size: int) -> bytes:
 async def prove(
     sock: socket.socket, identity: Identity, expected: PublicKey, purpose: Purpose, token: bytes = b""
 ) -> Proof:
-    """The handshake of who has connected, but for the proof that ends it. Raises STREAM_ERRORS."""
+    """The handshake of the side that connects, but for the proof that ends it. Raises STREAM_ERRORS."""
     dialing = Dialing(identity, expected, purpose, token)
     await send(sock, dialing.hello)
     return dialing.prove(await receive(sock, Welcome))
 
 
 async def meet(sock: socket.socket, identity: Identity, token: bytes = b"", only: bytes | None = None) -> Answering:
-    """The handshake of who was connected to.
+    """The handshake of the side that was connected to. Raises STREAM_ERRORS.
 
-    Args:
-        token: of the call that the stream belongs to.
-        only: the key that the other side must have; None: any.
-
-    Raises:
-        STREAM_ERRORS
+    only: the key that the other side must have; None: any.
     """
     answering = Answering(identity, await receive(sock, Hello), token)
     if only is not None and answering.key.raw != only:
@@ -255,9 +213,8 @@ async def copy(
 ) -> int:
     """Copies until `source` ends; returns how many bytes that were.
 
-    Args:
-        pick: told how many bytes were passed so far, says where the next ones go.
-        passed: told how many bytes were passed just now, says how many seconds to wait before the next.
+    pick: gives the socket for the next bytes, by how many were passed so far.
+    passed: gives how many seconds to wait, by how many bytes were passed just now.
     """
     loop = asyncio.get_running_loop()
     buffer, done = memoryview(bytearray(LEAST_BUFFER)), 0
@@ -274,3 +231,82 @@ def end(sock: socket.socket) -> None:
     """Tells the other side that nothing more comes."""
     with suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
+
+
+async def end_all(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancels tasks, and waits for their ends."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+CARRYING = "carrying"
+"""Tasks of this name pass bytes on until one side ends."""
+LINGER_S = 0.5
+END_S = 5.0
+
+
+class WaysLoop:
+    """The event loop of all streams of a process. Its thread starts with the first coroutine. Thread-safe; close it."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.SelectorEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Runs a coroutine. Once the loop is closed, the future is cancelled."""
+        with self._lock:
+            if self._closed:
+                coroutine.close()
+                cancelled: Future[T] = Future()
+                cancelled.cancel()
+                return cancelled
+            if self._loop is None:
+                self._loop = asyncio.SelectorEventLoop()
+                self._thread = threading.Thread(target=_run, args=(self._loop,), name="splitnet-ways", daemon=True)
+                self._thread.start()
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def begin(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T] | None:
+        """Runs a coroutine as a task that `end` ends; None: the loop is closed."""
+        with suppress(CancelledError):
+            return self.run(_begun(coroutine)).result()
+        coroutine.close()
+        return None
+
+    def end(self, task: asyncio.Task[Any]) -> None:
+        """Cancels a task, and waits for its end for at most `END_S`."""
+        with suppress(CancelledError, TimeoutError):  # the loop has ended, and all with it
+            self.run(_ended(task)).result(END_S)
+
+    def close(self) -> None:
+        """Cancels all tasks (those that carry bytes after `LINGER_S`), and ends the thread. May be called twice."""
+        with self._lock:
+            already, self._closed = self._closed, True
+        if self._loop is not None and self._thread is not None and not already:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+
+async def _begun(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    return asyncio.get_running_loop().create_task(coroutine)
+
+
+async def _ended(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def _run(loop: asyncio.SelectorEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+        carrying = [task for task in asyncio.all_tasks(loop) if task.get_name() == CARRYING]
+        if carrying:
+            loop.run_until_complete(asyncio.wait(carrying, timeout=LINGER_S))
+        loop.run_until_complete(end_all(asyncio.all_tasks(loop)))
+        loop.run_until_complete(loop.shutdown_default_executor())
+    finally:
+        loop.close()

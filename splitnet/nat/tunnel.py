@@ -1,4 +1,4 @@
-"""The caller's ends of tunnels to hidden peers: a port of loopback for each, to which ZeroMQ connects in its place."""
+"""The caller's ends of tunnels to hidden peers: for each a port of loopback, to which ZeroMQ connects."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from contextlib import suppress
 from functools import partial
 
 from splitnet.errors import ProtocolError
-from splitnet.nat.loop import CARRYING, WaysLoop
 from splitnet.nat.messages import Call, Joined, Moved, Purpose
 from splitnet.nat.punch import Claim, Way, lines, punch
 from splitnet.nat.stream import (
+    CARRYING,
     STREAM_ERRORS,
     RefusedError,
-    address_of,
+    WaysLoop,
     copy,
     dial,
     end,
+    end_all,
     listening,
     prove,
     receive,
     send,
 )
 from splitnet.security.identity import Identity, PublicKey
-from splitnet.transport.addresses import is_global
-from splitnet.wire.endpoints import Endpoint, Relay
+from splitnet.wire.endpoints import Endpoint, Relay, address_of, is_global
 
 _LAST_BYTES_S = 1.0
 
@@ -38,16 +38,10 @@ Better = asyncio.Task[tuple[socket.socket, Way] | None]
 
 
 async def join(inner: socket.socket, outer: socket.socket, better: Better, moved: Callable[[Way], None]) -> None:
-    """Copies in both directions until one side ends. Closes nothing but the better way.
+    """Copies in both directions until one side ends. Closes nothing but the better way. Raises STREAM_ERRORS.
 
-    Args:
-        inner: to ZeroMQ.
-        outer: to the other side, through a helper.
-        better: finds another way, or None; it is cancelled at the end.
-        moved: told when bytes begin to go that way.
-
-    Raises:
-        STREAM_ERRORS
+    inner: to ZeroMQ. outer: to the other side, through a relay. better: finds another way, or None; it is cancelled at
+    the end. moved: called when bytes begin to go that way.
     """
     way = outer
 
@@ -85,14 +79,12 @@ async def join(inner: socket.socket, outer: socket.socket, better: Better, moved
             if task.done():
                 task.result()
     finally:
-        for task in copying:
-            task.cancel()
-        await asyncio.gather(*copying, return_exceptions=True)
+        await end_all(copying)
         give_up(better)
 
 
 def give_up(better: Better | None) -> None:
-    """Wants no better way any more: what looks for one ends, and closes what it finds."""
+    """Ends the search for a better way, and closes the one that was found."""
     if better is None:
         return
     if not better.done():
@@ -105,12 +97,12 @@ log = logging.getLogger(__name__)
 
 DIAL_S = 3.0
 STRAIGHT_S, STRAIGHT_AGAIN_S = 0.5, 60.0
-"""How long the address of a hidden peer is tried before helpers are asked, and after which failure not again."""
+"""How long the address of a hidden peer is tried before relays are asked, and after a failure not again."""
 CALL_S = 6.0
 KNOWN_RELAYS = 8
-"""Of one peer: the latest that were heard of, and those that work."""
+"""Of one peer: the latest."""
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.2, 5.0
-"""Between two rounds in which no helper reached the peer, or not for long."""
+"""Between two rounds in which no relay reached the peer, or not for `WORKED_S`."""
 WORKED_S = 1.0
 END_S = 1.0
 
@@ -118,11 +110,8 @@ END_S = 1.0
 class Tunnels:
     """Thread-safe. Everything runs in the loop; nothing here waits for the network.
 
-    Args:
-        identity: of this process.
-
     Attributes:
-        loop: runs them; it ends with `stop`.
+        loop: runs them; all tunnels end when it is closed.
         behind: the other end of each connection that a tunnel has made to this machine, by its host and port.
     """
 
@@ -143,21 +132,17 @@ class Tunnels:
             return tunnel.address
 
     def learn(self, endpoint: Endpoint) -> None:
-        """The endpoint names helpers that may be new."""
+        """Takes in relays of the endpoint that may be new."""
         tunnel = self._tunnels.get(endpoint)
         if tunnel is not None:
             tunnel.learn(endpoint.relays)
 
     def close(self, endpoint: Endpoint) -> None:
-        """Ends a tunnel, and what goes through it a second later, if ZeroMQ has not ended it."""
+        """Ends a tunnel, and a second later its connection, if ZeroMQ has not ended that."""
         with self._lock:
             tunnel = self._tunnels.pop(endpoint, None)
         if tunnel is not None:
             self.loop.run(tunnel.end())
-
-    def stop(self) -> None:
-        """Ends all tunnels, and the loop."""
-        self.loop.close()
 
     def way(self, endpoint: Endpoint) -> Way:
         """How a peer is reached, or would be."""
@@ -190,11 +175,10 @@ class _Tunnel:
             self._relays = dict(list(merged.items())[:KNOWN_RELAYS])
 
     async def end(self) -> None:
-        """Has `serve` come to its end."""
         self._ended.set()
 
     async def serve(self) -> None:
-        """Carries one connection of ZeroMQ after the other."""
+        """Carries one connection of ZeroMQ after the other, until `end`."""
         loop = asyncio.get_running_loop()
         pause_s, over_at = 0.0, 0.0
         ended = loop.create_task(self._ended.wait())
@@ -221,7 +205,7 @@ class _Tunnel:
             carrying.cancel()
 
     async def _carry(self, inner: socket.socket, begin_at: float) -> bool:
-        """Takes the bytes of one connection where they belong; returns whether that went well for a while."""
+        """Carries the bytes of one connection; returns whether that went well for `WORKED_S`."""
         with inner:
             await asyncio.sleep(max(0.0, begin_at - time.monotonic()))
             if self._straight is not None and time.monotonic() >= self._straight_at:
@@ -249,7 +233,7 @@ class _Tunnel:
             return False
 
     async def _carry_straight(self, inner: socket.socket, address: str) -> float | None:
-        """The same by the peer's own address; since when, or None if that is not reached."""
+        """The same by the peer's own address; returns since when, or None if that is not reached."""
         try:
             outer = await dial(address, STRAIGHT_S)
         except STREAM_ERRORS:
@@ -261,7 +245,7 @@ class _Tunnel:
         return began
 
     async def _call(self, relay: Relay) -> tuple[socket.socket, Better]:
-        """A stream to the peer through a helper, and what looks for a better one."""
+        """A stream to the peer through a relay, and the search for a better one."""
         better: Better | None = None
         sock = await dial(relay.address, DIAL_S)
         try:

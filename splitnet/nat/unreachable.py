@@ -1,4 +1,4 @@
-"""A hidden peer's ends: streams to helpers through which it can be called, and tunnels from them to its ZeroMQ port."""
+"""A hidden peer's ends: streams to relays through which it can be called, and tunnels from them to its ZeroMQ port."""
 
 from __future__ import annotations
 
@@ -16,73 +16,70 @@ from functools import partial
 from typing import Any
 
 from splitnet.errors import SplitnetError
-from splitnet.limits import Places
+from splitnet.limits import Places, most_connections
 from splitnet.nat import tunnel
-from splitnet.nat.loop import CARRYING, WaysLoop
-from splitnet.nat.messages import Beat, Call, Called, Join, Joined, Purpose, Reserve, Reserved, Tried, Try
+from splitnet.nat.messages import Beat, Call, Called, Join, Joined, Message, Purpose, Reserve, Reserved, Tried, Try
 from splitnet.nat.punch import Claim, lines, punch
 from splitnet.nat.relay import BEAT_S
 from splitnet.nat.stream import (
+    CARRYING,
     STREAM_ERRORS,
     RefusedError,
-    address_of,
+    WaysLoop,
     bound,
     dial,
-    host_and_port,
+    end_all,
     meet,
     prove,
     receive,
     send,
 )
 from splitnet.security.identity import Identity, PublicKey
-from splitnet.transport.connections import most_connections
-from splitnet.wire.endpoints import Relay
+from splitnet.wire.endpoints import Relay, address_of, host_and_port
 
 log = logging.getLogger(__name__)
 
 WANTED = 3
-"""Helpers at the same time."""
+"""Relays at the same time."""
 DIAL_S = 3.0
 JOIN_S = 6.0
 FIRST_PAUSE_S, MOST_PAUSE_S = 2.0, 120.0
-"""After which a helper that failed is tried again."""
+"""Before a relay that failed is tried again."""
 LOOK_S = 10.0
-"""How often others are looked for while there are too few."""
+"""Between two searches while there are too few."""
 RETRY_S = 1.0
 SEEN_S = 0.5
-"""How long a connection is left there to be seen."""
+"""How long a connection stays to be seen."""
 
 STREAMS, STREAMS_OF_KEY, STREAMS_OF_HOST = 512, 16, 64
-"""That others may have here: in all, of one key, and of one address (as a helper tells it). Each helper has a part."""
+"""That others may have here: in all, of one key, and of one address (as a relay tells it). Each relay has a part."""
 DESCRIPTORS = 3
-"""Of a stream, beside the one that ZeroMQ accepts: to the helper, to ZeroMQ, and of a better way."""
+"""Of a stream, beside the one that ZeroMQ accepts: to the relay, to ZeroMQ, and of a better way."""
 MESSAGES_PER_S, MESSAGES_AT_ONCE = 50.0, 100.0
-"""Of a helper. It is read no faster, so that one that floods waits, and nobody else."""
+"""Of a relay. It is read no faster, so that a flood delays its sender alone."""
 
 TEST_S = 60.0
-"""How often a call through each helper is tried."""
+"""Between two test calls through a relay."""
 HELD_S = 120.0
-"""A helper that was there for so long has not failed again when it fails."""
+"""After so long a failure of a relay counts as its first."""
 MOST_WORKED = 32
 UNUSED_S = 900.0
-"""A helper gives way to one that nobody knows yet, if it has brought no call for so long: it may bring only ours."""
+"""A relay that has brought no call of others for so long gives way to one that is not known yet."""
 
 
 class UnreachablePeer:
-    """Makes a peer reachable through helpers, from `start` on. Thread-safe; it ends with its loop at the latest.
+    """Makes a peer reachable through relays, from `start` on. Thread-safe; it ends with its loop at the latest.
 
     Args:
-        loop: runs it.
-        identity: of the peer.
         inside: `tcp://IP:port` where its own ZeroMQ listens, for this process.
-        behind: is told, by host and port of a connection to `inside`, who is at its other end.
-        find: looks up helpers; it may take seconds.
+        behind: gets the other end of each connection to `inside`, by its host and port.
+        find: looks up relays; it may take seconds.
         changed: called in the loop's thread when `relays` has changed, and must return at once.
-        vouched: whether the user, or a friend, has named a helper: such ones are preferred.
+        vouched: whether the user, or a friend, has named a relay: such ones are preferred.
 
     Attributes:
-        relays: by which the peer can be called now, as a call of its own has shown, those that were there first in
-            front.
+        relays: by which the peer can be called now, as a call of its own has shown, the oldest first.
+        streams: through all relays.
     """
 
     def __init__(
@@ -103,45 +100,40 @@ class UnreachablePeer:
         self._changed = changed
         self._vouched = vouched
         streams = max(WANTED, min(STREAMS, most_connections() // 2 // DESCRIPTORS))
-        self._places = Places(streams, key=STREAMS_OF_KEY, host=STREAMS_OF_HOST, relay=streams // WANTED)
+        self.streams = Places(streams, key=STREAMS_OF_KEY, host=STREAMS_OF_HOST, relay=streams // WANTED)
         self._tested: dict[tuple[Relay, bytes], asyncio.Future[None]] = {}
-        """Helpers and keys of calls that this peer makes to itself, and what is told when they have arrived."""
+        """By relay and caller: calls that this peer makes to itself; done when they have arrived."""
         self._used_at: dict[Relay, float] = {}
-        """When each helper began, or has brought a call of somebody else for the last time."""
+        """When each relay began, or has last brought a call of others."""
         self._worked: dict[Relay, None] = {}
         """Those that have brought such calls, the latest last."""
         self._keeping: dict[Relay, asyncio.Task[None]] = {}
         self._answering: set[asyncio.Task[None]] = set()
         self._pauses: dict[Relay, tuple[float, float]] = {}
-        """Of helpers that failed: until when they are left alone, and how long that is."""
+        """Of relays that failed: until when they are not tried, and how long that is."""
         self._task: asyncio.Task[None] | None = None
         self.relays: tuple[Relay, ...] = ()
 
     def start(self) -> None:
-        """Looks for helpers, now and whenever there are too few. Does nothing if it does already."""
+        """Looks for relays, now and whenever there are too few. May be called twice."""
         if self._task is None:
             self._task = self._loop.begin(self._run())
 
     def stop(self) -> bool:
-        """Lets all helpers go, and what goes through them; tells whether it looked for any."""
+        """Ends all reservations and streams; returns whether it had been started."""
         task, self._task = self._task, None
         if task is not None:
             self._loop.end(task)
         return task is not None
 
     def reached_by(self, address: str, helpers: Sequence[Relay]) -> list[bool]:
-        """What helpers say that try to connect to an address of this machine; takes some seconds at most.
+        """Answers of relays that try to connect to an address of this machine; takes some seconds at most.
 
-        Their connections stay for a moment, so that what was connected to can tell whether it is true.
+        Their connections stay for a moment, so that the listener can tell whether the answer is true.
         """
         asking = [self._loop.run(self._ask(relay, address)) for relay in helpers]
         wait(asking, timeout=DIAL_S + 2 * JOIN_S)
         return [said for each in asking if each.done() and not each.cancelled() and (said := each.result()) is not None]
-
-    @property
-    def streams(self) -> int:
-        """Through all helpers."""
-        return self._places.taken
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -164,10 +156,7 @@ class UnreachablePeer:
                 else:
                     await asyncio.sleep(RETRY_S)
         finally:
-            tasks = [*self._keeping.values(), *self._answering]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_all([*self._keeping.values(), *self._answering])
             self.relays = ()
 
     def _begin(self, found: Sequence[Relay]) -> None:
@@ -180,7 +169,7 @@ class UnreachablePeer:
             task.add_done_callback(lambda _, relay=relay: self._keeping.pop(relay, None))
 
     def _free(self, found: Sequence[Relay]) -> list[Relay]:
-        """Helpers that may be tried now. What has the key of one that is kept is that one."""
+        """Relays that may be tried now: none with a key that is in use."""
         now, keys = time.monotonic(), {self._identity.public.raw, *(relay.key for relay in self._keeping)}
         return [
             relay
@@ -189,21 +178,21 @@ class UnreachablePeer:
         ]
 
     def _rank(self, relay: Relay) -> tuple[bool, bool, bool]:
-        """Lower is better: named by people whom the user trusts, not known to have failed, known to have worked."""
+        """Lower is better: vouched for, not known to have failed, known to have worked."""
         return not self._vouched(relay), relay in self._pauses, relay not in self._worked
 
     def _lacks(self) -> bool:
-        """Whether there are fewer than wanted, several at one place, or some that bring nothing."""
+        """Whether there are fewer than wanted, several in one network, or some that bring no calls."""
         kept = {network_of(relay) for relay in self._keeping}
         return len(kept) < WANTED or any(self._is_unused(relay) for relay in self._keeping)
 
     def _is_unused(self, relay: Relay) -> bool:
         used_at = self._used_at.get(relay)
         is_old = used_at is not None and time.monotonic() - used_at > UNUSED_S
-        return is_old and not self._places.held("relay", relay) and not self._vouched(relay)
+        return is_old and not self.streams.held("relay", relay) and not self._vouched(relay)
 
     def _make_room(self, found: Sequence[Relay]) -> None:
-        """Ends one helper that is of least use, if another would be of more."""
+        """Ends one relay that is of least use, if another would be of more."""
         if len(self._keeping) < WANTED:
             return
         free, networks = self._free(found), [network_of(relay) for relay in self._keeping]
@@ -216,13 +205,12 @@ class UnreachablePeer:
                 return
 
     async def _keep(self, relay: Relay) -> None:
-        """Is there for calls through a helper, until that is lost."""
+        """Holds a reservation at a relay, until that is lost."""
         began = time.monotonic()
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
-                    proof = await prove(sock, self._identity, PublicKey(relay.key), Purpose.RESERVE)
-                    await send(sock, proof, Reserve())
+                    await _request(sock, self._identity, relay, Purpose.RESERVE, Reserve())
                     await receive(sock, Reserved)
                 self._used_at[relay] = time.monotonic()
                 await _until_one_ends(_beat(sock), self._hear(relay, sock), self._test(relay))
@@ -241,7 +229,7 @@ class UnreachablePeer:
         self._changed()
 
     def _used(self, relay: Relay) -> None:
-        """Somebody else has called through a helper."""
+        """Others have called through a relay."""
         if relay in self._used_at:
             self._used_at[relay] = time.monotonic()
         self._worked.pop(relay, None)
@@ -250,7 +238,7 @@ class UnreachablePeer:
             del self._worked[next(iter(self._worked))]
 
     async def _hear(self, relay: Relay, sock: socket.socket) -> None:
-        """Takes what a helper says, no faster than it has to say anything."""
+        """Takes the messages of a relay, at `MESSAGES_PER_S` at most."""
         loop = asyncio.get_running_loop()
         due = 0.0
         while True:
@@ -264,7 +252,7 @@ class UnreachablePeer:
             await asyncio.sleep(max(0.0, due - loop.time()))
 
     async def _test(self, relay: Relay) -> None:
-        """Tries calls through a helper, and names it to others once one has come. Raises one of STREAM_ERRORS."""
+        """Tries calls through a relay, and names it to others once one has arrived. Raises STREAM_ERRORS."""
         while True:
             try:
                 await self._call(relay)
@@ -278,7 +266,7 @@ class UnreachablePeer:
             await asyncio.sleep(TEST_S)
 
     async def _call(self, relay: Relay) -> None:
-        """Calls this peer through a helper, as anybody would, up to the proof of both keys."""
+        """Calls this peer through a relay, as a stranger would, up to the proof of both keys."""
         try:
             await self._call_as(relay, Identity.generate())
         except RefusedError:  # it may know its members alone
@@ -289,8 +277,7 @@ class UnreachablePeer:
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
-                    proof = await prove(sock, caller, PublicKey(relay.key), Purpose.CALL)
-                    await send(sock, proof, Call(self._identity.public.raw, ""))
+                    await _request(sock, caller, relay, Purpose.CALL, Call(self._identity.public.raw, ""))
                     joined = await receive(sock, Joined)
                     await send(sock, await prove(sock, caller, self._identity.public, Purpose.TUNNEL, joined.token))
                     await arrived
@@ -298,12 +285,11 @@ class UnreachablePeer:
             del self._tested[relay, caller.public.raw]
 
     async def _ask(self, relay: Relay, address: str) -> bool | None:
-        """Whether a helper connects to an address; None: it does not say."""
+        """Whether a relay connects to an address; None: it does not say."""
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
-                    proof = await prove(sock, self._identity, PublicKey(relay.key), Purpose.TRY)
-                    await send(sock, proof, Try(address))
+                    await _request(sock, self._identity, relay, Purpose.TRY, Try(address))
                     said = (await receive(sock, Tried)).reached
                 await asyncio.sleep(SEEN_S * said)
                 return said
@@ -312,10 +298,10 @@ class UnreachablePeer:
             return None
 
     async def _answer(self, relay: Relay, called: Called) -> None:
-        """Takes a call: joins the caller to the ZeroMQ port here."""
+        """Joins a caller to the ZeroMQ port here."""
         host = host_and_port(called.seen)[0] if called.seen else ""
         names = {"key": called.caller, "host": host, "relay": relay}
-        if not self._places.take(**names):
+        if not self.streams.take(**names):
             return
         name: tuple[str, int] | None = None
         try:
@@ -323,9 +309,9 @@ class UnreachablePeer:
                 better: tunnel.Better | None = None
                 try:
                     async with asyncio.timeout(JOIN_S):
-                        proof = await prove(outer, self._identity, PublicKey(relay.key), Purpose.JOIN)
                         own = outer.getsockname()[:2]
-                        await send(outer, proof, Join(called.token, address_of(own)))
+                        join = Join(called.token, address_of(own))
+                        await _request(outer, self._identity, relay, Purpose.JOIN, join)
                         joined = await receive(outer, Joined)
                         await meet(outer, self._identity, called.token, only=called.caller)
                     if (arrived := self._tested.get((relay, called.caller))) is not None:
@@ -333,7 +319,7 @@ class UnreachablePeer:
                             arrived.set_result(None)
                         return
                     self._used(relay)
-                    # Only now: few can be tried at once, and who called has proven its key.
+                    # Only now: few can be tried at once, and the caller has proven its key.
                     better = asyncio.ensure_future(
                         punch(own, lines(address_of(own), joined), partial(self._check, called))
                     )
@@ -348,7 +334,7 @@ class UnreachablePeer:
         except STREAM_ERRORS as error:
             log.debug("a call through %s has ended: %s", relay.address, error or type(error).__name__)
         finally:
-            self._places.leave(**names)
+            self.streams.leave(**names)
             if name is not None:
                 self._behind.pop(name, None)
 
@@ -359,22 +345,24 @@ class UnreachablePeer:
 
 
 def network_of(relay: Relay) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    """Where a helper is: as a rule, who has one address of it has others."""
+    """Where a relay is: the owner of one address of it has others, as a rule."""
     host = ipaddress.ip_address(host_and_port(relay.address)[0])
     return ipaddress.ip_network(f"{host}/{24 if host.version == 4 else 48}", strict=False)
 
 
+async def _request(sock: socket.socket, identity: Identity, relay: Relay, purpose: Purpose, message: Message) -> None:
+    """Proves a key to a relay, and asks it for something."""
+    await send(sock, await prove(sock, identity, PublicKey(relay.key), purpose), message)
+
+
 async def _until_one_ends(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Runs some beside each other until one ends, or raises."""
     tasks = [asyncio.ensure_future(each) for each in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_all(tasks)
 
 
 async def _beat(sock: socket.socket) -> None:

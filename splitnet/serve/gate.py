@@ -25,7 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from splitnet.errors import KeyFileError
 from splitnet.limits import FairAccount, Holding
-from splitnet.security.grants import KeyOptions, is_options, parse_options
+from splitnet.security.identity import KeyOptions, is_options, parse_options
 from splitnet.serve.admission import Client, client_at
 from splitnet.serve.failures import ApiError, failure_of, refused
 

@@ -447,7 +447,9 @@ class Measurer:
     def _take_in(self, tried: Mapping[Endpoint, PeerRecord], links: Mapping[Endpoint, Link]) -> None:
         """Nobody is silent because what waits on the way to it holds up a ping."""
         told = {each: record for each, record in tried.items() if each in links or not self._links.is_busy(each)}
-        loads = {each: load for each in _that_tell(tried) & links.keys() if (load := self._links.prober.load(each))}
+        loads = {
+            each: load for each in _that_tell(tried) & links.keys() if (load := self._links.prober.loads.get(each))
+        }
         self._measurements.links_measured(told, links, loads)
 
     def _pings_left(self) -> int:

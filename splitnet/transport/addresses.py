@@ -148,11 +148,6 @@ def inside_of(listen: str, port: int) -> str:
     return f"tcp://{host}:{port}"
 
 
-def is_global(address: str) -> bool:
-    """Whether the IP of `tcp://IP:port` is one of the internet."""
-    return ipaddress.ip_address(address.removeprefix("tcp://").rpartition(":")[0].strip("[]")).is_global
-
-
 def _ip_of(listen: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     host = listen.removeprefix("tcp://").rpartition(":")[0]
     if host in ("*", ""):

@@ -13,23 +13,17 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar, cast
 
 import zmq
 
 from scheduler.liveness import STALLED_S
-from splitnet.limits import Budget
+from splitnet.limits import Budget, most_connections
 from splitnet.security.identity import AuthorizedKeys
 from splitnet.transport import flow
 from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.messages import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
-
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +33,6 @@ MAX_RECEIVED_BYTES = 1 << 30
 MAX_MESSAGE_BYTES = MAX_HEADER_BYTES + MAX_PAYLOAD_BYTES + 4096
 
 MOST_OF_KEY = 64
-MOST_CONNECTIONS = 4096
-
-_LEAST_CONNECTIONS = 64
-_OTHER_DESCRIPTORS = 256
-"""For everything but incoming connections: models, the DHT, links to other peers."""
 
 _LOOK_S, _CLOSE_LOOK_S = 0.1, 0.02
 _WORTH_A_CLOSE_LOOK = 4 << 20
@@ -139,17 +128,13 @@ class Connections:
         self._arrived: deque[tuple[float, str]] = deque(maxlen=_ARRIVALS)
         self._lock = threading.RLock()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="splitnet-connections", daemon=True)
-
-    def start(self) -> None:
-        """Begins to look."""
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="splitnet-connections", daemon=True)
 
     def close(self) -> None:
         """Stops looking; it ends no connection."""
         self._closing.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        if self.thread.ident is not None:
+            self.thread.join()
 
     def opened(self, descriptor: int, owner: Endpoint | None = None) -> TcpConnection | None:
         """A connection has been made: to `owner`, or with whoever has connected to this process.
@@ -367,29 +352,6 @@ def _has_spoken(connection: TcpConnection) -> bool:
     except OSError:
         return False
     return passed is not None and passed.received > 0
-
-
-def most_connections() -> int:
-    """How many incoming connections the open files of this process allow; as many are left to streams of helpers."""
-    if resource is None:
-        return MOST_CONNECTIONS
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files == resource.RLIM_INFINITY:
-        return MOST_CONNECTIONS
-    return min(max(_LEAST_CONNECTIONS, (files - _OTHER_DESCRIPTORS) // 2), MOST_CONNECTIONS)
-
-
-def allow_open_files() -> None:
-    """Raises this process' limit of open files to what connections may take, as far as the system lets it."""
-    if resource is None:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OTHER_DESCRIPTORS + 2 * MOST_CONNECTIONS
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # macOS allows less than it says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 _AT_ONCE = 64

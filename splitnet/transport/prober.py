@@ -75,6 +75,7 @@ class Prober:
 
     Attributes:
         quick_at: when the latest ping was sent that anybody has answered within `QUICK_MS`, by `time.perf_counter`.
+        loads: how busy peers that were asked have last said that they are.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Prober:
         self._latest: deque[float] = deque(maxlen=KEPT_ROUND_TRIPS)
         """Round trips of the latest answers of anybody, in ms: if all are long, so is the way from here."""
         self._answered: dict[Endpoint, int] = {}
-        self._loads: dict[Endpoint, LoadReport] = {}
+        self.loads: dict[Endpoint, LoadReport] = {}
         self._lock = threading.Lock()
 
     def ping(self, endpoint: Endpoint, padding: int = 0, session: bytes = b"", *, load: bool = False) -> Future[Answer]:
@@ -132,10 +133,10 @@ class Prober:
             if len(self._answered) > KEPT_ENDPOINTS:
                 del self._answered[next(iter(self._answered))]
             for load in message.load:
-                self._loads.pop(source, None)
-                self._loads[source] = load
-            if len(self._loads) > KEPT_ENDPOINTS:
-                del self._loads[next(iter(self._loads))]
+                self.loads.pop(source, None)
+                self.loads[source] = load
+            if len(self.loads) > KEPT_ENDPOINTS:
+                del self.loads[next(iter(self.loads))]
             if not sent.padding:
                 self._latest.append(rtt_ms)
                 self._round_trips.setdefault(source, deque(maxlen=KEPT_ROUND_TRIPS)).append(rtt_ms)
@@ -175,10 +176,6 @@ class Prober:
     def answered(self, endpoint: Endpoint) -> int:
         """Number of the latest ping that a peer has answered: what was sent before that on its link has come."""
         return self._answered.get(endpoint, 0)
-
-    def load(self, endpoint: Endpoint) -> LoadReport | None:
-        """How busy a peer has last said that it is; None: it was not asked."""
-        return self._loads.get(endpoint)
 
     def round_trips(
         self,

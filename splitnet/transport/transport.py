@@ -12,10 +12,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -23,6 +23,7 @@ from zmq.utils.monitor import parse_monitor_message
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.limits import Budget
 from splitnet.logs import SeldomWarnings
+from splitnet.nat.tunnel import Tunnels
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.transport import flow
 from splitnet.transport.connections import (
@@ -98,20 +99,6 @@ class _Outbox:
     """How many threads are within `Transport.together`."""
 
 
-class UnreachablePeers(Protocol):
-    """Leads to peers that cannot be connected to, as `splitnet.nat.tunnel.Tunnels` does."""
-
-    behind: dict[tuple[str, int], str]
-
-    def open(self, endpoint: Endpoint) -> str: ...
-
-    def learn(self, endpoint: Endpoint) -> None: ...
-
-    def close(self, endpoint: Endpoint) -> None: ...
-
-    def stop(self) -> None: ...
-
-
 class Transport:
     """Sends and receives frames on CurveZMQ links.
 
@@ -136,6 +123,7 @@ class Transport:
 
     Attributes:
         sending, receiving: account for what ZeroMQ holds, by key (see `Backlog` and `Connections`).
+        connections: the TCP connections.
 
     Raises:
         AddressInUse: something else listens on `listen`.
@@ -156,7 +144,7 @@ class Transport:
         max_received: int = MAX_RECEIVED_BYTES,
         authorized: AuthorizedKeys | None = None,
         listen: str | None = None,
-        tunnels: UnreachablePeers | None = None,
+        tunnels: Tunnels | None = None,
     ) -> None:
         self._identity = identity
         self._on_message = on_message
@@ -172,7 +160,7 @@ class Transport:
         self._backlog = Backlog(self.sending)
         self._drained = 0
         self._tunnels = tunnels
-        self._connections = Connections(
+        self.connections = Connections(
             self.receiving,
             drained=lambda: self._drained,
             drain=self._look,
@@ -204,7 +192,7 @@ class Transport:
     def start(self) -> None:
         """Begins to serve; handlers may be called from now on."""
         self._thread.start()
-        self._connections.start()
+        self.connections.thread.start()
 
     def send(self, destination: Destination, frames: Sequence[Payload]) -> None:
         """Queues frames. An endpoint that is not connected yet is connected.
@@ -264,10 +252,6 @@ class Transport:
         link = self._links.get(endpoint)
         return link is not None and link.tcp is not None and not endpoint.hidden
 
-    def hosts(self, since: float) -> set[str]:
-        """Who has connected to this process: the hosts of connections that are open, or were opened since then."""
-        return self._connections.hosts(since)
-
     def traffic(self, endpoint: Endpoint) -> flow.Traffic | None:
         """What has passed on a link so far; None: it is not up, or the system does not tell."""
         link = self._links.get(endpoint)
@@ -294,11 +278,6 @@ class Transport:
     def refused_connections(self) -> int:
         """How many incoming connections were refused, as their keys are not authorised."""
         return self._gate.refused if self._gate is not None else 0
-
-    @property
-    def ended_connections(self) -> Mapping[str, int]:
-        """How many connections this side has ended, by the reason."""
-        return self._connections.ended
 
     def close(self) -> None:
         """Sends what is queued for those who are there (for at most half a second), and ends sockets and thread."""
@@ -405,7 +384,7 @@ class Transport:
         if link is not None:
             self._backlog.forget(endpoint)
             if link.tcp is not None:
-                self._connections.closed(link.tcp.descriptor, link.tcp)
+                self.connections.closed(link.tcp.descriptor, link.tcp)
             self._poller.unregister(link.socket)
             self._poller.unregister(link.monitor)
             if link.state is not LinkState.UP and not (at_end and link.state is LinkState.CONNECTING):
@@ -536,7 +515,7 @@ class Transport:
             if tcp is not None:
                 tcp.delivered += size
                 if not tcp.ended and size > MAX_MESSAGE_BYTES:
-                    self._connections.end(tcp, "endless_message")
+                    self.connections.end(tcp, "endless_message")
                 if tcp.ended:
                     continue
             self._guard(self._on_message, source, frames)
@@ -550,10 +529,10 @@ class Transport:
             return known
         connection = Connection(routing_id, proven_key(frame))
         descriptor = int(cast(str, frame.get("__fd")))
-        tcp = self._connections.named(descriptor, connection)
+        tcp = self.connections.named(descriptor, connection)
         if tcp is None and self._arrivals is not None:  # it has arrived just now
             self._follow_arrivals(self._arrivals)
-            tcp = self._connections.named(descriptor, connection)
+            tcp = self.connections.named(descriptor, connection)
         if tcp is not None:
             self._incoming[routing_id] = connection, tcp
         return connection, tcp
@@ -565,9 +544,9 @@ class Transport:
             except zmq.Again:
                 return
             if event["event"] == zmq.Event.ACCEPTED:
-                self._connections.opened(event["value"])
+                self.connections.opened(event["value"])
                 continue
-            gone = self._connections.closed(event["value"])
+            gone = self.connections.closed(event["value"])
             if gone is not None and isinstance(gone.owner, Connection):
                 self._incoming.pop(gone.owner.routing_id, None)
                 self._backlog.forget(gone.owner)
@@ -582,9 +561,9 @@ class Transport:
                 return
             event = message["event"]
             if event == zmq.Event.CONNECTED:
-                link.tcp = self._connections.opened(message["value"], link.endpoint)
+                link.tcp = self.connections.opened(message["value"], link.endpoint)
             elif event == zmq.Event.DISCONNECTED and link.tcp is not None:
-                self._connections.closed(link.tcp.descriptor, link.tcp)
+                self.connections.closed(link.tcp.descriptor, link.tcp)
                 link.tcp = None
             state = _STATE_OF_EVENT.get(zmq.Event(event), link.state)
             if event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL and link.endpoint.hidden:
@@ -607,7 +586,7 @@ class Transport:
     def _release(self) -> None:
         with self._outbox.lock:
             self._closing = True
-        self._connections.close()
+        self.connections.close()
         for endpoint in list(self._links):
             self._unlink(endpoint, at_end=True)
         if self._gate is not None:
@@ -616,7 +595,7 @@ class Transport:
             _close_watched(self._router, self._arrivals)
         self._context.term()
         if self._tunnels is not None:
-            self._tunnels.stop()
+            self._tunnels.loop.close()
         self._wake.close()
 
 

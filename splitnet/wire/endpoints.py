@@ -32,6 +32,26 @@ def is_address(text: str) -> bool:
         return False
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """Of `tcp://IP:port`."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def address_of(name: tuple[str, int]) -> str:
+    """`tcp://IP:port` of what `getsockname` and `getpeername` tell; IPv4 addresses within IPv6 are IPv4 addresses."""
+    host, port = name[0].partition("%")[0], name[1]
+    ip = ipaddress.ip_address(host)
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    return f"tcp://{ip}:{port}" if ip.version == 4 else f"tcp://[{ip}]:{port}"
+
+
+def is_global(address: str) -> bool:
+    """Whether the IP of `tcp://IP:port` is one of the internet."""
+    return ipaddress.ip_address(host_and_port(address)[0]).is_global
+
+
 class Relay(NamedTuple):
     """A helper through which a hidden peer is reached."""
 

@@ -19,7 +19,6 @@ from multiprocessing.connection import Connection
 
 import psutil
 
-from splitnet.nat.loop import WaysLoop
 from splitnet.nat.messages import (
     LENGTH_BYTES,
     Beat,
@@ -36,12 +35,12 @@ from splitnet.nat.messages import (
     unpack,
 )
 from splitnet.nat.relay import RelayServer
-from splitnet.nat.stream import Dialing, host_and_port, send
+from splitnet.nat.stream import Dialing, WaysLoop, send
 from splitnet.nat.tunnel import Tunnels
 from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import Identity, PublicKey
 from splitnet.transport.transport import Transport
-from splitnet.wire.endpoints import Endpoint, Relay
+from splitnet.wire.endpoints import Endpoint, Relay, host_and_port
 from tests.attacks.transport import in_background
 
 SOURCE = "127.0.0.2"

@@ -16,12 +16,12 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks import netlab
 from peers.server import Peer
 from splitnet.directory.dht import Directory
-from splitnet.directory.relay_offer import RelayOffer, relaying
+from splitnet.directory.relay_offer import offered, relaying
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
 from splitnet.nat import unreachable as hidden_module
-from splitnet.nat.loop import WaysLoop
 from splitnet.nat.punch import Way
 from splitnet.nat.relay import RelayServer
+from splitnet.nat.stream import WaysLoop
 from splitnet.security.identity import Identity
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.transport.addresses import Reach
@@ -69,9 +69,7 @@ class Behind:
             helper = RelayServer(loop, identity, f"tcp://{self.lab.address(name)}:0")
             stack.callback(helper.close)
             helper.start()
-            offer = RelayOffer(self.node, identity, helper.relay_at(self.lab.address(name)))
-            stack.callback(offer.close)
-            offer.start()
+            stack.enter_context(offered(self.node, identity, helper.relay_at(self.lab.address(name))))
         return helper
 
     def _peer(self, host: str, span: tuple[int, int]) -> Peer:

@@ -177,7 +177,7 @@ def test_an_invitation_that_is_revoked_is_over_within_seconds(folder: Path, tmp_
                 assert KEY.unseal(client.hear(Found).payload)
             keys.write_text(f"{owner.public.text}\n")
             deadline = time.monotonic() + 10
-            while not peer.transport.ended_connections["revoked"]:
+            while not peer.transport.connections.ended["revoked"]:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             guest.say(LookUp(2, place, 0), Announce(3, 0, KEY.seal(b"")))

@@ -89,7 +89,7 @@ def test_hidden_peers_serve_through_a_helper(swarm: LocalSwarm, local: Any) -> N
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
     assert ways_of(swarm) == {(0, 2): Way.DIRECT, (2, 4): Way.RELAYED, (4, 6): Way.RELAYED}
     assert helper.ways.helper is not None and helper.ways.helper.passed_bytes
-    assert first.ways.hidden.streams and second.ways.hidden.streams
+    assert first.ways.hidden.streams.taken and second.ways.hidden.streams.taken
 
 
 def test_better_ways_are_found_meanwhile(swarm: LocalSwarm, local: Any) -> None:
@@ -116,7 +116,7 @@ def test_a_helper_dies_in_the_middle_and_the_answer_goes_on(swarm: LocalSwarm, l
     died: list[Any] = []
 
     def kill() -> None:
-        helper = next(peer.ways.helper for peer in swarm.peers if peer.ways.helper and peer.ways.helper.streams)
+        helper = next(peer.ways.helper for peer in swarm.peers if peer.ways.helper and peer.ways.helper.streams.taken)
         helper.close()
         died.append(helper)
 

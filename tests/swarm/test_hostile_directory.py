@@ -19,7 +19,7 @@ from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory
 from splitnet.directory.hivemind_node import import_hivemind
-from splitnet.directory.kept import RECORDS_PER_IDENTITY, RECORDS_PER_KEY
+from splitnet.directory.interface import RECORDS_PER_IDENTITY, RECORDS_PER_KEY
 from splitnet.directory.record import SHARDS, shard_key
 from tests.attacks.directory import announce_fakes, flood_records, hide_in_caches, list_models, withhold
 from tests.swarm.generation import GREEDY, prompt
@@ -59,7 +59,7 @@ def test_many_records_do_not_hide_the_peers(swarm: LocalSwarm, local: Any) -> No
 @pytest.fixture
 def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before nodes start."""
-    monkeypatch.setattr("splitnet.directory.kept.RECORDS_PER_KEY", 16)
+    monkeypatch.setattr("splitnet.directory.interface.RECORDS_PER_KEY", 16)
 
 
 def test_a_peer_that_has_worked_comes_into_a_full_directory(

@@ -51,7 +51,7 @@ def test_members_are_served_beside_strangers(name: str, monkeypatch: pytest.Monk
                 asked += 1
                 assert sum(map(len, helper._greeted.values())) <= bounds.handshakes
                 assert helper.reservations <= bounds.reservations_of_host + 1
-                assert helper.streams <= 2 * bounds.streams_of_host, "members and strangers are at two hosts"
+                assert helper.streams.taken <= 2 * bounds.streams_of_host, "members and strangers are at two hosts"
             assert asked > 10
         grown = psutil.Process().memory_info().rss - before
         assert grown < MOST_MIB << 20

@@ -80,7 +80,7 @@ def test_messages_that_do_not_end_take_bounded_memory(running: LocalSwarm, local
     with honest(running, local), attacks.in_background(attacks.endless_message, peer.endpoint, seconds=4) as attack:
         before = here.memory_info().rss
         most = most_while(attack, lambda: here.memory_info().rss) - before
-    assert peer.transport.ended_connections["endless_message"] > 0
+    assert peer.transport.connections.ended["endless_message"] > 0
     assert most < CUT_OFF_AT
 
 
@@ -94,8 +94,8 @@ def test_connections_leave_room_for_others(running: LocalSwarm, local: Any, atta
         resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
         try:
             deadline = time.monotonic() + 45  # the attack is a process that starts beside other tests
-            ended = sum(peer.transport.ended_connections.values())
-            while sum(peer.transport.ended_connections.values()) < ended + 100:
+            ended = sum(peer.transport.connections.ended.values())
+            while sum(peer.transport.connections.ended.values()) < ended + 100:
                 assert time.monotonic() < deadline, "the attack comes through"
                 time.sleep(0.01)
             for _ in range(3):
@@ -125,13 +125,13 @@ def test_a_key_that_is_taken_away_is_served_no_longer(folder: Path, tmp_path: Pa
             other.ping()
             keys.write_text(f"{kept.public.text}\n")
             deadline = time.monotonic() + 10
-            while not swarm.peers[0].transport.ended_connections["revoked"]:
+            while not swarm.peers[0].transport.connections.ended["revoked"]:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             with pytest.raises(TimeoutError):
                 gone.ping(1.0)
             other.ping()
-        assert swarm.peers[0].transport.ended_connections == {"revoked": 1}
+        assert swarm.peers[0].transport.connections.ended == {"revoked": 1}
 
 
 class TakenAway(BaseStreamer):

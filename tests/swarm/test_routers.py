@@ -11,9 +11,9 @@ import pytest
 from benchmarks import netlab
 from splitnet.nat import punch
 from splitnet.nat import unreachable as hidden_module
-from splitnet.nat.loop import WaysLoop
 from splitnet.nat.punch import Way
 from splitnet.nat.relay import RelayServer
+from splitnet.nat.stream import WaysLoop
 from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Endpoint, LinkState
@@ -106,7 +106,7 @@ def test_a_peer_behind_a_router_is_reached_without_a_helper_in_the_end(
     endpoint = lab.endpoint()
     ask(lab.caller, endpoint, b"first")
     wait_until(lambda: ask(lab.caller, endpoint, b"x") or lab.caller.tunnels.way(endpoint) is not Way.RELAYED)
-    wait_until(lambda: ask(lab.caller, endpoint, b"y") or not lab.helper.streams)
+    wait_until(lambda: ask(lab.caller, endpoint, b"y") or not lab.helper.streams.taken)
     lab.net.down("helper")
     ask(lab.caller, endpoint, *(bytes(50_000 + index) for index in range(20)))
     assert lab.caller.states == [(endpoint, LinkState.UP)]

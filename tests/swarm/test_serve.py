@@ -24,7 +24,7 @@ from scheduler.speculation import Window
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.hf.speculate.decoding import Experience
 from splitnet.logs import JsonFormatter
-from splitnet.security.grants import KeyOptions
+from splitnet.security.identity import KeyOptions
 from splitnet.serve import generation
 from splitnet.serve.admission import Admission
 from splitnet.serve.gate import ApiKeys

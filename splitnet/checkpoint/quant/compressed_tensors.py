@@ -19,7 +19,7 @@ from splitnet.checkpoint.quant.format import (
 )
 from splitnet.checkpoint.quant.scaled_floats import FP8_TABLES, SCALE_KINDS, nvfp4_weight, scaled_weight
 from splitnet.errors import UnsupportedModel
-from splitnet.patterns import Patterns
+from splitnet.limits import Patterns
 from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, in_order, layout_bits, signed_codes, unpack_words
 
 _FORMATS = frozenset(

@@ -43,7 +43,7 @@ from splitnet.checkpoint.gguf.store import GgufStore
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.hf.adapters import load_adapter
 from splitnet.hf.causal_lm import AutoTokenizer
-from splitnet.patterns import ALL_S, Patterns
+from splitnet.limits import ALL_S, Patterns
 from splitnet.quant.stored import PackedTensor
 from splitnet.serve.failures import ApiError
 from splitnet.serve.prompts import Prompts
@@ -411,7 +411,7 @@ def test_only_matches_that_take_long_use_up_the_time_for_all(
     """Models of a thousand experts in a hundred blocks have a million short ones."""
     ticks = itertools.count()
     clock = SimpleNamespace(thread_time=lambda: took_s * next(ticks), monotonic=lambda: took_s * next(ticks))
-    monkeypatch.setattr("splitnet.patterns.time", clock)
+    monkeypatch.setattr("splitnet.limits.time", clock)
     patterns = Patterns("it")
     assert all(patterns.match("lm_head", "lm_head") for _ in range(200))
     assert patterns._left / ALL_S == pytest.approx(left, abs=1e-6)
@@ -427,7 +427,7 @@ def test_only_matches_that_take_long_use_up_the_time_for_all(
 def test_a_pattern_that_may_run_without_end_is_refused(
     pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitnet.patterns.ONE_S", 0.05)
+    monkeypatch.setattr("splitnet.limits.ONE_S", 0.05)
     made, _ = quantized_pair(random_checkpoint("llama", tmp_path / "source", blocks=1), tmp_path, "int4-group")
     config = json.loads((made / "config.json").read_text())["quantization_config"]
     (group,) = config["config_groups"].values()

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.directory import kept as dht_places
-from splitnet.directory.kept import RecordTable
+from splitnet.directory import interface as dht_places
+from splitnet.directory.interface import RecordTable
 from splitnet.directory.record import PeerRecord
 from splitnet.security import identity
 from splitnet.security.identity import Identity, PublicKey
@@ -36,7 +36,7 @@ def test_a_flood_fills_no_more_than_its_places_and_drives_out_nobody_who_came_be
     places = RecordTable()
     assert places.take((b"k", "honest"), record(KEYS[0]), NOW) == []
     taken = [places.take((b"k", str(n)), record(key), NOW) for n, key in enumerate(KEYS[1:])]
-    assert taken.count([]) == 7 and len(places) == 8
+    assert taken.count([]) == 7 and places.places.taken == 8
     renewed = record(KEYS[0], issued_at=NOW + 15)
     assert places.take((b"k", "honest"), renewed, NOW + 15) == []
 
@@ -47,7 +47,7 @@ def test_who_has_worked_takes_the_place_of_one_who_has_not() -> None:
         places.take((b"k", str(n)), record(key, proven=n > 0), NOW)
     assert places.take((b"k", "late"), record(KEYS[8], proven=True), NOW) == [(b"k", "0")]
     assert places.take((b"k", "later"), record(KEYS[9], proven=True), NOW) is None
-    assert len(places) == 8
+    assert places.places.taken == 8
 
 
 def test_one_identity_has_few_places() -> None:
@@ -79,7 +79,7 @@ def test_places_are_free_again_when_records_expire() -> None:
         places.take((b"k", str(n)), record(key), NOW)
     assert places.take((b"k", "late"), record(KEYS[9], issued_at=NOW + 59), NOW + 59) is None
     assert places.take((b"k", "late"), record(KEYS[9], issued_at=NOW + 61), NOW + 61) == []
-    assert len(places) == 1
+    assert places.places.taken == 1
 
 
 @given(
@@ -107,7 +107,7 @@ def test_bounds_hold_whatever_comes(steps: list[tuple[bytes, int, int, bool, flo
             for other in gone:
                 assert proven and not held.pop(other).is_proven
             held[place] = one
-        assert len(places) == len(held) <= 20
+        assert places.places.taken == len(held) <= 20
         for bounded in (b"a", b"b", b"c", b"d"):
             assert sum(other[0] == bounded for other in held) <= 8
         for owner in KEYS:

@@ -35,8 +35,9 @@ from splitnet.nat.messages import (
     unpack,
 )
 from splitnet.nat.punch import lines
-from splitnet.nat.stream import Answering, Dialing, host_and_port
+from splitnet.nat.stream import Answering, Dialing
 from splitnet.security.identity import Identity
+from splitnet.wire.endpoints import host_and_port
 
 DIALER, LISTENER, STRANGER = Identity.generate(), Identity.generate(), Identity.generate()
 KEY, NONCE, TOKEN = bytes(range(32)), b"n" * 32, b"t" * 16

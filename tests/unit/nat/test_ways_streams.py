@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 
-from splitnet.nat import loop as loop_module
+from splitnet import limits
 from splitnet.nat import punch, stream
 from splitnet.nat import relay as helper_module
 from splitnet.nat import unreachable as hidden_module
-from splitnet.nat.loop import WaysLoop
 from splitnet.nat.messages import (
     Beat,
     Call,
@@ -35,10 +34,9 @@ from splitnet.nat.messages import (
 )
 from splitnet.nat.punch import Way
 from splitnet.nat.relay import RelayBounds, RelayServer
-from splitnet.nat.stream import Dialing
+from splitnet.nat.stream import Dialing, WaysLoop
 from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
-from splitnet.transport import connections
 from splitnet.transport.connections import Connections, TcpConnection
 from splitnet.wire.endpoints import Endpoint, LinkState, Relay
 from tests.attacks.relay import Drops, Floods, TakesNoCalls
@@ -105,7 +103,7 @@ class World:
         hidden.start()
         self.stack.callback(hidden.stop)
         wait_until(lambda: len(hidden.relays) == (len(self.helpers) if helpers is None else helpers))
-        wait_until(lambda: not any(helper.streams for helper in self.helpers))  # calls of its own have ended
+        wait_until(lambda: not any(helper.streams.taken for helper in self.helpers))  # calls of its own have ended
         return hidden
 
 
@@ -145,9 +143,9 @@ def test_a_hidden_peer_answers_through_a_helper(world: World) -> None:
     endpoint = to(node, hidden.relays)
     ask(client, endpoint, b"small", bytes(3 << 20), b"last")
     assert client.tunnels.way(endpoint) is Way.RELAYED and client.states == [(endpoint, LinkState.UP)]
-    assert helper.passed_bytes > 4 * (3 << 20) and helper.streams == hidden.streams == 1
+    assert helper.passed_bytes > 4 * (3 << 20) and helper.streams.taken == hidden.streams.taken == 1
     client.transport.disconnect(endpoint)
-    wait_until(lambda: not helper.streams and not hidden.streams)
+    wait_until(lambda: not helper.streams.taken and not hidden.streams.taken)
     assert not node.tunnels.behind
 
 
@@ -159,7 +157,7 @@ def test_a_helper_that_dies_is_replaced_by_another(world: World) -> None:
     client = world.node()
     endpoint = to(node, hidden.relays)
     ask(client, endpoint, b"one")
-    used = next(helper for helper in world.helpers if helper.streams)
+    used = next(helper for helper in world.helpers if helper.streams.taken)
     used.close()
     client.wait_for_state(endpoint, LinkState.DOWN)
     ask(client, endpoint, b"two")
@@ -188,7 +186,7 @@ def test_a_better_way_takes_over_without_a_gap(world: World) -> None:
     endpoint = to(node, hidden.relays)
     ask(client, endpoint, b"first")
     wait_until(lambda: ask(client, endpoint, b"x", bytes(100_000)) or client.tunnels.way(endpoint) != Way.RELAYED)
-    wait_until(lambda: ask(client, endpoint, b"y") or not helper.streams)
+    wait_until(lambda: ask(client, endpoint, b"y") or not helper.streams.taken)
     before = helper.passed_bytes
     ask(client, endpoint, *(bytes(size) for size in range(0, 300_000, 20_000)))
     assert helper.passed_bytes == before
@@ -356,7 +354,7 @@ def test_a_helper_connects_to_whoever_asks_and_to_nobody_else(world: World) -> N
     relays = world.relays()
     began = time.monotonic()
     assert hidden.reached_by(f"tcp://{HOST}:{node.transport.port}", relays) == [True]
-    assert HOST in node.transport.hosts(began)
+    assert HOST in node.transport.connections.hosts(began)
     with socket.create_server(("127.0.0.2", 0)) as other:
         assert hidden.reached_by(f"tcp://127.0.0.2:{other.getsockname()[1]}", relays) == [False]
         other.setblocking(False)
@@ -397,11 +395,11 @@ def test_who_is_taken_out_of_the_list_has_nothing_at_a_helper(
     ask(other, endpoint, b"two")
     keys.write_text(f"{node.identity.public}\n{other.identity.public}\n")
     client.wait_for_state(endpoint, LinkState.DOWN)
-    wait_until(lambda: helper.streams == 1)
+    wait_until(lambda: helper.streams.taken == 1)
     ask(other, endpoint, b"three")
     keys.write_text(f"{other.identity.public}\n{client.identity.public}\n")
     other.wait_for_state(endpoint, LinkState.DOWN)
-    wait_until(lambda: not helper.streams and not helper.reservations)
+    wait_until(lambda: not helper.streams.taken and not helper.reservations)
 
 
 def test_callers_have_proven_their_keys_before_ports_are_tried(world: World, stranger: Connect) -> None:
@@ -415,14 +413,14 @@ def test_callers_have_proven_their_keys_before_ports_are_tried(world: World, str
 
 def test_streams_take_no_more_descriptors_than_a_process_has(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
     bounds = world.helper()._bounds
     used = 2 * bounds.streams + bounds.reservations + bounds.handshakes + 2 * bounds.tries
     _, hidden = world.hidden()
-    used += hidden._places._most * hidden_module.DESCRIPTORS
-    assert used + connections.most_connections() <= 1024 - 256
-    assert hidden._places._most_of["relay"] * hidden_module.WANTED <= hidden._places._most
-    monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    used += hidden.streams._most * hidden_module.DESCRIPTORS
+    assert used + limits.most_connections() <= 1024 - 256
+    assert hidden.streams._most_of["relay"] * hidden_module.WANTED <= hidden.streams._most
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert world.helper()._bounds == RelayBounds()
 
 
@@ -558,7 +556,7 @@ def test_calls_are_bounded_by_key_and_nobody_joins_for_another(world: World, str
     for thread in threads:
         thread.join()
     assert [answer.text for answer in answers] == ["that peer does not take calls"] * 2
-    wait_until(lambda: not helper.streams and not helper._waiting)
+    wait_until(lambda: not helper.streams.taken and not helper._waiting)
     nobody = stranger(helper).ask(Purpose.CALL, Call(Identity.generate().public.raw, ""))
     assert isinstance(nobody, Refused)
 
@@ -678,7 +676,7 @@ def test_who_sends_much_keeps_no_other_stream_waiting() -> None:
 
 def test_who_ends_something_waits_for_no_loop_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer announces itself in the thread that does."""
-    monkeypatch.setattr(loop_module, "END_S", 0.05)
+    monkeypatch.setattr(stream, "END_S", 0.05)
     over, loop = threading.Event(), WaysLoop()
 
     async def hang() -> None:

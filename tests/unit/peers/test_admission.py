@@ -16,8 +16,7 @@ from peers.admission import (
 )
 from peers.sessions import Session
 from splitnet.errors import PeerBusy
-from splitnet.security.grants import KeyOptions
-from splitnet.security.identity import AuthorizedKeys
+from splitnet.security.identity import AuthorizedKeys, KeyOptions
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Connection
 from splitnet.wire.log import SentLog

@@ -15,8 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitnet.errors import KeyFileError
-from splitnet.security.grants import STRANGER_WEIGHT, KeyOptions
-from splitnet.security.identity import KEY_FILE_VARIABLE, AuthorizedKeys, Identity, PublicKey
+from splitnet.security.identity import (
+    KEY_FILE_VARIABLE,
+    STRANGER_WEIGHT,
+    AuthorizedKeys,
+    Identity,
+    KeyOptions,
+    PublicKey,
+)
 
 HANDSHAKE_TIMEOUT_MS = 5000
 

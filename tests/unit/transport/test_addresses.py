@@ -14,12 +14,11 @@ from splitnet.transport.addresses import (
     dht_addresses,
     hosts_of,
     inside_of,
-    is_global,
     is_reachable,
     public_address,
     with_literal_host,
 )
-from splitnet.wire.endpoints import is_address
+from splitnet.wire.endpoints import is_address, is_global
 
 
 @pytest.mark.parametrize(

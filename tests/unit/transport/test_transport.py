@@ -519,7 +519,7 @@ def test_a_message_of_many_frames_is_cut_off(node: Start, to_the_client: bool) -
     def is_cut_off() -> bool:
         nonlocal most
         most = max(most, receiver.transport.receiving.used)
-        return bool(receiver.transport.ended_connections)
+        return bool(receiver.transport.connections.ended)
 
     receiver.wait(is_cut_off)
     assert most < 256 * 2**20
@@ -535,7 +535,7 @@ def test_many_large_messages_are_no_endless_one(node: Start) -> None:
     for number in range(6):
         client.transport.send(server.endpoint, [b"%d" % number, bytes(40 << 20)])
     server.wait(lambda: len(server.received) == 6)
-    assert not server.transport.ended_connections
+    assert not server.transport.connections.ended
     assert (server.endpoint, LinkState.DOWN) not in client.states
 
 
@@ -562,7 +562,7 @@ def test_connections_of_a_key_are_few_and_the_silent_ones_go_first(
         client.transport.send(server.endpoint, [b"%d" % number])
         client.wait(lambda client=client: bool(client.received))
     clients[0].wait_for_state(server.endpoint, LinkState.DOWN)
-    assert dict(server.transport.ended_connections) == {"too_many_of_key": 1}
+    assert dict(server.transport.connections.ended) == {"too_many_of_key": 1}
     clients[3].transport.send(server.endpoint, [b"again"])
     clients[3].wait(lambda: len(clients[3].received) == 2)
 
@@ -576,7 +576,7 @@ def test_silent_connections_leave_room_for_others(node: Start, monkeypatch: pyte
             stack.enter_context(socket.create_connection(("127.0.0.1", server.transport.port), WAIT_S))
             for _ in range(40)
         ]
-        server.wait(lambda: server.transport.ended_connections["handshakes"] == 32)
+        server.wait(lambda: server.transport.connections.ended["handshakes"] == 32)
         assert silent[0].recv(100), "ZeroMQ has greeted"
         assert not silent[0].recv(100), "and hung up"
         client.transport.send(server.endpoint, [b"hello"])
@@ -700,7 +700,7 @@ def test_a_receiver_that_reads_nothing_for_long_is_cut_off(node: Start, monkeypa
         server.wait(lambda: bool(server.received))
         for _ in range(200):
             server.transport.send(server.received[0][0], [bytes(1 << 20)])
-        server.wait(lambda: server.transport.ended_connections["stalled"] == 1)
+        server.wait(lambda: server.transport.connections.ended["stalled"] == 1)
         server.transport.send(server.received[0][0], [b"are you there?"])
         server.wait(lambda: bool(server.lost))
         server.on_tick = lambda: server.transport._backlog._forget_sent()
