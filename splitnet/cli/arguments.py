@@ -18,23 +18,28 @@ from collections.abc import Callable, Collection
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from splitnet.blocks.device import DEVICE_NAME
 from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
-from splitnet.session.options import ConnectionOptions
+from splitnet.session.options import ConnectionOptions, Preference
 
 Command = Callable[..., None]
 
-# Boxes of options in `--help`, the same in all commands.
-SWARM = "Swarm"
-KEYS = "Keys"
-COMPUTING = "Computing here"
-ROUTE = "Route"
-NETWORK = "Network"
+
+def box(title: str) -> Callable[..., Any]:
+    """Declares options as `typer.Option` does, in one box of `--help`."""
+    return functools.partial(typer.Option, rich_help_panel=title)
+
+
+in_swarm = box("Swarm")
+in_keys = box("Keys")
+in_computing = box("Computing here")
+in_route = box("Route")
+in_network = box("Network")
 
 
 def checked_addresses(addresses: list[str] | None) -> list[str] | None:
@@ -67,148 +72,98 @@ def _checked_device(name: str) -> str:
     return name
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Hugging Face id, checkpoint folder or GGUF file; `demo` is SmolLM2-135M-Instruct.", show_default=False
-    ),
-]
+_MODEL = "Hugging Face id, checkpoint folder or GGUF file; `demo` is SmolLM2-135M-Instruct"
+Model = Annotated[str, typer.Argument(help=f"{_MODEL}.", show_default=False)]
 ModelOrInvite = Annotated[
     str | None,
-    typer.Argument(
-        help="Hugging Face id, checkpoint folder or GGUF file; `demo` is SmolLM2-135M-Instruct; with --invite, that of "
-        "the invitation if not given.",
-        show_default=False,
-    ),
+    typer.Argument(help=f"{_MODEL}; with --invite, that of the invitation if not given.", show_default=False),
 ]
+
+
+def _join(help: str) -> Any:
+    return in_swarm("--join", metavar="ADDR", envvar="SPLITNET_JOIN", callback=checked_addresses, help=help)
+
+
 Join = Annotated[
     list[str] | None,
-    typer.Option(
-        "--join",
-        metavar="ADDR",
-        envvar="SPLITNET_JOIN",
-        callback=checked_addresses,
-        help="Address that a peer of the swarm prints, repeat for several; found on this network if not given.",
-        rich_help_panel=SWARM,
-    ),
+    _join("Address that a peer of the swarm prints, repeat for several; found on this network if not given."),
 ]
 JoinIfAny = Annotated[
     list[str] | None,
-    typer.Option(
-        "--join",
-        metavar="ADDR",
-        envvar="SPLITNET_JOIN",
-        callback=checked_addresses,
-        help="Address of a swarm to join; without it, one on this network is joined or a new one starts.",
-        rich_help_panel=SWARM,
-    ),
+    _join("Address of a swarm to join; without it, one on this network is joined or a new one starts."),
 ]
 Lan = Annotated[
-    bool,
-    typer.Option(
-        "--lan/--no-lan",
-        envvar="SPLITNET_LAN",
-        help="Look for the swarm on this network without --join.",
-        rich_help_panel=SWARM,
-    ),
+    bool, in_swarm("--lan/--no-lan", envvar="SPLITNET_LAN", help="Look for the swarm on this network without --join.")
 ]
 JoinToExamine = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--join",
-        metavar="ADDR",
-        envvar="SPLITNET_JOIN",
-        callback=checked_addresses,
-        help="Address of a swarm, to check the way to it; repeat for several of one swarm.",
-        rich_help_panel=SWARM,
-    ),
+    list[str] | None, _join("Address of a swarm, to check the way to it; repeat for several of one swarm.")
 ]
 CodecName = Annotated[
     str,
-    typer.Option(
+    in_route(
         "--codec",
         envvar="SPLITNET_CODEC",
         callback=_checked_codec,
         help="How activations travel: auto, or a name from docs/codecs.md such as int8.",
-        rich_help_panel=ROUTE,
     ),
 ]
 Device = Annotated[
     str,
-    typer.Option(
+    in_computing(
         "--device",
         metavar="DEVICE",
         envvar="SPLITNET_DEVICE",
         callback=_checked_device,
         help="Where to compute: auto (CUDA or ROCm, else MPS, else XPU, else the CPU), cpu, cuda, cuda:1, mps or xpu.",
-        rich_help_panel=COMPUTING,
     ),
 ]
-
-
-class Preferred(StrEnum):
-    """What the best route is; as `splitnet.session.options.Preference`."""
-
-    latency = "latency"
-    throughput = "throughput"
-    energy = "energy"
 
 
 def one_identity(context: typer.Context, value: Path | None) -> Path | None:
     """Refuses keys of the command line beside an invitation, which takes the place of those set elsewhere.
 
-    For each of these options, as they are read in any order.
+    A callback of each of these options, as they are read in any order.
     """
-
-    def source(name: str) -> str:
-        found = context.get_parameter_source(name)
-        return "DEFAULT" if found is None else found.name
-
-    if source("invite") != "DEFAULT":
-        for option, name in (("--swarm-key", "swarm_key"), ("--key-file", "key_file")):
-            if source(name) == "COMMANDLINE":
-                raise SplitnetError(f"an invitation brings keys of its own: leave {option} out, or --invite")
+    names = ("invite", "swarm_key", "key_file")
+    invited, *keys = (getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in names)
+    for option, source in zip(("--swarm-key", "--key-file"), keys, strict=True):
+        if invited != "DEFAULT" and source == "COMMANDLINE":
+            raise SplitnetError(f"an invitation brings keys of its own: leave {option} out, or --invite")
     return value
 
 
 SwarmKeyFile = Annotated[
     Path | None,
-    typer.Option(
+    in_keys(
         "--swarm-key",
         metavar="FILE",
         envvar="SPLITNET_SWARM_KEY",
         callback=one_identity,
         help="File with the key of a closed swarm, see `splitnet key --swarm-key`.",
-        rich_help_panel=KEYS,
     ),
 ]
 InviteFile = Annotated[
     Path | None,
-    typer.Option(
+    in_keys(
         "--invite",
         metavar="FILE",
         envvar="SPLITNET_INVITE",
         callback=one_identity,
         help="File of `splitnet invite`: model, addresses, swarm key and key in place of those options.",
-        rich_help_panel=KEYS,
     ),
 ]
 RelayPort = Annotated[
     int | None,
-    typer.Option(
+    in_network(
         "--relay-port",
         metavar="PORT",
         min=0,
         max=65535,
         help="Let peers behind routers be reached through this machine, at a port of its own; 0 is any free one.",
-        rich_help_panel=NETWORK,
     ),
 ]
 RelayRate = Annotated[
-    str | None,
-    typer.Option(
-        "--relay-rate", metavar="32MiB", help="Bytes per second to pass on for them, in all.", rich_help_panel=NETWORK
-    ),
+    str | None, in_network("--relay-rate", metavar="32MiB", help="Bytes per second to pass on for them, in all.")
 ]
 
 
@@ -233,23 +188,16 @@ def _checked_model_id(model_id: str | None) -> str | None:
 
 ModelId = Annotated[
     str | None,
-    typer.Option(
+    in_swarm(
         "--model-id",
         metavar="ID",
         callback=_checked_model_id,
         help="Fingerprint that the model must have, where not all of it is here; `splitnet status --json` shows it.",
-        rich_help_panel=SWARM,
     ),
 ]
 KeyFile = Annotated[
     Path | None,
-    typer.Option(
-        "--key-file",
-        envvar="SPLITNET_KEY_FILE",
-        callback=one_identity,
-        help="File with the key of this machine.",
-        rich_help_panel=KEYS,
-    ),
+    in_keys("--key-file", envvar="SPLITNET_KEY_FILE", callback=one_identity, help="File with the key of this machine."),
 ]
 
 
@@ -258,45 +206,35 @@ CONNECTING: dict[str, Any] = {
     "lan": Lan,
     "codec": CodecName,
     "recovery_timeout_s": Annotated[
-        float,
-        typer.Option(
-            "--wait",
-            min=0,
-            metavar="SECONDS",
-            help="Time to wait for blocks that suddenly nobody serves.",
-            rich_help_panel=ROUTE,
-        ),
+        float, in_route("--wait", min=0, metavar="SECONDS", help="Time to wait for blocks that suddenly nobody serves.")
     ],
     "any_weights": Annotated[
         bool | None,
-        typer.Option(
+        in_computing(
             "--any-weights/--same-weights",
             help="Whether a text may go on with weights held otherwise (int4 after float32) if nobody else is left; "
             "if not given, it may with --codec auto.",
             show_default=False,
-            rich_help_panel=COMPUTING,
         ),
     ],
     "device": Device,
     "local_blocks": Annotated[
         str | None,
-        typer.Option(
+        in_computing(
             "--local-blocks",
             metavar="START:END",
             envvar="SPLITNET_LOCAL_BLOCKS",
             help="Blocks to run here, without peers; several as 0:2,28:30, or auto.",
-            rich_help_panel=COMPUTING,
         ),
     ],
     "local_weights": Annotated[
         str | None,
-        typer.Option(
+        in_computing(
             "--local-weights",
             metavar="KIND",
             envvar="SPLITNET_LOCAL_WEIGHTS",
             help="Hold those blocks and the head as auto, float32, float16, int8 or int4; auto if not given, but as "
             "stored with --codec none.",
-            rich_help_panel=COMPUTING,
         ),
     ],
     "tokenizer": Annotated[
@@ -309,35 +247,32 @@ CONNECTING: dict[str, Any] = {
         ),
     ],
     "prefer": Annotated[
-        Preferred,
-        typer.Option(
+        StrEnum("Preferred", get_args(Preference)),
+        in_route(
             "--prefer",
             envvar="SPLITNET_PREFER",
             help="Routes with the next token soonest, the most tokens per second, or the least energy per token.",
-            rich_help_panel=ROUTE,
         ),
     ],
     "energy_slowdown": Annotated[
         float | None,
-        typer.Option(
+        in_route(
             "--energy-slowdown",
             metavar="FACTOR",
             envvar="SPLITNET_ENERGY_SLOWDOWN",
             help="With --prefer energy: how many times as long as on the fastest route a token may take; 1.5 if not "
             "given.",
-            rich_help_panel=ROUTE,
         ),
     ],
     "key_file": KeyFile,
     "swarm_key": SwarmKeyFile,
     "trusted_peers": Annotated[
         Path | None,
-        typer.Option(
+        in_keys(
             "--trusted-peers",
             metavar="FILE",
             envvar="SPLITNET_TRUSTED_PEERS",
             help="File with the keys of the peers that may be used, as --authorized-keys; any peer if not given.",
-            rich_help_panel=KEYS,
         ),
     ],
     "invite": InviteFile,
@@ -349,20 +284,15 @@ CONNECTING: dict[str, Any] = {
 def connects(*, only: Collection[str] = (), without: Collection[str] = ()) -> Callable[[Command], Command]:
     """Gives a command these options in the place of its parameter `connecting`, which stands behind a `*`.
 
-    Args:
-        only: the fields of those that it has; none: all.
-        without: the fields of those that it does not have.
+    It has those of the fields `only` (none: all), `without` some.
     """
-    options = {
-        name: inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=getattr(ConnectionOptions, name) or None,
-            annotation=annotation,
-        )
-        for name, annotation in CONNECTING.items()
-        if (not only or name in only) and name not in without
-    }
+    options: dict[str, inspect.Parameter] = {}
+    for name, annotation in CONNECTING.items():
+        if (not only or name in only) and name not in without:
+            default = getattr(ConnectionOptions, name) or None
+            options[name] = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
@@ -373,8 +303,8 @@ def connects(*, only: Collection[str] = (), without: Collection[str] = ()) -> Ca
         @functools.wraps(command)
         def with_options(**given: Any) -> None:
             chosen = {name: given.pop(name) for name in options if name in given}
-            chosen = {name: value for name, value in chosen.items() if value is not None}
-            command(**given, connecting=ConnectionOptions(**chosen))
+            chosen = ConnectionOptions(**{name: value for name, value in chosen.items() if value is not None})
+            command(**given, connecting=chosen)
 
         with_options.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
         del with_options.__wrapped__  # its signature is that of the command
@@ -392,10 +322,7 @@ def as_arguments(options: ConnectionOptions) -> list[str]:
         if value == getattr(ConnectionOptions, name) or (options.invite and name in ("key_file", "swarm_key")):
             continue
         (option,) = annotation.__metadata__
-        flags = (
-            option.default if isinstance(option.default, str) else f"--{name.replace('_', '-')}"
-        )  # typer keeps them so
-        flag, _, opposite = flags.partition("/")
+        flag, _, opposite = option.default.partition("/")  # where typer keeps the flags
         if isinstance(value, bool):
             arguments.append(flag if value else opposite)
             continue
@@ -404,11 +331,7 @@ def as_arguments(options: ConnectionOptions) -> list[str]:
     return arguments
 
 
-EXTRAS = {
-    "plot": ("matplotlib",),
-    "serve": ("fastapi", "llguidance", "uvicorn"),
-    "tune": ("peft",),
-}
+EXTRAS = {"plot": ("matplotlib",), "serve": ("fastapi", "llguidance", "uvicorn"), "tune": ("peft",)}
 """The packages of each extra in pyproject.toml, which `pip install splitnet` does not bring."""
 
 
@@ -418,11 +341,7 @@ def has(extra: str) -> bool:
 
 
 def require(extra: str, what: str) -> None:
-    """Refuses `what` if the packages of an extra are not installed.
-
-    Raises:
-        SplitnetError: they are not; it names the command that installs them.
-    """
+    """Raises SplitnetError if `what` needs the packages of an extra that are not installed; it says how to install."""
     if not has(extra):
         raise SplitnetError(f"{what} needs packages that are not installed: run `pip install 'splitnet[{extra}]'`")
 

@@ -13,11 +13,13 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import typer
 from typer.core import TyperGroup
 
@@ -37,8 +39,7 @@ class Setting:
     Attributes:
         command: that has it; `common` for the options before the command.
         parameter: click's.
-        kind: type of the value, or of each value of a repeatable option.
-        repeatable: it takes several values.
+        kind: type of the value, or of each value of an option that is repeatable.
         shared: name of the variable that sets it in several commands; "" if there is none.
     """
 
@@ -77,10 +78,9 @@ class Setting:
         """Raises ConfigurationError if the option does not allow what was `taken`."""
         try:
             self.parameter.process_value(context, value)
-        except typer.BadParameter as error:
-            raise ConfigurationError(error.message.removeprefix("Value error, ")) from None
-        except SplitnetError as error:
-            raise ConfigurationError(str(error)) from None
+        except (typer.BadParameter, SplitnetError) as error:
+            reason = error.message if isinstance(error, typer.BadParameter) else str(error)
+            raise ConfigurationError(reason.removeprefix("Value error, ")) from None
 
     def _of_kind(self, value: Any) -> Any:
         kind = self.kind if self.kind in _EXPECTED else str
@@ -99,11 +99,14 @@ class _Given:
     value: Any
     place: str
 
-    def check(self, context: typer.Context) -> None:
-        try:
-            self.setting.check(self.value, context)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{self.place}: {error}") from None
+
+@contextmanager
+def _at(place: str) -> Iterator[None]:
+    """Names the place in the file in an error."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{place}: {error}") from None
 
 
 class ConfigurableGroup(TyperGroup):
@@ -121,7 +124,8 @@ class ConfigurableGroup(TyperGroup):
         resolved = super().resolve_command(ctx, args)
         for given in ctx.meta.get(_GIVEN, ()):
             if given.setting.command in (resolved[0], COMMON):
-                given.check(ctx)
+                with _at(given.place):
+                    given.setting.check(given.value, ctx)
         return resolved
 
 
@@ -131,7 +135,7 @@ def read_configuration(context: typer.Context, path: Path | None) -> Path | None
     Raises:
         ConfigurationError: the file cannot be read, or holds what no option takes.
     """
-    file = path or default_file()
+    file = path or platformdirs.user_config_path("splitnet") / "config.toml"
     if context.resilient_parsing or (path is None and not file.is_file()):
         return path
     try:
@@ -142,21 +146,13 @@ def read_configuration(context: typer.Context, path: Path | None) -> Path | None
         raise ConfigurationError(f"{file} is not TOML: {error}") from None
     group: Any = context.command
     given = list(_given(file, content, group.settings))
-    defaults: dict[str, Any] = {}
+    context.default_map = defaults = dict[str, Any]()
     for one in given:
         command = one.setting.command
         place = defaults if command == COMMON else defaults.setdefault(command, {})
         place[one.setting.parameter.name] = one.value
-    context.default_map = defaults
     context.meta[_GIVEN] = given
     return path
-
-
-def default_file() -> Path:
-    """The configuration file of this user."""
-    import platformdirs
-
-    return platformdirs.user_config_path("splitnet") / "config.toml"
 
 
 def without_options(environment: Mapping[str, str]) -> dict[str, str]:
@@ -193,29 +189,23 @@ def _given(file: Path, content: dict[str, Any], settings: list[Setting]) -> Iter
             raise ConfigurationError(f"{file}: {name!r} stands in no table: write it under [{COMMON}] or a command's")
         if name not in tables:
             raise ConfigurationError(f"{file}: there is no command [{name}]; {_nearest(name, tables)}")
+        known = {
+            setting.key for setting in settings if name == setting.command or (name == COMMON and setting.is_common)
+        }
         for key in table:
-            _refuse_unknown(file, name, key, settings)
+            if key not in known:
+                elsewhere = sorted({setting.command for setting in settings if setting.key == key})
+                fix = f"it goes in [{'] or ['.join(elsewhere)}]" if elsewhere else _nearest(key, known)
+                raise ConfigurationError(f"{file}: [{name}] has no key {key!r}; {fix}")
     for setting in settings:
         names = (setting.command, COMMON) if setting.is_common else (setting.command,)
         table = next((name for name in names if setting.key in content.get(name, {})), None)
         if table is None:
             continue
         place = f"{file}: {setting.key} in [{table}]"
-        try:
-            yield _Given(setting, setting.taken(content[table][setting.key]), place)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{place}: {error}") from None
-
-
-def _refuse_unknown(file: Path, table: str, key: str, settings: list[Setting]) -> None:
-    known = {
-        setting.key for setting in settings if (setting.is_common if table == COMMON else setting.command == table)
-    }
-    if key in known:
-        return
-    elsewhere = sorted({setting.command for setting in settings if setting.key == key})
-    fix = f"it goes in [{'] or ['.join(elsewhere)}]" if elsewhere else _nearest(key, known)
-    raise ConfigurationError(f"{file}: [{table}] has no key {key!r}; {fix}")
+        with _at(place):
+            value = setting.taken(content[table][setting.key])
+        yield _Given(setting, value, place)
 
 
 def _nearest(word: str, known: set[str]) -> str:

@@ -30,12 +30,8 @@ _FIX = "give --join with the address that a peer of the swarm prints"
 def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
     """Addresses to join a model's swarm with, as its peers on this network announce them; says so on stderr.
 
-    Args:
-        facts: the model.
-        lan: whether the user lets us look.
-
     Raises:
-        DirectoryError: there is none, or nobody may look.
+        DirectoryError: there is none, or `lan` says that the user does not let us look.
     """
     if not lan:
         raise DirectoryError(f"no swarm is given: {_FIX}, or look for one on this network with --lan")
@@ -64,11 +60,7 @@ def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
 
 
 def ask_network(model: str, *, lan: bool) -> list[str]:
-    """Addresses to ask what a model is, of whatever is served on this network.
-
-    Raises:
-        DirectoryError: there is none, or nobody may look.
-    """
+    """Addresses to ask what a model is, of whatever is served on this network. Errors as of `find_swarm`."""
     nodes: list[LanNode] = []
     if lan:
         with suppress(LanError), LocalNetwork("") as network:
@@ -80,11 +72,9 @@ def ask_network(model: str, *, lan: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Connection:
-    """A model and the swarm that serves it, as the options of a command say.
+    """A model (hub id, checkpoint folder or GGUF file) and the swarm that serves it, as the options of a command say.
 
-    Attributes:
-        model: hub id, checkpoint folder or GGUF file.
-        given: the options; without addresses, the swarm is looked for on the local network, if they let us.
+    Without addresses, the swarm is looked for on the local network, if the options let us.
     """
 
     model: str
@@ -107,8 +97,8 @@ class Connection:
         _ = self.options, self._keys
         return Checkpoint.open(self.model, tokenizer=self.given.tokenizer)
 
-    def swarm(self, checkpoint: Checkpoint) -> Swarm:
-        """Joins.
+    def facts_of(self, checkpoint: Checkpoint) -> ModelFacts:
+        """What is known of the model; where not all of it is here, peers are asked.
 
         Raises:
             DirectoryError: no address of the swarm answers, or none is given or found.
@@ -116,10 +106,6 @@ class Connection:
             ModelNotFound: not all of the model is here, and no peer tells what it is.
             WrongSwarm: it is not the one that `model_id` names.
         """
-        return self.swarm_of(self.facts_of(checkpoint))
-
-    def facts_of(self, checkpoint: Checkpoint) -> ModelFacts:
-        """What is known of the model; where not all of it is here, peers are asked. Errors as of `swarm`."""
         expected = self._reached.model_id
         with StageProgress() as progress:
             known = checkpoint.knows_manifest
@@ -129,15 +115,8 @@ class Connection:
                 identity, swarm_key, trusted = self._keys
                 lan = self.given.lan and swarm_key is None
                 addresses = self._reached.initial_peers or ask_network(checkpoint.name, lan=lan)
-                learn_manifest(
-                    checkpoint,
-                    addresses,
-                    identity,
-                    swarm_key=swarm_key,
-                    trusted=trusted,
-                    expected=expected,
-                    report=progress.update,
-                )
+                learn = partial(learn_manifest, swarm_key=swarm_key, trusted=trusted, report=progress.update)
+                learn(checkpoint, addresses, identity, expected=expected)
         if expected not in (None, checkpoint.fingerprint):
             raise WrongSwarm(
                 f"the model is to be {expected}, and {checkpoint.name} here is {checkpoint.fingerprint}: use the same "
@@ -146,7 +125,7 @@ class Connection:
         return ModelFacts.of(checkpoint)
 
     def swarm_of(self, facts: ModelFacts) -> Swarm:
-        """The same, of a model of which no more is known."""
+        """Joins the swarm of a model. Errors as of `facts_of`."""
         identity, swarm_key, trusted = self._keys
         addresses = self._reached.initial_peers or (() if swarm_key else find_swarm(facts, lan=self.given.lan))
         way = None  # with the addresses
@@ -155,6 +134,10 @@ class Connection:
             invite = self.given.invite
             way += ["--invite", str(invite)] if invite else ["--swarm-key", str(self.given.swarm_key)]
         return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=trusted, way=way)
+
+    def swarm(self, checkpoint: Checkpoint) -> Swarm:
+        """Joins the swarm of a checkpoint. Errors as of `facts_of`."""
+        return self.swarm_of(self.facts_of(checkpoint))
 
     @cached_property
     def _reached(self) -> ConnectionOptions:

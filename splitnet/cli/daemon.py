@@ -6,8 +6,8 @@ import os
 import queue
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import typer
@@ -24,27 +24,31 @@ def tell_addresses(addresses: Sequence[str]) -> None:
         typer.echo(f"  --join {address}")
 
 
-def write_address(path: Path | None, address: str) -> None:
-    """Puts the file there at once with all of its text; None: there is none to write."""
-    if path is None:
-        return
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def told(addresses: Sequence[str], file: Path | None) -> Iterator[None]:
+    """Prints the addresses, and has the first in a file, at once and whole, until the end of the `with`."""
+    tell_addresses(addresses)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(address + "\n", encoding="utf-8")
-        partial.replace(path)
+        if file is not None:
+            partial = file.with_name(f".{file.name}.{os.getpid()}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(addresses[0] + "\n", encoding="utf-8")
+            partial.replace(file)
     except OSError as error:
-        raise SplitnetError(f"cannot write the address to {path} ({error.strerror}): give another file") from None
+        raise SplitnetError(f"cannot write the address to {file} ({error.strerror}): give another file") from None
+    try:
+        yield
+    finally:
+        forget_address(file)
 
 
-def forget_address(path: Path | None) -> None:
-    """Removes the file, so that it is there only while its daemon serves."""
-    if path is None:
-        return
+def forget_address(file: Path | None) -> None:
+    """Removes the file that a daemon which was killed has left."""
     try:
-        path.unlink(missing_ok=True)
+        if file is not None:
+            file.unlink(missing_ok=True)
     except OSError as error:
-        raise SplitnetError(f"cannot replace {path} ({error.strerror}): give another --address-file") from None
+        raise SplitnetError(f"cannot replace {file} ({error.strerror}): give another --address-file") from None
 
 
 _LOOK_S = 0.5

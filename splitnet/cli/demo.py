@@ -9,9 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -58,9 +57,7 @@ class LocalSwarm:
         self.processes += [self._start(index) for index in range(len(self.spans))]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in self.processes:
             process.terminate()
         for process in self.processes:
@@ -80,34 +77,30 @@ class LocalSwarm:
         """Starts daemons that have ended again, and waits until they serve."""
         for index, process in enumerate(self.processes):
             if process.poll() is not None:
-                self._address_file(index).unlink()
+                self._file("address", index).unlink()
                 self.processes[index] = self._start(index)
                 self._await_address(index)
 
     def log(self, index: int) -> str:
         """What a daemon has said."""
-        return self._log_file(index).read_text(encoding="utf-8", errors="replace")
+        return self._file("log", index).read_text(encoding="utf-8", errors="replace")
 
     def _start(self, index: int) -> subprocess.Popen[bytes]:
         start, end = self.spans[index]
         command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint, "--blocks", f"{start}:{end}"]
-        command += ["--listen", "tcp://127.0.0.1:0", "--address-file", str(self._address_file(index))]
+        command += ["--listen", "tcp://127.0.0.1:0", "--address-file", str(self._file("address", index))]
         if self._join:
             command += ["--join", self._join]
         elif index:
-            command += ["--join-file", str(self._address_file(0))]
-        with self._log_file(index).open("wb") as log:
-            return subprocess.Popen(
-                [*command, *self._options],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=without_options(os.environ),
-            )
+            command += ["--join-file", str(self._file("address", 0))]
+        with self._file("log", index).open("wb") as log:
+            command += self._options
+            environment = without_options(os.environ)
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
     def _await_address(self, index: int) -> str:
         deadline = time.monotonic() + START_TIMEOUT_S
-        file = self._address_file(index)
+        file = self._file("address", index)
         while not file.exists():
             if self.processes[index].poll() is not None:
                 said = self.log(index).strip().splitlines()
@@ -119,11 +112,8 @@ class LocalSwarm:
             time.sleep(0.05)
         return file.read_text(encoding="utf-8").strip()
 
-    def _address_file(self, index: int) -> Path:
-        return Path(self._folder.name) / f"address-{index}"
-
-    def _log_file(self, index: int) -> Path:
-        return Path(self._folder.name) / f"log-{index}"
+    def _file(self, kind: str, index: int) -> Path:
+        return Path(self._folder.name) / f"{kind}-{index}"
 
 
 def _count_blocks(checkpoint: str) -> int:
@@ -184,7 +174,7 @@ def _ask(checkpoint: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int, c
 
     options = ConnectionOptions(initial_peers=[swarm.wait()], codec=codec, device=device)
     client = Client.connect(Connection(checkpoint, options))
-    try:
+    with closing(client.model):
         typer.secho(f"\n> {prompt}\n", bold=True)
         ids = client.encode_prompt(prompt, chat=None)
         with client.model.session() as cache:
@@ -192,5 +182,3 @@ def _ask(checkpoint: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int, c
             typer.echo()
             if cache.session is not None:
                 print_summary(answer, cache.session)
-    finally:
-        client.model.close()

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from splitnet.cli.arguments import RelayPort, RelayRate, checked_addresses, parse_relay_rate
-from splitnet.cli.daemon import StopSignals, forget_address, tell_addresses, write_address
+from splitnet.cli.daemon import StopSignals, forget_address, told
 from splitnet.errors import KeyFileError, SplitnetError
 
 _FIRST_BYTE = b"\x08"
@@ -77,33 +77,21 @@ def dht(
     allow_open_files()
     key = _prepared(key_file)
     with ExitStack() as stack:
-        directory = stack.enter_context(
-            Directory.start(
-                initial_peers=join or (), listen=[listen], public=public, identity_path=key, waiting=stop.check
-            )
+        starting = Directory.start(
+            initial_peers=join or (), listen=[listen], public=public, identity_path=key, waiting=stop.check
         )
+        directory = stack.enter_context(starting)
         if relay_port is not None:
-            helper = Identity.load_or_create(key.with_name(f"{key.name}.relay"))
+            own = Identity.load_or_create(key.with_name(f"{key.name}.relay"))
             authorized = AuthorizedKeys.from_file(authorized_keys) if authorized_keys else None
-            relay = stack.enter_context(
-                relaying(
-                    directory, helper, _host(listen), relay_port, public_host, authorized=authorized, bytes_per_s=rate
-                )
-            )
+            host = listen.split("/")[2]
+            host = f"[{host}]" if ":" in host else host
+            offer = relaying(directory, own, host, relay_port, public_host, authorized=authorized, bytes_per_s=rate)
+            relay = stack.enter_context(offer)
             typer.echo(f"peers behind routers are reached through {relay.address.removeprefix('tcp://')}")
-        try:
-            typer.echo(f"a node of the DHT, listening at {listen}")
-            tell_addresses(directory.addresses)
-            write_address(address_file, directory.addresses[0])
+        typer.echo(f"a node of the DHT, listening at {listen}")
+        with told(directory.addresses, address_file):
             stop.wait()
-        finally:
-            forget_address(address_file)
-
-
-def _host(listen: str) -> str:
-    """The host of a multiaddr that is listened at."""
-    host = listen.split("/")[2]
-    return f"[{host}]" if ":" in host else host
 
 
 def _multiaddr(public_host: str, listen: str) -> str:
@@ -131,8 +119,8 @@ def _prepared(key_file: Path | None) -> Path:
         key_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if key_file.exists():
             with key_file.open("rb") as file:
-                is_key = file.read(1) == _FIRST_BYTE
-            if not is_key:
+                first = file.read(1)
+            if first != _FIRST_BYTE:
                 raise KeyFileError(f"{key_file} holds no key of a DHT node: move it away and a new one will be made")
     except OSError as error:
         raise KeyFileError(

@@ -1,30 +1,27 @@
-"""`splitnet generate`: one answer."""
+"""`splitnet generate` and `splitnet chat`: one answer, or a conversation in the terminal."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, connects, require, resolve_model
+from splitnet.cli.arguments import ModelOrInvite, box, connects, require, resolve_model
 from splitnet.cli.invite import model_or_invited
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.import_shims import import_models
+from splitnet.logs import printable
 from splitnet.session.options import ConnectionOptions
 
-ANSWER = "Answer"
+in_answer = box("Answer")
 
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.", rich_help_panel=ANSWER)]
-Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.", rich_help_panel=ANSWER)]
-TopP = Annotated[
-    float,
-    typer.Option(
-        min=0, max=1, help="Sample from the likeliest tokens of this total probability.", rich_help_panel=ANSWER
-    ),
-]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=ANSWER)]
+MaxNewTokens = Annotated[int, in_answer(min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[float, in_answer(min=0, help="0 always takes the likeliest token.")]
+TopP = Annotated[float, in_answer(min=0, max=1, help="Sample from the likeliest tokens of this total probability.")]
+Seed = Annotated[int | None, in_answer(help="Makes sampling repeatable.")]
 
 
 def _has_adapter(folder: Path | None) -> Path | None:
@@ -47,11 +44,10 @@ AdapterFolder = Annotated[
 ]
 Speculate = Annotated[
     str | None,
-    typer.Option(
+    in_answer(
         "--speculate",
         metavar="HOW",
         help="Draft tokens, which peers verify together: prompt-lookup, or a small model with the same tokenizer.",
-        rich_help_panel=ANSWER,
     ),
 ]
 
@@ -88,13 +84,71 @@ def generate(
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary
 
-    connection = Connection(checkpoint, connecting)
-    client = Client.connect(connection, adapter, speculate)
-    try:
+    client = Client.connect(Connection(checkpoint, connecting), adapter, speculate)
+    with closing(client.model):
         ids = client.encode_prompt(text, chat=chat, system=system)
         with client.model.session() as cache:
             answer = client.answer(ids, Sampling(max_new_tokens, temperature, top_p, seed))
             if stats and cache.session is not None:
                 print_summary(answer, cache.session)
-    finally:
-        client.model.close()
+
+
+@connects()
+def chat(
+    model: ModelOrInvite = None,
+    *,
+    connecting: ConnectionOptions,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    adapter: AdapterFolder = None,
+    speculate: Speculate = None,
+) -> None:
+    """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
+    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
+
+    import_models()
+    from splitnet.cli.connection import Connection
+    from splitnet.cli.generation import Client, Sampling
+
+    client = Client.connect(Connection(checkpoint, connecting), adapter, speculate)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    if sys.stdin.isatty():
+        typer.secho("/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer", dim=True)
+    with closing(client.model), client.model.session():
+        while (line := _read_line()) is not None:
+            if line == "/reset":
+                messages = list(start)
+                continue
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                answer = client.answer(client.encode_chat(asked), sampling)
+            except KeyboardInterrupt:
+                typer.echo("\n(stopped)", err=True)
+            except SplitnetError as error:
+                if not sys.stdin.isatty():
+                    raise
+                typer.secho(f"\nerror: {printable(str(error))}", err=True, fg="red")
+                typer.secho("the conversation is kept: say it again when that is done", err=True, dim=True)
+            else:
+                messages = [*asked, {"role": "assistant", "content": answer.text}]
+
+
+def _read_line() -> str | None:
+    """The next line that says something; None at the end."""
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            if terminal:
+                typer.echo()
+            return None
+        if line == "/exit":
+            return None
+        if line:
+            return line

@@ -37,28 +37,26 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `generate()`."""
+        limits = {"max_new_tokens": self.max_new_tokens}
         if not self.temperature:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False, "temperature": None, "top_p": None}
+            return {**limits, "do_sample": False, "temperature": None, "top_p": None}
         torch.manual_seed(self.seed if self.seed is not None else random.getrandbits(63))
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-        }
+        return {**limits, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
 
 
 @dataclass
 class Client:
-    """A model with remote blocks, and its tokenizer."""
+    """A model with remote blocks, and its tokenizer.
+
+    Attributes:
+        generator: the model itself, or what PEFT has made of it.
+        speculate: where drafts come from; None: there are none.
+    """
 
     model: RemoteCausalLM
     tokenizer: Any
     generator: Any
-    """The model itself, or what PEFT has made of it."""
-
     speculate: Any
-    """Where drafts come from; None: there are none."""
 
     @classmethod
     def connect(cls, connection: Connection, adapter: Path | None = None, speculate: str | None = None) -> Client:
@@ -88,11 +86,9 @@ class Client:
         if chat is None:
             chat = bool(self.tokenizer.chat_template)
         if not chat:
-            ids = self.tokenizer(prompt, return_tensors="pt").input_ids
-        else:
-            system_messages = [{"role": "system", "content": system}] if system else []
-            ids = self.encode_chat([*system_messages, {"role": "user", "content": prompt}])
-        return ids
+            return self.tokenizer(prompt, return_tensors="pt").input_ids
+        system_messages = [{"role": "system", "content": system}] if system else []
+        return self.encode_chat([*system_messages, {"role": "user", "content": prompt}])
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> torch.Tensor:
         """Token ids `[1, seq]` of a conversation, ready for the next answer."""
@@ -112,17 +108,13 @@ class Client:
         """Generates after `ids`, printing text as it comes."""
         streamer = _TimedStreamer(self.tokenizer, silent=not stream)
         began = time.perf_counter()
-        options = sampling.options()
-        drafts = self.speculate is not None and self.model.can_draft(ids.shape[1], sampling.max_new_tokens)
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        options = {**sampling.options(), "pad_token_id": end if pad is None else pad}
+        if self.speculate is not None and self.model.can_draft(ids.shape[1], sampling.max_new_tokens):
+            options["speculate"] = self.speculate
         try:
-            output = self.generator.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                streamer=streamer,
-                pad_token_id=self._pad(),
-                **({"speculate": self.speculate} if drafts else {}),
-                **options,
-            )
+            mask = torch.ones_like(ids)
+            output = self.generator.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **options)
         except SplitnetError:
             if streamer.first_token_at:
                 streamer.end()  # what was generated is printed to its last word
@@ -136,16 +128,11 @@ class Client:
             total_s=time.perf_counter() - began,
         )
 
-    def _pad(self) -> int | None:
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else self.tokenizer.eos_token_id
-
 
 def drafts_of(speculate: str | None, connection: Connection) -> Any:
     """What `RemoteCausalLM.generate` takes: a name stays, a hub id or folder becomes a model that runs here.
 
-    Raises:
-        ModelNotFound: there is no such model.
+    Raises ModelNotFound if there is no such model.
     """
     if speculate is None or speculate == PROMPT_LOOKUP:
         return speculate

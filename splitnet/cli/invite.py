@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from splitnet.security.identity import Identity
     from splitnet.security.swarm_key import SwarmKey
 
-
 _ABOUT = """\
 # An invitation to a swarm of splitnet. Whoever has this file is who was invited, so give it to nobody else:
 #   splitnet generate --invite FILE "Why is the sky blue?"
@@ -204,10 +203,9 @@ def key(
 ) -> None:
     """Print the public key of this machine, for the --authorized-keys file of a private swarm."""
     from splitnet.security.identity import Identity
+    from splitnet.security.swarm_key import SwarmKey
 
     if swarm_key is not None:
-        from splitnet.security.swarm_key import SwarmKey
-
         SwarmKey.create(swarm_key)
         typer.echo(f"{swarm_key} holds a new swarm key: give it to members alone, as `splitnet invite` does")
         return

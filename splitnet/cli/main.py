@@ -16,11 +16,10 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.chat import chat
 from splitnet.cli.configuration import CONFIG_VARIABLE, ConfigurableGroup, read_configuration
 from splitnet.cli.demo import demo
 from splitnet.cli.dht import dht
-from splitnet.cli.generate import generate
+from splitnet.cli.generate import chat, generate
 from splitnet.cli.invite import invite, key
 from splitnet.cli.peer import peer
 from splitnet.cli.serve import serve
@@ -32,18 +31,27 @@ from splitnet.process import ENDING
 from splitnet.version import __version__
 
 _ABSENT = "Not installed: says how to install it."
+_OURS = ("peers", "scheduler", "simulator", "splitnet")
 
 
 def _leaf(entry: str) -> Callable[..., None]:
     """The command `MODULE:FUNCTION` of a tool that nothing else imports.
 
-    If that package is absent, or another of its name stands in its place: a command that says so.
+    If that module or a library is absent, or another of its name stands in its place: a command that says so. Any other
+    error is a fault of ours, and raised.
     """
     module, _, name = entry.partition(":")
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing.partition(".")[0] in _OURS and not f"{module}.".startswith(f"{missing}."):
+            raise
         reason = str(error)
+    else:
+        if hasattr(found, name):
+            return getattr(found, name)
+        reason = f"it has no {name}"
 
     def absent(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
         raise SplitnetError(
@@ -55,11 +63,11 @@ def _leaf(entry: str) -> Callable[..., None]:
     return absent
 
 
-bench = _leaf("splitnet.tools.bench.command:bench")
-doctor = _leaf("splitnet.tools.doctor.command:doctor")
-plan = _leaf("splitnet.tools.plan.command:plan")
+bench = _leaf("splitnet.tools.bench:bench")
+doctor = _leaf("splitnet.tools.doctor:doctor")
+plan = _leaf("splitnet.tools.plan:plan")
 simulate = _leaf("simulator.command:simulate")
-tune = _leaf("splitnet.tools.tune.command:tune")
+tune = _leaf("splitnet.tools.tune:tune")
 
 app = typer.Typer(
     name="splitnet",
@@ -76,10 +84,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
         'splitnet generate demo "Write a haiku." --join /ip4/... --temperature 0.8 --stats',
     ),
     chat: ("splitnet chat Qwen/Qwen3-8B", 'splitnet chat demo --join /ip4/... --system "Answer in one sentence."'),
-    serve: (
-        "splitnet serve Qwen/Qwen3-8B",
-        "splitnet serve demo --join /ip4/... --host 0.0.0.0 --api-key-file keys",
-    ),
+    serve: ("splitnet serve Qwen/Qwen3-8B", "splitnet serve demo --join /ip4/... --host 0.0.0.0 --api-key-file keys"),
     tune: (
         "splitnet tune Qwen/Qwen3-8B --data chats.jsonl --output my-adapter",
         "splitnet tune Qwen/Qwen3-8B --data chats.jsonl --output my-adapter --steps 500 --rank 16 --resume",
@@ -99,10 +104,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
         "--name bob --options kv=8GiB",
     ),
     demo: ("splitnet demo", 'splitnet demo Qwen/Qwen3-0.6B --peers 2 --prompt "Tell a joke."'),
-    simulate: (
-        "splitnet simulate --peers 200 --clients 200",
-        "splitnet simulate --scenario heavy --against all",
-    ),
+    simulate: ("splitnet simulate --peers 200 --clients 200", "splitnet simulate --scenario heavy --against all"),
 }
 """Of each command, as its `--help` shows them; /ip4/... and tcp://... stand for what a peer prints."""
 

@@ -14,10 +14,6 @@ import typer
 from scheduler.facts import MAX_WATTS
 from splitnet import foreign_modules
 from splitnet.cli.arguments import (
-    COMPUTING,
-    KEYS,
-    NETWORK,
-    SWARM,
     Device,
     InviteFile,
     JoinIfAny,
@@ -26,13 +22,18 @@ from splitnet.cli.arguments import (
     RelayPort,
     RelayRate,
     SwarmKeyFile,
+    box,
+    in_computing,
+    in_keys,
+    in_network,
+    in_swarm,
     one_identity,
     parse_blocks,
     parse_host_port,
     parse_relay_rate,
     resolve_model,
 )
-from splitnet.cli.daemon import StopSignals, forget_address, tell_addresses, write_address
+from splitnet.cli.daemon import StopSignals, forget_address, told
 from splitnet.cli.invite import Invite, model_or_invited, with_invitation
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
     from peers.server import Peer
 
 
-MEMORY = "Blocks and memory"
-SHARING = "Weights for others"
+in_memory = box("Blocks and memory")
+in_sharing = box("Weights for others")
 
 
 class Dtype(StrEnum):
@@ -71,153 +72,102 @@ class WeightKind(StrEnum):
 def peer(
     model: ModelOrInvite = None,
     blocks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="START:END",
-            help="Blocks to serve; chosen by what the swarm lacks if not given.",
-            rich_help_panel=MEMORY,
-        ),
+        str | None, in_memory(metavar="START:END", help="Blocks to serve; chosen by what the swarm lacks if not given.")
     ] = None,
-    memory: Annotated[
-        str | None, typer.Option(metavar="4GiB", help="Memory for blocks; as many as fit.", rich_help_panel=MEMORY)
-    ] = None,
-    kv_memory: Annotated[
-        str | None, typer.Option(metavar="1GiB", help="Memory for the KV caches of sessions.", rich_help_panel=MEMORY)
-    ] = None,
+    memory: Annotated[str | None, in_memory(metavar="4GiB", help="Memory for blocks; as many as fit.")] = None,
+    kv_memory: Annotated[str | None, in_memory(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,
     training_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="1GiB",
-            help="Memory to keep for clients that train; one key gets half at most.",
-            rich_help_panel=MEMORY,
-        ),
+        str | None, in_memory(metavar="1GiB", help="Memory to keep for clients that train; one key gets half at most.")
     ] = None,
     join: JoinIfAny = None,
     lan: Annotated[
         bool | None,
-        typer.Option(
+        in_swarm(
             "--lan/--no-lan",
             envvar="SPLITNET_LAN",
             help="Find others on this network and be found; on without --join, unless --listen is on loopback.",
             show_default=False,
-            rich_help_panel=SWARM,
         ),
     ] = None,
     listen: Annotated[
-        str,
-        typer.Option(
-            metavar="tcp://HOST:PORT",
-            help="Where to take activations; port 0 is any free one.",
-            rich_help_panel=NETWORK,
-        ),
+        str, in_network(metavar="tcp://HOST:PORT", help="Where to take activations; port 0 is any free one.")
     ] = "tcp://0.0.0.0:0",
     dht_listen: Annotated[
-        str | None,
-        typer.Option(metavar="/ip4/HOST/tcp/PORT", help="Where to take part in the DHT.", rich_help_panel=NETWORK),
+        str | None, in_network(metavar="/ip4/HOST/tcp/PORT", help="Where to take part in the DHT.")
     ] = None,
     public_host: Annotated[
         str | None,
-        typer.Option(
-            metavar="HOST[:PORT]",
-            help="How others reach this machine, if by another name or port (NAT, containers).",
-            rich_help_panel=NETWORK,
+        in_network(
+            metavar="HOST[:PORT]", help="How others reach this machine, if by another name or port (NAT, containers)."
         ),
     ] = None,
     reach: Annotated[
         Reach,
-        typer.Option(
+        in_network(
             help="How others reach this peer: at its address, through helpers, or (auto) as others find out; with "
-            "--public-host at its address.",
-            rich_help_panel=NETWORK,
+            "--public-host at its address."
         ),
     ] = Reach.auto,
     port_mapping: Annotated[
-        bool,
-        typer.Option(
-            help="Ask the router for a port (NAT-PMP, UPnP) if others find that they need one.", rich_help_panel=NETWORK
-        ),
+        bool, in_network(help="Ask the router for a port (NAT-PMP, UPnP) if others find that they need one.")
     ] = True,
     relay_port: RelayPort = None,
     relay_rate: RelayRate = None,
     device: Device = "auto",
     dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="What blocks compute in; the checkpoint's own if not given.", rich_help_panel=COMPUTING),
+        Dtype | None, in_computing(help="What blocks compute in; the checkpoint's own if not given.")
     ] = None,
     weights: Annotated[
         WeightKind,
-        typer.Option(
-            help="What weights are held as; auto: as stored, or float16 where they are float32 on x86 CPUs.",
-            rich_help_panel=COMPUTING,
-        ),
+        in_computing(help="What weights are held as; auto: as stored, or float16 where they are float32 on x86 CPUs."),
     ] = WeightKind.auto,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads to compute with.", rich_help_panel=COMPUTING)
-    ] = None,
+    threads: Annotated[int | None, in_computing(min=1, help="CPU threads to compute with.")] = None,
     authorized_keys: Annotated[
         Path | None,
-        typer.Option(
-            help="File with the keys (see `splitnet key`) that may connect, and what each gets; anyone if not given.",
-            rich_help_panel=KEYS,
+        in_keys(
+            help="File with the keys (see `splitnet key`) that may connect, and what each gets; anyone if not given."
         ),
     ] = None,
     key_file: Annotated[
         Path | None,
-        typer.Option(
-            callback=one_identity,
-            help="File with the key of this peer; a new key at each start if not given.",
-            rich_help_panel=KEYS,
-        ),
+        in_keys(callback=one_identity, help="File with the key of this peer; a new key at each start if not given."),
     ] = None,
     swarm_key: SwarmKeyFile = None,
     invite: InviteFile = None,
     model_id: ModelId = None,
     share_weights: Annotated[
         bool | None,
-        typer.Option(
+        in_sharing(
             "--share-weights/--no-share-weights",
             help="Give weights to who may connect; on with --authorized-keys without `anyone`, or in a closed swarm.",
             show_default=False,
-            rich_help_panel=SHARING,
         ),
     ] = None,
     share_rate: Annotated[
         str | None,
-        typer.Option(
-            metavar="64MiB",
-            help="Bytes per second of that, in all; a quarter while sessions are served.",
-            rich_help_panel=SHARING,
-        ),
+        in_sharing(metavar="64MiB", help="Bytes per second of that, in all; a quarter while sessions are served."),
     ] = None,
     metrics_port: Annotated[
         str | None,
-        typer.Option(
-            metavar="[HOST:]PORT",
-            help="Serve metrics for Prometheus there, at /metrics; 127.0.0.1 by default.",
-            rich_help_panel=NETWORK,
+        in_network(
+            metavar="[HOST:]PORT", help="Serve metrics for Prometheus there, at /metrics; 127.0.0.1 by default."
         ),
     ] = None,
     watts: Annotated[
         float | None,
-        typer.Option(
+        in_computing(
             metavar="WATTS",
             help="What the device draws while it computes; read from its counters if not given (docs/energy.md).",
-            rich_help_panel=COMPUTING,
         ),
     ] = None,
     drain_s: Annotated[
-        float,
-        typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over when told to end."),
+        float, typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over when told to end.")
     ] = 15.0,
     address_file: Annotated[
-        Path | None,
-        typer.Option(help="Write the address to join with here, once this peer serves.", rich_help_panel=SWARM),
+        Path | None, in_swarm(help="Write the address to join with here, once this peer serves.")
     ] = None,
     join_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="Join through the peer that writes this --address-file, and wait for it.", rich_help_panel=SWARM
-        ),
+        Path | None, in_swarm(help="Join through the peer that writes this --address-file, and wait for it.")
     ] = None,
 ) -> None:
     """Serve blocks of MODEL until interrupted (SIGINT or SIGTERM); then running sessions move to other peers."""
@@ -226,14 +176,12 @@ def peer(
     if blocks and memory:
         raise typer.BadParameter("give --blocks or --memory, not both")
     wanted_blocks = parse_blocks(blocks) if blocks else None
-    wanted_memory = parse_bytes(memory) if memory else None
-    wanted_kv_memory = parse_bytes(kv_memory) if kv_memory else None
-    wanted_training_memory = parse_bytes(training_memory) if training_memory else None
+    sizes = [parse_bytes(text) if text else None for text in (memory, kv_memory, training_memory, share_rate)]
+    wanted_memory, wanted_kv_memory, wanted_training_memory, wanted_share = sizes
     wanted_metrics = parse_host_port(metrics_port) if metrics_port else None
     if watts is not None and not 0 < watts <= MAX_WATTS:
         raise SplitnetError(f"--watts {watts:g} is no power of a device: give more than 0 and at most {MAX_WATTS:g}")
     wanted_rate = parse_relay_rate(relay_rate, relay_port)
-    wanted_share = parse_bytes(share_rate) if share_rate else None
     if wanted_share == 0:
         raise typer.BadParameter("--share-rate gives nothing: give more, or --no-share-weights")
     if wanted_share is not None and share_weights is False:
@@ -243,9 +191,8 @@ def peer(
         refuse_taken(f"{listen.rpartition(':')[0]}:{relay_port}")
     forget_address(address_file)
     checkpoint = resolve_model(model_or_invited(model, invite))
-    given = with_invitation(
-        ConnectionOptions(initial_peers=join or (), swarm_key=swarm_key, invite=invite, model_id=model_id)
-    )
+    connecting = ConnectionOptions(initial_peers=join or (), swarm_key=swarm_key, invite=invite, model_id=model_id)
+    given = with_invitation(connecting)
 
     stop = StopSignals()
     import_models(signals_raise=False)
@@ -334,15 +281,12 @@ def peer(
         if metrics is not None:
             metrics.serve(registry_of(serving))
             typer.echo(f"metrics at {metrics.url}")
-        addresses = [*serving.addresses, serving.join_address]
-        tell_addresses(addresses)
-        write_address(address_file, addresses[0])
-        stop.wait()
-        typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")
-        with suppress(KeyboardInterrupt):
-            serving.drain(drain_s)
+        with told([*serving.addresses, serving.join_address], address_file):
+            stop.wait()
+            typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")
+            with suppress(KeyboardInterrupt):
+                serving.drain(drain_s)
     finally:
-        forget_address(address_file)
         serving.close()
         if metrics is not None:
             metrics.close()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, connects, require, resolve_model
+from splitnet.cli.arguments import ModelOrInvite, box, connects, require, resolve_model
 from splitnet.cli.generate import Speculate
 from splitnet.cli.invite import model_or_invited
 from splitnet.errors import SplitnetError
@@ -19,8 +20,8 @@ from splitnet.logs import tell
 from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import listen_at
 
-_HTTP = "HTTP"
-_LIMITS = "How much at a time"
+in_http = box("HTTP")
+in_limits = box("How much at a time")
 
 
 class SamplingDefaults(StrEnum):
@@ -48,77 +49,51 @@ def serve(
     model: ModelOrInvite = None,
     *,
     connecting: ConnectionOptions,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.", rich_help_panel=_HTTP)
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any free one.", rich_help_panel=_HTTP)
-    ] = 8000,
+    host: Annotated[str, in_http(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, in_http(min=0, max=65535, help="Port to listen on; 0 is any free one.")] = 8000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(
+        in_http(
             help="File with the API keys that clients may use, one per line, before or after it options as in "
-            "`weight=4,tokens-per-minute=6000`; anyone if not given.",
-            rich_help_panel=_HTTP,
+            "`weight=4,tokens-per-minute=6000`; anyone if not given."
         ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(
+        in_http(
             metavar="NAME",
             help="Host name by which the server may be asked where there are no API keys, besides localhost and IP "
             "addresses. Can be given several times.",
-            rich_help_panel=_HTTP,
         ),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option(
+        in_http(
             metavar="ORIGIN",
             callback=_checked_origins,
             help="Site whose pages may use the server, such as https://chat.example.org, besides those of this "
             "machine; * is any, with API keys only. Can be given several times.",
-            rich_help_panel=_HTTP,
         ),
     ] = None,
     served_name: Annotated[
         list[str] | None,
-        typer.Option(
+        in_http(
             metavar="NAME",
             callback=_checked_names,
             help="Name of the model in requests and answers; that of its folder, file or hub id if not given. Can be "
             "given several times; answers have the first.",
-            rich_help_panel=_HTTP,
         ),
     ] = None,
-    max_requests: Annotated[
-        int, typer.Option(min=1, max=1024, help="Requests that run at a time.", rich_help_panel=_LIMITS)
-    ] = 16,
-    max_waiting: Annotated[
-        int, typer.Option(min=0, help="Requests that wait; more are told to come again.", rich_help_panel=_LIMITS)
-    ] = 64,
+    max_requests: Annotated[int, in_limits(min=1, max=1024, help="Requests that run at a time.")] = 16,
+    max_waiting: Annotated[int, in_limits(min=0, help="Requests that wait; more are told to come again.")] = 64,
     keep_sessions: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Chats whose KV caches stay on the peers between turns; 0: none.", rich_help_panel=_LIMITS
-        ),
+        int, in_limits(min=0, help="Chats whose KV caches stay on the peers between turns; 0: none.")
     ] = 16,
-    keep_positions: Annotated[
-        int, typer.Option(min=0, help="Positions of KV cache that they take at most.", rich_help_panel=_LIMITS)
-    ] = 16384,
-    keep_for: Annotated[
-        float,
-        typer.Option(min=0, metavar="SECONDS", help="How long they stay without use.", rich_help_panel=_LIMITS),
-    ] = 300.0,
+    keep_positions: Annotated[int, in_limits(min=0, help="Positions of KV cache that they take at most.")] = 16384,
+    keep_for: Annotated[float, in_limits(min=0, metavar="SECONDS", help="How long they stay without use.")] = 300.0,
     drain_s: Annotated[
         float,
-        typer.Option(
-            "--drain",
-            min=0,
-            metavar="SECONDS",
-            help="Time for running requests to finish when told to end.",
-            rich_help_panel=_LIMITS,
-        ),
+        in_limits("--drain", min=0, metavar="SECONDS", help="Time for running requests to finish when told to end."),
     ] = 10.0,
     sampling_defaults: Annotated[
         SamplingDefaults,
@@ -163,11 +138,5 @@ def serve(
         names=served_name or (),
         checkpoint_sampling=sampling_defaults is SamplingDefaults.checkpoint,
     )
-    serve_until_told(
-        checkpoint,
-        lambda: connection.swarm(checkpoint),
-        connection.options,
-        options,
-        say=typer.echo,
-        warn=lambda text: tell(logging.WARNING, text),
-    )
+    join, warn = partial(connection.swarm, checkpoint), partial(tell, logging.WARNING)
+    serve_until_told(checkpoint, join, connection.options, options, say=typer.echo, warn=warn)

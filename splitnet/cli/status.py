@@ -60,26 +60,21 @@ def _print_table(overview: Overview) -> None:
     )
     for column in ("blocks", "address", "reached", "device"):
         table.add_column(column, no_wrap=column != "device")
-    columns = ["ms/token", "J/token", "free KV", "sessions"]
-    if not any(record.watts for record in overview.records):
-        columns.remove("J/token")
-    for column in columns:
+    shows_energy = any(record.watts for record in overview.records)
+    for column in ("ms/token", *(["J/token"] * shows_energy), "free KV", "sessions"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("key", no_wrap=True)
     for record in overview.records:
         blocks, joules = blocks_text(record.start, record.end), token_joules(record)
-        figures = {
-            "ms/token": f"{token_ms(record):.1f}",
-            "J/token": "?" if joules is None else f"{joules:.3g}",
-            "free KV": str(record.kv_free_positions),
-            "sessions": str(record.sessions),
-        }
         table.add_row(
             f"{blocks} -> {blocks_text(*record.moving_to)}" if record.moving_to else blocks,
             record.address.removeprefix("tcp://"),
             reached(record),
             f"{record.device} {record.dtype}",
-            *(figures[column] for column in columns),
+            f"{token_ms(record):.1f}",
+            *(["?" if joules is None else f"{joules:.3g}"] * shows_energy),
+            str(record.kv_free_positions),
+            str(record.sessions),
             short_key(record.key.text),
         )
     console.print(table)

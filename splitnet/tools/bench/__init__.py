@@ -1,1 +1,81 @@
-"""Measures a swarm."""
+"""`splitnet bench`: what a swarm does, in numbers."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from splitnet.cli.arguments import ModelOrInvite, box, connects, resolve_model
+from splitnet.cli.invite import model_or_invited
+from splitnet.errors import SplitnetError
+from splitnet.import_shims import import_models
+from splitnet.session.options import ConnectionOptions
+from splitnet.tools.bench.report import cases_of
+
+in_tests = box("Tests")
+in_manner = box("How to measure")
+
+
+@connects(without=("recovery_timeout_s", "tokenizer"))
+def bench(
+    model: ModelOrInvite = None,
+    *,
+    connecting: ConnectionOptions,
+    local: Annotated[
+        bool,
+        typer.Option(
+            "--local", help="Measure plain transformers in this process; with --join or --invite, both in turns."
+        ),
+    ] = False,
+    prefill: Annotated[
+        list[int] | None, in_tests(min=0, help="Tokens of a prompt; repeat for several, 0: none.", show_default="512")
+    ] = None,
+    decode: Annotated[int, in_tests(min=0, help="Tokens of an answer, after its first; 0: none.")] = 128,
+    context: Annotated[
+        list[int] | None,
+        in_tests(min=0, help="Tokens in the KV cache before an answer; repeat for several.", show_default="0"),
+    ] = None,
+    clients: Annotated[
+        list[int] | None,
+        in_tests(min=1, max=256, help="How many answers at once; repeat for several.", show_default="1"),
+    ] = None,
+    rounds: Annotated[int, in_manner(min=1, help="How often to measure all.")] = 3,
+    warm_up: Annotated[int, in_manner(min=0, help="Rounds before, which do not count.")] = 1,
+    threads: Annotated[
+        int | None,
+        in_manner(min=1, help="CPU threads of this process: of --local, and of the client's part of the model."),
+    ] = None,
+    seed: Annotated[int, in_manner(min=0, max=2**31, help="Of the random tokens of prompts.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all rounds as JSON instead of a table.")] = False,
+) -> None:
+    """Measure how fast prompts are read and answers are generated, through a swarm, here, or both in turns.
+
+    Prompts are random tokens, answers have exactly as many tokens as asked for, whatever the model says.
+    """
+    if not (connecting.initial_peers or connecting.lan or local or connecting.invite):
+        raise SplitnetError(
+            "there is nothing to measure: give --join ADDR for a swarm, --local for plain transformers here, or both"
+        )
+    cases = cases_of(prefill or [512], decode, context or [0], clients or [1])
+    if not cases:
+        raise SplitnetError("--prefill 0 and --decode 0 leave nothing to measure: give tokens to one of them")
+    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
+
+    import_models()
+    from splitnet.cli.connection import Connection
+    from splitnet.tools.bench.backends import Benchmark
+
+    connection = Connection(checkpoint, connecting)
+    report = Benchmark(cases, rounds, warm_up, seed, threads, local).run(connection)
+    if as_json:
+        typer.echo(json.dumps(report.document()))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a file has room for all columns
+    console.print(report.table())
+    typer.echo(report.sentence())

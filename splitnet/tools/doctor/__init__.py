@@ -1,1 +1,84 @@
-"""Finds what is wrong with a machine, and with its way to a swarm."""
+"""`splitnet doctor`: what is wrong with this machine, and with its way to a swarm."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from splitnet.cli.arguments import Device, InviteFile, JoinToExamine, KeyFile, Lan, SwarmKeyFile, resolve_model
+from splitnet.cli.invite import model_or_invited, with_invitation
+from splitnet.import_shims import import_models
+from splitnet.session.options import ConnectionOptions
+
+if TYPE_CHECKING:
+    from splitnet.tools.doctor.machine import Finding
+
+_COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}
+_CHECK_WIDTH = 10
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="Hugging Face id or checkpoint folder, to check whether it can be used here.")
+    ] = None,
+    join: JoinToExamine = None,
+    lan: Lan = True,
+    listen: Annotated[
+        str | None,
+        typer.Option(metavar="tcp://HOST:PORT", help="Where a peer here would listen; it must be reached then."),
+    ] = None,
+    public_host: Annotated[
+        str | None, typer.Option(metavar="HOST[:PORT]", help="How others would reach it, if by another name or port.")
+    ] = None,
+    device: Device = "auto",
+    key_file: KeyFile = None,
+    swarm_key: SwarmKeyFile = None,
+    invite: InviteFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Check this machine, a MODEL and the way to a swarm; say what is wrong and what to do.
+
+    Ends with exit code 1 if a check has failed. docs/doctor.md lists the checks.
+    """
+    options = with_invitation(
+        ConnectionOptions(
+            initial_peers=join or (), lan=lan, device=device, key_file=key_file, swarm_key=swarm_key, invite=invite
+        )
+    )
+    source = resolve_model(model_or_invited(model, invite)) if model or invite else None
+
+    import_models()
+    from splitnet.tools.doctor.examination import Setup, examine
+
+    findings: list[Finding] = []
+    for finding in examine(Setup(model=source, options=options, listen=listen, public_host=public_host)):
+        findings.append(finding)
+        if not as_json:
+            typer.secho(f"{finding.status:<5}", fg=_COLORS[finding.status], nl=False)
+            typer.echo(f"{finding.check:<{_CHECK_WIDTH}} {finding.text}")
+    typer.echo(json.dumps(document(findings)) if as_json else summary(findings))
+    if has_failed(findings):
+        raise typer.Exit(1)
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """How many checks passed, warned and failed."""
+    counts = Counter(str(finding.status) for finding in findings)
+    passed, warned, failed = (counts[status] for status in _COLORS)
+    told = f"{passed} passed, {warned} warned, {failed} failed"
+    return f"{told}: docs/doctor.md has more on each check" if failed else told
+
+
+def has_failed(findings: Sequence[Finding]) -> bool:
+    """Whether something cannot work."""
+    return any(finding.status == "fail" for finding in findings)
+
+
+def document(findings: Sequence[Finding]) -> dict[str, Any]:
+    """For JSON."""
+    return {"failed": has_failed(findings), "findings": [asdict(finding) for finding in findings]}

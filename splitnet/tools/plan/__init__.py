@@ -1,1 +1,196 @@
-"""Cuts a model over known devices."""
+"""`splitnet plan`: how to cut a model over devices that are known, and what to expect of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from splitnet.blocks.device import AUTO
+from splitnet.cli.arguments import Model, quiet_libraries, resolve_model
+from splitnet.cli.peer import Dtype, WeightKind
+from splitnet.errors import SplitnetError
+from splitnet.import_shims import import_models
+
+if TYPE_CHECKING:
+    from splitnet.tools.plan.planning import Plan, PlannedSpan
+
+DEFAULT_CONTEXT = 2048
+DEFAULT_PROMPT = 512
+DEFAULT_SESSIONS = 8
+
+
+class Objective(StrEnum):
+    """What the best partition is."""
+
+    latency = "latency"
+    throughput = "throughput"
+
+
+def plan(
+    model: Model,
+    devices: Annotated[
+        Path, typer.Option(metavar="FILE", help="Devices and links, as in examples/devices.yaml.", show_default=False)
+    ],
+    objective: Annotated[
+        Objective,
+        typer.Option("--for", help="latency: one session gets its tokens soonest. throughput: many get most together."),
+    ] = Objective.latency,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help=f"Length of a session that each device has memory for; {DEFAULT_CONTEXT}, or the model's if shorter.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help=f"Length of the prompt that the first token answers; {DEFAULT_PROMPT}, or the context if shorter.",
+            show_default=False,
+        ),
+    ] = None,
+    sessions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=256,
+            help=f"How many each device has memory for; 1, or {DEFAULT_SESSIONS} with --for throughput.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="What blocks compute in; the checkpoint's own if not given.")
+    ] = None,
+    weights: Annotated[
+        WeightKind | None, typer.Option(help="What weights are held as; as stored if not given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show the best partition of MODEL over known devices, its speed, and the command for each device.
+
+    Only the model's config is read, and headers of its files if it is quantized. What FILE may say and how the figures
+    come about: docs/placement.md.
+    """
+    import_models()
+    from splitnet.tools.plan.devices_file import read_devices
+
+    file = read_devices(devices)
+    quiet_libraries()
+    checkpoint = resolve_model(model)
+
+    from splitnet.blocks.sizes import ModelSizes
+    from splitnet.tools.plan.planning import Demand, ModelTooBig, make_plan
+
+    sizes = ModelSizes.of(checkpoint, dtype.value if dtype else None, weights.value if weights else None)
+    limit = sizes.max_positions
+    if context is not None and limit is not None and context > limit:
+        raise SplitnetError(f"{sizes.name} was made for {limit} positions: use --context {limit} or less")
+    context = context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    prompt = prompt or min(DEFAULT_PROMPT, context)
+    if prompt > context:
+        raise SplitnetError(f"a prompt of {prompt} tokens does not fit in a context of {context}: raise --context")
+    many = objective is Objective.throughput
+    demand = Demand(context, prompt, sessions or (DEFAULT_SESSIONS if many else 1), many)
+    try:
+        made = make_plan(sizes, file, demand)
+    except ModelTooBig as error:
+        if not as_json:
+            raise
+        missing = {"missing_blocks": error.missing_blocks, "missing_bytes": error.missing_bytes}
+        typer.echo(json.dumps({"fits": False, "message": str(error), **missing}))
+        raise typer.Exit(1) from None
+    if weights is None and sizes.dtype == "float16":
+        dtype = Dtype.float16  # or CPUs would compute in float32, with caches of twice the size
+    commands = [_command(model, span, dtype, weights, joins=index > 0) for index, span in enumerate(made.spans)]
+    if as_json:
+        typer.echo(json.dumps(_as_json(made, commands)))
+    else:
+        _print(made, commands)
+
+
+def _command(model: str, span: PlannedSpan, dtype: Dtype | None, weights: WeightKind | None, *, joins: bool) -> str:
+    """What to run on the device of a stage."""
+    needed = span.memory_used - (span.device.memory - span.kv_memory)  # of all memory, what is not weights
+    whole_mib = span.kv_memory // 2**20
+    kv_memory = f"{whole_mib}MiB" if whole_mib * 2**20 >= needed else f"{span.kv_memory}B"
+    words = ["splitnet", "peer", model, "--blocks", f"{span.start}:{span.end}", "--kv-memory", kv_memory]
+    if span.device.torch_device not in (None, AUTO):
+        words += ["--device", str(span.device.torch_device)]
+    if span.device.watts:
+        words += ["--watts", f"{span.device.watts:.15g}"]
+    if dtype is not None:
+        words += ["--dtype", dtype.value]
+    if weights is not None:
+        words += ["--weights", weights.value]
+    return shlex.join(words) + (" --join ADDR" if joins else "")
+
+
+def _as_json(plan: Plan, commands: list[str]) -> dict[str, Any]:
+    from splitnet.tools.plan.planning import joules_of
+
+    return {
+        "fits": True,
+        "model": plan.sizes.name,
+        "dtype": plan.sizes.dtype,
+        "weights": plan.sizes.weights,
+        "num_blocks": plan.sizes.num_blocks,
+        "for": "throughput" if plan.demand.throughput else "latency",
+        "context": plan.demand.context,
+        "prompt": plan.demand.prompt,
+        "client": plan.client,
+        "client_ms_per_token": plan.client_ms,
+        "devices": [
+            {
+                "name": span.device.name,
+                "start": span.start,
+                "end": span.end,
+                "memory_used": span.memory_used,
+                "memory": span.device.memory,
+                "ms_per_token": span.ms_per_token,
+                "joules_per_token": span.joules_per_token,
+                "command": command,
+            }
+            for span, command in zip(plan.spans, commands, strict=True)
+        ],
+        "links": [
+            {"from": link.sender, "to": link.receiver, "latency_ms": link.latency_ms, "ms_per_token": link.ms_per_token}
+            for link in plan.links
+        ],
+        "joules_per_token": joules_of(plan.spans),
+        "tokens_per_s": plan.tokens_per_s,
+        "first_token_ms": plan.first_token_ms,
+        "sessions": plan.sessions,
+        "all_sessions_tokens_per_s": plan.all_tokens_per_s,
+        "alone_tokens_per_s": dict(plan.alone),
+        "all_devices_tokens_per_s": plan.everyone,
+        "exact": plan.exact,
+    }
+
+
+def _print(plan: Plan, commands: list[str]) -> None:
+    from rich.console import Console
+
+    from splitnet.tools.plan.planning import device_table, link_table, summary, title
+
+    console = Console(highlight=False)
+    console.print(title(plan), soft_wrap=True, markup=False)
+    console.print()
+    console.print(device_table(plan))
+    console.print()
+    console.print(link_table(plan))
+    console.print()
+    for sentence in summary(plan):
+        console.print(sentence, soft_wrap=True, markup=False)
+    console.print("\nRun on each device (ADDR is what the first one prints):")
+    for span, command in zip(plan.spans, commands, strict=True):
+        console.print(f"  {span.device.name}:", style="bold")
+        console.print(f"    {command}", soft_wrap=True, markup=False)

@@ -63,12 +63,7 @@ class AdapterOptions:
 
 ALL_LINEAR = "all-linear"
 
-_LEARNING_RATES = {
-    Method.PROMPT: 1e-2,
-    Method.PREFIX: 1e-2,
-    Method.P_TUNING: 1e-3,
-    Method.LORA: 1e-3,
-}
+_LEARNING_RATES = {Method.PROMPT: 1e-2, Method.PREFIX: 1e-2, Method.P_TUNING: 1e-3, Method.LORA: 1e-3}
 
 
 def with_new_adapter(

@@ -11,8 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 from splitnet.cli.configuration import ConfigurableGroup, read_configuration, without_options
-from splitnet.cli.option_table import settings, with_table
 from splitnet.errors import ConfigurationError
+from tests.option_table import settings, with_table
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -154,4 +154,4 @@ def test_daemons_of_a_demo_are_not_configured_from_outside() -> None:
 
 def test_the_table_in_the_documents_is_that_of_the_commands() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert text == with_table(text), "run: python -m splitnet.cli.option_table docs/configuration.md"
+    assert text == with_table(text), "run: python -m tests.option_table docs/configuration.md"

@@ -14,7 +14,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from splitnet.cli import connection
+from splitnet.cli import connection, main
 from splitnet.cli.arguments import as_arguments
 from splitnet.cli.main import EXAMPLES, app
 from splitnet.errors import SplitnetError
@@ -79,7 +79,7 @@ def test_wrong_options_are_told_before_anything_slow(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the model is looked for, and libraries are imported."""
-    for module in ("cli.serve", "cli.demo", "cli.generate", "cli.chat", "tools.tune.command"):
+    for module in ("cli.serve", "cli.demo", "cli.generate", "tools.tune"):
         monkeypatch.setattr(f"splitnet.{module}.resolve_model", lambda _: pytest.fail("the model is looked for"))
     (tmp_path / "data.jsonl").write_text('{"text": "a"}')
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -87,6 +87,31 @@ def test_wrong_options_are_told_before_anything_slow(
         ran = CliRunner().invoke(app, command.format_map(words).split())
     assert isinstance(ran.exception, SplitnetError), ran.output
     assert EARLY[command].format_map(words) in str(ran.exception)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told"),
+    [
+        (ModuleNotFoundError("No module named 'yaml'", name="yaml"), True),
+        (ModuleNotFoundError("No module named 'splitnet.tools.plan'", name="splitnet.tools.plan"), True),
+        (ModuleNotFoundError("No module named 'splitnet.blocks.absent'", name="splitnet.blocks.absent"), False),
+        (ImportError("cannot import name 'absent'", name="splitnet.blocks.device"), False),
+        (AttributeError("module 'splitnet' has no attribute 'absent'"), False),
+    ],
+)
+def test_a_tool_that_is_not_installed_is_told_and_a_fault_of_ours_raised(
+    error: Exception, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: str) -> Never:
+        raise error
+
+    monkeypatch.setattr(main, "import_module", fail)
+    if not is_told:
+        with pytest.raises(type(error)):
+            main._leaf("splitnet.tools.plan:plan")
+        return
+    with pytest.raises(SplitnetError, match=f"needs splitnet.tools.plan, which cannot be imported .*{error}"):
+        main._leaf("splitnet.tools.plan:plan")()
 
 
 class Reached(Exception):

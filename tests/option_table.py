@@ -1,4 +1,4 @@
-"""The table of all options in docs/configuration.md: `python -m splitnet.cli.option_table docs/configuration.md`."""
+"""The table of all options in docs/configuration.md: `python -m tests.option_table docs/configuration.md`."""
 
 from __future__ import annotations
 
