@@ -20,7 +20,7 @@ from statistics import median
 import torch
 from gguf import GGMLQuantizationType
 
-from splitnet.checkpoint.gguf.layouts import BLOCK_TYPES
+from splitnet.checkpoint.gguf.file import BLOCK_TYPES
 from splitnet.errors import KernelsError
 from splitnet.quant import native
 from splitnet.quant.grouped import BlockQuantWeight, held_bytes, hold_stored

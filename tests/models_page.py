@@ -11,7 +11,7 @@ from gguf import GGML_QUANT_SIZES
 
 from splitnet.checkpoint.families import FAMILIES as FACTS
 from splitnet.checkpoint.families import Family
-from splitnet.checkpoint.gguf.layouts import BLOCK_TYPES
+from splitnet.checkpoint.gguf.file import BLOCK_TYPES
 from splitnet.quant.grouped import held_bytes
 from splitnet.quant.stored import Kind, Layout
 from tests.swarm.test_catalogue import CATALOGUE, NOT_CUT

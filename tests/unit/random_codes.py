@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from splitnet.checkpoint.gguf.layouts import BLOCK_TYPES
+from splitnet.checkpoint.gguf.file import BLOCK_TYPES
 from splitnet.quant.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix
 
 LAYOUTS = {

@@ -28,24 +28,24 @@ _SAYS_NOTHING = frozenset(
 
 
 class Metadata:
-    """The metadata of a file's architecture; it knows which have been used."""
+    """The metadata of a file's architecture.
+
+    Attributes:
+        used: keys that were asked for, or are known to have no effect.
+    """
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
         self._values = file.of_architecture
-        self._used: set[str] = set()
+        self.used: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key without the name of the architecture."""
-        self._used.add(key)
+        self.used.add(key)
         return self._values.get(key, default)
-
-    def skip(self, *keys: str) -> None:
-        """Says that keys are known and have no effect."""
-        self._used.update(keys)
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
@@ -61,7 +61,7 @@ class Metadata:
         Raises:
             UnsupportedModel: the message names it.
         """
-        left = sorted(self._values.keys() - self._used - _SAYS_NOTHING)
+        left = sorted(self._values.keys() - self.used - _SAYS_NOTHING)
         if left:
             raise UnsupportedModel(
                 f"{self.file.name} has {self.file.architecture}.{left[0]}, whose meaning splitnet does not know: take "
@@ -122,7 +122,7 @@ def rope_parameters(metadata: Metadata, *, head_dim: int, partial: bool = False)
         parameters |= _yarn(metadata)
     elif kind not in ("none", "longrope"):
         raise _odd(metadata, f"scales its rotary embedding in a way that is not known ({kind})")
-    metadata.skip("rope.scaling.factor", "rope.scaling.original_context_length")
+    metadata.used |= {"rope.scaling.factor", "rope.scaling.original_context_length"}
     tensors = metadata.file.tensors
     if kind in ("linear", "yarn") and ROPE_TENSORS & tensors.keys():
         raise _odd(metadata, f"scales its rotary embedding twice ({kind}, and by {min(ROPE_TENSORS & tensors.keys())})")

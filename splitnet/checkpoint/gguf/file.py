@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderField, ReaderTensor
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderField, ReaderTensor
 
-from splitnet.checkpoint.gguf.layouts import Bytes, layout_of, plain_dtype, read_codes
 from splitnet.checkpoint.shards import MOST_OF_NAME
 from splitnet.checkpoint.transfer.manifest import MAX_HEAD_BYTES
 from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
-from splitnet.quant.stored import Codes, Experts, Layout, PackedTensor, StoredMatrix
+from splitnet.quant.stored import Codes, Experts, Kind, Layout, PackedTensor, StoredMatrix
 
+Bytes = npt.NDArray[np.uint8]
+_Type = GGMLQuantizationType
+_PLAIN = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
 _LONG = 1024
 """Numbers; a list with one for each block is shorter."""
 _MAX_FIELDS = 1 << 12
@@ -108,12 +110,12 @@ class GgufTensor:
         Raises:
             UnsupportedModel: the type is not known.
         """
-        return None if plain_dtype(self.stored) is not None else layout_of(self.stored, self.name)
+        return None if self.stored in _PLAIN else layout_of(self.stored, self.name)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of its numbers; codes are read as float32, for what they stand for is exact in no smaller type."""
-        return plain_dtype(self.stored) or torch.float32
+        return _PLAIN.get(self.stored, torch.float32)
 
     @property
     def nbytes(self) -> int:
@@ -121,9 +123,8 @@ class GgufTensor:
 
     def tensor(self) -> torch.Tensor:
         """Reads numbers; of codes a `PackedTensor`, which reads them when they are asked for."""
-        dtype = plain_dtype(self.stored)
-        if dtype is not None:
-            return torch.from_numpy(np.array(self.data)).view(dtype).reshape(self.shape)
+        if self.stored in _PLAIN:
+            return torch.from_numpy(np.array(self.data)).view(self.dtype).reshape(self.shape)
         rows = self.data.reshape(-1, self.data.shape[-1])
         whole = _FileMatrix(self.name, self.stored, rows, self.shape[-1])
         if len(self.shape) == 1:
@@ -268,3 +269,157 @@ def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
         except OSError as error:
             raise ModelNotFound(f"there is no file {path}: give the path of a GGUF file") from error
         return {key: _value(it) for key, it in reader.fields.items() if it.types != _SKIPPED}, reader.tensors
+
+
+# The types in which weights are stored. A row is a sequence of blocks; a block holds the scales and the codes of 32 or
+# 256 inputs. Source of the packings: the `dequantize_blocks` methods of the `gguf` package (gguf/quants.py), against
+# which the tests compare.
+
+
+class BlockType(NamedTuple):
+    """A type whose values are stored as codes.
+
+    Attributes:
+        unpack: `[outputs, blocks, bytes of a block]` -> codes and what belongs to them.
+    """
+
+    layout: Layout
+    unpack: Callable[[Bytes], Codes]
+
+
+def layout_of(stored: GGMLQuantizationType, tensor: str) -> Layout:
+    """The layout of a type that stores codes.
+
+    Args:
+        tensor: its name, for the message.
+
+    Raises:
+        UnsupportedModel: the type is not known.
+    """
+    if stored not in BLOCK_TYPES:
+        known = ", ".join(one.name for one in (*_PLAIN, *BLOCK_TYPES))
+        raise UnsupportedModel(
+            f"{tensor} is stored as {stored.name}, which splitnet does not read: take a GGUF file with {known}"
+        )
+    return BLOCK_TYPES[stored].layout
+
+
+def read_codes(stored: GGMLQuantizationType, rows: Bytes) -> Codes:
+    """The codes of rows of one of `BLOCK_TYPES`.
+
+    Args:
+        rows: `[outputs, bytes of a row]`.
+    """
+    _, block_bytes = GGML_QUANT_SIZES[stored]
+    return BLOCK_TYPES[stored].unpack(rows.reshape(len(rows), -1, block_bytes))
+
+
+def _tensor(array: npt.NDArray[np.generic]) -> torch.Tensor:
+    """`[outputs, ...]` with all that belongs to an output in one row."""
+    return torch.from_numpy(np.ascontiguousarray(array).reshape(len(array), -1))
+
+
+def _float16(blocks: Bytes, at: int) -> torch.Tensor:
+    return _tensor(np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16))
+
+
+def _shifted(packed: Bytes, width: int, per_byte: int) -> Bytes:
+    """`[..., bytes]` -> `[..., per_byte, bytes]`: fields of `width` bits, the lowest first."""
+    shifts = np.arange(0, per_byte * width, width, dtype=np.uint8)[:, None]
+    return (packed[..., None, :] >> shifts) & np.uint8(2**width - 1)
+
+
+def _in_runs(packed: Bytes, run: int, width: int, per_byte: int) -> Bytes:
+    """Codes of which the first `run` lie in the lowest bits of `run` bytes, the next in the next bits, and so on."""
+    shape = packed.shape[:-1]
+    return _shifted(packed.reshape(*shape, -1, run), width, per_byte).reshape(*shape, -1)
+
+
+def _q8_0(blocks: Bytes) -> Codes:
+    return Codes(_tensor(blocks[..., 2:] ^ np.uint8(128)), _float16(blocks, 0))
+
+
+def _q4_or_5(bits: int, zeros: bool) -> Callable[[Bytes], Codes]:
+    def unpack(blocks: Bytes) -> Codes:
+        at = 4 if zeros else 2
+        codes = _in_runs(blocks[..., -16:], 16, 4, 2)
+        if bits == 5:  # of each code the highest bit, in four bytes
+            codes |= np.unpackbits(blocks[..., at : at + 4], axis=-1, bitorder="little") << np.uint8(4)
+        return Codes(_tensor(codes), _float16(blocks, 0), _float16(blocks, 2) if zeros else None)
+
+    return unpack
+
+
+def _mxfp4(blocks: Bytes) -> Codes:
+    return Codes(_tensor(_in_runs(blocks[..., 1:], 16, 4, 2)), _tensor(blocks[..., :1]))
+
+
+def _q2_k(blocks: Bytes) -> Codes:
+    steps = blocks[..., :16]
+    return Codes(
+        _tensor(_in_runs(blocks[..., 16:80], 32, 2, 4)),
+        _tensor(steps & np.uint8(15)),
+        _tensor(steps >> np.uint8(4)),
+        _float16(blocks, 80),
+        -_float16(blocks, 82),
+    )
+
+
+def _q3_k(blocks: Bytes) -> Codes:
+    codes = _in_runs(blocks[..., 32:96], 32, 2, 4) | (_in_runs(blocks[..., :32], 32, 1, 8) << np.uint8(2))
+    packed = blocks[..., 96:108]
+    steps = _in_runs(packed[..., :8], 8, 4, 2) | (_in_runs(packed[..., 8:], 4, 2, 4) << np.uint8(4))
+    return Codes(_tensor(codes), _tensor(steps.view(np.int8) - np.int8(32)), scale_units=_float16(blocks, 108))
+
+
+def _q4_or_5_k(bits: int) -> Callable[[Bytes], Codes]:
+    def unpack(blocks: Bytes) -> Codes:
+        low, zero, rest = (
+            blocks[..., at : at + 4] for at in (4, 8, 12)
+        )  # eight steps of scales and zeros, 6 bits each
+        last = ((low >> np.uint8(2)) & np.uint8(0x30)) | (rest & np.uint8(15))
+        last_zero = ((zero >> np.uint8(2)) & np.uint8(0x30)) | (rest >> np.uint8(4))
+        steps = np.concatenate([low & np.uint8(0x3F), last], axis=-1)
+        zeros = np.concatenate([zero & np.uint8(0x3F), last_zero], axis=-1)
+        codes = _in_runs(blocks[..., -128:], 32, 4, 2)
+        if bits == 5:
+            codes |= _in_runs(blocks[..., 16:48], 32, 1, 8) << np.uint8(4)
+        return Codes(_tensor(codes), _tensor(steps), _tensor(zeros), _float16(blocks, 0), -_float16(blocks, 2))
+
+    return unpack
+
+
+def _q6_k(blocks: Bytes) -> Codes:
+    codes = _in_runs(blocks[..., :128], 64, 4, 2) | (_in_runs(blocks[..., 128:192], 32, 2, 4) << np.uint8(4))
+    steps = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
+    return Codes(_tensor(codes), _tensor(steps), scale_units=_float16(blocks, 208))
+
+
+def _iq4_xs(blocks: Bytes) -> Codes:
+    high = np.ascontiguousarray(blocks[..., 2:4]).view(np.uint16)
+    high = (high >> np.arange(0, 16, 2, dtype=np.uint16)).astype(np.uint8) & np.uint8(3)
+    low = _shifted(blocks[..., 4:8], 4, 2)  # of each byte both
+    low = low.swapaxes(-1, -2).reshape(high.shape)
+    steps = (low | (high << np.uint8(4))).view(np.int8) - np.int8(32)
+    return Codes(_tensor(_in_runs(blocks[..., 8:], 16, 4, 2)), _tensor(steps), scale_units=_float16(blocks, 0))
+
+
+_F16 = Kind.FLOAT16
+_STEPS = Kind.STEPS
+
+BLOCK_TYPES = {
+    _Type.Q4_0: BlockType(Layout(4, 32, _F16, offset=8), _q4_or_5(4, zeros=False)),
+    _Type.Q4_1: BlockType(Layout(4, 32, _F16, _F16), _q4_or_5(4, zeros=True)),
+    _Type.Q5_0: BlockType(Layout(5, 32, _F16, offset=16), _q4_or_5(5, zeros=False)),
+    _Type.Q5_1: BlockType(Layout(5, 32, _F16, _F16), _q4_or_5(5, zeros=True)),
+    _Type.Q8_0: BlockType(Layout(8, 32, _F16, offset=128), _q8_0),
+    _Type.Q2_K: BlockType(Layout(2, 16, _STEPS, _STEPS), _q2_k),
+    _Type.Q3_K: BlockType(Layout(3, 16, _STEPS, offset=4), _q3_k),
+    _Type.Q4_K: BlockType(Layout(4, 32, _STEPS, _STEPS), _q4_or_5_k(4)),
+    _Type.Q5_K: BlockType(Layout(5, 32, _STEPS, _STEPS), _q4_or_5_k(5)),
+    _Type.Q6_K: BlockType(Layout(6, 16, _STEPS, offset=32), _q6_k),
+    _Type.IQ4_NL: BlockType(Layout(4, 32, _F16, table="iq4_nl"), _q4_or_5(4, zeros=False)),
+    _Type.IQ4_XS: BlockType(Layout(4, 32, _STEPS, table="iq4_nl"), _iq4_xs),
+    _Type.MXFP4: BlockType(Layout(4, 32, Kind.E8M0, table="e2m1"), _mxfp4),
+}
+"""Types that store codes."""

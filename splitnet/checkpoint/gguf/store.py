@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.checkpoint.families import check_values
 from splitnet.checkpoint.gguf.config import ROPE_TENSORS, make_config, read_tokenizer
-from splitnet.checkpoint.gguf.families import OUTSIDE, Family, config_values, family_of
+from splitnet.checkpoint.gguf.families import Family, config_values, family_of
 from splitnet.checkpoint.gguf.file import GgufFile, GgufTensor
 from splitnet.checkpoint.quant.format import MALFORMED
 from splitnet.checkpoint.store import LazyTensor, Progress, ReadBytes, TensorFacts
@@ -64,7 +64,6 @@ class GgufStore:
         return cls(GgufFile(Path(path).expanduser()))
 
     def config(self) -> PreTrainedConfig:
-        """See `TensorStore.config`."""
         return self._config
 
     @cached_property
@@ -89,27 +88,22 @@ class GgufStore:
 
     @property
     def quantized(self) -> bool:
-        """See `TensorStore.quantized`."""
         return any(tensor.layout is not None for tensor in self._file.tensors.values())
 
     @property
     def names(self) -> tuple[str, ...]:
-        """See `TensorStore.names`; raises `UnsupportedModel` if the file has a tensor that is not known."""
         return tuple(self._recipes)
 
     def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
-        """See `TensorStore.facts`."""
         return {name: self._facts(self._recipes[name]) for name in names}
 
     def file_bytes(self, names: Iterable[str]) -> int:
-        """See `TensorStore.file_bytes`."""
         return sum(part.nbytes for name in names for part in self._recipes[name].parts)
 
     @contextmanager
     def load_tensors(
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
     ) -> Iterator[dict[str, Any]]:
-        """See `TensorStore.load_tensors`."""
         read = ReadBytes(progress)
         recipes = {given: self._recipes[name] for given, name in names.items()}
         if self.folder is not None:
@@ -141,19 +135,16 @@ class GgufStore:
             ) from error
 
     def told_config(self) -> str:
-        """See `TensorStore.told_config`: the metadata of the architecture."""
         told = {_ARCHITECTURE: self._file.architecture, **self._file.of_architecture}
         return json.dumps(told, sort_keys=True, default=str)
 
     def places(self) -> Mapping[str, Place]:
-        """See `TensorStore.places`."""
         return {
             name: Place(one.path.name, one.offset, one.nbytes, one.stored.name, one.shape)
             for name, one in self._file.tensors.items()
         }
 
     def heads(self) -> Mapping[str, int]:
-        """See `TensorStore.heads`: of all files, with metadata and vocabulary."""
         heads = {part.name: part.stat().st_size for part in self._file.parts}
         for one in self._file.tensors.values():
             heads[one.path.name] = min(heads[one.path.name], one.offset)
@@ -161,22 +152,18 @@ class GgufStore:
 
     @property
     def commit(self) -> str:
-        """See `TensorStore.commit`."""
         return ""
 
     def local_file(self, file: str) -> Path | None:
-        """See `TensorStore.local_file`."""
         return self._file.path.with_name(file)
 
     def open_file(self, file: str) -> BinaryIO:
-        """See `TensorStore.open_file`."""
         try:
             return self._file.path.with_name(file).open("rb")
         except OSError as error:
             raise ModelNotFound(f"{file} of {self.name} cannot be read: download it again") from error
 
     def tokenizer(self, **options: Any) -> Any:
-        """See `TensorStore.tokenizer`."""
         says = self._file.metadata.get
         with stumbling(
             lambda why: ModelNotFound(
@@ -187,16 +174,13 @@ class GgufStore:
             return read_tokenizer(self._file.path, says("tokenizer.ggml.model"), says("tokenizer.ggml.pre"), **options)
 
     def generation_config(self) -> GenerationConfig | None:
-        """See `TensorStore.generation_config`; a file has none but the tokens at which generation ends."""
-        return None
+        return None  # a file has none but the tokens at which generation ends
 
     def _facts(self, recipe: _Recipe) -> TensorFacts:
         nbytes = sum(part.nbytes for part in recipe.parts)
         layouts = [part.layout for part in recipe.parts]
         if recipe.keeps_codes and None not in layouts:
-            tensor = self._made(
-                recipe, [part.tensor() for part in recipe.parts]
-            )  # of codes nothing is read before they are asked for
+            tensor = self._made(recipe, [part.tensor() for part in recipe.parts])  # no codes are read yet
             if isinstance(tensor, PackedTensor):
                 held = {matrix.layout for matrix in tensor.experts[0]}
                 widest = max(held, key=lambda layout: layout.nbytes(*tensor.experts[0][0].shape))
@@ -208,7 +192,35 @@ class GgufStore:
     @cached_property
     def _recipes(self) -> dict[str, _Recipe]:
         """By the names that transformers' checkpoints have."""
-        return _recipes(self._file, self._family, self._config.num_hidden_layers)
+        file, family, blocks = self._file, self._family, self._config.num_hidden_layers
+        inside: dict[int, dict[str, GgufTensor]] = {}
+        recipes: dict[str, _Recipe] = {}
+        for name, tensor in file.tensors.items():
+            if match := _BLOCK.match(name):
+                inside.setdefault(int(match[1]), {})[match[2]] = tensor
+                if int(match[1]) >= (count := file.of_architecture["block_count"]):
+                    raise UnsupportedModel(
+                        f"{file.name} has the tensor {name}, and says that it has {count} blocks: download it again, "
+                        "or take another file of this model"
+                    )
+            elif name not in ROPE_TENSORS:
+                recipes[_renamed(file, name, name, family.outside)] = _copied(family, name, tensor)
+        for block in range(blocks):  # what follows are blocks that predict further tokens
+            left = inside.get(block, {})
+            path = f"{family.container}.{block}"
+            for change in family.changes:
+                names = change.parts.split()
+                if left.keys() >= set(names):
+                    parts = tuple(left.pop(part) for part in names)
+                    recipes[f"{path}.{change.name}"] = _Recipe(parts, change.make, change.keeps_codes)
+            for name, tensor in left.items():
+                if name not in ROPE_TENSORS:
+                    within = _renamed(file, tensor.name, name, family.tensors)
+                    recipes[f"{path}.{within}"] = _copied(family, name, tensor)
+        for recipe in recipes.values():
+            for part in recipe.parts:
+                assert part.layout is None or part.layout  # raises if the type is not known
+        return recipes
 
 
 def is_of_gguf(told_config: str) -> bool:
@@ -216,37 +228,9 @@ def is_of_gguf(told_config: str) -> bool:
     return f'"{_ARCHITECTURE}": ' in told_config
 
 
-def _recipes(file: GgufFile, family: Family, blocks: int) -> dict[str, _Recipe]:
-    inside: dict[int, dict[str, GgufTensor]] = {}
-    recipes: dict[str, _Recipe] = {}
-    for name, tensor in file.tensors.items():
-        if match := _BLOCK.match(name):
-            inside.setdefault(int(match[1]), {})[match[2]] = tensor
-            if int(match[1]) >= file.of_architecture["block_count"]:
-                raise UnsupportedModel(
-                    f"{file.name} has the tensor {name}, and says that it has {file.of_architecture['block_count']} "
-                    "blocks: download it again, or take another file of this model"
-                )
-        elif name not in ROPE_TENSORS:
-            recipes[_renamed(file, name, name, family.outside or OUTSIDE)] = _copied(family, name, tensor)
-    for block in range(blocks):  # what follows are blocks that predict further tokens, which transformers leaves out
-        left = dict(inside.get(block, {}))
-        path = f"{family.container}.{block}"
-        for change in family.changes:
-            if all(part in left for part in change.parts):
-                parts = tuple(left.pop(part) for part in change.parts)
-                recipes[f"{path}.{change.name}"] = _Recipe(parts, change.make, change.keeps_codes)
-        for name, tensor in left.items():
-            if name not in ROPE_TENSORS:
-                within = _renamed(file, tensor.name, name, family.tensors)
-                recipes[f"{path}.{within}"] = _copied(family, name, tensor)
-    for recipe in recipes.values():
-        for part in recipe.parts:
-            assert part.layout is None or part.layout  # raises if the type is not known
-    return recipes
-
-
 def _renamed(file: GgufFile, full: str, name: str, modules: Mapping[str, str]) -> str:
+    if name in modules:
+        return modules[name]
     module, _, kind = name.rpartition(".")
     if module not in modules or kind not in ("weight", "bias"):
         raise UnsupportedModel(

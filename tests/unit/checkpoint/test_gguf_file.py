@@ -1,4 +1,4 @@
-"""GGUF files that are damaged, or that strangers tell of."""
+"""GGUF files that are damaged or hostile; their codes stand for what the `gguf` package makes of the same bytes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,29 @@ import struct
 import time
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from splitnet.checkpoint.gguf.file import GgufFile
+from splitnet.checkpoint.gguf.file import BLOCK_TYPES, GgufFile, layout_of, read_codes
 from splitnet.errors import UnsupportedModel
+
+FLOAT16_AT = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "MXFP4": ()}
+"""Where numbers of type float16 begin in a block, where it is not at 0 (and 2)."""
+
+
+def random_rows(stored: GGMLQuantizationType, outputs: int, inputs: int) -> np.ndarray:
+    """Any bits, but that all scales are finite."""
+    rng = np.random.default_rng(int(stored))
+    size, nbytes = GGML_QUANT_SIZES[stored]
+    blocks = rng.integers(0, 256, (outputs, inputs // size, nbytes), dtype=np.uint8)
+    two = stored.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+    for at in FLOAT16_AT.get(stored.name, (0, 2) if two else (0,)):
+        numbers = rng.normal(size=blocks.shape[:2]).astype(np.float16)
+        blocks[..., at : at + 2] = numbers[..., None].view(np.uint8)
+    return blocks.reshape(outputs, -1)
 
 
 def _metadata(*counts: int) -> bytes:
@@ -37,3 +56,34 @@ def test_metadata_of_a_file_with_holes_end(head: bytes, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="not a complete GGUF file"):
         GgufFile(path)
     assert time.process_time() - began < 10.0
+
+
+@pytest.mark.parametrize("stored", BLOCK_TYPES, ids=lambda stored: stored.name)
+def test_codes_stand_for_what_gguf_dequantises(stored: GGMLQuantizationType) -> None:
+    rows = random_rows(stored, 5, 512)
+    layout = layout_of(stored, "weight")
+    found = read_codes(stored, rows)
+    assert found.codes.shape == (5, 512)
+    assert found.codes.dtype == torch.uint8 and int(found.codes.max()) < 2**layout.bits
+    expected = torch.from_numpy(gguf.dequantize(rows, stored))
+    assert torch.equal(found.floats(layout), expected)
+
+
+@pytest.mark.parametrize("stored", [one for one in BLOCK_TYPES if one.name[-1] in "01"], ids=lambda stored: stored.name)
+def test_weights_that_gguf_quantises(stored: GGMLQuantizationType) -> None:
+    weight = np.random.default_rng(0).normal(size=(7, 96)).astype(np.float32)
+    rows = gguf.quantize(weight, stored)
+    expected = torch.from_numpy(gguf.dequantize(rows, stored))
+    assert torch.equal(read_codes(stored, rows).floats(layout_of(stored, "weight")), expected)
+
+
+def test_a_layout_takes_about_the_bytes_of_the_file() -> None:
+    for stored, block in BLOCK_TYPES.items():
+        size, nbytes = GGML_QUANT_SIZES[stored]
+        of_file = 64 * 1024 // size * nbytes
+        assert of_file <= block.layout.nbytes(64, 1024) <= 1.2 * of_file, stored.name
+
+
+def test_other_types_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModel, match=r"blk\.0\.ffn_up\.weight is stored as IQ2_XXS"):
+        layout_of(GGMLQuantizationType.IQ2_XXS, "blk.0.ffn_up.weight")
