@@ -238,7 +238,7 @@ class Bench:
                 chosen[route] += 1
                 for known in (route, *all_routes(self._checkpoint.num_blocks)):
                     if known not in costs:
-                        costs[known] = swarm.planner.cost_ms(session.needs, self._planned(known))
+                        costs[known] = swarm.planner.cost_ms(session.needs(), self._planned(known))
                 session.close()
         return chosen, costs
 

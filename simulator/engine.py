@@ -320,7 +320,7 @@ class Driver:
             part = Chunk(0, start, count, keep)
             number = machine.next_number()
             step = Step(machine.session, machine.epoch, number, (part,), None, 0, 0, POSITION * count)
-            requests.append(StepRequest(step, keep, predicted_ms))
+            requests.append(StepRequest(step, keep, predicted_ms=predicted_ms))
             start += count
         self._requests = tuple(requests)
         self._sent_ms, self._sent_repairs = self._simulation.events.now, len(machine.recoveries)

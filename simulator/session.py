@@ -25,7 +25,7 @@ from splitnet.session.events import AskRoute, Cause, Event, Move, NoRoute, Recei
 from splitnet.session.events import Planned as RoutePlanned
 from splitnet.session.machine import SessionState
 from splitnet.swarm.peer_cache import Bans
-from splitnet.swarm.plan import Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
+from splitnet.swarm.plan import CLIENT_ENDS, Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
 from splitnet.wire.codecs import Codec, codec_by_name
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import Failure, FailureCode, Result
@@ -170,7 +170,7 @@ class Planning:
         planned = Planned([])
 
         def part(
-            blocks: tuple[int, int], ends: Ends, exclude: Collection[str], holders: Collection[str]
+            blocks: tuple[int, int], exclude: Collection[str], ends: Ends = CLIENT_ENDS, holders: Collection[str] = ()
         ) -> list[PlannedHop]:
             nonlocal planned
             source, target = (self._identities.device(end.key.text) if end is not None else CLIENT for end in ends)

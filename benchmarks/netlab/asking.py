@@ -127,7 +127,7 @@ def _answer(model: Any, question: Question, began: float, routed: Callable[[list
             answer.routes.append((time.perf_counter() - began, hops))
             routed(hops)
         if count == 1:
-            answer.predicted_ms = model.swarm.planner.cost_ms(session.needs, [hop.planned for hop in session.hops])
+            answer.predicted_ms = model.swarm.planner.cost_ms(session.needs(), [hop.planned for hop in session.hops])
             records = model.swarm.peers()
             network = model.swarm.measurements.network(records)
             names = {CLIENT: ""} | {record.key.text: record.address for record in records}

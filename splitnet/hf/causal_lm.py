@@ -25,7 +25,7 @@ from splitnet.errors import SplitnetError, UnsupportedModel
 from splitnet.hf.adapters import Prefixes, prompt_wrapper, with_trained_prompt
 from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
 from splitnet.hf.parameters import Request, refuse
-from splitnet.hf.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
+from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks, stages_of
 from splitnet.hf.speculate.decoding import Decoding, Drafts, Text
 from splitnet.hf.speculate.family_loop import FamilyLoop
 from splitnet.hf.speculate.speculator import Speculator
@@ -100,17 +100,17 @@ def attach(checkpoint: Checkpoint, swarm: Swarm, **options: Any) -> RemoteCausal
 
 def attached(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -> RemoteCausalLM:
     """The same, with options whose device is one that was found."""
-    local = local_part(checkpoint, swarm, options)
+    stages, whole = stages_of(checkpoint, swarm, options), (0, checkpoint.num_blocks)
 
     def open_part(reservation: int, part: Blocks) -> Session:
         return Session(swarm, options, reservation=reservation, blocks=part)
 
     def open_session(reservation: int) -> ModelSession:
-        if not local.ranges:
-            return open_part(reservation, (0, checkpoint.num_blocks))
-        return MixedSession(local, open_part, reservation)
+        if stages == [whole]:
+            return open_part(reservation, whole)
+        return MixedSession(stages, open_part, reservation)
 
-    blocks = remote_blocks(checkpoint, swarm, local, options)
+    blocks = remote_blocks(checkpoint, swarm, stages, options)
     client_part = load_client_part(
         checkpoint, blocks, dtype=options.dtype, device=options.device, weights=options.held_as
     )

@@ -37,7 +37,7 @@ from splitnet.quant.memory import free_memory
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.security.swarm_key import OPEN, SwarmKey
 from splitnet.session.driver import LinkCodecs
-from splitnet.session.local import Blocks, LocalBlocks, LocalSpan
+from splitnet.session.local import Blocks, LocalSpan, load_stages
 from splitnet.session.options import ConnectionOptions
 from splitnet.session.training import PassSession
 from splitnet.swarm.links import Links
@@ -106,7 +106,7 @@ TIMED_STEPS = 5
 def choose_local_blocks(
     checkpoint: Checkpoint, swarm: Swarm, *, codec: str, device: str, weights: str | None
 ) -> str | None:
-    """The first blocks, as `LocalBlocks.load` takes them, with which tokens come soonest; None: none.
+    """The first blocks, as `load_stages` takes them, with which tokens come soonest; None: none.
 
     Of as good numbers of blocks the smallest.
 
@@ -382,22 +382,24 @@ def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) 
     return model
 
 
-def local_part(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -> LocalBlocks:
-    """The blocks that run here."""
+def stages_of(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -> list[LocalSpan | Blocks]:
+    """What runs the model: blocks that are here, and ranges that peers run, see `load_stages`."""
     blocks, device, weights = options.local_blocks, options.device, options.held_as
     if blocks == AUTO:
         blocks = choose_local_blocks(checkpoint, swarm, codec=options.codec, device=device, weights=weights)
         log.info("local blocks: %s", blocks or "none")
-    return LocalBlocks.load(checkpoint, blocks, device=device, weights=weights)
+    return load_stages(checkpoint, blocks, device=device, weights=weights)
 
 
-def remote_blocks(checkpoint: Checkpoint, swarm: Swarm, local: LocalBlocks, options: ConnectionOptions) -> RemoteBlocks:
+def remote_blocks(
+    checkpoint: Checkpoint, swarm: Swarm, stages: Sequence[LocalSpan | Blocks], options: ConnectionOptions
+) -> RemoteBlocks:
     """What stands in the place of the blocks of `checkpoint`."""
 
     def open_passes(blocks: Blocks) -> PassSession:
         return PassSession(swarm, options, blocks=blocks)
 
-    return RemoteBlocks(local.stages, open_passes, checkpoint.max_positions, RopeLengths(checkpoint.config))
+    return RemoteBlocks(stages, open_passes, checkpoint.max_positions, RopeLengths(checkpoint.config))
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from scheduler.facts import UNMEASURED
 from splitnet.hf.cache import ModelSession
-from splitnet.session.driver import LinkUse
 from splitnet.session.failover import RouteHop
+from splitnet.session.inference import LinkUse
 from splitnet.session.local import MixedSession
 from splitnet.swarm.swarm import Swarm
 
@@ -33,7 +33,7 @@ class LinkView:
 
     codec: str
     bytes_per_token: int
-    """See `splitnet.session.driver.LinkUse`."""
+    """See `splitnet.session.inference.LinkUse`."""
     delay_ms: float | None
     """One way, as measured, or predicted from where the two ends stand; None: nothing is known of it."""
     via_client: bool

@@ -9,20 +9,15 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 from scheduler.cost import CODING_MS, Encoding, choose_codec, encodings_of
 from scheduler.facts import Link
-from scheduler.liveness import (
-    ANSWER_S,
-    ANSWER_TRIPS,
-    FIRST_TRIPS,
-    UPLINK_QUEUE_S,
-    Alive,
-)
+from scheduler.liveness import ANSWER_S, ANSWER_TRIPS, FIRST_TRIPS, UPLINK_QUEUE_S, Alive
 from scheduler.replan import RouteWatch, changed_hops
 from splitnet.errors import CoverageError, NotAuthorized, PeerBusy, SessionClosed, SplitnetError
 from splitnet.session.events import (
@@ -58,7 +53,7 @@ from splitnet.transport.prober import Answer
 from splitnet.wire.codecs import CODECS, DEFAULT_INT8, Codec, codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
 from splitnet.wire.log import REPLAY_POSITIONS
-from splitnet.wire.messages import SESSION_BYTES, Chunk, Message, Open, Result, Step, Timing, encode
+from splitnet.wire.messages import SESSION_BYTES, Message, Open
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +62,6 @@ USUAL_POSITIONS = 64
 
 ROUND_S = 0.1
 """All hops are asked within that."""
-
-_POSITION = 1000
-_TIMING = Timing(500, 10_000, 500)
-"""The size of a message grows a little with the numbers in it; these stand for usual ones."""
-
 
 EMBEDDINGS = codec_by_name("fp16")
 
@@ -82,30 +72,29 @@ class LinkCodecs:
     Args:
         swarm: knows the bandwidth of links.
         name: of a codec for every link, or "auto" to choose by cost for each.
-        exact_embeddings: what goes to the first hop has at least the precision of `EMBEDDINGS`. Gradients need it: in
+        exact_embeddings: the link to the first hop has at least the precision of `EMBEDDINGS`. Gradients need it: in
             what blocks add to embeddings, errors of integers grow.
+
+    Attributes:
+        vary: another route may have other codecs, and so other tokens.
 
     Raises:
         CodecError: there is no such codec.
     """
 
     def __init__(self, swarm: Swarm, name: str, *, exact_embeddings: bool = False) -> None:
-        if name != "auto":
+        self.vary = name == "auto"
+        if not self.vary:
             codec_by_name(name)
         self._swarm = swarm
         self._name = name
         self._exact_embeddings = exact_embeddings
 
     @property
-    def vary(self) -> bool:
-        """Whether another route may have other codecs, and so other tokens."""
-        return self._name == "auto"
-
-    @property
     def encodings(self) -> tuple[Encoding, ...]:
         """What a planner needs to know of the codecs that a link may use."""
         sizes = {name: codec.bytes_per_position(self._swarm.facts.hidden_size) for name, codec in CODECS.items()}
-        if self._name == "auto":
+        if self.vary:
             return encodings_of(sizes)
         times = CODING_MS.get(self._name, CODING_MS[DEFAULT_INT8])
         return (Encoding(self._name, sizes[self._name], *times),)
@@ -127,65 +116,22 @@ class LinkCodecs:
         return self._choose(self._swarm.link(record, following), shared)
 
     def _choose(self, link: Link, spoken: Sequence[str]) -> Codec:
-        if self._name != "auto":
+        if not self.vary:
             return codec_by_name(self._name)
         hidden = self._swarm.facts.hidden_size
         sizes = {name: CODECS[name].bytes_per_position(hidden) for name in spoken if name in CODECS}
         return codec_by_name(choose_codec(sizes, link.bytes_per_ms))
 
 
-@dataclass(frozen=True, slots=True)
-class LinkUse:
-    """A link of a route."""
-
-    sender: str
-    receiver: str
-    codec: str
-    bytes_per_token: int
-    """Of the message of one decode token, without the framing and encryption of ZeroMQ."""
-
-
-def link_uses(state: SessionState) -> list[LinkUse]:
-    """The links of a session's route from the client back to it."""
-    uses: list[LinkUse] = []
-    codec, sender = state.first_codec, "client"
-    hops = list(state.hops)
-    for index, hop in enumerate(hops):
-        start, end = hop.blocks
-        receiver = f"blocks {start}..{end - 1}"
-        uses.append(LinkUse(sender, receiver, codec.name, _step_bytes(state, codec, index)))
-        sender = f"{receiver} via client" if hop.relayed else receiver
-        codec = hop.codec
-    if hops:
-        uses.append(LinkUse(sender, "client", codec.name, _result_bytes(state, codec, len(hops))))
-    return uses
-
-
-def _step_bytes(state: SessionState, codec: Codec, hops_before: int) -> int:
-    payload = bytes(codec.bytes_per_position(state.hidden_size))
-    parts = (Chunk(1, _POSITION, 1, 1),)
-    timings = (_TIMING,) * hops_before
-    step = Step(state.session, state.epoch, _POSITION, parts, None, 0, codec.code, payload, 0, timings)
-    return sum(map(len, encode(step)))
-
-
-def _result_bytes(state: SessionState, codec: Codec, hops: int) -> int:
-    payload = bytes(codec.bytes_per_position(state.hidden_size))
-    result = Result(state.session, state.epoch, _POSITION, state.blocks[1], codec.code, (_TIMING,) * hops, payload)
-    return sum(map(len, encode(result)))
-
-
 class Routes:
     """Routes for one session. Blocks: it reads the directory and measures links.
 
     Args:
-        swarm: the peers.
-        codecs: chooses the codec of each link.
-        blocks: what to cover, `[start, end)`.
-        any_weights: whether blocks may be held otherwise than a session needs them where nobody holds them so.
+        blocks: to cover, `[start, end)`.
+        any_weights: whether blocks may be held otherwise than a session needs them where no peer holds them so.
 
     Attributes:
-        watch: what steps take on the present route.
+        watch: times of steps on the present route.
     """
 
     def __init__(self, swarm: Swarm, codecs: LinkCodecs, blocks: tuple[int, int], *, any_weights: bool = False) -> None:
@@ -206,14 +152,8 @@ class Routes:
         swarm = self._swarm
 
         def route_for(needs: Needs) -> list[PlannedHop]:
-            return repaired_route(
-                asked.kept,
-                asked.excluded,
-                self._blocks,
-                lambda blocks, ends, exclude, holders: swarm.plan(
-                    needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, fresh=asked.fresh
-                ),
-            )
+            plan = partial(swarm.plan, needs, fresh=asked.fresh)
+            return repaired_route(asked.kept, asked.excluded, self._blocks, plan)
 
         try:
             if asked.unban:
@@ -225,7 +165,11 @@ class Routes:
                     raise
                 route = route_for(replace(needs, held=()))
         except SplitnetError as error:
-            return NoRoute(asked.number, error, self._present(), swarm.was_covered)
+            try:
+                present = frozenset(record.key.text for record in swarm.peers())
+            except SplitnetError:
+                present = frozenset[str]()
+            return NoRoute(asked.number, error, present, swarm.was_covered)
         self._planned, self._lost = (route, swarm.planner.cost_ms(replace(needs, prompt=0), route)), True
         return Planned(asked.number, tuple(route), self._codecs_of(route))
 
@@ -241,7 +185,6 @@ class Routes:
         """A route that pays for the move from `hops`, if there is a reason to look for one and it exists.
 
         Args:
-            hops: the present route.
             needs_now: of the session.
             cached: positions that new hops would have to be given.
             steps_left: decode steps that are expected at most.
@@ -275,13 +218,14 @@ class Routes:
             return None
         predicted_ms = swarm.planner.cost_ms(needs, route)
         before, changed = changed_hops(hops, route)
+        links, new_links = (set(pairwise(hop.name for hop in each)) for each in (hops, route))
         new_ms = watch.better_ms(
             known_ms,
             predicted_ms,
             swarm.measurements.prediction_error,
             swarm.planner.move_ms(needs, before, changed, max(cached, 1)),
             steps_left,
-            shares_links=bool(set(_links(route)) & set(_links(hops))),
+            shares_links=bool(links & new_links),
         )
         if new_ms is None:
             return None
@@ -298,17 +242,6 @@ class Routes:
     def _codecs_of(self, route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
         return (self._codecs.to(route[0]), *(self._codecs.after(route, index) for index in range(len(route))))
 
-    def _present(self) -> frozenset[str]:
-        try:
-            return frozenset(record.key.text for record in self._swarm.peers())
-        except SplitnetError:
-            return frozenset()
-
-
-def _links(hops: Sequence[PlannedHop]) -> Iterable[tuple[str, str]]:
-    """Between hops, by name."""
-    return pairwise(hop.name for hop in hops)
-
 
 @dataclass(slots=True)
 class Traffic:
@@ -323,9 +256,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """first_at, at: when a hop was asked first, and last. passed: what its link had carried then. queues: the links on
-    which something waited then.
-    """
+    """When a hop was asked first and last; what its link had carried then, and the links on which something waited."""
 
     first_at: float
     at: float
@@ -336,16 +267,14 @@ class _Asked:
 class SessionDriver:
     """A session along a route of peers. One thread uses a session at a time.
 
-    Messages come in the transport's thread, which has them handled and sends what follows from them, so that the client
-    relays without waiting for the thread that uses the session. What blocks (planning) is done by that thread.
+    Messages come in the transport's thread, which handles them and sends the effects, so that the client relays without
+    waiting for the thread that uses the session. That thread plans, which blocks.
 
     Args:
-        swarm: the peers.
         options: what the client asked for; `any_weights` None: if codecs vary with the route, too.
         reservation: positions of KV cache to reserve over all rows.
-        codecs: chooses the codec of each link.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
-        in_flight: how many steps are under way at the same time.
+        in_flight: steps under way at the same time.
         energy_slowdown: see `splitnet.swarm.plan.Needs`.
         progress_timeout_s: how long hops may work on something without any progress.
     """
@@ -394,7 +323,7 @@ class SessionDriver:
         """Hops that were asked whether they live, and have not answered since."""
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._until: Callable[[], bool] | None = None
-        """What the thread in `_wait` waits for: it is woken for that alone, not for every event."""
+        """Condition of `_wait`, whose thread is woken for that alone, not for every event."""
         self._wakes_at = math.inf
         swarm.links.register(self)
 
@@ -403,14 +332,23 @@ class SessionDriver:
         """The route; empty before the first step."""
         return self.state.hops
 
-    @property
-    def needs(self) -> Needs:
-        """What the session wants of its route once it decodes."""
-        return self._needs(0)
+    def needs(self, prompt: int = 0) -> Needs:
+        """What the session wants of its route once it decodes; prompt: positions of the first step, if that counts."""
+        one_step = self._in_flight == 1
+        return Needs(
+            self.state.reservation,
+            self._codecs.encodings,
+            self.state.blocks,
+            1 if one_step else USUAL_POSITIONS,
+            self._in_flight,
+            self._energy_slowdown,
+            prompt if one_step else 0,
+            self.state.held,
+        )
 
     def predictions(self) -> Callable[[int], Prediction]:
         """What steps are expected to take on the route, by their positions."""
-        return self._swarm.planner.predictions(self.needs, [hop.planned for hop in self.hops])
+        return self._swarm.planner.predictions(self.needs(), [hop.planned for hop in self.hops])
 
     def open(self, prompt: int = 0) -> None:
         """Plans a route and reserves memory on it; called by the first step at the latest.
@@ -443,7 +381,7 @@ class SessionDriver:
         self.feed(Close())
 
     def close_later(self) -> None:
-        """Has another thread do so within a second; the only way for finalizers, see `Links.close_later`."""
+        """Has another thread do so within a second; for finalizers, see `Links.close_later`."""
         self._swarm.links.close_later(self)
 
     def deliver(self, source: Endpoint, message: Message) -> None:
@@ -519,11 +457,7 @@ class SessionDriver:
         self.feed(Alive(endpoint, answer.queue_ms, answer.holds, answer.waiting, answer.done, answer.last))
 
     def _wait(self, until: Callable[[], bool]) -> None:
-        """Waits for something, and does meanwhile what takes time.
-
-        Raises:
-            SessionClosed: another thread has closed the session.
-        """
+        """Waits for something, and plans meanwhile. Raises SessionClosed: another thread has closed the session."""
         self._until = until  # before the first look: what happens after a look wakes this thread
         try:
             while True:
@@ -534,7 +468,7 @@ class SessionDriver:
                 if done:
                     return
                 if self._asked:
-                    self.feed(self._routes.answer(self._asked.popleft(), self._needs(self._prompt)))
+                    self.feed(self._routes.answer(self._asked.popleft(), self.needs(self._prompt)))
                     continue
                 if self._wants_prediction():
                     self.state.chunk_ms = self.predictions()(REPLAY_POSITIONS).latency_ms
@@ -549,10 +483,10 @@ class SessionDriver:
             self._until = None
 
     def _late(self) -> list[Endpoint]:
-        """Of the hops that were asked and have not answered those that something else holds up.
+        """The hops that have not answered because their own links carry something else.
 
-        That is what their own links carry. Or, for a while, what goes to others: the way up of a home is one queue, in
-        which a ping may stand behind a prompt; but then nobody answers quickly.
+        Or, for a while, because other links do: the uplink of a home is one queue, in which a ping may stand behind a
+        prompt; but then no peer answers quickly.
         """
         links, now = self._swarm.links, time.perf_counter()
         late: list[Endpoint] = []
@@ -597,16 +531,3 @@ class SessionDriver:
     def _raise_if_broken(self) -> None:
         if not self.state.is_open and self.state.error is not None:
             raise self.state.error
-
-    def _needs(self, prompt: int) -> Needs:
-        one_step = self._in_flight == 1
-        return Needs(
-            self.state.reservation,
-            self._codecs.encodings,
-            self.state.blocks,
-            1 if one_step else USUAL_POSITIONS,
-            self._in_flight,
-            self._energy_slowdown,
-            prompt if one_step else 0,
-            self.state.held,
-        )

@@ -1,8 +1,7 @@
 """A session's route: its hops, a route that is being made, and how hops are filled with the KV cache.
 
-A hop that dies is replaced: the peer before it has logged the encoded activations that it sent. The log is sent to the
-replacement: the same bytes give the same KV cache. Where the neighbour died too, the log of the nearest living sender
-stands in; the last of them is the client's own.
+The peer before a hop has logged the encoded activations that it sent. A replacement gets that log: the same bytes give
+the same KV cache. Where that peer died too, the log of the nearest living sender stands in, at last the client's own.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from splitnet.errors import (
     SplitnetError,
     WrongKey,
 )
-from splitnet.session.events import Cause, NoRoute, Recovered
+from splitnet.session.events import Cause, NoRoute
 from splitnet.session.requests import ReplayRequest
 from splitnet.swarm.plan import PlannedHop
 from splitnet.wire.codecs import Codec
@@ -54,29 +53,20 @@ class RouteHop:
     lost: bool = False
     """It was given up, and is not replaced yet."""
     endpoint: Endpoint = field(init=False)
+    name: str = field(init=False)
+    blocks: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.endpoint = self.planned.endpoint
-        self.weights = self.planned.record.dtype
-
-    @property
-    def name(self) -> str:
-        return self.planned.name
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        return self.planned.start, self.planned.end
+        planned, record = self.planned, self.planned.record
+        self.endpoint, self.name, self.blocks = record.endpoint, planned.name, (planned.start, planned.end)
+        self.weights = record.dtype
 
     def forget(self) -> None:
         """What it holds of the session counts no more."""
         self.filled, self.adapter_version, self.relay_log = False, 0, None
 
     def opened(self, *, wants_cache: bool) -> None:
-        """The route is open. The hop may have lost the session since it was opened before.
-
-        Args:
-            wants_cache: the session has sent positions.
-        """
+        """The route is open; the hop may have lost the session since. wants_cache: positions were sent before."""
         if not self.cached_positions:
             self.filled, self.adapter_version = False, 0
         if not wants_cache:
@@ -108,8 +98,7 @@ class RouteSetup:
         repairs: there was a route before.
         reasons: why, for people.
         refused: why peers do not take the session, by name, the latest last.
-        excluded: those of them that are not asked again while this route is made. How long a peer that failed is not
-            planned with afterwards, bans say.
+        excluded: those of them that are not asked again while this route is made; later, bans count.
         question: number of the route that is being planned; 0: none is.
         retry_at: when to plan again, as no route was found.
         opened_at: when all hops had opened the session.
@@ -137,9 +126,9 @@ class RouteSetup:
         self.excluded.add(name)
 
     def may_wait(self, answer: NoRoute, *, grows: bool) -> bool:
-        """Whether peers may appear that make a route: others take the blocks of those that died, or a network is back.
+        """Whether a route may exist soon: other peers take the blocks of dead ones, or a network is back.
 
-        grows: the session has a route that has only too little memory.
+        grows: the session has a route, which only has too little memory.
         """
         if not isinstance(answer.error, CoverageError | PeerBusy):
             return False
@@ -158,11 +147,6 @@ class RouteSetup:
         names = [name for name in reversed(self.refused) if name in answer.present and name not in ignored]
         return self.refused[names[0]] if names else answer.error
 
-    def recovered(self, now: float) -> Recovered:
-        """What this repair was, once the route stands."""
-        opened_at = self.opened_at or now
-        return Recovered(tuple(self.reasons), (opened_at - self.began) * 1000, (now - self.began) * 1000, self.cause)
-
 
 def cause_of(error: SplitnetError) -> Cause:
     if isinstance(error, PeerLeaving):
@@ -175,16 +159,11 @@ def cause_of(error: SplitnetError) -> Cause:
 def next_refill(
     hops: Sequence[RouteHop], sent: SentLog, session: bytes, epoch: int, next_number: Callable[[], int]
 ) -> tuple[list[RouteHop], list[ReplayRequest]]:
-    """The first hops in a row that are not filled, and the replays that fill them.
+    """The first hops in a row that are not filled, and the replays that fill them; both empty if all are filled.
 
     Args:
-        hops: the route.
         sent: what the client itself has sent.
-        session, epoch: of the messages.
-        next_number: makes numbers for them.
-
-    Returns:
-        Both are empty if all hops are filled.
+        next_number: makes numbers for messages.
     """
     first = next((index for index, hop in enumerate(hops) if not hop.filled), None)
     if first is None:
@@ -195,24 +174,16 @@ def next_refill(
         # The client cannot relay what a hop replays, as it does not know its parts.
         direct = len(list(takewhile(lambda hop: not hop.relayed, group[:-1])))
         group = group[: direct + 1]
-        number, last = next_number(), group[-1]
-        message = Replay(session, epoch, number, last.blocks[1])
-        return group, [ReplayRequest(message, before.endpoint, last.endpoint)]
+        message = Replay(session, epoch, next_number(), group[-1].blocks[1])
+        return group, [ReplayRequest(message, before.endpoint, group[-1].endpoint)]
     if before is not None and before.relay_log is not None:
         log, to = before.relay_log, group[0].endpoint
     else:
         # The client begins; if its steps pass hops that are filled, those compute them once more.
         log, to = sent, hops[0].endpoint
-    return group, _replay(log, to, group[-1], session, epoch, next_number)
-
-
-def _replay(
-    log: SentLog, to: Endpoint, last: RouteHop, session: bytes, epoch: int, next_number: Callable[[], int]
-) -> list[ReplayRequest]:
-    until = last.blocks[1]
-    return [
-        ReplayRequest(
-            Step(session, epoch, next_number(), parts, None, until, log.codec, payload, reach=reach), to, last.endpoint
-        )
+    until = group[-1].blocks[1]
+    steps = (
+        Step(session, epoch, next_number(), parts, None, until, log.codec, payload, reach=reach)
         for parts, payload, reach in log.replay()
-    ]
+    )
+    return group, [ReplayRequest(step, to, group[-1].endpoint) for step in steps]

@@ -15,12 +15,7 @@ from scheduler.liveness import PROGRESS_TIMEOUT_S
 from scheduler.route import ENERGY_SLOWDOWN
 from splitnet.blocks.adapters import Adapter, read_tensors
 from splitnet.errors import ProtocolError, SplitnetError
-from splitnet.session.driver import (
-    LinkCodecs,
-    LinkUse,
-    SessionDriver,
-    link_uses,
-)
+from splitnet.session.driver import LinkCodecs, SessionDriver
 from splitnet.session.events import Abandon, Distrust, Resize, Submit, UseAdapter
 from splitnet.session.failover import RouteHop
 from splitnet.session.options import ConnectionOptions
@@ -28,13 +23,28 @@ from splitnet.session.requests import FetchRequest, StepRequest
 from splitnet.swarm.plan import Prediction
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import codec_by_code
-from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Chunk, FetchKV, Fork, Step, Timing
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Chunk, FetchKV, Fork, Result, Step, Timing, encode
 
 ASK_S = 2.0
 """After so many seconds hops are asked what the decode steps met there."""
 
 THROUGHPUT_STEPS = 8
 """How many steps a session that asks for throughput has under way."""
+
+_POSITION = 1000
+_TIMING = Timing(500, 10_000, 500)
+"""The size of a message grows a little with the numbers in it; these stand for usual ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUse:
+    """A link of a route."""
+
+    sender: str
+    receiver: str
+    codec: str
+    bytes_per_token: int
+    """Of the message of one decode token, without the framing and encryption of ZeroMQ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +66,7 @@ class Session(SessionDriver):
     When a hop dies, the session replaces it and goes on with the same tokens; see `splitnet.session.machine`.
 
     Args:
-        swarm: the peers.
-        options: codec, preference and patience, see `splitnet.AutoModelForCausalLM.from_pretrained`.
+        options: codec, preference and timeouts, see `splitnet.AutoModelForCausalLM.from_pretrained`.
         reservation: positions to reserve over all rows; grows when needed.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
         progress_timeout_s: how long hops may work on a step without any progress.
@@ -87,7 +96,7 @@ class Session(SessionDriver):
 
     @property
     def timings(self) -> tuple[Timing, ...]:
-        """What the last step met at each hop, as the last of them tells."""
+        """What the last step met at each hop, as the last hop tells."""
         return self.state.timings
 
     @property
@@ -141,17 +150,13 @@ class Session(SessionDriver):
         step_positions: int | None = None,
         reach: int = 0,
     ) -> UnderWay:
-        """Sends new positions on their way; the arguments, and what may go wrong, are those of `step`.
+        """Sends new positions, with the arguments and errors of `step`; `finish` or `abandon` takes what it returns.
 
-        More may be sent before the first have come back. What the hops are to forget of them is said by where the
-        next ones start.
+        More may be sent before the first have come back; where they start says what the hops are to forget.
 
         Args:
             step_positions: of the steps that they are cut into; None: chosen.
             reach: see `splitnet.wire.messages.Step`.
-
-        Returns:
-            What `finish` or `abandon` is to be called with.
         """
         state = self.state
         self.open(len(hidden))
@@ -181,7 +186,7 @@ class Session(SessionDriver):
                 reach=reach,
             )
             forks = None
-            requests.append(StepRequest(step, sum(part.keep for part in chunk), predicted_ms))
+            requests.append(StepRequest(step, sum(part.keep for part in chunk), predicted_ms=predicted_ms))
             self.feed(Submit((requests[-1],)))
         self.traffic.steps += len(requests)
         self.traffic.positions += offset
@@ -256,15 +261,32 @@ class Session(SessionDriver):
         return min(size, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
 
     def links(self) -> list[LinkUse]:
-        """The links of the route in order, with the bytes that one decode token takes on each."""
-        return link_uses(self.state)
+        """The links of the route in order, from the client back to it."""
+        state, timings, hops = self.state, list[Timing](), list(self.state.hops)
+        uses: list[LinkUse] = []
+        codec, sender = state.first_codec, "client"
+        for hop in hops:
+            start, end = hop.blocks
+            receiver = f"blocks {start}..{end - 1}"
+            payload = bytes(codec.bytes_per_position(state.hidden_size))
+            parts = (Chunk(1, _POSITION, 1, 1),)
+            step = Step(self.id, state.epoch, _POSITION, parts, None, 0, codec.code, payload, 0, tuple(timings))
+            uses.append(LinkUse(sender, receiver, codec.name, sum(map(len, encode(step)))))
+            timings.append(_TIMING)
+            sender = f"{receiver} via client" if hop.relayed else receiver
+            codec = hop.codec
+        if hops:
+            payload = bytes(codec.bytes_per_position(state.hidden_size))
+            result = Result(self.id, state.epoch, _POSITION, state.blocks[1], codec.code, tuple(timings), payload)
+            uses.append(LinkUse(sender, "client", codec.name, sum(map(len, encode(result)))))
+        return uses
 
     def _improve_route(self) -> None:
         """Before a step: moves to a better route if that pays."""
         state = self.state
         cached = state.log.positions if state.log is not None else 0
         planned = [hop.planned for hop in state.hops]
-        move = self._routes.better(planned, lambda: self.needs, cached, max(0, state.reservation - cached))
+        move = self._routes.better(planned, self.needs, cached, max(0, state.reservation - cached))
         if move is not None:
             self.feed(move)
             self.open()
@@ -286,11 +308,8 @@ class Session(SessionDriver):
     def _learn_timings(self, positions: int, *, at_once: bool) -> None:
         """After a decode step: notes what it met. Each hop is believed of itself alone.
 
-        Results carry the timings of all hops, but any of them may have rewritten those before it. So only the tail's
-        own is taken from a result; the other hops are asked now and then, and nothing waits for their answers.
-
-        Args:
-            at_once: the step took far longer than usual, so all are asked what it met.
+        Any hop may have rewritten the timings of those before it in a result. So only the tail's own is taken from it;
+        the other hops are asked now and then, without waiting. at_once: the step took far longer than usual, so ask.
         """
         hops, timings = self.state.hops, self.state.timings
         if timings:

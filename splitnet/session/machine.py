@@ -7,9 +7,9 @@
     any ──> CLOSED
 
 A hop that fails in any way counts as dead: it is banned and replaced. Other peers are planned for just the lost blocks,
-the route is opened again in a new epoch (messages of the old one are dropped from then on), logs fill the replacements,
-see `splitnet.session.failover`, and what is under way is sent again. A cache that may not be what the session wants is
-computed again, never used. Waiting is bounded by progress: by how long nothing came, not by totals.
+the route is opened again in a new epoch (messages of the old one are dropped), logs fill the replacements (see
+`splitnet.session.failover`), and requests under way are sent again. A cache that may be wrong is computed again, never
+used. Waiting is bounded by progress: by how long nothing came, not by totals.
 
 The model is the worker of Dask's distributed (`distributed/worker_state_machine.py`) and h11 (`h11/_state.py`).
 """
@@ -83,7 +83,7 @@ from splitnet.swarm.events import Kind
 from splitnet.swarm.overview import blocks_text, short_key
 from splitnet.swarm.plan import ALIKE_AGAIN, HeldBlocks, PlannedHop
 from splitnet.wire.codecs import Codec, check_size, codec_by_name
-from splitnet.wire.endpoints import Endpoint, Relay
+from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.fields import STRICT_VERSIONS
 from splitnet.wire.log import SentLog
 from splitnet.wire.messages import Adapter as AdapterMessage
@@ -102,21 +102,15 @@ from splitnet.wire.messages import (
 from splitnet.wire.messages import Close as CloseMessage
 
 POLL_S = 0.5
-"""Between two looks for a peer that serves blocks that no peer serves."""
-
+"""Between two plans where no peer serves some blocks."""
 MAX_ATTEMPTS = 8
-"""So many routes may fail before an answer comes on one."""
-
+"""Routes that may fail before an answer comes on one."""
 _NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights)
-"""Why a peer may not do for one session without being at fault."""
-
+"""Errors of peers that are not at fault, but of no use for this session."""
 _FORGETFUL = (FailureCode.UNKNOWN_SESSION, FailureCode.OUT_OF_ORDER, FailureCode.STALE_EPOCH, FailureCode.TOO_LONG)
 """A hop that says so once may be right: it restarted, or has work of an older epoch to do."""
-
 _OF_WHAT_CAME = (FailureCode.BAD_MESSAGE, FailureCode.OUT_OF_ORDER, FailureCode.TOO_LONG)
-"""What a hop says rightly if the hop before it sends on something else than it should."""
-
-
+"""A hop says so rightly if the hop before it sends on something else than it should."""
 _ERROR_OF_CODE: dict[int, type[SplitnetError]] = {
     FailureCode.BUSY: PeerBusy,
     FailureCode.WRONG_MODEL: WrongSwarm,
@@ -136,8 +130,8 @@ class _Faults:
         attempts: routes that have failed.
         suspects: hops that may lose what is under way.
         strikes: how often peers had forgotten the session, by name.
-        complaints: which peers have answered with which failure; 0: an answer that cannot be used.
-        refusing: which peers have refused what a hop that pushes sent on, by its name.
+        complaints: peers by the failure that they have answered with; 0: an answer that cannot be used.
+        refusing: peers that have refused the output of a hop that pushes, by its name.
     """
 
     attempts: int = 0
@@ -148,31 +142,31 @@ class _Faults:
 
 
 class SessionState:
-    """A session: its route, what is under way on it, and what to do about whatever happens.
+    """A session: its route, the requests under way on it, and the answer to each event.
 
     Args:
         session: id of the session.
         model: fingerprint of the weights.
-        blocks: what the hops run, `[start, end)`.
+        blocks: `[start, end)`, which the hops run.
         hidden_size: values per position.
         reservation: positions of KV cache to reserve on every hop, over all rows.
         max_positions: context length of the model, if it has one.
-        progress_timeout_s: how long hops may work on what is under way without any progress.
+        progress_timeout_s: how long hops may work without any progress.
         recovery_timeout_s: how long to wait for other peers when some blocks are not served any more.
-        any_weights: whether it goes on where weights are held otherwise than before, if no peer holds them so.
+        any_weights: whether weights may be held otherwise than before, if no peer holds them so.
         answer_s: in which time a hop that lives answers a ping.
 
     Attributes:
         held: what the weights of blocks are held as, on the last route that stood; empty: none has.
-        phase, epoch, hops, adapter, adapter_version, reservation: as they are now.
         first_codec: of the client's own link to the first hop.
         log: what the client itself has sent; None before the first step.
         recoveries: repairs of the route so far.
         error: why there is no route, until the next `Use`.
         refusal: why the last `Resize` was refused, if nothing else changed.
-        timings: what the last step met, hop by hop, as the tail says.
-        chunk_ms: what a chunk of a replay is predicted to take, told by the driver during one; 0: not known.
-        usual_ms: what a decode step usually takes, told by the driver; 0: not known.
+        timings: of the last step, hop by hop, as the tail says.
+        next_number: makes numbers for requests.
+        chunk_ms: predicted time of a chunk of a replay, set by the driver during one; 0: not known.
+        usual_ms: usual time of a decode step, set by the driver; 0: not known.
     """
 
     def __init__(
@@ -212,14 +206,13 @@ class SessionState:
         self._recovery_timeout_s = recovery_timeout_s
         self._any_weights = any_weights
         self._answer_s = answer_s
-        self._numbers = itertools.count(1)
+        self.next_number = itertools.count(1).__next__
         self._now = 0.0
         self._effects: list[Effect] = []
         self._in_flight: dict[int, Request] = {}
         self._faults = _Faults()
         self._liveness = Liveness(answer_s)
         self._setup: RouteSetup | None = None
-        """The route that is being made."""
         self._has_stood = False
         """There was a route before."""
         self._asked: dict[Endpoint, float] = {}
@@ -265,11 +258,6 @@ class SessionState:
         return len(self._in_flight)
 
     @property
-    def last_replay(self) -> int:
-        """Number of the last replay that is under way; 0: none is."""
-        return max(self._replays, default=0)
-
-    @property
     def first(self) -> Endpoint:
         """The hop that the client sends to."""
         return self.hops[0].endpoint
@@ -286,14 +274,7 @@ class SessionState:
     def adapted_hops(self) -> dict[Endpoint, int]:
         """Hops with a part of the adapter, and what that takes in messages, in bytes at most."""
         parts = {hop.endpoint: self.adapter.within(*hop.blocks) for hop in self.hops} if self.adapter else {}
-        return {
-            endpoint: most_bytes(tensor.nbytes for tensor in part.values()) for endpoint, part in parts.items() if part
-        }
-
-    @property
-    def route_text(self) -> str:
-        """The hops, for people."""
-        return " -> ".join(f"{short_key(hop.name)} {blocks_text(*hop.blocks)}" for hop in self.hops)
+        return {each: most_bytes(tensor.nbytes for tensor in part.values()) for each, part in parts.items() if part}
 
     @property
     def wake_at(self) -> float:
@@ -306,21 +287,12 @@ class SessionState:
             times.append(self._liveness.wake_at(self._silence_s))
         return min(times, default=math.inf)
 
-    def next_number(self) -> int:
-        """A number for a request."""
-        return next(self._numbers)
-
     def send(self, endpoint: Endpoint, message: Message) -> None:
         """Has a message sent; for requests."""
         self._effects.append(Send(endpoint, message))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        """Takes in what has happened, and says what is to be done, in order.
-
-        Args:
-            event: what has happened.
-            now: seconds of a clock that never goes back.
-        """
+        """Takes in an event, and returns what is to be done, in order. now: seconds of a clock that never goes back."""
         self._now, self._effects = now, []
         match event:
             case _ if self.phase is Phase.CLOSED:
@@ -386,7 +358,7 @@ class SessionState:
             self._use()  # a hop may have left since the caller found the route open
 
     def _record(self, step: Step) -> None:
-        """Logs a step. What hops would rightly refuse is refused here, so that one that refuses what fits is wrong."""
+        """Logs a step. Steps that hops would rightly refuse are refused here, so a hop that refuses others is wrong."""
         if self.log is None:
             self.log = SentLog(self.first_codec.code, self.first_codec.bytes_per_position(self.hidden_size))
         longest = max((part.start + part.length for part in step.parts), default=0)
@@ -412,9 +384,9 @@ class SessionState:
         self._use()
 
     def _distrust(self, event: Distrust) -> None:
-        """An answer that is no use: its sender is replaced, then all who had a part in it, then it is believed."""
+        """Replaces the sender of a useless answer; on a second one all hops involved; on a third the error is real."""
         request, where = event.request, event.source
-        request.undo()
+        request.result = None
         self._put_under_way(request)
         error = PeerFailed(f"the peer at {where.address} {event.why}")
         hop = self._hop_at(where)
@@ -470,7 +442,7 @@ class SessionState:
         return self._setup
 
     def _reopen(self, lost: dict[Endpoint, SplitnetError], cause: Cause, reason: str = "") -> None:
-        """Makes the route whole without the hops that are lost; if nothing waits for it, with the next use."""
+        """Makes the route whole without the lost hops; if nothing waits for it, with the next use."""
         idle = self.is_open and not self._in_flight
         setup = self._begin_setup()
         if not setup.reasons:
@@ -574,6 +546,7 @@ class SessionState:
         hop = self.hops[index]
         previous = self.hops[index - 1] if index else None
         following = self.hops[index + 1] if index + 1 < len(self.hops) and not hop.relayed else None
+        is_strict = hop.planned.record.version in STRICT_VERSIONS
         message = Open(
             session=self.session,
             epoch=self.epoch,
@@ -585,8 +558,8 @@ class SessionState:
             previous=previous.planned.record.key.raw if previous is not None and not previous.relayed else b"",
             next_key=following.planned.record.key.raw if following is not None else b"",
             next_address=following.planned.record.address if following is not None else "",
-            next_relays=self._relays_to(hop, following),
-            asks_weights=hop.planned.record.version not in STRICT_VERSIONS,
+            next_relays=following.endpoint.relays if following is not None and not is_strict else (),
+            asks_weights=not is_strict,
         )
         self._members[hop.endpoint] = hop.blocks
         self._asked[hop.endpoint] = self._now + self._open_timeout_s(hop.endpoint)
@@ -595,12 +568,6 @@ class SessionState:
     def _open_timeout_s(self, endpoint: Endpoint) -> float:
         """Longer where round trips are: a link may have to be made, to the hop and from it to the next one."""
         return OPEN_TIMEOUT_S + 2 * (self._answer_s(endpoint) - ANSWER_S)
-
-    def _relays_to(self, hop: RouteHop, following: RouteHop | None) -> tuple[Relay, ...]:
-        """Through whom a hop reaches the next one; nothing that it is too old to read."""
-        if following is None or not following.endpoint.hidden or hop.planned.record.version in STRICT_VERSIONS:
-            return ()
-        return following.endpoint.relays
 
     def _opened(self, hop: RouteHop, message: Opened) -> None:
         if self.phase is Phase.OPENING and self._asked.pop(hop.endpoint, None) is not None:
@@ -714,11 +681,15 @@ class SessionState:
             if not self._in_flight[number].done:
                 self._in_flight[number].send(self)
         if setup is not None and setup.reasons:
-            recovered = setup.recovered(self._now)
-            self.recoveries.append(recovered)
+            opened_ms, total_ms = (
+                ((setup.opened_at or self._now) - setup.began) * 1000,
+                (self._now - setup.began) * 1000,
+            )
+            self.recoveries.append(Recovered(tuple(setup.reasons), opened_ms, total_ms, setup.cause))
             moved = setup.cause is Cause.BETTER_ROUTE
             what = "a session has moved to a better route" if moved else "a route is whole again"
-            text = f"{what} after {recovered.total_ms:.0f} ms: {self.route_text}"
+            route = " -> ".join(f"{short_key(hop.name)} {blocks_text(*hop.blocks)}" for hop in self.hops)
+            text = f"{what} after {total_ms:.0f} ms: {route}"
             self._note("rerouted" if moved else "repaired", text)
         if changes:
             what = " and ".join(changes)
@@ -774,7 +745,7 @@ class SessionState:
         self._stop_waiting()
 
     def _stop_waiting(self) -> None:
-        """What was asked of the route that is no more is not awaited."""
+        """Awaits no answers from the former route."""
         if self._replays:
             for hop in self.hops:
                 hop.relay_log = None  # it may be a part of what was to be replayed
@@ -878,7 +849,7 @@ class SessionState:
             self._blame(hop, code, error)
 
     def _forgot(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
-        """A hop says that it lacks what a request needs; or its next hop does, which it passes on.
+        """A hop, or its next one, says that it lacks what a request needs.
 
         The first time all are opened again, and those that hold nothing are filled. If that is no help, one of the two
         is wrong.
@@ -897,13 +868,13 @@ class SessionState:
         self._lose(self.hops[index + 1] if may_be_next and strikes == 2 else hop, PeerFailed(str(error)))
 
     def _feeder(self, hop: RouteHop) -> RouteHop | None:
-        """Who pushes steps to a hop; None: the client sends them."""
+        """The hop that pushes steps to another; None: the client sends them."""
         index = self.hops.index(hop)
         before = self.hops[index - 1] if index else None
         return before if before is not None and not before.relayed else None
 
     def _blame(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
-        """A hop has failed. If another says the same of the same, it is the request's own fault, and the caller's."""
+        """A hop has failed. If another says the same, the fault is the request's own, and the caller's."""
         if code:
             complaints = self._faults.complaints.setdefault(code, [])
             complaints.append(hop.name)
@@ -987,16 +958,6 @@ class SessionState:
         predicted_ms = max((request.predicted_ms for request in self._in_flight.values()), default=0.0)
         return silence_s(self.usual_ms if decodes else 0.0, predicted_ms)
 
-    @property
-    def _awaited_parts(self) -> int:
-        """In how many parts a hop may compute what is awaited: a decode step in one, others position by position."""
-        if self.phase is not Phase.OPEN:
-            return self.log.positions if self.log is not None else 0
-        return sum(
-            1 if request.decodes or request.message is None else request.message.positions
-            for request in self._in_flight.values()
-        )
-
     def _tick(self) -> None:
         setup = self._setup
         if setup is not None and self._now >= setup.retry_at:
@@ -1021,7 +982,7 @@ class SessionState:
             self._asked[endpoint] = max(until, min(self._now + self._open_timeout_s(endpoint), longest))
 
     def _unanswered(self, hops: Sequence[Endpoint]) -> None:
-        """Hops say nothing to what was asked of them before anything is sent along the route."""
+        """Hops have not answered an `Open` or an adapter."""
         for endpoint in hops:
             if self._asked.pop(endpoint, None) is not None:
                 text = f"the peer at {endpoint.address} does not answer: check its network and firewall"
@@ -1036,7 +997,12 @@ class SessionState:
         decodes = self.phase is Phase.OPEN and all(request.decodes for request in self._in_flight.values())
         progress_s = min(self._progress_timeout_s, DECODE_PROGRESS_S) if decodes else self._progress_timeout_s
         number = 0 if self._replays else min(self._in_flight, default=0)
-        verdict = self._liveness.verdict(number, self._awaited_parts, progress_s, self._now)
+        # A hop may compute a decode step in one part, others position by position.
+        parts = self.log.positions if self.log is not None else 0
+        if self.phase is Phase.OPEN:
+            awaited = [(each.decodes, each.message) for each in self._in_flight.values()]
+            parts = sum(1 if decodes or message is None else message.positions for decodes, message in awaited)
+        verdict = self._liveness.verdict(number, parts, progress_s, self._now)
         if self.phase is Phase.OPENING:
             # Those that live may have to reach their next hops, or hold nothing yet.
             if verdict is not None and verdict.finding is Finding.SILENT:
@@ -1057,17 +1023,14 @@ class SessionState:
             self._faults.suspects = self._faults.suspects or self.endpoints()
             likeliest = [*verdict.hops, *(hop.endpoint for hop in self._filling)]
             self._replace_likeliest(likeliest, "has worked for too long without any progress")
-        else:
-            self._stalled(verdict.hops)
-
-    def _stalled(self, hops: Sequence[Endpoint]) -> None:
-        """All hops live, and what was under way is at none of them. `hops`: the likeliest culprit first."""
-        if not self._faults.suspects:  # opened again, hops find out whether they reach each other
+        elif not self._faults.suspects:
+            # All live, and the requests are at none of them. Opened again, hops find out whether they reach each other.
             self._faults.suspects = self.endpoints()
             self._reopen({}, Cause.STALLED, "what was under way was lost between two hops that live")
-            return
-        # One of those that were there at the first time loses messages, or keeps them.
-        self._replace_likeliest([*(hop.endpoint for hop in self._filling), *hops], "loses what is sent to it")
+        else:
+            # One of those that were there at the first time loses messages, or keeps them.
+            likeliest = [*(hop.endpoint for hop in self._filling), *verdict.hops]
+            self._replace_likeliest(likeliest, "loses what is sent to it")
 
     def _replace_likeliest(self, likeliest: Sequence[Endpoint], what: str) -> None:
         where = next((each for each in likeliest if each in self._faults.suspects), likeliest[0])

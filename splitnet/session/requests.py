@@ -27,16 +27,11 @@ from splitnet.wire.messages import (
 
 
 class Route(Protocol):
-    """The open route, as far as what travels on it needs it."""
+    """The open route, as far as requests need it; see `splitnet.session.machine.SessionState`."""
 
-    @property
-    def epoch(self) -> int: ...
-
-    @property
-    def hidden_size(self) -> int: ...
-
-    @property
-    def blocks(self) -> tuple[int, int]: ...
+    epoch: int
+    hidden_size: int
+    blocks: tuple[int, int]
 
     @property
     def first(self) -> Endpoint: ...
@@ -46,30 +41,24 @@ class Route(Protocol):
 
     def send(self, endpoint: Endpoint, message: Message) -> None: ...
 
-    def endpoints(self) -> list[Endpoint]:
-        """All hops in order."""
-        ...
+    def endpoints(self) -> list[Endpoint]: ...
 
-    def adapted_hops(self) -> dict[Endpoint, int]:
-        """Hops with a part of the session's adapter, and what that takes in messages, in bytes at most."""
-        ...
+    def adapted_hops(self) -> dict[Endpoint, int]: ...
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
 class Request(ABC):
     """Something that was asked for.
 
     Attributes:
-        error: why nothing will come any more.
+        error: why no answer will come any more.
         predicted_ms: what it is predicted to take; 0: not known.
+        number: that its answers name.
     """
 
-    error: SplitnetError | None
+    error: SplitnetError | None = None
     predicted_ms: float = 0.0
-
-    @property
-    @abstractmethod
-    def number(self) -> int:
-        """That its answers name."""
+    number: int = field(init=False)
 
     @property
     @abstractmethod
@@ -87,19 +76,11 @@ class Request(ABC):
 
     @abstractmethod
     def send(self, route: Route) -> None:
-        """Sends it in the route's epoch; what came before counts no more."""
+        """Sends it in the route's epoch; earlier answers count no more."""
 
     @abstractmethod
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
-        """Takes an answer in; tells whether it was one.
-
-        Raises:
-            ProtocolError: it is not what was asked for.
-        """
-
-    @abstractmethod
-    def undo(self) -> None:
-        """Forgets what has come of it."""
+        """Takes an answer in; tells whether it was one. Raises ProtocolError: it is not what was asked for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -112,14 +93,11 @@ class StepRequest(Request):
 
     step: Step
     kept: int
-    predicted_ms: float = 0.0
     result: Result | None = None
-    error: SplitnetError | None = None
     makers: list[str] = field(default_factory=list)
 
-    @property
-    def number(self) -> int:
-        return self.step.number
+    def __post_init__(self) -> None:
+        self.number = self.step.number
 
     @property
     def done(self) -> bool:
@@ -143,9 +121,6 @@ class StepRequest(Request):
         check_size(message.codec, message.payload, self.kept, route.hidden_size)
         self.result = message
         return True
-
-    def undo(self) -> None:
-        self.result = None
 
 
 def check_beside(step: Step, under_way: Collection[Request]) -> None:
@@ -193,15 +168,13 @@ class ReplayRequest(Request):
     to: Endpoint
     last: Endpoint
     ended: bool = False
-    error: SplitnetError | None = None
+
+    def __post_init__(self) -> None:
+        self.number = self.sent.number
 
     @property
     def done(self) -> bool:
         return self.ended
-
-    @property
-    def number(self) -> int:
-        return self.sent.number
 
     @property
     def message(self) -> Step | None:
@@ -216,9 +189,6 @@ class ReplayRequest(Request):
         elif isinstance(message, Result) and source == self.to:
             raise ProtocolError("it has nothing to replay")
         return self.ended
-
-    def undo(self) -> None:
-        self.ended = False
 
 
 KV_WIDTH = 8
@@ -239,7 +209,7 @@ class FromHops:
 
     parts: dict[Endpoint, list[Payload]] = field(default_factory=dict)
     _left: dict[Endpoint, int] = field(default_factory=dict)
-    """Bytes that may come of those of which something is missing."""
+    """Bytes that may still come, of hops of which something is missing."""
     _remaining: dict[Endpoint, int] = field(default_factory=dict)
 
     @property
@@ -248,15 +218,11 @@ class FromHops:
         return not self._left
 
     def begin(self, expected: Mapping[Endpoint, int]) -> None:
-        """Forgets what came before; these hops will send something, each so many bytes at most."""
+        """Forgets earlier parts; these hops will send something, each so many bytes at most."""
         self.parts, self._left, self._remaining = {}, dict(expected), {}
 
     def take(self, source: Endpoint, message: AdapterGradient | FetchedKV) -> bool:
-        """Takes a part in; False if nothing of this hop is missing.
-
-        Raises:
-            ProtocolError: it does not follow the one before, or there is more than was expected.
-        """
+        """Takes a part in; False if nothing of this hop is missing. Raises ProtocolError: a part that was not due."""
         if source not in self._left:
             return False
         if message.remaining != self._remaining.get(source, message.remaining + 1) - 1:
@@ -279,11 +245,9 @@ class PassRequest(Request):
     result: Result | None = None
     back: BackwardState | None = None
     gradient: Gradient | None = None
-    error: SplitnetError | None = None
 
-    @property
-    def number(self) -> int:
-        return self.forward.number
+    def __post_init__(self) -> None:
+        self.number = self.forward.number
 
     @property
     def done(self) -> bool:
@@ -296,7 +260,7 @@ class PassRequest(Request):
     def send(self, route: Route) -> None:
         self.result, self.gradient = None, None
         if self.back is not None:
-            self.back.batch.rewind()
+            self.back.batch.sent = 0
         self.forward = replace(self.forward, epoch=route.epoch)
         route.send(route.first, self.forward)
 
@@ -316,18 +280,14 @@ class PassRequest(Request):
                 return False
         return True
 
-    def undo(self) -> None:
-        self.result, self.gradient = None, None
-
 
 @dataclass(slots=True)
 class BackwardState:
-    """What a pass goes back with."""
+    """What a pass goes back with: its batch, and the encoded gradient by the output."""
 
     batch: Batch
     codec: int
     payload: Payload
-    """The encoded gradient by the output."""
 
 
 @dataclass(slots=True)
@@ -340,22 +300,16 @@ class Batch:
     passes: list[PassRequest]
     sums: FromHops = field(default_factory=FromHops)
     """The gradients by the adapter."""
-    _sent: int = 0
-    """How many passes have been sent back, the first ones."""
+    sent: int = 0
+    """How many of the passes have been sent back, in order; 0 again when they are repeated."""
 
     @property
     def done(self) -> bool:
         return all(each.gradient is not None for each in self.passes) and self.sums.whole
 
-    @property
-    def by_adapter(self) -> dict[Endpoint, list[Payload]]:
-        return self.sums.parts
-
     def go_back(self, adapter: int, route: Route) -> None:
-        """Sends the gradients by the output up the route.
-
-        The passes themselves are done again if the route is another by now, or the blocks ran with another adapter
-        meanwhile.
+        """Sends the gradients by the output up the route; on another route, or with another adapter meanwhile, the
+        passes are done again before.
         """
         if all(each.forward.epoch == route.epoch and each.forward.adapter == adapter for each in self.passes):
             self.send_ready(route)
@@ -364,26 +318,17 @@ class Batch:
             each.forward = replace(each.forward, adapter=adapter)
             each.send(route)
 
-    def rewind(self) -> None:
-        """The passes are done again."""
-        self._sent = 0
-
     def send_ready(self, route: Route) -> None:
         """Sends back what can go back, in order."""
-        while self._sent < len(self.passes) and self.passes[self._sent].result is not None:
-            if not self._sent:
-                self.sums.begin(route.adapted_hops() if self.passes[0].forward.adapter else {})
-            self._send(self.passes[self._sent], route)
-            self._sent += 1
-
-    def _send(self, which: PassRequest, route: Route) -> None:
-        forward, result, back = which.forward, which.result, which.back
-        assert result is not None and back is not None
-        since, held = self.passes[0].forward.number, which is not self.passes[-1]
-        route.send(
-            route.tail,
-            Gradient(forward.session, forward.epoch, forward.number, result.end, since, held, back.codec, back.payload),
-        )
+        last = self.passes[-1]
+        while self.sent < len(self.passes) and (result := self.passes[self.sent].result) is not None:
+            forward, back, since = self.passes[self.sent].forward, self.passes[self.sent].back, self.passes[0].number
+            if not self.sent:
+                self.sums.begin(route.adapted_hops() if forward.adapter else {})
+            assert back is not None
+            ids, held = (forward.session, forward.epoch, forward.number), forward.number != last.number
+            route.send(route.tail, Gradient(*ids, result.end, since, held, back.codec, back.payload))
+            self.sent += 1
 
 
 @dataclass(slots=True, eq=False)
@@ -393,11 +338,9 @@ class FetchRequest(Request):
     asked: FetchKV
     found: FromHops = field(default_factory=FromHops)
     sent: bool = False
-    error: SplitnetError | None = None
 
-    @property
-    def number(self) -> int:
-        return self.asked.number
+    def __post_init__(self) -> None:
+        self.number = self.asked.number
 
     @property
     def done(self) -> bool:
@@ -414,6 +357,3 @@ class FetchRequest(Request):
 
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
         return isinstance(message, FetchedKV) and self.found.take(source, message)
-
-    def undo(self) -> None:
-        self.sent = False

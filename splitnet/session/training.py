@@ -17,7 +17,7 @@ from splitnet.session.options import ConnectionOptions
 from splitnet.session.requests import BackwardState, Batch, PassRequest
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import Codec, codec_by_code, codec_by_name
-from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward, Gradient, Result
 
 MICRO_BATCHES_PER_HOP = 2
 """A batch is cut into so many micro-batches for each hop, so that all hops have something to do most of the time."""
@@ -36,10 +36,6 @@ class Passed:
     passes: list[PassRequest]
     adapter: Adapter | None
 
-    @property
-    def numbers(self) -> list[int]:
-        return [request.number for request in self.passes]
-
 
 class PassSession(SessionDriver):
     """A route for whole sequences, of which no KV caches are kept. One thread uses it at a time.
@@ -48,18 +44,11 @@ class PassSession(SessionDriver):
     were under way, or had gone forward and not back, are done again: the same bytes give the same gradients.
 
     Args:
-        swarm: the peers.
-        options: codecs and patience, see `splitnet.AutoModelForCausalLM.from_pretrained`.
+        options: codecs and timeouts, see `splitnet.AutoModelForCausalLM.from_pretrained`.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
     """
 
-    def __init__(
-        self,
-        swarm: Swarm,
-        options: ConnectionOptions,
-        *,
-        blocks: tuple[int, int] | None = None,
-    ) -> None:
+    def __init__(self, swarm: Swarm, options: ConnectionOptions, *, blocks: tuple[int, int] | None = None) -> None:
         super().__init__(
             swarm,
             options,
@@ -76,13 +65,7 @@ class PassSession(SessionDriver):
         self._forgotten: deque[list[int]] = deque()
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        lengths: Sequence[int],
-        adapter: Adapter | None = None,
-        *,
-        keep: bool = False,
-        reach: int = 0,
+        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None = None, *, keep: bool, reach: int
     ) -> tuple[torch.Tensor, Passed]:
         """Runs sequences through all blocks.
 
@@ -103,9 +86,7 @@ class PassSession(SessionDriver):
         self._use(adapter)
         while self._forgotten:
             self._kept.difference_update(self._forgotten.popleft())
-        state = self.state
-        batch = Passed([], adapter)
-        codec = state.first_codec
+        state, codec, batch = self.state, self.state.first_codec, Passed([], adapter)
         offset = 0
         for group in self._micro_batches(lengths):
             positions = sum(group)
@@ -132,11 +113,7 @@ class PassSession(SessionDriver):
         self.traffic.positions += offset
         self.feed(Submit(tuple(batch.passes)))
         self._wait_for_batch(batch)
-        outputs: list[torch.Tensor] = []
-        for request in batch.passes:
-            assert request.result is not None
-            outputs.append(self._decode(request.result.codec, request.result.payload, request))
-        return torch.cat(outputs), batch
+        return torch.cat([self._decode(request.result, request) for request in batch.passes]), batch
 
     def backward(self, batch: Passed, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Gradients of a loss by what `forward` was given.
@@ -149,7 +126,7 @@ class PassSession(SessionDriver):
             The gradient by `hidden`, `[positions, hidden]` float32, and those by the tensors of the adapter.
 
         Raises:
-            as `forward`.
+            PeerLost, CoverageError, PeerFailed, PeerBusy: as `forward`.
         """
         self._use(batch.adapter)
         codec = self._codec_of_gradients()
@@ -163,22 +140,19 @@ class PassSession(SessionDriver):
         self.feed(Backward(together, self._version(batch.adapter)))
         self._wait_for_batch(batch)
         self.forget(batch)
-        by_input: list[torch.Tensor] = []
+        by_input = torch.cat([self._decode(request.gradient, request) for request in batch.passes])
         by_adapter: dict[str, torch.Tensor] = {}
-        for request in batch.passes:
-            assert request.gradient is not None
-            by_input.append(self._decode(request.gradient.codec, request.gradient.payload, request))
-        for payloads in together.by_adapter.values():
+        for payloads in together.sums.parts.values():
             for payload in payloads:
                 by_adapter.update(read_tensors(payload))
         wanted = batch.adapter.tensors if batch.adapter is not None else {}
         if {name: tensor.shape for name, tensor in by_adapter.items()} != {n: t.shape for n, t in wanted.items()}:
             raise PeerFailed("the peers sent gradients of other parameters than the adapter has")
-        return torch.cat(by_input), by_adapter
+        return by_input, by_adapter
 
     def forget(self, batch: Passed) -> None:
         """The batch will not go back; the peers drop what they keep for it with the next pass. For any thread."""
-        self._forgotten.append(batch.numbers)
+        self._forgotten.append([request.number for request in batch.passes])
 
     def _version(self, adapter: Adapter | None) -> int:
         return self.state.adapter_version if adapter is not None else 0
@@ -202,8 +176,10 @@ class PassSession(SessionDriver):
         exact = self.state.first_codec.name == "none" and all(hop.codec.name == "none" for hop in self.hops)
         return codec_by_name("none" if exact else LOSSY_GRADIENT_CODEC)
 
-    def _decode(self, codec: int, payload: bytes | memoryview, request: PassRequest) -> torch.Tensor:
-        return codec_by_code(codec).decode(payload, request.forward.positions, self._swarm.facts.hidden_size)
+    def _decode(self, answer: Result | Gradient | None, request: PassRequest) -> torch.Tensor:
+        assert answer is not None
+        size = request.forward.positions, self._swarm.facts.hidden_size
+        return codec_by_code(answer.codec).decode(answer.payload, *size)
 
     def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """The sequences in groups that fill the hops well; no sequence is cut."""

@@ -64,14 +64,15 @@ Ends = tuple[PeerRecord | None, PeerRecord | None]
 CLIENT_ENDS: Ends = (None, None)
 
 
-PlanPart = Callable[[tuple[int, int], Ends, Collection[str], Collection[str]], list[PlannedHop]]
-"""Plans the blocks `[start, end)` between two ends without some peers; others hold the session already. By names."""
-
-
 def repaired_route(
-    kept: Sequence[PlannedHop], excluded: Collection[str], blocks: tuple[int, int], plan: PlanPart
+    kept: Sequence[PlannedHop],
+    excluded: Collection[str],
+    blocks: tuple[int, int],
+    plan: Callable[..., list[PlannedHop]],
 ) -> list[PlannedHop]:
     """A route with the hops that are left of a former one: others are planned for just the blocks between them.
+
+    plan: takes `blocks`, `ends`, `exclude` and `holders` as `Swarm.plan` does.
 
     Raises:
         CoverageError, PeerBusy: as `plan` does, even for a route without them.
@@ -84,7 +85,7 @@ def repaired_route(
             until = following.start if following else end
             if position < until:
                 ends = (route[-1].record if route else None, following.record if following else None)
-                fill = plan((position, until), ends, used, ())
+                fill = plan(blocks=(position, until), ends=ends, exclude=used)
                 used |= {hop.name for hop in fill}
                 route += fill
             if following:
@@ -95,7 +96,7 @@ def repaired_route(
         if not kept:
             raise
         # Perhaps a hop that stays could run more blocks. It holds one cache per session, so it begins anew.
-        return with_kept_hops(plan(blocks, CLIENT_ENDS, excluded, {hop.name for hop in kept}), kept)
+        return with_kept_hops(plan(blocks=blocks, exclude=excluded, holders={hop.name for hop in kept}), kept)
 
 
 class HeldBlocks(NamedTuple):

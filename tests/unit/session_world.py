@@ -332,10 +332,12 @@ class PeerModel:
             return
         if self.fault in Faulty.OTHERS and step.replay_until:
             if self.fault == "fails replays":
-                self.fail(step.epoch, step.number or self.world.state.last_replay, FailureCode.INTERNAL)
+                self.fail(step.epoch, step.number or max(self.world.state._replays, default=0), FailureCode.INTERNAL)
                 return
             if self.fault == "forgets in replays":
-                self.fail(step.epoch, step.number or self.world.state.last_replay, FailureCode.UNKNOWN_SESSION)
+                self.fail(
+                    step.epoch, step.number or max(self.world.state._replays, default=0), FailureCode.UNKNOWN_SESSION
+                )
                 self.held = None
                 return
         try:
@@ -789,7 +791,7 @@ class World:
                 assert each.gradient is not None
                 assert bytes(each.gradient.payload) == gradient, "a wrong gradient was delivered"
             told: dict[int, bytes] = {}
-            for payloads in asked.batch.by_adapter.values():
+            for payloads in asked.batch.sums.parts.values():
                 for payload in payloads:
                     for at in range(0, len(payload), SIZE + 1):
                         told[payload[at]] = bytes(payload[at + 1 : at + 1 + SIZE])

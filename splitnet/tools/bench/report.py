@@ -13,7 +13,7 @@ from splitnet.errors import ContextTooLong, SplitnetError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from splitnet.session.driver import LinkUse
+    from splitnet.session.inference import LinkUse
 
 
 @dataclass(frozen=True, slots=True)

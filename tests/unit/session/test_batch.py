@@ -90,7 +90,7 @@ def test_the_sum_is_asked_for_with_the_last_pass() -> None:
     assert not batch.done
     answer(made, route)
     assert all(each.done for each in made)
-    assert batch.by_adapter == {hop: [hop.address.encode()] for hop in (HEAD, TAIL)}
+    assert batch.sums.parts == {hop: [hop.address.encode()] for hop in (HEAD, TAIL)}
 
 
 def test_a_pass_of_an_older_route_has_all_repeated_and_sent_back_in_order() -> None:
@@ -130,7 +130,7 @@ def test_a_batch_is_repeated_as_one() -> None:
     assert not batch.done
     answer(made, route)
     assert batch.done
-    assert batch.by_adapter[HEAD] == [HEAD.address.encode()]
+    assert batch.sums.parts[HEAD] == [HEAD.address.encode()]
 
 
 def of_the_adapter(remaining: int, payload: bytes = b"part") -> AdapterGradient:

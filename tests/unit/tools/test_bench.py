@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from splitnet.errors import ContextTooLong, PeerLost, SplitnetError
-from splitnet.session.driver import LinkUse
+from splitnet.session.inference import LinkUse
 from splitnet.tools.bench.backends import Gate, run_together
 from splitnet.tools.bench.report import (
     LOCAL,
