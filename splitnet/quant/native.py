@@ -106,7 +106,7 @@ class Prefetch:
 PREFETCHES = (Prefetch("t1"), Prefetch("t0"), Prefetch("nta"), Prefetch("t1", 2048), Prefetch("none"))
 """Are tried. The first is taken unless another is faster by more than chance."""
 
-_FASTER = 0.95
+_FASTER, _UNDISTURBED = 0.95, 0.9
 _ROUNDS = 3
 _TRIED_BYTES = 48 * 2**20
 """More than the second cache holds, and than most of the third."""
@@ -127,6 +127,9 @@ def use_prefetch(prefetch: Prefetch) -> None:
 def prefetch_in_use() -> Prefetch | None:
     """How weights are prefetched: as `SPLITNET_KERNELS` says, as was measured on this machine before, or as is measured
     now, in some 0.2 s. None: the kernels were not compiled, or only plain loops are used.
+
+    The choice is kept once two undisturbed measurements in a row agree: beside other programs another prefetch may be
+    the fastest.
     """
     if kernels_here() is not Kernels.FAST:
         return None
@@ -134,22 +137,30 @@ def prefetch_in_use() -> Prefetch | None:
         if _prefetch is None:
             known = KnownFigures(cache_folder() / "speeds.json")
             key = f"prefetch {platform.node()}/{processor()} kernels-{version()} threads-{torch.get_num_threads()}"
-            found = {str(each): each for each in PREFETCHES}.get(str(known.find(key)))
-            if found is None:
+            measured = known.find(key)
+            measured = measured if isinstance(measured, list) else []
+            named = {str(each): each for each in PREFETCHES}
+            if len(measured) == 2 and measured[0] == measured[1] and measured[0] in named:
+                use_prefetch(named[measured[0]])
+            else:
                 use_prefetch(PREFETCHES[0])  # so that products of the measurement do not ask again
-                found = fastest_prefetch()
-                known.keep(key, str(found))
-            use_prefetch(found)
+                found, undisturbed = fastest_prefetch()
+                use_prefetch(found)
+                if undisturbed:
+                    known.keep(key, [*measured[-1:], str(found)])
         return _prefetch
 
 
-def fastest_prefetch() -> Prefetch:
-    """The fastest of `PREFETCHES`, if it is twice seen to be faster than the first."""
+def fastest_prefetch() -> tuple[Prefetch, bool]:
+    """The fastest of `PREFETCHES`, if it is twice seen to be faster than the first; whether this thread computed in
+    nearly all of that time, as others left it a processor."""
+    began, computed = time.perf_counter(), time.thread_time()
     seconds = time_prefetches(PREFETCHES)
     best = min(seconds, key=lambda each: seconds[each])
     if best != PREFETCHES[0]:
         seconds = time_prefetches((PREFETCHES[0], best))
-    return best if seconds[best] < _FASTER * seconds[PREFETCHES[0]] else PREFETCHES[0]
+    share = (time.thread_time() - computed) / (time.perf_counter() - began)
+    return best if seconds[best] < _FASTER * seconds[PREFETCHES[0]] else PREFETCHES[0], share > _UNDISTURBED
 
 
 def time_prefetches(prefetches: Sequence[Prefetch]) -> dict[Prefetch, float]:
