@@ -290,6 +290,10 @@ class RemoteModel(PreTrainedModel):
             f"{self.name_or_path}, and save what was trained with peft_model.save_pretrained(FOLDER)"
         )
 
+    def get_submodule(self, target: str) -> nn.Module:
+        # PEFT looks for the embeddings under this name, and then for a parameter of their size; codes are none.
+        return self.get_input_embeddings() if target == "embeddings.word_embeddings" else super().get_submodule(target)
+
     def _get_name(self) -> str:
         # transformers' Trainer looks it up among those it knows, to tell how labels belong to positions.
         return self.transformers_class.__name__

@@ -93,6 +93,19 @@ def test_what_is_trained_is_the_same_in_plain_peft(
     assert generated.output == tokenizer.decode(tokens, skip_special_tokens=True) + "\n", generated.errors
 
 
+@pytest.mark.parametrize("method", ["prompt", pytest.param("p-tuning", marks=pytest.mark.full)])
+def test_prompts_are_trained_on_a_gguf_file(
+    method: str, here: Here, demo_checkpoint: Path, address: str, data: Path, tmp_path: Path
+) -> None:
+    """Its embeddings stay in codes, and transformers cannot read its tokenizer by its path."""
+    output = tmp_path / "adapter"
+    words = ["tune", str(demo_checkpoint), "--join", address, "--data", str(data), "--output", str(output)]
+    finished = here(*words, "--method", method, "--steps", "2", "--batch-size", "2", "--lr", "0.01")
+    expect_trained(finished, output, 2)
+    told = re.search(r"Use it: splitnet (.*)", finished.output)
+    assert told and len(here(*shlex.split(told[1]), "--max-new-tokens", "4").output) > 1
+
+
 @pytest.mark.full
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, here: Here, tmp_path: Path) -> None:
     """First by Ctrl-C, then by a kill, which leaves steps that no checkpoint has; in another process it ends."""

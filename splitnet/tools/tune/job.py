@@ -97,6 +97,7 @@ class ModelToTune:
             model,
             method,
             replace(options, init_text=beginning),
+            self.tokenizer,
             tokenizer_source=self.checkpoint.tokenizer_source,
             head=head,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -67,13 +68,14 @@ _LEARNING_RATES = {Method.PROMPT: 1e-2, Method.PREFIX: 1e-2, Method.P_TUNING: 1e
 
 
 def with_new_adapter(
-    model: Any, method: Method, options: AdapterOptions, *, tokenizer_source: str, head: bool = False
+    model: Any, method: Method, options: AdapterOptions, tokenizer: Any, *, tokenizer_source: str, head: bool = False
 ) -> Any:
     """What PEFT makes of a model, with an adapter that is to be trained.
 
     Args:
         model: a causal language model or a sequence classifier, remote or not.
-        tokenizer_source: where the tokenizer for `init_text` comes from.
+        tokenizer: for `init_text`.
+        tokenizer_source: where it comes from, as the configuration of the adapter names it.
         head: whether the model is a sequence classifier, whose head is trained too.
 
     Raises:
@@ -83,7 +85,10 @@ def with_new_adapter(
 
     task = TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM
     try:
-        wrapped = get_peft_model(model, _config(task, method, options, tokenizer_source))
+        with tempfile.TemporaryDirectory() as folder:
+            if method is Method.PROMPT and options.init_text:
+                tokenizer.save_pretrained(folder)  # PEFT reads it as transformers does, which knows no GGUF files
+            wrapped = get_peft_model(model, _config(task, method, options, folder))
     except ValueError as error:
         if method is Method.LORA:
             raise AdapterError(f"LoRA does not fit this model ({error}): name its layers with --targets") from None
@@ -122,7 +127,7 @@ def begin_prefix(wrapped: Any, pairs: Prefixes) -> None:
         weight.copy_(repeated)
 
 
-def _config(task: Any, method: Method, options: AdapterOptions, tokenizer_source: str) -> Any:
+def _config(task: Any, method: Method, options: AdapterOptions, tokenizer_folder: str) -> Any:
     from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
     match method:
@@ -135,7 +140,7 @@ def _config(task: Any, method: Method, options: AdapterOptions, tokenizer_source
                 num_virtual_tokens=options.tokens,
                 prompt_tuning_init="TEXT",
                 prompt_tuning_init_text=options.init_text,
-                tokenizer_name_or_path=tokenizer_source,
+                tokenizer_name_or_path=tokenizer_folder,
             )
         case Method.PROMPT:
             return PromptTuningConfig(
