@@ -22,8 +22,7 @@ from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.arguments import parse_blocks
 from splitnet.errors import SplitnetError
-from splitnet.quant.device import Stopwatch, seconds_after_work
-from splitnet.quant.memory import give_back_memory
+from splitnet.quant.device import Stopwatch, give_back_memory, seconds_after_work
 
 COPIED_BYTES = 2**28
 COPIES, PREFILLS, WARM_UP = 20, 5, 8

@@ -23,9 +23,9 @@ from gguf import GGMLQuantizationType
 from splitnet.checkpoint.gguf.file import BLOCK_TYPES
 from splitnet.errors import KernelsError
 from splitnet.quant import native
+from splitnet.quant.device import in_large_pages
+from splitnet.quant.forms import INT4, INT8
 from splitnet.quant.grouped import BlockQuantWeight, held_bytes, hold_stored
-from splitnet.quant.integers import INT4, INT8
-from splitnet.quant.memory import in_large_pages
 from splitnet.quant.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix
 
 IN_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4")

@@ -27,7 +27,7 @@ import psutil
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant.choose import name_of
-from splitnet.quant.weight_form import as_dtype
+from splitnet.quant.stored import as_dtype
 
 MIB = 2**20
 LIBRARIES = """

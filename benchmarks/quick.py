@@ -25,7 +25,7 @@ from transformers.utils import logging
 from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant import native
-from splitnet.quant.memory import in_large_pages
+from splitnet.quant.device import in_large_pages
 from tests.unit.random_models import random_checkpoint
 
 FORMS = ("float32", "float16", "int8", "int4")

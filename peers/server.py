@@ -51,7 +51,7 @@ from splitnet.errors import ModelNotFound, OutOfMemory, ProtocolError, SplitnetE
 from splitnet.nat.tunnel import Tunnels
 from splitnet.process import Watchdog
 from splitnet.quant.choose import choose_weights
-from splitnet.quant.memory import give_back_memory
+from splitnet.quant.device import free_memory, give_back_memory
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey, kept_proof
 from splitnet.security.swarm_key import OPEN
 from splitnet.transport.addresses import (
@@ -134,7 +134,7 @@ class SpanServer:
         self.load = Load()
         policy = policy or KeyPolicy()
         if kv_memory is None:
-            kv_memory = span.free_memory() // 4
+            kv_memory = free_memory(span.device) // 4
         keeps_logs = span.end < checkpoint.num_blocks
         usual = codec_by_name(DEFAULT_INT8).bytes_per_position(checkpoint.hidden_size)
         self.sessions = SessionTable(
@@ -165,7 +165,7 @@ class SpanServer:
             weights=span.weights.text,
         )
         if training_memory is None:
-            training_memory = span.free_memory() // 8
+            training_memory = free_memory(span.device) // 8
         self.service = SessionService(
             served,
             self.sessions,

@@ -18,8 +18,7 @@ from scheduler.load import MovingAverage
 from splitnet.blocks.span import Chunk, Span
 from splitnet.paths import KnownFigures
 from splitnet.quant import native
-from splitnet.quant.device import seconds_after_work
-from splitnet.quant.memory import trim_memory
+from splitnet.quant.device import seconds_after_work, trim_memory
 from splitnet.version import __version__
 
 SHARE = 0.1

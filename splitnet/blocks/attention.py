@@ -57,6 +57,17 @@ class Chunk:
     reach: int = 0
     """Positions, with the prefix, whose rotary frequencies it has at least; see `splitnet.wire.messages.Step.reach`."""
 
+    @property
+    def positions(self) -> range:
+        """As the blocks count them: the prefix comes first."""
+        start = self.row.prefix_length + self.start
+        return range(start, start + self.count)
+
+
+def positions_of(parts: Sequence[Chunk]) -> list[int]:
+    """All of them, one part after the other."""
+    return [position for part in parts for position in part.positions]
+
 
 @dataclass(frozen=True)
 class PackedPass:

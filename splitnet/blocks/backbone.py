@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -27,11 +28,14 @@ from transformers.utils import logging as transformers_logging
 
 from splitnet.checkpoint.checkpoint import Checkpoint, check_no_unexpected, ignored
 from splitnet.checkpoint.families import ADDED_POSITIONS, causal_class
-from splitnet.errors import UnsupportedModel
-from splitnet.quant.experts import can_hold_experts, hold_weight_of_experts
+from splitnet.checkpoint.store import LazyTensor
+from splitnet.errors import UnsupportedModel, WeightsError
+from splitnet.quant.choose import INTEGERS, Weights
+from splitnet.quant.experts import can_hold_experts, hold_weight_of_experts, weights_of_experts
+from splitnet.quant.forms import integer_codes
 from splitnet.quant.grouped import BlockQuantWeight, JoinedForm, hold_stored
 from splitnet.quant.linear import QuantizedLinear, is_router, matrices_of, sizes_of
-from splitnet.quant.stored import PackedTensor, StoredMatrix
+from splitnet.quant.stored import Codes, Layout, PackedTensor, StoredMatrix
 
 
 class QuantizedEmbedding(nn.Embedding):
@@ -450,3 +454,73 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
         model = load_cut(causal_class(config), config, lambda model: None, tensors, wanted, None, names=names)
     model.generation_config = checkpoint.generation_config()
     return model.eval()
+
+
+def with_coded_experts(
+    tensors: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    model_class: type[PreTrainedModel],
+    container: str,
+    blocks: range,
+    weights: Weights,
+) -> dict[str, Any]:
+    """Tensors of blocks, of which experts come in the codes that weights of this kind are held in.
+
+    Args:
+        tensors: by their names in a model of these blocks alone.
+        weights: how the blocks hold theirs; of others than integers, all stays as it is.
+    """
+    if weights.kind not in INTEGERS:
+        return dict(tensors)
+    whole = on_meta(model_class, checkpoint.config)
+    experts = {path: transposed for path, _, transposed in weights_of_experts(whole)}
+    given = {
+        f"{container}.{index}.{tensor.rest}": f"{container}.{index - blocks.start}.{tensor.rest}"
+        for index in blocks
+        for tensor in checkpoint.block_tensors[index]
+    }
+    loaded = loaded_as(whole, given) if experts else {}
+    coded = {given[name]: experts[path] for name, path in loaded.items() if path in experts}
+    found = dict(tensors)
+    for name, transposed in coded.items():
+        inputs = found[name].shape[-2 if transposed else -1]
+        layout = weights.layout_of_experts(inputs)
+        if layout is not None:
+            found[name] = _coded(name, found[name], transposed, layout)
+    return found
+
+
+def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: Layout) -> LazyTensor:
+    """A weight of one expert, or of all, of which `[...]` reads nothing before its codes are asked for.
+
+    Args:
+        name: in the checkpoint.
+        lazy: what reads its numbers.
+        transposed: whether it is `[..., inputs, outputs]`.
+    """
+
+    def read(expert: Any) -> Codes:
+        weight = lazy[expert]
+        numbers = weight.floats() if isinstance(weight, PackedTensor) else weight
+        lies = (numbers.T if transposed else numbers).float().contiguous()
+        codes = integer_codes(lies, layout)
+        if codes is None:
+            raise WeightsError(
+                f"{name} has values that are no numbers, which fit no code: use --weights with a type of floats"
+            )
+        return codes
+
+    def of(index: Any) -> torch.Tensor:
+        if index is not ...:
+            return lazy[index]
+        stacked = len(lazy.shape) == 3
+        outputs, inputs = lazy.shape[-2:]
+        if transposed:
+            outputs, inputs = inputs, outputs
+        matrices = [
+            [StoredMatrix(layout, (outputs, inputs), partial(read, expert))]
+            for expert in (range(lazy.shape[0]) if stacked else [...])
+        ]
+        return PackedTensor.__new__(PackedTensor, matrices, stacked=stacked, transposed=transposed, dtype=torch.float32)
+
+    return LazyTensor(lazy.shape, lazy.dtype, of)

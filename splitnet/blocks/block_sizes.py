@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.blocks.backbone import find_container, loaded_as, on_meta
-from splitnet.blocks.coded_experts import layout_of_experts
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import backbone_class
 from splitnet.checkpoint.store import TensorFacts
@@ -156,7 +155,7 @@ def size_of_block(
         count, outputs, inputs = parameter.shape
         if transposed:
             outputs, inputs = inputs, outputs
-        layout = layout_of_experts(weights.kind, inputs)
+        layout = weights.layout_of_experts(inputs)
         if layout is not None and not weights.as_stored:
             taken = count * held_bytes(layout, outputs, inputs)
             converted = True

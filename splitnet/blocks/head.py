@@ -1,7 +1,11 @@
-"""The head of a causal model where it generates.
+"""The head of a causal model: where it generates, and the loss where it is trained.
 
 Every token reads all of the head's weight, which for large vocabularies is more than many blocks have. Threads that
 generate at the same time read it together, as the peers read their blocks.
+
+Logits are by far the largest tensors of a client that trains. The loss is computed for some positions at a time: their
+logits give their loss and, in the same place, their gradient, which goes back through the head at once. Only the
+gradient by the hidden states is kept. Positions without a label are left out.
 """
 
 from __future__ import annotations
@@ -10,26 +14,25 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from scheduler.batching import BatchingDelay
 from splitnet.quant.choose import NARROW, Weights
 from splitnet.quant.device import seconds_after_work
-from splitnet.quant.floats import FloatForm
+from splitnet.quant.forms import FloatForm, WeightForm
 from splitnet.quant.linear import QuantizedLinear, sizes_of
 from splitnet.quant.native import has_kernel_for, multiply_floats
-from splitnet.quant.weight_form import WeightForm
 
 CHANGES_S = 1.0
-"""A weight that was not used for so long is looked at as a whole: it may have been changed in ways of which torch does
-not tell, such as `weight.data`. If all of it is, that is seen at once; if some rows are, when a call begins.
-"""
+"""A weight that was not used for so long is looked at as a whole, as torch does not tell of all changes, such as those
+by `weight.data`. A change of all of it is seen at once; one of some rows, when a call begins."""
 
 _SUMMED_ROWS = 256
 """At a time: their sums take little memory."""
@@ -47,10 +50,6 @@ class _Call:
     thread: int
     product: torch.Tensor | None = None
     error: Exception | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.product is not None or self.error is not None
 
 
 class SharedProduct:
@@ -70,15 +69,11 @@ class SharedProduct:
         self._delay = BatchingDelay()
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[rows, inputs]` -> `[rows, outputs]`, without gradients.
-
-        Raises:
-            Whatever `multiply` raises.
-        """
+        """`[rows, inputs]` -> `[rows, outputs]`, without gradients. Raises what `multiply` raises."""
         call = _Call(rows, threading.get_ident())
         self._waiting.append(call)
         with self._working:
-            while not call.done:
+            while call.product is None and call.error is None:
                 self._work()
         if call.error is not None:
             raise call.error
@@ -113,12 +108,20 @@ class SharedProduct:
 class _Sharing(nn.Module):
     """A layer whose threads share its products of few rows. Copies share nothing with it."""
 
-    @property
-    def shared(self) -> SharedProduct:
-        """Multiplies with the weight."""
-        return self.__dict__.setdefault("_shared", SharedProduct(self._multiply))
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        own: Any = self
+        rows = input.reshape(-1, own.in_features)
+        few = 0 < len(rows) <= MOST_ROWS and not torch.is_grad_enabled()
+        multiply = self._multiplier() if few else None
+        if multiply is None:
+            return super().forward(input)
+        product = self.__dict__.setdefault("_shared", SharedProduct(multiply))(rows)
+        if own.bias is not None:
+            product = product + own.bias
+        return product.view(*input.shape[:-1], own.out_features)
 
-    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+    def _multiplier(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Multiplies few rows by the weight; None: they are not shared."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,15 +160,8 @@ class Head(_Sharing, nn.Linear):
         """The next product looks at each row: before the caller's call some may have been changed."""
         self._may_have_changed = True
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = input.reshape(-1, self.in_features)
-        few = 0 < len(rows) <= MOST_ROWS
-        if not few or torch.is_grad_enabled() or not has_kernel_for(self.weight):
-            return super().forward(input)
-        product = self.shared(rows)
-        if self.bias is not None:
-            product = product + self.bias
-        return product.view(*input.shape[:-1], self.out_features)
+    def _multiplier(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        return self._multiply if has_kernel_for(self.weight) else None
 
     def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
         narrow = self._narrowed() if self._narrows and self.weight.dtype == torch.float32 else None
@@ -195,13 +191,8 @@ class Head(_Sharing, nn.Linear):
 class QuantizedHead(_Sharing, QuantizedLinear):
     """A head whose weight is held in another form."""
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) > MOST_ROWS or not self.held.alone_as_together:
-            return self.held.multiply(rows)
-        return self.shared(rows)
-
-    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.held.multiply(rows)
+    def _multiplier(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        return self.held.multiply if self.held.alone_as_together else None
 
 
 def hold_head(model: PreTrainedModel, weights: Weights) -> None:
@@ -215,26 +206,120 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
         if weights.as_stored or (weights.forms and weights.form_for(head.out_features, head.in_features) is None):
             model.set_output_embeddings(QuantizedHead.holding(head, head.held, weights.device))
             return
-        head = _of_floats(head)
-        model.set_output_embeddings(head)
+        plain: Any = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+        plain.weight, plain.bias = nn.Parameter(head.held.dequantised(head.weight.dtype)), head.bias
+        model.set_output_embeddings(head := plain)
     sizes = sizes_of(head)
     if sizes is None:
         return
     form = weights.form_for(*sizes)
     if form is not None and not weights.as_stored:
-        outputs, inputs = sizes
-        held = QuantizedHead(
-            inputs, outputs, form, transposed=False, bias=head.bias is not None, dtype=head.weight.dtype
-        )
-        held.bias = head.bias
-        held.weight = head.weight
+        bias = head.bias is not None
+        held = QuantizedHead(sizes[1], sizes[0], form, transposed=False, bias=bias, dtype=head.weight.dtype)
+        held.bias, held.weight = head.bias, head.weight
         model.set_output_embeddings(held)
     elif type(head) is nn.Linear and has_kernel_for(head.weight):
         model.set_output_embeddings(Head(head.weight, head.bias, narrows=form == NARROW))
 
 
-def _of_floats(head: QuantizedLinear) -> nn.Linear:
-    plain: Any = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(head.held.dequantised(head.weight.dtype))
-    plain.bias = head.bias
-    return plain
+IGNORED = -100
+"""The label of a position that is not learned, as in transformers."""
+
+PART_BYTES = 32 * 2**20
+"""Of the logits of a part, in float32. Some families make a few tensors of that size of them."""
+
+Score = Callable[[torch.Tensor], torch.Tensor]
+"""Hidden states `[positions, hidden]` -> logits `[positions, vocabulary]`."""
+
+
+def loss_in_parts(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    score: Score,
+    vocabulary: int,
+    *,
+    trained: Sequence[torch.Tensor] = (),
+    items: torch.Tensor | float | None = None,
+    part_bytes: int = PART_BYTES,
+) -> torch.Tensor:
+    """The cross-entropy of each position and the label of the next, as `ForCausalLMLoss` of transformers has it.
+
+    Args:
+        hidden: `[batch, positions, hidden]`.
+        labels: `[batch, positions]`; `IGNORED` where nothing is learned.
+        score: what the head does to each position; it records gradients where they are enabled.
+        vocabulary: how many logits a position has.
+        trained: what may be trained within `score`; it gets gradients if it is used there.
+        items: what the sum is divided by; None: the number of labels.
+        part_bytes: of the logits of a part; one position is the least.
+
+    Returns:
+        A scalar, float32.
+
+    Raises:
+        ValueError: labels are of another shape.
+    """
+    if labels.shape != hidden.shape[:2]:
+        raise ValueError(f"labels must be [batch, positions] = {list(hidden.shape[:2])}, not {list(labels.shape)}")
+    if not torch.is_grad_enabled():
+        hidden, trained = hidden.detach(), ()
+    following = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].to(hidden.device)
+    learned = following != IGNORED
+    positions = max(1, part_bytes // (vocabulary * torch.float32.itemsize))
+    total: Any = _Sum.apply(score, positions, hidden[learned], following[learned], *trained)
+    if items is None:
+        return total / learned.sum()
+    return total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over positions. Gradients are computed on the way forward, for a sum that counts once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, score: Score, positions: int, hidden: torch.Tensor, labels: torch.Tensor, *trained: torch.Tensor
+    ) -> torch.Tensor:
+        _, _, by_hidden, _, *by_trained = ctx.needs_input_grad
+        wanted = [tensor for tensor, needed in zip(trained, by_trained, strict=True) if needed]
+        gradient = torch.empty_like(hidden) if by_hidden else None
+        found: list[torch.Tensor | None] = [None] * len(wanted)
+        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        for begin in range(0, len(labels), positions):
+            part = slice(begin, begin + positions)
+            given = hidden[part].detach().requires_grad_(by_hidden)
+            with torch.set_grad_enabled(by_hidden or bool(wanted)):
+                logits = score(given)
+            losses[part], by_logits = _entropy(logits, labels[part])
+            if not logits.requires_grad:
+                continue
+            leaves = [*([given] if by_hidden else []), *wanted]
+            grown = list(torch.autograd.grad(logits, leaves, by_logits.to(logits.dtype), allow_unused=True))
+            if gradient is not None:
+                gradient[part] = grown.pop(0)
+            for index, one in enumerate(grown):
+                before = found[index]
+                found[index] = one if before is None or one is None else before.add_(one)
+        ctx.save_for_backward(gradient, *found)
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (factor,) = gradients
+        gradient, *found = (None if saved is None else saved * factor for saved in ctx.saved_tensors)
+        by_trained = [found.pop(0) if needed else None for needed in ctx.needs_input_grad[4:]]
+        return None, None, gradient, None, *by_trained
+
+
+def _entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each position, and the gradient of their sum by the logits, in whose place it is put.
+
+    torch tells if the way back needs the logits themselves: with what is detached it counts changes.
+    """
+    scores = logits.detach().float()
+    labels = labels[:, None]
+    largest = scores.amax(dim=-1, keepdim=True)
+    chosen = scores.gather(1, labels) - largest
+    total = scores.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+    scores.div_(total).scatter_add_(1, labels, torch.full_like(chosen, -1))
+    return (total.log() - chosen)[:, 0], scores

@@ -29,18 +29,17 @@ HELD_AT_ONCE = COPIES + 2
 class StateLayer(LinearAttentionLayer):
     """transformers' states of one block, without writing to tensors that another copy may have."""
 
-    def conv_state(self, index: int) -> torch.Tensor | None:
-        """One that the caller may write to; None at the beginning of a sequence."""
-        return self._own(self.conv_states, index)
-
-    def recurrent_state(self, index: int) -> torch.Tensor | None:
-        """As `conv_state`."""
-        return self._own(self.recurrent_states, index)
+    def own(self, states: dict[int, torch.Tensor | None], index: int) -> torch.Tensor | None:
+        """One of its states, which the caller may write to; None at the beginning of a sequence."""
+        state = states[index] if self.has_previous_state[index] else None
+        if state is not None:
+            state = states[index] = state.clone()
+        return state
 
     def update_conv_state(
         self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        self._own(self.conv_states, state_idx)
+        self.own(self.conv_states, state_idx)
         return super().update_conv_state(conv_states, state_idx, conv_kernel_size, **kwargs)
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
@@ -64,12 +63,6 @@ class StateLayer(LinearAttentionLayer):
     def nbytes(self) -> int:
         tensors = (*self.conv_states.values(), *self.recurrent_states.values())
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    def _own(self, states: dict[int, torch.Tensor | None], index: int) -> torch.Tensor | None:
-        state = states[index] if self.has_previous_state[index] else None
-        if state is not None:
-            state = states[index] = state.clone()
-        return state
 
 
 @dataclass(frozen=True)
@@ -100,11 +93,6 @@ class SequenceStates:
     def nbytes(self) -> int:
         """Bytes of the present states."""
         return sum(layer.nbytes for layer in self._layers.values())
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Where the copies were made."""
-        return tuple(copied.length for copied in self._copies)
 
     def begin(self, start: int, count: int) -> None:
         """Before a pass of `count` positions from `start` on; what one that failed has left is forgotten."""
@@ -217,8 +205,7 @@ class SequenceCache:
     @property
     def nbytes(self) -> int:
         """Bytes that the row's tensors occupy, without copies of states."""
-        stored = sum(block.keys.nbytes + block.values.nbytes for block in self._blocks.values())
-        return stored + self.state_bytes
+        return sum(block.keys.nbytes + block.values.nbytes for block in self._blocks.values()) + self.state_bytes
 
     @property
     def state_bytes(self) -> int:
@@ -237,9 +224,8 @@ class SequenceCache:
     @property
     def bytes_per_position(self) -> int:
         """Bytes that one position takes in all blocks that have stored something."""
-        return sum(
-            tensor.nbytes // tensor.shape[2] for block in self._blocks.values() for tensor in (block.keys, block.values)
-        )
+        pairs = ((block.keys, block.values) for block in self._blocks.values())
+        return sum(tensor.nbytes // tensor.shape[2] for pair in pairs for tensor in pair)
 
     def shapes(self) -> dict[int, list[tuple[int, int]]]:
         """Heads and head size of the keys and of the values, by block that keeps them."""
@@ -294,22 +280,14 @@ class SequenceCache:
     def append(self, block_index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new positions after `computed` and gives views of all keys and values up to and with them.
 
-        The prefix comes first.
-
-        `computed` itself moves only with `advance`, when all blocks have stored theirs: a pass that fails half-way
-        leaves the row as it was.
+        The prefix comes first. `computed` itself moves only with `advance`, when all blocks have stored theirs: a pass
+        that fails half-way leaves the row as it was.
 
         Args:
             block_index: which block of the span.
-            keys: `[1, kv heads, new positions, head size]`.
-            values: likewise; the head size may differ from that of the keys.
+            keys, values: `[1, kv heads, new positions, head size]`; their head sizes may differ.
         """
-        return self._store(block_index, self.computed, keys, values)
-
-    def append_indexer_keys(self, block_index: int, keys: torch.Tensor) -> torch.Tensor:
-        """As `append`, of the keys by which a block with sparse attention chooses positions: `[1, positions, size]`."""
-        stored, _ = self._store(f"indexer {block_index}", self.computed, keys[:, None], keys[:, None, :, :0])
-        return stored[:, 0]
+        return self.store(block_index, self.computed, keys, values)
 
     def begin_pass(self, hidden: torch.Tensor) -> torch.Tensor:
         """What is to run for new positions, `[positions, hidden]`: before them, those that are to run once more.
@@ -321,7 +299,7 @@ class SequenceCache:
             return hidden
         if self.computed > self.length:  # a pass has failed
             self.computed = self._states.rewind(self.length)
-        inputs, _ = self._store("inputs", self.length, hidden[None, None], hidden[None, None, :, :0])
+        inputs, _ = self.store("inputs", self.length, hidden[None, None], hidden[None, None, :, :0])
         given = inputs[0, 0, self.computed :]
         self._states.begin(self.computed, len(given))
         return given
@@ -340,9 +318,10 @@ class SequenceCache:
             raise LookupError("some blocks keep a state other than a KV cache")
         return self._states.layer(block_index)
 
-    def _store(
+    def store(
         self, key: int | str, position: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `append`, from `position` on, of a block or of something else that the row has of every position."""
         start = self._before(key) + position
         end = start + keys.shape[2]
         block = self._with_room(key, keys, values, end)
@@ -353,12 +332,11 @@ class SequenceCache:
     def reserve(
         self, indices: tuple[int, ...], count: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype
     ) -> torch.Tensor:
-        """Makes room for `count` new positions in blocks, for who writes to their memory.
+        """Makes room for `count` new positions in blocks, for code that writes to their memory.
 
         Args:
             indices: which blocks of the span.
-            shapes: heads and head size of keys and of values.
-            dtype: of keys and values.
+            shapes, dtype: of keys and values: heads and head size; their type.
 
         Returns:
             int64 `[blocks, 3]`: the addresses of a block's keys and of its values, and its capacity; they hold until
@@ -451,19 +429,6 @@ class PassThrough(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
 
 class OneSequence(Cache):
     """One row as the cache of a backbone that computes attention in its own way, one sequence at a time."""
@@ -478,13 +443,17 @@ class OneSequence(Cache):
         return self._row.append(layer_idx, key_states, value_states)
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        return self._row.append_indexer_keys(layer_idx, indexer_key_states)
+        """Keys by which a block with sparse attention chooses positions: `[1, positions, size]`."""
+        keys = indexer_key_states[:, None]
+        return self._row.store(f"indexer {layer_idx}", self._row.computed, keys, keys[..., :0])[0][:, 0]
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._row.state_layer(layer_idx).conv_state(state_idx)
+        layer = self._row.state_layer(layer_idx)
+        return layer.own(layer.conv_states, state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._row.state_layer(layer_idx).recurrent_state(state_idx)
+        layer = self._row.state_layer(layer_idx)
+        return layer.own(layer.recurrent_states, state_idx)
 
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
@@ -505,16 +474,7 @@ class OneSequence(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._row.prefix_length + self._row.computed
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self._row.prefix_length + self._row.computed
-
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self._row.prefix_length + self._row.computed + query_length, 0
 
-    @property
-    def is_sliding(self) -> list[bool]:
-        return []  # all positions are kept: the mask alone makes the window
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
+    # All positions are kept, and the mask alone makes the window: that there are no `layers` tells the rest.

@@ -33,7 +33,7 @@ from splitnet.checkpoint.families import (
     sliding_windows,
 )
 from splitnet.quant.choose import STORED, Weights, choose_weights, name_of
-from splitnet.quant.weight_form import as_dtype, is_number_type
+from splitnet.quant.stored import as_dtype, is_number_type
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter, AddsLowRank, Prefix, applying, linear_layers
-from splitnet.blocks.attention import GROUPED, PACKED, Chunk, PackedPass, positions_at_once, running
-from splitnet.blocks.backbone import cut_to_blocks, find_container, load_cut, parent_of, share_blocks
+from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter, SpanAdapters, applying
+from splitnet.blocks.attention import GROUPED, PACKED, Chunk, PackedPass, positions_at_once, positions_of, running
+from splitnet.blocks.backbone import (
+    cut_to_blocks,
+    find_container,
+    load_cut,
+    parent_of,
+    share_blocks,
+    with_coded_experts,
+)
 from splitnet.blocks.block_sizes import block_bytes, block_sizes, weights_of
-from splitnet.blocks.coded_experts import with_coded_experts
-from splitnet.blocks.fast.graph_step import GraphStep
-from splitnet.blocks.fast.step import FastStep, find_fast_step, same_kind
+from splitnet.blocks.client_part import check_neutral
+from splitnet.blocks.fast.graph_step import GraphStep, with_recordings
+from splitnet.blocks.fast.native_step import NativeStep
+from splitnet.blocks.fast.torch_step import TorchStep
 from splitnet.blocks.kv_cache import (
     HELD_AT_ONCE,
     OneSequence,
@@ -31,11 +40,9 @@ from splitnet.blocks.kv_cache import (
     TracedSequence,
 )
 from splitnet.blocks.rotary import LengthDependentRopes
-from splitnet.blocks.stand_in import check_neutral
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import (
     NEUTRAL_CONFIG,
-    TAKEN_WEIGHTS,
     backbone_class,
     family_of,
     keeps_states,
@@ -47,83 +54,32 @@ from splitnet.checkpoint.families import (
 )
 from splitnet.errors import AdapterError, PeerBusy, UnsupportedModel, WeightsError
 from splitnet.quant.choose import AUTO, STORED, Weights, name_of
-from splitnet.quant.device import to_device
+from splitnet.quant.device import free_memory, guarded, move_to_large_pages, to_device
 from splitnet.quant.experts import prove_grouped_product
 from splitnet.quant.gpu import use_device_kernels
 from splitnet.quant.linear import hold_weights
-from splitnet.quant.memory import free_memory, guarded, move_to_large_pages
-
-
-class SpanAdapters:
-    """What adapters find in the blocks of a span; its views share it.
-
-    Args:
-        blocks: of the span.
-        first: the number of the first one.
-
-    Attributes:
-        kv_shapes: by block that keeps them, heads and head size of the keys and of the values.
-    """
-
-    def __init__(self, blocks: nn.ModuleList, first: int) -> None:
-        self._blocks = blocks
-        self._first = first
-        self._adapted: set[tuple[int, str]] = set()
-        self.kv_shapes: dict[int, list[tuple[int, int]]] = {}
-
-    def fit(self, adapter: Adapter, start: int, end: int) -> None:
-        """Makes the blocks `[start, end)` ready for an adapter.
-
-        Raises:
-            AdapterError: it names blocks or layers that are not there, or its shapes are not theirs.
-        """
-        for block, path, low_rank in adapter.low_ranks():
-            layer, sizes = self._linear_layer(self._index(block, start, end), block, path)
-            if (low_rank.a.shape[1], low_rank.b.shape[0]) != sizes:
-                raise AdapterError(f"{path} of block {block} maps {sizes[0]} values to {sizes[1]}, the adapter not")
-            if (block, path) not in self._adapted:
-                self._adapted.add((block, path))
-                layer.register_forward_hook(AddsLowRank(block, path))
-        for block, prefix in adapter.prefixes():
-            shapes = self.kv_shapes.get(self._index(block, start, end))
-            if [(tensor.shape[1], tensor.shape[3]) for tensor in prefix] != shapes:
-                raise AdapterError(f"keys and values of block {block} have (heads, size) {shapes}, the prefix has not")
-
-    def prefix_of(self, adapter: Adapter | None, start: int, end: int) -> dict[int, Prefix]:
-        """The prefix that rows in the blocks `[start, end)` begin with, by block of the span."""
-        if adapter is None or not adapter.prefix_length:
-            return {}
-        return {block - self._first: prefix for block, prefix in adapter.prefixes() if start <= block < end}
-
-    def _index(self, block: int, start: int, end: int) -> int:
-        """Which of the span's blocks it is."""
-        if not start <= block < end:
-            raise AdapterError(f"block {block} is not among the blocks {start}..{end - 1}")
-        return block - self._first
-
-    def _linear_layer(self, index: int, block: int, path: str) -> tuple[nn.Module, tuple[int, int]]:
-        """A layer that LoRA can be added to, with its numbers of inputs and outputs."""
-        module = self._blocks[index]
-        sizes = linear_layers(module).get(path)
-        if sizes is None:
-            raise AdapterError(f"block {block} has no linear layer {path!r}")
-        if path.rpartition(".")[2] in TAKEN_WEIGHTS:
-            raise AdapterError(
-                f"nothing can be added to {path} of block {block}, as the family's code takes its weight alone: leave "
-                "it out of target_modules"
-            )
-        return module.get_submodule(path), sizes
-
 
 __all__ = ["Chunk", "Span", "block_bytes", "free_memory"]
 
+FastStep = TorchStep | GraphStep | NativeStep
+
+LEAN_PROMPT = 5
+LEAN_TRIALS = 3
+LEAN_TOLERANCE = 0.02
+LEAN_TOLERANCE_HALF = 0.3
+"""Of what blocks add to their input; the second in half precision, whose rounding grows on noise through many blocks.
+Another structure differs by as much as there is."""
+
+LEAN_TOLERANCE_ALONE = 0.04
+LEAN_ROUNDING_ALONE = 2.0**-8
+"""Of what one block adds in half precision, and of its input: each is tried alone, too, as 30 % let too much pass."""
+
 MERGED_POSITIONS = 8
-"""So many positions that are to run once more run in the pass of the new ones; more get a pass of their own, so that
+"""Up to so many positions that run once more are in the pass of the new ones; more have a pass of their own, so that
 the states behind them are kept."""
 
 PASS = 512
 """Positions of a pass that run once more, or of whole sequences."""
-
 
 WAY_BACK = 8
 """Gradients go back through whole sequences where the family's own attention runs: with so many times its memory."""
@@ -245,9 +201,7 @@ class Span:
         attention = PACKED if packs else GROUPED if grouped else None
         with guarded(checkpoint.name, start, end, largest, torch.device(device)):
             with checkpoint.store.load_tensors(names, wanted, progress) as tensors:
-                tensors = with_coded_experts(
-                    tensors, checkpoint, model_class, container, range(start, end), chosen.kind
-                )
+                tensors = with_coded_experts(tensors, checkpoint, model_class, container, range(start, end), chosen)
                 backbone = load_cut(
                     model_class,
                     config,
@@ -296,21 +250,17 @@ class Span:
         for part in parts:
             if part.row.length - part.row.computed > MERGED_POSITIONS:
                 self.catch_up(part.row, part.adapter)
+        run = self._lean.forward if self._lean is not None and self._lean.takes(parts) else self._run
         with torch.inference_mode():
-            output = self._run(to_device(hidden, self.device, self.dtype), parts)
+            output = run(to_device(hidden, self.device, self.dtype), parts)
         for part in parts:
             part.row.advance(part.count)
         return output
 
     def catch_up(self, row: SequenceCache, adapter: Adapter | None, most: int | None = None) -> int:
-        """Runs positions of a row once more that are to run before new ones; `forward` does it otherwise.
+        """Runs at most `most` positions of a row once more that are to run before new ones, and says how many it ran.
 
-        Args:
-            adapter: what they ran with before.
-            most: so many at most; None: all.
-
-        Returns:
-            How many.
+        `forward` does it otherwise. `adapter`: what they ran with before; `most`: None: all.
         """
         done = 0
         while (most is None or done < most) and (
@@ -361,7 +311,7 @@ class Span:
         hidden = hidden.to(device=self.device, dtype=self.dtype)
         if self._packs and len(hidden) > PASS and not torch.is_grad_enabled():
             return self._in_passes(hidden, lengths, adapter)
-        return self._run_as_the_family(hidden, parts)
+        return self._run(hidden, parts)
 
     def fit(self, adapter: Adapter) -> None:
         """Makes the blocks ready for an adapter.
@@ -396,16 +346,8 @@ class Span:
         if not self.start <= start < end <= self.end:
             raise ValueError(f"blocks {start}:{end} are not within {self.start}:{self.end}")
         backbone = share_blocks(self._backbone, self._container, start - self.start, end - self.start)
-        return Span(
-            backbone,
-            self._container,
-            start,
-            end,
-            weights=self.weights,
-            windows=self._windows,
-            packs=self._packs,
-            whole=self._whole,
-        )
+        own = {"weights": self.weights, "windows": self._windows, "packs": self._packs, "whole": self._whole}
+        return Span(backbone, self._container, start, end, **own)
 
     def storages(self) -> frozenset[int]:
         """Addresses of the memory of the weights."""
@@ -417,13 +359,8 @@ class Span:
         """Most positions of a decode step that is replayed from graphs; 0: none is."""
         return self._lean.most if isinstance(self._lean, GraphStep) else 0
 
-    def free_memory(self) -> int:
-        """Bytes that are free on the span's device."""
-        return free_memory(self.device)
-
     def _refuse_prefixes(self) -> None:
-        reason = why_no_prefix(self._backbone.config)
-        if reason:
+        if reason := why_no_prefix(self._backbone.config):
             family = self._backbone.config.model_type
             raise AdapterError(
                 f"blocks of the family {family!r} {reason}: train an adapter of another kind, such as LoRA"
@@ -446,20 +383,15 @@ class Span:
             raise ValueError("two parts of one pass have the same row")
 
     def _run(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
-        if self._lean is not None and self._lean.takes(parts):
-            return self._lean.forward(hidden, parts)
-        return self._run_as_the_family(hidden, parts)
-
-    def _run_as_the_family(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
+        """As the family's own code does it."""
         return self._run_packed(hidden, parts) if self._packs else self._run_rows(hidden, parts)
 
     def _run_packed(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
-        positions = [position for part in parts for position in _positions(part)]
         adapters = applying([part.adapter for part in parts], [part.count for part in parts])
         with adapters, running(PackedPass(parts, self._windows, self._sdpa)):
             output = self._backbone(
                 inputs_embeds=hidden[None],
-                position_ids=torch.tensor([positions], device=self.device),
+                position_ids=torch.tensor([positions_of(parts)], device=self.device),
                 cache=self._nothing_cached,
                 use_cache=True,
             )
@@ -512,36 +444,64 @@ class Span:
     def _call(self, hidden: torch.Tensor, part: Chunk) -> torch.Tensor:
         row = part.row
         cache = None if isinstance(row, TracedSequence) and not row.prefix_length else OneSequence(row)
-        positions = _positions(part)
-        length = max(part.reach, positions.stop)
+        length = max(part.reach, part.positions.stop)
         with self._ropes.one_sequence(length), applying([part.adapter], [part.count]):
             output = self._backbone(
                 inputs_embeds=hidden[None],
-                position_ids=torch.tensor([list(positions)], device=self.device),
+                position_ids=torch.tensor([positions_of([part])], device=self.device),
                 cache=cache,
                 use_cache=cache is not None,
             )
         return output[0][0]
 
     def _fast_step(self, blocks: Sequence[nn.Module], rope: nn.Module | None) -> FastStep | None:
-        """A faster way for decode steps, if there is one for these blocks that gives the same."""
-        config = self._backbone.config
+        """The fastest way for decode steps that gives the same as the family's own code; None: there is none."""
+        config, former = self._backbone.config, self._whole._lean
         family = family_of(config)
         of_torch = self._packs and family.torch_step
         if not of_torch and (not family.native_step or self._ropes.any):
             return None
         everywhere = getattr(config, "sliding_window", None) if family.one_window else None
         windows = self._windows or [everywhere] * (self._whole.end - self._whole.start)
+
+        def native(some: Sequence[nn.Module]) -> NativeStep | None:
+            with suppress(Exception):  # whatever another structure leads to: there is the family's own code
+                return NativeStep.of(some, rope, windows, self.dtype)
+            return None
+
+        def in_torch(some: Sequence[nn.Module]) -> TorchStep | None:
+            return TorchStep.of(some, rope, windows)
+
         if self._whole is not self:
-            former = self._whole._lean
-            return same_kind(former, blocks, rope, windows, self.dtype) if former is not None else None
-        return find_fast_step(self, blocks, rope, windows, of_torch=of_torch)
+            if former is None or isinstance(former, NativeStep):
+                return former and native(blocks)
+            lean = in_torch(blocks)
+            return GraphStep(lean, former.recorded) if isinstance(former, GraphStep) and lean is not None else lean
+        for make in (native if self.device.type == "cpu" else None, in_torch if of_torch else None):
+            step = make and make(blocks)
+            if make is None or step is None:
+                continue
+            with suppress(RuntimeError):  # where shapes do not fit, it is another structure with the same names
+                if _gives_the_same(self, step) and (self.dtype == torch.float32 or self._each_same(blocks, make)):
+                    return with_recordings(self, step) if isinstance(step, TorchStep) else step
+        return None
+
+    def _each_same(
+        self, blocks: Sequence[nn.Module], make: Callable[[Sequence[nn.Module]], NativeStep | TorchStep | None]
+    ) -> bool:
+        """Whether a step of each block alone gives the same; of none with experts, as rounding may choose others."""
+        for index, block in enumerate(blocks, self.start):
+            if any(hasattr(module, "top_k") for module in block.modules()):
+                continue
+            step = make([block])
+            if step is None or not _gives_the_same(self.view(index, index + 1), step, alone=True):
+                return False
+        return True
 
     def _probe(self) -> tuple[int, int]:
         """Runs one position: proves that the blocks run on their own, and measures what it leaves.
 
-        Returns:
-            Bytes of each position, and bytes that a row takes besides.
+        Returns bytes of each position, and bytes that a row takes besides.
         """
         row = self.new_row()
         family = self._backbone.config.model_type
@@ -560,7 +520,22 @@ class Span:
         return row.bytes_per_position, row.state_bytes * HELD_AT_ONCE
 
 
-def _positions(part: Chunk) -> range:
-    """As the blocks count them: the prefix comes first."""
-    start = part.row.prefix_length + part.start
-    return range(start, start + part.count)
+@torch.inference_mode()
+def _gives_the_same(span: Span, step: FastStep, *, alone: bool = False) -> bool:
+    """Whether some steps after a prompt come out as the family's own code has them; `alone`: of one block, closely."""
+    rows = span.new_row(), span.new_row()
+    noise = torch.Generator().manual_seed(0)
+    tolerance, rounding = LEAN_TOLERANCE if span.dtype == torch.float32 else LEAN_TOLERANCE_HALF, 0.0
+    if alone:
+        tolerance, rounding = LEAN_TOLERANCE_ALONE, LEAN_ROUNDING_ALONE
+    prompt = torch.randn(LEAN_PROMPT, span.hidden_size, generator=noise, dtype=torch.float32)
+    span.forward(torch.cat((prompt, prompt)), [Chunk(row, 0, LEAN_PROMPT) for row in rows])
+    for position in range(LEAN_PROMPT, LEAN_PROMPT + LEAN_TRIALS):
+        given = torch.randn(1, span.hidden_size, generator=noise).to(device=span.device, dtype=span.dtype)
+        expected = span.forward(given, [Chunk(rows[0], position, 1)])
+        got = step.forward(given, [Chunk(rows[1], position, 1)])
+        rows[1].advance(1)
+        allowed = tolerance * (expected - given).float().norm() + rounding * given.float().norm()
+        if not (got - expected).float().norm() <= allowed:
+            return False
+    return True

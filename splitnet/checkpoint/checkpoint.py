@@ -19,7 +19,7 @@ from splitnet.checkpoint.transfer.hashing import keep_manifest, kept_manifest, m
 from splitnet.checkpoint.transfer.held import HeldPieces, WeightFolder, read_manifest
 from splitnet.checkpoint.transfer.manifest import Manifest
 from splitnet.errors import ModelNotFound, UnsupportedModel
-from splitnet.quant.weight_form import is_number_type
+from splitnet.quant.stored import is_number_type
 
 _BLOCK_NAME = re.compile(r"^(?P<container>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)$")
 OTHER_TOWERS = re.compile(

@@ -19,8 +19,7 @@ from splitnet.checkpoint.shards import Shards, TensorInfo, read_tensor_infos
 from splitnet.checkpoint.store import LazyTensors, Progress, TensorFacts
 from splitnet.checkpoint.transfer.held import Place, WeightFolder
 from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
-from splitnet.quant.stored import PackedTensor
-from splitnet.quant.weight_form import is_number_type
+from splitnet.quant.stored import PackedTensor, is_number_type
 
 _GENERATION = "generation_config.json"
 _NOTES = ("_name_or_path", "transformers_version", "use_cache")

@@ -205,7 +205,7 @@ def peer(
     from splitnet.cli.progress import StageProgress
     from splitnet.directory.hivemind_node import have_hivemind
     from splitnet.paths import cache_folder
-    from splitnet.quant.memory import keep_freed_memory
+    from splitnet.quant.device import keep_freed_memory
 
     closed = given.load_swarm_key()
     if invite and authorized_keys is None:

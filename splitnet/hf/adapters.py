@@ -30,7 +30,7 @@ from splitnet.blocks.adapters import (
     Adapter,
     linear_layers,
 )
-from splitnet.blocks.stand_in import RemoteConv1D, RemoteLinear, RemotePart
+from splitnet.blocks.client_part import RemoteConv1D, RemoteLinear, RemotePart
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.hf.parameters import refuse
 from splitnet.limits import Patterns

@@ -17,8 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES
 from splitnet.blocks.client_part import Ends, backbone_of, ends_of, load_client_part
-from splitnet.blocks.head import Head
-from splitnet.blocks.loss import loss_in_parts
+from splitnet.blocks.head import Head, loss_in_parts
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.gguf.store import GgufStore
 from splitnet.errors import SplitnetError, UnsupportedModel

@@ -32,8 +32,7 @@ from splitnet.hf.cache import RemoteCache
 from splitnet.hf.parameters import check_forward
 from splitnet.hf.steps import CachedBlocks
 from splitnet.paths import public_name
-from splitnet.quant.device import seconds_after_work
-from splitnet.quant.memory import free_memory
+from splitnet.quant.device import free_memory, seconds_after_work
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.security.swarm_key import OPEN, SwarmKey
 from splitnet.session.driver import LinkCodecs

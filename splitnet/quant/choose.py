@@ -10,12 +10,10 @@ from typing import Any
 import torch
 
 from splitnet.errors import WeightsError
-from splitnet.quant.floats import FloatForm
+from splitnet.quant.forms import INT4, INT8, FloatForm, ScaledForm, WeightForm, integer_codes
 from splitnet.quant.grouped import BlockQuantWeight, held_bytes
-from splitnet.quant.integers import INT4, INT8, ScaledForm, integer_codes
 from splitnet.quant.native import has_float_kernels, has_integer_kernels
-from splitnet.quant.stored import Layout
-from splitnet.quant.weight_form import WeightForm, as_dtype
+from splitnet.quant.stored import Layout, as_dtype
 
 AUTO = "auto"
 INTEGERS = ("int8", "int4")
@@ -24,7 +22,6 @@ KINDS = ("float32", "bfloat16", "float16", *INTEGERS)
 
 STORED = "stored"
 """Held in the codes of the checkpoint."""
-
 
 _MOST_INPUTS = 2**16
 """Of kernels with a scale for each output, so that sums of products of bytes stay within 32 bits."""
@@ -112,6 +109,11 @@ class Weights:
     def form_for(self, outputs: int, inputs: int) -> WeightFormat | None:
         """The form of a linear layer of these sizes; None: it stays as it is."""
         return next((form for form in self.forms if form.fits(outputs, inputs)), None)
+
+    def layout_of_experts(self, inputs: int) -> Layout | None:
+        """What experts with so many inputs are brought into; None: they stay as they are loaded."""
+        layout = {"int4": INT4, "int8": INT8}.get(self.kind)
+        return layout if layout is not None and inputs % max(1, layout.group) == 0 else None
 
     def as_loaded(self, held: Iterable[Any]) -> Weights:
         """The same where the forms of all layers are known, among anything else in `held`."""

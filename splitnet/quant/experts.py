@@ -17,7 +17,7 @@ from torch import nn
 
 from splitnet.errors import first_line
 from splitnet.quant.device import milliseconds
-from splitnet.quant.grouped import ExpertForm, hold_experts, runs
+from splitnet.quant.grouped import JoinedForm, hold_experts, runs
 from splitnet.quant.stored import PackedTensor
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def _held_class(family: type[nn.Module]) -> type[nn.Module]:
     return type(family.__name__, (QuantizedExperts, family), {"__module__": family.__module__})
 
 
-def multiply_by_expert(form: ExpertForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+def multiply_by_expert(form: JoinedForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     """Each row times the weight of its expert; gradients flow to the rows.
 
     Args:
@@ -134,7 +134,7 @@ def multiply_by_expert(form: ExpertForm, rows: torch.Tensor, experts: torch.Tens
     return _multiplied(form, rows, experts)
 
 
-def _multiplied(form: ExpertForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+def _multiplied(form: JoinedForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     many = form.many_from(rows.dtype)
     if len(rows) < many or rows.device.type != "cpu":
         return form.multiply(rows, experts)
@@ -153,7 +153,7 @@ class _Product(torch.autograd.Function):
     """Nothing is kept for the way back but the weights in their form."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, experts: torch.Tensor, form: ExpertForm) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, experts: torch.Tensor, form: JoinedForm) -> torch.Tensor:
         ctx.experts, ctx.form = experts, form
         return _multiplied(form, rows, experts)
 
@@ -162,7 +162,7 @@ class _Product(torch.autograd.Function):
         (gradient,) = gradients
         given = gradient.new_empty(len(gradient), ctx.form.inputs)
         for expert, of in runs(ctx.experts):
-            given[of] = gradient[of] @ ctx.form.dequantised(expert, gradient.dtype)
+            given[of] = gradient[of] @ ctx.form.dequantised(gradient.dtype, expert)
         return given, None, None
 
 

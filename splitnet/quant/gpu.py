@@ -18,11 +18,10 @@ from torch.nn.functional import linear, pad
 
 from splitnet.errors import first_line
 from splitnet.quant.device import seconds_after_work
+from splitnet.quant.forms import INT8, ScaledForm, WeightForm
 from splitnet.quant.grouped import BlockQuantWeight
-from splitnet.quant.integers import INT8, ScaledForm
 from splitnet.quant.linear import QuantizedLinear
 from splitnet.quant.stored import Codes, Kind, Layout, number_of
-from splitnet.quant.weight_form import WeightForm
 
 log = logging.getLogger(__name__)
 

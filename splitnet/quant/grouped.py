@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from splitnet.errors import UnsupportedModel
-from splitnet.quant.floats import (
-    EXPERTS_FROM,
+from splitnet.quant.device import in_large_pages
+from splitnet.quant.forms import (
     PLAIN_LOOPS_FROM,
-    codes_from,
-    int8_from,
+    WeightForm,
     multiply_by_parts,
     outputs_at_a_time,
     type_for_many,
-    type_of_codes,
 )
-from splitnet.quant.memory import in_large_pages
 from splitnet.quant.native import (
     Kernels,
     convert_grouped,
     dequantise_grouped,
+    has_fast_kernels,
     kernels_here,
     multiplies_bfloat16,
     multiply_grouped,
 )
 from splitnet.quant.stored import Codes, Layout, PackedTensor, StoredMatrix
 from splitnet.quant.tiles import CHUNK, TILE, TileLayout
-from splitnet.quant.weight_form import WeightForm
+
+EXPERTS_FROM = 32
+"""Rows of one expert from which it is made anew, as products of more in float32 by a kernel are slower."""
+
+_INT8_FROM, _INTEGERS_FROM, _OTHERS_FROM = 32, 48, 24
+"""The same of weights with a scale for each output, of integers and of floats in groups: by the kernels for CPUs with
+VNNI, where these multiply bfloat16 faster than float32. Others gain nothing."""
 
 _PIECE = 2**20
 """Weights that are brought into tiles at a time."""
 
 GATHERED_ROWS = 8
-"""Rows of experts, as a position of most families has them, for each of which a device that is no CPU makes a weight
-anew, whether or not they have experts in common."""
+"""Up to so many rows of experts, as a position of most families has them, devices other than CPUs make a weight anew
+for each row, whether or not some have experts in common."""
 
 _LARGE_PIECE = 2**24
-"""Weights that are made floats at a time on devices that are no CPUs."""
+"""Weights that are made floats at a time on devices other than CPUs."""
 
 
 class BlockQuantWeight(WeightForm):
@@ -58,35 +64,17 @@ class BlockQuantWeight(WeightForm):
 
     def __init__(self, order: TileLayout, outputs: int, tiles: torch.Tensor, *, rounds_rows: bool = False) -> None:
         super().__init__()
-        self.order = order
-        self.outputs = outputs
+        self.order, self.layout, self.inputs, self.outputs = order, order.layout, order.inputs, outputs
         self._rounds_rows = rounds_rows
-        self.description = order.described(outputs)
-        """For the kernels; it stays on the CPU."""
-
+        self.description = order.described(outputs)  # for the kernels; it stays on the CPU
         self.tiles: torch.Tensor
         self.register_buffer("tiles", tiles)
 
     @classmethod
     def hold(cls, layout: Layout, codes: Sequence[Codes], device: torch.device, *, rounds_rows: bool = False) -> Self:
-        """Holds codes that stand one below the other.
-
-        Raises:
-            UnsupportedModel: such a layout cannot be held.
-        """
-        outputs = sum(len(some.codes) for some in codes)
+        """Holds codes that stand one below the other. Raises UnsupportedModel if such a layout cannot be held."""
         order, tiles = _tiles_of(layout, codes)
-        return cls(order, outputs, tiles.to(device), rounds_rows=rounds_rows)
-
-    @property
-    def layout(self) -> Layout:
-        """Of its codes."""
-        return self.order.layout
-
-    @property
-    def inputs(self) -> int:
-        """How many there are."""
-        return self.order.inputs
+        return cls(order, sum(len(some.codes) for some in codes), tiles.to(device), rounds_rows=rounds_rows)
 
     @property
     def has_fast_kernel(self) -> bool:
@@ -99,9 +87,11 @@ class BlockQuantWeight(WeightForm):
 
     def many_from(self, dtype: torch.dtype) -> int:
         """From so many rows of a type on `multiply_many` is faster than a kernel."""
-        if self._rounds_rows:
-            return int8_from()
-        return codes_from(dtype, integers=self.order.for_integers) if self.has_fast_kernel else PLAIN_LOOPS_FROM
+        if not (has_fast_kernels() if self._rounds_rows else self.has_fast_kernel):
+            return PLAIN_LOOPS_FROM
+        if torch.bfloat16 != type_for_many() or (dtype != torch.bfloat16 and not self._rounds_rows):
+            return sys.maxsize
+        return _INT8_FROM if self._rounds_rows else _INTEGERS_FROM if self.order.for_integers else _OTHERS_FROM
 
     @property
     def _has_kernel(self) -> bool:
@@ -156,29 +146,23 @@ class BlockQuantWeight(WeightForm):
             begin += count
 
     def multiply_many(self, rows: torch.Tensor, expert: int = 0) -> torch.Tensor:
-        """`multiply` by making the weight anew; see `type_of_codes` for what is rounded.
+        """`multiply` by making the weight anew, that of an expert where the tiles are those of several.
 
-        Args:
-            expert: whose weight it is, where the tiles are those of several.
+        No row is rounded to less than it has, but those of integers with a scale for each output.
         """
         if self._rounds_rows and self._has_kernel:
             # Codes are exact in bfloat16, numbers would not be.
-            parts = self._pieces(type_for_many(), expert, self.order.described(self.outputs, scaled=False))
+            parts = self.pieces(type_for_many(), expert, self.order.described(self.outputs, scaled=False))
             scales = self.tiles[:, : TILE * torch.bfloat16.itemsize].view(torch.bfloat16).flatten()[: self.outputs]
             return multiply_by_parts(rows, self.outputs, parts).mul_(scales)
-        dtype = type_of_codes(rows) if len(rows) >= PLAIN_LOOPS_FROM else rows.dtype
-        return multiply_by_parts(rows, self.outputs, self._pieces(dtype, expert))
+        halves = len(rows) >= PLAIN_LOOPS_FROM and rows.device.type == "cpu" and rows.dtype == torch.bfloat16
+        dtype = type_for_many() if halves else rows.dtype
+        return multiply_by_parts(rows, self.outputs, self.pieces(dtype, expert))
 
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.of_expert(0, dtype)
-
-    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        return self._pieces(dtype, 0)
-
-    def of_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    def dequantised(self, dtype: torch.dtype, expert: int = 0) -> torch.Tensor:
         """The weight of one, `[outputs, inputs]`, where the tiles are those of several experts."""
         found = torch.empty(self.outputs, self.inputs, dtype=dtype, device=self.tiles.device)
-        for piece, place in zip(self._pieces(dtype, expert), found.split(self._piece_tiles() * TILE), strict=True):
+        for piece, place in zip(self.pieces(dtype, expert), found.split(self._piece_tiles() * TILE), strict=True):
             place.copy_(piece)
         return found
 
@@ -201,13 +185,12 @@ class BlockQuantWeight(WeightForm):
             return outputs_at_a_time(self.inputs) // TILE
         return max(1, _LARGE_PIECE // (TILE * self.inputs))
 
-    def _pieces(
-        self, dtype: torch.dtype, expert: int, description: torch.Tensor | None = None
+    def pieces(
+        self, dtype: torch.dtype, expert: int = 0, description: torch.Tensor | None = None
     ) -> Iterator[torch.Tensor]:
         """The weight in floats, some outputs at a time. A piece is there until the next one is asked for.
 
-        Args:
-            description: what kernels take in the place of its own.
+        `description`: what kernels take in the place of its own.
         """
         tiles = -(-self.outputs // TILE)
         halves = dtype == torch.bfloat16 and self.has_fast_kernel and multiplies_bfloat16()
@@ -227,74 +210,33 @@ class BlockQuantWeight(WeightForm):
 
 
 class JoinedForm(WeightForm):
-    """Weights of several layouts, one below the other."""
-
-    def __init__(self, forms: Sequence[BlockQuantWeight]) -> None:
-        super().__init__()
-        self.forms = nn.ModuleList(forms)
-
-    @property
-    def alone_as_together(self) -> bool:
-        return all(form.alone_as_together for form in self._each())
-
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat([form.multiply(rows) for form in self._each()], dim=-1)
-
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.cat([form.dequantised(dtype) for form in self._each()])
-
-    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        for form in self._each():
-            yield from form.pieces(dtype)
-
-    def rows(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """As `BlockQuantWeight.rows`."""
-        found: torch.Tensor | None = None
-        begin = 0
-        for form in self._each():
-            within = (indices >= begin) & (indices < begin + form.outputs)
-            if found is None:
-                found = indices.new_empty(len(indices), form.inputs, dtype=dtype)
-            found[within] = form.rows(indices[within] - begin, dtype)
-            begin += form.outputs
-        assert found is not None
-        return found
-
-    def _each(self) -> list[BlockQuantWeight]:
-        return [form for form in self.forms if isinstance(form, BlockQuantWeight)]
-
-
-class ExpertForm(nn.Module):
-    """The weights of many experts, each `[outputs, inputs]`.
+    """One weight, or those of many experts, each `[outputs, inputs]`, in parts of different layouts.
 
     Args:
-        parts: for each part of the outputs, one below the other, the weights of all experts: with `experts` times as
-            many tiles as one has.
+        parts: of the outputs, one below the other: with `experts` times as many tiles as those of one weight.
         experts: how many there are.
     """
 
-    def __init__(self, parts: Sequence[BlockQuantWeight], experts: int) -> None:
+    def __init__(self, parts: Sequence[BlockQuantWeight], experts: int = 1) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        self.parts: Any = nn.ModuleList(parts)
         self.experts = experts
-        self.outputs = sum(part.outputs for part in parts)
-        self.inputs = parts[0].inputs
+        self.outputs, self.inputs = sum(part.outputs for part in parts), parts[0].inputs
+
+    @property
+    def alone_as_together(self) -> bool:
+        return all(part.alone_as_together for part in self.parts)
 
     def many_from(self, dtype: torch.dtype) -> int:
         """From so many rows of an expert on `multiply_many` is faster than a kernel."""
-        return min(EXPERTS_FROM, max(part.many_from(dtype) for part in self._each()))
+        return min(EXPERTS_FROM, max(part.many_from(dtype) for part in self.parts))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that all of them take."""
-        return sum(part.tiles.nbytes for part in self._each())
-
-    def multiply(self, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def multiply(self, rows: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
         """Each row times the weight of its own expert. Rows of an expert that follow each other read it once.
 
         Args:
             rows: `[n, inputs]`.
-            experts: `[n]`, int64.
+            experts: `[n]`, int64; None: there is one weight.
 
         Returns:
             `[n, outputs]`, in the type of `rows`.
@@ -303,28 +245,38 @@ class ExpertForm(nn.Module):
             IndexError: there is no such expert.
         """
         products = rows.new_empty(len(rows), self.outputs)
-        begin = 0
-        for part in self._each():
-            part.multiply_into(products[:, begin : begin + part.outputs], rows, experts, self.experts)
-            begin += part.outputs
+        for part, columns in self._places():
+            part.multiply_into(products[:, columns], rows, experts, self.experts)
         return products
 
     def multiply_many(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """Many rows of one expert, by making its weight anew."""
-        return torch.cat([part.multiply_many(rows, expert) for part in self._each()], dim=-1)
+        return torch.cat([part.multiply_many(rows, expert) for part in self.parts], dim=-1)
 
-    def dequantised(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """The weight of one, `[outputs, inputs]`: a new tensor.
-
-        Raises:
-            IndexError: there is no such expert.
-        """
+    def dequantised(self, dtype: torch.dtype, expert: int = 0) -> torch.Tensor:
+        """The weight of one, `[outputs, inputs]`: a new tensor. Raises IndexError if there is no such expert."""
         if not 0 <= expert < self.experts:
             raise IndexError(f"there are {self.experts} experts, and {expert} is asked for")
-        return torch.cat([part.of_expert(expert, dtype) for part in self._each()])
+        return torch.cat([part.dequantised(dtype, expert) for part in self.parts])
 
-    def _each(self) -> list[BlockQuantWeight]:
-        return [part for part in self.parts if isinstance(part, BlockQuantWeight)]
+    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        for part in self.parts:
+            yield from part.pieces(dtype)
+
+    def rows(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """As `BlockQuantWeight.rows`."""
+        found = torch.empty(len(indices), self.inputs, dtype=dtype, device=indices.device)
+        for part, outputs in self._places():
+            within = (indices >= outputs.start) & (indices < outputs.stop)
+            found[within] = part.rows(indices[within] - outputs.start, dtype)
+        return found
+
+    def _places(self) -> Iterator[tuple[BlockQuantWeight, slice]]:
+        """Each part with its place among the outputs."""
+        begin = 0
+        for part in self.parts:
+            yield part, slice(begin, begin + part.outputs)
+            begin += part.outputs
 
 
 def runs(experts: torch.Tensor) -> Iterator[tuple[int, slice]]:
@@ -336,19 +288,14 @@ def runs(experts: torch.Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def held_bytes(layout: Layout, outputs: int, inputs: int) -> int:
-    """Bytes that `hold_stored` takes for a weight.
-
-    Raises:
-        UnsupportedModel: such a layout cannot be held.
-    """
+    """Bytes that `hold_stored` takes for a weight. Raises UnsupportedModel if such a layout cannot be held."""
     return -(-outputs // TILE) * TileLayout.of(layout, inputs).tile_bytes
 
 
 def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> BlockQuantWeight | JoinedForm:
     """Holds matrices that stand one below the other in the codes that they are stored in.
 
-    Raises:
-        UnsupportedModel: a layout cannot be held.
+    Raises UnsupportedModel if a layout cannot be held.
     """
     forms: list[BlockQuantWeight] = []
     for _, alike in groupby(matrices, lambda matrix: matrix.layout):
@@ -357,7 +304,7 @@ def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> Block
     return forms[0] if len(forms) == 1 else JoinedForm(forms)
 
 
-def hold_experts(stored: PackedTensor, device: torch.device) -> ExpertForm:
+def hold_experts(stored: PackedTensor, device: torch.device) -> JoinedForm:
     """Holds the weights of experts; they are read one at a time.
 
     Args:
@@ -369,6 +316,7 @@ def hold_experts(stored: PackedTensor, device: torch.device) -> ExpertForm:
     kinds = [[(matrix.layout, matrix.shape) for matrix in matrices] for matrices in stored.experts]
     if any(kind != kinds[0] for kind in kinds):
         raise UnsupportedModel("experts that are stored in different ways cannot be held together")
+    passing = partial(torch.empty, dtype=torch.uint8)  # tiles are copied and freed at once
     parts: list[BlockQuantWeight] = []
     begin = 0
     for layout, alike in groupby(kinds[0], lambda kind: kind[0]):
@@ -376,7 +324,7 @@ def hold_experts(stored: PackedTensor, device: torch.device) -> ExpertForm:
         end = begin + len(shapes)
         found: tuple[TileLayout, torch.Tensor] | None = None
         for index, matrices in enumerate(stored.experts):
-            order, tiles = _tiles_of(layout, [matrix.read() for matrix in matrices[begin:end]], _passing_room)
+            order, tiles = _tiles_of(layout, [matrix.read() for matrix in matrices[begin:end]], passing)
             if found is None:
                 found = order, in_large_pages(len(stored.experts) * len(tiles), order.tile_bytes)
             elif order != found[0]:
@@ -385,12 +333,7 @@ def hold_experts(stored: PackedTensor, device: torch.device) -> ExpertForm:
         assert found is not None
         parts.append(BlockQuantWeight(found[0], sum(outputs for outputs, _ in shapes), found[1].to(device)))
         begin = end
-    return ExpertForm(parts, len(stored.experts))
-
-
-def _passing_room(rows: int, row_bytes: int) -> torch.Tensor:
-    """Memory for tiles that are copied and freed at once."""
-    return torch.empty(rows, row_bytes, dtype=torch.uint8)
+    return JoinedForm(parts, len(stored.experts))
 
 
 def _tiles_of(

@@ -11,26 +11,24 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.quant.choose import WeightFormat, Weights
-from splitnet.quant.floats import FloatForm
+from splitnet.quant.forms import FloatForm, WeightForm
 from splitnet.quant.grouped import hold_stored
 from splitnet.quant.stored import PackedTensor, StoredMatrix
-from splitnet.quant.weight_form import WeightForm
 
 PLAIN_LINEAR = frozenset({"FalconLinear"})
 """Families' own classes of linear layers that compute what torch's does: their weights may be held in other forms."""
 
 ROUTERS = frozenset({"router", "gate", "dt_proj", "kv_b_proj"})
 """Names of modules that keep their weights. Routers choose experts: they are small, and another choice changes more
-than a rounded weight. Of the time steps of Mamba, see `splitnet.checkpoint.families.TAKEN_WEIGHTS`. What makes keys and
-values of latents is multiplied with by its columns, too, where latents are stored; it is small as well."""
+than a rounded weight. `dt_proj`: see `splitnet.checkpoint.families.TAKEN_WEIGHTS`. `kv_b_proj`, which is small, too, is
+multiplied with by its columns where latents are stored."""
 
 
 class QuantizedLinear(nn.Module):
     """A frozen linear layer. Until its weight is set, it has none; then it brings it into its form and forgets it.
 
-    So a model of such layers is never held as a whole in floats while it is loaded. Gradients flow to what it is given,
-    none to its weight, of which a backward pass makes floats, piece by piece where the form can.
-
+    So a model of such layers is never held as a whole in floats while it is loaded. Gradients flow to its input, for
+    which a backward pass makes floats of the weight, piece by piece where the form can.
     Args:
         in_features, out_features: its numbers of inputs and outputs.
         form: what its weight is brought into; None: that is held already.
@@ -54,12 +52,8 @@ class QuantizedLinear(nn.Module):
         codes_on: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self._form = form
-        self._transposed = transposed
-        self._dtype = dtype
-        self._codes_on = codes_on
+        self.in_features, self.out_features = in_features, out_features
+        self._form, self._transposed, self._dtype, self._codes_on = form, transposed, dtype, codes_on
         shape = (in_features, out_features) if transposed else (out_features, in_features)
         # float32, whatever blocks compute in: the form is made of the values as they are stored.
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"), requires_grad=False)
@@ -91,14 +85,10 @@ class QuantizedLinear(nn.Module):
         elif torch.is_grad_enabled() and rows.requires_grad:
             product: Any = _Product.apply(rows, self.held)
         else:
-            product = self.multiply(rows)
+            product = self.held.multiply(rows)
         if self.bias is not None:
             product = product + self.bias
         return product.view(*input.shape[:-1], self.out_features)
-
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[rows, inputs]` times the weight, without gradients."""
-        return self.held.multiply(rows)
 
     def _hold(self, weight: torch.Tensor) -> None:
         matrices = matrices_of(weight, transposed=self._transposed)
@@ -139,7 +129,7 @@ class _Product(torch.autograd.Function):
 
 
 class Holdable(NamedTuple):
-    """A linear layer that may hold its weight in another form: where it is in its block, its sizes and that form."""
+    """A linear layer that may hold its weight in another form: its path in the block, its sizes and that form."""
 
     path: str
     layer: nn.Module
@@ -162,12 +152,9 @@ def hold_weights(block: nn.Module, weights: Weights) -> None:
     for path, layer, outputs, inputs, form in list(holdable_layers(block, weights)):
         if form is None:
             continue
-        transposed, bias = isinstance(layer, Conv1D), layer.bias is not None
         codes_on = weights.device if weights.as_stored else None
-        held = QuantizedLinear(
-            inputs, outputs, form, transposed=transposed, bias=bias, dtype=weights.dtype, codes_on=codes_on
-        )
-        block.set_submodule(path, held)
+        own = {"transposed": isinstance(layer, Conv1D), "bias": layer.bias is not None, "codes_on": codes_on}
+        block.set_submodule(path, QuantizedLinear(inputs, outputs, form, dtype=weights.dtype, **own))
 
 
 def is_router(path: str) -> bool:

@@ -14,11 +14,10 @@ from splitnet.blocks.fast.graph_step import GraphStep
 from splitnet.blocks.fast.torch_step import TorchStep
 from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.quant.device import Stopwatch, seconds_after_work, to_device, to_host
+from splitnet.quant.device import Stopwatch, free_memory, give_back_memory, seconds_after_work, to_device, to_host
 from splitnet.quant.gpu import FORMS, device_form
 from splitnet.quant.grouped import hold_stored
 from splitnet.quant.linear import QuantizedLinear
-from splitnet.quant.memory import free_memory, give_back_memory
 from tests.gpu.conftest import STAND_IN
 from tests.unit.random_codes import LAYOUTS, matrix_of
 from tests.unit.random_models import random_checkpoint

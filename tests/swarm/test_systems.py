@@ -32,7 +32,7 @@ import splitnet
 from splitnet.cli.main import app
 from splitnet.cli.daemon import StopSignals
 from splitnet.errors import SplitnetError
-from splitnet.quant.memory import free_memory, keep_freed_memory, trim_memory
+from splitnet.quant.device import free_memory, keep_freed_memory, trim_memory
 from splitnet.security.identity import Identity
 
 assert not {name for name in sys.modules if name.partition(".")[0] in ("hivemind", "multiaddr", "uvloop")}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
 from itertools import product
+from math import inf
 from typing import Any, Self
 
 import torch
@@ -17,7 +18,9 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.blocks.attention import PACKED
-from splitnet.blocks.fast.gating import KnownExperts
+from splitnet.blocks.fast.torch_step import is_mlp
+from splitnet.quant.experts import QuantizedExperts
+from splitnet.quant.linear import QuantizedLinear
 
 _TRIALS = 8
 _SCALES = (1.0, 1e-2)
@@ -31,8 +34,7 @@ class UnknownPart(Exception):
 class NormKind(IntEnum):
     """As `enum norm` in `native/step.h`."""
 
-    RMS = 1
-    LAYER = 2
+    RMS, LAYER = 1, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +54,12 @@ class Norm:
 
     @classmethod
     def of(cls, module: nn.Module) -> Self:
-        """For a family's own module.
-
-        Raises:
-            UnknownPart: it does something else.
-        """
+        """For a family's own module; raises UnknownPart if it does something else."""
         own: Any = deepcopy(module).float()
         named = [(name.rpartition(".")[2], each.detach()) for name, each in own.named_parameters()]
-        weight, bias = (_stacked([each for name, each in named if name == wanted]) for wanted in ("weight", "bias"))
-        if weight is None:
-            weight = torch.ones(own.normalized_shape, dtype=torch.float32)
+        weights, biases = ([each for name, each in named if name == wanted] for wanted in ("weight", "bias"))
+        weight = torch.ones(own.normalized_shape, dtype=torch.float32) if not weights else _stacked(weights)
+        bias = _stacked(biases) if biases else None
         epsilon = float(getattr(own, "variance_epsilon", getattr(own, "eps", 1e-5)))
         noise = torch.Generator().manual_seed(0)
         # Heads stand before positions or behind them: here there is one position.
@@ -87,13 +85,7 @@ class Norm:
 class ActivationKind(IntEnum):
     """As `enum activation` in `native/step.h`."""
 
-    SILU = 0
-    GELU = 1
-    GELU_TANH = 2
-    GELU_QUICK = 3
-    RELU = 4
-    RELU_SQUARED = 5
-    XIELU = 6
+    SILU, GELU, GELU_TANH, GELU_QUICK, RELU, RELU_SQUARED, XIELU = range(7)
 
 
 @dataclass(frozen=True)
@@ -105,11 +97,7 @@ class Activation:
 
     @classmethod
     def of(cls, module: Any) -> Self:
-        """For a family's own module.
-
-        Raises:
-            UnknownPart: it does something else.
-        """
+        """For a family's own module; raises UnknownPart if it does something else."""
         own: Any = deepcopy(module).float()
         given = torch.linspace(-8, 8, 1001, dtype=torch.float32)
         with torch.no_grad():
@@ -141,8 +129,8 @@ def _activations(own: Any) -> Iterator[tuple[ActivationKind, Any, Callable[[torc
         )
 
 
-def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor | None:
-    return None if not tensors else tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -172,12 +160,7 @@ _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("input_layernorm", None, None, None),
     ("ln_1", None, None, None),
     (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-    (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
 )
 """Names of the norms of what attention takes and gives, and of what the MLP does: a block has all of one line."""
@@ -235,7 +218,7 @@ class BlockDescription:
         """For a family's own block.
 
         Raises:
-            UnknownPart: it has a part that compiled steps do not have, or its parts do not fit together. As it may be
+            UnknownPart: compiled steps do not have a part of it, or its parts do not fit together. As it may be
                 anything, so may be what is raised.
         """
         for name, value in _NEEDED.items():
@@ -274,7 +257,6 @@ class BlockDescription:
         return [own.query, own.key, own.value, own.out, *inner, opener]
 
     def _fits_together(self) -> bool:
-        """Whether the sizes are those that the compiled code takes for granted."""
         query, key, value, out, gate, up, down, opener = self.layers
         latents = self.attention.latents
         first = query if latents is None or latents.lowered is None else latents.lowered
@@ -291,49 +273,43 @@ class Attention:
 
     Attributes:
         query, key, value, out: layers; the second and the third are None where the first gives all three.
-        places: where it has the queries, keys and values, in heads; or None.
-        joined: the norms of queries and of keys are of all heads together.
-        late: they come after the rotary embedding.
         heads, stored: of queries, and of keys as they are stored.
-        size: of a head of queries and keys.
-        value_size: of a head of values.
+        size, value_size: of a head of queries and keys, and of one of values.
+        index: of the block in its caches.
+        places: where the one layer has the queries, keys and values, in heads; or None.
+        late: the norms come after the rotary embedding.
         cap, clip: of logits, and of numbers of heads; or 0.
         slopes: what is added to the logits of a head for every position.
         turns: with the rotary embedding.
-        index: of the block in its caches.
         kind: of the block, by which families have a rotary embedding; or None.
         latents: what keys and values are made of; or None.
     """
 
     query: Any
-    key: Any
-    value: Any
     out: Any
-    places: list[int] | None
-    query_norm: Norm | None
-    key_norm: Norm | None
-    late: bool
     heads: int
     stored: int
     size: int
     value_size: int
     scale: float
-    cap: float
-    clip: float
-    sinks: torch.Tensor | None
-    slopes: torch.Tensor | None
-    turns: bool
     index: int
-    kind: str | None
+    key: Any = None
+    value: Any = None
+    places: list[int] | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    late: bool = False
+    cap: float = 0.0
+    clip: float = 0.0
+    sinks: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
+    turns: bool = True
+    kind: str | None = None
     latents: Latents | None = None
 
     @classmethod
     def of(cls, module: Any) -> Self:
-        """For a family's own module.
-
-        Raises:
-            UnknownPart: it has a part that compiled steps do not have.
-        """
+        """For a family's own module; raises UnknownPart if it has a part that compiled steps do not have."""
         if hasattr(module, _LATENT):
             return cls._with_latents(module)
         size = int(getattr(module, "head_dim", None) or module.head_size)
@@ -353,27 +329,16 @@ class Attention:
         own = {name for name, _ in module.named_parameters(recurse=False)}
         if parts.rest or own - {"sinks"}:
             raise UnknownPart(", ".join([*parts.rest, *own]))
+        scale = float(_first(module, "scaling", "inv_norm_factor", "softmax_scale") or size**-0.5)
         slopes = _slopes(module, heads)
         return cls(
-            query,
-            key,
-            value,
-            out,
-            places,
-            query_norm,
-            key_norm,
-            late,
-            heads,
-            stored,
-            size,
-            size,
-            scale=float(_first(module, "scaling", "inv_norm_factor", "softmax_scale") or size**-0.5),
+            *(query, out, heads, stored, size, size, scale, module.layer_idx),
+            *(key, value, places, query_norm, key_norm, late),
             cap=float((type(module).__name__ == _CAPPED and module.attn_logit_softcapping) or 0),
             clip=float(_first(module, "clip_qkv") or _first(getattr(module, "config", None), "clip_qkv") or 0),
             sinks=getattr(module, "sinks", None),
             slopes=slopes,
             turns=slopes is None and _turns(module),
-            index=module.layer_idx,
             kind=_first(module, "layer_type", "attention_type"),
         )
 
@@ -385,23 +350,8 @@ class Attention:
             raise UnknownPart(", ".join(parts.rest) or "parameters of attention itself")
         size, value_size = int(module.qk_nope_head_dim + module.qk_rope_head_dim), int(module.v_head_dim)
         heads = out.in_features // value_size
-        return cls(
-            *(query, None, None, out, None, None, None),
-            late=False,
-            heads=heads,
-            stored=1 if latents.kept else heads,
-            size=size,
-            value_size=value_size,
-            scale=float(module.scaling),
-            cap=0.0,
-            clip=0.0,
-            sinks=None,
-            slopes=None,
-            turns=True,
-            index=module.layer_idx,
-            kind=None,
-            latents=latents,
-        )
+        own = (1 if latents.kept else heads, size, value_size, float(module.scaling), module.layer_idx)
+        return cls(query, out, heads, *own, latents=latents)
 
     @property
     def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -434,7 +384,7 @@ class Attention:
         return weight is not None and weight.ndim == 1 and weight.numel() > self.size
 
     def fits_together(self) -> bool:
-        """Whether the sizes are those that the compiled code takes for granted."""
+        """Whether the sizes are those that the compiled code expects."""
         if self.latents is not None:
             return self.latents.fits_together(self)
         taken = self.heads + 2 * self.stored if self.places is None else max(self.places) + 1
@@ -474,11 +424,7 @@ class Latents:
 
     @classmethod
     def of(cls, parts: _Parts, module: Any) -> Self:
-        """Of the parts of a family's own module.
-
-        Raises:
-            UnknownPart: something is missing, or done otherwise.
-        """
+        """Of the parts of a family's own module; raises UnknownPart if one is missing, or does something else."""
         lowered, lowered_norm = parts.find(("q_a_proj",)), parts.find(("q_a_layernorm",))
         return cls(
             lowered,
@@ -500,7 +446,6 @@ class Latents:
         return self.layer.out_features - self.rank
 
     def fits_together(self, attention: Attention) -> bool:
-        """Whether the sizes are those that the compiled code takes for granted."""
         query, heads, plain = attention.query, attention.heads, attention.size - self.turned
         lowered = query.in_features if self.lowered is None else self.lowered.out_features
         return (
@@ -539,11 +484,7 @@ class Mlp:
 
     @classmethod
     def of(cls, parts: _Parts) -> Self:
-        """Of some parts.
-
-        Raises:
-            UnknownPart: there are none of an MLP, or they do not fit together.
-        """
+        """Of some parts; raises UnknownPart if there are none of an MLP, or they do not fit together."""
         joined = parts.find(_GATE_AND_UP)
         gate = joined if joined is not None else parts.find(_GATE)
         up = parts.take(_UP) if joined is None else None
@@ -552,6 +493,148 @@ class Mlp:
         if inner != {down.in_features * (2 if up is None else 1)}:
             raise UnknownPart("sizes of an MLP")
         return cls(gate, up, down, activation)
+
+
+_GATING_TRIALS = 64
+_CORRECTION = "e_score_correction_bias"
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """How a router chooses.
+
+    Attributes:
+        weight: `[experts, hidden]`.
+        bias: `[experts]`, of the logits.
+        correction: `[experts]`, added to scores to choose by.
+        chosen: experts of a position.
+        groups, kept: experts are chosen in `kept` of the groups with the best ones.
+        judges: how many of a group, the best one or two, tell how good it is.
+        sigmoid: what makes scores of logits, else softmax.
+        normalised: the shares add up to `factor`.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    correction: torch.Tensor | None
+    chosen: int
+    groups: int
+    kept: int
+    sigmoid: bool = False
+    normalised: bool = False
+    factor: float = 1.0
+    judges: int = 2
+
+    def shares(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of each expert for `[positions, hidden]`: `[positions, experts]`, 0 where it is not chosen."""
+        logits = nn.functional.linear(hidden, self.weight.float(), None if self.bias is None else self.bias.float())
+        scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
+        ranks = scores if self.correction is None else scores + self.correction.float()
+        if self.kept < self.groups:
+            ranks = ranks.unflatten(-1, (self.groups, -1))
+            worst = ranks.topk(self.judges).values.sum(-1).topk(self.groups - self.kept, largest=False).indices
+            ranks = ranks.scatter(1, worst[..., None].expand(-1, -1, ranks.shape[-1]), -inf).flatten(1)
+        indices = ranks.topk(self.chosen).indices
+        shares = torch.zeros_like(scores).scatter(1, indices, scores.gather(1, indices))
+        return shares * self.factor / (shares.sum(-1, keepdim=True) if self.normalised else 1)
+
+
+@dataclass(frozen=True)
+class Gating:
+    """What an expert makes of its gate and its up, within `limit`: `(up + shift) * gate * sigmoid(alpha * gate)`."""
+
+    alpha: float
+    limit: float
+    interleaved: bool
+    shift: float
+
+    def opened(self, inner: torch.Tensor) -> torch.Tensor:
+        """`[rows, 2 * inner]` -> `[rows, inner]`."""
+        gate, up = (inner[:, ::2], inner[:, 1::2]) if self.interleaved else inner.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + self.shift) * gate * torch.sigmoid(self.alpha * gate)
+
+
+@dataclass(frozen=True, eq=False)
+class KnownExperts:
+    """What stands in the place of an MLP.
+
+    Attributes:
+        held: the experts; their two weights have one layout each.
+        shared: an MLP that all positions run through, too.
+        opener: a layer with one output, of whose sigmoid that of `shared` is multiplied.
+    """
+
+    held: Any
+    choice: Choice
+    gating: Gating
+    shared: nn.Module | None
+    opener: Any
+
+    @classmethod
+    def of(cls, mlp: Any) -> Self | None:
+        """For a family's own module; None: compiled steps do not know it."""
+        parts = list(mlp.children())
+        held = [part for part in parts if isinstance(part, QuantizedExperts)]
+        routers = [part for part in parts if hasattr(part, "top_k") and part not in held]
+        shared = [part for part in parts if is_mlp(part)]
+        openers = [part for part in parts if isinstance(part, (nn.Linear, QuantizedLinear))]
+        if len(parts) != len(held + routers + shared + openers) or max(len(shared), len(openers)) > 1:
+            return None
+        if len(held) != 1 or len(routers) != 1 or list(mlp.parameters(recurse=False)):
+            return None
+        choice, gating = _choice_of(mlp, routers[0]), _gating_of(held[0])
+        if choice is None or gating is None or len(choice.weight) != held[0].held["down_proj"].experts:
+            return None
+        return cls(held[0], choice, gating, *(shared or [None]), *(openers or [None]))
+
+
+def _choice_of(mlp: nn.Module, router: Any) -> Choice | None:
+    named = [*mlp.named_parameters(), *mlp.named_buffers()]
+    corrections = [tensor.flatten() for name, tensor in named if name.endswith(_CORRECTION)]
+    weights = [parameter for parameter in router.parameters() if parameter.ndim == 2 and len(parameter) > 1]
+    groups, kept = getattr(router, "num_group", None) or 1, getattr(router, "topk_group", None) or 1
+    if len(weights) != 1 or len(corrections) > 1 or not isinstance(router.top_k, int):
+        return None
+    if len(weights[0]) % groups or (groups > 1 and len(weights[0]) // groups < 2):
+        return None
+    weight, bias = weights[0].detach(), getattr(router, "bias", None)
+    choice = Choice(weight, bias, corrections[0] if corrections else None, router.top_k, groups, kept)
+    hidden = _noise(weight.shape[1])
+    hidden *= 2 / (hidden @ weight.float().T).std()  # so that neither softmax nor sigmoid has the same for all
+    given = [hidden, *corrections] if hasattr(mlp, _CORRECTION) else [hidden]
+    try:
+        _, shares, indices = deepcopy(router).float()(*given)
+        found = torch.zeros(_GATING_TRIALS, len(weight), dtype=torch.float32).scatter(1, indices, shares.float())
+    except (TypeError, ValueError, RuntimeError):  # what it takes or gives is something else
+        return None
+    ways = ({"judges": 2}, {"judges": 1}, {"groups": 1, "kept": 1})  # some name groups and do not heed them
+    for sigmoid, normalised, way in product((False, True), (False, True), ways):
+        likely = replace(choice, sigmoid=sigmoid, normalised=normalised, **way)
+        likely = replace(likely, factor=float(found.sum() / likely.shares(hidden).sum()))
+        if torch.allclose(likely.shares(hidden), found, rtol=1e-3, atol=1e-5):
+            return likely
+    return None
+
+
+def _noise(width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_GATING_TRIALS, width, generator=generator, dtype=torch.float32)
+
+
+def _gating_of(experts: Any) -> Gating | None:
+    weights = {"gate_up_proj", "down_proj"}
+    if not experts.has_gate or getattr(experts, "has_post_expert_norm", False) or set(experts.held) != weights:
+        return None
+    inner = _noise(experts.held["gate_up_proj"].outputs) * 20
+    found = experts._apply_gate(inner)
+    alpha, limit = float(getattr(experts, "alpha", 1)), float(getattr(experts, "limit", inf))
+    for kind in product((False, True), (0.0, 1.0)):
+        likely = Gating(alpha, limit, *kind)
+        opened = likely.opened(inner)
+        if opened.shape == found.shape and torch.allclose(opened, found, rtol=1e-3, atol=1e-4):
+            return likely
+    return None
 
 
 class Turned:
@@ -564,8 +647,7 @@ class Turned:
         self.weight, self.bias = layer.weight.detach().t(), layer.bias
 
 
-_NOTHING = (nn.Dropout, nn.Identity)
-"""What does nothing in a span."""
+_NOTHING = (nn.Dropout, nn.Identity)  # what does nothing in a span
 
 
 class _Parts:
@@ -612,8 +694,7 @@ def _places(attention: Any, heads: int, stored: int, *, by_head: bool) -> list[i
         return [head // own * 3 * own + part * own + head % own for part in (0, 2, 1) for head in range(heads)]
     if not by_head:
         return list(range(heads + 2 * stored))
-    group = heads // stored
-    turns = range(stored)
+    group, turns = heads // stored, range(stored)
     queries = [turn * (group + 2) + query for turn in turns for query in range(group)]
     # Some keep a copy of a key for every query.
     times = group if getattr(attention, "new_decoder_architecture", False) else 1

@@ -21,8 +21,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from splitnet.blocks.attention import Chunk
-from splitnet.blocks.fast.torch_step import LeanBlock, TorchStep, positions_of
+from splitnet.blocks.attention import Chunk, positions_of
+from splitnet.blocks.fast.torch_step import LeanBlock, TorchStep
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.errors import first_line
 from splitnet.quant.device import milliseconds, put
@@ -33,8 +33,7 @@ SIZES = (1, 2, 4, 8, 16)
 """Numbers of positions that are recorded, until one proves no good."""
 
 TOLERANCE = 0.01
-"""How far what one block adds may be from what it adds if not recorded, and keys and values likewise, relative to their
-size: mostly it is the same, as the operations are."""
+"""Of what one block adds, and of keys and values: how far it may be from what is not recorded. Mostly it is equal."""
 
 TOLERANCE_OF_ALL = 0.1
 """The same for all blocks together, through which rounding grows."""
@@ -77,8 +76,7 @@ class CudaRecorder:
     """By CUDA graphs, ROCm's too."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = _stream(device)
+        self._device, self._stream = device, _stream(device)
         self._memory = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Result]) -> Recording[Result]:
@@ -110,15 +108,10 @@ class CannotBeRecorded(RuntimeError):
 
 
 class OnDeviceAlone(TorchDispatchMode):
-    """Refuses operations for which the host waits, and such as touch memory of other devices.
+    """Refuses operations for which the host waits, and such as touch memory of other devices than `device`.
 
-    torch has not always recovered from a recording that was broken off, so that this looks before.
-
-    Args:
-        device: whose tensors may be used.
-
-    Raises:
-        CannotBeRecorded: by the operation, which it names.
+    torch has not always recovered from a recording that was broken off, so that this looks before. Raises
+    CannotBeRecorded, which names the operation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -210,36 +203,27 @@ class GraphStep:
     """Runs blocks as `lean` does, from recordings where there are some.
 
     Args:
-        recorded: by number of positions, of these blocks or more; shared with who has others of them.
+        recorded: by number of positions, of these blocks or more; steps of some of the blocks share it.
     """
 
     def __init__(self, lean: TorchStep, recorded: dict[int, Recorded]) -> None:
-        self.lean = lean
-        self._recorded = recorded
+        self.lean, self.recorded, self.takes = lean, recorded, lean.takes
 
     @property
     def most(self) -> int:
         """Positions of a step that is replayed; 0: none is any more."""
-        return max(self._recorded, default=0)
-
-    def with_blocks_of(self, lean: TorchStep) -> GraphStep:
-        """For some of its blocks."""
-        return GraphStep(lean, self._recorded)
-
-    def takes(self, parts: Sequence[Chunk]) -> bool:
-        """As `TorchStep.takes`."""
-        return self.lean.takes(parts)
+        return max(self.recorded, default=0)
 
     def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`."""
-        size = size_for(len(parts), self._recorded)
+        size = size_for(len(parts), self.recorded)
         if size is not None and _in_order(hidden.device):
             try:
-                return self._recorded[size].run(self.lean.blocks, hidden, parts)
+                return self.recorded[size].run(self.lean.blocks, hidden, parts)
             except torch.OutOfMemoryError:  # of rows or of attention, as without recordings
                 raise
             except RuntimeError as error:
-                self._recorded.clear()
+                self.recorded.clear()
                 log.warning("decode steps are not replayed from graphs any more: %s", first_line(error))
         return self.lean.forward(hidden, parts)
 
@@ -254,23 +238,9 @@ def size_for(count: int, sizes: Mapping[int, object]) -> int | None:
     return min((size for size in sizes if size >= count), default=None)
 
 
-class Runs(Protocol):
-    """A span, as far as it is needed to compare with."""
-
-    start: int
-    end: int
-    hidden_size: int
-    device: torch.device
-    dtype: torch.dtype
-
-    def new_row(self, room: int) -> SequenceCache: ...
-
-    def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor: ...
-
-
 @torch.inference_mode()
-def with_recordings(span: Runs, step: TorchStep) -> TorchStep | GraphStep:
-    """For all blocks of `span`: `step`, or what replays it from graphs where that is proven and pays."""
+def with_recordings(span: Any, step: TorchStep) -> TorchStep | GraphStep:
+    """For all blocks of a `Span`: `step`, or what replays it from graphs where that is proven and pays."""
     made: dict[int, Recorded] = {}
     where = f"blocks {span.start}..{span.end - 1} on {span.device}"
     try:
@@ -294,7 +264,7 @@ def with_recordings(span: Runs, step: TorchStep) -> TorchStep | GraphStep:
     return GraphStep(step, made) if made else step
 
 
-def fault_of(span: Runs, step: TorchStep, recorded: Recorded, rows: Sequence[SequenceCache]) -> str | None:
+def fault_of(span: Any, step: TorchStep, recorded: Recorded, rows: Sequence[SequenceCache]) -> str | None:
     """What is wrong with a recording for as many positions as there are rows; None: nothing."""
     size = len(rows)
     for count in {size, size // 2 + 1}:  # all that are recorded, and as few as take it
@@ -347,7 +317,7 @@ def _stored(rows: Sequence[SequenceCache], blocks: Sequence[LeanBlock]) -> tuple
     return torch.stack(found[0]), torch.stack(found[1])
 
 
-def rows_to_try(span: Runs, size: int) -> list[SequenceCache]:
+def rows_to_try(span: Any, size: int) -> list[SequenceCache]:
     """With prompts of several lengths, and room for one position more."""
     lengths = [1 + place % _PROMPTS for place in range(size)]
     rows = [span.new_row(length + 1) for length in lengths]
@@ -356,7 +326,7 @@ def rows_to_try(span: Runs, size: int) -> list[SequenceCache]:
     return rows
 
 
-def _noise(span: Runs, positions: int, seed: int) -> torch.Tensor:
+def _noise(span: Any, positions: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(positions, span.hidden_size, generator=generator, dtype=torch.float32)
     return noise.to(device=span.device, dtype=span.dtype)

@@ -1,9 +1,9 @@
 """A few new positions through blocks of the usual parts, in one call of compiled code.
 
-With weights of few bits, `splitnet.blocks.fast.torch_step` spends more than half of a decode step on some twenty calls
-of torch for each block, on tensors of a few hundred numbers. `native/step.h` has the whole block instead, also for
-several positions of a sequence, as windows of drafts have them, and of all the kinds that `BlockDescription` tells
-apart. As there, the results are compared with the family's own code when a span loads.
+With weights of few bits, `TorchStep` spends more than half of a decode step on some twenty calls of torch for each
+block, on tensors of a few hundred numbers. `native/step.h` has the whole block instead, also for several positions of a
+sequence, as windows of drafts have them. As there, the results are compared with the family's own code when a span
+loads.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitnet.blocks.attention import Chunk
-from splitnet.blocks.fast.describe import Attention, BlockDescription, Norm, Turned, UnknownPart
-from splitnet.blocks.fast.gating import KnownExperts
+from splitnet.blocks.attention import Chunk, positions_of
+from splitnet.blocks.fast.describe import Attention, BlockDescription, KnownExperts, Norm, Turned, UnknownPart
 from splitnet.blocks.rotary import Order, Turning
 from splitnet.quant import native
-from splitnet.quant.floats import FloatForm
+from splitnet.quant.forms import FloatForm
 from splitnet.quant.grouped import BlockQuantWeight
 from splitnet.quant.linear import PLAIN_LINEAR, QuantizedLinear
 from splitnet.quant.tiles import CHUNK
@@ -96,11 +95,11 @@ class NativeStep:
 
     def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`, in the type of `hidden`."""
-        indices = [part.row.prefix_length + part.start + new for part in parts for new in range(part.count)]
-        positions = torch.tensor(indices)
+        positions = torch.tensor(positions_of(parts))
         cosines, sines = self._turns(hidden, positions)
         result = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        rows = [self._stores(part) for part in parts for _ in range(part.count)]
+        kept = self._kept, self._dtype
+        rows = [part.row.reserve(self._indices, part.count, *kept) for part in parts for _ in range(part.count)]
         stores = rows[0] if len(rows) == 1 else torch.stack(rows, dim=1)
         turns = (cosines, sines, Order.APART if self._turning is None else self._turning.order)
         native.step(self._blocks, len(self._indices), result, stores, positions, *turns, self._dtype.itemsize)
@@ -117,16 +116,14 @@ class NativeStep:
         cosines, sines = (torch.stack(turns) for turns in zip(*halves, strict=True))
         return cosines, sines
 
-    def _stores(self, part: Chunk) -> torch.Tensor:
-        return part.row.reserve(self._indices, part.count, self._kept, self._dtype)
-
     def _fields(self, block: BlockDescription, window: int | None) -> Fields:
         """As `Block` in `native/step.h`."""
         attention, mlp, experts = block.attention, block.mlp, block.experts
         norms = (block.before, block.after, block.between, block.behind, attention.query_norm, attention.key_norm)
         fields: Fields = [*chain.from_iterable(map(self._norm, norms))]
-        fields += [block.parallel, block.residual, self._optional(attention.sinks), self._optional(attention.slopes)]
-        fields += [self._numbers(attention.places), attention.scale, attention.cap, attention.clip]
+        fields += [block.parallel, block.residual, self._floats(attention.sinks), self._floats(attention.slopes)]
+        places = None if attention.places is None else torch.tensor(attention.places)
+        fields += [self._address(places), attention.scale, attention.cap, attention.clip]
         latents = attention.latents
         rank, absorbed = (0, False) if latents is None else (latents.norm.weight.numel(), latents.kept)
         fields += [attention.heads, attention.stored, attention.size, attention.value_size, rank, absorbed]
@@ -145,61 +142,44 @@ class NativeStep:
         weight, short = choice.weight, choice.weight.bfloat16()
         if torch.equal(short.float(), weight.float()):
             weight = short  # as it came
-        self._alive.append(weight.contiguous())
         outputs, inputs = weight.shape
-        matrices: Fields = [
-            _KINDS[weight.dtype],
-            self._alive[-1].data_ptr(),
-            0,
-            self._optional(choice.bias),
-            inputs,
-            outputs,
-        ]
+        router = [self._address(weight.contiguous()), 0, self._floats(choice.bias), inputs, outputs]
+        matrices: Fields = [_KINDS[weight.dtype], *router]
         for name in ("gate_up_proj", "down_proj"):
             form = experts.held.held[name].parts[0]
-            self._alive += [form.tiles, form.description]
-            bias = self._optional(getattr(experts.held, f"{name}_bias") if experts.held.has_bias else None)
-            matrices += [_GROUPED, form.tiles.data_ptr(), form.description.data_ptr(), bias, form.inputs, form.outputs]
-        fields: Fields = [
-            outputs,
-            choice.chosen,
-            choice.sigmoid,
-            choice.normalised,
-            choice.groups,
-            choice.kept,
-            choice.judges,
-        ]
-        fields += [gating.interleaved, self._optional(choice.correction)]
+            bias = self._floats(getattr(experts.held, f"{name}_bias") if experts.held.has_bias else None)
+            places = self._address(form.tiles), self._address(form.description)
+            matrices += [_GROUPED, *places, bias, form.inputs, form.outputs]
+        fields: Fields = [outputs, choice.chosen, choice.sigmoid, choice.normalised]
+        fields += [choice.groups, choice.kept, choice.judges, gating.interleaved, self._floats(choice.correction)]
         return [*fields, choice.factor, gating.alpha, gating.limit, gating.shift, *matrices]
 
     def _norm(self, norm: Norm | None) -> Fields:
         if norm is None:
             return [*_NO_NORM]
         stride = norm.weight.shape[1] if norm.weight.ndim == 2 else 0
-        weight, bias = self._float_address(norm.weight), self._optional(norm.bias)
-        return [int(norm.kind), weight, bias, stride, norm.epsilon]
+        return [int(norm.kind), self._floats(norm.weight), self._floats(norm.bias), stride, norm.epsilon]
 
     def _matrix(self, layer: Any) -> Fields:
+        """Its kind is one of `native/products.h`."""
         if layer is None:
             return [*_NO_MATRIX]
-        bias = self._optional(layer.bias)
-        kind, weight, scales = _held(layer)
-        scales_at = 0 if scales is None else scales.data_ptr()
-        self._alive += [weight] if scales is None else [weight, scales]
-        return [kind, weight.data_ptr(), scales_at, bias, layer.in_features, layer.out_features]
+        held: Any = layer.held if isinstance(layer, QuantizedLinear) else layer
+        if isinstance(held, BlockQuantWeight):
+            places = [_GROUPED, self._address(held.tiles), self._address(held.description)]
+        else:
+            places = [_KINDS[held.weight.dtype], self._address(held.weight), 0]
+        return [*places, self._floats(layer.bias), layer.in_features, layer.out_features]
 
-    def _numbers(self, values: list[int] | None) -> int:
-        if values is None:
+    def _floats(self, values: torch.Tensor | None) -> int:
+        return self._address(None if values is None else values.detach().float().contiguous())
+
+    def _address(self, tensor: torch.Tensor | None) -> int:
+        """Of a tensor that lives as long as this step; 0: there is none."""
+        if tensor is None:
             return 0
-        self._alive.append(torch.tensor(values))
-        return self._alive[-1].data_ptr()
-
-    def _optional(self, values: torch.Tensor | None) -> int:
-        return 0 if values is None else self._float_address(values)
-
-    def _float_address(self, values: torch.Tensor) -> int:
-        self._alive.append(values.detach().float().contiguous())
-        return self._alive[-1].data_ptr()
+        self._alive.append(tensor)
+        return tensor.data_ptr()
 
 
 Kind = tuple[str, ...]
@@ -233,13 +213,15 @@ def _turning_of(
 
 def _check(block: BlockDescription) -> None:
     """That there are kernels for a block."""
-    experts = block.experts
-    attention = block.attention
-    layers = (*block.layers, *attention.latent_layers)
+    experts, attention = block.experts, block.attention
+    layers, latents = (*block.layers, *attention.latent_layers), attention.latents
     if any(size % _VECTOR for size in attention.sizes) or not all(layer is None or _is_held(layer) for layer in layers):
         raise UnknownPart("layers")
-    if attention.latents is not None and attention.latents.kept and not _is_plain(attention.latents.expand):
-        raise UnknownPart("codes of what makes keys and values of latents")
+    if latents is not None and latents.kept:
+        layer = latents.expand
+        floats = type(layer) is nn.Linear and layer.weight.dtype in (torch.float32, torch.bfloat16)
+        if not floats or layer.bias is not None:
+            raise UnknownPart("codes of what makes keys and values of latents")
     if experts is not None and not _experts_fit(experts, block.width):
         raise UnknownPart("experts")
 
@@ -263,15 +245,3 @@ def _is_held(layer: nn.Linear | QuantizedLinear | Turned) -> bool:
         return isinstance(layer.held, FloatForm)
     plain = type(layer) in (nn.Linear, Turned) or type(layer).__name__ in PLAIN_LINEAR
     return plain and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
-
-
-def _is_plain(layer: Any) -> bool:
-    return type(layer) is nn.Linear and layer.bias is None and layer.weight.dtype in (torch.float32, torch.bfloat16)
-
-
-def _held(layer: nn.Linear | QuantizedLinear | Turned) -> tuple[int, torch.Tensor, torch.Tensor | None]:
-    """The number of its kind in `native/products.h`, its tensor, and its description if it has one."""
-    held: Any = layer.held if isinstance(layer, QuantizedLinear) else layer
-    if isinstance(held, BlockQuantWeight):
-        return _GROUPED, held.tiles, held.description
-    return _KINDS[held.weight.dtype], held.weight, None

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from splitnet.blocks.attention import Chunk, attend_by_group
+from splitnet.blocks.attention import Chunk, attend_by_group, positions_of
 from splitnet.blocks.rotary import Turning
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -44,7 +44,9 @@ class TorchStep:
     @classmethod
     def of(cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None]) -> TorchStep | None:
         """For these blocks; None if their parts are not the usual ones."""
-        if rope is None or not all(is_usual(block, experts=True) and not has_sinks(block) for block in blocks):
+        if rope is None or not all(is_usual(block, experts=True) for block in blocks):
+            return None
+        if any(hasattr(block.self_attn, "sinks") for block in blocks):  # logits that belong to no position
             return None
         attention: Any = blocks[0].self_attn
         if Turning.of(attention, attention.head_dim, rope, attention.q_proj.in_features) != Turning():
@@ -82,11 +84,6 @@ class TorchStep:
         return cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)[:, None]
 
 
-def positions_of(parts: Sequence[Chunk]) -> list[int]:
-    """As the blocks count them, of parts with one position each."""
-    return [part.row.prefix_length + part.start for part in parts]
-
-
 class LeanBlock:
     """A block in three parts: what is before its attention, that, and what is behind. Only that is about sequences."""
 
@@ -108,7 +105,7 @@ class LeanBlock:
 
     @property
     def weights_at(self) -> int:
-        """The address of some of its weights: all move together, as when a model is sent to another device."""
+        """The address of some of its weights, which all move together, as to another device."""
         return self._before.weight.untyped_storage().data_ptr()
 
     def before(self, hidden: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -179,11 +176,6 @@ def is_usual(block: nn.Module, *, experts: bool = False) -> bool:
 def is_mlp(module: nn.Module) -> bool:
     """Whether its parts have the names of those of Llama's MLP."""
     return {name for name, _ in module.named_children()} == _MLP
-
-
-def has_sinks(block: Any) -> bool:
-    """Whether a logit that belongs to no position takes part in the softmax of its attention."""
-    return hasattr(block.self_attn, "sinks")
 
 
 def _norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from splitnet.directory.record import MAX_CLOCK_SKEW_S, PeerRecord, facts_of
 from splitnet.errors import AddressInUse, LanError, SplitnetError
 from splitnet.nat.port_mapping import MappingError, look_for_router
 from splitnet.nat.punch import Way
-from splitnet.quant.memory import free_memory
+from splitnet.quant.device import free_memory
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import OPEN, OpenSwarm
 from splitnet.session.options import ConnectionOptions

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from splitnet.blocks.loss import IGNORED
+from splitnet.blocks.head import IGNORED
 from splitnet.checkpoint.chat_template import render
 from splitnet.errors import DataError, SplitnetError
 from splitnet.tools.tune.data import Example, Examples

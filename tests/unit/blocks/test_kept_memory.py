@@ -10,7 +10,7 @@ import pytest
 
 CODE = """
 import resource, sys, threading
-from splitnet.quant.memory import keep_freed_memory
+from splitnet.quant.device import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

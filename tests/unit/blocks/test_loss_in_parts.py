@@ -14,8 +14,7 @@ from transformers import LlamaConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from splitnet.blocks.client_part import load_client_part
-from splitnet.blocks.head import QuantizedHead
-from splitnet.blocks.loss import IGNORED, loss_in_parts
+from splitnet.blocks.head import IGNORED, QuantizedHead, loss_in_parts
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import RopeLengths
 from splitnet.errors import UnsupportedParameter
@@ -199,7 +198,7 @@ def test_a_family_gives_the_same_loss_and_the_logits_that_are_kept(
     whole.loss.backward()
     expected = {name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}
     model.zero_grad()
-    monkeypatch.setattr("splitnet.blocks.loss.PART_BYTES", 5 * 300 * 4)
+    monkeypatch.setattr("splitnet.blocks.head.PART_BYTES", 5 * 300 * 4)
     parts = model(**ids(), logits_to_keep=2)
     parts.loss.backward()
     got = {name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}

@@ -82,7 +82,7 @@ def test_a_row_goes_on_from_wherever_it_was_cut(steps: list[tuple[str, float]], 
         else:
             span.run(row, torch.ones(int(amount), SIZE, dtype=torch.float64), fails=True)
         assert row.length == len(held)
-        assert row._states is not None and len(row._states.lengths) <= COPIES
+        assert row._states is not None and len(row._states._copies) <= COPIES
     for other, kept in others:  # what a fork did has not touched it
         grow(other, kept, 3)
     grow(row, held, 2)

@@ -34,7 +34,7 @@ from splitnet.blocks.span import Chunk, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import FAMILIES, check_can_be_cut
 from splitnet.errors import AdapterError, OutOfMemory, UnsupportedModel
-from splitnet.quant import memory
+from splitnet.quant import device as devices
 from splitnet.quant.linear import QuantizedLinear
 from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint, random_config
 
@@ -643,7 +643,7 @@ def test_parts_that_do_not_fit_are_refused(llama: Checkpoint) -> None:
 
 
 def test_too_little_memory_says_how_many_blocks_fit(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * block_bytes(llama, None) + 100)
+    monkeypatch.setattr(devices, "free_memory", lambda device: 2 * block_bytes(llama, None) + 100)
     with pytest.raises(OutOfMemory, match="at most 2 fit: use --blocks 1:3"):
         Span.load(llama, 1, 5)
     assert Span.load(llama, 1, 3).end == 3

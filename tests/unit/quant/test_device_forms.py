@@ -12,11 +12,10 @@ from torch import nn
 
 from splitnet.quant import gpu
 from splitnet.quant.choose import INT4_TILES, INT8_SCALED
+from splitnet.quant.forms import ScaledForm, WeightForm
 from splitnet.quant.gpu import DeviceFp8, DeviceInt4, DeviceInt8, device_form, fault_of, use_device_kernels
 from splitnet.quant.grouped import hold_stored
-from splitnet.quant.integers import ScaledForm
 from splitnet.quant.linear import QuantizedLinear
-from splitnet.quant.weight_form import WeightForm
 from tests.unit.random_codes import LAYOUTS, matrix_of
 
 CPU = torch.device("cpu")

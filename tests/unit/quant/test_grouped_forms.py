@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitnet.errors import UnsupportedModel
-from splitnet.quant import floats, grouped, tiles
-from splitnet.quant.grouped import BlockQuantWeight, ExpertForm, JoinedForm, held_bytes, hold_experts, hold_stored
+from splitnet.quant import forms, grouped, tiles
+from splitnet.quant.grouped import BlockQuantWeight, JoinedForm, held_bytes, hold_experts, hold_stored
 from splitnet.quant.native import Kernels, convert_grouped, kernels_here, multiplies_bfloat16, multiply_grouped
 from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, StoredMatrix, number_of
 from splitnet.quant.tiles import TileLayout
@@ -123,7 +123,7 @@ def test_products_of_many_rows(way: str, layout: Layout, outputs: int, inputs: i
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_many_rows_in_parts(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floats, "_PART", 2**14)
+    monkeypatch.setattr(forms, "_PART", 2**14)
     matrix = matrix_of(LAYOUTS[name], 150, 160, 1)
     rows = rows_of(70, 160, 1).bfloat16()
     assert not far(hold_stored([matrix], CPU).multiply(rows), rows, matrix, many=True)
@@ -173,10 +173,10 @@ def test_experts(way: str, first: Layout, second: Layout, outputs: int, seed: in
     ]
     stored = PackedTensor.__new__(PackedTensor, experts, stacked=True)
     held = hold_experts(stored, CPU)
-    assert isinstance(held, ExpertForm)
+    assert isinstance(held, JoinedForm)
     assert (held.experts, held.outputs, held.inputs) == (3, outputs + 3, 64)
     for index in range(3):
-        assert torch.equal(held.dequantised(index, torch.float32), stored.floats()[index])
+        assert torch.equal(held.dequantised(torch.float32, index), stored.floats()[index])
     rows = rows_of(8, 64, seed)
     chosen = torch.tensor([2, 0, 0, 0, 0, 0, 1, 0])
     products = held.multiply(rows, chosen)
@@ -195,7 +195,7 @@ def test_an_expert_that_does_not_exist_is_refused(way: str) -> None:
         with pytest.raises(IndexError):
             held.multiply(torch.randn(2, 64), torch.tensor([0, index]))
         with pytest.raises(IndexError):
-            held.dequantised(index, torch.float32)
+            held.dequantised(torch.float32, index)
 
 
 def test_experts_that_differ_are_refused() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from splitnet.blocks.backbone import hold_codes
-from splitnet.quant.floats import EXPERTS_FROM
+from splitnet.quant.grouped import EXPERTS_FROM
 from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, StoredMatrix
 from tests.unit.random_models import random_config
 

@@ -22,7 +22,7 @@ from splitnet.blocks.span import Chunk, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.store import LazyTensors
 from splitnet.errors import OutOfMemory, WeightsError
-from splitnet.quant import choose, floats, grouped, native
+from splitnet.quant import choose, forms, grouped, native
 from splitnet.quant.choose import (
     FLOAT16,
     INT4_TILES,
@@ -33,9 +33,8 @@ from splitnet.quant.choose import (
     choose_weights,
 )
 from splitnet.quant.experts import QuantizedExperts
-from splitnet.quant.floats import FloatForm
-from splitnet.quant.grouped import BlockQuantWeight, ExpertForm
-from splitnet.quant.integers import GROUP, ScaledForm
+from splitnet.quant.forms import GROUP, FloatForm, ScaledForm
+from splitnet.quant.grouped import BlockQuantWeight, JoinedForm
 from splitnet.quant.linear import QuantizedLinear
 from splitnet.quant.native import Kernels, has_fast_kernels, has_float_kernels, has_integer_kernels
 from splitnet.quant.stored import Layout
@@ -110,8 +109,8 @@ def floats_of(checkpoint: Checkpoint, held: Span) -> Span:
         plain.weight = nn.Parameter(weight.T if isinstance(plain, Conv1D) else weight, requires_grad=False)
     for path, experts in held._backbone.named_modules():
         for name, form in experts.held.items() if isinstance(experts, QuantizedExperts) else ():
-            assert isinstance(form, ExpertForm)
-            weight = torch.stack([form.dequantised(expert, torch.float32) for expert in range(form.experts)])
+            assert isinstance(form, JoinedForm)
+            weight = torch.stack([form.dequantised(torch.float32, expert) for expert in range(form.experts)])
             setattr(span._backbone.get_submodule(path), name, nn.Parameter(weight, requires_grad=False))
     return span
 
@@ -256,7 +255,7 @@ def test_a_layer_in_every_form(form: WeightFormat, shape: tuple[int, int], kerne
 @pytest.mark.parametrize("form", [FLOAT16, INT8_TILES, INT4_TILES])
 @pytest.mark.parametrize("count", [1, 23, 24, 31, 32, 47, 48, 63, 64, 65, 257, 600])
 def test_any_number_of_rows(form: WeightFormat, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floats, "_PART", 2**13)
+    monkeypatch.setattr(forms, "_PART", 2**13)
     torch.manual_seed(count)
     held = form.of(torch.randn(77, 96))
     assert held is not None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from splitnet.errors import OutOfMemory
-from splitnet.quant.memory import give_back_memory, guarded, in_large_pages, move_to_large_pages
+from splitnet.quant.device import give_back_memory, guarded, in_large_pages, move_to_large_pages
 
 MAPS = Path("/proc/self/smaps")
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
