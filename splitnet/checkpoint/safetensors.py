@@ -1,29 +1,141 @@
-"""A checkpoint in safetensors files, in a folder or on the hub."""
+"""A checkpoint in safetensors files, in a folder or on the hub, whose files are downloaded, or read by range."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import logging
+import math
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import HfFileSystem, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from splitnet.checkpoint.families import FAMILIES, check_values
-from splitnet.checkpoint.quant.format import DESCRIPTION_BYTES, Part, Weights
-from splitnet.checkpoint.quant.known import quantization_settings, quantized_format
-from splitnet.checkpoint.shards import Shards, TensorInfo, read_tensor_infos
-from splitnet.checkpoint.store import LazyTensors, Progress, TensorFacts
+from splitnet.checkpoint.quant.compressed_tensors import CompressedTensors
+from splitnet.checkpoint.quant.format import DESCRIPTION_BYTES, MALFORMED, Numbers, Part, QuantizedFormat, Weights
+from splitnet.checkpoint.quant.integers import Awq, Gptq, Int8, Mlx, Nf4, auto_round
+from splitnet.checkpoint.quant.scaled_floats import FbgemmFP8, FineGrainedFP8, ModelOpt, Mxfp4
+from splitnet.checkpoint.store import MOST_OF_NAME, LazyTensor, Progress, ReadBytes, TensorFacts
 from splitnet.checkpoint.transfer.held import Place, WeightFolder
 from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
 from splitnet.quant.stored import PackedTensor, is_number_type
 
+log = logging.getLogger(__name__)
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 _GENERATION = "generation_config.json"
 _NOTES = ("_name_or_path", "transformers_version", "use_cache")
 """Keys of a config that say nothing about the model."""
+_MAX_HEADER_BYTES = 100_000_000
+_MOST_DIMENSIONS = 8
+_MOST_BYTES = 1 << 60
+_FILE_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
+"""An index names files beside it, and nothing elsewhere on the machine."""
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+"""The last is MLX's."""
+_FORMATS: Mapping[str, Callable[[Mapping[str, Any]], QuantizedFormat]] = {
+    "auto-round": auto_round,
+    "awq": Awq,
+    "compressed-tensors": CompressedTensors,
+    "compressed_tensors": CompressedTensors,
+    "fbgemm_fp8": lambda settings: FbgemmFP8(),
+    "fp8": FineGrainedFP8,
+    "gptq": Gptq,
+    "modelopt": ModelOpt,
+    "mxfp4": lambda settings: Mxfp4(),
+    "mxfp8": FineGrainedFP8,
+}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a shard, as the shard's header describes it.
+
+    Attributes:
+        shard: file name.
+        stored: name of its type in the safetensors format.
+        offset: of its first byte in the file.
+    """
+
+    shard: str
+    stored: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES.get(self.stored, torch.uint8)
+
+
+def read_tensor_infos(file: BinaryIO, shard: str) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, from its header alone.
+
+    Format: https://github.com/huggingface/safetensors#format
+
+    Raises:
+        UnsupportedModel: it is not a safetensors file.
+    """
+    try:
+        (size,) = struct.unpack("<Q", file.read(8))
+        if size > _MAX_HEADER_BYTES:
+            raise ValueError("header too long")
+        header = json.loads(file.read(size))
+        if any(len(name) > MOST_OF_NAME for name in header):
+            raise ValueError("names without end")
+        return {
+            name: _tensor_info(shard, 8 + size, **entry) for name, entry in header.items() if name != "__metadata__"
+        }
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UnsupportedModel(f"{shard} is not a safetensors file: download or convert it again") from error
+
+
+def _tensor_info(shard: str, begin: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorInfo:
+    """Raises ValueError for what no tensor can be; `begin`: of the data in the file."""
+    start, end = data_offsets
+    if len(shape) > _MOST_DIMENSIONS or max((*shape, end), default=0) > _MOST_BYTES:
+        raise ValueError("sizes of nothing that there is")
+    if any(type(number) is not int or number < 0 for number in (*shape, start, end - start)) or type(dtype) is not str:
+        raise ValueError("numbers that are none")
+    if dtype in _DTYPES and end - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+        raise ValueError("a tensor of another size")
+    return TensorInfo(shard, dtype, tuple(shape), begin + start, end - start)
 
 
 class SafetensorsStore:
@@ -32,11 +144,14 @@ class SafetensorsStore:
     Open one with `SafetensorsStore.open`.
     """
 
-    def __init__(self, shards: Shards) -> None:
-        self.name = shards.name
-        self.source = str(shards.source)
+    def __init__(self, name: str, path: Path | None, revision: str | None) -> None:
+        self.name = name
+        self.source = name if path is None else str(path)
         self.folder: WeightFolder | None = None
-        self._shards = shards
+        self._path = path
+        self._revision = revision
+        self._hub_answers = False
+        self._headers: dict[str, dict[str, TensorInfo]] = {}
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None) -> SafetensorsStore:
@@ -45,10 +160,14 @@ class SafetensorsStore:
         Raises:
             ModelNotFound: there is no such folder.
         """
-        return cls(Shards.open(model, revision))
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return cls(path.resolve().name, path, None)
+        if isinstance(model, Path) or _is_path(model):
+            raise ModelNotFound(f"there is no folder {model}: give a checkpoint folder or a Hugging Face id")
+        return cls(model, None, revision)
 
     def config(self) -> PreTrainedConfig:
-        """See `TensorStore.config`."""
         return self._config
 
     @cached_property
@@ -83,41 +202,41 @@ class SafetensorsStore:
 
     @cached_property
     def _config_file(self) -> Path:
-        return self._shards.config()
+        path = self._find("config.json")
+        if path is None:
+            raise ModelNotFound(f"{self.name} has no config.json: give a folder or id of a transformers checkpoint")
+        return path
 
     @cached_property
     def _quantization(self) -> Mapping[str, Any] | None:
-        return quantization_settings(json.loads(self._config_file.read_text(encoding="utf-8")))
+        return _quantization_settings(json.loads(self._config_file.read_text(encoding="utf-8")))
 
     @cached_property
     def _weights(self) -> Weights:
         settings = self._quantization
         text = self._config.get_text_config()
-        format = None if settings is None else quantized_format(settings, text.model_type)
+        format = None if settings is None else _quantized_format(settings, text.model_type)
         told = text.dtype or self._config.dtype
         dtype = told if is_number_type(told) else torch.bfloat16
-        return Weights(tuple(self._shards.weight_map), format, dtype)
+        return Weights(tuple(self._weight_map), format, dtype)
 
     @property
     def quantized(self) -> bool:
-        """See `TensorStore.quantized`."""
         return self._quantization is not None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """See `TensorStore.names`."""
         return tuple(self._weights.groups)
 
     def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
-        """See `TensorStore.facts`; only of the shards that hold these tensors.
+        """Reads headers only of the shards that hold these tensors.
 
         Of NF4 the description of each weight is read too, and of GPTQ that permutes inputs, the permutation.
         """
         names = list(names)
         groups = self._weights.groups
         stored = [part for name in names for part in groups[name].values()]
-        infos = self._infos(self._shards.weight_map[part] for part in stored)
-        self._shards.check_hold(stored, infos)
+        infos = self._infos(stored)
         if self.folder is not None and self._quantization is not None:  # descriptions, all at once
             self.folder.supply([part for part in stored if infos[part].nbytes <= DESCRIPTION_BYTES])
 
@@ -139,22 +258,53 @@ class SafetensorsStore:
         return facts
 
     def file_bytes(self, names: Iterable[str]) -> int:
-        """See `TensorStore.file_bytes`."""
         stored = [part for name in names for part in self._weights.groups[name].values()]
-        infos = self._infos(self._shards.weight_map[part] for part in stored)
-        self._shards.check_hold(stored, infos)
+        infos = self._infos(stored)
         return sum(infos[part].nbytes for part in stored)
 
+    @contextmanager
     def load_tensors(
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
-    ) -> LazyTensors:
-        """See `TensorStore.load_tensors`; only the shards that hold these tensors are downloaded."""
+    ) -> Iterator[dict[str, Any]]:
+        """Downloads only the shards that hold these tensors."""
+        groups = self._weights.groups
+        stored = [part for name in names.values() for part in groups[name].values()]
         if self.folder is not None:
-            self.folder.supply([part for name in names.values() for part in self._weights.groups[name].values()])
-        return LazyTensors(self._shards, self._weights, names, dtype, progress)
+            self.folder.supply(stored)
+        shards = {shard: self._download(shard) for shard in sorted({self._weight_map[name] for name in stored})}
+        infos = self._infos(stored)
+        read = ReadBytes(progress)
+        tensors: dict[str, LazyTensor] = {}
+        converted: list[Numbers] = []
+        with ExitStack() as files:
+            slices = self._slices(files, shards, stored)  # which outlive the files
+
+            def part(name: str) -> Part:
+                return Part(name, infos[name].shape, infos[name].dtype, slices[name].__getitem__)
+
+            for given, name in names.items():
+                nbytes = sum(infos[part].nbytes for part in groups[name].values())
+                read.total += nbytes
+                tensor = self._weights.tensor(name, part)
+                if tensor is None:
+                    tensors[given] = _plain(slices[name], infos[name], dtype, read)
+                    continue
+                if isinstance(tensor, Numbers):
+                    converted.append(tensor)
+                tensors[given] = _quantized(tensor, nbytes, read)
+            if converted:
+                size = sum(math.prod(numbers.shape) for numbers in converted) * dtype.itemsize
+                log.warning(
+                    "%d weights of %s cannot be held as they are stored (%s): as numbers they take %.0f MiB",
+                    len(converted),
+                    self.name,
+                    converted[0].why,
+                    size / 2**20,
+                )
+            yield tensors
 
     def told_config(self) -> str:
-        """See `TensorStore.told_config`: the config file without notes."""
+        """The config file without notes."""
         try:
             values = json.loads(self._config_file.read_text(encoding="utf-8"))
             return json.dumps(_without_notes(values), sort_keys=True)
@@ -162,71 +312,226 @@ class SafetensorsStore:
             raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
 
     def places(self) -> Mapping[str, Place]:
-        """See `TensorStore.places`; from the hub, headers are read by range."""
-        infos = self._infos(self._shards.weight_map.values())
-        self._shards.check_hold(self._shards.weight_map, infos)
+        """From the hub, headers are read by range."""
         return {
-            name: Place(info.shard, info.offset, info.nbytes, info.stored, info.shape) for name, info in infos.items()
+            name: Place(info.shard, info.offset, info.nbytes, info.stored, info.shape)
+            for name, info in self._infos(self._weight_map).items()
         }
 
     def heads(self) -> Mapping[str, int]:
-        """See `TensorStore.heads`: none, as headers of safetensors tell of nothing but tensors."""
-        return {}
+        return {}  # headers of safetensors tell of nothing but tensors
 
     @property
     def commit(self) -> str:
-        """See `TensorStore.commit`."""
-        return self._shards.commit
+        if self._path is None:
+            snapshot = self._config_file.parent
+            if snapshot.parent.name == "snapshots":
+                return f"{self.name}@{snapshot.name}"
+        return ""
 
     def local_file(self, file: str) -> Path | None:
-        """See `TensorStore.local_file`."""
-        return self._shards.local_file(file)
+        if self._path is not None:
+            return self._path / file
+        cached = try_to_load_from_cache(self.name, file, revision=self._revision)
+        return Path(cached) if isinstance(cached, str) else None
 
-    def open_file(self, file: str) -> BinaryIO:
-        """See `TensorStore.open_file`."""
-        return self._shards.open_range(file)
+    def open_file(self, file: str, block_size: int = 2**16) -> BinaryIO:
+        """See `TensorStore.open_file`.
+
+        Args:
+            block_size: bytes that are fetched from the hub beyond those that are read.
+        """
+        try:
+            path = self.local_file(file)
+            if path is not None:
+                return path.open("rb")
+            remote = HfFileSystem().open(f"{self.name}/{file}", "rb", revision=self._revision, block_size=block_size)
+            return cast(BinaryIO, remote)
+        except OSError as error:
+            raise ModelNotFound(f"{self.name} lacks {file}: download it again, or check the network") from error
 
     def tokenizer(self) -> Any:
-        """See `TensorStore.tokenizer`."""
         with stumbling(
             lambda why: ModelNotFound(f"{self.name} has no usable tokenizer: add its tokenizer files ({why})")
         ):
-            return AutoTokenizer.from_pretrained(self._shards.source, trust_remote_code=False, **self._shards.options)
+            return AutoTokenizer.from_pretrained(self.source, trust_remote_code=False, **self._options)
 
     def generation_config(self) -> GenerationConfig | None:
-        """See `TensorStore.generation_config`."""
         with stumbling(
             lambda why: UnsupportedModel(
                 f"{_GENERATION} of {self.name} is not what transformers reads: download it again, or remove it ({why})"
             )
         ):
             try:
-                return GenerationConfig.from_pretrained(self._shards.source, **self._shards.options)
+                return GenerationConfig.from_pretrained(self.source, **self._options)
             except OSError:
-                file = self._shards.local_file(_GENERATION)
+                file = self.local_file(_GENERATION)
                 if file is not None and file.is_file():
                     raise
                 return None
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What `from_pretrained` methods must be told besides `source`."""
+        return {} if self._revision is None else {"revision": self._revision}
+
+    @cached_property
+    def _weight_map(self) -> Mapping[str, str]:
+        """Name of each tensor -> file name of the shard that holds it."""
+        index = self._find(INDEX_FILE)
+        if index is not None:
+            try:
+                weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                known = all(isinstance(shard, str) and _FILE_NAME.fullmatch(shard) for shard in weight_map.values())
+                if known and all(len(name) <= MOST_OF_NAME for name in weight_map):
+                    return weight_map
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                pass
+            raise ModelNotFound(
+                f"{INDEX_FILE} of {self.name} does not say which file holds which tensor, or names one elsewhere: "
+                "download it again"
+            )
+        try:
+            with self.open_file(SINGLE_FILE) as file:
+                return dict.fromkeys(read_tensor_infos(file, SINGLE_FILE), SINGLE_FILE)
+        except ModelNotFound as error:
+            raise ModelNotFound(
+                f"{self.name} holds no safetensors: convert it with transformers' save_pretrained"
+            ) from error
+
+    def _infos(self, names: Iterable[str]) -> dict[str, TensorInfo]:
+        """What headers say of tensors in the files, and of all others in the same shards.
+
+        Raises:
+            ModelNotFound: a shard lacks one, as the index is not about these shards.
+        """
+        names = list(names)
+        infos: dict[str, TensorInfo] = {}
+        for shard in sorted({self._weight_map[name] for name in names}):
+            if shard not in self._headers:
+                with self.open_file(shard) as file:
+                    self._headers[shard] = read_tensor_infos(file, shard)
+            infos.update(self._headers[shard])
+        for name in names:
+            shard = self._weight_map[name]
+            if name not in infos or infos[name].shard != shard:
+                raise ModelNotFound(
+                    f"{shard} of {self.name} lacks {name}, which {INDEX_FILE} says it holds: download both again"
+                )
+        return infos
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
         """A small tensor."""
         if self.folder is not None:
             self.folder.supply([name for name, one in self._headers[info.shard].items() if one == info])
-        (data,) = self._shards.read_ranges(info.shard, [(info.offset, info.offset + info.nbytes)])
-        return torch.frombuffer(bytearray(data), dtype=info.dtype).view(info.shape)
+        try:
+            with self.open_file(info.shard, block_size=1) as file:
+                file.seek(info.offset)
+                data = bytearray(file.read(info.nbytes))
+        except OSError as error:
+            raise ModelNotFound(f"{info.shard} of {self.name} cannot be read: check the network") from error
+        if len(data) != info.nbytes:
+            raise ModelNotFound(f"{info.shard} of {self.name} is not complete: download it again")
+        return torch.frombuffer(data, dtype=info.dtype).view(info.shape)
 
-    def _infos(self, shards: Iterable[str]) -> dict[str, TensorInfo]:
-        infos: dict[str, TensorInfo] = {}
-        for shard in sorted(set(shards)):
-            if shard not in self._headers:
-                with self._shards.open_range(shard) as file:
-                    self._headers[shard] = read_tensor_infos(file, shard)
-            infos.update(self._headers[shard])
-        return infos
+    def _download(self, shard: str) -> Path:
+        """The local path of a shard, whose header is read anew."""
+        path = self._find(shard)
+        if path is None:
+            raise ModelNotFound(f"{self.name} lacks {shard}, which holds tensors that are needed: download it again")
+        with path.open("rb") as raw:
+            self._headers[shard] = read_tensor_infos(raw, shard)
+        return path
 
-    @cached_property
-    def _headers(self) -> dict[str, dict[str, TensorInfo]]:
-        return {}
+    def _slices(self, files: ExitStack, shards: Mapping[str, Path], names: Iterable[str]) -> dict[str, Any]:
+        """What reads tensors of these shards."""
+        opened: dict[str, Any] = {}
+        slices: dict[str, Any] = {}
+        for name in names:
+            shard = self._weight_map[name]
+            try:
+                if shard not in opened:
+                    opened[shard] = files.enter_context(safe_open(shards[shard], framework="pt", device="cpu"))
+                slices[name] = opened[shard].get_slice(name)
+            except SafetensorError as error:
+                raise ModelNotFound(
+                    f"{shard} of {self.name} is not complete, or is damaged ({error}): download it again"
+                ) from error
+        return slices
+
+    def _find(self, file: str) -> Path | None:
+        if self._path is not None:
+            path = self._path / file
+            return path if path.is_file() else None
+        cached: Any = None
+        try:
+            cached = try_to_load_from_cache(self.name, file, revision=self._revision)
+            if not isinstance(cached, str):
+                self._check_that_hub_answers(file)
+            return Path(hf_hub_download(self.name, file, revision=self._revision))
+        except GatedRepoError as error:
+            raise ModelNotFound(
+                f"{self.name} needs its licence accepted: do so on its page, then log in with 'hf auth login'"
+            ) from error
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            if cached is not None:  # the cache knows that the hub has no such file
+                return None
+            raise ModelNotFound(
+                f"{self.name} is neither a folder here nor in the cache, and the hub cannot be reached: check the "
+                "name and the network"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+            raise ModelNotFound(
+                f"there is neither a folder nor a Hugging Face model {self.name!r}: check the name, or log in with "
+                "'hf auth login' if it is private"
+            ) from error
+        except HfHubHTTPError as error:
+            raise ModelNotFound(f"the hub does not give {self.name}: {error}") from error
+
+    def _check_that_hub_answers(self, file: str) -> None:
+        """Asks once, where a download would try to connect for half a minute; what the hub answers is for the download.
+
+        Raises:
+            LocalEntryNotFoundError: it cannot be reached.
+        """
+        if self._hub_answers:
+            return
+        try:
+            get_hf_file_metadata(hf_hub_url(self.name, file, revision=self._revision))
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+            pass
+        except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
+            raise LocalEntryNotFoundError(f"the hub cannot be reached ({error})") from error
+        self._hub_answers = True
+
+
+def _is_path(model: str) -> bool:
+    """Whether a model that is no folder was meant as one, of this system or of Windows: no id of the hub looks so."""
+    return model.startswith((".", "/", "~")) or "\\" in model or model[1:2] == ":"
+
+
+def _plain(stored: Any, info: TensorInfo, dtype: torch.dtype, read: ReadBytes) -> LazyTensor:
+    return LazyTensor(info.shape, info.dtype, lambda index: _taken(stored[index], dtype, read))
+
+
+def _taken(tensor: torch.Tensor, dtype: torch.dtype, read: ReadBytes) -> torch.Tensor:
+    """Counts a tensor as read; one that keeps its type is copied, or it would stay on the mapped file."""
+    if tensor.dtype == dtype:
+        tensor = tensor.clone()
+    read.add(tensor.nbytes)
+    return tensor
+
+
+def _quantized(tensor: Numbers | PackedTensor, nbytes: int, read: ReadBytes) -> LazyTensor:
+    def of(index: Any) -> torch.Tensor:
+        whole = tensor.read() if isinstance(tensor, Numbers) else tensor
+        found = whole if index is ... else whole[index]
+        read.add(nbytes)
+        return found
+
+    return LazyTensor(tensor.shape, tensor.dtype, of)
 
 
 def _without_notes(values: Any) -> Any:
@@ -238,3 +543,45 @@ def _without_notes(values: Any) -> Any:
     if "torch_dtype" in told:  # what `dtype` was called before
         told.setdefault("dtype", told.pop("torch_dtype"))
     return told
+
+
+def _quantization_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """How the weights of a checkpoint are quantized, as its config says it; None: they are plain numbers.
+
+    Args:
+        config: of the whole checkpoint, as in its file. Some multimodal ones say it of the text model in it.
+    """
+    nested = [value for value in config.values() if isinstance(value, Mapping)]
+    for place in (config, *nested):
+        for key in _QUANTIZATION_KEYS:
+            if isinstance(place.get(key), Mapping) and place[key]:
+                return place[key]
+    return None
+
+
+def _quantized_format(settings: Mapping[str, Any], family: str) -> QuantizedFormat:
+    """The format that settings describe.
+
+    Args:
+        family: of the text model.
+
+    Raises:
+        UnsupportedModel: it is not known, or an option of it is not.
+    """
+    method = str(settings.get("quant_method") or "").lower()
+    if method == "bitsandbytes" or (not method and settings.get("load_in_4bit")):
+        return Nf4() if settings.get("load_in_4bit") else Int8()
+    if not method and {"bits", "group_size"} <= settings.keys():
+        return Mlx(settings, family)
+    if method in _FORMATS:
+        try:
+            return _FORMATS[method](settings)
+        except MALFORMED as error:
+            raise UnsupportedModel(
+                f"the config does not say clearly how weights are quantized ({error!r}): download it again"
+            ) from error
+    by = repr(method) if method else "a method that the config does not name"
+    raise UnsupportedModel(
+        f"weights quantized by {by} are not known: take a checkpoint with plain weights, in GGUF, or quantized by one "
+        f"of {', '.join(sorted(_FORMATS))}, bitsandbytes, MLX"
+    )

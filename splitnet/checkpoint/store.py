@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 
-from splitnet.checkpoint.quant.format import Numbers, Part, Weights
-from splitnet.checkpoint.shards import Shards, TensorInfo, read_tensor_infos
 from splitnet.checkpoint.transfer.held import TensorFiles, WeightFolder
-from splitnet.errors import ModelNotFound
-from splitnet.quant.stored import Layout, PackedTensor
+from splitnet.quant.stored import Layout
 
-log = logging.getLogger(__name__)
-
+MOST_OF_NAME = 512
+"""Characters in the name of a tensor: names are matched with patterns."""
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); from several threads, one at a time."""
 
@@ -181,90 +176,3 @@ class LazyTensor:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self._read(index)
-
-
-class LazyTensors:
-    """A state dict that reads each tensor when it is indexed; use it in a `with`."""
-
-    def __init__(
-        self, shards: Shards, weights: Weights, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None
-    ) -> None:
-        self._shards = shards
-        self._weights = weights
-        self._names = names
-        self._dtype = dtype
-        self._files = ExitStack()
-        self._read = ReadBytes(progress)
-
-    def __enter__(self) -> dict[str, Any]:
-        stored = {part for name in self._names.values() for part in self._weights.groups[name].values()}
-        infos, slices = self._open(stored)
-
-        def part(name: str) -> Part:
-            return Part(name, infos[name].shape, infos[name].dtype, slices[name].__getitem__)
-
-        tensors: dict[str, Any] = {}
-        converted: list[Numbers] = []
-        for given, name in self._names.items():
-            nbytes = sum(infos[stored].nbytes for stored in self._weights.groups[name].values())
-            self._read.total += nbytes
-            tensor = self._weights.tensor(name, part)
-            if tensor is None:
-                tensors[given] = self._plain(slices[name], infos[name])
-                continue
-            if isinstance(tensor, Numbers):
-                converted.append(tensor)
-            tensors[given] = self._quantized(tensor, nbytes)
-        if converted:
-            size = sum(math.prod(numbers.shape) for numbers in converted) * self._dtype.itemsize
-            log.warning(
-                "%d weights of %s cannot be held as they are stored (%s): as numbers they take %.0f MiB",
-                len(converted),
-                self._shards.name,
-                converted[0].why,
-                size / 2**20,
-            )
-        return tensors
-
-    def __exit__(self, *error: object) -> None:
-        self._files.close()
-
-    def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Counts a tensor as read; one that keeps its type is copied, or it would stay on the mapped file."""
-        if tensor.dtype == self._dtype:
-            tensor = tensor.clone()
-        self._read.add(tensor.nbytes)
-        return tensor
-
-    def _plain(self, stored: Any, info: TensorInfo) -> LazyTensor:
-        return LazyTensor(info.shape, info.dtype, lambda index: self.take(stored[index]))
-
-    def _quantized(self, tensor: Numbers | PackedTensor, nbytes: int) -> LazyTensor:
-        def read(index: Any) -> torch.Tensor:
-            whole = tensor.read() if isinstance(tensor, Numbers) else tensor
-            found = whole if index is ... else whole[index]
-            self._read.add(nbytes)
-            return found
-
-        return LazyTensor(tensor.shape, tensor.dtype, read)
-
-    def _open(self, names: set[str]) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
-        """What the headers say of tensors in the files, and what reads them; that outlives this state dict."""
-        by_shard: dict[str, list[str]] = {}
-        for name in sorted(names):
-            by_shard.setdefault(self._shards.weight_map[name], []).append(name)
-        infos: dict[str, TensorInfo] = {}
-        slices: dict[str, Any] = {}
-        for shard, held in by_shard.items():
-            path = self._shards.download(shard)
-            with path.open("rb") as raw:
-                infos.update(read_tensor_infos(raw, shard))
-            self._shards.check_hold(held, infos)
-            try:
-                file = self._files.enter_context(safe_open(path, framework="pt", device="cpu"))
-                slices.update({name: file.get_slice(name) for name in held})
-            except SafetensorError as error:
-                raise ModelNotFound(
-                    f"{shard} of {self._shards.name} is not complete, or is damaged ({error}): download it again"
-                ) from error
-        return infos, slices

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from splitnet.checkpoint import shards
+from splitnet.checkpoint import safetensors
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.transfer.fetching import HubPieces
 from splitnet.checkpoint.transfer.hashing import make_manifest
@@ -115,7 +115,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     hub = Hub(folder)
     monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(shards, "HfFileSystem", lambda: hub)
+    monkeypatch.setattr(safetensors, "HfFileSystem", lambda: hub)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with ThreadingHTTPServer(("127.0.0.1", 0), type("OwnHandler", (Handler,), {"hub": hub})) as server:
         endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -183,7 +183,7 @@ def test_a_client_does_not_take_another_model_for_its_own(
         swarm.peers[0].checkpoint.name = "someone/tiny"
         swarm.peers[0]._announcer.publish()
         checkpoint = Checkpoint.open("someone/tiny")
-        shards.hf_hub_download("someone/tiny", shard.name)  # as a client does that has loaded its embeddings
+        safetensors.hf_hub_download("someone/tiny", shard.name)  # as a client does that has loaded its embeddings
         with pytest.raises(ModelNotFound, match="has other weights"):
             learn_manifest(checkpoint, [swarm.peers[0].join_address], Identity.generate())
 

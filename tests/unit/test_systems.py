@@ -15,7 +15,7 @@ import pytest
 import zmq
 
 from splitnet.checkpoint import demo
-from splitnet.checkpoint.shards import Shards
+from splitnet.checkpoint.safetensors import SafetensorsStore
 from splitnet.cli import main
 from splitnet.directory import mdns
 from splitnet.errors import LanError, ModelNotFound, SplitnetError
@@ -78,7 +78,7 @@ def test_without_cookies_connections_are_told_by_their_ends(
 @pytest.mark.parametrize("model", [r"C:\models\llama", r"models\llama", "C:/models/llama", "./llama"])
 def test_a_folder_that_is_not_there_is_no_id_of_the_hub(model: str) -> None:
     with pytest.raises(ModelNotFound, match="there is no folder"):
-        Shards.open(model, None)
+        SafetensorsStore.open(model, None)
 
 
 def test_pipes_of_windows_are_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:

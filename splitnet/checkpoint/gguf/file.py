@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderField, ReaderTensor
 
-from splitnet.checkpoint.shards import MOST_OF_NAME
+from splitnet.checkpoint.store import MOST_OF_NAME
 from splitnet.checkpoint.transfer.manifest import MAX_HEAD_BYTES
 from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
 from splitnet.quant.stored import Codes, Experts, Kind, Layout, PackedTensor, StoredMatrix

@@ -13,6 +13,7 @@ from splitnet.checkpoint.quant.format import (
     Part,
     QuantizedFormat,
     Suffix,
+    by_group,
     codes_or_numbers,
     misfit,
     number_in,
@@ -76,7 +77,6 @@ class CompressedTensors(QuantizedFormat):
             )
 
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
-        """See `QuantizedFormat.tensor`."""
         settings = self._settings_of(name.removesuffix(".weight"))
         packed = parts.get("packed")
         if packed is None:
@@ -202,11 +202,7 @@ def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: tor
     if order is not None and groups > 1 and not _in_order(order.read(...), inputs, wide):
 
         def numbers() -> torch.Tensor:
-            made = read(...)
-            of = order.read(...).long()
-            values = made.codes.float()
-            values -= offset if made.zeros is None else made.zeros.float()[:, of]
-            return values * made.scales.float()[:, of]
+            return by_group(read(...), order.read(...).long(), offset)
 
         return Numbers(shape, dtype, numbers, "its groups are of permuted inputs ('actorder')")
     return codes_or_numbers(layout, shape, read, dtype)

@@ -213,6 +213,12 @@ def misfit(part: Part, why: str) -> UnsupportedModel:
     )
 
 
+def by_group(codes: Codes, group: torch.Tensor, offset: int = 0) -> torch.Tensor:
+    """The numbers of codes whose inputs are each of the group that `group` says."""
+    zeros = offset if codes.zeros is None else codes.zeros.float()[:, group]
+    return (codes.codes.float() - zeros) * codes.scales.float()[:, group]
+
+
 def codes_or_numbers(
     layout: Layout, shape: Sequence[int], read: Callable[[Any], Codes], dtype: torch.dtype
 ) -> PackedTensor | Numbers:
@@ -224,12 +230,7 @@ def codes_or_numbers(
 
 
 def one_or_stacked(
-    layout: Layout,
-    shape: Sequence[int],
-    read: Callable[[Any], Codes],
-    dtype: torch.dtype,
-    *,
-    transposed: bool = False,
+    layout: Layout, shape: Sequence[int], read: Callable[[Any], Codes], dtype: torch.dtype, *, transposed: bool = False
 ) -> PackedTensor:
     """A weight `[outputs, inputs]`, or of experts `[experts, outputs, inputs]`.
 

@@ -61,7 +61,6 @@ class FineGrainedFP8(QuantizedFormat):
         self._fp4 = settings.get("expert_dtype", "fp8") == "fp4"
 
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
-        """See `QuantizedFormat.tensor`."""
         weight = parts[WEIGHT]
         packed = self._fp4 and weight.dtype in (torch.int8, torch.uint8)
         if not packed and weight.dtype not in FP8_TABLES:
@@ -81,7 +80,6 @@ class FbgemmFP8(QuantizedFormat):
     left = _ACTIVATIONS
 
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
-        """See `QuantizedFormat.tensor`."""
         weight, scale = parts[WEIGHT], parts["scale"]
         if weight.dtype not in FP8_TABLES:
             raise misfit(weight, "has scales, and is not stored in FP8")
@@ -110,7 +108,6 @@ class Mxfp4(QuantizedFormat):
     needed = frozenset({"blocks", "scales"})
 
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor:
-        """See `QuantizedFormat.tensor`."""
         blocks, scales = parts["blocks"], parts["scales"]
         fits = len(blocks.shape) == 4 and blocks.shape[-1] == _MXFP4_GROUP // 2 and blocks.shape[:-1] == scales.shape
         if not fits or {blocks.dtype, scales.dtype} != {torch.uint8}:
@@ -131,10 +128,7 @@ class ModelOpt(QuantizedFormat):
     checkpoint may mix both.
     """
 
-    suffixes = (
-        Suffix(".weight_scale", ".weight", "scale"),
-        Suffix(".weight_scale_2", ".weight", "global scale"),
-    )
+    suffixes = (Suffix(".weight_scale", ".weight", "scale"), Suffix(".weight_scale_2", ".weight", "global scale"))
     needed = frozenset({WEIGHT, "scale"})
     left = (".input_scale", ".k_scale", ".v_scale", ".q_scale")
 
@@ -146,7 +140,6 @@ class ModelOpt(QuantizedFormat):
             )
 
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
-        """See `QuantizedFormat.tensor`."""
         weight, scale = parts[WEIGHT], parts["scale"]
         if "global scale" in parts:
             return nvfp4_weight(weight, scale, parts["global scale"], dtype, divide=False)

@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from splitnet.blocks.span import Chunk, Span, block_bytes
-from splitnet.checkpoint import shards
+from splitnet.checkpoint import safetensors
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from tests.unit.random_models import random_checkpoint
@@ -59,10 +59,10 @@ class FakeHub:
 @pytest.fixture
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     hub = FakeHub(folder)
-    monkeypatch.setattr(shards, "hf_hub_download", hub.hf_hub_download)
-    monkeypatch.setattr(shards, "get_hf_file_metadata", hub.get_hf_file_metadata)
-    monkeypatch.setattr(shards, "try_to_load_from_cache", hub.try_to_load_from_cache)
-    monkeypatch.setattr(shards, "HfFileSystem", lambda: hub)
+    monkeypatch.setattr(safetensors, "hf_hub_download", hub.hf_hub_download)
+    monkeypatch.setattr(safetensors, "get_hf_file_metadata", hub.get_hf_file_metadata)
+    monkeypatch.setattr(safetensors, "try_to_load_from_cache", hub.try_to_load_from_cache)
+    monkeypatch.setattr(safetensors, "HfFileSystem", lambda: hub)
     return hub
 
 
@@ -240,7 +240,7 @@ def test_a_model_in_the_cache_needs_no_network(folder: Path, use_hub: Callable[[
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("abc")
     (cache / ".no_exist" / "abc").mkdir(parents=True)
-    (cache / ".no_exist" / "abc" / shards.INDEX_FILE).touch()
+    (cache / ".no_exist" / "abc" / safetensors.INDEX_FILE).touch()
     began = time.monotonic()
     assert Checkpoint.open("someone/tiny").fingerprint == Checkpoint.open(folder).fingerprint
     assert time.monotonic() - began < 10

@@ -20,7 +20,7 @@ from splitnet.blocks.client_part import check_all_is_taken
 from splitnet.blocks.span import Chunk, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.quant.format import Part as FilePart
-from splitnet.checkpoint.quant.mlx import Mlx
+from splitnet.checkpoint.quant.integers import Mlx
 from splitnet.errors import UnsupportedModel
 from splitnet.quant.experts import QuantizedExperts
 from splitnet.quant.stored import PackedTensor, unpack_words

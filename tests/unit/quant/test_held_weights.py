@@ -19,8 +19,9 @@ from splitnet.blocks.adapters import Adapter
 from splitnet.blocks.passes import SpanPasses
 from splitnet.blocks.sizes import ModelSizes
 from splitnet.blocks.span import Chunk, Span, block_bytes
+from splitnet.checkpoint import safetensors
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.store import LazyTensors
+from splitnet.checkpoint.store import ReadBytes
 from splitnet.errors import OutOfMemory, WeightsError
 from splitnet.quant import choose, forms, grouped, native
 from splitnet.quant.choose import (
@@ -304,17 +305,17 @@ def test_floats_are_let_go_while_loading(
 ) -> None:
     alive: list[StorageWeakRef] = []
     most = 0
-    take = LazyTensors.take
+    take = safetensors._taken
 
-    def watched(self: LazyTensors, tensor: torch.Tensor) -> torch.Tensor:
+    def watched(tensor: torch.Tensor, dtype: torch.dtype, read: ReadBytes) -> torch.Tensor:
         nonlocal most
-        taken = take(self, tensor)
+        taken = take(tensor, dtype, read)
         if taken.ndim == 2:
             alive.append(StorageWeakRef(taken.untyped_storage()))
         most = max(most, sum(not reference.expired() for reference in alive))
         return taken
 
-    monkeypatch.setattr(LazyTensors, "take", watched)
+    monkeypatch.setattr(safetensors, "_taken", watched)
     Span.load(checkpoint_of(family), 0, 2, weights=kind)
     if kind is None:
         assert most == len(alive)
