@@ -22,7 +22,7 @@ from splitnet.errors import SplitnetError
 from splitnet.hf.adapters import load_adapter
 from splitnet.hf.cache import ModelSession
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
-from splitnet.hf.speculate.speculator import PROMPT_LOOKUP
+from splitnet.hf.decoding import PROMPT_LOOKUP
 from splitnet.logs import printable
 
 

@@ -23,12 +23,10 @@ from splitnet.checkpoint.gguf.store import GgufStore
 from splitnet.errors import SplitnetError, UnsupportedModel
 from splitnet.hf.adapters import Prefixes, prompt_wrapper, with_trained_prompt
 from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
+from splitnet.hf.decoding import Decoding, Drafts, FamilyLoop, Speculator, Text
 from splitnet.hf.parameters import Request, refuse
+from splitnet.hf.remote_blocks import Exchange
 from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks, stages_of
-from splitnet.hf.speculate.decoding import Decoding, Drafts, Text
-from splitnet.hf.speculate.family_loop import FamilyLoop
-from splitnet.hf.speculate.speculator import Speculator
-from splitnet.hf.steps import Exchange
 from splitnet.quant.device import end_threads
 from splitnet.session.inference import Session
 from splitnet.session.local import Blocks, MixedSession
@@ -125,7 +123,7 @@ class RemoteCausalLM(RemoteModel):
     """What a causal LM with remote blocks has beyond its transformers class: sessions, and a cache of its own."""
 
     loss_in_parts = True
-    """That `logits_to_keep` goes together with `labels`: the loss is of all positions, the logits of those kept."""
+    """`logits_to_keep` goes together with `labels`: the loss is of all positions, the logits of those kept."""
 
     ends: Ends | None = None
     """What stands before and after the blocks, if that is all there is."""
@@ -139,12 +137,7 @@ class RemoteCausalLM(RemoteModel):
         self._open_session = open_session
         self._local = _OfThread()
         self._family_loop = FamilyLoop(self, self.transformers_class)
-        self._speculator = Speculator(self.config.get_text_config().vocab_size)
-
-    @property
-    def drafts(self) -> tuple[int, int]:
-        """Tokens that were drafted so far, and how many of them were accepted; see `speculate` of `generate`."""
-        return self._speculator.counts
+        self.speculator = Speculator(self.config.get_text_config().vocab_size)
 
     def generate(self, *args: Any, speculate: Any = None, **kwargs: Any) -> Any:
         """transformers' `generate()`, with its arguments; without a `cache` of the caller, peers free their memory.
@@ -178,7 +171,7 @@ class RemoteCausalLM(RemoteModel):
             raise refuse("use_cache", "=False and a cache exclude each other: leave out one of them")
         if speculate is not None:
             self._check_speculation(speculate, given, request, caches)
-        drafts = self._speculator.drafts_by(speculate) if speculate is not None else None
+        drafts = self.speculator.drafts_by(speculate) if speculate is not None else None
         head: Any = self.get_output_embeddings()
         for module in () if head is None else head.modules():  # PEFT may have wrapped it
             if isinstance(module, Head):
@@ -231,7 +224,7 @@ class RemoteCausalLM(RemoteModel):
         cache = self.new_cache()
         if max_length is not None:
             cache.remote.reserve(max_length)
-        kept_session = CachedSession(cache, self._blocks.adapters, self._blocks.cached.ropes)
+        kept_session = CachedSession(cache, self._blocks.adapters, self._blocks.ropes)
         try:
             with self._local.within(kept_session=kept_session):
                 yield cache
@@ -251,7 +244,7 @@ class RemoteCausalLM(RemoteModel):
 
         Fewer than all where the rotary embedding depends on the length of a text.
         """
-        return cache.remote.fitting(length, self._blocks.cached.ropes)
+        return cache.remote.fitting(length, self._blocks.ropes)
 
     def pieces_of(self, length: int) -> AbstractContextManager[None]:
         """Within, this thread calls the model with pieces of a text of `length` tokens, as if it were given at once."""
@@ -286,9 +279,9 @@ class RemoteCausalLM(RemoteModel):
 
     def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
         """The logits of `[1, seq]` new tokens: `[seq, vocabulary]`."""
-        if self._only_ends is not None:
-            return self.receive(self.send(input_ids, cache), input_ids, cache)
-        with self._blocks.calling(run=lambda hidden: self._blocks.cached.begin(cache, hidden).finish()):
+        if (ends := self._only_ends) is not None:
+            return ends.logits(self._blocks.begin(cache, ends.embed(input_ids)).finish())[0]
+        with self._blocks.calling(run=lambda hidden: self._blocks.begin(cache, hidden).finish()):
             return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
 
     def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
@@ -297,15 +290,15 @@ class RemoteCausalLM(RemoteModel):
         Raises:
             SplitnetError: as a call of the model.
         """
-        if self._only_ends is not None:
-            return self._blocks.cached.begin(cache, self._only_ends.embed(input_ids))
+        if (ends := self._only_ends) is not None:
+            return self._blocks.begin(cache, ends.embed(input_ids))
         sent: list[Exchange] = []
 
         def begin(hidden: torch.Tensor) -> torch.Tensor:
-            sent.append(self._blocks.cached.begin(cache, hidden))
+            sent.append(self._blocks.begin(cache, hidden))
             return hidden
 
-        # What comes behind the blocks is computed for nothing here; the head does not belong to the backbone.
+        # The part behind the blocks is computed for nothing here; the head does not belong to the backbone.
         with self._blocks.calling(run=begin):
             backbone_of(self)(input_ids=input_ids, cache=cache, use_cache=True)
         return sent[0]
@@ -316,8 +309,8 @@ class RemoteCausalLM(RemoteModel):
         Raises:
             SplitnetError: as a call of the model.
         """
-        if self._only_ends is not None:
-            return self._only_ends.logits(exchange.finish())[0]
+        if (ends := self._only_ends) is not None:
+            return ends.logits(exchange.finish())[0]
         with self._blocks.calling(run=lambda hidden: exchange.finish()), exchange.rewound():
             return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
 
@@ -360,10 +353,10 @@ class RemoteCausalLM(RemoteModel):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """What transformers' `generate()` calls for one sequence or more without beams.
+        """transformers' `generate()` calls it for sequences without beams.
 
-        For a single one, of which only tokens are wanted, its own loop takes longer than all else that a client does
-        for a token.
+        For a single one, of which only tokens are wanted, transformers' own loop takes longer than all else that a
+        client does for a token, so `Decoding` takes its place behind the prompt.
         """
         self._resume(input_ids, model_kwargs)
         cache, mask, drafts = model_kwargs.get("cache"), model_kwargs.get("attention_mask"), self._local.drafts
@@ -376,7 +369,12 @@ class RemoteCausalLM(RemoteModel):
         fits = isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]
         if only_tokens and unprompted and not others and (fits or drafts is not None):
             text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-            return self._decode(text, generation_config, model_kwargs)
+            first = not generation_config.is_assistant
+            prefilled: Any = self._prefill(  # pyright: ignore[reportCallIssue]
+                text.ids(), generation_config, model_kwargs, is_first_iteration=first
+            )
+            decoding = Decoding(self, model_kwargs["cache"], text, drafts, self._blocks.max_positions)
+            return decoding.run(prefilled.logits[0, -1])
         if drafts is not None:
             raise refuse([*others, "synced_gpus"][0], "does not go together with speculate: leave out one of them")
         return super()._sample(  # pyright: ignore[reportAttributeAccessIssue]
@@ -398,19 +396,11 @@ class RemoteCausalLM(RemoteModel):
         return super()._assisted_decoding(input_ids, **given)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _resume(self, input_ids: torch.Tensor, prepared: dict[str, Any], *, follows: bool = True) -> None:
-        """Within a session: keeps of its cache what fits the prompt, now that this is all prepared."""
+        """Within a session: keeps of its cache what fits the prompt, which is prepared by now."""
         kept_session = self._local.resumed
         if kept_session is not None and prepared.get("cache") is kept_session.cache:
             plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} | {"tokenizer"} and not self._local.prefix
             kept_session.resume(input_ids, prepared.get("attention_mask"), follows=follows and plain)
-
-    def _decode(self, text: Text, config: Any, prepared: dict[str, Any]) -> torch.Tensor:
-        """Generates one text in the loop of `splitnet.hf.speculate`; its prompt goes the way of transformers."""
-        prefilled = self._prefill(  # pyright: ignore[reportCallIssue]
-            text.ids(), config, prepared, is_first_iteration=not config.is_assistant
-        )
-        most = self._blocks.cached.max_positions
-        return Decoding(self, prepared["cache"], text, self._local.drafts, most).run(prefilled.logits[0, -1])
 
     def _kept_positions(self, given: Mapping[str, Any]) -> int:
         keep = given.get("logits_to_keep", 0)
@@ -429,10 +419,7 @@ class RemoteCausalLM(RemoteModel):
             return forward(**given)
 
     def _call_with_loss(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """A call with labels that keeps some logits: those of other positions are never there together.
-
-        What the family does behind its backbone it does for some positions at a time.
-        """
+        """A call with labels that keeps some logits; the family's head and loss see some positions at a time."""
         if self.loss_function is not ForCausalLMLoss:
             raise refuse("logits_to_keep", "goes with labels where the loss is that of causal models: leave it out")
         labels, keep = given.pop("labels"), given.pop("logits_to_keep")
@@ -495,23 +482,22 @@ def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
 
 
 class _OfThread(threading.local):
-    """What is so for the calls of one thread."""
+    """State of the calls of one thread."""
 
     def __init__(self) -> None:
         self.kept_session: CachedSession | None = None
-        """Of the session that a call of `generate()` would use."""
+        """That the next call of `generate()` would use."""
         self.resumed: CachedSession | None = None
-        """The one that is used by the call under way."""
+        """That the call under way uses."""
         self.prefix: Prefixes = ()
         """Keys and values that a trained prompt puts before the text that is being generated."""
         self.prefixed: Any = None
         """The cache of that text; None: it has none."""
         self.drafts: Drafts | None = None
-        """Where its drafts come from."""
 
     @contextmanager
     def within(self, **changes: Any) -> Iterator[None]:
-        """For the time of a call, some things are so; a call within it has its own."""
+        """Sets some attributes for the time of a call."""
         outer = {name: getattr(self, name) for name in changes}
         vars(self).update(changes)
         try:

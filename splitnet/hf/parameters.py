@@ -95,7 +95,7 @@ class Request:
 
     Args:
         given: its arguments by name.
-        config: of the model: what holds where neither they nor a config among them say anything.
+        config: of the model, for parameters that neither they nor a config among them name.
     """
 
     def __init__(self, given: Mapping[str, Any], config: GenerationConfig) -> None:
@@ -139,13 +139,12 @@ def refuse(name: str, why: str) -> UnsupportedParameter:
     return UnsupportedParameter(f"{name} {why}")
 
 
-def check_context(positions: int, most: int | None) -> None:
-    """Raises ContextTooLong if a sequence has more positions than the model knows."""
-    if most is not None and positions > most:
-        raise ContextTooLong(
-            f"{positions} positions are more than the model's context of {most}: "
-            "shorten the prompt or lower --max-new-tokens"
-        )
+def too_long(positions: int, most: int) -> ContextTooLong:
+    """The error of a sequence that has more positions than the model knows."""
+    return ContextTooLong(
+        f"{positions} positions are more than the model's context of {most}: "
+        "shorten the prompt or lower --max-new-tokens"
+    )
 
 
 def mask_of(given: Any, batch: int, columns: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What all transformers models with remote blocks have: the swarm, and a module that stands for the blocks."""
+"""What all transformers models with remote blocks have: the swarm, and what a call of them tells their blocks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import functools
 import inspect
 import logging
 import statistics
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Never, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,12 +23,11 @@ from splitnet.checkpoint.transfer.fetching import Asking, Report
 from splitnet.checkpoint.transfer.manifest import Manifest
 from splitnet.checkpoint.transfer.matching import differs, find_manifest
 from splitnet.directory.joining import join
-from splitnet.errors import AdapterError, CoverageError, ModelNotFound, PeerBusy, UnsupportedModel
-from splitnet.hf.adapters import LocalAdapters, Prefixes, take_prefix
-from splitnet.hf.autograd import PassBlocks
+from splitnet.errors import CoverageError, ModelNotFound, PeerBusy, UnsupportedModel
+from splitnet.hf.adapters import take_prefix
 from splitnet.hf.cache import RemoteCache
 from splitnet.hf.parameters import check_forward
-from splitnet.hf.steps import CachedBlocks
+from splitnet.hf.remote_blocks import RemoteBlocks
 from splitnet.paths import public_name
 from splitnet.quant.device import free_memory, seconds_after_work
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
@@ -43,6 +40,13 @@ from splitnet.swarm.links import Links
 from splitnet.swarm.plan import Needs, PlannedHop
 from splitnet.swarm.swarm import ModelFacts, Swarm
 
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+MEMORY_SHARE = 0.5
+"""Of what is free, for weights; caches and others need memory, too."""
+TIMED_STEPS = 5
+
 
 def learn_manifest(
     checkpoint: Checkpoint,
@@ -54,7 +58,7 @@ def learn_manifest(
     expected: str | None = None,
     report: Report = lambda stage, done, total: None,
 ) -> None:
-    """Finds the manifest of a model in a swarm. All that is here of the model fits it.
+    """Finds the manifest of a model in a swarm, which all local files of the model fit.
 
     Args:
         addresses: of the swarm.
@@ -96,21 +100,10 @@ def learn_manifest(
     checkpoint.adopt(found[0])
 
 
-MEMORY_SHARE = 0.5
-"""Of what is free, for weights; caches and others need memory, too."""
-
-TIMED_STEPS = 5
-
-
 def choose_local_blocks(
     checkpoint: Checkpoint, swarm: Swarm, *, codec: str, device: str, weights: str | None
 ) -> str | None:
-    """The first blocks, as `load_stages` takes them, with which tokens come soonest; None: none.
-
-    Of as good numbers of blocks the smallest.
-
-    Args:
-        codec, device, weights: as for `splitnet.AutoModelForCausalLM`.
+    """The first blocks, as `load_stages` takes them, with which tokens come soonest; None: none. At a tie, fewest.
 
     Raises:
         CoverageError, PeerBusy: peers are missing for what the client has no memory for.
@@ -151,83 +144,6 @@ def _block_ms(checkpoint: Checkpoint, device: str, weights: str | None) -> float
     return statistics.median(times[1:])
 
 
-log = logging.getLogger(__name__)
-
-AUTO = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What the blocks need to know of the call of the model that they are in."""
-
-    keep: int = 0
-    """How many last positions the head looks at; 0: all."""
-    prefix: Prefixes = ()
-    length: int = 0
-    """Of the text that its positions are a piece of, if that is longer than they are known to be."""
-    run: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """What runs the blocks, `[batch, seq, hidden]` in and out."""
-    backbone: Callable[[Callable[[], Any]], Any] | None = None
-    """What is called in the place of the backbone, with what calls that."""
-
-
-class RemoteBlocks(nn.Module):
-    """All blocks of a model, run by peers, or partly here.
-
-    transformers calls it with hidden states alone, so all else stands around that call: see `calling`.
-
-    Args:
-        stages: what runs the model, in order: spans that are here, and ranges `[start, end)` that peers run.
-        make_passes: makes the session for passes without a cache through such a range.
-        max_positions: context length of the model, if it has one.
-        ropes: which lengths of a text its rotary frequencies tell apart.
-    """
-
-    def __init__(
-        self,
-        stages: Sequence[LocalSpan | Blocks],
-        make_passes: Callable[[Blocks], PassSession],
-        max_positions: int | None,
-        ropes: RopeLengths,
-    ) -> None:
-        super().__init__()
-        self.adapters = LocalAdapters()
-        self.cached = CachedBlocks(self.adapters, max_positions, ropes)
-        self.passes = PassBlocks(stages, make_passes, self.adapters, max_positions, ropes)
-        self.local_spans = [(stage.start, stage.end) for stage in stages if isinstance(stage, LocalSpan)]
-        self._local = threading.local()
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Boundary activations in and out, `[batch, seq, hidden]`; see `CachedBlocks.run` and `PassBlocks.run`."""
-        run = self.call.run
-        assert run is not None, "the backbone calls the blocks"
-        return run(hidden)
-
-    def __deepcopy__(self, memo: object) -> Never:
-        raise AdapterError(
-            "blocks that peers run cannot be copied, as copies of the model and LoRA's layer_replication do: load the "
-            "model a second time"
-        )
-
-    @property
-    def call(self) -> Call:
-        """The one that the running thread is in."""
-        return getattr(self._local, "call", _NO_CALL)
-
-    @contextmanager
-    def calling(self, **changes: Any) -> Iterator[None]:
-        """Within, the running thread is in such a call; `changes` are those to the one around it."""
-        outer = self.call
-        self._local.call = replace(outer, **changes)
-        try:
-            yield
-        finally:
-            self._local.call = outer
-
-
-_NO_CALL = Call()
-
-
 class RemoteModel(PreTrainedModel):
     """What a model with remote blocks has beyond its transformers class. Without more it uses no caches."""
 
@@ -237,6 +153,8 @@ class RemoteModel(PreTrainedModel):
     def connect_blocks(self, blocks: RemoteBlocks, swarm: Swarm) -> None:
         """Lets `blocks` know of the mask, the cache and the prefix of every call."""
         self.swarm = swarm
+        self.local_spans = blocks.local_spans
+        """The blocks `[start, end)` that run here and not on peers."""
         self._blocks = blocks
         blocks.adapters.outline = outline_in(self)
         self._backbone_parameters = frozenset(inspect.signature(backbone_of(self).forward).parameters)
@@ -246,12 +164,7 @@ class RemoteModel(PreTrainedModel):
     @property
     def training_bytes(self) -> tuple[int, int]:
         """Bytes that training, and evaluation without a cache, have sent and received on the client's own links."""
-        return self._blocks.passes.moved
-
-    @property
-    def local_spans(self) -> list[Blocks]:
-        """The blocks `[start, end)` that run here and not on peers."""
-        return self._blocks.local_spans
+        return self._blocks.moved
 
     @property
     def peft_config(self) -> Mapping[str, Any]:
@@ -275,7 +188,7 @@ class RemoteModel(PreTrainedModel):
 
     def close(self) -> None:
         """Leaves the swarm."""
-        self._blocks.passes.close()
+        self._blocks.close()
         self.swarm.close()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -323,10 +236,10 @@ class RemoteModel(PreTrainedModel):
 
         def run(hidden: Any) -> Any:
             if cache is None:
-                return self._blocks.passes.run(hidden, mask, positions, call.prefix)
+                return self._blocks.run_whole(hidden, mask, positions, call.prefix)
             layer = cache.remote
             seen = layer.mask(hidden.shape[1]) if mask is None and layer.columns and no_masks_later else mask
-            return self._blocks.cached.run(cache, hidden, seen, positions, call.keep, call.prefix, call.length)
+            return self._blocks.step(cache, hidden, seen, positions, call)
 
         with self._blocks.calling(run=call.run or run):
             return forward(**given)
@@ -339,11 +252,8 @@ class RemoteModel(PreTrainedModel):
         """The cache that a call uses; None: it is a pass over whole sequences.
 
         Args:
-            given: what the caller has passed as the cache.
+            given: the caller's, if any; raises TypeError if this model cannot use it.
             wanted: whether the call is to use one.
-
-        Raises:
-            TypeError: `given` is none that this model can use.
         """
         if given is not None:
             raise TypeError("this model runs whole sequences, without a cache: leave out `cache`")

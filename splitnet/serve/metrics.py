@@ -189,7 +189,7 @@ class _PresentMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         model: RemoteCausalLM = self._generations.model
-        drafted, accepted = model.drafts
+        drafted, accepted = model.speculator.counts
         kept = self._generations.kept
         info = {"model": self._name, "version": __version__}
         yield InfoMetricFamily("splitnet_gateway", "What the gateway serves.", info)

@@ -15,7 +15,7 @@ from scheduler.speculation import Window
 from splitnet.checkpoint.families import FAMILIES as FACTS
 from splitnet.directory.dht import Directory
 from splitnet.errors import UnsupportedParameter
-from splitnet.hf.speculate.decoding import Experience
+from splitnet.hf.decoding import Experience
 from splitnet.session.inference import Session
 from tests.swarm.generation import After
 from tests.swarm.harness import LocalSwarm, local_swarm, repairs

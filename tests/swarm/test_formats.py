@@ -14,7 +14,7 @@ from scheduler.speculation import Window
 from splitnet.blocks.backbone import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory
-from splitnet.hf.speculate.decoding import Experience
+from splitnet.hf.decoding import Experience
 from tests.swarm.generation import After
 from tests.swarm.harness import local_swarm, repairs
 from tests.swarm.test_families import embedding_gradient, kill_hop

@@ -19,7 +19,7 @@ import splitnet
 from scheduler.speculation import Window
 from splitnet.errors import AdapterError, SessionClosed, SplitnetError, UnsupportedParameter
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.hf.speculate.decoding import Experience
+from splitnet.hf.decoding import Experience
 from splitnet.session.events import Phase
 from splitnet.session.inference import Session
 from tests.swarm.adapters import lora, wrapped

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scheduler.speculation import Window
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.hf.speculate.decoding import Experience
+from splitnet.hf.decoding import Experience
 from splitnet.logs import JsonFormatter
 from splitnet.security.identity import KeyOptions
 from splitnet.serve import generation

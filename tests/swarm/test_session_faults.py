@@ -19,7 +19,7 @@ from scheduler import liveness
 from scheduler.speculation import Window
 from splitnet.directory.dht import Directory
 from splitnet.errors import PeerBusy
-from splitnet.hf.speculate.decoding import Experience
+from splitnet.hf.decoding import Experience
 from splitnet.session.inference import Session
 from splitnet.wire.endpoints import LinkState
 from splitnet.wire.messages import Step, decode

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from scheduler.speculation import Window
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.hf.speculate.decoding import Experience
+from splitnet.hf.decoding import Experience
 from tests.swarm.generation import After, Collector
 from tests.swarm.harness import LocalSwarm, local_swarm, repairs
 from tests.unit.random_models import random_checkpoint

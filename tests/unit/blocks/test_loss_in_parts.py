@@ -19,7 +19,8 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import RopeLengths
 from splitnet.errors import UnsupportedParameter
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.hf.remote_model import RemoteBlocks, made_remote
+from splitnet.hf.remote_blocks import RemoteBlocks
+from splitnet.hf.remote_model import made_remote
 from splitnet.quant.choose import choose_weights
 from tests.unit.random_models import random_checkpoint
 

@@ -13,8 +13,9 @@ from splitnet.blocks.client_part import load_client_part
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import RopeLengths
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.hf.remote_model import RemoteBlocks, made_remote
-from splitnet.hf.speculate.family_loop import FamilyLoop
+from splitnet.hf.decoding import FamilyLoop
+from splitnet.hf.remote_blocks import RemoteBlocks
+from splitnet.hf.remote_model import made_remote
 from tests.unit.random_models import HYBRIDS, random_checkpoint
 
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40, "factor": 4.0}

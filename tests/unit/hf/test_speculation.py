@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from scheduler.speculation import IN_FLIGHT, LENGTHS, NO_DRAFTS, WORTHWHILE, Pace, Window, best_window, tokens_per_ms
 from splitnet.errors import SplitnetError
-from splitnet.hf.speculate.decoding import Experience
-from splitnet.hf.speculate.drafts import DraftModel, PromptLookup
+from splitnet.hf.decoding import Experience
+from splitnet.hf.drafts import DraftModel, PromptLookup
 from splitnet.swarm.plan import Prediction
 from tests.unit.random_models import HYBRIDS, random_config
 

@@ -11,34 +11,45 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+from transformers import GenerationMixin
 
 from scheduler.load import MovingAverage
 from scheduler.speculation import NO_DRAFTS, Pace, Window, best_window
+from splitnet.checkpoint.families import max_positions
+from splitnet.errors import SplitnetError
 from splitnet.hf.cache import RemoteCache
-from splitnet.hf.speculate.drafts import Draft, Drafter
-from splitnet.hf.steps import Exchange
+from splitnet.hf.drafts import Draft, Drafter, DraftModel, PromptLookup
+from splitnet.hf.remote_blocks import Exchange
 from splitnet.swarm.plan import Prediction
 
 SHARE = 0.2
 """Weight of the latest step in the averages of what steps cost."""
-
 MEMORY = 0.97
-"""Of what was known of acceptance, so much counts after each further token."""
-
+"""Weight of former tokens in the acceptance, after each further token."""
 PRIOR_TOKENS = 4.0
-"""So many tokens does what is assumed at first count for."""
-
+"""Weight of the priors, in tokens."""
 PREDICTION_S = 1.0
-"""How long a forecast is used."""
+"""How long a prediction is used."""
+LOOK_EVERY = 32
+"""Where drafts cost time and promise nothing, one is made after so many tokens, to see whether that is still so."""
+PROMPT_LOOKUP = "prompt-lookup"
+NOTHING = Draft([])
+
+_PREPARES = "prepare_inputs_for_generation"
+_OTHERS = ("_sample", "_update_model_kwargs_for_generation", "_prefill")
+_HANDED_OVER = frozenset({"input_ids", "cache", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
+LONGEST = 1 << 20
+"""Longer texts are not tried."""
 
 
 class Experience:
-    """Of one client with one model and one kind of drafter. It outlives texts, and several share it. Thread-safe.
+    """What texts have shown of steps and of one kind of drafter, with one model. Texts share it. Thread-safe.
 
     Args:
         priors: by kind of draft: how often its tokens are accepted at first.
@@ -53,9 +64,9 @@ class Experience:
         self._accepted = [prior * PRIOR_TOKENS for prior in priors]
         self._tried = [PRIOR_TOKENS for _ in priors]
         self._beyond_ms: dict[int, MovingAverage] = {}
-        """By positions: what a step took beyond its forecast."""
+        """By positions: what a step took beyond its prediction."""
         self._client_ms: dict[int, MovingAverage] = {}
-        """By positions: what of a step kept this process busy."""
+        """By positions: how long a step kept this process busy."""
         self._predictions: dict[int, Prediction] = {}
         self._predicted_at = 0.0
         self._lock = threading.RLock()
@@ -65,7 +76,7 @@ class Experience:
         return self._accepted[kind] / self._tried[kind]
 
     def compared(self, kind: int, right: bool) -> None:
-        """A drafted token, of which those before it were right, was compared with what the model chose."""
+        """A drafted token behind right ones was compared with the choice of the model."""
         with self._lock:
             self._accepted[kind] = MEMORY * self._accepted[kind] + right
             self._tried[kind] = MEMORY * self._tried[kind] + 1
@@ -87,17 +98,16 @@ class Experience:
         """A step that was alone under way came back.
 
         Args:
-            positions: that it had.
-            elapsed_ms: from sending it until its tokens were chosen. client_ms: what of that kept this process busy.
-            prediction: what a step through the blocks is expected to take, by its positions.
+            elapsed_ms: from sending it until its tokens were chosen. client_ms: how long that kept this process busy.
+            prediction: of a step through the blocks, by its positions.
         """
         with self._lock:
-            beyond = elapsed_ms - self._predicted_step(positions, prediction).latency_ms
-            for averages, value in ((self._beyond_ms, beyond), (self._client_ms, client_ms)):
+            beyond_ms = elapsed_ms - self._predicted_step(positions, prediction).latency_ms
+            for averages, value in ((self._beyond_ms, beyond_ms), (self._client_ms, client_ms)):
                 averages.setdefault(positions, MovingAverage(SHARE)).add(value)
 
     def window(self, kind: int, draft_ms: float, prediction: Callable[[int], Prediction]) -> Window:
-        """The window that promises most, for drafts of this kind; none as long as nothing was seen of plain steps."""
+        """The window that promises most, for drafts of this kind; none before a plain step was seen."""
         if 1 not in self._beyond_ms:
             return NO_DRAFTS
 
@@ -107,7 +117,7 @@ class Experience:
             )
 
         def slowest_hop_ms(positions: int) -> float:
-            # What more positions take beyond the forecast is computed somewhere, at worst at the slowest hop.
+            # The time of more positions beyond the prediction is spent somewhere, at worst at the slowest hop.
             growth = max(0.0, _nearest(self._beyond_ms, positions) - self._beyond_ms[1].value)
             stage = self._predicted_step(positions, prediction).slowest_hop_ms + growth
             return max(stage, _nearest(self._client_ms, positions))
@@ -126,12 +136,6 @@ class Experience:
 
 def _nearest(averages: dict[int, MovingAverage], positions: int) -> float:
     return averages[min(averages, key=lambda known: abs(known - positions))].value
-
-
-LOOK_EVERY = 32
-"""Where drafts cost time and promise nothing, one is made after so many tokens, to see whether that is still so."""
-
-NOTHING = Draft([])
 
 
 class Model(Protocol):
@@ -172,6 +176,38 @@ class _Sent:
     """Nothing else was under way."""
 
 
+class Speculator:
+    """Makes drafts for the texts of a model, with the experience of its former texts.
+
+    Args:
+        vocabulary: how many tokens the model knows.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+        self._experiences: dict[Any, Experience] = {}
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Tokens that were drafted so far, and how many of them were accepted."""
+        experiences = list(self._experiences.values())
+        return sum(one.drafted for one in experiences), sum(one.accepted for one in experiences)
+
+    def drafts_by(self, speculate: Any) -> Drafts:
+        """Drafts for one text by "prompt-lookup", or by a causal LM of transformers with the same tokens.
+
+        Raises:
+            SplitnetError: it is none of these.
+        """
+        if speculate == PROMPT_LOOKUP:
+            drafter, source = PromptLookup(), PROMPT_LOOKUP
+        elif isinstance(speculate, str):
+            raise SplitnetError(f"cannot speculate by {speculate!r}: give {PROMPT_LOOKUP!r}, or a draft model")
+        else:
+            drafter, source = DraftModel(speculate, self._vocabulary), id(speculate)
+        return Drafts(drafter, self._experiences.setdefault(source, Experience(drafter.priors)))
+
+
 class Text:
     """The tokens so far, and how the next one is chosen: as in transformers' `generate()`, from what that has prepared.
 
@@ -191,7 +227,7 @@ class Text:
         self._processor = processor
         self._criteria = criteria
         self._samples: bool = config.do_sample
-        self._streamer = streamer
+        self.streamer = streamer
 
     def ids(self, start: int = 0) -> torch.Tensor:
         """`[1, seq]`, from the token at `start` on."""
@@ -210,15 +246,10 @@ class Text:
             self._held = torch.cat((self._held, torch.empty_like(self._held)), dim=1)
         self._held[0, len(self.tokens)] = token
         self.tokens.append(token)
-        if self._streamer is not None:
-            self._streamer.put(chosen.cpu())
+        if self.streamer is not None:
+            self.streamer.put(chosen.cpu())
         self.finished = bool(self._criteria(self.ids(), scores).all())
         return token
-
-    def end(self) -> None:
-        """Nothing comes any more."""
-        if self._streamer is not None:
-            self._streamer.end()
 
 
 class Decoding:
@@ -226,7 +257,7 @@ class Decoding:
 
     Args:
         model: runs the tokens.
-        cache: holds all of the text, or what stands in its place, but the tokens that are yet to come.
+        cache: holds the prompt, or embeddings in its place.
         text: ends with the prompt.
         drafts: None: one token after the other.
         max_positions: context length of the model, if it has one.
@@ -259,13 +290,10 @@ class Decoding:
             drafts.drafter.begin(text.tokens)
 
     def run(self, logits: torch.Tensor) -> torch.Tensor:
-        """Goes on until the text is finished.
-
-        Args:
-            logits: after the prompt, `[vocabulary]`.
+        """Goes on until the text is finished, from the logits `[vocabulary]` after the prompt.
 
         Returns:
-            `[1, seq]`, the prompt and what comes after.
+            `[1, seq]`, the prompt and all further tokens.
 
         Raises:
             SplitnetError: as a call of the model.
@@ -276,7 +304,8 @@ class Decoding:
                 self._turn()
         finally:
             self._forget_drafts()
-        self._text.end()
+        if self._text.streamer is not None:
+            self._text.streamer.end()
         return self._text.ids()
 
     def _turn(self) -> None:
@@ -309,7 +338,7 @@ class Decoding:
             self._send(draft)
 
     def _window(self) -> Window:
-        """What is best now; where it is to draft nothing, a look at whether a draft would be right."""
+        """The best window now; where that is to draft nothing, notes a draft to see whether it would be right."""
         if self._drafts is None:
             return NO_DRAFTS
         self._imagined = NOTHING
@@ -326,7 +355,7 @@ class Decoding:
         return window
 
     def _draft(self, count: int) -> Draft:
-        """Of `count` further tokens those that are of use: the model itself adds one at least."""
+        """At most `count` further tokens, fewer near the end of the text: the model itself adds one at least."""
         most = self._most
         room = count if most is None else min(count, most - len(self._text.tokens) - 1 - len(self._drafted))
         if room < 1 or self._drafts is None:
@@ -377,3 +406,64 @@ class Decoding:
         session = self._cache.session
         assert session is not None
         return session.prediction(positions)
+
+
+class FamilyLoop:
+    """transformers' loop with what a family adds to it: whether `Decoding` can take its place.
+
+    transformers asks a family's class before each call of the model, in `prepare_inputs_for_generation`, and after it.
+    Most classes do what transformers does. Of the others it is found by trying at which lengths of a text they do more
+    than hand over the last token, the cache and the mask.
+
+    Args:
+        model: with remote blocks.
+        family: its transformers class.
+    """
+
+    def __init__(self, model: Any, family: Any) -> None:
+        self._model = model
+        self._family = family
+
+    def differs(self, prompt: int, most: int | None) -> list[str]:
+        """What the family does of its own while a text grows from `prompt` to `most` tokens; empty: nothing."""
+        own = getattr(self._model, _PREPARES)
+        if getattr(own, "__func__", None) is not getattr(type(self._model), _PREPARES):
+            return [f"{_PREPARES} of the caller's"]
+        for name in _OTHERS:
+            if name in vars(self._model) or getattr(self._family, name) is not getattr(GenerationMixin, name):
+                return [f"{name} of the family"]
+        last = LONGEST if most is None else most
+        lengths = [length for length in self._lengths if prompt < length <= last]
+        return [f"a text of {lengths[0]} tokens, which the family treats in a way of its own,"] if lengths else []
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        """Lengths of a text before whose last token the family does something of its own."""
+        if getattr(self._family, _PREPARES) is getattr(GenerationMixin, _PREPARES):
+            return []
+        return [length for length in sorted(set(self._likely())) if not self._hands_over(length)]
+
+    def _likely(self) -> Iterator[int]:
+        """Two short ones, and those around every number of the config."""
+        config = self._model.config.get_text_config()
+        most = min(max_positions(config) or LONGEST, LONGEST)
+        values = list(vars(config).values())
+        values += [inner for value in values if isinstance(value, dict) for inner in value.values()]
+        numbers = [1, *(value for value in values if isinstance(value, int))]
+        yield from (length for number in numbers for length in range(number, number + 3) if 1 < length <= most)
+
+    @torch.no_grad()
+    def _hands_over(self, length: int) -> bool:
+        """Whether it leaves it at the last token, behind what the cache holds."""
+        cache = self._model.new_cache()
+        cache.remote.columns = length - 1
+        ids = torch.zeros(1, length, dtype=torch.long, device=self._model.device)
+        mask, positions = torch.ones_like(ids), torch.arange(length, device=ids.device)[None]
+        given = {"cache": cache, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+        try:
+            found = getattr(self._family, _PREPARES)(self._model, ids, next_sequence_length=1, **given)
+        except Exception:  # the code of any family
+            return False
+        same = found.keys() <= _HANDED_OVER and found.get("cache") is cache and found["input_ids"].equal(ids[:, -1:])
+        seen, place = found.get("attention_mask"), found.get("position_ids")
+        return same and (seen is None or seen.equal(mask)) and (place is None or place.equal(positions[:, -1:]))

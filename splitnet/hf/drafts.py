@@ -83,7 +83,8 @@ class DraftModel:
                 f"draft models of the family {config.model_type!r} keep states that cannot be rewound: use one of "
                 "another family, or prompt-lookup"
             )
-        self._draft_ms = MovingAverage(SHARE, 1.0)
+        self._average = MovingAverage(SHARE, 1.0)
+        self.draft_ms = self._average.value
         self._model = model
         self._text: list[int] = []
         self._cached: list[int] = []
@@ -91,10 +92,6 @@ class DraftModel:
         self._row = SequenceCache(states=SequenceStates(states_per_block(config))) if has_states else None
         """In its place where blocks keep states; it has the tokens as what came in."""
         self._one_by_one = has_states and family_of(config).one_by_one
-
-    @property
-    def draft_ms(self) -> float:
-        return self._draft_ms.value
 
     def begin(self, tokens: Sequence[int]) -> None:
         self._text = list(tokens)
@@ -117,7 +114,8 @@ class DraftModel:
             if len(drafted) == 1:
                 began = time.perf_counter()  # the first may come after a prefill
         if count > 1:
-            self._draft_ms.add((time.perf_counter() - began) * 1000 / (count - 1))
+            self._average.add((time.perf_counter() - began) * 1000 / (count - 1))
+            self.draft_ms = self._average.value
         return Draft(drafted)
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -150,21 +148,16 @@ class DraftModel:
 
 LONGEST_NGRAM = 3
 """Tokens that are looked up."""
-
 LONGEST_MATCH = 16
-"""So many tokens before a place are compared at most, to tell how sure it is."""
-
+"""Tokens before a place that are compared at most, to tell how sure it is."""
 LEARNING_MATCH = 3
-"""So many tokens before a place must be the same for another token there to be taken for a new name."""
-
+"""Tokens before a place that must be the same for another token there to be taken for a new name."""
 RENAMED_WITHIN = 2048
-"""A new name is looked for in so many of the latest tokens: the copy, not what it is a copy of."""
-
+"""Latest tokens in which a new name is looked for: the copy, not its source."""
 TIMES_FORGOTTEN = 3
-"""A token that has been let go so often gets no new name any more."""
-
+"""How often a token may lose its new name before it gets none any more."""
 TIMES_SEEN = 2
-"""So often a token must have become the same other one."""
+"""How often a token must have become the same other one."""
 
 
 class PromptLookup:
@@ -229,7 +222,11 @@ class PromptLookup:
         """What a new token says of the place that is copied from."""
         source = self._source
         expected = None if source is None else self._tokens[source]
-        if source is not None and expected is not None and self._was(expected) == self._was(token):
+        if (
+            source is not None
+            and expected is not None
+            and self._former.get(expected, expected) == self._former.get(token, token)
+        ):
             self._learn()
             if self._renamed.get(expected, token) != token:
                 self._forget(expected)
@@ -291,11 +288,8 @@ class PromptLookup:
 
     def _same(self, tail: Sequence[int], place: int) -> list[bool]:
         """Which tokens before `place` are those at the end of the text, from the last one back."""
-        before = reversed(self._tokens[max(0, place - len(tail)) : place])
-        return [self._was(one) == self._was(other) for one, other in zip(before, reversed(tail), strict=False)]
-
-    def _was(self, token: int) -> int:
-        return self._former.get(token, token)
+        before = self._former_of(self._tokens[max(0, place - len(tail)) : place])
+        return [one == other for one, other in zip(reversed(before), reversed(self._former_of(tail)), strict=False)]
 
     def _former_of(self, tokens: Sequence[int]) -> tuple[int, ...]:
         return tuple(self._former.get(token, token) for token in tokens)

@@ -1,0 +1,374 @@
+"""One module that stands for all blocks of a model: peers run them, or this process some of them.
+
+New positions of rows whose keys and values the peers hold are steps, through which no gradient goes. Whole sequences,
+of which nothing is cached, are passes: for training, and for logits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Never
+
+import torch
+from torch import nn
+
+from splitnet.blocks.adapters import Adapter, block_of
+from splitnet.checkpoint.families import RopeLengths
+from splitnet.errors import AdapterError, SplitnetError
+from splitnet.hf.adapters import LocalAdapters, Prefixes
+from splitnet.hf.cache import ModelSession, RemoteCache, RemoteLayer
+from splitnet.hf.parameters import check_positions, mask_of, reach_of, too_long
+from splitnet.session.local import Blocks, LocalSpan
+from splitnet.session.training import Passed, PassSession
+from splitnet.wire.messages import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the blocks need to know of the call of the model that they are in."""
+
+    keep: int = 0
+    """How many last positions the head looks at; 0: all."""
+    prefix: Prefixes = ()
+    length: int = 0
+    """Of the text that its positions are a piece of, if that is longer than they are known to be."""
+    run: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Runs the blocks, `[batch, seq, hidden]` in and out."""
+    backbone: Callable[[Callable[[], Any]], Any] | None = None
+    """Is called in the place of the backbone, with what calls that."""
+
+
+_NO_CALL = Call()
+
+
+@dataclass(slots=True)
+class Exchange:
+    """New positions that were sent through the blocks, and where their outputs belong."""
+
+    layer: RemoteLayer
+    session: ModelSession
+    under_way: Any
+    """What the session awaits; None: no position was sent."""
+    parts: list[Chunk]
+    hidden: torch.Tensor
+    """What was sent, `[batch, seq, hidden]`."""
+    new_mask: torch.Tensor
+    """`[batch, seq]`; False is padding."""
+    past: int
+    """Columns of the cache before."""
+
+    def finish(self) -> torch.Tensor:
+        """Waits for the outputs, `[batch, seq, hidden]`: zero at padding, and where none is wanted.
+
+        Raises:
+            PeerLost, PeerFailed, PeerBusy, CoverageError: see `Session.step`.
+        """
+        if self.under_way is None:
+            return torch.zeros_like(self.hidden)
+        began = time.perf_counter()
+        returned = self.session.finish(self.under_way).to(self.hidden.device, self.hidden.dtype)
+        self.layer.waited_ms += (time.perf_counter() - began) * 1000
+        if len(returned) == self.hidden.shape[0] * self.hidden.shape[1]:
+            return returned.view(self.hidden.shape)
+        wanted = self.new_mask.clone()
+        if any(part.keep != part.length for part in self.parts):
+            # Real positions counted from the right: the last `keep` of each row were returned.
+            from_right = wanted.flip(1).cumsum(1).flip(1)
+            rows = [row for row in range(len(wanted)) if bool(wanted[row].any())]
+            for row, part in zip(rows, self.parts, strict=True):
+                wanted[row] &= from_right[row] <= part.keep
+        output = torch.zeros_like(self.hidden)
+        output[wanted.to(self.hidden.device)] = returned
+        return output
+
+    def abandon(self) -> None:
+        """The outputs are awaited no longer."""
+        if self.under_way is not None:
+            self.session.abandon(self.under_way)
+
+    @contextmanager
+    def rewound(self) -> Iterator[None]:
+        """Within, the cache has the columns of before: transformers counts positions from there."""
+        columns, self.layer.columns = self.layer.columns, self.past
+        try:
+            yield
+        finally:
+            self.layer.columns = columns
+
+
+class RemoteBlocks(nn.Module):
+    """All blocks of a model.
+
+    transformers calls it with hidden states alone, so all else stands around that call: see `calling`.
+
+    Args:
+        stages: see `splitnet.session.local.load_stages`.
+        make_passes: makes the session for passes without a cache through a range of blocks that peers run.
+        max_positions: context length of the model, if it has one.
+        ropes: which lengths of a text its rotary frequencies tell apart.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[LocalSpan | Blocks],
+        make_passes: Callable[[Blocks], PassSession],
+        max_positions: int | None,
+        ropes: RopeLengths,
+    ) -> None:
+        super().__init__()
+        self.adapters = LocalAdapters()
+        self.max_positions = max_positions
+        self.ropes = ropes
+        self.local_spans = [(stage.start, stage.end) for stage in stages if isinstance(stage, LocalSpan)]
+        self._lengths_matter = ropes.matter
+        self._stages = stages
+        self._make_passes = make_passes
+        self._passes: dict[Blocks, PassSession] = {}
+        self._passing = threading.RLock()
+        self._local = threading.local()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Boundary activations in and out, `[batch, seq, hidden]`; see `step` and `run_whole`."""
+        run = self.call.run
+        assert run is not None, "the backbone calls the blocks"
+        return run(hidden)
+
+    def __deepcopy__(self, memo: object) -> Never:
+        raise AdapterError(
+            "blocks that peers run cannot be copied, as copies of the model and LoRA's layer_replication do: load the "
+            "model a second time"
+        )
+
+    @property
+    def call(self) -> Call:
+        """The one that the running thread is in."""
+        return getattr(self._local, "call", _NO_CALL)
+
+    @contextmanager
+    def calling(self, **changes: Any) -> Iterator[None]:
+        """Within, the running thread is in such a call; `changes` are those to the one around it."""
+        outer = self.call
+        self._local.call = replace(outer, **changes)
+        try:
+            yield
+        finally:
+            self._local.call = outer
+
+    def begin(
+        self,
+        cache: RemoteCache,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        keep: int = 0,
+        adapter: Adapter | None = None,
+        reach: int = 0,
+    ) -> Exchange:
+        """Sends new positions `[batch, seq, hidden]` behind what the cache holds.
+
+        Without a mask none is padding, and they are computed as one by one: where rotary frequencies depend on the
+        length, each has those of its own.
+
+        Args:
+            mask: `[batch, columns]` bool for past and new columns; False is padding. None: see above.
+            keep: how many last positions are wanted; 0: all.
+            adapter, reach: of the positions, if there is a mask.
+
+        Raises:
+            ContextTooLong: the sequence is longer than the model's context.
+            PeerLost, PeerFailed, PeerBusy, CoverageError: see `Session.step`.
+        """
+        layer = cache.remote
+        past = layer.columns
+        if mask is None:
+            adapter, mask = layer.adapter, torch.ones(len(hidden), past + hidden.shape[1], dtype=torch.bool)
+        self._check_context(mask.shape[1])
+        try:
+            session, parts, forks = layer.begin_step(mask, keep, adapter)
+            self._note_reach(layer, past, reach)
+            new_mask = mask[:, past:]
+            if all(part.length == hidden.shape[1] for part in parts):
+                packed = hidden.reshape(-1, hidden.shape[-1])
+            else:
+                packed = hidden[new_mask.to(hidden.device)]
+                parts = [part for part in parts if part.length]
+            if reach and all(part.length == 1 and layer.prefix_length + part.start + 1 >= reach for part in parts):
+                reach = 0  # that is their own, so a replay may send many of them together
+            under_way = session.begin(packed.detach(), parts, forks, reach=reach) if parts else None
+        except BaseException:
+            layer.columns = past
+            raise
+        return Exchange(layer, session, under_way, parts, hidden, new_mask, past)
+
+    def step(self, cache: RemoteCache, hidden: torch.Tensor, mask: Any, positions: Any, call: Call) -> torch.Tensor:
+        """The outputs of new positions, `[batch, seq, hidden]`; no gradient goes back through them.
+
+        Args:
+            mask, positions: what the caller has given for `attention_mask` and `position_ids`.
+
+        Raises:
+            UnsupportedParameter: the mask or the positions cannot be honoured.
+            AdapterError: the adapter does not fit the blocks, or is not that of the cache.
+            ContextTooLong, PeerLost, PeerFailed, PeerBusy, CoverageError: see `begin`.
+        """
+        layer, (batch, new, _), prefix = cache.remote, hidden.shape, call.prefix
+        past = layer.columns
+        self._check_context(past + new)
+        checked = mask_of(mask, batch, past + new)
+        before = prefix[0][0].shape[1] if prefix else 0
+        check_positions(positions, checked, past, before)
+        reach = reach_of(positions, before + past + new, self.ropes, before + call.length)
+        parameters = {} if past else self.adapters.parameters_for(prefix)
+        adapter = self.adapters.recent(layer.adapter, prefix) if past else self.adapters.adapter_of(parameters)
+        with torch.no_grad():
+            exchange = self.begin(cache, hidden, checked, call.keep, adapter, reach)
+            try:
+                output = exchange.finish()
+            except BaseException:
+                layer.columns = past
+                raise
+        if torch.is_grad_enabled():
+            output = _NoBackward.apply(output, hidden, *parameters.values())
+            assert isinstance(output, torch.Tensor)
+        return output
+
+    def run_whole(self, hidden: torch.Tensor, mask: Any, positions: Any, prefix: Prefixes) -> torch.Tensor:
+        """The outputs of whole sequences, `[batch, seq, hidden]`: zero at padding, wherever that is.
+
+        Gradients go through, to the input and to the adapter; the arguments and errors are those of `step`.
+        """
+        batch, new, _ = hidden.shape
+        self._check_context(new)
+        checked = mask_of(mask, batch, new)
+        before = prefix[0][0].shape[1] if prefix else 0
+        check_positions(positions, checked, 0, before)
+        lengths = [int(length) for length in checked.sum(dim=1).tolist() if length]
+        if not lengths:
+            return torch.zeros_like(hidden)
+        reach = reach_of(positions, before + new, self.ropes)
+        parameters = self.adapters.parameters_for(prefix)
+        where = checked.to(hidden.device)
+        packed = hidden[where]
+        for stage in self._stages:
+            if isinstance(stage, LocalSpan):
+                adapter = stage.fit(Adapter(parameters)) if parameters else None
+                packed = stage.sequences(packed, lengths, adapter, reach)
+            else:
+                own = {name: tensor for name, tensor in parameters.items() if block_of(name) in range(*stage)}
+                packed = _Pass.apply(self, stage, lengths, reach, tuple(own), packed, *own.values())
+                assert isinstance(packed, torch.Tensor)
+        output = torch.zeros_like(hidden)
+        output[where] = packed.to(hidden.dtype)
+        return output
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes that passes have sent and received since the last `close()`."""
+        moved = [passes.traffic for passes in self._passes.values()]
+        return sum(traffic.bytes_sent for traffic in moved), sum(traffic.bytes_received for traffic in moved)
+
+    def close(self) -> None:
+        """Frees what the peers keep of passes."""
+        with self._passing:
+            for passes in self._passes.values():
+                passes.close()
+            self._passes = {}
+
+    def go(
+        self, blocks: Blocks, packed: torch.Tensor, lengths: list[int], parameters: dict[str, torch.Tensor], **how: Any
+    ) -> tuple[torch.Tensor, Passed]:
+        """See `PassSession.forward`."""
+        with self._passing:
+            if blocks not in self._passes:
+                self._passes[blocks] = self._make_passes(blocks)
+            return self._passes[blocks].forward(packed, lengths, self.adapters.adapter_of(parameters), **how)
+
+    def go_back(
+        self, blocks: Blocks, batch: Passed, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See `PassSession.backward`."""
+        with self._passing:
+            if blocks not in self._passes:
+                raise SplitnetError("the model was closed before backward(): run it again")
+            return self._passes[blocks].backward(batch, gradient)
+
+    def forget(self, blocks: Blocks, batch: Passed) -> None:
+        """See `PassSession.forget`."""
+        if blocks in self._passes:
+            self._passes[blocks].forget(batch)
+
+    def _check_context(self, positions: int) -> None:
+        if self.max_positions is not None and positions > self.max_positions:
+            raise too_long(positions, self.max_positions)
+
+    def _note_reach(self, layer: RemoteLayer, past: int, reach: int) -> None:
+        """How many columns are as those of a text that begins with all of them."""
+        if not past or not self._lengths_matter:
+            layer.reach, layer.alike = reach, layer.columns
+        elif layer.alike >= past and reach:
+            layer.alike = layer.columns if reach == layer.reach else past
+        elif layer.alike >= past:
+            layer.alike = min(layer.columns, self.ropes.last(max(layer.reach, 1)))
+
+
+class _NoBackward(torch.autograd.Function):
+    """Marks where gradients end, as keys and values on the peers record none."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        raise NotImplementedError("gradients do not go through caches: call the model with use_cache=False to train")
+
+
+class _Pass(torch.autograd.Function):
+    """A pass through the blocks, with the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        blocks: RemoteBlocks,
+        stage: Blocks,
+        lengths: list[int],
+        reach: int,
+        names: tuple[str, ...],
+        packed: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        keep = any(ctx.needs_input_grad)
+        by_name = dict(zip(names, parameters, strict=True))
+        output, batch = blocks.go(stage, packed.detach(), lengths, by_name, keep=keep, reach=reach)
+        ctx.names = names
+        ctx.devices = [parameter.device for parameter in parameters]  # outlines are on the CPU, wherever the model is
+        ctx.batch = _Kept(blocks, stage, batch) if keep else None
+        return output.to(packed.device, packed.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        kept, (gradient,) = ctx.batch, grad_outputs
+        if kept is None or kept.used:
+            raise RuntimeError("gradients go back through the peers once: run the model again for another backward()")
+        kept.used = True
+        by_input, by_name = kept.blocks.go_back(kept.stage, kept.passed, gradient)
+        by_input = by_input.to(gradient.device, gradient.dtype)
+        by_parameter = (by_name[name].to(device) for name, device in zip(ctx.names, ctx.devices, strict=True))
+        return (None, None, None, None, None, by_input, *by_parameter)
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """What the peers keep for a way back; if that never comes, they are told."""
+
+    blocks: RemoteBlocks
+    stage: Blocks
+    passed: Passed
+    used: bool = False
+
+    def __del__(self) -> None:
+        if not self.used:
+            self.blocks.forget(self.stage, self.passed)
