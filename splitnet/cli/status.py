@@ -17,7 +17,7 @@ SHOWN_ADDRESSES = 3
 """To join with; all are in the JSON."""
 
 if TYPE_CHECKING:
-    from splitnet.swarm.overview import Overview
+    from splitnet.swarm.swarm import Overview
 
 
 @connects(only=("initial_peers", "lan", "key_file", "swarm_key", "invite", "model_id"))
@@ -33,7 +33,7 @@ def status(
     import_models()
     from splitnet.checkpoint.checkpoint import Checkpoint
     from splitnet.cli.connection import Connection
-    from splitnet.swarm.overview import Overview
+    from splitnet.swarm.swarm import Overview
 
     connection = Connection(checkpoint, connecting)
     facts = connection.facts_of(Checkpoint.open(checkpoint))
@@ -49,7 +49,8 @@ def _print_table(overview: Overview) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from splitnet.swarm.overview import blocks_text, reached, short_key, token_joules, token_ms
+    from splitnet.swarm.plan import blocks_text
+    from splitnet.swarm.swarm import reached, short_key, token_joules, token_ms
     from splitnet.transport.addresses import peer_address
     from splitnet.wire.fields import STRICT_VERSIONS
 

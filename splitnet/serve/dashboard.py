@@ -26,8 +26,8 @@ from splitnet.serve.events import EventStream, framed
 from splitnet.serve.gate import client_of
 from splitnet.serve.generation import Generations
 from splitnet.serve.progress import Progress
-from splitnet.swarm.overview import Overview, blocks_text, short_key, token_joules, token_ms
-from splitnet.swarm.swarm import Swarm
+from splitnet.swarm.plan import blocks_text
+from splitnet.swarm.swarm import Overview, Swarm, short_key, token_joules, token_ms
 from splitnet.transport.prober import Answer
 from splitnet.version import __version__
 from splitnet.wire.endpoints import Endpoint, LinkState

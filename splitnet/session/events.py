@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from scheduler.liveness import Alive
 from splitnet.errors import SplitnetError
-from splitnet.swarm.events import Kind
 from splitnet.swarm.plan import PlannedHop
+from splitnet.swarm.swarm import Kind
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import Message

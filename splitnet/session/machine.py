@@ -79,9 +79,8 @@ from splitnet.session.events import (
 )
 from splitnet.session.failover import PeerSilent, RouteHop, RouteSetup, cause_of, next_refill
 from splitnet.session.requests import ReplayRequest, Request, StepRequest, check_beside, most_bytes, undone_by
-from splitnet.swarm.events import Kind
-from splitnet.swarm.overview import blocks_text, short_key
-from splitnet.swarm.plan import ALIKE_AGAIN, HeldBlocks, PlannedHop
+from splitnet.swarm.plan import ALIKE_AGAIN, HeldBlocks, PlannedHop, blocks_text
+from splitnet.swarm.swarm import Kind, short_key
 from splitnet.wire.codecs import Codec, check_size, codec_by_name
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.fields import STRICT_VERSIONS

@@ -38,18 +38,16 @@ log = logging.getLogger(__name__)
 
 MAX_LINKS = 160
 """At the same time; each takes four file descriptors, and processes often may have 1,024. See `LinkPool`."""
-
 KEEP_UNREACHED_S = 15.0
 """A link that is lost, or never came up, is tried so long after its last use: a peer that restarts comes back."""
-
 QUEUES_S = 0.05
-"""For so long it is not looked again which links have queues: many sessions ask at the same time."""
+"""How long the queues of links are kept: many sessions ask at the same time."""
 BUSY_BYTES = 2 * PROBE_BYTES
 """More than what measuring a link alone puts on it."""
 
 
 class Subscriber(Protocol):
-    """Who gets what arrives for a session, from the transport's thread."""
+    """Gets messages and errors for a session, from the transport's thread."""
 
     id: bytes
 
@@ -171,7 +169,7 @@ class Links:
         return self._transport.traffic(endpoint)
 
     def queues(self) -> dict[Endpoint, Traffic]:
-        """The links on which something waits to be confirmed, as of a moment ago; none if the system does not tell."""
+        """The links with unconfirmed bytes, as of a moment ago; none if the system does not tell."""
         now = time.monotonic()
         if now - self._queues[0] > QUEUES_S:
             self._queues = now, self._transport.queues()

@@ -30,23 +30,18 @@ from splitnet.wire.messages import LoadReport
 log = logging.getLogger(__name__)
 
 TRUST_S = 60.0
-"""How long what was seen of a hop counts more than what it says."""
-
+"""How long measured times of a hop count more than its record."""
 STEPS = 3
 """Of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop."""
-
 REMEASURE_S = 30.0
-
 KEPT_NETWORKS = 8
 """A session asks for the links of the peers that it plans with, of its own hops, and of those at both ends of each."""
-
 OTHERS_PER_MINUTE = 6
 LIKELY_PER_MINUTE = 9
 """Of the peers that are measured again while sessions are open: any, and those that routes most likely go through.
 
 Before a route is planned anew, as the present one seems slow, it is one of each block at least.
 """
-
 PINGS_PER_MINUTE = 256
 ENDS_PINGS = 32
 """Of these are for the ends of a route that is to be used: two, and up to eight that measure the bandwidth, to each."""
@@ -56,27 +51,19 @@ SUSPECTED_AGAIN_S = 25.0
 """The bandwidth of a link is measured again after so long, or so long if steps stay slow: it takes 128 KiB and more."""
 IN_USE_S = 300.0
 """So long after a plan another session is expected, which should not have to wait for a look into the directory."""
+MAX_AGE_S = 90.0
+"""A link that was measured longer ago counts as not measured."""
+KEPT_LINKS = 256
+SETTLE_S = 300.0
+SETTLE_LINKS = 32
+"""A place is found anew from the links of the last minutes, or from so many if these are fewer: one may have moved."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-MAX_AGE_S = 90.0
-"""A link that was measured longer ago counts as not measured."""
-
-KEPT_LINKS = 256
-
-SETTLE_S = 300.0
-SETTLE_LINKS = 32
-"""A place is found anew from the links of the last minutes, or from so many if these are fewer: one may have moved."""
-
-
 class NetworkCoordinates:
-    """Measured links to peers by key text, and the coordinate that they make. Thread-safe.
-
-    Args:
-        clock: seconds.
-    """
+    """Measured links to peers by key text, and the coordinate that they make. Thread-safe. clock: seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -131,13 +118,9 @@ class NetworkCoordinates:
 
 
 class Latest(Generic[P, T]):
-    """Calls a function, and remembers what it made of the facts of the last calls: equal ones are not made again.
+    """Calls `make`, and keeps the results of the last `count` different arguments. Thread-safe.
 
-    Facts must not be changed afterwards; they are compared, so they need not be hashable. Thread-safe.
-
-    Args:
-        make: the function.
-        count: how many are remembered.
+    Arguments must not be changed afterwards; they are compared, so they need not be hashable.
     """
 
     def __init__(self, make: Callable[P, T], count: int) -> None:
@@ -168,10 +151,7 @@ class _Seen:
 
 
 class Measurements:
-    """What a client has measured of peers and links. Thread-safe.
-
-    Args:
-        clock: seconds.
+    """What a client has measured of peers and links. Thread-safe. clock: seconds.
 
     Attributes:
         answers: which peers answered when their links were measured.
@@ -230,7 +210,7 @@ class Measurements:
         return [_corrected(record, hops.get(record.key.text), loads.get(record.key.text)) for record in records]
 
     def corrected(self, records: Mapping[str, PeerRecord]) -> dict[str, Peer]:
-        """Those of the peers, by their names, of which something else was seen or told than their records say."""
+        """The peers, by name, of which measurements or load reports differ from their records."""
         hops, loads = self._seen_lately()
         names = (hops.keys() | loads.keys()) & records.keys()
         return {name: _corrected(records[name], hops.get(name), loads.get(name)) for name in names}
@@ -253,15 +233,12 @@ class Measurements:
         return network.with_links(between) if between else network
 
     def unknown(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> list[PeerRecord]:
-        """Those of the peers, but for those with the names `exclude`, whose link nobody tried to measure yet."""
+        """The peers, without those named `exclude`, whose link was never tried to be measured."""
         known = self.answers.asked_s().keys() | set(exclude)
         return [record for record in records if record.key.text not in known]
 
     def unprobed(self, records: Sequence[PeerRecord], again_s: float = math.inf) -> list[PeerRecord]:
-        """Those of the peers to which the bandwidth of the link was not measured, as far as they answer.
-
-        again_s: what was measured longer ago does not count.
-        """
+        """The peers that answer, and to which the bandwidth was not measured within `again_s`."""
         oldest = self._clock() - again_s
         with self._lock:
             known = {key for key, at in self._probed.items() if at >= oldest}
@@ -269,14 +246,11 @@ class Measurements:
         return [record for record in records if record.key.text not in known]
 
     def silent(self, *, lately: bool = False) -> set[str]:
-        """Names of peers that did not answer when their links were measured: perhaps there are none such.
-
-        lately: those alone that were tried a moment ago; else also those that never answered.
-        """
+        """Names of peers that did not answer when their links were measured; lately: only those tried a moment ago."""
         return self.answers.silent(self._clock(), lately=lately)
 
     def stale(self, records: Sequence[PeerRecord], age_s: float = REMEASURE_S) -> list[PeerRecord]:
-        """Those of the peers whose link nobody tried to measure for so long; the one tried longest ago first."""
+        """The peers whose link was not tried to be measured for so long; the one tried longest ago first."""
         oldest = self._clock() - age_s
         asked_s = self.answers.asked_s()
         tried = [(asked_s.get(record.key.text, -math.inf), record) for record in records]
@@ -288,10 +262,7 @@ class Measurements:
         links: Mapping[Endpoint, Link],
         loads: Mapping[Endpoint, LoadReport] | None = None,
     ) -> None:
-        """Takes in which links the client tried to measure, and what came of it; 0 bytes per ms: not measured.
-
-        loads: how busy the peers said that they are.
-        """
+        """Takes in which links were tried, those that were measured (0 bytes per ms: not), and loads of peers."""
         now = self._clock()
         with self._lock:
             for endpoint, record in tried.items():
@@ -346,8 +317,6 @@ class Measurer:
     """Keeps measurements and records fresh, in the background while they are in use. Thread-safe; close it when done.
 
     Args:
-        known: the peers.
-        measurements: takes in what is measured.
         links: of the client. While sessions use some, known ones are measured again and again.
         likely: of all peers and some of them so many of the latter through which routes most likely go; True: at least
             one for each block.
@@ -388,7 +357,7 @@ class Measurer:
         self._look.set()
 
     def close(self) -> None:
-        """Ends the thread, as soon as what it waits for has come."""
+        """Ends the thread, after the answers that it waits for."""
         self.stop()
         self._watcher.join(ANSWER_S)
 
@@ -405,10 +374,9 @@ class Measurer:
         self._used_at = self._clock()
 
     def measure_first(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> None:
-        """Measures links to peers that were never tried, if few links are known at all; to none of those in `exclude`.
+        """If few links are known, measures links to peers that were never tried, without those in `exclude`.
 
-        Some of them are any peers, which tell where the client stands; the others are those that routes most likely go
-        through as seen from there.
+        The first are any peers, which tell the client's place; the others those through which routes most likely go.
         """
         anyone, *likely = measured_first(len(records))
         if len(self._measurements.network_coordinates.links) < anyone:
@@ -429,7 +397,7 @@ class Measurer:
     def measure(
         self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = (), again_s: float = PROBE_AGAIN_S
     ) -> bool:
-        """Measures the links to the first of these peers; of `records` the bandwidth too, but seldom more than once.
+        """Measures the links to the first of these peers, of `records` the bandwidth too, after `again_s` again.
 
         As far as a minute has pings for that; whether it had any.
         """
@@ -453,7 +421,7 @@ class Measurer:
         self._measurements.links_measured(told, links, loads)
 
     def _pings_left(self) -> int:
-        """In this minute; others that measure at the same time may have overdrawn it."""
+        """In this minute; other threads that measure may have overdrawn it."""
         now = self._clock()
         with self._counting:
             while self._pinged_at and now - self._pinged_at[0] > 60.0:
@@ -505,5 +473,5 @@ class Measurer:
 
 
 def _that_tell(records: Mapping[Endpoint, PeerRecord]) -> set[Endpoint]:
-    """Who says how busy it is if it is asked."""
+    """The peers that tell their load when they are asked."""
     return {endpoint for endpoint, record in records.items() if record.version not in STRICT_VERSIONS}

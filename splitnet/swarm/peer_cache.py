@@ -28,21 +28,20 @@ from splitnet.wire.messages import ENTRY_BYTES, PROTOCOL_VERSION
 log = logging.getLogger(__name__)
 
 LOOK_S = 10.0
-"""How often is asked while the client is in use, or nobody answers."""
+"""Interval of questions while the client is in use, or no peer answers."""
 SLOWER = 2
 FEW_RECORDS = 32
-"""In proportion it is asked less often for more records than this, down to half as often."""
+"""The interval grows with the number of records beyond this, at most twofold."""
 RECORDS_MAX_AGE_S = 20.0
-"""Who asks for older ones waits until there is an answer: some round trips, so long as a first token takes."""
-
+"""A caller that needs younger records waits for an answer: some round trips, as a first token takes."""
 READ_S: Final = 600.0
-"""After so long everything is read again, of more than `FEW_RECORDS` in proportion later: it takes as much more."""
+"""Interval of reading everything; beyond `FEW_RECORDS` it grows in proportion, as the effort does."""
 REST_S: Final = 30.0
 """A directory that was not read for so long rests until it is."""
 BYTES_PER_MINUTE: Final = 30_000
-"""Of questions about changes and their answers; what others are asked as well, when one is silent, comes on top."""
+"""Of questions about changes and their answers, without those to further peers when one is silent."""
 MESSAGE_BYTES: Final = 400
-"""A question and its answer, besides what they hold."""
+"""A question and its answer, without records."""
 LEAST_BYTES: Final = 3000
 """An answer may have so many in any case: some records."""
 LISTED: Final = 256
@@ -50,9 +49,9 @@ LISTED: Final = 256
 LISTED_LIKELY: Final = 192
 """Of these the ones that routes most likely go through; the others are those that were not heard of for longest."""
 CLOCKS_S: Final = 60.0
-"""By which the clocks of peers may differ, so that one that is new is told of."""
+"""By which the clocks of peers may differ."""
 UNHEARD_S: Final = 1800.0
-"""An expired record of which nobody says that it is still there does not count after that, whoever was asked."""
+"""An expired record that no peer confirms does not count after that."""
 NEVER: Final = 1e11
 
 Likely = Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int], Sequence[PeerRecord]]
@@ -68,9 +67,7 @@ class PeerCache:
     """The records of a model's peers, as they were read or told last. Thread-safe.
 
     Args:
-        directory: where records come from.
-        fingerprint: of the model.
-        model_name: for errors.
+        fingerprint, model_name: of the model; the name is for errors.
         links: of the client.
         trusted: keys of the peers that count; None: any.
         peers: asks them what has changed; None: everything is read each time.
@@ -113,10 +110,8 @@ class PeerCache:
     def look(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:
         """Peers that serve this model and speak this protocol; asked for again after 20 to 30 s, or at once if `fresh`.
 
-        While nobody answers, that is tried every 10 s. Meanwhile the last records count, until they expire; those of
-        peers to which a link is up count longer.
-
-        whole: the directory is read, rather than somebody asked what has changed, unless that was 10 s ago at most.
+        While no peer answers, that is tried every 10 s. Meanwhile the last records count, until they expire; those of
+        peers to which a link is up count longer. whole: the directory is read, unless that was 10 s ago at most.
 
         Raises:
             DirectoryError: the directory does not answer, and no peer is known.
@@ -203,7 +198,7 @@ class PeerCache:
         self._told_since, self._read_at = began - CLOCKS_S, time.monotonic()
 
     def _hear_changes(self) -> bool:
-        """Asks somebody what has changed; False: nobody can be asked, or answers, or it is time to read everything."""
+        """Asks a peer for changes; False: no peer can be asked, or answers, or it is time to read everything."""
         read_s = READ_S * max(len(self._records) / FEW_RECORDS, 1.0)
         if self._peers is None or not self._records or time.monotonic() - self._read_at > read_s:
             return False
@@ -216,7 +211,7 @@ class PeerCache:
             return False
         suspects = self._take_in(listed, heard)
         if suspects:
-            # One alone could leave out whom it likes. If nobody else is left, those are asked that it has left out.
+            # One alone could leave out any peer. If no other is left, those are asked that it has left out.
             teller, named = self._asked_last, {record.endpoint for record in suspects}
             others = self._others_to_ask({teller, *named})
             second = self._hear_from(others or self._others_to_ask({teller}), suspects, NEVER)
@@ -249,7 +244,7 @@ class PeerCache:
         since: float,
         others: Sequence[Endpoint] = (),
     ) -> list[Changes]:
-        """What those of these peers say that answer, see `PeerDirectory.changes`."""
+        """The answers of these peers, see `PeerDirectory.changes`."""
         assert self._peers is not None
         if not asked:
             return []
@@ -274,7 +269,7 @@ class PeerCache:
         return linked, [endpoint for endpoint in known if not endpoint.hidden] or linked
 
     def _one_to_ask(self) -> list[Endpoint]:
-        """In turns one with a link and any one: those with a link may all be of one mind. Not the one of last time."""
+        """In turns a peer with a link and any one: those with a link may collude. Not the one of last time."""
         linked, known = self._askable({self._asked_last})
         if not known:
             linked, known = self._askable(())
@@ -283,12 +278,12 @@ class PeerCache:
         return [random.choice(choice)] if choice else []
 
     def _others_to_ask(self, excluded: Collection[Endpoint | None]) -> list[Endpoint]:
-        """One with a link and any one at once, so that nobody waits for one that is silent."""
+        """One with a link and any one at once, so that a silent one delays nothing."""
         linked, known = self._askable(excluded)
         return list(dict.fromkeys(random.choice(some) for some in (linked, known) if some))
 
     def _take_in(self, listed: Sequence[PeerRecord], heard: Sequence[Changes]) -> list[PeerRecord]:
-        """Takes in what some say; returns those that nobody says are there, and whose records are void."""
+        """Takes in answers; returns the listed records that are void, and that no answer confirms."""
         for record in (record for changes in heard for record in changes.records):
             held = self._held.get(record.key)
             if held is None or record.issued_at > held.issued_at:
@@ -309,7 +304,7 @@ class PeerCache:
         self._records = [record for record in self._held.values() if not record.has_left]
 
     def _void_at(self, record: PeerRecord) -> float:
-        """Until when a record counts by itself, and by what was said of its peer later; Unix time in seconds."""
+        """Until when a record counts, by itself or by later confirmations of its peer; Unix time in seconds."""
         return max(record.expires_at, self._heard_at.get(record.key, 0.0) + record.ttl_s)
 
     def _still_counts(self, record: PeerRecord) -> bool:
@@ -333,11 +328,7 @@ class _Ban:
 
 
 class Bans:
-    """Which peers a client does not plan with, and for how long, by key text. Thread-safe.
-
-    Args:
-        clock: seconds.
-    """
+    """Which peers a client does not plan with, and for how long, by key text. Thread-safe. clock: seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -359,10 +350,10 @@ class Bans:
         return set(self._present())
 
     def unusable(self, records: Iterable[PeerRecord], links: LinkStates, exclude: Collection[str] = ()) -> set[str]:
-        """Names of the peers that no route may go through now: banned ones, and those that cannot serve this client.
+        """Names of the peers that no route may go through now: banned ones, and those that do not serve.
 
-        A record outlives a peer that was killed: a peer whose link has failed is left out until the link is up, or for
-        `SILENT_S` after that was closed.
+        A record outlives a killed peer, so one whose link has failed is left out until that is up, or some time after
+        it was closed.
         """
         banned = self.keys() | set(exclude)
         return {

@@ -20,11 +20,8 @@ from splitnet.wire.endpoints import Endpoint
 
 EXACT_PEERS = LIMIT
 """Among more peers than this the search is over the likeliest ones."""
-
 KEPT_CROWDS = 2
 """Of the records that were read last, and of those before, with which another thread may still plan."""
-
-
 StartPeer = Callable[[int, int], str]
 """Gives the command that starts a peer for the blocks `[start, end)`."""
 
@@ -60,7 +57,6 @@ def with_kept_hops(route: Sequence[PlannedHop], present: Sequence[PlannedHop]) -
 
 Ends = tuple[PeerRecord | None, PeerRecord | None]
 """The peers before and after a part of a route; None: the client."""
-
 CLIENT_ENDS: Ends = (None, None)
 
 
@@ -111,11 +107,11 @@ class HeldBlocks(NamedTuple):
 class Needs:
     """What a session wants of a route.
 
-    kv_positions: to be free on every hop. encodings: codecs that a link may use. blocks: what to cover, [start, end).
+    kv_positions: to be free on every hop. encodings: codecs that a link may use. blocks: to cover, [start, end).
     positions: of a usual step. in_flight: steps under way at the same time; 1 asks for the least latency.
     energy_slowdown: asks for the least energy on routes that take at most so many times as long as the fastest; None:
-    asks for the fastest. prompt: positions that come before the first token. held: what the weights of blocks must be
-    held as; of blocks that it does not name, as anything.
+    asks for the fastest. prompt: positions before the first token. held: formats that weights must be held in; other
+    blocks may have any.
     """
 
     kv_positions: int
@@ -130,11 +126,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a step is expected to take, in ms.
-
-    latency_ms: from sending it until its outputs are there. slowest_hop_ms: for which it keeps the slowest hop or link
-    busy.
-    """
+    """Of a step. latency_ms: until its outputs are here. slowest_hop_ms: how long the slowest hop or link is busy."""
 
     latency_ms: float
     slowest_hop_ms: float
@@ -144,9 +136,7 @@ class Planner:
     """Plans routes over the blocks of one model.
 
     Args:
-        measurements: what is known.
-        model_name: for errors.
-        start_peer: the command that starts a peer for blocks, likewise.
+        model_name, start_peer: for errors; the command that starts a peer for blocks.
         look: the records of all peers as they are now.
     """
 
@@ -177,20 +167,17 @@ class Planner:
     ) -> list[PlannedHop]:
         """The best route through the peers of `records` over the blocks `[start, end)`.
 
-        What was read of very many records is kept for the next plan with the same ones, whoever is excluded.
+        The index of very many records is kept for the next plan with the same ones.
 
         Args:
-            records: who is there.
-            needs: of the session.
-            blocks: what to cover.
-            ends: who stands before and after them.
+            ends: the peers before and after the blocks.
             exclude: names of peers that must not be used.
             holders: peers that hold the session already, so that it needs no more room there.
             restricted: there are more peers, which may not be used; for the error.
 
         Raises:
-            CoverageError: blocks are served by nobody that may be used; names them.
-            OtherWeights: nobody holds them as they must be.
+            CoverageError: no usable peer serves some blocks; names them.
+            OtherWeights: no peer holds them as they must be.
             PeerBusy: they are served, but no peer has memory for the session.
         """
         source, target = _names(ends)
@@ -246,8 +233,7 @@ class Planner:
         self, records: Sequence[PeerRecord], silent: Collection[str], answered: Collection[str]
     ) -> set[str]:
         """See `CandidateIndex.beside_silent`."""
-        crowd, _ = self._crowd(tuple(records))
-        return crowd.beside_silent(silent, answered)
+        return self._crowd(tuple(records))[0].beside_silent(silent, answered)
 
     def _likely(
         self,
@@ -342,10 +328,7 @@ def _crowd_of(records: tuple[PeerRecord, ...]) -> tuple[CandidateIndex, Mapping[
 def _held_alike(
     records: Sequence[PeerRecord], held: Sequence[HeldBlocks], blocks: tuple[int, int]
 ) -> dict[str, tuple[int, int]]:
-    """Which of the blocks `[start, end)` each peer serves and holds as they must be: the longest range, by name.
-
-    Nothing if nothing is said of how they must be held.
-    """
+    """The longest range of the blocks that each peer holds as they must be, by name; empty if any form will do."""
     alike: dict[str, tuple[int, int]] = {}
     for record in records if held else ():
         start, end = (min(max(edge, blocks[0]), blocks[1]) for edge in (record.start, record.end))
@@ -358,13 +341,13 @@ def _held_alike(
 def _held_otherwise(
     missing: Sequence[tuple[int, int]], held: Sequence[HeldBlocks], records: Sequence[PeerRecord], model_name: str
 ) -> OtherWeights | None:
-    """Why blocks are missing that some serve, but hold otherwise; None: that is not why."""
+    """The error if peers serve the missing blocks, but hold them otherwise; None: that is not why."""
     for start, end in missing:
         wanted = {one.weights for one in held if one.start < end and one.end > start}
         there = {record.dtype for record in records if record.start < end and record.end > start} - wanted
         if wanted and there:
             return OtherWeights(
-                f"blocks {_ranges([(start, end)])} of {model_name} are held as {' or '.join(sorted(there))} by all who "
+                f"blocks {blocks_text(start, end)} of {model_name} are held as {' or '.join(sorted(there))} by all who "
                 f"serve them, and were held as {' and '.join(sorted(wanted))} in this session: {ALIKE_AGAIN}"
             )
     return None
@@ -385,12 +368,7 @@ def _with_ends(records: Sequence[PeerRecord], ends: Ends) -> list[PeerRecord]:
 
 
 def peer_command(model: str, way: Sequence[str], start: int, end: int) -> str:
-    """The command that starts a peer for the blocks `[start, end)`, as a shell takes it.
-
-    Args:
-        model: hub id, folder or file.
-        way: the arguments that say how the swarm is joined.
-    """
+    """The command that starts a peer for the blocks `[start, end)`; way: the arguments that join the swarm."""
     return shlex.join(["splitnet", "peer", model, "--blocks", f"{start}:{end}", *way])
 
 
@@ -411,5 +389,10 @@ def no_route_error(
     )
 
 
+def blocks_text(start: int, end: int) -> str:
+    """The blocks `[start, end)`, for people."""
+    return f"{start}..{end - 1}" if end - start > 1 else f"{start}"
+
+
 def _ranges(blocks: Sequence[tuple[int, int]]) -> str:
-    return ", ".join(f"{start}..{end - 1}" if end - start > 1 else f"{start}" for start, end in blocks)
+    return ", ".join(blocks_text(*each) for each in blocks)

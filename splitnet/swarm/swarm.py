@@ -1,30 +1,33 @@
-"""A client's connection to the peers of one model: who is there, how far away, and through whom to go."""
+"""A client's connection to the peers of one model: the peers, the links to them, routes, and what people are shown."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, KeysView, Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, KeysView, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-from scheduler.cost import CODING_MS, encodings_of
-from scheduler.facts import CLIENT, Link
+from scheduler.cost import CODING_MS, encodings_of, hop_joules
+from scheduler.facts import CLIENT, Link, Peer, Speed, missing_blocks
 from scheduler.liveness import BAN_S, LOST_S, UNBAN_S
 from scheduler.route_search import Found, searched_route
 from splitnet.directory.ask import PeerDirectory
 from splitnet.directory.joining import join, peer_directory_of
-from splitnet.directory.record import PeerRecord
+from splitnet.directory.record import PeerRecord, facts_of
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.security.swarm_key import OPEN, SwarmKey
-from splitnet.swarm.events import EventLog
 from splitnet.swarm.links import Links
 from splitnet.swarm.measure import Measurements, Measurer
 from splitnet.swarm.peer_cache import Bans, PeerCache
-from splitnet.swarm.plan import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner, peer_command
+from splitnet.swarm.plan import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner, StartPeer, blocks_text, peer_command
+from splitnet.transport.addresses import peer_address
 from splitnet.transport.pool import BRIEF_S
 from splitnet.transport.prober import Answer
 from splitnet.wire.codecs import codec_by_name
@@ -33,6 +36,51 @@ from splitnet.wire.fields import STRICT_VERSIONS
 
 SHOWN_ADDRESSES = 2
 """With which a command that people copy joins a swarm."""
+SHORT_KEY = 9
+"""Characters of a key that are enough for people to tell peers apart."""
+KEPT_EVENTS = 256
+
+Kind = Literal[
+    "lost", "repaired", "rerouted", "failed", "refused", "weights", "joined", "gone", "back", "left", "moved"
+]
+"""Of routes: a hop was lost, the route is repaired, or changed for a better one; a repair failed; a peer did not take a
+session; weights are held otherwise. Of peers: they joined, stopped answering, answer again, left, serve other
+blocks.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a peer or a route.
+
+    number: counts up from 1. at: Unix time in seconds. text: one sentence, which may quote peers.
+    """
+
+    number: int
+    at: float
+    kind: Kind
+    text: str
+
+
+class EventLog:
+    """The last `KEPT_EVENTS` events. Thread-safe. clock: Unix time in seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self._last = 0
+        self._lock = threading.Lock()
+
+    def note(self, kind: Kind, text: str) -> None:
+        """Takes in that something happened just now."""
+        with self._lock:
+            self._last += 1
+            self._events.append(Event(self._last, self._clock(), kind, text))
+
+    def since(self, number: int) -> list[Event]:
+        """Those after the event with this number, as far as they are kept; 0: all."""
+        with self._lock:
+            return [event for event in self._events if event.number > number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +113,7 @@ class Swarm:
         way: the arguments with which commands join the swarm; None: with these addresses.
 
     Attributes:
-        way: see above.
-        measurements: what is known of peers and links.
         links: the client's own.
-        measurer: keeps `measurements` fresh.
-        planner: predicts what routes take.
-        bans: peers that are not planned with for now.
-        trusted: see above.
         events: what has happened to peers and routes lately.
         was_covered: all blocks were served at some time.
 
@@ -155,23 +197,24 @@ class Swarm:
         """The best route for a session.
 
         Args:
-            needs: of the session.
             blocks: the part `[start, end)` of the model to plan; None: all that the session needs.
             ends: the peers before and after that part; None: the client.
             exclude: keys (as text) of peers that must not be used.
             holders: keys of peers that hold the session already.
-            fresh: ask who is there even if that was done a moment ago.
+            fresh: ask for the peers even if that was done a moment ago.
             whole: read all of the directory for it; else that is done if there is no route.
 
         Raises:
-            CoverageError: blocks are served by nobody that could be used; names them.
+            CoverageError: no usable peer serves some blocks; names them.
             PeerBusy: they are served, but no peer has memory for the session.
         """
         part = blocks or needs.blocks
         since_s = self.measurements.now_s - LOST_S
         self.measurer.used()
         try:
-            records, unusable = self._look(exclude, fresh=fresh, whole=whole)
+            records = self.peers(fresh=fresh, whole=whole)
+            self.measurer.measure_first(records, self.bans.keys() | set(exclude))
+            unusable = self.bans.unusable(records, self.links, exclude)
             found = searched_route(
                 _Searcher(self, records, needs, part, ends, holders, unusable),
                 self.measurements.answers,
@@ -229,86 +272,139 @@ class Swarm:
         needs = Needs(1, encodings, (0, self.facts.num_blocks))
         return self.planner.likely(records, among, needs, count, everywhere=everywhere)
 
-    def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
-        """The peers, and the names of those that a route must not go through."""
-        present = self.peers(fresh=fresh, whole=whole)
-        self.measurer.measure_first(present, self.bans.keys() | set(exclude))
-        return present, self.bans.unusable(present, self.links, exclude)
 
-
+@dataclass(frozen=True)
 class _Searcher:
-    """Plans and measures for the search of a route, see `Searcher`: all of one look at the records."""
+    """Plans and measures for the search of a route, see `Searcher`, with one reading of the records."""
 
-    def __init__(
-        self,
-        swarm: Swarm,
-        records: Sequence[PeerRecord],
-        needs: Needs,
-        part: tuple[int, int],
-        ends: Ends,
-        holders: Collection[str],
-        unusable: AbstractSet[str],
-    ) -> None:
-        self._swarm = swarm
-        self._records = records
-        self._needs = needs
-        self._part = part
-        self._ends = ends
-        self._holders = holders
-        self._unusable = unusable
+    swarm: Swarm
+    records: Sequence[PeerRecord]
+    needs: Needs
+    part: tuple[int, int]
+    ends: Ends
+    holders: Collection[str]
+    unusable: AbstractSet[str]
 
     @property
     def now_s(self) -> float:
-        return self._swarm.measurements.now_s
+        return self.swarm.measurements.now_s
 
     @cached_property
-    def _by_name(self) -> dict[str, PeerRecord]:
-        return {record.key.text: record for record in self._records}
+    def by_name(self) -> dict[str, PeerRecord]:
+        return {record.key.text: record for record in self.records}
 
     @property
     def names(self) -> KeysView[str]:
-        return self._by_name.keys()
+        return self.by_name.keys()
 
     def plan(self, left_out: frozenset[str]) -> Found[list[PlannedHop]] | None:
-        ends, holders, exclude = self._ends, self._holders, left_out | self._unusable
+        ends, holders, exclude = self.ends, self.holders, left_out | self.unusable
+        which: dict[str, Any] = {"ends": ends, "exclude": exclude, "holders": holders, "restricted": bool(exclude)}
         try:
-            route = self._swarm.planner.plan(
-                self._records,
-                self._needs,
-                self._part,
-                ends=ends,
-                exclude=exclude,
-                holders=holders,
-                restricted=bool(exclude),
-            )
+            route = self.swarm.planner.plan(self.records, self.needs, self.part, **which)
         except (CoverageError, PeerBusy):
             if left_out:
                 return None
             raise
         own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
-        # To peers that are hidden a way may have to be found first.
+        # To unreachable peers a way may have to be found first.
         newcomers = [hop.name for hop in route if hop.name not in holders and not hop.endpoint.hidden]
-        return Found(route, _names(self._swarm.measurements.unprobed(own)), newcomers)
+        return Found(route, _names(self.swarm.measurements.unprobed(own)), newcomers)
 
     def measure(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
         own = self._of(ends)
-        if not self._swarm.measurer.measure(own, self._of(others)):
+        if not self.swarm.measurer.measure(own, self._of(others)):
             return None
-        return {*ends}.difference(_names(self._swarm.measurements.unprobed(own)))
+        return {*ends}.difference(_names(self.swarm.measurements.unprobed(own)))
 
     def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
-        return self._swarm.planner.beside_silent(self._records, silent, answered)
+        return self.swarm.planner.beside_silent(self.records, silent, answered)
 
     def chosen(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
         if likely:
-            return _names(self._swarm.likely(self._records, self._of(among), count))
+            return _names(self.swarm.likely(self.records, self._of(among), count))
         # Peers whose keys have cost work come first.
         drawn = random.sample(sorted(among), len(among))
-        return sorted(drawn, key=lambda name: not self._by_name[name].is_proven)[:count]
+        return sorted(drawn, key=lambda name: not self.by_name[name].is_proven)[:count]
 
     def _of(self, names: Iterable[str]) -> list[PeerRecord]:
-        return [self._by_name[name] for name in names]
+        return [self.by_name[name] for name in names]
 
 
 def _names(records: Iterable[PeerRecord]) -> list[str]:
     return [record.key.text for record in records]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The peers of a model, in the order of their blocks.
+
+    Attributes:
+        missing: ranges of blocks `[start, end)` that neither peers nor the client itself serve.
+        start_peer: the command that starts a peer for blocks.
+    """
+
+    facts: ModelFacts
+    records: tuple[PeerRecord, ...]
+    missing: tuple[tuple[int, int], ...]
+    start_peer: StartPeer
+
+    @classmethod
+    def of(cls, swarm: Swarm, records: Iterable[PeerRecord], local: Iterable[tuple[int, int]] = ()) -> Overview:
+        """Of the peers that are there, for a client that runs the blocks `local` itself."""
+        ordered = tuple(sorted(records, key=lambda record: (record.start, record.end, record.key.text)))
+        serving = [facts_of(record) for record in ordered if record.serves]
+        serving += [Peer(CLIENT, start, end, Speed.of(0.0, 0.0)) for start, end in local]
+        missing = missing_blocks(serving, swarm.facts.num_blocks)
+        return cls(swarm.facts, ordered, tuple(missing), swarm.start_peer)
+
+    def advice(self) -> list[str]:
+        """What to do about each range of blocks that nobody serves."""
+        return [
+            f"blocks {blocks_text(start, end)} are served by nobody: start a peer with `{self.start_peer(start, end)}`"
+            for start, end in self.missing
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields of the records."""
+        return {
+            "model": self.facts.name,
+            "fingerprint": self.facts.fingerprint,
+            "num_blocks": self.facts.num_blocks,
+            "missing": [list(hole) for hole in self.missing],
+            "peers": [_record_as_json(record) for record in self.records],
+        }
+
+
+def short_key(key: str) -> str:
+    """The beginning of a key, for people."""
+    return key[:SHORT_KEY]
+
+
+def reached(record: PeerRecord) -> str:
+    """How a peer is reached, for people: at its address, or through how many helpers."""
+    count = len(record.relays)
+    return "direct" if not count else f"{count} helper{'s' * (count > 1)}"
+
+
+def token_ms(record: PeerRecord) -> float:
+    """Ms that a decode step of one token takes in all blocks of a peer."""
+    return record.block_ms[0] * (record.end - record.start)
+
+
+def token_joules(record: PeerRecord) -> float | None:
+    """Joules of a decoded token in all blocks of a peer; None where they are not known."""
+    return hop_joules(facts_of(record), record.end - record.start)
+
+
+def _record_as_json(record: PeerRecord) -> dict[str, Any]:
+    values = asdict(record)
+    values["key"] = record.key.text
+    values["watts"] = record.watts or None
+    values["joules_per_token"] = token_joules(record)
+    values["join"] = peer_address(record.endpoint)
+    values["relays"] = [{"address": relay.address, "key": PublicKey(relay.key).text} for relay in record.relays]
+    values["links"] = [
+        {"peer": link.peer.hex(), "rtt_ms": link.rtt_ms, "bytes_per_ms": link.bytes_per_ms} for link in record.links
+    ]
+    return values

@@ -14,8 +14,7 @@ from peers.speed import ObservedSpeed
 from splitnet.directory.dht import Directory
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
-from splitnet.swarm.overview import Overview, token_ms
-from splitnet.swarm.swarm import Swarm
+from splitnet.swarm.swarm import Overview, Swarm, token_ms
 from tests.swarm.generation import GREEDY, prompt
 from tests.swarm.harness import LocalSwarm, local_swarm
 

@@ -21,8 +21,7 @@ from splitnet.nat import punch, unreachable
 from splitnet.nat.punch import Way
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import SwarmKey
-from splitnet.swarm.overview import Overview, reached
-from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.swarm.swarm import ModelFacts, Overview, Swarm, reached
 from splitnet.swarm.trial import PeerLinks
 from splitnet.tools.doctor.examination import peer as finding_of
 from splitnet.tools.doctor.machine import Status

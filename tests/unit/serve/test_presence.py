@@ -15,10 +15,8 @@ from scheduler.liveness import LOST_S
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
 from splitnet.serve.dashboard import ASKED_PEERS, PAUSE_S, Presence, State
-from splitnet.swarm.events import EventLog
-from splitnet.swarm.overview import Overview
 from splitnet.swarm.plan import peer_command
-from splitnet.swarm.swarm import Swarm
+from splitnet.swarm.swarm import EventLog, Overview, Swarm
 from splitnet.transport.prober import Answer
 from splitnet.wire.endpoints import Endpoint, LinkState
 from tests.unit.swarm.test_client_swarm import FACTS, RECORD

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Iterable, Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scheduler.cost import Encoding
 from scheduler.facts import Link
@@ -18,7 +21,7 @@ from splitnet.swarm import measure as measurer
 from splitnet.swarm import peer_cache
 from splitnet.swarm.links import Links
 from splitnet.swarm.plan import Needs
-from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.swarm.swarm import KEPT_EVENTS, EventLog, ModelFacts, Swarm
 from splitnet.wire.endpoints import Endpoint, LinkState
 from splitnet.wire.messages import PROTOCOL_VERSION, Message, Ping, Pong, decode, encode
 
@@ -223,3 +226,34 @@ def test_a_peer_that_cannot_be_connected_to_is_not_planned_with(swarm: Swarm, di
     directory.records = [killed]
     with pytest.raises(CoverageError, match="no peer that can be used"):
         swarm.plan(NEEDS, fresh=True)
+
+
+@given(st.lists(st.integers(0, 2 * KEPT_EVENTS), max_size=4))
+def test_who_asks_again_and_again_gets_every_event_that_is_kept_once(bursts: list[int]) -> None:
+    log = EventLog(clock=lambda: 7.0)
+    last, told, noted = 0, 0, 0
+    for burst in bursts:
+        for _ in range(burst):
+            noted += 1
+            log.note("gone", f"event {noted}")
+        new = log.since(last)
+        assert [event.text for event in new] == [f"event {number + 1}" for number in range(noted)][-len(new) or noted :]
+        assert len(new) == min(burst, KEPT_EVENTS) and all(event.at == 7.0 for event in new)
+        told += len(new)
+        last = new[-1].number if new else last
+    assert log.since(last) == [] and len(log.since(0)) == min(noted, KEPT_EVENTS) and told <= noted
+
+
+def test_threads_may_note_at_the_same_time() -> None:
+    log = EventLog()
+
+    def note() -> None:
+        for _ in range(50):
+            log.note("lost", "a hop")
+
+    threads = [threading.Thread(target=note) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [event.number for event in log.since(0)] == list(range(1, 201))
