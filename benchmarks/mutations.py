@@ -289,8 +289,8 @@ SCHEDULER = [
     Fault(
         "a prefill has a step too many",
         "scheduler/batching.py",
-        "(ceil(positions / size) - 1)",
-        "ceil(positions / size)",
+        "(math.ceil(positions / size) - 1)",
+        "math.ceil(positions / size)",
         ("tests/unit/scheduler/test_prefill.py",),
     ),
     Fault(

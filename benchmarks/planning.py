@@ -23,9 +23,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from scheduler.candidates import CandidateIndex
-from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.cost import encodings_of
-from scheduler.facts import CLIENT, PASS_SIZES, Link, Network, Peer, Place, Speed
+from scheduler.facts import CLIENT, DIMENSIONS, PASS_SIZES, Coordinate, Link, Network, Peer, Place, Speed
 from scheduler.route import best_route
 from splitnet.directory.record import KEY_PREFIX_BYTES, PeerRecord, SeenLink
 from splitnet.security.identity import Identity

@@ -40,8 +40,7 @@ from benchmarks.netlab.asking import Answer, Question, ask
 from benchmarks.netlab.slowed import Nursery, SlowedPeers
 from benchmarks.random_shapes import Shape, random_model
 from peers.links import MEASURED_AT_ONCE
-from scheduler.coordinates import Coordinate
-from scheduler.facts import Peer, Speed
+from scheduler.facts import Coordinate, Peer, Speed
 from scheduler.placement import choose_span
 from simulator.directory import View
 from simulator.engine import Simulation

@@ -1,4 +1,4 @@
-"""What a peer counts of its work, as cheaply as a decode step allows; `peers/metrics.py` tells it to others.
+"""What a peer counts of its work, for `peers/metrics.py`; as cheaply as a decode step allows.
 
 Every number has one writer at a time: the engine, or the thread that holds the lock of the service.
 """
@@ -21,20 +21,16 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 POSITIONS = tuple(2.0**power for power in range(13))
 ROWS = tuple(2.0**power for power in range(9))
 
-OTHER_CODEC = -1
-"""Stands for the codec of messages that carry neither activations nor gradients."""
-
+OTHER_CODEC = -1  # stands for the codec of messages that carry neither activations nor gradients
 _ENCODED = frozenset((Step, Result, Forward, Gradient))
 
 
 class WorkKind(StrEnum):
     """What a client has a peer compute."""
 
-    DECODE = "decode"
-    """A step of at most `DECODE_POSITIONS` positions."""
+    DECODE = "decode"  # a step of at most `DECODE_POSITIONS` positions
     PREFILL = "prefill"
-    REPLAY = "replay"
-    """Positions that were computed before, at another peer: a failover or a move to a better route."""
+    REPLAY = "replay"  # positions that were computed before, at another peer: a failover or a move to a better route
     FORWARD = "forward"
     BACKWARD = "backward"
 
@@ -50,31 +46,22 @@ class PassKind(StrEnum):
 class SessionEnd(StrEnum):
     """How a session ended."""
 
-    CLOSED = "closed"
-    """By its client."""
+    CLOSED = "closed"  # by its client
     EXPIRED = "expired"
-    REVOKED = "revoked"
-    """The owner of the peer has taken its key out of the list."""
-    HANDED_OVER = "handed_over"
-    """By its client, which had been told that the peer leaves and has replaced it."""
-    DROPPED = "dropped"
-    """By the peer, which ended or moved before the client had replaced it."""
+    REVOKED = "revoked"  # the owner of the peer has taken its key out of the list
+    HANDED_OVER = "handed_over"  # by its client, which had been told that the peer leaves and has replaced it
+    DROPPED = "dropped"  # by the peer, which ended or moved before the client had replaced it
 
 
 class Histogram:
-    """How many values fell into which bucket.
-
-    Args:
-        bounds: the largest value of each bucket, ascending; one more bucket takes what is larger.
-    """
+    """Counts of values by bucket; `bounds`: the largest value of each, ascending; one more bucket has no bound."""
 
     __slots__ = ("bounds", "counts", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-        """Sum of all values."""
+        self.total = 0.0  # sum of all values
 
     def observe(self, value: float) -> None:
         """Takes a value in."""
@@ -117,11 +104,11 @@ class Traffic:
         self._lock = threading.Lock()
 
     def count_sent(self, destination: Destination, message: Message, frames: Sequence[Payload]) -> None:
-        """Takes in a message that goes out."""
+        """Counts a message that goes out."""
         self._count(self._sent, destination, message, frames)
 
     def count_received(self, source: Destination, message: Message | None, frames: Sequence[Payload]) -> None:
-        """Takes in a message that came; None: the frames are none."""
+        """Counts a message that came; None: frames that are no message."""
         self._count(self._received, source, message, frames)
 
     def totals(self) -> tuple[Counter[tuple[bool, int]], Counter[tuple[bool, int]]]:
@@ -147,15 +134,11 @@ class Counters:
     """All that a peer counts from its start to its end, also when it moves to other blocks.
 
     Attributes:
-        work, passes: by kind.
+        work, passes: by kind; step_passes: packed passes of steps.
         refused: requests that were answered with a failure, by its code.
-        opened: sessions that were admitted.
-        ended: sessions that are no more.
+        opened, ended: sessions.
         moves: to other blocks.
         energy: of the device.
-
-    Args:
-        energy: None: nothing is known of it.
     """
 
     def __init__(self, energy: EnergyMeter | None = None) -> None:
@@ -167,10 +150,10 @@ class Counters:
         self.ended = dict.fromkeys(SessionEnd, 0)
         self.moves = 0
         self.traffic = Traffic()
-        # To look an enum up takes longer than to count.
+        # Looking an enum up takes longer than counting.
         self._decode, self._prefill = self.work[WorkKind.DECODE], self.work[WorkKind.PREFILL]
         self._replay = self.work[WorkKind.REPLAY]
-        self._step_passes = self.passes[PassKind.STEPS]
+        self.step_passes = self.passes[PassKind.STEPS]
 
     def step_began(self, work: Work) -> None:
         """A step has waited for its first pass."""
@@ -182,10 +165,6 @@ class Counters:
         counts.positions += count
         if not work.remaining:
             counts.steps += 1
-
-    def steps_passed(self, seconds: float, positions: int, rows: int) -> None:
-        """The device has run a packed pass of steps."""
-        self._step_passes.observe(seconds, positions, rows)
 
     def sequences_passed(self, kind: PassKind, work: PassWork, lengths: Sequence[int], seconds: float) -> None:
         """The device has run a pass over whole sequences of these lengths."""

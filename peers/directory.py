@@ -32,22 +32,18 @@ from splitnet.wire.messages import ENTRY_BYTES, Announce, Announced, Failure, Fa
 
 log = logging.getLogger(__name__)
 
-FRESH_S: Final = 1.0
-"""How old an answer may be."""
+FRESH_S: Final = 1.0  # how old an answer may be
 FRESH_PER_RECORD_S: Final = 0.1
 FRESH_CHANGES_S: Final = 10.0
 """How old an answer with changes may be: `FRESH_PER_RECORD_S` for each record, up to this. A client that asks for
 changes asks again soon, and reading many records takes a megabyte."""
-BYTES_PER_MINUTE: Final = 16 << 20
-"""Of answers to one key: a full directory a few times, or some thousand small swarms."""
+BYTES_PER_MINUTE: Final = 16 << 20  # of answers to one key: a full directory a few times, or some thousand small swarms
 BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE
 """To all keys, of answers about this peer's own model; half as much of each other kind of question."""
-LOOK_UP_BYTES: Final = 4096
-"""What a question costs besides its answer."""
+LOOK_UP_BYTES: Final = 4096  # what a question costs besides its answer
 READ_BYTES: Final = 1 << 18
 """What a question about another model than this peer's costs besides, as the directory is read for it alone."""
-ANNOUNCEMENTS_PER_MINUTE: Final = 256
-"""Of one key; a peer announces itself four times."""
+ANNOUNCEMENTS_PER_MINUTE: Final = 256  # of one key; a peer announces itself four times
 PASSED_ON_PER_MINUTE: Final = ANNOUNCEMENTS_PER_MINUTE * 3 // 4
 """Of those of all keys together. They go on under this peer's key, which is to have room to announce itself."""
 RECORDS_PER_ANNOUNCER: Final = 64
@@ -55,15 +51,10 @@ RECORDS_PER_ANNOUNCER: Final = 64
 WAITING_PER_KEY: Final = 4
 MAX_WAITING: Final = 1024
 """Of all keys: half of it for questions about this peer's own model, and announcements, the rest for other kinds."""
-MAX_MODELS: Final = 16
-"""Answers that are kept, or being made."""
-MAX_KEYS: Final = 4096
-"""Of which it is known what they have used."""
-
-REFRESH_S: Final = 15.0
-"""How often a peer announces itself."""
-SOON: Final = 3
-"""Changes that are told at once within one `refresh_s`; more wait until the first is that old."""
+MAX_MODELS: Final = 16  # answers that are kept, or being made
+MAX_KEYS: Final = 4096  # of which it is known what they have used
+REFRESH_S: Final = 15.0  # how often a peer announces itself
+SOON: Final = 3  # changes that are told at once within one `refresh_s`; more wait until the first is that old
 FIRST_TRIES: Final = 3
 """Of the first announcement, before the peer gives up: just after nodes of the DHT were lost it answers late."""
 
@@ -71,12 +62,9 @@ FIRST_TRIES: Final = 3
 class _About(StrEnum):
     """What a question is about. Each kind has bytes and places of its own, so that none takes those of another."""
 
-    OWN = "own"
-    """This peer's model, or all models."""
-    KNOWN = "known"
-    """Another model of a closed swarm: only members can name it."""
-    OTHER = "other"
-    """Anything else, which anybody may name."""
+    OWN = "own"  # this peer's model, or all models
+    KNOWN = "known"  # another model of a closed swarm: only members can name it
+    OTHER = "other"  # anything else, which anybody may name
 
 
 _Payer = tuple[_About, bytes]
@@ -90,8 +78,7 @@ class _Reading:
 
     waiting: list[tuple[Connection, LookUp, _Payer]] = field(default_factory=list[tuple[Connection, LookUp, _Payer]])
     parts: list[bytes] | None = None
-    told: DirectoryDelta | None = None
-    """None: nothing is known of this model."""
+    told: DirectoryDelta | None = None  # None: nothing is known of this model
     fresh_changes_s: float = FRESH_S
     read_at: float = 0.0
 
@@ -113,15 +100,13 @@ class DirectoryService:
     def __init__(self, directory: SwarmDirectory, model: str, outbox: Answering, swarm: OpenSwarm = OPEN) -> None:
         self._directory = directory
         self._swarm = swarm
-        self._home = {swarm.place(""): "", swarm.place(model): model}
-        """By how questions name them."""
+        self._home = {swarm.place(""): "", swarm.place(model): model}  # by how questions name them
         self._outbox = outbox
         self._readings: OrderedDict[tuple[str, int], _Reading] = OrderedDict()
         """By model and depth; the one that was begun last is the last."""
         self._known: dict[int, tuple[float, dict[str, str]]] = {}
         """Of a closed swarm, by depth: when its models were read, and they by how questions name them."""
-        self._waiting: Counter[_Payer] = Counter()
-        """Questions and announcements that are not answered yet."""
+        self._waiting: Counter[_Payer] = Counter()  # questions and announcements that are not answered yet
         self._waiting_in: Counter[_About] = Counter()
         self._bytes: OrderedDict[_Payer, TokenBucket] = OrderedDict()
         self._announcements: OrderedDict[bytes, TokenBucket] = OrderedDict()
@@ -426,8 +411,7 @@ class Announcer:
         self._refresh_s = refresh_s
         self._leaving = threading.Event()
         self._soon = threading.Event()
-        self._soon_at: deque[float] = deque(maxlen=SOON)
-        """When changes were told that were not waited for."""
+        self._soon_at: deque[float] = deque(maxlen=SOON)  # when changes were told that were not waited for
         self._moved = False
         self._publishing = threading.Lock()
         self._withdrawn = False

@@ -1,51 +1,57 @@
 """The loop that owns the device: takes ready steps, runs them as one packed pass, hands the results on.
 
-Between these it runs passes over whole sequences of clients that train, piece by piece.
+Between these it runs passes over whole sequences of clients that train, piece by piece. How fast the device runs its
+blocks is timed at the start, and corrected by every pass.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import platform
 import threading
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from peers.counters import Counters, PassKind
-from peers.queue import WorkQueue
+from peers.counters import PassKind
+from peers.power import EnergyMeter
 from peers.service import SessionService
-from peers.sessions import GradientSum, PassWork, Session, SessionTooLong, Work, is_quick
-from peers.speed import ObservedSpeed, measure_speed
-from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
-from scheduler.load import Load
+from peers.sessions import GradientSum, PassWork, Session, SessionTooLong, Work
+from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, MovingAverage
+from scheduler.facts import PASS_SIZES, Speed
 from splitnet.blocks.adapters import Adapter, read_tensors, write_groups
 from splitnet.blocks.passes import GRAPH_BYTES, SpanPasses
 from splitnet.blocks.span import Chunk as SpanChunk
 from splitnet.blocks.span import Span
 from splitnet.errors import AdapterError, CodecError, PeerBusy, ProtocolError
-from splitnet.quant.device import Stopwatch, end_threads, seconds_after_work, to_device, to_host
+from splitnet.paths import KnownFigures
+from splitnet.quant import native
+from splitnet.quant.device import Stopwatch, end_threads, seconds_after_work, to_device, to_host, trim_memory
+from splitnet.version import __version__
 from splitnet.wire.codecs import codec_by_code
 from splitnet.wire.messages import Chunk, FailureCode, FetchKV, Forward, Gradient
 
 log = logging.getLogger(__name__)
 
-SHORT_S = 0.02
-"""A step that takes no longer may run in the thread that received it: nothing else is received meanwhile."""
+SHORT_S = 0.02  # a step that takes no longer may run in the thread that received it: nothing else is received meanwhile
+TELL_S = 60.0  # how often the same error is logged at most: a client may cause it a thousand times a second
+SHARE = 0.1  # weight of the latest pass in the average
+DISTURBED = 2.0  # a pass this much slower than a smaller one foretells is timed once more: others may have computed
 
-TELL_S = 60.0
-"""How often the same error is logged at most: a client may cause it a thousand times a second."""
-
-_told: dict[tuple[type[Exception], int], float] = {}
-"""When errors were told, by kind and place in the code."""
+_told: dict[tuple[type[Exception], int], float] = {}  # when errors were told, by kind and place in the code
 
 
 def failure_of(error: Exception, what: str) -> tuple[FailureCode, str]:
-    """Code and text for an error that came while `what` was computed; its cause goes to the log.
+    """Code and text for an error of `what` while it was computed; the cause goes to the log if it is not the client's.
 
-    An adapter that does not fit is the client's own: some layers show it only when they run.
+    Some layers show only when they run that an adapter does not fit.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return FailureCode.BUSY, "the device ran out of memory"
@@ -63,43 +69,180 @@ def failure_of(error: Exception, what: str) -> tuple[FailureCode, str]:
     return FailureCode.INTERNAL, f"the peer could not compute this {what}; see its log"
 
 
+def _refusal(error: Exception, what: str) -> tuple[FailureCode, str]:
+    """Code and text for an error of what was to be computed: as `failure_of`, if it is not about the message."""
+    for kind, code in _CODES.items():
+        if isinstance(error, kind):
+            return code, str(error)
+    return failure_of(error, what)
+
+
+_CODES = {
+    SessionTooLong: FailureCode.TOO_LONG,
+    CodecError: FailureCode.BAD_MESSAGE,
+    ProtocolError: FailureCode.OUT_OF_ORDER,
+}
+"""By kind of error, special ones first."""
+
+
 class _Abandoned(Exception):
-    """The session has ended: nobody waits for its pass."""
+    """The session of a pass has ended."""
+
+
+class ObservedSpeed:
+    """Ms per block at each of `scheduler.facts.PASS_SIZES`.
+
+    Attributes:
+        on_measured: called when it was measured anew.
+    """
+
+    def __init__(self, block_ms: tuple[float, ...]) -> None:
+        self._speed = Speed(block_ms)
+        self.on_measured: Callable[[], None] = lambda: None
+
+    @property
+    def block_ms(self) -> tuple[float, ...]:
+        return self._speed.block_ms
+
+    def pass_s(self, positions: int, blocks: int) -> float:
+        """Seconds that a pass of so many positions takes."""
+        return blocks * self._speed.at(positions) / 1000
+
+    def replace(self, measured: ObservedSpeed) -> None:
+        """Takes over a new measurement."""
+        self._speed = measured._speed
+        self.on_measured()
+
+    def observe(self, positions: int, blocks: int, elapsed_ms: float) -> None:
+        """Takes in one pass: corrects the sizes on both sides of it."""
+        factor = elapsed_ms / blocks / max(self._speed.at(positions), 1e-6)
+        correction = MovingAverage(SHARE, 1.0).add(factor)
+        above = min(bisect_left(PASS_SIZES, positions), len(PASS_SIZES) - 1)
+        touched = {above} if positions >= PASS_SIZES[above] else {above - 1, above}
+        self._speed = Speed(
+            tuple(value * correction if index in touched else value for index, value in enumerate(self.block_ms))
+        )
+
+
+def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -> ObservedSpeed | None:
+    """Times passes of all sizes through the span; the first is a warm-up. None: it was interrupted between two.
+
+    A position of a larger pass takes at most about as long as one of a smaller, as it shares the weights with more.
+    So a long pass runs once, and only again (twice at most) if it takes far longer than that.
+
+    Call it from the thread that uses the span.
+    """
+    # A generator of its own: the common one may be seeded by others in this process.
+    hidden = torch.randn(PASS_SIZES[-1], span.hidden_size, generator=torch.Generator().manual_seed(0))
+    blocks = span.end - span.start
+
+    def elapsed_ms(positions: int) -> float:
+        began = seconds_after_work(span.device)
+        span.forward(hidden[:positions], [SpanChunk(span.new_row(), 0, positions)])
+        return (seconds_after_work(span.device) - began) * 1000
+
+    elapsed_ms(PASS_SIZES[0])
+    block_ms: list[float] = []
+    for size in PASS_SIZES:
+        times: list[float] = []
+        predicted_ms = blocks * block_ms[-1] * size / PASS_SIZES[len(block_ms) - 1] if block_ms else 0.0
+        # A short pass is easily disturbed, a long one takes its time.
+        while len(times) < (3 if size <= 16 or min(times, default=0.0) > DISTURBED * predicted_ms else 1):
+            if interrupted():
+                return None
+            times.append(elapsed_ms(size))
+        block_ms.append(min(times) / blocks)
+    trim_memory()
+    return ObservedSpeed(tuple(block_ms))
+
+
+class KnownSpeeds:
+    """Speeds in a file, by what they depend on; anything else in it is ignored.
+
+    A peer measures again when it is idle, so a speed that has become wrong (another clock, other loads) is not used for
+    long.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._known = KnownFigures(file)
+
+    def find(self, span: Span, model: str) -> ObservedSpeed | None:
+        """The speed of the same blocks, held and computed in the same way; `model`: the fingerprint.
+
+        The span computes once, as it does when it is measured.
+        """
+        block_ms = self._known.find(_key(span, model))
+        if not _is_speed(block_ms):
+            return None
+        span.forward(torch.zeros(PASS_SIZES[0], span.hidden_size), [SpanChunk(span.new_row(), 0, PASS_SIZES[0])])
+        return ObservedSpeed(tuple(block_ms))
+
+    def keep(self, span: Span, model: str, speed: ObservedSpeed) -> None:
+        self._known.keep(_key(span, model), list(speed.block_ms))
+
+    def follow(self, span: Span, model: str, speed: ObservedSpeed) -> None:
+        """Keeps later measurements of `speed`, too. Refers to no span: a peer that moves frees the old one."""
+        key = _key(span, model)
+        speed.on_measured = lambda: self._known.keep(key, list(speed.block_ms))
+
+
+def speed_of(span: Span, model: str, file: Path | None, energy: EnergyMeter) -> ObservedSpeed:
+    """The speed of the span as known from an earlier start, or else measured now, by the thread that uses the span.
+
+    Args:
+        model: its fingerprint.
+        file: where speeds are kept for the next start; None: nowhere.
+        energy: counts what measuring takes.
+    """
+    known = KnownSpeeds(file) if file is not None else None
+    speed = known.find(span, model) if known is not None else None
+    if speed is None:
+        with energy.computing():
+            speed = measure_speed(span)
+        assert speed is not None
+        if known is not None:
+            known.keep(span, model, speed)
+    if known is not None:
+        known.follow(span, model, speed)
+    return speed
+
+
+def _is_speed(block_ms: Any) -> bool:
+    return (
+        isinstance(block_ms, list)
+        and len(block_ms) == len(PASS_SIZES)
+        and all(isinstance(value, float) and math.isfinite(value) and value > 0 for value in block_ms)
+    )
+
+
+def _key(span: Span, model: str) -> str:
+    """All that a speed depends on and does not change by itself."""
+    device = torch.cuda.get_device_name(span.device) if span.device.type == "cuda" else native.processor()
+    return " ".join(
+        (
+            *(f"splitnet-{__version__}", f"torch-{torch.__version__}", f"kernels-{native.version()}"),
+            *(f"{platform.node()}/{span.device}/{device}", f"threads-{torch.get_num_threads()}"),
+            *(model, f"{span.start}:{span.end}", span.weights.kind, str(span.dtype)),
+        )
+    )
 
 
 class Engine:
-    """Runs steps through a span until closed.
+    """Runs the steps of a service through a span until closed; `speed` is updated with every pass."""
 
-    Args:
-        span: the blocks.
-        service: prepares each step and takes its output.
-        queue: where steps come from.
-        speed, load: updated with every pass.
-        counters: what the peer counts; None: nobody reads it.
-    """
-
-    def __init__(
-        self,
-        span: Span,
-        service: SessionService,
-        queue: WorkQueue,
-        speed: ObservedSpeed,
-        load: Load,
-        counters: Counters | None = None,
-    ) -> None:
+    def __init__(self, span: Span, service: SessionService, speed: ObservedSpeed) -> None:
         self._span = span
         self._service = service
-        self._queue = queue
+        self._queue = queue = service.queue
         self._speed = speed
-        self._load = load
-        self._counters = counters or Counters()
+        self._load = service.load
+        self._training = service.training
+        self._counters = service.counters
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
         self._runs_here = span.device.type != "cpu" or torch.get_num_threads() == 1
-        self._turns = threading.Lock()
-        """Held by the thread that runs what was waiting."""
+        self._turns = threading.Lock()  # held by the thread that runs what was waiting
         self._publish_speed()
-        self._running: PassWork | None = None
-        """The pass over whole sequences that the device is at."""
+        self._running: PassWork | None = None  # the pass over whole sequences that the device is at
         self._piece_began = 0.0
         blocks = span.end - span.start
         graph_bytes = max(GRAPH_BYTES, service.training_memory.limit // 4)
@@ -109,7 +252,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
-        """Begins to compute. From now on `run_here` is to be called after messages were received.
+        """Begins to compute; from now on call `run_here` after messages were received.
 
         Call it from the thread that has loaded the blocks, which computes no more.
         """
@@ -118,7 +261,7 @@ class Engine:
         self._thread.start()
 
     def measure_when_idle(self) -> None:
-        """Times the device again, here between passes, as nothing else may use it meanwhile; gives way to work."""
+        """Times the device again between passes, as nothing else may use it meanwhile; gives way to work."""
         self._queue.put_idle_job(self._measure)
 
     def close(self) -> None:
@@ -130,15 +273,15 @@ class Engine:
             pass
 
     def run_here(self) -> None:
-        """Runs a short decode step that waits alone, in the thread that has received it; another thread runs all else.
+        """Runs a short decode step that waits alone in the thread that has received it; the engine's runs all else.
 
         Handing a step to another thread and its output back takes some tenths of a millisecond. Where several threads
-        share the work, the engine's thread runs all of it: OpenMP has helpers for each thread that computes, and more
-        of them than cores are slow.
+        share the work of a pass, the engine's thread runs all of it: OpenMP has helpers for each thread that computes,
+        and more of them than cores are slow.
         """
         if self._runs_here and self._turns.acquire(blocking=False):
             try:
-                work = self._queue.take_short(SHORT_S, is_quick)
+                work = self._queue.take_short(SHORT_S)
                 if work is not None:
                     self._run_steps([(work, work.remaining)])
                     return
@@ -200,20 +343,12 @@ class Engine:
             payload = memoryview(work.step.payload)[work.done * size : (work.done + count) * size]
             work.hidden = codec.decode(payload, count, self._span.hidden_size)
             return bool(work.done) or not self._catches_up(work)
-        except SessionTooLong as error:
-            self._give_up(work, FailureCode.TOO_LONG, str(error))
-        except CodecError as error:
-            self._give_up(work, FailureCode.BAD_MESSAGE, str(error))
-        except PeerBusy as error:
-            self._give_up(work, FailureCode.BUSY, str(error))
-        except ProtocolError as error:
-            self._give_up(work, FailureCode.OUT_OF_ORDER, str(error))
         except Exception as error:
-            self._give_up(work, *failure_of(error, "step"))
+            self._give_up(work, *_refusal(error, "step"))
         return False
 
     def _catches_up(self, work: Work) -> bool:
-        """After a rewind far back, runs some of what is to run once more; False: little is left, so the step can run.
+        """After a rewind far back, computes some positions again; False: few are left, so the step can run.
 
         One pass at a time: so steps of others run meanwhile, and the client sees progress.
         """
@@ -228,7 +363,7 @@ class Engine:
         return False
 
     def _compute(self, ready: list[tuple[Work, int]]) -> None:
-        """Runs a pass; if that fails, each of its steps alone, so that none fails for another's sake."""
+        """Runs a pass; if that fails, each of its steps alone, so that none fails because of another."""
         began = time.monotonic()
         try:
             with self._counters.energy.computing():
@@ -271,7 +406,7 @@ class Engine:
         wanted = self._wanted(ready, output)
         elapsed_ms = watch.seconds * 1000
         computed_s = time.thread_time() - began_cpu
-        # First of all, since the next hops wait for it. All that they gather comes at once.
+        # First of all, since the next hops wait for it. Steps that they gather arrive at once.
         with self._service.outbox.together() if len(ready) > 1 else nullcontext():
             computed = self._hand_on(ready, wanted, elapsed_ms)
         self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
@@ -281,12 +416,12 @@ class Engine:
         self._observe_load(ready, fresh, began_at, elapsed_ms)
         for work, count in computed:
             self._counters.step_computed(work, count)
-        self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
+        self._counters.step_passes.observe(elapsed_ms / 1000, len(hidden), len(parts))
 
     def _hand_on(
         self, ready: list[tuple[Work, int]], wanted: list[torch.Tensor], elapsed_ms: float
     ) -> list[tuple[Work, int]]:
-        """Takes in what is wanted of a pass, and sends on what is finished; returns those that have not failed."""
+        """Keeps what is wanted of a pass, and sends on finished steps; returns the steps that have not failed."""
         computed = list[tuple[Work, int]]()
         for (work, count), values in zip(ready, wanted, strict=True):
             work.hidden = None
@@ -303,7 +438,7 @@ class Engine:
         return computed
 
     def _wanted(self, ready: list[tuple[Work, int]], output: torch.Tensor) -> list[torch.Tensor]:
-        """What is sent of the output of a pass, by step, on the CPU: copied at once."""
+        """What is sent of the output of a pass, by step, copied to the CPU at once."""
         own = output.split([count for _, count in ready])
         wanted = [
             _kept_rows(work.parts(count), each) if self._at_tail(work) else each
@@ -346,7 +481,7 @@ class Engine:
         self._load.observe(now, waits, others, elapsed_ms)
 
     def _run_pass(self, work: PassWork) -> None:
-        """Does what `work` asks for; whatever goes wrong is told its client."""
+        """Does what `work` asks for; its client is told of errors."""
         if work.session.closed:
             return
         work.wait_ms = (time.monotonic() - work.arrived_at) * 1000
@@ -363,12 +498,8 @@ class Engine:
                 self._adopt(work)
         except _Abandoned:
             pass
-        except CodecError as error:
-            self._service.training.failed(work, FailureCode.BAD_MESSAGE, str(error))
-        except ProtocolError as error:
-            self._service.training.failed(work, FailureCode.OUT_OF_ORDER, str(error))
         except Exception as error:
-            self._service.training.failed(work, *failure_of(error, "pass"))
+            self._training.failed(work, *_refusal(error, "pass"))
         finally:
             self._let_others_in(work)
 
@@ -379,7 +510,7 @@ class Engine:
             raise _Abandoned
 
     def _let_others_in(self, running: PassWork) -> None:
-        """Between two pieces of a pass over whole sequences: steps that are ready do not wait for all of it."""
+        """Runs ready steps between two pieces of a pass over whole sequences."""
         self._queue.charge(running.session, seconds_after_work(self._span.device) - self._piece_began)
         first = True
         while chosen := self._queue.take_between(running, PASS_POSITIONS, first=first):
@@ -393,9 +524,9 @@ class Engine:
         hidden = self._decode(message.codec, message.payload, message.positions)
         run = hidden, message.lengths, adapter, session.start, session.end
         nbytes = self._passes.bytes_to_keep(message.lengths, adapter, session.end - session.start)
-        if message.kept and nbytes is not None and self._service.training.may_keep_way(work, nbytes):
+        if message.kept and nbytes is not None and self._training.may_keep_way(work, nbytes):
             output, way = self._passes.forward_kept(*run, nbytes, reach=message.reach)
-            self._service.training.keep_saved(work, way)
+            self._training.keep_saved(work, way)
             del way
         else:
             output = self._passes.forward(*run, reach=message.reach)
@@ -403,7 +534,7 @@ class Engine:
         work.compute_ms = self._ms_since(began)
         session.done += message.positions
         self._counters.sequences_passed(PassKind.FORWARD, work, message.lengths, work.compute_ms / 1000)
-        self._service.training.forwarded(work, payload)
+        self._training.forwarded(work, payload)
 
     def _backward(self, work: PassWork, message: Gradient, began: float) -> None:
         session = work.session
@@ -411,7 +542,7 @@ class Engine:
         forward = work.forward.message
         adapter = self._adapter(work, forward)
         gradient = self._decode(message.codec, message.payload, forward.positions)
-        way = self._service.training.take_saved(work.forward)
+        way = self._training.take_saved(work.forward)
         if way is not None:
             gradient, by_adapter = self._passes.go_back(way, gradient)
         else:
@@ -424,13 +555,13 @@ class Engine:
         parts = write_groups(by_adapter) if by_adapter else []
         session.done += forward.positions
         self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, self._ms_since(began) / 1000)
-        self._service.training.went_back(work, payload, parts)
+        self._training.went_back(work, payload, parts)
 
     @staticmethod
     def _added_up(session: Session, message: Gradient, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The gradient by the adapter that goes to the client now: nothing, or the sum of its batch."""
+        """The gradient by the adapter that goes to the client now: none, or the sum of its batch."""
         before, session.gradient_sum = session.gradient_sum, None
-        # What an abandoned batch has left is of another epoch, or begins at another number.
+        # The sum of an abandoned batch is of another epoch, or begins at another number.
         if tensors and before is not None and (before.epoch, before.since) == (message.epoch, message.since):
             tensors = {name: before.tensors[name] + tensor for name, tensor in tensors.items()}
         if tensors and message.held:
@@ -449,14 +580,14 @@ class Engine:
         self._span.fit(adapter)
         session.adapter, session.adapter_version = adapter, work.parts[0].version
         session.gradient_sum = None  # of the former one, whose memory is given back
-        self._service.training.adapter_loaded(work)
+        self._training.adapter_loaded(work)
 
     def _fetch_kv(self, work: PassWork, message: FetchKV) -> None:
         session = work.session
         row = session.rows.get(message.row)
         if row is None or not 0 < message.length <= row.length:
             raise ProtocolError(f"there are no {message.length} positions of row {message.row}")
-        self._service.training.fetched_kv(work, write_groups(self._span.keys_and_values(row, message.length)))
+        self._training.fetched_kv(work, write_groups(self._span.keys_and_values(row, message.length)))
 
     def _adapter(self, work: PassWork, message: Forward) -> Adapter | None:
         session = work.session
@@ -483,7 +614,7 @@ class Engine:
 
     def _publish_speed(self) -> None:
         blocks = self._span.end - self._span.start
-        self._service.ms_per_position = blocks * self._speed.prefill_ms_per_block_position
+        self._service.ms_per_position = blocks * self._speed.block_ms[-1] / PASS_SIZES[-1]
 
 
 def _kept_rows(parts: Sequence[Chunk], output: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,7 @@ from splitnet.wire.endpoints import Endpoint
 
 log = logging.getLogger(__name__)
 
-FILE_TIMEOUT_S = 180.0
-"""How long a peer waits for the file with the address of the first peer."""
+FILE_TIMEOUT_S = 180.0  # how long a peer waits for the file with the address of the first peer
 
 
 class LanPresence:

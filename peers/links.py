@@ -14,8 +14,7 @@ from typing import Protocol
 from peers.counters import Traffic
 from peers.sessions import PassWork, Work
 from scheduler.candidates import by_use
-from scheduler.coordinates import MIN_HEIGHT_MS
-from scheduler.facts import Link, Network
+from scheduler.facts import MIN_HEIGHT_MS, Link, Network
 from scheduler.liveness import ANSWER_TRIPS, FIRST_TRIPS
 from splitnet.directory.record import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink, facts_of, place_of
 from splitnet.errors import SplitnetError
@@ -30,19 +29,13 @@ from splitnet.wire.messages import Message, Timing, encode
 log = logging.getLogger(__name__)
 
 MAX_NEXT_HOPS = 64
-PROBE_S = 2.0
-"""How often the links that sessions use are measured."""
-
+PROBE_S = 2.0  # how often the links that sessions use are measured
 MEASURED_AT_ONCE = 8
 """Half of them for the place of the peer: those that it knows least about. The others are those that routes need."""
-USEFUL_S = 600.0
-"""How long a peer relies on a measurement of a link."""
-RENEW_S = 60.0
-"""After that the links that it publishes are measured again, one after the other."""
-
+USEFUL_S = 600.0  # how long a peer relies on a measurement of a link
+RENEW_S = 60.0  # after that the links that it publishes are measured again, one after the other
 ASKED_AT_ONCE = 32
-HEARD_S = 600.0
-"""After which a peer that has answered is asked again."""
+HEARD_S = 600.0  # after which a peer that has answered is asked again
 KEPT_HEARD = 4096
 
 
@@ -162,16 +155,12 @@ class Neighbours:
         self._links = links
         self._prober = prober
         self._own = own
-        self._seen: dict[str, tuple[float, Link]] = {}
-        """When which link was measured, by key text."""
+        self._seen: dict[str, tuple[float, Link]] = {}  # when which link was measured, by key text
         self._used: dict[str, tuple[float, float]] = {}
         """When what round trip was seen of links that sessions used, in ms, by key text."""
-        self._answered: dict[Endpoint, int] = {}
-        """The latest ping that came back on links that sessions use."""
-        self._tried_at: dict[str, float] = {}
-        """The same of those that were silent, too."""
-        self._useful: Sequence[str] = ()
-        """Those of the measured ones to which a chain may go on, the most useful first."""
+        self._answered: dict[Endpoint, int] = {}  # the latest ping that came back on links that sessions use
+        self._tried_at: dict[str, float] = {}  # the same of those that were silent, too
+        self._useful: Sequence[str] = ()  # those of the measured ones to which a chain may go on, the most useful first
         self._random = random.Random()
         self._heard_at: dict[Endpoint, float] = {}
         self._asked_at: dict[Endpoint, float] = {}

@@ -30,10 +30,10 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from peers.admission import Purpose
 from peers.counters import OTHER_CODEC, Counters, Histogram
 from peers.server import Peer, SpanServer
 from peers.service import SessionService
+from peers.sessions import Purpose
 from scheduler import facts as swarm
 from scheduler.cost import hop_joules
 from splitnet.errors import AddressInUse, SplitnetError
@@ -43,11 +43,8 @@ from splitnet.wire.codecs import CODECS
 log = logging.getLogger(__name__)
 
 PATH = "/metrics"
-REQUEST_S = 5.0
-"""How long a connection lasts at most."""
-MOST_CONNECTIONS = 16
-"""At the same time: for one more the oldest ends."""
-
+REQUEST_S = 5.0  # how long a connection lasts at most
+MOST_CONNECTIONS = 16  # at the same time: for one more the oldest ends
 Label = TypeVar("Label", bound=str)
 
 _CODEC_NAMES = {codec.code: name for name, codec in CODECS.items()} | {OTHER_CODEC: "other"}
@@ -59,8 +56,7 @@ class Present:
     """What is true of a peer now."""
 
     info: dict[str, str]
-    serves: bool
-    """Takes new sessions."""
+    serves: bool  # takes new sessions
     blocks: int
     sessions: int
     kv_reserved_bytes: int
@@ -75,10 +71,8 @@ class Present:
     ended_connections: Mapping[str, int]
     dropped_messages: int
     buffer_bytes: Mapping[str, int]
-    token_joules: float
-    """Of a decoded token in all blocks; 0: not known."""
-    relays: int
-    """Helpers through which it is reached."""
+    token_joules: float  # of a decoded token in all blocks; 0: not known
+    relays: int  # helpers through which it is reached
     tunnelled: int
     helped_peers: int
     helped_streams: int
@@ -271,7 +265,7 @@ def _cached_bytes(service: SessionService, server: SpanServer | None) -> int:
 def _token_joules(peer: Peer, server: SpanServer | None) -> float:
     if server is None:
         return 0.0
-    span, (_, batch) = server.span, server.load.at(time.monotonic())
+    span, (_, batch) = server.span, server.service.load.at(time.monotonic())
     speed = swarm.Speed(server.speed.block_ms)
     facts = swarm.Peer("", span.start, span.end, speed, batch=batch, watts=peer.counters.energy.watts)
     return hop_joules(facts, span.end - span.start) or 0.0
@@ -379,8 +373,7 @@ class _Server(ThreadingTCPServer):
         self.address_family = family
         self.names = {"localhost", host.lower(), socket.gethostname().lower()}
         """By which requests may name this machine."""
-        self._until: dict[socket.socket, float] = {}
-        """Of connections that have not ended, the oldest first."""
+        self._until: dict[socket.socket, float] = {}  # of connections that have not ended, the oldest first
         self._places = threading.BoundedSemaphore(2 * MOST_CONNECTIONS)
         super().__init__(address[:2], _Handler)  # pyright: ignore[reportArgumentType]
 

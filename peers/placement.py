@@ -16,8 +16,7 @@ import torch
 
 from peers.links import NextHops
 from peers.options import SpanWish
-from scheduler.coordinates import Coordinate
-from scheduler.facts import missing_blocks
+from scheduler.facts import Coordinate, missing_blocks
 from scheduler.liveness import ANSWER_S, HOLDER_LOST_S, HOLDER_SILENT_S
 from scheduler.moves import Move, Willingness, best_move
 from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span, work_ms
@@ -36,31 +35,21 @@ log = logging.getLogger(__name__)
 LINK_CODEC = "int8"
 
 TRIED_AT_ONCE = 32
-WITNESSES = 5
-"""The nearest of the first peers that answer: most of their coordinates decide which other peers are near."""
-PROBED = 4
-"""Peers that answer and are sent 64 KiB, which measures what this machine can send."""
-
+WITNESSES = 5  # the nearest of the first peers that answer: most of their coordinates decide which other peers are near
+PROBED = 4  # peers that answer and are sent 64 KiB, which measures what this machine can send
 READ_BYTES = 32 * 2**20
-READS = 3
-"""Of memory; the fastest one tells how fast the device reads."""
-
-FEW = 3
-"""Servers of a block that may all be lost at once."""
-
+READS = 3  # of memory; the fastest one tells how fast the device reads
+FEW = 3  # servers of a block that may all be lost at once
 MAX_WATCHED = 16
 
-LOOK_S = 15.0
-"""How often a peer looks at the records of all others, at most."""
+LOOK_S = 15.0  # how often a peer looks at the records of all others, at most
 QUICK_LOOK_S = 2.0
 LOOK_PER_PEER_S = 0.3
 """Small swarms are looked at more often: a hole is filled the sooner, and a lookup there costs little."""
 URGENT_LOOK_S = 1.0
 URGENT_LOOK_PER_PEER_S = 0.05
 """While some blocks have no server: the peer that is to move then waits for the records of others."""
-CHECK_S = 0.5
-"""How often a peer checks whether the peers that it watches are there."""
-
+CHECK_S = 0.5  # how often a peer checks whether the peers that it watches are there
 Blocks = tuple[int, int]
 
 
@@ -300,8 +289,7 @@ class HolderWatch:
     def __init__(self, links: NextHops, state: Callable[[Endpoint], LinkState]) -> None:
         self._links = links
         self._state = state
-        self._heard_at: dict[Endpoint, float | None] = {}
-        """In seconds; None: not yet."""
+        self._heard_at: dict[Endpoint, float | None] = {}  # in seconds; None: not yet
         self._lock = threading.Lock()
 
     def watch(self, records: Iterable[PeerRecord]) -> None:
@@ -368,8 +356,7 @@ class Relocation:
         self._gone: frozenset[PublicKey] = frozenset()
         self._issued: dict[PublicKey, float] = {}
         """Of the records of those that are gone: when they had been, as of the loss."""
-        self._heard_of: set[tuple[PublicKey, Blocks]] = set()
-        """Moves of others that were announced."""
+        self._heard_of: set[tuple[PublicKey, Blocks]] = set()  # moves of others that were announced
         self._pause_s = QUICK_LOOK_S
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._look_often, name="splitnet-place", daemon=True)

@@ -22,22 +22,15 @@ from scheduler.facts import MAX_WATTS
 
 log = logging.getLogger(__name__)
 
-HALF_LIFE_S = 20.0
-"""Of computing: energy of before that counts half."""
-
-SENSOR_S = 0.5
-"""A sensor is read at most this often: over I2C that takes a millisecond."""
-
-MOST_WATTS = 2000.0
-"""Of one counter. One that leaps by more was set back, and did not wrap."""
+HALF_LIFE_S = 20.0  # of computing: energy of before that counts half
+SENSOR_S = 0.5  # a sensor is read at most this often: over I2C that takes a millisecond
+MOST_WATTS = 2000.0  # of one counter. One that leaps by more was set back, and did not wrap.
 
 
 SYSFS = Path("/sys")
 
 _MICRO = 1e-6
-_OTHER_DEVICES = frozenset({"amdgpu", "radeon", "nouveau", "i915", "xe"})
-"""Chips whose power is that of a GPU."""
-
+_OTHER_DEVICES = frozenset({"amdgpu", "radeon", "nouveau", "i915", "xe"})  # chips whose power is that of a GPU
 _WHOLE = re.compile(r"VDD_IN|POM_5V_IN|.*total.*", re.IGNORECASE)
 """Labels of a sensor that includes all others of its board."""
 

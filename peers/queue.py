@@ -1,6 +1,6 @@
 """Work that waits for the device, and which of it runs next.
 
-As long as one client's key alone is active, decode comes first, then prefill, then passes over whole sequences
+While one client's key alone is active, decode comes first, then prefill, then passes over whole sequences
 (`scheduler/batching.py:next_pass`). When several are, keys share the device's time (`scheduler/fairness.py`).
 """
 
@@ -11,8 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-from peers.admission import MemoryAccount, Purpose
-from peers.sessions import PassWork, Session, Work
+from peers.sessions import MemoryAccount, PassWork, Purpose, Session, Work, is_quick
 from scheduler.batching import DECODE_POSITIONS, MAX_PASSED_OVER, UNSENT_BYTES, BatchingDelay, next_pass
 from scheduler.fairness import CHUNK_S, FairPasses
 from scheduler.liveness import STUCK_S
@@ -20,15 +19,12 @@ from splitnet.errors import PeerBusy
 from splitnet.wire.endpoints import Endpoint
 
 MAX_SESSION_PASSES = 64
-MAX_KEY_PASSES = 256
-"""Passes over whole sequences, adapters and look-ups that may wait, of one session and of one key."""
-
-LOOK_S = 0.02
-"""How often it is looked whether a way is free again for which all wait."""
+MAX_KEY_PASSES = 256  # passes over whole sequences, adapters and look-ups that may wait, of one session and of one key
+LOOK_S = 0.02  # how often it is looked whether a way is free again for which all wait
 
 
 class WorkQueue:
-    """First steps of all sessions that have work, and passes over whole sequences.
+    """First steps of all sessions that have work, and passes over whole sequences. Thread-safe.
 
     A session is busy while its step is in a pass, so steps of one session never overtake each other.
 
@@ -39,7 +35,9 @@ class WorkQueue:
         unsent: bytes that wait for the link to a next hop.
 
     Attributes:
+        closed: nothing runs any more.
         delay: of the sessions, by id, that steps are waited for.
+        defers: `put` leaves it to the caller to wake the engine, by `Engine.run_here`.
     """
 
     def __init__(
@@ -59,21 +57,14 @@ class WorkQueue:
         self._ways: dict[Endpoint, tuple[int, float]] = {}
         """Of prompts that are ready: bytes that wait for the way, and since when they have not become fewer."""
         self._changed = threading.Condition()
-        self._closed = False
-        self._passes: OrderedDict[bytes, dict[PassWork, None]] = OrderedDict()
-        """By key."""
+        self.closed = False
+        self._passes: OrderedDict[bytes, dict[PassWork, None]] = OrderedDict()  # by key
         self._next_pass_of: bytes | None = None
         self._idle_job: Callable[[], None] | None = None
-        self.defers = False
-        """Whether `put` leaves it to the caller to wake the engine, by `Engine.run_here`."""
+        self.defers = False  # whether `put` leaves it to the caller to wake the engine, by `Engine.run_here`
         self._turns_without_pass = 0
         self.queued_positions = 0
-        self.pass_positions = 0
-        """Of passes that wait or run."""
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
+        self.pass_positions = 0  # of passes that wait or run
 
     @property
     def has_work(self) -> bool:
@@ -89,7 +80,7 @@ class WorkQueue:
         with self._changed:
             session = work.session
             while len(session.waiting) > self._begun(session) and _supersedes(work, session.waiting[-1]):
-                self._drop_last(session)
+                self._drop(session.waiting.pop())
             if not session.waiting:
                 self._ready.pop(session, None)
             self.memory.take(session, Purpose.STEPS, work.nbytes)
@@ -109,14 +100,10 @@ class WorkQueue:
             if self.has_work:
                 self._changed.notify()
 
-    def take_short(self, within_s: float, is_quick: Callable[[Work], bool]) -> Work | None:
-        """Takes the decode step that is all there is to do, if it takes no longer, and nothing is expected to join it.
-
-        Args:
-            is_quick: whether a step takes no longer than its positions do.
-        """
+    def take_short(self, within_s: float) -> Work | None:
+        """Takes the decode step that is all there is to do, if it is short and no other is expected to join it."""
         with self._changed:
-            if len(self._ready) != 1 or self._passes or self._closed:
+            if len(self._ready) != 1 or self._passes or self.closed:
                 return None
             session = next(iter(self._ready))
             work = session.waiting[0]
@@ -161,10 +148,10 @@ class WorkQueue:
             self._changed.notify()
 
     def take_pass(self) -> PassWork | None:
-        """The pass whose turn it is, if any; `release_pass` ends it."""
+        """The pass whose turn it is, or None; `release_pass` ends it."""
         with self._changed:
             self._turns_without_pass = 0
-            if not self._passes or self._closed:
+            if not self._passes or self.closed:
                 return None
             owner, self._next_pass_of = self._next_pass_of, None
             if owner not in self._passes:
@@ -189,27 +176,27 @@ class WorkQueue:
             return discarded
 
     def put_idle_job(self, job: Callable[[], None]) -> None:
-        """Leaves something to do on the engine's thread when nothing else waits; replaces what was left before."""
+        """Leaves a job for the engine's thread when nothing else waits, in place of the one left before."""
         with self._changed:
             self._idle_job = job
             self._changed.notify()
 
     def take_idle_job(self) -> Callable[[], None] | None:
-        """What was left for when nothing else waits, if nothing does."""
+        """The job, if nothing else waits."""
         with self._changed:
-            if self.has_work or self._closed:
+            if self.has_work or self.closed:
                 return None
             job, self._idle_job = self._idle_job, None
             return job
 
     def gather(self) -> None:
-        """Waits for work, and then for what is about to come, as long as it keeps coming."""
+        """Waits for work, and then for steps that are expected, while they keep coming."""
         with self._changed:
             self._wait_for_work()
             ready = 0
             while len(self._ready) > ready and (delay_s := self.delay.delay_s(len(self._ready))):
                 ready, until = len(self._ready), time.monotonic() + delay_s
-                while len(self._ready) == ready and not self._closed and (left := until - time.monotonic()) > 0:
+                while len(self._ready) == ready and not self.closed and (left := until - time.monotonic()) > 0:
                     self._changed.wait(left)
 
     def take(self, max_positions: int) -> list[tuple[Work, int]]:
@@ -220,7 +207,7 @@ class WorkQueue:
         """
         with self._changed:
             self._wait_for_work()
-            while self.has_work and not self._closed:
+            while self.has_work and not self.closed:
                 ready = self._not_held()
                 if not ready and not self._passes:
                     self._changed.wait(LOOK_S)
@@ -229,7 +216,7 @@ class WorkQueue:
                     if not ready or (self._passes and self._turns_without_pass >= MAX_PASSED_OVER):
                         return []
                     self._turns_without_pass += 1
-                    return self._take_unshared(ready, max_positions)
+                    return self._begin(self._next_pass(ready, max_positions))
                 chosen = self._take_shared(ready, max_positions, [*(each.owner for each in ready), *self._passes])
                 if chosen is not None:
                     return chosen
@@ -238,15 +225,14 @@ class WorkQueue:
     def take_between(self, running: PassWork, max_positions: int, *, first: bool) -> list[tuple[Work, int]]:
         """Steps that run between two pieces of a pass over whole sequences; empty: the pass goes on.
 
-        Args:
-            first: since the last piece.
+        first: of the calls since the last piece.
         """
         owner = running.session.owner
         with self._changed:
-            while not self._closed:
+            while not self.closed:
                 ready = self._not_held()
                 if not self._shares.contended(time.monotonic()):
-                    return self._take_unshared(ready, max_positions) if first and ready else []
+                    return self._begin(self._next_pass(ready, max_positions)) if first and ready else []
                 # Of its own key one pass of steps comes between two pieces.
                 ready = [session for session in ready if first or session.owner != owner]
                 keys = [*(session.owner for session in ready), owner]
@@ -288,7 +274,7 @@ class WorkQueue:
         """Forgets the steps of a session that no pass has begun: they will be sent again."""
         with self._changed:
             while len(session.waiting) > self._begun(session):
-                self._drop_last(session)
+                self._drop(session.waiting.pop())
             if not session.waiting:
                 self._ready.pop(session, None)
 
@@ -303,7 +289,7 @@ class WorkQueue:
 
     def close(self) -> None:
         with self._changed:
-            self._closed = True
+            self.closed = True
             self._changed.notify_all()
 
     def _not_held(self) -> list[Session]:
@@ -324,9 +310,6 @@ class WorkQueue:
         self._ways = ways
         return ready
 
-    def _take_unshared(self, ready: Sequence[Session], max_positions: int) -> list[tuple[Work, int]]:
-        return self._begin(self._next_pass(ready, max_positions))
-
     def _take_shared(
         self,
         ready: Sequence[Session],
@@ -338,12 +321,12 @@ class WorkQueue:
     ) -> list[tuple[Work, int]] | None:
         """The next pass when several keys are active; empty: a pass over whole sequences begins, or goes on.
 
-        None: it was waited for a key that has had less; look again.
+        None: it has waited for a key that has had less; look again.
 
         Args:
             ready: sessions that may run.
             keys: that have work.
-            goes_on: whose pass over whole sequences runs.
+            goes_on: the key whose pass over whole sequences runs.
             own_steps: whether steps of that key may come before it.
         """
         now = time.monotonic()
@@ -388,7 +371,6 @@ class WorkQueue:
         return list(counts.items())
 
     def _take_out(self, work: PassWork) -> None:
-        """Of those that wait."""
         session = work.session
         del session.passes[work]
         of_key = self._passes[session.owner]
@@ -402,15 +384,12 @@ class WorkQueue:
         self._shares.left(work.session.owner, time.monotonic())
 
     def _wait_for_work(self) -> None:
-        while not self.has_work and self._idle_job is None and not self._closed:
+        while not self.has_work and self._idle_job is None and not self.closed:
             self._changed.wait()
 
     def _begun(self, session: Session) -> int:
-        """How many of the waiting steps a pass has begun: the first, or none."""
+        """How many of the waiting steps a pass has begun: one or none."""
         return int(bool(session.waiting) and (session not in self._ready or session.waiting[0].done > 0))
-
-    def _drop_last(self, session: Session) -> None:
-        self._drop(session.waiting.pop())
 
     def _drop(self, work: Work) -> None:
         work.session.waiting_size -= work.size
@@ -420,7 +399,7 @@ class WorkQueue:
 
 
 def _supersedes(later: Work, earlier: Work) -> bool:
-    """Whether a step takes back all that one before it would do: both are of one row, and it begins no later."""
+    """Whether a step takes back all that an earlier one would do: both are of one row, and it begins no later."""
     for step in (later.step, earlier.step):
         if len(step.parts) != 1 or step.forks is not None or step.replay_until:
             return False

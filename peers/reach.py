@@ -26,12 +26,9 @@ from splitnet.wire.endpoints import Endpoint, LinkState, Relay, is_global
 
 log = logging.getLogger(__name__)
 
-ASKED = 2
-"""Peers that try to connect, each time, and as many helpers."""
-MOVED_S = 2.0
-"""How often the peer looks whether the machine has another address."""
-REACHED_S, UNREACHED_S, UNKNOWN_S = 600.0, 180.0, 60.0
-"""Time after which others are asked again, by their answers."""
+ASKED = 2  # peers that try to connect, each time, and as many helpers
+MOVED_S = 2.0  # how often the peer looks whether the machine has another address
+REACHED_S, UNREACHED_S, UNKNOWN_S = 600.0, 180.0, 60.0  # time after which others are asked again, by their answers
 
 
 class PeerWays:
@@ -89,8 +86,7 @@ class PeerWays:
         self._directory = directory
         self._ask_at = -math.inf
         self._mapping = PortMapping(transport.port) if options.port_mapping and self._asks else None
-        self._mapped: str | None = None
-        """What the router has given, and others reach."""
+        self._mapped: str | None = None  # what the router has given, and others reach
         inside = inside_of(listen, transport.port)
         self.hidden = UnreachablePeer(tunnels.loop, identity, inside, tunnels.behind, self._find, changed, vouched)
         self.helper: RelayServer | None = None

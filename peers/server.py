@@ -1,6 +1,6 @@
 """A running peer: it joins a swarm, puts directory, transport and service together, and moves to other blocks.
 
-All that serves one span is a `SpanServer`; a peer that moves replaces it.
+A `SpanServer` serves one span; a peer that moves replaces it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from peers.admission import KeyPolicy, MemoryAccount, ServedBlocks, SessionTable
 from peers.counters import Counters
 from peers.directory import Announcer, DirectoryService
-from peers.engine import Engine
+from peers.engine import Engine, KnownSpeeds, ObservedSpeed, speed_of
 from peers.joining import LanPresence, join_swarm
 from peers.links import Neighbours, NextHops, Outbox, TransportOutbox
 from peers.options import PeerOptions, Report
@@ -36,11 +35,9 @@ from peers.placement import (
 from peers.power import EnergyMeter, find_sources
 from peers.queue import WorkQueue
 from peers.reach import PeerWays
-from peers.service import SessionService
-from peers.sessions import AHEAD, TENSOR_BYTES
-from peers.speed import KnownSpeeds, ObservedSpeed, speed_of
+from peers.service import ServedBlocks, SessionService
+from peers.sessions import AHEAD, TENSOR_BYTES, KeyPolicy, MemoryAccount, SessionTable
 from peers.weights import DEFAULT_RATE, WeightService
-from scheduler.load import Load
 from splitnet.blocks.device import find_device
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -78,9 +75,7 @@ from splitnet.wire.messages import (
 
 log = logging.getLogger(__name__)
 
-MOVE_DRAIN_S = 15.0
-"""How long a peer that moves waits for its sessions to be taken over."""
-
+MOVE_DRAIN_S = 15.0  # how long a peer that moves waits for its sessions to be taken over
 FIRST_REMEASURE_S = 20.0
 
 LEAST_STEP_MEMORY = 128 * 2**20
@@ -92,18 +87,10 @@ class IsLeaving(Exception):
 
 
 class SpanServer:
-    """Serves one span; a peer that moves makes another one.
+    """Serves one span: a service for its sessions, and an engine for their steps.
 
     Args:
-        checkpoint: the model.
-        span: its blocks.
-        speed: of the device.
-        outbox: where messages go.
-        next_hops: the links to other peers.
-        kv_memory: bytes for KV caches; None: a quarter of the free memory.
-        training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
-        idle_s: seconds until an idle session is dropped.
-        counters: what the peer counts.
+        kv_memory, training_memory, idle_s: see `PeerOptions`.
         policy: what keys are granted; None: all, alike.
 
     Raises:
@@ -131,13 +118,12 @@ class SpanServer:
             )
         self.span = span
         self.speed = speed
-        self.load = Load()
         policy = policy or KeyPolicy()
         if kv_memory is None:
             kv_memory = free_memory(span.device) // 4
         keeps_logs = span.end < checkpoint.num_blocks
         usual = codec_by_name(DEFAULT_INT8).bytes_per_position(checkpoint.hidden_size)
-        self.sessions = SessionTable(
+        sessions = SessionTable(
             kv_memory,
             idle_s=idle_s,
             position_bytes=span.kv_bytes_per_position,
@@ -147,8 +133,8 @@ class SpanServer:
             num_blocks=checkpoint.num_blocks,
             keys=policy.keys,
         )
-        self.queue = WorkQueue(
-            partial(self.speed.pass_s, blocks=span.end - span.start),
+        queue = WorkQueue(
+            partial(speed.pass_s, blocks=span.end - span.start),
             policy.weight,
             MemoryAccount(
                 max(LEAST_STEP_MEMORY, kv_memory // 2), "no memory for waiting steps of", "send fewer at a time"
@@ -168,16 +154,15 @@ class SpanServer:
             training_memory = free_memory(span.device) // 8
         self.service = SessionService(
             served,
-            self.sessions,
-            self.queue,
+            sessions,
+            queue,
             outbox,
             next_hops,
             training_memory=training_memory,
             counters=counters,
             policy=policy,
-            load=self.load,
         )
-        self.engine = Engine(span, self.service, self.queue, self.speed, self.load, counters)
+        self.engine = Engine(span, self.service, speed)
         self._measured_at = time.monotonic()
         self._measure_after_s = FIRST_REMEASURE_S
 
@@ -187,8 +172,8 @@ class SpanServer:
         The longer it stays idle, the more rarely.
         """
         now = time.monotonic()
-        last = max(self._measured_at, self.load.last_at)
-        if now - last > self._measure_after_s and not self.queue.has_work:
+        last = max(self._measured_at, self.service.load.last_at)
+        if now - last > self._measure_after_s and not self.service.queue.has_work:
             self.engine.measure_when_idle()
             self._measured_at = now
             self._measure_after_s *= 2
@@ -196,13 +181,12 @@ class SpanServer:
     def drain(self, timeout_s: float) -> None:
         """Takes no new sessions, and tells the clients of the running ones to replace this peer.
 
-        Returns when no session is in use any more, or after `timeout_s` seconds. Clients of idle sessions notice when
-        they go on.
+        Returns when no session is in use any more, or after `timeout_s` seconds.
         """
         self.service.leave()
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and self.service.in_use(time.monotonic()):
-            self.sessions.wait_for_end(0.2)
+            self.service.sessions.wait_for_end(0.2)
 
     def close(self) -> None:
         """Stops computing, after the pass that is running, and ends all sessions."""
@@ -430,7 +414,7 @@ class Peer:
         if self._last_record is not None:
             return replace(self._last_record, issued_at=time.time())
         server = self.server
-        wait_ms, batch = server.load.at(time.monotonic())
+        wait_ms, batch = server.service.load.at(time.monotonic())
         coordinate, coordinate_error = self._neighbours.coordinate
         return PeerRecord(
             key=self.identity.public,
@@ -447,8 +431,8 @@ class Peer:
             block_ms=server.speed.block_ms,
             queue_ms=wait_ms,
             batch=batch,
-            kv_free_positions=server.sessions.free_positions,
-            sessions=len(server.sessions),
+            kv_free_positions=server.service.sessions.free_positions,
+            sessions=len(server.service.sessions),
             max_blocks=self._max_blocks,
             placed_at=self._placed_at,
             moving_to=self._mover.intended,

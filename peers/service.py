@@ -1,7 +1,7 @@
 """What a peer does with each message: no sockets, no device, no clock of its own.
 
-The transport brings messages in, the engine brings finished steps in, and whatever must be said goes out through
-`Outbox`. Every answer that a misbehaving sender can provoke is a `Failure` or silence.
+The transport brings messages in, the engine brings finished steps in, and answers go out through `Outbox`. Every answer
+that a misbehaving sender can provoke is a `Failure` or silence.
 """
 
 from __future__ import annotations
@@ -10,20 +10,30 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
-from peers.admission import REVOKED, KeyPolicy, MemoryAccount, ServedBlocks, SessionTable, next_hop_of
 from peers.counters import Counters, SessionEnd
 from peers.links import NextHops, Outbox, timing_of
 from peers.queue import WorkQueue
-from peers.sessions import Session, SessionTooLong, Work, goes_on, prepare_rows, rows_after
-from peers.training import MissingPass, Request, Training, number_of
-from scheduler.batching import DECODE_POSITIONS
+from peers.sessions import (
+    REVOKED,
+    KeyPolicy,
+    MemoryAccount,
+    Session,
+    SessionTable,
+    SessionTooLong,
+    Work,
+    goes_on,
+    prepare_rows,
+    rows_after,
+)
+from peers.training import MissingPass, Request, Training
+from scheduler.batching import DECODE_POSITIONS, Load
 from scheduler.liveness import CLIENT_LOST_S
-from scheduler.load import Load
 from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.security.identity import PublicKey
-from splitnet.wire.codecs import codec_by_code
-from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState
+from splitnet.wire.codecs import check_size, codec_by_code
+from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState, is_address
 from splitnet.wire.log import SentLog
 from splitnet.wire.messages import (
     Adapter,
@@ -49,22 +59,76 @@ from splitnet.wire.messages import (
 
 log = logging.getLogger(__name__)
 
-PROBE_S = 15.0
-"""A client that was silent for this long is sent a `Pong` that it ignores, which shows whether it is connected."""
-
-IN_USE_S = 3.0
-"""A session without a step for this long waits for its user to type."""
-
+PROBE_S = 15.0  # a client silent for this long gets a `Pong` that it ignores, which shows whether it is connected
+IN_USE_S = 3.0  # a session without a step for this long waits for its user to type
 REMEMBERED_HOPS = 4096
-FAR_TIMES = 3.0
-"""Limit of the patience with a next hop where round trips are long, as a multiple of the usual patience: clients wait
-for the answer to `Open`."""
+FAR_TIMES = 3.0  # limit where round trips are long, times the usual one: clients wait for the answer to `Open`
+_CODES = {PeerBusy: FailureCode.BUSY, SessionTooLong: FailureCode.TOO_LONG, MissingPass: FailureCode.OUT_OF_ORDER}
 
-_CODE_OF_ERROR = {
-    PeerBusy: FailureCode.BUSY,
-    SessionTooLong: FailureCode.TOO_LONG,
-    MissingPass: FailureCode.OUT_OF_ORDER,
-}
+
+@dataclass(frozen=True, slots=True)
+class ServedBlocks:
+    """The part of a model that this peer serves."""
+
+    model: str  # fingerprint of the weights
+    start: int
+    end: int
+    num_blocks: int
+    hidden_size: int
+    max_positions: int | None
+    weights: str = ""  # what they are held as, see `Weights.text`
+
+    def refusal(self, message: Open) -> tuple[FailureCode, str] | None:
+        """Why an `Open` cannot be served by this peer at all."""
+        if message.model != self.model:
+            return FailureCode.WRONG_MODEL, "this peer serves other weights"
+        if not self.start <= message.start < message.end <= self.end:
+            text = f"this peer serves blocks {self.start}..{self.end - 1}, not {message.start}..{message.end - 1}"
+            return FailureCode.WRONG_BLOCKS, text
+        try:
+            codec_by_code(message.codec)
+            next_hop_of(message)
+            if message.previous:
+                PublicKey(message.previous)
+        except Exception as error:  # an unknown codec, a key that is no point of the curve, a malformed address
+            return FailureCode.BAD_MESSAGE, str(error)
+        return None
+
+    def check(self, session: Session, message: Step) -> int:
+        """Checks all that the header of a step claims against its session; returns the positions in it."""
+        rows = set[int]()
+        total = longest = 0
+        for row, start, length, keep in message.parts:
+            if not length or keep > length:
+                raise ProtocolError("a part of the step is empty, or keeps more than it has")
+            rows.add(row)
+            total += length
+            longest = max(longest, start + length)
+        if not total:
+            raise ProtocolError("a step has no parts")
+        if len(rows) != len(message.parts):
+            raise ProtocolError("a step names a row twice")
+        check_size(message.codec, message.payload, total, self.hidden_size)
+        if self.max_positions is not None and longest > self.max_positions:
+            raise SessionTooLong(f"position {longest} is beyond the model's context of {self.max_positions}")
+        size = total + len(message.forks or ())
+        # Twice in all, as steps that are answered may still be in their pass, and those of an older epoch are finished.
+        if size > session.reservation or session.waiting_size + size > 2 * session.reservation:
+            raise SessionTooLong(f"the session has reserved {session.reservation} positions")
+        return total
+
+
+def next_hop_of(message: Open) -> Endpoint | None:
+    """The next hop that an `Open` names. Raises ProtocolError and KeyFileError if that is malformed."""
+    if not message.next_key:
+        return None
+    key = PublicKey(message.next_key)
+    _ = key.curve_raw
+    if not all(map(is_address, (message.next_address, *(relay.address for relay in message.next_relays)))):
+        raise ProtocolError("the next hop's address is not tcp://IP:PORT: names of others are not looked up")
+    for relay in message.next_relays:
+        PublicKey(relay.key)
+    return Endpoint(message.next_address, key, message.next_relays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +136,14 @@ class _PendingOpen:
     """An `Open` that waits until its next hop answers or the time is up."""
 
     deadline: float
-    new_link: bool
-    """The session has never pushed over this link."""
-    wants_pong: bool
-    """Messages over this link may have got lost, so that it is up counts for nothing: the next hop has to answer."""
+    new_link: bool  # the session has never pushed over this link
+    wants_pong: bool  # messages over this link may be lost: that it is up counts for nothing, the next hop must answer
 
 
 class NextHopOpening:
     """Connects sessions to their next hops. A part of the service: it is called under the service's lock.
 
-    Args:
-        outbox: where messages go.
-        links: to next hops.
-        reach_s: how long a next hop may take to accept the link before the client is told to carry.
+    reach_s: how long a next hop may take to accept the link before the client is told to carry.
     """
 
     def __init__(self, outbox: Outbox, links: NextHops, reach_s: float) -> None:
@@ -92,8 +151,7 @@ class NextHopOpening:
         self._links = links
         self._reach_s = reach_s
         self._pending: dict[Session, _PendingOpen] = {}
-        self._proven: dict[Endpoint, None] = {}
-        """Next hops that have shown their keys, the latest last."""
+        self._proven: dict[Endpoint, None] = {}  # next hops that have shown their keys, the latest last
 
     def reach(self, session: Session, following: Endpoint | None, now: float, *, again: bool) -> None:
         """Connects a session to its next hop; the answer to its `Open` goes out when it is known whether that works.
@@ -124,7 +182,7 @@ class NextHopOpening:
             self._answer(session, reachable=state is LinkState.UP)
 
     def link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
-        """A link to a next hop came up, was refused or was lost."""
+        """See `SessionService.link_changed`."""
         if state is LinkState.UP:
             self._proven.pop(endpoint, None)
             self._proven[endpoint] = None
@@ -135,19 +193,19 @@ class NextHopOpening:
                 self._answer(session, reachable=state is LinkState.UP)
 
     def answered(self, endpoint: Endpoint) -> None:
-        """Another peer has answered a ping, so it is reached."""
+        """See `SessionService.answered`."""
         for session in [session for session, pending in self._pending.items() if pending.wants_pong]:
             if session.next == endpoint:
                 self._answer(session, reachable=True)
 
     def tick(self, now: float) -> None:
-        """Gives up on next hops whose time is over, and closes links that nobody uses."""
+        """Gives up on next hops whose time is over, and closes unused links."""
         for session in [session for session, pending in self._pending.items() if now >= pending.deadline]:
             self._answer(session, reachable=False)
         self._links.tick(now)
 
     def end(self, session: Session) -> None:
-        """Lets go of the link of a session that has ended."""
+        """Releases the link of a session that has ended."""
         self._pending.pop(session, None)
         self._set_next(session, None)
 
@@ -174,25 +232,28 @@ class NextHopOpening:
         self._outbox.send(session.reply_to, Opened(session.id, session.epoch, next_reachable, cached, session.weights))
 
 
+def _code_of(error: ProtocolError | PeerBusy) -> FailureCode:
+    return _CODES.get(type(error), FailureCode.BAD_MESSAGE)
+
+
 def _is_known(state: LinkState, proven: bool) -> bool:
-    """Whether the state of a link may be told: it is the next hop itself that refuses, not whatever is in its place."""
+    """Whether the state of a link may be told: the next hop itself refuses, not something in its place."""
     return state in (LinkState.UP, LinkState.REFUSED) or (proven and state is not LinkState.CONNECTING)
 
 
 class SessionService:
-    """Sessions, admission and the way of every step through this hop.
+    """Sessions, admission and the way of every step through this hop. Thread-safe.
 
     Args:
-        served: what this peer serves.
-        sessions: the table of sessions with the KV budget.
-        queue: where steps wait for the device.
-        outbox: where messages go.
-        next_hops: the links to other peers.
         training_memory: bytes to keep for clients that train.
-        reach_s: how long a next hop may take to accept the link before the client is told to carry.
-        counters: what the peer counts; None: nobody reads it.
+        reach_s: see `NextHopOpening`.
+        counters: None: not read by others.
         policy: what keys are granted; None: all, alike.
-        load: how busy the device has been lately; None: nobody asks.
+
+    Attributes:
+        load: how busy the device has been lately.
+        ms_per_position: that a position takes on the device, kept up to date by the engine.
+        leaving: it takes no new sessions.
     """
 
     def __init__(
@@ -207,34 +268,34 @@ class SessionService:
         reach_s: float = 3.0,
         counters: Counters | None = None,
         policy: KeyPolicy | None = None,
-        load: Load | None = None,
     ) -> None:
         self.served = served
         self.sessions = sessions
         self.queue = queue
         self.ms_per_position = 0.0
-        """Time that a position takes on the device, kept up to date by the engine."""
         self.leaving = False
         self.training_memory = MemoryAccount(
             training_memory, "no training memory for", "train with fewer positions at a time"
         )
-        self._counters = counters or Counters()
+        self.counters = counters or Counters()
         self._policy = policy or KeyPolicy()
-        self._load = load or Load()
+        self.load = Load()
         self.outbox = outbox
         self._lock = threading.RLock()
         self._opening = NextHopOpening(outbox, next_hops, reach_s)
-        self.training = Training(served, queue, outbox, self.training_memory, self._lock, self._counters)
+        self.training = Training(
+            queue, outbox, self.training_memory, self._lock, self.counters, served.hidden_size, served.max_positions
+        )
         self._probe_at = 0.0
 
     @property
     def queue_ms(self) -> float:
-        """Expected wait of a new step for the device; 0 only if there is nothing to do."""
+        """Expected wait of a new step for the device; 0 only if it has nothing to do."""
         return self.queue.queued_positions * self.ms_per_position
 
     @property
     def busy_ms(self) -> float:
-        """How long the device will be busy with all that it has to do; 0 only if there is nothing."""
+        """Expected wait for all steps and passes; 0 only if there are none."""
         return self.queue_ms + self.queue.pass_positions * self.ms_per_position
 
     def receive(self, source: Destination, message: Message, now: float) -> None:
@@ -278,7 +339,7 @@ class SessionService:
             for session in list(self.sessions):
                 self.sessions.remove(session)
                 self._forget(session)
-                self._counters.ended[SessionEnd.DROPPED] += 1
+                self.counters.ended[SessionEnd.DROPPED] += 1
 
     def reject(self, source: Destination, error: ProtocolError) -> None:
         """Answers frames that are not a message."""
@@ -288,7 +349,7 @@ class SessionService:
             if isinstance(source, Connection) and isinstance(error, ProtocolVersionError):
                 self._fail(source, b"", 0, 0, FailureCode.BAD_MESSAGE, str(error))
             else:
-                self._counters.refused[FailureCode.BAD_MESSAGE] += 1
+                self.counters.refused[FailureCode.BAD_MESSAGE] += 1
 
     def link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
         """A link to a next hop came up, was refused or was lost."""
@@ -301,31 +362,26 @@ class SessionService:
             self._opening.answered(endpoint)
 
     def dropped(self, message: Message, reason: str) -> None:
-        """A message of a session could not be sent: its client learns of it, and need not wait for what will not come.
-
-        Args:
-            message: what was dropped.
-            reason: why, as a clause.
-        """
-        # Of a failure that is dropped nobody is told: that would be dropped as well, and so on.
+        """Tells the client that a message of its session could not be sent; `reason`: a clause."""
+        # A dropped failure causes no other: that would be dropped as well, and so on.
         if not isinstance(message, Step | Result | Forward | Gradient | AdapterGradient | FetchedKV):
             return
         with self._lock:
             session = self.sessions.get(message.session)
             if session is not None and session.epoch == message.epoch:
-                text = f"what this peer sends on was dropped: {reason}"
-                self._fail(session.reply_to, session.id, message.epoch, message.number, FailureCode.BUSY, text)
+                self._refuse(
+                    session.reply_to, message, FailureCode.BUSY, f"what this peer sends on was dropped: {reason}"
+                )
 
     def connection_lost(self, connection: Connection, now: float) -> None:
-        """A client is not connected any more: unless it comes back, its sessions end soon."""
+        """A client is not connected any more: unless it connects again, its sessions end in `CLIENT_LOST_S`."""
         with self._lock:
             for session in self.sessions:
                 if session.reply_to == connection:
                     session.used_at = min(session.used_at, now + CLIENT_LOST_S - self.sessions.idle_s)
 
     def tick(self, now: float) -> None:
-        """Gives up on links, drops sessions that are idle or whose keys were taken away, and finds out which clients
-        have gone."""
+        """Gives up on links, ends sessions that are idle or whose keys are revoked, and probes silent clients."""
         with self._lock:
             self._opening.tick(now)
             for session in self.sessions.expire(now):
@@ -340,12 +396,11 @@ class SessionService:
                     self.outbox.send(connection, Pong(0, self.busy_ms, self.sessions.free_positions))
 
     def prepare(self, work: Work) -> None:
-        """Brings a session's rows to where a step begins: forks and crops. Called by the engine, before a pass.
+        """Brings a session's rows to where a step begins; called by the engine before a pass.
 
         Raises:
-            SessionTooLong: the rows would take more memory than the session has reserved.
             PeerBusy: there is no memory for the states of so many rows.
-            ProtocolError: a fork of a row that does not exist, or a gap before the first position.
+            ProtocolError, SessionTooLong: see `prepare_rows`.
         """
         session, step = work.session, work.step
         if not goes_on(session, step):
@@ -362,10 +417,8 @@ class SessionService:
     def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         """Sends on what the engine has computed, and logs it.
 
-        Args:
-            work: the finished step.
-            payload: the output of all positions, encoded with the session's codec; empty at the tail.
-            result_payload: what the client asked to have back, encoded.
+        payload: the output of all positions, encoded with the session's codec; empty at the tail.
+        result_payload: what the client asked to have back, encoded.
         """
         with self._lock:
             session, step = work.session, work.step
@@ -380,10 +433,9 @@ class SessionService:
 
     def failed(self, work: Work, code: FailureCode, text: str) -> None:
         """Tells the client that the device could not run its step."""
-        session = work.session
         with self._lock:
-            if not session.closed:
-                self._fail(session.reply_to, session.id, work.step.epoch, work.step.number, code, text)
+            if not work.session.closed:
+                self._refuse(work.session.reply_to, work.step, code, text)
 
     def _send_on(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         session, step = work.session, work.step
@@ -405,7 +457,7 @@ class SessionService:
             self.outbox.send(session.reply_to, result)
 
     def _is_under_way(self, session: Session) -> bool:
-        """Whether what was sent to the next hop may still be on its way: no ping that went after it has come back.
+        """Whether no ping that went after all that was sent to the next hop has come back yet.
 
         A busy uplink holds prompts up for minutes. They are not lost, and sending them again would make it worse.
         """
@@ -417,10 +469,10 @@ class SessionService:
         return self.outbox.answered(following) < session.sent_before
 
     def _pong(self, source: Connection, message: Ping, now: float) -> None:
-        load = (LoadReport(*self._load.at(now), time.time()),) if message.load else ()
+        load = (LoadReport(*self.load.at(now), time.time()),) if message.load else ()
         pong = Pong(message.nonce, self.busy_ms, self.sessions.free_positions, load=load)
         session = self.sessions.get(message.session)
-        # To anybody but its owner a session is unknown, so that nobody learns which ones exist.
+        # To all but its owner a session is unknown, so that no sender learns which ones exist.
         if session is not None and session.owner == source.curve:
             waiting = len(session.waiting) + session.waiting_passes
             waiting = waiting or int(self._is_under_way(session))
@@ -432,7 +484,7 @@ class SessionService:
         session = self.sessions.get(message.session)
         refused = self._refusal(source, message, session)
         if refused is not None:
-            self._fail(source, message.session, message.epoch, 0, *refused)
+            self._refuse(source, message, *refused)
             return
         codec = codec_by_code(message.codec)
         try:
@@ -458,11 +510,11 @@ class SessionService:
                 self._ended(ended, SessionEnd.EXPIRED, text)
             if is_new:
                 self.sessions.add(session)
-                self._counters.opened += 1
+                self.counters.opened += 1
             else:
                 self.sessions.resize(session, message.reservation)
         except PeerBusy as error:
-            self._fail(source, message.session, message.epoch, 0, FailureCode.BUSY, str(error))
+            self._refuse(source, message, FailureCode.BUSY, str(error))
             return
         again = message.epoch > session.epoch
         if again:
@@ -493,22 +545,22 @@ class SessionService:
 
     def _ended(self, session: Session, how: SessionEnd, text: str = "") -> None:
         """A session has ended here; with a text its client is told, if something of it waits."""
-        work = next(iter((*session.waiting, *session.passes)), None)
-        if text and work is not None:
-            number = work.step.number if isinstance(work, Work) else number_of(work.message)
+        waiting = [*(work.step for work in session.waiting), *(work.message for work in session.passes)]
+        if text and waiting:
+            number: int = getattr(waiting[0], "number", 0)
             self._fail(session.reply_to, session.id, session.epoch, number, FailureCode.BUSY, text)
         self._forget(session)
-        self._counters.ended[how] += 1
+        self.counters.ended[how] += 1
         log.info("session %s ended: %s", session.id.hex(), text or how, extra={"session": session.id.hex()})
 
     def _forget(self, session: Session) -> None:
-        """Lets go of what a session that has ended occupied."""
+        """Frees what a session that has ended occupied."""
         self.queue.discard(session)
         self.training.end(session)
         self._opening.end(session)
 
     def _pass_on(self, source: Endpoint, message: Message, now: float) -> None:
-        """What a next hop says: a failure, which the client waits for, or a gradient, which goes up from here."""
+        """Takes a message of a next hop: a failure, which the client waits for, or a gradient, which goes up."""
         if not isinstance(message, Failure | Gradient):
             return
         session = self.sessions.get(message.session)
@@ -522,36 +574,27 @@ class SessionService:
     def _step(self, source: Connection, message: Step, now: float) -> None:
         session = self.sessions.get(message.session)
         if session is None or source.curve not in (session.owner, session.previous):
-            # The same answer for both, so that nobody learns which sessions exist.
-            self._fail(
-                source, message.session, message.epoch, message.number, FailureCode.UNKNOWN_SESSION, "no session"
-            )
+            # The same answer for both, so that no sender learns which sessions exist.
+            self._refuse(source, message, FailureCode.UNKNOWN_SESSION, "no session")
             return
         if message.epoch != session.epoch:
-            return  # fenced: it comes from a route that is no more, or runs ahead of its Open and will be repeated
+            return  # fenced: it comes from a former route, or runs ahead of its Open and will be repeated
         session.used_at = now
         try:
             if source.curve != session.owner and message.boundary != session.start:
                 raise ProtocolError(f"the step stands before block {message.boundary}, the session at {session.start}")
             total = self.served.check(session, message)
             self._policy.spend(session.owner, total, now)
-        except (ProtocolError, PeerBusy) as error:
-            code = _CODE_OF_ERROR.get(type(error), FailureCode.BAD_MESSAGE)
-            self._fail(session.reply_to, session.id, message.epoch, message.number, code, str(error))
-            return
-        try:
             self.queue.put(Work(session, message, total, now))
-        except PeerBusy as error:
-            self._fail(session.reply_to, session.id, message.epoch, message.number, FailureCode.BUSY, str(error))
-            return
-        session.stepped_at = now
+            session.stepped_at = now
+        except (ProtocolError, PeerBusy) as error:
+            self._refuse(session.reply_to, message, _code_of(error), str(error))
 
     def _train(self, source: Connection, message: Request, now: float) -> None:
         session = self.sessions.get(message.session)
         pushed = isinstance(message, Forward) and session is not None and source.curve == session.previous
         if session is None or not (source.curve == session.owner or pushed):
-            code = FailureCode.UNKNOWN_SESSION
-            self._fail(source, message.session, message.epoch, number_of(message), code, "no session")
+            self._refuse(source, message, FailureCode.UNKNOWN_SESSION, "no session")
         elif message.epoch == session.epoch:
             self._take_in(session, source, message, now)
 
@@ -561,9 +604,8 @@ class SessionService:
             if isinstance(message, Forward) and source.curve != session.owner and message.boundary != session.start:
                 raise ProtocolError(f"the pass stands before block {message.boundary}, the session at {session.start}")
             if isinstance(message, Gradient) and message.boundary != session.end:
-                raise ProtocolError(
-                    f"the gradient stands at block {message.boundary}, the session ends at {session.end}"
-                )
+                text = f"the gradient stands at block {message.boundary}, the session ends at {session.end}"
+                raise ProtocolError(text)
             if isinstance(message, Gradient) or (isinstance(message, Forward) and message.kept):
                 self._policy.check_training(session.owner)
             if isinstance(message, Forward):
@@ -571,32 +613,29 @@ class SessionService:
             self.training.receive(session, source, message, now)
             session.stepped_at = now
         except (ProtocolError, PeerBusy) as error:
-            code = _CODE_OF_ERROR.get(type(error), FailureCode.BAD_MESSAGE)
-            self._fail(session.reply_to, session.id, message.epoch, number_of(message), code, str(error))
+            self._refuse(session.reply_to, message, _code_of(error), str(error))
 
     def _close(self, source: Connection, message: Close) -> None:
         session = self.sessions.get(message.session)
         if session is not None and session.owner == source.curve:
             self.sessions.remove(session)
             self._forget(session)
-            self._counters.ended[SessionEnd.HANDED_OVER if self.leaving else SessionEnd.CLOSED] += 1
+            self.counters.ended[SessionEnd.HANDED_OVER if self.leaving else SessionEnd.CLOSED] += 1
 
     def _replay(self, source: Connection, message: Replay, now: float) -> None:
         """Sends the next hop all outputs that its rows were made of, or tells the `source` that there are none."""
         session = self.sessions.get(message.session)
         if session is None or session.owner != source.curve:
-            self._fail(
-                source, message.session, message.epoch, message.number, FailureCode.UNKNOWN_SESSION, "no session"
-            )
+            self._refuse(source, message, FailureCode.UNKNOWN_SESSION, "no session")
             return
         if message.epoch != session.epoch or session.next is None:
-            self._fail(source, session.id, message.epoch, message.number, FailureCode.STALE_EPOCH, "no such next hop")
+            self._refuse(source, message, FailureCode.STALE_EPOCH, "no such next hop")
             return
         session.used_at = now
         try:
             session.count_resent(now, "the log of the session was sent")
         except PeerBusy as error:
-            self._fail(source, session.id, message.epoch, message.number, FailureCode.BUSY, str(error))
+            self._refuse(source, message, FailureCode.BUSY, str(error))
             return
         steps, codec = list(session.log.replay()), session.log.codec
         if not steps:
@@ -608,8 +647,13 @@ class SessionService:
             again = session.id, session.epoch, number, parts, None, message.until, codec, payload
             self.outbox.send(session.next, Step(*again, session.end, (), reach))
 
+    def _refuse(self, destination: Connection, message: Message, code: FailureCode, text: str) -> None:
+        """Answers a message of a session with a failure, about the number of its step or pass if it has one."""
+        about: Any = message
+        self._fail(destination, about.session, about.epoch, getattr(message, "number", 0), code, text)
+
     def _fail(
         self, destination: Connection, session: bytes, epoch: int, number: int, code: FailureCode, text: str
     ) -> None:
-        self._counters.refused[code] += 1
+        self.counters.refused[code] += 1
         self.outbox.send(destination, Failure(session, epoch, number, code, text[:500]))

@@ -1,17 +1,24 @@
-"""A session at a hop, its steps and passes on their way through the device, and the rooms of its rows.
+"""Sessions at a hop: their steps and passes, the room of their rows, and what memory and which keys are admitted.
 
-Rows are allocated ahead, so that they are not moved at every step, and all together within the session's budget.
+Rows are allocated ahead, so that they are not moved at every step, and all together within the session's reservation.
+All memory that clients make a peer take is counted in a `MemoryAccount`: KV memory by the `SessionTable`, waiting steps
+by the `WorkQueue`, training by `Training`. In each a key leaves something for the next.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from splitnet.blocks.kv_cache import FIRST_CAPACITY, SequenceCache
 from splitnet.errors import PeerBusy, ProtocolError
+from splitnet.limits import MINUTE_S, Budget, TokenBucket
+from splitnet.security.identity import AuthorizedKeys, KeyOptions
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.log import SentLog, fork_rows
@@ -25,29 +32,22 @@ if TYPE_CHECKING:
     from splitnet.blocks.passes import SavedPass
 
 
-MESSAGE_BYTES = 2048
-"""What a message that is kept takes besides its payload: its objects, and the buffer that it came in."""
+MESSAGE_BYTES = 2048  # of a kept message besides its payload: its objects, and the buffer that it came in
+TENSOR_BYTES = 1024  # of a tensor besides its numbers
+TIMING_BYTES = 192  # of a timing of a hop in a message
+FORK_BYTES = 128  # of a part or a fork of a step
+AHEAD = 1 / 8  # share of the reservation that rows may take beyond it; with less, rows of full sessions move more often
+MOST_RESENT = 10  # log, or keys and values, sent at once of a session: more than the routes that a client tries
+RESEND_S = 10.0  # time after which they are sent once more
+ADAPTER_COPIES = 2  # the adapter, and the sum of its gradients
 
-TENSOR_BYTES = 1024
-"""What a tensor takes besides its numbers."""
-
-TIMING_BYTES = 192
-"""What a timing of a hop takes in a message."""
-
-FORK_BYTES = 128
-"""What a part or a fork of a step takes."""
-
-AHEAD = 1 / 8
-"""Share of the budget that rows may take beyond it. With less of it, rows of a full session are moved more often."""
-
-MOST_RESENT = 10
-"""How often a session may have its log, or keys and values, sent at once: more than the routes that a client tries."""
-
-RESEND_S = 10.0
-"""Time after which it may once more."""
-
-ADAPTER_COPIES = 2
-"""The adapter, and the sum of its gradients."""
+MAX_SESSIONS = 1024
+MIN_RESERVATION = 64  # positions that a session reserves at least, so that many tiny sessions are not free
+LEASE_S = 10.0  # after its last step a session of a key beyond its share ends if another key wants memory
+LONGEST_LEASE_S = 60.0  # and this long after it was opened, even if it makes steps
+WANTED_S = 15.0  # a refused key counts as wanting memory: keys beyond their share get no more meanwhile
+LOOK_AGAIN_S = 0.25  # a key that was refused this recently is refused without a look at the sessions
+REVOKED = "the owner of this peer does not accept your key any more: use other peers"
 
 
 class SessionTooLong(ProtocolError):
@@ -65,10 +65,7 @@ class GradientSum:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One client's rows along this hop.
-
-    `owner` and `previous` are CURVE keys: steps are accepted from nobody else.
-    """
+    """One client's rows along this hop. Steps are accepted from the CURVE keys `owner` and `previous` alone."""
 
     id: bytes
     owner: bytes
@@ -76,70 +73,53 @@ class Session:
     epoch: int
     start: int
     end: int
-    reservation: int
-    """Positions reserved, over all rows."""
+    reservation: int  # positions reserved, over all rows
     codec: Codec
     previous: bytes | None
     next: Endpoint | None
     log: SentLog
-    used_at: float
-    """Seconds of the peer's clock."""
-    weights: str = ""
-    """What `Opened` says that they are held as."""
+    used_at: float  # seconds of the peer's clock
+    weights: str = ""  # what `Opened` says that they are held as
     opened_at: float = 0.0
-    stepped_at: float = 0.0
-    """When it was opened, and when its last step or pass came. Of the peer's clock."""
-    reserved_rows: int = 0
-    """Rows whose states have a place. Touched by the table of sessions only."""
-    rows: dict[int, SequenceCache] = field(default_factory=dict)
-    """Touched by the engine only, so that no pass loses its rows half-way."""
-    new_room: dict[int, int] = field(default_factory=dict)
-    """Positions that the rows which begin with the next step are allocated for, see `prepare_rows`."""
-    waiting: deque[Work] = field(default_factory=deque)
-    """Steps in the order of arrival; the engine takes the first. Touched by the work queue only."""
-    waiting_size: int = 0
-    """What the waiting steps hold, see `Work.size`."""
-    passes: dict[PassWork, None] = field(default_factory=dict)
-    """Over whole sequences, that wait. Touched by the work queue only."""
-    waiting_passes: int = 0
-    """Passes over whole sequences that wait or run. Touched by the work queue only."""
-    done: int = 0
-    """Positions computed so far, of steps and passes. Touched by the engine only."""
-    last: int = 0
-    """Highest number of a step or pass of the present epoch that is finished."""
-    sent_on: bool = False
-    """Something was sent to the next hop since `sent_before`."""
-    sent_before: int = 0
-    """Number of a ping to the next hop, which goes after all that was sent to it of the present epoch."""
-    timing: Timing | None = None
-    """What the last decode step met here."""
-    passed_over: int = 0
-    """Passes since its first step could have run."""
+    stepped_at: float = 0.0  # when its last step or pass came
+    last: int = 0  # highest number of a step or pass of the present epoch that is finished
+    sent_on: bool = False  # something was sent to the next hop since `sent_before`
+    sent_before: int = 0  # number of a ping to the next hop, sent after everything of the present epoch
+    timing: Timing | None = None  # what the last decode step met here
     closed: bool = False
-    kept: dict[int, PassWork] = field(default_factory=dict)
-    """Forward passes whose input waits for a gradient, by number."""
-    adapter: Adapter | None = None
-    """What the client adds to the blocks. Changed by the engine only."""
-    gradient_sum: GradientSum | None = None
-    """Touched by the engine only, except when the session ends."""
-    adapter_version: int = 0
-    adapter_parts: list[AdapterMessage] = field(default_factory=list)
-    """Of a version that is still coming in."""
-    adapter_bytes: int = 0
-    """Accounted for the adapter that the blocks run with."""
-    resent: float = 0.0
-    """How often its log, or keys and values, were sent once more, less one for every `RESEND_S`."""
+    resent: float = 0.0  # how often its log, or keys and values, were sent once more, less one for every `RESEND_S`
     resent_at: float = 0.0
 
-    def count_resent(self, now: float, what: str) -> None:
-        """Before much is sent because of a small message.
+    # Touched by the table of sessions only.
+    reserved_rows: int = 0  # rows whose states have a place
 
-        Args:
-            now: seconds.
-            what: was sent, with its verb, as the beginning of a sentence.
+    # Touched by the work queue only.
+    waiting: deque[Work] = field(default_factory=deque)  # steps in the order of arrival; the engine takes the first
+    waiting_size: int = 0  # what the waiting steps hold, see `Work.size`
+    passes: dict[PassWork, None] = field(default_factory=dict)  # passes over whole sequences that wait
+    waiting_passes: int = 0  # and those that wait or run
+    passed_over: int = 0  # passes since its first step could have run
+
+    # Touched by the engine only, so that no pass loses its rows half-way.
+    rows: dict[int, SequenceCache] = field(default_factory=dict)
+    new_room: dict[int, int] = field(
+        default_factory=dict
+    )  # positions for new rows of the next step, see `prepare_rows`
+    done: int = 0  # positions computed so far, of steps and passes
+    adapter: Adapter | None = None  # what the client adds to the blocks
+    adapter_version: int = 0
+    gradient_sum: GradientSum | None = None  # also dropped when the session ends
+
+    # Of training.
+    kept: dict[int, PassWork] = field(default_factory=dict)  # by number: forward passes that wait for a gradient
+    adapter_parts: list[AdapterMessage] = field(default_factory=list)  # of a version that is still coming in
+    adapter_bytes: int = 0  # accounted for the adapter that the blocks run with
+
+    def count_resent(self, now: float, what: str) -> None:
+        """Call it before much is sent because of a small message; `what`: the beginning of a sentence, with its verb.
 
         Raises:
-            PeerBusy: it was done too often lately.
+            PeerBusy: that was done too often lately.
         """
         resent = max(0.0, self.resent - (now - self.resent_at) / RESEND_S)
         if resent + 1 > MOST_RESENT:
@@ -159,20 +139,14 @@ class Work:
     session: Session
     step: Step
     total: int
-    arrived_at: float
-    """Seconds of the peer's clock."""
+    arrived_at: float  # seconds of the peer's clock
     done: int = 0
-    follows: bool = False
-    """It came while others of its session waited: as the end of a prompt it waits for those, not for the device."""
-    wait_ms: float = 0.0
-    """From its arrival until its first pass."""
+    follows: bool = False  # it came while others of its session waited, so it does not wait for the device alone
+    wait_ms: float = 0.0  # from its arrival until its first pass
     compute_ms: float = 0.0
-    adapter: Adapter | None = None
-    """What it runs with, from its first pass on: its rows were given room for that one's prefix."""
-    hidden: torch.Tensor | None = None
-    """Decoded input of the present pass, `[positions, hidden]`."""
-    outputs: list[bytes] = field(default_factory=list)
-    """What goes to the next hop, or from the tail to the client: encoded, pass by pass."""
+    adapter: Adapter | None = None  # what it runs with: its rows were given room for that one's prefix
+    hidden: torch.Tensor | None = None  # decoded input of the present pass, `[positions, hidden]`
+    outputs: list[bytes] = field(default_factory=list)  # encoded, pass by pass, for the next hop or the client
 
     @property
     def remaining(self) -> int:
@@ -188,7 +162,7 @@ class Work:
 
     @property
     def left(self) -> int:
-        """Positions that its session has reserved and that come now or later."""
+        """Positions of the reservation that come now or later."""
         return self.session.reservation - sum(part.start for part in self.step.parts) - self.done
 
     @property
@@ -227,19 +201,14 @@ class PassWork:
 
     session: Session
     message: Forward | Gradient | AdapterMessage | FetchKV
-    source: Connection
-    """Where a gradient goes back to."""
+    source: Connection  # where a gradient goes back to
     arrived_at: float
-    forward: PassWork | None = None
-    """Of a backward pass: what it is the way back of."""
-    parts: list[AdapterMessage] = field(default_factory=list)
-    """Of an adapter."""
+    forward: PassWork | None = None  # of a backward pass: what it is the way back of
+    parts: list[AdapterMessage] = field(default_factory=list)  # of an adapter
     wait_ms: float = 0.0
     compute_ms: float = 0.0
-    way: SavedPass | None = None
-    """What is kept of a forward pass besides its input."""
-    way_bytes: int = 0
-    """What is accounted for it."""
+    way: SavedPass | None = None  # what is kept of a forward pass besides its input
+    way_bytes: int = 0  # what is accounted for it
 
     @property
     def positions(self) -> int:
@@ -271,7 +240,7 @@ def _copy_of(row: SequenceCache | _Copy) -> _Copy:
 
 
 def room_for(reservation: int) -> int:
-    """Positions that the rows of a session with this budget are allocated for at most, all together."""
+    """Positions that all rows of a session with this reservation are allocated for at most."""
     return reservation + int(reservation * AHEAD)
 
 
@@ -375,3 +344,325 @@ def shared_room(ends: Mapping[int, int], present: Mapping[int, int], total: int)
         free = spare
     share = free // len(growing) if not room else free // 2 // len(growing)
     return room | {row: ends[row] + min(wanted[row], share) for row in growing}
+
+
+class Purpose(StrEnum):
+    """What memory is for."""
+
+    POSITIONS = "positions"  # keys, values and logs, for all positions that a session has reserved
+    ROWS = "rows"  # what rows take besides their positions: tensors, and states with copies of them
+    STEPS = "steps"  # steps that wait for the device
+    PASSES = "passes"  # passes that wait, and inputs that gradients may come for
+    GRAPHS = "graphs"  # of passes that gradients may come for; dropped where anything else needs the memory
+    ADAPTERS = "adapters"  # adapters, with parts that come in and sums of gradients
+
+
+class MemoryAccount(Budget):
+    """Bytes of one kind of memory by key, session and purpose; a key gets what `Budget` says. Its user has a lock.
+
+    Args:
+        limit: bytes.
+        refusal: the beginning of the refusal, before the bytes.
+        advice: what a refused client can do, as a clause.
+        most: as of `Budget`, for a key, a session of it, and a purpose of that.
+    """
+
+    def __init__(self, limit: int, refusal: str, advice: str, most: tuple[int | None, ...] = ()) -> None:
+        super().__init__(limit, most)
+        self._refusal, self._advice = refusal, advice
+
+    def used_for(self, purpose: Purpose) -> int:
+        """Bytes of all sessions."""
+        return sum(nbytes for account, nbytes in self.accounts() if account[2:] == (purpose,))
+
+    def take(self, session: Session, purpose: Purpose, nbytes: int) -> None:
+        """Call it before allocating. Raises PeerBusy, and takes nothing, if too little would be left for other keys."""
+        if not self.reserve(nbytes, session.owner, session, purpose):
+            held = self.held(session.owner)
+            shared = f"; your key has {held}, and may have as much as is left for others" if nbytes <= self.free else ""
+            raise PeerBusy(
+                f"{self._refusal} {nbytes} bytes: {self.free} of {self.limit} are free{shared}; {self._advice}"
+            )
+
+    def give_back(self, session: Session, purpose: Purpose, nbytes: int) -> None:
+        """Call it after dropping something; of a session that has ended nothing is left."""
+        account = session.owner, session, purpose
+        self.release(min(nbytes, self.held(*account)), *account)
+
+    def end(self, session: Session) -> None:
+        """Gives back all that is left of a session."""
+        for purpose in Purpose:
+            self.give_back(session, purpose, self.limit)
+
+
+class SessionTable:
+    """Admission by KV memory: what is reserved never exceeds `capacity`.
+
+    One key may have all of it until another wants some; then each has a share by its weight. To make room for a key
+    within its share, sessions of keys beyond theirs end, without a step for `LEASE_S`, or after `LONGEST_LEASE_S`.
+
+    Args:
+        capacity: bytes for keys and values, states, and logs of what was sent on.
+        idle_s: after this long without a message a session is dropped.
+        position_bytes: of keys and values.
+        row_bytes: what a row takes besides its positions.
+        usual_log_bytes: what the log of a position takes with the codec that most sessions have.
+        ahead: share of its reservation that a session's rows and logs may take beyond it, as they are allocated ahead.
+        num_blocks: of the model; sessions that end there keep no log.
+        keys: what each key is granted; None: all alike.
+
+    Attributes:
+        get: the session of an id, or None.
+        memory: what sessions have reserved.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        idle_s: float = 600.0,
+        position_bytes: float = 1.0,
+        row_bytes: int = 0,
+        usual_log_bytes: int = 0,
+        ahead: float = 0.0,
+        num_blocks: int = 0,
+        keys: AuthorizedKeys | None = None,
+    ) -> None:
+        # What a key may have is found by this class, not by `Budget`.
+        self.memory = MemoryAccount(capacity, "no KV memory for", "try with fewer positions", (capacity,) * 3)
+        self.idle_s = idle_s
+        self._position_bytes = position_bytes * (1 + ahead)
+        self._row_bytes = row_bytes
+        self._usual_bytes = (position_bytes + usual_log_bytes) * (1 + ahead)
+        self._ahead = ahead
+        self._num_blocks = num_blocks
+        self._keys = keys or AuthorizedKeys.anyone()
+        self._sessions: dict[bytes, Session] = {}
+        self.get = self._sessions.get
+        self._count: dict[bytes, int] = {}  # sessions by key
+        self._wanted: dict[bytes, float] = {}  # by key: when it was refused
+        self._ended = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._sessions.values())
+
+    @property
+    def capacity(self) -> int:
+        """Positions that one session of one row could reserve if there were no others, with the usual codec."""
+        return max(0, int((self.memory.limit - self._row_bytes) / self._usual_bytes))
+
+    @property
+    def free_positions(self) -> int:
+        """Positions that a new session may reserve, with the usual codec."""
+        return max(0, int((self.memory.free - self._row_bytes) / self._usual_bytes))
+
+    def make_room(self, session: Session, reservation: int, now: float) -> list[Session]:
+        """Ends sessions of keys that have more than their share, if that lets `session` reserve so many positions.
+
+        session: not admitted yet, or with a smaller reservation.
+
+        Returns:
+            Those that were ended; none if there is room already, or there would not be.
+        """
+        key, is_new = session.owner, session.id not in self._sessions
+        wanted = self._new_bytes(session) if is_new else self._bytes_of(session, reservation - session.reservation)
+        short = wanted - self.memory.free
+        crowded = is_new and len(self._sessions) >= MAX_SESSIONS
+        if (short <= 0 and not crowded) or now - self._wanted.get(key, -LOOK_AGAIN_S) < LOOK_AGAIN_S:
+            return []
+        weights = self._weights(key, now)
+        share, places = self._share(key, weights)
+        most = self._keys.options_of(key).kv
+        if self.memory.held(key) + wanted > (share if most is None else min(share, most)):
+            return []
+        if is_new and self._count.get(key, 0) >= places:
+            return []
+        ending: list[Session] = []
+        left = {owner: self.memory.held(owner) for owner in self._count}
+        for other in sorted(self._sessions.values(), key=lambda other: other.stepped_at):
+            if short <= 0 and (not crowded or ending):
+                break
+            if other.owner != key and self._lease_left_s(other, now) <= 0:
+                share, places = self._share(other.owner, weights)
+                if left[other.owner] > share or (crowded and self._count[other.owner] > places):
+                    left[other.owner] -= self.memory.held(other.owner, other)
+                    short -= self.memory.held(other.owner, other)
+                    ending.append(other)
+        if short > 0 or (crowded and not ending):
+            return []
+        for other in ending:
+            self.remove(other)
+        return ending
+
+    def add(self, session: Session) -> None:
+        """Admits a session, with at least `MIN_RESERVATION` positions.
+
+        Raises:
+            PeerBusy: its reservation does not fit, or is more than its key may have now.
+        """
+        if len(self._sessions) >= MAX_SESSIONS:
+            text = f"this peer holds {MAX_SESSIONS} sessions already"
+            raise PeerBusy(f"{text}; {self._note_refused(session.owner, 0, session.used_at)}")
+        session.reservation = self._reservation(session)
+        self._check_share(session.owner, self._new_bytes(session), session.used_at)
+        try:
+            self._take(session, Purpose.POSITIONS, self._bytes_of(session, session.reservation))
+            self._take(session, Purpose.ROWS, self._row_bytes)
+        except PeerBusy:
+            self.memory.end(session)
+            raise
+        session.reserved_rows = 1
+        session.opened_at = session.stepped_at = session.used_at
+        self._sessions[session.id] = session
+        self._count[session.owner] = self._count.get(session.owner, 0) + 1
+        self._wanted.pop(session.owner, None)
+
+    def hold_rows(self, session: Session, rows: int) -> None:
+        """Reserves what so many rows take besides their positions. Raises PeerBusy, changing nothing, if too much."""
+        more = max(1, rows) - session.reserved_rows
+        if not more or session.closed:
+            return
+        if more > 0:
+            self._take(session, Purpose.ROWS, more * self._row_bytes)
+        else:
+            self.memory.give_back(session, Purpose.ROWS, -more * self._row_bytes)
+        session.reserved_rows += more
+
+    def resize(self, session: Session, reservation: int) -> None:
+        """Raises what a session has reserved; it never shrinks. Raises PeerBusy as `add` does."""
+        if reservation > session.reservation:
+            more = self._bytes_of(session, reservation - session.reservation)
+            self._check_share(session.owner, more, session.used_at)
+            self._take(session, Purpose.POSITIONS, more)
+            session.reservation = reservation
+
+    def remove(self, session: Session) -> None:
+        if self._sessions.pop(session.id, None) is not None:
+            self._count[session.owner] -= 1
+            if not self._count[session.owner]:
+                del self._count[session.owner]
+            self.memory.end(session)
+            session.closed = True
+            with self._ended:
+                self._ended.notify_all()
+
+    def wait_for_end(self, timeout_s: float) -> bool:
+        """Waits until a session ends, for `timeout_s` seconds at most."""
+        with self._ended:
+            return self._ended.wait(timeout_s)
+
+    def expire(self, now: float) -> list[Session]:
+        """Removes and returns the sessions that were idle for too long."""
+        idle = [session for session in self._sessions.values() if now - session.used_at > self.idle_s]
+        for session in idle:
+            self.remove(session)
+        self._wanted = self._wanting(now)
+        return idle
+
+    def _reservation(self, session: Session) -> int:
+        least = int((self.memory.limit - self._row_bytes) / self._cost_of(session))
+        return max(session.reservation, min(MIN_RESERVATION, max(1, least)))
+
+    def _new_bytes(self, session: Session) -> int:
+        """Bytes of a session when it is admitted."""
+        return self._bytes_of(session, self._reservation(session)) + self._row_bytes
+
+    def _bytes_of(self, session: Session, positions: int) -> int:
+        return math.ceil(positions * self._cost_of(session))
+
+    def _cost_of(self, session: Session) -> float:
+        """Bytes of a position of its reservation."""
+        log = session.log.bytes_per_position if session.end < self._num_blocks else 0
+        return self._position_bytes + log * (1 + self._ahead)
+
+    def _take(self, session: Session, purpose: Purpose, nbytes: int) -> None:
+        try:
+            self.memory.take(session, purpose, nbytes)
+        except PeerBusy as error:
+            raise PeerBusy(f"{error}; {self._note_refused(session.owner, nbytes, session.used_at)}") from None
+
+    def _wanting(self, now: float) -> dict[bytes, float]:
+        """The keys that want memory, and when they were refused."""
+        return {key: at for key, at in self._wanted.items() if now - at <= WANTED_S}
+
+    def _weights(self, key: bytes, now: float) -> float:
+        """Sum of a key's weight and of those that have memory or want some."""
+        return sum(self._keys.options_of(each).weight for each in {key, *self._count, *self._wanting(now)})
+
+    def _share(self, key: bytes, weights: float) -> tuple[float, float]:
+        """Bytes and sessions that a key may have; `weights`: sum of all."""
+        part = self._keys.options_of(key).weight / weights
+        return part * self.memory.limit, max(1.0, part * MAX_SESSIONS)
+
+    def _lease_left_s(self, session: Session, now: float) -> float:
+        return min(session.stepped_at + LEASE_S, session.opened_at + LONGEST_LEASE_S) - now
+
+    def _check_share(self, key: bytes, nbytes: int, now: float) -> None:
+        held = self.memory.held(key)
+        most = self._keys.options_of(key).kv
+        if most is not None and held + nbytes > most:
+            raise PeerBusy(
+                f"your key may reserve {most} bytes of KV memory at this peer, and has {held}: close sessions, or ask "
+                "the owner for a larger kv="
+            )
+        others = [at + WANTED_S - now for other, at in self._wanting(now).items() if other != key]
+        if others and held + nbytes > self._share(key, self._weights(key, now))[0]:
+            raise PeerBusy(
+                f"others wait for KV memory of this peer, and your key has {held} bytes already: close sessions, or "
+                f"come back in {max(others):.0f} s"
+            )
+
+    def _note_refused(self, key: bytes, nbytes: int, now: float) -> str:
+        """Remembers that a key wants memory; returns what it can do."""
+        share, places = self._share(key, self._weights(key, now))
+        within = self.memory.held(key) + nbytes <= share and self._count.get(key, 0) < places
+        if within and now - self._wanted.get(key, -LOOK_AGAIN_S) >= LOOK_AGAIN_S and len(self._wanted) < MAX_SESSIONS:
+            self._wanted[key] = now
+        when = f"come back in {LEASE_S:.0f} s, when sessions without steps make room" if within else "close sessions"
+        return f"{when}, or use other peers"
+
+
+class KeyPolicy:
+    """Holds CURVE keys to what the owner of the peer grants them. `keys`: None: any key, all alike."""
+
+    def __init__(self, keys: AuthorizedKeys | None = None) -> None:
+        self.keys = keys or AuthorizedKeys.anyone()
+        self._spent: dict[bytes, TokenBucket] = {}  # by key
+
+    def weight(self, key: bytes) -> float:
+        """Keys share what several want in this proportion."""
+        return self.keys.options_of(key).weight
+
+    def check_training(self, key: bytes) -> None:
+        """Raises PeerBusy if the owner of this peer does not let the key train."""
+        if not self._granted(key).train:
+            raise PeerBusy("the owner of this peer does not let your key train (train=no): train through other peers")
+
+    def spend(self, key: bytes, positions: int, now: float) -> None:
+        """Takes off positions that are to be computed; they come back evenly over a minute.
+
+        Raises:
+            PeerBusy: those of the last minute are used up, or the key is not accepted any more.
+        """
+        per_minute = self._granted(key).tokens_per_minute
+        if per_minute is None:
+            return
+        bucket = self._spent.get(key) or TokenBucket()
+        if wait_s := bucket.wait_s(per_minute, now):
+            raise PeerBusy(
+                f"your key has used the {per_minute} tokens per minute that the owner of this peer grants it: "
+                f"come back in {wait_s} s"
+            )
+        if positions:
+            bucket.spend(positions, per_minute, now)
+            self._spent[key] = bucket
+        if len(self._spent) > 1024:
+            self._spent = {other: used for other, used in self._spent.items() if now - used.at < MINUTE_S}
+
+    def _granted(self, key: bytes) -> KeyOptions:
+        if not self.keys.allows(key):
+            raise PeerBusy(REVOKED)
+        return self.keys.options_of(key)

@@ -1,6 +1,6 @@
 """What a peer keeps and does for clients that train: passes over whole sequences, forward and backward, and adapters.
 
-A part of the service: messages come under the service's lock. What the engine has computed it brings itself.
+A part of the service, under its lock; the engine calls it with what it has computed.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
-from peers.admission import MemoryAccount, Purpose, ServedBlocks
 from peers.counters import Counters
 from peers.links import Outbox, timing_of
 from peers.queue import WorkQueue
-from peers.sessions import PassWork, Session, SessionTooLong
+from peers.sessions import MemoryAccount, PassWork, Purpose, Session, SessionTooLong
 from splitnet.blocks.adapters import counted_down
 from splitnet.blocks.passes import SavedPass
 from splitnet.errors import PeerBusy, ProtocolError
-from splitnet.wire.codecs import codec_by_code
+from splitnet.wire.codecs import check_size, codec_by_code
 from splitnet.wire.endpoints import Connection
 from splitnet.wire.messages import (
     Adapter,
@@ -34,46 +33,34 @@ from splitnet.wire.messages import (
 
 Request = Forward | Gradient | Adapter | FetchKV
 
-MAX_PASS_POSITIONS = 4096
-"""Of a pass, unless a single sequence is longer."""
+MAX_PASS_POSITIONS = 4096  # of a pass, unless a single sequence is longer
 
 
 class Training:
-    """Passes and adapters of all sessions.
-
-    Args:
-        served: what this peer serves.
-        queue: where passes wait for the device.
-        outbox: where messages go.
-        memory: what may be kept.
-        lock: of the service.
-        counters: what the peer counts.
-    """
+    """Passes and adapters of all sessions; `lock`: of the service, `hidden_size` and `max_positions`: of the model."""
 
     def __init__(
         self,
-        served: ServedBlocks,
         queue: WorkQueue,
         outbox: Outbox,
         memory: MemoryAccount,
         lock: threading.RLock,
         counters: Counters,
+        hidden_size: int,
+        max_positions: int | None,
     ) -> None:
-        self._served = served
+        self._hidden_size = hidden_size
+        self._max_positions = max_positions
         self._queue = queue
         self._outbox = outbox
         self.memory = memory
         self._lock = lock
         self._counters = counters
         self._ways: dict[PassWork, None] = {}
-        """Passes whose way back is kept, the oldest first; one that the device is at is not among them."""
+        """With saved graphs, the oldest first; not the one that the device is at."""
 
     def receive(self, session: Session, source: Connection, message: Request, now: float) -> None:
-        """Takes a message in that its sender may send.
-
-        Raises:
-            ProtocolError, PeerBusy: it is refused.
-        """
+        """Takes in a message that its sender may send. Raises ProtocolError or PeerBusy to refuse it."""
         if isinstance(message, Forward):
             self._check(message)
             for number in [number for number in session.kept if number < message.oldest]:
@@ -83,7 +70,7 @@ class Training:
             forward = session.kept.get(message.number)
             if forward is None:
                 raise MissingPass(f"there is no pass {message.number} to go back from")
-            self._served.check_payload(message.codec, message.payload, forward.positions)
+            check_size(message.codec, message.payload, forward.positions, self._hidden_size)
             work = PassWork(session, message, forward.source, now, forward)
             more = work.nbytes - forward.nbytes
             self._take(session, Purpose.PASSES, more)
@@ -102,14 +89,14 @@ class Training:
             self._take_part(session, message, source, now)
 
     def forget(self, session: Session) -> None:
-        """Lets go of all that is kept for the passes of a session; its adapter stays."""
+        """Frees all that is kept for the passes of a session; its adapter stays."""
         for work in self._queue.discard_passes(session):
             self._release(work)
         for number in list(session.kept):
             self._drop(session, number)
 
     def end(self, session: Session) -> None:
-        """Lets go of everything of a session."""
+        """Frees everything of a session."""
         self.forget(session)
         session.adapter, session.adapter_version, session.gradient_sum = None, 0, None
         session.adapter_parts = []
@@ -130,14 +117,14 @@ class Training:
             return True
 
     def keep_saved(self, work: PassWork, way: SavedPass) -> None:
-        """Keeps what memory was taken for, until a gradient comes or something else needs the memory."""
+        """Keeps it until a gradient comes or something else needs the memory."""
         with self._lock:
             if not work.session.closed:
                 work.way = way
                 self._ways[work] = None
 
     def take_saved(self, work: PassWork) -> SavedPass | None:
-        """What is kept of a forward pass, for its way back, which begins now."""
+        """What is kept of a forward pass whose backward pass begins."""
         with self._lock:
             self._ways.pop(work, None)
             way, work.way = work.way, None
@@ -183,7 +170,7 @@ class Training:
             self._outbox.send(work.source, replace(message, boundary=session.start, codec=codec, payload=payload))
 
     def adapter_loaded(self, work: PassWork) -> None:
-        """The engine has taken an adapter over."""
+        """Tells the client that the engine has taken its adapter over."""
         with self._lock:
             session, message = work.session, work.message
             assert isinstance(message, Adapter)
@@ -211,26 +198,24 @@ class Training:
             session, message = work.session, work.message
             self._release(work)
             if not session.closed:
-                failure = Failure(session.id, message.epoch, number_of(message), code, text[:500])
-                self._outbox.send(session.reply_to, failure)
+                number: int = getattr(message, "number", 0)
+                self._outbox.send(session.reply_to, Failure(session.id, message.epoch, number, code, text[:500]))
 
     def _check(self, message: Forward) -> None:
         if not message.lengths or not all(message.lengths):
             raise ProtocolError("a pass has no sequences, or an empty one")
         longest = max(message.lengths)
-        if self._served.max_positions is not None and longest > self._served.max_positions:
+        if self._max_positions is not None and longest > self._max_positions:
             raise SessionTooLong(f"{longest} positions are more than the model's context")
         if message.positions > max(MAX_PASS_POSITIONS, longest):
             raise SessionTooLong(f"a pass has at most {MAX_PASS_POSITIONS} positions")
         codec_by_code(message.gradient_codec)
-        self._served.check_payload(message.codec, message.payload, message.positions)
+        check_size(message.codec, message.payload, message.positions, self._hidden_size)
 
     def _put(self, work: PassWork) -> None:
-        self._take(work.session, Purpose.PASSES, work.nbytes)
-        self._queued(work)
-
-    def _queued(self, work: PassWork) -> None:
-        """Puts a pass into the queue; what was taken for one that is refused is given back."""
+        """Puts a pass into the queue; memory of one that is refused is given back."""
+        if not isinstance(work.message, Adapter):  # for which memory was taken part by part
+            self._take(work.session, Purpose.PASSES, work.nbytes)
         try:
             self._queue.put_pass(work)
         except PeerBusy:
@@ -238,7 +223,7 @@ class Training:
             raise
 
     def _take_part(self, session: Session, message: Adapter, source: Connection, now: float) -> None:
-        """One of an adapter: what does not go on from the part before it begins anew."""
+        """Takes a part of an adapter; one that does not follow the part before it begins anew."""
         if not message.payload:
             raise ProtocolError("a part of an adapter is empty")
         last = session.adapter_parts[-1] if session.adapter_parts else None
@@ -250,14 +235,10 @@ class Training:
         if not message.remaining:
             work = PassWork(session, message, source, now, parts=session.adapter_parts)
             session.adapter_parts = []
-            self._queued(work)
+            self._put(work)
 
     def _take(self, session: Session, purpose: Purpose, nbytes: int) -> None:
-        """Takes memory for what cannot be done without.
-
-        Raises:
-            PeerBusy: there is too little, also without all ways back that are kept.
-        """
+        """Takes memory, if need be that of saved passes. Raises PeerBusy if there is too little nonetheless."""
         while self._ways and not self.memory.has_room(nbytes, session.owner, session, purpose):
             own = (work for work in self._ways if work.session.owner == session.owner)
             self._drop_saved(next(own, None) or next(iter(self._ways)))
@@ -279,11 +260,6 @@ class Training:
         work = session.kept.pop(number, None)
         if work is not None:
             self._release(work)
-
-
-def number_of(message: Request) -> int:
-    """What a failure of the message is about; 0: no pass."""
-    return 0 if isinstance(message, Adapter) else message.number
 
 
 class MissingPass(ProtocolError):

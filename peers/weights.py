@@ -19,14 +19,10 @@ from splitnet.wire.messages import AskWeights, Failure, FailureCode, WeightsKind
 
 log = logging.getLogger(__name__)
 
-DEFAULT_RATE: Final = 64 << 20
-"""Bytes per second, to all together."""
-SERVING_SHARE: Final = 0.25
-"""Of the rate, while sessions are served."""
-QUESTION_BYTES: Final = 1024
-"""What a question costs besides its answer."""
-BITS_S: Final = 1.0
-"""How long the answer to what is here stays as it is: to find it out takes as long as many pieces."""
+DEFAULT_RATE: Final = 64 << 20  # bytes per second, to all together
+SERVING_SHARE: Final = 0.25  # of the rate, while sessions are served
+QUESTION_BYTES: Final = 1024  # what a question costs besides its answer
+BITS_S: Final = 1.0  # how long the answer to what is here stays as it is: to find it out takes as long as many pieces
 WAITING_PER_KEY: Final = 64
 MAX_WAITING: Final = 1024
 

@@ -1,28 +1,18 @@
-"""Which waiting steps a device runs together in its next pass."""
+"""Which waiting steps a device runs together in its next pass, and how busy its passes keep it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from math import ceil
 from typing import Final, Protocol, TypeVar
 
-from scheduler.load import MovingAverage
-
-DECODE_POSITIONS: Final = 16
-"""A step with at most so many positions is decoding: a token per row, or a window of drafts."""
-
-PASS_POSITIONS: Final = 512
-"""Most positions of a pass, and of a step of a replay."""
-
-MAX_PASSED_OVER: Final = 4
-"""Passes that may leave out a step that is ready; then one is made for it."""
+DECODE_POSITIONS: Final = 16  # a step with at most so many decodes: a token per row, or a window of drafts
+PASS_POSITIONS: Final = 512  # most positions of a pass, and of a step of a replay
+MAX_PASSED_OVER: Final = 4  # passes that may leave out a step that is ready; then one is made for it
 
 
 class Waiting(Protocol):
-    """A step that waits.
-
-    remaining: positions that are still to run, at least 1. blocks: that it goes through, [start, end).
-    """
+    """remaining: positions of a step that are still to run, at least 1. blocks: that it goes through, [start, end)."""
 
     @property
     def remaining(self) -> int: ...
@@ -41,14 +31,12 @@ W = TypeVar("W", bound=Waiting)
 def next_pass(waiting: Sequence[W], passed_over: int, max_positions: int = PASS_POSITIONS) -> dict[W, int]:
     """The steps of the next pass, with how many positions of each.
 
-    Decode comes first, so that a token never waits for more than one pass of somebody's prefill; then prefill fills the
-    pass up. All of a pass goes through the same blocks. A step that `MAX_PASSED_OVER` passes left out leads the next
-    one, and half of it is kept for it.
+    Decode comes first, so that a token never waits for more than one pass of prefill; then prefill fills the pass up.
+    All of a pass goes through the same blocks. A step that `MAX_PASSED_OVER` passes left out leads the next one, and
+    half of that is kept for it.
 
-    Args:
-        waiting: at most one step of each session, hashed by identity; who has waited longest comes first.
-        passed_over: passes that have left out the first of them.
-        max_positions: of a pass.
+    waiting: at most one step of each session, hashed by identity; the one that has waited longest comes first.
+    passed_over: passes that have left out the first of them.
     """
     decode = [step for step in waiting if step.remaining <= DECODE_POSITIONS]
     prefill = [step for step in waiting if step.remaining > DECODE_POSITIONS]
@@ -69,42 +57,51 @@ def next_pass(waiting: Sequence[W], passed_over: int, max_positions: int = PASS_
     return counts
 
 
-SIZES: Final = (64, 128, 256, 512)
-"""Positions of a step. Smaller ones use the devices badly, larger ones make the hops wait for each other."""
+SIZES: Final = (64, 128, 256, 512)  # positions of a step: smaller ones use devices badly, larger ones make hops wait
 
 
 def best_step(positions: int, latency_ms: Callable[[int], float], slowest_hop_ms: Callable[[int], float]) -> int:
     """The size of steps with which `positions` positions are through soonest, the largest of those that are as good.
 
-    Args:
-        latency_ms: of a step through the route, by its positions.
-        slowest_hop_ms: by how much a step behind it comes later: what it keeps the slowest hop or link busy for.
+    latency_ms: of a step through the route, by its positions.
+    slowest_hop_ms: by how much a step behind it comes later: what it keeps the slowest hop or link busy for.
     """
 
     def prefill_ms(size: int) -> float:
         size = min(size, positions)
-        return latency_ms(size) + (ceil(positions / size) - 1) * slowest_hop_ms(size)
+        return latency_ms(size) + (math.ceil(positions / size) - 1) * slowest_hop_ms(size)
 
     return min(reversed(SIZES), key=prefill_ms)
 
 
-OWN_WAIT = 0.1
-"""How long the next one is waited for, as a part of the time that the work takes."""
+class MovingAverage:
+    """Exponential moving average; `share`: weight of the latest value.
 
-SHARED_WAIT = 3.0
-"""How much longer, as a part of the time for which it had no processor: others want it, and use it meanwhile.
+    start: the average before the first value; None: `value` is 0 until the first value, which counts in full.
+    """
 
-Until half of those who are expected are there: of one group the processors of a machine would wait for each other.
-"""
+    __slots__ = ("_begun", "_share", "value")
 
-LATELY_S = 1.0
-"""Who has brought work within so many seconds may bring more."""
+    def __init__(self, share: float, start: float | None = None) -> None:
+        self.value = start or 0.0
+        self._begun = start is not None
+        self._share = share
 
+    def add(self, value: float) -> float:
+        """Takes in the latest value; returns the average."""
+        self.value += (self._share if self._begun else 1.0) * (value - self.value)
+        self._begun = True
+        return self.value
+
+
+OWN_WAIT = 0.1  # how long the next one is waited for, as a part of the time that the work takes
+SHARED_WAIT = 3.0  # how much longer, as a part of the time in which it had no processor, as others use it meanwhile
+LATELY_S = 1.0  # a source that has brought work within this time may bring more
 _LEARNING = 0.1
 
 
 class BatchingDelay:
-    """Tells how long to wait, from what was seen before. One thread uses it at a time; `left` may come from any."""
+    """How long to wait for more work. Used by one thread at a time; `left` may be called by any."""
 
     def __init__(self) -> None:
         self._took_s = MovingAverage(_LEARNING)
@@ -112,13 +109,7 @@ class BatchingDelay:
         self._seen: dict[Hashable, float] = {}
 
     def ran(self, sources: Iterable[Hashable], took_s: float, computed_s: float, now: float) -> None:
-        """Takes in that work of these sources was done together.
-
-        Args:
-            took_s: seconds that it took.
-            computed_s: for how many of them its thread had a processor.
-            now: when it was done, in seconds.
-        """
+        """Work of these sources was done together in `took_s` seconds; for `computed_s` its thread had a processor."""
         self._took_s.add(took_s)
         self._delayed_s.add(max(0.0, took_s - computed_s))
         self._seen.update(dict.fromkeys(sources, now))
@@ -131,12 +122,62 @@ class BatchingDelay:
         self._seen.pop(source, None)
 
     def delay_s(self, ready: int) -> float:
-        """Seconds to wait for the next one when the work of so many sources is ready; 0: no more are expected.
-
-        At most what the work itself takes.
-        """
+        """Seconds to wait, at most what the work takes, if so many sources are ready; 0: no more are expected."""
         if ready >= len(self._seen):
             return 0.0
         took_s = self._took_s.value
+        # Until half of those expected are there: of one group the processors of a machine would wait for each other.
         shared = SHARED_WAIT * self._delayed_s.value if 2 * ready < len(self._seen) else 0.0
         return min(OWN_WAIT * took_s + shared, took_s)
+
+
+HALF_LIFE_S = 10.0
+_WINDOW_MS = 1000 * HALF_LIFE_S / math.log(2)  # the time of which what fades so is the average
+SHARE = 0.2  # weight of the latest pass in the average
+
+
+class Load:
+    """How busy a device has been: averages over recent passes, which fade while nothing happens.
+
+    Clients plan with them for half a minute, of which what waits at the moment of publishing says nothing.
+
+    Attributes:
+        last_at: when the last pass began, in seconds.
+    """
+
+    def __init__(self) -> None:
+        self._wait_ms = MovingAverage(SHARE, 0.0)
+        self._batch = MovingAverage(SHARE, 0.0)
+        self._squares = 0.0
+        self.last_at = 0.0
+
+    def observe(self, now: float, waits_ms: Sequence[float], others: Sequence[int], took_ms: float = 0.0) -> None:
+        """Takes in a pass.
+
+        Args:
+            now: seconds.
+            waits_ms: of the decode steps that began in it; prefill waits for those, so its own waits tell nothing.
+            others: for each decode step in it, the positions that belong to other sessions.
+            took_ms: how long it lasted.
+        """
+        fade = self._fade(now)
+        self._wait_ms.value *= fade
+        self._batch.value *= fade
+        self._squares = self._squares * fade + took_ms * took_ms
+        self.last_at = now
+        for wait_ms in waits_ms:
+            self._wait_ms.add(wait_ms)
+        for batch in others:
+            self._batch.add(batch)
+
+    def at(self, now: float) -> tuple[float, float]:
+        """Ms that a decode step waits for its pass, and positions of others that share the pass of a decode step.
+
+        Where hardly any steps came, a step that comes at any time finds a pass under way, of which a mean of
+        (sum of squares of passes) / (twice the time) is still to go.
+        """
+        fade = self._fade(now)
+        return max(self._wait_ms.value, self._squares / _WINDOW_MS / 2) * fade, self._batch.value * fade
+
+    def _fade(self, now: float) -> float:
+        return 0.5 ** (max(0.0, now - self.last_at) / HALF_LIFE_S)

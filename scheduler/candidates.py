@@ -12,81 +12,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.batching import PASS_POSITIONS
-from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.cost import PROMPT_SHARE, Encoding
-from scheduler.facts import CLIENT, PASS_SIZES, Network, Peer, Place
+from scheduler.facts import DIMENSIONS, PASS_SIZES, Coordinate, Network, Peer, Place
 
-LIMIT: Final = 300
-"""Peers that the search takes some 5 ms for on one CPU core; what the others would have added: docs/simulation.md."""
-
-ANCHORS: Final = 8
-"""Places around which a chain might run."""
-
-KEPT_PARTS: Final = 8
-"""Of a model, of which a crowd remembers who serves each block."""
-
-FULL_MS: Final = 1e9
-"""What a peer without memory for the session seems to cost: behind all others, but before nobody."""
-
+LIMIT: Final = 300  # searched in some 5 ms on one CPU core; what more peers would add: docs/simulation.md
+ANCHORS: Final = 8  # places around which a chain might run
+KEPT_PARTS: Final = 8  # of a model, of which a crowd remembers who serves each block
+FULL_MS: Final = 1e9  # what a peer without memory for the session seems to cost: behind all others, but before nobody
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
 def measured_first(peers: int) -> tuple[int, ...]:
-    """To how many of so many peers a client measures its links before it plans its first route, in rounds.
+    """To how many of so many peers a client measures its links before its first plan, in rounds (docs/scheduling.md).
 
-    First to any, which tell where it stands; then twice to likely ones, as seen from there. Each takes 2 KB. What fewer
-    and more are worth is told in docs/scheduling.md.
+    First to any, which tell where it stands; then twice to likely ones, as seen from there. Each takes 2 KB.
     """
     likely = min(16 + peers // 120, 34)
     return 32, likely, likely
 
 
-def candidates(
-    peers: Sequence[Peer],
-    blocks: tuple[int, int],
-    network: Network,
-    *,
-    encodings: Sequence[Encoding],
-    kv_needed: int,
-    positions: int = 1,
-    prompt: int = 0,
-    source: str = CLIENT,
-    target: str = CLIENT,
-    exclude: Collection[str] = frozenset(),
-    limit: int = LIMIT,
-) -> list[Peer]:
-    """At most `limit` of the peers, those that the best route over the blocks [start, end) most likely goes through.
-
-    A caller that plans often with the same facts keeps a `CandidateIndex`. Arguments as for `best_route`, with which
-    the result is meant to be planned.
-    """
-    crowd = CandidateIndex(peers, network)
-    outside = [network.places[name] for name in (source, target) if name in network.places]
-    return crowd.near(
-        outside,
-        blocks,
-        encodings=encodings,
-        kv_needed=kv_needed,
-        positions=positions,
-        prompt=prompt,
-        exclude=exclude,
-        limit=limit,
-    )
-
-
 class CandidateIndex:
-    """The peers of a swarm as any client sees them, prepared once for many plans.
-
-    Only the places in `network` are used, not its measured links.
-    """
+    """The peers of a swarm, prepared once for many plans. Of `network` only the places are used."""
 
     def __init__(self, peers: Sequence[Peer], network: Network) -> None:
         self._peers = list(peers)
         self._index = {peer.id: index for index, peer in enumerate(peers)}
         self._start = np.array([peer.start for peer in peers], dtype=np.int64)
         self._end = np.array([peer.end for peer in peers], dtype=np.int64)
-        self._load = np.array([_load_of(peer) for peer in peers]).reshape(len(peers), 3)
+        self._load = np.array([(peer.queue_ms, peer.batch, peer.kv_free) for peer in peers]).reshape(len(peers), 3)
         self._speed = np.array([peer.speed.block_ms for peer in peers]).reshape(len(peers), len(PASS_SIZES))
         nowhere = Place(Coordinate(), 0.0)
         places = [network.places.get(peer.id) for peer in peers]
@@ -102,7 +56,7 @@ class CandidateIndex:
         self._serving: dict[tuple[int, int], tuple[Integers, Integers]] = {}
 
     def corrected(self, peers: Iterable[Peer]) -> CandidateIndex:
-        """The same crowd where other facts are known of these of its peers. They serve the blocks that they served."""
+        """The same index with other facts of some of its peers. Raises ValueError if one serves other blocks."""
         crowd = copy(self)
         crowd._peers, crowd._load, crowd._speed = list(self._peers), self._load.copy(), self._speed.copy()
         indices: list[int] = []
@@ -114,7 +68,7 @@ class CandidateIndex:
             indices.append(index)
         if indices:
             anew = [crowd._peers[index] for index in indices]
-            crowd._load[indices] = [_load_of(peer) for peer in anew]
+            crowd._load[indices] = [(peer.queue_ms, peer.batch, peer.kv_free) for peer in anew]
             crowd._speed[indices] = [peer.speed.block_ms for peer in anew]
         return crowd
 
@@ -131,7 +85,7 @@ class CandidateIndex:
         limit: int = LIMIT,
         everywhere: bool = True,
     ) -> list[Peer]:
-        """At most `limit` peers for a chain over the blocks [start, end), in the order in which the crowd has them.
+        """At most `limit` peers for a chain over the blocks [start, end), in the order of the index.
 
         Every block that some peer could run keeps such a peer, and every block that only full peers serve keeps one of
         those, so that `best_route` says the same about what is missing; `limit` is raised to one peer per block for
@@ -141,7 +95,7 @@ class CandidateIndex:
         the chain runs around one of a few anchors (where it begins and ends, and places far from each other), and a hop
         pays its own queue and passes and the way from the anchor to itself and back.
 
-        outside: where the chain comes from and goes to, as far as that is known. Other arguments as for `best_route`.
+        outside: known places that the chain comes from and goes to. Other arguments as for `best_route`.
         """
         first, end = blocks
         present = (self._start < end) & (self._end > first)
@@ -157,10 +111,10 @@ class CandidateIndex:
         return [self._peers[index] for index in map(int, np.flatnonzero(present))]
 
     def beside_silent(self, silent: Collection[str], answered: Collection[str]) -> set[str]:
-        """Who is likely silent, too: those of whom two silent peers stand nearer than all that answered.
+        """Peers that are likely silent, too: those to which two silent peers are nearer than all that answered.
 
-        One peer is often lost alone; but a site loses its power, and a region its link. Of whom no place is known
-        nothing is told, and nothing of anybody unless some answered.
+        One peer is often lost alone; but a site loses its power, and a region its link. Peers without a known place are
+        not among them, and none are unless some answered.
         """
         lost, alive = (
             self._vectors[
@@ -227,7 +181,7 @@ class CandidateIndex:
         return best
 
     def _by_block(self, starts: Integers, ends: Integers, blocks: tuple[int, int]) -> tuple[Integers, Integers]:
-        """Who serves each block, one block after the other, and where each block's peers begin in that row."""
+        """The peers of each block, one block after the other, and where each block's peers begin in that row."""
         found = self._serving.get(blocks)
         if found is None:
             rows = [np.flatnonzero((starts <= block) & (block < ends)) for block in range(blocks[1] - blocks[0])]
@@ -239,7 +193,7 @@ class CandidateIndex:
 
 
 class _LeastOfBlocks:
-    """Finds the least of some values of spans `[start, end)` over each block, of which there are `count`.
+    """Finds the least of values of spans `[start, end)` over each of `count` blocks.
 
     Each span is covered by two of its length's greatest power of two, so that a value is looked at twice only.
     """
@@ -261,10 +215,6 @@ class _LeastOfBlocks:
             np.minimum(table[level - 1], table[level], out=table[level - 1])
             np.minimum(table[level - 1, half:], table[level, :-half], out=table[level - 1, half:])
         return table[0]
-
-
-def _load_of(peer: Peer) -> tuple[float, float, float]:
-    return peer.queue_ms, peer.batch, peer.kv_free
 
 
 def _block_ms(speed: Floats, batch: Floats, positions: int, prompt: int) -> Floats:

@@ -33,17 +33,13 @@ class Encoding:
 CODING_MS: Final[Mapping[str, tuple[float, float]]] = {"none": (0.0, 0.0001), "int8": (0.24, 0.0029)}
 """(step_ms, position_ms) of the codecs whose loss does not show in the text: only these are chosen without being asked.
 
-Measured on one CPU core with 576 values. A step between two passes finds cold caches, so it costs far more than in a
-loop: int8 adds 0.24 ms to a hop (docs/benchmarks.md); the rest is the time for 512 positions at once (docs/codecs.md).
+Measured on one CPU core with 576 values: between two passes, with cold caches, int8 adds 0.24 ms to a hop
+(docs/benchmarks.md); the rest is the time for 512 positions at once (docs/codecs.md).
 """
 
 
 def encodings_of(bytes_per_position: Mapping[str, float]) -> tuple[Encoding, ...]:
-    """The codecs that may be chosen, of those with these sizes.
-
-    Raises:
-        ValueError: none of the codecs may be chosen.
-    """
+    """The codecs that may be chosen, of those with these sizes. Raises ValueError if there are none."""
     known = [Encoding(name, size, *CODING_MS[name]) for name, size in bytes_per_position.items() if name in CODING_MS]
     if not known:
         raise ValueError(f"no codec to choose from: {', '.join(bytes_per_position) or 'none'}")
@@ -53,12 +49,8 @@ def encodings_of(bytes_per_position: Mapping[str, float]) -> tuple[Encoding, ...
 def choose_codec(bytes_per_position: Mapping[str, float], bytes_per_ms: float) -> str:
     """The codec of a link over which as many positions come in one prefill as in single decode steps.
 
-    Args:
-        bytes_per_position: size of an encoded position by codec name, of the codecs that both ends know.
-        bytes_per_ms: bandwidth of the link; a link that was not measured counts as slow.
-
-    Raises:
-        ValueError: none of the codecs may be chosen.
+    bytes_per_position: of an encoded position, by the codecs that both ends know. bytes_per_ms: bandwidth of the link;
+    a link that was not measured counts as slow. Raises ValueError if none of the codecs may be chosen.
     """
     return soonest(encodings_of(bytes_per_position), bytes_per_ms).name
 
@@ -95,11 +87,9 @@ def roofline(work: BlockWork, *, bytes_per_ms: float, flops_per_ms: float) -> Sp
 
     That is the roofline model (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for
     multicore architectures", 2009): a pass takes as long as the slower of the two. It is a bound, so give it what the
-    device achieves, not what its data sheet promises.
+    device achieves.
 
-    bytes_per_ms: of memory that is read. flops_per_ms: in the type of the weights.
-
-    Raises ValueError if one of the two is not positive.
+    bytes_per_ms: of memory that is read. flops_per_ms: in the type of the weights. ValueError: one is not positive.
     """
     if bytes_per_ms <= 0 or flops_per_ms <= 0:
         raise ValueError("a device reads and multiplies at more than nothing")
@@ -109,20 +99,16 @@ def roofline(work: BlockWork, *, bytes_per_ms: float, flops_per_ms: float) -> Sp
 
 
 PROMPT_SHARE: Final = 0.03
-"""What a ms of the prompt counts beside a ms of each token.
+"""Weight of a ms of the prompt beside a ms of each token. For answers of 100 tokens 0.01 would do; with 0.03 the first
+token comes a seventh sooner, and each token 2% later (docs/simulation.md)."""
 
-An answer of 100 tokens lasts as long as its tokens and its prompt with 0.01. But people wait for the first token: with
-0.03 it comes a seventh sooner, and each token 2% later (docs/simulation.md).
-"""
-
-UNKNOWN_WATTS: Final = 300.0
-"""What a peer counts as of which nobody knows what it draws: more than most devices, as nothing unknown is free."""
+UNKNOWN_WATTS: Final = 300.0  # of a peer that does not say; more than most devices draw, as nothing unknown is free
 
 
 def block_ms(peer: Peer, positions: int, prompt: int = 0) -> float:
     """Ms for `positions` new positions through one block of `peer`, in a pass that other sessions share.
 
-    prompt: positions that come once before, in passes of their own, of which `PROMPT_SHARE` counts.
+    prompt: positions before, in passes of their own, of which `PROMPT_SHARE` counts.
     """
     token_ms = peer.speed.at(positions + peer.batch)
     if not prompt:
@@ -198,10 +184,7 @@ def move_ms(
 ) -> float:
     """Ms until new hops in a row hold the KV cache of `cached` positions, and the client knows.
 
-    It is replayed in chunks that fill a pass, so the hops work on it at the same time: one pass of all positions would
-    count the arithmetic of every hop in full, one after the other.
-
-    source: the hop before them, which replays what it has sent.
+    It is replayed in chunks that fill a pass, so the hops work on it at the same time. source: the hop before them.
     """
     chunks = max(1, ceil(cached / PASS_POSITIONS))
     positions = ceil(cached / chunks)

@@ -1,33 +1,30 @@
-"""Facts about a swarm: who serves which blocks, at what speed and under what load. All frozen."""
+"""Facts about a swarm: which peers serve which blocks, at what speed and load, and how far they are apart. Frozen."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import median
 from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.coordinates import DIMENSIONS, Coordinate
-
-PASS_SIZES: Final = (1, 4, 16, 64, 256)
-"""Positions in a pass through the blocks at which a peer's speed is stated."""
+PASS_SIZES: Final = (1, 4, 16, 64, 256)  # positions in a pass through the blocks at which a peer's speed is stated
 
 
-MAX_WATTS: Final = 1e5
-"""That a peer may say it draws."""
+MAX_WATTS: Final = 1e5  # that a peer may say it draws
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
     """Ms per block of one pass, by the positions in it: the decode tokens of a batch, or a chunk of a prefill.
 
-    block_ms: one value for each of `PASS_SIZES`. Between two sizes it runs straight, beyond the last in proportion.
-    Raises ValueError for another number of values.
+    block_ms: at each of `PASS_SIZES` (else ValueError); linear between two, beyond the last in proportion.
     """
 
     block_ms: tuple[float, ...]
@@ -115,8 +112,7 @@ def missing_blocks(peers: Iterable[Peer], num_blocks: int, first: int = 0) -> li
     return ranges
 
 
-CLIENT: Final = ""
-"""Stands for the client where a peer's id is expected."""
+CLIENT: Final = ""  # stands for the client where a peer's id is expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +123,96 @@ class Link:
     bytes_per_ms: float
 
 
-UNMEASURED: Final = Link(latency_ms=100.0, bytes_per_ms=1250.0)
-"""Between two of whom nothing is known: across the world, 10 Mbit/s. Pessimistic, so that measured links win."""
+UNMEASURED: Final = Link(100.0, 1250.0)  # an unknown link: across the world, 10 Mbit/s, so that measured links win
+
+
+DIMENSIONS: Final = 3
+TUNING: Final = 0.25  # the constants c_e and c_c of the paper: how far one measurement moves the error and the place
+PASSES: Final = 5  # how often a new device goes through the round trips that it has measured; with one it stops short
+MIN_HEIGHT_MS: Final = 0.01
+MAX_ERROR: Final = 1.5
+
+MOST_OFF_MS: Final = 1000.0  # no prediction counts as more wrong: no two devices on Earth are farther apart
+CONTRADICTION: Final = 2.0
+CONTRADICTION_MS: Final = 50.0
+"""If two devices claim to be farther apart than so many times the way over a device that has measured both, and by so
+many ms more, one of them is not where it says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinate:
+    """Where a device stands in a space of round-trip times, so that the delay between any two can be predicted.
+
+    Vivaldi with height vectors (Dabek, Cox, Kaashoek and Morris: "Vivaldi: A Decentralized Network Coordinate System",
+    SIGCOMM 2004, sections 3 and 5.4).
+
+    vector: `DIMENSIONS` numbers in ms. height_ms: of the access link, which every way to the device passes.
+    error: expected relative error of round trips predicted from here; 1 and more: nothing is known yet.
+    """
+
+    vector: tuple[float, ...] = (0.0,) * DIMENSIONS
+    height_ms: float = MIN_HEIGHT_MS
+    error: float = 1.0
+
+    def rtt_ms(self, other: Coordinate) -> float:
+        """The predicted round trip."""
+        return math.dist(self.vector, other.vector) + self.height_ms + other.height_ms
+
+    def moved(self, other: Coordinate, rtt_ms: float, direction: tuple[float, ...]) -> Coordinate:
+        """This place after a round trip of `rtt_ms` to `other` was measured.
+
+        direction: where to go if both stand at the same point; `DIMENSIONS` numbers, best random ones.
+        """
+        rtt_ms = max(rtt_ms, 2 * MIN_HEIGHT_MS)
+        predicted = self.rtt_ms(other)
+        own, theirs = max(self.error, 1e-3), max(other.error, 1e-3)
+        weight = own / (own + theirs)
+        share = TUNING * weight
+        error = min(MAX_ERROR, abs(predicted - rtt_ms) / rtt_ms * share + self.error * (1 - share))
+        away = tuple(here - there for here, there in zip(self.vector, other.vector, strict=True))
+        apart = math.hypot(*away)
+        force = share * max(-MOST_OFF_MS, min(MOST_OFF_MS, rtt_ms - predicted))
+        if apart < 1e-6:
+            # From the same point it can only be pushed away, in any direction.
+            away, apart, push = direction, math.hypot(*direction) or 1.0, max(0.0, force)
+        else:
+            push = max(force, -apart)  # not past the other: beyond it, going on would lead away
+        vector = tuple(here + push * value / apart for here, value in zip(self.vector, away, strict=True))
+        # Heights add where vectors subtract, so both heights push the same way (section 5.4 of the paper).
+        height = self.height_ms + force * (self.height_ms + other.height_ms) / max(predicted, 1e-6)
+        return Coordinate(vector, max(height, MIN_HEIGHT_MS), error)
+
+
+def place_among(measured: Sequence[tuple[Coordinate, float]], direction: tuple[float, ...]) -> Coordinate:
+    """Where a device stands that has measured round trips in ms to others, each with the place of the other.
+
+    It begins where the nearest stands, as from the middle of the space it may not come to a far corner of it, and goes
+    through all of them several times. Its error is the median over them, and more if they are few. Others that do not
+    know their own places do not count, unless all are such; nor do those whose places most of them contradict.
+
+    direction: see `Coordinate.moved`.
+    """
+    if not measured:
+        return Coordinate()
+    measured = _believable([(other, rtt_ms) for other, rtt_ms in measured if other.error < 1.0] or measured)
+    nearest, _ = min(measured, key=lambda pair: pair[1])
+    place = Coordinate(nearest.vector)
+    for _ in range(PASSES):
+        for other, rtt_ms in measured:
+            place = place.moved(other, rtt_ms, direction)
+    off = median(abs(place.rtt_ms(other) - rtt_ms) / max(rtt_ms, MIN_HEIGHT_MS) for other, rtt_ms in measured)
+    return replace(place, error=min(MAX_ERROR, off + 1 / len(measured)))
+
+
+def _believable(measured: Sequence[tuple[Coordinate, float]]) -> Sequence[tuple[Coordinate, float]]:
+    """Without those that say that they stand where most of the others cannot be as near as they are."""
+    vectors = np.array([other.vector for other, _ in measured])
+    heights = np.array([other.height_ms for other, _ in measured])
+    rtt_ms = np.array([rtt_ms for _, rtt_ms in measured])
+    squares = ((vectors[:, None, :] - vectors[None, :, :]) ** 2).sum(axis=2)
+    said_ms = np.sqrt(squares) + np.add.outer(heights, heights)
+    contradicted = (said_ms > CONTRADICTION * np.add.outer(rtt_ms, rtt_ms) + CONTRADICTION_MS).sum(axis=1)
+    return [pair for pair, others in zip(measured, contradicted, strict=True) if 2 * others < len(measured)] or measured
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,48 +16,31 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-from scheduler.batching import DECODE_POSITIONS, Waiting
-from scheduler.load import MovingAverage
+from scheduler.batching import DECODE_POSITIONS, MovingAverage, Waiting
 
-CREDIT_S: Final = 0.05
-"""Seconds of device time, per weight, that a key may have left from former rounds."""
-
+CREDIT_S: Final = 0.05  # seconds of device time, per weight, that a key may have left from former rounds
 BULK_COST: Final = 4.0
-"""What a second of prefill or training costs a key when others are active: decode steps of several keys share a pass at
+"""Price of a second of prefill or training when other keys are active: decode steps of several keys share a pass at
 about the price of one, so work that does not share leaves them four fifths of the time."""
 
-CHUNK_S: Final = 0.05
-"""A pass of prefill and a piece of training take about so long when another key is active."""
-
-SLACK: Final = 1.2
-"""How much longer than with one step of each key a decode pass may take for more of them."""
-
+CHUNK_S: Final = 0.05  # a pass of prefill and a piece of training take about so long when another key is active
+SLACK: Final = 1.2  # how much longer than with one step of each key a decode pass may take for more of them
 AHEAD_S: Final = 2.0
-"""Seconds of device time, per weight and `FORGET_S`, that a key's prefill may have in the turns of other keys. And a
-key lets others have so much of its own, whoever they are, and from then on half of them."""
+"""Seconds of device time, per weight and `FORGET_S`, that a key's prefill may have in the turns of other keys. A key
+lets others have as much of its own turns, and from then on half of them."""
 
-LATELY_S: Final = (1.0, 5.0)
-"""A key without work is active for twice the time that it usually needs to come back, within these bounds."""
-
-FORGET_S: Final = 60.0
-"""A key without work for so long begins anew."""
-
+LATELY_S: Final = (1.0, 5.0)  # s; a key without work is active for twice its usual time away, within these bounds
+FORGET_S: Final = 60.0  # a key without work for so long begins anew
 _ROUND_S: Final = 0.001
 _LEARNING: Final = 0.2
-_EARLY: Final = 0.8
-"""A key may come back after such a part of its usual time."""
-_LATE: Final = 0.3
-"""A key that is late by more than such a part of its usual time, or of the work that waits for it, is given up."""
-_WORTH: Final = 0.8
-"""Part of the time that a piece of work takes, for which it waits for another key at most."""
-
+_EARLY: Final = 0.8  # a key may come back after such a part of its usual time
+_LATE: Final = 0.3  # a key that is late by more than this part of its usual time, or of the waiting work, is given up
+_WORTH: Final = 0.8  # part of the time that a piece of work takes, for which it waits for another key at most
 K = TypeVar("K", bound=Hashable)
 
 
 class _Account:
-    """Of one key.
-
-    balance: seconds of device time, per weight, not counting the rounds since. present: pieces of work that wait or
+    """balance: seconds of device time, per weight, not counting the rounds since. present: pieces of work that wait or
     run. away: seconds from the end of its last work to its next. ahead: of others' turns that it has had by `ahead_at`,
     less what it was allowed since. let: of its own turns that others have had, less what it had itself since.
     """
@@ -80,19 +63,16 @@ class _Account:
 
 
 class FairShares(Generic[K]):
-    """The balances of keys. No clock: `now` is in seconds. All it does takes time in proportion to active keys.
+    """The balances of keys. No clock: `now` is in seconds. Each call takes time in proportion to active keys.
 
-    Args:
-        weight: of a key: in which proportion keys share the device.
+    weight: of a key: in which proportion keys share the device.
     """
 
     def __init__(self, weight: Callable[[K], float] = lambda key: 1.0) -> None:
         self._weight = weight
-        self._accounts: OrderedDict[K, _Account] = OrderedDict()
-        """Who was seen last stands at the end."""
+        self._accounts: OrderedDict[K, _Account] = OrderedDict()  # the one seen last stands at the end
         self._present: set[K] = set()
-        self._rounds_s = 0.0
-        """What all rounds have added."""
+        self._rounds_s = 0.0  # what all rounds have added
 
     def __len__(self) -> int:
         return len(self._accounts)
@@ -124,7 +104,7 @@ class FairShares(Generic[K]):
     def charge(self, key: K, seconds: float, now: float, *, bulk: bool = False) -> None:
         """Takes off what work of `key` took of the device's time; `bulk`: prefill or training.
 
-        Nothing while no other key is active, but it has no credit beside one that comes then.
+        Nothing while no other key is active, but then no credit is left beside a key that becomes active.
         """
         account = self._accounts.get(key)
         if account is not None:
@@ -171,13 +151,9 @@ class FairShares(Generic[K]):
             self._rounds_s += short_s + _ROUND_S
 
     def awaited(self, first: K, takes_s: float, now: float) -> tuple[K, float] | None:
-        """Whether `first`, which of all that have work has had least, waits for a key that has had less and comes soon.
+        """The key that `first` waits for, and how many seconds at most: it has had less and is expected soon.
 
-        Args:
-            takes_s: seconds that its work would take.
-
-        Returns:
-            Whom it waits for, and how many seconds at most; None: it begins now.
+        None: `first`, which of all that have work has had least, begins now. Its work would take `takes_s`.
         """
         own = self._balance(self._accounts[first])
         for key, account in self._absent(now):
@@ -214,7 +190,7 @@ class FairShares(Generic[K]):
 class Owned(Waiting, Protocol):
     """A step of a client.
 
-    total: positions that it began with. owner: the key. left: positions that its session has still room for, before it.
+    total: positions that it began with. owner: the key. left: positions of its reservation that come now or later.
     """
 
     @property
@@ -231,11 +207,11 @@ W = TypeVar("W", bound=Owned)
 
 
 class FairPasses(Generic[W]):
-    """No clock: `now` is in seconds.
+    """The passes of several keys. No clock: `now` is in seconds.
 
     Args:
         pass_s: seconds that a pass of so many positions takes.
-        weight: of a key, in proportion to which keys share the device.
+        weight: see `FairShares`.
 
     Attributes:
         shares: what keys have had.
@@ -244,8 +220,7 @@ class FairPasses(Generic[W]):
     def __init__(self, pass_s: Callable[[int], float], weight: Callable[[Any], float] = lambda key: 1.0) -> None:
         self.shares = FairShares[Any](weight)
         self._pass_s = pass_s
-        self._turn_of: dict[Hashable, Hashable] = {}
-        """In whose turn a key's prefill runs, if that is another's."""
+        self._turn_of: dict[Hashable, Hashable] = {}  # in whose turn a key's prefill runs, if that is another's
 
     def chunk_s(self, now: float) -> float:
         """How long a piece of prefill or of a pass over whole sequences may take, in seconds."""
@@ -263,11 +238,8 @@ class FairPasses(Generic[W]):
         """The steps of which prefill runs in a turn of `first`: its own, or one of another key that has less to come.
 
         Prompts that share a device in turns are all done late. With the shortest first (Schrage 1968) half of them are
-        done in a fraction of the time, and hardly one later. What decoding gets is the same: `first` pays, and no key
-        goes ahead for long, nor lets all others have its turns, so that nobody waits for ever.
-
-        Args:
-            waiting: at most one step of each session.
+        done in a fraction of the time, and hardly one later. Decoding gets the same: `first` pays, and no key goes
+        ahead for long, nor lets all others have its turns. `waiting`: at most one step of each session.
         """
         own = [step for step in waiting if step.owner == first]
         self._turn_of = {}
@@ -286,10 +258,8 @@ class FairPasses(Generic[W]):
     ) -> dict[W, int]:
         """A decode step of each key that may join, more of all in turns, then prefill, as long as they cost little.
 
-        Args:
-            waiting: at most one step of each session; the first key of `ranked` decodes.
-            ranked: their keys, who has had least first.
-            max_positions: of the pass.
+        waiting: at most one step of each session; the first key of `ranked` decodes.
+        ranked: their keys; the one that has had least comes first.
         """
         self._turn_of = {}
         steps: dict[Hashable, list[W]] = {key: [] for key in ranked}

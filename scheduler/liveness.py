@@ -13,115 +13,56 @@ from typing import Final, Generic, TypeVar
 
 # A ping over any link.
 
-ANSWER_S: Final = 1.0
-"""A peer that does not answer a ping in this time counts as silent, unless round trips are long, see `ANSWER_TRIPS`."""
-
+ANSWER_S: Final = 1.0  # a peer that answers no ping in this time is silent; but see `ANSWER_TRIPS`
 FIRST_ANSWER_S: Final = 3.0
-"""The same for the first ping of a link whose connection was taken: that takes five to six round trips, of which TCP
-takes one. Until any peer has answered, a connection may take this time, too."""
+"""The first ping of a link whose connection was taken: five to six round trips, one of them TCP's. Until any peer has
+answered, a connection may take this time, too."""
 
-ANSWER_TRIPS: Final = 3
-"""Where round trips are long, a link that is up gives an answer in this many of the latest ones."""
-
-TAKEN_TRIPS: Final = 2
-"""And a connection is taken in this many."""
-
-FIRST_TRIPS: Final = 7
-"""And the first ping of a link is answered in this many."""
-
-MAX_ANSWER_S: Final = 12.0
-"""No answer is waited for longer, as peers decide how late they answer."""
-
-TRIAL_ANSWER_S: Final = 5.0
-"""A link that is opened to try a peer out has an answer in this time: more than a handshake takes, and than a peer
-waits for its next hop."""
+ANSWER_TRIPS: Final = 3  # where round trips are long, a link that is up gives an answer in this many of the latest ones
+TAKEN_TRIPS: Final = 2  # and a connection is taken in this many
+FIRST_TRIPS: Final = 7  # and the first ping of a link is answered in this many
+MAX_ANSWER_S: Final = 12.0  # no answer is waited for longer, as peers decide how late they answer
+TRIAL_ANSWER_S: Final = 5.0  # of a peer that is tried out: more than a handshake, and than it waits for its next hop
 
 # The hops of a session.
 
-MIN_SILENCE_S: Final = 0.25
-"""Hops are pinged after at least this time without an answer to a request."""
-
-MAX_SILENCE_S: Final = 2.0
-"""And after at most this time, if the step is not predicted to take long."""
-
-SILENT_STEPS: Final = 5.0
-"""Between these bounds they are pinged after so many times what a step usually takes."""
-
-PREDICTED_TIMES: Final = 2.0
-"""A long step is given so many times what it is predicted to take before hops are pinged."""
-
-LOST_S: Final = MAX_SILENCE_S + ANSWER_S
-"""A peer that gave no sign of life for this time may be lost: a hop that hangs is found out within it."""
-
-OPEN_TIMEOUT_S: Final = 10.0
-"""A hop that lives answers an `Open` in this time; it may have to reach its next hop before."""
-
-UPLINK_QUEUE_S: Final = 10.0
-"""Longest silence of a hop that is put down to what the client's uplink sends to others."""
-
-MAX_QUEUE_S: Final = 120.0
-"""Longest wait for a peer that says that its queue is long, or whose link is busy."""
-
-DECODE_PROGRESS_S: Final = 30.0
-"""A hop that works on a decode step for this time without progress counts as lost."""
-
-PROGRESS_TIMEOUT_S: Final = 120.0
-"""The same for a prefill."""
-
-PASS_PROGRESS_S: Final = 600.0
-"""The same for passes over whole sequences."""
-
-IDLE_CHECKS: Final = 2
-"""If in so many rounds of pings no hop has work of the session, what was under way was lost between two of them."""
-
-RECOVERY_TIMEOUT_S: Final = 30.0
-"""How long a session waits for other peers when some blocks are not served any more."""
+MIN_SILENCE_S: Final = 0.25  # hops are pinged after at least this time without an answer to a request
+MAX_SILENCE_S: Final = 2.0  # and after at most this time, if the step is not predicted to take long
+SILENT_STEPS: Final = 5.0  # between these bounds they are pinged after so many times what a step usually takes
+PREDICTED_TIMES: Final = 2.0  # a long step is given so many times what it is predicted to take before hops are pinged
+LOST_S: Final = MAX_SILENCE_S + ANSWER_S  # a peer that gave no sign of life for this time may be lost, or hangs
+OPEN_TIMEOUT_S: Final = 10.0  # a hop that lives answers `Open` in this time; it may have to reach its next hop before
+UPLINK_QUEUE_S: Final = 10.0  # longest silence of a hop that is put down to what the client's uplink sends to others
+MAX_QUEUE_S: Final = 120.0  # longest wait for a peer that says that its queue is long, or whose link is busy
+DECODE_PROGRESS_S: Final = 30.0  # a hop that works on a decode step for this time without progress counts as lost
+PROGRESS_TIMEOUT_S: Final = 120.0  # the same for a prefill
+PASS_PROGRESS_S: Final = 600.0  # the same for passes over whole sequences
+IDLE_CHECKS: Final = 2  # rounds of pings in which no hop has work of the session: what was under way was lost
+RECOVERY_TIMEOUT_S: Final = 30.0  # how long a session waits for other peers when some blocks are not served any more
 
 # Which peers routes avoid.
 
-BAN_S: Final = 30.0
-"""A peer that failed in a session is not planned with for this time."""
-
-UNBAN_S: Final = 0.5
-"""A banned peer that answers in this time is planned with again, if its blocks are not served otherwise."""
-
+BAN_S: Final = 30.0  # a peer that failed in a session is not planned with for this time
+UNBAN_S: Final = 0.5  # a banned peer that answers in this time is planned with again, if no other serves its blocks
 SILENT_S: Final = 60.0
-"""A peer that answered before and was late, or whose link has failed, is avoided for this time: it may have been busy.
-A peer that never answered may not exist, and is avoided until it answers."""
+"""A peer that was late, or whose link has failed, is avoided for this time. One that never answered may not exist, and
+is avoided until it answers."""
 
 # Peers that are asked for records.
 
-DIRECTORY_ANSWER_S: Final = 4.0
-"""A peer answers a question about records in this time."""
-
-DIRECTORY_SOON_S: Final = 1.0
-"""Others are asked, too, if one has not told in this time what has changed."""
-
-DIRECTORY_OTHERS_S: Final = 1.0
-"""When one has told records, others are waited for this time. Later answers count from the next question on."""
-
-DIRECTORY_DOWN_S: Final = 0.5
-"""A peer to which no link comes up in this time is not waited for if others answer."""
+DIRECTORY_ANSWER_S: Final = 4.0  # a peer answers a question about records in this time
+DIRECTORY_SOON_S: Final = 1.0  # others are asked, too, if one has not told in this time what has changed
+DIRECTORY_OTHERS_S: Final = 1.0  # others are waited for this time after the first answer; later ones count next time
+DIRECTORY_DOWN_S: Final = 0.5  # a peer to which no link comes up in this time is not waited for if others answer
 
 # What peers think of each other, and of clients.
 
-HOLDER_LOST_S: Final = 2.5
-"""A watched peer that has not answered for this time, and whose link is lost, is gone."""
-
-HOLDER_SILENT_S: Final = 6.0
-"""The same, whatever its link says."""
-
-CLIENT_LOST_S: Final = 30.0
-"""The sessions of a client whose connection has ended are kept for this time."""
-
-STUCK_S: Final = 60.0
-"""A link that has accepted no bytes for this time is not waited for before a pass. Clients wait for `MAX_QUEUE_S`."""
-
-STALLED_S: Final = 30.0
-"""A connection ends on which bytes wait and the other side has accepted none for this time."""
-
-SOURCE_SILENT_S: Final = 15.0
-"""A source of weights that sends nothing for this time is not waited for."""
+HOLDER_LOST_S: Final = 2.5  # a watched peer that has not answered for this time, and whose link is lost, is gone
+HOLDER_SILENT_S: Final = 6.0  # the same, whatever its link says
+CLIENT_LOST_S: Final = 30.0  # the sessions of a client whose connection has ended are kept for this time
+STUCK_S: Final = 60.0  # no pass waits for a link that accepted no bytes for this time; clients wait `MAX_QUEUE_S`
+STALLED_S: Final = 30.0  # a connection ends on which bytes wait and the other side has accepted none for this time
+SOURCE_SILENT_S: Final = 15.0  # a source of weights that sends nothing for this time is not waited for
 
 Hop = TypeVar("Hop", bound=Hashable)
 
@@ -136,7 +77,7 @@ class Alive(Generic[Hop]):
         waiting: steps and passes of the session that wait or run there; 1 for all that is on its way to the next hop.
         done: positions of the session computed there so far; only grows.
         last: highest number of a step or pass of the session's epoch that was finished there.
-        late: it has not answered; but its link carries something, behind which the question or the answer waits.
+        late: it has not answered, but its link carries something, behind which the ping or the pong waits.
     """
 
     endpoint: Hop
@@ -151,32 +92,24 @@ class Alive(Generic[Hop]):
 class Finding(Enum):
     """What a round of pings says."""
 
-    SILENT = "silent"
-    """Hops do not answer."""
-    FORGOTTEN = "forgotten"
-    """Hops do not hold the session."""
-    IDLE = "idle"
-    """All hops live, and none has anything of the session to do."""
-    STUCK = "stuck"
-    """Hops have something to do, and it does not go on."""
+    SILENT = "silent"  # hops do not answer
+    FORGOTTEN = "forgotten"  # hops do not hold the session
+    IDLE = "idle"  # all hops live, and none has anything of the session to do
+    STUCK = "stuck"  # hops have something to do, and it does not go on
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict(Generic[Hop]):
-    """Attributes:
-    hops: those that it concerns, the likeliest first.
-    """
+    """hops: those that it concerns, the likeliest first."""
 
     finding: Finding
     hops: tuple[Hop, ...] = ()
 
 
 def silence_s(usual_ms: float, predicted_ms: float = 0.0) -> float:
-    """How long to wait for an answer before asking.
+    """How long to wait for an answer before asking, by what such a step usually and this one is predicted to take.
 
-    Args:
-        usual_ms: what such a step usually takes; 0: not known.
-        predicted_ms: what it is predicted to take; 0: not known.
+    0: not known.
     """
     usual_s = SILENT_STEPS * usual_ms / 1000
     silent_s = min(max(usual_s, MIN_SILENCE_S), MAX_SILENCE_S) if usual_ms else MAX_SILENCE_S
@@ -184,22 +117,16 @@ def silence_s(usual_ms: float, predicted_ms: float = 0.0) -> float:
 
 
 class Liveness(Generic[Hop]):
-    """Rounds of pings, and what follows from their answers. All times in seconds of the caller's clock.
-
-    Args:
-        answer_s: in which time a hop that lives answers a ping.
-    """
+    """Rounds of pings, and what follows from their answers. `answer_s`: in which time a hop that lives answers."""
 
     def __init__(self, answer_s: Callable[[Hop], float] = lambda _: ANSWER_S) -> None:
         self._answer_s = answer_s
         self._heard_at = 0.0
         self._progress_at = 0.0
         self._marks: dict[Hop, tuple[int, int]] = {}
-        self._stragglers: dict[Hop, tuple[int, int]] = {}
-        """What was answered after the round in which it was asked."""
+        self._stragglers: dict[Hop, tuple[int, int]] = {}  # what was answered after the round in which it was asked
         self._answers: dict[Hop, Alive[Hop] | None] = {}
-        self._until: dict[Hop, float] = {}
-        """By when each has to answer."""
+        self._until: dict[Hop, float] = {}  # by when each has to answer
         self._idle_checks = 0
         self._moves = 0
         self._rounds = 0
@@ -256,7 +183,6 @@ class Liveness(Generic[Hop]):
             number: the lowest that is awaited; 0: not of a step or pass.
             parts: in how many each hop may compute what is awaited; progress beyond that is made up.
             progress_s: how long hops may work on something without any progress.
-            now: the time.
         """
         answers, until = self._answers, self._until
         self.stop()
@@ -276,7 +202,7 @@ class Liveness(Generic[Hop]):
         self._moves += moved
         if moved and self._moves <= len(told) * (parts + 1):
             self._progress_at = now
-        # A peer of version 0.1.0 says only whether its device is busy, for whomever.
+        # A peer of version 0.1.0 says only whether its device is busy, for any session.
         works = [
             answer.late or (answer.waiting > 0 if answer.holds is not None else answer.queue_ms > 0) for answer in told
         ]
@@ -286,7 +212,7 @@ class Liveness(Generic[Hop]):
         ]
         if self._idle_checks == IDLE_CHECKS:
             self._idle_checks = 0
-            # Whom it did not come to, or who keeps it; then who should have sent it; then all others from the tail on.
+            # The hop that did not get it or keeps it, then those that should have sent it, then others from the tail.
             order = [answer.endpoint for answer in reversed(told)]
             if behind:
                 at = [answer.endpoint for answer in told].index(behind[0])

@@ -11,8 +11,8 @@ without a lock. Their views of each other may be stale, though. What keeps two o
   announcement, and done only if it is still named then. Of peers that leave a block, the last one to announce sees all
   the others.
 
-Who fills a hole depends only on who serves which blocks, not on speeds: these change with every record, so that each
-peer could name another one, or that nobody watched those whose blocks it is to take over.
+Which peer fills a hole depends only on the spans of peers, not on speeds: these change with every record, so that each
+peer could name another one, or none could watch those whose blocks it is to take over.
 
 Moves end: each leaves fewer blocks without a peer, or brings spare replicas nearer to them, or lifts some of the
 weakest blocks above all that it weakens.
@@ -29,27 +29,18 @@ import numpy as np
 from scheduler.facts import Peer
 from scheduler.placement import Floats, Integers, Spans, best_span, fewest_hops, rates, sum_per_block
 
-MIN_GAIN: Final = 0.2
-"""A move must lift blocks that are weaker than this share above the weakest one beyond that, and weaken none below."""
-
-SETTLE_S: Final = 300.0
-"""How long a peer stays where it is, unless blocks are served by nobody."""
-
-HORIZON_S: Final = 600.0
-"""For so long a move is expected to do good; in this time it must make up for what it costs."""
-
-LOAD_S: Final = 30.0
-"""How long a peer serves nothing while it moves, if it does not say."""
-
-REPLAY_S: Final = 1.0
-"""How long a session waits for its replay when a peer leaves it; measured at 1,000 positions (docs/benchmarks.md)."""
+MIN_GAIN: Final = 0.2  # a move must lift blocks that are weaker than the weakest by less than this share beyond that
+SETTLE_S: Final = 300.0  # how long a peer stays where it is, unless blocks are served by nobody
+HORIZON_S: Final = 600.0  # for so long a move is expected to do good; in this time it must make up for what it costs
+LOAD_S: Final = 30.0  # how long a peer serves nothing while it moves, if it does not say
+REPLAY_S: Final = 1.0  # a session waits so long for its replay when a peer leaves (1,000 positions, docs/benchmarks.md)
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
     """The peer should leave its span and serve the blocks [start, end).
 
-    confirm: the move must be announced, held and named again before it is done (see this module).
+    confirm: announced, held and named again before it is done, see this module.
     """
 
     peer: str
@@ -164,7 +155,7 @@ def _shift(view: _View) -> Move | None:
     nothing = view.num_blocks + 1
     best = int((planned == 0).sum()), int(_distance_to_holes(planned[None, :])[0]), False
     found: Move | None = None
-    # `_fill` has found nobody who is nowhere the lowest, so these are at most as many as there are blocks.
+    # `_fill` has found no peer that is nowhere the lowest, so these are at most as many as there are blocks.
     for peer in map(int, np.flatnonzero(view.length > 0)):
         length = int(view.length[peer])
         starts = np.arange(view.num_blocks - length + 1)

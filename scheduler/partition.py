@@ -1,7 +1,6 @@
-"""How to cut a model over devices that are known beforehand: `splitnet plan`.
+"""How to cut a model over devices that are all known beforehand, for `splitnet plan`.
 
-`scheduler/placement.py` is for a swarm that grows peer by peer. Here all devices are chosen for at once, so that each
-can be told its blocks.
+`scheduler/placement.py` is for a swarm that grows peer by peer.
 """
 
 from __future__ import annotations
@@ -18,13 +17,11 @@ from numpy.typing import NDArray
 from scheduler.cost import Encoding, block_ms, occupied_ms, route_ms, transfer_ms
 from scheduler.facts import CLIENT, Hop, Network, Peer, Route, Speed
 
-EXACT_DEVICES: Final = 15
-"""Up to so many devices the optimum is found: in a tenth of a second for 15, and three times that for each one more."""
-
+EXACT_DEVICES: Final = 15  # at most, for the optimum: a tenth of a second, and three times that for each more
 STARTS: Final = 8
 MAX_CHAINS: Final = 60_000
-"""Local searches begin with each of so many devices, and then near the best chain found so far, until so many chains
-have been looked at: some tenths of a second."""
+"""Local searches begin with each of `STARTS` devices, and then near the best chain so far, until so many chains have
+been looked at: some tenths of a second."""
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -63,8 +60,7 @@ class Chain:
 def cheapest_order(problem: Problem, *, everyone: bool = False, exact_devices: int = EXACT_DEVICES) -> Chain | None:
     """The cheapest chain; None if none holds all blocks. Of equally cheap ones one with the fewest devices.
 
-    everyone: all devices that have memory for a block take part.
-    exact_devices: with more devices that have memory, the result is good but may not be the optimum.
+    everyone, exact_devices: see `fastest_partition`.
     """
     usable = np.flatnonzero(problem.capacity > 0)
     if not len(usable) or problem.capacity.sum() < problem.num_blocks:
@@ -237,8 +233,7 @@ def _other_devices(order: list[int], count: int) -> list[Integers]:
     return [np.array(group, dtype=np.int64) for group in (less, exchanged, more)]
 
 
-HOP_MS: Final = 0.9
-"""What a hop adds to a step beside blocks, codecs and links: messages, threads, dispatch (docs/benchmarks.md)."""
+HOP_MS: Final = 0.9  # added by a hop beside blocks, codecs, links: messages, threads, dispatch (docs/benchmarks.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +255,7 @@ class Device:
 
 
 class DoesNotFit(Exception):
-    """The devices have memory for too few blocks. missing: how many more they would have to hold."""
+    """The devices have memory for too few blocks; `missing`: how many more they would have to hold."""
 
     def __init__(self, missing: int) -> None:
         super().__init__(f"the devices lack memory for {missing} blocks")
@@ -278,8 +273,7 @@ def fastest_partition(
 ) -> Route:
     """The chain through which a single token goes soonest, from the client and back to it. Its cost is that time in ms.
 
-    All devices or only some of them, whichever is faster. The optimum, if no more than `exact_devices` devices have
-    memory for a block; else the result of a local search.
+    The optimum, if no more than `exact_devices` devices have memory for a block; else the result of a local search.
 
     everyone: all devices with memory for a block take part, even where fewer would be faster.
 
@@ -360,10 +354,8 @@ def tokens_per_s(
 ) -> float:
     """Tokens per second of all sessions together, when each gets one token after the other and none ever stops.
 
-    Sessions go round in groups that share each pass. A round lasts as long as the trip of a group, or as all groups
-    take at the slowest stage, whichever is longer. The best number of groups counts, so this is what could be reached.
-
-    client_ms: between the arrival of one token at a client and the sending of the next.
+    Sessions go round in groups that share each pass; the best number of groups counts. A round lasts as long as the
+    trip of a group, or as all groups take at the slowest stage. client_ms: between a token's arrival and the next step.
     """
     best = 0.0
     for groups in range(1, sessions + 1):
@@ -387,10 +379,7 @@ def first_token_ms(
     step_positions: int,
     client_ms: float = 0.0,
 ) -> float:
-    """Ms until the first token after a prompt of `prompt` positions, cut into steps that follow each other closely.
-
-    step_positions: of a step at most; here all steps are equally long.
-    """
+    """Ms until the first token of a prompt that is cut into equal steps of at most `step_positions` positions."""
     steps = -(-prompt // step_positions)
     positions = -(-prompt // steps)
     return client_ms + route_ms(hops, peers, network, positions=positions, encodings=encodings, in_flight=steps)

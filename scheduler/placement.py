@@ -13,17 +13,9 @@ from numpy.typing import NDArray
 
 from scheduler.facts import PASS_SIZES, Peer, Speed
 
-BLOCKS_SHARE: Final = 0.6
-"""Part of a device's memory that blocks take when nothing is asked for; the rest is for KV caches and the system."""
-
-NEAR_EQUAL: Final = 0.1
-"""Throughputs that differ by less than about this share count as equal, so that the length of chains decides."""
-
-SLOWER_POWER: Final = 2
-"""A peer that is n times as slow as a new one, with the way to it, counts as n to this power times less where the new
-one should go.
-"""
-
+BLOCKS_SHARE: Final = 0.6  # of a device's memory, if nothing is asked for; the rest is for KV caches and the system
+NEAR_EQUAL: Final = 0.1  # throughputs that differ by less than this share count as equal: the length of chains decides
+SLOWER_POWER: Final = 2  # a peer n times as slow as a new one, way included, counts n to this power times less
 _FASTEST_BLOCK_MS = 1e-5
 
 Floats = NDArray[np.float64]
@@ -118,7 +110,7 @@ def work_ms(speed: Speed) -> float:
 
 
 def block_ms(work_ms: Floats | float, blocks: Integers | int, sending_ms: Floats | float) -> Floats:
-    """Ms per block of a token and the position of a prompt, by what takes longer: the blocks, or both on the way up."""
+    """Ms per block of a token and a position of a prompt: the blocks, or sending both, whichever takes longer."""
     return np.maximum(np.maximum(work_ms, _FASTEST_BLOCK_MS), 2.0 * sending_ms / blocks)
 
 
@@ -153,13 +145,13 @@ def best_span(
     windows = np.sort(sliding_window_view(levels, length), axis=1)
     weakest = windows[np.lexsort(windows.T[::-1])[0]]
     starts = np.flatnonzero((windows == weakest).all(axis=1))
-    start = starts[0] if len(starts) == 1 else _shortest(starts, length, flow)
+    start = starts[0] if len(starts) == 1 else flow.shortest(starts, length)
     return int(start), int(start) + length
 
 
 def fewest_hops(starts: Integers, length: int, spans: Spans, num_blocks: int) -> int:
-    """Of these starts of spans the one with which chains have the fewest hops."""
-    return _shortest(starts, length, _Flow(spans.start, spans.end, spans.rate, num_blocks))
+    """See `_Flow.shortest`."""
+    return _Flow(spans.start, spans.end, spans.rate, num_blocks).shortest(starts, length)
 
 
 class _Flow:
@@ -198,7 +190,7 @@ class _Flow:
                 after[start] = 1 + after[min(hole_end, start + length)]
         return before, after
 
-
-def _shortest(starts: Integers, length: int, flow: _Flow) -> int:
-    before, after = flow.hops(length)
-    return int(starts[np.round(before[starts] + after[starts + length], 6).argmin()])
+    def shortest(self, starts: Integers, length: int) -> int:
+        """Of these starts of spans the one with which chains have the fewest hops."""
+        before, after = self.hops(length)
+        return int(starts[np.round(before[starts] + after[starts + length], 6).argmin()])

@@ -10,20 +10,17 @@ from itertools import takewhile
 from statistics import median
 from typing import Final, TypeVar
 
-from scheduler.load import MovingAverage
+from scheduler.batching import MovingAverage
 
 DISAPPOINTING: Final = 1.5
-"""A route has become slow if a step takes so many times as long as it was to be expected, see `RouteWatch.expected_ms`.
+"""A route has become slow if a step takes so many times as long as expected, see `RouteWatch.expected_ms`.
 
-Others are not left. What is told of better ones is old, whoever else reads it goes there too, and each move has a
+Other routes are not left: what is told of better ones is old, others that read it go there too, and a move has a
 context computed again by peers that others wait for (docs/scheduling.md).
 """
 
-WORTHWHILE: Final = 0.75
-"""A new route must cost at most this share of the present one."""
-
-MOVE_COUNTS: Final = 4.0
-"""What a move takes counts so often: for the session, and for those that wait where its context is computed again."""
+WORTHWHILE: Final = 0.75  # a new route must cost at most this share of the present one
+MOVE_COUNTS: Final = 4.0  # weight of what a move takes: the session waits, and so do others at its new hops
 
 
 def has_become_slow(current_ms: float, expected_ms: float) -> bool:
@@ -42,31 +39,15 @@ def move_pays(current_ms: float, new_ms: float, move_ms: float, steps_left: int,
     return (current_ms - new_ms) * steps_left > MOVE_COUNTS * move_ms
 
 
-PAUSE_S: Final = 1.0
-"""Between two looks for a better route."""
-
-SUSPECTED_AGAIN_S: Final = 10.0
-"""How often the links of a route that is slow for no known reason are measured again."""
-
-RECENT_S: Final = 60.0
-"""What steps took longer ago says nothing of now."""
-
+PAUSE_S: Final = 1.0  # between two looks for a better route
+SUSPECTED_AGAIN_S: Final = 10.0  # how often the links of a route that is slow for no known reason are measured again
+RECENT_S: Final = 60.0  # what steps took longer ago says nothing of now
 SURPRISE: Final = 2.0
-SURPRISE_MS: Final = 20.0
-"""A step that took so many times as long as usual, and so much longer, is a reason to look for another route now."""
-
-SHARE: Final = 0.2
-"""Weight of the latest step in what is usual."""
-
-TRIAL_STEPS: Final = 8
-"""After so many steps on a route it is known whether it is as fast as predicted."""
-
-RECENT_STEPS: Final = 8
-"""The median of so many steps tells what the route costs now: where others use the devices, a few are soon slow."""
-
-PREDICTIONS: Final = 4
-"""The slowest but one of so many routes tells by what factor a client's predictions are too good."""
-
+SURPRISE_MS: Final = 20.0  # with both, a step is so slow that another route is looked for now
+SHARE: Final = 0.2  # weight of the latest step in what is usual
+TRIAL_STEPS: Final = 8  # after so many steps on a route it is known whether it is as fast as predicted
+RECENT_STEPS: Final = 8  # their median is what the route costs now: where others use the devices, a few are soon slow
+PREDICTIONS: Final = 4  # the slowest but one of so many routes tells by what factor a client's predictions are too good
 MAX_ERROR: Final = 20.0
 
 
@@ -75,7 +56,7 @@ class PredictionErrors:
 
     Where devices share something that no record tells of (a machine, a radio), every peer that is not in use looks
     faster than it will be once it is; without this sessions would never come to rest. A single slow route says nothing
-    of others: it has become slow, or was before and nobody had told. It must be left then.
+    of others.
     """
 
     def __init__(self) -> None:
@@ -97,10 +78,7 @@ class PredictionErrors:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What to do about a route now.
-
-    plans: look for another one. suspects: ask the hops at its ends. measures: and measure the bandwidth to them.
-    """
+    """plans: look for another route. suspects: ask the hops at its ends. measures: measure the bandwidth to them."""
 
     plans: bool
     suspects: bool
@@ -110,9 +88,9 @@ class Look:
 class RouteWatch:
     """What decode steps take on the present route, beside what was predicted, and whether to leave it.
 
-    Times are in ms, but for moments, which are in s.
-
     Attributes:
+        expected_ms: of a step on the present route, as predicted when it was chosen or as it was at first; 0: unknown.
+        usual: average ms of a step, over all routes; 0 before the first.
         former_ms: of a step before a hop was lost, as it was to be expected, or at its best, if that was less than now;
             0: it was not.
         surprised: a step took far longer than usual, or the route has become slow, since this was set to False.
@@ -121,9 +99,9 @@ class RouteWatch:
     def __init__(self) -> None:
         self.surprised = False
         self.former_ms = 0.0
-        self._usual = MovingAverage(SHARE)
+        self.usual = MovingAverage(SHARE)
         self._predicted_ms = 0.0
-        self._expected_ms = 0.0
+        self.expected_ms = 0.0
         self._ratio = math.inf
         self._trial_ms: list[float] = []
         self._is_tried = False
@@ -132,22 +110,12 @@ class RouteWatch:
         self._stepped_s = self._looked_s = self._suspected_s = -math.inf
         self._is_unexplained = False
 
-    @property
-    def expected_ms(self) -> float:
-        """Of a step on the present route: as predicted when it was chosen, or as it was at first; 0: not known."""
-        return self._expected_ms
-
-    @property
-    def usual_ms(self) -> float:
-        """Of a step, over all routes; 0 before the first."""
-        return self._usual.value
-
     def begin(self, predicted_ms: float, *, lost: bool = False) -> None:
         """Steps go along another route from now on. lost: not as that is better, but as hops of the former are gone."""
         best_ms = self._ratio * self._predicted_ms if self._ratio < math.inf else 0.0
-        former_ms = self.former_ms or max(self._expected_ms, best_ms)
+        former_ms = self.former_ms or max(self.expected_ms, best_ms)
         self.former_ms = former_ms if lost and former_ms < predicted_ms else 0.0
-        self._predicted_ms = self._expected_ms = predicted_ms
+        self._predicted_ms = self.expected_ms = predicted_ms
         self._ratio, self._trial_ms = math.inf, []
         self._is_tried = self._is_slow = False
         self._recent_ms.clear()
@@ -155,8 +123,7 @@ class RouteWatch:
     def present_ms(self, cost_ms: float) -> float:
         """Of a step on the present route now: what the last ones took, or what the facts say; 0: it is too new to say.
 
-        Facts alone move no session from a route that it has just come to: that others move makes devices busy, too. And
-        none may tell why a route is slow: a link that does not even answer pings.
+        Facts alone move no session from a route that it has just come to: that others move makes devices busy, too.
         """
         if len(self._recent_ms) == RECENT_STEPS:
             return median(self._recent_ms)
@@ -164,17 +131,16 @@ class RouteWatch:
 
     def is_slow(self, step_ms: float) -> bool:
         """Whether the route may be left if a step takes so long: it has become slow, or is what a loss has left."""
-        return has_become_slow(step_ms, self._expected_ms) or has_become_slow(step_ms, self.former_ms or math.inf)
+        return has_become_slow(step_ms, self.expected_ms) or has_become_slow(step_ms, self.former_ms or math.inf)
 
     def may_look(self, now_s: float, *, news: bool) -> bool:
-        """Whether there is a reason to `look`, and the last look was not a moment ago. news: facts were refreshed."""
+        """Whether there is a reason to `look`, `PAUSE_S` after the last look. news: facts were refreshed."""
         return (news or self.surprised or self._is_unexplained) and now_s - self._looked_s >= PAUSE_S
 
     def look(self, now_s: float, known_ms: float, *, news: bool, ends_silent: bool) -> Look:
         """What to do about the route now.
 
-        What a hop took is known from the step. If it was one of the client's own links, that is measured first; of the
-        others their hops tell after some seconds.
+        The client's own links are measured first; hops tell of the other links after some seconds.
 
         known_ms: of a step, as the facts say. ends_silent: one of the hops beside the client does not answer.
         """
@@ -202,7 +168,7 @@ class RouteWatch:
         """Ms of a step on another route, if it pays to leave the present one for it; else None.
 
         What is known of the present route was seen; what is known of the other was told, and may be too good. A route
-        that was left after a loss is left in turn for one that is as good as the lost one, see `move_pays`.
+        that was taken after a loss is left for one that is as good as the lost one.
 
         Args:
             known_ms: of a step on the present route, as the facts say.
@@ -216,7 +182,7 @@ class RouteWatch:
         if self._is_unexplained and shares_links:
             new_ms += current_ms - known_ms
         is_back = bool(self.former_ms) and not has_become_slow(new_ms, self.former_ms)
-        expected_ms = self.former_ms if is_back else self._expected_ms
+        expected_ms = self.former_ms if is_back else self.expected_ms
         return new_ms if move_pays(current_ms, new_ms, move_ms, steps_left, expected_ms) else None
 
     def _forget_old(self, now_s: float) -> None:
@@ -226,25 +192,24 @@ class RouteWatch:
     def step_took(self, elapsed_ms: float, positions: int = 1, now_s: float = 0.0) -> float | None:
         """Takes in a step; returns by what factor the route is slower than predicted, once known and when it is less.
 
-        It may be slow at first as contexts of others are computed that have moved, too: its best counts.
+        A route may be slow at first, while contexts of others that have moved are computed: its best counts.
 
-        positions: in the step; only of single ones is compared what they cost with what they took.
-        now_s: when it was done.
+        positions: in the step; only steps of one position tell what the route costs now. now_s: when it was done.
         """
         self._forget_old(now_s)
         self._stepped_s = now_s
-        self.surprised |= elapsed_ms > SURPRISE * (self.usual_ms or elapsed_ms) + SURPRISE_MS
-        self._usual.add(elapsed_ms)
+        self.surprised |= elapsed_ms > SURPRISE * (self.usual.value or elapsed_ms) + SURPRISE_MS
+        self.usual.add(elapsed_ms)
         if positions == 1:
             self._recent_ms.append(elapsed_ms)
-            was_slow, self._is_slow = self._is_slow, has_become_slow(self.present_ms(0.0), self._expected_ms)
+            was_slow, self._is_slow = self._is_slow, has_become_slow(self.present_ms(0.0), self.expected_ms)
             self.surprised |= self._is_slow and not was_slow
         self._trial_ms.append(elapsed_ms)
         if len(self._trial_ms) == TRIAL_STEPS:
             took_ms, self._trial_ms = median(self._trial_ms), []
             ratio = took_ms / self._predicted_ms if self._predicted_ms else math.inf
             if not self._is_tried:
-                self._is_tried, self._expected_ms = True, min(took_ms, self._predicted_ms)
+                self._is_tried, self.expected_ms = True, min(took_ms, self._predicted_ms)
             if ratio < self._ratio:
                 self._ratio = ratio
                 return ratio

@@ -18,10 +18,8 @@ from scheduler.facts import CLIENT, Hop, LinkTable, Network, Peer, Route, missin
 
 MAX_PROGRAMMES: Final = 256
 MAX_TRANSITIONS: Final = 2_000_000_000
-"""How often the dynamic programme may run, and how many (block, peer, peer) it may look at in all those runs.
-
-After that the best route found so far is taken, which may not be the optimum: a few seconds at most for any swarm.
-"""
+"""How often the dynamic programme may run, and how many (block, peer, peer) it may look at in all those runs: a few
+seconds at most. After that the best route found so far is taken, which may not be the optimum."""
 
 MAX_STAGES: Final = 64
 EXACT_STAGES_PEERS: Final = 64
@@ -32,15 +30,14 @@ that are faster by this share, so that the chain found may cost that share more 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
-Path = list[int]
-"""For each block the index of the peer that runs it."""
+Path = list[int]  # for each block the index of the peer that runs it
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LinkCosts:
     """What a step costs on the links that a route may take, read from a table of all links `[devices, devices]`.
 
-    source, target: who begins and who ends. members: where the peers stand in the table `[peers]`.
+    source, target: the first sender and the last receiver. members: where the peers stand in the table `[peers]`.
     """
 
     table: Floats
@@ -50,12 +47,12 @@ class LinkCosts:
 
     @property
     def first(self) -> Floats:
-        """From whoever begins `[peers]`."""
+        """From the source `[peers]`."""
         return self.table[self.source, self.members]
 
     @property
     def leave(self) -> Floats:
-        """To whoever ends `[peers]`."""
+        """To the target `[peers]`."""
         return self.table[self.members, self.target]
 
     def between(self, senders: Integers, receivers: Integers) -> Floats:
@@ -63,7 +60,7 @@ class LinkCosts:
         return self.table.take(self.members[senders], axis=0).take(self.members[receivers], axis=1)
 
     def along(self, path: Path) -> Floats:
-        """The links of a path in order, from whoever begins to whoever ends."""
+        """The links of a path in order, from source to target."""
         stations = [self.source, *(int(self.members[peer]) for peer, _ in groupby(path)), self.target]
         return self.table[stations[:-1], stations[1:]]
 
@@ -243,14 +240,9 @@ def _without_second_visits(path: Sequence[int]) -> Path:
     return repaired
 
 
-ENERGY_SLOWDOWN: Final = 1.5
-"""How many times as long as on the fastest route a step may take, if nobody says otherwise."""
-
-MAX_WEIGHTS: Final = 8
-"""How many weights are tried; in random swarms four were the most that it took."""
-
-_ENERGY_ALONE: Final = 1e6
-"""Energy counts so many times as much as time in the first chain: of equally thrifty ones it is the fastest."""
+ENERGY_SLOWDOWN: Final = 1.5  # how many times as long as on the fastest route a step may take, if nobody says otherwise
+MAX_WEIGHTS: Final = 8  # how many weights are tried; in random swarms four were the most that it took
+_ENERGY_ALONE: Final = 1e6  # weight of energy in the first chain: of equally thrifty ones it is the fastest
 _SMALL: Final = 1e-9
 
 
@@ -288,8 +280,7 @@ def thriftiest_chain(costs: Costs, joules: Floats, num_blocks: int, slowdown: fl
     return within
 
 
-NEAR_EQUAL: Final = 0.05
-"""Routes that cost at most this share more than the best one count as equally good."""
+NEAR_EQUAL: Final = 0.05  # routes that cost at most this share more than the best one count as equally good
 
 
 class NoRoute(Exception):
@@ -324,14 +315,12 @@ def best_route(
     """The route over the blocks [start, end) on which `in_flight` steps of `positions` positions are done soonest.
 
     One step in flight asks for the least latency, as chat does; several for throughput, as batches and training do.
-
-    With `energy_slowdown` the one with the least energy for a step, among those on which it takes at most so many times
-    as long as on the fastest; see `scheduler.route`.
+    With `energy_slowdown` the one with the least energy for a step, see `thriftiest_chain`.
 
     Peers in `exclude` and peers with fewer than `kv_needed` free positions are not used. With `rng` the choice among
     near-equal routes is random, so that clients that know the same facts spread; without it the best one is returned.
 
-    encodings: the codecs that a link may use. source, target: who sends to the first hop, and who gets from the last.
+    encodings: the codecs that a link may use. source, target: the sender to the first hop, and the last receiver.
     prompt: positions that come before the first token, which count with `PROMPT_SHARE`.
 
     Raises NoRoute, and ValueError if two peers have the same id, or for energy with several steps in flight.

@@ -1,6 +1,6 @@
 """The search for a route past silent peers: which peers are asked before they are used, and which the next plan avoids.
 
-Clients and the simulator search by it. Peers go by their names, times are in seconds.
+Peers go by their names, times are in seconds.
 """
 
 from __future__ import annotations
@@ -14,22 +14,14 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from scheduler.liveness import LOST_S, SILENT_S
 
-MAX_PROBED_ROUTES: Final = 4
-"""How often a route is planned again because the links to its ends were not measured yet, or hops were silent."""
-
+MAX_PROBED_ROUTES: Final = 4  # plans, as links to the ends were not measured yet or hops were silent
 MANY_SILENT: Final = 2
-"""If this many peers do not answer, others may not either: all hops of a route that gave no sign of life for `LOST_S`
-are asked before it is opened, which takes a round trip instead of the time in which they should have opened it.
-"""
+"""If this many peers do not answer, others may not either: hops that gave no sign of life for `LOST_S` are asked before
+a route is opened, which takes a round trip instead of the time in which they should have opened it."""
 
-ASKED_BESIDE: Final = 4
-"""Peers beside silent ones are left out; so many of them are asked all the same: only they may serve a block."""
-
-PINGED_AT_ONCE: Final = 96
-"""Of peers of which nothing is known, if those of a planned route do not answer: many others may not exist either."""
-
-KEPT_ASKED: Final = 4096
-"""Of so many peers it is known when they were asked; records of ever new peers cost no memory."""
+ASKED_BESIDE: Final = 4  # peers beside silent ones are left out; so many are asked, as only they may serve a block
+PINGED_AT_ONCE: Final = 96  # unknown peers, if those of a planned route do not answer: many may not exist
+KEPT_ASKED: Final = 4096  # of so many peers it is known when they were asked; records of ever new peers cost no memory
 
 
 class Answers:
@@ -41,12 +33,9 @@ class Answers:
 
     def __init__(self, silent_s: float = SILENT_S) -> None:
         self._silent_s = silent_s
-        self._asked_s: dict[str, float] = {}
-        """The one that was asked longest ago comes first."""
-        self._silent: set[str] = set()
-        """Peers that did not answer the last time."""
-        self._heard: set[str] = set()
-        """Peers that have ever answered."""
+        self._asked_s: dict[str, float] = {}  # the one that was asked longest ago comes first
+        self._silent: set[str] = set()  # peers that did not answer the last time
+        self._heard: set[str] = set()  # peers that have ever answered
         self._stepped_s: dict[str, float] = {}
         self._lock = threading.Lock()
 
@@ -140,7 +129,7 @@ class Searcher(Protocol[Route]):
         ...
 
     def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
-        """See `scheduler/candidates.py:Crowd.beside_silent`."""
+        """See `scheduler/candidates.py:CandidateIndex.beside_silent`."""
         ...
 
     def chosen(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
@@ -159,9 +148,9 @@ def searched_route(
 ) -> Route:
     """The best route whose hops live, as far as that can be known before it is used.
 
-    Of many peers only some links are measured. Those that the client would use are, before it does; and where others
-    are silent, all hops are asked. If these are silent, too, peers that stand near are left out of the next plan, and
-    others are measured with it: among many that do not exist few are found one by one.
+    Links that the client would use are measured before it does; and where other peers are silent, all hops are asked.
+    If these are silent, too, peers that stand near are left out of the next plan, and others are measured with it:
+    among many that do not exist few are found one by one.
 
     Args:
         searcher: the client.

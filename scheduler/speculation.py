@@ -1,8 +1,8 @@
 """How far to speculate: the length of a window of drafted tokens, and how many windows to have under way.
 
 Verification of drafts: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192,
-whose section 3 has the expected number of accepted tokens for one window. Several windows under way keep all hops of a
-chain busy: each is drafted as if the ones before it were accepted, and one that is not takes all behind it with it.
+section 3. Several windows under way keep all hops of a chain busy: each is drafted as if the ones before it were
+accepted, and one that is not takes all behind it with it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-LENGTHS: Final = (1, 2, 3, 4, 6, 8, 11, 15)
-"""Drafted tokens of a window. With the token before them that is at most 16 positions, which peers count as decode."""
-
+LENGTHS: Final = (1, 2, 3, 4, 6, 8, 11, 15)  # drafted tokens; with the one before them at most 16 positions: decode
 IN_FLIGHT: Final = (1, 2, 3, 4, 6, 8)
 
-MOST_ACCEPTED: Final = 0.98
-"""No text goes on as drafted for ever."""
-
-WORTHWHILE: Final = 1.05
-"""Speculation must promise to be so many times as fast: what it costs is certain."""
+MOST_ACCEPTED: Final = 0.98  # no text goes on as drafted for ever
+WORTHWHILE: Final = 1.05  # speculation must promise to be so many times as fast: what it costs is certain
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +62,7 @@ def tokens_per_ms(window: Window, acceptance: float, pace: Pace) -> float:
     """Expected tokens per ms with these windows."""
     length, accepted = window.length, min(acceptance, MOST_ACCEPTED)
     first_ms = pace.latency_ms(length + 1) + length * pace.draft_ms
-    whole = accepted**length
-    """Probability that all drafts of a window are accepted."""
+    whole = accepted**length  # probability that all drafts of a window are accepted
     if window.in_flight == 1:
         return (1 - whole * accepted) / (1 - accepted) / first_ms
     # Drafts are accepted until one is not: that many tokens and the one that was chosen instead, in the time of the

@@ -9,11 +9,10 @@ from typing import Final
 
 import numpy as np
 
+from scheduler.batching import MovingAverage
 from scheduler.candidates import measured_first
-from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
-from scheduler.facts import CLIENT, Hop, Link, Peer, Place
+from scheduler.facts import CLIENT, DIMENSIONS, Coordinate, Hop, Link, Peer, Place, place_among
 from scheduler.liveness import ANSWER_S
-from scheduler.load import MovingAverage
 from scheduler.route_search import Answers
 from simulator.directory import Record, View
 from simulator.world import Request, World

@@ -13,8 +13,7 @@ from nacl.signing import SigningKey
 from numpy.typing import NDArray
 
 from scheduler.candidates import CandidateIndex
-from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.facts import PASS_SIZES, Hop, Link, Network, Peer, Place
+from scheduler.facts import DIMENSIONS, PASS_SIZES, Coordinate, Hop, Link, Network, Peer, Place
 from scheduler.placement import Spans
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import PublicKey

@@ -278,7 +278,7 @@ class Driver:
             session.first_ms = now
         elif self._sent_repairs == len(machine.recoveries):
             ratio = session.watch.step_took(now - self._sent_ms, now_s=now / 1000)
-            machine.usual_ms = session.watch.usual_ms
+            machine.usual_ms = session.watch.usual.value
             if ratio is not None:
                 session.predictions.came(tuple(hop.name for hop in machine.hops), ratio)
         session.tokens += 1

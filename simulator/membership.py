@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.candidates import Floats, Integers, ms_per_block
-from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.facts import Link, Peer
+from scheduler.facts import DIMENSIONS, Coordinate, Link, Peer
 from scheduler.moves import Move, Willingness, best_move
 from scheduler.placement import Spans, best_span, block_ms, work_ms
 from simulator.directory import Directory, View, one_way_ms, points_of

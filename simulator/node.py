@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, UNSENT_BYTES, BatchingDelay, next_pass
-from scheduler.coordinates import Coordinate
+from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, UNSENT_BYTES, BatchingDelay, Load, next_pass
 from scheduler.cost import Encoding, soonest
-from scheduler.facts import Link, Peer, Place, Speed
+from scheduler.facts import Coordinate, Link, Peer, Place, Speed
 from scheduler.fairness import FairPasses
-from scheduler.load import Load
 from simulator.directory import Record
 from simulator.geography import Geography
 from simulator.world import Device
@@ -343,7 +341,7 @@ class Node:
             self._delay.ran(sessions, took_ms / 1000, took_ms / 1000, now_ms / 1000)
 
     def load_at(self, now_ms: float) -> tuple[float, float]:
-        """Ms that a step waits, and positions of others that share its pass: see `scheduler/load.py`."""
+        """Ms that a step waits, and positions of others that share its pass: see `scheduler/batching.py`."""
         return self._load.at(now_ms / 1000)
 
     def record(self, now_ms: float) -> Record:

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from scheduler.coordinates import Coordinate
-from scheduler.facts import Hop, Link
+from scheduler.facts import Coordinate, Hop, Link
 from scheduler.route import NoRoute
 from simulator.clients import Plan, Planned
 from simulator.directory import View

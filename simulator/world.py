@@ -14,9 +14,8 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.cost import Encoding, encodings_of
-from scheduler.facts import CLIENT, Speed
+from scheduler.facts import CLIENT, DIMENSIONS, Coordinate, Speed
 from simulator.geography import Access, Geography, MeasuredGeography, read_latencies
 
 

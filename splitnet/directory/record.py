@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Final, NamedTuple, cast
 
-from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.facts import CLIENT, MAX_WATTS, PASS_SIZES, Link, Network, Peer, Place, Speed
+from scheduler.facts import CLIENT, DIMENSIONS, MAX_WATTS, PASS_SIZES, Coordinate, Link, Network, Peer, Place, Speed
 from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, ProtocolVersionError
 from splitnet.security.identity import MAX_PROOF, Identity, PublicKey, has_worked
 from splitnet.wire.endpoints import Endpoint, Relay, is_address
@@ -126,7 +125,7 @@ class PeerRecord:
     kv_free_positions: positions that new sessions may still take. sessions: open sessions.
     max_blocks: how many blocks this peer has memory for; 0: it stays where it is. placed_at: Unix time in seconds when
     it took its span. moving_to: the span [start, end) that it means to serve next. serves: it takes sessions.
-    coordinate: in ms, and behind it the height; coordinate_error: relative, see `scheduler.coordinates`.
+    coordinate: in ms, and behind it the height; coordinate_error: relative, see `scheduler.facts`.
     bytes_per_ms: the best bandwidth it has seen on any link, 0: none yet. links: to other peers, at most 16.
     issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
     state_bytes: what a sequence takes in all blocks besides its positions, however long it is.

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationMixin
 
-from scheduler.load import MovingAverage
+from scheduler.batching import MovingAverage
 from scheduler.speculation import NO_DRAFTS, Pace, Window, best_window
 from splitnet.checkpoint.families import max_positions
 from splitnet.errors import SplitnetError

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from transformers import Cache, DynamicCache
 
-from scheduler.load import MovingAverage
+from scheduler.batching import MovingAverage
 from splitnet.blocks.kv_cache import OneSequence, SequenceCache, SequenceStates
 from splitnet.checkpoint.families import family_of, keeps_states, states_per_block
 from splitnet.errors import SplitnetError

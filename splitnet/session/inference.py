@@ -204,7 +204,7 @@ class Session(SessionDriver):
         if len(sent.requests) == 1 and sent.requests[0].decodes and len(self.recoveries) == sent.repairs:
             if sent.alone:
                 self._routes.step_took((time.perf_counter() - sent.began) * 1000, sent.requests[0].step.positions)
-                self.state.usual_ms = self._routes.watch.usual_ms
+                self.state.usual_ms = self._routes.watch.usual.value
             self._learn_timings(sent.requests[0].step.positions, at_once=sent.alone and self._routes.watch.surprised)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

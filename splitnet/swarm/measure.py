@@ -14,8 +14,19 @@ from statistics import median_low
 from typing import Generic, ParamSpec, TypeVar
 
 from scheduler.candidates import measured_first
-from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
-from scheduler.facts import CLIENT, PASS_SIZES, UNMEASURED, Link, Network, Peer, Place, Speed
+from scheduler.facts import (
+    CLIENT,
+    DIMENSIONS,
+    PASS_SIZES,
+    UNMEASURED,
+    Coordinate,
+    Link,
+    Network,
+    Peer,
+    Place,
+    Speed,
+    place_among,
+)
 from scheduler.liveness import ANSWER_S
 from scheduler.replan import PredictionErrors
 from scheduler.route_search import PINGED_AT_ONCE, Answers

@@ -109,7 +109,7 @@ class Timing(NamedTuple):
 
 
 class LoadReport(NamedTuple):
-    """How busy a device has been lately, see `scheduler.load`; records tell the same, seconds to a minute later."""
+    """How busy a device has been lately, see `scheduler.batching`; records tell the same, seconds to a minute later."""
 
     wait_ms: float
     """For which decode steps waited."""

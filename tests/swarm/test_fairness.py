@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from peers import admission
+from peers import sessions
 from peers.server import Peer
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -102,7 +102,7 @@ def test_lookups_that_are_queued_and_discarded_freeze_nobody(peer: Peer, facts: 
 def test_who_holds_all_memory_without_steps_makes_room(
     peer: Peer, facts: ModelFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admission, "LEASE_S", 0.5)
+    monkeypatch.setattr(sessions, "LEASE_S", 0.5)
     began = threading.Event()
     capacity = peer.sessions.capacity
     with ThreadPoolExecutor(1) as threads, fairness.Client(peer.endpoint, facts) as client:
@@ -124,8 +124,8 @@ def test_who_holds_all_memory_without_steps_makes_room(
 def test_the_smallest_sessions_of_a_key_do_not_lock_out_others(
     peer: Peer, facts: ModelFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admission, "LEASE_S", 0.0)
-    monkeypatch.setattr(admission, "MAX_SESSIONS", 64)
+    monkeypatch.setattr(sessions, "LEASE_S", 0.0)
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", 64)
     began = threading.Event()
     with ThreadPoolExecutor(1) as threads, fairness.Client(peer.endpoint, facts) as client:
         load = threads.submit(fairness.crowds, peer.endpoint, facts, seconds=1.0, sessions=100, began=began.set)

@@ -19,9 +19,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from peers.admission import MAX_SESSIONS
 from peers.links import MAX_NEXT_HOPS
-from peers.sessions import room_for
+from peers.sessions import MAX_SESSIONS, room_for
 from splitnet.blocks.adapters import write_tensors
 from splitnet.security.identity import Identity
 from splitnet.wire.codecs import CODECS

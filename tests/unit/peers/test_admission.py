@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peers.admission import (
+from peers.sessions import (
     LEASE_S,
     LONGEST_LEASE_S,
     MAX_SESSIONS,
     MIN_RESERVATION,
     WANTED_S,
+    Session,
     SessionTable,
 )
-from peers.sessions import Session
 from splitnet.errors import PeerBusy
 from splitnet.security.identity import AuthorizedKeys, KeyOptions
 from splitnet.wire.codecs import CODECS

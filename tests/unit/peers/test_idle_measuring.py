@@ -11,9 +11,9 @@ import torch
 
 from peers import server
 from peers.counters import Counters
+from peers.engine import ObservedSpeed
 from peers.links import NextHops
 from peers.server import SpanServer
-from peers.speed import ObservedSpeed
 from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from tests.unit.random_models import random_checkpoint

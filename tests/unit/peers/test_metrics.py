@@ -25,10 +25,10 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from peers import metrics as metrics_server
-from peers.admission import Purpose
 from peers.counters import Counters, Histogram
 from peers.metrics import MetricsServer, PeerMetrics, Present
 from peers.power import EnergyMeter
+from peers.sessions import Purpose
 from splitnet.cli.arguments import parse_host_port
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.security.identity import Identity

@@ -8,10 +8,10 @@ from unittest.mock import Mock
 import pytest
 
 from peers.counters import Counters
+from peers.engine import ObservedSpeed
 from peers.links import NextHops
 from peers.server import SpanServer
 from peers.sessions import TENSOR_BYTES
-from peers.speed import ObservedSpeed
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import OutOfMemory
@@ -40,4 +40,4 @@ def test_memory_for_less_than_the_states_of_one_sequence_is_refused(tmp_path: Pa
         serve(span.state_bytes)
     row_bytes = span.state_bytes + 3 * 2 * TENSOR_BYTES
     logged = codec_by_name(DEFAULT_INT8).bytes_per_position(span.hidden_size)
-    assert serve(row_bytes + 2 * (span.kv_bytes_per_position + logged)).sessions.free_positions == 1
+    assert serve(row_bytes + 2 * (span.kv_bytes_per_position + logged)).service.sessions.free_positions == 1

@@ -16,16 +16,25 @@ from typing import Any
 import pytest
 import torch
 
-from peers.admission import MAX_SESSIONS, MIN_RESERVATION, KeyPolicy, ServedBlocks, SessionTable
-from peers.engine import Engine
+from peers.engine import Engine, ObservedSpeed, measure_speed
 from peers.links import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.queue import WorkQueue
-from peers.service import CLIENT_LOST_S, FAR_TIMES, PROBE_S, SessionService
-from peers.sessions import MESSAGE_BYTES, MOST_RESENT, RESEND_S, Session, SessionTooLong, Work, room_for
-from peers.speed import ObservedSpeed, measure_speed
+from peers.service import CLIENT_LOST_S, FAR_TIMES, PROBE_S, ServedBlocks, SessionService
+from peers.sessions import (
+    MAX_SESSIONS,
+    MESSAGE_BYTES,
+    MIN_RESERVATION,
+    MOST_RESENT,
+    RESEND_S,
+    KeyPolicy,
+    Session,
+    SessionTable,
+    SessionTooLong,
+    Work,
+    room_for,
+)
 from scheduler.batching import PASS_POSITIONS
 from scheduler.facts import PASS_SIZES
-from scheduler.load import Load
 from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.wire.codecs import CODECS
@@ -147,8 +156,6 @@ class Peer:
     queue: WorkQueue = field(default_factory=WorkQueue)
     policy: KeyPolicy | None = None
 
-    load: Load = field(default_factory=Load)
-
     def __post_init__(self) -> None:
         served = ServedBlocks(MODEL, 2, self.end, 8, HIDDEN, self.max_positions, "int8/float32")
         self.table = SessionTable(self.capacity, idle_s=IDLE_S)
@@ -160,7 +167,6 @@ class Peer:
             NextHops(self.outbox),
             reach_s=REACH_S,
             policy=self.policy,
-            load=self.load,
         )
 
     def says(self, message: Message, source: Destination = CLIENT) -> list[tuple[Destination, Message]]:
@@ -944,7 +950,7 @@ class TestEngine:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         for name in (1, 2, 3):
             peer.says(to_client(session=bytes([name]) * 16), Connection(bytes([name]), OWNER.curve_raw))
-        return Engine(span, peer.service, peer.queue, ObservedSpeed((1.0,) * 5), Load())  # type: ignore[arg-type]
+        return Engine(span, peer.service, ObservedSpeed((1.0,) * 5))  # type: ignore[arg-type]
 
     def send(self, peer: Peer, name: int, value: float = 0.0, start: int = 0, **changes: Any) -> None:
         payload = PLAIN.encode(torch.full((2, HIDDEN), float(value)))
@@ -1268,11 +1274,11 @@ class TestOthers:
         assert opened.says(Ping(5, b"padding"), STRANGER) == [(STRANGER, Pong(5, 12.5, CAPACITY - 1000))]
 
     def test_who_asks_is_told_how_busy_the_device_has_been(self, opened: Peer) -> None:
-        opened.load.observe(opened.now, [40.0], [3])
+        opened.service.load.observe(opened.now, [40.0], [3])
         [(_, answer)] = opened.says(Ping(5, load=True), STRANGER)
         assert isinstance(answer, Pong)
         [told] = answer.load
-        assert (told.wait_ms, told.batch) == opened.load.at(opened.now) > (0.0, 0.0)
+        assert (told.wait_ms, told.batch) == opened.service.load.at(opened.now) > (0.0, 0.0)
         assert abs(told.at - time.time()) < 60
 
     def test_only_the_owner_of_a_session_learns_of_it_by_a_ping(self, opened: Peer) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from peers import speed
-from peers.speed import measure_speed
+from peers import engine
+from peers.engine import measure_speed
 from scheduler.facts import PASS_SIZES
 
 BLOCKS = 2
@@ -46,7 +46,7 @@ def test_a_long_pass_that_was_disturbed_is_timed_again(
     disturbed: set[int], passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     span = TimedSpan(disturbed)
-    monkeypatch.setattr(speed, "seconds_after_work", lambda device: span.now_s)
+    monkeypatch.setattr(engine, "seconds_after_work", lambda device: span.now_s)
     measured = measure_speed(span)  # pyright: ignore[reportArgumentType]
     assert measured is not None
     assert measured.block_ms == pytest.approx([max(1.0, size / 4) for size in PASS_SIZES])
@@ -57,7 +57,7 @@ def test_a_long_pass_that_was_disturbed_is_timed_again(
 def test_a_size_that_is_slow_by_itself_costs_two_more_passes() -> None:
     span = TimedSpan({10, 11, 12})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "seconds_after_work", lambda device: span.now_s)
+        patch.setattr(engine, "seconds_after_work", lambda device: span.now_s)
         measured = measure_speed(span)  # pyright: ignore[reportArgumentType]
     assert measured is not None
     assert measured.block_ms[3:] == pytest.approx((160.0, 64.0))

@@ -126,9 +126,9 @@ def test_a_session_that_has_ended_is_not_waited_for() -> None:
     owner, ended = session(1), session(2)
     queue.delay.ran([owner.id, ended.id], WAIT_S, 0.0, 0.0)
     queue.put(work(owner, 1))
-    assert queue.take_short(WAIT_S, lambda step: True) is None
+    assert queue.take_short(WAIT_S) is None
     queue.discard(ended)
-    assert queue.take_short(WAIT_S, lambda step: True) is not None
+    assert queue.take_short(WAIT_S) is not None
 
 
 def test_windows_that_a_later_step_takes_back_do_not_run() -> None:

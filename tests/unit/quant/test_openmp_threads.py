@@ -45,7 +45,7 @@ from unittest.mock import Mock
 from peers.counters import Counters
 from peers.links import NextHops
 from peers.server import SpanServer
-from peers.speed import measure_speed
+from peers.engine import measure_speed
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.blocks.span import Span
 checkpoint, outbox = Checkpoint.open(sys.argv[1]), Mock()
@@ -64,7 +64,7 @@ server = SpanServer(
 )
 server.engine.start()
 ran = threading.Event()
-server.queue.put_idle_job(lambda: (work(), ran.set()))
+server.service.queue.put_idle_job(lambda: (work(), ran.set()))
 assert ran.wait(20)
 expect(2)
 server.close()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.load import MovingAverage
+from scheduler.batching import MovingAverage
 
 
 def test_the_first_value_counts_in_full_and_later_ones_by_their_share() -> None:

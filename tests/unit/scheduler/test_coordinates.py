@@ -10,7 +10,7 @@ from dataclasses import replace
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scheduler.coordinates import DIMENSIONS, MAX_ERROR, MIN_HEIGHT_MS, MOST_OFF_MS, TUNING, Coordinate, place_among
+from scheduler.facts import DIMENSIONS, MAX_ERROR, MIN_HEIGHT_MS, MOST_OFF_MS, TUNING, Coordinate, place_among
 
 numbers = st.floats(-1e4, 1e4)
 coordinates = st.builds(

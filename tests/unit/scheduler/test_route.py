@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from scheduler import route as chain_search
 from scheduler.batching import PASS_POSITIONS
-from scheduler.coordinates import Coordinate
 from scheduler.cost import (
     PROMPT_SHARE,
     UNKNOWN_WATTS,
@@ -25,7 +24,20 @@ from scheduler.cost import (
     route_ms,
     transfer_ms,
 )
-from scheduler.facts import CLIENT, UNMEASURED, Hop, Link, Network, Peer, Place, Route, Speed, coverage, missing_blocks
+from scheduler.facts import (
+    CLIENT,
+    UNMEASURED,
+    Coordinate,
+    Hop,
+    Link,
+    Network,
+    Peer,
+    Place,
+    Route,
+    Speed,
+    coverage,
+    missing_blocks,
+)
 from scheduler.route import NEAR_EQUAL, NoRoute, best_route
 
 FAST = Link(latency_ms=1.0, bytes_per_ms=100_000.0)

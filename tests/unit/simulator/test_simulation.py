@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from scheduler.batching import PASS_POSITIONS
-from scheduler.candidates import candidates
-from scheduler.coordinates import Coordinate
+from scheduler.candidates import CandidateIndex
 from scheduler.cost import route_ms
-from scheduler.facts import CLIENT, Hop, Link, Speed
+from scheduler.facts import CLIENT, Coordinate, Hop, Link, Speed
 from scheduler.route import NoRoute, best_route
 from simulator.clients import Plan, Planned
 from simulator.command import chart
@@ -542,7 +541,8 @@ def test_candidates_of_a_large_swarm_cost_little() -> None:
     excess: list[float] = []
     for session in simulation.sessions:
         network = view.places.with_places({CLIENT: session.client.place})
-        chosen = candidates(view.peers, blocks, network, encodings=encodings, kv_needed=500, limit=60)
+        index, outside = CandidateIndex(view.peers, network), [session.client.place] * 2
+        chosen = index.near(outside, blocks, encodings=encodings, kv_needed=500, limit=60)
         assert len(chosen) == 60
         found = best_route(chosen, blocks, network, encodings=encodings, kv_needed=500)
         best = best_route(view.peers, blocks, network, encodings=encodings, kv_needed=500)
@@ -553,9 +553,8 @@ def test_candidates_of_a_large_swarm_cost_little() -> None:
 
 def test_candidates_keep_every_block_served(small_world: World) -> None:
     view = ran(small_world, "own").membership.view
-    chosen = candidates(
-        view.peers, (0, SMALL.num_blocks), view.places, encodings=SMALL.encodings, kv_needed=10**9, limit=1
-    )
+    index, blocks = CandidateIndex(view.peers, view.places), (0, SMALL.num_blocks)
+    chosen = index.near([], blocks, encodings=SMALL.encodings, kv_needed=10**9, limit=1)
     served = {block for peer in chosen for block in range(peer.start, peer.end)}
     assert served == {block for peer in view.peers for block in range(peer.start, peer.end)}
     assert len(chosen) == SMALL.num_blocks

@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.candidates import CandidateIndex, _block_ms, _LeastOfBlocks, _sending_ms, candidates
-from scheduler.coordinates import Coordinate
+from scheduler.candidates import CandidateIndex, _block_ms, _LeastOfBlocks, _sending_ms
 from scheduler.cost import Encoding, block_ms, occupied_ms
-from scheduler.facts import CLIENT, Link, Network, Peer, Place, Speed
+from scheduler.facts import CLIENT, Coordinate, Link, Network, Peer, Place, Speed
 from scheduler.route import best_route
 from splitnet.directory.record import KEY_PREFIX_BYTES, PeerRecord, SeenLink
 from splitnet.swarm import measure as measure_module
@@ -108,7 +107,8 @@ class World:
         """The same without holders, as of a planner that knows nothing but the functions of `scheduler`."""
         peers, network = self.measurements.peers(self.records), self.measurements.network(self.records)
         wanted: dict[str, Any] = {"encodings": NEEDS.encodings, "kv_needed": NEEDS.kv_positions, "prompt": self.prompt}
-        likely = candidates(peers, (0, 6), network, exclude=exclude, limit=FEW, **wanted)
+        outside = [network.places[CLIENT]] if CLIENT in network.places else []
+        likely = CandidateIndex(peers, network).near(outside * 2, (0, 6), exclude=exclude, limit=FEW, **wanted)
         route = best_route(likely, (0, 6), network, rng=random.Random(seed), **wanted)
         by_name = {each.key.text: each for each in self.records}
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]

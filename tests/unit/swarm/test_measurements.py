@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from peers.engine import ObservedSpeed
 from peers.links import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
-from peers.speed import ObservedSpeed
 from scheduler import route_search
+from scheduler.batching import HALF_LIFE_S, Load
 from scheduler.facts import CLIENT, PASS_SIZES, UNMEASURED, Link
 from scheduler.liveness import SILENT_S
-from scheduler.load import HALF_LIFE_S, Load
 from splitnet.directory.record import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink, place_of
 from splitnet.security.identity import Identity
 from splitnet.swarm.measure import (
