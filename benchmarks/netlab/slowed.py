@@ -240,7 +240,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
     # Each device has a speed of its own, which is not that of this machine.
     os.environ["SPLITNET_CACHE"] = str(meter_file.parent / f"{meter_file.stem}-cache")
     meter = Meter(meter_file)
-    forward, ran, passed, look = Span.forward, BatchingDelay.ran, Counters.steps_passed, Neighbours.look_around
+    forward, ran, begin, look = Span.forward, BatchingDelay.ran, Counters.__init__, Neighbours.look_around
     looks = itertools.count()
 
     def held_forward(self: Span, hidden: Any, parts: Any) -> Any:
@@ -253,10 +253,16 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
             meter.measured = Measured(before.busy_s, before.passes, before.late + 1)
         return output
 
-    def count(self: Counters, seconds: float, positions: int, rows: int) -> None:
-        passed(self, seconds, positions, rows)
-        before = meter.measured
-        meter.measured = Measured(before.busy_s + seconds, before.passes + 1, before.late)
+    def begin_to_count(self: Counters, *arguments: Any) -> None:
+        begin(self, *arguments)
+        passed = self.step_passes.observe
+
+        def count(seconds: float, positions: int, rows: int) -> None:
+            passed(seconds, positions, rows)
+            before = meter.measured
+            meter.measured = Measured(before.busy_s + seconds, before.passes + 1, before.late)
+
+        self.step_passes.observe = count
 
     # While a device is held it has its processor.
     def ran_all_the_time(self: BatchingDelay, sources: Any, took_s: float, computed_s: float, now: float) -> None:
@@ -268,7 +274,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
         if number < _LOOKS or number % _LOOKS_EACH == 0:
             look(self)
 
-    Span.forward, Counters.steps_passed, BatchingDelay.ran = held_forward, count, ran_all_the_time
+    Span.forward, Counters.__init__, BatchingDelay.ran = held_forward, begin_to_count, ran_all_the_time
     Neighbours.look_around = look_less
     sys.argv = ["splitnet", *arguments]
     try:
