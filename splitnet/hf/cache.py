@@ -1,8 +1,7 @@
 """A transformers `Cache` that stands for the KV caches of the peers.
 
 transformers asks a cache for its length, crops it (speculative decoding), reorders its rows (beam search) and selects
-rows. None of that needs the keys and values here: lengths are counted, and reordering becomes forks that travel with
-the next step.
+rows. Here lengths are counted, and reordering becomes forks that travel with the next step.
 """
 
 from __future__ import annotations
@@ -66,12 +65,12 @@ class RemoteLayer(CacheLayerMixin):
     @property
     def batch(self) -> int:
         """Rows that the cache holds; 0 before the first step."""
-        return len(self._current())
+        return len(self._rows if self._sources is None else self._sources)
 
     def begin_step(
         self, mask: torch.Tensor, keep: int, adapter: Adapter | None = None
     ) -> tuple[ModelSession, list[Chunk], list[Fork] | None]:
-        """Registers new columns and says what the peers have to do for them.
+        """Registers new columns.
 
         Args:
             mask: `[batch, columns]` bool for past and new columns; False is padding.
@@ -79,8 +78,7 @@ class RemoteLayer(CacheLayerMixin):
             adapter: what the blocks are to run with.
 
         Returns:
-            The session, the parts of the step, and forks of rows to make before; nothing is to be sent if no part has
-            a position.
+            The session, the parts of the step (without positions, nothing is to be sent), and forks of rows before.
 
         Raises:
             UnsupportedParameter: padding that is not on the left, or not where it was.
@@ -91,7 +89,10 @@ class RemoteLayer(CacheLayerMixin):
         self.changes += 1
         if not self.columns:
             self.reset()
-            self._use_adapter(adapter)
+            if adapter is not self.adapter and self.session is not None:
+                self.session.close()  # a session runs with one adapter
+                self.session = None
+            self.adapter = adapter
         elif self.batch != batch:
             raise refuse("cache", f"holds {self.batch} rows and the batch has {batch}: give a new cache")
         elif adapter is not self.adapter:
@@ -140,11 +141,7 @@ class RemoteLayer(CacheLayerMixin):
         return self.prefix_length + self._reserved_columns
 
     def fetch_kv(self, index: int) -> dict[str, torch.Tensor]:
-        """Keys and values of a row of the batch, without its padding; see `Session.fetch_kv`.
-
-        Raises:
-            ValueError: the cache holds no such row.
-        """
+        """See `Session.fetch_kv`; of a row of the batch, without its padding. Raises ValueError: there is no such."""
         if self.session is None or self._sources is not None or not 0 <= index < len(self._rows):
             raise ValueError(f"the cache holds no row {index}: run the model with it first")
         return self.session.fetch_kv(self._rows[index], self.columns - self._padding[index])
@@ -156,16 +153,13 @@ class RemoteLayer(CacheLayerMixin):
             self.session.close()
 
     def close_later(self) -> None:
-        """Has another thread free the peers' memory, within a second. Waits for no lock, so finalizers may call it."""
+        """Has another thread free the peers' memory within a second. Waits for no lock, so finalizers may call it."""
         self.closed = True
         if self.session is not None:
             self.session.close_later()
 
     def rewind(self, columns: int, padding: Sequence[int]) -> None:
-        """Keeps what the first columns hold of each row, whose padding is such a one now; the rest is forgotten.
-
-        The caller knows that row by row the same positions come after the padding.
-        """
+        """Keeps the first columns, with other padding: row by row the same positions come after it."""
         self.changes += 1
         if columns <= 0:
             self.reset()
@@ -213,13 +207,10 @@ class RemoteLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object):
         raise NotImplementedError("keys and values live on the peers")
 
-    def _current(self) -> list[int]:
-        return self._rows if self._sources is None else self._sources
-
     def _select(self, chosen: Sequence[int]) -> None:
         self.changes += 1
         if self._rows:
-            current = self._current()
+            current = self._rows if self._sources is None else self._sources
             self._sources = [current[index] for index in chosen]
             self._padding = [self._padding[index] for index in chosen]
 
@@ -239,13 +230,6 @@ class RemoteLayer(CacheLayerMixin):
     def prefix_length(self) -> int:
         """Positions that stand before the first column of every row, from an adapter."""
         return self.adapter.prefix_length if self.adapter is not None else 0
-
-    def _use_adapter(self, adapter: Adapter | None) -> None:
-        """Before the first columns. A session runs with one adapter, so another one takes another session."""
-        if adapter is not self.adapter and self.session is not None:
-            self.session.close()
-            self.session = None
-        self.adapter = adapter
 
     def _reserve(self, columns: int, batch: int) -> ModelSession:
         if columns > self._reserved_columns:
@@ -282,7 +266,7 @@ class RemoteCache(Cache):
         return self.remote.session
 
     def close(self) -> None:
-        """Frees the peers' memory; the cache can't be used any more. From any thread; see `SessionDriver.close`."""
+        """Frees the peers' memory; the cache cannot be used any more. From any thread; see `SessionDriver.close`."""
         self.remote.close()
 
     def __del__(self) -> None:
@@ -292,12 +276,9 @@ class RemoteCache(Cache):
 
 
 class CachedSession:
-    """What `RemoteCausalLM.session()` keeps. What is not known to fit the next prompt is computed again.
+    """What `RemoteCausalLM.session()` keeps: a cache, and the tokens that it holds. The caller closes the cache.
 
-    Args:
-        cache: it is closed by the caller.
-        adapters: those of the model.
-        ropes: which lengths of a text its rotary frequencies tell apart.
+    ropes: which lengths of a text the model's rotary frequencies tell apart.
     """
 
     def __init__(self, cache: RemoteCache, adapters: LocalAdapters, ropes: RopeLengths) -> None:
@@ -311,23 +292,19 @@ class CachedSession:
         """Of the cache, when the tokens were noted: the caller has it, too."""
 
     def resume(self, ids: torch.Tensor, mask: torch.Tensor | None, *, follows: bool) -> None:
-        """Crops the cache to what it shares with the next prompt, less one token to go on from.
+        """Crops the cache to what it shares with the next prompt `[rows, seq]`, less one token to go on from.
 
         Args:
-            ids: `[rows, seq]`. mask: of the same shape; None: there is no padding.
-            follows: whether rows of the cache will be those of the output, and all that they hold its tokens.
+            mask: of the shape of `ids`; None: there is no padding.
+            follows: whether rows of the cache will be those of the output, and hold its tokens alone.
         """
         layer, before = self.cache.remote, self._padding
         held = self._tokens if layer.changes == self._changes else None
         padding = [0] * len(ids) if mask is None else [int(pad) for pad in (mask.cumsum(1) == 0).sum(1).tolist()]
         self._tokens, self._padding, self._follows = None, padding, follows
         columns = 0
-        if (
-            follows
-            and held is not None
-            and len(held) == layer.batch == len(ids)
-            and self._adapters.current(layer.adapter) is layer.adapter
-        ):
+        alike = follows and held is not None and len(held) == layer.batch == len(ids)
+        if alike and held is not None and self._adapters.current(layer.adapter) is layer.adapter:
             rows = zip(held, before, ids, padding, strict=True)
             shared = [pad + _shared(old[pad_before : layer.columns], new[pad:]) for old, pad_before, new, pad in rows]
             columns = min(ids.shape[1] - 1, *shared)

@@ -112,9 +112,8 @@ class Experience:
             return NO_DRAFTS
 
         def latency_ms(positions: int) -> float:
-            return max(
-                self._predicted_step(positions, prediction).latency_ms + _nearest(self._beyond_ms, positions), 0.1
-            )
+            predicted_ms = self._predicted_step(positions, prediction).latency_ms
+            return max(predicted_ms + _nearest(self._beyond_ms, positions), 0.1)
 
         def slowest_hop_ms(positions: int) -> float:
             # The time of more positions beyond the prediction is spent somewhere, at worst at the slowest hop.
@@ -139,19 +138,13 @@ def _nearest(averages: dict[int, MovingAverage], positions: int) -> float:
 
 
 class Model(Protocol):
-    """A causal LM whose calls can be cut in two: what is sent, and what comes back."""
+    """A causal LM whose calls can be cut in two, see `splitnet.hf.causal_lm.RemoteCausalLM`."""
 
-    def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
-        """The logits of `[1, seq]` new tokens, `[seq, vocabulary]`."""
-        ...
+    def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor: ...
 
-    def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
-        """Sends `[1, seq]` new tokens through the blocks."""
-        ...
+    def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange: ...
 
-    def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
-        """Their logits, `[seq, vocabulary]`."""
-        ...
+    def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)

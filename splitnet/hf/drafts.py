@@ -32,17 +32,17 @@ class Draft:
 
 
 class Drafter(Protocol):
-    """Guesses how a text goes on; follows one text at a time."""
+    """Guesses how a text goes on; follows one text at a time.
+
+    priors: by kind, how often a drafted token is accepted, before anything is known of the text. draft_ms: per token; 0
+    if that does not count, so that a draft may be made just to see whether it would be right.
+    """
 
     @property
-    def priors(self) -> Sequence[float]:
-        """By kind: how often a drafted token is accepted, as long as nothing is known of the text."""
-        ...
+    def priors(self) -> Sequence[float]: ...
 
     @property
-    def draft_ms(self) -> float:
-        """Ms per token; 0 if that does not count, so that a draft may be made just to see whether it would be right."""
-        ...
+    def draft_ms(self) -> float: ...
 
     def begin(self, tokens: Sequence[int]) -> None:
         """A new text, which begins with these tokens."""
@@ -65,18 +65,18 @@ class DraftModel:
         vocabulary: how many tokens the large model knows.
 
     Raises:
-        SplitnetError: it knows other tokens, or keeps states that nobody can rewind.
+        SplitnetError: it knows other tokens, or keeps states that cannot be rewound.
     """
 
     priors = (0.6,)
 
     def __init__(self, model: Any, vocabulary: int) -> None:
-        if model.config.get_text_config().vocab_size != vocabulary:
+        config = model.config.get_text_config()
+        if config.vocab_size != vocabulary:
             raise SplitnetError(
-                f"the draft model knows {model.config.get_text_config().vocab_size} tokens, the model {vocabulary}: "
+                f"the draft model knows {config.vocab_size} tokens, the model {vocabulary}: "
                 "use a draft model with the same tokenizer"
             )
-        config = model.config.get_text_config()
         has_states = keeps_states(config)
         if not has_states and getattr(model, "_is_stateful", False):
             raise SplitnetError(
@@ -161,15 +161,15 @@ TIMES_SEEN = 2
 
 
 class PromptLookup:
-    """What followed when the last tokens stood in the text before: no model, no time.
+    """Drafts what followed the last tokens earlier in the text: no model, no time.
 
     Saxena, "Prompt Lookup Decoding" (2023). The latest place where the last `LONGEST_NGRAM` tokens, or else fewer,
     stood is taken; the more tokens before it are the same, too, the surer it is.
 
-    A copy with changes, as edited code is one, is followed further: when the text goes on with another token than the
-    place that is copied from and then as that place does, the one has become the other. From then on both count as the
-    same token when places are compared, and the new one is drafted. The place is followed as long as the text goes on
-    as it does, rather than looked up anew, as the latest place would mostly be within the copy.
+    A copy with changes, such as edited code, is followed further: when the text has one other token than its source and
+    goes on like it, the one has become the other. From then on both count as the same token when places are compared,
+    and the new one is drafted. The source is followed as long as the text goes on like it, rather than looked up anew,
+    as the latest place would mostly be within the copy.
     """
 
     priors = (0.1, 0.2, 0.4, 0.6, 0.75, 0.85)

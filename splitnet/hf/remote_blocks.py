@@ -127,7 +127,8 @@ class RemoteBlocks(nn.Module):
         self._lengths_matter = ropes.matter
         self._stages = stages
         self._make_passes = make_passes
-        self._passes: dict[Blocks, PassSession] = {}
+        self.passes: dict[Blocks, PassSession] = {}
+        """By the range of blocks."""
         self._passing = threading.RLock()
         self._local = threading.local()
 
@@ -264,41 +265,35 @@ class RemoteBlocks(nn.Module):
         output[where] = packed.to(hidden.dtype)
         return output
 
-    @property
-    def moved(self) -> tuple[int, int]:
-        """Bytes that passes have sent and received since the last `close()`."""
-        moved = [passes.traffic for passes in self._passes.values()]
-        return sum(traffic.bytes_sent for traffic in moved), sum(traffic.bytes_received for traffic in moved)
-
     def close(self) -> None:
         """Frees what the peers keep of passes."""
         with self._passing:
-            for passes in self._passes.values():
+            for passes in self.passes.values():
                 passes.close()
-            self._passes = {}
+            self.passes = {}
 
     def go(
         self, blocks: Blocks, packed: torch.Tensor, lengths: list[int], parameters: dict[str, torch.Tensor], **how: Any
     ) -> tuple[torch.Tensor, Passed]:
         """See `PassSession.forward`."""
         with self._passing:
-            if blocks not in self._passes:
-                self._passes[blocks] = self._make_passes(blocks)
-            return self._passes[blocks].forward(packed, lengths, self.adapters.adapter_of(parameters), **how)
+            if blocks not in self.passes:
+                self.passes[blocks] = self._make_passes(blocks)
+            return self.passes[blocks].forward(packed, lengths, self.adapters.adapter_of(parameters), **how)
 
     def go_back(
         self, blocks: Blocks, batch: Passed, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `PassSession.backward`."""
         with self._passing:
-            if blocks not in self._passes:
+            if blocks not in self.passes:
                 raise SplitnetError("the model was closed before backward(): run it again")
-            return self._passes[blocks].backward(batch, gradient)
+            return self.passes[blocks].backward(batch, gradient)
 
     def forget(self, blocks: Blocks, batch: Passed) -> None:
         """See `PassSession.forget`."""
-        if blocks in self._passes:
-            self._passes[blocks].forget(batch)
+        if blocks in self.passes:
+            self.passes[blocks].forget(batch)
 
     def _check_context(self, positions: int) -> None:
         if self.max_positions is not None and positions > self.max_positions:

@@ -164,7 +164,8 @@ class RemoteModel(PreTrainedModel):
     @property
     def training_bytes(self) -> tuple[int, int]:
         """Bytes that training, and evaluation without a cache, have sent and received on the client's own links."""
-        return self._blocks.moved
+        moved = [passes.traffic for passes in self._blocks.passes.values()]
+        return sum(traffic.bytes_sent for traffic in moved), sum(traffic.bytes_received for traffic in moved)
 
     @property
     def peft_config(self) -> Mapping[str, Any]:
@@ -192,11 +193,7 @@ class RemoteModel(PreTrainedModel):
         self.swarm.close()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: there are no blocks here to write. PEFT's `save_pretrained` writes what was trained.
-
-        Raises:
-            UnsupportedModel: always.
-        """
+        """Raises UnsupportedModel: no blocks are here to write. PEFT's `save_pretrained` writes what was trained."""
         raise UnsupportedModel(
             f"the blocks of {self.name_or_path} are on peers, so a checkpoint from here would lack them: keep "
             f"{self.name_or_path}, and save what was trained with peft_model.save_pretrained(FOLDER)"
@@ -261,7 +258,7 @@ class RemoteModel(PreTrainedModel):
 
 
 def _stand_around(module: nn.Module, call: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> None:
-    """Has calls of a module go through `call`, with its own `forward` and with what it is given, by name."""
+    """Has calls of a module go through `call`, with its own `forward` and its arguments by name."""
     inner = module.forward
     signature = inspect.signature(inner)
     rest = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), "")

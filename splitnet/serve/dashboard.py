@@ -230,7 +230,7 @@ def _peer(swarm: Swarm, seen: Seen, now: float) -> dict[str, Any]:
         "sessions": record.sessions,
         "kv_free": record.kv_free_positions if answer is None else answer.kv_free_positions,
         "delay_ms": swarm.links.prober.rtt_ms(record.endpoint) / 2 or None,
-        "way": swarm.links.way(record.endpoint).value,
+        "way": swarm.links.tunnels.way(record.endpoint).value,
         "version": record.version,
     }
 

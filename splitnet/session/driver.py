@@ -59,10 +59,8 @@ log = logging.getLogger(__name__)
 
 USUAL_POSITIONS = 64
 """Of a step, where many are under way: a micro-batch, or a chunk of a prefill. Otherwise it is a token."""
-
 ROUND_S = 0.1
 """All hops are asked within that."""
-
 EMBEDDINGS = codec_by_name("fp16")
 
 
@@ -143,9 +141,9 @@ class Routes:
         self._news = swarm.measurer.news
         self._route: list[PlannedHop] = []
         self._lost = False
-        """The latest plan takes the place of a route that was lost."""
+        """The latest plan replaces a route that was lost."""
         self._planned: tuple[list[PlannedHop], float] = [], 0.0
-        """The latest plan, with what a step of it was predicted to take then, in ms."""
+        """The latest plan, with the time of a step as it was predicted then, in ms."""
 
     def answer(self, asked: AskRoute, needs: Needs) -> Planned | NoRoute:
         """The route that was asked for, or why there is none."""
@@ -245,12 +243,11 @@ class Routes:
 
 @dataclass(slots=True)
 class Traffic:
-    """What a session has moved so far."""
+    """What a session has moved so far. bytes_sent: by the client, headers included."""
 
     steps: int = 0
     positions: int = 0
     bytes_sent: int = 0
-    """By the client, headers included."""
     bytes_received: int = 0
 
 
@@ -353,14 +350,13 @@ class SessionDriver:
     def open(self, prompt: int = 0) -> None:
         """Plans a route and reserves memory on it; called by the first step at the latest.
 
-        Args:
-            prompt: positions of the first step; with them the route is chosen for the time to the first token, too.
+        prompt: positions of the first step; with them the route is chosen for the time to the first token, too.
 
         Raises:
-            CoverageError: blocks are served by nobody; if they once were, nor after `recovery_timeout_s`.
-            PeerBusy: no peer of some blocks has memory for the budget.
+            CoverageError: no peer serves some blocks; if one once did, nor after `recovery_timeout_s`.
+            PeerBusy: no peer of some blocks has memory for the reservation.
             NotAuthorized: the peers do not accept this client's key, or are not those that it trusts.
-            PeerLost: peers do not answer, nor does anybody take their place in time.
+            PeerLost: peers do not answer, nor are they replaced in time.
             SessionClosed: another thread has closed the session.
         """
         trusted = self._swarm.trusted

@@ -20,22 +20,21 @@ if TYPE_CHECKING:
 
 
 class Phase(StrEnum):
-    """Where a session stands."""
+    """Where a session stands.
+
+    NEW: no hop was asked yet. PLANNING: a route is being planned, or awaited where no peer serves some blocks. OPENING:
+    hops reserve memory and find out whether they reach each other. LOADING: hops take over the session's adapter.
+    REPLAYING: hops that lack the session's KV cache compute it from a log. OPEN: requests travel along the route.
+    BROKEN: hops are missing, and nothing is under way.
+    """
 
     NEW = "new"
-    """No hop was asked yet."""
     PLANNING = "planning"
-    """A route is being planned, or awaited where nobody serves some blocks."""
     OPENING = "opening"
-    """Hops reserve memory and find out whether they reach each other."""
     LOADING = "loading"
-    """Hops take over the session's adapter."""
     REPLAYING = "replaying"
-    """Hops that lack the session's KV cache compute it from a log."""
     OPEN = "open"
-    """Requests travel along the route."""
     BROKEN = "broken"
-    """Hops are missing, and nothing is under way."""
     CLOSED = "closed"
 
 
@@ -93,7 +92,7 @@ class UseAdapter:
 
     adapter: Adapter
     for_passes: bool = False
-    """Hops without a part of it take over an empty one: passes name the version that every hop is to have."""
+    """Hops without a part of it get an empty one, as passes name the version that every hop must have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +135,7 @@ class LinkFailed:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A route, as `AskRoute` wanted it.
-
-    Attributes:
-        number: of the question.
-        codecs: of every link, one more than hops.
-    """
+    """A route, as the `AskRoute` of this number wanted it. codecs: of every link, one more than hops."""
 
     number: int
     route: tuple[PlannedHop, ...]
@@ -150,13 +144,9 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class NoRoute:
-    """There is no route.
+    """No route answers the `AskRoute` of this number.
 
-    Attributes:
-        number: of the question.
-        error: why.
-        present: names of all peers that the directory lists.
-        was_covered: all blocks were served at some time.
+    present: names of all peers that the directory lists. was_covered: all blocks were served at some time.
     """
 
     number: int
@@ -170,23 +160,9 @@ class Tick:
     """The time of `SessionState.wake_at` has come."""
 
 
-Event = (
-    Use
-    | Submit
-    | Backward
-    | Abandon
-    | Resize
-    | UseAdapter
-    | Move
-    | Distrust
-    | Close
-    | Received
-    | LinkFailed
-    | Alive[Endpoint]
-    | Planned
-    | NoRoute
-    | Tick
-)
+Wish = Use | Submit | Backward | Abandon | Resize | UseAdapter | Move | Distrust | Close
+"""Of the caller."""
+Event = Wish | Received | LinkFailed | Alive[Endpoint] | Planned | NoRoute | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +182,10 @@ class AskAlive:
 
 @dataclass(frozen=True, slots=True)
 class AskRoute:
-    """Plan a route; `Planned` or `NoRoute` must follow, with the same number. One that is newer replaces it.
+    """Plan a route; `Planned` or `NoRoute` must follow, with the same number. A newer question replaces it.
 
-    Attributes:
-        number: of the question.
-        kept: hops that stay if they can, in order.
-        excluded: names of peers that must not be used.
-        fresh: look into the directory even if that was done a moment ago.
-        unban: lift the bans of peers that answer now.
+    kept: hops that stay if they can, in order. excluded: names of peers that must not be used. fresh: look into the
+    directory even if that was done a moment ago. unban: lift the bans of peers that answer now.
     """
 
     number: int
@@ -251,31 +223,30 @@ Effect = Send | AskAlive | AskRoute | Ban | Unban | Note
 
 
 class Cause(StrEnum):
-    """Why a route was repaired."""
+    """Why a route was repaired.
+
+    LOST: a hop died, hangs, is cut off or answered nonsense. SESSION_LOST: a hop does not hold the session any more.
+    LEAVING: a hop has said that it is about to end or to move. BUSY: a hop ran out of memory. STALLED: all hops live,
+    but requests got lost between them. BETTER_ROUTE: nothing was lost.
+    """
 
     LOST = "lost"
-    """A hop died, hangs, is cut off or answered nonsense."""
     SESSION_LOST = "session_lost"
-    """A hop answers, but does not hold the session any more."""
     LEAVING = "leaving"
-    """A hop has said that it is about to end or to move."""
     BUSY = "busy"
-    """A hop ran out of memory."""
     STALLED = "stalled"
-    """All hops live, but what was under way got lost between them."""
     BETTER_ROUTE = "better_route"
-    """Nothing was lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """One repair of a route."""
+    """One repair of a route.
+
+    lost: why hops were replaced. opened_ms: until other peers were planned and had opened the session. total_ms: until
+    they had the cache, and requests were sent again. cause: of the first hop that was replaced.
+    """
 
     lost: tuple[str, ...]
-    """Why hops were replaced."""
     opened_ms: float
-    """Until other peers were planned and had opened the session."""
     total_ms: float
-    """Until they had the cache, and what was under way was sent again."""
     cause: Cause
-    """Of the first hop that was replaced."""

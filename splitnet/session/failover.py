@@ -33,25 +33,28 @@ from splitnet.wire.messages import Replay, Result, Step
 
 @dataclass(slots=True, eq=False)
 class RouteHop:
-    """Stays the same object for as long as the peer runs the same blocks of the session."""
+    """A peer with its blocks of the session; stays the same object as long as the peer runs them.
+
+    Attributes:
+        codec: of its output, and so of its log: it never changes.
+        relayed: it does not reach its next hop, so the client relays its output.
+        relay_log: what the client has relayed; None if that is not all of it.
+        cached_positions: that it held of the session when it was opened last.
+        filled: it holds the KV cache that the session wants.
+        weights: what its blocks are held as, as its record or itself has said last.
+        adapter_version: of the adapter that it has taken over; 0: none.
+        lost: it was given up, and is not replaced yet.
+    """
 
     planned: PlannedHop
     codec: Codec
-    """What this hop encodes its output with. Its log is written with it, so it never changes."""
     relayed: bool = False
-    """It does not reach its next hop, so the client relays its output."""
     relay_log: SentLog | None = None
-    """What the client has relayed; None if that is not all of it."""
     cached_positions: int = 0
-    """What it held of the session when it was opened last."""
     filled: bool = False
-    """It holds the KV cache that the session wants."""
     weights: str = ""
-    """What its blocks are held as, as its record or itself has said last."""
     adapter_version: int = 0
-    """Of the adapter that it has taken over; 0: none."""
     lost: bool = False
-    """It was given up, and is not replaced yet."""
     endpoint: Endpoint = field(init=False)
     name: str = field(init=False)
     blocks: tuple[int, int] = field(init=False)

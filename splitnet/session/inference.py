@@ -26,11 +26,9 @@ from splitnet.wire.codecs import codec_by_code
 from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Chunk, FetchKV, Fork, Result, Step, Timing, encode
 
 ASK_S = 2.0
-"""After so many seconds hops are asked what the decode steps met there."""
-
+"""After so many seconds hops are asked for the times of decode steps."""
 THROUGHPUT_STEPS = 8
 """How many steps a session that asks for throughput has under way."""
-
 _POSITION = 1000
 _TIMING = Timing(500, 10_000, 500)
 """The size of a message grows a little with the numbers in it; these stand for usual ones."""
@@ -38,26 +36,25 @@ _TIMING = Timing(500, 10_000, 500)
 
 @dataclass(frozen=True, slots=True)
 class LinkUse:
-    """A link of a route."""
+    """A link of a route. bytes_per_token: of a decode step's message, without framing and encryption of ZeroMQ."""
 
     sender: str
     receiver: str
     codec: str
     bytes_per_token: int
-    """Of the message of one decode token, without the framing and encryption of ZeroMQ."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnderWay:
-    """New positions that were sent through the route."""
+    """New positions that were sent through the route.
+
+    began: seconds of `time.perf_counter`. repairs: of the route, before. alone: nothing else was under way.
+    """
 
     requests: tuple[StepRequest, ...]
     began: float
-    """Seconds, as `time.perf_counter` tells."""
     repairs: int
-    """Of the route, before."""
     alone: bool
-    """Nothing else was under way, so the time that it takes tells about the route."""
 
 
 class Session(SessionDriver):
@@ -213,10 +210,8 @@ class Session(SessionDriver):
         self.feed(Abandon(tuple(request.number for request in sent.requests)))
 
     def use_adapter(self, adapter: Adapter) -> None:
-        """Has the blocks run with parameters of the client; once, before the first step.
-
-        Raises:
-            PeerFailed: they do not fit the blocks.
+        """Has the blocks run with parameters of the client; once, before the first step. Raises PeerFailed: they do
+        not fit the blocks.
         """
         state = self.state
         if adapter is state.adapter:

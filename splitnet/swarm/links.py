@@ -12,7 +12,6 @@ from typing import Protocol
 
 from splitnet.errors import NotAuthorized, PeerLost, ProtocolError, ProtocolVersionError, SplitnetError, WrongKey
 from splitnet.logs import SeldomWarnings
-from splitnet.nat.punch import Way
 from splitnet.nat.tunnel import Tunnels
 from splitnet.security.identity import Identity
 from splitnet.transport.flow import Traffic
@@ -71,6 +70,7 @@ class Links:
 
     Attributes:
         prober: asks peers for signs of life.
+        tunnels: know how each peer is reached.
         on_answer: takes in what answers a question that belongs to no session, see `splitnet.directory.ask`.
     """
 
@@ -84,7 +84,7 @@ class Links:
         self._complaints = SeldomWarnings(log)
         self.on_answer: Callable[[Endpoint, Message], None] | None = None
         self._queues: tuple[float, dict[Endpoint, Traffic]] = -math.inf, {}
-        self._tunnels = Tunnels(identity)
+        self.tunnels = Tunnels(identity)
         self._transport = Transport(
             identity,
             on_message=self._receive,
@@ -92,7 +92,7 @@ class Links:
             on_dropped=self._dropped,
             on_tick=self._tick,
             max_backlog=None,
-            tunnels=self._tunnels,
+            tunnels=self.tunnels,
         )
         self._pool = LinkPool(
             self._transport, most=most, keep_unreached_s=KEEP_UNREACHED_S, keep_unused_s=keep_unused_s
@@ -181,10 +181,6 @@ class Links:
         if passed is None or not passed.unsent:
             return False
         return passed.unsent > BUSY_BYTES or bool(self.queues().keys() - {endpoint})
-
-    def way(self, endpoint: Endpoint) -> Way:
-        """How a peer is reached, or would be."""
-        return self._tunnels.way(endpoint)
 
     def _keep_open(self, endpoint: Endpoint, message: Message) -> bool:
         """Keeps the link for a message open; False if there are too many others."""

@@ -212,9 +212,7 @@ class Swarm:
         since_s = self.measurements.now_s - LOST_S
         self.measurer.used()
         try:
-            records = self.peers(fresh=fresh, whole=whole)
-            self.measurer.measure_first(records, self.bans.keys() | set(exclude))
-            unusable = self.bans.unusable(records, self.links, exclude)
+            records, unusable = self._look(exclude, fresh=fresh, whole=whole)
             found = searched_route(
                 _Searcher(self, records, needs, part, ends, holders, unusable),
                 self.measurements.answers,
@@ -271,6 +269,12 @@ class Swarm:
         encodings = encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS})
         needs = Needs(1, encodings, (0, self.facts.num_blocks))
         return self.planner.likely(records, among, needs, count, everywhere=everywhere)
+
+    def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
+        """The peers, and the names of those that a route must not go through."""
+        present = self.peers(fresh=fresh, whole=whole)
+        self.measurer.measure_first(present, self.bans.keys() | set(exclude))
+        return present, self.bans.unusable(present, self.links, exclude)
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,7 @@ Thing = TypeVar("Thing")
 
 @dataclass(frozen=True, slots=True)
 class PeerAnswer:
-    """How a peer answers.
-
-    Attributes:
-        state: of the link to it.
-        rtt_ms: round trip; None: it does not answer.
-        way: how it is reached.
-    """
+    """How a peer answers. state: of the link to it. rtt_ms: None: it does not answer. way: how it is reached."""
 
     state: LinkState
     rtt_ms: float | None
@@ -39,7 +33,7 @@ class PeerAnswer:
 
 
 class PeerLinks:
-    """Links as a client has them. Close them when done.
+    """Links as a client has them, within a `with`.
 
     Args:
         identity: the key to show.
@@ -58,14 +52,11 @@ class PeerLinks:
         self.prober = Prober(self._send)
         self._transport.start()
 
-    def close(self) -> None:
-        self._transport.close()
-
     def __enter__(self) -> PeerLinks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._transport.close()
 
     def try_out(self, endpoints: Collection[Endpoint]) -> dict[Endpoint, PeerAnswer]:
         """Connects to peers and pings them, all at once; takes a few seconds if one is silent."""
@@ -94,11 +85,7 @@ class PeerLinks:
         }
 
     def ask_back(self, records: Sequence[PeerRecord], address: Endpoint) -> Mapping[str, bool]:
-        """Asks peers to connect to an address, as they do to the next hop of a session.
-
-        Args:
-            records: of peers that answer.
-            address: where they shall connect to, and the key that they shall find there.
+        """Asks peers that answer to connect to an address, as they do to the next hop of a session.
 
         Returns:
             By the text of their keys whether they could; those that had no room for a session are left out.

@@ -87,7 +87,7 @@ class Behind:
         """From the client to each peer, and from each peer to the next."""
         records = {record.key: record.endpoint for record in self.node.peers(self.peers["a"].checkpoint.fingerprint)}
         ends = {host: records[peer.identity.public] for host, peer in self.peers.items()}
-        found = {f"client-{host}": self.client.links.way(end) for host, end in ends.items()}
+        found = {f"client-{host}": self.client.links.tunnels.way(end) for host, end in ends.items()}
         found["a-b"] = self.peers["a"]._tunnels.way(ends["b"])
         found["b-c"] = self.peers["b"]._tunnels.way(ends["c"])
         return found

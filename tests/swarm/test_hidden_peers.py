@@ -72,7 +72,8 @@ def add_hidden(swarm: LocalSwarm, start: int, end: int, relays: int = 1) -> Peer
 
 def ways_of(swarm: LocalSwarm) -> dict[tuple[int, int], Way]:
     return {
-        (record.start, record.end): swarm.client.links.way(record.endpoint) for record in swarm.client.peers(fresh=True)
+        (record.start, record.end): swarm.client.links.tunnels.way(record.endpoint)
+        for record in swarm.client.peers(fresh=True)
     }
 
 
@@ -249,4 +250,4 @@ def test_hidden_peers_of_a_closed_swarm_are_reached_through_its_peers(folder: Pa
             model = attach(Checkpoint.open(folder), client, codec="none")
             assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
             records = client.peers(fresh=True)
-            assert [client.links.way(record.endpoint) for record in records if record.relays] == [Way.RELAYED]
+            assert [client.links.tunnels.way(record.endpoint) for record in records if record.relays] == [Way.RELAYED]

@@ -206,7 +206,7 @@ def test_training_by_forward_passes_alone(
         model = wrapped(visit.model(), config(method))
         found = train(model)
         blocks: Any = model.get_base_model()._blocks
-        (passes,) = blocks._passes.values()
+        (passes,) = blocks.passes.values()
         for peer in swarm.peers:
             session = peer.sessions.get(passes.id)
             assert session is not None and not session.kept

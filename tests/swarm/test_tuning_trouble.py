@@ -56,7 +56,7 @@ def train(model: PeftModel, steps: int, between: Callable[[int], None] = lambda 
 
 
 def session_of(model: Any) -> Any:
-    (passes,) = model.get_base_model()._blocks._passes.values()
+    (passes,) = model.get_base_model()._blocks.passes.values()
     return passes
 
 
