@@ -19,11 +19,7 @@ class Overloaded(SplitnetError):
 
 
 class QuotaUsed(SplitnetError):
-    """A client has used its tokens.
-
-    Attributes:
-        retry_after_s: seconds until there are some.
-    """
+    """A client has used its tokens; there are some in `retry_after_s`."""
 
     def __init__(self, per_minute: int, retry_after_s: int) -> None:
         super().__init__(f"this key has used its {per_minute} tokens per minute: try again in {retry_after_s} s")
@@ -39,7 +35,6 @@ class Client:
         weight: of its share.
         tokens_per_minute: of prompts and answers, so many at once after a quiet minute; None: no bound. What a running
             answer takes beyond them is owed before the next request.
-        clock: seconds.
     """
 
     name: str
@@ -81,9 +76,6 @@ class Admission:
         at_a_time: requests that run.
         waiting: requests that may wait.
         spare: places that no client takes alone, for others that come later.
-
-    Attributes:
-        running: how many requests are running now.
     """
 
     def __init__(self, at_a_time: int, waiting: int, *, spare: int = 0) -> None:
@@ -106,9 +98,7 @@ class Admission:
     async def place(self, client: Client = ANYONE) -> AsyncIterator[None]:
         """Waits for a place, and has it until the end of the `with`.
 
-        Raises:
-            Overloaded: too many wait already.
-            QuotaUsed: the client has used its tokens.
+        Raises Overloaded if too many wait already, and QuotaUsed if the client has used its tokens.
         """
         client.check_quota()
         await self._turn(client)

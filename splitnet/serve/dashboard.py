@@ -22,10 +22,10 @@ from splitnet.directory.record import PeerRecord
 from splitnet.errors import SplitnetError
 from splitnet.limits import FairAccount
 from splitnet.serve.admission import Admission, Client
-from splitnet.serve.events import EventStream, framed
 from splitnet.serve.gate import client_of
 from splitnet.serve.generation import Generations
 from splitnet.serve.progress import Progress
+from splitnet.serve.responses import EventStream, framed
 from splitnet.swarm.plan import blocks_text
 from splitnet.swarm.swarm import Overview, Swarm, short_key, token_joules, token_ms
 from splitnet.transport.prober import Answer

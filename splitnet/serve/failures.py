@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 2
 
 
+def retry_after(seconds: int) -> dict[str, str]:
+    """The header that says when to come again."""
+    return {"Retry-After": str(seconds)}
+
+
 class ApiError(SplitnetError):
     """An error with the status and the code that a client is told.
 
@@ -36,7 +41,7 @@ class ApiError(SplitnetError):
         message: one sentence that says what is wrong and how to fix it.
         param: the parameter that is wrong.
         code: by which a program can tell errors apart.
-        retry_after_s: when to come again, of a 429 or 503.
+        headers: of the response; those of a 429 or 503 say when to come again if not given.
     """
 
     def __init__(
@@ -46,19 +51,13 @@ class ApiError(SplitnetError):
         *,
         param: str | None = None,
         code: str | None = None,
-        retry_after_s: int = RETRY_AFTER_S,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
-        self.retry_after_s = retry_after_s
-
-    @property
-    def headers(self) -> dict[str, str]:
-        if self.status == 401:
-            return {"WWW-Authenticate": "Bearer"}
-        return {"Retry-After": str(self.retry_after_s)} if self.status in (429, 503) else {}
+        self.headers = headers or (retry_after(RETRY_AFTER_S) if status in (429, 503) else {})
 
 
 _STATUS_OF: list[tuple[type[SplitnetError], int, str]] = [
@@ -83,8 +82,8 @@ def failure_of(error: BaseException) -> ApiError:
         return ApiError(503, "the server is ending: send the request to another, or again later", code="server_ending")
     for kind, status, code in _STATUS_OF:
         if isinstance(error, kind):
-            wait_s = error.retry_after_s if isinstance(error, QuotaUsed) else RETRY_AFTER_S
-            return ApiError(status, str(error), code=code, retry_after_s=wait_s)
+            headers = retry_after(error.retry_after_s) if isinstance(error, QuotaUsed) else None
+            return ApiError(status, str(error), code=code, headers=headers)
     if isinstance(error, SplitnetError):
         return ApiError(502, str(error))
     if isinstance(error, RequestValidationError):

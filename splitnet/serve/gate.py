@@ -7,7 +7,7 @@ import hmac
 import ipaddress
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,26 +52,20 @@ class ApiKeys:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not a text file"
-            raise KeyFileError(
-                f"the API keys in {file} cannot be read ({reason}): give a file with one key per line"
-            ) from None
+            refusal = f"the API keys in {file} cannot be read ({reason}): give a file with one key per line"
+            raise KeyFileError(refusal) from None
         keys: dict[str, KeyOptions] = {}
         for number, line in enumerate(lines, start=1):
             if line.strip() and not line.lstrip().startswith("#"):
                 try:
                     key, options = _key_of(line)
-                    if key in keys:
+                    if keys.setdefault(key, options) is not options:
                         raise KeyFileError("this key is there already: leave it out")
                 except KeyFileError as error:
                     raise KeyFileError(f"{file}, line {number}: {error}") from None
-                keys[key] = options
         if not keys:
             raise KeyFileError(f"{file} holds no API key: write one per line, or leave out --api-key-file")
         return cls(keys)
-
-    @property
-    def required(self) -> bool:
-        return bool(self._clients)
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -79,7 +73,7 @@ class ApiKeys:
     def client_of(self, given: bytes) -> Client | None:
         """The client of a key; None: the key is not accepted. The time that it takes tells nothing about the keys."""
         matching = [client for key, client in self._clients if hmac.compare_digest(given, key)]
-        return matching[0] if matching else None
+        return next(iter(matching), None)
 
 
 def _key_of(line: str) -> tuple[str, KeyOptions]:
@@ -109,11 +103,7 @@ BODY_S = 60.0
 
 
 class Body:
-    """The body of a request, on its way.
-
-    Args:
-        account: of what all bodies take, until they are answered.
-    """
+    """The body of a request, on its way; `account`: of the memory of all bodies, until they are answered."""
 
     def __init__(self, account: FairAccount, client: Client, receive: Receive) -> None:
         self._receive = receive
@@ -129,8 +119,7 @@ class Body:
     async def whole(self) -> AsyncIterator[Receive]:
         """Waits for all of it; within the `with`, what is given receives it in one piece.
 
-        Raises:
-            ApiError: it is too long, has too many values or comes too slowly, or there is no memory for it now.
+        Raises ApiError if it is too long, has too many values or comes too slowly, or there is no memory for it now.
         """
         try:
             messages = [await self._arrived()]
@@ -181,8 +170,7 @@ IDLE_CONNECTIONS = 256
 class Connection(H11Protocol):
     """uvicorn's, which bounds neither the time for a head nor the time for reading an answer.
 
-    Args:
-        idle: all connections without a whole request.
+    `idle` is the account of all connections without a whole request.
     """
 
     def __init__(self, idle: FairAccount, *arguments: Any, **options: Any) -> None:
@@ -266,9 +254,11 @@ class Api:
 
     Attributes:
         paths: with which its paths begin.
-        router: its paths for a `splitnet.serve.gateway.Gateway`, which exists since so many seconds since 1970.
+        router: its paths for a `splitnet.serve.responses.ServedModel`, served since so many seconds since 1970.
         error_body: the JSON of an error.
         key_of: the API key that the headers of a request give.
+        key_header: how a request gives its key, for the sentence that refuses a wrong one.
+        challenge: the header WWW-Authenticate of that refusal.
         error: the type of `error_body`.
     """
 
@@ -276,6 +266,8 @@ class Api:
     router: Callable[[Any, int], APIRouter]
     error_body: Callable[[ApiError], dict[str, Any]]
     key_of: Callable[[Headers], str]
+    key_header: str
+    challenge: str
     error: type[BaseModel]
 
 
@@ -323,7 +315,7 @@ class Gate:
 
         try:
             headers = Headers(scope=scope)
-            if not self._keys.required:
+            if not self._keys:
                 self._check_host(headers)
                 self._check_origin(headers)
             client = self._client_of(scope, api, headers)
@@ -341,10 +333,12 @@ class Gate:
             return
         host = given.lower()
         host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-        if host.removesuffix(".") not in self._hosts and not _is_address(host):
-            raise ApiError(
-                403, "the server does not know this host name: start it with --allow-host NAME", code="unknown_host"
-            )
+        with suppress(ValueError):
+            ipaddress.ip_address(host)
+            return
+        if host.removesuffix(".") not in self._hosts:
+            unknown = "the server does not know this host name: start it with --allow-host NAME"
+            raise ApiError(403, unknown, code="unknown_host")
 
     def _check_origin(self, headers: Headers) -> None:
         origin = headers.get("origin")
@@ -352,34 +346,22 @@ class Gate:
             return
         # A proxy may name another host than the browser did, which says so itself over TLS; no script can.
         if origin.partition("://")[2] != headers.get("host") and headers.get("sec-fetch-site") != "same-origin":
-            raise ApiError(
-                403,
-                "pages of this site may not use the server: start it with --allow-origin ORIGIN",
-                code="unknown_origin",
-            )
+            unknown = "pages of this site may not use the server: start it with --allow-origin ORIGIN"
+            raise ApiError(403, unknown, code="unknown_origin")
 
     def _client_of(self, scope: Scope, api: Api, headers: Headers) -> Client:
-        if not self._keys.required or not scope["path"].startswith((*PROTECTED, *api.paths)):
+        if not self._keys or not scope["path"].startswith((*PROTECTED, *api.paths)):
             return client_at(scope["client"][0] if scope.get("client") else "")
         client = self._keys.client_of(api.key_of(headers).encode())
         if client is None:
-            raise ApiError(
-                401, "wrong API key: send one of the server's as `Authorization: Bearer KEY`", code="wrong_key"
-            )
+            wrong = f"wrong API key: send one of the server's as `{api.key_header}`"
+            raise ApiError(401, wrong, code="wrong_key", headers={"WWW-Authenticate": api.challenge})
         return client
 
 
 def client_of(request: Request) -> Client:
     """The client that sent a request."""
     return request.state.client
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 Result = TypeVar("Result")
@@ -401,11 +383,7 @@ class Preparing:
 
 
 def parsed(kind: type[BaseModel], body: bytes) -> BaseModel:
-    """The request that a body holds.
-
-    Raises:
-        ApiError: it is no JSON, or no such request.
-    """
+    """The request that a body holds. Raises ApiError if it is no JSON, or no such request."""
     try:
         document = from_json(body, allow_inf_nan=False)
     except ValueError as error:

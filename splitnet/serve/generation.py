@@ -44,7 +44,7 @@ class Piece:
 
 
 class Choice:
-    """Takes the tokens of one answer.
+    """Takes the tokens of one answer, and counts them.
 
     Args:
         index: which answer of the request.
@@ -53,9 +53,6 @@ class Choice:
         end_tokens: with which it ends; they are not text.
         stop_strings: before which it ends.
         prompt: the tokens whose text it goes on from; empty: it stands alone.
-
-    Attributes:
-        tokens: how many there were so far.
     """
 
     def __init__(
@@ -134,11 +131,6 @@ class Ask:
     goes_on: bool = False
     owner: str = ""
 
-    @property
-    def can_use_kept(self) -> bool:
-        """Whether keys and values of the prompt that the peers hold are of use."""
-        return self.max_tokens > 0 and not self.score_prompt
-
 
 @dataclass(frozen=True)
 class ScoredPrompt:
@@ -149,18 +141,15 @@ class ScoredPrompt:
 
 @dataclass(frozen=True)
 class Ended:
-    """The request is done.
-
-    Attributes:
-        cached_tokens: of the prompt, whose keys and values the peers held already.
-        answer_tokens: of all answers.
-    """
+    """A prompt is answered: of its tokens the peers held `cached_tokens`, and all answers have `answer_tokens`."""
 
     cached_tokens: int
     answer_tokens: int
 
 
 Event = ScoredPrompt | Piece | Ended | BaseException
+Numbered = tuple[int, ScoredPrompt | Piece | Ended]
+"""An event, and the number of the prompt that it belongs to."""
 Listener = Callable[[Event], object]
 
 
@@ -176,8 +165,6 @@ class Generations:
 
     Attributes:
         watch_session: for a cache, what notes the news of its session at each call.
-        progress: of the answers that are being generated, and of the last ones.
-        draining: see `drain`.
     """
 
     def __init__(
@@ -205,11 +192,7 @@ class Generations:
         self.draining = False
 
     def start(self, ask: Ask, listener: Listener, answer: str = "") -> Generation:
-        """Begins a request; `listener` is called from another thread, at last with `Ended` or an error.
-
-        Args:
-            answer: id of the answer that it is a part of.
-        """
+        """Begins a part of an answer; `listener` is called from another thread, at last with `Ended` or an error."""
         generation = Generation(self, ask, listener, self.progress.begin(answer))
         self._running.add(generation)
         self._threads.submit(generation.run).add_done_callback(lambda _: self._running.discard(generation))
@@ -258,7 +241,8 @@ class Generation:
         """Runs it to its end; every event and every error goes to the listener."""
         kept = self._own.kept
         try:
-            taken = kept.take(self._ask.owner, self._ask.prompt) if self._ask.can_use_kept else None
+            needs_all = self._ask.score_prompt or not self._ask.max_tokens
+            taken = None if needs_all else kept.take(self._ask.owner, self._ask.prompt)
             try:
                 ended = self._run_in(taken)
             except PeerBusy:
@@ -383,8 +367,8 @@ class Generation:
         self._progress.unfollow()
         with self._lock:
             self._cache = None
-            keep = held and not self._cancelled
-        if keep and held:
+            keeps = not self._cancelled
+        if held and keeps:
             self._own.kept.keep(self._ask.owner, held, cache.remote.reserved, cache)
         else:
             cache.close()

@@ -22,9 +22,8 @@ from splitnet.errors import SplitnetError
 from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve.admission import Admission
-from splitnet.serve.events import Numbered
 from splitnet.serve.failures import failure_of
-from splitnet.serve.generation import Ask, Ended, Generations, Piece
+from splitnet.serve.generation import Ask, Ended, Generations, Numbered, Piece
 from splitnet.session.events import Cause, Recovered
 from splitnet.version import __version__
 from splitnet.wire.messages import Timing
@@ -45,40 +44,26 @@ class GatewayMetrics:
         disable_created_metrics()
         self.registry = CollectorRegistry()
         self._requests = self._counter("requests", "Requests that were answered.", "path", "status")
-        self._seconds = self._histogram(
-            "request_seconds", "From the arrival of a request to the end of its answer.", SECONDS, "path"
-        )
-        self._failures = self._counter(
-            "failures", "Requests that the model did not answer to the end, by the code of the error.", "cause"
-        )
+        whole = "From the arrival of a request to the end of its answer."
+        self._seconds = self._histogram("request_seconds", whole, SECONDS, "path")
+        failed = "Requests that the model did not answer to the end, by the code of the error."
+        self._failures = self._counter("failures", failed, "cause")
         for code in ("overloaded", "peers_busy"):
             self._failures.labels(code)
         self._cancelled = self._counter("cancelled", "Requests whose client went before the end of the answer.")
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts.")
         self._cached = self._counter("cached_tokens", "Tokens of prompts that the peers held from an earlier turn.")
         self._completion = self._counter("completion_tokens", "Tokens of answers.")
-        self._first_token = self._histogram(
-            "time_to_first_token_seconds",
-            "From the arrival of a request to its first token, waiting included.",
-            SECONDS,
-        )
-        self._per_token = self._histogram(
-            "time_per_output_token_seconds", "Mean time between the tokens of an answer.", SECONDS
-        )
-        self._failover = self._histogram(
-            "failover_seconds",
-            "From noticing that a route needs repair until generation went on, by cause.",
-            SECONDS,
-            "cause",
-        )
+        first = "From the arrival of a request to its first token, waiting included."
+        self._first_token = self._histogram("time_to_first_token_seconds", first, SECONDS)
+        between = "Mean time between the tokens of an answer."
+        self._per_token = self._histogram("time_per_output_token_seconds", between, SECONDS)
+        repaired = "From noticing that a route needs repair until generation went on, by cause."
+        self._failover = self._histogram("failover_seconds", repaired, SECONDS, "cause")
         for cause in Cause:
             self._failover.labels(cause.value)
-        self._hop = self._histogram(
-            "hop_seconds",
-            "Of a step at a hop: waiting for the device, computing, and travelling to the next hop.",
-            HOP_SECONDS,
-            "part",
-        )
+        hop = "Of a step at a hop: waiting for the device, computing, and travelling to the next hop."
+        self._hop = self._histogram("hop_seconds", hop, HOP_SECONDS, "part")
         self._sent = self._counter("sent_bytes", "Bytes that sessions sent to peers.")
         self._received = self._counter("received_bytes", "Bytes that sessions got from peers.")
 
@@ -124,8 +109,7 @@ class GatewayMetrics:
     def watch_session(self, cache: RemoteCache) -> Callable[[], None]:
         """Counts what is new of a cache's session at each call; of several steps only the last one's times are known.
 
-        Args:
-            cache: one without a session gets one with its first step.
+        A cache without a session gets one with its first step.
         """
         session = cache.session
         timings = session.timings if session is not None else ()
@@ -250,11 +234,7 @@ class _RequestWatch:
 def instrument(
     app: FastAPI, metrics: GatewayMetrics, name: str, generations: Generations, admission: Admission
 ) -> None:
-    """Serves `/metrics`, and has an app and what it runs tell what they do.
-
-    Args:
-        name: of the model.
-    """
+    """Serves `/metrics`, and has an app and the model of this name, which it runs, tell what they do."""
     metrics.registry.register(_PresentMetrics(name, generations, admission))
     generations.watch_session = metrics.watch_session
 

@@ -6,20 +6,19 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from splitnet.serve.events import Numbered, framed
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import Api, ParsingRoute, client_of
-from splitnet.serve.gateway import Gateway
-from splitnet.serve.generation import Ask, Ended, Piece, ScoredPrompt
+from splitnet.serve.generation import Ask, Ended, Numbered, Piece, ScoredPrompt
 from splitnet.serve.grammars import Grammar
 from splitnet.serve.openai_requests import ChatRequest, CompletionRequest, SamplingRequest
+from splitnet.serve.responses import ServedModel, framed
 from splitnet.serve.sampling import Sampling, ScoredToken
 from splitnet.serve.text import ToolCall, ToolCallParser
 
@@ -69,12 +68,8 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 }
 
 
-def router(gateway: Gateway, created: int) -> APIRouter:
-    """The paths of the API.
-
-    Args:
-        created: seconds since 1970 that are told of the model.
-    """
+def router(served: ServedModel, created: int) -> APIRouter:
+    """The paths of the API; `created`: seconds since 1970 that are told of the model."""
     paths = APIRouter(route_class=ParsingRoute)
 
     def entry(name: str) -> dict[str, Any]:
@@ -83,48 +78,50 @@ def router(gateway: Gateway, created: int) -> APIRouter:
     @paths.get("/v1/models")
     def models() -> dict[str, Any]:
         """The model that is served, once for each of its names."""
-        return {"object": "list", "data": [entry(name) for name in gateway.names]}
+        return {"object": "list", "data": [entry(name) for name in served.names]}
 
     @paths.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
         """The model, if it has this name."""
-        gateway.check_model(name)
+        served.check_name(name)
         return entry(name)
 
     @paths.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next message of a chat."""
-        gateway.check_model(body.model)
-        prompts, size = gateway.prompts, len(await request.body())
-        prompt = await gateway.preparing.run(
+        served.check_name(body.model)
+        prompts, size = served.prompts, len(await request.body())
+        prompt = await served.preparing.run(
             size, lambda: prompts.of_chat(body.chat_messages, body.described_tools, body.template_variables)
         )
         ask = Ask(
             prompt=prompt,
             max_tokens=prompts.room_for(prompt, body.max_completion_tokens or body.max_tokens),
-            sampling=_sampling(gateway, body),
+            sampling=_sampling(served, body),
             choices=body.n or 1,
             stop_strings=body.stop_strings,
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=await gateway.preparing.run(size, _grammar_of, gateway, body),
+            grammar=await served.preparing.run(size, _grammar_of, served, body),
             owner=client_of(request).name,
         )
         choices = [_ChatChoice(index, bool(body.logprobs), prompts.text_of, body) for index in range(ask.choices)]
-        answer = Answer(CHAT, gateway.model, [ask], choices, with_usage=body.wants_usage)
-        return await gateway.respond(request, [ask], answer, stream=bool(body.stream))
+        answer = Answer(CHAT, served.name, [ask], choices, with_usage=body.wants_usage)
+        return await served.respond(request, [ask], answer, stream=bool(body.stream))
 
     @paths.post("/v1/completions", response_model=None, responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """How texts go on."""
-        gateway.check_model(body.model)
-        prompts, size = gateway.prompts, len(await request.body())
+        served.check_name(body.model)
+        prompts, size = served.prompts, len(await request.body())
         texts = body.prompts
-        tokenized = await gateway.preparing.run(size, lambda: [prompts.of_text(text) for text in texts])
+        tokenized = await served.preparing.run(size, lambda: [prompts.of_text(text) for text in texts])
         echoes_scores = bool(body.echo) and body.logprobs is not None
-        if echoes_scores:
-            _check_scores(sum(map(len, tokenized)) * (1 + (body.logprobs or 0)))
+        scores = sum(map(len, tokenized)) * (1 + (body.logprobs or 0))
+        if echoes_scores and scores > MAX_SCORES:
+            many = f"{scores} scores of prompts are more than {MAX_SCORES}"
+            raise ApiError(400, f"{many}: ask for fewer logprobs or fewer prompts at once", param="logprobs")
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        sampling = _sampling(gateway, body)
+        sampling = _sampling(served, body)
         asks = [
             Ask(
                 prompt=prompt,
@@ -143,24 +140,24 @@ def router(gateway: Gateway, created: int) -> APIRouter:
         if body.echo:
             echoed = [text if isinstance(text, str) else prompts.decode_all(text) for text in texts]
         if echoes_scores:
-            begins = await gateway.preparing.run(size, lambda: [*map(prompts.begins, tokenized, echoed)])
+            begins = await served.preparing.run(size, lambda: [*map(prompts.begins, tokenized, echoed)])
         each = [(text, offsets) for text, offsets in zip(echoed, begins, strict=True) for _ in range(body.n or 1)]
         choices = [
             _CompletionChoice(index, body.logprobs is not None, prompts.text_of, text, offsets)
             for index, (text, offsets) in enumerate(each)
         ]
-        answer = Answer(COMPLETION, gateway.model, asks, choices, with_usage=body.wants_usage)
-        return await gateway.respond(request, asks, answer, stream=bool(body.stream))
+        answer = Answer(COMPLETION, served.name, asks, choices, with_usage=body.wants_usage)
+        return await served.respond(request, asks, answer, stream=bool(body.stream))
 
     return paths
 
 
-API = Api(("/v1",), router, error_body, key_of, ErrorReply)
+API = Api(("/v1",), router, error_body, key_of, "Authorization: Bearer KEY", "Bearer", ErrorReply)
 
 
-def _grammar_of(gateway: Gateway, body: ChatRequest) -> Grammar | None:
+def _grammar_of(served: ServedModel, body: ChatRequest) -> Grammar | None:
     """What the answer to a chat must keep to, if to anything."""
-    grammars = gateway.grammars
+    grammars = served.grammars
     if body.tools_to_call:
         return grammars.of_calls([tool.function for tool in body.tools_to_call], required=True)
     if body.offered_tools and body.binds_calls:
@@ -169,33 +166,18 @@ def _grammar_of(gateway: Gateway, body: ChatRequest) -> Grammar | None:
     return None if body.schema_of_answer is None else grammars.of_schema(body.schema_of_answer, "response_format")
 
 
-def _sampling(gateway: Gateway, body: SamplingRequest) -> Sampling:
+def _sampling(served: ServedModel, body: SamplingRequest) -> Sampling:
     bias = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
-    gateway.prompts.check_known(bias, "logit_bias")
-    defaults = gateway.defaults
+    served.prompts.check_known(bias, "logit_bias")
+    chosen = asdict(served.defaults)
+    chosen |= {name: value for name in chosen if (value := getattr(body, name)) is not None}
     return Sampling(
-        temperature=defaults.temperature if body.temperature is None else body.temperature,
-        top_p=defaults.top_p if body.top_p is None else body.top_p,
+        **(chosen | {"top_k": max(chosen["top_k"], 0)}),
         seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         bias=tuple(bias.items()),
-        top_k=defaults.top_k if body.top_k is None else max(body.top_k, 0),
-        min_p=defaults.min_p if body.min_p is None else body.min_p,
-        repetition_penalty=(
-            defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty
-        ),
     )
-
-
-def _check_scores(scores: int) -> None:
-    """Refuses more scores of prompts than are made and told in one go."""
-    if scores > MAX_SCORES:
-        raise ApiError(
-            400,
-            f"{scores} scores of prompts are more than {MAX_SCORES}: ask for fewer logprobs or fewer prompts at once",
-            param="logprobs",
-        )
 
 
 @dataclass(frozen=True)
@@ -212,17 +194,12 @@ COMPLETION = Kind("cmpl", "text_completion", "text_completion")
 
 
 class Answer:
-    """Writes the events of a request as OpenAI does.
+    """Writes the events of a request as OpenAI does, see `splitnet.serve.responses.Answer`.
 
     Args:
-        kind: of the answer.
-        model: its name.
         asks: what is asked, by prompt.
         choices: of all prompts, those of the first prompt first.
         with_usage: a stream ends with the usage.
-
-    Attributes:
-        id: by which clients know the answer.
     """
 
     def __init__(
@@ -240,18 +217,12 @@ class Answer:
         self._cached_tokens = 0
 
     async def whole(self, events: AsyncGenerator[Numbered]) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
         async for number, event in events:
             self._take(number, event)
         choices = [choice.whole() for choice in self._choices]
         return {**self._head(self._kind.whole), "choices": choices, "usage": self._usage()}
 
     async def chunks(self, first: Numbered, events: AsyncGenerator[Numbered]) -> AsyncGenerator[str]:
-        """The events of a stream; an error is the last of them.
-
-        Args:
-            first: the first event, which has been waited for already.
-        """
         head = self._head(self._kind.chunk)
         usage = {"usage": None} if self._with_usage else {}
         try:
@@ -268,7 +239,6 @@ class Answer:
         yield DONE
 
     def failed(self, failure: ApiError) -> str:
-        """The last event of a stream that has failed."""
         return framed(error_body(failure))
 
     def _take(self, number: int, event: ScoredPrompt | Piece | Ended) -> dict[str, Any] | None:
@@ -297,13 +267,7 @@ class Answer:
 
 
 class _Choice(ABC):
-    """One choice as it grows.
-
-    Args:
-        index: of the choice.
-        with_logprobs: whether tokens are scored.
-        text_of: the text of a token, also of a special one.
-    """
+    """One choice as it grows; `text_of`: the text of a token, also of a special one."""
 
     def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str]) -> None:
         self.scored_prompt: tuple[ScoredToken, ...] = ()
@@ -323,6 +287,10 @@ class _Choice(ABC):
     def whole(self) -> dict[str, Any]:
         """All of it."""
 
+    def _with(self, name: str, content: Any, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        logprobs = logprobs if self._with_logprobs else None
+        return {"index": self._index, name: content, "logprobs": logprobs, "finish_reason": self._finish}
+
 
 class _ChatChoice(_Choice):
     """A message of the assistant; where a call is required, text that is no whole call is not told."""
@@ -339,9 +307,8 @@ class _ChatChoice(_Choice):
         if text:
             delta["content"] = text
         if calls:
-            delta["tool_calls"] = [
-                {"index": index, **_call(call)} for index, call in enumerate(calls, start=len(self._calls))
-            ]
+            numbered = enumerate(calls, start=len(self._calls))
+            delta["tool_calls"] = [{"index": index, **_call(call)} for index, call in numbered]
         self._begun = True
         self._text += text
         self._calls += calls
@@ -349,12 +316,7 @@ class _ChatChoice(_Choice):
         self._finish = "tool_calls" if piece.finish == "stop" and self._calls else piece.finish
         if not delta and not piece.scored and not piece.finish:
             return None
-        return {
-            "index": self._index,
-            "delta": delta,
-            "logprobs": self._logprobs(piece.scored),
-            "finish_reason": self._finish,
-        }
+        return self._with("delta", delta, self._logprobs(piece.scored))
 
     def whole(self) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": self._text, "refusal": None}
@@ -362,12 +324,7 @@ class _ChatChoice(_Choice):
             message["content"] = self._text or None
         if self._calls:
             message["tool_calls"] = [_call(call) for call in self._calls]
-        return {
-            "index": self._index,
-            "message": message,
-            "logprobs": self._logprobs(self._scored),
-            "finish_reason": self._finish,
-        }
+        return self._with("message", message, self._logprobs(self._scored))
 
     def _without_calls(self, piece: Piece) -> tuple[str, list[ToolCall]]:
         if self._parser is None:
@@ -378,16 +335,10 @@ class _ChatChoice(_Choice):
             text, calls = text + last_text, calls + last_calls
         return "" if self._only_calls else text, calls
 
-    def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
-        if not self._with_logprobs:
-            return None
-        content = [
-            {
-                **self._scored_token(each.token, each.logprob),
-                "top_logprobs": [self._scored_token(token, logprob) for token, logprob in each.top],
-            }
-            for each in scored
-        ]
+    def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
+        content = [self._scored_token(each.token, each.logprob) for each in scored]
+        for told, each in zip(content, scored, strict=True):
+            told["top_logprobs"] = [self._scored_token(token, logprob) for token, logprob in each.top]
         return {"content": content, "refusal": None}
 
     def _scored_token(self, token: int, logprob: float | None) -> dict[str, Any]:
@@ -426,28 +377,19 @@ class _CompletionChoice(_Choice):
         self._finish = piece.finish
         if not text and not scored and not piece.finish:
             return None
-        return self._told(text, told)
+        return self._with("text", text, self._logprobs(told))
 
     def whole(self) -> dict[str, Any]:
-        return self._told(self._text, 0)
+        return self._with("text", self._text, self._logprobs(0))
 
-    def _told(self, text: str, first: int) -> dict[str, Any]:
-        """A text, with the scores from the one with number `first` on."""
-        return {
-            "index": self._index,
-            "text": text,
-            "logprobs": self._logprobs(self._scored[first:], self._begins[first:]),
-            "finish_reason": self._finish,
-        }
-
-    def _logprobs(self, scored: Sequence[ScoredToken], begins: list[int]) -> dict[str, Any] | None:
-        if not self._with_logprobs:
-            return None
+    def _logprobs(self, first: int) -> dict[str, Any]:
+        """The scores from the one with number `first` on."""
+        scored = self._scored[first:]
         return {
             "tokens": [self._text_of(each.token) for each in scored],
             "token_logprobs": [each.logprob for each in scored],
             "top_logprobs": [self._top(each) for each in scored],
-            "text_offset": begins,
+            "text_offset": self._begins[first:],
         }
 
     def _top(self, scored: ScoredToken) -> dict[str, float] | None:

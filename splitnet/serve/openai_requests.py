@@ -39,22 +39,14 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """How a stream ends."""
-
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class TextFormat(_Strict):
-    """Any text."""
+class PlainFormat(_Strict):
+    """Any text, or any JSON object."""
 
-    type: Literal["text"]
-
-
-class JsonFormat(_Strict):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
+    type: Literal["text", "json_object"]
 
 
 class NamedSchema(_Strict):
@@ -67,13 +59,11 @@ class NamedSchema(_Strict):
 
 
 class SchemaFormat(_Strict):
-    """JSON that fits a schema."""
-
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
-ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
+ResponseFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
 
 
 class SamplingRequest(_Strict):
@@ -113,8 +103,6 @@ class SamplingRequest(_Strict):
 
 
 class TextPart(_Strict):
-    """A part of a message."""
-
     type: Literal["text"]
     text: str
 
@@ -127,8 +115,6 @@ class CalledFunction(_Strict):
 
 
 class MadeCall(_Strict):
-    """A call in the message of an assistant."""
-
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -146,8 +132,6 @@ class UserMessage(_Strict):
 
 
 class AssistantMessage(_Strict):
-    """From the model."""
-
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
@@ -160,8 +144,6 @@ class AssistantMessage(_Strict):
 
 
 class ToolMessage(_Strict):
-    """What a tool has answered."""
-
     role: Literal["tool"]
     content: Content
     name: str | None = None
@@ -173,35 +155,22 @@ Message = Annotated[UserMessage | AssistantMessage | ToolMessage, Field(discrimi
 
 def _for_template(message: Message) -> dict[str, Any]:
     """A message as chat templates expect it: text in one piece, arguments of calls as objects."""
-    said: dict[str, Any] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": _text(message.content),
-    }
+    role = "system" if message.role == "developer" else message.role
+    content = message.content
+    text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
+    said: dict[str, Any] = {"role": role, "content": text}
     if message.name is not None:
         said["name"] = message.name
     if isinstance(message, ToolMessage):
         said["tool_call_id"] = message.tool_call_id
     if isinstance(message, AssistantMessage) and message.tool_calls:
-        said["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-            }
-            for call in message.tool_calls
-        ]
+        said["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        for call in said["tool_calls"]:
+            try:
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+            except (ValueError, RecursionError):
+                raise ApiError(400, "the arguments of a tool call are not valid JSON", param="messages") from None
     return said
-
-
-def _text(content: Content | None) -> str:
-    return "".join(part.text for part in content) if isinstance(content, list) else content or ""
-
-
-def _arguments(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the arguments of a tool call are not valid JSON", param="messages") from None
 
 
 class FunctionDefinition(_Strict):
@@ -214,21 +183,15 @@ class FunctionDefinition(_Strict):
 
 
 class Tool(_Strict):
-    """A tool that the model may use."""
-
     type: Literal["function"]
     function: FunctionDefinition
 
 
 class NamedFunction(_Strict):
-    """A function by its name."""
-
     name: str
 
 
 class ChosenTool(_Strict):
-    """The tool that must be called."""
-
     type: Literal["function"]
     function: NamedFunction
 
@@ -288,10 +251,10 @@ class ChatRequest(SamplingRequest):
         return self.parallel_tool_calls is False or any(tool.function.strict for tool in self.offered_tools)
 
     @property
-    def template_variables(self) -> dict[str, Any]:
-        """What the chat template is given besides messages and tools."""
+    def template_variables(self) -> dict[str, dict[str, Any]]:
+        """What the chat template is given besides messages and tools, by the parameter that gives it."""
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return (self.chat_template_kwargs or {}) | effort
+        return {"chat_template_kwargs": self.chat_template_kwargs or {}, "reasoning_effort": effort}
 
     @property
     def tools_to_call(self) -> list[Tool]:
@@ -305,9 +268,10 @@ class ChatRequest(SamplingRequest):
     @property
     def schema_of_answer(self) -> dict[str, Any] | None:
         """The JSON schema that the answer keeps to; None: it is text."""
-        if isinstance(self.response_format, SchemaFormat):
-            return self.response_format.json_schema.schema_
-        return {"type": "object"} if isinstance(self.response_format, JsonFormat) else None
+        wanted = self.response_format
+        if isinstance(wanted, SchemaFormat):
+            return wanted.json_schema.schema_
+        return {"type": "object"} if wanted is not None and wanted.type == "json_object" else None
 
 
 Each = TypeVar("Each")

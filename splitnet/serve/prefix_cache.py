@@ -39,12 +39,7 @@ class PrefixCache(Generic[Handle]):
     """Kept sessions, of which the least recently used of the owner with most of them go first. Thread-safe.
 
     A session that is taken has one user until it is kept again. Owners never get sessions of each other: these
-    tell what was asked before.
-
-    Args:
-        limits: how much is kept.
-        close: frees a session; called without the lock.
-        clock: seconds.
+    tell what was asked before. `close` frees a session, and is called without the lock.
     """
 
     def __init__(
@@ -70,22 +65,16 @@ class PrefixCache(Generic[Handle]):
         wanted = np.asarray(prompt)
         with self._lock:
             shared = [_shared(kept.tokens, wanted) if kept.owner == owner else 0 for kept in self._kept]
-            worth = [
-                index
-                for index, kept in enumerate(self._kept)
-                if shared[index] and shared[index] >= WORTH_TAKING * len(kept.tokens)
-            ]
-            if not worth:
-                return None
-            best = max(worth, key=lambda index: shared[index])
-            return self._kept.pop(best).handle, shared[best]
+            for index, kept in enumerate(self._kept):
+                if shared[index] < WORTH_TAKING * len(kept.tokens):
+                    shared[index] = 0
+            best = max(range(len(shared)), key=shared.__getitem__, default=0)
+            return (self._kept.pop(best).handle, shared[best]) if any(shared) else None
 
     def keep(self, owner: str, tokens: list[int], positions: int, handle: Handle) -> None:
         """Keeps a session if the limits allow it, in the place of others that were not used for longer.
 
-        Args:
-            tokens: of which the peers hold keys and values.
-            positions: that it reserves on the peers.
+        `tokens` are those whose keys and values the peers hold, `positions` how many it reserves there.
         """
         with self._lock:
             self._kept.append(_Kept(owner, np.asarray(tokens), positions, handle, self._clock()))

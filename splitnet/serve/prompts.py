@@ -28,12 +28,14 @@ LONGEST_CHARACTER = 16
 CUT_TOKENS = 128
 """A text that is cut may have so many tokens more."""
 
+DEFAULT_MAX_TOKENS = 4096
+"""Of an answer, where neither the request nor the model has a bound."""
+
 
 class Prompts:
-    """Makes prompts with the model's tokenizer and chat template.
+    """Makes prompts with a model's tokenizer and chat template.
 
     Args:
-        tokenizer: of the model.
         vocabulary: how many tokens the model knows.
         max_positions: context of the model; None: it has no bound.
     """
@@ -71,14 +73,14 @@ class Prompts:
         self,
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]],
-        variables: Mapping[str, Any] = MappingProxyType({}),
+        parameters: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> list[int]:
         """The tokens of a conversation, ready for the next answer.
 
         Args:
             messages: as chat templates expect them: text in one piece, arguments of calls as objects.
             tools: as chat templates expect them.
-            variables: given to the template besides these.
+            parameters: of the request that give the template variables besides these, with those; a later one counts.
 
         Special tokens come from the template alone: where messages or tools name one, that is text. So no text
         of a message can end it and begin one of another role.
@@ -87,46 +89,43 @@ class Prompts:
             ApiError: the model has no template for it, the template refuses it, or it is longer than the context.
         """
         if not self._tokenizer.chat_template:
-            raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
+            raise ApiError(400, "this model has no chat template: have it continue a bare text", param="messages")
         described = list(tools) or None
         if described and "tools" not in self._tokenizer.get_chat_template(tools=described):
             raise ApiError(400, "this model's chat template has no place for tools: leave them out", param="tools")
-        self._check_variables(variables, described)
+        variables = {name: value for given in parameters.values() for name, value in given.items()}
+        if variables:
+            self._check_variables(parameters, described)
         said = list(messages)
         self._check_length([message["content"] for message in said])
-        text = json.dumps([said, described, dict(variables)], ensure_ascii=False)
+        text = json.dumps([said, described, variables], ensure_ascii=False)
         self._check_length([text], times=2)  # a template may leave out some of it, and write it shorter
         if self._special.search(text) is None:
             return self._ids(self._templated(said, described, variables))
         mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
-        said, described, given = (self._as_text(each, mark) for each in (said, described, dict(variables)))
-        return [id for piece in self._templated(said, described, given).split(mark) for id in self._ids(piece)]
+        marked = self._templated(*(self._as_text(each, mark) for each in (said, described, variables)))
+        return [id for piece in marked.split(mark) for id in self._ids(piece)]
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
-    def _check_variables(self, variables: Mapping[str, Any], tools: Any) -> None:
+    def _check_variables(self, parameters: Mapping[str, Mapping[str, Any]], tools: Any) -> None:
         """Refuses those that the chat template does not use, or that others give it."""
-        if not variables:
-            return
         try:
             used = variables_of(self._tokenizer.get_chat_template(tools=tools))
         except TemplateError as error:
             raise ApiError(400, f"the model's chat template cannot be read ({error})", param="messages") from None
         used -= self._tokenizer.special_tokens_map.keys()
         used -= signature(self._tokenizer.apply_chat_template).parameters.keys()
-        for name in variables:
-            if name not in used:
-                param = "reasoning_effort" if name == "reasoning_effort" else "chat_template_kwargs"
-                raise ApiError(400, f"this model's chat template has no place for {name!r}: leave it out", param=param)
+        for param, name in ((param, name) for param, given in parameters.items() for name in given if name not in used):
+            raise ApiError(400, f"this model's chat template has no place for {name!r}: leave it out", param=param)
 
     def _templated(self, said: Any, tools: Any, variables: Mapping[str, Any]) -> str:
         try:
             return render(self._tokenizer, said, answer=True, tools=tools, variables=variables)
         except TemplateError as error:
-            raise ApiError(
-                400, f"the model's chat template refuses these messages ({error}): change them", param="messages"
-            ) from None
+            refusal = f"the model's chat template refuses these messages ({error}): change them"
+            raise ApiError(400, refusal, param="messages") from None
 
     def _as_text(self, said: Any, mark: str) -> Any:
         """The same with a mark in all special tokens, where the tokenizer must not read on."""
@@ -176,12 +175,7 @@ class Prompts:
             for start in range(0, len(text), SLICE):
                 tokens += len(self._tokenizer(text[start : start + SLICE], add_special_tokens=False).input_ids)
                 if tokens > times * self._max_positions + CUT_TOKENS * (start // SLICE):
-                    raise ApiError(
-                        400,
-                        "the prompt has more tokens than the model's context of "
-                        f"{self._max_positions}: shorten the prompt",
-                        code="context_length_exceeded",
-                    )
+                    raise self._too_long("the prompt has more tokens than", "shorten the prompt")
 
     def check_known(self, tokens: Iterable[int], param: str) -> None:
         """Refuses tokens that the model does not know."""
@@ -199,14 +193,10 @@ class Prompts:
         room = self._max_positions - len(prompt)
         if room < (1 if max_tokens is None else max_tokens):
             answer = f" and an answer of {max_tokens}" if max_tokens is not None else ""
-            raise ApiError(
-                400,
-                f"a prompt of {len(prompt)} tokens{answer} is more than the model's context of "
-                f"{self._max_positions}: shorten the prompt or lower max_tokens",
-                code="context_length_exceeded",
-            )
+            what = f"a prompt of {len(prompt)} tokens{answer} is more than"
+            raise self._too_long(what, "shorten the prompt or lower max_tokens")
         return room if max_tokens is None else max_tokens
 
-
-DEFAULT_MAX_TOKENS = 4096
-"""Of an answer, where neither the request nor the model has a bound."""
+    def _too_long(self, what: str, fix: str) -> ApiError:
+        message = f"{what} the model's context of {self._max_positions}: {fix}"
+        return ApiError(400, message, code="context_length_exceeded")

@@ -7,8 +7,8 @@ import ipaddress
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,12 +33,12 @@ from splitnet.serve.admission import Admission
 from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, ApiKeys, Connection, Gate, api_of
-from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
 from splitnet.serve.metrics import instrument
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
+from splitnet.serve.responses import ServedModel
 from splitnet.serve.sampling import choose_defaults
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm
@@ -56,30 +56,33 @@ EXPIRY_S = 5.0
 
 
 def make_app(
-    gateway: Gateway, keys: ApiKeys, created: int, hosts: Collection[str] = (), origins: Collection[str] = ()
+    served: ServedModel, keys: ApiKeys, created: int, hosts: Collection[str] = (), origins: Collection[str] = ()
 ) -> FastAPI:
     """The app.
 
     Args:
-        keys: that are accepted.
         created: seconds since 1970 that are told of the model.
         hosts: names by which it may be asked where there are no keys; see `splitnet.serve.gate.Gate`.
         origins: whose pages may use it, as browsers write them, besides those of this machine; `*`: of any.
     """
 
+    async def expire_regularly() -> None:
+        while True:
+            await asyncio.sleep(EXPIRY_S)
+            served.generations.kept.expire()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        expiring = asyncio.create_task(_expire_regularly(gateway))
+        expiring = asyncio.create_task(expire_regularly())
         yield
         expiring.cancel()
-        with suppress(asyncio.CancelledError):
-            await expiring
+        await asyncio.gather(expiring, return_exceptions=True)
 
     errors: dict[int | str, dict[str, Any]] = {status: {"model": APIS[0].error} for status in ERRORS}
     app = FastAPI(title="splitnet", lifespan=lifespan, docs_url=None, redoc_url=None, responses=errors)
-    app.state.preparing = gateway.preparing
+    app.state.preparing = served.preparing
     app.add_middleware(Gate, apis=APIS, keys=keys, hosts=hosts, origins=origins)
-    instrument(app, gateway.metrics, gateway.model, gateway.generations, gateway.admission)
+    instrument(app, served.metrics, served.name, served.generations, served.admission)
     # Around the gate, as browsers send no key with the question whether a page may ask.
     app.add_middleware(
         CORSMiddleware,
@@ -89,15 +92,15 @@ def make_app(
         allow_headers=["*"],
         expose_headers=["Retry-After"],
     )
-    app.include_router(dashboard_router(Dashboard(gateway.generations, gateway.admission, gateway.model)))
-    app.state.names = gateway.names
+    app.include_router(dashboard_router(Dashboard(served.generations, served.admission, served.name)))
+    app.state.names = served.names
     for kind in (SplitnetError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
 
     @app.get("/health")
     def health() -> dict[str, str]:
         """Whether every block of the model is served; needs no key."""
-        swarm = gateway.generations.model.swarm
+        swarm = served.generations.model.swarm
         # A record outlives a peer that was killed; a peer that cannot be connected to does not serve.
         present = [
             facts_of(record)
@@ -111,25 +114,18 @@ def make_app(
         return {"status": "ok"}
 
     for api in APIS:
-        app.include_router(api.router(gateway, created))
+        app.include_router(api.router(served, created))
     return app
 
 
 async def _told(request: Request, error: Exception) -> Response:
     failure = failure_of(error)
     if isinstance(error, HTTPException) and failure.status in (404, 405):
-        served = ", ".join(
-            f"{method.upper()} {path}" for path, methods in request.app.openapi()["paths"].items() for method in methods
-        )
+        paths = request.app.openapi()["paths"]
+        has = ", ".join(f"{method.upper()} {path}" for path, methods in paths.items() for method in methods)
         names = " or ".join(map(repr, request.app.state.names))
-        failure = ApiError(failure.status, f"{error.detail}: this server has {served}, for the model {names}")
+        failure = ApiError(failure.status, f"{error.detail}: this server has {has}, for the model {names}")
     return JSONResponse(api_of(request.url.path, APIS).error_body(failure), failure.status, failure.headers)
-
-
-async def _expire_regularly(gateway: Gateway) -> None:
-    while True:
-        await asyncio.sleep(EXPIRY_S)
-        gateway.generations.kept.expire()
 
 
 @dataclass(frozen=True)
@@ -166,15 +162,13 @@ def serve(
         say: told where, and what is taken from the checkpoint, once requests are answered.
         warn: told what is dangerous.
 
-    Raises:
-        AddressInUse: the port is taken.
-        SplitnetError: what else went wrong before requests were answered.
+    Raises AddressInUse if the port is taken, and another SplitnetError if requests cannot be answered.
     """
     keys = ApiKeys.read(options.api_key_file)
     names = options.names or [checkpoint.name]
     with listen_at(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
-        if not keys.required and not ipaddress.ip_address(host).is_loopback:
+        if not keys and not ipaddress.ip_address(host).is_loopback:
             warn(f"anyone who reaches {host}:{port} can use this server: give --api-key-file, or --host 127.0.0.1")
         tokenizer = checkpoint.tokenizer()
         with join() as swarm:
@@ -187,7 +181,7 @@ def serve(
             spare = options.max_requests // 4 if len(keys) > 1 else 0
             generations = Generations(remote, prompts.decode, options.max_requests, options.keep, options.speculate)
             try:
-                gateway = Gateway(
+                served = ServedModel(
                     names[0],
                     generations,
                     prompts,
@@ -196,7 +190,7 @@ def serve(
                     defaults,
                     names[1:],
                 )
-                app = make_app(gateway, keys, int(time.time()), (options.host, *options.hosts), options.origins)
+                app = make_app(served, keys, int(time.time()), (options.host, *options.hosts), options.origins)
                 server = _Server(app, generations, options.drain_s)
                 # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.
                 for number in (signal.SIGINT, signal.SIGTERM):
@@ -223,24 +217,19 @@ class _Server(uvicorn.Server):
                 server_header=False,
                 http=partial(Connection, FairAccount(IDLE_CONNECTIONS)),  # pyright: ignore[reportArgumentType]
                 ws="none",
-                callback_notify=_tell_alive(),
+                callback_notify=self._notify,
                 timeout_notify=1,
             )
         )
         self._generations = generations
         self._drain_s = drain_s
+        self._watchdog = Watchdog()
+
+    async def _notify(self) -> None:
+        self._watchdog.alive()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._generations.drain()
         ending = asyncio.get_running_loop().call_later(self._drain_s, self._generations.end)
         await super().shutdown(sockets)
         ending.cancel()
-
-
-def _tell_alive() -> Callable[[], Awaitable[None]]:
-    watchdog = Watchdog()
-
-    async def tell() -> None:
-        watchdog.alive()
-
-    return tell

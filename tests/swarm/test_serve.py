@@ -28,12 +28,12 @@ from splitnet.security.identity import KeyOptions
 from splitnet.serve import generation
 from splitnet.serve.admission import Admission
 from splitnet.serve.gate import ApiKeys
-from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
 from splitnet.serve.openai_requests import ChatRequest
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
+from splitnet.serve.responses import ServedModel
 from splitnet.serve.sampling import SamplingDefaults
 from splitnet.serve.server import make_app
 from tests.e2e.small_model import small_model
@@ -104,10 +104,10 @@ class Server:
         self.generations = Generations(model, prompts.decode, at_a_time, KeepLimits(keep, 10_000, 300.0), speculate)
         grammars = Grammars(tokenizer, 49152, self.generations.end_tokens)
         self.admission = Admission(at_a_time, waiting)
-        gateway = Gateway(
+        served = ServedModel(
             MODEL, self.generations, prompts, grammars, self.admission, defaults or SamplingDefaults(), names
         )
-        self.app = make_app(gateway, ApiKeys({key: KeyOptions() for key in keys}), created=0, origins=origins)
+        self.app = make_app(served, ApiKeys({key: KeyOptions() for key in keys}), created=0, origins=origins)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Server]:

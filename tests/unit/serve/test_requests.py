@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.exceptions import RequestValidationError
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from pydantic import BaseModel, ValidationError
+from starlette.responses import JSONResponse
 from typer.testing import CliRunner
 
 from splitnet.cli.main import app
@@ -29,10 +31,11 @@ from splitnet.errors import (
     SplitnetError,
 )
 from splitnet.limits import FairAccount, Holding
+from splitnet.security.identity import KeyOptions
 from splitnet.serve.admission import Admission, Client, Overloaded, QuotaUsed
 from splitnet.serve.failures import ApiError, failure_of
-from splitnet.serve.gate import ApiKeys
-from splitnet.serve.openai import error_body
+from splitnet.serve.gate import Api, ApiKeys, Gate
+from splitnet.serve.openai import API, error_body
 from splitnet.serve.openai_requests import ChatRequest, CompletionRequest
 from splitnet.serve.prompts import Prompts
 
@@ -177,7 +180,7 @@ def test_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# mine\n one \n\ntwo\n")
     keys = ApiKeys.read(file)
-    assert keys.required and not ApiKeys.read(None).required
+    assert keys and not ApiKeys.read(None)
     owners = [keys.client_of(key) for key in (b"one", b"two", b"# mine", b"", b"on")]
     assert None not in owners[:2] and owners[0] != owners[1] and owners[2:] == [None] * 3
 
@@ -420,6 +423,35 @@ def test_who_holds_most_for_its_weight_lets_go() -> None:
     for client, amount in ((Client("heavy", 3), 6), (Client("light"), 4), (Client("light"), 1)):
         account.hold(client, lambda name=client.name: gone.append(name)).grow(amount)
     assert gone == ["light"]
+
+
+def test_each_protocol_says_how_it_takes_a_key() -> None:
+    other = Api(
+        paths=("/other",),
+        router=lambda *_: pytest.fail("the paths are not asked for"),
+        error_body=lambda failure: {"said": str(failure)},
+        key_of=lambda headers: headers.get("x-api-key", ""),
+        key_header="x-api-key: KEY",
+        challenge="Key",
+        error=BaseModel,
+    )
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        await JSONResponse(scope["state"]["client"].name)(scope, receive, send)
+
+    async def ask() -> None:
+        gate = Gate(inside, (API, other), ApiKeys({"secret": KeyOptions()}))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as client:
+            refused = await client.get("/v1/models", headers={"x-api-key": "secret"})
+            assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Bearer"
+            assert "as `Authorization: Bearer KEY`" in refused.json()["error"]["message"]
+            refused = await client.get("/other/models", headers={"Authorization": "Bearer secret"})
+            assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Key"
+            assert refused.json()["said"].endswith("as `x-api-key: KEY`")
+            taken = await client.get("/other/models", headers={"x-api-key": "secret"})
+            assert taken.json() == "key 1"
+
+    asyncio.run(ask())
 
 
 def messages(said: list[dict[str, Any]]) -> Any:

@@ -14,9 +14,9 @@ import uvicorn
 from splitnet.limits import FairAccount
 from splitnet.serve import gate
 from splitnet.serve.admission import Client
-from splitnet.serve.events import UNREAD, EventStream, framed
 from splitnet.serve.gate import Connection
 from splitnet.serve.openai import error_body
+from splitnet.serve.responses import UNREAD, EventStream, framed
 
 
 def test_a_source_ends_while_nobody_reads_and_too_much_is_dropped() -> None:
