@@ -43,11 +43,7 @@ from splitnet.version import __version__
 
 
 class Clock(BaseStreamer):
-    """Notes when each new token came, in seconds of `time.perf_counter`.
-
-    Args:
-        after: called after each with how many there are.
-    """
+    """Notes when each new token came, in seconds of `time.perf_counter`; `after` is told how many there are."""
 
     def __init__(self, after: Callable[[int], None] | None = None) -> None:
         self.times: list[float] = []
@@ -68,42 +64,28 @@ class Clock(BaseStreamer):
     @property
     def gaps_ms(self) -> list[float]:
         """From each token to the next."""
-        return [(late - early) * 1000 for early, late in itertools.pairwise(self.times)]
+        return [gap * 1000 for gap in gaps_s(self.times)]
+
+
+def gaps_s(times: Sequence[float]) -> tuple[float, ...]:
+    """Seconds from each time to the next."""
+    return tuple(late - early for early, late in itertools.pairwise(times))
 
 
 Result = TypeVar("Result")
 
 
-class Gate:
-    """Opens when all clients have come to it.
-
-    Args:
-        clients: how many.
-
-    Attributes:
-        opened_at: by `time.perf_counter`.
-    """
+class Gate(threading.Barrier):
+    """Opens when all clients wait at it, and notes when that was, by `time.perf_counter`."""
 
     def __init__(self, clients: int) -> None:
         self.opened_at = 0.0
-        self._barrier = threading.Barrier(clients, action=self._open)
-
-    def wait(self) -> None:
-        """Waits for all clients.
-
-        Raises:
-            threading.BrokenBarrierError: one of them has failed, so it makes no sense to go on.
-        """
-        self._barrier.wait()
+        super().__init__(clients, action=self._open)
 
     def check(self) -> None:
-        """Raises, as `wait`, if a client has failed."""
-        if self._barrier.broken:
+        """Raises threading.BrokenBarrierError, as `wait`, if a client has failed."""
+        if self.broken:
             raise threading.BrokenBarrierError
-
-    def give_up(self) -> None:
-        """Has all clients end at the gate, or at their next `check`."""
-        self._barrier.abort()
 
     def _open(self) -> None:
         self.opened_at = time.perf_counter()
@@ -121,12 +103,11 @@ def run_together(clients: Sequence[Callable[[], Result]], gate: Gate) -> list[Re
         running = [pool.submit(client) for client in clients]
         try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)
-            failed = any(each.exception() is not None for each in done)
         except BaseException:
-            gate.give_up()
+            gate.abort()
             raise
-        if failed:
-            gate.give_up()
+        if any(each.exception() is not None for each in done):
+            gate.abort()
     errors = [error for each in running if (error := each.exception()) is not None]
     if errors:
         raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
@@ -134,23 +115,14 @@ def run_together(clients: Sequence[Callable[[], Result]], gate: Gate) -> list[Re
 
 
 class SwarmArm:
-    """Clients of a swarm, each with a session and a thread of its own; all use one model.
-
-    Args:
-        model: with remote blocks.
-        seed: of the tokens of prompts.
-    """
+    """Clients of a swarm, each with a session and a thread of its own; all use one model with remote blocks."""
 
     def __init__(self, model: RemoteCausalLM, seed: int) -> None:
         self._model = model
         self._seed = seed
 
     def run(self, case: Case) -> Round:
-        """Runs a case once.
-
-        Raises:
-            SplitnetError: the swarm could not do it.
-        """
+        """Runs a case once. Raises SplitnetError if the swarm could not do it."""
         prompts = random_prompts(self._model.config.vocab_size, case, self._seed)
         gate = Gate(case.clients)
         clients = [_Client(self._model, prompt, case, gate) for prompt in prompts.split(1)]
@@ -160,13 +132,7 @@ class SwarmArm:
 class LocalArm:
     """Plain transformers in this process; several clients are the rows of one batch.
 
-    Args:
-        checkpoint: is loaded whole, in the type that it is stored in.
-        seed: of the tokens of prompts.
-        device: that computes.
-
-    Raises:
-        UnsupportedModel: transformers cannot load it.
+    The checkpoint is loaded whole, in the type that it is stored in. Raises UnsupportedModel if that is not possible.
     """
 
     def __init__(self, checkpoint: Checkpoint, seed: int, device: str) -> None:
@@ -175,9 +141,8 @@ class LocalArm:
             self._model = load_whole(checkpoint, checkpoint.dtype).to(device)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UnsupportedModel(
-                f"transformers cannot load {checkpoint.name} here ({reason}): leave out --local"
-            ) from error
+            refusal = f"transformers cannot load {checkpoint.name} here ({reason}): leave out --local"
+            raise UnsupportedModel(refusal) from error
 
     def run(self, case: Case) -> Round:
         """Runs a case once."""
@@ -185,8 +150,7 @@ class LocalArm:
         clock = Clock()
         began = time.perf_counter()
         generate_exactly(self._model, prompts, case.new_tokens, clock)
-        gaps = tuple(late - early for early, late in itertools.pairwise(clock.times))
-        return (Answer(clock.times[0] - began, gaps),) * case.clients
+        return (Answer(clock.times[0] - began, gaps_s(clock.times)),) * case.clients
 
 
 def random_prompts(vocabulary: int, case: Case, seed: int) -> torch.Tensor:
@@ -196,11 +160,7 @@ def random_prompts(vocabulary: int, case: Case, seed: int) -> torch.Tensor:
 
 
 def generate_exactly(model: Any, prompts: torch.Tensor, new_tokens: int, clock: Clock, **options: Any) -> None:
-    """Greedy decoding of `new_tokens` tokens after prompts `[rows, seq]`, whatever the model would end with.
-
-    Args:
-        options: more for `generate()`.
-    """
+    """Greedy decoding of `new_tokens` tokens after prompts `[rows, seq]`, whatever the model would end with."""
     prompts = prompts.to(model.device)
     model.generate(
         input_ids=prompts,
@@ -235,8 +195,7 @@ class _Client:
         began = time.perf_counter()
         try:
             generate_exactly(self._model, self._prompt, self._case.new_tokens, clock, cache=self._cache)
-            times = [self._gate.opened_at, *clock.times[1:]]
-            gaps = tuple(late - early for early, late in itertools.pairwise(times))
+            gaps = gaps_s([self._gate.opened_at, *clock.times[1:]])
             assert self._cache.session is not None
             return Answer(clock.times[0] - began, gaps, self._traffic(self._cache.session))
         finally:
@@ -293,9 +252,7 @@ class Benchmark:
     def run(self, connection: Connection) -> Report:
         """Measures; with `local` and no address of a swarm, only plain transformers.
 
-        Raises:
-            ContextTooLong: the model has no room for a case.
-            SplitnetError: what else went wrong.
+        Raises ContextTooLong if the model has no room for a case, and another SplitnetError for what else went wrong.
         """
         if self.threads is not None:
             torch.set_num_threads(self.threads)

@@ -53,11 +53,7 @@ class Case:
 
 
 def cases_of(prefills: Sequence[int], decode: int, contexts: Sequence[int], clients: Sequence[int]) -> list[Case]:
-    """All prompts, then the answers of `decode` tokens for each context and number of clients.
-
-    Args:
-        prefills, decode: 0 leaves them out.
-    """
+    """All prompts, then the answers of `decode` tokens for each context and number of clients; 0 leaves them out."""
     cases = [Case(tokens) for tokens in prefills if tokens]
     if decode:
         cases += [Case(decode, True, context, count) for context in contexts for count in clients]
@@ -65,14 +61,7 @@ def cases_of(prefills: Sequence[int], decode: int, contexts: Sequence[int], clie
 
 
 def check_room(cases: Sequence[Case], max_positions: int | None) -> None:
-    """Checks that the model has room for all cases.
-
-    Args:
-        max_positions: the model's context; None if there is no limit.
-
-    Raises:
-        ContextTooLong: it has not; names what to lower.
-    """
+    """Raises ContextTooLong, with what to lower, if a model's context (None: unbounded) has no room for a case."""
     for case in cases:
         if max_positions is None or case.positions <= max_positions:
             continue
@@ -130,12 +119,9 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one client saw, in seconds.
+    """What one client saw: seconds until its first token, and from each to the next, once all clients had their first.
 
-    Attributes:
-        first_token_s: from its call until its first token.
-        token_s: from each token to the next, from when all clients had their first.
-        traffic: None where nothing was remote.
+    `traffic` is None where nothing was remote.
     """
 
     first_token_s: float
@@ -253,8 +239,7 @@ def measure(
 ) -> list[Measured]:
     """Runs all cases with all arms.
 
-    Raises:
-        SplitnetError: an arm failed, or did not give exactly the tokens that it was asked for.
+    Raises SplitnetError if an arm failed, or did not give exactly the tokens that it was asked for.
     """
     seen: dict[tuple[Case, str], list[Round]] = {(case, arm): [] for case in cases for arm in arms}
     of_each_round = len(cases) * len(arms)
@@ -262,20 +247,15 @@ def measure(
         stage = f"round {turn.round} of {rounds}" if turn.round > 0 else f"warm-up {turn.round + warm_up} of {warm_up}"
         progress(stage, index % of_each_round, of_each_round)
         answers = arms[turn.arm].run(turn.case)
-        _check_exact(turn, answers)
+        wanted, given = turn.case.new_tokens, [answer.new_tokens for answer in answers]
+        if given != [wanted] * turn.case.clients:
+            raise SplitnetError(
+                f"{turn.arm}: an answer of {wanted} tokens ended after {min(given, default=0)}: remove what ends "
+                "answers, such as stop_strings or max_time, from the model's generation_config.json"
+            )
         if turn.round > 0:
             seen[turn.case, turn.arm].append(answers)
     return [Measured(case, {arm: seen[case, arm] for arm in arms}) for case in cases]
-
-
-def _check_exact(turn: Turn, answers: Round) -> None:
-    wanted = turn.case.new_tokens
-    given = [answer.new_tokens for answer in answers]
-    if given != [wanted] * turn.case.clients:
-        raise SplitnetError(
-            f"{turn.arm}: an answer of {wanted} tokens ended after {min(given, default=0)}: remove what ends answers, "
-            "such as stop_strings or max_time, from the model's generation_config.json"
-        )
 
 
 SWARM = "swarm"
@@ -289,13 +269,9 @@ _RATIO = f"{SWARM} /\n{LOCAL}"
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was measured.
+    """Everything that was measured: all cases with the same arms, `SWARM`, `LOCAL` or both.
 
-    Attributes:
-        model: its name.
-        settings: of the command, for the document.
-        environment: versions, platform, threads and kernels, for the document.
-        measured: all cases with the same arms, `SWARM`, `LOCAL` or both.
+    The settings of the command and the environment (versions, platform, threads and kernels) are for the document.
     """
 
     model: str
@@ -434,12 +410,5 @@ def _answer(answer: Answer, routes: Sequence[Route]) -> dict[str, Any]:
     }
     traffic = answer.traffic
     if traffic is not None:
-        values |= {
-            "positions": traffic.positions,
-            "sent_bytes": traffic.sent_bytes,
-            "received_bytes": traffic.received_bytes,
-            "repairs": traffic.repairs,
-            "joules_per_token": traffic.joules_per_token,
-            "route": routes.index(traffic.route),
-        }
+        values |= asdict(traffic) | {"route": routes.index(traffic.route)}
     return values

@@ -45,11 +45,10 @@ def doctor(
 
     Ends with exit code 1 if a check has failed. docs/doctor.md lists the checks.
     """
-    options = with_invitation(
-        ConnectionOptions(
-            initial_peers=join or (), lan=lan, device=device, key_file=key_file, swarm_key=swarm_key, invite=invite
-        )
+    given = ConnectionOptions(
+        initial_peers=join or (), lan=lan, device=device, key_file=key_file, swarm_key=swarm_key, invite=invite
     )
+    options = with_invitation(given)
     source = resolve_model(model_or_invited(model, invite)) if model or invite else None
 
     import_models()

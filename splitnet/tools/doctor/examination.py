@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
 from scheduler.facts import missing_blocks
 from splitnet.blocks.device import AUTO
@@ -28,25 +28,11 @@ from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.links import Links, refusal
 from splitnet.swarm.trial import PeerAnswer, PeerLinks
 from splitnet.tools.doctor import machine
-from splitnet.tools.doctor.machine import (
-    SHOWN_DIGITS,
-    Finding,
-    Status,
-    failed,
-    memory,
-    open_model,
-    passed,
-    room_on_disk,
-    warned,
-)
+from splitnet.tools.doctor.machine import SHOWN_DIGITS, Finding, Status, failed, passed, warned
 from splitnet.transport.addresses import endpoint_of, is_reachable, public_address, refuse_taken, split_addresses
 from splitnet.transport.transport import Transport
 from splitnet.wire.endpoints import Endpoint, LinkState, is_address
 from splitnet.wire.messages import PROTOCOL_VERSION
-
-if TYPE_CHECKING:
-    from splitnet.checkpoint.checkpoint import Checkpoint
-
 
 _SILENCE = (
     "it does not answer: check that the machine is on, and that no firewall or router drops connections to this port"
@@ -81,11 +67,7 @@ def local_network(checkpoint: Checkpoint) -> tuple[Finding, list[str]]:
 
 
 def join_addresses(answers: Sequence[NodeAnswer], *, others_answer: bool = False) -> Iterator[Finding]:
-    """Whether the nodes to join through answer, with the keys that their addresses name.
-
-    Args:
-        others_answer: there is another way to join.
-    """
+    """Whether the nodes to join through answer, with the keys that their addresses name, or others to join through."""
     # One is enough to join, so while another answers, one that does not is no more than a waste of time.
     wrong = warned if others_answer or any(not answer.fault for answer in answers) else failed
     for answer in answers:
@@ -103,12 +85,7 @@ def join_addresses(answers: Sequence[NodeAnswer], *, others_answer: bool = False
 
 
 def clocks(answers: Sequence[NodeAnswer], allowed_s: float) -> Finding:
-    """Whether this machine's clock agrees with those of nodes that answer.
-
-    Args:
-        answers: of at least one node that answers.
-        allowed_s: by how many seconds clocks may differ.
-    """
+    """Whether this machine's clock agrees, up to some seconds, with those of nodes; at least one answers."""
     ahead_s = {answer.address: answer.ahead_s for answer in answers if not answer.fault}
     usual_s = median(ahead_s.values())
     if abs(usual_s) > allowed_s:
@@ -129,11 +106,7 @@ def clocks(answers: Sequence[NodeAnswer], allowed_s: float) -> Finding:
 
 
 def served_marks(models: Mapping[str, str], checkpoint: Checkpoint | None) -> list[str]:
-    """The fingerprints of the models in a swarm that are the user's, or are called so if not all of it is here.
-
-    Args:
-        models, checkpoint: as for `served_model`.
-    """
+    """The fingerprints of the models in a swarm that are the user's, or are called so if not all of it is here."""
     if checkpoint is None:
         return list(models)
     if checkpoint.knows_manifest:
@@ -142,12 +115,7 @@ def served_marks(models: Mapping[str, str], checkpoint: Checkpoint | None) -> li
 
 
 def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Finding:
-    """Whether the swarm serves the model.
-
-    Args:
-        models: name by fingerprint of those that it serves.
-        checkpoint: of the user; None: any model will do.
-    """
+    """Whether a swarm with these models (names by fingerprint) serves that of the user; None: any model will do."""
     names = ", ".join(sorted(set(models.values())))
     if not models:
         return failed("swarm", "no peer serves a model here: start one with `splitnet peer MODEL --join ADDR`")
@@ -169,12 +137,7 @@ def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Fi
 
 
 def coverage(name: str, count: int, silent: Sequence[PeerRecord], others: Sequence[PeerRecord]) -> Finding:
-    """Whether every block of a model is served by a peer that answers.
-
-    Args:
-        name: of the model, which has `count` blocks.
-        silent: records of peers that do not answer; others: of those that do, and may be counted on.
-    """
+    """Whether every one of a model's `count` blocks is served by a peer that is not silent, as these records say."""
     holes = missing_blocks([facts_of(record) for record in others if record.serves], count)
     if not holes:
         return passed("coverage", f"all {count} blocks of {name} are served by peers that answer")
@@ -199,8 +162,6 @@ def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: floa
     """What there is to say of one peer.
 
     Args:
-        record: what it announces.
-        answer: how it answers.
         ahead_s: how much later than now its record was signed, in seconds; negative for one of the past.
         allowed_s: by how many seconds clocks may differ.
     """
@@ -222,11 +183,7 @@ def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: floa
 
 
 def peer_to_join(address: str, endpoint: Endpoint, answer: PeerAnswer, wrong: Callable[[str, str], Finding]) -> Finding:
-    """Whether a peer to join through answers, with the key that its address names.
-
-    Args:
-        wrong: makes a finding of what is not as it should be.
-    """
+    """Whether a peer to join through answers, with the key that its address names; else a finding that is `wrong`."""
     if answer.state is LinkState.WRONG_KEY:
         return wrong("join", f"{address}: what answers there has another key: copy the address that it prints now")
     if answer.state is LinkState.REFUSED:
@@ -257,7 +214,6 @@ class Reach:
     """The checks of one address.
 
     Args:
-        identity: the key of this machine.
         listen: `tcp://host:port`, where a peer would listen.
         public_host: `HOST` or `HOST:PORT` by which others reach it; None: found out.
         needed: this machine is meant to serve, so that it is a fault if nobody reaches it.
@@ -269,15 +225,10 @@ class Reach:
         self._public_host = public_host
         self._needed = needed
         self._serving: PeerRecord | None = None
-        self._address = listen
-        """What others were asked to connect to."""
+        self._address = listen  # what others were asked to connect to
 
     def port(self, own: PeerRecord | None = None) -> Finding:
-        """Whether the port is free.
-
-        Args:
-            own: the record of a peer with the key of this machine, which may hold the port rightly.
-        """
+        """Whether the port is free, or held rightly by a peer with the key of this machine, which has the record."""
         try:
             refuse_taken(self._listen)
         except AddressInUse as error:
@@ -298,20 +249,15 @@ class Reach:
         except SplitnetError as error:
             return failed("reach", str(error))
         listener.start()
-        try:
-            address = public_address(self._listen, listener.port, self._public_host)
-        except SplitnetError as error:
-            return failed("reach", str(error))
-        else:
+        with closing(listener):
+            try:
+                address = public_address(self._listen, listener.port, self._public_host)
+            except SplitnetError as error:
+                return failed("reach", str(error))
             return self._ask(links, answering, address)
-        finally:
-            listener.close()
 
     def router(self, found: Finding) -> Iterator[Finding]:
-        """What the router says of itself, if `from_outside` has found that no peer reaches this machine.
-
-        It is asked for no port.
-        """
+        """What the router says of itself, asked for no port, if `found` of `from_outside` is that no peer comes in."""
         if found.status is Status.passed or self._public_host is not None or not is_reachable(self._address):
             return
         try:
@@ -360,13 +306,7 @@ ANY_PORT = "tcp://0.0.0.0:0"
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is to be checked, as the options of `splitnet peer` would say it.
-
-    Attributes:
-        model: hub id or checkpoint folder; None: no model.
-        options: addresses, keys and device.
-        listen: where a peer would listen; None: nowhere in particular.
-    """
+    """What is to be checked, as the options of `splitnet peer` would say it; None: no model, or nowhere to listen."""
 
     model: str | None = None
     options: ConnectionOptions
@@ -377,11 +317,7 @@ class Setup:
 def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
     """Makes all checks that the set-up allows; none of them ends the examination.
 
-    Args:
-        clock: Unix time in seconds, of this machine.
-
-    Raises:
-        KeyFileError: the file with the swarm's key cannot be used.
+    `clock` gives Unix time in seconds. Raises KeyFileError if the file with the swarm's key cannot be used.
     """
     swarm = setup.options.load_swarm_key() or OPEN
     yield from machine.software()
@@ -391,7 +327,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
     if setup.model is None:
         yield passed("memory", f"{machine.gib(free_memory('cpu'))} are free")
     else:
-        found, checkpoint = open_model(setup.model)
+        found, checkpoint = machine.open_model(setup.model)
         yield found
         yield from _room(setup.model, checkpoint)
     identity = setup.options.identity
@@ -399,12 +335,8 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         found, identity = machine.key_of(setup.options.key_file)
         yield found
         identity = identity or Identity.generate()
-    reach = Reach(
-        identity,
-        setup.listen or ANY_PORT,
-        setup.public_host,
-        needed=setup.listen is not None or setup.public_host is not None,
-    )
+    needed = setup.listen is not None or setup.public_host is not None
+    reach = Reach(identity, setup.listen or ANY_PORT, setup.public_host, needed=needed)
     join = setup.options.initial_peers
     if not join and setup.options.lan and checkpoint is not None:
         found, join = local_network(checkpoint)
@@ -420,10 +352,10 @@ def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[Finding]:
     if checkpoint is not None:
         try:
             sizes = ModelSizes.of(model)
-            yield memory(ModelSizes.of(model, weights=AUTO), free_memory("cpu"))
+            yield machine.memory(ModelSizes.of(model, weights=AUTO), free_memory("cpu"))
         except SplitnetError as error:
             yield failed("memory", str(error))
-    yield room_on_disk(model, sizes)
+    yield machine.room_on_disk(model, sizes)
 
 
 def _way_to(
@@ -452,14 +384,12 @@ def _way_to(
     if not joined:
         yield reach.port()
         return
-    links = Links(identity)
-    try:
-        with join_swarm(joined, lambda: links, swarm=swarm) as directory:
-            yield from _swarm(directory, checkpoint, identity, reach, clock, allowed_s)
-    except SplitnetError as error:
-        yield failed("swarm", str(error))
-    finally:
-        links.close()
+    with closing(Links(identity)) as links:
+        try:
+            with join_swarm(joined, lambda: links, swarm=swarm) as directory:
+                yield from _swarm(directory, checkpoint, identity, reach, clock, allowed_s)
+        except SplitnetError as error:
+            yield failed("swarm", str(error))
 
 
 def _peers_to_ask(
@@ -498,8 +428,7 @@ def _swarm(
     tried = records[:MAX_PEERS]
     with PeerLinks(identity) as links:
         answers = links.try_out({record.endpoint for record in tried})
-        answering: list[PeerRecord] = []
-        silent: list[PeerRecord] = []
+        answering, silent = list[PeerRecord](), list[PeerRecord]()
         for record in tried:
             answer = answers[record.endpoint]
             yield peer(record, answer, record.issued_at - clock(), allowed_s)
@@ -510,12 +439,8 @@ def _swarm(
         for model in wanted:
             told = max((record.num_blocks for record in records if record.model == model), default=0)
             if count := checkpoint.num_blocks if checkpoint else told:
-                yield coverage(
-                    models[model],
-                    count,
-                    [record for record in silent if record.model == model],
-                    [record for record in counted if record.model == model],
-                )
+                of_model = ([one for one in some if one.model == model] for some in (silent, counted))
+                yield coverage(models[model], count, *of_model)
         own = next((record for record in records if record.key == identity.public), None)
         found = reach.port(own)
         yield found

@@ -35,13 +35,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check has found.
-
-    Attributes:
-        check: its name, one word.
-        status: how it ended.
-        text: what was found; if it did not pass, what is wrong and what to do.
-    """
+    """What one check has found, in words; if it did not pass, what is wrong and what to do."""
 
     check: str
     status: Status
@@ -136,12 +130,12 @@ def kernels() -> Finding:
         return failed("kernels", str(error))
     found = kernels_here()
     if found is Kernels.NONE:
-        fix = "Microsoft's compiler, which pip takes on Windows, cannot compile them"
-        if sys.platform != "win32":
-            fix = (
-                "install a wheel of splitnet for this system; or a C compiler and Python's headers (Debian: apt "
-                "install gcc python3-dev), then splitnet anew with `pip install --force-reinstall --no-deps .`"
-            )
+        fix = (
+            "install a wheel of splitnet for this system; or a C compiler and Python's headers (Debian: apt install "
+            "gcc python3-dev), then splitnet anew with `pip install --force-reinstall --no-deps .`"
+        )
+        if sys.platform == "win32":
+            fix = "Microsoft's compiler, which pip takes on Windows, cannot compile them"
         return warned("kernels", f"{why_none}, so CPUs decode more slowly: {fix}")
     used = "plain loops are used, and torch's products where they are faster"
     if found is Kernels.FAST:
@@ -172,11 +166,7 @@ def disk(folder: Path, needed: int) -> Finding:
 
 
 def key_of(path: Path | None) -> tuple[Finding, Identity | None]:
-    """Whether the key of this machine can be used; and the key, if there is one.
-
-    Args:
-        path: of its file; None: the user's.
-    """
+    """Whether the key of this machine, in a file or that of the user, can be used; and the key, if there is one."""
     path = path or default_key_file()
     try:
         if path.exists():
@@ -214,11 +204,7 @@ SHOWN_DIGITS = 12
 
 
 def open_model(model: str) -> tuple[Finding, Checkpoint | None]:
-    """Opens a folder, a file or a hub id, and reads a little of every shard.
-
-    Returns:
-        What was found, and the checkpoint if it can be used.
-    """
+    """Opens a folder, a file or a hub id, and reads a little of every shard; the checkpoint if it can be used."""
     try:
         checkpoint = Checkpoint.open(model)
         blocks = len(checkpoint.block_tensors)
@@ -232,11 +218,7 @@ def open_model(model: str) -> tuple[Finding, Checkpoint | None]:
 
 
 def memory(sizes: ModelSizes, free: int) -> Finding:
-    """Whether blocks of the model fit, as many as a peer takes that is not told otherwise.
-
-    Args:
-        free: bytes.
-    """
+    """Whether blocks of the model fit in `free` bytes, as many as a peer takes that is not told otherwise."""
     fitting = min(sizes.num_blocks, int(free * BLOCKS_SHARE) // sizes.block_bytes)
     block = f"{sizes.block_bytes / 2**20:.0f} MiB as {sizes.held_as}"
     if fitting:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,9 @@ class Objective(StrEnum):
     throughput = "throughput"
 
 
+tokens = partial(typer.Option, min=1, metavar="TOKENS", show_default=False)
+
+
 def plan(
     model: Model,
     devices: Annotated[
@@ -42,21 +46,13 @@ def plan(
     ] = Objective.latency,
     context: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="TOKENS",
-            help=f"Length of a session that each device has memory for; {DEFAULT_CONTEXT}, or the model's if shorter.",
-            show_default=False,
+        tokens(
+            help=f"Length of a session that each device has memory for; {DEFAULT_CONTEXT}, or the model's if shorter."
         ),
     ] = None,
     prompt: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="TOKENS",
-            help=f"Length of the prompt that the first token answers; {DEFAULT_PROMPT}, or the context if shorter.",
-            show_default=False,
-        ),
+        tokens(help=f"Length of the prompt that the first token answers; {DEFAULT_PROMPT}, or the context if shorter."),
     ] = None,
     sessions: Annotated[
         int | None,
@@ -123,14 +119,14 @@ def _command(model: str, span: PlannedSpan, dtype: Dtype | None, weights: Weight
     whole_mib = span.kv_memory // 2**20
     kv_memory = f"{whole_mib}MiB" if whole_mib * 2**20 >= needed else f"{span.kv_memory}B"
     words = ["splitnet", "peer", model, "--blocks", f"{span.start}:{span.end}", "--kv-memory", kv_memory]
-    if span.device.torch_device not in (None, AUTO):
-        words += ["--device", str(span.device.torch_device)]
-    if span.device.watts:
-        words += ["--watts", f"{span.device.watts:.15g}"]
-    if dtype is not None:
-        words += ["--dtype", dtype.value]
-    if weights is not None:
-        words += ["--weights", weights.value]
+    device, watts = span.device.torch_device, span.device.watts
+    options = {
+        "--device": None if device == AUTO else device,
+        "--watts": f"{watts:.15g}" if watts else None,
+        "--dtype": dtype and dtype.value,
+        "--weights": weights and weights.value,
+    }
+    words += [word for option, value in options.items() if value for word in (option, value)]
     return shlex.join(words) + (" --join ADDR" if joins else "")
 
 

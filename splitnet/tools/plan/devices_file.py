@@ -60,12 +60,7 @@ class KnownDevice:
 
 @dataclass(frozen=True)
 class DevicesFile:
-    """What the file says.
-
-    Attributes:
-        client_host: name of the device that the client runs on; None: another machine.
-        network: links between devices by their names, and to the client.
-    """
+    """What the file says; `client_host`: name of the device that the client runs on; None: another machine."""
 
     devices: tuple[KnownDevice, ...]
     client_host: str | None
@@ -73,11 +68,7 @@ class DevicesFile:
 
 
 def read_devices(path: Path) -> DevicesFile:
-    """Reads and checks a file of devices.
-
-    Raises:
-        DevicesFileError: with the place in the file and what to write there.
-    """
+    """Reads and checks a file of devices. Raises DevicesFileError: the place in the file and what to write there."""
     import yaml
 
     try:
@@ -131,11 +122,10 @@ def _device(entry: Any, place: str) -> KnownDevice:
         decode, prefill = (_number(times[key], f"{place}.block_ms.{key}") for key in ("decode", "prefill"))
         speed: Speed | MachineSpeed = Speed.of(decode, prefill)
     else:
-        for key in machine:
-            if key not in values:
-                raise DevicesFileError(
-                    f"{place}: how fast is it? write memory_bandwidth and compute, or block_ms as measured"
-                )
+        if any(key not in values for key in machine):
+            raise DevicesFileError(
+                f"{place}: how fast is it? write memory_bandwidth and compute, or block_ms as measured"
+            )
         speed = MachineSpeed(
             _quantity(values["memory_bandwidth"], _BYTES_PER_S, f"{place}.memory_bandwidth", "50GB/s") / 1000,
             _quantity(values["compute"], _FLOPS, f"{place}.compute", "1.5TFLOPS") / 1000,

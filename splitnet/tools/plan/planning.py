@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Final
 
@@ -32,13 +33,9 @@ MOST_SESSIONS: Final = 16
 
 @dataclass(frozen=True)
 class Demand:
-    """What the partition is for.
+    """What the partition is for: sessions of `context` positions, `prompt` of them the prompt's.
 
-    Attributes:
-        context: positions of a session, prompt and answer.
-        prompt: positions of a prompt.
-        sessions: for how many sessions each device has memory.
-        throughput: what many sessions get together counts, not how soon one gets its tokens.
+    Each device has memory for so many `sessions`; with `throughput` it counts what they get together.
     """
 
     context: int
@@ -124,11 +121,7 @@ class ModelTooBig(OutOfMemory):
 
 
 def make_plan(sizes: ModelSizes, file: DevicesFile, demand: Demand) -> Plan:
-    """The best partition of a model over the devices of a file.
-
-    Raises:
-        ModelTooBig: says how much memory is missing.
-    """
+    """The best partition of a model over the devices of a file. Raises ModelTooBig, with how much memory is missing."""
     return _Planning(sizes, file, demand).plan()
 
 
@@ -142,13 +135,9 @@ class _Planning:
         self._encodings: Sequence[Encoding] = encodings_of(
             {name: codec.bytes_per_position(sizes.hidden_size) for name, codec in CODECS.items()}
         )
+        needed = sizes.block_bytes + demand.sessions * self._kv_bytes
         self._devices = [
-            Device(
-                device.name,
-                max(0, self._room(device) // (sizes.block_bytes + demand.sessions * self._kv_bytes)),
-                self._speed(device),
-                watts=device.watts,
-            )
+            Device(device.name, max(0, self._room(device) // needed), self._speed(device), watts=device.watts)
             for device in file.devices
         ]
         self._peers: dict[str, Peer] = {device.id: device.peer(0, 1) for device in self._devices}
@@ -157,14 +146,23 @@ class _Planning:
     def plan(self) -> Plan:
         demand = self._demand
         try:
-            hops = self._widest() if demand.throughput else self._fastest(self._devices)
+            hops = self._widest() if demand.throughput else self._fastest()
         except DoesNotFit as error:
             raise self._too_big(error.missing) from None
         usable = [device for device in self._devices if device.max_blocks]
         everyone = None
         if len(hops) < len(usable) <= self._sizes.num_blocks:
-            everyone = self._worth(self._fastest(self._devices, everyone=True))
+            everyone = self._worth(self._fastest(everyone=True))
         sessions = demand.sessions if demand.sessions > 1 else min(MOST_SESSIONS, self._sessions_with_room(hops))
+        first_ms = partial(
+            first_token_ms,
+            hops,
+            self._peers,
+            self._file.network,
+            encodings=self._encodings,
+            prompt=demand.prompt,
+            client_ms=self._client_ms or 0.0,
+        )
         return Plan(
             sizes=self._sizes,
             demand=demand,
@@ -173,18 +171,7 @@ class _Planning:
             spans=tuple(self._span(hop) for hop in hops),
             links=self._links(hops),
             tokens_per_s=self._tokens_per_s(hops, 1),
-            first_token_ms=min(
-                first_token_ms(
-                    hops,
-                    self._peers,
-                    self._file.network,
-                    encodings=self._encodings,
-                    prompt=demand.prompt,
-                    step_positions=size,
-                    client_ms=self._client_ms or 0.0,
-                )
-                for size in SIZES
-            ),
+            first_token_ms=min(first_ms(step_positions=size) for size in SIZES),
             sessions=sessions,
             all_tokens_per_s=self._tokens_per_s(hops, sessions),
             alone={
@@ -222,25 +209,17 @@ class _Planning:
             return host.speed.at(1) * self._sizes.head_bytes / self._sizes.block_bytes
         return self._sizes.head_bytes / host.speed.bytes_per_ms
 
-    def _fastest(self, devices: Sequence[Device], everyone: bool = False) -> Sequence[Hop]:
-        route = fastest_partition(
-            devices, self._sizes.num_blocks, self._file.network, encodings=self._encodings, everyone=everyone
-        )
-        return route.hops
+    def _fastest(self, everyone: bool = False) -> Sequence[Hop]:
+        blocks, network = self._sizes.num_blocks, self._file.network
+        return fastest_partition(self._devices, blocks, network, encodings=self._encodings, everyone=everyone).hops
 
     def _widest(self) -> Sequence[Hop]:
         """The chain with which all sessions together get most: how many share a pass best is tried."""
-        candidates = [self._fastest(self._devices)]
+        candidates = [self._fastest()]
+        widest = partial(widest_partition, self._devices, self._sizes.num_blocks, self._file.network)
         positions = 1
         while positions <= self._demand.sessions:
-            route = widest_partition(
-                self._devices,
-                self._sizes.num_blocks,
-                self._file.network,
-                encodings=self._encodings,
-                positions=positions,
-            )
-            candidates.append(route.hops)
+            candidates.append(widest(encodings=self._encodings, positions=positions).hops)
             positions *= 2
         return max(candidates, key=lambda hops: (round(self._worth(hops), 6), -len(hops)))
 
@@ -280,9 +259,8 @@ class _Planning:
     def _links(self, hops: Sequence[Hop]) -> tuple[UsedLink, ...]:
         host = self._file.client_host
         client = f"client on {host}" if host else "client"
-        names = [CLIENT, *(hop.peer for hop in hops), CLIENT]
         used: list[UsedLink] = []
-        for sender, receiver in pairwise(names):
+        for sender, receiver in pairwise([CLIENT, *(hop.peer for hop in hops), CLIENT]):
             link = self._file.network.link(sender, receiver)
             token_ms = transfer_ms(link, 1, self._encodings)
             used.append(UsedLink(sender or client, receiver or client, link.latency_ms, token_ms))
@@ -311,16 +289,17 @@ def title(plan: Plan) -> str:
     return f"{sizes.name}, {sizes.num_blocks} blocks in {sizes.held_as}, with {caches}"
 
 
+def _table(names: Sequence[str], figures: Sequence[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in (*names, *figures):
+        table.add_column(column, justify="right" if column in figures else "left", no_wrap=True)
+    return table
+
+
 def device_table(plan: Plan) -> Table:
     """The devices in the order of the chain, and what they hold."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("device", no_wrap=True)
-    table.add_column("blocks", no_wrap=True)
-    table.add_column("memory used of available", justify="right", no_wrap=True)
-    table.add_column("ms/token", justify="right", no_wrap=True)
     shows_energy = any(span.device.watts for span in plan.spans)
-    if shows_energy:
-        table.add_column("J/token", justify="right", no_wrap=True)
+    table = _table(["device", "blocks"], ["memory used of available", "ms/token", *["J/token"] * shows_energy])
     for span in plan.spans:
         table.add_row(
             span.device.name,
@@ -338,10 +317,7 @@ def device_table(plan: Plan) -> Table:
 
 def link_table(plan: Plan) -> Table:
     """The links in the order of the chain, from the client and back to it."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("link", no_wrap=True)
-    table.add_column("latency ms", justify="right", no_wrap=True)
-    table.add_column("ms/token", justify="right", no_wrap=True)
+    table = _table(["link"], ["latency ms", "ms/token"])
     for link in plan.links:
         table.add_row(f"{link.sender} -> {link.receiver}", f"{link.latency_ms:.1f}", f"{link.ms_per_token:.1f}")
     return table

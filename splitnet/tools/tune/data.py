@@ -22,7 +22,6 @@ FIELDS: dict[Form, tuple[str, ...]] = {
 
 ROLES = ("system", "user", "assistant", "tool")
 
-
 TEMPLATE = "{text} Label:"
 """What a model reads of a text before its label comes."""
 
@@ -56,11 +55,7 @@ class Examples:
 def read_examples(path: Path, form: Form | None = None) -> Examples:
     """Reads a file with one JSON object per line; empty lines are skipped, other fields are left alone.
 
-    Args:
-        form: what the examples must be; None: as the first one is.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not such an example.
+    The examples must be of a form; None: that of the first one. Raises DataError if the file or a line cannot be read.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")

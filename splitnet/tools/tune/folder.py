@@ -35,11 +35,7 @@ class TuningFolder:
         self._checkpoint = path / "checkpoint.safetensors"
 
     def check_place(self, *, resume: bool) -> None:
-        """Finds out whether a run may begin here, or go on, before it is known which.
-
-        Raises:
-            DataError: the folder holds a run, or none that could go on, or cannot be written.
-        """
+        """Raises DataError if no run may begin here, or go on; it is not known yet which."""
         if resume:
             if not self._settings.exists():
                 raise DataError(f"{self.path} holds no run to go on with: leave out --resume")
@@ -51,21 +47,24 @@ class TuningFolder:
             raise DataError(f"cannot make {self.path} ({there} cannot be written): give another --output")
 
     def check(self, settings: dict[str, Any], *, resume: bool) -> None:
-        """The same of a run with these settings.
-
-        Raises:
-            DataError: see `check_place`; or the folder holds another run.
-        """
+        """Raises DataError as `check_place`, or if the folder holds a run with other settings."""
         self.check_place(resume=resume)
-        if resume:
-            self._refuse_other(json.loads(json.dumps(settings)))
+        if not resume:
+            return
+        settings = json.loads(json.dumps(settings))
+        try:
+            saved = json.loads(self._settings.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._settings} cannot be read ({error}): train again with another --output") from None
+        for name in [*saved, *settings]:
+            if saved.get(name) != settings.get(name):
+                raise DataError(
+                    f"the run in {self.path} has {name} {saved.get(name)!r}, not {settings.get(name)!r}: go on with "
+                    "the options that it began with, or give another --output"
+                )
 
     def begin(self, settings: dict[str, Any]) -> None:
-        """Claims the folder for a run.
-
-        Raises:
-            DataError: it cannot be written.
-        """
+        """Claims the folder for a run. Raises DataError if it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -83,11 +82,7 @@ class TuningFolder:
             save_file(whole, partial, metadata={"facts": json.dumps(facts)})
 
     def load_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The last checkpoint; None if there is none yet.
-
-        Raises:
-            DataError: the file is damaged.
-        """
+        """The last checkpoint; None if there is none yet. Raises DataError if the file is damaged."""
         if not self._checkpoint.exists():
             return None
         try:
@@ -132,18 +127,6 @@ class TuningFolder:
         """Writes the loss curve; `draw` is given the file to write."""
         with self._replacing(self.path / "loss.png") as partial:
             draw(partial)
-
-    def _refuse_other(self, settings: dict[str, Any]) -> None:
-        try:
-            saved = json.loads(self._settings.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self._settings} cannot be read ({error}): train again with another --output") from None
-        for name in [*saved, *settings]:
-            if saved.get(name) != settings.get(name):
-                raise DataError(
-                    f"the run in {self.path} has {name} {saved.get(name)!r}, not {settings.get(name)!r}: go on with "
-                    "the options that it began with, or give another --output"
-                )
 
     @contextmanager
     def _replacing(self, path: Path) -> Iterator[Path]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -68,12 +67,7 @@ def draw_loss_curve(metrics: Sequence[dict[str, Any]], title: str, path: Path) -
 
 @dataclass(frozen=True)
 class ModelToTune:
-    """Where a model comes from.
-
-    Attributes:
-        pad: token id of padding.
-        labels: of a head to train; None: the model's words tell.
-    """
+    """Where a model comes from; `labels`: of a head to train; None: the model's words tell."""
 
     checkpoint: Checkpoint
     swarm: Swarm
@@ -83,13 +77,9 @@ class ModelToTune:
     labels: Sequence[str] | None
 
     def with_adapter(self, method: Method, options: AdapterOptions, beginning: str) -> Any:
-        """The model with a new adapter; head and adapter begin by torch's random numbers.
+        """The model with a new adapter; this begins as the text `beginning` or, as the head, by torch's random numbers.
 
-        Args:
-            beginning: the text that prompts and prefixes begin as.
-
-        Raises:
-            AdapterError: the options do not fit the model.
+        Raises AdapterError if the options do not fit the model.
         """
         head = self.labels is not None
         model = self._classifier() if head else self._causal()
@@ -123,12 +113,12 @@ LINE_EVERY_S = 10.0
 
 
 class TuningProgress:
-    """A bar with loss, tokens/s and remaining time on a terminal; a line now and then where there is none."""
+    """Within `bars`: loss, tokens/s and remaining time on a terminal; a line now and then where there is none."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._console = Console(stderr=True)
-        self._bars = Progress(
+        self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -138,22 +128,13 @@ class TuningProgress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._training = self._bars.add_task("training", total=steps, facts="")
+        self._training = self.bars.add_task("training", total=steps, facts="")
         self._line_at = 0.0
-
-    def __enter__(self) -> TuningProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bars.stop()
 
     def stepped(self, step: Step, tokens_per_s: float) -> None:
         """Shows that a step is done."""
         facts = f"loss {step.loss:.4f}  {tokens_per_s:,.0f} tokens/s"
-        self._bars.update(self._training, completed=step.number, facts=facts)
+        self.bars.update(self._training, completed=step.number, facts=facts)
         now = time.monotonic()
         due = now - self._line_at >= LINE_EVERY_S or step.number == self._steps
         if due and not self._console.is_terminal:
@@ -163,11 +144,11 @@ class TuningProgress:
     @contextmanager
     def evaluating(self, rows: int) -> Iterator[Callable[[int], None]]:
         """Shows an evaluation; gives the function to tell how many more rows are done."""
-        task = self._bars.add_task("evaluating", total=rows, facts="")
+        task = self.bars.add_task("evaluating", total=rows, facts="")
         try:
-            yield lambda done: self._bars.advance(task, done)
+            yield lambda done: self.bars.advance(task, done)
         finally:
-            self._bars.remove_task(task)
+            self.bars.remove_task(task)
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -203,7 +184,6 @@ def evaluate(
 
     Args:
         words: the first token of each label, for accuracy by words: the model's label is that of the likeliest token.
-        device: of the model.
         head: whether the model's logits are those of labels.
         advance: told how many rows are done after each batch.
     """
@@ -266,8 +246,7 @@ class Tuning:
     def run(self, connection: Connection) -> None:
         """Trains to the last step, or until the user stops it.
 
-        Raises:
-            SplitnetError: what went wrong; steps that were done are kept in the output folder.
+        Raises SplitnetError for what went wrong; steps that were done are kept in the output folder.
         """
         checkpoint = connection.checkpoint()
         tokenizer = checkpoint.tokenizer()
@@ -335,10 +314,8 @@ class Tuning:
         command = ["splitnet", "chat" if self.train.form == "chat" else "generate", *self.way]
         command += ["--adapter", str(self.output)]
         if self.train.form != "chat":
-            command += [
-                "--raw",
-                self.template.replace("{text}", "...") if self.train.form == "classification" else "...",
-            ]
+            text = self.template if self.train.form == "classification" else "{text}"
+            command += ["--raw", text.replace("{text}", "...")]
         typer.echo(f"Use it: {shlex.join(command)}")
 
 
@@ -363,11 +340,7 @@ class _Training:
         self._progress = TuningProgress(tuning.settings.steps)
 
     def train(self) -> None:
-        """Trains.
-
-        Raises:
-            SystemExit: it was stopped; all is saved.
-        """
+        """Trains. Raises SystemExit if it was stopped; all is saved then."""
         run, steps = self._run, self._tuning.settings.steps
         saved = self._folder.load_checkpoint() if self._tuning.resume else None
         if saved:
@@ -378,7 +351,7 @@ class _Training:
             f"{len(self._tuning.train.rows):,} examples" + (f", going on after step {run.done}" if saved else ""),
             err=True,
         )
-        with self._progress, _stop_signals() as stopped:
+        with self._progress.bars, _stop_signals() as stopped:
             try:
                 self._evaluate_if_due()
                 while run.done < steps and not stopped:
@@ -398,17 +371,9 @@ class _Training:
         step = self._run.step()
         seconds = time.perf_counter() - began
         sent, received = (after - before for before, after in zip(moved, self._run.model.training_bytes, strict=True))
-        line = {
-            "step": step.number,
-            "loss": step.loss,
-            "learning_rate": step.learning_rate,
-            "gradient_norm": step.gradient_norm,
-            "tokens": step.tokens,
-            "seconds": round(seconds, 4),
-            "sent_bytes": sent,
-            "received_bytes": received,
-        }
-        self._folder.add_metrics(line)
+        facts = asdict(step)
+        facts |= {"seconds": round(seconds, 4), "sent_bytes": sent, "received_bytes": received}
+        self._folder.add_metrics({"step": facts.pop("number"), **facts})
         self._progress.stepped(step, step.tokens / seconds)
         if step.number % self._tuning.save_every == 0:
             self._folder.save_checkpoint(*self._run.state())
@@ -418,10 +383,8 @@ class _Training:
         due = done in (0, self._tuning.settings.steps) or (every and done % every == 0)
         if not self._held_out or not due:
             return
-        if not any(line["step"] == done and "eval_loss" in line for line in self._folder.metrics()):
-            self._evaluate()
-
-    def _evaluate(self) -> None:
+        if any(line["step"] == done and "eval_loss" in line for line in self._folder.metrics()):
+            return
         with self._progress.evaluating(len(self._held_out)) as advance:
             result = evaluate(
                 self._run.model,

@@ -27,7 +27,7 @@ class Method(StrEnum):
     @property
     def learning_rate(self) -> float:
         """A step size of AdamW to begin with."""
-        return _LEARNING_RATES[self]
+        return 1e-2 if self in (Method.PROMPT, Method.PREFIX) else 1e-3
 
 
 class PromptNetwork(StrEnum):
@@ -64,22 +64,18 @@ class AdapterOptions:
 
 ALL_LINEAR = "all-linear"
 
-_LEARNING_RATES = {Method.PROMPT: 1e-2, Method.PREFIX: 1e-2, Method.P_TUNING: 1e-3, Method.LORA: 1e-3}
-
 
 def with_new_adapter(
     model: Any, method: Method, options: AdapterOptions, tokenizer: Any, *, tokenizer_source: str, head: bool = False
 ) -> Any:
-    """What PEFT makes of a model, with an adapter that is to be trained.
+    """What PEFT makes of a model, remote or not, with an adapter that is to be trained.
 
     Args:
-        model: a causal language model or a sequence classifier, remote or not.
         tokenizer: for `init_text`.
         tokenizer_source: where it comes from, as the configuration of the adapter names it.
         head: whether the model is a sequence classifier, whose head is trained too.
 
-    Raises:
-        AdapterError: the options do not fit the model.
+    Raises AdapterError if the options do not fit the model.
     """
     from peft import TaskType, get_peft_model
 
@@ -108,8 +104,7 @@ def begin_prefix(wrapped: Any, pairs: Prefixes) -> None:
         wrapped: as PEFT returns it.
         pairs: of each block `[kv heads, positions, head size]`; cut or repeated to the length of the prefix.
 
-    Raises:
-        AdapterError: keys and values have other sizes than PEFT's prefix for this model.
+    Raises AdapterError if keys and values have other sizes than PEFT's prefix for this model.
     """
     import torch
 
@@ -130,31 +125,24 @@ def begin_prefix(wrapped: Any, pairs: Prefixes) -> None:
 def _config(task: Any, method: Method, options: AdapterOptions, tokenizer_folder: str) -> Any:
     from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
+    soft: dict[str, Any] = {"task_type": task, "num_virtual_tokens": options.tokens}
     match method:
         case Method.LORA:
             targets = ALL_LINEAR if ALL_LINEAR in options.targets else list(options.targets) or None
             return LoraConfig(task_type=task, r=options.rank, lora_alpha=options.alpha, target_modules=targets)
         case Method.PROMPT if options.init_text:
-            return PromptTuningConfig(
-                task_type=task,
-                num_virtual_tokens=options.tokens,
-                prompt_tuning_init="TEXT",
-                prompt_tuning_init_text=options.init_text,
-                tokenizer_name_or_path=tokenizer_folder,
-            )
+            begins: dict[str, Any] = {
+                "prompt_tuning_init_text": options.init_text,
+                "tokenizer_name_or_path": tokenizer_folder,
+            }
+            return PromptTuningConfig(**soft, prompt_tuning_init="TEXT", **begins)
         case Method.PROMPT:
-            return PromptTuningConfig(
-                task_type=task, num_virtual_tokens=options.tokens, prompt_tuning_init="SAMPLE_VOCAB"
-            )
+            return PromptTuningConfig(**soft, prompt_tuning_init="SAMPLE_VOCAB")
         case Method.P_TUNING:
-            return PromptEncoderConfig(
-                task_type=task,
-                num_virtual_tokens=options.tokens,
-                encoder_reparameterization_type=options.network.value,
-                encoder_hidden_size=options.projection or 128,
-            )
+            kind, width = options.network.value, options.projection or 128
+            return PromptEncoderConfig(**soft, encoder_reparameterization_type=kind, encoder_hidden_size=width)
         case Method.PREFIX:
-            config = PrefixTuningConfig(task_type=task, num_virtual_tokens=options.tokens)
+            config = PrefixTuningConfig(**soft)
             if options.projection is not None:
                 config.prefix_projection, config.encoder_hidden_size = True, options.projection
             return config

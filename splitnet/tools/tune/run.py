@@ -19,12 +19,9 @@ from splitnet.tools.tune.methods import Settings
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One row of training.
+    """One row of training: token ids, and of each position the token to learn there, or IGNORED.
 
-    Attributes:
-        ids: token ids.
-        targets: of each position the token to learn there, or IGNORED.
-        choice: number of the label, in a classification.
+    `choice` is the number of the label, in a classification.
     """
 
     ids: list[int]
@@ -67,8 +64,7 @@ class Encoder:
     def encode(self, examples: Examples) -> list[Encoded]:
         """All rows of a file. Plain text that is too long becomes several.
 
-        Raises:
-            DataError: an example cannot be encoded, is too long, or has a label that is not known.
+        Raises DataError if an example cannot be encoded, is too long, or has a label that is not known.
         """
         rows: list[Encoded] = []
         for example in examples.rows:
@@ -83,21 +79,15 @@ class Encoder:
                     made = [self._classified(examples, example)]
             for row in made:
                 if len(row.ids) > self._max_length:
-                    examples.fail(
-                        example,
-                        f"{len(row.ids):,} tokens are more than {self._max_length:,}: shorten it or raise --max-length",
-                    )
+                    many = f"{len(row.ids):,} tokens are more than {self._max_length:,}"
+                    examples.fail(example, f"{many}: shorten it or raise --max-length")
                 if not self._head and not row.learned:
                     examples.fail(example, "nothing to learn: one token has none before it to be told from")
             rows += made
         return rows
 
     def words(self) -> list[int]:
-        """The first token of each label, by which words tell labels apart.
-
-        Raises:
-            DataError: two labels begin with the same token.
-        """
+        """The first token of each label, by which words tell labels apart. Raises DataError if two are the same."""
         first = [self._ids(" " + label)[0] for label in self._labels]
         for number, token in enumerate(first):
             if token in first[:number]:
@@ -146,10 +136,8 @@ class Encoder:
             before = self._rendered(examples, example, messages[: end - 1], True)
             after = self._rendered(examples, example, messages[:end], False)
             if not before.startswith(done) or not after.startswith(before):
-                examples.fail(
-                    example,
-                    "the model's chat template changes earlier messages when later ones come: give one answer only",
-                )
+                changes = "the model's chat template changes earlier messages when later ones come"
+                examples.fail(example, f"{changes}: give one answer only")
             pieces += [(self._ids(before[len(done) :]), False), (self._ids(after[len(before) :]), True)]
             done = after
         return _row(pieces)
@@ -181,14 +169,12 @@ def collate(
     Labels are `[batch, seq]`, or with a head `[batch]`.
     """
     longest = max(len(row.ids) for row in rows)
-    batch = {
+    columns = {
         "input_ids": [row.ids + [pad] * (longest - len(row.ids)) for row in rows],
         "attention_mask": [[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows],
+        "labels": [row.choice if head else row.targets + [IGNORED] * (longest - len(row.ids)) for row in rows],
     }
-    labels = [row.targets + [IGNORED] * (longest - len(row.ids)) for row in rows]
-    tensors = {name: torch.tensor(values, device=device) for name, values in batch.items()}
-    tensors["labels"] = torch.tensor([row.choice for row in rows] if head else labels, device=device)
-    return tensors
+    return {name: torch.tensor(values, device=device) for name, values in columns.items()}
 
 
 _SEEDS = 2**63 - 1
@@ -256,10 +242,9 @@ def estimate_gradients(
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step has done.
+    """What one step, counted from 1, has done.
 
     Attributes:
-        number: counted from 1.
         loss: mean over the learned tokens, or with a head over the rows, before the step.
         gradient_norm: before clipping.
         tokens: that went through the model, padding not counted; those of one pass.
@@ -273,13 +258,9 @@ class Step:
 
 
 class TuningRun:
-    """Trains what a model has to train on rows that are taken again and again, each time in another order.
+    """Trains what a model, as PEFT returns it, has to train on rows that are taken again and again in another order.
 
-    Args:
-        model: as PEFT returns it.
-        pad: token id of padding.
-        head: whether rows have one label each.
-        device: of the model.
+    `pad` is the token id of padding; with a head, rows have one label each.
     """
 
     def __init__(
@@ -310,11 +291,7 @@ class TuningRun:
         return sum(parameter.numel() for parameter in self._trained.values())
 
     def step(self) -> Step:
-        """Takes the next step.
-
-        Raises:
-            SplitnetError: the loss is not a number any more; nothing has changed. Errors of the peers as they are.
-        """
+        """Takes the next step. Raises SplitnetError if the loss is not a number any more; nothing has changed then."""
         number, settings = self.done, self.settings
         rows = self._rows_of(number)
         for group in self._optimizer.param_groups:
@@ -352,11 +329,7 @@ class TuningRun:
         return tensors, {"step": self.done, "optimizer": {"numbers": numbers, "groups": groups}}
 
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        """Goes back to what `state()` returned.
-
-        Raises:
-            DataError: it is of another model or method.
-        """
+        """Goes back to what `state()` returned. Raises DataError if it is of another model or method."""
         try:
             for name, parameter in self._trained.items():
                 saved = tensors[f"parameter.{name}"]
@@ -382,9 +355,8 @@ class TuningRun:
     def _rows_of(self, step: int) -> list[Encoded]:
         count, size = len(self._rows), self.settings.batch_size
         numbers = range(step * size, (step + 1) * size)
-        epochs = itertools.groupby(numbers, key=lambda number: number // count)
         rows: list[Encoded] = []
-        for epoch, group in epochs:
+        for epoch, group in itertools.groupby(numbers, key=lambda number: number // count):
             order = self._order(epoch)
             rows += [self._rows[order[number % count]] for number in group]
         return rows
