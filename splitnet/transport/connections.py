@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, TypeVar, cast
 
 import zmq
@@ -58,9 +58,9 @@ class TcpConnection:
     host: str
     opened_at: float
     owner: Connection | Endpoint | None
-    """None: it has sent no message yet, so that its key is not known."""
+    """None: its key is not known, as it has sent no message yet."""
     delivered: int = 0
-    """Bytes of messages that were handed over, as they were on the wire; only the transport's thread writes it."""
+    """Bytes on the wire of messages that were handed over; only the transport's thread writes it."""
     ended: str = ""
     """Why this side has ended it."""
     inside: int = 0
@@ -70,9 +70,8 @@ class TcpConnection:
     acked_at: float = 0.0
     too_long_since: int | None = None
     own_host: str = ""
-    """The address of this machine that it goes from."""
     spared: bool = False
-    """It was not ended though it was the oldest without a name, as its handshake had begun."""
+    """It was not ended though it was the oldest without a key, as its handshake had begun."""
 
     @property
     def account(self) -> tuple[Hashable, Hashable]:
@@ -80,26 +79,16 @@ class TcpConnection:
         return (owner.curve if isinstance(owner, Connection) else owner or self.host, self)
 
 
-@dataclass(slots=True)
-class _Table:
-    by_descriptor: dict[int, TcpConnection] = field(default_factory=dict[int, TcpConnection])
-    nameless: dict[str, dict[TcpConnection, None]] = field(default_factory=dict[str, dict[TcpConnection, None]])
-    """By host, the oldest first, and behind them those that were spared."""
-    of_keys: dict[bytes, dict[TcpConnection, None]] = field(default_factory=dict[bytes, dict[TcpConnection, None]])
-    incoming: int = 0
-
-
 class Connections:
-    """Thread-safe. A thread of its own looks at all connections ten times per second, closely while much is under way.
+    """Thread-safe. `thread` looks at all connections ten times per second, more often while much is under way.
 
     Args:
         received: accounts for bytes that were received and are not handed over, by key (or host, until the key is
             known) and connection.
         drained: how often all sockets have been read empty so far.
         drain: asks for that to happen soon.
-        authorized: whose connections may stay; None: anybody's.
-        behind: who is at the other end of a connection that is made for another, by its host and port: that one counts
-            as its host.
+        authorized: keys whose connections may stay; None: any.
+        behind: by host and port, the name that counts as the host of a connection that a tunnel has made.
 
     Attributes:
         ended: how many connections were ended from here, by the reason.
@@ -124,7 +113,11 @@ class Connections:
         self._missed: set[str] = set()
         """Addresses of connections that were not there at the last look."""
         self._looked_at = time.monotonic()
-        self._table = _Table()
+        self._by_descriptor: dict[int, TcpConnection] = {}
+        self._nameless: dict[str, dict[TcpConnection, None]] = {}
+        """By host, the oldest first, and behind them those that were spared."""
+        self._of_keys: dict[bytes, dict[TcpConnection, None]] = {}
+        self._incoming = 0
         self._arrived: deque[tuple[float, str]] = deque(maxlen=_ARRIVALS)
         self._lock = threading.RLock()
         self._closing = threading.Event()
@@ -137,48 +130,42 @@ class Connections:
             self.thread.join()
 
     def opened(self, descriptor: int, owner: Endpoint | None = None) -> TcpConnection | None:
-        """A connection has been made: to `owner`, or with whoever has connected to this process.
-
-        Returns None if it is gone already.
-        """
+        """A connection has been made: to `owner`, or to this process. Returns None if it is gone already."""
         try:
-            cookie, other, own_host = flow.cookie(descriptor), flow.other_end(descriptor), flow.own_host(descriptor)
+            cookie, (own, other) = flow.cookie(descriptor), flow.ends(descriptor)
         except OSError:
             return None
-        host = self._behind.get(other, other[0])
+        host: str = other[0].removeprefix("::ffff:")
+        host = self._behind.get((host, other[1])) or host
         now = time.monotonic()
-        made = TcpConnection(descriptor, cookie, host, now, owner, active_at=now, acked_at=now, own_host=own_host)
+        made = TcpConnection(descriptor, cookie, host, now, owner, active_at=now, acked_at=now, own_host=own[0])
         with self._lock:
             self.closed(descriptor)
-            self._table.by_descriptor[descriptor] = made
+            self._by_descriptor[descriptor] = made
             if owner is None:
                 self._arrived.append((now, host))
-                self._table.incoming += 1
-                others = self._table.nameless.setdefault(host, {})
+                self._incoming += 1
+                others = self._nameless.setdefault(host, {})
                 others[made] = None
                 most = most_connections()
                 if len(others) > most // 2:
                     self.end(_first_silent(others), "handshakes")
-                if self._table.incoming > most:
+                if self._incoming > most:
                     self._end_one()
         return made
 
     def hosts(self, since: float) -> set[str]:
-        """Whose incoming connections are open, or were opened since then (`time.monotonic()`), of the last ones."""
+        """Hosts of incoming connections that are open, or (of the last ones) were opened since a `time.monotonic()`."""
         with self._lock:
-            present = [known for known in self._table.by_descriptor.values() if not isinstance(known.owner, Endpoint)]
+            present = [known for known in self._by_descriptor.values() if not isinstance(known.owner, Endpoint)]
             return {known.host for known in present} | {host for at, host in self._arrived if at >= since}
 
     def closed(self, descriptor: int, expected: TcpConnection | None = None) -> TcpConnection | None:
-        """A connection has ended; returns what it was.
-
-        Args:
-            expected: which one; its descriptor may belong to another by now.
-        """
+        """A connection has ended; returns it. `expected`: which one, as its descriptor may belong to another by now."""
         with self._lock:
-            if expected is not None and self._table.by_descriptor.get(descriptor) is not expected:
+            if expected is not None and self._by_descriptor.get(descriptor) is not expected:
                 return None
-            gone = self._table.by_descriptor.pop(descriptor, None)
+            gone = self._by_descriptor.pop(descriptor, None)
             if gone is not None:
                 self._forget(gone)
             return gone
@@ -186,15 +173,15 @@ class Connections:
     def named(self, descriptor: int, owner: Connection) -> TcpConnection | None:
         """The first message of an incoming connection has come; None if the connection is gone."""
         with self._lock:
-            known = self._table.by_descriptor.get(descriptor)
+            known = self._by_descriptor.get(descriptor)
             if known is None or isinstance(known.owner, Endpoint):
                 return None
             self._forget(known)
             known.owner, known.active_at = owner, time.monotonic()
             if not known.ended:
-                of_key = self._table.of_keys.setdefault(owner.curve, {})
+                of_key = self._of_keys.setdefault(owner.curve, {})
                 of_key[known] = None
-                self._table.incoming += 1
+                self._incoming += 1
                 if self._authorized is not None and not self._authorized.allows(owner.curve):
                     self.end(known, "revoked")
                 elif len(of_key) > MOST_OF_KEY:
@@ -213,12 +200,9 @@ class Connections:
             flow.hang_up(connection.descriptor, connection.cookie)
 
     def look(self, now: float) -> bool:
-        """Counts what every connection holds, and ends those that must end.
-
-        Returns whether much is under way.
-        """
+        """Counts what every connection holds, and ends those that must end; returns whether much is under way."""
         with self._lock:
-            present = [known for known in self._table.by_descriptor.values() if not known.ended]
+            present = [known for known in self._by_descriptor.values() if not known.ended]
         if now - self._looked_at > STALLED_S / 2:  # this process stood still, which tells nothing of others
             for known in present:
                 known.acked_at = now
@@ -255,7 +239,7 @@ class Connections:
         others = _HANDSHAKE_BYTES + _HEARTBEAT_BYTES_PER_S * (now - known.opened_at)
         inside = max(0, round(passed.read - delivered - others))
         with self._lock:
-            if known.ended or self._table.by_descriptor.get(known.descriptor) is not known:
+            if known.ended or self._by_descriptor.get(known.descriptor) is not known:
                 return False
             known.inside = inside
             self._received.hold(inside, *known.account)
@@ -277,14 +261,14 @@ class Connections:
             return
         self._keys_at = now + _KEYS_S
         with self._lock:
-            gone = [key for key in self._table.of_keys if not self._authorized.allows(key)]
-            for known in [known for key in gone for known in self._table.of_keys[key]]:
+            gone = [key for key in self._of_keys if not self._authorized.allows(key)]
+            for known in [known for key in gone for known in self._of_keys[key]]:
                 self.end(known, "revoked")
 
     def _end_moved(self, present: Sequence[TcpConnection], now: float) -> None:
-        """Ends connections from addresses that this machine has no longer: nothing else would, for half a minute.
+        """Ends connections from addresses that this machine has lost, when two looks in a row have missed them.
 
-        They are missed twice, as an address may be away for a moment.
+        Nothing else would end them for half a minute.
         """
         if now < self._moved_at:
             return
@@ -296,32 +280,31 @@ class Connections:
         self._missed = missed
 
     def _end_one(self) -> None:
-        """Makes room for a new connection, at the cost of whoever has most."""
-        table = self._table
-        nameless = max(table.nameless.values(), key=len, default=dict[TcpConnection, None]())
-        most_of_key = max(map(len, table.of_keys.values()), default=0)
+        """Makes room for a new connection, at the cost of the key or host with most."""
+        nameless = max(self._nameless.values(), key=len, default=dict[TcpConnection, None]())
+        most_of_key = max(map(len, self._of_keys.values()), default=0)
         if len(nameless) > max(1, most_of_key):
             self.end(_first_silent(nameless), "too_many")
-        elif table.of_keys:
-            hosts = Counter(known.host for of_key in table.of_keys.values() for known in of_key)
-            choice = [known for of_key in table.of_keys.values() if len(of_key) == most_of_key for known in of_key]
+        elif self._of_keys:
+            hosts = Counter(known.host for of_key in self._of_keys.values() for known in of_key)
+            choice = [known for of_key in self._of_keys.values() if len(of_key) == most_of_key for known in of_key]
             self.end(min(choice, key=lambda known: (-hosts[known.host], known.active_at)), "too_many")
 
     def _forget(self, connection: TcpConnection) -> None:
-        """Counts a connection no more. With the lock held."""
+        """Stops counting a connection. With the lock held."""
         self._received.hold(0, *connection.account)
         connection.inside = 0
         owner = connection.owner
         if isinstance(owner, Connection):
-            self._leave(self._table.of_keys, owner.curve, connection)
+            self._leave(self._of_keys, owner.curve, connection)
         elif owner is None:
-            self._leave(self._table.nameless, connection.host, connection)
+            self._leave(self._nameless, connection.host, connection)
 
     def _leave(self, groups: dict[Name, dict[TcpConnection, None]], name: Name, connection: TcpConnection) -> None:
         group = groups.get(name, {})
         if connection in group:
             del group[connection]
-            self._table.incoming -= 1
+            self._incoming -= 1
             if not group:
                 del groups[name]
 
@@ -335,7 +318,7 @@ class Connections:
 
 
 def _first_silent(nameless: dict[TcpConnection, None]) -> TcpConnection:
-    """Which of some connections of a host gives way: the oldest that has said nothing, or was spared once."""
+    """The connection of a host that gives way: the oldest that has sent nothing, or was spared once."""
     for _ in range(min(_SPARED, len(nameless))):
         oldest = next(iter(nameless))
         if oldest.spared or not _has_spoken(oldest):
@@ -360,12 +343,7 @@ _AT_ONCE = 64
 class Gatekeeper:
     """The ZAP handler of a context. Its `socket` belongs to the thread that polls it and calls `answer`.
 
-    Args:
-        context: whose CURVE servers ask.
-        authorized: whose keys are accepted; None accepts any.
-
-    Attributes:
-        refused: how many connections were refused.
+    authorized: the keys that are accepted; None: any. refused: how many connections were refused.
     """
 
     DOMAIN: ClassVar[bytes] = b"splitnet"
@@ -377,7 +355,7 @@ class Gatekeeper:
         self.socket.bind("inproc://zeromq.zap.01")
 
     def answer(self) -> None:
-        """Answers what is asked, many at once: who comes must not wait for messages of those who are there."""
+        """Answers many requests at once: new connections must not wait for messages of others."""
         for _ in range(_AT_ONCE):
             try:
                 self._answer(self.socket.recv_multipart(zmq.NOBLOCK))
@@ -398,5 +376,5 @@ class Gatekeeper:
 
 
 def proven_key(frame: zmq.Frame) -> bytes:
-    """The CURVE key that a gatekeeper vouched for, of a frame that came over that connection; 32 bytes."""
+    """The CURVE key, 32 bytes, of the connection that a frame came over, as a gatekeeper has accepted it."""
     return bytes.fromhex(cast(str, frame.get("User-Id")))

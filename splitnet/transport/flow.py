@@ -1,4 +1,4 @@
-"""How many bytes wait to be sent, and to whom: a receiver that does not read must not fill this process's memory."""
+"""How many bytes wait to be sent to each receiver: one that does not read must not fill this process's memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from splitnet.limits import Budget
 from splitnet.wire.endpoints import Connection, Destination, Endpoint
@@ -35,10 +35,7 @@ class Tracker(Protocol):
 class Backlog:
     """Messages that ZeroMQ still holds. It sends those for a receiver in order, so the last of some tells of them all.
 
-    One thread sends; `held` may be called from any.
-
-    Args:
-        budget: accounts for them by receiver: a key that has connected, or an endpoint.
+    One thread sends; `held` may be called from any. `budget` accounts for them by key that has connected, or endpoint.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -49,7 +46,7 @@ class Backlog:
         """Bytes that were sent to a receiver since something was tracked, at most `TRACKED_BYTES`."""
 
     def untracked(self, receiver: Destination, size: int) -> bool:
-        """Whether a message of `size` bytes goes out as it is; otherwise it must be tracked."""
+        """Whether a message of `size` bytes may be sent without being tracked."""
         name = _name(receiver)
         waiting = self._small.get(name, 0) + size
         if size > LARGE_BYTES or waiting > TRACKED_BYTES:
@@ -58,7 +55,7 @@ class Backlog:
         return True
 
     def reserve(self, receiver: Destination, size: int) -> int:
-        """Makes room for a message that is tracked, and what went before it; returns their bytes, 0: there is none."""
+        """Reserves room for a tracked message and the untracked ones before it; returns their bytes, 0: no room."""
         size += self._small.get(_name(receiver), 0)
         account = _account(receiver)
         if not self._budget.has_room(size, account):
@@ -69,13 +66,13 @@ class Backlog:
         return size
 
     def add(self, receiver: Destination, size: int, tracker: Tracker | None) -> None:
-        """Counts what was reserved until `tracker` says that it is sent or dropped; None: it is not sent at all."""
+        """Counts what was reserved until `tracker` is done; None: it is not sent at all."""
         if tracker is None:
             self._budget.release(size, _account(receiver))
             return
         with self._lock:
             self._waiting.append((_account(receiver), size, tracker))
-            # Most are sent by the time the next is: what is known here stays short without looking at all of it.
+            # Most are sent by the time the next is: the queue stays short without a look at all of it.
             while self._waiting and self._waiting[0][2].done:
                 account, size, _ = self._waiting.popleft()
                 self._budget.release(size, account)
@@ -154,11 +151,13 @@ if sys.platform != "win32":
     import fcntl
 
 _LINUX = sys.platform in ("linux", "android")
+_ANY_TCP = socket.AF_INET, socket.SOCK_STREAM, 0
+"""Of a borrowed descriptor; its true family is not needed where this is used, and takes time to ask for."""
 _SO_COOKIE = 57
 _UNREAD, _UNSENT = 0x541B, 0x5411
 _TCP_INFO_BYTES = 256
 MOVED_BYTES = 1024
-"""What keeps a link open does not carry so much within seconds."""
+"""Heartbeats of a link carry less within seconds."""
 
 _ACKED_AND_RECEIVED = struct.Struct("QQ")
 _ACKED_AT = 120
@@ -166,7 +165,7 @@ _ACKED_AT = 120
 
 
 QUEUE_BYTES = 8 * 1024
-"""What waits on a link counts as a queue from here on: less is what any step has under way."""
+"""Bytes that wait on a link count as a queue from here on: any step has less under way."""
 
 
 class Traffic(NamedTuple):
@@ -181,57 +180,38 @@ class Traffic(NamedTuple):
     received: int
 
     def has_sent(self, before: Traffic) -> bool:
-        """Whether the other side has confirmed something for which others had to wait, or still have to."""
+        """Whether the other side has confirmed bytes that others had to wait for, or still have to."""
         waited = self.unsent > 0 or before.unsent >= QUEUE_BYTES
         return waited and self.acked - before.acked >= MOVED_BYTES
 
     def has_received(self, before: Traffic) -> bool:
-        """Whether more has come than what keeps it open."""
+        """Whether more than heartbeats has arrived."""
         return self.received - before.received >= MOVED_BYTES
 
 
 def cookie(descriptor: int) -> bytes:
-    """What tells a connected socket from every other one that is open. Raises OSError if it is none.
+    """Identifies a connected socket among all that are open. Raises OSError if it is none.
 
     Where the kernel has no cookies (before Linux 4.12, as in many phones, and elsewhere), these are its two addresses.
     """
     if _LINUX:
-        handle = _borrow(descriptor)
-        try:
-            return handle.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
-        except OSError as error:
-            if error.errno != errno.ENOPROTOOPT:
-                raise
-        finally:
-            handle.detach()
-    handle = socket.socket(fileno=descriptor)
-    try:
-        return repr((handle.getsockname(), handle.getpeername())).encode()
-    finally:
-        handle.detach()
+        with _Borrowed(*_ANY_TCP, descriptor) as handle:
+            try:
+                return handle.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+            except OSError as error:
+                if error.errno != errno.ENOPROTOOPT:
+                    raise
+    return repr(ends(descriptor)).encode()
 
 
-def other_end(descriptor: int) -> tuple[str, int]:
-    """Host and port of the other side. Raises OSError if it is gone."""
-    handle = socket.socket(fileno=descriptor)
-    try:
-        host, port = handle.getpeername()[:2]
-        return host.removeprefix("::ffff:"), port
-    finally:
-        handle.detach()
-
-
-def own_host(descriptor: int) -> str:
-    """Host of this side. Raises OSError if it is gone."""
-    handle = socket.socket(fileno=descriptor)
-    try:
-        return handle.getsockname()[0]
-    finally:
-        handle.detach()
+def ends(descriptor: int) -> tuple[Any, Any]:
+    """Addresses of this side and of the other, as `socket` has them. Raises OSError if it is gone."""
+    with _Borrowed(fileno=descriptor) as handle:
+        return handle.getsockname(), handle.getpeername()
 
 
 def has_address(host: str) -> bool:
-    """Whether this machine has an address, as `own_host` tells it."""
+    """Whether this machine has an address, an IPv4 one within IPv6 too."""
     host = host.removeprefix("::ffff:")  # an IPv4 one, which not every system binds as an IPv6 one
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -245,11 +225,8 @@ def traffic(descriptor: int) -> Traffic | None:
     """What has passed; None where the kernel does not tell. Raises OSError if it is no TCP socket any more."""
     if not _LINUX:
         return None
-    handle = _borrow(descriptor)
-    try:
+    with _Borrowed(*_ANY_TCP, descriptor) as handle:
         info = handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-    finally:
-        handle.detach()
     if len(info) < _ACKED_AT + _ACKED_AND_RECEIVED.size:
         return None
     acked, received = _ACKED_AND_RECEIVED.unpack_from(info, _ACKED_AT)
@@ -258,27 +235,20 @@ def traffic(descriptor: int) -> Traffic | None:
 
 def hang_up(descriptor: int, expected: bytes) -> None:
     """Ends the connection with this cookie, if it has not ended: ZeroMQ finds it closed by the other side."""
-    try:
-        handle = _borrow(descriptor)
-    except OSError:  # ZeroMQ has closed it
-        return
-    try:
-        copy = handle.dup()  # the number may be given to another meanwhile
-    except OSError:
-        return
-    finally:
-        handle.detach()
-    with copy:
-        try:
-            if cookie(copy.fileno()) == expected:
-                copy.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
+    with (
+        contextlib.suppress(OSError),  # ZeroMQ has closed it
+        _Borrowed(*_ANY_TCP, descriptor) as handle,
+        contextlib.closing(handle.dup()) as copy,  # the number may be given to another connection meanwhile
+    ):
+        if cookie(copy.fileno()) == expected:
+            copy.shutdown(socket.SHUT_RDWR)
 
 
-def _borrow(descriptor: int) -> socket.socket:
-    """A handle to be detached; its family, which nothing here needs, is not asked for."""
-    return socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, descriptor)
+class _Borrowed(socket.socket):
+    """A descriptor that stays open at the end."""
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
 
 
 def _queued(descriptor: int, which: int) -> int:

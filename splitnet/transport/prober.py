@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import count
+from typing import TypeVar
 
 from scheduler.facts import Link
 from scheduler.liveness import ANSWER_S, ANSWER_TRIPS, FIRST_ANSWER_S, FIRST_TRIPS, MAX_ANSWER_S, TAKEN_TRIPS
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import LoadReport, Ping, Pong, Timing
+from splitnet.wire.messages import LoadReport, Ping, Pong
 
 LOOK_S = 0.05
 QUICK_MS = 500.0
@@ -26,8 +27,7 @@ FASTEST_PROBE_MS = 0.05
 QUICK_PROBE_MS = 20.0
 PROBES_OF_QUICK_LINKS = 3
 SURE_MS = 4.0
-"""A probe that takes less than the former, besides the round trip, is repeated so often while it takes more than the
-latter."""
+"""A probe that takes less than the first (without the round trip) is repeated while it takes more than the last."""
 
 FORGET_S = 60.0
 KEPT_ENDPOINTS = 1024
@@ -41,20 +41,15 @@ class Answer:
 
     rtt_ms: float
     queue_ms: float
-    """How long a new step would wait for the peer's device; 0: it has nothing to do."""
+    """How long a new step would wait for the peer's device."""
     kv_free_positions: int
     """Positions that new sessions may take."""
     holds: bool | None = None
     """Whether the peer holds the session asked about; None: not asked, or the peer is too old to say."""
     waiting: int = 0
-    """Steps and passes of that session that wait at the peer or are being computed; 1 for all that it has sent on and
-    that has not arrived, as far as it knows."""
+    """Of that session, like the next two: see `Pong`."""
     done: int = 0
-    """Positions of that session that the peer has computed so far; it only grows."""
     last: int = 0
-    """Highest number of a step or pass of the session's epoch that the peer has finished."""
-    timing: Timing | None = None
-    """What the last decode step of that session met at the peer; None: there was none, or the peer does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +65,7 @@ class Prober:
     """Sends pings and takes in the answers. Thread-safe.
 
     Args:
-        send: sends a message to an endpoint.
-        is_taken: whether somebody has taken the connection to it.
+        is_taken: whether the other side has taken the connection to an endpoint.
 
     Attributes:
         quick_at: when the latest ping was sent that anybody has answered within `QUICK_MS`, by `time.perf_counter`.
@@ -88,7 +82,7 @@ class Prober:
         self._sent: dict[int, _Sent] = {}
         self._round_trips: dict[Endpoint, deque[float]] = {}
         self._latest: deque[float] = deque(maxlen=KEPT_ROUND_TRIPS)
-        """Round trips of the latest answers of anybody, in ms: if all are long, so is the way from here."""
+        """In ms, of all peers: if all are long, so is the way from here."""
         self._answered: dict[Endpoint, int] = {}
         self.loads: dict[Endpoint, LoadReport] = {}
         self._lock = threading.Lock()
@@ -97,10 +91,9 @@ class Prober:
         """Asks a peer for a sign of life; the future stays undone if none comes.
 
         Args:
-            endpoint: the peer.
             padding: bytes to send with it.
             session: id of a session to ask about, 16 bytes; a peer of version 0.1.0 drops such a ping.
-            load: asks how busy the peer is, too, see `load`; a peer of version 0.1.0 drops such a ping.
+            load: asks how busy the peer is, too, see `loads`; a peer of version 0.1.0 drops such a ping.
         """
         return self._ping(endpoint, padding, session, load)[1]
 
@@ -129,32 +122,16 @@ class Prober:
             rtt_ms = (time.perf_counter() - sent.at) * 1000
             if rtt_ms < QUICK_MS:
                 self.quick_at = max(self.quick_at, sent.at)
-            self._answered[source] = max(message.nonce, self._answered.pop(source, 0))
-            if len(self._answered) > KEPT_ENDPOINTS:
-                del self._answered[next(iter(self._answered))]
+            _keep(self._answered, source, max(message.nonce, self._answered.get(source, 0)))
             for load in message.load:
-                self.loads.pop(source, None)
-                self.loads[source] = load
-            if len(self.loads) > KEPT_ENDPOINTS:
-                del self.loads[next(iter(self.loads))]
+                _keep(self.loads, source, load)
             if not sent.padding:
                 self._latest.append(rtt_ms)
-                self._round_trips.setdefault(source, deque(maxlen=KEPT_ROUND_TRIPS)).append(rtt_ms)
-                while len(self._round_trips) > KEPT_ENDPOINTS:
-                    del self._round_trips[next(iter(self._round_trips))]
-        holds = message.holds if sent.session else None
-        sent.future.set_result(
-            Answer(
-                rtt_ms,
-                message.queue_ms,
-                message.kv_free_positions,
-                holds,
-                message.waiting,
-                message.done,
-                message.last,
-                message.timing[0] if message.timing else None,
-            )
-        )
+                round_trips = self._round_trips.get(source, deque[float](maxlen=KEPT_ROUND_TRIPS))
+                round_trips.append(rtt_ms)
+                _keep(self._round_trips, source, round_trips)
+        holds, queue = message.holds if sent.session else None, (message.queue_ms, message.kv_free_positions)
+        sent.future.set_result(Answer(rtt_ms, *queue, holds, message.waiting, message.done, message.last))
 
     def rtt_ms(self, endpoint: Endpoint) -> float:
         """The round trip to a peer as measured lately; 0: not measured."""
@@ -164,9 +141,9 @@ class Prober:
     def answer_limit_s(
         self, endpoint: Endpoint, least_s: float = ANSWER_S, trips: float = ANSWER_TRIPS, taken_s: float = 0.0
     ) -> float:
-        """How long to wait for a peer: so many of its latest round trips, or of what those to anybody are at least.
+        """How long to wait for a peer: so many of its latest round trips, or of the shortest of all peers.
 
-        taken_s: in which a connection was taken, where nobody has answered yet.
+        taken_s: in which a connection was taken, while no peer has answered.
         """
         with self._lock:
             own_ms = self._round_trips.get(endpoint, (0.0,))[-1]
@@ -174,7 +151,7 @@ class Prober:
         return max(least_s, min(trips * max(own_ms, anybody_ms) / 1000, MAX_ANSWER_S))
 
     def answered(self, endpoint: Endpoint) -> int:
-        """Number of the latest ping that a peer has answered: what was sent before that on its link has come."""
+        """Number of the latest ping that a peer has answered: all that was sent on its link before has arrived."""
         return self._answered.get(endpoint, 0)
 
     def round_trips(
@@ -186,7 +163,7 @@ class Prober:
     ) -> dict[Endpoint, float]:
         """Ms to peers and back, with two small pings to each; those that don't answer in time are left out.
 
-        loads: who is asked how busy it is, too, see `ping`.
+        loads: peers that are asked how busy they are, too, see `ping`.
         """
         # The first ping of a link also pays for its handshake, so it is thrown away.
         answered = self._answers(endpoints, 0, timeout_s, FIRST_ANSWER_S if timeout_s >= ANSWER_S else 0.0)
@@ -203,7 +180,7 @@ class Prober:
     ) -> dict[Endpoint, Link]:
         """Latency and bandwidth of the links to peers; those that don't answer in time are left out.
 
-        probed: whose bandwidth is measured, 0 stands for that of others; None: all. loads: see `round_trips`.
+        probed: peers whose bandwidth is measured, others have 0; None: all. loads: see `round_trips`.
         """
         small = self.round_trips(endpoints, timeout_s, loads=loads)
         others = {} if probed is None else {each: Link(ms / 2, 0.0) for each, ms in small.items() if each not in probed}
@@ -239,7 +216,7 @@ class Prober:
         taken_s: float = 0.0,
         loads: Collection[Endpoint] = (),
     ) -> dict[Endpoint, Answer]:
-        """taken_s: for how long those are waited for at least whose connections somebody takes meanwhile."""
+        """taken_s: least wait for peers that take the connection meanwhile."""
         endpoints = list(endpoints)
         new = {endpoint for endpoint in endpoints if timeout_s < taken_s and not self._is_taken(endpoint)}
         pings = {endpoint: self.ping(endpoint, padding, load=endpoint in loads) for endpoint in endpoints}
@@ -263,3 +240,13 @@ class Prober:
                 break
             wait([pings[endpoint] for endpoint in waiting], timeout=min(left_s, LOOK_S) if new else left_s)
         return {endpoint: future.result() for endpoint, future in pings.items() if future.done()}
+
+
+V = TypeVar("V")
+
+
+def _keep(kept: dict[Endpoint, V], endpoint: Endpoint, value: V) -> None:
+    kept.pop(endpoint, None)
+    kept[endpoint] = value
+    if len(kept) > KEPT_ENDPOINTS:
+        del kept[next(iter(kept))]

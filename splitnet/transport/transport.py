@@ -1,8 +1,7 @@
 """All ZeroMQ sockets of a process, owned by one thread.
 
 A peer listens with one ROUTER socket; every process connects to others with one DEALER socket each. Every link is
-CurveZMQ: a server proves its key to whoever connects, and learns the key of the client (ZAP, RFC 27). Messages are
-handed over as raw frames; what they mean is decided elsewhere.
+CurveZMQ: both sides prove their keys (ZAP, RFC 27). Messages are handed over as raw frames.
 """
 
 from __future__ import annotations
@@ -58,12 +57,7 @@ _NOBLOCK, _MORE, _POLLIN, _EVENTS = (
 )
 """Plain numbers: to combine and to look up members of enums takes longer than to send a frame."""
 _SERVE_THREAD, _CONNECT_THREAD = 1, 2
-"""ZeroMQ's threads: those who flood one of them do not delay the other's links."""
-
-MessageHandler = Callable[[Destination, Sequence[Payload]], None]
-LinkHandler = Callable[[Endpoint, LinkState], None]
-LostHandler = Callable[[Connection], None]
-DropHandler = Callable[[Destination, Sequence[Payload], str], None]
+"""ZeroMQ's threads: a flood of one of them does not delay the other's links."""
 
 _ARRIVALS = zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED
 _STATE_OF_EVENT: dict[zmq.Event, LinkState] = {
@@ -86,13 +80,14 @@ class _Link:
     tcp: TcpConnection | None = None
 
 
+_Item = tuple[Destination, Sequence[Payload] | None]
+
+
 @dataclass(slots=True)
 class _Outbox:
     """Messages from other threads; one byte on `wake` per batch makes the owner look."""
 
-    items: deque[tuple[Destination, Sequence[Payload] | None]] = field(
-        default_factory=deque[tuple[Destination, Sequence[Payload] | None]]
-    )
+    items: deque[_Item] = field(default_factory=deque[_Item])
     lock: threading.Lock = field(default_factory=threading.Lock)
     awake: bool = False
     held: int = 0
@@ -106,20 +101,19 @@ class Transport:
     may be called from any thread, `tick_soon` by finalizers too.
 
     Args:
-        identity: the key pair of this process.
         on_message: called with the source and the frames of every message.
         on_link: called when the state of an outgoing link changes.
         on_lost: called when a message could not be sent because its incoming connection has ended.
         on_dropped: called with the destination and the frames of a message that was dropped for any other reason, and
             that reason: its receiver is too slow, or no link to it can be opened.
         on_tick: called about five times per second.
-        on_received: called when messages had come in and all were handed over.
+        on_received: called when messages had arrived and all were handed over.
         max_backlog: bytes that may wait to be sent, over all receivers; None: any number, for a process that sends
             only what it holds itself.
-        max_received: bytes that may wait to be read, over all connections; beyond, those who hold most are cut off.
-        authorized: whose connections are accepted; None accepts any key.
+        max_received: bytes that may wait to be read, over all connections; beyond, those that hold most are ended.
+        authorized: the keys whose connections are accepted; None: any.
         listen: `tcp://host:port` to bind (port 0: any free one); None for a process that only connects.
-        tunnels: lead to hidden peers, and are stopped when the transport ends; None: hidden peers are not reached.
+        tunnels: lead to hidden peers, and end with the transport; None: hidden peers are not reached.
 
     Attributes:
         sending, receiving: account for what ZeroMQ holds, by key (see `Backlog` and `Connections`).
@@ -134,10 +128,10 @@ class Transport:
         self,
         identity: Identity,
         *,
-        on_message: MessageHandler,
-        on_link: LinkHandler | None = None,
-        on_lost: LostHandler | None = None,
-        on_dropped: DropHandler | None = None,
+        on_message: Callable[[Destination, Sequence[Payload]], None],
+        on_link: Callable[[Endpoint, LinkState], None] | None = None,
+        on_lost: Callable[[Connection], None] | None = None,
+        on_dropped: Callable[[Destination, Sequence[Payload], str], None] | None = None,
         on_tick: Callable[[], None] | None = None,
         on_received: Callable[[], None] | None = None,
         max_backlog: int | None = MAX_BACKLOG_BYTES,
@@ -195,16 +189,15 @@ class Transport:
         self.connections.thread.start()
 
     def send(self, destination: Destination, frames: Sequence[Payload]) -> None:
-        """Queues frames. An endpoint that is not connected yet is connected.
+        """Queues frames, which must not be changed afterwards; connects an endpoint that is not connected yet.
 
-        Frames must not be changed afterwards. `on_dropped` is told of a message that is dropped here, and of none that
-        gets lost with its link.
+        `on_dropped` is called for a message that is dropped here, and for none that is lost with its link.
         """
         self._post(destination, frames)
 
     @contextmanager
     def together(self) -> Generator[None]:
-        """What is sent within goes out at the end of it: who receives several messages is woken once for all."""
+        """Messages sent within go out at its end: a receiver of several is woken once for all."""
         outbox = self._outbox
         with outbox.lock:
             outbox.held += 1
@@ -245,9 +238,9 @@ class Transport:
         return link.state if link else LinkState.CONNECTING
 
     def is_taken(self, endpoint: Endpoint) -> bool:
-        """Whether somebody has taken the connection, though the handshake may still be under way.
+        """Whether the other side has taken the connection, though the handshake may still be under way.
 
-        Of one through others that says nothing: it is this process that takes the way into the tunnel.
+        False for hidden peers: this process itself takes the connection into the tunnel.
         """
         link = self._links.get(endpoint)
         return link is not None and link.tcp is not None and not endpoint.hidden
@@ -280,7 +273,7 @@ class Transport:
         return self._gate.refused if self._gate is not None else 0
 
     def close(self) -> None:
-        """Sends what is queued for those who are there (for at most half a second), and ends sockets and thread."""
+        """Sends what is queued for links that are up (for at most half a second), and ends sockets and thread."""
         with self._outbox.lock:
             if self._closing:
                 return
@@ -305,7 +298,7 @@ class Transport:
                     outbox.awake = True
                     if not here:
                         self._wake.set()
-        if at_once:  # who waits for it need not wait for what else this thread does
+        if at_once:  # its receiver need not wait for what else this thread does
             self._dispatch(destination, frames)
 
     def _listen(self, address: str) -> None:
@@ -345,7 +338,7 @@ class Transport:
     def _link(self, endpoint: Endpoint) -> _Link:
         link = self._links.get(endpoint)
         if link is None:
-            if not is_address(endpoint.address):  # ZeroMQ would look a name up, and all links wait for that
+            if not is_address(endpoint.address):  # ZeroMQ would look a name up, and all links would wait for that
                 raise zmq.ZMQError(zmq.EINVAL, f"{endpoint.address} has no IP address")
             dealer = self._context.socket(zmq.DEALER)
             monitor: zmq.Socket[bytes] | None = None
@@ -368,7 +361,6 @@ class Transport:
         return link
 
     def _address(self, endpoint: Endpoint) -> str:
-        """What ZeroMQ connects to. Raises OSError."""
         if not endpoint.hidden:
             return endpoint.address
         if self._tunnels is None:
@@ -388,7 +380,7 @@ class Transport:
             self._poller.unregister(link.socket)
             self._poller.unregister(link.monitor)
             if link.state is not LinkState.UP and not (at_end and link.state is LinkState.CONNECTING):
-                link.socket.linger = 0  # a socket that waits for somebody to take what is queued keeps its descriptors
+                link.socket.linger = 0  # a socket that waits to send what is queued keeps its descriptors
             _close_watched(link.socket, link.monitor)
             self._close_tunnel(endpoint)
 
@@ -577,7 +569,7 @@ class Transport:
                     self._guard(self._on_link, link.endpoint, state)
 
     def _guard(self, handler: Callable[..., None], *arguments: Any) -> None:
-        """A handler's error must not end the thread that everything depends on."""
+        """Logs a handler's error, which must not end the transport's thread."""
         try:
             handler(*arguments)
         except Exception:

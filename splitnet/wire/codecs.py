@@ -208,46 +208,36 @@ class _Float32(Codec):
         return _tensor(np.frombuffer(payload, "<f4").astype(np.float32).reshape(positions, hidden))
 
 
-class _Float16(Codec):
-    """IEEE float16; magnitudes above 65504 saturate, since massive activations may exceed them."""
+class _Half(Codec):
+    """Two bytes a value, rounded to nearest.
 
-    name, code = "fp16", 1
+    bf16 is exact for models that compute in bfloat16; fp16 saturates at 65504, which massive activations may exceed.
+    """
 
-    def bytes_per_position(self, hidden: int) -> int:
-        return 2 * hidden
-
-    def encode(self, hidden: torch.Tensor) -> bytes:
-        values = _matrix(hidden).float()
-        if not _all_within(values, torch.finfo(torch.float32).max):
-            raise _not_finite(self.name)
-        halves = values.clamp(-65504.0, 65504.0).to(torch.float16).cpu()
-        return halves.contiguous().numpy().astype("<f2", copy=False).tobytes()
-
-    def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
-        self._check_payload(payload, positions, hidden)
-        halves = np.frombuffer(payload, "<f2").astype(np.float16).reshape(positions, hidden)
-        return _tensor(halves).float()
-
-
-class _BFloat16(Codec):
-    """The upper half of a float32, rounded to nearest: exact for models that compute in bfloat16."""
-
-    name, code = "bf16", 2
+    def __init__(self, name: str, code: int, dtype: torch.dtype) -> None:
+        self.name = name
+        self.code = code
+        self._dtype = dtype
+        self._largest = torch.finfo(torch.float32 if dtype is torch.float16 else dtype).max
 
     def bytes_per_position(self, hidden: int) -> int:
         return 2 * hidden
 
     def encode(self, hidden: torch.Tensor) -> bytes:
         values = _matrix(hidden)
-        if not _all_within(values, torch.finfo(torch.bfloat16).max):
+        if not _all_within(values, self._largest):
             raise _not_finite(self.name)
-        return (
-            values.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
-        )
+        if self._dtype is torch.float16:
+            values = values.float().clamp(-65504.0, 65504.0)
+        halves = values.to(self._dtype).cpu().contiguous().view(torch.int16)
+        return halves.numpy().astype("<i2", copy=False).tobytes()
 
     def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
         self._check_payload(payload, positions, hidden)
-        return _tensor(from_bfloat16(np.frombuffer(payload, "<u2")).reshape(positions, hidden))
+        bits = np.frombuffer(payload, "<u2")
+        if self._dtype is torch.bfloat16:
+            return _tensor(from_bfloat16(bits).reshape(positions, hidden))
+        return _tensor(bits.view("<f2").astype(np.float16).reshape(positions, hidden)).float()
 
 
 class _BlockInteger(Codec):
@@ -386,8 +376,8 @@ def _by_name(codecs: Sequence[Codec]) -> Mapping[str, Codec]:
 CODECS: Mapping[str, Codec] = _by_name(
     [
         _Float32(),
-        _Float16(),
-        _BFloat16(),
+        _Half("fp16", 1, torch.float16),
+        _Half("bf16", 2, torch.bfloat16),
         _BlockInteger("int8", 3, bits=8, rotate=True),
         _BlockInteger("int8-block", 4, bits=8, rotate=False),
         _BlockInteger("int6", 5, bits=6, rotate=True),

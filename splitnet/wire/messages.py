@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar, NamedTuple, cast, get_args
+from typing import ClassVar, NamedTuple, cast, get_args
 
 from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.wire.endpoints import Relay
@@ -71,7 +71,7 @@ Payload = bytes | memoryview
 
 
 class FailureCode(IntEnum):
-    """Why a peer refused; the client turns each into an exception of `splitnet.errors`."""
+    """Why a peer refused; clients turn each into an exception of `splitnet.errors`."""
 
     INTERNAL = 1
     BAD_MESSAGE = 2
@@ -83,7 +83,7 @@ class FailureCode(IntEnum):
     TOO_LONG = 8
     STALE_EPOCH = 9
     LEAVING = 10
-    """Not about a request: the peer is about to end, and serves the session until its client has replaced it."""
+    """Not about a request: the peer is about to end, and serves the session until it is replaced."""
 
 
 class Chunk(NamedTuple):
@@ -101,18 +101,18 @@ class Timing(NamedTuple):
     """What a step met at one hop, in microseconds."""
 
     wait_us: int
-    """From its arrival until its first pass began."""
+    """From its arrival until its first pass."""
     compute_us: int
-    """On the device, over all its passes."""
+    """Over all its passes."""
     next_rtt_us: int
-    """Round trip to the next hop, as this one has seen it lately; 0: not measured."""
+    """Latest round trip to the next hop; 0: not measured."""
 
 
 class LoadReport(NamedTuple):
     """How busy a device has been lately, see `scheduler.batching`; records tell the same, seconds to a minute later."""
 
     wait_ms: float
-    """For which decode steps waited."""
+    """Of decode steps."""
     batch: float
     """Positions of others in the pass of a decode step."""
     at: float
@@ -133,12 +133,18 @@ _MAX_US = (1 << 48) - 1
 _MAX_HOPS = 256
 
 
-def _session() -> Any:
-    return wire(blob(SESSION_BYTES))
+_EPOCH = uint((1 << 31) - 1)
 
 
-def _epoch() -> Any:
-    return wire(uint((1 << 31) - 1))
+@dataclass(frozen=True, slots=True)
+class _OfSession:
+    session: bytes = wire(blob(SESSION_BYTES))
+    epoch: int = wire(_EPOCH)
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbered(_OfSession):
+    number: int = wire(_NUMBER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +169,14 @@ class Pong:
     queue_ms: float = wire(milliseconds)
     kv_free_positions: int = wire(_NUMBER)
     waiting: int = appended(_NUMBER, 0)
-    """Steps and passes of the session asked about that wait here or are being computed; 1 for all that was sent on and
-    has not arrived, as far as is known."""
+    """Steps and passes of the session asked about that wait here or are being computed, and 1 for all that was sent on
+    and, as far as is known, has not arrived."""
     done: int = appended(_NUMBER, 0)
     """Positions of the session that were computed here so far; it only grows."""
     holds: bool = appended(flag, False)
-    """The peer holds the session, and whoever asks has opened it."""
+    """The peer holds the session, and the asking side has opened it."""
     last: int = appended(_NUMBER, 0)
-    """Highest number of a step or pass of the session's epoch that was finished here; replays do not count."""
+    """Highest number of a step or pass of the session's epoch that was finished here, without replays."""
     timing: tuple[Timing, ...] = appended(records(Timing, (_MAX_US,) * 3, most=1), ())
     """Of the last decode step of the session here; empty: there was none."""
     load: tuple[LoadReport, ...] = appended(
@@ -180,12 +186,10 @@ class Pong:
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
+class Open(_OfSession):
     """Opens a session at a hop, or changes an open one: a larger reservation, another next hop, a newer epoch."""
 
     TAG: ClassVar[int] = 3
-    session: bytes = _session()
-    epoch: int = _epoch()
     model: str = wire(text(64))
     """Fingerprint of the weights."""
     start: int = wire(uint(MAX_BLOCKS))
@@ -200,18 +204,16 @@ class Open:
     """Public key of the next hop; empty: results go to the client."""
     next_address: str = wire(text(256))
     next_relays: tuple[Relay, ...] = appended(several(row(Relay, text(64), blob(KEY_BYTES)), most=3), ())
-    """Helpers through whom the next hop is reached; none: it is reached at its address."""
+    """Through which the next hop is reached; none: at its address."""
     asks_weights: bool = appended(flag, default=False)
-    """Whether `Opened` shall say what the weights are held as."""
+    """`Opened` shall have `weights`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(_OfSession):
     """Answers `Open`: memory is reserved."""
 
     TAG: ClassVar[int] = 4
-    session: bytes = _session()
-    epoch: int = _epoch()
     next_reachable: bool = wire(flag)
     cached_positions: int = wire(_NUMBER)
     """Over all rows; 0 tells the client that this hop begins with nothing."""
@@ -224,11 +226,11 @@ class Close:
     """Ends a session and frees its memory; sent by its owner."""
 
     TAG: ClassVar[int] = 5
-    session: bytes = _session()
+    session: bytes = wire(blob(SESSION_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Step(_Numbered):
     """New positions of some rows, with their encoded boundary activations `[positions, hidden]` as payload.
 
     A step is idempotent: positions are absolute, a hop crops what it has cached beyond `start` first, and forks that
@@ -236,9 +238,6 @@ class Step:
     """
 
     TAG: ClassVar[int] = 6
-    session: bytes = _session()
-    epoch: int = _epoch()
-    number: int = wire(_NUMBER)
     parts: tuple[Chunk, ...] = wire(records(Chunk, (_ROW_ID, *(MAX_POSITIONS,) * 3), most=MAX_ROWS))
     forks: tuple[Fork, ...] | None = wire(optional(records(Fork, (_ROW_ID, _ROW_ID), most=MAX_ROWS)))
     """Applied before the new positions; rows that are not named are dropped. None: the rows stay."""
@@ -251,8 +250,8 @@ class Step:
     timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
     """Of the hops before, in order."""
     reach: int = appended(uint(MAX_POSITIONS), 0)
-    """Where rotary frequencies depend on the length of a text, a position has those of a text that ends with it, or of
-    one of so many positions (with the prefix of an adapter) if that is longer. Version 0.1.0 refuses it."""
+    """Where rotary frequencies depend on the length of a text, a position has those of the longer one: a text that ends
+    with it, or one of so many positions (with the prefix of an adapter). Version 0.1.0 refuses it."""
 
     @property
     def positions(self) -> int:
@@ -260,13 +259,10 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class Result(_Numbered):
     """Output of a hop for the client: of the tail, or of a hop whose next is the client."""
 
     TAG: ClassVar[int] = 7
-    session: bytes = _session()
-    epoch: int = _epoch()
-    number: int = wire(_NUMBER)
     end: int = wire(uint(MAX_BLOCKS))
     """The boundary that the payload stands at."""
     codec: int = wire(uint(255))
@@ -281,26 +277,25 @@ class Failure:
 
     TAG: ClassVar[int] = 8
     session: bytes = wire(blob(0, SESSION_BYTES))
-    epoch: int = _epoch()
+    epoch: int = wire(_EPOCH)
     number: int = wire(_NUMBER)
     code: int = wire(uint(255))
     text: str = wire(text(MAX_TEXT))
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
-    """Asks a hop to send its log of encoded activations to its next hop again (see `Open` for a new next hop)."""
+class Replay(_Numbered):
+    """Asks a hop to send its log of encoded activations to its next hop again (see `Open` for a new next hop).
+
+    The hop that ends at `until` answers the last step of it, which has this number, with an empty `Result`.
+    """
 
     TAG: ClassVar[int] = 9
-    session: bytes = _session()
-    epoch: int = _epoch()
-    number: int = wire(_NUMBER)
-    """Number of the last step of the replay; the hop that ends at `until` answers it with an empty `Result`."""
     until: int = wire(uint(MAX_BLOCKS))
 
 
 @dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(_Numbered):
     """Whole sequences of which no KV cache is kept, with their encoded boundary activations `[positions, hidden]`.
 
     Answered as a step is: pushed from hop to hop, and by the tail with a `Result` of all positions. Sent again, it does
@@ -308,9 +303,6 @@ class Forward:
     """
 
     TAG: ClassVar[int] = 10
-    session: bytes = _session()
-    epoch: int = _epoch()
-    number: int = wire(_NUMBER)
     oldest: int = wire(_NUMBER)
     """The client needs nothing any more of what has a lower number."""
     lengths: tuple[int, ...] = wire(several(uint(MAX_POSITIONS), most=MAX_ROWS))
@@ -336,14 +328,10 @@ class Forward:
 
 
 @dataclass(frozen=True, slots=True)
-class Gradient:
-    """Goes the way of a `Forward` back: the gradient of the client's loss by the activations at a boundary."""
+class Gradient(_Numbered):
+    """Goes the way of a `Forward` back, with its number: the gradient of the loss by the activations at a boundary."""
 
     TAG: ClassVar[int] = 11
-    session: bytes = _session()
-    epoch: int = _epoch()
-    number: int = wire(_NUMBER)
-    """Of the `Forward`."""
     boundary: int = wire(uint(MAX_BLOCKS))
     since: int = wire(_NUMBER)
     """Number of the first of the passes over which hops add up the gradients by the adapter."""
@@ -354,7 +342,7 @@ class Gradient:
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
+class Adapter(_OfSession):
     """Parameters of the client that the blocks of a hop run with from now on, in this session alone.
 
     The payload is in the safetensors format; `splitnet.blocks.adapters` says how the tensors are named. A large adapter
@@ -362,8 +350,6 @@ class Adapter:
     """
 
     TAG: ClassVar[int] = 12
-    session: bytes = _session()
-    epoch: int = _epoch()
     version: int = wire(_NUMBER)
     remaining: int = wire(_NUMBER)
     """How many messages of this version follow."""
@@ -371,49 +357,40 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterLoaded:
+class AdapterLoaded(_OfSession):
     """Answers the last `Adapter` of a version."""
 
     TAG: ClassVar[int] = 13
-    session: bytes = _session()
-    epoch: int = _epoch()
     version: int = wire(_NUMBER)
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterGradient:
-    """A hop's gradient by the adapter of its blocks, with the same names and shapes; straight to the client."""
+class AdapterGradient(_Numbered):
+    """A hop's gradient by the adapter of its blocks, with the same names and shapes; straight to the client.
+
+    It is summed over several passes, and has the number of the last `Forward` of these.
+    """
 
     TAG: ClassVar[int] = 14
-    session: bytes = _session()
-    epoch: int = _epoch()
-    number: int = wire(_NUMBER)
-    """Of the last `Forward` that it is summed over."""
     remaining: int = wire(_NUMBER)
     """How many messages of it follow."""
     payload: Payload = b""
 
 
 @dataclass(frozen=True, slots=True)
-class FetchKV:
+class FetchKV(_Numbered):
     """Asks a hop for the keys and values of the first positions of a row, which the client may use as a prefix."""
 
     TAG: ClassVar[int] = 15
-    session: bytes = _session()
-    epoch: int = _epoch()
-    number: int = wire(_NUMBER)
     row: int = wire(uint(_ROW_ID))
     length: int = wire(uint(MAX_POSITIONS))
 
 
 @dataclass(frozen=True, slots=True)
-class FetchedKV:
+class FetchedKV(_Numbered):
     """Answers a `FetchKV` for the blocks of a hop, with tensors that are named as those of an adapter."""
 
     TAG: ClassVar[int] = 16
-    session: bytes = _session()
-    epoch: int = _epoch()
-    number: int = wire(_NUMBER)
     remaining: int = wire(_NUMBER)
     """How many messages of it follow."""
     payload: Payload = b""
@@ -431,9 +408,9 @@ class LookUp:
     depth: int = wire(uint(MAX_DEPTH))
     """Over how many further peers the question may go, where the one asked has to ask others itself."""
     known: tuple[bytes, ...] = appended(several(blob(ENTRY_BYTES), most=MAX_KNOWN), ())
-    """What is said of the records that who asks holds, see `splitnet.directory.ask`; those first that it needs most."""
+    """Entries of the records that are known already (`splitnet/directory/ask.py:entry_of`), the most needed first."""
     since: float = appended(_UNIX_S, 0.0)
-    """Of other peers tell only of those that are where they are since then, Unix time in seconds."""
+    """Of other peers only those are told that have their span since then, Unix time in seconds."""
     most: int = appended(uint(MAX_CHANGES_BYTES), 0)
     """Only what has changed, in so many bytes of records; 0: everything."""
 
@@ -512,31 +489,10 @@ class WeightsPart:
     payload: Payload = b""
 
 
-Message = (
-    Ping
-    | Pong
-    | Open
-    | Opened
-    | Close
-    | Step
-    | Result
-    | Failure
-    | Replay
-    | Forward
-    | Gradient
-    | Adapter
-    | AdapterLoaded
-    | AdapterGradient
-    | FetchKV
-    | FetchedKV
-    | LookUp
-    | Found
-    | Announce
-    | Announced
-    | AskWeights
-    | WeightsPart
-)
-
+_Passing = Open | Opened | Close | Step | Result | Failure | Replay | Forward | Gradient
+_Tensors = Adapter | AdapterLoaded | AdapterGradient | FetchKV | FetchedKV
+_Asking = LookUp | Found | Announce | Announced | AskWeights | WeightsPart
+Message = Ping | Pong | _Passing | _Tensors | _Asking
 MESSAGES: tuple[type[Message], ...] = get_args(Message)
 
 _BY_TAG: dict[int, type[Message]] = {kind.TAG: kind for kind in MESSAGES}
