@@ -19,7 +19,7 @@ from splitnet.checkpoint.transfer.manifest import Manifest
 from splitnet.checkpoint.transfer.matching import differs, find_manifest, headers_differ
 from splitnet.directory.dht import Directory
 from splitnet.directory.interface import SwarmDirectory
-from splitnet.directory.joining import join, node_of
+from splitnet.directory.joining import join, part_of
 from splitnet.directory.mdns import LanNode, LocalNetwork, is_lan_address, what_was_found
 from splitnet.errors import DirectoryError, LanError, ModelNotFound, ProtocolError, UnsupportedModel, WrongSwarm
 from splitnet.security.identity import Identity
@@ -160,7 +160,7 @@ def join_swarm(
         elif options.invited and options.model_id is None:
             with Asking(identity, options.swarm_key or OPEN) as asking:
                 _check_told(options, model, checkpoint, directory, asking, report)
-        node = node_of(directory)
+        node = part_of(directory, Directory)
         lan = None
         if node is not None and options.lan:
             has_joined = bool(options.initial_peers or options.join_file)
@@ -186,7 +186,7 @@ def _join(options: PeerOptions, identity: Identity, report: Report) -> SwarmDire
     swarm = options.swarm_key or OPEN
     directory = join(initial_peers, lambda: Links(identity), listen=listen, swarm=swarm, waiting=waiting)
     try:
-        node = node_of(directory)
+        node = part_of(directory, Directory)
         if node is None and (options.dht_listen is not None or options.lan):
             reason = "it joins through peers" if initial_peers else "hivemind is not installed"
             if options.dht_listen is not None:
@@ -200,7 +200,7 @@ def _join(options: PeerOptions, identity: Identity, report: Report) -> SwarmDire
 
 def _meet_local_network(options: PeerOptions, directory: SwarmDirectory, report: Report) -> None:
     """A peer that does not know its model yet joins the peers that are there, to ask them."""
-    node = node_of(directory)
+    node = part_of(directory, Directory)
     if node is None or not options.lan or options.initial_peers or options.join_file:
         return
     try:

@@ -1,6 +1,6 @@
-"""The directory as peers tell it, over the links that a process has with them anyway: without a node of a DHT.
+"""The directory as peers tell it, over the links that a process has anyway: without a node of a DHT.
 
-Several peers are asked, and what they know is put together. Records are signed, so none can forge any; one that lies,
+Several peers are asked, and their answers are put together. Records are signed, so none can forge any; one that lies,
 knows nothing or is silent hides no record that another knows.
 """
 
@@ -12,11 +12,11 @@ import struct
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
-from itertools import accumulate, count, zip_longest
+from itertools import accumulate, chain, count, zip_longest
 from operator import itemgetter
 from typing import Final, Protocol
 
@@ -32,8 +32,22 @@ from splitnet.wire.fields import Values, packb
 from splitnet.wire.messages import ENTRY_BYTES, MAX_FOUND, Announce, Announced, Failure, Found, LookUp, Message, Payload
 
 _ENTRY = struct.Struct(f">{KEY_PREFIX_BYTES}s3sI4B")
-"""A key, what the record says that is exact, when it was issued, and four measured amounts in steps."""
+"""A key, the digest of the exact fields, when the record was issued, and four measured amounts in steps."""
 assert _ENTRY.size == ENTRY_BYTES
+
+_MEASURED: Final = {"block_ms", "queue_ms", "batch", "kv_free_positions", "sessions", "bytes_per_ms", "links", "watts"}
+_NOT_IN_DIGEST: Final = _MEASURED | {
+    "coordinate",
+    "coordinate_error",
+    "key",
+    "model",
+    "proof",
+    "placed_at",
+    "issued_at",
+    "ttl_s",
+}
+"""All other fields are exact. Versions compare digests: one that is added must be left out while it has its default."""
+_EXACT_FIELDS: Final = [field.name for field in fields(PeerRecord) if field.name not in _NOT_IN_DIGEST]
 
 RECORD_OVERHEAD: Final = 3
 """Bytes that a record takes in an answer besides its own."""
@@ -51,7 +65,7 @@ _EXACT = 256
 
 
 def entry_of(record: PeerRecord) -> bytes:
-    """What is said of a record that is held."""
+    """The entry of a record that is held, as `LookUp.known` has it."""
     amounts = zip((record.block_ms[0], record.queue_ms, record.batch, record.kv_free_positions), _UNITS, strict=True)
     return _ENTRY.pack(
         record.key.raw[:KEY_PREFIX_BYTES],
@@ -62,11 +76,7 @@ def entry_of(record: PeerRecord) -> bytes:
 
 
 class DirectoryDelta:
-    """The records that a peer knows, as it tells them. Thread-safe.
-
-    Args:
-        records: the latest of each peer, of those that have left, too.
-    """
+    """The records that a peer knows (the latest of each peer, of those that have left, too). Thread-safe."""
 
     def __init__(self, records: Sequence[PeerRecord]) -> None:
         self._by_key: defaultdict[bytes, list[tuple[bytes, PeerRecord]]] = defaultdict(list)
@@ -78,16 +88,10 @@ class DirectoryDelta:
         self._newest = sorted(present, key=lambda record: (not record.is_proven, -record.placed_at))
 
     def changes(self, known: Sequence[bytes], since: float, most: int) -> tuple[bytes, list[PeerRecord]]:
-        """What to tell somebody.
-
-        Args:
-            known: what is said of the records that it holds, those first that it needs most.
-            since: of all others it is told of those that are where they are since then, Unix time in seconds.
-            most: bytes of records.
+        """An answer to a `LookUp` with these fields.
 
         Returns:
-            A bit for each that is known: whether it is still there, the lowest bit of a byte first. And records that
-            are new or say something else, one of the ones and one of the others in turns as far as there is room.
+            `Found.present`, and records that have changed or are new, in turns, of at most `most` bytes.
         """
         bits = 0
         changed: list[tuple[int, PeerRecord]] = []
@@ -98,43 +102,31 @@ class DirectoryDelta:
                 if weight := _weight(entry, newest):
                     changed.append((weight, record))
         changed.sort(key=itemgetter(0), reverse=True)
-        room = most
-        told: list[PeerRecord] = []
-        for record in _in_turns([record for _, record in changed], self._unlisted(known, since)):
-            size = len(record.signed) + RECORD_OVERHEAD
-            if size > room:
-                break
-            told.append(record)
-            room -= size
-        return bits.to_bytes((len(known) + 7) // 8, "little"), told
-
-    def _unlisted(self, known: Sequence[bytes], since: float) -> Iterator[PeerRecord]:
         listed = {entry[:KEY_PREFIX_BYTES] for entry in known}
-        return (
+        new = (
             record
             for record in self._newest
             if record.placed_at >= since and record.key.raw[:KEY_PREFIX_BYTES] not in listed
         )
+        room = most
+        told: list[PeerRecord] = []
+        for record in chain.from_iterable(zip_longest((record for _, record in changed), new)):
+            if record is not None:
+                room -= len(record.signed) + RECORD_OVERHEAD
+                if room < 0:
+                    break
+                told.append(record)
+        return bits.to_bytes((len(known) + 7) // 8, "little"), told
 
 
 def still_there(present: bytes, count: int) -> list[bool]:
-    """For each of so many entries whether it is still there."""
+    """For each of `count` entries whether its bit is set, see `Found.present`."""
     bits = int.from_bytes(present, "little")
     return [bool(bits >> at & 1) for at in range(count)]
 
 
-def _in_turns(ones: Sequence[PeerRecord], others: Iterator[PeerRecord]) -> Iterator[PeerRecord]:
-    for pair in zip_longest(ones, others):
-        yield from filter(None, pair)
-
-
 def _digest(record: PeerRecord) -> bytes:
-    exact = [
-        *(record.model_name, record.address, record.start, record.end, record.num_blocks, record.protocol),
-        *(record.codecs, record.device, record.dtype, record.max_blocks, record.moving_to, record.serves),
-        *(record.version, record.state_bytes, record.relays, record.relay_port),
-    ]
-    return blake2b(packb(exact), digest_size=3).digest()
+    return blake2b(packb([getattr(record, name) for name in _EXACT_FIELDS]), digest_size=3).digest()
 
 
 _UNITS: Final = (0.1, 5.0, 0.5, 16.0)
@@ -146,7 +138,7 @@ def _steps(amount: float, unit: float) -> int:
 
 
 def _weight(held: bytes, latest: bytes) -> int:
-    """How much it matters to whoever holds the one that there is the other; 0: not at all."""
+    """How much a record with the entry `latest` matters to a holder of the one with `held`; 0: not at all."""
     _, exact, issued, *amounts = _ENTRY.unpack(held)
     _, latest_exact, latest_issued, *latest_amounts = _ENTRY.unpack(latest)
     later = (latest_issued - issued) % _TICKS
@@ -159,10 +151,10 @@ def _weight(held: bytes, latest: bytes) -> int:
 
 
 CONNECT_TIMES: Final = 3.0
-"""While nobody has answered, peers that have taken the connection are waited for so many times as long, and then for
-their answers: a handshake takes some round trips, which may be of seconds."""
+"""Until the first answer, peers that have taken the connection are waited for so many times as long: a handshake takes
+some round trips, which may be of seconds."""
 LOOK_S: Final = 0.05
-"""How often the states of links are looked at."""
+"""Between two looks at the states of links."""
 
 PART_BYTES: Final = 60_000
 """Of one message of an answer."""
@@ -173,7 +165,6 @@ MAX_OTHERS: Final = 8
 """Peers of the last answer that are asked when all of those are silent."""
 OPEN_QUESTIONS: Final = 32
 REMEMBERED_MODELS: Final = 4
-
 _RECORDS_PER_PART = 1024
 
 
@@ -186,9 +177,7 @@ class AskingLinks(Protocol):
 
     def state(self, endpoint: Endpoint) -> LinkState: ...
 
-    def is_connecting(self, endpoint: Endpoint) -> bool:
-        """Whether somebody has taken the connection, and the handshake is under way."""
-        ...
+    def is_connecting(self, endpoint: Endpoint) -> bool: ...
 
     def close(self) -> None: ...
 
@@ -229,10 +218,8 @@ class _Answer:
 class Changes:
     """What has changed, as a peer says.
 
-    Attributes:
-        present: of each record that it was told of, whether the peer is still there.
-        records: the verified ones of its answer, of peers that have left, too.
-        whole: the answer was everything that it knows, as of a peer that does not tell changes.
+    present: of each record that it was told of, whether the peer is still there. records: the verified ones of its
+    answer, of peers that have left, too. whole: that is all it knows, as of a peer that does not tell changes.
     """
 
     present: Sequence[bool]
@@ -242,7 +229,7 @@ class Changes:
 
 @dataclass
 class _Question:
-    """What was asked of some peers, and what has come. `model` None: it was an announcement."""
+    """What some peers were asked, and their answers. `model` None: it was an announcement."""
 
     number: int
     model: str | None
@@ -251,11 +238,10 @@ class _Question:
     """The latest answers to the same question, asked before."""
 
     def said(self) -> dict[Endpoint, _Answer]:
-        """The answers that are complete."""
         return {endpoint: answer for endpoint, answer in self.answers.items() if answer.complete and not answer.refusal}
 
     def best(self) -> dict[Endpoint, _Answer]:
-        """What a peer said before counts while it is silent: records expire, and say themselves who has left."""
+        """An earlier answer counts while its peer is silent: records expire, and say themselves if a peer has left."""
         return self.before | self.said()
 
 
@@ -263,8 +249,7 @@ class PeerDirectory(SwarmDirectory):
     """Asks peers for records, and has them tell others of its own.
 
     Args:
-        joined: the peers to ask; none: this one begins the swarm, and knows who announces itself to it.
-        links: over which to ask.
+        joined: the peers to ask; none: this one begins the swarm, and knows the peers that announce themselves to it.
         serving: for a peer: remembers the records that others announce to it, and closes `links` with itself.
         swarm: the key of a closed one.
     """
@@ -284,15 +269,15 @@ class PeerDirectory(SwarmDirectory):
         self._numbers = count(1)
         self._open: OrderedDict[int, _Question] = OrderedDict()
         self._last: OrderedDict[str, _Question] = OrderedDict()
-        """Of each model that this process itself asks about, and of some that others have asked about lately."""
+        """By model: of those that this process itself asks about, and some that others have asked about lately."""
         self._wanted: set[str] = set()
         """Models that this process itself asks about."""
         self._others: list[Endpoint] = []
         """Peers that others have named."""
         self._silent: set[Endpoint] = set()
-        """They gave no answer to the last question that they were asked."""
+        """They did not answer their last question."""
         self._alone = False
-        """None of those that were joined through did."""
+        """All of `_joined` were silent at the last question."""
         self._own: set[PublicKey] = set()
         """Keys that this process has announced."""
         self._heard = threading.Condition()
@@ -303,11 +288,7 @@ class PeerDirectory(SwarmDirectory):
     def join(
         cls, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False, swarm: OpenSwarm = OPEN
     ) -> PeerDirectory:
-        """The same, once a peer has answered.
-
-        Raises:
-            DirectoryError: none does; says why.
-        """
+        """The same, once a peer has answered. Raises DirectoryError: none does, and why."""
         directory = cls(joined, links, serving=serving, swarm=swarm)
         try:
             directory.records("")
@@ -323,7 +304,7 @@ class PeerDirectory(SwarmDirectory):
         if self._kept is not None:
             taken = self._kept.take(record if record.signed == packed else verified_record(packed))
         leaves = record.has_left and depth == OWN_DEPTH
-        if leaves and self._kept is not None:  # those that ask this peer are told by nobody else
+        if leaves and self._kept is not None:  # peers that ask this one are told by no other
             kept = self._kept.records(record.model)
             known = [other.endpoint for other in kept if not other.has_left and other.key not in self._own]
             self._others = self._nearest(known) or self._others
@@ -365,7 +346,7 @@ class PeerDirectory(SwarmDirectory):
                 self._forget(self._last.pop(other))
             answers = list(question.best().values())
         records = latest(model, [*found, *map(_records, answers)])
-        if depth == OWN_DEPTH and model != HELPERS:  # not what strangers wanted to know, nor who answers no questions
+        if depth == OWN_DEPTH and model != HELPERS:  # not for questions of strangers, and relays answer none
             present = [record.endpoint for record in records if not record.has_left]
             self._others = self._nearest(present) or self._others
         return records
@@ -379,12 +360,11 @@ class PeerDirectory(SwarmDirectory):
         asked: Sequence[Endpoint],
         others: Sequence[Endpoint] = (),
     ) -> dict[Endpoint, Changes]:
-        """What has changed of some records, as those of the peers say that answer.
+        """The changes that peers tell.
 
         Args:
-            model: whose peers.
-            known: the records, those first that are needed most.
-            since: of other peers those are told of that are where they are since then, Unix time in seconds.
+            known: the records that are held, the most needed first.
+            since: of other peers only those are told that have their span since then, Unix time in seconds.
             most: bytes of records that each may tell; an older peer tells more, of which as much counts.
             asked: the peers to ask.
             others: they are asked if none of those answers soon.
@@ -416,8 +396,8 @@ class PeerDirectory(SwarmDirectory):
     def _ask(
         self, model: str | None, depth: int, message: Callable[[int], Message], *, everybody: bool = False
     ) -> _Question:
-        """Asks those that were joined through, and others if all of these are silent, or at once: everybody."""
-        # Who asks on behalf of others answers before these give up.
+        """Asks the joined peers, and others if all of these are silent, or (`everybody`) at once."""
+        # Questions on behalf of others are answered before these give up.
         limit_s = DIRECTORY_ANSWER_S * depth / OWN_DEPTH
         others = [other for other in self._others if other not in self._joined and other.key not in self._own]
         rounds = [[*self._joined, *others]] if self._alone or everybody else [self._joined, others]
@@ -453,7 +433,7 @@ class PeerDirectory(SwarmDirectory):
             self._silent = (self._silent & {*self._joined, *self._others} - question.answers.keys()) | silent
 
     def _forget(self, question: _Question) -> None:
-        """Whatever comes late for it counts no more: answers are megabytes."""
+        """Late answers, of megabytes, are dropped."""
         self._open.pop(question.number, None)
 
     def _wait(self, question: _Question, limit_s: float) -> None:
@@ -487,7 +467,7 @@ class PeerDirectory(SwarmDirectory):
         return state.is_final or (state is LinkState.DOWN and waited_s > DIRECTORY_DOWN_S)
 
     def _received(self, source: Endpoint, message: Message) -> None:
-        """Takes in an answer; nobody answers for another, nor twice. Runs in the transport's thread."""
+        """Takes in an answer; none answers for another, nor twice. Runs in the transport's thread."""
         if not isinstance(message, Found | Announced | Failure):
             return
         with self._heard:
@@ -504,7 +484,7 @@ class PeerDirectory(SwarmDirectory):
             self._heard.notify_all()
 
     def _nearest(self, endpoints: Collection[Endpoint]) -> list[Endpoint]:
-        """Some to ask when all that were joined through are gone: those with a link come first, as they exist."""
+        """Some to ask when all joined ones are gone: those with a link come first, as they exist."""
         tried = random.sample(list(endpoints), min(len(endpoints), 64))
         tried.sort(key=lambda endpoint: self._links.state(endpoint) is not LinkState.UP)
         return tried[:MAX_OTHERS]
@@ -532,11 +512,11 @@ class PeerDirectory(SwarmDirectory):
 
 
 def parts_of(records: Sequence[PeerRecord]) -> list[bytes]:
-    """The payloads of an answer with these records as they were signed; of too many the first."""
+    """The payloads of an answer with these records, as many of the first as there is room for."""
     parts: list[list[bytes]] = [[]]
     room, left = PART_BYTES, MAX_ANSWER_BYTES
     for record in records:
-        size = len(record.signed) + 3  # of msgpack
+        size = len(record.signed) + RECORD_OVERHEAD
         if size > room:
             if len(parts) == MAX_FOUND:
                 break
@@ -550,7 +530,7 @@ def parts_of(records: Sequence[PeerRecord]) -> list[bytes]:
 
 
 def _records(answer: _Answer) -> list[PeerRecord]:
-    """The valid records of an answer, whatever else it holds."""
+    """The valid records of an answer, which may hold anything else."""
     if answer.records is None:
         answer.records = []
         for payload in answer.payloads:
@@ -562,7 +542,7 @@ def _records(answer: _Answer) -> list[PeerRecord]:
 
 
 def _changes(answer: _Answer, model: str, known: Sequence[PeerRecord], most: int) -> Changes:
-    """What an answer says: of peers that are not known, no more than was asked for, as anybody can make keys."""
+    """Of peers that are not known, no more counts than was asked for, as anybody can make keys."""
     told = latest(model, [_records(answer)])
     keys = {record.key for record in known}
     sizes = accumulate(0 if record.key in keys else len(record.signed) + RECORD_OVERHEAD for record in told)

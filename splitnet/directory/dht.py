@@ -3,8 +3,7 @@
 The node runs in an event loop on a thread of its own, beside the one child process (`p2pd`) that speaks libp2p.
 DHT keys: `splitnet.peers.<fingerprint>.<shard>` holds one record per peer, under the text of its key, and
 `splitnet.peers.<fingerprint>` does so for earlier versions; `splitnet.models` holds one record per model, under its
-fingerprint. Every node of the DHT checks the signatures of what it stores and reads, and holds a bounded number
-(`splitnet.directory.interface`).
+fingerprint. Every node of the DHT checks the signatures of records, and holds a bounded number (`RecordTable`).
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ START_TIMEOUT_S: Final = 10.0
 CALL_TIMEOUT_S: Final = 10.0
 RPC_TIMEOUT_S: Final = 3.0
 WAITING_S: Final = 0.1
-"""How often who waits for a start is asked whether to go on."""
+"""Between two calls of `waiting`."""
 READS: Final = 2
-"""What looks empty while no node answers that was joined through is read so often before it is an error."""
+"""Of keys that look empty while all nodes joined through are silent, before that is an error."""
 MAX_INITIAL_PEERS: Final = 16
-"""How many nodes are remembered by `meet`, to ask them whatever others say."""
+"""Nodes that are asked whatever others say, as far as `meet` adds them."""
 SEARCHES_AT_ONCE: Final = 16
-"""Nodes that a search asks at the same time, so that silent ones hold it up little."""
+"""Nodes that a search asks at the same time, so that silent ones delay it little."""
 
 _REAP_TIMEOUT_S = 2.0
 _EXAMPLE_ADDRESS = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW..."
@@ -86,7 +85,7 @@ class Directory(SwarmDirectory):
         public: multiaddrs that others reach this node by, if not by those of this machine (NAT, containers).
         identity_path: libp2p key that keeps the address of this node the same over restarts; made if absent.
         verbose: let hivemind and libp2p log.
-        waiting: called again and again until it has started; what it raises ends that.
+        waiting: called again and again until the node has started; an error that it raises ends the start.
         Raises DirectoryError if none of `initial_peers` answers within 10 s, AddressInUse if `listen` is taken.
         """
         for address in initial_peers:
@@ -138,10 +137,7 @@ class Directory(SwarmDirectory):
         )
 
     def meet(self, addresses: Sequence[str]) -> int:
-        """Brings the DHTs together that this node and the nodes at `addresses` (multiaddrs) are in.
-
-        For nodes that have found each other after both began a DHT. Returns how many of them answer.
-        """
+        """Joins the DHT of this node with those of the nodes at `addresses` (multiaddrs); returns how many answer."""
         return self._request(lambda _: self._meet(addresses))
 
     def moved(self) -> None:
@@ -166,9 +162,6 @@ class Directory(SwarmDirectory):
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 
-    def __enter__(self) -> Directory:
-        return self
-
     def _read(self, keys: Sequence[str]) -> Reading:
         for _ in range(READS):
             reading = self._request(lambda node: read(node, keys, self._initial_peer_ids))
@@ -190,8 +183,8 @@ class Directory(SwarmDirectory):
             subkeys=list(subkeys),
             exclude_self=not self._stores_for_others,
         )
-        # The nodes that are nearest to a key choose their own ids, so others are told as well: those that readers asked
-        # to join, as they are asked whatever the nearest say.
+        # The nodes that are nearest to a key choose their own ids, so the ones joined through are told as well: readers
+        # always ask these.
         hivemind = import_hivemind()
         ids = [hivemind.dht_id(key) for key in keys]
         value = node.protocol.serializer.dumps(packed)
@@ -260,7 +253,7 @@ class Directory(SwarmDirectory):
         answer = await request(self._node)
         protocol = self._node.protocol
         if self._initial_peer_ids and not protocol.routing_table.uid_to_peer_id:
-            # A node that does not answer is forgotten. When all are, as after an outage, only these can be asked.
+            # Silent nodes are forgotten. When all are, as after an outage, only these can be asked.
             self._node.blacklist.clear()
             await asyncio.gather(*(protocol.call_ping(peer_id) for peer_id in self._initial_peer_ids))
             if protocol.routing_table.uid_to_peer_id:

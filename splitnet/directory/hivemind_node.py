@@ -24,15 +24,13 @@ from splitnet.import_shims import late_package
 from splitnet.wire.fields import Values
 
 _OUTDATED = 64
-"""Entries of a heap that are kept beside those that count."""
-
-
+"""Entries of a heap that are kept beside the valid ones."""
 KEYS_PER_FIND: Final = 16
 """As many as nodes of any version ask for at once."""
 
 
 class NodeLoop(asyncio.SelectorEventLoop):
-    """Starts children in a session of their own: a Ctrl-C ends this process only after the peer has left the DHT."""
+    """Starts children in a session of their own: after a Ctrl-C the peer can still leave the DHT."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +122,7 @@ def import_hivemind() -> Hivemind:
 def _refuse_older(store: Callable[[Any, Any, Any, float], bool]) -> Callable[[Any, Any, Any, float], bool]:
     """Mends `TimedStorage.store` of hivemind 1.1.12, which refuses an older value but takes over its expiration.
 
-    Whoever repeated an earlier record of a peer could so make the DHT forget the current one before its time.
+    An earlier record of a peer, sent again, could so make the DHT forget the current one before its time.
     """
 
     def store_newer(self: Any, key: Any, value: Any, expiration_time: float) -> bool:
@@ -153,8 +151,8 @@ def _few_keys(find: Callable[[Any, Any, Any], Coroutine[Any, Any, Any]]) -> Any:
 
 
 def _flat(serializer: Any, dictionary: Any) -> Any:
-    """hivemind's serializer goes as deep into extension types as a message says: 300 levels, 2 kB, end the process.
-    And it makes lists of lists, which take 64 times their bytes; nothing that is kept here holds any."""
+    """hivemind's serializer reads nested extension types without end (300 levels, 2 kB, end the process), and lists of
+    lists, which take 64 times their bytes; no record holds any."""
 
     msgpack: Any = importlib.import_module("msgpack")  # it has no type information
 
@@ -224,26 +222,22 @@ def _bounded(storage: Any) -> Any:
 
 
 def _is_not_about_reaped_children(record: logging.LogRecord) -> bool:
-    """False for asyncio's warning that a child had been waited for by someone else.
-
-    `terminate` and `kill` of asyncio's children do so themselves when the child has just ended.
-    """
+    """False for asyncio's warning that a child was waited for elsewhere: its own `terminate` and `kill` do so."""
     return not str(record.msg).lower().startswith(("unknown child process pid", "child process pid"))
 
 
 SEARCH_S: Final = 5.0
-"""Nodes that are silent cannot keep a search from ending; whoever has answered until then counts."""
+"""A search ends after so long, with the answers until then: silent nodes cannot hold it up."""
 MOST_PER_KEY: Final = 4 * RECORDS_PER_KEY
-"""What is read under one key. A node of an earlier version, or one that lies, may hold any number."""
+"""Records read under one key. A node of an earlier version, or one that lies, may hold any number."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What came of asking.
+    """The answers of nodes.
 
-    Attributes:
-        records: by key, those found there with the subkeys that they stand under, of each the latest.
-        vouched: one of the nodes that are always asked has answered in full.
+    records: by key, those found there with the subkeys that they stand under, of each the latest.
+    vouched: one of the nodes that are always asked has answered in full.
     """
 
     records: Mapping[str, Sequence[tuple[str, PeerRecord]]]
@@ -259,10 +253,10 @@ _heard: ContextVar[list[tuple[Any, Mapping[Any, Any]]] | None] = ContextVar("_he
 
 
 def overhear(protocol: Any) -> None:
-    """Has `read` learn what each node answers, but for records that are not valid.
+    """Has `read` learn the valid records in the answer of each node.
 
-    hivemind would drop all of an answer for one that is not: so one that is valid by the clock of one node, and not by
-    that of another, could hide all others.
+    hivemind would drop all of an answer for one that is not valid: a record that is valid by the clock of one node, and
+    not by that of another, could hide all others.
     """
     call_find = protocol.call_find
     is_valid = protocol._validate_record
@@ -279,12 +273,10 @@ def overhear(protocol: Any) -> None:
 
 
 async def read(node: Any, keys: Sequence[str], always: Collection[Any]) -> Reading:
-    """Reads what stands under some keys.
+    """Reads the records under some keys.
 
-    Args:
-        node: hivemind's, with a protocol that is overheard.
-        always: nodes to ask wherever the keys belong, as those that are nearest may all be of one mind; the blacklist
-            of nodes that were silent lately holds for them, too.
+    node: hivemind's, with a protocol that is overheard. always: nodes to ask wherever the keys belong, as the nearest
+    may all belong to one owner; the blacklist of nodes that were silent lately holds for them, too.
     """
     ids = {key: import_hivemind().dht_id(key) for key in keys}
     heard: list[tuple[Any, Mapping[Any, Any]]] = []
@@ -340,14 +332,10 @@ NO_HIVEMIND: Final = "hivemind is not installed"
 
 @dataclass(frozen=True, slots=True)
 class NodeAnswer:
-    """What came of asking the node at an address.
+    """The answer of a node at a multiaddr.
 
-    Attributes:
-        address: multiaddr, as others join with it.
-        fault: why it does not answer, in the words of the network; empty if it answers.
-        other_id: the id that the node there has, if it is not the one that the address names.
-        rtt_ms: round trip.
-        ahead_s: how many seconds its clock is ahead of the one here, to half a round trip.
+    fault: why it does not answer, in the words of the network; empty if it answers. other_id: of the node there, if the
+    address names another. ahead_s: of its clock, to half a round trip.
     """
 
     address: str
@@ -358,11 +346,7 @@ class NodeAnswer:
 
 
 def ask_nodes(addresses: Sequence[str], *, clock: Callable[[], float] = time.time) -> list[NodeAnswer]:
-    """Asks the nodes at some multiaddrs, all at once; takes a few seconds if one is silent.
-
-    Args:
-        clock: Unix time in seconds, to compare theirs with.
-    """
+    """Asks the nodes at some multiaddrs, all at once; takes a few seconds if one is silent. clock: Unix time in s."""
     if not have_hivemind():
         return [NodeAnswer(address, NO_HIVEMIND) for address in addresses]
     with asyncio.Runner(loop_factory=NodeLoop) as runner:
@@ -380,11 +364,11 @@ def allowed_skew_s() -> float:
 
 
 async def _ask_all(addresses: Sequence[str], clock: Callable[[], float]) -> list[NodeAnswer]:
+    return await asyncio.gather(*(_ask(address, clock) for address in addresses))
+
+
+async def _ask(address: str, clock: Callable[[], float]) -> NodeAnswer:
     hivemind = import_hivemind()
-    return await asyncio.gather(*(_ask(hivemind, address, clock) for address in addresses))
-
-
-async def _ask(hivemind: Hivemind, address: str, clock: Callable[[], float]) -> NodeAnswer:
     where, _, name = address.rpartition("/p2p/")
     p2p: Any = None
     try:

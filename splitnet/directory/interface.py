@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import zip_longest
-from typing import Final, TypeVar
+from typing import Final, Self, TypeVar
 
 from splitnet.directory.record import HELPERS, PeerRecord
 from splitnet.errors import DirectoryError
@@ -85,7 +85,7 @@ class SwarmDirectory(ABC):
         """Name by fingerprint of the models in the swarm; a name is what some peer claims. See `records`."""
         return {record.model: record.model_name for record in self.records("") if record.model != HELPERS}
 
-    def __enter__(self) -> SwarmDirectory:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from splitnet.directory.ask import AskingLinks, PeerDirectory
 from splitnet.directory.dht import Directory
@@ -16,18 +17,13 @@ from splitnet.transport.addresses import endpoint_of, split_addresses
 log = logging.getLogger(__name__)
 
 
-def node_of(directory: SwarmDirectory) -> Directory | None:
-    """The node of the DHT in a directory, if there is one."""
-    return next((part for part in _parts(directory) if isinstance(part, Directory)), None)
+Kind = TypeVar("Kind", Directory, PeerDirectory)
 
 
-def peer_directory_of(directory: SwarmDirectory) -> PeerDirectory | None:
-    """What asks peers in a directory, if it does."""
-    return next((part for part in _parts(directory) if isinstance(part, PeerDirectory)), None)
-
-
-def _parts(directory: SwarmDirectory) -> Sequence[SwarmDirectory]:
-    return directory.directories if isinstance(directory, JoinedDirectories) else [directory]
+def part_of(directory: SwarmDirectory, kind: type[Kind]) -> Kind | None:
+    """The node of the DHT in a directory, or the part that asks peers, if there is one."""
+    parts = directory.directories if isinstance(directory, JoinedDirectories) else [directory]
+    return next((part for part in parts if isinstance(part, kind)), None)
 
 
 def join(
@@ -44,10 +40,10 @@ def join(
     and without addresses begins a swarm that has no DHT: others join through it.
 
     Args:
-        links: gives those over which peers are asked; a peer's are closed with its directory.
+        links: gives the links over which peers are asked; a peer's are closed with its directory.
         listen: multiaddrs where a peer listens as a node; None: for a client.
         swarm: the key of a closed one, which has no DHT: its members ask each other alone.
-        waiting: called again and again while a DHT is begun or joined; what it raises ends that.
+        waiting: called again and again while a DHT is begun or joined; an error that it raises ends that.
 
     Raises:
         DirectoryError: none of the addresses answers, or one is not written as an address.

@@ -38,21 +38,21 @@ log = logging.getLogger(__name__)
 
 SERVICE_TYPE: Final = "_splitnet._tcp.local."
 SEARCH_S: Final = 2.5
-"""How long to wait for a first answer: long enough for a second question, should the first be lost."""
+"""For a first answer: long enough for a second question, should the first be lost."""
 MORE_S: Final = 1.0
-"""How long to wait for further answers after one."""
+"""For further answers after one."""
 MAX_NODES: Final = 64
-"""That are told of at once."""
+"""That are told at once."""
 MAX_WAITING: Final = 1024
-"""Nodes that were not told of yet. Of more, any gives way: who floods the network crowds out mostly itself."""
+"""Nodes that were not told yet. Of more, a random one gives way: a flood mostly displaces itself."""
 MAX_ADDRESSES: Final = 8
 MOST_RECORDS: Final = 4096
-"""Of multicast DNS, of all services: more are a flood, and what is kept is forgotten. What comes later would be, as a
-full cache drops what expires first, and records of a flood say that they hold for long."""
+"""Of multicast DNS, of all services. More are a flood, and all are forgotten: a full cache drops records that expire
+first, and those of a flood hold for long."""
 LOOK_S: Final = 1.0
-"""How often they are counted."""
+"""Between two counts of them."""
 FIRST_PAUSE_S, MOST_PAUSE_S = 1.0, 60.0
-"""How long nothing is heard after a flood; twice as long each time, until it was quiet for the longest."""
+"""Without listening after a flood; twice as long each time, until it was quiet for the longest."""
 
 _END_S = 1.0
 _MULTIADDR = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]{2,45})/tcp/([0-9]{1,5})/p2p/([1-9A-HJ-NP-Za-km-z]{40,60})")
@@ -60,7 +60,7 @@ _MULTIADDR = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]{2,45})/tcp/([0-9]{1,5})/p2p/
 
 @dataclass(frozen=True)
 class LanNode:
-    """What a node of the DHT says of itself on the local network. Raises ProtocolError when that is not valid.
+    """A node of the DHT as it announces itself on the local network. Raises ProtocolError: a field is not valid.
 
     model: fingerprint of the weights. protocol: version of the wire protocol.
     addresses: multiaddrs `/ip4/HOST/tcp/PORT/p2p/ID` to join the DHT with, at most 8, all of one node.
@@ -82,7 +82,7 @@ class LanNode:
 
     @property
     def id(self) -> str:
-        """Of the node in the DHT."""
+        """In the DHT."""
         return _node_id(self.addresses[0])
 
     def text(self) -> dict[str, str]:
@@ -92,7 +92,7 @@ class LanNode:
 
     @classmethod
     def of(cls, text: Mapping[bytes, bytes | None]) -> LanNode:
-        """Reads a TXT record from anybody. Raises ProtocolError."""
+        """Reads a TXT record, which may be hostile. Raises ProtocolError."""
         try:
             model, protocol = ((text.get(key) or b"").decode("ascii") for key in (b"model", b"protocol"))
             found = [text.get(f"dht{index}".encode()) for index in range(MAX_ADDRESSES)]
@@ -110,8 +110,7 @@ class LocalNetwork:
 
     Args:
         model: fingerprint of the weights; empty, for one that only looks: of any model.
-        interfaces: IPv4 addresses of the interfaces to use; None: all that have an address which the internet does
-            not route, without loopback.
+        interfaces: IPv4 addresses of the interfaces to use; None: all with local addresses, without loopback.
 
     Attributes:
         foreign_protocols: versions of the protocol that other nodes of this model speak.
@@ -153,7 +152,7 @@ class LocalNetwork:
         return self._take()
 
     def watch(self, found: Callable[[Sequence[LanNode]], None]) -> None:
-        """From now on tells of other nodes as they come, in a thread of its own; of one again if it has come again."""
+        """From now on calls `found` with other nodes, in a thread of its own; again with one that has come again."""
         self._browse()
         self._watcher = threading.Thread(target=self._tell, args=(found,), name="splitnet-lan", daemon=True)
         self._watcher.start()
@@ -177,11 +176,9 @@ class LocalNetwork:
         self.close()
 
     def begin_again(self, *, pause_s: float = 0.0, addresses: Iterable[str] = ()) -> None:
-        """Forgets what it has heard and listens anew, on the addresses that this machine has now.
+        """Forgets all nodes, and after a pause listens anew, on the addresses that this machine has now.
 
-        Args:
-            pause_s: how long to hear nothing before.
-            addresses: what to announce, if not the same as before.
+        addresses: to announce, if not the same as before.
 
         Raises:
             LanError: see `announce`; after `watch` it is tried again.
@@ -228,7 +225,7 @@ class LocalNetwork:
 
     def _register(self, info: ServiceInfo) -> None:
         try:
-            # The id of a node is its own, so nobody is asked whether the name is free.
+            # The id of a node is its own: no need to ask whether the name is free.
             self._mdns.register_service(info, cooperating_responders=True)
         except (OSError, ZeroconfError) as error:
             raise LanError(f"multicast DNS cannot be used here ({error})") from error
@@ -271,7 +268,7 @@ class LocalNetwork:
             self._changing.notify_all()
 
     def _take(self) -> list[LanNode]:
-        """Nodes that were not told of yet, of many some."""
+        """Nodes that were not told yet, of many some."""
         with self._changing:
             chosen = random.sample(list(self._waiting), min(len(self._waiting), MAX_NODES))
             for node in chosen:
@@ -304,7 +301,6 @@ class LocalNetwork:
 
 
 def what_was_found(nodes: Sequence[LanNode]) -> str:
-    """For the user, of one node or more."""
     return f"found {len(nodes)} peer{'s' if len(nodes) > 1 else ''} on this network"
 
 

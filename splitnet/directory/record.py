@@ -65,10 +65,9 @@ _WORD = matching(re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+/ -]{0,63}"))
 
 
 class SeenLink(NamedTuple):
-    """A link to another peer, as the publisher has measured it."""
+    """A link to another peer (the first bytes of its raw key), as the publisher has measured it."""
 
     peer: bytes
-    """The first 8 bytes of the other's raw key."""
     rtt_ms: float
     bytes_per_ms: float
 
@@ -101,11 +100,7 @@ def _floats(*values: float) -> tuple[float, ...]:
     return values
 
 
-def _raw_key(value: Any) -> bytes:
-    return _key(value).raw
-
-
-_relay = row(Relay, _address, _raw_key)
+_relay = row(Relay, _address, lambda value: _key(value).raw)
 _seen_link = row(SeenLink, blob(KEY_PREFIX_BYTES), _MS, number(_LEAST, _MOST))
 
 
@@ -128,15 +123,13 @@ class PeerRecord:
     coordinate: in ms, and behind it the height; coordinate_error: relative, see `scheduler.facts`.
     bytes_per_ms: the best bandwidth it has seen on any link, 0: none yet. links: to other peers, at most 16.
     issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
-    state_bytes: what a sequence takes in all blocks besides its positions, however long it is.
-    proof: of the work that the key has cost, see `splitnet.security.identity`; 0: none.
-    watts: what the device draws while it computes; 0: not known.
-    relays: helpers through which the peer is reached, at most 3; none: it is reached at its address.
-    relay_port: where it helps others to be reached, on the host of its address; 0: it does not.
+    state_bytes: of a sequence in all blocks besides its positions. proof: of work, see `splitnet.security.identity`.
+    watts: of the device while it computes; 0: not known. relay_port: on the host of its address; 0: it is no relay.
+    relays: through which the peer is reached, at most 3; none: at its address.
     """
 
     signed: ClassVar[bytes] = b""
-    """The bytes that this record was read from, with the signature; none if it was made here."""
+    """The signed bytes that this record was read from; none if it was made here."""
 
     key: PublicKey = wire(_key)  # noqa: RUF009 (it makes a field)
     model: str = wire(matching(FINGERPRINT))
@@ -181,12 +174,11 @@ class PeerRecord:
 
     @cached_property
     def endpoint(self) -> Endpoint:
-        """Where the peer is connected to, and the key that it must prove to have."""
         return Endpoint(self.address, self.key, self.relays)
 
     @property
     def helper(self) -> Relay | None:
-        """As others reach hidden peers through it; None: they do not."""
+        """The peer as a relay of others; None: it is none."""
         if not self.relay_port or self.relays:
             return None
         return Relay(f"{self.address.rpartition(':')[0]}:{self.relay_port}", self.key.raw)
@@ -198,7 +190,7 @@ class PeerRecord:
 
     @property
     def has_left(self) -> bool:
-        """Whether this record only says that the peer serves no longer."""
+        """Whether the peer serves no longer."""
         return self.start == self.end
 
     @property
@@ -211,7 +203,7 @@ class PeerRecord:
         return self.expires_at > now and self.issued_at <= now + MAX_CLOCK_SKEW_S
 
     def farewell(self, now: float | None = None) -> PeerRecord:
-        """A record for the same peer that says it has left; it outlives this record by a moment."""
+        """A record that says that the peer has left; it outlives this one by a moment."""
         issued_at = max(time.time() if now is None else now, self.issued_at)
         ttl_s = min(self.ttl_s + 1.0, MAX_TTL_S)
         if issued_at + ttl_s <= self.expires_at:
@@ -230,33 +222,15 @@ class PeerRecord:
 
     @classmethod
     def idle(cls, **facts: Any) -> PeerRecord:
-        """A record of who has nothing to do and measures nothing: `facts`, and zeros and the like for the others.
+        """A record of a peer that has nothing to do and measures nothing: `facts`, and zeros and the like for the rest.
 
         Needs at least the key, the model and its name, the address and the number of blocks.
         """
-        nothing: dict[str, Any] = {
-            "start": 0,
-            "end": facts["num_blocks"],
-            "protocol": PROTOCOL_VERSION,
-            "codecs": (),
-            "device": "none",
-            "dtype": "none",
-            "block_ms": (0.0,) * len(PASS_SIZES),
-            "queue_ms": 0.0,
-            "batch": 0.0,
-            "kv_free_positions": 0,
-            "sessions": 0,
-            "max_blocks": 0,
-            "placed_at": 0.0,
-            "moving_to": None,
-            "serves": False,
-            "coordinate": (0.0,) * (DIMENSIONS + 1),
-            "coordinate_error": 0.0,
-            "bytes_per_ms": 0.0,
-            "links": (),
-            "version": "none",
-            "issued_at": 0.0,
-        }
+        measured = ("queue_ms", "batch", "kv_free_positions", "sessions", "coordinate_error", "bytes_per_ms")
+        nothing: dict[str, Any] = dict.fromkeys((*measured, "start", "max_blocks", "placed_at", "issued_at"), 0)
+        nothing |= dict.fromkeys(("device", "dtype", "version"), "none") | dict.fromkeys(("codecs", "links"), ())
+        nothing |= {"block_ms": (0.0,) * len(PASS_SIZES), "coordinate": (0.0,) * (DIMENSIONS + 1)}
+        nothing |= {"end": facts["num_blocks"], "protocol": PROTOCOL_VERSION, "moving_to": None, "serves": False}
         return cls(**nothing | facts)
 
     @classmethod
@@ -285,11 +259,10 @@ _LAYOUT = Layout(PeerRecord)
 
 
 class RecordValidator:
-    """Which values a node of the DHT stores, and believes when another node returns them.
+    """Which values a node of the DHT stores, and believes when another node returns them: hivemind's record validator.
 
-    hivemind asks `validate` (as it does of its `RecordValidatorBase`); whatever it answers False to is dropped. A value
-    counts only if it is a signed record that stands where it belongs and expires when it says: so nobody can replace
-    the record of another key, nor keep an old record in force by storing it again with a later expiration.
+    A value counts only if it is a signed record that stands where it belongs and expires when it says: so nobody can
+    replace the record of another key, nor keep an old record in force by storing it with a later expiration.
 
     key_id: the DHT's hash of a key, 20 bytes.
     """
@@ -313,12 +286,9 @@ class RecordValidator:
             return False
 
     def sign_value(self, record: Any) -> bytes:
-        """The value as it is: records are signed before they reach the DHT."""
-        return record.value
+        return record.value  # it is signed already
 
-    def strip_value(self, record: Any) -> bytes:
-        """The value as it is: the signature stays part of it."""
-        return record.value
+    strip_value = sign_value  # the signature stays part of it
 
 
 def peers_key(model: str) -> str:
@@ -338,16 +308,12 @@ def shard_keys(model: str) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def verified_record(data: bytes) -> PeerRecord:
-    """`PeerRecord.unpack` that remembers: a lookup meets each record once per replica, a signature costs 0.1 ms."""
+    """`PeerRecord.unpack` with a memory: a lookup meets each record once per replica, a signature costs 0.1 ms."""
     return PeerRecord.unpack(data)
 
 
 def stored_record(value: bytes) -> PeerRecord:
-    """The record in a value as nodes of the DHT hold it: msgpack of the record's bytes.
-
-    Raises:
-        ProtocolError, NotAuthorized: it is none.
-    """
+    """The record in a value of the DHT: msgpack of the record's bytes. Raises ProtocolError, NotAuthorized."""
     data = _unpack_scalar(value)
     if type(data) is not bytes:
         raise ProtocolError("expected the bytes of a record")
@@ -359,15 +325,11 @@ def _unpack_array(data: bytes) -> list[Any]:
 
 
 def _unpack_scalar(data: bytes) -> object:
-    items = _unpack_array(b"\x91" + data)  # as the only element of an array
-    return items[0]
+    return _unpack_array(b"\x91" + data)[0]  # as the only element of an array
 
 
 def facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:
-    """What the planner needs to know of a peer.
-
-    position_bytes: that a position takes on links, where `Peer.sending_ms` is asked for.
-    """
+    """A peer for the planner. position_bytes: of a position on links, where `Peer.sending_ms` is needed."""
     return Peer(
         id=record.key.text,
         start=record.start,
@@ -388,13 +350,12 @@ def expected_facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:
 
 
 def place_of(record: PeerRecord) -> Place:
-    """Where a peer says that it stands."""
     coordinate = Coordinate(record.coordinate[:DIMENSIONS], record.coordinate[DIMENSIONS], record.coordinate_error)
     return Place(coordinate, record.bytes_per_ms)
 
 
 def places_of(records: Iterable[PeerRecord]) -> dict[str, Place]:
-    """Where peers stand, of those that know it."""
+    """The places of the peers that know theirs."""
     return {record.key.text: place_of(record) for record in records if record.coordinate_error < 1.0}
 
 
@@ -403,12 +364,9 @@ def network_of(
 ) -> Network:
     """The links between peers as their records tell.
 
-    What a peer has measured to another counts for the way back too, unless the other has measured that itself.
+    A link that a peer has measured counts for the way back too, unless the other has measured that itself.
 
-    Args:
-        records: of all peers.
-        links: measured by whoever plans; they count more than what is told.
-        places: of others than the peers, such as the client.
+    links: measured by this process; they count more than records. places: of others, such as the client.
     """
     records = list(records)
     to = {receiver: link.latency_ms for (sender, receiver), link in links.items() if sender == CLIENT}

@@ -18,7 +18,7 @@ from scheduler.facts import CLIENT, Link, Peer, Speed, missing_blocks
 from scheduler.liveness import BAN_S, LOST_S, UNBAN_S
 from scheduler.route_search import Found, searched_route
 from splitnet.directory.ask import PeerDirectory
-from splitnet.directory.joining import join, peer_directory_of
+from splitnet.directory.joining import join, part_of
 from splitnet.directory.record import PeerRecord, facts_of
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
@@ -149,7 +149,7 @@ class Swarm:
         except BaseException:
             self.links.close()
             raise
-        self._peers = peer_directory_of(self._directory) or PeerDirectory([], self.links, swarm=swarm_key or OPEN)
+        self._peers = part_of(self._directory, PeerDirectory) or PeerDirectory([], self.links, swarm=swarm_key or OPEN)
         self._known = PeerCache(
             self._directory, facts.fingerprint, facts.name, self.links, trusted, self._peers, self.likely
         )

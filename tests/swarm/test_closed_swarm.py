@@ -15,7 +15,8 @@ from peers import directory
 from peers.server import Peer
 from splitnet import AutoModelForCausalLM, AutoModelForSequenceClassification
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.joining import node_of
+from splitnet.directory.dht import Directory
+from splitnet.directory.joining import part_of
 from splitnet.errors import DirectoryError, KeyFileError, LanError, NotAuthorized, SplitnetError, WrongSwarm
 from splitnet.hf.causal_lm import attach
 from splitnet.security.identity import AuthorizedKeys, Identity
@@ -49,7 +50,7 @@ def connect(peer: Peer, key: SwarmKey | None = KEY, **options: Any) -> Swarm:
 
 def test_members_find_each_other_without_a_dht(swarm: LocalSwarm, local: Any) -> None:
     for peer in swarm.peers:
-        assert node_of(peer._directory) is None and not peer.addresses
+        assert part_of(peer._directory, Directory) is None and not peer.addresses
         with connect(peer) as client:
             model = attach(Checkpoint.open(swarm.folder), client, codec="none")
             inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), **GREEDY}

@@ -11,7 +11,7 @@ import pytest
 
 from splitnet.directory.ask import OUTDATED_S, RECORD_OVERHEAD, DirectoryDelta, entry_of, still_there
 from splitnet.directory.record import PeerRecord
-from splitnet.security.identity import Identity
+from splitnet.security.identity import Identity, PublicKey
 from splitnet.wire.endpoints import Relay
 from splitnet.wire.messages import ENTRY_BYTES
 from tests.unit.directory.test_peer_directory import signed
@@ -110,3 +110,15 @@ def test_nobody_stands_for_another_with_the_same_prefix(monkeypatch: pytest.Monk
     monkeypatch.setattr("splitnet.directory.ask.KEY_PREFIX_BYTES", 0)  # all keys begin alike
     other = signed()
     assert told([later(), other], [HELD]) == ([True], [other])
+
+
+def test_versions_agree_on_what_is_said_of_a_record() -> None:
+    """Recorded with version 0.2 before the digest was derived from the fields of the record."""
+    key = PublicKey(bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"))
+    facts: dict[str, Any] = {"key": key, "model": "0123456789abcdef", "model_name": "model", "num_blocks": 4}
+    facts["address"] = "tcp://192.0.2.7:5"
+    assert entry_of(PeerRecord.idle(**facts)).hex() == "d75a980182b10ab70cd4ee0000000000000000"
+    facts |= {"start": 1, "end": 3, "codecs": ("none", "int8"), "device": "cpu", "dtype": "int8", "max_blocks": 2}
+    facts |= {"moving_to": (2, 4), "serves": True, "version": "0.2", "state_bytes": 5, "relay_port": 9}
+    facts |= {"relays": (Relay("tcp://192.0.2.8:1", key.raw),), "issued_at": 1000.0, "queue_ms": 50.0}
+    assert entry_of(PeerRecord.idle(**facts)).hex() == "d75a980182b10ab756826600003e80000e0000"
