@@ -235,7 +235,7 @@ class Peer:
         self._proof = 0
         self._leaving = threading.Event()
         self._watchdog = Watchdog()
-        self._authorized = AuthorizedKeys.from_file(options.authorized_keys) if options.authorized_keys else None
+        self._authorized = AuthorizedKeys(options.authorized_keys) if options.authorized_keys else None
         self._policy = KeyPolicy(self._authorized)
         self._tunnels = Tunnels(identity)
         self.transport = Transport(
@@ -319,7 +319,7 @@ class Peer:
             absent = error
         # Mistakes that can be seen before anything slow are told at once.
         if options.authorized_keys is not None:
-            AuthorizedKeys.from_file(options.authorized_keys)
+            AuthorizedKeys(options.authorized_keys)
         if options.public_host is not None:
             reach = Reach.direct if options.reach is Reach.auto else options.reach
             options = replace(options, public_host=with_literal_host(options.public_host), reach=reach)

@@ -436,7 +436,7 @@ class SessionTable:
         self._usual_bytes = (position_bytes + usual_log_bytes) * (1 + ahead)
         self._ahead = ahead
         self._num_blocks = num_blocks
-        self._keys = keys or AuthorizedKeys.anyone()
+        self._keys = keys or AuthorizedKeys(None)
         self._sessions: dict[bytes, Session] = {}
         self.get = self._sessions.get
         self._count: dict[bytes, int] = {}  # sessions by key
@@ -629,7 +629,7 @@ class KeyPolicy:
     """Holds CURVE keys to what the owner of the peer grants them. `keys`: None: any key, all alike."""
 
     def __init__(self, keys: AuthorizedKeys | None = None) -> None:
-        self.keys = keys or AuthorizedKeys.anyone()
+        self.keys = keys or AuthorizedKeys(None)
         self._spent: dict[bytes, TokenBucket] = {}  # by key
 
     def weight(self, key: bytes) -> float:

@@ -22,7 +22,7 @@ ABSENT: Final = {
     "is_torch_flex_attn_available": "torch._dynamo, and torch._inductor",
     "is_scipy_available": "scipy.optimize, for losses of object detection",
 }
-"""What transformers is told not to be here, as it may well be, and what that saves."""
+"""What transformers is told to be absent, and the imports that this saves."""
 
 _INDICES: Final = "torch._dynamo._trace_wrapped_higher_order_op"
 
@@ -31,15 +31,15 @@ _claimed = False
 
 
 def claim_process() -> None:
-    """Says that this process belongs to a command; programs that use the library have transformers as it is."""
+    """This process belongs to a command; programs that use the library have transformers as it is."""
     global _claimed
     _claimed = True
 
 
 def import_models(*, signals_raise: bool = True) -> None:
-    """Imports what all models of transformers need; does nothing if that has been done, or in others' processes.
+    """Imports what all models of transformers need; does nothing the second time, or in programs of others.
 
-    signals_raise: handlers of signals do, and have to wait for the end.
+    signals_raise: handlers of signals raise, and have to wait for the end.
     """
     if not _claimed or "transformers.modeling_utils" in sys.modules:
         return
@@ -59,7 +59,7 @@ def import_models(*, signals_raise: bool = True) -> None:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Has a first signal wait: libraries catch what its handler raises within an import, and go on with half of it."""
+    """Delays a first signal: libraries catch what its handler raises within an import, and go on with half of it."""
     arrived: list[int] = []
     before: dict[int, Any] = {}
 

@@ -1,4 +1,4 @@
-"""Limits: rates, accounts of bytes and places by holder, and the amounts in which they are given.
+"""Limits: rates, accounts of bytes and places by holder, time for patterns of others, open files.
 
 A `TokenBucket` bounds a rate. `Budget` and `Places` refuse what does not fit; `FairAccount` evicts the largest holding.
 """
@@ -25,10 +25,9 @@ MINUTE_S = 60.0
 
 
 class TokenBucket:
-    """What one key has spent; it comes back evenly. The rate is an argument of each call, as it may change.
+    """The tokens that one key has spent; they come back evenly, at a rate that each call names.
 
-    Attributes:
-        at: when tokens were spent last, in seconds.
+    at: when tokens were spent last, in seconds.
     """
 
     def __init__(self) -> None:
@@ -41,7 +40,7 @@ class TokenBucket:
         return math.floor(owed * MINUTE_S / per_minute) + 1 if owed >= 0 else 0
 
     def spend(self, tokens: float, per_minute: float, now: float) -> float:
-        """Takes tokens away, also where there are not as many; returns all that were spent and have not come back."""
+        """Takes tokens, also where there are not as many; returns all that were spent and have not come back."""
         self._spent = self._still_spent(per_minute, now) + tokens
         self.at = now
         return self._spent
@@ -69,11 +68,7 @@ ACTIVE_S = 1.0
 
 
 class SharedRate:
-    """Bytes per second, shared evenly by the names that are active.
-
-    Args:
-        bytes_per_s: of all names together.
-    """
+    """Bytes per second, shared evenly by the names that are active."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._rate = bytes_per_s
@@ -81,11 +76,7 @@ class SharedRate:
         """The name that passed something longest ago stands first."""
 
     def delay_s(self, name: Hashable, nbytes: int, now: float) -> float:
-        """Counts bytes that were passed; returns how long to pass no more.
-
-        Args:
-            now: in seconds.
-        """
+        """Counts bytes that were passed at `now`, in seconds; returns how long to pass no more."""
         bucket = self._buckets.pop(name, None) or TokenBucket()
         while self._buckets and now - self._buckets[first := next(iter(self._buckets))].at > ACTIVE_S:
             del self._buckets[first]
@@ -104,10 +95,9 @@ class Budget:
         limit: bytes in all.
         most: bytes that one account may hold, by level; None, or a level that is not named: as much as is left for all
             others (dynamic thresholds, Choudhury and Hahne 1998), so that one account gets half of the memory at most,
-            and there is always some for the next. What an account takes first only has to fit.
+            and there is always some for the next. The first reservation of an account only has to fit.
 
     Attributes:
-        limit: bytes in all.
         used: bytes that are held now.
         refused: how many reservations were refused.
     """
@@ -160,7 +150,7 @@ class Budget:
             self._add(-nbytes, account)
 
     def hold(self, nbytes: int, *account: Hashable) -> None:
-        """Says what an account holds, where that is measured and not asked for; `used` may come to exceed `limit`."""
+        """Sets the bytes that an account holds, where these are measured; `used` may come to exceed `limit`."""
         with self._lock:
             self._add(nbytes - self._held.get(account, 0), account)
 
@@ -175,15 +165,9 @@ class Budget:
 
 
 class Places:
-    """Counts places that are held, in all and by names of several kinds.
+    """Counts places that are held, in all (at most `most`) and by names of several kinds (at most `most_of` each).
 
-    Args:
-        most: places in all.
-        most_of: places of one name, by kind.
-
-    Attributes:
-        taken: places that are held.
-        refused: how many calls of `take` found none.
+    taken: places that are held. refused: how many calls of `take` found none.
     """
 
     def __init__(self, most: int, **most_of: int) -> None:
@@ -199,7 +183,6 @@ class Places:
 
     @property
     def is_full(self) -> bool:
-        """Whether no name gets a place."""
         return self.taken >= self._most
 
     def has_most(self, kind: str, name: Hashable) -> bool:
@@ -238,12 +221,7 @@ class Holder(Protocol):
 
 
 class Holding:
-    """What one thing of a holder takes of a `FairAccount`, which makes it.
-
-    Attributes:
-        amount: what it takes now.
-        settled: it is not evicted any more.
-    """
+    """One holding of a holder, made by a `FairAccount`. amount: what it takes now. settled: it is not evicted."""
 
     def __init__(self, account: FairAccount, holder: Any, evict: Callable[[], object]) -> None:
         self.holder = holder
@@ -253,12 +231,11 @@ class Holding:
         self._account = account
 
     def grow(self, amount: int) -> None:
-        """Takes more, and evicts the largest holding if that is too much; it may be this one."""
+        """Takes more, and evicts the largest holding (which may be this one) if that is too much."""
         self.amount += amount
         self._account.make_room(self.holder)
 
     def shrink(self, amount: int) -> None:
-        """Gives a part back."""
         self.amount -= amount
 
     def release(self) -> None:
@@ -273,9 +250,6 @@ class FairAccount:
         limit: of all holders together.
         each: of one holder.
         newest_first: of holdings of the same size the newest is evicted first, otherwise the oldest.
-
-    Attributes:
-        holdings: the oldest first.
     """
 
     def __init__(self, limit: int, each: int | None = None, *, newest_first: bool = False) -> None:
@@ -285,7 +259,7 @@ class FairAccount:
         self._newest_first = newest_first
 
     def hold(self, holder: Holder, evict: Callable[[], object], amount: int = 0) -> Holding:
-        """A holding; `evict` is called after it was removed because it, or its holder, took too much."""
+        """Makes a holding; `evict` is called after it was removed because it, or its holder, took too much."""
         holding = Holding(self, holder, evict)
         self.holdings[holding] = None
         if amount:
@@ -293,7 +267,7 @@ class FairAccount:
         return holding
 
     def make_room(self, grown: Holder) -> None:
-        """Evicts holdings until the bounds are kept, as far as they can be; `grown`: the holder that took more."""
+        """Evicts holdings until the bounds are kept, as far as possible; `grown`: the holder that took more."""
         while candidates := self._candidates(grown):
             ordered = reversed(candidates) if self._newest_first else candidates
             largest = max(ordered, key=lambda holding: holding.amount)
@@ -339,24 +313,22 @@ def parse_bytes(text: str) -> int:
 ONE_S = 0.5
 """For one match; those of names take microseconds."""
 ALL_S = 10.0
-"""For what all matches of one `Patterns` take beyond `FREE_S` each, of the time of a processor."""
+"""Processor time for all matches of one `Patterns` beyond `FREE_S` each."""
 FREE_S = 0.001
-"""For one match in any case: a large model has a million, and other processes may run meanwhile."""
+"""For one match in any case: a large model has a million."""
 _LONGEST = 1000
 _KNOWN = re.compile(
     r"(?:[\w/ ,:-]|\.|\\[.bdDwWsS/_-]|\[\^?(?:[\w./-]|\\[.dDwWsS_-])+\]|\((?:\?[:!=]|(?!\?))|[)|^$*+?]"
     r"|(?<=[\w.\]])\{\d{1,2}(?:,\d{0,2})?\})*"
 )
-"""What patterns of names consist of: no repeats of groups that are counted, for which an engine may take any memory,
-and no references. It has one way to read each text, so it takes no time itself."""
+"""Patterns of names: without counted repeats of groups, for which an engine may take any memory, and references. It
+reads each text in one way, so it takes no time itself."""
 
 
 class Patterns:
-    """Matches patterns of one file, for no longer than `ONE_S` each and `ALL_S` in all.
+    """Matches regular expressions of a hostile file, for at most `ONE_S` each and `ALL_S` in all.
 
-    Args:
-        source: what the patterns are in, for messages.
-        fix: what to do if one cannot be used.
+    source: the file, and fix: what to do if a pattern cannot be used, for messages.
     """
 
     def __init__(self, source: str, fix: str = "take another checkpoint of this model") -> None:
@@ -366,11 +338,7 @@ class Patterns:
         self._compiled: dict[str, Any] = {}
 
     def match(self, pattern: str, text: str) -> bool:
-        """Whether a text begins with what a pattern describes, as `re.match` says it.
-
-        Raises:
-            UnsupportedModel: it is no pattern of names, or it takes too long.
-        """
+        """`re.match`. Raises UnsupportedModel: it is no pattern of names, or takes too long."""
         import regex  # unlike `re` it can be told to stop
 
         begin = time.thread_time()

@@ -26,14 +26,13 @@ _PAUSE_S = 1.0
 
 
 class SeldomWarnings:
-    """Of what is said in so long the first is a warning, and the rest is for those who debug; one thread uses it."""
+    """Logs the first event of each `_PAUSE_S` as a warning, and others for debugging. For one thread."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
         self._warn_at = 0.0
 
     def say(self, text: str, *facts: object, extra: dict[str, object] | None = None) -> None:
-        """Logs a text with its arguments."""
         now = time.monotonic()
         warns = now >= self._warn_at
         self._log.log(logging.WARNING if warns else logging.DEBUG, text, *facts, extra=extra)
@@ -64,10 +63,7 @@ class LogFormat(StrEnum):
 
 
 class JsonFormatter(logging.Formatter):
-    """One line per event: time (ISO 8601, UTC), level, logger, message, and what the code gives as `extra`.
-
-    An exception is in the field `exception`, with its traceback.
-    """
+    """One line per event: time (ISO 8601, UTC), level, logger, message, `exception` with its traceback, and `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         given = {name: value for name, value in vars(record).items() if name not in _NO_FIELDS}
@@ -86,17 +82,14 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """What others have written cannot steer the terminal."""
+    """Text that cannot steer the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 def set_up(format: LogFormat, level: int) -> None:
-    """Has all that is logged at this level or above written to stderr.
-
-    In JSON also what would be text there otherwise: warnings of Python, and errors that end a thread or the process.
-    """
+    """Has all events of this level or above written to stderr; in JSON also warnings of Python, and uncaught errors."""
     handler = logging.StreamHandler(sys.stderr)
     if format is LogFormat.json:
         handler.setFormatter(JsonFormatter())
@@ -116,10 +109,9 @@ def for_programs() -> bool:
 
 
 def tell(level: int, text: str) -> None:
-    """Tells the user of a command something on stderr; as an event where that is for programs.
+    """Tells the user of a command something on stderr; as an event where that holds JSON.
 
-    Args:
-        level: `logging.ERROR`: what went wrong; `WARNING`: what is dangerous; `INFO`: what is good to know.
+    level: `logging.ERROR`: what went wrong; `WARNING`: what is dangerous; `INFO`: what is good to know.
     """
     if for_programs():
         log.log(level, "%s", text)

@@ -1,4 +1,4 @@
-"""Where files of this package are kept, what others are told of paths, and a file of measured figures."""
+"""Folders and files of this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Final
 log = logging.getLogger(__name__)
 
 MAX_KNOWN: Final = 64
-"""Figures that a file of `KnownFigures` keeps: the latest."""
+"""The latest figures, that a file of `KnownFigures` keeps."""
 
 
 def cache_folder() -> Path:
@@ -27,13 +27,13 @@ def cache_folder() -> Path:
 
 
 def public_name(source: str) -> str:
-    """What is written into files of a checkpoint's hub id or path: no path of a file that only this package knows."""
+    """A checkpoint's hub id or path, as files name it: no path of a file that only this package knows."""
     path = Path(source)
     return path.name.removesuffix(".gguf") if cache_folder() in path.parents else source
 
 
 class KnownFigures:
-    """A JSON file of figures by key, measured on this machine, so that a later start need not measure them.
+    """A JSON file of figures that were measured on this machine, by key.
 
     An unreadable file counts as empty; one that cannot be written is only logged.
     """

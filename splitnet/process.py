@@ -15,23 +15,15 @@ if TYPE_CHECKING:
 
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-"""The last is of Windows: Ctrl-Break, or its console is closed. It has no SIGHUP."""
-
+"""Windows has no SIGHUP, but the last: Ctrl-Break, or its console is closed."""
 ENDING: Final = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
-
 HANG_UP: Final[int | None] = getattr(signal, "SIGHUP", None)
 """The terminal is lost."""
-
-
 EVERY_S = 5.0
 
 
 class Watchdog:
-    """For the thread that must not stop: when it does not call for too long, systemd restarts the daemon.
-
-    Args:
-        clock: seconds.
-    """
+    """For the thread that must not stop: when it does not call for too long, systemd restarts the daemon."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         name = os.environ.get("NOTIFY_SOCKET", "")
@@ -40,7 +32,7 @@ class Watchdog:
         self._next = float("-inf")
 
     def alive(self) -> None:
-        """Says that requests are served; every few seconds at most, however often it is called."""
+        """Tells systemd that requests are served, every `EVERY_S` at most."""
         if not self._address or self._clock() < self._next:
             return
         self._next = self._clock() + EVERY_S

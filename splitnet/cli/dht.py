@@ -83,7 +83,7 @@ def dht(
         directory = stack.enter_context(starting)
         if relay_port is not None:
             own = Identity.load_or_create(key.with_name(f"{key.name}.relay"))
-            authorized = AuthorizedKeys.from_file(authorized_keys) if authorized_keys else None
+            authorized = AuthorizedKeys(authorized_keys) if authorized_keys else None
             host = listen.split("/")[2]
             host = f"[{host}]" if ":" in host else host
             offer = relaying(directory, own, host, relay_port, public_host, authorized=authorized, bytes_per_s=rate)

@@ -128,10 +128,10 @@ class Identity:
 
     @classmethod
     def load_or_create(cls, path: Path | None = None) -> Identity:
-        """The key pair in the file `path`, which is created if it does not exist.
+        """The key pair in a file, which is made if there is none; `path` None: in `default_key_file()`.
 
-        Without a path: `SPLITNET_KEY_FILE`, else `key` in the user's data folder. Two processes that create the file
-        at the same time end with the same key. Raises KeyFileError if the file is damaged or others can read it.
+        Two processes that make the file at the same time have the same key. Raises KeyFileError if the file is damaged
+        or others can read it.
         """
         path = default_key_file() if path is None else path
         try:
@@ -170,13 +170,11 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class KeyOptions:
-    """What a key gets.
+    """What a key is granted.
 
-    Attributes:
-        weight: in proportion to it keys share the device and the KV memory when several want them.
-        kv: bytes of KV memory that its sessions may reserve; None: any.
-        train: whether it may train: gradients, and passes kept for them.
-        tokens_per_minute: positions that the peer computes for it in a minute; None: any.
+    weight: in proportion to it keys share the device and the KV memory. kv: bytes of KV memory that its sessions may
+    reserve; None: any. train: whether gradients, and passes kept for them, are computed for it. tokens_per_minute:
+    positions that the peer computes for it in a minute; None: any.
     """
 
     weight: float = 1.0
@@ -186,7 +184,7 @@ class KeyOptions:
 
 
 STRANGER_WEIGHT: Final = 0.01
-"""Of a key that is not listed where others are, unless its line says another."""
+"""Of a key that is not listed where others are, unless the line of these has another."""
 
 
 def _weight(text: str) -> float:
@@ -232,11 +230,7 @@ def is_options(word: str) -> bool:
 
 
 def parse_options(text: str, defaults: KeyOptions | None = None) -> KeyOptions:
-    """The options in a text such as `weight=4,kv=8GiB,train=no`.
-
-    Raises:
-        KeyFileError: there is no such option, it is given twice, or its value is none.
-    """
+    """The options in a text such as `weight=4,kv=8GiB,train=no`. Raises KeyFileError."""
     given: dict[str, Any] = {}
     for option in text.split(","):
         name, _, value = option.partition("=")
@@ -258,6 +252,8 @@ class AuthorizedKeys:
     The file is read again when it changes (checked once a second at most). If the new text has an error, the old list
     stays in force and a warning is logged, so that an edit cannot open or close the swarm by accident. For the same
     reason an empty file, as it is while it is written anew, counts only if it still is empty at the next check.
+
+    path: None: every key is allowed. Raises KeyFileError with the number of the line that is wrong.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -270,18 +266,8 @@ class AuthorizedKeys:
             {ANYONE: KeyOptions()} if path is None else _read_authorized_keys(path)
         )
 
-    @classmethod
-    def from_file(cls, path: Path, *, clock: Callable[[], float] = time.monotonic) -> AuthorizedKeys:
-        """The keys listed in `path`. Raises KeyFileError with the number of the line that is wrong."""
-        return cls(path, clock)
-
-    @classmethod
-    def anyone(cls) -> AuthorizedKeys:
-        """A public swarm: every key is allowed."""
-        return cls(None)
-
     def allows(self, curve_raw: bytes) -> bool:
-        """Whether the client whose CURVE public key is `curve_raw` (32 bytes, from the handshake) may connect."""
+        """Whether the client with this CURVE public key (32 bytes, from the handshake) may connect."""
         return self._options(curve_raw) is not None
 
     def names(self, curve_raw: bytes) -> bool:
@@ -289,7 +275,7 @@ class AuthorizedKeys:
         return curve_raw in self._current()
 
     def options_of(self, curve_raw: bytes) -> KeyOptions:
-        """What this client gets; one that may not connect any more gets what strangers do."""
+        """What this client is granted; one that may not connect any more is granted what strangers are."""
         return self._options(curve_raw) or KeyOptions(weight=STRANGER_WEIGHT)
 
     @property
@@ -322,7 +308,7 @@ class AuthorizedKeys:
 
 
 def default_key_file() -> Path:
-    """Where the key of this user lives unless a path is given."""
+    """`SPLITNET_KEY_FILE`, else `key` in the user's data folder."""
     override = os.environ.get(KEY_FILE_VARIABLE)
     return Path(override) if override else Path(platformdirs.user_data_dir("splitnet")) / "key"
 
@@ -399,7 +385,7 @@ def _read_authorized_keys(path: Path) -> dict[bytes | None, KeyOptions]:
 
 
 def without_names(text: str) -> list[str]:
-    """The lines of a list of authorized keys, without the names and comments behind keys."""
+    """The lines of a list of authorized keys, without names and comments."""
     lines = list[str]()
     for words in (line.partition("#")[0].split() for line in text.splitlines()):
         if words:

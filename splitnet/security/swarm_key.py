@@ -1,7 +1,7 @@
 """What closes a swarm: a secret of its members, with which they ask for records and read and write them.
 
-Who does not hold it can ask a member for nothing, as it cannot name what it asks for; cannot read an answer; and cannot
-have a record announced. Whose connections a peer accepts at all is decided by its authorized keys, before.
+Without it a process cannot name what it asks a member for, read an answer, or have a record announced. Which
+connections a peer accepts at all is decided before, by its authorized keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from splitnet.errors import KeyFileError, NotAuthorized
 KEY_BYTES: Final = 32
 NONCE_BYTES: Final = nacl.bindings.crypto_aead_xchacha20poly1305_ietf_NPUBBYTES
 SEAL_BYTES: Final = NONCE_BYTES + nacl.bindings.crypto_aead_xchacha20poly1305_ietf_ABYTES
-"""By which data grow that are sealed."""
+"""That sealing adds."""
 
 _PREFIX = "splitnet-swarm-1 "
 _MAX_FILE_BYTES = 1 << 21
@@ -34,24 +34,20 @@ class OpenSwarm:
     is_closed = False
 
     def place(self, model: str) -> str:
-        """How a question names the model with this fingerprint, or all models (empty)."""
+        """The name in a question of the model with this fingerprint, or of all models (empty)."""
         return model
 
     def seal(self, data: bytes) -> bytes:
-        """What travels of records."""
+        """Records as they travel."""
         return data
 
     def unseal(self, data: bytes | memoryview) -> bytes:
-        """The records in what has come. Raises NotAuthorized if it was not written by a member."""
+        """Undoes `seal`. Raises NotAuthorized if no member has sealed it."""
         return bytes(data)
 
 
 class SwarmKey(OpenSwarm):
-    """A swarm that those may ask who hold its key. Nothing prints the key.
-
-    Args:
-        raw: 32 random bytes.
-    """
+    """A swarm that only holders of its key, 32 random bytes, may ask. Nothing prints the key."""
 
     is_closed = True
 
@@ -64,7 +60,6 @@ class SwarmKey(OpenSwarm):
 
     @classmethod
     def generate(cls) -> SwarmKey:
-        """A new one."""
         return cls(secrets.token_bytes(KEY_BYTES))
 
     @classmethod

@@ -116,7 +116,7 @@ class ConnectionOptions:
         """The keys of the peers that may be used; None: any. Raises KeyFileError: their file cannot be used."""
         from splitnet.security.identity import AuthorizedKeys
 
-        return None if self.trusted_peers is None else AuthorizedKeys.from_file(Path(self.trusted_peers))
+        return None if self.trusted_peers is None else AuthorizedKeys(Path(self.trusted_peers))
 
     @classmethod
     def of(cls, keywords: dict[str, Any], known: Sequence[str] = GENERATING, *others: str) -> ConnectionOptions:

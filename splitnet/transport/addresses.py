@@ -1,4 +1,4 @@
-"""Where a peer listens, and how others reach this machine if the user does not say."""
+"""Addresses: to listen at, by which others reach this machine, and to join a swarm with."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from splitnet.security.identity import PublicKey
 from splitnet.wire.endpoints import Endpoint, is_address
 
 RESOLVE_S = 5.0
+_SCHEME, _KEY = "tcp://", "?key="
 
 
 class Reach(StrEnum):
     """How others are to reach a peer."""
 
     auto = "auto"
-    """At its address, unless others say that they cannot: then through helpers."""
+    """At its address, unless others say that they cannot: then through relays."""
     direct = "direct"
     helpers = "helpers"
 
 
 def with_literal_host(text: str) -> str:
-    """`HOST` or `HOST:PORT` with the IP address of the host in its place, as records and messages name it.
+    """`HOST` or `HOST:PORT` with the IP address of the host, as records and messages have it.
 
     Raises:
         SplitnetError: the name has no address, or none was found within `RESOLVE_S`.
@@ -75,8 +76,7 @@ def public_address(listen: str, port: int, public_host: str | None) -> str:
     """`tcp://IP:port` to announce.
 
     Args:
-        listen: what the peer listens on.
-        port: the one that it got.
+        listen, port: where the peer listens, and the port that it got.
         public_host: `HOST` or `HOST:PORT` that the user gave.
 
     Raises:
@@ -93,7 +93,7 @@ def reachable_host(listen: str) -> str:
     IPv4 comes first, as more can connect to it; the address of loopback only if there is no other.
     """
     if not is_wildcard(listen):
-        return listen.removeprefix("tcp://").rpartition(":")[0]
+        return _host_of(listen)
     families = [socket.AF_INET, socket.AF_INET6] if "[::]" in listen else [socket.AF_INET]
     for look in (_on_default_route, _on_any_network):
         for family in families:
@@ -104,7 +104,11 @@ def reachable_host(listen: str) -> str:
 
 def is_wildcard(listen: str) -> bool:
     """Whether `tcp://host:port` is all addresses of this machine, which may change."""
-    return listen.removeprefix("tcp://").rpartition(":")[0] in ("0.0.0.0", "*", "[::]", "")
+    return _host_of(listen) in ("0.0.0.0", "*", "[::]", "")
+
+
+def _host_of(listen: str) -> str:
+    return listen.removeprefix(_SCHEME).rpartition(":")[0]
 
 
 def _on_default_route(family: socket.AddressFamily) -> str:
@@ -130,7 +134,7 @@ def _on_any_network(family: socket.AddressFamily) -> str:
 
 
 def dht_addresses(listen: str) -> tuple[str, ...]:
-    """The multiaddrs for the DHT on the host of `listen`, any port."""
+    """The multiaddrs to listen at for the DHT on the host of `listen`, any port."""
     host = _ip_of(listen)
     found = f"/ip{host.version}/{host}/tcp/0"
     return (found,) if host != ipaddress.IPv6Address("::") else ("/ip4/0.0.0.0/tcp/0", found)
@@ -142,24 +146,21 @@ def is_reachable(listen: str) -> bool:
 
 
 def inside_of(listen: str, port: int) -> str:
-    """`tcp://IP:port` by which this machine itself reaches what listens at `listen`, with the port that it got."""
-    host = listen.removeprefix("tcp://").rpartition(":")[0]
+    """`tcp://IP:port` by which this machine itself reaches a listener at `listen` that got this port."""
+    host = _host_of(listen)
     host = "127.0.0.1" if host in ("", "*", "0.0.0.0") else "[::1]" if host == "[::]" else host
     return f"tcp://{host}:{port}"
 
 
 def _ip_of(listen: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    host = listen.removeprefix("tcp://").rpartition(":")[0]
-    if host in ("*", ""):
-        host = "0.0.0.0"
-    try:
-        return ipaddress.ip_address(with_literal_host(host).strip("[]"))
-    except SplitnetError:
-        return ipaddress.IPv4Address("0.0.0.0")
+    host = _host_of(listen)
+    with suppress(SplitnetError):
+        return ipaddress.ip_address(with_literal_host("0.0.0.0" if host in ("*", "") else host).strip("[]"))
+    return ipaddress.IPv4Address("0.0.0.0")
 
 
 def refuse_taken(listen: str) -> None:
-    """Checks an address such as `tcp://0.0.0.0:31331`, so that one that cannot be used is told before blocks load.
+    """Checks an address such as `tcp://0.0.0.0:31331` before blocks load.
 
     Raises:
         AddressInUse: something listens there.
@@ -174,7 +175,7 @@ def refuse_taken(listen: str) -> None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, int(match[2]), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            if sys.platform != "win32":  # where it would take the port beside whoever has it
+            if sys.platform != "win32":  # where it would share a port that is taken
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
@@ -203,9 +204,6 @@ def listen_at(host: str, port: int) -> socket.socket:
         ) from None
 
 
-_SCHEME, _KEY = "tcp://", "?key="
-
-
 def peer_address(endpoint: Endpoint) -> str:
     """The address to join through a peer with."""
     return f"{endpoint.address}{_KEY}{endpoint.key.text}"
@@ -222,11 +220,7 @@ def split_addresses(addresses: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check_peer_address(address: str) -> PublicKey:
-    """The key of an address, which is not looked up.
-
-    Raises:
-        DirectoryError: it is not written as one.
-    """
+    """The key in the address of a peer, which is not looked up. Raises DirectoryError: it is not written as one."""
     place, separator, key = address.removeprefix(_SCHEME).partition(_KEY)
     host, _, port = place.rpartition(":")
     if not separator or not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
@@ -240,7 +234,7 @@ def check_peer_address(address: str) -> PublicKey:
 
 
 def endpoint_of(address: str) -> Endpoint:
-    """Where a peer is, of an address to join with; a host name is looked up.
+    """The endpoint of a peer's address; a host name is looked up.
 
     Raises:
         DirectoryError: it is not written as one.
@@ -254,7 +248,7 @@ def endpoint_of(address: str) -> Endpoint:
 
 
 def hosts_of(addresses: Sequence[str]) -> frozenset[str]:
-    """The IP addresses of hosts that addresses to join with name, IPv6 ones in brackets; names are looked up."""
+    """The IP addresses of the hosts in addresses to join with, IPv6 ones in brackets; names are looked up."""
     found: set[str] = set()
     for address in addresses:
         parts = address.split("/")  # /ip4/HOST/tcp/PORT/p2p/ID

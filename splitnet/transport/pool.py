@@ -1,8 +1,7 @@
 """Which links to peers stay open: those in use, and others for a while.
 
-Whom a process connects to others decide: clients name next hops, and records of the directory may come from anybody.
-Every link takes four file descriptors, one to a hidden peer up to eight, so their number is bounded, and those that
-nobody needs are closed.
+Others decide what a process connects to: clients name next hops, and records may be hostile. Every link takes four file
+descriptors, one to a hidden peer up to eight, so their number is bounded, and unused ones are closed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ BRIEF_S = 5.0
 
 
 class Linking(Protocol):
-    """What opens and closes links: see `splitnet.transport.transport.Transport`."""
+    """A `splitnet.transport.transport.Transport`, or a stand-in."""
 
     def connect(self, endpoint: Endpoint) -> None: ...
 
@@ -35,13 +34,12 @@ class LinkPool:
     """Counts the users of each link. Thread-safe.
 
     Args:
-        linking: opens and closes links.
         most: links at the same time; one to a hidden peer counts as two. Of those without users, one that failed is
             closed first for a new one, then the one that was used longest ago.
         keep_s: how long a link outlives its last use.
         keep_unreached_s: the same for a link that is not up; 0: it is closed with its last user.
-        keep_unused_s: the same for a link that is up and has had no users, but for links to hidden peers: to open one
-            takes the help of others.
+        keep_unused_s: the same for a link that is up and has had no users, but for links to hidden peers, which others
+            have to help to open.
     """
 
     def __init__(
@@ -62,9 +60,9 @@ class LinkPool:
         self._unused: dict[Endpoint, float] = {}
         """Since when (infinite until the next tick); the one that was used longest ago first."""
         self._had_users: set[Endpoint] = set()
-        """Of the links that are open."""
+        """Of the open links."""
         self._failed: dict[Endpoint, tuple[LinkState, float]] = {}
-        """In which state links were closed that had failed, and when (infinite until the next tick)."""
+        """Closed links that had failed: their states, and since when (infinite until the next tick)."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -99,7 +97,7 @@ class LinkPool:
                     self._close(endpoint)
 
     def touch(self, endpoint: Endpoint) -> bool:
-        """Says that a message goes over a link, which that opens; False if it must not, as all others are in use."""
+        """Counts a message over a link, which opens that; False if it must not, as too many others are in use."""
         with self._lock:
             if endpoint not in self._users:
                 if not self._make_room(endpoint):
@@ -109,14 +107,14 @@ class LinkPool:
             return True
 
     def state(self, endpoint: Endpoint) -> LinkState:
-        """State of a link; of one that was closed after it had failed, for `SILENT_S`, how it had failed."""
+        """State of a link; of one that was closed after it had failed, for `SILENT_S` the state then."""
         state = self._linking.state(endpoint)
         if state is LinkState.CONNECTING:
             state, _ = self._failed.get(endpoint, (state, 0.0))
         return state
 
     def tick(self, now: float) -> None:
-        """Closes links that nobody has used for long; now: seconds."""
+        """Closes links that were not used for long; now: seconds."""
         with self._lock:
             for endpoint, since in list(self._unused.items()):
                 if now - since > self._kept_s(endpoint):
@@ -130,7 +128,6 @@ class LinkPool:
                     self._failed[endpoint] = (state, min(since, now))
 
     def _kept_s(self, endpoint: Endpoint) -> float:
-        """How long a link outlives its last use."""
         if self._linking.state(endpoint) is not LinkState.UP:
             return min(self._keep_s, self._keep_unreached_s)
         lasts = endpoint in self._had_users or endpoint.hidden
@@ -159,8 +156,7 @@ class LinkPool:
 
 
 def _size(endpoint: Endpoint) -> int:
-    """What a link counts as: one through a tunnel has the sockets of both ends of that, too."""
-    return 2 if endpoint.hidden else 1
+    return 2 if endpoint.hidden else 1  # the sockets of both ends of a tunnel, too
 
 
 def _has_failed(state: LinkState) -> bool:

@@ -32,20 +32,14 @@ _Unpacker = cast("Callable[..., Any]", msgpack.Unpacker)  # pyright: ignore[repo
 
 
 def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, most_bytes: int) -> list[Any]:
-    """A msgpack array from anybody; bounds hold for every array, text and byte string in it.
+    """A hostile msgpack array; bounds hold for every array, text and byte string in it.
 
     Raises:
         ProtocolError: it is anything else, or breaks a bound; nothing beyond the bounds was allocated.
     """
+    bounds = {"max_array_len": most_items, "max_str_len": most_text, "max_bin_len": most_bytes}
     try:
-        values: list[Any] = _unpackb(
-            data,
-            max_array_len=most_items,
-            max_map_len=0,
-            max_ext_len=0,
-            max_str_len=most_text,
-            max_bin_len=most_bytes,
-        )
+        values: list[Any] = _unpackb(data, max_map_len=0, max_ext_len=0, **bounds)
     except Exception as error:  # msgpack documents no common base class for what bad input can raise
         raise ProtocolError(f"not valid msgpack: {error}") from None
     if type(values) is not list:
@@ -54,9 +48,9 @@ def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, m
 
 
 class Values:
-    """Msgpack from anybody, read value by value: arrays stand only where they are asked for.
+    """Hostile msgpack, read value by value: arrays stand only where they are expected.
 
-    An empty array takes a byte there and 64 here, so long lists of lists must not be made before they are looked at.
+    An empty array takes a byte there and 64 here, so long lists of lists must not be made unchecked.
     """
 
     def __init__(self, data: bytes | memoryview, *, most_text: int, most_bytes: int) -> None:
@@ -100,11 +94,7 @@ def appended(check: Check, default: Any) -> Any:
 
 
 class Layout:
-    """The fields of a dataclass that travel, in order.
-
-    Args:
-        kind: the dataclass, with fields made by `wire` and `appended`.
-    """
+    """The fields of a dataclass that travel (made by `wire` and `appended`), in order."""
 
     def __init__(self, kind: type[Any]) -> None:
         fields = [field for field in dataclasses.fields(kind) if "check" in field.metadata]
@@ -123,10 +113,10 @@ class Layout:
         return values
 
     def read(self, values: Sequence[Any]) -> dict[str, Any]:
-        """The fields, by name, that have come; all others have defaults.
+        """The fields that are given, by name; all others have defaults.
 
         Raises:
-            ProtocolError: names the field that is missing or holds what it must not.
+            ProtocolError: names the field that is missing or invalid.
         """
         if len(values) < self._required:
             raise ProtocolError(f"{self._kind} lacks the field {self.names[len(values)]}")
@@ -182,7 +172,7 @@ def text(limit: int) -> Check:
     def check(value: Any) -> str:
         if type(value) is not str or len(value) > limit:
             raise ProtocolError(f"expected text of at most {limit} characters")
-        return printable(value)[:limit]  # so that who passes it on may
+        return printable(value)[:limit]  # so that it may be passed on
 
     return check
 

@@ -1,7 +1,7 @@
-"""What a sender keeps of a session: the encoded boundary activations that it sent, ready to be sent again.
+"""The log of a sender: the encoded boundary activations of a session that it sent, ready to be sent again.
 
-About `hidden` bytes per position with an int8 codec, far less than the KV cache that they stand for. The same bytes
-give the next hop the same KV cache, so a replacement continues the text token for token.
+About `hidden` bytes per position with an int8 codec, far less than the KV cache. The same bytes give the next hop the
+same KV cache, so a replacement continues the text token for token.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ def fork_rows(rows: Mapping[int, Row], forks: Sequence[Fork], copy: Callable[[Ro
     """The rows after `forks`; rows that no fork names are dropped, and go on as their last fork instead of a copy.
 
     Row ids are never used twice by a client, so a row that exists already was forked by an earlier copy of the same
-    step: applying the forks again changes nothing.
-
-    Raises:
-        ProtocolError: a fork names a source that does not exist.
+    step: applying the forks again changes nothing. Raises ProtocolError: a source does not exist.
     """
     forked: dict[int, Row] = {}
     named = {fork.row for fork in forks}
@@ -42,14 +39,14 @@ def fork_rows(rows: Mapping[int, Row], forks: Sequence[Fork], copy: Callable[[Ro
 
 
 REPLAY_POSITIONS = PASS_POSITIONS
-"""Positions per step of a replay, whoever sends it."""
+"""Per step of a replay."""
 
 
 @dataclass(slots=True)
 class _Row:
     data: bytearray = field(default_factory=bytearray)
     reaches: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    """From which position on steps had which `reach`; before the first one they had none."""
+    """Positions from which on steps had another `reach`; before the first one they had none."""
 
     def copy(self) -> _Row:
         return _Row(bytearray(self.data), list(self.reaches))
@@ -96,11 +93,7 @@ class SentLog:
                     row.reaches.pop()
 
     def record(self, parts: Sequence[Chunk], forks: Sequence[Fork] | None, payload: Payload, reach: int = 0) -> None:
-        """Takes in what a step sent.
-
-        Raises:
-            ProtocolError: as `prepare`.
-        """
+        """Takes in the payload of a step. Raises ProtocolError as `prepare`."""
         self.prepare(parts, forks)
         size = self.bytes_per_position
         view = memoryview(payload)
@@ -113,11 +106,7 @@ class SentLog:
             offset += part.length * size
 
     def replay(self, positions_per_step: int = REPLAY_POSITIONS) -> Iterator[tuple[tuple[Chunk, ...], bytes, int]]:
-        """Steps that rebuild every row from nothing, at most `positions_per_step` positions each.
-
-        Yields:
-            Their parts, payload and reach: positions have the one that they had, for the same keys.
-        """
+        """Yields parts, payload and reach of steps that rebuild every row, each at most `positions_per_step`."""
         size = self.bytes_per_position
         step = max(1, min(positions_per_step, MAX_PAYLOAD_BYTES // size))
         for number, row in self._rows.items():

@@ -197,7 +197,7 @@ def test_a_client_routes_through_peers_that_it_trusts_alone(swarm: LocalSwarm, t
     trusted, nobody = tmp_path / "trusted", tmp_path / "nobody"
     trusted.write_text(f"{second.text} a friend\n")
     nobody.write_text(f"{Identity.generate().public.text}\n")
-    with connect(swarm.peers[0], trusted=AuthorizedKeys.from_file(trusted)) as client:
+    with connect(swarm.peers[0], trusted=AuthorizedKeys(trusted)) as client:
         assert [record.key for record in client.peers()] == [second]
         assert [hop.record.key for hop in client.plan(NEEDS)] == [second]
         trusted.write_text(f"{first.text}\n")  # it is read again
@@ -206,7 +206,7 @@ def test_a_client_routes_through_peers_that_it_trusts_alone(swarm: LocalSwarm, t
             assert time.monotonic() < deadline
             time.sleep(0.05)
     with (
-        connect(swarm.peers[0], trusted=AuthorizedKeys.from_file(nobody)) as client,
+        connect(swarm.peers[0], trusted=AuthorizedKeys(nobody)) as client,
         pytest.raises(NotAuthorized, match="and none of them is one that you trust"),
     ):
         client.plan(NEEDS)
@@ -216,7 +216,7 @@ def test_a_session_leaves_a_peer_that_is_trusted_no_longer(swarm: LocalSwarm, tm
     keys = {peer.identity.public for peer in swarm.peers}
     trusted = tmp_path / "trusted"
     trusted.write_text("".join(f"{key.text}\n" for key in keys))
-    with connect(swarm.peers[0], trusted=AuthorizedKeys.from_file(trusted)) as client:
+    with connect(swarm.peers[0], trusted=AuthorizedKeys(trusted)) as client:
         session = Session(client, ConnectionOptions(codec="none"), reservation=64)
         session.step(torch.ones(3, 64), [Chunk(1, 0, 3, 1)])
         (used,) = {hop.endpoint.key for hop in session.hops}

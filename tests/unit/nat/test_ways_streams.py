@@ -215,7 +215,7 @@ def test_keys_are_checked_at_the_ends(world: World, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"{Identity.generate().public}\n")
     world.helper()
-    node, hidden = world.hidden(authorized=AuthorizedKeys.from_file(keys))
+    node, hidden = world.hidden(authorized=AuthorizedKeys(keys))
     client = world.node()
     endpoint = to(node, hidden.relays)
     client.transport.connect(endpoint)
@@ -232,7 +232,7 @@ def test_a_helper_that_knows_its_members_alone_lets_a_hidden_peer_try_it(world: 
     keys = tmp_path / "keys"
     keys.write_text(f"{node.identity.public}\n{client.identity.public}\n")
     for _ in range(2):
-        world.helper(authorized=AuthorizedKeys.from_file(keys))
+        world.helper(authorized=AuthorizedKeys(keys))
     ask(client, to(node, world.hidden_at(node).relays), b"one")
 
 
@@ -386,7 +386,7 @@ def test_who_is_taken_out_of_the_list_has_nothing_at_a_helper(
     monkeypatch.setattr(helper_module, "KEYS_S", 0.01)
     keys = tmp_path / "keys"
     keys.write_text("anyone\n")
-    authorized = AuthorizedKeys.from_file(keys)
+    authorized = AuthorizedKeys(keys)
     helper = world.helper(authorized=authorized)
     node, hidden = world.hidden()
     client, other = world.node(), world.node()
@@ -502,7 +502,7 @@ def test_nonsense_ends_a_stream(world: World, stranger: Connect, data: bytes) ->
 def test_a_stranger_is_no_member(world: World, stranger: Connect, tmp_path: Path) -> None:
     member, keys = Identity.generate(), tmp_path / "keys"
     keys.write_text(f"{member.public}\n")
-    helper = world.helper(authorized=AuthorizedKeys.from_file(keys))
+    helper = world.helper(authorized=AuthorizedKeys(keys))
     for purpose, request in ((Purpose.RESERVE, Reserve()), (Purpose.CALL, Call(member.public.raw, ""))):
         assert isinstance(stranger(helper).ask(purpose, request), Refused)
     assert stranger(helper, member).ask(Purpose.RESERVE, Reserve()) == Reserved()

@@ -280,7 +280,7 @@ class TestPolicy:
         def make(options: str) -> Peer:
             path = tmp_path / "authorized_keys"
             path.write_text(f"{OWNER.text} {options}\n{BEFORE.text}\n")
-            return Peer(policy=KeyPolicy(AuthorizedKeys.from_file(path)))
+            return Peer(policy=KeyPolicy(AuthorizedKeys(path)))
 
         return make
 
@@ -300,7 +300,7 @@ class TestPolicy:
         """Its own connection ends, but the hop before would send on what its session has sent to that."""
         path, seconds = tmp_path / "authorized_keys", itertools.count(step=10)
         path.write_text(f"{OWNER.text} train=no,tokens-per-minute=60\n{BEFORE.text}\n")
-        peer = Peer(policy=KeyPolicy(AuthorizedKeys.from_file(path, clock=lambda: next(seconds))))
+        peer = Peer(policy=KeyPolicy(AuthorizedKeys(path, clock=lambda: next(seconds))))
         peer.says(to_client())
         assert peer.says(step(), PREVIOUS) == []
         path.write_text(f"{BEFORE.text}\n")

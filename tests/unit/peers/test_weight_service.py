@@ -162,7 +162,7 @@ def test_who_lets_strangers_in_shares_only_if_told_so(tmp_path: Path) -> None:
     now = [0.0]
     keys = tmp_path / "keys"
     keys.write_text(f"{Identity.generate().public.text} a friend\n")
-    authorized = AuthorizedKeys.from_file(keys, clock=lambda: now[0])
+    authorized = AuthorizedKeys(keys, clock=lambda: now[0])
     options = PeerOptions(authorized_keys=keys)
     assert options.shares_weights(authorized)
     keys.write_text(f"{keys.read_text()}anyone\n")

@@ -178,7 +178,7 @@ def test_authorized_keys_with_comments(tmp_path: Path) -> None:
     first, second, stranger = (Identity.generate().public for _ in range(3))
     path = tmp_path / "authorized_keys"
     path.write_text(f"# friends\n\n{first.text} anna@laptop\n  {second.text}  # the other\n")
-    keys = AuthorizedKeys.from_file(path)
+    keys = AuthorizedKeys(path)
     assert keys.allows(first.curve_raw) and keys.allows(second.curve_raw)
     assert not keys.allows(stranger.curve_raw)
     assert not keys.allows(b"")
@@ -193,15 +193,13 @@ def test_options_stand_before_the_key_or_after_it(tmp_path: Path) -> None:
         f"weight=0.5 {third.text} kv=1GiB\n"
         "anyone kv=64MiB\n"
     )
-    keys = AuthorizedKeys.from_file(path)
+    keys = AuthorizedKeys(path)
     assert keys.options_of(first.curve_raw) == KeyOptions(weight=4, kv=8 * 2**30)
     assert keys.options_of(second.curve_raw) == KeyOptions(train=False, tokens_per_minute=6000)
     assert keys.options_of(third.curve_raw) == KeyOptions(weight=0.5, kv=2**30)
     assert keys.allows(stranger.curve_raw)
     assert keys.options_of(stranger.curve_raw) == KeyOptions(weight=STRANGER_WEIGHT, kv=64 * 2**20), "last of all"
-    assert AuthorizedKeys.anyone().options_of(stranger.curve_raw) == KeyOptions(), (
-        "where nobody is listed all are equal"
-    )
+    assert AuthorizedKeys(None).options_of(stranger.curve_raw) == KeyOptions(), "where nobody is listed all are equal"
 
 
 @pytest.mark.parametrize(
@@ -226,7 +224,7 @@ def test_an_option_that_is_none_is_refused_by_name_and_line(
     path = tmp_path / "authorized_keys"
     path.write_text(f"# friends\n{options} {key}\n" if before else f"# friends\n{key} {options} bob\n")
     with pytest.raises(KeyFileError, match=f"line 2: {re.escape(reason)}"):
-        AuthorizedKeys.from_file(path)
+        AuthorizedKeys(path)
 
 
 def test_a_line_without_a_key_and_a_key_that_is_listed_twice_are_refused(tmp_path: Path) -> None:
@@ -238,30 +236,30 @@ def test_a_line_without_a_key_and_a_key_that_is_listed_twice_are_refused(tmp_pat
     ):
         path.write_text(text)
         with pytest.raises(KeyFileError, match=reason):
-            AuthorizedKeys.from_file(path)
+            AuthorizedKeys(path)
 
 
 def test_anyone_is_allowed_in_a_public_swarm() -> None:
-    assert AuthorizedKeys.anyone().allows(Identity.generate().public.curve_raw)
+    assert AuthorizedKeys(None).allows(Identity.generate().public.curve_raw)
 
 
 def test_error_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "authorized_keys"
     path.write_text(f"{Identity.generate().public.text}\n# fine\nssh-ed25519 AAAA me\n")
     with pytest.raises(KeyFileError, match="line 3: 'ssh-ed25519' is not a splitnet key"):
-        AuthorizedKeys.from_file(path)
+        AuthorizedKeys(path)
 
 
 def test_missing_list_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match="cannot be read"):
-        AuthorizedKeys.from_file(tmp_path / "absent")
+        AuthorizedKeys(tmp_path / "absent")
 
 
 def test_list_is_reloaded_and_a_broken_edit_keeps_the_old_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second = Identity.generate().public, Identity.generate().public
     path, clock = tmp_path / "authorized_keys", _Clock()
     path.write_text(first.text)
-    keys = AuthorizedKeys.from_file(path, clock=clock)
+    keys = AuthorizedKeys(path, clock=clock)
 
     path.write_text(f"{second.text}\n")
     assert keys.allows(first.curve_raw), "the file is not looked at within the first second"
@@ -283,7 +281,7 @@ def test_a_list_that_is_being_written_keeps_nobody_out(tmp_path: Path) -> None:
     first, second = Identity.generate().public, Identity.generate().public
     path, clock = tmp_path / "authorized_keys", _Clock()
     path.write_text(first.text)
-    keys = AuthorizedKeys.from_file(path, clock=clock)
+    keys = AuthorizedKeys(path, clock=clock)
     with path.open("w") as file:
         clock.now += 1.0
         assert keys.allows(first.curve_raw), "it is empty for a moment"

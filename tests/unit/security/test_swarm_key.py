@@ -139,12 +139,12 @@ def test_an_invitation_says_who_may_use_a_peer_of_whom_is_invited(tmp_path: Path
     assert listed.read_text() == f"{keys}\n{anna.text} anna\n"
     mine = tmp_path / "anna.invite.keys"
     assert invitation.list_of_keys(file) == mine and mine.read_text().splitlines()[:-1] == expected
-    shares = AuthorizedKeys.from_file(mine)
+    shares = AuthorizedKeys(mine)
     assert [shares.options_of(key.curve_raw).weight for key in (owner, other, anna, peer)] == [1, 2, 1, 1]
     later = Identity.generate().public.curve_raw
     assert shares.allows(later) and shares.options_of(later).weight < 1
     mine.write_text("".join(f"{line}\n" for line in expected))
-    assert not AuthorizedKeys.from_file(mine).allows(later)
+    assert not AuthorizedKeys(mine).allows(later)
     mine.write_text(f"{anna.text}\n")
     assert invitation.list_of_keys(file) == mine and mine.read_text() == f"{anna.text}\n", "it is the user's now"
 

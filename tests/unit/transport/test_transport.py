@@ -195,7 +195,7 @@ def test_a_key_that_is_not_listed_is_refused(node: Start, tmp_path: Path) -> Non
     friend, stranger = node(), node()
     keys = tmp_path / "keys"
     keys.write_text(friend.identity.public.text + "\n")
-    server = node(ANY_PORT, authorized=AuthorizedKeys.from_file(keys))
+    server = node(ANY_PORT, authorized=AuthorizedKeys(keys))
     stranger.transport.send(server.endpoint, [b"let me in"])
     stranger.wait_for_state(server.endpoint, LinkState.REFUSED)
     assert stranger.transport.state(server.endpoint) is LinkState.REFUSED
@@ -631,7 +631,7 @@ def test_a_key_that_is_taken_away_loses_its_connections(node: Start, tmp_path: P
     friend, other = node(), node()
     keys = tmp_path / "keys"
     keys.write_text(f"{friend.identity.public.text}\n{other.identity.public.text}\n")
-    server = node(ANY_PORT, authorized=AuthorizedKeys.from_file(keys))
+    server = node(ANY_PORT, authorized=AuthorizedKeys(keys))
     server.answer = echo
     for client in (friend, other):
         client.transport.send(server.endpoint, [b"hello"])
