@@ -115,7 +115,9 @@ class Directory(SwarmDirectory):
                     waiting()
                 opening.result()
             except Exception as error:
-                raise _start_error(initial_peers, error) from error
+                cause, peers = str(error) or "it took too long", ", ".join(initial_peers)
+                said = f"No peer answers at {peers} ({cause}); check that it runs and that its port is open."
+                raise DirectoryError(said if peers else f"The DHT node did not start ({cause}).") from error
             on_failure.pop_all()
         return directory
 
@@ -158,7 +160,7 @@ class Directory(SwarmDirectory):
         atexit.unregister(self.close)
         if self._thread.is_alive():
             with suppress(FutureTimeoutError, DirectoryError):
-                self._call(self._shut_down(), CALL_TIMEOUT_S)
+                self._submit(self._shut_down(), CALL_TIMEOUT_S).result(CALL_TIMEOUT_S + 1.0)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 
@@ -206,7 +208,8 @@ class Directory(SwarmDirectory):
     def _request(self, request: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         self._check_open()
         try:
-            return self._call(self._answer(request), CALL_TIMEOUT_S + (START_TIMEOUT_S if self._reopen else 0.0))
+            timeout_s = CALL_TIMEOUT_S + (START_TIMEOUT_S if self._reopen else 0.0)
+            return self._submit(self._answer(request), timeout_s).result(timeout_s + 1.0)
         except DirectoryError:
             raise
         except Exception as error:
@@ -283,9 +286,6 @@ class Directory(SwarmDirectory):
             return answers
 
         return sum(await asyncio.gather(*(greet(*node) for node in by_node.items())))
-
-    def _call(self, request: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        return self._submit(request, timeout_s).result(timeout_s + 1.0)
 
     def _submit(self, request: Coroutine[Any, Any, T], timeout_s: float) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(asyncio.wait_for(request, timeout_s), self._loop)
@@ -381,15 +381,6 @@ def _refuse_taken_port(multiaddr: str) -> None:
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 raise AddressInUse(f"The DHT address {multiaddr} is taken; choose another port.") from error
             raise DirectoryError(f"The DHT cannot listen on {multiaddr} ({error}); choose another address.") from error
-
-
-def _start_error(initial_peers: Sequence[str], error: Exception) -> DirectoryError:
-    cause = str(error) or "it took too long"
-    if initial_peers:
-        return DirectoryError(
-            f"No peer answers at {', '.join(initial_peers)} ({cause}); check that it runs and that its port is open."
-        )
-    return DirectoryError(f"The DHT node did not start ({cause}).")
 
 
 def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Thing = TypeVar("Thing")
 
 LEASE_S = 3600
-"""What is asked for; it is renewed when half of it is over, so a peer that dies leaves nothing open for longer."""
+"""Renewed when half of it is over; a peer that dies leaves nothing open for longer."""
 LEAST_LEASE_S = 60
 NAT_PMP, UPNP = "NAT-PMP", "UPnP"
 NAT_PMP_PORT = 5351
@@ -44,33 +44,22 @@ class MappingError(SplitnetError):
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A port of a router.
-
-    Attributes:
-        address: `tcp://IP:port`, where it is found from outside.
-        by: `NAT-PMP` or `UPnP`.
-        gateway: IPv4 address of the router; empty for UPnP, which finds it anew.
-    """
+    """A port of a router, as others reach it (`tcp://IP:port`), and the protocol that it was asked for in."""
 
     address: str
     by: str
     gateway: str = ""
+    """IPv4 address of the router; empty for UPnP, which finds it anew."""
 
     @property
     def port(self) -> int:
-        """The public one."""
         return int(self.address.rpartition(":")[2])
 
 
 class PortMapping:
     """Keeps one port of the router for a TCP port of this machine. Every call may take seconds.
 
-    Args:
-        port: of this machine.
-
-    Attributes:
-        mapped: what the router has given.
-        by: in which protocol; it stays known.
+    mapped: the port of the router. by: the protocol, which stays known.
     """
 
     def __init__(self, port: int) -> None:
@@ -106,7 +95,7 @@ class PortMapping:
 
 
 def look_for_router() -> str:
-    """What a router that gives ports says of itself, for people; asks for nothing. Raises MappingError."""
+    """The address of a router that gives ports, for people; opens none. Raises MappingError."""
     return _either(
         lambda: f"{_host(_nat_pmp(default_gateway(), 0)[8:])} ({NAT_PMP})", lambda: f"{_upnp('look')[0]} ({UPNP})"
     )
@@ -153,7 +142,7 @@ def _host(raw: bytes) -> str:
 def _nat_pmp(gateway: str, operation: int, rest: bytes = b"") -> bytes:
     """The answer to a request. Raises MappingError, OSError."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        asking.connect((gateway, NAT_PMP_PORT))  # what comes from elsewhere is not heard
+        asking.connect((gateway, NAT_PMP_PORT))  # datagrams of others are not received
         for wait_s in _WAITS_S:
             asking.send(bytes((0, operation)) + rest)
             until = time.monotonic() + wait_s
@@ -175,7 +164,7 @@ def _nat_pmp(gateway: str, operation: int, rest: bytes = b"") -> bytes:
 
 
 def _upnp(what: str, *numbers: int) -> tuple[str, int]:
-    """What `upnp.py` says of the router: its public address, and the port. Raises MappingError."""
+    """The output of `upnp.py`: the router's public address, and the port. Raises MappingError."""
     if find_spec("miniupnpc") is None:
         raise MappingError("the package miniupnpc is not installed")
     command = [sys.executable, "-P", str(Path(__file__).with_name("upnp.py")), default_gateway(), what]
@@ -193,7 +182,7 @@ def _upnp(what: str, *numbers: int) -> tuple[str, int]:
 
 
 def default_gateway() -> str:
-    """IPv4 address of the router to which this machine sends what is for elsewhere. Raises MappingError."""
+    """IPv4 address of the router on this machine's default route. Raises MappingError."""
     try:
         if sys.platform == "linux":
             return _gateway_of_linux(Path("/proc/thread-self/net/route").read_text(encoding="utf-8"))

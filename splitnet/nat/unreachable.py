@@ -141,7 +141,8 @@ class UnreachablePeer:
         looked_at = -math.inf
         try:
             while True:
-                lacks = self._lacks()
+                # Several in one network count as one, and some may bring no calls.
+                lacks = len(set(map(network_of, self._keeping))) < WANTED or any(map(self._is_unused, self._keeping))
                 often = len(self._keeping) < WANTED
                 if lacks and time.monotonic() - looked_at >= (LOOK_S if often else 6 * LOOK_S):
                     with suppress(SplitnetError):
@@ -171,20 +172,12 @@ class UnreachablePeer:
     def _free(self, found: Sequence[Relay]) -> list[Relay]:
         """Relays that may be tried now: none with a key that is in use."""
         now, keys = time.monotonic(), {self._identity.public.raw, *(relay.key for relay in self._keeping)}
-        return [
-            relay
-            for relay in dict.fromkeys(found)
-            if relay.key not in keys and now >= self._pauses.get(relay, (0.0, 0.0))[0]
-        ]
+        new = [relay for relay in dict.fromkeys(found) if relay.key not in keys]
+        return [relay for relay in new if now >= self._pauses.get(relay, (0.0, 0.0))[0]]
 
     def _rank(self, relay: Relay) -> tuple[bool, bool, bool]:
         """Lower is better: vouched for, not known to have failed, known to have worked."""
         return not self._vouched(relay), relay in self._pauses, relay not in self._worked
-
-    def _lacks(self) -> bool:
-        """Whether there are fewer than wanted, several in one network, or some that bring no calls."""
-        kept = {network_of(relay) for relay in self._keeping}
-        return len(kept) < WANTED or any(self._is_unused(relay) for relay in self._keeping)
 
     def _is_unused(self, relay: Relay) -> bool:
         used_at = self._used_at.get(relay)
@@ -232,10 +225,7 @@ class UnreachablePeer:
         """Others have called through a relay."""
         if relay in self._used_at:
             self._used_at[relay] = time.monotonic()
-        self._worked.pop(relay, None)
-        self._worked[relay] = None
-        if len(self._worked) > MOST_WORKED:
-            del self._worked[next(iter(self._worked))]
+        self._worked = dict.fromkeys([*(other for other in self._worked if other != relay), relay][-MOST_WORKED:])
 
     async def _hear(self, relay: Relay, sock: socket.socket) -> None:
         """Takes the messages of a relay, at `MESSAGES_PER_S` at most."""

@@ -27,7 +27,7 @@ _KINDS = tuple(
 TRIES = 4
 """Ports that are asked for, if others have the first ones."""
 MOST_BYTES = 512 << 20
-"""Of address space: what answers may send without end."""
+"""Of address space: routers may send without end."""
 
 
 def main(gateway: str, what: str, *numbers: str) -> None:
@@ -63,7 +63,7 @@ def find_description(gateway: str) -> str:
                 answer, sender = asking.recvfrom(2048)
             except TimeoutError:
                 break
-            except ConnectionError:  # of the gateway, which does not speak it: what it says to the group is heard yet
+            except ConnectionError:  # of the gateway, which does not speak it; it may answer to the group
                 continue
             if sender[0] == gateway and (found := location_of(answer, gateway)):
                 return found
@@ -71,7 +71,7 @@ def find_description(gateway: str) -> str:
 
 
 def location_of(answer: bytes, gateway: str) -> str:
-    """What an answer names as the place of the description; empty: none, or one elsewhere."""
+    """The URL of the description in an answer; empty: none, or one elsewhere."""
     for line in answer.decode("latin-1").split("\r\n"):
         name, _, value = line.partition(":")
         if name.strip().lower() == "location":

@@ -111,30 +111,23 @@ class Wake:
     def __init__(self) -> None:
         self._read: Callable[[int], bytes]
         self._write: Callable[[bytes], int]
-        self._close: Callable[[], None]
+        self._open = contextlib.ExitStack()
         if hasattr(os, "eventfd"):
-            event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._descriptor = event
+            event = self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._read, self._write = partial(os.read, event), partial(os.write, event)
-            self._close = partial(os.close, event)
+            self._open.callback(os.close, event)
         else:  # no pipe: on Windows ZeroMQ polls nothing but sockets
-            reading, writing = socket.socketpair()
+            reading, writing = map(self._open.enter_context, socket.socketpair())
             reading.setblocking(False)
             writing.setblocking(False)
             self._descriptor = reading.fileno()
             self._read, self._write = reading.recv, writing.send
 
-            def close() -> None:
-                reading.close()
-                writing.close()
-
-            self._close = close
-
     def fileno(self) -> int:
         return self._descriptor
 
     def set(self) -> None:
-        """Makes the descriptor readable. May be called from any thread."""
+        """Makes the descriptor readable. Thread-safe."""
         with contextlib.suppress(BlockingIOError):  # it is readable already
             self._write(b"\1\0\0\0\0\0\0\0")
 
@@ -144,7 +137,7 @@ class Wake:
                 pass
 
     def close(self) -> None:
-        self._close()
+        self._open.close()
 
 
 if sys.platform != "win32":
