@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -54,32 +54,33 @@ class Prefix(NamedTuple):
 
 
 class Adapter:
-    """The parameters of some blocks.
+    """The parameters of some blocks. Raises AdapterError for a name or shape that no adapter has.
 
     Args:
         tensors: by name, as the module says.
 
-    Raises:
-        AdapterError: a name or shape that no adapter has.
+    Attributes:
+        low_ranks: what is added where, by block and path of the layer in it.
+        prefixes: by block that has one.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.tensors = dict(tensors)
-        self._low_rank: dict[tuple[int, str], LowRank] = {}
-        self._prefixes: dict[int, Prefix] = {}
+        self.low_ranks: dict[tuple[int, str], LowRank] = {}
+        self.prefixes: dict[int, Prefix] = {}
         for name, tensor in self.tensors.items():
             match = _NAME.fullmatch(name)
             if match is None or tensor.dtype not in DTYPES:
                 raise AdapterError(f"{name!r} of {tensor.dtype} is no parameter of an adapter")
             block, rest = int(match[1]), match[2]
             if rest == PREFIX_KEYS:
-                self._prefixes[block] = _prefix(block, tensor, self._partner(f"{block}.{PREFIX_VALUES}"))
+                self.prefixes[block] = _prefix(block, tensor, self._partner(f"{block}.{PREFIX_VALUES}"))
             elif rest.endswith(LORA_A):
                 path = rest.removesuffix(LORA_A)
-                self._low_rank[block, path] = _low_rank(name, tensor, self._partner(f"{block}.{path}{LORA_B}"))
-        if 2 * (len(self._prefixes) + len(self._low_rank)) != len(self.tensors):
+                self.low_ranks[block, path] = _low_rank(name, tensor, self._partner(f"{block}.{path}{LORA_B}"))
+        if 2 * (len(self.prefixes) + len(self.low_ranks)) != len(self.tensors):
             raise AdapterError("the adapter has a tensor without the one that belongs to it")
-        lengths = {prefix.keys.shape[2] for prefix in self._prefixes.values()}
+        lengths = {prefix.keys.shape[2] for prefix in self.prefixes.values()}
         if len(lengths) > 1:
             raise AdapterError("the prefixes of an adapter differ in length")
         self.prefix_length = lengths.pop() if lengths else 0
@@ -87,18 +88,6 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def low_ranks(self) -> Iterator[tuple[int, str, LowRank]]:
-        """What is added where: block, path of the layer in it, and the pair."""
-        for (block, path), low_rank in self._low_rank.items():
-            yield block, path, low_rank
-
-    def low_rank(self, block: int, path: str) -> LowRank | None:
-        return self._low_rank.get((block, path))
-
-    def prefixes(self) -> Iterable[tuple[int, Prefix]]:
-        """The blocks that have a prefix, with it."""
-        return self._prefixes.items()
 
     def outside(self, start: int, end: int) -> bool:
         """Whether it has tensors of other blocks than `[start, end)`."""
@@ -136,8 +125,8 @@ def read_tensors(payload: bytes | memoryview) -> dict[str, torch.Tensor]:
         raise AdapterError(f"these are no tensors: {error}") from None
 
 
-def split_tensors(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Tensors in groups that fit in a message each."""
+def write_groups(tensors: Mapping[str, torch.Tensor]) -> list[bytes]:
+    """Tensors as payloads of as many messages as they need."""
     groups: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -146,12 +135,7 @@ def split_tensors(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.T
             size = 0
         groups[-1][name] = tensor
         size += tensor.nbytes
-    return groups
-
-
-def write_groups(tensors: Mapping[str, torch.Tensor]) -> list[bytes]:
-    """Tensors as payloads of as many messages as they need."""
-    return [write_tensors(group) for group in split_tensors(tensors)]
+    return [write_tensors(group) for group in groups]
 
 
 def counted_down(payloads: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -201,21 +185,17 @@ class AddsLowRank:
     """A forward hook of one linear layer: adds what the adapters of the running pass have for it."""
 
     def __init__(self, block: int, path: str) -> None:
-        self._block = block
-        self._path = path
+        self._at = block, path
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
         """`args[0]`: `[1, positions, inputs]`; `output`: `[1, positions, outputs]`."""
-        found = [
-            (positions, low_rank)
-            for positions, adapter in _applied.slices
-            if (low_rank := adapter.low_rank(self._block, self._path)) is not None
-        ]
+        slices = [(positions, adapter.low_ranks.get(self._at)) for positions, adapter in _applied.slices]
+        found = [(positions, low_rank) for positions, low_rank in slices if low_rank is not None]
         if not found:
             return None
         given = args[0]
         if given.shape[:2] != (1, _applied.positions):
-            raise AdapterError(f"{self._path} does not see every position, so nothing can be added to it")
+            raise AdapterError(f"{self._at[1]} does not see every position, so nothing can be added to it")
         pieces: list[torch.Tensor] = []
         done = 0
         for positions, (a, b) in found:
@@ -232,13 +212,11 @@ def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
     """Paths within a block of the layers that LoRA can be added to, with their inputs and outputs."""
     sizes: dict[str, tuple[int, int]] = {}
     for path, module in block.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | QuantizedLinear):
             sizes[path] = module.in_features, module.out_features
         elif isinstance(module, Conv1D):
             layer: Any = module
             sizes[path] = layer.nx, layer.nf
-        elif isinstance(module, QuantizedLinear):
-            sizes[path] = module.in_features, module.out_features
     return sizes
 
 
@@ -254,25 +232,23 @@ class SpanAdapters:
     """
 
     def __init__(self, blocks: nn.ModuleList, first: int) -> None:
-        self._blocks = blocks
-        self._first = first
+        self._blocks, self._first = blocks, first
         self._adapted: set[tuple[int, str]] = set()
         self.kv_shapes: dict[int, list[tuple[int, int]]] = {}
 
     def fit(self, adapter: Adapter, start: int, end: int) -> None:
         """Makes the blocks `[start, end)` ready for an adapter.
 
-        Raises:
-            AdapterError: it names blocks or layers that are not there, or its shapes are not theirs.
+        Raises AdapterError if it names blocks or layers that are not there, or its shapes are not theirs.
         """
-        for block, path, low_rank in adapter.low_ranks():
+        for (block, path), low_rank in adapter.low_ranks.items():
             layer, sizes = self._linear_layer(self._index(block, start, end), block, path)
             if (low_rank.a.shape[1], low_rank.b.shape[0]) != sizes:
                 raise AdapterError(f"{path} of block {block} maps {sizes[0]} values to {sizes[1]}, the adapter not")
             if (block, path) not in self._adapted:
                 self._adapted.add((block, path))
                 layer.register_forward_hook(AddsLowRank(block, path))
-        for block, prefix in adapter.prefixes():
+        for block, prefix in adapter.prefixes.items():
             shapes = self.kv_shapes.get(self._index(block, start, end))
             if [(tensor.shape[1], tensor.shape[3]) for tensor in prefix] != shapes:
                 raise AdapterError(f"keys and values of block {block} have (heads, size) {shapes}, the prefix has not")
@@ -281,7 +257,7 @@ class SpanAdapters:
         """The prefix that rows in the blocks `[start, end)` begin with, by block of the span."""
         if adapter is None or not adapter.prefix_length:
             return {}
-        return {block - self._first: prefix for block, prefix in adapter.prefixes() if start <= block < end}
+        return {block - self._first: prefix for block, prefix in adapter.prefixes.items() if start <= block < end}
 
     def _index(self, block: int, start: int, end: int) -> int:
         """Which of the span's blocks it is."""

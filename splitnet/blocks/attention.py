@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,12 +95,7 @@ def _mask(
     additive: torch.dtype | None,
     device: torch.device,
 ) -> torch.Tensor:
-    """`[1, 1, count, reach]`: what the last `count` of `reach` positions may see.
-
-    Args:
-        masks: those that were made, by what they depend on.
-        additive: dtype of a mask to add to the scores; None for a mask of booleans.
-    """
+    """`[1, 1, count, reach]`: what the last `count` of `reach` positions may see, to add to scores or of booleans."""
     key = (count, reach, window, additive)
     if key not in masks:
         past = reach - count
@@ -146,7 +141,8 @@ def _packed_attention(
     block: int = module.layer_idx  # type: ignore[assignment]
     window = packed.windows[block] if packed.windows else kwargs.get("sliding_window")
     eager = not packed.sdpa or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
-    attend = _own_attention(module) if eager else _sdpa_attention
+    # What is written out in the family's own code has soft caps, sinks and whatever else it has.
+    attend = sys.modules[type(module).__module__].eager_attention_forward if eager else _sdpa_attention
     additive = query.dtype if eager else None
     parts = packed.parts
     # Of heads with values of another size torch computes all scores as well, as the families' code does.
@@ -219,8 +215,7 @@ def attend_by_group(
         keys, values: `[batch, shared heads, reach, head size]`.
         mask: `[batch, 1, positions, reach]`, or None: all is seen.
 
-    Returns:
-        `[batch, heads, positions, head size]`.
+    Returns `[batch, heads, positions, head size]`.
     """
     batch, heads, count, size = query.shape
     shared = keys.shape[1]
@@ -229,11 +224,6 @@ def attend_by_group(
         mask = mask.repeat(1, 1, heads // shared, 1)
     mixed = nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
     return mixed.reshape(batch, heads, count, -1)
-
-
-def _own_attention(module: nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """The attention written out in the family's own model code: with soft caps, sinks and what else it has."""
-    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 AttentionInterface.register(PACKED, _packed_attention)

@@ -41,7 +41,7 @@ from splitnet.quant.stored import Codes, Layout, PackedTensor, StoredMatrix
 class QuantizedEmbedding(nn.Embedding):
     """A frozen embedding whose weight is held in the codes of the checkpoint.
 
-    Its `weight` is for those who look at it, or want all of it as numbers: it is read from the files when it is used.
+    Its `weight` is for code that looks at it, or wants all of it as numbers: it is read from the files when it is used.
     """
 
     held: BlockQuantWeight | JoinedForm
@@ -129,9 +129,8 @@ _LONGEST_RANGE = 1 << 20
 class _LightMeta(TorchFunctionMode):
     """Makes a model on the meta device without torch's compiler, which torch imports (1 s) to fill tensors or count.
 
-    Raises:
-        UnsupportedModel: the numbers of the config have it compute more than `_MOST_COMPUTED` numbers, or count on
-            beyond `_LONGEST_RANGE`.
+    Raises UnsupportedModel if the numbers of the config have it compute more than `_MOST_COMPUTED` numbers, or count on
+    beyond `_LONGEST_RANGE`.
     """
 
     def __init__(self) -> None:
@@ -180,11 +179,7 @@ def _made_on_meta(make: Callable[[], _T]) -> _T:
 
 
 def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without weights.
-
-    Raises:
-        UnsupportedModel: transformers cannot build it of this config.
-    """
+    """A model without weights. Raises UnsupportedModel if transformers cannot build it of this config."""
     try:
         model = _made_on_meta(lambda: model_class(copy.deepcopy(config)))
         nn.Module.to(model, "meta")
@@ -202,8 +197,7 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
 def find_container(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     """The name of the list of blocks within a model, such as `layers` or `model.decoder.layers`.
 
-    Raises:
-        UnsupportedModel: it has no such list, or cannot be built.
+    Raises UnsupportedModel if it has no such list, or cannot be built.
     """
     model = on_meta(model_class, config)
     for name, module in model.named_modules():
@@ -255,7 +249,7 @@ def load_cut(
     cut_class: type[PreTrainedModel] = type(model_class.__name__, (model_class,), members)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
-        with _one_at_a_time, _no_progress_bars(), _reading_ahead(not one_by_one):
+        with _loading(one_by_one):
             loaded: Any = cut_class.from_pretrained(
                 None,
                 config=config,
@@ -267,9 +261,8 @@ def load_cut(
                 **options,
             )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UnsupportedModel(
-            f"models of the family {config.model_type!r} cannot be cut into spans: {error}"
-        ) from error
+        family = config.model_type
+        raise UnsupportedModel(f"models of the family {family!r} cannot be cut into spans: {error}") from error
     model, report = loaded
     missing, mismatched = set(report["missing_keys"]), {name for name, *_ in report["mismatched_keys"]}
     if new_head:
@@ -289,20 +282,13 @@ def load_cut(
     if new_head:  # the head that the checkpoint has may be for another task
         unexpected = {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
     unexpected -= ignored(unexpected, model)
-    unexpected -= {name for name in unexpected if name.endswith(".bias") and _is_zero(tensors.get(name))}
+    # A bias of nothing is what AutoGPTQ stores with every layer.
+    biases = {name for name in unexpected & tensors.keys() if name.endswith(".bias")}
+    unexpected -= {name for name in biases if not tensors[name][...].any()}
     check_no_unexpected((names.get(name, name) for name in unexpected), config.model_type)
     model.__class__ = model_class
     hold_codes(model, codes_on)
     return model
-
-
-def _is_zero(tensor: Any) -> bool:
-    """Whether it is a bias of nothing, as AutoGPTQ stores with every layer."""
-    return tensor is not None and not bool(tensor[...].any())
-
-
-_one_at_a_time = threading.Lock()
-"""While it builds a model, transformers changes settings of the whole process, such as torch's default dtype."""
 
 
 def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
@@ -310,10 +296,8 @@ def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    parameters = model.state_dict()
-    return {
-        name: rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)[0] for name in names
-    }
+    known = renamings, converters, model.base_model_prefix, model.state_dict()
+    return {name: rename_source_key(name, *known)[0] for name in names}
 
 
 def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> None:
@@ -327,15 +311,13 @@ def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: in
         for name, child in list(owner.named_children()):
             if name in ADDED_POSITIONS:
                 setattr(owner, name, Zero(backbone.dtype))
-            elif child is not parent and (next(child.parameters(), None) is not None or _is_norm(child)):
-                setattr(owner, name, nn.Identity())
+            elif child is not parent and (
+                next(child.parameters(), None) is not None or "norm" in type(child).__name__.lower()
+            ):
+                setattr(owner, name, nn.Identity())  # some norms have no parameters
     setattr(parent, list_name, kept)
     keep_configs(parent)
     slice_config(backbone.config, start, end)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()  # some have no parameters
 
 
 def keep_configs(parent: nn.Module) -> None:
@@ -399,34 +381,32 @@ _PER_BLOCK = (
 """Lists in configs with one entry per block. (Others of that length, such as `eos_token_id`, mean something else.)"""
 
 
-@contextmanager
-def _reading_ahead(allowed: bool) -> Iterator[None]:
-    """Whether transformers may read tensors in other threads before it needs them; it asks the environment."""
-    before = os.environ.get(_READ_AHEAD)
-    if not allowed:
-        os.environ[_READ_AHEAD] = "1"
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[_READ_AHEAD] = before
-        elif not allowed:
-            del os.environ[_READ_AHEAD]
-
+_one_at_a_time = threading.Lock()
+"""While it builds a model, transformers changes settings of the whole process, such as torch's default dtype."""
 
 _READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Silences transformers' own bar for loading: progress is reported to the caller."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
+def _loading(one_by_one: bool) -> Iterator[None]:
+    """Without transformers' own progress bar, as the caller gets progress, and one thread at a time.
+
+    With `one_by_one` transformers, which asks the environment, reads no tensor ahead in other threads.
+    """
+    with _one_at_a_time:
+        shows, before = transformers_logging.is_progress_bar_enabled(), os.environ.get(_READ_AHEAD)
+        transformers_logging.disable_progress_bar()
+        if one_by_one:
+            os.environ[_READ_AHEAD] = "1"
+        try:
+            yield
+        finally:
+            if before is not None:
+                os.environ[_READ_AHEAD] = before
+            elif one_by_one:
+                del os.environ[_READ_AHEAD]
+            if shows:
+                transformers_logging.enable_progress_bar()
 
 
 @torch.inference_mode(False)  # what is loaded is used outside of it, too
@@ -439,8 +419,7 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
         dtype: of the weights; "auto": as they are stored.
 
     Raises:
-        OSError, ValueError: transformers cannot load it.
-        UnsupportedModel: likewise, of a GGUF file or of quantized weights.
+        OSError, ValueError, UnsupportedModel: transformers cannot load it; the last of GGUF files or quantized weights.
     """
     if not checkpoint.source.endswith(".gguf") and (checkpoint.multimodal or not checkpoint.store.quantized):
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -53,8 +52,7 @@ def block_bytes(
 ) -> int:
     """Bytes of the largest block as `Span.load` with the same arguments holds it; reads only headers of files.
 
-    Raises:
-        WeightsError: weights cannot be held so.
+    Raises WeightsError if weights cannot be held so.
     """
     chosen = weights_of(checkpoint, weights, dtype, device)
     return max(size.held for size in block_sizes(checkpoint, chosen, range(checkpoint.num_blocks)))
@@ -74,9 +72,7 @@ def weights_of(
 def check_file_bytes(checkpoint: Checkpoint) -> None:
     """Refuses blocks that take more in the files than those of the config can: strangers tell both.
 
-    Raises:
-        ModelNotFound: says which.
-        UnsupportedModel: there is no model of this config.
+    Raises ModelNotFound, which says which, or UnsupportedModel if there is no model of this config.
     """
     model_class = backbone_class(checkpoint.config)
     backbone = on_meta(model_class, checkpoint.config)
@@ -94,24 +90,19 @@ def check_file_bytes(checkpoint: Checkpoint) -> None:
 def block_sizes(checkpoint: Checkpoint, weights: Weights, blocks: range) -> list[BlockSize]:
     """The sizes of each block."""
     facts = checkpoint.store.facts(tensor.name for index in blocks for tensor in checkpoint.block_tensors[index])
-    plain = [
-        sum(facts[tensor.name].bytes_as(weights.dtype) for tensor in checkpoint.block_tensors[index])
-        for index in blocks
-    ]
+    named = {index: checkpoint.block_tensors[index] for index in blocks}
+    plain = [sum(facts[tensor.name].bytes_as(weights.dtype) for tensor in named[index]) for index in blocks]
     in_codes = any(one.layout is not None for one in facts.values())
     if not weights.forms and not (weights.keeps_codes and in_codes):
         return [BlockSize(size, size) for size in plain]
-    config = copy.deepcopy(checkpoint.config)
-    model_class = backbone_class(config)
-    container = find_container(model_class, config)
-    backbone = on_meta(model_class, config)
+    model_class = backbone_class(checkpoint.config)
+    container = find_container(model_class, checkpoint.config)
+    backbone = on_meta(model_class, checkpoint.config)
     modules = list(backbone.get_submodule(container).children())
-    stored = {
-        f"{container}.{index}.{tensor.rest}": facts[tensor.name]
-        for index in blocks
-        for tensor in checkpoint.block_tensors[index]
-    }
-    codes = codes_within(backbone, stored)
+    codes = codes_within(
+        backbone,
+        {f"{container}.{index}.{one.rest}": facts[one.name] for index, tensors in named.items() for one in tensors},
+    )
     return [
         size_of_block(modules[index], weights, size, codes, f"{container}.{index}.")
         for index, size in zip(blocks, plain, strict=True)
@@ -178,8 +169,7 @@ def _are_all(stored: Sequence[TensorFacts], numbers: int, *, transposed: bool) -
 def codes_within(model: PreTrainedModel, tensors: Mapping[str, TensorFacts]) -> dict[str, list[TensorFacts]]:
     """Path of a layer of a model -> what its weight consists of, where that is in codes.
 
-    Args:
-        tensors: by their names in a checkpoint of the model.
+    `tensors`: by their names in a checkpoint of the model.
     """
     coded = {name: one for name, one in tensors.items() if one.layout is not None}
     codes: dict[str, list[TensorFacts]] = {}

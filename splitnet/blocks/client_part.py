@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Never
 
 import torch
@@ -72,8 +71,7 @@ def load_classifier_part(
         config: that of the checkpoint, with the labels that are wanted.
         blocks, dtype: as for `load_client_part`.
 
-    Raises:
-        UnsupportedModel: transformers has no such model of this family, or as for `load_client_part`.
+    Raises UnsupportedModel if transformers has no such model of this family, or as for `load_client_part`.
     """
     return _load(checkpoint, config, classifier_class(config), blocks, dtype, device, new_head=True)
 
@@ -109,17 +107,8 @@ def _load(
     attention = PACKED if packs_sequences(config) else None
     names = client_part_names(checkpoint, model_class, container)
     with checkpoint.store.load_tensors(names, wanted) as tensors:
-        model = load_cut(
-            model_class,
-            config,
-            cut,
-            tensors,
-            wanted,
-            attention,
-            names=names,
-            new_head=new_head,
-            codes_on=torch.device(device),
-        )
+        kept = {"names": names, "new_head": new_head, "codes_on": torch.device(device)}
+        model = load_cut(model_class, config, cut, tensors, wanted, attention, **kept)
     nn.Module.to(model, device)
     parent, name = parent_of(model, container)
     setattr(parent, name, BlockList(AllBlocks(blocks, blocks_return_tuple(model, container)), outlines))
@@ -132,8 +121,7 @@ def _load(
 def check_all_is_taken(checkpoint: Checkpoint) -> None:
     """Reads the headers of a whole checkpoint, and no weights.
 
-    Raises:
-        UnsupportedModel: it holds tensors that no part of the model takes, or that are not what their format says.
+    Raises UnsupportedModel if it has tensors that no part of the model takes, or that are not as their format says.
     """
     model_class = causal_class(checkpoint.config)
     container = find_container(model_class, checkpoint.config)
@@ -169,10 +157,8 @@ def client_part_names(checkpoint: Checkpoint, model_class: type[PreTrainedModel]
     """Name in the model -> name in the checkpoint, of what is outside the blocks and meant for the model.
 
     They differ where the checkpoint is of a multimodal model, whose text model has a prefix of its own. What belongs to
-    other parts of that is left, and so is what models of the family leave out on purpose.
-
-    Raises:
-        UnsupportedModel: a multimodal checkpoint has tensors that belong to none of its parts.
+    other parts of that is left, and so is what models of the family leave out on purpose. Raises UnsupportedModel if a
+    multimodal checkpoint has tensors that belong to none of its parts.
     """
     if not checkpoint.multimodal:
         left_out = ignored(checkpoint.client_part_names_of, model_class)
@@ -242,18 +228,15 @@ def ends_of(model: PreTrainedModel) -> Ends | None:
 class AllBlocks(nn.Module):
     """Stands in the list of blocks as the only one: calls `blocks` and answers as the family's own blocks do.
 
-    The backbone's mask, positions and cache are not handed on: who provides `blocks` has taken from them what it
-    needs (see `backbone_of`).
+    The backbone's mask, positions and cache are not handed on: code that provides `blocks` takes them before (see
+    `backbone_of`).
     """
 
-    attention_type = "full_attention"  # some backbones choose a mask by it
-    layer_type = "full_attention"
-    block_type = "full_attention"
+    attention_type = layer_type = block_type = "full_attention"  # some backbones choose a mask by it
 
     def __init__(self, blocks: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
-        self.blocks = blocks
-        self._returns_tuple = returns_tuple
+        self.blocks, self._returns_tuple = blocks, returns_tuple
 
     def forward(
         self, hidden_states: torch.Tensor, *args: object, **kwargs: object
@@ -264,7 +247,7 @@ class AllBlocks(nn.Module):
 
 
 class BlockList(nn.ModuleList):
-    """In the place of the list of blocks: to the model's own code one module, to whoever looks for layers the outline.
+    """Stands for the list of blocks: to the model's own code one module, and to code that looks for layers an outline.
 
     Args:
         all_blocks: called in the place of every block.
@@ -290,36 +273,25 @@ class BlockList(nn.ModuleList):
 def blocks_return_tuple(model: PreTrainedModel, container: str) -> bool:
     """Whether a family's backbone takes `output[0]` of what a block returns: found by trying both.
 
-    To take `[0]` of a tensor would drop the batch dimension, often without an error.
-
-    Args:
-        container: name of the list of blocks in `model`; it may be empty.
-
-    Raises:
-        UnsupportedModel: it takes neither a tensor nor a tuple.
+    To take `[0]` of a tensor would drop the batch dimension, often without an error. Raises UnsupportedModel if it
+    takes neither a tensor nor a tuple. `container`: the name of the list of blocks in `model`; it may be empty.
     """
     backbone = parent_of(model, container)[0]
     inputs = {"input_ids": torch.zeros(2, 3, dtype=torch.long, device=model.device)}
     for returns_tuple in (False, True):
-        with _without_blocks(model, container, returns_tuple):
-            output = _attempt(backbone, inputs)
+        output = _run_without_blocks(model, container, returns_tuple, backbone, inputs)
         if output is not None and output.shape[:2] == (2, 3):
             return returns_tuple
     raise UnsupportedModel(f"the client's part of the family {model.config.model_type!r} does not run on its own")
 
 
 def check_neutral(backbone: PreTrainedModel, container: str, dtype: torch.dtype) -> None:
-    """Checks that a backbone does nothing besides its blocks: with none, what goes in must come out.
-
-    Raises:
-        UnsupportedModel: it does.
-    """
+    """Raises UnsupportedModel if a backbone does something besides its blocks: with none, its input must come out."""
     size = backbone.config.hidden_size
     hidden = torch.linspace(-1, 1, 6 * size, device=backbone.device).reshape(2, 3, size).to(dtype)
     inputs = {"inputs_embeds": hidden, "position_ids": torch.arange(4, 7, device=backbone.device)[None].expand(2, -1)}
     for returns_tuple in (False, True):
-        with _without_blocks(backbone, container, returns_tuple):
-            output = _attempt(backbone, inputs)
+        output = _run_without_blocks(backbone, container, returns_tuple, backbone, inputs)
         if output is not None and output.shape == hidden.shape and torch.equal(output, hidden):
             return
     raise UnsupportedModel(
@@ -328,27 +300,23 @@ def check_neutral(backbone: PreTrainedModel, container: str, dtype: torch.dtype)
     )
 
 
-@contextmanager
-def _without_blocks(model: PreTrainedModel, container: str, returns_tuple: bool) -> Iterator[None]:
+def _run_without_blocks(
+    model: PreTrainedModel, container: str, returns_tuple: bool, backbone: Any, inputs: dict[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """What `backbone`, a part of `model`, gives with a block that does nothing; None: it does not run."""
     parent, name = parent_of(model, container)
-    blocks: nn.Module = getattr(parent, name)
     config: Any = parent.config
-    count = config.num_hidden_layers
+    blocks, count = getattr(parent, name), config.num_hidden_layers
     setattr(parent, name, nn.ModuleList([AllBlocks(nn.Identity(), returns_tuple)]))
     config.num_hidden_layers = 1
-    try:
-        yield
-    finally:
-        setattr(parent, name, blocks)
-        config.num_hidden_layers = count
-
-
-def _attempt(backbone: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
     try:
         with torch.inference_mode():
             output = backbone(**inputs, use_cache=False)[0]
     except (IndexError, AttributeError, TypeError, ValueError, RuntimeError):
         return None
+    finally:
+        setattr(parent, name, blocks)
+        config.num_hidden_layers = count
     return output if isinstance(output, torch.Tensor) else None
 
 
@@ -391,8 +359,7 @@ class RemoteLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features, self.out_features = in_features, out_features
         self.weight = AbsentWeight(out_features, in_features, dtype)  # type: ignore[assignment]
         self.bias = None  # type: ignore[assignment]
 
@@ -406,8 +373,7 @@ class RemoteConv1D(Conv1D):
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.nx = in_features
-        self.nf = out_features
+        self.nx, self.nf = in_features, out_features
         self.weight = AbsentWeight(in_features, out_features, dtype)  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -53,13 +53,9 @@ class Choice:
 
 
 def choose_device(asked: str, present: Present) -> Choice:
-    """The device to compute on.
+    """The device to compute on. Raises SplitnetError if there is no such device here, or it does not work.
 
-    Args:
-        asked: `auto`, or a device as torch names it; without a number, the first.
-
-    Raises:
-        SplitnetError: there is no such device here, or it does not work.
+    `asked`: `auto`, or a device as torch names it; without a number, the first.
     """
     if asked == "cpu":
         return Choice("cpu", "as asked for")
@@ -68,35 +64,30 @@ def choose_device(asked: str, present: Present) -> Choice:
         named = f"{asked}:0" if asked in ("cuda", "xpu") else asked
         if named not in devices or not DEVICE_NAME.fullmatch(asked):
             there = ", ".join(["cpu", *devices])
-            raise SplitnetError(
-                f"this machine has no device {asked!r} for torch, only {there}: use --device auto or cpu"
-            )
+            missing = f"this machine has no device {asked!r} for torch, only {there}"
+            raise SplitnetError(f"{missing}: use --device auto or cpu")
         if fault := present.faults.get(named):
             raise SplitnetError(f"{named} ({devices[named]}) cannot be used ({fault}): use --device auto or cpu")
         return Choice(named, f"{devices[named]}, as asked for")
     faults = [f"{device} cannot be used: {fault}" for device, fault in present.faults.items()]
     for device, name in devices.items():
         if device not in present.faults:
-            others = len(present.names[device.partition(":")[0]]) - 1
-            more = f", the first of {others + 1}" if others else ""
+            count = len(present.names[device.partition(":")[0]])
+            more = f", the first of {count}" if count > 1 else ""
             return Choice(device, "; ".join([f"{name}{more}", *faults]))
     return Choice("cpu", "; ".join(faults) or present.lacking)
 
 
 def find_present(*, tried: bool = True) -> Present:
-    """Looks what there is.
-
-    Args:
-        tried: also whether they work, by a small product on the first that does; that starts its driver.
-    """
+    """Finds the devices; with `tried` also whether they work, by a small product on the first that does: that starts
+    its driver."""
     import torch
 
     names = {"cuda": _names_by(torch.cuda), "xpu": _names_by(torch.xpu)}
     names["mps"] = ("Metal",) if torch.backends.mps.is_available() else ()
     built = any((torch.version.cuda, torch.version.hip, torch.backends.mps.is_built(), torch.xpu._is_compiled()))
-    present = Present(
-        names, lacking="torch finds no GPU" if built else f"torch {torch.__version__} is built for no GPU"
-    )
+    lacking = "torch finds no GPU" if built else f"torch {torch.__version__} is built for no GPU"
+    present = Present(names, lacking=lacking)
     faults: dict[str, str] = {}
     for device in present.devices if tried else ():
         if (fault := _fault_of(device)) is None:
@@ -106,11 +97,9 @@ def find_present(*, tried: bool = True) -> Present:
 
 
 def find_device(asked: str) -> Choice:
-    """Looks what there is and chooses; who asks for the best finds it in the log, as a warning if one that is there
-    does not work.
+    """Finds the devices and chooses. Raises SplitnetError if the one asked for is not there, or does not work.
 
-    Raises:
-        SplitnetError: what was asked for is not there, or does not work.
+    The choice of `auto` is logged, as a warning if a device that is there does not work.
     """
     if asked == "cpu":
         present = Present()
@@ -118,8 +107,7 @@ def find_device(asked: str) -> Choice:
         present = find_present()
     else:
         present = find_present(tried=False)
-        device = choose_device(asked, present).device
-        fault = _fault_of(device)
+        fault = _fault_of(device := choose_device(asked, present).device)
         present = replace(present, faults={device: fault} if fault else {})
     choice = choose_device(asked, present)
     if asked == AUTO:

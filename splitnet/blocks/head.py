@@ -253,11 +253,7 @@ def loss_in_parts(
         items: what the sum is divided by; None: the number of labels.
         part_bytes: of the logits of a part; one position is the least.
 
-    Returns:
-        A scalar, float32.
-
-    Raises:
-        ValueError: labels are of another shape.
+    Returns a scalar, float32. Raises ValueError if labels are of another shape.
     """
     if labels.shape != hidden.shape[:2]:
         raise ValueError(f"labels must be [batch, positions] = {list(hidden.shape[:2])}, not {list(labels.shape)}")

@@ -65,12 +65,6 @@ class StateLayer(LinearAttentionLayer):
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-@dataclass(frozen=True)
-class _Copy:
-    length: int
-    layers: dict[int, StateLayer]
-
-
 class SequenceStates:
     """The states of one row in all blocks of a span.
 
@@ -82,7 +76,8 @@ class SequenceStates:
         self._per_block = per_block
         self._layers: dict[int, StateLayer] = {}
         self._working: dict[int, StateLayer] = {}
-        self._copies: list[_Copy] = []
+        self._copies: list[tuple[int, dict[int, StateLayer]]] = []
+        """Each with the length of the row when it was made."""
 
     @property
     def blocks(self) -> frozenset[int]:
@@ -97,11 +92,11 @@ class SequenceStates:
     def begin(self, start: int, count: int) -> None:
         """Before a pass of `count` positions from `start` on; what one that failed has left is forgotten."""
         self._working = {}
-        newest = self._copies[-1].length if self._copies else 0
+        newest = self._copies[-1][0] if self._copies else 0
         if start > newest and (count > 1 or start - newest >= SPACING):
-            self._copies.append(_Copy(start, self._layers))
+            self._copies.append((start, self._layers))
             if len(self._copies) > COPIES:
-                del self._copies[0 if self._copies[1].length <= start - REACH else 2]
+                del self._copies[0 if self._copies[1][0] <= start - REACH else 2]
 
     def layer(self, block: int) -> StateLayer:
         """The states of a block, for the pass that is running."""
@@ -117,14 +112,14 @@ class SequenceStates:
 
     def rewind(self, length: int) -> int:
         """Goes back to the last copy at or before `length`, else to the beginning, and says where that is."""
-        while self._copies and self._copies[-1].length > length:
+        while self._copies and self._copies[-1][0] > length:
             self._copies.pop()
         self._working = {}
         if not self._copies:
             self._layers = {}
             return 0
-        self._layers = self._copies[-1].layers
-        return self._copies[-1].length
+        start, self._layers = self._copies[-1]
+        return start
 
     def fork(self) -> SequenceStates:
         """Independent of these from now on; what both have is in memory once."""
@@ -170,8 +165,7 @@ class SequenceCache:
         prefix: Mapping[int, Prefix] | None = None,
         states: SequenceStates | None = None,
     ) -> None:
-        self.length = 0
-        self.computed = 0
+        self.length = self.computed = 0
         self._states = states
         self.prefix_length = next(iter(prefix.values())).keys.shape[2] if prefix else 0
         self._room = room
@@ -236,11 +230,7 @@ class SequenceCache:
         }
 
     def crop(self, length: int) -> None:
-        """Forgets all positions from `length` on; their memory is kept for the next ones.
-
-        Raises:
-            ValueError: the row has fewer positions than that.
-        """
+        """Forgets all positions from `length` on, but not their memory. Raises ValueError if the row has fewer."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a row of {self.length} positions to {length}")
         self.length = length
@@ -248,11 +238,7 @@ class SequenceCache:
             self.computed = self._states.rewind(length) if self._states is not None else length
 
     def fork(self, length: int | None = None, room: int | None = None) -> SequenceCache:
-        """An independent copy of the first `length` positions, or of all.
-
-        Args:
-            room: see `SequenceCache`; None: as much as this row has.
-        """
+        """An independent copy of the first `length` positions, or of all; `room`: None: as much as this row has."""
         states = self._states.fork() if self._states is not None else None
         copy = SequenceCache(self._room if room is None else room, None, states)
         copy.prefix_length, copy._prefix = self.prefix_length, dict(self._prefix)
@@ -268,8 +254,7 @@ class SequenceCache:
     def held(self, length: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Keys and values of the first positions behind the prefix, `[1, kv heads, length, head size]`, block by block.
 
-        Raises:
-            ValueError: the row has fewer positions than that.
+        Raises ValueError if the row has fewer positions than that.
         """
         if not 0 < length <= self.length:
             raise ValueError(f"the row has {self.length} positions, not {length}")

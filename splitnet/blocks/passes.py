@@ -22,7 +22,6 @@ GRAPH_BYTES = 512 * 2**20
 ONE_BLOCK = 2
 """So many times that may be kept of a block alone: of one long sequence, which cannot be cut."""
 
-
 MOST_KINDS = 256
 """Of passes whose way back was measured."""
 
@@ -92,9 +91,7 @@ class SpanPasses:
         *,
         graph_bytes: int = GRAPH_BYTES,
     ) -> None:
-        self._span = span
-        self._between = between
-        self._most_positions = most_positions
+        self._span, self._between, self._most_positions = span, between, most_positions
         self._graph_bytes = graph_bytes
         self._views: dict[int, Span] = {}
         self._kept_per_position: dict[tuple[int, ...], float] = {}
@@ -118,8 +115,7 @@ class SpanPasses:
             adapter: one that the span fits.
             reach: see `splitnet.wire.messages.Forward`.
 
-        Returns:
-            `[positions, hidden]`.
+        Returns `[positions, hidden]`.
         """
         for block in range(start, end):
             outputs: list[torch.Tensor] = []
@@ -141,14 +137,11 @@ class SpanPasses:
         *,
         reach: int = 0,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Gradients of a loss by what a forward pass was given.
+        """Gradients of a loss by the input of a forward pass, and by the tensors of the adapter in these blocks.
 
         Args:
             hidden, lengths, adapter, start, end, reach: as in `forward`.
             gradient: `[positions, hidden]`, of the loss by the output.
-
-        Returns:
-            The gradient by `hidden`, and those by the tensors of the adapter in these blocks.
 
         Raises:
             ValueError: the gradient does not fit `hidden`.
@@ -175,14 +168,11 @@ class SpanPasses:
         *,
         reach: int = 0,
     ) -> tuple[torch.Tensor, SavedPass]:
-        """`forward`, and what `go_back` needs.
+        """`forward`, and what `go_back` needs. Raises PeerBusy if torch would keep too much of a block.
 
         Args:
             most: bytes that torch may keep, besides what it saves of one block more while that runs; blocks for which
                 they are not enough are computed again on the way back.
-
-        Raises:
-            PeerBusy: torch would keep too much of a block.
         """
         traced = Adapter(adapter.within(start, end)).traced() if adapter is not None else None
         ways: list[list[_Piece]] = []
@@ -251,10 +241,9 @@ class SpanPasses:
         return _Saved(self._span.storages(), ONE_BLOCK * self._graph_bytes)
 
     def _view(self, block: int) -> Span:
-        view = self._views.get(block)
-        if view is None:
-            view = self._views[block] = self._span.view(block, block + 1)
-        return view
+        if block not in self._views:
+            self._views[block] = self._span.view(block, block + 1)
+        return self._views[block]
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -36,12 +36,7 @@ class Order(IntEnum):
 
 @dataclass(frozen=True)
 class Turning:
-    """How a family turns the first numbers of heads by cosines and sines.
-
-    Attributes:
-        given: how these are given.
-        sines_first: they are given before the cosines.
-    """
+    """How a family turns the first numbers of heads by cosines and sines: given as `given`, or the sines first."""
 
     given: Given = Given.TWICE
     order: Order = Order.APART
@@ -52,10 +47,8 @@ class Turning:
         """By trying the function of the family's module that does it; None: it does something else.
 
         Args:
-            size: of a head.
-            rope: gives cosines and sines for hidden states and positions.
-            width: of hidden states.
-            kind: what `rope` takes besides.
+            size, width: of a head, and of hidden states.
+            rope: gives cosines and sines for hidden states, positions and `kind`.
         """
         module = sys.modules[type(attention).__module__]
         interleaved = getattr(getattr(attention, "config", None), "rope_interleave", False)
@@ -67,7 +60,8 @@ class Turning:
         hidden, positions = torch.zeros(1, 3, width, dtype=torch.float32), torch.tensor([[0, 2, 30]])
         turns = rope(hidden.to(device), positions.to(device), *kind)
         if isinstance(turns, torch.Tensor):
-            own, turns = partial(_by_complex, own, turns), _parts(turns)
+            turned, turns = turns, (turns.real, turns.imag)
+            own = partial(_by_complex, own, turned)
         sines_first = bool(turns[0][0, 0].norm() < turns[1][0, 0].norm())  # there the cosine is 1
         cosines, sines = turns[::-1] if sines_first else turns
         noise = torch.Generator().manual_seed(0)
@@ -89,7 +83,7 @@ class Turning:
     def halves(self, turns: tuple[torch.Tensor, torch.Tensor] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of what a family gives, which may be complex numbers: cosines and sines, one of each pair."""
         if isinstance(turns, torch.Tensor):
-            turns = _parts(turns)
+            turns = turns.real, turns.imag
         cosines, sines = turns[::-1] if self.sines_first else turns
         if self.given is Given.SIDE_BY_SIDE:
             return cosines[..., ::2], sines[..., ::2]
@@ -101,20 +95,14 @@ class Turning:
         turned, rest = heads.split([many, heads.shape[-1] - many], dim=-1)
         apart = self.order is Order.APART
         first, second = turned.unflatten(-1, (2, -1) if apart else (-1, 2)).unbind(-2 if apart else -1)
-        pairs = torch.stack(
-            (first * cosines - second * sines, second * cosines + first * sines),
-            dim=-1 if self.order is Order.ADJACENT else -2,
-        )
+        both = (first * cosines - second * sines, second * cosines + first * sines)
+        pairs = torch.stack(both, dim=-1 if self.order is Order.ADJACENT else -2)
         return torch.cat((pairs.flatten(-2), rest), dim=-1)
 
 
 _TURNS = ("apply_rotary_pos_emb", "apply_rotary_emb")
 _INTERLEAVED = ("apply_rotary_pos_emb_interleave",)
 """What families call the function that turns queries and keys."""
-
-
-def _parts(turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return turns.real, turns.imag
 
 
 def _by_complex(
@@ -139,19 +127,13 @@ class LengthDependentRopes:
     def __init__(self, backbone: nn.Module) -> None:
         config: Any = backbone.config
         self._lengths = RopeLengths(config)
-        self._ropes: list[Any] = []
+        self.any: bool = self._lengths.matter
         self._length = 0
         self._lock = threading.Lock()
-        if self.any:
-            self._ropes = [module for module in backbone.modules() if hasattr(module, "rope_type")]
+        self._ropes: list[Any] = [each for each in backbone.modules() if self.any and hasattr(each, "rope_type")]
         for rope in self._ropes:
             rope.register_forward_pre_hook(self._lengthen, with_kwargs=True)
             rope.register_forward_hook(self._shorten)
-
-    @property
-    def any(self) -> bool:
-        """Whether there are any."""
-        return self._lengths.matter
 
     def alike(self, position: int, reach: int) -> int:
         """How many positions from `position` on have the same frequencies.
@@ -162,10 +144,7 @@ class LengthDependentRopes:
 
     @contextmanager
     def one_sequence(self, length: int) -> Iterator[None]:
-        """For the time of a pass of one sequence: the frequencies are those of `length` positions at least.
-
-        Whatever has passed before does not count.
-        """
+        """For a pass of one sequence: frequencies of `length` positions at least, whatever has passed before."""
         if not self.any:
             yield
             return

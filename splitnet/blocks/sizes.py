@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from splitnet.blocks.attention import PACKED
 from splitnet.blocks.backbone import can_hold_codes, cut_to_blocks, find_container, on_meta, parent_of
-from splitnet.blocks.block_sizes import BlockSize, block_sizes, codes_bytes, codes_within, size_of_block, weights_of
+from splitnet.blocks.block_sizes import block_sizes, codes_bytes, codes_within, size_of_block, weights_of
 from splitnet.blocks.client_part import client_part_names
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint, open_store, read_config
@@ -124,7 +124,7 @@ class ModelSizes:
         whole, container = _on_meta(config, dtype)
         parent, list_name = parent_of(whole, container)
         blocks = list(getattr(parent, list_name))
-        size = _largest([size_of_block(block, weights, _bytes_of(block)) for block in blocks])
+        size = max((size_of_block(block, weights, _bytes_of(block)) for block in blocks), key=_HELD)
         head = whole.get_output_embeddings()
         kv_bytes, state_bytes = _row_bytes(config, dtype)
         return cls(
@@ -148,7 +148,7 @@ class ModelSizes:
     def in_codes_of(self, checkpoint: Checkpoint, weights: Weights) -> ModelSizes:
         """The same where a checkpoint has weights in codes, of blocks and of the client's part."""
         blocks = block_sizes(checkpoint, weights, range(checkpoint.num_blocks))
-        size = _largest(blocks)
+        size = max(blocks, key=_HELD)
         whole, container = _on_meta(checkpoint.config, weights.dtype)
         parent, list_name = parent_of(whole, container)
         setattr(parent, list_name, nn.ModuleList())
@@ -173,16 +173,14 @@ class ModelSizes:
         )
 
 
+_HELD = attrgetter("held")
+
+
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, str]:
     """A whole causal model without memory, and the name of its list of blocks."""
     whole_class = causal_class(config)
     with torch.device("meta"):
         return nn.Module.to(whole_class(copy.deepcopy(config)), dtype), find_container(whole_class, config)
-
-
-def _largest(sizes: Sequence[BlockSize]) -> BlockSize:
-    """The block that takes most."""
-    return max(sizes, key=lambda size: size.held)
 
 
 def _bytes_of(module: nn.Module) -> int:

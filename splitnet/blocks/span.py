@@ -240,11 +240,8 @@ class Span:
             hidden: `[positions, hidden]`: the positions of the parts one after the other.
             parts: each with a row of its own that holds exactly the positions before `start`.
 
-        Returns:
-            `[positions, hidden]`, on the span's device and in its dtype.
-
-        Raises:
-            ValueError: the parts do not fit `hidden` or their rows. Nothing is changed then.
+        Returns `[positions, hidden]`, on the span's device and in its dtype. Raises ValueError if the parts do not fit
+        `hidden` or their rows. Nothing is changed then.
         """
         self._check(hidden, parts)
         for part in parts:
@@ -284,11 +281,8 @@ class Span:
             adapter: one that `fit` has accepted.
             reach: as in `splitnet.wire.messages.Forward`.
 
-        Returns:
-            `[positions, hidden]`, on the span's device and in its dtype.
-
-        Raises:
-            ValueError: the lengths do not fit `hidden`.
+        Returns `[positions, hidden]`, on the span's device and in its dtype. Raises ValueError if the lengths do not
+        fit `hidden`.
         """
         prefix = self._adapters.prefix_of(adapter, self.start, self.end)
         rows = [TracedSequence(prefix=prefix) for _ in lengths]
@@ -316,8 +310,7 @@ class Span:
     def fit(self, adapter: Adapter) -> None:
         """Makes the blocks ready for an adapter.
 
-        Raises:
-            AdapterError: it names blocks or layers that are not here, or its shapes are not theirs.
+        Raises AdapterError if it names blocks or layers that are not here, or its shapes are not theirs.
         """
         if adapter.prefix_length:
             self._refuse_prefixes()
@@ -340,8 +333,7 @@ class Span:
     def view(self, start: int, end: int) -> Span:
         """The blocks `[start, end)` of this span as a span of its own, with the same weights in memory.
 
-        Raises:
-            ValueError: this span does not hold all of these blocks.
+        Raises ValueError if this span does not hold all of these blocks.
         """
         if not self.start <= start < end <= self.end:
             raise ValueError(f"blocks {start}:{end} are not within {self.start}:{self.end}")

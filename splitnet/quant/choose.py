@@ -165,9 +165,10 @@ def choose_weights(
         computes = wished or stored
         if wished is None and stored == torch.float16 and _reads_halves_fast(device):
             computes = torch.float32  # three times as fast, as no steps in halves are compiled, and no less exact
-        fastest = _of_kind(_fastest(computes, device), computes, stored, device)
-        forms = (NARROW,) if FLOAT16 in fastest.forms else fastest.forms
-        chosen = replace(fastest, forms=forms, as_stored=True, device=device)
+        # Decoding reads all weights for every token: half of the bytes are twice as fast, where a kernel reads them.
+        halves = computes == torch.float32 and _reads_halves_fast(device)
+        fastest = _of_kind("float16" if halves else name_of(computes), computes, stored, device)
+        chosen = replace(fastest, forms=(NARROW,) if halves else fastest.forms, as_stored=True, device=device)
         if computes.itemsize > (wished or stored).itemsize and held_bytes is not None:
             narrow = choose_weights(None, stored, stored, device)
             return chosen if held_bytes(chosen) <= _MOST_WIDENED * held_bytes(narrow) else narrow
@@ -179,11 +180,12 @@ def _of_kind(kind: str, wished: torch.dtype | None, stored: torch.dtype, device:
     if kind not in KINDS:
         raise WeightsError(f"weights cannot be held as {kind!r}: use auto, {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     if kind in INTEGERS:
-        return Weights(kind, wished or stored, _integer_forms(kind, device))
+        compiled = device.type == "cpu" and has_integer_kernels()
+        eight = (INT8_TILES, INT8_SCALED) if compiled else (INT8_SCALED,)
+        return Weights(kind, wished or stored, (INT4_TILES,) if kind == "int4" else eight)
     held = as_dtype(kind)
     assert held is not None
-    if wished is None:
-        # Half precision is what CPUs hold but do not compute in.
+    if wished is None:  # half precision is what CPUs hold but do not compute in
         wished = torch.float32 if held == torch.float16 and device.type == "cpu" else held
     if held == wished:
         return Weights(kind, held)
@@ -200,19 +202,6 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _fastest(dtype: torch.dtype, device: torch.device) -> str:
-    """Decoding reads all weights for every token, so half of the bytes are twice as fast, where a kernel reads them."""
-    return "float16" if dtype == torch.float32 and _reads_halves_fast(device) else name_of(dtype)
-
-
 def _reads_halves_fast(device: torch.device) -> bool:
     """Whether kernels multiply with float16 in less time than with float32: that was measured on x86."""
     return device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and has_float_kernels()
-
-
-def _integer_forms(kind: str, device: torch.device) -> tuple[WeightFormat, ...]:
-    """Best first."""
-    if kind == "int4":
-        return (INT4_TILES,)
-    compiled = device.type == "cpu" and has_integer_kernels()
-    return (INT8_TILES, INT8_SCALED) if compiled else (INT8_SCALED,)

@@ -45,16 +45,8 @@ class QuantizedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Runs each position through the experts that were chosen for it.
-
-        Args:
-            hidden_states: `[positions, hidden]`.
-            top_k_index: `[positions, chosen]`, int64.
-            top_k_weights: `[positions, chosen]`.
-
-        Returns:
-            `[positions, hidden]`, in the type of `hidden_states`.
-        """
+        """`[positions, hidden]` -> `[positions, hidden]`, each through its experts: `top_k_index`, int64, and their
+        shares `top_k_weights`, both `[positions, chosen]`."""
         own: Any = self
         positions, chosen = top_k_index.shape
         experts, order = top_k_index.flatten().sort(stable=True)
@@ -120,14 +112,9 @@ def _held_class(family: type[nn.Module]) -> type[nn.Module]:
 
 
 def multiply_by_expert(form: JoinedForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-    """Each row times the weight of its expert; gradients flow to the rows.
+    """`[n, inputs]` -> `[n, outputs]`: each row times the weight of its expert; gradients flow to the rows.
 
-    Args:
-        rows: `[n, inputs]`.
-        experts: `[n]`, int64, ascending.
-
-    Returns:
-        `[n, outputs]`, in the type of `rows`.
+    `experts`: `[n]`, int64, ascending.
     """
     if torch.is_grad_enabled() and rows.requires_grad:
         return _Product.apply(rows, experts, form)  # pyright: ignore[reportReturnType]

@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn.functional import linear, pad
 
 from splitnet.errors import first_line
-from splitnet.quant.device import seconds_after_work
+from splitnet.quant.device import milliseconds
 from splitnet.quant.forms import INT8, ScaledForm, WeightForm
 from splitnet.quant.grouped import BlockQuantWeight
 from splitnet.quant.linear import QuantizedLinear
-from splitnet.quant.stored import Codes, Kind, Layout, number_of
+from splitnet.quant.stored import Codes, Kind, Layout, number_of, unpack_nibbles
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +67,8 @@ class DeviceInt4(WeightForm):
     def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
         """Ways to hold a weight, of which one may be right, the likeliest first; none, if it is for other weights.
 
-        Args:
-            dtype: that blocks compute in.
-
-        Raises:
-            RuntimeError: torch has no such kernel for this device, these sizes or this type.
+        `dtype`: that blocks compute in. Raises RuntimeError if torch has no such kernel for this device, these sizes or
+        this type.
         """
         device = codes.codes.device
         outputs, inputs = codes.codes.shape
@@ -117,9 +114,7 @@ class DeviceInt4(WeightForm):
 class _Blocks:
     """The order in which a kernel has weights of four bits: the same in all blocks of some outputs and inputs.
 
-    Args:
-        outputs, inputs: of a block.
-        places: for each weight of a block, in which half of which byte it is.
+    `places`: for each weight of a block, in which half of which byte it is.
     """
 
     def __init__(self, outputs: int, inputs: int, places: torch.Tensor) -> None:
@@ -138,7 +133,7 @@ class _Blocks:
             block = number.repeat_interleave(high, 0).repeat_interleave(wide, 1)
             found, blocks = (
                 sum(
-                    _halves(_pack_int4((numbers >> 4 * digit & 15).to(torch.uint8), width, even_first)).long()
+                    _codes_in(_pack_int4((numbers >> 4 * digit & 15).to(torch.uint8), width, even_first)).long()
                     << 4 * digit
                     for digit in range(3)
                 ).view(-1, high * wide)  # pyright: ignore[reportAttributeAccessIssue]
@@ -153,15 +148,13 @@ class _Blocks:
 
     def unpacked(self, packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
         """`[outputs, inputs]`, uint8."""
-        blocks = _halves(packed).view(-1, self.outputs * self.inputs)[:, self._places]
+        blocks = _codes_in(packed).view(-1, self.outputs * self.inputs)[:, self._places]
         blocks = blocks.view(outputs // self.outputs, inputs // self.inputs, self.outputs, self.inputs)
         return blocks.transpose(1, 2).reshape(outputs, inputs)
 
 
-def _halves(packed: torch.Tensor) -> torch.Tensor:
-    """All halves of bytes, the lower of each first."""
-    found = packed.flatten().view(torch.uint8)
-    return torch.stack((found & 15, found >> 4), dim=-1).flatten()
+def _codes_in(packed: torch.Tensor) -> torch.Tensor:
+    return unpack_nibbles(packed.flatten().view(torch.uint8))
 
 
 def _pack_int4(codes: torch.Tensor, width: int, even_first: bool) -> torch.Tensor:
@@ -173,10 +166,7 @@ def _pack_int4(codes: torch.Tensor, width: int, even_first: bool) -> torch.Tenso
 
 
 class DeviceInt8(ScaledForm):
-    """Codes are int8: integers are multiplied, of which rows keep 16 bits in two parts.
-
-    On MPS the kernel takes rows as they are.
-    """
+    """Codes are int8: integers are multiplied, with 16 bits of rows in two parts; on MPS rows stay as they are."""
 
     @classmethod
     def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
@@ -237,11 +227,8 @@ FORMS: tuple[type[DeviceInt4 | DeviceInt8 | DeviceFp8], ...] = (DeviceInt4, Devi
 
 
 def use_device_kernels(model: nn.Module, dtype: torch.dtype) -> None:
-    """Has the linear layers of a model that is on a GPU multiply by its kernels, each where that is proven and pays.
-
-    Args:
-        dtype: that it computes in.
-    """
+    """Has linear layers of a model on a GPU, which computes in `dtype`, multiply by its kernels where that is proven
+    and pays."""
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     holders = [module.held for module in model.modules() if isinstance(getattr(module, "held", None), WeightForm)]
     counts = {id(held): sum(other is held for other in holders) for held in holders}
@@ -318,13 +305,7 @@ _faster: dict[tuple[object, ...], bool] = {}
 
 
 def _ms(form: WeightForm, row: torch.Tensor) -> float:
-    times: list[float] = []
-    for _ in range(3):  # the first is slower
-        began = seconds_after_work(row.device)
-        for _ in range(_TIMED_CALLS):
-            form.multiply(row)
-        times.append((seconds_after_work(row.device) - began) * 1000 / _TIMED_CALLS)
-    return min(times)
+    return milliseconds(row.device, lambda: [form.multiply(row) for _ in range(_TIMED_CALLS)], 3) / _TIMED_CALLS
 
 
 @cache

@@ -110,8 +110,7 @@ class BlockQuantWeight(WeightForm):
         Args:
             experts: of each row, int64, where the tiles are those of `held` experts.
 
-        Raises:
-            IndexError: there is no such expert.
+        Raises IndexError if there is no such expert.
         """
         # Rows of experts are counted by who has sorted them.
         by_kernel = len(rows) < self.many_from(rows.dtype) or (experts is not None and self.has_fast_kernel)
@@ -238,11 +237,7 @@ class JoinedForm(WeightForm):
             rows: `[n, inputs]`.
             experts: `[n]`, int64; None: there is one weight.
 
-        Returns:
-            `[n, outputs]`, in the type of `rows`.
-
-        Raises:
-            IndexError: there is no such expert.
+        Returns `[n, outputs]`, in the type of `rows`. Raises IndexError if there is no such expert.
         """
         products = rows.new_empty(len(rows), self.outputs)
         for part, columns in self._places():
@@ -310,8 +305,7 @@ def hold_experts(stored: PackedTensor, device: torch.device) -> JoinedForm:
     Args:
         stored: with a dimension of experts. Whether it is transposed does not matter: its matrices count.
 
-    Raises:
-        UnsupportedModel: a layout cannot be held, or experts differ in theirs.
+    Raises UnsupportedModel if a layout cannot be held, or experts differ in theirs.
     """
     kinds = [[(matrix.layout, matrix.shape) for matrix in matrices] for matrices in stored.experts]
     if any(kind != kinds[0] for kind in kinds):

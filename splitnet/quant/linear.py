@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -128,23 +128,18 @@ class _Product(torch.autograd.Function):
         return ctx.held.multiply_back(gradient), None
 
 
-class Holdable(NamedTuple):
-    """A linear layer that may hold its weight in another form: its path in the block, its sizes and that form."""
+def holdable_layers(
+    block: nn.Module, weights: Weights
+) -> Iterator[tuple[str, nn.Module, int, int, WeightFormat | None]]:
+    """The linear layers of a block that may hold their weight in another form: path, layer, outputs, inputs, form.
 
-    path: str
-    layer: nn.Module
-    outputs: int
-    inputs: int
-    form: WeightFormat | None
-
-
-def holdable_layers(block: nn.Module, weights: Weights) -> Iterator[Holdable]:
-    """The linear layers of a block, but routers and those that share their weight with others."""
+    Others are routers, and layers that share their weight.
+    """
     shared = Counter(id(parameter) for _, parameter in block.named_parameters(remove_duplicate=False))
     for path, layer in block.named_modules():
         sizes = sizes_of(layer)
         if sizes is not None and not is_router(path) and shared[id(layer.weight)] == 1:
-            yield Holdable(path, layer, *sizes, weights.form_for(*sizes))
+            yield path, layer, *sizes, weights.form_for(*sizes)
 
 
 def hold_weights(block: nn.Module, weights: Weights) -> None:

@@ -69,8 +69,7 @@ _kernels, why_none = _load()
 def use_path(name: str) -> None:
     """Uses this path from now on. Weights that are held for another may be multiplied by plain loops.
 
-    Raises:
-        KernelsError: the kernels are not there, there is no such path, or this CPU lacks its instructions.
+    Raises KernelsError if the kernels are not there, there is no such path, or this CPU lacks its instructions.
     """
     if _kernels is None:
         raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {why_none}: leave it out")
@@ -278,43 +277,26 @@ def multiply_grouped(
         rows: float32; where codes stand for floats, with inputs in whole chunks.
         description: of the weights, int64, as `Grouped` in `native/grouped.h`.
         products: float32 `[rows, outputs]`, which may be columns of a wider one; they are set.
-        experts: int64 `[rows]`: with whose weight each is multiplied. They follow each other in `tiles`.
-        held: how many experts there are.
+        experts: int64 `[rows]`: with whose weight each is multiplied, of `held` that follow each other in `tiles`.
         plainly: as CPUs do it for which no instructions are chosen.
 
-    Raises:
-        IndexError: there is no such expert.
+    Raises IndexError if there is no such expert.
     """
     if _prefetch is None:
         prefetch_in_use()
     given = rows.contiguous()
     chosen = None if experts is None else experts.contiguous()
-    _kernels.grouped(
-        description.data_ptr(),
-        tiles.data_ptr(),
-        given.data_ptr(),
-        products.data_ptr(),
-        len(given),
-        given.shape[1],
-        products.stride(0),
-        0 if chosen is None else chosen.data_ptr(),
-        held,
-        torch.get_num_threads(),
-        plainly,
-    )
+    places = description.data_ptr(), tiles.data_ptr(), given.data_ptr(), products.data_ptr()
+    chosen_at = 0 if chosen is None else chosen.data_ptr()
+    _kernels.grouped(*places, *given.shape, products.stride(0), chosen_at, held, torch.get_num_threads(), plainly)
 
 
 def dequantise_grouped(
     description: torch.Tensor, tiles: torch.Tensor, floats: torch.Tensor, indices: torch.Tensor
 ) -> None:
-    """Sets `floats`, float32 `[len(indices), inputs]`, to what some outputs of weights in tiles stand for.
+    """Sets `floats`, float32 `[len(indices), inputs]`, to the values of some outputs, int64, of weights in tiles.
 
-    Args:
-        description: as `multiply_grouped` takes it.
-        indices: int64.
-
-    Raises:
-        IndexError: there is no such output.
+    `description`: as `multiply_grouped` takes it. Raises IndexError if there is no such output.
     """
     chosen = indices.contiguous()
     places = (description.data_ptr(), tiles.data_ptr(), chosen.data_ptr(), len(floats), floats.data_ptr())
@@ -322,7 +304,7 @@ def dequantise_grouped(
 
 
 def convert_grouped(description: torch.Tensor, tiles: torch.Tensor, numbers: torch.Tensor) -> None:
-    """Sets `numbers`, `[outputs, inputs]`, to what weights in tiles stand for: the first `len(numbers)` outputs.
+    """Sets `numbers`, `[some outputs, inputs]`, to the values of the first outputs of weights in tiles.
 
     Args:
         description: as `multiply_grouped` takes it.
@@ -370,8 +352,7 @@ def step(
         blocks: `count` of them, as `Block` in `native/step.h`.
         stores: int64 `[count, positions, 3]`: addresses of keys and of values, and their capacity.
         indices: int64 `[positions]`, of each in its stores.
-        cosines: float32 `[ropes, positions, half of the numbers of a head that are turned]`.
-        sines: likewise.
+        cosines, sines: float32 `[ropes, positions, half of the numbers of a head that are turned]`.
         order: of numbers that are turned together, as `splitnet.blocks.rotary.Order`.
         stored_bytes: of a number in the stores: 4, or 2 for bfloat16.
     """
@@ -379,17 +360,12 @@ def step(
         prefetch_in_use()
     tensors = (hidden, stores, indices, cosines, sines)
     at, stores_at, indices_at, cosines_at, sines_at = (tensor.data_ptr() for tensor in tensors)
-    threads = torch.get_num_threads()
-    sizes = (cosines.shape[-1], order, stored_bytes, threads)
+    sizes = (cosines.shape[-1], order, stored_bytes, torch.get_num_threads())
     _kernels.step(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)
 
 
 def use_as_named(names: str) -> None:
-    """Uses a path, a prefetch or both from now on, as `SPLITNET_KERNELS` names them.
-
-    Raises:
-        KernelsError: as `use_path`; or there is no such prefetch.
-    """
+    """Uses a path, a prefetch or both from now on, as `SPLITNET_KERNELS` names them. It raises as `use_path`."""
     for name in names.split(","):
         found = re.fullmatch(rf"({'|'.join(_HINTS)})(?:\+([0-9]{{1,6}}))?", name.strip())
         if found is None:

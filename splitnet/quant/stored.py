@@ -1,8 +1,8 @@
 """Weights as a checkpoint stores them in few bits: codes, and what a code stands for.
 
-`PackedTensor` is a tensor to who loads a model: it has a shape and a type, and what transformers does to tensors while
-it loads (rename, stack experts, join gates with up projections, transpose) keeps the codes. Anything else makes floats
-of it, which is right but larger.
+`PackedTensor` is a tensor to code that loads a model: it has a shape and a type, and what transformers does to tensors
+while it loads (rename, stack experts, join gates with up projections, transpose) keeps the codes. Anything else makes
+floats of it, which is right but larger.
 """
 
 from __future__ import annotations
@@ -113,28 +113,17 @@ class Codes:
 
     def of_outputs(self, outputs: torch.Tensor | slice) -> Codes:
         """Those of some outputs, in the order given."""
-
-        def some(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor[outputs]
-
-        codes, scales = self.codes[outputs], self.scales[outputs]
-        return Codes(codes, scales, some(self.zeros), some(self.scale_units), some(self.zero_units))
+        some: dict[str, Any] = {name: one if one is None else one[outputs] for name, one in vars(self).items()}
+        return Codes(**some)
 
     @staticmethod
     def joined(parts: Sequence[Codes]) -> Codes:
         """Those of weights of the same layout, one below the other."""
-
-        def together(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-            given = [tensor for tensor in tensors if tensor is not None]
-            return torch.cat(given) if given else None
-
-        return Codes(
-            torch.cat([part.codes for part in parts]),
-            torch.cat([part.scales for part in parts]),
-            together([part.zeros for part in parts]),
-            together([part.scale_units for part in parts]),
-            together([part.zero_units for part in parts]),
-        )
+        tensors = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
+        whole: dict[str, Any] = {
+            name: None if given[0] is None else torch.cat(given) for name, given in tensors.items()
+        }
+        return Codes(**whole)
 
     def floats(self, layout: Layout) -> torch.Tensor:
         """`[outputs, inputs]`, float32: what they stand for."""
@@ -154,12 +143,7 @@ class Codes:
 
 
 def number_of(kind: Kind, stored: torch.Tensor, units: torch.Tensor | None, group: int) -> torch.Tensor:
-    """Scales or zeros as float32, `[outputs, groups]`.
-
-    Args:
-        stored, units: as in `Codes`.
-        group: inputs that share one.
-    """
+    """Scales or zeros, `stored` and `units` as in `Codes`, as float32, `[outputs, groups]`; `group`: of inputs."""
     if kind is Kind.E8M0:
         return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int() - 127)
     if kind is Kind.STEPS:
@@ -171,10 +155,8 @@ def number_of(kind: Kind, stored: torch.Tensor, units: torch.Tensor | None, grou
 def spread(values: torch.Tensor, length: int, count: int, dim: int = 1) -> torch.Tensor:
     """Each value `length` times along a dimension, `count` in all; the last may stand fewer times.
 
-    A length comes from files. What it takes is bounded by `count`, which is that of numbers that are there.
-
-    Raises:
-        UnsupportedModel: that takes another number of values.
+    A length comes from files. What it takes is bounded by `count`, which is that of numbers that are there. Raises
+    UnsupportedModel if that takes another number of values.
     """
     length = max(1, min(length, count))
     if values.shape[dim] != -(-count // length):
@@ -204,9 +186,7 @@ class StoredMatrix:
     """
 
     def __init__(self, layout: Layout, shape: tuple[int, int], read: Callable[[], Codes]) -> None:
-        self.layout = layout
-        self.shape = shape
-        self.read = read
+        self.layout, self.shape, self.read = layout, shape, read
 
     def of_outputs(self, outputs: torch.Tensor | slice) -> StoredMatrix:
         """Some of its outputs, in the order given."""
@@ -253,16 +233,11 @@ class StoredMatrix:
 
 
 class Experts(Sequence[tuple[StoredMatrix, ...]]):
-    """The matrices of each expert, made when they are asked for: a file may say that it has any number of them.
-
-    Args:
-        count: of experts.
-        make: called with the number of an expert.
-    """
+    """The matrices of each of `count` experts, made by `make` of its number when they are asked for: a file may say
+    that it has any number of them."""
 
     def __init__(self, count: int, make: Callable[[int], Iterable[StoredMatrix]]) -> None:
-        self._range = range(count)
-        self._make = make
+        self._range, self._make = range(count), make
 
     def __len__(self) -> int:
         return len(self._range)
@@ -518,10 +493,9 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     Args:
         words: `[rows, words]`, int32.
         bits: 1 to 8.
-        count: codes in a row; what follows is padding.
+        count: codes in a row; the rest is padding.
 
-    Returns:
-        `[rows, count]`, uint8.
+    Returns `[rows, count]`, uint8.
     """
     stored = words.contiguous().view(torch.uint8)  # little endian: the lowest bits are in the first byte
     if bits == 8:
@@ -559,11 +533,7 @@ def layout_bits(bits: int) -> int:
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A torch dtype from its name; None stays None.
-
-    Raises:
-        ValueError: there is no floating-point type of that name.
-    """
+    """A torch dtype from its name; None stays None. Raises ValueError if no floating-point type has that name."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None)

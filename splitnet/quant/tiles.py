@@ -44,13 +44,8 @@ _PIECES = {
 }
 """Of the last vectors of a chunk, the lowest bits first: in which stored vector, from which bit on, how many."""
 
-_TYPES = {
-    Kind.FLOAT16: torch.float16,
-    Kind.BFLOAT16: torch.bfloat16,
-    Kind.FLOAT32: torch.float32,
-    Kind.E8M0: torch.uint8,
-    Kind.CODES: torch.uint8,
-}
+_TYPES = {Kind.FLOAT16: torch.float16, Kind.BFLOAT16: torch.bfloat16, Kind.FLOAT32: torch.float32}
+_TYPES |= {Kind.E8M0: torch.uint8, Kind.CODES: torch.uint8}
 _FLOAT8 = ("e4m3", "e5m2")
 _NUMBERS = {Kind.FLOAT16: 0, Kind.BFLOAT16: 1, Kind.FLOAT32: 2, Kind.E8M0: 3, Kind.CODES: 8, Kind.NONE: 9}
 _STEPS, _UNSIGNED_STEPS, _LOWER_STEPS, _UPPER_STEPS, _ONES = 4, 5, 6, 7, 10
@@ -79,13 +74,9 @@ class TileLayout:
 
     @classmethod
     def of(cls, layout: Layout, inputs: int, codes: Codes | None = None) -> TileLayout:
-        """
-        Args:
-            codes: of which steps are signed; None: where that does not matter.
+        """For weights with so many inputs; `codes` tell which steps are signed, where that matters.
 
-        Raises:
-            UnsupportedModel: there is no order for such a layout.
-            ValueError: the codes are not of this layout.
+        Raises UnsupportedModel if there is no order for such a layout, and ValueError if the codes are not of it.
         """
         group = layout.group
         steps = Kind.STEPS in (layout.scale, layout.zero)
@@ -100,10 +91,7 @@ class TileLayout:
             raise UnsupportedModel(f"weights cannot be held as {layout}: use a checkpoint in another format")
         types = [
             (torch.int8 if stored is None else stored.dtype) if kind is Kind.STEPS else _TYPES.get(kind)
-            for kind, stored in (
-                (layout.scale, codes and codes.scales),
-                (layout.zero, codes and codes.zeros),
-            )
+            for kind, stored in ((layout.scale, codes and codes.scales), (layout.zero, codes and codes.zeros))
         ]
         assert types[0] is not None
         if codes is not None:
@@ -155,11 +143,7 @@ class TileLayout:
         return _table_code(self.layout.table)[0] if self.layout.table else _PLAIN
 
     def described(self, outputs: int, *, scaled: bool = True) -> torch.Tensor:
-        """A weight of so many outputs, int64, as `Grouped` in `native/grouped.h`.
-
-        Args:
-            scaled: else its scales are taken for 1, where it is made anew.
-        """
+        """A weight of so many outputs, int64, as `Grouped` in `native/grouped.h`; not `scaled`: with scales of 1."""
         layout = self.layout
         zero = _NUMBERS.get(layout.zero, _UNSIGNED_STEPS if self.zero_type is torch.uint8 else _STEPS)
         scale = _NUMBERS.get(layout.scale, _UNSIGNED_STEPS if self.scale_type is torch.uint8 else _STEPS)

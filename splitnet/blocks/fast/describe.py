@@ -217,9 +217,8 @@ class BlockDescription:
     def of(cls, block: Any) -> Self:
         """For a family's own block.
 
-        Raises:
-            UnknownPart: compiled steps do not have a part of it, or its parts do not fit together. As it may be
-                anything, so may be what is raised.
+        Raises UnknownPart if compiled steps do not have a part of it, or its parts do not fit together. As it may be
+        anything, so may be what is raised.
         """
         for name, value in _NEEDED.items():
             if getattr(block, name, value) != value:

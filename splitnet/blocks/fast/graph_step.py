@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,24 +62,19 @@ class Recording(Generic[Result]):
     replay: Callable[[], None]
 
 
-class Recorder(Protocol):
-    def record(self, work: Callable[[], Result]) -> Recording[Result]:
-        """Records the operations of `work` on a device, which it may do more than once.
-
-        Those recorded by one recorder may have memory in common beside their results: they are to be replayed in the
-        order in which they were recorded, some left out. Raises RuntimeError if it cannot be done.
-        """
-        ...
-
-
 class CudaRecorder:
-    """By CUDA graphs, ROCm's too."""
+    """By CUDA graphs, ROCm's too.
+
+    Recordings may have memory in common beside their results: they are to be replayed in the order in which they were
+    recorded, some left out.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, _stream(device)
         self._memory = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Result]) -> Recording[Result]:
+        """Records the operations of `work`, which it does twice. Raises RuntimeError if it cannot be done."""
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):  # which torch does not leave by itself if a recording breaks off
@@ -98,7 +93,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def recorder_for(device: torch.device) -> Recorder | None:
+def recorder_for(device: torch.device) -> CudaRecorder | None:
     """None: there are no graphs on such a device."""
     return CudaRecorder(device) if device.type == "cuda" else None
 
@@ -162,7 +157,7 @@ class Recorded:
         hidden: `[positions, hidden]`, on the device and in the type of the blocks: it is overwritten by every step.
     """
 
-    def __init__(self, step: TorchStep, hidden: torch.Tensor, recorder: Recorder) -> None:
+    def __init__(self, step: TorchStep, hidden: torch.Tensor, recorder: CudaRecorder) -> None:
         def record(work: Callable[[], Result]) -> Recording[Result]:
             with OnDeviceAlone(hidden.device):
                 work()

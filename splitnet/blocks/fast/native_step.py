@@ -76,8 +76,7 @@ class NativeStep:
     ) -> NativeStep | None:
         """For these blocks; None if nothing is compiled for this CPU.
 
-        Raises:
-            UnknownPart: their parts are not the usual ones. As they may be anything, so may be what is raised.
+        Raises UnknownPart if their parts are not the usual ones. As they may be anything, so may be what is raised.
         """
         if not native.has_fast_kernels() or dtype not in (torch.float32, torch.bfloat16):
             return None

@@ -151,8 +151,7 @@ class LeanBlock:
 def is_usual(block: nn.Module, *, experts: bool = False) -> bool:
     """Whether the parts of a block have the names of Llama's; what they do is not known by that.
 
-    Args:
-        experts: what stands in the place of its MLP may be anything that takes and gives hidden states.
+    `experts`: in the place of its MLP there may be anything that takes and gives hidden states.
     """
     children = dict(block.named_children())
     if set(children) != _PARTS:
@@ -184,8 +183,7 @@ def _norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding (Su et al., "RoFormer", arXiv:2104.09864) of `[positions, heads, head size]`."""
-    half = heads.shape[-1] // 2
-    return torch.addcmul(heads * cos, heads.roll(half, -1), sin)
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
 
 
 def _product(layer: Any, rows: torch.Tensor) -> torch.Tensor:
