@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.checkpoint.families import TAKEN_WEIGHTS
@@ -42,15 +42,15 @@ _NAME = re.compile(r"(0|[1-9][0-9]{0,5})\.(prefix_keys|prefix_values|[A-Za-z0-9_
 class LowRank(NamedTuple):
     """What is added to a linear layer: `x @ a.T @ b.T`."""
 
-    a: torch.Tensor
-    b: torch.Tensor
+    a: Tensor
+    b: Tensor
 
 
 class Prefix(NamedTuple):
     """Keys and values that stand before the first position of every sequence: `[1, kv heads, positions, head size]`."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class Adapter:
@@ -64,7 +64,7 @@ class Adapter:
         prefixes: by block that has one.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
         self.low_ranks: dict[tuple[int, str], LowRank] = {}
         self.prefixes: dict[int, Prefix] = {}
@@ -93,7 +93,7 @@ class Adapter:
         """Whether it has tensors of other blocks than `[start, end)`."""
         return len(self.within(start, end)) < len(self.tensors)
 
-    def within(self, start: int, end: int) -> dict[str, torch.Tensor]:
+    def within(self, start: int, end: int) -> dict[str, Tensor]:
         """The tensors of blocks `[start, end)`."""
         return {name: tensor for name, tensor in self.tensors.items() if start <= block_of(name) < end}
 
@@ -101,7 +101,7 @@ class Adapter:
         """A copy whose tensors record gradients."""
         return Adapter({name: tensor.detach().clone().requires_grad_() for name, tensor in self.tensors.items()})
 
-    def _partner(self, name: str) -> torch.Tensor:
+    def _partner(self, name: str) -> Tensor:
         if name not in self.tensors:
             raise AdapterError(f"the adapter lacks {name}")
         return self.tensors[name]
@@ -112,12 +112,12 @@ def block_of(name: str) -> int:
     return int(name.partition(".")[0])
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+def write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """Tensors as they travel; `read_tensors` is the way back."""
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def read_tensors(payload: bytes | memoryview) -> dict[str, torch.Tensor]:
+def read_tensors(payload: bytes | memoryview) -> dict[str, Tensor]:
     """Raises AdapterError if the bytes are not in the safetensors format."""
     try:
         return safetensors.torch.load(bytes(payload))
@@ -125,9 +125,9 @@ def read_tensors(payload: bytes | memoryview) -> dict[str, torch.Tensor]:
         raise AdapterError(f"these are no tensors: {error}") from None
 
 
-def write_groups(tensors: Mapping[str, torch.Tensor]) -> list[bytes]:
+def write_groups(tensors: Mapping[str, Tensor]) -> list[bytes]:
     """Tensors as payloads of as many messages as they need."""
-    groups: list[dict[str, torch.Tensor]] = [{}]
+    groups: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
         if groups[-1] and size + tensor.nbytes > MAX_GROUP_BYTES:
@@ -187,7 +187,7 @@ class AddsLowRank:
     def __init__(self, block: int, path: str) -> None:
         self._at = block, path
 
-    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """`args[0]`: `[1, positions, inputs]`; `output`: `[1, positions, outputs]`."""
         slices = [(positions, adapter.low_ranks.get(self._at)) for positions, adapter in _applied.slices]
         found = [(positions, low_rank) for positions, low_rank in slices if low_rank is not None]
@@ -196,7 +196,7 @@ class AddsLowRank:
         given = args[0]
         if given.shape[:2] != (1, _applied.positions):
             raise AdapterError(f"{self._at[1]} does not see every position, so nothing can be added to it")
-        pieces: list[torch.Tensor] = []
+        pieces: list[Tensor] = []
         done = 0
         for positions, (a, b) in found:
             pieces.append(output[:, done : positions.start])
@@ -242,12 +242,20 @@ class SpanAdapters:
         Raises AdapterError if it names blocks or layers that are not there, or its shapes are not theirs.
         """
         for (block, path), low_rank in adapter.low_ranks.items():
-            layer, sizes = self._linear_layer(self._index(block, start, end), block, path)
+            module = self._blocks[self._index(block, start, end)]
+            sizes = linear_layers(module).get(path)
+            if sizes is None:
+                raise AdapterError(f"block {block} has no linear layer {path!r}")
+            if path.rpartition(".")[2] in TAKEN_WEIGHTS:
+                raise AdapterError(
+                    f"nothing can be added to {path} of block {block}, as the family's code takes its weight alone: "
+                    "leave it out of target_modules"
+                )
             if (low_rank.a.shape[1], low_rank.b.shape[0]) != sizes:
                 raise AdapterError(f"{path} of block {block} maps {sizes[0]} values to {sizes[1]}, the adapter not")
             if (block, path) not in self._adapted:
                 self._adapted.add((block, path))
-                layer.register_forward_hook(AddsLowRank(block, path))
+                module.get_submodule(path).register_forward_hook(AddsLowRank(block, path))
         for block, prefix in adapter.prefixes.items():
             shapes = self.kv_shapes.get(self._index(block, start, end))
             if [(tensor.shape[1], tensor.shape[3]) for tensor in prefix] != shapes:
@@ -265,28 +273,15 @@ class SpanAdapters:
             raise AdapterError(f"block {block} is not among the blocks {start}..{end - 1}")
         return block - self._first
 
-    def _linear_layer(self, index: int, block: int, path: str) -> tuple[nn.Module, tuple[int, int]]:
-        """A layer that LoRA can be added to, with its numbers of inputs and outputs."""
-        module = self._blocks[index]
-        sizes = linear_layers(module).get(path)
-        if sizes is None:
-            raise AdapterError(f"block {block} has no linear layer {path!r}")
-        if path.rpartition(".")[2] in TAKEN_WEIGHTS:
-            raise AdapterError(
-                f"nothing can be added to {path} of block {block}, as the family's code takes its weight alone: leave "
-                "it out of target_modules"
-            )
-        return module.get_submodule(path), sizes
 
-
-def _low_rank(name: str, a: torch.Tensor, b: torch.Tensor) -> LowRank:
+def _low_rank(name: str, a: Tensor, b: Tensor) -> LowRank:
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not 1 <= a.shape[0] <= MAX_RANK or a.dtype != b.dtype:
         shapes = f"{list(a.shape)} {a.dtype} and its partner {list(b.shape)} {b.dtype}"
         raise AdapterError(f"{name} is {shapes}: not a low-rank pair")
     return LowRank(a, b)
 
 
-def _prefix(block: int, keys: torch.Tensor, values: torch.Tensor) -> Prefix:
+def _prefix(block: int, keys: Tensor, values: Tensor) -> Prefix:
     if keys.ndim != 3 or values.ndim != 3 or keys.shape[:2] != values.shape[:2]:
         raise AdapterError(f"the prefix of block {block} is not [kv heads, positions, head size]")
     if not 1 <= keys.shape[1] <= MAX_PREFIX:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,17 +24,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from splitnet.blocks.adapters import Adapter
 from splitnet.blocks.kv_cache import SequenceCache
 
-PACKED = "splitnet_packed"
-"""Name of the attention function; transformers makes no masks for it."""
-
+PACKED = "splitnet_packed"  # name of the attention function; transformers makes no masks for it
 GROUPED = "splitnet_sdpa"
 """As "sdpa", masks included, for families that run sequence by sequence; see `attend_by_group`."""
 
-SCORE_BYTES = 128 * 2**20
-"""What the scores of a call of attention may take: those of more new positions are computed in chunks of them."""
-
-_COPIES = 3
-"""Of the scores in float32, at the same time: with the mask, after softmax, and in the dtype of the values."""
+SCORE_BYTES = 128 * 2**20  # of a call of attention: scores of more new positions are computed in chunks of these
+_COPIES = 3  # of the scores in float32: with the mask, after softmax, and in the dtype of the values
 
 
 def positions_at_once(heads: int, reach: int) -> int:
@@ -42,7 +37,7 @@ def positions_at_once(heads: int, reach: int) -> int:
     return max(1, SCORE_BYTES // (4 * _COPIES * heads * reach))
 
 
-Masks = dict[tuple[int, int, int | None, torch.dtype | None], torch.Tensor]
+Masks = dict[tuple[int, int, int | None, torch.dtype | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,13 +83,8 @@ class PackedPass:
 
 
 def _mask(
-    masks: Masks,
-    count: int,
-    reach: int,
-    window: int | None,
-    additive: torch.dtype | None,
-    device: torch.device,
-) -> torch.Tensor:
+    masks: Masks, count: int, reach: int, window: int | None, additive: torch.dtype | None, device: torch.device
+) -> Tensor:
     """`[1, 1, count, reach]`: what the last `count` of `reach` positions may see, to add to scores or of booleans."""
     key = (count, reach, window, additive)
     if key not in masks:
@@ -127,13 +117,8 @@ def running(packed: PackedPass) -> Iterator[None]:
 
 
 def _packed_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
     """`query`, `key`, `value`: `[1, heads, positions, head size]`; gives `[1, positions, heads, head size]`."""
     packed = _running.packed
     if packed is None:
@@ -148,14 +133,14 @@ def _packed_attention(
     # Of heads with values of another size torch computes all scores as well, as the families' code does.
     heads = query.shape[1] if eager or value.shape[3] != query.shape[3] else 1
 
-    def attend_to(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, masks: Masks | None) -> torch.Tensor:
+    def attend_to(query: Tensor, keys: Tensor, values: Tensor, masks: Masks | None) -> Tensor:
         count, reach = query.shape[2], keys.shape[2]
         mask = None
         if _needs_mask(count, reach, window, eager):
             mask = _mask({} if masks is None else masks, count, reach, window, additive, keys.device)
         return attend(module, query, keys, values, mask, **kwargs)[0]
 
-    outputs: list[torch.Tensor] = []
+    outputs: list[Tensor] = []
     end = 0
     for part in parts:
         begin, end = end, end + part.count
@@ -189,14 +174,14 @@ def _needs_mask(count: int, reach: int, window: int | None, eager: bool) -> bool
 
 def _sdpa_attention(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """As transformers' own, which copies keys and values that heads share for each of them; not so here on CPUs."""
     is_causal = query.shape[2] > 1 and attention_mask is None
     by_head = attention_mask is not None and attention_mask.shape[1] > 1
@@ -205,17 +190,11 @@ def _sdpa_attention(
     return attend_by_group(query, key, value, attention_mask, scaling).transpose(1, 2), None
 
 
-def attend_by_group(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float | None
-) -> torch.Tensor:
+def attend_by_group(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """Attention in which the heads that share keys are positions of one head.
 
-    Args:
-        query: `[batch, heads, positions, head size]`.
-        keys, values: `[batch, shared heads, reach, head size]`.
-        mask: `[batch, 1, positions, reach]`, or None: all is seen.
-
-    Returns `[batch, heads, positions, head size]`.
+    `query`: `[batch, heads, positions, head size]`, as the result; `keys`, `values`: `[batch, shared heads, reach, head
+    size]`; `mask`: `[batch, 1, positions, reach]`, or None: all is seen.
     """
     batch, heads, count, size = query.shape
     shared = keys.shape[1]

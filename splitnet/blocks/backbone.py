@@ -12,13 +12,13 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -47,7 +47,7 @@ class QuantizedEmbedding(nn.Embedding):
     held: BlockQuantWeight | JoinedForm
     parameter_like: nn.Parameter
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`[...]` -> `[..., hidden]`."""
         rows = self.held.rows(input.reshape(-1), self.parameter_like.dtype)
         return rows.view(*input.shape, self.embedding_dim)
@@ -56,10 +56,7 @@ class QuantizedEmbedding(nn.Embedding):
 def hold_codes(model: nn.Module, codes_on: torch.device | None) -> None:
     """Leaves no parameter of a model in the codes of a checkpoint: a layer holds them, or they become numbers.
 
-    Layers that share a weight share what holds it.
-
-    Args:
-        codes_on: the device on which the model will be; None: all become numbers.
+    Layers that share a weight share what holds it. `codes_on`: where the model will be; None: all become numbers.
     """
     forms: dict[int, BlockQuantWeight | JoinedForm] = {}
     numbers: dict[int, nn.Parameter] = {}
@@ -71,12 +68,11 @@ def hold_codes(model: nn.Module, codes_on: torch.device | None) -> None:
     ]
     for path, layer, name, parameter in found:
         stored: Any = parameter
-        matrices: Sequence[StoredMatrix] | None = None
         if codes_on is not None and can_hold_experts(layer, name, stored):
             hold_weight_of_experts(layer, name, codes_on)
             continue
-        if codes_on is not None and name == "weight" and can_hold_codes(path, layer):
-            matrices = matrices_of(stored, transposed=isinstance(layer, Conv1D))
+        holds = codes_on is not None and name == "weight" and can_hold_codes(path, layer)
+        matrices = matrices_of(stored, transposed=isinstance(layer, Conv1D)) if holds else None
         if codes_on is None or matrices is None:
             if id(stored) not in numbers:
                 numbers[id(stored)] = nn.Parameter(stored.floats(), requires_grad=stored.requires_grad)
@@ -106,9 +102,6 @@ def _hold_embedding(layer: Any, held: BlockQuantWeight | JoinedForm) -> None:
     layer.__dict__["weight"] = stored
 
 
-_T = TypeVar("_T")
-
-
 class Zero(nn.Module):
     """Stands for learned position embeddings in a span: the client has added them."""
 
@@ -117,7 +110,7 @@ class Zero(nn.Module):
         # Not a buffer: loading would leave one uninitialized. A scalar on the CPU adds to tensors on any device.
         self._zero = torch.zeros((), dtype=dtype, device="cpu")
 
-    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
         return self._zero
 
 
@@ -145,16 +138,16 @@ class _LightMeta(TorchFunctionMode):
             count = (options.get("end", end) - options.get("start", start)) / options.get("step", step)
             self._check(count if count <= _LONGEST_RANGE else math.inf)
             options = {**options, "device": "cpu"}
-        elif func is torch.Tensor.normal_ or getattr(func, "__module__", None) == nn.init.__name__:
+        elif func is Tensor.normal_ or getattr(func, "__module__", None) == nn.init.__name__:
             tensor = args[0] if args else options["tensor"]
             if tensor.is_meta:
                 return tensor
-        given = [one for one in args if isinstance(one, torch.Tensor) and not one.is_meta]
+        given = [one for one in args if isinstance(one, Tensor) and not one.is_meta]
         if math.prod(one.numel() for one in given) > _MOST_COMPUTED:  # what comes of them may be as large
-            made = func(*(one.to("meta") if isinstance(one, torch.Tensor) else one for one in args), **options)
-            self._check(made.numel() if isinstance(made, torch.Tensor) else 0)
+            made = func(*(one.to("meta") if isinstance(one, Tensor) else one for one in args), **options)
+            self._check(made.numel() if isinstance(made, Tensor) else 0)
         made = func(*args, **options)
-        if isinstance(made, torch.Tensor) and not made.is_meta:
+        if isinstance(made, Tensor) and not made.is_meta:
             views = made.untyped_storage().data_ptr() in [one.untyped_storage().data_ptr() for one in given]
             self._left -= 0 if views else made.numel()
             self._check(0)
@@ -168,7 +161,7 @@ class _LightMeta(TorchFunctionMode):
             )
 
 
-def _made_on_meta(make: Callable[[], _T]) -> _T:
+def _made_on_meta(make: Callable[[], Any]) -> Any:
     """Makes something with the meta device as torch's default. What is computed of ranges may be on the CPU."""
     try:
         with _LightMeta(), torch.device("meta"):  # in this order, so that the device is among the arguments
@@ -472,10 +465,7 @@ def with_coded_experts(
 def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: Layout) -> LazyTensor:
     """A weight of one expert, or of all, of which `[...]` reads nothing before its codes are asked for.
 
-    Args:
-        name: in the checkpoint.
-        lazy: what reads its numbers.
-        transposed: whether it is `[..., inputs, outputs]`.
+    `transposed`: it is `[..., inputs, outputs]`.
     """
 
     def read(expert: Any) -> Codes:
@@ -489,7 +479,7 @@ def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: Layout) -> Laz
             )
         return codes
 
-    def of(index: Any) -> torch.Tensor:
+    def of(index: Any) -> Tensor:
         if index is not ...:
             return lazy[index]
         stacked = len(lazy.shape) == 3

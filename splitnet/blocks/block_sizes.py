@@ -21,8 +21,7 @@ from splitnet.quant.experts import weights_of_experts
 from splitnet.quant.grouped import held_bytes
 from splitnet.quant.linear import holdable_layers
 
-_TABLE_BYTES = 16 << 20
-"""What old checkpoints hold in a block besides its weights, as masks of attention."""
+_TABLE_BYTES = 16 << 20  # what old checkpoints hold in a block besides its weights, as masks of attention
 
 
 class BlockSize(NamedTuple):
@@ -116,12 +115,10 @@ def size_of_block(
     codes: Mapping[str, Sequence[TensorFacts]] | None = None,
     prefix: str = "",
 ) -> BlockSize:
-    """The sizes of a block.
+    """The sizes of a block, whose weights take `plain` bytes as numbers.
 
     Args:
-        plain: bytes of all of its weights as numbers.
-        codes: path of a layer -> what its weight consists of, if the checkpoint has that in codes.
-        prefix: of the paths in `codes`.
+        codes: path of a layer, behind `prefix` -> what its weight consists of, if the checkpoint has that in codes.
     """
     held, coded, converted = plain, False, False
     itemsize = weights.dtype.itemsize

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Never
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -184,22 +184,17 @@ _HEADS = ("lm_head.weight", "score.weight")
 
 
 class Ends:
-    """Embeddings, final norm and head.
-
-    Args:
-        model: whose they are; they are looked up at every call, as adapters may be put on them.
-        backbone: has the norm.
-    """
+    """Embeddings, final norm and head: they are looked up at every call, as adapters may be put on them."""
 
     def __init__(self, model: PreTrainedModel, backbone: nn.Module) -> None:
         self._model: Any = model
         self._backbone: Any = backbone
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """`[batch, seq]` -> `[batch, seq, hidden]`."""
         return self._model.get_input_embeddings()(ids)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """`[batch, seq, hidden]` -> `[batch, seq, vocabulary]`."""
         return self._model.get_output_embeddings()(self._backbone.norm(hidden))
 
@@ -238,9 +233,7 @@ class AllBlocks(nn.Module):
         super().__init__()
         self.blocks, self._returns_tuple = blocks, returns_tuple
 
-    def forward(
-        self, hidden_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> torch.Tensor | tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
         """`[batch, sequence, hidden]` -> `[batch, sequence, hidden]`."""
         output = self.blocks(hidden_states)
         return (output, None) if self._returns_tuple else output  # some unpack two
@@ -301,8 +294,8 @@ def check_neutral(backbone: PreTrainedModel, container: str, dtype: torch.dtype)
 
 
 def _run_without_blocks(
-    model: PreTrainedModel, container: str, returns_tuple: bool, backbone: Any, inputs: dict[str, torch.Tensor]
-) -> torch.Tensor | None:
+    model: PreTrainedModel, container: str, returns_tuple: bool, backbone: Any, inputs: dict[str, Tensor]
+) -> Tensor | None:
     """What `backbone`, a part of `model`, gives with a block that does nothing; None: it does not run."""
     parent, name = parent_of(model, container)
     config: Any = parent.config
@@ -317,10 +310,10 @@ def _run_without_blocks(
     finally:
         setattr(parent, name, blocks)
         config.num_hidden_layers = count
-    return output if isinstance(output, torch.Tensor) else None
+    return output if isinstance(output, Tensor) else None
 
 
-class AbsentWeight(torch.Tensor):
+class AbsentWeight(Tensor):
     """Shape, type and device of a weight that is elsewhere. Whatever needs its numbers is refused.
 
     It is on the CPU: what is put on a layer goes to the device of its weight.
@@ -328,7 +321,7 @@ class AbsentWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, rows: int, columns: int, dtype: torch.dtype) -> AbsentWeight:
-        make: Any = torch.Tensor._make_wrapper_subclass
+        make: Any = Tensor._make_wrapper_subclass
         return make(cls, (rows, columns), dtype=dtype, device="cpu")
 
     @classmethod
@@ -355,7 +348,7 @@ class RemotePart(nn.Module):
 
 
 class RemoteLinear(nn.Linear):
-    """A linear layer whose weight is elsewhere."""
+    """A linear layer whose weight is elsewhere; to run it raises AdapterError."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -363,8 +356,7 @@ class RemoteLinear(nn.Linear):
         self.weight = AbsentWeight(out_features, in_features, dtype)  # type: ignore[assignment]
         self.bias = None  # type: ignore[assignment]
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Raises AdapterError."""
+    def forward(self, input: Tensor) -> Tensor:
         raise _absent()
 
 
@@ -376,8 +368,7 @@ class RemoteConv1D(Conv1D):
         self.nx, self.nf = in_features, out_features
         self.weight = AbsentWeight(in_features, out_features, dtype)  # type: ignore[assignment]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Raises AdapterError."""
+    def forward(self, x: Tensor) -> Tensor:
         raise _absent()
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
@@ -34,41 +34,34 @@ CHANGES_S = 1.0
 """A weight that was not used for so long is looked at as a whole, as torch does not tell of all changes, such as those
 by `weight.data`. A change of all of it is seen at once; one of some rows, when a call begins."""
 
-_SUMMED_ROWS = 256
-"""At a time: their sums take little memory."""
-
-_SAMPLE = 1024
-"""Numbers that are looked at for every product."""
-
-MOST_ROWS = 16
-"""Of all threads together; with more, products of matrices are faster."""
+_SUMMED_ROWS = 256  # at a time: their sums take little memory
+_SAMPLE = 1024  # numbers that are looked at for every product
+MOST_ROWS = 16  # of all threads together; with more, products of matrices are faster
 
 
 @dataclass(slots=True)
 class _Call:
-    rows: torch.Tensor
+    rows: Tensor
     thread: int
-    product: torch.Tensor | None = None
+    product: Tensor | None = None
     error: Exception | None = None
 
 
 class SharedProduct:
     """Multiplies the rows of several threads with one weight: those that come together go together.
 
-    After "Flat combining and the synchronization-parallelism tradeoff" (Hendler et al., SPAA 2010): one of those who
-    wait does the work of all.
-
-    Args:
-        multiply: `[rows, inputs]` -> `[rows, outputs]`; gives each row the same whatever others are with it.
+    After "Flat combining and the synchronization-parallelism tradeoff" (Hendler et al., SPAA 2010): one of the threads
+    that wait does the work of all. `multiply`, `[rows, inputs]` -> `[rows, outputs]`, gives each row the same whatever
+    others are with it.
     """
 
-    def __init__(self, multiply: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, multiply: Callable[[Tensor], Tensor]) -> None:
         self._multiply = multiply
         self._waiting: deque[_Call] = deque()
         self._working = threading.Lock()
         self._delay = BatchingDelay()
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: Tensor) -> Tensor:
         """`[rows, inputs]` -> `[rows, outputs]`, without gradients. Raises what `multiply` raises."""
         call = _Call(rows, threading.get_ident())
         self._waiting.append(call)
@@ -108,7 +101,7 @@ class SharedProduct:
 class _Sharing(nn.Module):
     """A layer whose threads share its products of few rows. Copies share nothing with it."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         own: Any = self
         rows = input.reshape(-1, own.in_features)
         few = 0 < len(rows) <= MOST_ROWS and not torch.is_grad_enabled()
@@ -120,7 +113,7 @@ class _Sharing(nn.Module):
             product = product + own.bias
         return product.view(*input.shape[:-1], own.out_features)
 
-    def _multiplier(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def _multiplier(self) -> Callable[[Tensor], Tensor] | None:
         """Multiplies few rows by the weight; None: they are not shared."""
         raise NotImplementedError
 
@@ -136,9 +129,9 @@ class _Copy:
     """
 
     form: WeightForm | None
-    sums: torch.Tensor
+    sums: Tensor
     state: tuple[int, int]
-    some: torch.Tensor
+    some: Tensor
     used_at: float = 0.0
 
 
@@ -160,10 +153,10 @@ class Head(_Sharing, nn.Linear):
         """The next product looks at each row: before the caller's call some may have been changed."""
         self._may_have_changed = True
 
-    def _multiplier(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def _multiplier(self) -> Callable[[Tensor], Tensor] | None:
         return self._multiply if has_kernel_for(self.weight) else None
 
-    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+    def _multiply(self, rows: Tensor) -> Tensor:
         narrow = self._narrowed() if self._narrows and self.weight.dtype == torch.float32 else None
         return multiply_floats(rows, self.weight) if narrow is None else narrow.multiply(rows)
 
@@ -191,7 +184,7 @@ class Head(_Sharing, nn.Linear):
 class QuantizedHead(_Sharing, QuantizedLinear):
     """A head whose weight is held in another form."""
 
-    def _multiplier(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def _multiplier(self) -> Callable[[Tensor], Tensor] | None:
         return self.held.multiply if self.held.alone_as_together else None
 
 
@@ -222,26 +215,22 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
         model.set_output_embeddings(Head(head.weight, head.bias, narrows=form == NARROW))
 
 
-IGNORED = -100
-"""The label of a position that is not learned, as in transformers."""
-
-PART_BYTES = 32 * 2**20
-"""Of the logits of a part, in float32. Some families make a few tensors of that size of them."""
-
-Score = Callable[[torch.Tensor], torch.Tensor]
+IGNORED = -100  # the label of a position that is not learned, as in transformers
+PART_BYTES = 32 * 2**20  # of the logits of a part, in float32. Some families make a few tensors of that size of them
+Score = Callable[[Tensor], Tensor]
 """Hidden states `[positions, hidden]` -> logits `[positions, vocabulary]`."""
 
 
 def loss_in_parts(
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
+    hidden: Tensor,
+    labels: Tensor,
     score: Score,
     vocabulary: int,
     *,
-    trained: Sequence[torch.Tensor] = (),
-    items: torch.Tensor | float | None = None,
+    trained: Sequence[Tensor] = (),
+    items: Tensor | float | None = None,
     part_bytes: int = PART_BYTES,
-) -> torch.Tensor:
+) -> Tensor:
     """The cross-entropy of each position and the label of the next, as `ForCausalLMLoss` of transformers has it.
 
     Args:
@@ -265,20 +254,18 @@ def loss_in_parts(
     total: Any = _Sum.apply(score, positions, hidden[learned], following[learned], *trained)
     if items is None:
         return total / learned.sum()
-    return total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)
+    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
 
 class _Sum(torch.autograd.Function):
     """The sum over positions. Gradients are computed on the way forward, for a sum that counts once."""
 
     @staticmethod
-    def forward(
-        ctx: Any, score: Score, positions: int, hidden: torch.Tensor, labels: torch.Tensor, *trained: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, score: Score, positions: int, hidden: Tensor, labels: Tensor, *trained: Tensor) -> Tensor:
         _, _, by_hidden, _, *by_trained = ctx.needs_input_grad
         wanted = [tensor for tensor, needed in zip(trained, by_trained, strict=True) if needed]
         gradient = torch.empty_like(hidden) if by_hidden else None
-        found: list[torch.Tensor | None] = [None] * len(wanted)
+        found: list[Tensor | None] = [None] * len(wanted)
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         for begin in range(0, len(labels), positions):
             part = slice(begin, begin + positions)
@@ -300,18 +287,16 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (factor,) = gradients
         gradient, *found = (None if saved is None else saved * factor for saved in ctx.saved_tensors)
         by_trained = [found.pop(0) if needed else None for needed in ctx.needs_input_grad[4:]]
         return None, None, gradient, None, *by_trained
 
 
-def _entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each position, and the gradient of their sum by the logits, in whose place it is put.
-
-    torch tells if the way back needs the logits themselves: with what is detached it counts changes.
-    """
+def _entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each position, and the gradient of their sum by the logits, in whose place it is put."""
+    # torch tells if the way back needs the logits themselves: with what is detached it counts changes.
     scores = logits.detach().float()
     labels = labels[:, None]
     largest = scores.amax(dim=-1, keepdim=True)

@@ -8,28 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
 from splitnet.blocks.adapters import Prefix
 
-COPIES = 4
-"""Earlier states that a row keeps: two of the last steps, and two that are farther apart."""
-
-REACH = 64
-"""Positions that the oldest copy stays behind at least, if the sequence is so long: windows of drafts lie within."""
-
-SPACING = 32
-"""Positions between copies while they come one by one; before several at once, such as drafts, one is made anyway."""
-
-HELD_AT_ONCE = COPIES + 2
-"""So many times its states a row takes at most: the present ones, those that a pass makes, and the copies."""
+COPIES = 4  # earlier states that a row keeps: two of the last steps, and two that are farther apart
+REACH = 64  # positions that the oldest copy stays behind at least, if there are so many: drafts lie within
+SPACING = 32  # positions between copies while they come one by one; before several at once, one is made anyway
+HELD_AT_ONCE = COPIES + 2  # times its states a row takes at most: the present ones, those of a pass, the copies
 
 
 class StateLayer(LinearAttentionLayer):
     """transformers' states of one block, without writing to tensors that another copy may have."""
 
-    def own(self, states: dict[int, torch.Tensor | None], index: int) -> torch.Tensor | None:
+    def own(self, states: dict[int, Tensor | None], index: int) -> Tensor | None:
         """One of its states, which the caller may write to; None at the beginning of a sequence."""
         state = states[index] if self.has_previous_state[index] else None
         if state is not None:
@@ -37,12 +31,12 @@ class StateLayer(LinearAttentionLayer):
         return state
 
     def update_conv_state(
-        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
-    ) -> torch.Tensor:
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
         self.own(self.conv_states, state_idx)
         return super().update_conv_state(conv_states, state_idx, conv_kernel_size, **kwargs)
 
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
         before = self.recurrent_states[state_idx]
         state = recurrent_states if before is None else recurrent_states.to(before.dtype)
         if state.untyped_storage().nbytes() > state.nbytes:
@@ -66,11 +60,7 @@ class StateLayer(LinearAttentionLayer):
 
 
 class SequenceStates:
-    """The states of one row in all blocks of a span.
-
-    Args:
-        per_block: convolutions of a block, each with a state of its own.
-    """
+    """The states of one row in all blocks of a span; `per_block`: convolutions of a block, each with a state."""
 
     def __init__(self, per_block: int) -> None:
         self._per_block = per_block
@@ -134,8 +124,8 @@ FIRST_CAPACITY = 256
 
 @dataclass
 class _Block:
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class SequenceCache:
@@ -160,10 +150,7 @@ class SequenceCache:
     """
 
     def __init__(
-        self,
-        room: int | None = None,
-        prefix: Mapping[int, Prefix] | None = None,
-        states: SequenceStates | None = None,
+        self, room: int | None = None, prefix: Mapping[int, Prefix] | None = None, states: SequenceStates | None = None
     ) -> None:
         self.length = self.computed = 0
         self._states = states
@@ -173,15 +160,13 @@ class SequenceCache:
         """By block that has one; None once it is stored, so that the row keeps no adapter alive."""
         self._blocks: dict[int | str, _Block] = {}
         """By block; besides, by name, what else the row has of every position."""
-        self._places: dict[tuple[int, ...], tuple[int, torch.Tensor]] = {}
+        self._places: dict[tuple[int, ...], tuple[int, Tensor]] = {}
         """By blocks: the least capacity of them, and what `reserve` returns, while no block's memory moves."""
 
     @property
     def room(self) -> int:
-        """Positions behind the prefix that memory is allocated for. Less gives memory back at once.
-
-        Setting it raises ValueError if the row holds more.
-        """
+        """Positions behind the prefix that memory is allocated for. Less gives memory back at once, and raises
+        ValueError if the row holds more."""
         if self._room is not None:
             return self._room
         return max((block.keys.shape[2] - self._before(i) for i, block in self._blocks.items()), default=0)
@@ -251,7 +236,7 @@ class SequenceCache:
             copy._blocks[index] = _Block(_grown(block.keys, capacity, held), _grown(block.values, capacity, held))
         return copy
 
-    def held(self, length: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    def held(self, length: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Keys and values of the first positions behind the prefix, `[1, kv heads, length, head size]`, block by block.
 
         Raises ValueError if the row has fewer positions than that.
@@ -262,7 +247,7 @@ class SequenceCache:
             block, before = self._blocks[index], self._before(index)
             yield index, block.keys[:, :, before : before + length], block.values[:, :, before : before + length]
 
-    def append(self, block_index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, block_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new positions after `computed` and gives views of all keys and values up to and with them.
 
         The prefix comes first. `computed` itself moves only with `advance`, when all blocks have stored theirs: a pass
@@ -274,8 +259,8 @@ class SequenceCache:
         """
         return self.store(block_index, self.computed, keys, values)
 
-    def begin_pass(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What is to run for new positions, `[positions, hidden]`: before them, those that are to run once more.
+    def begin_pass(self, hidden: Tensor) -> Tensor:
+        """New positions, `[positions, hidden]`, behind those that are to run once more: what is to run now.
 
         What the blocks leave then counts only with `advance`.
         """
@@ -289,7 +274,7 @@ class SequenceCache:
         self._states.begin(self.computed, len(given))
         return given
 
-    def begin_again(self, most: int) -> torch.Tensor | None:
+    def begin_again(self, most: int) -> Tensor | None:
         """The first positions to run once more, `[positions, hidden]`, `most` at most; None: there are none."""
         if self._states is None or self.computed >= self.length:
             return None
@@ -303,9 +288,7 @@ class SequenceCache:
             raise LookupError("some blocks keep a state other than a KV cache")
         return self._states.layer(block_index)
 
-    def store(
-        self, key: int | str, position: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def store(self, key: int | str, position: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """As `append`, from `position` on, of a block or of something else that the row has of every position."""
         start = self._before(key) + position
         end = start + keys.shape[2]
@@ -316,7 +299,7 @@ class SequenceCache:
 
     def reserve(
         self, indices: tuple[int, ...], count: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Makes room for `count` new positions in blocks, for code that writes to their memory.
 
         Args:
@@ -352,7 +335,7 @@ class SequenceCache:
             self._states.commit()
         self.computed = length
 
-    def _with_room(self, block_index: int | str, keys: torch.Tensor, values: torch.Tensor, end: int) -> _Block:
+    def _with_room(self, block_index: int | str, keys: Tensor, values: Tensor, end: int) -> _Block:
         """A block with memory for `end` positions, made like `keys` and `values` if it has none."""
         before = self._before(block_index)
         block = self._blocks.get(block_index)
@@ -388,14 +371,14 @@ class SequenceCache:
 class TracedSequence(SequenceCache):
     """A row that stores nothing and lets gradients through: a whole sequence passes at once, from its beginning."""
 
-    def append(self, block_index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, block_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         prefix = self._prefix.get(block_index)
         if prefix is None:
             return keys, values
         return torch.cat((prefix.keys.to(keys), keys), 2), torch.cat((prefix.values.to(values), values), 2)
 
 
-def _grown(tensor: torch.Tensor, capacity: int, kept: int) -> torch.Tensor:
+def _grown(tensor: Tensor, capacity: int, kept: int) -> Tensor:
     """A tensor like `tensor` with room for `capacity` positions that starts with its first `kept` ones."""
     grown = tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[3]))
     if kept:
@@ -410,8 +393,8 @@ class PassThrough(Cache):
         self.layers = []
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
 
@@ -423,31 +406,29 @@ class OneSequence(Cache):
         self._row = row
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         return self._row.append(layer_idx, key_states, value_states)
 
-    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """Keys by which a block with sparse attention chooses positions: `[1, positions, size]`."""
         keys = indexer_key_states[:, None]
         return self._row.store(f"indexer {layer_idx}", self._row.computed, keys, keys[..., :0])[0][:, 0]
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         layer = self._row.state_layer(layer_idx)
         return layer.own(layer.conv_states, state_idx)
 
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         layer = self._row.state_layer(layer_idx)
         return layer.own(layer.recurrent_states, state_idx)
 
-    def update_conv_state(
-        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> torch.Tensor:
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
         return self._row.state_layer(layer_idx).update_conv_state(conv_states, state_idx, **kwargs)
 
     def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
-    ) -> torch.Tensor:
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
+    ) -> Tensor:
         return self._row.state_layer(layer_idx).update_recurrent_state(recurrent_states, state_idx, **kwargs)
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:

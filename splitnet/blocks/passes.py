@@ -13,33 +13,30 @@ from math import ceil
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from splitnet.blocks.adapters import Adapter, block_of
 from splitnet.blocks.span import Span
 from splitnet.errors import PeerBusy
 
 GRAPH_BYTES = 512 * 2**20
-ONE_BLOCK = 2
-"""So many times that may be kept of a block alone: of one long sequence, which cannot be cut."""
-
-MOST_KINDS = 256
-"""Of passes whose way back was measured."""
+ONE_BLOCK = 2  # so many times that may be kept of a block alone: of one long sequence, which cannot be cut
+MOST_KINDS = 256  # of passes whose way back was measured
 
 
 class _Piece(NamedTuple):
     """What went through a block at once: its input, its output if torch can go back from there, and its sequences."""
 
-    given: torch.Tensor
-    output: torch.Tensor | None
+    given: Tensor
+    output: Tensor | None
     lengths: Sequence[int]
 
 
 @dataclass(slots=True)
 class SavedPass:
-    """What is kept of a forward pass; it is used up by `SpanPasses.go_back`.
+    """What is kept of a forward pass from block `start` on; it is used up by `SpanPasses.go_back`.
 
     Attributes:
-        start: the first block.
         pieces: of each block.
         traced: the adapter that the blocks ran with.
         reach: see `splitnet.wire.messages.Forward`.
@@ -60,7 +57,7 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
         self._seen = set(weights)
         super().__init__(self._count, lambda tensor: tensor)
 
-    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _count(self, tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage().data_ptr()
         if place not in self._seen:
             self._seen.add(place)
@@ -98,27 +95,18 @@ class SpanPasses:
         """Bytes in a block, by kind of pass: the most that was seen."""
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        lengths: Sequence[int],
-        adapter: Adapter | None,
-        start: int,
-        end: int,
-        *,
-        reach: int = 0,
-    ) -> torch.Tensor:
-        """Runs whole sequences through blocks `[start, end)`.
+        self, hidden: Tensor, lengths: Sequence[int], adapter: Adapter | None, start: int, end: int, *, reach: int = 0
+    ) -> Tensor:
+        """Runs whole sequences through blocks `[start, end)`: `[positions, hidden]` -> `[positions, hidden]`.
 
         Args:
-            hidden: `[positions, hidden]`: the sequences one after the other.
+            hidden: the sequences one after the other.
             lengths: positions of each.
             adapter: one that the span fits.
             reach: see `splitnet.wire.messages.Forward`.
-
-        Returns `[positions, hidden]`.
         """
         for block in range(start, end):
-            outputs: list[torch.Tensor] = []
+            outputs: list[Tensor] = []
             for given, group in self._pieces(hidden, lengths):
                 with torch.no_grad():
                     outputs.append(self._view(block).sequences(given, group, adapter, reach))
@@ -128,15 +116,15 @@ class SpanPasses:
 
     def backward(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         lengths: Sequence[int],
-        gradient: torch.Tensor,
+        gradient: Tensor,
         adapter: Adapter | None,
         start: int,
         end: int,
         *,
         reach: int = 0,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of a loss by the input of a forward pass, and by the tensors of the adapter in these blocks.
 
         Args:
@@ -159,7 +147,7 @@ class SpanPasses:
 
     def forward_kept(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         lengths: Sequence[int],
         adapter: Adapter | None,
         start: int,
@@ -167,7 +155,7 @@ class SpanPasses:
         most: int,
         *,
         reach: int = 0,
-    ) -> tuple[torch.Tensor, SavedPass]:
+    ) -> tuple[Tensor, SavedPass]:
         """`forward`, and what `go_back` needs. Raises PeerBusy if torch would keep too much of a block.
 
         Args:
@@ -179,7 +167,7 @@ class SpanPasses:
         kept = 0
         for block in range(start, end):
             pieces: list[_Piece] = []
-            outputs: list[torch.Tensor] = []
+            outputs: list[Tensor] = []
             for part, group in self._pieces(hidden, lengths):
                 given = part.detach().requires_grad_()
                 saved = self._saved()
@@ -196,16 +184,16 @@ class SpanPasses:
             hidden = _joined(outputs)
         return hidden, SavedPass(start, ways, traced, reach)
 
-    def go_back(self, way: SavedPass, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def go_back(self, way: SavedPass, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """As `backward`, for a forward pass of which the way back is kept."""
-        found: dict[str, torch.Tensor] = {}
+        found: dict[str, Tensor] = {}
         traced = way.traced
         while way.pieces:
             pieces = way.pieces.pop()
             block = way.start + len(way.pieces)
             names = [name for name in (traced.tensors if traced else ()) if block_of(name) == block]
             leaves = [traced.tensors[name] for name in names] if traced else []
-            gradients: list[torch.Tensor] = []
+            gradients: list[Tensor] = []
             for part in gradient.split([len(piece.given) for piece in pieces]):
                 given, output, group = pieces.pop(0)
                 if output is None:
@@ -224,7 +212,7 @@ class SpanPasses:
             self._kept_per_position.clear()
         self._kept_per_position[kind] = max(per_position, self._kept_per_position.get(kind, 0.0))
 
-    def _pieces(self, hidden: torch.Tensor, lengths: Sequence[int]) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
+    def _pieces(self, hidden: Tensor, lengths: Sequence[int]) -> Iterator[tuple[Tensor, Sequence[int]]]:
         """What goes through a block at once: positions of whole sequences, and their lengths."""
         group: list[int] = []
         begin = 0
@@ -246,7 +234,7 @@ class SpanPasses:
         return self._views[block]
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 

@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from splitnet.checkpoint.families import RopeLengths
 
@@ -59,7 +59,7 @@ class Turning:
             return None
         hidden, positions = torch.zeros(1, 3, width, dtype=torch.float32), torch.tensor([[0, 2, 30]])
         turns = rope(hidden.to(device), positions.to(device), *kind)
-        if isinstance(turns, torch.Tensor):
+        if isinstance(turns, Tensor):
             turned, turns = turns, (turns.real, turns.imag)
             own = partial(_by_complex, own, turned)
         sines_first = bool(turns[0][0, 0].norm() < turns[1][0, 0].norm())  # there the cosine is 1
@@ -80,9 +80,9 @@ class Turning:
                     return likely
         return None
 
-    def halves(self, turns: tuple[torch.Tensor, torch.Tensor] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def halves(self, turns: tuple[Tensor, Tensor] | Tensor) -> tuple[Tensor, Tensor]:
         """Of what a family gives, which may be complex numbers: cosines and sines, one of each pair."""
-        if isinstance(turns, torch.Tensor):
+        if isinstance(turns, Tensor):
             turns = turns.real, turns.imag
         cosines, sines = turns[::-1] if self.sines_first else turns
         if self.given is Given.SIDE_BY_SIDE:
@@ -90,7 +90,7 @@ class Turning:
         many = cosines.shape[-1] // (2 if self.given is Given.TWICE else 1)
         return cosines[..., :many], sines[..., :many]
 
-    def _turned(self, heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    def _turned(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         many = 2 * cosines.shape[-1]
         turned, rest = heads.split([many, heads.shape[-1] - many], dim=-1)
         apart = self.order is Order.APART
@@ -100,19 +100,16 @@ class Turning:
         return torch.cat((pairs.flatten(-2), rest), dim=-1)
 
 
-_TURNS = ("apply_rotary_pos_emb", "apply_rotary_emb")
-_INTERLEAVED = ("apply_rotary_pos_emb_interleave",)
-"""What families call the function that turns queries and keys."""
+# What families call the function that turns queries and keys.
+_TURNS, _INTERLEAVED = ("apply_rotary_pos_emb", "apply_rotary_emb"), ("apply_rotary_pos_emb_interleave",)
 
 
-def _by_complex(
-    own: Any, turns: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *parts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_complex(own: Any, turns: Tensor, queries: Tensor, keys: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
     """By the function of a family whose cosines and sines are complex numbers, as DeepSeek-V2 has them."""
     return own(queries, keys, turns)
 
 
-def _turned_by(own: Any, heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor | None:
+def _turned_by(own: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor | None:
     """By a family's function, for `[1, heads, positions, size]`; None: it does not take them."""
     with suppress(TypeError, RuntimeError):
         return own(heads, heads, cosines, sines)[0]
@@ -136,10 +133,8 @@ class LengthDependentRopes:
             rope.register_forward_hook(self._shorten)
 
     def alike(self, position: int, reach: int) -> int:
-        """How many positions from `position` on have the same frequencies.
-
-        Each has those of a sequence that ends with it, or of `reach` positions if that is longer.
-        """
+        """How many positions from `position` on have the same frequencies: each has those of a sequence that ends with
+        it, or of `reach` positions if that is longer."""
         return self._lengths.last(max(reach, position + 1)) - position
 
     @contextmanager
@@ -163,7 +158,7 @@ class LengthDependentRopes:
 
     def _shorten(self, rope: nn.Module, given: Any, turns: Any) -> Any:
         """What the rope gives for the others."""
-        return turns[:, :-1] if isinstance(turns, torch.Tensor) else tuple(each[:, :-1] for each in turns)
+        return turns[:, :-1] if isinstance(turns, Tensor) else tuple(each[:, :-1] for each in turns)
 
 
 def _forget_length(rope: Any) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter, SpanAdapters, applying
@@ -78,17 +78,13 @@ MERGED_POSITIONS = 8
 """Up to so many positions that run once more are in the pass of the new ones; more have a pass of their own, so that
 the states behind them are kept."""
 
-PASS = 512
-"""Positions of a pass that run once more, or of whole sequences."""
-
+PASS = 512  # positions of a pass that run once more, or of whole sequences
 WAY_BACK = 8
 """Gradients go back through whole sequences where the family's own attention runs: with so many times its memory."""
 
 
 class Span:
-    """Blocks `[start, end)` on one device. Use one span, with all views of it, from one thread at a time.
-
-    Load one with `Span.load`.
+    """Blocks `[start, end)` on one device, see `load`. Use a span, with all its views, from one thread at a time.
 
     Attributes:
         hidden_size: values per position of a boundary activation.
@@ -224,16 +220,14 @@ class Span:
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs)
 
     def new_row(self, room: int | None = None, adapter: Adapter | None = None) -> SequenceCache:
-        """What one sequence leaves in the blocks: nothing yet.
+        """What one sequence leaves in the blocks: nothing yet, or the prefix of an adapter.
 
-        Args:
-            room: positions that its memory is allocated for; None: it grows by doubling.
-            adapter: whose prefix it begins with.
+        `room`: positions that its memory is allocated for; None: it grows by doubling.
         """
         states = SequenceStates(states_per_block(self._backbone.config)) if self._keeps_states else None
         return SequenceCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states)
 
-    def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
+    def forward(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
 
         Args:
@@ -271,8 +265,8 @@ class Span:
         return done
 
     def sequences(
-        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None = None, reach: int = 0
-    ) -> torch.Tensor:
+        self, hidden: Tensor, lengths: Sequence[int], adapter: Adapter | None = None, reach: int = 0
+    ) -> Tensor:
         """Runs whole sequences of which nothing is kept; with a graph for gradients if torch records one.
 
         Args:
@@ -316,7 +310,7 @@ class Span:
             self._refuse_prefixes()
         self._adapters.fit(adapter, self.start, self.end)
 
-    def keys_and_values(self, row: SequenceCache, length: int) -> dict[str, torch.Tensor]:
+    def keys_and_values(self, row: SequenceCache, length: int) -> dict[str, Tensor]:
         """Those of the first `length` positions of a row behind its prefix, named as the prefix of an adapter, float32.
 
         Raises:
@@ -324,7 +318,7 @@ class Span:
             ValueError: the row has fewer positions than that.
         """
         self._refuse_prefixes()
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for index, keys, values in row.held(length):
             block = self._whole.start + index
             tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"] = keys[0].float(), values[0].float()
@@ -358,7 +352,7 @@ class Span:
                 f"blocks of the family {family!r} {reason}: train an adapter of another kind, such as LoRA"
             )
 
-    def _check(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> None:
+    def _check(self, hidden: Tensor, parts: Sequence[Chunk]) -> None:
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
             raise ValueError(f"expected [positions, {self.hidden_size}], got {list(hidden.shape)}")
         left, rows = hidden.shape[0], set[int]()
@@ -374,11 +368,11 @@ class Span:
         if len(rows) != len(parts):
             raise ValueError("two parts of one pass have the same row")
 
-    def _run(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
+    def _run(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
         """As the family's own code does it."""
         return self._run_packed(hidden, parts) if self._packs else self._run_rows(hidden, parts)
 
-    def _run_packed(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
+    def _run_packed(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
         adapters = applying([part.adapter for part in parts], [part.count for part in parts])
         with adapters, running(PackedPass(parts, self._windows, self._sdpa)):
             output = self._backbone(
@@ -389,9 +383,9 @@ class Span:
             )
         return output[0][0]
 
-    def _in_passes(self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None) -> torch.Tensor:
+    def _in_passes(self, hidden: Tensor, lengths: Sequence[int], adapter: Adapter | None) -> Tensor:
         """As `sequences`, with the activations of so many positions at once as in the passes of steps."""
-        outputs: list[torch.Tensor] = []
+        outputs: list[Tensor] = []
         parts: list[Chunk] = []
         begin = end = 0
         for length in lengths:
@@ -407,8 +401,8 @@ class Span:
                     begin, parts = end, []
         return torch.cat(outputs)
 
-    def _run_rows(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
-        outputs: list[torch.Tensor] = []
+    def _run_rows(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
+        outputs: list[Tensor] = []
         begin = 0
         for part in parts:
             given = part.row.begin_pass(hidden[begin : begin + part.count])
@@ -417,9 +411,9 @@ class Span:
             begin += part.count
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _run_one(self, hidden: torch.Tensor, part: Chunk) -> torch.Tensor:
+    def _run_one(self, hidden: Tensor, part: Chunk) -> Tensor:
         """Positions of one sequence, `[positions, hidden]`, from `part.start`: in as many calls as it takes."""
-        outputs: list[torch.Tensor] = []
+        outputs: list[Tensor] = []
         done = 0
         while done < part.count:
             start = part.start + done
@@ -433,7 +427,7 @@ class Span:
                 part.row.caught_up(part.start + done)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _call(self, hidden: torch.Tensor, part: Chunk) -> torch.Tensor:
+    def _call(self, hidden: Tensor, part: Chunk) -> Tensor:
         row = part.row
         cache = None if isinstance(row, TracedSequence) and not row.prefix_length else OneSequence(row)
         length = max(part.reach, part.positions.stop)

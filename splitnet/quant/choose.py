@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from splitnet.errors import WeightsError
 from splitnet.quant.forms import INT4, INT8, FloatForm, ScaledForm, WeightForm, integer_codes
@@ -20,11 +21,8 @@ INTEGERS = ("int8", "int4")
 KINDS = ("float32", "bfloat16", "float16", *INTEGERS)
 """What weights may be held as, by name."""
 
-STORED = "stored"
-"""Held in the codes of the checkpoint."""
-
-_MOST_INPUTS = 2**16
-"""Of kernels with a scale for each output, so that sums of products of bytes stay within 32 bits."""
+STORED = "stored"  # held in the codes of the checkpoint
+_MOST_INPUTS = 2**16  # of kernels with a scale for each output, so that sums of products of bytes stay within 32 bits
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,10 @@ class WeightFormat:
         scales = outputs * torch.bfloat16.itemsize if self.numbers == torch.int8 else 0
         return outputs * inputs * self.numbers.itemsize + scales
 
-    def of(self, weight: torch.Tensor) -> WeightForm | None:
+    def of(self, weight: Tensor) -> WeightForm | None:
         """Brings a weight into this format, on its device; None if its values do not allow it.
 
-        Args:
-            weight: `[outputs, inputs]`, float32; it is left alone and not kept.
+        `weight`: `[outputs, inputs]`, float32; it is left alone and not kept.
         """
         if isinstance(self.numbers, Layout):
             codes = integer_codes(weight, self.numbers)
@@ -67,7 +64,6 @@ class WeightFormat:
         return FloatForm.narrowest(weight) if self.narrows else FloatForm.of(weight, self.numbers)
 
 
-FLOAT16 = WeightFormat(torch.float16)
 NARROW = WeightFormat(torch.float16, narrows=True)
 INT8_TILES = WeightFormat(INT8)
 INT8_SCALED = WeightFormat(torch.int8)
@@ -133,8 +129,7 @@ class Weights:
         return replace(self, kind=name_of(self.dtype), forms=())
 
 
-_MOST_WIDENED = 1.25
-"""Times the bytes that "auto" takes to compute in a wider type than that of the checkpoint."""
+_MOST_WIDENED = 1.25  # times the bytes that "auto" takes to compute in a wider type than that of the checkpoint
 
 
 def choose_weights(

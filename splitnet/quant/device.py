@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from splitnet.errors import OutOfMemory, first_line
 
@@ -124,14 +124,14 @@ def linked_with_torch() -> ctypes.CDLL | None:
 _PROVEN_BYTES = 2**20
 
 
-def put(values: torch.Tensor, into: torch.Tensor) -> None:
+def put(values: Tensor, into: Tensor) -> None:
     """Copies `values`, of the CPU, in the type of `into`. What is given to the device later finds them there."""
     pinned = _pinned(into.device, values.shape, into.dtype)
     # torch gives pinned memory to others only when the copy is done.
     into.copy_(values if pinned is None else pinned.copy_(values), non_blocking=pinned is not None)
 
 
-def to_device(values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def to_device(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """As `values.to(device, dtype)`, of which no gradient is wanted."""
     if values.device.type != "cpu" or device.type == "cpu":
         return values.to(device=device, dtype=dtype)
@@ -140,7 +140,7 @@ def to_device(values: torch.Tensor, device: torch.device, dtype: torch.dtype) ->
     return found
 
 
-def to_host(values: torch.Tensor) -> torch.Tensor:
+def to_host(values: Tensor) -> Tensor:
     """As `values.cpu()`: all of them are there when it returns."""
     pinned = _pinned(values.device, values.shape, values.dtype)
     if pinned is None:
@@ -155,7 +155,7 @@ def _wait(device: torch.device) -> None:
     torch.cuda.current_stream(device).record_event().synchronize()
 
 
-def _pinned(device: torch.device, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
+def _pinned(device: torch.device, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
     """Memory to copy to or from that device; None: it is to be done as usual."""
     if not _pins(device):
         return None
@@ -166,7 +166,7 @@ def _pinned(device: torch.device, shape: torch.Size, dtype: torch.dtype) -> torc
         return None
 
 
-def _allocated(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+def _allocated(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
@@ -211,15 +211,12 @@ def free_memory(device: str | torch.device) -> int:
 
 
 _LARGE_PAGE = 2**21
-_ROOM = 32 * _LARGE_PAGE
-"""Bytes of address space that small weights share. The system gives memory for what is written."""
-
+_ROOM = 32 * _LARGE_PAGE  # bytes of address space that small weights share; written pages alone take memory
 _sharing = threading.Lock()
-_shared = torch.empty(0, dtype=torch.uint8)
-"""What is left of the room for small weights. It is freed when the last weight in it is."""
+_shared = torch.empty(0, dtype=torch.uint8)  # what is left of the room for small weights
 
 
-def in_large_pages(rows: int, row_bytes: int) -> torch.Tensor:
+def in_large_pages(rows: int, row_bytes: int) -> Tensor:
     """Memory `[rows, row_bytes]`, uint8, in large pages where the system has them; for weights, which stay.
 
     The processor remembers where some thousand pages are; of small ones all weights have many times more. A large page
@@ -248,7 +245,7 @@ def move_to_large_pages(block: nn.Module) -> None:
     trim_memory()
 
 
-def _mapped(size: int) -> torch.Tensor:
+def _mapped(size: int) -> Tensor:
     """So many bytes and more, from the beginning of a large page on."""
     try:
         memory = mmap.mmap(-1, size + 2 * _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -264,8 +261,8 @@ def _mapped(size: int) -> torch.Tensor:
 def give_back_memory() -> None:
     """Gives the memory of objects that are not needed any more back to the system.
 
-    Blocks are parts of cycles, so they wait for the collector, and not even it frees what was frozen; and the C library
-    keeps what is freed for later, in pieces that the next blocks may not fit into.
+    Blocks are parts of cycles, so they wait for the collector, which does not free what was frozen; and the C library
+    keeps freed memory for later, in pieces that the next blocks may not fit into.
     """
     global _shared
     with _sharing:

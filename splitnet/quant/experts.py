@@ -13,7 +13,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from splitnet.errors import first_line
 from splitnet.quant.device import milliseconds
@@ -31,7 +31,7 @@ _ROWS = 1, 33, 132
 _CHOSEN = 4
 _TIMED_CALLS = 5
 
-Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Given = tuple[Tensor, Tensor, Tensor]
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
@@ -42,9 +42,7 @@ class QuantizedExperts(nn.Module):
 
     held: nn.ModuleDict
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`, each through its experts: `top_k_index`, int64, and their
         shares `top_k_weights`, both `[positions, chosen]`."""
         own: Any = self
@@ -61,7 +59,7 @@ class QuantizedExperts(nn.Module):
         unsorted = torch.empty_like(weighted).index_copy(0, order, weighted)
         return unsorted.view(positions, chosen, -1).sum(dim=1).to(hidden_states.dtype)
 
-    def _product(self, name: str, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def _product(self, name: str, rows: Tensor, experts: Tensor) -> Tensor:
         own: Any = self
         if name in self.held:
             form: Any = self.held[name]
@@ -111,7 +109,7 @@ def _held_class(family: type[nn.Module]) -> type[nn.Module]:
     return type(family.__name__, (QuantizedExperts, family), {"__module__": family.__module__})
 
 
-def multiply_by_expert(form: JoinedForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+def multiply_by_expert(form: JoinedForm, rows: Tensor, experts: Tensor) -> Tensor:
     """`[n, inputs]` -> `[n, outputs]`: each row times the weight of its expert; gradients flow to the rows.
 
     `experts`: `[n]`, int64, ascending.
@@ -121,7 +119,7 @@ def multiply_by_expert(form: JoinedForm, rows: torch.Tensor, experts: torch.Tens
     return _multiplied(form, rows, experts)
 
 
-def _multiplied(form: JoinedForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+def _multiplied(form: JoinedForm, rows: Tensor, experts: Tensor) -> Tensor:
     many = form.many_from(rows.dtype)
     if len(rows) < many or rows.device.type != "cpu":
         return form.multiply(rows, experts)
@@ -140,12 +138,12 @@ class _Product(torch.autograd.Function):
     """Nothing is kept for the way back but the weights in their form."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, experts: torch.Tensor, form: JoinedForm) -> torch.Tensor:
+    def forward(ctx: Any, rows: Tensor, experts: Tensor, form: JoinedForm) -> Tensor:
         ctx.experts, ctx.form = experts, form
         return _multiplied(form, rows, experts)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
         given = gradient.new_empty(len(gradient), ctx.form.inputs)
         for expert, of in runs(ctx.experts):
@@ -196,7 +194,7 @@ def _is_grouped(module: Any) -> bool:
     )
 
 
-def _by_the_family(experts: Any, *given: torch.Tensor) -> torch.Tensor:
+def _by_the_family(experts: Any, *given: Tensor) -> Tensor:
     return type(experts).forward.__wrapped__(experts, *given)
 
 

@@ -8,18 +8,15 @@ from functools import cache
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from splitnet.quant.device import in_large_pages
 from splitnet.quant.native import has_float_kernels, has_kernel_for, multiply_floats
 from splitnet.quant.stored import Codes, Kind, Layout
 
-FLOATS_FROM = 64
-"""Rows from which this is faster than splitnet's kernel for floats of 16 bits."""
-
-PLAIN_LOOPS_FROM = 24
-"""The same of the kernels for any CPU."""
+FLOATS_FROM = 64  # rows from which this is faster than splitnet's kernel for floats of 16 bits
+PLAIN_LOOPS_FROM = 24  # the same of the kernels for any CPU
 _PART = 2**20
 _WHOLE = 64
 """Weights of a part, and what its outputs are a multiple of: mkldnn computes so many at a time."""
@@ -36,12 +33,11 @@ def outputs_at_a_time(inputs: int) -> int:
     return max(1, _PART // (inputs * _WHOLE)) * _WHOLE
 
 
-def multiply_by_parts(rows: torch.Tensor, outputs: int, parts: Iterable[torch.Tensor]) -> torch.Tensor:
+def multiply_by_parts(rows: Tensor, outputs: int, parts: Iterable[Tensor]) -> Tensor:
     """`[rows, inputs]` -> `[rows, outputs]`, in the type of `rows`.
 
-    Args:
-        parts: of the weight, one below the other, each `[some outputs, inputs]`, in the type in which to multiply; one
-            is used before the next is asked for.
+    `parts`: of the weight, one below the other, each `[some outputs, inputs]`, in the type in which to multiply; one is
+    used before the next is asked for.
     """
     products = rows.new_empty(len(rows), outputs)
     begin = 0
@@ -66,24 +62,24 @@ class WeightForm(nn.Module):
         """Whether a row, of a few, gives the same whatever others are with it."""
         return False
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         """`[rows, inputs]` -> `[rows, outputs]`, in the type of `rows`; records nothing for gradients."""
         raise NotImplementedError
 
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight that it stands for, `[outputs, inputs]`: a new tensor, made at every call."""
         raise NotImplementedError
 
-    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The same in pieces, one below the other, `[some outputs, inputs]`; each is there until the next is asked for.
 
         They are small where the form can be made floats a part at a time.
         """
         yield self.dequantised(dtype)
 
-    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+    def multiply_back(self, gradient: Tensor) -> Tensor:
         """`[rows, outputs]` -> `[rows, inputs]`, in the type of `gradient`: the way back through `multiply`."""
-        found: torch.Tensor | None = None
+        found: Tensor | None = None
         begin = 0
         for piece in self.pieces(gradient.dtype):
             product = gradient[:, begin : begin + len(piece)] @ piece
@@ -98,19 +94,17 @@ class FloatForm(WeightForm):
 
     On CPUs for which there are kernels, few rows are multiplied with 16 bits as they are, and summed in float32. Else
     the weight is converted at every call: correct on every device, fast on none.
-
-    Args:
-        exact: whether no value was rounded.
+    `exact`: no value was rounded.
     """
 
-    def __init__(self, weight: torch.Tensor, *, exact: bool = False) -> None:
+    def __init__(self, weight: Tensor, *, exact: bool = False) -> None:
         super().__init__()
         self.exact = exact
-        self.weight: torch.Tensor
+        self.weight: Tensor
         self.register_buffer("weight", weight)
 
     @classmethod
-    def of(cls, weight: torch.Tensor, dtype: torch.dtype, *, exact: bool = False) -> Self | None:
+    def of(cls, weight: Tensor, dtype: torch.dtype, *, exact: bool = False) -> Self | None:
         """A copy of a weight as numbers of `dtype`; None: a value is out of its range, or no number."""
         if not bool(weight.abs().max() <= torch.finfo(dtype).max):
             return None
@@ -120,7 +114,7 @@ class FloatForm(WeightForm):
         return cls(room.copy_(weight), exact=exact)
 
     @classmethod
-    def narrowest(cls, weight: torch.Tensor) -> Self | None:
+    def narrowest(cls, weight: Tensor) -> Self | None:
         """A float32 weight as bfloat16 or float16 if one of them is exact, else as float16; None as in `of`."""
         for dtype in (torch.bfloat16, torch.float16):
             # Most weights are told by their first row.
@@ -132,22 +126,22 @@ class FloatForm(WeightForm):
     def alone_as_together(self) -> bool:
         return self.weight.dtype.itemsize == 2 and has_kernel_for(self.weight)
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         if len(rows) < FLOATS_FROM and self.alone_as_together:
             return multiply_floats(rows, self.weight)
         if self.weight.dtype == rows.dtype or rows.device.type != "cpu":
             return linear(rows, self.dequantised(rows.dtype))
         return multiply_by_parts(rows, len(self.weight), self.pieces(rows.dtype))
 
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
         return _as(self.weight, dtype)
 
-    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
         outputs = outputs_at_a_time(self.weight.shape[1]) if self.weight.device.type == "cpu" else len(self.weight)
         return (_as(part, dtype) for part in self.weight.split(outputs))
 
 
-def _as(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """In another type. From one half precision to the other, torch's loops for CPUs are eight times slower than two."""
     halves = weight.dtype != dtype and weight.element_size() == dtype.itemsize
     return weight.float().to(dtype) if halves else weight.to(dtype)
@@ -169,15 +163,15 @@ class ScaledForm(WeightForm):
     The weight is made anew at every call, in the type of the rows; see `splitnet.quant.gpu` for kernels of GPUs.
     """
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__()
-        self.codes: torch.Tensor
-        self.scales: torch.Tensor
+        self.codes: Tensor
+        self.scales: Tensor
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> Self | None:
+    def of(cls, weight: Tensor) -> Self | None:
         """A weight as int8 with scales in bfloat16; None if not all values are finite."""
         largest = weight.abs().amax(dim=1)
         if not bool(torch.isfinite(largest).all()):
@@ -187,19 +181,19 @@ class ScaledForm(WeightForm):
         codes = (weight / scales.float()[:, None]).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8)
         return cls(codes.to(torch.int8), scales)
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         return linear(rows, self.dequantised(rows.dtype))
 
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
         return self.codes.to(dtype).mul_(self.scales.to(dtype)[:, None])
 
-    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
         outputs = outputs_at_a_time(self.codes.shape[1]) if self.codes.device.type == "cpu" else len(self.codes)
         for codes, scales in zip(self.codes.split(outputs), self.scales.split(outputs), strict=True):
             yield codes.to(dtype).mul_(scales.to(dtype)[:, None])
 
 
-def integer_codes(weight: torch.Tensor, layout: Layout) -> Codes | None:
+def integer_codes(weight: Tensor, layout: Layout) -> Codes | None:
     """The codes of a weight `[outputs, inputs]`, float32, in `INT4` or `INT8`; None if not all values are finite."""
     if layout == INT4:
         return _int4_codes(weight)
@@ -209,7 +203,7 @@ def integer_codes(weight: torch.Tensor, layout: Layout) -> Codes | None:
     return Codes((held.codes.short() + INT8.offset).to(torch.uint8).cpu(), held.scales[:, None].cpu())
 
 
-def _int4_codes(weight: torch.Tensor) -> Codes | None:
+def _int4_codes(weight: Tensor) -> Codes | None:
     outputs, inputs = weight.shape
     values = weight.view(outputs, inputs // GROUP, GROUP)
     low, high = values.amin(-1), values.amax(-1)

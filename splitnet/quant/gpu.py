@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from splitnet.errors import first_line
@@ -26,36 +26,31 @@ from splitnet.quant.stored import Codes, Kind, Layout, number_of, unpack_nibbles
 log = logging.getLogger(__name__)
 
 TOLERANCE = 0.01
-"""How far products may be from exact ones, relative to their size: rows, scales and sums are rounded to bfloat16, each
-by 2^-9 at most. A wrong order of weights is off by about 1."""
+"""Of products, relative to their size: rows, scales and sums are rounded to bfloat16, each by 2^-9 at most. A wrong
+order of weights is off by about 1."""
 
 INT4_MANY = 64
 """Rows from which int4 is made floats and multiplied as such: torch's kernel reads the weight again for every 16."""
 
 _PROOF_ROWS = 33
 _TIMED_CALLS = 10
-_GROUPS = (256, 128, 64, 32)
-"""Inputs that may share a scale in torch's kernels for int4."""
-
+_GROUPS = (256, 128, 64, 32)  # inputs that may share a scale in torch's kernels for int4
 _BLOCKS = ((8, 128), (8, 64), (8, 32), (16, 128), (16, 64), (16, 32), (1, 16), (64, 1), (32, 1), (16, 1))
 """Outputs and inputs of the blocks in which kernels may order int4: CUDA's, ROCm's, MPS's, those of CPUs."""
 
 _PROBED = 128, 256
 _FP8_LARGEST = 448.0
-_INT16 = 32512.0
-"""Rows as int8 in two parts: 127 * 256."""
-
-_INT8_ROWS, _INT8_MULTIPLE = 32, 8
-"""`torch._int_mm` takes no fewer than 17 rows on CUDA."""
+_INT16 = 32512.0  # 127 * 256, for rows as int8 in two parts
+_INT8_ROWS, _INT8_MULTIPLE = 32, 8  # `torch._int_mm` takes no fewer than 17 rows on CUDA
 
 
 class DeviceInt4(WeightForm):
     """Four bits, multiplied in bfloat16 (on MPS in what blocks compute in) with scales and zeros rounded to that."""
 
-    def __init__(self, packed: torch.Tensor, scales_and_zeros: torch.Tensor, blocks: _Blocks) -> None:
+    def __init__(self, packed: Tensor, scales_and_zeros: Tensor, blocks: _Blocks) -> None:
         super().__init__()
-        self.packed: torch.Tensor
-        self.scales_and_zeros: torch.Tensor
+        self.packed: Tensor
+        self.scales_and_zeros: Tensor
         self.register_buffer("packed", packed)
         self.register_buffer("scales_and_zeros", scales_and_zeros)  # [groups, outputs, 2]
         self._blocks = blocks
@@ -97,7 +92,7 @@ class DeviceInt4(WeightForm):
             if outputs % blocks.outputs == 0 and inputs % blocks.inputs == 0:
                 yield cls(_pack_int4(codes.codes, width, even_first), both, blocks)
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         dtype = self.scales_and_zeros.dtype
         if len(rows) >= INT4_MANY:
             return linear(rows, self.dequantised(rows.dtype))
@@ -105,19 +100,17 @@ class DeviceInt4(WeightForm):
         kernel = aten._weight_int4pack_mm_for_cpu if rows.device.type == "cpu" else aten._weight_int4pack_mm
         return kernel(rows.to(dtype).contiguous(), self.packed, self._group, self.scales_and_zeros).to(rows.dtype)
 
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
         steps = self._blocks.unpacked(self.packed, self.outputs, self.inputs).to(dtype).sub_(8)
         scales, zeros = self.scales_and_zeros.permute(2, 1, 0).to(dtype)[..., None]
         return steps.view(self.outputs, -1, self._group).mul_(scales).add_(zeros).view(self.outputs, self.inputs)
 
 
 class _Blocks:
-    """The order in which a kernel has weights of four bits: the same in all blocks of some outputs and inputs.
+    """The order in which a kernel has weights of four bits: the same in all blocks of some outputs and inputs, where
+    `places` has for each weight in which half of which byte it is."""
 
-    `places`: for each weight of a block, in which half of which byte it is.
-    """
-
-    def __init__(self, outputs: int, inputs: int, places: torch.Tensor) -> None:
+    def __init__(self, outputs: int, inputs: int, places: Tensor) -> None:
         self.outputs, self.inputs = outputs, inputs
         self._places = places
 
@@ -146,18 +139,18 @@ class _Blocks:
                     return cls(high, wide, places)
         return None
 
-    def unpacked(self, packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+    def unpacked(self, packed: Tensor, outputs: int, inputs: int) -> Tensor:
         """`[outputs, inputs]`, uint8."""
         blocks = _codes_in(packed).view(-1, self.outputs * self.inputs)[:, self._places]
         blocks = blocks.view(outputs // self.outputs, inputs // self.inputs, self.outputs, self.inputs)
         return blocks.transpose(1, 2).reshape(outputs, inputs)
 
 
-def _codes_in(packed: torch.Tensor) -> torch.Tensor:
+def _codes_in(packed: Tensor) -> Tensor:
     return unpack_nibbles(packed.flatten().view(torch.uint8))
 
 
-def _pack_int4(codes: torch.Tensor, width: int, even_first: bool) -> torch.Tensor:
+def _pack_int4(codes: Tensor, width: int, even_first: bool) -> Tensor:
     aten: Any = torch.ops.aten
     if codes.device.type == "cpu":
         return aten._convert_weight_to_int4pack_for_cpu(codes.int(), width)
@@ -175,7 +168,7 @@ class DeviceInt8(ScaledForm):
             return
         yield cls((codes.codes.short() - INT8.offset).to(torch.int8), codes.scales[:, 0].contiguous())
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         if rows.device.type == "mps":
             return torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.codes, self.scales.to(rows.dtype))
         count = len(rows)
@@ -194,10 +187,10 @@ class DeviceInt8(ScaledForm):
 class DeviceFp8(ScaledForm):
     """Codes are E4M3, and multiplied as such; rows are sums of two such numbers: eight bits."""
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)
         self.register_buffer("one", torch.ones((), dtype=torch.float32, device=codes.device))
-        self.one: torch.Tensor
+        self.one: Tensor
 
     @classmethod
     def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
@@ -208,7 +201,7 @@ class DeviceFp8(ScaledForm):
         scales = number_of(layout.scale, codes.scales, codes.scale_units, inputs)[:, 0].contiguous()
         yield cls(codes.codes.contiguous().view(torch.float8_e4m3fn), scales)
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         count = len(rows)
         given = rows.float()
         steps = given.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(_FP8_LARGEST)
@@ -263,7 +256,7 @@ def device_form(held: WeightForm, dtype: torch.dtype) -> WeightForm | None:
     return None
 
 
-def fault_of(made: WeightForm, weight: torch.Tensor, dtype: torch.dtype) -> str | None:
+def fault_of(made: WeightForm, weight: Tensor, dtype: torch.dtype) -> str | None:
     """What is wrong with products of a form that stands for `weight`, `[outputs, inputs]` float32; None: nothing."""
     noise = torch.Generator().manual_seed(0)
     rows = torch.randn(_PROOF_ROWS, weight.shape[1], generator=noise).to(weight.device, dtype)
@@ -304,7 +297,7 @@ def _is_faster(made: WeightForm, held: WeightForm, inputs: int, device: torch.de
 _faster: dict[tuple[object, ...], bool] = {}
 
 
-def _ms(form: WeightForm, row: torch.Tensor) -> float:
+def _ms(form: WeightForm, row: Tensor) -> float:
     return milliseconds(row.device, lambda: [form.multiply(row) for _ in range(_TIMED_CALLS)], 3) / _TIMED_CALLS
 
 

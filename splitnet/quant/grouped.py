@@ -10,17 +10,11 @@ from itertools import groupby
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from splitnet.errors import UnsupportedModel
 from splitnet.quant.device import in_large_pages
-from splitnet.quant.forms import (
-    PLAIN_LOOPS_FROM,
-    WeightForm,
-    multiply_by_parts,
-    outputs_at_a_time,
-    type_for_many,
-)
+from splitnet.quant.forms import PLAIN_LOOPS_FROM, WeightForm, multiply_by_parts, outputs_at_a_time, type_for_many
 from splitnet.quant.native import (
     Kernels,
     convert_grouped,
@@ -40,15 +34,12 @@ _INT8_FROM, _INTEGERS_FROM, _OTHERS_FROM = 32, 48, 24
 """The same of weights with a scale for each output, of integers and of floats in groups: by the kernels for CPUs with
 VNNI, where these multiply bfloat16 faster than float32. Others gain nothing."""
 
-_PIECE = 2**20
-"""Weights that are brought into tiles at a time."""
-
+_PIECE = 2**20  # weights that are brought into tiles at a time
 GATHERED_ROWS = 8
 """Up to so many rows of experts, as a position of most families has them, devices other than CPUs make a weight anew
 for each row, whether or not some have experts in common."""
 
-_LARGE_PIECE = 2**24
-"""Weights that are made floats at a time on devices other than CPUs."""
+_LARGE_PIECE = 2**24  # weights that are made floats at a time on devices other than CPUs
 
 
 class BlockQuantWeight(WeightForm):
@@ -62,12 +53,12 @@ class BlockQuantWeight(WeightForm):
             of integers with a scale for each output, whose codes are exact in it.
     """
 
-    def __init__(self, order: TileLayout, outputs: int, tiles: torch.Tensor, *, rounds_rows: bool = False) -> None:
+    def __init__(self, order: TileLayout, outputs: int, tiles: Tensor, *, rounds_rows: bool = False) -> None:
         super().__init__()
         self.order, self.layout, self.inputs, self.outputs = order, order.layout, order.inputs, outputs
         self._rounds_rows = rounds_rows
         self.description = order.described(outputs)  # for the kernels; it stays on the CPU
-        self.tiles: torch.Tensor
+        self.tiles: Tensor
         self.register_buffer("tiles", tiles)
 
     @classmethod
@@ -97,14 +88,12 @@ class BlockQuantWeight(WeightForm):
     def _has_kernel(self) -> bool:
         return kernels_here() is not Kernels.NONE and self.tiles.device.type == "cpu"
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         products = rows.new_empty(len(rows), self.outputs)
         self.multiply_into(products, rows)
         return products
 
-    def multiply_into(
-        self, products: torch.Tensor, rows: torch.Tensor, experts: torch.Tensor | None = None, held: int = 0
-    ) -> None:
+    def multiply_into(self, products: Tensor, rows: Tensor, experts: Tensor | None = None, held: int = 0) -> None:
         """Sets `products`, `[rows, outputs]`, which may be columns of a wider tensor, in the type of the rows.
 
         Args:
@@ -132,7 +121,7 @@ class BlockQuantWeight(WeightForm):
                 raise IndexError(f"there are {held} experts, and a row is for another")
             products[of] = self.multiply_many(rows[of], index)
 
-    def _multiply_gathered(self, products: torch.Tensor, rows: torch.Tensor, experts: torch.Tensor) -> None:
+    def _multiply_gathered(self, products: Tensor, rows: Tensor, experts: Tensor) -> None:
         """Makes the weight of its expert anew for each row, so that the host need not wait to know which these are."""
         tiles = -(-self.outputs // TILE)
         by_expert = self.tiles.view(-1, tiles, self.order.tile_bytes)
@@ -144,7 +133,7 @@ class BlockQuantWeight(WeightForm):
             products[:, begin : begin + count] = found[:, :count]
             begin += count
 
-    def multiply_many(self, rows: torch.Tensor, expert: int = 0) -> torch.Tensor:
+    def multiply_many(self, rows: Tensor, expert: int = 0) -> Tensor:
         """`multiply` by making the weight anew, that of an expert where the tiles are those of several.
 
         No row is rounded to less than it has, but those of integers with a scale for each output.
@@ -158,14 +147,14 @@ class BlockQuantWeight(WeightForm):
         dtype = type_for_many() if halves else rows.dtype
         return multiply_by_parts(rows, self.outputs, self.pieces(dtype, expert))
 
-    def dequantised(self, dtype: torch.dtype, expert: int = 0) -> torch.Tensor:
+    def dequantised(self, dtype: torch.dtype, expert: int = 0) -> Tensor:
         """The weight of one, `[outputs, inputs]`, where the tiles are those of several experts."""
         found = torch.empty(self.outputs, self.inputs, dtype=dtype, device=self.tiles.device)
         for piece, place in zip(self.pieces(dtype, expert), found.split(self._piece_tiles() * TILE), strict=True):
             place.copy_(piece)
         return found
 
-    def rows(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights of some outputs, `[len(indices), inputs]`: what an embedding looks up."""
         found = torch.empty(len(indices), self.inputs, dtype=torch.float32, device=self.tiles.device)
         if self._has_kernel:
@@ -184,16 +173,14 @@ class BlockQuantWeight(WeightForm):
             return outputs_at_a_time(self.inputs) // TILE
         return max(1, _LARGE_PIECE // (TILE * self.inputs))
 
-    def pieces(
-        self, dtype: torch.dtype, expert: int = 0, description: torch.Tensor | None = None
-    ) -> Iterator[torch.Tensor]:
+    def pieces(self, dtype: torch.dtype, expert: int = 0, description: Tensor | None = None) -> Iterator[Tensor]:
         """The weight in floats, some outputs at a time. A piece is there until the next one is asked for.
 
         `description`: what kernels take in the place of its own.
         """
         tiles = -(-self.outputs // TILE)
         halves = dtype == torch.bfloat16 and self.has_fast_kernel and multiplies_bfloat16()
-        room: torch.Tensor | None = None
+        room: Tensor | None = None
         begin = 0
         for some in self.tiles[expert * tiles : (expert + 1) * tiles].split(self._piece_tiles()):
             count = min(TILE * len(some), self.outputs - begin)
@@ -230,7 +217,7 @@ class JoinedForm(WeightForm):
         """From so many rows of an expert on `multiply_many` is faster than a kernel."""
         return min(EXPERTS_FROM, max(part.many_from(dtype) for part in self.parts))
 
-    def multiply(self, rows: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(self, rows: Tensor, experts: Tensor | None = None) -> Tensor:
         """Each row times the weight of its own expert. Rows of an expert that follow each other read it once.
 
         Args:
@@ -244,21 +231,21 @@ class JoinedForm(WeightForm):
             part.multiply_into(products[:, columns], rows, experts, self.experts)
         return products
 
-    def multiply_many(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
+    def multiply_many(self, rows: Tensor, expert: int) -> Tensor:
         """Many rows of one expert, by making its weight anew."""
         return torch.cat([part.multiply_many(rows, expert) for part in self.parts], dim=-1)
 
-    def dequantised(self, dtype: torch.dtype, expert: int = 0) -> torch.Tensor:
+    def dequantised(self, dtype: torch.dtype, expert: int = 0) -> Tensor:
         """The weight of one, `[outputs, inputs]`: a new tensor. Raises IndexError if there is no such expert."""
         if not 0 <= expert < self.experts:
             raise IndexError(f"there are {self.experts} experts, and {expert} is asked for")
         return torch.cat([part.dequantised(dtype, expert) for part in self.parts])
 
-    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
         for part in self.parts:
             yield from part.pieces(dtype)
 
-    def rows(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """As `BlockQuantWeight.rows`."""
         found = torch.empty(len(indices), self.inputs, dtype=dtype, device=indices.device)
         for part, outputs in self._places():
@@ -274,7 +261,7 @@ class JoinedForm(WeightForm):
             begin += part.outputs
 
 
-def runs(experts: torch.Tensor) -> Iterator[tuple[int, slice]]:
+def runs(experts: Tensor) -> Iterator[tuple[int, slice]]:
     """Each expert with the rows that are its own and follow each other."""
     begin = 0
     for expert, count in torch.stack(experts.unique_consecutive(return_counts=True)).T.tolist():
@@ -300,10 +287,7 @@ def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> Block
 
 
 def hold_experts(stored: PackedTensor, device: torch.device) -> JoinedForm:
-    """Holds the weights of experts; they are read one at a time.
-
-    Args:
-        stored: with a dimension of experts. Whether it is transposed does not matter: its matrices count.
+    """Holds the weights of experts; they are read one at a time. Whether `stored` is transposed does not matter.
 
     Raises UnsupportedModel if a layout cannot be held, or experts differ in theirs.
     """
@@ -316,7 +300,7 @@ def hold_experts(stored: PackedTensor, device: torch.device) -> JoinedForm:
     for layout, alike in groupby(kinds[0], lambda kind: kind[0]):
         shapes = [shape for _, shape in alike]
         end = begin + len(shapes)
-        found: tuple[TileLayout, torch.Tensor] | None = None
+        found: tuple[TileLayout, Tensor] | None = None
         for index, matrices in enumerate(stored.experts):
             order, tiles = _tiles_of(layout, [matrix.read() for matrix in matrices[begin:end]], passing)
             if found is None:
@@ -331,8 +315,8 @@ def hold_experts(stored: PackedTensor, device: torch.device) -> JoinedForm:
 
 
 def _tiles_of(
-    layout: Layout, below: Sequence[Codes], room: Callable[[int, int], torch.Tensor] = in_large_pages
-) -> tuple[TileLayout, torch.Tensor]:
+    layout: Layout, below: Sequence[Codes], room: Callable[[int, int], Tensor] = in_large_pages
+) -> tuple[TileLayout, Tensor]:
     """The tiles of codes that stand one below the other."""
     codes = below[0] if len(below) == 1 else Codes.joined(below)
     inputs = codes.codes.shape[1]

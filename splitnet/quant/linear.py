@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.quant.choose import WeightFormat, Weights
@@ -72,12 +72,12 @@ class QuantizedLinear(nn.Module):
         return made
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and isinstance(value, torch.Tensor) and not value.is_meta:
+        if name == "weight" and isinstance(value, Tensor) and not value.is_meta:
             self._hold(value.detach())
         else:
             super().__setattr__(name, value)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`[..., inputs]` -> `[..., outputs]`, in the type of `input`."""
         rows = input.reshape(-1, self.in_features)
         if not len(rows):
@@ -90,7 +90,7 @@ class QuantizedLinear(nn.Module):
             product = product + self.bias
         return product.view(*input.shape[:-1], self.out_features)
 
-    def _hold(self, weight: torch.Tensor) -> None:
+    def _hold(self, weight: Tensor) -> None:
         matrices = matrices_of(weight, transposed=self._transposed)
         if matrices is not None and self._codes_on is not None:
             self._keep(hold_stored(matrices, self._codes_on), weight.device)
@@ -118,12 +118,12 @@ class _Product(torch.autograd.Function):
     """Rows times a held weight. Nothing is kept for the way back but the weight in its form."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, held: WeightForm) -> torch.Tensor:
+    def forward(ctx: Any, rows: Tensor, held: WeightForm) -> Tensor:
         ctx.held = held
         return held.multiply(rows)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         return ctx.held.multiply_back(gradient), None
 
@@ -157,7 +157,7 @@ def is_router(path: str) -> bool:
     return not ROUTERS.isdisjoint(path.split("."))
 
 
-def matrices_of(weight: torch.Tensor, *, transposed: bool) -> Sequence[StoredMatrix] | None:
+def matrices_of(weight: Tensor, *, transposed: bool) -> Sequence[StoredMatrix] | None:
     """What a weight in codes consists of; None if it has none, or if they do not lie along its inputs."""
     if not isinstance(weight, PackedTensor) or weight.stacked or weight.transposed != transposed:
         return None

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from splitnet.errors import KernelsError
 from splitnet.paths import KnownFigures, cache_folder
@@ -34,12 +35,8 @@ from splitnet.quant.device import linked_with_torch
 PATH_VARIABLE = "SPLITNET_KERNELS"
 """Names the path that is to be used, the prefetch, or both: `avx2`, `nta+4096`, `avx2,none`."""
 
-PLAIN_PATH = "plain"
-"""Loops for any CPU."""
-
-_FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-"""Names of the kernels."""
-
+PLAIN_PATH = "plain"  # loops for any CPU
+_FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # names of the kernels
 _POOL = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 """Of an OpenMP, as `Pool` in `native/threads.h`."""
 
@@ -62,8 +59,7 @@ def _load() -> tuple[Any, str]:
     return loaded, ""
 
 
-_kernels, why_none = _load()
-"""`why_none`: what is wrong with the kernels; empty where they are there."""
+_kernels, why_none = _load()  # `why_none`: what is wrong with the kernels; empty where they are there
 
 
 def use_path(name: str) -> None:
@@ -82,8 +78,7 @@ def use_path(name: str) -> None:
     _kernels.use(name)
 
 
-_HINTS = ("none", "t0", "t1", "nta")
-"""In the order of `enum hint` in `native/products.h`, named as on x86."""
+_HINTS = ("none", "t0", "t1", "nta")  # in the order of `enum hint` in `native/products.h`, named as on x86
 
 
 @dataclass(frozen=True)
@@ -107,9 +102,7 @@ PREFETCHES = (Prefetch("t1"), Prefetch("t0"), Prefetch("nta"), Prefetch("t1", 20
 
 _FASTER, _UNDISTURBED = 0.95, 0.9
 _ROUNDS = 3
-_TRIED_BYTES = 48 * 2**20
-"""More than the second cache holds, and than most of the third."""
-
+_TRIED_BYTES = 48 * 2**20  # more than the second cache holds, and than most of the third
 _PIECE_BYTES = 3 * 2**20
 _TRIED_INPUTS = 2048
 _prefetch: Prefetch | None = None
@@ -260,11 +253,11 @@ def multiplies_bfloat16() -> bool:
 
 
 def multiply_grouped(
-    rows: torch.Tensor,
-    description: torch.Tensor,
-    tiles: torch.Tensor,
-    products: torch.Tensor,
-    experts: torch.Tensor | None = None,
+    rows: Tensor,
+    description: Tensor,
+    tiles: Tensor,
+    products: Tensor,
+    experts: Tensor | None = None,
     held: int = 0,
     *,
     plainly: bool = False,
@@ -291,9 +284,7 @@ def multiply_grouped(
     _kernels.grouped(*places, *given.shape, products.stride(0), chosen_at, held, torch.get_num_threads(), plainly)
 
 
-def dequantise_grouped(
-    description: torch.Tensor, tiles: torch.Tensor, floats: torch.Tensor, indices: torch.Tensor
-) -> None:
+def dequantise_grouped(description: Tensor, tiles: Tensor, floats: Tensor, indices: Tensor) -> None:
     """Sets `floats`, float32 `[len(indices), inputs]`, to the values of some outputs, int64, of weights in tiles.
 
     `description`: as `multiply_grouped` takes it. Raises IndexError if there is no such output.
@@ -303,7 +294,7 @@ def dequantise_grouped(
     _kernels.dequantised(*places, torch.get_num_threads())
 
 
-def convert_grouped(description: torch.Tensor, tiles: torch.Tensor, numbers: torch.Tensor) -> None:
+def convert_grouped(description: Tensor, tiles: Tensor, numbers: Tensor) -> None:
     """Sets `numbers`, `[some outputs, inputs]`, to the values of the first outputs of weights in tiles.
 
     Args:
@@ -315,12 +306,12 @@ def convert_grouped(description: torch.Tensor, tiles: torch.Tensor, numbers: tor
     _kernels.converted(*places, halves, torch.get_num_threads())
 
 
-def has_kernel_for(weight: torch.Tensor) -> bool:
+def has_kernel_for(weight: Tensor) -> bool:
     """Whether `multiply_floats` takes this weight."""
     return has_float_kernels() and weight.device.type == "cpu" and weight.dtype in _FLOATS and weight.is_contiguous()
 
 
-def multiply_floats(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def multiply_floats(rows: Tensor, weight: Tensor) -> Tensor:
     """`[rows, inputs]` times float32, bfloat16 or float16 `[outputs, inputs]`, multiplied and summed in float32.
 
     A row gives the same whatever others are with it.
@@ -336,13 +327,13 @@ def multiply_floats(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def step(
-    blocks: torch.Tensor,
+    blocks: Tensor,
     count: int,
-    hidden: torch.Tensor,
-    stores: torch.Tensor,
-    indices: torch.Tensor,
-    cosines: torch.Tensor,
-    sines: torch.Tensor,
+    hidden: Tensor,
+    stores: Tensor,
+    indices: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
     order: int,
     stored_bytes: int,
 ) -> None:

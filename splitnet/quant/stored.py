@@ -14,11 +14,11 @@ from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
+from torch import Tensor
 
 from splitnet.errors import UnsupportedModel
 
-STEPS_GROUP = 256
-"""Inputs that share the float16 number by which the steps of `Kind.STEPS` are multiplied."""
+STEPS_GROUP = 256  # inputs that share the float16 number by which the steps of `Kind.STEPS` are multiplied
 
 
 class Kind(Enum):
@@ -66,15 +66,15 @@ class Layout:
         return outputs * each + -(-outputs * inputs * self.bits // 8)
 
 
-def _floats(values: Sequence[float]) -> torch.Tensor:
+def _floats(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)  # whatever torch's default is while this is imported
 
 
-def _floats_of_bytes(dtype: torch.dtype) -> torch.Tensor:
+def _floats_of_bytes(dtype: torch.dtype) -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
-TABLES: dict[str, torch.Tensor] = {
+TABLES: dict[str, Tensor] = {
     # E2M1 of the OCP Microscaling Formats specification 1.0, section 5.3.3.
     "e2m1": _floats([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]),
     "e4m3": _floats_of_bytes(torch.float8_e4m3fn),
@@ -105,13 +105,13 @@ class Codes:
         scale_units, zero_units: `[outputs, inputs / STEPS_GROUP]`, float16, where scales or zeros are steps.
     """
 
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None = None
-    scale_units: torch.Tensor | None = None
-    zero_units: torch.Tensor | None = None
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    scale_units: Tensor | None = None
+    zero_units: Tensor | None = None
 
-    def of_outputs(self, outputs: torch.Tensor | slice) -> Codes:
+    def of_outputs(self, outputs: Tensor | slice) -> Codes:
         """Those of some outputs, in the order given."""
         some: dict[str, Any] = {name: one if one is None else one[outputs] for name, one in vars(self).items()}
         return Codes(**some)
@@ -125,7 +125,7 @@ class Codes:
         }
         return Codes(**whole)
 
-    def floats(self, layout: Layout) -> torch.Tensor:
+    def floats(self, layout: Layout) -> Tensor:
         """`[outputs, inputs]`, float32: what they stand for."""
         inputs = self.codes.shape[1]
         if layout.table:
@@ -142,7 +142,7 @@ class Codes:
         return values.mul_(scales).add_(spread(zeros, group, inputs))
 
 
-def number_of(kind: Kind, stored: torch.Tensor, units: torch.Tensor | None, group: int) -> torch.Tensor:
+def number_of(kind: Kind, stored: Tensor, units: Tensor | None, group: int) -> Tensor:
     """Scales or zeros, `stored` and `units` as in `Codes`, as float32, `[outputs, groups]`; `group`: of inputs."""
     if kind is Kind.E8M0:
         return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int() - 127)
@@ -152,7 +152,7 @@ def number_of(kind: Kind, stored: torch.Tensor, units: torch.Tensor | None, grou
     return stored.float()
 
 
-def spread(values: torch.Tensor, length: int, count: int, dim: int = 1) -> torch.Tensor:
+def spread(values: Tensor, length: int, count: int, dim: int = 1) -> Tensor:
     """Each value `length` times along a dimension, `count` in all; the last may stand fewer times.
 
     A length comes from files. What it takes is bounded by `count`, which is that of numbers that are there. Raises
@@ -166,7 +166,7 @@ def spread(values: torch.Tensor, length: int, count: int, dim: int = 1) -> torch
     return values.repeat_interleave(length, dim).narrow(dim, 0, count)
 
 
-def _order_of_runs(index: torch.Tensor, length: int) -> torch.Tensor | None:
+def _order_of_runs(index: Tensor, length: int) -> Tensor | None:
     """The order of runs of `length` that an order of single numbers keeps together; None if it parts some."""
     if len(index) % length:
         return None
@@ -188,12 +188,12 @@ class StoredMatrix:
     def __init__(self, layout: Layout, shape: tuple[int, int], read: Callable[[], Codes]) -> None:
         self.layout, self.shape, self.read = layout, shape, read
 
-    def of_outputs(self, outputs: torch.Tensor | slice) -> StoredMatrix:
+    def of_outputs(self, outputs: Tensor | slice) -> StoredMatrix:
         """Some of its outputs, in the order given."""
         count = len(range(self.shape[0])[outputs]) if isinstance(outputs, slice) else len(outputs)
         return StoredMatrix(self.layout, (count, self.shape[1]), lambda: self.read().of_outputs(outputs))
 
-    def of_inputs(self, inputs: torch.Tensor) -> StoredMatrix | None:
+    def of_inputs(self, inputs: Tensor) -> StoredMatrix | None:
         """Its inputs in another order; None if that would part inputs that share a scale.
 
         Steps whose `STEPS_GROUP` inputs are parted become float32 numbers, which stand for the same.
@@ -227,7 +227,7 @@ class StoredMatrix:
 
         return StoredMatrix(layout, (self.shape[0], len(inputs)), read)
 
-    def floats(self) -> torch.Tensor:
+    def floats(self) -> Tensor:
         """`[outputs, inputs]`, float32."""
         return self.read().floats(self.layout)
 
@@ -256,7 +256,7 @@ class Experts(Sequence[tuple[StoredMatrix, ...]]):
         return Experts(len(self), lambda expert: change(self[expert]))
 
 
-class PackedTensor(torch.Tensor):
+class PackedTensor(Tensor):
     """A weight in few bits, as a tensor of floats to others: `[outputs, inputs]`, or one for each expert.
 
     Attributes:
@@ -283,7 +283,7 @@ class PackedTensor(torch.Tensor):
         outputs = sum(matrix.shape[0] for matrix in first)
         matrix_shape = (inputs, outputs) if transposed else (outputs, inputs)
         shape = (len(experts), *matrix_shape) if stacked else matrix_shape
-        made: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
+        made: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
         made.experts = experts if isinstance(experts, Experts) else Experts(len(experts), experts.__getitem__)
         made.stacked, made.transposed = stacked, transposed
         return made
@@ -293,7 +293,7 @@ class PackedTensor(torch.Tensor):
         """One matrix as a tensor that says that it is of type `dtype`."""
         return cls.__new__(cls, [[matrix]], dtype=dtype)
 
-    def floats(self) -> torch.Tensor:
+    def floats(self) -> Tensor:
         """What it stands for, as an ordinary tensor of its type."""
         made = torch.empty(self.shape, dtype=self.dtype)
         rows = made.transpose(-1, -2) if self.transposed else made
@@ -415,7 +415,7 @@ def _outputs_of(matrices: Sequence[StoredMatrix], wanted: range) -> list[StoredM
     return found
 
 
-def _chosen(tensor: PackedTensor, dim: int, index: torch.Tensor) -> PackedTensor | None:
+def _chosen(tensor: PackedTensor, dim: int, index: Tensor) -> PackedTensor | None:
     dim %= tensor.ndim
     if dim == tensor._outputs_dim():
         return tensor._like(tensor.experts.each(lambda matrices: _chosen_outputs(matrices, index)))
@@ -426,7 +426,7 @@ def _chosen(tensor: PackedTensor, dim: int, index: torch.Tensor) -> PackedTensor
     return tensor._like(kept) if kept == others else None
 
 
-def _chosen_outputs(matrices: Sequence[StoredMatrix], index: torch.Tensor) -> list[StoredMatrix]:
+def _chosen_outputs(matrices: Sequence[StoredMatrix], index: Tensor) -> list[StoredMatrix]:
     """Some outputs of matrices that stand one below the other, in the order given; few matrices, where it can be."""
     if len(matrices) == 1:
         return [matrices[0].of_outputs(index)]
@@ -485,7 +485,7 @@ _KEEP: dict[Any, Callable[..., Any]] = {
 """What keeps the codes; a function that gives None leaves it to the floats."""
 
 
-def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     """Codes that stand one after the other in each row of int32 words, lowest bits first; a code may span two words.
 
     This is how compressed-tensors (`compressors/pack_quantized/helpers.py`) and GPTQ pack.
@@ -511,18 +511,18 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return (pairs.int() >> (begin % 8).int()).bitwise_and_(mask).to(torch.uint8)
 
 
-def unpack_nibbles(stored: torch.Tensor, *, high_first: bool = False) -> torch.Tensor:
+def unpack_nibbles(stored: Tensor, *, high_first: bool = False) -> Tensor:
     """`[..., bytes]`, uint8 -> `[..., 2 * bytes]`, uint8: two codes of 4 bits per byte."""
     halves = (stored & 15, stored >> 4)
     return torch.stack(halves[::-1] if high_first else halves, dim=-1).flatten(-2)
 
 
-def signed_codes(values: torch.Tensor, bits: int) -> torch.Tensor:
+def signed_codes(values: Tensor, bits: int) -> Tensor:
     """Signed integers of some bits -> codes, uint8, of which `2^(bits - 1)` stands for zero."""
     return (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
 
 
-def in_order(index: torch.Tensor, inputs: int, group: int) -> bool:
+def in_order(index: Tensor, inputs: int, group: int) -> bool:
     """Whether an index of groups says of each input that it is of the group that it stands in."""
     return index.shape == (inputs,) and torch.equal(index.long(), torch.arange(inputs) // group)
 

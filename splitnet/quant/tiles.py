@@ -15,24 +15,17 @@ from math import lcm
 from struct import pack
 
 import torch
+from torch import Tensor
 
 from splitnet.errors import UnsupportedModel
 from splitnet.quant.native import multiplies_bfloat16
 from splitnet.quant.stored import STEPS_GROUP, TABLES, Codes, Kind, Layout
 
-TILE = 16
-"""Outputs that are stored together."""
-
-CHUNK = 32
-"""Inputs whose codes are stored together."""
-
-_VECTORS = 8
-"""Of a chunk, with `_RUN` inputs of each output of a tile."""
-
+TILE = 16  # outputs that are stored together
+CHUNK = 32  # inputs whose codes are stored together
+_VECTORS = 8  # of a chunk, with `_RUN` inputs of each output of a tile
 _RUN = 4
-_PANEL = 512
-"""Inputs of a panel, at least; the least multiple of the layout's groups."""
-
+_PANEL = 512  # inputs of a panel, at least; the least multiple of the layout's groups
 _LINE = 64
 _PIECES = {
     2: (),
@@ -51,8 +44,7 @@ _NUMBERS = {Kind.FLOAT16: 0, Kind.BFLOAT16: 1, Kind.FLOAT32: 2, Kind.E8M0: 3, Ki
 _STEPS, _UNSIGNED_STEPS, _LOWER_STEPS, _UPPER_STEPS, _ONES = 4, 5, 6, 7, 10
 """`enum number` in `native/grouped.h`."""
 
-_PLAIN, _TABLE, _FLOAT_TABLE, _E4M3, _E5M2, _ANY = range(6)
-"""`enum code`."""
+_PLAIN, _TABLE, _FLOAT_TABLE, _E4M3, _E5M2, _ANY = range(6)  # `enum code`
 
 
 @dataclass(frozen=True)
@@ -142,7 +134,7 @@ class TileLayout:
             return _ANY
         return _table_code(self.layout.table)[0] if self.layout.table else _PLAIN
 
-    def described(self, outputs: int, *, scaled: bool = True) -> torch.Tensor:
+    def described(self, outputs: int, *, scaled: bool = True) -> Tensor:
         """A weight of so many outputs, int64, as `Grouped` in `native/grouped.h`; not `scaled`: with scales of 1."""
         layout = self.layout
         zero = _NUMBERS.get(layout.zero, _UNSIGNED_STEPS if self.zero_type is torch.uint8 else _STEPS)
@@ -170,16 +162,16 @@ class TileLayout:
         found = [(0, whole, self.panel)] if whole else []
         return [*found, (whole * self.panel, 1, rest)] if rest else found
 
-    def packed(self, codes: Codes) -> torch.Tensor:
+    def packed(self, codes: Codes) -> Tensor:
         """`[tiles, tile_bytes]`, uint8."""
         tiles = -(-len(codes.codes) // TILE)
         parts = [self._packed_panels(codes, tiles, *found) for found in self.ranges()]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def _packed_panels(self, codes: Codes, tiles: int, start: int, count: int, inputs: int) -> torch.Tensor:
+    def _packed_panels(self, codes: Codes, tiles: int, start: int, count: int, inputs: int) -> Tensor:
         sizes = self.sections(inputs)
 
-        def numbers(stored: torch.Tensor | None, group: int) -> torch.Tensor:
+        def numbers(stored: Tensor | None, group: int) -> Tensor:
             """Those of each group of a panel: `[tiles, panels, bytes]`."""
             if stored is None:
                 return torch.empty(tiles, count, 0, dtype=torch.uint8)
@@ -216,10 +208,10 @@ class TileLayout:
                 shift += some_bits
         return torch.cat([scales, zeros, *units, padding, stored.flatten(2)], dim=-1).flatten(1)
 
-    def unpacked(self, tiles: torch.Tensor) -> Codes:
+    def unpacked(self, tiles: Tensor) -> Codes:
         """What `packed` was given, with the outputs that fill the last tile."""
         begin = 0
-        parts: list[list[torch.Tensor]] = []
+        parts: list[list[Tensor]] = []
         for _, count, inputs in self.ranges():
             width = count * sum(self.sections(inputs))
             parts.append(self._unpacked_panels(tiles[:, begin : begin + width], count, inputs))
@@ -230,14 +222,14 @@ class TileLayout:
         some = [one if one.shape[1] else None for one in (zeros, scale_units, zero_units)]
         return Codes(codes[:, : self.inputs], scales, *some)
 
-    def _unpacked_panels(self, panels: torch.Tensor, count: int, inputs: int) -> list[torch.Tensor]:
+    def _unpacked_panels(self, panels: Tensor, count: int, inputs: int) -> list[Tensor]:
         tiles = len(panels)
         sizes = self.sections(inputs)
         scales, zeros, *units, _, stored = list(panels.view(tiles, count, -1).split(sizes, dim=-1))
         if self.nibbles:
             scales, zeros = scales & 15, scales >> 4
 
-        def numbers(stored: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        def numbers(stored: Tensor, dtype: torch.dtype | None) -> Tensor:
             some = stored.contiguous().view(dtype or torch.uint8).view(tiles, count, -1, TILE)
             return some.permute(0, 3, 1, 2).reshape(tiles * TILE, -1)
 
@@ -267,13 +259,13 @@ class TileLayout:
 
 
 @cache
-def _values(layout: Layout) -> torch.Tensor:
+def _values(layout: Layout) -> Tensor:
     """What each code stands for."""
     return TABLES[layout.table] if layout.table else torch.arange(1 << layout.bits).float() - layout.offset
 
 
 @cache
-def _bytes(table: str) -> tuple[torch.Tensor, float] | None:
+def _bytes(table: str) -> tuple[Tensor, float] | None:
     """Bytes that, less 128 and times a factor, are what the codes of a table stand for; None: there are none."""
     values = TABLES[table]
     for factor in (1.0, 0.5):
@@ -284,7 +276,7 @@ def _bytes(table: str) -> tuple[torch.Tensor, float] | None:
 
 
 @cache
-def _words(table: str) -> tuple[torch.Tensor, float]:
+def _words(table: str) -> tuple[Tensor, float]:
     """Words, of at most 8191, that times a unit come closest to what the codes of a table stand for."""
     values = TABLES[table].double()
     largest = values.abs().max()
@@ -301,7 +293,7 @@ def _table_code(table: str) -> tuple[int, float, int]:
     return (_FLOAT_TABLE, 1.0, 0) if found is None else (_TABLE, found[1], found[0].data_ptr())
 
 
-def _padded(tensor: torch.Tensor, outputs: int, width: int) -> torch.Tensor:
+def _padded(tensor: Tensor, outputs: int, width: int) -> Tensor:
     if tensor.shape == (outputs, width):
         return tensor
     whole = tensor.new_zeros(outputs, width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -13,7 +13,7 @@ from math import inf
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
@@ -48,8 +48,8 @@ class Norm:
     """
 
     kind: NormKind
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    weight: Tensor
+    bias: Tensor | None
     epsilon: float
 
     @classmethod
@@ -75,7 +75,7 @@ class Norm:
                 return likely
         raise UnknownPart(type(module).__name__)
 
-    def _normed(self, rows: torch.Tensor) -> torch.Tensor:
+    def _normed(self, rows: Tensor) -> Tensor:
         if self.kind == NormKind.LAYER:
             rows = rows - rows.mean(-1, keepdim=True)
         rows = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + self.epsilon) * self.weight
@@ -99,41 +99,36 @@ class Activation:
     def of(cls, module: Any) -> Self:
         """For a family's own module; raises UnknownPart if it does something else."""
         own: Any = deepcopy(module).float()
-        given = torch.linspace(-8, 8, 1001, dtype=torch.float32)
+        x = torch.linspace(-8, 8, 1001, dtype=torch.float32)
         with torch.no_grad():
-            found = own(given)
-            for kind, shape, function in _activations(own):
-                if _same(function(given), found):
-                    return cls(kind, shape)
+            found = own(x)
+            for kind, function in _ACTIVATIONS.items():
+                if _same(function(x), found):
+                    return cls(kind)
+            if hasattr(own, "alpha_p"):
+                beta, most = float(own.beta), float(own.eps)
+                up, down = float(functional.softplus(own.alpha_p)), float(functional.softplus(own.alpha_n)) + beta
+                negative = (torch.expm1(x.clamp(max=most)) - x) * down
+                if _same(torch.where(x > 0, up * x.square(), negative) + beta * x, found):
+                    return cls(ActivationKind.XIELU, (up, down, beta, most))
         raise UnknownPart(type(module).__name__)
 
 
-def _activations(own: Any) -> Iterator[tuple[ActivationKind, Any, Callable[[torch.Tensor], torch.Tensor]]]:
-    plain: dict[ActivationKind, Callable[[torch.Tensor], torch.Tensor]] = {
-        ActivationKind.SILU: functional.silu,
-        ActivationKind.GELU: functional.gelu,
-        ActivationKind.GELU_TANH: partial(functional.gelu, approximate="tanh"),
-        ActivationKind.GELU_QUICK: lambda x: x * torch.sigmoid(1.702 * x),
-        ActivationKind.RELU: functional.relu,
-        ActivationKind.RELU_SQUARED: lambda x: functional.relu(x).square(),
-    }
-    for kind, function in plain.items():
-        yield kind, (0.0, 0.0, 0.0, 0.0), function
-    if hasattr(own, "alpha_p"):
-        beta, most = float(own.beta), float(own.eps)
-        positive, rest = float(functional.softplus(own.alpha_p)), float(functional.softplus(own.alpha_n)) + beta
-        yield (
-            ActivationKind.XIELU,
-            (positive, rest, beta, most),
-            lambda x: torch.where(x > 0, positive * x.square(), (torch.expm1(x.clamp(max=most)) - x) * rest) + beta * x,
-        )
+_ACTIVATIONS: Mapping[ActivationKind, Callable[[Tensor], Tensor]] = {
+    ActivationKind.SILU: functional.silu,
+    ActivationKind.GELU: functional.gelu,
+    ActivationKind.GELU_TANH: partial(functional.gelu, approximate="tanh"),
+    ActivationKind.GELU_QUICK: lambda x: x * torch.sigmoid(1.702 * x),
+    ActivationKind.RELU: functional.relu,
+    ActivationKind.RELU_SQUARED: lambda x: functional.relu(x).square(),
+}
 
 
-def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.stack(tensors)
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _same(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -165,9 +160,7 @@ _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
 )
 """Names of the norms of what attention takes and gives, and of what the MLP does: a block has all of one line."""
 
-_AFTER_TURNING = "query_layernorm"
-"""The norm of queries that comes after the rotary embedding."""
-
+_AFTER_TURNING = "query_layernorm"  # the norm of queries that comes after the rotary embedding
 _BY_HEAD = "query_key_value"
 """The product that has queries, keys and values in turns, by stored head; others have all queries first."""
 
@@ -183,7 +176,7 @@ _NEEDED: Mapping[str, Any] = {"do_layer_norm_before": True, "apply_residual_conn
 _CAPPED = "Gemma2Attention"
 """Whose logits are capped. Gemma 3 reads the cap from its config, too, and does nothing with it."""
 
-_ALIBI: Mapping[str, Callable[[Any, int], torch.Tensor]] = {
+_ALIBI: Mapping[str, Callable[[Any, int], Tensor]] = {
     "BloomAttention": lambda own, heads: own.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32),
     "FalconAttention": lambda own, heads: own.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32),
     "MptAttention": lambda own, heads: own.build_mpt_alibi_tensor(heads, 2),
@@ -300,8 +293,8 @@ class Attention:
     late: bool = False
     cap: float = 0.0
     clip: float = 0.0
-    sinks: torch.Tensor | None = None
-    slopes: torch.Tensor | None = None
+    sinks: Tensor | None = None
+    slopes: Tensor | None = None
     turns: bool = True
     kind: str | None = None
     latents: Latents | None = None
@@ -513,9 +506,9 @@ class Choice:
         normalised: the shares add up to `factor`.
     """
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    correction: torch.Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    correction: Tensor | None
     chosen: int
     groups: int
     kept: int
@@ -524,7 +517,7 @@ class Choice:
     factor: float = 1.0
     judges: int = 2
 
-    def shares(self, hidden: torch.Tensor) -> torch.Tensor:
+    def shares(self, hidden: Tensor) -> Tensor:
         """Of each expert for `[positions, hidden]`: `[positions, experts]`, 0 where it is not chosen."""
         logits = nn.functional.linear(hidden, self.weight.float(), None if self.bias is None else self.bias.float())
         scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
@@ -547,7 +540,7 @@ class Gating:
     interleaved: bool
     shift: float
 
-    def opened(self, inner: torch.Tensor) -> torch.Tensor:
+    def opened(self, inner: Tensor) -> Tensor:
         """`[rows, 2 * inner]` -> `[rows, inner]`."""
         gate, up = (inner[:, ::2], inner[:, 1::2]) if self.interleaved else inner.chunk(2, dim=-1)
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
@@ -616,7 +609,7 @@ def _choice_of(mlp: nn.Module, router: Any) -> Choice | None:
     return None
 
 
-def _noise(width: int) -> torch.Tensor:
+def _noise(width: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(_GATING_TRIALS, width, generator=generator, dtype=torch.float32)
 
@@ -677,7 +670,7 @@ def _turns(attention: Any) -> bool:
     return bool(getattr(attention, "use_rope", True)) if leaves_out is None else not leaves_out(attention)
 
 
-def _slopes(attention: Any, heads: int) -> torch.Tensor | None:
+def _slopes(attention: Any, heads: int) -> Tensor | None:
     alibi = _ALIBI.get(type(attention).__name__)
     if alibi is None or not getattr(getattr(attention, "config", None), "alibi", True):
         return None

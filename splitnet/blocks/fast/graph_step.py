@@ -18,6 +18,7 @@ from functools import cache, partial
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,15 +30,11 @@ from splitnet.quant.device import milliseconds, put
 
 log = logging.getLogger(__name__)
 
-SIZES = (1, 2, 4, 8, 16)
-"""Numbers of positions that are recorded, until one proves no good."""
-
+SIZES = (1, 2, 4, 8, 16)  # numbers of positions that are recorded, until one proves no good
 TOLERANCE = 0.01
 """Of what one block adds, and of keys and values: how far it may be from what is not recorded. Mostly it is equal."""
 
-TOLERANCE_OF_ALL = 0.1
-"""The same for all blocks together, through which rounding grows."""
-
+TOLERANCE_OF_ALL = 0.1  # the same for all blocks together, through which rounding grows
 _ROUNDING = {torch.float32: 2.0**-18, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Relative to what a block is given, to which it adds."""
 
@@ -51,11 +48,9 @@ Result = TypeVar("Result", covariant=True)
 
 @dataclass(frozen=True)
 class Recording(Generic[Result]):
-    """Operations that can be done once more.
+    """Operations that can be done once more, with their result, in memory that stays theirs.
 
-    Attributes:
-        result: what they have given, in memory that stays theirs.
-        replay: does them on what is in the memory of what they were given, and leaves `result` in its place.
+    `replay` does them on what is in the memory that they were given, and leaves `result` in its place.
     """
 
     result: Result
@@ -131,7 +126,7 @@ class OnDeviceAlone(TorchDispatchMode):
             raise CannotBeRecorded(f"{name} waits for the device")
         result = func(*args, **kwargs)
         for tensor in tree_leaves((args, kwargs, result)):
-            if isinstance(tensor, torch.Tensor) and tensor.device != self._device:
+            if isinstance(tensor, Tensor) and tensor.device != self._device:
                 raise CannotBeRecorded(f"{name} has a tensor of {tensor.device}")
         return result
 
@@ -144,9 +139,9 @@ _INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.inde
 @dataclass(frozen=True)
 class _Piece:
     weights_at: int
-    before: Recording[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    mixed: torch.Tensor
-    behind: Recording[torch.Tensor]
+    before: Recording[tuple[Tensor, Tensor, Tensor]]
+    mixed: Tensor
+    behind: Recording[Tensor]
 
 
 class Recorded:
@@ -157,7 +152,7 @@ class Recorded:
         hidden: `[positions, hidden]`, on the device and in the type of the blocks: it is overwritten by every step.
     """
 
-    def __init__(self, step: TorchStep, hidden: torch.Tensor, recorder: CudaRecorder) -> None:
+    def __init__(self, step: TorchStep, hidden: Tensor, recorder: CudaRecorder) -> None:
         def record(work: Callable[[], Result]) -> Recording[Result]:
             with OnDeviceAlone(hidden.device):
                 work()
@@ -174,7 +169,7 @@ class Recorded:
             behind = record(partial(block.behind, hidden, mixed, hidden))
             self._pieces[block.index] = _Piece(block.weights_at, before, mixed, behind)
 
-    def run(self, blocks: Sequence[LeanBlock], hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
+    def run(self, blocks: Sequence[LeanBlock], hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`, through some of the blocks, in their order; no more positions
         than there are recorded. What is left in the rest of the memory does not count.
 
@@ -209,7 +204,7 @@ class GraphStep:
         """Positions of a step that is replayed; 0: none is any more."""
         return max(self.recorded, default=0)
 
-    def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
+    def forward(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`."""
         size = size_for(len(parts), self.recorded)
         if size is not None and _in_order(hidden.device):
@@ -275,13 +270,8 @@ def fault_of(span: Any, step: TorchStep, recorded: Recorded, rows: Sequence[Sequ
 
 
 def _compared(
-    step: TorchStep,
-    recorded: Recorded,
-    given: torch.Tensor,
-    rows: Sequence[SequenceCache],
-    count: int,
-    tolerance: float,
-) -> tuple[str | None, torch.Tensor]:
+    step: TorchStep, recorded: Recorded, given: Tensor, rows: Sequence[SequenceCache], count: int, tolerance: float
+) -> tuple[str | None, Tensor]:
     """What the first `count` of the rows have otherwise from a recording, or None; and what is right, of all rows."""
     parts = [Chunk(row, row.length, 1) for row in rows]
     got = recorded.run(step.blocks, given[:count], parts[:count])
@@ -299,10 +289,10 @@ def _compared(
     return None, right
 
 
-def _stored(rows: Sequence[SequenceCache], blocks: Sequence[LeanBlock]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stored(rows: Sequence[SequenceCache], blocks: Sequence[LeanBlock]) -> tuple[Tensor, Tensor]:
     """Keys, and values, of the positions that a step has stored, `[rows, numbers in all these blocks]`."""
     indices = {block.index for block in blocks}
-    found: list[list[torch.Tensor]] = [[], []]
+    found: list[list[Tensor]] = [[], []]
     for row in rows:
         row.advance(1)
         held = [both for index, *both in row.held(row.length) if index in indices]
@@ -321,7 +311,7 @@ def rows_to_try(span: Any, size: int) -> list[SequenceCache]:
     return rows
 
 
-def _noise(span: Any, positions: int, seed: int) -> torch.Tensor:
+def _noise(span: Any, positions: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(positions, span.hidden_size, generator=generator, dtype=torch.float32)
     return noise.to(device=span.device, dtype=span.dtype)

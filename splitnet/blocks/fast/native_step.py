@@ -15,7 +15,7 @@ from struct import pack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from splitnet.blocks.attention import Chunk, positions_of
 from splitnet.blocks.fast.describe import Attention, BlockDescription, KnownExperts, Norm, Turned, UnknownPart
@@ -26,9 +26,7 @@ from splitnet.quant.grouped import BlockQuantWeight
 from splitnet.quant.linear import PLAIN_LINEAR, QuantizedLinear
 from splitnet.quant.tiles import CHUNK
 
-MOST_POSITIONS = 16
-"""In one step; with more, products of matrices are faster."""
-
+MOST_POSITIONS = 16  # in one step; with more, products of matrices are faster
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GROUPED = 3
 _VECTOR = 16
@@ -36,8 +34,7 @@ _NO_MATRIX = [0] * 6
 _NO_NORM = [0] * 5
 _NO_EXPERTS = [0] * 31
 
-Fields = list[int | float]
-"""Of a struct of C: all have 8 bytes."""
+Fields = list[int | float]  # of a struct of C: all have 8 bytes
 
 
 class NativeStep:
@@ -65,7 +62,7 @@ class NativeStep:
         self._dtype = dtype
         self._kept = blocks[0].attention.kept
         self._indices = tuple(block.attention.index for block in blocks)
-        self._alive: list[torch.Tensor] = []
+        self._alive: list[Tensor] = []
         fields = chain.from_iterable(self._fields(block, windows[block.attention.index]) for block in blocks)
         described = b"".join(pack("d" if isinstance(field, float) else "q", field) for field in fields)
         self._blocks = torch.frombuffer(bytearray(described), dtype=torch.int64)
@@ -92,7 +89,7 @@ class NativeStep:
         plain = all(part.adapter is None and not part.row.prefix_length for part in parts)
         return plain and sum(part.count for part in parts) <= MOST_POSITIONS
 
-    def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
+    def forward(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`, in the type of `hidden`."""
         positions = torch.tensor(positions_of(parts))
         cosines, sines = self._turns(hidden, positions)
@@ -104,7 +101,7 @@ class NativeStep:
         native.step(self._blocks, len(self._indices), result, stores, positions, *turns, self._dtype.itemsize)
         return result.to(hidden.dtype)
 
-    def _turns(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _turns(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, `[ropes, positions, half of what is turned]`."""
         if self._turning is None:
             return torch.empty(1, 0), torch.empty(1, 0)
@@ -170,10 +167,10 @@ class NativeStep:
             places = [_KINDS[held.weight.dtype], self._address(held.weight), 0]
         return [*places, self._floats(layer.bias), layer.in_features, layer.out_features]
 
-    def _floats(self, values: torch.Tensor | None) -> int:
+    def _floats(self, values: Tensor | None) -> int:
         return self._address(None if values is None else values.detach().float().contiguous())
 
-    def _address(self, tensor: torch.Tensor | None) -> int:
+    def _address(self, tensor: Tensor | None) -> int:
         """Of a tensor that lives as long as this step; 0: there is none."""
         if tensor is None:
             return 0
@@ -181,8 +178,7 @@ class NativeStep:
         return tensor.data_ptr()
 
 
-Kind = tuple[str, ...]
-"""What a rotary embedding takes besides hidden states and positions."""
+Kind = tuple[str, ...]  # what a rotary embedding takes besides hidden states and positions
 
 
 def _kind_of(attention: Attention, rope: nn.Module | None) -> Kind:

@@ -13,7 +13,7 @@ from copy import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from splitnet.blocks.attention import Chunk, attend_by_group, positions_of
@@ -24,15 +24,13 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
-Turns = tuple[torch.Tensor, torch.Tensor]
-"""Cosines, and sines with their signs."""
+Turns = tuple[Tensor, Tensor]  # cosines, and sines with their signs
 
 
 class TorchStep:
-    """Runs blocks that `TorchStep.of` knows.
+    """Runs a family's own blocks that `TorchStep.of` knows, in order.
 
     Args:
-        blocks: the family's own, in order.
         rope: gives the cosines and sines of positions.
         windows: sliding windows in positions, by the index that blocks have in their caches.
     """
@@ -63,7 +61,7 @@ class TorchStep:
         """Whether every part of a pass has one position and no adapter."""
         return all(part.count == 1 and part.adapter is None for part in parts)
 
-    def forward(self, hidden: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
+    def forward(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`."""
         turns = self.turns(hidden, torch.tensor(positions_of(parts), device=hidden.device))
         for block in self.blocks:
@@ -71,13 +69,9 @@ class TorchStep:
             hidden = block.behind(hidden, block.attend(query, key, value, parts))
         return hidden
 
-    def turns(self, like: torch.Tensor, positions: torch.Tensor) -> Turns:
-        """Cosines and sines by which heads are turned, `[positions, 1, head size]` each.
-
-        Args:
-            like: hidden states on their device and in their type.
-            positions: `[positions]`, int64.
-        """
+    def turns(self, like: Tensor, positions: Tensor) -> Turns:
+        """Cosines and sines by which heads are turned, `[positions, 1, head size]` each, on the device and in the type
+        of `like`; `positions`: `[positions]`, int64."""
         cos, sin = self._rope(like[None], positions[None])
         half = cos.shape[-1] // 2
         # Halves are swapped below; the sign of the first one moves into the sines.
@@ -108,7 +102,7 @@ class LeanBlock:
         """The address of some of its weights, which all move together, as to another device."""
         return self._before.weight.untyped_storage().data_ptr()
 
-    def before(self, hidden: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def before(self, hidden: Tensor, turns: Turns) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[positions, heads, 1, head size]`, and keys and values `[positions, 1, heads, 1, head size]`."""
         count = len(hidden)
         normed = _norm(self._before, hidden)
@@ -121,14 +115,12 @@ class LeanBlock:
         turned = _turned(torch.cat((query, key), dim=1), *turns)
         return turned[:, :heads].unsqueeze(2), turned[:, heads:].unsqueeze(1).unsqueeze(3), value
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Chunk]
-    ) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Chunk]) -> Tensor:
         """Stores the keys and values of the parts' positions, and gives `[positions, heads * head size]`.
 
         What `before` gives may be of more positions, which do not count then.
         """
-        attended: list[torch.Tensor] = []
+        attended: list[Tensor] = []
         for index, part in enumerate(parts):
             keys, values = part.row.append(self.index, key[index], value[index])
             if self._window is not None:
@@ -137,7 +129,7 @@ class LeanBlock:
         mixed = attended[0] if len(parts) == 1 else torch.cat(attended)
         return mixed.reshape(len(parts), -1)
 
-    def behind(self, hidden: torch.Tensor, mixed: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+    def behind(self, hidden: Tensor, mixed: Tensor, into: Tensor | None = None) -> Tensor:
         """`[positions, hidden]` of hidden states and what `attend` gives; `into` may be `hidden`, None: new ones."""
         hidden = hidden + _product(self._out, mixed)
         normed = _norm(self._between, hidden)
@@ -177,16 +169,16 @@ def is_mlp(module: nn.Module) -> bool:
     return {name for name, _ in module.named_children()} == _MLP
 
 
-def _norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+def _norm(norm: Any, hidden: Tensor) -> Tensor:
     return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al., "RoFormer", arXiv:2104.09864) of `[positions, heads, head size]`."""
     return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
 
 
-def _product(layer: Any, rows: torch.Tensor) -> torch.Tensor:
+def _product(layer: Any, rows: Tensor) -> Tensor:
     plain = type(layer) is nn.Linear and layer.bias is None
     if plain and len(rows) == 1 and rows.dtype == torch.float32 and rows.device.type == "cpu":
         return torch.mv(layer.weight, rows[0])[None]  # which reads the weight faster than a product of matrices

@@ -25,7 +25,6 @@ from splitnet.checkpoint.store import ReadBytes
 from splitnet.errors import OutOfMemory, WeightsError
 from splitnet.quant import choose, forms, grouped, native
 from splitnet.quant.choose import (
-    FLOAT16,
     INT4_TILES,
     INT8_SCALED,
     INT8_TILES,
@@ -42,6 +41,7 @@ from splitnet.quant.stored import Layout
 from tests.unit.random_models import random_checkpoint
 
 CPU = torch.device("cpu")
+FLOAT16 = WeightFormat(torch.float16)
 HIDDEN = 320
 LENGTHS = (5, 9)
 FAMILIES = ("llama", "qwen3", "gpt2", "mixtral", "falcon", "olmo", "opt")
@@ -418,7 +418,8 @@ def test_blocks_without_a_layer_that_fits_are_refused_or_stay_floats(
     checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path, blocks=1, hidden=40))  # not in groups of 32
     with pytest.raises(WeightsError, match="held as int4: use --weights float32"):
         Span.load(checkpoint, 0, 1, weights="int4")
-    monkeypatch.setattr(choose, "_fastest", lambda dtype, device: "int4")
+    monkeypatch.setattr(choose, "_reads_halves_fast", lambda device: True)
+    monkeypatch.setattr(choose, "NARROW", INT4_TILES)
     span = Span.load(checkpoint, 0, 1, weights="auto")
     assert (span.weights.kind, span.weight_bytes) == ("float32", Span.load(checkpoint, 0, 1).weight_bytes)
 
