@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib import resources
+from operator import itemgetter
 from typing import Any
 
 from fastapi import APIRouter
@@ -43,23 +44,19 @@ class State(Enum):
     """What is known of a peer."""
 
     HERE = "here"
-    UNKNOWN = "unknown"
-    """It was not asked, or has had no time to answer."""
+    UNKNOWN = "unknown"  # it was not asked, or has had no time to answer
     GONE = "gone"
-    REFUSES = "refuses"
-    """It does not accept this client's key."""
+    REFUSES = "refuses"  # it does not accept this client's key
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A peer as it was seen last."""
+    """A peer as it was seen last; in this state since so many seconds of the clock, with its last answer, if any."""
 
     record: PeerRecord
     state: State
     since: float
-    """When it came into this state, in seconds of the clock."""
     answer: Answer | None
-    """The last; None: it has never answered."""
 
 
 @dataclass(slots=True)
@@ -71,12 +68,7 @@ class _Asked:
 
 
 class Presence:
-    """Asks peers for signs of life, and notes in the swarm's event log which come and go. For one thread at a time.
-
-    Args:
-        swarm: of the peers.
-        clock: seconds.
-    """
+    """Asks peers for signs of life, and notes in the swarm's event log which come and go. For one thread at a time."""
 
     def __init__(self, swarm: Swarm, clock: Callable[[], float] = time.monotonic) -> None:
         self._swarm = swarm
@@ -173,13 +165,7 @@ SHOWN_S = 60.0
 def snapshot(
     name: str, generations: Generations, admission: Admission, seen: Sequence[Seen], problem: str | None
 ) -> Any:
-    """The swarm and the answers as they are now.
-
-    Args:
-        name: of the model, in requests.
-        seen: the peers.
-        problem: why they may not be known.
-    """
+    """The swarm and the answers as they are now; `name`: of the model; `problem`: why its peers may not be known."""
     model, log = generations.model, generations.progress
     there = [each.record for each in seen if each.state not in (State.GONE, State.REFUSES)]
     overview = Overview.of(model.swarm, there, model.local_spans)
@@ -197,16 +183,12 @@ def snapshot(
             for (start, end), advice in zip(overview.missing, overview.advice(), strict=True)
         ],
         "local_spans": model.local_spans,
-        "peers": [_peer(model.swarm, each, now) for each in sorted(seen, key=_place)],
+        "peers": sorted((_peer(model.swarm, each, now) for each in seen), key=itemgetter("start", "end", "key")),
         "requests": {"running": admission.running, "waiting": admission.waiting},
         "tokens_per_s": rates[-1],
         "history": rates,
         "answers": [_answer(each, now) for each in log.answers() if each.ended is None or now - each.ended < SHOWN_S],
     }
-
-
-def _place(seen: Seen) -> tuple[int, int, str]:
-    return seen.record.start, seen.record.end, seen.record.key.text
 
 
 def _peer(swarm: Swarm, seen: Seen, now: float) -> dict[str, Any]:
@@ -273,8 +255,7 @@ HEADERS = {
 class Dashboard:
     """Watches the swarm and the answers, only while a page is open; all pages show the same.
 
-    Args:
-        name: by which the chat asks for the model.
+    `name` is that by which the chat asks for the model.
     """
 
     def __init__(self, generations: Generations, admission: Admission, name: str) -> None:
@@ -299,26 +280,22 @@ class Dashboard:
         """
         over = asyncio.Event()
         looks = self._streams.hold(client, over.set, 1)
-        try:
-            async for text in self._told(over):
-                yield text
-        finally:
-            looks.release()
-
-    async def _told(self, over: asyncio.Event) -> AsyncGenerator[str]:
         clock = asyncio.get_running_loop().time
         number, shown_at = -1, float("-inf")
-        while True:
-            if clock() - shown_at >= SNAPSHOT_S:
-                shown_at = clock()
-                yield framed({"type": "snapshot", **await self._snapshot()})
-            events = self._swarm.events.since(max(number, 0))
-            if events or number < 0:
-                yield framed({"type": "events", "events": [asdict(event) for event in events]})
-                number = events[-1].number if events else 0
-            if self._generations.draining or over.is_set():
-                return
-            await asyncio.sleep(TICK_S)
+        try:
+            while True:
+                if clock() - shown_at >= SNAPSHOT_S:
+                    shown_at = clock()
+                    yield framed({"type": "snapshot", **await self._snapshot()})
+                events = self._swarm.events.since(max(number, 0))
+                if events or number < 0:
+                    yield framed({"type": "events", "events": [asdict(event) for event in events]})
+                    number = events[-1].number if events else 0
+                if self._generations.draining or over.is_set():
+                    return
+                await asyncio.sleep(TICK_S)
+        finally:
+            looks.release()
 
     async def _snapshot(self) -> Any:
         clock = asyncio.get_running_loop().time
@@ -356,21 +333,18 @@ def dashboard_router(dashboard: Dashboard) -> APIRouter:
     router = APIRouter(include_in_schema=False)
     files = {file.name: file.read_bytes() for file in (resources.files("splitnet.serve") / "page").iterdir()}
 
-    def page_file(name: str) -> Response:
-        media_type = MEDIA_TYPES.get(name[name.rfind(".") :])
-        if name not in files or media_type is None:
-            raise HTTPException(404)
-        return Response(files[name], media_type=media_type, headers=HEADERS)
-
     @router.get("/")
     async def page() -> Response:
         """The page."""
-        return page_file("dashboard.html")
+        return await part_of_page("dashboard.html")
 
     @router.get("/page/{name}")
     async def part_of_page(name: str) -> Response:
         """What it is made of."""
-        return page_file(name)
+        media_type = MEDIA_TYPES.get(name[name.rfind(".") :])
+        if name not in files or media_type is None:
+            raise HTTPException(404)
+        return Response(files[name], media_type=media_type, headers=HEADERS)
 
     @router.get("/dashboard/events")
     async def stream(request: Request) -> Response:

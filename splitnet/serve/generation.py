@@ -154,12 +154,11 @@ Listener = Callable[[Event], object]
 
 
 class Generations:
-    """Runs requests on a model, some at a time.
+    """Runs requests on a model with remote blocks, `at_a_time`.
 
     Args:
-        model: the blocks are remote. Of its generation config only the tokens that end an answer are left.
+        model: of its generation config only the tokens that end an answer are left.
         decode: the text of a list of tokens.
-        at_a_time: how many requests run.
         limits: how many sessions are kept for the next turns of chats.
         speculate: where drafts come from, see `RemoteCausalLM.generate`; None: there are none.
 
@@ -262,7 +261,11 @@ class Generation:
         """Runs in a session that was kept, with the tokens that it shares with the prompt, or in a new one."""
         ask = self._ask
         cache, shared = taken or (self._own.model.new_cache(), 0)
-        self._hold(cache)
+        self._progress.follow(lambda: routes_of(self._own.model.swarm, cache.session))
+        with self._lock:
+            self._cache = cache
+            if self._cancelled:
+                cache.close()
         held: list[int] | None = None
         look = self._own.watch_session(cache)
         try:
@@ -319,7 +322,7 @@ class Generation:
         seen = prompt.shape[1]
 
         def stepped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            """Hands on the text of the tokens that were chosen; says which answers have ended."""
+            """Tells the text of the tokens that were chosen; returns which answers have ended."""
             nonlocal seen
             if self._cancelled:
                 raise SessionClosed("the request was cancelled")
@@ -355,16 +358,9 @@ class Generation:
         with self._own.model.pieces_of(len(self._ask.prompt)):
             return self._own.model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, **options)
 
-    def _hold(self, cache: RemoteCache) -> None:
-        self._progress.follow(lambda: routes_of(self._own.model.swarm, cache.session))
-        with self._lock:
-            self._cache = cache
-            if self._cancelled:
-                cache.close()
-
     def _let_go(self, cache: RemoteCache, held: list[int] | None) -> None:
         """Keeps a session for the next turn if it is known which tokens it holds, or closes it."""
-        self._progress.unfollow()
+        self._progress.follow(None)
         with self._lock:
             self._cache = None
             keeps = not self._cancelled

@@ -36,13 +36,7 @@ class Function(Protocol):
 
 
 class Grammars:
-    """Makes grammars for a tokenizer.
-
-    Args:
-        tokenizer: of the model.
-        vocabulary: how many tokens the model knows.
-        end_tokens: with which answers end.
-    """
+    """Makes grammars for a tokenizer, whose model knows so many tokens and ends answers with some."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: Collection[int]) -> None:
         self._tokenizer = tokenizer
@@ -52,8 +46,7 @@ class Grammars:
     def of_schema(self, schema: dict[str, Any], param: str | None = None) -> Grammar:
         """The grammar of all JSON that fits a schema; `param`: the parameter of a request that holds it.
 
-        Raises:
-            ApiError: it is no schema, or one that is not supported.
+        Raises ApiError if it is no schema, or one that is not supported.
         """
         try:
             text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=ONE_LINE)
@@ -69,8 +62,7 @@ class Grammars:
                 it fit those of tools that are strict.
             several: the answer may go on after a call.
 
-        Raises:
-            ApiError: the parameters of a tool are no schema of an object, or one that is not supported.
+        Raises ApiError if the parameters of a tool are no schema of an object, or one that is not supported.
         """
         opening, closing = self._tag(OPENING), self._tag(CLOSING)
         rules = [f'call: "\\n" ({" | ".join(f"call_{number}" for number in range(len(tools)))}) "\\n" {closing}']
@@ -113,8 +105,8 @@ def _of_arguments(tool: Function, *, bound: bool) -> dict[str, Any]:
     given = tool.parameters if bound or tool.strict else None
     schema: dict[str, Any] = {"type": "object"} | (given or {})
     if schema["type"] != "object":
-        name = tool.name
-        raise ApiError(400, f"the arguments of {name} are an object: give its parameters that type", param="tools")
+        wrong = f"the arguments of {tool.name} are an object: give its parameters that type"
+        raise ApiError(400, wrong, param="tools")
     return schema
 
 

@@ -29,15 +29,17 @@ class HopView:
 
 @dataclass(frozen=True, slots=True)
 class LinkView:
-    """A link of a route, in the direction of the activations."""
+    """A link of a route, in the direction of the activations, see `splitnet.session.inference.LinkUse`.
+
+    Attributes:
+        delay_ms: one way, as measured, or predicted from where the two ends stand; None: nothing is known of it.
+        via_client: its ends cannot reach each other, so the client is between them.
+    """
 
     codec: str
     bytes_per_token: int
-    """See `splitnet.session.inference.LinkUse`."""
     delay_ms: float | None
-    """One way, as measured, or predicted from where the two ends stand; None: nothing is known of it."""
     via_client: bool
-    """Its ends cannot reach each other, so the client is between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +68,11 @@ def routes_of(swarm: Swarm, session: ModelSession | None) -> tuple[RouteView, ..
 
 
 def _link(swarm: Swarm, use: LinkUse, sender: RouteHop | None, receiver: RouteHop | None) -> LinkView:
-    via_client = sender is not None and sender.relayed
-    return LinkView(use.codec, use.bytes_per_token, _delay_ms(swarm, sender, receiver), via_client)
-
-
-def _delay_ms(swarm: Swarm, sender: RouteHop | None, receiver: RouteHop | None) -> float | None:
     ends = [hop.planned.record if hop is not None else None for hop in (sender, receiver)]
     via_client = sender is not None and sender.relayed
     links = [swarm.link(ends[0], None), swarm.link(None, ends[1])] if via_client else [swarm.link(*ends)]
-    return None if UNMEASURED in links else sum(link.latency_ms for link in links)
+    delay_ms = None if UNMEASURED in links else sum(link.latency_ms for link in links)
+    return LinkView(use.codec, use.bytes_per_token, delay_ms, via_client)
 
 
 KEPT_ANSWERS = 64
@@ -86,14 +84,7 @@ Routes = tuple[RouteView, ...]
 
 @dataclass
 class Progress:
-    """Of one answer, or of a part of it.
-
-    Attributes:
-        answer: id of the answer.
-        began: when the model was first asked, in seconds of the clock.
-        first_token: when the first token was there; None: not yet.
-        ended: when the last one was there, or an error; None: not yet.
-    """
+    """Of the answer with an id, or of a part of it: when it began, had its first token, and ended, by the clock."""
 
     answer: str
     began: float
@@ -103,15 +94,11 @@ class Progress:
     _routes: Callable[[], Routes] | None = field(default=None, repr=False)
     _last_routes: Routes = ()
 
-    def follow(self, routes: Callable[[], Routes]) -> None:
-        """From now on `routes` tells through which peers it goes."""
+    def follow(self, routes: Callable[[], Routes] | None) -> None:
+        """From now on `routes` tells through which peers it goes; None: they will be those of others, and stay."""
+        if routes is None:
+            self._last_routes = self.routes()
         self._routes = routes
-
-    def unfollow(self) -> None:
-        """The routes will be those of other answers: they stay what they are now."""
-        if self._routes is not None:
-            self._last_routes = self._routes()
-        self._routes = None
 
     def routes(self) -> Routes:
         """The peers through which it goes, or went at last."""
@@ -120,11 +107,7 @@ class Progress:
 
 
 class ProgressLog:
-    """Of the answers that are under way and of the last ones. Thread-safe.
-
-    Args:
-        clock: seconds.
-    """
+    """Of the answers that are under way and of the last ones. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock

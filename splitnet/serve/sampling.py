@@ -26,7 +26,7 @@ GREEDY_BELOW = 1e-3
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are chosen; see `SamplingDefaults` for what is not told here.
 
     Attributes:
         seed: 64 bits.
@@ -34,7 +34,6 @@ class Sampling:
         frequency_penalty, presence_penalty: taken off the logit of a token for every time that it is in the answer, or
             once if it is.
         bias: added to the logits of some tokens.
-        top_k, min_p, repetition_penalty: see `splitnet.serve.sampling.SamplingDefaults`.
     """
 
     temperature: float
@@ -70,13 +69,9 @@ class TokenChooser(LogitsProcessor):
     neither other requests nor how many positions are looked at in one step can change it.
 
     Args:
-        sampling: how to choose.
-        top: how many of the likeliest tokens to score beside the chosen one; None: score nothing.
+        top: how many of the likeliest tokens to score beside the chosen one, in `scored`; None: score nothing.
         begins: the position of the first token of the answers.
         allowed: what each answer must keep to; empty: all tokens may come.
-
-    Attributes:
-        scored: by row and position.
     """
 
     def __init__(
@@ -84,7 +79,7 @@ class TokenChooser(LogitsProcessor):
     ) -> None:
         self._begins = begins
         self._allowed = allowed
-        self.scored: dict[tuple[int, int], ScoredToken] = {}
+        self.scored: dict[tuple[int, int], ScoredToken] = {}  # by row and position
         self._sampling = sampling
         self._greedy = sampling.temperature < GREEDY_BELOW
         self._top = top
@@ -182,13 +177,12 @@ class SamplingDefaults:
 
 
 def choose_defaults(config: GenerationConfig, *, of_checkpoint: bool) -> tuple[SamplingDefaults, list[str]]:
-    """The defaults, and what is to be said of them at the start: sentences that name each field of the checkpoint.
-
-    Args:
-        config: of the checkpoint.
-        of_checkpoint: take what it recommends.
-    """
-    given = {name: value for name, value in config.to_diff_dict().items() if _is_of_sampling(name)}
+    """The defaults, as the checkpoint's config recommends if they are to be its own, and sentences on its fields."""
+    given = {
+        name: value
+        for name, value in config.to_diff_dict().items()
+        if not name.startswith(("_", "output_")) and not name.endswith("_token_id") and name not in _NO_SAMPLING
+    }
     known = {name: given.pop(name) for name in asdict(SamplingDefaults()) if given.get(name) is not None}
     said: list[str] = []
     if of_checkpoint:
@@ -201,10 +195,6 @@ def choose_defaults(config: GenerationConfig, *, of_checkpoint: bool) -> tuple[S
     if given:
         said.append(f"the checkpoint's {_named(given)} is not used")
     return defaults, said
-
-
-def _is_of_sampling(name: str) -> bool:
-    return not name.startswith(("_", "output_")) and not name.endswith("_token_id") and name not in _NO_SAMPLING
 
 
 def _named(fields: dict[str, Any]) -> str:

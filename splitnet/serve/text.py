@@ -18,10 +18,8 @@ _MOST_CONTEXT = 32
 class Detokenizer:
     """Gives the text of each new token, once its last character is complete.
 
-    Args:
-        decode: the text of a list of tokens.
-        prompt: the tokens that the text goes on from; empty: the text stands alone. Some tokenizers, such as Llama 2's,
-            drop the space that a text begins with.
+    The text goes on from the tokens of a prompt; empty: it stands alone. Some tokenizers, such as Llama 2's, drop the
+    space that a text begins with.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int] = ()) -> None:
@@ -64,11 +62,9 @@ def _last_text(decode: Callable[[list[int]], str], prompt: Sequence[int]) -> lis
 
 def held_back(text: str, strings: Sequence[str]) -> int:
     """How many characters at the end of `text` may be the beginning of one of `strings`."""
-    longest = max((len(string) for string in strings), default=0)
-    for length in range(min(len(text), longest), 0, -1):
-        if any(string.startswith(text[-length:]) for string in strings):
-            return length
-    return 0
+    longest = max(map(len, strings), default=0)
+    lengths = range(min(len(text), longest), 0, -1)
+    return next((one for one in lengths if any(string.startswith(text[-one:]) for string in strings)), 0)
 
 
 class StopStrings:
@@ -159,12 +155,9 @@ class ToolCallParser:
 
 def _call_of(body: str) -> ToolCall | None:
     try:
-        call = json.loads(body)
+        match json.loads(body):
+            case {"name": str(name), **others} if isinstance(arguments := others.get("arguments", {}), dict):
+                return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
     except (ValueError, RecursionError):
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = call.get("arguments", {})
-    if not isinstance(arguments, dict):
-        return None
-    return ToolCall(call["name"], json.dumps(arguments, ensure_ascii=False))
+        pass
+    return None

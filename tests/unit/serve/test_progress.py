@@ -36,7 +36,7 @@ def test_an_answer_keeps_the_route_that_it_had_at_last() -> None:
     now = 3.0
     log.token(answer)
     assert (answer.first_token, answer.routes()) == (3.0, (ROUTE,))
-    answer.unfollow()
+    answer.follow(None)
     routes = ()
     log.end(answer)
     assert answer.routes() == (ROUTE,) and answer.ended == 3.0 and log.answers() == [answer]
