@@ -178,24 +178,26 @@ def generate_exactly(model: Any, prompts: torch.Tensor, new_tokens: int, clock: 
     )
 
 
+@dataclass
 class _Client:
     """One answer through the swarm."""
 
-    def __init__(self, model: RemoteCausalLM, prompt: torch.Tensor, case: Case, gate: Gate) -> None:
-        self._model = model
-        self._prompt = prompt
-        self._case = case
-        self._gate = gate
-        self._cache: RemoteCache = model.new_cache()
+    model: RemoteCausalLM
+    prompt: torch.Tensor
+    case: Case
+    gate: Gate
+
+    def __post_init__(self) -> None:
+        self._cache: RemoteCache = self.model.new_cache()
         self._bytes_before = (0, 0)
 
     def run(self) -> Answer:
-        self._cache.remote.reserve(self._case.positions)
+        self._cache.remote.reserve(self.case.positions)
         clock = Clock(self._after_token)
         began = time.perf_counter()
         try:
-            generate_exactly(self._model, self._prompt, self._case.new_tokens, clock, cache=self._cache)
-            gaps = gaps_s([self._gate.opened_at, *clock.times[1:]])
+            generate_exactly(self.model, self.prompt, self.case.new_tokens, clock, cache=self._cache)
+            gaps = gaps_s([self.gate.opened_at, *clock.times[1:]])
             assert self._cache.session is not None
             return Answer(clock.times[0] - began, gaps, self._traffic(self._cache.session))
         finally:
@@ -203,13 +205,13 @@ class _Client:
 
     def _after_token(self, count: int) -> None:
         if count > 1:
-            self._gate.check()
+            self.gate.check()
             return
         assert self._cache.session is not None
-        if self._case.decodes:  # the prompt is not what is measured
+        if self.case.decodes:  # the prompt is not what is measured
             traffic = self._cache.session.traffic
             self._bytes_before = traffic.bytes_sent, traffic.bytes_received
-        self._gate.wait()
+        self.gate.wait()
 
     def _traffic(self, session: ModelSession) -> Traffic:
         sent, received = self._bytes_before
@@ -223,7 +225,7 @@ class _Client:
         )
 
     def _joules(self, session: ModelSession) -> float | None:
-        joules = self._model.swarm.planner.token_joules([hop.planned for hop in session.hops])
+        joules = self.model.swarm.planner.token_joules([hop.planned for hop in session.hops])
         known = [each for each in joules if each is not None]
         return sum(known) if known and len(known) == len(joules) else None
 

@@ -210,6 +210,7 @@ def _silence(state: LinkState) -> str:
 ASKED_PEERS = 3
 
 
+@dataclass
 class Reach:
     """The checks of one address.
 
@@ -219,46 +220,47 @@ class Reach:
         needed: this machine is meant to serve, so that it is a fault if nobody reaches it.
     """
 
-    def __init__(self, identity: Identity, listen: str, public_host: str | None, *, needed: bool) -> None:
-        self._identity = identity
-        self._listen = listen
-        self._public_host = public_host
-        self._needed = needed
-        self._serving: PeerRecord | None = None
-        self._address = listen  # what others were asked to connect to
+    identity: Identity
+    listen: str
+    public_host: str | None
+    needed: bool
+    _serving: PeerRecord | None = None
+
+    def __post_init__(self) -> None:
+        self._address = self.listen  # that others were asked to connect to
 
     def port(self, own: PeerRecord | None = None) -> Finding:
         """Whether the port is free, or held rightly by a peer with the key of this machine, which has the record."""
         try:
-            refuse_taken(self._listen)
+            refuse_taken(self.listen)
         except AddressInUse as error:
             if own is not None:
                 self._serving = own
-                return passed("port", f"{self._listen} is taken by the peer that has the key of this machine")
+                return passed("port", f"{self.listen} is taken by the peer that has the key of this machine")
             return failed("port", str(error))
         except SplitnetError as error:
             return failed("port", str(error))
-        return passed("port", f"{self._listen} can be listened on")
+        return passed("port", f"{self.listen} can be listened on")
 
     def from_outside(self, links: PeerLinks, answering: Sequence[PeerRecord]) -> Finding:
         """Whether some of the peers that answer reach this machine; to be called after `port`, if that passed."""
         if self._serving is not None:
             return self._ask(links, answering, self._serving.address)
         try:
-            listener = Transport(self._identity, on_message=lambda *_: None, listen=self._listen)
+            listener = Transport(self.identity, on_message=lambda *_: None, listen=self.listen)
         except SplitnetError as error:
             return failed("reach", str(error))
         listener.start()
         with closing(listener):
             try:
-                address = public_address(self._listen, listener.port, self._public_host)
+                address = public_address(self.listen, listener.port, self.public_host)
             except SplitnetError as error:
                 return failed("reach", str(error))
             return self._ask(links, answering, address)
 
     def router(self, found: Finding) -> Iterator[Finding]:
         """What the router says of itself, asked for no port, if `found` of `from_outside` is that no peer comes in."""
-        if found.status is Status.passed or self._public_host is not None or not is_reachable(self._address):
+        if found.status is Status.passed or self.public_host is not None or not is_reachable(self._address):
             return
         try:
             yield passed("router", f"{look_for_router()} gives ports, and a peer here asks it for one")
@@ -267,13 +269,13 @@ class Reach:
 
     def _ask(self, links: PeerLinks, answering: Sequence[PeerRecord], address: str) -> Finding:
         self._address = address
-        wrong = failed if self._needed else warned
+        wrong = failed if self.needed else warned
         if not is_address(address):
             return failed("reach", f"peers cannot connect to {address}: give --public-host as HOST or HOST:PORT")
-        others = [record for record in answering if record.key != self._identity.public][:ASKED_PEERS]
+        others = [record for record in answering if record.key != self.identity.public][:ASKED_PEERS]
         if not others:
             return warned("reach", "there is no peer that answers and could try to reach this machine: see above")
-        here = Endpoint(address, self._identity.public)
+        here = Endpoint(address, self.identity.public)
         reached = dict(links.ask_back(others, here))
         # A peer that remembers this address from before waits a while until it tries again, but a new link at once.
         again = [record for record in others if reached.get(record.key.text) is False]
@@ -292,7 +294,7 @@ class Reach:
                 f"{who} this machine at {address}: a peer here is reached through helpers ({helpers} peers help); "
                 "straighter is to open the port, forward it in the router, and name it with --public-host",
             )
-        purpose = "" if self._needed else "a client needs no open port, but to serve here "
+        purpose = "" if self.needed else "a client needs no open port, but to serve here "
         return wrong(
             "reach",
             f"{who} this machine at {address}: {purpose}open the port in firewalls, forward it in the router, and name "

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -319,39 +320,34 @@ class Tuning:
         typer.echo(f"Use it: {shlex.join(command)}")
 
 
+@dataclass
 class _Training:
     """Steps, evaluations and files of a run until its end, or until it is stopped."""
 
-    def __init__(
-        self,
-        tuning: Tuning,
-        run: TuningRun,
-        folder: TuningFolder,
-        held_out: Sequence[Encoded],
-        words: Sequence[int] | None,
-        pad: int,
-    ) -> None:
-        self._tuning = tuning
-        self._run = run
-        self._folder = folder
-        self._held_out = held_out
-        self._words = words
-        self._pad = pad
-        self._progress = TuningProgress(tuning.settings.steps)
+    tuning: Tuning
+    run: TuningRun
+    folder: TuningFolder
+    held_out: Sequence[Encoded]
+    words: Sequence[int] | None
+    pad: int
+
+    @cached_property
+    def progress(self) -> TuningProgress:
+        return TuningProgress(self.tuning.settings.steps)
 
     def train(self) -> None:
         """Trains. Raises SystemExit if it was stopped; all is saved then."""
-        run, steps = self._run, self._tuning.settings.steps
-        saved = self._folder.load_checkpoint() if self._tuning.resume else None
+        run, steps = self.run, self.tuning.settings.steps
+        saved = self.folder.load_checkpoint() if self.tuning.resume else None
         if saved:
             run.restore(*saved)
-        self._folder.metrics(until=run.done if saved else -1)
+        self.folder.metrics(until=run.done if saved else -1)
         typer.echo(
-            f"{self._tuning.method}: {run.trained_parameters:,} trained parameters, "
-            f"{len(self._tuning.train.rows):,} examples" + (f", going on after step {run.done}" if saved else ""),
+            f"{self.tuning.method}: {run.trained_parameters:,} trained parameters, "
+            f"{len(self.tuning.train.rows):,} examples" + (f", going on after step {run.done}" if saved else ""),
             err=True,
         )
-        with self._progress.bars, _stop_signals() as stopped:
+        with self.progress.bars, _stop_signals() as stopped:
             try:
                 self._evaluate_if_due()
                 while run.done < steps and not stopped:
@@ -367,56 +363,56 @@ class _Training:
 
     def _step(self) -> None:
         began = time.perf_counter()
-        moved = self._run.model.training_bytes
-        step = self._run.step()
+        moved = self.run.model.training_bytes
+        step = self.run.step()
         seconds = time.perf_counter() - began
-        sent, received = (after - before for before, after in zip(moved, self._run.model.training_bytes, strict=True))
+        sent, received = (after - before for before, after in zip(moved, self.run.model.training_bytes, strict=True))
         facts = asdict(step)
         facts |= {"seconds": round(seconds, 4), "sent_bytes": sent, "received_bytes": received}
-        self._folder.add_metrics({"step": facts.pop("number"), **facts})
-        self._progress.stepped(step, step.tokens / seconds)
-        if step.number % self._tuning.save_every == 0:
-            self._folder.save_checkpoint(*self._run.state())
+        self.folder.add_metrics({"step": facts.pop("number"), **facts})
+        self.progress.stepped(step, step.tokens / seconds)
+        if step.number % self.tuning.save_every == 0:
+            self.folder.save_checkpoint(*self.run.state())
 
     def _evaluate_if_due(self) -> None:
-        done, every = self._run.done, self._tuning.eval_every
-        due = done in (0, self._tuning.settings.steps) or (every and done % every == 0)
-        if not self._held_out or not due:
+        done, every = self.run.done, self.tuning.eval_every
+        due = done in (0, self.tuning.settings.steps) or (every and done % every == 0)
+        if not self.held_out or not due:
             return
-        if any(line["step"] == done and "eval_loss" in line for line in self._folder.metrics()):
+        if any(line["step"] == done and "eval_loss" in line for line in self.folder.metrics()):
             return
-        with self._progress.evaluating(len(self._held_out)) as advance:
+        with self.progress.evaluating(len(self.held_out)) as advance:
             result = evaluate(
-                self._run.model,
-                self._held_out,
-                batch_size=self._tuning.settings.batch_size,
-                pad=self._pad,
-                words=self._words,
-                head=self._tuning.head,
+                self.run.model,
+                self.held_out,
+                batch_size=self.tuning.settings.batch_size,
+                pad=self.pad,
+                words=self.words,
+                head=self.tuning.head,
                 advance=advance,
-                device=self._run.device,
+                device=self.run.device,
             )
-        self._folder.add_metrics({"step": self._run.done, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
-        self._progress.say(f"step {self._run.done}: {_told(result)}")
+        self.folder.add_metrics({"step": self.run.done, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
+        self.progress.say(f"step {self.run.done}: {_told(result)}")
 
     def _save(self) -> None:
         """All that was done so far, also when an error ends the run."""
-        if not self._run.done:
+        if not self.run.done:
             return
-        self._folder.save_checkpoint(*self._run.state())
-        self._folder.save_adapter(self._run.model)
+        self.folder.save_checkpoint(*self.run.state())
+        self.folder.save_adapter(self.run.model)
         if not has("plot"):
             return
-        metrics = self._folder.metrics()
-        title = f"{self._tuning.method}, {self._tuning.train.path.name}"
-        self._folder.save_chart(lambda path: draw_loss_curve(metrics, title, path))
+        metrics = self.folder.metrics()
+        title = f"{self.tuning.method}, {self.tuning.train.path.name}"
+        self.folder.save_chart(lambda path: draw_loss_curve(metrics, title, path))
 
     def _report(self, stopped_by: int | None) -> None:
-        done, output = self._run.done, self._tuning.output
+        done, output = self.run.done, self.tuning.output
         if stopped_by is not None:
             typer.echo(f"Stopped after step {done}; nothing is lost. The same command with --resume goes on.", err=True)
             raise SystemExit(128 + stopped_by)
-        evaluations = [line for line in self._folder.metrics() if "eval_loss" in line]
+        evaluations = [line for line in self.folder.metrics() if "eval_loss" in line]
         if len(evaluations) > 1:
             ends = (evaluations[0], evaluations[-1])
             before, after = (Evaluation(line["eval_loss"], line["eval_accuracy"]) for line in ends)

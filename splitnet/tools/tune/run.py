@@ -34,6 +34,7 @@ class Encoded:
         return sum(target != IGNORED for target in self.targets)
 
 
+@dataclass(frozen=True)
 class Encoder:
     """Makes rows of examples.
 
@@ -44,22 +45,16 @@ class Encoder:
         head: whether labels are told by a trained head, rather than by words.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        max_length: int,
-        *,
-        template: str = "{text}",
-        labels: Sequence[str] = (),
-        head: bool = False,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._template = template
-        self._labels = list(labels)
-        self._head = head
-        end = tokenizer.eos_token_id
-        self._end: list[int] = [] if end is None else [end]
+    tokenizer: Any
+    max_length: int
+    template: str = "{text}"
+    labels: Sequence[str] = ()
+    head: bool = False
+
+    @property
+    def _end(self) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return [] if end is None else [end]
 
     def encode(self, examples: Examples) -> list[Encoded]:
         """All rows of a file. Plain text that is too long becomes several.
@@ -78,44 +73,44 @@ class Encoder:
                 case "classification":
                     made = [self._classified(examples, example)]
             for row in made:
-                if len(row.ids) > self._max_length:
-                    many = f"{len(row.ids):,} tokens are more than {self._max_length:,}"
+                if len(row.ids) > self.max_length:
+                    many = f"{len(row.ids):,} tokens are more than {self.max_length:,}"
                     examples.fail(example, f"{many}: shorten it or raise --max-length")
-                if not self._head and not row.learned:
+                if not self.head and not row.learned:
                     examples.fail(example, "nothing to learn: one token has none before it to be told from")
             rows += made
         return rows
 
     def words(self) -> list[int]:
         """The first token of each label, by which words tell labels apart. Raises DataError if two are the same."""
-        first = [self._ids(" " + label)[0] for label in self._labels]
+        first = [self._ids(" " + label)[0] for label in self.labels]
         for number, token in enumerate(first):
             if token in first[:number]:
-                other = self._labels[first.index(token)]
+                other = self.labels[first.index(token)]
                 raise DataError(
-                    f"the labels {other!r} and {self._labels[number]!r} begin with the same token, so the model's "
+                    f"the labels {other!r} and {self.labels[number]!r} begin with the same token, so the model's "
                     "words cannot tell them apart: rename one, or train a head with --head"
                 )
         return first
 
     def _text(self, example: Example) -> list[Encoded]:
-        ids = self._tokenizer(example.fields["text"])["input_ids"] + self._end
-        pieces = [ids[start : start + self._max_length] for start in range(0, len(ids), self._max_length)]
+        ids = self.tokenizer(example.fields["text"])["input_ids"] + self._end
+        pieces = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         if len(pieces) > 1 and len(pieces[-1]) == 1:
             pieces.pop()  # the end alone teaches nothing
         return [_row([(piece, True)]) for piece in pieces]
 
     def _completion(self, prompt: str, completion: str) -> Encoded:
-        return _row([(self._tokenizer(prompt)["input_ids"], False), (self._ids(completion) + self._end, True)])
+        return _row([(self.tokenizer(prompt)["input_ids"], False), (self._ids(completion) + self._end, True)])
 
     def _classified(self, examples: Examples, example: Example) -> Encoded:
         text, label = example.fields["text"], example.fields["label"]
-        if label not in self._labels:
-            examples.fail(example, f"the label {label!r} is none of the training data's: {', '.join(self._labels)}")
-        choice = self._labels.index(label)
-        prompt = self._template.replace("{text}", text)
-        if self._head:
-            ids = self._tokenizer(prompt)["input_ids"]
+        if label not in self.labels:
+            examples.fail(example, f"the label {label!r} is none of the training data's: {', '.join(self.labels)}")
+        choice = self.labels.index(label)
+        prompt = self.template.replace("{text}", text)
+        if self.head:
+            ids = self.tokenizer(prompt)["input_ids"]
             return Encoded(ids, [IGNORED] * len(ids), choice)
         row = self._completion(prompt, " " + label)
         return Encoded(row.ids, row.targets, choice)
@@ -125,7 +120,7 @@ class Encoder:
 
         Answers are encoded apart from what is before them, as when they are generated.
         """
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             examples.fail(example, 'this model has no chat template: use "prompt" and "completion", not "messages"')
         messages = example.fields["messages"]
         pieces: list[tuple[list[int], bool]] = []
@@ -146,12 +141,12 @@ class Encoder:
         from jinja2 import TemplateError
 
         try:
-            return render(self._tokenizer, messages, answer=answer)
+            return render(self.tokenizer, messages, answer=answer)
         except TemplateError as error:
             examples.fail(example, f"the model's chat template refuses the messages ({error})")
 
     def _ids(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _row(pieces: list[tuple[list[int], bool]]) -> Encoded:
