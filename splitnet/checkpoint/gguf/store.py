@@ -41,27 +41,24 @@ class _Recipe:
 
 
 class GgufStore:
-    """A `TensorStore` that maps the file and reads of it only what is asked for.
+    """A `TensorStore` that maps a GGUF file and reads of it only what is asked for.
 
-    Open one with `GgufStore.open`.
+    Args:
+        path: of a split file, of any part, while all parts are in one folder.
+
+    Raises:
+        ModelNotFound: there is no such file, or a part is missing.
+        UnsupportedModel: it is not a GGUF file, or the architecture of the model is not known.
     """
 
-    def __init__(self, file: GgufFile) -> None:
+    commit = ""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = file = GgufFile(Path(path).expanduser())
+        self._family = family_of(file)
         self.name = file.name
         self.source = str(file.path)
         self.folder: WeightFolder | None = None
-        self._file = file
-        self._family = family_of(file)
-
-    @classmethod
-    def open(cls, path: str | Path) -> GgufStore:
-        """Opens a GGUF file; of a split one, any part, while all parts are in one folder.
-
-        Raises:
-            ModelNotFound: there is no such file, or a part is missing.
-            UnsupportedModel: it is not a GGUF file, or the architecture of the model is not known.
-        """
-        return cls(GgufFile(Path(path).expanduser()))
 
     def config(self) -> PreTrainedConfig:
         return self._config
@@ -70,7 +67,7 @@ class GgufStore:
     def _config(self) -> PreTrainedConfig:
         check_values({"layers": self._file.of_architecture.get("block_count")}, self.source)
         ropes = ROPE_TENSORS & self._file.tensors.keys()
-        if sum(self._file.tensors[name].nbytes for name in ropes) > _MAX_ROPE_BYTES:
+        if sum(self._file.tensors[name].data.nbytes for name in ropes) > _MAX_ROPE_BYTES:
             raise UnsupportedModel(
                 f"{self.source} has more than {_MAX_ROPE_BYTES} bytes of rotary factors: download it again"
             )
@@ -98,7 +95,7 @@ class GgufStore:
         return {name: self._facts(self._recipes[name]) for name in names}
 
     def file_bytes(self, names: Iterable[str]) -> int:
-        return sum(part.nbytes for name in names for part in self._recipes[name].parts)
+        return sum(part.data.nbytes for name in names for part in self._recipes[name].parts)
 
     @contextmanager
     def load_tensors(
@@ -108,7 +105,7 @@ class GgufStore:
         recipes = {given: self._recipes[name] for given, name in names.items()}
         if self.folder is not None:
             self.folder.supply([part.name for recipe in recipes.values() for part in recipe.parts])
-        read.total = sum(part.nbytes for recipe in recipes.values() for part in recipe.parts)
+        read.total = sum(part.data.nbytes for recipe in recipes.values() for part in recipe.parts)
         try:
             yield {given: self._lazy(recipe, read) for given, recipe in recipes.items()}
         finally:
@@ -140,7 +137,7 @@ class GgufStore:
 
     def places(self) -> Mapping[str, Place]:
         return {
-            name: Place(one.path.name, one.offset, one.nbytes, one.stored.name, one.shape)
+            name: Place(one.path.name, one.offset, one.data.nbytes, one.stored.name, one.shape)
             for name, one in self._file.tensors.items()
         }
 
@@ -149,10 +146,6 @@ class GgufStore:
         for one in self._file.tensors.values():
             heads[one.path.name] = min(heads[one.path.name], one.offset)
         return heads
-
-    @property
-    def commit(self) -> str:
-        return ""
 
     def local_file(self, file: str) -> Path | None:
         return self._file.path.with_name(file)
@@ -177,7 +170,7 @@ class GgufStore:
         return None  # a file has none but the tokens at which generation ends
 
     def _facts(self, recipe: _Recipe) -> TensorFacts:
-        nbytes = sum(part.nbytes for part in recipe.parts)
+        nbytes = sum(part.data.nbytes for part in recipe.parts)
         layouts = [part.layout for part in recipe.parts]
         if recipe.keeps_codes and None not in layouts:
             tensor = self._made(recipe, [part.tensor() for part in recipe.parts])  # no codes are read yet

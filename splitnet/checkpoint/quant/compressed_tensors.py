@@ -12,23 +12,21 @@ from splitnet.checkpoint.quant.format import (
     Numbers,
     Part,
     QuantizedFormat,
-    Suffix,
     by_group,
     codes_or_numbers,
     misfit,
     number_in,
+    of_weight,
 )
 from splitnet.checkpoint.quant.scaled_floats import FP8_TABLES, SCALE_KINDS, nvfp4_weight, scaled_weight
 from splitnet.errors import UnsupportedModel
 from splitnet.limits import Patterns
 from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, in_order, layout_bits, signed_codes, unpack_words
 
-_FORMATS = frozenset(
-    {
-        *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized"),
-        *("mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision"),
-    }
-)
+_FORMATS = {
+    *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized"),
+    *("mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision"),
+}
 
 
 class CompressedTensors(QuantizedFormat):
@@ -38,13 +36,9 @@ class CompressedTensors(QuantizedFormat):
     and `utils/match.py` for which weights a group of the config is about.
     """
 
-    suffixes = (
-        Suffix(".weight_packed", ".weight", "packed"),
-        Suffix(".weight_scale", ".weight", "scale"),
-        Suffix(".weight_zero_point", ".weight", "zero"),
-        Suffix(".weight_shape", ".weight", "shape"),
-        Suffix(".weight_global_scale", ".weight", "global scale"),
-        Suffix(".weight_g_idx", ".weight", "groups"),
+    suffixes = of_weight(
+        "weight_packed=packed weight_scale=scale weight_zero_point=zero weight_shape=shape "
+        "weight_global_scale=global_scale weight_g_idx=groups"
     )
     needed = frozenset({"scale"})
     left = (
@@ -67,9 +61,7 @@ class CompressedTensors(QuantizedFormat):
             )
         sparse = (settings.get("sparsity_config") or {}).get("format", "dense")
         if sparse != "dense":
-            raise UnsupportedModel(
-                f"weights that are stored sparse ({sparse!r}) are not known: take a dense checkpoint"
-            )
+            raise UnsupportedModel(f"weights stored sparse ({sparse!r}) are not known: take a dense checkpoint")
         if (settings.get("transform_config") or {}).get("config_groups"):
             raise UnsupportedModel(
                 "the checkpoint transforms activations while it runs ('transform_config'), which is not known here: "
@@ -89,8 +81,8 @@ class CompressedTensors(QuantizedFormat):
             return _integers(parts, settings, dtype)
         if packed.dtype != torch.uint8 or number_in(settings, "num_bits") != 4 or settings.get("type") != "float":
             raise misfit(packed, "is packed in a way that is not known")
-        if "global scale" in parts:
-            return nvfp4_weight(packed, parts["scale"], parts["global scale"], dtype, divide=True)
+        if "global_scale" in parts:
+            return nvfp4_weight(packed, parts["scale"], parts["global_scale"], dtype, divide=True)
         return scaled_weight(packed, parts["scale"], dtype, packed_fp4=True)
 
     def _unpacked(

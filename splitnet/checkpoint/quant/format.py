@@ -16,12 +16,7 @@ from splitnet.quant.stored import Codes, Experts, Layout, PackedTensor, StoredMa
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor in the files, read when `read` is called.
-
-    Attributes:
-        name: in the files.
-        read: called with an index, such as `...` or the number of an expert.
-    """
+    """One tensor in the files; `read` is called with an index, such as `...` or the number of an expert."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,13 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A quantized weight that no `Layout` describes: it is read as plain numbers.
-
-    Attributes:
-        dtype: what it says that it is of.
-        read: gives float32, which whoever loads it rounds once.
-        why: the reason, for people.
-    """
+    """A quantized weight that no `Layout` describes (`why`): it is read as float32, and rounded to `dtype` once."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -64,6 +53,12 @@ class Suffix:
     base: str
     role: str
     sure: bool = True
+
+
+def of_weight(text: str) -> tuple[Suffix, ...]:
+    """`ending=role ...`: each stands in the place of `weight` in the name."""
+    pairs = (pair.partition("=") for pair in text.split())
+    return tuple(Suffix(f".{ending}", ".weight", role) for ending, _, role in pairs)
 
 
 MALFORMED = (
@@ -117,7 +112,12 @@ class QuantizedFormat(ABC):
         for name in names:
             if name.endswith(self.left):
                 continue
-            weight, role = self._place_of(name, present)
+            weight, role = name, WEIGHT
+            for suffix in self.suffixes:
+                base = name.removesuffix(suffix.ending) + suffix.base
+                if name.endswith(suffix.ending) and (suffix.sure or base in present):
+                    weight, role = base, suffix.role
+                    break
             groups.setdefault(weight, {})[role] = name
         for weight, roles in groups.items():
             lacking = self.needed - roles.keys()
@@ -127,14 +127,6 @@ class QuantizedFormat(ABC):
                     f"{', '.join(sorted(lacking))}): download it again, or take another checkpoint of this model"
                 )
         return groups
-
-    def _place_of(self, name: str, present: set[str]) -> tuple[str, str]:
-        for suffix in self.suffixes:
-            if name.endswith(suffix.ending):
-                weight = name.removesuffix(suffix.ending) + suffix.base
-                if suffix.sure or weight in present:
-                    return weight, suffix.role
-        return name, WEIGHT
 
 
 class Weights:
@@ -150,10 +142,6 @@ class Weights:
         self.groups = {name: {WEIGHT: name} for name in names} if format is None else format.group(names)
         self.dtype = dtype
         self._format = format
-
-    def is_plain(self, name: str) -> bool:
-        """Whether a weight is one tensor of plain numbers."""
-        return self.groups[name].keys() == {WEIGHT}
 
     def tensor(self, name: str, part: Callable[[str], Part]) -> PackedTensor | Numbers | None:
         """A weight that is read when it is used; None for plain numbers.
@@ -177,7 +165,7 @@ class Weights:
                 )
             return None
         parts = {role: part(stored) for role, stored in self.groups[name].items()}
-        if not self.is_plain(name):
+        if parts.keys() != {WEIGHT}:
             if empty := next((one for one in parts.values() if 0 in one.shape), None):
                 raise misfit(empty, "holds nothing")
             try:

@@ -20,6 +20,7 @@ from splitnet.checkpoint.quant.format import (
     codes_or_numbers,
     misfit,
     number_in,
+    of_weight,
     one_or_stacked,
 )
 from splitnet.checkpoint.quant.scaled_floats import SCALE_KINDS
@@ -40,12 +41,7 @@ from splitnet.quant.stored import (
 )
 
 _WORD = 32
-_GPTQ_SUFFIXES = (
-    Suffix(".qweight", ".weight", "codes"),
-    Suffix(".qzeros", ".weight", "zeros"),
-    Suffix(".scales", ".weight", "scales"),
-    Suffix(".g_idx", ".weight", "groups"),
-)
+_GPTQ_SUFFIXES = of_weight("qweight=codes qzeros=zeros scales=scales g_idx=groups")
 _LIKE_GEMM = ("gemm", "exllama", "exllamav2")
 """Kernels for what AutoAWQ packs in the same way (`awq/modules/linear/exllama.py`: it is unpacked at the start)."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -190,13 +186,10 @@ class Nf4(QuantizedFormat):
     `dequantize_4bit`) for what they are. Maxima of blocks may be quantized themselves ("nested").
     """
 
-    suffixes = (
-        Suffix(".weight.absmax", ".weight", "maxima"),
-        Suffix(".weight.quant_map", ".weight", "table"),
-        Suffix(".weight.nested_absmax", ".weight", "nested maxima"),
-        Suffix(".weight.nested_quant_map", ".weight", "nested table"),
-        Suffix(".weight.quant_state.bitsandbytes__nf4", ".weight", "state"),
-        Suffix(".weight.quant_state.bitsandbytes__fp4", ".weight", "state"),
+    suffixes = of_weight(
+        "weight.absmax=maxima weight.quant_map=table weight.nested_absmax=nested_maxima "
+        "weight.nested_quant_map=nested_table weight.quant_state.bitsandbytes__nf4=state "
+        "weight.quant_state.bitsandbytes__fp4=state"
     )
     needed = frozenset({WEIGHT, "maxima", "table", "state"})
 
@@ -213,12 +206,12 @@ class Nf4(QuantizedFormat):
         if 2 * weight.nbytes != count or maxima.shape != (-(-count // block),):
             raise misfit(weight, f"does not hold {outputs} x {inputs} codes of 4 bits in blocks of {block}")
 
-        nested = {"nested maxima", "nested table"} & parts.keys()
+        nested = {"nested_maxima", "nested_table"} & parts.keys()
         wide, offset = 0, 0.0
         if nested or maxima.dtype == torch.uint8:
             wide, offset = number_in(state, "nested_blocksize"), float(state["nested_offset"])
             many = -(-maxima.shape[0] // wide)
-            shapes = [parts[role].shape for role in ("nested maxima", "nested table")]
+            shapes = [parts[role].shape for role in ("nested_maxima", "nested_table")]
             if maxima.dtype != torch.uint8 or shapes != [(many,), (256,)]:
                 raise misfit(maxima, "does not fit what its own scales are made of ('nested')")
 
@@ -226,8 +219,8 @@ class Nf4(QuantizedFormat):
             stored = maxima.read(...)
             if not nested:
                 return stored.float()
-            values = parts["nested table"].read(...)[stored.long()]
-            of_block = spread(parts["nested maxima"].read(...), wide, len(stored), dim=0)
+            values = parts["nested_table"].read(...)[stored.long()]
+            of_block = spread(parts["nested_maxima"].read(...), wide, len(stored), dim=0)
             return values * of_block + offset
 
         def codes() -> torch.Tensor:
@@ -241,9 +234,8 @@ class Nf4(QuantizedFormat):
             def read() -> Codes:
                 return Codes(codes().view(outputs, inputs), scales().view(outputs, -1))
 
-            return PackedTensor.of(
-                StoredMatrix(Layout(4, block, Kind.FLOAT32, table="nf4"), (outputs, inputs), read), dtype
-            )
+            layout = Layout(4, block, Kind.FLOAT32, table="nf4")
+            return PackedTensor.of(StoredMatrix(layout, (outputs, inputs), read), dtype)
 
         def numbers() -> torch.Tensor:
             of_each = spread(scales(), block, count, dim=0)
@@ -258,7 +250,7 @@ class Int8(QuantizedFormat):
     Source: transformers' `quantizer_bnb_8bit.py` for the names; bitsandbytes' `int8_vectorwise_dequant`.
     """
 
-    suffixes = (Suffix(".SCB", ".weight", "maxima"), Suffix(".weight_format", ".weight", "order"))
+    suffixes = of_weight("SCB=maxima weight_format=order")
     needed = frozenset({WEIGHT, "maxima"})
 
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor:
@@ -286,8 +278,7 @@ class Mlx(QuantizedFormat):
         *(Suffix(f".switch_mlp.gate_proj.{end}", ".experts.gate_up_proj", end) for end in _MLX_PARTS),
         *(Suffix(f".switch_mlp.up_proj.{end}", ".experts.gate_up_proj", f"up {end}") for end in _MLX_PARTS),
         *(Suffix(f".switch_mlp.down_proj.{end}", ".experts.down_proj", end) for end in _MLX_PARTS),
-        Suffix(".scales", ".weight", "scales"),
-        Suffix(".biases", ".weight", "biases"),
+        *of_weight("scales=scales biases=biases"),
     )
     needed = frozenset({WEIGHT, "scales"})
 

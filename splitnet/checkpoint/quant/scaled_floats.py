@@ -17,6 +17,7 @@ from splitnet.checkpoint.quant.format import (
     codes_or_numbers,
     misfit,
     number_in,
+    of_weight,
     one_or_stacked,
 )
 from splitnet.errors import UnsupportedModel
@@ -48,8 +49,7 @@ class FineGrainedFP8(QuantizedFormat):
 
     suffixes = (
         Suffix("_scale_inv", "", "scale"),
-        Suffix(".qscale_weight", ".weight", "scale"),
-        Suffix(".weight_scale", ".weight", "scale"),
+        *of_weight("qscale_weight=scale weight_scale=scale"),
         Suffix("_scale", "", "scale", sure=False),
         Suffix(".scale", ".weight", "scale", sure=False),
     )
@@ -75,7 +75,7 @@ class FbgemmFP8(QuantizedFormat):
     Source: transformers' `integrations/fbgemm_fp8.py`. Experts of Llama 4 are stacked, `[experts, inputs, outputs]`.
     """
 
-    suffixes = (Suffix(".weight_scale", ".weight", "scale"), Suffix("_proj_scale", "_proj", "scale"))
+    suffixes = (*of_weight("weight_scale=scale"), Suffix("_proj_scale", "_proj", "scale"))
     needed = frozenset({WEIGHT, "scale"})
     left = _ACTIVATIONS
 
@@ -128,7 +128,7 @@ class ModelOpt(QuantizedFormat):
     checkpoint may mix both.
     """
 
-    suffixes = (Suffix(".weight_scale", ".weight", "scale"), Suffix(".weight_scale_2", ".weight", "global scale"))
+    suffixes = of_weight("weight_scale=scale weight_scale_2=global_scale")
     needed = frozenset({WEIGHT, "scale"})
     left = (".input_scale", ".k_scale", ".v_scale", ".q_scale")
 
@@ -141,8 +141,8 @@ class ModelOpt(QuantizedFormat):
 
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
         weight, scale = parts[WEIGHT], parts["scale"]
-        if "global scale" in parts:
-            return nvfp4_weight(weight, scale, parts["global scale"], dtype, divide=False)
+        if "global_scale" in parts:
+            return nvfp4_weight(weight, scale, parts["global_scale"], dtype, divide=False)
         if weight.dtype not in FP8_TABLES:
             raise misfit(weight, "has scales, and is stored neither in FP8 nor in NVFP4")
         return scaled_weight(weight, scale, dtype)

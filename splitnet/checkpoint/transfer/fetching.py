@@ -1,4 +1,4 @@
-"""Gets pieces of weights from peers and from the hub, several at once."""
+"""Gets pieces of weights from peers and from the hub, several at once, and plans which is asked of which source."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import logging
 import math
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import numpy as np
 from huggingface_hub import hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+from scheduler.liveness import SOURCE_SILENT_S
 from splitnet.checkpoint.store import TensorStore
 from splitnet.checkpoint.transfer.hashing import forget_manifest
 from splitnet.checkpoint.transfer.held import HeldPieces, WeightFolder
 from splitnet.checkpoint.transfer.manifest import Manifest, digest
-from splitnet.checkpoint.transfer.plan import FetchPlan
 from splitnet.errors import DirectoryError, ModelNotFound, WrongSwarm
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import OPEN, OpenSwarm
@@ -40,12 +41,228 @@ GATHER_S: Final = 0.5
 TICK_S: Final = 0.1
 MAX_HUB_ERRORS: Final = 32
 """One after the other; then the hub is left out."""
-
 HUB_TIMEOUT_S: Final = 30.0
+FIRST_BYTES: Final = 2 << 20
+"""That are asked of a source that has brought nothing yet."""
+MAX_BYTES: Final = 32 << 20
+MAX_PIECES: Final = 48
+"""Under way from one source."""
+HORIZON_S: Final = 0.25
+"""Twice that of what a source brings is under way from it; twice the least time that a piece took, if that is more."""
+REST_S: Final = 10.0
+"""A source that was silent is asked again after that."""
+BUSY_S: Final = 1.0
+"""So is one that says that it is busy, after that."""
+MAX_STRIKES: Final = 3
+"""Silences after which a source is left out."""
+SLOW_S: Final = 5.0
+"""A piece that is under way for so long, and long for who has nothing else to do, is asked of that one, too."""
+_FORGET: Final = 0.9
+"""What stays of earlier observations with each piece."""
 
 HUB: Final = "the hub"
 Report = Callable[[str, int, int], None]
 FindPeers = Callable[[], Sequence[Endpoint]]
+
+
+Source = TypeVar("Source", bound=Hashable)
+
+
+@dataclass
+class _State:
+    """One source.
+
+    Attributes:
+        held: pieces that it has and that are needed.
+        queue: what to ask of it, the next at the end; some of it may be asked of others meanwhile.
+        asked: what is under way from it: since when, and bytes.
+        brought, took_s: bytes that it brought, and in which time; older ones count less.
+        least_s: the shortest time that a piece took; 0: none came.
+    """
+
+    held: set[bytes] = field(default_factory=set[bytes])
+    queue: list[bytes] = field(default_factory=list[bytes])
+    asked: dict[bytes, tuple[float, int]] = field(default_factory=dict[bytes, tuple[float, int]])
+    asked_bytes: int = 0
+    heard_at: float = 0.0
+    brought: float = 0.0
+    took_s: float = 0.0
+    least_s: float = 0.0
+    rests_until: float = 0.0
+    strikes: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second; 0: not known."""
+        return self.brought / self.took_s if self.took_s > 0 else 0.0
+
+    def has_room(self, now: float) -> bool:
+        """Whether more may be asked of it."""
+        most = min(MAX_BYTES, max(FIRST_BYTES, 2 * self.rate * max(HORIZON_S, self.least_s)))
+        return self.rests_until <= now and self.asked_bytes < most and len(self.asked) < MAX_PIECES
+
+
+class FetchPlan(Generic[Source]):
+    """Which piece is asked of which source: a state machine without clock, sockets and files.
+
+    It is told what happens, with the time in seconds, and answers with what to ask. Every source has as many bytes
+    under way as it brings in half a second: so a fast one never waits for questions, and a slow one holds up few
+    pieces. What few sources have is asked for first.
+
+    Args:
+        pieces: digest -> bytes, in the order in which they are wanted.
+
+    Attributes:
+        left: pieces that are still needed, likewise.
+        done_bytes: of those that have come.
+        sources: those that are not left out.
+    """
+
+    def __init__(self, pieces: Mapping[bytes, int]) -> None:
+        self.left = dict(pieces)
+        self.done_bytes = 0
+        self.sources: dict[Source, _State] = {}
+        self._excluded: set[Source] = set()
+        self._holders: Counter[bytes] = Counter()
+        self._askers: dict[bytes, set[Source]] = {}
+        """Of whom a piece is asked now."""
+        self._queues_are_old = False
+
+    @property
+    def is_done(self) -> bool:
+        return not self.left
+
+    def add(self, source: Source, held: Collection[bytes]) -> None:
+        """A source that has these pieces; again, if it has others now. One that was left out stays out."""
+        if source in self._excluded:
+            return
+        state = self.sources.setdefault(source, _State())
+        self._holders.subtract(state.held)
+        state.held = self.left.keys() & set(held)
+        self._holders.update(state.held)
+        self._queues_are_old = True
+
+    def asks(self, now: float) -> list[tuple[Source, bytes]]:
+        """What to ask now, of whom."""
+        self._give_up_silent(now)
+        if self._queues_are_old:
+            self._queues_are_old = False
+            order = list(self.left)
+            order.reverse()
+            order.sort(key=lambda name: -self._holders[name])
+            for state in self.sources.values():
+                state.queue = [name for name in order if name in state.held]
+        asks: list[tuple[Source, bytes]] = []
+        free = [source for source, state in self.sources.items() if state.has_room(now)]
+        while free:  # in turns, so that the first does not get all there is
+            for source in list(free):
+                state = self.sources[source]
+                name = self._next(state) or self._slow(source, state, now)
+                if name is None:
+                    free.remove(source)
+                    continue
+                if not state.asked:
+                    state.heard_at = now
+                state.asked[name] = now, self.left[name]
+                state.asked_bytes += self.left[name]
+                self._askers.setdefault(name, set()).add(source)
+                asks.append((source, name))
+                if not state.has_room(now):
+                    free.remove(source)
+        return asks
+
+    def arrived(self, source: Source, name: bytes, now: float) -> bool:
+        """A piece has come, and was verified; False: it is not needed any more."""
+        state = self.sources.get(source)
+        if state is not None and name in state.asked:
+            since, size = state.asked[name]
+            took = now - since
+            state.least_s = min(state.least_s or took, took)
+            state.brought = state.brought * _FORGET + size
+            state.took_s = state.took_s * _FORGET + max(now - max(state.heard_at, since), 1e-6)
+            state.heard_at, state.strikes = now, 0
+        for other in list(self._askers.get(name, ())):
+            self._release(other, name)  # what others send of it is waste, and is not waited for
+        size = self.left.pop(name, 0)
+        self.done_bytes += size
+        return size > 0
+
+    def refused(self, source: Source, name: bytes, now: float) -> None:
+        """A source has not got a piece after all."""
+        state = self.sources.get(source)
+        if state is not None and name in state.asked:
+            state.heard_at = now
+            state.held.discard(name)
+            self._holders[name] -= 1
+            self._release(source, name)
+            self._queues_are_old = True
+
+    def busy(self, source: Source, name: bytes, now: float) -> None:
+        """A source gives nothing now."""
+        state = self.sources.get(source)
+        if state is not None and name in state.asked:
+            state.heard_at, state.rests_until = now, now + BUSY_S
+            self._release(source, name)
+            self._queues_are_old = True
+
+    def lost(self, source: Source) -> None:
+        """A source is gone; it may be added again."""
+        state = self.sources.get(source)
+        if state is not None:
+            for name in list(state.asked):
+                self._release(source, name)
+            self._holders.subtract(state.held)
+            del self.sources[source]
+            self._queues_are_old = True
+
+    def exclude(self, source: Source) -> None:
+        """A source has given what is wrong: it is asked for nothing any more."""
+        self.lost(source)
+        self._excluded.add(source)
+
+    def is_stuck(self, now: float) -> bool:
+        """Nothing is under way, and nobody has any of what is left."""
+        self._give_up_silent(now)
+        if self.is_done or any(state.asked for state in self.sources.values()):
+            return False
+        return not any(name in self.left for state in self.sources.values() for name in state.held)
+
+    def _give_up_silent(self, now: float) -> None:
+        for source, state in list(self.sources.items()):
+            if state.asked and now - state.heard_at > SOURCE_SILENT_S:
+                for name in list(state.asked):
+                    self._release(source, name)
+                self._queues_are_old = True
+                state.strikes += 1
+                state.rests_until = now + REST_S
+                if state.strikes >= MAX_STRIKES:
+                    self.exclude(source)
+
+    def _next(self, state: _State) -> bytes | None:
+        """The next piece that nobody is asked for."""
+        while state.queue:
+            name = state.queue.pop()
+            if name in self.left and name not in self._askers:
+                return name
+        return None
+
+    def _slow(self, source: Source, state: _State, now: float) -> bytes | None:
+        """A piece that another source is slow to bring, for one that has nothing else to do."""
+        if state.asked or not state.rate:
+            return None
+        for name, askers in self._askers.items():
+            if len(askers) == 1 and source not in askers and name in state.held:
+                since, size = self.sources[next(iter(askers))].asked[name]
+                if now - since > max(SLOW_S, 3 * size / state.rate):
+                    return name
+        return None
+
+    def _release(self, source: Source, name: bytes) -> None:
+        state = self.sources[source]
+        state.asked_bytes -= state.asked.pop(name)[1]
+        self._askers[name].discard(source)
+        if not self._askers[name]:
+            del self._askers[name]
 
 
 class HubPieces:
@@ -63,14 +280,9 @@ class HubPieces:
     at_once: Final = 16
 
     def __init__(self, manifest: Manifest, store: TensorStore, revision: str | None = None) -> None:
-        self._store = store
-        self._repository = store.source
+        self.store = store
         self._revision = revision
         self._pieces = HeldPieces(manifest, store)
-
-    def differs(self) -> None:
-        """Says that the repository has other weights than the manifest, which is not believed at the next start."""
-        forget_manifest(self._store.commit)
 
     def read(self, name: bytes) -> bytes:
         """A piece, which the caller checks.
@@ -79,11 +291,11 @@ class HubPieces:
             ModelNotFound: the hub does not give it. Exceptions of the HTTP library: it does not answer.
         """
         file, offset, size = self._pieces.where(int(self._pieces.slots_of(name)[0]))
-        if self._store.local_file(file) is not None:  # downloaded before
-            with self._store.open_file(file) as opened:
+        if self.store.local_file(file) is not None:  # downloaded before
+            with self.store.open_file(file) as opened:
                 opened.seek(offset)
                 return opened.read(size)
-        url = hf_hub_url(self._repository, file, revision=self._revision)
+        url = hf_hub_url(self.store.source, file, revision=self._revision)
         headers = {**build_hf_headers(), "Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
         with get_session().stream(
             "GET", url, headers=headers, timeout=HUB_TIMEOUT_S, follow_redirects=True
@@ -109,7 +321,7 @@ class HubAnswer:
 
 
 class Asking:
-    """Questions to peers, and their answers. Close it when done.
+    """Questions to peers, and their answers; use it in a `with`.
 
     Attributes:
         answers: those to questions that are open, one to each; what nobody asked for is dropped as it comes.
@@ -119,19 +331,15 @@ class Asking:
         self.swarm = swarm
         self.answers: queue.SimpleQueue[tuple[Endpoint | str, Message | HubAnswer]] = queue.SimpleQueue()
         self._numbers = count(1)
-        self._open: dict[int, Endpoint] = {}
-        """Who was asked, by the number of the question."""
+        self._open: dict[int, Endpoint] = {}  # the peer that was asked, by the number of the question
         self._links = Links(identity)
         self._links.on_answer = self._answered
-
-    def close(self) -> None:
-        self._links.close()
 
     def __enter__(self) -> Asking:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._links.close()
 
     def ask(self, peer: Endpoint, kind: WeightsKind, name: bytes, offset: int = 0) -> int:
         """Sends a question; returns its number."""
@@ -244,12 +452,9 @@ class _Fetch:
         self._plan: FetchPlan[Endpoint | str] = FetchPlan(missing)
         self._names = list(missing)
         slots = [self._folder.slots_of(name) for name in missing]
-        self._slots = np.concatenate(slots)
-        """Where what is missing stands in the manifest."""
-        self._owners = np.repeat(np.arange(len(slots)), list(map(len, slots)))
-        """Which of `_names` it is."""
-        self._asked: dict[int, tuple[Endpoint, bytes]] = {}
-        """By number: whom, and what piece; empty: what it has."""
+        self._slots = np.concatenate(slots)  # of what is missing, in the manifest
+        self._owners = np.repeat(np.arange(len(slots)), list(map(len, slots)))  # which of `_names` each is
+        self._asked: dict[int, tuple[Endpoint, bytes]] = {}  # by number: peer and piece; empty: what it has
         self._known: set[Endpoint] = set()
         self._reasons: dict[Endpoint, str] = {}
         self._hub_errors = 0
@@ -276,7 +481,7 @@ class _Fetch:
                 for source, name in self._plan.asks(now):
                     self._ask(source, name)
             self._report()
-            self._take(TICK_S)
+            self._take()
             self._drop_gone()
             now = time.monotonic()
             if not self._plan.is_stuck(now):
@@ -310,30 +515,34 @@ class _Fetch:
         except Exception as error:  # of the HTTP library
             self._asking.answers.put((HUB, HubAnswer(name, b"", str(error) or type(error).__name__)))
 
-    def _take(self, wait_s: float) -> None:
+    def _take(self) -> None:
         """Takes in what has come."""
         try:
-            source, message = self._asking.answers.get(timeout=wait_s)
+            _, message = self._asking.answers.get(timeout=TICK_S)
             while True:
-                self._heard(source, message)
-                source, message = self._asking.answers.get_nowait()
+                self._heard(message)
+                _, message = self._asking.answers.get_nowait()
         except queue.Empty:
             return
 
-    def _heard(self, source: Endpoint | str, message: Message | HubAnswer) -> None:
+    def _heard(self, message: Message | HubAnswer) -> None:
         now = time.monotonic()
         if isinstance(message, HubAnswer):
             self._heard_of_hub(message, now)
             return
-        asked = self._asked.get(getattr(message, "number", 0))
-        if asked is None or asked[0] != source:
+        asked = self._asked.pop(getattr(message, "number", 0), None)
+        if asked is None:
             return
-        del self._asked[getattr(message, "number", 0)]
         peer, name = asked
         if isinstance(message, Failure):
-            self._refused(peer, name, message, now)
+            if not name:
+                self._reasons[peer] = message.text
+            elif message.code == FailureCode.BUSY:
+                self._plan.busy(peer, name, now)
+            else:
+                self._plan.refused(peer, name, now)
         elif isinstance(message, WeightsPart) and name:
-            self._piece(peer, peer_address(peer), name, message.payload, now)
+            self._piece(peer, name, message.payload, now)
         elif isinstance(message, WeightsPart):
             told = np.frombuffer(message.payload, np.uint8)
             bits = np.zeros(-(-len(self._folder) // 8), np.uint8)
@@ -342,18 +551,10 @@ class _Fetch:
             held = [self._names[owner] for owner in np.unique(self._owners[here != 0]).tolist()]
             self._plan.add(peer, held)
 
-    def _refused(self, peer: Endpoint, name: bytes, message: Failure, now: float) -> None:
-        if not name:
-            self._reasons[peer] = message.text
-        elif message.code == FailureCode.BUSY:
-            self._plan.busy(peer, name, now)
-        else:
-            self._plan.refused(peer, name, now)
-
     def _heard_of_hub(self, answer: HubAnswer, now: float) -> None:
         if not answer.error:
             self._hub_errors = 0
-            self._piece(HUB, HUB, answer.name, answer.data, now)
+            self._piece(HUB, answer.name, answer.data, now)
             return
         self._hub_errors += 1
         self._plan.busy(HUB, answer.name, now)
@@ -361,14 +562,15 @@ class _Fetch:
             log.warning("the hub gives no weights (%s): it is left out", answer.error)
             self._plan.exclude(HUB)
 
-    def _piece(self, source: Endpoint | str, called: str, name: bytes, data: bytes | memoryview, now: float) -> None:
+    def _piece(self, source: Endpoint | str, name: bytes, data: bytes | memoryview, now: float) -> None:
         fetched = self._fetcher.fetched
+        called = source if isinstance(source, str) else peer_address(source)
         if called in fetched.left_out:
             return
         if len(data) != self._missing[name] or digest(data) != name:
             if source == HUB:
                 assert self._fetcher._hub is not None
-                self._fetcher._hub.differs()
+                forget_manifest(self._fetcher._hub.store.commit)  # it is not believed at the next start
                 raise WrongSwarm(
                     "the hub has other weights of this model than the peers of this swarm say: they serve another "
                     "model by its name; join another swarm, or give --model-id"
@@ -393,9 +595,9 @@ class _Fetch:
                 self._known.discard(source)
 
     def _report(self) -> None:
-        sources = len(self._plan.sources) - (HUB in self._plan.sources)
-        words = [f"{sources} peer{'' if sources == 1 else 's'}"] if sources or HUB not in self._plan.sources else []
-        words += [HUB] if HUB in self._plan.sources else []
+        hub = [HUB] if HUB in self._plan.sources else []
+        peers = len(self._plan.sources) - len(hub)
+        words = [f"{peers} peer{'' if peers == 1 else 's'}", *hub] if peers or not hub else hub
         self._fetcher.report(f"fetch weights; {' and '.join(words)}", self._plan.done_bytes, self._total)
 
     def _explanation(self) -> str:

@@ -7,13 +7,13 @@ import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from splitnet.checkpoint.store import TensorStore
+from splitnet.checkpoint.store import Progress, TensorStore
 from splitnet.checkpoint.transfer.manifest import PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
 from splitnet.errors import ModelNotFound, ProtocolError
 from splitnet.paths import cache_folder
@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 
 Range = tuple[int, int]
 """Offset and bytes."""
-Progress = Callable[[int, int], None]
 
 KEPT_BYTES: Final = 16 << 20
 """Digests of smaller files are not kept: to read these is as fast."""
@@ -65,19 +64,17 @@ def hash_ranges(
     store: TensorStore, ranges: dict[str, list[Range]], progress: Progress | None = None
 ) -> dict[str, dict[Range, bytes]]:
     """The joined digests of the pieces of some ranges, by file. See `make_manifest`."""
-    kept = {file: _Kept.of(path) if (path := store.local_file(file)) is not None else None for file in ranges}
+    kept = {file: _Kept.of(store.local_file(file)) for file in ranges}
     known: dict[str, dict[Range, bytes]] = {}
     for file, wanted in ranges.items():
-        before = kept[file]
-        digests = before.digests if before is not None else {}
+        digests = found.digests if (found := kept[file]) is not None else {}
         known[file] = {one: digests[one] for one in wanted if one in digests}
     missing = {file: [one for one in wanted if one not in known[file]] for file, wanted in ranges.items()}
     reading = _Reading(store, sum(nbytes for some in missing.values() for _, nbytes in some), progress)
     for file, wanted in missing.items():
         if wanted:
             known[file].update(reading.read(file, wanted))
-            before, path = kept[file], store.local_file(file)
-            after = _Kept.of(path) if path is not None else None
+            before, after = kept[file], _Kept.of(store.local_file(file))
             if after is not None and before is not None and after.about == before.about:  # else it changed meanwhile
                 after.keep(known[file])
     return known
@@ -129,8 +126,8 @@ class _Reading:
 
     def read(self, file: str, ranges: Sequence[Range]) -> dict[Range, bytes]:
         """The joined digests of ranges in the order of their offsets."""
+        # Pieces that one thread reads one after the other: of what range, offset and bytes.
         runs: list[list[tuple[Range, int, int]]] = []
-        """Pieces that one thread reads one after the other: of what range, offset and bytes."""
         room = 0
         for one in ranges:
             for at in range(0, one[1], PIECE_BYTES):
@@ -190,8 +187,10 @@ class _Kept:
             pass
 
     @classmethod
-    def of(cls, path: Path) -> _Kept | None:
+    def of(cls, path: Path | None) -> _Kept | None:
         """None: the file is too small, or is not there."""
+        if path is None:
+            return None
         try:
             path = path.resolve()
             status = path.stat()

@@ -16,7 +16,6 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Final, Protocol
@@ -37,13 +36,7 @@ _STORED: Final = re.compile(r"[A-Z0-9_]{1,16}")
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of a tensor stand in the files; it may be a part of a weight.
-
-    Attributes:
-        file: its name, for `TensorFiles.local_file`.
-        offset: of its first byte in the file.
-        stored: its type, as the files name it.
-    """
+    """Where the bytes of a tensor, or part of a weight, stand in a file; `stored` is its type as the file has it."""
 
     file: str
     offset: int
@@ -75,13 +68,6 @@ class TensorFiles(Protocol):
 class HeldPieces:
     """Where the pieces of a manifest stand in the files of a checkpoint.
 
-    Args:
-        manifest: of the checkpoint.
-        store: its files.
-
-    Attributes:
-        manifest: of the checkpoint.
-
     Raises:
         ProtocolError: the manifest is of nothing that can be.
     """
@@ -95,16 +81,13 @@ class HeldPieces:
         # A stranger says how many pieces there are, so none has an object of its own.
         self._parts = [(file, at, pieces.nbytes) for (file, at), pieces in zip(begins, manifest.parts, strict=True)]
         counts = [piece_count(nbytes) for _, _, nbytes in self._parts]
+        # The first slot of each part; then the number of slots, which are the pieces in the order of the manifest.
         self._first = [0, *accumulate(counts)]
-        """The first slot of each part; then the number of slots, which are the pieces in the order of the manifest."""
         digests = b"".join(pieces.digests for pieces in manifest.parts)
         self._names = np.frombuffer(digests, f"S{DIGEST_BYTES}")
+        # Slots by digest; the same bytes may stand in several places.
         self._order = np.argsort(self._names, kind="stable")
-        """Slots by digest; the same bytes may stand in several places."""
         self._sorted = self._names[self._order]
-        self._check_sizes()
-
-    def _check_sizes(self) -> None:
         sizes = np.full(len(self), PIECE_BYTES, np.int64)
         for first, (_, _, nbytes) in zip(self._first, self._parts, strict=False):
             if nbytes:
@@ -157,7 +140,6 @@ class HeldPieces:
         return None
 
     def _held_of(self, slots: NDArray[np.int64]) -> Iterator[int]:
-        """Those of some slots whose pieces are here."""
         return (slot for slot in slots.tolist() if self.has(slot))
 
     def where(self, slot: int) -> tuple[str, int, int]:
@@ -198,8 +180,9 @@ class WeightFolder(HeldPieces):
         self.fetch: Fetch | None = None
         self.fetched = 0
         self._checked = bytearray(len(self))
+        self._part_of = {tensor.name: part for part, tensor in enumerate(manifest.tensors)}
+        # The slots of pieces that are being fetched; others of the same bytes stay holes.
         self._wanted: dict[bytes, list[int]] = {}
-        """The slots of pieces that are being fetched; others of the same bytes stay holes."""
         try:
             written = (path / WRITTEN_FILE).read_bytes() if (path / WRITTEN_FILE).exists() else b""
             if len(written) != len(self):
@@ -277,10 +260,6 @@ class WeightFolder(HeldPieces):
             self._checked[slot] = 1
         return True
 
-    @cached_property
-    def _part_of(self) -> dict[str, int]:
-        return {tensor.name: part for part, tensor in enumerate(self.manifest.tensors)}
-
 
 def weights_folder(fingerprint: str) -> Path:
     """Where the pieces of a model are kept."""
@@ -306,7 +285,6 @@ def make_folder(manifest: Manifest, heads: Sequence[bytes], check: Callable[[Pat
     """Makes the folder of a model, with nothing of its tensors.
 
     Args:
-        manifest: of the model.
         heads: what stands before the tensors in each of its files, where `manifest` has heads.
         check: called with the file or folder to open before it counts; what it raises ends this.
 

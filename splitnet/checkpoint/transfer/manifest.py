@@ -48,12 +48,7 @@ def piece_count(nbytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Bytes that are known by the digests of their pieces.
-
-    Attributes:
-        nbytes: of all pieces.
-        digests: of all pieces, joined.
-    """
+    """Bytes that are known by the joined digests of their pieces."""
 
     nbytes: int
     digests: bytes
@@ -76,30 +71,17 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor in the files.
-
-    Attributes:
-        stored: its type, as the files name it.
-    """
+    """One tensor in the files; `stored` is its type as the files name it."""
 
     name: str
     stored: str
     shape: tuple[int, ...]
     pieces: Pieces
 
-    def without_bytes(self) -> tuple[str, str, tuple[int, ...], int]:
-        """What headers of files tell."""
-        return self.name, self.stored, self.shape, self.pieces.nbytes
-
 
 @dataclass(frozen=True)
 class Head:
-    """What stands before the tensors in a GGUF file.
-
-    Attributes:
-        file_bytes: of the whole file.
-        pieces: of the head.
-    """
+    """What stands before the tensors in a GGUF file, which has `file_bytes` in all."""
 
     file_bytes: int
     pieces: Pieces

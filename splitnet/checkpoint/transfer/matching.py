@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from splitnet.checkpoint.store import TensorStore
+from splitnet.checkpoint.store import Progress, TensorStore
 from splitnet.checkpoint.transfer.fetching import TICK_S, Asking, HubAnswer, Report
-from splitnet.checkpoint.transfer.hashing import Progress, hash_ranges
+from splitnet.checkpoint.transfer.hashing import hash_ranges
 from splitnet.checkpoint.transfer.manifest import MAX_HEAD_BYTES, MAX_MANIFEST_BYTES, Manifest, digest
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import HELPERS
@@ -43,8 +43,7 @@ MAX_TOLD_BYTES: Final = MAX_MANIFEST_BYTES + MAX_HEAD_BYTES
 
 def headers_differ(manifest: Manifest, store: TensorStore) -> str:
     """What in a manifest is other than in the config and the headers of files; empty: nothing."""
-    places = store.places()
-    here = {name: (place.stored, place.shape, place.nbytes) for name, place in places.items()}
+    here = {name: (place.stored, place.shape, place.nbytes) for name, place in store.places().items()}
     told = {one.name: (one.stored, one.shape, one.pieces.nbytes) for one in manifest.tensors}
     if here != told:
         return f"{len(here.items() ^ told.items())} tensors are others"
@@ -211,21 +210,15 @@ def whole(kind: WeightsKind, name: bytes) -> Generator[Question, Message, memory
 
 @dataclass
 class _Asked:
-    """A peer that is telling.
-
-    Attributes:
-        began, heard: in seconds: since when, and when it has last answered.
-        nbytes: that it has told.
-        total: bytes of what it was asked for last.
-    """
+    """A peer that is telling a manifest."""
 
     model: str
     peer: Endpoint
     telling: Telling
     began: float
-    heard: float
-    nbytes: int = 0
-    total: int = 0
+    heard: float  # when it has last answered, in seconds as `began`
+    nbytes: int = 0  # that it has told
+    total: int = 0  # bytes of what it was asked for last
 
     def is_quick(self, now: float) -> bool:
         """Whether no other peer needs to be asked yet."""
@@ -263,8 +256,7 @@ class _Race:
         self._is_joined = is_joined
         self._accept = accept
         self._report = report
-        self._asked: dict[int, _Asked] = {}
-        """By the number of the question that is open."""
+        self._asked: dict[int, _Asked] = {}  # by the number of the question that is open
 
     def run(self) -> None:
         while self._begin() or self._asked:
@@ -274,8 +266,7 @@ class _Race:
             except queue.Empty:
                 self._end_slow()
                 continue
-            number = getattr(message, "number", 0)
-            one = self._asked.pop(number, None)
+            one = self._asked.pop(getattr(message, "number", 0), None)
             if one is not None and one.peer == source and not isinstance(message, HubAnswer):
                 self._answered(one, message)
             self._end_slow()

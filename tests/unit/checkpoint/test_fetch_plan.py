@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from scheduler.liveness import SOURCE_SILENT_S
-from splitnet.checkpoint.transfer.plan import BUSY_S, MAX_BYTES, MAX_PIECES, MAX_STRIKES, REST_S, FetchPlan
+from splitnet.checkpoint.transfer.fetching import BUSY_S, MAX_BYTES, MAX_PIECES, MAX_STRIKES, REST_S, FetchPlan
 
 NAMES = [bytes([index]) * 32 for index in range(24)]
 SIZES = {name: 1 + 40_000 * index for index, name in enumerate(NAMES)}
@@ -94,7 +94,7 @@ class Fetching(RuleBasedStateMachine):
     def counts(self) -> None:
         assert set(self.plan.left) == set(NAMES) - self.written
         assert self.plan.is_done == (len(self.written) == len(NAMES))
-        for source, state in self.plan._sources.items():
+        for source, state in self.plan.sources.items():
             assert source not in self.liars
             assert state.asked_bytes == sum(SIZES[name] for name in state.asked)
             assert len(state.asked) <= MAX_PIECES and state.asked_bytes <= MAX_BYTES + max(SIZES.values())

@@ -146,7 +146,7 @@ def test_gives_what_the_checkpoint_gives_of_which_it_was_made(case: str, tmp_pat
     family, overrides = CASES[case]
     folder = random_checkpoint(family, tmp_path / "checkpoint", **overrides)
     expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
-    store = GgufStore.open(write_gguf(folder, tmp_path / "model.gguf"))
+    store = GgufStore(write_gguf(folder, tmp_path / "model.gguf"))
     assert store.config().model_type == family
     torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
@@ -160,14 +160,14 @@ def test_codes_are_kept_and_stand_for_what_gguf_dequantises(case: str, tmp_path:
     folder = random_checkpoint(family, tmp_path / "checkpoint", **overrides)
     stored = Type.MXFP4 if family == "gpt_oss" else Type.Q4_1
     path = write_gguf(folder, tmp_path / "model.gguf", stored)
-    store = GgufStore.open(path)
+    store = GgufStore(path)
     names = [name for name in store.names if not KEPT_AS_FLOATS.search(name)]
     with store.load_tensors({name: name for name in names}, torch.float32, None) as tensors:
         for name, facts in store.facts(names).items():
             tensor = tensors[name][...]
             assert isinstance(tensor, PackedTensor) and facts.layout is not None, name
             assert tuple(tensor.shape) == facts.shape, name
-    expected = logits(load(GgufStore.open(dequantised(path))))
+    expected = logits(load(GgufStore(dequantised(path))))
     torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -177,10 +177,10 @@ def test_k_quants(family: str, stored: Type, tmp_path: Path) -> None:
     sizes = DELTA | {"linear_value_head_dim": 64} if family == "qwen3_next" else {}
     folder = random_checkpoint(family, tmp_path / "checkpoint", hidden=256, **({"blocks": 2} | sizes))
     path = write_gguf(folder, tmp_path / "model.gguf", stored)
-    store = GgufStore.open(path)
+    store = GgufStore(path)
     bits = {facts.layout.bits for facts in store.facts(store.names).values() if facts.layout is not None}
     assert (4 if stored is Type.Q4_K else 6) in bits
-    expected = logits(load(GgufStore.open(dequantised(path))))
+    expected = logits(load(GgufStore(dequantised(path))))
     torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -323,7 +323,7 @@ def test_the_tokenizer_of_a_file_and_another(tmp_path: Path) -> None:
     assert whole.eos_token == "<end>"
     assert whole.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab<end>"
     with pytest.raises(ModelNotFound, match=r"'mystery', which is not known"):
-        GgufStore.open(written("mystery")).tokenizer()
+        GgufStore(written("mystery")).tokenizer()
 
     path = write_gguf(random_checkpoint("qwen2", tmp_path / "checkpoint"), tmp_path / "model.gguf")
     with pytest.raises(ModelNotFound, match="give --tokenizer"):

@@ -488,7 +488,7 @@ def test_a_vocabulary_at_which_rust_panics_is_refused(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(SplitnetError, match="tokenizer"):
-        GgufStore.open(path).tokenizer()
+        GgufStore(path).tokenizer()
 
 
 class Touch:
