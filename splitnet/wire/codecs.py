@@ -13,8 +13,7 @@ the block (QuaRot, arXiv:2404.00456). `docs/codecs.md` has the measured quality 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -262,39 +261,27 @@ class _BlockInteger(Codec):
         blocks = _blocks(width)
         if blocks * BLOCK != width:
             values = np.pad(values, ((0, 0), (0, blocks * BLOCK - width)))
-        if 0 < positions * blocks <= SMALL_BATCH:
-            return self._encode_small(values, blocks)
-        payload = np.empty(positions, _record(blocks, self._bits))
-        scales, codes = _fields(payload)
-        for part in _chunks(positions, blocks):
-            try:
-                scale, code = quantise(values[part].reshape(-1, BLOCK), self._bits, self._rotate)
-            except OverflowError:
-                raise _not_finite(self.name) from None
-            scales[part] = scale.reshape(-1, blocks)
-            codes[part] = pack(code, self._bits).reshape(-1, blocks, codes.shape[2])
-        return payload.tobytes()
+        step = _positions_per_chunk(blocks)
+        if 0 < positions <= step:
+            return self._encode(values, blocks)
+        return b"".join(self._encode(values[start : start + step], blocks) for start in range(0, positions, step))
 
     def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
         self._check_payload(payload, positions, hidden)
         blocks = _blocks(hidden)
-        if 0 < positions * blocks <= SMALL_BATCH and blocks * BLOCK == hidden:
-            return self._decode_small(payload, positions, blocks)
-        scales, codes = _fields(np.frombuffer(payload, _record(blocks, self._bits)))
-        if positions and int(scales.max()) > LARGEST_SCALE:
-            raise self._forged()
-        values = np.empty((positions, blocks * BLOCK), np.float32)
-        for part in _chunks(positions, blocks):
-            code = unpack(codes[part].reshape(-1, codes.shape[2]), self._bits)
-            values[part] = dequantise(scales[part].reshape(-1, 1), code, self._rotate).reshape(-1, blocks * BLOCK)
-        if blocks * BLOCK != hidden:
-            values = values[:, :hidden].copy()
+        step = _positions_per_chunk(blocks)
+        records = np.frombuffer(payload, np.uint8).reshape(positions, self.bytes_per_position(hidden))
+        if 0 < positions <= step and blocks * BLOCK == hidden:
+            return _tensor(self._decode(records, blocks))
+        values = np.empty((positions, hidden), np.float32)
+        for start in range(0, positions, step):
+            values[start : start + step] = self._decode(records[start : start + step], blocks)[:, :hidden]
         return _tensor(values)
 
     # A decode token is on the critical path right after the device has flushed the caches, where every call costs
-    # several microseconds: so few positions go the same way with fewer calls.
+    # several microseconds: so these two make few.
 
-    def _encode_small(self, values: Floats, blocks: int) -> bytes:
+    def _encode(self, values: Floats, blocks: int) -> bytes:
         try:
             scale, code = quantise(values.reshape(-1, BLOCK), self._bits, self._rotate)
         except OverflowError:
@@ -306,16 +293,12 @@ class _BlockInteger(Codec):
         rows = (len(values), -1)
         return np.concatenate((scales.view(np.uint8).reshape(rows), packed.reshape(rows)), axis=1).tobytes()
 
-    def _decode_small(self, payload: bytes | memoryview, positions: int, blocks: int) -> torch.Tensor:
-        records = np.frombuffer(payload, np.uint8).reshape(positions, -1)
+    def _decode(self, records: Bytes, blocks: int) -> Floats:
         scales = records[:, : blocks * SCALE_BYTES].view("<u2").reshape(-1, 1)
         if int(scales.max()) > LARGEST_SCALE:
-            raise self._forged()
-        codes = unpack(records[:, blocks * SCALE_BYTES :].reshape(positions * blocks, -1), self._bits)
-        return _tensor(dequantise(scales, codes, self._rotate).reshape(positions, blocks * BLOCK))
-
-    def _forged(self) -> CodecError:
-        return CodecError(f"the {self.name} payload holds a scale that no sender writes; it is corrupt or forged.")
+            raise CodecError(f"the {self.name} payload holds a scale that no sender writes; it is corrupt or forged.")
+        codes = unpack(records[:, blocks * SCALE_BYTES :].reshape(len(records) * blocks, -1), self._bits)
+        return dequantise(scales, codes, self._rotate).reshape(len(records), blocks * BLOCK)
 
 
 def _rows(hidden: torch.Tensor) -> Floats:
@@ -350,19 +333,8 @@ def _blocks(hidden: int) -> int:
     return -(-hidden // BLOCK)
 
 
-def _chunks(positions: int, blocks: int) -> Iterator[slice]:
-    step = max(1, _BLOCKS_PER_CHUNK // blocks)
-    return (slice(start, start + step) for start in range(0, positions, step))
-
-
-@lru_cache(maxsize=64)
-def _record(blocks: int, bits: int) -> np.dtype[np.void]:
-    return np.dtype([("scales", "<u2", (blocks,)), ("codes", "u1", (blocks, BLOCK * bits // 8))])
-
-
-def _fields(records: npt.NDArray[np.void]) -> tuple[Scales, Bytes]:
-    """Return views of the scales `[positions, blocks]` and the codes `[positions, blocks, bytes]`."""
-    return records["scales"], records["codes"]
+def _positions_per_chunk(blocks: int) -> int:
+    return max(1, _BLOCKS_PER_CHUNK // blocks)
 
 
 def _by_name(codecs: Sequence[Codec]) -> Mapping[str, Codec]:
