@@ -76,7 +76,6 @@ class Directory(SwarmDirectory):
         listen: Sequence[str] | None = None,
         public: Sequence[str] = (),
         identity_path: Path | None = None,
-        verbose: bool = False,
         waiting: Callable[[], None] = lambda: None,
     ) -> Directory:
         """Joins the DHT through any of `initial_peers` (multiaddrs), or begins a new one if there are none.
@@ -84,7 +83,6 @@ class Directory(SwarmDirectory):
         listen: multiaddrs such as `/ip4/0.0.0.0/tcp/0`; None makes a client that stores nothing for others.
         public: multiaddrs that others reach this node by, if not by those of this machine (NAT, containers).
         identity_path: libp2p key that keeps the address of this node the same over restarts; made if absent.
-        verbose: let hivemind and libp2p log.
         waiting: called again and again until the node has started; an error that it raises ends the start.
         Raises DirectoryError if none of `initial_peers` answers within 10 s, AddressInUse if `listen` is taken.
         """
@@ -101,7 +99,7 @@ class Directory(SwarmDirectory):
                 "--join tcp://HOST:PORT?key=... as it prints. Every peer can be joined through so; `splitnet peer` "
                 "without --join begins a swarm without a DHT."
             ) from None
-        logging.getLogger("hivemind").setLevel(logging.INFO if verbose else logging.CRITICAL)
+        logging.getLogger("hivemind").setLevel(logging.CRITICAL)
         directory = cls()
         directory._thread.start()
         atexit.register(directory.close)

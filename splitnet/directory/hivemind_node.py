@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any, Final, cast
 
 from splitnet import process
@@ -64,30 +65,14 @@ class NodeLoop(asyncio.SelectorEventLoop):
         await self.shutdown_default_executor()
 
 
-@dataclass(frozen=True)
-class Hivemind:
-    """The parts of hivemind that are used here; it has no type information."""
-
-    P2P: Any
-    PeerID: Any
-    Multiaddr: Any
-    DHTNode: Any
-    DHTLocalStorage: Any  # as hivemind has it, without bounds
-    stub: Callable[[Any, Any], Any]  # of (P2P, PeerID): what a node can be asked without being a node oneself
-    messages: Any  # of the DHT's protocol
-    dht_id: Callable[[str], Any]  # of a key
-    key_id: Callable[[str], bytes]  # the same in 20 bytes
-    max_skew_s: float  # by which the clocks of two nodes may differ when one joins the other
-
-
 def have_hivemind() -> bool:
     """Whether this process can join a DHT: some systems have no wheel of hivemind."""
     return find_spec("hivemind") is not None
 
 
 @cache
-def import_hivemind() -> Hivemind:
-    """Imports hivemind, once, and mends it."""
+def import_hivemind() -> Any:
+    """Imports hivemind, once, and mends it; returns the parts that are used here, which have no type information."""
     late_package("hivemind")  # the rest of it trains models, and brings scipy
     node, protocol, p2p, messages, routing, storage, values, multiaddr = (  # late: these imports take 0.2 s
         importlib.import_module(f"hivemind.{name}")
@@ -105,17 +90,21 @@ def import_hivemind() -> Hivemind:
     mended.DHTProtocol.serializer = _flat(mended.DHTProtocol.serializer, values.DictionaryDHTValue)
     routing.RoutingTable.add_or_update_node = _few_spares(routing.RoutingTable.add_or_update_node)
     logging.getLogger("asyncio").addFilter(_is_not_about_reaped_children)
-    return Hivemind(
+
+    def key_id(key: str) -> bytes:
+        return routing.DHTID.generate(key).to_bytes()
+
+    return SimpleNamespace(
         P2P=p2p.P2P,
         PeerID=p2p.PeerID,
         Multiaddr=multiaddr.Multiaddr,
         DHTNode=node.DHTNode,
         DHTLocalStorage=unbounded,
-        stub=cast(Any, super(protocol.DHTProtocol, protocol.DHTProtocol)).get_stub,
-        messages=messages,
-        dht_id=routing.DHTID.generate,
-        key_id=lambda key: routing.DHTID.generate(key).to_bytes(),
-        max_skew_s=storage.MAX_DHT_TIME_DISCREPANCY_SECONDS,
+        stub=cast(Any, super(protocol.DHTProtocol, protocol.DHTProtocol)).get_stub,  # of a node that one is not
+        messages=messages,  # of the DHT's protocol
+        dht_id=routing.DHTID.generate,  # of a key
+        key_id=key_id,  # the same in 20 bytes
+        max_skew_s=storage.MAX_DHT_TIME_DISCREPANCY_SECONDS,  # of the clocks of two nodes when one joins the other
     )
 
 

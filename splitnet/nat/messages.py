@@ -134,7 +134,7 @@ class Joined:
     TAG: ClassVar[int] = 10
     token: bytes = wire(blob(TOKEN_BYTES))
     you: str = wire(_address)
-    """Where the stream of who is told comes from, as the helper sees it."""
+    """Where the stream of the receiver of this comes from, as the relay sees it."""
     seen: str = wire(_address)
     """Where the other's stream comes from, as the helper sees it."""
     here: str = wire(_address)
@@ -188,7 +188,7 @@ def pack(message: Message) -> bytes:
 
 
 def unpack(body: bytes) -> Message:
-    """The message in `body`, from anybody. Raises ProtocolError."""
+    """The message in `body`, which may be hostile. Raises ProtocolError."""
     if len(body) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"a message about ways has at most {MAX_MESSAGE_BYTES} bytes, not {len(body)}")
     values = unpack_array(body, most_items=16, most_text=MAX_MESSAGE_BYTES, most_bytes=MAX_MESSAGE_BYTES)

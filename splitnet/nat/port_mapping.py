@@ -1,6 +1,6 @@
 """A port of the router that leads to one of this machine: asked for by NAT-PMP (RFC 6886), or else by UPnP.
 
-What a router says is not believed: who announces such a port has others connect to it first.
+What a router says is not believed: others connect to such a port before it is announced.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from splitnet.errors import SplitnetError
+from splitnet.wire.endpoints import host_and_port
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,6 @@ class Mapped:
     gateway: str = ""
     """IPv4 address of the router; empty for UPnP, which finds it anew."""
 
-    @property
-    def port(self) -> int:
-        return int(self.address.rpartition(":")[2])
-
 
 class PortMapping:
     """Keeps one port of the router for a TCP port of this machine. Every call may take seconds.
@@ -70,7 +67,7 @@ class PortMapping:
 
     def open(self) -> str:
         """Asks for a port, the same one again if there is one; `tcp://IP:port`. Raises MappingError."""
-        wanted = self.mapped.port if self.mapped else self._port
+        wanted = host_and_port(self.mapped.address)[1] if self.mapped else self._port
         self.mapped, seconds = _ask(self._port, wanted)
         self._renew_at = time.monotonic() + max(seconds, LEAST_LEASE_S) / 2
         self.by = self.mapped.by
@@ -91,7 +88,7 @@ class PortMapping:
             if mapped.by == NAT_PMP:
                 _nat_pmp(mapped.gateway, 2, struct.pack("!HHHI", 0, self._port, 0, 0))
             else:
-                _upnp("close", mapped.port)
+                _upnp("close", host_and_port(mapped.address)[1])
 
 
 def look_for_router() -> str:

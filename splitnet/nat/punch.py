@@ -134,7 +134,7 @@ async def punch(
         try:
             with listening(address_of(own), again=True) as listener:
                 while True:
-                    await asyncio.sleep(0)  # or who connects fast enough keeps everything else waiting
+                    await asyncio.sleep(0)  # or a flood of connections would delay everything else
                     sock, name = await loop.sock_accept(listener)
                     if host_and_port(address_of(name))[0] not in hosts or len(running) >= _ACCEPTED_AT_ONCE:
                         sock.close()

@@ -193,7 +193,7 @@ class RelayServer:
                     await asyncio.sleep(1.0)
                     continue
                 self._greet(sock, address_of(name))
-                await asyncio.sleep(0)  # or who connects fast enough keeps everything else waiting
+                await asyncio.sleep(0)  # or a flood of connections would delay everything else
         finally:
             await end_all([*self._served])
 

@@ -135,7 +135,7 @@ async def dial(address: str, timeout_s: float, *, source: tuple[str, int] | None
         source: host and port to connect from; None: any.
 
     Raises:
-        OSError: nobody is there; TimeoutError: nor anybody who says so.
+        OSError: no listener; TimeoutError: no listener and no error reply.
     """
     host, port = host_and_port(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -165,7 +165,7 @@ async def receive(sock: socket.socket, *kinds: type[T]) -> T:
     if not 0 < size <= MAX_MESSAGE_BYTES:
         raise ProtocolError(f"a message about ways has at most {MAX_MESSAGE_BYTES} bytes, not {size}")
     message = unpack(await _exactly(sock, size))
-    await asyncio.sleep(0)  # what is there already is read without a pause: who floods would keep all others waiting
+    await asyncio.sleep(0)  # what is there already is read without a pause: a flood would delay all others
     if isinstance(message, kinds):
         return message
     if isinstance(message, Refused):
@@ -223,7 +223,7 @@ async def copy(
         done += size
         if size == len(buffer) < MOST_BUFFER:
             buffer = memoryview(bytearray(2 * size))
-        await asyncio.sleep(passed(size))  # also for no time: who sends fast enough would keep the others waiting
+        await asyncio.sleep(passed(size))  # also for no time: a fast sender would delay all others
     return done
 
 

@@ -1,7 +1,7 @@
 """Key pairs of peers and clients, the lists of keys that a private swarm accepts, and what each key is granted.
 
 Every process has one Ed25519 key pair that signs its records. The X25519 pair that CurveZMQ wants is derived from it
-(RFC 7748 and RFC 8032 share the curve), so whoever knows a signing key knows which CURVE key to expect on the link.
+(RFC 7748 and RFC 8032 share the curve), so a signing key tells which CURVE key to expect on the link.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class AuthorizedKeys:
     """Which keys may use this peer, as `authorized_keys` of ssh: one key per line, `#` comments, text after the key.
 
     Options (`KeyOptions`) stand before the key or right after it. A line with `anyone` in the place of a key lets
-    strangers in, who come last.
+    strangers in, which come last.
 
     The file is read again when it changes (checked once a second at most). If the new text has an error, the old list
     stays in force and a warning is logged, so that an edit cannot open or close the swarm by accident. For the same

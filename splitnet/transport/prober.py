@@ -113,7 +113,7 @@ class Prober:
         return nonce, future
 
     def pong(self, source: Endpoint, message: Pong) -> None:
-        """Takes in an answer; nobody answers for another."""
+        """Takes in an answer; none answers for another."""
         with self._lock:
             sent = self._sent.get(message.nonce)
             if sent is None or sent.endpoint != source:

@@ -63,9 +63,9 @@ KEY_BYTES = 32
 DIGEST_BYTES = 32
 
 MAX_PART_BYTES = 1 << 20
-"""Of weights in one message."""
+"""Of weights in one message, such as a piece."""
 MAX_WEIGHTS_BYTES = 256 << 20
-"""Of all that a peer tells of weights by one name: of a manifest, as a piece is one part."""
+"""Of weights of one name, such as a manifest."""
 
 Payload = bytes | memoryview
 
