@@ -235,7 +235,7 @@ class PeerRecord:
 
     @classmethod
     def unpack(cls, data: bytes) -> PeerRecord:
-        """The record in `data`, which may be hostile. Raises ProtocolError if malformed, NotAuthorized if badly signed."""
+        """The record in hostile `data`. Raises ProtocolError if malformed, NotAuthorized if badly signed."""
         if len(data) > MAX_RECORD_BYTES:
             raise ProtocolError(f"A peer record has at most {MAX_RECORD_BYTES} bytes, not {len(data)}.")
         envelope = _unpack_array(data)
