@@ -147,7 +147,7 @@ def minutes(count: int, number: int, *, busy: bool) -> None:
             session = IdleSession()
             client.links.register(session)
             for hop in route:
-                client.links.send(hop.endpoint, Open(session.id, 1, MODEL, 0, 1, 1, 0, b"", b"", ""))
+                client.links.send(hop.record.endpoint, Open(session.id, 1, MODEL, 0, 1, 1, 0, b"", b"", ""))
             for minute in range(number):
                 ends += 60.0
                 time.sleep(max(ends - time.monotonic(), 0.0))

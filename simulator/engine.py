@@ -218,7 +218,9 @@ class Driver:
         if session.route is not None and session.route.epoch == epoch:
             return
         planned = [hop.planned for hop in session.machine.hops]
-        session.hops = hops = [(simulation.nodes[device_at(hop.endpoint)], hop.start, hop.end) for hop in planned]
+        session.hops = hops = [
+            (simulation.nodes[device_at(hop.record.endpoint)], hop.start, hop.end) for hop in planned
+        ]
         wires = simulation.traffic.wires(hops, number)
         session.route = Route(number, session.request.positions, epoch, hops, wires)
         stations = [(CLIENT, number), *((node.id, node.number) for node, _, _ in hops), (CLIENT, number)]

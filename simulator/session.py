@@ -319,7 +319,7 @@ class _Searcher:
 
 
 def _named(hop: PlannedHop) -> Hop:
-    return Hop(device_at(hop.endpoint), hop.start, hop.end)
+    return Hop(device_at(hop.record.endpoint), hop.start, hop.end)
 
 
 def _codecs(route: Sequence[PlannedHop]) -> tuple[Codec, ...]:

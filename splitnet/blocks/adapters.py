@@ -7,6 +7,8 @@ Tensors are named by the block of the whole model and what they are there:
     12.prefix_keys                [kv heads, virtual positions, head size]
     12.prefix_values              likewise
 
+`splitnet.hf.adapters` reads them from what PEFT has put on a model.
+
 Low-rank adaptation: Hu et al., "LoRA", arXiv:2106.09685. Prefix: Li and Liang, "Prefix-Tuning", arXiv:2101.00190, and
 Liu et al., "P-Tuning v2", arXiv:2110.07602.
 """

@@ -1,8 +1,8 @@
 """What PEFT has put on a model: the adapter that the peers are to run its blocks with, and prompts that were trained.
 
 A prompt is embeddings before the input, or keys and values before the first position. PEFT hands the latter to a model
-as a cache that holds something already. Here keys and values live on the peers, so they are taken out of the call and
-given to them as an adapter.
+as a cache that holds something already. Here they are taken out of the call and given to the peers as an adapter, as
+`splitnet.blocks.adapters` names its tensors, applies them and writes them into messages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Final, Never
 
@@ -75,15 +75,14 @@ class LocalAdapters:
     def parameters_for(self, prefix: Prefixes) -> dict[str, torch.Tensor]:
         """The tensors of the active adapter as `splitnet.blocks.adapters` names them, connected to what is trained.
 
-        Args:
-            prefix: that of the running call; empty: none.
-
-        Raises:
-            AdapterError: see `check`.
+        prefix: that of the running call. Raises AdapterError: see `check`.
         """
         tensors: dict[str, torch.Tensor] = {}
-        for path, a, b in self._low_rank_pairs():
-            tensors[path + LORA_A], tensors[path + LORA_B] = a, b
+        for path, layer, names in self._active():
+            pairs = [self._pair(path, layer, name) for name in names]
+            if pairs:  # several adapters add up: so does one with all their ranks
+                tensors[path + LORA_A] = torch.cat([a for a, _ in pairs])
+                tensors[path + LORA_B] = torch.cat([b for _, b in pairs], dim=1)
         for block, (keys, values) in enumerate(prefix):
             tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"] = keys, values
         return tensors
@@ -143,13 +142,6 @@ class LocalAdapters:
             if not layer.disable_adapters:
                 yield path, layer, [name for name in layer.active_adapters if name in layer.lora_A]
 
-    def _low_rank_pairs(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        for path, layer, names in self._active():
-            pairs = [self._pair(path, layer, name) for name in names]
-            if pairs:
-                # Several adapters add up: so does one with all their ranks.
-                yield path, torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
-
     @staticmethod
     def _pair(path: str, layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         _check_matrices(path, layer, name)
@@ -171,7 +163,8 @@ def check_config(name: str, config: Any) -> None:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise AdapterError(f"the adapter {name!r} is {kind}, which peers do not run: {_INSTEAD}")
     for field in fields(config):
-        value, usual = getattr(config, field.name), _default(field)
+        usual = field.default if field.default_factory is MISSING else field.default_factory()
+        value = getattr(config, field.name)
         # What is empty is switched off to PEFT, whichever way it is so.
         if field.name not in HARMLESS and value != usual and (value or usual):
             raise AdapterError(
@@ -180,16 +173,8 @@ def check_config(name: str, config: Any) -> None:
             )
 
 
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
-
-
 def _lora_layers(part: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
-    """The layers with LoRA in a part of the outline, by their paths.
-
-    Raises:
-        AdapterError: there is something else.
-    """
+    """The layers with LoRA in a part of the outline, by their paths. Raises AdapterError: there is something else."""
     from peft.tuners.lora import Linear
 
     for name, module in part.named_children():
@@ -236,10 +221,7 @@ def take_prefix(given: dict[str, Any], model: Any) -> Prefixes:
         return ()
     wrapper = _calling_wrapper(model)
     if wrapper is None:
-        raise refuse(
-            name,
-            "is a DynamicCache, and the blocks are remote: leave it out, or use model.new_cache()",
-        )
+        raise refuse(name, "is a DynamicCache, and the blocks are remote: leave it out, or use model.new_cache()")
     _check_prompt(wrapper)
     prefix = prefix_in(given.pop(name))
     given["use_cache"] = False
@@ -331,10 +313,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
 _MODEL = "base_model.model."
 _PLAIN: Final = re.compile(r"[\w.-]+")
-_PAIRS: Final = {
-    ".lora_A.weight": ".lora_B.weight",
-    ".lora_embedding_A": ".lora_embedding_B",
-}
+_PAIRS: Final = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 """Ends of names in the file: of the matrix that the input meets first, and of the other."""
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -435,8 +414,7 @@ def _check_tokens(config: Any, shapes: Shapes) -> None:
 def _name_layers(config: Any, shapes: Shapes, model: nn.Module) -> None:
     """Has a config of LoRA name the layers that have tensors, with their ranks, in the place of patterns.
 
-    Raises:
-        AdapterError: they are not as the config says, or not of this model.
+    Raises AdapterError: they are not as the config says, or not of this model.
     """
     sizes = linear_layers(model)
     for path, module in model.named_modules():

@@ -60,24 +60,10 @@ class AutoModelForSequenceClassification:
             return attached_classifier(checkpoint, swarm, (num_labels, id2label, label2id), chosen)
 
 
-def attach_classifier(
-    checkpoint: Checkpoint,
-    swarm: Swarm,
-    *,
-    num_labels: int | None = None,
-    id2label: Mapping[int, str] | None = None,
-    label2id: Mapping[str, int] | None = None,
-    **options: Any,
-) -> RemoteSequenceClassification:
-    """The classifier on `checkpoint` with its blocks on `swarm`; see `AutoModelForSequenceClassification`."""
-    chosen = ConnectionOptions.of(options, RUNNING, *_LABELS)
-    return attached_classifier(checkpoint, swarm, (num_labels, id2label, label2id), chosen)
-
-
 def attached_classifier(
     checkpoint: Checkpoint, swarm: Swarm, labels: _Labels, options: ConnectionOptions
 ) -> RemoteSequenceClassification:
-    """The same, with options whose device is one that was found."""
+    """The classifier on `checkpoint` with its blocks on `swarm`; options: see `ConnectionOptions.of`."""
     config = copy.deepcopy(checkpoint.config)
     _set_labels(config, *labels)
     blocks = remote_blocks(checkpoint, swarm, stages_of(checkpoint, swarm, options), options)

@@ -303,7 +303,11 @@ class Decoding:
 
     def _turn(self) -> None:
         """Sends what can be sent, and takes in what comes back first."""
-        self._send_windows()
+        window = self._window()
+        if not self._under_way:
+            self._send(self._draft(window.length), whole=window.in_flight == 1)
+        while len(self._under_way) < window.in_flight and (draft := self._draft(window.length)).tokens:
+            self._send(draft)
         sent = self._under_way.popleft()
         began, waited_ms = time.perf_counter(), self._layer.waited_ms
         if sent.exchange is None:
@@ -319,16 +323,6 @@ class Decoding:
             now = time.perf_counter()
             client_ms = sent.sending_ms + (now - began) * 1000 - (self._layer.waited_ms - waited_ms)
             self._drafts.experience.took(sent.ids.shape[1], (now - sent.began) * 1000, client_ms, self._prediction)
-
-    def _send_windows(self) -> None:
-        window = self._window()
-        if not self._under_way:
-            self._send(self._draft(window.length), whole=window.in_flight == 1)
-        while len(self._under_way) < window.in_flight:
-            draft = self._draft(window.length)
-            if not draft.tokens:
-                return
-            self._send(draft)
 
     def _window(self) -> Window:
         """The best window now; where that is to draft nothing, notes a draft to see whether it would be right."""

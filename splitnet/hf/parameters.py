@@ -62,10 +62,7 @@ GENERATION: Mapping[str, str | Refused] = {
 """Of `GenerationConfig`."""
 
 FORWARD: Mapping[str, str | Refused] = {
-    **_all(
-        "input_ids inputs_embeds labels use_cache num_items_in_batch return_dict token_type_ids",
-        HONOURED,
-    ),
+    **_all("input_ids inputs_embeds labels use_cache num_items_in_batch return_dict token_type_ids", HONOURED),
     "logits_to_keep": "as in transformers; with `labels` too, and then the loss is of all positions, part after part",
     "attention_mask": "`[batch, positions]`, without a hole between tokens; with a cache, padding is on the left",
     "position_ids": "those that follow from the mask; others are refused",

@@ -97,21 +97,17 @@ class LinkCodecs:
         times = CODING_MS.get(self._name, CODING_MS[DEFAULT_INT8])
         return (Encoding(self._name, sizes[self._name], *times),)
 
-    def to(self, first: PlannedHop) -> Codec:
-        """Of the link from the client to the first hop."""
-        codec = self._choose(self._swarm.link(None, first.record), first.record.codecs)
-        hidden = self._swarm.facts.hidden_size
-        too_coarse = codec.bytes_per_position(hidden) < EMBEDDINGS.bytes_per_position(hidden)
-        return EMBEDDINGS if self._exact_embeddings and too_coarse else codec
-
-    def after(self, route: Sequence[PlannedHop], index: int) -> Codec:
-        """Of the link behind a hop: to the next one, or from the tail to the client."""
-        record = route[index].record
-        if index + 1 == len(route):
-            return self._choose(self._swarm.link(record, None), record.codecs)
-        following = route[index + 1].record
-        shared = [name for name in record.codecs if name in following.codecs]
-        return self._choose(self._swarm.link(record, following), shared)
+    def along(self, route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
+        """Of the links of a route, from the client to the first hop, and behind each hop."""
+        records, hidden = [hop.record for hop in route], self._swarm.facts.hidden_size
+        first = self._choose(self._swarm.link(None, records[0]), records[0].codecs)
+        if self._exact_embeddings and first.bytes_per_position(hidden) < EMBEDDINGS.bytes_per_position(hidden):
+            first = EMBEDDINGS
+        codecs = [first]
+        for record, following in zip(records, [*records[1:], None], strict=True):
+            shared = [name for name in record.codecs if following is None or name in following.codecs]
+            codecs.append(self._choose(self._swarm.link(record, following), shared))
+        return tuple(codecs)
 
     def _choose(self, link: Link, spoken: Sequence[str]) -> Codec:
         if not self.vary:
@@ -169,7 +165,7 @@ class Routes:
                 present = frozenset[str]()
             return NoRoute(asked.number, error, present, swarm.was_covered)
         self._planned, self._lost = (route, swarm.planner.cost_ms(replace(needs, prompt=0), route)), True
-        return Planned(asked.number, tuple(route), self._codecs_of(route))
+        return Planned(asked.number, tuple(route), self._codecs.along(route))
 
     def step_took(self, elapsed_ms: float, positions: int) -> None:
         """Takes in the time of a decode step that had the route for itself."""
@@ -235,10 +231,7 @@ class Routes:
             current_ms,
             extra={"step_ms": round(new_ms, 1), "former_step_ms": round(current_ms, 1)},
         )
-        return Move(tuple(route), self._codecs_of(route))
-
-    def _codecs_of(self, route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
-        return (self._codecs.to(route[0]), *(self._codecs.after(route, index) for index in range(len(route))))
+        return Move(tuple(route), self._codecs.along(route))
 
 
 @dataclass(slots=True)

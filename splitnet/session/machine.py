@@ -301,7 +301,11 @@ class SessionState:
             case Submit():
                 self._submit(event.requests)
             case Backward():
-                self._go_back(event)
+                for request in event.batch.passes:
+                    self._put_under_way(request)
+                if self.is_open:
+                    event.batch.go_back(event.adapter, self)
+                self._use()
             case Abandon():
                 for number in event.numbers:
                     self._in_flight.pop(number, None)
@@ -325,7 +329,11 @@ class SessionState:
             case Resize():
                 self._resize(event.reservation)
             case UseAdapter():
-                self._use_adapter(event.adapter, event.for_passes)
+                if event.adapter is not self.adapter:
+                    self.adapter, self._for_passes = event.adapter, event.for_passes
+                    self.adapter_version += 1
+                    if self.is_open:
+                        self._load_adapter()
             case Move():
                 self._move(event)
             case Distrust():
@@ -375,13 +383,6 @@ class SessionState:
             self._liveness.heard(self._now)
         self._in_flight[request.number] = request
 
-    def _go_back(self, event: Backward) -> None:
-        for request in event.batch.passes:
-            self._put_under_way(request)
-        if self.is_open:
-            event.batch.go_back(event.adapter, self)
-        self._use()
-
     def _distrust(self, event: Distrust) -> None:
         """Replaces the sender of a useless answer; on a second one all hops involved; on a third the error is real."""
         request, where = event.request, event.source
@@ -411,13 +412,6 @@ class SessionState:
             self.reservation = reservation
             if self.is_open:
                 self._go_on()
-
-    def _use_adapter(self, adapter: Adapter, for_passes: bool) -> None:
-        if adapter is not self.adapter:
-            self.adapter, self._for_passes = adapter, for_passes
-            self.adapter_version += 1
-            if self.is_open:
-                self._load_adapter()
 
     def _move(self, event: Move) -> None:
         if self.is_open and not self._in_flight:
@@ -518,7 +512,7 @@ class SessionState:
         before = {(hop.endpoint, hop.blocks): hop for hop in self.hops if not hop.lost}
         hops: list[RouteHop] = []
         for index, planned in enumerate(route):
-            hop = before.get((planned.endpoint, (planned.start, planned.end)))
+            hop = before.get((planned.record.endpoint, (planned.start, planned.end)))
             hops.append(hop if hop is not None else RouteHop(planned, codecs[index + 1]))
         if self.log is None and codecs:
             self.first_codec = codecs[0]
@@ -635,11 +629,6 @@ class SessionState:
                     )
         self._if_all_answered()
 
-    def _adapter_loaded(self, hop: RouteHop, message: AdapterLoaded) -> None:
-        if message.version == self.adapter_version and self._asked.pop(hop.endpoint, None) is not None:
-            hop.adapter_version = message.version
-            self._if_all_answered()
-
     def _refill(self) -> None:
         """Has the next hops filled; once all are, the route stands."""
         filling: list[RouteHop] = []
@@ -655,14 +644,6 @@ class SessionState:
         self._replays = {replay.number: replay for replay in replays}
         for replay in replays:
             replay.send(self)
-
-    def _replayed(self, replay: ReplayRequest) -> None:
-        del self._replays[replay.number]
-        if not self._replays:
-            for hop in self._filling:
-                hop.filled = True
-            self._filling = []
-            self._refill()
 
     def _stands(self) -> None:
         """The route is whole: what is under way is sent again."""
@@ -774,7 +755,9 @@ class SessionState:
             case Opened():
                 self._opened(hop, message)
             case AdapterLoaded():
-                self._adapter_loaded(hop, message)
+                if message.version == self.adapter_version and self._asked.pop(source, None) is not None:
+                    hop.adapter_version = message.version
+                    self._if_all_answered()
             case Result() if message.end != self.blocks[1] and len(message.payload):
                 self._relay(hop, message)
             case Gradient() if message.boundary != self.blocks[0]:
@@ -805,7 +788,12 @@ class SessionState:
         if isinstance(request, StepRequest) and isinstance(message, Result):
             self.timings = message.timings
         if isinstance(request, ReplayRequest):
-            self._replayed(request)
+            del self._replays[number]
+            if not self._replays:
+                for each in self._filling:
+                    each.filled = True
+                self._filling = []
+                self._refill()
         elif request.done:
             self._in_flight = {number: each for number, each in self._in_flight.items() if not each.done}
             self._faults = _Faults()

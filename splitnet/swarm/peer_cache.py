@@ -178,7 +178,8 @@ class PeerCache:
                 self._directory.rest()
             self._silent = False
         except DirectoryError as error:
-            self._keep(self._still_counts)
+            now, up = time.time(), LinkState.UP
+            self._keep(lambda each: self._void_at(each) > now or self._links.state(each.endpoint) is up)
             if not self._records:
                 self._silent = False
                 raise
@@ -238,11 +239,7 @@ class PeerCache:
         return list({record.key: record for record in (*likely, *new, *rest)}.values())[:LISTED]
 
     def _hear_from(
-        self,
-        asked: Sequence[Endpoint],
-        listed: Sequence[PeerRecord],
-        since: float,
-        others: Sequence[Endpoint] = (),
+        self, asked: Sequence[Endpoint], listed: Sequence[PeerRecord], since: float, others: Sequence[Endpoint] = ()
     ) -> list[Changes]:
         """The answers of these peers, see `PeerDirectory.changes`."""
         assert self._peers is not None
@@ -306,9 +303,6 @@ class PeerCache:
     def _void_at(self, record: PeerRecord) -> float:
         """Until when a record counts, by itself or by later confirmations of its peer; Unix time in seconds."""
         return max(record.expires_at, self._heard_at.get(record.key, 0.0) + record.ttl_s)
-
-    def _still_counts(self, record: PeerRecord) -> bool:
-        return self._void_at(record) > time.time() or self._links.state(record.endpoint) is LinkState.UP
 
     def _explain_none(self) -> None:
         others = sorted({name for key, name in self._directory.models().items() if key != self._fingerprint})

@@ -16,7 +16,6 @@ from scheduler.route import NoRoute, best_route
 from splitnet.directory.record import PeerRecord, facts_of, places_of
 from splitnet.errors import CoverageError, OtherWeights, PeerBusy, SplitnetError
 from splitnet.swarm.measure import Latest, Measurements
-from splitnet.wire.endpoints import Endpoint
 
 EXACT_PEERS = LIMIT
 """Among more peers than this the search is over the likeliest ones."""
@@ -36,10 +35,6 @@ class PlannedHop:
     record: PeerRecord
     start: int
     end: int
-
-    @property
-    def endpoint(self) -> Endpoint:
-        return self.record.endpoint
 
     @property
     def name(self) -> str:
@@ -192,7 +187,9 @@ class Planner:
             peers = [_with_room(peer, needs, holders) for peer in self._measurements.peers(records)]
         if alike:
             peers = [replace(peer, start=alike[peer.id][0], end=alike[peer.id][1]) for peer in peers]
-        network = self._measurements.network(_with_ends(records, ends))
+        names = {record.key.text for record in records}
+        beyond = [end for end in ends if end is not None and end.key.text not in names]
+        network = self._measurements.network([*records, *beyond])
         try:
             route = best_route(
                 peers,
@@ -360,11 +357,6 @@ def _with_room(peer: Peer, needs: Needs, holders: Collection[str]) -> Peer:
 def _names(ends: Ends) -> tuple[str, str]:
     before, after = ends
     return before.key.text if before else CLIENT, after.key.text if after else CLIENT
-
-
-def _with_ends(records: Sequence[PeerRecord], ends: Ends) -> list[PeerRecord]:
-    names = {record.key.text for record in records}
-    return [*records, *(end for end in ends if end is not None and end.key.text not in names)]
 
 
 def peer_command(model: str, way: Sequence[str], start: int, end: int) -> str:

@@ -312,7 +312,7 @@ class _Searcher:
             raise
         own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
         # To unreachable peers a way may have to be found first.
-        newcomers = [hop.name for hop in route if hop.name not in holders and not hop.endpoint.hidden]
+        newcomers = [hop.name for hop in route if hop.name not in holders and not hop.record.endpoint.hidden]
         return Found(route, _names(self.swarm.measurements.unprobed(own)), newcomers)
 
     def measure(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:

@@ -33,14 +33,7 @@ class PeerAnswer:
 
 
 class PeerLinks:
-    """Links as a client has them, within a `with`.
-
-    Args:
-        identity: the key to show.
-
-    Attributes:
-        prober: asks peers for signs of life.
-    """
+    """Links as a client has them, within a `with`. identity: the key to show. prober: asks peers for signs of life."""
 
     def __init__(self, identity: Identity) -> None:
         self._changed = threading.Condition()

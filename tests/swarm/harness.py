@@ -15,11 +15,12 @@ from peers.server import Peer
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
-from splitnet.hf.classifier import RemoteSequenceClassification, attach_classifier
+from splitnet.hf.classifier import RemoteSequenceClassification, attached_classifier
 from splitnet.security.identity import Identity
 from splitnet.session.events import Cause, Recovered
 from splitnet.session.inference import Session
 from splitnet.session.local import MixedSession
+from splitnet.session.options import RUNNING, ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from tests.leftovers import outliving_tests
 
@@ -116,7 +117,9 @@ class LocalSwarm:
 
     def classifier(self, codec: str = "none", **options: Any) -> RemoteSequenceClassification:
         """A model for sequence classification whose blocks are on these peers."""
-        return attach_classifier(Checkpoint.open(self.folder), self.client, codec=codec, **options)
+        labels = options.pop("num_labels", None), options.pop("id2label", None), options.pop("label2id", None)
+        chosen = ConnectionOptions.of({"codec": codec, **options}, RUNNING)
+        return attached_classifier(Checkpoint.open(self.folder), self.client, labels, chosen)
 
     @contextmanager
     def _using_node(self) -> Iterator[None]:

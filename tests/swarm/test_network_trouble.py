@@ -142,7 +142,7 @@ def test_a_route_through_a_part_of_the_network_that_has_stopped_is_left_before_i
         if not routes:  # all of them at once
             asked.clear()
             for hop in answer.route:
-                network.at(hop.endpoint.address).hold()
+                network.at(hop.record.endpoint.address).hold()
         routes.append({hop.name for hop in answer.route})
         return answer
 

@@ -633,7 +633,7 @@ class World:
         ]
         route = self._route(list(asked.kept), usable)
         if route is None and asked.kept:
-            kept = [self.at(hop.endpoint) for hop in asked.kept]
+            kept = [self.at(hop.record.endpoint) for hop in asked.kept]
             route = self._route([], [*usable, *[peer for peer in kept if peer not in usable]])
             route = [next((hop for hop in asked.kept if hop == new), new) for new in route] if route else None
         if route is None:

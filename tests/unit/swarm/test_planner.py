@@ -152,7 +152,7 @@ class Facts:
         return self.best
 
     def routes(self, *, any_weights: bool = False) -> Routes:
-        codecs: Any = SimpleNamespace(to=lambda hop: None, after=lambda route, index: None)
+        codecs: Any = SimpleNamespace(along=lambda route: ())
         return Routes(self, codecs, (0, 6), any_weights=any_weights)  # pyright: ignore[reportArgumentType]
 
     def look(self, routes: Routes, hops: list[PlannedHop], news: int = 1, needs: Needs = NEEDS) -> Move | None:
