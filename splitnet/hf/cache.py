@@ -317,11 +317,6 @@ class CachedSession:
         self._changes = self.cache.remote.changes
         self._tokens = tokens if follows else None
 
-    def begin_anew(self) -> None:
-        """For a loop that does not ask what is held."""
-        self._tokens = None
-        self.cache.remote.reset()
-
 
 def _shared(held: torch.Tensor, new: torch.Tensor) -> int:
     """How many tokens two texts begin with in common."""

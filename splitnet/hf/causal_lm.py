@@ -190,7 +190,8 @@ class RemoteCausalLM(RemoteModel):
         cache = kept_session.cache if kept_session else self.new_cache()
         given["cache"] = cache
         if kept_session and given.get("custom_generate") is not None:
-            kept_session.begin_anew()
+            kept_session.remember(None)  # such a loop does not ask what is held
+            cache.remote.reset()
         prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
         new_tokens = given.get("max_new_tokens")
         if prompt is not None and isinstance(new_tokens, int):

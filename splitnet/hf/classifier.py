@@ -133,18 +133,11 @@ class RemoteSequenceClassification(RemoteModel):
 def _padding_first(
     embeddings: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows with all of their padding before the first token.
+    """Embeddings `[batch, seq, hidden]`, mask `[batch, seq]` and positions with all padding before the first token.
 
     Of embeddings, which do not tell what is padding, transformers takes the last column; and PEFT puts a trained prompt
-    into the first columns, before padding on the left.
-
-    Args:
-        embeddings: `[batch, seq, hidden]`.
-        mask: `[batch, seq]`.
-        positions: `[batch or 1, seq]`; None: they are counted without the padding.
-
-    Returns:
-        embeddings, mask and positions, with `batch` rows each.
+    into the first columns, before padding on the left. positions: `[batch or 1, seq]`; None: they are counted without
+    the padding.
     """
     order = mask.bool().to(torch.uint8).argsort(dim=1, stable=True)
     mask = mask.gather(1, order)
@@ -161,11 +154,7 @@ def _set_labels(
     id2label: Mapping[int, str] | None,
     label2id: Mapping[str, int] | None,
 ) -> None:
-    """Puts labels into a config; names that are given in one direction hold in the other.
-
-    Raises:
-        ValueError: they contradict each other.
-    """
+    """Puts labels into a config; names in one direction hold in the other. Raises ValueError: they contradict."""
     if id2label is None and label2id is None:
         if num_labels is not None:
             config.num_labels = num_labels

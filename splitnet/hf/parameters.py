@@ -114,11 +114,9 @@ class Request:
 
 
 def check_forward(given: Mapping[str, Any], config: Any, explicit: Iterable[str]) -> None:
-    """The same of what a backbone is called with.
+    """The same for a call of a backbone.
 
-    Args:
-        config: of the model, which has the defaults of some.
-        explicit: names in the signature of the backbone.
+    config: of the model, with defaults of some parameters. explicit: names in the signature of the backbone.
     """
     for name, value in given.items():
         if value is None or name in _LEFT_BY_GENERATE:
@@ -159,7 +157,7 @@ def mask_of(given: Any, batch: int, columns: int) -> torch.Tensor:
 
 
 def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) -> None:
-    """Refuses positions other than those that the peers count: of what is not padding, one after the other.
+    """Refuses positions other than those that the peers count: one after the other, without padding.
 
     Args:
         positions: `[..., batch or 1, new]`; None: those that follow from the mask.
@@ -199,9 +197,7 @@ def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) 
 def reach_of(positions: Any, columns: int, ropes: RopeLengths, least: int = 0) -> int:
     """What transformers takes for the length of a text in a call, for `splitnet.wire.messages.Step.reach`.
 
-    Args:
-        positions: as in `check_positions`. columns: that the text then has, with padding and prefix.
-        least: what it has in any case.
+    positions: as in `check_positions`. columns: that the text then has, with padding and prefix. least: of the text.
     """
     if not ropes.matter:
         return 0

@@ -203,10 +203,6 @@ class RemoteModel(PreTrainedModel):
         # PEFT looks for the embeddings under this name, and then for a parameter of their size; codes are none.
         return self.get_input_embeddings() if target == "embeddings.word_embeddings" else super().get_submodule(target)
 
-    def _get_name(self) -> str:
-        # transformers' Trainer looks it up among those it knows, to tell how labels belong to positions.
-        return self.transformers_class.__name__
-
     def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
         prefix = take_prefix(given, self)
         with self._blocks.calling(prefix=prefix, keep=self._kept_positions(given)):
@@ -284,7 +280,8 @@ def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) 
         source: hub id or folder of the checkpoint; PEFT notes it in the adapters that it saves.
     """
     original = type(model)
-    members = {"transformers_class": original}
+    # transformers' Trainer looks its name up among those it knows, to tell how labels belong to positions.
+    members = {"transformers_class": original, "_get_name": lambda _: original.__name__}
     model.__class__ = type(f"Remote{original.__name__}", (remote_class, original), members)
     assert isinstance(model, remote_class)
     model.name_or_path = model.config._name_or_path = public_name(source)

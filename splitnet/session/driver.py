@@ -20,27 +20,8 @@ from scheduler.facts import Link
 from scheduler.liveness import ANSWER_S, ANSWER_TRIPS, FIRST_TRIPS, UPLINK_QUEUE_S, Alive
 from scheduler.replan import RouteWatch, changed_hops
 from splitnet.errors import CoverageError, NotAuthorized, PeerBusy, SessionClosed, SplitnetError
-from splitnet.session.events import (
-    Abandon,
-    AskAlive,
-    AskRoute,
-    Ban,
-    Close,
-    Effect,
-    Event,
-    LinkFailed,
-    Move,
-    NoRoute,
-    Note,
-    Phase,
-    Planned,
-    Received,
-    Recovered,
-    Send,
-    Tick,
-    Unban,
-    Use,
-)
+from splitnet.session import events
+from splitnet.session.events import Phase, Recovered
 from splitnet.session.failover import RouteHop
 from splitnet.session.machine import SessionState
 from splitnet.session.options import ConnectionOptions
@@ -141,7 +122,7 @@ class Routes:
         self._planned: tuple[list[PlannedHop], float] = [], 0.0
         """The latest plan, with the time of a step as it was predicted then, in ms."""
 
-    def answer(self, asked: AskRoute, needs: Needs) -> Planned | NoRoute:
+    def answer(self, asked: events.AskRoute, needs: Needs) -> events.Planned | events.NoRoute:
         """The route that was asked for, or why there is none."""
         swarm = self._swarm
 
@@ -163,9 +144,9 @@ class Routes:
                 present = frozenset(record.key.text for record in swarm.peers())
             except SplitnetError:
                 present = frozenset[str]()
-            return NoRoute(asked.number, error, present, swarm.was_covered)
+            return events.NoRoute(asked.number, error, present, swarm.was_covered)
         self._planned, self._lost = (route, swarm.planner.cost_ms(replace(needs, prompt=0), route)), True
-        return Planned(asked.number, tuple(route), self._codecs.along(route))
+        return events.Planned(asked.number, tuple(route), self._codecs.along(route))
 
     def step_took(self, elapsed_ms: float, positions: int) -> None:
         """Takes in the time of a decode step that had the route for itself."""
@@ -175,7 +156,7 @@ class Routes:
 
     def better(
         self, hops: Sequence[PlannedHop], needs_now: Callable[[], Needs], cached: int, steps_left: int
-    ) -> Move | None:
+    ) -> events.Move | None:
         """A route that pays for the move from `hops`, if there is a reason to look for one and it exists.
 
         Args:
@@ -231,7 +212,7 @@ class Routes:
             current_ms,
             extra={"step_ms": round(new_ms, 1), "former_step_ms": round(current_ms, 1)},
         )
-        return Move(tuple(route), self._codecs.along(route))
+        return events.Move(tuple(route), self._codecs.along(route))
 
 
 @dataclass(slots=True)
@@ -304,8 +285,8 @@ class SessionDriver:
         self._energy_slowdown = energy_slowdown
         self._prompt = 0
         self._routes = Routes(swarm, codecs, self.state.blocks, any_weights=any_weights)
-        self._events: deque[Event] = deque()
-        self._asked: deque[AskRoute] = deque(maxlen=1)
+        self._events: deque[events.Event] = deque()
+        self._asked: deque[events.AskRoute] = deque(maxlen=1)
         """The route to be planned, if there is one: filled by any thread, emptied by the one that waits."""
         self._handling = threading.RLock()
         self._is_handling = False
@@ -360,14 +341,14 @@ class SessionDriver:
         if self.state.is_open:
             return
         self._prompt = 0 if self.state.hops else prompt
-        self.feed(Use())
+        self.feed(events.Use())
         self._wait(lambda: self.state.is_settled)
         self._raise_if_broken()
 
     def close(self) -> None:
         """Frees the memory on all hops; from any thread. A thread that uses the session gets `SessionClosed`."""
         self._swarm.links.unregister(self)
-        self.feed(Close())
+        self.feed(events.Close())
 
     def close_later(self) -> None:
         """Has another thread do so within a second; for finalizers, see `Links.close_later`."""
@@ -376,13 +357,13 @@ class SessionDriver:
     def deliver(self, source: Endpoint, message: Message) -> None:
         """Takes a message from the transport's thread."""
         self.traffic.bytes_received += len(getattr(message, "payload", b""))
-        self.feed(Received(source, message))
+        self.feed(events.Received(source, message))
 
     def link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None:
         """Takes from the transport's thread that a link of the client is lost or refused."""
-        self.feed(LinkFailed(endpoint, error))
+        self.feed(events.LinkFailed(endpoint, error))
 
-    def feed(self, event: Event) -> None:
+    def feed(self, event: events.Event) -> None:
         """Has the machine handle an event, and does what follows from it; from any thread."""
         self._events.append(event)
         with self._handling:
@@ -411,27 +392,27 @@ class SessionDriver:
     def _wants_prediction(self) -> bool:
         return self.state.phase is Phase.REPLAYING and not self.state.chunk_ms
 
-    def _perform(self, effect: Effect) -> None:
+    def _perform(self, effect: events.Effect) -> None:
         swarm = self._swarm
         match effect:
-            case Send(endpoint, message):
+            case events.Send(endpoint, message):
                 if isinstance(message, Open) and (state := swarm.links.state(endpoint)).is_final:
-                    self._events.append(LinkFailed(endpoint, refusal(endpoint, state)))
+                    self._events.append(events.LinkFailed(endpoint, refusal(endpoint, state)))
                 else:
                     self.traffic.bytes_sent += swarm.links.send(endpoint, message)
-            case AskAlive(endpoint):
+            case events.AskAlive(endpoint):
                 links, before = swarm.links, self._unanswered.get(endpoint)
                 now = time.perf_counter()
                 first_at = before.first_at if before is not None and now - before.at < UPLINK_QUEUE_S else now
                 self._unanswered[endpoint] = _Asked(first_at, now, links.traffic(endpoint), links.queues())
                 swarm.ping(endpoint, self.id).add_done_callback(lambda pong: self._alive(endpoint, pong))
-            case AskRoute():
+            case events.AskRoute():
                 self._asked.append(effect)
-            case Ban(name, leaves):
+            case events.Ban(name, leaves):
                 swarm.ban(name, leaves=leaves)
-            case Unban(name):
+            case events.Unban(name):
                 swarm.bans.lift(name)
-            case Note(kind, text, peer):
+            case events.Note(kind, text, peer):
                 log.log(
                     logging.WARNING if kind in ("lost", "failed", "weights") else logging.INFO,
                     "%s",
@@ -467,7 +448,7 @@ class SessionDriver:
                 except queue.Empty:
                     for endpoint in self._late():
                         self.feed(Alive(endpoint, 0.0, late=True))
-                    self.feed(Tick())
+                    self.feed(events.Tick())
         finally:
             self._until = None
 
@@ -514,7 +495,7 @@ class SessionDriver:
                 if request.error is not None:
                     raise request.error
         except BaseException:
-            self.feed(Abandon(tuple(request.number for request in requests)))
+            self.feed(events.Abandon(tuple(request.number for request in requests)))
             raise
 
     def _raise_if_broken(self) -> None:

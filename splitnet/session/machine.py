@@ -49,34 +49,8 @@ from splitnet.errors import (
     SplitnetError,
     WrongSwarm,
 )
-from splitnet.session.events import (
-    TRANSITIONS,
-    Abandon,
-    AskAlive,
-    AskRoute,
-    Backward,
-    Ban,
-    Cause,
-    Close,
-    Distrust,
-    Effect,
-    Event,
-    LinkFailed,
-    Move,
-    NoRoute,
-    Note,
-    Phase,
-    Planned,
-    Received,
-    Recovered,
-    Resize,
-    Send,
-    Submit,
-    Tick,
-    Unban,
-    Use,
-    UseAdapter,
-)
+from splitnet.session import events
+from splitnet.session.events import TRANSITIONS, Cause, Phase, Recovered
 from splitnet.session.failover import PeerSilent, RouteHop, RouteSetup, cause_of, next_refill
 from splitnet.session.requests import ReplayRequest, Request, StepRequest, check_beside, most_bytes, undone_by
 from splitnet.swarm.plan import ALIKE_AGAIN, HeldBlocks, PlannedHop, blocks_text
@@ -88,6 +62,7 @@ from splitnet.wire.log import SentLog
 from splitnet.wire.messages import Adapter as AdapterMessage
 from splitnet.wire.messages import (
     AdapterLoaded,
+    Close,
     Failure,
     FailureCode,
     Gradient,
@@ -98,7 +73,6 @@ from splitnet.wire.messages import (
     Step,
     Timing,
 )
-from splitnet.wire.messages import Close as CloseMessage
 
 POLL_S = 0.5
 """Between two plans where no peer serves some blocks."""
@@ -207,7 +181,7 @@ class SessionState:
         self._answer_s = answer_s
         self.next_number = itertools.count(1).__next__
         self._now = 0.0
-        self._effects: list[Effect] = []
+        self._effects: list[events.Effect] = []
         self._in_flight: dict[int, Request] = {}
         self._faults = _Faults()
         self._liveness = Liveness(answer_s)
@@ -288,57 +262,57 @@ class SessionState:
 
     def send(self, endpoint: Endpoint, message: Message) -> None:
         """Has a message sent; for requests."""
-        self._effects.append(Send(endpoint, message))
+        self._effects.append(events.Send(endpoint, message))
 
-    def handle(self, event: Event, now: float) -> list[Effect]:
+    def handle(self, event: events.Event, now: float) -> list[events.Effect]:
         """Takes in an event, and returns what is to be done, in order. now: seconds of a clock that never goes back."""
         self._now, self._effects = now, []
         match event:
             case _ if self.phase is Phase.CLOSED:
                 pass
-            case Received():
+            case events.Received():
                 self._received(event.source, event.message)
-            case Submit():
+            case events.Submit():
                 self._submit(event.requests)
-            case Backward():
+            case events.Backward():
                 for request in event.batch.passes:
                     self._put_under_way(request)
                 if self.is_open:
                     event.batch.go_back(event.adapter, self)
                 self._use()
-            case Abandon():
+            case events.Abandon():
                 for number in event.numbers:
                     self._in_flight.pop(number, None)
-            case Use():
+            case events.Use():
                 self._use()
-            case Tick():
+            case events.Tick():
                 self._tick()
             case Alive():
                 if event.late:
                     self._wait_longer(event.endpoint)
                 elif (name := self._silenced.pop(event.endpoint, None)) is not None:
-                    self._effects.append(Unban(name))  # it was not dead, but far away
+                    self._effects.append(events.Unban(name))  # it was not dead, but far away
                 if self._liveness.answered(event):
                     self._judge()
-            case LinkFailed():
+            case events.LinkFailed():
                 self._link_failed(event.endpoint, event.error)
-            case Planned():
+            case events.Planned():
                 self._planned(event)
-            case NoRoute():
+            case events.NoRoute():
                 self._no_route(event)
-            case Resize():
+            case events.Resize():
                 self._resize(event.reservation)
-            case UseAdapter():
+            case events.UseAdapter():
                 if event.adapter is not self.adapter:
                     self.adapter, self._for_passes = event.adapter, event.for_passes
                     self.adapter_version += 1
                     if self.is_open:
                         self._load_adapter()
-            case Move():
+            case events.Move():
                 self._move(event)
-            case Distrust():
+            case events.Distrust():
                 self._distrust(event)
-            case Close():
+            case events.Close():
                 self._close()
         return self._effects
 
@@ -383,7 +357,7 @@ class SessionState:
             self._liveness.heard(self._now)
         self._in_flight[request.number] = request
 
-    def _distrust(self, event: Distrust) -> None:
+    def _distrust(self, event: events.Distrust) -> None:
         """Replaces the sender of a useless answer; on a second one all hops involved; on a third the error is real."""
         request, where = event.request, event.source
         request.result = None
@@ -413,7 +387,7 @@ class SessionState:
             if self.is_open:
                 self._go_on()
 
-    def _move(self, event: Move) -> None:
+    def _move(self, event: events.Move) -> None:
         if self.is_open and not self._in_flight:
             setup = self._begin_setup()
             setup.cause = Cause.BETTER_ROUTE
@@ -476,9 +450,9 @@ class SessionState:
         setup.question, setup.retry_at = self.next_number(), math.inf
         kept = tuple(hop.planned for hop in self.hops if not hop.lost)
         self._enter(Phase.PLANNING)
-        self._effects.append(AskRoute(setup.question, kept, frozenset(setup.excluded), fresh, unban))
+        self._effects.append(events.AskRoute(setup.question, kept, frozenset(setup.excluded), fresh, unban))
 
-    def _planned(self, event: Planned) -> None:
+    def _planned(self, event: events.Planned) -> None:
         setup = self._setup
         if setup is None or setup.question != event.number or self.phase is not Phase.PLANNING:
             return
@@ -492,7 +466,7 @@ class SessionState:
         else:
             self._ask_route(fresh=True, unban=False)
 
-    def _no_route(self, event: NoRoute) -> None:
+    def _no_route(self, event: events.NoRoute) -> None:
         setup = self._setup
         if setup is None or setup.question != event.number or self.phase is not Phase.PLANNING:
             return
@@ -691,7 +665,7 @@ class SessionState:
             self._silenced[endpoint] = hop.name
         setup.refuse(hop.name, error)
         if not isinstance(error, _NOT_BANNED):
-            self._effects.append(Ban(hop.name, isinstance(error, PeerLeaving)))
+            self._effects.append(events.Ban(hop.name, isinstance(error, PeerLeaving)))
         if setup.repairs:
             setup.reasons.append(str(error))
             self._note("lost", f"{error}: another peer takes its place", hop.name)
@@ -701,7 +675,7 @@ class SessionState:
     def _leave(self, endpoint: Endpoint) -> None:
         """Has a peer forget the session."""
         if self._members.pop(endpoint, None) is not None:
-            self.send(endpoint, CloseMessage(self.session))
+            self.send(endpoint, Close(self.session))
 
     def _fail(self, error: SplitnetError) -> None:
         """There is no route for now: what waits gets the error."""
@@ -710,7 +684,7 @@ class SessionState:
             self._note("failed", f"a route could not be repaired: {error}")
         for name, refused in setup.refused.items() if setup is not None else ():
             if not isinstance(refused, PeerLost):  # it may have been right, as nothing else did better
-                self._effects.append(Unban(name))
+                self._effects.append(events.Unban(name))
         self._end_requests(error)
         self._enter(Phase.BROKEN)
 
@@ -736,7 +710,7 @@ class SessionState:
         return next((hop for hop in self.hops if hop.endpoint == endpoint and not hop.lost), None)
 
     def _note(self, kind: Kind, text: str, peer: str = "") -> None:
-        self._effects.append(Note(kind, text, peer))
+        self._effects.append(events.Note(kind, text, peer))
 
     def _enter(self, phase: Phase) -> None:
         if phase is not self.phase:
@@ -959,7 +933,7 @@ class SessionState:
             elif not self._liveness.asking and self._now >= self._liveness.wake_at(self._silence_s):
                 asked = self._opening or self.endpoints()
                 self._liveness.ask(asked, self._now)
-                self._effects += [AskAlive(endpoint) for endpoint in asked]
+                self._effects += [events.AskAlive(endpoint) for endpoint in asked]
 
     def _wait_longer(self, endpoint: Endpoint) -> None:
         """An `Open` waits behind what else goes over the link."""

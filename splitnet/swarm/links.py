@@ -71,6 +71,7 @@ class Links:
     Attributes:
         prober: asks peers for signs of life.
         tunnels: know how each peer is reached.
+        pool: knows which links are in use.
         on_answer: takes in what answers a question that belongs to no session, see `splitnet.directory.ask`.
     """
 
@@ -94,24 +95,17 @@ class Links:
             max_backlog=None,
             tunnels=self.tunnels,
         )
-        self._pool = LinkPool(
-            self._transport, most=most, keep_unreached_s=KEEP_UNREACHED_S, keep_unused_s=keep_unused_s
-        )
+        self.pool = LinkPool(self._transport, most=most, keep_unreached_s=KEEP_UNREACHED_S, keep_unused_s=keep_unused_s)
         self.prober = Prober(self.send, self._transport.is_taken)
         self._transport.start()
 
     def __len__(self) -> int:
-        return len(self._pool)
+        return len(self.pool)
 
     @property
     def has_sessions(self) -> bool:
         """Whether a session is registered."""
         return bool(self._sessions)
-
-    @property
-    def in_use(self) -> list[Endpoint]:
-        """Peers of the registered sessions."""
-        return self._pool.in_use
 
     def close(self) -> None:
         """Closes all sessions and links."""
@@ -135,7 +129,7 @@ class Links:
             self._sessions.pop(session.id, None)
             used = self._used.pop(session.id, set())
         for endpoint in used:
-            self._pool.release(endpoint)
+            self.pool.release(endpoint)
 
     def close_later(self, session: Subscriber) -> None:
         """Has another thread close a session within a second. The collector of garbage may call it at any moment."""
@@ -158,7 +152,7 @@ class Links:
 
     def state(self, endpoint: Endpoint) -> LinkState:
         """State of the link to a peer; of a closed one that had failed, for a minute, how it had failed."""
-        return self._pool.state(endpoint)
+        return self.pool.state(endpoint)
 
     def is_connecting(self, endpoint: Endpoint) -> bool:
         """Whether somebody has taken the connection, and the handshake is under way."""
@@ -189,12 +183,12 @@ class Links:
             with self._lock:
                 if isinstance(message, Close) and endpoint in used:
                     used.remove(endpoint)
-                    self._pool.release(endpoint)
+                    self.pool.release(endpoint)
                 elif isinstance(message, Open) and message.session in self._used and endpoint not in used:
-                    if not self._pool.acquire(endpoint):
+                    if not self.pool.acquire(endpoint):
                         return False
                     used.add(endpoint)
-        return endpoint in used or self._pool.touch(endpoint)
+        return endpoint in used or self.pool.touch(endpoint)
 
     def _tick(self) -> None:
         while True:
@@ -206,7 +200,7 @@ class Links:
                 session.close()
             except Exception:
                 log.exception("a session could not be closed")
-        self._pool.tick(time.monotonic())
+        self.pool.tick(time.monotonic())
 
     def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
         if not isinstance(source, Endpoint):

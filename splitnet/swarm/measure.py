@@ -470,7 +470,7 @@ class Measurer:
             try:
                 records = self._known.look(fresh=self._known.is_old)
                 if has_sessions:
-                    used = self._links.in_use
+                    used = self._links.pool.in_use
                     self.look_at([record for record in self._measurements.stale(records) if record.endpoint in used])
                     self.measure(suspects, again_s=self._suspects_probed_s)
                     stale = self._measurements.stale(records)

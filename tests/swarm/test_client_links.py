@@ -65,7 +65,7 @@ def test_peers_that_are_measured_tell_how_busy_they_are(swarm: LocalSwarm) -> No
     model.generate(**prompt(), **GREEDY)
     records = model.swarm.peers()
     model.swarm.measurer.look_at(records)
-    told = [model.swarm.links.prober.load(record.endpoint) for record in records]
+    told = [model.swarm.links.prober.loads.get(record.endpoint) for record in records]
     assert all(load and load.at >= record.issued_at for load, record in zip(told, records, strict=True))
     assert sum(load.wait_ms > 0 for load in told if load) >= len(SPANS), "these have just computed"
 

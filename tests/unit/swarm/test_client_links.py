@@ -81,12 +81,12 @@ def test_what_a_session_opened_is_in_use_until_it_closes_it(links: Links) -> Non
     for session in (first, second):
         session.open(peer())
         session.open(peer())
-    assert links._pool.in_use == [peer()]
+    assert links.pool.in_use == [peer()]
     links.send(peer(), Close(first.id))
     links.send(peer(), Close(first.id))
-    assert links._pool.in_use == [peer()]
+    assert links.pool.in_use == [peer()]
     second.close()
-    assert links._pool.in_use == []
+    assert links.pool.in_use == []
     assert open_links(links) == {peer()}, "the next session finds it open"
 
 
@@ -95,7 +95,7 @@ def test_a_session_that_is_over_uses_no_link(links: Links) -> None:
     session.close()
     session.open(peer())
     links.send(peer(), Close(session.id))
-    assert links._pool.in_use == []
+    assert links.pool.in_use == []
 
 
 def test_links_that_no_session_uses_make_room(links: Links) -> None:
@@ -135,7 +135,7 @@ def test_a_link_that_was_lost_is_closed_and_remembered(links: Links, monkeypatch
     session.open(peer())
     assert isinstance(session.failures.get(timeout=WAIT_S)[1], PeerLost)
     session.close()
-    links._pool._keep_unreached_s = 0.1
+    links.pool._keep_unreached_s = 0.1
     assert any(not open_links(links) for _ in range(50))
     assert links.state(peer()) is LinkState.DOWN
 
@@ -156,7 +156,7 @@ def test_a_thousand_peers_that_come_and_go_take_few_descriptors() -> None:
 
 def test_a_session_is_closed_later_while_its_thread_holds_a_lock_of_the_transport(links: Links) -> None:
     session = FakeSession(links)
-    with links._transport._outbox.lock, links._lock, links._pool._lock:  # as where the collector of garbage comes in
+    with links._transport._outbox.lock, links._lock, links.pool._lock:  # as where the collector of garbage comes in
         links.close_later(session)
     assert session.closed.wait(WAIT_S)
 

@@ -179,16 +179,16 @@ def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch
         tried = {peer.endpoint: peer for peer in gone}
         swarm.measurements.links_measured(tried, {})
         route, pings = asked(everyone)
-        assert sorted(pings, key=str) == sorted([hop.record.endpoint for hop in route for _ in range(2)], key=str)
+        assert sorted(pings, key=str) == sorted([hop.endpoint for hop in route for _ in range(2)], key=str)
         _, pings = asked(there)
         assert not pings, "who has no record any more says nothing of others"
         swarm.measurements.links_measured(tried, {})
         _, pings = asked(everyone, holders={peer.key.text for peer in there})
         assert not pings, "who holds the session is no newcomer"
         swarm.measurements.links_measured(tried, {})
-        echo.silent = {hop.record.endpoint for hop in route}
+        echo.silent = {hop.endpoint for hop in route}
         second, pings = asked(everyone)
-        assert not {hop.record.endpoint for hop in second} & echo.silent
+        assert not {hop.endpoint for hop in second} & echo.silent
         clock.now += SILENT_S
         _, pings = asked(everyone)
         assert not pings, "what was silent long ago says nothing either"
