@@ -9,6 +9,7 @@ import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from peers.power import EnergyMeter
@@ -69,24 +70,22 @@ class Histogram:
         self.total += value
 
 
+@dataclass(slots=True)
 class WorkCounts:
     """Of one kind of work: steps and passes, their positions, and seconds from their arrival until they began."""
 
-    __slots__ = ("positions", "steps", "waits")
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.positions = 0
-        self.waits = Histogram(SECONDS)
+    steps: int = 0
+    positions: int = 0
+    waits: Histogram = field(default_factory=lambda: Histogram(SECONDS))
 
 
+@dataclass
 class PassHistograms:
     """Of one kind of pass: how long each took, and what it carried."""
 
-    def __init__(self) -> None:
-        self.seconds = Histogram(SECONDS)
-        self.positions = Histogram(POSITIONS)
-        self.rows = Histogram(ROWS)
+    seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    positions: Histogram = field(default_factory=lambda: Histogram(POSITIONS))
+    rows: Histogram = field(default_factory=lambda: Histogram(ROWS))
 
     def observe(self, seconds: float, positions: int, rows: int) -> None:
         """Takes in a pass."""

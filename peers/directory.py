@@ -1,8 +1,7 @@
 """A peer's part in the directory: it announces itself, and answers others that ask it instead of the DHT.
 
-Anybody who may connect may ask. An answer that was read for one is told to all that ask within the next moment, so that
-a flood of questions does not become one of the DHT; and the answers to a key are bounded in bytes per minute. All of it
-runs in threads of its own.
+All that may connect may ask. An answer is kept for all that ask within the next moment, so that a flood of questions
+does not become one of the DHT; and the answers to a key are bounded in bytes per minute.
 """
 
 from __future__ import annotations
@@ -35,32 +34,26 @@ log = logging.getLogger(__name__)
 FRESH_S: Final = 1.0  # how old an answer may be
 FRESH_PER_RECORD_S: Final = 0.1
 FRESH_CHANGES_S: Final = 10.0
-"""How old an answer with changes may be: `FRESH_PER_RECORD_S` for each record, up to this. A client that asks for
+"""An answer with changes may be as old as `FRESH_PER_RECORD_S` for each record, up to this: a client that asks for
 changes asks again soon, and reading many records takes a megabyte."""
 BYTES_PER_MINUTE: Final = 16 << 20  # of answers to one key: a full directory a few times, or some thousand small swarms
-BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE
-"""To all keys, of answers about this peer's own model; half as much of each other kind of question."""
+BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE  # to all keys, about the own model; half for other kinds
 LOOK_UP_BYTES: Final = 4096  # what a question costs besides its answer
-READ_BYTES: Final = 1 << 18
-"""What a question about another model than this peer's costs besides, as the directory is read for it alone."""
+READ_BYTES: Final = 1 << 18  # besides, of a question about another model: the directory is read for it alone
 ANNOUNCEMENTS_PER_MINUTE: Final = 256  # of one key; a peer announces itself four times
-PASSED_ON_PER_MINUTE: Final = ANNOUNCEMENTS_PER_MINUTE * 3 // 4
-"""Of those of all keys together. They go on under this peer's key, which is to have room to announce itself."""
-RECORDS_PER_ANNOUNCER: Final = 64
-"""Keys whose records one key may announce, as a peer without a DHT does for those that ask it."""
+PASSED_ON_PER_MINUTE: Final = ANNOUNCEMENTS_PER_MINUTE * 3 // 4  # of all keys, under this peer's, which needs some
+RECORDS_PER_ANNOUNCER: Final = 64  # keys for which one key may announce, as a peer without a DHT does
 WAITING_PER_KEY: Final = 4
-MAX_WAITING: Final = 1024
-"""Of all keys: half of it for questions about this peer's own model, and announcements, the rest for other kinds."""
+MAX_WAITING: Final = 1024  # of all keys: half of it about the own model and announcements, the rest for other kinds
 MAX_MODELS: Final = 16  # answers that are kept, or being made
 MAX_KEYS: Final = 4096  # of which it is known what they have used
 REFRESH_S: Final = 15.0  # how often a peer announces itself
 SOON: Final = 3  # changes that are told at once within one `refresh_s`; more wait until the first is that old
-FIRST_TRIES: Final = 3
-"""Of the first announcement, before the peer gives up: just after nodes of the DHT were lost it answers late."""
+FIRST_TRIES: Final = 3  # of the first announcement: just after nodes of the DHT were lost it answers late
 
 
 class _About(StrEnum):
-    """What a question is about. Each kind has bytes and places of its own, so that none takes those of another."""
+    """What a question is about. Each kind has bytes and places of its own."""
 
     OWN = "own"  # this peer's model, or all models
     KNOWN = "known"  # another model of a closed swarm: only members can name it
@@ -74,7 +67,7 @@ own, as it may be a peer that asks on behalf of strangers."""
 
 @dataclass
 class _Reading:
-    """An answer that is being made, or was a moment ago."""
+    """An answer that is being made, or was made a moment ago."""
 
     waiting: list[tuple[Connection, LookUp, _Payer]] = field(default_factory=list[tuple[Connection, LookUp, _Payer]])
     parts: list[bytes] | None = None
@@ -83,18 +76,14 @@ class _Reading:
     read_at: float = 0.0
 
     def serves(self, now: float, *, changes: bool) -> bool:
-        """Whether it is still fresh enough, or not complete yet."""
+        """Whether it is fresh enough, or not complete yet."""
         return self.parts is None or now - self.read_at <= (self.fresh_changes_s if changes else FRESH_S)
 
 
 class DirectoryService:
-    """Thread-safe; close it before the directory.
+    """Answers questions about records. Thread-safe; close it before the directory.
 
-    Args:
-        directory: what is read and written.
-        model: fingerprint of this peer's own model: questions about it wait for no others.
-        outbox: where answers go.
-        swarm: the key of a closed one.
+    model: fingerprint of this peer's own model: questions about it wait for no others. swarm: the key of a closed one.
     """
 
     def __init__(self, directory: SwarmDirectory, model: str, outbox: Answering, swarm: OpenSwarm = OPEN) -> None:
@@ -102,21 +91,18 @@ class DirectoryService:
         self._swarm = swarm
         self._home = {swarm.place(""): "", swarm.place(model): model}  # by how questions name them
         self._outbox = outbox
-        self._readings: OrderedDict[tuple[str, int], _Reading] = OrderedDict()
-        """By model and depth; the one that was begun last is the last."""
+        self._readings: OrderedDict[tuple[str, int], _Reading] = OrderedDict()  # by model and depth, latest last
         self._known: dict[int, tuple[float, dict[str, str]]] = {}
-        """Of a closed swarm, by depth: when its models were read, and they by how questions name them."""
+        """Of a closed swarm, by depth: when its models were read, and the models by their names in questions."""
         self._waiting: Counter[_Payer] = Counter()  # questions and announcements that are not answered yet
         self._waiting_in: Counter[_About] = Counter()
         self._bytes: OrderedDict[_Payer, TokenBucket] = OrderedDict()
         self._announcements: OrderedDict[bytes, TokenBucket] = OrderedDict()
         self._of_all = {about: TokenBucket() for about in _About}
         self._passed_on = TokenBucket()
-        self._announced: OrderedDict[bytes, dict[bytes, float]] = OrderedDict()
-        """By announcer: keys of records, and when these expire."""
+        self._announced: OrderedDict[bytes, dict[bytes, float]] = OrderedDict()  # announcer: key of record: expires at
         self._tasks: dict[tuple[str, int], deque[Callable[[], None]]] = {}
-        """By kind and depth: peers may wait for each other's answers, which is no circle as depths only fall. Each has
-        a thread while there are some."""
+        """By kind and depth, each with a thread: peers may wait for each other's answers, but depths only fall."""
         self._threads: set[threading.Thread] = set()
         self._closed = False
         self._lock = threading.Lock()
@@ -191,7 +177,7 @@ class DirectoryService:
         self._waiting_in[payer[0]] += 1
 
     def _make_room(self, model: str, now: float) -> bool:
-        """Whether one more answer may be made; forgets old ones."""
+        """Forgets old answers; whether one more may be made."""
         for name, reading in list(self._readings.items()):
             if not reading.serves(now, changes=True) or (
                 len(self._readings) >= MAX_MODELS and reading.parts is not None
@@ -226,7 +212,7 @@ class DirectoryService:
             self._tell(source, message, payer, reading, failure)
 
     def _tell(self, source: Connection, message: LookUp, payer: _Payer, reading: _Reading, failure: str) -> None:
-        """Sends a finished answer to one that waits for it."""
+        """Sends a finished answer."""
         parts, present = reading.parts or [b""], b""
         if message.most and reading.told is not None and not failure:
             present, changed = reading.told.changes(message.known, message.since, message.most)
@@ -239,7 +225,7 @@ class DirectoryService:
                 self._answer(source, message, payer, parts, present, time.monotonic())
 
     def _records(self, place: str, depth: int) -> list[PeerRecord] | None:
-        """What is to be told of a model; None: nothing is known of it."""
+        """The records of a model; None: the model is not known."""
         model = self._home.get(place, None if self._swarm.is_closed else place)
         if model is None:
             model = self._model_at(place, depth)
@@ -248,8 +234,8 @@ class DirectoryService:
         return [record for record in self._directory.records(model, depth) if record.signed]
 
     def _model_at(self, place: str, depth: int) -> str | None:
-        """Which model of a closed swarm a question names. All models are read for it once in a moment at most, as
-        outsiders ask, too, and those whom this peer asks count that among what it may ask."""
+        """The model of a closed swarm that a question names. All models are read for it, but once per `FRESH_S`, as
+        outsiders ask, too."""
         read_at, known = self._known.get(depth, (-math.inf, {}))
         if place not in known and time.monotonic() - read_at > FRESH_S:
             models = {record.model for record in self._directory.records("", depth)}
@@ -269,7 +255,7 @@ class DirectoryService:
         used.spend(1, ANNOUNCEMENTS_PER_MINUTE, now)
         packed: bytes | None = None
         if len(message.payload) <= MAX_RECORD_BYTES + SEAL_BYTES:
-            with suppress(NotAuthorized):  # what outsiders announce takes no place
+            with suppress(NotAuthorized):  # announcements of outsiders take no place
                 packed = self._swarm.unseal(message.payload)
         if packed is None:
             self._outbox.send(source, Announced(message.number, False))
@@ -305,7 +291,7 @@ class DirectoryService:
                 self._outbox.send(source, Announced(number, taken))
 
     def _depth_left(self, depth: int) -> int:
-        """0, where this peer has passed on enough: then a record is kept here alone."""
+        """0 if this peer has passed on enough: then a record is kept here alone."""
         with self._lock:
             now = time.monotonic()
             if not depth or self._passed_on.wait_s(PASSED_ON_PER_MINUTE, now):
@@ -388,11 +374,7 @@ def _bucket_of(buckets: OrderedDict[K, TokenBucket], key: K) -> TokenBucket:
 class Announcer:
     """Publishes `describe()` now and every `refresh_s` seconds, until closed.
 
-    Args:
-        directory: the DHT.
-        identity: signs the records.
-        describe: the record as of now.
-        look_around: called before each refresh; brings up to date what `describe` tells of others.
+    look_around: called before each refresh; brings up to date what `describe` tells of others.
     """
 
     def __init__(
@@ -470,24 +452,23 @@ class Announcer:
                 log.warning("announcement failed, next try in %.0f s: %s", self._refresh_s, error)
 
     def _wait(self, look_at: float) -> None:
-        """Until then, or until something has changed, but no more often than others can stand to hear of."""
+        """Waits until `look_at`, or until something has changed, but allows `SOON` changes per refresh only."""
         if len(self._soon_at) == SOON:
             free_at = min(self._soon_at[0] + self._refresh_s, look_at)
             self._leaving.wait(max(0.0, free_at - time.monotonic()))
         self._soon.wait(max(0.0, look_at - time.monotonic()))
 
     def publish_soon(self, *, moved: bool = False) -> None:
-        """The record has changed, and is published in the thread of this announcer. May be called from anywhere.
+        """Publishes a changed record in the thread of this announcer. May be called from any thread.
 
-        Args:
-            moved: what was found out about others is true no longer, either, and is looked at anew.
+        moved: the machine is in another place, so that others are measured anew, too.
         """
         self._moved |= moved
         self._soon.set()
 
     def publish(self) -> None:
         """Publishes the record as of now, beside the regular refreshes."""
-        with self._publishing:  # a record that was made before another and comes after it would be refused
+        with self._publishing:  # a record that was made before another and published after it would be refused
             taken = self._directory.announce(self._describe(), self._identity)
         if not taken:
             log.warning(

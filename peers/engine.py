@@ -69,20 +69,19 @@ def failure_of(error: Exception, what: str) -> tuple[FailureCode, str]:
     return FailureCode.INTERNAL, f"the peer could not compute this {what}; see its log"
 
 
+_CODES = {  # special kinds first
+    SessionTooLong: FailureCode.TOO_LONG,
+    CodecError: FailureCode.BAD_MESSAGE,
+    ProtocolError: FailureCode.OUT_OF_ORDER,
+}
+
+
 def _refusal(error: Exception, what: str) -> tuple[FailureCode, str]:
     """Code and text for an error of what was to be computed: as `failure_of`, if it is not about the message."""
     for kind, code in _CODES.items():
         if isinstance(error, kind):
             return code, str(error)
     return failure_of(error, what)
-
-
-_CODES = {
-    SessionTooLong: FailureCode.TOO_LONG,
-    CodecError: FailureCode.BAD_MESSAGE,
-    ProtocolError: FailureCode.OUT_OF_ORDER,
-}
-"""By kind of error, special ones first."""
 
 
 class _Abandoned(Exception):
@@ -97,12 +96,9 @@ class ObservedSpeed:
     """
 
     def __init__(self, block_ms: tuple[float, ...]) -> None:
+        self.block_ms = block_ms
         self._speed = Speed(block_ms)
         self.on_measured: Callable[[], None] = lambda: None
-
-    @property
-    def block_ms(self) -> tuple[float, ...]:
-        return self._speed.block_ms
 
     def pass_s(self, positions: int, blocks: int) -> float:
         """Seconds that a pass of so many positions takes."""
@@ -110,7 +106,7 @@ class ObservedSpeed:
 
     def replace(self, measured: ObservedSpeed) -> None:
         """Takes over a new measurement."""
-        self._speed = measured._speed
+        self.block_ms, self._speed = measured.block_ms, measured._speed
         self.on_measured()
 
     def observe(self, positions: int, blocks: int, elapsed_ms: float) -> None:
@@ -119,9 +115,9 @@ class ObservedSpeed:
         correction = MovingAverage(SHARE, 1.0).add(factor)
         above = min(bisect_left(PASS_SIZES, positions), len(PASS_SIZES) - 1)
         touched = {above} if positions >= PASS_SIZES[above] else {above - 1, above}
-        self._speed = Speed(
-            tuple(value * correction if index in touched else value for index, value in enumerate(self.block_ms))
-        )
+        corrected = [value * correction if index in touched else value for index, value in enumerate(self.block_ms)]
+        self.block_ms = tuple(corrected)
+        self._speed = Speed(self.block_ms)
 
 
 def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -> ObservedSpeed | None:

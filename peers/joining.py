@@ -34,13 +34,9 @@ FILE_TIMEOUT_S = 180.0  # how long a peer waits for the file with the address of
 
 
 class LanPresence:
-    """Announces a node of the DHT, and brings its DHT together with those of others that are or come there.
+    """Announces a node of the DHT on the local network, and joins its DHT with those of others there.
 
     Peers that start at the same time each begin a DHT, so they go on looking. Close it when done.
-
-    Args:
-        directory: the node.
-        checkpoint: the model.
 
     Attributes:
         close: withdraws the announcement; may be called more than once.
@@ -56,13 +52,9 @@ class LanPresence:
     def start(
         cls, directory: Directory, checkpoint: Checkpoint, *, has_joined: bool, report: Report
     ) -> LanPresence | None:
-        """Announces the node and joins what is there; None if this machine has no local network to do that on.
+        """Announces the node and joins others; None if this machine has no local network to do that on.
 
-        Args:
-            directory: the node.
-            checkpoint: the model.
-            has_joined: the node is in a swarm already, so that nothing waits for others.
-            report: told what was found, see `Peer.start`.
+        has_joined: the node is in a swarm already, so that it does not wait for others.
         """
         with ExitStack() as on_failure:
             try:
@@ -76,7 +68,7 @@ class LanPresence:
         return presence
 
     def look(self) -> None:
-        """If the node has other addresses than before, announces those, where the machine is now; may take seconds."""
+        """Announces the addresses of the node if they have changed; may take seconds."""
         addresses = self._directory.addresses
         now = frozenset(filter(is_lan_address, addresses))
         if not now or now == self._announced:  # without a network for a moment it is still known by its last ones
@@ -136,11 +128,9 @@ def join_swarm(
     """Joins as `options` say, and finds out what the model is where not all of it is here.
 
     Args:
-        options: of the peer.
         model: as the user calls it.
         checkpoint: what there is of it; None: nothing, neither here nor at the hub.
-        identity: of the peer.
-        report: told what is going on, see `Peer.start`; also called again and again while others are waited for.
+        report: see `Peer.start`.
 
     Raises:
         SplitnetError: see `splitnet.directory.joining.join`; also if `options.join_file` does not come, or options of
@@ -199,7 +189,7 @@ def _join(options: PeerOptions, identity: Identity, report: Report) -> SwarmDire
 
 
 def _meet_local_network(options: PeerOptions, directory: SwarmDirectory, report: Report) -> None:
-    """A peer that does not know its model yet joins the peers that are there, to ask them."""
+    """A peer that does not know its model yet joins the peers on the network, to ask them."""
     node = part_of(directory, Directory)
     if node is None or not options.lan or options.initial_peers or options.join_file:
         return
@@ -231,7 +221,7 @@ def _find_model(
         return read_manifest(weights_folder(fingerprint)) is None
 
     def accept(one: Manifest, heads: Sequence[bytes]) -> str:
-        """Compares it with what is here, and makes the folder; says why that cannot be."""
+        """Compares it with the local files, and makes the folder; returns why that cannot be."""
         if store is not None and (reason := differs(one, store, hashing)):
             return reason
         if has_no_folder(one.fingerprint):
@@ -320,7 +310,7 @@ def _check_told(
     asking: Asking,
     report: Report,
 ) -> None:
-    """Refuses to serve what others have named, and what is here by that name, to a swarm that does not know it."""
+    """Refuses to serve a model that an invitation names to a swarm that does not know it."""
     own = checkpoint.fingerprint
 
     def accept(one: Manifest, heads: Sequence[bytes]) -> str:

@@ -8,7 +8,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 from peers.counters import Traffic
@@ -20,7 +19,7 @@ from splitnet.directory.record import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerReco
 from splitnet.errors import SplitnetError
 from splitnet.security.identity import PublicKey
 from splitnet.swarm.measure import NetworkCoordinates
-from splitnet.transport.pool import KEEP_S, Linking, LinkPool
+from splitnet.transport.pool import KEEP_S, LinkPool
 from splitnet.transport.prober import Prober
 from splitnet.transport.transport import Transport
 from splitnet.wire.endpoints import Destination, Endpoint
@@ -30,8 +29,7 @@ log = logging.getLogger(__name__)
 
 MAX_NEXT_HOPS = 64
 PROBE_S = 2.0  # how often the links that sessions use are measured
-MEASURED_AT_ONCE = 8
-"""Half of them for the place of the peer: those that it knows least about. The others are those that routes need."""
+MEASURED_AT_ONCE = 8  # half of them for the place of the peer: the least known; and half that routes need
 USEFUL_S = 600.0  # how long a peer relies on a measurement of a link
 RENEW_S = 60.0  # after that the links that it publishes are measured again, one after the other
 ASKED_AT_ONCE = 32
@@ -45,40 +43,8 @@ class Answering(Protocol):
     def send(self, destination: Destination, message: Message) -> None: ...
 
 
-class Outbox(Answering, Linking, Protocol):
-    """What the service needs of the transport; tests put a record of what was sent in its place."""
-
-    def together(self) -> AbstractContextManager[None]:
-        """What is sent within may wait for its end."""
-        ...
-
-    def unsent(self, endpoint: Endpoint) -> int:
-        """Bytes that wait for a link that is up."""
-        ...
-
-    def probe(self, endpoint: Endpoint) -> int:
-        """Begins to measure the round trip of a link; returns the number of the ping: the higher, the later."""
-        ...
-
-    def answered(self, endpoint: Endpoint) -> int:
-        """Number of the latest ping that came back: all has arrived that was sent before that; 0: none did."""
-        ...
-
-    def rtt_ms(self, endpoint: Endpoint) -> float:
-        """The round trip as measured lately; 0: not measured."""
-        ...
-
-    def answer_limit_s(self, endpoint: Endpoint, *, connects: bool) -> float:
-        """How long to wait for a pong, or for a link to come up and one: more where round trips are long."""
-        ...
-
-
-class TransportOutbox:
-    """The outbox of a running peer: encodes and counts messages, and lends what the transport and its pings know.
-
-    Args:
-        transport: of the peer.
-        traffic: counts what is sent.
+class Outbox:
+    """Encodes, counts and sends the messages of a peer, with the methods of its transport and prober for links.
 
     Attributes:
         prober: pings over the transport.
@@ -99,24 +65,21 @@ class TransportOutbox:
         self._transport.send(destination, frames)
 
     def answer_limit_s(self, endpoint: Endpoint, *, connects: bool) -> float:
-        """See `Prober.answer_limit_s`."""
+        """How long to wait for a pong, or for a link to come up and a pong: more where round trips are long."""
         return self.prober.answer_limit_s(endpoint, trips=FIRST_TRIPS if connects else ANSWER_TRIPS)
 
 
 def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
-    """What a step or pass met at this hop, for those after it."""
+    """The times of a step or pass at this hop."""
     following = work.session.next
     rtt_ms = outbox.rtt_ms(following) if following is not None else 0.0
     return Timing(round(work.wait_ms * 1000), round(work.compute_ms * 1000), round(rtt_ms * 1000))
 
 
 class NextHops(LinkPool):
-    """The links of a peer to others, each with the sessions that push over it as its users. Thread-safe.
+    """The links of a peer to others, used by the sessions that push over them. Thread-safe.
 
-    Args:
-        outbox: opens, closes and measures links.
-        most: links at the same time.
-        keep_s: how long a link that works outlives its last session, so that the next one finds it open.
+    most: links at the same time. keep_s: how long a link that works outlives its last session, for the next one.
     """
 
     def __init__(self, outbox: Outbox, *, most: int = MAX_NEXT_HOPS, keep_s: float = KEEP_S) -> None:
@@ -125,7 +88,7 @@ class NextHops(LinkPool):
         self._probe_at = 0.0
 
     def tick(self, now: float) -> None:
-        """Closes links that nobody has used for long, and measures the others."""
+        """Closes links that were not used for long, and measures the others."""
         super().tick(now)
         if now >= self._probe_at:
             self._probe_at = now + PROBE_S
@@ -134,12 +97,11 @@ class NextHops(LinkPool):
 
 
 class Neighbours:
-    """Measures links to a few peers at a time: those that it knows least about.
+    """Measures links to a few peers at a time, first those that it knows least about.
 
     Args:
         others: looks up all other peers.
         links: opened for a measurement as for a session.
-        prober: sends the pings.
         own: the peer's own record; None: it does not know yet what it serves.
     """
 
@@ -156,8 +118,7 @@ class Neighbours:
         self._prober = prober
         self._own = own
         self._seen: dict[str, tuple[float, Link]] = {}  # when which link was measured, by key text
-        self._used: dict[str, tuple[float, float]] = {}
-        """When what round trip was seen of links that sessions used, in ms, by key text."""
+        self._used: dict[str, tuple[float, float]] = {}  # of links of sessions: when what round trip in ms was seen
         self._answered: dict[Endpoint, int] = {}  # the latest ping that came back on links that sessions use
         self._tried_at: dict[str, float] = {}  # the same of those that were silent, too
         self._useful: Sequence[str] = ()  # those of the measured ones to which a chain may go on, the most useful first
@@ -174,9 +135,9 @@ class Neighbours:
     def answering(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
         """Those whose peers have answered a ping, which proves their key; takes a second while there are others.
 
-        Anybody can announce peers that do not exist. At most `ASKED_AT_ONCE` are asked in one call: first those whose
-        keys have cost work, then those that were asked longest ago. A peer that has answered counts until it is asked
-        again, after `HEARD_S`, and is silent.
+        Records of peers that do not exist can be announced. At most `ASKED_AT_ONCE` are asked in one call: first those
+        whose keys have cost work, then those asked longest ago. An answer counts until the peer is asked again, after
+        `HEARD_S`, and is silent.
         """
         begin = time.monotonic()
         due = [record for record in records if begin - self._heard_at.get(record.endpoint, -math.inf) > HEARD_S]
@@ -195,10 +156,7 @@ class Neighbours:
             return [record for record in records if record.endpoint in self._heard_at]
 
     def hear_used(self) -> None:
-        """Takes in the round trips of links that sessions use: others must not begin on one that has become slow.
-
-        What was heard before says nothing of a link on which no ping has come back since.
-        """
+        """Takes in the round trips of links that sessions use, if a ping has come back since the last call."""
         now, before = time.monotonic(), self._answered
         self._answered = {endpoint: self._prober.answered(endpoint) for endpoint in self._links.in_use}
         heard = [endpoint for endpoint, number in self._answered.items() if number > before.get(endpoint, number)]
@@ -238,7 +196,7 @@ class Neighbours:
         self._useful = self._by_use([record for record in others if record.key.text in self._seen])
 
     def _link(self, name: str, seen: tuple[float, Link]) -> Link:
-        """The latest of a link that was `seen`."""
+        """The latest of a link that was `seen`, by sessions too."""
         at, link = seen
         used_at, rtt_ms = self._used.get(name, (at, 0.0))
         return Link(rtt_ms / 2, link.bytes_per_ms) if used_at > at else link
@@ -248,7 +206,7 @@ class Neighbours:
         return time.monotonic() - at
 
     def _by_use(self, others: Sequence[PeerRecord]) -> list[str]:
-        """Those to which a chain may go on from here, the most useful first; by key text."""
+        """Keys of those that a chain may go on to from here, the most useful first."""
         own = self._own()
         if own is None or not others:
             return []

@@ -10,9 +10,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
 from socketserver import ThreadingTCPServer
@@ -30,7 +29,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from peers.counters import OTHER_CODEC, Counters, Histogram
+from peers.counters import OTHER_CODEC, Histogram
 from peers.server import Peer, SpanServer
 from peers.service import SessionService
 from peers.sessions import Purpose
@@ -51,203 +50,110 @@ _CODEC_NAMES = {codec.code: name for name, codec in CODECS.items()} | {OTHER_COD
 _LINKS = {False: "incoming", True: "outgoing"}
 
 
-@dataclass(frozen=True, slots=True)
-class Present:
-    """What is true of a peer now."""
+class PeerMetrics(Collector):
+    """Makes metrics of what a peer counts, and of its state at each scrape; while it moves it has no blocks."""
 
-    info: dict[str, str]
-    serves: bool  # takes new sessions
-    blocks: int
-    sessions: int
-    kv_reserved_bytes: int
-    kv_free_bytes: int
-    session_bytes: dict[Purpose, int]
-    kv_cached_bytes: int
-    queued_positions: int
-    queued_pass_positions: int
-    training_used_bytes: int
-    training_free_bytes: int
-    refused_connections: int
-    ended_connections: Mapping[str, int]
-    dropped_messages: int
-    buffer_bytes: Mapping[str, int]
-    token_joules: float  # of a decoded token in all blocks; 0: not known
-    relays: int  # helpers through which it is reached
-    tunnelled: int
-    helped_peers: int
-    helped_streams: int
-    helped_bytes: int
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
 
-    @classmethod
-    def of(cls, peer: Peer) -> Present:
-        """Of a running peer; while it moves it has no blocks."""
+    def collect(self) -> Iterable[Metric]:
+        peer = self._peer
         try:
             server = peer.server
         except SplitnetError:
             server = None
-        service, helper, transport = peer.service, peer.ways.helper, peer.transport
-        table, memory = service.sessions, service.training_memory
-        return cls(
-            info={
-                "peer": peer.identity.public.text,
-                "model": peer.checkpoint.name,
-                "blocks": f"{server.span.start}:{server.span.end}" if server is not None else "",
-                "weights": server.span.weights.kind if server is not None else "",
-                "device": str(server.span.device) if server is not None else "",
-                "version": __version__,
-            },
-            serves=server is not None and not service.leaving,
-            blocks=server.span.end - server.span.start if server is not None else 0,
-            sessions=len(table),
-            kv_reserved_bytes=table.memory.used,
-            kv_free_bytes=table.memory.free,
-            session_bytes={
-                purpose: sum(account.used_for(purpose) for account in (table.memory, service.queue.memory, memory))
-                for purpose in Purpose
-            },
-            kv_cached_bytes=_cached_bytes(service, server),
-            queued_positions=service.queue.queued_positions,
-            queued_pass_positions=service.queue.pass_positions,
-            training_used_bytes=memory.used,
-            training_free_bytes=memory.free,
-            refused_connections=transport.refused_connections,
-            ended_connections=dict(transport.connections.ended),
-            dropped_messages=transport.sending.refused,
-            buffer_bytes={
-                "received": transport.receiving.used,
-                "sent": transport.sending.used,
-                "received_limit": transport.receiving.limit,
-                "sent_limit": transport.sending.limit,
-            },
-            token_joules=_token_joules(peer, server),
-            relays=len(peer.ways.relays),
-            tunnelled=peer.ways.hidden.streams.taken,
-            helped_peers=helper.reservations if helper is not None else 0,
-            helped_streams=helper.streams.taken if helper is not None else 0,
-            helped_bytes=helper.passed_bytes if helper is not None else 0,
-        )
-
-
-class PeerMetrics(Collector):
-    """Makes metrics of what a peer counts, at each scrape.
-
-    Args:
-        counters: of the peer.
-        present: what is true now.
-    """
-
-    def __init__(self, counters: Counters, present: Callable[[], Present]) -> None:
-        self._counters = counters
-        self._present = present
-
-    def collect(self) -> Iterable[Metric]:
-        counters, now = self._counters, self._present()
-        work, passes = counters.work, counters.passes
-        yield InfoMetricFamily("splitnet_peer", "What the peer serves.", now.info)
-        yield _gauge("serving", "1: takes new sessions; 0: is leaving or moving to other blocks.", now.serves)
-        yield _gauge("blocks", "Blocks that it serves.", now.blocks)
-        yield _gauge("sessions", "Open sessions.", now.sessions)
-        yield _counter("sessions_opened", "Sessions that were admitted.", counters.opened)
-        yield _counters("sessions_ended", "Sessions that have ended, by how.", "cause", counters.ended)
-        yield _counters(
-            "refused",
-            "Requests that were answered with a failure, by its code; connections refused or ended; messages not sent.",
-            "cause",
-            {code.name.lower(): count for code, count in counters.refused.items()}
-            | {"not_authorized": now.refused_connections, "not_sent": now.dropped_messages}
-            | {f"connection_{cause}": count for cause, count in now.ended_connections.items()},
-        )
+        span = server.span if server is not None else None
+        info = {
+            "peer": peer.identity.public.text,
+            "model": peer.checkpoint.name,
+            "blocks": f"{span.start}:{span.end}" if span is not None else "",
+            "weights": span.weights.kind if span is not None else "",
+            "device": str(span.device) if span is not None else "",
+            "version": __version__,
+        }
+        yield InfoMetricFamily("splitnet_peer", "What the peer serves.", info)
+        service, counters = peer.service, peer.counters
+        help = "1: takes new sessions; 0: is leaving or moving to other blocks."
+        yield _gauge("serving", help, span is not None and not service.leaving)
+        yield _gauge("blocks", "Blocks that it serves.", span.end - span.start if span is not None else 0)
+        yield from self._sessions(server)
         yield _counter("moves", "Moves to other blocks.", counters.moves)
-        yield _counters(
-            "steps",
-            "Steps and passes that were computed, by kind of work.",
-            "kind",
-            {kind: of.steps for kind, of in work.items()},
-        )
-        yield _counters(
-            "tokens",
-            "Positions of tokens that were computed, by kind of work.",
-            "kind",
-            {kind: of.positions for kind, of in work.items()},
-        )
-        yield _gauges(
-            "queue_tokens",
-            "Positions that wait for the device or are on it: of steps, and of training passes.",
-            "work",
-            {"steps": now.queued_positions, "training": now.queued_pass_positions},
-        )
-        yield _histograms(
-            "queue_wait_seconds",
-            "From the arrival of a step or pass until it began.",
-            "kind",
-            {kind: of.waits for kind, of in work.items()},
-        )
-        yield _histograms(
-            "pass_seconds", "Time of a pass on the device.", "work", {kind: of.seconds for kind, of in passes.items()}
-        )
-        yield _histograms(
-            "pass_tokens",
-            "Positions that share a pass, over all sessions.",
-            "work",
-            {kind: of.positions for kind, of in passes.items()},
-        )
-        yield _histograms(
-            "pass_rows",
-            "Rows (sequences) that share a pass, over all sessions.",
-            "work",
-            {kind: of.rows for kind, of in passes.items()},
-        )
-        yield _gauges(
-            "kv_bytes",
-            "Memory for KV caches: reserved by sessions, and free for others.",
-            "state",
-            {"reserved": now.kv_reserved_bytes, "free": now.kv_free_bytes},
-        )
-        yield _gauge(
-            "kv_cached_bytes", "Keys and values that sessions hold of what they reserved.", now.kv_cached_bytes
-        )
-        yield _gauges(
-            "training_bytes",
-            "Memory for clients that train.",
-            "state",
-            {"used": now.training_used_bytes, "free": now.training_free_bytes},
-        )
-        yield _gauges(
-            "session_bytes",
-            "Memory that sessions occupy, by what for.",
-            "purpose",
-            {purpose.value: size for purpose, size in now.session_bytes.items()},
-        )
-        yield _gauges(
-            "buffer_bytes",
-            "Messages in sockets: received and not read yet or not complete, not sent yet, and how much that may be.",
-            "state",
-            now.buffer_bytes,
-        )
-        yield _gauge("relays", "Helpers through which the peer is reached; 0: it is reached directly.", now.relays)
-        yield _gauge("relayed_connections", "Connections that others have made through helpers.", now.tunnelled)
-        yield _gauge("helped_peers", "Hidden peers that are reached through this one.", now.helped_peers)
-        yield _gauge("helped_streams", "Streams of others that pass through this peer.", now.helped_streams)
-        yield _counter("helped_bytes", "Bytes of others that were passed on.", now.helped_bytes)
-        sent, received = counters.traffic.totals()
+        yield from self._work()
+        yield from self._traffic()
+        yield _if_known("watts", "What the device draws while it computes.", counters.energy.watts)
+        help = "Energy of a decoded token in all blocks of the peer."
+        yield _if_known("token_joules", help, _token_joules(peer, server))
+        help = "Energy of steps and of timing the device, as far as it is known."
+        yield _counter("joules", help, counters.energy.joules)
+
+    def _sessions(self, server: SpanServer | None) -> Iterator[Metric]:
+        service, counters, transport = self._peer.service, self._peer.counters, self._peer.transport
+        table, training, kv = service.sessions, service.training_memory, service.sessions.memory
+        yield _gauge("sessions", "Open sessions.", len(table))
+        yield _counter("sessions_opened", "Sessions that were admitted.", counters.opened)
+        yield _counter("sessions_ended", "Sessions that have ended, by how.", counters.ended, "cause")
+        refused = {code.name.lower(): count for code, count in counters.refused.items()}
+        refused |= {"not_authorized": transport.refused_connections, "not_sent": transport.sending.refused}
+        refused |= {f"connection_{cause}": count for cause, count in dict(transport.connections.ended).items()}
+        help = "Requests that were answered with a failure, by its code"
+        yield _counter("refused", f"{help}; connections refused or ended; messages not sent.", refused, "cause")
+        help = "Memory for KV caches: reserved by sessions, and free for others."
+        yield _gauge("kv_bytes", help, {"reserved": kv.used, "free": kv.free}, "state")
+        help = "Keys and values that sessions hold of what they reserved."
+        yield _gauge("kv_cached_bytes", help, _cached_bytes(service, server))
+        help = "Memory for clients that train."
+        yield _gauge("training_bytes", help, {"used": training.used, "free": training.free}, "state")
+        accounts = kv, service.queue.memory, training
+        held = {purpose: sum(account.used_for(purpose) for account in accounts) for purpose in Purpose}
+        yield _gauge("session_bytes", "Memory that sessions occupy, by what for.", held, "purpose")
+
+    def _work(self) -> Iterator[Metric]:
+        queue, work, passes = self._peer.service.queue, self._peer.counters.work, self._peer.counters.passes
+        help = "Steps and passes that were computed, by kind of work."
+        yield _counter("steps", help, {kind: of.steps for kind, of in work.items()}, "kind")
+        help = "Positions of tokens that were computed, by kind of work."
+        yield _counter("tokens", help, {kind: of.positions for kind, of in work.items()}, "kind")
+        help = "Positions that wait for the device or are on it: of steps, and of training passes."
+        yield _gauge("queue_tokens", help, {"steps": queue.queued_positions, "training": queue.pass_positions}, "work")
+        help = "From the arrival of a step or pass until it began."
+        yield _histograms("queue_wait_seconds", help, "kind", {kind: of.waits for kind, of in work.items()})
+        help = "Time of a pass on the device."
+        yield _histograms("pass_seconds", help, "work", {kind: of.seconds for kind, of in passes.items()})
+        help = "Positions that share a pass, over all sessions."
+        yield _histograms("pass_tokens", help, "work", {kind: of.positions for kind, of in passes.items()})
+        help = "Rows (sequences) that share a pass, over all sessions."
+        yield _histograms("pass_rows", help, "work", {kind: of.rows for kind, of in passes.items()})
+
+    def _traffic(self) -> Iterator[Metric]:
+        sending, receiving = self._peer.transport.sending, self._peer.transport.receiving
+        buffers = {"received": receiving.used, "sent": sending.used}
+        buffers |= {"received_limit": receiving.limit, "sent_limit": sending.limit}
+        help = "Messages in sockets: received and not read yet or not complete, not sent yet, and how much that may be."
+        yield _gauge("buffer_bytes", help, buffers, "state")
+        hidden, helper = self._peer.ways.hidden, self._peer.ways.helper
+        help = "Helpers through which the peer is reached; 0: it is reached directly."
+        yield _gauge("relays", help, len(hidden.relays))
+        yield _gauge("relayed_connections", "Connections that others have made through helpers.", hidden.streams.taken)
+        peers, streams, nbytes = 0, 0, 0
+        if helper is not None:
+            peers, streams, nbytes = helper.reservations, helper.streams.taken, helper.passed_bytes
+        yield _gauge("helped_peers", "Hidden peers that are reached through this one.", peers)
+        yield _gauge("helped_streams", "Streams of others that pass through this peer.", streams)
+        yield _counter("helped_bytes", "Bytes of others that were passed on.", nbytes)
+        sent, received = self._peer.counters.traffic.totals()
         yield _bytes("sent_bytes", "Bytes of messages that were sent, by link and codec.", sent)
         yield _bytes("received_bytes", "Bytes of messages that came, by link and codec.", received)
-        yield _if_known("watts", "What the device draws while it computes.", counters.energy.watts)
-        yield _if_known("token_joules", "Energy of a decoded token in all blocks of the peer.", now.token_joules)
-        yield _counter(
-            "joules", "Energy of steps and of timing the device, as far as it is known.", counters.energy.joules
-        )
 
 
 def registry_of(peer: Peer) -> CollectorRegistry:
     """The metrics of a running peer."""
     registry = CollectorRegistry()
-    registry.register(PeerMetrics(peer.counters, lambda: Present.of(peer)))
+    registry.register(PeerMetrics(peer))
     return registry
 
 
 def _cached_bytes(service: SessionService, server: SpanServer | None) -> int:
-    """What rows hold; a session may have fewer blocks than the span."""
+    """Bytes that rows hold; a session may have fewer blocks than the span."""
     if server is None:
         return 0
     span = server.span
@@ -271,31 +177,26 @@ def _token_joules(peer: Peer, server: SpanServer | None) -> float:
     return hop_joules(facts, span.end - span.start) or 0.0
 
 
-def _gauge(name: str, help: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"splitnet_peer_{name}", help, value)
+def _gauge(name: str, help: str, value: float | Mapping[Label, float], label: str = "") -> Metric:
+    return _filled(GaugeMetricFamily(f"splitnet_peer_{name}", help, labels=[label] if label else []), value)
+
+
+def _counter(name: str, help: str, value: float | Mapping[Label, float], label: str = "") -> Metric:
+    return _filled(CounterMetricFamily(f"splitnet_peer_{name}", help, labels=[label] if label else []), value)
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, value: float | Mapping[Label, float]) -> Metric:
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            family.add_metric([key], one)
+    else:
+        family.add_metric([], value)
+    return family
 
 
 def _if_known(name: str, help: str, value: float) -> Metric:
-    """Without a value where it is 0: nobody knows it."""
-    return _gauge(name, help, value) if value else GaugeMetricFamily(f"splitnet_peer_{name}", help)
-
-
-def _gauges(name: str, help: str, label: str, values: Mapping[Label, float]) -> Metric:
-    family = GaugeMetricFamily(f"splitnet_peer_{name}", help, labels=[label])
-    for key, value in values.items():
-        family.add_metric([key], value)
-    return family
-
-
-def _counter(name: str, help: str, value: float) -> Metric:
-    return CounterMetricFamily(f"splitnet_peer_{name}", help, value)
-
-
-def _counters(name: str, help: str, label: str, values: Mapping[Label, int]) -> Metric:
-    family = CounterMetricFamily(f"splitnet_peer_{name}", help, labels=[label])
-    for key, value in values.items():
-        family.add_metric([key], value)
-    return family
+    """Without a value where it is 0, which means that it is not known."""
+    return _gauge(name, help, value or dict[str, float]())
 
 
 def _bytes(name: str, help: str, totals: Counter[tuple[bool, int]]) -> Metric:
@@ -371,8 +272,7 @@ class _Server(ThreadingTCPServer):
     def __init__(self, host: str, port: int) -> None:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = family
-        self.names = {"localhost", host.lower(), socket.gethostname().lower()}
-        """By which requests may name this machine."""
+        self.names = {"localhost", host.lower(), socket.gethostname().lower()}  # of this machine in requests
         self._until: dict[socket.socket, float] = {}  # of connections that have not ended, the oldest first
         self._places = threading.BoundedSemaphore(2 * MOST_CONNECTIONS)
         super().__init__(address[:2], _Handler)  # pyright: ignore[reportArgumentType]

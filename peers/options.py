@@ -11,13 +11,12 @@ from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import SwarmKey
 from splitnet.transport.addresses import Reach
 
-Report = Callable[[str, int, int], None]
-"""Told what a start is at: a stage, and bytes done and in all; also again while the peer waits for others."""
+Report = Callable[[str, int, int], None]  # stage of a start, bytes done, and bytes in all; repeated while it waits
 
 
 @dataclass(frozen=True)
 class SpanWish:
-    """What the user asked for: exact blocks, or memory in bytes for them, or neither."""
+    """Exact blocks, or memory in bytes for them, or neither."""
 
     blocks: tuple[int, int] | None = None
     memory: int | None = None

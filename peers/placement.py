@@ -44,11 +44,9 @@ MAX_WATCHED = 16
 
 LOOK_S = 15.0  # how often a peer looks at the records of all others, at most
 QUICK_LOOK_S = 2.0
-LOOK_PER_PEER_S = 0.3
-"""Small swarms are looked at more often: a hole is filled the sooner, and a lookup there costs little."""
+LOOK_PER_PEER_S = 0.3  # small swarms are looked at more often: a lookup costs little, and holes are filled sooner
 URGENT_LOOK_S = 1.0
-URGENT_LOOK_PER_PEER_S = 0.05
-"""While some blocks have no server: the peer that is to move then waits for the records of others."""
+URGENT_LOOK_PER_PEER_S = 0.05  # while some blocks have no server: the peer that is to move waits for records of others
 CHECK_S = 0.5  # how often a peer checks whether the peers that it watches are there
 Blocks = tuple[int, int]
 
@@ -56,10 +54,7 @@ Blocks = tuple[int, int]
 def fitting_blocks(
     checkpoint: Checkpoint, wish: SpanWish, *, device: str, dtype: str | None, weights: str | None = None
 ) -> int:
-    """How many blocks the peer has memory for; 0 if it was told which blocks to serve, and so must stay with them.
-
-    Args:
-        device, dtype, weights: as `Span.load` takes them.
+    """How many blocks the peer has memory for; 0 if it was told which blocks to serve. Arguments as of `Span.load`.
 
     Raises:
         OutOfMemory: not even one block fits.
@@ -79,7 +74,7 @@ def fitting_blocks(
 
 
 def expected_block_ms(checkpoint: Checkpoint, *, device: str, dtype: str | None, weights: str | None = None) -> float:
-    """Ms of a token at a block, as the device reads memory: a guess before anything is loaded, good for comparisons."""
+    """Ms of a token at a block, as the device reads memory: an estimate before blocks are loaded, for comparisons."""
     values = torch.zeros(READ_BYTES // 4, dtype=torch.float32, device=device)
     took_s = math.inf
     for _ in range(READS):
@@ -132,7 +127,7 @@ def answering(records: Sequence[PeerRecord], identity: Identity) -> Present:
 
 
 def _far_ms(place: Coordinate, witnesses: Sequence[Coordinate]) -> tuple[bool, float]:
-    """How far a place is from most of the others; whose place is not known comes last."""
+    """How far a place is from most of the others; an unknown place comes last."""
     return place.error >= 1.0, median_low(place.rtt_ms(each) for each in witnesses)
 
 
@@ -164,7 +159,7 @@ def choose_blocks(
 
 
 def position_bytes(checkpoint: Checkpoint) -> int:
-    """What a position takes on slow links, which are those that count where peers choose their blocks."""
+    """Bytes of a position on slow links, which count where peers choose their blocks."""
     return codec_by_name(LINK_CODEC).bytes_per_position(checkpoint.hidden_size)
 
 
@@ -174,10 +169,7 @@ def _positive(ms: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Announced:
-    """A move that waits until all that may leave the same blocks have spoken since.
-
-    issued: when the records of all others were, by key.
-    """
+    """A move that waits for newer records of all that may leave the same blocks. issued: times of the older, by key."""
 
     move: Move
     issued: dict[str, float]
@@ -186,12 +178,10 @@ class _Announced:
 class Mover:
     """Decides for one peer. See `scheduler.moves` for the rules, and why peers do not leave a block together.
 
-    Args:
-        num_blocks: of the model.
-        position_bytes: that a position takes on links; 0: what peers can send does not count.
+    position_bytes: that a position takes on links; 0: the bandwidth of peers does not count.
 
     Attributes:
-        lacking: blocks were served by nobody when it decided last, and nobody was on the way to them.
+        lacking: at the last decision blocks had no server, and none was on the way to them.
     """
 
     def __init__(self, num_blocks: int, position_bytes: float = 0.0) -> None:
@@ -206,13 +196,7 @@ class Mover:
         return (self._announced.move.start, self._announced.move.end) if self._announced else None
 
     def decide(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> tuple[int, int] | None:
-        """The span `[start, end)` to move to now, or None.
-
-        Args:
-            own: this peer's record as of now.
-            others: all other records.
-            now: Unix time in seconds.
-        """
+        """The span `[start, end)` to move to now, or None; `others`: all other records, `now`: Unix time."""
         expected = [expected_facts_of(record) for record in others if record.serves or record.moving_to]
         self.lacking = bool(missing_blocks([facts_of(own), *expected], self._num_blocks))
         move = self._named(own, others, now)
@@ -231,11 +215,7 @@ class Mover:
         return move.start, move.end
 
     def guarded(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> list[PeerRecord]:
-        """The peers whose loss this one would have to make up for: few serve some block, and this is the one to move.
-
-        Args:
-            own, others, now: as for `decide`.
-        """
+        """The peers whose loss this one would have to make up for: few serve a block, and this is the one to move."""
         guarded: dict[PublicKey, PeerRecord] = {}
         if own.max_blocks:
             for holders in self._few_holders(own, others):
@@ -279,12 +259,7 @@ def _may_leave(record: PeerRecord, own: PeerRecord) -> bool:
 
 
 class HolderWatch:
-    """Keeps links to some peers and notes when they were heard of. Thread-safe.
-
-    Args:
-        links: opened as for a session, which also pings over them.
-        state: of a link.
-    """
+    """Keeps links to some peers, over which they are pinged, and notes their answers. Thread-safe."""
 
     def __init__(self, links: NextHops, state: Callable[[Endpoint], LinkState]) -> None:
         self._links = links
@@ -293,7 +268,7 @@ class HolderWatch:
         self._lock = threading.Lock()
 
     def watch(self, records: Iterable[PeerRecord]) -> None:
-        """Watches these peers from now on, the first `MAX_WATCHED`, and no others."""
+        """Watches the first `MAX_WATCHED` of these peers, and no others, from now on."""
         wanted = list(dict.fromkeys(record.endpoint for record in records))[:MAX_WATCHED]
         with self._lock:
             for endpoint in [endpoint for endpoint in self._heard_at if endpoint not in wanted]:
@@ -304,13 +279,13 @@ class HolderWatch:
                     self._heard_at[endpoint] = None
 
     def heard(self, endpoint: Endpoint, now: float) -> None:
-        """A peer has answered a ping at `now` (seconds)."""
+        """A peer has answered a ping."""
         with self._lock:
             if endpoint in self._heard_at:
                 self._heard_at[endpoint] = now
 
     def gone(self, now: float) -> frozenset[PublicKey]:
-        """Those of the watched that were there and are not any more."""
+        """The watched peers that have answered and do not any more."""
         with self._lock:
             return frozenset(
                 endpoint.key
@@ -323,16 +298,13 @@ class HolderWatch:
 class Relocation:
     """Looks at the swarm from time to time, and moves the peer where it is needed more. Thread-safe.
 
-    For peers that may move; others need not look.
-
     Args:
-        mover: decides.
-        watch: tells which peers are gone although their records are still there.
+        watch: knows which peers are gone although their records are still there.
         leaving: set when the peer ends.
         own: the record of this peer as of now.
-        others: looks all other records up.
+        others: looks up all other records.
         publish: announces this peer's record beside the regular refreshes.
-        move: makes the peer serve other blocks; in haste if it is told so, as some are served by nobody.
+        move: makes the peer serve other blocks; True: in haste, as some have no server.
     """
 
     def __init__(
@@ -354,24 +326,21 @@ class Relocation:
         self._publish = publish
         self._move = move
         self._gone: frozenset[PublicKey] = frozenset()
-        self._issued: dict[PublicKey, float] = {}
-        """Of the records of those that are gone: when they had been, as of the loss."""
+        self._issued: dict[PublicKey, float] = {}  # times of the records of those that are gone, as of the loss
         self._heard_of: set[tuple[PublicKey, Blocks]] = set()  # moves of others that were announced
         self._pause_s = QUICK_LOOK_S
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._look_often, name="splitnet-place", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+        self.start = self._thread.start
 
     def join(self) -> None:
-        """Waits until the thread has ended, which it does when the peer leaves."""
+        """Waits until the thread has ended, as it does when the peer leaves."""
         if self._thread.ident is not None:
             self._thread.join()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The peer does not begin to move meanwhile; waits for a move that is under way."""
+        """Prevents moves meanwhile, after a move that is under way."""
         with self._lock:
             yield
 
@@ -405,7 +374,7 @@ class Relocation:
         return min(LOOK_S, max(QUICK_LOOK_S, LOOK_PER_PEER_S * others))
 
     def _present(self, others: Sequence[PeerRecord]) -> list[PeerRecord]:
-        """Those that are there, as far as is known here; a record that is renewed shows that its peer is."""
+        """Those that are not known to be gone; a renewed record shows that its peer is there."""
         self._gone = self._watch.gone(time.monotonic())
         self._issued = {
             record.key: self._issued.get(record.key, record.issued_at) for record in others if record.key in self._gone
@@ -421,5 +390,5 @@ class Relocation:
                 self.reconsider()
             except SplitnetError as error:
                 log.warning("could not look for better blocks to serve: %s", error)
-            # Not at the same moment as others: a later look sees what they have announced.
+            # Not at the same moment as others: a later look sees their announcements.
             look_at = time.monotonic() + self._pause_s * random.uniform(0.5, 1.5)

@@ -1,7 +1,4 @@
-"""The power that the device draws while it computes: counters and sensors are read around its work.
-
-The meter does no I/O of its own; `find_sources` finds what can be read on this machine.
-"""
+"""The power that the device draws while it computes: counters and sensors are read around its work."""
 
 from __future__ import annotations
 
@@ -31,16 +28,14 @@ SYSFS = Path("/sys")
 
 _MICRO = 1e-6
 _OTHER_DEVICES = frozenset({"amdgpu", "radeon", "nouveau", "i915", "xe"})  # chips whose power is that of a GPU
-_WHOLE = re.compile(r"VDD_IN|POM_5V_IN|.*total.*", re.IGNORECASE)
-"""Labels of a sensor that includes all others of its board."""
+_WHOLE = re.compile(r"VDD_IN|POM_5V_IN|.*total.*", re.IGNORECASE)  # labels of a sensor that includes its board's others
 
 
 @dataclass(frozen=True)
 class Source:
-    """Tells the energy of (a part of) the device, or its power.
+    """A counter of energy or a sensor of power of (a part of) the device; those with the same names are equal.
 
     Attributes:
-        name: for people; sources with the same names are the same.
         read: joules so far of a counter, watts now of a sensor. Raises OSError or ValueError if that cannot be read.
         wraps_at: joules at which a counter begins again at 0, 0 if that is not known; None: it is a sensor.
     """
@@ -52,29 +47,24 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """All that add up to the device; none if it is not known what it draws.
-
-    problem: what keeps it from being known, and what helps.
-    """
+    """All that add up to the device; none if its power is not known. problem: why not, and what helps."""
 
     parts: tuple[Source, ...] = ()
     problem: str = ""
 
     @property
     def names(self) -> str:
-        """For people."""
         return ", ".join(part.name for part in self.parts)
 
 
 class EnergyMeter:
-    """Adds up what is read around the work of the device. A reading that fails counts for nothing, and invents nothing.
+    """Adds up what is read around the work of the device; failed readings add nothing.
 
     One thread at a time computes; another may look for sources.
 
     Args:
         find: the sources that can be read now.
         watts: what the device draws while it computes, if the user says so; then nothing is read.
-        clock: seconds.
 
     Attributes:
         joules: of all work so far, as far as it is known.
@@ -105,13 +95,13 @@ class EnergyMeter:
 
     @property
     def origin(self) -> str:
-        """Where that is known from, or why it is not; "" if nothing here tells it."""
+        """Where that is known from, or why it is not; "" without any source."""
         if self._given is not None:
             return f"{self._given:g} W while it computes, as --watts says"
         return self._sources.names or self._sources.problem
 
     def look(self) -> None:
-        """Finds out which sources can be read now: they come and go with drivers and rights."""
+        """Finds the sources that can be read now: they come and go with drivers and rights."""
         if self._given is not None:
             return
         try:
@@ -166,7 +156,7 @@ class EnergyMeter:
             return None
 
     def _sensed(self, sources: Sources) -> float | None:
-        """Watts of all sensors together, as read lately; None: not all can be read."""
+        """Watts of all sensors, as read lately; None: not all can be read."""
         sensors = [part for part in sources.parts if part.wraps_at is None]
         now = self._clock()
         if sensors and now - self._sensed_at >= SENSOR_S:
@@ -190,12 +180,7 @@ class EnergyMeter:
 
 
 def find_sources(device: torch.device, sysfs: Path = SYSFS) -> Sources:
-    """What tells the power of the device now.
-
-    Args:
-        device: that computes.
-        sysfs: where Linux shows counters and sensors.
-    """
+    """The sources of the power of `device` now. sysfs: where Linux shows counters and sensors."""
     if device.type == "cuda":
         return _of_nvidia(device)
     if device.type != "cpu":

@@ -1,4 +1,4 @@
-"""How others reach a peer: at its address, or through helpers; and how it helps others to be reached."""
+"""How others reach a peer: at its address, or through relays; and how it relays for others."""
 
 from __future__ import annotations
 
@@ -35,21 +35,18 @@ class PeerWays:
     """Of a running peer; close it after the transport.
 
     Args:
-        transport: of the peer.
         tunnels: of the transport; their loop runs this.
-        identity: of the peer.
-        options: how the user wants it to be reached, and to help others to be.
         address: `tcp://IP:port` as the peer would announce it.
-        authorized: keys that may use its help; None: any.
+        authorized: keys that it may relay for; None: any.
         others: looks up the other peers of the model.
-        directory: where helpers are found.
-        vouched: whether the user, or a friend, has named a helper.
+        directory: where relays are found.
+        vouched: whether the user, or a friend, has named a relay.
         changed: called when the record of the peer has changed; it must return at once.
 
     Attributes:
         endpoint: the peer at its own address, as that is now.
-        hidden: its connections to helpers.
-        helper: what helps others; None: it does not.
+        hidden: its connections to relays; their `relays` are empty if it is reached directly.
+        helper: relays for others; None: it does not.
     """
 
     def __init__(
@@ -105,24 +102,19 @@ class PeerWays:
         return self._mapped or self.endpoint.address
 
     @property
-    def relays(self) -> tuple[Relay, ...]:
-        """Helpers that it is reached through; empty: directly."""
-        return self.hidden.relays
-
-    @property
     def relay_port(self) -> int:
-        """Where it helps others; 0: it does not, as when the port that others reach is the router's."""
+        """Where it relays for others; 0: it does not, as when the port that others reach is the router's."""
         return self.helper.port if self.helper is not None and self._mapped is None else 0
 
     def start(self) -> None:
-        """Begins to help, and to look for help if that is sure to be needed."""
+        """Begins to relay, and to look for relays if they are sure to be needed."""
         if self.helper is not None:
             self.helper.start()
         if self._reach is Reach.helpers:
             self.hidden.start()
 
     def close(self) -> None:
-        """Ends what goes through helpers, and through here; gives the port of the router back."""
+        """Ends relayed connections, and those relayed here; gives the port of the router back."""
         self.hidden.stop()
         if self._mapping is not None:
             self._mapping.close()
@@ -130,11 +122,7 @@ class PeerWays:
             self.helper.close()
 
     def moves(self, now: float) -> bool:
-        """Whether the machine has another address since the last look; that is what the peer announces from now on.
-
-        Args:
-            now: `time.monotonic()`.
-        """
+        """Whether the machine has another address since the last look, which the peer announces from now on."""
         if not self._may_move or now < self._moved_at:
             return False
         self._moved_at = now + MOVED_S
@@ -171,7 +159,7 @@ class PeerWays:
         if reached is False and self._mapped is not None:
             self._unmap("they find nothing there")
         if reached is False:
-            if not self.relays:
+            if not self.hidden.relays:
                 log.warning("others cannot connect to %s: looking for helpers", self.endpoint.address)
             self.hidden.start()  # routers may take long to answer
             reached = self._mapping is not None and self._map(self._mapping)
@@ -182,7 +170,7 @@ class PeerWays:
             self.hidden.start()
 
     def _map(self, mapping: PortMapping) -> bool:
-        """Has the router lead a port here; whether others reach it. It is announced only then."""
+        """Maps a port of the router; whether others reach it. It is announced only then."""
         try:
             address = mapping.open()
         except MappingError as error:
@@ -207,8 +195,8 @@ class PeerWays:
     def _is_reached(self, address: str) -> bool | None:
         """Whether others on the internet reach this peer; None: there are none, or they do not try.
 
-        Some are asked to connect. Connections count, not answers: a liar that says that this peer is reached would
-        leave it without helpers, and one that says that it is not would have it choose theirs.
+        Some are asked to connect. Connections count, not answers: a liar could leave it without relays, or have it
+        choose the liar's.
         """
         began = time.monotonic()
         try:

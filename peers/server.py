@@ -19,7 +19,7 @@ from peers.counters import Counters
 from peers.directory import Announcer, DirectoryService
 from peers.engine import Engine, KnownSpeeds, ObservedSpeed, speed_of
 from peers.joining import LanPresence, join_swarm
-from peers.links import Neighbours, NextHops, Outbox, TransportOutbox
+from peers.links import Neighbours, NextHops, Outbox
 from peers.options import PeerOptions, Report
 from peers.placement import (
     NOBODY,
@@ -63,23 +63,14 @@ from splitnet.transport.transport import Transport
 from splitnet.version import __version__
 from splitnet.wire.codecs import CODECS, DEFAULT_INT8, codec_by_name
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, Relay
-from splitnet.wire.messages import (
-    PROTOCOL_VERSION,
-    Announce,
-    AskWeights,
-    LookUp,
-    Payload,
-    Pong,
-    decode,
-)
+from splitnet.wire.messages import PROTOCOL_VERSION, Announce, AskWeights, LookUp, Payload, Pong, decode
 
 log = logging.getLogger(__name__)
 
 MOVE_DRAIN_S = 15.0  # how long a peer that moves waits for its sessions to be taken over
 FIRST_REMEASURE_S = 20.0
 
-LEAST_STEP_MEMORY = 128 * 2**20
-"""Bytes for steps that wait for the device; half of the KV memory if that is more. One key gets half of them."""
+LEAST_STEP_MEMORY = 128 * 2**20  # bytes for waiting steps, or half of the KV memory; one key gets half of them
 
 
 class IsLeaving(Exception):
@@ -189,7 +180,7 @@ class SpanServer:
             self.service.sessions.wait_for_end(0.2)
 
     def close(self) -> None:
-        """Stops computing, after the pass that is running, and ends all sessions."""
+        """Stops computing after the running pass, and ends all sessions."""
         self.engine.close()
         self.service.forget_all()
 
@@ -198,11 +189,11 @@ class Peer:
     """A running peer of one model. Use `Peer.start`, then `close`.
 
     Attributes:
+        directory: with the multiaddrs that others join the swarm with; none if it has joined through peers alone.
         counters: what it has done since its start.
-        transport: its sockets and links.
         ways: how others reach it.
-        weights: what it gives of them.
-        service: what answers messages; while the peer moves, that of the blocks that it has left.
+        weights: gives them to others.
+        service: of its sessions; while the peer moves, that of the blocks that it has left.
         relocation: moves it to blocks where the swarm needs it more.
 
     Raises:
@@ -225,7 +216,7 @@ class Peer:
         self.checkpoint = checkpoint
         self.identity = identity
         self.counters = counters
-        self._directory = directory
+        self.directory = directory
         self._lan = lan
         self._fetcher = fetcher
         self._max_blocks = max_blocks
@@ -250,7 +241,7 @@ class Peer:
             listen=options.listen,
             tunnels=self._tunnels,
         )
-        self._outbox = TransportOutbox(self.transport, self.counters.traffic)
+        self._outbox = Outbox(self.transport, self.counters.traffic)
         self._next_hops = NextHops(self._outbox)
         try:
             self._server: SpanServer | None = self._server_of(span, speed)
@@ -302,8 +293,8 @@ class Peer:
         Args:
             model: hub id or checkpoint folder.
             options: how to serve.
-            progress: called with what is going on, bytes done and bytes in all, and with the same again while others
-                are waited for. What it raises ends the start.
+            progress: called with a stage, bytes done and bytes in all, again and again while it waits for others. An
+                error that it raises ends the start.
         """
         report = progress or (lambda stage, done, total: None)
         report("open the checkpoint", 0, 0)
@@ -383,11 +374,6 @@ class Peer:
         return self.ways.endpoint
 
     @property
-    def addresses(self) -> list[str]:
-        """Multiaddrs that others join the swarm with; none if it has joined through peers alone."""
-        return self._directory.addresses
-
-    @property
     def join_address(self) -> str:
         """`tcp://IP:port?key=...`: what others join the swarm with through this peer's own port."""
         return peer_address(self.endpoint)
@@ -403,11 +389,6 @@ class Peer:
     def span(self) -> Span:
         """The blocks that it serves. Raises SplitnetError while the peer moves to other blocks."""
         return self.server.span
-
-    @property
-    def sessions(self) -> SessionTable:
-        """The sessions, and what they have reserved."""
-        return self.service.sessions
 
     def record(self) -> PeerRecord:
         """What the peer announces of itself, as of now."""
@@ -446,12 +427,12 @@ class Peer:
             state_bytes=server.span.state_bytes,
             proof=self._proof,
             watts=self.counters.energy.watts,
-            relays=self.ways.relays,
+            relays=self.ways.hidden.relays,
             relay_port=self.ways.relay_port,
         )
 
     def drain(self, timeout_s: float) -> None:
-        """Leaves the DHT and hands running sessions over, see `SpanServer.drain`; `timeout_s`: seconds."""
+        """Leaves the directory and hands running sessions over, see `SpanServer.drain`."""
         self._leaving.set()
         with self.relocation.held():
             self.service.leave()  # before the directory, which may take a second
@@ -462,7 +443,7 @@ class Peer:
                 self._server.drain(timeout_s)
 
     def close(self) -> None:
-        """Leaves the DHT, stops serving and frees everything."""
+        """Leaves the directory, stops serving and frees everything."""
         self._leaving.set()
         with self.relocation.held():
             self._announcer.close()
@@ -475,7 +456,7 @@ class Peer:
         self.relocation.join()
         if self._lan is not None:
             self._lan.close()
-        self._directory.close()
+        self.directory.close()
 
     def _serve(self) -> None:
         self.server.engine.start()
@@ -494,7 +475,7 @@ class Peer:
         self.service.tick(time.monotonic())
         if self.ways.moves(time.monotonic()):
             self._announcer.publish_soon(moved=True)
-        self._watchdog.alive()  # this thread runs, and nobody keeps the locks that it needs
+        self._watchdog.alive()  # this thread runs, and no other keeps the locks that it needs
 
     def _look_around(self) -> None:
         self.counters.energy.look()
@@ -508,7 +489,7 @@ class Peer:
         self._prove_work()
 
     def _prove_work(self) -> None:
-        """For a key that is kept; it takes seconds, once."""
+        """Finds a proof of work for a key that is kept; that takes seconds, once."""
         if self._options.key_file is None or self._proof:
             return
         file = self._options.key_file.with_name(f"{self._options.key_file.name}.proof")
@@ -518,18 +499,18 @@ class Peer:
             log.warning("the proof of work of this key cannot be kept in %s: %s", file, error.strerror)
 
     def _others(self) -> list[PeerRecord]:
-        present = self._directory.peers(self.checkpoint.fingerprint)
+        present = self.directory.peers(self.checkpoint.fingerprint)
         return [record for record in present if record.key != self.identity.public]
 
     def _vouches(self, relay: Relay) -> bool:
-        """Whether a helper is a friend's, or runs where the user has joined."""
+        """Whether a relay is a friend's, or runs where the user has joined."""
         is_friend = self._authorized is not None and self._authorized.names(PublicKey(relay.key).curve_raw)
         return is_friend or relay.address.removeprefix("tcp://").rpartition(":")[0] in self._joined_at
 
     def _move(self, span: tuple[int, int], urgent: bool = False) -> None:
         """Hands its sessions over, then serves other blocks under the same key and address.
 
-        urgent: some blocks are served by nobody, so that sessions cannot go on anyway, and are not waited for.
+        urgent: some blocks have no server, so that sessions cannot go on anyway, and are not waited for.
         """
         try:
             self.checkpoint.get_blocks(*span)  # while the old ones are still served
@@ -549,12 +530,7 @@ class Peer:
     def _change_to(self, start: int, end: int, drain_s: float) -> bool:
         """Hands the sessions over, then serves blocks `[start, end)`, or the old ones if these cannot be loaded.
 
-        Args:
-            start, end: the new blocks.
-            drain_s: how long to wait for the sessions to be taken over, in seconds.
-
-        Returns:
-            False if the peer ends before it serves.
+        Returns False if the peer ends before it serves.
         """
         server = self.server
         old, speed = (server.span.start, server.span.end), server.speed
@@ -562,7 +538,7 @@ class Peer:
         log.warning("moving from blocks %d..%d to %d..%d", old[0], old[1] - 1, start, end - 1, extra=blocks)
         server.drain(drain_s)
         server.close()
-        # The memory of the old blocks is needed for the new ones. Until those serve, the old service says so.
+        # The memory of the old blocks is needed for the new ones. Meanwhile the old service answers.
         self._server = server = None
         give_back_memory()
         try:
@@ -587,7 +563,7 @@ class Peer:
             weights=options.weights,
             progress=self._go_on,
         )
-        # All blocks of a model are about as fast. Timing these takes seconds, and is done when the peer is idle.
+        # All blocks of a model are about as fast. Timing these takes seconds, so it waits until the peer is idle.
         if options.speeds_file is not None:
             KnownSpeeds(options.speeds_file).follow(span, self.checkpoint.fingerprint, speed)
         server = self._server_of(span, speed)

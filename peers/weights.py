@@ -28,15 +28,13 @@ MAX_WAITING: Final = 1024
 
 
 class WeightService:
-    """Thread-safe; close it when done.
+    """Answers questions about weights. Thread-safe; close it when done.
 
     Args:
-        held: the pieces that are here.
-        outbox: where answers go.
-        shares: tells whether pieces are given; what a model's weights are is told anyway, as clients must know it.
+        shares: whether pieces are given; the manifest is, as clients must know it.
         rate: bytes per second.
         swarm: the key of a closed one.
-        serving: tells whether sessions are being served.
+        serving: whether sessions are being served.
 
     Attributes:
         sent: bytes of pieces.
@@ -61,19 +59,15 @@ class WeightService:
         self._serving = serving
         self._pace = Pace()
         self._model = bytes.fromhex(swarm.place(held.manifest.fingerprint))
-        self._pieces: dict[bytes, bytes] | None = None
-        """The digest of each piece by how members of a closed swarm name it."""
+        self._pieces: dict[bytes, bytes] | None = None  # digests, by the names that members of a closed swarm give them
         self._packed: bytes | None = None
         self._bits = b""
         self._bits_at = -math.inf
-        self._waiting: OrderedDict[bytes, deque[tuple[Connection, AskWeights]]] = OrderedDict()
-        """By key; the first is next."""
+        self._waiting: OrderedDict[bytes, deque[tuple[Connection, AskWeights]]] = OrderedDict()  # by key, next first
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._answer_all, name="splitnet-weights", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+        self.start = self._thread.start
 
     def receive(self, source: Connection, message: AskWeights) -> None:
         """Answers soon."""

@@ -232,6 +232,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
 
     from peers.counters import Counters
     from peers.links import Neighbours
+    from peers.power import EnergyMeter
     from scheduler.batching import BatchingDelay
     from splitnet.blocks.span import Span
     from splitnet.cli import main
@@ -253,8 +254,8 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
             meter.measured = Measured(before.busy_s, before.passes, before.late + 1)
         return output
 
-    def begin_to_count(self: Counters, *arguments: Any) -> None:
-        begin(self, *arguments)
+    def begin_to_count(self: Counters, energy: EnergyMeter | None = None) -> None:
+        begin(self, energy)
         passed = self.step_passes.observe
 
         def count(seconds: float, positions: int, rows: int) -> None:

@@ -281,7 +281,7 @@ def peer(
         if metrics is not None:
             metrics.serve(registry_of(serving))
             typer.echo(f"metrics at {metrics.url}")
-        with told([*serving.addresses, serving.join_address], address_file):
+        with told([*serving.directory.addresses, serving.join_address], address_file):
             stop.wait()
             typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")
             with suppress(KeyboardInterrupt):

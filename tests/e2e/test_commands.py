@@ -371,7 +371,7 @@ def test_a_node_of_the_dht_that_all_join_through(small: Path, here: Here, tmp_pa
             )
             peer = Peer.start(small, options)
             at_end.callback(peer.close)
-            known += peer.addresses
+            known += peer.directory.addresses
         generate = ("generate", str(small), "bees", "--max-new-tokens", "4", "--codec", "none", "--join")
         through_node = here(*generate, node.address())
         assert through_node.code == 0 and through_node.output.strip()

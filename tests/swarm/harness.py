@@ -46,7 +46,7 @@ class LocalSwarm:
     @property
     def addresses(self) -> list[str]:
         """Of the first peer that is there."""
-        return next(peer.addresses for peer in self.peers if not _has_ended(peer))
+        return next(peer.directory.addresses for peer in self.peers if not _has_ended(peer))
 
     @property
     def client(self) -> Swarm:

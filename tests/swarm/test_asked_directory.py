@@ -188,7 +188,7 @@ def test_a_running_client_hears_of_who_comes_and_leaves_without_reading_all_agai
 
 def test_peers_that_ask_each_other_wait_for_no_circle(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = swarm.peers[1:]
-    directory = first._directory
+    directory = first.directory
     assert isinstance(directory, PeerDirectory)
     monkeypatch.setattr(directory, "_joined", [*directory._joined, second.endpoint])  # second asks first already
     monkeypatch.setattr(ask, "DIRECTORY_ANSWER_S", 60.0)  # so that whoever waits for itself would be late
@@ -242,8 +242,8 @@ def test_a_swarm_whose_first_peer_is_gone_goes_on(folder: Path) -> None:
         links = Links(Identity.generate())
         with PeerDirectory.join([second.endpoint], links) as directory:
             assert len(directory.peers(second.checkpoint.fingerprint)) == 3
-            second._directory.peers(second.checkpoint.fingerprint)
-            third._directory.peers(second.checkpoint.fingerprint)
+            second.directory.peers(second.checkpoint.fingerprint)
+            third.directory.peers(second.checkpoint.fingerprint)
             first.close()
             third._announcer.publish()  # which it does every 15 s
             second._announcer.publish()
@@ -272,8 +272,8 @@ def test_a_flood_of_questions_neither_floods_the_dht_nor_keeps_others_waiting(
 ) -> None:
     peer = swarm.peers[0]
     asked: list[str] = []
-    records = peer._directory.records
-    monkeypatch.setattr(peer._directory, "records", lambda model, depth: asked.append(model) or records(model, depth))
+    records = peer.directory.records
+    monkeypatch.setattr(peer.directory, "records", lambda model, depth: asked.append(model) or records(model, depth))
     with Client(peer.endpoint, queue=0) as attacker, connect(swarm, peer) as client:
         began = time.monotonic()
         attacker.say(*(LookUp(number, f"{number:032x}", 2) for number in range(1, 3000)))

@@ -57,7 +57,7 @@ class Behind:
         self.helpers = {name: self._help(stack, name) for name in self.names}
         self._swarm: LocalSwarm = stack.enter_context(local_swarm(folder, []))
         self.peers = {host: self._peer(host, span) for host, span in zip("abc", SPANS, strict=True)}
-        wait_until(lambda: all(len(peer.ways.relays) == helpers for peer in self.peers.values()))
+        wait_until(lambda: all(len(peer.ways.hidden.relays) == helpers for peer in self.peers.values()))
         for peer in self.peers.values():
             peer._announcer.publish()
 

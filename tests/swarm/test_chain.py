@@ -219,5 +219,5 @@ def test_another_thread_can_close_a_session_that_is_used(shared: LocalSwarm, col
     with pytest.raises(SessionClosed):
         model(input_ids=ids, cache=cache, use_cache=True)
     deadline = time.monotonic() + 10
-    while any(len(peer.sessions) for peer in shared.peers):
+    while any(len(peer.service.sessions) for peer in shared.peers):
         assert time.monotonic() < deadline

@@ -50,7 +50,7 @@ def connect(peer: Peer, key: SwarmKey | None = KEY, **options: Any) -> Swarm:
 
 def test_members_find_each_other_without_a_dht(swarm: LocalSwarm, local: Any) -> None:
     for peer in swarm.peers:
-        assert part_of(peer._directory, Directory) is None and not peer.addresses
+        assert part_of(peer.directory, Directory) is None and not peer.directory.addresses
         with connect(peer) as client:
             model = attach(Checkpoint.open(swarm.folder), client, codec="none")
             inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), **GREEDY}
@@ -99,12 +99,12 @@ def test_the_first_peer_is_missed_at_once_when_it_leaves(folder: Path) -> None:
         first = swarm.peers[0]
         second = swarm.add(0, 6, swarm_key=KEY, join=[first.join_address])
         model = second.checkpoint.fingerprint
-        assert {record.key for record in second._directory.peers(model)} == {
+        assert {record.key for record in second.directory.peers(model)} == {
             first.identity.public,
             second.identity.public,
         }
         first.close()
-        assert {record.key for record in second._directory.peers(model)} == {second.identity.public}
+        assert {record.key for record in second.directory.peers(model)} == {second.identity.public}
 
 
 def test_what_only_a_dht_has_is_refused_by_name(swarm: LocalSwarm) -> None:
@@ -142,7 +142,7 @@ def test_an_outsider_learns_and_announces_nothing(swarm: LocalSwarm) -> None:
     with connect(peer) as client:
         assert {record.key for record in client.peers()} == {peer.identity.public for peer in swarm.peers}
     for member in swarm.peers:
-        assert outsider.public not in {record.key for record in member._directory.records(model)}
+        assert outsider.public not in {record.key for record in member.directory.records(model)}
 
 
 def test_outsiders_that_ask_without_end_keep_no_member_from_joining(

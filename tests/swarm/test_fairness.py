@@ -104,7 +104,7 @@ def test_who_holds_all_memory_without_steps_makes_room(
 ) -> None:
     monkeypatch.setattr(sessions, "LEASE_S", 0.5)
     began = threading.Event()
-    capacity = peer.sessions.capacity
+    capacity = peer.service.sessions.capacity
     with ThreadPoolExecutor(1) as threads, fairness.Client(peer.endpoint, facts) as client:
         load = threads.submit(
             fairness.squats, peer.endpoint, facts, seconds=SECONDS, reservation=capacity, began=began.set

@@ -422,15 +422,15 @@ def test_random_frames(attacker: Attacker) -> None:
 
 def test_thousands_of_sessions(running: LocalSwarm, attacker: Attacker) -> None:
     names = [number.to_bytes(16, "big") for number in range(3000)]
-    before = running.peers[0].sessions.free_positions
+    before = running.peers[0].service.sessions.free_positions
     for first in range(0, len(names), 100):
         attacker.say(*(attacker.open(name, reservation=0) for name in names[first : first + 100]))
         attacker.ping()
-    assert len(running.peers[0].sessions) <= MAX_SESSIONS
+    assert len(running.peers[0].service.sessions) <= MAX_SESSIONS
     for first in range(0, len(names), 100):
         attacker.say(*(Close(name) for name in names[first : first + 100]))
         attacker.ping()
-    assert running.peers[0].sessions.free_positions == before
+    assert running.peers[0].service.sessions.free_positions == before
 
 
 def test_thousands_of_next_hops(running: LocalSwarm, attacker: Attacker) -> None:
@@ -474,7 +474,7 @@ def test_peers_cannot_be_made_to_push_in_a_circle(running: LocalSwarm, attacker:
     while attacker.answers.get(Failure, 0) == refused:
         assert time.monotonic() < deadline
         attacker.ping()
-    held = first.sessions.get(SESSIONS[0])
+    held = first.service.sessions.get(SESSIONS[0])
     assert held is not None
     attacker.wait_until_idle()
     assert {row: cache.length for row, cache in held.rows.items()} == {1: 1}
@@ -482,7 +482,7 @@ def test_peers_cannot_be_made_to_push_in_a_circle(running: LocalSwarm, attacker:
 
 def test_rows_that_were_cropped_are_not_collected(running: LocalSwarm, attacker: Attacker) -> None:
     attacker.say(attacker.open(SESSIONS[0], reservation=600))
-    held = running.peers[0].sessions
+    held = running.peers[0].service.sessions
     for row in range(1, 40):
         parts = (Chunk(row, 0, 500, 0), *((Chunk(row - 1, 0, 1, 0),) if row > 1 else ()))
         positions = sum(part.length for part in parts)
@@ -501,7 +501,7 @@ def test_a_fork_bomb_copies_nothing(running: LocalSwarm, attacker: Attacker) -> 
     bomb = tuple(Fork(row, 1) for row in range(2, 1000))
     attacker.say(Step(SESSIONS[0], 1, 2, (Chunk(2, 200, 1, 0),), bomb, 0, 0, bytes(4 * HIDDEN)))
     attacker.wait_until_idle()
-    session = running.peers[0].sessions.get(SESSIONS[0])
+    session = running.peers[0].service.sessions.get(SESSIONS[0])
     assert session is not None
     assert list(session.rows) == [1]
 

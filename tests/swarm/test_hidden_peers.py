@@ -65,7 +65,7 @@ def wait_until(condition: Any) -> None:
 
 def add_hidden(swarm: LocalSwarm, start: int, end: int, relays: int = 1) -> Peer:
     peer = swarm.add(start, end, public_host=NOWHERE, reach=Reach.helpers)
-    wait_until(lambda: len(peer.ways.relays) == relays)
+    wait_until(lambda: len(peer.ways.hidden.relays) == relays)
     peer._announcer.publish()
     return peer
 
@@ -134,7 +134,7 @@ def test_a_node_of_the_dht_helps_and_people_are_told(
         wait_until(lambda: relay in find_helpers(node))
         assert not any("helper" in name for name in node.models().values())
         peer = swarm.add(0, 6, public_host=NOWHERE, reach=Reach.helpers)
-        wait_until(lambda: peer.ways.relays == (relay,))
+        wait_until(lambda: peer.ways.hidden.relays == (relay,))
         peer._announcer.publish()
         records = swarm.client.peers(fresh=True)
         overview = Overview.of(swarm.client, records)
@@ -158,13 +158,13 @@ def test_a_peer_asks_others_and_looks_for_helpers(
     swarm.add(0, 3, relay_port=0)
     reached = swarm.add(3, 6)
     reached.ways.look()
-    assert not reached.ways.relays and reached.ways._ask_at > time.monotonic() + 500
+    assert not reached.ways.hidden.relays and reached.ways._ask_at > time.monotonic() + 500
     with monkeypatch.context() as patch:
         patch.setattr("peers.server.public_address", lambda *_: f"tcp://{NOWHERE}")
         lost = swarm.add(3, 6, port_mapping=False)
     lost.ways._ask_at = 0.0
     lost.ways.look()
-    wait_until(lambda: lost.ways.relays)
+    wait_until(lambda: lost.ways.hidden.relays)
     record = next(record for record in node.peers(lost.checkpoint.fingerprint) if record.key == lost.identity.public)
     assert record.relays or wait_until(lambda: lost.record().relays) is None
     with monkeypatch.context() as patch:
@@ -178,7 +178,7 @@ def test_a_peer_asks_others_and_looks_for_helpers(
             assert lost.ways._is_reached(here.address) is True, "they deny it, and somebody is here"
     lost.ways.endpoint, lost.ways._ask_at = here, 0.0
     lost.ways.look()
-    assert not lost.ways.relays
+    assert not lost.ways.hidden.relays
 
 
 def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_helpers_again(
@@ -200,7 +200,7 @@ def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_he
     peer = swarm.add(3, 6, listen="tcp://0.0.0.0:0", reach=Reach.helpers)
     assert "no address at which others could connect to tcp://0.0.0.0:0" in caplog.text
     hosts.append("127.0.0.2")
-    wait_until(lambda: peer.ways.relays)
+    wait_until(lambda: peer.ways.hidden.relays)
 
     def announced() -> str:
         records = node.peers(peer.checkpoint.fingerprint)
@@ -209,12 +209,12 @@ def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_he
     port = peer.transport.port
     wait_until(lambda: announced() == f"tcp://127.0.0.2:{port}")
     assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
-    wait_until(lambda: not peer.ways._has_moved and peer.ways.relays)
+    wait_until(lambda: not peer.ways._has_moved and peer.ways.hidden.relays)
     stopped = peer.ways.hidden._task
     hosts.append("127.0.0.1")  # for a moment there is no network
     hosts.append("127.0.0.3")
     wait_until(lambda: announced() == f"tcp://127.0.0.3:{port}")
-    wait_until(lambda: peer.ways.hidden._task is not stopped and peer.ways.relays)
+    wait_until(lambda: peer.ways.hidden._task is not stopped and peer.ways.hidden.relays)
     assert peer.join_address.startswith(f"tcp://127.0.0.3:{port}?")
     assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
 
@@ -226,14 +226,14 @@ def test_who_joins_through_a_peer_finds_helpers_of_the_dht(swarm: LocalSwarm, no
         first = swarm.add(0, 3)
         swarm.add(3, 6, join=[first.join_address], public_host=NOWHERE, reach=Reach.helpers)
         hidden_one = swarm.peers[-1]
-        wait_until(lambda: hidden_one.ways.relays == (relay,))
+        wait_until(lambda: hidden_one.ways.hidden.relays == (relay,))
         hidden_one._announcer.publish()
-        directory = hidden_one._directory
+        directory = hidden_one.directory
         assert isinstance(directory, PeerDirectory)
         assert relay.key not in {other.key.raw for other in directory._others}, "it answers no questions"
         assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
         assert ways_of(swarm)[3, 6] is Way.RELAYED
-        assert set(hidden_one._directory.models()) == {hidden_one.checkpoint.fingerprint}
+        assert set(hidden_one.directory.models()) == {hidden_one.checkpoint.fingerprint}
 
 
 @pytest.mark.usefixtures("no_holes")
@@ -243,9 +243,9 @@ def test_hidden_peers_of_a_closed_swarm_are_reached_through_its_peers(folder: Pa
         first = swarm.peers[0]
         options = {"swarm_key": key, "join": [first.join_address], "public_host": NOWHERE, "reach": Reach.helpers}
         second = swarm.add(3, 6, **options)
-        wait_until(lambda: second.ways.relays)
+        wait_until(lambda: second.ways.hidden.relays)
         second._announcer.publish()
-        assert find_helpers(second._directory) == []
+        assert find_helpers(second.directory) == []
         with Swarm(ModelFacts.of(first.checkpoint), [first.join_address], swarm_key=key) as client:
             model = attach(Checkpoint.open(folder), client, codec="none")
             assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))

@@ -73,7 +73,7 @@ def test_a_peer_that_has_worked_comes_into_a_full_directory(
     late._look_around()
     late._announcer.publish()
     # Each is found at its own node in any case, if readers hear of that.
-    directory = swarm.peers[0]._directory
+    directory = swarm.peers[0].directory
     assert isinstance(directory, Directory)
     node = directory._node.protocol
     for peer, has_place in ((late, True), (with_nothing, False)):

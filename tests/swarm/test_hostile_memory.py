@@ -67,7 +67,7 @@ class Watched:
         while not self._ended.wait(0.005):
             self.rss = max(self.rss, process.memory_info().rss - before)
             for peer in self.peers:
-                sessions = list(peer.sessions)
+                sessions = list(peer.service.sessions)
                 try:
                     held = sum(row.nbytes for each in sessions for row in list(each.rows.values()))
                     held += sum(each.log.nbytes for each in sessions)
@@ -75,7 +75,7 @@ class Watched:
                     continue
                 self.kept = max(self.kept, *(len(each.kept) for each in sessions), 0)
                 self.rows = max(self.rows, held)
-                self.accounted = max(self.accounted, peer.sessions.memory.used)
+                self.accounted = max(self.accounted, peer.service.sessions.memory.used)
                 self.training = max(self.training, peer.service.training_memory.used)
 
 

@@ -145,7 +145,7 @@ class TakenAway(BaseStreamer):
         if not self.tokens:
             self.keys.write_text(self.left)
             deadline = time.monotonic() + 20
-            while len(self.peer.sessions):
+            while len(self.peer.service.sessions):
                 assert time.monotonic() < deadline, "its session is still there, for the hop before to send it steps"
                 time.sleep(0.01)
 
@@ -217,7 +217,7 @@ def test_a_hop_can_take_a_session_id_before_its_owner(running: LocalSwarm) -> No
 
 
 def _owner_of(peer: Peer, session: bytes) -> bytes:
-    found = peer.sessions.get(session)
+    found = peer.service.sessions.get(session)
     assert found is not None
     return found.owner
 

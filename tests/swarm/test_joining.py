@@ -72,10 +72,10 @@ def test_a_peer_waits_for_the_file_of_the_first(model: Path, tmp_path: Path) -> 
         second = pool.submit(Peer.start, model, options(3, 6, join_file=file), progress=progress)
         assert waits.wait(60)
         first = Peer.start(model, options(0, 3))
-        (tmp_path / "partial").write_text(first.addresses[0] + "\n")
+        (tmp_path / "partial").write_text(first.directory.addresses[0] + "\n")
         (tmp_path / "partial").replace(file)
         peer = second.result(60)
-        found = {(record.start, record.end) for record in peer._directory.peers(peer.checkpoint.fingerprint)}
+        found = {(record.start, record.end) for record in peer.directory.peers(peer.checkpoint.fingerprint)}
         peer.close()
         first.close()
     assert (0, 3) in found

@@ -67,8 +67,8 @@ def test_numbers_are_those_of_a_generation(swarm: LocalSwarm, scrape: Callable[[
         model.generate(**prompt(PROMPT), **{**GREEDY, "max_new_tokens": ANSWER})
         during = scrape()
     for peer in swarm.peers:
-        while len(peer.sessions):
-            peer.sessions.wait_for_end(0.1)
+        while len(peer.service.sessions):
+            peer.service.sessions.wait_for_end(0.1)
     after = scrape()
 
     def done(index: int, name: str, **labels: str) -> float:

@@ -153,7 +153,7 @@ def serve(model: RemoteCausalLM, tokenizer: Any) -> Iterator[Serve]:
 
 
 def sessions(swarm: LocalSwarm) -> list[int]:
-    return [len(peer.sessions) for peer in swarm.peers]
+    return [len(peer.service.sessions) for peer in swarm.peers]
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -54,7 +54,7 @@ options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_toke
 whole = AutoModelForCausalLM.from_pretrained(folder).generate(ids, attention_mask=torch.ones_like(ids), **options)
 first = peer((0, 3))
 second = peer((3, 6), first.join_address)
-assert not first.addresses and not second.addresses
+assert not first.directory.addresses and not second.directory.addresses
 for joined in (first, second):
     model = splitnet.AutoModelForCausalLM.from_pretrained(
         folder, initial_peers=[joined.join_address], codec="none", identity=Identity.generate()

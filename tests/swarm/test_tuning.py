@@ -208,7 +208,7 @@ def test_training_by_forward_passes_alone(
         blocks: Any = model.get_base_model()._blocks
         (passes,) = blocks.passes.values()
         for peer in swarm.peers:
-            session = peer.sessions.get(passes.id)
+            session = peer.service.sessions.get(passes.id)
             assert session is not None and not session.kept
     assert float(expected.norm()) > 0
     assert float((found - expected).norm() / expected.norm()) < 0.02

@@ -183,7 +183,7 @@ def test_what_is_kept_for_a_client_is_dropped_when_it_goes_on_or_leaves(swarm: L
         kept: list[int] = []
         for seed in range(5):
             model(**batch(seed))  # nobody goes back
-            session = used(swarm, model, 0).sessions.get(session_of(model).id)
+            session = used(swarm, model, 0).service.sessions.get(session_of(model).id)
             assert session is not None
             kept.append(len(session.kept))
         assert kept[0] > 1

@@ -26,9 +26,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from peers import metrics as metrics_server
 from peers.counters import Counters, Histogram
-from peers.metrics import MetricsServer, PeerMetrics, Present
+from peers.engine import ObservedSpeed
+from peers.metrics import MetricsServer, registry_of
 from peers.power import EnergyMeter
-from peers.sessions import Purpose
+from peers.queue import WorkQueue
+from peers.sessions import MemoryAccount, SessionTable
+from scheduler.batching import Load
 from splitnet.cli.arguments import parse_host_port
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.security.identity import Identity
@@ -43,38 +46,38 @@ from tests.attacks import gateway
 ROOT = Path(__file__).resolve().parents[3]
 UNITS = {"seconds": "s", "bytes": "bytes", "watts": "W", "joules": "J"}
 
-PRESENT = Present(
-    info=dict.fromkeys(("peer", "model", "blocks", "weights", "device", "version"), "x"),
-    serves=True,
-    blocks=12,
-    sessions=2,
-    kv_reserved_bytes=300,
-    kv_free_bytes=700,
-    session_bytes={Purpose.POSITIONS: 300, Purpose.STEPS: 20},
-    kv_cached_bytes=120,
-    queued_positions=5,
-    queued_pass_positions=0,
-    training_used_bytes=0,
-    training_free_bytes=1000,
-    refused_connections=3,
-    ended_connections={"stalled": 2},
-    relays=2,
-    tunnelled=3,
-    helped_peers=4,
-    helped_streams=5,
-    helped_bytes=6,
-    dropped_messages=5,
-    token_joules=0.25,
-    buffer_bytes={"received": 1, "sent": 2, "received_limit": 10, "sent_limit": 20},
-)
 CLIENT = Connection(b"client", Identity.generate().public.curve_raw)
 NEXT = Endpoint("tcp://192.0.2.1:7000", Identity.generate().public)
 
 
+def peer_of(counters: Counters) -> Any:
+    """A peer with a sample of everything."""
+    weights = SimpleNamespace(kind="int8")
+    span = SimpleNamespace(start=0, end=12, kv_bytes_per_position=24.0, weights=weights, device="cpu")
+    service = SimpleNamespace(
+        sessions=SessionTable(1000), queue=WorkQueue(), training_memory=MemoryAccount(1000, "", ""), load=Load()
+    )
+    service.leaving = False
+    helper = SimpleNamespace(reservations=4, streams=SimpleNamespace(taken=5), passed_bytes=6)
+    hidden = SimpleNamespace(relays=("a", "b"), streams=SimpleNamespace(taken=3))
+    return SimpleNamespace(
+        identity=Identity.generate(),
+        checkpoint=SimpleNamespace(name="model"),
+        counters=counters,
+        service=service,
+        server=SimpleNamespace(span=span, speed=ObservedSpeed((1.0,) * 5), service=service),
+        transport=SimpleNamespace(
+            refused_connections=3,
+            connections=SimpleNamespace(ended={"stalled": 2}),
+            sending=SimpleNamespace(used=2, limit=20, refused=5),
+            receiving=SimpleNamespace(used=1, limit=10),
+        ),
+        ways=SimpleNamespace(hidden=hidden, helper=helper),
+    )
+
+
 def peer_registry(counters: Counters | None = None) -> CollectorRegistry:
-    registry = CollectorRegistry()
-    registry.register(PeerMetrics(counters or Counters(EnergyMeter(watts=15.0)), lambda: PRESENT))
-    return registry
+    return registry_of(peer_of(counters or Counters(EnergyMeter(watts=15.0))))
 
 
 def gateway_metrics() -> GatewayMetrics:
@@ -82,7 +85,9 @@ def gateway_metrics() -> GatewayMetrics:
     metrics = GatewayMetrics()
     kept: PrefixCache[None] = PrefixCache(KeepLimits(1, 100, 60.0), lambda _: None)
     kept.keep("me", [1, 2, 3], 8, None)
-    generations: Any = SimpleNamespace(model=SimpleNamespace(drafts=(9, 6)), kept=kept, observer=None)
+    generations: Any = SimpleNamespace(
+        model=SimpleNamespace(speculator=SimpleNamespace(counts=(9, 6))), kept=kept, observer=None
+    )
     instrument(FastAPI(), metrics, "model", generations, Admission(1, 1))
     metrics.answered("/health", "200", 0.01)
     metrics.step_took((Timing(1000, 2000, 4000), Timing(0, 1000, 0)))
@@ -194,9 +199,9 @@ def test_bytes_are_told_by_link_and_codec() -> None:
     assert value(registry, received, link="incoming", codec="other") == others
     assert value(registry, "splitnet_peer_sent_bytes_total", link="outgoing", codec="none") == size
     assert value(registry, received, link="outgoing", codec="none") == 0
-    assert value(registry, "splitnet_peer_refused_total", cause="not_authorized") == PRESENT.refused_connections
+    assert value(registry, "splitnet_peer_refused_total", cause="not_authorized") == 3
     assert value(registry, "splitnet_peer_refused_total", cause="connection_stalled") == 2
-    assert value(registry, "splitnet_peer_refused_total", cause="not_sent") == PRESENT.dropped_messages
+    assert value(registry, "splitnet_peer_refused_total", cause="not_sent") == 5
     assert value(registry, "splitnet_peer_buffer_bytes", state="sent_limit") == 20
 
 

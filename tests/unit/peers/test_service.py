@@ -163,8 +163,8 @@ class Peer:
             served,
             self.table,
             self.queue,
-            self.outbox,
-            NextHops(self.outbox),
+            self.outbox,  # pyright: ignore[reportArgumentType]
+            NextHops(self.outbox),  # pyright: ignore[reportArgumentType]
             reach_s=REACH_S,
             policy=self.policy,
         )
