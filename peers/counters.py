@@ -102,31 +102,18 @@ class Traffic:
         self._received: Counter[tuple[bool, int]] = Counter()
         self._lock = threading.Lock()
 
-    def count_sent(self, destination: Destination, message: Message, frames: Sequence[Payload]) -> None:
-        """Counts a message that goes out."""
-        self._count(self._sent, destination, message, frames)
-
-    def count_received(self, source: Destination, message: Message | None, frames: Sequence[Payload]) -> None:
-        """Counts a message that came; None: frames that are no message."""
-        self._count(self._received, source, message, frames)
-
     def totals(self) -> tuple[Counter[tuple[bool, int]], Counter[tuple[bool, int]]]:
         """Bytes sent and bytes received so far."""
         with self._lock:
             return self._sent.copy(), self._received.copy()
 
-    def _count(
-        self,
-        totals: Counter[tuple[bool, int]],
-        other_end: Destination,
-        message: Message | None,
-        frames: Sequence[Payload],
-    ) -> None:
+    def count(self, other: Destination, message: Message | None, frames: Sequence[Payload], *, sent: bool) -> None:
+        """Counts a message that was sent or received; None: frames that are no message."""
         codec: int = message.codec if type(message) in _ENCODED else OTHER_CODEC  # pyright: ignore
-        key = (isinstance(other_end, Endpoint), codec)
+        key = (isinstance(other, Endpoint), codec)
         size = sum(map(len, frames))
         with self._lock:
-            totals[key] += size
+            (self._sent if sent else self._received)[key] += size
 
 
 class Counters:
@@ -136,8 +123,6 @@ class Counters:
         work, passes: by kind; step_passes: packed passes of steps.
         refused: requests that were answered with a failure, by its code.
         opened, ended: sessions.
-        moves: to other blocks.
-        energy: of the device.
     """
 
     def __init__(self, energy: EnergyMeter | None = None) -> None:

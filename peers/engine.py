@@ -89,11 +89,7 @@ class _Abandoned(Exception):
 
 
 class ObservedSpeed:
-    """Ms per block at each of `scheduler.facts.PASS_SIZES`.
-
-    Attributes:
-        on_measured: called when it was measured anew.
-    """
+    """Ms per block at each of `scheduler.facts.PASS_SIZES`. on_measured: called after a new measurement."""
 
     def __init__(self, block_ms: tuple[float, ...]) -> None:
         self.block_ms = block_ms
@@ -153,20 +149,13 @@ def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -
 
 
 class KnownSpeeds:
-    """Speeds in a file, by what they depend on; anything else in it is ignored.
-
-    A peer measures again when it is idle, so a speed that has become wrong (another clock, other loads) is not used for
-    long.
-    """
+    """Speeds in a file, by what they depend on. They may be wrong by now, but a peer measures again when it is idle."""
 
     def __init__(self, file: Path) -> None:
         self._known = KnownFigures(file)
 
     def find(self, span: Span, model: str) -> ObservedSpeed | None:
-        """The speed of the same blocks, held and computed in the same way; `model`: the fingerprint.
-
-        The span computes once, as it does when it is measured.
-        """
+        """The speed of the same blocks, held and computed in the same way; the span computes once, as if measured."""
         block_ms = self._known.find(_key(span, model))
         if not _is_speed(block_ms):
             return None
@@ -185,10 +174,7 @@ class KnownSpeeds:
 def speed_of(span: Span, model: str, file: Path | None, energy: EnergyMeter) -> ObservedSpeed:
     """The speed of the span as known from an earlier start, or else measured now, by the thread that uses the span.
 
-    Args:
-        model: its fingerprint.
-        file: where speeds are kept for the next start; None: nowhere.
-        energy: counts what measuring takes.
+    model: its fingerprint. file: where speeds are kept; None: nowhere. energy: counts what measuring takes.
     """
     known = KnownSpeeds(file) if file is not None else None
     speed = known.find(span, model) if known is not None else None
@@ -409,7 +395,11 @@ class Engine:
         if len(hidden) <= DECODE_POSITIONS * len(ready):
             sources = (work.session.id for work, _ in ready if not work.session.closed)
             self._queue.delay.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
-        self._observe_load(ready, fresh, began_at, elapsed_ms)
+        others = [len(hidden) - count for work, count in ready if work.total <= DECODE_POSITIONS]
+        waits = [work.wait_ms for work in fresh if work.total <= DECODE_POSITIONS and not work.follows]
+        self._load.observe(began_at, waits, others, elapsed_ms)
+        for work in fresh:
+            self._counters.step_began(work)
         for work, count in computed:
             self._counters.step_computed(work, count)
         self._counters.step_passes.observe(elapsed_ms / 1000, len(hidden), len(parts))
@@ -420,13 +410,19 @@ class Engine:
         """Keeps what is wanted of a pass, and sends on finished steps; returns the steps that have not failed."""
         computed = list[tuple[Work, int]]()
         for (work, count), values in zip(ready, wanted, strict=True):
-            work.hidden = None
-            kept = self._keep(work, values)
+            work.hidden, failure = None, None
+            try:
+                if len(values):
+                    work.outputs.append(work.session.codec.encode(values))
+            except CodecError as error:
+                failure = FailureCode.INTERNAL, str(error)
+            except Exception as error:
+                failure = failure_of(error, "step")
             work.compute_ms += elapsed_ms
             work.done += count
             work.session.done += count
-            if not kept:
-                work.done = work.total
+            if failure is not None:
+                self._give_up(work, *failure)
                 continue
             computed.append((work, count))
             if not work.remaining:
@@ -445,18 +441,6 @@ class Engine:
         together = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
         return list(to_host(together).split([len(each) for each in wanted]))
 
-    def _keep(self, work: Work, values: torch.Tensor) -> bool:
-        """Encodes what is sent of the output of a pass; False if the step has failed."""
-        try:
-            if len(values):
-                work.outputs.append(work.session.codec.encode(values))
-            return True
-        except CodecError as error:
-            self._service.failed(work, FailureCode.INTERNAL, str(error))
-        except Exception as error:
-            self._service.failed(work, *failure_of(error, "step"))
-        return False
-
     def _finish(self, work: Work) -> None:
         output = work.outputs[0] if len(work.outputs) == 1 else b"".join(work.outputs)
         work.outputs = []
@@ -467,14 +451,6 @@ class Engine:
 
     def _at_tail(self, work: Work) -> bool:
         return work.session.end == self._service.served.num_blocks
-
-    def _observe_load(self, ready: list[tuple[Work, int]], fresh: list[Work], now: float, elapsed_ms: float) -> None:
-        for work in fresh:
-            self._counters.step_began(work)
-        positions = sum(count for _, count in ready)
-        others = [positions - count for work, count in ready if work.total <= DECODE_POSITIONS]
-        waits = [work.wait_ms for work in fresh if work.total <= DECODE_POSITIONS and not work.follows]
-        self._load.observe(now, waits, others, elapsed_ms)
 
     def _run_pass(self, work: PassWork) -> None:
         """Does what `work` asks for; its client is told of errors."""

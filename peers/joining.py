@@ -36,10 +36,7 @@ FILE_TIMEOUT_S = 180.0  # how long a peer waits for the file with the address of
 class LanPresence:
     """Announces a node of the DHT on the local network, and joins its DHT with those of others there.
 
-    Peers that start at the same time each begin a DHT, so they go on looking. Close it when done.
-
-    Attributes:
-        close: withdraws the announcement; may be called more than once.
+    Peers that start at the same time each begin a DHT, so they go on looking. `close` may be called more than once.
     """
 
     def __init__(self, directory: Directory, checkpoint: Checkpoint) -> None:
@@ -104,17 +101,12 @@ class LanPresence:
 
 @dataclass
 class Joined:
-    """A swarm, and the model that it serves. All but the checkpoint must be closed.
-
-    Attributes:
-        lan: None: the peer is not found on the local network.
-        fetcher: gets the weights that are missing; None: all are here.
-    """
+    """A swarm, and the model that it serves. Close it, or all but the checkpoint."""
 
     checkpoint: Checkpoint
     directory: SwarmDirectory
-    lan: LanPresence | None
-    fetcher: Fetcher | None
+    lan: LanPresence | None  # None: the peer is not found on the local network
+    fetcher: Fetcher | None  # gets missing weights; None: all are here
 
     def close(self) -> None:
         if self.lan is not None:
@@ -133,8 +125,7 @@ def join_swarm(
         report: see `Peer.start`.
 
     Raises:
-        SplitnetError: see `splitnet.directory.joining.join`; also if `options.join_file` does not come, or options of
-            the DHT are given where none is joined.
+        SplitnetError: see `join`; also if there is no `options.join_file`, or options of the DHT are given without one.
         ModelNotFound: the model is not here, and no peer of the swarm gives it.
     """
     if checkpoint is not None and checkpoint.is_whole:

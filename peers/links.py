@@ -61,7 +61,7 @@ class Outbox:
     def send(self, destination: Destination, message: Message) -> None:
         """Sends a message; it must not be changed afterwards."""
         frames = encode(message)
-        self._traffic.count_sent(destination, message, frames)
+        self._traffic.count(destination, message, frames, sent=True)
         self._transport.send(destination, frames)
 
     def answer_limit_s(self, endpoint: Endpoint, *, connects: bool) -> float:

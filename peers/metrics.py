@@ -76,9 +76,10 @@ class PeerMetrics(Collector):
         help = "1: takes new sessions; 0: is leaving or moving to other blocks."
         yield _gauge("serving", help, span is not None and not service.leaving)
         yield _gauge("blocks", "Blocks that it serves.", span.end - span.start if span is not None else 0)
-        yield from self._sessions(server)
+        yield from self._sessions()
         yield _counter("moves", "Moves to other blocks.", counters.moves)
         yield from self._work()
+        yield from self._memory(server)
         yield from self._traffic()
         yield _if_known("watts", "What the device draws while it computes.", counters.energy.watts)
         help = "Energy of a decoded token in all blocks of the peer."
@@ -86,10 +87,9 @@ class PeerMetrics(Collector):
         help = "Energy of steps and of timing the device, as far as it is known."
         yield _counter("joules", help, counters.energy.joules)
 
-    def _sessions(self, server: SpanServer | None) -> Iterator[Metric]:
-        service, counters, transport = self._peer.service, self._peer.counters, self._peer.transport
-        table, training, kv = service.sessions, service.training_memory, service.sessions.memory
-        yield _gauge("sessions", "Open sessions.", len(table))
+    def _sessions(self) -> Iterator[Metric]:
+        counters, transport = self._peer.counters, self._peer.transport
+        yield _gauge("sessions", "Open sessions.", len(self._peer.service.sessions))
         yield _counter("sessions_opened", "Sessions that were admitted.", counters.opened)
         yield _counter("sessions_ended", "Sessions that have ended, by how.", counters.ended, "cause")
         refused = {code.name.lower(): count for code, count in counters.refused.items()}
@@ -97,15 +97,6 @@ class PeerMetrics(Collector):
         refused |= {f"connection_{cause}": count for cause, count in dict(transport.connections.ended).items()}
         help = "Requests that were answered with a failure, by its code"
         yield _counter("refused", f"{help}; connections refused or ended; messages not sent.", refused, "cause")
-        help = "Memory for KV caches: reserved by sessions, and free for others."
-        yield _gauge("kv_bytes", help, {"reserved": kv.used, "free": kv.free}, "state")
-        help = "Keys and values that sessions hold of what they reserved."
-        yield _gauge("kv_cached_bytes", help, _cached_bytes(service, server))
-        help = "Memory for clients that train."
-        yield _gauge("training_bytes", help, {"used": training.used, "free": training.free}, "state")
-        accounts = kv, service.queue.memory, training
-        held = {purpose: sum(account.used_for(purpose) for account in accounts) for purpose in Purpose}
-        yield _gauge("session_bytes", "Memory that sessions occupy, by what for.", held, "purpose")
 
     def _work(self) -> Iterator[Metric]:
         queue, work, passes = self._peer.service.queue, self._peer.counters.work, self._peer.counters.passes
@@ -123,6 +114,19 @@ class PeerMetrics(Collector):
         yield _histograms("pass_tokens", help, "work", {kind: of.positions for kind, of in passes.items()})
         help = "Rows (sequences) that share a pass, over all sessions."
         yield _histograms("pass_rows", help, "work", {kind: of.rows for kind, of in passes.items()})
+
+    def _memory(self, server: SpanServer | None) -> Iterator[Metric]:
+        service = self._peer.service
+        training, kv = service.training_memory, service.sessions.memory
+        help = "Memory for KV caches: reserved by sessions, and free for others."
+        yield _gauge("kv_bytes", help, {"reserved": kv.used, "free": kv.free}, "state")
+        help = "Keys and values that sessions hold of what they reserved."
+        yield _gauge("kv_cached_bytes", help, _cached_bytes(service, server))
+        help = "Memory for clients that train."
+        yield _gauge("training_bytes", help, {"used": training.used, "free": training.free}, "state")
+        accounts = kv, service.queue.memory, training
+        held = {purpose: sum(account.used_for(purpose) for account in accounts) for purpose in Purpose}
+        yield _gauge("session_bytes", "Memory that sessions occupy, by what for.", held, "purpose")
 
     def _traffic(self) -> Iterator[Metric]:
         sending, receiving = self._peer.transport.sending, self._peer.transport.receiving

@@ -61,7 +61,7 @@ class WorkQueue:
         self._passes: OrderedDict[bytes, dict[PassWork, None]] = OrderedDict()  # by key
         self._next_pass_of: bytes | None = None
         self._idle_job: Callable[[], None] | None = None
-        self.defers = False  # whether `put` leaves it to the caller to wake the engine, by `Engine.run_here`
+        self.defers = False
         self._turns_without_pass = 0
         self.queued_positions = 0
         self.pass_positions = 0  # of passes that wait or run
@@ -72,11 +72,7 @@ class WorkQueue:
         return bool(self._ready or self._passes)
 
     def put(self, work: Work) -> None:
-        """Adds a step. Windows of drafts that it begins before were rejected by the client, and need not run.
-
-        Raises:
-            PeerBusy: there is no memory for it.
-        """
+        """Adds a step, in place of windows of drafts that it shows to be rejected. Raises PeerBusy without memory."""
         with self._changed:
             session = work.session
             while len(session.waiting) > self._begun(session) and _supersedes(work, session.waiting[-1]):
@@ -121,11 +117,7 @@ class WorkQueue:
             return work
 
     def put_pass(self, work: PassWork) -> None:
-        """Adds a pass over whole sequences, which runs when no step of its key is ready.
-
-        Raises:
-            PeerBusy: too many of its session or its key wait. Nothing is changed then.
-        """
+        """Adds a pass. Raises PeerBusy, changing nothing, if too many of its session or key wait."""
         with self._changed:
             session = work.session
             of_key = self._passes.get(session.owner, {})
@@ -223,10 +215,7 @@ class WorkQueue:
             return []
 
     def take_between(self, running: PassWork, max_positions: int, *, first: bool) -> list[tuple[Work, int]]:
-        """Steps that run between two pieces of a pass over whole sequences; empty: the pass goes on.
-
-        first: of the calls since the last piece.
-        """
+        """Steps that run between two pieces of a pass; empty: it goes on. first: of the calls since the last piece."""
         owner = running.session.owner
         with self._changed:
             while not self.closed:
@@ -321,13 +310,8 @@ class WorkQueue:
     ) -> list[tuple[Work, int]] | None:
         """The next pass when several keys are active; empty: a pass over whole sequences begins, or goes on.
 
-        None: it has waited for a key that has had less; look again.
-
-        Args:
-            ready: sessions that may run.
-            keys: that have work.
-            goes_on: the key whose pass over whole sequences runs.
-            own_steps: whether steps of that key may come before it.
+        None: it has waited for a key that has had less; look again. keys: that have work. goes_on: the key whose pass
+        over whole sequences runs, own_steps: whether steps of that key may come before it.
         """
         now = time.monotonic()
         ranked = self._shares.ranked(dict.fromkeys(keys))

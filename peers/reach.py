@@ -195,8 +195,7 @@ class PeerWays:
     def _is_reached(self, address: str) -> bool | None:
         """Whether others on the internet reach this peer; None: there are none, or they do not try.
 
-        Some are asked to connect. Connections count, not answers: a liar could leave it without relays, or have it
-        choose the liar's.
+        Connections count, not answers: a liar could leave it without relays, or have it choose the liar's.
         """
         began = time.monotonic()
         try:

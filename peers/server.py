@@ -18,7 +18,7 @@ import torch
 from peers.counters import Counters
 from peers.directory import Announcer, DirectoryService
 from peers.engine import Engine, KnownSpeeds, ObservedSpeed, speed_of
-from peers.joining import LanPresence, join_swarm
+from peers.joining import Joined, join_swarm
 from peers.links import Neighbours, NextHops, Outbox
 from peers.options import PeerOptions, Report
 from peers.placement import (
@@ -41,8 +41,6 @@ from peers.weights import DEFAULT_RATE, WeightService
 from splitnet.blocks.device import find_device
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.transfer.fetching import Fetcher
-from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import ModelNotFound, OutOfMemory, ProtocolError, SplitnetError
 from splitnet.nat.tunnel import Tunnels
@@ -158,10 +156,7 @@ class SpanServer:
         self._measure_after_s = FIRST_REMEASURE_S
 
     def remeasure_if_idle(self) -> None:
-        """Times the device again if it was idle since: at the start other processes may have kept the machine busy.
-
-        The longer it stays idle, the more rarely.
-        """
+        """Times the device again if it was idle since, ever more rarely: other processes may have kept it busy."""
         now = time.monotonic()
         last = max(self._measured_at, self.service.load.last_at)
         if now - last > self._measure_after_s and not self.service.queue.has_work:
@@ -202,23 +197,19 @@ class Peer:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        directory: SwarmDirectory,
+        joined: Joined,
         span: Span,
         speed: ObservedSpeed,
         options: PeerOptions,
         identity: Identity,
         counters: Counters,
         max_blocks: int,
-        lan: LanPresence | None = None,
-        fetcher: Fetcher | None = None,
     ) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint = checkpoint = joined.checkpoint
         self.identity = identity
         self.counters = counters
-        self.directory = directory
-        self._lan = lan
-        self._fetcher = fetcher
+        self.directory = directory = joined.directory
+        self._lan = joined.lan
         self._max_blocks = max_blocks
         self._mover = Mover(checkpoint.num_blocks, position_bytes(checkpoint))
         self._last_record: PeerRecord | None = None
@@ -304,10 +295,9 @@ class Peer:
             checkpoint = Checkpoint.open(model)
             _ = checkpoint.is_whole
         except ModelNotFound as error:
-            checkpoint = None
             if not (options.initial_peers or options.join_file or options.model_id):
                 raise
-            absent = error
+            checkpoint, absent = None, error
         # Mistakes that can be seen before anything slow are told at once.
         if options.authorized_keys is not None:
             AuthorizedKeys(options.authorized_keys)
@@ -326,7 +316,7 @@ class Peer:
             joined = join_swarm(options, model, checkpoint, identity, report)
         except ModelNotFound as error:
             raise error if absent is None else ModelNotFound(f"{absent}. From peers: {error}") from error
-        checkpoint, directory, fetcher = joined.checkpoint, joined.directory, joined.fetcher
+        checkpoint = joined.checkpoint
         try:
             choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
             fitting = fitting_blocks(
@@ -335,7 +325,7 @@ class Peer:
             present, own_ms = NOBODY, None
             if fitting:
                 report("ask who answers", 0, 0)
-                present = answering(directory.peers(checkpoint.fingerprint), identity)
+                present = answering(joined.directory.peers(checkpoint.fingerprint), identity)
             if present.records:
                 own_ms = expected_block_ms(
                     checkpoint, device=options.device, dtype=options.dtype, weights=options.weights
@@ -355,12 +345,12 @@ class Peer:
                 EnergyMeter(partial(find_sources, torch.device(options.device), options.sysfs), options.watts)
             )
             speed = speed_of(span, checkpoint.fingerprint, options.speeds_file, counters.energy)
-            peer = cls(checkpoint, directory, span, speed, options, identity, counters, fitting, joined.lan, fetcher)
+            peer = cls(joined, span, speed, options, identity, counters, fitting)
         except BaseException:
             joined.close()
             raise
-        if fetcher is not None:
-            fetcher.report = peer._go_on
+        if joined.fetcher is not None:
+            joined.fetcher.report = peer._go_on
         try:
             peer._serve()
         except BaseException:
@@ -528,10 +518,7 @@ class Peer:
             log.warning("serving blocks %d..%d", start, end - 1, extra={"blocks": f"{start}:{end}"})
 
     def _change_to(self, start: int, end: int, drain_s: float) -> bool:
-        """Hands the sessions over, then serves blocks `[start, end)`, or the old ones if these cannot be loaded.
-
-        Returns False if the peer ends before it serves.
-        """
+        """Hands the sessions over, then serves other blocks, or the old ones on errors; False: the peer ends before."""
         server = self.server
         old, speed = (server.span.start, server.span.end), server.speed
         blocks = {"former_blocks": "{}:{}".format(*old), "blocks": f"{start}:{end}"}
@@ -593,10 +580,10 @@ class Peer:
         try:
             message = decode(frames)
         except ProtocolError as error:
-            self.counters.traffic.count_received(source, None, frames)
+            self.counters.traffic.count(source, None, frames, sent=False)
             self.service.reject(source, error)
             return
-        self.counters.traffic.count_received(source, message, frames)
+        self.counters.traffic.count(source, message, frames, sent=False)
         if isinstance(message, Pong) and isinstance(source, Endpoint):
             self._outbox.prober.pong(source, message)
             self._neighbours.heard(source)

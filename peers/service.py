@@ -154,7 +154,7 @@ class NextHopOpening:
         self._proven: dict[Endpoint, None] = {}  # next hops that have shown their keys, the latest last
 
     def reach(self, session: Session, following: Endpoint | None, now: float, *, again: bool) -> None:
-        """Connects a session to its next hop; the answer to its `Open` goes out when it is known whether that works.
+        """Connects a session to its next hop; answers its `Open` when it is known whether that works.
 
         again: a newer epoch of a session that was open.
         """

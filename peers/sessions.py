@@ -116,11 +116,7 @@ class Session:
     adapter_bytes: int = 0  # accounted for the adapter that the blocks run with
 
     def count_resent(self, now: float, what: str) -> None:
-        """Call it before much is sent because of a small message; `what`: the beginning of a sentence, with its verb.
-
-        Raises:
-            PeerBusy: that was done too often lately.
-        """
+        """Call it before much is sent because of a small message; `what` begins the text of PeerBusy, if too often."""
         resent = max(0.0, self.resent - (now - self.resent_at) / RESEND_S)
         if resent + 1 > MOST_RESENT:
             raise PeerBusy(f"{what} {MOST_RESENT} times at once: ask again in {RESEND_S:.0f} s")
@@ -328,9 +324,7 @@ def prepare_rows(session: Session, step: Step) -> None:
 def shared_room(ends: Mapping[int, int], present: Mapping[int, int], total: int) -> dict[int, int]:
     """How many positions each row is allocated for; within `total`, if the rows' ends are.
 
-    Args:
-        ends: by row, where it will end after the step.
-        present: by row that exists, what it is allocated for now.
+    ends: of rows after the step. present: what rows that exist are allocated for now.
     """
     growing = [row for row, end in ends.items() if end > present.get(row, 0)]
     if not growing:
@@ -360,11 +354,8 @@ class Purpose(StrEnum):
 class MemoryAccount(Budget):
     """Bytes of one kind of memory by key, session and purpose; a key gets what `Budget` says. Its user has a lock.
 
-    Args:
-        limit: bytes.
-        refusal: the beginning of the refusal, before the bytes.
-        advice: what a refused client can do, as a clause.
-        most: as of `Budget`, for a key, a session of it, and a purpose of that.
+    refusal: its beginning, before the bytes. advice: what a refused client can do, as a clause. most: as of `Budget`,
+    for a key, a session of it, and a purpose of that.
     """
 
     def __init__(self, limit: int, refusal: str, advice: str, most: tuple[int | None, ...] = ()) -> None:
@@ -462,10 +453,7 @@ class SessionTable:
     def make_room(self, session: Session, reservation: int, now: float) -> list[Session]:
         """Ends sessions of keys that have more than their share, if that lets `session` reserve so many positions.
 
-        session: not admitted yet, or with a smaller reservation.
-
-        Returns:
-            Those that were ended; none if there is room already, or there would not be.
+        session: not admitted yet, or with a smaller reservation. Returns those that were ended.
         """
         key, is_new = session.owner, session.id not in self._sessions
         wanted = self._new_bytes(session) if is_new else self._bytes_of(session, reservation - session.reservation)
@@ -644,8 +632,7 @@ class KeyPolicy:
     def spend(self, key: bytes, positions: int, now: float) -> None:
         """Takes off positions that are to be computed; they come back evenly over a minute.
 
-        Raises:
-            PeerBusy: those of the last minute are used up, or the key is not accepted any more.
+        Raises PeerBusy if those of the last minute are used up, or the key is not accepted any more.
         """
         per_minute = self._granted(key).tokens_per_minute
         if per_minute is None:

@@ -30,14 +30,8 @@ MAX_WAITING: Final = 1024
 class WeightService:
     """Answers questions about weights. Thread-safe; close it when done.
 
-    Args:
-        shares: whether pieces are given; the manifest is, as clients must know it.
-        rate: bytes per second.
-        swarm: the key of a closed one.
-        serving: whether sessions are being served.
-
-    Attributes:
-        sent: bytes of pieces.
+    shares: whether pieces are given; the manifest is, as clients must know it. rate: bytes per second.
+    swarm: the key of a closed one. serving: whether sessions are being served. sent: bytes of pieces.
     """
 
     def __init__(

@@ -15,9 +15,7 @@ from typing import Final, Generic, Protocol, TypeVar
 from scheduler.liveness import LOST_S, SILENT_S
 
 MAX_PROBED_ROUTES: Final = 4  # plans, as links to the ends were not measured yet or hops were silent
-MANY_SILENT: Final = 2
-"""If this many peers do not answer, others may not either: hops that gave no sign of life for `LOST_S` are asked before
-a route is opened, which takes a round trip instead of the time in which they should have opened it."""
+MANY_SILENT: Final = 2  # if so many do not answer, hops without a sign of life for `LOST_S` are asked before use
 
 ASKED_BESIDE: Final = 4  # peers beside silent ones are left out; so many are asked, as only they may serve a block
 PINGED_AT_ONCE: Final = 96  # unknown peers, if those of a planned route do not answer: many may not exist

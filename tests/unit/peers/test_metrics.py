@@ -190,9 +190,9 @@ def test_bytes_are_told_by_link_and_codec() -> None:
     step = Step(bytes(16), 0, 1, (Chunk(1, 0, 1, 1),), None, 0, 0, b"12345678")
     unknown = Step(bytes(16), 0, 1, (Chunk(1, 0, 1, 1),), None, 0, 200, b"1234")
     for message in (step, unknown, Ping(1)):
-        counters.traffic.count_received(CLIENT, message, encode(message))
-    counters.traffic.count_received(CLIENT, None, [b"nonsense"])
-    counters.traffic.count_sent(NEXT, step, encode(step))
+        counters.traffic.count(CLIENT, message, encode(message), sent=False)
+    counters.traffic.count(CLIENT, None, [b"nonsense"], sent=False)
+    counters.traffic.count(NEXT, step, encode(step), sent=True)
     size, others = (sum(map(len, encode(step))), sum(len(f) for each in (unknown, Ping(1)) for f in encode(each)) + 8)
     received = "splitnet_peer_received_bytes_total"
     assert value(registry, received, link="incoming", codec="none") == size
