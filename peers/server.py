@@ -209,7 +209,7 @@ class Peer:
         self.identity = identity
         self.counters = counters
         self.directory = directory = joined.directory
-        self._lan = joined.lan
+        self._lan, self._fetcher = joined.lan, joined.fetcher
         self._max_blocks = max_blocks
         self._mover = Mover(checkpoint.num_blocks, position_bytes(checkpoint))
         self._last_record: PeerRecord | None = None

@@ -41,7 +41,7 @@ from splitnet.cli.generation import Client, Sampling
 from splitnet.session.options import ConnectionOptions
 
 peer = Peer.start(sys.argv[1], PeerOptions(listen="tcp://127.0.0.1:0", device="cpu"))
-connection = Connection(sys.argv[1], ConnectionOptions(initial_peers=peer.addresses, device="cpu"))
+connection = Connection(sys.argv[1], ConnectionOptions(initial_peers=peer.directory.addresses, device="cpu"))
 checkpoint = connection.checkpoint()
 from splitnet.hf.causal_lm import attached
 model = attached(checkpoint, connection.swarm(checkpoint), connection.options)
