@@ -14,7 +14,7 @@ from typing import TypeVar
 from scheduler.facts import Link
 from scheduler.liveness import ANSWER_S, ANSWER_TRIPS, FIRST_ANSWER_S, FIRST_TRIPS, MAX_ANSWER_S, TAKEN_TRIPS
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import LoadReport, Ping, Pong
+from splitnet.wire.messages import LoadReport, Ping, Pong, Timing
 
 LOOK_S = 0.05
 QUICK_MS = 500.0
@@ -50,6 +50,8 @@ class Answer:
     """Of that session, like the next two: see `Pong`."""
     done: int = 0
     last: int = 0
+    timing: Timing | None = None
+    """What the last decode step of that session met at the peer; None: there was none, or the peer does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,8 @@ class Prober:
                 round_trips.append(rtt_ms)
                 _keep(self._round_trips, source, round_trips)
         holds, queue = message.holds if sent.session else None, (message.queue_ms, message.kv_free_positions)
-        sent.future.set_result(Answer(rtt_ms, *queue, holds, message.waiting, message.done, message.last))
+        timing = message.timing[0] if message.timing else None
+        sent.future.set_result(Answer(rtt_ms, *queue, holds, message.waiting, message.done, message.last, timing))
 
     def rtt_ms(self, endpoint: Endpoint) -> float:
         """The round trip to a peer as measured lately; 0: not measured."""
