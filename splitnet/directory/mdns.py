@@ -19,19 +19,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import ifaddr
-from zeroconf import (
-    DNSQuestionType,
-    IPVersion,
-    ServiceBrowser,
-    ServiceInfo,
-    ServiceStateChange,
-    Zeroconf,
-)
+from zeroconf import DNSQuestionType, IPVersion, ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
 from zeroconf import Error as ZeroconfError
 
 from splitnet.directory.record import FINGERPRINT
 from splitnet.errors import LanError, ProtocolError
+from splitnet.transport.addresses import own_hosts
 from splitnet.wire.messages import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
@@ -325,11 +318,9 @@ def _is_local(host: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def _own_addresses() -> list[str]:
     """IPv4 addresses of this machine on local networks. Raises LanError."""
     try:
-        adapters = list(ifaddr.get_adapters())
-    except OSError as error:  # Android does not tell programs
+        return [str(host) for host in own_hosts() if host.version == 4 and _is_local(host)]
+    except OSError as error:
         raise LanError(f"the system does not tell its addresses ({error})") from error
-    own = [str(ip.ip) for adapter in adapters for ip in adapter.ips if ip.is_IPv4]
-    return [address for address in own if _is_local(ipaddress.IPv4Address(address))]
 
 
 def _node_id(multiaddr: str) -> str:

@@ -121,15 +121,17 @@ def _on_default_route(family: socket.AddressFamily) -> str:
         return ""
 
 
+def own_hosts() -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Addresses of this machine. Raises OSError: Android does not tell programs."""
+    ips = [ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips]
+    return [ipaddress.ip_address(ip if isinstance(ip, str) else ip[0]) for ip in ips]
+
+
 def _on_any_network(family: socket.AddressFamily) -> str:
-    try:
-        adapters = list(ifaddr.get_adapters())
-    except OSError:  # Android does not tell programs
-        return ""
-    for ip in (ip for adapter in adapters for ip in adapter.ips):
-        host = ipaddress.ip_address(ip.ip if isinstance(ip.ip, str) else ip.ip[0])
-        if ip.is_IPv4 == (family == socket.AF_INET) and not (host.is_loopback or host.is_link_local):
-            return str(host)
+    with suppress(OSError):
+        for host in own_hosts():
+            if (host.version == 4) == (family == socket.AF_INET) and not (host.is_loopback or host.is_link_local):
+                return str(host)
     return ""
 
 

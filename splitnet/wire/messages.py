@@ -480,12 +480,11 @@ class AskWeights:
 
 @dataclass(frozen=True, slots=True)
 class WeightsPart:
-    """Answers `AskWeights`."""
+    """Answers `AskWeights` with a part of `total` bytes."""
 
     TAG: ClassVar[int] = 22
     number: int = wire(_NUMBER)
     total: int = wire(uint(MAX_WEIGHTS_BYTES))
-    """Bytes of all that was asked for, of which these are a part."""
     payload: Payload = b""
 
 

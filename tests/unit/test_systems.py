@@ -154,7 +154,7 @@ def test_android_does_not_tell_addresses(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse() -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(mdns.ifaddr, "get_adapters", refuse)
+    monkeypatch.setattr("ifaddr.get_adapters", refuse)
     with pytest.raises(LanError, match="does not tell its addresses"):
         mdns.LocalNetwork("ab" * 32)
 
