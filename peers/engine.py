@@ -225,6 +225,7 @@ class Engine:
         self._turns = threading.Lock()  # held by the thread that runs what was waiting
         self._publish_speed()
         self._running: PassWork | None = None  # the pass over whole sequences that the device is at
+        self.passed_at: float | None = None  # when the last one ended; None: none has run since memory was trimmed
         self._piece_began = 0.0
         blocks = span.end - span.start
         graph_bytes = max(GRAPH_BYTES, service.training_memory.limit // 4)
@@ -285,6 +286,7 @@ class Engine:
             elif (work := self._queue.take_pass()) is not None:
                 self._run_pass(work)
                 self._queue.release_pass(work)
+                self.passed_at = time.monotonic()
             elif (job := self._queue.take_idle_job()) is not None:
                 job()
         return not self._queue.closed

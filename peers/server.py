@@ -46,7 +46,7 @@ from splitnet.errors import ModelNotFound, OutOfMemory, ProtocolError, SplitnetE
 from splitnet.nat.tunnel import Tunnels
 from splitnet.process import Watchdog
 from splitnet.quant.choose import choose_weights
-from splitnet.quant.device import free_memory, give_back_memory
+from splitnet.quant.device import free_memory, give_back_memory, trim_memory
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey, kept_proof
 from splitnet.security.swarm_key import OPEN
 from splitnet.transport.addresses import (
@@ -67,6 +67,7 @@ log = logging.getLogger(__name__)
 
 MOVE_DRAIN_S = 15.0  # how long a peer that moves waits for its sessions to be taken over
 FIRST_REMEASURE_S = 20.0
+TRIM_S = 20.0  # after the last pass over whole sequences, until the C library's free memory is given back
 
 LEAST_STEP_MEMORY = 128 * 2**20  # bytes for waiting steps, or half of the KV memory; one key gets half of them
 
@@ -163,6 +164,9 @@ class SpanServer:
             self.engine.measure_when_idle()
             self._measured_at = now
             self._measure_after_s *= 2
+        elif (passed_at := self.engine.passed_at) is not None and now - passed_at > TRIM_S:
+            self.engine.passed_at = None
+            self.service.queue.put_idle_job(trim_memory)
 
     def drain(self, timeout_s: float) -> None:
         """Takes no new sessions, and tells the clients of the running ones to replace this peer.

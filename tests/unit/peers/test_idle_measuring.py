@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,8 +15,10 @@ from peers.counters import Counters
 from peers.engine import ObservedSpeed
 from peers.links import NextHops
 from peers.server import SpanServer
+from peers.sessions import PassWork
 from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.wire.messages import FetchKV
 from tests.unit.random_models import random_checkpoint
 
 WAIT_S = 30.0
@@ -29,12 +32,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(random_checkpoint("llama", folder, rope_parameters=rope, max_position_embeddings=16))
 
 
-def test_an_idle_span_is_measured_by_the_thread_that_uses_it(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "FIRST_REMEASURE_S", -1.0)
-    span, outbox = Span.load(checkpoint, 0, 1), Mock()
-    peer = SpanServer(
+def server_of(checkpoint: Checkpoint, span: Span) -> SpanServer:
+    outbox = Mock()
+    return SpanServer(
         checkpoint,
         span,
         ObservedSpeed((1.0,) * 5),
@@ -45,6 +45,14 @@ def test_an_idle_span_is_measured_by_the_thread_that_uses_it(
         idle_s=600.0,
         counters=Counters(),
     )
+
+
+def test_an_idle_span_is_measured_by_the_thread_that_uses_it(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "FIRST_REMEASURE_S", -1.0)
+    span = Span.load(checkpoint, 0, 1)
+    peer = server_of(checkpoint, span)
     forward, threads, measured = span.forward, set[str](), threading.Event()
 
     def seen(hidden: torch.Tensor, parts: Any) -> torch.Tensor:
@@ -61,6 +69,28 @@ def test_an_idle_span_is_measured_by_the_thread_that_uses_it(
     finally:
         peer.close()
     assert threads == {"splitnet-engine"}
+
+
+def test_memory_that_a_pass_has_left_is_given_back_before_the_device_is_idle_for_long(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, trimmed = list[str](), threading.Event()
+    monkeypatch.setattr(server, "trim_memory", lambda: (threads.append(threading.current_thread().name), trimmed.set()))
+    peer = server_of(checkpoint, Span.load(checkpoint, 0, 1))
+    peer.engine.start()
+    try:
+        monkeypatch.setattr(server, "TRIM_S", -1.0)
+        peer.remeasure_if_idle()
+        assert not trimmed.wait(0.1), "no pass has run"
+        closed = Mock(owner=bytes(32), passes={}, waiting_passes=0, closed=True)
+        peer.service.queue.put_pass(PassWork(closed, Mock(spec=FetchKV), Mock(), time.monotonic()))
+        until = time.monotonic() + WAIT_S
+        while not trimmed.wait(0.02):
+            assert time.monotonic() < until
+            peer.remeasure_if_idle()
+    finally:
+        peer.close()
+    assert set(threads) == {"splitnet-engine"}
 
 
 def test_one_sequence_at_a_time_passes_where_frequencies_depend_on_it(checkpoint: Checkpoint) -> None:
