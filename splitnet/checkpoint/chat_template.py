@@ -37,8 +37,7 @@ def render(
     """The text of a conversation, as `tokenizer.apply_chat_template` would make it.
 
     Args:
-        tokenizer: that has the template.
-        answer: with what an answer begins with.
+        answer: whether it ends with what an answer begins with.
         variables: what the template is given besides.
 
     Raises:

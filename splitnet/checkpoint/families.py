@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 from transformers import (
@@ -209,9 +210,68 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
 def make_known(config: PreTrainedConfig) -> None:
     """Before transformers' auto classes are asked: some text models are hidden in multimodal ones."""
     if config.model_type in ("step3p5", "qwen3_vl_moe_text"):
-        from splitnet.checkpoint import text_models  # slow to import, and rarely wanted
+        _make_text_models_known()
 
-        text_models.make_known()
+
+@cache
+def _make_text_models_known() -> None:
+    """Registers causal language models that transformers has only inside of multimodal ones.
+
+    So are the names and layouts in their checkpoints, and how they are converted.
+    """
+    # These are slow to import, and rarely wanted.
+    from torch import nn
+    from transformers import GenerationMixin, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7PreTrainedModel, Step3p7TextModel
+
+    class Step3p5ForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
+        """Step-3.5, which was published as a text model."""
+
+        _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as transformers has it)
+        config_class = Step3p7TextConfig
+
+        def __init__(self, config: Step3p7TextConfig) -> None:
+            super().__init__(config)  # pyright: ignore[reportArgumentType]
+            self.model = Step3p7TextModel(config)
+            self.vocab_size = config.vocab_size
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.post_init()
+
+        forward: Any = Qwen3ForCausalLM.forward  # does nothing but call the backbone and the head
+
+    class Qwen3VLMoeAloneConfig(Qwen3MoeConfig):
+        """Of the text model of Qwen3-VL-MoE: a Qwen3-MoE whose experts lie otherwise in files."""
+
+    class Qwen3VLMoeAloneModel(Qwen3MoeModel):
+        """Its backbone."""
+
+        __module__ = Qwen3MoeModel.__module__  # where transformers looks for what the family can
+        config_class = Qwen3VLMoeAloneConfig
+
+    class Qwen3VLMoeAloneForCausalLM(Qwen3MoeForCausalLM):
+        """With its head."""
+
+        __module__ = Qwen3MoeModel.__module__
+        config_class = Qwen3VLMoeAloneConfig
+
+    AutoModel.register(Step3p7TextConfig, Step3p7TextModel, exist_ok=True)
+    AutoModelForCausalLM.register(Step3p7TextConfig, Step3p5ForCausalLM, exist_ok=True)
+    within_towers = get_checkpoint_conversion_mapping("step3p7") or []
+    own = [step for step in within_towers if not any(source.startswith("^") for source in step.source_patterns)]
+    register_checkpoint_conversion_mapping("step3p5", own, overwrite=True)
+    CONFIG_MAPPING.register("qwen3_vl_moe_alone", Qwen3VLMoeAloneConfig, exist_ok=True)
+    AutoModel.register(Qwen3VLMoeAloneConfig, Qwen3VLMoeAloneModel, exist_ok=True)
+    AutoModelForCausalLM.register(Qwen3VLMoeAloneConfig, Qwen3VLMoeAloneForCausalLM, exist_ok=True)
+    for alone in (Qwen3VLMoeAloneModel, Qwen3VLMoeAloneForCausalLM):
+        steps = [
+            step for name in ("qwen3_moe", "qwen3_vl_moe") for step in get_checkpoint_conversion_mapping(name) or []
+        ]
+        register_checkpoint_conversion_mapping(alone.__name__, steps, overwrite=True)
 
 
 def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -232,11 +292,7 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of the model with a head that classifies whole sequences.
-
-    Raises:
-        UnsupportedModel: transformers has none of this family.
-    """
+    """The class of the model with a head that classifies whole sequences; errors as `backbone_class`."""
     backbone_class(config)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise UnsupportedModel(
@@ -247,11 +303,7 @@ def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def check_can_be_cut(config: PreTrainedConfig) -> None:
-    """Refuses a text model that cannot be cut into spans.
-
-    Raises:
-        UnsupportedModel: the message names the family and says why.
-    """
+    """Raises UnsupportedModel, with the reason, if a text model cannot be cut into spans."""
     reason = family_of(config).refused or _reason_against(config)
     if reason:
         raise UnsupportedModel(
@@ -351,13 +403,10 @@ def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
 
 
 def check_values(values: Mapping[str, Any], file: object) -> None:
-    """Refuses what no config of a model says, before transformers does what it says.
+    """Raises UnsupportedModel for a value that no config of a model has, before transformers does what it says.
 
     That is lists as long as there are layers, experts or labels, attention or experts that run code of a hub
     repository, and a base of rotary embeddings that turns nothing.
-
-    Raises:
-        UnsupportedModel: names the value.
     """
     for part in _with_inner(values):
         for key, value in part.items():

@@ -18,12 +18,10 @@ from splitnet.errors import UnsupportedModel
 _LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """With the positions that they were first trained for, what all models have whose frequencies are scaled so."""
 _LLAMA_3_POSITIONS = 8192
-_SAYS_NOTHING = frozenset(
-    {
-        *("vocab_size", "block_count", "nextn_predict_layers", "rope.scaling.finetuned", "attention.value_length"),
-        *("attention.recurrent_layers", "full_attention_interval", "tensor_data_layout", "rope.freq_base_swa"),
-    }
-)
+_SAYS_NOTHING = {
+    *("vocab_size", "block_count", "nextn_predict_layers", "rope.scaling.finetuned", "attention.value_length"),
+    *("attention.recurrent_layers", "full_attention_interval", "tensor_data_layout", "rope.freq_base_swa"),
+}
 """Keys that are read elsewhere, or that repeat what the names and shapes of the tensors say."""
 
 
@@ -56,11 +54,7 @@ class Metadata:
         return self.get(key)
 
     def check_all_used(self) -> None:
-        """Refuses what nobody has asked for.
-
-        Raises:
-            UnsupportedModel: the message names it.
-        """
+        """Raises UnsupportedModel if there is a key that was not used."""
         left = sorted(self._values.keys() - self.used - _SAYS_NOTHING)
         if left:
             raise UnsupportedModel(
@@ -146,9 +140,8 @@ ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope
 def _yarn(metadata: Metadata) -> dict[str, Any]:
     found: dict[str, Any] = {"rope_type": "yarn", "factor": metadata["rope.scaling.factor"]}
     found["original_max_position_embeddings"] = metadata["rope.scaling.original_context_length"]
-    names = {"attn_factor": "attention_factor", "yarn_attn_factor": "attention_factor"}
-    names |= {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
-    for key, name in names.items():
+    names = ("attn_factor", "attention_factor"), ("yarn_attn_factor", "attention_factor")
+    for key, name in (*names, ("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
         if f"rope.scaling.{key}" in metadata:
             found[name] = metadata[f"rope.scaling.{key}"]
     if metadata.get("rope.scaling.yarn_ext_factor", 1.0) != 1.0:

@@ -40,11 +40,9 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Suffix:
-    """How a tensor that belongs to a weight is named.
+    """How a tensor that belongs to a weight is named: in the weight's own name, `base` stands for its `ending`.
 
     Attributes:
-        ending: of its name.
-        base: what stands in the place of the ending in the name of the weight.
         role: the key that its format knows it by.
         sure: nothing else is named so; otherwise it counts only where there is such a weight.
     """
@@ -80,8 +78,7 @@ class QuantizedFormat(ABC):
     Attributes:
         suffixes: of the tensors that belong to a weight; the first that fits counts.
         needed: the roles without which there is no weight.
-        left: endings of tensors that concern activations or caches of keys and values only. They are left knowingly:
-            activations keep their type here.
+        left: endings of tensors that concern activations or caches only, which keep their type here.
     """
 
     suffixes: Sequence[Suffix]

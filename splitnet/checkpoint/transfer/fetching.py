@@ -269,9 +269,7 @@ class HubPieces:
     """Where the pieces of a manifest stand in the files of a repository. `read` may be called by several threads.
 
     Args:
-        manifest: of the model.
         store: of the repository, whose headers say the same (see `splitnet.checkpoint.transfer.matching`).
-        revision: of the repository.
 
     Attributes:
         at_once: requests at the same time.
@@ -368,11 +366,7 @@ class Asking:
 
 @dataclass
 class Fetched:
-    """Bytes that came, by source, and those that left out a source.
-
-    Attributes:
-        wasted: bytes that came twice or were corrupt.
-    """
+    """Bytes that came, by source; those that were `wasted`, as they came twice or were corrupt; sources left out."""
 
     by_source: dict[str, int] = field(default_factory=dict[str, int])
     wasted: int = 0
@@ -383,10 +377,7 @@ class Fetcher:
     """Fills a folder. Use `fetch` as `WeightFolder.fetch`.
 
     Args:
-        folder: to fill.
-        peers: looks up who may have pieces.
-        identity: to show them.
-        swarm: the key of a closed one.
+        peers: looks up the peers that may have pieces.
         hub: where the model is there too.
         report: told what is going on; what it raises ends a fetch.
 

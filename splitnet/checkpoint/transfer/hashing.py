@@ -31,8 +31,7 @@ _RUN_BYTES: Final = 8 * PIECE_BYTES
 """That one thread reads at a time."""
 _THREADS: Final = min(4, os.cpu_count() or 1)
 _REQUESTS: Final = 16
-_STAMP: Final = 1
-"""Of what is kept."""
+_STAMP: Final = 1  # of what is kept
 
 
 def make_manifest(store: TensorStore, progress: Progress | None = None) -> Manifest:
@@ -53,11 +52,12 @@ def make_manifest(store: TensorStore, progress: Progress | None = None) -> Manif
         Tensor(name, at.stored, at.shape, Pieces(at.nbytes, digests[at.file][at.offset, at.nbytes]))
         for name, at in places.items()
     )
-    return Manifest(
-        store.told_config(),
-        tensors,
-        tuple(Head(_size(store, file), Pieces(nbytes, digests[file][0, nbytes])) for file, nbytes in heads.items()),
-    )
+    told: list[Head] = []
+    for file, nbytes in heads.items():
+        path = store.local_file(file)
+        assert path is not None
+        told.append(Head(path.stat().st_size, Pieces(nbytes, digests[file][0, nbytes])))
+    return Manifest(store.told_config(), tensors, tuple(told))
 
 
 def hash_ranges(
@@ -209,9 +209,3 @@ def _fits(one: Range, digests: bytes) -> bool:
     except ProtocolError:
         return False
     return True
-
-
-def _size(store: TensorStore, file: str) -> int:
-    path = store.local_file(file)
-    assert path is not None
-    return path.stat().st_size

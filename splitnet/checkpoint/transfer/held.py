@@ -166,10 +166,9 @@ Fetch = Callable[[Mapping[bytes, int]], None]
 
 
 class WeightFolder(HeldPieces):
-    """A folder that is filled piece by piece. See `open_folder` and `make_folder`.
+    """A folder that is filled piece by piece. See `make_folder`.
 
     Attributes:
-        path: of the folder.
         fetch: gets what is missing; None: that is an error.
         fetched: bytes that were written by this process.
     """
