@@ -67,9 +67,7 @@ def load_classifier_part(
 ) -> PreTrainedModel:
     """The same for the model that classifies sequences; a head that the checkpoint does not have is a new, random one.
 
-    Args:
-        config: that of the checkpoint, with the labels that are wanted.
-        blocks, dtype: as for `load_client_part`.
+    `config`: that of the checkpoint, with the labels that are wanted.
 
     Raises UnsupportedModel if transformers has no such model of this family, or as for `load_client_part`.
     """

@@ -177,12 +177,9 @@ def _order_of_runs(index: Tensor, length: int) -> Tensor | None:
 
 
 class StoredMatrix:
-    """One weight `[outputs, inputs]` of a checkpoint, or some of its outputs; it is read when `read` is called.
+    """One weight `[outputs, inputs]`, which is its `shape`, of a checkpoint, or some of its outputs.
 
-    Args:
-        layout: of its codes.
-        shape: outputs and inputs.
-        read: reads it. It is called once for each use, and what it gives is not kept.
+    `read` reads its codes, of the `layout`: it is called once for each use, and they are not kept.
     """
 
     def __init__(self, layout: Layout, shape: tuple[int, int], read: Callable[[], Codes]) -> None:
