@@ -31,7 +31,14 @@ class RemoteLayer(CacheLayerMixin):
     """The one layer of a `RemoteCache`: rows of a batch with their left padding, and the session that holds them.
 
     Args:
-        open_session: makes a session for a budget of positions.
+        open_session: makes a session for a reservation of positions.
+
+    Attributes:
+        columns: length of the padded batch.
+        adapter: of the blocks, for the positions that are held.
+        waited_ms: how long the client has waited for peers, in all steps together.
+        changes: how often the held positions have changed.
+        reach, alike: of the first step (see `splitnet.wire.messages.Step`), and how many columns have that.
     """
 
     is_sliding = False
@@ -42,11 +49,8 @@ class RemoteLayer(CacheLayerMixin):
     def __init__(self, open_session: Callable[[int], ModelSession]) -> None:
         super().__init__()
         self.columns = 0
-        """Length of the padded batch."""
         self.adapter: Adapter | None = None
-        """What the blocks ran with for the positions that are held."""
         self.waited_ms = 0.0
-        """How long the client has waited for peers, in all steps together."""
         self.session: ModelSession | None = None
         self._open_session = open_session
         self._padding: list[int] = []
@@ -57,10 +61,8 @@ class RemoteLayer(CacheLayerMixin):
         self._restart = True
         self.closed = False
         self.changes = 0
-        """How often what is held has changed."""
         self.reach = 0
         self.alike = 0
-        """Of the first step of what is held (see `splitnet.wire.messages.Step`), and how many columns have that."""
 
     @property
     def batch(self) -> int:

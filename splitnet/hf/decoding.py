@@ -157,16 +157,17 @@ class Drafts:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """Tokens under way."""
+    """Tokens under way.
+
+    exchange: None: they go through the model in one piece, once it is their turn. ids: `[1, seq]`: drafts, behind the
+    last token of the text if nothing else was under way. alone: nothing else was.
+    """
 
     exchange: Exchange | None
-    """None: they go through the model in one piece, once it is their turn."""
     ids: torch.Tensor
-    """`[1, seq]`: drafts, behind the last token of the text if nothing else was under way."""
     began: float
     sending_ms: float
     alone: bool
-    """Nothing else was under way."""
 
 
 class Speculator:
@@ -269,8 +270,8 @@ class Decoding:
         self._cache = cache
         self._text = text
         self._drafts = drafts
+        # Columns of the cache before the first token: embeddings that the prompt began with.
         self._offset = cache.remote.columns - len(text.tokens)
-        """Columns of the cache before the first token: embeddings that the prompt began with."""
         limits = (text.most, None if max_positions is None else max_positions - self._offset + 1)
         self._most = min((limit for limit in limits if limit is not None), default=None)
         self._under_way: deque[_Sent] = deque()

@@ -29,17 +29,18 @@ from splitnet.wire.messages import Chunk
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What the blocks need to know of the call of the model that they are in."""
+    """What the blocks need to know of the call of the model that they are in.
+
+    keep: how many last positions the head looks at; 0: all. length: of the text that the positions are a piece of, if
+    it is longer. run: runs the blocks, `[batch, seq, hidden]` in and out. backbone: is called in the place of the
+    backbone, with what calls that.
+    """
 
     keep: int = 0
-    """How many last positions the head looks at; 0: all."""
     prefix: Prefixes = ()
     length: int = 0
-    """Of the text that its positions are a piece of, if that is longer than they are known to be."""
     run: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """Runs the blocks, `[batch, seq, hidden]` in and out."""
     backbone: Callable[[Callable[[], Any]], Any] | None = None
-    """Is called in the place of the backbone, with what calls that."""
 
 
 _NO_CALL = Call()
@@ -47,19 +48,19 @@ _NO_CALL = Call()
 
 @dataclass(slots=True)
 class Exchange:
-    """New positions that were sent through the blocks, and where their outputs belong."""
+    """New positions that were sent through the blocks, and where their outputs belong.
+
+    under_way: what the session awaits; None: no position was sent. hidden: what was sent, `[batch, seq, hidden]`.
+    new_mask: `[batch, seq]`; False is padding. past: columns of the cache before.
+    """
 
     layer: RemoteLayer
     session: ModelSession
     under_way: Any
-    """What the session awaits; None: no position was sent."""
     parts: list[Chunk]
     hidden: torch.Tensor
-    """What was sent, `[batch, seq, hidden]`."""
     new_mask: torch.Tensor
-    """`[batch, seq]`; False is padding."""
     past: int
-    """Columns of the cache before."""
 
     def finish(self) -> torch.Tensor:
         """Waits for the outputs, `[batch, seq, hidden]`: zero at padding, and where none is wanted.

@@ -119,7 +119,7 @@ class Session(SessionDriver):
             raise self.state.refusal
 
     def step(self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None = None) -> torch.Tensor:
-        """Sends new positions through the route.
+        """Sends new positions through the route, and waits for the outputs.
 
         Args:
             hidden: `[positions, hidden]`, the positions of all parts in order.
@@ -130,8 +130,7 @@ class Session(SessionDriver):
             `[kept, hidden]` float32: the outputs that the parts keep, in order.
 
         Raises:
-            PeerLost: a hop died or did not go on, and could not be replaced.
-            CoverageError: blocks of a lost hop are served by nobody else.
+            PeerLost, CoverageError: a hop died or did not go on, and could not be replaced.
             PeerFailed: two hops answered with the same error.
             ContextTooLong: the rows are longer than the model allows.
             SessionClosed: another thread has closed the session.

@@ -97,14 +97,11 @@ _ERROR_OF_CODE: dict[int, type[SplitnetError]] = {
 
 @dataclass(slots=True)
 class _Faults:
-    """What has gone wrong since an answer came, or since nothing was under way.
+    """Faults since an answer came, or since nothing was under way.
 
-    Attributes:
-        attempts: routes that have failed.
-        suspects: hops that may lose what is under way.
-        strikes: how often peers had forgotten the session, by name.
-        complaints: peers by the failure that they have answered with; 0: an answer that cannot be used.
-        refusing: peers that have refused the output of a hop that pushes, by its name.
+    attempts: routes that have failed. suspects: hops that may lose requests. strikes: how often peers had forgotten the
+    session, by name. complaints: peers by the failure that they have answered with; 0: an answer that cannot be used.
+    refusing: peers that have refused the output of a hop that pushes, by its name.
     """
 
     attempts: int = 0
@@ -186,26 +183,22 @@ class SessionState:
         self._faults = _Faults()
         self._liveness = Liveness(answer_s)
         self._setup: RouteSetup | None = None
-        self._has_stood = False
-        """There was a route before."""
+        self._has_stood = False  # there was a route before
+        # Hops that are to answer an `Open` or an adapter, and until when; those that were asked and cannot.
         self._asked: dict[Endpoint, float] = {}
-        """Hops that are to answer an `Open` or an adapter, and until when."""
         self._failed: dict[Endpoint, SplitnetError] = {}
-        """Hops that were asked and cannot."""
+        # Peers that were sent an `Open`, for which blocks, and no `Close` since.
         self._members: dict[Endpoint, tuple[int, int]] = {}
-        """Peers that were sent an `Open`, for which blocks, and no `Close` since."""
+        # Hops that were opened without a next hop, as they do not reach it.
         self._relays: set[Endpoint] = set()
-        """Hops that were opened without a next hop, as they do not reach it."""
+        # Replays under way, and the hops that they fill.
         self._replays: dict[int, ReplayRequest] = {}
         self._filling: list[RouteHop] = []
-        """Hops that the replays fill."""
+        # The names of hops that were given up as they did not answer in time.
         self._silenced: dict[Endpoint, str] = {}
-        """The names of hops that were given up as they did not answer in time."""
         self._for_passes = False
-        self._opened_reservation = 0
-        """What the hops were asked to reserve when the route was opened."""
-        self._former_reservation = 0
-        """Before a resize that no route stands with yet; 0: there is none."""
+        self._opened_reservation = 0  # what the hops were asked to reserve when the route was opened
+        self._former_reservation = 0  # before a resize that no route stands with yet; 0: there is none
 
     def __str__(self) -> str:
         """What it does now, for people."""
@@ -936,7 +929,7 @@ class SessionState:
                 self._effects += [events.AskAlive(endpoint) for endpoint in asked]
 
     def _wait_longer(self, endpoint: Endpoint) -> None:
-        """An `Open` waits behind what else goes over the link."""
+        """An `Open` waits behind other traffic of the link."""
         until, setup = self._asked.get(endpoint), self._setup
         if self.phase is Phase.OPENING and until is not None and setup is not None:
             longest = setup.began + MAX_QUEUE_S

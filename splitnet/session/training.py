@@ -68,9 +68,7 @@ class PassSession(SessionDriver):
         """Runs sequences through all blocks.
 
         Args:
-            hidden: `[positions, hidden]`: the sequences one after the other.
-            lengths: positions of each.
-            adapter: what the blocks run with.
+            hidden: `[positions, hidden]`: the sequences one after the other; lengths: positions of each.
             keep: `backward` may follow; call `forget` if it does not.
             reach: see `splitnet.wire.messages.Forward`.
 

@@ -91,10 +91,9 @@ class PeerCache:
         self._trusted = trusted
         self._peers = peers
         self._likely = likely
+        # By key, those of peers that have left, too; when a peer was last confirmed, Unix time in seconds.
         self._held: dict[PublicKey, PeerRecord] = {}
-        """By key, those of peers that have left, too."""
         self._heard_at: dict[PublicKey, float] = {}
-        """When somebody said that a peer is still there, Unix time in seconds."""
         self._records: list[PeerRecord] = []
         self._asked_at = self._read_at = -math.inf
         self._told_since = 0.0
