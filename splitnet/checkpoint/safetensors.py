@@ -266,7 +266,6 @@ class SafetensorsStore:
     def load_tensors(
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Downloads only the shards that hold these tensors."""
         groups = self._weights.groups
         stored = [part for name in names.values() for part in groups[name].values()]
         if self.folder is not None:
@@ -304,7 +303,6 @@ class SafetensorsStore:
             yield tensors
 
     def told_config(self) -> str:
-        """The config file without notes."""
         try:
             values = json.loads(self._config_file.read_text(encoding="utf-8"))
             return json.dumps(_without_notes(values), sort_keys=True)
@@ -312,7 +310,6 @@ class SafetensorsStore:
             raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
 
     def places(self) -> Mapping[str, Place]:
-        """From the hub, headers are read by range."""
         return {
             name: Place(info.shard, info.offset, info.nbytes, info.stored, info.shape)
             for name, info in self._infos(self._weight_map).items()

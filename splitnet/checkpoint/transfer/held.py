@@ -107,7 +107,6 @@ class HeldPieces:
         return (self.name_of(slot) for slot in self._order[begins].tolist())
 
     def name_of(self, slot: int) -> bytes:
-        """The digest of a piece."""
         return self._names[slot : slot + 1].tobytes()
 
     def slots_of(self, name: bytes) -> NDArray[np.int64]:

@@ -657,9 +657,9 @@ def test_a_chat_template_is_not_computed_here_to_know_its_variables() -> None:
     prompts: Any = SimpleNamespace(_tokenizer=tokenizer)
     tracemalloc.start()
     try:
-        Prompts._check_variables(prompts, {"mine": 1}, None)
+        Prompts._check_variables(prompts, {"variables": {"mine": 1}}, None)
         with pytest.raises(ApiError, match="no place for 'other'"):
-            Prompts._check_variables(prompts, {"other": 1}, None)
+            Prompts._check_variables(prompts, {"variables": {"other": 1}}, None)
         assert tracemalloc.get_traced_memory()[1] < 50 << 20
     finally:
         tracemalloc.stop()
