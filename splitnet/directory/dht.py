@@ -158,7 +158,7 @@ class Directory(SwarmDirectory):
         atexit.unregister(self.close)
         if self._thread.is_alive():
             with suppress(FutureTimeoutError, DirectoryError):
-                self._submit(self._shut_down(), CALL_TIMEOUT_S).result(CALL_TIMEOUT_S + 1.0)
+                self._call(self._shut_down(), CALL_TIMEOUT_S)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 
@@ -207,7 +207,7 @@ class Directory(SwarmDirectory):
         self._check_open()
         try:
             timeout_s = CALL_TIMEOUT_S + (START_TIMEOUT_S if self._reopen else 0.0)
-            return self._submit(self._answer(request), timeout_s).result(timeout_s + 1.0)
+            return self._call(self._answer(request), timeout_s)
         except DirectoryError:
             raise
         except Exception as error:
@@ -284,6 +284,9 @@ class Directory(SwarmDirectory):
             return answers
 
         return sum(await asyncio.gather(*(greet(*node) for node in by_node.items())))
+
+    def _call(self, request: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        return self._submit(request, timeout_s).result(timeout_s + 1.0)
 
     def _submit(self, request: Coroutine[Any, Any, T], timeout_s: float) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(asyncio.wait_for(request, timeout_s), self._loop)
