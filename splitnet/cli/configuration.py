@@ -34,20 +34,13 @@ _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "
 
 @dataclass(frozen=True)
 class Setting:
-    """An option under all of its names.
+    """An option under all of its names."""
 
-    Attributes:
-        command: that has it; `common` for the options before the command.
-        parameter: click's.
-        kind: type of the value, or of each value of an option that is repeatable.
-        shared: name of the variable that sets it in several commands; "" if there is none.
-    """
-
-    command: str
-    parameter: Any
-    kind: type
+    command: str  # that has it; `common` for the options before the command
+    parameter: Any  # click's
+    kind: type  # type of the value, or of each value of an option that is repeatable
     repeatable: bool
-    shared: str
+    shared: str  # name of the variable that sets it in several commands; "" if there is none
 
     @property
     def key(self) -> str:
@@ -132,8 +125,7 @@ class ConfigurableGroup(TyperGroup):
 def read_configuration(context: typer.Context, path: Path | None) -> Path | None:
     """Callback of --config: takes the file as defaults of all options; without a path, the user's if there is one.
 
-    Raises:
-        ConfigurationError: the file cannot be read, or holds what no option takes.
+    Raises ConfigurationError if the file cannot be read, or holds what no option takes.
     """
     file = path or platformdirs.user_config_path("splitnet") / "config.toml"
     if context.resilient_parsing or (path is None and not file.is_file()):

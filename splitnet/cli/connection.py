@@ -30,8 +30,7 @@ _FIX = "give --join with the address that a peer of the swarm prints"
 def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
     """Addresses to join a model's swarm with, as its peers on this network announce them; says so on stderr.
 
-    Raises:
-        DirectoryError: there is none, or `lan` says that the user does not let us look.
+    Raises DirectoryError if there is none, or `lan` says that the user does not let us look.
     """
     if not lan:
         raise DirectoryError(f"no swarm is given: {_FIX}, or look for one on this network with --lan")
@@ -84,8 +83,7 @@ class Connection:
     def options(self) -> ConnectionOptions:
         """Those given, with the device that was found; the user is told of one that is not the CPU, the log of all.
 
-        Raises:
-            SplitnetError: the device asked for is not here, or does not work.
+        Raises SplitnetError if the device asked for is not here, or does not work.
         """
         choice = find_device(self.given.device)
         if choice.device != "cpu":
@@ -100,11 +98,9 @@ class Connection:
     def facts_of(self, checkpoint: Checkpoint) -> ModelFacts:
         """What is known of the model; where not all of it is here, peers are asked.
 
-        Raises:
-            DirectoryError: no address of the swarm answers, or none is given or found.
-            KeyFileError: a file with keys cannot be used.
-            ModelNotFound: not all of the model is here, and no peer tells what it is.
-            WrongSwarm: it is not the one that `model_id` names.
+        Raises DirectoryError if no address of the swarm answers, or none is given or found, KeyFileError if a file with
+        keys cannot be used, ModelNotFound if not all of the model is here, and no peer tells what it is, WrongSwarm if
+        it is not the one that `model_id` names.
         """
         expected = self._reached.model_id
         with StageProgress() as progress:

@@ -51,8 +51,7 @@ def forget_address(file: Path | None) -> None:
         raise SplitnetError(f"cannot replace {file} ({error.strerror}): give another --address-file") from None
 
 
-_LOOK_S = 0.5
-"""Windows runs no handler while the main thread waits for a lock, so it does not wait for longer."""
+_LOOK_S = 0.5  # Windows runs no handler while the main thread waits for a lock, so it does not wait for longer
 
 
 class StopSignals:

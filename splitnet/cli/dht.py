@@ -14,8 +14,7 @@ from splitnet.cli.arguments import RelayPort, RelayRate, checked_addresses, pars
 from splitnet.cli.daemon import StopSignals, forget_address, told
 from splitnet.errors import KeyFileError, SplitnetError
 
-_FIRST_BYTE = b"\x08"
-"""Of a private key as libp2p writes it: the number of the field that names its kind."""
+_FIRST_BYTE = b"\x08"  # Of a private key as libp2p writes it: the number of the field that names its kind
 
 
 def _checked_multiaddrs(addresses: list[str] | None) -> list[str] | None:

@@ -46,17 +46,12 @@ class Sampling:
 
 @dataclass
 class Client:
-    """A model with remote blocks, and its tokenizer.
-
-    Attributes:
-        generator: the model itself, or what PEFT has made of it.
-        speculate: where drafts come from; None: there are none.
-    """
+    """A model with remote blocks, and its tokenizer."""
 
     model: RemoteCausalLM
     tokenizer: Any
-    generator: Any
-    speculate: Any
+    generator: Any  # the model itself, or what PEFT has made of it
+    speculate: Any  # where drafts come from; None: there are none
 
     @classmethod
     def connect(cls, connection: Connection, adapter: Path | None = None, speculate: str | None = None) -> Client:
@@ -66,9 +61,8 @@ class Client:
             adapter: folder of an adapter in PEFT's format.
             speculate: "prompt-lookup", or hub id or folder of a draft model.
 
-        Raises:
-            AdapterError: there is no adapter for this model in the folder.
-            ModelNotFound: there is no such draft model.
+        Raises AdapterError if there is no adapter for this model in the folder, ModelNotFound if there is no such draft
+        model.
         """
         checkpoint = connection.checkpoint()
         drafts = drafts_of(speculate, connection)

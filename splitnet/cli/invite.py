@@ -27,31 +27,21 @@ _ABOUT = """\
 
 @dataclass(frozen=True)
 class Invite:
-    """What an invitation holds.
+    """What an invitation holds."""
 
-    Attributes:
-        model: hub id, folder or file.
-        join: addresses of peers.
-        swarm_key: of the swarm.
-        identity: the key of who was invited.
-        authorized: lines of a list of keys: who may use a peer of whom was invited; none: it does not say.
-        model_id: the fingerprint of the model; None: it is found by its name.
-    """
-
-    model: str
-    join: tuple[str, ...]
-    swarm_key: SwarmKey
-    identity: Identity
+    model: str  # hub id, folder or file
+    join: tuple[str, ...]  # addresses of peers
+    swarm_key: SwarmKey  # of the swarm
+    identity: Identity  # the key of who was invited
+    # lines of a list of keys: who may use a peer of whom was invited; none: it does not say
     authorized: tuple[str, ...] = ()
-    model_id: str | None = None
+    model_id: str | None = None  # the fingerprint of the model; None: it is found by its name
 
     @classmethod
     def load(cls, path: Path) -> Invite:
         """The invitation in a file.
 
-        Raises:
-            KeyFileError: it is none, or others can read it.
-            DirectoryError: it holds a wrong address.
+        Raises KeyFileError if it is none, or others can read it, DirectoryError if it holds a wrong address.
         """
         from splitnet.security.identity import Identity
         from splitnet.security.swarm_key import SwarmKey, read_secret_file

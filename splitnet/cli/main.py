@@ -145,8 +145,7 @@ def common(
     set_up(log_format, logging.INFO if verbose else logging.WARNING)
 
 
-_DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)
-"""Errors that a check of `splitnet doctor` explains further."""
+_DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)  # Errors that a check of `splitnet doctor` explains further
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ from splitnet.cli.invite import model_or_invited
 from splitnet.import_shims import import_models
 from splitnet.session.options import ConnectionOptions
 
-SHOWN_ADDRESSES = 3
-"""To join with; all are in the JSON."""
+SHOWN_ADDRESSES = 3  # To join with; all are in the JSON
 
 if TYPE_CHECKING:
     from splitnet.swarm.swarm import Overview

@@ -28,17 +28,12 @@ class QuotaUsed(SplitnetError):
 
 @dataclass(frozen=True)
 class Client:
-    """The holder of an API key, or an address where there are no keys.
+    """The holder of an API key, or an address where there are no keys."""
 
-    Attributes:
-        name: by which clients are told apart; no key.
-        weight: of its share.
-        tokens_per_minute: of prompts and answers, so many at once after a quiet minute; None: no bound. What a running
-            answer takes beyond them is owed before the next request.
-    """
-
-    name: str
-    weight: float = 1.0
+    name: str  # by which clients are told apart; no key
+    weight: float = 1.0  # of its share
+    # of prompts and answers, so many at once after a quiet minute; None: no bound. What a running answer takes beyond
+    # them is owed before the next request.
     tokens_per_minute: int | None = None
     clock: Callable[[], float] = field(default=time.monotonic, compare=False)
     _spent: TokenBucket = field(default_factory=TokenBucket, compare=False, repr=False)

@@ -33,11 +33,8 @@ from splitnet.transport.prober import Answer
 from splitnet.version import __version__
 from splitnet.wire.endpoints import Endpoint, LinkState
 
-ASKED_PEERS = 128
-"""Every peer that is asked takes a socket. Of more peers the others are believed."""
-
-PAUSE_S = 10.0
-"""After such a pause nothing is told of what has changed since: it may have been any time ago."""
+ASKED_PEERS = 128  # Every peer that is asked takes a socket. Of more peers the others are believed.
+PAUSE_S = 10.0  # After such a pause nothing is told of what has changed since: it may have been any time ago
 
 
 class State(Enum):
@@ -155,11 +152,8 @@ def _name(record: PeerRecord) -> str:
     return f"{short_key(record.key.text)} at {record.address.removeprefix('tcp://')}"
 
 
-RATE_S = 5
-"""Rates are means of so many seconds."""
-
-SHOWN_S = 60.0
-"""An answer that has ended is shown for this time."""
+RATE_S = 5  # Rates are means of so many seconds
+SHOWN_S = 60.0  # An answer that has ended is shown for this time
 
 
 def snapshot(
@@ -232,14 +226,9 @@ def _answer(progress: Progress, now: float) -> dict[str, Any]:
 
 
 SNAPSHOT_S = 1.0
-LOOKUP_S = 3.0
-"""Between two looks into the directory, while a page is open."""
-
-MAX_STREAMS = 32
-"""Open pages, of all clients."""
-
-TICK_S = 0.25
-"""How soon events are told, and how soon a stream ends with the server."""
+LOOKUP_S = 3.0  # between two looks into the directory, while a page is open
+MAX_STREAMS = 32  # Open pages, of all clients
+TICK_S = 0.25  # How soon events are told, and how soon a stream ends with the server
 
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {

@@ -43,8 +43,7 @@ class ApiKeys:
     def read(cls, file: Path | None) -> ApiKeys:
         """The keys of a file, one per line, with their options before or after them; # begins a comment.
 
-        Raises:
-            KeyFileError: it cannot be read, holds no key, or a line is wrong.
+        Raises KeyFileError if it cannot be read, holds no key, or a line is wrong.
         """
         if file is None:
             return cls({})
@@ -91,15 +90,11 @@ def _key_of(line: str) -> tuple[str, KeyOptions]:
 
 MAX_BODY_BYTES = 16 * 2**20
 
+# What a value of JSON takes once it is parsed, without the text of strings: two bytes of a body can hold one.
 VALUE_BYTES = 64
-"""What a value of JSON takes once it is parsed, without the text of strings: two bytes of a body can hold one."""
-
-MAX_PARSED_BYTES = 48 * 2**20
-ALL_PARSED_BYTES = 128 * 2**20
-"""What bodies take when they are parsed: one, and those of all requests until they are answered."""
-
-BODY_S = 60.0
-"""Time for a body to arrive."""
+MAX_PARSED_BYTES = 48 * 2**20  # what a body takes when it is parsed
+ALL_PARSED_BYTES = 128 * 2**20  # the same of all requests, until they are answered
+BODY_S = 60.0  # Time for a body to arrive
 
 
 class Body:
@@ -156,11 +151,8 @@ class Body:
         return {"type": "http.request", "body": bytes(body), "more_body": False}
 
 
-REQUEST_S = 10.0
-"""Time for the head of a request, from the connection or from the last answer on."""
-
-UNREAD_S = 30.0
-"""A client that has not read `READ_BYTES` of what waits for it within this time is cut off."""
+REQUEST_S = 10.0  # Time for the head of a request, from the connection or from the last answer on
+UNREAD_S = 30.0  # A client that has not read `READ_BYTES` of what waits for it within this time is cut off
 READ_BYTES = 2**14
 
 IDLE_CONNECTIONS = 256
@@ -241,34 +233,22 @@ class Connection(H11Protocol):
             self._idle = None
 
 
-ON_THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-"""Origins whose pages may always use the server."""
-
-PROTECTED = ("/dashboard/", "/metrics")
-"""Paths that need a key begin with one of these, or are those of a protocol."""
+ON_THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # Origins whose pages may always use the server
+PROTECTED = ("/dashboard/", "/metrics")  # Paths that need a key begin with one of these, or are those of a protocol
 
 
 @dataclass(frozen=True)
 class Api:
-    """A protocol of HTTP.
+    """A protocol of HTTP."""
 
-    Attributes:
-        paths: with which its paths begin.
-        router: its paths for a `splitnet.serve.responses.ServedModel`, served since so many seconds since 1970.
-        error_body: the JSON of an error.
-        key_of: the API key that the headers of a request give.
-        key_header: how a request gives its key, for the sentence that refuses a wrong one.
-        challenge: the header WWW-Authenticate of that refusal.
-        error: the type of `error_body`.
-    """
-
-    paths: tuple[str, ...]
+    paths: tuple[str, ...]  # with which its paths begin
+    # its paths for a `splitnet.serve.responses.ServedModel`, served since so many seconds since 1970
     router: Callable[[Any, int], APIRouter]
-    error_body: Callable[[ApiError], dict[str, Any]]
-    key_of: Callable[[Headers], str]
-    key_header: str
-    challenge: str
-    error: type[BaseModel]
+    error_body: Callable[[ApiError], dict[str, Any]]  # the JSON of an error
+    key_of: Callable[[Headers], str]  # the API key that the headers of a request give
+    key_header: str  # how a request gives its key, for the sentence that refuses a wrong one
+    challenge: str  # the header WWW-Authenticate of that refusal
+    error: type[BaseModel]  # the type of `error_body`
 
 
 def api_of(path: str, apis: Sequence[Api]) -> Api:
@@ -366,8 +346,7 @@ def client_of(request: Request) -> Client:
 
 Result = TypeVar("Result")
 
-LARGE_BYTES = 2**16
-"""A request of more is prepared after others of that kind, so that small ones find a free core."""
+LARGE_BYTES = 2**16  # A request of more is prepared after others of that kind, so that small ones find a free core
 
 
 class Preparing:

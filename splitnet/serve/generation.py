@@ -26,21 +26,13 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of one answer.
+    """What is new of one answer."""
 
-    Attributes:
-        choice: which answer of the request.
-        text: may be empty while a character or a stop string is not complete.
-        scored: the new tokens, if they are scored; also one that ends the answer and is no text.
-        begins: characters of the answer before those tokens.
-        finish: why the answer ends here; None: it goes on.
-    """
-
-    choice: int
-    text: str
-    scored: tuple[ScoredToken, ...]
-    finish: Finish | None
-    begins: int = 0
+    choice: int  # which answer of the request
+    text: str  # may be empty while a character or a stop string is not complete
+    scored: tuple[ScoredToken, ...]  # the new tokens, if they are scored; also one that ends the answer and is no text
+    finish: Finish | None  # why the answer ends here; None: it goes on
+    begins: int = 0  # characters of the answer before those tokens
 
 
 class Choice:
@@ -101,35 +93,24 @@ class Choice:
 RESERVED_ANSWER = 512
 """Positions of an answer that peers keep free from its start; a longer one asks for more on its way."""
 
-SCORED_LOGITS = 2**24
-"""How many logits are looked at in one step when a prompt is scored."""
+SCORED_LOGITS = 2**24  # How many logits are looked at in one step when a prompt is scored
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What is wanted of the model.
+    """What is wanted of the model."""
 
-    Attributes:
-        prompt: token ids, at least one.
-        max_tokens: of each answer; 0: only the prompt is scored.
-        choices: how many answers.
-        top_logprobs: how many of the likeliest tokens to score beside each token; None: score nothing.
-        score_prompt: also the tokens of the prompt.
-        grammar: what the answers must keep to.
-        goes_on: the answers go on from the text of the prompt, as completions do; a message of a chat stands alone.
-        owner: whose kept sessions may be used.
-    """
-
-    prompt: list[int]
-    max_tokens: int
+    prompt: list[int]  # token ids, at least one
+    max_tokens: int  # of each answer; 0: only the prompt is scored
     sampling: Sampling
-    choices: int = 1
+    choices: int = 1  # how many answers
     stop_strings: Sequence[str] = ()
-    top_logprobs: int | None = None
-    score_prompt: bool = False
-    grammar: Grammar | None = None
+    top_logprobs: int | None = None  # how many of the likeliest tokens to score beside each token; None: score nothing
+    score_prompt: bool = False  # also the tokens of the prompt
+    grammar: Grammar | None = None  # what the answers must keep to
+    # the answers go on from the text of the prompt, as completions do; a message of a chat stands alone
     goes_on: bool = False
-    owner: str = ""
+    owner: str = ""  # whose kept sessions may be used
 
 
 @dataclass(frozen=True)
@@ -148,8 +129,7 @@ class Ended:
 
 
 Event = ScoredPrompt | Piece | Ended | BaseException
-Numbered = tuple[int, ScoredPrompt | Piece | Ended]
-"""An event, and the number of the prompt that it belongs to."""
+Numbered = tuple[int, ScoredPrompt | Piece | Ended]  # an event, and the number of the prompt that it belongs to
 Listener = Callable[[Event], object]
 
 

@@ -32,8 +32,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 HOP_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 OTHER_PATH = "other"
-GONE_STATUS = "499"
-"""Of a client that went before it was answered, as nginx has it."""
+GONE_STATUS = "499"  # of a client that went before it was answered, as nginx has it
 
 
 class GatewayMetrics:

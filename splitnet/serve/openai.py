@@ -22,14 +22,9 @@ from splitnet.serve.responses import ServedModel, framed
 from splitnet.serve.sampling import Sampling, ScoredToken
 from splitnet.serve.text import ToolCall, ToolCallParser
 
-DONE = "data: [DONE]\n\n"
-"""The last event of a stream."""
-
-COMPLETION_TOKENS = 16
-"""Of a completion that does not say how many it wants; OpenAI's default."""
-
-MAX_SCORES = 2**19
-"""Of the tokens of the prompts of one request, with those of the likeliest tokens beside them."""
+DONE = "data: [DONE]\n\n"  # The last event of a stream
+COMPLETION_TOKENS = 16  # Of a completion that does not say how many it wants; OpenAI's default
+MAX_SCORES = 2**19  # Of the tokens of the prompts of one request, with those of the likeliest tokens beside them
 
 
 class ErrorDetails(BaseModel):

@@ -29,17 +29,13 @@ class HopView:
 
 @dataclass(frozen=True, slots=True)
 class LinkView:
-    """A link of a route, in the direction of the activations, see `splitnet.session.inference.LinkUse`.
-
-    Attributes:
-        delay_ms: one way, as measured, or predicted from where the two ends stand; None: nothing is known of it.
-        via_client: its ends cannot reach each other, so the client is between them.
-    """
+    """A link of a route, in the direction of the activations, see `splitnet.session.inference.LinkUse`."""
 
     codec: str
     bytes_per_token: int
+    # one way, as measured, or predicted from where the two ends stand; None: nothing is known of it
     delay_ms: float | None
-    via_client: bool
+    via_client: bool  # its ends cannot reach each other, so the client is between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +72,7 @@ def _link(swarm: Swarm, use: LinkUse, sender: RouteHop | None, receiver: RouteHo
 
 
 KEPT_ANSWERS = 64
-HISTORY_S = 300
-"""For so many seconds it is known how many tokens came in each."""
-
+HISTORY_S = 300  # for so many seconds it is known how many tokens came in each
 Routes = tuple[RouteView, ...]
 
 
@@ -113,8 +107,7 @@ class ProgressLog:
         self.clock = clock
         self._running: list[Progress] = []
         self._ended: deque[Progress] = deque(maxlen=KEPT_ANSWERS)
-        self._per_second: deque[int] = deque([0] * HISTORY_S, maxlen=HISTORY_S)
-        """The last is the second that has begun."""
+        self._per_second: deque[int] = deque([0] * HISTORY_S, maxlen=HISTORY_S)  # The last is the second that has begun
         self._second = int(clock())
         self._lock = threading.Lock()
 

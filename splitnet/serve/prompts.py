@@ -16,20 +16,14 @@ from splitnet.checkpoint.chat_template import begin, render, variables_of
 from splitnet.serve.failures import ApiError
 from splitnet.serve.text import CLOSING, INCOMPLETE, OPENING
 
-KEPT_TEXTS = 2**16
-"""Of tokens: requests can ask for those of 20 beside each token."""
+KEPT_TEXTS = 2**16  # Of tokens: requests can ask for those of 20 beside each token
 
 SLICE = 2**16
 """Characters of which tokens are made at a time to see whether a text is too long: that takes time and memory."""
 
-LONGEST_CHARACTER = 16
-"""Tokens that are looked at together for the characters that they are parts of."""
-
-CUT_TOKENS = 128
-"""A text that is cut may have so many tokens more."""
-
-DEFAULT_MAX_TOKENS = 4096
-"""Of an answer, where neither the request nor the model has a bound."""
+LONGEST_CHARACTER = 16  # Tokens that are looked at together for the characters that they are parts of
+CUT_TOKENS = 128  # A text that is cut may have so many tokens more
+DEFAULT_MAX_TOKENS = 4096  # Of an answer, where neither the request nor the model has a bound
 
 
 class Prompts:
@@ -85,8 +79,7 @@ class Prompts:
         Special tokens come from the template alone: where messages or tools name one, that is text. So no text
         of a message can end it and begin one of another role.
 
-        Raises:
-            ApiError: the model has no template for it, the template refuses it, or it is longer than the context.
+        Raises ApiError if the model has no template for it, the template refuses it, or it is longer than the context.
         """
         if not self._tokenizer.chat_template:
             raise ApiError(400, "this model has no chat template: have it continue a bare text", param="messages")
@@ -140,8 +133,7 @@ class Prompts:
     def of_text(self, prompt: str | list[int]) -> list[int]:
         """The tokens of a bare prompt.
 
-        Raises:
-            ApiError: there are none, or tokens that the model does not know, or it is longer than the context.
+        Raises ApiError if there are none, or tokens that the model does not know, or it is longer than the context.
         """
         if isinstance(prompt, str):
             self._check_length([prompt])
@@ -185,8 +177,7 @@ class Prompts:
     def room_for(self, prompt: list[int], max_tokens: int | None) -> int:
         """How many tokens an answer may have at most; None: as many as there is room for.
 
-        Raises:
-            ApiError: prompt and answer are longer than the context.
+        Raises ApiError if prompt and answer are longer than the context.
         """
         if self._max_positions is None:
             return max_tokens if max_tokens is not None else DEFAULT_MAX_TOKENS

@@ -25,8 +25,7 @@ from splitnet.serve.prompts import Prompts
 from splitnet.serve.sampling import SamplingDefaults
 
 UNREAD = ApiError(429, "too much of this answer was not read: read faster")
-UNREAD_BYTES = 64 * 2**20
-"""Of streams, whose clients read more slowly than the model answers."""
+UNREAD_BYTES = 64 * 2**20  # of streams, whose clients read more slowly than the model answers
 
 Result = TypeVar("Result")
 
@@ -56,21 +55,15 @@ class Answer(Protocol):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model with all that protocols need to answer requests for it.
+    """A model with all that protocols need to answer requests for it."""
 
-    Attributes:
-        name: that answers give.
-        defaults: of what requests leave out.
-        other_names: which requests may give, too.
-    """
-
-    name: str
+    name: str  # that answers give
     generations: Generations
     prompts: Prompts
     grammars: Grammars
     admission: Admission
-    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
-    other_names: Sequence[str] = ()
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # of what requests leave out
+    other_names: Sequence[str] = ()  # which requests may give, too
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     preparing: Preparing = field(default_factory=Preparing)
     unread: FairAccount = field(default_factory=lambda: FairAccount(UNREAD_BYTES))

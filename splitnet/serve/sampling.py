@@ -20,8 +20,7 @@ from transformers import (
 
 from splitnet.serve.grammars import AllowedTokens
 
-GREEDY_BELOW = 1e-3
-"""Temperatures below that always take the likeliest token."""
+GREEDY_BELOW = 1e-3  # Temperatures below that always take the likeliest token
 
 
 @dataclass(frozen=True)
@@ -161,19 +160,13 @@ _NO_SAMPLING = {
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a request that leaves these out is answered with. Unchanged, they are those of OpenAI's API.
-
-    Attributes:
-        top_k: how many of the likeliest tokens may be chosen; 0: all.
-        min_p: which share of the likeliest token's probability a token must have; 0: none.
-        repetition_penalty: by which the logits of tokens in prompt and answer are divided; 1: none.
-    """
+    """What a request that leaves these out is answered with. Unchanged, they are those of OpenAI's API."""
 
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_k: int = 0  # how many of the likeliest tokens may be chosen; 0: all
+    min_p: float = 0.0  # which share of the likeliest token's probability a token must have; 0: none
+    repetition_penalty: float = 1.0  # by which the logits of tokens in prompt and answer are divided; 1: none
 
 
 def choose_defaults(config: GenerationConfig, *, of_checkpoint: bool) -> tuple[SamplingDefaults, list[str]]:

@@ -45,14 +45,9 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.transport.addresses import listen_at
 from splitnet.wire.endpoints import LinkState
 
-APIS = (openai.API,)
-"""The protocols that are served; the first one's errors answer paths of none."""
-
-ERRORS = (400, 401, 404, 413, 429, 500, 502, 503)
-"""Statuses that each path may answer."""
-
-EXPIRY_S = 5.0
-"""How often it is looked whether kept sessions have expired."""
+APIS = (openai.API,)  # The protocols that are served; the first one's errors answer paths of none
+ERRORS = (400, 401, 404, 413, 429, 500, 502, 503)  # Statuses that each path may answer
+EXPIRY_S = 5.0  # How often it is looked whether kept sessions have expired
 
 
 def make_app(

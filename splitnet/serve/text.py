@@ -8,11 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-INCOMPLETE = "\ufffd"
-"""What tokenizers write for the bytes of a character of which some are missing."""
-
-_MOST_CONTEXT = 32
-"""Tokens of a prompt that are looked at for the place where its last text begins."""
+INCOMPLETE = "\ufffd"  # What tokenizers write for the bytes of a character of which some are missing
+_MOST_CONTEXT = 32  # Tokens of a prompt that are looked at for the place where its last text begins
 
 
 class Detokenizer:

@@ -94,8 +94,7 @@ class Gate(threading.Barrier):
 def run_together(clients: Sequence[Callable[[], Result]], gate: Gate) -> list[Result]:
     """The results of clients that run at once, each in a thread of its own; a single one runs in this thread.
 
-    Raises:
-        Exception: what the first client that failed raised; the others have ended by then.
+    Raises what the first client that failed raised; the others have ended by then.
     """
     if len(clients) == 1:
         return [clients[0]()]

@@ -18,19 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Exact numbers of tokens to send and to generate.
+    """Exact numbers of tokens to send and to generate."""
 
-    Attributes:
-        tokens: of the prompt in a prefill, of each client's answer otherwise.
-        decodes: whether tokens after the first are measured; otherwise it is the prompt.
-        context: tokens in the KV cache before an answer is measured.
-        clients: how many generate at once.
-    """
-
-    tokens: int
-    decodes: bool = False
-    context: int = 0
-    clients: int = 1
+    tokens: int  # of the prompt in a prefill, of each client's answer otherwise
+    decodes: bool = False  # whether tokens after the first are measured; otherwise it is the prompt
+    context: int = 0  # tokens in the KV cache before an answer is measured
+    clients: int = 1  # how many generate at once
 
     @property
     def name(self) -> str:
@@ -109,12 +102,10 @@ class Traffic:
 
     sent_bytes: int
     received_bytes: int
-    positions: int
-    """In all: the prompt and each token that was fed after it."""
+    positions: int  # In all: the prompt and each token that was fed after it
     repairs: int
     route: Route
-    joules_per_token: float | None = None
-    """Of a decoded token in all hops, as they say; None: one does not."""
+    joules_per_token: float | None = None  # Of a decoded token in all hops, as they say; None: one does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +124,7 @@ class Answer:
         return 1 + len(self.token_s)
 
 
-Round = tuple[Answer, ...]
-"""What all clients of a case saw in one round."""
+Round = tuple[Answer, ...]  # What all clients of a case saw in one round
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +172,7 @@ def figures_of(case: Case, seen: Round) -> dict[str, float]:
     return figures
 
 
-Progress = Callable[[str, int, int], None]
-"""Is told the stage, and how many of how many measurements of it are done."""
+Progress = Callable[[str, int, int], None]  # Is told the stage, and how many of how many measurements of it are done
 
 
 class Arm(Protocol):
@@ -258,10 +247,7 @@ def measure(
     return [Measured(case, {arm: seen[case, arm] for arm in arms}) for case in cases]
 
 
-SWARM = "swarm"
-LOCAL = "local"
-"""The two arms of the command."""
-
+SWARM, LOCAL = "swarm", "local"  # the two arms of the command
 _FIRST_TOKEN = "first\ntoken ms"
 _LOCAL_SPEED = f"{LOCAL}:\ntokens/s"
 _RATIO = f"{SWARM} /\n{LOCAL}"

@@ -199,8 +199,7 @@ def _installed_version(name: str) -> str | None:
         return None
 
 
-SHOWN_DIGITS = 12
-"""Of a fingerprint."""
+SHOWN_DIGITS = 12  # Of a fingerprint
 
 
 def open_model(model: str) -> tuple[Finding, Checkpoint | None]:

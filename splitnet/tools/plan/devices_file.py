@@ -12,8 +12,7 @@ from scheduler.facts import CLIENT, MAX_WATTS, Link, Network, Speed
 from splitnet.blocks.device import DEVICE_NAME
 from splitnet.errors import SplitnetError
 
-CLIENT_NAME: Final = "client"
-"""How links name the client if it runs on none of the devices."""
+CLIENT_NAME: Final = "client"  # How links name the client if it runs on none of the devices
 
 SAME_MACHINE: Final = Link(latency_ms=0.05, bytes_per_ms=1e6)
 """Between a client and the peer on the same machine: it goes through memory."""
@@ -42,20 +41,13 @@ class MachineSpeed:
 
 @dataclass(frozen=True)
 class KnownDevice:
-    """A device of the file.
-
-    Attributes:
-        memory: bytes for weights, KV caches and, where the client runs, the client's part of the model.
-        speed: measured with the model, or what to derive it from.
-        torch_device: to compute on, such as `cuda`; None: what the peer finds best.
-        watts: that it draws while it computes; 0: not known.
-    """
+    """A device of the file."""
 
     name: str
-    memory: int
-    speed: Speed | MachineSpeed
-    torch_device: str | None = None
-    watts: float = 0.0
+    memory: int  # bytes for weights, KV caches and, where the client runs, the client's part of the model
+    speed: Speed | MachineSpeed  # measured with the model, or what to derive it from
+    torch_device: str | None = None  # to compute on, such as `cuda`; None: what the peer finds best
+    watts: float = 0.0  # that it draws while it computes; 0: not known
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ FIELDS: dict[Form, tuple[str, ...]] = {
 
 ROLES = ("system", "user", "assistant", "tool")
 
-TEMPLATE = "{text} Label:"
-"""What a model reads of a text before its label comes."""
+TEMPLATE = "{text} Label:"  # What a model reads of a text before its label comes
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,7 @@ from splitnet.tools.tune.folder import TuningFolder
 from splitnet.tools.tune.methods import AdapterOptions, Method, Settings, begin_prefix, with_new_adapter
 from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, Step, TuningRun, collate
 
-SMOOTHED_OVER = 10
-"""Steps whose mean the smoothed line shows."""
+SMOOTHED_OVER = 10  # Steps whose mean the smoothed line shows
 
 
 def draw_loss_curve(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
@@ -109,8 +108,7 @@ class ModelToTune:
         return model
 
 
-LINE_EVERY_S = 10.0
-"""How often a line is written where there is no terminal."""
+LINE_EVERY_S = 10.0  # How often a line is written where there is no terminal
 
 
 class TuningProgress:
@@ -158,15 +156,10 @@ class TuningProgress:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Result on held-out examples.
+    """Result on held-out examples."""
 
-    Attributes:
-        loss: mean over the learned tokens, or with a head over the examples.
-        accuracy: share of examples whose label was told right; None if they have none.
-    """
-
-    loss: float
-    accuracy: float | None
+    loss: float  # mean over the learned tokens, or with a head over the examples
+    accuracy: float | None  # share of examples whose label was told right; None if they have none
 
 
 @torch.no_grad()
@@ -221,8 +214,7 @@ def _before_answers(rows: Sequence[Encoded]) -> list[int]:
     return [next(at for at, target in enumerate(row.targets) if target != IGNORED) - 1 - longest for row in rows]
 
 
-LONGEST_ROW = 1024
-"""Tokens per row where the user sets none."""
+LONGEST_ROW = 1024  # Tokens per row where the user sets none
 
 
 @dataclass(frozen=True)
@@ -241,8 +233,7 @@ class Tuning:
     save_every: int
     output: Path
     resume: bool
-    way: Sequence[str]
-    """The arguments with which commands reach the model."""
+    way: Sequence[str]  # The arguments with which commands reach the model
 
     def run(self, connection: Connection) -> None:
         """Trains to the last step, or until the user stops it.

@@ -158,29 +158,19 @@ class Schedule(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to train.
-
-    Attributes:
-        batch_size: rows per step.
-        accumulate: parts into which a step's rows are cut; less memory at the client, the same gradient.
-        warmup_steps: steps in which the learning rate rises from 0.
-        schedule: how it goes on to the last step; linear and cosine go to 0.
-        clip: largest norm of a gradient; 0: any.
-        zeroth_order: gradients from forward passes alone, see `estimate_gradients`; `directions` are for it.
-        seed: of the order of the data, and of the directions.
-    """
+    """How to train."""
 
     steps: int
     learning_rate: float
-    batch_size: int = 8
-    accumulate: int = 1
-    warmup_steps: int = 0
-    schedule: Schedule = Schedule.LINEAR
-    clip: float = 1.0
+    batch_size: int = 8  # rows per step
+    accumulate: int = 1  # parts into which a step's rows are cut; less memory at the client, the same gradient
+    warmup_steps: int = 0  # steps in which the learning rate rises from 0
+    schedule: Schedule = Schedule.LINEAR  # how it goes on to the last step; linear and cosine go to 0
+    clip: float = 1.0  # largest norm of a gradient; 0: any
     weight_decay: float = 0.0
-    zeroth_order: bool = False
+    zeroth_order: bool = False  # gradients from forward passes alone, see `estimate_gradients`; `directions` are for it
     directions: int = 1
-    seed: int = 0
+    seed: int = 0  # of the order of the data, and of the directions
 
     def learning_rate_at(self, step: int) -> float:
         """Of a step, counted from 0."""

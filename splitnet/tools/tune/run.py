@@ -201,8 +201,7 @@ def estimate_gradients(
     Returns:
         The mean of the losses.
 
-    Raises:
-        whatever `loss` raises; parameters and gradients are as before then.
+    Raises whatever `loss` raises; parameters and gradients are as before then.
     """
     if directions < 1 or eps <= 0:
         raise ValueError(f"directions must be at least 1 and eps above 0, got {directions} and {eps}")
@@ -237,19 +236,13 @@ def estimate_gradients(
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step, counted from 1, has done.
-
-    Attributes:
-        loss: mean over the learned tokens, or with a head over the rows, before the step.
-        gradient_norm: before clipping.
-        tokens: that went through the model, padding not counted; those of one pass.
-    """
+    """What one step, counted from 1, has done."""
 
     number: int
-    loss: float
+    loss: float  # mean over the learned tokens, or with a head over the rows, before the step
     learning_rate: float
-    gradient_norm: float
-    tokens: int
+    gradient_norm: float  # before clipping
+    tokens: int  # that went through the model, padding not counted; those of one pass
 
 
 class TuningRun:
