@@ -158,11 +158,7 @@ class Prober:
         return self._answered.get(endpoint, 0)
 
     def round_trips(
-        self,
-        endpoints: Iterable[Endpoint],
-        timeout_s: float = ANSWER_S,
-        *,
-        loads: Collection[Endpoint] = (),
+        self, endpoints: Iterable[Endpoint], timeout_s: float = ANSWER_S, *, loads: Collection[Endpoint] = ()
     ) -> dict[Endpoint, float]:
         """Ms to peers and back, with two small pings to each; those that don't answer in time are left out.
 
