@@ -138,10 +138,7 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def stumbling(refusal: Callable[[str], SplitnetError]) -> Iterator[None]:
     """Around a library that reads what others wrote, and raises what it stumbles over: panics of Rust among it.
-
-    Args:
-        refusal: called with what happened, gives the error to raise in its place.
-    """
+    `refusal`: called with what happened, gives the error to raise in its place."""
     try:
         yield
     except SplitnetError:

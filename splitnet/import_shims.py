@@ -38,9 +38,7 @@ def claim_process() -> None:
 
 def import_models(*, signals_raise: bool = True) -> None:
     """Imports what all models of transformers need; does nothing the second time, or in programs of others.
-
-    signals_raise: handlers of signals raise, and have to wait for the end.
-    """
+    signals_raise: handlers of signals raise, and have to wait for the end."""
     if not _claimed or "transformers.modeling_utils" in sys.modules:
         return
     with _signals_held() if signals_raise else nullcontext(), _collector_off():

@@ -25,10 +25,8 @@ MINUTE_S = 60.0
 
 
 class TokenBucket:
-    """The tokens that one key has spent; they come back evenly, at a rate that each call names.
-
-    at: when tokens were spent last, in seconds.
-    """
+    """The tokens that one key has spent; they come back evenly, at a rate that each call names. at: when tokens were
+    spent last, in seconds."""
 
     def __init__(self) -> None:
         self.at = 0.0
@@ -166,9 +164,7 @@ class Budget:
 
 class Places:
     """Counts places that are held, in all (at most `most`) and by names of several kinds (at most `most_of` each).
-
-    taken: places that are held. refused: how many calls of `take` found none.
-    """
+    taken: places that are held. refused: how many calls of `take` found none."""
 
     def __init__(self, most: int, **most_of: int) -> None:
         self.taken = 0
@@ -296,10 +292,7 @@ _LEAST_BYTES = 10**6
 
 def parse_bytes(text: str) -> int:
     """Bytes in a text such as `4GiB` or `500M`; of a number alone, which is bytes, a megabyte is the least but none.
-
-    Raises:
-        SplitnetError: it is no amount, or so few bytes that another unit must be meant.
-    """
+    Raises SplitnetError: it is no amount, or so few bytes that another unit must be meant."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if match is None or match[2] not in _UNITS:
         raise SplitnetError(f"{text!r} is not an amount of memory: write it as 4GiB or 500MB")
@@ -326,10 +319,8 @@ reads each text in one way, so it takes no time itself."""
 
 
 class Patterns:
-    """Matches regular expressions of a hostile file, for at most `ONE_S` each and `ALL_S` in all.
-
-    source: the file, and fix: what to do if a pattern cannot be used, for messages.
-    """
+    """Matches regular expressions of a hostile file, for at most `ONE_S` each and `ALL_S` in all. source: the file, and
+    fix: what to do if a pattern cannot be used, for messages."""
 
     def __init__(self, source: str, fix: str = "take another checkpoint of this model") -> None:
         self._source = source

@@ -109,10 +109,8 @@ def for_programs() -> bool:
 
 
 def tell(level: int, text: str) -> None:
-    """Tells the user of a command something on stderr; as an event where that holds JSON.
-
-    level: `logging.ERROR`: what went wrong; `WARNING`: what is dangerous; `INFO`: what is good to know.
-    """
+    """Tells the user of a command something on stderr; as an event where that holds JSON. level: `logging.ERROR`: what
+    went wrong; `WARNING`: what is dangerous; `INFO`: what is good to know."""
     if for_programs():
         log.log(level, "%s", text)
     elif level < logging.WARNING:

@@ -33,10 +33,8 @@ def public_name(source: str) -> str:
 
 
 class KnownFigures:
-    """A JSON file of figures that were measured on this machine, by key.
-
-    An unreadable file counts as empty; one that cannot be written is only logged.
-    """
+    """A JSON file of figures that were measured on this machine, by key. An unreadable file counts as empty; one that
+    cannot be written is only logged."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

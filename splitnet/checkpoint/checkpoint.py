@@ -117,12 +117,8 @@ class Checkpoint:
 
     @cached_property
     def block_tensors(self) -> tuple[tuple[BlockTensor, ...], ...]:
-        """The tensors of each block.
-
-        Raises:
-            UnsupportedModel: the names do not number `num_blocks` blocks, or there are more, which do not predict
-                further tokens.
-        """
+        """The tensors of each block. Raises UnsupportedModel: the names do not number `num_blocks` blocks, or there are
+        more, which do not predict further tokens."""
         containers: dict[str, dict[int, list[BlockTensor]]] = {}
         for name in self.store.names:
             if match := _BLOCK_NAME.match(name):
@@ -165,9 +161,7 @@ class Checkpoint:
     @property
     def fingerprint(self) -> str:
         """Hex of a SHA-256 of the config and of all bytes of all tensors: swarms are told apart by it. See `manifest`.
-
-        It does not depend on how the tensors lie in files.
-        """
+        It does not depend on how the tensors lie in files."""
         return self.manifest().fingerprint
 
     def manifest(self, progress: Progress | None = None) -> Manifest:
@@ -199,11 +193,8 @@ class Checkpoint:
 
     @cached_property
     def is_whole(self) -> bool:
-        """All files are on this machine, so that nobody else need be asked what they are.
-
-        Raises:
-            ModelNotFound: that cannot be said, as the hub is not reached.
-        """
+        """All files are on this machine, so that nobody else need be asked what they are. Raises ModelNotFound: that
+        cannot be said, as the hub is not reached."""
         store = self.store
         if store.folder is not None or not store.commit:
             return True
@@ -241,11 +232,8 @@ class Checkpoint:
 
 
 def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
-    """The files of a checkpoint: a GGUF file, a local folder or, if there is none of that name, a hub id.
-
-    Raises:
-        ModelNotFound: there is no such file or folder.
-    """
+    """The files of a checkpoint: a GGUF file, a local folder or, if there is none of that name, a hub id. Raises
+    ModelNotFound: there is no such file or folder."""
     if str(model).endswith(".gguf"):
         from splitnet.checkpoint.gguf.store import GgufStore
 

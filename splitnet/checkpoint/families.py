@@ -188,10 +188,8 @@ _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the text model within that of a checkpoint.
-
-    Where transformers has no causal language model of the text model alone, that of a family whose blocks do the same.
-    """
+    """The config of the text model within that of a checkpoint. Where transformers has no causal language model of the
+    text model alone, that of a family whose blocks do the same."""
     text = config.get_text_config()
     make_known(text)
     family = family_of(text)
@@ -215,10 +213,8 @@ def make_known(config: PreTrainedConfig) -> None:
 
 @cache
 def _make_text_models_known() -> None:
-    """Registers causal language models that transformers has only inside of multimodal ones.
-
-    So are the names and layouts in their checkpoints, and how they are converted.
-    """
+    """Registers causal language models that transformers has only inside of multimodal ones. So are the names and
+    layouts in their checkpoints, and how they are converted."""
     # These are slow to import, and rarely wanted.
     from torch import nn
     from transformers import GenerationMixin, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
@@ -275,11 +271,8 @@ def _make_text_models_known() -> None:
 
 
 def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of the model without a head.
-
-    Raises:
-        UnsupportedModel: transformers has no causal language model of this family.
-    """
+    """The class of the model without a head. Raises UnsupportedModel: transformers has no causal language model of this
+    family."""
     if type(config) not in AutoModelForCausalLM._model_mapping or type(config) not in AutoModel._model_mapping:
         raise UnsupportedModel(f"models of the family {config.model_type!r} are not causal language models")
     return cast(type[PreTrainedModel], AutoModel._model_mapping[type(config)])
@@ -313,11 +306,8 @@ def check_can_be_cut(config: PreTrainedConfig) -> None:
 
 
 class RopeLengths:
-    """Which lengths of a sequence give a model the same frequencies.
-
-    In transformers, all positions of a call get those of the length that the sequence then has, and keys that are
-    cached keep theirs.
-    """
+    """Which lengths of a sequence give a model the same frequencies. In transformers, all positions of a call get those
+    of the length that the sequence then has, and keys that are cached keep theirs."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         kinds = _kinds(config)

@@ -85,13 +85,8 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a shard, as the shard's header describes it.
-
-    Attributes:
-        shard: file name.
-        stored: name of its type in the safetensors format.
-        offset: of its first byte in the file.
-    """
+    """One tensor of a shard, as the shard's header describes it. `shard`: file name. `stored`: name of its type in the
+    safetensors format. `offset`: of its first byte in the file."""
 
     shard: str
     stored: str
@@ -105,13 +100,8 @@ class TensorInfo:
 
 
 def read_tensor_infos(file: BinaryIO, shard: str) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, from its header alone.
-
-    Format: https://github.com/huggingface/safetensors#format
-
-    Raises:
-        UnsupportedModel: it is not a safetensors file.
-    """
+    """The tensors of a safetensors file, from its header alone. Format:
+    https://github.com/huggingface/safetensors#format. Raises UnsupportedModel: it is not a safetensors file."""
     try:
         (size,) = struct.unpack("<Q", file.read(8))
         if size > _MAX_HEADER_BYTES:
@@ -139,10 +129,8 @@ def _tensor_info(shard: str, begin: int, dtype: str, shape: list[int], data_offs
 
 
 class SafetensorsStore:
-    """A `TensorStore` whose tensors are read one by one, only from the shards that hold what is asked for.
-
-    Open one with `SafetensorsStore.open`.
-    """
+    """A `TensorStore` whose tensors are read one by one, only from the shards that hold what is asked for. Open one
+    with `SafetensorsStore.open`."""
 
     def __init__(self, name: str, path: Path | None, revision: str | None) -> None:
         self.name = name
@@ -155,11 +143,8 @@ class SafetensorsStore:
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None) -> SafetensorsStore:
-        """Opens a local folder or, if there is none of that name, a hub id. Nothing is read yet.
-
-        Raises:
-            ModelNotFound: there is no such folder.
-        """
+        """Opens a local folder or, if there is none of that name, a hub id. Nothing is read yet. Raises ModelNotFound:
+        there is no such folder."""
         path = Path(model).expanduser()
         if path.is_dir():
             return cls(path.resolve().name, path, None)
@@ -229,10 +214,8 @@ class SafetensorsStore:
         return tuple(self._weights.groups)
 
     def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
-        """Reads headers only of the shards that hold these tensors.
-
-        Of NF4 the description of each weight is read too, and of GPTQ that permutes inputs, the permutation.
-        """
+        """Reads headers only of the shards that hold these tensors. Of NF4 the description of each weight is read too,
+        and of GPTQ that permutes inputs, the permutation."""
         names = list(names)
         groups = self._weights.groups
         stored = [part for name in names for part in groups[name].values()]
@@ -333,11 +316,7 @@ class SafetensorsStore:
         return Path(cached) if isinstance(cached, str) else None
 
     def open_file(self, file: str, block_size: int = 2**16) -> BinaryIO:
-        """See `TensorStore.open_file`.
-
-        Args:
-            block_size: bytes that are fetched from the hub beyond those that are read.
-        """
+        """See `TensorStore.open_file`. `block_size`: bytes that are fetched from the hub beyond those that are read."""
         try:
             path = self.local_file(file)
             if path is not None:
@@ -397,11 +376,8 @@ class SafetensorsStore:
             ) from error
 
     def _infos(self, names: Iterable[str]) -> dict[str, TensorInfo]:
-        """What headers say of tensors in the files, and of all others in the same shards.
-
-        Raises:
-            ModelNotFound: a shard lacks one, as the index is not about these shards.
-        """
+        """What headers say of tensors in the files, and of all others in the same shards. Raises ModelNotFound: a shard
+        lacks one, as the index is not about these shards."""
         names = list(names)
         infos: dict[str, TensorInfo] = {}
         for shard in sorted({self._weight_map[name] for name in names}):
@@ -489,10 +465,7 @@ class SafetensorsStore:
 
     def _check_that_hub_answers(self, file: str) -> None:
         """Asks once, where a download would try to connect for half a minute; what the hub answers is for the download.
-
-        Raises:
-            LocalEntryNotFoundError: it cannot be reached.
-        """
+        Raises LocalEntryNotFoundError: it cannot be reached."""
         if self._hub_answers:
             return
         try:
@@ -543,11 +516,8 @@ def _without_notes(values: Any) -> Any:
 
 
 def _quantization_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """How the weights of a checkpoint are quantized, as its config says it; None: they are plain numbers.
-
-    Args:
-        config: of the whole checkpoint, as in its file. Some multimodal ones say it of the text model in it.
-    """
+    """How the weights of a checkpoint are quantized, as its config says it; None: they are plain numbers. `config`: of
+    the whole checkpoint, as in its file. Some multimodal ones say it of the text model in it."""
     nested = [value for value in config.values() if isinstance(value, Mapping)]
     for place in (config, *nested):
         for key in _QUANTIZATION_KEYS:
@@ -557,14 +527,8 @@ def _quantization_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | Non
 
 
 def _quantized_format(settings: Mapping[str, Any], family: str) -> QuantizedFormat:
-    """The format that settings describe.
-
-    Args:
-        family: of the text model.
-
-    Raises:
-        UnsupportedModel: it is not known, or an option of it is not.
-    """
+    """The format that settings describe. `family`: of the text model. Raises UnsupportedModel: it is not known, or an
+    option of it is not."""
     method = str(settings.get("quant_method") or "").lower()
     if method == "bitsandbytes" or (not method and settings.get("load_in_4bit")):
         return Nf4() if settings.get("load_in_4bit") else Int8()

@@ -62,12 +62,8 @@ class TensorStore(TensorFiles, Protocol):
     folder: WeightFolder | None
 
     def config(self) -> PreTrainedConfig:
-        """That of the whole checkpoint, without a description of how the weights are quantized.
-
-        Raises:
-            ModelNotFound: it cannot be read.
-            UnsupportedModel: transformers does not know the architecture.
-        """
+        """That of the whole checkpoint, without a description of how the weights are quantized. Raises ModelNotFound:
+        it cannot be read; UnsupportedModel: transformers does not know the architecture."""
         ...
 
     @property
@@ -77,12 +73,8 @@ class TensorStore(TensorFiles, Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all tensors.
-
-        Raises:
-            ModelNotFound: there are none.
-            UnsupportedModel: they are quantized in a way that is not known.
-        """
+        """Of all tensors. Raises ModelNotFound: there are none; UnsupportedModel: they are quantized in a way that is
+        not known."""
         ...
 
     def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
@@ -118,19 +110,12 @@ class TensorStore(TensorFiles, Protocol):
         ...
 
     def open_file(self, file: str) -> BinaryIO:
-        """Opens a file for reading parts of it, from the hub without downloading the whole.
-
-        Raises:
-            ModelNotFound: there is none, or the hub does not answer.
-        """
+        """Opens a file for reading parts of it, from the hub without downloading the whole. Raises ModelNotFound: there
+        is none, or the hub does not answer."""
         ...
 
     def tokenizer(self) -> Any:
-        """The tokenizer that comes with the checkpoint.
-
-        Raises:
-            ModelNotFound: there is none.
-        """
+        """The tokenizer that comes with the checkpoint. Raises ModelNotFound: there is none."""
         ...
 
     def generation_config(self) -> GenerationConfig | None:
@@ -139,11 +124,7 @@ class TensorStore(TensorFiles, Protocol):
 
 
 class ReadBytes:
-    """Counts what is read of tensors, from several threads, and reports it.
-
-    Attributes:
-        total: bytes to read.
-    """
+    """Counts what is read of tensors, from several threads, and reports it. `total`: bytes to read."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.total = 0
@@ -160,11 +141,8 @@ class ReadBytes:
 
 
 class LazyTensor:
-    """One tensor in the files, as transformers' loading expects it: `tensor[...]` reads it.
-
-    Args:
-        read: called with an index, for each use; what it gives needs the files no more, or is a `PackedTensor`.
-    """
+    """One tensor in the files, as transformers' loading expects it: `tensor[...]` reads it. `read`: called with an
+    index, for each use; what it gives needs the files no more, or is a `PackedTensor`."""
 
     def __init__(self, shape: Iterable[int], dtype: torch.dtype, read: Callable[[Any], torch.Tensor]) -> None:
         self.shape = torch.Size(shape)

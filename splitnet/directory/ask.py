@@ -88,11 +88,8 @@ class DirectoryDelta:
         self._newest = sorted(present, key=lambda record: (not record.is_proven, -record.placed_at))
 
     def changes(self, known: Sequence[bytes], since: float, most: int) -> tuple[bytes, list[PeerRecord]]:
-        """An answer to a `LookUp` with these fields.
-
-        Returns:
-            `Found.present`, and records that have changed or are new, in turns, of at most `most` bytes.
-        """
+        """An answer to a `LookUp` with these fields. Returns `Found.present`, and records that have changed or are new,
+        in turns, of at most `most` bytes."""
         bits = 0
         changed: list[tuple[int, PeerRecord]] = []
         for at, entry in enumerate(known):

@@ -109,10 +109,8 @@ def import_hivemind() -> Any:
 
 
 def _refuse_older(store: Callable[[Any, Any, Any, float], bool]) -> Callable[[Any, Any, Any, float], bool]:
-    """Mends `TimedStorage.store` of hivemind 1.1.12, which refuses an older value but takes over its expiration.
-
-    An earlier record of a peer, sent again, could so make the DHT forget the current one before its time.
-    """
+    """Mends `TimedStorage.store` of hivemind 1.1.12, which refuses an older value but takes over its expiration. An
+    earlier record of a peer, sent again, could so make the DHT forget the current one before its time."""
 
     def store_newer(self: Any, key: Any, value: Any, expiration_time: float) -> bool:
         held = self.data.get(key)
@@ -223,11 +221,8 @@ MOST_PER_KEY: Final = 4 * RECORDS_PER_KEY
 
 @dataclass(frozen=True)
 class Reading:
-    """The answers of nodes.
-
-    records: by key, those found there with the subkeys that they stand under, of each the latest.
-    vouched: one of the nodes that are always asked has answered in full.
-    """
+    """The answers of nodes. records: by key, those found there with the subkeys that they stand under, of each the
+    latest. vouched: one of the nodes that are always asked has answered in full."""
 
     records: Mapping[str, Sequence[tuple[str, PeerRecord]]]
     vouched: bool
@@ -242,11 +237,8 @@ _heard: ContextVar[list[tuple[Any, Mapping[Any, Any]]] | None] = ContextVar("_he
 
 
 def overhear(protocol: Any) -> None:
-    """Has `read` learn the valid records in the answer of each node.
-
-    hivemind would drop all of an answer for one that is not valid: a record that is valid by the clock of one node, and
-    not by that of another, could hide all others.
-    """
+    """Has `read` learn the valid records in the answer of each node. hivemind would drop all of an answer for one that
+    is not valid: a record that is valid by the clock of one node, and not by that of another, could hide all others."""
     call_find = protocol.call_find
     is_valid = protocol._validate_record
     protocol._validate_dictionary = partial(_leave_valid, is_valid, protocol.serializer.dumps)
@@ -321,11 +313,8 @@ NO_HIVEMIND: Final = "hivemind is not installed"
 
 @dataclass(frozen=True, slots=True)
 class NodeAnswer:
-    """The answer of a node at a multiaddr.
-
-    fault: why it does not answer, in the words of the network; empty if it answers. other_id: of the node there, if the
-    address names another. ahead_s: of its clock, to half a round trip.
-    """
+    """The answer of a node at a multiaddr. fault: why it does not answer, in the words of the network; empty if it
+    answers. other_id: of the node there, if the address names another. ahead_s: of its clock, to half a round trip."""
 
     address: str
     fault: str = ""

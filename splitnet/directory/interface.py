@@ -25,10 +25,8 @@ OWN_DEPTH: Final = MAX_DEPTH + 1
 
 
 class SwarmDirectory(ABC):
-    """The records of peers. All methods may be called from any thread; they block, for 10 s at most.
-
-    addresses: multiaddrs that others can join with; empty if this is no node of a DHT that listens.
-    """
+    """The records of peers. All methods may be called from any thread; they block, for 10 s at most. addresses:
+    multiaddrs that others can join with; empty if this is no node of a DHT that listens."""
 
     addresses: list[str]
 
@@ -133,10 +131,8 @@ class JoinedDirectories(SwarmDirectory):
 
 
 def latest(model: str, found: Iterable[Sequence[PeerRecord]]) -> list[PeerRecord]:
-    """Of records from several places the latest one of each peer of a model, or of each model if `model` is empty.
-
-    The first of each place come first: a flood in one place stands behind older records of others.
-    """
+    """Of records from several places the latest one of each peer of a model, or of each model if `model` is empty. The
+    first of each place come first: a flood in one place stands behind older records of others."""
     now = time.time()
     kept: dict[PublicKey | str, PeerRecord] = {}
     for row in zip_longest(*found):
@@ -162,10 +158,8 @@ Place = tuple[bytes, str]
 
 
 class RecordTable:
-    """The records of one node. The first one keeps its place, but records without a proof of work give way.
-
-    Not thread-safe.
-    """
+    """The records of one node. The first one keeps its place, but records without a proof of work give way. Not
+    thread-safe."""
 
     def __init__(self) -> None:
         self.held: defaultdict[bytes, dict[str, PeerRecord]] = defaultdict(dict)
@@ -176,11 +170,8 @@ class RecordTable:
         self._expiring: list[tuple[float, Place]] = []
 
     def take(self, place: Place, record: PeerRecord, now: float) -> list[Place] | None:
-        """Takes a verified record in at `now`, Unix time in seconds.
-
-        Returns:
-            The places of those that give way to it; None: there is no place for it.
-        """
+        """Takes a verified record in at `now`, Unix time in seconds. Returns the places of those that give way to it;
+        None: there is no place for it."""
         while self._expiring and self._expiring[0][0] < now:
             expired_at, gone = heapq.heappop(self._expiring)
             there = self.held.get(gone[0], {}).get(gone[1])

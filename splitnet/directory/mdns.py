@@ -128,11 +128,8 @@ class LocalNetwork:
         self._closed = False
 
     def announce(self, addresses: Iterable[str]) -> None:
-        """Lets others find the node at these multiaddrs, until `close`.
-
-        Raises:
-            LanError: no other machine could reach them, or they cannot be announced.
-        """
+        """Lets others find the node at these multiaddrs, until `close`. Raises LanError: no other machine could reach
+        them, or they cannot be announced."""
         self._own = self._service(addresses)
         self._register(self._own)
 
@@ -169,13 +166,8 @@ class LocalNetwork:
         self.close()
 
     def begin_again(self, *, pause_s: float = 0.0, addresses: Iterable[str] = ()) -> None:
-        """Forgets all nodes, and after a pause listens anew, on the addresses that this machine has now.
-
-        addresses: to announce, if not the same as before.
-
-        Raises:
-            LanError: see `announce`; after `watch` it is tried again.
-        """
+        """Forgets all nodes, and after a pause listens anew, on the addresses that this machine has now. addresses: to
+        announce, if not the same as before. Raises LanError: see `announce`; after `watch` it is tried again."""
         with self._closing:
             if self._closed:
                 return

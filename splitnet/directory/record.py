@@ -223,9 +223,7 @@ class PeerRecord:
     @classmethod
     def idle(cls, **facts: Any) -> PeerRecord:
         """A record of a peer that has nothing to do and measures nothing: `facts`, and zeros and the like for the rest.
-
-        Needs at least the key, the model and its name, the address and the number of blocks.
-        """
+        Needs at least the key, the model and its name, the address and the number of blocks."""
         measured = ("queue_ms", "batch", "kv_free_positions", "sessions", "coordinate_error", "bytes_per_ms")
         nothing: dict[str, Any] = dict.fromkeys((*measured, "start", "max_blocks", "placed_at", "issued_at"), 0)
         nothing |= dict.fromkeys(("device", "dtype", "version"), "none") | dict.fromkeys(("codecs", "links"), ())

@@ -54,10 +54,8 @@ class Mapped:
 
 
 class PortMapping:
-    """Keeps one port of the router for a TCP port of this machine. Every call may take seconds.
-
-    mapped: the port of the router. by: the protocol, which stays known.
-    """
+    """Keeps one port of the router for a TCP port of this machine. Every call may take seconds. mapped: the port of the
+    router. by: the protocol, which stays known."""
 
     def __init__(self, port: int) -> None:
         self.mapped: Mapped | None = None

@@ -63,10 +63,8 @@ class Line(NamedTuple):
 
 
 def lines(own: str, joined: Joined) -> list[Line]:
-    """How the other may be reached: as the helper sees it, and behind the same router as it sees itself.
-
-    own: this end of the stream to the helper, as this side sees it.
-    """
+    """How the other may be reached: as the helper sees it, and behind the same router as it sees itself. own: this end
+    of the stream to the helper, as this side sees it."""
     host, port = host_and_port(own)
     found = [joined.seen]
     if joined.you and joined.seen and host_and_port(joined.you)[0] == host_and_port(joined.seen)[0]:
@@ -99,10 +97,8 @@ def _is_local(address: str) -> bool:
 async def punch(
     own: tuple[str, int], tried: Sequence[Line], check: Check, seconds: float | None = None
 ) -> tuple[socket.socket, Way] | None:
-    """The first stream that passes the check; None if there is none in time. Never fails.
-
-    own: host and port of the stream to the helper. seconds: how long to try; None: `PUNCH_S`.
-    """
+    """The first stream that passes the check; None if there is none in time. Never fails. own: host and port of the
+    stream to the helper. seconds: how long to try; None: `PUNCH_S`."""
     found: asyncio.Future[tuple[socket.socket, Way]] = asyncio.get_running_loop().create_future()
     taken = False
 

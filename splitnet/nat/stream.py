@@ -38,10 +38,8 @@ _DIALER, _LISTENER = b"d", b"l"
 
 
 class Dialing:
-    """The side that connects.
-
-    expected: the key that the other side must prove. token: of the call that the stream belongs to, if it does.
-    """
+    """The side that connects. expected: the key that the other side must prove. token: of the call that the stream
+    belongs to, if it does."""
 
     def __init__(self, identity: Identity, expected: PublicKey, purpose: Purpose, token: bytes = b"") -> None:
         self._identity = identity
@@ -59,10 +57,8 @@ class Dialing:
 
 
 class Answering:
-    """The side that was connected to, and has got `hello`. Raises ProtocolError: of another version, or malformed.
-
-    key, purpose: of the other side; they count after `check`.
-    """
+    """The side that was connected to, and has got `hello`. Raises ProtocolError: of another version, or malformed. key,
+    purpose: of the other side; they count after `check`."""
 
     def __init__(self, identity: Identity, hello: Hello, token: bytes = b"") -> None:
         if hello.version != VERSION:
@@ -129,14 +125,8 @@ def listening(address: str, *, again: bool = False) -> socket.socket:
 
 
 async def dial(address: str, timeout_s: float, *, source: tuple[str, int] | None = None) -> socket.socket:
-    """Connects to `tcp://IP:port`.
-
-    Args:
-        source: host and port to connect from; None: any.
-
-    Raises:
-        OSError: no listener; TimeoutError: no listener and no error reply.
-    """
+    """Connects to `tcp://IP:port`. `source`: host and port to connect from; None: any. Raises OSError: no listener;
+    TimeoutError: no listener and no error reply."""
     host, port = host_and_port(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = bound(family, source or ("::" if family == socket.AF_INET6 else "0.0.0.0", 0))
@@ -154,13 +144,8 @@ async def send(sock: socket.socket, *messages: Message) -> None:
 
 
 async def receive(sock: socket.socket, *kinds: type[T]) -> T:
-    """The next message, which must be of one of these kinds, and no byte of what follows it.
-
-    Raises:
-        EOFError: the stream has ended.
-        RefusedError: the other side refuses.
-        ProtocolError: it says something else, or nonsense.
-    """
+    """The next message, which must be of one of these kinds, and no byte of what follows it. Raises EOFError: the
+    stream has ended; RefusedError: the other side refuses; ProtocolError: it says something else, or nonsense."""
     size = int.from_bytes(await _exactly(sock, LENGTH_BYTES), "big")
     if not 0 < size <= MAX_MESSAGE_BYTES:
         raise ProtocolError(f"a message about ways has at most {MAX_MESSAGE_BYTES} bytes, not {size}")
@@ -194,10 +179,8 @@ async def prove(
 
 
 async def meet(sock: socket.socket, identity: Identity, token: bytes = b"", only: bytes | None = None) -> Answering:
-    """The handshake of the side that was connected to. Raises STREAM_ERRORS.
-
-    only: the key that the other side must have; None: any.
-    """
+    """The handshake of the side that was connected to. Raises STREAM_ERRORS. only: the key that the other side must
+    have; None: any."""
     answering = Answering(identity, await receive(sock, Hello), token)
     if only is not None and answering.key.raw != only:
         raise NotAuthorized("another key than expected answers at the other end of a stream")
@@ -211,11 +194,8 @@ async def copy(
     pick: Callable[[int], Awaitable[socket.socket]],
     passed: Callable[[int], float] = lambda _: 0.0,
 ) -> int:
-    """Copies until `source` ends; returns how many bytes that were.
-
-    pick: gives the socket for the next bytes, by how many were passed so far.
-    passed: gives how many seconds to wait, by how many bytes were passed just now.
-    """
+    """Copies until `source` ends; returns how many bytes that were. pick: gives the socket for the next bytes, by how
+    many were passed so far. passed: gives how many seconds to wait, by how many bytes were passed just now."""
     loop = asyncio.get_running_loop()
     buffer, done = memoryview(bytearray(LEAST_BUFFER)), 0
     while size := await loop.sock_recv_into(source, buffer):

@@ -127,10 +127,8 @@ class UnreachablePeer:
         return task is not None
 
     def reached_by(self, address: str, helpers: Sequence[Relay]) -> list[bool]:
-        """Answers of relays that try to connect to an address of this machine; takes some seconds at most.
-
-        Their connections stay for a moment, so that the listener can tell whether the answer is true.
-        """
+        """Answers of relays that try to connect to an address of this machine; takes some seconds at most. Their
+        connections stay for a moment, so that the listener can tell whether the answer is true."""
         asking = [self._loop.run(self._ask(relay, address)) for relay in helpers]
         wait(asking, timeout=DIAL_S + 2 * JOIN_S)
         return [said for each in asking if each.done() and not each.cancelled() and (said := each.result()) is not None]

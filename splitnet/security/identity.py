@@ -45,10 +45,8 @@ _SECRET_PREFIX = "splitnet-secret-1 "
 
 @dataclass(frozen=True)
 class PublicKey:
-    """An Ed25519 public key.
-
-    raw: 32 bytes. Raises KeyFileError if they are not a point of the curve that is safe to use.
-    """
+    """An Ed25519 public key. raw: 32 bytes. Raises KeyFileError if they are not a point of the curve that is safe to
+    use."""
 
     raw: bytes
 
@@ -442,11 +440,8 @@ def work(key: PublicKey, stop: threading.Event) -> int:
 
 
 def kept_proof(key: PublicKey, file: Path, stop: threading.Event) -> int:
-    """The proof of a key in `file`, which is made if it holds none; 0 if told to stop before it was found.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """The proof of a key in `file`, which is made if it holds none; 0 if told to stop before it was found. Raises
+    OSError: the file cannot be written."""
     try:
         text = file.read_bytes()[:_MOST_DIGITS]
     except FileNotFoundError:

@@ -33,11 +33,8 @@ class Reach(StrEnum):
 
 
 def with_literal_host(text: str) -> str:
-    """`HOST` or `HOST:PORT` with the IP address of the host, as records and messages have it.
-
-    Raises:
-        SplitnetError: the name has no address, or none was found within `RESOLVE_S`.
-    """
+    """`HOST` or `HOST:PORT` with the IP address of the host, as records and messages have it. Raises SplitnetError: the
+    name has no address, or none was found within `RESOLVE_S`."""
     match = re.fullmatch(r"(\[[^\]]+\]|[^:]+)(:\d+)?", text)
     if match is None:
         raise SplitnetError(f"{text!r} is no host: write HOST or HOST:PORT, an IPv6 address in brackets")
@@ -73,25 +70,16 @@ def _look_up(host: str) -> str:
 
 
 def public_address(listen: str, port: int, public_host: str | None) -> str:
-    """`tcp://IP:port` to announce.
-
-    Args:
-        listen, port: where the peer listens, and the port that it got.
-        public_host: `HOST` or `HOST:PORT` that the user gave.
-
-    Raises:
-        SplitnetError: the host is a name, and has no address.
-    """
+    """`tcp://IP:port` to announce. `listen`, `port`: where the peer listens, and the port that it got. `public_host`:
+    `HOST` or `HOST:PORT` that the user gave. Raises SplitnetError: the host is a name, and has no address."""
     host = with_literal_host(public_host or reachable_host(listen))
     has_port = host.rpartition(":")[2].isdecimal() and not host.endswith("]")
     return f"tcp://{host}" if has_port else f"tcp://{host}:{port}"
 
 
 def reachable_host(listen: str) -> str:
-    """The host of `listen`; for a wildcard, this machine's address on its default route, or any if it has none.
-
-    IPv4 comes first, as more can connect to it; the address of loopback only if there is no other.
-    """
+    """The host of `listen`; for a wildcard, this machine's address on its default route, or any if it has none. IPv4
+    comes first, as more can connect to it; the address of loopback only if there is no other."""
     if not is_wildcard(listen):
         return _host_of(listen)
     families = [socket.AF_INET, socket.AF_INET6] if "[::]" in listen else [socket.AF_INET]
@@ -162,12 +150,8 @@ def _ip_of(listen: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def refuse_taken(listen: str) -> None:
-    """Checks an address such as `tcp://0.0.0.0:31331` before blocks load.
-
-    Raises:
-        AddressInUse: something listens there.
-        SplitnetError: it is not an address of this machine.
-    """
+    """Checks an address such as `tcp://0.0.0.0:31331` before blocks load. Raises AddressInUse: something listens there;
+    SplitnetError: it is not an address of this machine."""
     match = re.fullmatch(r"tcp://(.+):(\d+)", listen)
     if match is None or int(match[2]) > 65535:
         raise SplitnetError(
@@ -189,12 +173,8 @@ def refuse_taken(listen: str) -> None:
 
 
 def listen_at(host: str, port: int) -> socket.socket:
-    """Listens for HTTP.
-
-    Raises:
-        AddressInUse: something listens there.
-        SplitnetError: it is not an address of this machine.
-    """
+    """Listens for HTTP. Raises AddressInUse: something listens there; SplitnetError: it is not an address of this
+    machine."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)  # pyright: ignore[reportArgumentType]
@@ -236,12 +216,8 @@ def check_peer_address(address: str) -> PublicKey:
 
 
 def endpoint_of(address: str) -> Endpoint:
-    """The endpoint of a peer's address; a host name is looked up.
-
-    Raises:
-        DirectoryError: it is not written as one.
-        SplitnetError: the name has no address.
-    """
+    """The endpoint of a peer's address; a host name is looked up. Raises DirectoryError: it is not written as one;
+    SplitnetError: the name has no address."""
     key = check_peer_address(address)
     endpoint = Endpoint(_SCHEME + with_literal_host(address.removeprefix(_SCHEME).partition(_KEY)[0]), key)
     if not is_address(endpoint.address):

@@ -266,10 +266,8 @@ class Connections:
                 self.end(known, "revoked")
 
     def _end_moved(self, present: Sequence[TcpConnection], now: float) -> None:
-        """Ends connections from addresses that this machine has lost, when two looks in a row have missed them.
-
-        Nothing else would end them for half a minute.
-        """
+        """Ends connections from addresses that this machine has lost, when two looks in a row have missed them. Nothing
+        else would end them for half a minute."""
         if now < self._moved_at:
             return
         self._moved_at = now + _MOVED_S
@@ -341,10 +339,8 @@ _AT_ONCE = 64
 
 
 class Gatekeeper:
-    """The ZAP handler of a context. Its `socket` belongs to the thread that polls it and calls `answer`.
-
-    authorized: the keys that are accepted; None: any. refused: how many connections were refused.
-    """
+    """The ZAP handler of a context. Its `socket` belongs to the thread that polls it and calls `answer`. authorized:
+    the keys that are accepted; None: any. refused: how many connections were refused."""
 
     DOMAIN: ClassVar[bytes] = b"splitnet"
 

@@ -183,10 +183,8 @@ class Traffic(NamedTuple):
 
 
 def cookie(descriptor: int) -> bytes:
-    """Identifies a connected socket among all that are open. Raises OSError if it is none.
-
-    Where the kernel has no cookies (before Linux 4.12, as in many phones, and elsewhere), these are its two addresses.
-    """
+    """Identifies a connected socket among all that are open. Raises OSError if it is none. Where the kernel has no
+    cookies (before Linux 4.12, as in many phones, and elsewhere), these are its two addresses."""
     if _LINUX:
         with _Borrowed(*_ANY_TCP, descriptor) as handle:
             try:

@@ -144,10 +144,8 @@ class Prober:
     def answer_limit_s(
         self, endpoint: Endpoint, least_s: float = ANSWER_S, trips: float = ANSWER_TRIPS, taken_s: float = 0.0
     ) -> float:
-        """How long to wait for a peer: so many of its latest round trips, or of the shortest of all peers.
-
-        taken_s: in which a connection was taken, while no peer has answered.
-        """
+        """How long to wait for a peer: so many of its latest round trips, or of the shortest of all peers. taken_s: in
+        which a connection was taken, while no peer has answered."""
         with self._lock:
             own_ms = self._round_trips.get(endpoint, (0.0,))[-1]
             anybody_ms = min(self._latest, default=1000 * taken_s)
@@ -160,10 +158,8 @@ class Prober:
     def round_trips(
         self, endpoints: Iterable[Endpoint], timeout_s: float = ANSWER_S, *, loads: Collection[Endpoint] = ()
     ) -> dict[Endpoint, float]:
-        """Ms to peers and back, with two small pings to each; those that don't answer in time are left out.
-
-        loads: peers that are asked how busy they are, too, see `ping`.
-        """
+        """Ms to peers and back, with two small pings to each; those that don't answer in time are left out. loads:
+        peers that are asked how busy they are, too, see `ping`."""
         # The first ping of a link also pays for its handshake, so it is thrown away.
         answered = self._answers(endpoints, 0, timeout_s, FIRST_ANSWER_S if timeout_s >= ANSWER_S else 0.0)
         answers = self._answers(answered, 0, timeout_s, loads=loads)
@@ -177,10 +173,8 @@ class Prober:
         probed: Collection[Endpoint] | None = None,
         loads: Collection[Endpoint] = (),
     ) -> dict[Endpoint, Link]:
-        """Latency and bandwidth of the links to peers; those that don't answer in time are left out.
-
-        probed: peers whose bandwidth is measured, others have 0; None: all. loads: see `round_trips`.
-        """
+        """Latency and bandwidth of the links to peers; those that don't answer in time are left out. probed: peers
+        whose bandwidth is measured, others have 0; None: all. loads: see `round_trips`."""
         small = self.round_trips(endpoints, timeout_s, loads=loads)
         others = {} if probed is None else {each: Link(ms / 2, 0.0) for each, ms in small.items() if each not in probed}
         # The first probe is thrown away: until it has arrived, TCP does not trust the link with as many bytes at once.

@@ -190,9 +190,7 @@ class Transport:
 
     def send(self, destination: Destination, frames: Sequence[Payload]) -> None:
         """Queues frames, which must not be changed afterwards; connects an endpoint that is not connected yet.
-
-        `on_dropped` is called for a message that is dropped here, and for none that is lost with its link.
-        """
+        `on_dropped` is called for a message that is dropped here, and for none that is lost with its link."""
         self._post(destination, frames)
 
     @contextmanager
@@ -238,10 +236,8 @@ class Transport:
         return link.state if link else LinkState.CONNECTING
 
     def is_taken(self, endpoint: Endpoint) -> bool:
-        """Whether the other side has taken the connection, though the handshake may still be under way.
-
-        False for hidden peers: this process itself takes the connection into the tunnel.
-        """
+        """Whether the other side has taken the connection, though the handshake may still be under way. False for
+        hidden peers: this process itself takes the connection into the tunnel."""
         link = self._links.get(endpoint)
         return link is not None and link.tcp is not None and not endpoint.hidden
 

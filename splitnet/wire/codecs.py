@@ -36,11 +36,8 @@ SMALL_BATCH = 64  # blocks; a product of so few rows does not wake the threads o
 
 
 def quantise(values: Floats, bits: int, rotate: bool) -> tuple[Scales, Codes]:
-    """Return the scales `[blocks, 1]` and codes `[blocks, 64]` of `values`, `[blocks, 64]`, at least one block.
-
-    Raises:
-        OverflowError: a value is inf, NaN or of a magnitude above 2**100.
-    """
+    """Return the scales `[blocks, 1]` and codes `[blocks, 64]` of `values`, `[blocks, 64]`, at least one block. Raises
+    OverflowError: a value is inf, NaN or of a magnitude above 2**100."""
     peak = _peak(values)
     if not float(peak.max()) < _LARGEST:  # also true of NaN
         raise OverflowError
@@ -162,11 +159,8 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, hidden: torch.Tensor) -> bytes:
-        """Write `hidden`, `[positions, hidden]` of any float type on any device.
-
-        Raises:
-            CodecError: the tensor has another shape or type, or (all codecs but `none`) holds inf or NaN.
-        """
+        """Write `hidden`, `[positions, hidden]` of any float type on any device. Raises CodecError: the tensor has
+        another shape or type, or (all codecs but `none`) holds inf or NaN."""
 
     @abstractmethod
     def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
@@ -208,10 +202,8 @@ class _Float32(Codec):
 
 
 class _Half(Codec):
-    """Two bytes a value, rounded to nearest.
-
-    bf16 is exact for models that compute in bfloat16; fp16 saturates at 65504, which massive activations may exceed.
-    """
+    """Two bytes a value, rounded to nearest. bf16 is exact for models that compute in bfloat16; fp16 saturates at
+    65504, which massive activations may exceed."""
 
     def __init__(self, name: str, code: int, dtype: torch.dtype) -> None:
         self.name = name
@@ -240,11 +232,8 @@ class _Half(Codec):
 
 
 class _BlockInteger(Codec):
-    """Integers of `bits` bits in blocks of 64 values, rotated or not.
-
-    A record is the scales of all its blocks, then their codes. If 64 does not divide `hidden`, the last block is padded
-    with zeros.
-    """
+    """Integers of `bits` bits in blocks of 64 values, rotated or not. A record is the scales of all its blocks, then
+    their codes. If 64 does not divide `hidden`, the last block is padded with zeros."""
 
     def __init__(self, name: str, code: int, bits: int, rotate: bool) -> None:
         self.name = name

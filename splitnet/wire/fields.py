@@ -32,11 +32,8 @@ _Unpacker = cast("Callable[..., Any]", msgpack.Unpacker)  # pyright: ignore[repo
 
 
 def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, most_bytes: int) -> list[Any]:
-    """A hostile msgpack array; bounds hold for every array, text and byte string in it.
-
-    Raises:
-        ProtocolError: it is anything else, or breaks a bound; nothing beyond the bounds was allocated.
-    """
+    """A hostile msgpack array; bounds hold for every array, text and byte string in it. Raises ProtocolError: it is
+    anything else, or breaks a bound; nothing beyond the bounds was allocated."""
     bounds = {"max_array_len": most_items, "max_str_len": most_text, "max_bin_len": most_bytes}
     try:
         values: list[Any] = _unpackb(data, max_map_len=0, max_ext_len=0, **bounds)
@@ -48,10 +45,8 @@ def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, m
 
 
 class Values:
-    """Hostile msgpack, read value by value: arrays stand only where they are expected.
-
-    An empty array takes a byte there and 64 here, so long lists of lists must not be made unchecked.
-    """
+    """Hostile msgpack, read value by value: arrays stand only where they are expected. An empty array takes a byte
+    there and 64 here, so long lists of lists must not be made unchecked."""
 
     def __init__(self, data: bytes | memoryview, *, most_text: int, most_bytes: int) -> None:
         bounds = {"max_array_len": 0, "max_map_len": 0, "max_ext_len": 0}
@@ -113,11 +108,8 @@ class Layout:
         return values
 
     def read(self, values: Sequence[Any]) -> dict[str, Any]:
-        """The fields that are given, by name; all others have defaults.
-
-        Raises:
-            ProtocolError: names the field that is missing or invalid.
-        """
+        """The fields that are given, by name; all others have defaults. Raises ProtocolError: names the field that is
+        missing or invalid."""
         if len(values) < self._required:
             raise ProtocolError(f"{self._kind} lacks the field {self.names[len(values)]}")
         fields: dict[str, Any] = {}

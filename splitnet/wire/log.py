@@ -74,11 +74,8 @@ class SentLog:
         return len(self._rows[row].data) // self.bytes_per_position if row in self._rows else 0
 
     def prepare(self, parts: Sequence[Chunk], forks: Sequence[Fork] | None) -> None:
-        """Forgets what a step replaces, and makes its forks: positions at or after a part's start are no more.
-
-        Raises:
-            ProtocolError: a fork of a row that is not logged, or a gap before a part. Nothing is changed then.
-        """
+        """Forgets what a step replaces, and makes its forks: positions at or after a part's start are no more. Raises
+        ProtocolError: a fork of a row that is not logged, or a gap before a part. Nothing is changed then."""
         rows = self._rows if forks is None else fork_rows(self._rows, forks, _Row.copy)
         size = self.bytes_per_position
         for part in parts:

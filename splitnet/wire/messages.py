@@ -285,10 +285,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Replay(_Numbered):
-    """Asks a hop to send its log of encoded activations to its next hop again (see `Open` for a new next hop).
-
-    The hop that ends at `until` answers the last step of it, which has this number, with an empty `Result`.
-    """
+    """Asks a hop to send its log of encoded activations to its next hop again (see `Open` for a new next hop). The hop
+    that ends at `until` answers the last step of it, which has this number, with an empty `Result`."""
 
     TAG: ClassVar[int] = 9
     until: int = wire(uint(MAX_BLOCKS))
@@ -366,10 +364,8 @@ class AdapterLoaded(_OfSession):
 
 @dataclass(frozen=True, slots=True)
 class AdapterGradient(_Numbered):
-    """A hop's gradient by the adapter of its blocks, with the same names and shapes; straight to the client.
-
-    It is summed over several passes, and has the number of the last `Forward` of these.
-    """
+    """A hop's gradient by the adapter of its blocks, with the same names and shapes; straight to the client. It is
+    summed over several passes, and has the number of the last `Forward` of these."""
 
     TAG: ClassVar[int] = 14
     remaining: int = wire(_NUMBER)
@@ -514,12 +510,8 @@ def encode(message: Message) -> list[Payload]:
 
 
 def decode(frames: Sequence[Payload]) -> Message:
-    """The message in `frames`.
-
-    Raises:
-        ProtocolVersionError: the sender speaks another version.
-        ProtocolError: anything else that is not exactly a message.
-    """
+    """The message in `frames`. Raises ProtocolVersionError: the sender speaks another version; ProtocolError: anything
+    else that is not exactly a message."""
     if not 1 <= len(frames) <= 2:
         raise ProtocolError(f"expected 1 or 2 frames, got {len(frames)}")
     header = memoryview(frames[0])

@@ -26,11 +26,7 @@ _SAYS_NOTHING = {
 
 
 class Metadata:
-    """The metadata of a file's architecture.
-
-    Attributes:
-        used: keys that were asked for, or are known to have no effect.
-    """
+    """The metadata of a file's architecture. `used`: keys that were asked for, or are known to have no effect."""
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
@@ -82,10 +78,8 @@ def make_config(model_type: str, values: Mapping[str, Any], file: GgufFile) -> P
 
 
 def dtype_of(file: GgufFile) -> torch.dtype:
-    """The type of the matrices, if all are stored as numbers; float32 if any are codes.
-
-    Routers of mixtures, and what is as small, are float32 in files of 16 bits too.
-    """
+    """The type of the matrices, if all are stored as numbers; float32 if any are codes. Routers of mixtures, and what
+    is as small, are float32 in files of 16 bits too."""
     numbers: dict[torch.dtype, int] = {torch.float32: 0}
     for tensor in file.tensors.values():
         if len(tensor.shape) > 1:
@@ -95,14 +89,8 @@ def dtype_of(file: GgufFile) -> torch.dtype:
 
 
 def rope_parameters(metadata: Metadata, *, head_dim: int, partial: bool = False) -> dict[str, Any]:
-    """The rotary embedding of a family whose blocks all have the same.
-
-    Args:
-        partial: whether the family may turn only the first numbers of a head.
-
-    Raises:
-        UnsupportedModel: it is of a kind that is not known.
-    """
+    """The rotary embedding of a family whose blocks all have the same. `partial`: whether the family may turn only the
+    first numbers of a head. Raises UnsupportedModel: it is of a kind that is not known."""
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base", 10_000.0)}
     turned = metadata.get("rope.dimension_count", head_dim)
     if partial:
@@ -189,15 +177,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 
 def read_tokenizer(path: Path, model: str | None, split: str | None, **options: Any) -> Any:
-    """The tokenizer of a file.
-
-    Args:
-        model, split: `tokenizer.ggml.model` and `tokenizer.ggml.pre`.
-        options: of transformers' `from_pretrained`.
-
-    Raises:
-        ValueError: it is not known; the message says what.
-    """
+    """The tokenizer of a file. `model`, `split`: `tokenizer.ggml.model` and `tokenizer.ggml.pre`. `options`: of
+    transformers' `from_pretrained`. Raises ValueError: it is not known; the message says what."""
     if model == "gpt2" and split not in SPLITS and split not in GGUF_PRE_TOKENIZER_SPLITS:
         raise ValueError(f"it splits text as {split!r}, which is not known")
     options = {"trust_remote_code": False} | options

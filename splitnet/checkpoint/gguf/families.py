@@ -84,11 +84,7 @@ class Family:
 
 
 def family_of(file: GgufFile) -> Family:
-    """The family of a file.
-
-    Raises:
-        UnsupportedModel: it is not known.
-    """
+    """The family of a file. Raises UnsupportedModel: it is not known."""
     found = FAMILIES.get(file.architecture)
     if found is None:
         raise UnsupportedModel(
@@ -99,11 +95,7 @@ def family_of(file: GgufFile) -> Family:
 
 
 def config_values(family: Family, file: GgufFile) -> Values:
-    """The values of the config that the metadata give.
-
-    Raises:
-        UnsupportedModel: something is missing or not known.
-    """
+    """The values of the config that the metadata give. Raises UnsupportedModel: something is missing or not known."""
     metadata = Metadata(file)
     values = dict(family.values)
     for key, name in family.fields.items():
@@ -155,12 +147,8 @@ _LLAMA_ORDER = tuple(
 
 
 def _value_rows(width: str, after_keys: bool = False, dim: int = 0) -> Make:
-    """Groups value heads by their key head, where llama.cpp puts them in turns.
-
-    Args:
-        width: field of the config with the rows (or columns) of a head; empty: one.
-        after_keys: whether queries and keys stand before them.
-    """
+    """Groups value heads by their key head, where llama.cpp puts them in turns. `width`: field of the config with the
+    rows (or columns) of a head; empty: one. `after_keys`: whether queries and keys stand before them."""
 
     def make(config: Any, rows: torch.Tensor) -> torch.Tensor:
         keys, values = config.linear_num_key_heads, config.linear_num_value_heads

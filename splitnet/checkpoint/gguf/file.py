@@ -35,10 +35,8 @@ _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$"
 
 
 class _Reader(GGUFReader):
-    """Skips strings in lists and long lists: of a vocabulary, the `gguf` package keeps some arrays for each token.
-
-    What a stranger says of a file, most of which is a hole, is read by this, too.
-    """
+    """Skips strings in lists and long lists: of a vocabulary, the `gguf` package keeps some arrays for each token. What
+    a stranger says of a file, most of which is a hole, is read by this, too."""
 
     _reads_head = True
 
@@ -104,11 +102,7 @@ class GgufTensor:
 
     @property
     def layout(self) -> Layout | None:
-        """Of codes; None: of numbers.
-
-        Raises:
-            UnsupportedModel: the type is not known.
-        """
+        """Of codes; None: of numbers. Raises UnsupportedModel: the type is not known."""
         return None if self.stored in _PLAIN else layout_of(self.stored, self.name)
 
     @property
@@ -272,25 +266,16 @@ def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
 
 
 class BlockType(NamedTuple):
-    """A type whose values are stored as codes.
-
-    Attributes:
-        unpack: `[outputs, blocks, bytes of a block]` -> codes and what belongs to them.
-    """
+    """A type whose values are stored as codes. `unpack`: `[outputs, blocks, bytes of a block]` -> codes and what
+    belongs to them."""
 
     layout: Layout
     unpack: Callable[[Bytes], Codes]
 
 
 def layout_of(stored: GGMLQuantizationType, tensor: str) -> Layout:
-    """The layout of a type that stores codes.
-
-    Args:
-        tensor: its name, for the message.
-
-    Raises:
-        UnsupportedModel: the type is not known.
-    """
+    """The layout of a type that stores codes. `tensor`: its name, for the message. Raises UnsupportedModel: the type is
+    not known."""
     if stored not in BLOCK_TYPES:
         known = ", ".join(one.name for one in (*_PLAIN, *BLOCK_TYPES))
         raise UnsupportedModel(
@@ -300,11 +285,7 @@ def layout_of(stored: GGMLQuantizationType, tensor: str) -> Layout:
 
 
 def read_codes(stored: GGMLQuantizationType, rows: Bytes) -> Codes:
-    """The codes of rows of one of `BLOCK_TYPES`.
-
-    Args:
-        rows: `[outputs, bytes of a row]`.
-    """
+    """The codes of rows of one of `BLOCK_TYPES`. `rows`: `[outputs, bytes of a row]`."""
     _, block_bytes = GGML_QUANT_SIZES[stored]
     return BLOCK_TYPES[stored].unpack(rows.reshape(len(rows), -1, block_bytes))
 

@@ -122,11 +122,7 @@ class CompressedTensors(QuantizedFormat):
 
 
 class _Targets:
-    """Which layers a group of the config is about.
-
-    Attributes:
-        classes: whether any target is a class of layers.
-    """
+    """Which layers a group of the config is about. `classes`: whether any target is a class of layers."""
 
     def __init__(self, targets: Iterable[str], patterns: Patterns) -> None:
         targets = list(targets)

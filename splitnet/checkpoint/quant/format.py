@@ -87,22 +87,12 @@ class QuantizedFormat(ABC):
 
     @abstractmethod
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
-        """A weight; nothing large is read before it is used.
-
-        Args:
-            parts: role -> tensor in the files.
-            dtype: what the weight says that it is of.
-
-        Raises:
-            UnsupportedModel: the tensors are not what the format says.
-        """
+        """A weight; nothing large is read before it is used. `parts`: role -> tensor in the files. `dtype`: what the
+        weight says that it is of. Raises UnsupportedModel: the tensors are not what the format says."""
 
     def group(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
-        """Name of each weight -> role -> name in the files. Plain tensors have the role `WEIGHT` only.
-
-        Raises:
-            UnsupportedModel: a weight lacks something.
-        """
+        """Name of each weight -> role -> name in the files. Plain tensors have the role `WEIGHT` only. Raises
+        UnsupportedModel: a weight lacks something."""
         names = list(names)
         present = set(names)
         groups: dict[str, dict[str, str]] = {}
@@ -127,12 +117,8 @@ class QuantizedFormat(ABC):
 
 
 class Weights:
-    """The weights of a checkpoint: which tensors in the files each is made of.
-
-    Attributes:
-        groups: name of each weight -> role -> name in the files.
-        dtype: what weights of codes say that they are of.
-    """
+    """The weights of a checkpoint: which tensors in the files each is made of. `groups`: name of each weight -> role ->
+    name in the files. `dtype`: what weights of codes say that they are of."""
 
     def __init__(self, names: Sequence[str], format: QuantizedFormat | None, dtype: torch.dtype) -> None:
         """See `QuantizedFormat.group` for the errors."""
@@ -141,14 +127,8 @@ class Weights:
         self._format = format
 
     def tensor(self, name: str, part: Callable[[str], Part]) -> PackedTensor | Numbers | None:
-        """A weight that is read when it is used; None for plain numbers.
-
-        Args:
-            part: called with names in the files.
-
-        Raises:
-            UnsupportedModel: as `QuantizedFormat.tensor`, or it is codes without scales, or integers of no format.
-        """
+        """A weight that is read when it is used; None for plain numbers. `part`: called with names in the files. Raises
+        UnsupportedModel: as `QuantizedFormat.tensor`, or it is codes without scales, or integers of no format."""
         if self._format is None:
             plain = part(name)
             # Of four dimensions are masks of attention, which old checkpoints have.
@@ -178,13 +158,8 @@ class Weights:
 
 
 def number_in(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A number of a description that counts or measures something.
-
-    It bounds nothing: before it is used, sizes of tensors are compared with it.
-
-    Raises:
-        ValueError: it is no such number.
-    """
+    """A number of a description that counts or measures something. It bounds nothing: before it is used, sizes of
+    tensors are compared with it. Raises ValueError: it is no such number."""
     value = settings.get(key, default)
     if type(value) is not int or not 0 < value < _MOST_COUNTED:
         raise ValueError(f"{key}: {value!r}")
@@ -217,12 +192,8 @@ def codes_or_numbers(
 def one_or_stacked(
     layout: Layout, shape: Sequence[int], read: Callable[[Any], Codes], dtype: torch.dtype, *, transposed: bool = False
 ) -> PackedTensor:
-    """A weight `[outputs, inputs]`, or of experts `[experts, outputs, inputs]`.
-
-    Args:
-        read: called with `...`, or with the number of an expert.
-        transposed: the tensor is `[..., inputs, outputs]` all the same.
-    """
+    """A weight `[outputs, inputs]`, or of experts `[experts, outputs, inputs]`. `read`: called with `...`, or with the
+    number of an expert. `transposed`: the tensor is `[..., inputs, outputs]` all the same."""
     *experts, outputs, inputs = shape
 
     def matrix(index: Any) -> tuple[StoredMatrix]:

@@ -164,9 +164,7 @@ class Awq(QuantizedFormat):
 
 def auto_round(settings: Mapping[str, Any]) -> QuantizedFormat:
     """`auto-round`, which packs as GPTQ or AWQ does (`packing_format`); single layers may be as `extra_config` says.
-
-    Source: vLLM's `AutoRoundConfig`. Bits and groups follow from the shapes.
-    """
+    Source: vLLM's `AutoRoundConfig`. Bits and groups follow from the shapes."""
     packing = str(settings.get("packing_format") or "").removeprefix("auto_round:")
     if packing not in ("auto_gptq", "auto_awq") or settings.get("data_type", "int") != "int":
         raise UnsupportedModel(
@@ -245,10 +243,8 @@ class Nf4(QuantizedFormat):
 
 
 class Int8(QuantizedFormat):
-    """8 bits: int8 with the largest magnitude of each output (`SCB`), which 127 stands for.
-
-    Source: transformers' `quantizer_bnb_8bit.py` for the names; bitsandbytes' `int8_vectorwise_dequant`.
-    """
+    """8 bits: int8 with the largest magnitude of each output (`SCB`), which 127 stands for. Source: transformers'
+    `quantizer_bnb_8bit.py` for the names; bitsandbytes' `int8_vectorwise_dequant`."""
 
     suffixes = of_weight("SCB=maxima weight_format=order")
     needed = frozenset({WEIGHT, "maxima"})

@@ -70,10 +70,8 @@ class FineGrainedFP8(QuantizedFormat):
 
 
 class FbgemmFP8(QuantizedFormat):
-    """`fbgemm_fp8`: a scale for each output.
-
-    Source: transformers' `integrations/fbgemm_fp8.py`. Experts of Llama 4 are stacked, `[experts, inputs, outputs]`.
-    """
+    """`fbgemm_fp8`: a scale for each output. Source: transformers' `integrations/fbgemm_fp8.py`. Experts of Llama 4 are
+    stacked, `[experts, inputs, outputs]`."""
 
     suffixes = (*of_weight("weight_scale=scale"), Suffix("_proj_scale", "_proj", "scale"))
     needed = frozenset({WEIGHT, "scale"})
@@ -150,9 +148,7 @@ class ModelOpt(QuantizedFormat):
 
 def nvfp4_weight(packed: Part, scale: Part, whole: Part, dtype: torch.dtype, *, divide: bool) -> PackedTensor:
     """NVFP4: E2M1 codes, an FP8 scale for every 16 inputs, and one for all by which scales are divided or multiplied.
-
-    There is no kind of scales that are FP8 times a number, so they are float32: the weight is held in 6 bits.
-    """
+    There is no kind of scales that are FP8 times a number, so they are float32: the weight is held in 6 bits."""
     *experts, outputs, half = packed.shape
     inputs = 2 * half
     fits = scale.dtype == torch.float8_e4m3fn and scale.shape == (*experts, outputs, inputs // 16) and inputs % 16 == 0

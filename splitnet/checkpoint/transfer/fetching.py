@@ -283,11 +283,8 @@ class HubPieces:
         self._pieces = HeldPieces(manifest, store)
 
     def read(self, name: bytes) -> bytes:
-        """A piece, which the caller checks.
-
-        Raises:
-            ModelNotFound: the hub does not give it. Exceptions of the HTTP library: it does not answer.
-        """
+        """A piece, which the caller checks. Raises ModelNotFound: the hub does not give it. Exceptions of the HTTP
+        library: it does not answer."""
         file, offset, size = self._pieces.where(int(self._pieces.slots_of(name)[0]))
         if self.store.local_file(file) is not None:  # downloaded before
             with self.store.open_file(file) as opened:
@@ -319,11 +316,8 @@ class HubAnswer:
 
 
 class Asking:
-    """Questions to peers, and their answers; use it in a `with`.
-
-    Attributes:
-        answers: those to questions that are open, one to each; what nobody asked for is dropped as it comes.
-    """
+    """Questions to peers, and their answers; use it in a `with`. `answers`: those to questions that are open, one to
+    each; what nobody asked for is dropped as it comes."""
 
     def __init__(self, identity: Identity, swarm: OpenSwarm = OPEN) -> None:
         self.swarm = swarm
@@ -405,13 +399,8 @@ class Fetcher:
         self._hub = hub
 
     def fetch(self, missing: Mapping[bytes, int]) -> None:
-        """Gets these pieces: digest -> bytes.
-
-        Raises:
-            ModelNotFound: nobody has some of them.
-            WrongSwarm: the hub has others.
-            SplitnetError: they cannot be kept.
-        """
+        """Gets these pieces: digest -> bytes. Raises ModelNotFound: nobody has some of them; WrongSwarm: the hub has
+        others; SplitnetError: they cannot be kept."""
         pool = ThreadPoolExecutor(HubPieces.at_once)  # which has no threads before they are needed
         try:
             with Asking(self._identity, self._swarm) as asking:

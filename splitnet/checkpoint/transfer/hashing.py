@@ -35,11 +35,8 @@ _STAMP: Final = 1  # of what is kept
 
 
 def make_manifest(store: TensorStore, progress: Progress | None = None) -> Manifest:
-    """Reads all tensors of a checkpoint, but those whose digests are known.
-
-    Raises:
-        ModelNotFound: a file is missing or not complete.
-    """
+    """Reads all tensors of a checkpoint, but those whose digests are known. Raises ModelNotFound: a file is missing or
+    not complete."""
     places = dict(sorted(store.places().items()))
     ranges: dict[str, set[Range]] = defaultdict(set)
     for place in places.values():

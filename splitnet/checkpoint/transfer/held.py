@@ -49,11 +49,8 @@ class TensorFiles(Protocol):
     """Where the tensors of a checkpoint stand; what else its files hold: `splitnet.checkpoint.store.TensorStore`."""
 
     def places(self) -> Mapping[str, Place]:
-        """All tensors in the files by name, which may be parts of weights.
-
-        Raises:
-            ModelNotFound: a file is missing or not complete.
-        """
+        """All tensors in the files by name, which may be parts of weights. Raises ModelNotFound: a file is missing or
+        not complete."""
         ...
 
     def heads(self) -> Mapping[str, int]:
@@ -66,11 +63,8 @@ class TensorFiles(Protocol):
 
 
 class HeldPieces:
-    """Where the pieces of a manifest stand in the files of a checkpoint.
-
-    Raises:
-        ProtocolError: the manifest is of nothing that can be.
-    """
+    """Where the pieces of a manifest stand in the files of a checkpoint. Raises ProtocolError: the manifest is of
+    nothing that can be."""
 
     def __init__(self, manifest: Manifest, store: TensorFiles) -> None:
         self.manifest = manifest
@@ -165,12 +159,8 @@ Fetch = Callable[[Mapping[bytes, int]], None]
 
 
 class WeightFolder(HeldPieces):
-    """A folder that is filled piece by piece. See `make_folder`.
-
-    Attributes:
-        fetch: gets what is missing; None: that is an error.
-        fetched: bytes that were written by this process.
-    """
+    """A folder that is filled piece by piece. See `make_folder`. `fetch`: gets what is missing; None: that is an error.
+    `fetched`: bytes that were written by this process."""
 
     def __init__(self, path: Path, manifest: Manifest, store: TensorFiles) -> None:
         super().__init__(manifest, store)
@@ -200,11 +190,8 @@ class WeightFolder(HeldPieces):
         return iter(slots[self._written[slots] != 0].tolist())
 
     def supply(self, names: Iterable[str]) -> None:
-        """Makes sure that all bytes of these tensors are here, and right, and nothing else is written.
-
-        Raises:
-            SplitnetError: some are missing and cannot be had, or there is no room for them.
-        """
+        """Makes sure that all bytes of these tensors are here, and right, and nothing else is written. Raises
+        SplitnetError: some are missing and cannot be had, or there is no room for them."""
         parts = [self._part_of[name] for name in names]
         slots = [slot for part in parts for slot in range(self._first[part], self._first[part + 1])]
         missing = [slot for slot in slots if not self._is_right(slot)]
@@ -228,11 +215,8 @@ class WeightFolder(HeldPieces):
         self.fetch({name: self.where(some[0])[2] for name, some in wanted.items()})
 
     def write(self, name: bytes, data: bytes | memoryview) -> None:
-        """Keeps a piece whose digest was checked where it is needed.
-
-        Raises:
-            SplitnetError: the disk is full, or the like.
-        """
+        """Keeps a piece whose digest was checked where it is needed. Raises SplitnetError: the disk is full, or the
+        like."""
         self._keep(self._wanted.pop(name, []), data)
         self.fetched += len(data)
 
@@ -265,11 +249,8 @@ def weights_folder(fingerprint: str) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder that is filled; None: it is another folder.
-
-    Raises:
-        ModelNotFound: the file is damaged.
-    """
+    """The manifest of a folder that is filled; None: it is another folder. Raises ModelNotFound: the file is
+    damaged."""
     file = folder / MANIFEST_FILE
     if not file.is_file():
         return None

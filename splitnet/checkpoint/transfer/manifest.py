@@ -132,11 +132,7 @@ class Manifest:
 
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> Manifest:
-        """Reads what `pack` wrote, from anybody.
-
-        Raises:
-            ProtocolError: it is anything else.
-        """
+        """Reads what `pack` wrote, from anybody. Raises ProtocolError: it is anything else."""
         values = Values(data, most_text=_MAX_CONFIG, most_bytes=MAX_MANIFEST_BYTES)
         if values.array(4) != 4 or values.value() != _MARK:
             raise ProtocolError("not the manifest of a model that this version of splitnet reads")

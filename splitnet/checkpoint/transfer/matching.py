@@ -164,13 +164,8 @@ Telling = Generator[Question, Message, tuple[Manifest, list[bytes]]]
 
 
 def tell(fingerprint: str, with_heads: bool) -> Telling:
-    """Asks one peer for the manifest of a model and, if wanted, for what stands before the tensors in its files.
-
-    Yields questions and is sent the answers; returns both, checked.
-
-    Raises:
-        ModelNotFound: why the peer is left out.
-    """
+    """Asks one peer for the manifest of a model and, if wanted, for what stands before the tensors in its files. Yields
+    questions and is sent the answers; returns both, checked. Raises ModelNotFound: why the peer is left out."""
     data = yield from whole(WeightsKind.MANIFEST, bytes.fromhex(fingerprint))
     try:
         manifest = Manifest.unpack(data)
