@@ -58,11 +58,9 @@ class Pace:
         return self._bucket.spend(tokens, per_s * MINUTE_S, time.monotonic() if now is None else now) / per_s
 
 
-BURST_S = 0.25
-"""After a pause a share of this many seconds passes at once."""
+BURST_S = 0.25  # after a pause a share of this many seconds passes at once
 LEAST_BURST = 1 << 20
-ACTIVE_S = 1.0
-"""A name that passed nothing for this long has no share."""
+ACTIVE_S = 1.0  # a name that passed nothing for this long has no share
 
 
 class SharedRate:
@@ -70,8 +68,7 @@ class SharedRate:
 
     def __init__(self, bytes_per_s: float) -> None:
         self._rate = bytes_per_s
-        self._buckets: dict[Hashable, TokenBucket] = {}
-        """The name that passed something longest ago stands first."""
+        self._buckets: dict[Hashable, TokenBucket] = {}  # the name that passed something longest ago stands first
 
     def delay_s(self, name: Hashable, nbytes: int, now: float) -> float:
         """Counts bytes that were passed at `now`, in seconds; returns how long to pass no more."""
@@ -303,12 +300,9 @@ def parse_bytes(text: str) -> int:
     return int(amount)
 
 
-ONE_S = 0.5
-"""For one match; those of names take microseconds."""
-ALL_S = 10.0
-"""Processor time for all matches of one `Patterns` beyond `FREE_S` each."""
-FREE_S = 0.001
-"""For one match in any case: a large model has a million."""
+ONE_S = 0.5  # for one match; those of names take microseconds
+ALL_S = 10.0  # processor time for all matches of one `Patterns` beyond `FREE_S` each
+FREE_S = 0.001  # for one match in any case: a large model has a million
 _LONGEST = 1000
 _KNOWN = re.compile(
     r"(?:[\w/ ,:-]|\.|\\[.bdDwWsS/_-]|\[\^?(?:[\w./-]|\\[.dDwWsS_-])+\]|\((?:\?[:!=]|(?!\?))|[)|^$*+?]"
@@ -353,8 +347,7 @@ class Patterns:
 
 MOST_CONNECTIONS = 4096
 _LEAST_CONNECTIONS = 64
-_OTHER_DESCRIPTORS = 256
-"""For everything but incoming connections: models, the DHT, links to other peers."""
+_OTHER_DESCRIPTORS = 256  # for everything but incoming connections: models, the DHT, links to other peers
 
 
 def most_connections() -> int:

@@ -12,8 +12,7 @@ from typing import Any, Final
 
 log = logging.getLogger(__name__)
 
-MAX_KNOWN: Final = 64
-"""The latest figures, that a file of `KnownFigures` keeps."""
+MAX_KNOWN: Final = 64  # the latest figures, that a file of `KnownFigures` keeps
 
 
 def cache_folder() -> Path:

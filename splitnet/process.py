@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 """Windows has no SIGHUP, but the last: Ctrl-Break, or its console is closed."""
 ENDING: Final = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
-HANG_UP: Final[int | None] = getattr(signal, "SIGHUP", None)
-"""The terminal is lost."""
+HANG_UP: Final[int | None] = getattr(signal, "SIGHUP", None)  # the terminal is lost
 EVERY_S = 5.0
 
 

@@ -20,10 +20,8 @@ from splitnet.checkpoint.template_program import LENGTH_BYTES, MEMORY_BYTES, REN
 from splitnet.errors import SplitnetError
 
 _PROGRAM: Final = Path(__file__).with_name("template_program.py")
-START_S: Final = 60.0
-"""In which the process is ready."""
-MOST_BYTES: Final = 64 << 20
-"""Of what a template makes."""
+START_S: Final = 60.0  # in which the process is ready
+MOST_BYTES: Final = 64 << 20  # of what a template makes
 
 
 def render(
@@ -157,5 +155,4 @@ class _Process:
 
 _process = _Process()
 atexit.register(_process.end)
-begin = _process.begin
-"""Has the process ready when it is asked, which takes a second."""
+begin = _process.begin  # has the process ready when it is asked, which takes a second

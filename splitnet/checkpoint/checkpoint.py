@@ -28,8 +28,7 @@ OTHER_TOWERS = re.compile(
 )
 """What names of tensors have in them that are not of the text model."""
 
-_SHOWN = 3
-"""Tensors that an error names."""
+_SHOWN = 3  # tensors that an error names
 _NOT_WEIGHTS = r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)position_ids$"
 """Tables that older checkpoints hold and models make anew; where one of these is a weight, the model takes it."""
 _NEXT_TOKENS = r"(^|\.)mtp(\.|_|\d|$)"

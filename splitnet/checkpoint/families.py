@@ -25,12 +25,9 @@ from transformers import (
 
 from splitnet.errors import UnsupportedModel
 
-MAX_LAYERS = 4096
-"""As many as messages and records can number."""
-MAX_LABELS = 1 << 13
-"""Of which transformers makes a name each."""
-MAX_LENGTH = 1 << 48
-"""Longer than all sequences."""
+MAX_LAYERS = 4096  # as many as messages and records can number
+MAX_LABELS = 1 << 13  # of which transformers makes a name each
+MAX_LENGTH = 1 << 48  # longer than all sequences
 _BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "swa_rope_theta")
 
 

@@ -45,15 +45,13 @@ log = logging.getLogger(__name__)
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _GENERATION = "generation_config.json"
-_NOTES = ("_name_or_path", "transformers_version", "use_cache")
-"""Keys of a config that say nothing about the model."""
+_NOTES = ("_name_or_path", "transformers_version", "use_cache")  # keys of a config that say nothing about the model
 _MAX_HEADER_BYTES = 100_000_000
 _MOST_DIMENSIONS = 8
 _MOST_BYTES = 1 << 60
 _FILE_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 """An index names files beside it, and nothing elsewhere on the machine."""
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
-"""The last is MLX's."""
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
 _FORMATS: Mapping[str, Callable[[Mapping[str, Any]], QuantizedFormat]] = {
     "auto-round": auto_round,
     "awq": Awq,

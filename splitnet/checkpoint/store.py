@@ -15,10 +15,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from splitnet.checkpoint.transfer.held import TensorFiles, WeightFolder
 from splitnet.quant.stored import Layout
 
-MOST_OF_NAME = 512
-"""Characters in the name of a tensor: names are matched with patterns."""
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all); from several threads, one at a time."""
+MOST_OF_NAME = 512  # characters in the name of a tensor: names are matched with patterns
+Progress = Callable[[int, int], None]  # called with (bytes done, bytes in all); from several threads, one at a time
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,10 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 LENGTH_BYTES = 8
-MEMORY_BYTES = 512 << 20
-"""That templates may take."""
-RENDER_S = 10
-"""Of processor time for one."""
+MEMORY_BYTES = 512 << 20  # that templates may take
+RENDER_S = 10  # of processor time for one
 
-_GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-"""Transformers' own, around the answers in a template."""
+_GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own, around the answers in a template
 
 
 def main() -> None:

@@ -49,8 +49,7 @@ _NOT_IN_DIGEST: Final = _MEASURED | {
 """All other fields are exact. Versions compare digests: one that is added must be left out while it has its default."""
 _EXACT_FIELDS: Final = [field.name for field in fields(PeerRecord) if field.name not in _NOT_IN_DIGEST]
 
-RECORD_OVERHEAD: Final = 3
-"""Bytes that a record takes in an answer besides its own."""
+RECORD_OVERHEAD: Final = 3  # bytes that a record takes in an answer besides its own
 
 STEPS_PER_DOUBLING: Final = 4
 MATERIAL_STEPS: Final = 2
@@ -58,10 +57,8 @@ MATERIAL_STEPS: Final = 2
 OUTDATED_S: Final = 300.0
 """Coordinates and links are not compared: a record that is older than the latest by so much is told again."""
 
-_TICKS_PER_S, _TICKS = 16, 1 << 32
-"""Of when a record was issued; they begin anew after eight years."""
-_EXACT = 256
-"""Weighs more than any number of steps."""
+_TICKS_PER_S, _TICKS = 16, 1 << 32  # of when a record was issued; they begin anew after eight years
+_EXACT = 256  # weighs more than any number of steps
 
 
 def entry_of(record: PeerRecord) -> bytes:
@@ -150,16 +147,12 @@ def _weight(held: bytes, latest: bytes) -> int:
 CONNECT_TIMES: Final = 3.0
 """Until the first answer, peers that have taken the connection are waited for so many times as long: a handshake takes
 some round trips, which may be of seconds."""
-LOOK_S: Final = 0.05
-"""Between two looks at the states of links."""
+LOOK_S: Final = 0.05  # between two looks at the states of links
 
-PART_BYTES: Final = 60_000
-"""Of one message of an answer."""
+PART_BYTES: Final = 60_000  # of one message of an answer
 MAX_ANSWER_BYTES: Final = 4 << 20
-MAX_JOINED: Final = 16
-"""Peers that are asked in every question."""
-MAX_OTHERS: Final = 8
-"""Peers of the last answer that are asked when all of those are silent."""
+MAX_JOINED: Final = 16  # peers that are asked in every question
+MAX_OTHERS: Final = 8  # peers of the last answer that are asked when all of those are silent
 OPEN_QUESTIONS: Final = 32
 REMEMBERED_MODELS: Final = 4
 _RECORDS_PER_PART = 1024
@@ -184,16 +177,13 @@ class _Answer:
     """Of one peer."""
 
     payloads: list[bytes] = field(default_factory=list[bytes])
-    present: bytes = b""
-    """See `Found`."""
+    present: bytes = b""  # see `Found`
     nbytes: int = 0
-    remaining: int | None = None
-    """Messages that follow."""
+    remaining: int | None = None  # messages that follow
     complete: bool = False
     taken: bool = False
     refusal: str = ""
-    records: list[PeerRecord] | None = None
-    """Of the payloads, once they were read."""
+    records: list[PeerRecord] | None = None  # of the payloads, once they were read
 
     def add(self, message: Found, swarm: OpenSwarm, model: str) -> None:
         expected = message.remaining if self.remaining is None else self.remaining - 1
@@ -267,16 +257,11 @@ class PeerDirectory(SwarmDirectory):
         self._open: OrderedDict[int, _Question] = OrderedDict()
         self._last: OrderedDict[str, _Question] = OrderedDict()
         """By model: of those that this process itself asks about, and some that others have asked about lately."""
-        self._wanted: set[str] = set()
-        """Models that this process itself asks about."""
-        self._others: list[Endpoint] = []
-        """Peers that others have named."""
-        self._silent: set[Endpoint] = set()
-        """They did not answer their last question."""
-        self._alone = False
-        """All of `_joined` were silent at the last question."""
-        self._own: set[PublicKey] = set()
-        """Keys that this process has announced."""
+        self._wanted: set[str] = set()  # models that this process itself asks about
+        self._others: list[Endpoint] = []  # peers that others have named
+        self._silent: set[Endpoint] = set()  # they did not answer their last question
+        self._alone = False  # all of `_joined` were silent at the last question
+        self._own: set[PublicKey] = set()  # keys that this process has announced
         self._heard = threading.Condition()
         self._closed = False
         links.on_answer = self._received

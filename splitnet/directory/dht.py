@@ -31,14 +31,10 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S: Final = 10.0
 CALL_TIMEOUT_S: Final = 10.0
 RPC_TIMEOUT_S: Final = 3.0
-WAITING_S: Final = 0.1
-"""Between two calls of `waiting`."""
-READS: Final = 2
-"""Of keys that look empty while all nodes joined through are silent, before that is an error."""
-MAX_INITIAL_PEERS: Final = 16
-"""Nodes that are asked whatever others say, as far as `meet` adds them."""
-SEARCHES_AT_ONCE: Final = 16
-"""Nodes that a search asks at the same time, so that silent ones delay it little."""
+WAITING_S: Final = 0.1  # between two calls of `waiting`
+READS: Final = 2  # of keys that look empty while all nodes joined through are silent, before that is an error
+MAX_INITIAL_PEERS: Final = 16  # nodes that are asked whatever others say, as far as `meet` adds them
+SEARCHES_AT_ONCE: Final = 16  # nodes that a search asks at the same time, so that silent ones delay it little
 
 _REAP_TIMEOUT_S = 2.0
 _EXAMPLE_ADDRESS = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW..."
@@ -58,11 +54,9 @@ class Directory(SwarmDirectory):
         self._p2p: Any = None
         self._node: Any = None
         self._opening: asyncio.Task[None] | None = None
-        self._reopen: Callable[[], Coroutine[Any, Any, None]] | None = None
-        """Of a node that rests: begins it again."""
+        self._reopen: Callable[[], Coroutine[Any, Any, None]] | None = None  # of a node that rests: begins it again
         self._waking = asyncio.Lock()
-        self._requests = 0
-        """That are under way."""
+        self._requests = 0  # that are under way
         self._stores_for_others = False
         self._joined: Sequence[str] = ()
         self._initial_peer_ids: set[Any] = set()

@@ -24,10 +24,8 @@ from splitnet.errors import NotAuthorized, ProtocolError
 from splitnet.import_shims import late_package
 from splitnet.wire.fields import Values
 
-_OUTDATED = 64
-"""Entries of a heap that are kept beside the valid ones."""
-KEYS_PER_FIND: Final = 16
-"""As many as nodes of any version ask for at once."""
+_OUTDATED = 64  # entries of a heap that are kept beside the valid ones
+KEYS_PER_FIND: Final = 16  # as many as nodes of any version ask for at once
 
 
 class NodeLoop(asyncio.SelectorEventLoop):
@@ -213,8 +211,7 @@ def _is_not_about_reaped_children(record: logging.LogRecord) -> bool:
     return not str(record.msg).lower().startswith(("unknown child process pid", "child process pid"))
 
 
-SEARCH_S: Final = 5.0
-"""A search ends after so long, with the answers until then: silent nodes cannot hold it up."""
+SEARCH_S: Final = 5.0  # a search ends after so long, with the answers until then: silent nodes cannot hold it up
 MOST_PER_KEY: Final = 4 * RECORDS_PER_KEY
 """Records read under one key. A node of an earlier version, or one that lies, may hold any number."""
 
@@ -307,8 +304,7 @@ ANSWER_TIMEOUT_S: Final = 3.0
 _REAP_TIMEOUT_S = 2.0
 _OTHER_KEY = "remote key matches "
 
-NO_HIVEMIND: Final = "hivemind is not installed"
-"""A fault of this side."""
+NO_HIVEMIND: Final = "hivemind is not installed"  # a fault of this side
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,7 @@ from splitnet.wire.messages import MAX_DEPTH
 
 T = TypeVar("T")
 
-OWN_DEPTH: Final = MAX_DEPTH + 1
-"""Of questions of this process itself: the peers that it asks may ask on."""
+OWN_DEPTH: Final = MAX_DEPTH + 1  # of questions of this process itself: the peers that it asks may ask on
 
 
 class SwarmDirectory(ABC):
@@ -148,13 +147,10 @@ def latest(model: str, found: Iterable[Sequence[PeerRecord]]) -> list[PeerRecord
 # What a node holds is bounded, as anybody can make keys and records.
 RECORDS_PER_KEY: Final = 256
 """Under one key of the DHT; a record has at most 3 KiB, so a message has room for all of them several times."""
-RECORDS_PER_IDENTITY: Final = 16
-"""A peer of one model needs three."""
-MAX_RECORDS: Final = 16384
-"""Of a node in all: 48 MiB."""
+RECORDS_PER_IDENTITY: Final = 16  # a peer of one model needs three
+MAX_RECORDS: Final = 16384  # of a node in all: 48 MiB
 
-Place = tuple[bytes, str]
-"""A key of the DHT and a subkey."""
+Place = tuple[bytes, str]  # a key of the DHT and a subkey
 
 
 class RecordTable:
@@ -165,8 +161,7 @@ class RecordTable:
         self.held: defaultdict[bytes, dict[str, PeerRecord]] = defaultdict(dict)
         """By key of the DHT and subkey; some may have expired."""
         self.places = Places(MAX_RECORDS, key=RECORDS_PER_KEY, identity=RECORDS_PER_IDENTITY)
-        self._unproven: dict[Place, None] = {}
-        """In the order in which they came."""
+        self._unproven: dict[Place, None] = {}  # in the order in which they came
         self._expiring: list[tuple[float, Place]] = []
 
     def take(self, place: Place, record: PeerRecord, now: float) -> list[Place] | None:

@@ -30,20 +30,16 @@ from splitnet.wire.messages import PROTOCOL_VERSION
 log = logging.getLogger(__name__)
 
 SERVICE_TYPE: Final = "_splitnet._tcp.local."
-SEARCH_S: Final = 2.5
-"""For a first answer: long enough for a second question, should the first be lost."""
-MORE_S: Final = 1.0
-"""For further answers after one."""
-MAX_NODES: Final = 64
-"""That are told at once."""
+SEARCH_S: Final = 2.5  # for a first answer: long enough for a second question, should the first be lost
+MORE_S: Final = 1.0  # for further answers after one
+MAX_NODES: Final = 64  # that are told at once
 MAX_WAITING: Final = 1024
 """Nodes that were not told yet. Of more, a random one gives way: a flood mostly displaces itself."""
 MAX_ADDRESSES: Final = 8
 MOST_RECORDS: Final = 4096
 """Of multicast DNS, of all services. More are a flood, and all are forgotten: a full cache drops records that expire
 first, and those of a flood hold for long."""
-LOOK_S: Final = 1.0
-"""Between two counts of them."""
+LOOK_S: Final = 1.0  # between two counts of them
 FIRST_PAUSE_S, MOST_PAUSE_S = 1.0, 60.0
 """Without listening after a flood; twice as long each time, until it was quiet for the longest."""
 
@@ -118,8 +114,7 @@ class LocalNetwork:
         self.foreign_protocols: set[int] = set()
         self._model = model
         self._own: ServiceInfo | None = None
-        self._is_lost = False
-        """It has ended to begin again, and could not."""
+        self._is_lost = False  # it has ended to begin again, and could not
         self._waiting: dict[LanNode, None] = {}
         self._changing = threading.Condition()
         self._browser: ServiceBrowser | None = None

@@ -47,11 +47,9 @@ KEY_PREFIX_BYTES: Final = 8
 
 MAX_CLOCK_SKEW_S: Final = 300.0
 MODELS_KEY: Final = "splitnet.models"
-SHARDS: Final = 8
-"""Keys of the DHT that the records of one model are spread over."""
+SHARDS: Final = 8  # keys of the DHT that the records of one model are spread over
 
-HELPERS: Final = "72656c617973"
-"""In the place of a model: helpers that serve none."""
+HELPERS: Final = "72656c617973"  # in the place of a model: helpers that serve none
 MAX_RELAYS: Final = 3
 
 _SIGNED_PREFIX = b"splitnet peer record\0"
@@ -128,8 +126,7 @@ class PeerRecord:
     relays: through which the peer is reached, at most 3; none: at its address.
     """
 
-    signed: ClassVar[bytes] = b""
-    """The signed bytes that this record was read from; none if it was made here."""
+    signed: ClassVar[bytes] = b""  # the signed bytes that this record was read from; none if it was made here
 
     key: PublicKey = wire(_key)  # noqa: RUF009 (it makes a field)
     model: str = wire(matching(FINGERPRINT))

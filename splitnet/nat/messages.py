@@ -26,18 +26,12 @@ SIGNATURE_BYTES: Final = 64
 class Purpose(IntEnum):
     """What a stream is opened for; both sides sign it."""
 
-    RESERVE = 1
-    """A hidden peer wants to be called through this helper."""
-    CALL = 2
-    """Somebody wants to reach a peer that is hidden."""
-    JOIN = 3
-    """A hidden peer that was called wants to be joined to the caller."""
-    TUNNEL = 4
-    """Caller and hidden peer, through whatever lies between."""
-    MOVE = 5
-    """The same two by a better way, which takes over from the first."""
-    TRY = 6
-    """Somebody asks whether it can be connected to."""
+    RESERVE = 1  # a hidden peer wants to be called through this helper
+    CALL = 2  # somebody wants to reach a peer that is hidden
+    JOIN = 3  # a hidden peer that was called wants to be joined to the caller
+    TUNNEL = 4  # caller and hidden peer, through whatever lies between
+    MOVE = 5  # the same two by a better way, which takes over from the first
+    TRY = 6  # somebody asks whether it can be connected to
 
 
 def _address(value: Any) -> str:
@@ -102,8 +96,7 @@ class Call:
 
     TAG: ClassVar[int] = 7
     key: bytes = wire(blob(KEY_BYTES))
-    here: str = wire(_address)
-    """This end of the stream, as the caller itself sees it."""
+    here: str = wire(_address)  # this end of the stream, as the caller itself sees it
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +105,8 @@ class Called:
 
     TAG: ClassVar[int] = 8
     token: bytes = wire(blob(TOKEN_BYTES))
-    caller: bytes = wire(blob(KEY_BYTES))
-    """Its key."""
-    seen: str = wire(_address)
-    """Where the caller's stream to the helper comes from."""
+    caller: bytes = wire(blob(KEY_BYTES))  # its key
+    seen: str = wire(_address)  # where the caller's stream to the helper comes from
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +124,9 @@ class Joined:
 
     TAG: ClassVar[int] = 10
     token: bytes = wire(blob(TOKEN_BYTES))
-    you: str = wire(_address)
-    """Where the stream of the receiver of this comes from, as the relay sees it."""
-    seen: str = wire(_address)
-    """Where the other's stream comes from, as the helper sees it."""
-    here: str = wire(_address)
-    """The same as the other sees it itself."""
+    you: str = wire(_address)  # where the stream of the receiver of this comes from, as the relay sees it
+    seen: str = wire(_address)  # where the other's stream comes from, as the helper sees it
+    here: str = wire(_address)  # the same as the other sees it itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +142,7 @@ class Moved:
     """What follows goes on where the way before has ended."""
 
     TAG: ClassVar[int] = 12
-    sent: int = wire(uint((1 << 63) - 1))
-    """Bytes that were sent by that one."""
+    sent: int = wire(uint((1 << 63) - 1))  # bytes that were sent by that one
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,7 @@ log = logging.getLogger(__name__)
 
 Thing = TypeVar("Thing")
 
-LEASE_S = 3600
-"""Renewed when half of it is over; a peer that dies leaves nothing open for longer."""
+LEASE_S = 3600  # renewed when half of it is over; a peer that dies leaves nothing open for longer
 LEAST_LEASE_S = 60
 NAT_PMP, UPNP = "NAT-PMP", "UPnP"
 NAT_PMP_PORT = 5351
@@ -49,8 +48,7 @@ class Mapped:
 
     address: str
     by: str
-    gateway: str = ""
-    """IPv4 address of the router; empty for UPnP, which finds it anew."""
+    gateway: str = ""  # IPv4 address of the router; empty for UPnP, which finds it anew
 
 
 class PortMapping:

@@ -26,8 +26,7 @@ from splitnet.nat.stream import STREAM_ERRORS, dial, end_all, listening
 from splitnet.wire.endpoints import address_of, host_and_port
 
 PUNCH_S = 3.0
-GUESS_S = 0.5
-"""After which ports are guessed: most routers need no guess."""
+GUESS_S = 0.5  # after which ports are guessed: most routers need no guess
 AT_ONCE, AT_ONCE_OF_HOST = 16, 8
 """Of this process: relays name the addresses, and a false one must not make it a flood for somebody else."""
 _TRY_S, _PAUSE_S = 1.0, 0.1
@@ -39,16 +38,12 @@ class Way(StrEnum):
     """How a peer is reached."""
 
     DIRECT = "direct"
-    RELAYED = "relayed"
-    """A helper passes bytes on."""
-    REVERSED = "reversed"
-    """The peer has connected to the caller."""
-    PUNCHED = "punched"
-    """Through holes in routers."""
+    RELAYED = "relayed"  # a helper passes bytes on
+    REVERSED = "reversed"  # the peer has connected to the caller
+    PUNCHED = "punched"  # through holes in routers
 
 
-Claim = Callable[[], bool]
-"""Whether a stream is to be the one; true once."""
+Claim = Callable[[], bool]  # whether a stream is to be the one; true once
 
 Check = Callable[[socket.socket, Claim], Awaitable[None]]
 """Makes the handshake on a stream, and claims the stream before the last message. Raises STREAM_ERRORS."""

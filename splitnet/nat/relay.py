@@ -40,10 +40,8 @@ from splitnet.wire.endpoints import Relay, address_of, host_and_port
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 10.0
-"""Between two signs of life of a peer with a reservation."""
-KEYS_S = 1.0
-"""Between two looks whether all that hold something are still authorised."""
+BEAT_S = 10.0  # between two signs of life of a peer with a reservation
+KEYS_S = 1.0  # between two looks whether all that hold something are still authorised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,31 +51,21 @@ class RelayBounds:
     reservations: int = 128
     reservations_of_host: int = 8
     streams: int = 256
-    streams_of_key: int = 16
-    """Of one caller, as `streams_of_host`."""
+    streams_of_key: int = 16  # of one caller, as `streams_of_host`
     streams_of_host: int = 32
-    streams_to_key: int = 64
-    """To one hidden peer."""
+    streams_to_key: int = 64  # to one hidden peer
     handshakes: int = 64
-    handshakes_of_host: int = 16
-    """Of both the oldest ends for a new one."""
+    handshakes_of_host: int = 16  # of both the oldest ends for a new one
     handshake_s: float = 5.0
-    join_s: float = 4.0
-    """How long a hidden peer may take to join."""
-    tries: int = 16
-    """Connections at the same time to those that ask whether they can be connected to."""
+    join_s: float = 4.0  # how long a hidden peer may take to join
+    tries: int = 16  # connections at the same time to those that ask whether they can be connected to
     tries_of_host: int = 4
     try_s: float = 2.0
-    silent_s: float = 3 * BEAT_S
-    """After which a reservation ends."""
-    idle_s: float = 60.0
-    """After which a stream ends: ZeroMQ says something every few seconds."""
-    half_open_s: float = 10.0
-    """The same once one direction has ended."""
-    bytes_per_s: float = 32 << 20
-    """Over all streams; hidden peers share them evenly."""
-    beats: int = 5
-    """Signs of life beyond one per second."""
+    silent_s: float = 3 * BEAT_S  # after which a reservation ends
+    idle_s: float = 60.0  # after which a stream ends: ZeroMQ says something every few seconds
+    half_open_s: float = 10.0  # the same once one direction has ended
+    bytes_per_s: float = 32 << 20  # over all streams; hidden peers share them evenly
+    beats: int = 5  # signs of life beyond one per second
 
     def within(self, descriptors: int) -> RelayBounds:
         """The same, or less in proportion, so that others make it open at most so many descriptors."""
@@ -103,8 +91,7 @@ class _Waiting:
     caller: PublicKey
     task: asyncio.Task[None]
     target: PublicKey
-    joined: asyncio.Future[tuple[socket.socket, str, str]]
-    """Its stream, and what `Joined` says of it."""
+    joined: asyncio.Future[tuple[socket.socket, str, str]]  # its stream, and what `Joined` says of it
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
 

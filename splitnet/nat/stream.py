@@ -220,8 +220,7 @@ async def end_all(tasks: Collection[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-CARRYING = "carrying"
-"""Tasks of this name pass bytes on until one side ends."""
+CARRYING = "carrying"  # tasks of this name pass bytes on until one side ends
 LINGER_S = 0.5
 END_S = 5.0
 

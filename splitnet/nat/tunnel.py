@@ -99,10 +99,8 @@ DIAL_S = 3.0
 STRAIGHT_S, STRAIGHT_AGAIN_S = 0.5, 60.0
 """How long the address of a hidden peer is tried before relays are asked, and after a failure not again."""
 CALL_S = 6.0
-KNOWN_RELAYS = 8
-"""Of one peer: the latest."""
-FIRST_PAUSE_S, MOST_PAUSE_S = 0.2, 5.0
-"""Between two rounds in which no relay reached the peer, or not for `WORKED_S`."""
+KNOWN_RELAYS = 8  # of one peer: the latest
+FIRST_PAUSE_S, MOST_PAUSE_S = 0.2, 5.0  # between two rounds in which no relay reached the peer, or not for `WORKED_S`
 WORKED_S = 1.0
 END_S = 1.0
 
@@ -156,8 +154,7 @@ class _Tunnel:
     def __init__(self, identity: Identity, endpoint: Endpoint) -> None:
         self._identity = identity
         self._key: PublicKey = endpoint.key
-        self._relays: dict[Relay, float] = {}
-        """When each failed last, 0: it did not, or not since it worked."""
+        self._relays: dict[Relay, float] = {}  # when each failed last, 0: it did not, or not since it worked
         self._listener = listening("tcp://127.0.0.1:0")
         self.address = address_of(self._listener.getsockname())
         self._ended = asyncio.Event()

@@ -39,32 +39,24 @@ from splitnet.wire.endpoints import Relay, address_of, host_and_port
 
 log = logging.getLogger(__name__)
 
-WANTED = 3
-"""Relays at the same time."""
+WANTED = 3  # relays at the same time
 DIAL_S = 3.0
 JOIN_S = 6.0
-FIRST_PAUSE_S, MOST_PAUSE_S = 2.0, 120.0
-"""Before a relay that failed is tried again."""
-LOOK_S = 10.0
-"""Between two searches while there are too few."""
+FIRST_PAUSE_S, MOST_PAUSE_S = 2.0, 120.0  # before a relay that failed is tried again
+LOOK_S = 10.0  # between two searches while there are too few
 RETRY_S = 1.0
-SEEN_S = 0.5
-"""How long a connection stays to be seen."""
+SEEN_S = 0.5  # how long a connection stays to be seen
 
 STREAMS, STREAMS_OF_KEY, STREAMS_OF_HOST = 512, 16, 64
 """That others may have here: in all, of one key, and of one address (as a relay tells it). Each relay has a part."""
-DESCRIPTORS = 3
-"""Of a stream, beside the one that ZeroMQ accepts: to the relay, to ZeroMQ, and of a better way."""
+DESCRIPTORS = 3  # of a stream, beside the one that ZeroMQ accepts: to the relay, to ZeroMQ, and of a better way
 MESSAGES_PER_S, MESSAGES_AT_ONCE = 50.0, 100.0
 """Of a relay. It is read no faster, so that a flood delays its sender alone."""
 
-TEST_S = 60.0
-"""Between two test calls through a relay."""
-HELD_S = 120.0
-"""After so long a failure of a relay counts as its first."""
+TEST_S = 60.0  # between two test calls through a relay
+HELD_S = 120.0  # after so long a failure of a relay counts as its first
 MOST_WORKED = 32
-UNUSED_S = 900.0
-"""A relay that has brought no call of others for so long gives way to one that is not known yet."""
+UNUSED_S = 900.0  # a relay that has brought no call of others for so long gives way to one that is not known yet
 
 
 class UnreachablePeer:
@@ -103,10 +95,8 @@ class UnreachablePeer:
         self.streams = Places(streams, key=STREAMS_OF_KEY, host=STREAMS_OF_HOST, relay=streams // WANTED)
         self._tested: dict[tuple[Relay, bytes], asyncio.Future[None]] = {}
         """By relay and caller: calls that this peer makes to itself; done when they have arrived."""
-        self._used_at: dict[Relay, float] = {}
-        """When each relay began, or has last brought a call of others."""
-        self._worked: dict[Relay, None] = {}
-        """Those that have brought such calls, the latest last."""
+        self._used_at: dict[Relay, float] = {}  # when each relay began, or has last brought a call of others
+        self._worked: dict[Relay, None] = {}  # those that have brought such calls, the latest last
         self._keeping: dict[Relay, asyncio.Task[None]] = {}
         self._answering: set[asyncio.Task[None]] = set()
         self._pauses: dict[Relay, tuple[float, float]] = {}

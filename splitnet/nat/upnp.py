@@ -24,10 +24,8 @@ _KINDS = tuple(
     f"urn:schemas-upnp-org:{kind}"
     for kind in ("device:InternetGatewayDevice:1", "device:InternetGatewayDevice:2", "service:WANIPConnection:1")
 )
-TRIES = 4
-"""Ports that are asked for, if others have the first ones."""
-MOST_BYTES = 512 << 20
-"""Of address space: routers may send without end."""
+TRIES = 4  # ports that are asked for, if others have the first ones
+MOST_BYTES = 512 << 20  # of address space: routers may send without end
 
 
 def main(gateway: str, what: str, *numbers: str) -> None:

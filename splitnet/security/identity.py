@@ -34,8 +34,7 @@ logger = logging.getLogger(__name__)
 KEY_FILE_VARIABLE: Final = "SPLITNET_KEY_FILE"
 MAX_KEY_FILE_BYTES: Final = 1 << 20
 RELOAD_INTERVAL_S: Final = 1.0
-ANYONE: Final[bytes | None] = None
-"""In the place of a key: those that are not listed."""
+ANYONE: Final[bytes | None] = None  # in the place of a key: those that are not listed
 
 _PUBLIC_PREFIX = "sn1"
 _CHECKSUM_BYTES = 3  # 32 + 3 bytes are exactly 56 base32 characters: no padding, one text per key
@@ -181,8 +180,7 @@ class KeyOptions:
     tokens_per_minute: int | None = None
 
 
-STRANGER_WEIGHT: Final = 0.01
-"""Of a key that is not listed where others are, unless the line of these has another."""
+STRANGER_WEIGHT: Final = 0.01  # of a key that is not listed where others are, unless the line of these has another
 
 
 def _weight(text: str) -> float:

@@ -21,8 +21,7 @@ from splitnet.errors import KeyFileError, NotAuthorized
 
 KEY_BYTES: Final = 32
 NONCE_BYTES: Final = nacl.bindings.crypto_aead_xchacha20poly1305_ietf_NPUBBYTES
-SEAL_BYTES: Final = NONCE_BYTES + nacl.bindings.crypto_aead_xchacha20poly1305_ietf_ABYTES
-"""That sealing adds."""
+SEAL_BYTES: Final = NONCE_BYTES + nacl.bindings.crypto_aead_xchacha20poly1305_ietf_ABYTES  # that sealing adds
 
 _PREFIX = "splitnet-swarm-1 "
 _MAX_FILE_BYTES = 1 << 21

@@ -26,8 +26,7 @@ _SCHEME, _KEY = "tcp://", "?key="
 class Reach(StrEnum):
     """How others are to reach a peer."""
 
-    auto = "auto"
-    """At its address, unless others say that they cannot: then through relays."""
+    auto = "auto"  # at its address, unless others say that they cannot: then through relays
     direct = "direct"
     helpers = "helpers"
 

@@ -27,8 +27,7 @@ from splitnet.wire.messages import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 
 log = logging.getLogger(__name__)
 
-MAX_RECEIVED_BYTES = 1 << 30
-"""Of messages that are not complete or not read yet, over all connections."""
+MAX_RECEIVED_BYTES = 1 << 30  # of messages that are not complete or not read yet, over all connections
 
 MAX_MESSAGE_BYTES = MAX_HEADER_BYTES + MAX_PAYLOAD_BYTES + 4096
 
@@ -42,8 +41,7 @@ _HANDSHAKE_BYTES = 2048
 _ARRIVALS = 256
 _SPARED = 16
 """Handshakes under way that are spared before one ends that is: looking for one that is silent takes bounded time."""
-_HEARTBEAT_BYTES_PER_S = 64.0
-"""More than heartbeats of both sides take, which are read and never handed over."""
+_HEARTBEAT_BYTES_PER_S = 64.0  # more than heartbeats of both sides take, which are read and never handed over
 
 
 Name = TypeVar("Name", str, bytes)
@@ -57,12 +55,9 @@ class TcpConnection:
     cookie: bytes
     host: str
     opened_at: float
-    owner: Connection | Endpoint | None
-    """None: its key is not known, as it has sent no message yet."""
-    delivered: int = 0
-    """Bytes on the wire of messages that were handed over; only the transport's thread writes it."""
-    ended: str = ""
-    """Why this side has ended it."""
+    owner: Connection | Endpoint | None  # None: its key is not known, as it has sent no message yet
+    delivered: int = 0  # bytes on the wire of messages that were handed over; only the transport's thread writes it
+    ended: str = ""  # why this side has ended it
     inside: int = 0
     active_at: float = 0.0
     delivered_before: int = 0
@@ -70,8 +65,7 @@ class TcpConnection:
     acked_at: float = 0.0
     too_long_since: int | None = None
     own_host: str = ""
-    spared: bool = False
-    """It was not ended though it was the oldest without a key, as its handshake had begun."""
+    spared: bool = False  # it was not ended though it was the oldest without a key, as its handshake had begun
 
     @property
     def account(self) -> tuple[Hashable, Hashable]:
@@ -110,8 +104,7 @@ class Connections:
         self._authorized = authorized
         self._behind = dict[tuple[str, int], str]() if behind is None else behind
         self._keys_at = self._moved_at = 0.0
-        self._missed: set[str] = set()
-        """Addresses of connections that were not there at the last look."""
+        self._missed: set[str] = set()  # addresses of connections that were not there at the last look
         self._looked_at = time.monotonic()
         self._by_descriptor: dict[int, TcpConnection] = {}
         self._nameless: dict[str, dict[TcpConnection, None]] = {}

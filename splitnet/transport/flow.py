@@ -149,27 +149,21 @@ _ANY_TCP = socket.AF_INET, socket.SOCK_STREAM, 0
 _SO_COOKIE = 57
 _UNREAD, _UNSENT = 0x541B, 0x5411
 _TCP_INFO_BYTES = 256
-MOVED_BYTES = 1024
-"""Heartbeats of a link carry less within seconds."""
+MOVED_BYTES = 1024  # heartbeats of a link carry less within seconds
 
 _ACKED_AND_RECEIVED = struct.Struct("QQ")
-_ACKED_AT = 120
-"""Where `tcpi_bytes_acked` and `tcpi_bytes_received` stand in `struct tcp_info` (Linux 4.2 and later)."""
+_ACKED_AT = 120  # where `tcpi_bytes_acked` and `tcpi_bytes_received` stand in `struct tcp_info` (Linux 4.2 and later)
 
 
-QUEUE_BYTES = 8 * 1024
-"""Bytes that wait on a link count as a queue from here on: any step has less under way."""
+QUEUE_BYTES = 8 * 1024  # bytes that wait on a link count as a queue from here on: any step has less under way
 
 
 class Traffic(NamedTuple):
     """Of one connection, in bytes."""
 
-    acked: int
-    """Sent, and confirmed by the other side."""
-    unsent: int
-    """Written by this process, and not confirmed."""
-    read: int
-    """Received and read by this process."""
+    acked: int  # sent, and confirmed by the other side
+    unsent: int  # written by this process, and not confirmed
+    read: int  # received and read by this process
     received: int
 
     def has_sent(self, before: Traffic) -> bool:

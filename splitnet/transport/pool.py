@@ -59,8 +59,7 @@ class LinkPool:
         self._users: Counter[Endpoint] = Counter()
         self._unused: dict[Endpoint, float] = {}
         """Since when (infinite until the next tick); the one that was used longest ago first."""
-        self._had_users: set[Endpoint] = set()
-        """Of the open links."""
+        self._had_users: set[Endpoint] = set()  # of the open links
         self._failed: dict[Endpoint, tuple[LinkState, float]] = {}
         """Closed links that had failed: their states, and since when (infinite until the next tick)."""
         self._lock = threading.Lock()

@@ -17,12 +17,10 @@ from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import LoadReport, Ping, Pong, Timing
 
 LOOK_S = 0.05
-QUICK_MS = 500.0
-"""A ping that is answered in this time has met no long queue on the way up."""
+QUICK_MS = 500.0  # a ping that is answered in this time has met no long queue on the way up
 
 PROBE_BYTES = 64 * 1024
-FASTEST_PROBE_MS = 0.05
-"""A probe that seems to take no time at all says only that the link is fast."""
+FASTEST_PROBE_MS = 0.05  # a probe that seems to take no time at all says only that the link is fast
 
 QUICK_PROBE_MS = 20.0
 PROBES_OF_QUICK_LINKS = 3
@@ -31,8 +29,7 @@ SURE_MS = 4.0
 
 FORGET_S = 60.0
 KEPT_ENDPOINTS = 1024
-KEPT_ROUND_TRIPS = 3
-"""Of these the shortest counts: it met the least traffic and computing on its way."""
+KEPT_ROUND_TRIPS = 3  # of these the shortest counts: it met the least traffic and computing on its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +37,11 @@ class Answer:
     """What a ping brings back."""
 
     rtt_ms: float
-    queue_ms: float
-    """How long a new step would wait for the peer's device."""
-    kv_free_positions: int
-    """Positions that new sessions may take."""
+    queue_ms: float  # how long a new step would wait for the peer's device
+    kv_free_positions: int  # positions that new sessions may take
     holds: bool | None = None
     """Whether the peer holds the session asked about; None: not asked, or the peer is too old to say."""
-    waiting: int = 0
-    """Of that session, like the next two: see `Pong`."""
+    waiting: int = 0  # of that session, like the next two: see `Pong`
     done: int = 0
     last: int = 0
     timing: Timing | None = None

@@ -45,10 +45,8 @@ _RECEIVE_BURST = 64
 _QUEUED_MESSAGES = 1000
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 10_000, 10_000
 _HANDSHAKE_MS = 10_000
-_CURVE_BYTES = 64
-"""More than encryption adds to a frame (RFC 26: 33 bytes)."""
-_HELD_BYTES = 128
-"""What ZeroMQ allocates for a frame that waits, besides its content."""
+_CURVE_BYTES = 64  # more than encryption adds to a frame (RFC 26: 33 bytes)
+_HELD_BYTES = 128  # what ZeroMQ allocates for a frame that waits, besides its content
 _SHORT_FRAME, _SHORT_EXTRA, _LONG_EXTRA = 222, 35, 42
 """What encryption and framing add to a frame of up to so many bytes, and to a longer one."""
 _TOO_SLOW = "its receiver is too slow"
@@ -56,8 +54,7 @@ _NOBLOCK, _MORE, _POLLIN, _EVENTS = (
     int(flag) for flag in (zmq.NOBLOCK, zmq.NOBLOCK | zmq.SNDMORE, zmq.POLLIN, zmq.EVENTS)
 )
 """Plain numbers: to combine and to look up members of enums takes longer than to send a frame."""
-_SERVE_THREAD, _CONNECT_THREAD = 1, 2
-"""ZeroMQ's threads: a flood of one of them does not delay the other's links."""
+_SERVE_THREAD, _CONNECT_THREAD = 1, 2  # ZeroMQ's threads: a flood of one of them does not delay the other's links
 
 _ARRIVALS = zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED
 _STATE_OF_EVENT: dict[zmq.Event, LinkState] = {
@@ -90,8 +87,7 @@ class _Outbox:
     items: deque[_Item] = field(default_factory=deque[_Item])
     lock: threading.Lock = field(default_factory=threading.Lock)
     awake: bool = False
-    held: int = 0
-    """How many threads are within `Transport.together`."""
+    held: int = 0  # how many threads are within `Transport.together`
 
 
 class Transport:
@@ -161,8 +157,7 @@ class Transport:
             authorized=authorized,
             behind=None if tunnels is None else tunnels.behind,
         )
-        self._incoming: dict[bytes, tuple[Connection, TcpConnection]] = {}
-        """By routing id."""
+        self._incoming: dict[bytes, tuple[Connection, TcpConnection]] = {}  # by routing id
         self._links: dict[Endpoint, _Link] = {}
         self._outbox = _Outbox()
         self._wake = Wake()

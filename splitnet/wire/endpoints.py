@@ -55,23 +55,19 @@ def is_global(address: str) -> bool:
 class Relay(NamedTuple):
     """A helper through which a hidden peer is reached."""
 
-    address: str
-    """`tcp://IP:port` of its streams"""
-    key: bytes
-    """Raw Ed25519 public key, 32 bytes."""
+    address: str  # `tcp://IP:port` of its streams
+    key: bytes  # raw Ed25519 public key, 32 bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a peer listens, and the key that it must prove to have."""
 
-    address: str
-    """`tcp://IP:port`"""
+    address: str  # `tcp://IP:port`
     key: PublicKey
     relays: tuple[Relay, ...] = field(default=(), compare=False)
     """Through whom it is reached; empty: directly. They come and go, and it stays the same peer."""
-    hidden: bool = field(init=False)
-    """It is not reached directly."""
+    hidden: bool = field(init=False)  # it is not reached directly
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", bool(self.relays))
@@ -94,8 +90,7 @@ class Connection:
     """An incoming connection: the proven CURVE key of the other side and where answers go."""
 
     routing_id: bytes
-    curve: bytes
-    """Raw CURVE public key, 32 bytes."""
+    curve: bytes  # raw CURVE public key, 32 bytes
 
 
 Destination = Endpoint | Connection
@@ -106,12 +101,9 @@ class LinkState(Enum):
 
     CONNECTING = "connecting"
     UP = "up"
-    DOWN = "down"
-    """It was up and is lost, or nobody listens there; ZeroMQ keeps trying."""
-    REFUSED = "refused"
-    """The other side does not accept our key."""
-    WRONG_KEY = "wrong key"
-    """What answers there has another key than the endpoint's, or is no peer."""
+    DOWN = "down"  # it was up and is lost, or nobody listens there; ZeroMQ keeps trying
+    REFUSED = "refused"  # the other side does not accept our key
+    WRONG_KEY = "wrong key"  # what answers there has another key than the endpoint's, or is no peer
 
     @property
     def is_final(self) -> bool:

@@ -22,8 +22,7 @@ from splitnet.logs import printable
 
 Check = Callable[[Any], Any]
 
-STRICT_VERSIONS = frozenset({"0.1.0"})
-"""Versions of splitnet that refuse a message with more fields than they know."""
+STRICT_VERSIONS = frozenset({"0.1.0"})  # versions of splitnet that refuse a message with more fields than they know
 
 # msgpack comes without types.
 packb = cast("Callable[[list[Any]], bytes]", msgpack.packb)  # pyright: ignore[reportUnknownMemberType]
@@ -143,8 +142,7 @@ def number(low: float, high: float) -> Check:
     return check
 
 
-milliseconds = number(0, sys.float_info.max)
-"""A finite number that is not negative."""
+milliseconds = number(0, sys.float_info.max)  # a finite number that is not negative
 
 
 def blob(*lengths: int) -> Check:

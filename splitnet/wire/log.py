@@ -38,8 +38,7 @@ def fork_rows(rows: Mapping[int, Row], forks: Sequence[Fork], copy: Callable[[Ro
     return forked
 
 
-REPLAY_POSITIONS = PASS_POSITIONS
-"""Per step of a replay."""
+REPLAY_POSITIONS = PASS_POSITIONS  # per step of a replay
 
 
 @dataclass(slots=True)

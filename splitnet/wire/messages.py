@@ -55,17 +55,14 @@ ENTRY_BYTES = 19
 MAX_KNOWN = 512
 MAX_CHANGES_BYTES = 60_000
 
-FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
-"""Of a model's weights."""
+FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")  # of a model's weights
 
 SESSION_BYTES = 16
 KEY_BYTES = 32
 DIGEST_BYTES = 32
 
-MAX_PART_BYTES = 1 << 20
-"""Of weights in one message, such as a piece."""
-MAX_WEIGHTS_BYTES = 256 << 20
-"""Of weights of one name, such as a manifest."""
+MAX_PART_BYTES = 1 << 20  # of weights in one message, such as a piece
+MAX_WEIGHTS_BYTES = 256 << 20  # of weights of one name, such as a manifest
 
 Payload = bytes | memoryview
 
@@ -82,41 +79,32 @@ class FailureCode(IntEnum):
     WRONG_BLOCKS = 7
     TOO_LONG = 8
     STALE_EPOCH = 9
-    LEAVING = 10
-    """Not about a request: the peer is about to end, and serves the session until it is replaced."""
+    LEAVING = 10  # not about a request: the peer is about to end, and serves the session until it is replaced
 
 
 class Chunk(NamedTuple):
     """New positions of one row in a step."""
 
     row: int
-    start: int
-    """Absolute position of the first new one; what the hop has cached from there on is dropped first."""
+    start: int  # absolute position of the first new one; what the hop has cached from there on is dropped first
     length: int
-    keep: int
-    """How many of the last positions the tail returns to the client (0: none)."""
+    keep: int  # how many of the last positions the tail returns to the client (0: none)
 
 
 class Timing(NamedTuple):
     """What a step met at one hop, in microseconds."""
 
-    wait_us: int
-    """From its arrival until its first pass."""
-    compute_us: int
-    """Over all its passes."""
-    next_rtt_us: int
-    """Latest round trip to the next hop; 0: not measured."""
+    wait_us: int  # from its arrival until its first pass
+    compute_us: int  # over all its passes
+    next_rtt_us: int  # latest round trip to the next hop; 0: not measured
 
 
 class LoadReport(NamedTuple):
     """How busy a device has been lately, see `scheduler.batching`; records tell the same, seconds to a minute later."""
 
-    wait_ms: float
-    """Of decode steps."""
-    batch: float
-    """Positions of others in the pass of a decode step."""
-    at: float
-    """Unix time in seconds by the clock of the peer, as in its records."""
+    wait_ms: float  # of decode steps
+    batch: float  # positions of others in the pass of a decode step
+    at: float  # Unix time in seconds by the clock of the peer, as in its records
 
 
 class Fork(NamedTuple):
@@ -156,8 +144,7 @@ class Ping:
     payload: Payload = b""
     session: bytes = appended(blob(0, SESSION_BYTES), b"")
     """Asks also about this session of the sender; empty: about none. Version 0.1.0 refuses it."""
-    load: bool = appended(flag, False)
-    """Asks also how busy the device is. Version 0.1.0 refuses it."""
+    load: bool = appended(flag, False)  # Asks also how busy the device is. Version 0.1.0 refuses it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +158,8 @@ class Pong:
     waiting: int = appended(_NUMBER, 0)
     """Steps and passes of the session asked about that wait here or are being computed, and 1 for all that was sent on
     and, as far as is known, has not arrived."""
-    done: int = appended(_NUMBER, 0)
-    """Positions of the session that were computed here so far; it only grows."""
-    holds: bool = appended(flag, False)
-    """The peer holds the session, and the asking side has opened it."""
+    done: int = appended(_NUMBER, 0)  # positions of the session that were computed here so far; it only grows
+    holds: bool = appended(flag, False)  # the peer holds the session, and the asking side has opened it
     last: int = appended(_NUMBER, 0)
     """Highest number of a step or pass of the session's epoch that was finished here, without replays."""
     timing: tuple[Timing, ...] = appended(records(Timing, (_MAX_US,) * 3, most=1), ())
@@ -190,23 +175,18 @@ class Open(_OfSession):
     """Opens a session at a hop, or changes an open one: a larger reservation, another next hop, a newer epoch."""
 
     TAG: ClassVar[int] = 3
-    model: str = wire(text(64))
-    """Fingerprint of the weights."""
+    model: str = wire(text(64))  # fingerprint of the weights
     start: int = wire(uint(MAX_BLOCKS))
     end: int = wire(uint(MAX_BLOCKS))
-    reservation: int = wire(uint(MAX_POSITIONS))
-    """Positions of KV cache to reserve, over all rows."""
-    codec: int = wire(uint(255))
-    """Codec of what this hop sends on."""
+    reservation: int = wire(uint(MAX_POSITIONS))  # positions of KV cache to reserve, over all rows
+    codec: int = wire(uint(255))  # codec of what this hop sends on
     previous: bytes = wire(blob(0, KEY_BYTES))
     """Public key of the hop that may push steps of this session; empty: only the client does."""
-    next_key: bytes = wire(blob(0, KEY_BYTES))
-    """Public key of the next hop; empty: results go to the client."""
+    next_key: bytes = wire(blob(0, KEY_BYTES))  # public key of the next hop; empty: results go to the client
     next_address: str = wire(text(256))
     next_relays: tuple[Relay, ...] = appended(several(row(Relay, text(64), blob(KEY_BYTES)), most=3), ())
     """Through which the next hop is reached; none: at its address."""
-    asks_weights: bool = appended(flag, default=False)
-    """`Opened` shall have `weights`."""
+    asks_weights: bool = appended(flag, default=False)  # `Opened` shall have `weights`
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +195,8 @@ class Opened(_OfSession):
 
     TAG: ClassVar[int] = 4
     next_reachable: bool = wire(flag)
-    cached_positions: int = wire(_NUMBER)
-    """Over all rows; 0 tells the client that this hop begins with nothing."""
-    weights: str = appended(text(64), "")
-    """What they are held as, as in `PeerRecord.dtype`; empty: it was not asked."""
+    cached_positions: int = wire(_NUMBER)  # over all rows; 0 tells the client that this hop begins with nothing
+    weights: str = appended(text(64), "")  # what they are held as, as in `PeerRecord.dtype`; empty: it was not asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,11 +241,9 @@ class Result(_Numbered):
     """Output of a hop for the client: of the tail, or of a hop whose next is the client."""
 
     TAG: ClassVar[int] = 7
-    end: int = wire(uint(MAX_BLOCKS))
-    """The boundary that the payload stands at."""
+    end: int = wire(uint(MAX_BLOCKS))  # the boundary that the payload stands at
     codec: int = wire(uint(255))
-    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))
-    """Of all hops so far, in order."""
+    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))  # of all hops so far, in order
     payload: Payload = b""
 
 
@@ -301,24 +277,17 @@ class Forward(_Numbered):
     """
 
     TAG: ClassVar[int] = 10
-    oldest: int = wire(_NUMBER)
-    """The client needs nothing any more of what has a lower number."""
-    lengths: tuple[int, ...] = wire(several(uint(MAX_POSITIONS), most=MAX_ROWS))
-    """Positions of each sequence."""
-    kept: bool = wire(flag)
-    """Each hop keeps its input, so that a `Gradient` can follow."""
-    adapter: int = wire(_NUMBER)
-    """Version of the adapter that the blocks run with; 0: none."""
-    gradient_codec: int = wire(uint(255))
-    """Codec of the gradients that come back this way."""
+    oldest: int = wire(_NUMBER)  # the client needs nothing any more of what has a lower number
+    lengths: tuple[int, ...] = wire(several(uint(MAX_POSITIONS), most=MAX_ROWS))  # positions of each sequence
+    kept: bool = wire(flag)  # each hop keeps its input, so that a `Gradient` can follow
+    adapter: int = wire(_NUMBER)  # version of the adapter that the blocks run with; 0: none
+    gradient_codec: int = wire(uint(255))  # codec of the gradients that come back this way
     codec: int = wire(uint(255))
     payload: Payload = b""
-    boundary: int = wire(uint(MAX_BLOCKS), default=0)
-    """As in `Step`."""
+    boundary: int = wire(uint(MAX_BLOCKS), default=0)  # as in `Step`
     timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
     """Of the hops before, in order."""
-    reach: int = appended(uint(MAX_POSITIONS), 0)
-    """As in `Step`, but a sequence counts as a whole."""
+    reach: int = appended(uint(MAX_POSITIONS), 0)  # as in `Step`, but a sequence counts as a whole
 
     @property
     def positions(self) -> int:
@@ -331,10 +300,8 @@ class Gradient(_Numbered):
 
     TAG: ClassVar[int] = 11
     boundary: int = wire(uint(MAX_BLOCKS))
-    since: int = wire(_NUMBER)
-    """Number of the first of the passes over which hops add up the gradients by the adapter."""
-    held: bool = wire(flag)
-    """More of them follow; with the last one the sum goes to the client."""
+    since: int = wire(_NUMBER)  # number of the first of the passes over which hops add up the gradients by the adapter
+    held: bool = wire(flag)  # more of them follow; with the last one the sum goes to the client
     codec: int = wire(uint(255))
     payload: Payload = b""
 
@@ -349,8 +316,7 @@ class Adapter(_OfSession):
 
     TAG: ClassVar[int] = 12
     version: int = wire(_NUMBER)
-    remaining: int = wire(_NUMBER)
-    """How many messages of this version follow."""
+    remaining: int = wire(_NUMBER)  # how many messages of this version follow
     payload: Payload = b""
 
 
@@ -368,8 +334,7 @@ class AdapterGradient(_Numbered):
     summed over several passes, and has the number of the last `Forward` of these."""
 
     TAG: ClassVar[int] = 14
-    remaining: int = wire(_NUMBER)
-    """How many messages of it follow."""
+    remaining: int = wire(_NUMBER)  # how many messages of it follow
     payload: Payload = b""
 
 
@@ -387,8 +352,7 @@ class FetchedKV(_Numbered):
     """Answers a `FetchKV` for the blocks of a hop, with tensors that are named as those of an adapter."""
 
     TAG: ClassVar[int] = 16
-    remaining: int = wire(_NUMBER)
-    """How many messages of it follow."""
+    remaining: int = wire(_NUMBER)  # how many messages of it follow
     payload: Payload = b""
 
 
@@ -397,8 +361,7 @@ class LookUp:
     """Asks a peer for the records of a model's peers, or for one record of each model."""
 
     TAG: ClassVar[int] = 17
-    number: int = wire(_NUMBER)
-    """Of the question; its answer has the same."""
+    number: int = wire(_NUMBER)  # of the question; its answer has the same
     model: str = wire(matching(re.compile(rf"(?:{FINGERPRINT.pattern})?")))
     """Fingerprint of the weights; empty: all models."""
     depth: int = wire(uint(MAX_DEPTH))
@@ -417,8 +380,7 @@ class Found:
 
     TAG: ClassVar[int] = 18
     number: int = wire(_NUMBER)
-    remaining: int = wire(uint(MAX_FOUND - 1))
-    """How many messages of this answer follow."""
+    remaining: int = wire(uint(MAX_FOUND - 1))  # how many messages of this answer follow
     payload: Payload = b""
     present: bytes = appended(blob(*range(MAX_KNOWN // 8 + 1)), b"")
     """For each entry of `LookUp.known` a bit: the peer is still there; the lowest of a byte first. Empty: the answer
@@ -431,8 +393,7 @@ class Announce:
 
     TAG: ClassVar[int] = 19
     number: int = wire(_NUMBER)
-    depth: int = wire(uint(MAX_DEPTH))
-    """As in `LookUp`."""
+    depth: int = wire(uint(MAX_DEPTH))  # as in `LookUp`
     payload: Payload = b""
 
 
@@ -442,19 +403,15 @@ class Announced:
 
     TAG: ClassVar[int] = 20
     number: int = wire(_NUMBER)
-    taken: bool = wire(flag)
-    """False: the record is not valid, or there is no place for it."""
+    taken: bool = wire(flag)  # False: the record is not valid, or there is no place for it
 
 
 class WeightsKind(IntEnum):
     """What `AskWeights` asks for."""
 
-    MANIFEST = 0
-    """Of the model that is named."""
-    HELD = 1
-    """Which pieces of it the peer has: a bit for each in the order of the manifest, the lowest of a byte first."""
-    PIECE = 2
-    """The piece that is named, by its digest."""
+    MANIFEST = 0  # of the model that is named
+    HELD = 1  # which pieces of it the peer has: a bit for each in the order of the manifest, the lowest of a byte first
+    PIECE = 2  # the piece that is named, by its digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,16 +419,12 @@ class AskWeights:
     """Asks a peer for weights of its model, or what they are."""
 
     TAG: ClassVar[int] = 21
-    number: int = wire(_NUMBER)
-    """Of the question; its answer has the same."""
-    kind: int = wire(uint(255))
-    """A `WeightsKind`."""
+    number: int = wire(_NUMBER)  # of the question; its answer has the same
+    kind: int = wire(uint(255))  # a `WeightsKind`
     name: bytes = wire(blob(DIGEST_BYTES))
     """Fingerprint of the model, or SHA-256 of the piece; in a closed swarm as its members name it."""
-    offset: int = wire(uint(MAX_WEIGHTS_BYTES))
-    """The answer begins there."""
-    length: int = wire(uint(MAX_PART_BYTES))
-    """The answer has at most so many bytes."""
+    offset: int = wire(uint(MAX_WEIGHTS_BYTES))  # the answer begins there
+    length: int = wire(uint(MAX_PART_BYTES))  # the answer has at most so many bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,9 @@ from splitnet.checkpoint.gguf.config import Metadata, rope_parameters
 from splitnet.checkpoint.gguf.file import GgufFile
 from splitnet.errors import UnsupportedModel
 
-Values = dict[str, Any]
-"""Of a config."""
-Make = Callable[..., torch.Tensor]
-"""Makes a tensor from the config and tensors of the file."""
-_SOFTMAX, _SIGMOID = 1, 2
-"""Values of `expert_gating_func`."""
+Values = dict[str, Any]  # of a config
+Make = Callable[..., torch.Tensor]  # makes a tensor from the config and tensors of the file
+_SOFTMAX, _SIGMOID = 1, 2  # values of `expert_gating_func`
 
 
 def _names(text: str) -> dict[str, str]:

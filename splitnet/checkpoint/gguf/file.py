@@ -23,8 +23,7 @@ from splitnet.quant.stored import Codes, Experts, Kind, Layout, PackedTensor, St
 Bytes = npt.NDArray[np.uint8]
 _Type = GGMLQuantizationType
 _PLAIN = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
-_LONG = 1024
-"""Numbers; a list with one for each block is shorter."""
+_LONG = 1024  # numbers; a list with one for each block is shorter
 _MAX_FIELDS = 1 << 12
 _MAX_TENSORS = 1 << 17
 _MAX_STRINGS = 1 << 22

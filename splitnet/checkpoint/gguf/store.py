@@ -26,8 +26,7 @@ from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
 from splitnet.quant.stored import PackedTensor
 
 _ARCHITECTURE = "general.architecture"
-_MAX_ROPE_BYTES = 1 << 20
-"""Of the factors of rotary embeddings, which are read with the config."""
+_MAX_ROPE_BYTES = 1 << 20  # of the factors of rotary embeddings, which are read with the config
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
 
 

@@ -63,13 +63,11 @@ MALFORMED = (
     *(KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError, RecursionError),
 )
 """What comes of a description that is not what it should be."""
-DESCRIPTION_BYTES = 1 << 16
-"""Parts of quantized weights that are no larger may describe the rest."""
+DESCRIPTION_BYTES = 1 << 16  # parts of quantized weights that are no larger may describe the rest
 _MOST_COUNTED = 1 << 31
 _SCALES = (".weight_scale_inv", ".weight_scale", ".scale", ".scales", ".qscale_weight", ".weight_scale_2")
 """What stands in the place of `.weight` in the names of scales."""
-WEIGHT = "weight"
-"""The role of the tensor whose name is that of the weight itself."""
+WEIGHT = "weight"  # the role of the tensor whose name is that of the weight itself
 
 
 class QuantizedFormat(ABC):

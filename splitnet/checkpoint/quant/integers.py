@@ -44,8 +44,7 @@ _WORD = 32
 _GPTQ_SUFFIXES = of_weight("qweight=codes qzeros=zeros scales=scales g_idx=groups")
 _LIKE_GEMM = ("gemm", "exllama", "exllamav2")
 """Kernels for what AutoAWQ packs in the same way (`awq/modules/linear/exllama.py`: it is unpacked at the start)."""
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""The column of eight that each four bits of a word hold, lowest first."""
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of eight that each four bits of a word hold, lowest first
 _MLX_FLOATS: Mapping[str, Layout] = {
     "mxfp4": Layout(4, 32, Kind.E8M0, table="e2m1"),
     "mxfp8": Layout(8, 32, Kind.E8M0, table="e4m3"),

@@ -32,33 +32,23 @@ from splitnet.wire.messages import MAX_PART_BYTES, AskWeights, Failure, FailureC
 
 log = logging.getLogger(__name__)
 
-LOOK_S: Final = 5.0
-"""How often others are looked for while pieces are missing."""
-WAIT_LIMIT_S: Final = 30.0
-"""How long others are waited for while nobody has what is missing."""
-GATHER_S: Final = 0.5
-"""How long what peers have is waited for, so that it is asked of all of them."""
+LOOK_S: Final = 5.0  # how often others are looked for while pieces are missing
+WAIT_LIMIT_S: Final = 30.0  # how long others are waited for while nobody has what is missing
+GATHER_S: Final = 0.5  # how long what peers have is waited for, so that it is asked of all of them
 TICK_S: Final = 0.1
-MAX_HUB_ERRORS: Final = 32
-"""One after the other; then the hub is left out."""
+MAX_HUB_ERRORS: Final = 32  # one after the other; then the hub is left out
 HUB_TIMEOUT_S: Final = 30.0
-FIRST_BYTES: Final = 2 << 20
-"""That are asked of a source that has brought nothing yet."""
+FIRST_BYTES: Final = 2 << 20  # that are asked of a source that has brought nothing yet
 MAX_BYTES: Final = 32 << 20
-MAX_PIECES: Final = 48
-"""Under way from one source."""
+MAX_PIECES: Final = 48  # under way from one source
 HORIZON_S: Final = 0.25
 """Twice that of what a source brings is under way from it; twice the least time that a piece took, if that is more."""
-REST_S: Final = 10.0
-"""A source that was silent is asked again after that."""
-BUSY_S: Final = 1.0
-"""So is one that says that it is busy, after that."""
-MAX_STRIKES: Final = 3
-"""Silences after which a source is left out."""
+REST_S: Final = 10.0  # a source that was silent is asked again after that
+BUSY_S: Final = 1.0  # so is one that says that it is busy, after that
+MAX_STRIKES: Final = 3  # silences after which a source is left out
 SLOW_S: Final = 5.0
 """A piece that is under way for so long, and long for who has nothing else to do, is asked of that one, too."""
-_FORGET: Final = 0.9
-"""What stays of earlier observations with each piece."""
+_FORGET: Final = 0.9  # what stays of earlier observations with each piece
 
 HUB: Final = "the hub"
 Report = Callable[[str, int, int], None]
@@ -124,8 +114,7 @@ class FetchPlan(Generic[Source]):
         self.sources: dict[Source, _State] = {}
         self._excluded: set[Source] = set()
         self._holders: Counter[bytes] = Counter()
-        self._askers: dict[bytes, set[Source]] = {}
-        """Of whom a piece is asked now."""
+        self._askers: dict[bytes, set[Source]] = {}  # of whom a piece is asked now
         self._queues_are_old = False
 
     @property

@@ -20,15 +20,11 @@ from splitnet.paths import cache_folder
 
 log = logging.getLogger(__name__)
 
-Range = tuple[int, int]
-"""Offset and bytes."""
+Range = tuple[int, int]  # offset and bytes
 
-KEPT_BYTES: Final = 16 << 20
-"""Digests of smaller files are not kept: to read these is as fast."""
-SHOWN_BYTES: Final = 256 << 20
-"""Progress is told where more is to be read."""
-_RUN_BYTES: Final = 8 * PIECE_BYTES
-"""That one thread reads at a time."""
+KEPT_BYTES: Final = 16 << 20  # digests of smaller files are not kept: to read these is as fast
+SHOWN_BYTES: Final = 256 << 20  # progress is told where more is to be read
+_RUN_BYTES: Final = 8 * PIECE_BYTES  # that one thread reads at a time
 _THREADS: Final = min(4, os.cpu_count() or 1)
 _REQUESTS: Final = 16
 _STAMP: Final = 1  # of what is kept

@@ -18,8 +18,7 @@ from splitnet.errors import ProtocolError
 from splitnet.wire.fields import Values, packb
 from splitnet.wire.messages import DIGEST_BYTES, MAX_PART_BYTES, MAX_WEIGHTS_BYTES
 
-PIECE_BYTES: Final = MAX_PART_BYTES
-"""Of a piece; the last one of a tensor has what is left."""
+PIECE_BYTES: Final = MAX_PART_BYTES  # of a piece; the last one of a tensor has what is left
 MAX_MANIFEST_BYTES: Final = MAX_WEIGHTS_BYTES // 2
 """Enough for 4 TB of weights; reading it takes three times as much memory, and each tensor a little."""
 

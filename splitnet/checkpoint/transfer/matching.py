@@ -25,20 +25,14 @@ from splitnet.wire.messages import MAX_PART_BYTES, Failure, Message, WeightsKind
 
 log = logging.getLogger(__name__)
 
-MAX_ASKED: Final = 8
-"""Peers that are asked for the manifest of one model."""
-MAX_MODELS: Final = 8
-"""Of one name that are asked about, as names are what anybody claims."""
-NEXT_S: Final = 5.0
-"""After which another peer is asked, too, while one tells slowly."""
+MAX_ASKED: Final = 8  # peers that are asked for the manifest of one model
+MAX_MODELS: Final = 8  # of one name that are asked about, as names are what anybody claims
+NEXT_S: Final = 5.0  # after which another peer is asked, too, while one tells slowly
 ANSWER_LIMIT_S: Final = 40.0
 """A peer tells slowly if it is not done by then, or will not be at its rate: peers share the link of this machine."""
-ANSWER_S: Final = 10.0
-"""In which a peer answers."""
-WHOLE_S: Final = 120.0
-"""In which it has told all."""
-MAX_TOLD_BYTES: Final = MAX_MANIFEST_BYTES + MAX_HEAD_BYTES
-"""Of manifests and heads that several peers are telling."""
+ANSWER_S: Final = 10.0  # in which a peer answers
+WHOLE_S: Final = 120.0  # in which it has told all
+MAX_TOLD_BYTES: Final = MAX_MANIFEST_BYTES + MAX_HEAD_BYTES  # of manifests and heads that several peers are telling
 
 
 def headers_differ(manifest: Manifest, store: TensorStore) -> str:
@@ -158,8 +152,7 @@ def _joined_through(addresses: Sequence[str]) -> Callable[[Endpoint], bool]:
     return is_joined
 
 
-Question = tuple[WeightsKind, bytes, int]
-"""Of what kind, by which name, and where the answer begins."""
+Question = tuple[WeightsKind, bytes, int]  # of what kind, by which name, and where the answer begins
 Telling = Generator[Question, Message, tuple[Manifest, list[bytes]]]
 
 
