@@ -18,33 +18,25 @@ from splitnet.quant.stored import Layout, as_dtype
 
 AUTO = "auto"
 INTEGERS = ("int8", "int4")
-KINDS = ("float32", "bfloat16", "float16", *INTEGERS)
-"""What weights may be held as, by name."""
-
+KINDS = ("float32", "bfloat16", "float16", *INTEGERS)  # what weights may be held as, by name
 STORED = "stored"  # held in the codes of the checkpoint
 _MOST_INPUTS = 2**16  # of kernels with a scale for each output, so that sums of products of bytes stay within 32 bits
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """What the weight of a linear layer is brought into.
-
-    Attributes:
-        numbers: a type of floats; int8, of which floats are made at every call; or the layout of codes in tiles.
-        narrows: bfloat16 takes the place of float16 where only that is exact.
-    """
+    """What the weight of a linear layer is brought into."""
 
     numbers: torch.dtype | Layout
-    narrows: bool = False
+    """A type of floats; int8, of which floats are made at every call; or the layout of codes in tiles."""
+    narrows: bool = False  # bfloat16 takes the place of float16 where only that is exact
 
     def fits(self, outputs: int, inputs: int) -> bool:
-        """Whether a weight of this shape can be held so."""
         if not isinstance(self.numbers, Layout):
             return True
         return inputs % self.numbers.group == 0 if self.numbers.group else inputs <= _MOST_INPUTS
 
     def bytes_for(self, outputs: int, inputs: int) -> int:
-        """Bytes that a weight of this shape takes."""
         if isinstance(self.numbers, Layout):
             return held_bytes(self.numbers, outputs, inputs)
         scales = outputs * torch.bfloat16.itemsize if self.numbers == torch.int8 else 0
@@ -79,9 +71,7 @@ class Weights:
         dtype: what blocks compute in, which is the type of everything else: activations, KV caches, norms, experts.
         forms: of a linear layer, the first that fits it; where none does, it stays in `dtype`, or in its codes.
         as_stored: where the checkpoint has codes, these are kept, whatever `forms` would fit.
-        device: that holds them.
-        exact: whether no layer was rounded to `kind`, so that blocks compute what they would with weights in `dtype`.
-            Known once they are loaded.
+        exact: no layer was rounded to `kind`, so that blocks compute as with weights in `dtype`; known once loaded.
     """
 
     kind: str
@@ -193,7 +183,6 @@ def _of_kind(kind: str, wished: torch.dtype | None, stored: torch.dtype, device:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The name of a type as users write it."""
     return str(dtype).removeprefix("torch.")
 
 

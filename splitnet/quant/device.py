@@ -33,10 +33,8 @@ def seconds_after_work(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Measures from now to `stop` what a device takes for what this thread gives it meanwhile.
-
-    On CUDA by events, so that `stop` does not wait; elsewhere by the clock.
-    """
+    """Measures from now to `stop` what a device takes for what this thread gives it: on CUDA by events, so that `stop`
+    does not wait; elsewhere by the clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -104,9 +102,8 @@ def _events_tell(device: torch.device) -> bool:
 def end_threads() -> None:
     """Ends the threads that help this one to compute; when it computes again, it gets new ones. Others keep theirs.
 
-    libgomp, which torch brings for Linux, has threads for each one that computes, as long as that lives. Where they are
-    more than the processors, they sleep whenever they have nothing to do, and a decode step, which has work for them
-    every few microseconds, takes up to four times as long. So a thread that has computed calls this.
+    libgomp, which torch brings for Linux, has threads for each one that computes. Where they are more than the
+    processors, they sleep when they have nothing to do, and a decode step takes up to four times as long.
     """
     pause = getattr(linked_with_torch(), "omp_pause_resource_all", None)
     if pause is not None:
@@ -115,13 +112,10 @@ def end_threads() -> None:
 
 @cache
 def linked_with_torch() -> ctypes.CDLL | None:
-    """What torch itself was linked with, whatever that is called, its OpenMP too; None: such a torch does not tell."""
+    """What torch itself was linked with, its OpenMP too; None: such a torch does not tell."""
     with suppress(AttributeError, OSError):
         return ctypes.CDLL(torch._C.__file__)
     return None
-
-
-_PROVEN_BYTES = 2**20
 
 
 def put(values: Tensor, into: Tensor) -> None:
@@ -157,13 +151,10 @@ def _wait(device: torch.device) -> None:
 
 def _pinned(device: torch.device, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
     """Memory to copy to or from that device; None: it is to be done as usual."""
-    if not _pins(device):
-        return None
     try:
-        return _allocated(shape, dtype)
+        return _allocated(shape, dtype) if _pins(device) else None
     except RuntimeError as error:  # the system has no more of it
-        _warn(device, first_line(error))
-        return None
+        return _warn(device, first_line(error))
 
 
 def _allocated(shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -176,7 +167,7 @@ def _pins(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        given = torch.randint(0, 256, (_PROVEN_BYTES,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        given = torch.randint(0, 256, (2**20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         there, back = torch.empty_like(given, device=device), _allocated(given.shape, given.dtype)
         there.copy_(_allocated(given.shape, given.dtype).copy_(given), non_blocking=True)
         back.copy_(there, non_blocking=True)
@@ -191,7 +182,6 @@ def _pins(device: torch.device) -> bool:
 
 @cache
 def _warn(device: torch.device, fault: str) -> None:
-    """Once for each reason."""
     log.warning("activations are copied to and from %s in pageable memory, as pinned memory fails: %s", device, fault)
 
 
@@ -217,10 +207,10 @@ _shared = torch.empty(0, dtype=torch.uint8)  # what is left of the room for smal
 
 
 def in_large_pages(rows: int, row_bytes: int) -> Tensor:
-    """Memory `[rows, row_bytes]`, uint8, in large pages where the system has them; for weights, which stay.
+    """Memory `[rows, row_bytes]`, uint8, in large pages where the system has them. One may hold several small weights.
 
-    The processor remembers where some thousand pages are; of small ones all weights have many times more. A large page
-    holds several small weights. Raises MemoryError if the system has no more.
+    The processor remembers where some thousand pages are; of small ones all weights have many times more. Raises
+    MemoryError if the system has no more.
     """
     size = rows * row_bytes
     if not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -237,7 +227,7 @@ def in_large_pages(rows: int, row_bytes: int) -> Tensor:
 
 
 def move_to_large_pages(block: nn.Module) -> None:
-    """Moves the parameters of a block on a CPU there."""
+    """Moves the parameters of a block that are on a CPU."""
     for parameter in block.parameters():
         if parameter.device.type == "cpu":
             room = in_large_pages(1, parameter.nbytes)[0].view(parameter.dtype).view(parameter.shape)
@@ -259,11 +249,8 @@ def _mapped(size: int) -> Tensor:
 
 
 def give_back_memory() -> None:
-    """Gives the memory of objects that are not needed any more back to the system.
-
-    Blocks are parts of cycles, so they wait for the collector, which does not free what was frozen; and the C library
-    keeps freed memory for later, in pieces that the next blocks may not fit into.
-    """
+    """Gives the memory of objects that are not needed any more, as blocks in cycles, back to the system: the collector
+    does not free what was frozen, and the C library keeps pieces that the next blocks may not fit into."""
     global _shared
     with _sharing:
         _shared = _shared[:0].clone()
@@ -288,9 +275,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of `malloc.h` of glibc
 def keep_freed_memory() -> None:
     """Has the C library keep some of what a pass frees for the next one, in this whole process.
 
-    glibc gives memory at the end of a thread's heap back to the system, which hands it out again page by page: a
-    quarter of a prefill, and more. It learns from what is freed to keep more, but only up to the largest piece, where
-    a pass has many. Set is the most that it would learn, unless the environment says what to do.
+    What glibc gives back to the system, that hands out again page by page: a quarter of a prefill, and more. Set is the
+    most that glibc would learn to keep, unless the environment says what to do.
     """
     told = os.environ.get("GLIBC_TUNABLES", "")
     if "glibc.malloc" in told or "MALLOC_MMAP_THRESHOLD_" in os.environ or "MALLOC_TRIM_THRESHOLD_" in os.environ:
@@ -358,9 +344,8 @@ def guarded(model: str, start: int, end: int, block_bytes: int, device: torch.de
         raise OutOfMemory(message)
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(message) from error
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # what torch's CPU allocator says
-            raise
-        raise OutOfMemory(message) from error
+    except (RuntimeError, MemoryError) as error:
+        by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if by_type or "allocate memory" in str(error):  # what torch's CPU allocator says
+            raise OutOfMemory(message) from error
+        raise

@@ -31,7 +31,6 @@ _ROWS = 1, 33, 132
 _CHOSEN = 4
 _TIMED_CALLS = 5
 
-Given = tuple[Tensor, Tensor, Tensor]
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
@@ -62,8 +61,7 @@ class QuantizedExperts(nn.Module):
     def _product(self, name: str, rows: Tensor, experts: Tensor) -> Tensor:
         own: Any = self
         if name in self.held:
-            form: Any = self.held[name]
-            product: Any = multiply_by_expert(form, rows, experts)
+            product: Any = multiply_by_expert(own.held[name], rows, experts)
         else:  # the one of two that came in floats
             weight = getattr(self, name)
             lies = weight.transpose(1, 2) if own.is_transposed else weight
@@ -153,8 +151,8 @@ class _Product(torch.autograd.Function):
 
 @torch.inference_mode()
 def prove_grouped_product(model: nn.Module) -> None:
-    """Has the experts of a model that is on a GPU run by the family's own code where the grouped product is wrong, or
-    slower for one row and for many."""
+    """Has experts on a GPU run by the family's own code where the grouped product is wrong, or slower for one row and
+    for many."""
     experts: list[Any] = [module for module in model.modules() if _is_grouped(module)]
     if not experts:
         return
@@ -171,11 +169,11 @@ def prove_grouped_product(model: nn.Module) -> None:
             module.config._experts_implementation = _OWN
 
 
-def fault_of(experts: nn.Module) -> str | None:
+def fault_of(experts: Any) -> str | None:
     """What is wrong with the grouped product of these experts; None: nothing."""
     for count in _ROWS:
         given = _given(experts, count)
-        got, exact = experts(*given).float(), _by_the_family(experts, *given).float()
+        got, exact = experts(*given).float(), type(experts).forward.__wrapped__(experts, *given).float()
         away = (got - exact).norm(dim=1) / exact.norm(dim=1)
         if not bool((away <= TOLERANCE).all()):  # nor if it is no number
             return f"{count} rows are off by {float(away.max()):.3g} of their size"
@@ -194,11 +192,7 @@ def _is_grouped(module: Any) -> bool:
     )
 
 
-def _by_the_family(experts: Any, *given: Tensor) -> Tensor:
-    return type(experts).forward.__wrapped__(experts, *given)
-
-
-def _given(experts: Any, count: int) -> Given:
+def _given(experts: Any, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, the experts of each, and their shares; not all experts have rows."""
     weight = experts.gate_up_proj if experts.has_gate else experts.up_proj
     width = weight.shape[1 if experts.is_transposed else 2]
@@ -212,7 +206,7 @@ def _given(experts: Any, count: int) -> Given:
 def _is_faster(experts: Any, count: int) -> bool:
     given = _given(experts, count)
     device = given[0].device
-    before = milliseconds(device, partial(_by_the_family, experts, *given), _TIMED_CALLS)
+    before = milliseconds(device, partial(type(experts).forward.__wrapped__, experts, *given), _TIMED_CALLS)
     after = milliseconds(device, partial(experts, *given), _TIMED_CALLS)
     log.info("experts on %s, %d rows: %.3f ms grouped, %.3f ms one by one", device, count, after, before)
     return after < before

@@ -1,5 +1,4 @@
-"""Forms in which the weight of a linear layer may be held: floats of a narrower type, int8 and int4; and from how many
-rows on weights of any form become floats."""
+"""Forms in which the weight of a linear layer may be held: floats of a narrower type, int8 and int4."""
 
 from __future__ import annotations
 
@@ -17,9 +16,10 @@ from splitnet.quant.stored import Codes, Kind, Layout
 
 FLOATS_FROM = 64  # rows from which this is faster than splitnet's kernel for floats of 16 bits
 PLAIN_LOOPS_FROM = 24  # the same of the kernels for any CPU
-_PART = 2**20
-_WHOLE = 64
-"""Weights of a part, and what its outputs are a multiple of: mkldnn computes so many at a time."""
+_PART, _WHOLE = (
+    2**20,
+    64,
+)  # weights of a part, and what its outputs are a multiple of: mkldnn computes so many at a time
 
 
 @cache
@@ -34,11 +34,8 @@ def outputs_at_a_time(inputs: int) -> int:
 
 
 def multiply_by_parts(rows: Tensor, outputs: int, parts: Iterable[Tensor]) -> Tensor:
-    """`[rows, inputs]` -> `[rows, outputs]`, in the type of `rows`.
-
-    `parts`: of the weight, one below the other, each `[some outputs, inputs]`, in the type in which to multiply; one is
-    used before the next is asked for.
-    """
+    """`[rows, inputs]` -> `[rows, outputs]`, in the type of `rows`; the `parts` of the weight, each
+    `[some outputs, inputs]` in the type in which to multiply, are used one after the other."""
     products = rows.new_empty(len(rows), outputs)
     begin = 0
     for part in parts:
@@ -49,13 +46,10 @@ def multiply_by_parts(rows: Tensor, outputs: int, parts: Iterable[Tensor]) -> Te
 
 
 class WeightForm(nn.Module):
-    """A frozen weight `[outputs, inputs]`. Its tensors are buffers, so that they follow the model to its device.
+    """A frozen weight `[outputs, inputs]`. Its tensors are buffers, so that they follow the model to its device:
+    persistent ones, as transformers fills others anew when it has loaded a model."""
 
-    They are persistent ones: transformers fills others anew when it has loaded a model.
-    """
-
-    exact: bool = False
-    """Whether it is known to stand for exactly the values that it was made of."""
+    exact: bool = False  # whether it is known to stand for exactly the values that it was made of
 
     @property
     def alone_as_together(self) -> bool:
@@ -90,11 +84,10 @@ class WeightForm(nn.Module):
 
 
 class FloatForm(WeightForm):
-    """Numbers of a float type, `[outputs, inputs]`.
+    """Numbers of a float type, `[outputs, inputs]`; `exact`: no value was rounded.
 
-    On CPUs for which there are kernels, few rows are multiplied with 16 bits as they are, and summed in float32. Else
-    the weight is converted at every call: correct on every device, fast on none.
-    `exact`: no value was rounded.
+    Kernels for CPUs multiply few rows with 16 bits as they are, and sum in float32. Else the weight is converted at
+    every call: correct on every device, fast on none.
     """
 
     def __init__(self, weight: Tensor, *, exact: bool = False) -> None:
@@ -137,8 +130,11 @@ class FloatForm(WeightForm):
         return _as(self.weight, dtype)
 
     def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        outputs = outputs_at_a_time(self.weight.shape[1]) if self.weight.device.type == "cpu" else len(self.weight)
-        return (_as(part, dtype) for part in self.weight.split(outputs))
+        return (_as(part, dtype) for part in _split(self.weight))
+
+
+def _split(weight: Tensor) -> tuple[Tensor, ...]:
+    return weight.split(outputs_at_a_time(weight.shape[1]) if weight.device.type == "cpu" else len(weight))
 
 
 def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,9 +143,7 @@ def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.float().to(dtype) if halves else weight.to(dtype)
 
 
-GROUP = 32
-"""Inputs of int4 that share a scale and a zero. Larger groups would take a little less memory and lose more."""
-
+GROUP = 32  # inputs of int4 that share a scale and a zero; larger groups would take a little less memory and lose more
 _MIDDLE, _LARGEST_INT4, _LARGEST_INT8 = 8, 15, 127
 _SCALE = torch.bfloat16
 
@@ -188,9 +182,10 @@ class ScaledForm(WeightForm):
         return self.codes.to(dtype).mul_(self.scales.to(dtype)[:, None])
 
     def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        outputs = outputs_at_a_time(self.codes.shape[1]) if self.codes.device.type == "cpu" else len(self.codes)
-        for codes, scales in zip(self.codes.split(outputs), self.scales.split(outputs), strict=True):
-            yield codes.to(dtype).mul_(scales.to(dtype)[:, None])
+        begin = 0
+        for codes in _split(self.codes):
+            yield codes.to(dtype).mul_(self.scales[begin : begin + len(codes)].to(dtype)[:, None])
+            begin += len(codes)
 
 
 def integer_codes(weight: Tensor, layout: Layout) -> Codes | None:

@@ -29,11 +29,8 @@ TOLERANCE = 0.01
 """Of products, relative to their size: rows, scales and sums are rounded to bfloat16, each by 2^-9 at most. A wrong
 order of weights is off by about 1."""
 
-INT4_MANY = 64
-"""Rows from which int4 is made floats and multiplied as such: torch's kernel reads the weight again for every 16."""
-
-_PROOF_ROWS = 33
-_TIMED_CALLS = 10
+INT4_MANY = 64  # rows from which int4 is made floats: torch's kernel reads the weight again for every 16
+_PROOF_ROWS, _TIMED_CALLS = 33, 10
 _GROUPS = (256, 128, 64, 32)  # inputs that may share a scale in torch's kernels for int4
 _BLOCKS = ((8, 128), (8, 64), (8, 32), (16, 128), (16, 64), (16, 32), (1, 16), (64, 1), (32, 1), (16, 1))
 """Outputs and inputs of the blocks in which kernels may order int4: CUDA's, ROCm's, MPS's, those of CPUs."""
@@ -60,11 +57,8 @@ class DeviceInt4(WeightForm):
 
     @classmethod
     def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
-        """Ways to hold a weight, of which one may be right, the likeliest first; none, if it is for other weights.
-
-        `dtype`: that blocks compute in. Raises RuntimeError if torch has no such kernel for this device, these sizes or
-        this type.
-        """
+        """Ways to hold a weight for blocks that compute in `dtype`, the likeliest first; none, if it is for other
+        weights. Raises RuntimeError if torch has no such kernel for this device, these sizes or this type."""
         device = codes.codes.device
         outputs, inputs = codes.codes.shape
         group = layout.group or next((size for size in _GROUPS if inputs % size == 0), 0)
@@ -222,12 +216,10 @@ FORMS: tuple[type[DeviceInt4 | DeviceInt8 | DeviceFp8], ...] = (DeviceInt4, Devi
 def use_device_kernels(model: nn.Module, dtype: torch.dtype) -> None:
     """Has linear layers of a model on a GPU, which computes in `dtype`, multiply by its kernels where that is proven
     and pays."""
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     holders = [module.held for module in model.modules() if isinstance(getattr(module, "held", None), WeightForm)]
     counts = {id(held): sum(other is held for other in holders) for held in holders}
-    for layer in layers:
-        held = layer.held
-        if counts[id(held)] == 1 and _on_gpu(layer):
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear) and counts[id(held := layer.held)] == 1 and _on_gpu(layer):
             made = device_form(held, dtype)
             if made is not None and _is_faster(made, held, layer.in_features, layer.parameter_like.device, dtype):
                 layer.held = made
@@ -303,5 +295,4 @@ def _ms(form: WeightForm, row: Tensor) -> float:
 
 @cache
 def _warn(kind: str, device: torch.device, fault: str) -> None:
-    """Once for each reason."""
     log.warning("%s on %s is made anew at every call, as torch's kernel cannot be used: %s", kind, device, fault)

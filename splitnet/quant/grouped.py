@@ -35,10 +35,7 @@ _INT8_FROM, _INTEGERS_FROM, _OTHERS_FROM = 32, 48, 24
 VNNI, where these multiply bfloat16 faster than float32. Others gain nothing."""
 
 _PIECE = 2**20  # weights that are brought into tiles at a time
-GATHERED_ROWS = 8
-"""Up to so many rows of experts, as a position of most families has them, devices other than CPUs make a weight anew
-for each row, whether or not some have experts in common."""
-
+GATHERED_ROWS = 8  # up to so many rows of experts, devices other than CPUs make a weight anew for each
 _LARGE_PIECE = 2**24  # weights that are made floats at a time on devices other than CPUs
 
 
@@ -46,7 +43,6 @@ class BlockQuantWeight(WeightForm):
     """Codes in tiles.
 
     Args:
-        order: how they lie.
         outputs: how many there are; the last tile is filled up.
         tiles: `[tiles, order.tile_bytes]`, uint8.
         rounds_rows: many rows are rounded to bfloat16 where the CPU multiplies that faster, whatever type they have:
@@ -73,8 +69,12 @@ class BlockQuantWeight(WeightForm):
         return self.order.has_fast_kernel and self.tiles.device.type == "cpu" and kernels_here() is Kernels.FAST
 
     @property
-    def alone_as_together(self) -> bool:
-        return self._has_kernel  # of fewer rows than `PLAIN_LOOPS_FROM`
+    def alone_as_together(self) -> bool:  # of fewer rows than `PLAIN_LOOPS_FROM`
+        return self._has_kernel
+
+    @property
+    def _has_kernel(self) -> bool:
+        return kernels_here() is not Kernels.NONE and self.tiles.device.type == "cpu"
 
     def many_from(self, dtype: torch.dtype) -> int:
         """From so many rows of a type on `multiply_many` is faster than a kernel."""
@@ -84,10 +84,6 @@ class BlockQuantWeight(WeightForm):
             return sys.maxsize
         return _INT8_FROM if self._rounds_rows else _INTEGERS_FROM if self.order.for_integers else _OTHERS_FROM
 
-    @property
-    def _has_kernel(self) -> bool:
-        return kernels_here() is not Kernels.NONE and self.tiles.device.type == "cpu"
-
     def multiply(self, rows: Tensor) -> Tensor:
         products = rows.new_empty(len(rows), self.outputs)
         self.multiply_into(products, rows)
@@ -96,12 +92,10 @@ class BlockQuantWeight(WeightForm):
     def multiply_into(self, products: Tensor, rows: Tensor, experts: Tensor | None = None, held: int = 0) -> None:
         """Sets `products`, `[rows, outputs]`, which may be columns of a wider tensor, in the type of the rows.
 
-        Args:
-            experts: of each row, int64, where the tiles are those of `held` experts.
-
-        Raises IndexError if there is no such expert.
+        `experts`: of each row, int64, where the tiles are those of `held` experts. Raises IndexError if there is no
+        such expert.
         """
-        # Rows of experts are counted by who has sorted them.
+        # The caller that sorts rows by expert has counted them.
         by_kernel = len(rows) < self.many_from(rows.dtype) or (experts is not None and self.has_fast_kernel)
         if self._has_kernel and by_kernel:
             given = rows.float()
@@ -134,10 +128,7 @@ class BlockQuantWeight(WeightForm):
             begin += count
 
     def multiply_many(self, rows: Tensor, expert: int = 0) -> Tensor:
-        """`multiply` by making the weight anew, that of an expert where the tiles are those of several.
-
-        No row is rounded to less than it has, but those of integers with a scale for each output.
-        """
+        """`multiply` by making the weight anew, that of an expert where the tiles are those of several."""
         if self._rounds_rows and self._has_kernel:
             # Codes are exact in bfloat16, numbers would not be.
             parts = self.pieces(type_for_many(), expert, self.order.described(self.outputs, scaled=False))
@@ -196,12 +187,8 @@ class BlockQuantWeight(WeightForm):
 
 
 class JoinedForm(WeightForm):
-    """One weight, or those of many experts, each `[outputs, inputs]`, in parts of different layouts.
-
-    Args:
-        parts: of the outputs, one below the other: with `experts` times as many tiles as those of one weight.
-        experts: how many there are.
-    """
+    """One weight, or those of many experts, each `[outputs, inputs]`, in parts of different layouts: one below the
+    other, with `experts` times as many tiles as those of one weight."""
 
     def __init__(self, parts: Sequence[BlockQuantWeight], experts: int = 1) -> None:
         super().__init__()
@@ -218,13 +205,10 @@ class JoinedForm(WeightForm):
         return min(EXPERTS_FROM, max(part.many_from(dtype) for part in self.parts))
 
     def multiply(self, rows: Tensor, experts: Tensor | None = None) -> Tensor:
-        """Each row times the weight of its own expert. Rows of an expert that follow each other read it once.
+        """`[n, inputs]` -> `[n, outputs]`, in the type of `rows`: each row times the weight of its own expert.
 
-        Args:
-            rows: `[n, inputs]`.
-            experts: `[n]`, int64; None: there is one weight.
-
-        Returns `[n, outputs]`, in the type of `rows`. Raises IndexError if there is no such expert.
+        Rows of an expert that follow each other read it once. `experts`: `[n]`, int64; None: there is one weight.
+        Raises IndexError if there is no such expert.
         """
         products = rows.new_empty(len(rows), self.outputs)
         for part, columns in self._places():

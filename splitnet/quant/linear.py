@@ -29,11 +29,10 @@ class QuantizedLinear(nn.Module):
 
     So a model of such layers is never held as a whole in floats while it is loaded. Gradients flow to its input, for
     which a backward pass makes floats of the weight, piece by piece where the form can.
+
     Args:
-        in_features, out_features: its numbers of inputs and outputs.
         form: what its weight is brought into; None: that is held already.
         transposed: the weight is set as `[inputs, outputs]`.
-        bias: whether it has one.
         dtype: of the bias.
         codes_on: the device for which a weight that comes in codes is held as it is; None: it is converted, too.
     """
@@ -106,11 +105,11 @@ class QuantizedLinear(nn.Module):
         self.held = held
         shape = self.weight.shape
         del self.weight
-        # For those who only look: some families' code for new weights, which must take this one for filled.
+        # For code that only looks at it, as that of some families for new weights, which must take this one for filled.
         absent: Any = torch.empty(shape, dtype=self._dtype, device="meta")
         absent._is_hf_initialized = True
         self.__dict__["weight"] = absent
-        # And what says to those who ask a model for the device and the type of its parameters.
+        # It tells the device and the type of the model's parameters.
         self.parameter_like = nn.Parameter(torch.empty(0, dtype=self._dtype, device=device), requires_grad=False)
 
 
@@ -131,10 +130,8 @@ class _Product(torch.autograd.Function):
 def holdable_layers(
     block: nn.Module, weights: Weights
 ) -> Iterator[tuple[str, nn.Module, int, int, WeightFormat | None]]:
-    """The linear layers of a block that may hold their weight in another form: path, layer, outputs, inputs, form.
-
-    Others are routers, and layers that share their weight.
-    """
+    """The linear layers of a block that may hold their weight in another form, so no routers and none that share it:
+    path, layer, outputs, inputs, form."""
     shared = Counter(id(parameter) for _, parameter in block.named_parameters(remove_duplicate=False))
     for path, layer in block.named_modules():
         sizes = sizes_of(layer)

@@ -32,13 +32,10 @@ from splitnet.errors import KernelsError
 from splitnet.paths import KnownFigures, cache_folder
 from splitnet.quant.device import linked_with_torch
 
-PATH_VARIABLE = "SPLITNET_KERNELS"
-"""Names the path that is to be used, the prefetch, or both: `avx2`, `nta+4096`, `avx2,none`."""
-
+PATH_VARIABLE = "SPLITNET_KERNELS"  # names the path to use, the prefetch, or both: `avx2`, `nta+4096`, `avx2,none`
 PLAIN_PATH = "plain"  # loops for any CPU
 _FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # names of the kernels
-_POOL = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-"""Of an OpenMP, as `Pool` in `native/threads.h`."""
+_POOL = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")  # of an OpenMP, as `Pool` in `native/threads.h`
 
 
 def _load() -> tuple[Any, str]:
@@ -69,8 +66,7 @@ def use_path(name: str) -> None:
     """
     if _kernels is None:
         raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {why_none}: leave it out")
-    paths = dict(_kernels.paths())
-    here = ", ".join(path for path, is_here in paths.items() if is_here)
+    paths, here = dict(_kernels.paths()), ", ".join(paths_here())
     if name not in paths:
         raise KernelsError(f"{PATH_VARIABLE} names {name!r}, and there are no such kernels: use one of {here}")
     if not paths[name]:
@@ -83,15 +79,10 @@ _HINTS = ("none", "t0", "t1", "nta")  # in the order of `enum hint` in `native/p
 
 @dataclass(frozen=True)
 class Prefetch:
-    """How kernels ask for weights before they read them.
+    """How kernels ask for weights before they read them."""
 
-    Attributes:
-        hint: one of "none", "t0" (into the first cache), "t1" (into the second), "nta" (into the first, not to stay).
-        ahead: bytes, where weights lie in the order in which they are read.
-    """
-
-    hint: str
-    ahead: int = 8192
+    hint: str  # "none", "t0" (into the first cache), "t1" (into the second), "nta" (into the first, not to stay)
+    ahead: int = 8192  # bytes, where weights lie in the order in which they are read
 
     def __str__(self) -> str:
         return self.hint if self.hint == "none" else f"{self.hint}+{self.ahead}"
@@ -100,8 +91,7 @@ class Prefetch:
 PREFETCHES = (Prefetch("t1"), Prefetch("t0"), Prefetch("nta"), Prefetch("t1", 2048), Prefetch("none"))
 """Are tried. The first is taken unless another is faster by more than chance."""
 
-_FASTER, _UNDISTURBED = 0.95, 0.9
-_ROUNDS = 3
+_FASTER, _UNDISTURBED, _ROUNDS = 0.95, 0.9, 3
 _TRIED_BYTES = 48 * 2**20  # more than the second cache holds, and than most of the third
 _PIECE_BYTES = 3 * 2**20
 _TRIED_INPUTS = 2048
@@ -110,19 +100,14 @@ _choosing = threading.RLock()
 
 
 def use_prefetch(prefetch: Prefetch) -> None:
-    """Prefetches so from now on."""
     global _prefetch
     _prefetch = prefetch
     _kernels.prefetch(_HINTS.index(prefetch.hint), prefetch.ahead)
 
 
 def prefetch_in_use() -> Prefetch | None:
-    """How weights are prefetched: as `SPLITNET_KERNELS` says, as was measured on this machine before, or as is measured
-    now, in some 0.2 s. None: the kernels were not compiled, or only plain loops are used.
-
-    The choice is kept once two undisturbed measurements in a row agree: beside other programs another prefetch may be
-    the fastest.
-    """
+    """How weights are prefetched: as `SPLITNET_KERNELS` says, or as is measured, in some 0.2 s, until two undisturbed
+    measurements on this machine agree. None: the kernels were not compiled, or only plain loops are used."""
     if kernels_here() is not Kernels.FAST:
         return None
     with _choosing:
@@ -184,7 +169,6 @@ def time_prefetches(prefetches: Sequence[Prefetch]) -> dict[Prefetch, float]:
 
 
 def processor() -> str:
-    """The name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -214,25 +198,19 @@ def have_threads() -> bool:
 
 
 class Kernels(Enum):
-    """What there is of them."""
-
     FAST = "compiled for CPUs such as this one"
     PLAIN = "compiled, but not for this CPU"
     NONE = "not compiled, or not loaded"
 
 
 def kernels_here() -> Kernels:
-    """What there is of them on this machine."""
     if _kernels is None:
         return Kernels.NONE
     return Kernels.PLAIN if path_in_use() == PLAIN_PATH else Kernels.FAST
 
 
 def has_integer_kernels() -> bool:
-    """Whether there are compiled kernels for integers, and nothing faster for this CPU.
-
-    On x86 torch's are faster than plain loops; elsewhere torch has none.
-    """
+    """Whether there are compiled kernels for integers. On x86 torch's are faster than plain loops."""
     kernels = kernels_here()
     return kernels is Kernels.FAST or (kernels is Kernels.PLAIN and platform.machine() not in ("x86_64", "AMD64"))
 
@@ -297,13 +275,10 @@ def dequantise_grouped(description: Tensor, tiles: Tensor, floats: Tensor, indic
 def convert_grouped(description: Tensor, tiles: Tensor, numbers: Tensor) -> None:
     """Sets `numbers`, `[some outputs, inputs]`, to the values of the first outputs of weights in tiles.
 
-    Args:
-        description: as `multiply_grouped` takes it.
-        numbers: float32; or bfloat16 where there is a fast kernel for the weights and the CPU `multiplies_bfloat16`.
+    `numbers`: float32; or bfloat16 where there is a fast kernel for the weights and the CPU `multiplies_bfloat16`.
     """
-    halves = numbers.dtype == torch.bfloat16
     places = (description.data_ptr(), tiles.data_ptr(), len(numbers), numbers.data_ptr())
-    _kernels.converted(*places, halves, torch.get_num_threads())
+    _kernels.converted(*places, numbers.dtype == torch.bfloat16, torch.get_num_threads())
 
 
 def has_kernel_for(weight: Tensor) -> bool:

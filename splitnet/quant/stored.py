@@ -27,14 +27,10 @@ class Kind(Enum):
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
-    E8M0 = "e8m0"
-    """uint8: 2^(byte - 127), of the OCP Microscaling Formats specification 1.0, section 5.4.1."""
-    STEPS = "steps"
-    """An integer of 8 bits, times a float16 number for every `STEPS_GROUP` inputs, as in the k-quants of GGML."""
-    CODES = "codes"
-    """Only of zeros: the code, uint8, that stands for zero, as in GPTQ and AWQ."""
-    NONE = "none"
-    """Only of zeros."""
+    E8M0 = "e8m0"  # uint8: 2^(byte - 127), of the OCP Microscaling Formats specification 1.0, section 5.4.1
+    STEPS = "steps"  # an integer of 8 bits, times a float16 number for every `STEPS_GROUP` inputs, as in GGML
+    CODES = "codes"  # only of zeros: the code, uint8, that stands for zero, as in GPTQ and AWQ
+    NONE = "none"  # only of zeros
 
 
 @dataclass(frozen=True)
@@ -119,19 +115,15 @@ class Codes:
     @staticmethod
     def joined(parts: Sequence[Codes]) -> Codes:
         """Those of weights of the same layout, one below the other."""
-        tensors = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
-        whole: dict[str, Any] = {
-            name: None if given[0] is None else torch.cat(given) for name, given in tensors.items()
-        }
+        given: Any = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
+        whole: Any = {name: None if some[0] is None else torch.cat(some) for name, some in given.items()}
         return Codes(**whole)
 
     def floats(self, layout: Layout) -> Tensor:
         """`[outputs, inputs]`, float32: what they stand for."""
         inputs = self.codes.shape[1]
-        if layout.table:
-            values = TABLES[layout.table].to(self.codes.device)[self.codes.long()]
-        else:
-            values = self.codes.float() - layout.offset
+        table = TABLES[layout.table].to(self.codes.device) if layout.table else None
+        values = self.codes.float() - layout.offset if table is None else table[self.codes.long()]
         group = layout.group or inputs
         scales = spread(number_of(layout.scale, self.scales, self.scale_units, group), group, inputs)
         if self.zeros is None:
@@ -153,11 +145,8 @@ def number_of(kind: Kind, stored: Tensor, units: Tensor | None, group: int) -> T
 
 
 def spread(values: Tensor, length: int, count: int, dim: int = 1) -> Tensor:
-    """Each value `length` times along a dimension, `count` in all; the last may stand fewer times.
-
-    A length comes from files. What it takes is bounded by `count`, which is that of numbers that are there. Raises
-    UnsupportedModel if that takes another number of values.
-    """
+    """Each value `length` times along a dimension, `count` in all (a bound for lengths, which come from files); the
+    last may stand fewer times. Raises UnsupportedModel if that takes another number of values."""
     length = max(1, min(length, count))
     if values.shape[dim] != -(-count // length):
         raise UnsupportedModel(
@@ -208,19 +197,13 @@ class StoredMatrix:
 
         def read() -> Codes:
             found = self.read()
-            scales, zeros = found.scales, found.zeros
-            scale_units, zero_units = found.scale_units, found.zero_units
+            scales, zeros, *both_units = found.scales, found.zeros, found.scale_units, found.zero_units
             if layout != self.layout:
-                scales = number_of(self.layout.scale, scales, scale_units, group)
-                zeros = None if zeros is None else number_of(self.layout.zero, zeros, zero_units, group)
-                scale_units = zero_units = None
-            return Codes(
-                found.codes[:, inputs],
-                scales[:, order],
-                None if zeros is None else zeros[:, order],
-                None if scale_units is None else scale_units[:, units],
-                None if zero_units is None else zero_units[:, units],
-            )
+                scales = number_of(self.layout.scale, scales, found.scale_units, group)
+                zeros = None if zeros is None else number_of(self.layout.zero, zeros, found.zero_units, group)
+                both_units = [None, None]
+            ordered = [None if some is None else some[:, units] for some in both_units]
+            return Codes(found.codes[:, inputs], scales[:, order], None if zeros is None else zeros[:, order], *ordered)
 
         return StoredMatrix(layout, (self.shape[0], len(inputs)), read)
 
@@ -230,8 +213,7 @@ class StoredMatrix:
 
 
 class Experts(Sequence[tuple[StoredMatrix, ...]]):
-    """The matrices of each of `count` experts, made by `make` of its number when they are asked for: a file may say
-    that it has any number of them."""
+    """The matrices of each expert, made of its number when asked for: a file may say that it has any number of them."""
 
     def __init__(self, count: int, make: Callable[[int], Iterable[StoredMatrix]]) -> None:
         self._range, self._make = range(count), make
@@ -334,9 +316,8 @@ def _same(tensor: PackedTensor, **options: Any) -> PackedTensor | None:
 
 def _converted(tensor: PackedTensor, *, dtype: torch.dtype | None = None, **options: Any) -> PackedTensor | None:
     device = options.get("device")
-    if device is not None and torch.device(device).type != "cpu":
-        return None
-    if dtype is not None and not dtype.is_floating_point:
+    elsewhere = device is not None and torch.device(device).type != "cpu"
+    if elsewhere or (dtype is not None and not dtype.is_floating_point):
         return None
     return tensor._like(tensor.experts, dtype=dtype or tensor.dtype)
 
@@ -483,16 +464,10 @@ _KEEP: dict[Any, Callable[..., Any]] = {
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
-    """Codes that stand one after the other in each row of int32 words, lowest bits first; a code may span two words.
+    """Codes that stand one after the other in each row of int32 words, lowest bits first; a code may span two words:
+    `[rows, words]`, int32 -> `[rows, count]`, uint8. Behind `count` codes of 1 to 8 bits there is padding.
 
     This is how compressed-tensors (`compressors/pack_quantized/helpers.py`) and GPTQ pack.
-
-    Args:
-        words: `[rows, words]`, int32.
-        bits: 1 to 8.
-        count: codes in a row; the rest is padding.
-
-    Returns `[rows, count]`, uint8.
     """
     stored = words.contiguous().view(torch.uint8)  # little endian: the lowest bits are in the first byte
     if bits == 8:

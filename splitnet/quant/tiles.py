@@ -23,8 +23,7 @@ from splitnet.quant.stored import STEPS_GROUP, TABLES, Codes, Kind, Layout
 
 TILE = 16  # outputs that are stored together
 CHUNK = 32  # inputs whose codes are stored together
-_VECTORS = 8  # of a chunk, with `_RUN` inputs of each output of a tile
-_RUN = 4
+_VECTORS, _RUN = 8, 4  # of a chunk, with so many inputs of each output of a tile
 _PANEL = 512  # inputs of a panel, at least; the least multiple of the layout's groups
 _LINE = 64
 _PIECES = {
@@ -39,7 +38,6 @@ _PIECES = {
 
 _TYPES = {Kind.FLOAT16: torch.float16, Kind.BFLOAT16: torch.bfloat16, Kind.FLOAT32: torch.float32}
 _TYPES |= {Kind.E8M0: torch.uint8, Kind.CODES: torch.uint8}
-_FLOAT8 = ("e4m3", "e5m2")
 _NUMBERS = {Kind.FLOAT16: 0, Kind.BFLOAT16: 1, Kind.FLOAT32: 2, Kind.E8M0: 3, Kind.CODES: 8, Kind.NONE: 9}
 _STEPS, _UNSIGNED_STEPS, _LOWER_STEPS, _UPPER_STEPS, _ONES = 4, 5, 6, 7, 10
 """`enum number` in `native/grouped.h`."""
@@ -49,20 +47,14 @@ _PLAIN, _TABLE, _FLOAT_TABLE, _E4M3, _E5M2, _ANY = range(6)  # `enum code`
 
 @dataclass(frozen=True)
 class TileLayout:
-    """How the tiles of a weight lie.
-
-    Attributes:
-        scale_type, zero_type: of what is stored for each group.
-        nibbles: the steps of scales and zeros share a byte, the scale's in its lower half.
-        finite: whether all codes stand for numbers, without which e4m3 is multiplied by plain loops.
-    """
+    """How the tiles of a weight lie."""
 
     layout: Layout
     inputs: int
-    scale_type: torch.dtype
+    scale_type: torch.dtype  # of what is stored for each group
     zero_type: torch.dtype | None
-    nibbles: bool
-    finite: bool = True
+    nibbles: bool  # the steps of scales and zeros share a byte, the scale's in its lower half
+    finite: bool = True  # all codes stand for numbers, without which e4m3 is multiplied by plain loops
 
     @classmethod
     def of(cls, layout: Layout, inputs: int, codes: Codes | None = None) -> TileLayout:
@@ -96,8 +88,7 @@ class TileLayout:
         return cls(layout, inputs, types[0], types[1], nibbles)
 
     @cached_property
-    def panel(self) -> int:
-        """Inputs of a panel."""
+    def panel(self) -> int:  # in inputs
         if not self.layout.group:
             return -(-self.inputs // CHUNK) * CHUNK
         unit = lcm(self.layout.group, CHUNK, STEPS_GROUP if Kind.STEPS in (self.layout.scale, self.layout.zero) else 1)
@@ -128,11 +119,9 @@ class TileLayout:
 
     @property
     def _code(self) -> int:
-        if self.layout.table and self.layout.zero is not Kind.NONE and _table_code(self.layout.table)[0] > _TABLE:
-            return _ANY
-        if self.layout.group == 8 or not self.finite:
-            return _ANY
-        return _table_code(self.layout.table)[0] if self.layout.table else _PLAIN
+        code = _table_code(self.layout.table)[0] if self.layout.table else _PLAIN
+        floats_with_zeros = code > _TABLE and self.layout.zero is not Kind.NONE
+        return _ANY if floats_with_zeros or self.layout.group == 8 or not self.finite else code
 
     def described(self, outputs: int, *, scaled: bool = True) -> Tensor:
         """A weight of so many outputs, int64, as `Grouped` in `native/grouped.h`; not `scaled`: with scales of 1."""
@@ -236,11 +225,10 @@ class TileLayout:
         chunks = -(-inputs // CHUNK)
         bits = self.layout.bits
         stored = stored.view(tiles, count, chunks, bits, _LINE)
+        vectors = stored
         if bits < 8:
             shifts = torch.arange(0, 9 - bits, bits, dtype=torch.uint8, device=panels.device)[:, None]
             vectors = (stored[..., None, :] >> shifts & (1 << bits) - 1).flatten(3, 4)
-        else:
-            vectors = stored
         if _PIECES[bits]:
             rest = torch.zeros_like(stored[..., : len(_PIECES[bits]), :])
             for vector, pieces in enumerate(_PIECES[bits]):
@@ -260,7 +248,6 @@ class TileLayout:
 
 @cache
 def _values(layout: Layout) -> Tensor:
-    """What each code stands for."""
     return TABLES[layout.table] if layout.table else torch.arange(1 << layout.bits).float() - layout.offset
 
 
@@ -287,8 +274,8 @@ def _words(table: str) -> tuple[Tensor, float]:
 
 def _table_code(table: str) -> tuple[int, float, int]:
     """The `enum code` of a table, the factor that goes with it and the address of its bytes."""
-    if table in _FLOAT8:
-        return (_E4M3, 256.0, 0) if table == "e4m3" else (_E5M2, 1.0, 0)
+    if table in (known := {"e4m3": (_E4M3, 256.0, 0), "e5m2": (_E5M2, 1.0, 0)}):
+        return known[table]
     found = _bytes(table)
     return (_FLOAT_TABLE, 1.0, 0) if found is None else (_TABLE, found[1], found[0].data_ptr())
 
