@@ -33,13 +33,9 @@ STOP_TIMEOUT_S = 15.0
 
 
 class LocalSwarm:
-    """`count` daemons that share the blocks of a checkpoint evenly; all are stopped on leaving.
+    """`count` daemons that share the blocks of a checkpoint (hub id or folder) evenly; all are stopped on leaving.
 
-    Args:
-        checkpoint: hub id or folder.
-        count: how many daemons.
-        options: more options for each, as on the command line.
-        join: address of a swarm to join; empty starts a new one.
+    Each has these `options` of the command line. They join the swarm at an address; empty: a new one starts.
     """
 
     def __init__(self, checkpoint: str, count: int, options: tuple[str, ...] = ONE_THREAD, join: str = "") -> None:
@@ -82,7 +78,6 @@ class LocalSwarm:
                 self._await_address(index)
 
     def log(self, index: int) -> str:
-        """What a daemon has said."""
         return self._file("log", index).read_text(encoding="utf-8", errors="replace")
 
     def _start(self, index: int) -> subprocess.Popen[bytes]:

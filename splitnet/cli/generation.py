@@ -36,7 +36,6 @@ class Sampling:
     seed: int | None
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for `generate()`."""
         limits = {"max_new_tokens": self.max_new_tokens}
         if not self.temperature:
             return {**limits, "do_sample": False, "temperature": None, "top_p": None}
@@ -57,12 +56,7 @@ class Client:
     def connect(cls, connection: Connection, adapter: Path | None = None, speculate: str | None = None) -> Client:
         """Loads the local part of the model and joins the swarm.
 
-        Args:
-            adapter: folder of an adapter in PEFT's format.
-            speculate: "prompt-lookup", or hub id or folder of a draft model.
-
-        Raises AdapterError if there is no adapter for this model in the folder, ModelNotFound if there is no such draft
-        model.
+        Raises AdapterError if the folder holds no adapter of PEFT for this model; and as `drafts_of`.
         """
         checkpoint = connection.checkpoint()
         drafts = drafts_of(speculate, connection)
@@ -124,10 +118,7 @@ class Client:
 
 
 def drafts_of(speculate: str | None, connection: Connection) -> Any:
-    """What `RemoteCausalLM.generate` takes: a name stays, a hub id or folder becomes a model that runs here.
-
-    Raises ModelNotFound if there is no such model.
-    """
+    """What `generate` takes: a name stays, a hub id or folder becomes a model here, or ModelNotFound is raised."""
     if speculate is None or speculate == PROMPT_LOOKUP:
         return speculate
     from splitnet.blocks.backbone import load_whole

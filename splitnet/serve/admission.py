@@ -65,12 +65,8 @@ def client_at(address: str) -> Client:
 class Admission:
     """Lets requests in. A free place goes to the client that has fewest of them, for its weight, then in turns.
 
-    When too many wait, the newest request of the client with most of them is refused.
-
-    Args:
-        at_a_time: requests that run.
-        waiting: requests that may wait.
-        spare: places that no client takes alone, for others that come later.
+    When more than `waiting` wait, the newest request of the client with most of them is refused. Of the places
+    `at_a_time`, no client takes those alone that are `spare`, for others that come later.
     """
 
     def __init__(self, at_a_time: int, waiting: int, *, spare: int = 0) -> None:

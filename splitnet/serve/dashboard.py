@@ -77,9 +77,8 @@ class Presence:
     def look(self, records: Sequence[PeerRecord], working: Collection[str] = ()) -> list[Seen]:
         """What is known now of the peers of these records; asks them again, and does not wait for answers.
 
-        Args:
-            working: keys of peers on routes of answers that are under way. Their sessions watch them and replace them,
-                so none of them is gone because it answers late.
+        The peers with the keys `working` are on routes of answers that are under way. Their sessions watch them and
+        replace them, so none of them is gone because it answers late.
         """
         now = self._clock()
         if now - self._looked_at > PAUSE_S:
@@ -324,12 +323,10 @@ def dashboard_router(dashboard: Dashboard) -> APIRouter:
 
     @router.get("/")
     async def page() -> Response:
-        """The page."""
         return await part_of_page("dashboard.html")
 
     @router.get("/page/{name}")
     async def part_of_page(name: str) -> Response:
-        """What it is made of."""
         media_type = MEDIA_TYPES.get(name[name.rfind(".") :])
         if name not in files or media_type is None:
             raise HTTPException(404)
@@ -337,7 +334,6 @@ def dashboard_router(dashboard: Dashboard) -> APIRouter:
 
     @router.get("/dashboard/events")
     async def stream(request: Request) -> Response:
-        """What it shows."""
         events = dashboard.stream(client_of(request))
         return EventStream(events, events)
 

@@ -34,24 +34,16 @@ def retry_after(seconds: int) -> dict[str, str]:
 
 
 class ApiError(SplitnetError):
-    """An error with the status and the code that a client is told.
-
-    Args:
-        status: of HTTP.
-        message: one sentence that says what is wrong and how to fix it.
-        param: the parameter that is wrong.
-        code: by which a program can tell errors apart.
-        headers: of the response; those of a 429 or 503 say when to come again if not given.
-    """
+    """An error with the status and the code that a client is told."""
 
     def __init__(
         self,
-        status: int,
-        message: str,
+        status: int,  # of HTTP
+        message: str,  # one sentence that says what is wrong and how to fix it
         *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
+        param: str | None = None,  # the parameter that is wrong
+        code: str | None = None,  # by which a program can tell errors apart
+        headers: dict[str, str] | None = None,  # those of a 429 or 503 say when to come again if not given
     ) -> None:
         super().__init__(message)
         self.status = status

@@ -36,25 +36,16 @@ class Piece:
 
 
 class Choice:
-    """Takes the tokens of one answer, and counts them.
-
-    Args:
-        index: which answer of the request.
-        decode: the text of a list of tokens.
-        max_tokens: after which it ends.
-        end_tokens: with which it ends; they are not text.
-        stop_strings: before which it ends.
-        prompt: the tokens whose text it goes on from; empty: it stands alone.
-    """
+    """Takes the tokens of one answer, and counts them."""
 
     def __init__(
         self,
-        index: int,
+        index: int,  # which answer of the request
         decode: Callable[[list[int]], str],
-        max_tokens: int,
-        end_tokens: Collection[int],
-        stop_strings: Sequence[str],
-        prompt: Sequence[int] = (),
+        max_tokens: int,  # after which it ends
+        end_tokens: Collection[int],  # with which it ends; they are not text
+        stop_strings: Sequence[str],  # before which it ends
+        prompt: Sequence[int] = (),  # the tokens whose text it goes on from; empty: it stands alone
     ) -> None:
         self.index = index
         self.tokens = 0
@@ -134,27 +125,18 @@ Listener = Callable[[Event], object]
 
 
 class Generations:
-    """Runs requests on a model with remote blocks, `at_a_time`.
-
-    Args:
-        model: of its generation config only the tokens that end an answer are left.
-        decode: the text of a list of tokens.
-        limits: how many sessions are kept for the next turns of chats.
-        speculate: where drafts come from, see `RemoteCausalLM.generate`; None: there are none.
-
-    Attributes:
-        watch_session: for a cache, what notes the news of its session at each call.
-    """
+    """Runs requests on a model with remote blocks, `at_a_time`."""
 
     def __init__(
         self,
-        model: RemoteCausalLM,
+        model: RemoteCausalLM,  # of its generation config only the tokens that end an answer are left
         decode: Callable[[list[int]], str],
         at_a_time: int,
         limits: KeepLimits,
-        speculate: Any = None,
+        speculate: Any = None,  # where drafts come from, see `RemoteCausalLM.generate`; None: there are none
     ) -> None:
         self.speculate = speculate
+        # For a cache, what notes the news of its session at each call.
         self.watch_session: Callable[[RemoteCache], Callable[[], None]] = lambda cache: lambda: None
         self.model = model
         self.decode = decode

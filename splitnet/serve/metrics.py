@@ -239,7 +239,6 @@ def instrument(
 
     @app.get("/metrics", include_in_schema=False)
     def tell(request: Request) -> Response:
-        """The metrics, as Prometheus reads them."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(metrics.registry), media_type=content_type)  # pyright: ignore[reportArgumentType]
 

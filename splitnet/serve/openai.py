@@ -191,10 +191,7 @@ COMPLETION = Kind("cmpl", "text_completion", "text_completion")
 class Answer:
     """Writes the events of a request as OpenAI does, see `splitnet.serve.responses.Answer`.
 
-    Args:
-        asks: what is asked, by prompt.
-        choices: of all prompts, those of the first prompt first.
-        with_usage: a stream ends with the usage.
+    It has one of `asks` for each prompt, and the choices of the first prompt first; `with_usage` ends a stream.
     """
 
     def __init__(
@@ -347,12 +344,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 class _CompletionChoice(_Choice):
-    """A text that goes on from a prompt.
-
-    Args:
-        prompt: the text that is told first; empty if it is not wanted.
-        begins: where in that text each of its tokens begins, if these are scored.
-    """
+    """A text that goes on from `prompt`, which is told first (empty: it is not), with scored tokens at `begins`."""
 
     def __init__(
         self, index: int, with_logprobs: bool, text_of: Callable[[int], str], prompt: str, begins: Sequence[int]

@@ -27,12 +27,7 @@ DEFAULT_MAX_TOKENS = 4096  # Of an answer, where neither the request nor the mod
 
 
 class Prompts:
-    """Makes prompts with a model's tokenizer and chat template.
-
-    Args:
-        vocabulary: how many tokens the model knows.
-        max_positions: context of the model; None: it has no bound.
-    """
+    """Makes prompts with a model's tokenizer and chat template; `max_positions` None: its context has no bound."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, max_positions: int | None) -> None:
         self._tokenizer = tokenizer
@@ -71,10 +66,8 @@ class Prompts:
     ) -> list[int]:
         """The tokens of a conversation, ready for the next answer.
 
-        Args:
-            messages: as chat templates expect them: text in one piece, arguments of calls as objects.
-            tools: as chat templates expect them.
-            parameters: of the request that give the template variables besides these, with those; a later one counts.
+        Messages and tools are as chat templates expect them: text in one piece, arguments of calls as objects. Some
+        `parameters` of the request give the template variables besides these; a later one counts.
 
         Special tokens come from the template alone: where messages or tools name one, that is text. So no text
         of a message can end it and begin one of another role.

@@ -36,21 +36,17 @@ def framed(document: dict[str, Any]) -> str:
 
 
 class Answer(Protocol):
-    """Writes the events of a request as a protocol has them; clients know the answer by its `id`."""
+    """Writes the events of a request as a protocol has them; clients know the answer by its `id`.
+
+    `whole` gives the body of an answer that is not streamed, and `chunks` the server-sent events of a stream, of which
+    `first` has been waited for already; an error is the last of them, as `failed` writes it.
+    """
 
     id: str
 
-    async def whole(self, events: AsyncGenerator[Numbered]) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        ...
-
-    def chunks(self, first: Numbered, events: AsyncGenerator[Numbered]) -> AsyncGenerator[str]:
-        """The server-sent events of a stream; an error is the last of them. `first` has been waited for already."""
-        ...
-
-    def failed(self, failure: ApiError) -> str:
-        """The last event of a stream that has failed."""
-        ...
+    async def whole(self, events: AsyncGenerator[Numbered]) -> dict[str, Any]: ...
+    def chunks(self, first: Numbered, events: AsyncGenerator[Numbered]) -> AsyncGenerator[str]: ...
+    def failed(self, failure: ApiError) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -87,12 +83,9 @@ class ServedModel:
             async with aclosing(running):
                 return JSONResponse(await unless_gone(request, answer.whole(running)))
 
-        async def first_event() -> Numbered:
-            return await anext(running)
-
         # Until the first event an error still has a status of its own.
         try:
-            first = await unless_gone(request, first_event())
+            first = await unless_gone(request, anext(running))
         except BaseException:
             await running.aclose()
             raise
@@ -148,12 +141,8 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
 class EventStream(StreamingResponse):
     """Server-sent events; however it ends, also before it began, its source is closed.
 
-    Args:
-        body: the events.
-        source: that they are made of.
-        unread: an account of events that the client has not read; they are taken as they come, so that their source
-            ends when it has given the last one. None: the events are taken as they are read.
-        evicted: the last event of a stream whose client reads too slowly.
+    The events in `body` are made of `source`. With an account of those that are `unread`, they are taken as they come,
+    so that the source ends when it has given the last one; a client that reads too slowly gets `evicted` as the last.
     """
 
     def __init__(

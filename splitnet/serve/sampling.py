@@ -25,26 +25,18 @@ GREEDY_BELOW = 1e-3  # Temperatures below that always take the likeliest token
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; see `SamplingDefaults` for what is not told here.
-
-    Attributes:
-        seed: 64 bits.
-        prompt: which of the prompts that have this seed; each has choices of its own.
-        frequency_penalty, presence_penalty: taken off the logit of a token for every time that it is in the answer, or
-            once if it is.
-        bias: added to the logits of some tokens.
-    """
+    """How tokens are chosen; see `SamplingDefaults` for what is not told here."""
 
     temperature: float
     top_p: float
-    seed: int
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    bias: tuple[tuple[int, float], ...] = ()
+    seed: int  # 64 bits
+    frequency_penalty: float = 0.0  # taken off the logit of a token for every time that it is in the answer
+    presence_penalty: float = 0.0  # the same once, if it is there
+    bias: tuple[tuple[int, float], ...] = ()  # added to the logits of some tokens
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    prompt: int = 0
+    prompt: int = 0  # which of the prompts that have this seed; each has choices of its own
 
     @property
     def changes_logits(self) -> bool:
@@ -67,10 +59,8 @@ class TokenChooser(LogitsProcessor):
     The noise of a choice is a function of the seed, the prompt, the row and the position, not the state of a generator:
     neither other requests nor how many positions are looked at in one step can change it.
 
-    Args:
-        top: how many of the likeliest tokens to score beside the chosen one, in `scored`; None: score nothing.
-        begins: the position of the first token of the answers.
-        allowed: what each answer must keep to; empty: all tokens may come.
+    So many of the likeliest tokens as `top` says are scored beside the chosen one, in `scored`; None: nothing is. The
+    answers begin at position `begins`; each keeps to one of `allowed`, or none does.
     """
 
     def __init__(

@@ -53,13 +53,7 @@ EXPIRY_S = 5.0  # How often it is looked whether kept sessions have expired
 def make_app(
     served: ServedModel, keys: ApiKeys, created: int, hosts: Collection[str] = (), origins: Collection[str] = ()
 ) -> FastAPI:
-    """The app.
-
-    Args:
-        created: seconds since 1970 that are told of the model.
-        hosts: names by which it may be asked where there are no keys; see `splitnet.serve.gate.Gate`.
-        origins: whose pages may use it, as browsers write them, besides those of this machine; `*`: of any.
-    """
+    """The app; `created`: seconds since 1970 that are told of the model; hosts and origins: see `Gate`, `*` is any."""
 
     async def expire_regularly() -> None:
         while True:
@@ -146,16 +140,10 @@ def serve(
     join: Callable[[], Swarm],
     model: ConnectionOptions,
     options: ServeOptions,
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
+    say: Callable[[str], None],  # told where, and what is taken from the checkpoint, once requests are answered
+    warn: Callable[[str], None],  # told what is dangerous
 ) -> None:
     """Serves a model until SIGINT or SIGTERM.
-
-    Args:
-        join: joins its swarm.
-        model: how it runs.
-        say: told where, and what is taken from the checkpoint, once requests are answered.
-        warn: told what is dangerous.
 
     Raises AddressInUse if the port is taken, and another SplitnetError if requests cannot be answered.
     """

@@ -63,7 +63,6 @@ class Clock(BaseStreamer):
 
     @property
     def gaps_ms(self) -> list[float]:
-        """From each token to the next."""
         return [gap * 1000 for gap in gaps_s(self.times)]
 
 
@@ -144,7 +143,6 @@ class LocalArm:
             raise UnsupportedModel(refusal) from error
 
     def run(self, case: Case) -> Round:
-        """Runs a case once."""
         prompts = random_prompts(self._model.config.get_text_config().vocab_size, case, self._seed)
         clock = Clock()
         began = time.perf_counter()

@@ -200,7 +200,6 @@ class Measured:
     rounds: Mapping[str, Sequence[Round]]
 
     def figures(self, arm: str) -> list[dict[str, float]]:
-        """Of each round."""
         return [figures_of(self.case, seen) for seen in self.rounds[arm]]
 
     def spreads(self, arm: str) -> dict[str, Spread]:
@@ -372,7 +371,6 @@ def drawn(route: Route) -> str:
 
 
 def counted(count: int, thing: str) -> str:
-    """A number of things."""
     return f"{count:,} {thing}{'s' * (count != 1)}"
 
 

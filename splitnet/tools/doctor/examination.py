@@ -159,12 +159,7 @@ _HIDDEN_SILENCE = (
 
 
 def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: float) -> Finding:
-    """What there is to say of one peer.
-
-    Args:
-        ahead_s: how much later than now its record was signed, in seconds; negative for one of the past.
-        allowed_s: by how many seconds clocks may differ.
-    """
+    """What there is to say of one peer, whose record was signed `ahead_s` seconds later than now."""
     blocks = f"blocks {record.start}..{record.end - 1}"
     name = f"{record.key.text[:_SHOWN_KEY]} at {record.address}, {blocks}"
     if record.relays:
@@ -212,18 +207,12 @@ ASKED_PEERS = 3
 
 @dataclass
 class Reach:
-    """The checks of one address.
-
-    Args:
-        listen: `tcp://host:port`, where a peer would listen.
-        public_host: `HOST` or `HOST:PORT` by which others reach it; None: found out.
-        needed: this machine is meant to serve, so that it is a fault if nobody reaches it.
-    """
+    """The checks of one address."""
 
     identity: Identity
-    listen: str
-    public_host: str | None
-    needed: bool
+    listen: str  # `tcp://host:port`, where a peer would listen
+    public_host: str | None  # `HOST` or `HOST:PORT` by which others reach it; None: found out
+    needed: bool  # this machine is meant to serve, so that it is a fault if nobody reaches it
     _serving: PeerRecord | None = None
 
     def __post_init__(self) -> None:

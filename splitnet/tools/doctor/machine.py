@@ -29,8 +29,8 @@ class Status(StrEnum):
     """How a check ended."""
 
     passed = "pass"
-    warned = "warn"
-    failed = "fail"
+    warned = "warn"  # something may be wrong, or is wrong for some uses
+    failed = "fail"  # it cannot work like this
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +43,14 @@ class Finding:
 
 
 def passed(check: str, text: str) -> Finding:
-    """All is well."""
     return Finding(check, Status.passed, text)
 
 
 def warned(check: str, text: str) -> Finding:
-    """Something may be wrong, or is wrong for some uses."""
     return Finding(check, Status.warned, text)
 
 
 def failed(check: str, text: str) -> Finding:
-    """It cannot work like this."""
     return Finding(check, Status.failed, text)
 
 
@@ -80,12 +77,7 @@ def python_version(required: str, version: str) -> Finding:
 
 
 def libraries(requirements: Sequence[str], installed: Callable[[str], str | None]) -> Iterator[Finding]:
-    """Whether the libraries that are always needed are there, in versions that fit.
-
-    Args:
-        requirements: as a package states them, those of its extras included.
-        installed: the version of a library by its name; None if it is absent.
-    """
+    """Whether libraries that a package always needs, extras aside, are `installed` (their versions) and fit."""
     needed = [Requirement(text) for text in requirements]
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
     wrong = False
@@ -188,7 +180,6 @@ def nearest_folder(folder: Path) -> Path:
 
 
 def gib(size: int) -> str:
-    """A number of bytes for people."""
     return f"{size / 2**30:.1f} GiB"
 
 

@@ -21,12 +21,8 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class TuningFolder:
-    """Files of a run.
-
-    Attributes:
-        path: the folder. It holds the adapter in PEFT's format, `settings.json`, `metrics.jsonl` (a line per step and
-            per evaluation), `loss.png`, and `checkpoint.safetensors`, from which the run goes on.
-    """
+    """Files of a run: the adapter in PEFT's format, its settings, metrics (a line per step and per evaluation), loss
+    curve, and the checkpoint from which it goes on."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,7 +69,6 @@ class TuningFolder:
             partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def save_checkpoint(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        """Replaces the checkpoint."""
         from safetensors.torch import save_file
 
         with self._replacing(self._checkpoint) as partial:
@@ -93,7 +88,6 @@ class TuningFolder:
             raise DataError(f"{self._checkpoint} is damaged ({error}): train again with another --output") from error
 
     def save_adapter(self, model: Any) -> None:
-        """Writes the adapter of a PEFT model."""
         with self._writing(self.path), tempfile.TemporaryDirectory(dir=self.path, prefix=".adapter.") as folder:
             # "auto" asks the hub for the base model, whether embeddings were resized; here they never are.
             model.save_pretrained(folder, save_embedding_layers=False)
@@ -101,7 +95,6 @@ class TuningFolder:
                 (Path(folder) / name).replace(self.path / name)
 
     def add_metrics(self, line: dict[str, Any]) -> None:
-        """Appends one line to the metrics."""
         with self._writing(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

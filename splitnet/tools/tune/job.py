@@ -169,18 +169,12 @@ def evaluate(
     *,
     batch_size: int,
     pad: int,
-    words: Sequence[int] | None = None,
-    head: bool = False,
-    advance: Callable[[int], None] | None = None,
+    words: Sequence[int] | None = None,  # the first token of each label: the model tells that of the likeliest one
+    head: bool = False,  # whether the model's logits are those of labels
+    advance: Callable[[int], None] | None = None,  # told how many rows are done after each batch
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Runs a model over rows, by forward passes.
-
-    Args:
-        words: the first token of each label, for accuracy by words: the model's label is that of the likeliest token.
-        head: whether the model's logits are those of labels.
-        advance: told how many rows are done after each batch.
-    """
+    """Runs a model over rows, by forward passes."""
     model.eval()
     loss_sum, weight_sum, right = 0.0, 0, 0
     in_parts = not head and getattr(model, "loss_in_parts", False)

@@ -39,23 +39,15 @@ class PromptNetwork(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterOptions:
-    """How large an adapter is, and how it begins; each method reads what concerns it.
+    """How large an adapter is, and how it begins; each method reads what concerns it."""
 
-    Attributes:
-        tokens: virtual tokens of prompt, prefix and p-tuning.
-        init_text: a prompt begins as the embeddings of this text, cut or repeated; None: as those of random tokens.
-        projection: width of the network that makes a prefix while it is trained (None: there is none), or p-tuning's.
-        network: of p-tuning.
-        rank, alpha, targets: of LoRA; no targets: those that PEFT has for the family; ALL_LINEAR: all linear layers.
-    """
-
-    tokens: int = 16
-    init_text: str | None = None
-    projection: int | None = None
-    network: PromptNetwork = PromptNetwork.MLP
-    rank: int = 8
+    tokens: int = 16  # virtual ones, of prompt, prefix and p-tuning
+    init_text: str | None = None  # whose embeddings, cut or repeated, a prompt begins as; None: those of random tokens
+    projection: int | None = None  # width of the network that makes a prefix in training, None: none; or of p-tuning's
+    network: PromptNetwork = PromptNetwork.MLP  # of p-tuning
+    rank: int = 8  # of LoRA, as the next two
     alpha: int = 16
-    targets: Sequence[str] = ()
+    targets: Sequence[str] = ()  # none: those that PEFT has for the family; ALL_LINEAR: all linear layers
 
     def virtual_tokens(self, method: Method) -> int:
         """Positions that an adapter of this method takes of the model's context."""
@@ -70,10 +62,8 @@ def with_new_adapter(
 ) -> Any:
     """What PEFT makes of a model, remote or not, with an adapter that is to be trained.
 
-    Args:
-        tokenizer: for `init_text`.
-        tokenizer_source: where it comes from, as the configuration of the adapter names it.
-        head: whether the model is a sequence classifier, whose head is trained too.
+    The adapter's configuration names the source of the tokenizer, which is for `init_text`. With `head` the model is a
+    sequence classifier, whose head is trained too.
 
     Raises AdapterError if the options do not fit the model.
     """
@@ -100,9 +90,7 @@ def begin_prefix(wrapped: Any, pairs: Prefixes) -> None:
     From random ones, which no model expects, training begins with a much higher loss, and with gradients that the least
     error of an activation turns. Real words as a beginning: Li and Liang, arXiv:2101.00190, section 7.4.
 
-    Args:
-        wrapped: as PEFT returns it.
-        pairs: of each block `[kv heads, positions, head size]`; cut or repeated to the length of the prefix.
+    The pairs are of each block `[kv heads, positions, head size]`, cut or repeated to the length of the prefix.
 
     Raises AdapterError if keys and values have other sizes than PEFT's prefix for this model.
     """

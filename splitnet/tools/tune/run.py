@@ -30,26 +30,18 @@ class Encoded:
 
     @property
     def learned(self) -> int:
-        """Positions with a loss."""
         return sum(target != IGNORED for target in self.targets)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Makes rows of examples.
-
-    Args:
-        max_length: tokens per row at most.
-        template: of a classification, with `{text}` where the text goes; the label is the word that comes after.
-        labels: of a classification.
-        head: whether labels are told by a trained head, rather than by words.
-    """
+    """Makes rows of examples."""
 
     tokenizer: Any
-    max_length: int
-    template: str = "{text}"
-    labels: Sequence[str] = ()
-    head: bool = False
+    max_length: int  # tokens per row at most
+    template: str = "{text}"  # of a classification; the label is the word that comes after
+    labels: Sequence[str] = ()  # of a classification
+    head: bool = False  # whether labels are told by a trained head, rather than by words
 
     @property
     def _end(self) -> list[int]:
@@ -177,12 +169,12 @@ _SEEDS = 2**63 - 1
 
 @torch.no_grad()
 def estimate_gradients(
-    parameters: Iterable[torch.nn.Parameter],
-    loss: Callable[[], Any],
+    parameters: Iterable[torch.nn.Parameter],  # those that do not require gradients stay as they are
+    loss: Callable[[], Any],  # of the model as it is now
     *,
-    seed: int,
-    directions: int = 1,
-    eps: float = 1e-3,
+    seed: int,  # of the directions; take another one for every step
+    directions: int = 1,  # that are averaged over; each takes two forward passes
+    eps: float = 1e-3,  # how far to go along a direction
 ) -> float:
     """Sets `grad` of what is trained to an estimate, for any torch optimizer.
 
@@ -191,17 +183,7 @@ def estimate_gradients(
     with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, algorithm 1), and with Adam its variant of appendix B.
     MeZO stores no direction; here they are no larger than what a client trains of its own.
 
-    Args:
-        parameters: those that do not require gradients stay as they are.
-        loss: computes the loss of the model as it is now.
-        seed: of the directions; take another one for every step.
-        directions: that are averaged over; each takes two forward passes.
-        eps: how far to go along a direction.
-
-    Returns:
-        The mean of the losses.
-
-    Raises whatever `loss` raises; parameters and gradients are as before then.
+    Returns the mean of the losses. Raises what `loss` raises; parameters and gradients are as before then.
     """
     if directions < 1 or eps <= 0:
         raise ValueError(f"directions must be at least 1 and eps above 0, got {directions} and {eps}")
@@ -275,7 +257,6 @@ class TuningRun:
 
     @property
     def trained_parameters(self) -> int:
-        """Numbers that are trained."""
         return sum(parameter.numel() for parameter in self._trained.values())
 
     def step(self) -> Step:
