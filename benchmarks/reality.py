@@ -237,7 +237,6 @@ def settings_of(seconds: float, count: int, peers: int, seed: int) -> Settings:
         moves=False,
         jitter=0.0,
         loss=0.0,
-        patience_s=PATIENCE_S,
     )
 
 

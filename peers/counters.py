@@ -45,8 +45,6 @@ class PassKind(StrEnum):
 
 
 class SessionEnd(StrEnum):
-    """How a session ended."""
-
     CLOSED = "closed"  # by its client
     EXPIRED = "expired"
     REVOKED = "revoked"  # the owner of the peer has taken its key out of the list
@@ -65,7 +63,6 @@ class Histogram:
         self.total = 0.0  # sum of all values
 
     def observe(self, value: float) -> None:
-        """Takes a value in."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
@@ -88,7 +85,6 @@ class PassHistograms:
     rows: Histogram = field(default_factory=lambda: Histogram(ROWS))
 
     def observe(self, seconds: float, positions: int, rows: int) -> None:
-        """Takes in a pass."""
         self.seconds.observe(seconds)
         self.positions.observe(positions)
         self.rows.observe(rows)
@@ -103,7 +99,6 @@ class Traffic:
         self._lock = threading.Lock()
 
     def totals(self) -> tuple[Counter[tuple[bool, int]], Counter[tuple[bool, int]]]:
-        """Bytes sent and bytes received so far."""
         with self._lock:
             return self._sent.copy(), self._received.copy()
 

@@ -108,7 +108,6 @@ class DirectoryService:
         self._lock = threading.Lock()
 
     def receive(self, source: Connection, message: LookUp | Announce, now: float) -> None:
-        """Answers at once or later; now: seconds."""
         with self._lock:
             if self._closed:
                 return
@@ -124,7 +123,6 @@ class DirectoryService:
                 del self._waiting[payer]
 
     def close(self) -> None:
-        """Answers nothing any more."""
         with self._lock:
             self._closed = True
             threads = list(self._threads)
@@ -212,7 +210,6 @@ class DirectoryService:
             self._tell(source, message, payer, reading, failure)
 
     def _tell(self, source: Connection, message: LookUp, payer: _Payer, reading: _Reading, failure: str) -> None:
-        """Sends a finished answer."""
         parts, present = reading.parts or [b""], b""
         if message.most and reading.told is not None and not failure:
             present, changed = reading.told.changes(message.known, message.since, message.most)
@@ -244,7 +241,6 @@ class DirectoryService:
         return known.get(place)
 
     def _sealed(self, records: Sequence[PeerRecord]) -> list[bytes]:
-        """The payloads of an answer."""
         return [self._swarm.seal(part) for part in parts_of(records)]
 
     def _announce(self, source: Connection, message: Announce, now: float) -> None:
@@ -467,7 +463,6 @@ class Announcer:
         self._soon.set()
 
     def publish(self) -> None:
-        """Publishes the record as of now, beside the regular refreshes."""
         with self._publishing:  # a record that was made before another and published after it would be refused
             taken = self._directory.announce(self._describe(), self._identity)
         if not taken:

@@ -97,11 +97,9 @@ class ObservedSpeed:
         self.on_measured: Callable[[], None] = lambda: None
 
     def pass_s(self, positions: int, blocks: int) -> float:
-        """Seconds that a pass of so many positions takes."""
         return blocks * self._speed.at(positions) / 1000
 
     def replace(self, measured: ObservedSpeed) -> None:
-        """Takes over a new measurement."""
         self.block_ms, self._speed = measured.block_ms, measured._speed
         self.on_measured()
 
@@ -248,7 +246,6 @@ class Engine:
         self._queue.put_idle_job(self._measure)
 
     def close(self) -> None:
-        """Ends the loop after the pass that is running."""
         self._queue.close()
         if self._thread.ident is not None:
             self._thread.join()
@@ -455,7 +452,6 @@ class Engine:
         return work.session.end == self._service.served.num_blocks
 
     def _run_pass(self, work: PassWork) -> None:
-        """Does what `work` asks for; its client is told of errors."""
         if work.session.closed:
             return
         work.wait_ms = (time.monotonic() - work.arrived_at) * 1000
@@ -592,7 +588,6 @@ class Engine:
 
 
 def _kept_rows(parts: Sequence[Chunk], output: torch.Tensor) -> torch.Tensor:
-    """The positions of `output` that the client asked to have back."""
     if all(part.keep == part.length for part in parts):
         return output
     pieces: list[torch.Tensor] = []

@@ -70,7 +70,6 @@ class Outbox:
 
 
 def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
-    """The times of a step or pass at this hop."""
     following = work.session.next
     rtt_ms = outbox.rtt_ms(following) if following is not None else 0.0
     return Timing(round(work.wait_ms * 1000), round(work.compute_ms * 1000), round(rtt_ms * 1000))
@@ -128,7 +127,6 @@ class Neighbours:
         self._lock = threading.Lock()
 
     def heard(self, endpoint: Endpoint) -> None:
-        """A peer has answered a ping."""
         with self._lock:
             _note(self._heard_at, endpoint)
 

@@ -150,7 +150,6 @@ class PeerMetrics(Collector):
 
 
 def registry_of(peer: Peer) -> CollectorRegistry:
-    """The metrics of a running peer."""
     registry = CollectorRegistry()
     registry.register(PeerMetrics(peer))
     return registry
@@ -256,12 +255,10 @@ class MetricsServer:
         self.close()
 
     def serve(self, registry: CollectorRegistry) -> None:
-        """Answers with the metrics of `registry` from now on."""
         self._http.registry = registry
         self._thread.start()
 
     def close(self) -> None:
-        """Stops listening."""
         if self._thread.ident is not None:
             self._http.shutdown()
             self._thread.join()

@@ -27,8 +27,6 @@ ANY_SPAN = SpanWish()
 
 @dataclass(frozen=True, kw_only=True)
 class PeerOptions:
-    """How a peer serves."""
-
     wish: SpanWish = ANY_SPAN
     # Multiaddrs, or `tcp://HOST:PORT?key=...` of peers; empty: starts a swarm, or joins one on the local network.
     initial_peers: Sequence[str] = ()

@@ -254,7 +254,6 @@ class Mover:
 
 
 def _may_leave(record: PeerRecord, own: PeerRecord) -> bool:
-    """Whether this peer could leave a block that the own one serves."""
     return record.serves and record.max_blocks > 0 and record.start < own.end and own.start < record.end
 
 
@@ -279,7 +278,6 @@ class HolderWatch:
                     self._heard_at[endpoint] = None
 
     def heard(self, endpoint: Endpoint, now: float) -> None:
-        """A peer has answered a ping."""
         with self._lock:
             if endpoint in self._heard_at:
                 self._heard_at[endpoint] = now

@@ -113,7 +113,6 @@ class EnergyMeter:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around work of the device."""
         sources = self._sources
         if self._given is None and not sources.parts:
             yield
@@ -244,7 +243,6 @@ def _of_sensors(sysfs: Path) -> Sources | None:
 
 
 def _sensors(chip: Path, name: str) -> Iterator[tuple[Source, str]]:
-    """Each with its label."""
     numbers = {int(match[1]) for file in chip.iterdir() if (match := re.fullmatch(r"power(\d+)_\w+", file.name))}
     found = False
     for number in sorted(numbers):
@@ -300,7 +298,6 @@ def _read(file: Path, unit: float) -> float:
 
 
 def _text(file: Path) -> str:
-    """A line of a file, "" without one."""
     try:
         return file.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

@@ -68,7 +68,6 @@ class WorkQueue:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step or a pass waits for the device."""
         return bool(self._ready or self._passes)
 
     def put(self, work: Work) -> None:
@@ -91,7 +90,6 @@ class WorkQueue:
                     self._changed.notify()
 
     def wake(self) -> None:
-        """Wakes the engine's thread, if there is something to do."""
         with self._changed:
             if self.has_work:
                 self._changed.notify()
@@ -159,7 +157,6 @@ class WorkQueue:
             self._count_out(work)
 
     def discard_passes(self, session: Session) -> list[PassWork]:
-        """Forgets the passes of a session that wait, and returns them."""
         with self._changed:
             discarded = list(session.passes)
             for work in discarded:
@@ -242,12 +239,10 @@ class WorkQueue:
                 self._changed.notify()
 
     def ran(self, chosen: Sequence[tuple[Work, int]], seconds: float) -> None:
-        """Charges a pass to the keys whose positions it had, see `FairPasses.ran`."""
         with self._changed:
             self._fair.ran(chosen, seconds, time.monotonic())
 
     def charge(self, session: Session, seconds: float) -> None:
-        """Charges the key of a session for prefill or training."""
         with self._changed:
             self._shares.charge(session.owner, seconds, time.monotonic(), bulk=True)
 
@@ -268,7 +263,6 @@ class WorkQueue:
                 self._ready.pop(session, None)
 
     def discard(self, session: Session) -> None:
-        """Forgets the steps of a session that has ended."""
         with self._changed:
             while session.waiting:
                 self._drop(session.waiting.pop())

@@ -107,14 +107,12 @@ class PeerWays:
         return self.helper.port if self.helper is not None and self._mapped is None else 0
 
     def start(self) -> None:
-        """Begins to relay, and to look for relays if they are sure to be needed."""
         if self.helper is not None:
             self.helper.start()
         if self._reach is Reach.helpers:
             self.hidden.start()
 
     def close(self) -> None:
-        """Ends relayed connections, and those relayed here; gives the port of the router back."""
         self.hidden.stop()
         if self._mapping is not None:
             self._mapping.close()

@@ -179,7 +179,6 @@ class SpanServer:
             self.service.sessions.wait_for_end(0.2)
 
     def close(self) -> None:
-        """Stops computing after the running pass, and ends all sessions."""
         self.engine.close()
         self.service.forget_all()
 
@@ -437,7 +436,6 @@ class Peer:
                 self._server.drain(timeout_s)
 
     def close(self) -> None:
-        """Leaves the directory, stops serving and frees everything."""
         self._leaving.set()
         with self.relocation.held():
             self._announcer.close()

@@ -182,7 +182,6 @@ class NextHopOpening:
             self._answer(session, reachable=state is LinkState.UP)
 
     def link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
-        """See `SessionService.link_changed`."""
         if state is LinkState.UP:
             self._proven.pop(endpoint, None)
             self._proven[endpoint] = None
@@ -193,19 +192,16 @@ class NextHopOpening:
                 self._answer(session, reachable=state is LinkState.UP)
 
     def answered(self, endpoint: Endpoint) -> None:
-        """See `SessionService.answered`."""
         for session in [session for session, pending in self._pending.items() if pending.wants_pong]:
             if session.next == endpoint:
                 self._answer(session, reachable=True)
 
     def tick(self, now: float) -> None:
-        """Gives up on next hops whose time is over, and closes unused links."""
         for session in [session for session, pending in self._pending.items() if now >= pending.deadline]:
             self._answer(session, reachable=False)
         self._links.tick(now)
 
     def end(self, session: Session) -> None:
-        """Releases the link of a session that has ended."""
         self._pending.pop(session, None)
         self._set_next(session, None)
 
@@ -299,7 +295,6 @@ class SessionService:
         return self.queue_ms + self.queue.pass_positions * self.ms_per_position
 
     def receive(self, source: Destination, message: Message, now: float) -> None:
-        """Handles a message that came from `source` at `now` (seconds)."""
         with self._lock:
             if not isinstance(source, Connection):
                 self._pass_on(source, message, now)
@@ -352,12 +347,10 @@ class SessionService:
                 self.counters.refused[FailureCode.BAD_MESSAGE] += 1
 
     def link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
-        """A link to a next hop came up, was refused or was lost."""
         with self._lock:
             self._opening.link_changed(endpoint, state)
 
     def answered(self, endpoint: Endpoint) -> None:
-        """Another peer has answered a ping, so it is reached."""
         with self._lock:
             self._opening.answered(endpoint)
 
@@ -432,7 +425,6 @@ class SessionService:
                 session.log.record(step.parts, step.forks, payload, step.reach)
 
     def failed(self, work: Work, code: FailureCode, text: str) -> None:
-        """Tells the client that the device could not run its step."""
         with self._lock:
             if not work.session.closed:
                 self._refuse(work.session.reply_to, work.step, code, text)
@@ -554,7 +546,6 @@ class SessionService:
         log.info("session %s ended: %s", session.id.hex(), text or how, extra={"session": session.id.hex()})
 
     def _forget(self, session: Session) -> None:
-        """Frees what a session that has ended occupied."""
         self.queue.discard(session)
         self.training.end(session)
         self._opening.end(session)

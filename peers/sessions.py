@@ -124,7 +124,6 @@ class Session:
 
     @property
     def prefix_length(self) -> int:
-        """Positions before the first one of each row."""
         return self.adapter.prefix_length if self.adapter is not None else 0
 
 
@@ -168,7 +167,6 @@ class Work:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the step takes while it waits."""
         references = len(self.step.parts) + len(self.step.forks or ())
         objects = FORK_BYTES * references + TIMING_BYTES * len(self.step.timings)
         return len(self.step.payload) + MESSAGE_BYTES + objects
@@ -214,7 +212,6 @@ class PassWork:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes while it waits, or is kept."""
         if self.parts:
             return sum(ADAPTER_COPIES * len(part.payload) + MESSAGE_BYTES for part in self.parts)
         payload = getattr(self.message, "payload", b"")
@@ -241,7 +238,6 @@ def room_for(reservation: int) -> int:
 
 
 def rows_after(session: Session, step: Step) -> set[int]:
-    """The rows of `session` once it has run `step`."""
     kept = session.rows if step.forks is None else (fork.row for fork in step.forks)
     return {*kept, *(part.row for part in step.parts)}
 
@@ -363,7 +359,6 @@ class MemoryAccount(Budget):
         self._refusal, self._advice = refusal, advice
 
     def used_for(self, purpose: Purpose) -> int:
-        """Bytes of all sessions."""
         return sum(nbytes for account, nbytes in self.accounts() if account[2:] == (purpose,))
 
     def take(self, session: Session, purpose: Purpose, nbytes: int) -> None:
@@ -381,7 +376,6 @@ class MemoryAccount(Budget):
         self.release(min(nbytes, self.held(*account)), *account)
 
     def end(self, session: Session) -> None:
-        """Gives back all that is left of a session."""
         for purpose in Purpose:
             self.give_back(session, purpose, self.limit)
 
@@ -538,12 +532,10 @@ class SessionTable:
                 self._ended.notify_all()
 
     def wait_for_end(self, timeout_s: float) -> bool:
-        """Waits until a session ends, for `timeout_s` seconds at most."""
         with self._ended:
             return self._ended.wait(timeout_s)
 
     def expire(self, now: float) -> list[Session]:
-        """Removes and returns the sessions that were idle for too long."""
         idle = [session for session in self._sessions.values() if now - session.used_at > self.idle_s]
         for session in idle:
             self.remove(session)
@@ -555,7 +547,6 @@ class SessionTable:
         return max(session.reservation, min(MIN_RESERVATION, max(1, least)))
 
     def _new_bytes(self, session: Session) -> int:
-        """Bytes of a session when it is admitted."""
         return self._bytes_of(session, self._reservation(session)) + self._row_bytes
 
     def _bytes_of(self, session: Session, positions: int) -> int:
@@ -621,7 +612,6 @@ class KeyPolicy:
         self._spent: dict[bytes, TokenBucket] = {}  # by key
 
     def weight(self, key: bytes) -> float:
-        """Keys share what several want in this proportion."""
         return self.keys.options_of(key).weight
 
     def check_training(self, key: bytes) -> None:

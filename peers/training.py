@@ -96,7 +96,6 @@ class Training:
             self._drop(session, number)
 
     def end(self, session: Session) -> None:
-        """Frees everything of a session."""
         self.forget(session)
         session.adapter, session.adapter_version, session.gradient_sum = None, 0, None
         session.adapter_parts = []
@@ -124,7 +123,6 @@ class Training:
                 self._ways[work] = None
 
     def take_saved(self, work: PassWork) -> SavedPass | None:
-        """What is kept of a forward pass whose backward pass begins."""
         with self._lock:
             self._ways.pop(work, None)
             way, work.way = work.way, None
@@ -170,7 +168,6 @@ class Training:
             self._outbox.send(work.source, replace(message, boundary=session.start, codec=codec, payload=payload))
 
     def adapter_loaded(self, work: PassWork) -> None:
-        """Tells the client that the engine has taken its adapter over."""
         with self._lock:
             session, message = work.session, work.message
             assert isinstance(message, Adapter)
@@ -181,7 +178,6 @@ class Training:
                 self._outbox.send(session.reply_to, AdapterLoaded(session.id, session.epoch, message.version))
 
     def fetched_kv(self, work: PassWork, parts: list[bytes]) -> None:
-        """Sends the client the keys and values that it has asked for."""
         with self._lock:
             session, message = work.session, work.message
             assert isinstance(message, FetchKV)
@@ -192,7 +188,6 @@ class Training:
                 )
 
     def failed(self, work: PassWork, code: FailureCode, text: str) -> None:
-        """Tells the client that the device could not do it."""
         with self._lock:
             self._counters.refused[code] += 1
             session, message = work.session, work.message

@@ -64,7 +64,6 @@ class WeightService:
         self.start = self._thread.start
 
     def receive(self, source: Connection, message: AskWeights) -> None:
-        """Answers soon."""
         with self._changed:
             own = self._waiting.get(source.curve, ())
             if len(own) >= WAITING_PER_KEY or sum(map(len, self._waiting.values())) >= MAX_WAITING:
@@ -74,7 +73,6 @@ class WeightService:
             self._changed.notify()
 
     def close(self) -> None:
-        """Answers nothing any more."""
         self._closed.set()
         with self._changed:
             self._changed.notify()

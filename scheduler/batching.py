@@ -118,7 +118,6 @@ class BatchingDelay:
             self._seen = {source: at for source, at in seen if now - at <= LATELY_S}
 
     def left(self, source: Hashable) -> None:
-        """Nothing more comes from a source."""
         self._seen.pop(source, None)
 
     def delay_s(self, ready: int) -> float:

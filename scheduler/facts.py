@@ -39,7 +39,6 @@ class Speed:
         return cls(tuple(max(decode_ms, size * prefill_ms) for size in PASS_SIZES))
 
     def at(self, positions: float) -> float:
-        """Ms per block of a pass of so many positions."""
         if positions <= PASS_SIZES[0]:
             return self.block_ms[0]
         if positions >= PASS_SIZES[-1]:
@@ -155,7 +154,6 @@ class Coordinate:
     error: float = 1.0
 
     def rtt_ms(self, other: Coordinate) -> float:
-        """The predicted round trip."""
         return math.dist(self.vector, other.vector) + self.height_ms + other.height_ms
 
     def moved(self, other: Coordinate, rtt_ms: float, direction: tuple[float, ...]) -> Coordinate:
@@ -255,7 +253,6 @@ class Network:
         return Link(here.coordinate.rtt_ms(there.coordinate) / 2 * (1 + error), rate)
 
     def with_links(self, links: Mapping[tuple[str, str], Link]) -> Network:
-        """The same network with some links measured anew."""
         network = Network({**self.measured, **links}, self.unmeasured, self.places)
 
         def fill_table(ids: tuple[str, ...]) -> LinkTable:
@@ -265,7 +262,6 @@ class Network:
         return network
 
     def with_places(self, places: Mapping[str, Place]) -> Network:
-        """The same network with some places known anew."""
         return Network(self.measured, self.unmeasured, {**self.places, **places})
 
     def table(self, ids: Sequence[str]) -> LinkTable:
@@ -307,7 +303,6 @@ class LinkTable:
     ms_per_byte: NDArray[np.float64]
 
     def with_links(self, ids: Sequence[str], links: Mapping[tuple[str, str], Link]) -> LinkTable:
-        """The table of these devices with some links measured anew."""
         index = {device: position for position, device in enumerate(ids)}
         latency_ms, ms_per_byte = self.latency_ms.copy(), self.ms_per_byte.copy()
         for (sender, receiver), link in links.items():

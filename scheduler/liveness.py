@@ -133,7 +133,6 @@ class Liveness(Generic[Hop]):
 
     @property
     def asking(self) -> bool:
-        """A round is under way."""
         return bool(self._answers)
 
     def heard(self, now: float) -> None:
@@ -148,7 +147,6 @@ class Liveness(Generic[Hop]):
         self._answers, self._until = {}, {}
 
     def wake_at(self, silent_s: float) -> float:
-        """When there is something to do."""
         return self._due_at if self._answers else self._heard_at + silent_s
 
     def ask(self, hops: Sequence[Hop], now: float) -> None:
@@ -168,7 +166,6 @@ class Liveness(Generic[Hop]):
         return False
 
     def is_late(self, now: float) -> bool:
-        """Whether a round is over, as its time is up."""
         return now >= self._due_at
 
     @property

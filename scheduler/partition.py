@@ -250,7 +250,6 @@ class Device:
     watts: float = 0.0
 
     def peer(self, start: int, end: int) -> Peer:
-        """The device once it serves the blocks [start, end)."""
         return Peer(self.id, start, end, self.speed, queue_ms=self.hop_ms, watts=self.watts)
 
 

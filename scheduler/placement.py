@@ -79,12 +79,10 @@ class Spans:
         )
 
     def of_some(self, chosen: Integers) -> Spans:
-        """Some of them, by where they stand."""
         names = [self.ids[int(index)] for index in chosen]
         return Spans(names, self.start[chosen], self.end[chosen], self.work_ms[chosen], self.sending_ms[chosen])
 
     def beside(self, others: Spans) -> Spans:
-        """Both together."""
         return Spans(
             [*self.ids, *others.ids],
             np.concatenate([self.start, others.start]),
@@ -100,7 +98,6 @@ class Spans:
 
     @property
     def block_ms(self) -> Floats:
-        """See `block_ms`."""
         return block_ms(self.work_ms, self.end - self.start, self.sending_ms)
 
 
@@ -150,7 +147,6 @@ def best_span(
 
 
 def fewest_hops(starts: Integers, length: int, spans: Spans, num_blocks: int) -> int:
-    """See `_Flow.shortest`."""
     return _Flow(spans.start, spans.end, spans.rate, num_blocks).shortest(starts, length)
 
 

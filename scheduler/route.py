@@ -138,7 +138,6 @@ def _best_path(costs: Costs, num_blocks: int, slowest: float) -> Path:
 
 
 def sum_of(costs: Costs, path: Path) -> float:
-    """Ms of a step along a path."""
     queues = costs.queue[[peer for peer, _ in groupby(path)]]
     return float(costs.links.along(path).sum() + queues.sum() + costs.block[path].sum())
 

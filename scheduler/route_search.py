@@ -55,7 +55,6 @@ class Answers:
             return forgotten
 
     def stepped(self, name: str, now_s: float) -> None:
-        """Takes in that a step came through a peer."""
         with self._lock:
             self._stepped_s[name] = now_s
 
