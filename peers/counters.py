@@ -112,20 +112,14 @@ class Traffic:
 
 
 class Counters:
-    """All that a peer counts from its start to its end, also when it moves to other blocks.
-
-    Attributes:
-        work, passes: by kind; step_passes: packed passes of steps.
-        refused: requests that were answered with a failure, by its code.
-        opened, ended: sessions.
-    """
+    """All that a peer counts from its start to its end, also when it moves to other blocks."""
 
     def __init__(self, energy: EnergyMeter | None = None) -> None:
         self.energy = energy or EnergyMeter()
         self.work = {kind: WorkCounts() for kind in WorkKind}
         self.passes = {kind: PassHistograms() for kind in PassKind}
-        self.refused = dict.fromkeys(FailureCode, 0)
-        self.opened = 0
+        self.refused = dict.fromkeys(FailureCode, 0)  # requests that were answered with a failure
+        self.opened = 0  # sessions
         self.ended = dict.fromkeys(SessionEnd, 0)
         self.moves = 0
         self.traffic = Traffic()

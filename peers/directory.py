@@ -367,26 +367,17 @@ def _bucket_of(buckets: OrderedDict[K, TokenBucket], key: K) -> TokenBucket:
     return bucket
 
 
+@dataclass(eq=False)
 class Announcer:
-    """Publishes `describe()` now and every `refresh_s` seconds, until closed.
+    """Publishes `describe()` now and every `refresh_s` seconds, until closed."""
 
-    look_around: called before each refresh; brings up to date what `describe` tells of others.
-    """
+    directory: SwarmDirectory
+    identity: Identity
+    describe: Callable[[], PeerRecord]
+    look_around: Callable[[], None]  # called before each refresh; brings up to date what `describe` tells of others
+    refresh_s: float = REFRESH_S
 
-    def __init__(
-        self,
-        directory: SwarmDirectory,
-        identity: Identity,
-        describe: Callable[[], PeerRecord],
-        look_around: Callable[[], None],
-        *,
-        refresh_s: float = REFRESH_S,
-    ) -> None:
-        self._directory = directory
-        self._identity = identity
-        self._describe = describe
-        self._look_around = look_around
-        self._refresh_s = refresh_s
+    def __post_init__(self) -> None:
         self._leaving = threading.Event()
         self._soon = threading.Event()
         self._soon_at: deque[float] = deque(maxlen=SOON)  # when changes were told that were not waited for
@@ -420,9 +411,9 @@ class Announcer:
         self._soon.set()
         if self._thread.ident is not None:
             self._thread.join()
-        record = self._describe()
+        record = self.describe()
         try:
-            self._directory.withdraw(record, self._identity)
+            self.directory.withdraw(record, self.identity)
         except SplitnetError as error:
             log.warning("could not leave the DHT cleanly, the record expires by itself: %s", error)
 
@@ -436,21 +427,21 @@ class Announcer:
             try:
                 if self._moved:
                     self._moved, look_at = False, 0.0
-                    self._directory.moved()
+                    self.directory.moved()
                     self.publish()
                 if time.monotonic() >= look_at:
-                    look_at = time.monotonic() + self._refresh_s
-                    self._look_around()
+                    look_at = time.monotonic() + self.refresh_s
+                    self.look_around()
                 else:
                     self._soon_at.append(time.monotonic())
                 self.publish()
             except SplitnetError as error:
-                log.warning("announcement failed, next try in %.0f s: %s", self._refresh_s, error)
+                log.warning("announcement failed, next try in %.0f s: %s", self.refresh_s, error)
 
     def _wait(self, look_at: float) -> None:
         """Waits until `look_at`, or until something has changed, but allows `SOON` changes per refresh only."""
         if len(self._soon_at) == SOON:
-            free_at = min(self._soon_at[0] + self._refresh_s, look_at)
+            free_at = min(self._soon_at[0] + self.refresh_s, look_at)
             self._leaving.wait(max(0.0, free_at - time.monotonic()))
         self._soon.wait(max(0.0, look_at - time.monotonic()))
 
@@ -464,7 +455,7 @@ class Announcer:
 
     def publish(self) -> None:
         with self._publishing:  # a record that was made before another and published after it would be refused
-            taken = self._directory.announce(self._describe(), self._identity)
+            taken = self.directory.announce(self.describe(), self.identity)
         if not taken:
             log.warning(
                 "the DHT did not take this peer's record: check that the clock of this machine is right, and give "

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from peers.options import PeerOptions, Report
@@ -119,17 +120,14 @@ def join_swarm(
 ) -> Joined:
     """Joins as `options` say, and finds out what the model is where not all of it is here.
 
-    Args:
-        model: as the user calls it.
-        checkpoint: what there is of it; None: nothing, neither here nor at the hub.
-        report: see `Peer.start`.
+    model: as the user calls it. checkpoint: what there is of it; None: nothing, neither here nor at the hub.
 
     Raises:
         SplitnetError: see `join`; also if there is no `options.join_file`, or options of the DHT are given without one.
         ModelNotFound: the model is not here, and no peer of the swarm gives it.
     """
     if checkpoint is not None and checkpoint.is_whole:
-        checkpoint.manifest(lambda done, total: report("check the weights", done, total))
+        checkpoint.manifest(partial(report, "check the weights"))
         _check_expected(checkpoint, options)
     with ExitStack() as on_failure:
         directory = _join(options, identity, report)
@@ -156,10 +154,7 @@ def _join(options: PeerOptions, identity: Identity, report: Report) -> SwarmDire
         stage = "join the swarm"
     else:
         stage = "look for a swarm on this network" if options.lan else "start a swarm"
-
-    def waiting() -> None:
-        report(stage, 0, 0)
-
+    waiting = partial(report, stage, 0, 0)
     waiting()
     if options.join_file is not None:
         initial_peers.append(_read_when_there(options.join_file, waiting))
@@ -204,9 +199,7 @@ def _find_model(
 ) -> tuple[Checkpoint, Fetcher]:
     swarm = options.swarm_key or OPEN
     store = checkpoint.store if checkpoint is not None else None
-
-    def hashing(done: int, total: int) -> None:
-        report("check the weights", done, total)
+    hashing = partial(report, "check the weights")
 
     def has_no_folder(fingerprint: str) -> bool:
         return read_manifest(weights_folder(fingerprint)) is None
@@ -251,7 +244,7 @@ def _find_model(
                 manifest, name = found
             elif checkpoint is not None and not options.invited:  # nobody has it yet: this peer says what it is
                 name = str(model)
-                manifest = checkpoint.manifest(lambda done, total: report("read the weights once", done, total))
+                manifest = checkpoint.manifest(partial(report, "read the weights once"))
                 _check_expected(checkpoint, options)
             else:
                 raise ModelNotFound(

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from peers.counters import Traffic
@@ -44,11 +45,7 @@ class Answering(Protocol):
 
 
 class Outbox:
-    """Encodes, counts and sends the messages of a peer, with the methods of its transport and prober for links.
-
-    Attributes:
-        prober: pings over the transport.
-    """
+    """Encodes, counts and sends the messages of a peer, with the methods of its transport and prober for links."""
 
     def __init__(self, transport: Transport, traffic: Traffic) -> None:
         self._transport = transport
@@ -95,27 +92,17 @@ class NextHops(LinkPool):
                 self._outbox.probe(endpoint)
 
 
+@dataclass(eq=False)
 class Neighbours:
-    """Measures links to a few peers at a time, first those that it knows least about.
+    """Measures links to a few peers at a time, first those that it knows least about."""
 
-    Args:
-        others: looks up all other peers.
-        links: opened for a measurement as for a session.
-        own: the peer's own record; None: it does not know yet what it serves.
-    """
+    others: Callable[[], Sequence[PeerRecord]]  # looks up all other peers
+    links: NextHops  # opened for a measurement as for a session
+    prober: Prober
+    own: Callable[[], PeerRecord | None] = lambda: None  # the peer's own record; None: not known yet what it serves
 
-    def __init__(
-        self,
-        others: Callable[[], Sequence[PeerRecord]],
-        links: NextHops,
-        prober: Prober,
-        own: Callable[[], PeerRecord | None] = lambda: None,
-    ) -> None:
+    def __post_init__(self) -> None:
         self.network_coordinates = NetworkCoordinates()
-        self._others = others
-        self._links = links
-        self._prober = prober
-        self._own = own
         self._seen: dict[str, tuple[float, Link]] = {}  # when which link was measured, by key text
         self._used: dict[str, tuple[float, float]] = {}  # of links of sessions: when what round trip in ms was seen
         self._answered: dict[Endpoint, int] = {}  # the latest ping that came back on links that sessions use
@@ -140,12 +127,12 @@ class Neighbours:
         begin = time.monotonic()
         due = [record for record in records if begin - self._heard_at.get(record.endpoint, -math.inf) > HEARD_S]
         due.sort(key=lambda record: (not record.is_proven, self._asked_at.get(record.endpoint, 0.0)))
-        asked = [record.endpoint for record in due[:ASKED_AT_ONCE] if self._links.acquire(record.endpoint)]
+        asked = [record.endpoint for record in due[:ASKED_AT_ONCE] if self.links.acquire(record.endpoint)]
         try:
-            self._prober.answering(asked)
+            self.prober.answering(asked)
         finally:
             for endpoint in asked:
-                self._links.release(endpoint)
+                self.links.release(endpoint)
         with self._lock:
             for endpoint in asked:
                 _note(self._asked_at, endpoint)
@@ -156,15 +143,15 @@ class Neighbours:
     def hear_used(self) -> None:
         """Takes in the round trips of links that sessions use, if a ping has come back since the last call."""
         now, before = time.monotonic(), self._answered
-        self._answered = {endpoint: self._prober.answered(endpoint) for endpoint in self._links.in_use}
+        self._answered = {endpoint: self.prober.answered(endpoint) for endpoint in self.links.in_use}
         heard = [endpoint for endpoint, number in self._answered.items() if number > before.get(endpoint, number)]
-        used = {endpoint.key.text: (now, self._prober.rtt_ms(endpoint)) for endpoint in heard}
+        used = {endpoint.key.text: (now, self.prober.rtt_ms(endpoint)) for endpoint in heard}
         self._used = {name: seen for name, seen in (self._used | used).items() if name in self._seen and seen[1]}
 
     def look_around(self) -> None:
         """Measures some links; takes a few round trips, a few seconds at most."""
         try:
-            others = list(self._others())
+            others = list(self.others())
         except SplitnetError as error:
             log.warning("could not look for other peers: %s", error)
             return
@@ -182,14 +169,14 @@ class Neighbours:
         self._tried_at |= dict.fromkeys(names, began)
         seen = dict(self._seen)
         chosen = {by_name[name].endpoint: by_name[name] for name in names}
-        borrowed = [endpoint for endpoint in chosen if self._links.acquire(endpoint)]
+        borrowed = [endpoint for endpoint in chosen if self.links.acquire(endpoint)]
         try:
-            for endpoint, link in self._prober.measure(borrowed).items():
+            for endpoint, link in self.prober.measure(borrowed).items():
                 self.network_coordinates.measured(chosen[endpoint], link)
                 seen[chosen[endpoint].key.text] = time.monotonic(), link
         finally:
             for endpoint in borrowed:
-                self._links.release(endpoint)
+                self.links.release(endpoint)
         self._seen = {name: (at, link) for name, (at, link) in seen.items() if began - at < USEFUL_S}
         self._useful = self._by_use([record for record in others if record.key.text in self._seen])
 
@@ -205,7 +192,7 @@ class Neighbours:
 
     def _by_use(self, others: Sequence[PeerRecord]) -> list[str]:
         """Keys of those that a chain may go on to from here, the most useful first."""
-        own = self._own()
+        own = self.own()
         if own is None or not others:
             return []
         place = self.network_coordinates.place

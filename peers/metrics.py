@@ -223,21 +223,26 @@ def _histograms(name: str, help: str, label: str, histograms: Mapping[Label, His
     return family
 
 
-class MetricsServer:
-    """Listens from the start, answers once it serves. Use it as a context manager.
-
-    Args:
-        host, port: where to listen; port 0: any free one.
+class MetricsServer(ThreadingTCPServer):
+    """Listens from the start, answers once it serves. Use it as a context manager. Port 0: any free one.
 
     Raises:
         AddressInUse: something else listens there.
         SplitnetError: it is not an address of this machine.
     """
 
+    allow_reuse_address = sys.platform != "win32"  # where others could take the port, too
+    daemon_threads = True
+    registry: CollectorRegistry
+
     def __init__(self, host: str, port: int) -> None:
         shown = f"[{host}]" if ":" in host else host
+        self.names = {"localhost", host.lower(), socket.gethostname().lower()}  # of this machine in requests
+        self._until: dict[socket.socket, float] = {}  # of connections that have not ended, the oldest first
+        self._places = threading.BoundedSemaphore(2 * MOST_CONNECTIONS)
         try:
-            self._http = _Server(host, port)
+            self.address_family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            super().__init__(address[:2], _Handler)  # pyright: ignore[reportArgumentType]
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise AddressInUse(f"{shown}:{port} is taken: choose another --metrics-port, or 0 for any") from None
@@ -245,38 +250,21 @@ class MetricsServer:
                 f"cannot listen on {shown}:{port} ({error.strerror}): give --metrics-port PORT, or HOST:PORT with a "
                 "host of this machine"
             ) from None
-        self.url = f"http://{shown}:{self._http.server_address[1]}{PATH}"
-        self._thread = threading.Thread(target=self._http.serve_forever, name="splitnet-metrics", daemon=True)
-
-    def __enter__(self) -> MetricsServer:
-        return self
+        self.url = f"http://{shown}:{self.server_address[1]}{PATH}"
+        self._thread = threading.Thread(target=self.serve_forever, name="splitnet-metrics", daemon=True)
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def serve(self, registry: CollectorRegistry) -> None:
-        self._http.registry = registry
+        self.registry = registry
         self._thread.start()
 
     def close(self) -> None:
         if self._thread.ident is not None:
-            self._http.shutdown()
+            self.shutdown()
             self._thread.join()
-        self._http.server_close()
-
-
-class _Server(ThreadingTCPServer):
-    allow_reuse_address = sys.platform != "win32"  # where others could take the port, too
-    daemon_threads = True
-    registry: CollectorRegistry
-
-    def __init__(self, host: str, port: int) -> None:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        self.address_family = family
-        self.names = {"localhost", host.lower(), socket.gethostname().lower()}  # of this machine in requests
-        self._until: dict[socket.socket, float] = {}  # of connections that have not ended, the oldest first
-        self._places = threading.BoundedSemaphore(2 * MOST_CONNECTIONS)
-        super().__init__(address[:2], _Handler)  # pyright: ignore[reportArgumentType]
+        self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.service_actions()
@@ -316,7 +304,7 @@ class _Server(ThreadingTCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
+    server: MetricsServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self) -> None:
         if not self._names_this_machine():

@@ -7,8 +7,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
@@ -52,7 +51,7 @@ Blocks = tuple[int, int]
 
 
 def fitting_blocks(
-    checkpoint: Checkpoint, wish: SpanWish, *, device: str, dtype: str | None, weights: str | None = None
+    checkpoint: Checkpoint, wish: SpanWish, device: str, dtype: str | None, weights: str | None = None
 ) -> int:
     """How many blocks the peer has memory for; 0 if it was told which blocks to serve. Arguments as of `Span.load`.
 
@@ -73,7 +72,7 @@ def fitting_blocks(
     return fitting
 
 
-def expected_block_ms(checkpoint: Checkpoint, *, device: str, dtype: str | None, weights: str | None = None) -> float:
+def expected_block_ms(checkpoint: Checkpoint, device: str, dtype: str | None, weights: str | None = None) -> float:
     """Ms of a token at a block, as the device reads memory: an estimate before blocks are loaded, for comparisons."""
     values = torch.zeros(READ_BYTES // 4, dtype=torch.float32, device=device)
     took_s = math.inf
@@ -167,33 +166,23 @@ def _positive(ms: float) -> float:
     return max(ms, 1e-6)
 
 
-@dataclass(frozen=True, slots=True)
-class _Announced:
-    """A move that waits for newer records of all that may leave the same blocks. issued: times of the older, by key."""
-
-    move: Move
-    issued: dict[str, float]
-
-
 class Mover:
     """Decides for one peer. See `scheduler.moves` for the rules, and why peers do not leave a block together.
 
     position_bytes: that a position takes on links; 0: the bandwidth of peers does not count.
-
-    Attributes:
-        lacking: at the last decision blocks had no server, and none was on the way to them.
     """
 
     def __init__(self, num_blocks: int, position_bytes: float = 0.0) -> None:
-        self.lacking = False
+        self.lacking = False  # at the last decision blocks had no server, and none was on the way to them
         self._num_blocks = num_blocks
         self._position_bytes = position_bytes
-        self._announced: _Announced | None = None
+        self._announced: Move | None = None  # it waits for newer records of all that may leave the same blocks
+        self._issued: dict[str, float] = {}  # times of the older records, by key
 
     @property
     def intended(self) -> tuple[int, int] | None:
         """The span of a move that is announced but not done yet."""
-        return (self._announced.move.start, self._announced.move.end) if self._announced else None
+        return (self._announced.start, self._announced.end) if self._announced else None
 
     def decide(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> tuple[int, int] | None:
         """The span `[start, end)` to move to now, or None; `others`: all other records, `now`: Unix time."""
@@ -204,12 +193,10 @@ class Mover:
             self._announced = None
             return None
         if move.confirm:
-            if self._announced is None or self._announced.move != move:
-                self._announced = _Announced(move, {record.key.text: record.issued_at for record in others})
-            before = self._announced.issued
-            if any(
-                record.issued_at <= before.get(record.key.text, 0.0) for record in others if _may_leave(record, own)
-            ):
+            if self._announced != move:
+                self._announced, self._issued = move, {record.key.text: record.issued_at for record in others}
+            rivals = [record for record in others if _may_leave(record, own)]
+            if any(record.issued_at <= self._issued.get(record.key.text, 0.0) for record in rivals):
                 return None
         self._announced = None
         return move.start, move.end
@@ -293,41 +280,24 @@ class HolderWatch:
             )
 
 
+@dataclass(eq=False)
 class Relocation:
-    """Looks at the swarm from time to time, and moves the peer where it is needed more. Thread-safe.
+    """Looks at the swarm from time to time, and moves the peer where it is needed more. Thread-safe."""
 
-    Args:
-        watch: knows which peers are gone although their records are still there.
-        leaving: set when the peer ends.
-        own: the record of this peer as of now.
-        others: looks up all other records.
-        publish: announces this peer's record beside the regular refreshes.
-        move: makes the peer serve other blocks; True: in haste, as some have no server.
-    """
+    mover: Mover
+    watch: HolderWatch  # knows which peers are gone although their records are still there
+    leaving: threading.Event  # set when the peer ends
+    own: Callable[[], PeerRecord]
+    others: Callable[[], Sequence[PeerRecord]]  # looks up all other records
+    publish: Callable[[], None]  # announces this peer's record beside the regular refreshes
+    move: Callable[[Blocks, bool], None]  # makes the peer serve other blocks; True: in haste, as some have no server
 
-    def __init__(
-        self,
-        mover: Mover,
-        watch: HolderWatch,
-        leaving: threading.Event,
-        *,
-        own: Callable[[], PeerRecord],
-        others: Callable[[], Sequence[PeerRecord]],
-        publish: Callable[[], None],
-        move: Callable[[Blocks, bool], None],
-    ) -> None:
-        self._mover = mover
-        self._watch = watch
-        self._leaving = leaving
-        self._own = own
-        self._others = others
-        self._publish = publish
-        self._move = move
+    def __post_init__(self) -> None:
         self._gone: frozenset[PublicKey] = frozenset()
         self._issued: dict[PublicKey, float] = {}  # times of the records of those that are gone, as of the loss
         self._heard_of: set[tuple[PublicKey, Blocks]] = set()  # moves of others that were announced
         self._pause_s = QUICK_LOOK_S
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()  # prevents moves
         self._thread = threading.Thread(target=self._look_often, name="splitnet-place", daemon=True)
         self.start = self._thread.start
 
@@ -336,44 +306,36 @@ class Relocation:
         if self._thread.ident is not None:
             self._thread.join()
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Prevents moves meanwhile, after a move that is under way."""
-        with self._lock:
-            yield
-
     def reconsider(self) -> bool:
         """Moves to other blocks if the swarm needs this peer there more; tells whether it has moved."""
-        with self._lock:
-            if self._leaving.is_set():
+        with self.lock:
+            if self.leaving.is_set():
                 return False
-            before, own, others = self._mover.intended, self._own(), self._others()
+            before, own, others = self.mover.intended, self.own(), self.others()
             now = time.time()
             present = self._present(others)
-            span = self._mover.decide(own, present, now)
+            span = self.mover.decide(own, present, now)
             if span is not None:
-                self._move(span, self._mover.lacking)
+                self.move(span, self.mover.lacking)
                 return True
             lost = [record for record in others if record.key in self._gone]
             # Where peers are few all watch all: the one to move may be lost with those that it was to replace.
             rest = others if len(others) <= MAX_WATCHED else ()
-            self._watch.watch([*lost, *self._mover.guarded(own, present, now), *rest])
+            self.watch.watch([*lost, *self.mover.guarded(own, present, now), *rest])
             announced = {(record.key, record.moving_to) for record in others if record.moving_to and record.serves}
             # A peer that announces a move waits until it has heard of others.
-            if self._mover.intended != before or announced - self._heard_of:
-                self._publish()
-            self._pause_s = self._pause(len(others))
+            if self.mover.intended != before or announced - self._heard_of:
+                self.publish()
+            least_s, per_peer_s = (
+                (URGENT_LOOK_S, URGENT_LOOK_PER_PEER_S) if self.mover.lacking else (QUICK_LOOK_S, LOOK_PER_PEER_S)
+            )
+            self._pause_s = min(LOOK_S, max(least_s, per_peer_s * len(others)))
             self._heard_of = announced
             return False
 
-    def _pause(self, others: int) -> float:
-        if self._mover.lacking:
-            return min(LOOK_S, max(URGENT_LOOK_S, URGENT_LOOK_PER_PEER_S * others))
-        return min(LOOK_S, max(QUICK_LOOK_S, LOOK_PER_PEER_S * others))
-
     def _present(self, others: Sequence[PeerRecord]) -> list[PeerRecord]:
         """Those that are not known to be gone; a renewed record shows that its peer is there."""
-        self._gone = self._watch.gone(time.monotonic())
+        self._gone = self.watch.gone(time.monotonic())
         self._issued = {
             record.key: self._issued.get(record.key, record.issued_at) for record in others if record.key in self._gone
         }
@@ -381,8 +343,8 @@ class Relocation:
 
     def _look_often(self) -> None:
         look_at = time.monotonic() + QUICK_LOOK_S
-        while not self._leaving.wait(CHECK_S):
-            if time.monotonic() < look_at and self._watch.gone(time.monotonic()) == self._gone:
+        while not self.leaving.wait(CHECK_S):
+            if time.monotonic() < look_at and self.watch.gone(time.monotonic()) == self._gone:
                 continue
             try:
                 self.reconsider()

@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 HALF_LIFE_S = 20.0  # of computing: energy of before that counts half
 SENSOR_S = 0.5  # a sensor is read at most this often: over I2C that takes a millisecond
 MOST_WATTS = 2000.0  # of one counter. One that leaps by more was set back, and did not wrap.
-
-
 SYSFS = Path("/sys")
 
 _MICRO = 1e-6
@@ -35,14 +33,12 @@ _WHOLE = re.compile(r"VDD_IN|POM_5V_IN|.*total.*", re.IGNORECASE)  # labels of a
 class Source:
     """A counter of energy or a sensor of power of (a part of) the device; those with the same names are equal.
 
-    Attributes:
-        read: joules so far of a counter, watts now of a sensor. Raises OSError or ValueError if that cannot be read.
-        wraps_at: joules at which a counter begins again at 0, 0 if that is not known; None: it is a sensor.
+    read: joules so far of a counter, watts now of a sensor. Raises OSError or ValueError if that cannot be read.
     """
 
     name: str
     read: Callable[[], float] = field(compare=False)
-    wraps_at: float | None = None
+    wraps_at: float | None = None  # joules at which a counter begins again at 0; 0: not known; None: it is a sensor
 
 
 @dataclass(frozen=True)
@@ -60,14 +56,8 @@ class Sources:
 class EnergyMeter:
     """Adds up what is read around the work of the device; failed readings add nothing.
 
-    One thread at a time computes; another may look for sources.
-
-    Args:
-        find: the sources that can be read now.
-        watts: what the device draws while it computes, if the user says so; then nothing is read.
-
-    Attributes:
-        joules: of all work so far, as far as it is known.
+    One thread at a time computes; another may look for sources. find: the sources that can be read now.
+    watts: what the device draws while it computes, if the user says so; then nothing is read.
     """
 
     def __init__(
@@ -76,7 +66,7 @@ class EnergyMeter:
         watts: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.joules = 0.0
+        self.joules = 0.0  # of all work so far, as far as it is known
         self._find = find
         self._given = watts
         self._clock = clock
@@ -147,30 +137,28 @@ class EnergyMeter:
         self._recent_s = self._recent_s * kept + seconds
 
     def _counted(self, sources: Sources) -> list[float] | None:
-        """Of each counter; None: not all can be read."""
-        try:
-            return [part.read() for part in sources.parts if part.wraps_at is not None]
-        except (OSError, ValueError) as error:
-            self._lose(sources, error)
-            return None
+        return self._readings(sources, [part for part in sources.parts if part.wraps_at is not None])
 
     def _sensed(self, sources: Sources) -> float | None:
         """Watts of all sensors, as read lately; None: not all can be read."""
         sensors = [part for part in sources.parts if part.wraps_at is None]
         now = self._clock()
         if sensors and now - self._sensed_at >= SENSOR_S:
-            try:
-                self._sensed_watts = max(0.0, sum(part.read() for part in sensors))
-            except (OSError, ValueError) as error:
-                self._lose(sources, error)
+            watts = self._readings(sources, sensors)
+            if watts is None:
                 return None
-            self._sensed_at = now
+            self._sensed_watts, self._sensed_at = max(0.0, sum(watts)), now
         return self._sensed_watts if sensors else 0.0
 
-    def _lose(self, sources: Sources, error: Exception) -> None:
-        if sources is self._sources:
-            log.info("what the device draws cannot be read any more: %s", error)
-            self._use(Sources())
+    def _readings(self, sources: Sources, parts: list[Source]) -> list[float] | None:
+        """Of each part; None: not all can be read."""
+        try:
+            return [part.read() for part in parts]
+        except (OSError, ValueError) as error:
+            if sources is self._sources:
+                log.info("what the device draws cannot be read any more: %s", error)
+                self._use(Sources())
+            return None
 
     def _use(self, sources: Sources) -> None:
         self._sources = sources
@@ -197,9 +185,8 @@ def _of_rapl(sysfs: Path) -> Sources:
         for folder in sorted((sysfs / "class/powercap").glob("intel-rapl:*"))
         if re.fullmatch(r"intel-rapl:\d+", folder.name)
     ]
-    chosen = [each for each in domains if each[1].startswith("package")] or [
-        each for each in domains if each[1] == "psys"
-    ]
+    packages = [each for each in domains if each[1].startswith("package")]
+    chosen = packages or [each for each in domains if each[1] == "psys"]
     parts: list[Source] = []
     for folder, name in chosen:
         file = folder / "energy_uj"
@@ -209,10 +196,9 @@ def _of_rapl(sysfs: Path) -> Sources:
             return Sources(problem=_not_allowed(file, folder.parent / "intel-rapl:*/energy_uj"))
         except (OSError, ValueError):
             return Sources()  # a sum without it would be too small
-        wraps_at = _text(folder / "max_energy_range_uj")
-        parts.append(
-            Source(f"RAPL {name}", partial(_read, file, _MICRO), int(wraps_at) * _MICRO if wraps_at.isdigit() else 0.0)
-        )
+        range_uj = _text(folder / "max_energy_range_uj")
+        wraps_at = int(range_uj) * _MICRO if range_uj.isdigit() else 0.0
+        parts.append(Source(f"RAPL {name}", partial(_read, file, _MICRO), wraps_at))
     return Sources(tuple(parts))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,15 +76,17 @@ class IsLeaving(Exception):
     """The peer was told to end while it was getting or loading blocks."""
 
 
+def _load(
+    checkpoint: Checkpoint, start: int, end: int, options: PeerOptions, progress: Callable[[int, int], None]
+) -> Span:
+    device, dtype, weights = options.device, options.dtype, options.weights
+    return Span.load(checkpoint, start, end, device=device, dtype=dtype, weights=weights, progress=progress)
+
+
 class SpanServer:
-    """Serves one span: a service for its sessions, and an engine for their steps.
+    """Serves one span: a service for its sessions, and an engine for their steps. Arguments as of `PeerOptions`.
 
-    Args:
-        kv_memory, training_memory, idle_s: see `PeerOptions`.
-        policy: what keys are granted; None: all, alike.
-
-    Raises:
-        OutOfMemory: `kv_memory` is less than the states of one sequence take.
+    Raises OutOfMemory if `kv_memory` is less than the states of one sequence take.
     """
 
     def __init__(
@@ -186,16 +188,7 @@ class SpanServer:
 class Peer:
     """A running peer of one model. Use `Peer.start`, then `close`.
 
-    Attributes:
-        directory: with the multiaddrs that others join the swarm with; none if it has joined through peers alone.
-        counters: what it has done since its start.
-        ways: how others reach it.
-        weights: gives them to others.
-        service: of its sessions; while the peer moves, that of the blocks that it has left.
-        relocation: moves it to blocks where the swarm needs it more.
-
-    Raises:
-        SplitnetError: any of its kinds, with the fix: the model, the swarm, the address, memory.
+    Raises SplitnetError of any kind, with the fix: the model, the swarm, the address, memory.
     """
 
     def __init__(
@@ -242,7 +235,7 @@ class Peer:
         except BaseException:
             self.transport.close()
             raise
-        self.service = self._server.service
+        self.service = self._server.service  # while the peer moves, that of the blocks that it has left
         self._placed_at = time.time()
         self._watch = HolderWatch(self._next_hops, self.transport.state)
         self._joined_at = hosts_of(options.initial_peers)
@@ -282,13 +275,10 @@ class Peer:
 
     @classmethod
     def start(cls, model: str | Path, options: PeerOptions, *, progress: Report | None = None) -> Peer:
-        """Joins or starts a swarm, loads blocks and serves them.
+        """Joins or starts a swarm, loads blocks and serves them. model: hub id or checkpoint folder.
 
-        Args:
-            model: hub id or checkpoint folder.
-            options: how to serve.
-            progress: called with a stage, bytes done and bytes in all, again and again while it waits for others. An
-                error that it raises ends the start.
+        progress: called with a stage, bytes done and bytes in all, again and again while it waits for others. An error
+        that it raises ends the start.
         """
         report = progress or (lambda stage, done, total: None)
         report("open the checkpoint", 0, 0)
@@ -322,27 +312,15 @@ class Peer:
         checkpoint = joined.checkpoint
         try:
             choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
-            fitting = fitting_blocks(
-                checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
-            )
+            fitting = fitting_blocks(checkpoint, options.wish, options.device, options.dtype, options.weights)
             present, own_ms = NOBODY, None
             if fitting:
                 report("ask who answers", 0, 0)
                 present = answering(joined.directory.peers(checkpoint.fingerprint), identity)
             if present.records:
-                own_ms = expected_block_ms(
-                    checkpoint, device=options.device, dtype=options.dtype, weights=options.weights
-                )
+                own_ms = expected_block_ms(checkpoint, options.device, options.dtype, options.weights)
             start, end = choose_blocks(checkpoint, options.wish, fitting, present, own_ms)
-            span = Span.load(
-                checkpoint,
-                start,
-                end,
-                device=options.device,
-                dtype=options.dtype,
-                weights=options.weights,
-                progress=lambda done, total: report(f"load blocks {start}..{end - 1}", done, total),
-            )
+            span = _load(checkpoint, start, end, options, partial(report, f"load blocks {start}..{end - 1}"))
             report("measure the device", 0, 0)
             counters = Counters(
                 EnergyMeter(partial(find_sources, torch.device(options.device), options.sysfs), options.watts)
@@ -427,7 +405,7 @@ class Peer:
     def drain(self, timeout_s: float) -> None:
         """Leaves the directory and hands running sessions over, see `SpanServer.drain`."""
         self._leaving.set()
-        with self.relocation.held():
+        with self.relocation.lock:
             self.service.leave()  # before the directory, which may take a second
             self._announcer.close()
             if self._lan is not None:
@@ -437,7 +415,7 @@ class Peer:
 
     def close(self) -> None:
         self._leaving.set()
-        with self.relocation.held():
+        with self.relocation.lock:
             self._announcer.close()
             self.transport.close()
             self._directory_service.close()
@@ -543,15 +521,7 @@ class Peer:
 
     def _load_and_serve(self, start: int, end: int, speed: ObservedSpeed) -> None:
         options = self._options
-        span = Span.load(
-            self.checkpoint,
-            start,
-            end,
-            device=options.device,
-            dtype=options.dtype,
-            weights=options.weights,
-            progress=self._go_on,
-        )
+        span = _load(self.checkpoint, start, end, options, self._go_on)
         # All blocks of a model are about as fast. Timing these takes seconds, so it waits until the peer is idle.
         if options.speeds_file is not None:
             KnownSpeeds(options.speeds_file).follow(span, self.checkpoint.fingerprint, speed)

@@ -6,7 +6,7 @@ A part of the service, under its lock; the engine calls it with what it has comp
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from peers.counters import Counters
 from peers.links import Outbox, timing_of
@@ -36,28 +36,20 @@ Request = Forward | Gradient | Adapter | FetchKV
 MAX_PASS_POSITIONS = 4096  # of a pass, unless a single sequence is longer
 
 
+@dataclass(eq=False)
 class Training:
-    """Passes and adapters of all sessions; `lock`: of the service, `hidden_size` and `max_positions`: of the model."""
+    """Passes and adapters of all sessions."""
 
-    def __init__(
-        self,
-        queue: WorkQueue,
-        outbox: Outbox,
-        memory: MemoryAccount,
-        lock: threading.RLock,
-        counters: Counters,
-        hidden_size: int,
-        max_positions: int | None,
-    ) -> None:
-        self._hidden_size = hidden_size
-        self._max_positions = max_positions
-        self._queue = queue
-        self._outbox = outbox
-        self.memory = memory
-        self._lock = lock
-        self._counters = counters
-        self._ways: dict[PassWork, None] = {}
-        """With saved graphs, the oldest first; not the one that the device is at."""
+    queue: WorkQueue
+    outbox: Outbox
+    memory: MemoryAccount
+    lock: threading.RLock  # of the service
+    counters: Counters
+    hidden_size: int  # of the model, as `max_positions`
+    max_positions: int | None
+
+    def __post_init__(self) -> None:
+        self._ways: dict[PassWork, None] = {}  # with saved graphs, the oldest first; not the one that the device is at
 
     def receive(self, session: Session, source: Connection, message: Request, now: float) -> None:
         """Takes in a message that its sender may send. Raises ProtocolError or PeerBusy to refuse it."""
@@ -70,12 +62,12 @@ class Training:
             forward = session.kept.get(message.number)
             if forward is None:
                 raise MissingPass(f"there is no pass {message.number} to go back from")
-            check_size(message.codec, message.payload, forward.positions, self._hidden_size)
+            check_size(message.codec, message.payload, forward.positions, self.hidden_size)
             work = PassWork(session, message, forward.source, now, forward)
             more = work.nbytes - forward.nbytes
             self._take(session, Purpose.PASSES, more)
             try:
-                self._queue.put_pass(work)
+                self.queue.put_pass(work)
             except PeerBusy:
                 self.memory.give_back(session, Purpose.PASSES, more)
                 raise
@@ -90,7 +82,7 @@ class Training:
 
     def forget(self, session: Session) -> None:
         """Frees all that is kept for the passes of a session; its adapter stays."""
-        for work in self._queue.discard_passes(session):
+        for work in self.queue.discard_passes(session):
             self._release(work)
         for number in list(session.kept):
             self._drop(session, number)
@@ -105,7 +97,7 @@ class Training:
 
     def may_keep_way(self, work: PassWork, nbytes: int) -> bool:
         """Takes memory for the way back of a pass that is about to run; False: there is none to spare."""
-        with self._lock:
+        with self.lock:
             session = work.session
             account = session.owner, session, Purpose.GRAPHS
             # As much again stays free, for what cannot be computed again.
@@ -117,35 +109,35 @@ class Training:
 
     def keep_saved(self, work: PassWork, way: SavedPass) -> None:
         """Keeps it until a gradient comes or something else needs the memory."""
-        with self._lock:
+        with self.lock:
             if not work.session.closed:
                 work.way = way
                 self._ways[work] = None
 
     def take_saved(self, work: PassWork) -> SavedPass | None:
-        with self._lock:
+        with self.lock:
             self._ways.pop(work, None)
             way, work.way = work.way, None
             return way
 
     def forwarded(self, work: PassWork, payload: Payload) -> None:
         """Sends on the output of a forward pass, and keeps its input if a gradient may follow."""
-        with self._lock:
+        with self.lock:
             session, message = work.session, work.message
             assert isinstance(message, Forward)
             if session.closed or message.epoch != session.epoch:
                 self._release(work)
                 return
             session.last = max(session.last, message.number)
-            timings = (*message.timings, timing_of(work, self._outbox))
+            timings = (*message.timings, timing_of(work, self.outbox))
             codec = session.codec.code
             if session.next is not None:
                 onward = replace(message, codec=codec, payload=payload, boundary=session.end, timings=timings)
                 session.sent_on = True
-                self._outbox.send(session.next, onward)
+                self.outbox.send(session.next, onward)
             else:
                 result = Result(session.id, message.epoch, message.number, session.end, codec, timings, payload)
-                self._outbox.send(session.reply_to, result)
+                self.outbox.send(session.reply_to, result)
             if message.kept:
                 self._drop(session, message.number)
                 session.kept[message.number] = work
@@ -154,65 +146,65 @@ class Training:
 
     def went_back(self, work: PassWork, payload: Payload, parts: list[bytes]) -> None:
         """Sends the gradient by the input up the route, and that by the adapter to the client."""
-        with self._lock:
+        with self.lock:
             session, message, forward = work.session, work.message, work.forward
             assert isinstance(message, Gradient) and forward is not None and isinstance(forward.message, Forward)
             self._release(work)
             if session.closed or message.epoch != session.epoch:
                 return
             for remaining, part in counted_down(parts):
-                self._outbox.send(
+                self.outbox.send(
                     session.reply_to, AdapterGradient(session.id, message.epoch, message.number, remaining, part)
                 )
             codec = forward.message.gradient_codec
-            self._outbox.send(work.source, replace(message, boundary=session.start, codec=codec, payload=payload))
+            self.outbox.send(work.source, replace(message, boundary=session.start, codec=codec, payload=payload))
 
     def adapter_loaded(self, work: PassWork) -> None:
-        with self._lock:
+        with self.lock:
             session, message = work.session, work.message
             assert isinstance(message, Adapter)
             # Of the former version, whose memory is free now, only the new one's parts remain accounted for.
             former, session.adapter_bytes = session.adapter_bytes, work.nbytes
             self.memory.give_back(session, Purpose.ADAPTERS, former)
             if not session.closed:
-                self._outbox.send(session.reply_to, AdapterLoaded(session.id, session.epoch, message.version))
+                self.outbox.send(session.reply_to, AdapterLoaded(session.id, session.epoch, message.version))
 
     def fetched_kv(self, work: PassWork, parts: list[bytes]) -> None:
-        with self._lock:
+        with self.lock:
             session, message = work.session, work.message
             assert isinstance(message, FetchKV)
             self._release(work)
             for remaining, part in counted_down(parts if not session.closed else ()):
-                self._outbox.send(
+                self.outbox.send(
                     session.reply_to, FetchedKV(session.id, message.epoch, message.number, remaining, part)
                 )
 
     def failed(self, work: PassWork, code: FailureCode, text: str) -> None:
-        with self._lock:
-            self._counters.refused[code] += 1
+        with self.lock:
+            self.counters.refused[code] += 1
             session, message = work.session, work.message
             self._release(work)
             if not session.closed:
                 number: int = getattr(message, "number", 0)
-                self._outbox.send(session.reply_to, Failure(session.id, message.epoch, number, code, text[:500]))
+                self.outbox.send(session.reply_to, Failure(session.id, message.epoch, number, code, text[:500]))
 
     def _check(self, message: Forward) -> None:
         if not message.lengths or not all(message.lengths):
             raise ProtocolError("a pass has no sequences, or an empty one")
         longest = max(message.lengths)
-        if self._max_positions is not None and longest > self._max_positions:
+        if self.max_positions is not None and longest > self.max_positions:
             raise SessionTooLong(f"{longest} positions are more than the model's context")
         if message.positions > max(MAX_PASS_POSITIONS, longest):
             raise SessionTooLong(f"a pass has at most {MAX_PASS_POSITIONS} positions")
         codec_by_code(message.gradient_codec)
-        check_size(message.codec, message.payload, message.positions, self._hidden_size)
+        check_size(message.codec, message.payload, message.positions, self.hidden_size)
 
     def _put(self, work: PassWork) -> None:
         """Puts a pass into the queue; memory of one that is refused is given back."""
         if not isinstance(work.message, Adapter):  # for which memory was taken part by part
             self._take(work.session, Purpose.PASSES, work.nbytes)
         try:
-            self._queue.put_pass(work)
+            self.queue.put_pass(work)
         except PeerBusy:
             self._release(work)
             raise

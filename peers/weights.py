@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from peers.links import Answering
@@ -27,32 +28,21 @@ WAITING_PER_KEY: Final = 64
 MAX_WAITING: Final = 1024
 
 
+@dataclass(eq=False)
 class WeightService:
-    """Answers questions about weights. Thread-safe; close it when done.
+    """Answers questions about weights. Thread-safe; close it when done."""
 
-    shares: whether pieces are given; the manifest is, as clients must know it. rate: bytes per second.
-    swarm: the key of a closed one. serving: whether sessions are being served. sent: bytes of pieces.
-    """
+    held: HeldPieces
+    outbox: Answering
+    shares: Callable[[], bool]  # whether pieces are given; the manifest is, as clients must know it
+    rate: float = DEFAULT_RATE  # bytes per second
+    swarm: OpenSwarm = OPEN  # the key of a closed one
+    serving: Callable[[], bool] = lambda: False  # whether sessions are being served
 
-    def __init__(
-        self,
-        held: HeldPieces,
-        outbox: Answering,
-        *,
-        shares: Callable[[], bool],
-        rate: float = DEFAULT_RATE,
-        swarm: OpenSwarm = OPEN,
-        serving: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.sent = 0
-        self._held = held
-        self._outbox = outbox
-        self._shares = shares
-        self._rate = rate
-        self._swarm = swarm
-        self._serving = serving
+    def __post_init__(self) -> None:
+        self.sent = 0  # bytes of pieces
         self._pace = Pace()
-        self._model = bytes.fromhex(swarm.place(held.manifest.fingerprint))
+        self._model = bytes.fromhex(self.swarm.place(self.held.manifest.fingerprint))
         self._pieces: dict[bytes, bytes] | None = None  # digests, by the names that members of a closed swarm give them
         self._packed: bytes | None = None
         self._bits = b""
@@ -95,38 +85,38 @@ class WeightService:
                 log.exception("weights could not be given")
                 nbytes = 0
                 self._refuse(source, message, FailureCode.INTERNAL, "an error at this peer")
-            rate = self._rate * (SERVING_SHARE if self._serving() else 1.0)
+            rate = self.rate * (SERVING_SHARE if self.serving() else 1.0)
             self._closed.wait(self._pace.wait_s(nbytes + QUESTION_BYTES, rate))
 
     def _answer(self, source: Connection, message: AskWeights) -> int:
         """Returns how many bytes were sent, or read for it."""
         data: bytes | None = None
         if message.kind == WeightsKind.PIECE:
-            data = self._piece(message.name) if self._shares() else None
+            data = self._piece(message.name) if self.shares() else None
         elif message.name == self._model and message.kind == WeightsKind.MANIFEST:
             if self._packed is None:
-                self._packed = self._held.manifest.pack()
+                self._packed = self.held.manifest.pack()
             data = self._packed
-        elif message.name == self._model and message.kind == WeightsKind.HELD and self._shares():
+        elif message.name == self._model and message.kind == WeightsKind.HELD and self.shares():
             if time.monotonic() - self._bits_at > BITS_S:
-                self._bits, self._bits_at = self._held.bits(), time.monotonic()
+                self._bits, self._bits_at = self.held.bits(), time.monotonic()
             data = self._bits
         if data is None:
             code = FailureCode.WRONG_BLOCKS if message.kind == WeightsKind.PIECE else FailureCode.WRONG_MODEL
             self._refuse(source, message, code, "this peer gives no such weights")
             return 0
         part = memoryview(data)[message.offset : message.offset + message.length]
-        self._outbox.send(source, WeightsPart(message.number, len(data), part))
+        self.outbox.send(source, WeightsPart(message.number, len(data), part))
         self.sent += len(part)
         # A piece is read and hashed whole, whatever part of it is asked for.
         return len(data) if message.kind == WeightsKind.PIECE else len(part)
 
     def _piece(self, name: bytes) -> bytes | None:
-        if self._swarm.is_closed:
+        if self.swarm.is_closed:
             if self._pieces is None:
-                self._pieces = {bytes.fromhex(self._swarm.place(one.hex())): one for one in self._held.names}
+                self._pieces = {bytes.fromhex(self.swarm.place(one.hex())): one for one in self.held.names}
             name = self._pieces.get(name, b"")
-        return self._held.read(name)
+        return self.held.read(name)
 
     def _refuse(self, source: Connection, message: AskWeights, code: FailureCode, text: str) -> None:
-        self._outbox.send(source, Failure(b"", 0, message.number, code, text))
+        self.outbox.send(source, Failure(b"", 0, message.number, code, text))

@@ -139,25 +139,19 @@ class Load:
     """How busy a device has been: averages over recent passes, which fade while nothing happens.
 
     Clients plan with them for half a minute, of which what waits at the moment of publishing says nothing.
-
-    Attributes:
-        last_at: when the last pass began, in seconds.
     """
 
     def __init__(self) -> None:
         self._wait_ms = MovingAverage(SHARE, 0.0)
         self._batch = MovingAverage(SHARE, 0.0)
         self._squares = 0.0
-        self.last_at = 0.0
+        self.last_at = 0.0  # when the last pass began, in seconds
 
     def observe(self, now: float, waits_ms: Sequence[float], others: Sequence[int], took_ms: float = 0.0) -> None:
-        """Takes in a pass.
+        """Takes in a pass that lasted `took_ms`.
 
-        Args:
-            now: seconds.
-            waits_ms: of the decode steps that began in it; prefill waits for those, so its own waits tell nothing.
-            others: for each decode step in it, the positions that belong to other sessions.
-            took_ms: how long it lasted.
+        waits_ms: of the decode steps that began in it; prefill waits for those, so its own waits tell nothing.
+        others: for each decode step in it, the positions that belong to other sessions.
         """
         fade = self._fade(now)
         self._wait_ms.value *= fade

@@ -9,18 +9,15 @@ from math import ceil
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scheduler.batching import PASS_POSITIONS
 from scheduler.cost import PROMPT_SHARE, Encoding
-from scheduler.facts import DIMENSIONS, PASS_SIZES, Coordinate, Network, Peer, Place
+from scheduler.facts import DIMENSIONS, PASS_SIZES, Coordinate, Flags, Floats, Integers, Network, Peer, Place
 
 LIMIT: Final = 300  # searched in some 5 ms on one CPU core; what more peers would add: docs/simulation.md
 ANCHORS: Final = 8  # places around which a chain might run
 KEPT_PARTS: Final = 8  # of a model, of which a crowd remembers who serves each block
 FULL_MS: Final = 1e9  # what a peer without memory for the session seems to cost: behind all others, but before nobody
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 
 def measured_first(peers: int) -> tuple[int, ...]:
@@ -130,13 +127,13 @@ class CandidateIndex:
 
     def _most_likely(
         self,
-        present: NDArray[np.bool_],
+        present: Flags,
         outside: Sequence[Place],
         blocks: tuple[int, int],
         block: Floats,
         fixed: Floats,
         limit: int,
-    ) -> NDArray[np.bool_]:
+    ) -> Flags:
         first, end = blocks
         starts, ends = self._start.clip(first, end) - first, self._end.clip(first, end) - first
         through = self._chain_through(present, starts, ends, block * (ends - starts) + fixed, outside, blocks)
@@ -158,7 +155,7 @@ class CandidateIndex:
 
     def _chain_through(
         self,
-        present: NDArray[np.bool_],
+        present: Flags,
         starts: Integers,
         ends: Integers,
         compute: Floats,
@@ -245,7 +242,7 @@ def _sending_ms(rates: Floats, positions: int, encodings: Sequence[Encoding], pr
     return step_ms + PROMPT_SHARE * _sending_ms(rates, prompt, encodings, 0) if prompt else step_ms
 
 
-def _spread_out(vectors: Floats, among: NDArray[np.bool_], first: Sequence[Floats]) -> list[tuple[Floats, Floats]]:
+def _spread_out(vectors: Floats, among: Flags, first: Sequence[Floats]) -> list[tuple[Floats, Floats]]:
     """The points in `first`, then those `among` all that are far from the ones before, each with its distances to all.
 
     Source: Gonzalez, 1985 (farthest-first traversal).

@@ -14,15 +14,12 @@ from scheduler.facts import CLIENT, PASS_SIZES, Hop, Link, Network, Peer, Speed
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """A codec as the planner sees it.
-
-    bytes_per_position: of an encoded position. step_ms: to encode and decode any step, position_ms: more per position.
-    """
+    """A codec as the planner sees it."""
 
     name: str
-    bytes_per_position: float
-    step_ms: float = 0.0
-    position_ms: float = 0.0
+    bytes_per_position: float  # encoded
+    step_ms: float = 0.0  # to encode and decode any step
+    position_ms: float = 0.0  # more per position
 
     def ms(self, positions: float, bytes_per_ms: float) -> float:
         """Ms to get a step of so many positions over a link, without its latency."""
@@ -62,19 +59,14 @@ def soonest(encodings: Sequence[Encoding], bytes_per_ms: float) -> Encoding:
 
 @dataclass(frozen=True, slots=True)
 class BlockWork:
-    """What a pass through one block of a model has to do.
+    """What a pass through one block of a model has to do."""
 
-    dense_bytes: weights that every pass reads. expert_bytes: weights of all experts, of which a position uses the part
-    `expert_share`. cache_bytes: keys and values of a session; a pass reads those of as many sessions as it has
-    positions, but at most of `sessions`. flops: floating-point operations per position.
-    """
-
-    dense_bytes: float
-    flops: float
-    expert_bytes: float = 0.0
-    expert_share: float = 1.0
-    cache_bytes: float = 0.0
-    sessions: int = 1
+    dense_bytes: float  # weights that every pass reads
+    flops: float  # floating-point operations per position
+    expert_bytes: float = 0.0  # weights of all experts
+    expert_share: float = 1.0  # of which a position uses this part
+    cache_bytes: float = 0.0  # keys and values of a session; a pass reads those of one for each position
+    sessions: int = 1  # but of so many at most
 
     def bytes_read(self, positions: int) -> float:
         """By a pass of so many positions; at worst each of them uses other experts."""

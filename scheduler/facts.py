@@ -15,8 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 PASS_SIZES: Final = (1, 4, 16, 64, 256)  # positions in a pass through the blocks at which a peer's speed is stated
-
-
 MAX_WATTS: Final = 1e5  # that a peer may say it draws
 
 
@@ -51,22 +49,17 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A peer that serves the blocks [start, end).
-
-    speed: observed. queue_ms: wait of a step until its pass starts. batch: positions of other sessions that share the
-    pass of a decode step. kv_free: positions that new sessions may still take. watts: drawn while it computes; 0: not
-    known. sending_ms: for which what a position gives to the next hop occupies its way up; 0: not known.
-    """
+    """A peer that serves the blocks [start, end)."""
 
     id: str
     start: int
     end: int
-    speed: Speed
-    queue_ms: float = 0.0
-    batch: float = 0.0
-    kv_free: int = 0
-    watts: float = 0.0
-    sending_ms: float = 0.0
+    speed: Speed  # observed
+    queue_ms: float = 0.0  # wait of a step until its pass starts
+    batch: float = 0.0  # positions of other sessions that share the pass of a decode step
+    kv_free: int = 0  # positions that new sessions may still take
+    watts: float = 0.0  # drawn while it computes; 0: not known
+    sending_ms: float = 0.0  # for which the output of a position occupies its way up; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +104,9 @@ def missing_blocks(peers: Iterable[Peer], num_blocks: int, first: int = 0) -> li
     return ranges
 
 
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 CLIENT: Final = ""  # stands for the client where a peer's id is expected
 
 
@@ -132,10 +128,8 @@ MIN_HEIGHT_MS: Final = 0.01
 MAX_ERROR: Final = 1.5
 
 MOST_OFF_MS: Final = 1000.0  # no prediction counts as more wrong: no two devices on Earth are farther apart
-CONTRADICTION: Final = 2.0
-CONTRADICTION_MS: Final = 50.0
-"""If two devices claim to be farther apart than so many times the way over a device that has measured both, and by so
-many ms more, one of them is not where it says."""
+CONTRADICTION: Final = 2.0  # farther apart than so many times the way over a device that has measured both,
+CONTRADICTION_MS: Final = 50.0  # and by so much more, two devices cannot be: one is not where it says
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +138,11 @@ class Coordinate:
 
     Vivaldi with height vectors (Dabek, Cox, Kaashoek and Morris: "Vivaldi: A Decentralized Network Coordinate System",
     SIGCOMM 2004, sections 3 and 5.4).
-
-    vector: `DIMENSIONS` numbers in ms. height_ms: of the access link, which every way to the device passes.
-    error: expected relative error of round trips predicted from here; 1 and more: nothing is known yet.
     """
 
-    vector: tuple[float, ...] = (0.0,) * DIMENSIONS
-    height_ms: float = MIN_HEIGHT_MS
-    error: float = 1.0
+    vector: tuple[float, ...] = (0.0,) * DIMENSIONS  # in ms
+    height_ms: float = MIN_HEIGHT_MS  # of the access link, which every way to the device passes
+    error: float = 1.0  # expected relative error of round trips predicted from here; 1 and more: nothing is known yet
 
     def rtt_ms(self, other: Coordinate) -> float:
         return math.dist(self.vector, other.vector) + self.height_ms + other.height_ms
@@ -299,8 +290,8 @@ class Network:
 class LinkTable:
     """Links between devices in their order, `[senders, receivers]`. Not to be written to."""
 
-    latency_ms: NDArray[np.float64]
-    ms_per_byte: NDArray[np.float64]
+    latency_ms: Floats
+    ms_per_byte: Floats
 
     def with_links(self, ids: Sequence[str], links: Mapping[tuple[str, str], Link]) -> LinkTable:
         index = {device: position for position, device in enumerate(ids)}

@@ -209,16 +209,11 @@ W = TypeVar("W", bound=Owned)
 class FairPasses(Generic[W]):
     """The passes of several keys. No clock: `now` is in seconds.
 
-    Args:
-        pass_s: seconds that a pass of so many positions takes.
-        weight: see `FairShares`.
-
-    Attributes:
-        shares: what keys have had.
+    pass_s: seconds that a pass of so many positions takes. weight: see `FairShares`.
     """
 
     def __init__(self, pass_s: Callable[[int], float], weight: Callable[[Any], float] = lambda key: 1.0) -> None:
-        self.shares = FairShares[Any](weight)
+        self.shares = FairShares[Any](weight)  # what keys have had
         self._pass_s = pass_s
         self._turn_of: dict[Hashable, Hashable] = {}  # in whose turn a key's prefill runs, if that is another's
 

@@ -69,24 +69,15 @@ Hop = TypeVar("Hop", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Alive(Generic[Hop]):
-    """A hop has answered a ping, or is about to.
-
-    Attributes:
-        queue_ms: how long its device has something to do, for any session.
-        holds: it knows the session; None: a peer of version 0.1.0, which does not say.
-        waiting: steps and passes of the session that wait or run there; 1 for all that is on its way to the next hop.
-        done: positions of the session computed there so far; only grows.
-        last: highest number of a step or pass of the session's epoch that was finished there.
-        late: it has not answered, but its link carries something, behind which the ping or the pong waits.
-    """
+    """A hop has answered a ping, or is about to."""
 
     endpoint: Hop
-    queue_ms: float
-    holds: bool | None = None
-    waiting: int = 0
-    done: int = 0
-    last: int = 0
-    late: bool = False
+    queue_ms: float  # how long its device has something to do, for any session
+    holds: bool | None = None  # it knows the session; None: a peer of version 0.1.0, which does not say
+    waiting: int = 0  # steps and passes of the session that wait or run there; 1 for all on its way to the next hop
+    done: int = 0  # positions of the session computed there so far; only grows
+    last: int = 0  # highest number of a step or pass of the session's epoch that was finished there
+    late: bool = False  # it has not answered, but its link carries something, behind which the ping or the pong waits
 
 
 class Finding(Enum):
@@ -100,17 +91,13 @@ class Finding(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict(Generic[Hop]):
-    """hops: those that it concerns, the likeliest first."""
-
     finding: Finding
-    hops: tuple[Hop, ...] = ()
+    hops: tuple[Hop, ...] = ()  # those that it concerns, the likeliest first
 
 
 def silence_s(usual_ms: float, predicted_ms: float = 0.0) -> float:
     """How long to wait for an answer before asking, by what such a step usually and this one is predicted to take.
-
-    0: not known.
-    """
+    0: not known."""
     usual_s = SILENT_STEPS * usual_ms / 1000
     silent_s = min(max(usual_s, MIN_SILENCE_S), MAX_SILENCE_S) if usual_ms else MAX_SILENCE_S
     return max(silent_s, PREDICTED_TIMES * predicted_ms / 1000)
@@ -176,10 +163,8 @@ class Liveness(Generic[Hop]):
     def verdict(self, number: int, parts: int, progress_s: float, now: float) -> Verdict[Hop] | None:
         """Ends a round; None: there is nothing to do but to wait.
 
-        Args:
-            number: the lowest that is awaited; 0: not of a step or pass.
-            parts: in how many each hop may compute what is awaited; progress beyond that is made up.
-            progress_s: how long hops may work on something without any progress.
+        number: the lowest that is awaited; 0: not of a step or pass. parts: in how many each hop may compute it;
+        progress beyond that is made up. progress_s: how long hops may work on something without any progress.
         """
         answers, until = self._answers, self._until
         self.stop()

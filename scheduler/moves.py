@@ -26,8 +26,8 @@ from typing import Final
 
 import numpy as np
 
-from scheduler.facts import Peer
-from scheduler.placement import Floats, Integers, Spans, best_span, fewest_hops, rates, sum_per_block
+from scheduler.facts import Floats, Integers, Peer
+from scheduler.placement import Spans, best_span, fewest_hops, rates, sum_per_block
 
 MIN_GAIN: Final = 0.2  # a move must lift blocks that are weaker than the weakest by less than this share beyond that
 SETTLE_S: Final = 300.0  # how long a peer stays where it is, unless blocks are served by nobody
@@ -38,28 +38,21 @@ REPLAY_S: Final = 1.0  # a session waits so long for its replay when a peer leav
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The peer should leave its span and serve the blocks [start, end).
-
-    confirm: announced, held and named again before it is done, see this module.
-    """
+    """The peer should leave its span and serve the blocks [start, end)."""
 
     peer: str
     start: int
     end: int
-    confirm: bool = False
+    confirm: bool = False  # announced, held and named again before it is done, see this module
 
 
 @dataclass(frozen=True, slots=True)
 class Willingness:
-    """What moving would mean to each peer, by id; the defaults hold for those that are not named.
+    """What moving would mean to each peer, by id; the defaults hold for those that are not named."""
 
-    sessions: open ones, which must be replayed elsewhere. load_s: from leaving the old span to serving the new one.
-    settled_s: since the peer last moved or joined.
-    """
-
-    sessions: Mapping[str, int] = field(default_factory=dict[str, int])
-    load_s: Mapping[str, float] = field(default_factory=dict[str, float])
-    settled_s: Mapping[str, float] = field(default_factory=dict[str, float])
+    sessions: Mapping[str, int] = field(default_factory=dict[str, int])  # open ones, which must be replayed elsewhere
+    load_s: Mapping[str, float] = field(default_factory=dict[str, float])  # from leaving a span to serving the new one
+    settled_s: Mapping[str, float] = field(default_factory=dict[str, float])  # since the peer last moved or joined
 
 
 def best_move(
@@ -105,7 +98,7 @@ class _View:
     """The facts as arrays: of the peers that serve, in the order of their ids, and of each block.
 
     length: blocks that a peer would serve elsewhere, 0 if it cannot move. lowest: has the lowest id at some block.
-    planned: tokens per 1000 s of each block once all moves under way are done. replicas: peers of each block then.
+    planned, replicas: tokens per 1000 s and peers of each block once all moves under way are done.
     """
 
     def __init__(self, serving: Spans, arriving: Spans, max_blocks: Mapping[str, int], num_blocks: int) -> None:

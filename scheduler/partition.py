@@ -7,25 +7,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scheduler.cost import Encoding, block_ms, occupied_ms, route_ms, transfer_ms
-from scheduler.facts import CLIENT, Hop, Network, Peer, Route, Speed
+from scheduler.facts import CLIENT, Flags, Floats, Hop, Integers, Network, Peer, Route, Speed
 
 EXACT_DEVICES: Final = 15  # at most, for the optimum: a tenth of a second, and three times that for each more
 STARTS: Final = 8
 MAX_CHAINS: Final = 60_000
 """Local searches begin with each of `STARTS` devices, and then near the best chain so far, until so many chains have
 been looked at: some tenths of a second."""
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Flags = NDArray[np.bool_]
 
 _FORBIDDEN_LINK: Final = 1e9
 _MISSING_BLOCK: Final = 1e10
@@ -34,17 +29,16 @@ _SMALL: Final = 1e-9
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Problem:
-    """What is to be cut, and what it costs in ms. Devices by their index.
+    """What is to be cut, and what it costs in ms, `[devices]`.
 
-    capacity: for how many blocks a device has memory `[devices]`. block: one block `[devices]`. hop: what being in the
-    chain costs beside blocks and links `[devices]`. links: `[devices + 1, devices + 1]` from sender to receiver; the
-    last row and column are the client's; infinite where a link must not be used.
+    links: `[devices + 1, devices + 1]` from sender to receiver; the last row and column are the client's; infinite
+    where a link must not be used.
     """
 
     num_blocks: int
-    capacity: Integers
-    block: Floats
-    hop: Floats
+    capacity: Integers  # for how many blocks a device has memory
+    block: Floats  # of one block
+    hop: Floats  # what being in the chain costs beside blocks and links
     links: Floats
 
 
@@ -82,9 +76,7 @@ def cheapest_order(problem: Problem, *, everyone: bool = False, exact_devices: i
     members[0, order] = True
     blocks, _ = _shared_out(part, members)
     cost = float(_cost(part, part.links, np.array([order]))[0])
-    return Chain(
-        tuple(int(usable[device]) for device in order), tuple(int(blocks[0, device]) for device in order), cost
-    )
+    return Chain(tuple(usable[order].tolist()), tuple(blocks[0, order].tolist()), cost)
 
 
 def _shared_out(problem: Problem, members: Flags) -> tuple[Integers, Integers]:
@@ -238,16 +230,13 @@ HOP_MS: Final = 0.9  # added by a hop beside blocks, codecs, links: messages, th
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device that could be a peer.
-
-    max_blocks: for how many blocks it has memory, 0 for none. watts: drawn while it computes; 0: not known.
-    """
+    """A device that could be a peer."""
 
     id: str
-    max_blocks: int
+    max_blocks: int  # for which it has memory
     speed: Speed
     hop_ms: float = HOP_MS
-    watts: float = 0.0
+    watts: float = 0.0  # drawn while it computes; 0: not known
 
     def peer(self, start: int, end: int) -> Peer:
         return Peer(self.id, start, end, self.speed, queue_ms=self.hop_ms, watts=self.watts)
@@ -318,16 +307,9 @@ def widest_partition(
     def within(pace: float) -> Chain | None:
         """The fastest chain no stage of which takes longer than this."""
         at_pace = np.floor((pace - problem.hop + _SMALL) / np.maximum(problem.block, _SMALL)).clip(0, num_blocks)
-        return cheapest_order(
-            Problem(
-                num_blocks,
-                np.minimum(problem.capacity, at_pace.astype(np.int64)),
-                problem.block,
-                problem.hop,
-                np.where(busy <= pace + _SMALL, problem.links, np.inf),
-            ),
-            exact_devices=exact_devices,
-        )
+        capacity = np.minimum(problem.capacity, at_pace.astype(np.int64))
+        links = np.where(busy <= pace + _SMALL, problem.links, np.inf)
+        return cheapest_order(replace(problem, capacity=capacity, links=links), exact_devices=exact_devices)
 
     low, high = 0, len(paces) - 1  # the slowest stage of all allows every chain
     best = within(float(paces[high]))
@@ -387,9 +369,8 @@ def first_token_ms(
 def _check(devices: Sequence[Device], num_blocks: int) -> None:
     if len({device.id for device in devices}) != len(devices):
         raise ValueError("the ids of the devices differ")
-    room = sum(device.max_blocks for device in devices)
-    if room < num_blocks:
-        raise DoesNotFit(num_blocks - room)
+    if (missing := num_blocks - sum(device.max_blocks for device in devices)) > 0:
+        raise DoesNotFit(missing)
 
 
 def _problem(

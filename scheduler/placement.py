@@ -9,17 +9,13 @@ from typing import Final
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
 
-from scheduler.facts import PASS_SIZES, Peer, Speed
+from scheduler.facts import PASS_SIZES, Floats, Integers, Peer, Speed
 
 BLOCKS_SHARE: Final = 0.6  # of a device's memory, if nothing is asked for; the rest is for KV caches and the system
 NEAR_EQUAL: Final = 0.1  # throughputs that differ by less than this share count as equal: the length of chains decides
 SLOWER_POWER: Final = 2  # a peer n times as slow as a new one, way included, counts n to this power times less
 _FASTEST_BLOCK_MS = 1e-5
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 
 def choose_span(

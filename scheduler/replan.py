@@ -78,30 +78,24 @@ class PredictionErrors:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """plans: look for another route. suspects: ask the hops at its ends. measures: measure the bandwidth to them."""
-
-    plans: bool
-    suspects: bool
-    measures: bool
+    plans: bool  # look for another route
+    suspects: bool  # ask the hops at its ends
+    measures: bool  # measure the bandwidth to them
 
 
 class RouteWatch:
     """What decode steps take on the present route, beside what was predicted, and whether to leave it.
 
-    Attributes:
-        expected_ms: of a step on the present route, as predicted when it was chosen or as it was at first; 0: unknown.
-        usual: average ms of a step, over all routes; 0 before the first.
-        former_ms: of a step before a hop was lost, as it was to be expected, or at its best, if that was less than now;
-            0: it was not.
-        surprised: a step took far longer than usual, or the route has become slow, since this was set to False.
+    former_ms: of a step before a hop was lost, as it was to be expected, or at its best, if that was less than now; 0:
+    it was not. surprised: a step took far longer than usual, or the route has become slow, since this was set to False.
     """
 
     def __init__(self) -> None:
         self.surprised = False
         self.former_ms = 0.0
-        self.usual = MovingAverage(SHARE)
+        self.usual = MovingAverage(SHARE)  # ms of a step, over all routes; 0 before the first
         self._predicted_ms = 0.0
-        self.expected_ms = 0.0
+        self.expected_ms = 0.0  # of a step, as predicted when the route was chosen or as it was at first; 0: unknown
         self._ratio = math.inf
         self._trial_ms: list[float] = []
         self._is_tried = False
@@ -170,13 +164,9 @@ class RouteWatch:
         What is known of the present route was seen; what is known of the other was told, and may be too good. A route
         that was taken after a loss is left for one that is as good as the lost one.
 
-        Args:
-            known_ms: of a step on the present route, as the facts say.
-            predicted_ms: of one on the other.
-            error: by what factor predictions are too good, see `PredictionErrors`.
-            move_ms: until the new hops hold the session's cache.
-            steps_left: in the session.
-            shares_links: whether the routes have a link in common, which may be what is slow for no known reason.
+        known_ms: of a step on the present route, as the facts say; predicted_ms: on the other. error: see
+        `PredictionErrors`. move_ms, steps_left: see `move_pays`. shares_links: whether the routes have a link in
+        common, which may be what is slow for no known reason.
         """
         current_ms, new_ms = self.present_ms(known_ms), predicted_ms * error
         if self._is_unexplained and shares_links:

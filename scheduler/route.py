@@ -11,10 +11,9 @@ from itertools import count, groupby, pairwise
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scheduler.cost import PROMPT_SHARE, Encoding, block_joules, block_ms, route_ms
-from scheduler.facts import CLIENT, Hop, LinkTable, Network, Peer, Route, missing_blocks
+from scheduler.facts import CLIENT, Flags, Floats, Hop, Integers, LinkTable, Network, Peer, Route, missing_blocks
 
 MAX_PROGRAMMES: Final = 256
 MAX_TRANSITIONS: Final = 2_000_000_000
@@ -27,23 +26,17 @@ COARSE: Final = 0.05
 """How many slowest stages are tried when several steps are under way; in swarms of more than so many peers only those
 that are faster by this share, so that the chain found may cost that share more than the best one."""
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Flags = NDArray[np.bool_]
 Path = list[int]  # for each block the index of the peer that runs it
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LinkCosts:
-    """What a step costs on the links that a route may take, read from a table of all links `[devices, devices]`.
-
-    source, target: the first sender and the last receiver. members: where the peers stand in the table `[peers]`.
-    """
+    """What a step costs on the links that a route may take, read from a table of all links `[devices, devices]`."""
 
     table: Floats
-    source: int
-    members: Integers
-    target: int
+    source: int  # the first sender
+    members: Integers  # where the peers stand in the table `[peers]`
+    target: int  # the last receiver
 
     @property
     def first(self) -> Floats:
@@ -67,18 +60,14 @@ class LinkCosts:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Costs:
-    """All costs in ms, peers by their index. Blocks are counted from the first of the route.
-
-    start, end: spans `[peers]`. block: one block `[peers]`. queue: before the first block `[peers]`.
-    links: from sending to arrival. busy: how long the links are occupied by a step.
-    """
+    """All costs in ms, `[peers]`. Blocks are counted from the first of the route."""
 
     start: Integers
     end: Integers
-    block: Floats
-    queue: Floats
-    links: LinkCosts
-    busy: LinkCosts
+    block: Floats  # of one block
+    queue: Floats  # before the first block
+    links: LinkCosts  # from sending to arrival
+    busy: LinkCosts  # how long the links are occupied by a step
 
 
 def cheapest_chain(costs: Costs, num_blocks: int, in_flight: int) -> Path:
@@ -346,12 +335,11 @@ def best_route(
     # random, and the one chosen costs at most that share more than the best.
     raised = np.array([1.0 + NEAR_EQUAL * rng.random() if rng else 1.0 for _ in usable])
     noise = raised if energy_slowdown is None else 1.0  # else it is the energy that is raised: the bound on ms holds
-    queue = np.array([peer.queue_ms for peer in usable]) * noise
     costs = Costs(
         start=np.array([peer.start for peer in usable]) - first,
         end=np.array([peer.end for peer in usable]) - first,
         block=np.array([block_ms(peer, positions, prompt) for peer in usable]) * noise,
-        queue=queue,
+        queue=np.array([peer.queue_ms for peer in usable]) * noise,
         links=LinkCosts(transfer, *ends),
         busy=LinkCosts(occupied, *ends),
     )

@@ -25,8 +25,7 @@ KEPT_ASKED: Final = 4096  # of so many peers it is known when they were asked; r
 class Answers:
     """Which peers a client has asked for a sign of life, when, and which of them answered. Thread-safe.
 
-    Args:
-        silent_s: for how long a peer that has answered before counts as silent.
+    silent_s: for how long a peer that has answered before counts as silent.
     """
 
     def __init__(self, silent_s: float = SILENT_S) -> None:
@@ -92,15 +91,11 @@ Route = TypeVar("Route")
 
 @dataclass(frozen=True, slots=True)
 class Found(Generic[Route]):
-    """A route that was planned.
-
-    unmeasured: its ends with a link to the client that is to be measured before it is used, unless they are silent.
-    newcomers: its hops that can be asked, and do not hold the session.
-    """
+    """A route that was planned."""
 
     route: Route
-    unmeasured: Sequence[str]
-    newcomers: Sequence[str]
+    unmeasured: Sequence[str]  # ends whose link to the client is to be measured before use, unless they are silent
+    newcomers: Sequence[str]  # its hops that can be asked, and do not hold the session
 
 
 class Searcher(Protocol[Route]):
@@ -149,13 +144,8 @@ def searched_route(
     If these are silent, too, peers that stand near are left out of the next plan, and others are measured with it:
     among many that do not exist few are found one by one.
 
-    Args:
-        searcher: the client.
-        answers: of the peers that it has asked.
-        excluded: peers that no route may go through.
-        given_up: peers that are not used for a while, as they were lost.
-        alive: peers that are known to live.
-        since_s: answers since then tell of a region that is silent now.
+    excluded: peers that no route may go through. given_up: peers that are not used for a while, as they were lost.
+    alive: peers that are known to live. since_s: answers since then tell of a region that is silent now.
 
     Raises what `Searcher.plan` does.
     """

@@ -20,10 +20,8 @@ WORTHWHILE: Final = 1.05  # speculation must promise to be so many times as fast
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """length: of drafted tokens, 0 for none. in_flight: windows under way at the same time."""
-
-    length: int
-    in_flight: int
+    length: int  # of drafted tokens, 0 for none
+    in_flight: int  # windows under way at the same time
 
 
 NO_DRAFTS: Final = Window(0, 1)
@@ -31,22 +29,17 @@ NO_DRAFTS: Final = Window(0, 1)
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What a step costs, by the number of its positions, in ms.
+    """What a step costs, by the number of its positions, in ms."""
 
-    latency_ms: from sending it until its outputs are there. slowest_hop_ms: for which it keeps the slowest hop, link or
-    end busy, so that a step behind it comes so much later. draft_ms: to draft a token.
-    """
-
-    latency_ms: Callable[[int], float]
-    slowest_hop_ms: Callable[[int], float]
-    draft_ms: float = 0.0
+    latency_ms: Callable[[int], float]  # from sending it until its outputs are there
+    slowest_hop_ms: Callable[[int], float]  # for which the slowest hop, link or end is busy: a step behind it waits
+    draft_ms: float = 0.0  # to draft a token
 
 
 def best_window(acceptance: float, pace: Pace) -> Window:
     """The window that promises most tokens per second.
 
-    Args:
-        acceptance: probability that a drafted token is what the model chooses, if those before it were, in [0, 1].
+    acceptance: probability that a drafted token is what the model chooses, if those before it were, in [0, 1].
     """
     plain = 1 / pace.latency_ms(1)
     best, most = NO_DRAFTS, plain * WORTHWHILE

@@ -50,7 +50,7 @@ def claim(peer: Peer, block_ms: float) -> None:
         speed = tuple(block_ms for _ in record.block_ms)
         return replace(record, block_ms=speed, queue_ms=0.0, batch=0.0, kv_free_positions=1 << 20, sessions=0)
 
-    announcer._describe = describe
+    announcer.describe = describe
     announcer.publish()
 
 

@@ -87,13 +87,13 @@ def test_a_corrupt_source_is_named_and_left_out(
     folder: Path, swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     liar = swarm.peers[1]
-    honest = liar.weights._held.read
+    honest = liar.weights.held.read
 
     def lie(name: bytes) -> bytes | None:
         data = honest(name)
         return None if data is None else bytes(len(data) - 1) + b"\x2a"
 
-    monkeypatch.setattr(liar.weights._held, "read", lie)
+    monkeypatch.setattr(liar.weights.held, "read", lie)
     caplog.set_level(logging.WARNING)
     with swarm.newcomer() as visitor:
         peer = visitor.add(0, 2, folder="shared-llama")
@@ -216,8 +216,8 @@ def test_an_invitation_gives_nothing_of_this_machine_away(folder: Path, tmp_path
         with pytest.raises(ModelNotFound, match="give it as MODEL"):
             swarm.add(0, 2, folder=private, join=address, swarm_key=key, invited=True)
         guest = swarm.add(0, 2, join=address, swarm_key=key, invited=True)
-        assert not guest.weights._shares() and swarm.peers[0].weights._shares()
+        assert not guest.weights.shares() and swarm.peers[0].weights.shares()
         # A stranger may know what it is, of another swarm, and say so.
         expected = Checkpoint.open(private).fingerprint
         guest = swarm.add(0, 2, folder=private, join=address, swarm_key=key, invited=True, model_id=expected)
-        assert not guest.weights._shares()
+        assert not guest.weights.shares()

@@ -134,7 +134,7 @@ def test_who_renews_its_record_is_there_though_it_does_not_answer(
     clock = Mock(return_value=0.0)
     monkeypatch.setattr(placement.time, "monotonic", clock)
     swarm.relocation.reconsider()
-    monkeypatch.setattr(swarm.relocation._mover, "decide", decide := Mock(return_value=None))
+    monkeypatch.setattr(swarm.relocation.mover, "decide", decide := Mock(return_value=None))
     swarm.watch.heard(endpoint_of(swarm.others[2]), 0.0)
     clock.return_value = HOLDER_SILENT_S + 1
     swarm.relocation.reconsider()
