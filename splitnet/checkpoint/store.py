@@ -21,20 +21,13 @@ Progress = Callable[[int, int], None]  # called with (bytes done, bytes in all);
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """One tensor of a checkpoint, known without reading it.
-
-    Attributes:
-        dtype: that it is stored in; of codes, the type of the tensor that reading gives.
-        layout: of codes; None for plain numbers.
-        nbytes: in the files, with its scales and zeros.
-        transposed: codes lie along the last dimension but one.
-    """
+    """One tensor of a checkpoint, known without reading it."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    layout: Layout | None
-    nbytes: int
-    transposed: bool = False
+    dtype: torch.dtype  # that it is stored in; of codes, the type of the tensor that reading gives
+    layout: Layout | None  # of codes; None for plain numbers
+    nbytes: int  # in the files, with its scales and zeros
+    transposed: bool = False  # codes lie along the last dimension but one
 
     def bytes_as(self, dtype: torch.dtype | None) -> int:
         """Bytes that it takes once loaded as numbers of type `dtype` (None: as stored)."""
@@ -48,16 +41,11 @@ class TensorStore(TensorFiles, Protocol):
 
     Names are logical: those that a checkpoint of the family with plain weights has. A quantized weight, which may be
     several tensors in the files, is one tensor with one name.
-
-    Attributes:
-        name: hub id, or name of the folder or file.
-        source: hub id or path.
-        folder: that gets bytes before they are read; None: all are in the files, or on the hub.
     """
 
-    name: str
-    source: str
-    folder: WeightFolder | None
+    name: str  # hub id, or name of the folder or file
+    source: str  # hub id or path
+    folder: WeightFolder | None  # that gets bytes before they are read; None: all are in the files, or on the hub
 
     def config(self) -> PreTrainedConfig:
         """That of the whole checkpoint, without a description of how the weights are quantized. Raises ModelNotFound:

@@ -30,54 +30,35 @@ _OUTSIDE = _names("token_embd=model.embed_tokens output_norm=model.norm output=l
 
 
 class Change(NamedTuple):
-    """A tensor of transformers that is not one of the file under another name.
+    """A tensor of transformers that is not one of the file under another name."""
 
-    Attributes:
-        name: within the block.
-        parts: names of the tensors of the file, within the block; without them there is no such tensor.
-        make: makes it from the parts; it is also run with parts on the meta device.
-        keeps_codes: whether codes stay codes.
-    """
-
-    name: str
-    parts: str
-    make: Make
-    keeps_codes: bool = True
+    name: str  # within the block
+    parts: str  # names of the tensors of the file, within the block; without them there is no such tensor
+    make: Make  # makes it from the parts; it is also run with parts on the meta device
+    keeps_codes: bool = True  # whether codes stay codes
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of GGUF files.
+    """One architecture of GGUF files."""
 
-    Attributes:
-        model_type: of transformers.
-        fields: key of the metadata -> field of the config; empty: it is known, and read otherwise or without effect.
-        tensors: module of a block in the file -> in transformers, for its weight and bias, or tensor -> tensor.
-        changes: what is not only renamed.
-        settle: adds to the config's values what `fields`, `has` and `values` cannot say.
-        has: field of the config -> tensor; true if any block has it.
-        values: of the config, where the file does not say others.
-        gating: value of `expert_gating_func` that the family has; None: it has no such key.
-        outside: as `tensors` for modules outside of blocks.
-        container: what stands before the number of a block in transformers.
-        partial_rope: whether heads may be turned in part.
-        plain_rope: whether `rope_parameters` describes its rotary embedding.
-        raised_norms: whether the file has the weights of norms plus one.
-    """
-
-    model_type: str
+    model_type: str  # of transformers
+    # key of the metadata -> field of the config; empty: it is known, and read otherwise or without effect
     fields: dict[str, str]
+    # module of a block in the file -> in transformers, for its weight and bias, or tensor -> tensor
     tensors: dict[str, str]
-    changes: tuple[Change, ...] = ()
+    changes: tuple[Change, ...] = ()  # what is not only renamed
+    # adds to the config's values what `fields`, `has` and `values` cannot say
     settle: Callable[[Values, Metadata], None] | None = None
+    # field of the config -> tensor; true if any block has it
     has: dict[str, str] = field(default_factory=dict[str, str])
-    values: Mapping[str, Any] = field(default_factory=Values)
-    gating: int | None = None
-    outside: dict[str, str] = field(default_factory=lambda: _OUTSIDE)
-    container: str = "model.layers"
-    partial_rope: bool = False
-    plain_rope: bool = True
-    raised_norms: bool = False
+    values: Mapping[str, Any] = field(default_factory=Values)  # of the config, where the file does not say others
+    gating: int | None = None  # value of `expert_gating_func` that the family has; None: it has no such key
+    outside: dict[str, str] = field(default_factory=lambda: _OUTSIDE)  # as `tensors` for modules outside of blocks
+    container: str = "model.layers"  # what stands before the number of a block in transformers
+    partial_rope: bool = False  # whether heads may be turned in part
+    plain_rope: bool = True  # whether `rope_parameters` describes its rotary embedding
+    raised_norms: bool = False  # whether the file has the weights of norms plus one
 
 
 def family_of(file: GgufFile) -> Family:

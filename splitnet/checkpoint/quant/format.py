@@ -40,17 +40,12 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Suffix:
-    """How a tensor that belongs to a weight is named: in the weight's own name, `base` stands for its `ending`.
-
-    Attributes:
-        role: the key that its format knows it by.
-        sure: nothing else is named so; otherwise it counts only where there is such a weight.
-    """
+    """How a tensor that belongs to a weight is named: in the weight's own name, `base` stands for its `ending`."""
 
     ending: str
     base: str
-    role: str
-    sure: bool = True
+    role: str  # the key that its format knows it by
+    sure: bool = True  # nothing else is named so; otherwise it counts only where there is such a weight
 
 
 def of_weight(text: str) -> tuple[Suffix, ...]:
@@ -71,17 +66,11 @@ WEIGHT = "weight"  # the role of the tensor whose name is that of the weight its
 
 
 class QuantizedFormat(ABC):
-    """A format of quantized weights.
+    """A format of quantized weights."""
 
-    Attributes:
-        suffixes: of the tensors that belong to a weight; the first that fits counts.
-        needed: the roles without which there is no weight.
-        left: endings of tensors that concern activations or caches only, which keep their type here.
-    """
-
-    suffixes: Sequence[Suffix]
-    needed: frozenset[str]
-    left: tuple[str, ...] = ()
+    suffixes: Sequence[Suffix]  # of the tensors that belong to a weight; the first that fits counts
+    needed: frozenset[str]  # the roles without which there is no weight
+    left: tuple[str, ...] = ()  # endings of tensors that concern activations or caches only, which keep their type here
 
     @abstractmethod
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:

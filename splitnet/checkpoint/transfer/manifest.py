@@ -88,17 +88,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All tensors of a model, by name.
+    """All tensors of a model, by name."""
 
-    Attributes:
-        config: what of the config tells models apart, as JSON.
-        tensors: in the order of their names.
-        heads: of the files of a GGUF model, in their order; empty: the tensors are those of safetensors files. They say
-            how tensors lie in files, and are no part of the fingerprint.
-    """
-
-    config: str
-    tensors: tuple[Tensor, ...]
+    config: str  # what of the config tells models apart, as JSON
+    tensors: tuple[Tensor, ...]  # in the order of their names
+    # of the files of a GGUF model, in their order; empty: the tensors are those of safetensors files. They say how
+    # tensors lie in files, and are no part of the fingerprint.
     heads: tuple[Head, ...] = ()
 
     @cached_property
