@@ -32,16 +32,9 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """The text of a conversation, as `tokenizer.apply_chat_template` would make it.
-
-    Args:
-        answer: whether it ends with what an answer begins with.
-        variables: what the template is given besides.
-
-    Raises:
-        jinja2.TemplateError: the template refuses the messages, fails, or takes too long or too much memory.
-        SplitnetError: no template can be rendered here.
-    """
+    """The text of a conversation, as `tokenizer.apply_chat_template` would make it. answer: whether it ends with what
+    an answer begins with. variables: what the template is given besides. Raises jinja2.TemplateError if the template
+    refuses the messages, fails, or takes too long or too much memory; SplitnetError if none can be rendered here."""
     question = {
         "template": tokenizer.get_chat_template(tools=tools),
         "messages": [{name: value for name, value in one.items() if value is not None} for one in messages],

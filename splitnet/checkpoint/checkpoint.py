@@ -44,16 +44,9 @@ class BlockTensor:
 
 
 class Checkpoint:
-    """A model whose tensors are read one by one, only from the shards that hold what is asked for.
-
-    Open one with `Checkpoint.open`.
-
-    Attributes:
-        name, source: see `TensorStore`.
-        config, num_blocks: of the text model.
-        multimodal: the checkpoint holds more than the text model; the rest is left alone.
-        model_type: the family as transformers names it.
-    """
+    """A model whose tensors are read one by one, only from the shards that hold what is asked for. Open one with
+    `Checkpoint.open`. config, num_blocks, model_type: of the text model. multimodal: the checkpoint holds more than
+    that; the rest is left alone."""
 
     def __init__(
         self, store: TensorStore, config: PreTrainedConfig, multimodal: bool = False, tokenizer: str | None = None
@@ -70,17 +63,12 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, tokenizer: str | None = None) -> Checkpoint:
-        """Opens a GGUF file, a local folder or, if there is none of that name, a hub id.
+        """Opens a GGUF file, a local folder or, if there is none of that name, a hub id. Nothing but the config and the
+        index of the shards is read (from the hub: downloaded). tokenizer: hub id or folder with another than the
+        model's own.
 
-        Nothing but the config and the index of the shards is read (from the hub: downloaded).
-
-        Args:
-            tokenizer: hub id or folder with another tokenizer than the model's own.
-
-        Raises:
-            ModelNotFound: there is none of them, or it holds no safetensors.
-            UnsupportedModel: the family of the model is not known or cannot be cut into spans, or its weights are
-                stored in a way that is not known.
+        Raises ModelNotFound if there is none of them, or it holds no safetensors; UnsupportedModel if the family of the
+        model is not known or cannot be cut into spans, or its weights are stored in a way that is not known.
         """
         return cls.of(open_store(model, revision), tokenizer)
 
@@ -164,16 +152,9 @@ class Checkpoint:
         return self.manifest().fingerprint
 
     def manifest(self, progress: Progress | None = None) -> Manifest:
-        """The digests of all tensors; those of files that did not change since are known from the last time.
-
-        From the hub, what is not on this machine is read once, and not kept.
-
-        Args:
-            progress: called with what is read, if that is much.
-
-        Raises:
-            ModelNotFound: a file is missing or not complete.
-        """
+        """The digests of all tensors; those of files that did not change since are known from the last time. From the
+        hub, what is not on this machine is read once, and not kept. progress: called with what is read, if that is
+        much. Raises ModelNotFound if a file is missing or not complete."""
         if self._manifest is None:
             folder, commit = self.store.folder, self.store.commit
             if folder is not None:
@@ -248,12 +229,9 @@ def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
 
 
 def read_config(store: TensorStore) -> tuple[PreTrainedConfig, PreTrainedConfig]:
-    """The config of a whole checkpoint and that of the text model in it, which is the same if that is all.
-
-    Raises:
-        ModelNotFound: it cannot be read.
-        UnsupportedModel: transformers does not know the architecture, or it cannot be cut into spans.
-    """
+    """The config of a whole checkpoint and that of the text model in it, which is the same if that is all. Raises
+    ModelNotFound if it cannot be read; UnsupportedModel if transformers does not know the architecture, or it cannot be
+    cut into spans."""
     whole = store.config()
     config = text_config_of(whole)
     check_can_be_cut(config)

@@ -74,15 +74,11 @@ class TensorStore(TensorFiles, Protocol):
     def load_tensors(
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
     ) -> AbstractContextManager[dict[str, Any]]:
-        """Opens tensors for reading; from the hub, downloads the files that hold them.
+        """Opens tensors for reading; from the hub, downloads the files that hold them. names: name to give a tensor ->
+        its name in the checkpoint. dtype: the type that they will be converted to by the reader.
 
-        Args:
-            names: name to give a tensor -> its name in the checkpoint.
-            dtype: the type that they will be converted to by the reader.
-
-        Returns:
-            A context: given name -> what reads the tensor when it is indexed with `[...]`, and gives a tensor that
-            needs the files no more, or a `PackedTensor` whose matrices keep them mapped.
+        Returns a context: given name -> what reads the tensor when it is indexed with `[...]`, and gives a tensor that
+        needs the files no more, or a `PackedTensor` whose matrices keep them mapped.
         """
         ...
 

@@ -233,13 +233,9 @@ class _Question:
 
 
 class PeerDirectory(SwarmDirectory):
-    """Asks peers for records, and has them tell others of its own.
-
-    Args:
-        joined: the peers to ask; none: this one begins the swarm, and knows the peers that announce themselves to it.
-        serving: for a peer: remembers the records that others announce to it, and closes `links` with itself.
-        swarm: the key of a closed one.
-    """
+    """Asks peers for records, and has them tell others of its own. joined: the peers to ask; none: this one begins the
+    swarm, and knows the peers that announce themselves to it. serving: for a peer: remembers the records that others
+    announce to it, and closes `links` with itself. swarm: the key of a closed one."""
 
     def __init__(
         self, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False, swarm: OpenSwarm = OPEN

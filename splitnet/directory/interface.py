@@ -31,30 +31,16 @@ class SwarmDirectory(ABC):
 
     @abstractmethod
     def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
-        """Publishes a valid record until it expires.
-
-        Args:
-            packed: the record, signed.
-            depth: over how many peers it may go on; 0: it is only kept here.
-
-        Returns:
-            False: it was refused: there is a later record of its key, no place for it, or a clock is wrong.
-
-        Raises:
-            DirectoryError: the directory does not answer.
-        """
+        """Publishes a valid record until it expires; False if it is refused: there is a later record of its key, no
+        place for it, or a clock is wrong. packed: the record, signed. depth: over how many peers it may go on; 0: it is
+        only kept here. Raises DirectoryError if the directory does not answer."""
 
     @abstractmethod
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
-        """The latest verified record of each peer of the model with this fingerprint, of those that left, too.
-
-        Args:
-            model: empty: one record of each model.
-            depth: over how many peers the question may go on; 0: only what is kept here counts.
-
-        Raises:
-            DirectoryError: the directory does not answer, or nobody is found and the nodes joined through are silent.
-        """
+        """The latest verified record of each peer of the model with this fingerprint, of those that left, too; one
+        record of each model if it is empty. depth: over how many peers the question may go on; 0: only what is kept
+        here counts. Raises DirectoryError if the directory does not answer, or nobody is found and the nodes joined
+        through are silent."""
 
     @abstractmethod
     def close(self) -> None:

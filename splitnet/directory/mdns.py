@@ -95,17 +95,12 @@ class LanNode:
 
 
 class LocalNetwork:
-    """The nodes of one model's swarm on the networks of this machine. Thread-safe; close it when done.
+    """The nodes of one model's swarm on the networks of this machine. Thread-safe; close it when done. Raises LanError
+    if multicast DNS cannot be used here.
 
-    Args:
-        model: fingerprint of the weights; empty, for one that only looks: of any model.
-        interfaces: IPv4 addresses of the interfaces to use; None: all with local addresses, without loopback.
-
-    Attributes:
-        foreign_protocols: versions of the protocol that other nodes of this model speak.
-
-    Raises:
-        LanError: multicast DNS cannot be used here.
+    model: fingerprint of the weights; empty, for one that only looks: of any model. interfaces: IPv4 addresses of the
+    interfaces to use; None: all with local addresses, without loopback. foreign_protocols: versions of the protocol
+    that other nodes of this model speak.
     """
 
     def __init__(self, model: str, interfaces: Sequence[str] | None = None) -> None:

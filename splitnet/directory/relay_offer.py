@@ -39,15 +39,9 @@ def relaying(
     authorized: AuthorizedKeys | None = None,
     bytes_per_s: float | None = None,
 ) -> Generator[Relay]:
-    """Runs a relay, and offers it in the directory; gives how others reach it.
-
-    Args:
-        host, port: where it listens.
-        public_host: `HOST` or `HOST:PORT` by which others reach this machine, its port does not count; None: found out.
-
-    Raises:
-        SplitnetError: it cannot listen there, or the host has no address.
-    """
+    """Runs a relay at this host and port, and offers it in the directory; gives how others reach it. public_host:
+    `HOST` or `HOST:PORT` by which others reach this machine, its port does not count; None: found out. Raises
+    SplitnetError if it cannot listen there, or the host has no address."""
     listen = f"tcp://{host}:{port}"
     name = with_literal_host(public_host or reachable_host(listen))
     if name.rpartition(":")[2].isdecimal() and not name.endswith("]"):

@@ -96,20 +96,12 @@ class _Waiting:
 
 
 class RelayServer:
-    """Listens as soon as it is made; `start` it, and close it before its loop.
+    """Listens at `listen` (`tcp://IP:port`, port 0 for any; then `port` says which) as soon as it is made; `start` it,
+    and close it before its loop. Raises AddressInUse or SplitnetError if it cannot listen there.
 
-    Args:
-        listen: `tcp://IP:port`, port 0 for any.
-        authorized: the keys that may reserve and call; None: any.
-
-    Attributes:
-        port: where it listens.
-        streams: pairs that are joined, or about to be.
-        passed_bytes: copied so far.
-        events: how often what has happened: `reserved`, `joined`, `refused`, `failed`, `revoked`.
-
-    Raises:
-        AddressInUse, SplitnetError: it cannot listen there.
+    authorized: the keys that may reserve and call; None: any. streams: pairs that are joined, or about to be.
+    passed_bytes: copied so far. events: how often what has happened: `reserved`, `joined`, `refused`, `failed`,
+    `revoked`.
     """
 
     def __init__(

@@ -106,12 +106,8 @@ END_S = 1.0
 
 
 class Tunnels:
-    """Thread-safe. Everything runs in the loop; nothing here waits for the network.
-
-    Attributes:
-        loop: runs them; all tunnels end when it is closed.
-        behind: the other end of each connection that a tunnel has made to this machine, by its host and port.
-    """
+    """Thread-safe. Everything runs in `loop`, with whose end all tunnels end; nothing here waits for the network.
+    behind: the other end of each connection that a tunnel has made to this machine, by its host and port."""
 
     def __init__(self, identity: Identity) -> None:
         self.loop = WaysLoop()

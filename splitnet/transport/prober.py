@@ -58,15 +58,9 @@ class _Sent:
 
 
 class Prober:
-    """Sends pings and takes in the answers. Thread-safe.
-
-    Args:
-        is_taken: whether the other side has taken the connection to an endpoint.
-
-    Attributes:
-        quick_at: when the latest ping was sent that anybody has answered within `QUICK_MS`, by `time.perf_counter`.
-        loads: how busy peers that were asked have last said that they are.
-    """
+    """Sends pings and takes in the answers. Thread-safe. is_taken: whether the other side has taken the connection to
+    an endpoint. quick_at: when the latest ping was sent that anybody has answered within `QUICK_MS`, by
+    `time.perf_counter`. loads: how busy peers that were asked have last said that they are."""
 
     def __init__(
         self, send: Callable[[Endpoint, Ping], object], is_taken: Callable[[Endpoint], bool] = lambda _: False
@@ -84,13 +78,9 @@ class Prober:
         self._lock = threading.Lock()
 
     def ping(self, endpoint: Endpoint, padding: int = 0, session: bytes = b"", *, load: bool = False) -> Future[Answer]:
-        """Asks a peer for a sign of life; the future stays undone if none comes.
-
-        Args:
-            padding: bytes to send with it.
-            session: id of a session to ask about, 16 bytes; a peer of version 0.1.0 drops such a ping.
-            load: asks how busy the peer is, too, see `loads`; a peer of version 0.1.0 drops such a ping.
-        """
+        """Asks a peer for a sign of life; the future stays undone if none comes. padding: bytes to send with it.
+        session: id of a session to ask about, 16 bytes. load: asks how busy the peer is, too, see `loads`. A peer of
+        version 0.1.0 drops a ping with either."""
         return self._ping(endpoint, padding, session, load)[1]
 
     def probe(self, endpoint: Endpoint) -> int:

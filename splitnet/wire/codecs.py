@@ -164,12 +164,9 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
-        """Read what `encode` wrote: float32 `[positions, hidden]` on the CPU, in memory of its own.
-
-        Raises:
-            CodecError: the payload has another size than the shape implies (found before anything is allocated), or
-                an integer codec's scale is one that no sender writes.
-        """
+        """Read what `encode` wrote: float32 `[positions, hidden]` on the CPU, in memory of its own. Raises CodecError
+        if the payload has another size than the shape implies (found before anything is allocated), or an integer
+        codec's scale is one that no sender writes."""
 
     def _check_payload(self, payload: bytes | memoryview, positions: int, hidden: int) -> None:
         if positions < 0 or not 1 <= hidden <= _LARGEST_HIDDEN:

@@ -172,10 +172,6 @@ def _inputs_first(config: Any, experts: torch.Tensor) -> torch.Tensor:
     return experts.transpose(1, 2)
 
 
-def _one_row(config: Any, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(1, -1)
-
-
 def _channels(config: Any, kernel: torch.Tensor) -> torch.Tensor:
     return kernel.reshape(kernel.shape[0], 1, -1)
 
@@ -324,10 +320,6 @@ def _llama_4(found: Values, metadata: Metadata) -> None:
     found["use_qk_norm"] = found["num_local_experts"] != 128
 
 
-def _minimax_m2(found: Values, metadata: Metadata) -> None:
-    found["rotary_dim"] = metadata["rope.dimension_count"]
-
-
 def _ministral_3(found: Values, metadata: Metadata) -> None:
     rope = found["rope_parameters"]
     if "attention.temperature_scale" in metadata:
@@ -403,7 +395,7 @@ _QWEN_2_MOE = _like(
     "qwen2_moe",
     "expert_shared_feed_forward_length=shared_expert_intermediate_size",
     _shared("mlp.shared_expert"),
-    (Change("mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight", _one_row),),
+    (Change("mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight", lambda config, row: row.reshape(1, -1)),),
 )
 _QWEN_3_MOE = _like(_MOE, "qwen3_moe", values={"norm_topk_prob": True})
 _QWEN_3_VL = "rope.dimension_sections= n_deepstack_layers="
@@ -687,7 +679,7 @@ FAMILIES: Mapping[str, Family | Callable[[GgufFile], Family]] = {
         "minimax_m2",
         "expert_count=num_local_experts expert_feed_forward_length=intermediate_size",
         "ffn_gate_inp=block_sparse_moe.gate exp_probs_b.bias=block_sparse_moe.e_score_correction_bias",
-        settle=_minimax_m2,
+        settle=lambda found, metadata: found.update(rotary_dim=metadata["rope.dimension_count"]),
         gating=_SIGMOID,
         partial_rope=True,
     ),

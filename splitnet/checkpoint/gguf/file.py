@@ -83,21 +83,14 @@ def _at_most(most: int, count: int, what: str) -> int:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of a file.
-
-    Attributes:
-        shape: as torch has it, the inputs last.
-        stored: the type of its numbers or codes.
-        data: in the mapped file; of codes bytes, `[..., bytes of a row]`.
-        path, offset: of the file, and of the first byte in it.
-    """
+    """One tensor of a file."""
 
     name: str
-    shape: tuple[int, ...]
-    stored: GGMLQuantizationType
-    data: npt.NDArray[Any]
+    shape: tuple[int, ...]  # as torch has it, the inputs last
+    stored: GGMLQuantizationType  # the type of its numbers or codes
+    data: npt.NDArray[Any]  # in the mapped file; of codes bytes, `[..., bytes of a row]`
     path: Path
-    offset: int
+    offset: int  # of the first byte in the file
 
     @property
     def layout(self) -> Layout | None:
@@ -149,15 +142,9 @@ class _FileMatrix(StoredMatrix):
 
 
 class GgufFile:
-    """A model in one GGUF file, or in several whose names end with -00001-of-00003.gguf and so on.
-
-    Attributes:
-        name: of the file, without what all such names end with.
-        path: to it.
-        metadata: key -> value; lists of strings and long lists are left out.
-        tensors: name -> tensor, in the order of the files.
-        parts: the files.
-    """
+    """A model in one GGUF file, or in several (`parts`) whose names end with -00001-of-00003.gguf and so on. name: of
+    the file, without what all such names end with. metadata: key -> value; lists of strings and long lists are left
+    out. tensors: name -> tensor, in the order of the files."""
 
     def __init__(self, path: Path) -> None:
         match = _SPLIT.match(path.name)

@@ -40,15 +40,9 @@ class _Recipe:
 
 
 class GgufStore:
-    """A `TensorStore` that maps a GGUF file and reads of it only what is asked for.
-
-    Args:
-        path: of a split file, of any part, while all parts are in one folder.
-
-    Raises:
-        ModelNotFound: there is no such file, or a part is missing.
-        UnsupportedModel: it is not a GGUF file, or the architecture of the model is not known.
-    """
+    """A `TensorStore` that maps a GGUF file (of a split one `path` is any part; all are in one folder) and reads of it
+    only what is asked for. Raises ModelNotFound if there is no such file, or a part is missing; UnsupportedModel if it
+    is not a GGUF file, or the architecture of the model is not known."""
 
     commit = ""
 

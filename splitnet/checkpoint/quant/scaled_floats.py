@@ -184,8 +184,7 @@ def scaled_weight(
         zero: of int8: the value that stands for zero, int8 in the shape of the scales.
         packed_fp4: bytes hold two numbers each, the first in the lower bits.
 
-    Raises:
-        UnsupportedModel: their types or shapes do not fit.
+    Raises UnsupportedModel if their types or shapes do not fit.
     """
     kind = SCALE_KINDS.get(scale.dtype)
     if kind is None or weight.dtype not in (*FP8_TABLES, torch.int8, torch.uint8):

@@ -60,24 +60,18 @@ Source = TypeVar("Source", bound=Hashable)
 
 @dataclass
 class _State:
-    """One source.
+    """One source."""
 
-    Attributes:
-        held: pieces that it has and that are needed.
-        queue: what to ask of it, the next at the end; some of it may be asked of others meanwhile.
-        asked: what is under way from it: since when, and bytes.
-        brought, took_s: bytes that it brought, and in which time; older ones count less.
-        least_s: the shortest time that a piece took; 0: none came.
-    """
-
-    held: set[bytes] = field(default_factory=set[bytes])
+    held: set[bytes] = field(default_factory=set[bytes])  # pieces that it has and that are needed
+    # What to ask of it, the next at the end; some of it may be asked of others meanwhile.
     queue: list[bytes] = field(default_factory=list[bytes])
+    # What is under way from it: since when, and bytes.
     asked: dict[bytes, tuple[float, int]] = field(default_factory=dict[bytes, tuple[float, int]])
     asked_bytes: int = 0
     heard_at: float = 0.0
-    brought: float = 0.0
+    brought: float = 0.0  # bytes, and in which time; older ones count less
     took_s: float = 0.0
-    least_s: float = 0.0
+    least_s: float = 0.0  # the shortest time that a piece took; 0: none came
     rests_until: float = 0.0
     strikes: int = 0
 
@@ -256,15 +250,9 @@ class FetchPlan(Generic[Source]):
 
 class HubPieces:
     """Where the pieces of a manifest stand in the files of a repository. `read` may be called by several threads.
+    store: of the repository, whose headers say the same (see `splitnet.checkpoint.transfer.matching`)."""
 
-    Args:
-        store: of the repository, whose headers say the same (see `splitnet.checkpoint.transfer.matching`).
-
-    Attributes:
-        at_once: requests at the same time.
-    """
-
-    at_once: Final = 16
+    at_once: Final = 16  # requests at the same time
 
     def __init__(self, manifest: Manifest, store: TensorStore, revision: str | None = None) -> None:
         self.store = store
@@ -357,17 +345,8 @@ class Fetched:
 
 
 class Fetcher:
-    """Fills a folder. Use `fetch` as `WeightFolder.fetch`.
-
-    Args:
-        peers: looks up the peers that may have pieces.
-        hub: where the model is there too.
-        report: told what is going on; what it raises ends a fetch.
-
-    Attributes:
-        fetched: what has come.
-        wait_limit_s: how long others are waited for while nobody has what is missing.
-    """
+    """Fills a folder. Use `fetch` as `WeightFolder.fetch`. peers: looks up the peers that may have pieces. hub: where
+    the model is there too. report: told what is going on; what it raises ends a fetch. fetched: what has come."""
 
     def __init__(
         self,

@@ -261,18 +261,9 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def make_folder(manifest: Manifest, heads: Sequence[bytes], check: Callable[[Path], None]) -> Path:
-    """Makes the folder of a model, with nothing of its tensors.
-
-    Args:
-        heads: what stands before the tensors in each of its files, where `manifest` has heads.
-        check: called with the file or folder to open before it counts; what it raises ends this.
-
-    Returns:
-        What to open as a checkpoint.
-
-    Raises:
-        SplitnetError: it cannot be written.
-    """
+    """Makes the folder of a model, with nothing of its tensors; returns what to open as a checkpoint. heads: what
+    stands before the tensors in each of its files, where `manifest` has heads. check: called with the file or folder to
+    open before it counts; what it raises ends this. Raises SplitnetError if it cannot be written."""
     path = weights_folder(manifest.fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

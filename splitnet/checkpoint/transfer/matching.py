@@ -215,16 +215,9 @@ class _Asked:
 
 
 class _Race:
-    """Asks peers of several models.
-
-    Args:
-        peers: of each fingerprint, in the order in which they are asked.
-
-    Attributes:
-        found: who has told a manifest that was accepted, by fingerprint.
-        manifest: of the last of those that was joined through; of the first, if none was.
-        reasons: why others have not.
-    """
+    """Asks `peers` of several models, by fingerprint, in their order. found: the peer of each that has told a manifest
+    that was accepted. manifest: of the last of those that was joined through; of the first, if none was. reasons: why
+    others have not."""
 
     def __init__(
         self,
