@@ -31,6 +31,19 @@ def public_name(source: str) -> str:
     return path.name.removesuffix(".gguf") if cache_folder() in path.parents else source
 
 
+def keep_file(file: Path, data: bytes, what: str) -> None:
+    """Writes a file at once, so that nobody reads half of it. If it cannot be written, `what` is logged as not kept."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        log.info("%s are not kept in %s: %s", what, file, error.strerror)
+
+
 class KnownFigures:
     """A JSON file of figures that were measured on this machine, by key. An unreadable file counts as empty; one that
     cannot be written is only logged."""
@@ -49,15 +62,7 @@ class KnownFigures:
         known[key] = figure
         latest = dict(list(known.items())[-MAX_KNOWN:])
         # Processes that write at the same time may lose what the others write, and never more than that.
-        partial = self._file.with_name(f".{self._file.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(latest, indent=1), encoding="utf-8")
-            partial.replace(self._file)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            log.info("figures of this device are not kept in %s: %s", self._file, error.strerror)
+        keep_file(self._file, json.dumps(latest, indent=1).encode(), "figures of this device")
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -125,10 +125,10 @@ class Transport:
         identity: Identity,
         *,
         on_message: Callable[[Destination, Sequence[Payload]], None],
-        on_link: Callable[[Endpoint, LinkState], None] | None = None,
-        on_lost: Callable[[Connection], None] | None = None,
-        on_dropped: Callable[[Destination, Sequence[Payload], str], None] | None = None,
-        on_tick: Callable[[], None] | None = None,
+        on_link: Callable[[Endpoint, LinkState], None] = lambda endpoint, state: None,
+        on_lost: Callable[[Connection], None] = lambda connection: None,
+        on_dropped: Callable[[Destination, Sequence[Payload], str], None] = lambda destination, frames, reason: None,
+        on_tick: Callable[[], None] = lambda: None,
         on_received: Callable[[], None] | None = None,
         max_backlog: int | None = MAX_BACKLOG_BYTES,
         max_received: int = MAX_RECEIVED_BYTES,
@@ -145,7 +145,7 @@ class Transport:
         self._on_received = on_received
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
         self._bounded = max_backlog is not None
-        self.sending = Budget(max_backlog if max_backlog is not None else sys.maxsize)
+        self.sending = Budget(sys.maxsize if max_backlog is None else max_backlog)
         self.receiving = Budget(max_received)
         self._backlog = Backlog(self.sending)
         self._drained = 0
@@ -183,10 +183,24 @@ class Transport:
         self._thread.start()
         self.connections.thread.start()
 
-    def send(self, destination: Destination, frames: Sequence[Payload]) -> None:
-        """Queues frames, which must not be changed afterwards; connects an endpoint that is not connected yet.
-        `on_dropped` is called for a message that is dropped here, and for none that is lost with its link."""
-        self._post(destination, frames)
+    def send(self, destination: Destination, frames: Sequence[Payload] | None) -> None:
+        """Queues frames, which must not be changed afterwards; connects an endpoint that is not connected yet. No
+        frames: see `connect`; None: see `disconnect`. `on_dropped` is called for a message that is dropped here, and
+        for none that is lost with its link."""
+        outbox = self._outbox
+        with outbox.lock:
+            if self._closing:
+                return
+            here = threading.get_ident() == self._thread.ident
+            at_once = here and bool(frames) and not outbox.items and not self._dispatching
+            if not at_once:
+                outbox.items.append((destination, frames))
+                if not outbox.awake and not outbox.held:
+                    outbox.awake = True
+                    if not here:
+                        self._wake.set()
+        if at_once:  # its receiver need not wait for what else this thread does
+            self._dispatch(destination, frames)
 
     @contextmanager
     def together(self) -> Generator[None]:
@@ -205,11 +219,11 @@ class Transport:
 
     def connect(self, endpoint: Endpoint) -> None:
         """Opens a link; its state arrives at `on_link`. Does nothing for a link that is open."""
-        self._post(endpoint, ())
+        self.send(endpoint, ())
 
     def disconnect(self, endpoint: Endpoint) -> None:
         """Closes a link and forgets it; what waits to be sent over one that is not up is dropped."""
-        self._post(endpoint, None)
+        self.send(endpoint, None)
 
     def tick_soon(self) -> None:
         """Has `on_tick` called without delay, if that can be arranged without waiting for a lock."""
@@ -275,22 +289,6 @@ class Transport:
             self._release()
         else:
             self._thread.join()
-
-    def _post(self, destination: Destination, frames: Sequence[Payload] | None) -> None:
-        outbox = self._outbox
-        with outbox.lock:
-            if self._closing:
-                return
-            here = threading.get_ident() == self._thread.ident
-            at_once = here and bool(frames) and not outbox.items and not self._dispatching
-            if not at_once:
-                outbox.items.append((destination, frames))
-                if not outbox.awake and not outbox.held:
-                    outbox.awake = True
-                    if not here:
-                        self._wake.set()
-        if at_once:  # its receiver need not wait for what else this thread does
-            self._dispatch(destination, frames)
 
     def _listen(self, address: str) -> None:
         assert self._gate is not None
@@ -399,7 +397,7 @@ class Transport:
                 self._drained += drained
                 if received and self._on_received is not None:
                     self._guard(self._on_received)
-                if self._on_tick is not None and (self._tick_now or time.monotonic() >= next_tick):
+                if self._tick_now or time.monotonic() >= next_tick:
                     self._tick_now = False
                     next_tick = time.monotonic() + _TICK_MS / 1000
                     self._guard(self._on_tick)
@@ -439,8 +437,7 @@ class Transport:
             if error.errno == zmq.EHOSTUNREACH and isinstance(destination, Connection):
                 log.debug("message dropped: its connection has ended")
                 self._backlog.forget(destination)
-                if self._on_lost is not None:
-                    self._guard(self._on_lost, destination)
+                self._guard(self._on_lost, destination)
             else:
                 self._drop(destination, frames or (), _TOO_SLOW if error.errno == zmq.EAGAIN else str(error))
         finally:
@@ -474,8 +471,7 @@ class Transport:
             return
         size = sum(map(len, frames))
         self._dropping.say("a message of %d bytes was dropped: %s", size, reason, extra={"nbytes": size})
-        if self._on_dropped is not None:
-            self._guard(self._on_dropped, destination, frames, reason)
+        self._guard(self._on_dropped, destination, frames, reason)
 
     def _receive(self, handle: zmq.Socket[bytes], link: _Link | None) -> bool:
         """Hands messages over; returns whether that were all."""
@@ -533,7 +529,7 @@ class Transport:
             if gone is not None and isinstance(gone.owner, Connection):
                 self._incoming.pop(gone.owner.routing_id, None)
                 self._backlog.forget(gone.owner)
-                if gone.ended and self._on_lost is not None:
+                if gone.ended:
                     self._guard(self._on_lost, gone.owner)
 
     def _follow(self, link: _Link) -> None:
@@ -556,8 +552,7 @@ class Transport:
                 continue
             if state is not link.state:
                 link.state = state
-                if self._on_link is not None:
-                    self._guard(self._on_link, link.endpoint, state)
+                self._guard(self._on_link, link.endpoint, state)
 
     def _guard(self, handler: Callable[..., None], *arguments: Any) -> None:
         """Logs a handler's error, which must not end the transport's thread."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 from collections import defaultdict
@@ -16,9 +15,7 @@ from typing import Any, BinaryIO, Final
 from splitnet.checkpoint.store import Progress, TensorStore
 from splitnet.checkpoint.transfer.manifest import PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
 from splitnet.errors import ModelNotFound, ProtocolError
-from splitnet.paths import cache_folder
-
-log = logging.getLogger(__name__)
+from splitnet.paths import cache_folder, keep_file
 
 Range = tuple[int, int]  # offset and bytes
 
@@ -28,6 +25,7 @@ _RUN_BYTES: Final = 8 * PIECE_BYTES  # that one thread reads at a time
 _THREADS: Final = min(4, os.cpu_count() or 1)
 _REQUESTS: Final = 16
 _STAMP: Final = 1  # of what is kept
+_DIGESTS: Final = "the digests of weights"
 
 
 def make_manifest(store: TensorStore, progress: Progress | None = None) -> Manifest:
@@ -86,7 +84,7 @@ def kept_manifest(commit: str) -> Manifest | None:
 def keep_manifest(commit: str, manifest: Manifest) -> None:
     """Keeps the manifest of a commit, so that it need not be asked for, nor the files be read, again."""
     if commit:
-        _write(_manifest_file(commit), manifest.pack())
+        keep_file(_manifest_file(commit), manifest.pack(), _DIGESTS)
 
 
 def forget_manifest(commit: str) -> None:
@@ -98,16 +96,6 @@ def forget_manifest(commit: str) -> None:
 
 def _manifest_file(commit: str) -> Path:
     return cache_folder() / "manifests" / digest(commit.encode()).hex()[:32]
-
-
-def _write(file: Path, data: bytes) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(file)
-    except OSError as error:
-        log.info("the digests of weights are not kept in %s: %s", file, error.strerror)
 
 
 class _Reading:
@@ -193,7 +181,7 @@ class _Kept:
 
     def keep(self, digests: dict[Range, bytes]) -> None:
         content = {**self.about, "ranges": [[*one, it.hex()] for one, it in (self.digests | digests).items()]}
-        _write(self._file, json.dumps(content).encode())
+        keep_file(self._file, json.dumps(content).encode(), _DIGESTS)
 
 
 def _fits(one: Range, digests: bytes) -> bool:
