@@ -23,8 +23,7 @@ from splitnet.wire.messages import Chunk, Fork
 
 ModelSession = Session | MixedSession
 
-RESERVE_STEP = 256
-"""Positions per row by which a reservation grows."""
+RESERVE_STEP = 256  # positions per row by which a reservation grows
 
 
 class RemoteLayer(CacheLayerMixin):
@@ -290,8 +289,7 @@ class CachedSession:
         self._tokens: torch.Tensor | None = None
         self._padding: list[int] = []
         self._follows = False
-        self._changes = 0
-        """Of the cache, when the tokens were noted: the caller has it, too."""
+        self._changes = 0  # of the cache, when the tokens were noted: the caller has it, too
 
     def resume(self, ids: torch.Tensor, mask: torch.Tensor | None, *, follows: bool) -> None:
         """Crops the cache to what it shares with the next prompt `[rows, seq]`, less one token to go on from.

@@ -125,8 +125,7 @@ class RemoteCausalLM(RemoteModel):
     loss_in_parts = True
     """`logits_to_keep` goes together with `labels`: the loss is of all positions, the logits of those kept."""
 
-    ends: Ends | None = None
-    """What stands before and after the blocks, if that is all there is."""
+    ends: Ends | None = None  # what stands before and after the blocks, if that is all there is
 
     def __init_subclass__(cls) -> None:
         family: Any = cls.transformers_class
@@ -486,14 +485,10 @@ class _OfThread(threading.local):
     """State of the calls of one thread."""
 
     def __init__(self) -> None:
-        self.kept_session: CachedSession | None = None
-        """That the next call of `generate()` would use."""
-        self.resumed: CachedSession | None = None
-        """That the call under way uses."""
-        self.prefix: Prefixes = ()
-        """Keys and values that a trained prompt puts before the text that is being generated."""
-        self.prefixed: Any = None
-        """The cache of that text; None: it has none."""
+        self.kept_session: CachedSession | None = None  # that the next call of `generate()` would use
+        self.resumed: CachedSession | None = None  # that the call under way uses
+        self.prefix: Prefixes = ()  # keys and values that a trained prompt puts before the text that is being generated
+        self.prefixed: Any = None  # the cache of that text; None: it has none
         self.drafts: Drafts | None = None
 
     @contextmanager

@@ -28,14 +28,10 @@ from splitnet.hf.drafts import Draft, Drafter, DraftModel, PromptLookup
 from splitnet.hf.remote_blocks import Exchange
 from splitnet.swarm.plan import Prediction
 
-SHARE = 0.2
-"""Weight of the latest step in the averages of what steps cost."""
-MEMORY = 0.97
-"""Weight of former tokens in the acceptance, after each further token."""
-PRIOR_TOKENS = 4.0
-"""Weight of the priors, in tokens."""
-PREDICTION_S = 1.0
-"""How long a prediction is used."""
+SHARE = 0.2  # weight of the latest step in the averages of what steps cost
+MEMORY = 0.97  # weight of former tokens in the acceptance, after each further token
+PRIOR_TOKENS = 4.0  # weight of the priors, in tokens
+PREDICTION_S = 1.0  # how long a prediction is used
 LOOK_EVERY = 32
 """Where drafts cost time and promise nothing, one is made after so many tokens, to see whether that is still so."""
 PROMPT_LOOKUP = "prompt-lookup"
@@ -44,8 +40,7 @@ NOTHING = Draft([])
 _PREPARES = "prepare_inputs_for_generation"
 _OTHERS = ("_sample", "_update_model_kwargs_for_generation", "_prefill")
 _HANDED_OVER = frozenset({"input_ids", "cache", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
-LONGEST = 1 << 20
-"""Longer texts are not tried."""
+LONGEST = 1 << 20  # longer texts are not tried
 
 
 class Experience:
@@ -63,10 +58,8 @@ class Experience:
         self.accepted = 0
         self._accepted = [prior * PRIOR_TOKENS for prior in priors]
         self._tried = [PRIOR_TOKENS for _ in priors]
-        self._beyond_ms: dict[int, MovingAverage] = {}
-        """By positions: what a step took beyond its prediction."""
-        self._client_ms: dict[int, MovingAverage] = {}
-        """By positions: how long a step kept this process busy."""
+        self._beyond_ms: dict[int, MovingAverage] = {}  # by positions: what a step took beyond its prediction
+        self._client_ms: dict[int, MovingAverage] = {}  # by positions: how long a step kept this process busy
         self._predictions: dict[int, Prediction] = {}
         self._predicted_at = 0.0
         self._lock = threading.RLock()
@@ -214,8 +207,7 @@ class Text:
     def __init__(self, prompt: torch.Tensor, processor: Any, criteria: Any, config: Any, streamer: Any) -> None:
         self.tokens: list[int] = prompt[0].tolist()
         self.finished = False
-        self.most: int | None = config.max_length
-        """Tokens that it may have."""
+        self.most: int | None = config.max_length  # tokens that it may have
         self._held = torch.empty(1, 2 * prompt.shape[1] + 256, dtype=prompt.dtype, device=prompt.device)
         self._held[:, : prompt.shape[1]] = prompt
         self._processor = processor
@@ -277,8 +269,7 @@ class Decoding:
         self._under_way: deque[_Sent] = deque()
         self._drafted: deque[tuple[int, int]] = deque()
         """Tokens behind the text that were sent, each with the kind of its draft."""
-        self._imagined = NOTHING
-        """What was not sent, only to see whether it is right."""
+        self._imagined = NOTHING  # what was not sent, only to see whether it is right
         self._unseen_drafts = 0
         if drafts is not None:
             drafts.drafter.begin(text.tokens)

@@ -16,8 +16,7 @@ from splitnet.blocks.kv_cache import OneSequence, SequenceCache, SequenceStates
 from splitnet.checkpoint.families import family_of, keeps_states, states_per_block
 from splitnet.errors import SplitnetError
 
-SHARE = 0.2
-"""Weight of the latest draft in the average of its time."""
+SHARE = 0.2  # weight of the latest draft in the average of its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,18 +145,12 @@ class DraftModel:
             del self._cached[same:]
 
 
-LONGEST_NGRAM = 3
-"""Tokens that are looked up."""
-LONGEST_MATCH = 16
-"""Tokens before a place that are compared at most, to tell how sure it is."""
-LEARNING_MATCH = 3
-"""Tokens before a place that must be the same for another token there to be taken for a new name."""
-RENAMED_WITHIN = 2048
-"""Latest tokens in which a new name is looked for: the copy, not its source."""
-TIMES_FORGOTTEN = 3
-"""How often a token may lose its new name before it gets none any more."""
-TIMES_SEEN = 2
-"""How often a token must have become the same other one."""
+LONGEST_NGRAM = 3  # tokens that are looked up
+LONGEST_MATCH = 16  # tokens before a place that are compared at most, to tell how sure it is
+LEARNING_MATCH = 3  # tokens before a place that must be the same for another token there to be taken for a new name
+RENAMED_WITHIN = 2048  # latest tokens in which a new name is looked for: the copy, not its source
+TIMES_FORGOTTEN = 3  # how often a token may lose its new name before it gets none any more
+TIMES_SEEN = 2  # how often a token must have become the same other one
 
 
 class PromptLookup:
@@ -177,18 +170,13 @@ class PromptLookup:
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
-        self._renamed: dict[int, int] = {}
-        """What tokens have become."""
-        self._former: dict[int, int] = {}
-        """The same the other way round."""
-        self._seen: Counter[tuple[int, int]] = Counter()
-        """How often a token has become another."""
-        self._forgotten: Counter[int] = Counter()
-        """How often a token has lost its new name."""
+        self._renamed: dict[int, int] = {}  # what tokens have become
+        self._former: dict[int, int] = {}  # the same the other way round
+        self._seen: Counter[tuple[int, int]] = Counter()  # how often a token has become another
+        self._forgotten: Counter[int] = Counter()  # how often a token has lost its new name
         self._places: dict[tuple[int, ...], int] = {}
         """Where the text went on after an n-gram of former tokens, the last time."""
-        self._source: int | None = None
-        """The place that is copied from: where it goes on."""
+        self._source: int | None = None  # the place that is copied from: where it goes on
         self._suspect: tuple[int, int] | None = None
         """A token of the source and the one that came in its place, until the next token tells."""
 

@@ -128,8 +128,7 @@ class RemoteBlocks(nn.Module):
         self._lengths_matter = ropes.matter
         self._stages = stages
         self._make_passes = make_passes
-        self.passes: dict[Blocks, PassSession] = {}
-        """By the range of blocks."""
+        self.passes: dict[Blocks, PassSession] = {}  # by the range of blocks
         self._passing = threading.RLock()
         self._local = threading.local()
 

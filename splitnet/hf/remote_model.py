@@ -43,8 +43,7 @@ from splitnet.swarm.swarm import ModelFacts, Swarm
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-MEMORY_SHARE = 0.5
-"""Of what is free, for weights; caches and others need memory, too."""
+MEMORY_SHARE = 0.5  # of what is free, for weights; caches and others need memory, too
 TIMED_STEPS = 5
 
 
@@ -153,8 +152,7 @@ class RemoteModel(PreTrainedModel):
     def connect_blocks(self, blocks: RemoteBlocks, swarm: Swarm) -> None:
         """Lets `blocks` know of the mask, the cache and the prefix of every call."""
         self.swarm = swarm
-        self.local_spans = blocks.local_spans
-        """The blocks `[start, end)` that run here and not on peers."""
+        self.local_spans = blocks.local_spans  # the blocks `[start, end)` that run here and not on peers
         self._blocks = blocks
         blocks.adapters.outline = outline_in(self)
         self._backbone_parameters = frozenset(inspect.signature(backbone_of(self).forward).parameters)

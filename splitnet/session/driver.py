@@ -40,8 +40,7 @@ log = logging.getLogger(__name__)
 
 USUAL_POSITIONS = 64
 """Of a step, where many are under way: a micro-batch, or a chunk of a prefill. Otherwise it is a token."""
-ROUND_S = 0.1
-"""All hops are asked within that."""
+ROUND_S = 0.1  # all hops are asked within that
 EMBEDDINGS = codec_by_name("fp16")
 
 
@@ -117,8 +116,7 @@ class Routes:
         self._any_weights = any_weights
         self._news = swarm.measurer.news
         self._route: list[PlannedHop] = []
-        self._lost = False
-        """The latest plan replaces a route that was lost."""
+        self._lost = False  # the latest plan replaces a route that was lost
         self._planned: tuple[list[PlannedHop], float] = [], 0.0
         """The latest plan, with the time of a step as it was predicted then, in ms."""
 
@@ -277,8 +275,7 @@ class SessionDriver:
             any_weights=any_weights,
             answer_s=self._answer_s,
         )
-        self.recoveries: list[Recovered] = self.state.recoveries
-        """Repairs of the route so far."""
+        self.recoveries: list[Recovered] = self.state.recoveries  # repairs of the route so far
         self._swarm = swarm
         self._codecs = codecs
         self._in_flight = in_flight

@@ -68,8 +68,7 @@ class Backward:
     """The caller sends the gradients of passes that went forward up the route."""
 
     batch: Batch
-    adapter: int
-    """Version that the passes run with; 0: none."""
+    adapter: int  # version that the passes run with; 0: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +159,7 @@ class Tick:
     """The time of `SessionState.wake_at` has come."""
 
 
-Wish = Use | Submit | Backward | Abandon | Resize | UseAdapter | Move | Distrust | Close
-"""Of the caller."""
+Wish = Use | Submit | Backward | Abandon | Resize | UseAdapter | Move | Distrust | Close  # of the caller
 Event = Wish | Received | LinkFailed | Alive[Endpoint] | Planned | NoRoute | Tick
 
 

@@ -25,10 +25,8 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import codec_by_code
 from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Chunk, FetchKV, Fork, Result, Step, Timing, encode
 
-ASK_S = 2.0
-"""After so many seconds hops are asked for the times of decode steps."""
-THROUGHPUT_STEPS = 8
-"""How many steps a session that asks for throughput has under way."""
+ASK_S = 2.0  # after so many seconds hops are asked for the times of decode steps
+THROUGHPUT_STEPS = 8  # how many steps a session that asks for throughput has under way
 _POSITION = 1000
 _TIMING = Timing(500, 10_000, 500)
 """The size of a message grows a little with the numbers in it; these stand for usual ones."""

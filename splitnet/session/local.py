@@ -160,10 +160,8 @@ class Piece:
     forks: Sequence[Fork] | None
     hidden: torch.Tensor
     reach: int
-    stage: int = 0
-    """Where they are: the first that they have not passed."""
-    sent: UnderWay | None = None
-    """Through the route of that stage."""
+    stage: int = 0  # where they are: the first that they have not passed
+    sent: UnderWay | None = None  # through the route of that stage
 
 
 class MixedSession:
@@ -184,8 +182,7 @@ class MixedSession:
             LocalSequences(stage) if isinstance(stage, LocalSpan) else open_session(reservation, stage)
             for stage in stages
         ]
-        self.sessions = [stage for stage in self._stages if isinstance(stage, Session)]
-        """Those on peers, in order."""
+        self.sessions = [stage for stage in self._stages if isinstance(stage, Session)]  # those on peers, in order
         self._positions = 0
 
     @property

@@ -74,10 +74,8 @@ from splitnet.wire.messages import (
     Timing,
 )
 
-POLL_S = 0.5
-"""Between two plans where no peer serves some blocks."""
-MAX_ATTEMPTS = 8
-"""Routes that may fail before an answer comes on one."""
+POLL_S = 0.5  # between two plans where no peer serves some blocks
+MAX_ATTEMPTS = 8  # routes that may fail before an answer comes on one
 _NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights)
 """Errors of peers that are not at fault, but of no use for this session."""
 _FORGETFUL = (FailureCode.UNKNOWN_SESSION, FailureCode.OUT_OF_ORDER, FailureCode.STALE_EPOCH, FailureCode.TOO_LONG)

@@ -35,8 +35,7 @@ RUNNING = (
     "local_weights",
 )
 """Keywords of every `from_pretrained` and `attach` that say how the model runs."""
-GENERATING = (*RUNNING, "prefer", "energy_slowdown")
-"""The same for a causal LM."""
+GENERATING = (*RUNNING, "prefer", "energy_slowdown")  # the same for a causal LM
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -191,8 +191,7 @@ class ReplayRequest(Request):
         return self.ended
 
 
-KV_WIDTH = 8
-"""So many times the hidden size the keys of a position have at most, and so the values."""
+KV_WIDTH = 8  # so many times the hidden size the keys of a position have at most, and so the values
 
 PART_BYTES = 1024
 """What a part is counted as, besides its payload; and what a tensor takes in it, besides its numbers, at most."""
@@ -298,10 +297,8 @@ class Batch:
     """
 
     passes: list[PassRequest]
-    sums: FromHops = field(default_factory=FromHops)
-    """The gradients by the adapter."""
-    sent: int = 0
-    """How many of the passes have been sent back, in order; 0 again when they are repeated."""
+    sums: FromHops = field(default_factory=FromHops)  # the gradients by the adapter
+    sent: int = 0  # how many of the passes have been sent back, in order; 0 again when they are repeated
 
     @property
     def done(self) -> bool:

@@ -22,8 +22,7 @@ from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward, Gradient, Result
 MICRO_BATCHES_PER_HOP = 2
 """A batch is cut into so many micro-batches for each hop, so that all hops have something to do most of the time."""
 MIN_POSITIONS = 64
-MAX_POSITIONS = 512
-"""Of a micro-batch: smaller ones use the devices badly, larger ones make them wait for each other."""
+MAX_POSITIONS = 512  # of a micro-batch: smaller ones use the devices badly, larger ones make them wait for each other
 LOSSY_GRADIENT_CODEC = "bf16"
 
 

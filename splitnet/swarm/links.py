@@ -39,10 +39,8 @@ MAX_LINKS = 160
 """At the same time; each takes four file descriptors, and processes often may have 1,024. See `LinkPool`."""
 KEEP_UNREACHED_S = 15.0
 """A link that is lost, or never came up, is tried so long after its last use: a peer that restarts comes back."""
-QUEUES_S = 0.05
-"""How long the queues of links are kept: many sessions ask at the same time."""
-BUSY_BYTES = 2 * PROBE_BYTES
-"""More than what measuring a link alone puts on it."""
+QUEUES_S = 0.05  # how long the queues of links are kept: many sessions ask at the same time
+BUSY_BYTES = 2 * PROBE_BYTES  # more than what measuring a link alone puts on it
 
 
 class Subscriber(Protocol):
@@ -77,8 +75,7 @@ class Links:
 
     def __init__(self, identity: Identity, *, most: int = MAX_LINKS, keep_unused_s: float = KEEP_S) -> None:
         self._sessions: dict[bytes, Subscriber] = {}
-        self._used: dict[bytes, set[Endpoint]] = {}
-        """By registered session."""
+        self._used: dict[bytes, set[Endpoint]] = {}  # by registered session
         self._lock = threading.Lock()
         self._ended: queue.SimpleQueue[Subscriber] = queue.SimpleQueue()
         self._most = most

@@ -40,10 +40,8 @@ from splitnet.wire.messages import LoadReport
 
 log = logging.getLogger(__name__)
 
-TRUST_S = 60.0
-"""How long measured times of a hop count more than its record."""
-STEPS = 3
-"""Of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop."""
+TRUST_S = 60.0  # how long measured times of a hop count more than its record
+STEPS = 3  # of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop
 REMEASURE_S = 30.0
 KEPT_NETWORKS = 8
 """A session asks for the links of the peers that it plans with, of its own hops, and of those at both ends of each."""
@@ -62,8 +60,7 @@ SUSPECTED_AGAIN_S = 25.0
 """The bandwidth of a link is measured again after so long, or so long if steps stay slow: it takes 128 KiB and more."""
 IN_USE_S = 300.0
 """So long after a plan another session is expected, which should not have to wait for a look into the directory."""
-MAX_AGE_S = 90.0
-"""A link that was measured longer ago counts as not measured."""
+MAX_AGE_S = 90.0  # a link that was measured longer ago counts as not measured
 KEPT_LINKS = 256
 SETTLE_S = 300.0
 SETTLE_LINKS = 32
@@ -155,8 +152,7 @@ class _Seen:
     """The latest decode steps that a hop has run for this client."""
 
     at: float
-    positions: int = 1
-    """Of the last one; most have the same number."""
+    positions: int = 1  # of the last one; most have the same number
     block_ms: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
     wait_ms: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
 
@@ -173,11 +169,9 @@ class Measurements:
         self.network_coordinates = NetworkCoordinates(clock)
         self._clock = clock
         self._hops: dict[str, _Seen] = {}
-        self._loads: dict[str, tuple[float, LoadReport]] = {}
-        """With the time at which it was told."""
+        self._loads: dict[str, tuple[float, LoadReport]] = {}  # with the time at which it was told
         self._links: dict[tuple[str, str], tuple[float, float]] = {}
-        self._probed: dict[str, float] = {}
-        """When the bandwidth of the link was measured."""
+        self._probed: dict[str, float] = {}  # when the bandwidth of the link was measured
         self._predictions = PredictionErrors()
         self._told = Latest(_told_network, KEPT_NETWORKS)
         self._lock = threading.Lock()

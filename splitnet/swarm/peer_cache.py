@@ -27,31 +27,22 @@ from splitnet.wire.messages import ENTRY_BYTES, PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 10.0
-"""Interval of questions while the client is in use, or no peer answers."""
+LOOK_S = 10.0  # interval of questions while the client is in use, or no peer answers
 SLOWER = 2
-FEW_RECORDS = 32
-"""The interval grows with the number of records beyond this, at most twofold."""
+FEW_RECORDS = 32  # the interval grows with the number of records beyond this, at most twofold
 RECORDS_MAX_AGE_S = 20.0
 """A caller that needs younger records waits for an answer: some round trips, as a first token takes."""
-READ_S: Final = 600.0
-"""Interval of reading everything; beyond `FEW_RECORDS` it grows in proportion, as the effort does."""
-REST_S: Final = 30.0
-"""A directory that was not read for so long rests until it is."""
+READ_S: Final = 600.0  # interval of reading everything; beyond `FEW_RECORDS` it grows in proportion, as the effort does
+REST_S: Final = 30.0  # a directory that was not read for so long rests until it is
 BYTES_PER_MINUTE: Final = 30_000
 """Of questions about changes and their answers, without those to further peers when one is silent."""
-MESSAGE_BYTES: Final = 400
-"""A question and its answer, without records."""
-LEAST_BYTES: Final = 3000
-"""An answer may have so many in any case: some records."""
-LISTED: Final = 256
-"""Records that are named in a question."""
+MESSAGE_BYTES: Final = 400  # a question and its answer, without records
+LEAST_BYTES: Final = 3000  # an answer may have so many in any case: some records
+LISTED: Final = 256  # records that are named in a question
 LISTED_LIKELY: Final = 192
 """Of these the ones that routes most likely go through; the others are those that were not heard of for longest."""
-CLOCKS_S: Final = 60.0
-"""By which the clocks of peers may differ."""
-UNHEARD_S: Final = 1800.0
-"""An expired record that no peer confirms does not count after that."""
+CLOCKS_S: Final = 60.0  # by which the clocks of peers may differ
+UNHEARD_S: Final = 1800.0  # an expired record that no peer confirms does not count after that
 NEVER: Final = 1e11
 
 Likely = Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int], Sequence[PeerRecord]]
@@ -96,14 +87,11 @@ class PeerCache:
         self._heard_at: dict[PublicKey, float] = {}
         self._records: list[PeerRecord] = []
         self._asked_at = self._read_at = -math.inf
-        self._told_since = 0.0
-        """Of all that are where they are since before that it was told; Unix time in seconds."""
+        self._told_since = 0.0  # of all that are where they are since before that it was told; Unix time in seconds
         self._asked_last: Endpoint | None = None
-        self._older: set[PublicKey] = set()
-        """Peers that do not tell changes, but everything."""
+        self._older: set[PublicKey] = set()  # peers that do not tell changes, but everything
         self._asks_linked = False
-        self._silent = False
-        """Nobody answered the last time, though there are peers to go on with."""
+        self._silent = False  # nobody answered the last time, though there are peers to go on with
         self._asking = threading.Lock()
 
     def look(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:

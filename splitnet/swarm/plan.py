@@ -17,12 +17,9 @@ from splitnet.directory.record import PeerRecord, facts_of, places_of
 from splitnet.errors import CoverageError, OtherWeights, PeerBusy, SplitnetError
 from splitnet.swarm.measure import Latest, Measurements
 
-EXACT_PEERS = LIMIT
-"""Among more peers than this the search is over the likeliest ones."""
-KEPT_CROWDS = 2
-"""Of the records that were read last, and of those before, with which another thread may still plan."""
-StartPeer = Callable[[int, int], str]
-"""Gives the command that starts a peer for the blocks `[start, end)`."""
+EXACT_PEERS = LIMIT  # among more peers than this the search is over the likeliest ones
+KEPT_CROWDS = 2  # of the records that were read last, and of those before, with which another thread may still plan
+StartPeer = Callable[[int, int], str]  # gives the command that starts a peer for the blocks `[start, end)`
 
 ALIKE_AGAIN = "start a peer that holds them so (--weights, --dtype), or allow others, and other tokens (--any-weights)"
 """What to do if nobody holds blocks as a session had them."""
@@ -50,8 +47,7 @@ def with_kept_hops(route: Sequence[PlannedHop], present: Sequence[PlannedHop]) -
     return [known.get((hop.name, hop.record.address, hop.start, hop.end), hop) for hop in route]
 
 
-Ends = tuple[PeerRecord | None, PeerRecord | None]
-"""The peers before and after a part of a route; None: the client."""
+Ends = tuple[PeerRecord | None, PeerRecord | None]  # the peers before and after a part of a route; None: the client
 CLIENT_ENDS: Ends = (None, None)
 
 

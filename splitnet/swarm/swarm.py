@@ -34,10 +34,8 @@ from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
 from splitnet.wire.fields import STRICT_VERSIONS
 
-SHOWN_ADDRESSES = 2
-"""With which a command that people copy joins a swarm."""
-SHORT_KEY = 9
-"""Characters of a key that are enough for people to tell peers apart."""
+SHOWN_ADDRESSES = 2  # with which a command that people copy joins a swarm
+SHORT_KEY = 9  # characters of a key that are enough for people to tell peers apart
 KEPT_EVENTS = 256
 
 Kind = Literal[
@@ -92,8 +90,7 @@ class ModelFacts:
     num_blocks: int
     hidden_size: int
     max_positions: int | None
-    source: str = ""
-    """Hub id, folder or file on this machine; empty: none is known."""
+    source: str = ""  # hub id, folder or file on this machine; empty: none is known
 
     @classmethod
     def of(cls, checkpoint: Any) -> ModelFacts:
