@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from scheduler.cost import CODING_MS, Encoding, choose_codec, encodings_of
 from scheduler.facts import Link
@@ -484,7 +485,7 @@ class SessionDriver:
         others = [(before, links.traffic(other)) for other, before in asked.queues.items() if other != endpoint]
         return any(passed is not None and passed.has_sent(before) for before, passed in others)
 
-    def _wait_for(self, requests: Sequence[Request]) -> None:
+    def _wait_for(self, requests: Sequence[Request[Any]]) -> None:
         """Waits until all have what they asked for; raises the error of the first that has not."""
         try:
             for request in requests:

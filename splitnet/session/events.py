@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scheduler.liveness import Alive
 from splitnet.errors import SplitnetError
@@ -60,7 +60,7 @@ class Use:
 class Submit:
     """The caller sends requests, in this order. A route must have stood; if it is broken by now, it is repaired."""
 
-    requests: tuple[Request, ...]
+    requests: tuple[Request[Any], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,9 +197,9 @@ class Session(SessionDriver):
             outputs.append(output)
         if len(sent.requests) == 1 and sent.requests[0].decodes and len(self.recoveries) == sent.repairs:
             if sent.alone:
-                self._routes.step_took((time.perf_counter() - sent.began) * 1000, sent.requests[0].step.positions)
+                self._routes.step_took((time.perf_counter() - sent.began) * 1000, sent.requests[0].message.positions)
                 self.state.usual_ms = self._routes.watch.usual.value
-            self._learn_timings(sent.requests[0].step.positions, at_once=sent.alone and self._routes.watch.surprised)
+            self._learn_timings(sent.requests[0].message.positions, at_once=sent.alone and self._routes.watch.surprised)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def abandon(self, sent: UnderWay) -> None:

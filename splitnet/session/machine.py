@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from scheduler.liveness import (
     ANSWER_S,
@@ -65,6 +66,7 @@ from splitnet.wire.messages import (
     Close,
     Failure,
     FailureCode,
+    Forward,
     Gradient,
     Message,
     Open,
@@ -177,7 +179,7 @@ class SessionState:
         self.next_number = itertools.count(1).__next__
         self._now = 0.0
         self._effects: list[events.Effect] = []
-        self._in_flight: dict[int, Request] = {}
+        self._in_flight: dict[int, Request[Any]] = {}
         self._faults = _Faults()
         self._liveness = Liveness(answer_s)
         self._setup: RouteSetup | None = None
@@ -315,11 +317,11 @@ class SessionState:
             self._begin_setup()
             self._go_on()
 
-    def _submit(self, requests: Sequence[Request]) -> None:
+    def _submit(self, requests: Sequence[Request[Any]]) -> None:
         for request in requests:
             if isinstance(request, StepRequest):
                 try:
-                    self._record(request.step)
+                    self._record(request.message)
                 except SplitnetError as error:
                     request.error = error
                     continue
@@ -343,7 +345,7 @@ class SessionState:
             request.error = SplitnetError("a later step of the session began before the end of this one")
             self._in_flight.pop(request.number)
 
-    def _put_under_way(self, request: Request) -> None:
+    def _put_under_way(self, request: Request[Any]) -> None:
         if not self._in_flight:
             self._liveness.heard(self._now)
         self._in_flight[request.number] = request
@@ -860,7 +862,7 @@ class SessionState:
         """The client stands between two hops that do not reach each other."""
         request = self._replays.get(result.number) or self._in_flight.get(result.number)
         message = request.message if request is not None else None
-        if message is None or not hop.relayed or hop.planned.end != result.end:
+        if not isinstance(message, Step | Forward) or not hop.relayed or hop.planned.end != result.end:
             return
         try:
             if result.codec != hop.codec.code:
@@ -952,8 +954,8 @@ class SessionState:
         # A hop may compute a decode step in one part, others position by position.
         parts = self.log.positions if self.log is not None else 0
         if self.phase is Phase.OPEN:
-            awaited = [(each.decodes, each.message) for each in self._in_flight.values()]
-            parts = sum(1 if decodes or message is None else message.positions for decodes, message in awaited)
+            sizes = [1 if each.decodes else getattr(each.message, "positions", 1) for each in self._in_flight.values()]
+            parts = sum(sizes)
         verdict = self._liveness.verdict(number, parts, progress_s, self._now)
         if self.phase is Phase.OPENING:
             # Those that live may have to reach their next hops, or hold nothing yet.

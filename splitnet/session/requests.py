@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
 
 from scheduler.batching import DECODE_POSITIONS
 from splitnet.errors import ProtocolError, SplitnetError
@@ -46,28 +46,32 @@ class Route(Protocol):
     def adapted_hops(self) -> dict[Endpoint, int]: ...
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class Request(ABC):
+Sent = TypeVar("Sent", Step, Forward, Step | Replay, FetchKV)
+
+
+@dataclass(slots=True, eq=False)
+class Request(ABC, Generic[Sent]):
     """Something that was asked for.
 
     Attributes:
+        message: that was sent for it.
         error: why no answer will come any more.
         predicted_ms: what it is predicted to take; 0: not known.
-        number: that its answers name.
     """
 
+    message: Sent
+    _: KW_ONLY
     error: SplitnetError | None = None
     predicted_ms: float = 0.0
-    number: int = field(init=False)
+
+    @property
+    def number(self) -> int:
+        """That its answers name."""
+        return self.message.number
 
     @property
     @abstractmethod
     def done(self) -> bool: ...
-
-    @property
-    def message(self) -> Step | Forward | None:
-        """What travels along the route, if the client sent it."""
-        return None
 
     @property
     def decodes(self) -> bool:
@@ -84,36 +88,28 @@ class Request(ABC):
 
 
 @dataclass(slots=True, eq=False)
-class StepRequest(Request):
+class StepRequest(Request[Step]):
     """New positions: `kept` of them come back from the tail.
 
     Attributes:
         makers: names of the hops that an answer which was no use came from; empty: none was.
     """
 
-    step: Step
     kept: int
     result: Result | None = None
     makers: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.number = self.step.number
 
     @property
     def done(self) -> bool:
         return self.result is not None
 
     @property
-    def message(self) -> Step:
-        return self.step
-
-    @property
     def decodes(self) -> bool:
-        return self.step.positions <= DECODE_POSITIONS
+        return self.message.positions <= DECODE_POSITIONS
 
     def send(self, route: Route) -> None:
-        self.step = replace(self.step, epoch=route.epoch)
-        route.send(route.first, self.step)
+        self.message = replace(self.message, epoch=route.epoch)
+        route.send(route.first, self.message)
 
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
         if not isinstance(message, Result) or source != route.tail or message.end != route.blocks[1]:
@@ -123,14 +119,14 @@ class StepRequest(Request):
         return True
 
 
-def check_beside(step: Step, under_way: Collection[Request]) -> None:
+def check_beside(step: Step, under_way: Collection[StepRequest]) -> None:
     """Raises SplitnetError for a step that must not be sent while these requests are under way."""
     if step.forks and under_way:
         # A hop that has forked rows does not fork them again, so it could not be told of what was lost before.
         raise SplitnetError("rows were to be forked while steps are under way: wait for them before")
     starts = {part.row: part.start for part in step.parts}
     for request in under_way:
-        parts = request.step.parts if isinstance(request, StepRequest) else ()
+        parts = request.message.parts
         if any(part.start < starts.get(part.row, 0) < part.start + part.length for part in parts):
             # Were it lost, its first positions, which this one builds on, would not be sent again.
             raise SplitnetError("a step was to begin inside of one under way: wait for that, or begin with it")
@@ -139,49 +135,35 @@ def check_beside(step: Step, under_way: Collection[Request]) -> None:
             raise SplitnetError("a step was to undo some rows of one under way: wait for that, or undo all its rows")
 
 
-def undone_by(step: Step, under_way: Iterable[Request]) -> list[StepRequest]:
+def undone_by(step: Step, under_way: Iterable[StepRequest]) -> list[StepRequest]:
     """Steps under way that a new one undoes, as it begins before their end; sent again, they would build on it."""
     starts = {part.row: part.start for part in step.parts}
     rows = {fork.row for fork in step.forks} if step.forks is not None else None
     return [
         request
         for request in under_way
-        if isinstance(request, StepRequest)
-        and any(
+        if any(
             (rows is not None and part.row not in rows)
             or starts.get(part.row, MAX_POSITIONS) < part.start + part.length
-            for part in request.step.parts
+            for part in request.message.parts
         )
     ]
 
 
 @dataclass(slots=True, eq=False)
-class ReplayRequest(Request):
-    """A part of a log that is sent again: by the client, or by a hop that is asked to.
+class ReplayRequest(Request[Step | Replay]):
+    """A part of a log that is sent again: by the client, or by a hop that is asked to. `last` answers."""
 
-    Attributes:
-        sent: what goes to `to`.
-        last: the hop where the replay ends, which answers.
-    """
-
-    sent: Step | Replay
     to: Endpoint
     last: Endpoint
     ended: bool = False
-
-    def __post_init__(self) -> None:
-        self.number = self.sent.number
 
     @property
     def done(self) -> bool:
         return self.ended
 
-    @property
-    def message(self) -> Step | None:
-        return self.sent if isinstance(self.sent, Step) else None
-
     def send(self, route: Route) -> None:
-        route.send(self.to, self.sent)
+        route.send(self.to, self.message)
 
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
         if isinstance(message, Result) and source == self.last:
@@ -237,41 +219,33 @@ class FromHops:
 
 
 @dataclass(slots=True, eq=False)
-class PassRequest(Request):
+class PassRequest(Request[Forward]):
     """A pass over whole sequences: its output, and once it goes back the gradients of its batch."""
 
-    forward: Forward
     result: Result | None = None
     back: BackwardState | None = None
     gradient: Gradient | None = None
-
-    def __post_init__(self) -> None:
-        self.number = self.forward.number
 
     @property
     def done(self) -> bool:
         return self.result is not None if self.back is None else self.back.batch.done
 
-    @property
-    def message(self) -> Forward:
-        return self.forward
-
     def send(self, route: Route) -> None:
         self.result, self.gradient = None, None
         if self.back is not None:
             self.back.batch.sent = 0
-        self.forward = replace(self.forward, epoch=route.epoch)
-        route.send(route.first, self.forward)
+        self.message = replace(self.message, epoch=route.epoch)
+        route.send(route.first, self.message)
 
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
         match message:
             case Result() if self.result is None and source == route.tail and message.end == route.blocks[1]:
-                check_size(message.codec, message.payload, self.forward.positions, route.hidden_size)
+                check_size(message.codec, message.payload, self.message.positions, route.hidden_size)
                 self.result = message
                 if self.back is not None:
                     self.back.batch.send_ready(route)
             case Gradient() if self.gradient is None and source == route.first and message.boundary == route.blocks[0]:
-                check_size(message.codec, message.payload, self.forward.positions, route.hidden_size)
+                check_size(message.codec, message.payload, self.message.positions, route.hidden_size)
                 self.gradient = message
             case AdapterGradient() if self.back is not None:
                 return self.back.batch.sums.take(source, message)
@@ -308,18 +282,18 @@ class Batch:
         """Sends the gradients by the output up the route; on another route, or with another adapter meanwhile, the
         passes are done again before.
         """
-        if all(each.forward.epoch == route.epoch and each.forward.adapter == adapter for each in self.passes):
+        if all(each.message.epoch == route.epoch and each.message.adapter == adapter for each in self.passes):
             self.send_ready(route)
             return
         for each in self.passes:
-            each.forward = replace(each.forward, adapter=adapter)
+            each.message = replace(each.message, adapter=adapter)
             each.send(route)
 
     def send_ready(self, route: Route) -> None:
         """Sends back what can go back, in order."""
         last = self.passes[-1]
         while self.sent < len(self.passes) and (result := self.passes[self.sent].result) is not None:
-            forward, back, since = self.passes[self.sent].forward, self.passes[self.sent].back, self.passes[0].number
+            forward, back, since = self.passes[self.sent].message, self.passes[self.sent].back, self.passes[0].number
             if not self.sent:
                 self.sums.begin(route.adapted_hops() if forward.adapter else {})
             assert back is not None
@@ -329,15 +303,11 @@ class Batch:
 
 
 @dataclass(slots=True, eq=False)
-class FetchRequest(Request):
+class FetchRequest(Request[FetchKV]):
     """Keys and values of a row, from every hop."""
 
-    asked: FetchKV
     found: FromHops = field(default_factory=FromHops)
     sent: bool = False
-
-    def __post_init__(self) -> None:
-        self.number = self.asked.number
 
     @property
     def done(self) -> bool:
@@ -345,12 +315,12 @@ class FetchRequest(Request):
 
     def send(self, route: Route) -> None:
         self.sent = True
-        self.asked = replace(self.asked, epoch=route.epoch)
+        self.message = replace(self.message, epoch=route.epoch)
         count, position_bytes = route.blocks[1] - route.blocks[0], 4 * KV_WIDTH * route.hidden_size
-        most = most_bytes([self.asked.length * position_bytes] * 2 * count)
+        most = most_bytes([self.message.length * position_bytes] * 2 * count)
         self.found.begin(dict.fromkeys(route.endpoints(), most))
         for endpoint in route.endpoints():
-            route.send(endpoint, self.asked)
+            route.send(endpoint, self.message)
 
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
         return isinstance(message, FetchedKV) and self.found.take(source, message)

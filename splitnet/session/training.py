@@ -128,7 +128,7 @@ class PassSession(SessionDriver):
         together = Batch(batch.passes)
         offset = 0
         for request in batch.passes:
-            positions = request.forward.positions
+            positions = request.message.positions
             payload = codec.encode(gradient[offset : offset + positions])
             offset += positions
             request.back = BackwardState(together, codec.code, payload)
@@ -173,7 +173,7 @@ class PassSession(SessionDriver):
 
     def _decode(self, answer: Result | Gradient | None, request: PassRequest) -> torch.Tensor:
         assert answer is not None
-        size = request.forward.positions, self._swarm.facts.hidden_size
+        size = request.message.positions, self._swarm.facts.hidden_size
         return codec_by_code(answer.codec).decode(answer.payload, *size)
 
     def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:

@@ -727,10 +727,10 @@ class World:
         """Sends the gradients of a batch that has come forward."""
         asked.goes_back = True
         for each in asked.batch.passes:
-            gradient = b"".join(self._new_token() for _ in range(each.forward.positions))
+            gradient = b"".join(self._new_token() for _ in range(each.message.positions))
             each.back = BackwardState(asked.batch, PLAIN.code, gradient)
             tags = tags_of(asked.adapter)
-            asked.gradients.append(go_back(0, BLOCKS, tags, sequences_of(each.forward), gradient, asked.sums))
+            asked.gradients.append(go_back(0, BLOCKS, tags, sequences_of(each.message), gradient, asked.sums))
         version = self.state.adapter_version if asked.adapter is not None else 0
         self.feed(Backward(asked.batch, version))
 

@@ -53,7 +53,7 @@ def passes(route: FakeRoute, count: int = 3) -> list[PassRequest]:
 
 
 def result(each: PassRequest, epoch: int = 1) -> Result:
-    return Result(SID, epoch, each.forward.number, 6, 0, (), PAYLOAD)
+    return Result(SID, epoch, each.message.number, 6, 0, (), PAYLOAD)
 
 
 def goes_back(made: list[PassRequest], route: FakeRoute) -> Batch:
@@ -67,9 +67,9 @@ def goes_back(made: list[PassRequest], route: FakeRoute) -> Batch:
 def answer(made: list[PassRequest], route: FakeRoute) -> None:
     """All that the peers send for the gradients."""
     for each in made:
-        each.take(HEAD, Gradient(SID, route.epoch, each.forward.number, 0, 10, each is not made[-1], 0, PAYLOAD), route)
+        each.take(HEAD, Gradient(SID, route.epoch, each.message.number, 0, 10, each is not made[-1], 0, PAYLOAD), route)
     for hop in (HEAD, TAIL):
-        made[-1].take(hop, AdapterGradient(SID, route.epoch, made[-1].forward.number, 0, hop.address.encode()), route)
+        made[-1].take(hop, AdapterGradient(SID, route.epoch, made[-1].message.number, 0, hop.address.encode()), route)
 
 
 def sent_back(route: FakeRoute) -> list[tuple[int, int, bool]]:

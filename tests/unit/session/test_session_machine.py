@@ -216,10 +216,10 @@ class Steps(Trouble):
         row = rows[at % len(rows)]
         start = max(0, len(self.world.rows[row]) - back)
         for each in self.world.asked:
-            for part in each.request.step.parts if not each.request.done and each.request.error is None else ():
+            for part in each.request.message.parts if not each.request.done and each.request.error is None else ():
                 if part.row == row and part.start < start < part.start + part.length:
                     start = part.start  # not inside of a step under way
-                if part.row == row and start < part.start + part.length and len(each.request.step.parts) > 1:
+                if part.row == row and start < part.start + part.length and len(each.request.message.parts) > 1:
                     return  # its other rows would end too
         self.world.submit([(row, start, 1, 1)])
 
@@ -265,7 +265,7 @@ class Steps(Trouble):
         """As drafts that were wrong: what they sent stands behind the text, and the next positions begin before it."""
         first = next(at for at, each in enumerate(self.world.asked) if not each.request.done)
         for each in self.world.asked[first:]:
-            for part in each.request.step.parts:
+            for part in each.request.message.parts:
                 if part.row in self.world.rows:
                     self.world.rows[part.row] = self.world.rows[part.row][: part.start]
         self.world.rows = {row: values for row, values in self.world.rows.items() if values}
@@ -479,7 +479,7 @@ def test_what_hops_say_of_a_route_that_is_given_up_is_nothing() -> None:
     world.settle()
     world.submit([(None, 0, 2, 1)])
     first, second = world.state.hops[:2]
-    world.submit([(world.asked[-1].request.step.parts[0].row, 2, 1, 1)])
+    world.submit([(world.asked[-1].request.message.parts[0].row, 2, 1, 1)])
     world.at(second.endpoint).leave()
     while world.state.phase is not Phase.PLANNING:
         world.deliver((second.name, CLIENT))
