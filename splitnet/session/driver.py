@@ -39,8 +39,7 @@ from splitnet.wire.messages import SESSION_BYTES, Message, Open
 
 log = logging.getLogger(__name__)
 
-USUAL_POSITIONS = 64
-"""Of a step, where many are under way: a micro-batch, or a chunk of a prefill. Otherwise it is a token."""
+USUAL_POSITIONS = 64  # of a step, where many are under way: a micro-batch, or a chunk of a prefill; else it is a token
 ROUND_S = 0.1  # all hops are asked within that
 EMBEDDINGS = codec_by_name("fp16")
 
@@ -49,7 +48,6 @@ class LinkCodecs:
     """Chooses codecs for the links of routes.
 
     Args:
-        swarm: knows the bandwidth of links.
         name: of a codec for every link, or "auto" to choose by cost for each.
         exact_embeddings: the link to the first hop has at least the precision of `EMBEDDINGS`. Gradients need it: in
             what blocks add to embeddings, errors of integers grow.
@@ -101,16 +99,11 @@ class LinkCodecs:
 class Routes:
     """Routes for one session. Blocks: it reads the directory and measures links.
 
-    Args:
-        blocks: to cover, `[start, end)`.
-        any_weights: whether blocks may be held otherwise than a session needs them where no peer holds them so.
-
-    Attributes:
-        watch: times of steps on the present route.
+    any_weights: whether blocks may be held otherwise than a session needs them where no peer holds them so.
     """
 
     def __init__(self, swarm: Swarm, codecs: LinkCodecs, blocks: tuple[int, int], *, any_weights: bool = False) -> None:
-        self.watch = RouteWatch()
+        self.watch = RouteWatch()  # times of steps on the present route
         self._swarm = swarm
         self._codecs = codecs
         self._blocks = blocks
@@ -118,8 +111,7 @@ class Routes:
         self._news = swarm.measurer.news
         self._route: list[PlannedHop] = []
         self._lost = False  # the latest plan replaces a route that was lost
-        self._planned: tuple[list[PlannedHop], float] = [], 0.0
-        """The latest plan, with the time of a step as it was predicted then, in ms."""
+        self._planned: tuple[list[PlannedHop], float] = [], 0.0  # the latest, and ms of a step as predicted then
 
     def answer(self, asked: events.AskRoute, needs: Needs) -> events.Planned | events.NoRoute:
         """The route that was asked for, or why there is none."""
@@ -158,10 +150,7 @@ class Routes:
     ) -> events.Move | None:
         """A route that pays for the move from `hops`, if there is a reason to look for one and it exists.
 
-        Args:
-            needs_now: of the session.
-            cached: positions that new hops would have to be given.
-            steps_left: decode steps that are expected at most.
+        cached: positions that new hops would have to be given. steps_left: decode steps that are expected at most.
         """
         swarm, watch = self._swarm, self.watch
         if self._route != list(hops):
@@ -193,24 +182,18 @@ class Routes:
         predicted_ms = swarm.planner.cost_ms(needs, route)
         before, changed = changed_hops(hops, route)
         links, new_links = (set(pairwise(hop.name for hop in each)) for each in (hops, route))
-        new_ms = watch.better_ms(
-            known_ms,
-            predicted_ms,
-            swarm.measurements.prediction_error,
+        move_ms, error = (
             swarm.planner.move_ms(needs, before, changed, max(cached, 1)),
-            steps_left,
-            shares_links=bool(links & new_links),
+            swarm.measurements.prediction_error,
         )
+        shares_links = bool(links & new_links)
+        new_ms = watch.better_ms(known_ms, predicted_ms, error, move_ms, steps_left, shares_links=shares_links)
         if new_ms is None:
             return None
         current_ms = watch.present_ms(known_ms)
         self._planned, self._lost = (route, predicted_ms), False
-        log.info(
-            "a better route: %.0f ms per step instead of %.0f ms",
-            new_ms,
-            current_ms,
-            extra={"step_ms": round(new_ms, 1), "former_step_ms": round(current_ms, 1)},
-        )
+        told = {"step_ms": round(new_ms, 1), "former_step_ms": round(current_ms, 1)}
+        log.info("a better route: %.0f ms per step instead of %.0f ms", new_ms, current_ms, extra=told)
         return events.Move(tuple(route), self._codecs.along(route))
 
 
@@ -242,11 +225,9 @@ class SessionDriver:
 
     Args:
         options: what the client asked for; `any_weights` None: if codecs vary with the route, too.
-        reservation: positions of KV cache to reserve over all rows.
+        reservation, progress_timeout_s: see `SessionState`.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
-        in_flight: steps under way at the same time.
-        energy_slowdown: see `splitnet.swarm.plan.Needs`.
-        progress_timeout_s: how long hops may work on something without any progress.
+        in_flight, energy_slowdown: see `splitnet.swarm.plan.Needs`.
     """
 
     def __init__(
@@ -284,15 +265,12 @@ class SessionDriver:
         self._prompt = 0
         self._routes = Routes(swarm, codecs, self.state.blocks, any_weights=any_weights)
         self._events: deque[events.Event] = deque()
-        self._asked: deque[events.AskRoute] = deque(maxlen=1)
-        """The route to be planned, if there is one: filled by any thread, emptied by the one that waits."""
+        self._asked: deque[events.AskRoute] = deque(maxlen=1)  # filled by any thread, emptied by the one that waits
         self._handling = threading.RLock()
         self._is_handling = False
-        self._unanswered: dict[Endpoint, _Asked] = {}
-        """Hops that were asked whether they live, and have not answered since."""
+        self._unanswered: dict[Endpoint, _Asked] = {}  # hops that were pinged, and have not answered since
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._until: Callable[[], bool] | None = None
-        """Condition of `_wait`, whose thread is woken for that alone, not for every event."""
+        self._until: Callable[[], bool] | None = None  # condition of `_wait`: its thread is woken for that alone
         self._wakes_at = math.inf
         swarm.links.register(self)
 
@@ -303,17 +281,10 @@ class SessionDriver:
 
     def needs(self, prompt: int = 0) -> Needs:
         """What the session wants of its route once it decodes; prompt: positions of the first step, if that counts."""
-        one_step = self._in_flight == 1
-        return Needs(
-            self.state.reservation,
-            self._codecs.encodings,
-            self.state.blocks,
-            1 if one_step else USUAL_POSITIONS,
-            self._in_flight,
-            self._energy_slowdown,
-            prompt if one_step else 0,
-            self.state.held,
-        )
+        state, encodings = self.state, self._codecs.encodings
+        positions, prompt = (1, prompt) if self._in_flight == 1 else (USUAL_POSITIONS, 0)
+        steps = positions, self._in_flight, self._energy_slowdown, prompt
+        return Needs(state.reservation, encodings, state.blocks, *steps, state.held)
 
     def predictions(self) -> Callable[[int], Prediction]:
         """What steps are expected to take on the route, by their positions."""
@@ -374,18 +345,12 @@ class SessionDriver:
                         self._perform(effect)
             finally:
                 self._is_handling = False
-        if self._has_work():
-            self._changed.put(None)
-
-    def _has_work(self) -> bool:
         state, until = self.state, self._until
-        return until is not None and bool(
-            self._asked
-            or state.phase is Phase.CLOSED
-            or state.wake_at < self._wakes_at
-            or self._wants_prediction()
-            or until()
-        )
+        if until is None:
+            return
+        has_work = self._asked or state.phase is Phase.CLOSED or state.wake_at < self._wakes_at
+        if has_work or self._wants_prediction() or until():
+            self._changed.put(None)
 
     def _wants_prediction(self) -> bool:
         return self.state.phase is Phase.REPLAYING and not self.state.chunk_ms
@@ -411,12 +376,8 @@ class SessionDriver:
             case events.Unban(name):
                 swarm.bans.lift(name)
             case events.Note(kind, text, peer):
-                log.log(
-                    logging.WARNING if kind in ("lost", "failed", "weights") else logging.INFO,
-                    "%s",
-                    text,
-                    extra={"session": self.id.hex()} | ({"peer": peer} if peer else {}),
-                )
+                level = logging.WARNING if kind in ("lost", "failed", "weights") else logging.INFO
+                log.log(level, "%s", text, extra={"session": self.id.hex()} | ({"peer": peer} if peer else {}))
                 swarm.events.note(kind, text)
 
     def _alive(self, endpoint: Endpoint, pong: Future[Answer]) -> None:

@@ -90,8 +90,7 @@ class UseAdapter:
     """The caller wants the blocks to run with other parameters. Nothing may be cached or under way."""
 
     adapter: Adapter
-    for_passes: bool = False
-    """Hops without a part of it get an empty one, as passes name the version that every hop must have."""
+    for_passes: bool = False  # hops without a part of it get an empty one, as passes name a version for every hop
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,9 +164,7 @@ def next_refill(
 ) -> tuple[list[RouteHop], list[ReplayRequest]]:
     """The first hops in a row that are not filled, and the replays that fill them; both empty if all are filled.
 
-    Args:
-        sent: what the client itself has sent.
-        next_number: makes numbers for messages.
+    sent: what the client itself has sent.
     """
     first = next((index for index, hop in enumerate(hops) if not hop.filled), None)
     if first is None:

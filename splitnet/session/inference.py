@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -28,8 +29,7 @@ from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Chunk, FetchKV, Fork, Resu
 ASK_S = 2.0  # after so many seconds hops are asked for the times of decode steps
 THROUGHPUT_STEPS = 8  # how many steps a session that asks for throughput has under way
 _POSITION = 1000
-_TIMING = Timing(500, 10_000, 500)
-"""The size of a message grows a little with the numbers in it; these stand for usual ones."""
+_TIMING = Timing(500, 10_000, 500)  # usual numbers: with these the size of a message grows a little
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,8 @@ class Session(SessionDriver):
 
     When a hop dies, the session replaces it and goes on with the same tokens; see `splitnet.session.machine`.
 
-    Args:
-        options: codec, preference and timeouts, see `splitnet.AutoModelForCausalLM.from_pretrained`.
-        reservation: positions to reserve over all rows; grows when needed.
-        blocks: what the peers run of the model, `[start, end)`; None: all of it.
-        progress_timeout_s: how long hops may work on a step without any progress.
+    options: see `splitnet.AutoModelForCausalLM.from_pretrained`. reservation: positions over all rows; grows when
+    needed. blocks, progress_timeout_s: see `SessionDriver`.
     """
 
     def __init__(
@@ -163,23 +160,13 @@ class Session(SessionDriver):
         codec = state.first_codec
         requests: list[StepRequest] = []
         offset = 0
+        forked = tuple(forks) if forks is not None else None
         for chunk in cut_into_steps(parts, size):
             positions = sum(part.length for part in chunk)
             payload = codec.encode(hidden[offset : offset + positions])
             offset += positions
-            number = state.next_number()
-            step = Step(
-                self.id,
-                state.epoch,
-                number,
-                tuple(chunk),
-                tuple(forks) if forks is not None else None,
-                0,
-                codec.code,
-                payload,
-                reach=reach,
-            )
-            forks = None
+            ids = self.id, state.epoch, state.next_number()
+            step, forked = Step(*ids, tuple(chunk), forked, 0, codec.code, payload, reach=reach), None
             requests.append(StepRequest(step, sum(part.keep for part in chunk), predicted_ms=predicted_ms))
             self.feed(Submit((requests[-1],)))
         self.traffic.steps += len(requests)
@@ -311,10 +298,9 @@ class Session(SessionDriver):
             return
         self._asked_at = now
         for hop, following in pairwise(hops):
+            told = partial(self._note_timing, hop, following, positions)
             self._swarm.ping(hop.endpoint, self.id).add_done_callback(
-                lambda pong, hop=hop, following=following: self._note_timing(
-                    hop, following, positions, pong.result().timing
-                )
+                lambda pong, told=told: told(pong.result().timing)
             )
 
     def _note_timing(self, hop: RouteHop, following: RouteHop | None, positions: int, timing: Timing | None) -> None:

@@ -124,13 +124,9 @@ class LocalSequences:
     def step(
         self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None, reach: int = 0
     ) -> torch.Tensor:
-        """Runs new positions; what the rows hold from a part's start on is forgotten before.
+        """Runs new positions, `[positions, hidden]` -> the same in float32, all of them, whatever `keep` says.
 
-        Args:
-            parts, forks, reach: see `splitnet.wire.messages.Step`; all positions are returned, whatever `keep` says.
-
-        Returns:
-            `[positions, hidden]` float32, as `hidden`.
+        What the rows hold from a part's start on is forgotten before. The arguments are those of a `Step`.
         """
         if forks is not None:
             self._rows = fork_rows(self._rows, forks, lambda row: row.fork())
@@ -169,10 +165,7 @@ class MixedSession:
 
     What `Session` is for a chain this is for a whole model. One thread uses it at a time.
 
-    Args:
-        stages: see `load_stages`.
-        open_session: makes the session for a range of blocks that peers run, with a reservation of positions.
-        reservation: positions to reserve on the peers.
+    open_session: makes the session for a range of blocks that peers run, with a reservation of positions.
     """
 
     def __init__(
@@ -201,22 +194,17 @@ class MixedSession:
     def traffic(self) -> Traffic:
         """Of all routes together."""
         moved = [session.traffic for session in self.sessions]
-        return Traffic(
-            steps=sum(traffic.steps for traffic in moved),
-            positions=self._positions,
-            bytes_sent=sum(traffic.bytes_sent for traffic in moved),
-            bytes_received=sum(traffic.bytes_received for traffic in moved),
-        )
+        sent, received = sum(each.bytes_sent for each in moved), sum(each.bytes_received for each in moved)
+        return Traffic(sum(each.steps for each in moved), self._positions, sent, received)
 
     def links(self) -> list[LinkUse]:
         return [link for session in self.sessions for link in session.links()]
 
     def prediction(self, positions: int) -> Prediction:
         """As `Session.prediction`, of what is not here."""
-        predictions = [session.prediction(positions) for session in self.sessions]
+        found = [session.prediction(positions) for session in self.sessions]
         return Prediction(
-            sum(prediction.latency_ms for prediction in predictions),
-            max((prediction.slowest_hop_ms for prediction in predictions), default=0.0),
+            sum(each.latency_ms for each in found), max((each.slowest_hop_ms for each in found), default=0.0)
         )
 
     def reserve(self, positions: int) -> None:

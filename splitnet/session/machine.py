@@ -115,12 +115,9 @@ class SessionState:
     """A session: its route, the requests under way on it, and the answer to each event.
 
     Args:
-        session: id of the session.
         model: fingerprint of the weights.
         blocks: `[start, end)`, which the hops run.
-        hidden_size: values per position.
         reservation: positions of KV cache to reserve on every hop, over all rows.
-        max_positions: context length of the model, if it has one.
         progress_timeout_s: how long hops may work without any progress.
         recovery_timeout_s: how long to wait for other peers when some blocks are not served any more.
         any_weights: whether weights may be held otherwise than before, if no peer holds them so.
@@ -130,11 +127,9 @@ class SessionState:
         held: what the weights of blocks are held as, on the last route that stood; empty: none has.
         first_codec: of the client's own link to the first hop.
         log: what the client itself has sent; None before the first step.
-        recoveries: repairs of the route so far.
         error: why there is no route, until the next `Use`.
         refusal: why the last `Resize` was refused, if nothing else changed.
         timings: of the last step, hop by hop, as the tail says.
-        next_number: makes numbers for requests.
         chunk_ms: predicted time of a chunk of a replay, set by the driver during one; 0: not known.
         usual_ms: usual time of a decode step, set by the driver; 0: not known.
     """
@@ -464,9 +459,8 @@ class SessionState:
         if setup is None or setup.question != event.number or self.phase is not Phase.PLANNING:
             return
         setup.question = 0
-        if self._now < setup.began + self._recovery_timeout_s and setup.may_wait(
-            event, grows=self._former_reservation > 0
-        ):
+        may_wait = setup.may_wait(event, grows=self._former_reservation > 0)
+        if may_wait and self._now < setup.began + self._recovery_timeout_s:
             setup.excluded -= setup.refused.keys() if setup.repairs else setup.silent
             setup.retry_at = self._now + POLL_S
         else:
@@ -591,9 +585,8 @@ class SessionState:
             if (tensors or self._for_passes) and hop.adapter_version != self.adapter_version:
                 self._asked[hop.endpoint] = self._now + self._progress_timeout_s
                 for remaining, payload in counted_down(write_groups(tensors)):
-                    self.send(
-                        hop.endpoint, AdapterMessage(self.session, self.epoch, self.adapter_version, remaining, payload)
-                    )
+                    ids = self.session, self.epoch, self.adapter_version
+                    self.send(hop.endpoint, AdapterMessage(*ids, remaining, payload))
         self._if_all_answered()
 
     def _refill(self) -> None:
@@ -628,10 +621,8 @@ class SessionState:
             if not self._in_flight[number].done:
                 self._in_flight[number].send(self)
         if setup is not None and setup.reasons:
-            opened_ms, total_ms = (
-                ((setup.opened_at or self._now) - setup.began) * 1000,
-                (self._now - setup.began) * 1000,
-            )
+            opened_ms = ((setup.opened_at or self._now) - setup.began) * 1000
+            total_ms = (self._now - setup.began) * 1000
             self.recoveries.append(Recovered(tuple(setup.reasons), opened_ms, total_ms, setup.cause))
             moved = setup.cause is Cause.BETTER_ROUTE
             what = "a session has moved to a better route" if moved else "a route is whole again"
@@ -766,8 +757,7 @@ class SessionState:
             self._faults = _Faults()
 
     def _came_too_soon(self, request: StepRequest) -> bool:
-        earlier = (each for number, each in self._in_flight.items() if number < request.number)
-        return any(isinstance(each, StepRequest) for each in earlier)
+        return any(isinstance(each, StepRequest) and each.number < request.number for each in self._in_flight.values())
 
     def _failure(self, hop: RouteHop, failure: Failure) -> None:
         error = error_of(failure, hop.endpoint)
@@ -815,11 +805,9 @@ class SessionState:
                 self._leave(hop.endpoint)
             self._reopen({}, Cause.SESSION_LOST, str(error))
             return
-        index = self.hops.index(hop)
-        may_be_next = (
-            code == FailureCode.UNKNOWN_SESSION and self._feeder(hop) is not None and index + 1 < len(self.hops)
-        )
-        self._lose(self.hops[index + 1] if may_be_next and strikes == 2 else hop, PeerFailed(str(error)))
+        following = self.hops[self.hops.index(hop) + 1 :]
+        may_be_next = code == FailureCode.UNKNOWN_SESSION and strikes == 2 and self._feeder(hop) is not None
+        self._lose(following[0] if may_be_next and following else hop, PeerFailed(str(error)))
 
     def _feeder(self, hop: RouteHop) -> RouteHop | None:
         """The hop that pushes steps to another; None: the client sends them."""
@@ -874,15 +862,9 @@ class SessionState:
         if isinstance(message, Step):
             hop.log_relayed(message, result)
         self._liveness.heard(self._now)
-        relayed = replace(
-            message,
-            epoch=self.epoch,
-            codec=result.codec,
-            payload=result.payload,
-            boundary=result.end,
-            timings=result.timings,
-        )
-        self.send(self.hops[self.hops.index(hop) + 1].endpoint, relayed)
+        relayed = replace(message, epoch=self.epoch, codec=result.codec, payload=result.payload, boundary=result.end)
+        following = self.hops[self.hops.index(hop) + 1]
+        self.send(following.endpoint, replace(relayed, timings=result.timings))
 
     def _relay_back(self, hop: RouteHop, gradient: Gradient) -> None:
         index = self.hops.index(hop)
@@ -954,7 +936,7 @@ class SessionState:
         # A hop may compute a decode step in one part, others position by position.
         parts = self.log.positions if self.log is not None else 0
         if self.phase is Phase.OPEN:
-            sizes = [1 if each.decodes else getattr(each.message, "positions", 1) for each in self._in_flight.values()]
+            sizes = (1 if each.decodes else getattr(each.message, "positions", 1) for each in self._in_flight.values())
             parts = sum(sizes)
         verdict = self._liveness.verdict(number, parts, progress_s, self._now)
         if self.phase is Phase.OPENING:

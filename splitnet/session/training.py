@@ -19,8 +19,7 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import Codec, codec_by_code, codec_by_name
 from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward, Gradient, Result
 
-MICRO_BATCHES_PER_HOP = 2
-"""A batch is cut into so many micro-batches for each hop, so that all hops have something to do most of the time."""
+MICRO_BATCHES_PER_HOP = 2  # that a batch is cut into, so that all hops have something to do most of the time
 MIN_POSITIONS = 64
 MAX_POSITIONS = 512  # of a micro-batch: smaller ones use the devices badly, larger ones make them wait for each other
 LOSSY_GRADIENT_CODEC = "bf16"
@@ -40,9 +39,7 @@ class PassSession(SessionDriver):
     A batch is cut into micro-batches, which flow through the hops one after the other. When a hop dies, those that
     were under way, or had gone forward and not back, are done again: the same bytes give the same gradients.
 
-    Args:
-        options: codecs and timeouts, see `splitnet.AutoModelForCausalLM.from_pretrained`.
-        blocks: what the peers run of the model, `[start, end)`; None: all of it.
+    options, blocks: see `splitnet.session.driver.SessionDriver`.
     """
 
     def __init__(self, swarm: Swarm, options: ConnectionOptions, *, blocks: tuple[int, int] | None = None) -> None:
@@ -90,20 +87,9 @@ class PassSession(SessionDriver):
                 self._kept.add(number)
             payload = codec.encode(hidden[offset : offset + positions])
             offset += positions
-            forward = Forward(
-                self.id,
-                state.epoch,
-                number,
-                min(self._kept, default=number),
-                tuple(group),
-                keep,
-                self._version(adapter),
-                self._codec_of_gradients().code,
-                codec.code,
-                payload,
-                reach=reach,
-            )
-            batch.passes.append(PassRequest(forward))
+            ids, since = (self.id, state.epoch, number), min(self._kept, default=number)
+            how = keep, self._version(adapter), self._codec_of_gradients().code, codec.code
+            batch.passes.append(PassRequest(Forward(*ids, since, tuple(group), *how, payload, reach=reach)))
         self.traffic.steps += len(batch.passes)
         self.traffic.positions += offset
         self.feed(Submit(tuple(batch.passes)))
