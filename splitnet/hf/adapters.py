@@ -50,27 +50,19 @@ HARMLESS: Final = frozenset(
 )
 """Fields of a `LoraConfig` that say nothing of blocks by themselves, or nothing that their layers do not show."""
 
-
-PROMPTS: Final = frozenset(
-    {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE"}
-)
+PROMPTS: Final = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE")
 """PEFT's methods that train embeddings before a text, or keys and values."""
 
 
 class LocalAdapters:
-    """Collects the parameters of adapters.
-
-    Attributes:
-        outline: the blocks, which LoRA is put on; None: there are none.
-        configs: of what PEFT has put on layers, by the names of the adapters; None: nothing.
-    """
+    """Collects the parameters of adapters."""
 
     def __init__(self) -> None:
-        self.outline: nn.Module | None = None
-        self.configs: Mapping[str, Any] | None = None
+        self.outline: nn.Module | None = None  # the blocks, which LoRA is put on; None: there are none
+        self.configs: Mapping[str, Any] | None = None  # of what PEFT has put on layers, by the names of the adapters
         self._latest: dict[tuple[str, ...], Adapter] = {}
+        # What `recent` has returned last, for what, and by what to tell that it still holds.
         self._seen: tuple[list[Any], list[torch.Tensor], Adapter | None, Adapter | None] = ([], [], None, None)
-        """What `recent` has returned last, for what, and by what to tell that it still holds."""
 
     def parameters_for(self, prefix: Prefixes) -> dict[str, torch.Tensor]:
         """The tensors of the active adapter as `splitnet.blocks.adapters` names them, connected to what is trained.
@@ -212,9 +204,7 @@ def _is_watched(module: nn.Module) -> bool:
 def take_prefix(given: dict[str, Any], model: Any) -> Prefixes:
     """Takes the prefix that PEFT has handed over out of what `model` is called with; empty if there is none.
 
-    Raises:
-        UnsupportedParameter: it is no prefix, but a cache of somebody else's.
-        AdapterError: it is of a method that is not known here.
+    Raises UnsupportedParameter: it is a cache of somebody else's; AdapterError: its method is not known here.
     """
     name = next((name for name in ("cache", "past_key_values") if isinstance(given.get(name), DynamicCache)), None)
     if name is None or not given[name].get_seq_length():
@@ -320,10 +310,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """A model with the adapter in a folder, as PEFT returns it.
-
-    Raises:
-        AdapterError: it is not for this model, or it does what peers do not.
+    """A model with the adapter in a folder, as PEFT returns it. Raises AdapterError: it does not fit, or peers do not
+    do what it does.
     """
     if not (folder / WEIGHTS_FILE).is_file():
         raise AdapterError(f"the adapter in {folder} has no {WEIGHTS_FILE}: save it with safe_serialization=True")

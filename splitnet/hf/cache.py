@@ -29,15 +29,7 @@ RESERVE_STEP = 256  # positions per row by which a reservation grows
 class RemoteLayer(CacheLayerMixin):
     """The one layer of a `RemoteCache`: rows of a batch with their left padding, and the session that holds them.
 
-    Args:
-        open_session: makes a session for a reservation of positions.
-
-    Attributes:
-        columns: length of the padded batch.
-        adapter: of the blocks, for the positions that are held.
-        waited_ms: how long the client has waited for peers, in all steps together.
-        changes: how often the held positions have changed.
-        reach, alike: of the first step (see `splitnet.wire.messages.Step`), and how many columns have that.
+    open_session: makes a session for a reservation of positions.
     """
 
     is_sliding = False
@@ -47,9 +39,9 @@ class RemoteLayer(CacheLayerMixin):
 
     def __init__(self, open_session: Callable[[int], ModelSession]) -> None:
         super().__init__()
-        self.columns = 0
-        self.adapter: Adapter | None = None
-        self.waited_ms = 0.0
+        self.columns = 0  # length of the padded batch
+        self.adapter: Adapter | None = None  # of the blocks, for the positions that are held
+        self.waited_ms = 0.0  # for peers, in all steps together
         self.session: ModelSession | None = None
         self._open_session = open_session
         self._padding: list[int] = []
@@ -59,9 +51,8 @@ class RemoteLayer(CacheLayerMixin):
         self._reserved_columns = 0
         self._restart = True
         self.closed = False
-        self.changes = 0
-        self.reach = 0
-        self.alike = 0
+        self.changes = 0  # of the held positions
+        self.reach = self.alike = 0  # that of the first step, see its message, and how many columns have it
 
     @property
     def batch(self) -> int:
@@ -76,7 +67,6 @@ class RemoteLayer(CacheLayerMixin):
         Args:
             mask: `[batch, columns]` bool for past and new columns; False is padding.
             keep: how many of the last new columns are wanted back; 0 means all.
-            adapter: what the blocks are to run with.
 
         Returns:
             The session, the parts of the step (without positions, nothing is to be sent), and forks of rows before.
@@ -252,11 +242,7 @@ class RemoteLayer(CacheLayerMixin):
 
 
 class RemoteCache(Cache):
-    """What `generate()` gets as its cache: see `RemoteLayer`.
-
-    Args:
-        open_session: makes a session for a budget of positions.
-    """
+    """What `generate()` gets as its cache: see `RemoteLayer`."""
 
     def __init__(self, open_session: Callable[[int], ModelSession]) -> None:
         self.remote = RemoteLayer(open_session)

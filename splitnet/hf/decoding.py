@@ -32,8 +32,7 @@ SHARE = 0.2  # weight of the latest step in the averages of what steps cost
 MEMORY = 0.97  # weight of former tokens in the acceptance, after each further token
 PRIOR_TOKENS = 4.0  # weight of the priors, in tokens
 PREDICTION_S = 1.0  # how long a prediction is used
-LOOK_EVERY = 32
-"""Where drafts cost time and promise nothing, one is made after so many tokens, to see whether that is still so."""
+LOOK_EVERY = 32  # tokens, after which one draft is made where drafts cost time and promised nothing
 PROMPT_LOOKUP = "prompt-lookup"
 NOTHING = Draft([])
 
@@ -46,16 +45,12 @@ LONGEST = 1 << 20  # longer texts are not tried
 class Experience:
     """What texts have shown of steps and of one kind of drafter, with one model. Texts share it. Thread-safe.
 
-    Args:
-        priors: by kind of draft: how often its tokens are accepted at first.
-
-    Attributes:
-        drafted: tokens that were sent as drafts. accepted: those of them that belong to a text now.
+    priors: by kind of draft: how often its tokens are accepted at first.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
-        self.drafted = 0
-        self.accepted = 0
+        self.drafted = 0  # tokens that were sent as drafts
+        self.accepted = 0  # those of them that belong to a text now
         self._accepted = [prior * PRIOR_TOKENS for prior in priors]
         self._tried = [PRIOR_TOKENS for _ in priors]
         self._beyond_ms: dict[int, MovingAverage] = {}  # by positions: what a step took beyond its prediction
@@ -90,9 +85,7 @@ class Experience:
     ) -> None:
         """A step that was alone under way came back.
 
-        Args:
-            elapsed_ms: from sending it until its tokens were chosen. client_ms: how long that kept this process busy.
-            prediction: of a step through the blocks, by its positions.
+        elapsed_ms: from sending it until its tokens were chosen. client_ms: how long that kept this process busy.
         """
         with self._lock:
             beyond_ms = elapsed_ms - self._predicted_step(positions, prediction).latency_ms
@@ -164,11 +157,7 @@ class _Sent:
 
 
 class Speculator:
-    """Makes drafts for the texts of a model, with the experience of its former texts.
-
-    Args:
-        vocabulary: how many tokens the model knows.
-    """
+    """Makes drafts for the texts of a model, with the experience of its former texts."""
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
@@ -183,8 +172,7 @@ class Speculator:
     def drafts_by(self, speculate: Any) -> Drafts:
         """Drafts for one text by "prompt-lookup", or by a causal LM of transformers with the same tokens.
 
-        Raises:
-            SplitnetError: it is none of these.
+        Raises SplitnetError: it is none of these.
         """
         if speculate == PROMPT_LOOKUP:
             drafter, source = PromptLookup(), PROMPT_LOOKUP
@@ -196,12 +184,8 @@ class Speculator:
 
 
 class Text:
-    """The tokens so far, and how the next one is chosen: as in transformers' `generate()`, from what that has prepared.
-
-    Args:
-        prompt: `[1, seq]`.
-        processor, criteria, config, streamer: transformers' `LogitsProcessorList`, `StoppingCriteriaList`,
-            `GenerationConfig`, and `BaseStreamer` or None.
+    """The tokens so far, from the prompt `[1, seq]` on, and how the next one is chosen: as in transformers'
+    `generate()`, by the `LogitsProcessorList`, `StoppingCriteriaList` and `GenerationConfig` that it has prepared.
     """
 
     def __init__(self, prompt: torch.Tensor, processor: Any, criteria: Any, config: Any, streamer: Any) -> None:
@@ -241,12 +225,7 @@ class Text:
 class Decoding:
     """One text on its way.
 
-    Args:
-        model: runs the tokens.
-        cache: holds the prompt, or embeddings in its place.
-        text: ends with the prompt.
-        drafts: None: one token after the other.
-        max_positions: context length of the model, if it has one.
+    cache: holds the prompt, or embeddings in its place. text: ends with the prompt. drafts: None: one token at a time.
     """
 
     def __init__(
@@ -267,8 +246,7 @@ class Decoding:
         limits = (text.most, None if max_positions is None else max_positions - self._offset + 1)
         self._most = min((limit for limit in limits if limit is not None), default=None)
         self._under_way: deque[_Sent] = deque()
-        self._drafted: deque[tuple[int, int]] = deque()
-        """Tokens behind the text that were sent, each with the kind of its draft."""
+        self._drafted: deque[tuple[int, int]] = deque()  # tokens behind the text that were sent, and kinds of drafts
         self._imagined = NOTHING  # what was not sent, only to see whether it is right
         self._unseen_drafts = 0
         if drafts is not None:
@@ -277,11 +255,7 @@ class Decoding:
     def run(self, logits: torch.Tensor) -> torch.Tensor:
         """Goes on until the text is finished, from the logits `[vocabulary]` after the prompt.
 
-        Returns:
-            `[1, seq]`, the prompt and all further tokens.
-
-        Raises:
-            SplitnetError: as a call of the model.
+        Returns `[1, seq]`, the prompt and all further tokens. Raises SplitnetError: as a call of the model.
         """
         self._take(logits)
         try:
@@ -392,11 +366,7 @@ class FamilyLoop:
 
     transformers asks a family's class before each call of the model, in `prepare_inputs_for_generation`, and after it.
     Most classes do what transformers does. Of the others it is found by trying at which lengths of a text they do more
-    than hand over the last token, the cache and the mask.
-
-    Args:
-        model: with remote blocks.
-        family: its transformers class.
+    than hand over the last token, the cache and the mask. family: the transformers class of the model.
     """
 
     def __init__(self, model: Any, family: Any) -> None:

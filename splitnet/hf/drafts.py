@@ -57,14 +57,10 @@ class Drafter(Protocol):
 
 
 class DraftModel:
-    """A small model with the same tokens, in this process, always takes what it finds likeliest.
+    """A small causal LM of transformers with the same tokens, in this process, always takes what it finds likeliest.
 
-    Args:
-        model: a causal LM of transformers, whose cache can be cropped, or whose states are rewound here.
-        vocabulary: how many tokens the large model knows.
-
-    Raises:
-        SplitnetError: it knows other tokens, or keeps states that cannot be rewound.
+    vocabulary: how many tokens the large model knows. Raises SplitnetError: it knows others, or keeps states that
+    cannot be rewound.
     """
 
     priors = (0.6,)
@@ -88,8 +84,8 @@ class DraftModel:
         self._text: list[int] = []
         self._cached: list[int] = []
         self._cache = DynamicCache()  # of full layers, which can always be cropped
+        # In its place where blocks keep states; it has the tokens as what came in.
         self._row = SequenceCache(states=SequenceStates(states_per_block(config))) if has_states else None
-        """In its place where blocks keep states; it has the tokens as what came in."""
         self._one_by_one = has_states and family_of(config).one_by_one
 
     def begin(self, tokens: Sequence[int]) -> None:
@@ -174,11 +170,9 @@ class PromptLookup:
         self._former: dict[int, int] = {}  # the same the other way round
         self._seen: Counter[tuple[int, int]] = Counter()  # how often a token has become another
         self._forgotten: Counter[int] = Counter()  # how often a token has lost its new name
-        self._places: dict[tuple[int, ...], int] = {}
-        """Where the text went on after an n-gram of former tokens, the last time."""
+        self._places: dict[tuple[int, ...], int] = {}  # where the text went on after an n-gram, the last time
         self._source: int | None = None  # the place that is copied from: where it goes on
-        self._suspect: tuple[int, int] | None = None
-        """A token of the source and the one that came in its place, until the next token tells."""
+        self._suspect: tuple[int, int] | None = None  # a token of the source, and the latest, which came in its place
 
     def begin(self, tokens: Sequence[int]) -> None:
         self._tokens, self._places, self._source, self._suspect = [], {}, None, None
@@ -209,24 +203,21 @@ class PromptLookup:
     def _follow(self, token: int) -> None:
         """What a new token says of the place that is copied from."""
         source = self._source
-        expected = None if source is None else self._tokens[source]
-        if (
-            source is not None
-            and expected is not None
-            and self._former.get(expected, expected) == self._former.get(token, token)
-        ):
+        if source is None:
+            self._suspect = None
+            return
+        expected = self._tokens[source]
+        self._source = source + 1
+        if self._former.get(expected, expected) == self._former.get(token, token):
             self._learn()
             if self._renamed.get(expected, token) != token:
                 self._forget(expected)
-            self._source = source + 1
             return
-        tail = self._tokens[-LONGEST_MATCH:]
-        same = [] if source is None else self._same(tail, source)[:LEARNING_MATCH]
-        if source is not None and expected is not None and self._suspect is None and sum(same) == LEARNING_MATCH:
+        same = self._same(self._tokens[-LONGEST_MATCH:], source)[:LEARNING_MATCH]
+        if self._suspect is None and sum(same) == LEARNING_MATCH:
             self._suspect = expected, token
-            self._source = source + 1
-            return
-        self._suspect = self._source = None
+        else:
+            self._suspect = self._source = None
 
     def _learn(self) -> None:
         """The text went on as its source after a token that was another: that may have a new name."""

@@ -90,9 +90,7 @@ _EMBEDDED = frozenset({"token_type_ids"})
 class Request:
     """What a call of `generate()` asks for.
 
-    Args:
-        given: its arguments by name.
-        config: of the model, for parameters that neither they nor a config among them name.
+    config: of the model, for parameters that neither the arguments nor a config among them name.
     """
 
     def __init__(self, given: Mapping[str, Any], config: GenerationConfig) -> None:
@@ -143,11 +141,7 @@ def too_long(positions: int, most: int) -> ContextTooLong:
 
 
 def mask_of(given: Any, batch: int, columns: int) -> torch.Tensor:
-    """`[batch, columns]` bool, on the CPU; False is padding.
-
-    Raises:
-        UnsupportedParameter: the mask has another shape.
-    """
+    """`[batch, columns]` bool, on the CPU; False is padding. Raises UnsupportedParameter: it has another shape."""
     if given is None:
         return torch.ones(batch, columns, dtype=torch.bool)
     if not isinstance(given, torch.Tensor) or given.shape != (batch, columns):
@@ -159,13 +153,10 @@ def mask_of(given: Any, batch: int, columns: int) -> torch.Tensor:
 def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) -> None:
     """Refuses positions other than those that the peers count: one after the other, without padding.
 
-    Args:
-        positions: `[..., batch or 1, new]`; None: those that follow from the mask.
-        mask: `[batch, past + new]`.
-        past: columns that are cached. prefix: positions before the first column.
+    positions: `[..., batch or 1, new]`; None: those that follow from the mask, `[batch, past + new]`.
+    past: columns that are cached. prefix: positions before the first column.
 
-    Raises:
-        UnsupportedParameter: other positions, a hole in the mask that they do not pass over, or no new position.
+    Raises UnsupportedParameter: other positions, a hole in the mask that they do not pass over, or no new position.
     """
     if mask.shape[1] == past:
         raise refuse("input_ids", "have no token: give one at least")

@@ -106,11 +106,7 @@ class RemoteBlocks(nn.Module):
 
     transformers calls it with hidden states alone, so all else stands around that call: see `calling`.
 
-    Args:
-        stages: see `splitnet.session.local.load_stages`.
-        make_passes: makes the session for passes without a cache through a range of blocks that peers run.
-        max_positions: context length of the model, if it has one.
-        ropes: which lengths of a text its rotary frequencies tell apart.
+    stages: see `splitnet.session.local.load_stages`. make_passes: the session for passes through blocks of peers.
     """
 
     def __init__(
@@ -173,10 +169,8 @@ class RemoteBlocks(nn.Module):
         Without a mask none is padding, and they are computed as one by one: where rotary frequencies depend on the
         length, each has those of its own.
 
-        Args:
-            mask: `[batch, columns]` bool for past and new columns; False is padding. None: see above.
-            keep: how many last positions are wanted; 0: all.
-            adapter, reach: of the positions, if there is a mask.
+        mask: `[batch, columns]` bool for past and new columns; False is padding. keep: how many last positions are
+        wanted; 0: all. adapter, reach: of the positions, if there is a mask.
 
         Raises:
             ContextTooLong: the sequence is longer than the model's context.

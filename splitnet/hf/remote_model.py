@@ -59,10 +59,8 @@ def learn_manifest(
 ) -> None:
     """Finds the manifest of a model in a swarm, which all local files of the model fit.
 
-    Args:
-        addresses: of the swarm.
-        trusted: keys of the peers that may be asked; None: any.
-        expected: the fingerprint of the model; None: that of the only one which has its name and fits.
+    trusted: keys of the peers that may be asked; None: any. expected: the fingerprint of the model; None: that of the
+    only one which has its name and fits.
 
     Raises:
         ModelNotFound: no peer gives one that fits, or several do.
@@ -79,16 +77,8 @@ def learn_manifest(
 
     try:
         with join(addresses, lambda: links, swarm=swarm) as directory, Asking(identity, swarm) as asking:
-            found = find_manifest(
-                directory,
-                asking,
-                checkpoint.name,
-                expected=expected,
-                joined=addresses,
-                allows=allows,
-                accept=why_not,
-                report=report,
-            )
+            how: dict[str, Any] = {"joined": addresses, "allows": allows, "accept": why_not, "report": report}
+            found = find_manifest(directory, asking, checkpoint.name, expected=expected, **how)
     finally:
         links.close()
     if found is None:
@@ -240,11 +230,9 @@ class RemoteModel(PreTrainedModel):
         return 0
 
     def _cache_for(self, given: Any, wanted: bool) -> RemoteCache | None:
-        """The cache that a call uses; None: it is a pass over whole sequences.
+        """The cache that a call uses; None: it is a pass over whole sequences. given: the caller's, if any.
 
-        Args:
-            given: the caller's, if any; raises TypeError if this model cannot use it.
-            wanted: whether the call is to use one.
+        Raises TypeError: this model cannot use that.
         """
         if given is not None:
             raise TypeError("this model runs whole sequences, without a cache: leave out `cache`")
@@ -274,8 +262,7 @@ Model = TypeVar("Model", bound=RemoteModel)
 def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) -> Model:
     """Gives a shell the methods of `remote_class`, which come before those of its transformers class.
 
-    Args:
-        source: hub id or folder of the checkpoint; PEFT notes it in the adapters that it saves.
+    source: hub id or folder of the checkpoint; PEFT notes it in the adapters that it saves.
     """
     original = type(model)
     # transformers' Trainer looks its name up among those it knows, to tell how labels belong to positions.
