@@ -35,10 +35,8 @@ from splitnet.wire.messages import (
 
 log = logging.getLogger(__name__)
 
-MAX_LINKS = 160
-"""At the same time; each takes four file descriptors, and processes often may have 1,024. See `LinkPool`."""
-KEEP_UNREACHED_S = 15.0
-"""A link that is lost, or never came up, is tried so long after its last use: a peer that restarts comes back."""
+MAX_LINKS = 160  # at the same time; each takes four file descriptors, and processes often may have 1,024
+KEEP_UNREACHED_S = 15.0  # a link that is lost, or never came up, is tried so long after its last use
 QUEUES_S = 0.05  # how long the queues of links are kept: many sessions ask at the same time
 BUSY_BYTES = 2 * PROBE_BYTES  # more than what measuring a link alone puts on it
 
@@ -61,16 +59,8 @@ class Links:
     A session uses a link from its `Open` on until its `Close`, or until it is unregistered; other links are closed when
     nothing was sent over them for a minute.
 
-    Args:
-        identity: the client's key.
-        most: links at the same time.
-        keep_unused_s: how long a link that no session has used outlives its last message, see `LinkPool`.
-
-    Attributes:
-        prober: asks peers for signs of life.
-        tunnels: know how each peer is reached.
-        pool: knows which links are in use.
-        on_answer: takes in what answers a question that belongs to no session, see `splitnet.directory.ask`.
+    most: links at the same time. keep_unused_s: how long a link that no session has used outlives its last message, see
+    `LinkPool`. on_answer: takes what answers a question that belongs to no session, see `splitnet.directory.ask`.
     """
 
     def __init__(self, identity: Identity, *, most: int = MAX_LINKS, keep_unused_s: float = KEEP_S) -> None:

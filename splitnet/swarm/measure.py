@@ -43,8 +43,7 @@ log = logging.getLogger(__name__)
 TRUST_S = 60.0  # how long measured times of a hop count more than its record
 STEPS = 3  # of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop
 REMEASURE_S = 30.0
-KEPT_NETWORKS = 8
-"""A session asks for the links of the peers that it plans with, of its own hops, and of those at both ends of each."""
+KEPT_NETWORKS = 8  # a session asks for links of peers that it plans with, of its hops, and of those around each
 OTHERS_PER_MINUTE = 6
 LIKELY_PER_MINUTE = 9
 """Of the peers that are measured again while sessions are open: any, and those that routes most likely go through.
@@ -52,14 +51,12 @@ LIKELY_PER_MINUTE = 9
 Before a route is planned anew, as the present one seems slow, it is one of each block at least.
 """
 PINGS_PER_MINUTE = 256
-ENDS_PINGS = 32
-"""Of these are for the ends of a route that is to be used: two, and up to eight that measure the bandwidth, to each."""
+ENDS_PINGS = 32  # of these, to the ends of a route: two, and up to eight that measure the bandwidth, to each
 _PROBE_PINGS = 8
 PROBE_AGAIN_S = 180.0
 SUSPECTED_AGAIN_S = 25.0
 """The bandwidth of a link is measured again after so long, or so long if steps stay slow: it takes 128 KiB and more."""
-IN_USE_S = 300.0
-"""So long after a plan another session is expected, which should not have to wait for a look into the directory."""
+IN_USE_S = 300.0  # so long after a plan another session is expected, which should not wait for the directory
 MAX_AGE_S = 90.0  # a link that was measured longer ago counts as not measured
 KEPT_LINKS = 256
 SETTLE_S = 300.0
@@ -158,14 +155,10 @@ class _Seen:
 
 
 class Measurements:
-    """What a client has measured of peers and links. Thread-safe. clock: seconds.
-
-    Attributes:
-        answers: which peers answered when their links were measured.
-    """
+    """What a client has measured of peers and links. Thread-safe. clock: seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.answers = Answers()
+        self.answers = Answers()  # which peers answered when their links were measured
         self.network_coordinates = NetworkCoordinates(clock)
         self._clock = clock
         self._hops: dict[str, _Seen] = {}
@@ -321,14 +314,8 @@ def _usual(seen: Sequence[float], told: float) -> float:
 class Measurer:
     """Keeps measurements and records fresh, in the background while they are in use. Thread-safe; close it when done.
 
-    Args:
-        links: of the client. While sessions use some, known ones are measured again and again.
-        likely: of all peers and some of them so many of the latter through which routes most likely go; True: at least
-            one for each block.
-        clock: seconds.
-
-    Attributes:
-        news: counts up when facts were refreshed.
+    links: of the client. While sessions use some, known ones are measured again and again. likely: of all peers and
+    some of them so many of the latter through which routes most likely go; True: at least one for each block.
     """
 
     def __init__(
@@ -339,15 +326,14 @@ class Measurer:
         likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int, bool], Sequence[PeerRecord]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.news = 0
+        self.news = 0  # counts up when facts were refreshed
         self._known = known
         self._measurements = measurements
         self._links = links
         self._likely = likely
         self._clock = clock
         self._used_at = -math.inf
-        self._pinged_at: deque[float] = deque()
-        """When, once for each ping to a peer that answers: to those that do not exist nothing is sent."""
+        self._pinged_at: deque[float] = deque()  # once for each ping to a peer that answers: to others nothing is sent
         self._counting = threading.Lock()
         self._closing = threading.Event()
         self._look = threading.Event()

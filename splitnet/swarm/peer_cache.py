@@ -30,17 +30,14 @@ log = logging.getLogger(__name__)
 LOOK_S = 10.0  # interval of questions while the client is in use, or no peer answers
 SLOWER = 2
 FEW_RECORDS = 32  # the interval grows with the number of records beyond this, at most twofold
-RECORDS_MAX_AGE_S = 20.0
-"""A caller that needs younger records waits for an answer: some round trips, as a first token takes."""
+RECORDS_MAX_AGE_S = 20.0  # a caller that needs younger records waits for an answer: some round trips
 READ_S: Final = 600.0  # interval of reading everything; beyond `FEW_RECORDS` it grows in proportion, as the effort does
 REST_S: Final = 30.0  # a directory that was not read for so long rests until it is
-BYTES_PER_MINUTE: Final = 30_000
-"""Of questions about changes and their answers, without those to further peers when one is silent."""
+BYTES_PER_MINUTE: Final = 30_000  # of questions about changes and their answers, without those when a peer is silent
 MESSAGE_BYTES: Final = 400  # a question and its answer, without records
 LEAST_BYTES: Final = 3000  # an answer may have so many in any case: some records
 LISTED: Final = 256  # records that are named in a question
-LISTED_LIKELY: Final = 192
-"""Of these the ones that routes most likely go through; the others are those that were not heard of for longest."""
+LISTED_LIKELY: Final = 192  # of these are for routes most likely; the others were not heard of for longest
 CLOCKS_S: Final = 60.0  # by which the clocks of peers may differ
 UNHEARD_S: Final = 1800.0  # an expired record that no peer confirms does not count after that
 NEVER: Final = 1e11
@@ -58,8 +55,6 @@ class PeerCache:
     """The records of a model's peers, as they were read or told last. Thread-safe.
 
     Args:
-        fingerprint, model_name: of the model; the name is for errors.
-        links: of the client.
         trusted: keys of the peers that count; None: any.
         peers: asks them what has changed; None: everything is read each time.
         likely: of all peers and some of them so many of the latter through which routes most likely go.
@@ -346,12 +341,8 @@ class Bans:
     def may_be_unbanned(self, records: Iterable[PeerRecord]) -> list[PeerRecord]:
         """Banned peers that may serve again, if they answer: those that did not go away, or have come back since."""
         banned = self._present()
-        return [
-            record
-            for record in records
-            if record.serves and record.key.text in banned
-            if banned[record.key.text].left_at != record.placed_at
-        ]
+        serving = [record for record in records if record.serves and record.key.text in banned]
+        return [record for record in serving if banned[record.key.text].left_at != record.placed_at]
 
     def _present(self) -> dict[str, _Ban]:
         now = self._clock()

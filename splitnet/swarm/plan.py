@@ -21,8 +21,8 @@ EXACT_PEERS = LIMIT  # among more peers than this the search is over the likelie
 KEPT_CROWDS = 2  # of the records that were read last, and of those before, with which another thread may still plan
 StartPeer = Callable[[int, int], str]  # gives the command that starts a peer for the blocks `[start, end)`
 
+# What to do if nobody holds blocks as a session had them.
 ALIKE_AGAIN = "start a peer that holds them so (--weights, --dtype), or allow others, and other tokens (--any-weights)"
-"""What to do if nobody holds blocks as a session had them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,7 @@ class Prediction:
 class Planner:
     """Plans routes over the blocks of one model.
 
-    Args:
-        model_name, start_peer: for errors; the command that starts a peer for blocks.
-        look: the records of all peers as they are now.
+    model_name, start_peer: for errors. look: gives the records of all peers as they are now.
     """
 
     def __init__(
@@ -291,14 +289,8 @@ class Planner:
     def move_ms(self, needs: Needs, before: PlannedHop | None, hops: Sequence[PlannedHop], cached: int) -> float:
         """Ms until `hops`, which follow `before` (None: the client), hold the KV cache of `cached` positions."""
         named, peers, network = self._facts([before, *hops] if before else hops)
-        return move_ms(
-            named[1:] if before else named,
-            peers,
-            network,
-            cached=cached,
-            encodings=needs.encodings,
-            source=before.name if before else CLIENT,
-        )
+        moved, source = (named[1:], before.name) if before else (named, CLIENT)
+        return move_ms(moved, peers, network, cached=cached, encodings=needs.encodings, source=source)
 
     def _facts(self, hops: Sequence[PlannedHop]) -> tuple[list[Hop], dict[str, Peer], Network]:
         """Hops, with what they say of themselves now; of those that say nothing any more, what they said before."""

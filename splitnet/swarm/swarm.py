@@ -102,17 +102,10 @@ class Swarm:
     """All peers of one model, seen from a client. Thread-safe; close it when done.
 
     Args:
-        facts: the model.
         initial_peers: addresses that any peer of the swarm prints, multiaddrs or `tcp://HOST:PORT?key=...`.
         identity: the client's key; None makes one that lives as long as this object.
-        swarm_key: of a closed swarm.
         trusted: keys of the peers that may be used; None: any.
         way: the arguments with which commands join the swarm; None: with these addresses.
-
-    Attributes:
-        links: the client's own.
-        events: what has happened to peers and routes lately.
-        was_covered: all blocks were served at some time.
 
     Raises:
         DirectoryError: none of `initial_peers` answers.
@@ -137,7 +130,7 @@ class Swarm:
         self.identity = identity or Identity.generate()
         self.measurements = Measurements()
         self.events = EventLog()
-        self.was_covered = False
+        self.was_covered = False  # all blocks were served at some time
         self.bans = Bans()
         self.planner = Planner(self.measurements, facts.name, self.peers, self.start_peer)
         self.links = Links(self.identity, keep_unused_s=BRIEF_S)
@@ -195,9 +188,7 @@ class Swarm:
 
         Args:
             blocks: the part `[start, end)` of the model to plan; None: all that the session needs.
-            ends: the peers before and after that part; None: the client.
-            exclude: keys (as text) of peers that must not be used.
-            holders: keys of peers that hold the session already.
+            ends, exclude, holders: see `Planner.plan`.
             fresh: ask for the peers even if that was done a moment ago.
             whole: read all of the directory for it; else that is done if there is no route.
 
@@ -249,10 +240,8 @@ class Swarm:
     def ping(self, endpoint: Endpoint, session: bytes = b"") -> Future[Answer]:
         """Asks a peer for a sign of life; the future stays undone if none comes.
 
-        Args:
-            endpoint: the peer.
-            session: id of a session to ask about. A peer without a record, or of a version that does not know this
-                question, is asked without: `Answer.holds` is None then.
+        session: id of a session to ask about. A peer without a record, or of a version that does not know this
+        question, is asked without: `Answer.holds` is None then.
         """
         record = self._known.find(endpoint.key)
         asked = session if record is not None and record.version not in STRICT_VERSIONS else b""
@@ -340,9 +329,7 @@ def _names(records: Iterable[PeerRecord]) -> list[str]:
 class Overview:
     """The peers of a model, in the order of their blocks.
 
-    Attributes:
-        missing: ranges of blocks `[start, end)` that neither peers nor the client itself serve.
-        start_peer: the command that starts a peer for blocks.
+    missing: ranges of blocks `[start, end)` that neither peers nor the client itself serve.
     """
 
     facts: ModelFacts
@@ -361,10 +348,8 @@ class Overview:
 
     def advice(self) -> list[str]:
         """What to do about each range of blocks that nobody serves."""
-        return [
-            f"blocks {blocks_text(start, end)} are served by nobody: start a peer with `{self.start_peer(start, end)}`"
-            for start, end in self.missing
-        ]
+        what = "blocks {} are served by nobody: start a peer with `{}`"
+        return [what.format(blocks_text(*hole), self.start_peer(*hole)) for hole in self.missing]
 
     def as_json(self) -> dict[str, Any]:
         """All fields of the records."""

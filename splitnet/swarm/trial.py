@@ -66,16 +66,12 @@ class PeerLinks:
             longest_s = max(self.prober.answer_limit_s(each, least_s, FIRST_TRIPS) for each in late)
             self._wait_until_all(late, is_settled, longest_s - TRIAL_ANSWER_S)
         answering = [endpoint for endpoint in endpoints if first[endpoint].done()]
-        # The first ping also paid for the handshake.
-        self.prober.answering(answering)
-        return {
-            endpoint: PeerAnswer(
-                self._transport.state(endpoint),
-                self.prober.rtt_ms(endpoint) if endpoint in answering else None,
-                self._tunnels.way(endpoint),
-            )
-            for endpoint in endpoints
-        }
+        self.prober.answering(answering)  # the first ping also paid for the handshake
+        answers: dict[Endpoint, PeerAnswer] = {}
+        for each in endpoints:
+            rtt_ms = self.prober.rtt_ms(each) if each in answering else None
+            answers[each] = PeerAnswer(self._transport.state(each), rtt_ms, self._tunnels.way(each))
+        return answers
 
     def ask_back(self, records: Sequence[PeerRecord], address: Endpoint) -> Mapping[str, bool]:
         """Asks peers that answer to connect to an address, as they do to the next hop of a session.
@@ -85,21 +81,8 @@ class PeerLinks:
         """
         sessions = {record.key.text: secrets.token_bytes(SESSION_BYTES) for record in records}
         for record in records:
-            self._send(
-                record.endpoint,
-                Open(
-                    session=sessions[record.key.text],
-                    epoch=1,
-                    model=record.model,
-                    start=record.start,
-                    end=record.end,
-                    reservation=1,
-                    codec=CODECS["none"].code,
-                    previous=b"",
-                    next_key=address.key.raw,
-                    next_address=address.address,
-                ),
-            )
+            asked = sessions[record.key.text], 1, record.model, record.start, record.end, 1, CODECS["none"].code
+            self._send(record.endpoint, Open(*asked, b"", address.key.raw, address.address))
         waits_s = [self.prober.answer_limit_s(record.endpoint, TRIAL_ANSWER_S, FIRST_TRIPS) for record in records]
         self._wait_until_all(sessions.values(), lambda session: session in self._opened, max(waits_s, default=0.0))
         for record in records:
