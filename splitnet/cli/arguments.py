@@ -57,7 +57,6 @@ def checked_addresses(addresses: list[str] | None) -> list[str] | None:
 
 
 def _checked_codec(name: str) -> str:
-    """Refuses what is no codec before anything slow begins."""
     if name != "auto":
         from splitnet.wire.codecs import codec_by_name
 
@@ -168,7 +167,6 @@ RelayRate = Annotated[
 
 
 def parse_relay_rate(rate: str | None, port: int | None) -> int | None:
-    """Bytes per second that `--relay-rate` gives to `--relay-port`; None: it does not say."""
     if rate is None:
         return None
     if port is None:
@@ -180,7 +178,6 @@ def parse_relay_rate(rate: str | None, port: int | None) -> int | None:
 
 
 def _checked_model_id(model_id: str | None) -> str | None:
-    """Refuses what is no fingerprint before anything slow begins."""
     if model_id is not None and not re.fullmatch(r"[0-9a-f]{64}", model_id):
         raise SplitnetError(f"{model_id!r} is no id of a model: copy all 64 digits that `splitnet status --json` shows")
     return model_id
@@ -336,7 +333,6 @@ EXTRAS = {"plot": ("matplotlib",), "serve": ("fastapi", "llguidance", "uvicorn")
 
 
 def has(extra: str) -> bool:
-    """Whether the packages of an extra are installed."""
     return all(find_spec(module) is not None for module in EXTRAS[extra])
 
 

@@ -44,7 +44,6 @@ class Setting:
 
     @property
     def key(self) -> str:
-        """In the configuration file: the flag without its dashes."""
         return next(flag for flag in self.parameter.opts if flag.startswith("--")).removeprefix("--")
 
     @property
@@ -95,7 +94,6 @@ class _Given:
 
 @contextmanager
 def _at(place: str) -> Iterator[None]:
-    """Names the place in the file in an error."""
     try:
         yield
     except ConfigurationError as error:
@@ -174,7 +172,6 @@ def _kind(annotation: Any) -> tuple[type, bool]:
 
 
 def _given(file: Path, content: dict[str, Any], settings: list[Setting]) -> Iterator[_Given]:
-    """What the file says of each setting, if it does."""
     tables = {setting.command for setting in settings}
     for name, table in content.items():
         if not isinstance(table, dict):

@@ -137,12 +137,10 @@ class Connection:
 
     @cached_property
     def _reached(self) -> ConnectionOptions:
-        """The options, with those of an invitation."""
         return with_invitation(self.given)
 
     @cached_property
     def _keys(self) -> tuple[Identity, SwarmKey | None, AuthorizedKeys | None]:
-        """The key of this client, the swarm's, and those of the peers that may be used."""
         reached = self._reached
         swarm_key = reached.load_swarm_key()
         identity = reached.identity or Identity.load_or_create(reached.key_file)

@@ -18,7 +18,6 @@ from splitnet.process import ENDING, HANG_UP
 
 
 def tell_addresses(addresses: Sequence[str]) -> None:
-    """Prints them as options of the commands that join."""
     typer.echo("others join with")
     for address in addresses:
         typer.echo(f"  --join {address}")
@@ -76,15 +75,14 @@ class StopSignals:
 
     def wait(self) -> None:
         """Returns when one has come; the next one raises KeyboardInterrupt. Raises SystemExit if it was SIGHUP."""
-        if self._next() == HANG_UP:
+        arrived = None
+        while arrived is None:
+            with suppress(queue.Empty):
+                arrived = self._arrived.get(timeout=_LOOK_S)
+        if arrived == HANG_UP:
             self.check()
         for number in ENDING:
             signal.signal(number, signal.default_int_handler)
-
-    def _next(self) -> int:
-        while True:
-            with suppress(queue.Empty):
-                return self._arrived.get(timeout=_LOOK_S)
 
     def _note(self, number: int, _frame: object) -> None:
         if self._may_end or self._number:

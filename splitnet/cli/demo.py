@@ -70,7 +70,6 @@ class LocalSwarm:
         return first
 
     def restart_dead(self) -> None:
-        """Starts daemons that have ended again, and waits until they serve."""
         for index, process in enumerate(self.processes):
             if process.poll() is not None:
                 self._file("address", index).unlink()

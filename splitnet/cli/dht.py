@@ -109,7 +109,6 @@ def _multiaddr(public_host: str, listen: str) -> str:
 
 
 def _prepared(key_file: Path | None) -> Path:
-    """The file of libp2p's key, in a folder that exists."""
     if key_file is None:
         import platformdirs
 

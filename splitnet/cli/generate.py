@@ -25,7 +25,6 @@ Seed = Annotated[int | None, in_answer(help="Makes sampling repeatable.")]
 
 
 def _has_adapter(folder: Path | None) -> Path | None:
-    """Refuses a folder without an adapter before anything slow begins."""
     if folder is not None:
         require("tune", "--adapter")
         if not (folder / "adapter_config.json").is_file():
@@ -139,7 +138,6 @@ def chat(
 
 
 def _read_line() -> str | None:
-    """The next line that says something; None at the end."""
     terminal = sys.stdin.isatty()
     while True:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import TextStreamer
 
 from splitnet.checkpoint.chat_template import render
@@ -92,9 +92,9 @@ class Client:
             ) from None
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
-    def answer(self, ids: torch.Tensor, sampling: Sampling, *, stream: bool = True) -> Answer:
+    def answer(self, ids: torch.Tensor, sampling: Sampling) -> Answer:
         """Generates after `ids`, printing text as it comes."""
-        streamer = _TimedStreamer(self.tokenizer, silent=not stream)
+        streamer = _TimedStreamer(self.tokenizer)
         began = time.perf_counter()
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         options = {**sampling.options(), "pad_token_id": end if pad is None else pad}
@@ -138,7 +138,6 @@ class Answer:
 
     @property
     def tokens_per_s(self) -> float:
-        """Decode speed, without the prefill."""
         decode_s = self.total_s - self.first_token_s
         return (self.new_tokens - 1) / decode_s if decode_s > 0 else 0.0
 
@@ -146,11 +145,10 @@ class Answer:
 class _TimedStreamer(TextStreamer):
     """Prints to stdout as text comes, and remembers when the first token came."""
 
-    def __init__(self, tokenizer: Any, *, silent: bool) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.first_token_at = 0.0
         self._puts = 0
-        self._silent = silent
 
     def put(self, value: torch.Tensor) -> None:
         self._puts += 1
@@ -159,19 +157,16 @@ class _TimedStreamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if not self._silent:
-            # Peers can steer what the model says. Files and pipes get it as it is.
-            text = printable(text) if sys.stdout.isatty() else text
-            sys.stdout.write(text + ("\n" if stream_end else ""))
-            sys.stdout.flush()
+        # Peers can steer what the model says. Files and pipes get it as it is.
+        text = printable(text) if sys.stdout.isatty() else text
+        sys.stdout.write(text + ("\n" if stream_end else ""))
+        sys.stdout.flush()
 
 
 def print_summary(answer: Answer, session: ModelSession) -> None:
-    """Route, speed and bytes of an answer, on stderr."""
     console = Console(stderr=True)
-    table = Table(title="route", title_justify="left")
-    for column in ("from", "to", "codec", "bytes per token"):
-        table.add_column(column, justify="right" if column == "bytes per token" else "left")
+    amount = Column("bytes per token", justify="right")
+    table = Table("from", "to", "codec", amount, title="route", title_justify="left")
     for link in session.links():
         table.add_row(link.sender, link.receiver, link.codec, str(link.bytes_per_token))
     console.print(table)

@@ -111,7 +111,6 @@ def with_invitation(options: ConnectionOptions) -> ConnectionOptions:
 
 
 def model_or_invited(model: str | None, invite: Path | None) -> str:
-    """The model argument, or the model of an invitation."""
     if model is not None:
         return model
     if invite is None:
@@ -179,7 +178,6 @@ def _are_texts(value: Any) -> bool:
 
 
 def _quoted(text: str) -> str:
-    """A text as TOML has it."""
     if not text.isprintable() or "'" in text:
         raise SplitnetError(f"{text!r} cannot stand in an invitation")
     return f"'{text}'"

@@ -50,23 +50,8 @@ in_memory = box("Blocks and memory")
 in_sharing = box("Weights for others")
 
 
-class Dtype(StrEnum):
-    """Types that blocks compute in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class WeightKind(StrEnum):
-    """What the weights of linear layers are held as."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    int8 = "int8"
-    int4 = "int4"
+Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])  # that blocks compute in
+WeightKind = StrEnum("WeightKind", ["auto", "float32", "bfloat16", "float16", "int8", "int4"])  # of linear layers
 
 
 def peer(
@@ -239,8 +224,8 @@ def peer(
         dht_listen=(dht_listen,) if dht_listen else None,
         public_host=public_host,
         device=computes_on.device,
-        dtype=dtype.value if dtype else None,
-        weights=weights.value,
+        dtype=str(dtype) if dtype else None,
+        weights=str(weights),
         kv_memory=wanted_kv_memory,
         training_memory=wanted_training_memory,
         authorized_keys=authorized_keys,

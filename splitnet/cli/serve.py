@@ -24,11 +24,7 @@ in_http = box("HTTP")
 in_limits = box("How much at a time")
 
 
-class SamplingDefaults(StrEnum):
-    """How tokens are chosen where a request does not say."""
-
-    openai = "openai"
-    checkpoint = "checkpoint"
+SamplingDefaults = StrEnum("SamplingDefaults", ["openai", "checkpoint"])  # where a request does not say
 
 
 def _checked_origins(origins: list[str] | None) -> list[str] | None:

@@ -45,7 +45,6 @@ class Client:
             raise QuotaUsed(per_minute, seconds)
 
     def spend(self, tokens: int) -> None:
-        """Takes tokens away."""
         if self.tokens_per_minute is not None:
             self._spent.spend(tokens, self.tokens_per_minute, self.clock())
 
@@ -82,7 +81,6 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait now."""
         return len(self._waiting.holdings)
 
     @asynccontextmanager

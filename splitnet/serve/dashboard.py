@@ -23,7 +23,6 @@ from splitnet.directory.record import PeerRecord
 from splitnet.errors import SplitnetError
 from splitnet.limits import FairAccount
 from splitnet.serve.admission import Admission, Client
-from splitnet.serve.gate import client_of
 from splitnet.serve.generation import Generations
 from splitnet.serve.progress import Progress
 from splitnet.serve.responses import EventStream, framed
@@ -334,7 +333,7 @@ def dashboard_router(dashboard: Dashboard) -> APIRouter:
 
     @router.get("/dashboard/events")
     async def stream(request: Request) -> Response:
-        events = dashboard.stream(client_of(request))
+        events = dashboard.stream(request.state.client)
         return EventStream(events, events)
 
     return router

@@ -29,7 +29,6 @@ RETRY_AFTER_S = 2
 
 
 def retry_after(seconds: int) -> dict[str, str]:
-    """The header that says when to come again."""
     return {"Retry-After": str(seconds)}
 
 
@@ -59,7 +58,6 @@ _STATUS_OF: list[tuple[type[SplitnetError], int, str]] = [
     (PeerBusy, 429, "peers_busy"),
     (CoverageError, 503, "blocks_not_served"),
     (DirectoryError, 503, "swarm_unreachable"),
-    (SessionClosed, 503, "server_ending"),
     (PeerLost, 502, "peer_lost"),
     (PeerFailed, 502, "peer_failed"),
     (NotAuthorized, 502, "peers_refuse_this_server"),

@@ -339,11 +339,6 @@ class Gate:
         return client
 
 
-def client_of(request: Request) -> Client:
-    """The client that sent a request."""
-    return request.state.client
-
-
 Result = TypeVar("Result")
 
 LARGE_BYTES = 2**16  # A request of more is prepared after others of that kind, so that small ones find a free core

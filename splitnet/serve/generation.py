@@ -57,7 +57,6 @@ class Choice:
         self._stops = StopStrings(stop_strings)
 
     def push(self, token: int, scored: ScoredToken | None) -> Piece:
-        """Takes the next token, with its score if it is wanted."""
         self.tokens += 1
         begins = self._characters
         text, finish = self._text_of(token)
@@ -199,7 +198,6 @@ class Generation:
                 self._cache.close()
 
     def run(self) -> None:
-        """Runs it to its end; every event and every error goes to the listener."""
         kept = self._own.kept
         try:
             needs_all = self._ask.score_prompt or not self._ask.max_tokens
@@ -266,7 +264,6 @@ class Generation:
         self._listener(ScoredPrompt(tuple(scored)))
 
     def _answer(self, prompt: torch.Tensor, cache: RemoteCache, look: Callable[[], None]) -> tuple[int, list[int]]:
-        """Generates; the number of new tokens, and all tokens of the first answer."""
         ask, own = self._ask, self._own
         if ask.choices > 1:
             if prompt.shape[1] - 1 > cache.remote.columns:

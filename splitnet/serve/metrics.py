@@ -67,7 +67,6 @@ class GatewayMetrics:
         self._received = self._counter("received_bytes", "Bytes that sessions got from peers.")
 
     async def watch(self, source: AsyncGenerator[Numbered], asks: Sequence[Ask]) -> AsyncGenerator[Numbered]:
-        """Hands the events of a request on, and counts them."""
         began = time.perf_counter()
         current, got_token = -1, False
         tokens: Counted[int] = Counted()
@@ -110,11 +109,11 @@ class GatewayMetrics:
 
         A cache without a session gets one with its first step.
         """
-        session = cache.session
-        timings = session.timings if session is not None else ()
-        repairs = len(session.recoveries) if session is not None else 0
-        sent = session.traffic.bytes_sent if session is not None else 0
-        received = session.traffic.bytes_received if session is not None else 0
+        timings: tuple[Timing, ...] = ()
+        repairs = sent = received = 0
+        if cache.session is not None:
+            timings, repairs = cache.session.timings, len(cache.session.recoveries)
+            sent, received = cache.session.traffic.bytes_sent, cache.session.traffic.bytes_received
 
         def look() -> None:
             nonlocal timings, repairs, sent, received
@@ -134,7 +133,6 @@ class GatewayMetrics:
         return look
 
     def step_took(self, timings: tuple[Timing, ...]) -> None:
-        """Takes in what a step met at each hop."""
         for timing in timings:
             self._hop.labels("wait").observe(timing.wait_us / 1e6)
             self._hop.labels("compute").observe(timing.compute_us / 1e6)
@@ -142,16 +140,13 @@ class GatewayMetrics:
                 self._hop.labels("link").observe(timing.next_rtt_us / 2e6)
 
     def recovered(self, recovered: Recovered) -> None:
-        """Takes in that a route was repaired."""
         self._failover.labels(recovered.cause.value).observe(recovered.total_ms / 1000)
 
     def transferred(self, sent: int, received: int) -> None:
-        """Takes in bytes that went to peers and came from them."""
         self._sent.inc(sent)
         self._received.inc(received)
 
     def answered(self, path: str, status: str, seconds: float) -> None:
-        """Takes in a request that has ended."""
         self._requests.labels(path, status).inc()
         self._seconds.labels(path).observe(seconds)
 

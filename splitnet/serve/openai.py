@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from splitnet.serve.failures import ApiError, failure_of
-from splitnet.serve.gate import Api, ParsingRoute, client_of
+from splitnet.serve.gate import Api, ParsingRoute
 from splitnet.serve.generation import Ask, Ended, Numbered, Piece, ScoredPrompt
 from splitnet.serve.grammars import Grammar
 from splitnet.serve.openai_requests import ChatRequest, CompletionRequest, SamplingRequest
@@ -46,7 +45,6 @@ _ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 def error_body(failure: ApiError) -> dict[str, Any]:
-    """OpenAI's JSON of an error."""
     kind = _ERROR_TYPES.get(failure.status, "invalid_request_error" if failure.status < 500 else "server_error")
     details = ErrorDetails(message=str(failure), type=kind, param=failure.param, code=failure.code)
     return ErrorReply(error=details).model_dump()
@@ -97,7 +95,7 @@ def router(served: ServedModel, created: int) -> APIRouter:
             stop_strings=body.stop_strings,
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=await served.preparing.run(size, _grammar_of, served, body),
-            owner=client_of(request).name,
+            owner=request.state.client.name,
         )
         choices = [_ChatChoice(index, bool(body.logprobs), prompts.text_of, body) for index in range(ask.choices)]
         answer = Answer(CHAT, served.name, [ask], choices, with_usage=body.wants_usage)
@@ -127,7 +125,7 @@ def router(served: ServedModel, created: int) -> APIRouter:
                 top_logprobs=body.logprobs,
                 score_prompt=echoes_scores,
                 goes_on=True,
-                owner=client_of(request).name,
+                owner=request.state.client.name,
             )
             for number, prompt in enumerate(tokenized)
         ]
@@ -151,7 +149,6 @@ API = Api(("/v1",), router, error_body, key_of, "Authorization: Bearer KEY", "Be
 
 
 def _grammar_of(served: ServedModel, body: ChatRequest) -> Grammar | None:
-    """What the answer to a chat must keep to, if to anything."""
     grammars = served.grammars
     if body.tools_to_call:
         return grammars.of_calls([tool.function for tool in body.tools_to_call], required=True)
@@ -195,7 +192,13 @@ class Answer:
     """
 
     def __init__(
-        self, kind: Kind, model: str, asks: Sequence[Ask], choices: Sequence[_Choice], *, with_usage: bool
+        self,
+        kind: Kind,
+        model: str,
+        asks: Sequence[Ask],
+        choices: Sequence[_ChatChoice | _CompletionChoice],
+        *,
+        with_usage: bool,
     ) -> None:
         self.id = f"{kind.id_prefix}-{secrets.token_hex(12)}"
         self._kind = kind
@@ -258,8 +261,11 @@ class Answer:
         }
 
 
-class _Choice(ABC):
-    """One choice as it grows; `text_of`: the text of a token, also of a special one."""
+class _Choice:
+    """One choice as it grows; `text_of`: the text of a token, also of a special one.
+
+    `take` takes what is new and returns the choice of a chunk, if there is news to tell; `whole` returns all of it.
+    """
 
     def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str]) -> None:
         self.scored_prompt: tuple[ScoredToken, ...] = ()
@@ -270,14 +276,6 @@ class _Choice(ABC):
         self._text = ""
         self._scored: list[ScoredToken] = []
         self._finish: str | None = None
-
-    @abstractmethod
-    def take(self, piece: Piece) -> dict[str, Any] | None:
-        """Takes what is new; returns the choice of a chunk, if there is news to tell."""
-
-    @abstractmethod
-    def whole(self) -> dict[str, Any]:
-        """All of it."""
 
     def _with(self, name: str, content: Any, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         logprobs = logprobs if self._with_logprobs else None

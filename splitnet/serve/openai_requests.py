@@ -87,12 +87,10 @@ class SamplingRequest(_Strict):
 
     @property
     def stop_strings(self) -> list[str]:
-        """As a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @model_validator(mode="after")

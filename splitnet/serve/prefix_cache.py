@@ -56,7 +56,6 @@ class PrefixCache(Generic[Handle]):
 
     @property
     def tokens(self) -> int:
-        """Of all that is kept."""
         with self._lock:
             return sum(len(kept.tokens) for kept in self._kept)
 
@@ -81,7 +80,6 @@ class PrefixCache(Generic[Handle]):
         self.expire()
 
     def expire(self) -> None:
-        """Closes what is over the limits."""
         with self._lock:
             oldest = self._clock() - self._limits.seconds
             limits = self._limits

@@ -95,7 +95,6 @@ class Progress:
         self._routes = routes
 
     def routes(self) -> Routes:
-        """The peers through which it goes, or went at last."""
         routes = self._routes
         return routes() if routes is not None else self._last_routes
 
@@ -112,14 +111,12 @@ class ProgressLog:
         self._lock = threading.Lock()
 
     def begin(self, answer: str) -> Progress:
-        """Takes in that an answer is waiting for its first token."""
         progress = Progress(answer, self.clock())
         with self._lock:
             self._running.append(progress)
         return progress
 
     def token(self, progress: Progress) -> None:
-        """Takes in a token of an answer."""
         with self._lock:
             progress.tokens += 1
             if progress.first_token is None:
@@ -128,7 +125,6 @@ class ProgressLog:
             self._per_second[-1] += 1
 
     def end(self, progress: Progress) -> None:
-        """Takes in that nothing more comes."""
         with self._lock:
             progress.ended = self.clock()
             self._running.remove(progress)

@@ -52,7 +52,6 @@ class Prompts:
         return self.decode_all([token for token in tokens if token not in self._hidden])
 
     def decode_all(self, tokens: list[int]) -> str:
-        """The text of tokens, special ones included."""
         return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _text_of(self, token: int) -> str:
@@ -163,7 +162,6 @@ class Prompts:
                     raise self._too_long("the prompt has more tokens than", "shorten the prompt")
 
     def check_known(self, tokens: Iterable[int], param: str) -> None:
-        """Refuses tokens that the model does not know."""
         if any(token >= self._vocabulary for token in tokens):
             raise ApiError(400, f"the model knows the tokens 0 to {self._vocabulary - 1} only", param=param)
 

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from splitnet.limits import FairAccount
 from splitnet.serve.admission import ANYONE, Admission, Client
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import Preparing, client_of
+from splitnet.serve.gate import Preparing
 from splitnet.serve.generation import Ask, Ended, Event, Generations, Numbered, Piece, ScoredPrompt
 from splitnet.serve.grammars import Grammars
 from splitnet.serve.metrics import GatewayMetrics
@@ -66,18 +66,16 @@ class ServedModel:
 
     @property
     def names(self) -> list[str]:
-        """All that requests may give."""
         return list(dict.fromkeys([self.name, *self.other_names]))
 
     def check_name(self, name: str) -> None:
-        """Refuses other models."""
         if name not in self.names:
             use = " or ".join(map(repr, self.names))
             raise ApiError(404, f"this server has no model {name!r}: use {use}", param="model", code="model_not_found")
 
     async def respond(self, request: Request, asks: Sequence[Ask], answer: Answer, *, stream: bool) -> Response:
         """Runs a request; the session ends when the client goes."""
-        client = client_of(request)
+        client: Client = request.state.client
         running = self.metrics.watch(self._events(client, asks, answer.id), asks)
         if not stream:
             async with aclosing(running):

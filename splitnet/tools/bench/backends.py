@@ -67,7 +67,6 @@ class Clock(BaseStreamer):
 
 
 def gaps_s(times: Sequence[float]) -> tuple[float, ...]:
-    """Seconds from each time to the next."""
     return tuple(late - early for early, late in itertools.pairwise(times))
 
 
@@ -228,7 +227,6 @@ class _Client:
 
 
 def route_of(session: ModelSession) -> Route:
-    """The open route of a session."""
     records = [(hop.blocks, hop.planned.record) for hop in session.hops]
     hops = (
         RouteHop(start, end, record.key.text, record.address, record.device, record.dtype)

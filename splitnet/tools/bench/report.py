@@ -137,7 +137,6 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
@@ -178,9 +177,7 @@ Progress = Callable[[str, int, int], None]  # Is told the stage, and how many of
 class Arm(Protocol):
     """A way to run the model."""
 
-    def run(self, case: Case) -> Round:
-        """Runs a case once, with exactly its tokens."""
-        ...
+    def run(self, case: Case) -> Round: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +313,6 @@ class Report:
         return table
 
     def sentence(self) -> str:
-        """What it ran through."""
         local = f"plain transformers in this process, with {counted(self.environment['threads'], 'thread')}"
         routes = self.routes()
         if not routes:

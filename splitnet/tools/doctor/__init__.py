@@ -66,7 +66,6 @@ def doctor(
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """How many checks passed, warned and failed."""
     counts = Counter(str(finding.status) for finding in findings)
     passed, warned, failed = (counts[status] for status in _COLORS)
     told = f"{passed} passed, {warned} warned, {failed} failed"
@@ -74,10 +73,8 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 def has_failed(findings: Sequence[Finding]) -> bool:
-    """Whether something cannot work."""
     return any(finding.status == "fail" for finding in findings)
 
 
 def document(findings: Sequence[Finding]) -> dict[str, Any]:
-    """For JSON."""
     return {"failed": has_failed(findings), "findings": [asdict(finding) for finding in findings]}

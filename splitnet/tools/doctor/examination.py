@@ -333,7 +333,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         found, join = local_network(checkpoint)
         yield found
     if join:
-        yield from _way_to(join, checkpoint, identity, reach, clock, swarm)
+        yield from _way_to(join, checkpoint, reach, clock, swarm)
     else:
         yield reach.port()
 
@@ -350,17 +350,12 @@ def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[Finding]:
 
 
 def _way_to(
-    join: Sequence[str],
-    checkpoint: Checkpoint | None,
-    identity: Identity,
-    reach: Reach,
-    clock: Callable[[], float],
-    swarm: OpenSwarm,
+    join: Sequence[str], checkpoint: Checkpoint | None, reach: Reach, clock: Callable[[], float], swarm: OpenSwarm
 ) -> Iterator[Finding]:
     multiaddrs, addresses = split_addresses(join)
     answers = ask_nodes(multiaddrs, clock=clock) if multiaddrs else []
     present = [answer for answer in answers if not answer.fault]
-    found, joined = _peers_to_ask(addresses, identity, others_answer=bool(present))
+    found, joined = _peers_to_ask(addresses, reach.identity, others_answer=bool(present))
     yield from join_addresses(answers, others_answer=bool(joined))
     yield from found
     allowed_s = MAX_CLOCK_SKEW_S
@@ -375,10 +370,10 @@ def _way_to(
     if not joined:
         yield reach.port()
         return
-    with closing(Links(identity)) as links:
+    with closing(Links(reach.identity)) as links:
         try:
             with join_swarm(joined, lambda: links, swarm=swarm) as directory:
-                yield from _swarm(directory, checkpoint, identity, reach, clock, allowed_s)
+                yield from _swarm(directory, checkpoint, reach, clock, allowed_s)
         except SplitnetError as error:
             yield failed("swarm", str(error))
 
@@ -386,7 +381,6 @@ def _way_to(
 def _peers_to_ask(
     addresses: Sequence[str], identity: Identity, *, others_answer: bool
 ) -> tuple[list[Finding], list[str]]:
-    """Whether the peers to join through answer, and the addresses of those that do."""
     found = list[Finding]()
     endpoints = dict[str, Endpoint]()
     for address in addresses:
@@ -407,7 +401,6 @@ def _peers_to_ask(
 def _swarm(
     directory: SwarmDirectory,
     checkpoint: Checkpoint | None,
-    identity: Identity,
     reach: Reach,
     clock: Callable[[], float],
     allowed_s: float,
@@ -417,7 +410,7 @@ def _swarm(
     wanted = served_marks(models, checkpoint)
     records = [record for model in wanted or models for record in directory.peers(model)]
     tried = records[:MAX_PEERS]
-    with PeerLinks(identity) as links:
+    with PeerLinks(reach.identity) as links:
         answers = links.try_out({record.endpoint for record in tried})
         answering, silent = list[PeerRecord](), list[PeerRecord]()
         for record in tried:
@@ -432,7 +425,7 @@ def _swarm(
             if count := checkpoint.num_blocks if checkpoint else told:
                 of_model = ([one for one in some if one.model == model] for some in (silent, counted))
                 yield coverage(models[model], count, *of_model)
-        own = next((record for record in records if record.key == identity.public), None)
+        own = next((record for record in records if record.key == reach.identity.public), None)
         found = reach.port(own)
         yield found
         if found.status is Status.passed:

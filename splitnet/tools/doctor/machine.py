@@ -174,7 +174,6 @@ def key_of(path: Path | None) -> tuple[Finding, Identity | None]:
 
 
 def nearest_folder(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
     folder = folder.expanduser().absolute()
     return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
 

@@ -25,13 +25,7 @@ DEFAULT_PROMPT = 512
 DEFAULT_SESSIONS = 8
 
 
-class Objective(StrEnum):
-    """What the best partition is."""
-
-    latency = "latency"
-    throughput = "throughput"
-
-
+Objective = StrEnum("Objective", ["latency", "throughput"])  # of the best partition
 tokens = partial(typer.Option, min=1, metavar="TOKENS", show_default=False)
 
 
@@ -86,7 +80,7 @@ def plan(
     from splitnet.blocks.sizes import ModelSizes
     from splitnet.tools.plan.planning import Demand, ModelTooBig, make_plan
 
-    sizes = ModelSizes.of(checkpoint, dtype.value if dtype else None, weights.value if weights else None)
+    sizes = ModelSizes.of(checkpoint, str(dtype) if dtype else None, str(weights) if weights else None)
     limit = sizes.max_positions
     if context is not None and limit is not None and context > limit:
         raise SplitnetError(f"{sizes.name} was made for {limit} positions: use --context {limit} or less")
@@ -114,7 +108,6 @@ def plan(
 
 
 def _command(model: str, span: PlannedSpan, dtype: Dtype | None, weights: WeightKind | None, *, joins: bool) -> str:
-    """What to run on the device of a stage."""
     needed = span.memory_used - (span.device.memory - span.kv_memory)  # of all memory, what is not weights
     whole_mib = span.kv_memory // 2**20
     kv_memory = f"{whole_mib}MiB" if whole_mib * 2**20 >= needed else f"{span.kv_memory}B"
@@ -123,8 +116,8 @@ def _command(model: str, span: PlannedSpan, dtype: Dtype | None, weights: Weight
     options = {
         "--device": None if device == AUTO else device,
         "--watts": f"{watts:.15g}" if watts else None,
-        "--dtype": dtype and dtype.value,
-        "--weights": weights and weights.value,
+        "--dtype": dtype and str(dtype),
+        "--weights": weights and str(weights),
     }
     words += [word for option, value in options.items() if value for word in (option, value)]
     return shlex.join(words) + (" --join ADDR" if joins else "")
@@ -179,10 +172,9 @@ def _print(plan: Plan, commands: list[str]) -> None:
 
     console = Console(highlight=False)
     console.print(title(plan), soft_wrap=True, markup=False)
-    console.print()
-    console.print(device_table(plan))
-    console.print()
-    console.print(link_table(plan))
+    for table in (device_table(plan), link_table(plan)):
+        console.print()
+        console.print(table)
     console.print()
     for sentence in summary(plan):
         console.print(sentence, soft_wrap=True, markup=False)

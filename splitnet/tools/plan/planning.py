@@ -72,32 +72,22 @@ class UsedLink:
 
 @dataclass(frozen=True)
 class Plan:
-    """The best partition, and what it is compared with.
-
-    Attributes:
-        client_ms: of a decode step, for the head; None if nothing is known of the client's machine.
-        tokens_per_s: of one session while it decodes.
-        first_token_ms: after the prompt was sent, with the session open.
-        sessions, all_tokens_per_s: so many sessions get so much together.
-        alone: by device that could hold all blocks, the tokens per second that one session would get (or, if the plan
-            is for throughput, that all get together).
-        everyone: the same for the best chain of all devices; None if the plan is that, or if there is none.
-        exact: no partition is better by the cost model.
-    """
+    """The best partition, and what it is compared with."""
 
     sizes: ModelSizes
     demand: Demand
     client: str
-    client_ms: float | None
+    client_ms: float | None  # of a decode step, for the head; None if nothing is known of the client's machine
     spans: tuple[PlannedSpan, ...]
     links: tuple[UsedLink, ...]
-    tokens_per_s: float
-    first_token_ms: float
+    tokens_per_s: float  # of one session while it decodes
+    first_token_ms: float  # after the prompt was sent, with the session open
     sessions: int
-    all_tokens_per_s: float
+    all_tokens_per_s: float  # of so many sessions together
+    # By device that could hold all blocks: tokens/s of one session, or for throughput of all together.
     alone: Mapping[str, float]
-    everyone: float | None
-    exact: bool
+    everyone: float | None  # the same of the best chain of all devices; None if the plan is that, or there is none
+    exact: bool  # no partition is better by the cost model
 
 
 def joules_of(spans: Sequence[PlannedSpan]) -> float | None:
@@ -107,7 +97,6 @@ def joules_of(spans: Sequence[PlannedSpan]) -> float | None:
 
 
 def amount(count: int) -> str:
-    """Bytes in GiB or MiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
@@ -201,7 +190,6 @@ class _Planning:
         return roofline(work, bytes_per_ms=device.speed.bytes_per_ms, flops_per_ms=device.speed.flops_per_ms)
 
     def _head_ms(self) -> float | None:
-        """Ms that the client needs for a token: like a block it is bound by reading its weights."""
         host = self._known.get(self._file.client_host or "")
         if host is None:
             return None
@@ -282,7 +270,6 @@ class _Planning:
 
 
 def title(plan: Plan) -> str:
-    """What is cut, and for how much cache there is memory."""
     sizes, demand = plan.sizes, plan.demand
     sessions = f"{demand.sessions} sessions" if demand.sessions > 1 else "a session"
     caches = f"KV caches for {sessions} of {demand.context} tokens"

@@ -43,11 +43,9 @@ class Examples:
 
     @property
     def labels(self) -> list[str]:
-        """The labels of a classification, sorted."""
         return sorted({row.fields["label"] for row in self.rows if "label" in row.fields})
 
     def fail(self, row: Example, problem: str) -> NoReturn:
-        """Raises a DataError for one example."""
         raise DataError(f"{self.path}, line {row.line}: {problem}")
 
 

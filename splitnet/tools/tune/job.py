@@ -131,7 +131,6 @@ class TuningProgress:
         self._line_at = 0.0
 
     def stepped(self, step: Step, tokens_per_s: float) -> None:
-        """Shows that a step is done."""
         facts = f"loss {step.loss:.4f}  {tokens_per_s:,.0f} tokens/s"
         self.bars.update(self._training, completed=step.number, facts=facts)
         now = time.monotonic()
@@ -150,7 +149,6 @@ class TuningProgress:
             self.bars.remove_task(task)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -381,7 +379,6 @@ class _Training:
         self.progress.say(f"step {self.run.done}: {_told(result)}")
 
     def _save(self) -> None:
-        """All that was done so far, also when an error ends the run."""
         if not self.run.done:
             return
         self.folder.save_checkpoint(*self.run.state())

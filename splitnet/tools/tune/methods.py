@@ -119,11 +119,8 @@ def _config(task: Any, method: Method, options: AdapterOptions, tokenizer_folder
             targets = ALL_LINEAR if ALL_LINEAR in options.targets else list(options.targets) or None
             return LoraConfig(task_type=task, r=options.rank, lora_alpha=options.alpha, target_modules=targets)
         case Method.PROMPT if options.init_text:
-            begins: dict[str, Any] = {
-                "prompt_tuning_init_text": options.init_text,
-                "tokenizer_name_or_path": tokenizer_folder,
-            }
-            return PromptTuningConfig(**soft, prompt_tuning_init="TEXT", **begins)
+            soft |= {"prompt_tuning_init_text": options.init_text, "tokenizer_name_or_path": tokenizer_folder}
+            return PromptTuningConfig(**soft, prompt_tuning_init="TEXT")
         case Method.PROMPT:
             return PromptTuningConfig(**soft, prompt_tuning_init="SAMPLE_VOCAB")
         case Method.P_TUNING:
