@@ -33,8 +33,7 @@ from splitnet.quant.linear import QuantizedLinear
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 MAX_PREFIX = 4096
 MAX_RANK = 1024
-MAX_GROUP_BYTES = 16 * 1024 * 1024
-"""Tensors of adapters and their gradients travel in groups of at most this size, unless one is larger."""
+MAX_GROUP_BYTES = 16 * 1024 * 1024  # of tensors of adapters, or their gradients, in one message, unless one is larger
 
 LORA_A, LORA_B = ".lora_A", ".lora_B"
 PREFIX_KEYS, PREFIX_VALUES = "prefix_keys", "prefix_values"
@@ -56,20 +55,12 @@ class Prefix(NamedTuple):
 
 
 class Adapter:
-    """The parameters of some blocks. Raises AdapterError for a name or shape that no adapter has.
-
-    Args:
-        tensors: by name, as the module says.
-
-    Attributes:
-        low_ranks: what is added where, by block and path of the layer in it.
-        prefixes: by block that has one.
-    """
+    """The parameters of some blocks, by name. Raises AdapterError for a name or shape that no adapter has."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
-        self.low_ranks: dict[tuple[int, str], LowRank] = {}
-        self.prefixes: dict[int, Prefix] = {}
+        self.low_ranks: dict[tuple[int, str], LowRank] = {}  # by block and path of the layer in it
+        self.prefixes: dict[int, Prefix] = {}  # by block
         for name, tensor in self.tensors.items():
             match = _NAME.fullmatch(name)
             if match is None or tensor.dtype not in DTYPES:
@@ -155,12 +146,8 @@ _applied = _Applied()
 
 
 def applying(adapters: Sequence[Adapter | None], counts: Sequence[int]) -> AbstractContextManager[None]:
-    """Adds adapters to what this thread runs through layers with `AddsLowRank`.
-
-    Args:
-        adapters: of each sequence in the packed tensor, in order.
-        counts: positions of each.
-    """
+    """Adds the adapters of sequences in a packed tensor, with `counts` of positions, to what this thread runs through
+    layers with `AddsLowRank`."""
     slices: list[tuple[slice, Adapter]] = []
     offset = 0
     for adapter, count in zip(adapters, counts, strict=True):
@@ -223,20 +210,12 @@ def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 class SpanAdapters:
-    """What adapters find in the blocks of a span; its views share it.
-
-    Args:
-        blocks: of the span.
-        first: the number of the first one.
-
-    Attributes:
-        kv_shapes: by block that keeps them, heads and head size of the keys and of the values.
-    """
+    """What adapters find in the blocks of a span, the first of which has the number `first`; its views share it."""
 
     def __init__(self, blocks: nn.ModuleList, first: int) -> None:
         self._blocks, self._first = blocks, first
         self._adapted: set[tuple[int, str]] = set()
-        self.kv_shapes: dict[int, list[tuple[int, int]]] = {}
+        self.kv_shapes: dict[int, list[tuple[int, int]]] = {}  # by block: heads and head size of keys, and of values
 
     def fit(self, adapter: Adapter, start: int, end: int) -> None:
         """Makes the blocks `[start, end)` ready for an adapter.
@@ -270,7 +249,6 @@ class SpanAdapters:
         return {block - self._first: prefix for block, prefix in adapter.prefixes.items() if start <= block < end}
 
     def _index(self, block: int, start: int, end: int) -> int:
-        """Which of the span's blocks it is."""
         if not start <= block < end:
             raise AdapterError(f"block {block} is not among the blocks {start}..{end - 1}")
         return block - self._first

@@ -25,8 +25,7 @@ from splitnet.blocks.adapters import Adapter
 from splitnet.blocks.kv_cache import SequenceCache
 
 PACKED = "splitnet_packed"  # name of the attention function; transformers makes no masks for it
-GROUPED = "splitnet_sdpa"
-"""As "sdpa", masks included, for families that run sequence by sequence; see `attend_by_group`."""
+GROUPED = "splitnet_sdpa"  # as "sdpa", masks included, for families that run sequence by sequence
 
 SCORE_BYTES = 128 * 2**20  # of a call of attention: scores of more new positions are computed in chunks of these
 _COPIES = 3  # of the scores in float32: with the mask, after softmax, and in the dtype of the values
@@ -47,10 +46,8 @@ class Chunk:
     row: SequenceCache
     start: int
     count: int
-    adapter: Adapter | None = None
-    """What its client adds to the blocks; its prefix is in the row."""
-    reach: int = 0
-    """Positions, with the prefix, whose rotary frequencies it has at least; see `splitnet.wire.messages.Step.reach`."""
+    adapter: Adapter | None = None  # what its client adds to the blocks; its prefix is in the row
+    reach: int = 0  # positions whose rotary frequencies it has at least; see `splitnet.wire.messages.Step.reach`
 
     @property
     def positions(self) -> range:
@@ -66,20 +63,12 @@ def positions_of(parts: Sequence[Chunk]) -> list[int]:
 
 @dataclass(frozen=True)
 class PackedPass:
-    """What the attention function must know of the pass that its thread runs.
+    """What the attention function must know of the pass that its thread runs."""
 
-    Attributes:
-        parts: the sequences, in the order of their positions in the packed tensor.
-        windows: per block of the span its sliding window in positions or None; empty if the family has no such
-            list, then the window is what the block passes to its attention.
-        sdpa: whether the family's attention is what torch's scaled dot product attention computes.
-        masks: those made so far in this pass, by what they depend on: most blocks need the same ones.
-    """
-
-    parts: Sequence[Chunk]
-    windows: Sequence[int | None]
-    sdpa: bool
-    masks: Masks = field(default_factory=dict)
+    parts: Sequence[Chunk]  # in the order of their positions in the packed tensor
+    windows: Sequence[int | None]  # in positions, by block of the span; empty: what blocks pass to their attention
+    sdpa: bool  # the family's attention is what torch's scaled dot product attention computes
+    masks: Masks = field(default_factory=dict)  # those made so far in this pass: most blocks need the same ones
 
 
 def _mask(
@@ -129,7 +118,6 @@ def _packed_attention(
     # What is written out in the family's own code has soft caps, sinks and whatever else it has.
     attend = sys.modules[type(module).__module__].eager_attention_forward if eager else _sdpa_attention
     additive = query.dtype if eager else None
-    parts = packed.parts
     # Of heads with values of another size torch computes all scores as well, as the families' code does.
     heads = query.shape[1] if eager or value.shape[3] != query.shape[3] else 1
 
@@ -142,7 +130,7 @@ def _packed_attention(
 
     outputs: list[Tensor] = []
     end = 0
-    for part in parts:
+    for part in packed.parts:
         begin, end = end, end + part.count
         keys, values = part.row.append(block, key[:, :, begin:end], value[:, :, begin:end])
         reach = keys.shape[2]

@@ -39,10 +39,8 @@ from splitnet.quant.stored import Codes, Layout, PackedTensor, StoredMatrix
 
 
 class QuantizedEmbedding(nn.Embedding):
-    """A frozen embedding whose weight is held in the codes of the checkpoint.
-
-    Its `weight` is for code that looks at it, or wants all of it as numbers: it is read from the files when it is used.
-    """
+    """A frozen embedding whose weight is held in the codes of the checkpoint. Its `weight` is for code that looks at
+    it, or wants all of it as numbers: it is read from the files when it is used."""
 
     held: BlockQuantWeight | JoinedForm
     parameter_like: nn.Parameter
@@ -114,8 +112,7 @@ class Zero(nn.Module):
         return self._zero
 
 
-_MOST_COMPUTED = 1 << 26
-"""Numbers that a family may compute while its model is made, such as frequencies and tables of positions."""
+_MOST_COMPUTED = 1 << 26  # numbers that a family may compute while its model is made, as in tables of positions
 _LONGEST_RANGE = 1 << 20
 
 
@@ -225,10 +222,8 @@ def load_cut(
         attention: name of the attention function; None for the family's default.
         names: those of `tensors` -> those in the checkpoint, for errors.
         new_head: what the checkpoint lacks of the head, transformers initialises with torch's random numbers.
-        one_by_one: no tensor is read before the one before it is in its place, so that a model whose layers make
-            their weights smaller is never in memory as a whole.
-        codes_on: the device for which layers hold weights that `tensors` gives in codes as they are; None: such
-            weights become numbers of type `dtype`.
+        one_by_one: each tensor is in its place, where layers make it smaller, before the next one is read.
+        codes_on: the device for which layers hold weights that `tensors` has in codes; None: they become numbers.
 
     Raises:
         UnsupportedModel: the cut model cannot be built, the checkpoint lacks tensors of it, or it does not take all.
@@ -368,15 +363,12 @@ def slice_config(config: PreTrainedConfig, start: int, end: int) -> None:
         config._heterogeneity_spec = dataclasses.replace(spec, per_layer_overrides=overrides)
 
 
+# Lists in configs with one entry per block. (Others of that length, such as `eos_token_id`, mean something else.)
 _PER_BLOCK = (
     *("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type", "attention_layers", "indexer_types"),
 )
-"""Lists in configs with one entry per block. (Others of that length, such as `eos_token_id`, mean something else.)"""
-
-
+# While it builds a model, transformers changes settings of the whole process, such as torch's default dtype.
 _one_at_a_time = threading.Lock()
-"""While it builds a model, transformers changes settings of the whole process, such as torch's default dtype."""
-
 _READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
@@ -404,15 +396,10 @@ def _loading(one_by_one: bool) -> Iterator[None]:
 
 @torch.inference_mode(False)  # what is loaded is used outside of it, too
 def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
-    """Loads all of a checkpoint into this process, in plain transformers.
+    """Loads all of a checkpoint into this process, in plain transformers; `dtype`: "auto": as the weights are stored.
 
-    What is in codes becomes numbers, without packages that transformers wants for it.
-
-    Args:
-        dtype: of the weights; "auto": as they are stored.
-
-    Raises:
-        OSError, ValueError, UnsupportedModel: transformers cannot load it; the last of GGUF files or quantized weights.
+    What is in codes becomes numbers, without packages that transformers wants for it. Raises OSError or ValueError if
+    transformers cannot load it, or UnsupportedModel, the last of GGUF files or quantized weights.
     """
     if not checkpoint.source.endswith(".gguf") and (checkpoint.multimodal or not checkpoint.store.quantized):
         try:
@@ -436,12 +423,8 @@ def with_coded_experts(
     blocks: range,
     weights: Weights,
 ) -> dict[str, Any]:
-    """Tensors of blocks, of which experts come in the codes that weights of this kind are held in.
-
-    Args:
-        tensors: by their names in a model of these blocks alone.
-        weights: how the blocks hold theirs; of others than integers, all stays as it is.
-    """
+    """Tensors, by their names in a model of these blocks alone, of which experts come in the codes that weights of this
+    kind are held in; where those are no integers, all stays as it is."""
     if weights.kind not in INTEGERS:
         return dict(tensors)
     whole = on_meta(model_class, checkpoint.config)
@@ -483,13 +466,9 @@ def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: Layout) -> Laz
         if index is not ...:
             return lazy[index]
         stacked = len(lazy.shape) == 3
-        outputs, inputs = lazy.shape[-2:]
-        if transposed:
-            outputs, inputs = inputs, outputs
-        matrices = [
-            [StoredMatrix(layout, (outputs, inputs), partial(read, expert))]
-            for expert in (range(lazy.shape[0]) if stacked else [...])
-        ]
+        shape = (lazy.shape[-1], lazy.shape[-2]) if transposed else (lazy.shape[-2], lazy.shape[-1])
+        experts = range(lazy.shape[0]) if stacked else [...]
+        matrices = [[StoredMatrix(layout, shape, partial(read, expert))] for expert in experts]
         return PackedTensor.__new__(PackedTensor, matrices, stacked=stacked, transposed=transposed, dtype=torch.float32)
 
     return LazyTensor(lazy.shape, lazy.dtype, of)

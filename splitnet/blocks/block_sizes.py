@@ -25,22 +25,14 @@ _TABLE_BYTES = 16 << 20  # what old checkpoints hold in a block besides its weig
 
 
 class BlockSize(NamedTuple):
-    """Of one block.
+    """Bytes of one block."""
 
-    Attributes:
-        plain: bytes of all weights as numbers of the type that it computes in.
-        held: bytes that it takes as its weights are held.
-        plain_experts, experts: what of these is the weights of experts.
-        coded: whether some stay in the codes of the checkpoint.
-        converted: whether some are brought into another form.
-    """
-
-    plain: int
-    held: int
-    plain_experts: int = 0
+    plain: int  # of all weights as numbers of the type that it computes in
+    held: int  # that it takes as its weights are held
+    plain_experts: int = 0  # what of `plain` is the weights of experts, and `experts`: of `held`
     experts: int = 0
-    coded: bool = False
-    converted: bool = False
+    coded: bool = False  # some stay in the codes of the checkpoint
+    converted: bool = False  # some are brought into another form
 
 
 def block_bytes(
@@ -115,11 +107,8 @@ def size_of_block(
     codes: Mapping[str, Sequence[TensorFacts]] | None = None,
     prefix: str = "",
 ) -> BlockSize:
-    """The sizes of a block, whose weights take `plain` bytes as numbers.
-
-    Args:
-        codes: path of a layer, behind `prefix` -> what its weight consists of, if the checkpoint has that in codes.
-    """
+    """The sizes of a block, whose weights take `plain` bytes as numbers; `codes`: path of a layer, behind `prefix` ->
+    what its weight consists of, if the checkpoint has that in codes."""
     held, coded, converted = plain, False, False
     itemsize = weights.dtype.itemsize
     plain_experts = experts = itemsize * sum(
@@ -164,10 +153,8 @@ def _are_all(stored: Sequence[TensorFacts], numbers: int, *, transposed: bool) -
 
 
 def codes_within(model: PreTrainedModel, tensors: Mapping[str, TensorFacts]) -> dict[str, list[TensorFacts]]:
-    """Path of a layer of a model -> what its weight consists of, where that is in codes.
-
-    `tensors`: by their names in a checkpoint of the model.
-    """
+    """Path of a layer of a model -> what its weight consists of, of `tensors` by their names in a checkpoint, where
+    that is in codes."""
     coded = {name: one for name, one in tensors.items() if one.layout is not None}
     codes: dict[str, list[TensorFacts]] = {}
     for name, parameter in loaded_as(model, coded).items():

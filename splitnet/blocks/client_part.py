@@ -67,9 +67,8 @@ def load_classifier_part(
 ) -> PreTrainedModel:
     """The same for the model that classifies sequences; a head that the checkpoint does not have is a new, random one.
 
-    `config`: that of the checkpoint, with the labels that are wanted.
-
-    Raises UnsupportedModel if transformers has no such model of this family, or as for `load_client_part`.
+    `config`: that of the checkpoint, with the labels that are wanted. Raises UnsupportedModel if transformers has no
+    such model of this family, or as for `load_client_part`.
     """
     return _load(checkpoint, config, classifier_class(config), blocks, dtype, device, new_head=True)
 
@@ -169,16 +168,13 @@ def client_part_names(checkpoint: Checkpoint, model_class: type[PreTrainedModel]
             names[own + name.removeprefix(stored)] = name
         elif OTHER_TOWERS.search(name):
             continue
-        elif head := next((head for head in _HEADS if name.endswith(head)), None):
+        elif head := next((head for head in ("lm_head.weight", "score.weight") if name.endswith(head)), None):
             names[head] = name
         else:
             others.append(name)
     check_no_unexpected(set(others) - ignored(others, model_class), checkpoint.model_type)
     left_out = ignored(names, model_class)
     return {name: stored for name, stored in names.items() if name not in left_out}
-
-
-_HEADS = ("lm_head.weight", "score.weight")
 
 
 class Ends:
@@ -199,11 +195,8 @@ class Ends:
 
 @torch.no_grad()
 def ends_of(model: PreTrainedModel) -> Ends | None:
-    """The ends of a shell; None if it does more than they do, besides its blocks.
-
-    Found by trying, with blocks that give what they are given: some families scale embeddings or logits, or add
-    something for each position.
-    """
+    """The ends of a shell; None if it does more than they do, besides its blocks, as families that scale embeddings or
+    logits: found by trying, with blocks that give what they are given."""
     backbone = backbone_of(model)
     if getattr(backbone, "norm", None) is None or model.get_output_embeddings() is None:
         return None
@@ -219,11 +212,8 @@ def ends_of(model: PreTrainedModel) -> Ends | None:
 
 
 class AllBlocks(nn.Module):
-    """Stands in the list of blocks as the only one: calls `blocks` and answers as the family's own blocks do.
-
-    The backbone's mask, positions and cache are not handed on: code that provides `blocks` takes them before (see
-    `backbone_of`).
-    """
+    """Stands in the list of blocks as the only one: calls `blocks` and answers as the family's own blocks do, without
+    the backbone's mask, positions and cache: code that provides `blocks` takes them before (see `backbone_of`)."""
 
     attention_type = layer_type = block_type = "full_attention"  # some backbones choose a mask by it
 
@@ -238,12 +228,8 @@ class AllBlocks(nn.Module):
 
 
 class BlockList(nn.ModuleList):
-    """Stands for the list of blocks: to the model's own code one module, and to code that looks for layers an outline.
-
-    Args:
-        all_blocks: called in the place of every block.
-        outlines: of each block.
-    """
+    """Stands for the list of blocks: to the model's own code one module, and to code that looks for layers an outline
+    of each block."""
 
     def __init__(self, all_blocks: nn.Module, outlines: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -312,10 +298,8 @@ def _run_without_blocks(
 
 
 class AbsentWeight(Tensor):
-    """Shape, type and device of a weight that is elsewhere. Whatever needs its numbers is refused.
-
-    It is on the CPU: what is put on a layer goes to the device of its weight.
-    """
+    """Shape and type of a weight that is elsewhere; what needs its numbers raises AdapterError. It is on the CPU: what
+    is put on a layer goes to the device of its weight."""
 
     @staticmethod
     def __new__(cls, rows: int, columns: int, dtype: torch.dtype) -> AbsentWeight:
@@ -337,7 +321,7 @@ class RemotePart(nn.Module):
     """A module that has no weights here; what is within it has neither, unless an adapter was put there."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Raises AdapterError if there are none: who asks this of a part needs some."""
+        """Raises AdapterError if there are none: code that asks for them needs some."""
         first = next(found := super().parameters(recurse), None)
         if first is None:
             raise _absent()

@@ -13,31 +13,23 @@ from splitnet.errors import SplitnetError, first_line
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-DEVICE_NAME = re.compile(r"auto|cpu|mps|(?:cuda|xpu)(?::\d+)?")
-"""What may be asked for."""
-
-_TITLES = {"cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
-"""Kinds of accelerators, best first. ROCm's build of torch calls its devices cuda, too."""
+DEVICE_NAME = re.compile(r"auto|cpu|mps|(?:cuda|xpu)(?::\d+)?")  # what may be asked for
+_KINDS = ("cuda", "mps", "xpu")  # of accelerators, best first; ROCm's build of torch calls its devices cuda, too
 
 
 @dataclass(frozen=True)
 class Present:
-    """What torch finds on this machine besides the CPU.
-
-    Attributes:
-        names: by kind (cuda, mps, xpu), what its devices are called; a kind that has none may be absent.
-        faults: by device, as in `cuda:1`, why it cannot be used.
-        lacking: why there are none, if that is known.
-    """
+    """What torch finds on this machine besides the CPU."""
 
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-    faults: Mapping[str, str] = field(default_factory=dict[str, str])
-    lacking: str = "torch finds no GPU"
+    """By kind (cuda, mps, xpu), what its devices are called; a kind that has none may be absent."""
+    faults: Mapping[str, str] = field(default_factory=dict[str, str])  # by device, as in `cuda:1`
+    lacking: str = "torch finds no GPU"  # why there are none
 
     @property
     def devices(self) -> dict[str, str]:
         """All, best first, with what they are called."""
-        found = {f"{kind}:{index}": name for kind in _TITLES for index, name in enumerate(self.names.get(kind, ()))}
+        found = {f"{kind}:{index}": name for kind in _KINDS for index, name in enumerate(self.names.get(kind, ()))}
         return {device.replace("mps:0", "mps"): name for device, name in found.items()}
 
 
@@ -53,18 +45,15 @@ class Choice:
 
 
 def choose_device(asked: str, present: Present) -> Choice:
-    """The device to compute on. Raises SplitnetError if there is no such device here, or it does not work.
-
-    `asked`: `auto`, or a device as torch names it; without a number, the first.
-    """
+    """The device to compute on; `asked`: `auto`, or a device as torch names it; without a number, the first. Raises
+    SplitnetError if there is no such device here, or it does not work."""
     if asked == "cpu":
         return Choice("cpu", "as asked for")
     devices = present.devices
     if asked != AUTO:
         named = f"{asked}:0" if asked in ("cuda", "xpu") else asked
         if named not in devices or not DEVICE_NAME.fullmatch(asked):
-            there = ", ".join(["cpu", *devices])
-            missing = f"this machine has no device {asked!r} for torch, only {there}"
+            missing = f"this machine has no device {asked!r} for torch, only {', '.join(['cpu', *devices])}"
             raise SplitnetError(f"{missing}: use --device auto or cpu")
         if fault := present.faults.get(named):
             raise SplitnetError(f"{named} ({devices[named]}) cannot be used ({fault}): use --device auto or cpu")
@@ -101,11 +90,8 @@ def find_device(asked: str) -> Choice:
 
     The choice of `auto` is logged, as a warning if a device that is there does not work.
     """
-    if asked == "cpu":
-        present = Present()
-    elif asked == AUTO:
-        present = find_present()
-    else:
+    present = find_present() if asked == AUTO else Present()
+    if asked not in ("cpu", AUTO):
         present = find_present(tried=False)
         fault = _fault_of(device := choose_device(asked, present).device)
         present = replace(present, faults={device: fault} if fault else {})

@@ -123,23 +123,18 @@ class _Sharing(nn.Module):
 
 @dataclass(slots=True)
 class _Copy:
-    """Of a weight: form, None if its values do not allow it; sums: of the bits of each row.
+    """Of a weight, as it was when it was used last."""
 
-    state, some: its address and its version, and the bits of a number of each row, when it was used last.
-    """
-
-    form: WeightForm | None
-    sums: Tensor
-    state: tuple[int, int]
-    some: Tensor
+    form: WeightForm | None  # None if its values do not allow it
+    sums: Tensor  # of the bits of each row
+    state: tuple[int, int]  # its address and its version
+    some: Tensor  # the bits of a number of each row
     used_at: float = 0.0
 
 
 class Head(_Sharing, nn.Linear):
     """A head in the type that the model computes in; its weight may be the embedding's, too, and it may be trained.
-
-    narrows: of a float32 weight there is a copy in 16 bits, which few rows are multiplied with.
-    """
+    `narrows`: of a float32 weight there is a copy in 16 bits, which few rows are multiplied with."""
 
     def __init__(self, weight: Any, bias: Any, *, narrows: bool = False) -> None:
         outputs, inputs = weight.shape
@@ -234,13 +229,11 @@ def loss_in_parts(
     """The cross-entropy of each position and the label of the next, as `ForCausalLMLoss` of transformers has it.
 
     Args:
-        hidden: `[batch, positions, hidden]`.
-        labels: `[batch, positions]`; `IGNORED` where nothing is learned.
+        hidden, labels: `[batch, positions, hidden]`; `[batch, positions]`, `IGNORED` where nothing is learned.
         score: what the head does to each position; it records gradients where they are enabled.
         vocabulary: how many logits a position has.
         trained: what may be trained within `score`; it gets gradients if it is used there.
         items: what the sum is divided by; None: the number of labels.
-        part_bytes: of the logits of a part; one position is the least.
 
     Returns a scalar, float32. Raises ValueError if labels are of another shape.
     """

@@ -17,6 +17,7 @@ from splitnet.blocks.adapters import Prefix
 COPIES = 4  # earlier states that a row keeps: two of the last steps, and two that are farther apart
 REACH = 64  # positions that the oldest copy stays behind at least, if there are so many: drafts lie within
 SPACING = 32  # positions between copies while they come one by one; before several at once, one is made anyway
+FIRST_CAPACITY = 256  # positions of the first allocation of a row if nothing says how many; each next one doubles
 HELD_AT_ONCE = COPIES + 2  # times its states a row takes at most: the present ones, those of a pass, the copies
 
 
@@ -66,17 +67,14 @@ class SequenceStates:
         self._per_block = per_block
         self._layers: dict[int, StateLayer] = {}
         self._working: dict[int, StateLayer] = {}
-        self._copies: list[tuple[int, dict[int, StateLayer]]] = []
-        """Each with the length of the row when it was made."""
+        self._copies: list[tuple[int, dict[int, StateLayer]]] = []  # each with the length of the row at that time
 
     @property
     def blocks(self) -> frozenset[int]:
-        """Those that keep states."""
         return frozenset(self._layers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the present states."""
         return sum(layer.nbytes for layer in self._layers.values())
 
     def begin(self, start: int, count: int) -> None:
@@ -118,10 +116,6 @@ class SequenceStates:
         return other
 
 
-FIRST_CAPACITY = 256
-"""Positions that the first allocation of a row holds if nothing says how many; each next one doubles."""
-
-
 @dataclass
 class _Block:
     keys: Tensor
@@ -142,26 +136,21 @@ class SequenceCache:
         room: positions behind the prefix that memory is allocated for; None, or more than that arrive: as it doubles.
         prefix: of an adapter, by block of the span: keys and values that stand before the first position.
         states: where blocks keep them: none yet.
-
-    Attributes:
-        length: positions that are stored, without the prefix.
-        computed: positions that keys, values and states stand for.
-        prefix_length: positions of the prefix.
     """
 
     def __init__(
         self, room: int | None = None, prefix: Mapping[int, Prefix] | None = None, states: SequenceStates | None = None
     ) -> None:
-        self.length = self.computed = 0
+        self.length = 0  # positions that are stored, without the prefix
+        self.computed = 0  # positions that keys, values and states stand for
         self._states = states
         self.prefix_length = next(iter(prefix.values())).keys.shape[2] if prefix else 0
         self._room = room
+        # By block that has one; None once it is stored, so that the row keeps no adapter alive.
         self._prefix: dict[int | str, Prefix | None] = {**prefix} if prefix else {}
-        """By block that has one; None once it is stored, so that the row keeps no adapter alive."""
-        self._blocks: dict[int | str, _Block] = {}
-        """By block; besides, by name, what else the row has of every position."""
+        self._blocks: dict[int | str, _Block] = {}  # and, by name, what else the row has of every position
+        # By blocks: the least capacity of them, and what `reserve` returns, while no block's memory moves.
         self._places: dict[tuple[int, ...], tuple[int, Tensor]] = {}
-        """By blocks: the least capacity of them, and what `reserve` returns, while no block's memory moves."""
 
     @property
     def room(self) -> int:
@@ -248,22 +237,16 @@ class SequenceCache:
             yield index, block.keys[:, :, before : before + length], block.values[:, :, before : before + length]
 
     def append(self, block_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new positions after `computed` and gives views of all keys and values up to and with them.
+        """Stores new positions after `computed`, `[1, kv heads, new positions, head size]` of a block of the span.
 
-        The prefix comes first. `computed` itself moves only with `advance`, when all blocks have stored theirs: a pass
-        that fails half-way leaves the row as it was.
-
-        Args:
-            block_index: which block of the span.
-            keys, values: `[1, kv heads, new positions, head size]`; their head sizes may differ.
+        Gives views of all keys and values up to and with them; the prefix comes first. `computed` moves only with
+        `advance`, when all blocks have stored theirs: a pass that fails half-way leaves the row as it was.
         """
         return self.store(block_index, self.computed, keys, values)
 
     def begin_pass(self, hidden: Tensor) -> Tensor:
-        """New positions, `[positions, hidden]`, behind those that are to run once more: what is to run now.
-
-        What the blocks leave then counts only with `advance`.
-        """
+        """New positions, `[positions, hidden]`, behind those that are to run once more: what is to run now. What the
+        blocks leave then counts only with `advance`."""
         if self._states is None:
             self.computed = self.length  # a pass that was cut may have failed
             return hidden
@@ -302,13 +285,8 @@ class SequenceCache:
     ) -> Tensor:
         """Makes room for `count` new positions in blocks, for code that writes to their memory.
 
-        Args:
-            indices: which blocks of the span.
-            shapes, dtype: of keys and values: heads and head size; their type.
-
-        Returns:
-            int64 `[blocks, 3]`: the addresses of a block's keys and of its values, and its capacity; they hold until
-            the next call.
+        `shapes`: heads and head size of keys and of values. Returns int64 `[blocks, 3]`: the addresses of a block's
+        keys and of its values, and its capacity; they hold until the next call.
         """
         known = self._places.get(indices)
         if known is not None and known[0] >= self.prefix_length + self.length + count:

@@ -34,18 +34,12 @@ class _Piece(NamedTuple):
 
 @dataclass(slots=True)
 class SavedPass:
-    """What is kept of a forward pass from block `start` on; it is used up by `SpanPasses.go_back`.
-
-    Attributes:
-        pieces: of each block.
-        traced: the adapter that the blocks ran with.
-        reach: see `splitnet.wire.messages.Forward`.
-    """
+    """What is kept of a forward pass from block `start` on; it is used up by `SpanPasses.go_back`."""
 
     start: int
-    pieces: list[list[_Piece]]
-    traced: Adapter | None
-    reach: int
+    pieces: list[list[_Piece]]  # of each block
+    traced: Adapter | None  # the adapter that the blocks ran with
+    reach: int  # see `splitnet.wire.messages.Forward`
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -73,7 +67,6 @@ class SpanPasses:
     """Passes through a span. Use it from the thread that uses the span.
 
     Args:
-        span: the blocks.
         between: called between two pieces, so that more urgent work need not wait for the end of a pass.
         most_positions: of a piece: what of the sequences goes through a block at once, one at least; None: all.
         graph_bytes: what torch may keep of a pass to go back through it; where that of all blocks is more, each block
@@ -91,20 +84,13 @@ class SpanPasses:
         self._span, self._between, self._most_positions = span, between, most_positions
         self._graph_bytes = graph_bytes
         self._views: dict[int, Span] = {}
-        self._kept_per_position: dict[tuple[int, ...], float] = {}
-        """Bytes in a block, by kind of pass: the most that was seen."""
+        self._kept_per_position: dict[tuple[int, ...], float] = {}  # bytes in a block, by kind: the most that was seen
 
     def forward(
         self, hidden: Tensor, lengths: Sequence[int], adapter: Adapter | None, start: int, end: int, *, reach: int = 0
     ) -> Tensor:
-        """Runs whole sequences through blocks `[start, end)`: `[positions, hidden]` -> `[positions, hidden]`.
-
-        Args:
-            hidden: the sequences one after the other.
-            lengths: positions of each.
-            adapter: one that the span fits.
-            reach: see `splitnet.wire.messages.Forward`.
-        """
+        """Runs whole sequences, one after the other in `hidden`, through blocks `[start, end)`: `[positions, hidden]`
+        -> `[positions, hidden]`; with an adapter that the span fits. `reach`: see `splitnet.wire.messages.Forward`."""
         for block in range(start, end):
             outputs: list[Tensor] = []
             for given, group in self._pieces(hidden, lengths):
@@ -125,15 +111,10 @@ class SpanPasses:
         *,
         reach: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of a loss by the input of a forward pass, and by the tensors of the adapter in these blocks.
+        """Gradients of a loss by the input of a pass as in `forward`, and by the adapter's tensors in these blocks.
 
-        Args:
-            hidden, lengths, adapter, start, end, reach: as in `forward`.
-            gradient: `[positions, hidden]`, of the loss by the output.
-
-        Raises:
-            ValueError: the gradient does not fit `hidden`.
-            PeerBusy: torch would keep too much of a block.
+        `gradient`: `[positions, hidden]`, of the loss by the output. Raises ValueError if it does not fit `hidden`, and
+        PeerBusy if torch would keep too much of a block.
         """
         if gradient.shape != hidden.shape:
             raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
@@ -158,9 +139,8 @@ class SpanPasses:
     ) -> tuple[Tensor, SavedPass]:
         """`forward`, and what `go_back` needs. Raises PeerBusy if torch would keep too much of a block.
 
-        Args:
-            most: bytes that torch may keep, besides what it saves of one block more while that runs; blocks for which
-                they are not enough are computed again on the way back.
+        `most`: bytes that torch may keep, besides what it saves of one block more while that runs; blocks for which
+        they are not enough are computed again on the way back.
         """
         traced = Adapter(adapter.within(start, end)).traced() if adapter is not None else None
         ways: list[list[_Piece]] = []

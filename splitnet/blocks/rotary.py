@@ -44,15 +44,11 @@ class Turning:
 
     @classmethod
     def of(cls, attention: Any, size: int, rope: nn.Module, width: int, kind: tuple[str, ...] = ()) -> Self | None:
-        """By trying the function of the family's module that does it; None: it does something else.
-
-        Args:
-            size, width: of a head, and of hidden states.
-            rope: gives cosines and sines for hidden states, positions and `kind`.
-        """
+        """By trying the function of the family's module that does it; None: it does something else. `size`, `width`: of
+        a head, and of hidden states. `rope` gives cosines and sines for hidden states, positions and `kind`."""
         module = sys.modules[type(attention).__module__]
         interleaved = getattr(getattr(attention, "config", None), "rope_interleave", False)
-        names = _INTERLEAVED if interleaved else _TURNS
+        names = ("apply_rotary_pos_emb_interleave",) if interleaved else ("apply_rotary_pos_emb", "apply_rotary_emb")
         own: Any = next((getattr(module, name) for name in names if hasattr(module, name)), None)
         device = next((buffer.device for buffer in rope.buffers()), torch.device("cpu"))
         if own is None or device.type == "meta":  # where nothing has values
@@ -98,10 +94,6 @@ class Turning:
         both = (first * cosines - second * sines, second * cosines + first * sines)
         pairs = torch.stack(both, dim=-1 if self.order is Order.ADJACENT else -2)
         return torch.cat((pairs.flatten(-2), rest), dim=-1)
-
-
-# What families call the function that turns queries and keys.
-_TURNS, _INTERLEAVED = ("apply_rotary_pos_emb", "apply_rotary_emb"), ("apply_rotary_pos_emb_interleave",)
 
 
 def _by_complex(own: Any, turns: Tensor, queries: Tensor, keys: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +149,6 @@ class LengthDependentRopes:
         return (hidden, torch.cat((positions, last), dim=-1), *others), named
 
     def _shorten(self, rope: nn.Module, given: Any, turns: Any) -> Any:
-        """What the rope gives for the others."""
         return turns[:, :-1] if isinstance(turns, Tensor) else tuple(each[:, :-1] for each in turns)
 
 

@@ -1,8 +1,7 @@
 """What a model takes, before it is loaded: bytes of a block, of a cached position, of the client's part; arithmetic.
 
-The model is built on the meta device, where tensors have shapes but no memory, so this is what transformers would
-load, for every family, and no weight is read or downloaded. Only of weights in codes the headers of files must tell how
-many bytes they take.
+The model is built on the meta device, where tensors have no memory, so this is what transformers would load, and no
+weight is read or downloaded. Only of weights in codes the headers of files must tell how many bytes they take.
 """
 
 from __future__ import annotations
@@ -38,37 +37,24 @@ from splitnet.quant.stored import as_dtype, is_number_type
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes in bytes, of a model that computes in `dtype`.
-
-    Attributes:
-        block_bytes: weights of the largest block, as they are held; its `expert_bytes` are those of experts, of which a
-            position uses the part `expert_share`.
-        kv_bytes: what one position leaves in one block: keys and values. Where blocks differ, on average.
-        state_bytes: what a sequence takes in one block besides, however long it is; on average.
-        client_part_bytes: weights that a client holds: embeddings, final norm and head.
-        head_bytes: weights of the head, which a client reads for every token.
-        max_positions: that the model was made for; None if its config does not say.
-        weights: what those of linear layers in blocks are held as; as `dtype` if not given.
-        saved_bytes, saved_expert_bytes: how many more those of a block, and of its experts, would take in `dtype`.
-        file_bytes: of the checkpoint; 0 if only its config was read.
-    """
+    """Sizes in bytes, of a model that computes in `dtype`."""
 
     name: str
     dtype: str
     num_blocks: int
     hidden_size: int
-    block_bytes: int
-    expert_bytes: int
+    block_bytes: int  # weights of the largest block, as they are held
+    expert_bytes: int  # those of its experts, of which a position uses the part `expert_share`
     expert_share: float
-    kv_bytes: int
-    client_part_bytes: int
-    head_bytes: int
-    max_positions: int | None
-    weights: str = ""
-    saved_bytes: int = 0
+    kv_bytes: int  # keys and values that one position leaves in one block; where blocks differ, on average
+    client_part_bytes: int  # weights that a client holds: embeddings, final norm and head
+    head_bytes: int  # weights of the head, which a client reads for every token
+    max_positions: int | None  # that the model was made for; None if its config does not say
+    weights: str = ""  # what those of linear layers in blocks are held as; as `dtype` if not given
+    saved_bytes: int = 0  # how many more those of a block would take in `dtype`; `saved_expert_bytes`: of its experts
     saved_expert_bytes: int = 0
-    file_bytes: int = 0
-    state_bytes: int = 0
+    file_bytes: int = 0  # of the checkpoint; 0 if only its config was read
+    state_bytes: int = 0  # what a sequence takes in one block besides, however long it is; on average
 
     @property
     def held_as(self) -> str:

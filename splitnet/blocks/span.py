@@ -1,8 +1,7 @@
 """Blocks `[start, end)` of a model: its transformers backbone, cut down to them.
 
-No model code is written here. The backbone is built in full on the meta device (which takes no memory), its list of
-blocks is cut, all that comes before and after the blocks is made neutral, and only the tensors of the blocks are
-read. Rotary embeddings, grouped heads, experts, soft caps and so on come with the family's own code.
+No model code is written here: rotary embeddings, grouped heads, experts, soft caps and so on come with the family's own
+code. All that comes before and after the blocks is made neutral, and only the tensors of the blocks are read.
 """
 
 from __future__ import annotations
@@ -63,24 +62,17 @@ __all__ = ["Chunk", "Span", "block_bytes", "free_memory"]
 
 FastStep = TorchStep | GraphStep | NativeStep
 
-LEAN_PROMPT = 5
-LEAN_TRIALS = 3
-LEAN_TOLERANCE = 0.02
-LEAN_TOLERANCE_HALF = 0.3
+LEAN_PROMPT, LEAN_TRIALS = 5, 3
+LEAN_TOLERANCE, LEAN_TOLERANCE_HALF = 0.02, 0.3
 """Of what blocks add to their input; the second in half precision, whose rounding grows on noise through many blocks.
 Another structure differs by as much as there is."""
 
-LEAN_TOLERANCE_ALONE = 0.04
-LEAN_ROUNDING_ALONE = 2.0**-8
+LEAN_TOLERANCE_ALONE, LEAN_ROUNDING_ALONE = 0.04, 2.0**-8
 """Of what one block adds in half precision, and of its input: each is tried alone, too, as 30 % let too much pass."""
 
-MERGED_POSITIONS = 8
-"""Up to so many positions that run once more are in the pass of the new ones; more have a pass of their own, so that
-the states behind them are kept."""
-
+MERGED_POSITIONS = 8  # run once more in the pass of new ones; more have a pass of their own, to keep the states behind
 PASS = 512  # positions of a pass that run once more, or of whole sequences
-WAY_BACK = 8
-"""Gradients go back through whole sequences where the family's own attention runs: with so many times its memory."""
+WAY_BACK = 8  # times the memory of the family's own attention, with which gradients go back through whole sequences
 
 
 class Span:

@@ -23,8 +23,7 @@ from splitnet.quant.experts import QuantizedExperts
 from splitnet.quant.linear import QuantizedLinear
 
 _TRIALS = 8
-_SCALES = (1.0, 1e-2)
-"""Of what norms are tried on: the second one shows what is added to the variance."""
+_SCALES = (1.0, 1e-2)  # of what norms are tried on: the second one shows what is added to the variance
 
 
 class UnknownPart(Exception):
@@ -39,18 +38,12 @@ class NormKind(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """What a norm multiplies and adds to normalised numbers.
-
-    Attributes:
-        weight: `[width]`, or `[heads, size]` of heads that have one each.
-        bias: likewise, or None.
-        epsilon: is added to the variance.
-    """
+    """What a norm multiplies and adds to normalised numbers."""
 
     kind: NormKind
-    weight: Tensor
+    weight: Tensor  # `[width]`, or `[heads, size]` of heads that have one each; likewise the bias
     bias: Tensor | None
-    epsilon: float
+    epsilon: float  # is added to the variance
 
     @classmethod
     def of(cls, module: nn.Module) -> Self:
@@ -145,6 +138,7 @@ _UP = ("up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h")
 _DOWN = ("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h")
 _ACTIVATION = ("act_fn", "activation_fn", "act", "gelu_impl")
 
+# Names of the norms of what attention takes and gives, and of what the MLP does: a block has all of one line.
 _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("input_layernorm", None, "post_attention_layernorm", None),
     ("attention_layernorm", None, "feedforward_layernorm", None),
@@ -158,61 +152,42 @@ _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
 )
-"""Names of the norms of what attention takes and gives, and of what the MLP does: a block has all of one line."""
-
 _AFTER_TURNING = "query_layernorm"  # the norm of queries that comes after the rotary embedding
-_BY_HEAD = "query_key_value"
-"""The product that has queries, keys and values in turns, by stored head; others have all queries first."""
-
+_BY_HEAD = "query_key_value"  # has queries, keys and values in turns, by stored head; others have all queries first
+# Which blocks of a family leave its rotary embedding out, where no `use_rope` says so.
 _DO_NOT_TURN: Mapping[str, Callable[[Any], bool]] = {
     "Cohere2Attention": lambda attention: attention.sliding_window is None,
     "Exaone4Attention": lambda attention: attention.sliding_window is not None and not attention.is_sliding,
 }
-"""Which blocks of a family leave its rotary embedding out, where no `use_rope` says so."""
-
+# Values of attributes of blocks where they exist; with others the order is another.
 _NEEDED: Mapping[str, Any] = {"do_layer_norm_before": True, "apply_residual_connection_post_layernorm": False}
-"""Values of attributes of blocks where they exist; with others the order is another."""
-
-_CAPPED = "Gemma2Attention"
-"""Whose logits are capped. Gemma 3 reads the cap from its config, too, and does nothing with it."""
-
+_CAPPED = "Gemma2Attention"  # its logits are capped; Gemma 3 reads the cap from its config, too, and does not use it
+# What a family's module adds to the logits of two positions: `[heads, 1, 2]`.
 _ALIBI: Mapping[str, Callable[[Any, int], Tensor]] = {
     "BloomAttention": lambda own, heads: own.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32),
     "FalconAttention": lambda own, heads: own.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32),
     "MptAttention": lambda own, heads: own.build_mpt_alibi_tensor(heads, 2),
 }
-"""What a family's module adds to the logits of two positions: `[heads, 1, 2]`."""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockDescription:
-    """A block of the usual parts.
+    """A block of the usual parts."""
 
-    Attributes:
-        before, after: norms of what attention takes, and of what it gives.
-        between, behind: norms of what the MLP takes, and of what it gives.
-        parallel: the MLP takes what attention takes, too; else what comes out of it.
-        residual: what attention and MLP give is multiplied by it.
-        mlp: None where there are experts alone.
-    """
-
-    before: Norm | None
+    before: Norm | None  # of what attention takes; `after`: of what it gives
     after: Norm | None
-    between: Norm | None
+    between: Norm | None  # of what the MLP takes; `behind`: of what it gives
     behind: Norm | None
-    parallel: bool
-    residual: float
+    parallel: bool  # the MLP takes what attention takes, too; else what comes out of it
+    residual: float  # what attention and MLP give is multiplied by it
     attention: Attention
-    mlp: Mlp | None
+    mlp: Mlp | None  # None where there are experts alone
     experts: KnownExperts | None
 
     @classmethod
     def of(cls, block: Any) -> Self:
-        """For a family's own block.
-
-        Raises UnknownPart if compiled steps do not have a part of it, or its parts do not fit together. As it may be
-        anything, so may be what is raised.
-        """
+        """For a family's own block. Raises UnknownPart if compiled steps do not have a part of it, or its parts do not
+        fit together. As it may be anything, so may be what is raised."""
         for name, value in _NEEDED.items():
             if getattr(block, name, value) != value:
                 raise UnknownPart(name)
@@ -261,43 +236,29 @@ class BlockDescription:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Attention of a block.
+    """Attention of a block."""
 
-    Attributes:
-        query, key, value, out: layers; the second and the third are None where the first gives all three.
-        heads, stored: of queries, and of keys as they are stored.
-        size, value_size: of a head of queries and keys, and of one of values.
-        index: of the block in its caches.
-        places: where the one layer has the queries, keys and values, in heads; or None.
-        late: the norms come after the rotary embedding.
-        cap, clip: of logits, and of numbers of heads; or 0.
-        slopes: what is added to the logits of a head for every position.
-        turns: with the rotary embedding.
-        kind: of the block, by which families have a rotary embedding; or None.
-        latents: what keys and values are made of; or None.
-    """
-
-    query: Any
+    query: Any  # this and `out`, `key`, `value`: layers
     out: Any
-    heads: int
+    heads: int  # of queries; `stored`: of keys as they are stored
     stored: int
-    size: int
+    size: int  # of a head of queries and keys; `value_size`: of one of values
     value_size: int
     scale: float
-    index: int
-    key: Any = None
+    index: int  # of the block in its caches
+    key: Any = None  # None, as `value`, where `query` gives all three
     value: Any = None
-    places: list[int] | None = None
+    places: list[int] | None = None  # where the one layer has the queries, keys and values, in heads
     query_norm: Norm | None = None
     key_norm: Norm | None = None
-    late: bool = False
-    cap: float = 0.0
+    late: bool = False  # the norms come after the rotary embedding
+    cap: float = 0.0  # of logits; `clip`: of numbers of heads; or 0
     clip: float = 0.0
     sinks: Tensor | None = None
-    slopes: Tensor | None = None
-    turns: bool = True
-    kind: str | None = None
-    latents: Latents | None = None
+    slopes: Tensor | None = None  # what is added to the logits of a head for every position
+    turns: bool = True  # with the rotary embedding
+    kind: str | None = None  # of the block, by which families have a rotary embedding
+    latents: Latents | None = None  # what keys and values are made of
 
     @classmethod
     def of(cls, module: Any) -> Self:
@@ -359,24 +320,12 @@ class Attention:
         return [None] * 3 if latents is None else [latents.lowered, latents.layer, latents.expand]
 
     @property
-    def turned_size(self) -> int:
-        """Numbers of a head that a rotary embedding is given."""
-        return self.size if self.latents is None else self.latents.turned
-
-    @property
-    def sizes(self) -> list[int]:
-        """Of all that is read and written in whole vectors."""
-        latents = self.latents
-        return [self.size, self.value_size] + ([] if latents is None else [latents.rank, latents.turned])
-
-    @property
     def joined(self) -> bool:
         """Whether the norms of queries and of keys are of all heads together."""
         weight = None if self.query_norm is None else self.query_norm.weight
         return weight is not None and weight.ndim == 1 and weight.numel() > self.size
 
     def fits_together(self) -> bool:
-        """Whether the sizes are those that the compiled code expects."""
         if self.latents is not None:
             return self.latents.fits_together(self)
         taken = self.heads + 2 * self.stored if self.places is None else max(self.places) + 1
@@ -398,21 +347,14 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """A few numbers of which the keys and values of all heads are made (DeepSeek-AI, "DeepSeek-V2", arXiv:2405.04434).
+    """A few numbers that keys and values of all heads are made of (DeepSeek-AI, "DeepSeek-V2", arXiv:2405.04434)."""
 
-    Attributes:
-        lowered, lowered_norm: layer and norm whose output queries are made of; or None.
-        layer: gives what `norm` makes latents of, and behind it the part of keys that is turned, which all heads share.
-        expand: makes of latents, by head, the rest of a key and the value.
-        kept: they are stored, with the part of keys that is turned, in the place of keys and values.
-    """
-
-    lowered: Any
+    lowered: Any  # the layer whose output, with a norm, queries are made of; or None
     lowered_norm: Norm | None
-    layer: Any
+    layer: Any  # gives what `norm` makes latents of, and behind it the part of keys that is turned, of all heads
     norm: Norm
-    expand: Any
-    kept: bool
+    expand: Any  # makes of latents, by head, the rest of a key and the value
+    kept: bool  # they are stored, with the part of keys that is turned, in the place of keys and values
 
     @classmethod
     def of(cls, parts: _Parts, module: Any) -> Self:
@@ -454,13 +396,9 @@ class Latents:
 
 @dataclass(frozen=True, eq=False)
 class Mlp:
-    """What all positions run through: `down(activation(gate) * up)`, or without a gate `down(activation(up))`.
+    """What all positions run through: `down(activation(gate) * up)`, or without a gate `down(activation(up))`."""
 
-    Attributes:
-        gate: has the outputs of `up` behind its own, too, where that is None; or None.
-    """
-
-    gate: Any
+    gate: Any  # has the outputs of `up` behind its own, too, where that is None; or None
     up: Any
     down: Any
     activation: Activation
@@ -493,29 +431,18 @@ _CORRECTION = "e_score_correction_bias"
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """How a router chooses.
+    """How a router chooses."""
 
-    Attributes:
-        weight: `[experts, hidden]`.
-        bias: `[experts]`, of the logits.
-        correction: `[experts]`, added to scores to choose by.
-        chosen: experts of a position.
-        groups, kept: experts are chosen in `kept` of the groups with the best ones.
-        judges: how many of a group, the best one or two, tell how good it is.
-        sigmoid: what makes scores of logits, else softmax.
-        normalised: the shares add up to `factor`.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    correction: Tensor | None
-    chosen: int
-    groups: int
+    weight: Tensor  # `[experts, hidden]`
+    bias: Tensor | None  # `[experts]`, of the logits
+    correction: Tensor | None  # `[experts]`, added to scores to choose by
+    chosen: int  # experts of a position
+    groups: int  # experts are chosen in `kept` of the groups with the best ones
     kept: int
-    sigmoid: bool = False
-    normalised: bool = False
+    sigmoid: bool = False  # makes scores of logits, else softmax
+    normalised: bool = False  # the shares add up to `factor`
     factor: float = 1.0
-    judges: int = 2
+    judges: int = 2  # how many of a group, the best one or two, tell how good it is
 
     def shares(self, hidden: Tensor) -> Tensor:
         """Of each expert for `[positions, hidden]`: `[positions, experts]`, 0 where it is not chosen."""
@@ -549,19 +476,13 @@ class Gating:
 
 @dataclass(frozen=True, eq=False)
 class KnownExperts:
-    """What stands in the place of an MLP.
+    """What stands in the place of an MLP."""
 
-    Attributes:
-        held: the experts; their two weights have one layout each.
-        shared: an MLP that all positions run through, too.
-        opener: a layer with one output, of whose sigmoid that of `shared` is multiplied.
-    """
-
-    held: Any
+    held: Any  # the experts; their two weights have one layout each
     choice: Choice
     gating: Gating
-    shared: nn.Module | None
-    opener: Any
+    shared: nn.Module | None  # an MLP that all positions run through, too
+    opener: Any  # a layer with one output, by whose sigmoid what `shared` gives is multiplied; or None
 
     @classmethod
     def of(cls, mlp: Any) -> Self | None:

@@ -31,38 +31,28 @@ from splitnet.quant.device import milliseconds, put
 log = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16)  # numbers of positions that are recorded, until one proves no good
-TOLERANCE = 0.01
-"""Of what one block adds, and of keys and values: how far it may be from what is not recorded. Mostly it is equal."""
-
+TOLERANCE = 0.01  # of what one block adds, and of keys and values: how far it may be from what is not recorded
 TOLERANCE_OF_ALL = 0.1  # the same for all blocks together, through which rounding grows
+# Relative to what a block is given, to which it adds.
 _ROUNDING = {torch.float32: 2.0**-18, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""Relative to what a block is given, to which it adds."""
-
 _NAMES = "adds", "stores in keys", "stores in values"
-
-_PROMPTS = 5
-_TIMED_STEPS = 10
+_PROMPTS, _TIMED_STEPS = 5, 10
 
 Result = TypeVar("Result", covariant=True)
 
 
 @dataclass(frozen=True)
 class Recording(Generic[Result]):
-    """Operations that can be done once more, with their result, in memory that stays theirs.
-
-    `replay` does them on what is in the memory that they were given, and leaves `result` in its place.
-    """
+    """Operations that can be done once more, in memory that stays theirs: `replay` does them on what is in the memory
+    that they were given, and leaves `result` in its place."""
 
     result: Result
     replay: Callable[[], None]
 
 
 class CudaRecorder:
-    """By CUDA graphs, ROCm's too.
-
-    Recordings may have memory in common beside their results: they are to be replayed in the order in which they were
-    recorded, some left out.
-    """
+    """By CUDA graphs, ROCm's too. Recordings may have memory in common beside their results: they are to be replayed in
+    the order in which they were recorded, some left out."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, _stream(device)
@@ -98,11 +88,8 @@ class CannotBeRecorded(RuntimeError):
 
 
 class OnDeviceAlone(TorchDispatchMode):
-    """Refuses operations for which the host waits, and such as touch memory of other devices than `device`.
-
-    torch has not always recovered from a recording that was broken off, so that this looks before. Raises
-    CannotBeRecorded, which names the operation.
-    """
+    """Raises CannotBeRecorded for operations for which the host waits, and for memory of other devices, before they are
+    recorded: torch has not always recovered from a recording that was broken off."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -132,8 +119,8 @@ class OnDeviceAlone(TorchDispatchMode):
 
 
 _WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Those wait where an index is a mask, only.
 _INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
-"""Those wait where an index is a mask, only."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +132,8 @@ class _Piece:
 
 
 class Recorded:
-    """Blocks for one number of positions.
-
-    Args:
-        step: all blocks of a span.
-        hidden: `[positions, hidden]`, on the device and in the type of the blocks: it is overwritten by every step.
-    """
+    """All blocks of a span for one number of positions; every step overwrites `hidden`, `[positions, hidden]`, on the
+    device and in the type of the blocks."""
 
     def __init__(self, step: TorchStep, hidden: Tensor, recorder: CudaRecorder) -> None:
         def record(work: Callable[[], Result]) -> Recording[Result]:
@@ -190,11 +173,8 @@ class Recorded:
 
 
 class GraphStep:
-    """Runs blocks as `lean` does, from recordings where there are some.
-
-    Args:
-        recorded: by number of positions, of these blocks or more; steps of some of the blocks share it.
-    """
+    """Runs blocks as `lean` does, from recordings where there are some: by number of positions, of these blocks or
+    more, as steps of some of the blocks share them."""
 
     def __init__(self, lean: TorchStep, recorded: dict[int, Recorded]) -> None:
         self.lean, self.recorded, self.takes = lean, recorded, lean.takes

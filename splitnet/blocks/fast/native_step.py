@@ -30,9 +30,6 @@ MOST_POSITIONS = 16  # in one step; with more, products of matrices are faster
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GROUPED = 3
 _VECTOR = 16
-_NO_MATRIX = [0] * 6
-_NO_NORM = [0] * 5
-_NO_EXPERTS = [0] * 31
 
 Fields = list[int | float]  # of a struct of C: all have 8 bytes
 
@@ -41,9 +38,7 @@ class NativeStep:
     """Runs blocks that `NativeStep.of` knows.
 
     Args:
-        blocks: what they consist of, in order.
-        rope: gives the cosines and sines of positions.
-        turning: what is done with them; None: no block is turned.
+        rope, turning: gives the cosines and sines of positions, and what is done with them; None: no block is turned.
         windows: sliding windows in positions, by the index that blocks have in their caches.
         dtype: what the span computes in, and keeps in its caches.
     """
@@ -71,10 +66,8 @@ class NativeStep:
     def of(
         cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None], dtype: torch.dtype
     ) -> NativeStep | None:
-        """For these blocks; None if nothing is compiled for this CPU.
-
-        Raises UnknownPart if their parts are not the usual ones. As they may be anything, so may be what is raised.
-        """
+        """For these blocks; None if nothing is compiled for this CPU. Raises UnknownPart if their parts are not the
+        usual ones. As they may be anything, so may be what is raised."""
         if not native.has_fast_kernels() or dtype not in (torch.float32, torch.bfloat16):
             return None
         described = [BlockDescription.of(block) for block in blocks]
@@ -121,7 +114,7 @@ class NativeStep:
         places = None if attention.places is None else torch.tensor(attention.places)
         fields += [self._address(places), attention.scale, attention.cap, attention.clip]
         latents = attention.latents
-        rank, absorbed = (0, False) if latents is None else (latents.norm.weight.numel(), latents.kept)
+        rank, absorbed = (0, False) if latents is None else (latents.rank, latents.kept)
         fields += [attention.heads, attention.stored, attention.size, attention.value_size, rank, absorbed]
         fields += [window or 0, attention.joined, attention.late]
         turns = self._turning is not None and attention.turns
@@ -131,7 +124,7 @@ class NativeStep:
         inner = (None, None) if latents is None else (latents.lowered_norm, latents.norm)
         fields += chain.from_iterable(map(self._norm, inner))
         fields += chain.from_iterable(map(self._matrix, attention.latent_layers))
-        return fields + (_NO_EXPERTS if experts is None else self._described_experts(experts))
+        return fields + ([0] * 31 if experts is None else self._described_experts(experts))
 
     def _described_experts(self, experts: KnownExperts) -> Fields:
         choice, gating = experts.choice, experts.gating
@@ -152,14 +145,14 @@ class NativeStep:
 
     def _norm(self, norm: Norm | None) -> Fields:
         if norm is None:
-            return [*_NO_NORM]
+            return [0] * 5
         stride = norm.weight.shape[1] if norm.weight.ndim == 2 else 0
         return [int(norm.kind), self._floats(norm.weight), self._floats(norm.bias), stride, norm.epsilon]
 
     def _matrix(self, layer: Any) -> Fields:
         """Its kind is one of `native/products.h`."""
         if layer is None:
-            return [*_NO_MATRIX]
+            return [0] * 6
         held: Any = layer.held if isinstance(layer, QuantizedLinear) else layer
         if isinstance(held, BlockQuantWeight):
             places = [_GROUPED, self._address(held.tiles), self._address(held.description)]
@@ -197,9 +190,9 @@ def _turning_of(
     kinds = _ropes_of(described, rope)
     if rope is None or not kinds:
         return None
-    attention = next(module for module in blocks[0].modules() if hasattr(module, "layer_idx"))
-    size, width = described[0].attention.turned_size, described[0].width
-    found = {Turning.of(attention, size, rope, width, kind) for kind in kinds}
+    module, attention = next(each for each in blocks[0].modules() if hasattr(each, "layer_idx")), described[0].attention
+    size = attention.size if attention.latents is None else attention.latents.turned
+    found = {Turning.of(module, size, rope, described[0].width, kind) for kind in kinds}
     turning = found.pop()
     if found or turning is None:
         raise UnknownPart("rotary embedding")
@@ -210,7 +203,8 @@ def _check(block: BlockDescription) -> None:
     """That there are kernels for a block."""
     experts, attention = block.experts, block.attention
     layers, latents = (*block.layers, *attention.latent_layers), attention.latents
-    if any(size % _VECTOR for size in attention.sizes) or not all(layer is None or _is_held(layer) for layer in layers):
+    sizes = (attention.size, attention.value_size, *(() if latents is None else (latents.rank, latents.turned)))
+    if any(size % _VECTOR for size in sizes) or not all(layer is None or _is_held(layer) for layer in layers):
         raise UnknownPart("layers")
     if latents is not None and latents.kept:
         layer = latents.expand

@@ -28,12 +28,8 @@ Turns = tuple[Tensor, Tensor]  # cosines, and sines with their signs
 
 
 class TorchStep:
-    """Runs a family's own blocks that `TorchStep.of` knows, in order.
-
-    Args:
-        rope: gives the cosines and sines of positions.
-        windows: sliding windows in positions, by the index that blocks have in their caches.
-    """
+    """Runs a family's own blocks that `TorchStep.of` knows, in order; `windows`: sliding windows in positions, by the
+    index that blocks have in their caches."""
 
     def __init__(self, blocks: Sequence[nn.Module], rope: nn.Module, windows: Sequence[int | None]) -> None:
         self.blocks = [LeanBlock(block, windows) for block in blocks]
@@ -116,10 +112,8 @@ class LeanBlock:
         return turned[:, :heads].unsqueeze(2), turned[:, heads:].unsqueeze(1).unsqueeze(3), value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Chunk]) -> Tensor:
-        """Stores the keys and values of the parts' positions, and gives `[positions, heads * head size]`.
-
-        What `before` gives may be of more positions, which do not count then.
-        """
+        """Stores the keys and values of the parts' positions, and gives `[positions, heads * head size]`; what `before`
+        gives may be of more positions, which do not count then."""
         attended: list[Tensor] = []
         for index, part in enumerate(parts):
             keys, values = part.row.append(self.index, key[index], value[index])
@@ -141,10 +135,8 @@ class LeanBlock:
 
 
 def is_usual(block: nn.Module, *, experts: bool = False) -> bool:
-    """Whether the parts of a block have the names of Llama's; what they do is not known by that.
-
-    `experts`: in the place of its MLP there may be anything that takes and gives hidden states.
-    """
+    """Whether the parts of a block have the names of Llama's; what they do is not known by that. `experts`: in place of
+    its MLP there may be anything that takes and gives hidden states."""
     children = dict(block.named_children())
     if set(children) != _PARTS:
         return False
