@@ -54,10 +54,7 @@ class Client:
 
     @classmethod
     def connect(cls, connection: Connection, adapter: Path | None = None, speculate: str | None = None) -> Client:
-        """Loads the local part of the model and joins the swarm.
-
-        Raises AdapterError if the folder holds no adapter of PEFT for this model; and as `drafts_of`.
-        """
+        """Loads the client's part and joins the swarm. Raises AdapterError if none fits; and as `drafts_of`."""
         checkpoint = connection.checkpoint()
         drafts = drafts_of(speculate, connection)
         swarm = connection.swarm(checkpoint)

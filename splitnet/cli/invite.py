@@ -39,10 +39,7 @@ class Invite:
 
     @classmethod
     def load(cls, path: Path) -> Invite:
-        """The invitation in a file.
-
-        Raises KeyFileError if it is none, or others can read it, DirectoryError if it holds a wrong address.
-        """
+        """The one in a file. Raises KeyFileError: it is none, or others can read it; DirectoryError: wrong address."""
         from splitnet.security.identity import Identity
         from splitnet.security.swarm_key import SwarmKey, read_secret_file
 

@@ -190,8 +190,8 @@ _OF_THE_MACHINE = {
     errno.ENFILE: ("too many files are open on this machine", _FILES),
     errno.ENOMEM: ("there is not enough memory", _MEMORY),
 }
+# How libraries in other languages name an error of the system.
 _SAID = re.compile(r"\((?:os error|errno) (\d+)\)", re.IGNORECASE)
-"""How libraries in other languages name an error of the system."""
 
 
 def of_this_machine(error: BaseException) -> str | None:

@@ -14,10 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class StageProgress:
-    """A bar per stage on a terminal; a line per stage where there is none, or an event where stderr is for programs.
-
-    Use it as a context manager.
-    """
+    """A context manager: a bar per stage on a terminal, else a line, or an event where stderr is for programs."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)

@@ -85,10 +85,7 @@ class Admission:
 
     @asynccontextmanager
     async def place(self, client: Client = ANYONE) -> AsyncIterator[None]:
-        """Waits for a place, and has it until the end of the `with`.
-
-        Raises Overloaded if too many wait already, and QuotaUsed if the client has used its tokens.
-        """
+        """Waits for a place, and has it within the `with`. Raises QuotaUsed, or Overloaded if too many wait already."""
         client.check_quota()
         await self._turn(client)
         try:

@@ -240,10 +240,7 @@ HEADERS = {
 
 
 class Dashboard:
-    """Watches the swarm and the answers, only while a page is open; all pages show the same.
-
-    `name` is that by which the chat asks for the model.
-    """
+    """Watches swarm and answers while a page is open; all show the same. `name`: that of the model in the chat."""
 
     def __init__(self, generations: Generations, admission: Admission, name: str) -> None:
         self._name = name

@@ -160,10 +160,7 @@ IDLE_CONNECTIONS = 256
 
 
 class Connection(H11Protocol):
-    """uvicorn's, which bounds neither the time for a head nor the time for reading an answer.
-
-    `idle` is the account of all connections without a whole request.
-    """
+    """uvicorn's, with bounds on the time for a head and for reading; `idle`: account of all without a whole request."""
 
     def __init__(self, idle: FairAccount, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -44,10 +44,7 @@ class Grammars:
         self._end_tokens = end_tokens
 
     def of_schema(self, schema: dict[str, Any], param: str | None = None) -> Grammar:
-        """The grammar of all JSON that fits a schema; `param`: the parameter of a request that holds it.
-
-        Raises ApiError if it is no schema, or one that is not supported.
-        """
+        """The grammar of JSON that fits the schema in `param` of a request. Raises ApiError if it is not supported."""
         try:
             text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=ONE_LINE)
         except ValueError as error:  # it is nested too deep
@@ -57,10 +54,8 @@ class Grammars:
     def of_calls(self, tools: Sequence[Function], *, required: bool, several: bool = False) -> Grammar:
         """The grammar of an answer that may call some tools, or of one call of one of them.
 
-        Args:
-            required: the answer is one call, which fits the parameters of its tool. Otherwise it is text, and calls in
-                it fit those of tools that are strict.
-            several: the answer may go on after a call.
+        A `required` call fits the parameters of its tool. Otherwise the answer is text, calls in it fit those of tools
+        that are strict, and with `several` it may go on after a call.
 
         Raises ApiError if the parameters of a tool are no schema of an object, or one that is not supported.
         """

@@ -123,10 +123,7 @@ class Prompts:
         return said
 
     def of_text(self, prompt: str | list[int]) -> list[int]:
-        """The tokens of a bare prompt.
-
-        Raises ApiError if there are none, or tokens that the model does not know, or it is longer than the context.
-        """
+        """The tokens of a bare prompt. Raises ApiError: none, unknown ones, or more than the context."""
         if isinstance(prompt, str):
             self._check_length([prompt])
         tokens = self._tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
@@ -166,10 +163,7 @@ class Prompts:
             raise ApiError(400, f"the model knows the tokens 0 to {self._vocabulary - 1} only", param=param)
 
     def room_for(self, prompt: list[int], max_tokens: int | None) -> int:
-        """How many tokens an answer may have at most; None: as many as there is room for.
-
-        Raises ApiError if prompt and answer are longer than the context.
-        """
+        """How many tokens an answer may have; None asks for all that have room. Raises ApiError if there is no room."""
         if self._max_positions is None:
             return max_tokens if max_tokens is not None else DEFAULT_MAX_TOKENS
         room = self._max_positions - len(prompt)

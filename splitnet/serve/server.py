@@ -143,10 +143,7 @@ def serve(
     say: Callable[[str], None],  # told where, and what is taken from the checkpoint, once requests are answered
     warn: Callable[[str], None],  # told what is dangerous
 ) -> None:
-    """Serves a model until SIGINT or SIGTERM.
-
-    Raises AddressInUse if the port is taken, and another SplitnetError if requests cannot be answered.
-    """
+    """Serves a model until SIGINT or SIGTERM. Raises AddressInUse, or SplitnetError if it cannot answer requests."""
     keys = ApiKeys.read(options.api_key_file)
     names = options.names or [checkpoint.name]
     with listen_at(options.host, options.port) as listener:

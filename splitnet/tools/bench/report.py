@@ -110,14 +110,11 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one client saw: seconds until its first token, and from each to the next, once all clients had their first.
-
-    `traffic` is None where nothing was remote.
-    """
+    """What one client saw: seconds to its first token, and from each to the next, once all clients had their first."""
 
     first_token_s: float
     token_s: tuple[float, ...]
-    traffic: Traffic | None = None
+    traffic: Traffic | None = None  # None where nothing was remote
 
     @property
     def new_tokens(self) -> int:
@@ -222,10 +219,7 @@ def turns(cases: Sequence[Case], arms: Sequence[str], rounds: int, warm_up: int)
 def measure(
     arms: Mapping[str, Arm], cases: Sequence[Case], *, rounds: int, warm_up: int, progress: Progress
 ) -> list[Measured]:
-    """Runs all cases with all arms.
-
-    Raises SplitnetError if an arm failed, or did not give exactly the tokens that it was asked for.
-    """
+    """Runs all cases with all arms. Raises SplitnetError if an arm fails, or gives other than the tokens asked for."""
     seen: dict[tuple[Case, str], list[Round]] = {(case, arm): [] for case in cases for arm in arms}
     of_each_round = len(cases) * len(arms)
     for index, turn in enumerate(turns(cases, list(arms), rounds, warm_up)):

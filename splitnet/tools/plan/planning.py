@@ -33,31 +33,25 @@ MOST_SESSIONS: Final = 16
 
 @dataclass(frozen=True)
 class Demand:
-    """What the partition is for: sessions of `context` positions, `prompt` of them the prompt's.
+    """What the partition is for."""
 
-    Each device has memory for so many `sessions`; with `throughput` it counts what they get together.
-    """
-
-    context: int
-    prompt: int
-    sessions: int
-    throughput: bool
+    context: int  # positions of a session
+    prompt: int  # so many of them are the prompt's
+    sessions: int  # each device has memory for so many
+    throughput: bool  # what they get together counts
 
 
 @dataclass(frozen=True)
 class PlannedSpan:
-    """A device of the plan with its blocks `[start, end)`. Memory in bytes; ms_per_token: its part of a decode step.
-
-    kv_memory: what its blocks leave for KV caches. joules_per_token: None if it is not known what the device draws.
-    """
+    """A device of the plan with its blocks `[start, end)`; memory in bytes."""
 
     device: KnownDevice
     start: int
     end: int
     memory_used: int
-    kv_memory: int
-    ms_per_token: float
-    joules_per_token: float | None
+    kv_memory: int  # what its blocks leave for KV caches
+    ms_per_token: float  # its part of a decode step
+    joules_per_token: float | None  # None if it is not known what the device draws
 
 
 @dataclass(frozen=True)

@@ -228,10 +228,7 @@ class Tuning:
     way: Sequence[str]  # The arguments with which commands reach the model
 
     def run(self, connection: Connection) -> None:
-        """Trains to the last step, or until the user stops it.
-
-        Raises SplitnetError for what went wrong; steps that were done are kept in the output folder.
-        """
+        """Trains to the last step, or until it is stopped. Raises SplitnetError; steps that were done are kept."""
         checkpoint = connection.checkpoint()
         tokenizer = checkpoint.tokenizer()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

@@ -19,14 +19,11 @@ from splitnet.tools.tune.methods import Settings
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One row of training: token ids, and of each position the token to learn there, or IGNORED.
-
-    `choice` is the number of the label, in a classification.
-    """
+    """One row of training."""
 
     ids: list[int]
-    targets: list[int]
-    choice: int | None = None
+    targets: list[int]  # of each position the token to learn there, or IGNORED
+    choice: int | None = None  # the number of the label, in a classification
 
     @property
     def learned(self) -> int:
