@@ -567,15 +567,15 @@ WEIGHTS = [
     Fault(
         "weights that are not shared are given",
         "peers/weights.py",
-        "data = self._piece(message.name) if self._shares() else None",
+        "data = self._piece(message.name) if self.shares() else None",
         "data = self._piece(message.name)",
         ("tests/unit/peers/test_weight_service.py",),
     ),
     Fault(
         "weights are given faster while sessions are served",
         "peers/weights.py",
-        "SERVING_SHARE if self._serving() else 1.0",
-        "1.0 if self._serving() else SERVING_SHARE",
+        "SERVING_SHARE if self.serving() else 1.0",
+        "1.0 if self.serving() else SERVING_SHARE",
         ("tests/unit/peers/test_weight_service.py",),
     ),
     Fault(

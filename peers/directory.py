@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -32,10 +32,8 @@ from splitnet.wire.messages import ENTRY_BYTES, Announce, Announced, Failure, Fa
 log = logging.getLogger(__name__)
 
 FRESH_S: Final = 1.0  # how old an answer may be
-FRESH_PER_RECORD_S: Final = 0.1
-FRESH_CHANGES_S: Final = 10.0
-"""An answer with changes may be as old as `FRESH_PER_RECORD_S` for each record, up to this: a client that asks for
-changes asks again soon, and reading many records takes a megabyte."""
+FRESH_PER_RECORD_S: Final = 0.1  # how old one with changes may be: so much for each record, as reading many is slow,
+FRESH_CHANGES_S: Final = 10.0  # up to this: a client that asks for changes asks again soon
 BYTES_PER_MINUTE: Final = 16 << 20  # of answers to one key: a full directory a few times, or some thousand small swarms
 BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE  # to all keys, about the own model; half for other kinds
 LOOK_UP_BYTES: Final = 4096  # what a question costs besides its answer
@@ -177,9 +175,8 @@ class DirectoryService:
     def _make_room(self, model: str, now: float) -> bool:
         """Forgets old answers; whether one more may be made."""
         for name, reading in list(self._readings.items()):
-            if not reading.serves(now, changes=True) or (
-                len(self._readings) >= MAX_MODELS and reading.parts is not None
-            ):
+            is_full = len(self._readings) >= MAX_MODELS
+            if not reading.serves(now, changes=True) or (is_full and reading.parts is not None):
                 del self._readings[name]
         return len(self._readings) < MAX_MODELS or self._about(model) is not _About.OTHER
 
@@ -191,7 +188,7 @@ class DirectoryService:
             if records is None:
                 parts = [b""]  # the sender may lack the key of this swarm, and learns nothing
             else:
-                parts = self._sealed(records)
+                parts = [self._swarm.seal(part) for part in parts_of(records)]
                 reading.told = DirectoryDelta(records)
                 reading.fresh_changes_s = min(max(FRESH_S, FRESH_PER_RECORD_S * len(records)), FRESH_CHANGES_S)
         except SplitnetError as error:
@@ -213,7 +210,7 @@ class DirectoryService:
         parts, present = reading.parts or [b""], b""
         if message.most and reading.told is not None and not failure:
             present, changed = reading.told.changes(message.known, message.since, message.most)
-            parts = self._sealed(changed)
+            parts = [self._swarm.seal(part) for part in parts_of(changed)]
         with self._lock:
             self._done(payer)
             if failure:
@@ -239,9 +236,6 @@ class DirectoryService:
             known = {self._swarm.place(model): model for model in models}
             self._known[depth] = time.monotonic(), known
         return known.get(place)
-
-    def _sealed(self, records: Sequence[PeerRecord]) -> list[bytes]:
-        return [self._swarm.seal(part) for part in parts_of(records)]
 
     def _announce(self, source: Connection, message: Announce, now: float) -> None:
         used = _bucket_of(self._announcements, source.curve)
@@ -334,9 +328,8 @@ class DirectoryService:
         tasks = self._tasks.setdefault((kind, depth), deque())
         tasks.append(task)
         if len(tasks) == 1:
-            thread = threading.Thread(
-                target=self._work, args=((kind, depth),), name=f"splitnet-directory-{kind}", daemon=True
-            )
+            name = f"splitnet-directory-{kind}"
+            thread = threading.Thread(target=self._work, args=((kind, depth),), name=name, daemon=True)
             self._threads.add(thread)
             thread.start()
 
@@ -387,11 +380,7 @@ class Announcer:
         self._thread = threading.Thread(target=self._run, name="splitnet-announce", daemon=True)
 
     def start(self) -> None:
-        """Publishes the first record before returning, then keeps it fresh.
-
-        Raises:
-            DirectoryError: the directory does not answer.
-        """
+        """Publishes the first record before returning, then keeps it fresh. Raises DirectoryError without an answer."""
         for tries_left in reversed(range(FIRST_TRIES)):
             try:
                 self.publish()

@@ -188,23 +188,17 @@ def speed_of(span: Span, model: str, file: Path | None, energy: EnergyMeter) -> 
 
 
 def _is_speed(block_ms: Any) -> bool:
-    return (
-        isinstance(block_ms, list)
-        and len(block_ms) == len(PASS_SIZES)
-        and all(isinstance(value, float) and math.isfinite(value) and value > 0 for value in block_ms)
-    )
+    if not isinstance(block_ms, list) or len(block_ms) != len(PASS_SIZES):
+        return False
+    return all(isinstance(value, float) and math.isfinite(value) and value > 0 for value in block_ms)
 
 
 def _key(span: Span, model: str) -> str:
     """All that a speed depends on and does not change by itself."""
     device = torch.cuda.get_device_name(span.device) if span.device.type == "cuda" else native.processor()
-    return " ".join(
-        (
-            *(f"splitnet-{__version__}", f"torch-{torch.__version__}", f"kernels-{native.version()}"),
-            *(f"{platform.node()}/{span.device}/{device}", f"threads-{torch.get_num_threads()}"),
-            *(model, f"{span.start}:{span.end}", span.weights.kind, str(span.dtype)),
-        )
-    )
+    software = f"splitnet-{__version__} torch-{torch.__version__} kernels-{native.version()}"
+    hardware = f"{platform.node()}/{span.device}/{device} threads-{torch.get_num_threads()}"
+    return f"{software} {hardware} {model} {span.start}:{span.end} {span.weights.kind} {span.dtype}"
 
 
 class Engine:

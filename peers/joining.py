@@ -122,9 +122,8 @@ def join_swarm(
 
     model: as the user calls it. checkpoint: what there is of it; None: nothing, neither here nor at the hub.
 
-    Raises:
-        SplitnetError: see `join`; also if there is no `options.join_file`, or options of the DHT are given without one.
-        ModelNotFound: the model is not here, and no peer of the swarm gives it.
+    Raises SplitnetError as `join` does, and if there is no `options.join_file`, or options of the DHT are given without
+    one; ModelNotFound if the model is not here, and no peer of the swarm gives it.
     """
     if checkpoint is not None and checkpoint.is_whole:
         checkpoint.manifest(partial(report, "check the weights"))
@@ -137,8 +136,19 @@ def join_swarm(
             _meet_local_network(options, directory, report)
             checkpoint, fetcher = _find_model(options, model, checkpoint, directory, identity, report)
         elif options.invited and options.model_id is None:
+            # A model that an invitation names is not served to a swarm that does not know it.
+            own, joined = checkpoint.fingerprint, options.initial_peers
+
+            def accept(one: Manifest, heads: Sequence[bytes]) -> str:
+                return "" if one.fingerprint == own else f"{model} on this machine is another model"
+
             with Asking(identity, options.swarm_key or OPEN) as asking:
-                _check_told(options, model, checkpoint, directory, asking, report)
+                told = find_manifest(directory, asking, model, joined=joined, accept=accept, report=report)
+            if told is None:
+                raise ModelNotFound(
+                    f"the invitation names {model}, which is on this machine and not in the swarm: give it as MODEL, "
+                    "beside --invite, if you mean to serve it there"
+                )
         node = part_of(directory, Directory)
         lan = None
         if node is not None and options.lan:
@@ -284,27 +294,6 @@ def _check_layout(manifest: Manifest, path: Path) -> None:
     if not manifest.heads and is_of_gguf(manifest.config):
         raise ModelNotFound("a peer leaves out what stands before the tensors in the files of this model")
     HeldPieces(manifest, store)  # raises if pieces do not fit each other
-
-
-def _check_told(
-    options: PeerOptions,
-    model: str | Path,
-    checkpoint: Checkpoint,
-    directory: SwarmDirectory,
-    asking: Asking,
-    report: Report,
-) -> None:
-    """Refuses to serve a model that an invitation names to a swarm that does not know it."""
-    own = checkpoint.fingerprint
-
-    def accept(one: Manifest, heads: Sequence[bytes]) -> str:
-        return "" if one.fingerprint == own else f"{model} on this machine is another model"
-
-    if find_manifest(directory, asking, model, joined=options.initial_peers, accept=accept, report=report) is None:
-        raise ModelNotFound(
-            f"the invitation names {model}, which is on this machine and not in the swarm: give it as MODEL, beside "
-            "--invite, if you mean to serve it there"
-        )
 
 
 def _check_expected(checkpoint: Checkpoint, options: PeerOptions) -> None:

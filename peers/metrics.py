@@ -130,10 +130,9 @@ class PeerMetrics(Collector):
 
     def _traffic(self) -> Iterator[Metric]:
         sending, receiving = self._peer.transport.sending, self._peer.transport.receiving
-        buffers = {"received": receiving.used, "sent": sending.used}
-        buffers |= {"received_limit": receiving.limit, "sent_limit": sending.limit}
+        limits = {"received_limit": receiving.limit, "sent_limit": sending.limit}
         help = "Messages in sockets: received and not read yet or not complete, not sent yet, and how much that may be."
-        yield _gauge("buffer_bytes", help, buffers, "state")
+        yield _gauge("buffer_bytes", help, {"received": receiving.used, "sent": sending.used} | limits, "state")
         hidden, helper = self._peer.ways.hidden, self._peer.ways.helper
         help = "Helpers through which the peer is reached; 0: it is reached directly."
         yield _gauge("relays", help, len(hidden.relays))
@@ -226,9 +225,7 @@ def _histograms(name: str, help: str, label: str, histograms: Mapping[Label, His
 class MetricsServer(ThreadingTCPServer):
     """Listens from the start, answers once it serves. Use it as a context manager. Port 0: any free one.
 
-    Raises:
-        AddressInUse: something else listens there.
-        SplitnetError: it is not an address of this machine.
+    Raises AddressInUse if something else listens there, and SplitnetError if it is not an address of this machine.
     """
 
     allow_reuse_address = sys.platform != "win32"  # where others could take the port, too

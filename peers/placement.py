@@ -55,9 +55,7 @@ def fitting_blocks(
 ) -> int:
     """How many blocks the peer has memory for; 0 if it was told which blocks to serve. Arguments as of `Span.load`.
 
-    Raises:
-        OutOfMemory: not even one block fits.
-        WeightsError: weights cannot be held so.
+    Raises OutOfMemory if not even one block fits, and WeightsError if weights cannot be held so.
     """
     if wish.blocks is not None:
         return 0
@@ -137,8 +135,7 @@ def choose_blocks(
 
     own_ms: of a token at a block of the new peer; None: not known.
 
-    Raises:
-        SplitnetError: the blocks asked for do not exist in the model.
+    Raises SplitnetError if the blocks asked for do not exist in the model.
     """
     count = checkpoint.num_blocks
     if wish.blocks is None:
@@ -195,8 +192,9 @@ class Mover:
         if move.confirm:
             if self._announced != move:
                 self._announced, self._issued = move, {record.key.text: record.issued_at for record in others}
-            rivals = [record for record in others if _may_leave(record, own)]
-            if any(record.issued_at <= self._issued.get(record.key.text, 0.0) for record in rivals):
+            beside = [record for record in others if record.start < own.end and own.start < record.end]
+            may_leave = [record for record in beside if record.serves and record.max_blocks > 0]
+            if any(record.issued_at <= self._issued.get(record.key.text, 0.0) for record in may_leave):
                 return None
         self._announced = None
         return move.start, move.end
@@ -238,10 +236,6 @@ class Mover:
             moving={record.key.text: record.moving_to for record in others if record.moving_to},
         )
         return move if move is not None and move.peer == own.key.text else None
-
-
-def _may_leave(record: PeerRecord, own: PeerRecord) -> bool:
-    return record.serves and record.max_blocks > 0 and record.start < own.end and own.start < record.end
 
 
 class HolderWatch:

@@ -173,9 +173,7 @@ def find_sources(device: torch.device, sysfs: Path = SYSFS) -> Sources:
     if device.type != "cpu":
         return Sources()
     rapl = _of_rapl(sysfs)
-    if rapl.parts:
-        return rapl
-    return _of_sensors(sysfs) or rapl
+    return rapl if rapl.parts else _of_sensors(sysfs) or rapl
 
 
 def _of_rapl(sysfs: Path) -> Sources:

@@ -28,16 +28,8 @@ class WorkQueue:
 
     A session is busy while its step is in a pass, so steps of one session never overtake each other.
 
-    Args:
-        pass_s: seconds that a pass of so many positions takes.
-        weight: of a client's key, in proportion to which keys share the device.
-        memory: for the steps that wait; None: 512 MiB.
-        unsent: bytes that wait for the link to a next hop.
-
-    Attributes:
-        closed: nothing runs any more.
-        delay: of the sessions, by id, that steps are waited for.
-        defers: `put` leaves it to the caller to wake the engine, by `Engine.run_here`.
+    pass_s: seconds that a pass of so many positions takes. weight: of a client's key, in proportion to which keys share
+    the device. memory: for the steps that wait; None: 512 MiB. unsent: bytes that wait for the link to a next hop.
     """
 
     def __init__(
@@ -51,17 +43,17 @@ class WorkQueue:
         self._unsent = unsent
         self._fair = FairPasses[Work](pass_s, weight)
         self._shares = self._fair.shares
-        self.delay = BatchingDelay()
+        self.delay = BatchingDelay()  # of the sessions, by id, that steps are waited for
         self.memory = memory or MemoryAccount(1 << 29, "no memory for waiting steps of", "send fewer at a time")
         self._ready: OrderedDict[Session, None] = OrderedDict()
+        # Of prompts that are ready: bytes that wait for the way, and since when they have not become fewer.
         self._ways: dict[Endpoint, tuple[int, float]] = {}
-        """Of prompts that are ready: bytes that wait for the way, and since when they have not become fewer."""
         self._changed = threading.Condition()
-        self.closed = False
+        self.closed = False  # nothing runs any more
         self._passes: OrderedDict[bytes, dict[PassWork, None]] = OrderedDict()  # by key
         self._next_pass_of: bytes | None = None
         self._idle_job: Callable[[], None] | None = None
-        self.defers = False
+        self.defers = False  # `put` leaves it to the caller to wake the engine, by `Engine.run_here`
         self._turns_without_pass = 0
         self.queued_positions = 0
         self.pass_positions = 0  # of passes that wait or run
@@ -101,14 +93,13 @@ class WorkQueue:
                 return None
             session = next(iter(self._ready))
             work = session.waiting[0]
-            is_short = (
-                work.remaining <= DECODE_POSITIONS
-                and self._pass_s(work.remaining) <= within_s
-                and not self.delay.delay_s(1)
-                and not self._shares.contended(time.monotonic())
-                and is_quick(work)
-            )
-            if not is_short:
+            if (
+                work.remaining > DECODE_POSITIONS
+                or self._pass_s(work.remaining) > within_s
+                or self.delay.delay_s(1)
+                or self._shares.contended(time.monotonic())
+                or not is_quick(work)
+            ):
                 return None
             session.passed_over = 0
             del self._ready[session]

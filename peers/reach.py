@@ -34,19 +34,9 @@ REACHED_S, UNREACHED_S, UNKNOWN_S = 600.0, 180.0, 60.0  # time after which other
 class PeerWays:
     """Of a running peer; close it after the transport.
 
-    Args:
-        tunnels: of the transport; their loop runs this.
-        address: `tcp://IP:port` as the peer would announce it.
-        authorized: keys that it may relay for; None: any.
-        others: looks up the other peers of the model.
-        directory: where relays are found.
-        vouched: whether the user, or a friend, has named a relay.
-        changed: called when the record of the peer has changed; it must return at once.
-
-    Attributes:
-        endpoint: the peer at its own address, as that is now.
-        hidden: its connections to relays; their `relays` are empty if it is reached directly.
-        helper: relays for others; None: it does not.
+    address: `tcp://IP:port` as the peer would announce it. authorized: keys that it may relay for; None: any. others:
+    looks up the other peers of the model. directory: where relays are found. vouched: whether the user, or a friend,
+    has named a relay. changed: called when the record of the peer has changed; it must return at once.
     """
 
     def __init__(
@@ -75,7 +65,7 @@ class PeerWays:
                 "--listen tcp://[::]:PORT",
                 listen,
             )
-        self.endpoint = Endpoint(address, identity.public)
+        self.endpoint = Endpoint(address, identity.public)  # at its own address, as that is now
         self._reach = options.reach
         # On loopback are tests and demos: what others reach of them is no question.
         self._asks = options.reach is Reach.auto and is_reachable(listen)
@@ -85,8 +75,9 @@ class PeerWays:
         self._mapping = PortMapping(transport.port) if options.port_mapping and self._asks else None
         self._mapped: str | None = None  # what the router has given, and others reach
         inside = inside_of(listen, transport.port)
+        # Its connections to relays; their `relays` are empty if it is reached directly.
         self.hidden = UnreachablePeer(tunnels.loop, identity, inside, tunnels.behind, self._find, changed, vouched)
-        self.helper: RelayServer | None = None
+        self.helper: RelayServer | None = None  # relays for others
         if options.relay_port is not None:
             self.helper = RelayServer(
                 tunnels.loop,

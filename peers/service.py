@@ -240,16 +240,7 @@ def _is_known(state: LinkState, proven: bool) -> bool:
 class SessionService:
     """Sessions, admission and the way of every step through this hop. Thread-safe.
 
-    Args:
-        training_memory: bytes to keep for clients that train.
-        reach_s: see `NextHopOpening`.
-        counters: None: not read by others.
-        policy: what keys are granted; None: all, alike.
-
-    Attributes:
-        load: how busy the device has been lately.
-        ms_per_position: that a position takes on the device, kept up to date by the engine.
-        leaving: it takes no new sessions.
+    training_memory: bytes to keep for clients that train. reach_s: see `NextHopOpening`.
     """
 
     def __init__(
@@ -268,8 +259,8 @@ class SessionService:
         self.served = served
         self.sessions = sessions
         self.queue = queue
-        self.ms_per_position = 0.0
-        self.leaving = False
+        self.ms_per_position = 0.0  # that a position takes on the device, kept up to date by the engine
+        self.leaving = False  # it takes no new sessions
         self.training_memory = MemoryAccount(
             training_memory, "no training memory for", "train with fewer positions at a time"
         )
@@ -362,9 +353,8 @@ class SessionService:
         with self._lock:
             session = self.sessions.get(message.session)
             if session is not None and session.epoch == message.epoch:
-                self._refuse(
-                    session.reply_to, message, FailureCode.BUSY, f"what this peer sends on was dropped: {reason}"
-                )
+                text = f"what this peer sends on was dropped: {reason}"
+                self._refuse(session.reply_to, message, FailureCode.BUSY, text)
 
     def connection_lost(self, connection: Connection, now: float) -> None:
         """A client is not connected any more: unless it connects again, its sessions end in `CLIENT_LOST_S`."""
@@ -391,9 +381,7 @@ class SessionService:
     def prepare(self, work: Work) -> None:
         """Brings a session's rows to where a step begins; called by the engine before a pass.
 
-        Raises:
-            PeerBusy: there is no memory for the states of so many rows.
-            ProtocolError, SessionTooLong: see `prepare_rows`.
+        Raises what `prepare_rows` does, and PeerBusy without memory for the states of so many rows.
         """
         session, step = work.session, work.step
         if not goes_on(session, step):
@@ -408,10 +396,9 @@ class SessionService:
                 session.log.prepare(step.parts, step.forks)
 
     def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:
-        """Sends on what the engine has computed, and logs it.
+        """Sends on what the engine has computed, encoded with the session's codec, and logs it.
 
-        payload: the output of all positions, encoded with the session's codec; empty at the tail.
-        result_payload: what the client asked to have back, encoded.
+        payload: the output of all positions; empty at the tail. result_payload: what the client asked to have back.
         """
         with self._lock:
             session, step = work.session, work.step

@@ -102,9 +102,7 @@ class Session:
 
     # Touched by the engine only, so that no pass loses its rows half-way.
     rows: dict[int, SequenceCache] = field(default_factory=dict)
-    new_room: dict[int, int] = field(
-        default_factory=dict
-    )  # positions for new rows of the next step, see `prepare_rows`
+    new_room: dict[int, int] = field(default_factory=dict)  # positions for new rows of the next step
     done: int = 0  # positions computed so far, of steps and passes
     adapter: Adapter | None = None  # what the client adds to the blocks
     adapter_version: int = 0
@@ -221,8 +219,6 @@ class PassWork:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A row that is to begin as a copy of another."""
-
     source: SequenceCache
     length: int
     prefix_length: int
@@ -272,9 +268,8 @@ def is_quick(work: Work) -> bool:
 def prepare_rows(session: Session, step: Step) -> None:
     """Forks and crops the rows of `session` for `step`, and gives them room; a step that is refused changes nothing.
 
-    Raises:
-        SessionTooLong: the rows would hold more positions than the session has reserved.
-        ProtocolError: a fork of a row that does not exist, or a gap before the first position.
+    Raises SessionTooLong if the rows would hold more positions than the session has reserved, and ProtocolError for a
+    fork of a row that does not exist, or a gap before the first position.
     """
     if goes_on(session, step):
         return
@@ -386,19 +381,10 @@ class SessionTable:
     One key may have all of it until another wants some; then each has a share by its weight. To make room for a key
     within its share, sessions of keys beyond theirs end, without a step for `LEASE_S`, or after `LONGEST_LEASE_S`.
 
-    Args:
-        capacity: bytes for keys and values, states, and logs of what was sent on.
-        idle_s: after this long without a message a session is dropped.
-        position_bytes: of keys and values.
-        row_bytes: what a row takes besides its positions.
-        usual_log_bytes: what the log of a position takes with the codec that most sessions have.
-        ahead: share of its reservation that a session's rows and logs may take beyond it, as they are allocated ahead.
-        num_blocks: of the model; sessions that end there keep no log.
-        keys: what each key is granted; None: all alike.
-
-    Attributes:
-        get: the session of an id, or None.
-        memory: what sessions have reserved.
+    capacity: bytes for keys and values, states, and logs of what was sent on. position_bytes: of keys and values.
+    row_bytes: what a row takes besides its positions. usual_log_bytes: what the log of a position takes with the codec
+    that most sessions have. ahead: share of its reservation that a session's rows and logs may take beyond it, as they
+    are allocated ahead. num_blocks: of the model; sessions that end there keep no log.
     """
 
     def __init__(
@@ -415,7 +401,7 @@ class SessionTable:
     ) -> None:
         # What a key may have is found by this class, not by `Budget`.
         self.memory = MemoryAccount(capacity, "no KV memory for", "try with fewer positions", (capacity,) * 3)
-        self.idle_s = idle_s
+        self.idle_s = idle_s  # after this long without a message a session is dropped
         self._position_bytes = position_bytes * (1 + ahead)
         self._row_bytes = row_bytes
         self._usual_bytes = (position_bytes + usual_log_bytes) * (1 + ahead)
@@ -467,7 +453,8 @@ class SessionTable:
         for other in sorted(self._sessions.values(), key=lambda other: other.stepped_at):
             if short <= 0 and (not crowded or ending):
                 break
-            if other.owner != key and self._lease_left_s(other, now) <= 0:
+            lease_until = min(other.stepped_at + LEASE_S, other.opened_at + LONGEST_LEASE_S)
+            if other.owner != key and lease_until <= now:
                 share, places = self._share(other.owner, weights)
                 if left[other.owner] > share or (crowded and self._count[other.owner] > places):
                     left[other.owner] -= self.memory.held(other.owner, other)
@@ -482,8 +469,7 @@ class SessionTable:
     def add(self, session: Session) -> None:
         """Admits a session, with at least `MIN_RESERVATION` positions.
 
-        Raises:
-            PeerBusy: its reservation does not fit, or is more than its key may have now.
+        Raises PeerBusy if its reservation does not fit, or is more than its key may have now.
         """
         if len(self._sessions) >= MAX_SESSIONS:
             text = f"this peer holds {MAX_SESSIONS} sessions already"
@@ -575,9 +561,6 @@ class SessionTable:
         """Bytes and sessions that a key may have; `weights`: sum of all."""
         part = self._keys.options_of(key).weight / weights
         return part * self.memory.limit, max(1.0, part * MAX_SESSIONS)
-
-    def _lease_left_s(self, session: Session, now: float) -> float:
-        return min(session.stepped_at + LEASE_S, session.opened_at + LONGEST_LEASE_S) - now
 
     def _check_share(self, key: bytes, nbytes: int, now: float) -> None:
         held = self.memory.held(key)

@@ -136,7 +136,21 @@ class CandidateIndex:
     ) -> Flags:
         first, end = blocks
         starts, ends = self._start.clip(first, end) - first, self._end.clip(first, end) - first
-        through = self._chain_through(present, starts, ends, block * (ends - starts) + fixed, outside, blocks)
+        compute = block * (ends - starts) + fixed
+
+        # About how many ms the cheapest chain takes that goes through each of the peers `[peers]`.
+        through = np.full(len(compute), np.inf)
+        of_block = np.maximum(ends - starts, 1)
+        least = _LeastOfBlocks(starts, ends, end - first)
+        ends_of_chain = [np.array(place.coordinate.vector) for place in outside]
+        for anchor, apart in _spread_out(self._vectors, self._known & present, ends_of_chain):
+            away = np.where(self._known, (apart + self._heights) * self._raised, self._unknown_ms)
+            hop = compute + away
+            cheapest = least.of(hop / of_block)
+            cheapest[np.isinf(cheapest)] = 0.0
+            before = np.concatenate([[0.0], np.cumsum(cheapest)])
+            outer = sum(float(np.linalg.norm(point - anchor)) / 2 for point in ends_of_chain)
+            through = np.minimum(through, outer + before[-1] - (before[ends] - before[starts]) + hop)
 
         # The best of each block come first, so that no part of the model is left out.
         others = np.ones(len(through), dtype=bool)
@@ -152,30 +166,6 @@ class CandidateIndex:
         chosen = np.zeros(len(through), dtype=bool)
         chosen[order[np.lexsort((through[order], others[order]))[:limit]]] = True
         return chosen
-
-    def _chain_through(
-        self,
-        present: Flags,
-        starts: Integers,
-        ends: Integers,
-        compute: Floats,
-        outside: Sequence[Place],
-        blocks: tuple[int, int],
-    ) -> Floats:
-        """About how many ms the cheapest chain takes that goes through each of the peers `[peers]`."""
-        of_block = np.maximum(ends - starts, 1)
-        least = _LeastOfBlocks(starts, ends, blocks[1] - blocks[0])
-        ends_of_chain = [np.array(place.coordinate.vector) for place in outside]
-        best = np.full(len(compute), np.inf)
-        for anchor, apart in _spread_out(self._vectors, self._known & present, ends_of_chain):
-            away = np.where(self._known, (apart + self._heights) * self._raised, self._unknown_ms)
-            hop = compute + away
-            cheapest = least.of(hop / of_block)
-            cheapest[np.isinf(cheapest)] = 0.0
-            before = np.concatenate([[0.0], np.cumsum(cheapest)])
-            outer = sum(float(np.linalg.norm(point - anchor)) / 2 for point in ends_of_chain)
-            best = np.minimum(best, outer + before[-1] - (before[ends] - before[starts]) + hop)
-        return best
 
     def _by_block(self, starts: Integers, ends: Integers, blocks: tuple[int, int]) -> tuple[Integers, Integers]:
         """The peers of each block, one block after the other, and where each block's peers begin in that row."""

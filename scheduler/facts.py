@@ -245,15 +245,8 @@ class Network:
 
     def with_links(self, links: Mapping[tuple[str, str], Link]) -> Network:
         network = Network({**self.measured, **links}, self.unmeasured, self.places)
-
-        def fill_table(ids: tuple[str, ...]) -> LinkTable:
-            return self.table(ids).with_links(ids, links)
-
-        network._table = lru_cache(maxsize=2)(fill_table)
+        network._table = lru_cache(maxsize=2)(lambda ids: self.table(ids).with_links(ids, links))
         return network
-
-    def with_places(self, places: Mapping[str, Place]) -> Network:
-        return Network(self.measured, self.unmeasured, {**self.places, **places})
 
     def table(self, ids: Sequence[str]) -> LinkTable:
         """All links between these devices; the last tables are kept."""

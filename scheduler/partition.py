@@ -265,9 +265,8 @@ def fastest_partition(
 
     everyone: all devices with memory for a block take part, even where fewer would be faster.
 
-    Raises:
-        DoesNotFit: the model is too big for all devices together.
-        ValueError: two devices have the same id, or there are more devices than blocks and `everyone` is to take part.
+    Raises DoesNotFit if the model is too big for all devices together, and ValueError if two devices have the same id,
+    or there are more devices than blocks and `everyone` is to take part.
     """
     _check(devices, num_blocks)
     problem = _problem(devices, num_blocks, network, encodings, 1)
@@ -292,9 +291,7 @@ def widest_partition(
 
     positions: of a step, the tokens of sessions that share a pass.
 
-    Raises:
-        DoesNotFit: the model is too big for all devices together.
-        ValueError: two devices have the same id.
+    Raises DoesNotFit if the model is too big for all devices together, and ValueError if two have the same id.
     """
     _check(devices, num_blocks)
     problem = _problem(devices, num_blocks, network, encodings, positions)

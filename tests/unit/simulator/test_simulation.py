@@ -15,7 +15,7 @@ import pytest
 from scheduler.batching import PASS_POSITIONS
 from scheduler.candidates import CandidateIndex
 from scheduler.cost import route_ms
-from scheduler.facts import CLIENT, Coordinate, Hop, Link, Speed
+from scheduler.facts import CLIENT, Coordinate, Hop, Link, Network, Speed
 from scheduler.route import NoRoute, best_route
 from simulator.clients import Plan, Planned
 from simulator.command import chart
@@ -540,7 +540,8 @@ def test_candidates_of_a_large_swarm_cost_little() -> None:
     encodings, blocks = world.settings.encodings, (0, SMALL.num_blocks)
     excess: list[float] = []
     for session in simulation.sessions:
-        network = view.places.with_places({CLIENT: session.client.place})
+        known = view.places
+        network = Network(known.measured, known.unmeasured, {**known.places, CLIENT: session.client.place})
         index, outside = CandidateIndex(view.peers, network), [session.client.place] * 2
         chosen = index.near(outside, blocks, encodings=encodings, kv_needed=500, limit=60)
         assert len(chosen) == 60
