@@ -73,13 +73,10 @@ def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
 
 
 class NextHops(LinkPool):
-    """The links of a peer to others, used by the sessions that push over them. Thread-safe.
+    """The links of a peer to others, used by the sessions that push over them. Thread-safe."""
 
-    most: links at the same time. keep_s: how long a link that works outlives its last session, for the next one.
-    """
-
-    def __init__(self, outbox: Outbox, *, most: int = MAX_NEXT_HOPS, keep_s: float = KEEP_S) -> None:
-        super().__init__(outbox, most=most, keep_s=keep_s)
+    def __init__(self, outbox: Outbox) -> None:
+        super().__init__(outbox, most=MAX_NEXT_HOPS, keep_s=KEEP_S)
         self._outbox = outbox
         self._probe_at = 0.0
 

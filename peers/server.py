@@ -125,12 +125,11 @@ class SpanServer:
             num_blocks=checkpoint.num_blocks,
             keys=policy.keys,
         )
+        step_memory = max(LEAST_STEP_MEMORY, kv_memory // 2)
         queue = WorkQueue(
             partial(speed.pass_s, blocks=span.end - span.start),
             policy.weight,
-            MemoryAccount(
-                max(LEAST_STEP_MEMORY, kv_memory // 2), "no memory for waiting steps of", "send fewer at a time"
-            ),
+            MemoryAccount(step_memory, "no memory for waiting steps of", "send fewer at a time"),
             outbox.unsent,
         )
         served = ServedBlocks(

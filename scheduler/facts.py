@@ -245,7 +245,11 @@ class Network:
 
     def with_links(self, links: Mapping[tuple[str, str], Link]) -> Network:
         network = Network({**self.measured, **links}, self.unmeasured, self.places)
-        network._table = lru_cache(maxsize=2)(lambda ids: self.table(ids).with_links(ids, links))
+
+        def fill_table(ids: tuple[str, ...]) -> LinkTable:
+            return self.table(ids).with_links(ids, links)
+
+        network._table = lru_cache(maxsize=2)(fill_table)
         return network
 
     def table(self, ids: Sequence[str]) -> LinkTable:

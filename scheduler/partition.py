@@ -268,7 +268,6 @@ def fastest_partition(
     Raises DoesNotFit if the model is too big for all devices together, and ValueError if two devices have the same id,
     or there are more devices than blocks and `everyone` is to take part.
     """
-    _check(devices, num_blocks)
     problem = _problem(devices, num_blocks, network, encodings, 1)
     chain = cheapest_order(problem, everyone=everyone, exact_devices=exact_devices)
     if chain is None:
@@ -293,7 +292,6 @@ def widest_partition(
 
     Raises DoesNotFit if the model is too big for all devices together, and ValueError if two have the same id.
     """
-    _check(devices, num_blocks)
     problem = _problem(devices, num_blocks, network, encodings, positions)
     names = [*(device.id for device in devices), CLIENT]
     busy = np.array([[occupied_ms(network.link(a, b), positions, encodings) for b in names] for a in names])
@@ -363,16 +361,14 @@ def first_token_ms(
     return client_ms + route_ms(hops, peers, network, positions=positions, encodings=encodings, in_flight=steps)
 
 
-def _check(devices: Sequence[Device], num_blocks: int) -> None:
+def _problem(
+    devices: Sequence[Device], num_blocks: int, network: Network, encodings: Sequence[Encoding], positions: int
+) -> Problem:
+    """Raises what `fastest_partition` does."""
     if len({device.id for device in devices}) != len(devices):
         raise ValueError("the ids of the devices differ")
     if (missing := num_blocks - sum(device.max_blocks for device in devices)) > 0:
         raise DoesNotFit(missing)
-
-
-def _problem(
-    devices: Sequence[Device], num_blocks: int, network: Network, encodings: Sequence[Encoding], positions: int
-) -> Problem:
     names = [*(device.id for device in devices), CLIENT]
     return Problem(
         num_blocks,
