@@ -218,10 +218,7 @@ class SpanAdapters:
         self.kv_shapes: dict[int, list[tuple[int, int]]] = {}  # by block: heads and head size of keys, and of values
 
     def fit(self, adapter: Adapter, start: int, end: int) -> None:
-        """Makes the blocks `[start, end)` ready for an adapter.
-
-        Raises AdapterError if it names blocks or layers that are not there, or its shapes are not theirs.
-        """
+        """Makes the blocks `[start, end)` ready for an adapter. Raises AdapterError as `Span.fit` says."""
         for (block, path), low_rank in adapter.low_ranks.items():
             module = self._blocks[self._index(block, start, end)]
             sizes = linear_layers(module).get(path)

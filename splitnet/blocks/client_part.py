@@ -42,9 +42,8 @@ def load_client_part(
         weights: what the head holds its weight as, see `splitnet.quant.choose`; None: as `dtype`, or in the codes of
             the checkpoint. Embeddings keep their codes in any case.
 
-    Raises:
-        UnsupportedModel: the family cannot be cut, or the checkpoint does not fit it.
-        WeightsError: a weight cannot be held so.
+    Raises UnsupportedModel if the family cannot be cut, or the checkpoint does not fit it, and WeightsError if a weight
+    cannot be held so.
     """
     computes = as_dtype(dtype) or checkpoint.dtype
     if weights == "bfloat16" and computes == torch.float32:

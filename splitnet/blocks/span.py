@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +81,6 @@ class Span:
 
     Attributes:
         hidden_size: values per position of a boundary activation.
-        weights: how they are held.
-        weight_bytes: bytes that they take.
         kv_bytes_per_position: bytes that one position of one row takes in all blocks of the span.
         state_bytes: bytes that one row takes besides, however long it is, for states and copies of them.
     """
@@ -212,21 +211,16 @@ class Span:
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs)
 
     def new_row(self, room: int | None = None, adapter: Adapter | None = None) -> SequenceCache:
-        """What one sequence leaves in the blocks: nothing yet, or the prefix of an adapter.
-
-        `room`: positions that its memory is allocated for; None: it grows by doubling.
-        """
+        """What one sequence leaves in the blocks: nothing yet, or the prefix of an adapter; `room`: positions that its
+        memory is allocated for; None: it grows by doubling."""
         states = SequenceStates(states_per_block(self._backbone.config)) if self._keeps_states else None
         return SequenceCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states)
 
     def forward(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
 
-        Args:
-            hidden: `[positions, hidden]`: the positions of the parts one after the other.
-            parts: each with a row of its own that holds exactly the positions before `start`.
-
-        Returns `[positions, hidden]`, on the span's device and in its dtype. Raises ValueError if the parts do not fit
+        `[positions, hidden]`, of the parts one after the other -> the same, on the span's device and in its dtype. Each
+        part has a row of its own, with exactly the positions before `start`. Raises ValueError if the parts do not fit
         `hidden` or their rows. Nothing is changed then.
         """
         self._check(hidden, parts)
@@ -241,10 +235,8 @@ class Span:
         return output
 
     def catch_up(self, row: SequenceCache, adapter: Adapter | None, most: int | None = None) -> int:
-        """Runs at most `most` positions of a row once more that are to run before new ones, and says how many it ran.
-
-        `forward` does it otherwise. `adapter`: what they ran with before; `most`: None: all.
-        """
+        """Runs at most `most` positions (None: all) of a row once more that are to run before new ones, and says how
+        many it ran; `forward` does it otherwise. `adapter`: what they ran with before."""
         done = 0
         while (most is None or done < most) and (
             hidden := row.begin_again(PASS if most is None else min(PASS, most - done))
@@ -261,14 +253,9 @@ class Span:
     ) -> Tensor:
         """Runs whole sequences of which nothing is kept; with a graph for gradients if torch records one.
 
-        Args:
-            hidden: `[positions, hidden]`: the sequences one after the other.
-            lengths: positions of each.
-            adapter: one that `fit` has accepted.
-            reach: as in `splitnet.wire.messages.Forward`.
-
-        Returns `[positions, hidden]`, on the span's device and in its dtype. Raises ValueError if the lengths do not
-        fit `hidden`.
+        `[positions, hidden]`, the sequences one after the other -> the same, on the span's device and in its dtype.
+        `adapter`: one that `fit` has accepted; `reach`: as in `splitnet.wire.messages.Forward`. Raises ValueError if
+        the lengths do not fit `hidden`.
         """
         prefix = self._adapters.prefix_of(adapter, self.start, self.end)
         rows = [TracedSequence(prefix=prefix) for _ in lengths]
@@ -294,10 +281,8 @@ class Span:
         return self._run(hidden, parts)
 
     def fit(self, adapter: Adapter) -> None:
-        """Makes the blocks ready for an adapter.
-
-        Raises AdapterError if it names blocks or layers that are not here, or its shapes are not theirs.
-        """
+        """Makes the blocks ready for an adapter. Raises AdapterError if it names blocks or layers that are not here, or
+        its shapes are not theirs."""
         if adapter.prefix_length:
             self._refuse_prefixes()
         self._adapters.fit(adapter, self.start, self.end)
@@ -305,9 +290,7 @@ class Span:
     def keys_and_values(self, row: SequenceCache, length: int) -> dict[str, Tensor]:
         """Those of the first `length` positions of a row behind its prefix, named as the prefix of an adapter, float32.
 
-        Raises:
-            AdapterError: no prefix can stand before the blocks' positions.
-            ValueError: the row has fewer positions than that.
+        Raises AdapterError if no prefix can stand before the blocks' positions, ValueError if the row has fewer.
         """
         self._refuse_prefixes()
         tensors: dict[str, Tensor] = {}
@@ -447,9 +430,7 @@ class Span:
                 return NativeStep.of(some, rope, windows, self.dtype)
             return None
 
-        def in_torch(some: Sequence[nn.Module]) -> TorchStep | None:
-            return TorchStep.of(some, rope, windows)
-
+        in_torch = partial(TorchStep.of, rope=rope, windows=windows)
         if self._whole is not self:
             if former is None or isinstance(former, NativeStep):
                 return former and native(blocks)

@@ -139,9 +139,7 @@ def choose_weights(
         held_bytes: what blocks take if they are held so. With it, "auto" computes in a wider type only where that takes
             little more: experts, of which some models mostly consist, are held in what blocks compute in.
 
-    Raises:
-        WeightsError: there is no such kind, or it does not go with `dtype`.
-        ValueError: there is no such type.
+    Raises WeightsError if there is no such kind, or it does not go with `dtype`, ValueError if there is no such type.
     """
     wished = as_dtype(dtype)
     if kind is None:
