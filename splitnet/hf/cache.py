@@ -280,9 +280,7 @@ class CachedSession:
     def resume(self, ids: torch.Tensor, mask: torch.Tensor | None, *, follows: bool) -> None:
         """Crops the cache to what it shares with the next prompt `[rows, seq]`, less one token to go on from.
 
-        Args:
-            mask: of the shape of `ids`; None: there is no padding.
-            follows: whether rows of the cache will be those of the output, and hold its tokens alone.
+        follows: whether rows of the cache will be those of the output, and hold its tokens alone.
         """
         layer, before = self.cache.remote, self._padding
         held = self._tokens if layer.changes == self._changes else None

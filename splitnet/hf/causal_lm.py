@@ -122,8 +122,8 @@ def attached(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -
 class RemoteCausalLM(RemoteModel):
     """What a causal LM with remote blocks has beyond its transformers class: sessions, and a cache of its own."""
 
+    # `logits_to_keep` goes together with `labels`: the loss is of all positions, the logits of those kept.
     loss_in_parts = True
-    """`logits_to_keep` goes together with `labels`: the loss is of all positions, the logits of those kept."""
 
     ends: Ends | None = None  # what stands before and after the blocks, if that is all there is
 
@@ -218,8 +218,7 @@ class RemoteCausalLM(RemoteModel):
     def session(self, max_length: int | None = None) -> Iterator[RemoteCache]:
         """Keeps the KV caches on the peers between calls of `generate()` by this thread.
 
-        Args:
-            max_length: positions per row to reserve from the start, so that a later call cannot be refused.
+        max_length: positions per row to reserve from the start, so that a later call cannot be refused.
         """
         cache = self.new_cache()
         if max_length is not None:
@@ -254,14 +253,8 @@ class RemoteCausalLM(RemoteModel):
     def keys_and_values(self, input_ids: torch.Tensor) -> Prefixes:
         """Keys and values of a text in every block, as the peers compute them: what a trained prefix can begin as.
 
-        Args:
-            input_ids: `[1, positions]`.
-
-        Returns:
-            Per block a pair `[kv heads, positions, head size]`, float32, on the CPU.
-
-        Raises:
-            UnsupportedModel: some blocks have none of their own.
+        `[1, positions]` -> per block a pair `[kv heads, positions, head size]`, float32, on the CPU. Raises
+        UnsupportedModel: some blocks have none of their own.
         """
         cache = self.new_cache()
         input_ids = input_ids.to(self.device)
@@ -285,11 +278,7 @@ class RemoteCausalLM(RemoteModel):
             return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
 
     def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
-        """Sends `[1, seq]` new tokens through the blocks; `receive` waits for them.
-
-        Raises:
-            SplitnetError: as a call of the model.
-        """
+        """Sends `[1, seq]` new tokens through the blocks; `receive` waits for them. Raises as a call of the model."""
         if (ends := self._only_ends) is not None:
             return self._blocks.begin(cache, ends.embed(input_ids))
         sent: list[Exchange] = []
@@ -304,11 +293,7 @@ class RemoteCausalLM(RemoteModel):
         return sent[0]
 
     def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
-        """The logits of tokens that were sent, in the order of sending: `[seq, vocabulary]`.
-
-        Raises:
-            SplitnetError: as a call of the model.
-        """
+        """The logits of tokens that were sent, in the order of sending: `[seq, vocabulary]`. Raises as `send`."""
         if (ends := self._only_ends) is not None:
             return ends.logits(exchange.finish())[0]
         with self._blocks.calling(run=lambda hidden: exchange.finish()), exchange.rewound():
@@ -437,14 +422,9 @@ class RemoteCausalLM(RemoteModel):
 
         with self._blocks.calling(backbone=keep_some):
             called = self._call_model(forward, given)
-        loss = loss_in_parts(
-            outputs[0][0],
-            labels,
-            score,
-            called[0].shape[-1],
-            trained=[parameter for parameter in self.parameters() if parameter.requires_grad],
-            items=items,
-        )
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        vocabulary = called[0].shape[-1]
+        loss = loss_in_parts(outputs[0][0], labels, score, vocabulary, trained=trained, items=items)
         return (loss, *called) if isinstance(called, tuple) else type(called)(loss=loss, **called)
 
     def _cache_for(self, given: Any, wanted: bool) -> RemoteCache | None:
@@ -522,15 +502,9 @@ class AutoTokenizer:
 
     @staticmethod
     def from_pretrained(model: str | Path, **options: Any) -> Any:
-        """Loads a tokenizer.
+        """Loads the tokenizer of a GGUF file, folder or Hugging Face id, with options of transformers.
 
-        Args:
-            model: GGUF file, folder or Hugging Face id.
-            options: of transformers.
-
-        Raises:
-            OSError, ValueError: there is none.
-            ModelNotFound: likewise, of a GGUF file.
+        Raises OSError, ValueError, or of a GGUF file ModelNotFound: there is none.
         """
         if str(model).endswith(".gguf"):
             return GgufStore(model).tokenizer(**options)

@@ -65,7 +65,7 @@ def attached_classifier(
 ) -> RemoteSequenceClassification:
     """The classifier on `checkpoint` with its blocks on `swarm`; options: see `ConnectionOptions.of`."""
     config = copy.deepcopy(checkpoint.config)
-    _set_labels(config, *labels)
+    _set_labels(config, labels)
     blocks = remote_blocks(checkpoint, swarm, stages_of(checkpoint, swarm, options), options)
     client_part = load_classifier_part(checkpoint, config, blocks, dtype=options.dtype, device=options.device)
     model = made_remote(client_part, RemoteSequenceClassification, checkpoint.source)
@@ -91,12 +91,8 @@ class RemoteSequenceClassification(RemoteModel):
     ) -> Any:
         """As the transformers class, which takes the last token that is no padding for the whole sequence.
 
-        Args:
-            past_key_values: PEFT looks for this name before it passes a prefix, which never comes to here.
-
-        Raises:
-            ValueError: the token that would be taken is masked out.
-            SplitnetError: see `RemoteBlocks.forward`.
+        PEFT looks for the name `past_key_values` before it passes a prefix, which never comes to here. Raises
+        ValueError: the token that would be taken is masked out.
         """
         if past_key_values is not None:
             kwargs["cache"] = past_key_values
@@ -107,14 +103,8 @@ class RemoteSequenceClassification(RemoteModel):
                 inputs_embeds, attention_mask, position_ids = _padding_first(
                     inputs_embeds, attention_mask, position_ids
                 )
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            **kwargs,
-        )
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        return super().forward(**inputs, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def _check_last_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
         """Padding has no hidden state here, so a head that looked at it would see nothing, without an error."""
@@ -148,13 +138,9 @@ def _padding_first(
     return embeddings.gather(1, order[..., None].expand_as(embeddings)), mask, positions
 
 
-def _set_labels(
-    config: PreTrainedConfig,
-    num_labels: int | None,
-    id2label: Mapping[int, str] | None,
-    label2id: Mapping[str, int] | None,
-) -> None:
+def _set_labels(config: PreTrainedConfig, labels: _Labels) -> None:
     """Puts labels into a config; names in one direction hold in the other. Raises ValueError: they contradict."""
+    num_labels, id2label, label2id = labels
     if id2label is None and label2id is None:
         if num_labels is not None:
             config.num_labels = num_labels

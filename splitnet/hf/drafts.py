@@ -45,11 +45,9 @@ class Drafter(Protocol):
 
     def begin(self, tokens: Sequence[int]) -> None:
         """A new text, which begins with these tokens."""
-        ...
 
     def observe(self, token: int) -> None:
         """The text goes on with `token`."""
-        ...
 
     def draft(self, pending: Sequence[int], count: int) -> Draft:
         """At most `count` tokens that may follow the text and `pending`, which was drafted before."""

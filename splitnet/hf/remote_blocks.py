@@ -65,8 +65,7 @@ class Exchange:
     def finish(self) -> torch.Tensor:
         """Waits for the outputs, `[batch, seq, hidden]`: zero at padding, and where none is wanted.
 
-        Raises:
-            PeerLost, PeerFailed, PeerBusy, CoverageError: see `Session.step`.
+        Raises PeerLost, PeerFailed, PeerBusy, CoverageError: see `Session.step`.
         """
         if self.under_way is None:
             return torch.zeros_like(self.hidden)
@@ -201,8 +200,7 @@ class RemoteBlocks(nn.Module):
     def step(self, cache: RemoteCache, hidden: torch.Tensor, mask: Any, positions: Any, call: Call) -> torch.Tensor:
         """The outputs of new positions, `[batch, seq, hidden]`; no gradient goes back through them.
 
-        Args:
-            mask, positions: what the caller has given for `attention_mask` and `position_ids`.
+        mask, positions: what the caller has given for `attention_mask` and `position_ids`.
 
         Raises:
             UnsupportedParameter: the mask or the positions cannot be honoured.

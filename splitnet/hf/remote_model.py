@@ -159,8 +159,7 @@ class RemoteModel(PreTrainedModel):
     def peft_config(self) -> Mapping[str, Any]:
         """Of adapters on layers, by name: PEFT sets it when it has put the first one there.
 
-        Raises:
-            AdapterError: when it is set, if peers cannot run the blocks so.
+        Raises AdapterError when it is set: peers cannot run the blocks so.
         """
         if self._blocks.adapters.configs is None:
             raise AttributeError("there are no adapters on this model")

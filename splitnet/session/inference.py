@@ -209,11 +209,7 @@ class Session(SessionDriver):
     def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
         """The keys and values that the peers hold of the first `length` positions of a row, without its prefix.
 
-        Returns:
-            Tensors of all blocks, named and shaped as the prefix of an adapter, see `splitnet.blocks.adapters`.
-
-        Raises:
-            PeerLost, PeerFailed: as in `step`.
+        They are named and shaped as the prefix of an adapter, see `splitnet.blocks.adapters`. Raises as `step`.
         """
         self.open()
         request = FetchRequest(FetchKV(self.id, self.state.epoch, self.state.next_number(), row, length))

@@ -30,8 +30,7 @@ Blocks = tuple[int, int]
 def parse_local_blocks(text: str, num_blocks: int) -> list[Blocks]:
     """Ranges of blocks in a text such as `0:10` or `0:2,28:30`, in order; ranges that touch become one.
 
-    Raises:
-        SplitnetError: it is no such text, or the model has no such blocks.
+    Raises SplitnetError: it is no such text, or the model has no such blocks.
     """
     ranges: list[Blocks] = []
     for piece in text.split(","):
@@ -157,7 +156,7 @@ class Piece:
     hidden: torch.Tensor
     reach: int
     stage: int = 0  # where they are: the first that they have not passed
-    sent: UnderWay | None = None  # through the route of that stage
+    sent: tuple[Session, UnderWay] | None = None  # through the route of that stage
 
 
 class MixedSession:
@@ -239,9 +238,8 @@ class MixedSession:
         with self._abandoning(sent):
             while any(piece.sent is not None for piece in sent):
                 for piece in sent:
-                    session = self._stages[piece.stage] if piece.sent is not None else None
-                    if isinstance(session, Session) and piece.sent is not None:
-                        under_way, piece.sent = piece.sent, None
+                    if piece.sent is not None:
+                        (session, under_way), piece.sent = piece.sent, None
                         piece.hidden = session.finish(under_way)
                         piece.stage += 1
                         self._go_on(piece)
@@ -251,10 +249,9 @@ class MixedSession:
     def abandon(self, sent: list[Piece]) -> None:
         """As `Session.abandon`."""
         for piece in sent:
-            session = self._stages[piece.stage] if piece.sent is not None else None
-            if isinstance(session, Session) and piece.sent is not None:
-                session.abandon(piece.sent)
-                piece.sent = None
+            if piece.sent is not None:
+                (session, under_way), piece.sent = piece.sent, None
+                session.abandon(under_way)
 
     def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
         """As `Session.fetch_kv`."""
@@ -290,7 +287,8 @@ class MixedSession:
                 # Of all but the last stage all positions come back: other blocks need them.
                 parts = piece.parts if last else [part._replace(keep=part.length) for part in piece.parts]
                 size = len(piece.hidden)
-                piece.sent = stage.begin(piece.hidden, parts, piece.forks, step_positions=size, reach=piece.reach)
+                sent = stage.begin(piece.hidden, parts, piece.forks, step_positions=size, reach=piece.reach)
+                piece.sent = stage, sent
                 return
             piece.hidden = stage.step(piece.hidden, piece.parts, piece.forks, piece.reach)
             if last:

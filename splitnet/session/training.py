@@ -97,17 +97,13 @@ class PassSession(SessionDriver):
         return torch.cat([self._decode(request.result, request) for request in batch.passes]), batch
 
     def backward(self, batch: Passed, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Gradients of a loss by what `forward` was given.
+        """Gradients of a loss by what `forward` was given, with `keep`; raises what that does. A batch goes back once.
 
         Args:
-            batch: what `forward` returned, with `keep`; it can go back once.
             gradient: `[positions, hidden]`, of the loss by the output.
 
         Returns:
             The gradient by `hidden`, `[positions, hidden]` float32, and those by the tensors of the adapter.
-
-        Raises:
-            PeerLost, CoverageError, PeerFailed, PeerBusy: as `forward`.
         """
         self._use(batch.adapter)
         codec = self._codec_of_gradients()

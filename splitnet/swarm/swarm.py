@@ -164,13 +164,7 @@ class Swarm:
         self.close()
 
     def peers(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:
-        """Peers that serve this model and speak this protocol, see `PeerCache.look`.
-
-        Raises:
-            DirectoryError: the directory does not answer, and no peer is known.
-            WrongSwarm: the swarm serves other weights only.
-            ProtocolVersionError: all peers speak another protocol.
-        """
+        """Peers that serve this model and speak this protocol; arguments and errors are those of `PeerCache.look`."""
         return self._known.look(fresh=fresh, whole=whole)
 
     def plan(
@@ -192,9 +186,7 @@ class Swarm:
             fresh: ask for the peers even if that was done a moment ago.
             whole: read all of the directory for it; else that is done if there is no route.
 
-        Raises:
-            CoverageError: no usable peer serves some blocks; names them.
-            PeerBusy: they are served, but no peer has memory for the session.
+        Raises CoverageError, PeerBusy: as `Planner.plan`.
         """
         part = blocks or needs.blocks
         since_s = self.measurements.now_s - LOST_S
