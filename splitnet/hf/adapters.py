@@ -65,10 +65,7 @@ class LocalAdapters:
         self._seen: tuple[list[Any], list[torch.Tensor], Adapter | None, Adapter | None] = ([], [], None, None)
 
     def parameters_for(self, prefix: Prefixes) -> dict[str, torch.Tensor]:
-        """The tensors of the active adapter as `splitnet.blocks.adapters` names them, connected to what is trained.
-
-        prefix: that of the running call. Raises AdapterError: see `check`.
-        """
+        """The tensors of the active adapter by their names, connected to what is trained. Raises as `check`."""
         tensors: dict[str, torch.Tensor] = {}
         for path, layer, names in self._active():
             pairs = [self._pair(path, layer, name) for name in names]

@@ -170,10 +170,7 @@ class Speculator:
         return sum(one.drafted for one in experiences), sum(one.accepted for one in experiences)
 
     def drafts_by(self, speculate: Any) -> Drafts:
-        """Drafts for one text by "prompt-lookup", or by a causal LM of transformers with the same tokens.
-
-        Raises SplitnetError: it is none of these.
-        """
+        """Drafts for one text by "prompt-lookup" or a causal LM with the same tokens. Raises SplitnetError: neither."""
         if speculate == PROMPT_LOOKUP:
             drafter, source = PromptLookup(), PROMPT_LOOKUP
         elif isinstance(speculate, str):

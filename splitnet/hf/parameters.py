@@ -80,11 +80,8 @@ _REFUSED = {
     for name in vars(GenerationConfig()).keys() - {"_from_model_config"}
     if isinstance(rule := GENERATION.get(name, _UNKNOWN), Refused)
 }
-_LEFT_BY_GENERATE = frozenset({"tokenizer", "assistant_tokenizer"})
-"""What transformers' `generate()` has made use of, and hands on all the same."""
-
-_EMBEDDED = frozenset({"token_type_ids"})
-"""Honoured by backbones that have it in their signature: they embed it before the blocks."""
+_LEFT_BY_GENERATE = frozenset({"tokenizer", "assistant_tokenizer"})  # it has used them, and hands them on all the same
+_EMBEDDED = frozenset({"token_type_ids"})  # backbones that have it in their signature embed it before the blocks
 
 
 class Request:

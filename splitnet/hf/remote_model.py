@@ -94,8 +94,7 @@ def choose_local_blocks(
 ) -> str | None:
     """The first blocks, as `load_stages` takes them, with which tokens come soonest; None: none. At a tie, fewest.
 
-    Raises:
-        CoverageError, PeerBusy: peers are missing for what the client has no memory for.
+    Raises CoverageError, PeerBusy: peers are missing for what the client has no memory for.
     """
     blocks = checkpoint.num_blocks
     size = block_bytes(checkpoint, None, weights, device)
@@ -297,10 +296,7 @@ def remote_blocks(
 def joined(model: str | Path, options: ConnectionOptions) -> Iterator[tuple[Checkpoint, Swarm]]:
     """Opens a checkpoint and joins its swarm, and leaves it again if the `with` ends in an error.
 
-    Raises:
-        ModelNotFound, UnsupportedModel: the model cannot be used.
-        DirectoryError: no initial peer answers.
-        KeyFileError: a file with keys cannot be used.
+    Raises ModelNotFound, UnsupportedModel, DirectoryError, KeyFileError: see `from_pretrained`.
     """
     known: dict[str, Any] = {"swarm_key": options.load_swarm_key(), "trusted": options.load_trusted()}
     checkpoint = Checkpoint.open(model, revision=options.revision)

@@ -97,11 +97,9 @@ class Session(SessionDriver):
         return sum(timing.compute_us for timing in self.timings) / 1000
 
     def reserve(self, positions: int) -> None:
-        """Makes room for `positions` positions over all rows, on every hop.
+        """Makes room for so many positions over all rows, on every hop.
 
-        Raises:
-            PeerBusy: a hop has no memory for so many; the session goes on with what it has.
-            PeerLost, CoverageError: a hop was lost and could not be replaced.
+        Raises PeerBusy: a hop has no memory for them, and the session goes on with what it has; or as `open`.
         """
         if positions <= self.state.reservation:
             return
@@ -194,9 +192,7 @@ class Session(SessionDriver):
         self.feed(Abandon(tuple(request.number for request in sent.requests)))
 
     def use_adapter(self, adapter: Adapter) -> None:
-        """Has the blocks run with parameters of the client; once, before the first step. Raises PeerFailed: they do
-        not fit the blocks.
-        """
+        """Has the blocks run with these parameters; once, before the first step. Raises PeerFailed: they do not fit."""
         state = self.state
         if adapter is state.adapter:
             return

@@ -793,11 +793,7 @@ class SessionState:
             self._blame(hop, code, error)
 
     def _forgot(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
-        """A hop, or its next one, says that it lacks what a request needs.
-
-        The first time all are opened again, and those that hold nothing are filled. If that is no help, one of the two
-        is wrong.
-        """
+        """A hop, or its next one, lacks what a request needs. First all are opened again; after that one is wrong."""
         strikes = self._faults.strikes[hop.name] = self._faults.strikes.get(hop.name, 0) + 1
         if strikes == 1:
             if code != FailureCode.UNKNOWN_SESSION:  # it holds something else than it should

@@ -174,9 +174,7 @@ class ReplayRequest(Request[Step | Replay]):
 
 
 KV_WIDTH = 8  # so many times the hidden size the keys of a position have at most, and so the values
-
-PART_BYTES = 1024
-"""What a part is counted as, besides its payload; and what a tensor takes in it, besides its numbers, at most."""
+PART_BYTES = 1024  # that a part counts as, besides its payload; and that a tensor takes, besides its numbers, at most
 
 
 def most_bytes(sizes: Iterable[int]) -> int:
@@ -189,8 +187,7 @@ class FromHops:
     """What several hops send, each in one or several messages."""
 
     parts: dict[Endpoint, list[Payload]] = field(default_factory=dict)
-    _left: dict[Endpoint, int] = field(default_factory=dict)
-    """Bytes that may still come, of hops of which something is missing."""
+    _left: dict[Endpoint, int] = field(default_factory=dict)  # bytes that may still come, of hops that are not done
     _remaining: dict[Endpoint, int] = field(default_factory=dict)
 
     @property

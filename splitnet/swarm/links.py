@@ -100,7 +100,6 @@ class Links:
         self._transport.close()
 
     def close_sessions(self) -> None:
-        """Closes all sessions."""
         for session in list(self._sessions.values()):
             session.close()
 

@@ -53,15 +53,13 @@ Before a route is planned anew, as the present one seems slow, it is one of each
 PINGS_PER_MINUTE = 256
 ENDS_PINGS = 32  # of these, to the ends of a route: two, and up to eight that measure the bandwidth, to each
 _PROBE_PINGS = 8
-PROBE_AGAIN_S = 180.0
-SUSPECTED_AGAIN_S = 25.0
-"""The bandwidth of a link is measured again after so long, or so long if steps stay slow: it takes 128 KiB and more."""
+PROBE_AGAIN_S = 180.0  # after so long the bandwidth of a link is measured again: it takes 128 KiB and more
+SUSPECTED_AGAIN_S = 25.0  # if steps stay slow
 IN_USE_S = 300.0  # so long after a plan another session is expected, which should not wait for the directory
 MAX_AGE_S = 90.0  # a link that was measured longer ago counts as not measured
 KEPT_LINKS = 256
-SETTLE_S = 300.0
-SETTLE_LINKS = 32
-"""A place is found anew from the links of the last minutes, or from so many if these are fewer: one may have moved."""
+SETTLE_S = 300.0  # a place is found anew from the links of so long ago at most: one may have moved
+SETTLE_LINKS = 32  # but from so many at least
 
 P = ParamSpec("P")
 T = TypeVar("T")

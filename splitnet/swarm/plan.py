@@ -59,10 +59,7 @@ def repaired_route(
 ) -> list[PlannedHop]:
     """A route with the hops that are left of a former one: others are planned for just the blocks between them.
 
-    plan: takes `blocks`, `ends`, `exclude` and `holders` as `Swarm.plan` does.
-
-    Raises:
-        CoverageError, PeerBusy: as `plan` does, even for a route without them.
+    plan: as `Swarm.plan`. Raises CoverageError, PeerBusy: as that does, even for a route without them.
     """
     try:
         used = set(excluded) | {hop.name for hop in kept}
@@ -159,7 +156,6 @@ class Planner:
         The index of very many records is kept for the next plan with the same ones.
 
         Args:
-            ends: the peers before and after the blocks.
             exclude: names of peers that must not be used.
             holders: peers that hold the session already, so that it needs no more room there.
             restricted: there are more peers, which may not be used; for the error.
