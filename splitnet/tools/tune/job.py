@@ -23,7 +23,8 @@ from splitnet.cli.arguments import has
 from splitnet.cli.connection import Connection
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
-from splitnet.hf.classifier import RemoteSequenceClassification, attached_classifier
+from splitnet.hf.classifier import attached_classifier
+from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm
 from splitnet.tools.tune.data import Examples
 from splitnet.tools.tune.folder import TuningFolder
@@ -63,49 +64,6 @@ def draw_loss_curve(metrics: Sequence[dict[str, Any]], title: str, path: Path) -
     axes.set_title(title)
     axes.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=120)
-
-
-@dataclass(frozen=True)
-class ModelToTune:
-    """Where a model comes from; `labels`: of a head to train; None: the model's words tell."""
-
-    checkpoint: Checkpoint
-    swarm: Swarm
-    connection: Connection
-    tokenizer: Any
-    pad: int
-    labels: Sequence[str] | None
-
-    def with_adapter(self, method: Method, options: AdapterOptions, beginning: str) -> Any:
-        """The model with a new adapter; this begins as the text `beginning` or, as the head, by torch's random numbers.
-
-        Raises AdapterError if the options do not fit the model.
-        """
-        head = self.labels is not None
-        model = self._classifier() if head else self._causal()
-        adapted = with_new_adapter(
-            model,
-            method,
-            replace(options, init_text=beginning),
-            self.tokenizer,
-            tokenizer_source=self.checkpoint.tokenizer_source,
-            head=head,
-        )
-        if method is Method.PREFIX and options.projection is None:
-            # A classifier uses no caches, but the keys and values of a causal model are those of the same blocks.
-            causal = model if isinstance(model, RemoteCausalLM) else self._causal()
-            ids = self.tokenizer(beginning, return_tensors="pt").input_ids[:, : options.tokens]
-            begin_prefix(adapted, causal.keys_and_values(ids))
-        return adapted
-
-    def _causal(self) -> RemoteCausalLM:
-        return attached(self.checkpoint, self.swarm, self.connection.options)
-
-    def _classifier(self) -> RemoteSequenceClassification:
-        labels = (None, dict(enumerate(self.labels or ())), None)
-        model = attached_classifier(self.checkpoint, self.swarm, labels, self.connection.options)
-        model.config.pad_token_id = self.pad  # by which it finds the last token of a row
-        return model
 
 
 LINE_EVERY_S = 10.0  # How often a line is written where there is no terminal
@@ -244,9 +202,7 @@ class Tuning:
         swarm = connection.swarm_of(facts)
         try:
             torch.manual_seed(self.settings.seed)
-            labels = self.train.labels if self.head else None
-            maker = ModelToTune(checkpoint, swarm, connection, tokenizer, pad, labels)
-            adapted = maker.with_adapter(self.method, self.options, self._beginning())
+            adapted = self._adapted(checkpoint, swarm, connection.options, tokenizer, pad)
             folder.begin(description)
             run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head, device=connection.options.device)
             _Training(self, run, folder, held_out, words, pad).train()
@@ -264,6 +220,26 @@ class Tuning:
                 f"{checkpoint.max_positions:,}: lower --max-length to {room:,}"
             )
         return Encoder(tokenizer, wanted, template=self.template, labels=self.train.labels, head=self.head)
+
+    def _adapted(
+        self, checkpoint: Checkpoint, swarm: Swarm, running: ConnectionOptions, tokenizer: Any, pad: int
+    ) -> Any:
+        """The model with a new adapter, which begins as a text or, as the head, by torch's random numbers."""
+        if self.head:
+            labels = (None, dict(enumerate(self.train.labels)), None)
+            model = attached_classifier(checkpoint, swarm, labels, running)
+            model.config.pad_token_id = pad  # by which it finds the last token of a row
+        else:
+            model = attached(checkpoint, swarm, running)
+        beginning = self._beginning()
+        options, source = replace(self.options, init_text=beginning), checkpoint.tokenizer_source
+        adapted = with_new_adapter(model, self.method, options, tokenizer, tokenizer_source=source, head=self.head)
+        if self.method is Method.PREFIX and options.projection is None:
+            # A classifier uses no caches, but the keys and values of a causal model are those of the same blocks.
+            causal = model if isinstance(model, RemoteCausalLM) else attached(checkpoint, swarm, running)
+            ids = tokenizer(beginning, return_tensors="pt").input_ids[:, : options.tokens]
+            begin_prefix(adapted, causal.keys_and_values(ids))
+        return adapted
 
     def _beginning(self) -> str:
         """What prompts and prefixes begin as: words that say what the examples show."""
