@@ -17,7 +17,7 @@ from peers.links import NextHops
 from peers.options import SpanWish
 from scheduler.facts import Coordinate, missing_blocks
 from scheduler.liveness import ANSWER_S, HOLDER_LOST_S, HOLDER_SILENT_S
-from scheduler.moves import Move, Willingness, best_move
+from scheduler.peer_moves import Move, Willingness, best_move
 from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span, work_ms
 from splitnet.blocks.span import block_bytes, free_memory
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -164,7 +164,7 @@ def _positive(ms: float) -> float:
 
 
 class Mover:
-    """Decides for one peer. See `scheduler.moves` for the rules, and why peers do not leave a block together.
+    """Decides for one peer. See `scheduler.peer_moves` for the rules, and why peers do not leave a block together.
 
     position_bytes: that a position takes on links; 0: the bandwidth of peers does not count.
     """

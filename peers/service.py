@@ -34,7 +34,6 @@ from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.security.identity import PublicKey
 from splitnet.wire.codecs import check_size, codec_by_code
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState, is_address
-from splitnet.wire.log import SentLog
 from splitnet.wire.messages import (
     Adapter,
     AdapterGradient,
@@ -56,6 +55,7 @@ from splitnet.wire.messages import (
     Result,
     Step,
 )
+from splitnet.wire.sent_log import SentLog
 
 log = logging.getLogger(__name__)
 

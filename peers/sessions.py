@@ -21,9 +21,9 @@ from splitnet.limits import MINUTE_S, Budget, TokenBucket
 from splitnet.security.identity import AuthorizedKeys, KeyOptions
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Connection, Endpoint
-from splitnet.wire.log import SentLog, fork_rows
 from splitnet.wire.messages import Adapter as AdapterMessage
 from splitnet.wire.messages import Chunk, FetchKV, Forward, Gradient, Step, Timing
+from splitnet.wire.sent_log import SentLog, fork_rows
 
 if TYPE_CHECKING:
     import torch

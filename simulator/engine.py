@@ -37,9 +37,9 @@ from splitnet.session.events import (
     Use,
 )
 from splitnet.session.requests import StepRequest
-from splitnet.wire.log import REPLAY_POSITIONS
 from splitnet.wire.messages import Chunk, Open, Replay, Step
 from splitnet.wire.messages import Close as CloseMessage
+from splitnet.wire.sent_log import REPLAY_POSITIONS
 
 DRAIN_S: Final = 600.0
 """How long sessions may still run when no more clients come; those that still run then have failed."""

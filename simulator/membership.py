@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from scheduler.candidates import Floats, Integers, ms_per_block
 from scheduler.facts import DIMENSIONS, Coordinate, Link, Peer
-from scheduler.moves import Move, Willingness, best_move
+from scheduler.peer_moves import Move, Willingness, best_move
 from scheduler.placement import Spans, best_span, block_ms, work_ms
 from simulator.directory import Directory, View, one_way_ms, points_of
 from simulator.node import Held, Node

@@ -114,9 +114,9 @@ def serve(
     import_models()
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import drafts_of
-    from splitnet.serve.prefix_cache import KeepLimits
     from splitnet.serve.server import ServeOptions
     from splitnet.serve.server import serve as serve_until_told
+    from splitnet.serve.session_cache import KeepLimits
 
     connection = Connection(source, connecting)
     checkpoint = connection.checkpoint()

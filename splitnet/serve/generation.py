@@ -16,9 +16,9 @@ from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.quant.device import end_threads
 from splitnet.serve.grammars import AllowedTokens, Grammar
-from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
 from splitnet.serve.progress import Progress, ProgressLog, routes_of
 from splitnet.serve.sampling import Sampling, ScoredToken, TokenChooser, score_tokens
+from splitnet.serve.session_cache import KeepLimits, SessionCache
 from splitnet.serve.text import Detokenizer, StopStrings
 
 Finish = Literal["stop", "length"]
@@ -141,7 +141,7 @@ class Generations:
         self.decode = decode
         self.vocabulary: int = model.config.get_text_config().vocab_size
         self.progress = ProgressLog()
-        self.kept: PrefixCache[RemoteCache] = PrefixCache(limits, RemoteCache.close)
+        self.kept: SessionCache[RemoteCache] = SessionCache(limits, RemoteCache.close)
         ends = model.generation_config.eos_token_id
         self.end_tokens: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
         # A request says how tokens are chosen; transformers would add what the checkpoint says, in silence.

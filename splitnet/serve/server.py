@@ -36,10 +36,10 @@ from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, ApiKeys, Conn
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
 from splitnet.serve.metrics import instrument
-from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.sampling import choose_defaults
+from splitnet.serve.session_cache import KeepLimits
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm
 from splitnet.transport.addresses import listen_at

@@ -34,8 +34,8 @@ from splitnet.transport import flow
 from splitnet.transport.prober import Answer
 from splitnet.wire.codecs import CODECS, DEFAULT_INT8, Codec, codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
-from splitnet.wire.log import REPLAY_POSITIONS
 from splitnet.wire.messages import SESSION_BYTES, Message, Open
+from splitnet.wire.sent_log import REPLAY_POSITIONS
 
 log = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ from splitnet.session.requests import ReplayRequest
 from splitnet.swarm.plan import PlannedHop
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.log import SentLog
 from splitnet.wire.messages import Replay, Result, Step
+from splitnet.wire.sent_log import SentLog
 
 
 @dataclass(slots=True, eq=False)

@@ -21,8 +21,8 @@ from splitnet.session.events import Recovered
 from splitnet.session.failover import RouteHop
 from splitnet.session.inference import LinkUse, Session, UnderWay, cut_into_steps
 from splitnet.swarm.plan import Prediction
-from splitnet.wire.log import fork_rows
 from splitnet.wire.messages import Chunk, Fork, Timing
+from splitnet.wire.sent_log import fork_rows
 
 Blocks = tuple[int, int]
 

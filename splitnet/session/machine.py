@@ -59,7 +59,6 @@ from splitnet.swarm.swarm import Kind, short_key
 from splitnet.wire.codecs import Codec, check_size, codec_by_name
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.fields import STRICT_VERSIONS
-from splitnet.wire.log import SentLog
 from splitnet.wire.messages import Adapter as AdapterMessage
 from splitnet.wire.messages import (
     AdapterLoaded,
@@ -75,6 +74,7 @@ from splitnet.wire.messages import (
     Step,
     Timing,
 )
+from splitnet.wire.sent_log import SentLog
 
 POLL_S = 0.5  # between two plans where no peer serves some blocks
 MAX_ATTEMPTS = 8  # routes that may fail before an answer comes on one

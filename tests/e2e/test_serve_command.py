@@ -18,9 +18,9 @@ from openai import AsyncOpenAI, OpenAI
 
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import DirectoryError
-from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.sampling import Sampling, TokenChooser
 from splitnet.serve.server import ServeOptions, serve
+from splitnet.serve.session_cache import KeepLimits
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.endpoints import Endpoint

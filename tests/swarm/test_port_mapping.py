@@ -22,7 +22,7 @@ from splitnet.nat.punch import Way
 from splitnet.security.identity import Identity
 from splitnet.swarm.trial import PeerLinks
 from splitnet.tools.doctor.examination import Reach
-from splitnet.tools.doctor.machine import Status, failed
+from splitnet.tools.doctor.hardware import Status, failed
 from splitnet.wire.endpoints import LinkState
 from tests.swarm.harness import local_swarm
 from tests.swarm.test_hidden_peers import wait_until

@@ -31,11 +31,11 @@ from splitnet.serve.gate import ApiKeys
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
 from splitnet.serve.openai_requests import ChatRequest
-from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.sampling import SamplingDefaults
 from splitnet.serve.server import make_app
+from splitnet.serve.session_cache import KeepLimits
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm
 

@@ -48,7 +48,6 @@ from splitnet.session.requests import BackwardState, Batch, PassRequest, StepReq
 from splitnet.swarm.plan import PlannedHop
 from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.log import SentLog, fork_rows
 from splitnet.wire.messages import Adapter as AdapterMessage
 from splitnet.wire.messages import (
     AdapterGradient,
@@ -67,6 +66,7 @@ from splitnet.wire.messages import (
     Step,
 )
 from splitnet.wire.messages import Close as CloseMessage
+from splitnet.wire.sent_log import SentLog, fork_rows
 
 SID = b"s" * 16
 BLOCKS = 4

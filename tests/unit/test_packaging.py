@@ -89,9 +89,9 @@ def test_without_a_compiler_it_installs_and_the_doctor_says_what_to_do(wheel: Pa
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = """
 import splitnet
-from splitnet.tools.doctor import machine
+from splitnet.tools.doctor import hardware
 print(splitnet.__file__)
-found = machine.kernels()
+found = hardware.kernels()
 print(found.status.name)
 print(found.text)
 """

@@ -16,8 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.checkpoint.families import check_values
+from splitnet.checkpoint.gguf.architectures import Family, config_values, family_of
 from splitnet.checkpoint.gguf.config import ROPE_TENSORS, make_config, read_tokenizer
-from splitnet.checkpoint.gguf.families import Family, config_values, family_of
 from splitnet.checkpoint.gguf.file import GgufFile, GgufTensor
 from splitnet.checkpoint.quant.format import MALFORMED
 from splitnet.checkpoint.store import LazyTensor, Progress, ReadBytes, TensorFacts

@@ -16,7 +16,7 @@ from splitnet.import_shims import import_models
 from splitnet.session.options import ConnectionOptions
 
 if TYPE_CHECKING:
-    from splitnet.tools.doctor.machine import Finding
+    from splitnet.tools.doctor.hardware import Finding
 
 _COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}
 _CHECK_WIDTH = 10

@@ -27,8 +27,8 @@ from splitnet.security.swarm_key import OPEN, OpenSwarm
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.links import Links, refusal
 from splitnet.swarm.trial import PeerAnswer, PeerLinks
-from splitnet.tools.doctor import machine
-from splitnet.tools.doctor.machine import SHOWN_DIGITS, Finding, Status, failed, passed, warned
+from splitnet.tools.doctor import hardware
+from splitnet.tools.doctor.hardware import SHOWN_DIGITS, Finding, Status, failed, passed, warned
 from splitnet.transport.addresses import endpoint_of, is_reachable, public_address, refuse_taken, split_addresses
 from splitnet.transport.transport import Transport
 from splitnet.wire.endpoints import Endpoint, LinkState, is_address
@@ -311,19 +311,19 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
     `clock` gives Unix time in seconds. Raises KeyFileError if the file with the swarm's key cannot be used.
     """
     swarm = setup.options.load_swarm_key() or OPEN
-    yield from machine.software()
-    yield machine.devices(setup.options.device)
-    yield machine.kernels()
+    yield from hardware.software()
+    yield hardware.devices(setup.options.device)
+    yield hardware.kernels()
     checkpoint = None
     if setup.model is None:
-        yield passed("memory", f"{machine.gib(free_memory('cpu'))} are free")
+        yield passed("memory", f"{hardware.gib(free_memory('cpu'))} are free")
     else:
-        found, checkpoint = machine.open_model(setup.model)
+        found, checkpoint = hardware.open_model(setup.model)
         yield found
         yield from _room(setup.model, checkpoint)
     identity = setup.options.identity
     if identity is None:
-        found, identity = machine.key_of(setup.options.key_file)
+        found, identity = hardware.key_of(setup.options.key_file)
         yield found
         identity = identity or Identity.generate()
     needed = setup.listen is not None or setup.public_host is not None
@@ -343,10 +343,10 @@ def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[Finding]:
     if checkpoint is not None:
         try:
             sizes = ModelSizes.of(model)
-            yield machine.memory(ModelSizes.of(model, weights=AUTO), free_memory("cpu"))
+            yield hardware.memory(ModelSizes.of(model, weights=AUTO), free_memory("cpu"))
         except SplitnetError as error:
             yield failed("memory", str(error))
-    yield machine.room_on_disk(model, sizes)
+    yield hardware.room_on_disk(model, sizes)
 
 
 def _way_to(

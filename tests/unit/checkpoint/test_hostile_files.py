@@ -36,8 +36,8 @@ from transformers import AutoModelForCausalLM
 from splitnet.blocks.span import Span
 from splitnet.checkpoint import chat_template
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.gguf.architectures import FAMILIES, _value_rows
 from splitnet.checkpoint.gguf.config import _scaled_frequencies
-from splitnet.checkpoint.gguf.families import FAMILIES, _value_rows
 from splitnet.checkpoint.gguf.file import GgufFile
 from splitnet.checkpoint.gguf.store import GgufStore
 from splitnet.errors import AdapterError, SplitnetError

@@ -27,7 +27,7 @@ from splitnet.checkpoint.transfer.manifest import MAX_HEAD_BYTES, PIECE_BYTES, H
 from splitnet.checkpoint.transfer.matching import headers_differ
 from splitnet.errors import ModelNotFound, ProtocolError, SplitnetError
 from splitnet.wire.fields import packb, unpack_array
-from tests.unit.checkpoint.test_gguf_families import LLAMA_3
+from tests.unit.checkpoint.test_gguf_architectures import LLAMA_3
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
 

@@ -14,8 +14,8 @@ from splitnet.blocks.adapters import Adapter
 from splitnet.errors import AdapterError
 from splitnet.hf.cache import RESERVE_STEP, RemoteCache, RemoteLayer
 from splitnet.session.inference import Session
-from splitnet.wire.log import fork_rows
 from splitnet.wire.messages import Chunk, Fork
+from splitnet.wire.sent_log import fork_rows
 from tests.tiers import examples
 
 

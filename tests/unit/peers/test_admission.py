@@ -19,7 +19,7 @@ from splitnet.errors import PeerBusy
 from splitnet.security.identity import AuthorizedKeys, KeyOptions
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Connection
-from splitnet.wire.log import SentLog
+from splitnet.wire.sent_log import SentLog
 
 
 class Granted(AuthorizedKeys):

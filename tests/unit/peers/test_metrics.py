@@ -37,7 +37,7 @@ from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.security.identity import Identity
 from splitnet.serve.admission import Admission
 from splitnet.serve.metrics import GatewayMetrics, instrument
-from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
+from splitnet.serve.session_cache import KeepLimits, SessionCache
 from splitnet.session.events import Cause, Recovered
 from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.messages import Chunk, Ping, Step, Timing, encode
@@ -83,7 +83,7 @@ def peer_registry(counters: Counters | None = None) -> CollectorRegistry:
 def gateway_metrics() -> GatewayMetrics:
     """With a sample of everything."""
     metrics = GatewayMetrics()
-    kept: PrefixCache[None] = PrefixCache(KeepLimits(1, 100, 60.0), lambda _: None)
+    kept: SessionCache[None] = SessionCache(KeepLimits(1, 100, 60.0), lambda _: None)
     kept.keep("me", [1, 2, 3], 8, None)
     generations: Any = SimpleNamespace(
         model=SimpleNamespace(speculator=SimpleNamespace(counts=(9, 6))), kept=kept, observer=None

@@ -11,8 +11,8 @@ from peers.sessions import Session, SessionTooLong, prepare_rows, room_for
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Connection
-from splitnet.wire.log import SentLog
 from splitnet.wire.messages import Chunk, Fork, Step
+from splitnet.wire.sent_log import SentLog
 from tests.tiers import examples
 
 BYTES_PER_POSITION = 8

@@ -39,7 +39,6 @@ from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState
-from splitnet.wire.log import REPLAY_POSITIONS
 from splitnet.wire.messages import (
     Chunk,
     Close,
@@ -59,6 +58,7 @@ from splitnet.wire.messages import (
     decode,
     encode,
 )
+from splitnet.wire.sent_log import REPLAY_POSITIONS
 
 HIDDEN = 8
 MODEL = "fingerprint"

@@ -20,8 +20,8 @@ from splitnet.errors import PeerBusy
 from splitnet.security.identity import Identity
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Connection, Endpoint
-from splitnet.wire.log import SentLog
 from splitnet.wire.messages import Chunk, Fork, Forward, Step
+from splitnet.wire.sent_log import SentLog
 from tests.tiers import examples
 
 PASS = 64

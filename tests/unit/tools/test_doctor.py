@@ -13,8 +13,8 @@ from splitnet.blocks.sizes import ModelSizes
 from splitnet.directory.hivemind_node import NodeAnswer
 from splitnet.quant.native import Kernels
 from splitnet.security.identity import Identity
-from splitnet.tools.doctor import document, examination, has_failed, machine, summary
-from splitnet.tools.doctor.machine import Status, failed, memory, open_model, passed, warned
+from splitnet.tools.doctor import document, examination, has_failed, hardware, summary
+from splitnet.tools.doctor.hardware import Status, failed, memory, open_model, passed, warned
 from tests.unit.random_models import random_checkpoint
 
 ALLOWED_S = 3.0
@@ -35,37 +35,37 @@ SIZES = ModelSizes(
 
 @pytest.mark.parametrize("version", ["3.11.0", "3.14.0rc1"])
 def test_python_that_is_new_enough(version: str) -> None:
-    assert machine.python_version(">=3.11", version) == passed("python", version)
+    assert hardware.python_version(">=3.11", version) == passed("python", version)
 
 
 def test_python_that_is_too_old() -> None:
-    found = machine.python_version(">=3.11", "3.10.12")
+    found = hardware.python_version(">=3.11", "3.10.12")
     assert found.status is Status.failed and "3.10.12, splitnet needs >=3.11: install that" in found.text
 
 
 def test_libraries_that_are_missing_or_do_not_fit_are_named_with_the_command() -> None:
     requirements = ["alpha>=2,<3", "beta", "gamma>=1; extra == 'dev'", "delta; python_version < '3'"]
     there = {"alpha": "3.1", "beta": "0.1"}
-    (found,) = machine.libraries(requirements, there.get)
+    (found,) = hardware.libraries(requirements, there.get)
     assert found.status is Status.failed
     assert found.text == "alpha is 3.1, splitnet needs <3,>=2: run `pip install 'alpha<3,>=2'`"
-    (found,) = machine.libraries(["beta", "epsilon>=1"], there.get)
+    (found,) = hardware.libraries(["beta", "epsilon>=1"], there.get)
     assert found.text == "epsilon is not installed: run `pip install 'epsilon>=1'`"
-    (found,) = machine.libraries(requirements, {**there, "alpha": "2.0+cpu"}.get)
+    (found,) = hardware.libraries(requirements, {**there, "alpha": "2.0+cpu"}.get)
     assert found == passed("libraries", "2 are there, in versions that fit")
 
 
 def test_disk(tmp_path: Path) -> None:
-    assert machine.disk(tmp_path / "absent" / "cache", 1).status is Status.passed
-    found = machine.disk(tmp_path, 1 << 60)
+    assert hardware.disk(tmp_path / "absent" / "cache", 1).status is Status.passed
+    found = hardware.disk(tmp_path, 1 << 60)
     assert found.status is Status.warned and "the whole model takes" in found.text and "HF_HOME" in found.text
 
 
 def test_a_key_is_not_made(tmp_path: Path) -> None:
-    found, identity = machine.key_of(tmp_path / "folder" / "key")
+    found, identity = hardware.key_of(tmp_path / "folder" / "key")
     assert found.status is Status.passed and identity is None and list(tmp_path.iterdir()) == []
     mine = Identity.load_or_create(tmp_path / "key")
-    found, identity = machine.key_of(tmp_path / "key")
+    found, identity = hardware.key_of(tmp_path / "key")
     assert found.status is Status.passed and identity is not None and identity.public == mine.public
 
 
@@ -146,11 +146,11 @@ def test_report() -> None:
 
 
 def test_the_package_itself_is_sound() -> None:
-    assert {finding.check: finding.status for finding in machine.software()} == {
+    assert {finding.check: finding.status for finding in hardware.software()} == {
         "python": Status.passed,
         "libraries": Status.passed,
     }
-    assert machine.devices().status is Status.passed
+    assert hardware.devices().status is Status.passed
 
 
 @pytest.mark.parametrize(
@@ -159,4 +159,4 @@ def test_the_package_itself_is_sound() -> None:
 )
 def test_kernels_that_are_missing_are_told(kernels: Kernels, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitnet.quant.native.kernels_here", lambda: kernels)
-    assert machine.kernels().status is status
+    assert hardware.kernels().status is status

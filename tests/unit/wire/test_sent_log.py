@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitnet.errors import ProtocolError
-from splitnet.wire.log import SentLog, fork_rows
 from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Chunk, Fork
+from splitnet.wire.sent_log import SentLog, fork_rows
 from tests.tiers import examples
 
 SIZE = 3

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.facts import Peer, Speed, coverage, missing_blocks
-from scheduler.moves import MIN_GAIN, SETTLE_S, Move, Willingness, best_move
+from scheduler.peer_moves import MIN_GAIN, SETTLE_S, Move, Willingness, best_move
 from scheduler.placement import Spans, sum_per_block
 from tests.tiers import examples
 

@@ -35,7 +35,7 @@ class _Kept(Generic[Handle]):
     since: float
 
 
-class PrefixCache(Generic[Handle]):
+class SessionCache(Generic[Handle]):
     """Kept sessions, of which the least recently used of the owner with most of them go first. Thread-safe.
 
     A session that is taken has one user until it is kept again. Owners never get sessions of each other: these

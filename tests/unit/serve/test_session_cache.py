@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
+from splitnet.serve.session_cache import KeepLimits, SessionCache
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Kept:
 
     def __post_init__(self) -> None:
         limits = KeepLimits(self.sessions, self.positions, 60.0)
-        self.cache: PrefixCache[str] = PrefixCache(limits, self.closed.append, lambda: self.now)
+        self.cache: SessionCache[str] = SessionCache(limits, self.closed.append, lambda: self.now)
 
 
 def test_the_next_turn_gets_the_session_of_the_one_before() -> None:
