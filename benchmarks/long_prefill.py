@@ -100,7 +100,7 @@ def prefill(
             took = time.perf_counter() - began
         timings = [request.result.timings for request in sent.requests if request.result is not None]
         codecs = [session.state.first_codec.name, *(hop.codec.name for hop in session.hops)]
-        sizes = [request.step.positions for request in sent.requests]
+        sizes = [request.message.positions for request in sent.requests]
         least = bound_s(sizes[0], timings, codecs[:-1], swarm.facts.hidden_size, arguments)
         return sizes[0], ", ".join(codecs), took, least
     finally:

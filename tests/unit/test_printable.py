@@ -64,5 +64,5 @@ def test_what_a_model_says_is_escaped_on_terminals_and_nowhere_else(
     tokenizer: Any = None
     out = _Terminal(terminal=terminal)
     monkeypatch.setattr(sys, "stdout", out)
-    _TimedStreamer(tokenizer, silent=False).on_finalized_text(TITLE)
+    _TimedStreamer(tokenizer).on_finalized_text(TITLE)
     assert out.text == (printable(TITLE) if terminal else TITLE)

@@ -13,7 +13,7 @@ from splitnet.blocks.sizes import ModelSizes
 from splitnet.directory.hivemind_node import NodeAnswer
 from splitnet.quant.native import Kernels
 from splitnet.security.identity import Identity
-from splitnet.tools.doctor import document, examination, has_failed, hardware, summary
+from splitnet.tools.doctor import document, examination, hardware, has_failed, summary
 from splitnet.tools.doctor.hardware import Status, failed, memory, open_model, passed, warned
 from tests.unit.random_models import random_checkpoint
 
