@@ -4,7 +4,7 @@
     python -m benchmarks.turns CHECKPOINT /tmp/before [--weights float32 int8 int4] [--rounds 5]
 
 Three daemons of each checkout serve a third of the model each, one thread each, and one client of each measures: a
-decode step, the prefill of a prompt, eight answers at a time, a step of prompt tuning. Then a peer is started until it
+decode step, the prefill of a prompt, eight answers at a time, a step of LoRA. Then a peer is started until it
 serves, and `splitnet generate` until its first word. Medians; a ratio above 1: this checkout takes longer. Only what
 both have is used: the commands and the public API.
 """
@@ -93,7 +93,7 @@ class Client:
 def serve_measurements(checkpoint: str, address: str) -> None:
     """The client's side: one question per line of standard input."""
     import torch
-    from peft import PromptTuningConfig, TaskType, get_peft_model
+    from peft import LoraConfig, TaskType, get_peft_model
 
     from splitnet import AutoModelForCausalLM
 
@@ -119,7 +119,7 @@ def serve_measurements(checkpoint: str, address: str) -> None:
     def tune() -> None:
         nonlocal tuned
         if tuned is None:
-            tuned = get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=8))
+            tuned = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=4))
         tuned.zero_grad()
         tuned(input_ids=ids[:ROWS, :COLUMNS], labels=ids[:ROWS, :COLUMNS]).loss.backward()
 
