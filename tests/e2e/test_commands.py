@@ -381,6 +381,7 @@ def test_a_node_of_the_dht_that_all_join_through(small: Path, here: Here, tmp_pa
             assert here(*generate, address).output == through_node.output
 
 
+@pytest.mark.full
 def test_peers_and_clients_that_join_through_a_peers_own_port(
     small: Path, home: Path, here: Here, tmp_path: Path
 ) -> None:

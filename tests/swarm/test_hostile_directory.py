@@ -81,6 +81,7 @@ def test_a_peer_that_has_worked_comes_into_a_full_directory(
         assert (peer.identity.public.text in shard.data) is has_place and len(shard) == 16
 
 
+@pytest.mark.full
 def test_a_client_opens_nothing_at_peers_that_are_silent(swarm: LocalSwarm, local: Any) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=256) as silent:
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
@@ -140,6 +141,7 @@ def test_blocks_that_only_fakes_serve_are_chosen_by_a_peer_that_joins(folder: Pa
         assert (newcomer.span.start, newcomer.span.end) == (4, 6)
 
 
+@pytest.mark.full
 def test_fakes_make_no_peer_move_and_keep_none_from_moving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "QUICK_LOOK_S", 1e6)  # peers look when they are told
     with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as swarm:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.swarm
 @pytest.mark.timeout(300)  # a suite of its own
-@pytest.mark.parametrize("tier", ["default", pytest.param("rest", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("tier", ["default", "rest"])
 def test_the_tests_of_gpus_pass_on_the_stand_in(tier: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--tier={tier}", "tests/gpu"]
     environment = {**os.environ, "GPU_TESTS_ON": "stand-in"}

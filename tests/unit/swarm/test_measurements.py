@@ -369,6 +369,7 @@ class TestNeighbours:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(Prober, "answer_limit_s", lambda *_, **__: 0.0)
+        monkeypatch.setattr("splitnet.transport.prober.FIRST_ANSWER_S", 0.0)
         here, echo = record(address="tcp://192.0.2.1:1"), Echo()
         fakes = [record(address=f"tcp://192.0.2.9:{port}") for port in range(1, 2 * ASKED_AT_ONCE + 1)]
         echo.silent |= {fake.endpoint for fake in fakes}
