@@ -103,7 +103,9 @@ def test_prompts_are_trained_on_a_gguf_file(
     finished = here(*words, "--method", method, "--steps", "2", "--batch-size", "2", "--lr", "0.01")
     expect_trained(finished, output, 2)
     told = re.search(r"Use it: splitnet (.*)", finished.output)
-    assert told and len(here(*shlex.split(told[1]), "--max-new-tokens", "4").output) > 1
+    assert told
+    generated = here(*shlex.split(told[1]), "--max-new-tokens", "4")
+    assert generated.code == 0 and len(generated.output) > 1, generated.errors
 
 
 @pytest.mark.full
