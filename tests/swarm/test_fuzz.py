@@ -313,6 +313,19 @@ def steps(draw: st.DrawFn) -> Step:
     return Step(draw(session_ids), draw(epochs), number, parts, forks, until, codec, payload, draw(counts) % 4097)
 
 
+def beginnings(attacker: Attacker) -> st.SearchStrategy[list[Message]]:
+    """A session as a program begins it, up to a step that is computed if the peer has room."""
+    return st.builds(
+        lambda session, reservation: [
+            Close(session),
+            attacker.open(session, reservation=reservation),
+            Step(session, 1, 1, (Chunk(1, 0, 3, 1),), None, 0, CODECS["none"].code, bytes(3 * 4 * HIDDEN)),
+        ],
+        session_ids,
+        st.integers(3, 600),
+    )
+
+
 def hostile_messages(attacker: Attacker) -> st.SearchStrategy[Message]:
     keys = st.sampled_from([b"", b"\xff" * 32, bytes(32), attacker.peer_key, *HOSTILE_KEYS])
     opens = st.builds(
@@ -349,9 +362,9 @@ def hostile_messages(attacker: Attacker) -> st.SearchStrategy[Message]:
 
 def test_hostile_values(attacker: Attacker) -> None:
     @many
-    @given(st.lists(hostile_messages(attacker), min_size=20, max_size=40))
-    def attack(messages: list[Message]) -> None:
-        attacker.say(*messages)
+    @given(beginnings(attacker), st.lists(hostile_messages(attacker), min_size=20, max_size=40))
+    def attack(beginning: list[Message], messages: list[Message]) -> None:
+        attacker.say(*beginning, *messages)
         attacker.ping()
 
     attack()
