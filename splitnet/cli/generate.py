@@ -42,13 +42,15 @@ AdapterFolder = Annotated[
     ),
 ]
 Speculate = Annotated[
-    str | None,
+    str,
     in_answer(
         "--speculate",
         metavar="HOW",
-        help="Draft tokens, which peers verify together: prompt-lookup, or a small model with the same tokenizer.",
+        help="Where drafts come from, which peers verify together: auto, prompt-lookup, mtp (blocks of the "
+        "checkpoint), eagle=DIR (a head, see tune --draft-head), a small model with the same tokenizer, or off.",
     ),
 ]
+Stats = Annotated[bool, typer.Option("--stats", help="Print route, speed, bytes and tokens per round trip, to stderr.")]
 
 
 @connects()
@@ -62,12 +64,12 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = None,
     adapter: AdapterFolder = None,
-    speculate: Speculate = None,
+    speculate: Speculate = "auto",
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="With the model's chat template, or the bare text.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Print route, speed and bytes, to stderr.")] = False,
+    stats: Stats = False,
 ) -> None:
     """Generate text after PROMPT through the peers of a swarm, streaming to stdout."""
     if prompt is None and connecting.invite is not None:
@@ -103,14 +105,15 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = None,
     adapter: AdapterFolder = None,
-    speculate: Speculate = None,
+    speculate: Speculate = "auto",
+    stats: Stats = False,
 ) -> None:
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()
     from splitnet.cli.connection import Connection
-    from splitnet.cli.generation import Client, Sampling
+    from splitnet.cli.generation import Client, Sampling, print_summary
 
     client = Client.connect(Connection(checkpoint, connecting), adapter, speculate)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
@@ -118,7 +121,7 @@ def chat(
     messages = list(start)
     if sys.stdin.isatty():
         typer.secho("/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer", dim=True)
-    with closing(client.model), client.model.session():
+    with closing(client.model), client.model.session() as cache:
         while (line := _read_line()) is not None:
             if line == "/reset":
                 messages = list(start)
@@ -135,6 +138,8 @@ def chat(
                 typer.secho("the conversation is kept: say it again when that is done", err=True, dim=True)
             else:
                 messages = [*asked, {"role": "assistant", "content": answer.text}]
+                if stats and cache.session is not None:
+                    print_summary(answer, cache.session)
 
 
 def _read_line() -> str | None:

@@ -22,7 +22,7 @@ from splitnet.errors import SplitnetError
 from splitnet.hf.adapters import load_adapter
 from splitnet.hf.cache import ModelSession
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
-from splitnet.hf.decoding import PROMPT_LOOKUP
+from splitnet.hf.decoding import EAGLE, NAMES, OFF, Counts
 from splitnet.logs import printable
 
 
@@ -50,10 +50,10 @@ class Client:
     model: RemoteCausalLM
     tokenizer: Any
     generator: Any  # the model itself, or what PEFT has made of it
-    speculate: Any  # where drafts come from; None: there are none
+    speculate: Any  # where drafts come from, see `RemoteCausalLM.generate`
 
     @classmethod
-    def connect(cls, connection: Connection, adapter: Path | None = None, speculate: str | None = None) -> Client:
+    def connect(cls, connection: Connection, adapter: Path | None = None, speculate: str = OFF) -> Client:
         """Loads the client's part and joins the swarm. Raises AdapterError if none fits; and as `drafts_of`."""
         checkpoint = connection.checkpoint()
         drafts = drafts_of(speculate, connection)
@@ -92,11 +92,11 @@ class Client:
     def answer(self, ids: torch.Tensor, sampling: Sampling) -> Answer:
         """Generates after `ids`, printing text as it comes."""
         streamer = _TimedStreamer(self.tokenizer)
-        began = time.perf_counter()
+        began, counts = time.perf_counter(), self.model.speculator.counts
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         options = {**sampling.options(), "pad_token_id": end if pad is None else pad}
-        if self.speculate is not None and self.model.can_draft(ids.shape[1], sampling.max_new_tokens):
-            options["speculate"] = self.speculate
+        drafts = self.model.can_draft(ids.shape[1], sampling.max_new_tokens)
+        options["speculate"] = self.speculate if drafts else OFF
         try:
             mask = torch.ones_like(ids)
             output = self.generator.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **options)
@@ -111,12 +111,13 @@ class Client:
             new_tokens=len(new),
             first_token_s=streamer.first_token_at - began,
             total_s=time.perf_counter() - began,
+            drafts=Counts(*(now - then for now, then in zip(self.model.speculator.counts, counts, strict=True))),
         )
 
 
-def drafts_of(speculate: str | None, connection: Connection) -> Any:
+def drafts_of(speculate: str, connection: Connection) -> Any:
     """What `generate` takes: a name stays, a hub id or folder becomes a model here, or ModelNotFound is raised."""
-    if speculate is None or speculate == PROMPT_LOOKUP:
+    if speculate in NAMES or speculate.startswith(EAGLE):
         return speculate
     from splitnet.blocks.backbone import load_whole
 
@@ -132,6 +133,7 @@ class Answer:
     new_tokens: int
     first_token_s: float
     total_s: float
+    drafts: Counts  # of this answer
 
     @property
     def tokens_per_s(self) -> float:
@@ -171,3 +173,8 @@ def print_summary(answer: Answer, session: ModelSession) -> None:
         f"{answer.prompt_tokens} prompt tokens, {answer.new_tokens} new; "
         f"time to first token {answer.first_token_s * 1000:.0f} ms, then {answer.tokens_per_s:.1f} tokens/s"
     )
+    if answer.drafts.round_trips:
+        console.print(
+            f"{answer.drafts.tokens / answer.drafts.round_trips:.2f} tokens per round trip: of "
+            f"{answer.drafts.drafted} drafted tokens {answer.drafts.accepted} were accepted"
+        )

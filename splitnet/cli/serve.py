@@ -95,7 +95,7 @@ def serve(
         SamplingDefaults,
         typer.Option(help="Temperature and others that a request leaves out: OpenAI's, or the checkpoint's own."),
     ] = SamplingDefaults.openai,
-    speculate: Speculate = None,
+    speculate: Speculate = "auto",
 ) -> None:
     """Serve MODEL over HTTP as OpenAI's API does, until interrupted (SIGINT or SIGTERM).
 

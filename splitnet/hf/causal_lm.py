@@ -20,10 +20,10 @@ from splitnet.blocks.client_part import Ends, backbone_of, ends_of, load_client_
 from splitnet.blocks.head import Head, loss_in_parts
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.gguf.store import GgufStore
-from splitnet.errors import SplitnetError, UnsupportedModel
+from splitnet.errors import SplitnetError, UnsupportedModel, UnsupportedParameter
 from splitnet.hf.adapters import Prefixes, prompt_wrapper, with_trained_prompt
 from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
-from splitnet.hf.decoding import Decoding, Drafts, FamilyLoop, Speculator, Text
+from splitnet.hf.decoding import AUTO, OFF, Decoding, Drafts, FamilyLoop, Outputs, Speculator, Text
 from splitnet.hf.parameters import Request, refuse
 from splitnet.hf.remote_blocks import Exchange
 from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks, stages_of
@@ -35,6 +35,9 @@ from splitnet.swarm.swarm import Swarm
 
 _PLAIN = frozenset({"attention_mask", "cache", "use_cache", "position_ids", "logits_to_keep", "inputs_embeds"})
 """What `generate()` may hand to the model without its loop having to."""
+
+PROMPT_FEATURES = 512  # last positions of a prompt at most whose hidden states come home for a head that drafts
+PROMPT_FEATURE_VALUES = 2 << 20  # of these positions at most
 
 _TRANSFORMERS: Any = GenerationMixin
 _POSITIONAL = [
@@ -114,6 +117,7 @@ def attached(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -
     model = made_remote(client_part, RemoteCausalLM, checkpoint.source)
     model.open_sessions_with(open_session)
     model.ends = ends_of(model)
+    model.speculator = Speculator(model, checkpoint)
     model.connect_blocks(blocks, swarm)
     end_threads()  # another thread may generate
     return model
@@ -126,6 +130,7 @@ class RemoteCausalLM(RemoteModel):
     loss_in_parts = True
 
     ends: Ends | None = None  # what stands before and after the blocks, if that is all there is
+    speculator: Speculator
 
     def __init_subclass__(cls) -> None:
         family: Any = cls.transformers_class
@@ -136,9 +141,8 @@ class RemoteCausalLM(RemoteModel):
         self._open_session = open_session
         self._local = _OfThread()
         self._family_loop = FamilyLoop(self, self.transformers_class)
-        self.speculator = Speculator(self.config.get_text_config().vocab_size)
 
-    def generate(self, *args: Any, speculate: Any = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, speculate: Any = AUTO, **kwargs: Any) -> Any:
         """transformers' `generate()`, with its arguments; without a `cache` of the caller, peers free their memory.
 
         With `return_dict_in_generate` they keep it for the cache of the output, until that is closed or collected.
@@ -147,9 +151,11 @@ class RemoteCausalLM(RemoteModel):
         refused by name, see docs/parameters.md.
 
         Args:
-            speculate: "prompt-lookup" drafts tokens from the text itself, a small causal LM of transformers with the
-                same tokenizer drafts them here; the peers verify several together, as many as pays, and the text stays
-                the same. For one sequence at a time.
+            speculate: where drafts of tokens come from, which the peers verify together, as many as pays; the text
+                stays the same. "prompt-lookup": from the text itself; "mtp": from the checkpoint's blocks for
+                multi-token prediction; "eagle=FOLDER": from an EAGLE head; or a small causal LM of transformers with
+                the same tokenizer. "auto": from the text and from "mtp", if it is there, fits the memory and pays.
+                "off", None: none. For one sequence at a time; "auto" makes none for others.
 
         Raises:
             UnsupportedParameter: something is asked for that cannot be had with remote blocks.
@@ -168,9 +174,12 @@ class RemoteCausalLM(RemoteModel):
         caches = request.value("use_cache") is not False or given.get("inputs_embeds") is not None
         if not caches and given.get("cache") is not None:
             raise refuse("use_cache", "=False and a cache exclude each other: leave out one of them")
-        if speculate is not None:
-            self._check_speculation(speculate, given, request, caches)
-        drafts = self.speculator.drafts_by(speculate) if speculate is not None else None
+        drafts = None
+        if speculate not in (None, OFF):
+            refused = self._speculation_refused(speculate, given, request, caches)
+            if refused is not None and speculate != AUTO:
+                raise refused
+            drafts = self.speculator.drafts_by(speculate) if refused is None else None
         head: Any = self.get_output_embeddings()
         for module in () if head is None else head.modules():  # PEFT may have wrapped it
             if isinstance(module, Head):
@@ -270,12 +279,12 @@ class RemoteCausalLM(RemoteModel):
         except KeyError as error:
             raise UnsupportedModel(f"not all blocks of {self.name_or_path} have keys and values: {error}") from None
 
-    def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
-        """The logits of `[1, seq]` new tokens: `[seq, vocabulary]`."""
+    def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
+        """The outputs of `[1, seq]` new tokens."""
         if (ends := self._only_ends) is not None:
-            return ends.logits(self._blocks.begin(cache, ends.embed(input_ids)).finish())[0]
-        with self._blocks.calling(run=lambda hidden: self._blocks.begin(cache, hidden).finish()):
-            return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
+            hidden = self._blocks.begin(cache, ends.embed(input_ids)).finish()
+            return Outputs(ends.logits(hidden)[0], hidden[0])
+        return self._called(input_ids, cache, lambda hidden: self._blocks.begin(cache, hidden).finish())
 
     def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
         """Sends `[1, seq]` new tokens through the blocks; `receive` waits for them. Raises as a call of the model."""
@@ -292,12 +301,27 @@ class RemoteCausalLM(RemoteModel):
             backbone_of(self)(input_ids=input_ids, cache=cache, use_cache=True)
         return sent[0]
 
-    def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
-        """The logits of tokens that were sent, in the order of sending: `[seq, vocabulary]`. Raises as `send`."""
+    def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
+        """The outputs of tokens that were sent, in the order of sending. Raises as `send`."""
         if (ends := self._only_ends) is not None:
-            return ends.logits(exchange.finish())[0]
-        with self._blocks.calling(run=lambda hidden: exchange.finish()), exchange.rewound():
-            return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
+            hidden = exchange.finish()
+            return Outputs(ends.logits(hidden)[0], hidden[0])
+        with exchange.rewound():
+            return self._called(input_ids, cache, lambda hidden: exchange.finish())
+
+    def _called(
+        self, input_ids: torch.Tensor, cache: RemoteCache, run: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Outputs:
+        """The outputs of a call of the model, whose blocks `run` runs."""
+        outputs: list[torch.Tensor] = []
+
+        def noted(hidden: torch.Tensor) -> torch.Tensor:
+            outputs.append(run(hidden))
+            return outputs[0]
+
+        with self._blocks.calling(run=noted):
+            logits = self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
+        return Outputs(logits, outputs[0][0])
 
     @property
     def _only_ends(self) -> Ends | None:
@@ -312,21 +336,19 @@ class RemoteCausalLM(RemoteModel):
         with self._local.within(prefix=prefix, prefixed=given.get("cache")):
             return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _check_speculation(self, by: Any, given: Mapping[str, Any], request: Request, caches: bool) -> None:
-        """Raises UnsupportedParameter if `by` makes no drafts, or something does not go together with them."""
+    def _speculation_refused(
+        self, by: Any, given: Mapping[str, Any], request: Request, caches: bool
+    ) -> UnsupportedParameter | None:
+        """The error if `by` makes no drafts, or something does not go together with them."""
         if isinstance(by, RemoteModel):
-            raise refuse("speculate", "is a model with remote blocks, and drafts are made here: use assistant_model=")
+            return refuse("speculate", "is a model with remote blocks, and drafts are made here: use assistant_model=")
         excluded = [name for name in ("custom_generate", "assistant_model", "synced_gpus") if given.get(name)]
         excluded += [name for name in ("return_dict_in_generate", "prompt_lookup_num_tokens") if request.value(name)]
         excluded += [name for name in ("num_beams", "num_return_sequences") if (request.value(name) or 1) > 1]
         excluded += [] if caches else ["use_cache"]
         excluded += ["a trained prompt"] if prompt_wrapper(self) is not None else []
-        for name in excluded:
-            raise refuse(
-                name,
-                "does not go together with speculate, which is for one sequence with a cache, of which only tokens are "
-                "returned: leave out one of them",
-            )
+        text = "does not go together with speculate, which is for one sequence with a cache, of which only tokens are "
+        return refuse(excluded[0], text + "returned: leave out one of them") if excluded else None
 
     def _sample(
         self,
@@ -352,15 +374,18 @@ class RemoteCausalLM(RemoteModel):
         only_tokens = not synced_gpus and not generation_config.return_dict_in_generate
         unprompted = not self._local.prefix and prompt_wrapper(self) is None
         fits = isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]
-        if only_tokens and unprompted and not others and (fits or drafts is not None):
+        required = drafts is not None and drafts.required
+        if only_tokens and unprompted and not others and (fits or required):
             text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             first = not generation_config.is_assistant
-            prefilled: Any = self._prefill(  # pyright: ignore[reportCallIssue]
-                text.ids(), generation_config, model_kwargs, is_first_iteration=first
-            )
+            features: list[torch.Tensor] = []
+            with self._blocks.calling(seen=features.append):
+                prefilled: Any = self._prefill(  # pyright: ignore[reportCallIssue]
+                    text.ids(), generation_config, model_kwargs, is_first_iteration=first
+                )
             decoding = Decoding(self, model_kwargs["cache"], text, drafts, self._blocks.max_positions)
-            return decoding.run(prefilled.logits[0, -1])
-        if drafts is not None:
+            return decoding.run(Outputs(prefilled.logits[0], torch.cat(features, dim=1)[0]))
+        if required:
             raise refuse([*others, "synced_gpus"][0], "does not go together with speculate: leave out one of them")
         return super()._sample(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
@@ -389,7 +414,13 @@ class RemoteCausalLM(RemoteModel):
 
     def _kept_positions(self, given: Mapping[str, Any]) -> int:
         keep = given.get("logits_to_keep", 0)
-        return keep if isinstance(keep, int) and given.get("labels") is None else 0
+        if not isinstance(keep, int) or given.get("labels") is not None:
+            return 0
+        drafts = self._local.drafts
+        if not keep or drafts is None or not drafts.drafter.taps:
+            return keep
+        size = self.config.get_text_config().hidden_size * len(drafts.drafter.taps)
+        return max(keep, min(PROMPT_FEATURES, PROMPT_FEATURE_VALUES // size))
 
     def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
         keep = given.get("logits_to_keep")

@@ -8,23 +8,29 @@ with the probability that the model gives it, and otherwise another is drawn fro
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import GenerationMixin
 
 from scheduler.batching import MovingAverage
-from scheduler.speculation import NO_DRAFTS, Pace, Window, best_window
+from scheduler.speculation import NO_DRAFTS, Guessed, Pace, Window, best_length, best_window
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import max_positions
+from splitnet.drafts.combined import Combined
+from splitnet.drafts.draft_model import DraftModel
+from splitnet.drafts.drafter import Drafter, Guess
+from splitnet.drafts.heads import DraftHead
+from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
 from splitnet.hf.cache import RemoteCache
-from splitnet.hf.drafts import Draft, Drafter, DraftModel, PromptLookup
 from splitnet.hf.remote_blocks import Exchange
 from splitnet.swarm.plan import Prediction
 
@@ -33,8 +39,9 @@ MEMORY = 0.97  # weight of former tokens in the acceptance, after each further t
 PRIOR_TOKENS = 4.0  # weight of the priors, in tokens
 PREDICTION_S = 1.0  # how long a prediction is used
 LOOK_EVERY = 32  # tokens, after which one draft is made where drafts cost time and promised nothing
-PROMPT_LOOKUP = "prompt-lookup"
-NOTHING = Draft([])
+LOOK_SHARE = 0.002  # of a plain step: a guess that takes no longer is made at every token
+AUTO, OFF, PROMPT_LOOKUP, MTP = NAMES = ("auto", "off", "prompt-lookup", "mtp")
+EAGLE = "eagle="  # before the folder of a head
 
 _PREPARES = "prepare_inputs_for_generation"
 _OTHERS = ("_sample", "_update_model_kwargs_for_generation", "_prefill")
@@ -43,42 +50,56 @@ LONGEST = 1 << 20  # longer texts are not tried
 
 
 class Experience:
-    """What texts have shown of steps and of one kind of drafter, with one model. Texts share it. Thread-safe.
+    """What texts have shown of steps and of one drafter, with one model. Texts share it. Thread-safe.
 
-    priors: by kind of draft: how often its tokens are accepted at first.
+    priors: by kind of guess: how often it is right at first.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
         self.drafted = 0  # tokens that were sent as drafts
         self.accepted = 0  # those of them that belong to a text now
-        self._accepted = [prior * PRIOR_TOKENS for prior in priors]
-        self._tried = [PRIOR_TOKENS for _ in priors]
+        self.tokens = self.round_trips = 0  # of texts with this drafter, behind their prompts
+        self.by_place: dict[int, list[int]] = {}  # in a window: how often a token there was compared, and right
+        self._own = [_Share(prior) for prior in priors]
+        self._following = [_Share(prior) for prior in priors]  # of what is guessed behind such a guess
         self._beyond_ms: dict[int, MovingAverage] = {}  # by positions: what a step took beyond its prediction
         self._client_ms: dict[int, MovingAverage] = {}  # by positions: how long a step kept this process busy
+        self._drafting_ms = (MovingAverage(SHARE), MovingAverage(SHARE))  # the first guess of a draft, a further one
         self._predictions: dict[int, Prediction] = {}
         self._predicted_at = 0.0
         self._lock = threading.RLock()
 
-    def acceptance(self, kind: int) -> float:
-        """Probability that a drafted token is what the model chooses, if those before it were."""
-        return self._accepted[kind] / self._tried[kind]
+    def acceptance(self, kinds: Iterable[int]) -> float:
+        """Probability that a guess of such kinds is what the model chooses, if those before it were."""
+        shares = [self._own[kind] for kind in kinds]
+        return sum(share.right for share in shares) / sum(share.tried for share in shares)
 
-    def compared(self, kind: int, right: bool) -> None:
-        """A drafted token behind right ones was compared with the choice of the model."""
+    def compared(self, kind: int, right: bool, before: int | None = None) -> None:
+        """A guess behind right ones was compared with the choice of the model. before: the kind of that before it."""
         with self._lock:
-            self._accepted[kind] = MEMORY * self._accepted[kind] + right
-            self._tried[kind] = MEMORY * self._tried[kind] + 1
+            self._own[kind].add(right)
+            if before is not None:
+                self._following[before].add(right)
 
     def sent(self, count: int) -> None:
         """So many drafted tokens are under way."""
         with self._lock:
             self.drafted += count
 
-    def verified(self, kind: int, right: bool) -> None:
+    def came(self, tokens: int) -> None:
+        """So many further tokens of a text came with one round trip."""
+        with self._lock:
+            self.tokens += tokens
+            self.round_trips += 1
+
+    def verified(self, sent: Drafted, right: bool) -> None:
         """As `compared`, of a token that was sent."""
         with self._lock:
             self.accepted += right
-            self.compared(kind, right)
+            counts = self.by_place.setdefault(sent.place, [0, 0])
+            counts[0] += 1
+            counts[1] += right
+            self.compared(sent.kind, right, sent.before)
 
     def took(
         self, positions: int, elapsed_ms: float, client_ms: float, prediction: Callable[[int], Prediction]
@@ -92,11 +113,37 @@ class Experience:
             for averages, value in ((self._beyond_ms, beyond_ms), (self._client_ms, client_ms)):
                 averages.setdefault(positions, MovingAverage(SHARE)).add(value)
 
-    def window(self, kind: int, draft_ms: float, prediction: Callable[[int], Prediction]) -> Window:
-        """The window that promises most, for drafts of this kind; none before a plain step was seen."""
-        if 1 not in self._beyond_ms:
-            return NO_DRAFTS
+    def timed(self, guesses: Iterator[Guess], *, catches_up: bool) -> Iterator[Guess]:
+        """The guesses of a draft, whose time is noted. catches_up: before the first the drafter reads a prompt."""
+        for place in itertools.count():
+            began = time.perf_counter()
+            guess = next(guesses, None)
+            if guess is None:
+                return
+            if place or not catches_up:
+                with self._lock:
+                    self._drafting_ms[min(place, 1)].add((time.perf_counter() - began) * 1000)
+            yield guess
 
+    @property
+    def knows_steps(self) -> bool:
+        """Whether a plain step was seen, which windows are compared with."""
+        return 1 in self._beyond_ms
+
+    def window(self, kind: int, prediction: Callable[[int], Prediction]) -> Window:
+        """The window that promises most, if what stands behind such a guess is right as often as usual."""
+        return best_window(self._following[kind].value, self._pace(prediction))
+
+    def best_length(self, guesses: Iterator[Guess], prediction: Callable[[int], Prediction]) -> int:
+        """How many of these guesses to send as one window."""
+        shares = (Guessed(self._own[kind].value, self._following[kind].value) for _, kind in guesses)
+        return best_length(shares, self._pace(prediction))
+
+    def looks_free(self, prediction: Callable[[int], Prediction]) -> bool:
+        """Whether a draft may be made only to see if it would be right."""
+        return self._drafting_ms[0].value <= LOOK_SHARE * self._pace(prediction).latency_ms(1)
+
+    def _pace(self, prediction: Callable[[int], Prediction]) -> Pace:
         def latency_ms(positions: int) -> float:
             predicted_ms = self._predicted_step(positions, prediction).latency_ms
             return max(predicted_ms + _nearest(self._beyond_ms, positions), 0.1)
@@ -107,16 +154,31 @@ class Experience:
             stage = self._predicted_step(positions, prediction).slowest_hop_ms + growth
             return max(stage, _nearest(self._client_ms, positions))
 
-        with self._lock:
-            return best_window(self.acceptance(kind), Pace(latency_ms, slowest_hop_ms, draft_ms))
+        first, further = self._drafting_ms
+        return Pace(latency_ms, slowest_hop_ms, first.value, further.value)
 
     def _predicted_step(self, positions: int, prediction: Callable[[int], Prediction]) -> Prediction:
-        now = time.monotonic()
-        if now - self._predicted_at > PREDICTION_S:
-            self._predictions, self._predicted_at = {}, now
-        if positions not in self._predictions:
-            self._predictions[positions] = prediction(positions)
-        return self._predictions[positions]
+        with self._lock:
+            now = time.monotonic()
+            if now - self._predicted_at > PREDICTION_S:
+                self._predictions, self._predicted_at = {}, now
+            if positions not in self._predictions:
+                self._predictions[positions] = prediction(positions)
+            return self._predictions[positions]
+
+
+class _Share:
+    """How often guesses are right, of which later ones count more."""
+
+    def __init__(self, prior: float) -> None:
+        self.right, self.tried = prior * PRIOR_TOKENS, PRIOR_TOKENS
+
+    @property
+    def value(self) -> float:
+        return self.right / self.tried
+
+    def add(self, right: bool) -> None:
+        self.right, self.tried = MEMORY * self.right + right, MEMORY * self.tried + 1
 
 
 def _nearest(averages: dict[int, MovingAverage], positions: int) -> float:
@@ -126,11 +188,18 @@ def _nearest(averages: dict[int, MovingAverage], positions: int) -> float:
 class Model(Protocol):
     """A causal LM whose calls can be cut in two, see `splitnet.hf.causal_lm.RemoteCausalLM`."""
 
-    def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor: ...
+    def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs: ...
 
     def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange: ...
 
-    def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor: ...
+    def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs: ...
+
+
+class Outputs(NamedTuple):
+    """Of new positions. logits: `[seq, vocabulary]`. features: `[seq, len(taps) * hidden]`, see `DraftHead`."""
+
+    logits: torch.Tensor
+    features: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +208,7 @@ class Drafts:
 
     drafter: Drafter
     experience: Experience
+    required: bool = True  # a text that cannot have drafts is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,27 +227,74 @@ class _Sent:
 
 
 class Speculator:
-    """Makes drafts for the texts of a model, with the experience of its former texts."""
+    """Makes drafts for the texts of a model, with the experience of its former texts.
 
-    def __init__(self, vocabulary: int) -> None:
-        self._vocabulary = vocabulary
+    model: a causal LM whose blocks are remote; checkpoint: that it was loaded from.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+        self._model = model
+        self._checkpoint = checkpoint
+        self._heads: dict[str, DraftHead | None] = {}
         self._experiences: dict[Any, Experience] = {}
+        self._lock = threading.Lock()
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """Tokens that were drafted so far, and how many of them were accepted."""
-        experiences = list(self._experiences.values())
-        return sum(one.drafted for one in experiences), sum(one.accepted for one in experiences)
+    def counts(self) -> Counts:
+        """What was drafted so far, by all drafters."""
+        each = [(one.drafted, one.accepted, one.tokens, one.round_trips) for one in [*self._experiences.values()]]
+        return Counts(*map(sum, zip(*each, strict=True))) if each else Counts(0, 0, 0, 0)
 
     def drafts_by(self, speculate: Any) -> Drafts:
-        """Drafts for one text by "prompt-lookup" or a causal LM with the same tokens. Raises SplitnetError: neither."""
-        if speculate == PROMPT_LOOKUP:
-            drafter, source = PromptLookup(), PROMPT_LOOKUP
-        elif isinstance(speculate, str):
-            raise SplitnetError(f"cannot speculate by {speculate!r}: give {PROMPT_LOOKUP!r}, or a draft model")
-        else:
-            drafter, source = DraftModel(speculate, self._vocabulary), id(speculate)
-        return Drafts(drafter, self._experiences.setdefault(source, Experience(drafter.priors)))
+        """Drafts for one text, see `RemoteCausalLM.generate`. Raises SplitnetError: nothing makes drafts so."""
+        if not isinstance(speculate, str):
+            vocabulary = self._model.config.get_text_config().vocab_size
+            return self._drafts(id(speculate), DraftModel(speculate, vocabulary))
+        head = self._head(speculate)
+        if head is None:
+            return self._drafts(speculate, PromptLookup(), required=speculate != AUTO)
+        experience = self.experience(speculate, Combined.priors)
+        return Drafts(Combined(head, experience.acceptance), experience, required=speculate != AUTO)
+
+    def experience(self, source: Any, priors: Sequence[float]) -> Experience:
+        """What texts with drafts from this source have shown."""
+        return self._experiences.setdefault(source, Experience(priors))
+
+    def _drafts(self, source: Any, drafter: Drafter, *, required: bool = True) -> Drafts:
+        return Drafts(drafter, self.experience(source, drafter.priors), required)
+
+    def _head(self, speculate: str) -> DraftHead | None:
+        """None: drafts are copies of the text. Raises SplitnetError: there is no such head."""
+        with self._lock:
+            if speculate not in self._heads:
+                self._heads[speculate] = self._load_head(speculate)
+            return self._heads[speculate]
+
+    def _load_head(self, speculate: str) -> DraftHead | None:
+        if speculate in (AUTO, PROMPT_LOOKUP):
+            return None
+        raise SplitnetError(
+            f"cannot speculate by {speculate!r}: give {AUTO!r}, {PROMPT_LOOKUP!r}, {OFF!r}, or a draft model"
+        )
+
+
+class Counts(NamedTuple):
+    """drafted: tokens that were sent as drafts. accepted: those of them that belong to a text now. tokens: all of texts
+    with a drafter, and the round trips through the blocks in which they came."""
+
+    drafted: int
+    accepted: int
+    tokens: int
+    round_trips: int
+
+
+class Drafted(NamedTuple):
+    """A token that was sent behind the text. place: in its window, from 0. before: the kind of the one before it."""
+
+    token: int
+    kind: int
+    place: int
+    before: int | None
 
 
 class Text:
@@ -243,18 +360,19 @@ class Decoding:
         limits = (text.most, None if max_positions is None else max_positions - self._offset + 1)
         self._most = min((limit for limit in limits if limit is not None), default=None)
         self._under_way: deque[_Sent] = deque()
-        self._drafted: deque[tuple[int, int]] = deque()  # tokens behind the text that were sent, and kinds of drafts
-        self._imagined = NOTHING  # what was not sent, only to see whether it is right
-        self._unseen_drafts = 0
-        if drafts is not None:
-            drafts.drafter.begin(text.tokens)
+        self._drafted: deque[Drafted] = deque()  # tokens behind the text that were sent
+        self._imagined: Guess | None = None  # what was not sent, only to see whether it is right
+        self._unseen = 0  # tokens since the latest draft
+        self._begins = True  # no draft was made yet
 
-    def run(self, logits: torch.Tensor) -> torch.Tensor:
-        """Goes on until the text is finished, from the logits `[vocabulary]` after the prompt.
+    def run(self, prompt: Outputs) -> torch.Tensor:
+        """Goes on until the text is finished, from the outputs of the last positions of the prompt.
 
         Returns `[1, seq]`, the prompt and all further tokens. Raises SplitnetError: as a call of the model.
         """
-        self._take(logits)
+        if self._drafts is not None:
+            self._drafts.drafter.begin(self._text.tokens, prompt.features[:-1])
+        self._take(prompt.logits[-1], prompt.features[-1])
         try:
             while not self._text.finished:
                 self._turn()
@@ -266,82 +384,104 @@ class Decoding:
 
     def _turn(self) -> None:
         """Sends what can be sent, and takes in what comes back first."""
-        window = self._window()
+        window, guesses = self._plan()
         if not self._under_way:
-            self._send(self._draft(window.length), whole=window.in_flight == 1)
-        while len(self._under_way) < window.in_flight and (draft := self._draft(window.length)).tokens:
-            self._send(draft)
+            self._send(guesses, whole=window.in_flight == 1)
+            guesses = []
+        while len(self._under_way) < window.in_flight:
+            guesses = guesses or [*itertools.islice(self._guesses(), window.length)]
+            if not guesses:
+                break
+            self._send(guesses)
+            guesses = []
         sent = self._under_way.popleft()
         began, waited_ms = time.perf_counter(), self._layer.waited_ms
         if sent.exchange is None:
-            logits = self._model.step(sent.ids, self._cache)
+            outputs = self._model.step(sent.ids, self._cache)
         else:
-            logits = self._model.receive(sent.exchange, sent.ids, self._cache)
-        for index in range(len(logits)):
-            token = self._take(logits[index])
+            outputs = self._model.receive(sent.exchange, sent.ids, self._cache)
+        before = len(self._text.tokens)
+        for logits, features in zip(*outputs, strict=True):
+            token = self._take(logits, features)
             if self._text.finished or not self._goes_on_with(token):
                 self._forget_drafts()
                 break
-        if sent.alone and self._drafts is not None:
+        if self._drafts is None:
+            return
+        self._drafts.experience.came(len(self._text.tokens) - before)
+        if sent.alone:
             now = time.perf_counter()
             client_ms = sent.sending_ms + (now - began) * 1000 - (self._layer.waited_ms - waited_ms)
             self._drafts.experience.took(sent.ids.shape[1], (now - sent.began) * 1000, client_ms, self._prediction)
 
-    def _window(self) -> Window:
-        """The best window now; where that is to draft nothing, notes a draft to see whether it would be right."""
+    def _plan(self) -> tuple[Window, list[Guess]]:
+        """The best window now, and its guesses; where that is to send none, notes one to see whether it is right."""
+        drafts = self._drafts
+        if drafts is None or not drafts.experience.knows_steps:
+            return NO_DRAFTS, []
+        experience, self._imagined = drafts.experience, None
+        if self._unseen and not experience.looks_free(self._prediction):
+            self._unseen = (self._unseen + 1) % LOOK_EVERY
+            return NO_DRAFTS, []
+        guesses = self._guesses()
+        first = next(guesses, None)
+        if first is None:
+            return NO_DRAFTS, []
+        window = experience.window(first.kind, self._prediction)
+        if window.in_flight > 1:
+            return window, [first, *itertools.islice(guesses, window.length - 1)]
+        if self._under_way:
+            return NO_DRAFTS, []
+        taken = [first]
+        noted = (taken.append(guess) or guess for guess in guesses)
+        del taken[experience.best_length(itertools.chain(taken[:1], noted), self._prediction) :]
+        self._imagined = None if taken else first
+        self._unseen = 0 if taken else 1
+        return Window(len(taken), 1), taken
+
+    def _guesses(self) -> Iterator[Guess]:
+        """Of tokens behind the text and what is under way; fewer near the end: the model itself adds one at least."""
         if self._drafts is None:
-            return NO_DRAFTS
-        self._imagined = NOTHING
-        draft_ms = self._drafts.drafter.draft_ms
-        guess = NOTHING if draft_ms > 0 else self._draft(1)
-        if not draft_ms and not guess.tokens:
-            return NO_DRAFTS
-        window = self._drafts.experience.window(guess.kind, draft_ms, self._prediction)
-        if not window.length and not self._under_way:
-            self._unseen_drafts += 1
-            if draft_ms > 0 and self._unseen_drafts % LOOK_EVERY == 0:
-                guess = self._draft(1)
-            self._imagined = guess
-        return window
+            return
+        room = None if self._most is None else max(0, self._most - len(self._text.tokens) - 1 - len(self._drafted))
+        guesses = self._drafts.drafter.draft([drafted.token for drafted in self._drafted])
+        timed = self._drafts.experience.timed(guesses, catches_up=self._begins)
+        self._begins = False
+        yield from itertools.islice(timed, room)
 
-    def _draft(self, count: int) -> Draft:
-        """At most `count` further tokens, fewer near the end of the text: the model itself adds one at least."""
-        most = self._most
-        room = count if most is None else min(count, most - len(self._text.tokens) - 1 - len(self._drafted))
-        if room < 1 or self._drafts is None:
-            return NOTHING
-        return self._drafts.drafter.draft([token for token, _ in self._drafted], room)
-
-    def _send(self, draft: Draft, *, whole: bool = False) -> None:
+    def _send(self, guesses: Sequence[Guess], *, whole: bool = False) -> None:
         """Sends drafts behind what is under way, or else behind the last token of the text."""
         alone = not self._under_way
         ids = self._text.ids(len(self._text.tokens) - alone)
-        if draft.tokens:
-            ids = torch.cat((ids, ids.new_tensor([draft.tokens])), dim=1)
-            self._drafted.extend((token, draft.kind) for token in draft.tokens)
+        before = self._drafted[-1].kind if self._drafted else None
+        for place, guess in enumerate(guesses):
+            self._drafted.append(Drafted(*guess, place, before))
+            before = guess.kind
+        if guesses:
+            ids = torch.cat((ids, ids.new_tensor([[guess.token for guess in guesses]])), dim=1)
         began = time.perf_counter()
         exchange = None if whole else self._model.send(ids, self._cache)
         sending_ms = (time.perf_counter() - began) * 1000
-        if draft.tokens and self._drafts is not None:
-            self._drafts.experience.sent(len(draft.tokens))
+        if guesses and self._drafts is not None:
+            self._drafts.experience.sent(len(guesses))
         self._under_way.append(_Sent(exchange, ids, began, sending_ms, alone))
 
-    def _take(self, logits: torch.Tensor) -> int:
+    def _take(self, logits: torch.Tensor, features: torch.Tensor) -> int:
         token = self._text.choose(logits)
         if self._drafts is not None:
-            self._drafts.drafter.observe(token)
-            if self._imagined.tokens:
-                self._drafts.experience.compared(self._imagined.kind, self._imagined.tokens[0] == token)
-                self._imagined = NOTHING
+            self._drafts.drafter.observe(token, features)
+            if self._imagined is not None:
+                self._drafts.experience.compared(self._imagined.kind, self._imagined.token == token)
+                self._imagined = None
         return token
 
     def _goes_on_with(self, token: int) -> bool:
         """Whether what was sent behind the text begins with this token, which belongs to the text now."""
         if not self._drafted or self._drafts is None:
             return False
-        drafted, kind = self._drafted.popleft()
-        self._drafts.experience.verified(kind, drafted == token)
-        return drafted == token
+        sent = self._drafted.popleft()
+        self._drafts.experience.verified(sent, sent.token == token)
+        return sent.token == token
 
     def _forget_drafts(self) -> None:
         """What was sent behind the text counts no more; the cache holds what it shares with the text."""

@@ -33,7 +33,7 @@ class Call:
 
     keep: how many last positions the head looks at; 0: all. length: of the text that the positions are a piece of, if
     it is longer. run: runs the blocks, `[batch, seq, hidden]` in and out. backbone: is called in the place of the
-    backbone, with what calls that.
+    backbone, with what calls that. seen: is given the outputs of steps, `[batch, kept, hidden]`.
     """
 
     keep: int = 0
@@ -41,6 +41,7 @@ class Call:
     length: int = 0
     run: Callable[[torch.Tensor], torch.Tensor] | None = None
     backbone: Callable[[Callable[[], Any]], Any] | None = None
+    seen: Callable[[torch.Tensor], None] | None = None
 
 
 _NO_CALL = Call()
@@ -223,6 +224,8 @@ class RemoteBlocks(nn.Module):
             except BaseException:
                 layer.columns = past
                 raise
+        if call.seen is not None:
+            call.seen(output[:, -call.keep :])
         if torch.is_grad_enabled():
             output = _NoBackward.apply(output, hidden, *parameters.values())
             assert isinstance(output, torch.Tensor)

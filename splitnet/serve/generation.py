@@ -132,7 +132,7 @@ class Generations:
         decode: Callable[[list[int]], str],
         at_a_time: int,
         limits: KeepLimits,
-        speculate: Any = None,  # where drafts come from, see `RemoteCausalLM.generate`; None: there are none
+        speculate: Any = None,  # where drafts come from, see `RemoteCausalLM.generate`
     ) -> None:
         self.speculate = speculate
         # For a cache, what notes the news of its session at each call.

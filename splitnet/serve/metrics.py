@@ -167,7 +167,7 @@ class _PresentMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         model: RemoteCausalLM = self._generations.model
-        drafted, accepted = model.speculator.counts
+        counts = model.speculator.counts
         kept = self._generations.kept
         info = {"model": self._name, "version": __version__}
         yield InfoMetricFamily("splitnet_gateway", "What the gateway serves.", info)
@@ -178,10 +178,17 @@ class _PresentMetrics(Collector):
             ("kept_tokens", "Tokens whose keys and values the peers hold for them.", kept.tokens),
         ):
             yield GaugeMetricFamily(f"splitnet_gateway_{metric}", help, value)
-        yield CounterMetricFamily("splitnet_gateway_drafted_tokens", "Drafted tokens that were sent to peers.", drafted)
-        yield CounterMetricFamily(
-            "splitnet_gateway_accepted_tokens", "Drafted tokens that the model has chosen, too.", accepted
-        )
+        for name, help, value in (
+            ("drafted_tokens", "Drafted tokens that were sent to peers.", counts.drafted),
+            ("accepted_tokens", "Drafted tokens that the model has chosen, too.", counts.accepted),
+            ("tokens_with_drafts", "Tokens of answers with a source of drafts.", counts.tokens),
+            (
+                "round_trips_with_drafts",
+                "Round trips through the blocks for these tokens.",
+                counts.round_trips,
+            ),
+        ):
+            yield CounterMetricFamily(f"splitnet_gateway_{name}", help, value)
 
 
 class _RequestWatch:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
+import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
+
+from scheduler.speculation import Window
+from splitnet.hf.decoding import Experience
 
 GREEDY = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -13,6 +18,15 @@ GREEDY = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_toke
 def prompt(length: int = 9, batch: int = 1) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def force_window(monkeypatch: pytest.MonkeyPatch, window: Window) -> None:
+    """Has drafts sent in such windows, whatever would pay."""
+    monkeypatch.setattr(Experience, "knows_steps", True)
+    monkeypatch.setattr(Experience, "window", lambda *_: window)
+    monkeypatch.setattr(
+        Experience, "best_length", lambda _, guesses, __: sum(1 for _ in itertools.islice(guesses, window.length))
+    )
 
 
 class Collector(BaseStreamer):

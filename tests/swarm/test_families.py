@@ -15,9 +15,8 @@ from scheduler.speculation import Window
 from splitnet.checkpoint.families import FAMILIES as FACTS
 from splitnet.directory.dht import Directory
 from splitnet.errors import UnsupportedParameter
-from splitnet.hf.decoding import Experience
 from splitnet.session.inference import Session
-from tests.swarm.generation import After
+from tests.swarm.generation import After, force_window
 from tests.swarm.harness import LocalSwarm, local_swarm, repairs
 from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint
 
@@ -50,7 +49,7 @@ FAMILIES = (
 def test_generates_as_transformers_does(
     family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Experience, "window", lambda *_: Window(2, 3))
+    force_window(monkeypatch, Window(2, 3))
     folder = random_checkpoint(family, tmp_path, **(HYBRIDS | SPARSE).get(family, {}))
     local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
@@ -151,7 +150,7 @@ def test_texts_beyond_the_length_where_the_rotary_embedding_changes(
     family: str, config: dict[str, Any], node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts under it and over it, in pieces and in batches, with drafts, and where a hop is lost."""
-    monkeypatch.setattr(Experience, "window", lambda *_: Window(2, 3))
+    force_window(monkeypatch, Window(2, 3))
     monkeypatch.setattr(Session, "step_positions", lambda *_: 16)
     folder = random_checkpoint(family, tmp_path, **config)
     options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

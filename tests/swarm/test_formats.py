@@ -14,8 +14,7 @@ from scheduler.speculation import Window
 from splitnet.blocks.backbone import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory
-from splitnet.hf.decoding import Experience
-from tests.swarm.generation import After
+from tests.swarm.generation import After, force_window
 from tests.swarm.harness import local_swarm, repairs
 from tests.swarm.test_families import embedding_gradient, kill_hop
 from tests.unit.gguf_writing import write_gguf
@@ -45,7 +44,7 @@ IN_GGUF = (Type.Q8_0, Type.Q5_1, Type.Q4_0, Type.Q4_1)
 def test_generates_as_transformers_does(
     scheme: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Experience, "window", lambda *_: Window(2, 3))
+    force_window(monkeypatch, Window(2, 3))
     source = random_checkpoint(IN_SAFETENSORS.get(scheme, "llama"), tmp_path / "source", hidden=64)
     if scheme in IN_SAFETENSORS:
         stored, plain = quantized_pair(source, tmp_path, scheme)

@@ -19,10 +19,10 @@ import splitnet
 from scheduler.speculation import Window
 from splitnet.errors import AdapterError, SessionClosed, SplitnetError, UnsupportedParameter
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.hf.decoding import Experience
 from splitnet.session.events import Phase
 from splitnet.session.inference import Session
 from tests.swarm.adapters import lora, wrapped
+from tests.swarm.generation import force_window
 from tests.swarm.harness import LocalSwarm, shared_swarm
 
 pytestmark = [pytest.mark.swarm, pytest.mark.default_cases(remote=(None,))]
@@ -216,14 +216,14 @@ class TestSessions:
             more = torch.cat([first, prompt(3)], dim=1)
             assert torch.equal(generate(remote, more, use_cache=False), generate(local, more))
             before = sent(cache)
-            generate(remote, more)
+            generate(remote, more, speculate="off")
             assert sent(cache) - before == 1 + 3 + 11
 
 
 class TestSpeculation:
     @pytest.fixture(autouse=True, params=[Window(3, 1), Window(2, 3)], ids=str)
     def window(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Experience, "window", lambda *_: request.param)
+        force_window(monkeypatch, request.param)
 
     @pytest.mark.parametrize("with_ids", [True, False])
     def test_embeddings(self, local: Any, remote: RemoteCausalLM, with_ids: bool) -> None:

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scheduler.speculation import Window
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.hf.decoding import Experience
 from splitnet.logs import JsonFormatter
 from splitnet.security.identity import KeyOptions
 from splitnet.serve import generation
@@ -37,6 +36,7 @@ from splitnet.serve.sampling import SamplingDefaults
 from splitnet.serve.server import make_app
 from splitnet.serve.session_cache import KeepLimits
 from tests.e2e.small_model import small_model
+from tests.swarm.generation import force_window
 from tests.swarm.harness import LocalSwarm, local_swarm
 
 pytestmark = pytest.mark.swarm
@@ -176,7 +176,7 @@ def greedy(whole: Any, ids: list[int], tokens: int) -> list[int]:
 def test_drafts_change_neither_answers_nor_scores(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    monkeypatch.setattr(Experience, "window", lambda *_: Window(3, 2))
+    force_window(monkeypatch, Window(3, 2))
     body = {"prompt": "one two three one two three one two", "max_tokens": 24, "logprobs": 2, "seed": 5}
 
     async def does(server: Server) -> Any:
@@ -747,7 +747,7 @@ def test_metrics_are_those_of_what_was_asked(serve: Serve, monkeypatch: pytest.M
 
     serve(does)
 
-    monkeypatch.setattr(Experience, "window", lambda *_: Window(3, 2))
+    force_window(monkeypatch, Window(3, 2))
 
     async def drafts(server: Server) -> None:
         before = await Told.by(server)

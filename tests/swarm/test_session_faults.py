@@ -19,12 +19,11 @@ from scheduler import liveness
 from scheduler.speculation import Window
 from splitnet.directory.dht import Directory
 from splitnet.errors import PeerBusy
-from splitnet.hf.decoding import Experience
 from splitnet.session.inference import Session
 from splitnet.wire.endpoints import LinkState
 from splitnet.wire.messages import Step, decode
 from tests.swarm.adapters import lora, wrapped
-from tests.swarm.generation import GREEDY, prompt
+from tests.swarm.generation import GREEDY, force_window, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs
 from tests.unit.random_models import random_checkpoint
 
@@ -216,7 +215,7 @@ def test_a_long_step_may_take_as_long_as_it_goes_on(
 def test_memory_is_extended_while_drafts_are_under_way(
     long_folder: Path, long_local: Any, node: Directory, monkeypatch: pytest.MonkeyPatch, limit: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(Experience, "window", lambda *_: Window(3, 4))
+    force_window(monkeypatch, Window(3, 4))
     ids = prompt(200)["input_ids"]
     with local_swarm(long_folder, [(0, 1), (1, 2)], node=node) as swarm:
         model = swarm.model()

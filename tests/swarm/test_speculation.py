@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from scheduler.speculation import Window
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.hf.decoding import Experience
-from tests.swarm.generation import After, Collector
+from tests.swarm.generation import After, Collector, force_window
 from tests.swarm.harness import LocalSwarm, local_swarm, repairs
 from tests.unit.random_models import random_checkpoint
 
@@ -38,7 +37,7 @@ def remote(swarm: LocalSwarm, request: pytest.FixtureRequest) -> Iterator[Remote
 @pytest.fixture(params=WINDOWS, ids=str)
 def window(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Window:
     """What is sent at once, whatever would pay."""
-    monkeypatch.setattr(Experience, "window", lambda *_: request.param)
+    force_window(monkeypatch, request.param)
     return request.param
 
 
@@ -119,7 +118,7 @@ def test_tokens_are_streamed_one_by_one(remote: RemoteCausalLM, window: Window) 
 
 
 def test_a_hop_that_dies_with_windows_under_way(folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Experience, "window", lambda *_: Window(2, 4))
+    force_window(monkeypatch, Window(2, 4))
     with local_swarm(folder, [(0, 3), (3, 6), (3, 6)]) as twins:
         model = twins.model()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,10 +12,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from scheduler.speculation import IN_FLIGHT, LENGTHS, NO_DRAFTS, WORTHWHILE, Pace, Window, best_window, tokens_per_ms
+from scheduler.speculation import (
+    IN_FLIGHT,
+    LENGTHS,
+    MOST_ACCEPTED,
+    NO_DRAFTS,
+    WORTHWHILE,
+    Guessed,
+    Pace,
+    Window,
+    best_length,
+    best_window,
+    tokens_per_ms,
+)
+from splitnet.drafts.combined import Combined
+from splitnet.drafts.draft_model import DraftModel
+from splitnet.drafts.drafter import Drafter, Guess
+from splitnet.drafts.heads import HeadDrafter
+from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
-from splitnet.hf.decoding import Experience
-from splitnet.hf.drafts import DraftModel, PromptLookup
+from splitnet.hf.decoding import Drafted, Experience
 from splitnet.swarm.plan import Prediction
 from tests.unit.random_models import HYBRIDS, random_config
 
@@ -24,6 +41,7 @@ def pace(link_ms: float = 80.0, pass_ms: float = 20.0, position_ms: float = 1.0,
     return Pace(
         latency_ms=lambda positions: link_ms + pass_ms + position_ms * positions,
         slowest_hop_ms=lambda positions: (pass_ms + position_ms * positions) / 4,
+        first_draft_ms=draft_ms,
         draft_ms=draft_ms,
     )
 
@@ -67,6 +85,48 @@ class TestBestWindow:
         assert tokens_per_ms(Window(length, 1), acceptance, given_pace) == pytest.approx(expected / took_ms)
 
 
+class TestBestLength:
+    """Of one window, by what is known of each guess."""
+
+    def test_it_ends_before_what_is_unsure(self) -> None:
+        sure, unsure = Guessed(0.95, 0.8), Guessed(0.02, 0.02)
+        assert best_length(iter([sure, sure, sure, unsure, unsure, sure]), pace()) == 3
+
+    def test_nothing_unsure_is_sent(self) -> None:
+        assert best_length(iter([Guessed(0.03, 0.9)]), pace(position_ms=10)) == 0
+
+    def test_no_more_are_drafted_than_pay(self) -> None:
+        asked: list[int] = []
+
+        def guesses() -> Iterator[Guessed]:
+            for place in itertools.count():
+                asked.append(place)
+                yield Guessed(0.6, 0.6)
+
+        length = best_length(guesses(), pace(draft_ms=5))
+        assert length == len(asked) < LENGTHS[-1]
+
+    @given(st.lists(st.tuples(acceptances, acceptances), max_size=20), paces)
+    def test_it_promises_more_than_a_token_at_a_time(self, shares: list[tuple[float, float]], given_pace: Pace) -> None:
+        length = best_length((Guessed(*each) for each in shares), given_pace)
+        rights = itertools.accumulate((min(own, MOST_ACCEPTED) for own, _ in shares[:length]), lambda a, b: a * b)
+        expected, most = 1 + sum(rights), WORTHWHILE / given_pace.latency_ms(1)
+        if length:
+            assert expected / (given_pace.latency_ms(length + 1) + given_pace.drafting_ms(length)) > most
+
+    @given(st.floats(0.05, 0.95), paces)
+    def test_for_guesses_alike_no_single_window_is_better(self, acceptance: float, given_pace: Pace) -> None:
+        length = best_length(itertools.repeat(Guessed(acceptance, acceptance)), given_pace)
+        plain = 1 / given_pace.latency_ms(1)
+        speeds = {n: tokens_per_ms(Window(n, 1), acceptance, given_pace) for n in range(1, LENGTHS[-1] + 1)}
+        best = speeds[length] if length else plain * WORTHWHILE
+        assert best >= max(speeds.values()) * (1 - 1e-9) or best == plain * WORTHWHILE >= max(speeds.values())
+
+
+def drafted(drafter: Drafter, pending: list[int], count: int) -> list[int]:
+    return [guess.token for guess in itertools.islice(drafter.draft(pending), count)]
+
+
 class TestPromptLookup:
     def drafter(self, tokens: list[int]) -> PromptLookup:
         drafter = PromptLookup()
@@ -75,56 +135,57 @@ class TestPromptLookup:
 
     def test_what_followed_the_last_time(self) -> None:
         drafter = self.drafter([1, 2, 3, 4, 5, 6, 1, 2, 3])
-        assert drafter.draft([], 3).tokens == [4, 5, 6]
+        assert drafted(drafter, [], 3) == [4, 5, 6]
 
     def test_the_latest_place_of_the_longest_ngram(self) -> None:
         drafter = self.drafter([7, 8, 1, 9, 8, 2, 8, 3, 7, 8])
-        assert drafter.draft([], 1).tokens == [1]
+        assert drafted(drafter, [], 1) == [1]
 
     def test_it_goes_on_behind_what_was_drafted(self) -> None:
         drafter = self.drafter([1, 2, 3, 4, 5, 6, 1, 2, 3])
-        assert drafter.draft([4, 5], 2).tokens == [6, 1]
+        assert drafted(drafter, [4, 5], 2) == [6, 1]
 
     def test_a_repeating_end_repeats(self) -> None:
-        assert self.drafter([5, 6, 5, 6, 5]).draft([], 5).tokens == [6, 5, 6, 5, 6]
+        assert drafted(self.drafter([5, 6, 5, 6, 5]), [], 5) == [6, 5, 6, 5, 6]
 
     def test_a_name_that_has_changed_twice_is_drafted_with_its_new_name(self) -> None:
         old, new = 50, 60
         original = [1, 2, 3, old, 4, 5, 6, 7, old, 8, 9, 10, 11, old, 12, 13]
         begun = [1, 2, 3, new, 4, 5, 6, 7, new, 8, 9, 10]
-        assert self.drafter([*original, 99, *begun]).draft([], 4).tokens == [11, new, 12, 13]
+        assert drafted(self.drafter([*original, 99, *begun]), [], 4) == [11, new, 12, 13]
 
     def test_a_place_is_followed_past_a_change(self) -> None:
         original = [1, 2, 3, 4, 5, 6, 7, 8, 9]
-        assert self.drafter([*original, 99, 1, 2, 3, 4, 77]).draft([], 3).tokens == [6, 7, 8]
+        assert drafted(self.drafter([*original, 99, 1, 2, 3, 4, 77]), [], 3) == [6, 7, 8]
 
     def test_a_name_that_changes_back_is_let_go(self) -> None:
         old, new = 50, 60
         original = [1, 2, 3, old, 4, 5, 6, 7, old, 8, 9, 10, 11, old, 12, 13, 14, 15, old, 16]
         begun = [1, 2, 3, new, 4, 5, 6, 7, new, 8, 9, 10, 11, old, 12, 13, 14]
-        assert self.drafter([*original, 99, *begun]).draft([], 2).tokens == [15, old]
+        assert drafted(self.drafter([*original, 99, *begun]), [], 2) == [15, old]
 
     def test_what_changed_once_keeps_its_name(self) -> None:
         original = [1, 2, 3, 50, 4, 5, 6, 7, 50, 8]
-        assert self.drafter([*original, 99, 1, 2, 3, 60, 4, 5, 6]).draft([], 2).tokens == [7, 50]
+        assert drafted(self.drafter([*original, 99, 1, 2, 3, 60, 4, 5, 6]), [], 2) == [7, 50]
 
     def test_nothing_to_go_by(self) -> None:
-        assert self.drafter([1, 2, 3]).draft([], 4).tokens == []
-        assert self.drafter([]).draft([], 4).tokens == []
+        assert drafted(self.drafter([1, 2, 3]), [], 4) == []
+        assert drafted(self.drafter([]), [], 4) == []
 
     def test_a_longer_match_is_another_kind(self) -> None:
         text = list(range(100, 112))
-        short = self.drafter([*text, 1, 2, 111]).draft([], 1)
-        long = self.drafter([*text, 1, 2, *text]).draft([], 1)
+        short = next(self.drafter([*text, 1, 2, 111]).draft([]))
+        long = next(self.drafter([*text, 1, 2, *text]).draft([]))
         assert long.kind > short.kind
         assert PromptLookup.priors[long.kind] > PromptLookup.priors[short.kind]
 
     @given(st.lists(st.integers(0, 5), max_size=60), st.lists(st.integers(0, 5), max_size=20), st.integers(1, 20))
     def test_whatever_the_text_drafts_are_tokens_of_it(self, text: list[int], pending: list[int], count: int) -> None:
-        draft = self.drafter(text).draft(pending, count)
-        assert len(draft.tokens) in (0, count)
-        assert set(draft.tokens) <= {*text, *pending}
-        assert 0 <= draft.kind < len(PromptLookup.priors)
+        guesses = list(itertools.islice(self.drafter(text).draft(pending), count))
+        assert len(guesses) in (0, count)
+        assert {guess.token for guess in guesses} <= {*text, *pending}
+        assert len({guess.kind for guess in guesses}) <= 1
+        assert all(0 <= guess.kind < len(PromptLookup.priors) for guess in guesses)
 
 
 class _Counting(torch.nn.Module):
@@ -154,18 +215,18 @@ class TestDraftModel:
     def test_it_continues_the_text_and_what_was_drafted(self) -> None:
         drafter = DraftModel(_Counting(), 50)
         drafter.begin([3, 4])
-        assert drafter.draft([], 3).tokens == [5, 6, 7]
-        assert drafter.draft([5, 6, 7], 2).tokens == [8, 9]
+        assert drafted(drafter, [], 3) == [5, 6, 7]
+        assert drafted(drafter, [5, 6, 7], 2) == [8, 9]
 
     def test_it_computes_only_what_is_new(self) -> None:
         model = _Counting()
         drafter = DraftModel(model, 50)
         drafter.begin([3, 4])
-        drafter.draft([], 3)  # has seen 3 4 5 6
+        drafted(drafter, [], 3)  # has seen 3 4 5 6, and 7 is what comes next
         drafter.observe(5)
         drafter.observe(20)
         model.given.clear()
-        assert drafter.draft([], 1).tokens == [21]
+        assert drafted(drafter, [], 1) == [21]
         assert model.given == [20]
 
     def test_other_tokens_are_refused(self) -> None:
@@ -187,13 +248,128 @@ class TestDraftModel:
             expected = model.generate(
                 torch.tensor([text]), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0
             )
-            assert drafter.draft([], 5).tokens == expected[0, len(text) :].tolist()
+            assert drafted(drafter, [], 5) == expected[0, len(text) :].tolist()
 
     def test_states_that_cannot_be_rewound_are_refused(self) -> None:
         model: Any = _Counting()
         model._is_stateful = True
         with pytest.raises(SplitnetError, match="'counting' keep states"):
             DraftModel(model, 50)
+
+
+class CountingHead:
+    """Its features and outputs are one number, and it says the next token. A cache is what it has run."""
+
+    taps = (6,)
+    draft_vocabulary: torch.Tensor | None = None
+
+    class Cache(list[tuple[int, float, bool]]):
+        def get_seq_length(self) -> int:
+            return len(self)
+
+        def crop(self, length: int) -> None:
+            del self[length:]
+
+    def __init__(self) -> None:
+        self.caches: list[CountingHead.Cache] = []
+
+    def new_cache(self) -> CountingHead.Cache:
+        self.caches.append(self.Cache())
+        return self.caches[-1]
+
+    def run(self, tokens: torch.Tensor, features: torch.Tensor, cache: Cache, *, own: bool = False) -> torch.Tensor:
+        cache += [(token, value, own) for token, (value,) in zip(tokens.tolist(), features.tolist(), strict=True)]
+        return tokens[:, None] + 1.0
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return 20.0 * torch.nn.functional.one_hot(hidden[:, 0].long(), 50)
+
+
+class TestHeadDrafter:
+    """Positions whose features have come home are run with these, others with what the head gave before."""
+
+    def begun(self) -> tuple[CountingHead, HeadDrafter]:
+        head = CountingHead()
+        drafter = HeadDrafter(head)
+        drafter.begin([3, 4, 5], torch.tensor([[0.5]]))  # of the second position; the first is not known
+        drafter.observe(6, torch.tensor([1.5]))
+        return head, drafter
+
+    def test_it_goes_on_from_its_own_outputs(self) -> None:
+        head, drafter = self.begun()
+        assert drafted(drafter, [], 3) == [7, 8, 9]
+        assert head.caches[-1] == [(5, 0.5, False), (6, 1.5, False), (7, 7.0, True), (8, 8.0, True)]
+
+    def test_what_was_drafted_is_run_again_when_its_features_have_come(self) -> None:
+        head, drafter = self.begun()
+        drafted(drafter, [], 3)
+        drafter.observe(7, torch.tensor([2.5]))
+        drafter.observe(20, torch.tensor([3.5]))
+        assert drafted(drafter, [], 2) == [21, 22]
+        assert head.caches[-1][2:] == [(7, 2.5, False), (20, 3.5, False), (21, 21.0, True)]
+
+    def test_it_goes_on_behind_what_was_drafted(self) -> None:
+        head, drafter = self.begun()
+        assert drafted(drafter, [], 2) == [7, 8]
+        assert drafted(drafter, [7, 8], 2) == [9, 10]
+        assert [token for token, *_ in head.caches[-1]] == [5, 6, 7, 8, 9]
+
+    def test_it_goes_on_behind_what_others_drafted(self) -> None:
+        head, drafter = self.begun()
+        drafted(drafter, [], 3)
+        assert drafted(drafter, [7, 30, 31], 2) == [32, 33]
+        assert head.caches[-1][2:] == [(7, 7.0, True), (30, 8.0, True), (31, 31.0, True), (32, 32.0, True)]
+
+    def test_without_features_it_drafts_nothing(self) -> None:
+        drafter = HeadDrafter(CountingHead())
+        drafter.begin([3, 4, 5])
+        drafter.observe(6)
+        assert drafted(drafter, [], 3) == []
+
+    def test_a_new_text_begins_anew(self) -> None:
+        head, drafter = self.begun()
+        drafted(drafter, [], 3)
+        drafter.begin([8, 9], None)
+        drafter.observe(10, torch.tensor([4.5]))
+        assert drafted(drafter, [], 1) == [11]
+        assert head.caches[-1] == [(10, 4.5, False)]
+
+    def test_tokens_of_a_draft_vocabulary(self) -> None:
+        head, drafter = self.begun()
+        head.draft_vocabulary = torch.arange(100, 150)
+        assert drafted(drafter, [], 1) == [107]
+
+    def test_kinds_follow_its_confidence(self) -> None:
+        _, drafter = self.begun()
+        assert next(drafter.draft([])).kind == len(HeadDrafter.priors) - 1
+        assert list(HeadDrafter.priors) == sorted(HeadDrafter.priors)
+
+
+class TestCombined:
+    def drafts(self, experience: Experience, text: list[int]) -> Iterator[Guess]:
+        drafter = Combined(CountingHead(), experience.acceptance)
+        drafter.begin(text[:-1], torch.zeros(len(text) - 2, 1))
+        drafter.observe(text[-1], torch.zeros(1))
+        return drafter.draft([])
+
+    def test_copies_that_are_surely_right_come_first(self) -> None:
+        text = [*range(10, 30), 1, 2, *range(10, 28)]
+        assert [token for token, _ in itertools.islice(self.drafts(Experience(Combined.priors), text), 2)] == [28, 29]
+
+    def test_the_head_drafts_where_copies_are_unsure_or_there_are_none(self) -> None:
+        experience = Experience(Combined.priors)
+        assert next(self.drafts(experience, [1, 2, 3])).token == 4
+        guess = next(self.drafts(experience, [1, 2, 30, 7, 1]))
+        assert guess.token == 2 and guess.kind >= len(PromptLookup.priors)
+
+    def test_copies_that_were_wrong_are_left(self) -> None:
+        experience = Experience(Combined.priors)
+        text = [*range(10, 30), 1, 2, *range(10, 28)]
+        copied = next(self.drafts(experience, text))
+        assert copied.kind < len(PromptLookup.priors)
+        for _ in range(30):
+            experience.compared(copied.kind, False)
+        assert next(self.drafts(experience, text)).kind >= len(PromptLookup.priors)
 
 
 class TestExperience:
@@ -203,33 +379,58 @@ class TestExperience:
 
     def test_nothing_is_drafted_before_a_plain_step_was_seen(self) -> None:
         experience = Experience([0.9])
-        assert experience.window(0, 0.0, self.prediction) == NO_DRAFTS
+        assert not experience.knows_steps
         experience.took(1, 100.0, 2.0, self.prediction)
-        assert experience.window(0, 0.0, self.prediction) != NO_DRAFTS
+        assert experience.knows_steps and experience.window(0, self.prediction) != NO_DRAFTS
 
     def test_acceptance_is_learned_by_kind(self) -> None:
         experience = Experience([0.5, 0.5])
         for _ in range(100):
-            experience.compared(0, True)
-            experience.compared(1, False)
-        assert experience.acceptance(0) > 0.95 and experience.acceptance(1) < 0.05
+            experience.compared(0, True, 0)
+            experience.compared(1, False, 1)
+        assert experience.acceptance([0]) > 0.95 and experience.acceptance([1]) < 0.05
+        assert 0.45 < experience.acceptance([0, 1]) < 0.55
         experience.took(1, 100.0, 2.0, self.prediction)
-        assert experience.window(0, 0.0, self.prediction).length > 0
-        assert experience.window(1, 0.0, self.prediction) == NO_DRAFTS
+        assert experience.window(0, self.prediction).length > 0
+        assert experience.window(1, self.prediction) == NO_DRAFTS
 
     def test_long_windows_that_take_longer_than_foretold_are_given_up(self) -> None:
         experience = Experience([0.7])
         experience.took(1, 100.0, 2.0, self.prediction)
-        length = experience.window(0, 0.0, self.prediction).length
+        length = experience.window(0, self.prediction).length
         for _ in range(50):
             for positions in range(2, 17):
                 experience.took(positions, 100.0 * positions, 2.0, self.prediction)
-        assert length > 1 and experience.window(0, 0.0, self.prediction).length <= 1
+        assert length > 1 and experience.window(0, self.prediction).length <= 1
 
     def test_a_client_that_is_slow_itself_sends_fewer_windows(self) -> None:
         quick, slow = Experience([0.95]), Experience([0.95])
         quick.took(1, 400.0, 2.0, lambda positions: Prediction(400.0, 2.0))
         slow.took(1, 400.0, 200.0, lambda positions: Prediction(400.0, 2.0))
-        many = quick.window(0, 0.0, lambda positions: Prediction(400.0, 2.0))
-        few = slow.window(0, 0.0, lambda positions: Prediction(400.0, 2.0))
+        many = quick.window(0, lambda positions: Prediction(400.0, 2.0))
+        few = slow.window(0, lambda positions: Prediction(400.0, 2.0))
         assert many.in_flight > few.in_flight
+
+    def test_it_counts_where_in_a_window_guesses_are_right(self) -> None:
+        experience = Experience([0.5])
+        experience.verified(Drafted(7, 0, 0, None), True)
+        experience.verified(Drafted(8, 0, 1, 0), False)
+        experience.verified(Drafted(9, 0, 0, None), True)
+        assert experience.by_place == {0: [2, 2], 1: [1, 0]} and experience.accepted == 2
+
+    def test_a_drafter_that_takes_long_is_not_asked_only_to_look(self) -> None:
+        experience = Experience([0.5])
+        experience.took(1, 100.0, 2.0, self.prediction)
+        assert experience.looks_free(self.prediction)
+        experience._drafting_ms[0].add(3.0)
+        assert not experience.looks_free(self.prediction)
+
+    def test_the_reading_of_a_prompt_is_not_the_time_of_a_guess(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = itertools.count()
+        monkeypatch.setattr("splitnet.hf.decoding.time.perf_counter", lambda: float(next(now)))
+        experience = Experience([0.5])
+        guesses = [Guess(1, 0), Guess(2, 0)]
+        assert list(experience.timed(iter(guesses), catches_up=True)) == guesses
+        assert [average.value for average in experience._drafting_ms] == [0.0, 1000.0]
+        assert list(experience.timed(iter(guesses), catches_up=False)) == guesses
+        assert [average.value for average in experience._drafting_ms] == [1000.0, 1000.0]

@@ -34,6 +34,7 @@ from peers.sessions import MemoryAccount, SessionTable
 from scheduler.batching import Load
 from splitnet.cli.arguments import parse_host_port
 from splitnet.errors import AddressInUse, SplitnetError
+from splitnet.hf.decoding import Counts
 from splitnet.security.identity import Identity
 from splitnet.serve.admission import Admission
 from splitnet.serve.metrics import GatewayMetrics, instrument
@@ -86,7 +87,7 @@ def gateway_metrics() -> GatewayMetrics:
     kept: SessionCache[None] = SessionCache(KeepLimits(1, 100, 60.0), lambda _: None)
     kept.keep("me", [1, 2, 3], 8, None)
     generations: Any = SimpleNamespace(
-        model=SimpleNamespace(speculator=SimpleNamespace(counts=(9, 6))), kept=kept, observer=None
+        model=SimpleNamespace(speculator=SimpleNamespace(counts=Counts(9, 6, 20, 8))), kept=kept, observer=None
     )
     instrument(FastAPI(), metrics, "model", generations, Admission(1, 1))
     metrics.answered("/health", "200", 0.01)
@@ -213,6 +214,8 @@ def test_the_gateway_tells_what_its_sessions_met() -> None:
         assert value(registry, "splitnet_gateway_hop_seconds_sum", part=part) == pytest.approx(seconds)
     assert value(registry, "splitnet_gateway_kept_tokens") == 3
     assert value(registry, "splitnet_gateway_accepted_tokens_total") == 6
+    assert value(registry, "splitnet_gateway_tokens_with_drafts_total") == 20
+    assert value(registry, "splitnet_gateway_round_trips_with_drafts_total") == 8
 
 
 @pytest.fixture

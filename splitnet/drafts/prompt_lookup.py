@@ -1,143 +1,14 @@
-"""Where drafts of the next tokens come from."""
+"""Drafts that are copies of earlier parts of the text."""
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
 
-import torch
-from transformers import Cache, DynamicCache
+from torch import Tensor
 
-from scheduler.batching import MovingAverage
-from splitnet.blocks.kv_cache import OneSequence, SequenceCache, SequenceStates
-from splitnet.checkpoint.families import family_of, keeps_states, states_per_block
-from splitnet.errors import SplitnetError
-
-SHARE = 0.2  # weight of the latest draft in the average of its time
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Tokens that may come next.
-
-    tokens: none if there is nothing to guess from. kind: drafts of one kind are accepted about equally often.
-    """
-
-    tokens: list[int]
-    kind: int = 0
-
-
-class Drafter(Protocol):
-    """Guesses how a text goes on; follows one text at a time.
-
-    priors: by kind, how often a drafted token is accepted, before anything is known of the text. draft_ms: per token; 0
-    if that does not count, so that a draft may be made just to see whether it would be right.
-    """
-
-    @property
-    def priors(self) -> Sequence[float]: ...
-
-    @property
-    def draft_ms(self) -> float: ...
-
-    def begin(self, tokens: Sequence[int]) -> None:
-        """A new text, which begins with these tokens."""
-
-    def observe(self, token: int) -> None:
-        """The text goes on with `token`."""
-
-    def draft(self, pending: Sequence[int], count: int) -> Draft:
-        """At most `count` tokens that may follow the text and `pending`, which was drafted before."""
-        ...
-
-
-class DraftModel:
-    """A small causal LM of transformers with the same tokens, in this process, always takes what it finds likeliest.
-
-    vocabulary: how many tokens the large model knows. Raises SplitnetError: it knows others, or keeps states that
-    cannot be rewound.
-    """
-
-    priors = (0.6,)
-
-    def __init__(self, model: Any, vocabulary: int) -> None:
-        config = model.config.get_text_config()
-        if config.vocab_size != vocabulary:
-            raise SplitnetError(
-                f"the draft model knows {config.vocab_size} tokens, the model {vocabulary}: "
-                "use a draft model with the same tokenizer"
-            )
-        has_states = keeps_states(config)
-        if not has_states and getattr(model, "_is_stateful", False):
-            raise SplitnetError(
-                f"draft models of the family {config.model_type!r} keep states that cannot be rewound: use one of "
-                "another family, or prompt-lookup"
-            )
-        self._average = MovingAverage(SHARE, 1.0)
-        self.draft_ms = self._average.value
-        self._model = model
-        self._text: list[int] = []
-        self._cached: list[int] = []
-        self._cache = DynamicCache()  # of full layers, which can always be cropped
-        # In its place where blocks keep states; it has the tokens as what came in.
-        self._row = SequenceCache(states=SequenceStates(states_per_block(config))) if has_states else None
-        self._one_by_one = has_states and family_of(config).one_by_one
-
-    def begin(self, tokens: Sequence[int]) -> None:
-        self._text = list(tokens)
-
-    def observe(self, token: int) -> None:
-        self._text.append(token)
-
-    @torch.inference_mode()
-    def draft(self, pending: Sequence[int], count: int) -> Draft:
-        known = [*self._text, *pending]
-        self._keep_common(known)
-        drafted: list[int] = []
-        given = known[len(self._cached) :]
-        began = time.perf_counter()
-        while len(drafted) < count:
-            logits = self._logits(torch.tensor(given, device=self._model.device))
-            self._cached += given
-            given = [int(logits[0, -1].argmax())]
-            drafted += given
-            if len(drafted) == 1:
-                began = time.perf_counter()  # the first may come after a prefill
-        if count > 1:
-            self._average.add((time.perf_counter() - began) * 1000 / (count - 1))
-            self.draft_ms = self._average.value
-        return Draft(drafted)
-
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[1, 1, vocabulary]`, after new tokens `[count]`."""
-        if self._row is None:
-            return self._run(ids, self._cache)
-        to_run = self._row.begin_pass(ids[:, None])[:, 0]
-        pieces = to_run.split(1) if self._one_by_one and self._row.computed else [to_run]
-        logits = torch.empty(0)
-        for piece in pieces:
-            logits = self._run(piece, OneSequence(self._row))
-            self._row.caught_up(self._row.computed + len(piece))
-        self._row.advance(len(ids))
-        return logits
-
-    def _run(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-        return self._model(input_ids=ids[None], cache=cache, use_cache=True, logits_to_keep=1).logits
-
-    def _keep_common(self, known: Sequence[int]) -> None:
-        """Crops the cache to what it shares with the text, less one token to go on from."""
-        most = min(len(self._cached), len(known) - 1)
-        same = next((index for index in range(most) if self._cached[index] != known[index]), most)
-        if same < len(self._cached):
-            if self._row is None:
-                self._cache.crop(same - len(self._cached))
-            else:
-                self._row.crop(same)
-            del self._cached[same:]
-
+from splitnet.drafts.drafter import Guess
 
 LONGEST_NGRAM = 3  # tokens that are looked up
 LONGEST_MATCH = 16  # tokens before a place that are compared at most, to tell how sure it is
@@ -160,7 +31,7 @@ class PromptLookup:
     """
 
     priors = (0.1, 0.2, 0.4, 0.6, 0.75, 0.85)
-    draft_ms = 0.0
+    taps = ()
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
@@ -172,31 +43,30 @@ class PromptLookup:
         self._source: int | None = None  # the place that is copied from: where it goes on
         self._suspect: tuple[int, int] | None = None  # a token of the source, and the latest, which came in its place
 
-    def begin(self, tokens: Sequence[int]) -> None:
+    def begin(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         self._tokens, self._places, self._source, self._suspect = [], {}, None, None
         self._renamed, self._former, self._seen, self._forgotten = {}, {}, Counter(), Counter()
         for token in tokens:
             self.observe(token)
 
-    def observe(self, token: int) -> None:
+    def observe(self, token: int, features: Tensor | None = None) -> None:
         self._follow(token)
         self._tokens.append(token)
         self._remember(len(self._tokens) - 1)
         if self._source is None:
             self._source = self._latest(self._tokens[-LONGEST_NGRAM:])
 
-    def draft(self, pending: Sequence[int], count: int) -> Draft:
+    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
         tail = [*self._tokens[-LONGEST_MATCH:], *pending][-LONGEST_MATCH:]
         place = self._place(tail, pending)
         if place is None:
-            return Draft([])
-        found = [self._renamed.get(token, token) for token in self._tokens[place : place + count]]
-        found += pending[: count - len(found)]
-        while len(found) < count:  # a text that repeats itself goes on doing so
-            found += found[: count - len(found)]
+            return
         same = self._same(tail, place)
-        sure = sum(same) if same and same[0] else 0
-        return Draft(found, sure.bit_length())
+        kind = (sum(same) if same and same[0] else 0).bit_length()
+        copied = (self._tokens[index] for index in range(place, len(self._tokens)))
+        renamed = (self._renamed.get(token, token) for token in copied)
+        # A text that repeats itself goes on doing so.
+        yield from (Guess(token, kind) for token in itertools.cycle(itertools.chain(renamed, pending)))
 
     def _follow(self, token: int) -> None:
         """What a new token says of the place that is copied from."""

@@ -1,0 +1,90 @@
+"""Drafts by a small causal LM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+
+from splitnet.blocks.kv_cache import OneSequence, SequenceCache, SequenceStates
+from splitnet.checkpoint.families import family_of, keeps_states, states_per_block
+from splitnet.drafts.drafter import Guess
+from splitnet.errors import SplitnetError
+
+
+class DraftModel:
+    """A small causal LM of transformers with the same tokens, in this process, always takes what it finds likeliest.
+
+    vocabulary: how many tokens the large model knows. Raises SplitnetError: it knows others, or keeps states that
+    cannot be rewound.
+    """
+
+    priors = (0.6,)
+    taps = ()
+
+    def __init__(self, model: Any, vocabulary: int) -> None:
+        config = model.config.get_text_config()
+        if config.vocab_size != vocabulary:
+            raise SplitnetError(
+                f"the draft model knows {config.vocab_size} tokens, the model {vocabulary}: "
+                "use a draft model with the same tokenizer"
+            )
+        has_states = keeps_states(config)
+        if not has_states and getattr(model, "_is_stateful", False):
+            raise SplitnetError(
+                f"draft models of the family {config.model_type!r} keep states that cannot be rewound: use one of "
+                "another family, or prompt-lookup"
+            )
+        self._model = model
+        self._text: list[int] = []
+        self._cached: list[int] = []
+        self._cache = DynamicCache()  # of full layers, which can always be cropped
+        # In its place where blocks keep states; it has the tokens as what came in.
+        self._row = SequenceCache(states=SequenceStates(states_per_block(config))) if has_states else None
+        self._one_by_one = has_states and family_of(config).one_by_one
+
+    def begin(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
+        self._text = list(tokens)
+
+    def observe(self, token: int, features: torch.Tensor | None = None) -> None:
+        self._text.append(token)
+
+    @torch.inference_mode()
+    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+        known = [*self._text, *pending]
+        self._keep_common(known)
+        given = known[len(self._cached) :]
+        while True:
+            logits = self._logits(torch.tensor(given, device=self._model.device))
+            self._cached += given
+            given = [int(logits[0, -1].argmax())]
+            yield Guess(given[0], 0)
+
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[1, 1, vocabulary]`, after new tokens `[count]`."""
+        if self._row is None:
+            return self._run(ids, self._cache)
+        to_run = self._row.begin_pass(ids[:, None])[:, 0]
+        pieces = to_run.split(1) if self._one_by_one and self._row.computed else [to_run]
+        logits = torch.empty(0)
+        for piece in pieces:
+            logits = self._run(piece, OneSequence(self._row))
+            self._row.caught_up(self._row.computed + len(piece))
+        self._row.advance(len(ids))
+        return logits
+
+    def _run(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+        return self._model(input_ids=ids[None], cache=cache, use_cache=True, logits_to_keep=1).logits
+
+    def _keep_common(self, known: Sequence[int]) -> None:
+        """Crops the cache to what it shares with the text, less one token to go on from."""
+        most = min(len(self._cached), len(known) - 1)
+        same = next((index for index in range(most) if self._cached[index] != known[index]), most)
+        if same < len(self._cached):
+            if self._row is None:
+                self._cache.crop(same - len(self._cached))
+            else:
+                self._row.crop(same)
+            del self._cached[same:]

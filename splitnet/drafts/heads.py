@@ -1,0 +1,117 @@
+"""Drafts by a head: one or few blocks at the client, which go on from the hidden states that come home.
+
+Li et al., "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty", arXiv:2401.15077, section 4.1. Heads
+of EAGLE and the blocks for multi-token prediction of DeepSeek-V3 (arXiv:2412.19437, section 2.2) differ in what they
+are made of, not in how they draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from splitnet.drafts.drafter import Guess
+
+CONFIDENCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
+"""Bounds between kinds of guesses, by the probability that the head gives its likeliest token."""
+
+
+class DraftHead(Protocol):
+    """Guesses the token after the next one, from a position's features and the token that follows it.
+
+    taps: boundaries whose hidden states are its features, each after that many blocks; the number of blocks stands for
+    the output of the last one, before the final norm. draft_vocabulary: `[draft vocabulary]`, ids of the tokens that it
+    knows; None: all.
+    """
+
+    @property
+    def taps(self) -> tuple[int, ...]: ...
+
+    @property
+    def draft_vocabulary(self) -> Tensor | None: ...
+
+    def new_cache(self) -> Any:
+        """Of one text; has `get_seq_length()`, and `crop(length)`, which keeps the first positions."""
+
+    def run(self, tokens: Tensor, features: Tensor, cache: Any, *, own: bool = False) -> Tensor:
+        """The outputs `[seq, hidden]` of further positions, which are appended to the cache.
+
+        tokens: `[seq]`, each the one behind its position. features: `[seq, len(taps) * hidden]` of the model, or with
+        `own` `[seq, hidden]`, outputs of the head at the positions before.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[seq, hidden]` -> `[seq, draft vocabulary]`."""
+        ...
+
+
+class HeadDrafter:
+    """Follows a text with a head, always takes what that finds likeliest.
+
+    Positions whose features have come home are run with these; behind them, the head's own outputs stand for them.
+    """
+
+    priors = tuple((low + high) / 2 for low, high in zip((0.0, *CONFIDENCES), (*CONFIDENCES, 1.0), strict=True))
+
+    def __init__(self, head: DraftHead) -> None:
+        self.taps = head.taps
+        self._head = head
+        self._cache = head.new_cache()
+        self._known: list[tuple[int, Tensor]] = []  # tokens and features of positions that were not run yet
+        self._length = 0  # positions of the cache with features of the model
+        self._drafted: list[int] = []  # behind these; the cache may have them, too
+        self._outputs: list[Tensor] = []  # of the head, `[hidden]`: of the last such position, and of those drafted
+
+    def begin(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+        self._cache, self._length = self._head.new_cache(), 0
+        self._drafted, self._outputs = [], []
+        count = 0 if features is None else min(len(features), len(tokens) - 1)
+        self._known = [] if features is None or not count else [*zip(tokens[-count:], features[-count:], strict=True)]
+
+    def observe(self, token: int, features: Tensor | None = None) -> None:
+        if features is not None:
+            self._known.append((token, features))
+
+    @torch.inference_mode()
+    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+        self._catch_up()
+        if not self._outputs:
+            return
+        same = next((i for i, pair in enumerate(zip(self._drafted, pending, strict=False)) if pair[0] != pair[1]), None)
+        keep = min(len(self._drafted), len(pending)) if same is None else same
+        self._forget(keep)
+        for token in pending[keep:]:
+            self._go_on(token)
+        while True:
+            probabilities = self._head.logits(self._outputs[-1][None])[0].float().softmax(dim=-1)
+            confidence, index = (one.item() for one in probabilities.max(dim=-1))
+            known = self._head.draft_vocabulary
+            token = int(index if known is None else known[int(index)])
+            yield Guess(token, sum(confidence >= bound for bound in CONFIDENCES))
+            self._go_on(token)
+
+    def _catch_up(self) -> None:
+        """Runs the positions whose features have come home since the last draft."""
+        if not self._known:
+            return
+        self._forget(0)
+        tokens, features = zip(*self._known, strict=True)
+        stacked = torch.stack(features)
+        outputs = self._head.run(torch.tensor(tokens, device=stacked.device), stacked, self._cache)
+        self._length += len(tokens)
+        self._known, self._outputs = [], [outputs[-1]]
+
+    def _go_on(self, token: int) -> None:
+        last = self._outputs[-1][None]
+        self._outputs.append(self._head.run(torch.tensor([token], device=last.device), last, self._cache, own=True)[0])
+        self._drafted.append(token)
+
+    def _forget(self, keep: int) -> None:
+        """All that was drafted, but for the first `keep` tokens."""
+        if len(self._drafted) > keep:
+            self._cache.crop(self._length + keep)
+            del self._drafted[keep:], self._outputs[keep + 1 :]
