@@ -185,7 +185,7 @@ class SafetensorsStore:
 
     @cached_property
     def _config_file(self) -> Path:
-        path = self._find("config.json")
+        path = self.find("config.json")
         if path is None:
             raise ModelNotFound(f"{self.name} has no config.json: give a folder or id of a transformers checkpoint")
         return path
@@ -352,7 +352,7 @@ class SafetensorsStore:
     @cached_property
     def _weight_map(self) -> Mapping[str, str]:
         """Name of each tensor -> file name of the shard that holds it."""
-        index = self._find(INDEX_FILE)
+        index = self.find(INDEX_FILE)
         if index is not None:
             try:
                 weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -407,7 +407,7 @@ class SafetensorsStore:
 
     def _download(self, shard: str) -> Path:
         """The local path of a shard, whose header is read anew."""
-        path = self._find(shard)
+        path = self.find(shard)
         if path is None:
             raise ModelNotFound(f"{self.name} lacks {shard}, which holds tensors that are needed: download it again")
         with path.open("rb") as raw:
@@ -430,7 +430,9 @@ class SafetensorsStore:
                 ) from error
         return slices
 
-    def _find(self, file: str) -> Path | None:
+    def find(self, file: str) -> Path | None:
+        """The local path of a file, which is downloaded from the hub; None: there is no such file. Raises ModelNotFound:
+        the hub does not give it."""
         if self._path is not None:
             path = self._path / file
             return path if path.is_file() else None
