@@ -431,7 +431,7 @@ class SafetensorsStore:
         return slices
 
     def find(self, file: str) -> Path | None:
-        """The local path of a file, which is downloaded from the hub; None: there is no such file. Raises ModelNotFound:
+        """The local path of a file, downloaded if it is on the hub; None: there is no such file. Raises ModelNotFound:
         the hub does not give it."""
         if self._path is not None:
             path = self._path / file

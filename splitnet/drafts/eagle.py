@@ -338,7 +338,8 @@ class EagleHead(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _numbers(self, hidden: Tensor) -> Tensor:
-        weight = self.layers[0].post_attention_layernorm.weight
+        layer: Any = self.layers[0]
+        weight = layer.post_attention_layernorm.weight
         return hidden.to(weight.device, weight.dtype)
 
 
