@@ -148,6 +148,7 @@ class Honest:
                     attention_mask=torch.ones_like(question.prompt),
                     max_new_tokens=question.answer.shape[1] - question.prompt.shape[1],
                     do_sample=False,
+                    speculate=None,
                     streamer=TokenTimes(lambda: self.phase),  # an answer may begin in one and end in the next
                 )
             except SplitnetError as error:

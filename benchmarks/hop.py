@@ -160,6 +160,7 @@ def report_whole(model: RemoteCausalLM, tokens: int, rounds: int) -> None:
             max_new_tokens=tokens,
             eos_token_id=None,
             do_sample=False,
+            speculate=None,
             streamer=clock,
         )
         totals += [1000 * (later - earlier) for earlier, later in pairwise(clock.times)]

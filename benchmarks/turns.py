@@ -104,7 +104,12 @@ def serve_measurements(checkpoint: str, address: str) -> None:
     def generate(tokens: int, row: int = 0, positions: int = 8) -> None:
         kept = ids[row : row + 1, :positions]
         model.generate(
-            kept, attention_mask=torch.ones_like(kept), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+            kept,
+            attention_mask=torch.ones_like(kept),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            speculate=None,
         )
 
     def eight() -> None:

@@ -35,6 +35,7 @@ def generate(
         eos_token_id=None,
         pad_token_id=0,
         do_sample=False,
+        speculate=None,
         streamer=clock,
         stopping_criteria=StoppingCriteriaList([_Until(until)]),
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from splitnet.cli.arguments import ModelOrInvite, box, connects, resolve_model
+from splitnet.cli.generate import Speculate
 from splitnet.cli.invite import model_or_invited
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
@@ -48,11 +49,13 @@ def bench(
         in_manner(min=1, help="CPU threads of this process: of --local, and of the client's part of the model."),
     ] = None,
     seed: Annotated[int, in_manner(min=0, max=2**31, help="Of the random tokens of prompts.")] = 0,
+    speculate: Speculate = "off",
     as_json: Annotated[bool, typer.Option("--json", help="Print all rounds as JSON instead of a table.")] = False,
 ) -> None:
     """Measure how fast prompts are read and answers are generated, through a swarm, here, or both in turns.
 
-    Prompts are random tokens, answers have exactly as many tokens as asked for, whatever the model says.
+    Prompts are random tokens, answers have exactly as many tokens as asked for, whatever the model says. Such answers
+    tell little of drafts, so --speculate is off here.
     """
     if not (connecting.initial_peers or connecting.lan or local or connecting.invite):
         raise SplitnetError(
@@ -65,10 +68,12 @@ def bench(
 
     import_models()
     from splitnet.cli.connection import Connection
+    from splitnet.cli.generation import drafts_of
     from splitnet.tools.bench.backends import Benchmark
 
     connection = Connection(checkpoint, connecting)
-    report = Benchmark(cases, rounds, warm_up, seed, threads, local).run(connection)
+    drafts = drafts_of(speculate, connection)
+    report = Benchmark(cases, rounds, warm_up, seed, threads, local, drafts).run(connection)
     if as_json:
         typer.echo(json.dumps(report.document()))
         return

@@ -114,15 +114,16 @@ def run_together(clients: Sequence[Callable[[], Result]], gate: Gate) -> list[Re
 class SwarmArm:
     """Clients of a swarm, each with a session and a thread of its own; all use one model with remote blocks."""
 
-    def __init__(self, model: RemoteCausalLM, seed: int) -> None:
+    def __init__(self, model: RemoteCausalLM, seed: int, speculate: Any = None) -> None:
         self._model = model
         self._seed = seed
+        self._speculate = speculate
 
     def run(self, case: Case) -> Round:
         """Runs a case once. Raises SplitnetError if the swarm could not do it."""
         prompts = random_prompts(self._model.config.vocab_size, case, self._seed)
         gate = Gate(case.clients)
-        clients = [_Client(self._model, prompt, case, gate) for prompt in prompts.split(1)]
+        clients = [_Client(self._model, prompt, case, gate, self._speculate) for prompt in prompts.split(1)]
         return tuple(run_together([client.run for client in clients], gate))
 
 
@@ -182,6 +183,7 @@ class _Client:
     prompt: torch.Tensor
     case: Case
     gate: Gate
+    speculate: Any
 
     def __post_init__(self) -> None:
         self._cache: RemoteCache = self.model.new_cache()
@@ -192,7 +194,8 @@ class _Client:
         clock = Clock(self._after_token)
         began = time.perf_counter()
         try:
-            generate_exactly(self.model, self.prompt, self.case.new_tokens, clock, cache=self._cache)
+            options = {"cache": self._cache, "speculate": self.speculate}
+            generate_exactly(self.model, self.prompt, self.case.new_tokens, clock, **options)
             gaps = gaps_s([self.gate.opened_at, *clock.times[1:]])
             assert self._cache.session is not None
             return Answer(clock.times[0] - began, gaps, self._traffic(self._cache.session))
@@ -245,6 +248,7 @@ class Benchmark:
     seed: int
     threads: int | None
     local: bool
+    speculate: Any = None  # where drafts come from, see `RemoteCausalLM.generate`
 
     def run(self, connection: Connection) -> Report:
         """Measures; with `local` and no address of a swarm, only plain transformers.
@@ -260,7 +264,7 @@ class Benchmark:
             if self._measures_swarm(connection):
                 swarm = connection.swarm(checkpoint)
                 at_end.callback(swarm.close)
-                arms[SWARM] = SwarmArm(attached(checkpoint, swarm, connection.options), self.seed)
+                arms[SWARM] = SwarmArm(attached(checkpoint, swarm, connection.options), self.seed, self.speculate)
             if self.local:
                 progress.update(f"loading {checkpoint.name} for --local", 0, 0)
                 arms[LOCAL] = LocalArm(checkpoint, self.seed, connection.options.device)
