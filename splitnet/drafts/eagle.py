@@ -31,6 +31,7 @@ from transformers.models.llama.modeling_llama import (
 
 from splitnet.checkpoint.families import check_values
 from splitnet.checkpoint.safetensors import SINGLE_FILE, SafetensorsStore
+from splitnet.drafts.heads import ClientPart
 from splitnet.errors import SplitnetError, stumbling
 from splitnet.quant.choose import AUTO, choose_weights
 from splitnet.quant.linear import hold_weights
@@ -44,19 +45,6 @@ _SPECULATORS = "speculators_model_type"
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _LEFT_OUT = ("t2d", "rotary_emb.inv_freq", "verifier_norm.weight", "verifier_lm_head.weight", "embed_tokens.weight")
 """Tensors that are not needed: the inverse of d2t, tables, and what is the model's own."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClientPart:
-    """What a head needs of the model that it drafts for: its embeddings, `[n]` -> `[n, hidden]`, its final norm and its
-    head, None if the family has none that can be called alone."""
-
-    embed: Callable[[Tensor], Tensor]
-    final_norm: Callable[[Tensor], Tensor] | None
-    output: Callable[[Tensor], Tensor] | None
-    hidden_size: int
-    num_blocks: int
-    vocabulary: int
 
 
 @dataclass(frozen=True, slots=True)

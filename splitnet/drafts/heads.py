@@ -7,7 +7,8 @@ are made of, not in how they draft.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,19 @@ from splitnet.drafts.drafter import Guess
 
 CONFIDENCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Bounds between kinds of guesses, by the probability that the head gives its likeliest token."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPart:
+    """What a head needs of the model that it drafts for: its embeddings, `[n]` -> `[n, hidden]`, its final norm and its
+    head, None if the family has none that can be called alone."""
+
+    embed: Callable[[Tensor], Tensor]
+    final_norm: Callable[[Tensor], Tensor] | None
+    output: Callable[[Tensor], Tensor] | None
+    hidden_size: int
+    num_blocks: int
+    vocabulary: int
 
 
 class DraftHead(Protocol):

@@ -22,12 +22,13 @@ from transformers import GenerationMixin
 
 from scheduler.batching import MovingAverage
 from scheduler.speculation import NO_DRAFTS, Guessed, Pace, Window, best_length, best_window
+from splitnet.blocks.client_part import backbone_of
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import max_positions
 from splitnet.drafts.combined import Combined
 from splitnet.drafts.draft_model import DraftModel
 from splitnet.drafts.drafter import Drafter, Guess
-from splitnet.drafts.heads import DraftHead
+from splitnet.drafts.heads import ClientPart, DraftHead
 from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
 from splitnet.hf.cache import RemoteCache
@@ -273,8 +274,23 @@ class Speculator:
     def _load_head(self, speculate: str) -> DraftHead | None:
         if speculate in (AUTO, PROMPT_LOOKUP):
             return None
+        if speculate.startswith(EAGLE):
+            from splitnet.drafts.eagle import EagleHead
+
+            return EagleHead.open(speculate.removeprefix(EAGLE), self._client_part())
         raise SplitnetError(
-            f"cannot speculate by {speculate!r}: give {AUTO!r}, {PROMPT_LOOKUP!r}, {OFF!r}, or a draft model"
+            f"cannot speculate by {speculate!r}: give one of {', '.join(NAMES)}, {EAGLE}DIR, or a draft model"
+        )
+
+    def _client_part(self) -> ClientPart:
+        config, backbone = self._model.config.get_text_config(), backbone_of(self._model)
+        return ClientPart(
+            embed=self._model.get_input_embeddings(),
+            final_norm=getattr(backbone, "norm", None),
+            output=self._model.get_output_embeddings(),
+            hidden_size=config.hidden_size,
+            num_blocks=self._checkpoint.num_blocks,
+            vocabulary=config.vocab_size,
         )
 
 

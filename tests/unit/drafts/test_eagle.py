@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from splitnet.drafts.eagle import ClientPart, EagleHead
+from splitnet.drafts.eagle import EagleHead
+from splitnet.drafts.heads import ClientPart
 from splitnet.errors import ModelNotFound, SplitnetError
 
 HIDDEN, HEADS, KV_HEADS, SIZE, INNER = 32, 4, 2, 8, 48
