@@ -231,7 +231,7 @@ class EagleHead(nn.Module):
     def new_cache(self) -> HeadCache:
         return HeadCache()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, tokens: Tensor, features: Tensor, cache: HeadCache, *, own: bool = False) -> Tensor:
         """`[n]` and `[n, len(taps) * hidden]`, or with `own` its outputs `[n, hidden]` -> its outputs, `[n, hidden]`.
 
@@ -302,6 +302,7 @@ class EagleHead(nn.Module):
             known = torch.zeros(self.model.vocabulary, dtype=torch.bool)
             known[ids.cpu()] = True
             tensors |= {"d2t": ids.cpu() - torch.arange(len(ids)), "t2d": known}
+        queries_normed = any(name.endswith("q_norm.weight") for name in self.shape.extras)
         method = {"proposal_type": "greedy", "speculative_tokens": 5, "verifier_accept_k": 1, "accept_tolerance": 0.0}
         config = {
             "architectures": ["Eagle3Speculator"],
@@ -313,7 +314,8 @@ class EagleHead(nn.Module):
                 "default_proposal_method": "greedy",
                 "verifier": {"name_or_path": verifier, "architectures": list(architectures)},
             },
-            "transformer_layer_config": self.shape.layer.to_dict(),
+            "transformer_layer_config": self.shape.layer.to_dict()
+            | {"model_type": "qwen3" if queries_normed else "llama"},
             "draft_vocab_size": self.shape.draft_vocab_size,
             "target_hidden_size": None,
             _LAYER_IDS: list(self.taps),
