@@ -250,7 +250,7 @@ class EagleHead(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """`[..., n]` -> `[..., n, hidden]`."""
         own = "embed_tokens.weight" in self.shape.extras
-        return self.embed_tokens(tokens) if own else self._numbers(self.model.embed(tokens))
+        return self._numbers(self.embed_tokens(tokens) if own else self.model.embed(tokens))
 
     def begin(self, features: Tensor) -> Tensor:
         """What the layers take of the model's hidden states: `[..., n, len(taps) * hidden]` -> `[..., n, hidden]`."""
