@@ -408,7 +408,7 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
             raise UnsupportedModel(f"{checkpoint.name} cannot be loaded by transformers alone: {error}") from error
     wanted = dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
     config = copy.deepcopy(checkpoint.config)
-    names = {name: name for name in checkpoint.store.names}
+    names = {name: name for name in checkpoint.store.names if name not in checkpoint.next_token_names}
     with checkpoint.store.load_tensors(names, wanted) as tensors:
         model = load_cut(causal_class(config), config, lambda model: None, tensors, wanted, None, names=names)
     model.generation_config = checkpoint.generation_config()

@@ -60,8 +60,8 @@ def weights_of(
     return choose_weights(kind, dtype, checkpoint.dtype, torch.device(device), held_bytes)
 
 
-def check_file_bytes(checkpoint: Checkpoint) -> None:
-    """Refuses blocks that take more in the files than those of the config can: strangers tell both.
+def check_file_bytes(checkpoint: Checkpoint, start: int = 0) -> None:
+    """Refuses blocks, from `start` on, that take more in the files than those of the config can: strangers tell both.
 
     Raises ModelNotFound, which says which, or UnsupportedModel if there is no model of this config.
     """
@@ -69,6 +69,8 @@ def check_file_bytes(checkpoint: Checkpoint) -> None:
     backbone = on_meta(model_class, checkpoint.config)
     modules = backbone.get_submodule(find_container(model_class, checkpoint.config)).children()
     for index, (module, tensors) in enumerate(zip(modules, checkpoint.block_tensors, strict=True)):
+        if index < start:
+            continue
         told = checkpoint.store.file_bytes(tensor.name for tensor in tensors)
         numbers = sum(tensor.numel() for tensor in module.state_dict().values())
         if told > torch.float32.itemsize * numbers + _TABLE_BYTES:

@@ -177,19 +177,29 @@ def client_part_names(checkpoint: Checkpoint, model_class: type[PreTrainedModel]
 
 
 class Ends:
-    """Embeddings, final norm and head: they are looked up at every call, as adapters may be put on them."""
+    """Embeddings, final norm and head of a shell: they are looked up at every call, as adapters may be put on them."""
 
-    def __init__(self, model: PreTrainedModel, backbone: nn.Module) -> None:
-        self._model: Any = model
-        self._backbone: Any = backbone
+    def __init__(self, model: PreTrainedModel, backbone: nn.Module, norm: str) -> None:
+        self.model: Any = model
+        self._backbone = backbone
+        self._norm = norm  # its name in the backbone
+
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm: `[..., hidden]` -> the same."""
+        return getattr(self._backbone, self._norm)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """`[batch, seq]` -> `[batch, seq, hidden]`."""
-        return self._model.get_input_embeddings()(ids)
+        """`[...]` -> `[..., hidden]`."""
+        return self.model.get_input_embeddings()(ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """`[..., hidden]`, behind the final norm -> `[..., vocabulary]`."""
+        return self.model.get_output_embeddings()(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[batch, seq, hidden]` -> `[batch, seq, vocabulary]`."""
-        return self._model.get_output_embeddings()(self._backbone.norm(hidden))
+        """`[..., hidden]`, before the final norm -> `[..., vocabulary]`."""
+        return self.head(self.norm(hidden))
 
 
 @torch.no_grad()
@@ -197,9 +207,10 @@ def ends_of(model: PreTrainedModel) -> Ends | None:
     """The ends of a shell; None if it does more than they do, besides its blocks, as families that scale embeddings or
     logits: found by trying, with blocks that give what they are given."""
     backbone = backbone_of(model)
-    if getattr(backbone, "norm", None) is None or model.get_output_embeddings() is None:
+    norm = next((name for name in ("norm", "norm_f") if getattr(backbone, name, None) is not None), None)
+    if norm is None or model.get_output_embeddings() is None:
         return None
-    ends = Ends(model, backbone)
+    ends = Ends(model, backbone, norm)
     ids = torch.arange(1, 4, device=model.device)[None]
     stand_in = outline_in(model)[0]
     blocks, stand_in.blocks = stand_in.blocks, nn.Identity()

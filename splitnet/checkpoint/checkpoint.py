@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -134,6 +134,24 @@ class Checkpoint:
         assert self.block_tensors
         prefix = self._container + "."
         return tuple(name for name in self.store.names if not (name.startswith(prefix) and _BLOCK_NAME.match(name)))
+
+    @cached_property
+    def next_token_names(self) -> frozenset[str]:
+        """The names of all tensors of layers that predict further tokens: blocks behind the last, and what is called
+        so."""
+        behind = re.compile(rf"{re.escape(self.container)}\.(\d+)\.")
+        found = ((name, behind.match(name)) for name in self.store.names)
+        return frozenset(
+            name
+            for name, match in found
+            if (int(match[1]) >= self.num_blocks if match else re.search(_NEXT_TOKENS, name))
+        )
+
+    def longer(self, config: PreTrainedConfig, blocks: Sequence[Sequence[BlockTensor]]) -> Checkpoint:
+        """The same files as a model with more blocks, which have these tensors; `config`: that of this model."""
+        other = Checkpoint(self.store, config, self.multimodal, self.tokenizer_source)
+        other.block_tensors = (*self.block_tensors, *map(tuple, blocks))
+        return other
 
     @property
     def container(self) -> str:

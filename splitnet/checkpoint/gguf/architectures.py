@@ -27,6 +27,11 @@ def _names(text: str) -> dict[str, str]:
 
 
 _OUTSIDE = _names("token_embd=model.embed_tokens output_norm=model.norm output=lm_head")
+FURTHER_TOKENS = _names(
+    "nextn.enorm=enorm nextn.hnorm=hnorm nextn.eh_proj=eh_proj nextn.shared_head_norm=shared_head.norm "
+    "nextn.embed_tokens=embed_tokens nextn.shared_head_head=shared_head.head"
+)
+"""As `Family.tensors`, of what stands around the block in a layer that predicts further tokens."""
 
 
 class Change(NamedTuple):
@@ -80,7 +85,10 @@ def config_values(family: Family, file: GgufFile) -> Values:
         value = metadata.get(key)
         if name and value is not None:
             values[name] = value
-    values["num_hidden_layers"] = metadata["block_count"] - metadata.get("nextn_predict_layers", 0)
+    further = metadata.get("nextn_predict_layers", 0)
+    values["num_hidden_layers"] = metadata["block_count"] - further
+    if further:
+        values["num_nextn_predict_layers"] = further
     if "head_dim" in family.fields.values():
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
     if family.plain_rope:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.checkpoint.families import check_values
-from splitnet.checkpoint.gguf.architectures import Family, config_values, family_of
+from splitnet.checkpoint.gguf.architectures import FURTHER_TOKENS, Family, config_values, family_of
 from splitnet.checkpoint.gguf.config import ROPE_TENSORS, make_config, read_tokenizer
 from splitnet.checkpoint.gguf.file import GgufFile, GgufTensor
 from splitnet.checkpoint.quant.format import MALFORMED
@@ -191,22 +191,34 @@ class GgufStore:
                     )
             elif name not in ROPE_TENSORS:
                 recipes[_renamed(file, name, name, family.outside)] = _copied(family, name, tensor)
-        for block in range(blocks):  # what follows are blocks that predict further tokens
+        further: dict[str, _Recipe] = {}
+        for block in range(file.of_architecture["block_count"]):
             left = inside.get(block, {})
             path = f"{family.container}.{block}"
+            found, modules = (recipes, family.tensors) if block < blocks else (further, family.tensors | FURTHER_TOKENS)
             for change in family.changes:
                 names = change.parts.split()
                 if left.keys() >= set(names):
                     parts = tuple(left.pop(part) for part in names)
-                    recipes[f"{path}.{change.name}"] = _Recipe(parts, change.make, change.keeps_codes)
+                    found[f"{path}.{change.name}"] = _Recipe(parts, change.make, change.keeps_codes)
             for name, tensor in left.items():
-                if name not in ROPE_TENSORS:
-                    within = _renamed(file, tensor.name, name, family.tensors)
-                    recipes[f"{path}.{within}"] = _copied(family, name, tensor)
+                if name in ROPE_TENSORS:
+                    continue
+                with nullcontext() if block < blocks else suppress(UnsupportedModel):
+                    within = _renamed(file, tensor.name, name, modules)
+                    found[f"{path}.{within}"] = _copied(family, name, tensor)
         for recipe in recipes.values():
-            for part in recipe.parts:
-                assert part.layout is None or part.layout  # raises if the type is not known
+            _check_types(recipe)
+        for name, recipe in further.items():  # what predicts further tokens may be as it likes: few ask for it
+            with suppress(UnsupportedModel):
+                _check_types(recipe)
+                recipes[name] = recipe
         return recipes
+
+
+def _check_types(recipe: _Recipe) -> None:
+    for part in recipe.parts:
+        assert part.layout is None or part.layout  # raises if the type is not known
 
 
 def is_of_gguf(told_config: str) -> bool:
