@@ -16,7 +16,7 @@ import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -165,10 +165,11 @@ class MtpHead:
         self._lock = threading.Lock()
         options = {"device": model.device, "dtype": model.dtype, "weights": weights}
         self._span = Span.load(whole, found.start, whole.num_blocks, **options)
-        self._parts = nn.ModuleDict()
+        self._parts, size = nn.ModuleDict(), whole.hidden_size
         with whole.store.load_tensors(found.parts, model.dtype) as tensors:
             for part, lazy in tensors.items():
-                layer = nn.Linear(1, 1, bias=False, device="meta") if part == "projection" else copy.deepcopy(ends.norm)
+                linear = part == "projection"
+                layer: Any = nn.Linear(2 * size, size, False, device="meta") if linear else copy.deepcopy(ends.norm)
                 layer.weight = nn.Parameter(lazy[...], requires_grad=False)
                 self._parts[part] = layer
         self._has_norm = "norm" in found.parts

@@ -223,6 +223,9 @@ def _converted(config: Any, architecture: str, tensors: Tensors) -> Iterator[tup
         for changed, value in _changed(config, name, tensor):
             module, _, kind = changed.rpartition(".")
             found = names.get_name(module)
+            if match := re.search(r"layers\.(\d+)\.(eh_proj|enorm|hnorm|shared_head\.norm)$", module):
+                # The package knows it in fewer architectures than the converters of today.
+                found = f"blk.{match[1]}.nextn.{match[2].replace('.', '_')}"
             assert found is not None, changed
             # transformers' own name for a parameter that is no weight: A, D
             yield found + ("" if kind == "plain" else f".{kind}"), value

@@ -29,7 +29,7 @@ _SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT,
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 2},
-    "glm4_moe": {"n_routed_experts": 4, "use_qk_norm": True, "first_k_dense_replace": 1},
+    "glm4_moe": {"use_qk_norm": True, "first_k_dense_replace": 1},
     "glm4_moe_lite": LATENT | _SPARSE,
     "mellum": {"layer_types": ["full_attention", "sliding_attention"] * 2},
     "mimo_v2_flash": {
@@ -71,12 +71,10 @@ PUBLISHED: dict[str, tuple[str, str, tuple[str, ...]]] = {
 """Names of what stands around the blocks, and within; of the norms of embeddings and states, projection, last norm."""
 
 
-def mtp_checkpoint(
-    family: str, folder: Path, *, seed: int = 0, behind: bool = False, **changes: Any
-) -> tuple[Path, Path]:
+def mtp_checkpoint(family: str, folder: Path, *, seed: int = 0, behind: bool = False, **more: Any) -> tuple[Path, Path]:
     """Two folders: a checkpoint whose last block, or last two, are an MTP layer, and the same with these as ordinary
-    blocks. behind: numbered behind the other blocks, whatever the family has; changes: of the config of the first."""
-    overrides = OVERRIDES[family]
+    blocks. behind: numbered behind the other blocks, whatever the family has; more: values of the config."""
+    overrides = OVERRIDES[family] | more
     longer = random_checkpoint(
         family, folder / "longer", blocks=4 if family != "nemotron_h" else 5, seed=seed, **overrides
     )
@@ -110,4 +108,4 @@ def mtp_checkpoint(
         config["num_nextn_predict_layers"] = 1
     if family == "nemotron_h":
         config |= {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["attention", "moe"]}
-    return write_checkpoint(folder / "mtp", longer, tensors, config | changes), longer
+    return write_checkpoint(folder / "mtp", longer, tensors, config), longer

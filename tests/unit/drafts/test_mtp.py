@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
+from splitnet.blocks.backbone import load_whole
 from splitnet.blocks.client_part import Ends, ends_of, load_client_part
+from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.safetensors import SafetensorsStore
+from splitnet.drafts.heads import HeadDrafter
 from splitnet.drafts.mtp import MtpHead, mtp_bytes, mtp_head
+from splitnet.errors import ModelNotFound, UnsupportedModel
+from tests.unit.gguf_writing import write_gguf
 from tests.unit.mtp_checkpoints import PUBLISHED, mtp_checkpoint
+from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_checkpoint
+from tests.unit.random_models import random_checkpoint
 
 OF_TRANSFORMERS = ("deepseek_v3", "glm4_moe", "mellum", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -103,8 +115,6 @@ def _mask(count: int, window: int | None) -> Tensor:
 def described(family: str, folder: Path, longer: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """States before the final norm, and what the layer gives for `tokens[1:]`, in plain torch: as vLLM describes it,
     but for the zeros that it puts in the place of the first embedding."""
-    from tests.unit.quantized_checkpoints import tensors_of
-
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     whole: Any = AutoModelForCausalLM.from_pretrained(longer).eval()
     before, behind = states_of(model, tokens[:-1])
@@ -145,3 +155,159 @@ def test_as_described(family: str, tmp_path: Path) -> None:
     cache = head.new_cache()
     got = torch.cat([head.run(TOKENS[1:10], before[:9], cache), head.run(TOKENS[10:], before[9:], cache)])
     torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def outputs_of(head: MtpHead, states: Tensor) -> Tensor:
+    """For some tokens, then for a draft."""
+    cache = head.new_cache()
+    outputs = head.run(TOKENS[1 : len(states) + 1], states, cache)
+    return torch.cat([outputs, head.run(TOKENS[:1], outputs[-1:], cache, own=True)])
+
+
+STATES = torch.randn(12, 64, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "qwen3_5_moe_text"])
+def test_gguf_files(family: str, tmp_path: Path) -> None:
+    folder, longer = mtp_checkpoint(family, tmp_path, behind=True)
+    config = json.loads((longer / "config.json").read_text())
+    to_convert = write_checkpoint(tmp_path / "to_convert", longer, tensors_of(folder), config)
+    expected = outputs_of(head_of(mtp_checkpoint(family, tmp_path / "published")[0]), STATES)
+    for stored, close in ((Type.F32, 1e-5), (Type.Q8_0, 0.1)):
+        path = write_gguf(to_convert, tmp_path / f"{stored.name}.gguf", stored, nextn_predict_layers=1)
+        checkpoint = Checkpoint.open(path)
+        assert checkpoint.num_blocks == 3 and len(checkpoint.block_tensors) == 3
+        assert not checkpoint.next_token_names & {*checkpoint.client_part_names_of}
+        got = outputs_of(head_of(path), STATES)
+        assert float((got - expected).norm() / expected.norm()) < close
+        load_whole(checkpoint, torch.float32)
+    # Tensors that are not known do no harm where nobody asks for them.
+    path = write_gguf(to_convert, tmp_path / "odd.gguf", nextn_predict_layers=1)
+    data = path.read_bytes()
+    assert data.count(b"blk.3.nextn.hnorm.weight") == 1
+    path.write_bytes(data.replace(b"blk.3.nextn.hnorm.weight", b"blk.3.nextn.xnorm.weight"))
+    checkpoint = Checkpoint.open(path)
+    assert Span.load(checkpoint, 0, 3).end == 3
+    with pytest.raises(UnsupportedModel, match="some of their tensors are missing"):
+        mtp_head(checkpoint, ends_of_checkpoint(checkpoint))
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "awq", "int4-group"])
+def test_quantized_checkpoints(scheme: str, tmp_path: Path) -> None:
+    folder, _ = mtp_checkpoint("glm4_moe", tmp_path, num_local_experts=32)
+    quantized, plain = quantized_pair(folder, tmp_path, scheme)
+    expected = outputs_of(head_of(plain), STATES)
+    got = outputs_of(head_of(quantized), STATES)
+    assert float((got - expected).norm() / expected.norm()) < 0.05
+    assert mtp_bytes(Checkpoint.open(quantized)) < 0.6 * mtp_bytes(Checkpoint.open(plain))
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4", "bfloat16"])
+def test_bytes_of_it(weights: str | None, tmp_path: Path) -> None:
+    folder, _ = mtp_checkpoint("qwen3_next", tmp_path)
+    head = head_of(folder, weights)
+    parts = sum(one.nbytes for one in (*head._parts.parameters(), *head._parts.buffers()))
+    told = mtp_bytes(Checkpoint.open(folder), torch.float32, weights)
+    assert abs(told - head._span.weight_bytes - parts) < 0.1 * told
+    outputs_of(head, STATES)
+
+
+def test_nothing_of_it_is_read_where_it_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: set[str] = set()
+    load_tensors = SafetensorsStore.load_tensors
+
+    def watched(self: Any, names: Any, *args: Any) -> Any:
+        read.update(names.values())
+        return load_tensors(self, names, *args)
+
+    monkeypatch.setattr(SafetensorsStore, "load_tensors", watched)
+    for family in ("deepseek_v3", "qwen3_5_text"):
+        checkpoint = Checkpoint.open(mtp_checkpoint(family, tmp_path / family)[0])
+        Span.load(checkpoint, 0, 3)
+        ends = ends_of_checkpoint(checkpoint)
+        assert not read & checkpoint.next_token_names
+        read.clear()
+        assert mtp_head(checkpoint, ends) is not None
+        assert read == checkpoint.next_token_names
+        read.clear()
+
+
+def test_a_multimodal_checkpoint(tmp_path: Path) -> None:
+    folder, _ = mtp_checkpoint("qwen3_5_text", tmp_path)
+    expected = outputs_of(head_of(folder), STATES)
+    text = json.loads((folder / "config.json").read_text())
+    tensors = {re.sub(r"^model\.", "model.language_model.", name): one for name, one in tensors_of(folder).items()}
+    tensors["model.visual.pos_embed.weight"] = torch.ones(4, 4)
+    config = {"model_type": "qwen3_5", "text_config": text, "vision_config": {"model_type": "qwen3_5"}}
+    whole = write_checkpoint(tmp_path / "whole", folder, tensors, config)
+    torch.testing.assert_close(outputs_of(head_of(whole), STATES), expected)
+
+
+def test_copies_of_embeddings_and_head_and_further_layers_are_left(tmp_path: Path) -> None:
+    folder, _ = mtp_checkpoint("glm4_moe", tmp_path)
+    tensors = tensors_of(folder)
+    more = {f"model.layers.3.{name}.weight": torch.ones(2, 2) for name in ("embed_tokens", "shared_head.head")}
+    more["model.layers.4.eh_proj.weight"] = torch.ones(2, 2)
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 2}
+    other = write_checkpoint(tmp_path / "other", folder, tensors | more, config)
+    torch.testing.assert_close(outputs_of(head_of(other), STATES), outputs_of(head_of(folder), STATES))
+
+
+def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
+    folder, _ = mtp_checkpoint("qwen3_next", tmp_path)
+    tensors, config = tensors_of(folder), json.loads((folder / "config.json").read_text())
+
+    def refused(name: str, tensors: dict[str, Tensor], match: str) -> None:
+        checkpoint = Checkpoint.open(write_checkpoint(tmp_path / name, folder, tensors, config))
+        ends = ends_of_checkpoint(checkpoint)
+        for ask in (lambda: mtp_head(checkpoint, ends), lambda: mtp_bytes(checkpoint)):
+            with pytest.raises(UnsupportedModel, match=match):
+                ask()
+
+    without = {name: tensor for name, tensor in tensors.items() if not name.startswith("mtp.")}
+    refused("no_norm", {name: one for name, one in tensors.items() if name != "mtp.norm.weight"}, "are missing")
+    refused("no_block", {name: one for name, one in tensors.items() if "mtp.layers" not in name}, "are missing")
+    refused("shape", tensors | {"mtp.fc.weight": torch.ones(64, 64)}, r"mtp.fc.weight is \[64, 64\]")
+    refused("more", tensors | {"mtp.gate.weight": torch.ones(64)}, "mtp.gate.weight")
+    block = tensors | {"mtp.layers.0.mlp.extra.weight": torch.ones(64)}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "block", folder, block, config))
+    with pytest.raises(UnsupportedModel, match=r"mtp.layers.0.mlp.extra.weight"):
+        mtp_head(checkpoint, ends_of_checkpoint(checkpoint))
+    large = tensors | {"mtp.layers.0.self_attn.q_proj.weight": torch.ones(3 << 20, 4)}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "large", folder, large, config))
+    with pytest.raises(ModelNotFound, match="block 3 of large is said to take"):
+        mtp_bytes(checkpoint)
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "none", folder, without, config))
+    assert mtp_head(checkpoint, None) is None and mtp_bytes(checkpoint) == 0
+    with pytest.raises(UnsupportedModel, match="does more to embeddings or logits"):
+        mtp_head(Checkpoint.open(folder), None)
+
+
+def test_a_family_whose_layers_are_not_known(tmp_path: Path) -> None:
+    source = random_checkpoint("llama", tmp_path / "llama", blocks=2)
+    config = json.loads((source / "config.json").read_text())
+    folder = write_checkpoint(tmp_path / "more", source, tensors_of(source) | {"mtp.fc.weight": torch.ones(4)}, config)
+    checkpoint = Checkpoint.open(folder)
+    with pytest.raises(UnsupportedModel, match=r"more has layers for multi-token prediction .* not known"):
+        mtp_head(checkpoint, ends_of_checkpoint(checkpoint))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next"])
+def test_a_drafter_makes_the_drafts_of_the_layer(family: str, tmp_path: Path) -> None:
+    """Whatever was drafted and dropped between."""
+    head = head_of(mtp_checkpoint(family, tmp_path)[0])
+    text, states = TOKENS.tolist(), torch.randn(23, 64, generator=torch.Generator().manual_seed(3))
+    drafter = HeadDrafter(head)
+    drafter.begin(text[:10], states[:9])
+    for length in range(10, 24):
+        if length > 10:
+            drafter.observe(text[length - 1], states[length - 2])
+        drafted = [guess.token for guess in itertools.islice(drafter.draft(()), 3)]
+        again = [guess.token for guess in itertools.islice(drafter.draft(drafted[:1]), 2)]
+        cache = head.new_cache()
+        output = head.run(torch.tensor(text[1:length]), states[: length - 1], cache)[-1:]
+        expected: list[int] = []
+        for _ in range(3):
+            expected.append(int(head.logits(output)[0].argmax()))
+            output = head.run(torch.tensor(expected[-1:]), output, cache, own=True)
+        assert drafted == expected and again == expected[1:]
