@@ -116,6 +116,7 @@ class _Found(NamedTuple):
     parts: dict[str, str]
 
 
+@torch.inference_mode(False)  # what is loaded is used outside of it, too
 def mtp_head(checkpoint: Checkpoint, ends: Ends | None, weights: str | None = None) -> MtpHead | None:
     """The MTP layer of a checkpoint, and nothing else of it, is read; None: it has none.
 

@@ -30,7 +30,7 @@ from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_c
 from tests.unit.random_models import random_checkpoint
 
 OF_TRANSFORMERS = ("deepseek_v3", "glm4_moe", "mellum", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 TOKENS = torch.randint(3, 300, (24,), generator=torch.Generator().manual_seed(5))
 
 
