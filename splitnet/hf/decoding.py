@@ -29,6 +29,7 @@ from splitnet.drafts.combined import Combined
 from splitnet.drafts.draft_model import DraftModel
 from splitnet.drafts.drafter import Drafter, Guess
 from splitnet.drafts.heads import ClientPart, DraftHead
+from splitnet.drafts.mtp import mtp_head
 from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
 from splitnet.hf.cache import RemoteCache
@@ -274,6 +275,14 @@ class Speculator:
     def _load_head(self, speculate: str) -> DraftHead | None:
         if speculate in (AUTO, PROMPT_LOOKUP):
             return None
+        if speculate == MTP:
+            head = mtp_head(self._checkpoint, self._model.ends)
+            if head is None:
+                raise SplitnetError(
+                    f"{self._checkpoint.name} has no layer for multi-token prediction: speculate by {AUTO!r}, "
+                    f"{PROMPT_LOOKUP!r} or a draft model"
+                )
+            return head
         if speculate.startswith(EAGLE):
             from splitnet.drafts.eagle import EagleHead
 

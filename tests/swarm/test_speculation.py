@@ -14,10 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from scheduler.speculation import Window
 from splitnet.drafts.eagle import EagleHead, Shape
 from splitnet.drafts.heads import ClientPart
+from splitnet.drafts.mtp import MtpHead
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM
 from tests.swarm.generation import After, Collector, force_window
 from tests.swarm.harness import LocalSwarm, local_swarm, repairs
+from tests.unit.mtp_checkpoints import mtp_checkpoint, states_of
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -171,3 +173,40 @@ def test_a_hop_that_dies_with_windows_under_way(folder: Path, local: Any, monkey
 def test_what_does_not_go_together_is_refused(remote: RemoteCausalLM, more: dict[str, Any], complaint: str) -> None:
     with pytest.raises(SplitnetError, match=complaint):
         remote.generate(repeating(), **options(**{"speculate": "prompt-lookup", **more}))
+
+
+@pytest.mark.default_cases(family=("deepseek_v3", "qwen3_next"))
+@pytest.mark.parametrize("family", ["deepseek_v3", "mellum", "nemotron_h", "qwen3_5_text", "qwen3_next"])
+def test_drafts_by_the_layer_that_a_checkpoint_has_for_them(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = mtp_checkpoint(family, tmp_path)
+    local: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    run = MtpHead.run
+
+    def seen(self: Any, tokens: torch.Tensor, features: torch.Tensor, cache: Any, *, own: bool = False) -> torch.Tensor:
+        if not own:
+            given.append((tokens, features))
+        return run(self, tokens, features, cache, own=own)
+
+    monkeypatch.setattr(MtpHead, "run", seen)
+    force_window(monkeypatch, Window(2, 3))
+    with local_swarm(folder, [(0, 1), (1, 3)]) as swarm:
+        remote = swarm.model()
+        for chosen in (options(), options(do_sample=True, temperature=0.7)):
+            given.clear()
+            torch.manual_seed(5)
+            expected = remote.generate(repeating(), speculate="off", **chosen)
+            torch.manual_seed(5)
+            got = remote.generate(repeating(), speculate="mtp", **chosen)
+            assert torch.equal(got, expected)
+            tokens, features = (torch.cat(some) for some in zip(*given, strict=True))
+            assert len(tokens) > 18 + 20 and torch.equal(tokens, got[0, 1 : len(tokens) + 1])
+            before, _ = states_of(local, got[0])
+            torch.testing.assert_close(features, before[: len(features)], rtol=1e-2, atol=1e-2)
+        assert remote.speculator.counts.drafted > 0
+        remote.speculator._heads.clear()
+        monkeypatch.setattr("splitnet.hf.decoding.mtp_head", lambda checkpoint, ends: None)
+        with pytest.raises(SplitnetError, match="has no layer for multi-token prediction"):
+            remote.generate(repeating(), speculate="mtp", **options())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tests.unit.quantized_checkpoints import tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
@@ -109,3 +110,15 @@ def mtp_checkpoint(family: str, folder: Path, *, seed: int = 0, behind: bool = F
     if family == "nemotron_h":
         config |= {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["attention", "moe"]}
     return write_checkpoint(folder / "mtp", longer, tensors, config), longer
+
+
+@torch.no_grad()
+def states_of(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What the last block of a whole model gives, `[seq, hidden]`, before the final norm and behind it."""
+    seen: list[Tensor] = []
+    backbone = model.get_decoder()
+    norm = getattr(backbone, "norm", None) or backbone.norm_f
+    hook = norm.register_forward_hook(lambda module, given, output: seen.extend((given[0][0], output[0])))
+    model(input_ids=tokens[None], use_cache=False)
+    hook.remove()
+    return seen[0], seen[1]

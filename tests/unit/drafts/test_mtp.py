@@ -25,7 +25,7 @@ from splitnet.drafts.heads import HeadDrafter
 from splitnet.drafts.mtp import MtpHead, mtp_bytes, mtp_head
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from tests.unit.gguf_writing import write_gguf
-from tests.unit.mtp_checkpoints import PUBLISHED, mtp_checkpoint
+from tests.unit.mtp_checkpoints import PUBLISHED, mtp_checkpoint, states_of
 from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
 
@@ -45,18 +45,6 @@ def head_of(folder: Path, weights: str | None = None) -> MtpHead:
     head = mtp_head(checkpoint, ends_of_checkpoint(checkpoint), weights)
     assert head is not None
     return head
-
-
-@torch.no_grad()
-def states_of(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What the last block of a whole model gives, `[seq, hidden]`, before the final norm and behind it."""
-    seen: list[Tensor] = []
-    backbone = model.get_decoder()
-    norm = getattr(backbone, "norm", None) or backbone.norm_f
-    hook = norm.register_forward_hook(lambda module, given, output: seen.extend((given[0][0], output[0])))
-    model(input_ids=tokens[None], use_cache=False)
-    hook.remove()
-    return seen[0], seen[1]
 
 
 def published(folder: Path) -> tuple[Any, MtpModel]:
