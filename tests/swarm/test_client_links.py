@@ -96,7 +96,7 @@ def test_peers_tell_how_far_a_session_has_come(swarm: LocalSwarm) -> None:
     stranger = swarm.connect(Identity.generate())
     stranger.peers()
     with model.session() as cache:
-        model.generate(**prompt(), **GREEDY)
+        model.generate(**prompt(), **GREEDY, speculate="off")
         assert isinstance(cache.session, Session)
         for hop in cache.session.hops:
             asked = (model.swarm.ping(hop.endpoint, cache.session.id).result(20.0) for _ in range(100))

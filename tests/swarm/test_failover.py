@@ -197,7 +197,8 @@ def test_what_was_generated_before_an_error_is_kept_to_go_on_from(folder: Path, 
             swarm.add(2, 4)
             before = cache.session.traffic.positions if cache.session else 0
             options = {**GREEDY, "max_new_tokens": GREEDY["max_new_tokens"] - 12}
-            got = model.generate(generated, attention_mask=torch.ones_like(generated), **options)
+            mask = torch.ones_like(generated)
+            got = model.generate(generated, attention_mask=mask, speculate="off", **options)
             assert cache.session is not None
             # The prompt was not sent again: only the token that failed, and those after it.
             assert cache.session.traffic.positions - before == options["max_new_tokens"]

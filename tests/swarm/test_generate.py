@@ -45,7 +45,7 @@ def left_padded(batch: torch.Tensor, pads: list[int]) -> dict[str, torch.Tensor]
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def same(local: Any, remote: RemoteCausalLM, inputs: Any, **options: Any) -> torch.Tensor:
+def same(local: Any, remote: RemoteCausalLM, inputs: Any, *, speculate: Any = "auto", **options: Any) -> torch.Tensor:
     """Generates with both and expects equal tokens."""
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
     if isinstance(inputs, torch.Tensor):
@@ -53,7 +53,7 @@ def same(local: Any, remote: RemoteCausalLM, inputs: Any, **options: Any) -> tor
     torch.manual_seed(5)
     expected = local.generate(**inputs, **options)
     torch.manual_seed(5)
-    got = remote.generate(**inputs, **options)
+    got = remote.generate(**inputs, speculate=speculate, **options)
     assert torch.equal(got, expected)
     return got
 
@@ -72,7 +72,7 @@ def test_only_prompts_take_the_way_through_the_whole_model_unless_somebody_watch
         assert len(calls) == 1
         watch = remote.register_forward_hook(lambda module, args, output: None)
         try:
-            same(local, remote, prompt())
+            same(local, remote, prompt(), speculate="off")
         finally:
             watch.remove()
         assert len(calls) == 1 + 24
