@@ -9,6 +9,7 @@ with the probability that the model gives it, and otherwise another is drawn fro
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -29,12 +30,15 @@ from splitnet.drafts.combined import Combined
 from splitnet.drafts.draft_model import DraftModel
 from splitnet.drafts.drafter import Drafter, Guess
 from splitnet.drafts.heads import ClientPart, DraftHead
-from splitnet.drafts.mtp import mtp_head
+from splitnet.drafts.mtp import mtp_bytes, mtp_head
 from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
 from splitnet.hf.cache import RemoteCache
 from splitnet.hf.remote_blocks import Exchange
+from splitnet.quant.device import free_memory
 from splitnet.swarm.plan import Prediction
+
+log = logging.getLogger(__name__)
 
 SHARE = 0.2  # weight of the latest step in the averages of what steps cost
 MEMORY = 0.97  # weight of former tokens in the acceptance, after each further token
@@ -44,6 +48,7 @@ LOOK_EVERY = 32  # tokens, after which one draft is made where drafts cost time 
 LOOK_SHARE = 0.002  # of a plain step: a guess that takes no longer is made at every token
 AUTO, OFF, PROMPT_LOOKUP, MTP = NAMES = ("auto", "off", "prompt-lookup", "mtp")
 EAGLE = "eagle="  # before the folder of a head
+MTP_SHARE = 0.25  # of the free memory, that an MTP layer takes at most without being asked for
 
 _PREPARES = "prepare_inputs_for_generation"
 _OTHERS = ("_sample", "_update_model_kwargs_for_generation", "_prefill")
@@ -273,8 +278,10 @@ class Speculator:
             return self._heads[speculate]
 
     def _load_head(self, speculate: str) -> DraftHead | None:
-        if speculate in (AUTO, PROMPT_LOOKUP):
+        if speculate == PROMPT_LOOKUP:
             return None
+        if speculate == AUTO:
+            return self._mtp_if_cheap()
         if speculate == MTP:
             head = mtp_head(self._checkpoint, self._model.ends)
             if head is None:
@@ -290,6 +297,18 @@ class Speculator:
         raise SplitnetError(
             f"cannot speculate by {speculate!r}: give one of {', '.join(NAMES)}, {EAGLE}DIR, or a draft model"
         )
+
+    def _mtp_if_cheap(self) -> DraftHead | None:
+        """The checkpoint's MTP layer, if it is on this machine, can be used, and takes little of the free memory."""
+        names, store = self._checkpoint.next_token_names, self._checkpoint.store
+        try:
+            here = bool(names) and all(store.local_file(store.places()[name].file) for name in names)
+            free = free_memory(self._model.device)
+            if here and mtp_bytes(self._checkpoint, self._model.dtype) <= MTP_SHARE * free:
+                return mtp_head(self._checkpoint, self._model.ends)
+        except SplitnetError as error:
+            log.info("drafts are copies of the text: %s", error)
+        return None
 
     def _client_part(self) -> ClientPart:
         config, backbone = self._model.config.get_text_config(), backbone_of(self._model)

@@ -206,7 +206,10 @@ def test_drafts_by_the_layer_that_a_checkpoint_has_for_them(
             before, _ = states_of(local, got[0])
             torch.testing.assert_close(features, before[: len(features)], rtol=1e-2, atol=1e-2)
         assert remote.speculator.counts.drafted > 0
+        assert isinstance(remote.speculator._head("auto"), MtpHead)
         remote.speculator._heads.clear()
+        monkeypatch.setattr("splitnet.hf.decoding.MTP_SHARE", 0.0)
+        assert remote.speculator._head("auto") is None
         monkeypatch.setattr("splitnet.hf.decoding.mtp_head", lambda checkpoint, ends: None)
         with pytest.raises(SplitnetError, match="has no layer for multi-token prediction"):
             remote.generate(repeating(), speculate="mtp", **options())
