@@ -163,7 +163,7 @@ def snapshot(
     overview = Overview.of(model.swarm, there, model.local_spans)
     per_second = log.tokens_per_second()
     rates = [sum(per_second[end - RATE_S : end]) / RATE_S for end in range(len(per_second), RATE_S - 1, -RATE_S)][::-1]
-    now = log.clock()
+    now, counts = log.clock(), model.speculator.counts
     return {
         "at": time.time(),
         "version": __version__,
@@ -178,6 +178,7 @@ def snapshot(
         "peers": sorted((_peer(model.swarm, each, now) for each in seen), key=itemgetter("start", "end", "key")),
         "requests": {"running": admission.running, "waiting": admission.waiting},
         "tokens_per_s": rates[-1],
+        "tokens_per_round_trip": counts.tokens / counts.round_trips if counts.round_trips else None,
         "history": rates,
         "answers": [_answer(each, now) for each in log.answers() if each.ended is None or now - each.ended < SHOWN_S],
     }

@@ -59,12 +59,14 @@ def test_a_snapshot_tells_of_the_peers_and_of_answers_with_their_routes(server: 
     async def does() -> None:
         async with server.running():
             server.http.headers["Authorization"] = f"Bearer {KEY}"
+            server.generations.speculate = "auto"
             reply = await server.complete(prompt="Bees", max_tokens=6)
             await until(lambda: server.generations.progress.answers()[0].ended is not None)
             snapshot, events = await shown(server)
         assert (snapshot["type"], events["type"]) == ("snapshot", "events")
         assert (snapshot["model"], snapshot["num_blocks"], snapshot["holes"]) == (MODEL, 6, [])
         assert snapshot["requests"] == {"running": 0, "waiting": 0}
+        assert snapshot["tokens_per_round_trip"] >= 1
         peers = snapshot["peers"]
         assert [(peer["start"], peer["end"]) for peer in peers] == [(0, 2), (2, 6)]
         assert [peer["key"] for peer in peers] == [peer.identity.public.text for peer in swarm.peers]

@@ -19,6 +19,7 @@ export function showFigures(snapshot) {
   setText(byId("verdict-detail"), detail);
   keyed(byId("holes"), snapshot.holes, (hole) => hole.advice, createHole, () => {});
   setText(byId("rate"), figure(snapshot.tokens_per_s));
+  setText(byId("per-round-trip"), snapshot.tokens_per_round_trip ? snapshot.tokens_per_round_trip.toFixed(2) : "–");
   setText(byId("running"), count(snapshot.requests.running));
   setText(byId("waiting"), count(snapshot.requests.waiting));
   setText(byId("peer-count"), count(snapshot.peers.filter(isThere).length));
