@@ -25,13 +25,16 @@ LATENT = {
     "num_key_value_heads": 4,
     "first_k_dense_replace": 1,
 }
+_INDEXER = {"index_topk": 6, "index_head_dim": 32, "index_n_heads": 32}
 _DELTA = {"layer_types": ["linear_attention", "linear_attention", "full_attention", "full_attention"]}
 _SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT,
+    "deepseek_v32": LATENT | _INDEXER,
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 2},
     "glm4_moe": {"use_qk_norm": True, "first_k_dense_replace": 1},
     "glm4_moe_lite": LATENT | _SPARSE,
+    "glm_moe_dsa": LATENT | _INDEXER,
     "mellum": {"layer_types": ["full_attention", "sliding_attention"] * 2},
     "mimo_v2_flash": {
         "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"],
@@ -51,9 +54,11 @@ _BEHIND = ("model.layers.{n}.{}", "model.layers.{n}.{}", ("enorm", "hnorm", "eh_
 _BESIDE = ("mtp.{}", "mtp.layers.0.{}", ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"))
 PUBLISHED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "deepseek_v3": _BEHIND,
+    "deepseek_v32": _BEHIND,
     "ernie4_5_moe": ("model.{}.0", "model.mtp_block.0.{}", ("mtp_emb_norm", "mtp_hidden_norm", "mtp_linear_proj")),
     "glm4_moe": _BEHIND,
     "glm4_moe_lite": _BEHIND,
+    "glm_moe_dsa": _BEHIND,
     "mellum": _BESIDE,
     "mimo_v2_flash": (
         "model.mtp.layers.0.{}",
@@ -101,7 +106,7 @@ def mtp_checkpoint(family: str, folder: Path, *, seed: int = 0, behind: bool = F
         shape = (size, 2 * size) if name.endswith(("proj", "fc")) else (size,)
         scale = (2 * size) ** -0.5 if len(shape) == 2 else 0.3
         tensors[around.format(name, n=3) + ".weight"] = (len(shape) == 1) + scale * torch.randn(shape)
-    for key in ("layer_types", "mlp_layer_types", "layers_block_type"):
+    for key in ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types"):
         if key in config:
             config[key] = config[key][:3]
     config["num_hidden_layers"] = 3

@@ -29,7 +29,9 @@ from tests.unit.mtp_checkpoints import PUBLISHED, mtp_checkpoint, states_of
 from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
 
-OF_TRANSFORMERS = ("deepseek_v3", "glm4_moe", "mellum", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+OF_TRANSFORMERS = (
+    *("deepseek_v3", "glm4_moe", "glm4_moe_lite", "mellum", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+)
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 TOKENS = torch.randint(3, 300, (24,), generator=torch.Generator().manual_seed(5))
 
@@ -53,6 +55,7 @@ def published(folder: Path) -> tuple[Any, MtpModel]:
     config = model.config
     if not hasattr(config, "num_mtp_layers"):
         config.num_mtp_layers, config.mtp_layer_types = 1, ["full_attention"]
+    config.mtp_mlp_layer_types = ["sparse"]
     # transformers knows the numbers of the layers of published checkpoints alone.
     model._keys_to_ignore_on_load_unexpected = [r"^mtp\.", r"model\.layers\.3\."]
     return model, MtpModel.from_pretrained(model).eval()
@@ -135,7 +138,10 @@ def described(family: str, folder: Path, longer: Path, tokens: Tensor) -> tuple[
     return before, norm(state[0], final)
 
 
-@pytest.mark.parametrize("family", ["ernie4_5_moe", "mimo_v2_flash", "nemotron_h", "qwen2", "glm4_moe_lite"])
+DESCRIBED = ("deepseek_v32", "ernie4_5_moe", "glm_moe_dsa", "mimo_v2_flash", "nemotron_h", "qwen2")
+
+
+@pytest.mark.parametrize("family", DESCRIBED)
 def test_as_described(family: str, tmp_path: Path) -> None:
     folder, longer = mtp_checkpoint(family, tmp_path)
     before, expected = described(family, folder, longer, TOKENS)
