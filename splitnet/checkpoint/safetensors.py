@@ -243,6 +243,12 @@ class SafetensorsStore:
         infos = self._infos(stored)
         return sum(infos[part].nbytes for part in stored)
 
+    def are_here(self, names: Iterable[str]) -> bool:
+        stored = [part for name in names for part in self._weights.groups[name].values()]
+        if self.folder is not None:
+            return self.folder.holds(stored)
+        return all(self.local_file(file) is not None for file in {self._weight_map[name] for name in stored})
+
     @contextmanager
     def load_tensors(
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None

@@ -71,6 +71,10 @@ class TensorStore(TensorFiles, Protocol):
         """What tensors take in the files together. Reads headers only, and nothing that describes codes."""
         ...
 
+    def are_here(self, names: Iterable[str]) -> bool:
+        """Whether all bytes of these tensors are on this machine, so that reading them downloads nothing."""
+        ...
+
     def load_tensors(
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
     ) -> AbstractContextManager[dict[str, Any]]:

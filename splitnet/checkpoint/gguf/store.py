@@ -90,6 +90,10 @@ class GgufStore:
     def file_bytes(self, names: Iterable[str]) -> int:
         return sum(part.data.nbytes for name in names for part in self._recipes[name].parts)
 
+    def are_here(self, names: Iterable[str]) -> bool:
+        parts = (part.name for name in names for part in self._recipes[name].parts)
+        return self.folder is None or self.folder.holds(parts)
+
     @contextmanager
     def load_tensors(
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None

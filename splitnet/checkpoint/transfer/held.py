@@ -192,9 +192,7 @@ class WeightFolder(HeldPieces):
     def supply(self, names: Iterable[str]) -> None:
         """Makes sure that all bytes of these tensors are here, and right, and nothing else is written. Raises
         SplitnetError: some are missing and cannot be had, or there is no room for them."""
-        parts = [self._part_of[name] for name in names]
-        slots = [slot for part in parts for slot in range(self._first[part], self._first[part + 1])]
-        missing = [slot for slot in slots if not self._is_right(slot)]
+        missing = [slot for slot in self._slots(names) if not self._is_right(slot)]
         if not missing:
             return
         check_room(self.path, sum(self.where(slot)[2] for slot in missing))
@@ -213,6 +211,14 @@ class WeightFolder(HeldPieces):
             )
         self._wanted |= wanted
         self.fetch({name: self.where(some[0])[2] for name, some in wanted.items()})
+
+    def holds(self, names: Iterable[str]) -> bool:
+        """Whether all bytes of these tensors were written."""
+        return all(self.has(slot) for slot in self._slots(names))
+
+    def _slots(self, names: Iterable[str]) -> Iterator[int]:
+        for part in map(self._part_of.__getitem__, names):
+            yield from range(self._first[part], self._first[part + 1])
 
     def write(self, name: bytes, data: bytes | memoryview) -> None:
         """Keeps a piece whose digest was checked where it is needed. Raises SplitnetError: the disk is full, or the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from splitnet.blocks.client_part import Ends, ends_of, load_client_part
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.safetensors import SafetensorsStore
+from splitnet.checkpoint.transfer.held import make_folder
 from splitnet.drafts.heads import HeadDrafter
 from splitnet.drafts.mtp import MtpHead, mtp_bytes, mtp_head
 from splitnet.errors import ModelNotFound, UnsupportedModel
@@ -305,3 +307,27 @@ def test_a_drafter_makes_the_drafts_of_the_layer(family: str, tmp_path: Path) ->
             expected.append(int(head.logits(output)[0].argmax()))
             output = head.run(torch.tensor(expected[-1:]), output, cache, own=True)
         assert drafted == expected and again == expected[1:]
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_pieces_of_the_layer_alone_are_fetched(coded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))
+    folder, _ = mtp_checkpoint("glm4_moe", tmp_path, num_local_experts=32)
+    whole = Checkpoint.open(quantized_pair(folder, tmp_path, "awq")[0] if coded else folder)
+    assert whole.store.are_here(whole.store.names)
+    checkpoint = Checkpoint.open(make_folder(whole.manifest(), [], lambda path: None))
+    weights, further, ends = checkpoint.store.folder, checkpoint.next_token_names, ends_of_checkpoint(whole)
+    assert weights is not None and further == whole.next_token_names
+    assert not checkpoint.store.are_here(further)
+    with pytest.raises(ModelNotFound, match="pieces of the weights"):
+        mtp_head(checkpoint, ends)
+
+    def fetch(pieces: Mapping[bytes, int]) -> None:
+        for piece in pieces:
+            weights.write(piece, whole.held().read(piece) or b"")
+
+    weights.fetch = fetch
+    head, expected = mtp_head(checkpoint, ends), mtp_head(whole, ends)
+    assert head is not None and expected is not None and checkpoint.store.are_here(further)
+    assert not checkpoint.store.are_here([checkpoint.block_tensors[0][0].name])
+    torch.testing.assert_close(outputs_of(head, STATES), outputs_of(expected, STATES))
