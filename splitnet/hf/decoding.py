@@ -300,12 +300,14 @@ class Speculator:
 
     def _mtp_if_cheap(self) -> DraftHead | None:
         """The checkpoint's MTP layer, if it is on this machine, can be used, and takes little of the free memory."""
-        names, store = self._checkpoint.next_token_names, self._checkpoint.store
+        if (head := self._heads.get(MTP)) is not None:
+            return head
+        names, free = self._checkpoint.next_token_names, free_memory(self._model.device)
         try:
-            here = bool(names) and all(store.local_file(store.places()[name].file) for name in names)
-            free = free_memory(self._model.device)
+            here = bool(names) and self._checkpoint.store.are_here(names)
             if here and mtp_bytes(self._checkpoint, self._model.dtype) <= MTP_SHARE * free:
-                return mtp_head(self._checkpoint, self._model.ends)
+                head = self._heads[MTP] = mtp_head(self._checkpoint, self._model.ends)
+                return head
         except SplitnetError as error:
             log.info("drafts are copies of the text: %s", error)
         return None

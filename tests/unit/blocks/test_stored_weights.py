@@ -95,6 +95,9 @@ class CodedStore:
     def local_file(self, file: str) -> Path | None:
         raise NotImplementedError
 
+    def are_here(self, names: Iterable[str]) -> bool:
+        return True
+
     def open_file(self, file: str) -> BinaryIO:
         raise NotImplementedError
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +24,12 @@ from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.safetensors import SafetensorsStore
 from splitnet.checkpoint.transfer.held import make_folder
+from splitnet.drafts.combined import Combined
 from splitnet.drafts.heads import HeadDrafter
 from splitnet.drafts.mtp import MtpHead, mtp_bytes, mtp_head
+from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.hf.decoding import Speculator
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.mtp_checkpoints import PUBLISHED, mtp_checkpoint, states_of
 from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_checkpoint
@@ -331,3 +335,25 @@ def test_pieces_of_the_layer_alone_are_fetched(coded: bool, tmp_path: Path, monk
     assert head is not None and expected is not None and checkpoint.store.are_here(further)
     assert not checkpoint.store.are_here([checkpoint.block_tensors[0][0].name])
     torch.testing.assert_close(outputs_of(head, STATES), outputs_of(expected, STATES))
+
+
+@pytest.mark.parametrize("kind", ["plain", "awq", "gguf"])
+def test_auto_takes_it_where_it_is_here_and_small(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, longer = mtp_checkpoint("glm4_moe", tmp_path, num_local_experts=32)
+    if kind == "awq":
+        folder, _ = quantized_pair(folder, tmp_path, "awq")
+    elif kind == "gguf":
+        config = json.loads((longer / "config.json").read_text())
+        to_convert = write_checkpoint(tmp_path / "to_convert", longer, tensors_of(folder), config)
+        folder = write_gguf(to_convert, tmp_path / "model.gguf", nextn_predict_layers=1)
+    checkpoint = Checkpoint.open(folder)
+    ends = ends_of_checkpoint(checkpoint)
+    model = SimpleNamespace(ends=ends, dtype=torch.float32, device=torch.device("cpu"))
+    drafts = Speculator(model, checkpoint).drafts_by("auto")
+    assert isinstance(drafts.drafter, Combined) and drafts.drafter.taps == (3,) and not drafts.required
+    least = 4 * mtp_bytes(checkpoint, torch.float32)
+    monkeypatch.setattr("splitnet.hf.decoding.free_memory", lambda device: least - 1)
+    assert isinstance(Speculator(model, checkpoint).drafts_by("auto").drafter, PromptLookup)
+    speculator = Speculator(model, checkpoint)
+    assert isinstance(speculator.drafts_by("mtp").drafter, Combined)
+    assert isinstance(speculator.drafts_by("auto").drafter, Combined)  # as it is in memory anyway
