@@ -1,136 +1,319 @@
-"""What drafts are worth over long links: tokens/s with and without, on texts that repeat their prompts and on others.
+"""What drafts are worth over long links: answers by several drafters in turns, the first of which is the baseline.
 
 Three daemons with a third of the blocks each and a client are four hosts of an emulated network (see docs/netlab.md).
-With --local-blocks the client runs some blocks itself; peers whose blocks it has all have nothing to do then. Every
-prompt is answered with and without drafts in turns, greedily. With weights in floats the answers must be equal.
+With --local-blocks the client runs some blocks itself; peers whose blocks it has all have nothing to do then. All
+answers are greedy.
 
-    sudo .venv/bin/python -m benchmarks.speculation CHECKPOINT [--delay 20] [--rate 100] [--weights float16]
-                                                    [--local-blocks 0:10]
+    sudo .venv/bin/python -m benchmarks.speculation CHECKPOINT [--arms off auto eagle=FOLDER known=0.8]
+        [--texts repeating ordinary] [--delay 20 60] [--weights float32 int4] [--json FILE]
+
+An arm is what --speculate takes, or `known=P`, or `known=P/MS`: a drafter that knows the answer of the baseline, makes
+every guess right with the probability P, and takes MS for it. Its speed is compared with what `scheduler.speculation`
+foretells for the acceptance that was seen and the pace that was measured. Use answers of 256 tokens for that: at the
+end of a text windows are cut.
+
+Columns: "times as fast" as the baseline: median of the rounds (range). "per trip": new tokens per round trip. "right":
+share of right ones among the guesses at the first places of a window, of those that were compared. "bytes": per
+new token, over all links: what the client sent and received, and messages of one position between peers.
+"links": tokens/s of the four links alone with as many tokens per trip, one trip after the other. "links + compute": the
+same with what the median step of the baseline takes beyond its links; for a plain chain it is that step.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
+import random
 import statistics
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.netlab import Lab, LabError
 from benchmarks.netlab.peers import LabPeers, even_spans
+from scheduler.speculation import LENGTHS, Pace, Window, best_window, tokens_per_ms
+from splitnet.blocks.backbone import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.drafts.drafter import Guess
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
+from splitnet.hf.decoding import EAGLE, NAMES, OFF, Drafts, Experience, Speculator
+from splitnet.session.driver import Traffic
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.tools.bench.backends import Clock
 
 PEERS = ("first", "middle", "last")
-REPEATING = Path(__file__).parent / "data" / "repeating_prompts.json"
-OTHERS = {
-    "a story": "Write a story about a fox who learns to read.",
-    "an explanation": "Explain how rainbows form.",
-    "a letter": "Write a letter to a friend about your first week in a new town.",
-}
+LINKS = len(PEERS) + 1
+DATA = Path(__file__).parent / "data"
+TEXTS = {"repeating": DATA / "repeating_prompts.json", "ordinary": DATA / "ordinary_prompts.json"}
 EXACT = ("float32", "float16")
 """Weights whose products do not depend on how many positions share a pass, but for the order of sums."""
+KNOWN = "known="
+WAYS = ("bytes_sent", "bytes_received")
+PLACES = 6  # of a window that are shown
+HEADER = (
+    "| text | arm | tokens/s | times as fast | per trip | right | drafted | bytes | links | links + compute | same |"
+)
 
-ARMS = {"off": None, "drafts": "prompt-lookup"}
+
+class Known:
+    """Guesses right with a known probability, and takes `cost_ms` for each guess. answer: the true tokens."""
+
+    priors = (0.5,)
+    taps = ()
+
+    def __init__(self, arm: str, answer: Sequence[int], seed: int) -> None:
+        share, _, cost_ms = arm.removeprefix(KNOWN).partition("/")
+        self.arm = arm
+        self._share, self._cost_s = float(share), float(cost_ms or 0) / 1000
+        self._answer = answer
+        self._seed = seed
+        self._length = 0  # of the answer so far
+
+    def begin(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
+        self._length = 0
+
+    def observe(self, token: int, features: torch.Tensor | None = None) -> None:
+        self._length += 1
+
+    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+        for place in itertools.count(self._length + len(pending)):
+            if self._cost_s:
+                time.sleep(self._cost_s)
+            true = self._answer[place] if place < len(self._answer) else 0
+            right = random.Random(f"{self._seed} {place}").random() < self._share
+            yield Guess(true if right else true + 1, 0)
+
+
+class Watched(Speculator):
+    """Takes drafters of known acceptance, too. latest: the experience of the last text's drafter, with its counts."""
+
+    latest: Experience | None = None
+
+    def drafts_by(self, speculate: Any) -> Drafts:
+        known = isinstance(speculate, Known)
+        drafts = self._drafts(speculate.arm, speculate) if known else super().drafts_by(speculate)
+        self.latest = drafts.experience
+        self.latest.drafted, self.latest.round_trips, self.latest.by_place = 0, 0, {}
+        return drafts
+
+
+@dataclass
+class Answer:
+    """By one arm. by_place: guesses at each place of a window that were compared, and those that were right."""
+
+    text: str
+    arm: str
+    tokens: list[int]
+    seconds: float  # from the first token to the last
+    step_ms: float  # median from one token to the next
+    moved_bytes: int  # over all links, behind the first token
+    same: bool  # as that of the baseline
+    round_trips: int
+    drafted: int = 0
+    by_place: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    # The pace at the end, see `Pace`; from one position on.
+    latency_ms: list[float] = field(default_factory=list[float])
+    slowest_hop_ms: list[float] = field(default_factory=list[float])
+    drafting_ms: tuple[float, float] = 0.0, 0.0
+
+    @property
+    def new(self) -> int:
+        """Tokens after the first one, which the prompt gives."""
+        return len(self.tokens) - 1
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="hub id or folder of a checkpoint")
-    parser.add_argument("--delay", type=float, default=20.0, help="ms one way between any two hosts")
+    parser.add_argument("checkpoint", help="hub id, folder or GGUF file")
+    parser.add_argument("--arms", nargs="+", default=[OFF, "auto"], help="the first is the baseline")
+    parser.add_argument("--texts", nargs="+", default=[*TEXTS], help="or JSON files of prompts by name")
+    parser.add_argument("--only", nargs="+", default=[""], help="texts whose name has one of these in it")
+    parser.add_argument("--limit", type=int, help="so many texts, of all kinds")
+    parser.add_argument("--delay", type=float, nargs="+", default=[20.0], help="ms one way between any two hosts")
     parser.add_argument("--rate", type=float, default=100.0, help="Mbit/s of every host's link, 0: no limit")
-    parser.add_argument("--weights", default="float32", help="of the daemons and of the client's own blocks")
+    parser.add_argument("--weights", nargs="+", default=["float32"], help="of the daemons and the client's own blocks")
     parser.add_argument("--codec", default="auto")
     parser.add_argument("--local-blocks", default=None, help="blocks that the client runs, as 0:10")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer at most")
-    parser.add_argument("--texts", nargs="+", help="only those whose name has one of these in it")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="file to write all answers to")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
     checkpoint = Checkpoint.open(arguments.checkpoint)
     spans = even_spans(checkpoint.num_blocks, PEERS)
-    options = ("--threads", "1", "--weights", arguments.weights)
-    try:
-        with (
-            Lab(["client", *PEERS], delay_ms=arguments.delay, rate_mbit=arguments.rate) as lab,
-            LabPeers(lab, arguments.checkpoint, spans, options) as peers,
-            lab.inside("client"),
-            Swarm(ModelFacts.of(checkpoint), list(peers.addresses.values())) as swarm,
-        ):
-            model = attach(
-                checkpoint,
-                swarm,
-                codec=arguments.codec,
-                local_blocks=arguments.local_blocks,
-                local_weights=arguments.weights,
-            )
-            measure(model, checkpoint, arguments)
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    written: list[dict[str, Any]] = []
+    same = True
+    for weights, delay_ms in itertools.product(arguments.weights, arguments.delay):
+        options = ("--threads", "1", "--weights", weights)
+        try:
+            with (
+                Lab(["client", *PEERS], delay_ms=delay_ms, rate_mbit=arguments.rate) as lab,
+                LabPeers(lab, arguments.checkpoint, spans, options) as peers,
+                lab.inside("client"),
+                Swarm(ModelFacts.of(checkpoint), list(peers.addresses.values())) as swarm,
+            ):
+                how = {"codec": arguments.codec, "local_blocks": arguments.local_blocks, "local_weights": weights}
+                model = attach(checkpoint, swarm, **how)
+                print(f"\n### {weights}, {delay_ms:g} ms one way, {arguments.rate:g} Mbit/s", flush=True)
+                answers = measure(model, checkpoint, arguments)
+        except LabError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        same &= show(answers, arguments.arms, delay_ms) or weights not in EXACT
+        written += ({"weights": weights, "delay_ms": delay_ms, **asdict(answer)} for answer in answers)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(written))
+    if not same:
+        print("error: with weights that give the same text, one is another", file=sys.stderr)
+    return int(not same)
 
 
-def measure(model: RemoteCausalLM, checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
-    """Answers all prompts with both arms in turns."""
-    tokenizer = checkpoint.tokenizer()
-    prompts = {name: tokenizer(text).input_ids for name, text in json.loads(REPEATING.read_text()).items()}
-    for name, text in OTHERS.items():
-        chat = [{"role": "user", "content": text}]
-        prompts[name] = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-    print("| text | tokens | off, tokens/s | drafts, tokens/s | times as fast (range) | steps | same text |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    for name, prompt in prompts.items():
-        if arguments.texts and not any(part in name for part in arguments.texts):
-            continue
-        ids = torch.tensor([prompt])
-        speeds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        steps: dict[str, int] = {}
-        texts: set[tuple[int, ...]] = set()
-        for index in range(arguments.rounds + 1):
-            for arm, speculate in ARMS.items():
-                text, speed, steps[arm] = answer(model, ids, speculate, arguments.tokens)
-                texts.add(text)
-                if index:  # the first warms up
-                    speeds[arm].append(speed)
-        same = len(texts) == 1
-        assert same or arguments.weights not in EXACT, f"{name}: with drafts the text is another one"
-        off, drafts = statistics.median(speeds["off"]), statistics.median(speeds["drafts"])
-        ratios = [with_ / without for with_, without in zip(speeds["drafts"], speeds["off"], strict=True)]
-        print(
-            f"| {name} | {len(next(iter(texts)))} | {off:.2f} | {drafts:.2f} "
-            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {steps['drafts']} "
-            f"| {'yes' if same else 'no'} |",
-            flush=True,
-        )
+def prompts(checkpoint: Checkpoint, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """`[1, seq]` by the name of the text; those that repeat their prompts are no chats."""
+    tokenizer, found = checkpoint.tokenizer(), dict[str, torch.Tensor]()
+    for texts in arguments.texts:
+        for name, prompt in json.loads(TEXTS.get(texts, Path(texts)).read_text()).items():
+            if not any(part in name for part in arguments.only):
+                continue
+            found[name] = tokenizer(prompt, return_tensors="pt").input_ids
+            if texts != "repeating":
+                chat = [{"role": "user", "content": prompt}]
+                options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+                found[name] = tokenizer.apply_chat_template(chat, **options)["input_ids"]
+    limit = arguments.limit or len(found)
+    return {name: found[name] for name in [*found][:: max(1, len(found) // limit)][:limit]}
 
 
-def answer(
-    model: RemoteCausalLM, ids: torch.Tensor, speculate: str | None, tokens: int
-) -> tuple[tuple[int, ...], float, int]:
-    """The new tokens, how many came per second after the first, and in how many steps they were computed."""
-    clock = Clock()
+def measure(model: RemoteCausalLM, checkpoint: Checkpoint, arguments: argparse.Namespace) -> list[Answer]:
+    """Answers all prompts with all arms in turns, of which the baseline is always the first."""
+    model.speculator = watched = Watched(model, checkpoint)
+    sources: dict[str, Any] = {arm: arm for arm in arguments.arms}
+    for arm in arguments.arms:
+        if arm not in NAMES and not arm.startswith((EAGLE, KNOWN)):
+            sources[arm] = load_whole(Checkpoint.open(arm), "auto")
+    answers, true = list[Answer](), list[int]()
+    for number, (name, prompt) in enumerate(prompts(checkpoint, arguments).items()):
+        for turn in range(-1 if number == 0 else 0, arguments.rounds):  # -1 warms up
+            others = arguments.arms[1:] if turn % 2 else arguments.arms[:0:-1]
+            for arm in (arguments.arms[0], *others):
+                speculate = Known(arm, true, seed=number) if arm.startswith(KNOWN) else sources[arm]
+                found = answered(model, watched, speculate, prompt, arguments.tokens)
+                true = found["tokens"] if arm == arguments.arms[0] else true
+                answers.append(Answer(text=name, arm=arm, same=found["tokens"] == true, **found))
+            if turn < 0:
+                answers = []
+    return answers
+
+
+def answered(
+    model: RemoteCausalLM, watched: Watched, speculate: Any, prompt: torch.Tensor, most: int
+) -> dict[str, Any]:
+    """What is known of an answer by itself, of at most so many tokens."""
+
+    def note(count: int) -> None:
+        if count == 1 and cache.session is not None:
+            before.append(replace(cache.session.traffic))
+
+    before, clock, watched.latest = list[Traffic](), Clock(note), None
+    mask, how = torch.ones_like(prompt), {"max_new_tokens": most, "do_sample": False, "speculate": speculate}
     with model.session() as cache:
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            streamer=clock,
-            speculate=speculate,
-        )
-        ended = time.perf_counter()
-        assert cache.session is not None
-        steps = cache.session.traffic.steps
-    new = tuple(output[0, ids.shape[1] :].tolist())
-    return new, (len(new) - 1) / (ended - clock.times[0]), steps
+        tokens = model.generate(prompt, attention_mask=mask, streamer=clock, **how)[0, prompt.shape[1] :].tolist()
+        found = {"tokens": tokens, "seconds": time.perf_counter() - clock.times[0]}
+        found["step_ms"], one, session = statistics.median(clock.gaps_ms), watched.latest, cache.session
+        assert session is not None
+        traffic, first = session.traffic, before[0]
+        between = sum(link.bytes_per_token for link in session.links() if "client" not in (link.sender, link.receiver))
+        found["moved_bytes"] = between * (traffic.positions - first.positions)
+        found["moved_bytes"] += sum(getattr(traffic, way) - getattr(first, way) for way in WAYS)
+        if one is None:
+            return {**found, "round_trips": len(tokens) - 1}
+        found |= {"round_trips": one.round_trips, "drafted": one.drafted, "by_place": one.by_place}
+        if one.knows_steps:
+            pace, sizes = one._pace(session.prediction), range(1, LENGTHS[-1] + 2)
+            found["latency_ms"], found["slowest_hop_ms"] = (
+                [of(size) for size in sizes] for of in (pace.latency_ms, pace.slowest_hop_ms)
+            )
+            found["drafting_ms"] = pace.first_draft_ms, pace.draft_ms
+        return found
+
+
+def show(answers: Sequence[Answer], arms: Sequence[str], delay_ms: float) -> bool:
+    """Prints the tables; returns whether all texts are those of the baseline."""
+    texts, of = dict.fromkeys(answer.text for answer in answers), defaultdict[tuple[str, str], list[Answer]](list)
+    for answer in answers:
+        of[answer.text, answer.arm].append(answer)
+        of["all", answer.arm].append(answer)
+    print(f"\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
+    medians: dict[tuple[str, str], float] = {}
+    for text, arm in itertools.product(texts, arms):
+        own, base = of[text, arm], of[text, arms[0]]
+        ratios = [one.new / one.seconds * other.seconds / other.new for one, other in zip(own, base, strict=True)]
+        medians[text, arm] = statistics.median(ratios)
+        print(_row(text, own, base, f"{medians[text, arm]:.2f} ({min(ratios):.2f}-{max(ratios):.2f})", delay_ms))
+    for arm in arms:
+        worst = min(texts, key=lambda text, arm=arm: medians[text, arm])
+        median = statistics.median(medians[text, arm] for text in texts)
+        times = f"{median:.2f}, {medians[worst, arm]:.2f} ({worst})"
+        print(_row("all: median, worst", of["all", arm], of["all", arms[0]], times, delay_ms))
+    known = [arm for arm in arms if arm.startswith(KNOWN)]
+    if known:
+        print("\n| arm | acceptance | foretold tokens/s | measured | measured / foretold | foretold windows |")
+        print("|---|---|---|---|---|---|")
+    for arm in known:
+        own = of["all", arm]
+        right, tried = (sum(values) for values in zip((0, 0), *_compared(own), strict=True))
+        share = right / tried if tried else 0.0
+        foretold = [_foretold(answer, share) for answer in own]
+        new, seconds = sum(answer.new for answer in own), sum(answer.seconds for answer in own)
+        speed = new / sum(answer.new / speed for answer, (speed, _) in zip(own, foretold, strict=True))
+        windows = ", ".join(f"{window.length} x {window.in_flight}" for window in {window for _, window in foretold})
+        figures = f"{share:.3f} | {speed:.2f} | {new / seconds:.2f} | {new / seconds / speed:.3f}"
+        print(f"| {arm} | {figures} | {windows} |")
+    sys.stdout.flush()
+    return all(answer.same for answer in answers)
+
+
+def _row(text: str, own: Sequence[Answer], base: Sequence[Answer], times: str, delay_ms: float) -> str:
+    new, trips = sum(answer.new for answer in own), sum(answer.round_trips for answer in own)
+    places = " ".join(f"{right / tried:.2f}" for right, tried in _compared(own)[:PLACES])
+    links_ms, step_ms = LINKS * delay_ms, statistics.median(answer.step_ms for answer in base)
+    cells = (
+        text,
+        own[0].arm,
+        f"{new / sum(answer.seconds for answer in own):.2f}",
+        times,
+        f"{new / trips:.2f}",
+        places or "-",
+        f"{sum(answer.drafted for answer in own)}",
+        f"{sum(answer.moved_bytes for answer in own) / new:.0f}",
+        f"{1000 * new / trips / links_ms:.1f}" if links_ms else "-",
+        f"{1000 * new / trips / step_ms:.1f}",
+        "yes" if all(answer.same for answer in own) else "no",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _compared(own: Sequence[Answer]) -> list[tuple[int, int]]:
+    """By place in the window: how many guesses were right, of how many."""
+    places = sorted({place for answer in own for place in answer.by_place})
+    counts = [[answer.by_place.get(place, (0, 0)) for answer in own] for place in places]
+    return [(sum(right for _, right in each), sum(tried for tried, _ in each)) for each in counts]
+
+
+def _foretold(answer: Answer, acceptance: float) -> tuple[float, Window]:
+    """Tokens/s by the rule, and the window that it takes for guesses that are all as often right."""
+    pace = Pace(lambda n: answer.latency_ms[n - 1], lambda n: answer.slowest_hop_ms[n - 1], *answer.drafting_ms)
+    window = best_window(acceptance, pace)
+    return 1000 * (tokens_per_ms(window, acceptance, pace) if window.length else 1 / pace.latency_ms(1)), window
 
 
 if __name__ == "__main__":
