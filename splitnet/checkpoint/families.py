@@ -124,6 +124,7 @@ FAMILIES: Mapping[str, Family] = {
     "llama4_text": Family(attention="chunked_attention"),
     "mamba": Family(states=True, one_by_one=True),
     "mamba2": Family(states=True),
+    "mimo": Family(same_as="qwen2"),
     "minimax_m2": Family(packs=True, torch_step=True, native_step=True, mlx=True),
     "ministral": Family(packs=True, native_step=True),
     "ministral3": Family(packs=True, mlx=True),

@@ -114,6 +114,8 @@ def mtp_checkpoint(family: str, folder: Path, *, seed: int = 0, behind: bool = F
         config["num_nextn_predict_layers"] = 1
     if family == "nemotron_h":
         config |= {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["attention", "moe"]}
+    if family == "qwen2":
+        config |= {"num_nextn_predict_layers": 1, "model_type": "mimo", "architectures": ["MiMoForCausalLM"]}
     return write_checkpoint(folder / "mtp", longer, tensors, config), longer
 
 

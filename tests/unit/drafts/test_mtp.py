@@ -26,7 +26,7 @@ from splitnet.checkpoint.safetensors import SafetensorsStore
 from splitnet.checkpoint.transfer.held import make_folder
 from splitnet.drafts.combined import Combined
 from splitnet.drafts.heads import HeadDrafter
-from splitnet.drafts.mtp import MtpHead, mtp_bytes, mtp_head
+from splitnet.drafts.mtp import LAYERS, MtpHead, mtp_bytes, mtp_head
 from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.hf.decoding import Speculator
@@ -112,7 +112,7 @@ def _mask(count: int, window: int | None) -> Tensor:
 def described(family: str, folder: Path, longer: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """States before the final norm, and what the layer gives for `tokens[1:]`, in plain torch: as vLLM describes it,
     but for the zeros that it puts in the place of the first embedding."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, config=Checkpoint.open(folder).config).eval()
     whole: Any = AutoModelForCausalLM.from_pretrained(longer).eval()
     before, behind = states_of(model, tokens[:-1])
     around, _, names = PUBLISHED[family]
@@ -357,3 +357,9 @@ def test_auto_takes_it_where_it_is_here_and_small(kind: str, tmp_path: Path, mon
     speculator = Speculator(model, checkpoint)
     assert isinstance(speculator.drafts_by("mtp").drafter, Combined)
     assert isinstance(speculator.drafts_by("auto").drafter, Combined)  # as it is in memory anyway
+
+
+def test_the_documents_name_the_families() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "speculation.md").read_text(encoding="utf-8")
+    names = {"mimo" if family == "qwen2" else family for family in LAYERS}
+    assert names == {*re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.+?) \|", page.partition("## MTP")[2], re.M)))}
