@@ -376,14 +376,20 @@ class Engine:
                 parts.append(SpanChunk(row, part.start, part.length, work.adapter, work.step.reach))
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         watch = Stopwatch(self._span.device)
-        output = span.forward(hidden, parts)
+        tapping = [work.taps.boundaries for work, _ in ready if work.taps is not None]
+        taps = sorted({tap for boundaries in tapping for tap in boundaries if tap < span.end}) if tapping else ()
+        output = span.forward(hidden, parts, taps)
         watch.stop()
-        wanted = self._wanted(ready, output)
+        tapped = _tapped(ready, output, [*taps, span.end]) if tapping else ()
+        wanted = self._wanted(ready, output[:, -span.hidden_size :] if taps else output)
         elapsed_ms = watch.seconds * 1000
         computed_s = time.thread_time() - began_cpu
         # First of all, since the next hops wait for it. Steps that they gather arrive at once.
         with self._service.outbox.together() if len(ready) > 1 else nullcontext():
             computed = self._hand_on(ready, wanted, elapsed_ms)
+        for work, states in tapped:
+            if any(work is each for each, _ in computed):
+                self._send_taps(work, states)
         self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
         if len(hidden) <= DECODE_POSITIONS * len(ready):
             sources = (work.session.id for work, _ in ready if not work.session.closed)
@@ -433,6 +439,17 @@ class Engine:
             return wanted
         together = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
         return list(to_host(together).split([len(each) for each in wanted]))
+
+    def _send_taps(self, work: Work, states: dict[int, torch.Tensor]) -> None:
+        """Encodes hidden states of a pass, behind what was sent on, and sends those of a step that is finished."""
+        assert work.taps is not None
+        try:
+            for tap, values in states.items():
+                work.tapped.setdefault(tap, []).append(work.taps.codec.encode(to_host(values)))
+            if not work.remaining:
+                self._service.tapped(work, work.taps)
+        except Exception as error:
+            self._give_up(work, *failure_of(error, "step"))
 
     def _finish(self, work: Work) -> None:
         output = work.outputs[0] if len(work.outputs) == 1 else b"".join(work.outputs)
@@ -591,3 +608,20 @@ def _kept_rows(parts: Sequence[Chunk], output: torch.Tensor) -> torch.Tensor:
         if part.keep:
             pieces.append(output[offset - part.keep : offset])
     return torch.cat(pieces) if pieces else output[:0]
+
+
+def _tapped(
+    ready: list[tuple[Work, int]], output: torch.Tensor, boundaries: Sequence[int]
+) -> list[tuple[Work, dict[int, torch.Tensor]]]:
+    """The hidden states that clients want of a pass, by step and boundary.
+
+    output: `[positions, boundaries * hidden]`, as of `Span.forward`.
+    """
+    found: list[tuple[Work, dict[int, torch.Tensor]]] = []
+    own = output.split([count for _, count in ready])
+    for (work, count), rows in zip(ready, own, strict=True):
+        if work.taps is not None:
+            kept = _kept_rows(work.parts(count), rows).chunk(len(boundaries), dim=1)
+            states = zip(boundaries, kept, strict=True)
+            found.append((work, {tap: each for tap, each in states if tap in work.taps.boundaries}))
+    return found

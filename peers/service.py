@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from peers.counters import Counters, SessionEnd
@@ -22,6 +23,7 @@ from peers.sessions import (
     Session,
     SessionTable,
     SessionTooLong,
+    Taps,
     Work,
     goes_on,
     prepare_rows,
@@ -35,6 +37,7 @@ from splitnet.security.identity import PublicKey
 from splitnet.wire.codecs import check_size, codec_by_code
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState, is_address
 from splitnet.wire.messages import (
+    MAX_PAYLOAD_BYTES,
     Adapter,
     AdapterGradient,
     Close,
@@ -54,6 +57,7 @@ from splitnet.wire.messages import (
     Replay,
     Result,
     Step,
+    Tapped,
 )
 from splitnet.wire.sent_log import SentLog
 
@@ -87,6 +91,9 @@ class ServedBlocks:
             return FailureCode.WRONG_BLOCKS, text
         try:
             codec_by_code(message.codec)
+            codec_by_code(message.tap_codec)
+            if any(not low < high <= message.end for low, high in pairwise((message.start, *message.taps))):
+                raise ProtocolError("the hidden states that are wanted do not stand behind blocks, in their order")
             next_hop_of(message)
             if message.previous:
                 PublicKey(message.previous)
@@ -225,7 +232,8 @@ class NextHopOpening:
 
     def _say_opened(self, session: Session, *, next_reachable: bool) -> None:
         cached = sum(row.length for row in list(session.rows.values()))
-        self._outbox.send(session.reply_to, Opened(session.id, session.epoch, next_reachable, cached, session.weights))
+        told = session.weights, session.taps is not None
+        self._outbox.send(session.reply_to, Opened(session.id, session.epoch, next_reachable, cached, *told))
 
 
 def _code_of(error: ProtocolError | PeerBusy) -> FailureCode:
@@ -411,6 +419,17 @@ class SessionService:
             if session.end != self.served.num_blocks:
                 session.log.record(step.parts, step.forks, payload, step.reach)
 
+    def tapped(self, work: Work, taps: Taps) -> None:
+        """Sends the client the hidden states of a step that was `finished`."""
+        with self._lock:
+            session, step = work.session, work.step
+            if session.closed or step.epoch != session.epoch:
+                return
+            for boundary, parts in work.tapped.items():
+                payload = parts[0] if len(parts) == 1 else b"".join(parts)
+                ids = session.id, step.epoch, step.number
+                self.outbox.send(session.reply_to, Tapped(*ids, boundary, taps.codec.code, payload))
+
     def failed(self, work: Work, code: FailureCode, text: str) -> None:
         with self._lock:
             if not work.session.closed:
@@ -505,6 +524,7 @@ class SessionService:
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
         session.used_at = now
         session.weights = self.served.weights if message.asks_weights else ""
+        session.taps = Taps(message.taps, codec_by_code(message.tap_codec)) if message.taps else None
         self._opening.reach(session, next_hop_of(message), now, again=again)
 
     def _refusal(self, source: Connection, message: Open, session: Session | None) -> tuple[FailureCode, str] | None:
@@ -563,10 +583,21 @@ class SessionService:
                 raise ProtocolError(f"the step stands before block {message.boundary}, the session at {session.start}")
             total = self.served.check(session, message)
             self._policy.spend(session.owner, total, now)
-            self.queue.put(Work(session, message, total, now))
+            work = Work(session, message, total, now)
+            if session.taps is not None and not message.replay_until:
+                self._tap(work, session.taps)
+            self.queue.put(work)
             session.stepped_at = now
         except (ProtocolError, PeerBusy) as error:
             self._refuse(session.reply_to, message, _code_of(error), str(error))
+
+    def _tap(self, work: Work, taps: Taps) -> None:
+        """Has a step give the hidden states that its client wants."""
+        if kept := sum(part.keep for part in work.step.parts):
+            nbytes = kept * taps.codec.bytes_per_position(self.served.hidden_size)
+            if nbytes > MAX_PAYLOAD_BYTES:
+                raise ProtocolError(f"the hidden states of {kept} positions are too much for a message: send fewer")
+            work.taps, work.taps_nbytes = taps, nbytes * len(taps.boundaries)
 
     def _train(self, source: Connection, message: Request, now: float) -> None:
         session = self.sessions.get(message.session)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from splitnet.blocks.kv_cache import FIRST_CAPACITY, SequenceCache
 from splitnet.errors import PeerBusy, ProtocolError
@@ -63,6 +63,13 @@ class GradientSum:
     tensors: dict[str, torch.Tensor]
 
 
+class Taps(NamedTuple):
+    """Where a client wants hidden states: behind blocks of a session here, in rising order."""
+
+    boundaries: tuple[int, ...]
+    codec: Codec
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """One client's rows along this hop. Steps are accepted from the CURVE keys `owner` and `previous` alone."""
@@ -80,6 +87,7 @@ class Session:
     log: SentLog
     used_at: float  # seconds of the peer's clock
     weights: str = ""  # what `Opened` says that they are held as
+    taps: Taps | None = None
     opened_at: float = 0.0
     stepped_at: float = 0.0  # when its last step or pass came
     last: int = 0  # highest number of a step or pass of the present epoch that is finished
@@ -140,6 +148,9 @@ class Work:
     adapter: Adapter | None = None  # what it runs with: its rows were given room for that one's prefix
     hidden: torch.Tensor | None = None  # decoded input of the present pass, `[positions, hidden]`
     outputs: list[bytes] = field(default_factory=list)  # encoded, pass by pass, for the next hop or the client
+    taps: Taps | None = None  # of the session when the step came; None: it wants no hidden states of this step
+    taps_nbytes: int = 0  # of all of them
+    tapped: dict[int, list[bytes]] = field(default_factory=dict[int, list[bytes]])  # by boundary, pass by pass
 
     @property
     def remaining(self) -> int:
@@ -167,7 +178,7 @@ class Work:
     def nbytes(self) -> int:
         references = len(self.step.parts) + len(self.step.forks or ())
         objects = FORK_BYTES * references + TIMING_BYTES * len(self.step.timings)
-        return len(self.step.payload) + MESSAGE_BYTES + objects
+        return len(self.step.payload) + MESSAGE_BYTES + objects + self.taps_nbytes
 
     def parts(self, count: int) -> list[Chunk]:
         """The next `count` positions as parts of rows, each with how many of its last ones the client wants."""

@@ -7,10 +7,11 @@ code. All that comes before and after the blocks is made neutral, and only the t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,8 @@ class Span:
         self._ropes: LengthDependentRopes = whole._ropes if whole else LengthDependentRopes(backbone)
         parent, name = parent_of(backbone, container)
         blocks: nn.ModuleList = getattr(parent, name)
+        self._blocks = blocks
+        self._tapped: dict[int, Tensor] = {}  # during a pass: what tapped blocks have given last, by boundary
         self._adapters: SpanAdapters = whole._adapters if whole else SpanAdapters(blocks, start)
         self.device = next(backbone.parameters()).device
         self.weights = weights
@@ -216,20 +219,25 @@ class Span:
         states = SequenceStates(states_per_block(self._backbone.config)) if self._keeps_states else None
         return SequenceCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states)
 
-    def forward(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
+    def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
 
         `[positions, hidden]`, of the parts one after the other -> the same, on the span's device and in its dtype. Each
-        part has a row of its own, with exactly the positions before `start`. Raises ValueError if the parts do not fit
-        `hidden` or their rows. Nothing is changed then.
+        part has a row of its own, with exactly the positions before `start`. With boundaries within the span as `taps`,
+        in rising order: `[positions, (taps + 1) * hidden]`, the hidden states there, and the output last. Raises
+        ValueError if the parts do not fit `hidden` or their rows. Nothing is changed then.
         """
         self._check(hidden, parts)
         for part in parts:
             if part.row.length - part.row.computed > MERGED_POSITIONS:
                 self.catch_up(part.row, part.adapter)
-        run = self._lean.forward if self._lean is not None and self._lean.takes(parts) else self._run
         with torch.inference_mode():
-            output = run(to_device(hidden, self.device, self.dtype), parts)
+            given = to_device(hidden, self.device, self.dtype)
+            if self._lean is not None and self._lean.takes(parts):
+                output = self._lean.forward(given, parts, [tap - self.start for tap in taps] if taps else ())
+            else:
+                with self._tapping(taps) if taps else nullcontext():
+                    output = self._run(given, parts)
         for part in parts:
             part.row.advance(part.count)
         return output
@@ -350,13 +358,32 @@ class Span:
     def _run_packed(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
         adapters = applying([part.adapter for part in parts], [part.count for part in parts])
         with adapters, running(PackedPass(parts, self._windows, self._sdpa)):
-            output = self._backbone(
-                inputs_embeds=hidden[None],
-                position_ids=torch.tensor([positions_of(parts)], device=self.device),
-                cache=self._nothing_cached,
-                use_cache=True,
-            )
-        return output[0][0]
+            return self._run_backbone(hidden, parts, self._nothing_cached)
+
+    def _run_backbone(self, hidden: Tensor, parts: Sequence[Chunk], cache: Any) -> Tensor:
+        """`[positions, hidden]` -> `[positions, (taps + 1) * hidden]`, see `forward`."""
+        output = self._backbone(
+            inputs_embeds=hidden[None],
+            position_ids=torch.tensor([positions_of(parts)], device=self.device),
+            cache=cache,
+            use_cache=cache is not None,
+        )[0][0]
+        return torch.cat((*self._tapped.values(), output), dim=1) if self._tapped else output
+
+    @contextmanager
+    def _tapping(self, taps: Sequence[int]) -> Iterator[None]:
+        """Within, the hidden states at these boundaries are kept when the family's own code runs the blocks."""
+
+        def keep(tap: int, _: nn.Module, __: Any, output: Any) -> None:
+            self._tapped[tap] = (output[0] if isinstance(output, tuple) else output)[0]
+
+        hooks = [self._blocks[tap - 1 - self.start].register_forward_hook(partial(keep, tap)) for tap in taps]
+        try:
+            yield
+        finally:
+            self._tapped = {}
+            for hook in hooks:
+                hook.remove()
 
     def _in_passes(self, hidden: Tensor, lengths: Sequence[int], adapter: Adapter | None) -> Tensor:
         """As `sequences`, with the activations of so many positions at once as in the passes of steps."""
@@ -407,13 +434,7 @@ class Span:
         cache = None if isinstance(row, TracedSequence) and not row.prefix_length else OneSequence(row)
         length = max(part.reach, part.positions.stop)
         with self._ropes.one_sequence(length), applying([part.adapter], [part.count]):
-            output = self._backbone(
-                inputs_embeds=hidden[None],
-                position_ids=torch.tensor([positions_of([part])], device=self.device),
-                cache=cache,
-                use_cache=cache is not None,
-            )
-        return output[0][0]
+            return self._run_backbone(hidden, [part], cache)
 
     def _fast_step(self, blocks: Sequence[nn.Module], rope: nn.Module | None) -> FastStep | None:
         """The fastest way for decode steps that gives the same as the family's own code; None: there is none."""

@@ -40,6 +40,7 @@ class RemoteLayer(CacheLayerMixin):
     def __init__(self, open_session: Callable[[int], ModelSession]) -> None:
         super().__init__()
         self.columns = 0  # length of the padded batch
+        self.taps: tuple[int, ...] = ()  # see `use_taps`
         self.adapter: Adapter | None = None  # of the blocks, for the positions that are held
         self.waited_ms = 0.0  # for peers, in all steps together
         self.session: ModelSession | None = None
@@ -58,6 +59,17 @@ class RemoteLayer(CacheLayerMixin):
     def batch(self) -> int:
         """Rows that the cache holds; 0 before the first step."""
         return len(self._rows if self._sources is None else self._sources)
+
+    def use_taps(self, taps: Sequence[int]) -> None:
+        """Has the hidden states at these boundaries come with the outputs of every step, see `Exchange.tapped`: each
+        after so many blocks, 0: the embeddings. With others than before, the cache forgets what it holds.
+        """
+        if tuple(taps) != self.taps:
+            self.taps = tuple(taps)
+            self.reset()
+            if self.session is not None:
+                self.session.close()
+                self.session = None
 
     def begin_step(
         self, mask: torch.Tensor, keep: int, adapter: Adapter | None = None
@@ -230,6 +242,7 @@ class RemoteLayer(CacheLayerMixin):
             self.session = self._open_session(positions)
             if self.adapter is not None:
                 self.session.use_adapter(self.adapter)
+            self.session.use_taps(self.taps)
             if self.closed:  # by another thread, which could not see the session
                 self.session.close()
         else:

@@ -52,7 +52,8 @@ class Exchange:
     """New positions that were sent through the blocks, and where their outputs belong.
 
     under_way: what the session awaits; None: no position was sent. hidden: what was sent, `[batch, seq, hidden]`.
-    new_mask: `[batch, seq]`; False is padding. past: columns of the cache before.
+    new_mask: `[batch, seq]`; False is padding. past: columns of the cache before. tapped: after `finish`, if the cache
+    has taps: the hidden states there, `[batch, seq, taps * hidden]`, zero where the outputs are.
     """
 
     layer: RemoteLayer
@@ -62,6 +63,7 @@ class Exchange:
     hidden: torch.Tensor
     new_mask: torch.Tensor
     past: int
+    tapped: torch.Tensor | None = None
 
     def finish(self) -> torch.Tensor:
         """Waits for the outputs, `[batch, seq, hidden]`: zero at padding, and where none is wanted.
@@ -69,12 +71,14 @@ class Exchange:
         Raises PeerLost, PeerFailed, PeerBusy, CoverageError: see `Session.step`.
         """
         if self.under_way is None:
-            return torch.zeros_like(self.hidden)
+            return self._with_taps(
+                torch.zeros_like(self.hidden).repeat(1, 1, len(self.session.taps) + 1), self.new_mask
+            )
         began = time.perf_counter()
         returned = self.session.finish(self.under_way).to(self.hidden.device, self.hidden.dtype)
         self.layer.waited_ms += (time.perf_counter() - began) * 1000
         if len(returned) == self.hidden.shape[0] * self.hidden.shape[1]:
-            return returned.view(self.hidden.shape)
+            return self._with_taps(returned.view(*self.hidden.shape[:2], -1), self.new_mask)
         wanted = self.new_mask.clone()
         if any(part.keep != part.length for part in self.parts):
             # Real positions counted from the right: the last `keep` of each row were returned.
@@ -82,8 +86,19 @@ class Exchange:
             rows = [row for row in range(len(wanted)) if bool(wanted[row].any())]
             for row, part in zip(rows, self.parts, strict=True):
                 wanted[row] &= from_right[row] <= part.keep
-        output = torch.zeros_like(self.hidden)
+        output = self.hidden.new_zeros(*self.hidden.shape[:2], returned.shape[1])
         output[wanted.to(self.hidden.device)] = returned
+        return self._with_taps(output, wanted)
+
+    def _with_taps(self, states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """The outputs, of these and the hidden states before them that the session gives; keeps the latter."""
+        if not self.layer.taps:
+            return states
+        size = self.hidden.shape[2]
+        output = states[..., -size:].contiguous()
+        known = {0: self.hidden * wanted[..., None].to(self.hidden)}
+        known |= zip(self.session.taps, states.split(size, dim=-1))
+        self.tapped = torch.cat([known.get(tap, output) for tap in self.layer.taps], dim=-1)
         return output
 
     def abandon(self) -> None:
@@ -120,6 +135,7 @@ class RemoteBlocks(nn.Module):
         self.adapters = LocalAdapters()
         self.max_positions = max_positions
         self.ropes = ropes
+        self.num_blocks = stages[-1].end if isinstance(stages[-1], LocalSpan) else stages[-1][1]
         self.local_spans = [(stage.start, stage.end) for stage in stages if isinstance(stage, LocalSpan)]
         self._lengths_matter = ropes.matter
         self._stages = stages
@@ -173,11 +189,14 @@ class RemoteBlocks(nn.Module):
         wanted; 0: all. adapter, reach: of the positions, if there is a mask.
 
         Raises:
+            ValueError: the cache has taps where the model has no boundary.
             ContextTooLong: the sequence is longer than the model's context.
             PeerLost, PeerFailed, PeerBusy, CoverageError: see `Session.step`.
         """
         layer = cache.remote
         past = layer.columns
+        if any(not 0 <= tap <= self.num_blocks for tap in layer.taps):
+            raise ValueError(f"hidden states after {layer.taps} blocks of {self.num_blocks} are wanted")
         if mask is None:
             adapter, mask = layer.adapter, torch.ones(len(hidden), past + hidden.shape[1], dtype=torch.bool)
         self._check_context(mask.shape[1])

@@ -76,6 +76,11 @@ class LinkCodecs:
         times = CODING_MS.get(self._name, CODING_MS[DEFAULT_INT8])
         return (Encoding(self._name, sizes[self._name], *times),)
 
+    @property
+    def of_taps(self) -> Codec:
+        """Of hidden states that hops send the client."""
+        return codec_by_name(DEFAULT_INT8 if self.vary else self._name)
+
     def along(self, route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
         """Of the links of a route, from the client to the first hop, and behind each hop."""
         records, hidden = [hop.record for hop in route], self._swarm.facts.hidden_size

@@ -24,7 +24,7 @@ from splitnet.session.requests import FetchRequest, StepRequest
 from splitnet.swarm.plan import Prediction
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import codec_by_code
-from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Chunk, FetchKV, Fork, Result, Step, Timing, encode
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, MAX_TAPS, Chunk, FetchKV, Fork, Result, Step, Timing, encode
 
 ASK_S = 2.0  # after so many seconds hops are asked for the times of decode steps
 THROUGHPUT_STEPS = 8  # how many steps a session that asks for throughput has under way
@@ -96,6 +96,11 @@ class Session(SessionDriver):
         """Time that the devices of all hops spent on the last step."""
         return sum(timing.compute_us for timing in self.timings) / 1000
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """See `use_taps`."""
+        return self.state.taps
+
     def reserve(self, positions: int) -> None:
         """Makes room for so many positions over all rows, on every hop.
 
@@ -120,7 +125,8 @@ class Session(SessionDriver):
             forks: rows to fork before, see `splitnet.wire.messages.Step`.
 
         Returns:
-            `[kept, hidden]` float32: the outputs that the parts keep, in order.
+            `[kept, hidden]` float32: the outputs that the parts keep, in order; behind the hidden states at the taps,
+            `[kept, (taps + 1) * hidden]`, see `use_taps`.
 
         Raises:
             PeerLost, CoverageError: a hop died or did not go on, and could not be replaced.
@@ -165,7 +171,8 @@ class Session(SessionDriver):
             offset += positions
             ids = self.id, state.epoch, state.next_number()
             step, forked = Step(*ids, tuple(chunk), forked, 0, codec.code, payload, reach=reach), None
-            requests.append(StepRequest(step, sum(part.keep for part in chunk), predicted_ms=predicted_ms))
+            kept = sum(part.keep for part in chunk)
+            requests.append(StepRequest(step, kept, state.taps if kept else (), predicted_ms=predicted_ms))
             self.feed(Submit((requests[-1],)))
         self.traffic.steps += len(requests)
         self.traffic.positions += offset
@@ -201,6 +208,18 @@ class Session(SessionDriver):
         self.feed(UseAdapter(adapter))
         if state.hops:
             self.open()
+
+    def use_taps(self, taps: Sequence[int]) -> None:
+        """Has the hidden states at some boundaries come with the outputs: those within the blocks, in rising order.
+
+        Before the first step. Raises SplitnetError if they are too many. A later `open` raises PeerTooOld if peers of
+        some blocks do not send them.
+        """
+        start, end = self.state.blocks
+        inner = sorted({tap for tap in taps if start < tap < end})
+        if len(inner) > MAX_TAPS:
+            raise SplitnetError(f"the hidden states of {len(inner)} depths are wanted: {MAX_TAPS} are the most")
+        self.state.taps, self.state.tap_codec = tuple(inner), self._codecs.of_taps
 
     def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
         """The keys and values that the peers hold of the first `length` positions of a row, without its prefix.
@@ -263,18 +282,23 @@ class Session(SessionDriver):
             self.open()
 
     def _decoded(self, request: StepRequest) -> torch.Tensor | None:
-        """`[kept, hidden]`; None: the answer was no use, and the step is done again."""
-        result = request.result
+        """What `step` returns; None: an answer was no use, and the step is done again."""
+        result, hidden_size = request.result, self._swarm.facts.hidden_size
         assert result is not None
-        try:
-            output = codec_by_code(result.codec).decode(result.payload, request.kept, self._swarm.facts.hidden_size)
-            if np.isfinite(output.numpy()).all():  # on few numbers a fifth of what torch takes
-                return output
-            why = "answered with values that are not finite"
-        except ProtocolError as error:
-            why = f"answered nonsense: {error}"
-        self.feed(Distrust(request, self.state.tail, why))
-        return None
+        states: list[torch.Tensor] = []
+        for tap in (*self.state.taps, self.state.blocks[1]):
+            came = request.tapped.get(tap, result)  # where no position is kept, no states come
+            try:
+                values = codec_by_code(came.codec).decode(came.payload, request.kept, hidden_size)
+                if np.isfinite(values.numpy()).all():  # on few numbers a fifth of what torch takes
+                    states.append(values)
+                    continue
+                why = "answered with values that are not finite"
+            except ProtocolError as error:
+                why = f"answered nonsense: {error}"
+            self.feed(Distrust(request, self.state.maker_of(tap), why))
+            return None
+        return states[0] if len(states) == 1 else torch.cat(states, dim=1)
 
     def _learn_timings(self, positions: int, *, at_once: bool) -> None:
         """After a decode step: notes what it met. Each hop is believed of itself alone.

@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -85,10 +85,10 @@ class LocalSpan:
         self.span = span
         self._lock = threading.Lock()
 
-    def run(self, hidden: torch.Tensor, parts: Sequence[SpanChunk]) -> torch.Tensor:
-        """`[positions, hidden]` -> `[positions, hidden]` float32, see `Span.forward`."""
+    def run(self, hidden: torch.Tensor, parts: Sequence[SpanChunk], taps: Sequence[int] = ()) -> torch.Tensor:
+        """`[positions, hidden]` -> `[positions, (taps + 1) * hidden]` float32, see `Span.forward`."""
         with self._lock:
-            return self.span.forward(hidden, parts).float()
+            return self.span.forward(hidden, parts, taps).float()
 
     def fit(self, adapter: Adapter) -> Adapter | None:
         """The part of an adapter for these blocks, on their device; None: it has none. Raises AdapterError."""
@@ -115,6 +115,11 @@ class LocalSequences:
         self._span = span
         self._rows: dict[int, SequenceCache] = {}
         self._adapter: Adapter | None = None
+        self._taps: Sequence[int] = ()
+
+    def use_taps(self, taps: Sequence[int]) -> None:
+        """As `Session.use_taps`."""
+        self._taps = sorted({tap for tap in taps if self._span.start < tap < self._span.end})
 
     def use_adapter(self, adapter: Adapter) -> None:
         """Before the first step. Raises AdapterError if it does not fit the blocks."""
@@ -123,7 +128,8 @@ class LocalSequences:
     def step(
         self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None, reach: int = 0
     ) -> torch.Tensor:
-        """Runs new positions, `[positions, hidden]` -> the same in float32, all of them, whatever `keep` says.
+        """Runs new positions, `[positions, hidden]` -> `[positions, (taps + 1) * hidden]` in float32, whatever `keep`
+        says.
 
         What the rows hold from a part's start on is forgotten before. The arguments are those of a `Step`.
         """
@@ -136,7 +142,7 @@ class LocalSequences:
                 row = self._rows[part.row] = self._span.span.new_row(adapter=self._adapter)
             row.crop(part.start)
             span_parts.append(SpanChunk(row, part.start, part.length, self._adapter, reach))
-        return self._span.run(hidden, span_parts)
+        return self._span.run(hidden, span_parts, self._taps)
 
     def close(self) -> None:
         """Forgets all rows."""
@@ -156,6 +162,7 @@ class Piece:
     hidden: torch.Tensor
     reach: int
     stage: int = 0  # where they are: the first that they have not passed
+    tapped: list[torch.Tensor] = field(default_factory=list[torch.Tensor])  # `[positions, states * hidden]`, in order
     sent: tuple[Session, UnderWay] | None = None  # through the route of that stage
 
 
@@ -175,6 +182,8 @@ class MixedSession:
             for stage in stages
         ]
         self.sessions = [stage for stage in self._stages if isinstance(stage, Session)]  # those on peers, in order
+        self._ends = [stage.end if isinstance(stage, LocalSpan) else stage[1] for stage in stages]
+        self.taps: tuple[int, ...] = ()
         self._positions = 0
 
     @property
@@ -216,6 +225,12 @@ class MixedSession:
         for stage in self._stages:
             stage.use_adapter(adapter)
 
+    def use_taps(self, taps: Sequence[int]) -> None:
+        """As `Session.use_taps`."""
+        self.taps = tuple(sorted({tap for tap in taps if 0 < tap < self._ends[-1]}))
+        for stage in self._stages:
+            stage.use_taps(taps)
+
     def begin(
         self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None = None, *, reach: int = 0
     ) -> list[Piece]:
@@ -240,8 +255,7 @@ class MixedSession:
                 for piece in sent:
                     if piece.sent is not None:
                         (session, under_way), piece.sent = piece.sent, None
-                        piece.hidden = session.finish(under_way)
-                        piece.stage += 1
+                        self._pass(piece, session.finish(under_way))
                         self._go_on(piece)
         outputs = [piece.hidden for piece in sent]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -290,8 +304,26 @@ class MixedSession:
                 sent = stage.begin(piece.hidden, parts, piece.forks, step_positions=size, reach=piece.reach)
                 piece.sent = stage, sent
                 return
-            piece.hidden = stage.step(piece.hidden, piece.parts, piece.forks, piece.reach)
-            if last:
-                kept = zip(piece.hidden.split([part.length for part in piece.parts]), piece.parts, strict=True)
-                piece.hidden = torch.cat([output[part.length - part.keep :] for output, part in kept])
-            piece.stage += 1
+            self._pass(piece, stage.step(piece.hidden, piece.parts, piece.forks, piece.reach))
+
+    def _pass(self, piece: Piece, output: torch.Tensor) -> None:
+        """A stage has given its output, and before it in each row the hidden states at its taps."""
+        last, size = piece.stage + 1 == len(self._stages), piece.hidden.shape[1]
+        if last and isinstance(self._stages[-1], LocalSequences):
+            output = _kept(output, piece.parts)
+        if last and piece.tapped:
+            output = torch.cat((*(_kept(states, piece.parts) for states in piece.tapped), output), dim=1)
+        elif self.taps and not last:
+            if self._ends[piece.stage] in self.taps:
+                piece.tapped.append(output)
+            elif output.shape[1] > size:
+                piece.tapped.append(output[:, :-size])
+            output = output[:, -size:]
+        piece.hidden = output
+        piece.stage += 1
+
+
+def _kept(states: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
+    """Those of the positions that the parts keep, of those of all positions."""
+    each = zip(states.split([part.length for part in parts]), parts, strict=True)
+    return torch.cat([own[part.length - part.keep :] for own, part in each])

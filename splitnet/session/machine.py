@@ -44,6 +44,7 @@ from splitnet.errors import (
     PeerFailed,
     PeerLeaving,
     PeerLost,
+    PeerTooOld,
     ProtocolError,
     SessionClosed,
     SessionLost,
@@ -78,7 +79,7 @@ from splitnet.wire.sent_log import SentLog
 
 POLL_S = 0.5  # between two plans where no peer serves some blocks
 MAX_ATTEMPTS = 8  # routes that may fail before an answer comes on one
-_NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights)
+_NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights, PeerTooOld)
 """Errors of peers that are not at fault, but of no use for this session."""
 _FORGETFUL = (FailureCode.UNKNOWN_SESSION, FailureCode.OUT_OF_ORDER, FailureCode.STALE_EPOCH, FailureCode.TOO_LONG)
 """A hop that says so once may be right: it restarted, or has work of an older epoch to do."""
@@ -129,6 +130,8 @@ class SessionState:
         log: what the client itself has sent; None before the first step.
         error: why there is no route, until the next `Use`.
         refusal: why the last `Resize` was refused, if nothing else changed.
+        taps: boundaries at which hops send the client hidden states, in rising order; set before the first use.
+        tap_codec: of these.
         timings: of the last step, hop by hop, as the tail says.
         chunk_ms: predicted time of a chunk of a replay, set by the driver during one; 0: not known.
         usual_ms: usual time of a decode step, set by the driver; 0: not known.
@@ -163,6 +166,8 @@ class SessionState:
         self.recoveries: list[Recovered] = []
         self.error: SplitnetError | None = None
         self.refusal: SplitnetError | None = None
+        self.taps: tuple[int, ...] = ()
+        self.tap_codec: Codec = codec_by_name("none")
         self.timings: tuple[Timing, ...] = ()
         self.chunk_ms = self.usual_ms = 0.0
         self._model = model
@@ -191,6 +196,8 @@ class SessionState:
         self._filling: list[RouteHop] = []
         # The names of hops that were given up as they did not answer in time.
         self._silenced: dict[Endpoint, str] = {}
+        # Names of peers that do not send hidden states where this session wants them.
+        self._too_old: set[str] = set()
         self._for_passes = False
         self._opened_reservation = 0  # what the hops were asked to reserve when the route was opened
         self._former_reservation = 0  # before a resize that no route stands with yet; 0: there is none
@@ -231,6 +238,10 @@ class SessionState:
     def endpoints(self) -> list[Endpoint]:
         """All hops in order."""
         return [hop.endpoint for hop in self.hops]
+
+    def maker_of(self, boundary: int) -> Endpoint:
+        """The hop that runs the block before a boundary."""
+        return next(hop.endpoint for hop in self.hops if hop.start < boundary <= hop.end)
 
     def adapted_hops(self) -> dict[Endpoint, int]:
         """Hops with a part of the adapter, and what that takes in messages, in bytes at most."""
@@ -376,7 +387,7 @@ class SessionState:
                 self._go_on()
 
     def _move(self, event: events.Move) -> None:
-        if self.is_open and not self._in_flight:
+        if self.is_open and not self._in_flight and not any(hop.name in self._too_old for hop in event.route):
             setup = self._begin_setup()
             setup.cause = Cause.BETTER_ROUTE
             setup.reasons.append("there is a better route")
@@ -501,6 +512,7 @@ class SessionState:
         previous = self.hops[index - 1] if index else None
         following = self.hops[index + 1] if index + 1 < len(self.hops) and not hop.relayed else None
         is_strict = hop.planned.record.version in STRICT_VERSIONS
+        taps = self._taps_of(hop) if not is_strict else ()
         message = Open(
             session=self.session,
             epoch=self.epoch,
@@ -514,10 +526,15 @@ class SessionState:
             next_address=following.planned.record.address if following is not None else "",
             next_relays=following.endpoint.relays if following is not None and not is_strict else (),
             asks_weights=not is_strict,
+            taps=taps,
+            tap_codec=self.tap_codec.code if taps else 0,
         )
         self._members[hop.endpoint] = hop.blocks
         self._asked[hop.endpoint] = self._now + self._open_timeout_s(hop.endpoint)
         self.send(hop.endpoint, message)
+
+    def _taps_of(self, hop: RouteHop) -> tuple[int, ...]:
+        return tuple(tap for tap in self.taps if hop.planned.start < tap <= hop.planned.end)
 
     def _open_timeout_s(self, endpoint: Endpoint) -> float:
         """Longer where round trips are: a link may have to be made, to the hop and from it to the next one."""
@@ -532,6 +549,11 @@ class SessionState:
                 what = " and ".join(changes)
                 text = f"the peer at {hop.endpoint.address} holds {what} in this session: {ALIKE_AGAIN}"
                 self._failed[hop.endpoint] = OtherWeights(text)
+            if self._taps_of(hop) and not message.taps:
+                text = f"the peer at {hop.endpoint.address} runs splitnet {hop.planned.record.version}, which does not "
+                text += "send the hidden states that the draft head needs: update it, or speculate without this head"
+                self._too_old.add(hop.name)
+                self._failed[hop.endpoint] = PeerTooOld(text)
             self._if_all_answered()
 
     def _if_all_answered(self) -> None:
@@ -757,7 +779,8 @@ class SessionState:
             self._faults = _Faults()
 
     def _came_too_soon(self, request: StepRequest) -> bool:
-        return any(isinstance(each, StepRequest) and each.number < request.number for each in self._in_flight.values())
+        earlier = (each for number, each in self._in_flight.items() if number < request.number)
+        return any(isinstance(each, StepRequest) and each.result is None for each in earlier)
 
     def _failure(self, hop: RouteHop, failure: Failure) -> None:
         error = error_of(failure, hop.endpoint)
@@ -961,7 +984,9 @@ class SessionState:
             self._reopen({}, Cause.STALLED, "what was under way was lost between two hops that live")
         else:
             # One of those that were there at the first time loses messages, or keeps them.
-            likeliest = [*(hop.endpoint for hop in self._filling), *verdict.hops]
+            steps = [each for each in self._in_flight.values() if isinstance(each, StepRequest) and each.result]
+            owing = [self.maker_of(tap) for step in steps for tap in step.taps if tap not in step.tapped]
+            likeliest = [*(hop.endpoint for hop in self._filling), *owing, *verdict.hops]
             self._replace_likeliest(likeliest, "loses what is sent to it")
 
     def _replace_likeliest(self, likeliest: Sequence[Endpoint], what: str) -> None:

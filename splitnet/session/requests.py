@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 from scheduler.batching import DECODE_POSITIONS
 from splitnet.errors import ProtocolError, SplitnetError
-from splitnet.wire.codecs import check_size
+from splitnet.wire.codecs import Codec, check_size
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import (
     MAX_POSITIONS,
@@ -23,6 +23,7 @@ from splitnet.wire.messages import (
     Replay,
     Result,
     Step,
+    Tapped,
 )
 
 
@@ -32,6 +33,7 @@ class Route(Protocol):
     epoch: int
     hidden_size: int
     blocks: tuple[int, int]
+    tap_codec: Codec
 
     @property
     def first(self) -> Endpoint: ...
@@ -42,6 +44,8 @@ class Route(Protocol):
     def send(self, endpoint: Endpoint, message: Message) -> None: ...
 
     def endpoints(self) -> list[Endpoint]: ...
+
+    def maker_of(self, boundary: int) -> Endpoint: ...
 
     def adapted_hops(self) -> dict[Endpoint, int]: ...
 
@@ -92,30 +96,42 @@ class StepRequest(Request[Step]):
     """New positions: `kept` of them come back from the tail.
 
     Attributes:
+        taps: boundaries at which their hidden states come from the hops that compute them, in rising order.
+        tapped: those that have come, by boundary.
         makers: names of the hops that an answer which was no use came from; empty: none was.
     """
 
     kept: int
+    taps: tuple[int, ...] = ()
     result: Result | None = None
+    tapped: dict[int, Tapped] = field(default_factory=dict[int, Tapped])
     makers: list[str] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
-        return self.result is not None
+        return self.result is not None and len(self.tapped) == len(self.taps)
 
     @property
     def decodes(self) -> bool:
         return self.message.positions <= DECODE_POSITIONS
 
     def send(self, route: Route) -> None:
+        self.result, self.tapped = None, {}
         self.message = replace(self.message, epoch=route.epoch)
         route.send(route.first, self.message)
 
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
-        if not isinstance(message, Result) or source != route.tail or message.end != route.blocks[1]:
-            return False
-        check_size(message.codec, message.payload, self.kept, route.hidden_size)
-        self.result = message
+        match message:
+            case Result() if source == route.tail and message.end == route.blocks[1]:
+                check_size(message.codec, message.payload, self.kept, route.hidden_size)
+                self.result = message
+            case Tapped(boundary=boundary) if boundary in self.taps and source == route.maker_of(boundary):
+                if message.codec != route.tap_codec.code:
+                    raise ProtocolError(f"codec {message.codec} was not agreed upon")
+                check_size(message.codec, message.payload, self.kept, route.hidden_size)
+                self.tapped.setdefault(boundary, message)
+            case _:
+                return False
         return True
 
 

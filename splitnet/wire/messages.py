@@ -47,6 +47,7 @@ MAX_PAYLOAD_BYTES = 64 * 1024 * 1024
 MAX_ROWS = 1024
 MAX_POSITIONS = 1 << 24
 MAX_BLOCKS = 4096
+MAX_TAPS = 8
 MAX_TEXT = 2048
 
 MAX_DEPTH = 2
@@ -187,6 +188,9 @@ class Open(_OfSession):
     next_relays: tuple[Relay, ...] = appended(several(row(Relay, text(64), blob(KEY_BYTES)), most=3), ())
     """Through which the next hop is reached; none: at its address."""
     asks_weights: bool = appended(flag, default=False)  # `Opened` shall have `weights`
+    taps: tuple[int, ...] = appended(several(uint(MAX_BLOCKS), most=MAX_TAPS), ())
+    """Boundaries behind blocks of this hop, in rising order, at which the client wants hidden states, see `Tapped`."""
+    tap_codec: int = appended(uint(255), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +201,7 @@ class Opened(_OfSession):
     next_reachable: bool = wire(flag)
     cached_positions: int = wire(_NUMBER)  # over all rows; 0 tells the client that this hop begins with nothing
     weights: str = appended(text(64), "")  # what they are held as, as in `PeerRecord.dtype`; empty: it was not asked
+    taps: bool = appended(flag, default=False)  # the hop sends a `Tapped` for each of `Open.taps`
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,10 +442,21 @@ class WeightsPart:
     payload: Payload = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Tapped(_Numbered):
+    """Hidden states at a boundary of `Open.taps`, straight from the hop that computes them: of the positions of a step
+    that the client wants back. A step of a replay has none."""
+
+    TAG: ClassVar[int] = 23
+    boundary: int = wire(uint(MAX_BLOCKS))
+    codec: int = wire(uint(255))
+    payload: Payload = b""
+
+
 _Passing = Open | Opened | Close | Step | Result | Failure | Replay | Forward | Gradient
 _Tensors = Adapter | AdapterLoaded | AdapterGradient | FetchKV | FetchedKV
 _Asking = LookUp | Found | Announce | Announced | AskWeights | WeightsPart
-Message = Ping | Pong | _Passing | _Tensors | _Asking
+Message = Ping | Pong | _Passing | _Tensors | _Asking | Tapped
 MESSAGES: tuple[type[Message], ...] = get_args(Message)
 
 _BY_TAG: dict[int, type[Message]] = {kind.TAG: kind for kind in MESSAGES}

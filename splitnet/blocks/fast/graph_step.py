@@ -152,9 +152,11 @@ class Recorded:
             behind = record(partial(block.behind, hidden, mixed, hidden))
             self._pieces[block.index] = _Piece(block.weights_at, before, mixed, behind)
 
-    def run(self, blocks: Sequence[LeanBlock], hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
-        """`[positions, hidden]` -> `[positions, hidden]`, through some of the blocks, in their order; no more positions
-        than there are recorded. What is left in the rest of the memory does not count.
+    def run(
+        self, blocks: Sequence[LeanBlock], hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()
+    ) -> Tensor:
+        """As `TorchStep.forward`, through some of the blocks, in their order; no more positions than there are
+        recorded. What is left in the rest of the memory does not count.
 
         Raises RuntimeError if they cannot be replayed, as when weights are not where they were.
         """
@@ -162,14 +164,18 @@ class Recorded:
         self._hidden[:count].copy_(hidden)
         put(torch.tensor(positions_of(parts)), self._positions[:count])
         self._turns.replay()
-        for block in blocks:
+        tapped: list[Tensor] = []
+        for passed, block in enumerate(blocks, 1):
             piece = self._pieces[block.index]
             if piece.weights_at != block.weights_at:
                 raise RuntimeError("weights are not where they were")
             piece.before.replay()
             piece.mixed[:count].copy_(block.attend(*piece.before.result, parts))
             piece.behind.replay()
-        return self._hidden[:count].clone()  # the next step overwrites it
+            if passed in taps:
+                tapped.append(self._hidden[:count].clone())
+        output = self._hidden[:count].clone()  # the next step overwrites it
+        return torch.cat((*tapped, output), dim=1) if tapped else output
 
 
 class GraphStep:
@@ -184,18 +190,18 @@ class GraphStep:
         """Positions of a step that is replayed; 0: none is any more."""
         return max(self.recorded, default=0)
 
-    def forward(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
-        """`[positions, hidden]` -> `[positions, hidden]`."""
+    def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
+        """As `TorchStep.forward`."""
         size = size_for(len(parts), self.recorded)
         if size is not None and _in_order(hidden.device):
             try:
-                return self.recorded[size].run(self.lean.blocks, hidden, parts)
+                return self.recorded[size].run(self.lean.blocks, hidden, parts, taps)
             except torch.OutOfMemoryError:  # of rows or of attention, as without recordings
                 raise
             except RuntimeError as error:
                 self.recorded.clear()
                 log.warning("decode steps are not replayed from graphs any more: %s", first_line(error))
-        return self.lean.forward(hidden, parts)
+        return self.lean.forward(hidden, parts, taps)
 
 
 def _in_order(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from inspect import signature
-from itertools import chain
+from itertools import chain, pairwise
 from struct import pack
 from typing import Any
 
@@ -61,6 +61,7 @@ class NativeStep:
         fields = chain.from_iterable(self._fields(block, windows[block.attention.index]) for block in blocks)
         described = b"".join(pack("d" if isinstance(field, float) else "q", field) for field in fields)
         self._blocks = torch.frombuffer(bytearray(described), dtype=torch.int64)
+        self._fields_each = len(self._blocks) // len(blocks)
 
     @classmethod
     def of(
@@ -82,8 +83,8 @@ class NativeStep:
         plain = all(part.adapter is None and not part.row.prefix_length for part in parts)
         return plain and sum(part.count for part in parts) <= MOST_POSITIONS
 
-    def forward(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
-        """`[positions, hidden]` -> `[positions, hidden]`, in the type of `hidden`."""
+    def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
+        """As `TorchStep.forward`, in the type of `hidden`; `taps`: in rising order."""
         positions = torch.tensor(positions_of(parts))
         cosines, sines = self._turns(hidden, positions)
         result = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -91,8 +92,14 @@ class NativeStep:
         rows = [part.row.reserve(self._indices, part.count, *kept) for part in parts for _ in range(part.count)]
         stores = rows[0] if len(rows) == 1 else torch.stack(rows, dim=1)
         turns = (cosines, sines, Order.APART if self._turning is None else self._turning.order)
-        native.step(self._blocks, len(self._indices), result, stores, positions, *turns, self._dtype.itemsize)
-        return result.to(hidden.dtype)
+        count, described, tapped = len(self._indices), self._blocks, list[Tensor]()
+        for begin, end in pairwise((0, *taps)):
+            native.step(described, end - begin, result, stores, positions, *turns, self._dtype.itemsize)
+            tapped.append(result.clone())
+            described, stores = described[(end - begin) * self._fields_each :], stores[end - begin :]
+        left = count - (taps[-1] if taps else 0)
+        native.step(described, left, result, stores, positions, *turns, self._dtype.itemsize)
+        return (torch.cat((*tapped, result), dim=1) if tapped else result).to(hidden.dtype)
 
     def _turns(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, `[ropes, positions, half of what is turned]`."""

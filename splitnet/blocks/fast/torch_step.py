@@ -57,13 +57,17 @@ class TorchStep:
         """Whether every part of a pass has one position and no adapter."""
         return all(part.count == 1 and part.adapter is None for part in parts)
 
-    def forward(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
-        """`[positions, hidden]` -> `[positions, hidden]`."""
+    def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
+        """`[positions, hidden]` -> `[positions, (taps + 1) * hidden]`: what it is after so many blocks each, and last
+        what comes out; the same in the other fast steps."""
         turns = self.turns(hidden, torch.tensor(positions_of(parts), device=hidden.device))
-        for block in self.blocks:
+        tapped: list[Tensor] = []
+        for count, block in enumerate(self.blocks, 1):
             query, key, value = block.before(hidden, turns)
             hidden = block.behind(hidden, block.attend(query, key, value, parts))
-        return hidden
+            if count in taps:
+                tapped.append(hidden)
+        return torch.cat((*tapped, hidden), dim=1) if tapped else hidden
 
     def turns(self, like: Tensor, positions: Tensor) -> Turns:
         """Cosines and sines by which heads are turned, `[positions, 1, head size]` each, on the device and in the type
