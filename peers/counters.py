@@ -16,14 +16,14 @@ from peers.power import EnergyMeter
 from peers.sessions import PassWork, Work
 from scheduler.batching import DECODE_POSITIONS
 from splitnet.wire.endpoints import Destination, Endpoint
-from splitnet.wire.messages import FailureCode, Forward, Gradient, Message, Payload, Result, Step
+from splitnet.wire.messages import FailureCode, Forward, Gradient, Message, Payload, Result, Step, Tapped
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 POSITIONS = tuple(2.0**power for power in range(13))
 ROWS = tuple(2.0**power for power in range(9))
 
 OTHER_CODEC = -1  # stands for the codec of messages that carry neither activations nor gradients
-_ENCODED = frozenset((Step, Result, Forward, Gradient))
+_ENCODED = frozenset((Step, Result, Tapped, Forward, Gradient))
 
 
 class WorkKind(StrEnum):

@@ -71,9 +71,8 @@ class Exchange:
         Raises PeerLost, PeerFailed, PeerBusy, CoverageError: see `Session.step`.
         """
         if self.under_way is None:
-            return self._with_taps(
-                torch.zeros_like(self.hidden).repeat(1, 1, len(self.session.taps) + 1), self.new_mask
-            )
+            nothing = torch.zeros_like(self.hidden).repeat(1, 1, len(self.session.taps) + 1)
+            return self._with_taps(nothing, self.new_mask)
         began = time.perf_counter()
         returned = self.session.finish(self.under_way).to(self.hidden.device, self.hidden.dtype)
         self.layer.waited_ms += (time.perf_counter() - began) * 1000
@@ -91,13 +90,13 @@ class Exchange:
         return self._with_taps(output, wanted)
 
     def _with_taps(self, states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """The outputs, of these and the hidden states before them that the session gives; keeps the latter."""
+        """The outputs, which stand behind the hidden states at the session's taps; keeps those."""
         if not self.layer.taps:
             return states
         size = self.hidden.shape[2]
         output = states[..., -size:].contiguous()
         known = {0: self.hidden * wanted[..., None].to(self.hidden)}
-        known |= zip(self.session.taps, states.split(size, dim=-1))
+        known |= zip(self.session.taps, states.split(size, dim=-1), strict=False)
         self.tapped = torch.cat([known.get(tap, output) for tap in self.layer.taps], dim=-1)
         return output
 

@@ -241,7 +241,7 @@ class SessionState:
 
     def maker_of(self, boundary: int) -> Endpoint:
         """The hop that runs the block before a boundary."""
-        return next(hop.endpoint for hop in self.hops if hop.start < boundary <= hop.end)
+        return next(hop.endpoint for hop in self.hops if hop.blocks[0] < boundary <= hop.blocks[1])
 
     def adapted_hops(self) -> dict[Endpoint, int]:
         """Hops with a part of the adapter, and what that takes in messages, in bytes at most."""
