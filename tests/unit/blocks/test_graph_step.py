@@ -89,6 +89,21 @@ def test_what_is_replayed_is_what_is_computed(
     assert recorder.replays - before == steps * (1 + 2 * 3)
 
 
+def test_hidden_states_within_are_kept_between_what_is_replayed(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = OperationRecorder()
+    span, plain = load(checkpoint, monkeypatch, recorder), load(checkpoint, monkeypatch, None)
+    hidden = torch.randn(3, span.hidden_size, generator=torch.Generator().manual_seed(0))
+    before = recorder.replays
+    got, expected = (
+        each.forward(hidden, [Chunk(each.new_row(), 0, 1) for _ in range(3)], (2, 3)) for each in (span, plain)
+    )
+    assert recorder.replays > before and got.shape == (3, 3 * span.hidden_size)
+    torch.testing.assert_close(got, expected)
+    assert len({float(states.sum()) for states in got.chunk(3, dim=1)}) == 3
+
+
 def test_more_positions_than_were_recorded_run_as_ever(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = OperationRecorder()
     span, plain = load(checkpoint, monkeypatch, recorder), load(checkpoint, monkeypatch, None)

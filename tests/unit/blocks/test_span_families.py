@@ -604,6 +604,26 @@ def test_a_view_runs_some_blocks_of_a_span(family: str, made: Callable[[Case], P
         span.view(0, 3)
 
 
+@pytest.mark.default_cases(case=STRUCTURES)
+@pytest.mark.parametrize("case", [*CASES, *OTHER_CASES], ids=str)
+@torch.inference_mode()
+def test_hidden_states_within_a_span_are_what_its_parts_give(case: Case, made: Callable[[Case], Path]) -> None:
+    """Of prompts, tokens and windows of two sequences, and behind a rewind; the output comes last."""
+    span = Span.load(Checkpoint.open(made(case)), 1, 6)
+    chain = [span, *(span.view(start, end) for start, end in ((1, 3), (3, 4), (4, 6)))]
+    rows = [[each.new_row() for each in chain] for _ in range(2)]
+    noise = torch.Generator().manual_seed(0)
+    for counts, back in (((17, 19), 0), ((1, 1), 0), ((3, 1), 0), ((2, 5), 12), ((1, 1), 0)):
+        for row in (row for own in rows for row in own):
+            row.crop(row.length - back)
+        hidden = torch.randn(sum(counts), span.hidden_size, generator=noise)
+        parts = [[Chunk(own[at], own[at].length, n) for own, n in zip(rows, counts, strict=True)] for at in range(4)]
+        got = span.forward(hidden, parts[0], (3, 4)).chunk(3, dim=1)
+        for part, own, states in zip(chain[1:], parts[1:], got, strict=True):
+            hidden = part.forward(hidden, own)
+            assert_close(states, hidden, OWN_DIFFERENCE.get(case.family, STATES_TOLERANCE))
+
+
 def test_spans_in_several_threads_do_not_meet(llama: Checkpoint) -> None:
     hidden = torch.randn(40, 64)
     spans = load_spans(llama)

@@ -108,6 +108,26 @@ def test_it_gives_the_same(family: str, tmp_path: Path, lengths: tuple[int, ...]
     torch.testing.assert_close(lean, decoded(span, lengths, 4), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_hidden_states_within_are_those_of_the_familys_code(tmp_path: Path, dtype: str, step: type) -> None:
+    """And the output is that of a step without them."""
+    span = load("qwen3", tmp_path, dtype)
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    found: list[torch.Tensor] = []
+    for taps, lean in (((2, 4), True), ((), True), ((2, 4), False)):
+        assert type(span._lean) is step
+        rows = [span.new_row() for _ in hidden]
+        span.forward(hidden.repeat_interleave(4, dim=0), [Chunk(row, 0, 4) for row in rows])
+        if not lean:
+            span._lean = None
+        found.append(span.forward(hidden, [Chunk(row, 4, 1) for row in rows], taps).float())
+    tapped, plain, expected = found
+    assert torch.equal(tapped[:, -64:], plain)
+    rounding = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(tapped, expected, **rounding)
+
+
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_run_as_their_family_runs_them(family: str, tmp_path: Path) -> None:
     span = load(family, tmp_path)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from peers import service
 from peers.engine import Engine, ObservedSpeed, measure_speed
 from peers.links import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.queue import WorkQueue
@@ -54,6 +55,7 @@ from splitnet.wire.messages import (
     Replay,
     Result,
     Step,
+    Tapped,
     Timing,
     decode,
     encode,
@@ -641,6 +643,46 @@ class TestStep:
         assert rows == {1: 4, 2: 4} == {row: held.length for row, held in opened.session().rows.items()}
 
 
+class TestTaps:
+    """What is kept, checked and said of hidden states that a client wants."""
+
+    @pytest.mark.parametrize("taps", [(2,), (7,), (4, 3), (4, 4), (6, 8), (1, 4)])
+    def test_only_boundaries_behind_blocks_of_the_session_are_taken(self, peer: Peer, taps: tuple[int, ...]) -> None:
+        assert code_of(peer.says(to_client(taps=taps))) is FailureCode.BAD_MESSAGE
+        assert code_of(peer.says(to_client(taps=(4,), tap_codec=255))) is FailureCode.BAD_MESSAGE
+        assert not len(peer.table)
+
+    def test_the_client_is_told_that_they_will_come(self, peer: Peer) -> None:
+        for taps in ((), (3, 6)):
+            [(_, opened)] = peer.says(to_client(taps=taps))
+            assert isinstance(opened, Opened) and opened.taps == bool(taps)
+
+    def test_they_count_as_the_step_does_while_it_waits(self, peer: Peer) -> None:
+        memory, held = peer.queue.memory, list[int]()
+        for taps in ((), (3, 6)):
+            peer.says(to_client(taps=taps))
+            peer.says(step(Chunk(1, 0, 3, 2)))
+            held.append(memory.limit - memory.free)
+            peer.end_pass(peer.begin())
+            assert memory.free == memory.limit
+        assert held[1] - held[0] == 2 * 2 * 4 * HIDDEN
+
+    def test_of_replays_and_of_what_the_client_does_not_keep_there_are_none(self, peer: Peer) -> None:
+        peer.says(to_client(taps=(3, 6)))
+        peer.says(step(Chunk(1, 0, 3, 0)))
+        assert peer.begin().taps is None
+        other = Peer()
+        other.says(to_client(taps=(3, 6)))
+        other.says(step(replay_until=6))
+        assert other.begin().taps is None
+
+    def test_more_than_a_message_holds_is_refused(self, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(service, "MAX_PAYLOAD_BYTES", 3 * 4 * HIDDEN)
+        peer.says(to_client(taps=(3,)))
+        assert peer.says(step(Chunk(1, 0, 3, 3))) == []
+        assert code_of(peer.says(step(Chunk(1, 0, 4, 4)))) is FailureCode.BAD_MESSAGE
+
+
 class TestRows:
     def test_are_cropped_to_the_start(self, opened: Peer) -> None:
         opened.compute(step(Chunk(1, 0, 10, 0)))
@@ -906,6 +948,7 @@ class FakeSpan:
         self.meanwhile: Callable[[], None] | None = None
         """Called once, in a pass."""
         self.passes: list[int] = []
+        self.taps: list[tuple[int, ...]] = []
         self.error: Exception = ValueError("a bug in a block")
 
     def new_row(self, room: int | None = None, adapter: Any = None) -> FakeRow:
@@ -914,7 +957,8 @@ class FakeSpan:
     def view(self, start: int, end: int) -> FakeSpan:
         return self
 
-    def forward(self, hidden: torch.Tensor, parts: Sequence[Any]) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Any], taps: Sequence[int] = ()) -> torch.Tensor:
+        self.taps.append(tuple(taps))
         self.passes.append(len(hidden))
         meanwhile, self.meanwhile = self.meanwhile, None
         if meanwhile is not None:
@@ -924,7 +968,7 @@ class FakeSpan:
         for part in parts:
             assert part.row.length == part.start
             part.row.length += part.count
-        return hidden + 1
+        return torch.cat([*(hidden + 10 * tap for tap in taps), hidden + 1], dim=1)
 
 
 class TestEngine:
@@ -971,6 +1015,48 @@ class TestEngine:
         for name, result in self.answers(peer).items():
             assert isinstance(result, Result)
             assert torch.equal(PLAIN.decode(result.payload, 2, HIDDEN), torch.full((2, HIDDEN), name + 1.0))
+
+    def test_hidden_states_go_to_the_client_that_wants_them_behind_what_is_sent_on(
+        self, peer: Peer, engine: Engine, span: FakeSpan
+    ) -> None:
+        """Of several sessions in one pass; also of a session that ends where it wants some."""
+        for name, taps in ((1, (3, 6)), (2, (5,))):
+            peer.says(to_client(session=bytes([name]) * 16, taps=taps), Connection(bytes([name]), OWNER.curve_raw))
+        peer.heard()
+        for name in (1, 2, 3):
+            self.send(peer, name, value=name)
+        assert engine._turn()
+        assert span.passes == [6] and span.taps == [(3, 5)]
+        heard: list[Any] = [message for _, message in peer.heard()]
+        assert [type(message) for message in heard] == [Result] * 3 + [Tapped] * 3
+        found = {(m.session[0], m.boundary): float(PLAIN.decode(m.payload, 1, HIDDEN).mean()) for m in heard[3:]}
+        assert found == {(1, 3): 31.0, (1, 6): 2.0, (2, 5): 52.0}
+
+    def test_hidden_states_of_a_step_in_several_passes_come_together(
+        self, peer: Peer, engine: Engine, span: FakeSpan
+    ) -> None:
+        client, count = Connection(b"\1", OWNER.curve_raw), PASS_POSITIONS + 5
+        peer.says(to_client(session=b"\1" * 16, taps=(4, 6), reservation=4000), client)
+        peer.heard()
+        values = torch.arange(float(count))[:, None].expand(count, HIDDEN)
+        sent = step(Chunk(1, 0, count, 7), session=b"\1" * 16, payload=PLAIN.encode(values))
+        assert peer.says(sent, client) == []
+        while not (heard := peer.heard()):
+            assert engine._turn()
+        assert span.passes == [PASS_POSITIONS, 5]
+        messages: list[Any] = [message for _, message in heard]
+        assert [type(message) for message in messages] == [Result, Tapped, Tapped]
+        for message, added in zip(messages[1:], (40, 1), strict=True):
+            assert torch.equal(PLAIN.decode(message.payload, 7, HIDDEN), values[-7:] + added)
+
+    def test_of_a_step_that_fails_no_hidden_states_come(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
+        client = Connection(b"\1", OWNER.curve_raw)
+        peer.says(to_client(session=b"\1" * 16, taps=(4,)), client)
+        peer.heard()
+        self.send(peer, 1, value=POISON)
+        assert engine._turn()
+        [(_, failure)] = peer.heard()
+        assert isinstance(failure, Failure)
 
     def test_a_short_step_alone_runs_in_the_thread_that_received_it(
         self, peer: Peer, engine: Engine, span: FakeSpan

@@ -26,6 +26,8 @@ from splitnet.wire.messages import (
     PROTOCOL_VERSION,
     Close,
     LoadReport,
+    Open,
+    Opened,
     Ping,
     Pong,
     Step,
@@ -131,6 +133,21 @@ def test_what_a_ping_asks_for_and_its_answer_travel() -> None:
     ping = Ping(1, b"padding", bytes(range(16)), load=True)
     pong = Pong(1, 2.5, 100, 3, 4, True, 5, (Timing(6, 7, 8),), (LoadReport(9.5, 0.25, 1.5e9),))
     assert (decode(encode(ping)), decode(encode(pong))) == (ping, pong)
+
+
+def test_what_asks_for_hidden_states_is_left_out_where_none_are_wanted() -> None:
+    """So that version 0.1.0 reads it."""
+    opening = Open(bytes(16), 1, "model", 0, 2, 128, 0, b"", b"", "")
+    opened = Opened(bytes(16), 1, True, 0)
+    for message, fields in ((opening, {"taps": (1, 2), "tap_codec": 3}), (opened, {"taps": True})):
+        asking = dataclasses.replace(message, **fields)
+        assert decode(encode(asking)) == asking
+        assert len(encode(asking)[0]) > len(encode(message)[0])
+        assert decode(changed_frames(asking, lambda values, message=message: values[: _written(message)])) == message
+
+
+def _written(message: Any) -> int:
+    return len(msgpack.unpackb(bytes(encode(message)[0])[4:]))
 
 
 def test_appended_fields_stand_behind_those_of_version_0_1_0() -> None:
