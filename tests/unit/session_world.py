@@ -64,6 +64,7 @@ from splitnet.wire.messages import (
     Replay,
     Result,
     Step,
+    Tapped,
 )
 from splitnet.wire.messages import Close as CloseMessage
 from splitnet.wire.sent_log import SentLog, fork_rows
@@ -168,6 +169,7 @@ class Held:
     previous: bytes
     next: Endpoint | None
     log: SentLog
+    taps: tuple[int, ...] = ()
     rows: dict[int, Values] = field(default_factory=dict)
     tags: Tags = (0,) * BLOCKS
     version: int = 0
@@ -194,7 +196,7 @@ class Faulty:
         "other end",
         "for the tail",
     )
-    WITH_STEPS = ("not finite", "pushes short", "pushes gaps")
+    WITH_STEPS = ("not finite", "pushes short", "pushes gaps", "keeps taps", "short taps", "other codec of taps")
     OTHERS = ("refuses adapters", "fails replays", "forgets in replays")
 
 
@@ -224,6 +226,8 @@ class PeerModel:
         self.leaves = False
         self.full = False
         self.fault: str | None = None
+        self.is_old = False
+        """It does not know what sends hidden states to the client."""
         self.dams = False
         """Takes no step or replay, and answers no ping of the hop before: that believes that they are on their way."""
 
@@ -315,7 +319,8 @@ class PeerModel:
             held.previous = message.previous
             cached = sum(map(len, held.rows.values()))
             weights = self.weights if message.asks_weights else ""
-            self.to_client(Opened(self.id, held.epoch, reachable, cached, weights))
+            held.taps = () if self.is_old else message.taps
+            self.to_client(Opened(self.id, held.epoch, reachable, cached, weights, bool(held.taps)))
 
     def _step(self, source: str, step: Step) -> None:
         held = self.held
@@ -369,6 +374,20 @@ class PeerModel:
         if held.end != BLOCKS:
             held.log.record(step.parts, step.forks, b"".join(outputs), step.reach)
         self._send_on(held, step, outputs, kept)
+        if kept and not step.replay_until and self.fault != "keeps taps":
+            for tap in held.taps:
+                self._send_tap(held, step, tap)
+
+    def _send_tap(self, held: Held, step: Step, tap: int) -> None:
+        states: list[bytes] = []
+        for part in step.parts:
+            made = run_blocks(held.start, tap, held.tags, held.rows[part.row])
+            states += made[len(made) - part.keep :]
+        if self.fault == "not finite":
+            states = [NOT_FINITE] * len(states)
+        payload = b"x" if self.fault == "short taps" else b"".join(states)
+        codec = 99 if self.fault == "other codec of taps" else PLAIN.code
+        self.to_client(Tapped(self.id, step.epoch, step.number, tap, codec, payload))
 
     def _send_on(self, held: Held, step: Step, outputs: Sequence[bytes], kept: Sequence[bytes]) -> None:
         replayed = step.replay_until != 0 and held.end >= step.replay_until
@@ -469,6 +488,7 @@ class Asked:
 
     request: StepRequest
     wanted: bytes
+    tapped: dict[int, bytes]
     useless: int = 0
     """Answers that the caller could not use."""
 
@@ -513,7 +533,13 @@ class World:
     """A session, its peers, and what is under way between them."""
 
     def __init__(
-        self, *, reservation: int = 64, seed: int = 0, kind: Kind = Kind.ROUGH, any_weights: bool = False
+        self,
+        *,
+        reservation: int = 64,
+        seed: int = 0,
+        kind: Kind = Kind.ROUGH,
+        any_weights: bool = False,
+        taps: tuple[int, ...] = (),
     ) -> None:
         self.kind = kind
         self.now = 0.0
@@ -542,6 +568,7 @@ class World:
             SID, model="m", blocks=(0, BLOCKS), hidden_size=1, reservation=reservation, any_weights=any_weights
         )
         self.state.seen = self.seen
+        self.state.taps = taps
 
     # The outside of the machine.
 
@@ -556,15 +583,17 @@ class World:
 
     def _distrusts(self) -> list[Event]:
         """The caller decodes what has come."""
-        useless = [
-            each
-            for each in self.asked
-            if each.request.result is not None and NOT_FINITE in cut(each.request.result.payload)
-        ]
-        for each in useless:
-            each.useless += 1
-        why = "answered with values that are not finite"
-        return [Distrust(each.request, self.state.tail, why) for each in useless]
+        distrusts: list[Event] = []
+        for each in self.asked:
+            if each.request.result is None or not each.request.done:
+                continue
+            came = {**each.request.tapped, BLOCKS: each.request.result}
+            wrong = [boundary for boundary, message in came.items() if NOT_FINITE in cut(message.payload)]
+            if wrong:
+                each.useless += 1
+                why = "answered with values that are not finite"
+                distrusts.append(Distrust(each.request, self.state.maker_of(min(wrong)), why))
+        return distrusts
 
     def _perform(self, effect: Effect) -> None:
         match effect:
@@ -675,7 +704,7 @@ class World:
         """Sends new positions: (row or None for a new one, start, length, keep) of each."""
         parts: list[Chunk] = []
         payload: list[bytes] = []
-        wanted: list[bytes] = []
+        wanted: dict[int, list[bytes]] = {boundary: [] for boundary in (*self.state.taps, BLOCKS)}
         if forks is not None:
             self.rows = fork_rows(self.rows, forks, lambda row: row)
         if self.restarts:
@@ -686,12 +715,15 @@ class World:
             self.rows[row_id] = self.rows.get(row_id, ())[:start] + tokens
             parts.append(Chunk(row_id, start, length, keep))
             payload += tokens
-            made = run_blocks(0, BLOCKS, self.tags, self.rows[row_id])
-            wanted += made[len(made) - keep :]
+            for boundary, states in wanted.items():
+                made = run_blocks(0, boundary, self.tags, self.rows[row_id])
+                states += made[len(made) - keep :]
         number = self.state.next_number()
         step = Step(self.state.session, self.state.epoch, number, tuple(parts), forks, 0, PLAIN.code, b"".join(payload))
-        request = StepRequest(step, sum(part.keep for part in parts))
-        self.asked.append(Asked(request, b"".join(wanted)))
+        kept = sum(part.keep for part in parts)
+        request = StepRequest(step, kept, self.state.taps if kept else ())
+        output, *tapped = (b"".join(wanted.pop(boundary)) for boundary in (BLOCKS, *self.state.taps))
+        self.asked.append(Asked(request, output, dict(zip(self.state.taps, tapped, strict=True))))
         self.feed(Submit((request,)))
 
     def _new_token(self) -> bytes:
@@ -767,8 +799,10 @@ class World:
     def check(self) -> None:
         for each in self.asked:
             result = each.request.result
-            if result is not None:
+            if result is not None and each.request.done:
                 assert bytes(result.payload) == each.wanted, "a wrong value was delivered"
+                for tap, message in each.request.tapped.items():
+                    assert bytes(message.payload) == each.tapped[tap], "a wrong hidden state was delivered"
             assert each.useless <= 2 or self.kind is not Kind.LIAR, "what is no use came once more"
         for asked in self.batches:
             self._check_batch(asked)

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from scheduler.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S, OPEN_TIMEOUT_S, Alive
-from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, SplitnetError, WrongKey
-from splitnet.session.events import TRANSITIONS, Distrust, LinkFailed, Phase, Received, Resize, Use, UseAdapter
+from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, PeerTooOld, SplitnetError, WrongKey
+from splitnet.session.events import TRANSITIONS, Distrust, LinkFailed, Move, Phase, Received, Resize, Use, UseAdapter
 from splitnet.session.machine import POLL_S
+from splitnet.swarm.plan import PlannedHop
 from splitnet.wire.endpoints import Endpoint, Relay
 from splitnet.wire.messages import Failure, FailureCode, Fork
 from tests.tiers import examples
-from tests.unit.session_world import CLIENT, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
+from tests.unit.session_world import CLIENT, PLAIN, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
 
 index = st.integers(0, 1 << 16)
 peer = st.integers(0, len(SPANS) - 1)
@@ -39,10 +40,14 @@ class Trouble(RuleBasedStateMachine):
     """What one peer may do wrong without that a request fails."""
 
     @initialize(
-        kind=st.sampled_from(Kind), seed=st.integers(0, 1 << 16), opens=st.booleans(), which=st.sampled_from(ADAPTERS)
+        kind=st.sampled_from(Kind),
+        seed=st.integers(0, 1 << 16),
+        opens=st.booleans(),
+        which=st.sampled_from(ADAPTERS),
+        taps=st.sampled_from([(), (1, 3), (2,)]),
     )
-    def begin(self, kind: Kind, seed: int, opens: bool, which: Any) -> None:
-        self.world = World(reservation=64, seed=seed, kind=kind)
+    def begin(self, kind: Kind, seed: int, opens: bool, which: Any, taps: tuple[int, ...] = ()) -> None:
+        self.world = World(reservation=64, seed=seed, kind=kind, taps=taps)
         if which is not None:
             self.world.feed(UseAdapter(which, for_passes=isinstance(self, Passes)))
             self.world.tags = tags_of(which)
@@ -324,7 +329,7 @@ TestPasses.settings = settings(MANY, max_examples=examples(200), stateful_step_c
 @given(at=peer, seed=st.integers(0, 1 << 16), losses=st.lists(st.integers(0, 40), max_size=2))
 def test_beside_honest_peers_one_that_lies_costs_no_request(fault: str, at: int, seed: int, losses: list[int]) -> None:
     """Nor do two messages that get lost meanwhile."""
-    world = World(seed=seed)
+    world = World(seed=seed, taps=(1, 2, 3))
     world.peers[at].fault = fault
     # For each of its blocks there is another.
     world.feed(Use())
@@ -576,6 +581,83 @@ def test_a_hop_that_restarts_with_other_weights_is_another(any_weights: bool, ha
         assert isinstance(request.error, OtherWeights)
         assert "blocks 2..3 as int4 that were float32" in str(request.error)
     assert second.name not in world.banned, "it did nothing wrong"
+
+
+@pytest.mark.parametrize("version", ["new", "0.1.0"])
+def test_a_peer_that_does_not_know_of_hidden_states_is_used_only_where_none_are_wanted(version: str) -> None:
+    for taps, has_twin in (((1, 3), True), ((3,), False), ((1,), False)):
+        world = World(seed=1, taps=taps)
+        first, twin, tail = world.peers[:3]
+        first.is_old, first.record.version = True, version
+        world.peers = [first, tail]
+        if has_twin:
+            world._choose.choice = lambda able: able[0]
+            world.peers.insert(1, twin)
+        world.feed(Use())
+        world.settle()
+        if taps == (1,):
+            assert isinstance(world.state.error, PeerTooOld)
+            assert first.endpoint.address in str(world.state.error) and version in str(world.state.error)
+            assert "update it, or speculate without" in str(world.state.error)
+        else:
+            assert world.state.endpoints() == [twin.endpoint if has_twin else first.endpoint, tail.endpoint]
+            world.submit([(None, 0, 3, 2)])
+            world.settle()
+            assert world.asked[-1].request.done and world.asked[-1].request.tapped.keys() == set(taps)
+        assert first.name not in world.banned, "it did nothing wrong"
+
+
+def test_a_session_does_not_move_to_a_peer_that_was_too_old() -> None:
+    world = World(seed=1, taps=(1,))
+    first, twin, tail = world.peers[:3]
+    first.is_old = True
+    world.peers = [first, twin, tail]
+    world._choose.choice = lambda able: able[0]
+    world.feed(Use())
+    world.settle()
+    route, epoch = world.state.endpoints(), world.state.epoch
+    assert route == [twin.endpoint, tail.endpoint]
+    hops = PlannedHop(first.record, 0, 2), PlannedHop(tail.record, 2, 4)
+    world.feed(Move(hops, (PLAIN,) * 3))
+    world.settle()
+    assert (world.state.endpoints(), world.state.epoch) == (route, epoch)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_hop_that_keeps_hidden_states_is_replaced(at: int) -> None:
+    """First the route is opened again, as they may have been lost."""
+    world = World(seed=1, taps=(1, 3))
+    first, twin, tail, last = world.peers[:4]
+    world.peers = [first, tail]
+    world.feed(Use())
+    world.settle()
+    world.peers = [first, twin, tail, last]
+    (first if at == 0 else tail).fault = "keeps taps"
+    world.submit([(None, 0, 3, 1)])
+    world.settle()
+    assert world.asked[-1].request.done
+    assert world.state.endpoints() == ([twin.endpoint, tail.endpoint] if at == 0 else [first.endpoint, last.endpoint])
+
+
+def test_hidden_states_of_a_step_may_come_after_the_output_of_the_next() -> None:
+    """From another hop than the last; and what comes twice, or late, is nothing."""
+    world = World(seed=1, taps=(1,))
+    first, _, tail = world.peers[:3]
+    world.peers = [first, tail]
+    world.feed(Use())
+    world.settle()
+    row, own = world.new_row_id(), (first.name, CLIENT)
+    for start in range(3):
+        world.submit([(row, start, 1, 1)])
+    while links := [link for link in world.busy_links() if link != own]:
+        world.deliver(links[0])
+    requests = [each.request for each in world.asked]
+    assert [request.result is not None for request in requests] == [True] * 3
+    assert not any(request.done for request in requests)
+    for _ in range(3):
+        world.deliver(own, keep=True)
+        world.deliver(own)
+    assert all(request.done for request in requests) and not world.state.recoveries
 
 
 def test_what_is_relayed_of_a_new_row_alone_does_not_fill_the_next_hop() -> None:
