@@ -242,7 +242,8 @@ class RemoteLayer(CacheLayerMixin):
             self.session = self._open_session(positions)
             if self.adapter is not None:
                 self.session.use_adapter(self.adapter)
-            self.session.use_taps(self.taps)
+            if self.taps:
+                self.session.use_taps(self.taps)
             if self.closed:  # by another thread, which could not see the session
                 self.session.close()
         else:

@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 from scheduler.batching import DECODE_POSITIONS
 from splitnet.errors import ProtocolError, SplitnetError
-from splitnet.wire.codecs import Codec, check_size
+from splitnet.wire.codecs import check_size
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import (
     MAX_POSITIONS,
@@ -33,7 +33,6 @@ class Route(Protocol):
     epoch: int
     hidden_size: int
     blocks: tuple[int, int]
-    tap_codec: Codec
 
     @property
     def first(self) -> Endpoint: ...
@@ -126,8 +125,6 @@ class StepRequest(Request[Step]):
                 check_size(message.codec, message.payload, self.kept, route.hidden_size)
                 self.result = message
             case Tapped(boundary=boundary) if boundary in self.taps and source == route.maker_of(boundary):
-                if message.codec != route.tap_codec.code:
-                    raise ProtocolError(f"codec {message.codec} was not agreed upon")
                 check_size(message.codec, message.payload, self.kept, route.hidden_size)
                 self.tapped.setdefault(boundary, message)
             case _:

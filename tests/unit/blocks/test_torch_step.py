@@ -124,7 +124,7 @@ def test_hidden_states_within_are_those_of_the_familys_code(tmp_path: Path, dtyp
         found.append(span.forward(hidden, [Chunk(row, 4, 1) for row in rows], taps).float())
     tapped, plain, expected = found
     assert torch.equal(tapped[:, -64:], plain)
-    rounding = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.05, "atol": 0.05}
+    rounding: Any = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.05, "atol": 0.05}
     torch.testing.assert_close(tapped, expected, **rounding)
 
 

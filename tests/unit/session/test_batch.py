@@ -35,6 +35,9 @@ class FakeRoute:
     def endpoints(self) -> list[Endpoint]:
         return [HEAD, TAIL]
 
+    def maker_of(self, boundary: int) -> Endpoint:
+        return HEAD if boundary <= 3 else TAIL
+
     def adapted_hops(self) -> dict[Endpoint, int]:
         return {HEAD: most_bytes([100]), TAIL: most_bytes([100])}
 

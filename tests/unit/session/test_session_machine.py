@@ -591,7 +591,7 @@ def test_a_peer_that_does_not_know_of_hidden_states_is_used_only_where_none_are_
         first.is_old, first.record.version = True, version
         world.peers = [first, tail]
         if has_twin:
-            world._choose.choice = lambda able: able[0]
+            world._choose.choice = lambda seq: seq[0]
             world.peers.insert(1, twin)
         world.feed(Use())
         world.settle()
@@ -612,7 +612,7 @@ def test_a_session_does_not_move_to_a_peer_that_was_too_old() -> None:
     first, twin, tail = world.peers[:3]
     first.is_old = True
     world.peers = [first, twin, tail]
-    world._choose.choice = lambda able: able[0]
+    world._choose.choice = lambda seq: seq[0]
     world.feed(Use())
     world.settle()
     route, epoch = world.state.endpoints(), world.state.epoch
