@@ -244,10 +244,10 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
     forward, ran, begin, look = Span.forward, BatchingDelay.ran, Counters.__init__, Neighbours.look_around
     looks = itertools.count()
 
-    def held_forward(self: Span, hidden: Any, parts: Any) -> Any:
+    def held_forward(self: Span, hidden: Any, parts: Any, taps: Any = ()) -> Any:
         began = time.perf_counter()
         lasts_s = speed.at(len(hidden)) * (self.end - self.start) * meter.slower / 1000
-        output = forward(self, hidden, parts)
+        output = forward(self, hidden, parts, taps)
         time.sleep(max(0.0, began + lasts_s - time.perf_counter()))
         if time.perf_counter() - began > LATE * lasts_s:
             before = meter.measured

@@ -33,9 +33,9 @@ def slow_down(patch: pytest.MonkeyPatch) -> None:
     """Spans take as long as on a device on which a decode step is bound by memory and a prefill by arithmetic."""
     forward, sequences = Span.forward, Span.sequences
 
-    def slow_forward(span: Span, hidden: Any, parts: Any) -> Any:
+    def slow_forward(span: Span, hidden: Any, parts: Any, taps: Any = ()) -> Any:
         time.sleep(PASS_S + POSITION_S * max(0, len(hidden) - 4))
-        return forward(span, hidden, parts)
+        return forward(span, hidden, parts, taps)
 
     def slow_sequences(span: Span, hidden: Any, lengths: Any, adapter: Any = None) -> Any:
         time.sleep(POSITION_S * len(hidden) / 6)
