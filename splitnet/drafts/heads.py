@@ -48,7 +48,7 @@ class DraftHead(Protocol):
     def draft_vocabulary(self) -> Tensor | None: ...
 
     def new_cache(self) -> Any:
-        """Of one text; has `get_seq_length()`, and `crop(length)`, which keeps the first positions."""
+        """Of one text; has `crop(length)`, which keeps the first positions."""
 
     def run(self, tokens: Tensor, features: Tensor, cache: Any, *, own: bool = False) -> Tensor:
         """The outputs `[seq, hidden]` of further positions, which are appended to the cache.

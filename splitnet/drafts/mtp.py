@@ -214,25 +214,25 @@ def _find(checkpoint: Checkpoint) -> _Found | None:
     if layer is None:
         raise _unusable(checkpoint, "how the family uses them is not known here")
     config = copy.deepcopy(checkpoint.config)
-    own = getattr(config, "mtp_layers_block_type", None)  # of the several blocks that a layer has
-    kinds = own or (getattr(config, "mtp_layer_types", None) or [layer.attention])[:1]
+    several = getattr(config, "mtp_layers_block_type", None)  # blocks of one layer
+    kinds = several or (getattr(config, "mtp_layer_types", None) or [layer.attention])[:1]
     mlps = (getattr(config, "mtp_mlp_layer_types", None) or [layer.mlp])[:1]
     names = _BEHIND if f"{checkpoint.container}.{count}.eh_proj.weight" in further else layer.names
     words = {"container": checkpoint.container, "next": count, "last": len(kinds) - 1}
     parts = {
         part: f"{name.format(**words)}.weight" for part, name in zip(Names._fields[1:], names[1:], strict=True) if name
     }
-    others = {name for name in further if _SHARED.search(name)} | set(parts.values())
+    left = {name for name in further if not _SHARED.search(name)} - set(parts.values())
     blocks: list[list[BlockTensor]] = []
     for index in range(len(kinds)):
         prefix = names.block.format(index=index, **words)
-        rests = {name: name.removeprefix(prefix) for name in sorted(further - others) if name.startswith(prefix)}
-        blocks.append([BlockTensor(name, rest.replace(*layer.renamed)) for name, rest in rests.items()])
-        others |= rests.keys()
-    if not all(blocks) or not further >= set(parts.values()):
-        raise _unusable(checkpoint, "some of their tensors are missing")
+        own = sorted(name for name in left if name.startswith(prefix))
+        if not own or not further >= set(parts.values()):
+            raise _unusable(checkpoint, "some of their tensors are missing")
+        blocks.append([BlockTensor(name, name.removeprefix(prefix).replace(*layer.renamed)) for name in own])
+        left.difference_update(own)
     numbers = {str(count)} if names is _BEHIND else {str(index) for index in range(len(kinds))}
-    numbered = ((name, re.search(r"\.(\d+)\.", name)) for name in further - others)
+    numbered = ((name, re.search(r"\.(\d+)\.", name)) for name in left)
     check_no_unexpected((name for name, match in numbered if match is None or match[1] in numbers), config.model_type)
     for key, more in (("layer_types", kinds), ("mlp_layer_types", mlps), ("indexer_types", ["full"])):
         if getattr(config, key, None) is not None:
