@@ -189,6 +189,8 @@ class RemoteCausalLM(RemoteModel):
             del given["cache"]  # an output has it; the session knows how much of it fits
         if not caches or given.get("cache") is not None:
             kept_session = None
+        if isinstance(own := given.get("cache"), RemoteCache):
+            self._use_taps(own, drafts)
         with self._local.within(drafts=drafts, kept_session=None, resumed=kept_session, prefix=()):
             own_cache = caches and given.get("cache") is None
             return self._generate_with_own_cache(given, kept_session) if own_cache else self._generate(given)
@@ -196,6 +198,7 @@ class RemoteCausalLM(RemoteModel):
     def _generate_with_own_cache(self, given: dict[str, Any], kept_session: CachedSession | None) -> Any:
         """`generate()` in the cache of the session, or in one that lives as long as this call and its output."""
         cache = kept_session.cache if kept_session else self.new_cache()
+        self._use_taps(cache, self._local.drafts)
         given["cache"] = cache
         if kept_session and given.get("custom_generate") is not None:
             kept_session.remember(None)  # such a loop does not ask what is held
@@ -282,9 +285,8 @@ class RemoteCausalLM(RemoteModel):
     def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
         """The outputs of `[1, seq]` new tokens."""
         if (ends := self._only_ends) is not None:
-            hidden = self._blocks.begin(cache, ends.embed(input_ids)).finish()
-            return Outputs(ends.logits(hidden)[0], hidden[0])
-        return self._called(input_ids, cache, lambda hidden: self._blocks.begin(cache, hidden).finish())
+            return self._received(ends, self._blocks.begin(cache, ends.embed(input_ids)))
+        return self._called(input_ids, cache, lambda hidden: self._blocks.begin(cache, hidden))
 
     def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
         """Sends `[1, seq]` new tokens through the blocks; `receive` waits for them. Raises as a call of the model."""
@@ -304,24 +306,29 @@ class RemoteCausalLM(RemoteModel):
     def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
         """The outputs of tokens that were sent, in the order of sending. Raises as `send`."""
         if (ends := self._only_ends) is not None:
-            hidden = exchange.finish()
-            return Outputs(ends.logits(hidden)[0], hidden[0])
+            return self._received(ends, exchange)
         with exchange.rewound():
-            return self._called(input_ids, cache, lambda hidden: exchange.finish())
+            return self._called(input_ids, cache, lambda hidden: exchange)
+
+    def _received(self, ends: Ends, exchange: Exchange) -> Outputs:
+        hidden = exchange.finish()
+        return Outputs(ends.logits(hidden)[0], exchange.features(hidden)[0])
 
     def _called(
-        self, input_ids: torch.Tensor, cache: RemoteCache, run: Callable[[torch.Tensor], torch.Tensor]
+        self, input_ids: torch.Tensor, cache: RemoteCache, begin: Callable[[torch.Tensor], Exchange]
     ) -> Outputs:
-        """The outputs of a call of the model, whose blocks `run` runs."""
-        outputs: list[torch.Tensor] = []
+        """The outputs of a call of the model, whose hidden states `begin` sends through the blocks."""
+        features: list[torch.Tensor] = []
 
-        def noted(hidden: torch.Tensor) -> torch.Tensor:
-            outputs.append(run(hidden))
-            return outputs[0]
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            exchange = begin(hidden)
+            output = exchange.finish()
+            features.append(exchange.features(output))
+            return output
 
-        with self._blocks.calling(run=noted):
+        with self._blocks.calling(run=run):
             logits = self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
-        return Outputs(logits, outputs[0][0])
+        return Outputs(logits, features[0][0])
 
     @property
     def _only_ends(self) -> Ends | None:
@@ -335,6 +342,11 @@ class RemoteCausalLM(RemoteModel):
         given, prefix = with_trained_prompt(wrapper, given)
         with self._local.within(prefix=prefix, prefixed=given.get("cache")):
             return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _use_taps(self, cache: RemoteCache, drafts: Drafts | None) -> None:
+        """Has the hidden states that a drafter wants come home; the outputs of the last block do so by themselves."""
+        if drafts is not None and (taps := drafts.drafter.taps):
+            cache.remote.use_taps(() if taps == (self._blocks.num_blocks,) else taps)
 
     def _speculation_refused(
         self, by: Any, given: Mapping[str, Any], request: Request, caches: bool

@@ -33,7 +33,7 @@ class Call:
 
     keep: how many last positions the head looks at; 0: all. length: of the text that the positions are a piece of, if
     it is longer. run: runs the blocks, `[batch, seq, hidden]` in and out. backbone: is called in the place of the
-    backbone, with what calls that. seen: is given the outputs of steps, `[batch, kept, hidden]`.
+    backbone, with what calls that. seen: is given the features of steps, `[batch, kept, taps * hidden]`.
     """
 
     keep: int = 0
@@ -99,6 +99,10 @@ class Exchange:
         known |= zip(self.session.taps, states.split(size, dim=-1), strict=False)
         self.tapped = torch.cat([known.get(tap, output) for tap in self.layer.taps], dim=-1)
         return output
+
+    def features(self, output: torch.Tensor) -> torch.Tensor:
+        """What a draft head takes: the hidden states at the taps; without taps, what `finish` gave."""
+        return output if self.tapped is None else self.tapped
 
     def abandon(self) -> None:
         """The outputs are awaited no longer."""
@@ -243,7 +247,7 @@ class RemoteBlocks(nn.Module):
                 layer.columns = past
                 raise
         if call.seen is not None:
-            call.seen(output[:, -call.keep :])
+            call.seen(exchange.features(output)[:, -call.keep :])
         if torch.is_grad_enabled():
             output = _NoBackward.apply(output, hidden, *parameters.values())
             assert isinstance(output, torch.Tensor)

@@ -60,12 +60,12 @@ def drafter_of(kind: str, folder: Path, tmp_path: Path) -> Any:
         return kind
     if kind == "same model":
         return AutoModelForCausalLM.from_pretrained(folder)
-    if kind == "head":
-        return f"eagle={random_head(folder, tmp_path)}"
+    if kind.startswith("head"):
+        return f"eagle={random_head(folder, tmp_path, (1, 3, 5) if kind == 'head of three depths' else (6,))}"
     return AutoModelForCausalLM.from_pretrained(random_checkpoint("llama", tmp_path, blocks=2, seed=9))
 
 
-def random_head(folder: Path, target: Path) -> Path:
+def random_head(folder: Path, target: Path, taps: tuple[int, ...]) -> Path:
     """An EAGLE head for the model in `folder`."""
     config = AutoConfig.from_pretrained(folder)
     hidden, vocabulary, blocks = config.hidden_size, config.vocab_size, config.num_hidden_layers
@@ -79,14 +79,14 @@ def random_head(folder: Path, target: Path) -> Path:
     )
     torch.manual_seed(3)
     part = ClientPart(nn.Embedding(vocabulary, hidden), None, None, hidden, blocks, vocabulary)
-    EagleHead(Shape(layer, (blocks,), 50), part, torch.arange(20, 70)).save(target, None, ["LlamaForCausalLM"])
+    EagleHead(Shape(layer, taps, 50), part, torch.arange(20, 70)).save(target, None, ["LlamaForCausalLM"])
     return target
 
 
 @pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,))
 @pytest.mark.default_cases(window=(Window(15, 2),), remote=("0:2,5:6",), kind=("same model",))
 @pytest.mark.default_cases(window=(Window(3, 1),), remote=("0:2,5:6",), kind=("prompt-lookup",))
-@pytest.mark.parametrize("kind", ["prompt-lookup", "same model", "other model", "head"])
+@pytest.mark.parametrize("kind", ["prompt-lookup", "same model", "other model", "head", "head of three depths"])
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
 def test_the_text_is_the_same(
     local: Any, remote: RemoteCausalLM, window: Window, kind: str, sample: bool, folder: Path, tmp_path: Path
