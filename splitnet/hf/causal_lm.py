@@ -282,6 +282,17 @@ class RemoteCausalLM(RemoteModel):
         except KeyError as error:
             raise UnsupportedModel(f"not all blocks of {self.name_or_path} have keys and values: {error}") from None
 
+    @torch.no_grad()
+    def last_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """What the last block gives for whole texts, `[batch, seq]`, before the final norm: `[batch, seq, hidden]`.
+
+        No caches are kept. Raises as a call of the model.
+        """
+        states: list[torch.Tensor] = []
+        with self._blocks.calling(seen=states.append):
+            backbone_of(self)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return states[0]
+
     def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
         """The outputs of `[1, seq]` new tokens."""
         if (ends := self._only_ends) is not None:

@@ -293,7 +293,9 @@ class Speculator:
         if speculate.startswith(EAGLE):
             from splitnet.drafts.eagle import EagleHead
 
-            return EagleHead.open(speculate.removeprefix(EAGLE), self._client_part())
+            return EagleHead.open(
+                speculate.removeprefix(EAGLE), client_part_of(self._model, self._checkpoint.num_blocks)
+            )
         raise SplitnetError(
             f"cannot speculate by {speculate!r}: give one of {', '.join(NAMES)}, {EAGLE}DIR, or a draft model"
         )
@@ -312,16 +314,21 @@ class Speculator:
             log.info("drafts are copies of the text: %s", error)
         return None
 
-    def _client_part(self) -> ClientPart:
-        config, backbone = self._model.config.get_text_config(), backbone_of(self._model)
-        return ClientPart(
-            embed=self._model.get_input_embeddings(),
-            final_norm=getattr(backbone, "norm", None),
-            output=self._model.get_output_embeddings(),
-            hidden_size=config.hidden_size,
-            num_blocks=self._checkpoint.num_blocks,
-            vocabulary=config.vocab_size,
-        )
+
+def client_part_of(model: Any, num_blocks: int) -> ClientPart:
+    """What heads need of a model whose blocks, so many, are elsewhere."""
+    config, backbone = model.config.get_text_config(), backbone_of(model)
+    norms = (
+        getattr(backbone, name, None) for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
+    )
+    return ClientPart(
+        embed=model.get_input_embeddings(),
+        final_norm=next((norm for norm in norms if norm is not None), None),
+        output=model.get_output_embeddings(),
+        hidden_size=config.hidden_size,
+        num_blocks=num_blocks,
+        vocabulary=config.vocab_size,
+    )
 
 
 class Counts(NamedTuple):

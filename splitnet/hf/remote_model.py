@@ -215,7 +215,10 @@ class RemoteModel(PreTrainedModel):
 
         def run(hidden: Any) -> Any:
             if cache is None:
-                return self._blocks.run_whole(hidden, mask, positions, call.prefix)
+                output = self._blocks.run_whole(hidden, mask, positions, call.prefix)
+                if call.seen is not None:
+                    call.seen(output)
+                return output
             layer = cache.remote
             seen = layer.mask(hidden.shape[1]) if mask is None and layer.columns and no_masks_later else mask
             return self._blocks.step(cache, hidden, seen, positions, call)

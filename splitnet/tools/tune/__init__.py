@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, as_arguments, box, connects, require, resolve_model
+from splitnet.cli.arguments import CONNECTING, ModelOrInvite, as_arguments, box, connects, require, resolve_model
 from splitnet.cli.invite import model_or_invited
 from splitnet.errors import SplitnetError
+from splitnet.limits import parse_bytes
 from splitnet.session.options import ConnectionOptions
 from splitnet.tools.tune.data import TEMPLATE
 from splitnet.tools.tune.folder import TuningFolder
 from splitnet.tools.tune.methods import AdapterOptions, Method, PromptNetwork, Schedule, Settings
 
 in_data = box("Data")
+in_drafts = box("Draft head")
 in_training = box("Training")
 in_adapter = box("Adapter")
 
 
+_OF_BOTH = {"data", "output", "model", "resume", "max_length", "learning_rate", "seed", "draft_head"}
+_OF_DRAFT_HEADS = {"generate", "epochs", "draft_vocabulary", "states_limit"}
+
+
 @connects(without=("prefer", "energy_slowdown"))
 def tune(
-    data: Annotated[Path, in_data(metavar="FILE.jsonl", help="Examples, one JSON object per line.")],
+    context: typer.Context,
     output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the adapter and what belongs to it.")],
     model: ModelOrInvite = None,
     *,
     connecting: ConnectionOptions,
+    data: Annotated[Path | None, in_data(metavar="FILE.jsonl", help="Examples, one JSON object per line.")] = None,
     evaluation: Annotated[Path | None, in_data("--eval", metavar="FILE.jsonl", help="Held-out examples.")] = None,
     method: Annotated[Method, typer.Option(help="What to train.")] = Method.LORA,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
@@ -63,12 +70,43 @@ def tune(
         int | None, in_adapter(min=1, help="Width of the network that makes prefix or p-tuning prompt.")
     ] = None,
     network: Annotated[PromptNetwork, in_adapter(help="Of p-tuning.")] = PromptNetwork.MLP,
+    draft_head: Annotated[
+        bool, in_drafts("--draft-head", help="Train an EAGLE head, for --speculate eagle=DIR, instead of an adapter.")
+    ] = False,
+    generate: Annotated[
+        int, in_drafts(min=1, metavar="N", help="Learn from N texts of the model: answers to the data, or to itself.")
+    ] = 0,
+    epochs: Annotated[int, in_drafts(min=1, help="How often each text is learned from.")] = 8,
+    draft_vocabulary: Annotated[int, in_drafts(min=16, help="Tokens that are drafted: the most frequent ones.")] = 8192,
+    states_limit: Annotated[str, in_drafts(metavar="4GiB", help="Disk space for hidden states of texts.")] = "4GiB",
 ) -> None:
     """Fine-tune a model on your examples: the adapter stays here, the blocks and their work with the peers.
 
     Examples are chats {"messages": [{"role": "user", "content": "..."}, ...]}, {"prompt": "...", "completion": "..."},
     classified texts {"text": "...", "label": "..."}, or plain {"text": "..."}; all of a file are of one form.
+
+    With --draft-head, what is trained drafts tokens for --speculate, and the peers run forward only. With --generate,
+    examples are prompts, {"prompt": "..."} or chats that end with the user; without any, the model writes them.
     """
+    _check_options(context, draft_head)
+    if draft_head:
+        _tune_draft_head(
+            connecting,
+            model,
+            data=data,
+            generate=generate,
+            epochs=epochs,
+            draft_vocabulary=draft_vocabulary,
+            states_limit=parse_bytes(states_limit),
+            max_length=max_length,
+            learning_rate=learning_rate,
+            seed=seed,
+            output=output,
+            resume=resume,
+        )
+        return
+    if data is None:
+        raise SplitnetError("there is nothing to learn from: give examples with --data FILE.jsonl")
     require("tune", "splitnet tune")
     TuningFolder(output).check_place(resume=resume)
     if "{text}" not in template:
@@ -119,5 +157,66 @@ def tune(
         output=output,
         resume=resume,
         way=[*([model] if model else []), *as_arguments(connecting)],
+    )
+    tuning.run(Connection(checkpoint, connecting))
+
+
+def _check_options(context: typer.Context, draft_head: bool) -> None:
+    """Raises SplitnetError: an option was given that does not go with --draft-head, or only with that."""
+    others = {parameter.name: parameter.opts[0] for parameter in context.command.params} if context.command else {}
+    for name, option in others.items():
+        given = getattr(context.get_parameter_source(name or ""), "name", "DEFAULT") == "COMMANDLINE"
+        applies = name in _OF_BOTH or name in CONNECTING or (name in _OF_DRAFT_HEADS) == draft_head
+        if given and not applies:
+            way = "does not go with" if draft_head else "is for"
+            raise SplitnetError(
+                f"{option} {way} --draft-head: leave it out" + (", or add that" if not draft_head else "")
+            )
+
+
+def _tune_draft_head(
+    connecting: ConnectionOptions,
+    model: str | None,
+    *,
+    data: Path | None,
+    generate: int,
+    max_length: int | None,
+    learning_rate: float | None,
+    output: Path,
+    resume: bool,
+    **settings: Any,
+) -> None:
+    if data is None and not generate:
+        raise SplitnetError(
+            "there is nothing to learn from: give texts with --data, or have N written with --generate N"
+        )
+    if learning_rate == 0:
+        raise SplitnetError("with --lr 0 nothing is learned: leave it out, or give a step size such as 1e-3")
+    work = output / "work"
+    if not resume and output.is_dir() and any(path != work for path in output.iterdir()):
+        again = "a head: --resume goes on with it, or" if work.is_dir() else "files:"
+        raise SplitnetError(f"{output} already holds {again} give another --output")
+    TuningFolder(work).check_place(resume=resume)
+    from splitnet.tools.tune.data import read_examples
+
+    texts = read_examples(data, answered=not generate) if data is not None else None
+    if texts is not None and generate and texts.form in ("text", "classification"):
+        raise SplitnetError(f"--generate answers prompts, and {data} holds texts: leave one of them out")
+    if texts is not None and texts.form == "classification":
+        raise SplitnetError('labels make no draft head: give {"text": "..."}, chats or prompts with completions')
+    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
+
+    from splitnet.cli.connection import Connection
+    from splitnet.tools.tune.draft_head import LEARNING_RATE, LONGEST_TEXT, DraftHeadTuning
+
+    tuning = DraftHeadTuning(
+        texts=texts,
+        generate=generate,
+        max_length=max_length or LONGEST_TEXT,
+        learning_rate=learning_rate or LEARNING_RATE,
+        output=output,
+        resume=resume,
+        way=[*([model] if model else []), *as_arguments(connecting)],
+        **settings,
     )
     tuning.run(Connection(checkpoint, connecting))

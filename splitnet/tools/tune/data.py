@@ -10,13 +10,14 @@ from typing import Any, Literal, NoReturn
 
 from splitnet.errors import DataError
 
-Form = Literal["chat", "completion", "classification", "text"]
+Form = Literal["chat", "completion", "classification", "text", "prompt"]
 
 FIELDS: dict[Form, tuple[str, ...]] = {
     "chat": ("messages",),
     "completion": ("prompt", "completion"),
     "classification": ("text", "label"),
     "text": ("text",),
+    "prompt": ("prompt",),  # without what it is answered with
 }
 """What an example of each form has; the first form whose fields a file's first example has is that of the file."""
 
@@ -49,10 +50,11 @@ class Examples:
         raise DataError(f"{self.path}, line {row.line}: {problem}")
 
 
-def read_examples(path: Path, form: Form | None = None) -> Examples:
+def read_examples(path: Path, form: Form | None = None, *, answered: bool = True) -> Examples:
     """Reads a file with one JSON object per line; empty lines are skipped, other fields are left alone.
 
-    The examples must be of a form; None: that of the first one. Raises DataError if the file or a line cannot be read.
+    The examples must be of a form; None: that of the first one. answered: chats without an answer are refused, and so
+    are prompts alone. Raises DataError if the file or a line cannot be read.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -64,7 +66,9 @@ def read_examples(path: Path, form: Form | None = None) -> Examples:
     for number, fields in _objects(path, text):
         try:
             form = form or _form_of(fields)
-            rows.append(Example(number, _checked(fields, form)))
+            if form == "prompt" and answered:
+                raise ValueError("no 'completion', so there is nothing to learn: add the answer")
+            rows.append(Example(number, _checked(fields, form, answered)))
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
     if form is None:
@@ -98,12 +102,12 @@ def _form_of(fields: dict[str, Any]) -> Form:
     raise ValueError(f"no example with the fields {', '.join(fields) or 'none'}: give one of {_SAMPLES}")
 
 
-def _checked(fields: dict[str, Any], form: Form) -> dict[str, Any]:
+def _checked(fields: dict[str, Any], form: Form, answered: bool) -> dict[str, Any]:
     missing = [name for name in FIELDS[form] if name not in fields]
     if missing:
         raise ValueError(f"{missing[0]!r} is missing; all examples of a file have the same form")
     if form == "chat":
-        return {"messages": _checked_messages(fields["messages"])}
+        return {"messages": _checked_messages(fields["messages"], answered)}
     if form == "classification" and isinstance(fields["label"], int):
         fields = {**fields, "label": str(fields["label"])}
     for name in FIELDS[form]:
@@ -115,7 +119,7 @@ def _checked(fields: dict[str, Any], form: Form) -> dict[str, Any]:
     return {name: fields[name] for name in FIELDS[form]}
 
 
-def _checked_messages(messages: Any) -> list[dict[str, str]]:
+def _checked_messages(messages: Any, answered: bool) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise ValueError("'messages' must be a list of messages")
     for number, message in enumerate(messages, start=1):
@@ -124,7 +128,7 @@ def _checked_messages(messages: Any) -> list[dict[str, str]]:
         if message.get("role") not in ROLES:
             raise ValueError(f"message {number} has the role {message.get('role')!r}: take one of {', '.join(ROLES)}")
         _refuse_surrogates(f"message {number}", message["content"])
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+    if answered and not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise ValueError("no message of the assistant, so there is nothing to learn: add the answer")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 

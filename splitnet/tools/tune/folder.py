@@ -17,6 +17,7 @@ from splitnet.errors import DataError
 if TYPE_CHECKING:
     import torch
 
+CHECKPOINT = "checkpoint.safetensors"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -28,7 +29,7 @@ class TuningFolder:
         self.path = path
         self._settings = path / "settings.json"
         self._metrics = path / "metrics.jsonl"
-        self._checkpoint = path / "checkpoint.safetensors"
+        self._checkpoint = path / CHECKPOINT
 
     def check_place(self, *, resume: bool) -> None:
         """Raises DataError if no run may begin here, or go on; it is not known yet which."""
@@ -68,10 +69,10 @@ class TuningFolder:
         with self._replacing(self._settings) as partial:
             partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    def save_checkpoint(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    def save_checkpoint(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], file: str = CHECKPOINT) -> None:
         from safetensors.torch import save_file
 
-        with self._replacing(self._checkpoint) as partial:
+        with self._replacing(self.path / file) as partial:
             # Without contiguous(), safetensors refuses views; metadata holds texts alone.
             whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(whole, partial, metadata={"facts": json.dumps(facts)})

@@ -253,8 +253,8 @@ class Tuning:
         """What makes two runs the same."""
         return {
             "model": fingerprint,
-            "data": _digest(self.train.path),
-            "evaluation": _digest(self.held_out.path) if self.held_out else None,
+            "data": digest(self.train.path),
+            "evaluation": digest(self.held_out.path) if self.held_out else None,
             "method": self.method,
             **asdict(self.options),
             **asdict(self.settings),
@@ -303,7 +303,7 @@ class _Training:
             f"{len(self.tuning.train.rows):,} examples" + (f", going on after step {run.done}" if saved else ""),
             err=True,
         )
-        with self.progress.bars, _stop_signals() as stopped:
+        with self.progress.bars, stop_signals("step") as stopped:
             try:
                 self._evaluate_if_due()
                 while run.done < steps and not stopped:
@@ -379,15 +379,15 @@ class _Training:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects the first signal to stop, so that the running step can be finished; a second one ends at once."""
+def stop_signals(what: str) -> Iterator[list[int]]:
+    """Collects the first signal to stop, so that the running `what` can be finished; a second one ends at once."""
     stopped: list[int] = []
 
     def note(number: int, frame: object) -> None:
         if stopped:
             raise KeyboardInterrupt
         stopped.append(number)
-        typer.echo("Stopping after this step; once more to stop at once.", err=True)
+        typer.echo(f"Stopping after this {what}; once more to stop at once.", err=True)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -402,5 +402,5 @@ def _told(result: Evaluation) -> str:
     return f"held-out loss {result.loss:.4f}{accuracy}"
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

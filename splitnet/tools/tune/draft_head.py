@@ -1,0 +1,667 @@
+"""What `tune --draft-head` does: an EAGLE-3 head learns what the model goes on with, from its last hidden states.
+
+The peers run forward, once per text. The states stay on disk, so that further epochs need no peer. What is trained is
+the head of EAGLE-3 (Li et al., arXiv:2503.01840) on the last hidden state alone, which comes home anyway, with a head
+for the most frequent tokens (FR-Spec, arXiv:2502.14856).
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from splitnet.blocks.client_part import load_client_part
+from splitnet.checkpoint.chat_template import render
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.connection import Connection
+from splitnet.drafts.eagle import EagleHead, Shape
+from splitnet.drafts.heads import ClientPart
+from splitnet.errors import SplitnetError
+from splitnet.hf.causal_lm import RemoteCausalLM, attached
+from splitnet.hf.decoding import client_part_of
+from splitnet.paths import public_name
+from splitnet.tools.tune.data import Examples
+from splitnet.tools.tune.folder import TuningFolder
+from splitnet.tools.tune.job import TuningProgress, digest, stop_signals
+from splitnet.tools.tune.methods import Schedule, Settings
+from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, collate
+
+WORK = "work"  # folder in that of the head: readers of heads take all safetensors beside the config
+LONGEST_TEXT = 512  # tokens, where the user sets none
+TOGETHER = 32  # texts that are generated at once, and lie in one file
+PASS_POSITIONS = 4096  # of texts that go through the blocks together
+PACK = 512  # positions that the head sees at once in training
+DEPTH = 5  # tokens in a row that it learns to draft
+DECAY = 0.8  # of what a drafted token counts, from each one to the next
+CHAINS = 4  # of so many positions, one is followed further than to the first drafted token
+HELD_OUT = 50  # of so many texts, one is held out
+BATCH = 4  # packs of a step
+TEMPERATURE = 0.7  # at which answers are written
+BARREN = 5  # rounds without a prompt, after which none is expected any more
+LEARNING_RATE = 1e-3
+WARMUP = 0.05  # of the steps
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Positions of texts one after the other, and where the last hidden states of the model are.
+
+    ids: `[n]`. texts: `[n]`, the number of each one's text. learned: `[n]`, tokens that the model shall write.
+    """
+
+    ids: Tensor
+    texts: Tensor
+    learned: Tensor
+    read: Callable[[], Tensor]  # `[n, hidden]`
+
+
+class States:
+    """Texts and the model's last hidden states of them, in a file for some texts each, written at once."""
+
+    def __init__(self, folder: TuningFolder) -> None:
+        self._folder = folder
+        self.files: list[Path] = []
+        while (path := folder.path / f"{len(self.files):05}.safetensors").exists():
+            self.files.append(path)
+
+    @property
+    def texts(self) -> int:
+        return sum(len(lengths) for lengths in self._all("lengths"))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    def add(self, rows: Sequence[Encoded], states: Sequence[Tensor]) -> None:
+        packed = torch.cat(list(states)).cpu()
+        halves = packed.to(torch.float16)  # more exact than bfloat16, where it can hold them
+        tensors = {
+            "ids": torch.tensor([token for row in rows for token in row.ids], dtype=torch.int32),
+            "learned": torch.tensor([target != IGNORED for row in rows for target in row.targets]),
+            "lengths": torch.tensor([len(row.ids) for row in rows], dtype=torch.int32),
+            "states": halves if bool(halves.isfinite().all()) else packed.to(torch.bfloat16),
+        }
+        path = self._folder.path / f"{len(self.files):05}.safetensors"
+        self._folder.save_checkpoint(tensors, {}, path.name)
+        self.files.append(path)
+
+    def packs(self) -> tuple[list[Pack], list[Pack]]:
+        """To learn from, and held out."""
+        learned: list[Pack] = []
+        held_out: list[Pack] = []
+        number = 0
+        for path in self.files:
+            ids, flags, lengths = (self._read(path, name) for name in ("ids", "learned", "lengths"))
+            texts = torch.arange(number, number + len(lengths)).repeat_interleave(lengths.long())
+            aside = texts % HELD_OUT == HELD_OUT - 1
+            for packs, chosen in ((learned, ~aside), (held_out, aside)):
+                for places in chosen.nonzero()[:, 0].split(PACK):
+                    if len(places):
+                        packs.append(Pack(ids[places].long(), texts[places], flags[places], _Reading(path, places)))
+            number += len(lengths)
+        return learned, held_out
+
+    def frequent(self, count: int, vocabulary: int) -> Tensor:
+        """The ids of the tokens that are written most often, in rising order; of equals, those with the lower ids."""
+        counts = torch.zeros(vocabulary, dtype=torch.long)
+        for ids, learned in zip(self._all("ids"), self._all("learned"), strict=True):
+            counts += torch.bincount(ids[learned], minlength=vocabulary)
+        return counts.argsort(descending=True, stable=True)[:count].sort().values
+
+    def _all(self, name: str) -> Iterator[Tensor]:
+        return (self._read(path, name) for path in self.files)
+
+    @staticmethod
+    def _read(path: Path, name: str) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    path: Path
+    places: Tensor
+
+    def __call__(self) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            first, last = int(self.places[0]), int(self.places[-1])
+            return file.get_slice("states")[first : last + 1][self.places - first].float()
+
+
+class _Attention:
+    """Of a head that is unrolled, as in the training-time test of EAGLE-3.
+
+    First all positions see those of the same text before them. Then chains go on from some of them: each step of a
+    chain sees what its beginning saw, and the steps of the same chain so far. masked: `[n, n]`, what is not seen.
+    """
+
+    def __init__(self, masked: Tensor) -> None:
+        self._masked = masked
+        self._first: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.beginnings: Tensor | None = None  # of the chains, `[m]`; None: they have not begun
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        masked, own = self._masked, self._own.setdefault(layer, [])
+        if self.beginnings is None:
+            self._first[layer] = keys, values
+        else:
+            own.append((keys, values))
+            masked = masked[self.beginnings]
+        first_keys, first_values = self._first[layer]
+        grouped = queries.unflatten(0, (len(keys), -1)) * keys.shape[-1] ** -0.5
+        count = masked.shape[1]
+        scores = (grouped.flatten(1, 2) @ first_keys.mT).unflatten(1, grouped.shape[1:3]).float()
+        own_scores = [(grouped * one[:, None]).sum(-1, keepdim=True, dtype=torch.float32) for one, _ in own]
+        weights = torch.cat((scores.masked_fill(masked, -torch.inf), *own_scores), dim=-1).softmax(dim=-1)
+        weights = weights.to(values.dtype)
+        mixed = (weights[..., :count].flatten(1, 2) @ first_values).unflatten(1, grouped.shape[1:3])
+        for place, (_, one) in enumerate(own, count):
+            mixed = mixed + weights[..., place, None] * one[:, None]
+        return mixed.flatten(0, 1)
+
+
+def unrolled(head: EagleHead, pack: Pack, states: Tensor, followed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of the first to the last drafted token, `[m, draft vocabulary]`, each with the positions `[m]` whose next
+    token is drafted: the model's states there tell what is right.
+
+    followed: `[n]`, positions from which more than one token is drafted, where the text is long enough.
+    """
+    ids, texts = pack.ids.to(states.device), pack.texts.to(states.device)
+    places = torch.arange(len(ids) - 1, device=states.device)
+    masked = (texts[:-1, None] != texts[None, :-1]) | (places[:, None] < places)
+    attention = _Attention(masked)
+    cosines, sines = head.rotary(0, len(ids) + DEPTH)
+    outputs = head(head.embed(ids[1:]), head.begin(states[:-1]), (cosines[places], sines[places]), attention.attend)
+    learned = pack.learned.to(states.device)
+
+    def goes_on(depth: int) -> Tensor:
+        """Positions at which so many drafted tokens, and one more, belong to the same text."""
+        last = len(ids) - depth - 2
+        if last <= 0:
+            return places[:0]
+        begin = places[:last]
+        return begin[(texts[begin] == texts[begin + depth + 2]) & learned[begin + 2]]
+
+    first = goes_on(0)
+    yield head.logits(outputs[first]), first + 1
+    beginnings = goes_on(DEPTH - 1)
+    beginnings = beginnings[followed.to(states.device)[beginnings]]
+    if not len(beginnings):
+        return
+    attention.beginnings = beginnings
+    hidden = outputs[beginnings]
+    for depth in range(1, DEPTH):
+        at = beginnings + depth
+        hidden = head(head.embed(ids[at + 1]), hidden, (cosines[at], sines[at]), attention.attend)
+        yield head.logits(hidden), at + 1
+
+
+class HeadRun(TuningRun):
+    """Trains a head; rows are packs.
+
+    unembedding: `[draft vocabulary, hidden]`, of the model's own head: what that makes of the states is learned.
+    """
+
+    def __init__(
+        self,
+        head: EagleHead,
+        packs: Sequence[Pack],
+        settings: Settings,
+        unembedding: Tensor,
+        halves: bool | None = None,
+    ) -> None:
+        rows: Any = packs
+        super().__init__(head, rows, settings, pad=0, device=unembedding.device)
+        self._unembedding = unembedding
+        self.halves = self._are_halves_faster() if halves is None else halves
+
+    def _loss(self, rows: Sequence[Any], *, backward: bool) -> float:
+        total = 0.0
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.done)
+        for pack in rows:
+            with torch.set_grad_enabled(backward), torch.autocast(self.device_type, torch.bfloat16, self.halves):
+                loss = self._loss_of(pack, generator)
+                if backward and loss.requires_grad:
+                    (loss / len(rows)).backward()
+            total += float(loss.detach()) / len(rows)
+        if not math.isfinite(total):
+            raise SplitnetError(f"the loss of step {self.done + 1} is {total}: start again with a lower --lr")
+        return total
+
+    @property
+    def device_type(self) -> str:
+        return self._unembedding.device.type
+
+    def _loss_of(self, pack: Pack, generator: torch.Generator) -> Tensor:
+        states = pack.read().to(self._unembedding.device)
+        expected = expected_logits(self.model.model, self._unembedding, states)
+        followed = torch.rand(len(states), generator=generator) < 1 / CHAINS
+        loss = states.new_zeros(())
+        for depth, (logits, places) in enumerate(unrolled(self.model, pack, states, followed)):
+            if len(places):
+                loss = loss + DECAY**depth * divergence(logits, expected[places])
+        return loss
+
+    def _are_halves_faster(self) -> bool:
+        """Whether a step in bfloat16 takes less time than in float32, on this machine."""
+        seconds: list[float] = []
+        for self.halves in (True, False):
+            for _ in range(2):  # the first one also gets memory
+                began = time.perf_counter()
+                self._loss(self._rows_of(0)[:1], backward=True)
+                took = time.perf_counter() - began
+            seconds.append(took)
+        self.model.zero_grad()
+        return seconds[0] < seconds[1]
+
+
+def expected_logits(model: ClientPart, unembedding: Tensor, states: Tensor) -> Tensor:
+    """The model's logits of the draft vocabulary, `[n, draft vocabulary]`."""
+    assert model.final_norm is not None
+    with torch.no_grad():
+        return model.final_norm(states).to(unembedding.dtype) @ unembedding.T
+
+
+def divergence(logits: Tensor, expected: Tensor) -> Tensor:
+    """How far the distributions by `logits` are from those expected: the mean of Kullback and Leibler's divergence."""
+    wanted = expected.float().log_softmax(dim=-1)
+    return nn.functional.kl_div(logits.float().log_softmax(dim=-1), wanted, reduction="batchmean", log_target=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """On held-out texts. acceptance: of each drafted token, how often it is the one that the model finds likeliest, if
+    those before it were. per_trip: tokens that a round trip brings with all of them, the model's own included."""
+
+    loss: float
+    acceptance: tuple[float, ...]
+    per_trip: float
+
+    def __str__(self) -> str:
+        shares = " ".join(f"{share:.2f}" for share in self.acceptance)
+        return f"held-out loss {self.loss:.3f}, acceptance {shares}, {self.per_trip:.2f} tokens per round trip"
+
+
+@torch.no_grad()
+def evaluate(head: EagleHead, packs: Sequence[Pack], unembedding: Tensor) -> Quality:
+    model = head.model
+    assert model.final_norm is not None and model.output is not None
+    reached, right, loss = torch.zeros(DEPTH), torch.zeros(DEPTH), 0.0
+    for pack in packs:
+        states = pack.read().to(unembedding.device)
+        expected = expected_logits(model, unembedding, states)
+        chosen = torch.cat([model.output(model.final_norm(some)).argmax(dim=-1) for some in states.split(64)])
+        alive = torch.ones(
+            len(states), dtype=torch.bool, device=states.device
+        )  # by the position before a drafted token
+        for depth, (logits, places) in enumerate(unrolled(head, pack, states, alive)):
+            drafted = logits.argmax(dim=-1)
+            ids = drafted if head.draft_vocabulary is None else head.draft_vocabulary[drafted]
+            reached[depth] += int(alive[places - 1].sum())
+            now = alive[places - 1] & (ids == chosen[places])
+            right[depth] += int(now.sum())
+            alive = torch.zeros_like(alive).index_fill_(0, places[now], True)
+            if not depth and len(places):
+                loss += float(divergence(logits, expected[places])) * len(places)
+    acceptance = (right / reached.clamp(min=1)).tolist()
+    per_trip = 1 + sum(torch.tensor(acceptance).cumprod(0).tolist())
+    return Quality(loss / max(1.0, float(reached[0])), tuple(acceptance), per_trip)
+
+
+@torch.no_grad()
+def unembedding_of(model: ClientPart, ids: Tensor, device: torch.device) -> Tensor:
+    """The rows of the model's own head for some tokens, `[len(ids), hidden]` float32, whatever it holds them as."""
+    assert model.output is not None
+    unit = torch.eye(model.hidden_size, device=device)
+    base = model.output(torch.zeros(1, model.hidden_size, device=device))
+    columns = [(model.output(rows) - base)[:, ids].float() for rows in unit.split(64)]
+    return torch.cat(columns).T.contiguous()
+
+
+@torch.no_grad()
+def new_head(model: ClientPart, config: Any, ids: Tensor, unembedding: Tensor) -> EagleHead:
+    """A head for tokens `ids` that gives first what it is given: by torch's random numbers, but for its own head, which
+    is that of the model, and what stands before it."""
+    hidden, all_heads = model.hidden_size, config.num_attention_heads
+    size = getattr(config, "head_dim", None) or hidden // all_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or all_heads
+    if hidden % all_heads or all_heads % kv_heads or size % 2:
+        all_heads, kv_heads, size = 1, 1, hidden - hidden % 2
+    rope = {
+        "rope_type": "default",
+        "rope_theta": (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 1e4),
+    }
+    layer = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=getattr(config, "intermediate_size", None) or 3 * hidden,
+        num_hidden_layers=1,
+        num_attention_heads=all_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=size,
+        vocab_size=model.vocabulary,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=getattr(config, "max_position_embeddings", None) or 4096,
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+    )
+    head = EagleHead(Shape(layer, (model.num_blocks,), len(ids)), model, ids if len(ids) < model.vocabulary else None)
+    for parameter in head.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+    head.fc.weight.copy_(torch.eye(hidden))
+    head.lm_head.weight.copy_(unembedding)
+    assert model.final_norm is not None
+    ones = torch.ones(1, hidden, device=unembedding.device)
+    gain = model.final_norm(ones)
+    if torch.allclose(model.final_norm(-ones), -gain):  # a norm that adds nothing
+        head.norm.weight.copy_(gain[0])
+    return head.to(unembedding.device)
+
+
+class _Shown(nn.Module):
+    """Stands for the blocks of a model: gives what it is given."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return hidden
+
+
+@torch.no_grad()
+def client_part(checkpoint: Checkpoint, device: str) -> ClientPart:
+    """Raises SplitnetError: the family does more behind its blocks than a norm and a head, so nothing is known of what
+    its hidden states mean."""
+    blocks = _Shown()
+    model = load_client_part(checkpoint, blocks, dtype=torch.float32, device=device)
+    part = client_part_of(model, checkpoint.num_blocks)
+    ids = torch.arange(min(64, part.vocabulary), device=model.device)[None]
+    chosen = model(input_ids=ids, use_cache=False).logits[0].argmax(dim=-1)
+    if part.final_norm is None or part.output is None:
+        told = None
+    else:
+        told = part.output(part.final_norm(blocks.hidden[0])).argmax(dim=-1)
+    if told is None or int((told != chosen).sum()) > len(told) // 20:
+        raise SplitnetError(
+            f"models of the family {checkpoint.model_type!r} do more to the last hidden state than is known here, so "
+            "no draft head can be trained for them: draft from the prompt (--speculate prompt-lookup)"
+        )
+    return part
+
+
+@dataclass(frozen=True)
+class DraftHeadTuning:
+    """One call of the command; see its options. texts: to learn from, or with `generate` the prompts, if any."""
+
+    texts: Examples | None
+    generate: int
+    epochs: int
+    draft_vocabulary: int
+    states_limit: int
+    max_length: int
+    learning_rate: float
+    seed: int
+    output: Path
+    resume: bool
+    way: Sequence[str]  # the arguments with which commands reach the model
+
+    def run(self, connection: Connection) -> None:
+        """Trains to the last epoch, or until it is stopped. Raises SplitnetError; what was done is kept."""
+        checkpoint = connection.checkpoint()
+        if checkpoint.max_positions and self.max_length > checkpoint.max_positions:
+            raise SplitnetError(
+                f"{self.max_length:,} tokens are more than the model's context of {checkpoint.max_positions:,}: lower "
+                "--max-length"
+            )
+        writer = _Writer(self, checkpoint.tokenizer())
+        facts = connection.facts_of(checkpoint)
+        folder = TuningFolder(self.output / WORK)
+        description = self._description(facts.fingerprint)
+        folder.check(description, resume=self.resume)
+        device = connection.options.device
+        part = client_part(checkpoint, device)
+        folder.begin(description)
+        states, progress = States(folder), TuningProgress(0)
+        with stop_signals("file of states") as stopped:
+            if not writer.has_all(states):
+                swarm = connection.swarm_of(facts)
+                try:
+                    writer.fill(states, attached(checkpoint, swarm, connection.options), progress, stopped)
+                finally:
+                    swarm.close()
+        if stopped:
+            typer.echo("Stopped; nothing is lost. The same command with --resume goes on.", err=True)
+            raise SystemExit(128 + stopped[0])
+        self._train(part, checkpoint, states, folder, torch.device(device))
+
+    def _train(
+        self, part: ClientPart, checkpoint: Checkpoint, states: States, folder: TuningFolder, device: torch.device
+    ) -> None:
+        packs, held_out = states.packs()
+        if not packs or not held_out:
+            raise SplitnetError(
+                f"{states.texts} texts are too few to learn from and to hold out: give {HELD_OUT} or more"
+            )
+        torch.manual_seed(self.seed)
+        ids = states.frequent(min(self.draft_vocabulary, part.vocabulary), part.vocabulary).to(device)
+        unembedding = unembedding_of(part, ids, device)
+        head = new_head(part, checkpoint.config, ids, unembedding)
+        size = max(1, min(BATCH, len(packs) // 8))
+        steps = -(-self.epochs * len(packs) // size)
+        settings = Settings(
+            steps,
+            self.learning_rate,
+            batch_size=size,
+            warmup_steps=int(WARMUP * steps),
+            schedule=Schedule.COSINE,
+            seed=self.seed,
+        )
+        saved = folder.load_checkpoint() if self.resume else None
+        run = HeadRun(head, packs, settings, unembedding, saved[1]["halves"] if saved else None)
+        best = -1.0
+        if saved:
+            best = saved[1]["best"]
+            run.restore(*saved)
+        folder.metrics(until=run.done if saved else -1)
+        positions = sum(len(pack.ids) for pack in packs)
+        typer.echo(
+            f"draft head: {run.trained_parameters:,} trained parameters, {positions:,} positions, "
+            f"{'bfloat16' if run.halves else 'float32'}" + (f", going on after step {run.done}" if saved else ""),
+            err=True,
+        )
+        progress = TuningProgress(steps)
+
+        def keep() -> None:
+            tensors, facts = run.state()
+            folder.save_checkpoint(tensors, facts | {"halves": run.halves, "best": best})
+
+        def look(epoch: int) -> None:
+            nonlocal best
+            quality = evaluate(head, held_out, unembedding)
+            folder.add_metrics({"step": run.done, "epoch": epoch, **asdict(quality)})
+            progress.say(f"epoch {epoch} of {self.epochs}: {quality}")
+            if quality.per_trip > best:
+                best = quality.per_trip
+                head.save(self.output, public_name(checkpoint.source), checkpoint.config.architectures or [])
+
+        with progress.bars, stop_signals("step") as stopped:
+            try:
+                if not run.done:
+                    look(0)
+                while run.done < steps and not stopped:
+                    before = run.done * size // len(packs)
+                    began = time.perf_counter()
+                    step = run.step()
+                    seconds = time.perf_counter() - began
+                    numbers = asdict(step)
+                    folder.add_metrics({"step": numbers.pop("number"), **numbers, "seconds": round(seconds, 4)})
+                    progress.stepped(step, step.tokens / seconds)
+                    if (epoch := run.done * size // len(packs)) > before or run.done == steps:
+                        look(epoch)
+                        keep()
+            finally:
+                if run.done:
+                    keep()
+        if stopped:
+            typer.echo(
+                f"Stopped after step {run.done}; nothing is lost. The same command with --resume goes on.", err=True
+            )
+            raise SystemExit(128 + stopped[0])
+        command = ["splitnet", "generate", *self.way, "--speculate", f"eagle={self.output}", "..."]
+        typer.echo(f"{best:.2f} tokens per round trip on held-out texts. The head is in {self.output}.")
+        typer.echo(f"{self.output / WORK} holds {states.nbytes / 2**20:,.0f} MiB that it does not need any more.")
+        typer.echo(f"Use it: {shlex.join(command)}")
+
+    def _description(self, fingerprint: str) -> dict[str, Any]:
+        """What makes two runs the same."""
+        left_out = ("texts", "output", "resume", "way")
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
+        return {"model": fingerprint, "data": digest(self.texts.path) if self.texts else None, **own}
+
+
+class _Writer:
+    """Gives the texts of a run, file after file: those of the data, or such as the model itself writes."""
+
+    def __init__(self, tuning: DraftHeadTuning, tokenizer: Any) -> None:
+        self._tuning = tuning
+        self._tokenizer = tokenizer
+        self._rows: list[Encoded] = []
+        self._prompts: list[list[int]] = []
+        texts = tuning.texts
+        if texts is not None and tuning.generate:
+            self._prompts = [self._prompt(texts, row) for row in texts.rows]
+        elif texts is not None:
+            self._rows = Encoder(tokenizer, tuning.max_length).encode(texts)
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+    @property
+    def wanted(self) -> int:
+        return self._tuning.generate or len(self._rows)
+
+    def has_all(self, states: States) -> bool:
+        return states.texts >= self.wanted or states.nbytes >= self._tuning.states_limit
+
+    def fill(self, states: States, model: RemoteCausalLM, progress: TuningProgress, stopped: Sequence[int]) -> None:
+        """Writes files of states until all texts, or as many as there is room for, are there, or it is stopped."""
+        began, before = time.monotonic(), states.texts
+        while not self.has_all(states) and not stopped:
+            number = len(states.files)
+            if self._tuning.generate:
+                rows = self._generated(model, number)[: self.wanted - states.texts]
+            else:
+                rows = self._rows[number * TOGETHER : (number + 1) * TOGETHER]
+            states.add(rows, last_states(model, rows, self._pad))
+            done, seconds = states.texts, time.monotonic() - began
+            left = (self.wanted - done) * seconds / (done - before)
+            size = states.nbytes / 2**20
+            progress.say(f"states of {done:,} of {self.wanted:,} texts, {size:,.0f} MiB, {left / 60:.0f} minutes left")
+        if states.texts < self.wanted and not stopped:
+            progress.say(f"--states-limit is reached: {states.texts:,} of {self.wanted:,} texts are learned from")
+
+    def _generated(self, model: RemoteCausalLM, number: int) -> list[Encoded]:
+        """Texts of a file: prompts of the data in turn, or else the model's own (Magpie, Xu et al., arXiv:2406.08464),
+        and its answers."""
+        for attempt in range(BARREN):
+            torch.manual_seed((self._tuning.seed * 1_000_003 + number) * BARREN + attempt)
+            if self._prompts:
+                first = number * TOGETHER
+                prompts = [self._prompts[(first + place) % len(self._prompts)] for place in range(TOGETHER)]
+            elif self._tokenizer.chat_template:
+                prompts = self._imagined(model)
+            else:
+                prompts = [[self._first]] * TOGETHER
+            if prompts:
+                answers = self._sample(model, prompts, self._tuning.max_length // 2)
+                return [
+                    Encoded(prompt + answer, [IGNORED] * len(prompt) + answer)
+                    for prompt, answer in zip(prompts, answers, strict=True)
+                ]
+        raise SplitnetError("the model writes no prompts of its own: give some with --data")
+
+    @property
+    def _first(self) -> int:
+        begin, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        return begin if begin is not None else end or 0
+
+    def _imagined(self, model: RemoteCausalLM) -> list[list[int]]:
+        """Prompts, with all that the chat template puts around them, of those that come to an end."""
+        mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+        whole = render(self._tokenizer, [{"role": "user", "content": mark}], answer=True)
+        before, found, after = whole.partition(mark)
+        if not found:
+            raise SplitnetError("the model's chat template hides what a user says: give prompts with --data")
+        opening = self._ids(before)
+        written = self._sample(model, [opening] * TOGETHER, self._tuning.max_length // 4, temperature=1.0)
+        ended = [row[:-1] for row in written if row and row[-1] in self._ends(model)]
+        texts = [self._tokenizer.decode(row, skip_special_tokens=True).strip() for row in ended]
+        return [self._ids(before + text + after) for text in texts if text]
+
+    def _sample(
+        self, model: RemoteCausalLM, prompts: Sequence[list[int]], most: int, temperature: float = TEMPERATURE
+    ) -> list[list[int]]:
+        """What the model writes after each prompt, with the token that ends it, if it comes to an end."""
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in prompts])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=most, pad_token_id=self._pad, **how)
+        ends = self._ends(model)
+        answers: list[list[int]] = []
+        for row in output[:, longest:].tolist():
+            end = next((place for place, token in enumerate(row) if token in ends), len(row))
+            answers.append(row[: end + 1])
+        return answers
+
+    def _ends(self, model: RemoteCausalLM) -> set[int]:
+        told = model.generation_config.eos_token_id
+        return {self._tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])} - {None}
+
+    def _prompt(self, texts: Examples, row: Any) -> list[int]:
+        messages = row.fields.get("messages") or [{"role": "user", "content": row.fields["prompt"]}]
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if self._tokenizer.chat_template:
+            from jinja2 import TemplateError
+
+            try:
+                ids = self._ids(render(self._tokenizer, messages, answer=True))
+            except TemplateError as error:
+                texts.fail(row, f"the model's chat template refuses the messages ({error})")
+        elif "messages" in row.fields:
+            texts.fail(row, 'this model has no chat template: use "prompt", not "messages"')
+        else:
+            ids = self._tokenizer(row.fields["prompt"])["input_ids"]
+        if not 0 < len(ids) <= self._tuning.max_length // 2:
+            half = self._tuning.max_length // 2
+            texts.fail(row, f"{len(ids):,} tokens leave no room for an answer, {half:,} would: raise --max-length")
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def last_states(model: RemoteCausalLM, rows: Sequence[Encoded], pad: int) -> list[Tensor]:
+    """What the last block gives for texts, `[len(ids), hidden]` each."""
+    states: list[Tensor] = []
+    first = 0
+    while first < len(rows):
+        end, positions = first + 1, len(rows[first].ids)
+        while end < len(rows) and positions + len(rows[end].ids) <= PASS_POSITIONS:
+            positions += len(rows[end].ids)
+            end += 1
+        some = rows[first:end]
+        batch = collate(some, pad, device=model.device)
+        hidden = model.last_states(batch["input_ids"], batch["attention_mask"])
+        states += [one[: len(row.ids)] for one, row in zip(hidden, some, strict=True)]
+        first = end
+    return states

@@ -1,0 +1,240 @@
+"""Training of draft heads: unrolled as they draft, learning what a model goes on with, and going on after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from splitnet.drafts.eagle import EagleHead
+from splitnet.drafts.heads import ClientPart
+from splitnet.tools.tune.draft_head import (
+    DEPTH,
+    HELD_OUT,
+    PACK,
+    HeadRun,
+    Pack,
+    States,
+    evaluate,
+    new_head,
+    unembedding_of,
+    unrolled,
+)
+from splitnet.tools.tune.folder import TuningFolder
+from splitnet.tools.tune.methods import Settings
+from splitnet.tools.tune.run import IGNORED, Encoded
+
+HIDDEN, VOCABULARY = 32, 40
+CPU = torch.device("cpu")
+CONFIG = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+"""Of the model."""
+
+
+def part() -> ClientPart:
+    generator = torch.Generator().manual_seed(0)
+    embeddings, output = (torch.randn(VOCABULARY, HIDDEN, generator=generator) for _ in range(2))
+    return ClientPart(
+        embed=lambda ids: embeddings[ids],
+        final_norm=lambda hidden: hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-5),
+        output=lambda hidden: hidden @ output.T,
+        hidden_size=HIDDEN,
+        num_blocks=6,
+        vocabulary=VOCABULARY,
+    )
+
+
+MODEL = part()
+
+
+def following(token: int) -> int:
+    return (3 * token + 1) % 20
+
+
+def row(first: int, length: int) -> Encoded:
+    """A text in which each token tells the next one; its first two tokens are a prompt."""
+    ids = [first]
+    while len(ids) < length:
+        ids.append(following(ids[-1]))
+    return Encoded(ids, [IGNORED, IGNORED, *ids[2:]])
+
+
+def states_of(row: Encoded) -> Tensor:
+    """Hidden states by which the model finds the next token likeliest."""
+    assert MODEL.output is not None
+    directions = MODEL.output(torch.eye(HIDDEN)).T  # [vocabulary, hidden]
+    nexts = torch.tensor([following(token) for token in row.ids])
+    return torch.nn.functional.normalize(directions[nexts], dim=-1) * 5 + 0.01 * torch.arange(len(nexts))[:, None]
+
+
+@pytest.fixture
+def states(tmp_path: Path) -> States:
+    folder = TuningFolder(tmp_path / "work")
+    folder.begin({})
+    states = States(folder)
+    for file in range(4):
+        rows = [row((file + place) % 20, 12 + place) for place in range(HELD_OUT // 2)]
+        states.add(rows, [states_of(one) for one in rows])
+    return states
+
+
+def a_head(count: int = 20) -> EagleHead:
+    torch.manual_seed(0)
+    ids = torch.arange(count)
+    return new_head(MODEL, CONFIG, ids, unembedding_of(MODEL, ids, CPU))
+
+
+def a_run(states: States, head: EagleHead | None = None, **changed: Any) -> HeadRun:
+    settings = Settings(**{"steps": 60, "learning_rate": 1e-2, "batch_size": 1, "seed": 3, **changed})
+    packs, _ = states.packs()
+    return HeadRun(head or a_head(), packs, settings, unembedding_of(MODEL, torch.arange(20), CPU), halves=False)
+
+
+def test_texts_and_states_come_back_as_they_were_written(states: States) -> None:
+    learned, held_out = states.packs()
+    assert states.texts == 2 * HELD_OUT
+    assert len({int(text) for pack in held_out for text in pack.texts}) == 2
+    assert not {int(text) for pack in held_out for text in pack.texts} & {int(t) for p in learned for t in p.texts}
+    assert sum(len(pack.ids) for pack in learned + held_out) == sum(4 * (12 + place) for place in range(HELD_OUT // 2))
+    assert max(len(pack.ids) for pack in learned) <= PACK
+    for pack in learned + held_out:
+        read = pack.read()
+        assert len(read) == len(pack.ids) == len(pack.texts) == len(pack.learned)
+        begins = torch.ones(len(pack.ids), dtype=torch.bool)
+        begins[1:] = pack.texts[1:] != pack.texts[:-1]
+        nexts = torch.tensor([following(int(token)) for token in pack.ids])
+        assert bool((begins[1:] | (pack.ids[1:] == nexts[:-1])).all())
+        assert MODEL.output is not None and MODEL.output(read).argmax(-1).equal(nexts)
+
+
+def test_states_beyond_the_range_of_float16_are_kept(tmp_path: Path) -> None:
+    folder = TuningFolder(tmp_path)
+    folder.begin({})
+    states = States(folder)
+    rows = [row(0, 8) for _ in range(HELD_OUT)]
+    states.add(rows, [torch.full((8, HIDDEN), 1e6) for _ in rows])
+    assert bool((states.packs()[0][0].read() > 9e5).all())
+
+
+def test_frequent_tokens_are_those_of_what_is_written(states: States) -> None:
+    assert states.frequent(20, VOCABULARY).equal(torch.arange(20))
+    assert states.frequent(VOCABULARY, VOCABULARY).equal(torch.arange(VOCABULARY))
+    assert len(states.frequent(7, VOCABULARY)) == 7
+
+
+def test_the_head_of_the_model_is_read_in_whatever_form_it_is() -> None:
+    assert MODEL.output is not None
+    ids = torch.tensor([3, 9, 30])
+    found = unembedding_of(MODEL, ids, CPU)
+    hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(hidden @ found.T, MODEL.output(hidden)[:, ids], atol=1e-5)
+
+
+def test_a_head_is_unrolled_as_it_drafts() -> None:
+    head = a_head()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in head.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    ids = torch.randint(0, 20, (30,), generator=generator)
+    texts = torch.tensor([0] * 13 + [1] * 17)
+    hidden = torch.randn(30, HIDDEN, generator=generator)
+    pack = Pack(ids, texts, torch.ones(30, dtype=torch.bool), lambda: hidden)
+    found: dict[tuple[int, int], Tensor] = {}
+    with torch.no_grad():
+        for depth, (logits, places) in enumerate(unrolled(head, pack, hidden, torch.ones(30, dtype=torch.bool))):
+            found |= {(depth, int(place)): one for place, one in zip(places, logits, strict=True)}
+        for begin, end in ((0, 13), (13, 30)):
+            for at in range(begin, end - 2):
+                cache = head.new_cache()
+                # The cache counts from the beginning of its text, the pack from its own.
+                output = head.run(ids[begin + 1 : at + 2], hidden[begin : at + 1], cache)[-1:]
+                for depth in range(DEPTH if at + DEPTH + 1 < end else 1):
+                    if depth:
+                        output = head.run(ids[at + depth + 1 :][:1], output, cache, own=True)
+                    assert torch.allclose(found.pop((depth, at + depth + 1)), head.logits(output)[0], atol=1e-4)
+    assert not found
+
+
+def test_only_what_the_model_writes_is_learned() -> None:
+    head, learned = a_head(), torch.zeros(30, dtype=torch.bool)
+    learned[20:] = True
+    pack = Pack(torch.arange(30) % 20, torch.zeros(30, dtype=torch.long), learned, lambda: torch.zeros(30, HIDDEN))
+    followed = torch.zeros(30, dtype=torch.bool)
+    ((_, places),) = unrolled(head, pack, pack.read(), followed)
+    assert places.tolist() == list(range(19, 29))
+
+
+def test_training_lowers_the_loss_and_raises_the_acceptance(states: States) -> None:
+    head = a_head()
+    run = a_run(states, head)
+    _, held_out = states.packs()
+    unembedding = unembedding_of(MODEL, torch.arange(20), CPU)
+    before = evaluate(head, held_out, unembedding)
+    losses = [run.step().loss for _ in range(60)]
+    after = evaluate(head, held_out, unembedding)
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert after.loss < before.loss
+    assert after.acceptance[0] > max(0.8, before.acceptance[0])
+    assert after.per_trip > 3 > before.per_trip
+    assert len(after.acceptance) == DEPTH
+
+
+def test_acceptance_is_that_of_drafting(states: States) -> None:
+    head = a_head()
+    run = a_run(states, head)
+    for _ in range(40):
+        run.step()
+    head.requires_grad_(False)
+    _, held_out = states.packs()
+    quality = evaluate(head, held_out, unembedding_of(MODEL, torch.arange(20), CPU))
+    reached, right = [0] * DEPTH, [0] * DEPTH
+    for pack in held_out:
+        hidden = pack.read()
+        for text in pack.texts.unique():
+            at = (pack.texts == text).nonzero()[:, 0]
+            ids, own = pack.ids[at], hidden[at]
+            for begin in range(1, len(ids) - 2):
+                cache = head.new_cache()
+                output = head.run(ids[1 : begin + 2], own[: begin + 1], cache)[-1:]
+                if begin < 1:
+                    continue
+                for depth in range(DEPTH if begin + DEPTH + 1 < len(ids) else 1):
+                    reached[depth] += 1
+                    drafted = int(head.logits(output)[0].argmax())
+                    if drafted != following(int(ids[begin + depth + 1])):
+                        break
+                    right[depth] += 1
+                    output = head.run(torch.tensor([drafted]), output, cache, own=True)
+    expected = [one / max(1, of) for one, of in zip(right, reached, strict=True)]
+    assert quality.acceptance[0] == pytest.approx(expected[0], abs=0.1)
+    assert quality.acceptance[1] == pytest.approx(expected[1], abs=0.1)
+
+
+def test_a_seed_gives_the_same_head(states: States) -> None:
+    heads = [a_head(), a_head(), a_head()]
+    for head, seed in zip(heads, (3, 3, 4), strict=True):
+        run = a_run(states, head, seed=seed)
+        for _ in range(3):
+            run.step()
+    first, second, other = (torch.cat([one.flatten() for one in head.parameters()]) for head in heads)
+    assert first.equal(second) and not first.equal(other)
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(states: States) -> None:
+    whole, parted = a_run(states), a_run(states)
+    expected = [whole.step().loss for _ in range(6)]
+    found = [parted.step().loss for _ in range(3)]
+    resumed = a_run(states)
+    resumed.restore(*parted.state())
+    found += [resumed.step().loss for _ in range(3)]
+    assert found == expected
+
+
+def test_halves_train_too(states: States) -> None:
+    run = a_run(states)
+    run.halves = True
+    losses = [run.step().loss for _ in range(4)]
+    assert losses[-1] < losses[0]
