@@ -74,8 +74,9 @@ def tune(
         bool, in_drafts("--draft-head", help="Train an EAGLE head, for --speculate eagle=DIR, instead of an adapter.")
     ] = False,
     generate: Annotated[
-        int, in_drafts(min=1, metavar="N", help="Learn from N texts of the model: answers to the data, or to itself.")
-    ] = 0,
+        int | None,
+        in_drafts(min=1, metavar="N", help="Learn from N texts of the model: answers to the data, or to itself."),
+    ] = None,
     epochs: Annotated[int, in_drafts(min=1, help="How often each text is learned from.")] = 8,
     draft_vocabulary: Annotated[int, in_drafts(min=16, help="Tokens that are drafted: the most frequent ones.")] = 8192,
     states_limit: Annotated[str, in_drafts(metavar="4GiB", help="Disk space for hidden states of texts.")] = "4GiB",
@@ -94,7 +95,7 @@ def tune(
             connecting,
             model,
             data=data,
-            generate=generate,
+            generate=generate or 0,
             epochs=epochs,
             draft_vocabulary=draft_vocabulary,
             states_limit=parse_bytes(states_limit),

@@ -53,8 +53,8 @@ class Examples:
 def read_examples(path: Path, form: Form | None = None, *, answered: bool = True) -> Examples:
     """Reads a file with one JSON object per line; empty lines are skipped, other fields are left alone.
 
-    The examples must be of a form; None: that of the first one. answered: chats without an answer are refused, and so
-    are prompts alone. Raises DataError if the file or a line cannot be read.
+    The examples must be of a form; None: that of the first one. answered: chats without an answer are refused.
+    Raises DataError if the file or a line cannot be read.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -66,8 +66,6 @@ def read_examples(path: Path, form: Form | None = None, *, answered: bool = True
     for number, fields in _objects(path, text):
         try:
             form = form or _form_of(fields)
-            if form == "prompt" and answered:
-                raise ValueError("no 'completion', so there is nothing to learn: add the answer")
             rows.append(Example(number, _checked(fields, form, answered)))
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from None

@@ -61,6 +61,8 @@ class Encoder:
                     made = [self._chat(examples, example)]
                 case "classification":
                     made = [self._classified(examples, example)]
+                case "prompt":
+                    examples.fail(example, "a prompt alone teaches nothing: add its 'completion'")
             for row in made:
                 if len(row.ids) > self.max_length:
                     many = f"{len(row.ids):,} tokens are more than {self.max_length:,}"
