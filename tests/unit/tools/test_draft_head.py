@@ -107,8 +107,9 @@ def test_texts_and_states_come_back_as_they_were_written(states: States) -> None
         begins[1:] = pack.texts[1:] != pack.texts[:-1]
         nexts = torch.tensor([following(int(token)) for token in pack.ids])
         assert bool((begins[1:] | (pack.ids[1:] == nexts[:-1])).all())
-        assert MODEL.output is not None
-        assert MODEL.output(read).argmax(-1).equal(nexts)
+        output = MODEL.output
+        assert output is not None
+        assert output(read).argmax(-1).equal(nexts)
 
 
 def test_states_beyond_the_range_of_float16_are_kept(tmp_path: Path) -> None:
