@@ -33,8 +33,8 @@ class Call:
 
     keep: how many last positions the head looks at; 0: all. length: of the text that the positions are a piece of, if
     it is longer. run: runs the blocks, `[batch, seq, hidden]` in and out. backbone: is called in the place of the
-    backbone, with what calls that. seen: is given the features of steps, `[batch, kept, taps * hidden]`, and the outputs
-    of whole sequences.
+    backbone, with what calls that. seen: is given the features of steps, `[batch, kept, taps * hidden]`, and of whole
+    sequences the outputs.
     """
 
     keep: int = 0
