@@ -6,10 +6,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -94,4 +96,7 @@ def tokenizer(demo_checkpoint: Path) -> Any:
 def local(demo_checkpoint: Path) -> PreTrainedModel:
     """The demo model in plain transformers, which makes numbers of what the file has in codes."""
     folder, file = demo_checkpoint.parent, demo_checkpoint.name
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        for slow in ("GGUFReader", "get_tensor_name_map"):  # transformers calls them again with the same arguments
+            patch.setattr(gguf, slow, cache(getattr(gguf, slow)))
+        return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -126,16 +124,12 @@ def daemons(
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left: its exit code, its two outputs, and how long it took.
-
-    cpu_seconds: of the processor, which do not grow when others keep the machine busy; if it ran as a process.
-    """
+    """What a command left: its exit code, its two outputs, and how long it took."""
 
     code: int
     output: str
     errors: str
     seconds: float
-    cpu_seconds: float = math.nan
 
     @property
     def error(self) -> str:
@@ -154,7 +148,7 @@ def run(folder: Path, *arguments: str, given: str | None = None) -> Finished:
         folder: holds the key of this user.
         given: what it reads from stdin.
     """
-    began, cpu_before = time.monotonic(), _cpu_seconds_of_ended()
+    began = time.monotonic()
     run = uuid.uuid4().hex
     with subprocess.Popen(
         [*SPLITNET, *arguments],
@@ -169,8 +163,7 @@ def run(folder: Path, *arguments: str, given: str | None = None) -> Finished:
             process.terminate()
             raise
     output, errors = (text.decode() for text in said)
-    took, cpu_took = time.monotonic() - began, _cpu_seconds_of_ended() - cpu_before
-    finished = Finished(process.returncode, output, errors, took, cpu_took)
+    finished = Finished(process.returncode, output, errors, time.monotonic() - began)
     assert "Traceback" not in errors, errors
     expect_nothing_left(run)
     return finished
@@ -218,12 +211,6 @@ def background(folder: Path, *arguments: str) -> Iterator[Background]:
         finally:
             if process.poll() is None:
                 process.kill()
-
-
-def _cpu_seconds_of_ended() -> float:
-    """What child processes that have been waited for took."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def expect_nothing_left(run: str) -> None:

@@ -8,11 +8,13 @@ import re
 import shlex
 import signal
 import socket
-import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.main import app
 from splitnet.directory.dht import Directory
 from splitnet.security.identity import Identity
+from splitnet.security.swarm_key import SwarmKey
 from tests.e2e.conftest import DUO_SPANS, SPANS, Here
 from tests.e2e.daemons import LOOPBACK, Daemon, daemon, run, starting
 from tests.e2e.small_model import small_model
@@ -64,14 +67,28 @@ def private(small: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -
         yield swarm.addresses[0]
 
 
+EVERY_HELP = """
+import json, sys
+from typer.testing import CliRunner
+from splitnet.cli.main import app
+
+shown = [CliRunner().invoke(app, [command, "--help"]) for command in sys.argv[1:]]
+print(json.dumps([[[each.exit_code, each.stdout, each.stderr] for each in shown], list(sys.modules)]))
+"""
+MOST_MODULES = 900
+"""That help imports: 620 when this was written; torch alone has 1,000, and takes seconds."""
+
+
 def test_help_is_fast(home: Path) -> None:
-    seconds: list[float] = []
-    for arguments in [(), *((command,) for command in COMMANDS)]:
-        shown = run(home, *arguments, "--help")
-        assert shown.code == 0 and "--help" in shown.output and not shown.errors
-        seconds.append(shown.cpu_seconds)
-        assert all(command in shown.output for command in (COMMANDS if not arguments else ()))
-    assert statistics.median(seconds) < 0.5
+    shown = run(home, "--help")
+    assert shown.code == 0 and "--help" in shown.output and not shown.errors
+    assert all(command in shown.output for command in COMMANDS)
+    ended = subprocess.run([sys.executable, "-c", EVERY_HELP, *COMMANDS], capture_output=True, text=True, check=True)
+    helps, imported = json.loads(ended.stdout)
+    for code, output, errors in helps:
+        assert code == 0 and "--help" in output and not errors
+    assert len(helps) == len(COMMANDS)
+    assert len(imported) < MOST_MODULES and not {"hivemind", "torch", "transformers"} & {*imported}
 
 
 def test_version(home: Path) -> None:
@@ -271,8 +288,14 @@ def test_failures_as_processes(words: dict[str, str], home: Path) -> None:
         "fly",
     ],
 )
-def test_wrong_use_is_exit_code_2(home: Path, arguments: str) -> None:
-    finished = run(home, *arguments.format(nobody=NOBODY).split())
+def test_wrong_use_is_exit_code_2(here: Here, arguments: str) -> None:
+    finished = here(*arguments.format(nobody=NOBODY).split())
+    assert finished.code == 2
+    assert "Usage: " in finished.errors and not finished.output
+
+
+def test_a_process_ends_with_the_exit_code(home: Path) -> None:
+    finished = run(home, "fly")
     assert finished.code == 2
     assert "Usage: " in finished.errors and not finished.output
 
@@ -319,21 +342,20 @@ def imports_torch(daemon: Daemon) -> bool:
     return any("libtorch_cpu" in region.path for region in psutil.Process(daemon.process.pid).memory_maps())
 
 
-@pytest.mark.default_cases(moment=("load blocks",))
+@pytest.mark.default_cases(moment=("load blocks",), number=(signal.SIGINT,))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     "moment",
     [imports_torch, "open the checkpoint", "start a swarm", "load blocks", "measure the device"],
 )
 def test_a_peer_that_is_stopped_while_it_starts(
-    small: Path, tmp_path: Path, moment: str | Callable[[Daemon], bool]
+    small: Path, tmp_path: Path, moment: str | Callable[[Daemon], bool], number: signal.Signals
 ) -> None:
-    blocks = (*KV, "--blocks", "0:6")
-    with starting(tmp_path, small, *blocks) as first, starting(tmp_path, small, *blocks) as second:
-        for daemon, number in ((first, signal.SIGTERM), (second, signal.SIGINT)):
-            daemon.wait_for(lambda daemon=daemon: moment in daemon.log if isinstance(moment, str) else moment(daemon))
-            assert daemon.stop(number) < 10
-            assert daemon.process.returncode in (128 + number, 0 if "leaving the swarm" in daemon.log else None)
-            assert not daemon.serves and "Traceback" not in daemon.log and "rror" not in daemon.log
+    with starting(tmp_path, small, *KV, "--blocks", "0:6") as daemon:
+        daemon.wait_for(lambda: moment in daemon.log if isinstance(moment, str) else moment(daemon))
+        assert daemon.stop(number) < 10
+        assert daemon.process.returncode in (128 + number, 0 if "leaving the swarm" in daemon.log else None)
+        assert not daemon.serves and "Traceback" not in daemon.log and "rror" not in daemon.log
 
 
 @pytest.mark.full
@@ -418,8 +440,8 @@ def test_an_invitation_is_all_that_a_friend_needs_and_can_be_revoked(small: Path
         assert made.code == 0 and f"invites {name}" in made.output
         return file
 
-    with starting(tmp_path, small, *KV, "--blocks", "0:4", *closed) as first:
-        address = first.address()
+    with local_swarm(small, [(0, 4)], swarm_key=SwarmKey.load(swarm_key), authorized_keys=keys) as swarm:
+        address = swarm.peers[0].join_address
         assert address.startswith("tcp://")
         anna, bob = invite("anna", address), invite("bob", address)
         with daemon(tmp_path, "peer", *LOOPBACK, *KV, "--blocks", "4:6", "--invite", anna) as second:
@@ -460,7 +482,7 @@ def test_status_in_json(address: str, demo_checkpoint: Path, here: Here) -> None
 
 def test_chat_of_two_turns(address: str, demo_checkpoint: Path, local: Any, tokenizer: Any, here: Here) -> None:
     turns = ["My name is Ada. Who are you?", "What is my name?"]
-    arguments = ("chat", str(demo_checkpoint), "--join", address, "--codec", "none", "--max-new-tokens", "20")
+    arguments = ("chat", str(demo_checkpoint), "--join", address, "--codec", "none", "--max-new-tokens", "10")
     chat = here(*arguments, given="".join(turn + "\n" for turn in turns))
     assert chat.code == 0 and not chat.errors
     messages: list[dict[str, str]] = []
@@ -470,7 +492,7 @@ def test_chat_of_two_turns(address: str, demo_checkpoint: Path, local: Any, toke
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        output = local.generate(**inputs, max_new_tokens=20, do_sample=False)
+        output = local.generate(**inputs, max_new_tokens=10, do_sample=False)
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
         expected += answer + "\n"
@@ -487,17 +509,17 @@ def test_generate_with_statistics(address: str, demo_checkpoint: Path, here: Her
     assert re.search(r"\d+ prompt tokens, \d+ new; time to first token \d+ ms, then [\d.]+ tokens/s", answer.errors)
 
 
+@pytest.mark.default_cases(by_themselves=(False,))
+@pytest.mark.parametrize("by_themselves", [False, True], ids=["here", "as processes"])
 def test_generate_samples_by_seed_reads_stdin_and_takes_a_raw_prompt(
-    private: str, small: Path, home: Path, here: Here
+    private: str, small: Path, home: Path, here: Here, by_themselves: bool
 ) -> None:
     start = ("generate", str(small), "--join", private, "--max-new-tokens", "12")
     sampled = (*start, "--raw", "--temperature", "1", "bees")
-    with ThreadPoolExecutor(2) as pool:
-        sampled_once = pool.submit(run, home, *sampled, "--seed", "3")
-        piped = pool.submit(run, home, *start, "--raw", "-", given="bees")
+    once = partial(run, home) if by_themselves else here
     answers = {
-        "sampled": sampled_once.result(),
-        "piped": piped.result(),
+        "sampled": once(*sampled, "--seed", "3"),
+        "piped": once(*start, "--raw", "-", given="bees"),
         "repeated": here(*sampled, "--seed", "3"),
         "other": here(*sampled, "--seed", "4"),
         "raw": here(*start, "--raw", "bees"),
@@ -519,9 +541,13 @@ def test_a_stranger_is_told_so_at_once(
     assert finished.seconds < 20
 
 
-def test_demo(small: Path, home: Path) -> None:
-    demo = run(home, "demo", str(small), "--peers", "2", "--max-new-tokens", "8", "--prompt", "bees")
+@pytest.mark.default_cases(spans=([(0, 5)],))
+@pytest.mark.parametrize("spans", [[(0, 5)], [(0, 2), (3, 5)]], ids=len)
+def test_demo(small: Path, home: Path, spans: list[tuple[int, int]]) -> None:
+    peers = ("--peers", str(len(spans)))
+    demo = run(home, "demo", str(small), *peers, "--max-new-tokens", "8", "--prompt", "bees")
     assert demo.code == 0
     assert demo.output.startswith("\n> bees\n\n")
-    assert "daemon 1: blocks 0..2\n" in demo.errors and "daemon 2: blocks 3..5\n" in demo.errors
+    for number, (first, last) in enumerate(spans, 1):
+        assert f"daemon {number}: blocks {first}..{last}\n" in demo.errors
     assert "nothing is running any more" in demo.errors

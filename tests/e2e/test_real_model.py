@@ -20,7 +20,7 @@ from tests.e2e.daemons import Daemon
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-TOKENS = 32
+TOKENS = 16
 PROMPTS = [
     "The three primary colours are",
     "def fibonacci(n):\n    ",

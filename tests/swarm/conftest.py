@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ def node() -> Iterator[Directory]:
     """A node of a DHT for all swarms of a module; they must be of different models, or see each other."""
     with dht_node() as directory:
         yield directory
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Weights that no other test has: peers of theirs do not see others at the same node of the DHT."""
+    return random_checkpoint("llama", tmp_path / "own", seed=zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def own_local(own_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(own_folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from splitnet.directory.dht import Directory
 from splitnet.errors import CoverageError, PeerBusy, PeerFailed, SessionClosed, WrongSwarm
 from splitnet.security.identity import Identity
 from splitnet.session.events import Cause
@@ -28,8 +29,8 @@ SPANS = [(0, 2), (2, 3), (3, 6)]
 
 
 @pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[LocalSwarm]:
-    with local_swarm(folder, SPANS) as swarm:
+def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, SPANS, node=node) as swarm:
         yield swarm
 
 
@@ -58,30 +59,30 @@ def test_peers_push_to_each_other(shared: LocalSwarm, local: Any, monkeypatch: p
 
 
 def test_the_client_carries_where_a_peer_is_not_let_in(
-    folder: Path, local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    node: Directory, own_folder: Path, own_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Identity.generate()
     keys = tmp_path / "authorized_keys"
     keys.write_text(client.public.text + "\n")
-    with local_swarm(folder, [(0, 2)]) as swarm:
+    with local_swarm(own_folder, [(0, 2)], node=node) as swarm:
         # This peer lets the client in, and no other peer; so nobody can push to it.
         swarm.add(2, 3, authorized_keys=keys)
         swarm.add(3, 6)
         ends = _record_result_ends(monkeypatch)
         model = swarm.model(identity=client)
         with model.session() as cache:
-            assert torch.equal(generate(model, prompt()), generate(local, prompt()))
+            assert torch.equal(generate(model, prompt()), generate(own_local, prompt()))
             assert cache.session is not None
             assert [hop.relayed for hop in cache.session.hops] == [True, False, False]
             assert [link.sender for link in cache.session.links()][1] == "blocks 0..1 via client"
     assert set(ends) == {2, 6}, "the first hop's output came to the client, the second pushed its own"
 
 
-def test_a_span_is_entered_and_left_in_the_middle(folder: Path, local: Any) -> None:
-    with local_swarm(folder, [(0, 4), (2, 6)]) as swarm:
+def test_a_span_is_entered_and_left_in_the_middle(node: Directory, own_folder: Path, own_local: Any) -> None:
+    with local_swarm(own_folder, [(0, 4), (2, 6)], node=node) as swarm:
         model = swarm.model()
         with model.session() as cache:
-            assert torch.equal(generate(model, prompt()), generate(local, prompt()))
+            assert torch.equal(generate(model, prompt()), generate(own_local, prompt()))
             assert cache.session is not None
             hops = cache.session.hops
             assert hops[0].planned.start == 0
@@ -151,8 +152,8 @@ def test_a_step_beyond_what_is_cached_is_refused(shared: LocalSwarm) -> None:
     session.close()
 
 
-def test_memory_that_is_not_there_is_refused(shared: LocalSwarm, folder: Path) -> None:
-    with local_swarm(folder, [(0, 6)], kv_memory=100 * 6 * 2 * 2 * 16 * 4) as small:
+def test_memory_that_is_not_there_is_refused(node: Directory, shared: LocalSwarm, own_folder: Path) -> None:
+    with local_swarm(own_folder, [(0, 6)], kv_memory=100 * 6 * 2 * 2 * 16 * 4, node=node) as small:
         model = small.model()
         with pytest.raises(PeerBusy, match="KV memory"):
             model.generate(prompt(), max_new_tokens=2000, eos_token_id=None)
@@ -161,9 +162,9 @@ def test_memory_that_is_not_there_is_refused(shared: LocalSwarm, folder: Path) -
             model.generate(prompt(), max_new_tokens=60, eos_token_id=None)
 
 
-def test_a_hole_is_named(folder: Path) -> None:
+def test_a_hole_is_named(node: Directory, own_folder: Path) -> None:
     with (
-        local_swarm(folder, [(0, 2), (5, 6)]) as swarm,
+        local_swarm(own_folder, [(0, 2), (5, 6)], node=node) as swarm,
         pytest.raises(CoverageError, match=r"blocks 2\.\.4 .*--blocks 2:5"),
     ):
         generate(swarm.model(), prompt())
@@ -175,8 +176,8 @@ def test_other_weights_are_named(shared: LocalSwarm, tmp_path: Path) -> None:
         generate(visitor.model(), prompt())
 
 
-def test_a_peer_that_leaves_is_noticed_and_named(folder: Path) -> None:
-    with local_swarm(folder, [(0, 3), (3, 6)]) as swarm:
+def test_a_peer_that_leaves_is_noticed_and_named(node: Directory, own_folder: Path) -> None:
+    with local_swarm(own_folder, [(0, 3), (3, 6)], node=node) as swarm:
         model = swarm.model(recovery_timeout_s=0.5)
         with model.session():
             generate(model, prompt())
@@ -201,6 +202,7 @@ def _record_result_ends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ends
 
 
+@pytest.mark.default_cases(columns=(1,))
 @pytest.mark.parametrize("columns", [0, 1, 20])
 def test_another_thread_can_close_a_session_that_is_used(shared: LocalSwarm, columns: int) -> None:
     """While its route is opened, at its first token, or in the middle of an answer."""

@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from splitnet import __version__
+from splitnet.directory.dht import Directory
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve.admission import ANYONE, Admission
 from splitnet.serve.dashboard import Dashboard
@@ -28,10 +29,10 @@ WATTS = 10.0
 
 
 @pytest.fixture(scope="module")
-def swarm(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+def swarm(demo_checkpoint: Path, node: Directory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     folder = small_model(tmp_path_factory.mktemp("dashboard") / MODEL, demo_checkpoint, seed=0)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    with local_swarm(folder, [(0, 2), (2, 6)], watts=WATTS) as swarm:
+    with local_swarm(folder, [(0, 2), (2, 6)], node=node, watts=WATTS) as swarm:
         yield swarm
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from splitnet.directory.dht import Directory
 from splitnet.errors import CoverageError, OtherWeights, SessionClosed
 from splitnet.security.identity import Identity
 from tests.swarm.generation import GREEDY, After, prompt
@@ -113,8 +114,8 @@ def test_a_session_that_all_peers_have_dropped_is_rebuilt(twins: LocalSwarm, loc
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
-def test_a_replacement_that_comes_late_is_waited_for(folder: Path, local: Any) -> None:
-    with local_swarm(folder, SPANS) as swarm:
+def test_a_replacement_that_comes_late_is_waited_for(node: Directory, own_folder: Path, own_local: Any) -> None:
+    with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = swarm.model()
 
         def restart() -> None:
@@ -123,7 +124,7 @@ def test_a_replacement_that_comes_late_is_waited_for(folder: Path, local: Any) -
 
         with model.session():
             got = model.generate(**prompt(), **GREEDY, streamer=After(12, restart))
-        assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+        assert torch.equal(got, own_local.generate(**prompt(), **GREEDY))
 
 
 def test_a_hop_that_hangs_is_replaced(twins: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,8 +158,8 @@ def test_a_message_that_is_lost_between_peers_is_sent_again(twins: LocalSwarm, l
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
-def test_without_a_replacement_the_blocks_are_named(folder: Path) -> None:
-    with local_swarm(folder, SPANS) as swarm:
+def test_without_a_replacement_the_blocks_are_named(node: Directory, own_folder: Path) -> None:
+    with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = swarm.model(recovery_timeout_s=1.0)
         with model.session() as cache, pytest.raises(CoverageError, match=r"2\.\.3"):
             model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
@@ -166,8 +167,8 @@ def test_without_a_replacement_the_blocks_are_named(folder: Path) -> None:
 
 
 @pytest.mark.full
-def test_who_waits_for_blocks_that_nobody_serves_can_be_stopped(folder: Path) -> None:
-    with local_swarm(folder, SPANS) as swarm:
+def test_who_waits_for_blocks_that_nobody_serves_can_be_stopped(node: Directory, own_folder: Path) -> None:
+    with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = swarm.model(recovery_timeout_s=60.0)
         events = model.swarm.events
         with model.session() as cache:
@@ -186,8 +187,10 @@ def test_who_waits_for_blocks_that_nobody_serves_can_be_stopped(folder: Path) ->
         assert "failed" not in [event.kind for event in events.since(0)]
 
 
-def test_what_was_generated_before_an_error_is_kept_to_go_on_from(folder: Path, local: Any) -> None:
-    with local_swarm(folder, SPANS) as swarm:
+def test_what_was_generated_before_an_error_is_kept_to_go_on_from(
+    node: Directory, own_folder: Path, own_local: Any
+) -> None:
+    with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = swarm.model(recovery_timeout_s=0.5)
         with model.session() as cache:
             with pytest.raises(CoverageError) as caught:
@@ -202,12 +205,14 @@ def test_what_was_generated_before_an_error_is_kept_to_go_on_from(folder: Path, 
             assert cache.session is not None
             # The prompt was not sent again: only the token that failed, and those after it.
             assert cache.session.traffic.positions - before == options["max_new_tokens"]
-        assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+        assert torch.equal(got, own_local.generate(**prompt(), **GREEDY))
 
 
 @pytest.mark.full
-def test_who_holds_weights_otherwise_takes_a_place_only_if_that_is_allowed(folder: Path, local: Any) -> None:
-    with local_swarm(folder, SPANS) as swarm:
+def test_who_holds_weights_otherwise_takes_a_place_only_if_that_is_allowed(
+    node: Directory, own_folder: Path, own_local: Any
+) -> None:
+    with local_swarm(own_folder, SPANS, node=node) as swarm:
         strict, lenient = swarm.model(recovery_timeout_s=0.5), swarm.model("auto")
         with torch.no_grad():
             exact = strict(**prompt()).logits
@@ -228,17 +233,19 @@ def test_who_holds_weights_otherwise_takes_a_place_only_if_that_is_allowed(folde
             got = strict.generate(
                 generated, attention_mask=torch.ones_like(generated), **GREEDY | {"max_new_tokens": 30 - 12}
             )
-        assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+        assert torch.equal(got, own_local.generate(**prompt(), **GREEDY))
         with torch.no_grad():
             assert torch.equal(strict(**prompt()).logits, exact)
 
 
 @pytest.mark.full
-def test_hops_that_the_client_carries_between_are_replaced_too(folder: Path, local: Any, tmp_path: Path) -> None:
+def test_hops_that_the_client_carries_between_are_replaced_too(
+    node: Directory, own_folder: Path, own_local: Any, tmp_path: Path
+) -> None:
     client = Identity.generate()
     keys = tmp_path / "authorized_keys"
     keys.write_text(client.public.text + "\n")
-    with local_swarm(folder, [(0, 2)]) as swarm:
+    with local_swarm(own_folder, [(0, 2)], node=node) as swarm:
         for start, end in ((2, 4), (2, 4), (4, 6)):
             # Nobody but the client may connect, so it carries between all hops.
             swarm.add(start, end, authorized_keys=keys)
@@ -247,4 +254,4 @@ def test_hops_that_the_client_carries_between_are_replaced_too(folder: Path, loc
             got = model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
             assert cache.session is not None
             assert [hop.relayed for hop in cache.session.hops] == [True, True, False]
-        assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+        assert torch.equal(got, own_local.generate(**prompt(), **GREEDY))

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from peers.links import MAX_NEXT_HOPS
 from peers.sessions import MAX_SESSIONS, room_for
 from splitnet.blocks.adapters import write_tensors
+from splitnet.directory.dht import Directory
 from splitnet.security.identity import Identity
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.messages import (
@@ -153,8 +154,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[LocalSwarm]:
-    with local_swarm(folder, [(0, 3), (3, 6)], kv_memory=KV_MEMORY) as swarm:
+def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, [(0, 3), (3, 6)], node=node, kv_memory=KV_MEMORY) as swarm:
         yield swarm
 
 

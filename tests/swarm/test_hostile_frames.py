@@ -33,13 +33,13 @@ pytestmark = pytest.mark.swarm
 MEMORY_BOUND = 192 * 2**20
 
 
-def test_a_peer_answers_on_and_keeps_its_memory(tmp_path: Path) -> None:
+def test_a_peer_answers_on_and_keeps_its_memory(tmp_path: Path, node: Directory) -> None:
     folder = random_checkpoint("llama", tmp_path, blocks=4, hidden=64)
     ids = torch.arange(9)[None] + 3
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
     local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = local.generate(ids, **options)
-    with local_swarm(folder, [(0, 4)], kv_memory=16 * 2**20) as swarm:
+    with local_swarm(folder, [(0, 4)], node=node, kv_memory=16 * 2**20) as swarm:
         peer = swarm.peers[0]
         facts = ModelFacts.of(peer.checkpoint)
         assert torch.equal(swarm.model().generate(ids, **options), expected)

@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from splitnet.directory.dht import Directory
 from tests.attacks import gateway as attacks
 from tests.e2e.daemons import background
 from tests.e2e.small_model import small_model
@@ -29,10 +30,10 @@ KEYS = f"{ANN} weight=1\ntokens-per-minute=100000000,weight=2 {BOB}\nsk-poor tok
 
 
 @pytest.fixture(scope="module")
-def swarm(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+def swarm(demo_checkpoint: Path, node: Directory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     folder = small_model(tmp_path_factory.mktemp("hostile") / "small", demo_checkpoint, seed=0)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    with local_swarm(folder, [(0, 6)]) as swarm:
+    with local_swarm(folder, [(0, 6)], node=node) as swarm:
         yield swarm
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from peers.server import Peer
 from peers.sessions import MESSAGE_BYTES
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
 from splitnet.swarm.swarm import ModelFacts
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import Failure, Forward, Gradient, Result
@@ -133,14 +134,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def victims(folder: Path) -> Iterator[Victims]:
-    with serving(folder, [(0, 3), (3, 6)]) as found:
+def victims(folder: Path, node: Directory) -> Iterator[Victims]:
+    with serving(folder, [(0, 3), (3, 6)], node=node) as found:
         yield found
 
 
 @contextmanager
-def serving(folder: Path, spans: list[tuple[int, int]], training_memory: int = TRAINING_MEMORY) -> Iterator[Victims]:
-    with local_swarm(folder, spans, kv_memory=KV_MEMORY, training_memory=training_memory) as swarm:
+def serving(
+    folder: Path,
+    spans: list[tuple[int, int]],
+    training_memory: int = TRAINING_MEMORY,
+    node: Directory | None = None,
+) -> Iterator[Victims]:
+    options = {"kv_memory": KV_MEMORY, "training_memory": training_memory}
+    with local_swarm(folder, spans, node=node, **options) as swarm:
         swarm.join()
         local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         yield Victims(swarm, ModelFacts.of(Checkpoint.open(folder)), local)
@@ -234,9 +241,9 @@ def test_adapters_that_do_not_fit_fill_no_log(victims: Victims, caplog: pytest.L
 
 @pytest.mark.full
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_attention_takes_no_more_than_its_chunks(backward: bool, tmp_path: Path) -> None:
+def test_attention_takes_no_more_than_its_chunks(backward: bool, node: Directory, tmp_path: Path) -> None:
     folder = random_checkpoint("gemma2", tmp_path, blocks=2, max_position_embeddings=8192)
-    with serving(folder, [(0, 2)]) as victims:
+    with serving(folder, [(0, 2)], node=node) as victims:
         options: dict[str, Any] = {"seconds": 0.1, "length": 2048 if backward else 4096, "backward": backward}
         target = victims.endpoint, victims.facts
         with victims.attacked(lambda began: attacks.long_passes(*target, began=began, **options)) as seen:

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from peers.counters import SessionEnd
 from peers.server import Peer
+from splitnet.directory.dht import Directory
 from splitnet.errors import NotAuthorized
 from splitnet.security.identity import Identity
 from splitnet.transport.connections import MAX_MESSAGE_BYTES
@@ -37,8 +38,8 @@ CUT_OFF_AT = MAX_MESSAGE_BYTES + 128 * 2**20
 
 
 @pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[LocalSwarm]:
-    with local_swarm(folder, [(0, BLOCKS)]) as swarm:
+def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, [(0, BLOCKS)], node=node) as swarm:
         swarm.join()
         yield swarm
 
@@ -114,11 +115,11 @@ def reached_within(seconds: float, endpoint: Endpoint) -> bool:
     return False
 
 
-def test_a_key_that_is_taken_away_is_served_no_longer(folder: Path, tmp_path: Path) -> None:
+def test_a_key_that_is_taken_away_is_served_no_longer(node: Directory, own_folder: Path, tmp_path: Path) -> None:
     removed, kept = Identity.generate(), Identity.generate()
     keys = tmp_path / "authorized_keys"
     keys.write_text(f"{removed.public.text}\n{kept.public.text}\n")
-    with local_swarm(folder, [(0, BLOCKS)], authorized_keys=keys) as swarm:
+    with local_swarm(own_folder, [(0, BLOCKS)], authorized_keys=keys, node=node) as swarm:
         endpoint = swarm.peers[0].endpoint
         with attacks.Client(endpoint, removed) as gone, attacks.Client(endpoint, kept) as other:
             gone.ping()
@@ -153,9 +154,11 @@ class TakenAway(BaseStreamer):
         pass
 
 
-def test_a_session_whose_key_is_taken_away_ends_at_that_hop_and_says_so_at_once(folder: Path, tmp_path: Path) -> None:
+def test_a_session_whose_key_is_taken_away_ends_at_that_hop_and_says_so_at_once(
+    node: Directory, own_folder: Path, tmp_path: Path
+) -> None:
     client, keys = Identity.generate(), tmp_path / "authorized_keys"
-    with local_swarm(folder, [(0, 3)]) as swarm:
+    with local_swarm(own_folder, [(0, 3)], node=node) as swarm:
         left = f"{swarm.peers[0].identity.public.text}\n"
         keys.write_text(f"{left}{client.public.text} train=no,tokens-per-minute=1000\n")
         peer = swarm.add(3, BLOCKS, authorized_keys=keys)

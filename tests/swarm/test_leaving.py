@@ -13,6 +13,7 @@ import torch
 from peers import service
 from peers.counters import SessionEnd
 from peers.server import Peer
+from splitnet.directory.dht import Directory
 from splitnet.session.events import Cause
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
@@ -70,9 +71,11 @@ def test_a_peer_that_leaves_is_not_in_the_directory_and_takes_no_sessions(twins:
     assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
 
 
-def test_idle_sessions_do_not_hold_a_leaving_peer_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_sessions_do_not_hold_a_leaving_peer_up(
+    node: Directory, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(service, "IN_USE_S", 0.5)
-    with local_swarm(folder, SPANS) as swarm:
+    with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = swarm.model()
         with model.session():
             model.generate(**prompt(), **{**GREEDY, "max_new_tokens": 2})

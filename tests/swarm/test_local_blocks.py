@@ -12,6 +12,7 @@ from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
 from splitnet.errors import CoverageError, SplitnetError
 from splitnet.hf import remote_model
 from splitnet.hf.causal_lm import RemoteCausalLM
@@ -26,8 +27,8 @@ PLACES = ("0:2", "4:6", "2:3", "0:1,5:6", "1:2,3:5", "0:6")
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path) -> Iterator[LocalSwarm]:
-    with local_swarm(folder, [(0, 1), (1, 4), (4, 6)]) as started:
+def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, [(0, 1), (1, 4), (4, 6)], node=node) as started:
         yield started
 
 
@@ -127,8 +128,8 @@ def test_gradients(folder: Path, swarm: LocalSwarm, method: str) -> None:
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_a_lost_hop_between_local_blocks_is_replaced(folder: Path, local: Any) -> None:
-    with local_swarm(folder, [(0, 6), (0, 6)]) as twins:
+def test_a_lost_hop_between_local_blocks_is_replaced(node: Directory, own_folder: Path, own_local: Any) -> None:
+    with local_swarm(own_folder, [(0, 6), (0, 6)], node=node) as twins:
         model = twins.model(local_blocks="0:1,5:6")
         with model.session() as cache:
             first = model.generate(tokens(7), **options())
@@ -137,7 +138,7 @@ def test_a_lost_hop_between_local_blocks_is_replaced(folder: Path, local: Any) -
             next(peer for peer in twins.peers if peer.endpoint == used).close()
             second = model.generate(torch.cat((first, tokens(5)), dim=1), **options())
             assert len(repairs(cache.session)) == 1
-    assert torch.equal(second, local.generate(torch.cat((first, tokens(5)), dim=1), **options()))
+    assert torch.equal(second, own_local.generate(torch.cat((first, tokens(5)), dim=1), **options()))
 
 
 @pytest.mark.parametrize("blocks", ["", "3", "2:2", "4:7", "0:3,2:4", "0:2;4:6"])
@@ -202,11 +203,13 @@ def test_auto_compares_routes_by_what_is_known_when_all_are_planned(
 
 
 @pytest.mark.usefixtures("costs")
-def test_auto_takes_what_nobody_serves(folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_what_nobody_serves(
+    node: Directory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote_model, "_block_ms", lambda *_: 3.0)
-    with local_swarm(folder, [(2, 6)]) as few:
+    with local_swarm(own_folder, [(2, 6)], node=node) as few:
         model = few.model(local_blocks="auto")
-        assert torch.equal(model.generate(tokens(7), **options()), local.generate(tokens(7), **options()))
+        assert torch.equal(model.generate(tokens(7), **options()), own_local.generate(tokens(7), **options()))
         with model.session() as cache:
             model.generate(tokens(7), **options())
             assert cache.session is not None

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from peers.metrics import MetricsServer, registry_of
+from splitnet.directory.dht import Directory
 from splitnet.errors import PeerBusy
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
@@ -45,8 +46,8 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path) -> Iterator[LocalSwarm]:
-    with shared_swarm(folder, [(0, 2), (2, 6)]) as swarm:
+def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with shared_swarm(folder, [(0, 2), (2, 6)], node=node) as swarm:
         yield swarm
 
 

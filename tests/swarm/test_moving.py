@@ -17,6 +17,7 @@ from peers.placement import HolderWatch
 from peers.server import Peer
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
 from splitnet.errors import DirectoryError
 from splitnet.security.identity import PublicKey
 from splitnet.wire.endpoints import Endpoint
@@ -50,9 +51,9 @@ def has_moved(spare: Peer, others: list[Peer]) -> bool:
 
 
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_hole_is_filled_by_a_peer_that_can_be_spared(folder: Path, local: Any) -> None:
-    with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as swarm:
-        spare = swarm.add(0, 2, wish=memory_for(folder, 2))
+def test_a_hole_is_filled_by_a_peer_that_can_be_spared(node: Directory, own_folder: Path, own_local: Any) -> None:
+    with local_swarm(own_folder, [(0, 2), (2, 4), (4, 6)], node=node) as swarm:
+        spare = swarm.add(0, 2, wish=memory_for(own_folder, 2))
         address, before = spare.endpoint, spare.span.start
         assert not has_moved(spare, swarm.peers[:3])
         hole = next(peer for peer in swarm.peers[:3] if peer.span.start not in (0, before))
@@ -62,7 +63,7 @@ def test_a_hole_is_filled_by_a_peer_that_can_be_spared(folder: Path, local: Any)
         assert (spare.span.start, spare.span.end) == missing
         assert spare.endpoint == address
         model = swarm.model()
-        assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
+        assert torch.equal(model.generate(**prompt(), **GREEDY), own_local.generate(**prompt(), **GREEDY))
 
 
 def die(peer: Peer) -> None:
@@ -77,7 +78,7 @@ def die(peer: Peer) -> None:
 @pytest.mark.default_cases(fixed=([(0, 2), (2, 4), (4, 6)],))
 @pytest.mark.parametrize("fixed", [[(0, 2), (2, 4), (4, 6)], [(0, 2), (2, 4), (4, 6), (4, 6)]], ids=len)
 def test_blocks_whose_servers_die_without_a_word_are_soon_served_again(
-    folder: Path, local: Any, fixed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    node: Directory, own_folder: Path, own_local: Any, fixed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched, moved = threading.Event(), threading.Event()
     doomed: set[PublicKey] = set()
@@ -95,8 +96,8 @@ def test_blocks_whose_servers_die_without_a_word_are_soon_served_again(
 
     monkeypatch.setattr(HolderWatch, "heard", hear)
     monkeypatch.setattr(Peer, "_move", go)
-    with local_swarm(folder, fixed) as swarm:
-        spare = swarm.add(0, 2, wish=memory_for(folder, 2))
+    with local_swarm(own_folder, fixed, node=node) as swarm:
+        spare = swarm.add(0, 2, wish=memory_for(own_folder, 2))
         lost = 4 if spare.span.start != 4 else 2
         doomed |= {peer.endpoint.key for peer in swarm.peers if peer.span.start == lost}
         assert watched.wait(60.0)
@@ -106,12 +107,12 @@ def test_blocks_whose_servers_die_without_a_word_are_soon_served_again(
         assert moved.wait(COVERED_S)
         assert (spare.span.start, spare.span.end) == (lost, lost + 2)
         model = swarm.model()
-        assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
+        assert torch.equal(model.generate(**prompt(), **GREEDY), own_local.generate(**prompt(), **GREEDY))
 
 
 @pytest.mark.usefixtures("moves_when_told")
-def test_what_a_peer_has_moved_from_takes_no_memory(folder: Path) -> None:
-    with local_swarm(folder, [(0, 6), (0, 2)]) as swarm:
+def test_what_a_peer_has_moved_from_takes_no_memory(node: Directory, own_folder: Path) -> None:
+    with local_swarm(own_folder, [(0, 6), (0, 2)], node=node) as swarm:
         mover = swarm.peers[1]
         gc.collect()
         gc.freeze()  # as the daemon does when it has started
@@ -126,8 +127,10 @@ def test_what_a_peer_has_moved_from_takes_no_memory(folder: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_peer_moves_though_the_directory_is_silent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with local_swarm(folder, [(0, 6), (0, 2)]) as swarm:
+def test_a_peer_moves_though_the_directory_is_silent(
+    node: Directory, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with local_swarm(own_folder, [(0, 6), (0, 2)], node=node) as swarm:
         mover = swarm.peers[1]
         publish = mover._announcer.publish
 
@@ -143,9 +146,9 @@ def test_a_peer_moves_though_the_directory_is_silent(folder: Path, monkeypatch: 
 
 @pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_session_waits_for_the_blocks_that_are_moved_to(folder: Path, local: Any) -> None:
-    with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as swarm:
-        spare = swarm.add(0, 2, wish=memory_for(folder, 2))
+def test_a_session_waits_for_the_blocks_that_are_moved_to(node: Directory, own_folder: Path, own_local: Any) -> None:
+    with local_swarm(own_folder, [(0, 2), (2, 4), (4, 6)], node=node) as swarm:
+        spare = swarm.add(0, 2, wish=memory_for(own_folder, 2))
         doomed = next(peer for peer in swarm.peers[1:3] if peer.span.start != spare.span.start)
 
         def lose() -> None:
@@ -158,12 +161,12 @@ def test_a_session_waits_for_the_blocks_that_are_moved_to(folder: Path, local: A
         with model.session():
             got = model.generate(**prompt(), **GREEDY, streamer=After(10, lose))
         mover.join()
-        assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+        assert torch.equal(got, own_local.generate(**prompt(), **GREEDY))
 
 
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_peer_that_moves_hands_its_session_over(folder: Path, local: Any) -> None:
-    with local_swarm(folder, [(0, 2), (2, 4), (4, 6), (2, 4)]) as swarm:
+def test_a_peer_that_moves_hands_its_session_over(node: Directory, own_folder: Path, own_local: Any) -> None:
+    with local_swarm(own_folder, [(0, 2), (2, 4), (4, 6), (2, 4)], node=node) as swarm:
         movers = [peer for peer in swarm.peers if peer.span.start == 2]
         model = swarm.model()
         moved: list[threading.Thread] = []
@@ -177,7 +180,7 @@ def test_a_peer_that_moves_hands_its_session_over(folder: Path, local: Any) -> N
         with model.session() as cache:
             got = model.generate(**prompt(), **GREEDY, streamer=After(5, move))
             moved[0].join()
-        assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+        assert torch.equal(got, own_local.generate(**prompt(), **GREEDY))
         assert sorted(peer.span.start for peer in movers) == [2, 3]
         assert {(record.start, record.serves) for record in swarm.connect().peers(fresh=True)} == {
             (0, True), (2, True), (3, True), (4, True),
@@ -186,8 +189,8 @@ def test_a_peer_that_moves_hands_its_session_over(folder: Path, local: Any) -> N
 
 @pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_peer_ends_while_it_moves(folder: Path) -> None:
-    with local_swarm(folder, [(0, 6), (0, 6)]) as swarm:
+def test_a_peer_ends_while_it_moves(node: Directory, own_folder: Path) -> None:
+    with local_swarm(own_folder, [(0, 6), (0, 6)], node=node) as swarm:
         peer = swarm.peers[1]
         peer._leaving.set()
         peer._move((0, 3))

@@ -25,12 +25,12 @@ pytestmark = pytest.mark.swarm
 
 
 @pytest.fixture
-def private(folder: Path, tmp_path: Path) -> Iterator[tuple[LocalSwarm, Identity]]:
+def private(node: Directory, own_folder: Path, tmp_path: Path) -> Iterator[tuple[LocalSwarm, Identity]]:
     """A peer that lets in one key, and that key."""
     friend = Identity.generate()
     keys = tmp_path / "authorized_keys"
     keys.write_text(f"{friend.public.text} a friend\n")
-    with local_swarm(folder, [(0, 6)], authorized_keys=keys) as swarm:
+    with local_swarm(own_folder, [(0, 6)], authorized_keys=keys, node=node) as swarm:
         yield swarm, friend
 
 
@@ -73,8 +73,8 @@ def test_a_key_that_is_added_later_is_let_in(private: tuple[LocalSwarm, Identity
             assert time.monotonic() < deadline, "the list is read again within seconds"
 
 
-def test_a_peer_with_another_key_than_its_record_is_not_used(folder: Path) -> None:
-    with local_swarm(folder, [(0, 6)]) as swarm:
+def test_a_peer_with_another_key_than_its_record_is_not_used(node: Directory, own_folder: Path) -> None:
+    with local_swarm(own_folder, [(0, 6)], node=node) as swarm:
         honest = swarm.peers[0]
         impostor = Identity.generate()
         # Signed properly, but by a key that is not the one that answers at this address.
@@ -88,8 +88,8 @@ def test_a_peer_with_another_key_than_its_record_is_not_used(folder: Path) -> No
         session.close()
 
 
-def test_a_swarm_of_impostors_serves_nobody(folder: Path) -> None:
-    with local_swarm(folder, [(0, 3)]) as swarm:
+def test_a_swarm_of_impostors_serves_nobody(node: Directory, own_folder: Path) -> None:
+    with local_swarm(own_folder, [(0, 3)], node=node) as swarm:
         impostor = Identity.generate()
         lie = dataclasses.replace(swarm.peers[0].record(), key=impostor.public, start=3, end=6)
         _announce(swarm, lie, impostor)
@@ -97,8 +97,8 @@ def test_a_swarm_of_impostors_serves_nobody(folder: Path) -> None:
             one_step(swarm.connect())
 
 
-def test_a_session_belongs_to_the_key_that_opened_it(folder: Path) -> None:
-    with local_swarm(folder, [(0, 6)]) as swarm:
+def test_a_session_belongs_to_the_key_that_opened_it(node: Directory, own_folder: Path) -> None:
+    with local_swarm(own_folder, [(0, 6)], node=node) as swarm:
         owner, thief = swarm.connect(), swarm.connect()
         session = Session(owner, ConnectionOptions(codec="none"), reservation=16)
         before = session.step(torch.ones(3, 64), [Chunk(1, 0, 3, 1)])
@@ -125,8 +125,8 @@ def test_a_session_belongs_to_the_key_that_opened_it(folder: Path) -> None:
         session.close()
 
 
-def test_an_endpoint_with_a_wrong_key_is_never_spoken_to(folder: Path) -> None:
-    with local_swarm(folder, [(0, 6)]) as swarm:
+def test_an_endpoint_with_a_wrong_key_is_never_spoken_to(node: Directory, own_folder: Path) -> None:
+    with local_swarm(own_folder, [(0, 6)], node=node) as swarm:
         client = swarm.connect()
         wrong = Endpoint(swarm.peers[0].endpoint.address, Identity.generate().public)
         pong = client.ping(wrong)

@@ -21,6 +21,7 @@ from schemathesis.checks import CHECKS
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scheduler.speculation import Window
+from splitnet.directory.dht import Directory
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.logs import JsonFormatter
 from splitnet.security.identity import KeyOptions
@@ -54,8 +55,8 @@ def small(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def swarm(small: Path) -> Iterator[LocalSwarm]:
-    with local_swarm(small, [(0, 2), (2, 6)]) as swarm:
+def swarm(small: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with local_swarm(small, [(0, 2), (2, 6)], node=node) as swarm:
         yield swarm
 
 

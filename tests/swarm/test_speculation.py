@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from scheduler.speculation import Window
+from splitnet.directory.dht import Directory
 from splitnet.drafts.eagle import EagleHead, Shape
 from splitnet.drafts.heads import ClientPart
 from splitnet.drafts.mtp import MtpHead
@@ -28,8 +29,8 @@ WINDOWS = (Window(3, 1), Window(2, 3), Window(15, 2))
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path) -> Iterator[LocalSwarm]:
-    with local_swarm(folder, [(0, 1), (1, 4), (4, 6)]) as started:
+def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, [(0, 1), (1, 4), (4, 6)], node=node) as started:
         yield started
 
 
@@ -142,9 +143,11 @@ def test_tokens_are_streamed_one_by_one(remote: RemoteCausalLM, window: Window) 
     assert streamer.tokens == [*got[0].tolist(), -1]
 
 
-def test_a_hop_that_dies_with_windows_under_way(folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hop_that_dies_with_windows_under_way(
+    node: Directory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     force_window(monkeypatch, Window(2, 4))
-    with local_swarm(folder, [(0, 3), (3, 6), (3, 6)]) as twins:
+    with local_swarm(own_folder, [(0, 3), (3, 6), (3, 6)], node=node) as twins:
         model = twins.model()
 
         def kill() -> None:
@@ -153,11 +156,11 @@ def test_a_hop_that_dies_with_windows_under_way(folder: Path, local: Any, monkey
             next(peer for peer in twins.peers if peer.endpoint == used).close()
 
         with model.session() as cache:
-            drafter = AutoModelForCausalLM.from_pretrained(folder)
+            drafter = AutoModelForCausalLM.from_pretrained(own_folder)
             got = model.generate(repeating(), speculate=drafter, streamer=After(11, kill), **options())
             assert cache.session is not None
             assert len(repairs(cache.session)) == 1
-    assert torch.equal(got, local.generate(repeating(), **options()))
+    assert torch.equal(got, own_local.generate(repeating(), **options()))
 
 
 @pytest.mark.parametrize(

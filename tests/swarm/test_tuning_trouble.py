@@ -129,8 +129,8 @@ def test_a_way_back_that_the_peers_have_forgotten_is_walked_again(swarm: LocalSw
         assert torch.equal(train(model, 2, forget), undisturbed)
 
 
-def test_a_lost_peer_without_another_ends_in_an_error_and_training_can_go_on(folder: Path) -> None:
-    with local_swarm(folder, SPANS) as swarm:
+def test_a_lost_peer_without_another_ends_in_an_error_and_training_can_go_on(node: Directory, own_folder: Path) -> None:
+    with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = wrapped(swarm.model(recovery_timeout_s=1.0), lora())
         undisturbed = train(wrapped(swarm.model(), lora()), 2)
         swarm.peers[1].close()
@@ -229,8 +229,8 @@ def test_a_layer_that_does_not_see_every_position_is_named(use_cache: bool, node
 
 
 @pytest.mark.full
-def test_a_peer_without_memory_for_training_says_so(folder: Path) -> None:
-    with local_swarm(folder, SPANS, training_memory=1000) as swarm:
+def test_a_peer_without_memory_for_training_says_so(node: Directory, own_folder: Path) -> None:
+    with local_swarm(own_folder, SPANS, training_memory=1000, node=node) as swarm:
         model = wrapped(swarm.model(recovery_timeout_s=1.0), lora())
         with pytest.raises(SplitnetError, match="train with fewer positions"):
             model(**batch())

@@ -65,6 +65,7 @@ def test_others_who_import_the_library_have_transformers_as_it_is() -> None:
     assert imported(program) >= {"scipy", "torch._dynamo", "torch.distributed.tensor"}
 
 
+@pytest.mark.full
 def test_what_is_imported_late_is_there_when_it_is_used() -> None:
     program = f"""
 {AS_A_COMMAND}
@@ -106,6 +107,7 @@ def test_a_workaround_is_still_needed(module: str, brings: str, workaround: str)
     assert brings in imported(f"import {module}"), f"{workaround} in splitnet/import_shims.py can go"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("program", "brings", "workaround"),
     [

@@ -114,6 +114,7 @@ print(*counts[1:], sep="\\n")
     assert run(code) == ["2", "2", "2"]
 
 
+@pytest.mark.full
 def test_without_an_openmp_there_is_one_thread_and_the_doctor_says_so() -> None:
     code = f"""
 import ctypes
