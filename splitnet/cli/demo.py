@@ -69,13 +69,6 @@ class LocalSwarm:
         first, *_ = [self._await_address(index) for index in range(len(self.spans))]
         return first
 
-    def restart_dead(self) -> None:
-        for index, process in enumerate(self.processes):
-            if process.poll() is not None:
-                self._file("address", index).unlink()
-                self.processes[index] = self._start(index)
-                self._await_address(index)
-
     def log(self, index: int) -> str:
         return self._file("log", index).read_text(encoding="utf-8", errors="replace")
 

@@ -10,7 +10,7 @@ import itertools
 import os
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -144,6 +144,16 @@ Began = Callable[[], None]
 def _nothing() -> None: ...
 
 
+def _rounds(seconds: float) -> Iterator[int]:
+    """Numbers from 0 on until a time is over; one in any case."""
+    until = time.monotonic() + seconds
+    yield 0
+    for number in itertools.count(1):
+        if time.monotonic() > until:
+            return
+        yield number
+
+
 def prefix_rows(
     endpoint: Endpoint,
     facts: ModelFacts,
@@ -165,13 +175,13 @@ def prefix_rows(
     Returns:
         How often.
     """
-    until, rounds = time.monotonic() + seconds, 0
+    rounds = 0
     with Stranger(endpoint, facts, blocks) as stranger:
         start, end = stranger.blocks
         shape = heads, min(4096, reservation // 2), head_size
         kinds = [f"{block}.prefix_{kind}" for block in range(start, end) for kind in ("keys", "values")]
         prefix = write_groups({kind: torch.zeros(shape) for kind in kinds})
-        while time.monotonic() < until:
+        for _ in _rounds(seconds):
             session = stranger.open(reservation)
             late = [Chunk(2 + row, 0, 1, 0) for row in range(rows)]
             stranger.say(stranger.step(session, 1, Chunk(1, 0, reservation // 2, 1), *late))
@@ -200,9 +210,9 @@ def tiny_rows(
     Returns:
         How many.
     """
-    until, rows = time.monotonic() + seconds, 0
+    rows = 0
     with Stranger(endpoint, facts, blocks) as stranger:
-        while time.monotonic() < until:
+        for _ in _rounds(seconds):
             session = stranger.open(reservation)
             for number in range(1, reservation // 1000 + 2):
                 parts = [Chunk(1000 * number + row, 0, 1, 0) for row in range(min(1000, reservation))]
@@ -233,19 +243,17 @@ def lost_logs(
     Returns:
         How many positions it has sent.
     """
-    until, sent = time.monotonic() + seconds, 0
+    sent = 0
     with Stranger(endpoint, facts, blocks) as stranger:
         session, numbers = stranger.open(reservation), itertools.count(1)
         forged = b"\xff" * CODECS["int8"].bytes_per_position(facts.hidden_size)
         length = min(512, reservation // 2)
-        for row in range(1, rounds):
-            if time.monotonic() > until:
-                break
+        for row in itertools.islice(_rounds(seconds), rounds):
             for start in range(0, reservation - length, length):
-                stranger.say(stranger.step(session, next(numbers), Chunk(2 * row, start, length, 1)))
+                stranger.say(stranger.step(session, next(numbers), Chunk(2 * row + 2, start, length, 1)))
                 stranger.wait_for(session, Result)
                 sent += length
-            forks, part = (), Chunk(2 * row + 1, 0, 1, 1)
+            forks, part = (), Chunk(2 * row + 3, 0, 1, 1)
             stranger.say(Step(session, 1, next(numbers), (part,), forks, 0, INT8, forged))
             stranger.wait_for(session, Result)
             began()
@@ -262,10 +270,10 @@ def waiting_steps(
     began: Began = _nothing,
 ) -> int:
     """Sends steps of one position faster than any device computes them. Returns how many."""
-    until, sent = time.monotonic() + seconds, 0
+    sent = 0
     with Stranger(endpoint, facts, blocks) as stranger:
         session = stranger.open(reservation)
-        while time.monotonic() < until:
+        for _ in _rounds(seconds):
             steps = [
                 stranger.step(session, sent + i, Chunk(sent + i, 0, 1, 0), forks=()) for i in range(1, AT_ONCE + 1)
             ]
@@ -287,11 +295,11 @@ def long_passes(
     began: Began = _nothing,
 ) -> int:
     """Sends one sequence as long as the context, and its gradient. Returns how many were computed."""
-    until, computed = time.monotonic() + seconds, 0
+    computed = 0
     with Stranger(endpoint, facts, blocks) as stranger:
         session, numbers = stranger.open(64), itertools.count(1)
         payload = stranger.positions(length)
-        while time.monotonic() < until:
+        for _ in _rounds(seconds):
             number = next(numbers)
             forward = Forward(session, 1, number, number, (length,), backward, 0, PLAIN, PLAIN, payload)
             stranger.say(forward)
@@ -313,12 +321,14 @@ def tiny_passes(
     began: Began = _nothing,
 ) -> int:
     """Has passes of one position kept for gradients that never come, and asks for keys and values. Returns how many."""
-    until, sent = time.monotonic() + seconds, 0
+    sent = 0
     with Stranger(endpoint, facts, blocks) as stranger:
         session = stranger.open(64)
         payload = bytes(CODECS["int4"].bytes_per_position(facts.hidden_size))
         code = CODECS["int4"].code
-        while time.monotonic() < until and sent < count:
+        for _ in _rounds(seconds):
+            if sent >= count:
+                break
             for number in range(sent + 1, sent + AT_ONCE, 2):
                 stranger.say(Forward(session, 1, number, 0, (1,), True, 0, PLAIN, code, payload))
                 stranger.say(FetchKV(session, 1, number + 1, 1, 1))
@@ -336,12 +346,14 @@ def replays(
     seconds: float,
     reservation: int,
     blocks: tuple[int, int],
+    least: int = 1,
     began: Began = _nothing,
 ) -> tuple[int, int, int]:
     """Has its log, and keys and values, sent again and again, in one epoch and in ever new ones.
 
     Args:
         blocks: not up to the last one.
+        least: so often it asks for its log, however long that takes.
 
     Returns:
         How often it has asked for its log, and bytes that it has uploaded before and that came of it.
@@ -373,7 +385,7 @@ def replays(
             came = 0
             began()
             epoch = 1
-            while time.monotonic() < until:
+            while asked < least or time.monotonic() < until:
                 requests: list[Message] = [Replay(session, epoch, 1, facts.num_blocks)] * REPLAYS
                 requests += [FetchKV(session, epoch, 2, 1, length)] * REPLAYS
                 for _ in range(ROUNDS):
@@ -382,7 +394,7 @@ def replays(
                     stranger.settle()
                     came += sum(len(getattr(each, "payload", b"")) for each in stranger.answers)
                     stranger.answers.clear()
-                    if time.monotonic() > until:
+                    if asked >= least and time.monotonic() > until:
                         break
                 epoch += 1
                 stranger.open(reservation, session, epoch=epoch, onward=onward)
@@ -410,7 +422,7 @@ def adapters(
     Returns:
         How many parts.
     """
-    until, sent, version = time.monotonic() + seconds, 0, 0
+    sent, version = 0, 0
     with Stranger(endpoint, facts, blocks) as stranger:
         name = f"{stranger.blocks[0]}.{layer}.lora"
         session, numbers = stranger.open(2048), itertools.count(1)
@@ -421,7 +433,7 @@ def adapters(
 
         half, plain = low_rank(torch.float16, torch.float32), low_rank(torch.float32, torch.float32)
         eight = low_rank(torch.float8_e4m3fn, torch.float8_e4m3fn)
-        while time.monotonic() < until:
+        for _ in _rounds(seconds):
             for payload in (half, eight, plain, plain):
                 version += 1
                 stranger.say(*(Adapter(session, 1, version, 0, payload) for _ in range(3)))

@@ -222,6 +222,7 @@ def test_if_nobody_answers_it_is_an_error(swarm: LocalSwarm) -> None:
         Swarm(facts, [peer_address(Endpoint("tcp://127.0.0.1:9", other))])
 
 
+@pytest.mark.full
 def test_without_hivemind_there_are_clients_and_peers(folder: Path) -> None:
     with local_swarm(folder, [(0, 3)]) as swarm:
         command = [sys.executable, "-c", WITHOUT_HIVEMIND + PEER_AND_CLIENT, str(folder), swarm.peers[0].join_address]

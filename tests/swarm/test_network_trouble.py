@@ -15,9 +15,9 @@ import torch
 
 from scheduler import liveness
 from scheduler.facts import Speed
-from scheduler.liveness import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S, OPEN_TIMEOUT_S
 from splitnet.directory.dht import Directory
 from splitnet.directory.record import facts_of
+from splitnet.session import machine
 from splitnet.session.driver import Routes
 from splitnet.session.events import Cause, NoRoute, Planned
 from splitnet.session.inference import Session
@@ -30,8 +30,8 @@ from tests.swarm.proxy import Proxy, proxies
 
 pytestmark = pytest.mark.swarm
 
-SLACK_S = 1.5
-"""What planning, opening and replaying take on a busy machine, with some to spare."""
+LONG_S = 60.0
+"""Longer than anything takes on a busy machine: a limit that must not be waited for."""
 
 
 @dataclass
@@ -108,7 +108,10 @@ def test_what_a_lost_hop_says_late_changes_nothing(network: Network, local: Any,
 
 @pytest.mark.default_cases(index=(0,))
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_network_that_stops_is_found_out_in_time(network: Network, local: Any, index: int) -> None:
+def test_a_network_that_stops_is_found_out_in_time(
+    network: Network, local: Any, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "MAX_SILENCE_S", LONG_S)
     stopped: list[float] = []
 
     def hold() -> None:
@@ -123,9 +126,9 @@ def test_a_network_that_stops_is_found_out_in_time(network: Network, local: Any,
         got = model.generate(**prompt(), **GREEDY, streamer=Then({12: hold, 13: goes_on}))
         assert isinstance(cache.session, Session)
         usual_s = cache.session.state.usual_ms / 1000
-    # A step of this model takes a few ms, so silence is noticed after the shortest time.
-    assert 5 * usual_s < MIN_SILENCE_S < MAX_SILENCE_S
-    assert stopped[1] - stopped[0] < MIN_SILENCE_S + ANSWER_S + SLACK_S
+    # What steps of this model usually take decides how long silence is borne, not the most that it may be.
+    assert usual_s < LONG_S / 4
+    assert stopped[1] - stopped[0] < LONG_S / 2
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
@@ -153,11 +156,12 @@ def test_a_route_through_a_part_of_the_network_that_has_stopped_is_left_before_i
     monkeypatch.setattr(Routes, "answer", planned)
     monkeypatch.setattr(Measurer, "measure", measured)
     monkeypatch.setattr(swarm, "LOST_S", 0.0)  # what was measured a moment ago does not count
+    monkeypatch.setattr(machine, "OPEN_TIMEOUT_S", LONG_S)
     began = time.monotonic()
     model = network.swarm.model()
     with model.session(max_length=64) as cache:
         got = model(**prompt(), past_key_values=cache).logits
-    assert time.monotonic() - began < MAX_SILENCE_S + ANSWER_S + 2 * SLACK_S < OPEN_TIMEOUT_S
+    assert time.monotonic() - began < LONG_S / 2
     assert len(routes) == 2 and not routes[0] & routes[1]
     assert routes[1] <= asked, "as several are silent, all hops of the next route are asked first"
     assert torch.allclose(got, local(**prompt()).logits, atol=1e-4)

@@ -179,10 +179,10 @@ def test_a_checkpoint_made_to_do_harm_is_refused(harm: str, folder: Path, tmp_pa
     change, named = HARMS[harm]
     shutil.copytree(folder, tmp_path / "it")
     change(tmp_path / "it")
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(SplitnetError, match=named):
         use(tmp_path / "it")
-    assert time.monotonic() - begin < SOON_S
+    assert time.process_time() - begin < SOON_S
 
 
 @FOR_FILES
@@ -229,17 +229,17 @@ def test_a_gguf_file_with_a_vocabulary_without_end_is_refused_soon(tmp_path: Pat
     content = path.read_bytes()
     at = content.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8  # kinds of the list and its items
     path.write_bytes(content[:at] + struct.pack("<Q", 2**60) + content[at + 8 :])
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(SplitnetError, match=r"it\.gguf"):
         use(path)
-    assert time.monotonic() - begin < SOON_S
+    assert time.process_time() - begin < SOON_S
 
 
 def test_a_gguf_file_with_too_many_blocks_is_refused_soon(tmp_path: Path) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(SplitnetError, match=r"it\.gguf.*4096"):
         use(gguf(tmp_path / "it.gguf", block_count=10**7))
-    assert time.monotonic() - begin < SOON_S
+    assert time.process_time() - begin < SOON_S
 
 
 def test_a_gguf_file_whose_strings_are_no_text_is_refused(tmp_path: Path) -> None:
