@@ -103,9 +103,9 @@ class Beside:
 def reading_s() -> float:
     """How long this machine computes to read a body of 300,000 values."""
     body = json.dumps({"prompt": [1.5] * 300_000})
-    began = time.process_time()
+    began = time.thread_time()
     json.loads(body)
-    return time.process_time() - began
+    return time.thread_time() - began
 
 
 @contextmanager
