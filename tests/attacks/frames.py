@@ -51,7 +51,7 @@ def said(facts: ModelFacts, blocks: tuple[int, int], session: bytes) -> list[Mes
     weights = {f"{start}.self_attn.q_proj.lora_A": torch.zeros(2, facts.hidden_size)}
     messages: list[Message] = [
         Ping(1),
-        Open(session, 1, facts.fingerprint, start, end, 256, PLAIN, b"", b"", ""),
+        Open(session, 1, facts.fingerprint, start, end, 256, PLAIN, b"", b"", "", taps=(end,)),
         step(1, 0, 5),
         step(2, 5, 1),
         step(3, 6, 1, (Fork(2, 1),)),

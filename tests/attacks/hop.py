@@ -38,6 +38,7 @@ from splitnet.wire.messages import (
     Pong,
     Result,
     Step,
+    Tapped,
     Timing,
     decode,
     encode,
@@ -140,7 +141,7 @@ def answers_to(asked: Message, facts: ModelFacts) -> list[Message]:
         case Ping():
             return [Pong(asked.nonce, 0.0, 1 << 20, holds=bool(asked.session))]
         case Open():
-            return [Opened(asked.session, asked.epoch, True, 0)]
+            return [Opened(asked.session, asked.epoch, True, 0, taps=bool(asked.taps))]
         case Step():
             kept = sum(part.keep for part in asked.parts)
             return [_result(asked.session, asked.epoch, asked.number, facts, hidden * kept)]
@@ -164,9 +165,10 @@ def said_back(session: bytes, epoch: int, number: int, facts: ModelFacts) -> lis
     messages: list[Message] = [
         Pong(1, 1.0, 1 << 20, 1, 1, True, 1, (Timing(1, 1, 1),)),
         Opened(session, epoch, True, 0),
-        Opened(session, epoch, False, 7),
+        Opened(session, epoch, False, 7, taps=True),
         _result(session, epoch, number, facts, hidden),
         _result(session, epoch, number + 1, facts, b""),
+        Tapped(session, epoch, number, 1, PLAIN, hidden),
         Gradient(session, epoch, number, 0, number, False, PLAIN, hidden),
         AdapterLoaded(session, epoch, 1),
         AdapterGradient(session, epoch, number, 0, some),

@@ -49,6 +49,7 @@ from splitnet.wire.messages import (
     Replay,
     Result,
     Step,
+    Tapped,
     WeightsPart,
     decode,
     encode,
@@ -83,6 +84,7 @@ ANSWERS = (
     | Found
     | Announced
     | WeightsPart
+    | Tapped
 )
 
 SESSIONS = [bytes([number]) * 16 for number in range(6)]
@@ -238,6 +240,8 @@ def payloads(draw: st.DrawFn, codec: int, positions: int) -> bytes:
 
 
 numbers = st.integers(0, 12)
+taps = st.sampled_from([(), (1,), (1, 2, 3), (3,), (2, 1), (0,), (4096,), tuple(range(1, 9))])
+"""Where hidden states are wanted."""
 versions = st.integers(0, 3)
 tensor_names = st.sampled_from(
     [
@@ -317,13 +321,14 @@ def steps(draw: st.DrawFn) -> Step:
 def beginnings(attacker: Attacker) -> st.SearchStrategy[list[Message]]:
     """A session as a program begins it, up to a step that is computed if the peer has room."""
     return st.builds(
-        lambda session, reservation: [
+        lambda session, reservation, taps: [
             Close(session),
-            attacker.open(session, reservation=reservation),
+            attacker.open(session, reservation=reservation, taps=taps),
             Step(session, 1, 1, (Chunk(1, 0, 3, 1),), None, 0, CODECS["none"].code, bytes(3 * 4 * HIDDEN)),
         ],
         session_ids,
         st.integers(3, 600),
+        st.sampled_from([(), (1, 3)]),
     )
 
 
@@ -341,8 +346,11 @@ def hostile_messages(attacker: Attacker) -> st.SearchStrategy[Message]:
         keys,
         keys,
         addresses | st.just(attacker.peer_address),
+        taps=taps,
+        tap_codec=codecs,
     )
-    useful = st.builds(attacker.open, session_ids, epoch=epochs, reservation=st.integers(0, 600))
+    reserved = st.integers(0, 600)
+    useful = st.builds(attacker.open, session_ids, epoch=epochs, reservation=reserved, taps=taps, tap_codec=codecs)
     return st.one_of(
         opens,
         useful,
@@ -372,6 +380,7 @@ def test_hostile_values(attacker: Attacker) -> None:
     attacker.wait_until_idle()
     # It was not all refused at the door: steps were computed, and others refused.
     assert attacker.answers.get(Result, 0) > 0
+    assert attacker.answers.get(Tapped, 0) > 0
     assert attacker.answers.get(Opened, 0) > 0
     assert attacker.answers.get(Failure, 0) > 0
 
@@ -380,6 +389,7 @@ def test_mutated_frames(attacker: Attacker) -> None:
     payload = bytes(3 * 4 * HIDDEN)
     valid = [
         attacker.open(SESSIONS[0]),
+        attacker.open(SESSIONS[0], taps=(1, 3)),
         Step(SESSIONS[0], 1, 1, (Chunk(1, 0, 3, 1),), None, 0, 0, payload),
         Step(SESSIONS[0], 1, 2, (Chunk(1, 0, 1, 1), Chunk(2, 0, 2, 1)), (Fork(2, 1),), 0, 0, payload),
         Forward(SESSIONS[0], 1, 1, 0, (2, 1), True, 0, 0, 0, payload),

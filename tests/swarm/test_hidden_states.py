@@ -213,6 +213,32 @@ def test_those_that_get_lost_come_with_the_step_again(
         assert lost and isinstance(cache.session, Session) and len(repairs(cache.session)) == 1
 
 
+@pytest.mark.parametrize("unit", [b"\x00\x00\xc0\x7f", b"x"], ids=["not finite", "short"])
+def test_a_hop_that_sends_nonsense_is_replaced(
+    folder: Path, twins: LocalSwarm, monkeypatch: pytest.MonkeyPatch, unit: bytes
+) -> None:
+    ids, taps = tokens(16), (1, 3)
+    expected = joined(states_of(folder, ids), taps)
+    model = twins.model()
+    with model.session() as cache:
+        cache.remote.use_taps(taps)
+        step(model, cache, ids[:, :12])
+        assert isinstance(cache.session, Session)
+        liar = cache.session.hops[1].endpoint
+        service: Any = next(peer for peer in twins.peers if peer.endpoint == liar).service
+        tapped = service.tapped
+
+        def lie(work: Any, taps: Any) -> None:
+            work.tapped = {boundary: [unit * 64] for boundary in work.tapped}
+            tapped(work, taps)
+
+        monkeypatch.setattr(service, "tapped", lie)
+        for start in range(12, 16):
+            torch.testing.assert_close(step(model, cache, ids[:, start : start + 1]), expected[:, start : start + 1])
+        assert len(repairs(cache.session)) == 1
+        assert liar not in [hop.endpoint for hop in cache.session.hops]
+
+
 def make_old(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ignores the fields that it does not know."""
     service = peer.service
