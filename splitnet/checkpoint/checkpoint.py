@@ -159,6 +159,10 @@ class Checkpoint:
         assert self.block_tensors
         return self._container
 
+    def bytes_of(self, names: Iterable[str], dtype: torch.dtype | None) -> int:
+        """Bytes of these tensors once they are loaded as numbers of type `dtype` (None: as stored)."""
+        return sum(facts.bytes_as(dtype) for facts in self.store.facts(names).values())
+
     @property
     def fingerprint(self) -> str:
         """Hex of a SHA-256 of the config and of all bytes of all tensors: swarms are told apart by it. See `manifest`.

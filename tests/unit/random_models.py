@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import make_known
 
 MAX_SHARD_SIZE = "200KB"
@@ -37,11 +35,6 @@ def random_checkpoint(
     _randomize(model)
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     return folder
-
-
-def stored_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
-    """Bytes of tensors as a checkpoint stores them."""
-    return sum(facts.bytes_as(None) for facts in checkpoint.store.facts(names).values())
 
 
 _LINEAR_ATTENTION = {"num_value_heads": 4, "num_key_heads": 2, "key_head_dim": 16, "value_head_dim": 16}

@@ -11,7 +11,7 @@ from splitnet.blocks.span import Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.quant.choose import Weights
-from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint, random_config, stored_bytes
+from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint, random_config
 
 BFLOAT16 = Weights("bfloat16", torch.bfloat16)
 
@@ -49,7 +49,7 @@ def test_sizes_from_the_config_are_those_of_what_a_peer_loads(family: str, tmp_p
     assert sizes.hidden_size == checkpoint.hidden_size
     assert sizes.block_bytes == block_bytes(checkpoint, None)
     assert sizes.kv_bytes == span.kv_bytes_per_position
-    assert sizes.client_part_bytes == stored_bytes(checkpoint, checkpoint.client_part_names_of)
+    assert sizes.client_part_bytes == checkpoint.bytes_of(checkpoint.client_part_names_of, None)
     assert ModelSizes.of(folder, "bfloat16").block_bytes == block_bytes(checkpoint, "bfloat16")
 
 

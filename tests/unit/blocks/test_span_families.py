@@ -36,7 +36,7 @@ from splitnet.checkpoint.families import FAMILIES, check_can_be_cut
 from splitnet.errors import AdapterError, OutOfMemory, UnsupportedModel
 from splitnet.quant import device as devices
 from splitnet.quant.linear import QuantizedLinear
-from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint, random_config, stored_bytes
+from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint, random_config
 
 CUTS = ((0, 1), (1, 4), (4, 6))
 LENGTHS = (17, 25, 9)
@@ -283,7 +283,7 @@ def test_shell_over_local_spans_equals_the_whole_model(case: Case, made: Callabl
     assert type(client_part) is type(whole)
     assert client_part.config.num_hidden_layers == checkpoint.num_blocks
     assert "cache" in inspect.signature(type(backbone_of(client_part)).forward).parameters
-    blocks = sum(stored_bytes(checkpoint, (tensor.name for tensor in block)) for block in checkpoint.block_tensors)
+    blocks = sum(checkpoint.bytes_of((tensor.name for tensor in block), None) for block in checkpoint.block_tensors)
     stored = whole.state_dict(keep_vars=True).values()  # some have more in it than parameters
     whole_bytes = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in stored}.values())
     assert sum(parameter.nbytes for parameter in client_part.parameters()) == whole_bytes - blocks
@@ -562,7 +562,7 @@ def test_a_span_reads_only_its_shards(family: str, made: Callable[[Case], Path],
     assert torch.equal(
         span.forward(hidden, [Chunk(span.new_row(), 0, 3)]), whole.forward(hidden, [Chunk(whole.new_row(), 0, 3)])
     )
-    stored = sum(stored_bytes(checkpoint, (t.name for t in checkpoint.block_tensors[i])) for i in (2, 3))
+    stored = sum(checkpoint.bytes_of((t.name for t in checkpoint.block_tensors[i]), None) for i in (2, 3))
     assert reported[-1] == (stored, stored)
     assert [done for done, _ in reported] == sorted(done for done, _ in reported)
     assert abs(span.weight_bytes - stored) < 1024  # and the frequencies of a rotary embedding

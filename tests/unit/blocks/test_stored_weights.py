@@ -34,7 +34,7 @@ from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, StoredMatri
 from splitnet.tools.doctor.hardware import room_on_disk
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.quantized_checkpoints import quantized_pair
-from tests.unit.random_models import random_checkpoint, stored_bytes
+from tests.unit.random_models import random_checkpoint
 
 CPU = torch.device("cpu")
 HIDDEN, VOCAB, BLOCKS = 64, 320, 3
@@ -374,7 +374,7 @@ def test_sizes_of_quantized_files_are_those_of_what_a_peer_loads(scheme: str, tm
     sizes = ModelSizes.of(folder)
     assert abs(span.weight_bytes - 2 * sizes.block_bytes) < 1024
     assert sizes.block_bytes == block_bytes(checkpoint, None)
-    assert sizes.client_part_bytes == stored_bytes(checkpoint, checkpoint.client_part_names_of)
+    assert sizes.client_part_bytes == checkpoint.bytes_of(checkpoint.client_part_names_of, None)
     alone = tmp_path / "config"
     alone.mkdir()
     shutil.copy(folder / "config.json", alone)

@@ -21,7 +21,7 @@ from splitnet.checkpoint.gguf.store import GgufStore
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.quant.stored import PackedTensor
 from tests.unit.gguf_writing import write_gguf
-from tests.unit.random_models import random_checkpoint, stored_bytes
+from tests.unit.random_models import random_checkpoint
 
 LATENT = {
     "qk_rope_head_dim": 16,
@@ -258,7 +258,7 @@ def test_another_type_of_weights_is_another_checkpoint(tmp_path: Path) -> None:
     paths = [write_gguf(folder, tmp_path / f"{stored.name}.gguf", stored) for stored in (Type.Q8_0, Type.Q4_0)]
     eight, four = (Checkpoint.open(path) for path in paths)
     assert eight.fingerprint != four.fingerprint
-    assert stored_bytes(four, four.store.names) < stored_bytes(eight, eight.store.names)
+    assert four.bytes_of(four.store.names, None) < eight.bytes_of(eight.store.names, None)
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
