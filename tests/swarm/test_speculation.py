@@ -178,10 +178,10 @@ def test_what_does_not_go_together_is_refused(remote: RemoteCausalLM, more: dict
         remote.generate(repeating(), **options(**{"speculate": "prompt-lookup", **more}))
 
 
-@pytest.mark.default_cases(family=("deepseek_v3", "qwen3_next"))
+@pytest.mark.default_cases(family=("deepseek_v3",))
 @pytest.mark.parametrize("family", ["deepseek_v3", "mellum", "nemotron_h", "qwen3_5_text", "qwen3_next"])
 def test_drafts_by_the_layer_that_a_checkpoint_has_for_them(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = mtp_checkpoint(family, tmp_path)
     local: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -195,7 +195,7 @@ def test_drafts_by_the_layer_that_a_checkpoint_has_for_them(
 
     monkeypatch.setattr(MtpHead, "run", seen)
     force_window(monkeypatch, Window(2, 3))
-    with local_swarm(folder, [(0, 1), (1, 3)]) as swarm:
+    with local_swarm(folder, [(0, 1), (1, 3)], node=node) as swarm:
         remote = swarm.model()
         for chosen in (options(), options(do_sample=True, temperature=0.7)):
             given.clear()
