@@ -41,6 +41,7 @@ WORK = "work"  # folder in that of the head: readers of heads take all safetenso
 LONGEST_TEXT = 512  # tokens, where the user sets none
 TOGETHER = 32  # texts that are generated at once, and lie in one file
 PASS_POSITIONS = 4096  # of texts that go through the blocks together
+ROWS = 64  # of logits at a time
 PACK = 512  # positions that the head sees at once in training
 DEPTH = 5  # tokens in a row that it learns to draft
 DECAY = 0.8  # of what a drafted token counts, from each one to the next
@@ -251,7 +252,7 @@ class HeadRun(TuningRun):
         loss = states.new_zeros(())
         for depth, (logits, places) in enumerate(unrolled(self.model, pack, states, followed)):
             if len(places):
-                loss = loss + DECAY**depth * divergence(logits, expected[places])
+                loss = loss + DECAY**depth * divergence(logits, expected, places)
         return loss
 
     def _are_halves_faster(self) -> bool:
@@ -272,10 +273,31 @@ def expected_logits(model: ClientPart, unembedding: Tensor, states: Tensor) -> T
         return model.final_norm(states).to(unembedding.dtype) @ unembedding.T
 
 
-def divergence(logits: Tensor, expected: Tensor) -> Tensor:
-    """How far the distributions by `logits` are from those expected: the mean of Kullback and Leibler's divergence."""
-    wanted = expected.float().log_softmax(dim=-1)
-    return nn.functional.kl_div(logits.float().log_softmax(dim=-1), wanted, reduction="batchmean", log_target=True)
+class _Divergence(torch.autograd.Function):
+    """Gradients are computed on the way forward, some rows at a time: logits are by far the largest tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, expected: Tensor, places: Tensor) -> Tensor:
+        gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
+        for rows, some, out in zip(logits.split(ROWS), places.split(ROWS), gradient.split(ROWS), strict=True):
+            wanted = expected[some].float().log_softmax(dim=-1)
+            found, shares = rows.float().log_softmax(dim=-1), wanted.exp()
+            total += (shares * wanted.sub_(found)).sum()
+            out.copy_(found.exp_().sub_(shares))
+        ctx.save_for_backward(gradient)
+        return total / len(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (gradients[0] / len(gradient)), None, None
+
+
+def divergence(logits: Tensor, expected: Tensor, places: Tensor) -> Tensor:
+    """How far the distributions by logits `[m, v]` are from those by rows `places` of `expected`, `[n, v]`: the mean of
+    Kullback and Leibler's divergence."""
+    divergence: Any = _Divergence.apply(logits, expected, places)
+    return divergence
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +334,7 @@ def evaluate(head: EagleHead, packs: Sequence[Pack], unembedding: Tensor) -> Qua
             right[depth] += int(now.sum())
             alive = torch.zeros_like(alive).index_fill_(0, places[now], True)
             if not depth and len(places):
-                loss += float(divergence(logits, expected[places])) * len(places)
+                loss += float(divergence(logits, expected, places)) * len(places)
     acceptance = (right / reached.clamp(min=1)).tolist()
     per_trip = 1 + sum(torch.tensor(acceptance).cumprod(0).tolist())
     return Quality(loss / max(1.0, float(reached[0])), tuple(acceptance), per_trip)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from splitnet.drafts.eagle import EagleHead
 from splitnet.drafts.heads import ClientPart
@@ -19,6 +20,7 @@ from splitnet.tools.tune.draft_head import (
     HeadRun,
     Pack,
     States,
+    divergence,
     evaluate,
     new_head,
     unembedding_of,
@@ -158,6 +160,18 @@ def test_a_head_is_unrolled_as_it_drafts() -> None:
                         output = head.run(ids[at + depth + 1 :][:1], output, cache, own=True)
                     assert torch.allclose(found.pop((depth, at + depth + 1)), head.logits(output)[0], atol=1e-4)
     assert not found
+
+
+def test_divergence_is_that_of_torch() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits, expected = (torch.randn(rows, 30, generator=generator, requires_grad=True) for rows in (150, 200))
+    places = torch.randperm(200, generator=generator)[:150]
+    wanted = expected.detach()[places].log_softmax(-1)
+    kl = functional.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+    found = divergence(logits, expected.detach(), places)
+    assert torch.allclose(found, kl, atol=1e-5)
+    gradients = [torch.autograd.grad(3 * one, logits)[0] for one in (found, kl)]
+    assert torch.allclose(*gradients, atol=1e-6)
 
 
 def test_only_what_the_model_writes_is_learned() -> None:
