@@ -181,7 +181,6 @@ def _tune_draft_head(
     *,
     data: Path | None,
     generate: int,
-    max_length: int | None,
     learning_rate: float | None,
     output: Path,
     resume: bool,
@@ -208,12 +207,11 @@ def _tune_draft_head(
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     from splitnet.cli.connection import Connection
-    from splitnet.tools.tune.draft_head import LEARNING_RATE, LONGEST_TEXT, DraftHeadTuning
+    from splitnet.tools.tune.draft_head import LEARNING_RATE, DraftHeadTuning
 
     tuning = DraftHeadTuning(
         texts=texts,
         generate=generate,
-        max_length=max_length or LONGEST_TEXT,
         learning_rate=learning_rate or LEARNING_RATE,
         output=output,
         resume=resume,

@@ -12,6 +12,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,9 @@ class States:
             for packs, chosen in ((learned, ~aside), (held_out, aside)):
                 for places in chosen.nonzero()[:, 0].split(PACK):
                     if len(places):
-                        packs.append(Pack(ids[places].long(), texts[places], flags[places], _Reading(path, places)))
+                        packs.append(
+                            Pack(ids[places].long(), texts[places], flags[places], partial(_states_at, path, places))
+                        )
             number += len(lengths)
         return learned, held_out
 
@@ -129,15 +132,10 @@ class States:
             return file.get_tensor(name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    path: Path
-    places: Tensor
-
-    def __call__(self) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            first, last = int(self.places[0]), int(self.places[-1])
-            return file.get_slice("states")[first : last + 1][self.places - first].float()
+def _states_at(path: Path, places: Tensor) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        first, last = int(places[0]), int(places[-1])
+        return file.get_slice("states")[first : last + 1][places - first].float()
 
 
 class _Attention:
@@ -231,8 +229,9 @@ class HeadRun(TuningRun):
     def _loss(self, rows: Sequence[Any], *, backward: bool) -> float:
         total = 0.0
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.done)
+        device = self._unembedding.device.type
         for pack in rows:
-            with torch.set_grad_enabled(backward), torch.autocast(self.device_type, torch.bfloat16, self.halves):
+            with torch.set_grad_enabled(backward), torch.autocast(device, torch.bfloat16, self.halves):
                 loss = self._loss_of(pack, generator)
                 if backward and loss.requires_grad:
                     (loss / len(rows)).backward()
@@ -240,10 +239,6 @@ class HeadRun(TuningRun):
         if not math.isfinite(total):
             raise SplitnetError(f"the loss of step {self.done + 1} is {total}: start again with a lower --lr")
         return total
-
-    @property
-    def device_type(self) -> str:
-        return self._unembedding.device.type
 
     def _loss_of(self, pack: Pack, generator: torch.Generator) -> Tensor:
         states = pack.read().to(self._unembedding.device)
@@ -428,7 +423,7 @@ class DraftHeadTuning:
     epochs: int
     draft_vocabulary: int
     states_limit: int
-    max_length: int
+    max_length: int | None
     learning_rate: float
     seed: int
     output: Path
@@ -438,12 +433,11 @@ class DraftHeadTuning:
     def run(self, connection: Connection) -> None:
         """Trains to the last epoch, or until it is stopped. Raises SplitnetError; what was done is kept."""
         checkpoint = connection.checkpoint()
-        if checkpoint.max_positions and self.max_length > checkpoint.max_positions:
-            raise SplitnetError(
-                f"{self.max_length:,} tokens are more than the model's context of {checkpoint.max_positions:,}: lower "
-                "--max-length"
-            )
-        writer = _Writer(self, checkpoint.tokenizer())
+        room = checkpoint.max_positions or math.inf
+        longest = self.max_length or int(min(LONGEST_TEXT, room))
+        if longest > room:
+            raise SplitnetError(f"{longest:,} tokens are more than the model's context of {room:,}: lower --max-length")
+        writer = _Writer(self, checkpoint.tokenizer(), longest)
         facts = connection.facts_of(checkpoint)
         folder = TuningFolder(self.output / WORK)
         description = self._description(facts.fingerprint)
@@ -552,8 +546,9 @@ class DraftHeadTuning:
 class _Writer:
     """Gives the texts of a run, file after file: those of the data, or such as the model itself writes."""
 
-    def __init__(self, tuning: DraftHeadTuning, tokenizer: Any) -> None:
+    def __init__(self, tuning: DraftHeadTuning, tokenizer: Any, longest: int) -> None:
         self._tuning = tuning
+        self._longest = longest
         self._tokenizer = tokenizer
         self._rows: list[Encoded] = []
         self._prompts: list[list[int]] = []
@@ -561,7 +556,7 @@ class _Writer:
         if texts is not None and tuning.generate:
             self._prompts = [self._prompt(texts, row) for row in texts.rows]
         elif texts is not None:
-            self._rows = Encoder(tokenizer, tuning.max_length).encode(texts)
+            self._rows = Encoder(tokenizer, self._longest).encode(texts)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     @property
@@ -601,7 +596,7 @@ class _Writer:
             else:
                 prompts = [[self._first]] * TOGETHER
             if prompts:
-                answers = self._sample(model, prompts, self._tuning.max_length // 2)
+                answers = self._sample(model, prompts, self._longest // 2)
                 return [
                     Encoded(prompt + answer, [IGNORED] * len(prompt) + answer)
                     for prompt, answer in zip(prompts, answers, strict=True)
@@ -621,7 +616,7 @@ class _Writer:
         if not found:
             raise SplitnetError("the model's chat template hides what a user says: give prompts with --data")
         opening = self._ids(before)
-        written = self._sample(model, [opening] * TOGETHER, self._tuning.max_length // 4, temperature=1.0)
+        written = self._sample(model, [opening] * TOGETHER, self._longest // 4, temperature=1.0)
         ended = [row[:-1] for row in written if row and row[-1] in self._ends(model)]
         texts = [self._tokenizer.decode(row, skip_special_tokens=True).strip() for row in ended]
         return [self._ids(before + text + after) for text in texts if text]
@@ -661,8 +656,8 @@ class _Writer:
             texts.fail(row, 'this model has no chat template: use "prompt", not "messages"')
         else:
             ids = self._tokenizer(row.fields["prompt"])["input_ids"]
-        if not 0 < len(ids) <= self._tuning.max_length // 2:
-            half = self._tuning.max_length // 2
+        if not 0 < len(ids) <= self._longest // 2:
+            half = self._longest // 2
             texts.fail(row, f"{len(ids):,} tokens leave no room for an answer, {half:,} would: raise --max-length")
         return ids
 
