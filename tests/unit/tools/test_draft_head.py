@@ -170,8 +170,8 @@ def test_divergence_is_that_of_torch() -> None:
     kl = functional.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
     found = divergence(logits, expected.detach(), places)
     assert torch.allclose(found, kl, atol=1e-5)
-    gradients = [torch.autograd.grad(3 * one, logits)[0] for one in (found, kl)]
-    assert torch.allclose(*gradients, atol=1e-6)
+    gradient, expected_gradient = (torch.autograd.grad(3 * one, logits)[0] for one in (found, kl))
+    assert torch.allclose(gradient, expected_gradient, atol=1e-6)
 
 
 def test_only_what_the_model_writes_is_learned() -> None:
