@@ -39,7 +39,7 @@ import torch
 
 from benchmarks.netlab import Lab, LabError
 from benchmarks.netlab.peers import LabPeers, even_spans
-from scheduler.speculation import LENGTHS, Pace, Window, best_window, tokens_per_ms
+from scheduler.speculation import LENGTHS, Guessed, Pace, Window, best_window, tokens_per_ms
 from splitnet.blocks.backbone import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.drafts.drafter import Guess
@@ -238,7 +238,7 @@ def answered(
             return {**found, "round_trips": len(tokens) - 1}
         found |= {"round_trips": one.round_trips, "drafted": one.drafted, "by_place": one.by_place}
         if one.knows_steps:
-            pace, sizes = one._pace(session.prediction), range(1, LENGTHS[-1] + 2)
+            pace, sizes = one._pace(session.predictions()), range(1, LENGTHS[-1] + 2)
             found["latency_ms"], found["slowest_hop_ms"] = (
                 [of(size) for size in sizes] for of in (pace.latency_ms, pace.slowest_hop_ms)
             )
@@ -312,8 +312,9 @@ def _compared(own: Sequence[Answer]) -> list[tuple[int, int]]:
 def _foretold(answer: Answer, acceptance: float) -> tuple[float, Window]:
     """Tokens/s by the rule, and the window that it takes for guesses that are all as often right."""
     pace = Pace(lambda n: answer.latency_ms[n - 1], lambda n: answer.slowest_hop_ms[n - 1], *answer.drafting_ms)
-    window = best_window(acceptance, pace)
-    return 1000 * (tokens_per_ms(window, acceptance, pace) if window.length else 1 / pace.latency_ms(1)), window
+    guess = Guessed(acceptance, acceptance)
+    window = best_window(guess, pace)
+    return 1000 * (tokens_per_ms(window, guess, pace) if window.length else 1 / pace.latency_ms(1)), window
 
 
 if __name__ == "__main__":

@@ -50,18 +50,18 @@ class Pace:
         return self.first_draft_ms + (length - 1) * self.draft_ms
 
 
-def best_window(acceptance: float, pace: Pace) -> Window:
-    """The window that promises most tokens per second.
+def best_window(first: Guessed, pace: Pace) -> Window:
+    """The window that promises most tokens per second. first: its first token; all behind it are as what follows it.
 
-    acceptance: probability that a drafted token is what the model chooses, if those before it were, in [0, 1].
+    More windows under way must promise `WORTHWHILE` times as much as fewer: what is behind a wrong guess is computed
+    for nothing, at the expense of others.
     """
-    plain = 1 / pace.latency_ms(1)
-    best, most = NO_DRAFTS, plain * WORTHWHILE
-    for length in LENGTHS:
-        for in_flight in IN_FLIGHT:
-            speed = tokens_per_ms(Window(length, in_flight), acceptance, pace)
-            if speed > most:
-                best, most = Window(length, in_flight), speed
+    best, most = NO_DRAFTS, 1 / pace.latency_ms(1)
+    for in_flight in IN_FLIGHT:
+        windows = [Window(length, in_flight) for length in LENGTHS]
+        speeds = [tokens_per_ms(window, first, pace) for window in windows]
+        if max(speeds) > most * WORTHWHILE:
+            best, most = windows[speeds.index(max(speeds))], max(speeds)
     return best
 
 
@@ -85,16 +85,21 @@ def best_length(guesses: Iterator[Guessed], pace: Pace) -> int:
     return best
 
 
-def tokens_per_ms(window: Window, acceptance: float, pace: Pace) -> float:
-    """Expected tokens per ms with these windows."""
-    length, accepted = window.length, min(acceptance, MOST_ACCEPTED)
+def tokens_per_ms(window: Window, first: Guessed, pace: Pace) -> float:
+    """Expected tokens per ms with these windows; see `best_window`."""
+    length, in_flight = window.length, window.in_flight
+    right, following = (min(share, MOST_ACCEPTED) for share in (first.acceptance, first.following))
     drafting_ms = pace.drafting_ms(length)
     first_ms = pace.latency_ms(length + 1) + drafting_ms
-    whole = accepted**length  # probability that all drafts of a window are accepted
-    if window.in_flight == 1:
-        return (1 - whole * accepted) / (1 - accepted) / first_ms
-    # Drafts are accepted until one is not: that many tokens and the one that was chosen instead, in the time of the
-    # first window and of those behind it that were accepted. What was sent after the rejected one is in the way.
-    following_ms = max(pace.slowest_hop_ms(length), drafting_ms, pace.latency_ms(length) / window.in_flight)
-    in_the_way_ms = pace.slowest_hop_ms(length) / 2
-    return 1 / (1 - accepted) / (first_ms + following_ms * whole / (1 - whole) + in_the_way_ms)
+    whole = following**length  # probability that a window behind accepted ones is accepted
+    if in_flight == 1:
+        return (1 + right * (1 - whole) / (1 - following)) / first_ms
+    # Drafts are accepted until one is not: that many tokens and the one that was chosen instead. The first window takes
+    # `first_ms`. Each one behind it that must be awaited comes `apart_ms` later; every `in_flight` of them the client
+    # waits for the rest of a round trip, as it sends a window when one comes.
+    apart_ms = max(pace.slowest_hop_ms(length), drafting_ms)
+    rest_ms = pace.latency_ms(length) + drafting_ms - in_flight * apart_ms
+    further_ms = apart_ms * whole / (1 - whole) + max(0.0, rest_ms) * whole**in_flight / (1 - whole**in_flight)
+    # In a full chain the window after a rejection meets a pass of those that count no more.
+    in_the_way_ms = pace.slowest_hop_ms(length) if rest_ms <= 0 else 0.0
+    return (1 + right / (1 - following)) / (first_ms + right * further_ms + in_the_way_ms)

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,7 +43,9 @@ log = logging.getLogger(__name__)
 SHARE = 0.2  # weight of the latest step in the averages of what steps cost
 MEMORY = 0.97  # weight of former tokens in the acceptance, after each further token
 PRIOR_TOKENS = 4.0  # weight of the priors, in tokens
+FADING = 0.995  # of what steps of more positions took more, with each plain step: it is tried again some time
 PREDICTION_S = 1.0  # how long a prediction is used
+CHOICE_S = 0.05  # how long a window that was chosen is used: over short links choosing takes 1 % of a step
 LOOK_EVERY = 32  # tokens, after which one draft is made where drafts cost time and promised nothing
 LOOK_SHARE = 0.002  # of a plain step: a guess that takes no longer is made at every token
 AUTO, OFF, PROMPT_LOOKUP, MTP = NAMES = ("auto", "off", "prompt-lookup", "mtp")
@@ -68,12 +70,13 @@ class Experience:
         self.tokens = self.round_trips = 0  # of texts with this drafter, behind their prompts
         self.by_place: dict[int, list[int]] = {}  # in a window: how often a token there was compared, and right
         self._own = [_Share(prior) for prior in priors]
-        self._following = [_Share(prior) for prior in priors]  # of what is guessed behind such a guess
-        self._beyond_ms: dict[int, MovingAverage] = {}  # by positions: what a step took beyond its prediction
+        self._following: dict[int, _Share] = {}  # by kind: of what is guessed behind such a guess, once that was seen
+        # What a plain step takes beyond its prediction, and by positions what one of more takes beyond that: none takes
+        # less, and what slows plain steps down does not make others look fast.
+        self._plain_ms = MovingAverage(SHARE)
+        self._more_ms: dict[int, MovingAverage] = {}
         self._client_ms: dict[int, MovingAverage] = {}  # by positions: how long a step kept this process busy
         self._drafting_ms = (MovingAverage(SHARE), MovingAverage(SHARE))  # the first guess of a draft, a further one
-        self._predictions: dict[int, Prediction] = {}
-        self._predicted_at = 0.0
         self._lock = threading.RLock()
 
     def acceptance(self, kinds: Iterable[int]) -> float:
@@ -86,7 +89,7 @@ class Experience:
         with self._lock:
             self._own[kind].add(right)
             if before is not None:
-                self._following[before].add(right)
+                self._following.setdefault(before, _Share(self._own[before].value)).add(right)
 
     def sent(self, count: int) -> None:
         """So many drafted tokens are under way."""
@@ -116,9 +119,16 @@ class Experience:
         elapsed_ms: from sending it until its tokens were chosen. client_ms: how long that kept this process busy.
         """
         with self._lock:
-            beyond_ms = elapsed_ms - self._predicted_step(positions, prediction).latency_ms
-            for averages, value in ((self._beyond_ms, beyond_ms), (self._client_ms, client_ms)):
-                averages.setdefault(positions, MovingAverage(SHARE)).add(value)
+            beyond_ms = elapsed_ms - prediction(positions).latency_ms
+            self._client_ms.setdefault(positions, MovingAverage(SHARE)).add(client_ms)
+            if positions == 1:
+                for more in self._more_ms.values():
+                    more.value *= FADING
+            elif self.knows_steps:
+                more_ms = max(0.0, beyond_ms - self._plain_ms.value)
+                self._more_ms.setdefault(positions, MovingAverage(SHARE, 0.0)).add(more_ms)
+            if positions == 1 or beyond_ms < self._plain_ms.value:
+                self._plain_ms.add(beyond_ms)
 
     def timed(self, guesses: Iterator[Guess], *, catches_up: bool) -> Iterator[Guess]:
         """The guesses of a draft, whose time is noted. catches_up: before the first the drafter reads a prompt."""
@@ -135,43 +145,40 @@ class Experience:
     @property
     def knows_steps(self) -> bool:
         """Whether a plain step was seen, which windows are compared with."""
-        return 1 in self._beyond_ms
+        return 1 in self._client_ms
 
     def window(self, kind: int, prediction: Callable[[int], Prediction]) -> Window:
-        """The window that promises most, if what stands behind such a guess is right as often as usual."""
-        return best_window(self._following[kind].value, self._pace(prediction))
+        """The window that promises most behind such a guess."""
+        return best_window(self._guessed(kind), self._pace(prediction))
 
     def best_length(self, guesses: Iterator[Guess], prediction: Callable[[int], Prediction]) -> int:
         """How many of these guesses to send as one window."""
-        shares = (Guessed(self._own[kind].value, self._following[kind].value) for _, kind in guesses)
-        return best_length(shares, self._pace(prediction))
+        return best_length((self._guessed(kind) for _, kind in guesses), self._pace(prediction))
 
     def looks_free(self, prediction: Callable[[int], Prediction]) -> bool:
         """Whether a draft may be made only to see if it would be right."""
         return self._drafting_ms[0].value <= LOOK_SHARE * self._pace(prediction).latency_ms(1)
 
-    def _pace(self, prediction: Callable[[int], Prediction]) -> Pace:
-        def latency_ms(positions: int) -> float:
-            predicted_ms = self._predicted_step(positions, prediction).latency_ms
-            return max(predicted_ms + _nearest(self._beyond_ms, positions), 0.1)
+    def _guessed(self, kind: int) -> Guessed:
+        return Guessed(self._own[kind].value, self._following.get(kind, self._own[kind]).value)
 
+    def _pace(self, prediction: Callable[[int], Prediction]) -> Pace:
+        def more_ms(positions: int) -> float:
+            return _nearest(self._more_ms, positions) if positions > 1 else 0.0
+
+        @cache
+        def latency_ms(positions: int) -> float:
+            predicted_ms = prediction(positions).latency_ms
+            return max(predicted_ms + self._plain_ms.value + more_ms(positions), 0.1)
+
+        @cache
         def slowest_hop_ms(positions: int) -> float:
             # The time of more positions beyond the prediction is spent somewhere, at worst at the slowest hop.
-            growth = max(0.0, _nearest(self._beyond_ms, positions) - self._beyond_ms[1].value)
-            stage = self._predicted_step(positions, prediction).slowest_hop_ms + growth
+            stage = prediction(positions).slowest_hop_ms + more_ms(positions)
             return max(stage, _nearest(self._client_ms, positions))
 
         first, further = self._drafting_ms
         return Pace(latency_ms, slowest_hop_ms, first.value, further.value)
-
-    def _predicted_step(self, positions: int, prediction: Callable[[int], Prediction]) -> Prediction:
-        with self._lock:
-            now = time.monotonic()
-            if now - self._predicted_at > PREDICTION_S:
-                self._predictions, self._predicted_at = {}, now
-            if positions not in self._predictions:
-                self._predictions[positions] = prediction(positions)
-            return self._predictions[positions]
 
 
 class _Share:
@@ -189,7 +196,8 @@ class _Share:
 
 
 def _nearest(averages: dict[int, MovingAverage], positions: int) -> float:
-    return averages[min(averages, key=lambda known: abs(known - positions))].value
+    known = [*averages]  # another thread may add some
+    return averages[min(known, key=lambda one: abs(one - positions))].value if known else 0.0
 
 
 class Model(Protocol):
@@ -417,6 +425,9 @@ class Decoding:
         self._imagined: Guess | None = None  # what was not sent, only to see whether it is right
         self._unseen = 0  # tokens since the latest draft
         self._begins = True  # no draft was made yet
+        self._predictions: Callable[[int], Prediction] | None = None
+        self._predicted_at = self._chosen_at = 0.0  # seconds
+        self._chosen: dict[int, Window] = {}  # by the kind of the first guess
 
     def run(self, prompt: Outputs) -> torch.Tensor:
         """Goes on until the text is finished, from the outputs of the last positions of the prompt.
@@ -480,7 +491,11 @@ class Decoding:
         first = next(guesses, None)
         if first is None:
             return NO_DRAFTS, []
-        window = experience.window(first.kind, self._prediction)
+        if time.monotonic() - self._chosen_at > CHOICE_S:
+            self._chosen, self._chosen_at = {}, time.monotonic()
+        if first.kind not in self._chosen:
+            self._chosen[first.kind] = experience.window(first.kind, self._prediction)
+        window = self._chosen[first.kind]
         if window.in_flight > 1:
             return window, [first, *itertools.islice(guesses, window.length - 1)]
         if self._under_way:
@@ -546,9 +561,11 @@ class Decoding:
         self._layer.crop(min(0, self._offset + len(self._text.tokens) - 1 - self._layer.columns))
 
     def _prediction(self, positions: int) -> Prediction:
-        session = self._cache.session
-        assert session is not None
-        return session.prediction(positions)
+        session, now = self._cache.session, time.monotonic()
+        if self._predictions is None or now - self._predicted_at > PREDICTION_S:
+            assert session is not None
+            self._predictions, self._predicted_at = session.predictions(), now
+        return self._predictions(positions)
 
 
 class FamilyLoop:

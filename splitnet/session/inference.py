@@ -236,10 +236,6 @@ class Session(SessionDriver):
                 tensors.update(read_tensors(part))
         return tensors
 
-    def prediction(self, positions: int) -> Prediction:
-        """What a step of `positions` positions is expected to take on the open route."""
-        return self.predictions()(positions)
-
     def step_positions(self, positions: int, prediction: Callable[[int], Prediction] | None = None) -> int:
         """The size of the steps that so many positions are cut into, which flow through the hops in a row."""
         if positions <= SIZES[0]:

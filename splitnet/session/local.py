@@ -208,12 +208,16 @@ class MixedSession:
     def links(self) -> list[LinkUse]:
         return [link for session in self.sessions for link in session.links()]
 
-    def prediction(self, positions: int) -> Prediction:
-        """As `Session.prediction`, of what is not here."""
-        found = [session.prediction(positions) for session in self.sessions]
-        return Prediction(
-            sum(each.latency_ms for each in found), max((each.slowest_hop_ms for each in found), default=0.0)
-        )
+    def predictions(self) -> Callable[[int], Prediction]:
+        """As `Session.predictions`, of what is not here."""
+        of_parts = [session.predictions() for session in self.sessions]
+
+        def prediction(positions: int) -> Prediction:
+            found = [of_part(positions) for of_part in of_parts]
+            slowest_ms = max((each.slowest_hop_ms for each in found), default=0.0)
+            return Prediction(sum(each.latency_ms for each in found), slowest_ms)
+
+        return prediction
 
     def reserve(self, positions: int) -> None:
         """As `Session.reserve`; blocks that are here take memory as positions come."""
