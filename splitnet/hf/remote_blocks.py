@@ -139,7 +139,8 @@ class RemoteBlocks(nn.Module):
         self.adapters = LocalAdapters()
         self.max_positions = max_positions
         self.ropes = ropes
-        self.num_blocks = stages[-1].end if isinstance(stages[-1], LocalSpan) else stages[-1][1]
+        ends = (stage.end if isinstance(stage, LocalSpan) else stage[1] for stage in stages)
+        self.num_blocks = max(ends, default=0)
         self.local_spans = [(stage.start, stage.end) for stage in stages if isinstance(stage, LocalSpan)]
         self._lengths_matter = ropes.matter
         self._stages = stages

@@ -65,7 +65,7 @@ def test_numbers_are_those_of_a_generation(swarm: LocalSwarm, scrape: Callable[[
     model = swarm.model()
     before = scrape()
     with model.session():
-        model.generate(**prompt(PROMPT), **{**GREEDY, "max_new_tokens": ANSWER})
+        model.generate(**prompt(PROMPT), **{**GREEDY, "max_new_tokens": ANSWER, "speculate": "off"})
         during = scrape()
     for peer in swarm.peers:
         while len(peer.service.sessions):
