@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from scheduler.speculation import Window
 from splitnet.directory.dht import Directory
+from splitnet.drafts.drafter import Guess
 from splitnet.drafts.eagle import EagleHead, Shape
 from splitnet.drafts.heads import ClientPart
 from splitnet.drafts.mtp import MtpHead
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.hf.decoding import Drafts, Experience
+from splitnet.session.inference import Session
+from splitnet.tools.bench.backends import Clock
 from tests.swarm.generation import After, Collector, force_window
-from tests.swarm.harness import LocalSwarm, local_swarm, repairs
+from tests.swarm.harness import LocalSwarm, dht_node, local_swarm, repairs
 from tests.unit.mtp_checkpoints import mtp_checkpoint, states_of
 from tests.unit.random_models import random_checkpoint
 
@@ -161,6 +165,70 @@ def test_a_hop_that_dies_with_windows_under_way(
             assert cache.session is not None
             assert len(repairs(cache.session)) == 1
     assert torch.equal(got, own_local.generate(repeating(), **options()))
+
+
+class FollowingHead:
+    """Drafts as a head does, from features; knows the text, and is wrong at every fifth token.
+
+    Notes the features that it is given, by the number of tokens before their own position.
+    """
+
+    priors = (0.5,)
+    taps = (1, 3, 6)
+
+    def __init__(self, true: list[int]) -> None:
+        self.features: dict[int, torch.Tensor] = {}
+        self._true = true
+        self._length = 0
+
+    def begin(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
+        self._length = len(tokens)
+
+    def observe(self, token: int, features: torch.Tensor | None = None) -> None:
+        assert features is not None and token == self._true[self._length]
+        self.features[self._length - 1] = features
+        self._length += 1
+
+    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+        for place in range(self._length + len(pending), len(self._true)):
+            yield Guess(self._true[place] if place % 5 else 3, 0)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.full)])
+def test_hops_that_die_again_and_again_with_windows_under_way(
+    folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch, kills: int
+) -> None:
+    """Another one comes each time. The tokens and the hidden states are those of transformers."""
+    force_window(monkeypatch, Window(2, 4))
+    chosen = options(max_new_tokens=6 * kills + 6)
+    expected = local.generate(repeating(), **chosen)
+    drafter = FollowingHead(expected[0].tolist())
+    experience = Experience(drafter.priors)
+    with dht_node() as node, local_swarm(folder, [(0, 3), (3, 6), (3, 6)], node=node) as swarm:
+        model = swarm.model()
+        monkeypatch.setattr(model.speculator, "drafts_by", lambda _: Drafts(drafter, experience))
+        under_way: list[int] = []
+
+        def kill(count: int) -> None:
+            if count % 6 or count > 6 * kills:
+                return
+            assert isinstance(cache.session, Session)
+            under_way.append(cache.session.state.under_way)
+            used = cache.session.hops[-1].endpoint
+            next(peer for peer in swarm.peers if peer.endpoint == used).close()
+            swarm.add(3, 6)
+
+        with model.session() as cache:
+            got = model.generate(repeating(), streamer=Clock(kill), **chosen)
+            assert cache.session is not None
+            assert len(repairs(cache.session)) == kills
+    assert torch.equal(got, expected)
+    assert kills < 20 or sum(count > 0 for count in under_way) >= 5, under_way  # on a quick machine some have come
+    assert [*drafter.features] == [*range(17, got.shape[1] - 1)]
+    states = local(got, output_hidden_states=True).hidden_states
+    for position, features in drafter.features.items():
+        for tap, state in zip(drafter.taps[:-1], features.chunk(len(drafter.taps)), strict=False):
+            torch.testing.assert_close(state, states[tap][0, position], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from splitnet.drafts.drafter import Guess
 from splitnet.hf import decoding
 from splitnet.hf.decoding import Decoding, Drafts, Experience
 from splitnet.swarm.plan import Prediction
-from tests.unit.hf.chains import VOCABULARY, Chain, Clock, Sent, continued, feature, text_of
+from tests.unit.hf.chains import VOCABULARY, Chain, Clock, continued, feature, text_of
 
 KINDS = 3
 PROMPTS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4)
@@ -86,7 +86,7 @@ class Watched(Chain):
 
     most = 0
 
-    def send(self, input_ids: torch.Tensor, cache: Any) -> Sent:
+    def send(self, input_ids: torch.Tensor, cache: Any) -> Any:
         sent = super().send(input_ids, cache)
         assert len(self.held) <= self.most
         return sent
@@ -178,6 +178,7 @@ def speeds(
     taken_s = {"none": 0.0, "drafts": 0.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "time", clock)
+        chain = Chain([0], delay_ms=delay_ms, pass_ms=pass_ms, told_ms=told_ms)
         for arm, true in itertools.product(taken_s, TRUE):
             prompt = true[:4]
             chain = Chain(prompt, delay_ms=delay_ms, pass_ms=pass_ms, told_ms=told_ms, clock=clock)
