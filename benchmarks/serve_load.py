@@ -7,6 +7,11 @@ greedy chat after the other, each with a prompt of its own. Half-way one of the 
 sessions gets SIGKILL. Every answer must be, token for token, what the same prompt gave when it was asked alone before;
 at the end no peer may hold a session. With other weights than float32 answers may differ after the kill, as passes are
 rounded in other ways then.
+
+    sudo .venv/bin/python -m benchmarks.serve_load CHECKPOINT --speculate off auto --streams 8 --delay 20 --seconds 20
+
+Instead, gateways with such drafts in turns, `--rounds` times, over three daemons with a third of the blocks each on an
+emulated network of 100 Mbit/s (docs/netlab.md); nobody is killed. Prints tokens/s of all streams together.
 """
 
 from __future__ import annotations
@@ -29,6 +34,10 @@ from pathlib import Path
 from openai import AsyncOpenAI
 from transformers import AutoConfig
 
+from benchmarks.netlab import Lab
+from benchmarks.netlab.peers import LabPeers, even_spans
+from splitnet.checkpoint.checkpoint import Checkpoint
+
 TOPICS = (
     "tides", "bread", "volcanoes", "chess", "bees", "rainbows", "bridges", "glaciers",
     "violins", "maps", "coffee", "comets", "paper", "owls", "lighthouses", "clocks",
@@ -45,6 +54,7 @@ class Stream:
     asked_at: float
     came_at: list[float] = field(default_factory=list)
     text: str = ""
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--tokens", type=int, default=48, help="of an answer, at most")
     parser.add_argument("--weights", default="float32", help="of the peers, and of the head")
+    parser.add_argument("--speculate", nargs="+", help="compares these; the first is the baseline")
+    parser.add_argument("--delay", type=float, default=20.0, help="with --speculate: ms one way")
+    parser.add_argument("--rounds", type=int, default=3, help="with --speculate")
     arguments = parser.parse_args()
+    if arguments.speculate:
+        return compare(arguments)
     blocks = AutoConfig.from_pretrained(arguments.checkpoint).num_hidden_layers
     first, second = blocks // 3, 2 * blocks // 3
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
@@ -109,11 +124,11 @@ def peer(folder: Path, arguments: argparse.Namespace, span: tuple[int, int], bef
 
 
 @contextmanager
-def gateway(folder: Path, arguments: argparse.Namespace, address: str) -> Iterator[str]:
+def gateway(folder: Path, arguments: argparse.Namespace, address: str, speculate: str = "auto") -> Iterator[str]:
     """`splitnet serve`; gives its URL."""
     command = [sys.executable, "-m", "splitnet", "serve", arguments.checkpoint, "--join", address, "--port", "0"]
     command += ["--keep-sessions", "0", "--max-requests", str(arguments.streams), "--codec", "none"]
-    command += ["--local-weights", arguments.weights]
+    command += ["--local-weights", arguments.weights, "--speculate", speculate]
     with (folder / "gateway").open("wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
     try:
@@ -126,6 +141,52 @@ def gateway(folder: Path, arguments: argparse.Namespace, address: str) -> Iterat
     finally:
         process.terminate()
         process.wait()
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Tokens/s of all streams by what makes drafts, in turns."""
+    hosts = ("first", "middle", "last")
+    spans = even_spans(Checkpoint.open(arguments.checkpoint).num_blocks, hosts)
+    options = ("--threads", "1", "--weights", arguments.weights)
+    speeds: dict[str, list[float]] = {arm: [] for arm in arguments.speculate}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Lab(["client", *hosts], delay_ms=arguments.delay, rate_mbit=100.0) as lab,
+        LabPeers(lab, arguments.checkpoint, spans, options) as peers,
+        lab.inside("client"),
+        ExitStack() as running,
+    ):
+        address = next(iter(peers.addresses.values()))
+        urls: dict[str, str] = {}
+        for arm in speeds:
+            own = Path(tempfile.mkdtemp(dir=folder))
+            urls[arm] = running.enter_context(gateway(own, arguments, address, arm))
+        for turn in range(arguments.rounds + 1):
+            for arm in speeds if turn % 2 else reversed(speeds):
+                speeds[arm].append(asyncio.run(speed(urls[arm], arguments)))
+    print("| drafts | tokens/s of all streams, median (range) | times the first, median |\n|---|---|---|")
+    for arm, every in speeds.items():
+        seen = every[1:]  # the first warms up
+        ratio = statistics.median(
+            one / base for one, base in zip(seen, speeds[arguments.speculate[0]][1:], strict=True)
+        )
+        print(f"| {arm} | {statistics.median(seen):.1f} ({min(seen):.1f}-{max(seen):.1f}) | {ratio:.3f} |")
+    return 0
+
+
+async def speed(url: str, arguments: argparse.Namespace) -> float:
+    """Tokens/s of streams that keep asking, until the last of them has its answer."""
+    client = AsyncOpenAI(base_url=f"{url.rstrip('/')}/v1", api_key="none", max_retries=0)
+    (model,) = [model.id async for model in client.models.list()]
+    done: list[Stream] = []
+    began = time.perf_counter()
+
+    async def keep_asking(topic: str) -> None:
+        while time.perf_counter() < began + arguments.seconds:
+            done.append(await ask(client, model, topic, arguments.tokens))
+
+    await asyncio.gather(*(keep_asking(TOPICS[index % len(TOPICS)]) for index in range(arguments.streams)))
+    return sum(stream.tokens for stream in done) / (time.perf_counter() - began)
 
 
 async def measure(url: str, peers: Sequence[Peer], arguments: argparse.Namespace) -> int:
@@ -176,8 +237,11 @@ async def ask(client: AsyncOpenAI, model: str, topic: str, tokens: int) -> Strea
         max_tokens=tokens,
         temperature=0,
         stream=True,
+        stream_options={"include_usage": True},
     )
     async for event in events:
+        if event.usage is not None:
+            stream.tokens = event.usage.completion_tokens
         content = event.choices[0].delta.content if event.choices else None
         if content:
             stream.came_at.append(time.perf_counter())
