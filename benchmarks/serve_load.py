@@ -176,7 +176,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 async def speed(url: str, arguments: argparse.Namespace) -> float:
     """Tokens/s of streams that keep asking, until the last of them has its answer."""
-    client = AsyncOpenAI(base_url=f"{url.rstrip('/')}/v1", api_key="none", max_retries=0)
+    client = client_of(url)
     (model,) = [model.id async for model in client.models.list()]
     done: list[Stream] = []
     began = time.perf_counter()
@@ -191,8 +191,7 @@ async def speed(url: str, arguments: argparse.Namespace) -> float:
 
 async def measure(url: str, peers: Sequence[Peer], arguments: argparse.Namespace) -> int:
     """Asks alone, then together; prints what came of it."""
-    base = url if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
-    client = AsyncOpenAI(base_url=base, api_key="none", max_retries=0)
+    client = client_of(url)
     (model,) = [model.id async for model in client.models.list()]
     topics = [TOPICS[index % len(TOPICS)] + "!" * (index // len(TOPICS)) for index in range(arguments.streams)]
     alone = {topic: (await ask(client, model, topic, arguments.tokens)).text for topic in topics}
@@ -225,6 +224,11 @@ async def measure(url: str, peers: Sequence[Peer], arguments: argparse.Namespace
     for stream in wrong[:3]:
         print(f"\n{stream.topic}: {stream.text!r}\nalone: {alone[stream.topic]!r}")
     return int(bool(wrong) or left > 0)
+
+
+def client_of(url: str) -> AsyncOpenAI:
+    base = url if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
+    return AsyncOpenAI(base_url=base, api_key="none", max_retries=0)
 
 
 async def ask(client: AsyncOpenAI, model: str, topic: str, tokens: int) -> Stream:

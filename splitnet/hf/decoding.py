@@ -71,8 +71,8 @@ class Experience:
         self.by_place: dict[int, list[int]] = {}  # in a window: how often a token there was compared, and right
         self._own = [_Share(prior) for prior in priors]
         self._following: dict[int, _Share] = {}  # by kind: of what is guessed behind such a guess, once that was seen
-        # What a plain step takes beyond its prediction, and by positions what one of more takes beyond that: none takes
-        # less, and what slows plain steps down does not make others look fast.
+        # What a plain step takes beyond its prediction, and by positions what one of more takes beyond its own and
+        # that: what slows plain steps down does not make others look fast.
         self._plain_ms = MovingAverage(SHARE)
         self._more_ms: dict[int, MovingAverage] = {}
         self._client_ms: dict[int, MovingAverage] = {}  # by positions: how long a step kept this process busy
@@ -119,16 +119,16 @@ class Experience:
         elapsed_ms: from sending it until its tokens were chosen. client_ms: how long that kept this process busy.
         """
         with self._lock:
-            beyond_ms = elapsed_ms - prediction(positions).latency_ms
             self._client_ms.setdefault(positions, MovingAverage(SHARE)).add(client_ms)
+            plain_ms = prediction(1).latency_ms
+            if positions == 1 or elapsed_ms < plain_ms + self._plain_ms.value:
+                self._plain_ms.add(elapsed_ms - plain_ms)
             if positions == 1:
                 for more in self._more_ms.values():
                     more.value *= FADING
             elif self.knows_steps:
-                more_ms = max(0.0, beyond_ms - self._plain_ms.value)
+                more_ms = elapsed_ms - prediction(positions).latency_ms - self._plain_ms.value
                 self._more_ms.setdefault(positions, MovingAverage(SHARE, 0.0)).add(more_ms)
-            if positions == 1 or beyond_ms < self._plain_ms.value:
-                self._plain_ms.add(beyond_ms)
 
     def timed(self, guesses: Iterator[Guess], *, catches_up: bool) -> Iterator[Guess]:
         """The guesses of a draft, whose time is noted. catches_up: before the first the drafter reads a prompt."""
@@ -168,13 +168,13 @@ class Experience:
 
         @cache
         def latency_ms(positions: int) -> float:
-            predicted_ms = prediction(positions).latency_ms
-            return max(predicted_ms + self._plain_ms.value + more_ms(positions), 0.1)
+            plain_ms = max(prediction(1).latency_ms + self._plain_ms.value, 0.1)
+            return max(prediction(positions).latency_ms + self._plain_ms.value + more_ms(positions), plain_ms)
 
         @cache
         def slowest_hop_ms(positions: int) -> float:
             # The time of more positions beyond the prediction is spent somewhere, at worst at the slowest hop.
-            stage = prediction(positions).slowest_hop_ms + more_ms(positions)
+            stage = prediction(positions).slowest_hop_ms + max(0.0, more_ms(positions))
             return max(stage, _nearest(self._client_ms, positions))
 
         first, further = self._drafting_ms
