@@ -213,7 +213,7 @@ def test_who_holds_weights_otherwise_takes_a_place_only_if_that_is_allowed(
     node: Directory, own_folder: Path, own_local: Any
 ) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
-        strict, lenient = swarm.model(recovery_timeout_s=0.5), swarm.model("auto")
+        strict, lenient = swarm.model(recovery_timeout_s=3.0), swarm.model("auto")
         with torch.no_grad():
             exact = strict(**prompt()).logits
         with lenient.session(), strict.session() as cache:
