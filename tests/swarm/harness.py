@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,3 +177,10 @@ def shared_swarm(folder: Path, spans: Sequence[tuple[int, int]], **options: Any)
 def repairs(session: Session | MixedSession) -> list[Recovered]:
     """What was mended after a loss: on a machine that others use a session may move to a better route, too."""
     return [each for each in session.recoveries if each.cause is not Cause.BETTER_ROUTE]
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 30.0
+    while not condition():
+        assert time.monotonic() < until
+        threading.Event().wait(0.02)

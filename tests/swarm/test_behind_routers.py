@@ -26,8 +26,7 @@ from splitnet.security.identity import Identity
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.transport.addresses import Reach
 from tests.swarm.generation import GREEDY, prompt
-from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
-from tests.swarm.test_hidden_peers import wait_until
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, wait_until
 
 pytestmark = pytest.mark.swarm
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,11 +28,10 @@ from splitnet.transport import addresses
 from splitnet.transport.addresses import Reach
 from splitnet.wire.endpoints import Endpoint
 from tests.swarm.generation import GREEDY, After, prompt
-from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.harness import LocalSwarm, local_swarm, wait_until
 
 pytestmark = pytest.mark.swarm
 
-WAIT_S = 30.0
 NOWHERE = "127.0.0.1:9"
 """Nobody listens there: who is announced at it is reached through helpers, or not at all."""
 
@@ -54,13 +52,6 @@ def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
     """A helper that serves nothing the others do not, and two hidden peers."""
     with local_swarm(folder, [], node=node) as swarm:
         yield swarm
-
-
-def wait_until(condition: Any) -> None:
-    until = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until
-        threading.Event().wait(0.02)
 
 
 def add_hidden(swarm: LocalSwarm, start: int, end: int, relays: int = 1) -> Peer:

@@ -24,8 +24,7 @@ from splitnet.swarm.trial import PeerLinks
 from splitnet.tools.doctor.examination import Reach
 from splitnet.tools.doctor.hardware import Status, failed
 from splitnet.wire.endpoints import LinkState
-from tests.swarm.harness import local_swarm
-from tests.swarm.test_hidden_peers import wait_until
+from tests.swarm.harness import local_swarm, wait_until
 
 pytestmark = pytest.mark.swarm
 
