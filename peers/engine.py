@@ -35,8 +35,8 @@ from splitnet.paths import KnownFigures
 from splitnet.quant import native
 from splitnet.quant.device import Stopwatch, end_threads, seconds_after_work, to_device, to_host, trim_memory
 from splitnet.version import __version__
-from splitnet.wire.codecs import codec_by_code
-from splitnet.wire.messages import Chunk, FailureCode, FetchKV, Forward, Gradient
+from splitnet.wire.codecs import codec_by_code, kept_rows
+from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient
 
 log = logging.getLogger(__name__)
 
@@ -432,7 +432,7 @@ class Engine:
         """What is sent of the output of a pass, by step, copied to the CPU at once."""
         own = output.split([count for _, count in ready])
         wanted = [
-            _kept_rows(work.parts(count), each) if self._at_tail(work) else each
+            kept_rows(work.parts(count), each) if self._at_tail(work) else each
             for (work, count), each in zip(ready, own, strict=True)
         ]
         if output.device.type == "cpu":
@@ -598,18 +598,6 @@ class Engine:
         self._service.ms_per_position = blocks * self._speed.block_ms[-1] / PASS_SIZES[-1]
 
 
-def _kept_rows(parts: Sequence[Chunk], output: torch.Tensor) -> torch.Tensor:
-    if all(part.keep == part.length for part in parts):
-        return output
-    pieces: list[torch.Tensor] = []
-    offset = 0
-    for part in parts:
-        offset += part.length
-        if part.keep:
-            pieces.append(output[offset - part.keep : offset])
-    return torch.cat(pieces) if pieces else output[:0]
-
-
 def _tapped(
     ready: list[tuple[Work, int]], output: torch.Tensor, boundaries: Sequence[int]
 ) -> list[tuple[Work, dict[int, torch.Tensor]]]:
@@ -621,7 +609,7 @@ def _tapped(
     own = output.split([count for _, count in ready])
     for (work, count), rows in zip(ready, own, strict=True):
         if work.taps is not None:
-            kept = _kept_rows(work.parts(count), rows).chunk(len(boundaries), dim=1)
+            kept = kept_rows(work.parts(count), rows).chunk(len(boundaries), dim=1)
             states = zip(boundaries, kept, strict=True)
             found.append((work, {tap: each for tap, each in states if tap in work.taps.boundaries}))
     return found

@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache
 
 from splitnet.blocks.kv_cache import OneSequence, SequenceCache, SequenceStates
 from splitnet.checkpoint.families import family_of, keeps_states, states_per_block
-from splitnet.drafts.drafter import Guess
+from splitnet.drafts.drafter import Guess, shared
 from splitnet.errors import SplitnetError
 
 
@@ -80,8 +80,7 @@ class DraftModel:
 
     def _keep_common(self, known: Sequence[int]) -> None:
         """Crops the cache to what it shares with the text, less one token to go on from."""
-        most = min(len(self._cached), len(known) - 1)
-        same = next((index for index in range(most) if self._cached[index] != known[index]), most)
+        same = min(shared(self._cached, known), len(known) - 1)
         if same < len(self._cached):
             if self._row is None:
                 self._cache.crop(same - len(self._cached))

@@ -15,6 +15,13 @@ class Guess(NamedTuple):
     kind: int
 
 
+def shared(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    pairs = zip(tokens, others, strict=False)
+    different = (place for place, (one, other) in enumerate(pairs) if one != other)
+    return next(different, min(len(tokens), len(others)))
+
+
 class Drafter(Protocol):
     """Guesses how a text goes on; follows one text at a time.
 

@@ -5,7 +5,7 @@ the next one, which the model's own head turns into tokens. EAGLE-3 (arXiv:2503.
 depths and has a head of its own, for the tokens that are drafted at all (as FR-Spec, arXiv:2502.14856).
 
 Read are folders and ids of the hub with safetensors: EAGLE-3 as `speculators` writes it, as its authors and SpecForge
-do (LlamaForCausalLMEagle3), and EAGLE-1 and 2. Written is the format of `speculators`, which vLLM reads, too.
+do (LlamaForCausalLMEagle3), and EAGLE-1 and 2. Written is the format of `speculators`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from splitnet.drafts.drafter import Guess
+from splitnet.drafts.drafter import Guess, shared
 
 CONFIDENCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Bounds between kinds of guesses, by the probability that the head gives its likeliest token."""
@@ -95,8 +95,7 @@ class HeadDrafter:
         self._catch_up()
         if not self._outputs:
             return
-        same = next((i for i, pair in enumerate(zip(self._drafted, pending, strict=False)) if pair[0] != pair[1]), None)
-        keep = min(len(self._drafted), len(pending)) if same is None else same
+        keep = shared(self._drafted, pending)
         self._forget(keep)
         for token in pending[keep:]:
             self._go_on(token)

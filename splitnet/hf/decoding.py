@@ -264,19 +264,16 @@ class Speculator:
         """Drafts for one text, see `RemoteCausalLM.generate`. Raises SplitnetError: nothing makes drafts so."""
         if not isinstance(speculate, str):
             vocabulary = self._model.config.get_text_config().vocab_size
-            return self._drafts(id(speculate), DraftModel(speculate, vocabulary))
-        head = self._head(speculate)
+            return Drafts(DraftModel(speculate, vocabulary), self._experience(id(speculate), DraftModel.priors))
+        head, required = self._head(speculate), speculate != AUTO
         if head is None:
-            return self._drafts(speculate, PromptLookup(), required=speculate != AUTO)
-        experience = self.experience(speculate, Combined.priors)
-        return Drafts(Combined(head, experience.acceptance), experience, required=speculate != AUTO)
+            return Drafts(PromptLookup(), self._experience(speculate, PromptLookup.priors), required)
+        experience = self._experience(speculate, Combined.priors)
+        return Drafts(Combined(head, experience.acceptance), experience, required)
 
-    def experience(self, source: Any, priors: Sequence[float]) -> Experience:
+    def _experience(self, source: Any, priors: Sequence[float]) -> Experience:
         """What texts with drafts from this source have shown."""
         return self._experiences.setdefault(source, Experience(priors))
-
-    def _drafts(self, source: Any, drafter: Drafter, *, required: bool = True) -> Drafts:
-        return Drafts(drafter, self.experience(source, drafter.priors), required)
 
     def _head(self, speculate: str) -> DraftHead | None:
         """None: drafts are copies of the text. Raises SplitnetError: there is no such head."""

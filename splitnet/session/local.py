@@ -21,6 +21,7 @@ from splitnet.session.events import Recovered
 from splitnet.session.failover import RouteHop
 from splitnet.session.inference import LinkUse, Session, UnderWay, cut_into_steps
 from splitnet.swarm.plan import Prediction
+from splitnet.wire.codecs import kept_rows
 from splitnet.wire.messages import Chunk, Fork, Timing
 from splitnet.wire.sent_log import fork_rows
 
@@ -314,9 +315,9 @@ class MixedSession:
         """A stage has given its output, and before it in each row the hidden states at its taps."""
         last, size = piece.stage + 1 == len(self._stages), piece.hidden.shape[1]
         if last and isinstance(self._stages[-1], LocalSequences):
-            output = _kept(output, piece.parts)
+            output = kept_rows(piece.parts, output)
         if last and piece.tapped:
-            output = torch.cat((*(_kept(states, piece.parts) for states in piece.tapped), output), dim=1)
+            output = torch.cat((*(kept_rows(piece.parts, states) for states in piece.tapped), output), dim=1)
         elif self.taps and not last:
             if self._ends[piece.stage] in self.taps:
                 piece.tapped.append(output)
@@ -325,9 +326,3 @@ class MixedSession:
             output = output[:, -size:]
         piece.hidden = output
         piece.stage += 1
-
-
-def _kept(states: torch.Tensor, parts: Sequence[Chunk]) -> torch.Tensor:
-    """Those of the positions that the parts keep, of those of all positions."""
-    each = zip(states.split([part.length for part in parts]), parts, strict=True)
-    return torch.cat([own[part.length - part.keep :] for own, part in each])

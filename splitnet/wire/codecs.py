@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,24 @@ LARGEST_SCALE = 0x7200  # the bits of 2**101: above every scale that `quantise` 
 _LARGEST = 2.0**100  # larger magnitudes are refused: no model has them, and it keeps every decoded value finite
 _SMALLEST = np.float32(2.0**-100)  # blocks of smaller magnitudes become zeros
 SMALL_BATCH = 64  # blocks; a product of so few rows does not wake the threads of a BLAS, which would then spin
+
+
+class Kept(Protocol):
+    """New positions of a row: so many, and how many of the last are wanted."""
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def keep(self) -> int: ...
+
+
+def kept_rows(parts: Sequence[Kept], states: torch.Tensor) -> torch.Tensor:
+    """Of the states of all positions, `[positions, ...]`, those that are wanted, in order."""
+    if all(part.keep == part.length for part in parts):
+        return states
+    each = zip(states.split([part.length for part in parts]), parts, strict=True)
+    return torch.cat([own[part.length - part.keep :] for own, part in each])
 
 
 def quantise(values: Floats, bits: int, rotate: bool) -> tuple[Scales, Codes]:

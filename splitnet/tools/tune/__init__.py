@@ -13,7 +13,7 @@ from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
 from splitnet.session.options import ConnectionOptions
 from splitnet.tools.tune.data import TEMPLATE
-from splitnet.tools.tune.folder import TuningFolder
+from splitnet.tools.tune.folder import WORK, TuningFolder
 from splitnet.tools.tune.methods import AdapterOptions, Method, PromptNetwork, Schedule, Settings
 
 in_data = box("Data")
@@ -192,7 +192,7 @@ def _tune_draft_head(
         )
     if learning_rate == 0:
         raise SplitnetError("with --lr 0 nothing is learned: leave it out, or give a step size such as 1e-3")
-    work = output / "work"
+    work = output / WORK
     if not resume and output.is_dir() and any(path != work for path in output.iterdir()):
         again = "a head: --resume goes on with it, or" if work.is_dir() else "files:"
         raise SplitnetError(f"{output} already holds {again} give another --output")

@@ -33,12 +33,11 @@ from splitnet.hf.causal_lm import RemoteCausalLM, attached
 from splitnet.hf.decoding import client_part_of
 from splitnet.paths import public_name
 from splitnet.tools.tune.data import Examples
-from splitnet.tools.tune.folder import TuningFolder
-from splitnet.tools.tune.job import TuningProgress, digest, stop_signals
+from splitnet.tools.tune.folder import WORK, TuningFolder
+from splitnet.tools.tune.job import TuningProgress, digest, end_if, stop_signals
 from splitnet.tools.tune.methods import Schedule, Settings
-from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, collate
+from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, collate, pad_of
 
-WORK = "work"  # folder in that of the head: readers of heads take all safetensors beside the config
 LONGEST_TEXT = 512  # tokens, where the user sets none
 TOGETHER = 32  # texts that are generated at once, and lie in one file
 PASS_POSITIONS = 4096  # of texts that go through the blocks together
@@ -453,9 +452,7 @@ class DraftHeadTuning:
                     writer.fill(states, attached(checkpoint, swarm, connection.options), progress, stopped)
                 finally:
                     swarm.close()
-        if stopped:
-            typer.echo("Stopped; nothing is lost. The same command with --resume goes on.", err=True)
-            raise SystemExit(128 + stopped[0])
+        end_if(stopped, "Stopped")
         self._train(part, checkpoint, states, folder, torch.device(device))
 
     def _train(
@@ -526,11 +523,7 @@ class DraftHeadTuning:
             finally:
                 if run.done:
                     keep()
-        if stopped:
-            typer.echo(
-                f"Stopped after step {run.done}; nothing is lost. The same command with --resume goes on.", err=True
-            )
-            raise SystemExit(128 + stopped[0])
+        end_if(stopped, f"Stopped after step {run.done}")
         command = ["splitnet", "generate", *self.way, "--speculate", f"eagle={self.output}", "..."]
         typer.echo(f"{best:.2f} tokens per round trip on held-out texts. The head is in {self.output}.")
         typer.echo(f"{self.output / WORK} holds {states.nbytes / 2**20:,.0f} MiB that it does not need any more.")
@@ -557,7 +550,7 @@ class _Writer:
             self._prompts = [self._prompt(texts, row) for row in texts.rows]
         elif texts is not None:
             self._rows = Encoder(tokenizer, self._longest).encode(texts)
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        self._pad = pad_of(tokenizer)
 
     @property
     def wanted(self) -> int:
@@ -569,6 +562,7 @@ class _Writer:
     def fill(self, states: States, model: RemoteCausalLM, progress: TuningProgress, stopped: Sequence[int]) -> None:
         """Writes files of states until all texts, or as many as there is room for, are there, or it is stopped."""
         began, before = time.monotonic(), states.texts
+        progress.say(f"{self.wanted - before:,} texts, {TOGETHER} at a time, whose states come from the peers ...")
         while not self.has_all(states) and not stopped:
             number = len(states.files)
             if self._tuning.generate:

@@ -17,6 +17,7 @@ from splitnet.errors import DataError
 if TYPE_CHECKING:
     import torch
 
+WORK = "work"  # beside a draft head, for the states: readers of heads take all safetensors beside the config
 CHECKPOINT = "checkpoint.safetensors"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 

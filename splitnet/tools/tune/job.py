@@ -29,7 +29,7 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.tools.tune.data import Examples
 from splitnet.tools.tune.folder import TuningFolder
 from splitnet.tools.tune.methods import AdapterOptions, Method, Settings, begin_prefix, with_new_adapter
-from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, Step, TuningRun, collate
+from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, Step, TuningRun, collate, pad_of
 
 SMOOTHED_OVER = 10  # Steps whose mean the smoothed line shows
 
@@ -189,7 +189,7 @@ class Tuning:
         """Trains to the last step, or until it is stopped. Raises SplitnetError; steps that were done are kept."""
         checkpoint = connection.checkpoint()
         tokenizer = checkpoint.tokenizer()
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        pad = pad_of(tokenizer)
         encoder = self._encoder(checkpoint, tokenizer)
         rows = encoder.encode(self.train)
         held_out = encoder.encode(self.held_out) if self.held_out else []
@@ -315,7 +315,8 @@ class _Training:
                 raise
             finally:
                 self._save()
-        self._report(stopped[0] if stopped else None)
+        end_if(stopped, f"Stopped after step {run.done}")
+        self._report()
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -362,11 +363,8 @@ class _Training:
         title = f"{self.tuning.method}, {self.tuning.train.path.name}"
         self.folder.save_chart(lambda path: draw_loss_curve(metrics, title, path))
 
-    def _report(self, stopped_by: int | None) -> None:
+    def _report(self) -> None:
         done, output = self.run.done, self.tuning.output
-        if stopped_by is not None:
-            typer.echo(f"Stopped after step {done}; nothing is lost. The same command with --resume goes on.", err=True)
-            raise SystemExit(128 + stopped_by)
         evaluations = [line for line in self.folder.metrics() if "eval_loss" in line]
         if len(evaluations) > 1:
             ends = (evaluations[0], evaluations[-1])
@@ -395,6 +393,13 @@ def stop_signals(what: str) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_if(stopped: Sequence[int], told: str) -> None:
+    """Ends the process as the signal would that has stopped a run, if one has."""
+    if stopped:
+        typer.echo(f"{told}; nothing is lost. The same command with --resume goes on.", err=True)
+        raise SystemExit(128 + stopped[0])
 
 
 def _told(result: Evaluation) -> str:

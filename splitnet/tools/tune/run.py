@@ -147,6 +147,11 @@ def _row(pieces: list[tuple[list[int], bool]]) -> Encoded:
     return Encoded(ids, [IGNORED, *targets[1:]])
 
 
+def pad_of(tokenizer: Any) -> int:
+    """The token that shorter rows of a batch are filled up with."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+
 def collate(
     rows: Sequence[Encoded], pad: int, *, head: bool = False, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:

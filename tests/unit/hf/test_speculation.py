@@ -132,7 +132,7 @@ class TestBestLength:
         plain = 1 / given_pace.latency_ms(1)
         speeds = {n: tokens_per_ms(Window(n, 1), alike(acceptance), given_pace) for n in range(1, LENGTHS[-1] + 1)}
         best = speeds[length] if length else plain * WORTHWHILE
-        assert best >= max(speeds.values()) * (1 - 1e-9) or best == plain * WORTHWHILE >= max(speeds.values())
+        assert best >= max(speeds.values()) * (1 - 1e-9)
 
 
 def drafted(drafter: Drafter, pending: list[int], count: int) -> list[int]:
