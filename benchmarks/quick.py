@@ -5,8 +5,8 @@
 All ways take turns in one process, so that neither the machine nor its load matters: blocks of a random model with
 their weights in each form, the same blocks in transformers' own code and float32, and sums over as many bytes as a form
 holds. Of each, the median counts. Bounds: no form is slower than transformers, nor than a form of more bytes. Where
-whole steps are compiled (AVX512), weights that do not fit the caches are read at 65 % of the bandwidth of the sums or more:
-those in a cache are bound by arithmetic, on each processor elsewhere.
+whole steps are compiled (AVX512), weights that do not fit the caches are read at 65 % of the bandwidth of the sums or
+more: those in a cache are bound by arithmetic, on each processor elsewhere.
 """
 
 from __future__ import annotations
