@@ -7,6 +7,7 @@ code. All that comes before and after the blocks is made neutral, and only the t
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -30,7 +31,7 @@ from splitnet.blocks.backbone import (
 from splitnet.blocks.block_sizes import block_bytes, block_sizes, weights_of
 from splitnet.blocks.client_part import check_neutral
 from splitnet.blocks.fast.graph_step import GraphStep, with_recordings
-from splitnet.blocks.fast.native_step import NativeStep
+from splitnet.blocks.fast.native_step import MOST_IN_STEPS, MOST_POSITIONS, NativeStep, steps_of
 from splitnet.blocks.fast.torch_step import TorchStep
 from splitnet.blocks.kv_cache import (
     HELD_AT_ONCE,
@@ -73,6 +74,7 @@ LEAN_TOLERANCE_ALONE, LEAN_ROUNDING_ALONE = 0.04, 2.0**-8
 """Of what one block adds in half precision, and of its input: each is tried alone, too, as 30 % let too much pass."""
 
 MERGED_POSITIONS = 8  # run once more in the pass of new ones; more have a pass of their own, to keep the states behind
+TRIALS = 3  # of two ways to run a pass, by turns
 PASS = 512  # positions of a pass that run once more, or of whole sequences
 WAY_BACK = 8  # times the memory of the family's own attention, with which gradients go back through whole sequences
 
@@ -116,6 +118,7 @@ class Span:
         parent, name = parent_of(backbone, container)
         blocks: nn.ModuleList = getattr(parent, name)
         self._blocks = blocks
+        self._steps_are_faster: dict[tuple[int, bool], bool] = whole._steps_are_faster if whole else {}
         self._tapped: dict[int, Tensor] = {}  # during a pass: what tapped blocks have given last, by boundary
         self._adapters: SpanAdapters = whole._adapters if whole else SpanAdapters(blocks, start)
         self.device = next(backbone.parameters()).device
@@ -233,11 +236,51 @@ class Span:
                 self.catch_up(part.row, part.adapter)
         with torch.inference_mode():
             given = to_device(hidden, self.device, self.dtype)
-            if self._lean is not None and self._lean.takes(parts):
-                output = self._lean.forward(given, parts, [tap - self.start for tap in taps] if taps else ())
+            if isinstance(self._lean, NativeStep) and MOST_POSITIONS < len(hidden) <= MOST_IN_STEPS:
+                steps = steps_of(parts)
+                if all(map(self._lean.takes, steps)) and self._prefers_steps(len(steps), len(parts) > len(steps)):
+                    return self._in_steps(given, steps, taps)
+            return self._step(given, parts, taps)
+
+    def _prefers_steps(self, count: int, many: bool) -> bool:
+        """Whether so many native steps are faster than products of matrices, for many sequences or for one.
+
+        That depends on the processor, the weights and their form: it is timed once, with one block. So what a sequence
+        gives does not depend on the moment."""
+        if (known := self._steps_are_faster.get((count, many))) is not None:
+            return known
+        block = self.view(self.start, self.start + 1)
+        hidden = torch.zeros(count * MOST_POSITIONS, self.hidden_size, dtype=self.dtype)
+        each = 1 if many else len(hidden)
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for in_steps in (True, False) * TRIALS:
+            parts = [Chunk(block.new_row(each), 0, each) for _ in range(len(hidden) // each)]
+            began = time.perf_counter()
+            if in_steps:
+                block._in_steps(hidden, steps_of(parts), ())
             else:
-                with self._tapping(taps) if taps else nullcontext():
-                    output = self._run(given, parts)
+                block._step(hidden, parts, ())
+            seconds[in_steps].append(time.perf_counter() - began)
+        faster = self._steps_are_faster[count, many] = min(seconds[True]) < min(seconds[False])
+        return faster
+
+    def _in_steps(self, hidden: Tensor, steps: Sequence[Sequence[Chunk]], taps: Sequence[int]) -> Tensor:
+        counts = [sum(part.count for part in step) for step in steps]
+        lengths = [(part.row, part.row.length) for step in steps for part in step]
+        try:
+            each = zip(hidden.split(counts), steps, strict=True)
+            return torch.cat([self._step(given, step, taps) for given, step in each])
+        except BaseException:
+            for row, length in lengths:
+                row.crop(length)
+            raise
+
+    def _step(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int]) -> Tensor:
+        if self._lean is not None and self._lean.takes(parts):
+            output = self._lean.forward(hidden, parts, [tap - self.start for tap in taps] if taps else ())
+        else:
+            with self._tapping(taps) if taps else nullcontext():
+                output = self._run(hidden, parts)
         for part in parts:
             part.row.advance(part.count)
         return output

@@ -9,6 +9,7 @@ loads.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from inspect import signature
 from itertools import chain, pairwise
 from struct import pack
@@ -26,7 +27,8 @@ from splitnet.quant.grouped import BlockQuantWeight
 from splitnet.quant.linear import PLAIN_LINEAR, QuantizedLinear
 from splitnet.quant.tiles import CHUNK
 
-MOST_POSITIONS = 16  # in one step; with more, products of matrices are faster
+MOST_POSITIONS = 16  # in one step
+MOST_IN_STEPS = 128  # positions of a pass that may be run in several steps
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GROUPED = 3
 _VECTOR = 16
@@ -241,3 +243,19 @@ def _is_held(layer: nn.Linear | QuantizedLinear | Turned) -> bool:
         return isinstance(layer.held, FloatForm)
     plain = type(layer) in (nn.Linear, Turned) or type(layer).__name__ in PLAIN_LINEAR
     return plain and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
+
+
+def steps_of(parts: Sequence[Chunk]) -> list[list[Chunk]]:
+    """The parts, in their order, for as few steps as can be."""
+    steps: list[list[Chunk]] = []
+    room = 0
+    for part in parts:
+        done = 0
+        while done < part.count:
+            if not room:
+                steps.append([])
+                room = MOST_POSITIONS
+            count = min(room, part.count - done)
+            steps[-1].append(part if count == part.count else replace(part, start=part.start + done, count=count))
+            done, room = done + count, room - count
+    return steps

@@ -87,6 +87,7 @@ def test_forward_is_that_of_rows_that_are_kept(checkpoint_of: Callable[[str], Pa
     span = spans_of(checkpoint_of("llama"))[1]
     hidden = torch.randn(sum(LENGTHS), HIDDEN)
     rows = [Chunk(span.new_row(), 0, length) for length in LENGTHS]
+    span._lean = None
     whole = SpanPasses(span).forward(hidden, LENGTHS, None, span.start, span.end)
     assert torch.equal(whole, span.forward(hidden, rows))
 
