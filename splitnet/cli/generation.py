@@ -54,12 +54,13 @@ class Client:
 
     @classmethod
     def connect(cls, connection: Connection, adapter: Path | None = None, speculate: str = OFF) -> Client:
-        """Loads the client's part and joins the swarm. Raises AdapterError if none fits; and as `drafts_of`."""
+        """Loads the client's part and joins the swarm. Raises AdapterError if none fits; and as `drafts_of` and
+        `attached`: drafts cannot be made so."""
         checkpoint = connection.checkpoint()
         drafts = drafts_of(speculate, connection)
         swarm = connection.swarm(checkpoint)
         try:
-            remote = attached(checkpoint, swarm, connection.options)
+            remote = attached(checkpoint, swarm, connection.options, drafts)
             generator = load_adapter(remote, adapter) if adapter else remote
             return cls(remote, checkpoint.tokenizer(), generator, drafts)
         except BaseException:

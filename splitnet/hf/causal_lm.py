@@ -98,8 +98,14 @@ def attach(checkpoint: Checkpoint, swarm: Swarm, **options: Any) -> RemoteCausal
     return attached(checkpoint, swarm, ConnectionOptions.of(options))
 
 
-def attached(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -> RemoteCausalLM:
-    """The same, with options whose device is one that was found."""
+def attached(
+    checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions, speculate: Any = AUTO
+) -> RemoteCausalLM:
+    """The same, with options whose device is one that was found.
+
+    speculate: where drafts will come from, see `RemoteCausalLM.generate`. What is asked for is loaded at once; "auto"
+    takes later what it can have. Raises SplitnetError: it cannot be loaded, or is not for this model.
+    """
     stages, whole = stages_of(checkpoint, swarm, options), (0, checkpoint.num_blocks)
 
     def open_part(reservation: int, part: Blocks) -> Session:
@@ -119,6 +125,8 @@ def attached(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -
     model.ends = ends_of(model)
     model.speculator = Speculator(model, checkpoint)
     model.connect_blocks(blocks, swarm)
+    if speculate not in (None, OFF, AUTO):
+        model.speculator.drafts_by(speculate)
     end_threads()  # another thread may generate
     return model
 

@@ -153,7 +153,7 @@ def serve(
         tokenizer = checkpoint.tokenizer()
         with join() as swarm:
             swarm.peers()  # tells a swarm of other weights
-            remote = attached(checkpoint, swarm, model)
+            remote = attached(checkpoint, swarm, model, options.speculate)
             defaults, said = choose_defaults(remote.generation_config, of_checkpoint=options.checkpoint_sampling)
             vocabulary = remote.config.get_text_config().vocab_size
             prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)

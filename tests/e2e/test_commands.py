@@ -171,6 +171,14 @@ FAILURES: dict[str, tuple[str, str]] = {
     "client: other weights": ("generate {fine_tuned} hi --join {holed}", "this swarm serves other weights than your"),
     "status: other weights": ("status {fine_tuned} --join {holed}", "this swarm serves other weights than your"),
     "client: no such codec": ("generate {small} hi --join {holed} --codec zip", "there is no codec 'zip'; use one of"),
+    "client: no layer for drafts": (
+        "generate {small} hi --join {holed} --speculate mtp",  # before blocks are missed
+        "small.* has no layer for multi-token prediction: speculate by 'auto'",
+    ),
+    "client: no head for drafts": (
+        "generate {small} hi --join {holed} --speculate eagle=/no/head",
+        "there is no folder /no/head: give",
+    ),
     "client: no prompt": ("generate {small} - --join {holed}", "the prompt is empty: give some text"),
     "client: long prompt": (
         "generate {small} {long} --join {private}",
@@ -192,6 +200,14 @@ FAILURES: dict[str, tuple[str, str]] = {
     "serve: other weights": (
         "serve {fine_tuned} --join {holed} --port 0",
         "this swarm serves other weights than your",
+    ),
+    "serve: no layer for drafts": (
+        "serve {small} --join {holed} --port 0 --speculate mtp",
+        "small.* has no layer for multi-token prediction: speculate by 'auto'",
+    ),
+    "serve: no head for drafts": (
+        "serve {small} --join {holed} --port 0 --speculate eagle=/no/head",
+        "there is no folder /no/head: give",
     ),
     "tune: no data": (f"{TUNE} {{home}}/none", "none cannot be read .No such file or directory.: give a file of JSON"),
     "tune: a bad line": (f"{TUNE} {{bad_line}}", "line 2: no JSON at character 13 .*; every line must be one whole"),

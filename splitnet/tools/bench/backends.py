@@ -264,7 +264,8 @@ class Benchmark:
             if self._measures_swarm(connection):
                 swarm = connection.swarm(checkpoint)
                 at_end.callback(swarm.close)
-                arms[SWARM] = SwarmArm(attached(checkpoint, swarm, connection.options), self.seed, self.speculate)
+                model = attached(checkpoint, swarm, connection.options, self.speculate)
+                arms[SWARM] = SwarmArm(model, self.seed, self.speculate)
             if self.local:
                 progress.update(f"loading {checkpoint.name} for --local", 0, 0)
                 arms[LOCAL] = LocalArm(checkpoint, self.seed, connection.options.device)
