@@ -177,25 +177,36 @@ def client_part_names(checkpoint: Checkpoint, model_class: type[PreTrainedModel]
 
 
 class Ends:
-    """Embeddings, final norm and head of a shell: they are looked up at every call, as adapters may be put on them."""
+    """Embeddings, final norm and head of a shell: they are looked up at every use, as adapters may be put on them.
 
-    def __init__(self, model: PreTrainedModel, backbone: nn.Module, norm: str) -> None:
-        self.model: Any = model
+    norm: the name of the final norm in the backbone, "" if that is not known. are_all: besides its blocks, the model
+    does what these do and no more.
+    """
+
+    def __init__(self, model: Any, backbone: Any, norm: str) -> None:
+        self.model = model
         self._backbone = backbone
-        self._norm = norm  # its name in the backbone
+        self._norm = norm
+        self.are_all = False
+        config = model.config.get_text_config()
+        self.hidden_size: int = config.hidden_size
+        self.num_blocks: int = config.num_hidden_layers
+        self.vocabulary: int = config.vocab_size
 
     @property
-    def norm(self) -> nn.Module:
-        """The final norm: `[..., hidden]` -> the same."""
-        return getattr(self._backbone, self._norm)
-
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self) -> Any:
         """`[...]` -> `[..., hidden]`."""
-        return self.model.get_input_embeddings()(ids)
+        return self.model.get_input_embeddings()
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """`[..., hidden]`, behind the final norm -> `[..., vocabulary]`."""
-        return self.model.get_output_embeddings()(hidden)
+    @property
+    def norm(self) -> Any:
+        """The final norm: `[..., hidden]` -> the same; None if it is not known."""
+        return getattr(self._backbone, self._norm, None)
+
+    @property
+    def head(self) -> Any:
+        """`[..., hidden]`, behind the final norm -> `[..., vocabulary]`; None: none can be called alone."""
+        return self.model.get_output_embeddings()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]`, before the final norm -> `[..., vocabulary]`."""
@@ -203,14 +214,14 @@ class Ends:
 
 
 @torch.no_grad()
-def ends_of(model: PreTrainedModel) -> Ends | None:
-    """The ends of a shell; None if it does more than they do, besides its blocks, as families that scale embeddings or
-    logits: found by trying, with blocks that give what they are given."""
+def ends_of(model: PreTrainedModel) -> Ends:
+    """The ends of a shell. Whether they are all, as they are not where a family scales embeddings or logits, is found
+    by trying, with blocks that give what they are given."""
     backbone = backbone_of(model)
-    norm = next((name for name in ("norm", "norm_f") if getattr(backbone, name, None) is not None), None)
-    if norm is None or model.get_output_embeddings() is None:
-        return None
-    ends = Ends(model, backbone, norm)
+    known = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
+    ends = Ends(model, backbone, next((name for name in known if getattr(backbone, name, None) is not None), ""))
+    if ends.norm is None or ends.head is None:
+        return ends
     ids = torch.arange(1, 4, device=model.device)[None]
     stand_in = outline_in(model)[0]
     blocks, stand_in.blocks = stand_in.blocks, nn.Identity()
@@ -218,7 +229,8 @@ def ends_of(model: PreTrainedModel) -> Ends | None:
         expected = model(input_ids=ids, use_cache=False).logits
     finally:
         stand_in.blocks = blocks
-    return ends if torch.equal(ends.logits(ends.embed(ids)), expected) else None
+    ends.are_all = torch.equal(ends.logits(ends.embed(ids)), expected)
+    return ends
 
 
 class AllBlocks(nn.Module):

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,9 +30,11 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
+from splitnet.blocks.attention import attend_by_group
+from splitnet.blocks.client_part import Ends
+from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.checkpoint.families import check_values
 from splitnet.checkpoint.safetensors import SINGLE_FILE, SafetensorsStore
-from splitnet.drafts.heads import ClientPart
 from splitnet.errors import SplitnetError, stumbling
 from splitnet.quant.choose import AUTO, choose_weights
 from splitnet.quant.linear import hold_weights
@@ -66,43 +69,18 @@ class Shape:
     extras: frozenset[str] = frozenset({"lm_head.weight"})
 
 
-class HeadCache:
-    """Keys and values of one text, `[kv heads, positions, head size]` for each layer, with room to grow."""
-
-    def __init__(self) -> None:
-        self._length = 0
-        self._held: dict[int, Tensor] = {}
-
-    def get_seq_length(self) -> int:
-        return self._length
-
-    def crop(self, length: int) -> None:
-        """Keeps the first `length` positions."""
-        self._length = min(self._length, length)
-
-    def advance(self, count: int) -> None:
-        """All layers have seen so many further positions."""
-        self._length += count
-
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """New positions `[heads, n, head size]` and `[kv heads, n, head size]`, behind what is held -> as `queries`."""
-        count, end = keys.shape[1], self._length + keys.shape[1]
-        held = self._held.get(layer)
-        if held is None or held.shape[2] < end:
-            grown = keys.new_empty(2, len(keys), max(2 * end, 256), keys.shape[2])
-            if held is not None:
-                grown[:, :, : self._length] = held[:, :, : self._length]
-            held = self._held[layer] = grown
-        held[0, :, self._length : end], held[1, :, self._length : end] = keys, values
-        scores = queries.unflatten(0, (len(keys), -1)).flatten(1, 2) @ held[0, :, :end].mT * keys.shape[2] ** -0.5
-        if count > 1:
-            hidden = torch.ones(count, end, dtype=torch.bool, device=keys.device).triu(self._length + 1)
-            scores = scores.unflatten(1, (-1, count)).masked_fill_(hidden, -torch.inf).flatten(1, 2)
-        return (scores.softmax(dim=-1) @ held[1, :, :end]).unflatten(1, (-1, count)).flatten(0, 1)
-
-
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """The number of a layer, queries `[..., heads, n, head size]`, keys and values of kv heads -> as queries."""
+
+
+def _attend(cache: SequenceCache, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """New positions attend to what the cache holds and to each other; it takes them in."""
+    count = keys.shape[1]
+    every, all_values = cache.append(layer, keys[None], values[None])
+    mask = None
+    if count > 1:
+        mask = torch.ones(1, 1, count, every.shape[2], dtype=torch.bool, device=keys.device).tril(cache.length)
+    return attend_by_group(queries[None], every, all_values, mask, None)[0]
 
 
 class _Layer(nn.Module):
@@ -167,7 +145,7 @@ class EagleHead(nn.Module):
     d2t: Tensor | None  # of each token of the draft vocabulary, how far its id is from that of the model
     draft_vocabulary: Tensor | None
 
-    def __init__(self, shape: Shape, model: ClientPart, draft_vocabulary: Tensor | None = None) -> None:
+    def __init__(self, shape: Shape, model: Ends, draft_vocabulary: Tensor | None = None) -> None:
         """draft_vocabulary: ids in rising order; None: all tokens, or set by `open`."""
         super().__init__()
         self.shape, self.model, self.taps = shape, model, shape.taps
@@ -190,7 +168,7 @@ class EagleHead(nn.Module):
         self._tables = torch.empty(0), torch.empty(0)
 
     @classmethod
-    def open(cls, source: str | Path, model: ClientPart, *, trainable: bool = False) -> EagleHead:
+    def open(cls, source: str | Path, model: Ends, *, trainable: bool = False) -> EagleHead:
         """Reads a head from a folder or, if there is none of that name, from the hub.
 
         trainable: its weights are kept in float32, as parameters; else in 16 bits, where kernels multiply with these.
@@ -228,11 +206,8 @@ class EagleHead(nn.Module):
                 head.load_state_dict({name: tensor.to(kept, copy=True)}, strict=False, assign=True)
         return head.requires_grad_(trainable)
 
-    def new_cache(self) -> HeadCache:
-        return HeadCache()
-
     @torch.no_grad()
-    def run(self, tokens: Tensor, features: Tensor, cache: HeadCache, *, own: bool = False) -> Tensor:
+    def run(self, tokens: Tensor, features: Tensor, cache: SequenceCache, *, own: bool = False) -> Tensor:
         """`[n]` and `[n, len(taps) * hidden]`, or with `own` its outputs `[n, hidden]` -> its outputs, `[n, hidden]`.
 
         Position t has the features of the model's position t and token t + 1. The cache has them afterwards.
@@ -242,8 +217,8 @@ class EagleHead(nn.Module):
             hidden = self.begin(hidden)
         outputs: list[Tensor] = []
         for some_embedded, some in zip(embedded.split(PIECE), hidden.split(PIECE), strict=True):
-            rotary = self.rotary(cache.get_seq_length(), len(some))
-            outputs.append(self(some_embedded, some, rotary, cache.attend))
+            rotary = self.rotary(cache.length, len(some))
+            outputs.append(self(some_embedded, some, rotary, partial(_attend, cache)))
             cache.advance(len(some))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
@@ -255,8 +230,7 @@ class EagleHead(nn.Module):
     def begin(self, features: Tensor) -> Tensor:
         """What the layers take of the model's hidden states: `[..., n, len(taps) * hidden]` -> `[..., n, hidden]`."""
         if self.shape.first:
-            assert self.model.final_norm is not None
-            return self._numbers(self.model.final_norm(features))
+            return self._numbers(self.model.norm(features))
         if self.shape.norm_before_fc:
             features = self.input_norm(features)
         if self.shape.fc_norm:
@@ -279,8 +253,7 @@ class EagleHead(nn.Module):
             hidden = self.norm(hidden)
         if "lm_head.weight" in self.shape.extras:
             return self.lm_head(hidden)
-        assert self.model.output is not None
-        return self.model.output(hidden)
+        return self.model.head(hidden)
 
     def rotary(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions, `[count, head size]` each."""
@@ -347,7 +320,7 @@ def _ids_of(offsets: Tensor, vocabulary: int) -> Tensor:
     return ids
 
 
-def _shape_of(values: Mapping[str, Any], tensors: Set[str], model: ClientPart) -> Shape:
+def _shape_of(values: Mapping[str, Any], tensors: Set[str], model: Ends) -> Shape:
     """How a head is made, by its config and by the names of its tensors. Raises SplitnetError: see `EagleHead.open`;
     other errors if a value is of another type."""
     check_values(values, "the config of the head")
@@ -378,16 +351,16 @@ def _shape_of(values: Mapping[str, Any], tensors: Set[str], model: ClientPart) -
     if draft != model.vocabulary and "d2t" not in tensors:
         _refuse(f"drafts {draft} of {model.vocabulary} tokens and has no d2t, which says what they are")
     own = {"lm_head.weight", "embed_tokens.weight"} & tensors if not first else frozenset[str]()
-    fits = model.output is not None and draft == model.vocabulary and layer.hidden_size == model.hidden_size
+    fits = model.head is not None and draft == model.vocabulary and layer.hidden_size == model.hidden_size
     if "lm_head.weight" not in own and not fits:
         _refuse("has no lm_head.weight, and the model's own head does not fit it")
-    if first and model.final_norm is None:
+    if first and model.norm is None:
         _refuse("is one of EAGLE-1 or 2, for which the final norm of this model is not known")
     extras = {name for name in tensors if name.endswith((".bias", ".q_norm.weight", ".k_norm.weight"))} | own
     return Shape(layer, taps, draft, first, **flags, extras=frozenset(extras))
 
 
-def _layer_of(told: Mapping[str, Any], model: ClientPart, *, own_embeddings: bool) -> LlamaConfig:
+def _layer_of(told: Mapping[str, Any], model: Ends, *, own_embeddings: bool) -> LlamaConfig:
     family, ropes = told.get("model_type", "llama"), told.get("rope_parameters") or told.get("rope_scaling") or {}
     if family not in ("llama", "qwen3"):
         _refuse(f"has layers of the family {family!r}, and llama and qwen3 are known")

@@ -7,30 +7,17 @@ are made of, not in how they draft.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.drafts.drafter import Guess, shared
 
 CONFIDENCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Bounds between kinds of guesses, by the probability that the head gives its likeliest token."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClientPart:
-    """What a head needs of the model that it drafts for: its embeddings, `[n]` -> `[n, hidden]`, its final norm and its
-    head, None if the family has none that can be called alone."""
-
-    embed: Callable[[Tensor], Tensor]
-    final_norm: Callable[[Tensor], Tensor] | None
-    output: Callable[[Tensor], Tensor] | None
-    hidden_size: int
-    num_blocks: int
-    vocabulary: int
 
 
 class DraftHead(Protocol):
@@ -47,10 +34,7 @@ class DraftHead(Protocol):
     @property
     def draft_vocabulary(self) -> Tensor | None: ...
 
-    def new_cache(self) -> Any:
-        """Of one text; has `crop(length)`, which keeps the first positions."""
-
-    def run(self, tokens: Tensor, features: Tensor, cache: Any, *, own: bool = False) -> Tensor:
+    def run(self, tokens: Tensor, features: Tensor, cache: SequenceCache, *, own: bool = False) -> Tensor:
         """The outputs `[seq, hidden]` of further positions, which are appended to the cache.
 
         tokens: `[seq]`, each the one behind its position. features: `[seq, len(taps) * hidden]` of the model, or with
@@ -74,14 +58,14 @@ class HeadDrafter:
     def __init__(self, head: DraftHead) -> None:
         self.taps = head.taps
         self._head = head
-        self._cache = head.new_cache()
+        self._cache = SequenceCache()
         self._known: list[tuple[int, Tensor]] = []  # tokens and features of positions that were not run yet
         self._length = 0  # positions of the cache with features of the model
         self._drafted: list[int] = []  # behind these; the cache may have them, too
         self._outputs: list[Tensor] = []  # of the head, `[hidden]`: of the last such position, and of those drafted
 
     def begin(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
-        self._cache, self._length = self._head.new_cache(), 0
+        self._cache, self._length = SequenceCache(), 0
         self._drafted, self._outputs = [], []
         count = 0 if features is None else min(len(features), len(tokens) - 1)
         self._known = [] if features is None or not count else [*zip(tokens[-count:], features[-count:], strict=True)]

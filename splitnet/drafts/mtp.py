@@ -117,11 +117,11 @@ class _Found(NamedTuple):
 
 
 @torch.inference_mode(False)  # what is loaded is used outside of it, too
-def mtp_head(checkpoint: Checkpoint, ends: Ends | None, weights: str | None = None) -> MtpHead | None:
+def mtp_head(checkpoint: Checkpoint, ends: Ends, weights: str | None = None) -> MtpHead | None:
     """The MTP layer of a checkpoint, and nothing else of it, is read; None: it has none.
 
     Args:
-        ends: of the client's part of the same checkpoint; None: it has more than ends.
+        ends: of the client's part of the same checkpoint.
         weights: what those of the block are held as, see `Span.load`.
 
     Raises:
@@ -132,7 +132,7 @@ def mtp_head(checkpoint: Checkpoint, ends: Ends | None, weights: str | None = No
     found = _find(checkpoint)
     if found is None:
         return None
-    if ends is None:
+    if not ends.are_all:
         raise _unusable(checkpoint, "the model does more to embeddings or logits than is known here")
     return MtpHead(found, ends, weights)
 
@@ -176,9 +176,6 @@ class MtpHead:
         self._has_norm = "norm" in found.parts
         hold_codes(self._parts, model.device)
         self._parts.to(model.device, model.dtype)
-
-    def new_cache(self) -> SequenceCache:
-        return SequenceCache()
 
     @torch.inference_mode()
     def run(self, tokens: Tensor, features: Tensor, cache: SequenceCache, *, own: bool = False) -> Tensor:

@@ -98,9 +98,7 @@ def attach(checkpoint: Checkpoint, swarm: Swarm, **options: Any) -> RemoteCausal
     return attached(checkpoint, swarm, ConnectionOptions.of(options))
 
 
-def attached(
-    checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions, speculate: Any = AUTO
-) -> RemoteCausalLM:
+def attached(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions, speculate: Any = AUTO) -> RemoteCausalLM:
     """The same, with options whose device is one that was found.
 
     speculate: where drafts will come from, see `RemoteCausalLM.generate`. What is asked for is loaded at once; "auto"
@@ -137,7 +135,7 @@ class RemoteCausalLM(RemoteModel):
     # `logits_to_keep` goes together with `labels`: the loss is of all positions, the logits of those kept.
     loss_in_parts = True
 
-    ends: Ends | None = None  # what stands before and after the blocks, if that is all there is
+    ends: Ends  # what stands before and after the blocks
     speculator: Speculator
 
     def __init_subclass__(cls) -> None:
@@ -351,8 +349,8 @@ class RemoteCausalLM(RemoteModel):
 
     @property
     def _only_ends(self) -> Ends | None:
-        """The ends, if nobody watches calls of the model."""
-        return None if self._forward_hooks or self._forward_pre_hooks else self.ends
+        """The ends, if they are all there is, and nobody watches calls of the model."""
+        return None if self._forward_hooks or self._forward_pre_hooks or not self.ends.are_all else self.ends
 
     def _generate(self, given: dict[str, Any]) -> Any:
         wrapper = prompt_wrapper(self)

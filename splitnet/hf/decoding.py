@@ -23,13 +23,12 @@ from transformers import GenerationMixin
 
 from scheduler.batching import MovingAverage
 from scheduler.speculation import NO_DRAFTS, Guessed, Pace, Window, best_length, best_window
-from splitnet.blocks.client_part import backbone_of
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import max_positions
 from splitnet.drafts.combined import Combined
 from splitnet.drafts.draft_model import DraftModel
 from splitnet.drafts.drafter import Drafter, Guess
-from splitnet.drafts.heads import ClientPart, DraftHead
+from splitnet.drafts.heads import DraftHead
 from splitnet.drafts.mtp import mtp_bytes, mtp_head
 from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
@@ -298,9 +297,7 @@ class Speculator:
         if speculate.startswith(EAGLE):
             from splitnet.drafts.eagle import EagleHead
 
-            return EagleHead.open(
-                speculate.removeprefix(EAGLE), client_part_of(self._model, self._checkpoint.num_blocks)
-            )
+            return EagleHead.open(speculate.removeprefix(EAGLE), self._model.ends)
         raise SplitnetError(
             f"cannot speculate by {speculate!r}: give one of {', '.join(NAMES)}, {EAGLE}DIR, or a draft model"
         )
@@ -318,22 +315,6 @@ class Speculator:
         except SplitnetError as error:
             log.info("drafts are copies of the text: %s", error)
         return None
-
-
-def client_part_of(model: Any, num_blocks: int) -> ClientPart:
-    """What heads need of a model whose blocks, so many, are elsewhere."""
-    config, backbone = model.config.get_text_config(), backbone_of(model)
-    norms = (
-        getattr(backbone, name, None) for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
-    )
-    return ClientPart(
-        embed=model.get_input_embeddings(),
-        final_norm=next((norm for norm in norms if norm is not None), None),
-        output=model.get_output_embeddings(),
-        hidden_size=config.hidden_size,
-        num_blocks=num_blocks,
-        vocabulary=config.vocab_size,
-    )
 
 
 class Counts(NamedTuple):

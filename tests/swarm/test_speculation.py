@@ -15,7 +15,6 @@ from scheduler.speculation import Window
 from splitnet.directory.dht import Directory
 from splitnet.drafts.drafter import Guess
 from splitnet.drafts.eagle import EagleHead, Shape
-from splitnet.drafts.heads import ClientPart
 from splitnet.drafts.mtp import MtpHead
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM
@@ -24,6 +23,7 @@ from splitnet.session.inference import Session
 from splitnet.tools.bench.backends import Clock
 from tests.swarm.generation import After, Collector, force_window
 from tests.swarm.harness import LocalSwarm, dht_node, local_swarm, repairs
+from tests.unit.model_ends import model_ends
 from tests.unit.mtp_checkpoints import mtp_checkpoint, states_of
 from tests.unit.random_models import random_checkpoint
 
@@ -83,7 +83,8 @@ def random_head(folder: Path, target: Path, taps: tuple[int, ...]) -> Path:
         vocab_size=vocabulary,
     )
     torch.manual_seed(3)
-    part = ClientPart(nn.Embedding(vocabulary, hidden), None, None, hidden, blocks, vocabulary)
+    sizes = {"hidden_size": hidden, "num_blocks": blocks, "vocabulary": vocabulary}
+    part = model_ends(nn.Embedding(vocabulary, hidden), None, None, **sizes)
     EagleHead(Shape(layer, taps, 50), part, torch.arange(20, 70)).save(target, None, ["LlamaForCausalLM"])
     return target
 

@@ -22,15 +22,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from splitnet.blocks.client_part import load_client_part
+from splitnet.blocks.client_part import Ends, ends_of, load_client_part
 from splitnet.checkpoint.chat_template import render
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.connection import Connection
 from splitnet.drafts.eagle import EagleHead, Shape
-from splitnet.drafts.heads import ClientPart
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
-from splitnet.hf.decoding import client_part_of
 from splitnet.paths import public_name
 from splitnet.tools.tune.data import Examples
 from splitnet.tools.tune.folder import WORK, TuningFolder
@@ -260,11 +258,10 @@ class HeadRun(TuningRun):
         return seconds[True] < seconds[False]
 
 
-def expected_logits(model: ClientPart, unembedding: Tensor, states: Tensor) -> Tensor:
+def expected_logits(model: Ends, unembedding: Tensor, states: Tensor) -> Tensor:
     """The model's logits of the draft vocabulary, `[n, draft vocabulary]`."""
-    assert model.final_norm is not None
     with torch.no_grad():
-        return model.final_norm(states).to(unembedding.dtype) @ unembedding.T
+        return model.norm(states).to(unembedding.dtype) @ unembedding.T
 
 
 class _Divergence(torch.autograd.Function):
@@ -311,12 +308,11 @@ class Quality:
 @torch.no_grad()
 def evaluate(head: EagleHead, packs: Sequence[Pack], unembedding: Tensor) -> Quality:
     model = head.model
-    assert model.final_norm is not None and model.output is not None
     reached, right, loss = torch.zeros(DEPTH), torch.zeros(DEPTH), 0.0
     for pack in packs:
         states = pack.read().to(unembedding.device)
         expected = expected_logits(model, unembedding, states)
-        chosen = torch.cat([model.output(model.final_norm(some)).argmax(dim=-1) for some in states.split(64)])
+        chosen = torch.cat([model.logits(some).argmax(dim=-1) for some in states.split(64)])
         alive = torch.ones(
             len(states), dtype=torch.bool, device=states.device
         )  # by the position before a drafted token
@@ -335,17 +331,16 @@ def evaluate(head: EagleHead, packs: Sequence[Pack], unembedding: Tensor) -> Qua
 
 
 @torch.no_grad()
-def unembedding_of(model: ClientPart, ids: Tensor, device: torch.device) -> Tensor:
+def unembedding_of(model: Ends, ids: Tensor, device: torch.device) -> Tensor:
     """The rows of the model's own head for some tokens, `[len(ids), hidden]` float32, whatever it holds them as."""
-    assert model.output is not None
     unit = torch.eye(model.hidden_size, device=device)
-    base = model.output(torch.zeros(1, model.hidden_size, device=device))
-    columns = [(model.output(rows) - base)[:, ids].float() for rows in unit.split(64)]
+    base = model.head(torch.zeros(1, model.hidden_size, device=device))
+    columns = [(model.head(rows) - base)[:, ids].float() for rows in unit.split(64)]
     return torch.cat(columns).T.contiguous()
 
 
 @torch.no_grad()
-def new_head(model: ClientPart, config: Any, ids: Tensor, unembedding: Tensor) -> EagleHead:
+def new_head(model: Ends, config: Any, ids: Tensor, unembedding: Tensor) -> EagleHead:
     """A head for tokens `ids` that gives first what it is given: by torch's random numbers, but for its own head, which
     is that of the model, and what stands before it."""
     hidden, all_heads = model.hidden_size, config.num_attention_heads
@@ -376,10 +371,9 @@ def new_head(model: ClientPart, config: Any, ids: Tensor, unembedding: Tensor) -
             nn.init.normal_(parameter, std=0.02)
     head.fc.weight.copy_(torch.eye(hidden))
     head.lm_head.weight.copy_(unembedding)
-    assert model.final_norm is not None
     ones = torch.ones(1, hidden, device=unembedding.device)
-    gain = model.final_norm(ones)
-    if torch.allclose(model.final_norm(-ones), -gain):  # a norm that adds nothing
+    gain = model.norm(ones)
+    if torch.allclose(model.norm(-ones), -gain):  # a norm that adds nothing
         head.norm.weight.copy_(gain[0])
     return head.to(unembedding.device)
 
@@ -393,18 +387,16 @@ class _Shown(nn.Module):
 
 
 @torch.no_grad()
-def client_part(checkpoint: Checkpoint, device: str) -> ClientPart:
+def client_part(checkpoint: Checkpoint, device: str) -> Ends:
     """Raises SplitnetError: the family does more behind its blocks than a norm and a head, so nothing is known of what
     its hidden states mean."""
     blocks = _Shown()
     model = load_client_part(checkpoint, blocks, dtype=torch.float32, device=device)
-    part = client_part_of(model, checkpoint.num_blocks)
+    part = ends_of(model)
     ids = torch.arange(min(64, part.vocabulary), device=model.device)[None]
     chosen = model(input_ids=ids, use_cache=False).logits[0].argmax(dim=-1)
-    if part.final_norm is None or part.output is None:
-        told = None
-    else:
-        told = part.output(part.final_norm(blocks.hidden[0])).argmax(dim=-1)
+    known = part.norm is not None and part.head is not None
+    told = part.logits(blocks.hidden[0]).argmax(dim=-1) if known else None
     if told is None or int((told != chosen).sum()) > len(told) // 20:
         raise SplitnetError(
             f"models of the family {checkpoint.model_type!r} do more to the last hidden state than is known here, so "
@@ -456,7 +448,7 @@ class DraftHeadTuning:
         self._train(part, checkpoint, states, folder, torch.device(device))
 
     def _train(
-        self, part: ClientPart, checkpoint: Checkpoint, states: States, folder: TuningFolder, device: torch.device
+        self, part: Ends, checkpoint: Checkpoint, states: States, folder: TuningFolder, device: torch.device
     ) -> None:
         packs, held_out = states.packs()
         if not packs or not held_out:

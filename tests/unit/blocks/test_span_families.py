@@ -212,7 +212,7 @@ def test_the_ends_alone_do_what_the_model_does_around_its_blocks(case: Case, mad
     client_part = load_client_part(Checkpoint.open(made(case)), tap)
     ends = ends_of(client_part)
     assert tap.seen is None, "the blocks are left alone"
-    if ends is None:
+    if not ends.are_all:
         assert case.family not in USUAL_ENDS
         return
     torch.manual_seed(2)

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from splitnet.blocks.client_part import Ends
+from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.drafts.eagle import EagleHead
-from splitnet.drafts.heads import ClientPart
 from splitnet.errors import ModelNotFound, SplitnetError
+from tests.unit.model_ends import model_ends
 
 HIDDEN, HEADS, KV_HEADS, SIZE, INNER = 32, 4, 2, 8, 48
 VOCABULARY, DRAFTED, BLOCKS = 50, 20, 6
@@ -49,16 +51,16 @@ OUTPUT = 3 * numbers(VOCABULARY, HIDDEN, seed=1)
 FINAL = 1 + numbers(HIDDEN)
 
 
-def part(**changed: Any) -> ClientPart:
+def part(**changed: Any) -> Ends:
     given: dict[str, Any] = {
         "embed": lambda ids: EMBEDDINGS[ids],
-        "final_norm": lambda hidden: norm(hidden, FINAL),
-        "output": lambda hidden: hidden @ OUTPUT.T,
+        "norm": lambda hidden: norm(hidden, FINAL),
+        "head": lambda hidden: hidden @ OUTPUT.T,
         "hidden_size": HIDDEN,
         "num_blocks": BLOCKS,
         "vocabulary": VOCABULARY,
     }
-    return ClientPart(**given | changed)
+    return model_ends(**given | changed)
 
 
 def layer(index: int = 0, *, joined: bool, input_norm: bool = True, qk_norms: bool = False) -> Tensors:
@@ -180,11 +182,11 @@ TOKENS = torch.tensor([4, 9, 30, 2, 49, 7, 7])
 
 def check(head: EagleHead, outputs: Tensor, logits: Tensor, features: Tensor) -> None:
     """Runs the positions in pieces, the last one alone, after others that were forgotten."""
-    cache = head.new_cache()
+    cache = SequenceCache()
     pieces = [head.run(TOKENS[:3], features[:3], cache)]
     head.run(TOKENS[:2], features[:2], cache)
     cache.crop(3)
-    assert cache.get_seq_length() == 3
+    assert cache.length == 3
     pieces += [head.run(TOKENS[3:6], features[3:6], cache), head.run(TOKENS[6:], features[6:], cache)]
     found = torch.cat(pieces)
     assert torch.allclose(found, outputs, atol=1e-5)
@@ -209,7 +211,7 @@ def test_outputs_of_the_head_stand_for_features(write: Callable[..., Path]) -> N
     for place in range(3, len(TOKENS)):
         begun[place] = outputs3(tensors, TOKENS, begun)[place - 1]
     expected = outputs3(tensors, TOKENS, begun)
-    cache = head.new_cache()
+    cache = SequenceCache()
     found = [*head.run(TOKENS[:3], features[:3], cache)]
     for token in TOKENS[3:]:
         found += [*head.run(token[None], found[-1][None], cache, own=True)]
@@ -276,7 +278,7 @@ def test_eagle_1_and_2(write: Callable[..., Path], layers: int, bias: bool) -> N
     head = EagleHead.open(write(config, tensors), part(), trainable=True)
     check(head, outputs, outputs @ OUTPUT.T, features)
     assert head.taps == (BLOCKS,) and head.draft_vocabulary is None
-    cache = head.new_cache()
+    cache = SequenceCache()
     first = head.run(TOKENS[:1], features[:1], cache)
     given = torch.cat((EMBEDDINGS[TOKENS[:2]], torch.cat((norm(features[:1], FINAL), outputs[:1]))), dim=-1)
     hidden = given @ tensors["fc.weight"].T + tensors.get("fc.bias", torch.zeros(HIDDEN))
@@ -293,7 +295,7 @@ def test_weights_in_16_bits_draft_the_same(write: Callable[..., Path]) -> None:
     features = numbers(len(TOKENS), 3 * HIDDEN)
     folder = write(speculators(), tensors)
     wide, narrow = (EagleHead.open(folder, part(), trainable=trainable) for trainable in (True, False))
-    caches = wide.new_cache(), narrow.new_cache()
+    caches = SequenceCache(), SequenceCache()
     expected, found = (head.run(TOKENS, features, cache) for head, cache in zip((wide, narrow), caches, strict=True))
     assert torch.allclose(found, expected, atol=1e-4)
     assert torch.allclose(narrow.logits(found), wide.logits(expected), atol=1e-3)
@@ -304,9 +306,9 @@ def test_weights_in_16_bits_draft_the_same(write: Callable[..., Path]) -> None:
 def test_long_prompts_run_in_pieces(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, features = eagle3(), numbers(len(TOKENS), 3 * HIDDEN)
     head = EagleHead.open(write(speculators(), tensors), part(), trainable=True)
-    expected = head.run(TOKENS, features, head.new_cache())
+    expected = head.run(TOKENS, features, SequenceCache())
     monkeypatch.setattr("splitnet.drafts.eagle.PIECE", 2)
-    assert torch.allclose(head.run(TOKENS, features, head.new_cache()), expected, atol=1e-5)
+    assert torch.allclose(head.run(TOKENS, features, SequenceCache()), expected, atol=1e-5)
 
 
 def test_what_is_written_is_read_again(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -324,8 +326,8 @@ def test_what_is_written_is_read_again(write: Callable[..., Path], tmp_path: Pat
     again = EagleHead.open(tmp_path / "saved", part(), trainable=True)
     assert again.shape.norm_output and again.taps == head.taps
     features = numbers(len(TOKENS), 3 * HIDDEN)
-    expected = head.run(TOKENS, features, head.new_cache())
-    assert again.run(TOKENS, features, again.new_cache()).equal(expected)
+    expected = head.run(TOKENS, features, SequenceCache())
+    assert again.run(TOKENS, features, SequenceCache()).equal(expected)
 
 
 def changed(config: dict[str, Any], **layer_values: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from transformers.modeling_layers import MtpModel
 
 from splitnet.blocks.backbone import load_whole
 from splitnet.blocks.client_part import Ends, ends_of, load_client_part
+from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.safetensors import SafetensorsStore
@@ -31,6 +32,7 @@ from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.hf.decoding import Speculator
 from tests.unit.gguf_writing import write_gguf
+from tests.unit.model_ends import model_ends
 from tests.unit.mtp_checkpoints import PUBLISHED, mtp_checkpoint, states_of
 from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
@@ -44,7 +46,7 @@ TOKENS = torch.randint(3, 300, (24,), generator=torch.Generator().manual_seed(5)
 
 def ends_of_checkpoint(checkpoint: Checkpoint) -> Ends:
     ends = ends_of(load_client_part(checkpoint, nn.Identity()))
-    assert ends is not None
+    assert ends.are_all
     return ends
 
 
@@ -75,7 +77,7 @@ def test_as_in_transformers(family: str, tmp_path: Path) -> None:
     assert head.taps == (3,) and head.draft_vocabulary is None
     before, behind = states_of(model, TOKENS[:-1])
     assert not torch.allclose(before, behind)
-    cache, expected_cache = head.new_cache(), MtpCache(config=model.config.get_mtp_config())
+    cache, expected_cache = SequenceCache(), MtpCache(config=model.config.get_mtp_config())
     with torch.no_grad():
         positions = torch.arange(1, 24)[None]
         expected = mtp.forward_layer(0, behind[None], positions, expected_cache, input_ids=TOKENS[None, 1:])[0]
@@ -152,14 +154,14 @@ def test_as_described(family: str, tmp_path: Path) -> None:
     folder, longer = mtp_checkpoint(family, tmp_path)
     before, expected = described(family, folder, longer, TOKENS)
     head = head_of(folder)
-    cache = head.new_cache()
+    cache = SequenceCache()
     got = torch.cat([head.run(TOKENS[1:10], before[:9], cache), head.run(TOKENS[10:], before[9:], cache)])
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
 def outputs_of(head: MtpHead, states: Tensor) -> Tensor:
     """For some tokens, then for a draft."""
-    cache = head.new_cache()
+    cache = SequenceCache()
     outputs = head.run(TOKENS[1 : len(states) + 1], states, cache)
     return torch.cat([outputs, head.run(TOKENS[:1], outputs[-1:], cache, own=True)])
 
@@ -278,9 +280,9 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="block 3 of large is said to take"):
         mtp_bytes(checkpoint)
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "none", folder, without, config))
-    assert mtp_head(checkpoint, None) is None and mtp_bytes(checkpoint) == 0
+    assert mtp_head(checkpoint, ends_of_checkpoint(checkpoint)) is None and mtp_bytes(checkpoint) == 0
     with pytest.raises(UnsupportedModel, match="does more to embeddings or logits"):
-        mtp_head(Checkpoint.open(folder), None)
+        mtp_head(Checkpoint.open(folder), model_ends(None, None, None, hidden_size=64, num_blocks=3, vocabulary=300))
 
 
 def test_a_family_whose_layers_are_not_known(tmp_path: Path) -> None:
@@ -304,7 +306,7 @@ def test_a_drafter_makes_the_drafts_of_the_layer(family: str, tmp_path: Path) ->
             drafter.observe(text[length - 1], states[length - 2])
         drafted = [guess.token for guess in itertools.islice(drafter.draft(()), 3)]
         again = [guess.token for guess in itertools.islice(drafter.draft(drafted[:1]), 2)]
-        cache = head.new_cache()
+        cache = SequenceCache()
         output = head.run(torch.tensor(text[1:length]), states[: length - 1], cache)[-1:]
         expected: list[int] = []
         for _ in range(3):

@@ -25,6 +25,7 @@ from scheduler.speculation import (
     best_window,
     tokens_per_ms,
 )
+from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.drafts.combined import Combined
 from splitnet.drafts.draft_model import DraftModel
 from splitnet.drafts.drafter import Drafter, Guess
@@ -270,27 +271,25 @@ class TestDraftModel:
 
 
 class CountingHead:
-    """Its features and outputs are one number, and it says the next token. A cache is what it has run."""
+    """Its features and outputs are one number, and it says the next token. caches: what it has run."""
 
     taps = (6,)
     draft_vocabulary: torch.Tensor | None = None
 
-    class Cache(list[tuple[int, float, bool]]):
-        def get_seq_length(self) -> int:
-            return len(self)
-
-        def crop(self, length: int) -> None:
-            del self[length:]
-
     def __init__(self) -> None:
-        self.caches: list[CountingHead.Cache] = []
+        self._ran: dict[SequenceCache, list[tuple[int, float, bool]]] = {}
 
-    def new_cache(self) -> CountingHead.Cache:
-        self.caches.append(self.Cache())
-        return self.caches[-1]
+    @property
+    def caches(self) -> list[list[tuple[int, float, bool]]]:
+        return [ran[: cache.length] for cache, ran in self._ran.items()]
 
-    def run(self, tokens: torch.Tensor, features: torch.Tensor, cache: Cache, *, own: bool = False) -> torch.Tensor:
-        cache += [(token, value, own) for token, (value,) in zip(tokens.tolist(), features.tolist(), strict=True)]
+    def run(
+        self, tokens: torch.Tensor, features: torch.Tensor, cache: SequenceCache, *, own: bool = False
+    ) -> torch.Tensor:
+        ran = self._ran.setdefault(cache, [])
+        given = zip(tokens.tolist(), features.tolist(), strict=True)
+        ran[cache.length :] = [(token, value, own) for token, (value,) in given]
+        cache.advance(len(tokens))
         return tokens[:, None] + 1.0
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

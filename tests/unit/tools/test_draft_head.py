@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from splitnet.blocks.client_part import Ends
+from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.drafts.eagle import EagleHead
-from splitnet.drafts.heads import ClientPart
 from splitnet.tools.tune.draft_head import (
     DEPTH,
     HELD_OUT,
@@ -29,6 +30,7 @@ from splitnet.tools.tune.draft_head import (
 from splitnet.tools.tune.folder import TuningFolder
 from splitnet.tools.tune.methods import Settings
 from splitnet.tools.tune.run import IGNORED, Encoded
+from tests.unit.model_ends import model_ends
 
 HIDDEN, VOCABULARY = 32, 40
 CPU = torch.device("cpu")
@@ -36,13 +38,13 @@ CONFIG = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, intermedi
 """Of the model."""
 
 
-def part() -> ClientPart:
+def part() -> Ends:
     generator = torch.Generator().manual_seed(0)
     embeddings, output = (torch.randn(VOCABULARY, HIDDEN, generator=generator) for _ in range(2))
-    return ClientPart(
+    return model_ends(
         embed=lambda ids: embeddings[ids],
-        final_norm=lambda hidden: hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-5),
-        output=lambda hidden: hidden @ output.T,
+        norm=lambda hidden: hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-5),
+        head=lambda hidden: hidden @ output.T,
         hidden_size=HIDDEN,
         num_blocks=6,
         vocabulary=VOCABULARY,
@@ -66,8 +68,7 @@ def row(first: int, length: int) -> Encoded:
 
 def states_of(row: Encoded) -> Tensor:
     """Hidden states by which the model finds the next token likeliest."""
-    assert MODEL.output is not None
-    directions = MODEL.output(torch.eye(HIDDEN)).T  # [vocabulary, hidden]
+    directions = MODEL.head(torch.eye(HIDDEN)).T  # [vocabulary, hidden]
     nexts = torch.tensor([following(token) for token in row.ids])
     return torch.nn.functional.normalize(directions[nexts], dim=-1) * 5 + 0.01 * torch.arange(len(nexts))[:, None]
 
@@ -109,9 +110,7 @@ def test_texts_and_states_come_back_as_they_were_written(states: States) -> None
         begins[1:] = pack.texts[1:] != pack.texts[:-1]
         nexts = torch.tensor([following(int(token)) for token in pack.ids])
         assert bool((begins[1:] | (pack.ids[1:] == nexts[:-1])).all())
-        output = MODEL.output
-        assert output is not None
-        assert output(read).argmax(-1).equal(nexts)
+        assert MODEL.head(read).argmax(-1).equal(nexts)
 
 
 def test_states_beyond_the_range_of_float16_are_kept(tmp_path: Path) -> None:
@@ -130,11 +129,10 @@ def test_frequent_tokens_are_those_of_what_is_written(states: States) -> None:
 
 
 def test_the_head_of_the_model_is_read_in_whatever_form_it_is() -> None:
-    assert MODEL.output is not None
     ids = torch.tensor([3, 9, 30])
     found = unembedding_of(MODEL, ids, CPU)
     hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(hidden @ found.T, MODEL.output(hidden)[:, ids], atol=1e-5)
+    assert torch.allclose(hidden @ found.T, MODEL.head(hidden)[:, ids], atol=1e-5)
 
 
 def test_a_head_is_unrolled_as_it_drafts() -> None:
@@ -152,7 +150,7 @@ def test_a_head_is_unrolled_as_it_drafts() -> None:
             found |= {(depth, int(place)): one for place, one in zip(places, logits, strict=True)}
         for begin, end in ((0, 13), (13, 30)):
             for at in range(begin, end - 2):
-                cache = head.new_cache()
+                cache = SequenceCache()
                 # The cache counts from the beginning of its text, the pack from its own.
                 output = head.run(ids[begin + 1 : at + 2], hidden[begin : at + 1], cache)[-1:]
                 for depth in range(DEPTH if at + DEPTH + 1 < end else 1):
@@ -213,7 +211,7 @@ def test_acceptance_is_that_of_drafting(states: States) -> None:
             at = (pack.texts == text).nonzero()[:, 0]
             ids, own = pack.ids[at], hidden[at]
             for begin in range(1, len(ids) - 2):
-                cache = head.new_cache()
+                cache = SequenceCache()
                 output = head.run(ids[1 : begin + 2], own[: begin + 1], cache)[-1:]
                 if begin < 1:
                     continue

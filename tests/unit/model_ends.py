@@ -1,0 +1,19 @@
+"""Ends of a model that has no more than these."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from splitnet.blocks.client_part import Ends
+
+
+def model_ends(embed: Any, norm: Any, head: Any, *, hidden_size: int, num_blocks: int, vocabulary: int) -> Ends:
+    """embed, norm, head: see `Ends`."""
+    config = SimpleNamespace(hidden_size=hidden_size, num_hidden_layers=num_blocks, vocab_size=vocabulary)
+    model = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: config),
+        get_input_embeddings=lambda: embed,
+        get_output_embeddings=lambda: head,
+    )
+    return Ends(model, SimpleNamespace(norm=norm), "norm")
