@@ -77,7 +77,7 @@ def ask(
     checkpoint = Checkpoint.open(folder)
     swarm = Swarm(ModelFacts.of(checkpoint), join)
     model = attach(checkpoint, swarm, recovery_timeout_s=patience_s)
-    directory: Any = swarm._known._directory
+    directory: Any = swarm._known.directory
     look, lookups = directory.peers, list[tuple[float, float]]()
 
     def timed_look(*arguments: Any) -> Any:

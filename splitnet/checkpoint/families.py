@@ -71,105 +71,60 @@ class Family:
     refused: str = ""
 
 
+def _alike(names: str, family: Family) -> dict[str, Family]:
+    return dict.fromkeys(names.split(), family)
+
+
 FAMILIES: Mapping[str, Family] = {
-    "apertus": Family(packs=True, native_step=True, mlx=True),
-    "arcee": Family(packs=True, native_step=True),
-    "bamba": Family(states=True),
-    "bloom": Family(native_step=True),
-    "codegen": Family(packs=True, native_step=True),
-    "cohere": Family(packs=True, native_step=True, mlx=True),
-    "cohere2": Family(packs=True, native_step=True, mlx=True),
-    "cwm": Family(packs=True, native_step=True),
-    "deepseek_v2": Family(native_step=True),
-    "deepseek_v3": Family(packs=True, native_step=True),
-    "deepseek_v32": Family(attention="indexed_attention"),
+    **_alike(
+        "apertus cohere cohere2 exaone4 gemma gemma2 gemma3_text glm4 granite helium hunyuan_v1_dense internlm3 "
+        "nemotron olmo olmo2 olmo3 phi smollm3 stablelm",
+        Family(packs=True, native_step=True, mlx=True),
+    ),
+    **_alike(
+        "arcee codegen cwm deepseek_v3 ernie4_5 glm gpt2 gpt_bigcode gpt_neox gptj granitemoe ministral opt persimmon",
+        Family(packs=True, native_step=True),
+    ),
+    **_alike(
+        "glm4_moe llama minimax_m2 qwen2 qwen2_moe qwen3 seed_oss solar_open",
+        Family(packs=True, torch_step=True, native_step=True, mlx=True),
+    ),
+    **_alike(
+        "mistral mixtral olmoe qwen3_moe",
+        Family(packs=True, torch_step=True, native_step=True, one_window=True, mlx=True),
+    ),
+    **_alike("ernie4_5_moe gpt_oss", Family(packs=True, torch_step=True, native_step=True)),
+    **_alike("phi3 starcoder2", Family(packs=True, native_step=True, one_window=True, mlx=True)),
+    "ministral3": Family(packs=True, mlx=True),
+    "gemma4_text": Family(packs=True),
+    **_alike("bloom deepseek_v2 falcon glm4_moe_lite mpt youtu", Family(native_step=True)),
+    **_alike(
+        "bamba falcon_h1 granitemoehybrid kimi_linear lfm2 lfm2_moe mamba2 nemotron_h olmo_hybrid qwen3_5_moe_text "
+        "qwen3_5_text qwen3_next",
+        Family(states=True),
+    ),
+    **_alike("falcon_mamba jamba mamba", Family(states=True, one_by_one=True)),
+    **_alike("deepseek_v32 glm_moe_dsa", Family(attention="indexed_attention")),
+    "llama4_text": Family(attention="chunked_attention"),
     "deepseek_v4": Family(
         refused="between its blocks there are several hidden states, and some blocks choose experts by the token"
     ),
-    "ernie4_5": Family(packs=True, native_step=True),
-    "ernie4_5_moe": Family(packs=True, torch_step=True, native_step=True),
-    "exaone4": Family(packs=True, native_step=True, mlx=True),
-    "falcon": Family(native_step=True),
-    "falcon_h1": Family(states=True),
-    "falcon_mamba": Family(states=True, one_by_one=True),
-    "gemma": Family(packs=True, native_step=True, mlx=True),
-    "gemma2": Family(packs=True, native_step=True, mlx=True),
-    "gemma3_text": Family(packs=True, native_step=True, mlx=True),
     "gemma3n_text": Family(refused="its blocks share states with each other besides the hidden state"),
-    "gemma4_text": Family(packs=True),
-    "glm": Family(packs=True, native_step=True),
-    "glm4": Family(packs=True, native_step=True, mlx=True),
-    "glm4_moe": Family(packs=True, torch_step=True, native_step=True, mlx=True),
-    "glm4_moe_lite": Family(native_step=True),
     "glm4v_moe_text": Family(text_as="glm4_moe", text_values={"use_qk_norm": False}),
     "glm4v_text": Family(text_as="glm4", text_values={"attention_bias": True}, heads_share_hidden=True),
-    "glm_moe_dsa": Family(attention="indexed_attention"),
-    "gpt2": Family(packs=True, native_step=True),
-    "gpt_bigcode": Family(packs=True, native_step=True),
-    "gpt_neox": Family(packs=True, native_step=True),
-    "gpt_oss": Family(packs=True, torch_step=True, native_step=True),
-    "gptj": Family(packs=True, native_step=True),
-    "granite": Family(packs=True, native_step=True, mlx=True),
-    "granitemoe": Family(packs=True, native_step=True),
-    "granitemoehybrid": Family(states=True),
-    "helium": Family(packs=True, native_step=True, mlx=True),
-    "hunyuan_v1_dense": Family(packs=True, native_step=True, mlx=True),
-    "internlm3": Family(packs=True, native_step=True, mlx=True),
-    "jamba": Family(states=True, one_by_one=True),
     "kimi_k2": Family(same_as="deepseek_v3"),
-    "kimi_linear": Family(states=True),
-    "lfm2": Family(states=True),
-    "lfm2_moe": Family(states=True),
-    "llama": Family(packs=True, torch_step=True, native_step=True, mlx=True),
-    "llama4_text": Family(attention="chunked_attention"),
-    "mamba": Family(states=True, one_by_one=True),
-    "mamba2": Family(states=True),
     "mimo": Family(same_as="qwen2"),
-    "minimax_m2": Family(packs=True, torch_step=True, native_step=True, mlx=True),
-    "ministral": Family(packs=True, native_step=True),
-    "ministral3": Family(packs=True, mlx=True),
-    "mistral": Family(packs=True, torch_step=True, native_step=True, one_window=True, mlx=True),
-    "mixtral": Family(packs=True, torch_step=True, native_step=True, one_window=True, mlx=True),
-    "mpt": Family(native_step=True),
-    "nemotron": Family(packs=True, native_step=True, mlx=True),
-    "nemotron_h": Family(states=True),
-    "olmo": Family(packs=True, native_step=True, mlx=True),
-    "olmo2": Family(packs=True, native_step=True, mlx=True),
-    "olmo3": Family(packs=True, native_step=True, mlx=True),
-    "olmo_hybrid": Family(states=True),
-    "olmoe": Family(packs=True, torch_step=True, native_step=True, one_window=True, mlx=True),
-    "opt": Family(packs=True, native_step=True),
-    "persimmon": Family(packs=True, native_step=True),
-    "phi": Family(packs=True, native_step=True, mlx=True),
-    "phi3": Family(packs=True, native_step=True, one_window=True, mlx=True),
-    "qwen2": Family(packs=True, torch_step=True, native_step=True, mlx=True),
-    "qwen2_5_vl_text": Family(text_as="qwen2", heads_share_hidden=True),
-    "qwen2_moe": Family(packs=True, torch_step=True, native_step=True, mlx=True),
-    "qwen2_vl_text": Family(text_as="qwen2", heads_share_hidden=True),
-    "qwen3": Family(packs=True, torch_step=True, native_step=True, mlx=True),
-    "qwen3_5_moe_text": Family(states=True),
-    "qwen3_5_text": Family(states=True),
-    "qwen3_moe": Family(packs=True, torch_step=True, native_step=True, one_window=True, mlx=True),
-    "qwen3_next": Family(states=True),
+    **_alike("qwen2_5_vl_text qwen2_vl_text", Family(text_as="qwen2", heads_share_hidden=True)),
     "qwen3_vl_moe_text": Family(text_as="qwen3_vl_moe_alone", text_values={"norm_topk_prob": True}),
     "qwen3_vl_text": Family(text_as="qwen3"),
-    "seed_oss": Family(packs=True, torch_step=True, native_step=True, mlx=True),
-    "smollm3": Family(packs=True, native_step=True, mlx=True),
-    "solar_open": Family(packs=True, torch_step=True, native_step=True, mlx=True),
-    "stablelm": Family(packs=True, native_step=True, mlx=True),
-    "starcoder2": Family(packs=True, native_step=True, one_window=True, mlx=True),
-    "youtu": Family(native_step=True),
-    "zamba": Family(refused="some of its blocks have the same weights"),
-    "zamba2": Family(refused="some of its blocks have the same weights"),
+    **_alike("zamba zamba2", Family(refused="some of its blocks have the same weights")),
 }
 
 
 def family_of(config: PreTrainedConfig) -> Family:
     """What is special about the family of a text model."""
-    return FAMILIES.get(config.model_type, _ORDINARY)
+    return FAMILIES.get(config.model_type, Family())
 
-
-_ORDINARY = Family()
 
 ADDED_POSITIONS = ("wpe", "embed_positions")
 """Children of the module that holds the blocks whose output the backbone adds to the embeddings. The client does so;

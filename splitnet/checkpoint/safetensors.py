@@ -9,7 +9,6 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -81,23 +80,11 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a shard, as the shard's header describes it. `shard`: file name. `stored`: name of its type in the
-    safetensors format. `offset`: of its first byte in the file."""
-
-    shard: str
-    stored: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return _DTYPES.get(self.stored, torch.uint8)
+def _dtype_of(place: Place) -> torch.dtype:
+    return _DTYPES.get(place.stored, torch.uint8)
 
 
-def read_tensor_infos(file: BinaryIO, shard: str) -> dict[str, TensorInfo]:
+def read_places(file: BinaryIO, shard: str) -> dict[str, Place]:
     """The tensors of a safetensors file, from its header alone. Format:
     https://github.com/huggingface/safetensors#format. Raises UnsupportedModel: it is not a safetensors file."""
     try:
@@ -107,14 +94,12 @@ def read_tensor_infos(file: BinaryIO, shard: str) -> dict[str, TensorInfo]:
         header = json.loads(file.read(size))
         if any(len(name) > MOST_OF_NAME for name in header):
             raise ValueError("names without end")
-        return {
-            name: _tensor_info(shard, 8 + size, **entry) for name, entry in header.items() if name != "__metadata__"
-        }
+        return {name: _place(shard, 8 + size, **entry) for name, entry in header.items() if name != "__metadata__"}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnsupportedModel(f"{shard} is not a safetensors file: download or convert it again") from error
 
 
-def _tensor_info(shard: str, begin: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorInfo:
+def _place(shard: str, begin: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> Place:
     """Raises ValueError for what no tensor can be; `begin`: of the data in the file."""
     start, end = data_offsets
     if len(shape) > _MOST_DIMENSIONS or max((*shape, end), default=0) > _MOST_BYTES:
@@ -123,7 +108,7 @@ def _tensor_info(shard: str, begin: int, dtype: str, shape: list[int], data_offs
         raise ValueError("numbers that are none")
     if dtype in _DTYPES and end - start != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise ValueError("a tensor of another size")
-    return TensorInfo(shard, dtype, tuple(shape), begin + start, end - start)
+    return Place(shard, begin + start, end - start, dtype, tuple(shape))
 
 
 class SafetensorsStore:
@@ -137,7 +122,7 @@ class SafetensorsStore:
         self._path = path
         self._revision = revision
         self._hub_answers = False
-        self._headers: dict[str, dict[str, TensorInfo]] = {}
+        self._headers: dict[str, dict[str, Place]] = {}
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None) -> SafetensorsStore:
@@ -223,14 +208,14 @@ class SafetensorsStore:
 
         def part(name: str) -> Part:
             info = infos[name]
-            return Part(name, info.shape, info.dtype, lambda index: self._read(info)[index])
+            return Part(name, info.shape, _dtype_of(info), lambda index: self._read(info)[index])
 
         facts: dict[str, TensorFacts] = {}
         for name in names:
             nbytes = sum(infos[part].nbytes for part in groups[name].values())
             tensor = self._weights.tensor(name, part)
             if tensor is None:
-                facts[name] = TensorFacts(infos[name].shape, infos[name].dtype, None, nbytes)
+                facts[name] = TensorFacts(infos[name].shape, _dtype_of(infos[name]), None, nbytes)
             else:
                 coded = tensor if isinstance(tensor, PackedTensor) else None
                 layout = coded.experts[0][0].layout if coded is not None else None
@@ -266,7 +251,7 @@ class SafetensorsStore:
             slices = self._slices(files, shards, stored)  # which outlive the files
 
             def part(name: str) -> Part:
-                return Part(name, infos[name].shape, infos[name].dtype, slices[name].__getitem__)
+                return Part(name, infos[name].shape, _dtype_of(infos[name]), slices[name].__getitem__)
 
             for given, name in names.items():
                 nbytes = sum(infos[part].nbytes for part in groups[name].values())
@@ -297,10 +282,7 @@ class SafetensorsStore:
             raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
 
     def places(self) -> Mapping[str, Place]:
-        return {
-            name: Place(info.shard, info.offset, info.nbytes, info.stored, info.shape)
-            for name, info in self._infos(self._weight_map).items()
-        }
+        return self._infos(self._weight_map)
 
     def heads(self) -> Mapping[str, int]:
         return {}  # headers of safetensors tell of nothing but tensors
@@ -373,43 +355,43 @@ class SafetensorsStore:
             )
         try:
             with self.open_file(SINGLE_FILE) as file:
-                return dict.fromkeys(read_tensor_infos(file, SINGLE_FILE), SINGLE_FILE)
+                return dict.fromkeys(read_places(file, SINGLE_FILE), SINGLE_FILE)
         except ModelNotFound as error:
             raise ModelNotFound(
                 f"{self.name} holds no safetensors: convert it with transformers' save_pretrained"
             ) from error
 
-    def _infos(self, names: Iterable[str]) -> dict[str, TensorInfo]:
+    def _infos(self, names: Iterable[str]) -> dict[str, Place]:
         """What headers say of tensors in the files, and of all others in the same shards. Raises ModelNotFound: a shard
         lacks one, as the index is not about these shards."""
         names = list(names)
-        infos: dict[str, TensorInfo] = {}
+        infos: dict[str, Place] = {}
         for shard in sorted({self._weight_map[name] for name in names}):
             if shard not in self._headers:
                 with self.open_file(shard) as file:
-                    self._headers[shard] = read_tensor_infos(file, shard)
+                    self._headers[shard] = read_places(file, shard)
             infos.update(self._headers[shard])
         for name in names:
             shard = self._weight_map[name]
-            if name not in infos or infos[name].shard != shard:
+            if name not in infos or infos[name].file != shard:
                 raise ModelNotFound(
                     f"{shard} of {self.name} lacks {name}, which {INDEX_FILE} says it holds: download both again"
                 )
         return infos
 
-    def _read(self, info: TensorInfo) -> torch.Tensor:
+    def _read(self, info: Place) -> torch.Tensor:
         """A small tensor."""
         if self.folder is not None:
-            self.folder.supply([name for name, one in self._headers[info.shard].items() if one == info])
+            self.folder.supply([name for name, one in self._headers[info.file].items() if one == info])
         try:
-            with self.open_file(info.shard, block_size=1) as file:
+            with self.open_file(info.file, block_size=1) as file:
                 file.seek(info.offset)
                 data = bytearray(file.read(info.nbytes))
         except OSError as error:
-            raise ModelNotFound(f"{info.shard} of {self.name} cannot be read: check the network") from error
+            raise ModelNotFound(f"{info.file} of {self.name} cannot be read: check the network") from error
         if len(data) != info.nbytes:
-            raise ModelNotFound(f"{info.shard} of {self.name} is not complete: download it again")
-        return torch.frombuffer(data, dtype=info.dtype).view(info.shape)
+            raise ModelNotFound(f"{info.file} of {self.name} is not complete: download it again")
+        return torch.frombuffer(data, dtype=_dtype_of(info)).view(info.shape)
 
     def _download(self, shard: str) -> Path:
         """The local path of a shard, whose header is read anew."""
@@ -417,7 +399,7 @@ class SafetensorsStore:
         if path is None:
             raise ModelNotFound(f"{self.name} lacks {shard}, which holds tensors that are needed: download it again")
         with path.open("rb") as raw:
-            self._headers[shard] = read_tensor_infos(raw, shard)
+            self._headers[shard] = read_places(raw, shard)
         return path
 
     def _slices(self, files: ExitStack, shards: Mapping[str, Path], names: Iterable[str]) -> dict[str, Any]:
@@ -488,8 +470,8 @@ def _is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or "\\" in model or model[1:2] == ":"
 
 
-def _plain(stored: Any, info: TensorInfo, dtype: torch.dtype, read: ReadBytes) -> LazyTensor:
-    return LazyTensor(info.shape, info.dtype, lambda index: _taken(stored[index], dtype, read))
+def _plain(stored: Any, place: Place, dtype: torch.dtype, read: ReadBytes) -> LazyTensor:
+    return LazyTensor(place.shape, _dtype_of(place), lambda index: _taken(stored[index], dtype, read))
 
 
 def _taken(tensor: torch.Tensor, dtype: torch.dtype, read: ReadBytes) -> torch.Tensor:

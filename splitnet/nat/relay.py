@@ -15,7 +15,7 @@ import socket
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 from splitnet.errors import AddressInUse, NotAuthorized, ProtocolError, SplitnetError
 from splitnet.limits import Places, SharedRate, most_connections
@@ -95,6 +95,7 @@ class _Waiting:
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+@dataclass(eq=False)
 class RelayServer:
     """Listens at `listen` (`tcp://IP:port`, port 0 for any; then `port` says which) as soon as it is made; `start` it,
     and close it before its loop. Raises AddressInUse or SplitnetError if it cannot listen there.
@@ -104,20 +105,16 @@ class RelayServer:
     `revoked`.
     """
 
-    def __init__(
-        self,
-        loop: WaysLoop,
-        identity: Identity,
-        listen: str,
-        *,
-        authorized: AuthorizedKeys | None = None,
-        bounds: RelayBounds | None = None,
-    ) -> None:
-        self._loop = loop
-        self._identity = identity
-        self._authorized = authorized
+    loop: WaysLoop
+    identity: Identity
+    listen: str
+    _: KW_ONLY
+    authorized: AuthorizedKeys | None = None
+    bounds: RelayBounds = RelayBounds()
+
+    def __post_init__(self) -> None:
         # A relay may be hidden, too: half of the descriptors that are left to streams is for that.
-        self._bounds = bounds = (bounds or RelayBounds()).within(most_connections() // 2)
+        self.bounds = bounds = self.bounds.within(most_connections() // 2)
         self._reservations: dict[bytes, _Reservation] = {}
         self._waiting: dict[bytes, _Waiting] = {}
         self._greeted: dict[str, list[asyncio.Task[None]]] = {}
@@ -132,27 +129,27 @@ class RelayServer:
         self.passed_bytes = 0
         self.events: Counter[str] = Counter()
         try:
-            self._listener = listening(listen)
+            self._listener = listening(self.listen)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise AddressInUse(f"{listen} is taken: choose another port for streams, or 0 for any") from None
-            raise SplitnetError(f"streams cannot be taken at {listen}: {error.strerror}") from None
+                raise AddressInUse(f"{self.listen} is taken: choose another port for streams, or 0 for any") from None
+            raise SplitnetError(f"streams cannot be taken at {self.listen}: {error.strerror}") from None
         self.port: int = self._listener.getsockname()[1]
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Serves from now on."""
-        self._task = self._loop.begin(self._accept())
+        self._task = self.loop.begin(self._accept())
 
     def close(self) -> None:
         """Ends all streams through here."""
         if self._task is not None:
-            self._loop.end(self._task)
+            self.loop.end(self._task)
         self._listener.close()
 
     def relay_at(self, host: str) -> Relay:
         """This relay, for others that reach this machine at `host`."""
-        return Relay(address_of((host, self.port)), self._identity.public.raw)
+        return Relay(address_of((host, self.port)), self.identity.public.raw)
 
     @property
     def reservations(self) -> int:
@@ -161,8 +158,8 @@ class RelayServer:
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
-        if self._authorized is not None:
-            self._served.add(loop.create_task(self._end_unauthorized(self._authorized)))
+        if self.authorized is not None:
+            self._served.add(loop.create_task(self._end_unauthorized(self.authorized)))
         try:
             while True:
                 try:
@@ -196,8 +193,8 @@ class RelayServer:
         """Ends handshakes that are under way, so that there is room for one from `host`."""
         greeted = self._greeted
         crowd = greeted.get(host, [])
-        if len(crowd) < self._bounds.handshakes_of_host:
-            if sum(map(len, greeted.values())) < self._bounds.handshakes:
+        if len(crowd) < self.bounds.handshakes_of_host:
+            if sum(map(len, greeted.values())) < self.bounds.handshakes:
                 return
             crowd = max(greeted.values(), key=len)
         self.events["refused"] += 1
@@ -213,8 +210,8 @@ class RelayServer:
     async def _serve(self, sock: socket.socket, host: str, seen: str) -> None:
         try:
             try:
-                async with asyncio.timeout(self._bounds.handshake_s):
-                    answering = await meet(sock, self._identity)
+                async with asyncio.timeout(self.bounds.handshake_s):
+                    answering = await meet(sock, self.identity)
                     key = answering.key
                     try:
                         self._check_key(key)
@@ -237,7 +234,7 @@ class RelayServer:
             log.debug("a stream from %s has ended: %s", host, error or type(error).__name__)
 
     def _check_key(self, key: PublicKey) -> None:
-        if self._authorized is not None and not self._authorized.allows(key.curve_raw):
+        if self.authorized is not None and not self.authorized.allows(key.curve_raw):
             raise NotAuthorized(f"the key {key} is not authorised")
 
     async def _end_unauthorized(self, authorized: AuthorizedKeys) -> None:
@@ -269,9 +266,9 @@ class RelayServer:
 
     async def _connect_back(self, sock: socket.socket, address: str) -> None:
         try:
-            with await dial(address, self._bounds.try_s), suppress(*STREAM_ERRORS):
+            with await dial(address, self.bounds.try_s), suppress(*STREAM_ERRORS):
                 await send(sock, Tried(True))
-                async with asyncio.timeout(self._bounds.try_s):
+                async with asyncio.timeout(self.bounds.try_s):
                     await receive(sock)  # its end: until then the connection is there to be seen
         except STREAM_ERRORS:
             await send(sock, Tried(False))
@@ -293,10 +290,10 @@ class RelayServer:
             await self._tell(reservation, Reserved())
             began, beats = time.monotonic(), 0
             while True:
-                async with asyncio.timeout(self._bounds.silent_s):
+                async with asyncio.timeout(self.bounds.silent_s):
                     await receive(sock, Beat)
                 beats += 1
-                if beats > self._bounds.beats + time.monotonic() - began:
+                if beats > self.bounds.beats + time.monotonic() - began:
                     raise ProtocolError("signs of life come too fast")
                 self._check_key(key)
                 await self._tell(reservation, Beat())
@@ -308,7 +305,7 @@ class RelayServer:
     async def _tell(self, reservation: _Reservation, message: Message) -> None:
         """One that does not take the message in time loses its reservation."""
         try:
-            async with asyncio.timeout(self._bounds.join_s), reservation.writing:
+            async with asyncio.timeout(self.bounds.join_s), reservation.writing:
                 await send(reservation.sock, message)
         except TimeoutError:
             reservation.task.cancel()
@@ -330,7 +327,7 @@ class RelayServer:
         try:
             await self._tell(reservation, Called(token, key.raw, seen))
             try:
-                async with asyncio.timeout(self._bounds.join_s):
+                async with asyncio.timeout(self.bounds.join_s):
                     other, other_seen, other_here = await waiting.joined
             except TimeoutError:
                 await self._refuse(sock, "that peer does not take calls")
@@ -373,7 +370,7 @@ class RelayServer:
         left = set(copying)
         try:
             while left:
-                limit_s = self._bounds.idle_s if len(left) == 2 else self._bounds.half_open_s
+                limit_s = self.bounds.idle_s if len(left) == 2 else self.bounds.half_open_s
                 idle_s = time.monotonic() - at
                 if idle_s > limit_s:
                     raise TimeoutError("nothing was said for too long")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, MutableMapping, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,7 @@ MOST_WORKED = 32
 UNUSED_S = 900.0  # a relay that has brought no call of others for so long gives way to one that is not known yet
 
 
+@dataclass(eq=False)
 class UnreachablePeer:
     """Makes a peer reachable through relays, from `start` on. Thread-safe; it ends with its loop at the latest.
 
@@ -74,23 +76,15 @@ class UnreachablePeer:
         streams: through all relays.
     """
 
-    def __init__(
-        self,
-        loop: WaysLoop,
-        identity: Identity,
-        inside: str,
-        behind: MutableMapping[tuple[str, int], str],
-        find: Callable[[], Sequence[Relay]],
-        changed: Callable[[], object],
-        vouched: Callable[[Relay], bool] = lambda _: False,
-    ) -> None:
-        self._loop = loop
-        self._identity = identity
-        self._inside = inside
-        self._behind = behind
-        self._find = find
-        self._changed = changed
-        self._vouched = vouched
+    loop: WaysLoop
+    identity: Identity
+    inside: str
+    behind: MutableMapping[tuple[str, int], str]
+    find: Callable[[], Sequence[Relay]]
+    changed: Callable[[], object]
+    vouched: Callable[[Relay], bool] = lambda _: False
+
+    def __post_init__(self) -> None:
         streams = max(WANTED, min(STREAMS, most_connections() // 2 // DESCRIPTORS))
         self.streams = Places(streams, key=STREAMS_OF_KEY, host=STREAMS_OF_HOST, relay=streams // WANTED)
         self._tested: dict[tuple[Relay, bytes], asyncio.Future[None]] = {}
@@ -107,19 +101,19 @@ class UnreachablePeer:
     def start(self) -> None:
         """Looks for relays, now and whenever there are too few. May be called twice."""
         if self._task is None:
-            self._task = self._loop.begin(self._run())
+            self._task = self.loop.begin(self._run())
 
     def stop(self) -> bool:
         """Ends all reservations and streams; returns whether it had been started."""
         task, self._task = self._task, None
         if task is not None:
-            self._loop.end(task)
+            self.loop.end(task)
         return task is not None
 
     def reached_by(self, address: str, helpers: Sequence[Relay]) -> list[bool]:
         """Answers of relays that try to connect to an address of this machine; takes some seconds at most. Their
         connections stay for a moment, so that the listener can tell whether the answer is true."""
-        asking = [self._loop.run(self._ask(relay, address)) for relay in helpers]
+        asking = [self.loop.run(self._ask(relay, address)) for relay in helpers]
         wait(asking, timeout=DIAL_S + 2 * JOIN_S)
         return [said for each in asking if each.done() and not each.cancelled() and (said := each.result()) is not None]
 
@@ -134,7 +128,7 @@ class UnreachablePeer:
                 often = len(self._keeping) < WANTED
                 if lacks and time.monotonic() - looked_at >= (LOOK_S if often else 6 * LOOK_S):
                     with suppress(SplitnetError):
-                        found = await loop.run_in_executor(None, self._find)
+                        found = await loop.run_in_executor(None, self.find)
                     looked_at = time.monotonic()
                 self._make_room(found)
                 if lacks:
@@ -159,18 +153,18 @@ class UnreachablePeer:
 
     def _free(self, found: Sequence[Relay]) -> list[Relay]:
         """Relays that may be tried now: none with a key that is in use."""
-        now, keys = time.monotonic(), {self._identity.public.raw, *(relay.key for relay in self._keeping)}
+        now, keys = time.monotonic(), {self.identity.public.raw, *(relay.key for relay in self._keeping)}
         new = [relay for relay in dict.fromkeys(found) if relay.key not in keys]
         return [relay for relay in new if now >= self._pauses.get(relay, (0.0, 0.0))[0]]
 
     def _rank(self, relay: Relay) -> tuple[bool, bool, bool]:
         """Lower is better: vouched for, not known to have failed, known to have worked."""
-        return not self._vouched(relay), relay in self._pauses, relay not in self._worked
+        return not self.vouched(relay), relay in self._pauses, relay not in self._worked
 
     def _is_unused(self, relay: Relay) -> bool:
         used_at = self._used_at.get(relay)
         is_old = used_at is not None and time.monotonic() - used_at > UNUSED_S
-        return is_old and not self.streams.held("relay", relay) and not self._vouched(relay)
+        return is_old and not self.streams.held("relay", relay) and not self.vouched(relay)
 
     def _make_room(self, found: Sequence[Relay]) -> None:
         """Ends one relay that is of least use, if another would be of more."""
@@ -179,7 +173,7 @@ class UnreachablePeer:
         free, networks = self._free(found), [network_of(relay) for relay in self._keeping]
         elsewhere = [relay for relay in free if network_of(relay) not in networks]
         for relay in reversed(list(self._keeping)):
-            doubled = networks.count(network_of(relay)) > 1 and not self._vouched(relay)
+            doubled = networks.count(network_of(relay)) > 1 and not self.vouched(relay)
             if (doubled and elsewhere) or (self._is_unused(relay) and free):
                 self._pauses[relay] = time.monotonic() + MOST_PAUSE_S, MOST_PAUSE_S
                 self._keeping[relay].cancel()
@@ -191,7 +185,7 @@ class UnreachablePeer:
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
-                    await _request(sock, self._identity, relay, Purpose.RESERVE, Reserve())
+                    await _request(sock, self.identity, relay, Purpose.RESERVE, Reserve())
                     await receive(sock, Reserved)
                 self._used_at[relay] = time.monotonic()
                 await _until_one_ends(_beat(sock), self._hear(relay, sock), self._test(relay))
@@ -207,7 +201,7 @@ class UnreachablePeer:
 
     def _set(self, relays: tuple[Relay, ...]) -> None:
         self.relays = relays
-        self._changed()
+        self.changed()
 
     def _used(self, relay: Relay) -> None:
         """Others have called through a relay."""
@@ -248,16 +242,16 @@ class UnreachablePeer:
         try:
             await self._call_as(relay, Identity.generate())
         except RefusedError:  # it may know its members alone
-            await self._call_as(relay, self._identity)
+            await self._call_as(relay, self.identity)
 
     async def _call_as(self, relay: Relay, caller: Identity) -> None:
         arrived = self._tested[relay, caller.public.raw] = asyncio.get_running_loop().create_future()
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
-                    await _request(sock, caller, relay, Purpose.CALL, Call(self._identity.public.raw, ""))
+                    await _request(sock, caller, relay, Purpose.CALL, Call(self.identity.public.raw, ""))
                     joined = await receive(sock, Joined)
-                    await send(sock, await prove(sock, caller, self._identity.public, Purpose.TUNNEL, joined.token))
+                    await send(sock, await prove(sock, caller, self.identity.public, Purpose.TUNNEL, joined.token))
                     await arrived
         finally:
             del self._tested[relay, caller.public.raw]
@@ -267,7 +261,7 @@ class UnreachablePeer:
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
-                    await _request(sock, self._identity, relay, Purpose.TRY, Try(address))
+                    await _request(sock, self.identity, relay, Purpose.TRY, Try(address))
                     said = (await receive(sock, Tried)).reached
                 await asyncio.sleep(SEEN_S * said)
                 return said
@@ -289,9 +283,9 @@ class UnreachablePeer:
                     async with asyncio.timeout(JOIN_S):
                         own = outer.getsockname()[:2]
                         join = Join(called.token, address_of(own))
-                        await _request(outer, self._identity, relay, Purpose.JOIN, join)
+                        await _request(outer, self.identity, relay, Purpose.JOIN, join)
                         joined = await receive(outer, Joined)
-                        await meet(outer, self._identity, called.token, only=called.caller)
+                        await meet(outer, self.identity, called.token, only=called.caller)
                     if (arrived := self._tested.get((relay, called.caller))) is not None:
                         if not arrived.done():
                             arrived.set_result(None)
@@ -301,10 +295,10 @@ class UnreachablePeer:
                     better = asyncio.ensure_future(
                         punch(own, lines(address_of(own), joined), partial(self._check, called))
                     )
-                    inside = host_and_port(self._inside)
+                    inside = host_and_port(self.inside)
                     family = socket.AF_INET6 if ":" in inside[0] else socket.AF_INET
                     with bound(family, (inside[0], 0), again=False) as inner:
-                        self._behind[name := inner.getsockname()[:2]] = f"{host}, through a helper"
+                        self.behind[name := inner.getsockname()[:2]] = f"{host}, through a helper"
                         await asyncio.get_running_loop().sock_connect(inner, inside)
                         await tunnel.join(inner, outer, better, lambda _: None)
                 finally:
@@ -314,10 +308,10 @@ class UnreachablePeer:
         finally:
             self.streams.leave(**names)
             if name is not None:
-                self._behind.pop(name, None)
+                self.behind.pop(name, None)
 
     async def _check(self, called: Called, sock: socket.socket, claim: Claim) -> None:
-        await meet(sock, self._identity, called.token, only=called.caller)
+        await meet(sock, self.identity, called.token, only=called.caller)
         if not claim():
             raise RefusedError("another stream was faster")
 

@@ -253,6 +253,7 @@ def api_of(path: str, apis: Sequence[Api]) -> Api:
     return max(apis, key=lambda api: max((len(begin) for begin in api.paths if path.startswith(begin)), default=0))
 
 
+@dataclass(eq=False)
 class Gate:
     """ASGI middleware; paths of protocols and those that are `PROTECTED` need a key, if there are keys.
 
@@ -262,27 +263,22 @@ class Gate:
     has a `Client` in its state.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        apis: Sequence[Api],
-        keys: ApiKeys,
-        hosts: Collection[str] = (),
-        origins: Collection[str] = (),
-    ) -> None:
-        self._app = app
-        self._apis = apis
-        self._keys = keys
-        self._hosts = {"localhost", *(host.lower() for host in hosts)}
-        self._origins = origins
+    app: ASGIApp
+    apis: Sequence[Api]
+    keys: ApiKeys
+    hosts: Collection[str] = ()
+    origins: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        self._hosts = {"localhost", *(host.lower() for host in self.hosts)}
         # Half of it is for others, however much a client sends.
         self._parsed = FairAccount(ALL_PARSED_BYTES, ALL_PARSED_BYTES // 2)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
-        api = api_of(scope["path"], self._apis)
+        api = api_of(scope["path"], self.apis)
         begun = False
 
         async def noting_send(message: Message) -> None:
@@ -292,13 +288,13 @@ class Gate:
 
         try:
             headers = Headers(scope=scope)
-            if not self._keys:
+            if not self.keys:
                 self._check_host(headers)
                 self._check_origin(headers)
             client = self._client_of(scope, api, headers)
             scope.setdefault("state", {})["client"] = client
             async with Body(self._parsed, client, receive).whole() as received:
-                await self._app(scope, received, noting_send)
+                await self.app(scope, received, noting_send)
         except Exception as error:
             failure = failure_of(error)
             if not begun:
@@ -319,7 +315,7 @@ class Gate:
 
     def _check_origin(self, headers: Headers) -> None:
         origin = headers.get("origin")
-        if origin is None or origin in self._origins or re.fullmatch(ON_THIS_MACHINE, origin):
+        if origin is None or origin in self.origins or re.fullmatch(ON_THIS_MACHINE, origin):
             return
         # A proxy may name another host than the browser did, which says so itself over TLS; no script can.
         if origin.partition("://")[2] != headers.get("host") and headers.get("sec-fetch-site") != "same-origin":
@@ -327,9 +323,9 @@ class Gate:
             raise ApiError(403, unknown, code="unknown_origin")
 
     def _client_of(self, scope: Scope, api: Api, headers: Headers) -> Client:
-        if not self._keys or not scope["path"].startswith((*PROTECTED, *api.paths)):
+        if not self.keys or not scope["path"].startswith((*PROTECTED, *api.paths)):
             return client_at(scope["client"][0] if scope.get("client") else "")
-        client = self._keys.client_of(api.key_of(headers).encode())
+        client = self.keys.client_of(api.key_of(headers).encode())
         if client is None:
             wrong = f"wrong API key: send one of the server's as `{api.key_header}`"
             raise ApiError(401, wrong, code="wrong_key", headers={"WWW-Authenticate": api.challenge})

@@ -35,26 +35,23 @@ class Piece:
     begins: int = 0  # characters of the answer before those tokens
 
 
+@dataclass(eq=False)
 class Choice:
     """Takes the tokens of one answer, and counts them."""
 
-    def __init__(
-        self,
-        index: int,  # which answer of the request
-        decode: Callable[[list[int]], str],
-        max_tokens: int,  # after which it ends
-        end_tokens: Collection[int],  # with which it ends; they are not text
-        stop_strings: Sequence[str],  # before which it ends
-        prompt: Sequence[int] = (),  # the tokens whose text it goes on from; empty: it stands alone
-    ) -> None:
-        self.index = index
+    index: int  # which answer of the request
+    decode: Callable[[list[int]], str]
+    max_tokens: int  # after which it ends
+    end_tokens: Collection[int]  # with which it ends; they are not text
+    stop_strings: Sequence[str]  # before which it ends
+    prompt: Sequence[int] = ()  # the tokens whose text it goes on from; empty: it stands alone
+
+    def __post_init__(self) -> None:
         self.tokens = 0
         self.finished = False
-        self._max_tokens = max_tokens
-        self._end_tokens = end_tokens
         self._characters = 0
-        self._detokenizer = Detokenizer(decode, prompt)
-        self._stops = StopStrings(stop_strings)
+        self._detokenizer = Detokenizer(self.decode, self.prompt)
+        self._stops = StopStrings(self.stop_strings)
 
     def push(self, token: int, scored: ScoredToken | None) -> Piece:
         self.tokens += 1
@@ -64,7 +61,7 @@ class Choice:
         return Piece(self.index, text, (scored,) if scored is not None else (), finish, begins)
 
     def _text_of(self, token: int) -> tuple[str, Finish | None]:
-        if token in self._end_tokens:
+        if token in self.end_tokens:
             text, stopped = self._stops.push(self._detokenizer.rest())
             return text + ("" if stopped else self._stops.rest()), "stop"
         new = self._detokenizer.push(token)
@@ -72,7 +69,7 @@ class Choice:
         text, stopped = self._stops.push(new)
         if stopped:
             return text, "stop"
-        if self.tokens < self._max_tokens:
+        if self.tokens < self.max_tokens:
             return text, None
         last, stopped = self._stops.push(self._detokenizer.rest())
         if stopped:
@@ -123,30 +120,27 @@ Numbered = tuple[int, ScoredPrompt | Piece | Ended]  # an event, and the number 
 Listener = Callable[[Event], object]
 
 
+@dataclass(eq=False)
 class Generations:
     """Runs requests on a model with remote blocks, `at_a_time`."""
 
-    def __init__(
-        self,
-        model: RemoteCausalLM,  # of its generation config only the tokens that end an answer are left
-        decode: Callable[[list[int]], str],
-        at_a_time: int,
-        limits: KeepLimits,
-        speculate: Any = None,  # where drafts come from, see `RemoteCausalLM.generate`
-    ) -> None:
-        self.speculate = speculate
+    model: RemoteCausalLM  # of its generation config only the tokens that end an answer are left
+    decode: Callable[[list[int]], str]
+    at_a_time: int
+    limits: KeepLimits
+    speculate: Any = None  # where drafts come from, see `RemoteCausalLM.generate`
+
+    def __post_init__(self) -> None:
         # For a cache, what notes the news of its session at each call.
         self.watch_session: Callable[[RemoteCache], Callable[[], None]] = lambda cache: lambda: None
-        self.model = model
-        self.decode = decode
-        self.vocabulary: int = model.config.get_text_config().vocab_size
+        self.vocabulary: int = self.model.config.get_text_config().vocab_size
         self.progress = ProgressLog()
-        self.kept: SessionCache[RemoteCache] = SessionCache(limits, RemoteCache.close)
-        ends = model.generation_config.eos_token_id
+        self.kept: SessionCache[RemoteCache] = SessionCache(self.limits, RemoteCache.close)
+        ends = self.model.generation_config.eos_token_id
         self.end_tokens: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
         # A request says how tokens are chosen; transformers would add what the checkpoint says, in silence.
-        model.generation_config = GenerationConfig(eos_token_id=ends)
-        self._threads = ThreadPoolExecutor(at_a_time, thread_name_prefix="splitnet-serve")
+        self.model.generation_config = GenerationConfig(eos_token_id=ends)
+        self._threads = ThreadPoolExecutor(self.at_a_time, thread_name_prefix="splitnet-serve")
         self._running: set[Generation] = set()
         self._ending = False
         self.draining = False

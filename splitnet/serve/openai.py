@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -185,41 +185,37 @@ CHAT = Kind("chatcmpl", "chat.completion", "chat.completion.chunk")
 COMPLETION = Kind("cmpl", "text_completion", "text_completion")
 
 
+@dataclass(eq=False)
 class Answer:
     """Writes the events of a request as OpenAI does, see `splitnet.serve.responses.Answer`.
 
     It has one of `asks` for each prompt, and the choices of the first prompt first; `with_usage` ends a stream.
     """
 
-    def __init__(
-        self,
-        kind: Kind,
-        model: str,
-        asks: Sequence[Ask],
-        choices: Sequence[_ChatChoice | _CompletionChoice],
-        *,
-        with_usage: bool,
-    ) -> None:
-        self.id = f"{kind.id_prefix}-{secrets.token_hex(12)}"
-        self._kind = kind
+    kind: Kind
+    model: str
+    asks: Sequence[Ask]
+    choices: Sequence[_ChatChoice | _CompletionChoice]
+    _: KW_ONLY
+    with_usage: bool
+
+    def __post_init__(self) -> None:
+        self.id = f"{self.kind.id_prefix}-{secrets.token_hex(12)}"
         self._created = int(time.time())
-        self._model = model
-        self._choices = choices
-        self._per_prompt = asks[0].choices
-        self._with_usage = with_usage
-        self._prompt_tokens = sum(len(ask.prompt) for ask in asks)
+        self._per_prompt = self.asks[0].choices
+        self._prompt_tokens = sum(len(ask.prompt) for ask in self.asks)
         self._answer_tokens = 0
         self._cached_tokens = 0
 
     async def whole(self, events: AsyncGenerator[Numbered]) -> dict[str, Any]:
         async for number, event in events:
             self._take(number, event)
-        choices = [choice.whole() for choice in self._choices]
-        return {**self._head(self._kind.whole), "choices": choices, "usage": self._usage()}
+        choices = [choice.whole() for choice in self.choices]
+        return {**self._head(self.kind.whole), "choices": choices, "usage": self._usage()}
 
     async def chunks(self, first: Numbered, events: AsyncGenerator[Numbered]) -> AsyncGenerator[str]:
-        head = self._head(self._kind.chunk)
-        usage = {"usage": None} if self._with_usage else {}
+        head = self._head(self.kind.chunk)
+        usage = {"usage": None} if self.with_usage else {}
         try:
             if (choice := self._take(*first)) is not None:
                 yield framed({**head, "choices": [choice], **usage})
@@ -229,7 +225,7 @@ class Answer:
         except Exception as error:
             yield self.failed(failure_of(error))
             return
-        if self._with_usage:
+        if self.with_usage:
             yield framed({**head, "choices": [], "usage": self._usage()})
         yield DONE
 
@@ -242,7 +238,7 @@ class Answer:
             self._answer_tokens += event.answer_tokens
             self._cached_tokens += event.cached_tokens
             return None
-        choices = self._choices[number * self._per_prompt : (number + 1) * self._per_prompt]
+        choices = self.choices[number * self._per_prompt : (number + 1) * self._per_prompt]
         if isinstance(event, Piece):
             return choices[event.choice].take(event)
         for choice in choices:
@@ -250,7 +246,7 @@ class Answer:
         return None
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+        return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
 
     def _usage(self) -> dict[str, Any]:
         return {

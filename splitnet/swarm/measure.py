@@ -309,6 +309,7 @@ def _usual(seen: Sequence[float], told: float) -> float:
     return median_low(seen if len(seen) == STEPS else [told, *seen])
 
 
+@dataclass(eq=False)
 class Measurer:
     """Keeps measurements and records fresh, in the background while they are in use. Thread-safe; close it when done.
 
@@ -316,20 +317,14 @@ class Measurer:
     some of them so many of the latter through which routes most likely go; True: at least one for each block.
     """
 
-    def __init__(
-        self,
-        known: PeerCache,
-        measurements: Measurements,
-        links: Links,
-        likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int, bool], Sequence[PeerRecord]],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    known: PeerCache
+    measurements: Measurements
+    links: Links
+    likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int, bool], Sequence[PeerRecord]]
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         self.news = 0  # counts up when facts were refreshed
-        self._known = known
-        self._measurements = measurements
-        self._links = links
-        self._likely = likely
-        self._clock = clock
         self._used_at = -math.inf
         self._pinged_at: deque[float] = deque()  # once for each ping to a peer that answers: to others nothing is sent
         self._counting = threading.Lock()
@@ -360,7 +355,7 @@ class Measurer:
 
     def used(self) -> None:
         """Somebody plans with the facts, or may have to."""
-        self._used_at = self._clock()
+        self._used_at = self.clock()
 
     def measure_first(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> None:
         """If few links are known, measures links to peers that were never tried, without those in `exclude`.
@@ -368,17 +363,17 @@ class Measurer:
         The first are any peers, which tell the client's place; the others those through which routes most likely go.
         """
         anyone, *likely = measured_first(len(records))
-        if len(self._measurements.network_coordinates.links) < anyone:
-            unknown = sorted(self._measurements.unknown(records, exclude), key=lambda record: not record.is_proven)
+        if len(self.measurements.network_coordinates.links) < anyone:
+            unknown = sorted(self.measurements.unknown(records, exclude), key=lambda record: not record.is_proven)
             self.look_at(unknown[:anyone])
             for count in likely:
-                self.look_at(self._likely(records, self._measurements.unknown(records, exclude), count, False))
+                self.look_at(self.likely(records, self.measurements.unknown(records, exclude), count, False))
 
     def look_at(self, records: Sequence[PeerRecord]) -> None:
         """Measures the round trips to the first of these peers, as far as a minute has pings for that."""
         chosen = {record.endpoint: record for record in records[: max(0, self._pings_left() - ENDS_PINGS) // 2]}
         if chosen:
-            round_trips = self._links.prober.round_trips(chosen, ANSWER_S, loads=_that_tell(chosen))
+            round_trips = self.links.prober.round_trips(chosen, ANSWER_S, loads=_that_tell(chosen))
             self._pinged(2 * len(round_trips))
             links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
             self._take_in(chosen, links)
@@ -392,26 +387,24 @@ class Measurer:
         """
         left = self._pings_left()
         chosen = {record.endpoint: record for record in records[: left // (2 + _PROBE_PINGS)]}
-        due = {record.endpoint for record in self._measurements.unprobed(list(chosen.values()), again_s)}
+        due = {record.endpoint for record in self.measurements.unprobed(list(chosen.values()), again_s)}
         left -= 2 * len(chosen) + _PROBE_PINGS * len(due)
         chosen |= {record.endpoint: record for record in others[: max(0, min(left // 2, PINGED_AT_ONCE))]}
         if chosen:
-            links = self._links.prober.measure(chosen, ANSWER_S, probed=due, loads=_that_tell(chosen))
+            links = self.links.prober.measure(chosen, ANSWER_S, probed=due, loads=_that_tell(chosen))
             self._pinged(2 * len(links) + _PROBE_PINGS * len(due & links.keys()))
             self._take_in(chosen, links)
         return bool(chosen)
 
     def _take_in(self, tried: Mapping[Endpoint, PeerRecord], links: Mapping[Endpoint, Link]) -> None:
         """Nobody is silent because what waits on the way to it holds up a ping."""
-        told = {each: record for each, record in tried.items() if each in links or not self._links.is_busy(each)}
-        loads = {
-            each: load for each in _that_tell(tried) & links.keys() if (load := self._links.prober.loads.get(each))
-        }
-        self._measurements.links_measured(told, links, loads)
+        told = {each: record for each, record in tried.items() if each in links or not self.links.is_busy(each)}
+        loads = {each: load for each in _that_tell(tried) & links.keys() if (load := self.links.prober.loads.get(each))}
+        self.measurements.links_measured(told, links, loads)
 
     def _pings_left(self) -> int:
         """In this minute; other threads that measure may have overdrawn it."""
-        now = self._clock()
+        now = self.clock()
         with self._counting:
             while self._pinged_at and now - self._pinged_at[0] > 60.0:
                 self._pinged_at.popleft()
@@ -419,44 +412,44 @@ class Measurer:
 
     def _pinged(self, count: int) -> None:
         with self._counting:
-            self._pinged_at.extend([self._clock()] * count)
+            self._pinged_at.extend([self.clock()] * count)
 
     def _some_likely(
         self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], *, everywhere: bool = False
     ) -> Sequence[PeerRecord]:
         """Some through which routes likely go; `everywhere`: one of each block, for a route that is to be planned."""
         count = self._at_once(LIKELY_PER_MINUTE)
-        likely = self._likely(records, among, count, True)
+        likely = self.likely(records, among, count, True)
         return likely if everywhere else random.sample(likely, min(len(likely), count))
 
     def _at_once(self, per_minute: int) -> int:
-        return round(per_minute * self._known.look_s / 60)
+        return round(per_minute * self.known.look_s / 60)
 
     def _watch(self) -> None:
         """Keeps records fresh, and while sessions are open links: so they can tell when a better route exists."""
         while True:
-            self._look.wait(self._known.look_s)
+            self._look.wait(self.known.look_s)
             if self._closing.is_set():
                 return
             self._look.clear()
-            has_sessions = self._links.has_sessions
+            has_sessions = self.links.has_sessions
             if has_sessions:
                 self.used()
-            if self._clock() - self._used_at > IN_USE_S:
+            if self.clock() - self._used_at > IN_USE_S:
                 continue
             suspects, self._suspects = self._suspects, ()
             try:
-                records = self._known.look(fresh=self._known.is_old)
+                records = self.known.look(fresh=self.known.is_old)
                 if has_sessions:
-                    used = self._links.pool.in_use
-                    self.look_at([record for record in self._measurements.stale(records) if record.endpoint in used])
+                    used = self.links.pool.in_use
+                    self.look_at([record for record in self.measurements.stale(records) if record.endpoint in used])
                     self.measure(suspects, again_s=self._suspects_probed_s)
-                    stale = self._measurements.stale(records)
+                    stale = self.measurements.stale(records)
                     self.look_at(stale[: self._at_once(OTHERS_PER_MINUTE)])
-                    self.look_at(self._some_likely(records, self._measurements.stale(stale), everywhere=bool(suspects)))
+                    self.look_at(self._some_likely(records, self.measurements.stale(stale), everywhere=bool(suspects)))
                     self.news += 1
                 else:  # so that the next session need not wait for that either
-                    self.look_at(self._some_likely(records, self._measurements.unknown(records)))
+                    self.look_at(self._some_likely(records, self.measurements.unknown(records)))
             except SplitnetError as error:
                 log.info("the facts about peers could not be refreshed: %s", error)
 

@@ -51,6 +51,7 @@ class LinkStates(Protocol):
     def state(self, endpoint: Endpoint) -> LinkState: ...
 
 
+@dataclass(eq=False)
 class PeerCache:
     """The records of a model's peers, as they were read or told last. Thread-safe.
 
@@ -60,23 +61,15 @@ class PeerCache:
         likely: of all peers and some of them so many of the latter through which routes most likely go.
     """
 
-    def __init__(
-        self,
-        directory: SwarmDirectory,
-        fingerprint: str,
-        model_name: str,
-        links: LinkStates,
-        trusted: AuthorizedKeys | None = None,
-        peers: PeerDirectory | None = None,
-        likely: Likely = lambda _, some, count: some[:count],
-    ) -> None:
-        self._directory = directory
-        self._fingerprint = fingerprint
-        self._model_name = model_name
-        self._links = links
-        self._trusted = trusted
-        self._peers = peers
-        self._likely = likely
+    directory: SwarmDirectory
+    fingerprint: str
+    model_name: str
+    links: LinkStates
+    trusted: AuthorizedKeys | None = None
+    peers: PeerDirectory | None = None
+    likely: Likely = lambda _, some, count: some[:count]
+
+    def __post_init__(self) -> None:
         # By key, those of peers that have left, too; when a peer was last confirmed, Unix time in seconds.
         self._held: dict[PublicKey, PeerRecord] = {}
         self._heard_at: dict[PublicKey, float] = {}
@@ -116,7 +109,7 @@ class PeerCache:
             self._explain_none()
         elif not trusted:
             raise NotAuthorized(
-                f"{len(self._records)} peers serve {self._model_name}, and none of them is one that you trust: add "
+                f"{len(self._records)} peers serve {self.model_name}, and none of them is one that you trust: add "
                 "its key to your --trusted-peers file if you do"
             )
         elif not speaking:
@@ -143,7 +136,7 @@ class PeerCache:
 
     def trusts(self, key: PublicKey) -> bool:
         """Whether the peer with this key counts."""
-        return self._trusted is None or self._trusted.allows(key.curve_raw)
+        return self.trusted is None or self.trusted.allows(key.curve_raw)
 
     def _is_due(self, fresh: bool) -> bool:
         age_s = time.monotonic() - self._asked_at
@@ -157,11 +150,11 @@ class PeerCache:
             if (whole and read_s_ago > LOOK_S) or not self._hear_changes():
                 self._read()
             elif read_s_ago > REST_S:
-                self._directory.rest()
+                self.directory.rest()
             self._silent = False
         except DirectoryError as error:
             now, up = time.time(), LinkState.UP
-            self._keep(lambda each: self._void_at(each) > now or self._links.state(each.endpoint) is up)
+            self._keep(lambda each: self._void_at(each) > now or self.links.state(each.endpoint) is up)
             if not self._records:
                 self._silent = False
                 raise
@@ -173,7 +166,7 @@ class PeerCache:
 
     def _read(self) -> None:
         began = time.time()
-        records = self._directory.peers(self._fingerprint)
+        records = self.directory.peers(self.fingerprint)
         self._held = {record.key: record for record in records}
         self._heard_at.clear()
         self._older.clear()
@@ -183,7 +176,7 @@ class PeerCache:
     def _hear_changes(self) -> bool:
         """Asks a peer for changes; False: no peer can be asked, or answers, or it is time to read everything."""
         read_s = READ_S * max(len(self._records) / FEW_RECORDS, 1.0)
-        if self._peers is None or not self._records or time.monotonic() - self._read_at > read_s:
+        if self.peers is None or not self._records or time.monotonic() - self._read_at > read_s:
             return False
         began = time.time()
         listed = self._listed()
@@ -215,7 +208,7 @@ class PeerCache:
         """The records that are named in a question, those first that are needed most."""
         if len(self._records) <= LISTED:
             return self._records
-        likely = self._likely(self._records, self._records, LISTED_LIKELY)
+        likely = self.likely(self._records, self._records, LISTED_LIKELY)
         new = [record for record in self._records if record.placed_at >= self._told_since]  # they would be told again
         rest = sorted(self._records, key=self._void_at)
         return list({record.key: record for record in (*likely, *new, *rest)}.values())[:LISTED]
@@ -224,11 +217,11 @@ class PeerCache:
         self, asked: Sequence[Endpoint], listed: Sequence[PeerRecord], since: float, others: Sequence[Endpoint] = ()
     ) -> list[Changes]:
         """The answers of these peers, see `PeerDirectory.changes`."""
-        assert self._peers is not None
+        assert self.peers is not None
         if not asked:
             return []
         room = BYTES_PER_MINUTE * self.look_s / 60 / len(asked) - MESSAGE_BYTES - (ENTRY_BYTES + 2) * len(listed)
-        told = self._peers.changes(self._fingerprint, listed, since, max(int(room), LEAST_BYTES), asked, others)
+        told = self.peers.changes(self.fingerprint, listed, since, max(int(room), LEAST_BYTES), asked, others)
         self._older |= {endpoint.key for endpoint, changes in told.items() if changes.whole}
         self._asked_last = next(iter(told), asked[0])
         return list(told.values())
@@ -244,7 +237,7 @@ class PeerCache:
             and record.endpoint not in excluded
             and self.trusts(record.key)
         ]
-        linked = [endpoint for endpoint in known if self._links.state(endpoint) is LinkState.UP]
+        linked = [endpoint for endpoint in known if self.links.state(endpoint) is LinkState.UP]
         return linked, [endpoint for endpoint in known if not endpoint.hidden] or linked
 
     def _one_to_ask(self) -> list[Endpoint]:
@@ -287,10 +280,10 @@ class PeerCache:
         return max(record.expires_at, self._heard_at.get(record.key, 0.0) + record.ttl_s)
 
     def _explain_none(self) -> None:
-        others = sorted({name for key, name in self._directory.models().items() if key != self._fingerprint})
+        others = sorted({name for key, name in self.directory.models().items() if key != self.fingerprint})
         if others:
             raise WrongSwarm(
-                f"this swarm serves other weights than your {self._model_name}: it has {', '.join(others)}. "
+                f"this swarm serves other weights than your {self.model_name}: it has {', '.join(others)}. "
                 "Use that model, or the address of a swarm of yours"
             )
 

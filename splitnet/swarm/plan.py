@@ -120,23 +120,20 @@ class Prediction:
     slowest_hop_ms: float
 
 
+@dataclass(eq=False)
 class Planner:
     """Plans routes over the blocks of one model.
 
     model_name, start_peer: for errors. look: gives the records of all peers as they are now.
     """
 
-    def __init__(
-        self,
-        measurements: Measurements,
-        model_name: str,
-        look: Callable[[], Sequence[PeerRecord]] = tuple[PeerRecord, ...],
-        start_peer: StartPeer | None = None,
-    ) -> None:
-        self._start_peer = start_peer or partial(peer_command, model_name, ())
-        self._look = look
-        self._measurements = measurements
-        self._model_name = model_name
+    measurements: Measurements
+    model_name: str
+    look: Callable[[], Sequence[PeerRecord]] = tuple[PeerRecord, ...]
+    start_peer: StartPeer | None = None
+
+    def __post_init__(self) -> None:
+        self._start_peer = self.start_peer or partial(peer_command, self.model_name, ())
         self._random = random.Random()
         self._crowd = Latest(_crowd_of, KEPT_CROWDS)
 
@@ -174,12 +171,12 @@ class Planner:
         else:
             by_name = {record.key.text: record for record in records if record.key.text not in exclude}
             records = list(by_name.values())
-            peers = [_with_room(peer, needs, holders) for peer in self._measurements.peers(records)]
+            peers = [_with_room(peer, needs, holders) for peer in self.measurements.peers(records)]
         if alike:
             peers = [replace(peer, start=alike[peer.id][0], end=alike[peer.id][1]) for peer in peers]
         names = {record.key.text for record in records}
         beyond = [end for end in ends if end is not None and end.key.text not in names]
-        network = self._measurements.network([*records, *beyond])
+        network = self.measurements.network([*records, *beyond])
         try:
             route = best_route(
                 peers,
@@ -196,10 +193,8 @@ class Planner:
                 rng=self._random,
             )
         except NoRoute as error:
-            otherwise = _held_otherwise(error.missing, needs.held, everyone, self._model_name)
-            raise otherwise or no_route_error(
-                error, self._model_name, self._start_peer, restricted=restricted
-            ) from None
+            otherwise = _held_otherwise(error.missing, needs.held, everyone, self.model_name)
+            raise otherwise or no_route_error(error, self.model_name, self._start_peer, restricted=restricted) from None
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
     def likely(
@@ -236,11 +231,11 @@ class Planner:
     ) -> tuple[list[Peer], Mapping[str, PeerRecord]]:
         """The peers to plan with, holders in any case, and all records by name."""
         crowd, by_name = self._crowd(tuple(records))
-        corrected = self._measurements.corrected(by_name)
+        corrected = self.measurements.corrected(by_name)
         present = [name for name in dict.fromkeys(holders) if name in by_name and name not in exclude]
         for name in present:
             corrected[name] = _with_room(corrected.get(name) or facts_of(by_name[name]), needs, holders)
-        places = self._measurements.network([end for end in ends if end is not None]).places
+        places = self.measurements.network([end for end in ends if end is not None]).places
         likely = crowd.corrected(corrected.values()).near(
             [places[name] for name in _names(ends) if name in places],
             blocks,
@@ -291,13 +286,13 @@ class Planner:
     def _facts(self, hops: Sequence[PlannedHop]) -> tuple[list[Hop], dict[str, Peer], Network]:
         """Hops, with what they say of themselves now; of those that say nothing any more, what they said before."""
         try:
-            now = self._look()
+            now = self.look()
         except SplitnetError:  # they may live all the same
             now = []
         planned = {hop.name: hop.record for hop in hops}
         known = list((planned | {record.key.text: record for record in now if record.key.text in planned}).values())
         named = [Hop(hop.name, hop.start, hop.end) for hop in hops]
-        return named, {peer.id: peer for peer in self._measurements.peers(known)}, self._measurements.network(known)
+        return named, {peer.id: peer for peer in self.measurements.peers(known)}, self.measurements.network(known)
 
 
 def _crowd_of(records: tuple[PeerRecord, ...]) -> tuple[CandidateIndex, Mapping[str, PeerRecord]]:

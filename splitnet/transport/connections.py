@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, TypeVar, cast
 
 import zmq
@@ -73,6 +73,7 @@ class TcpConnection:
         return (owner.curve if isinstance(owner, Connection) else owner or self.host, self)
 
 
+@dataclass(eq=False)
 class Connections:
     """Thread-safe. `thread` looks at all connections ten times per second, more often while much is under way.
 
@@ -88,21 +89,15 @@ class Connections:
         ended: how many connections were ended from here, by the reason.
     """
 
-    def __init__(
-        self,
-        received: Budget,
-        *,
-        drained: Callable[[], int],
-        drain: Callable[[], None],
-        authorized: AuthorizedKeys | None = None,
-        behind: Mapping[tuple[str, int], str] | None = None,
-    ) -> None:
+    received: Budget
+    _: KW_ONLY
+    drained: Callable[[], int]
+    drain: Callable[[], None]
+    authorized: AuthorizedKeys | None = None
+    behind: Mapping[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])
+
+    def __post_init__(self) -> None:
         self.ended: Counter[str] = Counter()
-        self._received = received
-        self._drained = drained
-        self._drain = drain
-        self._authorized = authorized
-        self._behind = dict[tuple[str, int], str]() if behind is None else behind
         self._keys_at = self._moved_at = 0.0
         self._missed: set[str] = set()  # addresses of connections that were not there at the last look
         self._looked_at = time.monotonic()
@@ -129,7 +124,7 @@ class Connections:
         except OSError:
             return None
         host: str = other[0].removeprefix("::ffff:")
-        host = self._behind.get((host, other[1])) or host
+        host = self.behind.get((host, other[1])) or host
         now = time.monotonic()
         made = TcpConnection(descriptor, cookie, host, now, owner, active_at=now, acked_at=now, own_host=own[0])
         with self._lock:
@@ -175,7 +170,7 @@ class Connections:
                 of_key = self._of_keys.setdefault(owner.curve, {})
                 of_key[known] = None
                 self._incoming += 1
-                if self._authorized is not None and not self._authorized.allows(owner.curve):
+                if self.authorized is not None and not self.authorized.allows(owner.curve):
                     self.end(known, "revoked")
                 elif len(of_key) > MOST_OF_KEY:
                     self.end(min(of_key, key=lambda other: other.active_at), "too_many_of_key")
@@ -205,11 +200,11 @@ class Connections:
         close = False
         for known in present:
             close |= self._measure(known, now)
-        while self._received.used > self._received.limit:
+        while self.received.used > self.received.limit:
             left = [known for known in present if known.inside and not known.ended]
             if not left:
                 break
-            who = max((known.account[0] for known in left), key=self._received.held)
+            who = max((known.account[0] for known in left), key=self.received.held)
             its = [known for known in left if known.account[0] == who]
             self.end(max(its, key=lambda known: known.inside), "memory")
         return close
@@ -221,7 +216,7 @@ class Connections:
                 return False
         except OSError:
             return False
-        drained, delivered = self._drained(), known.delivered
+        drained, delivered = self.drained(), known.delivered
         if delivered != known.delivered_before:
             known.active_at = now
         if passed.acked != known.acked or not passed.unsent:
@@ -235,7 +230,7 @@ class Connections:
             if known.ended or self._by_descriptor.get(known.descriptor) is not known:
                 return False
             known.inside = inside
-            self._received.hold(inside, *known.account)
+            self.received.hold(inside, *known.account)
         # More than one message can hold means a whole one, which is handed over when the sockets are read empty: an
         # iteration of the transport that was under way when this was measured may not have seen it, the next one must.
         if inside <= MAX_MESSAGE_BYTES or delivered != known.delivered_before:
@@ -246,15 +241,15 @@ class Connections:
             self.end(known, "endless_message")
         known.delivered_before = delivered
         if inside > MAX_MESSAGE_BYTES:
-            self._drain()
+            self.drain()
         return inside > _WORTH_A_CLOSE_LOOK
 
     def _end_unauthorized(self, now: float) -> None:
-        if self._authorized is None or now < self._keys_at:
+        if self.authorized is None or now < self._keys_at:
             return
         self._keys_at = now + _KEYS_S
         with self._lock:
-            gone = [key for key in self._of_keys if not self._authorized.allows(key)]
+            gone = [key for key in self._of_keys if not self.authorized.allows(key)]
             for known in [known for key in gone for known in self._of_keys[key]]:
                 self.end(known, "revoked")
 
@@ -283,7 +278,7 @@ class Connections:
 
     def _forget(self, connection: TcpConnection) -> None:
         """Stops counting a connection. With the lock held."""
-        self._received.hold(0, *connection.account)
+        self.received.hold(0, *connection.account)
         connection.inside = 0
         owner = connection.owner
         if isinstance(owner, Connection):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
+from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
 from scheduler.liveness import SILENT_S
@@ -30,6 +31,7 @@ class Linking(Protocol):
     def state(self, endpoint: Endpoint) -> LinkState: ...
 
 
+@dataclass(eq=False)
 class LinkPool:
     """Counts the users of each link. Thread-safe.
 
@@ -42,20 +44,14 @@ class LinkPool:
             have to help to open.
     """
 
-    def __init__(
-        self,
-        linking: Linking,
-        *,
-        most: int,
-        keep_s: float = KEEP_S,
-        keep_unreached_s: float = 0.0,
-        keep_unused_s: float = KEEP_S,
-    ) -> None:
-        self._linking = linking
-        self._most = most
-        self._keep_s = keep_s
-        self._keep_unreached_s = keep_unreached_s
-        self._keep_unused_s = keep_unused_s
+    linking: Linking
+    _: KW_ONLY
+    most: int
+    keep_s: float = KEEP_S
+    keep_unreached_s: float = 0.0
+    keep_unused_s: float = KEEP_S
+
+    def __post_init__(self) -> None:
         self._users: Counter[Endpoint] = Counter()
         self._unused: dict[Endpoint, float] = {}
         """Since when (infinite until the next tick); the one that was used longest ago first."""
@@ -80,7 +76,7 @@ class LinkPool:
                 if not self._make_room(endpoint):
                     return False
                 if self._unused.pop(endpoint, None) is None:
-                    self._linking.connect(endpoint)
+                    self.linking.connect(endpoint)
             self._users[endpoint] += 1
             self._had_users.add(endpoint)
             return True
@@ -92,7 +88,7 @@ class LinkPool:
             if not self._users[endpoint]:
                 del self._users[endpoint]
                 self._unused[endpoint] = math.inf
-                if not self._keep_unreached_s and self._linking.state(endpoint) is not LinkState.UP:
+                if not self.keep_unreached_s and self.linking.state(endpoint) is not LinkState.UP:
                     self._close(endpoint)
 
     def touch(self, endpoint: Endpoint) -> bool:
@@ -107,7 +103,7 @@ class LinkPool:
 
     def state(self, endpoint: Endpoint) -> LinkState:
         """State of a link; of one that was closed after it had failed, for `SILENT_S` the state then."""
-        state = self._linking.state(endpoint)
+        state = self.linking.state(endpoint)
         if state is LinkState.CONNECTING:
             state, _ = self._failed.get(endpoint, (state, 0.0))
         return state
@@ -121,37 +117,37 @@ class LinkPool:
                 else:
                     self._unused[endpoint] = min(since, now)
             for endpoint, (state, since) in list(self._failed.items()):
-                if now - since > SILENT_S or self._linking.state(endpoint) is LinkState.UP:
+                if now - since > SILENT_S or self.linking.state(endpoint) is LinkState.UP:
                     del self._failed[endpoint]
                 else:
                     self._failed[endpoint] = (state, min(since, now))
 
     def _kept_s(self, endpoint: Endpoint) -> float:
-        if self._linking.state(endpoint) is not LinkState.UP:
-            return min(self._keep_s, self._keep_unreached_s)
+        if self.linking.state(endpoint) is not LinkState.UP:
+            return min(self.keep_s, self.keep_unreached_s)
         lasts = endpoint in self._had_users or endpoint.hidden
-        return self._keep_s if lasts else min(self._keep_s, self._keep_unused_s)
+        return self.keep_s if lasts else min(self.keep_s, self.keep_unused_s)
 
     def _make_room(self, endpoint: Endpoint) -> bool:
         if endpoint in self._unused:
             return True
-        most = self._most - _size(endpoint)
+        most = self.most - _size(endpoint)
         if sum(map(_size, self._users)) > most:
             return False
         while self._unused and sum(map(_size, (*self._users, *self._unused))) > most:
-            self._close(min(self._unused, key=lambda unused: not _has_failed(self._linking.state(unused))))
+            self._close(min(self._unused, key=lambda unused: not _has_failed(self.linking.state(unused))))
         return True
 
     def _close(self, endpoint: Endpoint) -> None:
         del self._unused[endpoint]
         self._had_users.discard(endpoint)
-        state = self._linking.state(endpoint)
+        state = self.linking.state(endpoint)
         self._failed.pop(endpoint, None)
         if _has_failed(state):
             self._failed[endpoint] = (state, math.inf)
             if len(self._failed) > REMEMBERED_STATES:
                 del self._failed[next(iter(self._failed))]
-        self._linking.disconnect(endpoint)
+        self.linking.disconnect(endpoint)
 
 
 def _size(endpoint: Endpoint) -> int:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, cast
 
 import zmq
@@ -90,6 +90,7 @@ class _Outbox:
     held: int = 0  # how many threads are within `Transport.together`
 
 
+@dataclass(eq=False)
 class Transport:
     """Sends and receives frames on CurveZMQ links.
 
@@ -106,7 +107,6 @@ class Transport:
         on_received: called when messages had arrived and all were handed over.
         max_backlog: bytes that may wait to be sent, over all receivers; None: any number, for a process that sends
             only what it holds itself.
-        max_received: bytes that may wait to be read, over all connections; beyond, those that hold most are ended.
         authorized: the keys whose connections are accepted; None: any.
         listen: `tcp://host:port` to bind (port 0: any free one); None for a process that only connects.
         tunnels: lead to hidden peers, and end with the transport; None: hidden peers are not reached.
@@ -120,42 +120,32 @@ class Transport:
         SplitnetError: `listen` is not an address of this machine.
     """
 
-    def __init__(
-        self,
-        identity: Identity,
-        *,
-        on_message: Callable[[Destination, Sequence[Payload]], None],
-        on_link: Callable[[Endpoint, LinkState], None] = lambda endpoint, state: None,
-        on_lost: Callable[[Connection], None] = lambda connection: None,
-        on_dropped: Callable[[Destination, Sequence[Payload], str], None] = lambda destination, frames, reason: None,
-        on_tick: Callable[[], None] = lambda: None,
-        on_received: Callable[[], None] | None = None,
-        max_backlog: int | None = MAX_BACKLOG_BYTES,
-        max_received: int = MAX_RECEIVED_BYTES,
-        authorized: AuthorizedKeys | None = None,
-        listen: str | None = None,
-        tunnels: Tunnels | None = None,
-    ) -> None:
-        self._identity = identity
-        self._on_message = on_message
-        self._on_link = on_link
-        self._on_lost = on_lost
-        self._on_dropped = on_dropped
-        self._on_tick = on_tick
-        self._on_received = on_received
+    identity: Identity
+    _: KW_ONLY
+    on_message: Callable[[Destination, Sequence[Payload]], None]
+    on_link: Callable[[Endpoint, LinkState], None] = lambda endpoint, state: None
+    on_lost: Callable[[Connection], None] = lambda connection: None
+    on_dropped: Callable[[Destination, Sequence[Payload], str], None] = lambda destination, frames, reason: None
+    on_tick: Callable[[], None] = lambda: None
+    on_received: Callable[[], None] | None = None
+    max_backlog: int | None = MAX_BACKLOG_BYTES
+    authorized: AuthorizedKeys | None = None
+    listen: str | None = None
+    tunnels: Tunnels | None = None
+
+    def __post_init__(self) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
-        self._bounded = max_backlog is not None
-        self.sending = Budget(sys.maxsize if max_backlog is None else max_backlog)
-        self.receiving = Budget(max_received)
+        self._bounded = self.max_backlog is not None
+        self.sending = Budget(sys.maxsize if self.max_backlog is None else self.max_backlog)
+        self.receiving = Budget(MAX_RECEIVED_BYTES)
         self._backlog = Backlog(self.sending)
         self._drained = 0
-        self._tunnels = tunnels
         self.connections = Connections(
             self.receiving,
             drained=lambda: self._drained,
             drain=self._look,
-            authorized=authorized,
-            behind=None if tunnels is None else tunnels.behind,
+            authorized=self.authorized,
+            behind={} if self.tunnels is None else self.tunnels.behind,
         )
         self._incoming: dict[bytes, tuple[Connection, TcpConnection]] = {}  # by routing id
         self._links: dict[Endpoint, _Link] = {}
@@ -166,13 +156,13 @@ class Transport:
         self._dropping = SeldomWarnings(log)
         self._poller = zmq.Poller()
         self._poller.register(self._wake.fileno(), zmq.POLLIN)
-        self._gate = Gatekeeper(self._context, authorized) if listen is not None else None
+        self._gate = Gatekeeper(self._context, self.authorized) if self.listen is not None else None
         self._router: zmq.Socket[bytes] | None = None
         self._arrivals: zmq.Socket[bytes] | None = None
         self.port = 0
-        if listen is not None:
+        if self.listen is not None:
             try:
-                self._listen(listen)
+                self._listen(self.listen)
             except BaseException:
                 self._release()
                 raise
@@ -312,8 +302,8 @@ class Transport:
         self._poller.register(self._arrivals, zmq.POLLIN)
 
     def _secure(self, handle: zmq.Socket[bytes]) -> None:
-        handle.curve_publickey = self._identity.curve_public
-        handle.curve_secretkey = self._identity.curve_secret
+        handle.curve_publickey = self.identity.curve_public
+        handle.curve_secretkey = self.identity.curve_secret
         handle.linger = _CLOSE_LINGER_MS
         handle.copy_threshold = 0  # small messages can be tracked, too
         handle.maxmsgsize = MAX_PAYLOAD_BYTES + _CURVE_BYTES
@@ -345,20 +335,20 @@ class Transport:
             link = self._links[endpoint] = _Link(endpoint, dealer, monitor)
             self._poller.register(dealer, zmq.POLLIN)
             self._poller.register(monitor, zmq.POLLIN)
-        elif endpoint.relays != link.endpoint.relays and self._tunnels is not None:
-            self._tunnels.learn(endpoint)
+        elif endpoint.relays != link.endpoint.relays and self.tunnels is not None:
+            self.tunnels.learn(endpoint)
         return link
 
     def _address(self, endpoint: Endpoint) -> str:
         if not endpoint.hidden:
             return endpoint.address
-        if self._tunnels is None:
+        if self.tunnels is None:
             raise zmq.ZMQError(zmq.EINVAL, f"{endpoint.address} is hidden, and this process has no tunnels")
-        return self._tunnels.open(endpoint)
+        return self.tunnels.open(endpoint)
 
     def _close_tunnel(self, endpoint: Endpoint) -> None:
-        if self._tunnels is not None:
-            self._tunnels.close(endpoint)
+        if self.tunnels is not None:
+            self.tunnels.close(endpoint)
 
     def _unlink(self, endpoint: Endpoint, *, at_end: bool = False) -> None:
         link = self._links.pop(endpoint, None)
@@ -395,12 +385,12 @@ class Transport:
                     if link.socket in ready:
                         drained, received = drained & self._receive(link.socket, link), True
                 self._drained += drained
-                if received and self._on_received is not None:
-                    self._guard(self._on_received)
+                if received and self.on_received is not None:
+                    self._guard(self.on_received)
                 if self._tick_now or time.monotonic() >= next_tick:
                     self._tick_now = False
                     next_tick = time.monotonic() + _TICK_MS / 1000
-                    self._guard(self._on_tick)
+                    self._guard(self.on_tick)
                 # Handlers do not wake this thread, so nothing of theirs may be left when it goes to sleep.
                 self._flush()
             self._flush()
@@ -437,7 +427,7 @@ class Transport:
             if error.errno == zmq.EHOSTUNREACH and isinstance(destination, Connection):
                 log.debug("message dropped: its connection has ended")
                 self._backlog.forget(destination)
-                self._guard(self._on_lost, destination)
+                self._guard(self.on_lost, destination)
             else:
                 self._drop(destination, frames or (), _TOO_SLOW if error.errno == zmq.EAGAIN else str(error))
         finally:
@@ -471,7 +461,7 @@ class Transport:
             return
         size = sum(map(len, frames))
         self._dropping.say("a message of %d bytes was dropped: %s", size, reason, extra={"nbytes": size})
-        self._guard(self._on_dropped, destination, frames, reason)
+        self._guard(self.on_dropped, destination, frames, reason)
 
     def _receive(self, handle: zmq.Socket[bytes], link: _Link | None) -> bool:
         """Hands messages over; returns whether that were all."""
@@ -497,7 +487,7 @@ class Transport:
                     self.connections.end(tcp, "endless_message")
                 if tcp.ended:
                     continue
-            self._guard(self._on_message, source, frames)
+            self._guard(self.on_message, source, frames)
             if not cast(int, handle.get(_EVENTS)) & _POLLIN:  # sooner told than by an error
                 return True
         return False
@@ -530,7 +520,7 @@ class Transport:
                 self._incoming.pop(gone.owner.routing_id, None)
                 self._backlog.forget(gone.owner)
                 if gone.ended:
-                    self._guard(self._on_lost, gone.owner)
+                    self._guard(self.on_lost, gone.owner)
 
     def _follow(self, link: _Link) -> None:
         while True:
@@ -552,7 +542,7 @@ class Transport:
                 continue
             if state is not link.state:
                 link.state = state
-                self._guard(self._on_link, link.endpoint, state)
+                self._guard(self.on_link, link.endpoint, state)
 
     def _guard(self, handler: Callable[..., None], *arguments: Any) -> None:
         """Logs a handler's error, which must not end the transport's thread."""
@@ -572,8 +562,8 @@ class Transport:
         if self._router is not None:
             _close_watched(self._router, self._arrivals)
         self._context.term()
-        if self._tunnels is not None:
-            self._tunnels.loop.close()
+        if self.tunnels is not None:
+            self.tunnels.loop.close()
         self._wake.close()
 
 

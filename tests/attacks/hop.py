@@ -204,7 +204,7 @@ def use(folder: Path, addresses: list[str], seconds: float, heard: Any, *, count
             heard.value += len(frames)
             receive(source, frames)
 
-        swarm.links._transport._on_message = hear
+        swarm.links._transport.on_message = hear
         while time.monotonic() < until and heard.value < count:
             model: Any = attach(checkpoint, swarm, codec="none", recovery_timeout_s=2.0)
             try:

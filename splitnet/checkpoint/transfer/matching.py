@@ -214,36 +214,31 @@ class _Asked:
         return took < NEXT_S or (self.nbytes > 0 and took * max(1, self.total / self.nbytes) < ANSWER_LIMIT_S)
 
 
+@dataclass(eq=False)
 class _Race:
     """Asks `peers` of several models, by fingerprint, in their order. found: the peer of each that has told a manifest
     that was accepted. manifest: of the last of those that was joined through; of the first, if none was. reasons: why
     others have not."""
 
-    def __init__(
-        self,
-        asking: Asking,
-        peers: Mapping[str, Sequence[Endpoint]],
-        is_joined: Callable[[Endpoint], bool],
-        wants_heads: Callable[[str], bool],
-        accept: Callable[[Manifest, Sequence[bytes]], str],
-        report: Report,
-    ) -> None:
+    asking: Asking
+    peers: Mapping[str, Sequence[Endpoint]]
+    is_joined: Callable[[Endpoint], bool]
+    wants_heads: Callable[[str], bool]
+    accept: Callable[[Manifest, Sequence[bytes]], str]
+    report: Report
+
+    def __post_init__(self) -> None:
         self.found: dict[str, Endpoint] = {}
         self.manifest: Manifest | None = None
         self.reasons: list[str] = []
-        self._asking = asking
-        self._left = {fingerprint: list(some) for fingerprint, some in peers.items()}
-        self._wants_heads = {fingerprint: wants_heads(fingerprint) for fingerprint in peers}
-        self._is_joined = is_joined
-        self._accept = accept
-        self._report = report
+        self._left = {fingerprint: list(some) for fingerprint, some in self.peers.items()}
         self._asked: dict[int, _Asked] = {}  # by the number of the question that is open
 
     def run(self) -> None:
         while self._begin() or self._asked:
-            self._report("ask peers", max((one.nbytes for one in self._asked.values()), default=0), 0)
+            self.report("ask peers", max((one.nbytes for one in self._asked.values()), default=0), 0)
             try:
-                source, message = self._asking.answers.get(timeout=TICK_S)
+                source, message = self.asking.answers.get(timeout=TICK_S)
             except queue.Empty:
                 self._end_slow()
                 continue
@@ -259,12 +254,12 @@ class _Race:
             quick = any(one.model == fingerprint and one.is_quick(now) for one in self._asked.values())
             if left and not quick:
                 peer = left.pop(0)
-                one = _Asked(fingerprint, peer, tell(fingerprint, self._wants_heads[fingerprint]), now, now)
+                one = _Asked(fingerprint, peer, tell(fingerprint, self.wants_heads(fingerprint)), now, now)
                 self._ask(one, next(one.telling))
         return any(self._left.values())
 
     def _ask(self, one: _Asked, question: Question) -> None:
-        self._asked[self._asking.ask(one.peer, *question)] = one
+        self._asked[self.asking.ask(one.peer, *question)] = one
 
     def _answered(self, one: _Asked, message: Message) -> None:
         now = one.heard = time.monotonic()
@@ -283,12 +278,12 @@ class _Race:
             other.heard += took
 
     def _told(self, one: _Asked, manifest: Manifest, heads: Sequence[bytes]) -> None:
-        reason = self._accept(manifest, heads)
+        reason = self.accept(manifest, heads)
         if reason:  # the fingerprint covers no heads, so the next peer may tell better ones
             self.reasons.append(f"{one.model[:12]} of {one.peer.address}: {reason}")
             return
         self.found[one.model] = one.peer
-        if self.manifest is None or self._is_joined(one.peer):
+        if self.manifest is None or self.is_joined(one.peer):
             self.manifest = manifest
         self._left[one.model].clear()
         for number, other in list(self._asked.items()):
@@ -303,7 +298,7 @@ class _Race:
     def _end_slow(self) -> None:
         now = time.monotonic()
         for number, one in list(self._asked.items()):
-            if self._asking.is_gone(one.peer):
+            if self.asking.is_gone(one.peer):
                 self._drop(number, "it is not reached, or does not accept this key")
             elif now - one.began > WHOLE_S:
                 self._drop(number, "it takes too long")
@@ -311,7 +306,7 @@ class _Race:
                 self._drop(number, "it does not answer about weights: it is older than version 0.3, or hangs")
 
     def _drop(self, number: int, reason: str = "") -> None:
-        self._asking.forget(number)
+        self.asking.forget(number)
         one = self._asked.pop(number)
         if reason:
             self.reasons.append(f"{one.peer.address}: {reason}")

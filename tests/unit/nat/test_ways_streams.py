@@ -264,7 +264,7 @@ def test_helpers_that_bring_no_calls_are_left_for_those_that_do(world: World) ->
         world.helper(TakesNoCalls)
     honest = [world.helper() for _ in range(2)]
     node, hidden = world.hidden(helpers=2)
-    assert {relay.key for relay in hidden.relays} == {one._identity.public.raw for one in honest}
+    assert {relay.key for relay in hidden.relays} == {one.identity.public.raw for one in honest}
     ask(world.node(), to(node, hidden.relays), b"x")
 
 
@@ -305,9 +305,9 @@ def test_a_helper_that_lets_nobody_stay_is_tried_ever_more_seldom(
 def test_helpers_of_other_hosts_are_preferred_and_those_that_the_user_knows(world: World) -> None:
     crowd = [world.helper(TakesNoCalls if index < 6 else RelayServer) for index in range(9)]
     elsewhere = [world.helper(host=f"127.0.{index}.1") for index in (1, 2)]
-    known = crowd[-1]._identity.public.raw
+    known = crowd[-1].identity.public.raw
     _, hidden = world.hidden(helpers=3, vouched=lambda relay: relay.key == known)
-    assert {known, *(one._identity.public.raw for one in elsewhere)} == {relay.key for relay in hidden.relays}
+    assert {known, *(one.identity.public.raw for one in elsewhere)} == {relay.key for relay in hidden.relays}
 
 
 def test_every_helper_is_tried_before_one_that_has_failed_is_tried_again(
@@ -339,7 +339,7 @@ def test_a_helper_gives_way_to_one_of_another_host_and_if_it_brings_nothing(
     monkeypatch.setattr(hidden_module, "LOOK_S", 0.01)
     monkeypatch.setattr(hidden_module, "MOST_PAUSE_S", 0.0)
     later = world.helper(host="127.0.1.1")
-    wait_until(lambda: later._identity.public.raw in {relay.key for relay in hidden.relays})
+    wait_until(lambda: later.identity.public.raw in {relay.key for relay in hidden.relays})
     before = hidden.relays
     wait_until(lambda: len(hidden.relays) == 3)
     assert {hidden_module.network_of(relay) for relay in hidden.relays} != {hidden_module.network_of(before[0])}
@@ -414,14 +414,14 @@ def test_callers_have_proven_their_keys_before_ports_are_tried(world: World, str
 def test_streams_take_no_more_descriptors_than_a_process_has(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
-    bounds = world.helper()._bounds
+    bounds = world.helper().bounds
     used = 2 * bounds.streams + bounds.reservations + bounds.handshakes + 2 * bounds.tries
     _, hidden = world.hidden()
     used += hidden.streams._most * hidden_module.DESCRIPTORS
     assert used + limits.most_connections() <= 1024 - 256
     assert hidden.streams._most_of["relay"] * hidden_module.WANTED <= hidden.streams._most
     monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert world.helper()._bounds == RelayBounds()
+    assert world.helper().bounds == RelayBounds()
 
 
 def test_few_are_tried_at_once() -> None:
@@ -461,7 +461,7 @@ class Stranger:
         return None
 
     def ask(self, purpose: Purpose, *request: Any) -> Any:
-        dialing = Dialing(self.identity, self.helper._identity.public, purpose)
+        dialing = Dialing(self.identity, self.helper.identity.public, purpose)
         self.say(dialing.hello)
         welcome = self.hear()
         if not isinstance(welcome, Welcome):
@@ -565,7 +565,7 @@ def joined(helper: RelayServer, stranger: Connect) -> tuple[Stranger, Stranger]:
     """Two that the helper has joined."""
     hidden, caller = stranger(helper), stranger(helper)
     assert hidden.ask(Purpose.RESERVE, Reserve()) == Reserved()
-    dialing = Dialing(caller.identity, helper._identity.public, Purpose.CALL)
+    dialing = Dialing(caller.identity, helper.identity.public, Purpose.CALL)
     caller.say(dialing.hello)
     caller.say(dialing.prove(caller.hear()), Call(hidden.identity.public.raw, "tcp://192.168.0.2:7"))
     token = hidden.hear().token
@@ -634,7 +634,7 @@ def test_a_flood_of_connections_is_taken_one_after_the_other(world: World, monke
     async def wait() -> None:
         connected.wait(WAIT_S)  # the loop does nothing else meanwhile
 
-    waiting = helper._loop.run(wait())
+    waiting = helper.loop.run(wait())
     with ExitStack() as stack:
         for _ in range(5 * bounds.handshakes_of_host):
             stack.enter_context(socket.create_connection((HOST, helper.port), WAIT_S))

@@ -63,16 +63,16 @@ def peer(number: int = 0) -> Endpoint:
 def open_links(links: Links) -> set[Endpoint]:
     """After all that was sent before has reached the transport's thread."""
     done = threading.Event()
-    on_tick = links._transport._on_tick
+    on_tick = links._transport.on_tick
 
     def tick() -> None:
         assert on_tick is not None
         on_tick()
         done.set()
 
-    links._transport._on_tick = tick
+    links._transport.on_tick = tick
     assert done.wait(WAIT_S)
-    links._transport._on_tick = on_tick
+    links._transport.on_tick = on_tick
     return set(links._transport._links)
 
 
@@ -135,7 +135,7 @@ def test_a_link_that_was_lost_is_closed_and_remembered(links: Links, monkeypatch
     session.open(peer())
     assert isinstance(session.failures.get(timeout=WAIT_S)[1], PeerLost)
     session.close()
-    links.pool._keep_unreached_s = 0.1
+    links.pool.keep_unreached_s = 0.1
     assert any(not open_links(links) for _ in range(50))
     assert links.state(peer()) is LinkState.DOWN
 

@@ -277,7 +277,7 @@ def test_of_very_many_those_are_named_that_routes_need_and_all_in_turns(world: W
     placed = time.time() - 1000
     everybody = [world.add(placed_at=placed) for _ in range(count)]
     likely = everybody[-50:]
-    world.known._likely = lambda records, _, most: [record for record in records if record.endpoint in likely][:most]
+    world.known.likely = lambda records, _, most: [record for record in records if record.endpoint in likely][:most]
     world.look()
     late = world.add(placed_at=time.time())
     for _ in range(4):
