@@ -67,7 +67,7 @@ def client_of(peers: list[PeerRecord], clock: Clock, echo: Echo) -> Iterator[Swa
         with Swarm(FACTS, ["/an/address"]) as swarm:
             for owner, what, stand_in in (
                 (swarm.links, "prober", echo.prober),
-                (swarm.measurer, "_clock", clock),
+                (swarm.measurer, "clock", clock),
                 (swarm.measurements, "_clock", clock),
                 (swarm, "_look", lambda *_, **__: (peers, set[str]())),
             ):
