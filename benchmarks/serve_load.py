@@ -186,6 +186,7 @@ async def speed(url: str, arguments: argparse.Namespace) -> float:
             done.append(await ask(client, model, topic, arguments.tokens))
 
     await asyncio.gather(*(keep_asking(TOPICS[index % len(TOPICS)]) for index in range(arguments.streams)))
+    await client.close()
     return sum(stream.tokens for stream in done) / (time.perf_counter() - began)
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
@@ -66,6 +67,7 @@ class Experience:
     def __init__(self, priors: Sequence[float]) -> None:
         self.drafted = 0  # tokens that were sent as drafts
         self.accepted = 0  # those of them that belong to a text now
+        self.texts = 0  # that are being generated
         self.tokens = self.round_trips = 0  # of texts with this drafter, behind their prompts
         self.by_place: dict[int, list[int]] = {}  # in a window: how often a token there was compared, and right
         self._own = [_Share(prior) for prior in priors]
@@ -94,6 +96,17 @@ class Experience:
         """So many drafted tokens are under way."""
         with self._lock:
             self.drafted += count
+
+    @contextmanager
+    def text(self) -> Iterator[None]:
+        """Within, a text is generated."""
+        with self._lock:
+            self.texts += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.texts -= 1
 
     def came(self, tokens: int) -> None:
         """So many further tokens of a text came with one round trip."""
@@ -176,8 +189,14 @@ class Experience:
             stage = prediction(positions).slowest_hop_ms + max(0.0, more_ms(positions))
             return max(stage, _nearest(self._client_ms, positions))
 
-        first, further = self._drafting_ms
-        return Pace(latency_ms, slowest_hop_ms, first.value, further.value)
+        # A hop that is busy with texts of this client all the time does more positions of one at the expense of others.
+        busy = min(1.0, self.texts * slowest_hop_ms(1) / latency_ms(1))
+        others = busy * max(0, self.texts - 1)
+        return Pace(
+            lambda positions: latency_ms(positions) + others * max(0.0, slowest_hop_ms(positions) - slowest_hop_ms(1)),
+            lambda positions: (1 + others) * slowest_hop_ms(positions),
+            *((1 + others) * each.value for each in self._drafting_ms),
+        )
 
 
 class _Share:
@@ -412,14 +431,15 @@ class Decoding:
 
         Returns `[1, seq]`, the prompt and all further tokens. Raises SplitnetError: as a call of the model.
         """
-        if self._drafts is not None:
-            self._drafts.drafter.begin(self._text.tokens, prompt.features[:-1])
-        self._take(prompt.logits[-1], prompt.features[-1])
-        try:
-            while not self._text.finished:
-                self._turn()
-        finally:
-            self._forget_drafts()
+        with self._drafts.experience.text() if self._drafts is not None else nullcontext():
+            if self._drafts is not None:
+                self._drafts.drafter.begin(self._text.tokens, prompt.features[:-1])
+            self._take(prompt.logits[-1], prompt.features[-1])
+            try:
+                while not self._text.finished:
+                    self._turn()
+            finally:
+                self._forget_drafts()
         if self._text.streamer is not None:
             self._text.streamer.end()
         return self._text.ids()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -421,6 +422,24 @@ class TestExperience:
         many = quick.window(0, lambda positions: Prediction(400.0, 2.0))
         few = slow.window(0, lambda positions: Prediction(400.0, 2.0))
         assert many.in_flight > few.in_flight
+
+    def test_positions_that_other_texts_wait_for_must_bring_more(self) -> None:
+        """A hop that eight texts keep busy: drafts that bring less than what they take there are left."""
+
+        def prediction(positions: int) -> Prediction:
+            return Prediction(80.0 + 20.0 * positions, 20.0 * positions)
+
+        experience = Experience([0.6])
+        experience.took(1, 100.0, 2.0, prediction)
+        assert experience.window(0, prediction) != NO_DRAFTS
+        with ExitStack() as texts:
+            for _ in range(8):
+                texts.enter_context(experience.text())
+            assert experience.window(0, prediction) == NO_DRAFTS
+            idle = Experience([0.6])
+            idle.took(1, 100.0, 2.0, self.prediction)
+            assert idle.window(0, self.prediction) != NO_DRAFTS
+        assert experience.window(0, prediction) != NO_DRAFTS
 
     def test_it_counts_where_in_a_window_guesses_are_right(self) -> None:
         experience = Experience([0.5])
