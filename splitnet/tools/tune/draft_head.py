@@ -32,7 +32,7 @@ from splitnet.hf.causal_lm import RemoteCausalLM, attached
 from splitnet.paths import public_name
 from splitnet.tools.tune.data import Examples
 from splitnet.tools.tune.folder import WORK, TuningFolder
-from splitnet.tools.tune.job import TuningProgress, digest, end_if, stop_signals
+from splitnet.tools.tune.job import TuningProgress, digest, end_if, stop_signals, take_steps
 from splitnet.tools.tune.methods import Schedule, Settings
 from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, collate, pad_of
 
@@ -471,51 +471,31 @@ class DraftHeadTuning:
         )
         saved = folder.load_checkpoint() if self.resume else None
         run = HeadRun(head, packs, settings, unembedding, saved[1]["halves"] if saved else None)
-        best = -1.0
-        if saved:
-            best = saved[1]["best"]
-            run.restore(*saved)
-        folder.metrics(until=run.done if saved else -1)
-        positions = sum(len(pack.ids) for pack in packs)
-        typer.echo(
-            f"draft head: {run.trained_parameters:,} trained parameters, {positions:,} positions, "
-            f"{'bfloat16' if run.halves else 'float32'}" + (f", going on after step {run.done}" if saved else ""),
-            err=True,
-        )
+        best = saved[1]["best"] if saved else -1.0
         progress = TuningProgress(steps)
 
         def keep() -> None:
             tensors, facts = run.state()
             folder.save_checkpoint(tensors, facts | {"halves": run.halves, "best": best})
 
-        def look(epoch: int) -> None:
+        def look() -> None:
             nonlocal best
+            epoch, former = (done * size // len(packs) for done in (run.done, run.done - 1))
+            if epoch == former and run.done < steps:
+                return
+            if any(line["step"] == run.done and "epoch" in line for line in folder.metrics()):
+                return
             quality = evaluate(head, held_out, unembedding)
             folder.add_metrics({"step": run.done, "epoch": epoch, **asdict(quality)})
             progress.say(f"epoch {epoch} of {self.epochs}: {quality}")
             if quality.per_trip > best:
                 best = quality.per_trip
                 head.save(self.output, public_name(checkpoint.source), checkpoint.config.architectures or [])
+            keep()
 
-        with progress.bars, stop_signals("step") as stopped:
-            try:
-                if not run.done:
-                    look(0)
-                while run.done < steps and not stopped:
-                    before = run.done * size // len(packs)
-                    began = time.perf_counter()
-                    step = run.step()
-                    seconds = time.perf_counter() - began
-                    numbers = asdict(step)
-                    folder.add_metrics({"step": numbers.pop("number"), **numbers, "seconds": round(seconds, 4)})
-                    progress.stepped(step, step.tokens / seconds)
-                    if (epoch := run.done * size // len(packs)) > before or run.done == steps:
-                        look(epoch)
-                        keep()
-            finally:
-                if run.done:
-                    keep()
-        end_if(stopped, f"Stopped after step {run.done}")
+        positions = sum(len(pack.ids) for pack in packs)
+        told = f"draft head: {positions:,} positions, {'bfloat16' if run.halves else 'float32'}"
+        take_steps(run, folder, progress, saved, told, look=look, keep=keep)
         command = ["splitnet", "generate", *self.way, "--speculate", f"eagle={self.output}", "..."]
         typer.echo(f"{best:.2f} tokens per round trip on held-out texts. The head is in {self.output}.")
         typer.echo(f"{self.output / WORK} holds {states.nbytes / 2**20:,.0f} MiB that it does not need any more.")

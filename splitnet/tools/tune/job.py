@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -287,52 +286,20 @@ class _Training:
     words: Sequence[int] | None
     pad: int
 
-    @cached_property
-    def progress(self) -> TuningProgress:
-        return TuningProgress(self.tuning.settings.steps)
+    def __post_init__(self) -> None:
+        self.progress = TuningProgress(self.tuning.settings.steps)
 
     def train(self) -> None:
         """Trains. Raises SystemExit if it was stopped; all is saved then."""
-        run, steps = self.run, self.tuning.settings.steps
         saved = self.folder.load_checkpoint() if self.tuning.resume else None
-        if saved:
-            run.restore(*saved)
-        self.folder.metrics(until=run.done if saved else -1)
-        typer.echo(
-            f"{self.tuning.method}: {run.trained_parameters:,} trained parameters, "
-            f"{len(self.tuning.train.rows):,} examples" + (f", going on after step {run.done}" if saved else ""),
-            err=True,
-        )
-        with self.progress.bars, stop_signals("step") as stopped:
-            try:
-                self._evaluate_if_due()
-                while run.done < steps and not stopped:
-                    self._step()
-                    self._evaluate_if_due()
-            except SplitnetError:
-                if run.done:
-                    typer.echo(f"{run.done} steps are saved; the same command with --resume goes on.", err=True)
-                raise
-            finally:
-                self._save()
-        end_if(stopped, f"Stopped after step {run.done}")
+        told = f"{self.tuning.method}: {len(self.tuning.train.rows):,} examples"
+        take_steps(self.run, self.folder, self.progress, saved, told, look=self._look, keep=self._save)
         self._report()
 
-    def _step(self) -> None:
-        began = time.perf_counter()
-        moved = self.run.model.training_bytes
-        step = self.run.step()
-        seconds = time.perf_counter() - began
-        sent, received = (after - before for before, after in zip(moved, self.run.model.training_bytes, strict=True))
-        facts = asdict(step)
-        facts |= {"seconds": round(seconds, 4), "sent_bytes": sent, "received_bytes": received}
-        self.folder.add_metrics({"step": facts.pop("number"), **facts})
-        self.progress.stepped(step, step.tokens / seconds)
-        if step.number % self.tuning.save_every == 0:
-            self.folder.save_checkpoint(*self.run.state())
-
-    def _evaluate_if_due(self) -> None:
+    def _look(self) -> None:
         done, every = self.run.done, self.tuning.eval_every
+        if done and done % self.tuning.save_every == 0:
+            self.folder.save_checkpoint(*self.run.state())
         due = done in (0, self.tuning.settings.steps) or (every and done % every == 0)
         if not self.held_out or not due:
             return
@@ -353,8 +320,6 @@ class _Training:
         self.progress.say(f"step {self.run.done}: {_told(result)}")
 
     def _save(self) -> None:
-        if not self.run.done:
-            return
         self.folder.save_checkpoint(*self.run.state())
         self.folder.save_adapter(self.run.model)
         if not has("plot"):
@@ -374,6 +339,57 @@ class _Training:
             typer.echo(f"The adapter, metrics.jsonl and loss.png are in {output}.")
         else:
             typer.echo(f"The adapter and metrics.jsonl are in {output}. For loss.png: `pip install 'splitnet[plot]'`.")
+
+
+def take_steps(
+    run: TuningRun,
+    folder: TuningFolder,
+    progress: TuningProgress,
+    saved: tuple[dict[str, torch.Tensor], dict[str, Any]] | None,
+    told: str,
+    *,
+    look: Callable[[], None],
+    keep: Callable[[], None],
+) -> None:
+    """Takes the steps of a run that are left, with metrics and progress. Raises SystemExit if it is stopped.
+
+    Args:
+        saved: the checkpoint to go on from; None: the run begins.
+        told: what is trained, for people.
+        look: called before the first step and after each; evaluates and saves where that is due.
+        keep: saves everything; called at the end, whatever that is.
+    """
+    if saved:
+        run.restore(*saved)
+    folder.metrics(until=run.done if saved else -1)
+    since = f", going on after step {run.done}" if saved else ""
+    typer.echo(f"{told}, {run.trained_parameters:,} trained parameters{since}", err=True)
+    with progress.bars, stop_signals("step") as stopped:
+        try:
+            look()
+            while run.done < run.settings.steps and not stopped:
+                _take_step(run, folder, progress)
+                look()
+        except SplitnetError:
+            if run.done:
+                typer.echo(f"{run.done} steps are saved; the same command with --resume goes on.", err=True)
+            raise
+        finally:
+            if run.done:
+                keep()
+    end_if(stopped, f"Stopped after step {run.done}")
+
+
+def _take_step(run: TuningRun, folder: TuningFolder, progress: TuningProgress) -> None:
+    began, moved = time.perf_counter(), getattr(run.model, "training_bytes", None)
+    step = run.step()
+    seconds = time.perf_counter() - began
+    facts = asdict(step) | {"seconds": round(seconds, 4)}
+    if moved is not None:  # by passes through blocks of peers
+        now = run.model.training_bytes
+        facts |= {"sent_bytes": now[0] - moved[0], "received_bytes": now[1] - moved[1]}
+    folder.add_metrics({"step": facts.pop("number"), **facts})
+    progress.stepped(step, step.tokens / seconds)
 
 
 @contextmanager
