@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
 
 from splitnet.blocks.kv_cache import OneSequence, SequenceCache, SequenceStates
 from splitnet.checkpoint.families import family_of, keeps_states, states_per_block
@@ -40,9 +39,8 @@ class DraftModel:
         self._model = model
         self._text: list[int] = []
         self._cached: list[int] = []
-        self._cache = DynamicCache()  # of full layers, which can always be cropped
-        # In its place where blocks keep states; it has the tokens as what came in.
-        self._row = SequenceCache(states=SequenceStates(states_per_block(config))) if has_states else None
+        # Where blocks keep states, it has the tokens as what came in.
+        self._row = SequenceCache(states=SequenceStates(states_per_block(config)) if has_states else None)
         self._one_by_one = has_states and family_of(config).one_by_one
 
     def begin(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
@@ -64,26 +62,19 @@ class DraftModel:
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         """`[1, 1, vocabulary]`, after new tokens `[count]`."""
-        if self._row is None:
-            return self._run(ids, self._cache)
         to_run = self._row.begin_pass(ids[:, None])[:, 0]
         pieces = to_run.split(1) if self._one_by_one and self._row.computed else [to_run]
         logits = torch.empty(0)
         for piece in pieces:
-            logits = self._run(piece, OneSequence(self._row))
+            cache = OneSequence(self._row)
+            logits = self._model(input_ids=piece[None], cache=cache, use_cache=True, logits_to_keep=1).logits
             self._row.caught_up(self._row.computed + len(piece))
         self._row.advance(len(ids))
         return logits
-
-    def _run(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-        return self._model(input_ids=ids[None], cache=cache, use_cache=True, logits_to_keep=1).logits
 
     def _keep_common(self, known: Sequence[int]) -> None:
         """Crops the cache to what it shares with the text, less one token to go on from."""
         same = min(shared(self._cached, known), len(known) - 1)
         if same < len(self._cached):
-            if self._row is None:
-                self._cache.crop(same - len(self._cached))
-            else:
-                self._row.crop(same)
+            self._row.crop(same)
             del self._cached[same:]

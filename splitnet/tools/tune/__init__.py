@@ -90,34 +90,49 @@ def tune(
     examples are prompts, {"prompt": "..."} or chats that end with the user; without any, the model writes them.
     """
     _check_options(context, draft_head)
+    if data is None and not generate:
+        more = ", or have N texts written with --generate N" if draft_head else ""
+        raise SplitnetError(f"there is nothing to learn from: give examples with --data FILE.jsonl{more}")
+    if learning_rate == 0:
+        raise SplitnetError("with --lr 0 nothing is learned: leave it out, or give a step size such as 1e-3")
+    from splitnet.tools.tune.data import read_examples
+
+    given: dict[str, Any] = {"output": output, "resume": resume, "max_length": max_length}
+    given["way"] = [*([model] if model else []), *as_arguments(connecting)]
     if draft_head:
-        _tune_draft_head(
-            connecting,
-            model,
-            data=data,
+        work = output / WORK
+        if not resume and output.is_dir() and any(path != work for path in output.iterdir()):
+            again = "a head: --resume goes on with it, or" if work.is_dir() else "files:"
+            raise SplitnetError(f"{output} already holds {again} give another --output")
+        TuningFolder(work).check_place(resume=resume)
+        texts = read_examples(data, answered=not generate) if data is not None else None
+        if texts is not None and generate and texts.form in ("text", "classification"):
+            raise SplitnetError(f"--generate answers prompts, and {data} holds texts: leave one of them out")
+        if texts is not None and texts.form == "classification":
+            raise SplitnetError('labels make no draft head: give {"text": "..."}, chats or prompts with completions')
+        checkpoint = resolve_model(model_or_invited(model, connecting.invite))
+
+        from splitnet.cli.connection import Connection
+        from splitnet.tools.tune.draft_head import LEARNING_RATE, DraftHeadTuning
+
+        DraftHeadTuning(
+            texts=texts,
             generate=generate or 0,
             epochs=epochs,
             draft_vocabulary=draft_vocabulary,
             states_limit=parse_bytes(states_limit),
-            max_length=max_length,
-            learning_rate=learning_rate,
+            learning_rate=learning_rate or LEARNING_RATE,
             seed=seed,
-            output=output,
-            resume=resume,
-        )
+            **given,
+        ).run(Connection(checkpoint, connecting))
         return
-    if data is None:
-        raise SplitnetError("there is nothing to learn from: give examples with --data FILE.jsonl")
+    assert data is not None
     require("tune", "splitnet tune")
     TuningFolder(output).check_place(resume=resume)
     if "{text}" not in template:
         raise SplitnetError("the template has no {text}: write it where the text goes, as in '{text} Topic:'")
-    if learning_rate == 0:
-        raise SplitnetError("with --lr 0 nothing is learned: leave it out, or give a step size such as 1e-3")
     if warmup >= steps:
         raise SplitnetError(f"{warmup} steps of warm-up leave none of {steps}: lower --warmup or raise --steps")
-    from splitnet.tools.tune.data import read_examples
-
     train = read_examples(data)
     held_out = read_examples(evaluation, train.form) if evaluation else None
     if train.form == "classification" and len(train.labels) < 2:
@@ -152,12 +167,9 @@ def tune(
         held_out=held_out,
         template=template,
         head=head,
-        max_length=max_length,
         eval_every=eval_every,
         save_every=save_every,
-        output=output,
-        resume=resume,
-        way=[*([model] if model else []), *as_arguments(connecting)],
+        **given,
     )
     tuning.run(Connection(checkpoint, connecting))
 
@@ -173,49 +185,3 @@ def _check_options(context: typer.Context, draft_head: bool) -> None:
             raise SplitnetError(
                 f"{option} {way} --draft-head: leave it out" + (", or add that" if not draft_head else "")
             )
-
-
-def _tune_draft_head(
-    connecting: ConnectionOptions,
-    model: str | None,
-    *,
-    data: Path | None,
-    generate: int,
-    learning_rate: float | None,
-    output: Path,
-    resume: bool,
-    **settings: Any,
-) -> None:
-    if data is None and not generate:
-        raise SplitnetError(
-            "there is nothing to learn from: give texts with --data, or have N written with --generate N"
-        )
-    if learning_rate == 0:
-        raise SplitnetError("with --lr 0 nothing is learned: leave it out, or give a step size such as 1e-3")
-    work = output / WORK
-    if not resume and output.is_dir() and any(path != work for path in output.iterdir()):
-        again = "a head: --resume goes on with it, or" if work.is_dir() else "files:"
-        raise SplitnetError(f"{output} already holds {again} give another --output")
-    TuningFolder(work).check_place(resume=resume)
-    from splitnet.tools.tune.data import read_examples
-
-    texts = read_examples(data, answered=not generate) if data is not None else None
-    if texts is not None and generate and texts.form in ("text", "classification"):
-        raise SplitnetError(f"--generate answers prompts, and {data} holds texts: leave one of them out")
-    if texts is not None and texts.form == "classification":
-        raise SplitnetError('labels make no draft head: give {"text": "..."}, chats or prompts with completions')
-    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
-
-    from splitnet.cli.connection import Connection
-    from splitnet.tools.tune.draft_head import LEARNING_RATE, DraftHeadTuning
-
-    tuning = DraftHeadTuning(
-        texts=texts,
-        generate=generate,
-        learning_rate=learning_rate or LEARNING_RATE,
-        output=output,
-        resume=resume,
-        way=[*([model] if model else []), *as_arguments(connecting)],
-        **settings,
-    )
-    tuning.run(Connection(checkpoint, connecting))

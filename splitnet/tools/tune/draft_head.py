@@ -514,6 +514,7 @@ class _Writer:
     def __init__(self, tuning: DraftHeadTuning, tokenizer: Any, longest: int) -> None:
         self._tuning = tuning
         self._longest = longest
+        self._encoder = Encoder(tokenizer, longest)
         self._tokenizer = tokenizer
         self._rows: list[Encoded] = []
         self._prompts: list[list[int]] = []
@@ -521,7 +522,7 @@ class _Writer:
         if texts is not None and tuning.generate:
             self._prompts = [self._prompt(texts, row) for row in texts.rows]
         elif texts is not None:
-            self._rows = Encoder(tokenizer, self._longest).encode(texts)
+            self._rows = self._encoder.encode(texts)
         self._pad = pad_of(tokenizer)
 
     @property
@@ -581,11 +582,11 @@ class _Writer:
         before, found, after = whole.partition(mark)
         if not found:
             raise SplitnetError("the model's chat template hides what a user says: give prompts with --data")
-        opening = self._ids(before)
+        opening = self._encoder.ids_of(before)
         written = self._sample(model, [opening] * TOGETHER, self._longest // 4, temperature=1.0)
         ended = [row[:-1] for row in written if row and row[-1] in self._ends(model)]
         texts = [self._tokenizer.decode(row, skip_special_tokens=True).strip() for row in ended]
-        return [self._ids(before + text + after) for text in texts if text]
+        return [self._encoder.ids_of(before + text + after) for text in texts if text]
 
     def _sample(
         self, model: RemoteCausalLM, prompts: Sequence[list[int]], most: int, temperature: float = TEMPERATURE
@@ -612,12 +613,7 @@ class _Writer:
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if self._tokenizer.chat_template:
-            from jinja2 import TemplateError
-
-            try:
-                ids = self._ids(render(self._tokenizer, messages, answer=True))
-            except TemplateError as error:
-                texts.fail(row, f"the model's chat template refuses the messages ({error})")
+            ids = self._encoder.ids_of(self._encoder.rendered(texts, row, messages, True))
         elif "messages" in row.fields:
             texts.fail(row, 'this model has no chat template: use "prompt", not "messages"')
         else:
@@ -626,9 +622,6 @@ class _Writer:
             half = self._longest // 2
             texts.fail(row, f"{len(ids):,} tokens leave no room for an answer, {half:,} would: raise --max-length")
         return ids
-
-    def _ids(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def last_states(model: RemoteCausalLM, rows: Sequence[Encoded], pad: int) -> list[Tensor]:

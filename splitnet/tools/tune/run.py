@@ -74,7 +74,7 @@ class Encoder:
 
     def words(self) -> list[int]:
         """The first token of each label, by which words tell labels apart. Raises DataError if two are the same."""
-        first = [self._ids(" " + label)[0] for label in self.labels]
+        first = [self.ids_of(" " + label)[0] for label in self.labels]
         for number, token in enumerate(first):
             if token in first[:number]:
                 other = self.labels[first.index(token)]
@@ -92,7 +92,7 @@ class Encoder:
         return [_row([(piece, True)]) for piece in pieces]
 
     def _completion(self, prompt: str, completion: str) -> Encoded:
-        return _row([(self.tokenizer(prompt)["input_ids"], False), (self._ids(completion) + self._end, True)])
+        return _row([(self.tokenizer(prompt)["input_ids"], False), (self.ids_of(completion) + self._end, True)])
 
     def _classified(self, examples: Examples, example: Example) -> Encoded:
         text, label = example.fields["text"], example.fields["label"]
@@ -119,16 +119,17 @@ class Encoder:
         for end, message in enumerate(messages, start=1):
             if message["role"] != "assistant":
                 continue
-            before = self._rendered(examples, example, messages[: end - 1], True)
-            after = self._rendered(examples, example, messages[:end], False)
+            before = self.rendered(examples, example, messages[: end - 1], True)
+            after = self.rendered(examples, example, messages[:end], False)
             if not before.startswith(done) or not after.startswith(before):
                 changes = "the model's chat template changes earlier messages when later ones come"
                 examples.fail(example, f"{changes}: give one answer only")
-            pieces += [(self._ids(before[len(done) :]), False), (self._ids(after[len(before) :]), True)]
+            pieces += [(self.ids_of(before[len(done) :]), False), (self.ids_of(after[len(before) :]), True)]
             done = after
         return _row(pieces)
 
-    def _rendered(self, examples: Examples, example: Example, messages: list[dict[str, str]], answer: bool) -> str:
+    def rendered(self, examples: Examples, example: Example, messages: list[dict[str, str]], answer: bool) -> str:
+        """The text of messages. Raises DataError: the model's chat template refuses them."""
         from jinja2 import TemplateError
 
         try:
@@ -136,7 +137,8 @@ class Encoder:
         except TemplateError as error:
             examples.fail(example, f"the model's chat template refuses the messages ({error})")
 
-    def _ids(self, text: str) -> list[int]:
+    def ids_of(self, text: str) -> list[int]:
+        """Of a text that stands within others."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -247,9 +247,9 @@ class TestDraftModel:
         with pytest.raises(SplitnetError, match="50 tokens, the model 60"):
             DraftModel(_Counting(), 60)
 
-    @pytest.mark.parametrize("family", ["qwen3_next", "jamba"])
-    def test_states_are_rewound(self, family: str) -> None:
-        config = random_config(family, blocks=6, hidden=64, vocab=300, **HYBRIDS[family])
+    @pytest.mark.parametrize("family", ["qwen3_next", "jamba", "gpt2", "gemma3_text"])
+    def test_its_caches_are_rewound(self, family: str) -> None:
+        config = random_config(family, blocks=6, hidden=64, vocab=300, **HYBRIDS.get(family, {}))
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(config).eval()
         text = torch.randint(3, 300, (20,)).tolist()
