@@ -169,8 +169,8 @@ class _Attention:
 
 
 def unrolled(head: EagleHead, pack: Pack, states: Tensor, followed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of the first to the last drafted token, `[m, draft vocabulary]`, each with the positions `[m]` whose next
-    token is drafted: the model's states there tell what is right.
+    """Outputs of the head for the first to the last drafted token, `[m, hidden]`, each with the positions `[m]` whose
+    next token is drafted: the model's states there tell what is right.
 
     followed: `[n]`, positions from which more than one token is drafted, where the text is long enough.
     """
@@ -191,7 +191,7 @@ def unrolled(head: EagleHead, pack: Pack, states: Tensor, followed: Tensor) -> I
         return begin[(texts[begin] == texts[begin + depth + 2]) & learned[begin + 2]]
 
     first = goes_on(0)
-    yield head.logits(outputs[first]), first + 1
+    yield outputs[first], first + 1
     beginnings = goes_on(DEPTH - 1)
     beginnings = beginnings[followed.to(states.device)[beginnings]]
     if not len(beginnings):
@@ -201,7 +201,7 @@ def unrolled(head: EagleHead, pack: Pack, states: Tensor, followed: Tensor) -> I
     for depth in range(1, DEPTH):
         at = beginnings + depth
         hidden = head(head.embed(ids[at + 1]), hidden, (cosines[at], sines[at]), attention.attend)
-        yield head.logits(hidden), at + 1
+        yield hidden, at + 1
 
 
 class HeadRun(TuningRun):
@@ -241,11 +241,14 @@ class HeadRun(TuningRun):
         states = pack.read().to(self._unembedding.device)
         expected = expected_logits(self.model.model, self._unembedding, states)
         followed = torch.rand(len(states), generator=generator) < 1 / CHAINS
-        loss = states.new_zeros(())
-        for depth, (logits, places) in enumerate(unrolled(self.model, pack, states, followed)):
-            if len(places):
-                loss = loss + DECAY**depth * divergence(logits, expected, places)
-        return loss
+        outputs, places = zip(*unrolled(self.model, pack, states, followed), strict=True)
+        counts = [(DECAY**depth, len(each)) for depth, each in enumerate(places) if len(each)]
+        if not counts:
+            return states.new_zeros(())
+        weights = [states.new_full((count,), counted / count) for counted, count in counts]
+        # In one product: the head of a vocabulary is most of the work.
+        logits = self.model.logits(torch.cat(outputs))
+        return divergence(logits, expected, torch.cat(places), torch.cat(weights))
 
     def _are_halves_faster(self) -> bool:
         """Whether a step in bfloat16 takes less time than in float32, on this machine."""
@@ -268,26 +271,27 @@ class _Divergence(torch.autograd.Function):
     """Gradients are computed on the way forward, some rows at a time: logits are by far the largest tensors."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, expected: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, expected: Tensor, places: Tensor, weights: Tensor) -> Tensor:
         gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
-        for rows, some, out in zip(logits.split(ROWS), places.split(ROWS), gradient.split(ROWS), strict=True):
+        pieces = (each.split(ROWS) for each in (logits, places, weights[:, None], gradient))
+        for rows, some, weight, out in zip(*pieces, strict=True):
             wanted = expected[some].float().log_softmax(dim=-1)
             found, shares = rows.float().log_softmax(dim=-1), wanted.exp()
-            total += (shares * wanted.sub_(found)).sum()
-            out.copy_(found.exp_().sub_(shares))
+            total += (shares * wanted.sub_(found)).sum(dim=-1) @ weight[:, 0]
+            out.copy_(found.exp_().sub_(shares).mul_(weight))
         ctx.save_for_backward(gradient)
-        return total / len(logits)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * (gradients[0] / len(gradient)), None, None
+        return gradient * gradients[0], None, None, None
 
 
-def divergence(logits: Tensor, expected: Tensor, places: Tensor) -> Tensor:
-    """How far the distributions by logits `[m, v]` are from those by rows `places` of `expected`, `[n, v]`: the mean of
-    Kullback and Leibler's divergence."""
-    divergence: Any = _Divergence.apply(logits, expected, places)
+def divergence(logits: Tensor, expected: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """How far the distributions by logits `[m, v]` are from those by rows `places` of `expected`, `[n, v]`: Kullback
+    and Leibler's divergence, summed with weights `[m]`."""
+    divergence: Any = _Divergence.apply(logits, expected, places, weights)
     return divergence
 
 
@@ -316,7 +320,8 @@ def evaluate(head: EagleHead, packs: Sequence[Pack], unembedding: Tensor) -> Qua
         alive = torch.ones(
             len(states), dtype=torch.bool, device=states.device
         )  # by the position before a drafted token
-        for depth, (logits, places) in enumerate(unrolled(head, pack, states, alive)):
+        for depth, (outputs, places) in enumerate(unrolled(head, pack, states, alive)):
+            logits = head.logits(outputs)
             drafted = logits.argmax(dim=-1)
             ids = drafted if head.draft_vocabulary is None else head.draft_vocabulary[drafted]
             reached[depth] += int(alive[places - 1].sum())
@@ -324,7 +329,7 @@ def evaluate(head: EagleHead, packs: Sequence[Pack], unembedding: Tensor) -> Qua
             right[depth] += int(now.sum())
             alive = torch.zeros_like(alive).index_fill_(0, places[now], True)
             if not depth and len(places):
-                loss += float(divergence(logits, expected, places)) * len(places)
+                loss += float(divergence(logits, expected, places, states.new_ones(len(places))))
     acceptance = (right / reached.clamp(min=1)).tolist()
     per_trip = 1 + sum(torch.tensor(acceptance).cumprod(0).tolist())
     return Quality(loss / max(1.0, float(reached[0])), tuple(acceptance), per_trip)
