@@ -39,7 +39,6 @@ from splitnet.errors import SplitnetError, stumbling
 from splitnet.quant.choose import AUTO, choose_weights
 from splitnet.quant.linear import hold_weights
 
-PIECE = 512  # positions that go through a head at once: their mask stays small
 MOST_LAYERS = 8
 MOST_TAPS = 8
 _MOST_SIZE = 1 << 20  # of any dimension, so that products of two are no more than torch can count
@@ -215,12 +214,9 @@ class EagleHead(nn.Module):
         embedded, hidden = self.embed(tokens), self._numbers(features)
         if not own:
             hidden = self.begin(hidden)
-        outputs: list[Tensor] = []
-        for some_embedded, some in zip(embedded.split(PIECE), hidden.split(PIECE), strict=True):
-            rotary = self.rotary(cache.length, len(some))
-            outputs.append(self(some_embedded, some, rotary, partial(_attend, cache)))
-            cache.advance(len(some))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        outputs = self(embedded, hidden, self.rotary(cache.length, len(hidden)), partial(_attend, cache))
+        cache.advance(len(hidden))
+        return outputs
 
     def embed(self, tokens: Tensor) -> Tensor:
         """`[..., n]` -> `[..., n, hidden]`."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.drafts.drafter import Guess, shared
 
+PIECE = 512  # positions that go through a head at once
 CONFIDENCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Bounds between kinds of guesses, by the probability that the head gives its likeliest token."""
 
@@ -35,7 +36,7 @@ class DraftHead(Protocol):
     def draft_vocabulary(self) -> Tensor | None: ...
 
     def run(self, tokens: Tensor, features: Tensor, cache: SequenceCache, *, own: bool = False) -> Tensor:
-        """The outputs `[seq, hidden]` of further positions, which are appended to the cache.
+        """The outputs `[seq, hidden]` of further positions, at most `PIECE`, which are appended to the cache.
 
         tokens: `[seq]`, each the one behind its position. features: `[seq, len(taps) * hidden]` of the model, or with
         `own` `[seq, hidden]`, outputs of the head at the positions before.
@@ -98,9 +99,11 @@ class HeadDrafter:
         self._forget(0)
         tokens, features = zip(*self._known, strict=True)
         stacked = torch.stack(features)
-        outputs = self._head.run(torch.tensor(tokens, device=stacked.device), stacked, self._cache)
+        ids = torch.tensor(tokens, device=stacked.device)
+        for some, states in zip(ids.split(PIECE), stacked.split(PIECE), strict=True):
+            self._outputs = [self._head.run(some, states, self._cache)[-1]]
         self._length += len(tokens)
-        self._known, self._outputs = [], [outputs[-1]]
+        self._known = []
 
     def _go_on(self, token: int) -> None:
         last = self._outputs[-1][None]

@@ -25,7 +25,7 @@ from splitnet.blocks.backbone import hold_codes
 from splitnet.blocks.block_sizes import block_sizes, check_file_bytes, weights_of
 from splitnet.blocks.client_part import Ends
 from splitnet.blocks.kv_cache import SequenceCache
-from splitnet.blocks.span import PASS, Chunk, Span
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import BlockTensor, Checkpoint, check_no_unexpected
 from splitnet.errors import UnsupportedModel
 
@@ -179,27 +179,21 @@ class MtpHead:
 
     @torch.inference_mode()
     def run(self, tokens: Tensor, features: Tensor, cache: SequenceCache, *, own: bool = False) -> Tensor:
-        outputs: list[Tensor] = []
-        with self._lock:
-            for some, states in zip(tokens.split(PASS), features.split(PASS), strict=True):
-                outputs.append(self._run(some, states, cache, own))
-        return torch.cat(outputs)
-
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self._ends.head(hidden)
-
-    def _run(self, tokens: Tensor, states: Tensor, cache: SequenceCache, own: bool) -> Tensor:
         model = self._ends.model
-        hidden = states.to(model.device, model.dtype)
+        hidden = features.to(model.device, model.dtype)
         if self._layer.normed and not own:
             hidden = self._ends.norm(hidden)
         embedded = self._parts["embedding_norm"](self._ends.embed(tokens.to(model.device)))
         both = [embedded, self._parts["hidden_norm"](hidden)]
         given = self._parts["projection"](torch.cat(both[::-1] if self._layer.hidden_first else both, dim=-1))
-        output = self._span.forward(given, [Chunk(cache, cache.length, len(given))])
+        with self._lock:
+            output = self._span.forward(given, [Chunk(cache, cache.length, len(given))])
         norm = self._parts["norm"] if self._has_norm else self._ends.norm
         return norm(output)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._ends.head(hidden)
 
 
 def _find(checkpoint: Checkpoint) -> _Found | None:

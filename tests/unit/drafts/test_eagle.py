@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch.nn import functional
 
 from splitnet.blocks.client_part import Ends
 from splitnet.blocks.kv_cache import SequenceCache
+from splitnet.drafts.drafter import Guess
 from splitnet.drafts.eagle import EagleHead
+from splitnet.drafts.heads import HeadDrafter
 from splitnet.errors import ModelNotFound, SplitnetError
 from tests.unit.model_ends import model_ends
 
@@ -306,9 +309,16 @@ def test_weights_in_16_bits_draft_the_same(write: Callable[..., Path]) -> None:
 def test_long_prompts_run_in_pieces(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, features = eagle3(), numbers(len(TOKENS), 3 * HIDDEN)
     head = EagleHead.open(write(speculators(), tensors), part(), trainable=True)
-    expected = head.run(TOKENS, features, SequenceCache())
-    monkeypatch.setattr("splitnet.drafts.eagle.PIECE", 2)
-    assert torch.allclose(head.run(TOKENS, features, SequenceCache()), expected, atol=1e-5)
+    drafted: list[tuple[Tensor, list[Guess]]] = []
+    for piece in (len(TOKENS), 2):
+        monkeypatch.setattr("splitnet.drafts.heads.PIECE", piece)
+        drafter = HeadDrafter(head)
+        drafter.begin([1, *TOKENS.tolist()], features)
+        guesses = [*itertools.islice(drafter.draft([]), 3)]
+        drafted.append((drafter._outputs[0], guesses))
+    (expected, first), (found, second) = drafted
+    assert torch.allclose(expected, head.run(TOKENS, features, SequenceCache())[-1], atol=1e-5)
+    assert torch.allclose(found, expected, atol=1e-5) and first == second
 
 
 def test_what_is_written_is_read_again(write: Callable[..., Path], tmp_path: Path) -> None:
