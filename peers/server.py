@@ -84,9 +84,9 @@ def _load(
 
 
 class SpanServer:
-    """Serves one span: a service for its sessions, and an engine for their steps. Arguments as of `PeerOptions`.
+    """Serves one span: a service for its sessions, and an engine for their steps.
 
-    Raises OutOfMemory if `kv_memory` is less than the states of one sequence take.
+    Raises OutOfMemory if the `kv_memory` of its options is less than the states of one sequence take.
     """
 
     def __init__(
@@ -96,13 +96,11 @@ class SpanServer:
         speed: ObservedSpeed,
         outbox: Outbox,
         next_hops: NextHops,
-        *,
-        kv_memory: int | None,
-        training_memory: int | None,
-        idle_s: float,
+        options: PeerOptions,
         counters: Counters,
         policy: KeyPolicy | None = None,
     ) -> None:
+        kv_memory, training_memory = options.kv_memory, options.training_memory
         if kv_memory is not None and kv_memory <= span.state_bytes != 0:
             raise OutOfMemory(
                 f"the states of a sequence in blocks {span.start}:{span.end} take {span.state_bytes / 2**20:.1f} MiB, "
@@ -117,7 +115,7 @@ class SpanServer:
         usual = codec_by_name(DEFAULT_INT8).bytes_per_position(checkpoint.hidden_size)
         sessions = SessionTable(
             kv_memory,
-            idle_s=idle_s,
+            idle_s=options.idle_s,
             position_bytes=span.kv_bytes_per_position,
             row_bytes=span.state_bytes + 2 * TENSOR_BYTES * (span.end - span.start),
             usual_log_bytes=usual if keeps_logs else 0,
@@ -530,18 +528,8 @@ class Peer:
         self._placed_at = time.time()
 
     def _server_of(self, span: Span, speed: ObservedSpeed) -> SpanServer:
-        return SpanServer(
-            self.checkpoint,
-            span,
-            speed,
-            self._outbox,
-            self._next_hops,
-            kv_memory=self._options.kv_memory,
-            training_memory=self._options.training_memory,
-            idle_s=self._options.idle_s,
-            counters=self.counters,
-            policy=self._policy,
-        )
+        links = self._outbox, self._next_hops
+        return SpanServer(self.checkpoint, span, speed, *links, self._options, self.counters, self._policy)
 
     def _go_on(self, *_: object) -> None:
         if self._leaving.is_set():

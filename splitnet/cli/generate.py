@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from splitnet.errors import AdapterError, SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.logs import printable
 from splitnet.session.options import ConnectionOptions
+
+if TYPE_CHECKING:
+    from splitnet.cli.connection import Connection
 
 in_answer = box("Answer")
 
@@ -53,6 +56,16 @@ Speculate = Annotated[
 Stats = Annotated[bool, typer.Option("--stats", help="Print route, speed, bytes and tokens per round trip, to stderr.")]
 
 
+def connection_to(model: str | None, connecting: ConnectionOptions) -> Connection:
+    """The way to a model that is given or invited to; from then on libraries for models are imported."""
+    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
+
+    import_models()
+    from splitnet.cli.connection import Connection
+
+    return Connection(checkpoint, connecting)
+
+
 @connects()
 def generate(
     model: ModelOrInvite = None,
@@ -79,13 +92,10 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise SplitnetError("the prompt is empty: give some text")
-    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
-
-    import_models()
-    from splitnet.cli.connection import Connection
+    connection = connection_to(model, connecting)
     from splitnet.cli.generation import Client, Sampling, print_summary
 
-    client = Client.connect(Connection(checkpoint, connecting), adapter, speculate)
+    client = Client.connect(connection, adapter, speculate)
     with closing(client.model):
         ids = client.encode_prompt(text, chat=chat, system=system)
         with client.model.session() as cache:
@@ -109,13 +119,10 @@ def chat(
     stats: Stats = False,
 ) -> None:
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
-    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
-
-    import_models()
-    from splitnet.cli.connection import Connection
+    connection = connection_to(model, connecting)
     from splitnet.cli.generation import Client, Sampling, print_summary
 
-    client = Client.connect(Connection(checkpoint, connecting), adapter, speculate)
+    client = Client.connect(connection, adapter, speculate)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)

@@ -11,11 +11,9 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, box, connects, require, resolve_model
-from splitnet.cli.generate import Speculate
-from splitnet.cli.invite import model_or_invited
+from splitnet.cli.arguments import ModelOrInvite, box, connects, require
+from splitnet.cli.generate import Speculate, connection_to
 from splitnet.errors import SplitnetError
-from splitnet.import_shims import import_models
 from splitnet.logs import tell
 from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import listen_at
@@ -109,16 +107,12 @@ def serve(
     ApiKeys.read(api_key_file)
     if "*" in (allow_origin or ()) and api_key_file is None:
         raise SplitnetError("--allow-origin * opens the server to the pages of all sites: give --api-key-file, too")
-    source = resolve_model(model_or_invited(model, connecting.invite))
-
-    import_models()
-    from splitnet.cli.connection import Connection
+    connection = connection_to(model, connecting)
     from splitnet.cli.generation import drafts_of
     from splitnet.serve.server import ServeOptions
     from splitnet.serve.server import serve as serve_until_told
     from splitnet.serve.session_cache import KeepLimits
 
-    connection = Connection(source, connecting)
     checkpoint = connection.checkpoint()
     options = ServeOptions(
         host=host,

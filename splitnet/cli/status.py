@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, connects, resolve_model
+from splitnet.cli.arguments import ModelOrInvite, connects
 from splitnet.cli.daemon import tell_addresses
-from splitnet.cli.invite import model_or_invited
-from splitnet.import_shims import import_models
+from splitnet.cli.generate import connection_to
 from splitnet.session.options import ConnectionOptions
 
 SHOWN_ADDRESSES = 3  # To join with; all are in the JSON
@@ -27,15 +26,11 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the peers of MODEL's swarm, their blocks, speed and load, and which blocks nobody serves."""
-    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
-
-    import_models()
+    connection = connection_to(model, connecting)
     from splitnet.checkpoint.checkpoint import Checkpoint
-    from splitnet.cli.connection import Connection
     from splitnet.swarm.swarm import Overview
 
-    connection = Connection(checkpoint, connecting)
-    facts = connection.facts_of(Checkpoint.open(checkpoint))
+    facts = connection.facts_of(Checkpoint.open(connection.model))
     with connection.swarm_of(facts) as swarm:
         overview = Overview.of(swarm, swarm.peers(fresh=True))
     if as_json:

@@ -52,7 +52,6 @@ _FORGET: Final = 0.9  # what stays of earlier observations with each piece
 
 HUB: Final = "the hub"
 Report = Callable[[str, int, int], None]
-FindPeers = Callable[[], Sequence[Endpoint]]
 
 
 Source = TypeVar("Source", bound=Hashable)
@@ -344,34 +343,25 @@ class Fetched:
     left_out: list[str] = field(default_factory=list[str])
 
 
+@dataclass(eq=False)
 class Fetcher:
-    """Fills a folder. Use `fetch` as `WeightFolder.fetch`. peers: looks up the peers that may have pieces. hub: where
-    the model is there too. report: told what is going on; what it raises ends a fetch. fetched: what has come."""
+    """Fills a folder. Use `fetch` as `WeightFolder.fetch`."""
 
-    def __init__(
-        self,
-        folder: WeightFolder,
-        peers: FindPeers,
-        identity: Identity,
-        swarm: OpenSwarm = OPEN,
-        hub: HubPieces | None = None,
-        report: Report = lambda stage, done, total: None,
-    ) -> None:
-        self.fetched = Fetched()
-        self.wait_limit_s = WAIT_LIMIT_S
-        self.report = report
-        self._folder = folder
-        self._peers = peers
-        self._identity = identity
-        self._swarm = swarm
-        self._hub = hub
+    folder: WeightFolder
+    find_peers: Callable[[], Sequence[Endpoint]]  # looks up the peers that may have pieces
+    identity: Identity
+    swarm: OpenSwarm = OPEN
+    hub: HubPieces | None = None  # where the model is there too
+    report: Report = lambda stage, done, total: None  # told what is going on; what it raises ends a fetch
+    fetched: Fetched = field(default_factory=Fetched)  # what has come
+    wait_limit_s: float = WAIT_LIMIT_S
 
     def fetch(self, missing: Mapping[bytes, int]) -> None:
         """Gets these pieces: digest -> bytes. Raises ModelNotFound: nobody has some of them; WrongSwarm: the hub has
         others; SplitnetError: they cannot be kept."""
         pool = ThreadPoolExecutor(HubPieces.at_once)  # which has no threads before they are needed
         try:
-            with Asking(self._identity, self._swarm) as asking:
+            with Asking(self.identity, self.swarm) as asking:
                 _Fetch(self, asking, pool, missing).run()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -379,7 +369,7 @@ class Fetcher:
     def peers(self) -> Sequence[Endpoint]:
         """Who may have pieces; nobody while the directory is silent."""
         try:
-            return self._peers()
+            return self.find_peers()
         except DirectoryError as error:
             log.info("no other peers are known now: %s", error)
             return ()
@@ -392,7 +382,7 @@ class _Fetch:
         self, fetcher: Fetcher, asking: Asking, pool: ThreadPoolExecutor, missing: Mapping[bytes, int]
     ) -> None:
         self._fetcher = fetcher
-        self._folder = fetcher._folder
+        self._folder = fetcher.folder
         self._asking = asking
         self._pool = pool
         self._missing = missing
@@ -408,7 +398,7 @@ class _Fetch:
         self._hub_errors = 0
 
     def run(self) -> None:
-        if self._fetcher._hub is not None:
+        if self._fetcher.hub is not None:
             self._plan.add(HUB, list(self._missing))
         stuck_since: float | None = None
         self._meet(self._fetcher.peers())
@@ -454,8 +444,8 @@ class _Fetch:
         if isinstance(source, Endpoint):
             self._asked[self._asking.ask(source, WeightsKind.PIECE, name)] = source, name
         else:
-            assert self._fetcher._hub is not None
-            self._pool.submit(self._ask_hub, self._fetcher._hub, name)
+            assert self._fetcher.hub is not None
+            self._pool.submit(self._ask_hub, self._fetcher.hub, name)
 
     def _ask_hub(self, hub: HubPieces, name: bytes) -> None:
         try:
@@ -517,8 +507,8 @@ class _Fetch:
             return
         if len(data) != self._missing[name] or digest(data) != name:
             if source == HUB:
-                assert self._fetcher._hub is not None
-                forget_manifest(self._fetcher._hub.store.commit)  # it is not believed at the next start
+                assert self._fetcher.hub is not None
+                forget_manifest(self._fetcher.hub.store.commit)  # it is not believed at the next start
                 raise WrongSwarm(
                     "the hub has other weights of this model than the peers of this swarm say: they serve another "
                     "model by its name; join another swarm, or give --model-id"

@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, box, connects, resolve_model
-from splitnet.cli.generate import Speculate
-from splitnet.cli.invite import model_or_invited
+from splitnet.cli.arguments import ModelOrInvite, box, connects
+from splitnet.cli.generate import Speculate, connection_to
 from splitnet.errors import SplitnetError
-from splitnet.import_shims import import_models
 from splitnet.session.options import ConnectionOptions
 from splitnet.tools.bench.report import cases_of
 
@@ -64,14 +62,10 @@ def bench(
     cases = cases_of(prefill or [512], decode, context or [0], clients or [1])
     if not cases:
         raise SplitnetError("--prefill 0 and --decode 0 leave nothing to measure: give tokens to one of them")
-    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
-
-    import_models()
-    from splitnet.cli.connection import Connection
+    connection = connection_to(model, connecting)
     from splitnet.cli.generation import drafts_of
     from splitnet.tools.bench.backends import Benchmark
 
-    connection = Connection(checkpoint, connecting)
     drafts = drafts_of(speculate, connection)
     report = Benchmark(cases, rounds, warm_up, seed, threads, local, drafts).run(connection)
     if as_json:

@@ -177,15 +177,6 @@ class Arm(Protocol):
     def run(self, case: Case) -> Round: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One measurement; those of rounds before the first do not count."""
-
-    round: int
-    case: Case
-    arm: str
-
-
 @dataclass(frozen=True)
 class Measured:
     """A case with its rounds, by arm."""
@@ -208,12 +199,15 @@ class Measured:
         return Spread.of([figures[TOKENS_PER_S] / others[TOKENS_PER_S] for figures, others in pairs])
 
 
-def turns(cases: Sequence[Case], arms: Sequence[str], rounds: int, warm_up: int) -> Iterator[Turn]:
-    """All measurements in order. Arms change places with every round, so that none always comes first."""
+def turns(cases: Sequence[Case], arms: Sequence[str], rounds: int, warm_up: int) -> Iterator[tuple[int, Case, str]]:
+    """Round, case and arm of all measurements in order; those of rounds before the first do not count.
+
+    Arms change places with every round, so that none always comes first.
+    """
     for number in range(1 - warm_up, rounds + 1):
         for case in cases:
             for arm in arms if number % 2 else reversed(arms):
-                yield Turn(number, case, arm)
+                yield number, case, arm
 
 
 def measure(
@@ -222,18 +216,18 @@ def measure(
     """Runs all cases with all arms. Raises SplitnetError if an arm fails, or gives other than the tokens asked for."""
     seen: dict[tuple[Case, str], list[Round]] = {(case, arm): [] for case in cases for arm in arms}
     of_each_round = len(cases) * len(arms)
-    for index, turn in enumerate(turns(cases, list(arms), rounds, warm_up)):
-        stage = f"round {turn.round} of {rounds}" if turn.round > 0 else f"warm-up {turn.round + warm_up} of {warm_up}"
+    for index, (number, case, arm) in enumerate(turns(cases, list(arms), rounds, warm_up)):
+        stage = f"round {number} of {rounds}" if number > 0 else f"warm-up {number + warm_up} of {warm_up}"
         progress(stage, index % of_each_round, of_each_round)
-        answers = arms[turn.arm].run(turn.case)
-        wanted, given = turn.case.new_tokens, [answer.new_tokens for answer in answers]
-        if given != [wanted] * turn.case.clients:
+        answers = arms[arm].run(case)
+        wanted, given = case.new_tokens, [answer.new_tokens for answer in answers]
+        if given != [wanted] * case.clients:
             raise SplitnetError(
-                f"{turn.arm}: an answer of {wanted} tokens ended after {min(given, default=0)}: remove what ends "
+                f"{arm}: an answer of {wanted} tokens ended after {min(given, default=0)}: remove what ends "
                 "answers, such as stop_strings or max_time, from the model's generation_config.json"
             )
-        if turn.round > 0:
-            seen[turn.case, turn.arm].append(answers)
+        if number > 0:
+            seen[case, arm].append(answers)
     return [Measured(case, {arm: seen[case, arm] for arm in arms}) for case in cases]
 
 

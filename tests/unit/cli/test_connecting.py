@@ -79,7 +79,7 @@ def test_wrong_options_are_told_before_anything_slow(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the model is looked for, and libraries are imported."""
-    for module in ("cli.serve", "cli.demo", "cli.generate", "tools.tune"):
+    for module in ("cli.generate", "cli.demo", "tools.tune"):
         monkeypatch.setattr(f"splitnet.{module}.resolve_model", lambda _: pytest.fail("the model is looked for"))
     (tmp_path / "data.jsonl").write_text('{"text": "a"}')
     with socket.create_server(("127.0.0.1", 0)) as taken:

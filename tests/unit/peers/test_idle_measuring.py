@@ -14,6 +14,7 @@ from peers import server
 from peers.counters import Counters
 from peers.engine import ObservedSpeed
 from peers.links import NextHops
+from peers.options import PeerOptions
 from peers.server import SpanServer
 from peers.sessions import PassWork
 from splitnet.blocks.span import Chunk, Span
@@ -40,10 +41,8 @@ def server_of(checkpoint: Checkpoint, span: Span) -> SpanServer:
         ObservedSpeed((1.0,) * 5),
         outbox,
         NextHops(outbox),
-        kv_memory=1 << 20,
-        training_memory=0,
-        idle_s=600.0,
-        counters=Counters(),
+        PeerOptions(kv_memory=1 << 20, training_memory=0),
+        Counters(),
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 from peers.counters import Counters
 from peers.engine import ObservedSpeed
 from peers.links import NextHops
+from peers.options import PeerOptions
 from peers.server import SpanServer
 from peers.sessions import TENSOR_BYTES
 from splitnet.blocks.span import Span
@@ -30,10 +31,8 @@ def test_memory_for_less_than_the_states_of_one_sequence_is_refused(tmp_path: Pa
             ObservedSpeed((1.0,) * 5),
             outbox,
             NextHops(outbox),
-            kv_memory=kv_memory,
-            training_memory=0,
-            idle_s=600.0,
-            counters=Counters(),
+            PeerOptions(kv_memory=kv_memory, training_memory=0),
+            Counters(),
         )
 
     with pytest.raises(OutOfMemory, match=r"blocks 0:3 .*--kv-memory"):

@@ -44,6 +44,7 @@ PEER = """
 from unittest.mock import Mock
 from peers.counters import Counters
 from peers.links import NextHops
+from peers.options import PeerOptions
 from peers.server import SpanServer
 from peers.engine import measure_speed
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -57,10 +58,8 @@ server = SpanServer(
     measure_speed(span),
     outbox,
     NextHops(outbox),
-    kv_memory=1 << 20,
-    training_memory=0,
-    idle_s=9.0,
-    counters=Counters(),
+    PeerOptions(kv_memory=1 << 20, training_memory=0),
+    Counters(),
 )
 server.engine.start()
 ran = threading.Event()

@@ -80,15 +80,15 @@ def test_a_case_fits_exactly_as_many_positions_as_it_has(tokens: int, context: i
 )
 def test_arms_take_turns(cases: list[Case], arms: list[str], rounds: int, warm_up: int) -> None:
     order = list(turns(cases, arms, rounds, warm_up))
-    assert [turn.round for turn in order] == sorted(turn.round for turn in order)
-    counted = Counter((turn.case, turn.arm) for turn in order if turn.round > 0)
+    assert [number for number, _, _ in order] == sorted(number for number, _, _ in order)
+    counted = Counter((case, arm) for number, case, arm in order if number > 0)
     assert counted == {(case, arm): rounds for case in cases for arm in arms}
     assert len(order) == (rounds + warm_up) * len(cases) * len(arms)
     # No other case comes between the arms of a case.
     for begin in range(0, len(order), len(arms)):
         of_one = order[begin : begin + len(arms)]
-        assert len({(turn.round, turn.case) for turn in of_one}) == 1
-        assert [turn.arm for turn in of_one] == (arms if of_one[0].round % 2 else arms[::-1])
+        assert len({(number, case) for number, case, _ in of_one}) == 1
+        assert [arm for _, _, arm in of_one] == (arms if of_one[0][0] % 2 else arms[::-1])
 
 
 @given(values=st.lists(SECONDS, min_size=1), shares=st.tuples(st.floats(0, 1), st.floats(0, 1)))
