@@ -23,7 +23,7 @@ from splitnet.directory.ask import DirectoryDelta, parts_of
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import MAX_RECORD_BYTES, PeerRecord, verified_record
 from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError, SplitnetError
-from splitnet.limits import TokenBucket
+from splitnet.limits import TokenBucket, keep_latest
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import OPEN, SEAL_BYTES, OpenSwarm
 from splitnet.wire.endpoints import Connection
@@ -94,11 +94,11 @@ class DirectoryService:
         """Of a closed swarm, by depth: when its models were read, and the models by their names in questions."""
         self._waiting: Counter[_Payer] = Counter()  # questions and announcements that are not answered yet
         self._waiting_in: Counter[_About] = Counter()
-        self._bytes: OrderedDict[_Payer, TokenBucket] = OrderedDict()
-        self._announcements: OrderedDict[bytes, TokenBucket] = OrderedDict()
+        self._bytes: dict[_Payer, TokenBucket] = {}
+        self._announcements: dict[bytes, TokenBucket] = {}
         self._of_all = {about: TokenBucket() for about in _About}
         self._passed_on = TokenBucket()
-        self._announced: OrderedDict[bytes, dict[bytes, float]] = OrderedDict()  # announcer: key of record: expires at
+        self._announced: dict[bytes, dict[bytes, float]] = {}  # announcer: key of record: expires at
         self._tasks: dict[tuple[str, int], deque[Callable[[], None]]] = {}
         """By kind and depth, each with a thread: peers may wait for each other's answers, but depths only fall."""
         self._threads: set[threading.Thread] = set()
@@ -293,10 +293,8 @@ class DirectoryService:
         if record.key.curve_raw == announcer:
             return True
         with self._lock:
-            announced = self._announced.setdefault(announcer, {})
-            self._announced.move_to_end(announcer)
-            while len(self._announced) > MAX_KEYS:
-                self._announced.popitem(last=False)
+            announced = self._announced.get(announcer, dict[bytes, float]())
+            keep_latest(self._announced, announcer, announced, MAX_KEYS)
             for key in [key for key, expires_at in announced.items() if expires_at <= now]:
                 del announced[key]
             if record.key.raw not in announced and len(announced) >= RECORDS_PER_ANNOUNCER:
@@ -352,12 +350,9 @@ def _bytes_of_all(about: _About) -> int:
 K = TypeVar("K", bytes, _Payer)
 
 
-def _bucket_of(buckets: OrderedDict[K, TokenBucket], key: K) -> TokenBucket:
-    bucket = buckets.setdefault(key, TokenBucket())
-    buckets.move_to_end(key)
-    while len(buckets) > MAX_KEYS:
-        buckets.popitem(last=False)
-    return bucket
+def _bucket_of(buckets: dict[K, TokenBucket], key: K) -> TokenBucket:
+    keep_latest(buckets, key, buckets.get(key) or TokenBucket(), MAX_KEYS)
+    return buckets[key]
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from scheduler.facts import MIN_HEIGHT_MS, Link, Network
 from scheduler.liveness import ANSWER_TRIPS, FIRST_TRIPS
 from splitnet.directory.record import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink, facts_of, place_of
 from splitnet.errors import SplitnetError
+from splitnet.limits import keep_latest
 from splitnet.security.identity import PublicKey
 from splitnet.swarm.measure import NetworkCoordinates
 from splitnet.transport.pool import KEEP_S, LinkPool
@@ -112,7 +113,7 @@ class Neighbours:
 
     def heard(self, endpoint: Endpoint) -> None:
         with self._lock:
-            _note(self._heard_at, endpoint)
+            keep_latest(self._heard_at, endpoint, time.monotonic(), KEPT_HEARD)
 
     def answering(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
         """Those whose peers have answered a ping, which proves their key; takes a second while there are others.
@@ -132,7 +133,7 @@ class Neighbours:
                 self.links.release(endpoint)
         with self._lock:
             for endpoint in asked:
-                _note(self._asked_at, endpoint)
+                keep_latest(self._asked_at, endpoint, time.monotonic(), KEPT_HEARD)
                 if self._heard_at.get(endpoint, begin) < begin:
                     del self._heard_at[endpoint]
             return [record for record in records if record.endpoint in self._heard_at]
@@ -219,10 +220,3 @@ class Neighbours:
         """Vector with the height behind it, and the relative error, as they are published."""
         coordinate = self.network_coordinates.place.coordinate
         return (*coordinate.vector, max(coordinate.height_ms, MIN_HEIGHT_MS)), coordinate.error
-
-
-def _note(times: dict[Endpoint, float], endpoint: Endpoint) -> None:
-    times.pop(endpoint, None)
-    times[endpoint] = time.monotonic()
-    while len(times) > KEPT_HEARD:
-        del times[next(iter(times))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import logging
 import socket
@@ -35,7 +34,7 @@ from peers.service import SessionService
 from peers.sessions import Purpose
 from scheduler import facts as swarm
 from scheduler.cost import hop_joules
-from splitnet.errors import AddressInUse, SplitnetError
+from splitnet.errors import SplitnetError, listening_at
 from splitnet.version import __version__
 from splitnet.wire.codecs import CODECS
 
@@ -237,16 +236,10 @@ class MetricsServer(ThreadingTCPServer):
         self.names = {"localhost", host.lower(), socket.gethostname().lower()}  # of this machine in requests
         self._until: dict[socket.socket, float] = {}  # of connections that have not ended, the oldest first
         self._places = threading.BoundedSemaphore(2 * MOST_CONNECTIONS)
-        try:
+        fix = "give --metrics-port PORT, or HOST:PORT with a host of this machine"
+        with listening_at(f"{shown}:{port}", "--metrics-port", fix):
             self.address_family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             super().__init__(address[:2], _Handler)  # pyright: ignore[reportArgumentType]
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise AddressInUse(f"{shown}:{port} is taken: choose another --metrics-port, or 0 for any") from None
-            raise SplitnetError(
-                f"cannot listen on {shown}:{port} ({error.strerror}): give --metrics-port PORT, or HOST:PORT with a "
-                "host of this machine"
-            ) from None
         self.url = f"http://{shown}:{self.server_address[1]}{PATH}"
         self._thread = threading.Thread(target=self.serve_forever, name="splitnet-metrics", daemon=True)
 

@@ -33,6 +33,7 @@ from peers.training import MissingPass, Request, Training
 from scheduler.batching import DECODE_POSITIONS, Load
 from scheduler.liveness import CLIENT_LOST_S
 from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
+from splitnet.limits import keep_latest
 from splitnet.security.identity import PublicKey
 from splitnet.wire.codecs import check_size, codec_by_code
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState, is_address
@@ -190,10 +191,7 @@ class NextHopOpening:
 
     def link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
         if state is LinkState.UP:
-            self._proven.pop(endpoint, None)
-            self._proven[endpoint] = None
-            if len(self._proven) > REMEMBERED_HOPS:
-                del self._proven[next(iter(self._proven))]
+            keep_latest(self._proven, endpoint, None, REMEMBERED_HOPS)
         if _is_known(state, endpoint in self._proven):
             for session in [session for session in self._pending if session.next == endpoint]:
                 self._answer(session, reachable=state is LinkState.UP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -151,3 +152,15 @@ def stumbling(refusal: Callable[[str], SplitnetError]) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise refusal(first_line(error)) from error
+
+
+@contextmanager
+def listening_at(place: str, option: str, fix: str) -> Iterator[None]:
+    """Around what listens at a place. Raises AddressInUse: it is taken, another is chosen with `option`; SplitnetError:
+    it is not one of this machine, with the `fix`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"{place} is taken: choose another {option}, or 0 for any free one") from None
+        raise SplitnetError(f"cannot listen on {place} ({error.strerror}): {fix}") from None

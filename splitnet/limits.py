@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from splitnet.errors import SplitnetError, UnsupportedModel
 
@@ -22,6 +22,16 @@ except ImportError:  # not on Windows
     resource = None
 
 MINUTE_S = 60.0
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def keep_latest(kept: dict[K, V], key: K, value: V, most: int) -> None:
+    """Puts an entry last, and forgets the first of more than `most`."""
+    kept.pop(key, None)
+    kept[key] = value
+    while len(kept) > most:
+        del kept[next(iter(kept))]
 
 
 class TokenBucket:

@@ -250,7 +250,7 @@ def read_config(store: TensorStore) -> tuple[PreTrainedConfig, PreTrainedConfig]
     """The config of a whole checkpoint and that of the text model in it, which is the same if that is all. Raises
     ModelNotFound if it cannot be read; UnsupportedModel if transformers does not know the architecture, or it cannot be
     cut into spans."""
-    whole = store.config()
+    whole = store.config
     config = text_config_of(whole)
     check_can_be_cut(config)
     tied = any(getattr(one, "tie_word_embeddings", False) for one in (whole, config))

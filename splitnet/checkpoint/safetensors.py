@@ -135,11 +135,8 @@ class SafetensorsStore:
             raise ModelNotFound(f"there is no folder {model}: give a checkpoint folder or a Hugging Face id")
         return cls(model, None, revision)
 
-    def config(self) -> PreTrainedConfig:
-        return self._config
-
     @cached_property
-    def _config(self) -> PreTrainedConfig:
+    def config(self) -> PreTrainedConfig:
         def refusal(why: str) -> UnsupportedModel:
             return UnsupportedModel(
                 f"transformers cannot make a model of {self._config_file}: update transformers if it does not know the "
@@ -182,9 +179,9 @@ class SafetensorsStore:
     @cached_property
     def _weights(self) -> Weights:
         settings = self._quantization
-        text = self._config.get_text_config()
+        text = self.config.get_text_config()
         format = None if settings is None else _quantized_format(settings, text.model_type)
-        told = text.dtype or self._config.dtype
+        told = text.dtype or self.config.dtype
         dtype = told if is_number_type(told) else torch.bfloat16
         return Weights(tuple(self._weight_map), format, dtype)
 

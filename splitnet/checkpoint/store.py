@@ -47,6 +47,7 @@ class TensorStore(TensorFiles, Protocol):
     source: str  # hub id or path
     folder: WeightFolder | None  # that gets bytes before they are read; None: all are in the files, or on the hub
 
+    @property
     def config(self) -> PreTrainedConfig:
         """That of the whole checkpoint, without a description of how the weights are quantized. Raises ModelNotFound:
         it cannot be read; UnsupportedModel: transformers does not know the architecture."""

@@ -7,7 +7,6 @@ key, host and in all, one buffer for each direction of a stream, and bytes per s
 from __future__ import annotations
 
 import asyncio
-import errno
 import ipaddress
 import logging
 import secrets
@@ -17,7 +16,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 
-from splitnet.errors import AddressInUse, NotAuthorized, ProtocolError, SplitnetError
+from splitnet.errors import NotAuthorized, ProtocolError, listening_at
 from splitnet.limits import Places, SharedRate, most_connections
 from splitnet.nat.messages import (
     TOKEN_BYTES,
@@ -128,12 +127,8 @@ class RelayServer:
         self._rate = SharedRate(bounds.bytes_per_s)
         self.passed_bytes = 0
         self.events: Counter[str] = Counter()
-        try:
+        with listening_at(self.listen, "port for streams", "give an address of this machine"):
             self._listener = listening(self.listen)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise AddressInUse(f"{self.listen} is taken: choose another port for streams, or 0 for any") from None
-            raise SplitnetError(f"streams cannot be taken at {self.listen}: {error.strerror}") from None
         self.port: int = self._listener.getsockname()[1]
         self._task: asyncio.Task[None] | None = None
 

@@ -32,6 +32,7 @@ from scheduler.replan import PredictionErrors
 from scheduler.route_search import PINGED_AT_ONCE, Answers
 from splitnet.directory.record import PeerRecord, facts_of, network_of, place_of
 from splitnet.errors import SplitnetError
+from splitnet.limits import keep_latest
 from splitnet.swarm.links import Links
 from splitnet.swarm.peer_cache import PeerCache
 from splitnet.wire.endpoints import Endpoint
@@ -99,11 +100,9 @@ class NetworkCoordinates:
         """Takes in a link to a peer; of one whose bandwidth was not measured this time (0) the former one counts."""
         other = place_of(record).coordinate
         with self._lock:
-            _, former, _ = self._links.pop(record.key.text, (0.0, link, other))
+            _, former, _ = self._links.get(record.key.text, (0.0, link, other))
             link = link if link.bytes_per_ms else Link(link.latency_ms, former.bytes_per_ms)
-            self._links[record.key.text] = (self._clock(), link, other)
-            while len(self._links) > KEPT_LINKS:
-                del self._links[next(iter(self._links))]
+            keep_latest(self._links, record.key.text, (self._clock(), link, other), KEPT_LINKS)
             self._coordinate = self._coordinate.moved(other, 2 * link.latency_ms, self._direction())
             self._bytes_per_ms = max(self._bytes_per_ms, link.bytes_per_ms)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import queue
 import re
@@ -15,7 +14,7 @@ from enum import StrEnum
 
 import ifaddr
 
-from splitnet.errors import AddressInUse, DirectoryError, KeyFileError, SplitnetError
+from splitnet.errors import DirectoryError, KeyFileError, SplitnetError, listening_at
 from splitnet.security.identity import PublicKey
 from splitnet.wire.endpoints import Endpoint, is_address
 
@@ -157,32 +156,20 @@ def refuse_taken(listen: str) -> None:
             f"{listen!r} is no address to listen on: write tcp://HOST:PORT, with port 0 for any free one"
         )
     host = "0.0.0.0" if match[1] == "*" else match[1].strip("[]")
-    try:
+    with listening_at(listen, "port with --listen", "give an address of this machine, or tcp://0.0.0.0:0"):
         family, kind, protocol, _, address = socket.getaddrinfo(host, int(match[2]), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             if sys.platform != "win32":  # where it would share a port that is taken
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise AddressInUse(f"{listen} is taken: choose another port with --listen, or 0 for any free one") from None
-        raise SplitnetError(
-            f"cannot listen on {listen} ({error.strerror}): give an address of this machine, or tcp://0.0.0.0:0"
-        ) from None
 
 
 def listen_at(host: str, port: int) -> socket.socket:
     """Listens for HTTP. Raises AddressInUse: something listens there; SplitnetError: it is not an address of this
     machine."""
-    try:
+    with listening_at(f"{host}:{port}", "--port", "give an address of this machine as --host"):
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)  # pyright: ignore[reportArgumentType]
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise AddressInUse(f"{host}:{port} is taken: choose another --port, or 0 for any free one") from None
-        raise SplitnetError(
-            f"cannot listen on {host}:{port} ({error.strerror}): give an address of this machine as --host"
-        ) from None
 
 
 def peer_address(endpoint: Endpoint) -> str:

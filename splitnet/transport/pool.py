@@ -13,6 +13,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
 from scheduler.liveness import SILENT_S
+from splitnet.limits import keep_latest
 from splitnet.wire.endpoints import Endpoint, LinkState
 
 KEEP_S = 60.0
@@ -144,9 +145,7 @@ class LinkPool:
         state = self.linking.state(endpoint)
         self._failed.pop(endpoint, None)
         if _has_failed(state):
-            self._failed[endpoint] = (state, math.inf)
-            if len(self._failed) > REMEMBERED_STATES:
-                del self._failed[next(iter(self._failed))]
+            keep_latest(self._failed, endpoint, (state, math.inf), REMEMBERED_STATES)
         self.linking.disconnect(endpoint)
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import count
-from typing import TypeVar
 
 from scheduler.facts import Link
 from scheduler.liveness import ANSWER_S, ANSWER_TRIPS, FIRST_ANSWER_S, FIRST_TRIPS, MAX_ANSWER_S, TAKEN_TRIPS
+from splitnet.limits import keep_latest
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import LoadReport, Ping, Pong, Timing
 
@@ -108,14 +108,15 @@ class Prober:
             rtt_ms = (time.perf_counter() - sent.at) * 1000
             if rtt_ms < QUICK_MS:
                 self.quick_at = max(self.quick_at, sent.at)
-            _keep(self._answered, source, max(message.nonce, self._answered.get(source, 0)))
+            latest = max(message.nonce, self._answered.get(source, 0))
+            keep_latest(self._answered, source, latest, KEPT_ENDPOINTS)
             for load in message.load:
-                _keep(self.loads, source, load)
+                keep_latest(self.loads, source, load, KEPT_ENDPOINTS)
             if not sent.padding:
                 self._latest.append(rtt_ms)
                 round_trips = self._round_trips.get(source, deque[float](maxlen=KEPT_ROUND_TRIPS))
                 round_trips.append(rtt_ms)
-                _keep(self._round_trips, source, round_trips)
+                keep_latest(self._round_trips, source, round_trips, KEPT_ENDPOINTS)
         holds, queue = message.holds if sent.session else None, (message.queue_ms, message.kv_free_positions)
         timing = message.timing[0] if message.timing else None
         sent.future.set_result(Answer(rtt_ms, *queue, holds, message.waiting, message.done, message.last, timing))
@@ -217,13 +218,3 @@ class Prober:
                 break
             wait([pings[endpoint] for endpoint in waiting], timeout=min(left_s, LOOK_S) if new else left_s)
         return {endpoint: future.result() for endpoint, future in pings.items() if future.done()}
-
-
-V = TypeVar("V")
-
-
-def _keep(kept: dict[Endpoint, V], endpoint: Endpoint, value: V) -> None:
-    kept.pop(endpoint, None)
-    kept[endpoint] = value
-    if len(kept) > KEPT_ENDPOINTS:
-        del kept[next(iter(kept))]

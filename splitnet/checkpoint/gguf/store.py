@@ -53,11 +53,8 @@ class GgufStore:
         self.source = str(file.path)
         self.folder: WeightFolder | None = None
 
-    def config(self) -> PreTrainedConfig:
-        return self._config
-
     @cached_property
-    def _config(self) -> PreTrainedConfig:
+    def config(self) -> PreTrainedConfig:
         check_values({"layers": self._file.of_architecture.get("block_count")}, self.source)
         ropes = ROPE_TENSORS & self._file.tensors.keys()
         if sum(self._file.tensors[name].data.nbytes for name in ropes) > _MAX_ROPE_BYTES:
@@ -120,7 +117,7 @@ class GgufStore:
 
     def _made(self, recipe: _Recipe, parts: Iterable[torch.Tensor]) -> torch.Tensor:
         try:
-            return recipe.make(self._config, *parts)
+            return recipe.make(self.config, *parts)
         except (RuntimeError, *MALFORMED) as error:
             first = recipe.parts[0]
             raise UnsupportedModel(
@@ -182,7 +179,7 @@ class GgufStore:
     @cached_property
     def _recipes(self) -> dict[str, _Recipe]:
         """By the names that transformers' checkpoints have."""
-        file, family, blocks = self._file, self._family, self._config.num_hidden_layers
+        file, family, blocks = self._file, self._family, self.config.num_hidden_layers
         inside: dict[int, dict[str, GgufTensor]] = {}
         recipes: dict[str, _Recipe] = {}
         for name, tensor in file.tensors.items():

@@ -57,6 +57,7 @@ class CodedStore:
         self.folder: WeightFolder | None = None
         self.tensors = dict(tensors)
 
+    @property
     def config(self) -> PreTrainedConfig:
         return self._plain.config
 

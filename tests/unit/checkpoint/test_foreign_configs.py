@@ -17,7 +17,7 @@ TINY = {"hidden_size": 8, "intermediate_size": 8, "model_type": "llama", "num_at
 
 def config_of(folder: Path, **values: Any) -> Any:
     (folder / "config.json").write_text(json.dumps({**TINY, "num_hidden_layers": 1, **values}))
-    return open_store(folder).config()
+    return open_store(folder).config
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ KEPT_AS_FLOATS = re.compile("norm|conv1?d?\\.|kv_b_proj|gate\\.weight|router|sha
 
 def load(store: GgufStore) -> PreTrainedModel:
     """The whole model, by transformers' own loading."""
-    config = store.config()
+    config = store.config
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     with store.load_tensors({name: name for name in store.names}, torch.float32, None) as tensors:
         loaded, report = model_class.from_pretrained(
@@ -147,7 +147,7 @@ def test_gives_what_the_checkpoint_gives_of_which_it_was_made(case: str, tmp_pat
     folder = random_checkpoint(family, tmp_path / "checkpoint", **overrides)
     expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     store = GgufStore(write_gguf(folder, tmp_path / "model.gguf"))
-    assert store.config().model_type == family
+    assert store.config.model_type == family
     torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from splitnet import limits
+from splitnet.errors import AddressInUse
 from splitnet.nat import punch, stream
 from splitnet.nat import relay as helper_module
 from splitnet.nat import unreachable as hidden_module
@@ -620,7 +621,7 @@ def test_bytes_per_second_are_bounded(world: World, stranger: Connect) -> None:
 def test_a_helper_tells_that_its_port_is_taken(world: World) -> None:
     taken = world.helper()
     loop = WaysLoop()
-    with closing(loop), pytest.raises(helper_module.AddressInUse):
+    with closing(loop), pytest.raises(AddressInUse):
         RelayServer(loop, Identity.generate(), f"tcp://{HOST}:{taken.port}")
 
 
