@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from peers.sessions import MemoryAccount, PassWork, Purpose, Session, Work, is_quick
 from scheduler.batching import DECODE_POSITIONS, MAX_PASSED_OVER, UNSENT_BYTES, BatchingDelay, next_pass
@@ -23,28 +24,23 @@ MAX_KEY_PASSES = 256  # passes over whole sequences, adapters and look-ups that 
 LOOK_S = 0.02  # how often it is looked whether a way is free again for which all wait
 
 
+@dataclass(eq=False)
 class WorkQueue:
     """First steps of all sessions that have work, and passes over whole sequences. Thread-safe.
 
     A session is busy while its step is in a pass, so steps of one session never overtake each other.
-
-    pass_s: seconds that a pass of so many positions takes. weight: of a client's key, in proportion to which keys share
-    the device. memory: for the steps that wait; None: 512 MiB. unsent: bytes that wait for the link to a next hop.
     """
 
-    def __init__(
-        self,
-        pass_s: Callable[[int], float] = lambda positions: 0.0,
-        weight: Callable[[bytes], float] = lambda key: 1.0,
-        memory: MemoryAccount | None = None,
-        unsent: Callable[[Endpoint], int] = lambda endpoint: 0,
-    ) -> None:
-        self._pass_s = pass_s
-        self._unsent = unsent
-        self._fair = FairPasses[Work](pass_s, weight)
+    pass_s: Callable[[int], float] = lambda positions: 0.0  # seconds that a pass of so many positions takes
+    weight: Callable[[bytes], float] = lambda key: 1.0  # of a client's key: its share of the device
+    step_bytes: int = 1 << 29  # for the steps that wait
+    unsent: Callable[[Endpoint], int] = lambda endpoint: 0  # bytes that wait for the link to a next hop
+
+    def __post_init__(self) -> None:
+        self.memory = MemoryAccount(self.step_bytes, "no memory for waiting steps of", "send fewer at a time")
+        self._fair = FairPasses[Work](self.pass_s, self.weight)
         self._shares = self._fair.shares
         self.delay = BatchingDelay()  # of the sessions, by id, that steps are waited for
-        self.memory = memory or MemoryAccount(1 << 29, "no memory for waiting steps of", "send fewer at a time")
         self._ready: OrderedDict[Session, None] = OrderedDict()
         # Of prompts that are ready: bytes that wait for the way, and since when they have not become fewer.
         self._ways: dict[Endpoint, tuple[int, float]] = {}
@@ -95,7 +91,7 @@ class WorkQueue:
             work = session.waiting[0]
             if (
                 work.remaining > DECODE_POSITIONS
-                or self._pass_s(work.remaining) > within_s
+                or self.pass_s(work.remaining) > within_s
                 or self.delay.delay_s(1)
                 or self._shares.contended(time.monotonic())
                 or not is_quick(work)
@@ -115,7 +111,7 @@ class WorkQueue:
                 ("key", len(of_key), MAX_KEY_PASSES),
             ):
                 if waiting >= most:
-                    wait_s = self._pass_s(self.pass_positions)
+                    wait_s = self.pass_s(self.pass_positions)
                     raise PeerBusy(
                         f"{waiting} passes of this {what} wait already, the most that may: send more when those are "
                         f"answered, the last in about {wait_s:.0f} s"
@@ -274,7 +270,7 @@ class WorkQueue:
             following = session.next
             if following is not None and session.waiting[0].remaining > DECODE_POSITIONS:
                 if following not in ways:
-                    unsent = self._unsent(following)
+                    unsent = self.unsent(following)
                     before, since = self._ways.get(following, (0, now))
                     ways[following] = unsent, (since if unsent >= before > UNSENT_BYTES else now)
                 unsent, since = ways[following]
@@ -305,7 +301,7 @@ class WorkQueue:
         is_pass = not own or (first == goes_on and not own_steps)
         if first in self._passes and goes_on is None and self._turns_without_pass >= MAX_PASSED_OVER:
             is_pass = True
-        takes_s = CHUNK_S if is_pass else self._pass_s(own[0].waiting[0].remaining)
+        takes_s = CHUNK_S if is_pass else self.pass_s(own[0].waiting[0].remaining)
         waits = self._shares.awaited(first, min(takes_s, self._fair.chunk_s(now)), now)
         if waits is not None:
             key, left_s = waits

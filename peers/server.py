@@ -36,7 +36,7 @@ from peers.power import EnergyMeter, find_sources
 from peers.queue import WorkQueue
 from peers.reach import PeerWays
 from peers.service import ServedBlocks, SessionService
-from peers.sessions import AHEAD, TENSOR_BYTES, KeyPolicy, MemoryAccount, SessionTable
+from peers.sessions import AHEAD, TENSOR_BYTES, KeyPolicy, SessionTable
 from peers.weights import DEFAULT_RATE, WeightService
 from splitnet.blocks.device import find_device
 from splitnet.blocks.span import Span
@@ -123,13 +123,8 @@ class SpanServer:
             num_blocks=checkpoint.num_blocks,
             keys=policy.keys,
         )
-        step_memory = max(LEAST_STEP_MEMORY, kv_memory // 2)
-        queue = WorkQueue(
-            partial(speed.pass_s, blocks=span.end - span.start),
-            policy.weight,
-            MemoryAccount(step_memory, "no memory for waiting steps of", "send fewer at a time"),
-            outbox.unsent,
-        )
+        pass_s = partial(speed.pass_s, blocks=span.end - span.start)
+        queue = WorkQueue(pass_s, policy.weight, max(LEAST_STEP_MEMORY, kv_memory // 2), outbox.unsent)
         served = ServedBlocks(
             model=checkpoint.fingerprint,
             start=span.start,

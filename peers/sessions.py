@@ -11,7 +11,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -386,39 +386,29 @@ class MemoryAccount(Budget):
             self.give_back(session, purpose, self.limit)
 
 
+@dataclass(eq=False)
 class SessionTable:
-    """Admission by KV memory: what is reserved never exceeds `capacity`.
+    """Admission by KV memory: what is reserved never exceeds `kv_bytes`.
 
     One key may have all of it until another wants some; then each has a share by its weight. To make room for a key
     within its share, sessions of keys beyond theirs end, without a step for `LEASE_S`, or after `LONGEST_LEASE_S`.
-
-    capacity: bytes for keys and values, states, and logs of what was sent on. position_bytes: of keys and values.
-    row_bytes: what a row takes besides its positions. usual_log_bytes: what the log of a position takes with the codec
-    that most sessions have. ahead: share of its reservation that a session's rows and logs may take beyond it, as they
-    are allocated ahead. num_blocks: of the model; sessions that end there keep no log.
     """
 
-    def __init__(
-        self,
-        capacity: int,
-        *,
-        idle_s: float = 600.0,
-        position_bytes: float = 1.0,
-        row_bytes: int = 0,
-        usual_log_bytes: int = 0,
-        ahead: float = 0.0,
-        num_blocks: int = 0,
-        keys: AuthorizedKeys | None = None,
-    ) -> None:
+    kv_bytes: int  # for keys and values, states, and logs of what was sent on
+    _: KW_ONLY
+    idle_s: float = 600.0  # after this long without a message a session is dropped
+    position_bytes: float = 1.0  # of keys and values
+    row_bytes: int = 0  # what a row takes besides its positions
+    usual_log_bytes: int = 0  # what the log of a position takes with the codec that most sessions have
+    ahead: float = 0.0  # share of its reservation that a session's rows and logs may take beyond it, as allocated ahead
+    num_blocks: int = 0  # of the model; sessions that end there keep no log
+    keys: AuthorizedKeys = field(default_factory=lambda: AuthorizedKeys(None))
+
+    def __post_init__(self) -> None:
         # What a key may have is found by this class, not by `Budget`.
-        self.memory = MemoryAccount(capacity, "no KV memory for", "try with fewer positions", (capacity,) * 3)
-        self.idle_s = idle_s  # after this long without a message a session is dropped
-        self._position_bytes = position_bytes * (1 + ahead)
-        self._row_bytes = row_bytes
-        self._usual_bytes = (position_bytes + usual_log_bytes) * (1 + ahead)
-        self._ahead = ahead
-        self._num_blocks = num_blocks
-        self._keys = keys or AuthorizedKeys(None)
+        limits = (self.kv_bytes,) * 3
+        self.memory = MemoryAccount(self.kv_bytes, "no KV memory for", "try with fewer positions", limits)
+        self._usual_bytes = (self.position_bytes + self.usual_log_bytes) * (1 + self.ahead)
         self._sessions: dict[bytes, Session] = {}
         self.get = self._sessions.get
         self._count: dict[bytes, int] = {}  # sessions by key
@@ -434,12 +424,12 @@ class SessionTable:
     @property
     def capacity(self) -> int:
         """Positions that one session of one row could reserve if there were no others, with the usual codec."""
-        return max(0, int((self.memory.limit - self._row_bytes) / self._usual_bytes))
+        return max(0, int((self.memory.limit - self.row_bytes) / self._usual_bytes))
 
     @property
     def free_positions(self) -> int:
         """Positions that a new session may reserve, with the usual codec."""
-        return max(0, int((self.memory.free - self._row_bytes) / self._usual_bytes))
+        return max(0, int((self.memory.free - self.row_bytes) / self._usual_bytes))
 
     def make_room(self, session: Session, reservation: int, now: float) -> list[Session]:
         """Ends sessions of keys that have more than their share, if that lets `session` reserve so many positions.
@@ -454,7 +444,7 @@ class SessionTable:
             return []
         weights = self._weights(key, now)
         share, places = self._share(key, weights)
-        most = self._keys.options_of(key).kv
+        most = self.keys.options_of(key).kv
         if self.memory.held(key) + wanted > (share if most is None else min(share, most)):
             return []
         if is_new and self._count.get(key, 0) >= places:
@@ -489,7 +479,7 @@ class SessionTable:
         self._check_share(session.owner, self._new_bytes(session), session.used_at)
         try:
             self._take(session, Purpose.POSITIONS, self._bytes_of(session, session.reservation))
-            self._take(session, Purpose.ROWS, self._row_bytes)
+            self._take(session, Purpose.ROWS, self.row_bytes)
         except PeerBusy:
             self.memory.end(session)
             raise
@@ -505,9 +495,9 @@ class SessionTable:
         if not more or session.closed:
             return
         if more > 0:
-            self._take(session, Purpose.ROWS, more * self._row_bytes)
+            self._take(session, Purpose.ROWS, more * self.row_bytes)
         else:
-            self.memory.give_back(session, Purpose.ROWS, -more * self._row_bytes)
+            self.memory.give_back(session, Purpose.ROWS, -more * self.row_bytes)
         session.reserved_rows += more
 
     def resize(self, session: Session, reservation: int) -> None:
@@ -540,19 +530,19 @@ class SessionTable:
         return idle
 
     def _reservation(self, session: Session) -> int:
-        least = int((self.memory.limit - self._row_bytes) / self._cost_of(session))
+        least = int((self.memory.limit - self.row_bytes) / self._cost_of(session))
         return max(session.reservation, min(MIN_RESERVATION, max(1, least)))
 
     def _new_bytes(self, session: Session) -> int:
-        return self._bytes_of(session, self._reservation(session)) + self._row_bytes
+        return self._bytes_of(session, self._reservation(session)) + self.row_bytes
 
     def _bytes_of(self, session: Session, positions: int) -> int:
         return math.ceil(positions * self._cost_of(session))
 
     def _cost_of(self, session: Session) -> float:
         """Bytes of a position of its reservation."""
-        log = session.log.bytes_per_position if session.end < self._num_blocks else 0
-        return self._position_bytes + log * (1 + self._ahead)
+        log = session.log.bytes_per_position if session.end < self.num_blocks else 0
+        return (self.position_bytes + log) * (1 + self.ahead)
 
     def _take(self, session: Session, purpose: Purpose, nbytes: int) -> None:
         try:
@@ -566,16 +556,16 @@ class SessionTable:
 
     def _weights(self, key: bytes, now: float) -> float:
         """Sum of a key's weight and of those that have memory or want some."""
-        return sum(self._keys.options_of(each).weight for each in {key, *self._count, *self._wanting(now)})
+        return sum(self.keys.options_of(each).weight for each in {key, *self._count, *self._wanting(now)})
 
     def _share(self, key: bytes, weights: float) -> tuple[float, float]:
         """Bytes and sessions that a key may have; `weights`: sum of all."""
-        part = self._keys.options_of(key).weight / weights
+        part = self.keys.options_of(key).weight / weights
         return part * self.memory.limit, max(1.0, part * MAX_SESSIONS)
 
     def _check_share(self, key: bytes, nbytes: int, now: float) -> None:
         held = self.memory.held(key)
-        most = self._keys.options_of(key).kv
+        most = self.keys.options_of(key).kv
         if most is not None and held + nbytes > most:
             raise PeerBusy(
                 f"your key may reserve {most} bytes of KV memory at this peer, and has {held}: close sessions, or ask "

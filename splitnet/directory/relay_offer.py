@@ -14,7 +14,7 @@ from splitnet.errors import SplitnetError
 from splitnet.nat.relay import RelayBounds, RelayServer
 from splitnet.nat.stream import WaysLoop
 from splitnet.security.identity import AuthorizedKeys, Identity
-from splitnet.transport.addresses import reachable_host, with_literal_host
+from splitnet.transport.addresses import public_address
 from splitnet.version import __version__
 from splitnet.wire.endpoints import Relay, host_and_port
 
@@ -43,16 +43,14 @@ def relaying(
     `HOST` or `HOST:PORT` by which others reach this machine, its port does not count; None: found out. Raises
     SplitnetError if it cannot listen there, or the host has no address."""
     listen = f"tcp://{host}:{port}"
-    name = with_literal_host(public_host or reachable_host(listen))
-    if name.rpartition(":")[2].isdecimal() and not name.endswith("]"):
-        name = name.rpartition(":")[0]
+    name, _ = host_and_port(public_address(listen, port, public_host))
     bounds = RelayBounds(bytes_per_s=bytes_per_s or RelayBounds.bytes_per_s)
     with (
         closing(WaysLoop()) as loop,
         closing(RelayServer(loop, identity, listen, authorized=authorized, bounds=bounds)) as server,
     ):
         server.start()
-        relay = server.relay_at(name.strip("[]"))
+        relay = server.relay_at(name)
         with offered(directory, identity, relay):
             yield relay
 

@@ -575,7 +575,7 @@ class TestSeveralKeys:
 
     def run(self, queue: WorkQueue) -> list[tuple[Work, int]]:
         chosen = run_pass(queue, 512)
-        queue.ran(chosen, queue._pass_s(sum(count for _, count in chosen)))
+        queue.ran(chosen, queue.pass_s(sum(count for _, count in chosen)))
         return chosen
 
     def test_a_pass_has_a_step_of_each_and_more_where_they_cost_little(self) -> None:
@@ -644,7 +644,7 @@ class TestSeveralKeys:
                 queue.put(work(session(number, owner=b"hurried", reservation=100), 100, start=0))
             for item, count in self.run(queue):
                 had[item.owner] += count
-        more_s = queue._pass_s(had[b"hurried"] - had[b"patient"])
+        more_s = queue.pass_s(had[b"hurried"] - had[b"patient"])
         assert AHEAD_S < more_s < 2 * AHEAD_S + 0.5, "what one has got, the other has let go"
 
     def test_a_long_prompt_beside_short_ones_of_many_keys_goes_on(self) -> None:
@@ -659,7 +659,7 @@ class TestSeveralKeys:
                 if not owner.waiting:
                     queue.put(work(owner, 88, start=0))
             chosen = self.run(queue)
-            pass_s = queue._pass_s(sum(count for _, count in chosen))
+            pass_s = queue.pass_s(sum(count for _, count in chosen))
             took_s += pass_s
             had_s += pass_s * any(item.session is patient for item, _ in chosen)
         assert had_s > (120.0 / 30 - AHEAD_S) / 3, "its share is a thirtieth"
@@ -693,9 +693,9 @@ class TestSeveralKeys:
             queue.put(work(one, 1, number=number))
             while one.waiting:
                 chosen = self.run(queue)
-                took_s += queue._pass_s(sum(count for _, count in chosen))
+                took_s += queue.pass_s(sum(count for _, count in chosen))
                 prefilled += sum(count for item, count in chosen if item.session is long)
-        assert took_s <= 1.25 * 200 * queue._pass_s(1)
+        assert took_s <= 1.25 * 200 * queue.pass_s(1)
         assert prefilled > 44 / 0.05 * took_s / 5, "more than in a fifth of the time without"
 
     @pytest.mark.parametrize("free", [1, 2])
@@ -711,7 +711,7 @@ class TestSeveralKeys:
             queue.put(work(one, 1, number=number))
             while one.waiting:
                 chosen = self.run(queue)
-                took = queue._pass_s(sum(count for _, count in chosen))
+                took = queue.pass_s(sum(count for _, count in chosen))
                 took_s += took
                 prefilled += sum(count for item, count in chosen if item.session is long)
                 if all(item.session is long for item, _ in chosen):
