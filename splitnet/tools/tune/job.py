@@ -204,10 +204,53 @@ class Tuning:
             adapted = self._adapted(checkpoint, swarm, connection.options, tokenizer, pad)
             folder.begin(description)
             run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head, device=connection.options.device)
-            _Training(self, run, folder, held_out, words, pad).train()
+            self._train(run, folder, held_out, words, pad)
         finally:
             swarm.close()
         self._print_next()
+
+    def _train(
+        self, run: TuningRun, folder: TuningFolder, held_out: Sequence[Encoded], words: Sequence[int] | None, pad: int
+    ) -> None:
+        steps = self.settings.steps
+        progress = TuningProgress(steps)
+
+        def look() -> None:
+            done = run.done
+            if done and done % self.save_every == 0:
+                folder.save_checkpoint(*run.state())
+            due = done in (0, steps) or (self.eval_every and done % self.eval_every == 0)
+            if not held_out or not due:
+                return
+            if any(line["step"] == done and "eval_loss" in line for line in folder.metrics()):
+                return
+            size, device = self.settings.batch_size, run.device
+            with progress.evaluating(len(held_out)) as advance:
+                how: dict[str, Any] = {"words": words, "head": self.head, "advance": advance, "device": device}
+                result = evaluate(run.model, held_out, batch_size=size, pad=pad, **how)
+            folder.add_metrics({"step": done, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
+            progress.say(f"step {done}: {_told(result)}")
+
+        def keep() -> None:
+            folder.save_checkpoint(*run.state())
+            folder.save_adapter(run.model)
+            if has("plot"):
+                metrics, title = folder.metrics(), f"{self.method}, {self.train.path.name}"
+                folder.save_chart(lambda path: draw_loss_curve(metrics, title, path))
+
+        saved = folder.load_checkpoint() if self.resume else None
+        told = f"{self.method}: {len(self.train.rows):,} examples"
+        take_steps(run, folder, progress, saved, told, look=look, keep=keep)
+        evaluations = [line for line in folder.metrics() if "eval_loss" in line]
+        if len(evaluations) > 1:
+            ends = (evaluations[0], evaluations[-1])
+            before, after = (Evaluation(line["eval_loss"], line["eval_accuracy"]) for line in ends)
+            typer.echo(f"Before: {_told(before)}. After {run.done} steps: {_told(after)}.")
+        if has("plot"):
+            typer.echo(f"The adapter, metrics.jsonl and loss.png are in {self.output}.")
+        else:
+            plot = "For loss.png: `pip install 'splitnet[plot]'`."
+            typer.echo(f"The adapter and metrics.jsonl are in {self.output}. {plot}")
 
     def _encoder(self, checkpoint: Checkpoint, tokenizer: Any) -> Encoder:
         virtual = self.options.virtual_tokens(self.method)
@@ -273,72 +316,6 @@ class Tuning:
             text = self.template if self.train.form == "classification" else "{text}"
             command += ["--raw", text.replace("{text}", "...")]
         typer.echo(f"Use it: {shlex.join(command)}")
-
-
-@dataclass
-class _Training:
-    """Steps, evaluations and files of a run until its end, or until it is stopped."""
-
-    tuning: Tuning
-    run: TuningRun
-    folder: TuningFolder
-    held_out: Sequence[Encoded]
-    words: Sequence[int] | None
-    pad: int
-
-    def __post_init__(self) -> None:
-        self.progress = TuningProgress(self.tuning.settings.steps)
-
-    def train(self) -> None:
-        """Trains. Raises SystemExit if it was stopped; all is saved then."""
-        saved = self.folder.load_checkpoint() if self.tuning.resume else None
-        told = f"{self.tuning.method}: {len(self.tuning.train.rows):,} examples"
-        take_steps(self.run, self.folder, self.progress, saved, told, look=self._look, keep=self._save)
-        self._report()
-
-    def _look(self) -> None:
-        done, every = self.run.done, self.tuning.eval_every
-        if done and done % self.tuning.save_every == 0:
-            self.folder.save_checkpoint(*self.run.state())
-        due = done in (0, self.tuning.settings.steps) or (every and done % every == 0)
-        if not self.held_out or not due:
-            return
-        if any(line["step"] == done and "eval_loss" in line for line in self.folder.metrics()):
-            return
-        with self.progress.evaluating(len(self.held_out)) as advance:
-            result = evaluate(
-                self.run.model,
-                self.held_out,
-                batch_size=self.tuning.settings.batch_size,
-                pad=self.pad,
-                words=self.words,
-                head=self.tuning.head,
-                advance=advance,
-                device=self.run.device,
-            )
-        self.folder.add_metrics({"step": self.run.done, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
-        self.progress.say(f"step {self.run.done}: {_told(result)}")
-
-    def _save(self) -> None:
-        self.folder.save_checkpoint(*self.run.state())
-        self.folder.save_adapter(self.run.model)
-        if not has("plot"):
-            return
-        metrics = self.folder.metrics()
-        title = f"{self.tuning.method}, {self.tuning.train.path.name}"
-        self.folder.save_chart(lambda path: draw_loss_curve(metrics, title, path))
-
-    def _report(self) -> None:
-        done, output = self.run.done, self.tuning.output
-        evaluations = [line for line in self.folder.metrics() if "eval_loss" in line]
-        if len(evaluations) > 1:
-            ends = (evaluations[0], evaluations[-1])
-            before, after = (Evaluation(line["eval_loss"], line["eval_accuracy"]) for line in ends)
-            typer.echo(f"Before: {_told(before)}. After {done} steps: {_told(after)}.")
-        if has("plot"):
-            typer.echo(f"The adapter, metrics.jsonl and loss.png are in {output}.")
-        else:
-            typer.echo(f"The adapter and metrics.jsonl are in {output}. For loss.png: `pip install 'splitnet[plot]'`.")
 
 
 def take_steps(
