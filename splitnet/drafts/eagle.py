@@ -141,7 +141,6 @@ class _Layer(nn.Module):
 class EagleHead(nn.Module):
     """A `DraftHead` whose tensors have the names that `speculators` gives them. It computes in float32."""
 
-    d2t: Tensor | None  # of each token of the draft vocabulary, how far its id is from that of the model
     draft_vocabulary: Tensor | None
 
     def __init__(self, shape: Shape, model: Ends, draft_vocabulary: Tensor | None = None) -> None:

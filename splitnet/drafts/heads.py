@@ -7,7 +7,7 @@ are made of, not in how they draft.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.drafts.drafter import Guess, shared
+from splitnet.drafts.prompt_lookup import PromptLookup
 
 PIECE = 512  # positions that go through a head at once
 CONFIDENCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
@@ -115,3 +116,40 @@ class HeadDrafter:
         if len(self._drafted) > keep:
             self._cache.crop(self._length + keep)
             del self._drafted[keep:], self._outputs[keep + 1 :]
+
+
+_COPIES = len(PromptLookup.priors)  # kinds of guesses that are copies, before those of the head
+
+
+class Combined:
+    """Drafts by a head or copies of the text, each time those whose guesses of this kind have been right more often.
+
+    acceptance: how often guesses of some kinds are right.
+    """
+
+    priors = (*PromptLookup.priors, *HeadDrafter.priors)
+
+    def __init__(self, head: DraftHead, acceptance: Callable[[Iterable[int]], float]) -> None:
+        self.taps = head.taps
+        self._copies = PromptLookup()
+        self._head = HeadDrafter(head)
+        self._acceptance = acceptance
+
+    def begin(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+        self._copies.begin(tokens)
+        self._head.begin(tokens, features)
+
+    def observe(self, token: int, features: Tensor | None = None) -> None:
+        self._copies.observe(token)
+        self._head.observe(token, features)
+
+    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+        copies = self._copies.draft(pending)
+        first = next(copies, None)
+        of_head = range(_COPIES, len(self.priors))
+        if first is not None and self._acceptance([first.kind]) >= self._acceptance(of_head):
+            yield first
+            yield from copies
+            return
+        for token, kind in self._head.draft(pending):
+            yield Guess(token, _COPIES + kind)

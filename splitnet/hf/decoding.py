@@ -26,10 +26,9 @@ from scheduler.batching import MovingAverage
 from scheduler.speculation import NO_DRAFTS, Guessed, Pace, Window, best_length, best_window
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import max_positions
-from splitnet.drafts.combined import Combined
 from splitnet.drafts.draft_model import DraftModel
 from splitnet.drafts.drafter import Drafter, Guess
-from splitnet.drafts.heads import DraftHead
+from splitnet.drafts.heads import Combined, DraftHead
 from splitnet.drafts.mtp import mtp_bytes, mtp_head
 from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError

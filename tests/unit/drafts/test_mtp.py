@@ -25,8 +25,7 @@ from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.safetensors import SafetensorsStore
 from splitnet.checkpoint.transfer.held import make_folder
-from splitnet.drafts.combined import Combined
-from splitnet.drafts.heads import HeadDrafter
+from splitnet.drafts.heads import Combined, HeadDrafter
 from splitnet.drafts.mtp import LAYERS, MtpHead, mtp_bytes, mtp_head
 from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import ModelNotFound, UnsupportedModel

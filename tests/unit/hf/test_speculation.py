@@ -27,10 +27,9 @@ from scheduler.speculation import (
     tokens_per_ms,
 )
 from splitnet.blocks.kv_cache import SequenceCache
-from splitnet.drafts.combined import Combined
 from splitnet.drafts.draft_model import DraftModel
 from splitnet.drafts.drafter import Drafter, Guess
-from splitnet.drafts.heads import HeadDrafter
+from splitnet.drafts.heads import Combined, HeadDrafter
 from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
 from splitnet.hf.decoding import Drafted, Experience
