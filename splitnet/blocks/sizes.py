@@ -165,8 +165,7 @@ _HELD = attrgetter("held")
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, str]:
     """A whole causal model without memory, and the name of its list of blocks."""
     whole_class = causal_class(config)
-    with torch.device("meta"):
-        return nn.Module.to(whole_class(copy.deepcopy(config)), dtype), find_container(whole_class, config)
+    return nn.Module.to(on_meta(whole_class, config), dtype), find_container(whole_class, config)
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -26,7 +26,7 @@ from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
 from splitnet.hf.decoding import AUTO, OFF, Decoding, Drafts, FamilyLoop, Outputs, Speculator, Text
 from splitnet.hf.parameters import Request, refuse
 from splitnet.hf.remote_blocks import Exchange
-from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks, stages_of
+from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks
 from splitnet.quant.device import end_threads
 from splitnet.session.inference import Session
 from splitnet.session.local import Blocks, MixedSession
@@ -104,17 +104,16 @@ def attached(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions, s
     speculate: where drafts will come from, see `RemoteCausalLM.generate`. What is asked for is loaded at once; "auto"
     takes later what it can have. Raises SplitnetError: it cannot be loaded, or is not for this model.
     """
-    stages, whole = stages_of(checkpoint, swarm, options), (0, checkpoint.num_blocks)
+    blocks, whole = remote_blocks(checkpoint, swarm, options), (0, checkpoint.num_blocks)
 
     def open_part(reservation: int, part: Blocks) -> Session:
         return Session(swarm, options, reservation=reservation, blocks=part)
 
     def open_session(reservation: int) -> ModelSession:
-        if stages == [whole]:
+        if blocks.stages == [whole]:
             return open_part(reservation, whole)
-        return MixedSession(stages, open_part, reservation)
+        return MixedSession(blocks.stages, open_part, reservation)
 
-    blocks = remote_blocks(checkpoint, swarm, stages, options)
     client_part = load_client_part(
         checkpoint, blocks, dtype=options.dtype, device=options.device, weights=options.held_as
     )

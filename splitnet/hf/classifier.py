@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from splitnet.blocks.client_part import load_classifier_part
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks, stages_of
+from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks
 from splitnet.session.options import JOINING, RUNNING, ConnectionOptions, takes
 from splitnet.swarm.swarm import Swarm
 
@@ -66,7 +66,7 @@ def attached_classifier(
     """The classifier on `checkpoint` with its blocks on `swarm`; options: see `ConnectionOptions.of`."""
     config = copy.deepcopy(checkpoint.config)
     _set_labels(config, labels)
-    blocks = remote_blocks(checkpoint, swarm, stages_of(checkpoint, swarm, options), options)
+    blocks = remote_blocks(checkpoint, swarm, options)
     client_part = load_classifier_part(checkpoint, config, blocks, dtype=options.dtype, device=options.device)
     model = made_remote(client_part, RemoteSequenceClassification, checkpoint.source)
     model.connect_blocks(blocks, swarm)

@@ -143,7 +143,7 @@ class RemoteBlocks(nn.Module):
         self.num_blocks = max(ends, default=0)
         self.local_spans = [(stage.start, stage.end) for stage in stages if isinstance(stage, LocalSpan)]
         self._lengths_matter = ropes.matter
-        self._stages = stages
+        self.stages = stages
         self._make_passes = make_passes
         self.passes: dict[Blocks, PassSession] = {}  # by the range of blocks
         self._passing = threading.RLock()
@@ -272,7 +272,7 @@ class RemoteBlocks(nn.Module):
         parameters = self.adapters.parameters_for(prefix)
         where = checked.to(hidden.device)
         packed = hidden[where]
-        for stage in self._stages:
+        for stage in self.stages:
             if isinstance(stage, LocalSpan):
                 adapter = stage.fit(Adapter(parameters)) if parameters else None
                 packed = stage.sequences(packed, lengths, adapter, reach)

@@ -33,7 +33,7 @@ from splitnet.quant.device import free_memory, seconds_after_work
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.security.swarm_key import OPEN, SwarmKey
 from splitnet.session.driver import LinkCodecs
-from splitnet.session.local import Blocks, LocalSpan, load_stages
+from splitnet.session.local import Blocks, load_stages
 from splitnet.session.options import ConnectionOptions
 from splitnet.session.training import PassSession
 from splitnet.swarm.links import Links
@@ -275,23 +275,17 @@ def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) 
     return model
 
 
-def stages_of(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -> list[LocalSpan | Blocks]:
-    """What runs the model: blocks that are here, and ranges that peers run, see `load_stages`."""
-    blocks, device, weights = options.local_blocks, options.device, options.held_as
-    if blocks == AUTO:
-        blocks = choose_local_blocks(checkpoint, swarm, codec=options.codec, device=device, weights=weights)
-        log.info("local blocks: %s", blocks or "none")
-    return load_stages(checkpoint, blocks, device=device, weights=weights)
-
-
-def remote_blocks(
-    checkpoint: Checkpoint, swarm: Swarm, stages: Sequence[LocalSpan | Blocks], options: ConnectionOptions
-) -> RemoteBlocks:
-    """What stands in the place of the blocks of `checkpoint`."""
+def remote_blocks(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -> RemoteBlocks:
+    """What stands in the place of the blocks of `checkpoint`: some of them are here, peers run the others."""
+    local, device, weights = options.local_blocks, options.device, options.held_as
+    if local == AUTO:
+        local = choose_local_blocks(checkpoint, swarm, codec=options.codec, device=device, weights=weights)
+        log.info("local blocks: %s", local or "none")
 
     def open_passes(blocks: Blocks) -> PassSession:
         return PassSession(swarm, options, blocks=blocks)
 
+    stages = load_stages(checkpoint, local, device=device, weights=weights)
     return RemoteBlocks(stages, open_passes, checkpoint.max_positions, RopeLengths(checkpoint.config))
 
 
