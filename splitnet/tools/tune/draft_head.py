@@ -30,6 +30,7 @@ from splitnet.drafts.eagle import EagleHead, Shape
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
 from splitnet.paths import public_name
+from splitnet.quant.stored import PackedTensor
 from splitnet.tools.tune.data import Examples
 from splitnet.tools.tune.folder import WORK, TuningFolder
 from splitnet.tools.tune.job import TuningProgress, digest, end_if, stop_signals, take_steps
@@ -383,6 +384,21 @@ def new_head(model: Ends, config: Any, ids: Tensor, unembedding: Tensor) -> Eagl
     return head.to(unembedding.device)
 
 
+@torch.no_grad()
+def begin_as_last_block(head: EagleHead, checkpoint: Checkpoint) -> None:
+    """Gives the first layer what the model's last block has of the same name and size: it learns faster from there.
+    Of the features; where the embedding comes in, it begins as before."""
+    own = dict(head.layers[0].named_parameters())
+    own["input_layernorm.weight"] = own.pop("hidden_norm.weight")
+    names = {tensor.rest: tensor.name for tensor in checkpoint.block_tensors[-1] if tensor.rest in own}
+    with checkpoint.store.load_tensors(names, torch.float32) as tensors:
+        for name in names:
+            given = tensors[name][...]
+            given = given.floats() if isinstance(given, PackedTensor) else given
+            if given.shape[-1] <= own[name].shape[-1] and given.shape[:-1] == own[name].shape[:-1]:
+                own[name][..., -given.shape[-1] :] = given.to(own[name])
+
+
 class _Shown(nn.Module):
     """Stands for the blocks of a model: gives what it is given."""
 
@@ -464,6 +480,7 @@ class DraftHeadTuning:
         ids = states.frequent(min(self.draft_vocabulary, part.vocabulary), part.vocabulary).to(device)
         unembedding = unembedding_of(part, ids, device)
         head = new_head(part, checkpoint.config, ids, unembedding)
+        begin_as_last_block(head, checkpoint)
         size = max(1, min(BATCH, len(packs) // 8))
         steps = -(-self.epochs * len(packs) // size)
         settings = Settings(

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from splitnet.blocks.backbone import load_whole
 from splitnet.blocks.client_part import Ends
 from splitnet.blocks.kv_cache import SequenceCache
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.drafts.eagle import EagleHead
 from splitnet.tools.tune.draft_head import (
     DEPTH,
@@ -21,6 +23,8 @@ from splitnet.tools.tune.draft_head import (
     HeadRun,
     Pack,
     States,
+    begin_as_last_block,
+    client_part,
     divergence,
     evaluate,
     new_head,
@@ -31,6 +35,7 @@ from splitnet.tools.tune.folder import TuningFolder
 from splitnet.tools.tune.methods import Settings
 from splitnet.tools.tune.run import IGNORED, Encoded
 from tests.unit.model_ends import model_ends
+from tests.unit.random_models import random_checkpoint
 
 HIDDEN, VOCABULARY = 32, 40
 CPU = torch.device("cpu")
@@ -158,6 +163,20 @@ def test_a_head_is_unrolled_as_it_drafts() -> None:
                         output = head.run(ids[at + depth + 1 :][:1], output, cache, own=True)
                     assert torch.allclose(found.pop((depth, at + depth + 1)), output[0], atol=1e-4)
     assert not found
+
+
+def test_its_layer_begins_as_the_last_block_of_the_model(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path, blocks=2, vocab=20))
+    part, ids = client_part(checkpoint, "cpu"), torch.arange(20)
+    head = new_head(part, checkpoint.config, ids, unembedding_of(part, ids, CPU))
+    begin_as_last_block(head, checkpoint)
+    block = load_whole(checkpoint, torch.float32).model.layers[1]
+    layer = head.layers[0]
+    assert torch.equal(layer.self_attn["k_proj"].weight[:, part.hidden_size :], block.self_attn.k_proj.weight)
+    assert torch.equal(layer.self_attn["o_proj"].weight, block.self_attn.o_proj.weight)
+    assert torch.equal(layer.mlp["down_proj"].weight, block.mlp.down_proj.weight)
+    assert torch.equal(layer.hidden_norm.weight, block.input_layernorm.weight)
+    assert not torch.equal(layer.input_layernorm.weight, block.input_layernorm.weight)
 
 
 def test_divergence_is_that_of_torch() -> None:
