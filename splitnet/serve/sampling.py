@@ -24,18 +24,24 @@ GREEDY_BELOW = 1e-3  # Temperatures below that always take the likeliest token
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; see `SamplingDefaults` for what is not told here."""
+class SamplingDefaults:
+    """What a request that leaves these out is answered with. Unchanged, they are those of OpenAI's API."""
 
-    temperature: float
-    top_p: float
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # how many of the likeliest tokens may be chosen; 0: all
+    min_p: float = 0.0  # which share of the likeliest token's probability a token must have; 0: none
+    repetition_penalty: float = 1.0  # by which the logits of tokens in prompt and answer are divided; 1: none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(SamplingDefaults):
+    """How tokens are chosen."""
+
     seed: int  # 64 bits
     frequency_penalty: float = 0.0  # taken off the logit of a token for every time that it is in the answer
     presence_penalty: float = 0.0  # the same once, if it is there
     bias: tuple[tuple[int, float], ...] = ()  # added to the logits of some tokens
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
     prompt: int = 0  # which of the prompts that have this seed; each has choices of its own
 
     @property
@@ -146,17 +152,6 @@ _NO_SAMPLING = {
     "cache_implementation",
     "transformers_version",
 }
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """What a request that leaves these out is answered with. Unchanged, they are those of OpenAI's API."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # how many of the likeliest tokens may be chosen; 0: all
-    min_p: float = 0.0  # which share of the likeliest token's probability a token must have; 0: none
-    repetition_penalty: float = 1.0  # by which the logits of tokens in prompt and answer are divided; 1: none
 
 
 def choose_defaults(config: GenerationConfig, *, of_checkpoint: bool) -> tuple[SamplingDefaults, list[str]]:

@@ -221,7 +221,7 @@ def test_many_streams_at_once_are_what_each_is_alone(url: str, local: Any, token
         """In plain transformers, where nobody else can disturb it."""
         prompt, temperature = options(number)
         inputs = tokenizer(prompt, return_tensors="pt")
-        chooser = TokenChooser(Sampling(temperature, 1.0, number), None)
+        chooser = TokenChooser(Sampling(temperature, 1.0, seed=number), None)
         output = local.generate(**inputs, max_new_tokens=6, do_sample=False, logits_processor=[chooser])
         return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

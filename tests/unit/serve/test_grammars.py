@@ -49,7 +49,7 @@ def test_a_choice_is_one_that_is_possible(grammars: Grammars, tokenizer: Any) ->
     allowed = AllowedTokens(grammars.of_schema({"const": 7}))
     scores = torch.randn(1, 49152, generator=torch.Generator().manual_seed(0))
     before = scores.clone()
-    chooser = TokenChooser(Sampling(1.0, 1.0, 1), 1, begins=3, allowed=[allowed])
+    chooser = TokenChooser(Sampling(1.0, 1.0, seed=1), 1, begins=3, allowed=[allowed])
     (chosen,) = chooser(torch.zeros(1, 3, dtype=torch.long), scores).argmax(dim=-1).tolist()
     assert tokenizer.decode([chosen]) == "7"
     # Its score is the model's own.

@@ -20,28 +20,28 @@ def choose(sampling: Sampling, logits: torch.Tensor, position: int) -> list[int]
 
 def test_greedy() -> None:
     for temperature in (0.0, 1e-30):
-        assert choose(Sampling(temperature, 1.0, 7), LOGITS, 3) == [2]
+        assert choose(Sampling(temperature, 1.0, seed=7), LOGITS, 3) == [2]
 
 
 def test_samples_follow_the_probabilities() -> None:
     counts = torch.zeros(5)
     for position in range(4000):
-        counts[choose(Sampling(0.7, 1.0, 7), LOGITS, position)[0]] += 1
+        counts[choose(Sampling(0.7, 1.0, seed=7), LOGITS, position)[0]] += 1
     # Four standard deviations of a share of 4000 samples are 0.03 at most.
     assert float((counts / 4000 - (LOGITS[0] / 0.7).softmax(-1)).abs().max()) < 0.032
 
 
 def test_top_p_leaves_out_what_is_unlikely() -> None:
-    chosen = {choose(Sampling(1.0, 0.7, 7), LOGITS, position)[0] for position in range(300)}
+    chosen = {choose(Sampling(1.0, 0.7, seed=7), LOGITS, position)[0] for position in range(300)}
     assert chosen == {1, 2}
-    assert {choose(Sampling(1.0, 0.0, 7), LOGITS, position)[0] for position in range(20)} == {2}
+    assert {choose(Sampling(1.0, 0.0, seed=7), LOGITS, position)[0] for position in range(20)} == {2}
 
 
 def test_what_a_choice_depends_on() -> None:
     flat = torch.zeros(2, 1000)
 
     def text(seed: int, rows: int = 2) -> list[list[int]]:
-        return [choose(Sampling(1.0, 1.0, seed), flat[:rows], position) for position in range(5)]
+        return [choose(Sampling(1.0, 1.0, seed=seed), flat[:rows], position) for position in range(5)]
 
     torch.manual_seed(0)
     first = text(5)
@@ -55,17 +55,17 @@ def test_what_a_choice_depends_on() -> None:
 def test_prompts_with_one_seed_have_choices_of_their_own() -> None:
     flat = torch.zeros(1, 1000)
     texts = [
-        [choose(Sampling(1.0, 1.0, 5, prompt=prompt), flat, position) for position in range(5)]
+        [choose(Sampling(1.0, 1.0, seed=5, prompt=prompt), flat, position) for position in range(5)]
         for prompt in (0, 1, 255, 1)
     ]
-    assert texts[0] == [choose(Sampling(1.0, 1.0, 5), flat, position) for position in range(5)]
+    assert texts[0] == [choose(Sampling(1.0, 1.0, seed=5), flat, position) for position in range(5)]
     assert texts[1] == texts[3]
     assert len(set(map(str, texts))) == 3
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_scores_are_the_models_own(temperature: float) -> None:
-    chooser = TokenChooser(Sampling(temperature, 0.9, 7), 2)
+    chooser = TokenChooser(Sampling(temperature, 0.9, seed=7), 2)
     (chosen,) = chooser(torch.zeros(1, 4, dtype=torch.long), LOGITS).argmax(dim=-1).tolist()
     scored = chooser.scored[0, 4]
     logprobs = LOGITS[0].log_softmax(-1).tolist()
@@ -84,7 +84,7 @@ def test_penalties_and_bias() -> None:
     ids = torch.tensor([[4, 4, 4, 2, 2, 1]])
 
     def chosen(**changes: Any) -> int:
-        chooser = TokenChooser(Sampling(0.0, 1.0, 7, **changes), None, begins=3)
+        chooser = TokenChooser(Sampling(0.0, 1.0, seed=7, **changes), None, begins=3)
         return int(chooser(ids, LOGITS).argmax())
 
     assert chosen() == 2
@@ -101,7 +101,7 @@ def test_what_a_checkpoint_recommends_can_be_taken() -> None:
 
     def chosen(**changes: Any) -> set[int]:
         choosers = [
-            TokenChooser(Sampling(1.0, 1.0, seed, repetition_penalty=2.0, **changes), None) for seed in range(99)
+            TokenChooser(Sampling(1.0, 1.0, seed=seed, repetition_penalty=2.0, **changes), None) for seed in range(99)
         ]
         return {int(chooser(ids, LOGITS).argmax()) for chooser in choosers}
 
