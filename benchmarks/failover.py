@@ -36,7 +36,7 @@ from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import attach
 from splitnet.session.events import Recovered
 from splitnet.swarm.swarm import ModelFacts, Swarm
-from splitnet.tools.bench.backends import Clock
+from splitnet.tools.bench.backends import Clock, gaps_s
 
 TEXT = Path(__file__).parent / "data" / "varied_text.txt"
 HOPS = ("first", "middle", "last")
@@ -137,7 +137,7 @@ def disturbed(
             got = generate(model, prompt, NEW_TOKENS, clock)
             assert cache.session is not None
             repairs = list(cache.session.recoveries)
-    usual = statistics.median(undisturbed.gaps_ms)
+    usual = 1000 * statistics.median(gaps_s(undisturbed.times))
     after = [late for late in clock.times if late > began[0]]
     return Run(
         to_next_ms=(after[0] - began[0]) * 1000,

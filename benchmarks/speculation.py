@@ -47,7 +47,7 @@ from splitnet.hf.causal_lm import RemoteCausalLM, attach
 from splitnet.hf.decoding import EAGLE, NAMES, OFF, Drafts, Experience, Speculator
 from splitnet.session.driver import Traffic
 from splitnet.swarm.swarm import ModelFacts, Swarm
-from splitnet.tools.bench.backends import Clock
+from splitnet.tools.bench.backends import Clock, gaps_s
 
 PEERS = ("first", "middle", "last")
 LINKS = len(PEERS) + 1
@@ -228,7 +228,7 @@ def answered(
     with model.session() as cache:
         tokens = model.generate(prompt, attention_mask=mask, streamer=clock, **how)[0, prompt.shape[1] :].tolist()
         found = {"tokens": tokens, "seconds": time.perf_counter() - clock.times[0]}
-        found["step_ms"], one, session = statistics.median(clock.gaps_ms), watched.latest, cache.session
+        found["step_ms"], one, session = 1000 * statistics.median(gaps_s(clock.times)), watched.latest, cache.session
         assert session is not None
         traffic, first = session.traffic, before[0]
         between = sum(link.bytes_per_token for link in session.links() if "client" not in (link.sender, link.receiver))

@@ -30,7 +30,7 @@ from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.plan import PlannedHop
 from splitnet.swarm.swarm import ModelFacts
-from splitnet.tools.bench.backends import Clock
+from splitnet.tools.bench.backends import Clock, gaps_s
 
 PEERS = ("first", "middle", "last")
 TEXT = Path(__file__).parent / "data" / "varied_text.txt"
@@ -106,7 +106,7 @@ def measure(shape: str, swarm: GuidedSwarm, checkpoint: Checkpoint, arguments: a
             began = time.perf_counter()
             generate(model, ids, GENERATED, clock)
             seen[codec].first_token_ms.append((clock.times[0] - began) * 1000)
-            seen[codec].generated_ms += clock.gaps_ms
+            seen[codec].generated_ms += [1000 * gap for gap in gaps_s(clock.times)]
     links = 2 * len(PEERS) if shape == "star" else len(PEERS) + 1
     for codec in arguments.codecs:
         report(shape, codec, links, seen[codec], arguments.delay)

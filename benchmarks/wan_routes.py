@@ -44,7 +44,7 @@ from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.plan import PlannedHop
 from splitnet.swarm.swarm import ModelFacts, Swarm
-from splitnet.tools.bench.backends import Clock
+from splitnet.tools.bench.backends import Clock, gaps_s
 
 Hop = tuple[str, int, int]
 Route = tuple[Hop, ...]
@@ -206,7 +206,7 @@ class Bench:
                     until=lambda: bool(moved_at) and len(clock.times) >= moved_at + AFTER,
                 )
                 assert cache.session is not None
-                gaps = clock.gaps_ms
+                gaps = [1000 * gap for gap in gaps_s(clock.times)]
                 ends = moved_at - 2 if moved_at else len(gaps)
                 return Followed(
                     name,

@@ -61,10 +61,6 @@ class Clock(BaseStreamer):
     def end(self) -> None:
         pass
 
-    @property
-    def gaps_ms(self) -> list[float]:
-        return [gap * 1000 for gap in gaps_s(self.times)]
-
 
 def gaps_s(times: Sequence[float]) -> tuple[float, ...]:
     return tuple(late - early for early, late in itertools.pairwise(times))
