@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, BinaryIO, Protocol
 
 import torch
@@ -47,7 +48,7 @@ class TensorStore(TensorFiles, Protocol):
     source: str  # hub id or path
     folder: WeightFolder | None  # that gets bytes before they are read; None: all are in the files, or on the hub
 
-    @property
+    @cached_property
     def config(self) -> PreTrainedConfig:
         """That of the whole checkpoint, without a description of how the weights are quantized. Raises ModelNotFound:
         it cannot be read; UnsupportedModel: transformers does not know the architecture."""

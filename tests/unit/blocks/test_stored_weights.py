@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,7 +58,7 @@ class CodedStore:
         self.folder: WeightFolder | None = None
         self.tensors = dict(tensors)
 
-    @property
+    @cached_property
     def config(self) -> PreTrainedConfig:
         return self._plain.config
 
