@@ -149,6 +149,8 @@ class LocalSequences:
         """Forgets all rows."""
         self._rows = {}
 
+    close_later = close
+
     def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
         """Keys and values of the first positions of a row, named as in `Session.fetch_kv`."""
         return self._span.span.keys_and_values(self._rows[row], length)
@@ -284,10 +286,7 @@ class MixedSession:
     def close_later(self) -> None:
         """Frees the memory here, and on all hops within a second; see `SessionDriver.close_later`."""
         for stage in self._stages:
-            if isinstance(stage, Session):
-                stage.close_later()
-            else:
-                stage.close()
+            stage.close_later()
 
     @contextmanager
     def _abandoning(self, sent: list[Piece]) -> Iterator[None]:
