@@ -399,25 +399,18 @@ def begin_as_last_block(head: EagleHead, checkpoint: Checkpoint) -> None:
                 own[name][..., -given.shape[-1] :] = given.to(own[name])
 
 
-class _Shown(nn.Module):
-    """Stands for the blocks of a model: gives what it is given."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.hidden = hidden
-        return hidden
-
-
 @torch.no_grad()
 def client_part(checkpoint: Checkpoint, device: str) -> Ends:
     """Raises SplitnetError: the family does more behind its blocks than a norm and a head, so nothing is known of what
     its hidden states mean."""
-    blocks = _Shown()
+    blocks, shown = nn.Identity(), list[Tensor]()
     model = load_client_part(checkpoint, blocks, dtype=torch.float32, device=device)
     part = ends_of(model)
+    blocks.register_forward_hook(lambda *called: shown.append(called[-1]))
     ids = torch.arange(min(64, part.vocabulary), device=model.device)[None]
     chosen = model(input_ids=ids, use_cache=False).logits[0].argmax(dim=-1)
     known = part.norm is not None and part.head is not None
-    told = part.logits(blocks.hidden[0]).argmax(dim=-1) if known else None
+    told = part.logits(shown[0][0]).argmax(dim=-1) if known else None
     if told is None or int((told != chosen).sum()) > len(told) // 20:
         raise SplitnetError(
             f"models of the family {checkpoint.model_type!r} do more to the last hidden state than is known here, so "
