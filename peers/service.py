@@ -131,7 +131,6 @@ def next_hop_of(message: Open) -> Endpoint | None:
     if not message.next_key:
         return None
     key = PublicKey(message.next_key)
-    _ = key.curve_raw
     if not all(map(is_address, (message.next_address, *(relay.address for relay in message.next_relays)))):
         raise ProtocolError("the next hop's address is not tcp://IP:PORT: names of others are not looked up")
     for relay in message.next_relays:
