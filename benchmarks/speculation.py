@@ -98,8 +98,10 @@ class Watched(Speculator):
     latest: Experience | None = None
 
     def drafts_by(self, speculate: Any) -> Drafts:
-        known = isinstance(speculate, Known)
-        drafts = self._drafts(speculate.arm, speculate) if known else super().drafts_by(speculate)
+        if isinstance(speculate, Known):
+            drafts = Drafts(speculate, self._experience(speculate.arm, speculate.priors))
+        else:
+            drafts = super().drafts_by(speculate)
         self.latest = drafts.experience
         self.latest.drafted, self.latest.round_trips, self.latest.by_place = 0, 0, {}
         return drafts

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Protocol
 
@@ -50,8 +51,8 @@ def kept_rows(parts: Sequence[Kept], states: torch.Tensor) -> torch.Tensor:
     """Of the states of all positions, `[positions, ...]`, those that are wanted, in order."""
     if all(part.keep == part.length for part in parts):
         return states
-    each = zip(states.split([part.length for part in parts]), parts, strict=True)
-    return torch.cat([own[part.length - part.keep :] for own, part in each])
+    ends = accumulate(part.length for part in parts)
+    return torch.cat([states[end - part.keep : end] for end, part in zip(ends, parts, strict=True)])
 
 
 def quantise(values: Floats, bits: int, rotate: bool) -> tuple[Scales, Codes]:
