@@ -55,6 +55,7 @@ _PREPARES = "prepare_inputs_for_generation"
 _OTHERS = ("_sample", "_update_model_kwargs_for_generation", "_prefill")
 _HANDED_OVER = frozenset({"input_ids", "cache", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
 LONGEST = 1 << 20  # longer texts are not tried
+MOST_TEXTS = 4  # at once that "auto" drafts for: of 8 streams drafts made all slower, as these keep hops and links busy
 
 
 class Experience:
@@ -479,6 +480,8 @@ class Decoding:
         """The best window now, and its guesses; where that is to send none, notes one to see whether it is right."""
         drafts = self._drafts
         if drafts is None or not drafts.experience.knows_steps:
+            return NO_DRAFTS, []
+        if not drafts.required and drafts.experience.texts > MOST_TEXTS:
             return NO_DRAFTS, []
         experience, self._imagined = drafts.experience, None
         if self._unseen and not experience.looks_free(self._prediction):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from scheduler.speculation import IN_FLIGHT, LENGTHS, NO_DRAFTS, Guessed, Window, best_window, tokens_per_ms
 from splitnet.drafts.drafter import Guess
 from splitnet.hf import decoding
-from splitnet.hf.decoding import Decoding, Drafts, Experience
+from splitnet.hf.decoding import MOST_TEXTS, Decoding, Drafts, Experience
 from splitnet.swarm.plan import Prediction
 from tests.unit.hf.chains import VOCABULARY, Chain, Clock, continued, feature, text_of
 
@@ -235,3 +236,19 @@ def test_drafts_that_are_mostly_wrong_are_not_slower_than_none(
 
     plain, measured, _ = speeds(share, delay_ms, scattered if hiccups else pass_ms, pass_ms)
     assert measured > 0.98 * plain
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_with_many_texts_at_once_only_drafts_that_were_asked_for_are_sent(required: bool) -> None:
+    true, experience, clock = TRUE[0], Experience(Known.priors), Clock()
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as texts:
+        patch.setattr(decoding, "time", clock)
+        for others in (MOST_TEXTS - 1, MOST_TEXTS):
+            while experience.texts < others:
+                texts.enter_context(experience.text())
+            before = experience.drafted
+            chain = Chain(true[:4], delay_ms=60.0, pass_ms=quick, clock=clock)
+            drafts = Drafts(Known(true, 1.0), experience, required)
+            decoded = Decoding(chain, chain.cache, text_of(true[:4], len(true)), drafts).run(chain.prompted)
+            assert decoded[0].tolist() == true
+            assert (experience.drafted > before) is (required or others < MOST_TEXTS)
