@@ -31,7 +31,7 @@ from splitnet.blocks.backbone import (
 from splitnet.blocks.block_sizes import block_bytes, block_sizes, weights_of
 from splitnet.blocks.client_part import check_neutral
 from splitnet.blocks.fast.graph_step import GraphStep, with_recordings
-from splitnet.blocks.fast.native_step import MOST_IN_STEPS, MOST_POSITIONS, NativeStep, steps_of
+from splitnet.blocks.fast.native_step import MOST_IN_STEPS, MOST_OF_EACH, MOST_POSITIONS, NativeStep, steps_of
 from splitnet.blocks.fast.torch_step import TorchStep
 from splitnet.blocks.kv_cache import (
     HELD_AT_ONCE,
@@ -118,7 +118,7 @@ class Span:
         parent, name = parent_of(backbone, container)
         blocks: nn.ModuleList = getattr(parent, name)
         self._blocks = blocks
-        self._steps_are_faster: dict[tuple[int, bool], bool] = whole._steps_are_faster if whole else {}
+        self._steps_are_faster: dict[int, bool] = whole._steps_are_faster if whole else {}
         self._tapped: dict[int, Tensor] = {}  # during a pass: what tapped blocks have given last, by boundary
         self._adapters: SpanAdapters = whole._adapters if whole else SpanAdapters(blocks, start)
         self.device = next(backbone.parameters()).device
@@ -236,32 +236,32 @@ class Span:
                 self.catch_up(part.row, part.adapter)
         with torch.inference_mode():
             given = to_device(hidden, self.device, self.dtype)
-            if isinstance(self._lean, NativeStep) and MOST_POSITIONS < len(hidden) <= MOST_IN_STEPS:
+            few = len(hidden) <= min(MOST_IN_STEPS, MOST_OF_EACH * len(parts))
+            if isinstance(self._lean, NativeStep) and few and len(hidden) > MOST_POSITIONS:
                 steps = steps_of(parts)
-                if all(map(self._lean.takes, steps)) and self._prefers_steps(len(steps), len(parts) > len(steps)):
+                if all(map(self._lean.takes, steps)) and self._prefers_steps(len(steps)):
                     return self._in_steps(given, steps, taps)
             return self._step(given, parts, taps)
 
-    def _prefers_steps(self, count: int, many: bool) -> bool:
-        """Whether so many native steps are faster than products of matrices, for many sequences or for one.
+    def _prefers_steps(self, count: int) -> bool:
+        """Whether so many native steps of many sequences are faster than products of matrices.
 
         That depends on the processor, the weights and their form: it is timed once, with one block. So what a sequence
         gives does not depend on the moment."""
-        if (known := self._steps_are_faster.get((count, many))) is not None:
+        if (known := self._steps_are_faster.get(count)) is not None:
             return known
         block = self.view(self.start, self.start + 1)
         hidden = torch.zeros(count * MOST_POSITIONS, self.hidden_size, dtype=self.dtype)
-        each = 1 if many else len(hidden)
         seconds: dict[bool, list[float]] = {True: [], False: []}
         for in_steps in (True, False) * TRIALS:
-            parts = [Chunk(block.new_row(each), 0, each) for _ in range(len(hidden) // each)]
+            parts = [Chunk(block.new_row(1), 0, 1) for _ in hidden]
             began = time.perf_counter()
             if in_steps:
                 block._in_steps(hidden, steps_of(parts), ())
             else:
                 block._step(hidden, parts, ())
             seconds[in_steps].append(time.perf_counter() - began)
-        faster = self._steps_are_faster[count, many] = min(seconds[True]) < min(seconds[False])
+        faster = self._steps_are_faster[count] = min(seconds[True]) < min(seconds[False])
         return faster
 
     def _in_steps(self, hidden: Tensor, steps: Sequence[Sequence[Chunk]], taps: Sequence[int]) -> Tensor:

@@ -29,6 +29,7 @@ from splitnet.quant.tiles import CHUNK
 
 MOST_POSITIONS = 16  # in one step
 MOST_IN_STEPS = 128  # positions of a pass that may be run in several steps
+MOST_OF_EACH = 4  # of a sequence in it, in the mean: prompts are not multiplied in fewer bits than as a whole
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GROUPED = 3
 _VECTOR = 16

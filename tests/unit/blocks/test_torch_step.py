@@ -278,10 +278,10 @@ def test_only_small_passes_are_compiled(tmp_path: Path, step: type) -> None:
     assert not lean.takes([Chunk(row, 0, MOST_POSITIONS + 1)])
 
 
-def forty_and_seven(span: Span) -> tuple[torch.Tensor, list[Chunk]]:
+def forty_seven(span: Span) -> tuple[torch.Tensor, list[Chunk]]:
     """A pass for three steps."""
-    hidden = torch.randn(40 + 7, span.hidden_size, generator=torch.Generator().manual_seed(0))
-    return hidden, [Chunk(span.new_row(), 0, 40 if row == 3 else 1) for row in range(8)]
+    hidden = torch.randn(24 + 23, span.hidden_size, generator=torch.Generator().manual_seed(0))
+    return hidden, [Chunk(span.new_row(), 0, 24 if row == 3 else 1) for row in range(24)]
 
 
 @pytest.mark.parametrize("step", ["compiled"], indirect=True)
@@ -290,13 +290,13 @@ def test_longer_passes_run_in_several_steps_or_as_a_whole_whichever_is_faster(
 ) -> None:
     span, forward, ran = load("llama", tmp_path), NativeStep.forward, list[int]()
     monkeypatch.setattr(NativeStep, "forward", lambda *given: (ran.append(len(given[1])), forward(*given))[1])
-    outputs = [span.forward(*forty_and_seven(span))]
-    timed = ran[: -len(ran) // 4] if span._steps_are_faster[3, True] else ran
+    outputs = [span.forward(*forty_seven(span))]
+    timed = ran[: -len(ran) // 4] if span._steps_are_faster[3] else ran
     assert timed == [16] * 3 * TRIALS  # with one block
     for faster in (True, False):
         ran.clear()
-        span._steps_are_faster[3, True] = faster
-        outputs.append(span.forward(*forty_and_seven(span)))
+        span._steps_are_faster[3] = faster
+        outputs.append(span.forward(*forty_seven(span)))
         assert ran == ([16, 16, 15] if faster else [])
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-5)
@@ -315,12 +315,12 @@ def test_a_pass_that_fails_in_a_later_step_leaves_rows_as_they_were(
         return forward(*given)
 
     monkeypatch.setattr(NativeStep, "forward", failing)
-    hidden, parts = forty_and_seven(span)
-    span._steps_are_faster[3, True] = True
+    hidden, parts = forty_seven(span)
+    span._steps_are_faster[3] = True
     with pytest.raises(MemoryError):
         span.forward(hidden, parts)
-    assert [part.row.length for part in parts] == [0] * 8
-    torch.testing.assert_close(span.forward(hidden, parts), span.forward(*forty_and_seven(span)), rtol=1e-4, atol=1e-5)
+    assert [part.row.length for part in parts] == [0] * 24
+    torch.testing.assert_close(span.forward(hidden, parts), span.forward(*forty_seven(span)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_sliding_window_that_is_over(tmp_path: Path) -> None:
