@@ -55,7 +55,7 @@ _PREPARES = "prepare_inputs_for_generation"
 _OTHERS = ("_sample", "_update_model_kwargs_for_generation", "_prefill")
 _HANDED_OVER = frozenset({"input_ids", "cache", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
 LONGEST = 1 << 20  # longer texts are not tried
-MOST_TEXTS = 4  # at once that "auto" drafts for: of 8 streams drafts made all slower, as these keep hops and links busy
+MOST_TEXTS = 4  # at once that "auto" drafts for: drafts slowed eight streams down; fewer were not measured
 
 
 class Experience:
