@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPException
+from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -68,14 +69,14 @@ def half_requests(url: str, *, seconds: float, key: str | None = None, count: in
 
 
 def stalled_readers(
-    url: str, *, seconds: float, key: str | None = None, count: int = 16, prompts: int = 64
+    url: str, *, seconds: float, key: str | None = None, count: int = 16, prompts: int = 64, over: Event | None = None
 ) -> Outcomes:
     """Asks for streams with all that can be told of each token of long prompts, megabytes, and reads nothing."""
     body: dict[str, Any] = {"model": model_of(url, key), "prompt": ["one two three " * 60] * prompts}
     body |= {"max_tokens": 1, "stream": True, "echo": True, "logprobs": 20}
     text = json.dumps(body).encode()
     head = _head("POST", COMPLETION, url, key, f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n")
-    return _held(url, head + text, count, seconds, receive_buffer=2048)
+    return _held(url, head + text, count, seconds, receive_buffer=2048, over=over)
 
 
 def many_dashboards(url: str, *, seconds: float, key: str | None = None, count: int = 200) -> Outcomes:
@@ -188,8 +189,16 @@ def _head(method: str, path: str, url: str, key: str | None, more: str = "") -> 
     return f"{method} {path} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n{authorization}{more}\r\n".encode()
 
 
-def _held(url: str, sent: bytes, count: int, seconds: float, *, receive_buffer: int | None = None) -> Outcomes:
-    """Opens connections, sends the same on each, and reads nothing before the time is over."""
+def _held(
+    url: str,
+    sent: bytes,
+    count: int,
+    seconds: float,
+    *,
+    receive_buffer: int | None = None,
+    over: Event | None = None,
+) -> Outcomes:
+    """Opens connections, sends the same on each, and reads nothing before the time is over and `over` is set."""
     server, until = urlsplit(url), time.monotonic() + seconds
     outcomes: Outcomes = Counter()
     connections: list[socket.socket] = []
@@ -208,6 +217,8 @@ def _held(url: str, sent: bytes, count: int, seconds: float, *, receive_buffer: 
                 continue
             connections.append(connection)
         time.sleep(max(0.0, until - time.monotonic()))
+        if over is not None:
+            over.wait(120)
         for connection in connections:
             outcomes[_state_of(connection)] += 1
     finally:
