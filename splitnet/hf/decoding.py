@@ -45,7 +45,7 @@ PRIOR_TOKENS = 4.0  # weight of the priors, in tokens
 FADING = 0.995  # of what steps of more positions took more, with each plain step: it is tried again some time
 PREDICTION_S = 1.0  # how long a prediction is used
 CHOICE_S = 0.05  # how long a window that was chosen is used: over short links choosing takes 1 % of a step
-LOOK_EVERY = 32  # tokens, after which one draft is made where drafts cost time and promised nothing
+LOOK_EVERY = 32  # tokens, after which one draft is made where drafts cost more time than they save
 LOOK_SHARE = 0.002  # of a plain step: a guess that takes no longer is made at every token
 AUTO, OFF, PROMPT_LOOKUP, MTP = NAMES = ("auto", "off", "prompt-lookup", "mtp")
 EAGLE = "eagle="  # before the folder of a head
@@ -78,6 +78,7 @@ class Experience:
         self._more_ms: dict[int, MovingAverage] = {}
         self._client_ms: dict[int, MovingAverage] = {}  # by positions: how long a step kept this process busy
         self._drafting_ms = (MovingAverage(SHARE), MovingAverage(SHARE))  # the first guess of a draft, a further one
+        self._saved = MovingAverage(SHARE, 1.0)  # round trips, by each draft that was made
         self._lock = threading.RLock()
 
     def acceptance(self, kinds: Iterable[int]) -> float:
@@ -108,11 +109,13 @@ class Experience:
             with self._lock:
                 self.texts -= 1
 
-    def came(self, tokens: int) -> None:
-        """So many further tokens of a text came with one round trip."""
+    def came(self, tokens: int, *, drafted: bool) -> None:
+        """So many further tokens of a text came with one round trip, before which a draft was made, sent or not."""
         with self._lock:
             self.tokens += tokens
             self.round_trips += 1
+            if drafted:
+                self._saved.add(tokens - 1)
 
     def verified(self, sent: Drafted, right: bool) -> None:
         """As `compared`, of a token that was sent."""
@@ -167,9 +170,10 @@ class Experience:
         """How many of these guesses to send as one window."""
         return best_length((self._guessed(kind) for _, kind in guesses), self._pace(prediction))
 
-    def looks_free(self, prediction: Callable[[int], Prediction]) -> bool:
-        """Whether a draft may be made only to see if it would be right."""
-        return self._drafting_ms[0].value <= LOOK_SHARE * self._pace(prediction).latency_ms(1)
+    def drafts_pay(self, prediction: Callable[[int], Prediction]) -> bool:
+        """Whether a draft takes less time than drafts have saved, also those that promised too little to be sent."""
+        worth_ms = max(LOOK_SHARE, self._saved.value) * self._pace(prediction).latency_ms(1)
+        return self._drafting_ms[0].value <= worth_ms
 
     def _guessed(self, kind: int) -> Guessed:
         return Guessed(self._own[kind].value, self._following.get(kind, self._own[kind]).value)
@@ -420,7 +424,8 @@ class Decoding:
         self._under_way: deque[_Sent] = deque()
         self._drafted: deque[Drafted] = deque()  # tokens behind the text that were sent
         self._imagined: Guess | None = None  # what was not sent, only to see whether it is right
-        self._unseen = 0  # tokens since the latest draft
+        self._unseen = 0  # tokens since the latest draft, if nothing of that was sent
+        self._looked = False  # a draft was made in this turn
         self._begins = True  # no draft was made yet
         self._predictions: Callable[[int], Prediction] | None = None
         self._predicted_at = self._chosen_at = 0.0  # seconds
@@ -470,7 +475,7 @@ class Decoding:
                 break
         if self._drafts is None:
             return
-        self._drafts.experience.came(len(self._text.tokens) - before)
+        self._drafts.experience.came(len(self._text.tokens) - before, drafted=self._looked)
         if sent.alone:
             now = time.perf_counter()
             client_ms = sent.sending_ms + (now - began) * 1000 - (self._layer.waited_ms - waited_ms)
@@ -478,19 +483,20 @@ class Decoding:
 
     def _plan(self) -> tuple[Window, list[Guess]]:
         """The best window now, and its guesses; where that is to send none, notes one to see whether it is right."""
-        drafts = self._drafts
+        drafts, self._looked = self._drafts, False
         if drafts is None or not drafts.experience.knows_steps:
             return NO_DRAFTS, []
         if not drafts.required and drafts.experience.texts > MOST_TEXTS:
             return NO_DRAFTS, []
         experience, self._imagined = drafts.experience, None
-        if self._unseen and not experience.looks_free(self._prediction):
+        if self._unseen and not experience.drafts_pay(self._prediction):
             self._unseen = (self._unseen + 1) % LOOK_EVERY
             return NO_DRAFTS, []
         guesses = self._guesses()
         first = next(guesses, None)
         if first is None:
             return NO_DRAFTS, []
+        self._looked = True
         if time.monotonic() - self._chosen_at > CHOICE_S:
             self._chosen, self._chosen_at = {}, time.monotonic()
         if first.kind not in self._chosen:

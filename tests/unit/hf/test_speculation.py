@@ -123,14 +123,14 @@ class TestBestLength:
     def test_it_promises_more_than_a_token_at_a_time(self, shares: list[tuple[float, float]], given_pace: Pace) -> None:
         length = best_length((Guessed(*each) for each in shares), given_pace)
         rights = itertools.accumulate((min(own, MOST_ACCEPTED) for own, _ in shares[:length]), lambda a, b: a * b)
-        expected, most = 1 + sum(rights), WORTHWHILE / given_pace.latency_ms(1)
+        expected, most = 1 + sum(rights), WORTHWHILE / (given_pace.latency_ms(1) + given_pace.first_draft_ms)
         if length:
             assert expected / (given_pace.latency_ms(length + 1) + given_pace.drafting_ms(length)) > most
 
     @given(st.floats(0.05, 0.95), paces)
     def test_for_guesses_alike_no_single_window_is_better(self, acceptance: float, given_pace: Pace) -> None:
         length = best_length(itertools.repeat(Guessed(acceptance, acceptance)), given_pace)
-        plain = 1 / given_pace.latency_ms(1)
+        plain = 1 / (given_pace.latency_ms(1) + given_pace.first_draft_ms)
         speeds = {n: tokens_per_ms(Window(n, 1), alike(acceptance), given_pace) for n in range(1, LENGTHS[-1] + 1)}
         best = speeds[length] if length else plain * WORTHWHILE
         assert best >= max(speeds.values()) * (1 - 1e-9)
@@ -447,12 +447,27 @@ class TestExperience:
         experience.verified(Drafted(9, 0, 0, None), True)
         assert experience.by_place == {0: [2, 2], 1: [1, 0]} and experience.accepted == 2
 
-    def test_a_drafter_that_takes_long_is_not_asked_only_to_look(self) -> None:
+    def test_a_drafter_that_takes_longer_than_it_saves_is_seldom_asked(self) -> None:
         experience = Experience([0.5])
         experience.took(1, 100.0, 2.0, self.prediction)
-        assert experience.looks_free(self.prediction)
         experience._drafting_ms[0].add(3.0)
-        assert not experience.looks_free(self.prediction)
+        for _ in range(100):  # one draft in three brings a token
+            for tokens in (2, 1, 1):
+                assert experience.drafts_pay(self.prediction)
+                experience.came(tokens, drafted=True)
+        for _ in range(30):
+            experience.came(1, drafted=True)
+        assert not experience.drafts_pay(self.prediction)
+        experience.came(1, drafted=False)
+        experience.came(2, drafted=True)
+        assert experience.drafts_pay(self.prediction)
+
+    def test_a_drafter_that_takes_no_time_is_always_asked(self) -> None:
+        experience = Experience([0.5])
+        experience.took(1, 100.0, 2.0, self.prediction)
+        for _ in range(100):
+            experience.came(1, drafted=True)
+        assert experience.drafts_pay(self.prediction)
 
     def test_the_reading_of_a_prompt_is_not_the_time_of_a_guess(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = itertools.count()
