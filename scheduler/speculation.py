@@ -68,8 +68,9 @@ def best_window(first: Guessed, pace: Pace) -> Window:
 def best_length(guesses: Iterator[Guessed], pace: Pace) -> int:
     """How many of these guesses to send as one window: as many as promise most tokens per second, maybe none.
 
-    The first one was made in any case: a step without drafts takes that time, too. Further guesses are taken as long as one more promises to pay, as drafting costs time. EAGLE-2 (Li et al., arXiv:2406.16858,
-    section 4) chooses by confidence, too.
+    The first one was made in any case: a step without drafts takes that time, too. Further guesses are taken as long as
+    one more promises to pay, as drafting costs time. EAGLE-2 (Li et al., arXiv:2406.16858, section 4) chooses by
+    confidence, too.
     """
     best, most = 0, WORTHWHILE / (pace.latency_ms(1) + pace.first_draft_ms)
     tokens, right = 1.0, 1.0  # expected tokens of a window of all that were taken, and probability that all are right

@@ -33,6 +33,7 @@ from splitnet.blocks.adapters import (
 from splitnet.blocks.client_part import RemoteConv1D, RemoteLinear, RemotePart
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.hf.parameters import refuse
+from splitnet.hf.side import KIND, SideNetwork
 from splitnet.limits import Patterns
 
 Prefixes = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -307,8 +308,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """A model with the adapter in a folder, as PEFT returns it. Raises AdapterError: it does not fit, or peers do not
-    do what it does.
+    """A model with the adapter in a folder, as PEFT returns it; with a side network, the model itself. Raises
+    AdapterError: it does not fit, or peers do not do what it does.
     """
     if not (folder / WEIGHTS_FILE).is_file():
         raise AdapterError(f"the adapter in {folder} has no {WEIGHTS_FILE}: save it with safe_serialization=True")
@@ -322,9 +323,14 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
 
 def _load(model: Any, folder: Path) -> Any:
+    values = _values(folder / CONFIG_FILE)
+    if values.get("peft_type") == KIND:
+        ends = model.ends
+        model.use_side(SideNetwork.load(values, folder / WEIGHTS_FILE, ends.hidden_size, ends.num_blocks))
+        return model
     from peft import PeftModel, get_peft_model_state_dict
 
-    config = _config(folder / CONFIG_FILE)
+    config = _config(values)
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     if config.is_prompt_learning:
@@ -345,19 +351,26 @@ def _load(model: Any, folder: Path) -> Any:
 _OTHER: Final = "take an adapter for this model"
 
 
-def _config(path: Path) -> Any:
-    """Raises ValueError or AdapterError if PEFT is not to see it."""
-    from peft import PeftConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
+def _values(path: Path) -> dict[str, Any]:
+    """Raises ValueError or AdapterError: it is no config."""
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise AdapterError(f"{path.name} is longer than configs are: {_OTHER}")
     values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     if not isinstance(values, dict):
         raise AdapterError(f"{path.name} is no config: {_OTHER}")
+    return values
+
+
+def _config(values: dict[str, Any]) -> Any:
+    """Raises ValueError or AdapterError if PEFT is not to see it."""
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
     kind = values.get("peft_type")
     if kind not in {*PROMPTS, "LORA", "TRAINABLE_TOKENS"} or kind == "MULTITASK_PROMPT_TUNING":
-        raise AdapterError(f"it is {kind!r}, which commands cannot use: train LoRA, a prompt or a prefix")
+        raise AdapterError(
+            f"it is {kind!r}, which commands cannot use: train LoRA, a prompt, a prefix or a side network"
+        )
     values.pop("runtime_config", None)
     known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
     for name in values.keys() - known:

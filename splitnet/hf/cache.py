@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import count
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -260,6 +261,7 @@ class RemoteCache(Cache):
 
     def __init__(self, open_session: Callable[[int], ModelSession]) -> None:
         self.remote = RemoteLayer(open_session)
+        self.side: Any = None  # of a side network: the cache of its own layers, see `splitnet.hf.side`
         super().__init__(layers=[self.remote])
 
     @property

@@ -20,13 +20,14 @@ from splitnet.blocks.client_part import Ends, backbone_of, ends_of, load_client_
 from splitnet.blocks.head import Head, loss_in_parts
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.gguf.store import GgufStore
-from splitnet.errors import SplitnetError, UnsupportedModel, UnsupportedParameter
+from splitnet.errors import AdapterError, SplitnetError, UnsupportedModel, UnsupportedParameter
 from splitnet.hf.adapters import Prefixes, prompt_wrapper, with_trained_prompt
 from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
 from splitnet.hf.decoding import AUTO, OFF, Decoding, Drafts, FamilyLoop, Outputs, Speculator, Text
 from splitnet.hf.parameters import Request, refuse
 from splitnet.hf.remote_blocks import Exchange
 from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks
+from splitnet.hf.side import SideNetwork
 from splitnet.quant.device import end_threads
 from splitnet.session.inference import Session
 from splitnet.session.local import Blocks, MixedSession
@@ -136,6 +137,7 @@ class RemoteCausalLM(RemoteModel):
 
     ends: Ends  # what stands before and after the blocks
     speculator: Speculator
+    side: SideNetwork | None = None  # see `use_side`
 
     def __init_subclass__(cls) -> None:
         family: Any = cls.transformers_class
@@ -298,6 +300,66 @@ class RemoteCausalLM(RemoteModel):
             backbone_of(self)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return states[0]
 
+    @torch.no_grad()
+    def states_at(self, taps: Sequence[int], input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Hidden states of whole texts, `[batch, seq]` with padding on the left, after so many blocks each, and behind
+        these what the final norm gives: `[batch, seq, (len(taps) + 1) * hidden]`. Raises as a call of the model.
+        """
+        cache = self.new_cache()
+        try:
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "cache": cache, "use_cache": True}
+            if "position_ids" in self._backbone_parameters:  # as `generate()` does
+                given["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+            return self._seen_by(taps, cache, lambda: backbone_of(self)(**given))[1]
+        finally:
+            cache.close()
+
+    def use_side(self, side: SideNetwork) -> None:
+        """Has a side network add to what stands behind the final norm, from now on."""
+        object.__setattr__(self, "side", side.to(self.device))  # no part of the model, whose layers PEFT looks through
+
+    def beside_states(self, side: SideNetwork, states: torch.Tensor) -> AbstractContextManager[None]:
+        """Within, this thread calls the model with a side network on states of `states_at`, and runs no blocks."""
+        return self._local.within(beside=(side, states))
+
+    def _run_backbone(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        if (beside := self._local.beside) is not None:
+            side, states = beside
+            with self._blocks.calling(run=lambda hidden: hidden):  # for an output of the family's kind
+                output = super()._run_backbone(forward, given)
+            hidden = states[..., -side.hidden_size :] + side(states, given.get("attention_mask"))
+            return _with_hidden(output, hidden.to(output[0].dtype))
+        if (side := self.side) is None:
+            return super()._run_backbone(forward, given)
+        for former in ("past_key_values", "cache_params"):
+            if given.get(former) is not None:
+                given.setdefault("cache", given.pop(former))
+        kept = self._cache_for(given.get("cache"), bool(given.get("use_cache")))
+        cache = kept or self.new_cache()
+        try:
+            run = functools.partial(super()._run_backbone, forward, given | {"cache": cache, "use_cache": True})
+            past = cache.remote.columns
+            output, states = self._seen_by(side.taps, cache, run)
+            if cache.side is None:
+                cache.side = side.new_cache()
+            own = cache.side
+            if (held := own.get_seq_length()) < past:
+                raise AdapterError("the cache was begun without the side network: begin with a new cache")
+            if held > past:
+                own.crop(past - held)
+            return _with_hidden(output, output[0] + side(states, given.get("attention_mask"), own))
+        finally:
+            if kept is None:
+                cache.close()
+
+    def _seen_by(self, taps: Sequence[int], cache: RemoteCache, run: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
+        """What the backbone gives in a step, and the states of its positions, see `states_at`."""
+        seen: list[torch.Tensor] = []
+        cache.remote.use_taps(taps)
+        with self._blocks.calling(seen=seen.append, keep=0):
+            output = run()
+        return output, torch.cat((*(seen if taps else ()), output[0]), dim=-1)
+
     def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
         """The outputs of `[1, seq]` new tokens."""
         if (ends := self._only_ends) is not None:
@@ -375,6 +437,7 @@ class RemoteCausalLM(RemoteModel):
         excluded += [name for name in ("num_beams", "num_return_sequences") if (request.value(name) or 1) > 1]
         excluded += [] if caches else ["use_cache"]
         excluded += ["a trained prompt"] if prompt_wrapper(self) is not None else []
+        excluded += ["a side network"] if self.side is not None else []
         text = "does not go together with speculate, which is for one sequence with a cache, of which only tokens are "
         return refuse(excluded[0], text + "returned: leave out one of them") if excluded else None
 
@@ -400,7 +463,7 @@ class RemoteCausalLM(RemoteModel):
         others += [] if mask is None or bool(mask.all()) else ["attention_mask with padding"]
         others += self._family_loop.differs(input_ids.shape[1], generation_config.max_length)
         only_tokens = not synced_gpus and not generation_config.return_dict_in_generate
-        unprompted = not self._local.prefix and prompt_wrapper(self) is None
+        unprompted = not self._local.prefix and prompt_wrapper(self) is None and self.side is None
         fits = isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]
         required = drafts is not None and drafts.required
         if only_tokens and unprompted and not others and (fits or required):
@@ -426,6 +489,8 @@ class RemoteCausalLM(RemoteModel):
         )
 
     def _beam_search(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        if self.side is not None:
+            raise refuse("num_beams", "does not go together with a side network: leave it out")
         self._resume(input_ids, given, follows=False)  # a row of the cache is one of the beams
         return super()._beam_search(input_ids, **given)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -439,6 +504,9 @@ class RemoteCausalLM(RemoteModel):
         if kept_session is not None and prepared.get("cache") is kept_session.cache:
             plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} | {"tokenizer"} and not self._local.prefix
             kept_session.resume(input_ids, prepared.get("attention_mask"), follows=follows and plain)
+            if self.side is not None and len(input_ids) > 1:
+                # Padding may have changed, and the side network's cache has the former.
+                kept_session.cache.remote.reset()
 
     def _kept_positions(self, given: Mapping[str, Any]) -> int:
         keep = given.get("logits_to_keep", 0)
@@ -529,6 +597,7 @@ class _OfThread(threading.local):
         self.prefix: Prefixes = ()  # keys and values that a trained prompt puts before the text that is being generated
         self.prefixed: Any = None  # the cache of that text; None: it has none
         self.drafts: Drafts | None = None
+        self.beside: tuple[SideNetwork, torch.Tensor] | None = None  # see `RemoteCausalLM.beside_states`
 
     @contextmanager
     def within(self, **changes: Any) -> Iterator[None]:

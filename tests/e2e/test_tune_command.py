@@ -93,6 +93,28 @@ def test_what_is_trained_is_the_same_in_plain_peft(
     assert generated.output == tokenizer.decode(tokens, skip_special_tokens=True) + "\n", generated.errors
 
 
+def test_a_side_network_is_trained_on_states_that_come_once(
+    words: Words, here: Here, duo: str, small: Path, data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "side"
+    options = ("--method", "side", "--eval", str(data), "--lr", "0.01", "--width", "64")
+    finished = here(*words(output, *options, "--steps", "60"))
+    assert finished.code == 0, finished.errors
+    assert "hidden states of 4 examples, 0 MiB, come from the peers" in finished.errors
+    lines = metrics(output)
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 61)]
+    assert not any(line.get("sent_bytes") for line in lines), "steps need no peer"
+    assert lines[-1]["eval_accuracy"] == 1 and lines[-1]["eval_loss"] < lines[0]["eval_loss"] / 4
+    told = re.search(r"Use it: splitnet (.*)", finished.output)
+    assert told
+    question = TEMPLATE.replace("{text}", "play a song")
+    words_of = [question if word == TEMPLATE.replace("{text}", "...") else word for word in shlex.split(told[1])]
+    generated = run(tmp_path, *words_of, "--max-new-tokens", "1")
+    assert generated.output.strip() == "music", (generated.output, generated.errors)
+    plain = run(tmp_path, "generate", str(small), "--join", duo, "--raw", question, "--max-new-tokens", "1")
+    assert plain.output.strip() != "music"
+
+
 @pytest.mark.parametrize("method", ["prompt", pytest.param("p-tuning", marks=pytest.mark.full)])
 def test_prompts_are_trained_on_a_gguf_file(
     method: str, here: Here, demo_checkpoint: Path, address: str, data: Path, tmp_path: Path
@@ -128,6 +150,22 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, here: Her
 
     expect_trained(here(*words(tmp_path / "whole", *options)), tmp_path / "whole", STEPS)
     assert (folder / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--method", "side", "--head"), "leave out --head"),
+        (("--method", "side", "--states-limit", "1KiB"), "raise it, or give fewer or shorter examples"),
+        (("--method", "side", "--width", "48"), "in steps of 32"),
+        (("--states-limit", "1GiB"), "--states-limit is for --method side and --draft-head"),
+    ],
+)
+def test_what_side_networks_do_not_do_is_refused(
+    words: Words, here: Here, tmp_path: Path, options: tuple[str, ...], told: str
+) -> None:
+    finished = here(*words(tmp_path / "side", *options))
+    assert finished.code == 1 and told in finished.errors, finished.errors
 
 
 def test_a_head_that_tells_labels(

@@ -23,7 +23,8 @@ in_adapter = box("Adapter")
 
 
 _OF_BOTH = {"data", "output", "model", "resume", "max_length", "learning_rate", "seed", "draft_head"}
-_OF_DRAFT_HEADS = {"generate", "epochs", "draft_vocabulary", "states_limit"}
+_OF_DRAFT_HEADS = {"generate", "epochs", "draft_vocabulary"}
+_OF_STATES = {"states_limit"}  # of draft heads and side networks
 
 
 @connects(without=("prefer", "energy_slowdown"))
@@ -70,6 +71,7 @@ def tune(
         int | None, in_adapter(min=1, help="Width of the network that makes prefix or p-tuning prompt.")
     ] = None,
     network: Annotated[PromptNetwork, in_adapter(help="Of p-tuning.")] = PromptNetwork.MLP,
+    width: Annotated[int | None, in_adapter(min=32, help="Of a side network; a quarter of the model's.")] = None,
     draft_head: Annotated[
         bool, in_drafts("--draft-head", help="Train an EAGLE head, for --speculate eagle=DIR, instead of an adapter.")
     ] = False,
@@ -79,7 +81,9 @@ def tune(
     ] = None,
     epochs: Annotated[int, in_drafts(min=1, help="How often each text is learned from.")] = 8,
     draft_vocabulary: Annotated[int, in_drafts(min=16, help="Tokens that are drafted: the most frequent ones.")] = 8192,
-    states_limit: Annotated[str, in_drafts(metavar="4GiB", help="Disk space for hidden states of texts.")] = "4GiB",
+    states_limit: Annotated[
+        str, in_training(metavar="4GiB", help="Disk space for hidden states, of --method side and --draft-head.")
+    ] = "4GiB",
 ) -> None:
     """Fine-tune a model on your examples: the adapter stays here, the blocks and their work with the peers.
 
@@ -89,7 +93,7 @@ def tune(
     With --draft-head, what is trained drafts tokens for --speculate, and the peers run forward only. With --generate,
     examples are prompts, {"prompt": "..."} or chats that end with the user; without any, the model writes them.
     """
-    _check_options(context, draft_head)
+    _check_options(context, draft_head, draft_head or method is Method.SIDE)
     if data is None and not generate:
         more = ", or have N texts written with --generate N" if draft_head else ""
         raise SplitnetError(f"there is nothing to learn from: give examples with --data FILE.jsonl{more}")
@@ -98,6 +102,7 @@ def tune(
     from splitnet.tools.tune.data import read_examples
 
     given: dict[str, Any] = {"output": output, "resume": resume, "max_length": max_length}
+    given["states_limit"] = parse_bytes(states_limit)
     given["way"] = [*([model] if model else []), *as_arguments(connecting)]
     if draft_head:
         work = output / WORK
@@ -120,14 +125,14 @@ def tune(
             generate=generate or 0,
             epochs=epochs,
             draft_vocabulary=draft_vocabulary,
-            states_limit=parse_bytes(states_limit),
             learning_rate=learning_rate or LEARNING_RATE,
             seed=seed,
             **given,
         ).run(Connection(checkpoint, connecting))
         return
     assert data is not None
-    require("tune", "splitnet tune")
+    if method is not Method.SIDE:
+        require("tune", "splitnet tune")
     TuningFolder(output).check_place(resume=resume)
     if "{text}" not in template:
         raise SplitnetError("the template has no {text}: write it where the text goes, as in '{text} Topic:'")
@@ -137,6 +142,8 @@ def tune(
     held_out = read_examples(evaluation, train.form) if evaluation else None
     if train.form == "classification" and len(train.labels) < 2:
         raise SplitnetError(f"all examples have the label {train.labels[0]!r}: give others too, or there is no choice")
+    if head and method is Method.SIDE:
+        raise SplitnetError("--method side has the model's words tell labels: leave out --head")
     if head and train.form != "classification":
         raise SplitnetError('--head tells labels, and the data has none: give {"text": "...", "label": "..."}')
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
@@ -145,7 +152,7 @@ def tune(
     from splitnet.tools.tune.job import Tuning
 
     named = tuple(name.strip() for name in (targets or "").split(",") if name.strip())
-    options = AdapterOptions(tokens, init_text, projection, network, rank, alpha, named)
+    options = AdapterOptions(tokens, init_text, projection, network, rank, alpha, named, width)
     settings = Settings(
         steps=steps,
         learning_rate=learning_rate or method.learning_rate,
@@ -174,12 +181,16 @@ def tune(
     tuning.run(Connection(checkpoint, connecting))
 
 
-def _check_options(context: typer.Context, draft_head: bool) -> None:
-    """Raises SplitnetError: an option was given that does not go with --draft-head, or only with that."""
+def _check_options(context: typer.Context, draft_head: bool, states: bool) -> None:
+    """Raises SplitnetError: an option was given that does not go with --draft-head, or only with that, or with states
+    on the disk."""
     others = {parameter.name: parameter.opts[0] for parameter in context.command.params} if context.command else {}
     for name, option in others.items():
         given = getattr(context.get_parameter_source(name or ""), "name", "DEFAULT") == "COMMANDLINE"
-        applies = name in _OF_BOTH or name in CONNECTING or (name in _OF_DRAFT_HEADS) == draft_head
+        if given and name in _OF_STATES and not states:
+            raise SplitnetError(f"{option} is for --method side and --draft-head: leave it out, or add one of them")
+        both = _OF_BOTH | _OF_STATES
+        applies = name in both or name in CONNECTING or (name in _OF_DRAFT_HEADS) == draft_head
         if given and not applies:
             way = "does not go with" if draft_head else "is for"
             raise SplitnetError(

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import typer
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
@@ -36,6 +35,7 @@ from splitnet.tools.tune.folder import WORK, TuningFolder
 from splitnet.tools.tune.job import TuningProgress, digest, end_if, stop_signals, take_steps
 from splitnet.tools.tune.methods import Schedule, Settings
 from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, collate, pad_of
+from splitnet.tools.tune.states import States, read, states_of
 
 LONGEST_TEXT = 512  # tokens, where the user sets none
 TOGETHER = 32  # texts that are generated at once, and lie in one file
@@ -66,74 +66,35 @@ class Pack:
     read: Callable[[], Tensor]  # `[n, hidden]`
 
 
-class States:
-    """Texts and the model's last hidden states of them, in a file for some texts each, written at once."""
+def packs_of(states: States) -> tuple[list[Pack], list[Pack]]:
+    """To learn from, and held out."""
+    learned: list[Pack] = []
+    held_out: list[Pack] = []
+    number = 0
+    for path in states.files:
+        ids, flags, lengths = (read(path, name) for name in ("ids", "learned", "lengths"))
+        texts = torch.arange(number, number + len(lengths)).repeat_interleave(lengths.long())
+        aside = texts % HELD_OUT == HELD_OUT - 1
+        for packs, chosen in ((learned, ~aside), (held_out, aside)):
+            for places in chosen.nonzero()[:, 0].split(PACK):
+                if len(places):
+                    states_there = partial(_states_at, path, places)
+                    packs.append(Pack(ids[places].long(), texts[places], flags[places], states_there))
+        number += len(lengths)
+    return learned, held_out
 
-    def __init__(self, folder: TuningFolder) -> None:
-        self._folder = folder
-        self.files: list[Path] = []
-        while (path := folder.path / f"{len(self.files):05}.safetensors").exists():
-            self.files.append(path)
 
-    @property
-    def texts(self) -> int:
-        return sum(len(lengths) for lengths in self._all("lengths"))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files)
-
-    def add(self, rows: Sequence[Encoded], states: Sequence[Tensor]) -> None:
-        packed = torch.cat(list(states)).cpu()
-        halves = packed.to(torch.float16)  # more exact than bfloat16, where it can hold them
-        tensors = {
-            "ids": torch.tensor([token for row in rows for token in row.ids], dtype=torch.int32),
-            "learned": torch.tensor([target != IGNORED for row in rows for target in row.targets]),
-            "lengths": torch.tensor([len(row.ids) for row in rows], dtype=torch.int32),
-            "states": halves if bool(halves.isfinite().all()) else packed.to(torch.bfloat16),
-        }
-        path = self._folder.path / f"{len(self.files):05}.safetensors"
-        self._folder.save_checkpoint(tensors, {}, path.name)
-        self.files.append(path)
-
-    def packs(self) -> tuple[list[Pack], list[Pack]]:
-        """To learn from, and held out."""
-        learned: list[Pack] = []
-        held_out: list[Pack] = []
-        number = 0
-        for path in self.files:
-            ids, flags, lengths = (self._read(path, name) for name in ("ids", "learned", "lengths"))
-            texts = torch.arange(number, number + len(lengths)).repeat_interleave(lengths.long())
-            aside = texts % HELD_OUT == HELD_OUT - 1
-            for packs, chosen in ((learned, ~aside), (held_out, aside)):
-                for places in chosen.nonzero()[:, 0].split(PACK):
-                    if len(places):
-                        packs.append(
-                            Pack(ids[places].long(), texts[places], flags[places], partial(_states_at, path, places))
-                        )
-            number += len(lengths)
-        return learned, held_out
-
-    def frequent(self, count: int, vocabulary: int) -> Tensor:
-        """The ids of the tokens that are written most often, in rising order; of equals, those with the lower ids."""
-        counts = torch.zeros(vocabulary, dtype=torch.long)
-        for ids, learned in zip(self._all("ids"), self._all("learned"), strict=True):
-            counts += torch.bincount(ids[learned], minlength=vocabulary)
-        return counts.argsort(descending=True, stable=True)[:count].sort().values
-
-    def _all(self, name: str) -> Iterator[Tensor]:
-        return (self._read(path, name) for path in self.files)
-
-    @staticmethod
-    def _read(path: Path, name: str) -> Tensor:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
+def frequent(states: States, count: int, vocabulary: int) -> Tensor:
+    """The ids of the tokens that are written most often, in rising order; of equals, those with the lower ids."""
+    counts = torch.zeros(vocabulary, dtype=torch.long)
+    for ids, learned in zip(states.all("ids"), states.all("learned"), strict=True):
+        counts += torch.bincount(ids[learned], minlength=vocabulary)
+    return counts.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _states_at(path: Path, places: Tensor) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        first, last = int(places[0]), int(places[-1])
-        return file.get_slice("states")[first : last + 1][places - first].float()
+    first = int(places[0])
+    return states_of(path, first, int(places[-1]) + 1 - first)[places - first]
 
 
 class _Attention:
@@ -464,13 +425,13 @@ class DraftHeadTuning:
     def _train(
         self, part: Ends, checkpoint: Checkpoint, states: States, folder: TuningFolder, device: torch.device
     ) -> None:
-        packs, held_out = states.packs()
+        packs, held_out = packs_of(states)
         if not packs or not held_out:
             raise SplitnetError(
                 f"{states.texts} texts are too few to learn from and to hold out: give {HELD_OUT} or more"
             )
         torch.manual_seed(self.seed)
-        ids = states.frequent(min(self.draft_vocabulary, part.vocabulary), part.vocabulary).to(device)
+        ids = frequent(states, min(self.draft_vocabulary, part.vocabulary), part.vocabulary).to(device)
         unembedding = unembedding_of(part, ids, device)
         head = new_head(part, checkpoint.config, ids, unembedding)
         begin_as_last_block(head, checkpoint)
@@ -513,7 +474,7 @@ class DraftHeadTuning:
         take_steps(run, folder, progress, saved, told, look=look, keep=keep)
         command = ["splitnet", "generate", *self.way, "--speculate", f"eagle={self.output}", "..."]
         typer.echo(f"{best:.2f} tokens per round trip on held-out texts. The head is in {self.output}.")
-        typer.echo(f"{self.output / WORK} holds {states.nbytes / 2**20:,.0f} MiB that it does not need any more.")
+        typer.echo(states.told_size)
         typer.echo(f"Use it: {shlex.join(command)}")
 
     def _description(self, fingerprint: str) -> dict[str, Any]:

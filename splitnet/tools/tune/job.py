@@ -26,9 +26,11 @@ from splitnet.hf.classifier import attached_classifier
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm
 from splitnet.tools.tune.data import Examples
-from splitnet.tools.tune.folder import TuningFolder
+from splitnet.tools.tune.folder import WORK, TuningFolder
 from splitnet.tools.tune.methods import AdapterOptions, Method, Settings, begin_prefix, with_new_adapter
 from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, Step, TuningRun, collate, pad_of
+from splitnet.tools.tune.side import SideTuner
+from splitnet.tools.tune.states import States
 
 SMOOTHED_OVER = 10  # Steps whose mean the smoothed line shows
 
@@ -182,6 +184,7 @@ class Tuning:
     save_every: int
     output: Path
     resume: bool
+    states_limit: int  # bytes of hidden states on the disk, for a side network
     way: Sequence[str]  # The arguments with which commands reach the model
 
     def run(self, connection: Connection) -> None:
@@ -201,12 +204,18 @@ class Tuning:
         swarm = connection.swarm_of(facts)
         try:
             torch.manual_seed(self.settings.seed)
-            adapted = self._adapted(checkpoint, swarm, connection.options, tokenizer, pad)
+            adapted = self._adapted(checkpoint, swarm, connection.options, tokenizer, pad, [*rows, *held_out])
             folder.begin(description)
+            if isinstance(adapted, SideTuner):
+                with stop_signals("file of states") as stopped:
+                    adapted.fill(pad, TuningProgress(self.settings.steps).say, stopped)
+                end_if(stopped, "Stopped")
             run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head, device=connection.options.device)
             self._train(run, folder, held_out, words, pad)
         finally:
             swarm.close()
+        if isinstance(adapted, SideTuner):
+            typer.echo(adapted.states.told_size)
         self._print_next()
 
     def _train(
@@ -264,9 +273,21 @@ class Tuning:
         return Encoder(tokenizer, wanted, template=self.template, labels=self.train.labels, head=self.head)
 
     def _adapted(
-        self, checkpoint: Checkpoint, swarm: Swarm, running: ConnectionOptions, tokenizer: Any, pad: int
+        self,
+        checkpoint: Checkpoint,
+        swarm: Swarm,
+        running: ConnectionOptions,
+        tokenizer: Any,
+        pad: int,
+        rows: Sequence[Encoded],
     ) -> Any:
-        """The model with a new adapter, which begins as a text or, as the head, by torch's random numbers."""
+        """The model with a new adapter, which begins as a text or, as the head, by torch's random numbers.
+
+        rows: all that it will be called with.
+        """
+        if self.method is Method.SIDE:
+            states = States(TuningFolder(self.output / WORK))
+            return SideTuner(attached(checkpoint, swarm, running), self.options.width, states, rows, self.states_limit)
         if self.head:
             labels = (None, dict(enumerate(self.train.labels)), None)
             model = attached_classifier(checkpoint, swarm, labels, running)

@@ -23,6 +23,7 @@ class Method(StrEnum):
     PREFIX = "prefix"
     P_TUNING = "p-tuning"
     LORA = "lora"
+    SIDE = "side"
 
     @property
     def learning_rate(self) -> float:
@@ -48,10 +49,11 @@ class AdapterOptions:
     rank: int = 8  # of LoRA, as the next two
     alpha: int = 16
     targets: Sequence[str] = ()  # none: those that PEFT has for the family; ALL_LINEAR: all linear layers
+    width: int | None = None  # of a side network; None: a quarter of the model's
 
     def virtual_tokens(self, method: Method) -> int:
         """Positions that an adapter of this method takes of the model's context."""
-        return 0 if method is Method.LORA else self.tokens
+        return 0 if method in (Method.LORA, Method.SIDE) else self.tokens
 
 
 ALL_LINEAR = "all-linear"

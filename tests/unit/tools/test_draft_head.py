@@ -22,18 +22,20 @@ from splitnet.tools.tune.draft_head import (
     PACK,
     HeadRun,
     Pack,
-    States,
     begin_as_last_block,
     client_part,
     divergence,
     evaluate,
+    frequent,
     new_head,
+    packs_of,
     unembedding_of,
     unrolled,
 )
 from splitnet.tools.tune.folder import TuningFolder
 from splitnet.tools.tune.methods import Settings
 from splitnet.tools.tune.run import IGNORED, Encoded
+from splitnet.tools.tune.states import States
 from tests.unit.model_ends import model_ends
 from tests.unit.random_models import random_checkpoint
 
@@ -97,12 +99,12 @@ def a_head(count: int = 20) -> EagleHead:
 
 def a_run(states: States, head: EagleHead | None = None, **changed: Any) -> HeadRun:
     settings = Settings(**{"steps": 60, "learning_rate": 1e-2, "batch_size": 1, "seed": 3, **changed})
-    packs, _ = states.packs()
+    packs, _ = packs_of(states)
     return HeadRun(head or a_head(), packs, settings, unembedding_of(MODEL, torch.arange(20), CPU), halves=False)
 
 
 def test_texts_and_states_come_back_as_they_were_written(states: States) -> None:
-    learned, held_out = states.packs()
+    learned, held_out = packs_of(states)
     assert states.texts == 2 * HELD_OUT
     assert len({int(text) for pack in held_out for text in pack.texts}) == 2
     assert not {int(text) for pack in held_out for text in pack.texts} & {int(t) for p in learned for t in p.texts}
@@ -124,13 +126,22 @@ def test_states_beyond_the_range_of_float16_are_kept(tmp_path: Path) -> None:
     states = States(folder)
     rows = [row(0, 8) for _ in range(HELD_OUT)]
     states.add(rows, [torch.full((8, HIDDEN), 1e6) for _ in rows])
-    assert bool((states.packs()[0][0].read() > 9e5).all())
+    assert bool((packs_of(states)[0][0].read() > 9e5).all())
+
+
+def test_files_that_are_damaged_are_written_again(states: States, tmp_path: Path) -> None:
+    folder, path = TuningFolder(states.files[0].parent), states.files[-1]
+    assert len(States(folder).files) == len(states.files)
+    written = bytearray(path.read_bytes())
+    written[-1] ^= 1
+    path.write_bytes(written)
+    assert States(folder).files == states.files[:-1]
 
 
 def test_frequent_tokens_are_those_of_what_is_written(states: States) -> None:
-    assert states.frequent(20, VOCABULARY).equal(torch.arange(20))
-    assert states.frequent(VOCABULARY, VOCABULARY).equal(torch.arange(VOCABULARY))
-    assert len(states.frequent(7, VOCABULARY)) == 7
+    assert frequent(states, 20, VOCABULARY).equal(torch.arange(20))
+    assert frequent(states, VOCABULARY, VOCABULARY).equal(torch.arange(VOCABULARY))
+    assert len(frequent(states, 7, VOCABULARY)) == 7
 
 
 def test_the_head_of_the_model_is_read_in_whatever_form_it_is() -> None:
@@ -205,7 +216,7 @@ def test_only_what_the_model_writes_is_learned() -> None:
 def test_training_lowers_the_loss_and_raises_the_acceptance(states: States) -> None:
     head = a_head()
     run = a_run(states, head)
-    _, held_out = states.packs()
+    _, held_out = packs_of(states)
     unembedding = unembedding_of(MODEL, torch.arange(20), CPU)
     before = evaluate(head, held_out, unembedding)
     losses = [run.step().loss for _ in range(60)]
@@ -223,7 +234,7 @@ def test_acceptance_is_that_of_drafting(states: States) -> None:
     for _ in range(40):
         run.step()
     head.requires_grad_(False)
-    _, held_out = states.packs()
+    _, held_out = packs_of(states)
     quality = evaluate(head, held_out, unembedding_of(MODEL, torch.arange(20), CPU))
     reached, right = [0] * DEPTH, [0] * DEPTH
     for pack in held_out:

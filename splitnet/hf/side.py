@@ -1,0 +1,108 @@
+"""A network beside a model: it reads hidden states of some depths, and adds to what the last block gives.
+
+Nothing goes back through the blocks, so it is trained on states that are computed once. Ladder side-tuning (Sung et
+al., arXiv:2206.06522) and parallel adapters on cached activations (Ouyang et al., PAC, arXiv:2408.10746).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaModel
+from transformers.cache_utils import DynamicCache
+
+from splitnet.errors import AdapterError
+
+KIND = "SIDE"  # in the place of PEFT's `peft_type`
+HEAD_SIZE = 32
+LARGEST = 4096  # width at most
+MOST_LAYERS, MOST_TAPS = 32, 16
+ROPE_THETA = 10000.0
+
+
+class SideNetwork(nn.Module):
+    """Layers of a narrow Llama between two linear layers; the last one begins as zero, so the model as it was.
+
+    taps: boundaries whose hidden states it reads, each after so many blocks; behind these, what the final norm gives.
+    """
+
+    def __init__(self, hidden_size: int, taps: Sequence[int], width: int, layers: int) -> None:
+        super().__init__()
+        self.hidden_size, self.taps, self.width = hidden_size, tuple(taps), width
+        heads = max(1, width // HEAD_SIZE)
+        config = LlamaConfig(
+            vocab_size=1,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=1 << 20,
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        )
+        self.read = nn.Linear((len(taps) + 1) * hidden_size, width, bias=False)
+        self.layers = LlamaModel(config)
+        self.layers.embed_tokens = nn.Identity()
+        self.write = nn.Linear(width, hidden_size, bias=False)
+        nn.init.zeros_(self.write.weight)
+
+    @classmethod
+    def beside(cls, hidden_size: int, blocks: int, width: int | None = None, layers: int = 2) -> SideNetwork:
+        """A new one for a model, which reads after a quarter, a half and three quarters of its blocks.
+
+        width: None: a quarter of the model's. Raises AdapterError: of another width than there can be.
+        """
+        step = 2 * HEAD_SIZE
+        chosen = width or max(step, hidden_size // 4 // step * step)
+        if chosen % HEAD_SIZE or not 0 < chosen <= LARGEST:
+            raise AdapterError(f"a side network is {HEAD_SIZE} to {LARGEST:,} wide, in steps of {HEAD_SIZE}: --width")
+        taps = sorted({blocks * part // 4 for part in (1, 2, 3)} - {0, blocks})
+        return cls(hidden_size, taps, chosen, layers)
+
+    def forward(self, states: Tensor, mask: Tensor | None = None, cache: DynamicCache | None = None) -> Tensor:
+        """What it adds behind the final norm, `[batch, seq, hidden]`.
+
+        states: `[batch, seq, (taps + 1) * hidden]`. mask: `[batch, columns]` of past and new columns, 0 is padding.
+        cache: of its own layers, which has the positions afterwards.
+        """
+        parts = states.to(self.read.weight).unflatten(-1, (-1, self.hidden_size))
+        inputs = self.read(functional.rms_norm(parts, (self.hidden_size,)).flatten(-2))
+        outputs = self.layers(inputs_embeds=inputs, attention_mask=mask, cache=cache, use_cache=cache is not None)
+        return self.write(outputs.last_hidden_state).to(states.dtype)
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.layers.config)
+
+    def save(self, config: Path, weights: Path, base: str | None) -> None:
+        """base: hub id or path of the model that it was trained beside."""
+        values = {"peft_type": KIND, "base_model_name_or_path": base, "hidden_size": self.hidden_size}
+        values |= {"taps": self.taps, "width": self.width, "layers": self.layers.config.num_hidden_layers}
+        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}, weights)
+
+    @classmethod
+    def load(cls, values: Mapping[str, Any], weights: Path, hidden_size: int, blocks: int) -> SideNetwork:
+        """For a model of `hidden_size` and so many blocks. Raises AdapterError: it is for another, or no such."""
+        taps = values.get("taps")
+        if not isinstance(taps, list) or len(taps) > MOST_TAPS or len({*taps}) < len(taps):
+            raise AdapterError(f"its taps are {str(taps)[:80]}, where a list of different numbers is expected")
+        sizes = [("hidden_size", hidden_size, hidden_size), ("width", HEAD_SIZE, LARGEST), ("layers", 1, MOST_LAYERS)]
+        checked = [(name, values.get(name), least, most) for name, least, most in sizes]
+        for name, value, least, most in [*checked, *(("tap", tap, 1, blocks - 1) for tap in taps)]:
+            if type(value) is not int or not least <= value <= most:
+                raise AdapterError(f"its {name} is {value!r}, where {least} to {most} fits this model")
+        if values["width"] % HEAD_SIZE:
+            raise AdapterError(f"its width is {values['width']}, no multiple of {HEAD_SIZE}")
+        network = cls(hidden_size, taps, values["width"], values["layers"])
+        tensors = load_file(weights)
+        wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
+            raise AdapterError("its tensors are not those of its config")
+        network.load_state_dict(tensors)
+        return network.eval().requires_grad_(False)

@@ -1,0 +1,102 @@
+"""Training of a side network: the states of all texts come from the peers once, and no step needs a peer after that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splitnet.errors import SplitnetError
+from splitnet.hf.adapters import CONFIG_FILE, WEIGHTS_FILE
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.hf.side import SideNetwork
+from splitnet.tools.tune.run import Encoded
+from splitnet.tools.tune.states import States, states_of
+
+PASS_POSITIONS = 2048  # of texts that go through the blocks together
+FILE_POSITIONS = 16_384  # of texts in one file
+
+
+class SideTuner(nn.Module):
+    """What is called as a model in training: a new side network beside `model`, on states from the disk."""
+
+    loss_in_parts = True  # as the model itself
+
+    def __init__(
+        self, model: RemoteCausalLM, width: int | None, states: States, rows: Sequence[Encoded], limit: int
+    ) -> None:
+        """rows: all that it will be called with, see `fill`.
+
+        Raises AdapterError: there is no network of this width; SplitnetError: the states need more than `limit` bytes.
+        """
+        super().__init__()
+        model.requires_grad_(False)
+        self.side = SideNetwork.beside(model.ends.hidden_size, model.ends.num_blocks, width).to(model.device)
+        self._model = (model,)  # a tuple hides its parameters, which are not trained
+        self.states = states
+        self._rows = [*{tuple(row.ids): row for row in rows}.values()]
+        positions = sum(len(row.ids) for row in self._rows)
+        self._size = positions * (len(self.side.taps) + 1) * self.side.hidden_size * 2
+        if self._size > limit:
+            raise SplitnetError(
+                f"the hidden states of {len(self._rows):,} examples need {self._size / 2**20:,.0f} MiB of disk, and "
+                f"--states-limit is {limit / 2**20:,.0f} MiB: raise it, or give fewer or shorter examples"
+            )
+        self._places: dict[tuple[int, ...], tuple[Path, int]] = {}
+
+    def fill(self, pad: int, say: Callable[[str], None], stopped: Sequence[int]) -> None:
+        """Has the peers compute the states of all rows that are not on the disk, until it is stopped.
+
+        Raises DataError: they cannot be written; and as a call of the model.
+        """
+        (model,), states, count = self._model, self.states, len(self._rows)
+        states.folder.begin({})
+        there = {ids for ids, _, _ in states.places()}
+        left = [row for row in self._rows if tuple(row.ids) not in there]
+        if left:
+            say(f"hidden states of {count:,} examples, {self._size / 2**20:,.0f} MiB, come from the peers ...")
+        for some in _parts(sorted(left, key=lambda row: len(row.ids)), FILE_POSITIONS):
+            if stopped:
+                return
+            found = [self._computed(model, together, pad) for together in _parts(some, PASS_POSITIONS)]
+            states.add(some, [one for each in found for one in each])
+            say(f"states of {states.texts:,} of {count:,} examples, {states.nbytes / 2**20:,.0f} MiB")
+        self._places = {ids: (path, first) for ids, path, first in states.places()}
+
+    def _computed(self, model: RemoteCausalLM, rows: Sequence[Encoded], pad: int) -> list[Tensor]:
+        longest = max(len(row.ids) for row in rows)
+        ids = torch.tensor([[pad] * (longest - len(row.ids)) + row.ids for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows], device=model.device)
+        found = model.states_at(self.side.taps, ids, mask)
+        return [states[longest - len(row.ids) :] for states, row in zip(found, rows, strict=True)]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **given: Any) -> Any:
+        """As the model with the side network, for rows of `fill` with padding on the right."""
+        (model,) = self._model
+        rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, attention_mask, strict=True)]
+        states = [states_of(*self._places[tuple(row)], len(row)) for row in rows]
+        padded = nn.utils.rnn.pad_sequence(states, batch_first=True).to(model.device)
+        with model.beside_states(self.side, padded):
+            return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given)
+
+    def save_pretrained(self, folder: str, **_: Any) -> None:
+        """As PEFT's models are saved."""
+        base = self._model[0].name_or_path
+        self.side.save(Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE, base)
+
+
+def _parts(rows: Sequence[Encoded], positions: int) -> list[list[Encoded]]:
+    """Rows in order, in parts of so many positions at most, padding counted; one at least."""
+    parts: list[list[Encoded]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row.ids))
+        if parts and (len(parts[-1]) + 1) * longest <= positions:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+            longest = len(row.ids)
+    return parts

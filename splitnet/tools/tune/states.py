@@ -1,0 +1,94 @@
+"""Hidden states of texts on the disk: they come from the peers once, and are read in every epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from splitnet.tools.tune.folder import TuningFolder
+from splitnet.tools.tune.run import IGNORED, Encoded
+
+
+class States:
+    """Texts and the model's hidden states of them, in a file for some texts each, written at once.
+
+    A file that is damaged, and those behind it, are written again.
+    """
+
+    def __init__(self, folder: TuningFolder) -> None:
+        self.folder = folder
+        self.files: list[Path] = []
+        while (path := folder.path / f"{len(self.files):05}.safetensors").exists() and _is_sound(path):
+            self.files.append(path)
+
+    @property
+    def texts(self) -> int:
+        return sum(len(lengths) for lengths in self.all("lengths"))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def told_size(self) -> str:
+        """For people, at the end of a run."""
+        return f"{self.folder.path} holds {self.nbytes / 2**20:,.0f} MiB that it does not need any more."
+
+    def add(self, rows: Sequence[Encoded], states: Sequence[Tensor]) -> None:
+        """Writes texts with their states, `[len(ids), size]` each, in 16 bits. Raises DataError: there is no room."""
+        packed = torch.cat(list(states)).cpu()
+        halves = packed.to(torch.float16)  # more exact than bfloat16, where it can hold them
+        tensors = {
+            "ids": torch.tensor([token for row in rows for token in row.ids], dtype=torch.int32),
+            "learned": torch.tensor([target != IGNORED for row in rows for target in row.targets]),
+            "lengths": torch.tensor([len(row.ids) for row in rows], dtype=torch.int32),
+            "states": halves if bool(halves.isfinite().all()) else packed.to(torch.bfloat16),
+        }
+        path = self.folder.path / f"{len(self.files):05}.safetensors"
+        self.folder.save_checkpoint(tensors, {"sha256": _digest(tensors)}, path.name)
+        self.files.append(path)
+
+    def all(self, name: str) -> Iterator[Tensor]:
+        """`ids`, `learned` or `lengths` of file after file."""
+        return (read(path, name) for path in self.files)
+
+    def places(self) -> Iterator[tuple[tuple[int, ...], Path, int]]:
+        """The ids of each text, its file, and where in that its states begin."""
+        for path in self.files:
+            first = 0
+            for ids in read(path, "ids").split(read(path, "lengths").tolist()):
+                yield tuple(ids.tolist()), path, first
+                first += len(ids)
+
+
+def read(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def states_of(path: Path, first: int, count: int) -> Tensor:
+    """`[count, size]` float32."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_slice("states")[first : first + count].float()
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            expected = json.loads((file.metadata() or {})["facts"])["sha256"]
+            return _digest({name: file.get_tensor(name) for name in file.keys()}) == expected  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return False
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
