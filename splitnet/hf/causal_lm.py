@@ -301,18 +301,18 @@ class RemoteCausalLM(RemoteModel):
         return states[0]
 
     @torch.no_grad()
-    def states_at(self, taps: Sequence[int], input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def states_at(
+        self, taps: Sequence[int], input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: RemoteCache
+    ) -> torch.Tensor:
         """Hidden states of whole texts, `[batch, seq]` with padding on the left, after so many blocks each, and behind
         these what the final norm gives: `[batch, seq, (len(taps) + 1) * hidden]`. Raises as a call of the model.
+
+        cache: a new one.
         """
-        cache = self.new_cache()
-        try:
-            given = {"input_ids": input_ids, "attention_mask": attention_mask, "cache": cache, "use_cache": True}
-            if "position_ids" in self._backbone_parameters:  # as `generate()` does
-                given["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-            return self._seen_by(taps, cache, lambda: backbone_of(self)(**given))[1]
-        finally:
-            cache.close()
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "cache": cache, "use_cache": True}
+        if "position_ids" in self._backbone_parameters:  # as `generate()` does
+            given["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        return self._seen_by(taps, cache, lambda: backbone_of(self)(**given))[1]
 
     def use_side(self, side: SideNetwork) -> None:
         """Has a side network add to what stands behind the final norm, from now on."""

@@ -38,6 +38,8 @@ class SideNetwork(nn.Module):
         heads = max(1, width // HEAD_SIZE)
         config = LlamaConfig(
             vocab_size=1,
+            bos_token_id=None,
+            eos_token_id=None,
             hidden_size=width,
             intermediate_size=3 * width,
             num_hidden_layers=layers,

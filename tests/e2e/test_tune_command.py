@@ -103,8 +103,9 @@ def test_a_side_network_is_trained_on_states_that_come_once(
     assert "hidden states of 4 examples, 0 MiB, come from the peers" in finished.errors
     lines = metrics(output)
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 61)]
-    assert not any(line.get("sent_bytes") for line in lines), "steps need no peer"
-    assert lines[-1]["eval_accuracy"] == 1 and lines[-1]["eval_loss"] < lines[0]["eval_loss"] / 4
+    assert not any(line["sent_bytes"] for line in lines if "loss" in line), "steps need no peer"
+    assert 0 < lines[0]["sent_bytes"] < lines[0]["received_bytes"]
+    assert lines[-1]["eval_accuracy"] == 1 and lines[-1]["eval_loss"] < lines[1]["eval_loss"] / 4
     told = re.search(r"Use it: splitnet (.*)", finished.output)
     assert told
     question = TEMPLATE.replace("{text}", "play a song")
@@ -150,6 +151,18 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, here: Her
 
     expect_trained(here(*words(tmp_path / "whole", *options)), tmp_path / "whole", STEPS)
     assert (folder / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+def test_a_plan_tells_what_each_method_would_cost(words: Words, here: Here, tmp_path: Path) -> None:
+    finished = here(*words(tmp_path / "none", "--plan", "--steps", "40"))
+    assert finished.code == 0, finished.errors
+    rows = [line.split() for line in finished.output.splitlines() if "│" in line]
+    costs = {row[1]: [float(value.replace(",", "")) for value in row[3::2]] for row in rows if row[1] != "method"}
+    assert costs.keys() == {"lora", "prompt", "prefix", "p-tuning", "side"}
+    for trained, first, later, total, *_ in costs.values():
+        assert trained > 0 and total >= first >= later >= 0
+    assert "40 steps of 3, 30.0 times 4 examples" in finished.output
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

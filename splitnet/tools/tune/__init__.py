@@ -30,14 +30,19 @@ _OF_STATES = {"states_limit"}  # of draft heads and side networks
 @connects(without=("prefer", "energy_slowdown"))
 def tune(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the adapter and what belongs to it.")],
     model: ModelOrInvite = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New folder for the adapter and what belongs to it.")
+    ] = None,
     *,
     connecting: ConnectionOptions,
     data: Annotated[Path | None, in_data(metavar="FILE.jsonl", help="Examples, one JSON object per line.")] = None,
     evaluation: Annotated[Path | None, in_data("--eval", metavar="FILE.jsonl", help="Held-out examples.")] = None,
     method: Annotated[Method, typer.Option(help="What to train.")] = Method.LORA,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Measure some steps of every method, tell what a run would cost, and end.")
+    ] = False,
     template: Annotated[str, in_data(help="What the model reads of a text with a label.")] = TEMPLATE,
     head: Annotated[
         bool, in_data("--head", help="Train a head that tells labels, instead of the model's words.")
@@ -99,6 +104,9 @@ def tune(
         raise SplitnetError(f"there is nothing to learn from: give examples with --data FILE.jsonl{more}")
     if learning_rate == 0:
         raise SplitnetError("with --lr 0 nothing is learned: leave it out, or give a step size such as 1e-3")
+    if output is None and not plan:
+        raise SplitnetError("there is no place for what is trained: give --output DIR, or ask for the cost with --plan")
+    output = output or Path()
     from splitnet.tools.tune.data import read_examples
 
     given: dict[str, Any] = {"output": output, "resume": resume, "max_length": max_length}
@@ -131,9 +139,10 @@ def tune(
         ).run(Connection(checkpoint, connecting))
         return
     assert data is not None
-    if method is not Method.SIDE:
+    if method is not Method.SIDE or plan:
         require("tune", "splitnet tune")
-    TuningFolder(output).check_place(resume=resume)
+    if not plan:
+        TuningFolder(output).check_place(resume=resume)
     if "{text}" not in template:
         raise SplitnetError("the template has no {text}: write it where the text goes, as in '{text} Topic:'")
     if warmup >= steps:
@@ -178,7 +187,7 @@ def tune(
         save_every=save_every,
         **given,
     )
-    tuning.run(Connection(checkpoint, connecting))
+    (tuning.plan if plan else tuning.run)(Connection(checkpoint, connecting))
 
 
 def _check_options(context: typer.Context, draft_head: bool, states: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from splitnet.hf.causal_lm import RemoteCausalLM, attached
 from splitnet.hf.classifier import attached_classifier
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm
+from splitnet.tools.tune.costs import MEASURED, Cost, first_rows, measured, print_costs
 from splitnet.tools.tune.data import Examples
 from splitnet.tools.tune.folder import WORK, TuningFolder
 from splitnet.tools.tune.methods import AdapterOptions, Method, Settings, begin_prefix, with_new_adapter
@@ -207,9 +209,7 @@ class Tuning:
             adapted = self._adapted(checkpoint, swarm, connection.options, tokenizer, pad, [*rows, *held_out])
             folder.begin(description)
             if isinstance(adapted, SideTuner):
-                with stop_signals("file of states") as stopped:
-                    adapted.fill(pad, TuningProgress(self.settings.steps).say, stopped)
-                end_if(stopped, "Stopped")
+                self._fill(adapted, folder, pad)
             run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head, device=connection.options.device)
             self._train(run, folder, held_out, words, pad)
         finally:
@@ -217,6 +217,41 @@ class Tuning:
         if isinstance(adapted, SideTuner):
             typer.echo(adapted.states.told_size)
         self._print_next()
+
+    def plan(self, connection: Connection) -> None:
+        """Measures some steps of each method, and prints what a run would cost; nothing is kept.
+
+        Raises SplitnetError.
+        """
+        checkpoint = connection.checkpoint()
+        tokenizer, swarm = checkpoint.tokenizer(), connection.swarm(checkpoint)
+        pad, costs = pad_of(tokenizer), list[Cost]()
+        methods = [method for method in Method if not (self.head and method is Method.SIDE)]
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                for method in methods:
+                    typer.echo(f"{method}: {1 + MEASURED} steps ...", err=True)
+                    settings = replace(self.settings, learning_rate=method.learning_rate)
+                    one = replace(self, method=method, settings=settings, output=Path(folder))
+                    rows = one._encoder(checkpoint, tokenizer).encode(self.train)
+                    some = first_rows(rows, settings)
+                    adapted = one._adapted(checkpoint, swarm, connection.options, tokenizer, pad, some)
+                    run = TuningRun(adapted, some, settings, pad=pad, head=self.head, device=connection.options.device)
+                    costs.append(measured(method, run, rows, pad))
+        finally:
+            swarm.close()
+        print_costs(costs, self.settings, len(self.train.rows))
+
+    def _fill(self, tuner: SideTuner, folder: TuningFolder, pad: int) -> None:
+        """Has the peers compute the states, and notes what that cost."""
+        began, progress = time.perf_counter(), TuningProgress(self.settings.steps)
+        with stop_signals("file of states") as stopped:
+            tuner.fill(pad, progress.say, stopped)
+        end_if(stopped, "Stopped")
+        sent, received = tuner.training_bytes
+        facts = {"seconds": round(time.perf_counter() - began, 4), "sent_bytes": sent, "received_bytes": received}
+        if sent:
+            folder.add_metrics({"step": -1, **facts})
 
     def _train(
         self, run: TuningRun, folder: TuningFolder, held_out: Sequence[Encoded], words: Sequence[int] | None, pad: int

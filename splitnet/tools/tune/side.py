@@ -39,13 +39,24 @@ class SideTuner(nn.Module):
         self.states = states
         self._rows = [*{tuple(row.ids): row for row in rows}.values()]
         positions = sum(len(row.ids) for row in self._rows)
-        self._size = positions * (len(self.side.taps) + 1) * self.side.hidden_size * 2
-        if self._size > limit:
+        self.disk_bytes = positions * (len(self.side.taps) + 1) * self.side.hidden_size * 2
+        if self.disk_bytes > limit:
             raise SplitnetError(
-                f"the hidden states of {len(self._rows):,} examples need {self._size / 2**20:,.0f} MiB of disk, and "
-                f"--states-limit is {limit / 2**20:,.0f} MiB: raise it, or give fewer or shorter examples"
+                f"the hidden states of {len(self._rows):,} examples need {self.disk_bytes / 2**20:,.0f} MiB of disk, "
+                f"and --states-limit is {limit / 2**20:,.0f} MiB: raise it, or give fewer or shorter examples"
             )
+        self._moved = 0, 0
         self._places: dict[tuple[int, ...], tuple[Path, int]] = {}
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The different texts that it is called with."""
+        return [row.ids for row in self._rows]
+
+    @property
+    def training_bytes(self) -> tuple[int, int]:
+        """Bytes sent and received on the client's own links."""
+        return self._moved
 
     def fill(self, pad: int, say: Callable[[str], None], stopped: Sequence[int]) -> None:
         """Has the peers compute the states of all rows that are not on the disk, until it is stopped.
@@ -57,7 +68,7 @@ class SideTuner(nn.Module):
         there = {ids for ids, _, _ in states.places()}
         left = [row for row in self._rows if tuple(row.ids) not in there]
         if left:
-            say(f"hidden states of {count:,} examples, {self._size / 2**20:,.0f} MiB, come from the peers ...")
+            say(f"hidden states of {count:,} examples, {self.disk_bytes / 2**20:,.0f} MiB, come from the peers ...")
         for some in _parts(sorted(left, key=lambda row: len(row.ids)), FILE_POSITIONS):
             if stopped:
                 return
@@ -70,7 +81,14 @@ class SideTuner(nn.Module):
         longest = max(len(row.ids) for row in rows)
         ids = torch.tensor([[pad] * (longest - len(row.ids)) + row.ids for row in rows], device=model.device)
         mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows], device=model.device)
-        found = model.states_at(self.side.taps, ids, mask)
+        cache = model.new_cache()
+        try:
+            found = model.states_at(self.side.taps, ids, mask, cache)
+            assert cache.session is not None
+            traffic = cache.session.traffic
+            self._moved = self._moved[0] + traffic.bytes_sent, self._moved[1] + traffic.bytes_received
+        finally:
+            cache.close()
         return [states[longest - len(row.ids) :] for states, row in zip(found, rows, strict=True)]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **given: Any) -> Any:

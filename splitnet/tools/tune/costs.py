@@ -1,0 +1,127 @@
+"""What a method would cost, by some steps of it that are measured: `splitnet tune --plan`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from splitnet.tools.tune.methods import Settings
+from splitnet.tools.tune.run import Encoded, TuningRun
+from splitnet.tools.tune.side import SideTuner
+
+MEASURED = 3  # steps behind a first one, which opens routes and sends the adapter
+_RESET_PEAK = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """states_s, states_bytes, disk_bytes: of the hidden states of all examples, which come once. first_s: by which the
+    first step takes longer than a later one. step_bytes: sent and received, by the client. client_bytes: by which its
+    memory grew; None: not known here."""
+
+    method: str
+    trained: int
+    states_s: float
+    states_bytes: tuple[int, int]
+    disk_bytes: int
+    first_s: float
+    step_s: float
+    step_bytes: tuple[float, float]
+    client_bytes: int | None
+
+    def seconds(self, steps: int) -> float:
+        """Of a run without evaluations."""
+        return self.states_s + self.first_s + steps * self.step_s
+
+    def moved(self, steps: float) -> tuple[float, float]:
+        """Bytes sent and received, in a run of so many steps."""
+        sent, received = (once + steps * each for once, each in zip(self.states_bytes, self.step_bytes, strict=True))
+        return sent, received
+
+
+def first_rows(rows: Sequence[Encoded], settings: Settings) -> list[Encoded]:
+    """As many as the measured steps take, from all over the file."""
+    count = min(len(rows), (1 + MEASURED) * settings.batch_size)
+    return [rows[place * len(rows) // count] for place in range(count)]
+
+
+def measured(method: str, run: TuningRun, rows: Sequence[Encoded], pad: int) -> Cost:
+    """Takes steps of a run over some of all `rows`. Raises as a step."""
+    model = run.model
+    disk_bytes, share = 0, 1.0
+    with _peak() as peak:
+        began, before = time.perf_counter(), model.training_bytes
+        if isinstance(model, SideTuner):
+            model.fill(pad, lambda told: None, [])
+            different = {tuple(row.ids) for row in rows}
+            share = sum(map(len, different)) / sum(len(ids) for ids in model.rows)
+            disk_bytes = int(model.disk_bytes * share)
+        states_s, filled = time.perf_counter() - began, model.training_bytes
+        times: list[float] = []
+        for _ in range(1 + MEASURED):
+            began, moved = time.perf_counter(), model.training_bytes
+            run.step()
+            times.append(time.perf_counter() - began)
+            now = model.training_bytes
+    step_s = sum(times[1:]) / MEASURED
+    return Cost(
+        method,
+        run.trained_parameters,
+        states_s * share if disk_bytes else 0.0,
+        (int((filled[0] - before[0]) * share), int((filled[1] - before[1]) * share)),
+        disk_bytes,
+        max(0.0, times[0] - step_s),
+        step_s,
+        (now[0] - moved[0], now[1] - moved[1]),
+        peak[0] if peak else None,
+    )
+
+
+def print_costs(costs: Sequence[Cost], settings: Settings, examples: int) -> None:
+    """A row per method, the quickest first, for an epoch and for a run."""
+    steps = examples / settings.batch_size
+    right: Any = {"justify": "right"}
+    heads = ["trained", "first epoch, s", "each later, s", f"{settings.steps} steps, s", "sent, MB", "received, MB"]
+    title = f"{settings.steps} steps of {settings.batch_size}, {settings.steps / steps:.1f} times {examples:,} examples"
+    table = Table("method", *(Column(head, **right) for head in [*heads, "client, MiB", "disk, MiB"]), title=title)
+    for cost in sorted(costs, key=lambda cost: cost.seconds(settings.steps)):
+        seconds = [cost.seconds(1) + (steps - 1) * cost.step_s, steps * cost.step_s, cost.seconds(settings.steps)]
+        table.add_row(
+            cost.method,
+            f"{cost.trained:,}",
+            *(f"{each:,.1f}" for each in seconds),
+            *(f"{each / 1e6:,.1f}" for each in cost.moved(settings.steps)),
+            "?" if cost.client_bytes is None else f"{cost.client_bytes / 2**20:,.0f}",
+            f"{cost.disk_bytes / 2**20:,.0f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print("Without evaluations. Sent, received: by the client, in the whole run. Client: by how much it grew.")
+
+
+@contextmanager
+def _peak() -> Iterator[list[int]]:
+    """Afterwards the list holds by how many bytes this process has grown at most within, if that can be known."""
+    grown: list[int] = []
+    before = 0
+    known = sys.platform == "linux"
+    if known:
+        with suppress(OSError):
+            _RESET_PEAK.write_text("5")
+            before = _status("VmRSS")
+    yield grown
+    if before:
+        grown.append(max(0, _status("VmHWM") - before))
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
