@@ -1,24 +1,27 @@
-"""A client's own parameters in blocks: low-rank additions to linear layers, and a prefix of keys and values.
+"""A client's own parameters in blocks: what changes linear layers, and a prefix of keys and values.
 
 Tensors are named by the block of the whole model and what they are there:
 
     12.self_attn.q_proj.lora_A    [rank, inputs]
     12.self_attn.q_proj.lora_B    [outputs, rank], times the scaling
+    12.mlp.down_proj.scale_in     [inputs], factors of the input
+    12.self_attn.k_proj.scale_out [outputs], factors of the output
     12.prefix_keys                [kv heads, virtual positions, head size]
     12.prefix_values              likewise
 
 `splitnet.hf.adapters` reads them from what PEFT has put on a model.
 
-Low-rank adaptation: Hu et al., "LoRA", arXiv:2106.09685. Prefix: Li and Liang, "Prefix-Tuning", arXiv:2101.00190, and
-Liu et al., "P-Tuning v2", arXiv:2110.07602.
+Low-rank adaptation: Hu et al., "LoRA", arXiv:2106.09685. Factors: Liu et al., "(IA)3", arXiv:2205.05638. Prefix: Li and
+Liang, "Prefix-Tuning", arXiv:2101.00190, and Liu et al., "P-Tuning v2", arXiv:2110.07602.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -36,8 +39,10 @@ MAX_RANK = 1024
 MAX_GROUP_BYTES = 16 * 1024 * 1024  # of tensors of adapters, or their gradients, in one message, unless one is larger
 
 LORA_A, LORA_B = ".lora_A", ".lora_B"
+SCALE_IN, SCALE_OUT = ".scale_in", ".scale_out"
 PREFIX_KEYS, PREFIX_VALUES = "prefix_keys", "prefix_values"
-_NAME = re.compile(r"(0|[1-9][0-9]{0,5})\.(prefix_keys|prefix_values|[A-Za-z0-9_.]{1,200}\.lora_[AB])")
+_OF_LAYER = r"[A-Za-z0-9_.]{1,200}\.(?:lora_[AB]|scale_in|scale_out)"
+_NAME = re.compile(rf"(0|[1-9][0-9]{{0,5}})\.(prefix_keys|prefix_values|{_OF_LAYER})")
 
 
 class LowRank(NamedTuple):
@@ -45,6 +50,13 @@ class LowRank(NamedTuple):
 
     a: Tensor
     b: Tensor
+
+
+class Scales(NamedTuple):
+    """Factors of the input and the output of a linear layer."""
+
+    before: Tensor | None
+    after: Tensor | None
 
 
 class Prefix(NamedTuple):
@@ -60,7 +72,9 @@ class Adapter:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
         self.low_ranks: dict[tuple[int, str], LowRank] = {}  # by block and path of the layer in it
+        self.scales: dict[tuple[int, str], Scales] = {}  # likewise
         self.prefixes: dict[int, Prefix] = {}  # by block
+        factors = 0
         for name, tensor in self.tensors.items():
             match = _NAME.fullmatch(name)
             if match is None or tensor.dtype not in DTYPES:
@@ -71,7 +85,16 @@ class Adapter:
             elif rest.endswith(LORA_A):
                 path = rest.removesuffix(LORA_A)
                 self.low_ranks[block, path] = _low_rank(name, tensor, self._partner(f"{block}.{path}{LORA_B}"))
-        if 2 * (len(self.prefixes) + len(self.low_ranks)) != len(self.tensors):
+            elif rest.endswith((SCALE_IN, SCALE_OUT)):
+                if tensor.ndim != 1:
+                    raise AdapterError(f"{name} is {list(tensor.shape)}: factors are one for each input or output")
+                factors += 1
+                path = rest.rpartition(".")[0]
+                both = (self.tensors.get(f"{block}.{path}{end}") for end in (SCALE_IN, SCALE_OUT))
+                self.scales[block, path] = Scales(*both)
+        if twice := self.low_ranks.keys() & self.scales.keys():
+            raise AdapterError(f"the layer {min(twice)} has both low ranks and factors: one of them is possible")
+        if 2 * (len(self.prefixes) + len(self.low_ranks)) + factors != len(self.tensors):
             raise AdapterError("the adapter has a tensor without the one that belongs to it")
         lengths = {prefix.keys.shape[2] for prefix in self.prefixes.values()}
         if len(lengths) > 1:
@@ -147,7 +170,7 @@ _applied = _Applied()
 
 def applying(adapters: Sequence[Adapter | None], counts: Sequence[int]) -> AbstractContextManager[None]:
     """Adds the adapters of sequences in a packed tensor, with `counts` of positions, to what this thread runs through
-    layers with `AddsLowRank`."""
+    layers with `Changes`."""
     slices: list[tuple[slice, Adapter]] = []
     offset = 0
     for adapter, count in zip(adapters, counts, strict=True):
@@ -170,31 +193,56 @@ def _with_slices(slices: Sequence[tuple[slice, Adapter]], positions: int) -> Ite
         _applied.slices, _applied.positions = (), 0
 
 
-class AddsLowRank:
-    """A forward hook of one linear layer: adds what the adapters of the running pass have for it."""
+class Changes:
+    """Forward hooks of one linear layer: do what the adapters of the running pass have for it."""
 
     def __init__(self, block: int, path: str) -> None:
         self._at = block, path
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def watch(self, layer: nn.Module) -> None:
+        layer.register_forward_pre_hook(self._before)
+        layer.register_forward_hook(self._after)
+
+    def _before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """`args[0]`: `[1, positions, inputs]`."""
+        changes: list[tuple[slice, Callable[[Tensor], Tensor]]] = []
+        for positions, adapter in _applied.slices:
+            scales = adapter.scales.get(self._at)
+            if scales is not None and scales.before is not None:
+                changes.append((positions, partial(_scaled, scales.before)))
+        return (self._changed(args[0], args[0], changes), *args[1:]) if changes else None
+
+    def _after(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """`args[0]`: `[1, positions, inputs]`; `output`: `[1, positions, outputs]`."""
-        slices = [(positions, adapter.low_ranks.get(self._at)) for positions, adapter in _applied.slices]
-        found = [(positions, low_rank) for positions, low_rank in slices if low_rank is not None]
-        if not found:
-            return None
-        given = args[0]
+        changes: list[tuple[slice, Callable[[Tensor], Tensor]]] = []
+        for positions, adapter in _applied.slices:
+            if (low_rank := adapter.low_ranks.get(self._at)) is not None:
+                changes.append((positions, partial(_with_product, low_rank, args[0][:, positions])))
+            elif (scales := adapter.scales.get(self._at)) is not None and scales.after is not None:
+                changes.append((positions, partial(_scaled, scales.after)))
+        return self._changed(args[0], output, changes) if changes else None
+
+    def _changed(
+        self, given: Tensor, values: Tensor, changes: Sequence[tuple[slice, Callable[[Tensor], Tensor]]]
+    ) -> Tensor:
         if given.shape[:2] != (1, _applied.positions):
             raise AdapterError(f"{self._at[1]} does not see every position, so nothing can be added to it")
         pieces: list[Tensor] = []
         done = 0
-        for positions, (a, b) in found:
-            pieces.append(output[:, done : positions.start])
-            # In the adapter's own precision, as PEFT does.
-            low = given[:, positions].to(a.dtype) @ a.T @ b.T
-            pieces.append(output[:, positions] + low.to(output.dtype))
+        for positions, change in changes:
+            pieces += [values[:, done : positions.start], change(values[:, positions])]
             done = positions.stop
-        pieces.append(output[:, done:])
-        return torch.cat(pieces, dim=1)
+        return torch.cat((*pieces, values[:, done:]), dim=1)
+
+
+def _with_product(low_rank: LowRank, given: Tensor, output: Tensor) -> Tensor:
+    a, b = low_rank
+    # In the adapter's own precision, as PEFT does.
+    return output + (given.to(a.dtype) @ a.T @ b.T).to(output.dtype)
+
+
+def _scaled(factors: Tensor, values: Tensor) -> Tensor:
+    return (values.to(factors.dtype) * factors).to(values.dtype)
 
 
 def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
@@ -219,7 +267,7 @@ class SpanAdapters:
 
     def fit(self, adapter: Adapter, start: int, end: int) -> None:
         """Makes the blocks `[start, end)` ready for an adapter. Raises AdapterError as `Span.fit` says."""
-        for (block, path), low_rank in adapter.low_ranks.items():
+        for block, path in [*adapter.low_ranks, *adapter.scales]:
             module = self._blocks[self._index(block, start, end)]
             sizes = linear_layers(module).get(path)
             if sizes is None:
@@ -229,11 +277,11 @@ class SpanAdapters:
                     f"nothing can be added to {path} of block {block}, as the family's code takes its weight alone: "
                     "leave it out of target_modules"
                 )
-            if (low_rank.a.shape[1], low_rank.b.shape[0]) != sizes:
+            if not _fits(adapter, (block, path), sizes):
                 raise AdapterError(f"{path} of block {block} maps {sizes[0]} values to {sizes[1]}, the adapter not")
             if (block, path) not in self._adapted:
                 self._adapted.add((block, path))
-                module.get_submodule(path).register_forward_hook(AddsLowRank(block, path))
+                Changes(block, path).watch(module.get_submodule(path))
         for block, prefix in adapter.prefixes.items():
             shapes = self.kv_shapes.get(self._index(block, start, end))
             if [(tensor.shape[1], tensor.shape[3]) for tensor in prefix] != shapes:
@@ -249,6 +297,13 @@ class SpanAdapters:
         if not start <= block < end:
             raise AdapterError(f"block {block} is not among the blocks {start}..{end - 1}")
         return block - self._first
+
+
+def _fits(adapter: Adapter, at: tuple[int, str], sizes: tuple[int, int]) -> bool:
+    """Whether what an adapter has for a layer is for so many inputs and outputs."""
+    if (low_rank := adapter.low_ranks.get(at)) is not None:
+        return (low_rank.a.shape[1], low_rank.b.shape[0]) == sizes
+    return all(one is None or len(one) == size for one, size in zip(adapter.scales[at], sizes, strict=True))
 
 
 def _low_rank(name: str, a: Tensor, b: Tensor) -> LowRank:

@@ -8,12 +8,14 @@ as a cache that holds something already. Here they are taken out of the call and
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Final, Never
+from typing import Any, Final, NamedTuple, Never, cast
 
 import torch
 from safetensors import safe_open
@@ -27,6 +29,8 @@ from splitnet.blocks.adapters import (
     MAX_RANK,
     PREFIX_KEYS,
     PREFIX_VALUES,
+    SCALE_IN,
+    SCALE_OUT,
     Adapter,
     linear_layers,
 )
@@ -69,10 +73,12 @@ class LocalAdapters:
         """The tensors of the active adapter by their names, connected to what is trained. Raises as `check`."""
         tensors: dict[str, torch.Tensor] = {}
         for path, layer, names in self._active():
-            pairs = [self._pair(path, layer, name) for name in names]
-            if pairs:  # several adapters add up: so does one with all their ranks
-                tensors[path + LORA_A] = torch.cat([a for a, _ in pairs])
-                tensors[path + LORA_B] = torch.cat([b for _, b in pairs], dim=1)
+            parts = [_parts(path, layer, name) for name in names]
+            for end in parts[0] if parts else ():
+                each = [part[end] for part in parts]
+                # Several adapters add up, and so does one with all their ranks; factors are multiplied.
+                joined = torch.cat(each, dim=int(end == LORA_B)) if end in (LORA_A, LORA_B) else math.prod(each)
+                tensors[path + end] = cast("torch.Tensor", joined)
         for block, (keys, values) in enumerate(prefix):
             tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"] = keys, values
         return tensors
@@ -106,10 +112,11 @@ class LocalAdapters:
         """
         layers = [(layer, name) for _, layer, names in self._active() for name in names]
         tensors = [tensor for pair in prefix for tensor in pair]
-        tensors += [module[name].weight for layer, name in layers for module in (layer.lora_A, layer.lora_B)]
+        tensors += [tensor for layer, _ in layers for tensor in (*layer.parameters(), *layer.buffers())]
         if any(one.is_inference() for one in tensors):
             return self.current(held, prefix)
-        marks = [*(float(layer.scaling[name]) for layer, name in layers), *((id(one), one._version) for one in tensors)]
+        scalings = (float(getattr(layer, "scaling", {}).get(name, 1.0)) for layer, name in layers)
+        marks = [*scalings, *((id(one), one._version) for one in tensors)]
         seen, _, before, adapter = self._seen
         if marks != seen or held is not before:
             adapter = self.current(held, prefix)
@@ -120,56 +127,142 @@ class LocalAdapters:
         """Raises AdapterError if there is something on the blocks that peers do not do."""
         for path, layer, names in self._active():
             for name in names:
-                _check_matrices(path, layer, name)
+                _check_layer(path, layer, name)
 
     def _active(self) -> Iterator[tuple[str, Any, list[str]]]:
-        """The layers that have LoRA which is switched on, and the names of it."""
+        """The layers that have adapters which are switched on, and the names of these."""
         if self.outline is None or "peft" not in sys.modules:
             return
         for name, config in (self.configs or {}).items():
             check_config(name, config)
-        for path, layer in _lora_layers(self.outline, ""):
+        for path, layer in _adapted_layers(self.outline, ""):
             if not layer.disable_adapters:
-                yield path, layer, [name for name in layer.active_adapters if name in layer.lora_A]
-
-    @staticmethod
-    def _pair(path: str, layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        _check_matrices(path, layer, name)
-        if layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0:
-            raise AdapterError("peers know no dropout in LoRA: use lora_dropout=0.0")
-        return layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
+                held = getattr(layer, _kinds()[type(layer)].holder)
+                yield path, layer, [name for name in layer.active_adapters if name in held]
 
 
-_INSTEAD: Final = "use plain LoRA on linear layers, a prompt or a prefix, and load the model again"
+class _Kind(NamedTuple):
+    """How a layer of PEFT's travels. holder: its attribute that holds something for each adapter. parts: by the layer
+    and the name of an adapter, tensors by the end of their names."""
+
+    holder: str
+    parts: Callable[[Any, str], dict[str, torch.Tensor]]
+
+
+@cache
+def _kinds() -> dict[type, _Kind]:
+    """By the type of the layer: all that is linear in a layer's input travels as a low-rank pair."""
+    from peft.tuners import adalora, ia3, loha, lokr, lora, vera
+
+    return {
+        lora.Linear: _Kind("lora_A", _lora_parts),
+        adalora.SVDLinear: _Kind("lora_A", _adalora_parts),
+        ia3.Linear: _Kind("ia3_l", _ia3_parts),
+        vera.Linear: _Kind("vera_lambda_d", _vera_parts),
+        loha.Linear: _Kind("hada_w1_a", _loha_parts),
+        lokr.Linear: _Kind("_available_adapters", _lokr_parts),
+    }
+
+
+def _parts(path: str, layer: Any, name: str) -> dict[str, torch.Tensor]:
+    """Raises AdapterError: it is more than peers do."""
+    _check_layer(path, layer, name)
+    rates = [getattr(layer, f"{each}_dropout", {}) for each in ("lora", "vera", "rank", "module")]
+    dropouts = [each[name] for each in rates if name in each]
+    if layer.training and any(getattr(one, "p", one if isinstance(one, float) else 0.0) > 0 for one in dropouts):
+        raise AdapterError("peers know no dropout in LoRA and its kin: set lora_dropout=0.0, or that of the method")
+    return _kinds()[type(layer)].parts(layer, name)
+
+
+def _lora_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
+    return {LORA_A: layer.lora_A[name].weight, LORA_B: layer.lora_B[name].weight * layer.scaling[name]}
+
+
+def _adalora_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
+    """Zhang et al., arXiv:2303.10512, section 3.1, as PEFT scales it."""
+    scaling = layer.scaling[name] / (layer.ranknum[name] + 1e-5)
+    return {LORA_A: layer.lora_A[name] * layer.lora_E[name], LORA_B: layer.lora_B[name] * scaling}
+
+
+def _ia3_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
+    return {SCALE_IN if layer.is_feedforward else SCALE_OUT: layer.ia3_l[name].flatten()}
+
+
+def _vera_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
+    """Kopiczko et al., arXiv:2310.11454, section 3.1: shared matrices, of which a layer scales rows."""
+    a, b = layer.vera_A[name][:, : layer.in_features], layer.vera_B[name][: layer.out_features]
+    return {LORA_A: layer.vera_lambda_d[name][:, None] * a, LORA_B: layer.vera_lambda_b[name][:, None] * b}
+
+
+def _loha_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
+    """The Hadamard product of two low-rank matrices (Hyeon-Woo et al., arXiv:2108.06098) has the product of their
+    ranks: columns and rows of all pairs."""
+    (b1, a1), (b2, a2) = (
+        (getattr(layer, f"hada_w{one}_a")[name], getattr(layer, f"hada_w{one}_b")[name]) for one in (1, 2)
+    )
+    a = (a1[:, None] * a2[None]).flatten(0, 1)
+    return {LORA_A: a, LORA_B: (b1[:, :, None] * b2[:, None]).flatten(1) * layer.scaling[name]}
+
+
+def _lokr_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
+    """A Kronecker product (LyCORIS, arXiv:2309.14859). With w2 = b a: kron(w1, w2) = kron(w1, b) kron(1, a)."""
+
+    def of(factor: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if name in (whole := getattr(layer, factor)):
+            return whole[name], torch.eye(whole[name].shape[1]).to(whole[name])
+        return getattr(layer, f"{factor}_a")[name], getattr(layer, f"{factor}_b")[name]
+
+    (left, right), (b, a) = of("lokr_w1"), of("lokr_w2")
+    w1 = left @ right
+    ones = torch.eye(w1.shape[1]).to(w1)
+    return {LORA_A: torch.kron(ones, a.contiguous()), LORA_B: torch.kron(w1, b.contiguous()) * layer.scaling[name]}
+
+
+_INSTEAD: Final = "use LoRA, (IA)3, a prompt or another method of docs/tuning.md, and load the model again"
+_MORE_HARMLESS: Final = {
+    "AdaLoraConfig": frozenset(
+        {*("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")}
+    ),
+    "IA3Config": frozenset({"feedforward_modules", "init_ia3_weights"}),
+    "VeraConfig": frozenset({"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}),
+    "LoHaConfig": frozenset({"alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"}),
+    "LoKrConfig": frozenset(
+        {
+            *("alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"),
+            *("decompose_both", "decompose_factor", "rank_dropout_scale"),
+        }
+    ),
+}
+"""As `HARMLESS`, by the class of other configs."""
 
 
 def check_config(name: str, config: Any) -> None:
     """Raises AdapterError if layers do not show all that an adapter is to do to blocks."""
-    from peft import LoraConfig, TrainableTokensConfig
+    import peft
 
-    if type(config) is TrainableTokensConfig:  # of embeddings, which are here
+    if type(config) is peft.TrainableTokensConfig:  # of embeddings, which are here
         return
-    if type(config) is not LoraConfig:
+    known = {peft.LoraConfig: HARMLESS}
+    known |= {getattr(peft, each): HARMLESS | names for each, names in _MORE_HARMLESS.items()}
+    if type(config) not in known:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise AdapterError(f"the adapter {name!r} is {kind}, which peers do not run: {_INSTEAD}")
     for field in fields(config):
         usual = field.default if field.default_factory is MISSING else field.default_factory()
         value = getattr(config, field.name)
         # What is empty is switched off to PEFT, whichever way it is so.
-        if field.name not in HARMLESS and value != usual and (value or usual):
+        if field.name not in known[type(config)] and value != usual and (value or usual):
             raise AdapterError(
                 f"the adapter {name!r} has {field.name}={value!r}, which peers do not apply: leave it out of its "
-                "LoraConfig, and load the model again"
+                f"{type(config).__name__}, and load the model again"
             )
 
 
-def _lora_layers(part: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
-    """The layers with LoRA in a part of the outline, by their paths. Raises AdapterError: there is something else."""
-    from peft.tuners.lora import Linear
-
+def _adapted_layers(part: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
+    """Layers with adapters in a part of the outline, by their paths. Raises AdapterError: there is something else."""
     for name, module in part.named_children():
         kind, where = type(module), f"{path}{name}"
-        base: Any = module.base_layer if kind is Linear else module
+        base: Any = module.base_layer if kind in _kinds() else module
         if type(base) not in (RemotePart, RemoteLinear, RemoteConv1D):
             raise AdapterError(
                 f"{where} is a {type(base).__name__} now, and peers only add LoRA to linear layers: leave it out of "
@@ -180,14 +273,18 @@ def _lora_layers(part: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
                 f"{where} has a hook, and peers run the blocks without it: leave out what puts it there, such as "
                 "adapter_names, and load the model again"
             )
-        if kind is Linear:
+        if kind in _kinds():
             yield where, module
         elif kind is RemotePart:
-            yield from _lora_layers(module, f"{where}.")
+            yield from _adapted_layers(module, f"{where}.")
 
 
-def _check_matrices(path: str, layer: Any, name: str) -> None:
-    """Raises AdapterError if an adapter does more in a layer than to add the product of its two matrices."""
+def _check_layer(path: str, layer: Any, name: str) -> None:
+    """Raises AdapterError if LoRA does more in a layer than to add the product of its two matrices."""
+    from peft.tuners.lora import Linear
+
+    if type(layer) is not Linear:
+        return
     for part in (layer.lora_A[name], layer.lora_B[name]):
         if type(part) is not nn.Linear or part.bias is not None or _is_watched(part) or name in layer.lora_variant:
             raise AdapterError(f"{path} has more than LoRA's two matrices, which peers do not run: {_INSTEAD}")

@@ -7,17 +7,26 @@ from typing import Any
 
 import torch
 from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     TaskType,
+    VeraConfig,
     get_peft_model,
 )
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2")
 CAUSAL, CLASSES = TaskType.CAUSAL_LM, TaskType.SEQ_CLS
+
+
+LAYERS = {"llama": ["k_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
+"""By family, for other methods: the second is scaled before it, where that is the choice."""
 
 
 def lora(family: str = "llama", task: TaskType = CAUSAL) -> LoraConfig:
@@ -38,6 +47,28 @@ METHODS: dict[str, Callable[[str, TaskType], Any]] = {
         task_type=task, num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=16
     ),
     "lora": lora,
+    "ia3": lambda family, task: IA3Config(
+        task_type=task,
+        target_modules=LAYERS.get(family, LAYERS["llama"]),
+        feedforward_modules=LAYERS.get(family, LAYERS["llama"])[1:],
+        init_ia3_weights=False,
+    ),
+    "adalora": lambda family, task: AdaLoraConfig(
+        task_type=task,
+        init_r=4,
+        total_step=9,
+        target_modules=LAYERS.get(family, LAYERS["llama"]),
+        init_lora_weights=False,
+    ),
+    "vera": lambda family, task: VeraConfig(
+        task_type=task, r=4, target_modules=LAYERS.get(family, LAYERS["llama"]), init_weights=False
+    ),
+    "loha": lambda family, task: LoHaConfig(
+        task_type=task, r=3, target_modules=LAYERS.get(family, LAYERS["llama"]), init_weights=False
+    ),
+    "lokr": lambda family, task: LoKrConfig(
+        task_type=task, r=3, target_modules=LAYERS.get(family, LAYERS["llama"]), init_weights=False
+    ),
 }
 """By name: the config for a family and a task."""
 
@@ -47,6 +78,9 @@ def wrapped(model: Any, config: Any, seed: int = 3) -> PeftModel:
     torch.manual_seed(seed)
     made = get_peft_model(model, config)
     assert isinstance(made, PeftModel)
+    for name, parameter in made.named_parameters():
+        if ".lora_E." in name:  # PEFT begins it so that errors of floats grow
+            parameter.data.mul_(0.05)
     return made.eval()  # peers know no dropout
 
 

@@ -54,7 +54,13 @@ def local_model(folder: Path) -> Callable[[], Any]:
 @pytest.fixture(scope="module")
 def config(folder: Path) -> Config:
     """The config of a method by its name."""
-    return lambda method: METHODS[method](folder.name, CAUSAL)
+
+    def config_of(method: str) -> Any:
+        if folder.name == "gpt2" and method in ("loha", "lokr"):
+            pytest.skip("PEFT has none for the layers of GPT-2")
+        return METHODS[method](folder.name, CAUSAL)
+
+    return config_of
 
 
 @pytest.fixture(scope="module")
@@ -251,16 +257,15 @@ def test_what_peers_do_not_apply_is_refused_when_a_model_is_wrapped(
 
 @on_one_family
 def test_other_methods_of_peft_are_refused_when_a_model_is_wrapped(swarm: LocalSwarm) -> None:
-    refused = {kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind not in {*PROMPTS, "LORA"}}
+    applied = {*PROMPTS, "LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR"}
+    refused = {kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind not in applied}
     needs = {
-        "ADALORA": {"total_step": 10},
         "XLORA": {"hidden_size": 64, "adapters": {}},
         "C3A": {"block_size": 8},
         "VBLORA": {"vector_length": 16, "num_vectors": 16},
         "BOFT": {"boft_block_size": 8},
         "OFT": {"oft_block_size": 8},
         "FOURIERFT": {"n_frequency": 10},
-        "IA3": {"feedforward_modules": []},
     }
     own_targets = {"ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2}, "XLORA": {}}
     with swarm.visit() as visit:
