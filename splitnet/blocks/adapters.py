@@ -242,7 +242,7 @@ def _with_product(low_rank: LowRank, given: Tensor, output: Tensor) -> Tensor:
 
 
 def _scaled(factors: Tensor, values: Tensor) -> Tensor:
-    return (values.to(factors.dtype) * factors).to(values.dtype)
+    return (values * factors).to(values.dtype)  # in the wider of both precisions
 
 
 def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:

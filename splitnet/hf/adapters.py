@@ -73,7 +73,7 @@ class LocalAdapters:
         """The tensors of the active adapter by their names, connected to what is trained. Raises as `check`."""
         tensors: dict[str, torch.Tensor] = {}
         for path, layer, names in self._active():
-            parts = [_parts(path, layer, name) for name in names]
+            parts = [part for name in names if (part := _parts(path, layer, name))]
             for end in parts[0] if parts else ():
                 each = [part[end] for part in parts]
                 # Several adapters add up, and so does one with all their ranks; factors are multiplied.
@@ -112,7 +112,7 @@ class LocalAdapters:
         """
         layers = [(layer, name) for _, layer, names in self._active() for name in names]
         tensors = [tensor for pair in prefix for tensor in pair]
-        tensors += [tensor for layer, _ in layers for tensor in (*layer.parameters(), *layer.buffers())]
+        tensors += [tensor for layer, name in layers for tensor in _kinds()[type(layer)].made_of(layer, name)]
         if any(one.is_inference() for one in tensors):
             return self.current(held, prefix)
         scalings = (float(getattr(layer, "scaling", {}).get(name, 1.0)) for layer, name in layers)
@@ -127,7 +127,7 @@ class LocalAdapters:
         """Raises AdapterError if there is something on the blocks that peers do not do."""
         for path, layer, names in self._active():
             for name in names:
-                _check_layer(path, layer, name)
+                _made(path, layer, name)
 
     def _active(self) -> Iterator[tuple[str, Any, list[str]]]:
         """The layers that have adapters which are switched on, and the names of these."""
@@ -137,16 +137,22 @@ class LocalAdapters:
             check_config(name, config)
         for path, layer in _adapted_layers(self.outline, ""):
             if not layer.disable_adapters:
-                held = getattr(layer, _kinds()[type(layer)].holder)
-                yield path, layer, [name for name in layer.active_adapters if name in held]
+                made_of = _kinds()[type(layer)].made_of
+                yield path, layer, [name for name in layer.active_adapters if any(True for _ in made_of(layer, name))]
 
 
 class _Kind(NamedTuple):
-    """How a layer of PEFT's travels. holder: its attribute that holds something for each adapter. parts: by the layer
-    and the name of an adapter, tensors by the end of their names."""
+    """How a layer of PEFT's travels. holders: its attributes that hold something by the name of an adapter. parts: by
+    the layer and that name, tensors by the end of their names."""
 
-    holder: str
+    holders: tuple[str, ...]
     parts: Callable[[Any, str], dict[str, torch.Tensor]]
+
+    def made_of(self, layer: Any, name: str) -> Iterator[torch.Tensor]:
+        """The tensors that an adapter has in a layer; none: it has nothing there."""
+        for held in (getattr(layer, holder) for holder in self.holders):
+            if held is not None and name in held:
+                yield held[name].weight if isinstance(held[name], nn.Module) else held[name]
 
 
 @cache
@@ -155,23 +161,33 @@ def _kinds() -> dict[type, _Kind]:
     from peft.tuners import adalora, ia3, loha, lokr, lora, vera
 
     return {
-        lora.Linear: _Kind("lora_A", _lora_parts),
-        adalora.SVDLinear: _Kind("lora_A", _adalora_parts),
-        ia3.Linear: _Kind("ia3_l", _ia3_parts),
-        vera.Linear: _Kind("vera_lambda_d", _vera_parts),
-        loha.Linear: _Kind("hada_w1_a", _loha_parts),
-        lokr.Linear: _Kind("_available_adapters", _lokr_parts),
+        lora.Linear: _Kind(("lora_A", "lora_B"), _lora_parts),
+        adalora.SVDLinear: _Kind(("lora_A", "lora_B", "lora_E", "ranknum"), _adalora_parts),
+        ia3.Linear: _Kind(("ia3_l",), _ia3_parts),
+        vera.Linear: _Kind(("vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B"), _vera_parts),
+        loha.Linear: _Kind(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), _loha_parts),
+        lokr.Linear: _Kind(tuple(f"lokr_w{part}" for part in ("1", "1_a", "1_b", "2", "2_a", "2_b")), _lokr_parts),
     }
 
 
-def _parts(path: str, layer: Any, name: str) -> dict[str, torch.Tensor]:
-    """Raises AdapterError: it is more than peers do."""
+def _made(path: str, layer: Any, name: str) -> dict[str, torch.Tensor]:
+    """What travels of an adapter in a layer; nothing if its rank is 0. Raises AdapterError: peers do not do that."""
     _check_layer(path, layer, name)
+    parts = _kinds()[type(layer)].parts(layer, name)
+    if LORA_A not in parts or 0 < len(parts[LORA_A]) <= MAX_RANK:
+        return parts
+    if not len(parts[LORA_A]):
+        return {}
+    raise AdapterError(f"{path} has the rank {len(parts[LORA_A]):,}, and peers take {MAX_RANK:,}: give a lower r")
+
+
+def _parts(path: str, layer: Any, name: str) -> dict[str, torch.Tensor]:
+    """The same, of a layer that runs now."""
     rates = [getattr(layer, f"{each}_dropout", {}) for each in ("lora", "vera", "rank", "module")]
     dropouts = [each[name] for each in rates if name in each]
-    if layer.training and any(getattr(one, "p", one if isinstance(one, float) else 0.0) > 0 for one in dropouts):
+    if layer.training and any(getattr(one, "p", one if isinstance(one, float | int) else 0.0) > 0 for one in dropouts):
         raise AdapterError("peers know no dropout in LoRA and its kin: set lora_dropout=0.0, or that of the method")
-    return _kinds()[type(layer)].parts(layer, name)
+    return _made(path, layer, name)
 
 
 def _lora_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
@@ -205,17 +221,23 @@ def _loha_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def _lokr_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
-    """A Kronecker product (LyCORIS, arXiv:2309.14859). With w2 = b a: kron(w1, w2) = kron(w1, b) kron(1, a)."""
+    """A Kronecker product (LyCORIS, arXiv:2309.14859). With w2 = b a: kron(w1, w2) = kron(w1, b) kron(1, a), or
+    kron(1, b) kron(w1, a), which has the lower rank where w1 has fewer rows than columns."""
 
     def of(factor: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if name in (whole := getattr(layer, factor)):
-            return whole[name], torch.eye(whole[name].shape[1]).to(whole[name])
-        return getattr(layer, f"{factor}_a")[name], getattr(layer, f"{factor}_b")[name]
+        if name not in (whole := getattr(layer, factor)):
+            return getattr(layer, f"{factor}_a")[name], getattr(layer, f"{factor}_b")[name]
+        rows, columns = (torch.eye(size).to(whole[name]) for size in whole[name].shape)
+        return (rows, whole[name]) if len(rows) < len(columns) else (whole[name], columns)
 
     (left, right), (b, a) = of("lokr_w1"), of("lokr_w2")
     w1 = left @ right
-    ones = torch.eye(w1.shape[1]).to(w1)
-    return {LORA_A: torch.kron(ones, a.contiguous()), LORA_B: torch.kron(w1, b.contiguous()) * layer.scaling[name]}
+    rows, columns = (torch.eye(size).to(w1) for size in w1.shape)
+    (first, second) = (rows, w1) if len(rows) < len(columns) else (w1, columns)
+    return {
+        LORA_A: torch.kron(second, a.contiguous()),
+        LORA_B: torch.kron(first, b.contiguous()) * layer.scaling[name],
+    }
 
 
 _INSTEAD: Final = "use LoRA, (IA)3, a prompt or another method of docs/tuning.md, and load the model again"
@@ -265,7 +287,7 @@ def _adapted_layers(part: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
         base: Any = module.base_layer if kind in _kinds() else module
         if type(base) not in (RemotePart, RemoteLinear, RemoteConv1D):
             raise AdapterError(
-                f"{where} is a {type(base).__name__} now, and peers only add LoRA to linear layers: leave it out of "
+                f"{where} is a {type(base).__name__} now, and peers change linear layers only: leave it out of "
                 "target_modules and modules_to_save, and load the model again"
             )
         if _is_watched(module) or _is_watched(base):

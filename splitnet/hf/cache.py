@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -18,6 +17,7 @@ from splitnet.checkpoint.families import RopeLengths
 from splitnet.errors import AdapterError, PeerBusy
 from splitnet.hf.adapters import LocalAdapters
 from splitnet.hf.parameters import refuse
+from splitnet.hf.side import SideCache
 from splitnet.session.inference import Session
 from splitnet.session.local import MixedSession
 from splitnet.wire.messages import Chunk, Fork
@@ -60,6 +60,11 @@ class RemoteLayer(CacheLayerMixin):
     def batch(self) -> int:
         """Rows that the cache holds; 0 before the first step."""
         return len(self._rows if self._sources is None else self._sources)
+
+    @property
+    def arrangement(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What its rows are, and their padding: with others, columns mean something else."""
+        return tuple(self._rows if self._sources is None else self._sources), tuple(self._padding)
 
     def use_taps(self, taps: Sequence[int]) -> None:
         """Has the hidden states at these boundaries come with the outputs of every step, see `Exchange.tapped`: each
@@ -261,7 +266,7 @@ class RemoteCache(Cache):
 
     def __init__(self, open_session: Callable[[int], ModelSession]) -> None:
         self.remote = RemoteLayer(open_session)
-        self.side: Any = None  # of a side network: the cache of its own layers, see `splitnet.hf.side`
+        self.side: SideCache | None = None
         super().__init__(layers=[self.remote])
 
     @property

@@ -27,7 +27,7 @@ from splitnet.hf.decoding import AUTO, OFF, Decoding, Drafts, FamilyLoop, Output
 from splitnet.hf.parameters import Request, refuse
 from splitnet.hf.remote_blocks import Exchange
 from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks
-from splitnet.hf.side import SideNetwork
+from splitnet.hf.side import SideCache, SideNetwork
 from splitnet.quant.device import end_threads
 from splitnet.session.inference import Session
 from splitnet.session.local import Blocks, MixedSession
@@ -296,7 +296,7 @@ class RemoteCausalLM(RemoteModel):
         No caches are kept. Raises as a call of the model.
         """
         states: list[torch.Tensor] = []
-        with self._blocks.calling(seen=states.append):
+        with self._local.within(without_side=True), self._blocks.calling(seen=states.append):
             backbone_of(self)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return states[0]
 
@@ -312,7 +312,8 @@ class RemoteCausalLM(RemoteModel):
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "cache": cache, "use_cache": True}
         if "position_ids" in self._backbone_parameters:  # as `generate()` does
             given["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        return self._seen_by(taps, cache, lambda: backbone_of(self)(**given))[1]
+        with self._local.within(without_side=True):
+            return self._seen_by(taps, cache, lambda: backbone_of(self)(**given))[1]
 
     def use_side(self, side: SideNetwork) -> None:
         """Has a side network add to what stands behind the final norm, from now on."""
@@ -329,7 +330,7 @@ class RemoteCausalLM(RemoteModel):
                 output = super()._run_backbone(forward, given)
             hidden = states[..., -side.hidden_size :] + side(states, given.get("attention_mask"))
             return _with_hidden(output, hidden.to(output[0].dtype))
-        if (side := self.side) is None:
+        if (side := self.side) is None or self._local.without_side:
             return super()._run_backbone(forward, given)
         for former in ("past_key_values", "cache_params"):
             if given.get(former) is not None:
@@ -337,20 +338,27 @@ class RemoteCausalLM(RemoteModel):
         kept = self._cache_for(given.get("cache"), bool(given.get("use_cache")))
         cache = kept or self.new_cache()
         try:
+            if cache.remote.columns and not self._side_fits(cache):
+                raise AdapterError("the cache holds what the side network has not seen so: begin with a new cache")
             run = functools.partial(super()._run_backbone, forward, given | {"cache": cache, "use_cache": True})
             past = cache.remote.columns
+            own = cache.side.of_layers(past) if cache.side is not None and past else side.new_cache()
+            cache.side = None  # until the step is whole
             output, states = self._seen_by(side.taps, cache, run)
-            if cache.side is None:
-                cache.side = side.new_cache()
-            own = cache.side
-            if (held := own.get_seq_length()) < past:
-                raise AdapterError("the cache was begun without the side network: begin with a new cache")
-            if held > past:
-                own.crop(past - held)
-            return _with_hidden(output, output[0] + side(states, given.get("attention_mask"), own))
+            mask = cache.remote.mask(0).to(states.device)
+            hidden = output[0] + side(states, None if bool(mask.all()) else mask.long(), own)
+            cache.side = SideCache(side, own, cache.remote.arrangement)
+            return _with_hidden(output, hidden, without=cache if kept is None else None)
         finally:
             if kept is None:
                 cache.close()
+
+    def _side_fits(self, cache: RemoteCache) -> bool:
+        """Whether the side network has seen what a cache holds."""
+        held = cache.side
+        if held is None or held.network is not self.side or cache.remote.taps != held.network.taps:
+            return False
+        return held.arrangement == cache.remote.arrangement and held.layers.get_seq_length() >= cache.remote.columns
 
     def _seen_by(self, taps: Sequence[int], cache: RemoteCache, run: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
         """What the backbone gives in a step, and the states of its positions, see `states_at`."""
@@ -411,7 +419,8 @@ class RemoteCausalLM(RemoteModel):
     @property
     def _only_ends(self) -> Ends | None:
         """The ends, if they are all there is, and nobody watches calls of the model."""
-        return None if self._forward_hooks or self._forward_pre_hooks or not self.ends.are_all else self.ends
+        watched = self._forward_hooks or self._forward_pre_hooks or self.side is not None
+        return None if watched or not self.ends.are_all else self.ends
 
     def _generate(self, given: dict[str, Any]) -> Any:
         wrapper = prompt_wrapper(self)
@@ -504,8 +513,7 @@ class RemoteCausalLM(RemoteModel):
         if kept_session is not None and prepared.get("cache") is kept_session.cache:
             plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} | {"tokenizer"} and not self._local.prefix
             kept_session.resume(input_ids, prepared.get("attention_mask"), follows=follows and plain)
-            if self.side is not None and len(input_ids) > 1:
-                # Padding may have changed, and the side network's cache has the former.
+            if self.side is not None and not self._side_fits(kept_session.cache):
                 kept_session.cache.remote.reset()
 
     def _kept_positions(self, given: Mapping[str, Any]) -> int:
@@ -581,11 +589,12 @@ def _keeping_the_cache(prepare: Callable[..., dict[str, Any]]) -> Callable[..., 
     return prepared
 
 
-def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
-    """The output of a backbone with other hidden states."""
+def _with_hidden(output: Any, hidden: torch.Tensor, without: RemoteCache | None = None) -> Any:
+    """The output of a backbone with other hidden states. without: a cache that it does not hand out."""
     if isinstance(output, tuple):
-        return (hidden, *output[1:])
-    return type(output)(**{**output, "last_hidden_state": hidden})
+        return (hidden, *(value for value in output[1:] if without is None or value is not without))
+    kept = {name: value for name, value in output.items() if without is None or value is not without}
+    return type(output)(**{**kept, "last_hidden_state": hidden})
 
 
 class _OfThread(threading.local):
@@ -597,6 +606,7 @@ class _OfThread(threading.local):
         self.prefix: Prefixes = ()  # keys and values that a trained prompt puts before the text that is being generated
         self.prefixed: Any = None  # the cache of that text; None: it has none
         self.drafts: Drafts | None = None
+        self.without_side = False  # calls run the blocks alone
         self.beside: tuple[SideNetwork, torch.Tensor] | None = None  # see `RemoteCausalLM.beside_states`
 
     @contextmanager

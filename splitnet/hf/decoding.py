@@ -503,6 +503,7 @@ class Decoding:
             self._chosen[first.kind] = experience.window(first.kind, self._prediction)
         window = self._chosen[first.kind]
         if window.in_flight > 1:
+            self._unseen = 0
             return window, [first, *itertools.islice(guesses, window.length - 1)]
         if self._under_way:
             return NO_DRAFTS, []

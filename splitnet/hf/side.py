@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,11 +21,12 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.cache_utils import DynamicCache
 
 from splitnet.errors import AdapterError
+from splitnet.wire.messages import MAX_TAPS
 
 KIND = "SIDE"  # in the place of PEFT's `peft_type`
 HEAD_SIZE = 32
 LARGEST = 4096  # width at most
-MOST_LAYERS, MOST_TAPS = 32, 16
+MOST_LAYERS = 32
 ROPE_THETA = 10000.0
 
 
@@ -92,7 +96,7 @@ class SideNetwork(nn.Module):
     def load(cls, values: Mapping[str, Any], weights: Path, hidden_size: int, blocks: int) -> SideNetwork:
         """For a model of `hidden_size` and so many blocks. Raises AdapterError: it is for another, or no such."""
         taps = values.get("taps")
-        if not isinstance(taps, list) or len(taps) > MOST_TAPS or len({*taps}) < len(taps):
+        if not isinstance(taps, list) or len(taps) > MAX_TAPS or len({*taps}) < len(taps):
             raise AdapterError(f"its taps are {str(taps)[:80]}, where a list of different numbers is expected")
         sizes = [("hidden_size", hidden_size, hidden_size), ("width", HEAD_SIZE, LARGEST), ("layers", 1, MOST_LAYERS)]
         checked = [(name, values.get(name), least, most) for name, least, most in sizes]
@@ -101,10 +105,28 @@ class SideNetwork(nn.Module):
                 raise AdapterError(f"its {name} is {value!r}, where {least} to {most} fits this model")
         if values["width"] % HEAD_SIZE:
             raise AdapterError(f"its width is {values['width']}, no multiple of {HEAD_SIZE}")
-        network = cls(hidden_size, taps, values["width"], values["layers"])
-        tensors = load_file(weights)
-        wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
+        size = hidden_size, taps, values["width"], values["layers"]
+        with torch.device("meta"):
+            wanted = {name: tuple(tensor.shape) for name, tensor in cls(*size).state_dict().items()}
+        with safe_open(weights, framework="pt") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        if there != wanted:
             raise AdapterError("its tensors are not those of its config")
-        network.load_state_dict(tensors)
+        network = cls(*size)
+        network.load_state_dict(load_file(weights))
         return network.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class SideCache:
+    """Keys and values of a side network for what a `RemoteCache` holds. arrangement: of its rows, see there."""
+
+    network: SideNetwork
+    layers: DynamicCache
+    arrangement: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def of_layers(self, columns: int) -> DynamicCache:
+        """Cropped to its first columns."""
+        if (more := self.layers.get_seq_length() - columns) > 0:
+            self.layers.crop(-more)
+        return self.layers

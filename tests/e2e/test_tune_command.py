@@ -154,7 +154,11 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, here: Her
 
 
 def test_a_plan_tells_what_each_method_would_cost(words: Words, here: Here, tmp_path: Path) -> None:
-    finished = here(*words(tmp_path / "none", "--plan", "--steps", "40"))
+    words_of = words(tmp_path / "none", "--plan", "--steps", "40")
+    refused = here(*words_of)
+    assert refused.code == 1 and "--output does not go with --plan" in refused.errors
+    place = words_of.index("--output")
+    finished = here(*words_of[:place], *words_of[place + 2 :])
     assert finished.code == 0, finished.errors
     rows = [line.split() for line in finished.output.splitlines() if "│" in line]
     costs = {row[1]: [float(value.replace(",", "")) for value in row[3::2]] for row in rows if row[1] != "method"}

@@ -249,6 +249,9 @@ tensor_names = st.sampled_from(
         "0.self_attn.q_proj.lora_B",
         "2.mlp.down_proj.lora_A",
         "2.mlp.down_proj.lora_B",
+        "2.mlp.down_proj.scale_in",
+        "0.self_attn.q_proj.scale_out",
+        "1.self_attn.k_proj.scale_out",
         "1.prefix_keys",
         "1.prefix_values",
         "5.prefix_keys",
@@ -258,7 +261,8 @@ tensor_names = st.sampled_from(
         "weight",
     ]
 )
-shapes = st.sampled_from([(2, 64), (64, 2), (2, 128), (2, 3, 16), (2, 0, 16), (1, 3, 16), (), (5,), (0, 64), (64, 0)])
+sizes = [(2, 64), (64, 2), (2, 128), (2, 3, 16), (2, 0, 16), (1, 3, 16), (), (5,), (64,), (128,), (0, 64), (64, 0)]
+shapes = st.sampled_from(sizes)
 tensors = st.builds(lambda shape, value: torch.full(shape, value), shapes, st.sampled_from([0.5, math.nan, math.inf]))
 
 

@@ -108,6 +108,38 @@ def test_it_adds_the_same_as_on_the_whole_model(swarm: LocalSwarm, whole: Any, a
             assert whole_row[int((mask == 0).sum()) :].equal(alone[0])
 
 
+def test_its_own_cache_keeps_step_with_that_of_the_peers(swarm: LocalSwarm, whole: Any, adapter: Path) -> None:
+    logits = beside(whole, adapter)
+    options = {**GREEDY, "max_new_tokens": 4}
+    ids = prompt()["input_ids"]
+    expected = continued(logits, ids, 4)
+    with swarm.visit() as visit:
+        model: RemoteCausalLM = load_adapter(visit.model(), adapter)
+        assert model.generate(**prompt(), **options, use_cache=False).equal(expected)
+        assert model(ids, use_cache=False).get("cache") is None
+        with model.session():
+            left = {name: torch.nn.functional.pad(tensor, (2, 0)) for name, tensor in prompt().items()}
+            first = model.generate(**left, **options)
+            assert first[:, 2:].equal(expected)
+            longer = torch.cat((first[:, 2:], ids[:, :2]), dim=1)  # without the padding
+            found = model.generate(input_ids=longer, attention_mask=torch.ones_like(longer), **options)
+            assert found.equal(continued(logits, longer, 4))
+            two = longer.repeat(2, 1)
+            assert model.generate(input_ids=two, attention_mask=torch.ones_like(two), **options)[1].equal(found[0])
+            torch.manual_seed(9)
+            other = SideNetwork.beside(model.ends.hidden_size, model.ends.num_blocks, width=64)
+            nn.init.normal_(other.write.weight, std=0.5)
+            model.use_side(other.eval())
+            alone = model.generate(input_ids=longer, attention_mask=torch.ones_like(longer), **options)
+        assert model.generate(input_ids=longer, attention_mask=torch.ones_like(longer), **options).equal(alone)
+        cache = model.new_cache()
+        model(ids, cache=cache)
+        model.use_side(SideNetwork.beside(model.ends.hidden_size, model.ends.num_blocks, width=64))
+        with pytest.raises(AdapterError, match="begin with a new cache"):
+            model(ids[:, :1], cache=cache)
+        cache.close()
+
+
 def test_the_loss_is_that_of_the_whole_model(swarm: LocalSwarm, whole: Any, adapter: Path, tmp_path: Path) -> None:
     """On states that lie on the disk, with 16 bits each; and it goes down, with no peer left."""
     rows = batch()

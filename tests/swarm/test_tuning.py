@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import CartridgeConfig, LoraConfig, MultitaskPromptTuningConfig, PeftModel, get_peft_model
+from peft import CartridgeConfig, LoHaConfig, LoraConfig, MultitaskPromptTuningConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
@@ -279,6 +279,45 @@ def test_other_methods_of_peft_are_refused_when_a_model_is_wrapped(swarm: LocalS
             # One looks for the very class of torch, and says so.
             with pytest.raises(ValueError if kind == "GLORA" else AdapterError, match=r"peers|plain torch\.nn\.Linear"):
                 get_peft_model(visit.model(), config)
+
+
+@on_one_family
+@pytest.mark.parametrize("method", ["ia3", "vera", "lora"])
+def test_an_adapter_that_is_switched_within_a_text_is_refused(method: str, swarm: LocalSwarm, config: Config) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    with swarm.visit() as visit, torch.no_grad():
+        model = wrapped(visit.model(), config(method))
+        model.add_adapter("other", config(method))
+        cache = model.get_base_model().new_cache()
+        model(input_ids=ids, cache=cache)
+        model(input_ids=ids[:, :1], cache=cache)
+        model.set_adapter("other")
+        with pytest.raises(AdapterError, match="another adapter"):
+            model(input_ids=ids[:, :1], cache=cache)
+        cache.close()
+
+
+@on_one_family
+def test_adalora_that_has_left_nothing_of_a_layer(
+    swarm: LocalSwarm, local_model: Callable[[], Any], config: Config
+) -> None:
+    inputs = padded()
+
+    def pruned(model: Any) -> torch.Tensor:
+        adapted = wrapped(model, config("adalora"))
+        layer: Any = adapted.get_submodule("base_model.model.model.layers.3.self_attn.k_proj")
+        for factors, dim in ((layer.lora_A, 0), (layer.lora_E, 0), (layer.lora_B, 1)):
+            factors["default"] = torch.nn.Parameter(factors["default"].detach().narrow(dim, 0, 0))
+        return adapted(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()].detach()
+
+    with swarm.visit() as visit:
+        assert torch.allclose(pruned(visit.model()), pruned(local_model()), atol=2e-4)
+
+
+@on_one_family
+def test_ranks_that_peers_do_not_take_are_told_when_a_model_is_wrapped(swarm: LocalSwarm) -> None:
+    with swarm.visit() as visit, pytest.raises(AdapterError, match="has the rank 1,600, and peers take 1,024"):
+        get_peft_model(visit.model(), LoHaConfig(task_type=CAUSAL, r=40, target_modules=["q_proj"]))
 
 
 @on_one_family

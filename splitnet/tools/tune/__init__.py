@@ -24,6 +24,7 @@ in_adapter = box("Adapter")
 
 _OF_BOTH = {"data", "output", "model", "resume", "max_length", "learning_rate", "seed", "draft_head"}
 _OF_DRAFT_HEADS = {"generate", "epochs", "draft_vocabulary"}
+_NOT_PLANNED = {"output", "resume", "method", "learning_rate", "eval_every", "save_every"}
 _OF_STATES = {"states_limit"}  # of draft heads and side networks
 
 
@@ -104,6 +105,10 @@ def tune(
         raise SplitnetError(f"there is nothing to learn from: give examples with --data FILE.jsonl{more}")
     if learning_rate == 0:
         raise SplitnetError("with --lr 0 nothing is learned: leave it out, or give a step size such as 1e-3")
+    if plan:
+        _refuse_with_plan(context)
+    if plan and draft_head:
+        raise SplitnetError("--plan is for adapters, and does not go with --draft-head: leave out one of them")
     if output is None and not plan:
         raise SplitnetError("there is no place for what is trained: give --output DIR, or ask for the cost with --plan")
     output = output or Path()
@@ -188,6 +193,14 @@ def tune(
         **given,
     )
     (tuning.plan if plan else tuning.run)(Connection(checkpoint, connecting))
+
+
+def _refuse_with_plan(context: typer.Context) -> None:
+    """Raises SplitnetError: an option was given that says nothing of what a run costs, or of which method."""
+    for parameter in context.command.params:
+        given = getattr(context.get_parameter_source(parameter.name or ""), "name", "DEFAULT") == "COMMANDLINE"
+        if given and parameter.name in _NOT_PLANNED:
+            raise SplitnetError(f"{parameter.opts[0]} does not go with --plan, which is for all methods: leave it out")
 
 
 def _check_options(context: typer.Context, draft_head: bool, states: bool) -> None:

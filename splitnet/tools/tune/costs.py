@@ -28,6 +28,7 @@ class Cost:
     memory grew; None: not known here."""
 
     method: str
+    examples: int
     trained: int
     states_s: float
     states_bytes: tuple[int, int]
@@ -53,15 +54,15 @@ def first_rows(rows: Sequence[Encoded], settings: Settings) -> list[Encoded]:
     return [rows[place * len(rows) // count] for place in range(count)]
 
 
-def measured(method: str, run: TuningRun, rows: Sequence[Encoded], pad: int) -> Cost:
-    """Takes steps of a run over some of all `rows`. Raises as a step."""
+def measured(method: str, run: TuningRun, rows: Sequence[Encoded], held_out: Sequence[Encoded], pad: int) -> Cost:
+    """Takes steps of a run over some of all `rows`. held_out: those to evaluate on. Raises as a step."""
     model = run.model
     disk_bytes, share = 0, 1.0
     with _peak() as peak:
         began, before = time.perf_counter(), model.training_bytes
         if isinstance(model, SideTuner):
             model.fill(pad, lambda told: None, [])
-            different = {tuple(row.ids) for row in rows}
+            different = {tuple(row.ids) for row in (*rows, *held_out)}
             share = sum(map(len, different)) / sum(len(ids) for ids in model.rows)
             disk_bytes = int(model.disk_bytes * share)
         states_s, filled = time.perf_counter() - began, model.training_bytes
@@ -74,6 +75,7 @@ def measured(method: str, run: TuningRun, rows: Sequence[Encoded], pad: int) -> 
     step_s = sum(times[1:]) / MEASURED
     return Cost(
         method,
+        len(rows),
         run.trained_parameters,
         states_s * share if disk_bytes else 0.0,
         (int((filled[0] - before[0]) * share), int((filled[1] - before[1]) * share)),
@@ -85,8 +87,9 @@ def measured(method: str, run: TuningRun, rows: Sequence[Encoded], pad: int) -> 
     )
 
 
-def print_costs(costs: Sequence[Cost], settings: Settings, examples: int) -> None:
+def print_costs(costs: Sequence[Cost], settings: Settings) -> None:
     """A row per method, the quickest first, for an epoch and for a run."""
+    examples = costs[0].examples
     steps = examples / settings.batch_size
     right: Any = {"justify": "right"}
     heads = ["trained", "first epoch, s", "each later, s", f"{settings.steps} steps, s", "sent, MB", "received, MB"]

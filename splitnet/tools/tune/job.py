@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import shlex
 import signal
@@ -221,37 +222,49 @@ class Tuning:
     def plan(self, connection: Connection) -> None:
         """Measures some steps of each method, and prints what a run would cost; nothing is kept.
 
-        Raises SplitnetError.
+        Raises SplitnetError: none of them is possible.
         """
         checkpoint = connection.checkpoint()
-        tokenizer, swarm = checkpoint.tokenizer(), connection.swarm(checkpoint)
-        pad, costs = pad_of(tokenizer), list[Cost]()
-        methods = [method for method in Method if not (self.head and method is Method.SIDE)]
+        swarm, costs = connection.swarm(checkpoint), list[Cost]()
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                for method in methods:
-                    typer.echo(f"{method}: {1 + MEASURED} steps ...", err=True)
-                    settings = replace(self.settings, learning_rate=method.learning_rate)
-                    one = replace(self, method=method, settings=settings, output=Path(folder))
-                    rows = one._encoder(checkpoint, tokenizer).encode(self.train)
-                    some = first_rows(rows, settings)
-                    adapted = one._adapted(checkpoint, swarm, connection.options, tokenizer, pad, some)
-                    run = TuningRun(adapted, some, settings, pad=pad, head=self.head, device=connection.options.device)
-                    costs.append(measured(method, run, rows, pad))
+            for method in Method:
+                typer.echo(f"{method}: {1 + MEASURED} steps ...", err=True)
+                try:
+                    costs.append(self._cost(method, checkpoint, swarm, connection.options))
+                except SplitnetError as error:
+                    typer.echo(f"{method} is not possible: {error}", err=True)
+                gc.collect()  # models with remote blocks hold themselves; the next one's memory is counted
         finally:
             swarm.close()
-        print_costs(costs, self.settings, len(self.train.rows))
+        if not costs:
+            raise SplitnetError("no method is possible for this model and these options: see above")
+        print_costs(costs, self.settings)
+
+    def _cost(self, method: Method, checkpoint: Checkpoint, swarm: Swarm, running: ConnectionOptions) -> Cost:
+        if self.head and method is Method.SIDE:
+            raise SplitnetError("side networks have the model's words tell labels: leave out --head")
+        tokenizer = checkpoint.tokenizer()
+        pad = pad_of(tokenizer)
+        with tempfile.TemporaryDirectory() as folder:
+            settings = replace(self.settings, learning_rate=method.learning_rate)
+            one = replace(self, method=method, settings=settings, output=Path(folder))
+            encoder = one._encoder(checkpoint, tokenizer)
+            rows, held_out = (encoder.encode(each) if each else [] for each in (self.train, self.held_out))
+            some = first_rows(rows, settings)
+            adapted = one._adapted(checkpoint, swarm, running, tokenizer, pad, some)
+            run = TuningRun(adapted, some, settings, pad=pad, head=self.head, device=running.device)
+            return measured(method, run, rows, held_out, pad)
 
     def _fill(self, tuner: SideTuner, folder: TuningFolder, pad: int) -> None:
         """Has the peers compute the states, and notes what that cost."""
         began, progress = time.perf_counter(), TuningProgress(self.settings.steps)
         with stop_signals("file of states") as stopped:
             tuner.fill(pad, progress.say, stopped)
-        end_if(stopped, "Stopped")
         sent, received = tuner.training_bytes
         facts = {"seconds": round(time.perf_counter() - began, 4), "sent_bytes": sent, "received_bytes": received}
         if sent:
             folder.add_metrics({"step": -1, **facts})
+        end_if(stopped, "Stopped")
 
     def _train(
         self, run: TuningRun, folder: TuningFolder, held_out: Sequence[Encoded], words: Sequence[int] | None, pad: int

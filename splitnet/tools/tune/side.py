@@ -17,7 +17,7 @@ from splitnet.tools.tune.run import Encoded
 from splitnet.tools.tune.states import States, states_of
 
 PASS_POSITIONS = 2048  # of texts that go through the blocks together
-FILE_POSITIONS = 16_384  # of texts in one file
+FILE_VALUES = 64 << 20  # of states in one file, about
 
 
 class SideTuner(nn.Module):
@@ -64,12 +64,13 @@ class SideTuner(nn.Module):
         Raises DataError: they cannot be written; and as a call of the model.
         """
         (model,), states, count = self._model, self.states, len(self._rows)
+        positions = max(PASS_POSITIONS, FILE_VALUES // ((len(self.side.taps) + 1) * self.side.hidden_size))
         states.folder.begin({})
         there = {ids for ids, _, _ in states.places()}
         left = [row for row in self._rows if tuple(row.ids) not in there]
         if left:
             say(f"hidden states of {count:,} examples, {self.disk_bytes / 2**20:,.0f} MiB, come from the peers ...")
-        for some in _parts(sorted(left, key=lambda row: len(row.ids)), FILE_POSITIONS):
+        for some in _parts(sorted(left, key=lambda row: len(row.ids)), positions):
             if stopped:
                 return
             found = [self._computed(model, together, pad) for together in _parts(some, PASS_POSITIONS)]

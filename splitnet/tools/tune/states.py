@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from splitnet.tools.tune.folder import TuningFolder
+from splitnet.tools.tune.folder import CHECKPOINT, TuningFolder
 from splitnet.tools.tune.run import IGNORED, Encoded
+
+log = logging.getLogger(__name__)
 
 
 class States:
@@ -24,8 +27,16 @@ class States:
     def __init__(self, folder: TuningFolder) -> None:
         self.folder = folder
         self.files: list[Path] = []
-        while (path := folder.path / f"{len(self.files):05}.safetensors").exists() and _is_sound(path):
+        while (path := self._next).exists() and _is_sound(path):
             self.files.append(path)
+        for path in sorted(folder.path.glob("*.safetensors")) if self._next.exists() else ():
+            if path.name != CHECKPOINT and path not in self.files:
+                log.warning("%s is damaged, or behind one that is: its states are computed again", path)
+                path.unlink()
+
+    @property
+    def _next(self) -> Path:
+        return self.folder.path / f"{len(self.files):05}.safetensors"
 
     @property
     def texts(self) -> int:
@@ -50,7 +61,7 @@ class States:
             "lengths": torch.tensor([len(row.ids) for row in rows], dtype=torch.int32),
             "states": halves if bool(halves.isfinite().all()) else packed.to(torch.bfloat16),
         }
-        path = self.folder.path / f"{len(self.files):05}.safetensors"
+        path = self._next
         self.folder.save_checkpoint(tensors, {"sha256": _digest(tensors)}, path.name)
         self.files.append(path)
 
