@@ -54,7 +54,7 @@ class SideNetwork(nn.Module):
         )
         self.read = nn.Linear((len(taps) + 1) * hidden_size, width, bias=False)
         self.layers = LlamaModel(config)
-        self.layers.embed_tokens = nn.Identity()
+        self.layers.set_submodule("embed_tokens", nn.Identity())
         self.write = nn.Linear(width, hidden_size, bias=False)
         nn.init.zeros_(self.write.weight)
 

@@ -169,6 +169,7 @@ def test_the_loss_is_that_of_the_whole_model(swarm: LocalSwarm, whole: Any, adap
         found = tuner(**rows, logits_to_keep=1)
     assert float(found.loss) == pytest.approx(float(expected.detach()), rel=1e-2) and found.logits.shape[1] == 1
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+    loss = found.loss
     for _ in range(20):
         optimizer.zero_grad()
         loss = tuner(**rows, logits_to_keep=1).loss

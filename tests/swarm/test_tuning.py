@@ -288,7 +288,8 @@ def test_an_adapter_that_is_switched_within_a_text_is_refused(method: str, swarm
     with swarm.visit() as visit, torch.no_grad():
         model = wrapped(visit.model(), config(method))
         model.add_adapter("other", config(method))
-        cache = model.get_base_model().new_cache()
+        base: Any = model.get_base_model()
+        cache = base.new_cache()
         model(input_ids=ids, cache=cache)
         model(input_ids=ids[:, :1], cache=cache)
         model.set_adapter("other")

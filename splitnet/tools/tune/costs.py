@@ -67,8 +67,9 @@ def measured(method: str, run: TuningRun, rows: Sequence[Encoded], held_out: Seq
             disk_bytes = int(model.disk_bytes * share)
         states_s, filled = time.perf_counter() - began, model.training_bytes
         times: list[float] = []
+        moved = now = filled
         for _ in range(1 + MEASURED):
-            began, moved = time.perf_counter(), model.training_bytes
+            began, moved = time.perf_counter(), now
             run.step()
             times.append(time.perf_counter() - began)
             now = model.training_bytes

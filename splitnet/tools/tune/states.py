@@ -101,5 +101,5 @@ def _is_sound(path: Path) -> bool:
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name in sorted(tensors):
-        found.update(tensors[name].contiguous().view(torch.uint8).numpy())
+        found.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
