@@ -67,17 +67,20 @@ class Watched:
         before = process.memory_info().rss
         while not self._ended.wait(0.005):
             self.rss = max(self.rss, process.memory_info().rss - before)
-            for peer in self.peers:
-                sessions = list(peer.service.sessions)
-                try:
-                    held = sum(row.nbytes for each in sessions for row in list(each.rows.values()))
-                    held += sum(each.log.nbytes for each in sessions)
-                except RuntimeError:  # they change meanwhile
-                    continue
-                self.kept = max(self.kept, *(len(each.kept) for each in sessions), 0)
-                self.rows = max(self.rows, held)
-                self.accounted = max(self.accounted, peer.service.sessions.memory.used)
-                self.training = max(self.training, peer.service.training_memory.used)
+            self.look()
+
+    def look(self) -> None:
+        for peer in self.peers:
+            sessions = list(peer.service.sessions)
+            try:
+                held = sum(row.nbytes for each in sessions for row in list(each.rows.values()))
+                held += sum(each.log.nbytes for each in sessions)
+            except RuntimeError:  # they change meanwhile
+                continue
+            self.kept = max(self.kept, *(len(each.kept) for each in sessions), 0)
+            self.rows = max(self.rows, held)
+            self.accounted = max(self.accounted, peer.service.sessions.memory.used)
+            self.training = max(self.training, peer.service.training_memory.used)
 
 
 Attack = Callable[[Callable[[], None]], Any]
@@ -99,13 +102,18 @@ class Victims:
     def attacked(self, attack: Attack) -> Iterator[Watched]:
         """Runs `attack`, which is given what to call when it has begun; the client generates meanwhile."""
         watched, began = Watched(self.swarm.peers), threading.Event()
+
+        def begin() -> None:
+            watched.look()  # on a slow machine the thread that watches may not see it
+            began.set()
+
         prompt = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(1))
         inputs: dict[str, Any] = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **GREEDY}
         expected = self.local.generate(**inputs)
         with self.swarm.visit(), ThreadPoolExecutor(2) as threads:
             model = self.swarm.model()
             assert torch.equal(model.generate(**inputs), expected)
-            watching, running = threads.submit(watched.watch), threads.submit(attack, began.set)
+            watching, running = threads.submit(watched.watch), threads.submit(attack, begin)
             try:
                 began.wait(20)
                 while not watched.honest or not running.done():

@@ -88,7 +88,7 @@ def tune(
     epochs: Annotated[int, in_drafts(min=1, help="How often each text is learned from.")] = 8,
     draft_vocabulary: Annotated[int, in_drafts(min=16, help="Tokens that are drafted: the most frequent ones.")] = 8192,
     states_limit: Annotated[
-        str, in_training(metavar="4GiB", help="Disk space for hidden states, of --method side and --draft-head.")
+        str, in_drafts(metavar="4GiB", help="Disk space for hidden states, also of --method side.")
     ] = "4GiB",
 ) -> None:
     """Fine-tune a model on your examples: the adapter stays here, the blocks and their work with the peers.

@@ -119,7 +119,7 @@ def _peak() -> Iterator[list[int]]:
     known = sys.platform == "linux"
     if known:
         with suppress(OSError):
-            _RESET_PEAK.write_text("5")
+            _RESET_PEAK.write_text("5", encoding="ascii")
             before = _status("VmRSS")
     yield grown
     if before:
@@ -127,5 +127,5 @@ def _peak() -> Iterator[list[int]]:
 
 
 def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
