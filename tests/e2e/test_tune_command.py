@@ -160,9 +160,10 @@ def test_a_plan_tells_what_each_method_would_cost(words: Words, here: Here, tmp_
     place = words_of.index("--output")
     finished = here(*words_of[:place], *words_of[place + 2 :])
     assert finished.code == 0, finished.errors
-    rows = [line.split() for line in finished.output.splitlines() if "│" in line]
-    costs = {row[1]: [float(value.replace(",", "")) for value in row[3::2]] for row in rows if row[1] != "method"}
-    assert costs.keys() == {"lora", "prompt", "prefix", "p-tuning", "side"}
+    rows = [line.split() for line in finished.output.splitlines()]
+    methods = {"lora", "prompt", "prefix", "p-tuning", "side"}
+    costs = {row[0]: [float(value.replace(",", "")) for value in row[1:]] for row in rows if row and row[0] in methods}
+    assert costs.keys() == methods and all(len(row) == 8 for row in costs.values())
     for trained, first, later, total, *_ in costs.values():
         assert trained > 0 and total >= first >= later >= 0
     assert "40 steps of 3, 30.0 times 4 examples" in finished.output

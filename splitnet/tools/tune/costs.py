@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -92,10 +92,10 @@ def print_costs(costs: Sequence[Cost], settings: Settings) -> None:
     """A row per method, the quickest first, for an epoch and for a run."""
     examples = costs[0].examples
     steps = examples / settings.batch_size
-    right: Any = {"justify": "right"}
-    heads = ["trained", "first epoch, s", "each later, s", f"{settings.steps} steps, s", "sent, MB", "received, MB"]
     title = f"{settings.steps} steps of {settings.batch_size}, {settings.steps / steps:.1f} times {examples:,} examples"
-    table = Table("method", *(Column(head, **right) for head in [*heads, "client, MiB", "disk, MiB"]), title=title)
+    heads = ["trained", "first\nepoch", "each\nlater", "whole\nrun"]
+    heads += ["sent\nMB", "received\nMB", "client\nMiB", "disk\nMiB"]
+    table = Table("method", *(Column(head, justify="right", no_wrap=True) for head in heads), title=title, box=SIMPLE)
     for cost in sorted(costs, key=lambda cost: cost.seconds(settings.steps)):
         seconds = [cost.seconds(1) + (steps - 1) * cost.step_s, steps * cost.step_s, cost.seconds(settings.steps)]
         table.add_row(
@@ -108,7 +108,10 @@ def print_costs(costs: Sequence[Cost], settings: Settings) -> None:
         )
     console = Console()
     console.print(table)
-    console.print("Without evaluations. Sent, received: by the client, in the whole run. Client: by how much it grew.")
+    console.print(
+        "Epochs and run in seconds, without evaluations; sent and received by the client in the whole run; client: by "
+        "how much its memory grew."
+    )
 
 
 @contextmanager

@@ -28,6 +28,8 @@ class Method(StrEnum):
     @property
     def learning_rate(self) -> float:
         """A step size of AdamW to begin with."""
+        if self is Method.SIDE:
+            return 3e-4
         return 1e-2 if self in (Method.PROMPT, Method.PREFIX) else 1e-3
 
 
