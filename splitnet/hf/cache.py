@@ -59,12 +59,17 @@ class RemoteLayer(CacheLayerMixin):
     @property
     def batch(self) -> int:
         """Rows that the cache holds; 0 before the first step."""
-        return len(self._rows if self._sources is None else self._sources)
+        return len(self._current)
+
+    @property
+    def _current(self) -> list[int]:
+        """The row of the peers that each row of the batch goes on from."""
+        return self._rows if self._sources is None else self._sources
 
     @property
     def arrangement(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What its rows are, and their padding: with others, columns mean something else."""
-        return tuple(self._rows if self._sources is None else self._sources), tuple(self._padding)
+        return tuple(self._current), tuple(self._padding)
 
     def use_taps(self, taps: Sequence[int]) -> None:
         """Has the hidden states at these boundaries come with the outputs of every step, see `Exchange.tapped`: each
@@ -219,8 +224,7 @@ class RemoteLayer(CacheLayerMixin):
     def _select(self, chosen: Sequence[int]) -> None:
         self.changes += 1
         if self._rows:
-            current = self._rows if self._sources is None else self._sources
-            self._sources = [current[index] for index in chosen]
+            self._sources = [self._current[index] for index in chosen]
             self._padding = [self._padding[index] for index in chosen]
 
     def _take_forks(self) -> list[Fork] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -197,24 +198,28 @@ def tune(
 
 def _refuse_with_plan(context: typer.Context) -> None:
     """Raises SplitnetError: an option was given that says nothing of what a run costs, or of which method."""
-    for parameter in context.command.params:
-        given = getattr(context.get_parameter_source(parameter.name or ""), "name", "DEFAULT") == "COMMANDLINE"
-        if given and parameter.name in _NOT_PLANNED:
-            raise SplitnetError(f"{parameter.opts[0]} does not go with --plan, which is for all methods: leave it out")
+    for name, option in _given(context):
+        if name in _NOT_PLANNED:
+            raise SplitnetError(f"{option} does not go with --plan, which is for all methods: leave it out")
 
 
 def _check_options(context: typer.Context, draft_head: bool, states: bool) -> None:
     """Raises SplitnetError: an option was given that does not go with --draft-head, or only with that, or with states
     on the disk."""
-    others = {parameter.name: parameter.opts[0] for parameter in context.command.params} if context.command else {}
-    for name, option in others.items():
-        given = getattr(context.get_parameter_source(name or ""), "name", "DEFAULT") == "COMMANDLINE"
-        if given and name in _OF_STATES and not states:
+    both = _OF_BOTH | _OF_STATES
+    for name, option in _given(context):
+        if name in _OF_STATES and not states:
             raise SplitnetError(f"{option} is for --method side and --draft-head: leave it out, or add one of them")
-        both = _OF_BOTH | _OF_STATES
-        applies = name in both or name in CONNECTING or (name in _OF_DRAFT_HEADS) == draft_head
-        if given and not applies:
+        if name not in both and name not in CONNECTING and (name in _OF_DRAFT_HEADS) != draft_head:
             way = "does not go with" if draft_head else "is for"
             raise SplitnetError(
                 f"{option} {way} --draft-head: leave it out" + (", or add that" if not draft_head else "")
             )
+
+
+def _given(context: typer.Context) -> Iterator[tuple[str, str]]:
+    """What the command line has: the names of parameters, and of their options."""
+    for parameter in context.command.params if context.command else ():
+        name = parameter.name or ""
+        if getattr(context.get_parameter_source(name), "name", "DEFAULT") == "COMMANDLINE":
+            yield name, parameter.opts[0]

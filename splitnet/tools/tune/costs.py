@@ -119,8 +119,7 @@ def _peak() -> Iterator[list[int]]:
     """Afterwards the list holds by how many bytes this process has grown at most within, if that can be known."""
     grown: list[int] = []
     before = 0
-    known = sys.platform == "linux"
-    if known:
+    if sys.platform == "linux":
         with suppress(OSError):
             _RESET_PEAK.write_text("5", encoding="ascii")
             before = _status("VmRSS")
