@@ -104,9 +104,6 @@ def write_task(task: str, output: Path, wordnet: Path) -> None:
             [json.loads(line) for line in (DATA / f"{task}.{part}.jsonl").read_text().splitlines()]
             for part in ("train", "test")
         )
-    if task == "promoters":  # a token for each base
-        for row in (*train, *test):
-            row["text"] = " ".join(row["text"])
     for part, rows in (("train", train), ("test", test)):
         (output / f"{task}.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
