@@ -49,7 +49,7 @@ METHODS = [Method.LORA, Method.PREFIX, Method.PROMPT, Method.SIDE, ZEROTH]
 STEPS = {
     "intents": {Method.LORA: 90, Method.PREFIX: 120, Method.PROMPT: 120, Method.SIDE: 200, ZEROTH: 500},
     "promoters": {Method.LORA: 50, Method.PREFIX: 60, Method.PROMPT: 60, Method.SIDE: 200},
-    "glosses": {Method.LORA: 250, Method.PREFIX: 250, Method.PROMPT: 250, Method.SIDE: 1000},
+    "glosses": {Method.LORA: 125, Method.PREFIX: 125, Method.PROMPT: 125, Method.SIDE: 1000},
 }
 BATCH = 16
 BATCHES = {ZEROTH: 8}
