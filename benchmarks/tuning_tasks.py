@@ -245,10 +245,12 @@ def measure_seconds(model: str, task: str, methods: Sequence[str], output: Path,
                 adapted.fill(pad, print, [])
                 states_s = time.perf_counter() - began
             else:
-                options = AdapterOptions(tokens=2) if method == ZEROTH else AdapterOptions()
+                options = AdapterOptions(tokens=2 if method == ZEROTH else 16, init_text="Tell the label of the text.")
                 kind = Method.PROMPT if method == ZEROTH else Method(method)
-                remote = attach(checkpoint, swarm, codec="none")
-                adapted = with_new_adapter(remote, kind, options, checkpoint.tokenizer(), tokenizer_source="")
+                remote, tokenizer = attach(checkpoint, swarm, codec="none"), checkpoint.tokenizer()
+                adapted = with_new_adapter(
+                    remote, kind, options, tokenizer, tokenizer_source=checkpoint.tokenizer_source
+                )
             runs[method] = TuningRun(adapted, rows, settings, pad=pad)
         times: dict[str, list[float]] = defaultdict(list)
         for _ in range(1 + rounds):
