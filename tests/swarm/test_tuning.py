@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from splitnet.directory.dht import Directory
 from splitnet.errors import AdapterError
 from splitnet.hf.adapters import PROMPTS
-from splitnet.tools.tune.methods import begin_prefix
-from splitnet.tools.tune.run import estimate_gradients
+from splitnet.tools.tune.methods import Settings, begin_prefix
+from splitnet.tools.tune.run import IGNORED, Encoded, TuningRun, estimate_gradients
 from tests.swarm.adapters import CAUSAL, FAMILIES, METHODS, batch, flat, gradients, lora, padded, wrapped
 from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.random_models import random_checkpoint
@@ -218,6 +218,31 @@ def test_training_by_forward_passes_alone(
             assert session is not None and not session.kept
     assert float(expected.norm()) > 0
     assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("room", [2**26, 1], ids=["one call", "a call for each"])
+@pytest.mark.parametrize("method", ["prompt", "p-tuning-lstm", "lora"])
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_prompts_of_many_directions_go_together(
+    method: str, room: int, swarm: LocalSwarm, local_model: Callable[[], Any], config: Config, monkeypatch: Any
+) -> None:
+    """With the steps that they have one by one, on a local model."""
+    monkeypatch.setattr("splitnet.tools.tune.run.PACKED", room)
+    rows = [Encoded(list(range(5, end)), [IGNORED] * 3 + list(range(8, end))) for end in (11, 15, 20)]
+    settings = Settings(steps=2, learning_rate=1e-2, batch_size=3, zeroth_order=True, directions=4)
+
+    def steps(model: PeftModel) -> tuple[list[float], torch.Tensor]:
+        run = TuningRun(model, rows, settings, pad=0)
+        losses = [run.step().loss]
+        return losses, torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
+
+    expected_losses, expected = steps(wrapped(local_model(), config(method)))
+    with swarm.visit() as visit:
+        model = wrapped(visit.model(), config(method))
+        losses, found = steps(model)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert float(expected.norm()) > 0
+    assert float((found - expected).norm() / expected.norm()) < 0.05
 
 
 def trained(model: PeftModel) -> torch.Tensor:

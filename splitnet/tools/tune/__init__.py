@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -193,6 +194,8 @@ def tune(
         save_every=save_every,
         **given,
     )
+    if zeroth_order and connecting.codec == "auto":
+        connecting = replace(connecting, codec="fp16")  # in the errors of int8, small differences of losses drown
     (tuning.plan if plan else tuning.run)(Connection(checkpoint, connecting))
 
 

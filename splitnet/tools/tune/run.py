@@ -171,6 +171,7 @@ def collate(
 
 
 _SEEDS = 2**63 - 1
+PACKED = 2**26  # logits, or numbers of hidden states, at a time of many prompts
 
 
 @torch.no_grad()
@@ -179,47 +180,45 @@ def estimate_gradients(
     loss: Callable[[], Any],  # of the model as it is now
     *,
     seed: int,  # of the directions; take another one for every step
-    directions: int = 1,  # that are averaged over; each takes two forward passes
+    directions: int = 1,  # that are averaged over, by one forward pass more than there are
     eps: float = 1e-3,  # how far to go along a direction
+    losses: Callable[[list[Any]], Iterable[Any]] | None = None,  # of all that `loss` has returned, if it returns others
 ) -> float:
     """Sets `grad` of what is trained to an estimate, for any torch optimizer.
 
-    Along each random direction the loss is computed a little ahead and a little behind; the slope times the direction
-    is the estimate of SPSA (Spall, 1992). With plain SGD this is MeZO (Malladi et al., "Fine-Tuning Language Models
-    with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, algorithm 1), and with Adam its variant of appendix B.
-    MeZO stores no direction; here they are no larger than what a client trains of its own.
+    Along one random direction the loss is computed a little ahead and a little behind; the slope times the direction is
+    the estimate of SPSA (Spall, 1992). With plain SGD this is MeZO (Malladi et al., "Fine-Tuning Language Models with
+    Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, algorithm 1), and with Adam its variant of appendix B. Several
+    directions are followed ahead only, and share the loss where they begin, as in FZOO (arXiv:2506.09034): N of them
+    take N + 1 passes instead of 2 N. Directions are held in memory, each as large as what is trained.
 
-    Returns the mean of the losses. Raises what `loss` raises; parameters and gradients are as before then.
+    Returns the loss where the directions begin; of one direction the mean of its two. Raises what `loss` and `losses`
+    raise; parameters and gradients are as before then.
     """
     if directions < 1 or eps <= 0:
         raise ValueError(f"directions must be at least 1 and eps above 0, got {directions} and {eps}")
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     before = [parameter.clone() for parameter in trained]
-    estimates = [torch.zeros_like(parameter) for parameter in trained]
     generator = torch.Generator().manual_seed(seed % _SEEDS)
-    total = 0.0
+    drawn = [[torch.randn(one.shape, generator=generator).to(one) for one in trained] for _ in range(directions)]
+    start = -eps if directions == 1 else 0.0  # where the slope along each of them begins
 
-    def loss_at(direction: list[torch.Tensor], distance: float) -> float:
+    def loss_at(direction: list[torch.Tensor], distance: float) -> Any:
         for parameter, value, along in zip(trained, before, direction, strict=True):
             parameter.copy_(value).add_(along, alpha=distance)
-        return float(loss())
+        return loss() if losses else float(loss())
 
     try:
-        for _ in range(directions):
-            direction = [
-                torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
-                for parameter in trained
-            ]
-            ahead, behind = loss_at(direction, eps), loss_at(direction, -eps)
-            total += ahead + behind
-            for estimate, along in zip(estimates, direction, strict=True):
-                estimate.add_(along, alpha=(ahead - behind) / (2 * eps * directions))
+        found = [*(loss_at(direction, eps) for direction in drawn), loss_at(drawn[0], start)]
+        *ahead, behind = map(float, losses(found) if losses else found)
     finally:
         for parameter, value in zip(trained, before, strict=True):
             parameter.copy_(value)
-    for parameter, estimate in zip(trained, estimates, strict=True):
-        parameter.grad = estimate
-    return total / (2 * directions)
+    for index, parameter in enumerate(trained):
+        parameter.grad = estimate = torch.zeros_like(parameter)
+        for value, direction in zip(ahead, drawn, strict=True):
+            estimate.add_(direction[index], alpha=(value - behind) / ((eps - start) * directions))
+    return (ahead[0] + behind) / 2 if directions == 1 else behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,11 +273,16 @@ class TuningRun:
         self.model.train()
         self._optimizer.zero_grad()
         if settings.zeroth_order:
+            packs = self._packs
+            sizes = torch.cat([parameter.detach().flatten() for parameter in self._trained.values()])
             loss = estimate_gradients(
                 self._trained.values(),
-                lambda: self._loss(rows, backward=False),
+                lambda: self.model.get_prompt(batch_size=1) if packs else self._loss(rows, backward=False),
                 seed=settings.seed * 1_000_003 + number,
                 directions=settings.directions,
+                # As far as slopes stay the same, so that the errors of codecs weigh less.
+                eps=min(max(1e-3, float(sizes.square().mean().sqrt()) / 20), 1e-2),
+                losses=(lambda prompts: self._losses(rows, prompts)) if packs else None,
             )
         else:
             loss = self._loss(rows, backward=True)
@@ -353,10 +357,43 @@ class TuningRun:
             share = sum(weights[start : start + size]) / whole
             with torch.set_grad_enabled(backward):
                 loss = self.model(**batch, **spared).loss * share
-            value = loss.item()
-            if not math.isfinite(value):
-                raise SplitnetError(f"the loss of step {self.done + 1} is {value}: start again with a lower --lr")
+            value = self._finite(loss.item())
             if backward:
                 loss.backward()
             total += value
         return total
+
+    def _finite(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            raise SplitnetError(f"the loss of step {self.done + 1} is {loss}: start again with a lower --lr")
+        return loss
+
+    @property
+    def _packs(self) -> bool:
+        """Whether many prompts go through the model in one call, each before rows of its own."""
+        kind = getattr(getattr(self.model, "active_peft_config", None), "peft_type", None)
+        return not self._head and kind in ("PROMPT_TUNING", "P_TUNING") and getattr(self.model, "loss_in_parts", False)
+
+    def _losses(self, rows: Sequence[Encoded], prompts: list[torch.Tensor]) -> list[float]:
+        """Of all rows behind each of the prompts `[1, virtual tokens, hidden]`, in one call if there is room.
+
+        After P-RGE (arXiv:2409.15520). Means over the learned tokens, as those of `_loss`.
+        """
+        batch = collate(rows, self._pad, device=self.device)
+        labels = batch.pop("labels")
+        places = (labels != IGNORED).any(0).nonzero().flatten()
+        targets, config = labels[:, places], self.model.config.get_text_config()
+        size = max(targets.numel() * config.vocab_size, labels.numel() * config.hidden_size)
+        most = max(1, PACKED // size)
+        found: list[float] = []
+        for some in (prompts[start : start + most] for start in range(0, len(prompts), most)):
+            given = {name: tensor.repeat(len(some), 1) for name, tensor in batch.items()}
+            self.model.get_prompt = lambda some=some, **_: torch.cat(some).repeat_interleave(len(rows), dim=0)
+            try:
+                output = self.model(**given, logits_to_keep=places - 1 - labels.shape[1], use_cache=False)
+            finally:
+                del self.model.get_prompt
+            logits = output.logits.float().transpose(1, 2)  # [prompts * rows, vocabulary, places]
+            entropy = torch.nn.functional.cross_entropy(logits, targets.repeat(len(some), 1), reduction="none")
+            found += (entropy.view(len(some), -1).sum(1) / (targets != IGNORED).sum()).tolist()
+        return [self._finite(loss) for loss in found]

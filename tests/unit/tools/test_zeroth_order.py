@@ -26,6 +26,37 @@ def test_an_estimate_is_the_slope_along_its_direction() -> None:
     assert torch.equal(weights, torch.zeros(3, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(("directions", "passes"), [(1, 2), (2, 3), (8, 9)])
+def test_several_directions_share_the_loss_where_they_begin(directions: int, passes: int) -> None:
+    weights = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    seen: list[torch.Tensor] = []
+
+    def loss() -> torch.Tensor:
+        seen.append(weights.detach().clone())
+        return (weights**3).sum()
+
+    assert estimate_gradients([weights], loss, seed=2, directions=directions) == pytest.approx(4.0, rel=1e-4)
+    assert len(seen) == passes
+    drawn = [(one - 1) / 1e-3 for one in seen[:directions]]
+    assert torch.equal(seen[-1], torch.ones(4)) == (directions > 1)
+    expected = sum(along * (3 * along.sum()) for along in drawn) / directions
+    assert torch.allclose(grad(weights), torch.as_tensor(expected), rtol=2e-2, atol=2e-2)
+
+
+def test_losses_are_told_together() -> None:
+    """`loss` may return what makes them."""
+    one, other = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    asked: list[int] = []
+
+    def losses(points: list[torch.Tensor]) -> list[torch.Tensor]:
+        asked.append(len(points))
+        return [(point**2).sum() for point in points]
+
+    first = estimate_gradients([one], lambda: (one**2).sum(), seed=1, directions=3)
+    second = estimate_gradients([other], lambda: other.detach().clone(), seed=1, directions=3, losses=losses)
+    assert (asked, second) == ([4], first) and torch.equal(grad(other), grad(one))
+
+
 def test_many_directions_come_near_the_gradient() -> None:
     gradient = torch.randn(10, generator=torch.Generator().manual_seed(0))
     weights = torch.nn.Parameter(torch.ones(10))
