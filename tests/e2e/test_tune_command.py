@@ -153,6 +153,17 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, here: Her
     assert (folder / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
 
 
+def test_small_differences_of_losses_do_not_travel_as_integers(words: Words, here: Here, tmp_path: Path) -> None:
+    """Without gradients `--codec auto` is fp16; all directions of a step go together."""
+    sent: dict[str, int] = {}
+    for codec in ("none", "auto"):
+        options = ["--method", "prompt", "--tokens", "4", "--zeroth-order", "--directions", "5", "--codec", codec]
+        finished = here(*words(tmp_path / codec, *options, "--steps", "3"))
+        expect_trained(finished, tmp_path / codec, 3)
+        sent[codec] = metrics(tmp_path / codec)[-1]["sent_bytes"]
+    assert sent["auto"] == pytest.approx(sent["none"] / 2, rel=0.1)
+
+
 def test_a_plan_tells_what_each_method_would_cost(words: Words, here: Here, tmp_path: Path) -> None:
     words_of = words(tmp_path / "none", "--plan", "--steps", "40")
     refused = here(*words_of)
