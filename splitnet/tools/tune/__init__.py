@@ -64,7 +64,9 @@ def tune(
     clip: Annotated[float, in_training(min=0, help="Largest norm of a gradient; 0: any.")] = 1.0,
     weight_decay: Annotated[float, in_training(min=0, help="As in AdamW.")] = 0.0,
     zeroth_order: Annotated[bool, in_training("--zeroth-order", help="Train by forward passes alone (MeZO).")] = False,
-    directions: Annotated[int, in_training(min=1, help="Of --zeroth-order: so many and one passes a step; 1 takes 2.")] = 4,
+    directions: Annotated[
+        int, in_training(min=1, help="Of --zeroth-order: so many and one passes a step; 1 takes 2.")
+    ] = 4,
     seed: Annotated[int, in_training(min=0, max=2**31, help="Makes training repeatable.")] = 0,
     eval_every: Annotated[int, in_training(min=0, help="Steps between evaluations; 0: at both ends only.")] = 0,
     save_every: Annotated[int, in_training(min=1, help="Steps between checkpoints.")] = 25,

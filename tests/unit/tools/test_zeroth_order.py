@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
-from splitnet.tools.tune.run import estimate_gradients
+from splitnet.tools.tune.methods import Settings
+from splitnet.tools.tune.run import IGNORED, Encoded, TuningRun, estimate_gradients
 
 
 def grad(weights: torch.nn.Parameter) -> torch.Tensor:
@@ -116,3 +120,44 @@ def test_no_graph_is_recorded() -> None:
     estimate_gradients([weights], loss, seed=0)
     with pytest.raises(ValueError, match="directions must be at least 1"):
         estimate_gradients([weights], loss, seed=0, directions=0)
+
+
+class Prompted(torch.nn.Module):
+    """As PEFT's prompts on a remote model, and not one that looks at anything but a row's prompt and its last token."""
+
+    active_peft_config = SimpleNamespace(peft_type="PROMPT_TUNING")
+    loss_in_parts = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = torch.nn.Parameter(torch.linspace(-1, 1, 22).reshape(2, 11))
+        sizes = SimpleNamespace(vocab_size=11, hidden_size=11)
+        self.config = SimpleNamespace(get_text_config=lambda: sizes)
+        self.calls: list[int] = []
+
+    def get_prompt(self, batch_size: int) -> torch.Tensor:
+        return self.prompt.repeat(batch_size, 1, 1)
+
+    def forward(self, input_ids: torch.Tensor, *, logits_to_keep: Any, labels: Any = None, **_: Any) -> Any:
+        self.calls.append(len(input_ids))
+        mixed = self.get_prompt(batch_size=len(input_ids)).mean(1)
+        logits = torch.cos(mixed[:, None] * (1 + input_ids[..., None])) * 3
+        if labels is None:
+            return SimpleNamespace(logits=logits[:, logits_to_keep])
+        entropy = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(loss=entropy)
+
+
+@pytest.mark.parametrize(("room", "calls"), [(2**26, [15]), (2 * 15 * 11, [6, 6, 3]), (1, [3] * 5)])
+def test_prompts_that_go_together_have_the_losses_that_they_have_alone(
+    room: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitnet.tools.tune.run.PACKED", room)
+    rows = [Encoded(list(range(end)), [IGNORED] * 2 + list(range(2, end))) for end in (4, 3, 5)]
+    settings = Settings(steps=2, learning_rate=1e-2, batch_size=3, zeroth_order=True, directions=4)
+    together, alone = Prompted(), Prompted()
+    alone.active_peft_config = SimpleNamespace(peft_type="PREFIX_TUNING")
+    told = [TuningRun(model, rows, settings, pad=0).step() for model in (together, alone)]
+    assert told[0].loss == pytest.approx(told[1].loss, rel=1e-5)
+    torch.testing.assert_close(grad(together.prompt), grad(alone.prompt), rtol=1e-2, atol=1e-3)
+    assert (together.calls, alone.calls) == (calls, [3] * 5)
