@@ -13,7 +13,7 @@ from typing import Final
 
 from peers.links import Answering
 from splitnet.checkpoint.transfer.held import HeldPieces
-from splitnet.limits import Pace
+from splitnet.limits import MINUTE_S, TokenBucket
 from splitnet.security.swarm_key import OPEN, OpenSwarm
 from splitnet.wire.endpoints import Connection
 from splitnet.wire.messages import AskWeights, Failure, FailureCode, WeightsKind, WeightsPart
@@ -41,7 +41,7 @@ class WeightService:
 
     def __post_init__(self) -> None:
         self.sent = 0  # bytes of pieces
-        self._pace = Pace()
+        self._spent = TokenBucket()
         self._model = bytes.fromhex(self.swarm.place(self.held.manifest.fingerprint))
         self._pieces: dict[bytes, bytes] | None = None  # digests, by the names that members of a closed swarm give them
         self._packed: bytes | None = None
@@ -86,7 +86,9 @@ class WeightService:
                 nbytes = 0
                 self._refuse(source, message, FailureCode.INTERNAL, "an error at this peer")
             rate = self.rate * (SERVING_SHARE if self.serving() else 1.0)
-            self._closed.wait(self._pace.wait_s(nbytes + QUESTION_BYTES, rate))
+            # Evenly: what was not used is not saved.
+            owed = self._spent.spend(nbytes + QUESTION_BYTES, rate * MINUTE_S, time.monotonic())
+            self._closed.wait(owed / rate)
 
     def _answer(self, source: Connection, message: AskWeights) -> int:
         """Returns how many bytes were sent, or read for it."""

@@ -46,7 +46,7 @@ def import_models(*, signals_raise: bool = True) -> None:
         for module in ("transformers.utils.import_utils", "transformers.utils"):
             utils: Any = importlib.import_module(module)
             for name in ABSENT:
-                setattr(utils, name, _no)
+                setattr(utils, name, lambda: False)
         late_package("transformers.models")  # it reads the files of all families to know their names
         _import_when_asked(torch.distributed, "tensor")
         _forget_dtensors(torch)
@@ -164,7 +164,3 @@ class _LatePackage(ModuleType):
         assert self.__spec__ is not None and self.__spec__.loader is not None
         self.__spec__.loader.exec_module(self)
         return getattr(sys.modules[self.__name__], name)
-
-
-def _no() -> bool:
-    return False

@@ -57,17 +57,6 @@ class TokenBucket:
         return max(0.0, self._spent - (now - self.at) * per_minute / MINUTE_S)
 
 
-class Pace:
-    """Keeps a sender at a rate, evenly: a bucket that saves nothing."""
-
-    def __init__(self) -> None:
-        self._bucket = TokenBucket()
-
-    def wait_s(self, tokens: int, per_s: float, now: float | None = None) -> float:
-        """Seconds to wait after `tokens` were used."""
-        return self._bucket.spend(tokens, per_s * MINUTE_S, time.monotonic() if now is None else now) / per_s
-
-
 BURST_S = 0.25  # after a pause a share of this many seconds passes at once
 LEAST_BURST = 1 << 20
 ACTIVE_S = 1.0  # a name that passed nothing for this long has no share

@@ -15,8 +15,8 @@ class Guess(NamedTuple):
     kind: int
 
 
-def shared(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two texts begin with in common."""
+def shared(tokens: Sequence[int] | str, others: Sequence[int] | str) -> int:
+    """How many tokens (or characters) two texts begin with in common."""
     pairs = zip(tokens, others, strict=False)
     different = (place for place, (one, other) in enumerate(pairs) if one != other)
     return next(different, min(len(tokens), len(others)))

@@ -98,9 +98,9 @@ class RefusedError(SplitnetError):
     """The other side of a stream has refused what was asked."""
 
 
-def bound(family: socket.AddressFamily, name: tuple[str, int], *, again: bool = True) -> socket.socket:
-    """A socket that is bound there; `again`: others of this process may bind that port, too."""
-    sock = socket.socket(family, socket.SOCK_STREAM)
+def bound(name: tuple[str, int], *, again: bool = True) -> socket.socket:
+    """A socket that is bound to an IP and a port; `again`: others of this process may bind that port, too."""
+    sock = socket.socket(socket.AF_INET6 if ":" in name[0] else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -117,9 +117,7 @@ def bound(family: socket.AddressFamily, name: tuple[str, int], *, again: bool = 
 
 def listening(address: str, *, again: bool = False) -> socket.socket:
     """A socket that listens at `tcp://IP:port`. Raises OSError."""
-    host, port = host_and_port(address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = bound(family, (host, port), again=again)
+    sock = bound(host_and_port(address), again=again)
     sock.listen(BACKLOG)
     return sock
 
@@ -127,12 +125,11 @@ def listening(address: str, *, again: bool = False) -> socket.socket:
 async def dial(address: str, timeout_s: float, *, source: tuple[str, int] | None = None) -> socket.socket:
     """Connects to `tcp://IP:port`. `source`: host and port to connect from; None: any. Raises OSError: no listener;
     TimeoutError: no listener and no error reply."""
-    host, port = host_and_port(address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = bound(family, source or ("::" if family == socket.AF_INET6 else "0.0.0.0", 0))
+    name = host_and_port(address)
+    sock = bound(source or ("::" if ":" in name[0] else "0.0.0.0", 0))
     try:
         async with asyncio.timeout(timeout_s):
-            await asyncio.get_running_loop().sock_connect(sock, (host, port))
+            await asyncio.get_running_loop().sock_connect(sock, name)
     except BaseException:
         sock.close()
         raise

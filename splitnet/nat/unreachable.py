@@ -296,8 +296,7 @@ class UnreachablePeer:
                         punch(own, lines(address_of(own), joined), partial(self._check, called))
                     )
                     inside = host_and_port(self.inside)
-                    family = socket.AF_INET6 if ":" in inside[0] else socket.AF_INET
-                    with bound(family, (inside[0], 0), again=False) as inner:
+                    with bound((inside[0], 0), again=False) as inner:
                         self.behind[name := inner.getsockname()[:2]] = f"{host}, through a helper"
                         await asyncio.get_running_loop().sock_connect(inner, inside)
                         await tunnel.join(inner, outer, better, lambda _: None)

@@ -28,10 +28,6 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 2
 
 
-def retry_after(seconds: int) -> dict[str, str]:
-    return {"Retry-After": str(seconds)}
-
-
 class ApiError(SplitnetError):
     """An error with the status and the code that a client is told."""
 
@@ -42,13 +38,13 @@ class ApiError(SplitnetError):
         *,
         param: str | None = None,  # the parameter that is wrong
         code: str | None = None,  # by which a program can tell errors apart
-        headers: dict[str, str] | None = None,  # those of a 429 or 503 say when to come again if not given
+        headers: dict[str, str] | None = None,  # a 429 or 503 says when to come again if not given
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
-        self.headers = headers or (retry_after(RETRY_AFTER_S) if status in (429, 503) else {})
+        self.headers = headers or ({"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {})
 
 
 _STATUS_OF: list[tuple[type[SplitnetError], int, str]] = [
@@ -72,7 +68,7 @@ def failure_of(error: BaseException) -> ApiError:
         return ApiError(503, "the server is ending: send the request to another, or again later", code="server_ending")
     for kind, status, code in _STATUS_OF:
         if isinstance(error, kind):
-            headers = retry_after(error.retry_after_s) if isinstance(error, QuotaUsed) else None
+            headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, QuotaUsed) else None
             return ApiError(status, str(error), code=code, headers=headers)
     if isinstance(error, SplitnetError):
         return ApiError(502, str(error))

@@ -143,7 +143,7 @@ class Generations:
         self._threads = ThreadPoolExecutor(self.at_a_time, thread_name_prefix="splitnet-serve")
         self._running: set[Generation] = set()
         self._ending = False
-        self.draining = False
+        self.draining = False  # the server is to end once the requests have: what would go on for ever ends now
 
     def start(self, ask: Ask, listener: Listener, answer: str = "") -> Generation:
         """Begins a part of an answer; `listener` is called from another thread, at last with `Ended` or an error."""
@@ -153,10 +153,6 @@ class Generations:
         if self._ending:
             generation.cancel()
         return generation
-
-    def drain(self) -> None:
-        """Says that the server is to end once the requests have: what would go on for ever ends now."""
-        self.draining = True
 
     def end(self) -> None:
         """Ends all requests, those that come later too, with an error; returns at once."""

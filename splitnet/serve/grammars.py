@@ -12,6 +12,7 @@ import llguidance.hf
 import numpy as np
 import torch
 
+from splitnet.drafts.drafter import shared
 from splitnet.serve.failures import ApiError
 from splitnet.serve.text import CLOSING, OPENING
 
@@ -119,9 +120,7 @@ class AllowedTokens:
     def forbid_others(self, answer: list[int], scores: torch.Tensor) -> None:
         """Sets the scores `[vocabulary]` of all tokens that cannot follow to -inf; `answer`: the tokens so far."""
         # Where several positions are looked at in one step, an answer may be shorter or another one than before.
-        same = 0
-        while same < min(len(answer), len(self._taken)) and answer[same] == self._taken[same]:
-            same += 1
+        same = shared(answer, self._taken)
         self._matcher.rollback(len(self._taken) - same)
         del self._taken[same:]
         for token in answer[same:]:

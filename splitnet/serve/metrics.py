@@ -24,7 +24,7 @@ from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve.admission import Admission
 from splitnet.serve.failures import failure_of
 from splitnet.serve.generation import Ask, Ended, Generations, Numbered, Piece
-from splitnet.session.events import Cause, Recovered
+from splitnet.session.events import Cause
 from splitnet.version import __version__
 from splitnet.wire.messages import Timing
 
@@ -122,29 +122,20 @@ class GatewayMetrics:
                 return
             if session.timings != timings:
                 timings = session.timings
-                self.step_took(timings)
+                for timing in timings:
+                    self._hop.labels("wait").observe(timing.wait_us / 1e6)
+                    self._hop.labels("compute").observe(timing.compute_us / 1e6)
+                    if timing.next_rtt_us:
+                        self._hop.labels("link").observe(timing.next_rtt_us / 2e6)
             recoveries, traffic = session.recoveries, session.traffic
             for recovered in recoveries[repairs:]:
-                self.recovered(recovered)
+                self._failover.labels(recovered.cause.value).observe(recovered.total_ms / 1000)
             repairs = len(recoveries)
-            self.transferred(traffic.bytes_sent - sent, traffic.bytes_received - received)
+            self._sent.inc(traffic.bytes_sent - sent)
+            self._received.inc(traffic.bytes_received - received)
             sent, received = traffic.bytes_sent, traffic.bytes_received
 
         return look
-
-    def step_took(self, timings: tuple[Timing, ...]) -> None:
-        for timing in timings:
-            self._hop.labels("wait").observe(timing.wait_us / 1e6)
-            self._hop.labels("compute").observe(timing.compute_us / 1e6)
-            if timing.next_rtt_us:
-                self._hop.labels("link").observe(timing.next_rtt_us / 2e6)
-
-    def recovered(self, recovered: Recovered) -> None:
-        self._failover.labels(recovered.cause.value).observe(recovered.total_ms / 1000)
-
-    def transferred(self, sent: int, received: int) -> None:
-        self._sent.inc(sent)
-        self._received.inc(received)
 
     def answered(self, path: str, status: str, seconds: float) -> None:
         self._requests.labels(path, status).inc()

@@ -209,7 +209,7 @@ class _Server(uvicorn.Server):
         self._watchdog.alive()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._generations.drain()
+        self._generations.draining = True
         ending = asyncio.get_running_loop().call_later(self._drain_s, self._generations.end)
         await super().shutdown(sockets)
         ending.cancel()

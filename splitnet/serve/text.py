@@ -6,7 +6,8 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+
+from splitnet.drafts.drafter import shared
 
 INCOMPLETE = "\ufffd"  # What tokenizers write for the bytes of a character of which some are missing
 _MOST_CONTEXT = 32  # Tokens of a prompt that are looked at for the place where its last text begins
@@ -43,8 +44,7 @@ class Detokenizer:
     def _new_text(self) -> str:
         told, text = self._decode(self._tokens[: self._told]), self._decode(self._tokens)
         # A token may complete a character that the prompt left incomplete.
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(told, text, strict=False)))
-        return text[shared:]
+        return text[shared(told, text) :]
 
 
 def _last_text(decode: Callable[[list[int]], str], prompt: Sequence[int]) -> list[int]:

@@ -50,7 +50,7 @@ def server(swarm: LocalSwarm, model: RemoteCausalLM) -> Iterator[Server]:
 
 async def shown(server: Server, **headers: str) -> list[Any]:
     """What somebody sees who looks at a server that is about to end, which therefore ends the stream."""
-    server.generations.drain()
+    server.generations.draining = True
     reply = await server.http.get("/dashboard/events", headers={"Authorization": f"Bearer {KEY}"} | headers)
     assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/event-stream")
     return [json.loads(event.removeprefix("data: ")) for event in reply.text.split("\n\n")[:-1]]
@@ -141,7 +141,7 @@ def test_a_stream_that_is_open_ends_with_the_server(server: Server) -> None:
     async def does() -> None:
         stream = Dashboard(server.generations, Admission(1, 1), MODEL).stream(ANYONE)
         assert json.loads((await anext(stream)).removeprefix("data: "))["type"] == "snapshot"
-        server.generations.drain()
+        server.generations.draining = True
         async with asyncio.timeout(10):
             assert [json.loads(event.removeprefix("data: "))["type"] async for event in stream] == ["events"]
 

@@ -128,7 +128,7 @@ class TestPort:
             listen = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
             found = examined(joining(sound, (), listen=listen))
         assert wrong(found)["port"] == Finding(
-            "port", Status.failed, f"{listen} is taken: choose another port with --listen, or 0 for any free one"
+            "port", f"{listen} is taken: choose another port with --listen, or 0 for any free one", Status.failed
         )
 
     def test_that_is_taken_by_the_peer_with_our_key(self, sound: Setup, swarm: LocalSwarm, key_file: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -38,20 +39,13 @@ class Finding:
     """What one check has found, in words; if it did not pass, what is wrong and what to do."""
 
     check: str
-    status: Status
     text: str
+    status: Status
 
 
-def passed(check: str, text: str) -> Finding:
-    return Finding(check, Status.passed, text)
-
-
-def warned(check: str, text: str) -> Finding:
-    return Finding(check, Status.warned, text)
-
-
-def failed(check: str, text: str) -> Finding:
-    return Finding(check, Status.failed, text)
+passed = partial(Finding, status=Status.passed)
+warned = partial(Finding, status=Status.warned)
+failed = partial(Finding, status=Status.failed)
 
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")

@@ -35,7 +35,7 @@ from splitnet.tools.tune.folder import WORK, TuningFolder
 from splitnet.tools.tune.job import TuningProgress, digest, end_if, stop_signals, take_steps
 from splitnet.tools.tune.methods import Schedule, Settings
 from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, collate, pad_of
-from splitnet.tools.tune.states import States, read, states_of
+from splitnet.tools.tune.states import States, parts_of, read, states_of
 
 LONGEST_TEXT = 512  # tokens, where the user sets none
 TOGETHER = 32  # texts that are generated at once, and lie in one file
@@ -279,9 +279,8 @@ def evaluate(head: EagleHead, packs: Sequence[Pack], unembedding: Tensor) -> Qua
         states = pack.read().to(unembedding.device)
         expected = expected_logits(model, unembedding, states)
         chosen = torch.cat([model.logits(some).argmax(dim=-1) for some in states.split(64)])
-        alive = torch.ones(
-            len(states), dtype=torch.bool, device=states.device
-        )  # by the position before a drafted token
+        # By the position before a drafted token.
+        alive = torch.ones(len(states), dtype=torch.bool, device=states.device)
         for depth, (outputs, places) in enumerate(unrolled(head, pack, states, alive)):
             logits = head.logits(outputs)
             drafted = logits.argmax(dim=-1)
@@ -315,10 +314,7 @@ def new_head(model: Ends, config: Any, ids: Tensor, unembedding: Tensor) -> Eagl
     kv_heads = getattr(config, "num_key_value_heads", None) or all_heads
     if hidden % all_heads or all_heads % kv_heads or size % 2:
         all_heads, kv_heads, size = 1, 1, hidden - hidden % 2
-    rope = {
-        "rope_type": "default",
-        "rope_theta": (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 1e4),
-    }
+    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 1e4)
     layer = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=getattr(config, "intermediate_size", None) or 3 * hidden,
@@ -329,7 +325,7 @@ def new_head(model: Ends, config: Any, ids: Tensor, unembedding: Tensor) -> Eagl
         vocab_size=model.vocabulary,
         rms_norm_eps=1e-5,
         max_position_embeddings=getattr(config, "max_position_embeddings", None) or 4096,
-        rope_parameters=rope,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
         tie_word_embeddings=False,
     )
     head = EagleHead(Shape(layer, (model.num_blocks,), len(ids)), model, ids if len(ids) < model.vocabulary else None)
@@ -537,7 +533,8 @@ class _Writer:
             elif self._tokenizer.chat_template:
                 prompts = self._imagined(model)
             else:
-                prompts = [[self._first]] * TOGETHER
+                begin, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+                prompts = [[begin if begin is not None else end or 0]] * TOGETHER
             if prompts:
                 answers = self._sample(model, prompts, self._longest // 2)
                 return [
@@ -545,11 +542,6 @@ class _Writer:
                     for prompt, answer in zip(prompts, answers, strict=True)
                 ]
         raise SplitnetError("the model writes no prompts of its own: give some with --data")
-
-    @property
-    def _first(self) -> int:
-        begin, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        return begin if begin is not None else end or 0
 
     def _imagined(self, model: RemoteCausalLM) -> list[list[int]]:
         """Prompts, with all that the chat template puts around them, of those that come to an end."""
@@ -603,15 +595,8 @@ class _Writer:
 def last_states(model: RemoteCausalLM, rows: Sequence[Encoded], pad: int) -> list[Tensor]:
     """What the last block gives for texts, `[len(ids), hidden]` each."""
     states: list[Tensor] = []
-    first = 0
-    while first < len(rows):
-        end, positions = first + 1, len(rows[first].ids)
-        while end < len(rows) and positions + len(rows[end].ids) <= PASS_POSITIONS:
-            positions += len(rows[end].ids)
-            end += 1
-        some = rows[first:end]
+    for some in parts_of(rows, PASS_POSITIONS):
         batch = collate(some, pad, device=model.device)
         hidden = model.last_states(batch["input_ids"], batch["attention_mask"])
         states += [one[: len(row.ids)] for one, row in zip(hidden, some, strict=True)]
-        first = end
     return states

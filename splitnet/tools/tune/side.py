@@ -14,7 +14,7 @@ from splitnet.hf.adapters import CONFIG_FILE, WEIGHTS_FILE
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.hf.side import SideNetwork
 from splitnet.tools.tune.run import Encoded
-from splitnet.tools.tune.states import States, states_of
+from splitnet.tools.tune.states import States, parts_of, states_of
 
 PASS_POSITIONS = 2048  # of texts that go through the blocks together
 FILE_VALUES = 64 << 20  # of states in one file, about
@@ -45,18 +45,9 @@ class SideTuner(nn.Module):
                 f"the hidden states of {len(self._rows):,} examples need {self.disk_bytes / 2**20:,.0f} MiB of disk, "
                 f"and --states-limit is {limit / 2**20:,.0f} MiB: raise it, or give fewer or shorter examples"
             )
-        self._moved = 0, 0
+        self.rows = [row.ids for row in self._rows]  # the different texts that it is called with
+        self.training_bytes = 0, 0  # sent and received on the client's own links
         self._places: dict[tuple[int, ...], tuple[Path, int]] = {}
-
-    @property
-    def rows(self) -> list[list[int]]:
-        """The different texts that it is called with."""
-        return [row.ids for row in self._rows]
-
-    @property
-    def training_bytes(self) -> tuple[int, int]:
-        """Bytes sent and received on the client's own links."""
-        return self._moved
 
     def fill(self, pad: int, say: Callable[[str], None], stopped: Sequence[int]) -> None:
         """Has the peers compute the states of all rows that are not on the disk, until it is stopped.
@@ -70,10 +61,10 @@ class SideTuner(nn.Module):
         left = [row for row in self._rows if tuple(row.ids) not in there]
         if left:
             say(f"hidden states of {count:,} examples, {self.disk_bytes / 2**20:,.0f} MiB, come from the peers ...")
-        for some in _parts(sorted(left, key=lambda row: len(row.ids)), positions):
+        for some in parts_of(sorted(left, key=lambda row: len(row.ids)), positions):
             if stopped:
                 return
-            found = [self._computed(model, together, pad) for together in _parts(some, PASS_POSITIONS)]
+            found = [self._computed(model, together, pad) for together in parts_of(some, PASS_POSITIONS)]
             states.add(some, [one for each in found for one in each])
             say(f"states of {states.texts:,} of {count:,} examples, {states.nbytes / 2**20:,.0f} MiB")
         self._places = {ids: (path, first) for ids, path, first in states.places()}
@@ -86,8 +77,8 @@ class SideTuner(nn.Module):
         try:
             found = model.states_at(self.side.taps, ids, mask, cache)
             assert cache.session is not None
-            traffic = cache.session.traffic
-            self._moved = self._moved[0] + traffic.bytes_sent, self._moved[1] + traffic.bytes_received
+            traffic, (sent, received) = cache.session.traffic, self.training_bytes
+            self.training_bytes = sent + traffic.bytes_sent, received + traffic.bytes_received
         finally:
             cache.close()
         return [states[longest - len(row.ids) :] for states, row in zip(found, rows, strict=True)]
@@ -105,17 +96,3 @@ class SideTuner(nn.Module):
         """As PEFT's models are saved."""
         base = self._model[0].name_or_path
         self.side.save(Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE, base)
-
-
-def _parts(rows: Sequence[Encoded], positions: int) -> list[list[Encoded]]:
-    """Rows in order, in parts of so many positions at most, padding counted; one at least."""
-    parts: list[list[Encoded]] = []
-    longest = 0
-    for row in rows:
-        longest = max(longest, len(row.ids))
-        if parts and (len(parts[-1]) + 1) * longest <= positions:
-            parts[-1].append(row)
-        else:
-            parts.append([row])
-            longest = len(row.ids)
-    return parts

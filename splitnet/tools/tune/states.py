@@ -78,6 +78,20 @@ class States:
                 first += len(ids)
 
 
+def parts_of(rows: Sequence[Encoded], positions: int) -> list[list[Encoded]]:
+    """Rows in order, in parts of so many positions at most, padding counted; one at least."""
+    parts: list[list[Encoded]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row.ids))
+        if parts and (len(parts[-1]) + 1) * longest <= positions:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+            longest = len(row.ids)
+    return parts
+
+
 def read(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)

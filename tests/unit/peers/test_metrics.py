@@ -91,9 +91,14 @@ def gateway_metrics() -> GatewayMetrics:
     )
     instrument(FastAPI(), metrics, "model", generations, Admission(1, 1))
     metrics.answered("/health", "200", 0.01)
-    metrics.step_took((Timing(1000, 2000, 4000), Timing(0, 1000, 0)))
-    metrics.recovered(Recovered(("gone",), 20.0, 150.0, Cause.LOST))
-    metrics.transferred(100, 50)
+    cache: Any = SimpleNamespace(session=None)
+    look = metrics.watch_session(cache)
+    cache.session = SimpleNamespace(
+        timings=(Timing(1000, 2000, 4000), Timing(0, 1000, 0)),
+        recoveries=[Recovered(("gone",), 20.0, 150.0, Cause.LOST)],
+        traffic=SimpleNamespace(bytes_sent=100, bytes_received=50),
+    )
+    look()
     return metrics
 
 

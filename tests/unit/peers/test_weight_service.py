@@ -14,7 +14,7 @@ from peers.weights import QUESTION_BYTES, SERVING_SHARE, WAITING_PER_KEY, Weight
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.transfer.held import HeldPieces
 from splitnet.checkpoint.transfer.manifest import Manifest, digest
-from splitnet.limits import Pace
+from splitnet.limits import MINUTE_S, TokenBucket
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import OPEN, SwarmKey
 from splitnet.wire.endpoints import Connection
@@ -128,7 +128,7 @@ def test_questions_without_length_cost_what_they_make_a_peer_do(
 ) -> None:
     name, piece = bytes.fromhex(held.manifest.fingerprint), next(iter(held.names))
     paced: list[int] = []
-    monkeypatch.setattr(Pace, "wait_s", lambda self, tokens, per_s: paced.append(tokens) or 0.0)
+    monkeypatch.setattr(TokenBucket, "spend", lambda self, tokens, per_minute, now: paced.append(tokens) or 0.0)
     bits, looked = held.bits(), list[int]()
     monkeypatch.setattr(held, "bits", lambda: looked.append(1) or bits)
     with Asker(held) as asker:
@@ -144,18 +144,18 @@ def test_weights_come_more_slowly_while_sessions_are_served(
     held: HeldPieces, monkeypatch: pytest.MonkeyPatch, serving: bool, share: float
 ) -> None:
     rates: list[float] = []
-    monkeypatch.setattr(Pace, "wait_s", lambda self, tokens, per_s: rates.append(per_s) or 0.0)
+    monkeypatch.setattr(TokenBucket, "spend", lambda self, tokens, per_minute, now: rates.append(per_minute) or 0.0)
     with Asker(held, rate=1000.0, serving=lambda: serving) as asker:
         asker.ask(WeightsKind.PIECE, next(iter(held.names)))
         assert isinstance(asker.answer(), WeightsPart)
-    assert rates == [1000.0 * share]
+    assert rates == [MINUTE_S * 1000.0 * share]
 
 
 def test_bytes_per_second_are_bounded() -> None:
-    pace = Pace()
-    assert pace.wait_s(100, 100.0, now=5.0) == 1.0
-    assert pace.wait_s(100, 100.0, now=5.5) == 1.5  # what was sent too early is waited for
-    assert pace.wait_s(100, 100.0, now=60.0) == 1.0  # and what was not used is not saved
+    spent = TokenBucket()
+    assert spent.spend(100, MINUTE_S * 100.0, now=5.0) == 100.0
+    assert spent.spend(100, MINUTE_S * 100.0, now=5.5) == 150.0  # what was sent too early is waited for
+    assert spent.spend(100, MINUTE_S * 100.0, now=60.0) == 100.0  # and what was not used is not saved
 
 
 def test_who_lets_strangers_in_shares_only_if_told_so(tmp_path: Path) -> None:
