@@ -93,6 +93,10 @@ def serve(
         SamplingDefaults,
         typer.Option(help="Temperature and others that a request leaves out: OpenAI's, or the checkpoint's own."),
     ] = SamplingDefaults.openai,
+    show_tuning: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of a run of `splitnet tune`, which the page at / shows, too."),
+    ] = None,
     speculate: Speculate = "auto",
 ) -> None:
     """Serve MODEL over HTTP as OpenAI's API does, until interrupted (SIGINT or SIGTERM).
@@ -126,6 +130,7 @@ def serve(
         hosts=allow_host or (),
         origins=allow_origin or (),
         names=served_name or (),
+        tuned=show_tuning,
         checkpoint_sampling=sampling_defaults is SamplingDefaults.checkpoint,
     )
     join, warn = partial(connection.swarm, checkpoint), partial(tell, logging.WARNING)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib import resources
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
@@ -224,6 +228,39 @@ def _answer(progress: Progress, now: float) -> dict[str, Any]:
     }
 
 
+class TunedRun:
+    """A run of `splitnet tune` that is under way, by the metrics in its folder. For one thread at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read = 0  # bytes
+        self._lines: list[dict[str, Any]] = []
+
+    def look(self) -> dict[str, Any]:
+        """Losses of at most `POINTS` steps, evaluations, and sums over all steps so far."""
+        with suppress(OSError, ValueError), (self._folder / "metrics.jsonl").open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self._read:  # it goes on from an earlier step
+                self._read, self._lines = 0, []
+            file.seek(self._read)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._lines.append(json.loads(line))
+                    self._read += len(line)
+        steps = [line for line in self._lines if "loss" in line]
+        sums = {name: sum(line.get(name, 0) for line in self._lines) for name in _SUMMED}
+        last = steps[-RATE_S:]
+        seconds, every = sum(line["seconds"] for line in last), max(1, len(steps) // POINTS)
+        return sums | {
+            "name": self._folder.name,
+            "losses": [[line["step"], line["loss"]] for line in steps[::-every][::-1]],
+            "evaluations": [line for line in self._lines if "eval_loss" in line],
+            "tokens_per_s": sum(line["tokens"] for line in last) / seconds if seconds else None,
+        }
+
+
+POINTS = 300
+_SUMMED = ("tokens", "seconds", "sent_bytes", "received_bytes", "joules")
+
 SNAPSHOT_S = 1.0
 LOOKUP_S = 3.0  # between two looks into the directory, while a page is open
 MAX_STREAMS = 32  # Open pages, of all clients
@@ -241,9 +278,11 @@ HEADERS = {
 
 
 class Dashboard:
-    """Watches swarm and answers while a page is open; all show the same. `name`: that of the model in the chat."""
+    """Watches swarm and answers while a page is open; all show the same. `name`: that of the model in the chat.
+    tuned: the folder of a run of `splitnet tune` that is shown, too."""
 
-    def __init__(self, generations: Generations, admission: Admission, name: str) -> None:
+    def __init__(self, generations: Generations, admission: Admission, name: str, tuned: Path | None = None) -> None:
+        self._tuned = TunedRun(tuned) if tuned is not None else None
         self._name = name
         self._generations = generations
         self._admission = admission
@@ -310,7 +349,8 @@ class Dashboard:
 
     def _look(self) -> Any:
         seen = self._presence.look(self._records, self._generations.progress.working_peers())
-        return snapshot(self._name, self._generations, self._admission, seen, self._problem)
+        tuned = self._tuned.look() if self._tuned is not None else None
+        return {**snapshot(self._name, self._generations, self._admission, seen, self._problem), "tuning": tuned}
 
 
 def dashboard_router(dashboard: Dashboard) -> APIRouter:

@@ -51,9 +51,15 @@ EXPIRY_S = 5.0  # How often it is looked whether kept sessions have expired
 
 
 def make_app(
-    served: ServedModel, keys: ApiKeys, created: int, hosts: Collection[str] = (), origins: Collection[str] = ()
+    served: ServedModel,
+    keys: ApiKeys,
+    created: int,
+    hosts: Collection[str] = (),
+    origins: Collection[str] = (),
+    tuned: Path | None = None,
 ) -> FastAPI:
-    """The app; `created`: seconds since 1970 that are told of the model; hosts and origins: see `Gate`, `*` is any."""
+    """The app; `created`: seconds since 1970 that are told of the model; hosts and origins: see `Gate`, `*` is any.
+    tuned: see `Dashboard`."""
 
     async def expire_regularly() -> None:
         while True:
@@ -81,7 +87,7 @@ def make_app(
         allow_headers=["*"],
         expose_headers=["Retry-After"],
     )
-    app.include_router(dashboard_router(Dashboard(served.generations, served.admission, served.name)))
+    app.include_router(dashboard_router(Dashboard(served.generations, served.admission, served.name, tuned)))
     app.state.names = served.names
     for kind in (SplitnetError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
@@ -133,6 +139,7 @@ class ServeOptions:
     hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
     names: Sequence[str] = ()
+    tuned: Path | None = None
 
 
 def serve(
@@ -170,7 +177,8 @@ def serve(
                     defaults,
                     names[1:],
                 )
-                app = make_app(served, keys, int(time.time()), (options.host, *options.hosts), options.origins)
+                hosts = options.host, *options.hosts
+                app = make_app(served, keys, int(time.time()), hosts, options.origins, options.tuned)
                 server = _Server(app, generations, options.drain_s)
                 # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.
                 for number in (signal.SIGINT, signal.SIGTERM):

@@ -53,7 +53,13 @@ def server(peers: list[Daemon], demo_checkpoint: Path, tmp_path_factory: pytest.
     """A server that wants a key; where its page is."""
     home = tmp_path_factory.mktemp("home")
     (home / "keys").write_text(f"{KEY}\n")
-    options = ("--codec", "none", "--port", "0", "--api-key-file", str(home / "keys"))
+    run = home / "birds"
+    run.mkdir()
+    step = {"tokens": 100, "seconds": 0.5, "sent_bytes": 1_500_000, "received_bytes": 2_500_000, "joules": 4.0}
+    held_out = {"step": 2, "eval_loss": 1.25, "eval_accuracy": 0.75}
+    lines = [{"step": 1, "loss": 3.0, **step}, {"step": 2, "loss": 2.0, **step}, held_out]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("--codec", "none", "--port", "0", "--api-key-file", str(home / "keys"), "--show-tuning", str(run))
     with background(home, "serve", str(demo_checkpoint), "--join", peers[0].address(), *options) as server:
         yield ready(server, demo_checkpoint.stem).removesuffix("v1")
         finished = server.stop(signal.SIGTERM)
@@ -140,6 +146,18 @@ def test_a_key_opens_the_page_and_stays_in_the_tab(visit: Visit) -> None:
     page.reload()
     expect(page.locator("#map .span")).to_have_count(3)
     expect(page.locator("#key-dialog")).to_be_hidden()
+
+
+def test_a_run_of_fine_tuning_is_shown(visit: Visit) -> None:
+    page = visit().come()
+    expect(page.locator("#tuning-title")).to_have_text("Fine-tuning: birds")
+    expect(page.locator("#tuning-note")).to_have_text(
+        "Step 2, loss 2.000; held-out loss 1.250, accuracy 75.0 % at step 2."
+    )
+    expect(page.locator("#tuning-cost")).to_have_text(
+        "200 tokens/s; 200 tokens in 1.0 s; 3.0 MB sent, 5.0 received; 8.0 J at the peers."
+    )
+    expect(page.locator("#losses path").first).to_have_attribute("d", "M150.0 1.0L300.0 27.0")
 
 
 def test_a_chat_shows_its_route_and_its_speed_and_can_be_stopped(visit: Visit) -> None:

@@ -9,6 +9,7 @@ import { showMap } from "./map.js";
 import { showPeers } from "./peers.js";
 import { showRoutes } from "./routes.js";
 import { documents } from "./stream.js";
+import { showTuning } from "./tuning.js";
 
 const RETRY_MS = 1000;
 let following = null;
@@ -38,7 +39,7 @@ async function followOnce(signal) {
   for await (const told of documents("/dashboard/events", { signal })) {
     if (told.type === "snapshot") {
       setConnected(true, "live");
-      for (const show of [showFigures, showMap, showRoutes, showPeers, showInChat]) show(told);
+      for (const show of [showFigures, showMap, showRoutes, showPeers, showInChat, showTuning]) show(told);
     } else if (told.type === "events") {
       showEvents(told.events, first);
       first = false;
