@@ -469,14 +469,15 @@ class Engine:
         began = self._piece_began = time.perf_counter()
         self._running = work
         try:
-            if isinstance(work.message, Forward):
-                self._forward(work, work.message, began)
-            elif isinstance(work.message, Gradient):
-                self._backward(work, work.message, began)
-            elif isinstance(work.message, FetchKV):
-                self._fetch_kv(work, work.message)
-            else:
-                self._adopt(work)
+            with self._counters.energy.computing():
+                if isinstance(work.message, Forward):
+                    self._forward(work, work.message, began)
+                elif isinstance(work.message, Gradient):
+                    self._backward(work, work.message, began)
+                elif isinstance(work.message, FetchKV):
+                    self._fetch_kv(work, work.message)
+                else:
+                    self._adopt(work)
         except _Abandoned:
             pass
         except Exception as error:
@@ -535,7 +536,8 @@ class Engine:
         by_adapter = self._added_up(session, message, by_adapter)
         parts = write_groups(by_adapter) if by_adapter else []
         session.done += forward.positions
-        self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, self._ms_since(began) / 1000)
+        work.compute_ms = self._ms_since(began)
+        self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, work.compute_ms / 1000)
         self._training.went_back(work, payload, parts)
 
     @staticmethod

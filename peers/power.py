@@ -72,6 +72,7 @@ class EnergyMeter:
         self._clock = clock
         self._sources = Sources()
         self._recent_joules = self._recent_s = 0.0
+        self._within = False
         self._sensed_watts, self._sensed_at = 0.0, float("-inf")
         self.look()
 
@@ -103,14 +104,17 @@ class EnergyMeter:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
+        """Counts what the device draws within. For one thread; what is nested counts once."""
         sources = self._sources
-        if self._given is None and not sources.parts:
+        if self._within or (self._given is None and not sources.parts):
             yield
             return
         began, before = self._clock(), self._counted(sources)
+        self._within = True
         try:
             yield
         finally:
+            self._within = False
             self._take_in(sources, before, self._clock() - began)
 
     def _take_in(self, sources: Sources, before: list[float] | None, seconds: float) -> None:

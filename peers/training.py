@@ -157,7 +157,9 @@ class Training:
                     session.reply_to, AdapterGradient(session.id, message.epoch, message.number, remaining, part)
                 )
             codec = forward.message.gradient_codec
-            self.outbox.send(work.source, replace(message, boundary=session.start, codec=codec, payload=payload))
+            timings = (*message.timings, timing_of(work, self.outbox))
+            back = replace(message, boundary=session.start, codec=codec, payload=payload, timings=timings)
+            self.outbox.send(work.source, back)
 
     def adapter_loaded(self, work: PassWork) -> None:
         with self.lock:

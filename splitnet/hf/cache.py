@@ -45,6 +45,7 @@ class RemoteLayer(CacheLayerMixin):
         self.adapter: Adapter | None = None  # of the blocks, for the positions that are held
         self.waited_ms = 0.0  # for peers, in all steps together
         self.session: ModelSession | None = None
+        self.reserve_step = RESERVE_STEP  # 1: for exactly what is to be computed
         self._open_session = open_session
         self._padding: list[int] = []
         self._rows: list[int] = []
@@ -246,7 +247,7 @@ class RemoteLayer(CacheLayerMixin):
 
     def _reserve(self, columns: int, batch: int) -> ModelSession:
         if columns > self._reserved_columns:
-            self._reserved_columns = -(-columns // RESERVE_STEP) * RESERVE_STEP
+            self._reserved_columns = -(-columns // self.reserve_step) * self.reserve_step
         positions = self.reserved * batch
         if self.session is None:
             self.session = self._open_session(positions)

@@ -155,6 +155,11 @@ class RemoteModel(PreTrainedModel):
         return sum(traffic.bytes_sent for traffic in moved), sum(traffic.bytes_received for traffic in moved)
 
     @property
+    def training_joules(self) -> float:
+        """Energy that peers have spent on these passes; nan: not all of them tell their watts (docs/energy.md)."""
+        return sum(passes.traffic.joules for passes in self._blocks.passes.values())
+
+    @property
     def peft_config(self) -> Mapping[str, Any]:
         """Of adapters on layers, by name: PEFT sets it when it has put the first one there.
 

@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +34,7 @@ from splitnet.transport import flow
 from splitnet.transport.prober import Answer
 from splitnet.wire.codecs import CODECS, DEFAULT_INT8, Codec, codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
-from splitnet.wire.messages import SESSION_BYTES, Message, Open
+from splitnet.wire.messages import SESSION_BYTES, Gradient, Message, Open, Result
 from splitnet.wire.sent_log import REPLAY_POSITIONS
 
 log = logging.getLogger(__name__)
@@ -204,12 +204,14 @@ class Routes:
 
 @dataclass(slots=True)
 class Traffic:
-    """What a session has moved so far. bytes_sent: by the client, headers included."""
+    """What a session has moved so far. bytes_sent: by the client, headers included. joules: of peers, for whole
+    sequences and long prompts; nan: not all peers tell their watts."""
 
     steps: int = 0
     positions: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
+    joules: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +280,15 @@ class SessionDriver:
         self._until: Callable[[], bool] | None = None  # condition of `_wait`: its thread is woken for that alone
         self._wakes_at = math.inf
         swarm.links.register(self)
+
+    def count_energy(self, answers: Iterable[Result | Gradient | None]) -> None:
+        """Adds the energy that hops have spent on what was answered, by what they tell of their time and watts."""
+        watts = [hop.planned.record.watts for hop in self.hops]
+        for answer in answers:
+            timings = answer.timings if answer is not None else ()
+            order = watts[::-1] if isinstance(answer, Gradient) else watts
+            spent = sum(each * timing.compute_us / 1e6 for each, timing in zip(order, timings, strict=False))
+            self.traffic.joules += spent if all(watts) and len(timings) == len(watts) else math.nan
 
     @property
     def hops(self) -> list[RouteHop]:

@@ -187,6 +187,8 @@ class Session(SessionDriver):
                 self._wait_for([request])
                 output = self._decoded(request)
             outputs.append(output)
+            if not request.decodes:
+                self.count_energy([request.result])
         if len(sent.requests) == 1 and sent.requests[0].decodes and len(self.recoveries) == sent.repairs:
             if sent.alone:
                 self._routes.step_took((time.perf_counter() - sent.began) * 1000, sent.requests[0].message.positions)

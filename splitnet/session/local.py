@@ -206,7 +206,8 @@ class MixedSession:
         """Of all routes together."""
         moved = [session.traffic for session in self.sessions]
         sent, received = sum(each.bytes_sent for each in moved), sum(each.bytes_received for each in moved)
-        return Traffic(sum(each.steps for each in moved), self._positions, sent, received)
+        steps, joules = sum(each.steps for each in moved), sum(each.joules for each in moved)
+        return Traffic(steps, self._positions, sent, received, joules)
 
     def links(self) -> list[LinkUse]:
         return [link for session in self.sessions for link in session.links()]

@@ -94,6 +94,7 @@ class PassSession(SessionDriver):
         self.traffic.positions += offset
         self.feed(Submit(tuple(batch.passes)))
         self._wait_for_batch(batch)
+        self.count_energy(request.result for request in batch.passes)
         return torch.cat([self._decode(request.result, request) for request in batch.passes]), batch
 
     def backward(self, batch: Passed, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -116,6 +117,7 @@ class PassSession(SessionDriver):
             request.back = BackwardState(together, codec.code, payload)
         self.feed(Backward(together, self._version(batch.adapter)))
         self._wait_for_batch(batch)
+        self.count_energy(request.gradient for request in batch.passes)
         self.forget(batch)
         by_input = torch.cat([self._decode(request.gradient, request) for request in batch.passes])
         by_adapter: dict[str, torch.Tensor] = {}

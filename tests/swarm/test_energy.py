@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Overview, Swarm, token_ms
 from tests.swarm.generation import GREEDY, prompt
-from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.harness import LocalSwarm, local_swarm, wait_until
 
 pytestmark = pytest.mark.swarm
 
@@ -121,3 +122,26 @@ def test_a_sensor_that_vanishes_and_comes_back(peers: list[Peer], sensor: Path) 
     with peer.counters.energy.computing():
         pass
     assert peer.record().watts == pytest.approx(7.0)
+
+
+@pytest.mark.parametrize("watts", [(200.0, 10.0), (200.0, None)])
+def test_training_tells_what_peers_have_spent(
+    folder: Path, node: Directory, tmp_path: Path, watts: tuple[float | None, ...]
+) -> None:
+    with local_swarm(folder, [], node=node) as swarm:
+        for start, each in zip((0, 3), watts, strict=True):
+            swarm.add(start, start + 3, watts=each, sysfs=tmp_path)
+        model = swarm.model()
+        before = [told(peer, "joules_total") or 0.0 for peer in swarm.peers]
+        ids = prompt(12)["input_ids"]
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=embedded, labels=ids).loss.backward()
+
+        def spent() -> list[float]:
+            return [(told(peer, "joules_total") or 0.0) - was for peer, was in zip(swarm.peers, before, strict=True)]
+
+        if None in watts:
+            assert math.isnan(model.training_joules)
+        else:
+            assert model.training_joules > 0
+            wait_until(lambda: min(spent()) > 0 and sum(spent()) >= model.training_joules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,8 @@ _RESET_PEAK = Path("/proc/self/clear_refs")
 @dataclass(frozen=True, slots=True)
 class Cost:
     """states_s, states_bytes, disk_bytes: of the hidden states of all examples, which come once. first_s: by which the
-    first step takes longer than a later one. step_bytes: sent and received, by the client. client_bytes: by which its
-    memory grew; None: not known here."""
+    first step takes longer than a later one. step_bytes: sent and received, by the client. states_joules, step_joules:
+    of peers; nan: not all tell their watts. client_bytes: by which its memory grew; None: not known here."""
 
     method: str
     examples: int
@@ -36,6 +37,8 @@ class Cost:
     first_s: float
     step_s: float
     step_bytes: tuple[float, float]
+    states_joules: float
+    step_joules: float
     client_bytes: int | None
 
     def seconds(self, steps: int) -> float:
@@ -57,15 +60,16 @@ def first_rows(rows: Sequence[Encoded], settings: Settings) -> list[Encoded]:
 def measured(method: str, run: TuningRun, rows: Sequence[Encoded], held_out: Sequence[Encoded], pad: int) -> Cost:
     """Takes steps of a run over some of all `rows`. held_out: those to evaluate on. Raises as a step."""
     model = run.model
-    disk_bytes, share = 0, 1.0
+    disk_bytes, share, states_joules = 0, 1.0, 0.0
     with _peak() as peak:
         began, before = time.perf_counter(), model.training_bytes
         if isinstance(model, SideTuner):
             model.fill(pad, lambda told: None, [])
+            states_joules = model.training_joules
             different = {tuple(row.ids) for row in (*rows, *held_out)}
             share = sum(map(len, different)) / sum(len(ids) for ids in model.rows)
             disk_bytes = int(model.disk_bytes * share)
-        states_s, filled = time.perf_counter() - began, model.training_bytes
+        states_s, filled, joules = time.perf_counter() - began, model.training_bytes, model.training_joules
         times: list[float] = []
         moved = now = filled
         for _ in range(1 + MEASURED):
@@ -84,6 +88,8 @@ def measured(method: str, run: TuningRun, rows: Sequence[Encoded], held_out: Seq
         max(0.0, times[0] - step_s),
         step_s,
         (now[0] - moved[0], now[1] - moved[1]),
+        states_joules * share,
+        (model.training_joules - joules) / (1 + MEASURED),
         peak[0] if peak else None,
     )
 
@@ -95,6 +101,9 @@ def print_costs(costs: Sequence[Cost], settings: Settings) -> None:
     title = f"{settings.steps} steps of {settings.batch_size}, {settings.steps / steps:.1f} times {examples:,} examples"
     heads = ["trained", "first\nepoch", "each\nlater", "whole\nrun"]
     heads += ["sent\nMB", "received\nMB", "client\nMiB", "disk\nMiB"]
+    joules = {cost.method: cost.states_joules + settings.steps * cost.step_joules for cost in costs}
+    told = any(map(math.isfinite, joules.values()))
+    heads += ["peers\nkJ"] if told else []
     table = Table("method", *(Column(head, justify="right", no_wrap=True) for head in heads), title=title, box=SIMPLE)
     for cost in sorted(costs, key=lambda cost: cost.seconds(settings.steps)):
         seconds = [cost.seconds(1) + (steps - 1) * cost.step_s, steps * cost.step_s, cost.seconds(settings.steps)]
@@ -105,6 +114,7 @@ def print_costs(costs: Sequence[Cost], settings: Settings) -> None:
             *(f"{each / 1e6:,.1f}" for each in cost.moved(settings.steps)),
             "?" if cost.client_bytes is None else f"{cost.client_bytes / 2**20:,.0f}",
             f"{cost.disk_bytes / 2**20:,.0f}",
+            *([f"{joules[cost.method] / 1000:,.2f}"] if told else ()),
         )
     console = Console()
     console.print(table)

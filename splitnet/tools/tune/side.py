@@ -47,6 +47,7 @@ class SideTuner(nn.Module):
             )
         self.rows = [row.ids for row in self._rows]  # the different texts that it is called with
         self.training_bytes = 0, 0  # sent and received on the client's own links
+        self.training_joules = 0.0  # as of the model
         self._places: dict[tuple[int, ...], tuple[Path, int]] = {}
 
     def fill(self, pad: int, say: Callable[[str], None], stopped: Sequence[int]) -> None:
@@ -74,11 +75,13 @@ class SideTuner(nn.Module):
         ids = torch.tensor([[pad] * (longest - len(row.ids)) + row.ids for row in rows], device=model.device)
         mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows], device=model.device)
         cache = model.new_cache()
+        cache.remote.reserve_step = 1  # many owners may ask the same peers at a time
         try:
             found = model.states_at(self.side.taps, ids, mask, cache)
             assert cache.session is not None
             traffic, (sent, received) = cache.session.traffic, self.training_bytes
             self.training_bytes = sent + traffic.bytes_sent, received + traffic.bytes_received
+            self.training_joules += traffic.joules
         finally:
             cache.close()
         return [states[longest - len(row.ids) :] for states, row in zip(found, rows, strict=True)]

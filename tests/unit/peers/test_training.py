@@ -112,12 +112,19 @@ def test_a_pass_is_pushed_on_and_its_gradient_goes_back_the_same_way(opened: Pee
     assert len(pushed.timings) == 1
     assert kept_bytes(opened) == BYTES
     assert opened.says(gradient(), AFTER) == []
-    sent = ends(opened, take(opened), b"first", b"second")
-    assert sent == [
+    work = take(opened)
+    work.compute_ms = 3.0
+    sent = ends(opened, work, b"first", b"second")
+    assert sent[:2] == [
         (CLIENT, AdapterGradient(SID, 1, 7, 1, b"first")),
         (CLIENT, AdapterGradient(SID, 1, 7, 0, b"second")),
-        (PREVIOUS, Gradient(SID, 1, 7, 2, 7, False, PLAIN.code, b"gradient")),
     ]
+    [(destination, back)] = sent[2:]
+    assert [timing.compute_us for timing in back.timings] == [3000]
+    assert (destination, replace(back, timings=())) == (
+        PREVIOUS,
+        Gradient(SID, 1, 7, 2, 7, False, PLAIN.code, b"gradient"),
+    )
     assert kept_bytes(opened) == 0
 
 
