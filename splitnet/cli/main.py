@@ -68,6 +68,7 @@ doctor = _leaf("splitnet.tools.doctor:doctor")
 plan = _leaf("splitnet.tools.plan:plan")
 simulate = _leaf("simulator.command:simulate")
 tune = _leaf("splitnet.tools.tune:tune")
+joint_round = _leaf("splitnet.tools.tune:round")
 
 app = typer.Typer(
     name="splitnet",
@@ -88,6 +89,10 @@ EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
     tune: (
         "splitnet tune Qwen/Qwen3-8B --data chats.jsonl --output my-adapter",
         "splitnet tune Qwen/Qwen3-8B --data chats.jsonl --output my-adapter --steps 500 --rank 16 --resume",
+    ),
+    joint_round: (
+        "splitnet round start birds Qwen/Qwen3-8B --join /ip4/... --output birds --owners 5",
+        "splitnet round status birds Qwen/Qwen3-8B --join /ip4/...",
     ),
     status: ("splitnet status Qwen/Qwen3-8B", "splitnet status demo --join /ip4/... --json"),
     doctor: ("splitnet doctor", "splitnet doctor Qwen/Qwen3-8B --join /ip4/... --listen tcp://0.0.0.0:31331"),

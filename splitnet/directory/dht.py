@@ -23,7 +23,7 @@ from typing import Any, Final, TypeVar
 
 from splitnet.directory.hivemind_node import NodeLoop, Reading, import_hivemind, overhear, read
 from splitnet.directory.interface import OWN_DEPTH, SwarmDirectory, latest
-from splitnet.directory.record import HELPERS, MODELS_KEY, PeerRecord, RecordValidator, peers_key, shard_key, shard_keys
+from splitnet.directory.record import MODELS_KEY, PeerRecord, RecordValidator, peers_key, shard_key, shard_keys
 from splitnet.errors import AddressInUse, DirectoryError
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Directory(SwarmDirectory):
 
     def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
         keys, subkeys = [peers_key(record.model), shard_key(record.model, record.key)], [record.key.text] * 2
-        if not record.has_left and record.model != HELPERS:
+        if not record.has_left and record.is_of_model:
             keys.append(MODELS_KEY)
             subkeys.append(record.model)
         return self._request(lambda node: self._store(node, keys, subkeys, packed, record.expires_at))

@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import zip_longest
 from typing import Final, Self, TypeVar
 
-from splitnet.directory.record import HELPERS, PeerRecord
+from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError
 from splitnet.limits import Places
 from splitnet.security.identity import Identity, PublicKey
@@ -66,7 +66,7 @@ class SwarmDirectory(ABC):
 
     def models(self) -> dict[str, str]:
         """Name by fingerprint of the models in the swarm; a name is what some peer claims. See `records`."""
-        return {record.model: record.model_name for record in self.records("") if record.model != HELPERS}
+        return {record.model: record.model_name for record in self.records("") if record.is_of_model}
 
     def __enter__(self) -> Self:
         return self

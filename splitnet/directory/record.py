@@ -50,6 +50,7 @@ MODELS_KEY: Final = "splitnet.models"
 SHARDS: Final = 8  # keys of the DHT that the records of one model are spread over
 
 HELPERS: Final = "72656c617973"  # in the place of a model: helpers that serve none
+ROUNDS: Final = "726f756e6473"  # begins places of coordinators of joint tunings, which serve none either
 MAX_RELAYS: Final = 3
 
 _SIGNED_PREFIX = b"splitnet peer record\0"
@@ -189,6 +190,11 @@ class PeerRecord:
     def has_left(self) -> bool:
         """Whether the peer serves no longer."""
         return self.start == self.end
+
+    @property
+    def is_of_model(self) -> bool:
+        """Whether it is of a peer, not of something else that stands in the place of one."""
+        return not self.model.startswith((HELPERS, ROUNDS))
 
     @property
     def is_proven(self) -> bool:

@@ -1,4 +1,4 @@
-"""Tells the directory of a relay that serves no blocks."""
+"""Tells the directory of what is no peer, such as a relay that serves no blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Generator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
+from typing import Any
 
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import HELPERS, PeerRecord
@@ -55,22 +56,21 @@ def relaying(
             yield relay
 
 
+def offered(directory: SwarmDirectory, identity: Identity, relay: Relay) -> AbstractContextManager[None]:
+    """Publishes a record of a relay, see `announced`."""
+    port = host_and_port(relay.address)[1]
+    return announced(directory, identity, model=HELPERS, model_name="helpers", address=relay.address, relay_port=port)
+
+
 @contextmanager
-def offered(directory: SwarmDirectory, identity: Identity, relay: Relay) -> Generator[None]:
-    """Publishes a record of a relay with this identity now and every 15 s, and withdraws it at the end."""
+def announced(directory: SwarmDirectory, identity: Identity, **about: Any) -> Generator[None]:
+    """Publishes a record of something that is no peer with this identity now and every 15 s, and withdraws it at the
+    end. about: fields of the record."""
     leaving = threading.Event()
 
     def record() -> PeerRecord:
-        return PeerRecord.idle(
-            key=identity.public,
-            model=HELPERS,
-            model_name="helpers",
-            address=relay.address,
-            num_blocks=1,
-            version=__version__,
-            issued_at=time.time(),
-            relay_port=host_and_port(relay.address)[1],
-        )
+        facts = {"key": identity.public, "num_blocks": 1, "version": __version__, "issued_at": time.time()}
+        return PeerRecord.idle(**facts, **about)
 
     def publish() -> None:
         pause_s = 0.0
@@ -79,7 +79,7 @@ def offered(directory: SwarmDirectory, identity: Identity, relay: Relay) -> Gene
             try:
                 directory.announce(record(), identity)
             except SplitnetError as error:
-                log.warning("the DHT was not told of this helper, next try in %.0f s: %s", REFRESH_S, error)
+                log.warning("the directory was not told of this process, next try in %.0f s: %s", REFRESH_S, error)
 
     thread = threading.Thread(target=publish, name="splitnet-offer", daemon=True)
     thread.start()
@@ -91,4 +91,4 @@ def offered(directory: SwarmDirectory, identity: Identity, relay: Relay) -> Gene
         try:
             directory.withdraw(record(), identity)
         except SplitnetError as error:
-            log.info("the record of this helper expires by itself: %s", error)
+            log.info("the record of this process expires by itself: %s", error)

@@ -135,13 +135,13 @@ class Swarm:
         self.planner = Planner(self.measurements, facts.name, self.peers, self.start_peer)
         self.links = Links(self.identity, keep_unused_s=BRIEF_S)
         try:
-            self._directory = join(initial_peers, lambda: self.links, swarm=swarm_key or OPEN)
+            self.directory = join(initial_peers, lambda: self.links, swarm=swarm_key or OPEN)
         except BaseException:
             self.links.close()
             raise
-        self._peers = part_of(self._directory, PeerDirectory) or PeerDirectory([], self.links, swarm=swarm_key or OPEN)
+        self._peers = part_of(self.directory, PeerDirectory) or PeerDirectory([], self.links, swarm=swarm_key or OPEN)
         self._known = PeerCache(
-            self._directory, facts.fingerprint, facts.name, self.links, trusted, self._peers, self.likely
+            self.directory, facts.fingerprint, facts.name, self.links, trusted, self._peers, self.likely
         )
         self.measurer = Measurer(self._known, self.measurements, self.links, self.likely)
 
@@ -153,7 +153,7 @@ class Swarm:
         """Closes all sessions and leaves."""
         self.measurer.stop()
         self.links.close()
-        self._directory.close()
+        self.directory.close()
         self._peers.close()
         self.measurer.close()
 

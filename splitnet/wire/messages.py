@@ -65,6 +65,10 @@ DIGEST_BYTES = 32
 MAX_PART_BYTES = 1 << 20  # of weights in one message, such as a piece
 MAX_WEIGHTS_BYTES = 256 << 20  # of weights of one name, such as a manifest
 
+MAX_ROUNDS = 1 << 20
+MAX_OWNERS = 256  # of a joint tuning
+MAX_ATTEMPT = (1 << 32) - 1
+
 Payload = bytes | memoryview
 
 
@@ -118,6 +122,7 @@ class Fork(NamedTuple):
 _ROW_ID = (1 << 48) - 1
 _NUMBER = uint((1 << 48) - 1)
 _UNIX_S = number(0, 1e11)
+_SHARE = number(0, 1)
 _MAX_US = (1 << 48) - 1
 _MAX_HOPS = 256
 
@@ -309,6 +314,8 @@ class Gradient(_Numbered):
     held: bool = wire(flag)  # more of them follow; with the last one the sum goes to the client
     codec: int = wire(uint(255))
     payload: Payload = b""
+    timings: tuple[Timing, ...] = appended(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), ())
+    """Of the hops that it has passed, in that order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,10 +460,73 @@ class Tapped(_Numbered):
     payload: Payload = b""
 
 
+class RoundWish(IntEnum):
+    """What `AskRound` is for."""
+
+    LOOK = 0  # how far it is
+    JOIN = 1  # to take part; answered with the settings, and with the parameters after the rounds so far
+    READY = 2  # its gradient is there; answered when that is wanted, or with the parameters after later rounds
+    END = 3  # to end the round with what there is; of the coordinator's own key alone
+
+
+@dataclass(frozen=True, slots=True)
+class AskRound:
+    """From an owner of examples to the coordinator of a joint tuning, see `splitnet.tools.tune.rounds`."""
+
+    TAG: ClassVar[int] = 24
+    name: str = wire(text(64))
+    model: str = wire(matching(FINGERPRINT))
+    wish: int = wire(uint(255))  # a `RoundWish`
+    number: int = wire(uint(MAX_ROUNDS))  # rounds after which the owner has the parameters
+    examples: int = wire(uint(1 << 31))
+    size: int = wire(uint(MAX_PAYLOAD_BYTES // 4))  # numbers in its gradient
+    payload: Payload = b""  # settings as JSON, with JOIN, of the coordinator's own key alone
+
+
+@dataclass(frozen=True, slots=True)
+class RoundState:
+    """Answers an `AskRound`, and tells owners that a round has ended; the payload is the settings as JSON."""
+
+    TAG: ClassVar[int] = 25
+    number: int = wire(uint(MAX_ROUNDS))  # rounds so far
+    rounds: int = wire(uint(MAX_ROUNDS))  # in all
+    owners: int = wire(uint(MAX_OWNERS))  # that take part
+    ready: int = wire(uint(MAX_OWNERS))
+    following: bool = wire(flag)  # a `RoundNumbers` follows
+    refused: str = wire(text(MAX_TEXT))  # why; empty: it is not
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class WantGradient:
+    """From the coordinator: the owner shall send its gradient, as so much of the average."""
+
+    TAG: ClassVar[int] = 26
+    number: int = wire(uint(MAX_ROUNDS))
+    attempt: int = wire(uint(MAX_ATTEMPT))
+    share: float = wire(_SHARE)
+    norm: float = wire(milliseconds)  # the longest gradient; 0: any
+    noise: float = wire(milliseconds)  # standard deviation of what the owner adds to each number, for a share of 1
+    members: tuple[bytes, ...] = wire(several(blob(KEY_BYTES), most=MAX_OWNERS))
+    """CURVE keys of all owners that add masks for each other; none: without masks."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundNumbers:
+    """An owner's gradient; or with attempt 0 the parameters after `number` rounds, and what they begin as. Four bytes
+    per number."""
+
+    TAG: ClassVar[int] = 27
+    number: int = wire(uint(MAX_ROUNDS))
+    attempt: int = wire(uint(MAX_ATTEMPT))
+    payload: Payload = b""
+
+
 _Passing = Open | Opened | Close | Step | Result | Failure | Replay | Forward | Gradient
 _Tensors = Adapter | AdapterLoaded | AdapterGradient | FetchKV | FetchedKV
 _Asking = LookUp | Found | Announce | Announced | AskWeights | WeightsPart
-Message = Ping | Pong | _Passing | _Tensors | _Asking | Tapped
+_Rounds = AskRound | RoundState | WantGradient | RoundNumbers
+Message = Ping | Pong | _Passing | _Tensors | _Asking | Tapped | _Rounds
 MESSAGES: tuple[type[Message], ...] = get_args(Message)
 
 _BY_TAG: dict[int, type[Message]] = {kind.TAG: kind for kind in MESSAGES}

@@ -188,8 +188,12 @@ class Background:
     def stop(self, number: signal.Signals) -> Finished:
         """Sends a signal and waits for the end."""
         self.process.send_signal(number)
+        return self.finish(left=number == signal.SIGKILL)
+
+    def finish(self, *, left: bool = False) -> Finished:
+        """Waits for the end. left: a child may be left that ends when it sees its parent gone."""
         output, errors = (text.decode() for text in self.process.communicate(timeout=COMMAND_TIMEOUT_S))
-        if number != signal.SIGKILL:  # which leaves a child that ends when it sees its parent gone
+        if not left:
             expect_nothing_left(self.run)
         return Finished(self.process.returncode, output, errors, time.monotonic() - self.began)
 

@@ -36,7 +36,7 @@ EXECUTED = {"chat", "generate", "key", "plan", "status"}
 NEEDS_SWARM = {"chat", "generate", "status"}
 """Without --join these look for one on the local network, where tests must not find any."""
 SERVED_NAMES = {name for command in COMMANDS for option, name in pairwise(command.words) if option == "--served-name"}
-NEEDS_MORE = {"--adapter", "--swarm-key", "simulate", "tune"}
+NEEDS_MORE = {"--adapter", "--swarm-key", "round", "simulate", "tune"}
 """What needs files of an earlier command, or minutes."""
 PLACEHOLDERS = {
     "ADDR": NOBODY,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from splitnet.tools.tune.data import TEMPLATE, read_examples
@@ -129,6 +130,56 @@ def test_prompts_are_trained_on_a_gguf_file(
     assert told
     generated = here(*shlex.split(told[1]), "--max-new-tokens", "4")
     assert generated.code == 0 and len(generated.output) > 1, generated.errors
+
+
+def test_two_owners_train_one_adapter_together(words: Words, small: Path, duo: str, data: Path, tmp_path: Path) -> None:
+    """The coordinator's owner says what is trained; the other has other examples, and a key of its own."""
+    coordinator, guest = tmp_path / "coordinator", tmp_path / "guest"
+    for folder in (coordinator, guest):
+        folder.mkdir()
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(data.read_text().splitlines(keepends=True)[:2]))
+    at = [str(small), "--join", duo]
+    listen = ["--listen", "tcp://127.0.0.1:0"]
+
+    def owner(folder: Path, *options: str) -> list[str]:
+        arguments = words(folder / "adapter", *options)
+        return arguments if folder is coordinator else [str(few) if each == str(data) else each for each in arguments]
+
+    refused = run(guest, *owner(guest, "--join-round", "birds"))
+    assert refused.code == 1 and "nobody coordinates a round birds" in refused.errors
+    refused = run(guest, *owner(guest, "--join-round", "birds", "--head"))
+    assert refused.code == 1 and "leave out --head" in refused.errors
+    refused = run(guest, "round", "status", "birds", *at, "--owners", "3")
+    assert refused.code == 1 and "--owners is for `splitnet round start`" in refused.errors
+    with background(coordinator, "round", "start", "birds", *at, "--output", str(tmp_path / "kept"), *listen) as rounds:
+        assert rounds.process.stdout
+        direct = shlex.split(rounds.process.stdout.readline().decode())[-2:]
+        told = run(guest, "round", "status", direct[-1], *at)
+        assert "0 of ? rounds are over" in told.output, told.errors
+        with background(coordinator, *owner(coordinator, *direct, "--steps", "8", "--lr", "0.01")) as first:
+            wrong = run(guest, *owner(guest, *direct, "--steps", "9"))
+            assert wrong.code == 1 and "--steps is 9, and 8 in this round: leave it out" in wrong.errors, wrong.errors
+            told = run(guest, "round", "status", "birds", *at)
+            assert "0 of 8 rounds are over" in told.output, told.errors
+            ended = run(guest, "round", "end", "birds", *at)
+            assert ended.code == 1 and "the key of the coordinator alone ends a round" in ended.errors
+            second = run(guest, *owner(guest, "--join-round", "birds"))
+            others = first.finish()
+        coordinated = rounds.finish()
+    for finished in (others, second):
+        assert finished.code == 0, finished.errors
+        assert "round of lora, 8 steps" in finished.errors
+        assert "gradients go to the coordinator: not masked, no noise" in finished.errors
+    assert "round 8 of 8: 2 owners" in coordinated.output and "each owner has the adapter" in coordinated.output
+    adapters = [load_file(folder / "adapter" / ADAPTER) for folder in (coordinator, guest)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(each, adapters[1][name]) for name, each in adapters[0].items())
+    assert any(each.any() for name, each in adapters[0].items() if "lora_B" in name)
+    told_use = re.search(r"Use it: splitnet (.*)", second.output)
+    assert told_use
+    generated = run(guest, *shlex.split(told_use[1]), "--max-new-tokens", "2")
+    assert generated.code == 0, generated.errors
 
 
 @pytest.mark.full

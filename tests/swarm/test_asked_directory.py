@@ -107,7 +107,7 @@ def wait_until_missed(swarm: LocalSwarm, span: tuple[int, int]) -> None:
     deadline = time.monotonic() + 20
     for peer in swarm.peers:
         with connect(swarm, peer) as client:
-            while span in spans(client._directory.peers(client.facts.fingerprint)):
+            while span in spans(client.directory.peers(client.facts.fingerprint)):
                 assert time.monotonic() < deadline
 
 
@@ -123,7 +123,7 @@ def test_a_client_joins_through_any_peer(swarm: LocalSwarm, local: Any, joined: 
         inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), **GREEDY}
         assert torch.equal(model.generate(**inputs), local.generate(**inputs))
         assert spans(client.peers()) == [(0, 2), (2, 4), (4, 6)]
-        assert client._directory.models().keys() == {client.facts.fingerprint}
+        assert client.directory.models().keys() == {client.facts.fingerprint}
 
 
 def test_a_client_needs_one_connection_with_the_peer_that_it_joins_through(swarm: LocalSwarm) -> None:
@@ -149,11 +149,11 @@ def test_addresses_of_both_kinds_go_together(swarm: LocalSwarm, node: Directory)
 def test_a_peer_that_leaves_is_missed_at_once(swarm: LocalSwarm) -> None:
     with connect(swarm, swarm.peers[1]) as client:
         leaving = swarm.add(0, 6, join=[swarm.peers[2].join_address])
-        assert (0, 6) in spans(client._directory.peers(client.facts.fingerprint))
+        assert (0, 6) in spans(client.directory.peers(client.facts.fingerprint))
         leaving.close()
         swarm.peers.remove(leaving)
         deadline = time.monotonic() + 20
-        while (0, 6) in spans(client._directory.peers(client.facts.fingerprint)):
+        while (0, 6) in spans(client.directory.peers(client.facts.fingerprint)):
             assert time.monotonic() < deadline  # sooner than its record expires
     wait_until_missed(swarm, (0, 6))
 
@@ -166,10 +166,10 @@ def test_a_running_client_hears_of_who_comes_and_leaves_without_reading_all_agai
     assert swarm.node is not None
     with Swarm(facts, swarm.node.addresses if through_dht else [swarm.peers[1].join_address]) as client:
         assert spans(client.peers()) == [(0, 2), (2, 4), (4, 6)]
-        kind = type(client._directory)
+        kind = type(client.directory)
         assert kind is (Directory if through_dht else PeerDirectory)
         reads: list[str] = []
-        monkeypatch.setattr(client._directory, "records", lambda model, depth=0: reads.append(model) or [])
+        monkeypatch.setattr(client.directory, "records", lambda model, depth=0: reads.append(model) or [])
 
         def sees_soon(expected: list[tuple[int, int]]) -> bool:
             deadline = time.monotonic() + 20
@@ -196,7 +196,7 @@ def test_peers_that_ask_each_other_wait_for_no_circle(swarm: LocalSwarm, monkeyp
     began = time.monotonic()
     with connect(swarm, first, second) as client:
         for _ in range(3):
-            assert spans(client._directory.peers(client.facts.fingerprint)) == [(0, 2), (2, 4), (4, 6)]
+            assert spans(client.directory.peers(client.facts.fingerprint)) == [(0, 2), (2, 4), (4, 6)]
     assert time.monotonic() - began < 30
 
 
@@ -280,7 +280,7 @@ def test_a_flood_of_questions_neither_floods_the_dht_nor_keeps_others_waiting(
         attacker.say(*(LookUp(number, f"{number:032x}", 2) for number in range(1, 3000)))
         attacker.say(*(LookUp(number, peer.checkpoint.fingerprint, 2) for number in range(3000, 6000)))
         attacker.say(*(Announce(number, 2, bytes(100)) for number in range(6000, 9000)))
-        assert spans(client._directory.peers(client.facts.fingerprint)) == [(0, 2), (2, 4), (4, 6)]
+        assert spans(client.directory.peers(client.facts.fingerprint)) == [(0, 2), (2, 4), (4, 6)]
         refused = 0
         for _ in range(8999):
             answer = attacker.hear()

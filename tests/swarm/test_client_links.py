@@ -42,7 +42,7 @@ def test_a_silent_directory_ends_no_generation_and_forbids_none(
     swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch, speculate: str | None
 ) -> None:
     model = swarm.model()
-    directory: Any = model.swarm._directory
+    directory: Any = model.swarm.directory
 
     def fall_silent() -> None:
         def silent(*_: Any) -> Any:
@@ -74,7 +74,7 @@ def test_a_hop_is_replaced_while_the_directory_is_silent(
     swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = swarm.model()
-    directory: Any = model.swarm._directory
+    directory: Any = model.swarm.directory
 
     def silent(*_: Any) -> Any:
         raise DirectoryError("The DHT did not answer.")

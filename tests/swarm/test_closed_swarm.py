@@ -121,7 +121,7 @@ def test_an_outsider_finds_nobody(swarm: LocalSwarm) -> None:
         connect(peer, OTHER)
     with connect(peer, None) as client:
         assert client.peers() == []
-        assert client._directory.models() == {}
+        assert client.directory.models() == {}
     with pytest.raises(DirectoryError, match="has another swarm key, or none"):
         swarm.add(0, 6, swarm_key=OTHER, join=[peer.join_address])
 

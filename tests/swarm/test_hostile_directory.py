@@ -124,7 +124,7 @@ def test_a_peer_that_tells_of_nobody_hides_nobody(swarm: LocalSwarm, monkeypatch
     client = swarm.join()
     assert len(client.peers()) == 2
     reads: list[str] = []
-    monkeypatch.setattr(client._directory, "records", lambda model, depth=0: reads.append(model) or [])
+    monkeypatch.setattr(client.directory, "records", lambda model, depth=0: reads.append(model) or [])
     monkeypatch.setattr(liar._directory_service, "_records", lambda place, depth: [])
     late = swarm.add(0, 6)
     looks = 0

@@ -16,7 +16,6 @@ from splitnet.checkpoint.transfer.fetching import TICK_S, Asking, HubAnswer, Rep
 from splitnet.checkpoint.transfer.hashing import hash_ranges
 from splitnet.checkpoint.transfer.manifest import MAX_HEAD_BYTES, MAX_MANIFEST_BYTES, Manifest, digest
 from splitnet.directory.interface import SwarmDirectory
-from splitnet.directory.record import HELPERS
 from splitnet.errors import ModelNotFound, ProtocolError
 from splitnet.security.identity import PublicKey
 from splitnet.transport.addresses import check_peer_address, split_addresses
@@ -108,7 +107,7 @@ def find_manifest(
         called = {expected: str(model)}
     else:
         names = names_of(model)
-        listed = [one for one in directory.records("") if one.model != HELPERS and one.model_name in names]
+        listed = [one for one in directory.records("") if one.is_of_model and one.model_name in names]
         listed.sort(key=lambda one: not is_joined(one.endpoint))
         called = {one.model: one.model_name for one in listed[:MAX_MODELS]}
     if not called:

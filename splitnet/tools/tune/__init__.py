@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +23,12 @@ in_data = box("Data")
 in_drafts = box("Draft head")
 in_training = box("Training")
 in_adapter = box("Adapter")
+in_gradients = box("Gradients")
 
 
 _OF_BOTH = {"data", "output", "model", "resume", "max_length", "learning_rate", "seed", "draft_head"}
 _OF_DRAFT_HEADS = {"generate", "epochs", "draft_vocabulary"}
-_NOT_PLANNED = {"output", "resume", "method", "learning_rate", "eval_every", "save_every"}
+_NOT_PLANNED = {"join_round", "output", "resume", "method", "learning_rate", "eval_every", "save_every"}
 _OF_STATES = {"states_limit"}  # of draft heads and side networks
 
 
@@ -43,6 +45,9 @@ def tune(
     evaluation: Annotated[Path | None, in_data("--eval", metavar="FILE.jsonl", help="Held-out examples.")] = None,
     method: Annotated[Method, typer.Option(help="What to train.")] = Method.LORA,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    join_round: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Train with others on the examples of all, see `splitnet round`.")
+    ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Measure some steps of every method, tell what a run would cost, and end.")
     ] = False,
@@ -60,7 +65,7 @@ def tune(
     batch_size: Annotated[int, in_training(min=1, help="Examples per step.")] = 8,
     accumulate: Annotated[int, in_training(min=1, help="Parts to cut a step into, to save memory here.")] = 1,
     schedule: Annotated[Schedule, in_training(help="Of the learning rate.")] = Schedule.LINEAR,
-    warmup: Annotated[int, in_training(min=0, help="Steps in which the learning rate rises.")] = 0,
+    warmup_steps: Annotated[int, in_training("--warmup", min=0, help="Steps in which the learning rate rises.")] = 0,
     clip: Annotated[float, in_training(min=0, help="Largest norm of a gradient; 0: any.")] = 1.0,
     weight_decay: Annotated[float, in_training(min=0, help="As in AdamW.")] = 0.0,
     zeroth_order: Annotated[bool, in_training("--zeroth-order", help="Train by forward passes alone (MeZO).")] = False,
@@ -154,14 +159,16 @@ def tune(
         TuningFolder(output).check_place(resume=resume)
     if "{text}" not in template:
         raise SplitnetError("the template has no {text}: write it where the text goes, as in '{text} Topic:'")
-    if warmup >= steps:
-        raise SplitnetError(f"{warmup} steps of warm-up leave none of {steps}: lower --warmup or raise --steps")
+    if warmup_steps >= steps:
+        raise SplitnetError(f"{warmup_steps} steps of warm-up leave none of {steps}: lower --warmup or raise --steps")
     train = read_examples(data)
     held_out = read_examples(evaluation, train.form) if evaluation else None
-    if train.form == "classification" and len(train.labels) < 2:
+    if train.form == "classification" and len(train.labels) < 2 and join_round is None:
         raise SplitnetError(f"all examples have the label {train.labels[0]!r}: give others too, or there is no choice")
     if head and method is Method.SIDE:
         raise SplitnetError("--method side has the model's words tell labels: leave out --head")
+    if head and join_round is not None:
+        raise SplitnetError("owners that train together have the model's words tell labels: leave out --head")
     if head and train.form != "classification":
         raise SplitnetError('--head tells labels, and the data has none: give {"text": "...", "label": "..."}')
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
@@ -176,7 +183,7 @@ def tune(
         learning_rate=learning_rate or method.learning_rate,
         batch_size=batch_size,
         accumulate=accumulate,
-        warmup_steps=warmup,
+        warmup_steps=warmup_steps,
         schedule=schedule,
         clip=clip,
         weight_decay=weight_decay,
@@ -194,11 +201,85 @@ def tune(
         head=head,
         eval_every=eval_every,
         save_every=save_every,
+        join_round=join_round,
+        named=dict(_given(context)),
         **given,
     )
     if zeroth_order and connecting.codec == "auto":
         connecting = replace(connecting, codec="fp16")  # in the errors of int8, small differences of losses drown
     (tuning.plan if plan else tuning.run)(Connection(checkpoint, connecting))
+
+
+class Action(StrEnum):
+    START = "start"
+    STATUS = "status"
+    END = "end"
+
+
+@connects(only=("initial_peers", "lan", "key_file", "swarm_key", "invite", "model_id"))
+def round(
+    context: typer.Context,
+    action: Annotated[Action, typer.Argument(help="Coordinate a joint tuning, ask how far it is, or end it early.")],
+    name: Annotated[str, typer.Argument(help="As owners give it: `splitnet tune --join-round NAME`.")],
+    model: ModelOrInvite = None,
+    *,
+    connecting: ConnectionOptions,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New folder for what --resume goes on from.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the rounds in the output folder.")] = False,
+    owners: Annotated[int, typer.Option(min=1, max=256, help="To begin with; later half of them are enough.")] = 2,
+    listen: Annotated[
+        str, typer.Option(metavar="tcp://HOST:PORT", help="Where owners connect to.")
+    ] = "tcp://0.0.0.0:0",
+    public_host: Annotated[
+        str | None,
+        typer.Option(metavar="HOST[:PORT]", help="How owners reach this machine, if by another name or port."),
+    ] = None,
+    authorized_keys: Annotated[
+        Path | None, typer.Option(help="File with the keys of the owners; anyone if not given.")
+    ] = None,
+    norm: Annotated[float, in_gradients(min=0, help="Longest gradient, others are shortened; 0: 2 medians.")] = 0.0,
+    liars: Annotated[int, in_gradients(min=0, help="Owners that may send anything: a median of means counts.")] = 0,
+    noise: Annotated[
+        float, in_gradients(min=0, help="Noise that owners add for privacy, as a multiple of --norm.")
+    ] = 0.0,
+    masked: Annotated[
+        bool, in_gradients("--masked", help="Owners mask gradients, so that the coordinator sees sums alone.")
+    ] = False,
+) -> None:
+    """Have many owners tune one adapter: none sees another's examples, and gradients are averaged here.
+
+    The owner that starts the rounds takes part like the others, with the same key, and its options say what is trained.
+    """
+    if not name.isprintable() or "@" in name.partition("@")[0] or not 0 < len(name.partition("@")[0]) <= 64:
+        raise SplitnetError("a round has a name of 1 to 64 printable characters")
+    if action is not Action.START:
+        for given, option in _given(context):
+            if given not in {"action", "name", "model", *CONNECTING}:
+                raise SplitnetError(f"{option} is for `splitnet round start`: leave it out")
+    elif output is None:
+        raise SplitnetError("there is no place for what is averaged: give --output DIR")
+    from splitnet.checkpoint.checkpoint import Checkpoint
+    from splitnet.cli.connection import Connection
+    from splitnet.tools.tune.coordinator import Coordinator
+    from splitnet.tools.tune.owner import RoundLink
+    from splitnet.tools.tune.rounds import Rules
+    from splitnet.wire.messages import RoundWish
+
+    rules = Rules(owners, norm, noise, masked, liars)
+    connection = Connection(resolve_model(model_or_invited(model, connecting.invite)), connecting)
+    facts = connection.facts_of(Checkpoint.open(connection.model))
+    with connection.swarm_of(facts) as swarm:
+        if action is Action.START:
+            assert output is not None
+            at = {"listen": listen, "public_host": public_host, "authorized": authorized_keys}
+            Coordinator(swarm, name, rules, TuningFolder(output), resume=resume, **at).run()
+            return
+        with RoundLink(swarm, name) as link:
+            state, _ = link.ask(RoundWish.END if action is Action.END else RoundWish.LOOK)
+        told = f"{state.number} of {state.rounds or '?'} rounds are over"
+        typer.echo(f"{told}; {state.owners} owners take part, {state.ready} are ready with the next")
 
 
 def _refuse_with_plan(context: typer.Context) -> None:

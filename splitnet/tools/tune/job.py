@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
+import math
 import shlex
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,20 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.tools.tune.costs import MEASURED, Cost, first_rows, measured, print_costs
 from splitnet.tools.tune.data import Examples
 from splitnet.tools.tune.folder import WORK, TuningFolder
-from splitnet.tools.tune.methods import AdapterOptions, Method, Settings, begin_prefix, with_new_adapter
+from splitnet.tools.tune.methods import (
+    AdapterOptions,
+    Method,
+    PromptNetwork,
+    Schedule,
+    Settings,
+    begin_prefix,
+    with_new_adapter,
+)
+from splitnet.tools.tune.owner import JointRun, RoundLink
 from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, Step, TuningRun, collate, pad_of
 from splitnet.tools.tune.side import SideTuner
 from splitnet.tools.tune.states import States
+from splitnet.wire.messages import RoundState, RoundWish
 
 SMOOTHED_OVER = 10  # Steps whose mean the smoothed line shows
 
@@ -189,35 +201,105 @@ class Tuning:
     resume: bool
     states_limit: int  # bytes of hidden states on the disk, for a side network
     way: Sequence[str]  # The arguments with which commands reach the model
+    join_round: str | None = None  # of owners that train together, see `splitnet.tools.tune.rounds`
+    named: Mapping[str, str] = field(default_factory=dict[str, str])  # options that were given, by parameter
 
     def run(self, connection: Connection) -> None:
         """Trains to the last step, or until it is stopped. Raises SplitnetError; steps that were done are kept."""
         checkpoint = connection.checkpoint()
-        tokenizer = checkpoint.tokenizer()
-        pad = pad_of(tokenizer)
-        encoder = self._encoder(checkpoint, tokenizer)
-        rows = encoder.encode(self.train)
-        held_out = encoder.encode(self.held_out) if self.held_out else []
-        classified = self.train.form == "classification"
-        words = encoder.words() if classified and not self.head else None
+        rows = self._rows(checkpoint)
         facts = connection.facts_of(checkpoint)
-        folder = TuningFolder(self.output)
-        description = self._description(facts.fingerprint)
+        if self.join_round is None:
+            TuningFolder(self.output).check(self._description(facts.fingerprint), resume=self.resume)
+        with ExitStack() as stack:
+            swarm = stack.enter_context(connection.swarm_of(facts))
+            if self.join_round is None:
+                self._run(checkpoint, swarm, connection.options, *rows)
+                return
+            link = stack.enter_context(RoundLink(swarm, self.join_round, len(rows[0])))
+            typer.echo(f"joining the round {link.name} ...", err=True)
+            settings = json.dumps(self._shared()).encode()
+            joined = link.ask(RoundWish.JOIN, payload=settings, say=lambda text: typer.echo(text, err=True))
+            agreed = self._agreed(joined[0])
+            agreed._run(checkpoint, swarm, connection.options, *agreed._rows(checkpoint), link=link, joined=joined)
+
+    def _rows(self, checkpoint: Checkpoint) -> tuple[list[Encoded], list[Encoded], Sequence[int] | None]:
+        """To train on, to evaluate on, and the first token of each label, if words tell labels."""
+        encoder = self._encoder(checkpoint, checkpoint.tokenizer())
+        rows, held_out = (encoder.encode(each) if each else [] for each in (self.train, self.held_out))
+        classified = self.train.form == "classification" and not self.head
+        return rows, held_out, encoder.words() if classified else None
+
+    def _run(
+        self,
+        checkpoint: Checkpoint,
+        swarm: Swarm,
+        running: ConnectionOptions,
+        rows: Sequence[Encoded],
+        held_out: Sequence[Encoded],
+        words: Sequence[int] | None,
+        **joint: Any,
+    ) -> None:
+        """joint: the round that is joined, as `JointRun` takes it."""
+        tokenizer, folder = checkpoint.tokenizer(), TuningFolder(self.output)
+        pad, description = pad_of(tokenizer), self._description(swarm.facts.fingerprint)
         folder.check(description, resume=self.resume)
-        swarm = connection.swarm_of(facts)
-        try:
-            torch.manual_seed(self.settings.seed)
-            adapted = self._adapted(checkpoint, swarm, connection.options, tokenizer, pad, [*rows, *held_out])
-            folder.begin(description)
-            if isinstance(adapted, SideTuner):
-                self._fill(adapted, folder, pad)
-            run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head, device=connection.options.device)
-            self._train(run, folder, held_out, words, pad)
-        finally:
-            swarm.close()
+        torch.manual_seed(self.settings.seed)
+        adapted = self._adapted(checkpoint, swarm, running, tokenizer, pad, [*rows, *held_out])
+        folder.begin(description)
+        if isinstance(adapted, SideTuner):
+            self._fill(adapted, folder, pad)
+        progress = TuningProgress(self.settings.steps)
+        kind, joint = (JointRun, joint | {"say": progress.say}) if joint else (TuningRun, {})
+        run = kind(adapted, rows, self.settings, pad=pad, head=self.head, device=running.device, **joint)
+        self._train(run, folder, held_out, words, pad, progress)
         if isinstance(adapted, SideTuner):
             typer.echo(adapted.states.told_size)
+        if isinstance(run, JointRun):
+            sent, received = joint["link"].moved
+            typer.echo(
+                f"To the coordinator {sent / 1e6:,.2f} MB of numbers were sent, {received / 1e6:,.2f} MB received."
+            )
         self._print_next()
+
+    def _shared(self) -> dict[str, Any]:
+        """What all owners of a round have in common, for JSON."""
+        shared: dict[str, Any] = {**asdict(self.options), **asdict(self.settings), "method": self.method}
+        del shared["accumulate"]  # is about the memory here
+        begun = self._beginning() if self.options.virtual_tokens(self.method) else None
+        shared |= {"init_text": begun, "template": self.template, "max_length": self.max_length}
+        return json.loads(json.dumps(shared))
+
+    def _agreed(self, state: RoundState) -> Tuning:
+        """This with the settings of a round. Raises SplitnetError: an option that was given is against them, or this
+        version does not know them."""
+        own = self._shared()
+        try:
+            theirs = json.loads(bytes(state.payload))
+            if theirs.keys() != own.keys():
+                raise ValueError(", ".join(theirs.keys() ^ own.keys()))
+            for name, value in theirs.items():
+                right = isinstance(value, type(own[name])) or None in (value, own[name])
+                if not right or (isinstance(value, int | float) and not 0 <= value < 2**63):
+                    raise ValueError(f"{name} {value}")
+                if name in self.named and value != own[name]:
+                    raise SplitnetError(
+                        f"{self.named[name]} is {own[name]!r}, and {value!r} in this round: leave it out"
+                    )
+            method, options = (
+                Method(theirs["method"]),
+                {each.name: theirs[each.name] for each in fields(AdapterOptions)},
+            )
+            options |= {"network": PromptNetwork(options["network"]), "targets": tuple(options["targets"])}
+            training = {each.name: theirs[each.name] for each in fields(Settings) if each.name in theirs}
+            training |= {"schedule": Schedule(training["schedule"]), "accumulate": self.settings.accumulate}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise SplitnetError(
+                f"the settings of this round are of another version ({error}): upgrade the older"
+            ) from None
+        typer.echo(f"round of {method}, {training['steps']} steps", err=True)
+        how = {"method": method, "options": AdapterOptions(**options), "settings": Settings(**training)}
+        return replace(self, **how, template=theirs["template"], max_length=theirs["max_length"])
 
     def plan(self, connection: Connection) -> None:
         """Measures some steps of each method, and prints what a run would cost; nothing is kept.
@@ -261,16 +343,22 @@ class Tuning:
         with stop_signals("file of states") as stopped:
             tuner.fill(pad, progress.say, stopped)
         sent, received = tuner.training_bytes
-        facts = {"seconds": round(time.perf_counter() - began, 4), "sent_bytes": sent, "received_bytes": received}
+        facts: dict[str, Any] = {"seconds": round(time.perf_counter() - began, 4)}
+        facts |= {"sent_bytes": sent, "received_bytes": received} | _joules(tuner.training_joules)
         if sent:
             folder.add_metrics({"step": -1, **facts})
         end_if(stopped, "Stopped")
 
     def _train(
-        self, run: TuningRun, folder: TuningFolder, held_out: Sequence[Encoded], words: Sequence[int] | None, pad: int
+        self,
+        run: TuningRun,
+        folder: TuningFolder,
+        held_out: Sequence[Encoded],
+        words: Sequence[int] | None,
+        pad: int,
+        progress: TuningProgress,
     ) -> None:
         steps = self.settings.steps
-        progress = TuningProgress(steps)
 
         def look() -> None:
             done = run.done
@@ -318,7 +406,13 @@ class Tuning:
                 f"{wanted:,} tokens and {virtual} virtual ones are more than the model's context of "
                 f"{checkpoint.max_positions:,}: lower --max-length to {room:,}"
             )
-        return Encoder(tokenizer, wanted, template=self.template, labels=self.train.labels, head=self.head)
+        return Encoder(tokenizer, wanted, template=self.template, labels=self._labels, head=self.head)
+
+    @property
+    def _labels(self) -> Sequence[str]:
+        """Owners that train together may have few of them each."""
+        both = {*self.train.labels, *(self.held_out.labels if self.held_out and self.join_round else ())}
+        return sorted(both)
 
     def _adapted(
         self,
@@ -372,7 +466,7 @@ class Tuning:
             "template": self.template,
             "head": self.head,
             "max_length": self.max_length,
-            "labels": self.train.labels,
+            "labels": self._labels,
         }
 
     def _print_next(self) -> None:
@@ -411,6 +505,7 @@ def take_steps(
     since = f", going on after step {run.done}" if saved else ""
     typer.echo(f"{told}, {run.trained_parameters:,} trained parameters{since}", err=True)
     with progress.bars, stop_signals("step") as stopped:
+        run.stopped = stopped
         try:
             look()
             while run.done < run.settings.steps and not stopped:
@@ -428,14 +523,21 @@ def take_steps(
 
 def _take_step(run: TuningRun, folder: TuningFolder, progress: TuningProgress) -> None:
     began, moved = time.perf_counter(), getattr(run.model, "training_bytes", None)
+    spent = run.model.training_joules if moved is not None else 0.0
     step = run.step()
     seconds = time.perf_counter() - began
     facts = asdict(step) | {"seconds": round(seconds, 4)}
     if moved is not None:  # by passes through blocks of peers
         now = run.model.training_bytes
         facts |= {"sent_bytes": now[0] - moved[0], "received_bytes": now[1] - moved[1]}
+        facts |= _joules(run.model.training_joules - spent)
     folder.add_metrics({"step": facts.pop("number"), **facts})
     progress.stepped(step, step.tokens / seconds)
+
+
+def _joules(spent: float) -> dict[str, float]:
+    """For the metrics, which have nothing where peers do not tell their watts."""
+    return {"joules": round(spent, 4)} if math.isfinite(spent) else {}
 
 
 @contextmanager

@@ -251,18 +251,19 @@ class TuningRun:
         self.model = model
         self.settings = settings
         self.done = 0
+        self.stopped: Sequence[int] = ()  # signals to stop, once there are any
         self._rows = rows
         self._pad = pad
         self._head = head
         self.device = device
-        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._optimizer = torch.optim.AdamW(
-            self._trained.values(), settings.learning_rate, weight_decay=settings.weight_decay
+            self.trained.values(), settings.learning_rate, weight_decay=settings.weight_decay
         )
 
     @property
     def trained_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self._trained.values())
+        return sum(parameter.numel() for parameter in self.trained.values())
 
     def step(self) -> Step:
         """Takes the next step. Raises SplitnetError if the loss is not a number any more; nothing has changed then."""
@@ -274,9 +275,9 @@ class TuningRun:
         self._optimizer.zero_grad()
         if settings.zeroth_order:
             packs = self._packs
-            sizes = torch.cat([parameter.detach().flatten() for parameter in self._trained.values()])
+            sizes = torch.cat([parameter.detach().flatten() for parameter in self.trained.values()])
             loss = estimate_gradients(
-                self._trained.values(),
+                self.trained.values(),
                 lambda: self.model.get_prompt(batch_size=1) if packs else self._loss(rows, backward=False),
                 seed=settings.seed * 1_000_003 + number,
                 directions=settings.directions,
@@ -286,15 +287,22 @@ class TuningRun:
             )
         else:
             loss = self._loss(rows, backward=True)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), settings.clip or math.inf))
+        norm = float(
+            torch.nn.utils.get_total_norm([each.grad for each in self.trained.values() if each.grad is not None])
+        )
+        self._descend()
+        tokens = sum(len(row.ids) for row in rows)
+        return Step(number + 1, loss, settings.learning_rate_at(number), norm, tokens)
+
+    def _descend(self) -> None:
+        """Takes the step with the gradients that are there."""
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.clip or math.inf)
         self._optimizer.step()
         self.done += 1
-        tokens = sum(len(row.ids) for row in rows)
-        return Step(self.done, loss, settings.learning_rate_at(number), norm, tokens)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything that the next step follows from: tensors, and facts that JSON can hold."""
-        tensors = {f"parameter.{name}": parameter.detach().clone() for name, parameter in self._trained.items()}
+        tensors = {f"parameter.{name}": parameter.detach().clone() for name, parameter in self.trained.items()}
         numbers: dict[str, dict[str, Any]] = {}
         optimizer = self._optimizer.state_dict()
         for index, values in optimizer["state"].items():
@@ -310,7 +318,7 @@ class TuningRun:
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Goes back to what `state()` returned. Raises DataError if it is of another model or method."""
         try:
-            for name, parameter in self._trained.items():
+            for name, parameter in self.trained.items():
                 saved = tensors[f"parameter.{name}"]
                 if saved.shape != parameter.shape:
                     raise KeyError(name)
@@ -324,7 +332,7 @@ class TuningRun:
                 state.setdefault(int(index), {}).update(numbers)
             self._optimizer.load_state_dict({"state": state, "param_groups": facts["optimizer"]["groups"]})
             with torch.no_grad():
-                for name, parameter in self._trained.items():
+                for name, parameter in self.trained.items():
                     parameter.copy_(tensors[f"parameter.{name}"])
             torch.set_rng_state(tensors["random"])
             self.done = int(facts["step"])

@@ -17,15 +17,18 @@ from splitnet.wire.messages import (
     ENTRY_BYTES,
     KEY_BYTES,
     MAGIC,
+    MAX_ATTEMPT,
     MAX_BLOCKS,
     MAX_CHANGES_BYTES,
     MAX_DEPTH,
     MAX_FOUND,
     MAX_HEADER_BYTES,
     MAX_KNOWN,
+    MAX_OWNERS,
     MAX_PART_BYTES,
     MAX_PAYLOAD_BYTES,
     MAX_POSITIONS,
+    MAX_ROUNDS,
     MAX_ROWS,
     MAX_TAPS,
     MAX_TEXT,
@@ -38,6 +41,7 @@ from splitnet.wire.messages import (
     AdapterLoaded,
     Announce,
     Announced,
+    AskRound,
     AskWeights,
     Chunk,
     Close,
@@ -56,9 +60,13 @@ from splitnet.wire.messages import (
     Pong,
     Replay,
     Result,
+    RoundNumbers,
+    RoundState,
+    RoundWish,
     Step,
     Tapped,
     Timing,
+    WantGradient,
     WeightsKind,
     WeightsPart,
     decode,
@@ -80,6 +88,9 @@ codes = st.integers(0, 255)
 depths = st.integers(0, MAX_DEPTH)
 milliseconds = st.floats(0, 1e300)
 payloads = st.binary(max_size=64)
+rounds = st.integers(0, MAX_ROUNDS)
+owners = st.integers(0, MAX_OWNERS)
+attempts = st.integers(0, MAX_ATTEMPT)
 
 
 def texts(limit: int) -> st.SearchStrategy[str]:
@@ -168,6 +179,27 @@ messages: st.SearchStrategy[Message] = st.one_of(
     ),
     st.builds(WeightsPart, numbers, st.integers(0, MAX_WEIGHTS_BYTES), payloads),
     st.builds(Tapped, sessions, epochs, numbers, blocks, codes, payloads),
+    st.builds(
+        AskRound,
+        texts(64),
+        st.text("0123456789abcdef", min_size=8, max_size=128),
+        codes,
+        rounds,
+        st.integers(0, 1 << 31),
+        st.integers(0, MAX_PAYLOAD_BYTES // 4),
+        payloads,
+    ),
+    st.builds(RoundState, rounds, rounds, owners, owners, st.booleans(), texts(MAX_TEXT), payloads),
+    st.builds(
+        WantGradient,
+        rounds,
+        attempts,
+        st.floats(0, 1),
+        milliseconds,
+        milliseconds,
+        st.lists(st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES), max_size=3).map(tuple),
+    ),
+    st.builds(RoundNumbers, rounds, attempts, payloads),
 )
 
 OPEN = Open(SESSION, 1, "model", 0, 2, 128, 0, b"", bytes(KEY_BYTES), "tcp://127.0.0.1:1")
@@ -199,6 +231,10 @@ EXAMPLES: list[Message] = [
     AskWeights(7, WeightsKind.PIECE, bytes(32), 0, 1024),
     WeightsPart(7, 1024, b"weights"),
     Tapped(SESSION, 1, 7, 2, 0, b"states"),
+    AskRound("birds", "ab" * 32, RoundWish.JOIN, 3, 100, 4096, b"settings"),
+    RoundState(3, 20, 5, 2, True, "", b"settings"),
+    WantGradient(3, 7, 0.25, 1.0, 0.5, (bytes(KEY_BYTES), b"k" * KEY_BYTES)),
+    RoundNumbers(3, 7, b"numbers"),
 ]
 
 
@@ -287,7 +323,32 @@ def test_a_field_of_any_other_value_is_refused_or_harmless(message: Message, dat
         assert decode(encode(decoded)) == decoded
 
 
+ASK_ROUND = AskRound("birds", "ab" * 32, RoundWish.JOIN, 3, 100, 4096)
+ROUND_STATE = RoundState(3, 20, 5, 2, True, "")
+WANT = WantGradient(3, 7, 0.25, 1.0, 0.5, ())
 BOUNDS: list[tuple[Message, str, Any, Any]] = [
+    (ASK_ROUND, "name", "n" * 64, "n" * 65),
+    (ASK_ROUND, "model", "ab" * 64, "ab" * 65),
+    (ASK_ROUND, "wish", 255, 256),
+    (ASK_ROUND, "number", MAX_ROUNDS, MAX_ROUNDS + 1),
+    (ASK_ROUND, "examples", 1 << 31, (1 << 31) + 1),
+    (ASK_ROUND, "size", MAX_PAYLOAD_BYTES // 4, MAX_PAYLOAD_BYTES // 4 + 1),
+    (ROUND_STATE, "number", MAX_ROUNDS, MAX_ROUNDS + 1),
+    (ROUND_STATE, "rounds", MAX_ROUNDS, MAX_ROUNDS + 1),
+    (ROUND_STATE, "owners", MAX_OWNERS, MAX_OWNERS + 1),
+    (ROUND_STATE, "ready", MAX_OWNERS, -1),
+    (ROUND_STATE, "following", False, 1),
+    (ROUND_STATE, "refused", "t" * MAX_TEXT, "t" * (MAX_TEXT + 1)),
+    (WANT, "number", MAX_ROUNDS, MAX_ROUNDS + 1),
+    (WANT, "attempt", MAX_ATTEMPT, MAX_ATTEMPT + 1),
+    (WANT, "share", 1.0, 1.5),
+    (WANT, "share", 0, float("nan")),
+    (WANT, "norm", 0.0, float("inf")),
+    (WANT, "noise", 1e9, -0.5),
+    (WANT, "members", [bytes(KEY_BYTES)] * MAX_OWNERS, [bytes(KEY_BYTES)] * (MAX_OWNERS + 1)),
+    (WANT, "members", [], [bytes(KEY_BYTES - 1)]),
+    (RoundNumbers(3, 7), "number", MAX_ROUNDS, MAX_ROUNDS + 1),
+    (RoundNumbers(3, 7), "attempt", MAX_ATTEMPT, MAX_ATTEMPT + 1),
     (AskWeights(7, 2, bytes(32), 0, 1), "kind", 255, 256),
     (AskWeights(7, 2, bytes(32), 0, 1), "number", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (AskWeights(7, 2, bytes(32), 0, 1), "name", bytes(32), bytes(33)),
@@ -373,6 +434,7 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (Gradient(SESSION, 1, 7, 2, 5, True, 0), "boundary", MAX_BLOCKS, MAX_BLOCKS + 1),
     (Gradient(SESSION, 1, 7, 2, 5, True, 0), "since", 0, -1),
     (Gradient(SESSION, 1, 7, 2, 5, True, 0), "held", False, 0),
+    (Gradient(SESSION, 1, 7, 2, 5, True, 0), "timings", [[0, 0, 0]], [[0, 1]]),
     (Adapter(SESSION, 1, 2, 0), "version", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (Adapter(SESSION, 1, 2, 0), "remaining", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (AdapterLoaded(SESSION, 1, 2), "version", 0, -1),

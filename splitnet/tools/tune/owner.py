@@ -1,0 +1,234 @@
+"""An owner of examples in a joint tuning: it gives the coordinator gradients, and goes on from the parameters that come
+back, see `rounds`."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from zmq.utils import z85
+
+from splitnet.errors import DirectoryError, ProtocolError, SplitnetError
+from splitnet.swarm.swarm import Swarm
+from splitnet.tools.tune.coordinator import round_place
+from splitnet.tools.tune.rounds import Numbers, sendable
+from splitnet.tools.tune.run import TuningRun
+from splitnet.transport.addresses import endpoint_of, peer_address
+from splitnet.transport.transport import Transport
+from splitnet.wire.endpoints import Destination, Endpoint, LinkState
+from splitnet.wire.messages import (
+    MAX_PAYLOAD_BYTES,
+    AskRound,
+    Message,
+    Payload,
+    RoundNumbers,
+    RoundState,
+    RoundWish,
+    WantGradient,
+    decode,
+    encode,
+)
+
+LOOK_S = 0.2
+ASK_AGAIN_S = 5.0  # an owner that waits asks again: the coordinator may have been started anew
+SILENT_S = 120.0  # until a coordinator that does not answer counts as gone
+WAITING_MESSAGES = 8  # of up to 64 MiB each
+SHOWN = 3  # coordinators of the same name
+
+
+class RoundLink:
+    """The way to the coordinator of a round of the swarm's model; close it when done.
+
+    name: of the round, or NAME@tcp://HOST:PORT?key=... of its coordinator, where several have that name.
+    examples: of this owner. Raises SplitnetError: no round has this name, or several have.
+    """
+
+    def __init__(self, swarm: Swarm, name: str, examples: int = 0) -> None:
+        self.name, _, address = name.partition("@")
+        self._model, self._identity, self._examples = swarm.facts.fingerprint, swarm.identity, examples
+        self._endpoint = endpoint_of(address) if address else self._found(swarm)
+        self._answers: queue.Queue[Message | SplitnetError] = queue.Queue(WAITING_MESSAGES)
+        self._starts = self._endpoint.key == self._identity.public  # the rounds, with settings and parameters
+        self._beginning = np.zeros(0, np.float32)
+        self._safe: tuple[str, ...] = ()  # how the last gradient was kept from others
+        self.moved = 0, 0  # bytes of numbers sent and received
+        self._transport = Transport(self._identity, on_message=self._receive, on_link=self._link_changed)
+        self._transport.start()
+
+    def _found(self, swarm: Swarm) -> Endpoint:
+        found = [record.endpoint for record in swarm.directory.peers(round_place(self._model, self.name))]
+        if not found:
+            raise DirectoryError(f"nobody coordinates a round {self.name} of this model: `splitnet round start` does")
+        if len(found) > 1:
+            ways = " or ".join(f"'{self.name}@{peer_address(each)}'" for each in found[:SHOWN])
+            raise DirectoryError(f"{len(found)} coordinators call their round {self.name}: give {ways}")
+        return found[0]
+
+    def ask(
+        self,
+        wish: RoundWish,
+        number: int = 0,
+        payload: bytes = b"",
+        *,
+        gradient: Numbers | None = None,
+        stopped: Sequence[int] = (),
+        say: Callable[[str], None] = lambda _: None,
+    ) -> tuple[RoundState, Numbers | None]:
+        """How far the round is and the parameters, float32 `[n]`; None: they are not known yet.
+
+        To join, that is when the round has settings, and parameters unless this owner gives them; with a gradient, when
+        the round is over: the coordinator is given it when that is wanted. Raises SplitnetError: the coordinator
+        refuses, or is gone; Stopped: this is `stopped`.
+        """
+        size = 0 if gradient is None else gradient.size
+        asked = AskRound(self.name, self._model, wish, number, self._examples, size, payload)
+        state: RoundState | None = None
+        parameters: Numbers | None = None
+        heard = time.monotonic()
+        ask_at, told, answered = heard, "", set[int]()
+        while not stopped:
+            if time.monotonic() >= ask_at:
+                self._transport.send(self._endpoint, encode(asked))
+                ask_at = time.monotonic() + ASK_AGAIN_S
+            try:
+                message = self._answers.get(timeout=LOOK_S)
+            except queue.Empty:
+                if time.monotonic() > heard + SILENT_S:
+                    raise SplitnetError(
+                        f"the coordinator of {self.name} has not answered for {SILENT_S:.0f} s: go on with --resume "
+                        "when it is back"
+                    ) from None
+                continue
+            heard = time.monotonic()
+            match message:
+                case SplitnetError():
+                    raise message
+                case RoundState() if message.refused:
+                    raise SplitnetError(f"the coordinator of {self.name} refuses: {message.refused}")
+                case RoundState():
+                    begun = message.payload and (message.following or self._starts)
+                    waits = (wish is RoundWish.JOIN and not begun) or (
+                        wish is RoundWish.READY and message.number == number and number < message.rounds
+                    )
+                    state, parameters = None if waits else message, None
+                    if waits and gradient is not None and not message.ready:  # that was lost
+                        self.begin(self._beginning)
+                    if not waits:  # what follows may take long on a slow link, and is not asked for again meanwhile
+                        ask_at = heard + SILENT_S / 2
+                    now = (
+                        f"round {number + 1} of {message.rounds}: {message.ready} of {message.owners} owners are ready"
+                    )
+                    now = now if message.payload else "waiting for the owner who starts the rounds to join ..."
+                    if waits and now != told:
+                        told = now
+                        say(now)
+                case RoundNumbers() if state is not None and message.number == state.number:
+                    if len(message.payload) % 4:
+                        raise ProtocolError("the coordinator has sent no float32 numbers")
+                    parameters = np.frombuffer(message.payload, "<f4")
+                    self.moved = self.moved[0], self.moved[1] + len(message.payload)
+                case WantGradient() if message.attempt in answered:
+                    pass  # the same masks on another share would show the gradient
+                case WantGradient() if gradient is not None and message.number == number:
+                    answered.add(message.attempt)
+                    safe = "masked" if message.members else "not masked", "with noise" if message.noise else "no noise"
+                    if safe != self._safe:
+                        self._safe = safe
+                        say(f"gradients go to the coordinator: {', '.join(safe)}")
+                    secret, public = z85.decode(self._identity.curve_secret), self._identity.public.curve_raw
+                    payload = sendable(gradient, message, self.name, public, secret)
+                    self.moved = self.moved[0] + len(payload), self.moved[1]
+                    self._transport.send(self._endpoint, encode(RoundNumbers(number, message.attempt, payload)))
+                case _:
+                    pass
+            if state is not None and (parameters is not None or not state.following):
+                if wish in (RoundWish.JOIN, RoundWish.READY) and state.number >= state.rounds:
+                    has_last = replace(asked, wish=RoundWish.READY, number=state.number)
+                    self._transport.send(self._endpoint, encode(has_last))
+                return state, parameters
+        raise Stopped
+
+    def begin(self, parameters: Numbers) -> None:
+        """Gives the coordinator the parameters to begin with, if it has the key of this owner."""
+        self._beginning = parameters
+        if self._starts:
+            self._transport.send(self._endpoint, encode(RoundNumbers(0, 0, parameters.tobytes())))
+
+    def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
+        with suppress(ProtocolError, queue.Full):
+            self._answers.put_nowait(decode(frames))
+
+    def _link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
+        if state.is_final:
+            known = "does not let this key in: have it listed" if state is LinkState.REFUSED else "has another key"
+            with suppress(queue.Full):
+                self._answers.put_nowait(SplitnetError(f"the coordinator at {endpoint.address} {known}"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._transport.close()
+
+
+class Stopped(Exception):
+    """The user has stopped an owner that waits for the others."""
+
+
+class JointRun(TuningRun):
+    """A run whose steps take the mean of the gradients of all owners.
+
+    say: told how far the round is. joined: what joining was answered with. Raises SplitnetError: a message has no room
+    for so many parameters, or the others train something else.
+    """
+
+    def __init__(
+        self,
+        *given: Any,
+        link: RoundLink,
+        say: Callable[[str], None],
+        joined: tuple[RoundState, Numbers | None],
+        **named: Any,
+    ) -> None:
+        super().__init__(*given, **named)
+        first = _numbers(self.trained.values())
+        self._link, self._say = link, say
+        self._joined = joined[0], first if joined[1] is None else joined[1]  # rounds have not begun: all begin as first
+        if first.nbytes > MAX_PAYLOAD_BYTES:
+            raise SplitnetError(f"{first.size:,} numbers are too many for owners that train together")
+        link.begin(first)
+        self._adopt(*joined)
+
+    @torch.no_grad()
+    def _adopt(self, state: RoundState, parameters: Numbers | None) -> None:
+        """Goes to where the others are."""
+        if parameters is not None:
+            sizes = [parameter.numel() for parameter in self.trained.values()]
+            if sum(sizes) != parameters.size:
+                raise SplitnetError(f"the round trains {parameters.size:,} numbers, this adapter {sum(sizes):,}")
+            parts = torch.from_numpy(parameters.copy()).split(sizes)
+            for parameter, part in zip(self.trained.values(), parts, strict=True):
+                parameter.copy_(part.view_as(parameter))
+        self.done = self.settings.steps if state.number >= state.rounds else state.number
+
+    def _descend(self) -> None:
+        gradient = _numbers(
+            each.grad if each.grad is not None else torch.zeros_like(each) for each in self.trained.values()
+        )
+        how: dict[str, Any] = {"gradient": gradient, "stopped": self.stopped, "say": self._say}
+        with suppress(Stopped):
+            self._adopt(*self._link.ask(RoundWish.READY, self.done, **how))
+
+    def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        super().restore(tensors, facts)
+        self._adopt(*self._joined)
+
+
+def _numbers(tensors: Iterable[torch.Tensor]) -> Numbers:
+    return torch.cat([tensor.detach().flatten().float().cpu() for tensor in tensors]).numpy()

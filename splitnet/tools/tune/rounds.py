@@ -1,0 +1,316 @@
+"""Rounds of joint tuning: owners of examples train one adapter, and a coordinator averages their gradients.
+
+A round is one step of the optimizer: every owner gives the gradient of a batch of its own at the common parameters, and
+the coordinator takes the step with their mean, weighed by examples (FedSGD, McMahan et al., arXiv:1602.05629, section
+2). So the mean has no bias, whatever is trained and however the labels are spread. No I/O, no clock: times are seconds
+by the caller's clock. Keys are CURVE keys, 32 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+from nacl.bindings import crypto_box_beforenm
+from nacl.utils import randombytes_deterministic
+
+from splitnet.errors import ProtocolError, SplitnetError
+from splitnet.tools.tune.methods import Settings
+from splitnet.wire.messages import MAX_ATTEMPT, MAX_OWNERS, MAX_ROUNDS, RoundNumbers, WantGradient
+
+LEAST_MASKED = 3  # owners: of two, each would learn the other's gradient
+PATIENCE = 2.0  # a round waits for stragglers until so many times the time after which enough owners were ready,
+LEAST_WAIT_S = 5.0  # and at least so long
+LOST_S = 600.0  # until owners that do not send their gradients count as gone, where not even half of them do
+FORGIVEN = 2  # rounds that an owner may miss before the others wait for it no more
+MAX_GRADIENTS_BYTES = 4 << 30  # that the coordinator holds at once
+OUTWEIGHS = 4  # times the median of examples: an owner that claims more counts as so many
+SHORTENED = 0.999  # of its length: a gradient is told of; less is rounding
+OUTRANGES, OUTLIES = 2, 5  # times the median norm: longer gradients are shortened to that; left out
+LONGEST = 1e18  # the squares of longer gradients are no float32 numbers
+MAX_NORM, MAX_NOISE = 1e6, 16.0  # sums with more noise may not fit into 32 bits
+DELTA = 1e-5  # of the privacy budget
+
+Numbers = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """owners: to begin with; later half of them are enough. norm: the longest gradient, longer ones are shortened; 0:
+    twice the median. noise: standard deviation of the noise in the sum of gradients, as a multiple of `norm`. masked:
+    owners add masks that cancel out, so that the coordinator sees sums alone. liars: how many owners may send anything:
+    gradients are averaged in 2 * liars + 1 groups, and the median of these counts."""
+
+    owners: int = 2
+    norm: float = 0.0
+    noise: float = 0.0
+    masked: bool = False
+    liars: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.norm <= MAX_NORM and 0 <= self.noise <= MAX_NOISE):
+            raise SplitnetError(f"give a --norm of 0 to {MAX_NORM:g}, and a --noise of 0 to {MAX_NOISE:g}")
+        if (self.noise or self.masked) and not self.norm:
+            raise SplitnetError("noise and masks need to know how long a gradient may be: give --norm, such as 1")
+        if self.masked and self.liars:
+            raise SplitnetError("with --masked the coordinator sees no single gradient: leave out --liars")
+        if self.masked and self.owners < LEAST_MASKED:
+            raise SplitnetError(f"masks hide nothing from so few: give --owners {LEAST_MASKED} or more")
+        if self.owners < 2 * self.liars + 1:
+            raise SplitnetError(f"{self.liars} liars need {2 * self.liars + 1} owners or more: raise --owners")
+
+    @property
+    def quorum(self) -> int:
+        """Owners that an average after the first takes."""
+        return max((self.owners + 1) // 2, LEAST_MASKED if self.masked else 2 * self.liars + 1)
+
+
+@dataclass(slots=True)
+class Owner:
+    examples: int
+    ready: bool = False
+    missed: int = 0
+    share: float = 0.0  # of its gradient in the average
+    gradient: bytes | None = None
+
+
+@dataclass(eq=False)
+class Rounds:
+    """What the coordinator knows. settings: of the owner that starts the rounds; None: it has not joined. number: of
+    `rounds` how many are over. parameters: the numbers that are trained, float32 `[n]`, which begin as those of that
+    owner. moments: of the optimizer, `[2, n]`. releases: sums that owners have taken part in, which the privacy budget
+    counts. told: what has happened, for people."""
+
+    rules: Rules
+    settings: Settings | None = None
+    rounds: int = 0
+    number: int = 0
+    parameters: Numbers | None = None
+    moments: Numbers | None = None
+    releases: int = 0
+    owners: dict[bytes, Owner] = field(default_factory=dict[bytes, Owner])
+    told: list[str] = field(default_factory=list[str])
+    members: tuple[bytes, ...] = ()  # whose gradients are wanted; none: owners compute them
+    _attempt: int = 0
+    _began: float | None = None  # this round, or this attempt
+    _enough_at: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.settings is not None and self.number >= self.rounds
+
+    @property
+    def ready(self) -> int:
+        return sum(owner.ready for owner in self.owners.values())
+
+    @property
+    def present(self) -> int:
+        """Owners that a round waits for."""
+        return sum(owner.missed < FORGIVEN for owner in self.owners.values())
+
+    def begin(self, settings: Settings) -> None:
+        """Takes the settings of the owner that starts the rounds, unless they are known. Raises SplitnetError: they
+        are of too many steps."""
+        if not 0 < settings.steps <= MAX_ROUNDS:
+            raise SplitnetError(f"a joint tuning has {MAX_ROUNDS:,} steps at most: lower --steps")
+        if self.settings is None:
+            self.settings, self.rounds = settings, settings.steps
+
+    def join(self, key: bytes, examples: int, now: float) -> None:
+        """Raises SplitnetError: there is no place."""
+        if key not in self.owners and len(self.owners) >= MAX_OWNERS:
+            raise SplitnetError(f"{MAX_OWNERS} owners take part already")
+        owner = self.owners.setdefault(key, Owner(0))
+        owner.examples, owner.ready, owner.missed, owner.gradient = max(1, examples), False, 0, None
+        self._began = now if self._began is None else self._began
+
+    def offer(self, key: bytes, size: int) -> None:
+        """An owner that has joined is ready with a gradient; nothing happens before the parameters are known. Raises
+        SplitnetError: it is of another size, or too large."""
+        if self.parameters is None:
+            return
+        most = MAX_GRADIENTS_BYTES // (4 * max(self.rules.owners, len(self.owners)))
+        if size != self.parameters.size:
+            raise SplitnetError(f"the round trains {self.parameters.size:,} numbers, this adapter {size:,}")
+        if size > most:
+            raise SplitnetError(f"{size:,} numbers of so many owners are too many: train {most:,} at most")
+        self.owners[key].ready, self.owners[key].missed = True, 0
+
+    def take(self, key: bytes, numbers: RoundNumbers) -> None:
+        """Takes a wanted gradient; anything else is dropped."""
+        owner = self.owners.get(key)
+        wanted = key in self.members and (self.number, self._attempt) == (numbers.number, numbers.attempt)
+        size = self.parameters.nbytes if self.parameters is not None else 0
+        if owner is not None and wanted and len(numbers.payload) == size:
+            owner.gradient = bytes(numbers.payload)
+
+    def step(self, now: float) -> dict[bytes, WantGradient]:
+        """What to ask of owners now. `number` rises when a round is averaged."""
+        if self.is_over or self._began is None:
+            return {}
+        if self.members:
+            return self._collect(now)
+        ready = [key for key, owner in self.owners.items() if owner.ready]
+        if len(ready) < (self.rules.quorum if self.number else max(self.rules.quorum, self.rules.owners)):
+            self._enough_at = None
+            return {}
+        if len(ready) < self.present and not self._is_late(now):
+            return {}
+        return self._want(ready, now)
+
+    def _is_late(self, now: float) -> bool:
+        assert self._began is not None
+        self._enough_at = now if self._enough_at is None else self._enough_at
+        return now - self._began > max(LEAST_WAIT_S, PATIENCE * (self._enough_at - self._began))
+
+    def _want(self, keys: Sequence[bytes], now: float) -> dict[bytes, WantGradient]:
+        rules = self.rules
+        for key in keys:
+            self.owners[key].gradient = None
+        self.members = tuple(sorted(keys))
+        # Never the same twice, even if the coordinator is started anew: masks follow from it.
+        self._attempt, self._began, self._enough_at = 1 + secrets.randbelow(MAX_ATTEMPT), now, None
+        self.releases += 1
+        examples = [self.owners[key].examples for key in self.members]
+        most = OUTWEIGHS * float(np.median(examples))
+        weights = [1.0 if rules.noise else min(each, most) for each in examples]
+        # So much in any sum that is told, for an owner that knows its own noise: with liars, of the smallest group.
+        others = len(weights) // (2 * rules.liars + 1) - 1
+        spread = rules.noise * rules.norm / math.sqrt(max(1, others))
+        masking = self.members if rules.masked else ()
+        wants = dict[bytes, WantGradient]()
+        for key, weight in zip(self.members, weights, strict=True):
+            share = self.owners[key].share = weight / sum(weights)
+            wants[key] = WantGradient(self.number, self._attempt, share, rules.norm, spread, masking)
+        return wants
+
+    def _collect(self, now: float) -> dict[bytes, WantGradient]:
+        assert self._began is not None
+        sent = [key for key in self.members if self.owners[key].gradient is not None]
+        if len(sent) < len(self.members):
+            half = 2 * len(sent) >= len(self.members)
+            if not (self._is_late(now) if half else now - self._began > LOST_S):
+                return {}
+            for key in set(self.members) - set(sent):
+                self.owners[key].ready = False
+                self.owners[key].missed += 1
+            self._say(f"{len(self.members) - len(sent)} owners did not send their gradients")
+            enough = len(sent) >= self.rules.quorum
+            if not enough or self.rules.masked or self.rules.noise:  # masks do not cancel out, noise is missing
+                self.members, self._began, self._enough_at = (), now, None
+                return self._want(sent, now) if enough else {}
+        self._average(sent)
+        self._began, self._enough_at = now, None
+        return {}
+
+    def _average(self, keys: Sequence[bytes]) -> None:
+        rules, owners = self.rules, [self.owners[key] for key in keys]
+        gradients = [np.frombuffer(owner.gradient or b"", "<f4") for owner in owners]
+        shares = np.array([owner.share for owner in owners])
+        if rules.masked:  # the sum is no longer than its parts may be
+            gradients, shares = [unmasked([owner.gradient or b"" for owner in owners], rules.norm)], np.ones(1)
+        self._descend(averaged(gradients, shares, rules, np.random.default_rng(), self._say))
+        self.number += 1
+        self._say(f"round {self.number} of {self.rounds}: {len(keys)} owners")
+        for key, owner in self.owners.items():
+            owner.missed = 0 if key in keys else owner.missed + (key not in self.members)
+            owner.ready, owner.gradient = owner.ready and key not in keys, None
+        self.members = ()
+
+    def _descend(self, gradient: Numbers) -> None:
+        """A step of AdamW (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2), with torch's defaults."""
+        settings, before = self.settings, self.parameters
+        assert settings is not None and before is not None
+        norm, rate = float(np.linalg.norm(gradient)), settings.learning_rate_at(self.number)
+        gradient = gradient * min(1.0, (settings.clip or math.inf) / max(norm, 1e-30))
+        first, second = self.moments if self.moments is not None else np.zeros((2, before.size), np.float32)
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        count = self.number + 1
+        along = first / (1 - 0.9**count) / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
+        self.moments = np.stack([first, second]).astype(np.float32)
+        self.parameters = (before * (1 - rate * settings.weight_decay) - rate * along).astype(np.float32)
+
+    def _say(self, text: str) -> None:
+        self.told.append(text)
+
+
+def averaged(
+    gradients: Sequence[Numbers], shares: Numbers, rules: Rules, random: np.random.Generator, say: Any = lambda _: None
+) -> Numbers:
+    """The weighed mean of gradients, float32 `[n]` each, or with `rules.liars` the median, number by number, of means
+    of groups drawn at random. Those that are not numbers or far too long are left out, and long ones are shortened."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.array([float(np.linalg.norm(gradient.astype(np.float64))) for gradient in gradients])
+    finite = norms < LONGEST
+    if not finite.any():
+        say("no gradient is finite")
+        return np.zeros_like(gradients[0])
+    sound = finite & (norms <= OUTLIES * float(np.median(norms[finite])))
+    if not sound.all():
+        say(f"{int((~sound).sum())} gradients are not finite or far too long, and are left out")
+    bound = rules.norm * (1 + rules.noise * math.sqrt(gradients[0].size)) or OUTRANGES * float(np.median(norms[sound]))
+    factors = np.minimum(1.0, bound / np.maximum(norms, 1e-30))
+    if shortened := int((factors[sound] < SHORTENED).sum()):
+        say(f"{shortened} gradients are longer than {bound:.3g}, and are shortened")
+    order = random.permutation(np.flatnonzero(sound))
+    means = list[Numbers]()
+    for group in np.array_split(order, min(len(order), 2 * rules.liars + 1)):
+        mean = np.zeros(gradients[0].size, np.float64)
+        for place in group:
+            mean += gradients[place] * (factors[place] * shares[place] / shares[group].sum())
+        means.append(mean)
+    return np.median(means, axis=0).astype(np.float32) if len(means) > 1 else means[0].astype(np.float32)
+
+
+def sendable(gradient: Numbers, want: WantGradient, name: str, own: bytes, secret: bytes) -> bytes:
+    """What an owner sends: its gradient, float32 `[n]`, shortened, with noise, and with masks if these are wanted.
+
+    Masks (Bonawitz et al., "Practical Secure Aggregation", CCS 2017, section 4, without the recovery of masks: if an
+    owner is lost, the others send again with masks that are new): of each pair one adds and the other subtracts numbers
+    that follow from the secret that the two share. own, secret: the owner's CURVE keys, 32 bytes each.
+
+    Raises ProtocolError: so few others take part that the masks would hide nothing.
+    """
+    if want.norm:
+        gradient = gradient * min(1.0, want.norm / max(float(np.linalg.norm(gradient)), 1e-30))
+    if want.noise:
+        gradient = gradient + np.random.default_rng().normal(0, want.noise, gradient.size)
+    if not want.members:
+        return gradient.astype("<f4").tobytes()
+    members = set(want.members)
+    if own not in members or len(members) < LEAST_MASKED or len(members) < len(want.members) or not want.norm:
+        raise ProtocolError("the coordinator names too few owners, or no norm: masks would hide nothing")
+    total = np.rint(gradient.astype(np.float64) * want.share * _scale(want.norm)).astype(np.int64).astype(np.uint32)
+    about = repr((name, want.number, want.attempt, sorted(members))).encode()
+    for other in members - {own}:
+        seed = blake2b(about, key=crypto_box_beforenm(other, secret), digest_size=32).digest()
+        mask = np.frombuffer(randombytes_deterministic(4 * gradient.size, seed), "<u4")
+        total = total + mask if own < other else total - mask
+    return total.astype("<u4").tobytes()
+
+
+def unmasked(gradients: Sequence[bytes], norm: float) -> Numbers:
+    """The sum of what all members have sent with masks, float32 `[n]`."""
+    total = np.zeros(len(gradients[0]) // 4, np.uint32)
+    for gradient in gradients:
+        total = total + np.frombuffer(gradient, "<u4")
+    return (total.astype(np.int32) / _scale(norm)).astype(np.float32)
+
+
+def _scale(norm: float) -> float:
+    return 2**24 / norm  # leaves room for noise in 32 bits: shares add up to 1, so a sum of gradients is at most `norm`
+
+
+def budget(noise: float, releases: int) -> float:
+    """Epsilon of all averages so far, at delta `DELTA`: how well they, and one other owner's own gradients, hide
+    whether an owner gave gradients or zeros, whatever its examples are. The Gaussian mechanism (Bun and Steinke,
+    arXiv:1605.02065, propositions 1.3 and 1.6): the sum has noise of standard deviation `noise` times the longest
+    gradient."""
+    rho = releases / (2 * noise**2)
+    return rho + 2 * math.sqrt(rho * math.log(1 / DELTA))
