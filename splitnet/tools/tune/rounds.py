@@ -24,7 +24,7 @@ from splitnet.tools.tune.methods import Settings
 from splitnet.wire.messages import MAX_ATTEMPT, MAX_OWNERS, MAX_ROUNDS, RoundNumbers, WantGradient
 
 LEAST_MASKED = 3  # owners: of two, each would learn the other's gradient
-PATIENCE = 2.0  # a round waits for stragglers until so many times the time after which enough owners were ready,
+STRAGGLE = 2.0  # a round waits for stragglers until so many times the time after which enough owners were ready,
 LEAST_WAIT_S = 5.0  # and at least so long
 LOST_S = 600.0  # until owners that do not send their gradients count as gone, where not even half of them do
 FORGIVEN = 2  # rounds that an owner may miss before the others wait for it no more
@@ -166,7 +166,7 @@ class Rounds:
     def _is_late(self, now: float) -> bool:
         assert self._began is not None
         self._enough_at = now if self._enough_at is None else self._enough_at
-        return now - self._began > max(LEAST_WAIT_S, PATIENCE * (self._enough_at - self._began))
+        return now - self._began > max(LEAST_WAIT_S, STRAGGLE * (self._enough_at - self._began))
 
     def _want(self, keys: Sequence[bytes], now: float) -> dict[bytes, WantGradient]:
         rules = self.rules
