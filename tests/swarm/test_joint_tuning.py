@@ -123,6 +123,12 @@ def owners(visitor: LocalSwarm) -> Iterator[Callable[..., RoundLink]]:
         yield made
 
 
+def linked(client: Swarm, examples: int) -> RoundLink:
+    """By the name, as soon as the coordinator is announced."""
+    wait_until(lambda: client.directory.peers(round_place(client.facts.fingerprint, NAME)))
+    return RoundLink(client, NAME, examples)
+
+
 @pytest.fixture
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(8) as pool:
@@ -244,7 +250,7 @@ def test_rounds_are_steps_with_the_mean_of_the_gradients_of_owners(
     with coordinated(visitor.connect(keys[0]), Rules(), tmp_path / "kept") as running, ExitStack() as stack:
         runs = list[JointRun]()
         for key, own, model in zip(keys, rows, models, strict=True):
-            link = stack.enter_context(RoundLink(visitor.connect(key), NAME, len(own)))
+            link = stack.enter_context(linked(visitor.connect(key), len(own)))
             joined = link.ask(RoundWish.JOIN, payload=told(SETTINGS))
             runs.append(JointRun(model, own, SETTINGS, pad=0, link=link, say=lambda _: None, joined=joined))
         for future in [threads.submit(train, run) for run in runs]:
@@ -272,7 +278,7 @@ def test_rounds_of_one_owner_are_the_steps_that_it_takes_alone(
     losses += train(alone)
     with (
         coordinated(visitor.connect(key), Rules(owners=1), tmp_path / "kept") as running,
-        RoundLink(visitor.connect(key), NAME, len(ROWS)) as link,
+        linked(visitor.connect(key), len(ROWS)) as link,
     ):
         joined = link.ask(RoundWish.JOIN, payload=told(settings))
         run = JointRun(adapted(key), ROWS, settings, pad=0, link=link, say=lambda _: None, joined=joined)
