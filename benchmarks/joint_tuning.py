@@ -66,12 +66,11 @@ def main() -> None:
         # Ten more nodes of the DHT would have two cores to share with what is measured.
         address = re.findall(r"--join (tcp://\S+)", peers.log(PEERS[0]))[0]
         trial = Trial(arguments, lab, output, ["--join", address, "--no-lan"])
-        trial.joint(names, parts)
+        trial.joint(names, parts, "")
         size = arguments.all_batch_size
         trial.told("one owner with all data", *trial.tune(names[0], arguments.train, "all", size))
         for number in range(arguments.alone):
-            own = trial.tune(names[0], parts[number], f"alone{number}", arguments.batch_size)
-            trial.told(f"owner {number} alone", *own)
+            trial.joint([names[number]], [parts[number]], f"alone{number}")
 
 
 def dealt(train: Path, output: Path, seed: int) -> list[Path]:
@@ -138,10 +137,11 @@ class Trial:
             flush=True,
         )
 
-    def joint(self, names: Sequence[str], parts: Sequence[Path]) -> None:
-        given, began = self._arguments, time.monotonic()
-        start = ["round", "start", "joint", given.checkpoint, "--output", str(self._output / "round")]
-        start += ["--owners", str(OWNERS), *given.round.split()]
+    def joint(self, names: Sequence[str], parts: Sequence[Path], alone: str) -> None:
+        """All owners together, or one alone in a round of this name: it may lack labels of the held-out examples."""
+        given, began, name = self._arguments, time.monotonic(), alone or "joint"
+        start = ["round", "start", name, given.checkpoint, "--output", str(self._output / f"round-{name}")]
+        start += ["--owners", str(len(names)), *given.round.split()]
         start += ["--listen", f"tcp://{self._lab.address('coordinator')}:0", *self._key(0)]
         coordinator = self._begin("coordinator", "coordinator", *start)
         self._await("coordinator", "owners join", coordinator)
