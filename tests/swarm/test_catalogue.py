@@ -238,7 +238,9 @@ def test_published_models_give_what_transformers_gives(entry: str, node: Directo
         remote = swarm.model(dtype="float32")
         with torch.no_grad():
             logits, expected = remote(ids).logits, local(input_ids=ids).logits
-        tokens = remote.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        # Random indexers score many keys zero. Which of these are the best depends on how many positions go together.
+        drafts = {"speculate": "off"} if "index_topk" in published.text else {}
+        tokens = remote.generate(ids, attention_mask=torch.ones_like(ids), **options, **drafts)
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
     assert torch.equal(tokens, local.generate(ids, attention_mask=torch.ones_like(ids), **options))
 
