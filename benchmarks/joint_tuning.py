@@ -143,27 +143,27 @@ class Trial:
         start = ["round", "start", name, given.checkpoint, "--output", str(self._output / f"round-{name}")]
         start += ["--owners", str(len(names)), *given.round.split()]
         start += ["--listen", f"tcp://{self._lab.address('coordinator')}:0", *self._key(0)]
-        coordinator = self._begin("coordinator", "coordinator", *start)
-        self._await("coordinator", "owners join", coordinator)
+        coordinator = self._begin("coordinator", f"round-{name}", *start)
+        self._await(f"round-{name}", "owners join", coordinator)
         starts = ["--steps", str(given.steps), *given.tune.split()]
         owners = list[subprocess.Popen[Any]]()
         for number, (host, part) in enumerate(zip(names, parts, strict=True)):
-            more = ["--eval", str(given.test)] if not number else []
-            more += ["--join-round", "joint", *self._key(number), *([] if number else starts)]
-            owners.append(self._train(host, part, host, given.batch_size, *more, lie=number == LIAR))
-            self._await(host, "trained parameters", owners[-1])  # one after the other: all share this machine
-        self._await("coordinator", f"round {max(1, given.steps // 4)} of", coordinator)
-        for number in DROPPED:
+            more = ["--join-round", name, *self._key(number)]
+            more += ["--eval", str(given.test), *starts] if not number else []
+            lie = number == LIAR and not alone
+            owners.append(self._train(host, part, alone or host, given.batch_size, *more, lie=lie))
+            self._await(alone or host, "trained parameters", owners[-1])  # one after the other: all share this machine
+        self._await(f"round-{name}", f"round {max(1, given.steps // 4)} of", coordinator)
+        dropped = () if alone else DROPPED
+        for number in dropped:
             owners[number].kill()
         for number, owner in enumerate(owners):
-            if owner.wait() and number not in DROPPED:
-                raise LabError(self.log(names[number]))
+            if owner.wait() and number not in dropped:
+                raise LabError(self.log(alone or names[number]))
         coordinator.wait()
-        self.told(f"{OWNERS} owners together", names[0], time.monotonic() - began)
-        print(
-            "first owner, " + " ".join(re.findall("Updates: .*|To the coordinator.*", self.log(names[0]))), flush=True
-        )
-        print(self.log("coordinator"), flush=True)
+        first = alone or names[0]
+        self.told(alone or f"{OWNERS} owners together", first, time.monotonic() - began)
+        print(" ".join(re.findall("To the coordinator.*", self.log(first))), flush=True)
 
     def _key(self, owner: int) -> list[str]:
         return ["--key-file", str(self._output / f"key{owner}")]
