@@ -228,6 +228,10 @@ def _answer(progress: Progress, now: float) -> dict[str, Any]:
     }
 
 
+POINTS = 300  # of a loss curve
+_SUMMED = ("tokens", "seconds", "sent_bytes", "received_bytes", "joules")
+
+
 class TunedRun:
     """A run of `splitnet tune` that is under way, by the metrics in its folder. For one thread at a time."""
 
@@ -249,7 +253,7 @@ class TunedRun:
         steps = [line for line in self._lines if "loss" in line]
         sums = {name: sum(line.get(name, 0) for line in self._lines) for name in _SUMMED}
         last = steps[-RATE_S:]
-        seconds, every = sum(line["seconds"] for line in last), max(1, len(steps) // POINTS)
+        seconds, every = sum(line["seconds"] for line in last), max(1, -(-len(steps) // POINTS))
         return sums | {
             "name": self._folder.name,
             "losses": [[line["step"], line["loss"]] for line in steps[::-every][::-1]],
@@ -257,9 +261,6 @@ class TunedRun:
             "tokens_per_s": sum(line["tokens"] for line in last) / seconds if seconds else None,
         }
 
-
-POINTS = 300
-_SUMMED = ("tokens", "seconds", "sent_bytes", "received_bytes", "joules")
 
 SNAPSHOT_S = 1.0
 LOOKUP_S = 3.0  # between two looks into the directory, while a page is open
