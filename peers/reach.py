@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 from peers.options import PeerOptions
 from splitnet.directory.interface import SwarmDirectory
+from splitnet.directory.offers import find_helpers
 from splitnet.directory.record import PeerRecord
-from splitnet.directory.relay_offer import find_helpers
 from splitnet.errors import SplitnetError
 from splitnet.nat.port_mapping import MappingError, PortMapping
 from splitnet.nat.relay import RelayBounds, RelayServer

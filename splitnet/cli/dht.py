@@ -68,7 +68,7 @@ def dht(
 
     stop = StopSignals()
     from splitnet.directory.dht import Directory
-    from splitnet.directory.relay_offer import relaying
+    from splitnet.directory.offers import relaying
     from splitnet.limits import allow_open_files
     from splitnet.security.identity import AuthorizedKeys, Identity
 

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks import netlab
 from peers.server import Peer
 from splitnet.directory.dht import Directory
-from splitnet.directory.relay_offer import offered, relaying
+from splitnet.directory.offers import offered, relaying
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
 from splitnet.nat import unreachable as hidden_module
 from splitnet.nat.punch import Way

@@ -14,7 +14,7 @@ from peers.server import Peer
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.ask import PeerDirectory
 from splitnet.directory.dht import Directory
-from splitnet.directory.relay_offer import find_helpers, relaying
+from splitnet.directory.offers import find_helpers, relaying
 from splitnet.hf.causal_lm import attach
 from splitnet.nat import punch, unreachable
 from splitnet.nat.punch import Way

@@ -17,8 +17,8 @@ import torch
 import typer
 
 from splitnet.cli.daemon import StopSignals
+from splitnet.directory.offers import announced
 from splitnet.directory.record import ROUNDS
-from splitnet.directory.relay_offer import announced
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.security.identity import AuthorizedKeys
 from splitnet.swarm.swarm import Swarm
