@@ -37,7 +37,7 @@ from splitnet.nat.messages import (
 from splitnet.nat.relay import RelayServer
 from splitnet.nat.stream import Dialing, WaysLoop, send
 from splitnet.nat.tunnel import Tunnels
-from splitnet.nat.unreachable import UnreachablePeer
+from splitnet.nat.unreachable import STREAMS_OF_HOST, UnreachablePeer
 from splitnet.security.identity import Identity, PublicKey
 from splitnet.transport.transport import Transport
 from splitnet.wire.endpoints import Endpoint, Relay, host_and_port
@@ -225,8 +225,9 @@ class Drops(RelayServer):
 
 HOSTILE = {kind.__name__: kind for kind in (TakesNoCalls, Floods, Drops)}
 HELPERS = 8
-MOST_MIB, MOST_DESCRIPTORS = 64, 64
-"""What a hidden peer, its caller and an honest helper may take more than before, in one process."""
+MOST_MIB, MOST_DESCRIPTORS = 64, STREAMS_OF_HOST + 64
+"""What a hidden peer, its caller and an honest helper may take more than before, in one process: calls that helpers make
+up name no host, so the peer answers as many at once as it does of one, each by one connection."""
 
 
 def hostile_helpers(kind: str, seconds: float) -> int:
