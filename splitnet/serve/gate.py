@@ -239,8 +239,7 @@ class Api:
     """A protocol of HTTP."""
 
     paths: tuple[str, ...]  # with which its paths begin
-    # its paths for a `splitnet.serve.responses.ServedModel`, served since so many seconds since 1970
-    router: Callable[[Any, int], APIRouter]
+    router: Callable[[Any], APIRouter]  # its paths for a `splitnet.serve.gateway.Gateway`
     error_body: Callable[[ApiError], dict[str, Any]]  # the JSON of an error
     key_of: Callable[[Headers], str]  # the API key that the headers of a request give
     key_header: str  # how a request gives its key, for the sentence that refuses a wrong one

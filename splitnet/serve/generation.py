@@ -33,6 +33,7 @@ class Piece:
     scored: tuple[ScoredToken, ...]  # the new tokens, if they are scored; also one that ends the answer and is no text
     finish: Finish | None  # why the answer ends here; None: it goes on
     begins: int = 0  # characters of the answer before those tokens
+    stopped: str | None = None  # the stop string that ended it
 
 
 @dataclass(eq=False)
@@ -58,7 +59,7 @@ class Choice:
         begins = self._characters
         text, finish = self._text_of(token)
         self.finished = finish is not None
-        return Piece(self.index, text, (scored,) if scored is not None else (), finish, begins)
+        return Piece(self.index, text, (scored,) if scored is not None else (), finish, begins, self._stops.found)
 
     def _text_of(self, token: int) -> tuple[str, Finish | None]:
         if token in self.end_tokens:
@@ -111,6 +112,7 @@ class ScoredPrompt:
 class Ended:
     """A prompt is answered: of its tokens the peers held `cached_tokens`, and all answers have `answer_tokens`."""
 
+    prompt_tokens: int
     cached_tokens: int
     answer_tokens: int
 
@@ -235,7 +237,7 @@ class Generation:
                 self._begun = True
                 for choice in range(ask.choices):
                     self._listener(Piece(choice, "", (), "length"))
-            return Ended(cached, answer_tokens)
+            return Ended(len(ask.prompt), cached, answer_tokens)
         finally:
             look()
             self._let_go(cache, held)

@@ -32,6 +32,7 @@ class Function(Protocol):
     """A function that the model may call; `parameters`: a JSON schema of its arguments, to which strict ones keep."""
 
     name: str
+    description: str | None
     parameters: dict[str, Any] | None
     strict: bool | None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -26,8 +26,13 @@ from splitnet.serve.sampling import SamplingDefaults
 
 UNREAD = ApiError(429, "too much of this answer was not read: read faster")
 UNREAD_BYTES = 64 * 2**20  # of streams, whose clients read more slowly than the model answers
+EVENTS, KEEP_ALIVE = "text/event-stream", ": still at work\n\n"  # the latter is a comment
+FIRST_S = 5.0  # How long the first event of a stream is waited for before the client is told anything
+ALIVE_S = 5.0  # After so long without an event a client is told that there will be some
 
 Result = TypeVar("Result")
+Told = TypeVar("Told")
+Taken = TypeVar("Taken", contravariant=True)
 
 
 def framed(document: dict[str, Any]) -> str:
@@ -35,17 +40,19 @@ def framed(document: dict[str, Any]) -> str:
     return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-class Answer(Protocol):
+class Answer(Protocol[Taken]):
     """Writes the events of a request as a protocol has them; clients know the answer by its `id`.
 
-    `whole` gives the body of an answer that is not streamed, and `chunks` the server-sent events of a stream, of which
-    `first` has been waited for already; an error is the last of them, as `failed` writes it.
+    `whole` gives the body of an answer that is not streamed, and `chunks` the parts of a stream; an error is the last
+    of them, as `failed` writes it. `alive` is what a client is sent while there is nothing to tell.
     """
 
     id: str
+    media_type: str
+    alive: str
 
-    async def whole(self, events: AsyncGenerator[Numbered]) -> dict[str, Any]: ...
-    def chunks(self, first: Numbered, events: AsyncGenerator[Numbered]) -> AsyncGenerator[str]: ...
+    async def whole(self, events: AsyncIterator[Taken]) -> dict[str, Any]: ...
+    def chunks(self, events: AsyncIterator[Taken]) -> AsyncGenerator[str]: ...
     def failed(self, failure: ApiError) -> str: ...
 
 
@@ -68,26 +75,30 @@ class ServedModel:
     def names(self) -> list[str]:
         return list(dict.fromkeys([self.name, *self.other_names]))
 
-    def check_name(self, name: str) -> None:
-        if name not in self.names:
-            use = " or ".join(map(repr, self.names))
-            raise ApiError(404, f"this server has no model {name!r}: use {use}", param="model", code="model_not_found")
+    def running(self, client: Client, asks: Sequence[Ask], answer: str) -> AsyncGenerator[Numbered]:
+        """Runs the prompts of a request, once it has a place, until this is closed; `answer`: its id."""
+        return self.metrics.watch(self._events(client, asks, answer), asks)
 
-    async def respond(self, request: Request, asks: Sequence[Ask], answer: Answer, *, stream: bool) -> Response:
-        """Runs a request; the session ends when the client goes."""
-        client: Client = request.state.client
-        running = self.metrics.watch(self._events(client, asks, answer.id), asks)
+    async def respond(
+        self, request: Request, events: AsyncGenerator[Told], answer: Answer[Told], *, stream: bool
+    ) -> Response:
+        """Answers with the events of a request, which end when the client goes."""
         if not stream:
-            async with aclosing(running):
-                return JSONResponse(await unless_gone(request, answer.whole(running)))
-
-        # Until the first event an error still has a status of its own.
+            async with aclosing(events):
+                return JSONResponse(await unless_gone(request, answer.whole(events)))
+        # For a while an error still has a status of its own.
+        first = asyncio.ensure_future(anext(events))
+        resumed = _Resumed(first, events)
         try:
-            first = await unless_gone(request, anext(running))
+            await unless_gone(request, asyncio.wait((first,), timeout=FIRST_S))
+            if first.done():
+                first.result()
         except BaseException:
-            await running.aclose()
+            await resumed.aclose()
             raise
-        return EventStream(answer.chunks(first, running), running, self.unread, client, answer.failed(UNREAD))
+        chunks, evicted = answer.chunks(resumed), answer.failed(UNREAD)
+        client: Client = request.state.client
+        return EventStream(chunks, resumed, self.unread, client, evicted, answer.alive, answer.media_type)
 
     async def _events(self, client: Client, asks: Sequence[Ask], answer: str) -> AsyncGenerator[Numbered]:
         """Runs the prompts of a request in one place, one after the other, until this is closed."""
@@ -117,6 +128,27 @@ class ServedModel:
             generation.cancel()
 
 
+class _Resumed(AsyncIterator[Told]):
+    """Events of which the first one is waited for already; closed however far it has come."""
+
+    def __init__(self, first: asyncio.Future[Told], events: AsyncGenerator[Told]) -> None:
+        self._first: asyncio.Future[Told] | None = first
+        self._events = events
+
+    async def __anext__(self) -> Told:
+        if self._first is None:
+            return await anext(self._events)
+        event = await self._first
+        self._first = None
+        return event
+
+    async def aclose(self) -> None:
+        if self._first is not None:
+            self._first.cancel()
+            await asyncio.gather(self._first, return_exceptions=True)
+        await self._events.aclose()
+
+
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
     """Waits for `work`, and cancels it when the client has disconnected; its body must have been read."""
 
@@ -136,25 +168,34 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
+class Closable(Protocol):
+    def aclose(self) -> Awaitable[None]: ...
+
+
 class EventStream(StreamingResponse):
     """Server-sent events; however it ends, also before it began, its source is closed.
 
     The events in `body` are made of `source`. With an account of those that are `unread`, they are taken as they come,
     so that the source ends when it has given the last one; a client that reads too slowly gets `evicted` as the last.
+    Where nothing comes for `ALIVE_S`, the client is sent `alive`, so that nothing between takes it for dead.
     """
 
     def __init__(
         self,
         body: AsyncGenerator[str],
-        source: AsyncGenerator[object],
+        source: Closable,
         unread: FairAccount | None = None,
         client: Client = ANYONE,
         evicted: str = "",
+        alive: str = "",
+        media_type: str = EVENTS,
     ) -> None:
-        self._closing = [body, source]
+        self._closing: list[Closable] = [body, source]
+        sent: Any = body
         if unread is not None:
-            self._closing.insert(0, _read_ahead(body, unread, client, evicted))
-        super().__init__(self._closing[0], media_type="text/event-stream", headers={"Cache-Control": "no-cache"})  # pyright: ignore[reportArgumentType]
+            sent = _read_ahead(body, unread, client, evicted, alive)
+            self._closing.insert(0, sent)
+        super().__init__(sent, media_type=media_type, headers={"Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -165,7 +206,7 @@ class EventStream(StreamingResponse):
 
 
 async def _read_ahead(
-    source: AsyncGenerator[str], unread: FairAccount, client: Client, evicted: str
+    source: AsyncGenerator[str], unread: FairAccount, client: Client, evicted: str, alive: str
 ) -> AsyncGenerator[bytes]:
     kept: deque[bytes] = deque()
     more = asyncio.Event()
@@ -193,7 +234,10 @@ async def _read_ahead(
             if reading.done():
                 return
             more.clear()
-            await more.wait()
+            try:
+                await asyncio.wait_for(more.wait(), ALIVE_S)
+            except TimeoutError:
+                yield alive.encode()
     finally:
         holding.release()
         reading.cancel()

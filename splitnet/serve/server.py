@@ -6,7 +6,6 @@ import asyncio
 import ipaddress
 import signal
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,11 +27,12 @@ from splitnet.errors import CoverageError, SplitnetError
 from splitnet.hf.causal_lm import attached
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
-from splitnet.serve import openai
 from splitnet.serve.admission import Admission
+from splitnet.serve.apis import openai
 from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, ApiKeys, Connection, Gate, api_of
+from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
 from splitnet.serve.metrics import instrument
@@ -51,15 +51,14 @@ EXPIRY_S = 5.0  # How often it is looked whether kept sessions have expired
 
 
 def make_app(
-    served: ServedModel,
+    gateway: Gateway,
     keys: ApiKeys,
-    created: int,
     hosts: Collection[str] = (),
     origins: Collection[str] = (),
     tuned: Path | None = None,
 ) -> FastAPI:
-    """The app; `created`: seconds since 1970 that are told of the model; hosts and origins: see `Gate`, `*` is any.
-    tuned: see `Dashboard`."""
+    """The app; hosts and origins: see `Gate`, `*` is any. tuned: see `Dashboard`."""
+    served = gateway.served
 
     async def expire_regularly() -> None:
         while True:
@@ -88,7 +87,7 @@ def make_app(
         expose_headers=["Retry-After"],
     )
     app.include_router(dashboard_router(Dashboard(served.generations, served.admission, served.name, tuned)))
-    app.state.names = served.names
+    app.state.gateway = gateway
     for kind in (SplitnetError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
 
@@ -109,7 +108,7 @@ def make_app(
         return {"status": "ok"}
 
     for api in APIS:
-        app.include_router(api.router(served, created))
+        app.include_router(api.router(gateway))
     return app
 
 
@@ -118,7 +117,7 @@ async def _told(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and failure.status in (404, 405):
         paths = request.app.openapi()["paths"]
         has = ", ".join(f"{method.upper()} {path}" for path, methods in paths.items() for method in methods)
-        names = " or ".join(map(repr, request.app.state.names))
+        names = " or ".join(map(repr, request.app.state.gateway.names))
         failure = ApiError(failure.status, f"{error.detail}: this server has {has}, for the model {names}")
     return JSONResponse(api_of(request.url.path, APIS).error_body(failure), failure.status, failure.headers)
 
@@ -178,7 +177,7 @@ def serve(
                     names[1:],
                 )
                 hosts = options.host, *options.hosts
-                app = make_app(served, keys, int(time.time()), hosts, options.origins, options.tuned)
+                app = make_app(Gateway(served), keys, hosts, options.origins, options.tuned)
                 server = _Server(app, generations, options.drain_s)
                 # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.
                 for number in (signal.SIGINT, signal.SIGTERM):

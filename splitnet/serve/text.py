@@ -70,15 +70,17 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = strings
         self._held = ""
+        self.found: str | None = None  # the string that ended it
 
     def push(self, piece: str) -> tuple[str, bool]:
         """Takes the next piece; gives the text that is certain, and whether it has ended."""
         text = self._held + piece
         # The one that is complete first, so that it does not matter how the text was cut.
-        found = [(at + len(string), at) for string in self._strings if (at := text.find(string)) >= 0]
+        found = [(at + len(string), at, string) for string in self._strings if (at := text.find(string)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)[1]], True
+            _, at, self.found = min(found)
+            return text[:at], True
         certain = len(text) - held_back(text, self._strings)
         self._held = text[certain:]
         return text[:certain], False

@@ -226,8 +226,8 @@ class Drops(RelayServer):
 HOSTILE = {kind.__name__: kind for kind in (TakesNoCalls, Floods, Drops)}
 HELPERS = 8
 MOST_MIB, MOST_DESCRIPTORS = 64, STREAMS_OF_HOST + 64
-"""What a hidden peer, its caller and an honest helper may take more than before, in one process: calls that helpers make
-up name no host, so the peer answers as many at once as it does of one, each by one connection."""
+"""What a hidden peer, its caller and an honest helper may take more than before, in one process. Calls that
+helpers make up name no host, so the peer answers as many at once as it does of one, each by one connection."""
 
 
 def hostile_helpers(kind: str, seconds: float) -> int:

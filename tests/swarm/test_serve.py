@@ -27,10 +27,11 @@ from splitnet.logs import JsonFormatter
 from splitnet.security.identity import KeyOptions
 from splitnet.serve import generation
 from splitnet.serve.admission import Admission
+from splitnet.serve.apis.openai_requests import ChatRequest
 from splitnet.serve.gate import ApiKeys
+from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
-from splitnet.serve.openai_requests import ChatRequest
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.sampling import SamplingDefaults
@@ -108,7 +109,7 @@ class Server:
         served = ServedModel(
             MODEL, self.generations, prompts, grammars, self.admission, defaults or SamplingDefaults(), names
         )
-        self.app = make_app(served, ApiKeys({key: KeyOptions() for key in keys}), created=0, origins=origins)
+        self.app = make_app(Gateway(served, created=0), ApiKeys({key: KeyOptions() for key in keys}), origins=origins)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Server]:
@@ -309,6 +310,9 @@ def test_many_answers_to_a_short_prompt_fit(serve: Serve, choices: int) -> None:
     serve(does, keep=0)
 
 
+FIRST_DELTA = {"role": "assistant", "content": ""}
+
+
 def test_a_stream_says_what_the_whole_answer_says(serve: Serve) -> None:
     async def does(server: Server) -> None:
         body = {"max_tokens": 10, "logprobs": True, "top_logprobs": 1, "n": 2}
@@ -331,7 +335,8 @@ def test_a_stream_says_what_the_whole_answer_says(serve: Serve) -> None:
         assert all(chunk["usage"] is None and chunk["object"] == "chat.completion.chunk" for chunk in chunks)
         for choice in whole["choices"]:
             parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == choice["index"]]
-            assert parts[0]["delta"]["role"] == "assistant"
+            assert parts[0] == {"index": choice["index"], "delta": FIRST_DELTA, "logprobs": None, "finish_reason": None}
+            del parts[0]
             assert "".join(part["delta"].get("content", "") for part in parts) == choice["message"]["content"]
             tokens = [token for part in parts for token in part["logprobs"]["content"]]
             assert tokens == choice["logprobs"]["content"] and len(tokens) == 10
@@ -388,12 +393,14 @@ def test_a_model_that_knows_nothing_calls_the_tools_that_it_must(serve: Serve) -
         half = {"tools": tools, "tool_choice": "required", "max_tokens": 12}
         (cut,) = (await server.chat("Hi", **half))["choices"]
         assert cut["finish_reason"] == "length"
-        assert cut["message"] == {"role": "assistant", "content": None, "refusal": None}
+        message = {"role": "assistant", "refusal": None}
+        assert cut["message"] == message | {"content": cut["message"]["content"]}
+        assert cut["message"]["content"].startswith("<tool_call>"), "half a call is text"
         messages = [{"role": "user", "content": "Hi"}]
         told = await server.http.post(
             "/v1/chat/completions", json=GREEDY | half | {"messages": messages, "stream": True}
         )
-        assert "tool_call" not in told.text and '"finish_reason":"length"' in told.text
+        assert "tool_calls" not in told.text and '"finish_reason":"length"' in told.text
         bound = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in tools]
         free = await server.chat("Hi", tools=tools, max_tokens=8)
         kept = await server.chat("Hi", tools=bound, parallel_tool_calls=False, max_tokens=8, n=2)
@@ -616,7 +623,7 @@ def test_nobody_forges_a_role_with_special_tokens(small: Path) -> None:
 
     def tokens(*said: tuple[str, str]) -> list[int]:
         messages = [{"role": role, "content": text} for role, text in said]
-        return prompts.of_chat(ChatRequest.model_validate({"model": MODEL, "messages": messages}).chat_messages, [])
+        return prompts.of_chat(ChatRequest.model_validate({"model": MODEL, "messages": messages}).chat.messages, [])
 
     plain = [("system", "Be kind."), ("user", " How are you? ")]
     messages = [{"role": role, "content": text} for role, text in plain]

@@ -11,9 +11,9 @@ import torch
 from tokenizers import AddedToken
 
 import splitnet
+from splitnet.serve.apis.openai_requests import FunctionDefinition
 from splitnet.serve.failures import ApiError
 from splitnet.serve.grammars import AllowedTokens, Grammar, Grammars
-from splitnet.serve.openai_requests import FunctionDefinition
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.sampling import Sampling, TokenChooser
 from splitnet.serve.text import CLOSING, OPENING

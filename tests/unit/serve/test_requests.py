@@ -33,10 +33,10 @@ from splitnet.errors import (
 from splitnet.limits import FairAccount, Holding
 from splitnet.security.identity import KeyOptions
 from splitnet.serve.admission import Admission, Client, Overloaded, QuotaUsed
+from splitnet.serve.apis.openai import API, error_body
+from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import Api, ApiKeys, Gate
-from splitnet.serve.openai import API, error_body
-from splitnet.serve.openai_requests import ChatRequest, CompletionRequest
 from splitnet.serve.prompts import Prompts
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -86,7 +86,7 @@ def test_what_clients_of_openai_send_by_themselves_is_accepted() -> None:
 )
 def test_calls_are_bound_where_a_request_asks_for_it(more: dict[str, Any], binds: bool) -> None:
     tools = {"tools": [{"type": "function", "function": {"name": "g"}}]}
-    assert ChatRequest.model_validate(CHAT | tools | more).binds_calls == binds
+    assert ChatRequest.model_validate(CHAT | tools | more).chat.binds_calls == binds
 
 
 @pytest.mark.parametrize("prompt", ["", "a", ["a", "b"], [1, 2], [[1], [2, 3]]])
@@ -455,7 +455,7 @@ def test_each_protocol_says_how_it_takes_a_key() -> None:
 
 
 def messages(said: list[dict[str, Any]]) -> Any:
-    return ChatRequest.model_validate({"model": "m", "messages": said}).chat_messages
+    return ChatRequest.model_validate({"model": "m", "messages": said}).chat.messages
 
 
 class Tokenizer:
@@ -543,7 +543,7 @@ def test_a_template_is_given_the_variables_that_it_has() -> None:
     said = ChatRequest.model_validate(
         CHAT | {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
     )
-    prompts.of_chat(said.chat_messages, [], said.template_variables)
+    prompts.of_chat(said.chat.messages, [], said.chat.variables)
     assert tokenizer.variables == {"enable_thinking": False, "reasoning_effort": "low"}
 
 
@@ -565,11 +565,11 @@ def test_a_template_is_given_the_variables_that_it_has() -> None:
 def test_a_template_is_not_given_what_it_does_not_use(name: str) -> None:
     said = ChatRequest.model_validate(CHAT | {"chat_template_kwargs": {name: True}})
     with pytest.raises(ApiError, match=f"no place for '{name}'") as refused:
-        Prompts(WithVariables(), 300, 256).of_chat(said.chat_messages, [], said.template_variables)
+        Prompts(WithVariables(), 300, 256).of_chat(said.chat.messages, [], said.chat.variables)
     assert refused.value.param == "chat_template_kwargs"
     said = ChatRequest.model_validate(CHAT | {"reasoning_effort": "high"})
     with pytest.raises(ApiError, match="no place for 'reasoning_effort'") as refused:
-        Prompts(Tokenizer("{{ messages }}"), 300, 256).of_chat(said.chat_messages, [], said.template_variables)
+        Prompts(Tokenizer("{{ messages }}"), 300, 256).of_chat(said.chat.messages, [], said.chat.variables)
     assert refused.value.param == "reasoning_effort"
 
 

@@ -14,8 +14,8 @@ import uvicorn
 from splitnet.limits import FairAccount
 from splitnet.serve import gate
 from splitnet.serve.admission import Client
+from splitnet.serve.apis.openai import error_body
 from splitnet.serve.gate import Connection
-from splitnet.serve.openai import error_body
 from splitnet.serve.responses import UNREAD, EventStream, framed
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from splitnet.serve.apis.openai import DONE
 from splitnet.serve.generation import Choice
-from splitnet.serve.openai import DONE
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import framed
 from splitnet.serve.sampling import ScoredToken

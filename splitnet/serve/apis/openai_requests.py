@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
 
+from splitnet.serve.chat import Chat
 from splitnet.serve.failures import ApiError
 
 STOP_STRINGS = 16
@@ -92,6 +93,14 @@ class SamplingRequest(_Strict):
     @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """See `splitnet.serve.chat.sampling_of`."""
+        names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"
+        penalties = {name: getattr(self, name) or 0.0 for name in ("frequency_penalty", "presence_penalty")}
+        bias = tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items())
+        return {name: getattr(self, name) for name in names} | penalties | {"bias": bias}
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> SamplingRequest:
@@ -229,30 +238,27 @@ class ChatRequest(SamplingRequest):
         return self
 
     @property
-    def chat_messages(self) -> list[dict[str, Any]]:
-        """The messages as chat templates expect them. Raises ApiError if the arguments of a call are no JSON."""
-        return [_for_template(message) for message in self.messages]
-
-    @property
-    def described_tools(self) -> list[dict[str, Any]]:
-        """The offered tools as chat templates expect them."""
-        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.offered_tools]
+    def chat(self) -> Chat:
+        """What is wanted. Raises ApiError if the arguments of a call are no JSON."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return Chat(
+            messages=[_for_template(message) for message in self.messages],
+            functions=[tool.function for tool in self.offered_tools],
+            to_call=[tool.function for tool in self.tools_to_call],
+            several_calls=self.parallel_tool_calls is not False,
+            answer_schema=self.schema_of_answer,
+            variables={"chat_template_kwargs": self.chat_template_kwargs or {}, "reasoning_effort": effort},
+            sampling=self.sampling,
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            choices=self.n or 1,
+            stop_strings=self.stop_strings,
+            top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
 
     @property
     def offered_tools(self) -> list[Tool]:
         """Those that the model may call."""
         return self.tools if self.tools and self.tool_choice != "none" else []
-
-    @property
-    def binds_calls(self) -> bool:
-        """Whether calls, if the model makes some, must keep to anything."""
-        return self.parallel_tool_calls is False or any(tool.function.strict for tool in self.offered_tools)
-
-    @property
-    def template_variables(self) -> dict[str, dict[str, Any]]:
-        """What the chat template is given besides messages and tools, by the parameter that gives it."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return {"chat_template_kwargs": self.chat_template_kwargs or {}, "reasoning_effort": effort}
 
     @property
     def tools_to_call(self) -> list[Tool]:
