@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -14,13 +15,16 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.invite import with_invitation
 from splitnet.cli.progress import StageProgress
 from splitnet.directory.hivemind_node import have_hivemind
+from splitnet.directory.interface import SwarmDirectory
+from splitnet.directory.joining import join
 from splitnet.directory.mdns import LanNode, LocalNetwork, what_was_found
 from splitnet.errors import DirectoryError, LanError, WrongSwarm
 from splitnet.hf.remote_model import learn_manifest
 from splitnet.logs import tell
 from splitnet.security.identity import AuthorizedKeys, Identity
-from splitnet.security.swarm_key import SwarmKey
+from splitnet.security.swarm_key import OPEN, SwarmKey
 from splitnet.session.options import ConnectionOptions
+from splitnet.swarm.links import Links
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.messages import PROTOCOL_VERSION
 
@@ -59,13 +63,17 @@ def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
 
 
 def ask_network(model: str, *, lan: bool) -> list[str]:
-    """Addresses to ask what a model is, of whatever is served on this network. Errors as of `find_swarm`."""
+    """Addresses to ask what a model is, of whatever is served on this network; `model` may be empty. Errors as of
+    `find_swarm`."""
     nodes: list[LanNode] = []
     if lan:
         with suppress(LanError), LocalNetwork("") as network:
             nodes = network.search()
     if not nodes:
-        raise DirectoryError(f"not all of {model} is on this machine, and nobody here tells what it is: {_FIX}")
+        lacks = (
+            f"not all of {model} is on this machine, and nobody here tells what it is" if model else "no swarm is here"
+        )
+        raise DirectoryError(f"{lacks}: {_FIX}")
     return [address for node in nodes for address in node.addresses]
 
 
@@ -124,16 +132,29 @@ class Connection:
         """Joins the swarm of a model. Errors as of `facts_of`."""
         identity, swarm_key, trusted = self._keys
         addresses = self._reached.initial_peers or (() if swarm_key else find_swarm(facts, lan=self.given.lan))
-        way = None  # with the addresses
-        if self.given.invite or self.given.swarm_key:
-            way = [part for address in self.given.initial_peers for part in ("--join", address)]
-            invite = self.given.invite
-            way += ["--invite", str(invite)] if invite else ["--swarm-key", str(self.given.swarm_key)]
+        way = self.way if self.given.invite or self.given.swarm_key else None  # None: with the addresses
         return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=trusted, way=way)
 
     def swarm(self, checkpoint: Checkpoint) -> Swarm:
         """Joins the swarm of a checkpoint. Errors as of `facts_of`."""
         return self.swarm_of(self.facts_of(checkpoint))
+
+    @contextmanager
+    def directory(self) -> Generator[SwarmDirectory]:
+        """That of the swarm, whatever it serves. Raises DirectoryError as `facts_of`, KeyFileError."""
+        identity, swarm_key, _ = self._keys
+        with closing(Links(identity)) as links:
+            addresses = self._reached.initial_peers or ask_network("", lan=self.given.lan and swarm_key is None)
+            with join(addresses, lambda: links, swarm=swarm_key or OPEN) as directory:
+                yield directory
+
+    @property
+    def way(self) -> list[str]:
+        """The arguments with which commands join the swarm; of one that was found on the network there are none."""
+        way = [part for address in self.given.initial_peers for part in ("--join", address)]
+        if self.given.invite:
+            return [*way, "--invite", str(self.given.invite)]
+        return [*way, "--swarm-key", str(self.given.swarm_key)] if self.given.swarm_key else way
 
     @cached_property
     def _reached(self) -> ConnectionOptions:

@@ -21,6 +21,7 @@ from splitnet.cli.demo import demo
 from splitnet.cli.dht import dht
 from splitnet.cli.generate import chat, generate
 from splitnet.cli.invite import invite, key
+from splitnet.cli.models import models
 from splitnet.cli.peer import peer
 from splitnet.cli.serve import serve
 from splitnet.cli.status import status
@@ -95,6 +96,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
         "splitnet round status birds Qwen/Qwen3-8B --join /ip4/...",
     ),
     status: ("splitnet status Qwen/Qwen3-8B", "splitnet status demo --join /ip4/... --json"),
+    models: ("splitnet models --join /ip4/...", "splitnet models --json"),
     doctor: ("splitnet doctor", "splitnet doctor Qwen/Qwen3-8B --join /ip4/... --listen tcp://0.0.0.0:31331"),
     bench: ("splitnet bench demo --local", "splitnet bench Qwen/Qwen3-8B --join /ip4/... --prefill 2048 --rounds 5"),
     plan: (

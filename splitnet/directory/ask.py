@@ -22,7 +22,7 @@ from typing import Final, Protocol
 
 from scheduler.liveness import DIRECTORY_ANSWER_S, DIRECTORY_DOWN_S, DIRECTORY_OTHERS_S, DIRECTORY_SOON_S
 from splitnet.directory.interface import OWN_DEPTH, KeptRecords, SwarmDirectory, latest
-from splitnet.directory.record import HELPERS, KEY_PREFIX_BYTES, MAX_RECORD_BYTES, PeerRecord, verified_record
+from splitnet.directory.record import DEMAND, HELPERS, KEY_PREFIX_BYTES, MAX_RECORD_BYTES, PeerRecord, verified_record
 from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError
 from splitnet.security.identity import PublicKey
 from splitnet.security.swarm_key import OPEN, OpenSwarm
@@ -39,6 +39,7 @@ _MEASURED: Final = {"block_ms", "queue_ms", "batch", "kv_free_positions", "sessi
 _NOT_IN_DIGEST: Final = _MEASURED | {
     "coordinate",
     "coordinate_error",
+    "demand",
     "key",
     "model",
     "proof",
@@ -324,7 +325,8 @@ class PeerDirectory(SwarmDirectory):
                 self._forget(self._last.pop(other))
             answers = list(question.best().values())
         records = latest(model, [*found, *map(_records, answers)])
-        if depth == OWN_DEPTH and model != HELPERS:  # not for questions of strangers, and relays answer none
+        # Not for questions of strangers; and relays and gateways answer none.
+        if depth == OWN_DEPTH and model not in (HELPERS, DEMAND):
             present = [record.endpoint for record in records if not record.has_left]
             self._others = self._nearest(present) or self._others
         return records

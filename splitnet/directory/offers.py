@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any
 
@@ -62,22 +62,36 @@ def offered(directory: SwarmDirectory, identity: Identity, relay: Relay) -> Abst
     return announced(directory, identity, model=HELPERS, model_name="helpers", address=relay.address, relay_port=port)
 
 
-@contextmanager
-def announced(directory: SwarmDirectory, identity: Identity, **about: Any) -> Generator[None]:
+def announced(directory: SwarmDirectory, identity: Identity, **about: Any) -> AbstractContextManager[None]:
     """Publishes a record of something that is no peer with this identity now and every 15 s, and withdraws it at the
     end. about: fields of the record."""
-    leaving = threading.Event()
+    return published(directory, identity, lambda: about)
 
-    def record() -> PeerRecord:
-        facts = {"key": identity.public, "num_blocks": 1, "version": __version__, "issued_at": time.time()}
-        return PeerRecord.idle(**facts, **about)
+
+@contextmanager
+def published(
+    directory: SwarmDirectory,
+    identity: Identity,
+    about: Callable[[], Mapping[str, Any] | None],
+    changed: threading.Event | None = None,
+) -> Generator[None]:
+    """The same with fields that change; None: there is nothing to tell. changed: set where that cannot wait."""
+    leaving = threading.Event()
+    soon = changed or threading.Event()
+    last: PeerRecord | None = None
 
     def publish() -> None:
+        nonlocal last
         pause_s = 0.0
-        while not leaving.wait(pause_s):
+        while not (soon.wait(pause_s) and leaving.is_set()):
+            soon.clear()
             pause_s = REFRESH_S
+            if (told := about()) is None:
+                continue
+            facts = {"key": identity.public, "num_blocks": 1, "version": __version__, "issued_at": time.time()}
+            last = PeerRecord.idle(**facts | dict(told))
             try:
-                directory.announce(record(), identity)
+                directory.announce(last, identity)
             except SplitnetError as error:
                 log.warning("the directory was not told of this process, next try in %.0f s: %s", REFRESH_S, error)
 
@@ -87,8 +101,10 @@ def announced(directory: SwarmDirectory, identity: Identity, **about: Any) -> Ge
         yield
     finally:
         leaving.set()
+        soon.set()
         thread.join()
         try:
-            directory.withdraw(record(), identity)
+            if last is not None:
+                directory.withdraw(last, identity)
         except SplitnetError as error:
             log.info("the record of this process expires by itself: %s", error)

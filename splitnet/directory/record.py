@@ -51,7 +51,11 @@ SHARDS: Final = 8  # keys of the DHT that the records of one model are spread ov
 
 HELPERS: Final = "72656c617973"  # in the place of a model: helpers that serve none
 ROUNDS: Final = "726f756e6473"  # begins places of coordinators of joint tunings, which serve none either
+DEMAND: Final = HELPERS + "64656d616e64"  # of gateways that tell what is asked of them; begins as versions skip it
 MAX_RELAYS: Final = 3
+MAX_WANTED: Final = 16  # models that one gateway names
+WANTED_NAME: Final = 80  # bytes of their names: all of them fit into a record
+MAX_WANTED_TOKENS: Final = 1000.0  # per second of a model, and of a key over all models
 
 _SIGNED_PREFIX = b"splitnet peer record\0"
 _MOST = 1e9
@@ -69,6 +73,15 @@ class SeenLink(NamedTuple):
     peer: bytes
     rtt_ms: float
     bytes_per_ms: float
+
+
+class Wanted(NamedTuple):
+    """How much a gateway is asked for a model, by its fingerprint in bytes, in tokens per second."""
+
+    model: bytes
+    name: str
+    num_blocks: int
+    tokens_per_s: float
 
 
 def _key(value: Any) -> PublicKey:
@@ -101,6 +114,7 @@ def _floats(*values: float) -> tuple[float, ...]:
 
 _relay = row(Relay, _address, lambda value: _key(value).raw)
 _seen_link = row(SeenLink, blob(KEY_PREFIX_BYTES), _MS, number(_LEAST, _MOST))
+_wanted = row(Wanted, blob(32), lambda name: _name(name)[:WANTED_NAME], _BLOCK, number(0, MAX_WANTED_TOKENS))
 
 
 @dataclass(frozen=True)
@@ -124,7 +138,7 @@ class PeerRecord:
     issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
     state_bytes: of a sequence in all blocks besides its positions. proof: of work, see `splitnet.security.identity`.
     watts: of the device while it computes; 0: not known. relay_port: on the host of its address; 0: it is no relay.
-    relays: through which the peer is reached, at most 3; none: at its address.
+    relays: through which the peer is reached, at most 3; none: at its address. demand: of a gateway, see `DEMAND`.
     """
 
     signed: ClassVar[bytes] = b""  # the signed bytes that this record was read from; none if it was made here
@@ -161,6 +175,7 @@ class PeerRecord:
     watts: float = appended(number(0, MAX_WATTS), 0.0)
     relays: tuple[Relay, ...] = appended(several(_relay, most=MAX_RELAYS), ())
     relay_port: int = appended(uint(65535), 0)
+    demand: tuple[Wanted, ...] = appended(several(_wanted, most=MAX_WANTED), ())
 
     def __post_init__(self) -> None:
         for name, value in _LAYOUT.read([getattr(self, name) for name in _LAYOUT.names]).items():

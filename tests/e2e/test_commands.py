@@ -37,7 +37,21 @@ from tests.swarm.harness import local_swarm
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-COMMANDS = ["peer", "generate", "chat", "serve", "tune", "status", "doctor", "bench", "dht", "key", "invite", "demo"]
+COMMANDS = [
+    "peer",
+    "generate",
+    "chat",
+    "serve",
+    "tune",
+    "status",
+    "models",
+    "doctor",
+    "bench",
+    "dht",
+    "key",
+    "invite",
+    "demo",
+]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
 NO_PEER = f"tcp://127.0.0.1:9?key={Identity.generate().public.text}"
 KV = ("--kv-memory", "64MiB")
@@ -340,6 +354,13 @@ def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: str, 
     assert said is not None, "on one line, whatever the width of the terminal"
     copied = get_command(app).commands["peer"].make_context("peer", shlex.split(said[1])).params  # type: ignore[attr-defined]
     assert (copied["model"], copied["blocks"], copied["join"]) == (str(small), "4:6", [holed])
+    command = f"splitnet peer {small.name} --blocks 4:6 --join {holed}"
+    listed = here("models", "--join", holed).output
+    assert re.search(rf"^{small.name} +4 of 6 +1 +0 to 1 +- *$", listed, re.MULTILINE)
+    assert f"blocks 4..5 of {small.name} are served by nobody: start a peer with `{command}`" in listed
+    (model,) = json.loads(here("models", "--json", "--join", holed).output)
+    assert (model["model"], model["missing"], model["commands"]) == (small.name, [[4, 6]], [command])
+    assert (model["replicas"], model["tokens_per_s"]) == ([1, 1, 1, 1, 0, 0], 0.0)
 
 
 @pytest.mark.full

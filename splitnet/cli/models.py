@@ -1,0 +1,55 @@
+"""`splitnet models`: what a swarm serves, and what it lacks."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from splitnet.cli.arguments import connects
+from splitnet.session.options import ConnectionOptions
+
+
+@connects(only=("initial_peers", "lan", "key_file", "swarm_key", "invite"))
+def models(
+    *,
+    connecting: ConnectionOptions,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the models of a swarm: blocks served, replicas, demand, and the command that fills what nobody serves."""
+    from splitnet.cli.connection import Connection
+    from splitnet.swarm.models import models_of
+    from splitnet.swarm.plan import blocks_text
+
+    connection = Connection("", connecting)
+    with connection.directory() as directory:
+        found = models_of(directory)
+    if as_json:
+        typer.echo(json.dumps([model.as_json(connection.way) for model in found]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("model", overflow="fold")
+    for column in ("blocks", "peers", "replicas", "tokens/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for model in found:
+        replicas = model.replicas
+        covered, least, most = sum(map(bool, replicas)), min(replicas), max(replicas)
+        table.add_row(
+            model.name,
+            f"{covered} of {model.num_blocks}",
+            str(len(model.records)),
+            str(least) if least == most else f"{least} to {most}",
+            f"{model.demand:.2f}" if model.demand else "-",
+        )
+    Console().print(table)
+    for model in found:
+        for hole, command in zip(model.missing, model.commands(connection.way), strict=True):
+            typer.echo(
+                f"blocks {blocks_text(*hole)} of {model.name} are served by nobody: start a peer with `{command}`"
+            )
+    if not found:
+        typer.echo("the swarm serves no model: start a peer with `splitnet peer MODEL`")

@@ -1,0 +1,118 @@
+"""How much each model of a swarm is asked for: gateways count it and tell it in records of their own, see `DEMAND`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from scheduler.models import LEAST_DEMAND, DecayingRate
+from splitnet.directory.interface import SwarmDirectory
+from splitnet.directory.offers import published
+from splitnet.directory.record import DEMAND, MAX_WANTED, MAX_WANTED_TOKENS, WANTED_NAME, Wanted
+from splitnet.security.identity import Identity, PublicKey
+
+REQUEST_TOKENS: Final = 16  # a request counts as so many tokens at least
+MAX_GATEWAYS: Final = 256  # whose records are read
+_NOWHERE = "tcp://127.0.0.1:1"  # nobody connects to a gateway
+
+
+class Model(Protocol):
+    """What a gateway tells of a model: its fingerprint, its name, and how many blocks it has."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+
+class DemandPublisher:
+    """Tells a swarm how much a gateway is asked for each model, smoothed over a minute. Thread-safe; close it before
+    the directory.
+
+    identity: signs what it tells; of two gateways with one key the later one counts. proof: of work of that key, 0:
+    none; keys without one count together as one. clock: in seconds.
+    """
+
+    def __init__(
+        self,
+        directory: SwarmDirectory,
+        identity: Identity,
+        *,
+        proof: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock, self._proof = clock, proof
+        self._rates: dict[str, tuple[Model, DecayingRate]] = {}
+        self._lock = threading.Lock()
+        self._changed = threading.Event()
+        self._stack = ExitStack()
+        self._stack.enter_context(published(directory, identity, self._told, self._changed))
+        self.close = self._stack.close
+
+    def asked(self, model: Model, tokens: int) -> None:
+        """Counts a request for a model, of a prompt and an answer with so many tokens in all."""
+        with self._lock:
+            _, rate = self._rates.setdefault(model.fingerprint, (model, DecayingRate()))
+            is_new = rate.at(self._clock()) < LEAST_DEMAND
+            rate.add(max(tokens, REQUEST_TOKENS), self._clock())
+        if is_new:
+            self._changed.set()
+
+    def _told(self) -> dict[str, Any] | None:
+        with self._lock:
+            now = self._clock()
+            rates = {name: one for name, one in self._rates.items() if one[1].at(now) >= LEAST_DEMAND}
+            self._rates = rates
+            most = sorted(rates.values(), key=lambda one: -one[1].at(now))[:MAX_WANTED]
+            wanted = tuple(
+                Wanted(
+                    bytes.fromhex(model.fingerprint),
+                    model.name.encode()[:WANTED_NAME].decode(errors="ignore"),
+                    model.num_blocks,
+                    min(rate.at(now), MAX_WANTED_TOKENS),
+                )
+                for model, rate in most
+            )
+        about = {"model": DEMAND, "model_name": "demand", "address": _NOWHERE, "proof": self._proof, "demand": wanted}
+        return about if wanted else None
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """How much all gateways together are asked for a model, as they claim. tokens_per_s: at least 0.01."""
+
+    name: str
+    num_blocks: int
+    tokens_per_s: float
+
+
+def demand_of(directory: SwarmDirectory, allows: Callable[[PublicKey], bool] = lambda key: True) -> dict[str, Demand]:
+    """The demand of each model by its fingerprint, the most wanted first.
+
+    Anybody can make keys, and claim anything: a key counts 1,000 tokens per second at most, over all that it names, and
+    keys that have cost no work count so much for a model all together. allows: the keys that count at all. Raises
+    DirectoryError.
+    """
+    records = sorted((one for one in directory.peers(DEMAND) if allows(one.key)), key=lambda one: not one.is_proven)
+    names: dict[str, Wanted] = {}
+    claimed: defaultdict[tuple[str, bool], float] = defaultdict(float)  # by model, and whether keys have cost work
+    for record in records[:MAX_GATEWAYS]:
+        share = MAX_WANTED_TOKENS / max(MAX_WANTED_TOKENS, sum(one.tokens_per_s for one in record.demand))
+        for one in filter(lambda one: one.num_blocks, record.demand):
+            names.setdefault(one.model.hex(), one)
+            claimed[one.model.hex(), record.is_proven] += one.tokens_per_s * share
+    wanted = {name: claimed[name, True] + min(claimed[name, False], MAX_WANTED_TOKENS) for name in names}
+    return {
+        name: Demand(names[name].name, names[name].num_blocks, tokens)
+        for name, tokens in sorted(wanted.items(), key=lambda item: -item[1])
+        if tokens >= LEAST_DEMAND
+    }

@@ -1,0 +1,76 @@
+"""The models of a swarm, as its directory has them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+from scheduler.facts import coverage, missing_blocks
+from splitnet.directory.demand import demand_of
+from splitnet.directory.interface import SwarmDirectory
+from splitnet.directory.record import PeerRecord, facts_of
+from splitnet.swarm.plan import peer_command
+
+MAX_MODELS: Final = 64  # that are listed: anybody can announce some
+_AT_ONCE = 8  # whose peers are looked up
+
+
+@dataclass(frozen=True)
+class SwarmModel:
+    """A model that peers serve, or that gateways are asked for; what it is called is what some of them claim.
+
+    records: of its peers. demand: tokens per second that gateways are asked for, as they claim.
+    """
+
+    fingerprint: str
+    name: str
+    num_blocks: int
+    records: tuple[PeerRecord, ...]
+    demand: float
+
+    @property
+    def replicas(self) -> list[int]:
+        """How many peers serve each block."""
+        return coverage(map(facts_of, filter(lambda one: one.serves, self.records)), self.num_blocks)
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """Ranges of blocks `[start, end)` that nobody serves."""
+        return missing_blocks(map(facts_of, filter(lambda one: one.serves, self.records)), self.num_blocks)
+
+    def commands(self, way: Sequence[str]) -> list[str]:
+        """The commands that start a peer for each range that is missing; way: the arguments that join the swarm."""
+        return [peer_command(self.name, way, *hole) for hole in self.missing]
+
+    def as_json(self, way: Sequence[str]) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "num_blocks": self.num_blocks,
+            "peers": len(self.records),
+            "replicas": self.replicas,
+            "tokens_per_s": self.demand,
+            "missing": [list(hole) for hole in self.missing],
+            "commands": self.commands(way),
+        }
+
+
+def models_of(directory: SwarmDirectory) -> list[SwarmModel]:
+    """The models of a swarm, the most wanted first, at most 64. Raises DirectoryError."""
+    listed, demand = directory.models(), demand_of(directory)
+    chosen = list(dict.fromkeys([*demand, *sorted(listed, key=lambda model: listed[model])]))[:MAX_MODELS]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        peers = list(pool.map(directory.peers, chosen))
+    found: list[SwarmModel] = []
+    for model, records in zip(chosen, peers, strict=True):
+        wanted = demand.get(model)
+        counts = Counter(record.num_blocks for record in records)
+        blocks = counts.most_common(1)[0][0] if counts else wanted.num_blocks if wanted else 0
+        if blocks:
+            name = listed[model] if model in listed else wanted.name if wanted else records[0].model_name
+            kept = tuple(record for record in records if record.num_blocks == blocks)
+            found.append(SwarmModel(model, name, blocks, kept, wanted.tokens_per_s if wanted else 0.0))
+    return found
