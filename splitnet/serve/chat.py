@@ -36,6 +36,7 @@ class Chat:
     variables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)  # see `sampling_of`
     max_tokens: int | None = None  # of each answer; None: as many as there is room for
+    fits: bool = True  # whether there must be room for them; otherwise an answer ends where the context does
     choices: int = 1
     stop_strings: Sequence[str] = ()
     top_logprobs: int | None = None  # see `Ask`
@@ -73,19 +74,33 @@ def sampling_of(served: ServedModel, given: Mapping[str, Any]) -> Sampling:
     return Sampling(**chosen)
 
 
+async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> list[int]:
+    """The tokens of a chat, ready for the next answer. Raises ApiError for what cannot be honoured."""
+    described = [_described(function) for function in chat.functions]
+    return await served.preparing.run(
+        len(await request.body()), lambda: served.prompts.of_chat(chat.messages, described, chat.variables)
+    )
+
+
 async def answer_chat(
-    served: ServedModel, request: Request, chat: Chat, answer: Answer[Delta | Ended], *, stream: bool
+    served: ServedModel,
+    request: Request,
+    chat: Chat,
+    answer: Answer[Delta | Ended],
+    *,
+    stream: bool,
+    prompt: list[int] | None = None,
 ) -> Response:
     """Runs a chat; `answer` is told the `Delta` of each message, and at last the tokens that it took.
 
-    Raises ApiError for what cannot be honoured.
+    prompt: its tokens; None: those of its messages. Raises ApiError for what cannot be honoured.
     """
     prompts, size = served.prompts, len(await request.body())
-    described = [_described(function) for function in chat.functions]
-    prompt = await served.preparing.run(size, lambda: prompts.of_chat(chat.messages, described, chat.variables))
+    if prompt is None:
+        prompt = await prompt_of(served, request, chat)
     ask = Ask(
         prompt=prompt,
-        max_tokens=prompts.room_for(prompt, chat.max_tokens),
+        max_tokens=prompts.room_for(prompt, chat.max_tokens, fits=chat.fits),
         sampling=sampling_of(served, chat.sampling),
         choices=chat.choices,
         stop_strings=chat.stop_strings,

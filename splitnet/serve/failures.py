@@ -92,6 +92,9 @@ def refused(errors: Sequence[Any]) -> ApiError:
     place = ".".join(str(part) for part in first["loc"][1:])
     if first["type"] == "extra_forbidden":
         message = f"{place} is not supported: leave it out"
+    elif first["type"] == "union_tag_invalid":
+        tag, known = first["ctx"]["tag"], first["ctx"]["expected_tags"]
+        message = f"{place}: {tag!r} is not supported, only {known}"
     elif first["type"] == "literal_error":
         message = f"{place}: only {first['ctx']['expected']} is supported"
     elif first["type"] == "value_error":

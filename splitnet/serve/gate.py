@@ -245,11 +245,17 @@ class Api:
     key_header: str  # how a request gives its key, for the sentence that refuses a wrong one
     challenge: str  # the header WWW-Authenticate of that refusal
     error: type[BaseModel]  # the type of `error_body`
+    header: str | None = None  # a header that its clients alone send, also to paths that several protocols have
 
 
-def api_of(path: str, apis: Sequence[Api]) -> Api:
-    """The protocol that has the longest beginning of a path; the first one if none has."""
-    return max(apis, key=lambda api: max((len(begin) for begin in api.paths if path.startswith(begin)), default=0))
+def api_of(path: str, headers: Headers, apis: Sequence[Api]) -> Api:
+    """The protocol of the header, or else the one that has the longest beginning of a path; if none has, the first."""
+
+    def fits(api: Api) -> tuple[bool, int]:
+        longest = max((len(begin) for begin in api.paths if path.startswith(begin)), default=0)
+        return api.header is not None and api.header in headers, longest
+
+    return max(apis, key=fits)
 
 
 @dataclass(eq=False)
@@ -270,6 +276,7 @@ class Gate:
 
     def __post_init__(self) -> None:
         self._hosts = {"localhost", *(host.lower() for host in self.hosts)}
+        self._protected = *PROTECTED, *(begin for api in self.apis for begin in api.paths)
         # Half of it is for others, however much a client sends.
         self._parsed = FairAccount(ALL_PARSED_BYTES, ALL_PARSED_BYTES // 2)
 
@@ -277,7 +284,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        api = api_of(scope["path"], self.apis)
+        headers = Headers(scope=scope)
+        api = api_of(scope["path"], headers, self.apis)
         begun = False
 
         async def noting_send(message: Message) -> None:
@@ -286,7 +294,6 @@ class Gate:
             await send(message)
 
         try:
-            headers = Headers(scope=scope)
             if not self.keys:
                 self._check_host(headers)
                 self._check_origin(headers)
@@ -322,7 +329,7 @@ class Gate:
             raise ApiError(403, unknown, code="unknown_origin")
 
     def _client_of(self, scope: Scope, api: Api, headers: Headers) -> Client:
-        if not self.keys or not scope["path"].startswith((*PROTECTED, *api.paths)):
+        if not self.keys or not scope["path"].startswith(self._protected):
             return client_at(scope["client"][0] if scope.get("client") else "")
         client = self.keys.client_of(api.key_of(headers).encode())
         if client is None:

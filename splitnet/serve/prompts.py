@@ -94,14 +94,20 @@ class Prompts:
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
-    def _check_variables(self, parameters: Mapping[str, Mapping[str, Any]], tools: Any) -> None:
-        """Refuses those that the chat template does not use, or that others give it."""
+    def variables(self, tools: Any = None) -> set[str]:
+        """Those of the chat template that requests may give, whether there are `tools` or not."""
+        if not self._tokenizer.chat_template:
+            return set()
         try:
             used = variables_of(self._tokenizer.get_chat_template(tools=tools))
         except TemplateError as error:
             raise ApiError(400, f"the model's chat template cannot be read ({error})", param="messages") from None
         used -= self._tokenizer.special_tokens_map.keys()
-        used -= signature(self._tokenizer.apply_chat_template).parameters.keys()
+        return used - signature(self._tokenizer.apply_chat_template).parameters.keys()
+
+    def _check_variables(self, parameters: Mapping[str, Mapping[str, Any]], tools: Any) -> None:
+        """Refuses those that the chat template does not use, or that others give it."""
+        used = self.variables(tools)
         for param, name in ((param, name) for param, given in parameters.items() for name in given if name not in used):
             raise ApiError(400, f"this model's chat template has no place for {name!r}: leave it out", param=param)
 
@@ -162,16 +168,19 @@ class Prompts:
         if any(token >= self._vocabulary for token in tokens):
             raise ApiError(400, f"the model knows the tokens 0 to {self._vocabulary - 1} only", param=param)
 
-    def room_for(self, prompt: list[int], max_tokens: int | None) -> int:
-        """How many tokens an answer may have; None asks for all that have room. Raises ApiError if there is no room."""
+    def room_for(self, prompt: list[int], max_tokens: int | None, *, fits: bool = True) -> int:
+        """How many tokens an answer may have; None asks for all that have room, and more than that does without `fits`.
+
+        Raises ApiError if there is no room.
+        """
         if self._max_positions is None:
             return max_tokens if max_tokens is not None else DEFAULT_MAX_TOKENS
         room = self._max_positions - len(prompt)
-        if room < (1 if max_tokens is None else max_tokens):
+        if room < (max_tokens if max_tokens is not None and fits else 1):
             answer = f" and an answer of {max_tokens}" if max_tokens is not None else ""
             what = f"a prompt of {len(prompt)} tokens{answer} is more than"
             raise self._too_long(what, "shorten the prompt or lower max_tokens")
-        return room if max_tokens is None else max_tokens
+        return room if max_tokens is None else min(room, max_tokens)
 
     def _too_long(self, what: str, fix: str) -> ApiError:
         message = f"{what} the model's context of {self._max_positions}: {fix}"

@@ -31,7 +31,7 @@ from splitnet.serve.admission import Admission
 from splitnet.serve.apis import openai
 from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.failures import ApiError, failure_of
-from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, ApiKeys, Connection, Gate, api_of
+from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, Connection, Gate, api_of
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
@@ -72,8 +72,7 @@ def make_app(
         expiring.cancel()
         await asyncio.gather(expiring, return_exceptions=True)
 
-    errors: dict[int | str, dict[str, Any]] = {status: {"model": APIS[0].error} for status in ERRORS}
-    app = FastAPI(title="splitnet", lifespan=lifespan, docs_url=None, redoc_url=None, responses=errors)
+    app = FastAPI(title="splitnet", lifespan=lifespan, docs_url=None, redoc_url=None, responses=_errors(APIS[0]))
     app.state.preparing = served.preparing
     app.add_middleware(Gate, apis=APIS, keys=keys, hosts=hosts, origins=origins)
     instrument(app, served.metrics, served.name, served.generations, served.admission)
@@ -107,9 +106,13 @@ def make_app(
             raise CoverageError(f"blocks {missing} are served by nobody: start peers for them")
         return {"status": "ok"}
 
-    for api in APIS:
-        app.include_router(api.router(gateway))
+    for api in reversed(APIS):  # those of the first one take the paths that others have for some requests only
+        app.include_router(api.router(gateway), responses=_errors(api))
     return app
+
+
+def _errors(api: Api) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": api.error} for status in ERRORS}
 
 
 async def _told(request: Request, error: Exception) -> Response:
@@ -119,7 +122,8 @@ async def _told(request: Request, error: Exception) -> Response:
         has = ", ".join(f"{method.upper()} {path}" for path, methods in paths.items() for method in methods)
         names = " or ".join(map(repr, request.app.state.gateway.names))
         failure = ApiError(failure.status, f"{error.detail}: this server has {has}, for the model {names}")
-    return JSONResponse(api_of(request.url.path, APIS).error_body(failure), failure.status, failure.headers)
+    api = api_of(request.url.path, request.headers, APIS)
+    return JSONResponse(api.error_body(failure), failure.status, failure.headers)
 
 
 @dataclass(frozen=True)

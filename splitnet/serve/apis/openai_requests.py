@@ -5,52 +5,45 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
+from pydantic import BeforeValidator, Field, StrictInt, model_validator
 
+from splitnet.serve.apis.strict import (
+    MAX_TOKENS,
+    MESSAGES,
+    TOOLS,
+    Seed,
+    Share,
+    StopStrings,
+    Strict,
+    Temperature,
+    Text,
+    TokenCount,
+    few,
+)
 from splitnet.serve.chat import Chat
 from splitnet.serve.failures import ApiError
 
-STOP_STRINGS = 16
 TOP_LOGPROBS = 20
 CHOICES = 16
 PROMPTS = 256
-BIASED_TOKENS = 1024
-MAX_TOKENS = 2**24
-MESSAGES = 2**14
-TOOLS = 256
 
-
-def _few(given: Any) -> Any:
-    """Of an object pydantic collects an error for every name, so one with very many is refused before it looks."""
-    if isinstance(given, dict) and len(given) > BIASED_TOKENS:
-        raise ValueError(f"an object has {len(given)} names: give {BIASED_TOKENS} at most")
-    return given
-
-
-Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    _few_names = model_validator(mode="before")(_few)
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class PlainFormat(_Strict):
+class PlainFormat(Strict):
     """Any text, or any JSON object."""
 
     type: Literal["text", "json_object"]
 
 
-class NamedSchema(_Strict):
+class NamedSchema(Strict):
     """A JSON schema; the answer keeps to it, strict or not."""
 
     name: str
@@ -59,7 +52,7 @@ class NamedSchema(_Strict):
     strict: bool | None = None
 
 
-class SchemaFormat(_Strict):
+class SchemaFormat(Strict):
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
@@ -67,24 +60,24 @@ class SchemaFormat(_Strict):
 ResponseFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class SamplingRequest(_Strict):
+class SamplingRequest(Strict):
     """What both kinds of generation take."""
 
     model: str
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_p: Share | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=STOP_STRINGS)] | None = None
+    seed: Seed | None = None
+    stop: Text | StopStrings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(_few)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(few)] | None = None
 
     @property
     def stop_strings(self) -> list[str]:
@@ -109,19 +102,19 @@ class SamplingRequest(_Strict):
         return self
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(_Strict):
+class CalledFunction(Strict):
     """What an assistant has called; `arguments` is JSON."""
 
     name: str
     arguments: str
 
 
-class MadeCall(_Strict):
+class MadeCall(Strict):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -130,7 +123,7 @@ class MadeCall(_Strict):
 Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
-class UserMessage(_Strict):
+class UserMessage(Strict):
     """From the user, or an instruction how to answer."""
 
     role: Literal["system", "developer", "user"]
@@ -138,7 +131,7 @@ class UserMessage(_Strict):
     name: str | None = None
 
 
-class AssistantMessage(_Strict):
+class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
@@ -150,7 +143,7 @@ class AssistantMessage(_Strict):
     function_call: None = None
 
 
-class ToolMessage(_Strict):
+class ToolMessage(Strict):
     role: Literal["tool"]
     content: Content
     name: str | None = None
@@ -180,7 +173,7 @@ def _for_template(message: Message) -> dict[str, Any]:
     return said
 
 
-class FunctionDefinition(_Strict):
+class FunctionDefinition(Strict):
     """A function that the model may call; `parameters` is a JSON schema."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -189,16 +182,16 @@ class FunctionDefinition(_Strict):
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class NamedFunction(_Strict):
+class NamedFunction(Strict):
     name: str
 
 
-class ChosenTool(_Strict):
+class ChosenTool(Strict):
     type: Literal["function"]
     function: NamedFunction
 
@@ -207,8 +200,8 @@ class ChatRequest(SamplingRequest):
     """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens: TokenCount | None = None
+    max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=TOOLS)] | None = None
@@ -216,7 +209,7 @@ class ChatRequest(SamplingRequest):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(few)] | None = None
     # What clients send that changes no answer.
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

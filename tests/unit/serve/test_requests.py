@@ -434,6 +434,7 @@ def test_each_protocol_says_how_it_takes_a_key() -> None:
         key_header="x-api-key: KEY",
         challenge="Key",
         error=BaseModel,
+        header="other-version",
     )
 
     async def inside(scope: Any, receive: Any, send: Any) -> None:
@@ -450,6 +451,11 @@ def test_each_protocol_says_how_it_takes_a_key() -> None:
             assert refused.json()["said"].endswith("as `x-api-key: KEY`")
             taken = await client.get("/other/models", headers={"x-api-key": "secret"})
             assert taken.json() == "key 1"
+            # On paths of several protocols a header tells them apart; it opens none.
+            theirs = {"other-version": "1"}
+            refused = await client.get("/v1/models", headers=theirs | {"Authorization": "Bearer secret"})
+            assert refused.status_code == 401 and refused.json()["said"].endswith("as `x-api-key: KEY`")
+            assert (await client.get("/v1/models", headers=theirs | {"x-api-key": "secret"})).json() == "key 1"
 
     asyncio.run(ask())
 

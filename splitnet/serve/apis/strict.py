@@ -1,0 +1,35 @@
+"""What the requests of all protocols have in common: what is not listed is refused, and everything is bounded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+STOP_STRINGS = 16
+NAMES = 1024
+MAX_TOKENS = 2**24
+MESSAGES = 2**14
+TOOLS = 256
+
+Text = Annotated[str, Field(min_length=1)]
+TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+StopStrings = Annotated[list[Text], Field(fail_fast=True, max_length=STOP_STRINGS)]
+
+
+def few(given: Any) -> Any:
+    """Of an object pydantic collects an error for every name, so one with very many is refused before it looks."""
+    if isinstance(given, dict) and len(given) > NAMES:
+        raise ValueError(f"an object has {len(given)} names: give {NAMES} at most")
+    return given
+
+
+class Strict(BaseModel):
+    """An object of a request. A parameter that is not listed, or has a value that is not, is refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    _few_names = model_validator(mode="before")(few)
