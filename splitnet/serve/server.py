@@ -28,7 +28,7 @@ from splitnet.hf.causal_lm import attached
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
 from splitnet.serve.admission import Admission
-from splitnet.serve.apis import openai
+from splitnet.serve.apis import anthropic, openai
 from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, Connection, Gate, api_of
@@ -45,7 +45,7 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.transport.addresses import listen_at
 from splitnet.wire.endpoints import LinkState
 
-APIS = (openai.API,)  # The protocols that are served; the first one's errors answer paths of none
+APIS = (openai.API, anthropic.API)  # The protocols that are served; the first one's errors answer paths of none
 ERRORS = (400, 401, 404, 413, 429, 500, 502, 503)  # Statuses that each path may answer
 EXPIRY_S = 5.0  # How often it is looked whether kept sessions have expired
 

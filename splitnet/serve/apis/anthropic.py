@@ -1,0 +1,470 @@
+"""Anthropic's Messages API: its requests, paths, answers and errors."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import Scope
+
+from splitnet.serve.apis import openai
+from splitnet.serve.apis.strict import MESSAGES, TOOLS, Share, StopStrings, Strict, Temperature, TokenCount
+from splitnet.serve.chat import Chat, Delta, answer_chat, prompt_of
+from splitnet.serve.failures import ApiError, failure_of
+from splitnet.serve.gate import Api, ParsingRoute
+from splitnet.serve.gateway import Gateway
+from splitnet.serve.generation import Ended
+from splitnet.serve.responses import EVENTS, ServedModel, framed
+
+VERSION = "anthropic-version"  # The header that all clients of this API send, and no others
+SIGNATURE = "splitnet"  # Of thinking: some clients send it back only if it has one; none is checked
+NO_PART = (
+    "x-anthropic-billing-header"  # Text of a system prompt that begins so is no instruction, and changes each time
+)
+
+
+Each = TypeVar("Each")
+CacheControl = dict[Literal["type", "ttl"], Literal["ephemeral", "5m", "1h"]]  # Has no effect: all prompts are cached
+
+
+def _blocks(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+Content = Annotated[
+    list[Each], Field(fail_fast=True), BeforeValidator(_blocks, json_schema_input_type=str | list[dict[str, Any]])
+]
+
+
+class TextBlock(Strict):
+    type: Literal["text"]
+    text: str
+    citations: None = None
+    cache_control: CacheControl | None = None
+
+
+class ThinkingBlock(Strict):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str = ""
+
+
+class ToolUse(Strict):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+    caller: dict[Literal["type"], Literal["direct"]] | None = None
+    cache_control: CacheControl | None = None
+
+
+class ToolResult(Strict):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: Content[TextBlock] | None = None
+    is_error: bool | None = None
+    cache_control: CacheControl | None = None
+
+
+class UserMessage(Strict):
+    """From the user, or an instruction how to answer."""
+
+    role: Literal["user", "system"]
+    content: Content[Annotated[TextBlock | ToolResult, Field(discriminator="type")]]
+
+
+class AssistantMessage(Strict):
+    role: Literal["assistant"]
+    content: Content[Annotated[TextBlock | ThinkingBlock | ToolUse, Field(discriminator="type")]]
+
+
+def _for_template(messages: Sequence[UserMessage | AssistantMessage]) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them; what a user says in a row is one message."""
+    said: list[dict[str, Any]] = []
+    names: dict[str, str] = {}  # of tools, by the ids of their calls
+    for message in messages:
+        if isinstance(message, AssistantMessage):
+            said.append(_of_assistant(message))
+            names |= {block.id: block.name for block in message.content if isinstance(block, ToolUse)}
+            continue
+        for block in message.content:
+            if isinstance(block, ToolResult):
+                text = ("Error: " if block.is_error else "") + _joined(block.content or [])
+                called = {"name": name} if (name := names.get(block.tool_use_id)) else {}
+                said.append({"role": "tool", "content": text, "tool_call_id": block.tool_use_id, **called})
+            elif said and said[-1]["role"] == message.role:
+                said[-1]["content"] += f"\n{block.text}"
+            else:
+                said.append({"role": message.role, "content": block.text})
+    return said
+
+
+def _of_assistant(message: AssistantMessage) -> dict[str, Any]:
+    said: dict[str, Any] = {"role": "assistant", "content": _joined(message.content)}
+    thinking = [block.thinking for block in message.content if isinstance(block, ThinkingBlock)]
+    if any(thinking):
+        said["reasoning_content"] = "\n".join(thinking)
+    calls = [block for block in message.content if isinstance(block, ToolUse)]
+    if calls:
+        called = ((call.id, {"name": call.name, "arguments": call.input}) for call in calls)
+        said["tool_calls"] = [{"id": id, "type": "function", "function": function} for id, function in called]
+    return said
+
+
+def _joined(blocks: Sequence[Any]) -> str:
+    return "\n".join(block.text for block in blocks if isinstance(block, TextBlock))
+
+
+class Tool(Strict):
+    """A function that the model may call."""
+
+    type: Literal["custom"] | None = None
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+    description: str | None = None
+    parameters: Annotated[dict[str, Any] | None, Field(alias="input_schema")]
+    strict: bool | None = None
+    cache_control: CacheControl | None = None
+    defer_loading: Literal[False] | None = None
+    eager_input_streaming: bool | None = None
+    allowed_callers: list[Literal["direct"]] | None = None
+
+
+class ToolChoice(Strict):
+    type: Literal["auto", "any", "none", "tool"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(Strict):
+    """What is said of thinking; `budget_tokens` has no effect, as `max_tokens` bounds it."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: TokenCount | None = None
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class OutputFormat(Strict):
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Strict):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
+class ContextEdit(Strict):
+    """Has no effect: the chat template decides which earlier thinking the model reads."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Any = None
+
+
+class CountRequest(Strict):
+    """The body of `/v1/messages/count_tokens`."""
+
+    model: str
+    messages: Annotated[
+        list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]],
+        Field(fail_fast=True, min_length=1, max_length=MESSAGES),
+    ]
+    system: Content[TextBlock] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # as it was called before
+    # What clients send that changes no answer.
+    cache_control: CacheControl | None = None
+    context_management: dict[Literal["edits"], list[ContextEdit]] | None = None
+    speed: Literal["standard"] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CountRequest:
+        if isinstance(self.messages[-1], AssistantMessage):
+            raise ValueError("the last of messages is the assistant's, which cannot be continued: end with the user's")
+        if self.tools and self.schema_of_answer is not None:
+            raise ValueError("an answer cannot both be JSON and call tools: leave out tools or output_config.format")
+        if self.tool_choice is not None and self.tool_choice.type in ("any", "tool") and not self.tools_to_call:
+            raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
+        return self
+
+    @property
+    def tools_to_call(self) -> list[Tool]:
+        """One of these must be called; empty: the model may do as it likes."""
+        choice = self.tool_choice
+        if choice is None or choice.type not in ("any", "tool"):
+            return []
+        return [tool for tool in self.tools or [] if choice.type == "any" or tool.name == choice.name]
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        wanted = (self.output_config and self.output_config.format) or self.output_format
+        return wanted.schema_ if wanted else None
+
+    @property
+    def chat(self) -> Chat:
+        """What is wanted, without what of thinking is for the chat template."""
+        system = _joined([block for block in self.system or [] if not block.text.startswith(NO_PART)])
+        choice = self.tool_choice
+        return Chat(
+            messages=[*([{"role": "system", "content": system}] if system else []), *_for_template(self.messages)],
+            functions=self.tools or [] if choice is None or choice.type != "none" else [],
+            to_call=self.tools_to_call,
+            several_calls=not (choice and choice.disable_parallel_tool_use),
+            answer_schema=self.schema_of_answer,
+            schema_param="output_config",
+        )
+
+
+class MessagesRequest(CountRequest):
+    """The body of `/v1/messages`."""
+
+    max_tokens: TokenCount
+    stream: bool | None = None
+    stop_sequences: StopStrings | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    # What clients send that changes no answer.
+    metadata: dict[Literal["user_id"], str | None] | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+
+    @model_validator(mode="after")
+    def _calls_are_not_stopped(self) -> MessagesRequest:
+        if self.stop_sequences and self.tools_to_call:
+            raise ValueError("stop_sequences end texts, and the answer is to be a call: leave them or tool_choice out")
+        return self
+
+    @property
+    def chat(self) -> Chat:
+        return replace(
+            super().chat,
+            sampling={"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k},
+            max_tokens=self.max_tokens,
+            fits=False,
+            stop_strings=self.stop_sequences or [],
+        )
+
+
+async def thinking_variables(
+    served: ServedModel, chat: Chat, *, on: bool | None, effort: str | None
+) -> dict[str, bool | str]:
+    """What the chat template takes of whether the model is to think, and with how much effort; None: not said."""
+    if on is None and effort is None:
+        return {}
+    has = await served.preparing.run(0, served.prompts.variables, chat.functions or None)
+    wanted = {"enable_thinking": on, "thinking": on, "reasoning_effort": effort}
+    return {name: value for name, value in wanted.items() if name in has and value is not None}
+
+
+async def _prompted(served: ServedModel, request: Request, body: CountRequest) -> tuple[Chat, list[int]]:
+    """What is wanted of a chat, and its tokens."""
+    chat = body.chat
+    effort = body.output_config and body.output_config.effort
+    variables = await thinking_variables(
+        served,
+        chat,
+        on=body.thinking.type != "disabled" if body.thinking else None,
+        effort={"xhigh": "high", "max": "high"}.get(effort, effort) if effort else None,
+    )
+    chat = replace(chat, variables={"thinking": variables})
+    return chat, await prompt_of(served, request, chat)
+
+
+class ErrorDetails(BaseModel):
+    type: str
+    message: str
+
+
+class ErrorReply(BaseModel):
+    """The body of every error."""
+
+    type: Literal["error"] = "error"
+    error: ErrorDetails
+
+
+_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def error_body(failure: ApiError) -> dict[str, Any]:
+    kind = _ERROR_TYPES.get(failure.status, "invalid_request_error" if failure.status < 500 else "api_error")
+    return ErrorReply(error=ErrorDetails(type=kind, message=str(failure))).model_dump()
+
+
+def key_of(headers: Headers) -> str:
+    """The key that a request gives; empty: none."""
+    return headers.get("x-api-key") or openai.key_of(headers)
+
+
+class _OfItsClients(ParsingRoute):
+    """A path that OpenAI's API has, too."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return super().matches(scope) if VERSION in Headers(scope=scope) else (Match.NONE, {})
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """The paths of the API."""
+    paths, models = APIRouter(route_class=ParsingRoute), APIRouter(route_class=_OfItsClients)
+
+    def entry(name: str) -> dict[str, Any]:
+        created = datetime.fromtimestamp(gateway.created, UTC).isoformat()
+        return {"type": "model", "id": name, "display_name": name, "created_at": created, "lifecycle": "active"}
+
+    @models.get("/v1/models", include_in_schema=False)
+    def listed() -> dict[str, Any]:
+        names = gateway.names
+        return {"data": [*map(entry, names)], "has_more": False, "first_id": names[0], "last_id": names[-1]}
+
+    @models.get("/v1/models/{name:path}", include_in_schema=False)
+    def one(name: str) -> dict[str, Any]:
+        gateway.check_name(name)
+        return entry(name)
+
+    @paths.post("/v1/messages", response_model=None, responses=openai.STREAMED)
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        """The next message of a chat, as Anthropic's API has it."""
+        served = await gateway.find(body.model)
+        chat, prompt = await _prompted(served, request, body)
+        shows = body.thinking is None or body.thinking.display != "omitted"
+        answer = Answer(served.name, len(prompt), body.max_tokens, shows)
+        return await answer_chat(served, request, chat, answer, stream=bool(body.stream), prompt=prompt)
+
+    @paths.post("/v1/messages/count_tokens")
+    async def count(body: CountRequest, request: Request) -> dict[str, int]:
+        """How many tokens the model would read."""
+        served = await gateway.find(body.model)
+        _, prompt = await _prompted(served, request, body)
+        return {"input_tokens": len(prompt)}
+
+    paths.include_router(models)
+    return paths
+
+
+API = Api(("/v1/messages",), router, error_body, key_of, "x-api-key: KEY", "Bearer", ErrorReply, VERSION)
+
+_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+def _framed(event: dict[str, Any]) -> str:
+    return f"event: {event['type']}\n{framed(event)}"
+
+
+@dataclass(eq=False)
+class Answer:
+    """Writes the events of a request as Anthropic does, see `splitnet.serve.responses.Answer`."""
+
+    model: str
+    prompt_tokens: int
+    max_tokens: int
+    shows_thinking: bool
+
+    media_type = EVENTS
+    alive = _framed({"type": "ping"})
+
+    def __post_init__(self) -> None:
+        self.id = f"msg_{secrets.token_hex(12)}"
+        self._content: list[dict[str, Any]] = []
+        self._last = Delta(0)
+        self._ended = Ended(self.prompt_tokens, 0, 0)
+
+    async def whole(self, events: AsyncIterator[Delta | Ended]) -> dict[str, Any]:
+        async for event in events:
+            for _ in self._take(event):
+                pass
+        return self._message()
+
+    async def chunks(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
+        yield _framed({"type": "message_start", "message": self._message()})
+        try:
+            async for event in events:
+                for told in self._take(event):
+                    yield _framed(told)
+        except Exception as error:
+            yield self.failed(failure_of(error))
+            return
+        yield _framed({"type": "message_delta", "delta": self._stopped(), "usage": self._usage()})
+        yield _framed({"type": "message_stop"})
+
+    def failed(self, failure: ApiError) -> str:
+        return _framed(error_body(failure))
+
+    def _take(self, event: Delta | Ended) -> Iterator[dict[str, Any]]:
+        """Takes an event; gives those of a stream that tell what is new."""
+        if isinstance(event, Ended):
+            self._ended = event
+            return
+        self._last = event
+        for kind, text in (("thinking", event.reasoning if self.shows_thinking else ""), ("text", event.text)):
+            if text:
+                if not self._content or self._content[-1]["type"] != kind:
+                    yield from self._begin(kind, {kind: ""})
+                self._content[-1][kind] += text
+                yield self._new({"type": f"{kind}_delta", kind: text})
+        for call in event.calls:
+            yield from self._begin("tool_use", {"id": call.id, "name": call.name, "input": {}})
+            self._content[-1]["input"] = json.loads(call.arguments)
+            yield self._new({"type": "input_json_delta", "partial_json": call.arguments})
+        if event.finish:
+            if not self._content:
+                yield from self._begin("text", {"text": ""})
+            yield from self._end()
+
+    def _begin(self, kind: str, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Begins a block, after the end of the one before it."""
+        yield from self._end()
+        signature = {"signature": ""} if kind == "thinking" else {}
+        self._content.append({"type": kind, **block, **signature})
+        # A copy, as the block grows before it is written.
+        yield {"type": "content_block_start", "index": len(self._content) - 1, "content_block": {**self._content[-1]}}
+
+    def _end(self) -> Iterator[dict[str, Any]]:
+        if self._content:
+            if self._content[-1]["type"] == "thinking":
+                self._content[-1]["signature"] = SIGNATURE
+                yield self._new({"type": "signature_delta", "signature": SIGNATURE})
+            yield {"type": "content_block_stop", "index": len(self._content) - 1}
+
+    def _new(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": len(self._content) - 1, "delta": delta}
+
+    def _message(self) -> dict[str, Any]:
+        head = {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
+        return {**head, "content": self._content, **self._stopped(), "usage": self._usage()}
+
+    def _stopped(self) -> dict[str, Any]:
+        finish, stopped = self._last.finish, self._last.stopped
+        reason = _REASONS[finish] if finish else None
+        if reason == "end_turn" and stopped is not None:
+            return {"stop_reason": "stop_sequence", "stop_sequence": stopped}
+        if reason == "max_tokens" and self._ended.answer_tokens < self.max_tokens:
+            reason = "model_context_window_exceeded"
+        return {"stop_reason": reason, "stop_sequence": None}
+
+    def _usage(self) -> dict[str, Any]:
+        """Those of the prompt that were cached count apart."""
+        ended = self._ended
+        return {
+            "input_tokens": ended.prompt_tokens - ended.cached_tokens,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": ended.cached_tokens,
+            "output_tokens": ended.answer_tokens,
+        }

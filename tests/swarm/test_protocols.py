@@ -1,0 +1,281 @@
+"""The protocols of the gateway as their official clients speak them, over sockets, to a small random model."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+import uvicorn
+from anthropic import Anthropic
+from anthropic.types import ErrorResponse, Message, MessageTokensCount, ModelInfo, RawMessageStreamEvent
+from pydantic import TypeAdapter
+from transformers import AutoTokenizer
+
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.security.identity import KeyOptions
+from splitnet.serve.admission import Admission
+from splitnet.serve.gate import ApiKeys
+from splitnet.serve.gateway import Gateway
+from splitnet.serve.generation import Generations
+from splitnet.serve.grammars import Grammars
+from splitnet.serve.prompts import Prompts
+from splitnet.serve.responses import ServedModel
+from splitnet.serve.server import make_app
+from splitnet.serve.session_cache import KeepLimits
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+MODEL, ALIAS, KEY = "small", "claude-sonnet-5", "sk-protocols"
+POSITIONS, VOCABULARY = 1024, 49152
+TEMPLATE = (
+    "{{ tools or '' }}{% for m in messages %}{{ m.role }}: {{ m.reasoning_content or '' }}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.city }}{% endfor %}\n{% endfor %}"
+    "assistant:{{ '' if enable_thinking else ' -' }}"
+)
+CITY = {"enum": ["Paris", "Rome"]}
+SCHEMA = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
+COLD = {"temperature": 0}
+SAID: list[Any] = [{"role": "user", "content": "Bees fly"}]
+
+
+@pytest.fixture(scope="module")
+def small(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("protocols") / MODEL
+    random_checkpoint("llama", folder, vocab=VOCABULARY, seed=3, max_position_embeddings=POSITIONS)
+    Checkpoint.open(demo_checkpoint).tokenizer().save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swarm(small: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with local_swarm(small, [(0, 2), (2, 6)], node=node) as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def model(swarm: LocalSwarm) -> RemoteCausalLM:
+    return swarm.model()
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The URL of an app."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def gateway(model: RemoteCausalLM, small: Path, keys: Sequence[str] = ()) -> Iterator[str]:
+    """The URL of a gateway."""
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    prompts = Prompts(tokenizer, VOCABULARY, POSITIONS)
+    generations = Generations(model, prompts.decode, 4, KeepLimits(4, 10_000, 300.0))
+    grammars = Grammars(tokenizer, VOCABULARY, generations.end_tokens)
+    served = ServedModel(MODEL, generations, prompts, grammars, Admission(4, 4), other_names=[ALIAS])
+    try:
+        with listening(make_app(Gateway(served), ApiKeys({key: KeyOptions() for key in keys}))) as url:
+            yield url
+    finally:
+        generations.close()
+
+
+@pytest.fixture
+def url(model: RemoteCausalLM, small: Path) -> Iterator[str]:
+    with gateway(model, small, [KEY]) as url:
+        yield url
+
+
+def of_openai(url: str, messages: list[Any] = SAID, **body: Any) -> Any:
+    """The message with which OpenAI's API of the gateway answers."""
+    given = {"model": MODEL, "temperature": 0, "max_tokens": 12, "messages": messages} | body
+    reply = httpx.post(f"{url}/v1/chat/completions", json=given, headers={"Authorization": f"Bearer {KEY}"})
+    return reply.json()["choices"][0]["message"]
+
+
+class TestAnthropic:
+    @pytest.fixture
+    def client(self, url: str) -> Iterator[Anthropic]:
+        with Anthropic(base_url=url, api_key=KEY, max_retries=0) as client:
+            yield client
+
+    def ask(self, client: Anthropic, **body: Any) -> Message:
+        """The message of an answer in one piece; all of it is as the client's types say."""
+        extra = COLD | {name: body.pop(name) for name in ("top_k", "container") if name in body}
+        given = {"model": ALIAS, "max_tokens": 12, "messages": SAID} | body
+        raw = client.messages.with_raw_response.create(**given, extra_body=extra)
+        return Message.model_validate_json(raw.text(), strict=True)
+
+    def test_a_chat_is_that_of_the_other_api(self, client: Anthropic, url: str) -> None:
+        system: Any = [
+            {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.0; cch=12345;"},
+            {"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}},
+        ]
+        turns: list[Any] = [{"role": "assistant", "content": [{"type": "text", "text": "So?"}]}]
+        texts: list[Any] = [{"type": "text", "text": "They"}, {"type": "text", "text": "sting"}]
+        turns += [{"role": "user", "content": texts}, {"role": "user", "content": "often"}]
+        answer = self.ask(client, system=system, messages=SAID + turns)
+        said = [{"role": "system", "content": "Be brief."}, *SAID, {"role": "assistant", "content": "So?"}]
+        said += [{"role": "user", "content": "They\nsting\noften"}]
+        (block,) = answer.content
+        assert block.type == "text" and block.text == of_openai(url, said)["content"]
+        assert (answer.model, answer.stop_reason, answer.usage.output_tokens) == (MODEL, "max_tokens", 12)
+        again = self.ask(client, system=system, messages=SAID + turns)
+        assert again.content == answer.content and again.usage.cache_read_input_tokens
+        assert again.usage.input_tokens + again.usage.cache_read_input_tokens == answer.usage.input_tokens
+        counted = client.messages.count_tokens(model=ALIAS, system=system, messages=SAID + turns)
+        assert MessageTokensCount.model_validate(counted.to_dict()).input_tokens == answer.usage.input_tokens
+
+    def test_a_stream_tells_the_same(self, client: Anthropic, url: str) -> None:
+        whole = self.ask(client)
+        with client.messages.stream(model=MODEL, max_tokens=12, messages=SAID, extra_body=COLD) as stream:
+            texts = list(stream.text_stream)
+            final = stream.get_final_message()
+        assert "".join(texts) == whole.content[0].text == final.content[0].text and len(texts) > 1  # pyright: ignore
+        assert final.stop_reason == "max_tokens" and final.usage.output_tokens == 12
+        assert final.usage.input_tokens + (final.usage.cache_read_input_tokens or 0) > 3
+
+        body = {"model": MODEL, "max_tokens": 4, "messages": SAID, "stream": True}
+        reply = httpx.post(f"{url}/v1/messages", json=body, headers={"x-api-key": KEY})
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        kinds: list[str] = []
+        for lines in reply.text.split("\n\n")[:-1]:
+            event, data = lines.split("\n")
+            TypeAdapter[Any](RawMessageStreamEvent).validate_json(data.removeprefix("data: "), strict=True)
+            kinds.append(json.loads(data.removeprefix("data: "))["type"])
+            assert event == f"event: {kinds[-1]}"
+        assert kinds[:2] == ["message_start", "content_block_start"]
+        assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+
+    def test_required_calls_fit_their_tools(self, client: Anthropic, url: str) -> None:
+        tools: list[Any] = [{"name": "weather", "description": "Tells it.", "input_schema": SCHEMA}]
+        choice: Any = {"type": "any", "disable_parallel_tool_use": True}
+        answer = self.ask(client, max_tokens=60, tools=tools, tool_choice=choice)
+        (call,) = answer.content
+        assert call.type == "tool_use" and call.name == "weather" and call.input["city"] in CITY["enum"]
+        assert answer.stop_reason == "tool_use"
+        named: Any = {"type": "tool", "name": "weather"}
+        with client.messages.stream(
+            model=MODEL, max_tokens=60, messages=SAID, extra_body=COLD, tools=tools, tool_choice=named
+        ) as stream:
+            streamed = stream.get_final_message()
+        assert streamed.content[0].input == call.input and streamed.stop_reason == "tool_use"  # pyright: ignore
+
+        # What the model has called, and got, it reads as it would by the other protocol.
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "Hail"}]}
+        results: list[Any] = [result | {"is_error": True}, {"type": "text", "text": "And now?"}]
+        turns: list[Any] = [{"role": "assistant", "content": answer.content}, {"role": "user", "content": results}]
+        follows = self.ask(client, messages=SAID + turns, tools=tools)
+        function = {"name": "weather", "arguments": json.dumps(call.input)}
+        said = [*SAID, {"role": "assistant", "tool_calls": [{"id": call.id, "function": function}]}]
+        said += [{"role": "tool", "tool_call_id": call.id, "name": "weather", "content": "Error: Hail"}]
+        said += [{"role": "user", "content": "And now?"}]
+        described = {"name": "weather", "description": "Tells it.", "parameters": SCHEMA}
+        other = of_openai(url, said, tools=[{"type": "function", "function": described}])
+        assert follows.content[0].text == other["content"]  # pyright: ignore
+
+    def test_answers_keep_to_a_schema(self, client: Anthropic) -> None:
+        wanted: Any = {"format": {"type": "json_schema", "schema": SCHEMA}, "effort": "low"}
+        answer = self.ask(client, max_tokens=60, output_config=wanted)
+        assert json.loads(answer.content[0].text)["city"] in CITY["enum"]  # pyright: ignore
+        assert answer.stop_reason == "end_turn"
+
+    def test_what_ends_an_answer_is_told(self, client: Anthropic) -> None:
+        text: str = self.ask(client).content[0].text  # pyright: ignore
+        stop = text[len(text) // 2 :][:4]
+        stopped = self.ask(client, stop_sequences=["never", stop])
+        assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", stop)
+        assert stopped.content[0].text == text[: text.index(stop)]  # pyright: ignore
+        # Programs ask for as many tokens as Anthropic's models give.
+        full = self.ask(client, max_tokens=16000, messages=[{"role": "user", "content": "and " * (POSITIONS - 24)}])
+        assert full.stop_reason == "model_context_window_exceeded"
+        assert full.usage.input_tokens + full.usage.output_tokens == POSITIONS
+
+    def test_thinking_is_what_the_chat_template_takes_of_it(self, client: Anthropic, url: str) -> None:
+        for thinking, on in (
+            ({"type": "disabled"}, False),
+            ({"type": "adaptive", "display": "summarized"}, True),
+            ({"type": "enabled", "budget_tokens": 1024}, True),
+        ):
+            answer = self.ask(client, thinking=thinking)
+            other = of_openai(url, chat_template_kwargs={"enable_thinking": on})
+            assert answer.content[0].text == other["content"]  # pyright: ignore
+
+    def test_what_agents_send_is_accepted(self, client: Anthropic) -> None:
+        ephemeral = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+        schema = SCHEMA | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+        body: Any = {
+            "model": ALIAS,
+            "max_tokens": 32000,
+            "system": [{"type": "text", "text": "You write programs.", **ephemeral}],
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", **ephemeral}]}],
+            "tools": [{"name": "Bash", "description": "Runs it.", "input_schema": schema, **ephemeral}],
+            "thinking": {"type": "adaptive"},
+            "output_config": {"effort": "medium"},
+            "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+            "metadata": {"user_id": "user_1"},
+        }
+        betas = ["interleaved-thinking-2025-05-14", "context-management-2025-06-27"]
+        with client.beta.messages.stream(**body | {"max_tokens": 8}, betas=betas) as stream:
+            assert stream.get_final_message().usage.output_tokens <= 8
+
+    def test_models_have_the_shape_of_this_api(self, client: Anthropic, url: str) -> None:
+        assert [model.id for model in client.models.list()] == [MODEL, ALIAS]
+        assert ModelInfo.model_validate(client.models.retrieve(ALIAS).to_dict()).id == ALIAS
+        with pytest.raises(anthropic.NotFoundError, match="no model 'other'"):
+            client.models.retrieve("other")
+        listed = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}).json()
+        assert listed["object"] == "list"
+
+    @pytest.mark.parametrize(
+        ("body", "said"),
+        [
+            ({"top_k": -1}, "top_k: Input should be greater"),
+            ({"container": "c"}, "container is not supported: leave it out"),
+            ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'image' is not supported, only 'text'"),
+            ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "only 'custom' is supported"),
+            ({"tool_choice": {"type": "any"}}, "tool_choice asks for a tool that is not there"),
+            ({"messages": [*SAID, {"role": "assistant", "content": "So"}]}, "which cannot be continued"),
+            ({"messages": [{"role": "user", "content": "and " * 2000}]}, "model's context of 1024"),
+        ],
+    )
+    def test_what_cannot_be_honoured_is_refused_by_name(
+        self, client: Anthropic, body: dict[str, Any], said: str
+    ) -> None:
+        with pytest.raises(anthropic.BadRequestError) as refused:
+            self.ask(client, **body)
+        error = ErrorResponse.model_validate(refused.value.body).error
+        assert error.type == refused.value.type == "invalid_request_error" and said in error.message
+
+    def test_errors_have_the_types_of_this_api(self, client: Anthropic, url: str) -> None:
+        with pytest.raises(anthropic.NotFoundError) as unknown:
+            self.ask(client, model="claude-opus-9")
+        assert unknown.value.type == "not_found_error" and "'small' or 'claude-sonnet-5'" in str(unknown.value)
+        for path in (client.messages.create, client.messages.stream):
+            with Anthropic(base_url=url, api_key="sk-wrong", max_retries=0) as stranger:
+                path = getattr(stranger.messages, path.__name__)
+                with pytest.raises(anthropic.AuthenticationError) as wrong:
+                    path(model=MODEL, max_tokens=1, messages=SAID).__enter__()
+                assert wrong.value.type == "authentication_error"
+        with Anthropic(base_url=url, api_key=None, auth_token=KEY, max_retries=0) as bearer:
+            assert self.ask(bearer, max_tokens=1).usage.output_tokens == 1
