@@ -11,11 +11,12 @@ from typing import Any, Literal
 from starlette.requests import Request
 from starlette.responses import Response
 
+from splitnet.serve.forms import Forms
 from splitnet.serve.generation import Ask, Ended, Finish, Numbered, Piece
-from splitnet.serve.grammars import Function, Grammar
+from splitnet.serve.grammars import Bounds, Function
 from splitnet.serve.responses import Answer, ServedModel
 from splitnet.serve.sampling import Sampling, ScoredToken
-from splitnet.serve.text import ToolCall, ToolCallParser
+from splitnet.serve.text import AnswerParser, Said, ToolCall
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,10 @@ async def answer_chat(
     prompts, size = served.prompts, len(await request.body())
     if prompt is None:
         prompt = await prompt_of(served, request, chat)
+    forms, begun, bounds, grammar = prompts.forms, prompts.begun(prompt), _bounds_of(chat), None
+    if bounds is not None:
+        thinks = forms.reasoning is not None and begun == forms.reasoning.opening
+        grammar = await served.preparing.run(size, lambda: served.grammars.of_answer(bounds, forms, thinks=thinks))
     ask = Ask(
         prompt=prompt,
         max_tokens=prompts.room_for(prompt, chat.max_tokens, fits=chat.fits),
@@ -105,10 +110,10 @@ async def answer_chat(
         choices=chat.choices,
         stop_strings=chat.stop_strings,
         top_logprobs=chat.top_logprobs,
-        grammar=await served.preparing.run(size, _grammar_of, served, chat),
+        grammar=grammar,
         owner=request.state.client.name,
     )
-    events = _deltas(served.running(request.state.client, [ask], answer.id), chat)
+    events = _deltas(served.running(request.state.client, [ask], answer.id), chat, forms, begun)
     return await served.respond(request, events, answer, stream=stream)
 
 
@@ -118,43 +123,31 @@ def _described(function: Function) -> dict[str, Any]:
     return {"type": "function", "function": {name: value for name, value in told.items() if value is not None}}
 
 
-def _grammar_of(served: ServedModel, chat: Chat) -> Grammar | None:
-    grammars = served.grammars
+def _bounds_of(chat: Chat) -> Bounds | None:
     if chat.to_call:
-        return grammars.of_calls(chat.to_call, required=True)
-    if chat.functions and chat.binds_calls:
-        return grammars.of_calls(chat.functions, required=False, several=chat.several_calls)
-    return None if chat.answer_schema is None else grammars.of_schema(dict(chat.answer_schema), chat.schema_param)
+        return Bounds(chat.to_call, required=True)
+    functions = chat.functions if chat.answer_schema is not None or chat.binds_calls else ()
+    if not functions and chat.answer_schema is None:
+        return None
+    return Bounds(functions, several=chat.several_calls, schema=chat.answer_schema, schema_param=chat.schema_param)
 
 
-async def _deltas(running: AsyncGenerator[Numbered], chat: Chat) -> AsyncGenerator[Delta | Ended]:
-    messages = [_Message(chat) for _ in range(chat.choices)]
+async def _deltas(
+    running: AsyncGenerator[Numbered], chat: Chat, forms: Forms, begun: str
+) -> AsyncGenerator[Delta | Ended]:
+    schemas = {one.name: one.parameters or {} for one in chat.functions} if chat.functions else None
+    parsers = [AnswerParser(forms, schemas, begun) for _ in range(chat.choices)]
+    called = [False] * chat.choices
     async with aclosing(running):
         async for _, event in running:
             if isinstance(event, Piece):
-                yield messages[event.choice].delta(event)
+                number = event.choice
+                said = parsers[number].push(event.text)
+                last = parsers[number].rest() if event.finish else Said()
+                calls = said.calls + last.calls
+                called[number] |= bool(calls)
+                finish = "tool_calls" if event.finish == "stop" and called[number] else event.finish
+                text, reasoning = said.text + last.text, said.reasoning + last.reasoning
+                yield Delta(number, text, reasoning, calls, event.scored, finish, event.stopped)
             elif isinstance(event, Ended):
                 yield event
-
-
-class _Message:
-    """A message as it grows."""
-
-    def __init__(self, chat: Chat) -> None:
-        self._parser = ToolCallParser() if chat.functions else None
-        self._called = False
-
-    def delta(self, piece: Piece) -> Delta:
-        text, calls = self._without_calls(piece)
-        self._called |= bool(calls)
-        finish = "tool_calls" if piece.finish == "stop" and self._called else piece.finish
-        return Delta(piece.choice, text, "", calls, piece.scored, finish, piece.stopped)
-
-    def _without_calls(self, piece: Piece) -> tuple[str, list[ToolCall]]:
-        if self._parser is None:
-            return piece.text, []
-        text, calls = self._parser.push(piece.text)
-        if piece.finish:
-            last_text, last_calls = self._parser.rest()
-            text, calls = text + last_text, calls + last_calls
-        return text, calls

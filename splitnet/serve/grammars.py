@@ -1,9 +1,10 @@
-"""Answers that keep to a JSON schema: which tokens may come next, as llguidance finds out."""
+"""Answers that keep to a schema, or in their calls to those of functions: which tokens may come next."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -13,11 +14,9 @@ import numpy as np
 import torch
 
 from splitnet.drafts.drafter import shared
+from splitnet.serve.calls import Rules
 from splitnet.serve.failures import ApiError
-from splitnet.serve.text import CLOSING, OPENING
-
-ONE_LINE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""How JSON is written: where white space is free, small models write nothing else until their context is full."""
+from splitnet.serve.forms import FORMS, PLAIN, Form, Forms
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,17 @@ class Function(Protocol):
     strict: bool | None
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What an answer must keep to; without any it is free."""
+
+    functions: Sequence[Function] = ()  # that may be called; arguments fit those of strict ones, and of required ones
+    required: bool = False  # one of them is called, and nothing else is said
+    several: bool = True  # it may go on after a call
+    schema: Mapping[str, Any] | None = None  # what is no call is JSON that fits this
+    schema_param: str = "response_format"  # the parameter of a request that gives it
+
+
 class Grammars:
     """Makes grammars for a tokenizer, whose model knows so many tokens and ends answers with some."""
 
@@ -45,49 +55,76 @@ class Grammars:
         self._vocabulary = vocabulary
         self._end_tokens = end_tokens
 
-    def of_schema(self, schema: dict[str, Any], param: str | None = None) -> Grammar:
-        """The grammar of JSON that fits the schema in `param` of a request. Raises ApiError if it is not supported."""
-        try:
-            text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=ONE_LINE)
-        except ValueError as error:  # it is nested too deep
-            raise _not_kept_to(error, param) from None
-        return self._checked(text, param)
+    def of_answer(self, bounds: Bounds, forms: Forms = PLAIN, *, thinks: bool = False) -> Grammar:
+        """The grammar of an answer in the forms of a model; `thinks`: the prompt ends within its reasoning.
 
-    def of_calls(self, tools: Sequence[Function], *, required: bool, several: bool = False) -> Grammar:
-        """The grammar of an answer that may call some tools, or of one call of one of them.
-
-        A `required` call fits the parameters of its tool. Otherwise the answer is text, calls in it fit those of tools
-        that are strict, and with `several` it may go on after a call.
-
-        Raises ApiError if the parameters of a tool are no schema of an object, or one that is not supported.
+        Raises ApiError if a schema is not supported, or the parameters of a function are no schema of an object.
         """
-        opening, closing = self._tag(OPENING), self._tag(CLOSING)
-        rules = [f'call: "\\n" ({" | ".join(f"call_{number}" for number in range(len(tools)))}) "\\n" {closing}']
-        # Each schema stands alone, as its references are to places in itself.
-        for number, tool in enumerate(tools):
-            begins = json.dumps(f'{{"name": "{tool.name}", "arguments": ')
-            schema = json.dumps(_of_arguments(tool, bound=required) | {"x-guidance": ONE_LINE})
-            rules.append(f'call_{number}: {begins} %json {schema} "}}"')
-        if required:
-            rules.append(f"start: {opening} call")
-        else:
-            rules.append("start: (begins call)* TEXT" if several else "start: begins call | TEXT")
-            # A model may spell the tag although it has a token for it.
-            rules += [f"begins: spelled | TEXT {opening}", f'spelled[lazy]: TEXT "{OPENING}"', r"TEXT: /(.|\n)*/"]
-        return self._checked(llguidance.LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
-
-    def _tag(self, text: str) -> str:
-        """A tag as a rule matches it: many tokenizers have a token for it, which llguidance takes for no text."""
-        held = self._tokens
-        ids = self._tokenizer(text, add_special_tokens=False).input_ids
-        return f"<[{ids[0]}]>" if len(ids) == 1 and held.is_special_token(ids[0]) else json.dumps(text)
-
-    def _checked(self, text: str, param: str | None) -> Grammar:
-        tokens = self._tokens
-        wrong = llguidance.LLMatcher.validate_grammar(text, tokens)
+        rules = Rules(self._literal)
+        form, param = forms.calls or FORMS["hermes"], "tools" if bounds.functions else bounds.schema_param
+        try:
+            says = [self._calls(rules, bounds, form)] if bounds.functions else []
+            if bounds.schema is not None and form.is_answer and bounds.functions:
+                says = [rules.json({"anyOf": [bounds.schema, *map(_call_as_json, bounds.functions)]})]
+            elif bounds.schema is not None:
+                says.append(f"{rules.literal(form.lead) if form.lead else ''} {rules.json(bounds.schema)}")
+            start = f"start: {self._thought(rules, forms, thinks)} ({' | '.join(says)})"
+            text = llguidance.LLMatcher.grammar_from_lark("\n".join([*rules.lines, start]))
+        except (ValueError, RecursionError) as error:  # it is nested too deep
+            raise _not_kept_to(error, param) from None
+        wrong = llguidance.LLMatcher.validate_grammar(text, self._tokens)
         if wrong:
             raise _not_kept_to(wrong, param)
-        return Grammar(text, tokens)
+        return Grammar(text, self._tokens)
+
+    def _thought(self, rules: Rules, forms: Forms, thinks: bool) -> str:
+        reasoning = forms.reasoning
+        if reasoning is None:
+            return ""
+        after = f"/[ \\n]{{0,2}}/ {rules.literal(reasoning.resumes) if reasoning.resumes else ''}"
+        rest = f"{rules.text_until(reasoning.closing)} {after}"
+        return rest if thinks else f"({rules.literal(reasoning.opening)} {rest})?"
+
+    def _calls(self, rules: Rules, bounds: Bounds, form: Form) -> str:
+        schemas = [(one.name, _of_arguments(one, bound=bounds.required)) for one in bounds.functions]
+        names = [rules.add(form.syntax.rule(rules, *each)) for each in schemas]
+        call = rules.add(f"({' | '.join(names)}) {self._closing(rules, form)}")
+        opening = "" if form.is_answer else rules.literal(form.opening)
+        begin, end = (rules.literal(mark) if mark else '""' for mark in form.around)
+        if bounds.required or bounds.schema is not None:
+            between = rules.literal(form.between) if form.between else ""
+            more = f"({between} {opening} {call})*" if bounds.several and not bounds.required and opening else ""
+            return f"{begin} {opening} {call} {more} {end}"
+        if form.is_answer:
+            return f"{call} | {rules.add(_other_than(form.opening))}"
+        parts = [r"/(.|\n)+/", *map(rules.literal, form.noise)]
+        text = rules.add(f"({' | '.join(parts)})*") if form.noise else "TEXT"
+        # A model may spell the mark although it has a token for it.
+        spelled = rules.add(f"TEXT {json.dumps(form.opening)}", "[lazy]")
+        begins = rules.add(f"{spelled} | {text} ({begin})? {opening}")
+        rest = f"({end})? {text}"
+        return f"{text} | ({begins} {call})+ {rest}" if bounds.several else f"{begins} {call} ({end})? | {text}"
+
+    def _closing(self, rules: Rules, form: Form) -> str:
+        ids = self._tokenizer(form.closing, add_special_tokens=False).input_ids if form.closing else []
+        return "" if not ids or set(ids) <= set(self._end_tokens) else rules.literal(form.closing)
+
+    def _literal(self, text: str) -> str:
+        """A text as a rule matches it: special tokens are no text to llguidance."""
+        parts = re.split(f"({self._special})", text) if self._special else [text]
+        literals = (
+            json.dumps(part) if number % 2 == 0 else f"<[{self._tokenizer.convert_tokens_to_ids(part)}]>"
+            for number, part in enumerate(parts)
+            if part
+        )
+        return " ".join(literals)
+
+    @cached_property
+    def _special(self) -> str:
+        held = self._tokens
+        added = self._tokenizer.added_tokens_decoder.items()
+        names = (token.content for number, token in added if held.is_special_token(number))
+        return "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
 
     @cached_property
     def _tokens(self) -> llguidance.LLTokenizer:
@@ -107,8 +144,26 @@ def _of_arguments(tool: Function, *, bound: bool) -> dict[str, Any]:
     return schema
 
 
+def _call_as_json(function: Function) -> dict[str, Any]:
+    """The schema of a call that is an object of JSON."""
+    schema = _of_arguments(function, bound=False)
+    if '"$ref"' in json.dumps(schema):
+        wrong = f"with this model, {function.name} cannot refer to definitions where there is a response_format, too"
+        raise ApiError(400, wrong, param="tools")
+    named = {"name": {"const": function.name}, "parameters": schema}
+    return {"type": "object", "properties": named, "required": [*named], "additionalProperties": False}
+
+
 def _not_kept_to(why: object, param: str | None) -> ApiError:
-    return ApiError(400, f"the JSON schema cannot be kept to: {why}: use a simpler one", param=param)
+    # Below the first line it shows the grammar.
+    reason = str(why).partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
+    return ApiError(400, f"the JSON schema cannot be kept to: {reason}: use a simpler one", param=param)
+
+
+def _other_than(opening: str) -> str:
+    """Any text that does not begin so."""
+    begins = (f"{re.escape(opening[:at])}([^{re.escape(opening[at])}](.|\\n)*)?" for at in range(len(opening)))
+    return " | ".join(f"/{each}/" for each in begins)
 
 
 class AllowedTokens:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from contextlib import suppress
+from functools import cached_property, lru_cache
 from inspect import signature
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,8 @@ from jinja2 import TemplateError
 
 from splitnet.checkpoint.chat_template import begin, render, variables_of
 from splitnet.serve.failures import ApiError
-from splitnet.serve.text import CLOSING, INCOMPLETE, OPENING
+from splitnet.serve.forms import FORMS, PLAIN, PROBE_TOOL, Forms, form_in, form_of_marks, probe, reasoning_of, with_ids
+from splitnet.serve.text import INCOMPLETE
 
 KEPT_TEXTS = 2**16  # Of tokens: requests can ask for those of 20 beside each token
 
@@ -23,6 +25,7 @@ SLICE = 2**16
 
 LONGEST_CHARACTER = 16  # Tokens that are looked at together for the characters that they are parts of
 CUT_TOKENS = 128  # A text that is cut may have so many tokens more
+LAST_TOKENS = 8  # Of a prompt, among which are the marks that its answer begins with
 DEFAULT_MAX_TOKENS = 4096  # Of an answer, where neither the request nor the model has a bound
 
 
@@ -39,13 +42,41 @@ class Prompts:
         self.text_of = lru_cache(KEPT_TEXTS)(self._text_of)
         """The text of one token within a text; at the start of one, some tokenizers drop its space."""
         special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        # Calls are found in the text of an answer, also where their tags are special tokens.
-        self._hidden = {
-            number
-            for number, token in tokenizer.added_tokens_decoder.items()
-            if token.special and token.content not in (OPENING, CLOSING)
-        }
         self._special = re.compile("|".join(sorted(special, key=len, reverse=True)) or r"(?!)")
+
+    @cached_property
+    def forms(self) -> Forms:
+        """How the model writes calls and reasoning, as its chat template and its tokens tell."""
+        tokenizer = self._tokenizer
+        if not tokenizer.chat_template:
+            return PLAIN
+        template = tokenizer.get_chat_template(tools=[PROBE_TOOL])
+        tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        reasoning = reasoning_of(tokens, template)
+        for as_text in (False, True):
+            with suppress(ApiError):
+                shown = self._templated(probe(as_text=as_text), [PROBE_TOOL], {}, answer=False)
+                if (form := form_in(shown, self._ends)) is not None:
+                    return Forms(form, reasoning, arguments_as_text=as_text)
+        return Forms(form_of_marks(tokens, template) or FORMS["hermes"], reasoning)
+
+    @cached_property
+    def _ends(self) -> list[str]:
+        ends = self._tokenizer.special_tokens_map.values()
+        return [*filter(None, (end for end in ends if isinstance(end, str))), "<|eot_id|>"]
+
+    @cached_property
+    def _hidden(self) -> set[int]:
+        # What stands between marks is found in the text of an answer, also where these are special tokens.
+        marks, added = self.forms.marks, self._tokenizer.added_tokens_decoder
+        return {number for number, token in added.items() if token.special and token.content not in marks}
+
+    def begun(self, prompt: Sequence[int]) -> str:
+        """The marks of an answer that a prompt ends with."""
+        end, forms = self.decode_all(list(prompt[-LAST_TOKENS:])).rstrip(), self.forms
+        noise = forms.calls.noise if forms.calls is not None else ()
+        marks = [*noise, *([forms.reasoning.opening] if forms.reasoning is not None else ())]
+        return next((mark for mark in marks if end.endswith(mark.rstrip())), "")
 
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer."""
@@ -81,7 +112,7 @@ class Prompts:
         variables = {name: value for given in parameters.values() for name, value in given.items()}
         if variables:
             self._check_variables(parameters, described)
-        said = list(messages)
+        said = with_ids(messages, self.forms)
         self._check_length([message["content"] for message in said])
         text = json.dumps([said, described, variables], ensure_ascii=False)
         self._check_length([text], times=2)  # a template may leave out some of it, and write it shorter
@@ -111,9 +142,9 @@ class Prompts:
         for param, name in ((param, name) for param, given in parameters.items() for name in given if name not in used):
             raise ApiError(400, f"this model's chat template has no place for {name!r}: leave it out", param=param)
 
-    def _templated(self, said: Any, tools: Any, variables: Mapping[str, Any]) -> str:
+    def _templated(self, said: Any, tools: Any, variables: Mapping[str, Any], *, answer: bool = True) -> str:
         try:
-            return render(self._tokenizer, said, answer=True, tools=tools, variables=variables)
+            return render(self._tokenizer, said, answer=answer, tools=tools, variables=variables)
         except TemplateError as error:
             refusal = f"the model's chat template refuses these messages ({error}): change them"
             raise ApiError(400, refusal, param="messages") from None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from splitnet.drafts.drafter import shared
+from splitnet.serve.calls import NoCall, Schema
+from splitnet.serve.forms import Forms
 
 INCOMPLETE = "\ufffd"  # What tokenizers write for the bytes of a character of which some are missing
 _MOST_CONTEXT = 32  # Tokens of a prompt that are looked at for the place where its last text begins
@@ -91,10 +93,6 @@ class StopStrings:
         return held
 
 
-OPENING = "<tool_call>"
-CLOSING = "</tool_call>"
-
-
 @dataclass(frozen=True)
 class ToolCall:
     """A call that the model wants to be made; `arguments` is JSON."""
@@ -104,59 +102,155 @@ class ToolCall:
     id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
 
 
-class ToolCallParser:
-    """Takes tool calls out of a text that comes in pieces. What looks like one and is none stays text."""
+@dataclass
+class Said:
+    """What is new of an answer, and certain."""
 
-    def __init__(self) -> None:
-        self._space = ""  # before what may be a call
-        self._held = ""
-        self._inside = False
-        self._found = False
+    text: str = ""
+    reasoning: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
 
-    def push(self, piece: str) -> tuple[str, list[ToolCall]]:
-        """Takes the next piece; gives the text that is certain, and the calls that are complete."""
+
+class AnswerParser:
+    """Takes reasoning and calls out of an answer that comes in pieces. What looks like a call and is none stays text.
+
+    White space next to marks belongs to them. `begun`: marks that the prompt ends with. Calls that no mark ends are
+    read when the answer has ended. `schemas`: of the arguments of the functions that may be called; None: none may.
+    """
+
+    def __init__(self, forms: Forms, schemas: Mapping[str, Schema] | None = None, begun: str = "") -> None:
+        self._form = forms.calls if schemas is not None else None
+        self._schemas = schemas or {}
+        self._reasoning = forms.reasoning
+        self._noise = forms.calls.noise if forms.calls is not None else ()
+        self._section = tuple(mark.strip() for mark in self._form.around) if self._form is not None else ("", "")
+        self._held = begun
+        self._thinks = False
+        self._strips = False  # white space until there is something else
+        self._has_text = False
+        self._called = self._behind_call = False
+        self._lead: str | None = None  # what begins the call that is read, as it was written
+        self._ignored = 0  # characters of that call whose marks are inside of strings
+
+    def push(self, piece: str) -> Said:
+        """Takes the next piece."""
         self._held += piece
-        text = ""
-        calls: list[ToolCall] = []
-        while True:
-            if not self._inside:
-                before, opening, after = self._held.partition(OPENING)
-                if not opening:
-                    break
-                said = before.rstrip()
-                text += said
-                self._space, self._held, self._inside = before[len(said) :], after, True
-            body, closing, after = self._held.partition(CLOSING)
-            if not closing:
-                return text, calls
-            call = _call_of(body)
-            if call is None:
-                text += self._space + OPENING + body + CLOSING
-            else:
-                calls.append(call)
-                self._found = True
-            self._held, self._inside = after, False
-        # White space is held back, too: before and between calls it is no text of the answer.
-        certain = len(self._held) - held_back(self._held, [OPENING])
-        certain = len(self._held[:certain].rstrip())
-        text += self._held[:certain]
-        self._held = self._held[certain:]
-        return text, calls
+        return self._read(ended=False)
 
-    def rest(self) -> tuple[str, list[ToolCall]]:
+    def rest(self) -> Said:
         """What was held back, once nothing follows; a last call may lack its closing mark."""
-        held, self._held = self._held, ""
-        if self._inside:
-            call = _call_of(held)
-            return ("", [call]) if call is not None else (self._space + OPENING + held, [])
-        return ("" if self._found and not held.strip() else held), []
+        return self._read(ended=True)
 
+    def _read(self, *, ended: bool) -> Said:
+        said = Said()
+        step = True
+        while step:
+            if self._thinks:
+                step = self._think(said, ended)
+            elif self._lead is not None:
+                step = self._call(said, ended)
+            else:
+                step = self._talk(said, ended)
+        return said
 
-def _call_of(body: str) -> ToolCall | None:
-    try:
-        match json.loads(body):
-            case {"name": str(name), **others} if isinstance(arguments := others.get("arguments", {}), dict):
-                return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
-    except (ValueError, RecursionError):
-        pass
-    return None
+    def _stripped(self, text: str) -> str:
+        text = text.lstrip() if self._strips else text
+        self._strips = self._strips and not text
+        return text
+
+    def _tell(self, said: Said, length: int) -> None:
+        """Tells so many characters of what is held as text."""
+        text = self._stripped(self._held[:length])
+        self._has_text |= bool(text.strip())
+        said.text += text
+        self._held = self._held[length:]
+
+    def _think(self, said: Said, ended: bool) -> bool:
+        assert self._reasoning is not None
+        closing = self._reasoning.closing
+        thought, mark, after = self._held.partition(closing)
+        certain = len(thought)
+        if not ended or mark:
+            certain -= 0 if mark else held_back(thought, [closing])
+            certain = len(thought[:certain].rstrip())
+        said.reasoning += self._stripped(thought[:certain])
+        self._held = after if mark else thought[certain:]
+        if mark:
+            self._thinks, self._strips = False, True
+        return bool(mark)
+
+    def _marks(self) -> list[str]:
+        form, reasoning = self._form, self._reasoning
+        marks = [*self._noise, *([reasoning.opening] if reasoning is not None else ())]
+        return marks + list(form.openings if form is not None and not (form.is_answer and self._has_text) else ())
+
+    def _talk(self, said: Said, ended: bool) -> bool:
+        if self._behind_call and self._is_behind_call(ended):
+            return False
+        marks, held = self._marks(), self._held
+        found = min(((at, -len(mark), mark) for mark in marks if (at := held.find(mark)) >= 0), default=None)
+        if found is None:
+            if ended and self._called and not held.strip():
+                self._held = ""
+            self._tell(said, len(self._held) if ended else self._certain(marks))
+            return False
+        at, _, mark = found
+        if not ended and any(len(one) > len(held) - at and one.startswith(held[at:]) for one in marks):
+            return False
+        if mark in self._noise:
+            self._tell(said, at)
+            self._held = self._held[len(mark) :]
+        elif self._form is not None and mark in self._form.openings:
+            if self._form.is_answer and held[:at].strip():
+                self._tell(said, at)  # a text in which something looks like the beginning of an answer
+                return True
+            before = held[:at].rstrip()
+            before = before.removesuffix(self._section[0]).rstrip() if self._section[0] else before
+            self._tell(said, len(before))
+            kept = at - len(before) + (0 if self._form.is_answer else len(mark))
+            self._lead, self._held = self._held[:kept], self._held[kept:]
+        else:
+            self._tell(said, len(held[:at].rstrip()))
+            self._held, self._thinks, self._strips = held[at + len(mark) :], True, True
+        return True
+
+    def _is_behind_call(self, ended: bool) -> bool:
+        """Drops the mark behind all calls; whether there is nothing else yet."""
+        closing, text = self._section[1], self._held.lstrip()
+        if closing and text.startswith(closing):
+            self._held = text[len(closing) :]
+            self._behind_call = False
+        elif ended or not closing or not closing.startswith(text):
+            self._behind_call = False
+        return self._behind_call
+
+    def _certain(self, marks: Sequence[str]) -> int:
+        """How many characters of what is held are text, whatever follows."""
+        if not marks:
+            return len(self._held)
+        held = self._held[: len(self._held) - held_back(self._held, [*marks, self._section[0]])].rstrip()
+        return len(held.removesuffix(self._section[0]).rstrip() if self._section[0] else held)
+
+    def _call(self, said: Said, ended: bool) -> bool:
+        assert self._form is not None and self._lead is not None
+        closing = self._form.closing
+        at = self._held.find(closing, self._ignored) if closing else -1
+        if at < 0 and not ended:
+            return False
+        end = at if at >= 0 else len(self._held)
+        bodies = [self._held[:end]]
+        if not closing and not self._form.is_answer:
+            bodies = bodies[0].split(self._form.opening)
+        try:
+            read = [call for body in bodies for call in self._form.syntax.read(body, self._schemas)]
+            said.calls += [ToolCall(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in read]
+            self._held = self._held[end + len(closing) :]
+            self._called = self._behind_call = True
+        except NoCall as none:
+            if none.goes_on and at >= 0:
+                self._ignored = at + len(closing)
+                return True
+            said.text += self._lead
+            self._has_text = True
+        self._lead, self._ignored = None, 0
+        return True

@@ -222,8 +222,6 @@ class ChatRequest(SamplingRequest):
     def _fits_together(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: set logprobs to true")
-        if self.tools and self.schema_of_answer is not None:
-            raise ValueError("an answer cannot both be JSON and call tools: leave out tools or response_format")
         if self.tool_choice not in (None, "none", "auto") and not self.tools_to_call:
             raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
         if self.stop_strings and self.tools_to_call:

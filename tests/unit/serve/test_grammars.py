@@ -13,10 +13,12 @@ from tokenizers import AddedToken
 import splitnet
 from splitnet.serve.apis.openai_requests import FunctionDefinition
 from splitnet.serve.failures import ApiError
-from splitnet.serve.grammars import AllowedTokens, Grammar, Grammars
+from splitnet.serve.forms import FORMS
+from splitnet.serve.grammars import AllowedTokens, Bounds, Grammar, Grammars
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.sampling import Sampling, TokenChooser
-from splitnet.serve.text import CLOSING, OPENING
+
+HERMES = FORMS["hermes"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def possible(allowed: AllowedTokens, answer: list[int]) -> set[int]:
 
 
 def test_answers_may_be_looked_at_in_any_order(grammars: Grammars, tokenizer: Any) -> None:
-    allowed = AllowedTokens(grammars.of_schema({"enum": ["red", "rose", "blue"]}))
+    allowed = AllowedTokens(grammars.of_answer(Bounds(schema={"enum": ["red", "rose", "blue"]})))
     red, blue = (tokenizer(text).input_ids for text in ('"red"', '"blue"'))
     for answer in (red, blue):
         assert all(token in possible(allowed, answer[:length]) for length, token in enumerate(answer))
@@ -46,7 +48,7 @@ def test_answers_may_be_looked_at_in_any_order(grammars: Grammars, tokenizer: An
 
 
 def test_a_choice_is_one_that_is_possible(grammars: Grammars, tokenizer: Any) -> None:
-    allowed = AllowedTokens(grammars.of_schema({"const": 7}))
+    allowed = AllowedTokens(grammars.of_answer(Bounds(schema={"const": 7})))
     scores = torch.randn(1, 49152, generator=torch.Generator().manual_seed(0))
     before = scores.clone()
     chooser = TokenChooser(Sampling(1.0, 1.0, seed=1), 1, begins=3, allowed=[allowed])
@@ -60,7 +62,7 @@ def test_a_choice_is_one_that_is_possible(grammars: Grammars, tokenizer: Any) ->
 @pytest.mark.parametrize("schema", [{"type": "rope"}, {"$ref": "#/none"}, {"minimum": "a"}])
 def test_schemas_that_cannot_be_kept_to(grammars: Grammars, schema: dict[str, Any]) -> None:
     with pytest.raises(ApiError, match="cannot be kept to"):
-        grammars.of_schema(schema)
+        grammars.of_answer(Bounds(schema=schema))
 
 
 TOWN = {"properties": {"name": {"enum": ["Paris", "Rome"]}}, "required": ["name"], "type": "object"}
@@ -83,9 +85,9 @@ def tags(request: pytest.FixtureRequest, demo_checkpoint: Path) -> tuple[Grammar
     """A tokenizer that has tokens for the tags of calls, as those of Qwen and Hermes, which may be special, or none."""
     tokenizer = splitnet.AutoTokenizer.from_pretrained(demo_checkpoint)
     if request.param is not None:
-        added = [AddedToken(tag, special=request.param, normalized=False) for tag in (OPENING, CLOSING)]
+        added = [AddedToken(tag, special=request.param, normalized=False) for tag in (HERMES.opening, HERMES.closing)]
         tokenizer.add_tokens(added, special_tokens=request.param)
-        assert len(tokenizer(OPENING).input_ids) == 1
+        assert len(tokenizer(HERMES.opening).input_ids) == 1
     return Grammars(tokenizer, 49154, {2}), tokenizer
 
 
@@ -114,7 +116,7 @@ def test_references_in_parameters_are_to_places_in_themselves(
     tags: tuple[Grammars, Any], name: str, arguments: Any, fits: bool
 ) -> None:
     grammars, tokenizer = tags
-    grammar = grammars.of_calls(tools(trip=TRIP, chain=LIST, any=TRIP, none=None), required=True)
+    grammar = grammars.of_answer(Bounds(tools(trip=TRIP, chain=LIST, any=TRIP, none=None), required=True))
     assert is_kept_to(grammar, tokenizer, call(name, arguments)) == fits
 
 
@@ -140,7 +142,7 @@ def test_calls_that_a_model_may_make_are_bound_as_far_as_they_are_asked_to_be(
 ) -> None:
     grammars, tokenizer = tags
     for allowed, fits in ((False, one), (True, several)):
-        grammar = grammars.of_calls(tools(trip=TRIP, any=TRIP), required=False, several=allowed)
+        grammar = grammars.of_answer(Bounds(tools(trip=TRIP, any=TRIP), several=allowed))
         assert is_kept_to(grammar, tokenizer, text) == fits
 
 
@@ -148,17 +150,17 @@ def test_a_tag_that_is_spelled_begins_a_call_where_there_is_a_token_for_it(tags:
     grammars, tokenizer = tags
     spelled = [
         number
-        for part in ("<", "tool_call", ">", ROME.removeprefix(OPENING))
+        for part in ("<", "tool_call", ">", ROME.removeprefix(HERMES.opening))
         for number in tokenizer(part, add_special_tokens=False).input_ids
     ]
     assert tokenizer.decode(spelled) == ROME
-    allowed = AllowedTokens(grammars.of_calls(tools(trip=TRIP), required=False))
+    allowed = AllowedTokens(grammars.of_answer(Bounds(tools(trip=TRIP), several=False)))
     assert all(token in possible(allowed, spelled[:length]) for length, token in enumerate([*spelled, 2]))
 
 
 def test_a_token_that_no_answer_has_does_not_end_it_in_silence(tags: tuple[Grammars, Any]) -> None:
     grammars, tokenizer = tags
-    allowed = AllowedTokens(grammars.of_calls(tools(trip=TRIP), required=True))
+    allowed = AllowedTokens(grammars.of_answer(Bounds(tools(trip=TRIP), required=True)))
     with pytest.raises(RuntimeError, match="none of the grammar"):
         possible(allowed, tokenizer("x").input_ids)
 
@@ -171,9 +173,9 @@ def test_calls_are_found_where_their_tags_are_special_tokens(tags: tuple[Grammar
 
 def test_arguments_are_an_object(grammars: Grammars) -> None:
     with pytest.raises(ApiError, match="the arguments of f are an object"):
-        grammars.of_calls(tools(f={"type": "integer"}), required=True)
+        grammars.of_answer(Bounds(tools(f={"type": "integer"}), required=True))
 
 
 def test_a_tokenizer_that_does_not_fit() -> None:
     with pytest.raises(ApiError, match="ask for text"):
-        Grammars(object(), 10, {2}).of_schema({"type": "object"})
+        Grammars(object(), 10, {2}).of_answer(Bounds(schema={"type": "object"}))

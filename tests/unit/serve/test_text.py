@@ -14,11 +14,12 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from splitnet.serve.apis.openai import DONE
+from splitnet.serve.forms import FORMS, Forms
 from splitnet.serve.generation import Choice
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import framed
 from splitnet.serve.sampling import ScoredToken
-from splitnet.serve.text import Detokenizer, StopStrings, ToolCallParser
+from splitnet.serve.text import AnswerParser, Detokenizer, StopStrings
 
 WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 CLOCK = '<tool_call>{"name": "clock"}</tool_call>'
@@ -187,10 +188,10 @@ def test_an_answer_ends_at_its_length_with_what_was_held_back() -> None:
 
 
 def calls_in(pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
-    parser = ToolCallParser()
+    parser = AnswerParser(Forms(FORMS["hermes"]), {})
     told = [parser.push(piece) for piece in pieces] + [parser.rest()]
-    calls = [(call.name, json.loads(call.arguments)) for _, calls in told for call in calls]
-    return "".join(text for text, _ in told), calls
+    calls = [(call.name, json.loads(call.arguments)) for said in told for call in said.calls]
+    return "".join(said.text for said in told), calls
 
 
 @pytest.mark.parametrize(
@@ -216,8 +217,8 @@ def test_calls_of_tools(text: str, said: str, calls: list[Any], places: list[int
 
 
 def test_calls_have_ids_of_their_own() -> None:
-    _, calls = ToolCallParser().push(CLOCK + CLOCK)
-    assert len({call.id for call in calls}) == 2
+    said = AnswerParser(Forms(FORMS["hermes"]), {}).push(CLOCK + CLOCK)
+    assert len({call.id for call in said.calls}) == 2
 
 
 @given(st.text())

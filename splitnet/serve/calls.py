@@ -1,0 +1,425 @@
+"""How models write calls of functions: each syntax is read, written, and bound by a grammar."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+ONE_LINE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How JSON is written: where white space is free, small models write nothing else until their context is full."""
+
+_ANY = r"(.|\n)*"
+
+Schema = Mapping[str, Any]
+Read = list[tuple[str, dict[str, Any]]]  # names and arguments
+
+
+class NoCall(Exception):
+    """A text is no call; `goes_on`: the mark behind it is inside of a string, and not its end."""
+
+    def __init__(self, goes_on: bool = False) -> None:
+        super().__init__()
+        self.goes_on = goes_on
+
+
+class Rules:
+    """Collects rules of llguidance's Lark; `literal` writes a text as they match it."""
+
+    def __init__(self, literal: Callable[[str], str]) -> None:
+        self.literal = literal
+        self.lines = [r"TEXT: /(.|\n)*/"]
+
+    def add(self, expression: str, attributes: str = "") -> str:
+        name = f"rule_{len(self.lines)}"
+        self.lines.append(f"{name}{attributes}: {expression}")
+        return name
+
+    def json(self, schema: Schema) -> str:
+        return f"%json {json.dumps({**schema, 'x-guidance': ONE_LINE})}"
+
+    def text_until(self, end: str) -> str:
+        """Any text up to the first `end`, and that."""
+        literal = self.literal(end)
+        return self.add(f"TEXT {literal}", "[lazy]") if literal == json.dumps(end) else self.add(f"TEXT {literal}")
+
+    def some_of(self, items: Sequence[tuple[str, bool]], separator: str) -> str:
+        """Items in their order, of which those that are not required may be left out, with `separator` between."""
+        first = after = self.add('""')
+        for item, required in reversed(items):
+            tail, head = f"{separator} {item} {after}", f"{item} {after}"
+            first = self.add(head if required else f"{head} | {first}")
+            after = self.add(tail if required else f"{tail} | {after}")
+        return first
+
+
+def kinds_of(schema: Schema) -> set[str]:
+    """The JSON types that a schema names; none: it may be any."""
+    given = schema.get("type")
+    kinds: set[str] = {given} if isinstance(given, str) else set(given or ())
+    for choice in [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]:
+        kinds |= kinds_of(choice) if isinstance(choice, Mapping) else set()
+    for value in schema.get("enum") or ([schema["const"]] if "const" in schema else []):
+        kinds.add("string" if isinstance(value, str) else "other")
+    return kinds
+
+
+def properties_of(schema: Schema) -> list[tuple[str, Schema, bool]]:
+    """Names, schemas and whether they are required; each schema stands alone, with what it refers to."""
+    required = schema.get("required") or ()
+    shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    given = (schema.get("properties") or {}).items()
+    return [(name, {**shared, **each} if isinstance(each, Mapping) else {}, name in required) for name, each in given]
+
+
+def is_text(schema: Schema) -> bool:
+    return "string" in kinds_of(schema)
+
+
+class Syntax(Protocol):
+    """What stands between the mark that begins a call and the one that ends it; `pattern`: of a mark in it."""
+
+    @property
+    def pattern(self) -> str: ...
+
+    def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
+        """The calls in a text; `schemas`: of the arguments of known functions. Raises NoCall."""
+        ...
+
+    def write(self, name: str, arguments: Mapping[str, Any]) -> str: ...
+
+    def rule(self, rules: Rules, name: str, schema: Schema) -> str:
+        """What matches a call of the function whose arguments fit `schema`."""
+        ...
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise NoCall(goes_on=error.msg.startswith("Unterminated string")) from None
+    except (ValueError, RecursionError):
+        raise NoCall from None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    given = _loads(value) if isinstance(value, str) else value
+    if not isinstance(given, dict):
+        raise NoCall
+    return given
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class JsonCalls:
+    """Objects with a name and arguments: one, a list, or several in a row."""
+
+    before: str = "\n"
+    after: str = "\n"
+    arguments: str = "arguments"
+
+    @property
+    def pattern(self) -> str:
+        return ""
+
+    def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
+        text = body.strip()
+        if text.startswith("{"):
+            text = "[" + re.sub(r"\}\s*;?\s*\{\s*(?=\"(?:name|type)\")", "}, {", text) + "]"
+        calls: Read = []
+        found = _loads(text)
+        for each in found if isinstance(found, list) else [found]:
+            if not isinstance(each, dict) or not isinstance(each.get("name"), str):
+                raise NoCall
+            arguments = next((each[key] for key in ("arguments", "parameters") if key in each), {})
+            calls.append((each["name"], _object(arguments)))
+        if not calls:
+            raise NoCall
+        return calls
+
+    def write(self, name: str, arguments: Mapping[str, Any]) -> str:
+        return f'{self.before}{{"name": "{name}", "{self.arguments}": {_dumped(arguments)}}}{self.after}'
+
+    def rule(self, rules: Rules, name: str, schema: Schema) -> str:
+        begins = rules.literal(f'{self.before}{{"name": "{name}", "{self.arguments}": ')
+        return f"{begins} {rules.json(schema)} {rules.literal('}' + self.after)}"
+
+
+@dataclass(frozen=True)
+class NamedJson:
+    """A name, a separator, and the arguments as JSON; `also`: how the separator may look, too (a pattern)."""
+
+    separator: str
+    after: str = ""
+    also: str = ""
+
+    @property
+    def pattern(self) -> str:
+        return self.also or re.escape(self.separator.strip())
+
+    def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
+        found = re.match(rf"\s*([\w.-]+)\s*(?:{self.pattern})(.*)$", body, re.DOTALL)
+        if found is None:
+            raise NoCall
+        return [(found[1], _object(found[2].strip().removesuffix(self.after.strip())))]
+
+    def write(self, name: str, arguments: Mapping[str, Any]) -> str:
+        return f"{name}{self.separator}{_dumped(arguments)}{self.after}"
+
+    def rule(self, rules: Rules, name: str, schema: Schema) -> str:
+        after = rules.literal(self.after) if self.after else ""
+        return f"{rules.literal(name + self.separator)} {rules.json(schema)} {after}"
+
+
+def _loose(piece: str) -> str:
+    """A pattern of a piece that may have other white space around it."""
+    return r"\s*" + re.escape(piece.strip()) + r"\s*" if piece.strip() else r"\s*"
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """Each argument between tags of its own: strings as they are, all others as JSON."""
+
+    after_name: str
+    before_key: str
+    after_key: str
+    after_value: str
+    before_name: str = ""
+    last: str = ""
+    before_json: str = ""  # where values that are no strings are told apart by what is between the key and them
+
+    def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
+        head = re.match(rf"{_loose(self.before_name)}([^\s<>\"]+){_loose(self.after_name)}", body)
+        if head is None:
+            raise NoCall
+        arguments: dict[str, Any] = {}
+        known = {name: schema for name, schema, _ in properties_of(schemas.get(head[1], {}))}
+        key, end, last = (re.escape(piece.strip()) for piece in (self.before_key, self.after_value, self.last))
+        texts, others = (re.escape(self._after_key(is_json).strip()) for is_json in (False, True))
+        one = re.compile(
+            rf"\s*{key}(?P<key>[^<>\"]*?)(?:(?P<text>{texts})|{others})(?P<value>.*?){end}(?=\s*(?:{key}|{last}\s*$))",
+            re.DOTALL,
+        )
+        at = head.end()
+        while found := one.match(body, at):
+            value, at = found["value"], found.end()
+            # One line break on each side belongs to the tags, where they have one.
+            value = value.removeprefix("\n") if self.after_key.endswith("\n") else value
+            value = value.removesuffix("\n") if self.after_value.startswith("\n") else value
+            told = found["text"] is not None if texts != others else None
+            arguments[found["key"]] = _typed(value, known.get(found["key"]), told)
+        if body[at:].strip() != self.last.strip():
+            raise NoCall(goes_on=self.before_key.strip() in body[at:])
+        return [(head[1], arguments)]
+
+    @property
+    def pattern(self) -> str:
+        return re.escape(self.before_key)
+
+    def _after_key(self, is_json: bool) -> str:
+        return self.before_json if is_json and self.before_json else self.after_key
+
+    def write(self, name: str, arguments: Mapping[str, Any]) -> str:
+        return (
+            f"{self.before_name}{name}{self.after_name}"
+            + "".join(
+                f"{self.before_key}{key}{self._after_key(not isinstance(value, str))}"
+                f"{value if isinstance(value, str) else _dumped(value)}{self.after_value}"
+                for key, value in arguments.items()
+            )
+            + self.last
+        )
+
+    def rule(self, rules: Rules, name: str, schema: Schema) -> str:
+        literal, items = rules.literal, list[tuple[str, bool]]()
+        for key, each, required in properties_of(schema):
+            begins = literal(f"{self.before_key}{key}{self._after_key(not is_text(each))}")
+            if is_text(each):
+                item = f"{begins} {_raw_text(rules, each, self.after_value)}"
+            else:
+                item = f"{begins} {rules.json(each)} {literal(self.after_value)}"
+            items.append((rules.add(item), required))
+        if not schema.get("properties"):
+            names = f"{literal(self.before_key)} /[a-zA-Z0-9_-]+/ {literal(self.after_key)}"
+            items.append((rules.add(f"({names} {rules.text_until(self.after_value)})*"), True))
+        begins = literal(self.before_name + name + self.after_name)
+        return f"{begins} {rules.some_of(items, '')} {literal(self.last) if self.last else ''}"
+
+
+def _typed(value: str, schema: Schema | None, is_string: bool | None) -> Any:
+    """The value of an argument; `is_string`: whether its tag says so."""
+    if is_string or (is_string is None and schema is not None and is_text(schema)):
+        may_be_null = schema is not None and "null" in kinds_of(schema)
+        return None if value == "null" and may_be_null and not is_string else value
+    with suppress(ValueError, RecursionError):
+        return json.loads(value)
+    return {"True": True, "False": False, "None": None}.get(value, value)
+
+
+def _raw_text(rules: Rules, schema: Schema, end: str) -> str:
+    """A string that is written as it is, and `end` behind it."""
+    choices = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+    if choices:
+        texts = (each if isinstance(each, str) else _dumped(each) for each in choices)
+        return f"({' | '.join(map(rules.literal, texts))}) {rules.literal(end)}"
+    if "pattern" in schema:
+        given = str(schema["pattern"])
+        before, after = "" if given.startswith("^") else _ANY, "" if given.endswith("$") else _ANY
+        pattern = before + given.removeprefix("^").removesuffix("$") + after
+    elif "minLength" in schema or "maxLength" in schema:
+        pattern = rf"(.|\n){{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"
+    else:
+        return rules.text_until(end)
+    escaped = pattern.replace("/", "\\/")
+    return f"/{escaped}/ {rules.literal(end)}"
+
+
+@dataclass(frozen=True)
+class Python:
+    """A list of calls as Python has them, with keywords."""
+
+    @property
+    def pattern(self) -> str:
+        return ""
+
+    def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
+        names = {"true": True, "false": False, "null": None}
+
+        def value_of(node: ast.expr) -> Any:
+            match node:
+                case ast.Name(id=name) if name in names:
+                    return names[name]
+                case ast.List(elts=items):
+                    return [value_of(item) for item in items]
+                case ast.Dict(keys=keys, values=values):
+                    return {value_of(key): value_of(value) for key, value in zip(keys, values, strict=True) if key}
+                case _:
+                    return ast.literal_eval(node)
+
+        try:
+            parsed = ast.parse(body.strip(), mode="eval").body
+            calls = parsed.elts if isinstance(parsed, ast.List) else [parsed]
+            read: Read = []
+            for call in calls:
+                if not isinstance(call, ast.Call) or call.args:
+                    raise NoCall
+                read.append((ast.unparse(call.func), {each.arg or "": value_of(each.value) for each in call.keywords}))
+        except SyntaxError as error:
+            raise NoCall(goes_on="unterminated" in str(error)) from None
+        except (ValueError, TypeError, RecursionError, MemoryError):
+            raise NoCall from None
+        return read
+
+    def write(self, name: str, arguments: Mapping[str, Any]) -> str:
+        plain = {True: "True", False: "False", None: "None"}
+        texts = (
+            plain[value] if value is None or value in (True, False) else _dumped(value) for value in arguments.values()
+        )
+        return f"[{name}({', '.join(map('='.join, zip(arguments, texts, strict=True)))})]"
+
+    def rule(self, rules: Rules, name: str, schema: Schema) -> str:
+        items: list[tuple[str, bool]] = []
+        for key, each, required in properties_of(schema):
+            value = '("True" | "False")' if kinds_of(each) == {"boolean"} else rules.json(each)
+            items.append((rules.add(f"{rules.literal(key + '=')} {value}"), required))
+        return f"{rules.literal(f'[{name}(')} {rules.some_of(items, rules.literal(', '))} {rules.literal(')]')}"
+
+
+QUOTE = '<|"|>'
+
+
+@dataclass(frozen=True)
+class Gemma:
+    """A name and an object whose keys are bare, and whose strings stand between tokens."""
+
+    @property
+    def pattern(self) -> str:
+        return ""
+
+    def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
+        found = re.match(r"\s*([\w.-]+)\s*(\{.*)$", body, re.DOTALL)
+        if found is None:
+            raise NoCall
+        parts = found[2].split(QUOTE)
+        if len(parts) % 2 == 0:
+            raise NoCall(goes_on=True)
+        # Every other part is a string; what is between them has the keys.
+        parts[1::2] = map(json.dumps, parts[1::2])
+        parts[::2] = (re.sub(r"([{,]\s*)([^{}\[\],:\"\s]+)\s*:", r'\1"\2":', part) for part in parts[::2])
+        return [(found[1], _object("".join(parts)))]
+
+    def write(self, name: str, arguments: Mapping[str, Any]) -> str:
+        return f"{name}{self._value(arguments)}"
+
+    def _value(self, value: Any) -> str:
+        if isinstance(value, str):
+            return f"{QUOTE}{value}{QUOTE}"
+        if isinstance(value, Mapping):
+            return "{" + ",".join(f"{key}:{self._value(each)}" for key, each in value.items()) + "}"
+        if isinstance(value, list | tuple):
+            return f"[{','.join(map(self._value, value))}]"
+        return _dumped(value)
+
+    def rule(self, rules: Rules, name: str, schema: Schema) -> str:
+        return f"{rules.literal(name)} {self._bound(rules, schema, schema, {})}"
+
+    def _bound(self, rules: Rules, schema: Schema, root: Schema, known: dict[str, str]) -> str:
+        if isinstance(reference := schema.get("$ref"), str):
+            if reference not in known:
+                known[reference] = name = rules.add("")
+                at = len(rules.lines) - 1
+                rules.lines[at] = f"{name}: {self._bound(rules, _found(root, reference), root, known)}"
+            return known[reference]
+        literal, kinds = rules.literal, kinds_of(schema)
+        choices = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+        if choices:
+            return f"({' | '.join(literal(self._value(each)) for each in choices)})"
+        if several := schema.get("anyOf") or schema.get("oneOf"):
+            return f"({' | '.join(self._bound(rules, each, root, known) for each in several)})"
+        if len(kinds) > 1:
+            return (
+                f"({' | '.join(self._bound(rules, {**schema, 'type': kind}, root, known) for kind in sorted(kinds))})"
+            )
+        if kinds == {"string"}:
+            return f"{literal(QUOTE)} {_raw_text(rules, schema, QUOTE)}"
+        if kinds == {"array"}:
+            item = rules.add(self._bound(rules, schema.get("items") or {}, root, known))
+            return f'"[" ({item} ("," {item})*)? "]"'
+        if kinds == {"object"} and schema.get("properties"):
+            items = [
+                (rules.add(f"{literal(key + ':')} {self._bound(rules, each, root, known)}"), required)
+                for key, each, required in properties_of(schema)
+            ]
+            return f'"{{" {rules.some_of(items, json.dumps(","))} "}}"'
+        if kinds and kinds != {"object"}:
+            return rules.json(schema)
+        return self._any(rules, known, object_only=bool(kinds))
+
+    def _any(self, rules: Rules, known: dict[str, str], *, object_only: bool) -> str:
+        if "any" not in known:
+            known["any"], known["object"] = rules.add(""), rules.add("")
+            at = len(rules.lines) - 1
+            each, text = known["any"], f"{rules.literal(QUOTE)} {rules.text_until(QUOTE)}"
+            key = f'/[a-zA-Z0-9_-]+/ ":" {each}'
+            plain = rules.json({"type": ["number", "boolean", "null"]})
+            rules.lines[at - 1] = f'{each}: {text} | {plain} | {known["object"]} | "[" ({each} ("," {each})*)? "]"'
+            rules.lines[at] = f'{known["object"]}: "{{" ({key} ("," {key})*)? "}}"'
+        return known["object" if object_only else "any"]
+
+
+def _found(root: Schema, reference: str) -> Schema:
+    place: Any = root
+    for part in reference.removeprefix("#").strip("/").split("/") if reference not in ("#", "#/") else ():
+        place = place.get(part.replace("~1", "/").replace("~0", "~"), {}) if isinstance(place, Mapping) else {}
+    return place
+
+
+def alternatives(rules: Rules, expressions: Iterable[str]) -> str:
+    return f"({' | '.join(rules.add(expression) for expression in expressions)})"

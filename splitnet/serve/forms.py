@@ -1,0 +1,246 @@
+"""The forms in which models write calls and reasoning, in one table; a model's chat template tells which one is its."""
+
+# ruff: noqa: RUF001 (marks have such characters)
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from splitnet.serve.calls import Gemma, JsonCalls, NamedJson, NoCall, Python, Syntax, Tagged
+
+
+@dataclass(frozen=True)
+class Form:
+    """How calls are written: a mark, the call, and a mark behind it."""
+
+    opening: str
+    closing: str  # empty: the end of the answer
+    syntax: Syntax
+    also: tuple[str, ...] = ()  # other marks that begin a call
+    around: tuple[str, str] = ("", "")  # of all calls of an answer together
+    between: str = ""  # of two calls
+    noise: tuple[str, ...] = ()  # marks of a message that are no text
+    lead: str = ""  # the mark before a text that is neither reasoning nor a call
+    # a call begins the answer, and what it begins with is a part of it
+    is_answer: bool = False
+    ids: str = ""  # of calls in a history; "nine": so many letters and digits, "numbered": functions.NAME:NUMBER
+
+    @property
+    def openings(self) -> tuple[str, ...]:
+        return (self.opening, *self.also)
+
+    def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+        """Calls as the model writes them."""
+        texts = [self.syntax.write(name, arguments) + self.closing for name, arguments in calls]
+        opening = "" if self.is_answer else self.opening
+        return self.around[0] + self.between.join(opening + text for text in texts) + self.around[1]
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """The marks around what a model thinks before it answers; `resumes`: what begins the rest of the answer."""
+
+    opening: str
+    closing: str
+    resumes: str = ""
+
+
+_TOOL_CALL = "<tool_call>", "</tool_call>"
+_DSML = Tagged(
+    '">\n',
+    '<｜DSML｜parameter name="',
+    '" string="true">',
+    "</｜DSML｜parameter>\n",
+    before_json='" string="false">',
+)
+_DSML_MARKS = '<｜DSML｜invoke name="', "</｜DSML｜invoke>"
+_DEEPSEEK: Any = {"around": ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")}
+_MINIMAX = Tagged('">\n', '<parameter name="', '">', "</parameter>\n")
+_HARMONY = r"(?:<\|channel\|>\w+)?\s*(?:<\|constrain\|>)?\s*\w*\s*<\|message\|>"
+
+FORMS = {
+    "hermes": Form(*_TOOL_CALL, JsonCalls(), between="\n"),
+    "qwen-coder": Form(
+        *_TOOL_CALL,
+        Tagged(">\n", "<parameter=", ">\n", "\n</parameter>\n", "\n<function=", "</function>\n"),
+        between="\n",
+    ),
+    "glm-4.5": Form(
+        *_TOOL_CALL,
+        Tagged("\n", "<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n"),
+        between="\n",
+    ),
+    "glm-4.7": Form(*_TOOL_CALL, Tagged("", "<arg_key>", "</arg_key><arg_value>", "</arg_value>")),
+    "minimax": Form(
+        '<invoke name="',
+        "</invoke>",
+        _MINIMAX,
+        around=("<minimax:tool_call>\n", "\n</minimax:tool_call>"),
+        between="\n",
+    ),
+    "deepseek-v3": Form(
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜>",
+        NamedJson("\n```json\n", "\n```", r"\s*```(?:json)?\s*"),
+        between="\n",
+        **_DEEPSEEK,
+    ),
+    "deepseek-v3.1": Form("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", NamedJson("<｜tool▁sep｜>"), **_DEEPSEEK),
+    "deepseek-v3.2": Form(
+        *_DSML_MARKS, _DSML, around=("<｜DSML｜function_calls>\n", "\n</｜DSML｜function_calls>"), between="\n"
+    ),
+    "deepseek-v4": Form(
+        *_DSML_MARKS, _DSML, around=("<｜DSML｜tool_calls>\n", "\n</｜DSML｜tool_calls>"), between="\n"
+    ),
+    "kimi": Form(
+        "<|tool_call_begin|>functions.",
+        "<|tool_call_end|>",
+        NamedJson(":0<|tool_call_argument_begin|>", also=r"(?::\d+)?\s*<\|tool_call_argument_begin\|>"),
+        also=("<|tool_call_begin|>",),
+        around=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+        ids="numbered",
+    ),
+    "harmony": Form(
+        "<|channel|>commentary to=functions.",
+        "<|call|>",
+        NamedJson(" <|constrain|>json<|message|>", also=_HARMONY),
+        also=("<|start|>assistant to=functions.", "<|channel|>analysis to=functions."),
+        noise=("<|start|>assistant", "<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|end|>"),
+        lead="<|channel|>final<|message|>",
+        between="<|start|>assistant",
+    ),
+    "gemma-4": Form("<|tool_call>call:", "<tool_call|>", Gemma()),
+    "lfm2": Form("<|tool_call_start|>", "<|tool_call_end|>", Python()),
+    "nemotron": Form("<TOOLCALL>", "</TOOLCALL>", JsonCalls("[", "]")),
+    "mistral": Form("[TOOL_CALLS]", "", JsonCalls("[", "]"), ids="nine"),
+    "mistral-named": Form("[TOOL_CALLS]", "", NamedJson("[ARGS]", also=r"(?:\[CALL_ID\]\w*)?\[ARGS\]"), ids="nine"),
+    "llama": Form(
+        '{"name"', "", JsonCalls("", "", "parameters"), also=('{"type": "function"', "<|python_tag|>"), is_answer=True
+    ),
+}
+
+REASONING = (
+    Reasoning("<|channel|>analysis<|message|>", "<|end|>", "<|start|>assistant"),
+    Reasoning("<|channel>thought\n", "<channel|>"),
+    Reasoning("[THINK]", "[/THINK]"),
+    Reasoning("<seed:think>", "</seed:think>"),
+    Reasoning("<think>", "</think>"),
+)
+
+
+@dataclass(frozen=True)
+class Forms:
+    """What a model writes besides text; calls None: it cannot be told how it calls functions."""
+
+    calls: Form | None = None
+    reasoning: Reasoning | None = None
+    arguments_as_text: bool = False  # in a history, for the chat template
+
+    @property
+    def marks(self) -> str:
+        """All marks, for what special tokens are a part of them."""
+        calls, reasoning = self.calls, self.reasoning
+        of_calls = (*calls.openings, calls.closing, *calls.around, *calls.noise) if calls is not None else ()
+        of_reasoning = (reasoning.opening, reasoning.closing) if reasoning is not None else ()
+        written = calls.write([("f", {"a": "b"})]) if calls is not None else ""
+        return "\0".join((*of_calls, *of_reasoning, written))
+
+
+PLAIN = Forms()
+
+PROBE = "probe_call", {"text": "probe value", "count": 7}
+PROBE_SCHEMA: Any = {
+    "type": "object",
+    "properties": {"text": {"type": "string"}, "count": {"type": "integer"}},
+    "required": ["text", "count"],
+}
+PROBE_TOOL: Any = {
+    "type": "function",
+    "function": {"name": PROBE[0], "description": "A probe.", "parameters": PROBE_SCHEMA},
+}
+_PROBE_ID = "abcdefghi"  # which is one of Mistral's
+
+
+def probe(*, as_text: bool) -> list[dict[str, Any]]:
+    """Messages in which a function is called, for a chat template to show how."""
+    arguments = json.dumps(PROBE[1]) if as_text else PROBE[1]
+    call = {"id": _PROBE_ID, "type": "function", "function": {"name": PROBE[0], "arguments": arguments}}
+    return [{"role": "user", "content": "Call it."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def form_in(rendered: str, ends: Collection[str] = ()) -> Form | None:
+    """The form in which a rendered conversation has the call of `PROBE`, read back; `ends`: what messages end with."""
+    rendered = rendered[: rendered.rfind(PROBE[0]) + 1000]
+    readable: list[Form] = []
+    for form in FORMS.values():
+        if form.write([PROBE]) in rendered:
+            return form
+        for opening in form.openings:
+            begin = rendered.rfind(opening, 0, rendered.rfind(PROBE[0]))
+            body = rendered[begin if form.is_answer else begin + len(opening) :]
+            for end in (form.closing, *ends):
+                body = body.partition(end)[0] if end else body
+            with suppress(NoCall):
+                if begin >= 0 and form.syntax.read(body, {PROBE[0]: PROBE_SCHEMA}) == [PROBE]:
+                    readable.append(form)
+    return next(iter(readable), None)
+
+
+def form_of_marks(tokens: Collection[str], template: str) -> Form | None:
+    """The form that special tokens or the text of a chat template point to, where it shows no calls."""
+    known = template + "\0".join(tokens)
+    # Of two with the same marks the later one has more of them.
+    for form in reversed(FORMS.values()):
+        begins = not form.is_answer and any(mark in known for mark in form.openings)
+        if begins and re.search(form.syntax.pattern, known) and form.around[0].strip() in known:
+            return form
+    return None
+
+
+def reasoning_of(tokens: Collection[str], template: str) -> Reasoning | None:
+    return next((each for each in REASONING if each.opening.strip() in template or each.opening in tokens), None)
+
+
+def with_ids(messages: Sequence[dict[str, Any]], forms: Forms) -> list[dict[str, Any]]:
+    """A history as the chat template of a model takes it: ids of calls, arguments, names of tools, reasoning."""
+    names: dict[str, str] = {}
+    ids: dict[str, str] = {}
+    said: list[dict[str, Any]] = []
+    for message in messages:
+        message = dict(message)
+        if (reasoning := message.get("reasoning_content")) and not (
+            message.get("content") and message.get("tool_calls")
+        ):
+            message["thinking"] = reasoning  # as gpt-oss has it
+        if message.get("tool_calls"):
+            calls: list[dict[str, Any]] = []
+            for call in message["tool_calls"]:
+                function = call["function"]
+                names[call["id"]] = function["name"]
+                ids[call["id"]] = _id_for(call["id"], function["name"], len(ids), forms.calls)
+                if forms.arguments_as_text:
+                    function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+                calls.append(call | {"id": ids[call["id"]], "function": function})
+            message["tool_calls"] = calls
+        if message["role"] == "tool":
+            given = message.get("tool_call_id", "")
+            message["tool_call_id"] = ids.get(given) or _id_for(given, "", len(ids), forms.calls)
+            if given in names:
+                message.setdefault("name", names[given])
+        said.append(message)
+    return said
+
+
+def _id_for(given: str, name: str, number: int, form: Form | None) -> str:
+    kind = form.ids if form is not None else ""
+    if kind == "numbered":
+        return f"functions.{name}:{number}" if name else given
+    if kind == "nine" and not (len(given) == 9 and given.isalnum()):
+        return hashlib.sha256(given.encode()).hexdigest()[:9]
+    return given

@@ -1,0 +1,310 @@
+"""Calls and reasoning in the form of every family: found by the chat template, read however they are cut, and bound."""
+
+# ruff: noqa: RUF001 (marks have such characters)
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+import splitnet
+from splitnet.checkpoint.chat_template import render
+from splitnet.serve.apis.openai_requests import FunctionDefinition
+from splitnet.serve.forms import FORMS, REASONING, Form, Forms, Reasoning, form_in, form_of_marks, probe, with_ids
+from splitnet.serve.forms import PROBE_TOOL as TOOL
+from splitnet.serve.grammars import AllowedTokens, Bounds, Grammars
+from splitnet.serve.text import AnswerParser, Said
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "units": {"enum": ["c", "f"]},
+        "more": {"type": "object", "properties": {"deep": {"type": "array", "items": {"type": "boolean"}}}},
+    },
+    "required": ["city", "days"],
+}
+SCHEMAS: Mapping[str, Any] = {"weather": WEATHER, "clock": {}}
+CALLS: list[tuple[str, Any]] = [
+    ("weather", {"city": 'Zürich "x" <b>\n{}', "days": 3, "units": "c", "more": {"deep": [True, False]}}),
+    ("clock", {}),
+]
+HARMONY, THINK = REASONING[0], REASONING[-1]
+
+
+def reasonings(form: Form) -> list[Reasoning | None]:
+    """Those that go with a form."""
+    return [HARMONY] if form is FORMS["harmony"] else [None, *REASONING[1:]]
+
+
+def written(form: Form, reasoning: Reasoning | None, calls: Sequence[tuple[str, Any]]) -> tuple[str, str]:
+    """An answer with everything in it, and the text that it has."""
+    thought = f"{reasoning.opening}Is it\n\n1 < 2? {reasoning.closing}{reasoning.resumes}" if reasoning else ""
+    said = "" if form.is_answer else "Let me look."
+    between = "<|end|><|start|>assistant" if form is FORMS["harmony"] else "\n\n"
+    return thought + (form.lead + said + between if said else "") + form.write(calls), said
+
+
+def read(pieces: Sequence[str], forms: Forms, begun: str = "", schemas: Any = SCHEMAS) -> Said:
+    parser, whole = AnswerParser(forms, schemas, begun), Said()
+    for new in [*map(parser.push, pieces), parser.rest()]:
+        whole.text += new.text
+        whole.reasoning += new.reasoning
+        whole.calls += new.calls
+    return whole
+
+
+def named(said: Said) -> list[tuple[str, Any]]:
+    return [(call.name, json.loads(call.arguments)) for call in said.calls]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_calls_are_read_however_they_are_cut(name: str) -> None:
+    form = FORMS[name]
+    calls = CALLS[:1] if form.is_answer else CALLS
+    for reasoning in reasonings(form):
+        text, said = written(form, reasoning, calls)
+        for pieces in [[text[:at], text[at:]] for at in range(len(text) + 1)] + [list(text)]:
+            answer = read(pieces, Forms(form, reasoning))
+            assert (answer.text, answer.reasoning) == (said, "Is it\n\n1 < 2?" if reasoning else "")
+            assert named(answer) == calls
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_half_a_call_is_text(name: str) -> None:
+    """At whatever place it ends: no character of it is lost or doubled, but for white space and marks of messages."""
+    form = FORMS[name]
+    text = form.write(CALLS[:1])
+    begins = text.index(form.opening) + len(form.opening)
+    ends = text.rindex(form.closing) if form.closing else len(text)
+    for at in range(begins, ends):
+        answer = read([text[:at]], Forms(form))
+        if not answer.calls:
+            assert answer.text == text[:at]
+
+
+@pytest.mark.parametrize("name", FORMS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_whatever_a_model_writes_nothing_is_lost_or_doubled(name: str, data: st.DataObject) -> None:
+    form = FORMS[name]
+    parts = [form.opening, form.closing, *form.around, *form.also, *form.noise, "{", '"a"', "}", " ", "\n", "text", "é"]
+    pieces = data.draw(st.lists(st.sampled_from([*filter(None, parts), form.write(CALLS[:1])]), max_size=8))
+    answer = read(pieces, Forms(form))
+    whole = read(["".join(pieces)], Forms(form))
+    assert (answer.text, named(answer)) == (whole.text, named(whole))
+    if not answer.calls:
+        left = "".join(pieces)
+        for mark in sorted(form.noise, key=len, reverse=True):
+            left = left.replace(mark, "")
+        assert re.sub(r"\s", "", answer.text) == re.sub(r"\s", "", left) or form.noise
+
+
+def test_what_looks_like_a_mark_within_a_string_ends_nothing() -> None:
+    for name in ("hermes", "qwen-coder", "glm-4.5", "gemma-4", "nemotron", "kimi"):
+        form = FORMS[name]
+        calls = [("weather", {"city": f"a{form.closing}b", "days": 1}), ("clock", {})]
+        assert named(read(list(form.write(calls)), Forms(form))) == calls, name
+
+
+def test_a_call_behind_one_that_is_none_is_found() -> None:
+    form = FORMS["hermes"]
+    bad = '<tool_call>\n{"name": "f", "arguments": {"a": "\n'
+    answer = read(list(bad + form.write(CALLS[1:])), Forms(form))
+    assert (answer.text, named(answer)) == (bad.rstrip(), CALLS[1:])
+
+
+def test_without_functions_calls_are_text_and_reasoning_is_not() -> None:
+    text, _ = written(FORMS["hermes"], THINK, CALLS)
+    answer = read(list(text), Forms(FORMS["hermes"], THINK), schemas=None)
+    assert answer.reasoning == "Is it\n\n1 < 2?" and not answer.calls
+    assert answer.text == text.partition("</think>")[2].lstrip()
+
+
+def test_reasoning_that_the_prompt_begins() -> None:
+    assert read(list("\nwell</think>\n\nYes."), Forms(None, THINK), "<think>") == Said("Yes.", "well")
+    assert read(["never ends <"], Forms(None, THINK), "<think>") == Said("", "never ends <")
+    harmony = Forms(FORMS["harmony"], HARMONY)
+    calls = " to=functions.clock<|channel|>commentary json<|message|>{}"
+    assert named(read(list(calls), harmony, "<|start|>assistant")) == CALLS[1:]
+    answer = read(list("<|channel|>final<|message|>Yes."), harmony, "<|start|>assistant")
+    assert answer == Said("Yes.")
+
+
+def test_arguments_have_the_types_of_their_schema() -> None:
+    form = FORMS["qwen-coder"]
+    schema = {"properties": {"a": {"type": "string"}, "b": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
+    given = {"a": "5", "b": None, "c": 5}
+    answer = read([form.write([("f", given)])], Forms(form), schemas={"f": schema})
+    assert named(answer) == [("f", given)]
+
+
+CALL = "{% set f = call.function %}"
+TEMPLATES = {
+    # Each in the form in which the family's own template writes a call, without all that is around it.
+    "hermes": '<tool_call>\n{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}\n</tool_call>',
+    "qwen-coder": "<tool_call>\n<function={{ f.name }}>\n{% for k, v in f.arguments.items() %}<parameter={{ k }}>\n"
+    "{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>",
+    "glm-4.5": "<tool_call>{{ f.name }}\n{% for k, v in f.arguments.items() %}<arg_key>{{ k }}</arg_key>\n"
+    "<arg_value>{{ v if v is string else v | tojson }}</arg_value>\n{% endfor %}</tool_call>",
+    "glm-4.7": "<tool_call>{{ f.name }}{% for k, v in f.arguments.items() %}<arg_key>{{ k }}</arg_key>"
+    "<arg_value>{{ v if v is string else v | tojson }}</arg_value>{% endfor %}</tool_call>",
+    "minimax": '<minimax:tool_call>\n<invoke name="{{ f.name }}">\n{% for k, v in f.arguments.items() %}'
+    '<parameter name="{{ k }}">{{ v }}</parameter>\n{% endfor %}</invoke>\n</minimax:tool_call>',
+    "deepseek-v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{{ f.name }}\n```json\n"
+    "{{ '' + f.arguments }}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek-v3.1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{{ f.name }}<｜tool▁sep｜>{{ f.arguments | tojson }}"
+    "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek-v3.2": '<｜DSML｜function_calls>\n<｜DSML｜invoke name="{{ f.name }}">\n'
+    "{% for k, v in f.arguments.items() %}"
+    '<｜DSML｜parameter name="{{ k }}" string="{{ "true" if v is string else "false" }}">{{ v }}</｜DSML｜parameter>\n'
+    "{% endfor %}</｜DSML｜invoke>\n</｜DSML｜function_calls>",
+    "deepseek-v4": '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="{{ f.name }}">\n{% for k, v in f.arguments.items() %}'
+    '<｜DSML｜parameter name="{{ k }}" string="{{ "true" if v is string else "false" }}">{{ v }}</｜DSML｜parameter>\n'
+    "{% endfor %}</｜DSML｜invoke>\n</｜DSML｜tool_calls>",
+    "kimi": "<|tool_calls_section_begin|><|tool_call_begin|>functions.{{ f.name }}:0<|tool_call_argument_begin|>"
+    "{{ f.arguments | tojson }}<|tool_call_end|><|tool_calls_section_end|>",
+    "harmony": "<|start|>assistant to=functions.{{ f.name }}<|channel|>commentary json<|message|>"
+    "{{ f.arguments | tojson }}<|call|>",
+    "gemma-4": "<|tool_call>call:{{ f.name }}{{ '{' }}"
+    "{% for k, v in f.arguments | dictsort %}{{ ',' if not loop.first }}{{ k }}:"
+    "{{ '<|\"|>' + v + '<|\"|>' if v is string else v }}{% endfor %}}<tool_call|>",
+    "lfm2": "<|tool_call_start|>[{{ f.name }}({% for k, v in f.arguments.items() %}{{ ', ' if not loop.first }}"
+    "{{ k }}={{ v | tojson }}{% endfor %})]<|tool_call_end|>",
+    "nemotron": '<TOOLCALL>[{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}]</TOOLCALL>',
+    "mistral-named": "[TOOL_CALLS]{{ f.name }}[CALL_ID]{{ call.id }}[ARGS]{{ f.arguments | tojson }}</s>",
+    "mistral": '[TOOL_CALLS][{{ (f | tojson)[:-1] }}, "id": "{{ call.id }}"}]</s>',
+    "llama": '{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}<|eot_id|>',
+}
+
+
+class Templated:
+    special_tokens_map: Mapping[str, str] = {}
+
+    def __init__(self, call: str) -> None:
+        self.template = (
+            "{{ tools | tojson }}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+            f"{{% for call in m.tool_calls or [] %}}{CALL}{call}{{% endfor %}}{{% endfor %}}"
+        )
+
+    def get_chat_template(self, tools: Any) -> str:
+        return self.template
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_template_tells_the_form(name: str) -> None:
+    shown = render(Templated(TEMPLATES[name]), probe(as_text=name == "deepseek-v3"), answer=False, tools=[TOOL])
+    assert form_in(shown, ["</s>", "<|eot_id|>"]) is FORMS[name]
+
+
+@pytest.mark.parametrize("name", sorted(FORMS.keys() - {"llama", "deepseek-v3", "glm-4.5"}))
+def test_a_template_that_shows_no_calls_tells_the_form_by_its_marks(name: str) -> None:
+    assert form_of_marks((), TEMPLATES[name]) is FORMS[name]
+    assert form_of_marks((), "no marks") is None
+
+
+def test_a_history_is_told_as_templates_take_it() -> None:
+    def told(form: str, id: str) -> tuple[str, str]:
+        call = {"id": id, "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+        history = [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "2", "tool_call_id": id},
+        ]
+        made, answered = with_ids(history, Forms(FORMS[form], arguments_as_text=form == "deepseek-v3"))
+        assert answered["name"] == "f"
+        assert made["tool_calls"][0]["id"] == answered["tool_call_id"]
+        return made["tool_calls"][0]["id"], made["tool_calls"][0]["function"]["arguments"]
+
+    assert told("hermes", "call_1") == ("call_1", {"a": 1})
+    assert told("kimi", "call_1") == ("functions.f:0", {"a": 1})
+    assert told("deepseek-v3", "x") == ("x", '{"a": 1}')
+    assert told("mistral", "abcdefgh9")[0] == "abcdefgh9"
+    assert re.fullmatch(r"\w{9}", told("mistral", "call_1")[0])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_checkpoint: Path) -> Any:
+    """One with a token for each mark that models have special tokens for."""
+    tokenizer = splitnet.AutoTokenizer.from_pretrained(demo_checkpoint)
+    marks = {
+        mark
+        for form in FORMS.values()
+        for mark in re.findall(r"<[|｜][^<>]*?[|｜]>|<\|\w+>|<\w+\|>|\[[A-Z_]+\]", form.write(CALLS))
+    }
+    marks |= {'<|"|>', "<|channel|>", "<|message|>", "<|constrain|>", "<|call|>", "<|start|>", "<think>", "</think>"}
+    tokenizer.add_tokens(
+        [AddedToken(mark, special=True, normalized=False) for mark in sorted(marks)], special_tokens=True
+    )
+    return tokenizer
+
+
+Bound = tuple[Any, Grammars]
+
+
+@pytest.fixture(scope="module")
+def bound(tokenizer: Any) -> Bound:
+    return tokenizer, Grammars(tokenizer, len(tokenizer), {2})
+
+
+def is_kept_to(bounds: Bounds, forms: Forms, bound: Bound, text: str, *, thinks: bool = False) -> bool:
+    """Whether a text is a whole answer."""
+    tokenizer, grammars = bound
+    allowed = AllowedTokens(grammars.of_answer(bounds, forms, thinks=thinks))
+    answer = tokenizer(text, add_special_tokens=False).input_ids
+    for length, token in enumerate([*answer, 2]):
+        scores = torch.zeros(len(tokenizer))
+        allowed.forbid_others(answer[:length], scores)
+        if not scores[token].isfinite():
+            return False
+    return True
+
+
+FUNCTIONS = [
+    FunctionDefinition(name="weather", parameters=WEATHER, strict=True),
+    FunctionDefinition(name="clock", parameters={"type": "object", "properties": {}, "additionalProperties": False}),
+]
+GOOD = ("weather", {"city": "Rome", "days": 3, "units": "f", "more": {"deep": [True]}})
+SHORT = ("weather", {"city": "Rome", "days": 3})
+BAD = [
+    ("weather", {"city": "Rome"}),
+    ("weather", {"city": "Rome", "days": "many"}),
+    ("weather", {"city": "Rome", "days": 3, "units": "k"}),
+    ("other", {}),
+]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_required_calls_are_bound_in_the_form_of_the_model(name: str, bound: Bound) -> None:
+    form = FORMS[name]
+    required = Bounds(FUNCTIONS, required=True)
+    for call in (GOOD, SHORT, CALLS[1]):
+        assert is_kept_to(required, Forms(form), bound, form.write([call])), call
+        thought = f"<think>yes</think>\n\n{form.write([call])}"
+        assert is_kept_to(required, Forms(form, THINK), bound, thought)
+        assert is_kept_to(required, Forms(form, THINK), bound, thought.removeprefix("<think>"), thinks=True)
+    for call in BAD:
+        assert not is_kept_to(required, Forms(form), bound, form.write([call])), call
+    assert not is_kept_to(required, Forms(form), bound, "Hello")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_calls_that_may_be_made_are_bound_where_they_are_strict(name: str, bound: Bound) -> None:
+    form, free = FORMS[name], Bounds(FUNCTIONS)
+    assert is_kept_to(free, Forms(form), bound, "Hello")
+    assert is_kept_to(free, Forms(form), bound, form.write([GOOD]))
+    assert not is_kept_to(free, Forms(form), bound, form.write(BAD[:1]))
+    both = Bounds(FUNCTIONS, schema={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+    assert is_kept_to(both, Forms(form), bound, form.write([GOOD]))
+    assert is_kept_to(both, Forms(form), bound, form.lead + '{"a": 1}')
+    assert not is_kept_to(both, Forms(form), bound, form.lead + '{"a": "b"}')
+    assert not is_kept_to(both, Forms(form), bound, "Hello")
