@@ -304,7 +304,10 @@ class Python:
                     return ast.literal_eval(node)
 
         try:
-            parsed = ast.parse(body.strip(), mode="eval").body
+            try:
+                parsed = ast.parse(body.strip(), mode="eval").body
+            except SyntaxError:  # models write line breaks into strings
+                parsed = ast.parse(body.strip().replace("\n", "\\n"), mode="eval").body
             calls = parsed.elts if isinstance(parsed, ast.List) else [parsed]
             read: Read = []
             for call in calls:

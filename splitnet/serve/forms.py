@@ -29,6 +29,7 @@ class Form:
     lead: str = ""  # the mark before a text that is neither reasoning nor a call
     # a call begins the answer, and what it begins with is a part of it
     is_answer: bool = False
+    one_call: bool = False  # of a message; a template refuses more, or leaves them out
     ids: str = ""  # of calls in a history; "nine": so many letters and digits, "numbered": functions.NAME:NUMBER
 
     @property
@@ -113,6 +114,7 @@ FORMS = {
         also=("<|start|>assistant to=functions.", "<|channel|>analysis to=functions."),
         noise=("<|start|>assistant", "<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|end|>"),
         lead="<|channel|>final<|message|>",
+        one_call=True,
         between="<|start|>assistant",
     ),
     "gemma-4": Form("<|tool_call>call:", "<tool_call|>", Gemma()),
@@ -121,7 +123,12 @@ FORMS = {
     "mistral": Form("[TOOL_CALLS]", "", JsonCalls("[", "]"), ids="nine"),
     "mistral-named": Form("[TOOL_CALLS]", "", NamedJson("[ARGS]", also=r"(?:\[CALL_ID\]\w*)?\[ARGS\]"), ids="nine"),
     "llama": Form(
-        '{"name"', "", JsonCalls("", "", "parameters"), also=('{"type": "function"', "<|python_tag|>"), is_answer=True
+        '{"name"',
+        "",
+        JsonCalls("", "", "parameters"),
+        also=('{"type": "function"', "<|python_tag|>"),
+        is_answer=True,
+        one_call=True,
     ),
 }
 
@@ -141,6 +148,7 @@ class Forms:
     calls: Form | None = None
     reasoning: Reasoning | None = None
     arguments_as_text: bool = False  # in a history, for the chat template
+    shows_calls: bool = True  # the chat template does so, in a history
 
     @property
     def marks(self) -> str:
@@ -164,6 +172,7 @@ PROBE_TOOL: Any = {
     "type": "function",
     "function": {"name": PROBE[0], "description": "A probe.", "parameters": PROBE_SCHEMA},
 }
+PROBE_TEXT = "Call it."
 _PROBE_ID = "abcdefghi"  # which is one of Mistral's
 
 
@@ -171,7 +180,7 @@ def probe(*, as_text: bool) -> list[dict[str, Any]]:
     """Messages in which a function is called, for a chat template to show how."""
     arguments = json.dumps(PROBE[1]) if as_text else PROBE[1]
     call = {"id": _PROBE_ID, "type": "function", "function": {"name": PROBE[0], "arguments": arguments}}
-    return [{"role": "user", "content": "Call it."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return [{"role": "user", "content": PROBE_TEXT}, {"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
 def form_in(rendered: str, ends: Collection[str] = ()) -> Form | None:
@@ -212,11 +221,10 @@ def with_ids(messages: Sequence[dict[str, Any]], forms: Forms) -> list[dict[str,
     names: dict[str, str] = {}
     ids: dict[str, str] = {}
     said: list[dict[str, Any]] = []
-    for message in messages:
+    for message in _apart(messages) if forms.calls is not None and forms.calls.one_call else messages:
         message = dict(message)
-        if (reasoning := message.get("reasoning_content")) and not (
-            message.get("content") and message.get("tool_calls")
-        ):
+        reasoning = message.get("reasoning_content")
+        if reasoning and not (message.get("content") and message.get("tool_calls")):
             message["thinking"] = reasoning  # as gpt-oss has it
         if message.get("tool_calls"):
             calls: list[dict[str, Any]] = []
@@ -234,6 +242,22 @@ def with_ids(messages: Sequence[dict[str, Any]], forms: Forms) -> list[dict[str,
             if given in names:
                 message.setdefault("name", names[given])
         said.append(message)
+    return said
+
+
+def _apart(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each call in a message of its own, with its answer behind it."""
+    said: list[dict[str, Any]] = []
+    answers = {one.get("tool_call_id"): one for one in messages if one["role"] == "tool"}
+    for message in messages:
+        calls = message.get("tool_calls") or []
+        if len(calls) > 1:
+            for number, call in enumerate(calls):
+                alone = {"role": "assistant", "content": ""} if number else message
+                said.append({**alone, "tool_calls": [call]})
+                said += [answers.pop(call["id"])] if call["id"] in answers else []
+        elif message["role"] != "tool" or answers.get(message.get("tool_call_id")) is message:
+            said.append(message)
     return said
 
 

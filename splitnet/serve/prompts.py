@@ -15,7 +15,19 @@ from jinja2 import TemplateError
 
 from splitnet.checkpoint.chat_template import begin, render, variables_of
 from splitnet.serve.failures import ApiError
-from splitnet.serve.forms import FORMS, PLAIN, PROBE_TOOL, Forms, form_in, form_of_marks, probe, reasoning_of, with_ids
+from splitnet.serve.forms import (
+    FORMS,
+    PLAIN,
+    PROBE,
+    PROBE_TEXT,
+    PROBE_TOOL,
+    Forms,
+    form_in,
+    form_of_marks,
+    probe,
+    reasoning_of,
+    with_ids,
+)
 from splitnet.serve.text import INCOMPLETE
 
 KEPT_TEXTS = 2**16  # Of tokens: requests can ask for those of 20 beside each token
@@ -53,12 +65,14 @@ class Prompts:
         template = tokenizer.get_chat_template(tools=[PROBE_TOOL])
         tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
         reasoning = reasoning_of(tokens, template)
+        shows_calls = False
         for as_text in (False, True):
             with suppress(ApiError):
                 shown = self._templated(probe(as_text=as_text), [PROBE_TOOL], {}, answer=False)
                 if (form := form_in(shown, self._ends)) is not None:
                     return Forms(form, reasoning, arguments_as_text=as_text)
-        return Forms(form_of_marks(tokens, template) or FORMS["hermes"], reasoning)
+                shows_calls |= PROBE[0] in shown.rpartition(PROBE_TEXT)[2]
+        return Forms(form_of_marks(tokens, template) or FORMS["hermes"], reasoning, shows_calls=shows_calls)
 
     @cached_property
     def _ends(self) -> list[str]:
@@ -112,6 +126,8 @@ class Prompts:
         variables = {name: value for given in parameters.values() for name, value in given.items()}
         if variables:
             self._check_variables(parameters, described)
+        if not self.forms.shows_calls and any(message.get("tool_calls") for message in messages):
+            raise ApiError(400, "this model's chat template shows no calls of earlier messages", param="messages")
         said = with_ids(messages, self.forms)
         self._check_length([message["content"] for message in said])
         text = json.dumps([said, described, variables], ensure_ascii=False)

@@ -232,6 +232,20 @@ def test_a_history_is_told_as_templates_take_it() -> None:
     assert re.fullmatch(r"\w{9}", told("mistral", "call_1")[0])
 
 
+def test_calls_of_one_message_are_told_one_by_one_where_the_template_takes_one() -> None:
+    calls = [{"id": id, "type": "function", "function": {"name": "f", "arguments": {}}} for id in "ab"]
+    answers = [{"role": "tool", "content": id, "tool_call_id": id} for id in "ba"]
+    history = [
+        {"role": "assistant", "content": "Well", "tool_calls": calls},
+        *answers,
+        {"role": "user", "content": "?"},
+    ]
+    told = with_ids(history, Forms(FORMS["llama"]))
+    assert [one["content"] for one in told] == ["Well", "a", "", "b", "?"]
+    assert [len(one.get("tool_calls", [])) for one in told] == [1, 0, 1, 0, 0]
+    assert len(with_ids(history, Forms(FORMS["hermes"]))) == 4
+
+
 @pytest.fixture(scope="module")
 def tokenizer(demo_checkpoint: Path) -> Any:
     """One with a token for each mark that models have special tokens for."""

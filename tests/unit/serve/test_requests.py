@@ -36,6 +36,7 @@ from splitnet.serve.admission import Admission, Client, Overloaded, QuotaUsed
 from splitnet.serve.apis.openai import API, error_body
 from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest
 from splitnet.serve.failures import ApiError, failure_of
+from splitnet.serve.forms import PROBE, probe
 from splitnet.serve.gate import Api, ApiKeys, Gate
 from splitnet.serve.prompts import Prompts
 
@@ -484,6 +485,8 @@ def templated(monkeypatch: pytest.MonkeyPatch) -> None:
     """What templates are given, and nothing of what they would make of it."""
 
     def render(tokenizer: Any, messages: Any, *, variables: Mapping[str, Any], **options: Any) -> str:
+        if messages[:1] == probe(as_text=False)[:1]:
+            return PROBE[0]
         tokenizer.given, tokenizer.variables = messages, variables
         if not messages:
             raise TemplateError("nobody has said anything")
