@@ -30,6 +30,7 @@ def load_client_part(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     weights: str | None = None,
+    headless: bool = False,
 ) -> PreTrainedModel:
     """The causal language model of a checkpoint with `blocks` in place of its own; only the rest is read.
 
@@ -41,6 +42,7 @@ def load_client_part(
         dtype: of the weights, such as "bfloat16"; None: as the checkpoint stores them.
         weights: what the head holds its weight as, see `splitnet.quant.choose`; None: as `dtype`, or in the codes of
             the checkpoint. Embeddings keep their codes in any case.
+        headless: a checkpoint without a head is taken, too; then what the final norm gives stands for the logits.
 
     Raises UnsupportedModel if the family cannot be cut, or the checkpoint does not fit it, and WeightsError if a weight
     cannot be held so.
@@ -49,10 +51,23 @@ def load_client_part(
     if weights == "bfloat16" and computes == torch.float32:
         dtype = computes  # or bfloat16 would be what all computes in
     chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
-    model = _load(checkpoint, checkpoint.config, causal_class(checkpoint.config), blocks, dtype, device)
-    hold_head(model, chosen)
+    config, model_class = copy.deepcopy(checkpoint.config), causal_class(checkpoint.config)
+    lacks_head = headless and not config.tie_word_embeddings and not _has_head(checkpoint, model_class)
+    config.tie_word_embeddings |= lacks_head  # so that none is looked for
+    model = _load(checkpoint, config, model_class, blocks, dtype, device)
+    if lacks_head:
+        model.set_output_embeddings(nn.Identity())
+    else:
+        hold_head(model, chosen)
     use_device_kernels(model, computes)
     return model
+
+
+def _has_head(checkpoint: Checkpoint, model_class: type[PreTrainedModel]) -> bool:
+    heads: Any = model_class._tied_weights_keys
+    names = client_part_names(checkpoint, model_class, find_container(model_class, checkpoint.config))
+    loaded = loaded_as(on_meta(model_class, checkpoint.config), names)
+    return not heads or any(name in heads for name in loaded.values())
 
 
 @torch.inference_mode(False)

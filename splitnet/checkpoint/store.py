@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
@@ -95,6 +96,11 @@ class TensorStore(TensorFiles, Protocol):
     @property
     def commit(self) -> str:
         """Hub id and commit, which stand for the same files at any time; empty: not known, or not from the hub."""
+        ...
+
+    def find(self, file: str) -> Path | None:
+        """The local path of a file beside the weights, downloaded if it is on the hub; None: there is no such file.
+        Raises ModelNotFound: the hub does not give it."""
         ...
 
     def open_file(self, file: str) -> BinaryIO:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import GenerationMixin, StoppingCriteria
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -99,11 +100,14 @@ def attach(checkpoint: Checkpoint, swarm: Swarm, **options: Any) -> RemoteCausal
     return attached(checkpoint, swarm, ConnectionOptions.of(options))
 
 
-def attached(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions, speculate: Any = AUTO) -> RemoteCausalLM:
+def attached(
+    checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions, speculate: Any = AUTO, *, headless: bool = False
+) -> RemoteCausalLM:
     """The same, with options whose device is one that was found.
 
     speculate: where drafts will come from, see `RemoteCausalLM.generate`. What is asked for is loaded at once; "auto"
-    takes later what it can have. Raises SplitnetError: it cannot be loaded, or is not for this model.
+    takes later what it can have. headless: the checkpoint may lack a head, see `RemoteCausalLM.headless`. Raises
+    SplitnetError: it cannot be loaded, or is not for this model.
     """
     blocks, whole = remote_blocks(checkpoint, swarm, options), (0, checkpoint.num_blocks)
 
@@ -116,7 +120,7 @@ def attached(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions, s
         return MixedSession(blocks.stages, open_part, reservation)
 
     client_part = load_client_part(
-        checkpoint, blocks, dtype=options.dtype, device=options.device, weights=options.held_as
+        checkpoint, blocks, dtype=options.dtype, device=options.device, weights=options.held_as, headless=headless
     )
     model = made_remote(client_part, RemoteCausalLM, checkpoint.source)
     model.open_sessions_with(open_session)
@@ -249,6 +253,11 @@ class RemoteCausalLM(RemoteModel):
         finally:
             cache.close()
 
+    @property
+    def headless(self) -> bool:
+        """Whether the checkpoint has no head: the model reads texts, and what it generates has no meaning."""
+        return isinstance(self.get_output_embeddings(), nn.Identity)
+
     def new_cache(self) -> RemoteCache:
         """An empty cache on the peers, for callers that pass `cache=` themselves."""
         return RemoteCache(self._open_session)
@@ -302,18 +311,18 @@ class RemoteCausalLM(RemoteModel):
 
     @torch.no_grad()
     def states_at(
-        self, taps: Sequence[int], input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: RemoteCache
+        self, taps: Sequence[int], input_ids: torch.Tensor, mask: torch.Tensor, cache: RemoteCache, keep: int = 0
     ) -> torch.Tensor:
         """Hidden states of whole texts, `[batch, seq]` with padding on the left, after so many blocks each, and behind
         these what the final norm gives: `[batch, seq, (len(taps) + 1) * hidden]`. Raises as a call of the model.
 
-        cache: a new one.
+        cache: a new one. keep: how many last positions are wanted; 0: all.
         """
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "cache": cache, "use_cache": True}
+        given = {"input_ids": input_ids, "attention_mask": mask, "cache": cache, "use_cache": True}
         if "position_ids" in self._backbone_parameters:  # as `generate()` does
-            given["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+            given["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
         with self._local.within(without_side=True):
-            return self._seen_by(taps, cache, lambda: backbone_of(self)(**given))[1]
+            return self._seen_by(taps, cache, lambda: backbone_of(self)(**given), keep)[1]
 
     def use_side(self, side: SideNetwork) -> None:
         """Has a side network add to what stands behind the final norm, from now on."""
@@ -360,11 +369,13 @@ class RemoteCausalLM(RemoteModel):
             return False
         return held.arrangement == cache.remote.arrangement and held.layers.get_seq_length() >= cache.remote.columns
 
-    def _seen_by(self, taps: Sequence[int], cache: RemoteCache, run: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
+    def _seen_by(
+        self, taps: Sequence[int], cache: RemoteCache, run: Callable[[], Any], keep: int = 0
+    ) -> tuple[Any, torch.Tensor]:
         """What the backbone gives in a step, and the states of its positions, see `states_at`."""
         seen: list[torch.Tensor] = []
         cache.remote.use_taps(taps)
-        with self._blocks.calling(seen=seen.append, keep=0):
+        with self._blocks.calling(seen=seen.append, keep=keep):
             output = run()
         return output, torch.cat((*(seen if taps else ()), output[0]), dim=-1)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from splitnet.errors import PeerBusy, SessionClosed
@@ -84,6 +85,22 @@ RESERVED_ANSWER = 512
 SCORED_LOGITS = 2**24  # How many logits are looked at in one step when a prompt is scored
 
 
+READ_POSITIONS = 2**13  # Of texts that are read together at most, padding included, if there are several
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is wanted of texts that are read and not answered.
+
+    keep: how many last positions of a text are looked at; 0: all. pool: `[positions, hidden]` of each of some texts,
+    behind the final norm -> `[texts, size]`.
+    """
+
+    lengths: Sequence[int]  # of the texts, whose tokens are the prompt, one after the other
+    keep: int
+    pool: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Ask:
     """What is wanted of the model."""
@@ -99,6 +116,7 @@ class Ask:
     # the answers go on from the text of the prompt, as completions do; a message of a chat stands alone
     goes_on: bool = False
     owner: str = ""  # whose kept sessions may be used
+    reading: Reading | None = None  # with 0 `max_tokens`: what is wanted of the prompt, in the place of its scores
 
 
 @dataclass(frozen=True)
@@ -106,6 +124,13 @@ class ScoredPrompt:
     """The tokens of a prompt with their scores."""
 
     scored: tuple[ScoredToken, ...]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What was made of the states of texts, `[texts, size]`."""
+
+    rows: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -117,8 +142,9 @@ class Ended:
     answer_tokens: int
 
 
-Event = ScoredPrompt | Piece | Ended | BaseException
-Numbered = tuple[int, ScoredPrompt | Piece | Ended]  # an event, and the number of the prompt that it belongs to
+News = ScoredPrompt | Pooled | Piece | Ended
+Event = News | BaseException
+Numbered = tuple[int, News]  # an event, and the number of the prompt that it belongs to
 Listener = Callable[[Event], object]
 
 
@@ -192,6 +218,9 @@ class Generation:
     def run(self) -> None:
         kept = self._own.kept
         try:
+            if self._ask.reading is not None:
+                self._listener(self._read(self._ask.reading))
+                return
             needs_all = self._ask.score_prompt or not self._ask.max_tokens
             taken = None if needs_all else kept.take(self._ask.owner, self._ask.prompt)
             try:
@@ -213,13 +242,8 @@ class Generation:
         """Runs in a session that was kept, with the tokens that it shares with the prompt, or in a new one."""
         ask = self._ask
         cache, shared = taken or (self._own.model.new_cache(), 0)
-        self._progress.follow(lambda: routes_of(self._own.model.swarm, cache.session))
-        with self._lock:
-            self._cache = cache
-            if self._cancelled:
-                cache.close()
         held: list[int] | None = None
-        look = self._own.watch_session(cache)
+        look = self._take(cache)
         try:
             prompt = torch.tensor([ask.prompt])
             # The model must see one token at least, to tell what comes after it.
@@ -241,6 +265,52 @@ class Generation:
         finally:
             look()
             self._let_go(cache, held)
+
+    def _take(self, cache: RemoteCache) -> Callable[[], None]:
+        """Uses a cache until `_let_go`; what it returns notes the news of its session."""
+        self._progress.follow(lambda: routes_of(self._own.model.swarm, cache.session))
+        with self._lock:
+            self._cache = cache
+            if self._cancelled:
+                cache.close()
+        return self._own.watch_session(cache)
+
+    @torch.no_grad()
+    def _read(self, reading: Reading) -> Ended:
+        """Reads texts of similar lengths together, fewer where the peers have no room for so many."""
+        texts = torch.tensor(self._ask.prompt).split(list(reading.lengths))
+        groups = similar(reading.lengths, READ_POSITIONS)
+        rows: dict[int, torch.Tensor] = {}
+        while groups:
+            group = groups.pop()
+            try:
+                states = self._states([texts[number] for number in group], reading.keep)
+            except PeerBusy:
+                if self._own.kept.clear():
+                    groups.append(group)
+                elif len(group) > 1:
+                    groups += [group[len(group) // 2 :], group[: len(group) // 2]]
+                else:
+                    raise
+                continue
+            rows |= zip(group, reading.pool(states), strict=True)
+        self._listener(Pooled(torch.stack([rows[number] for number in range(len(texts))])))
+        return Ended(len(self._ask.prompt), 0, 0)
+
+    def _states(self, texts: list[torch.Tensor], keep: int) -> list[torch.Tensor]:
+        """Of each text `[positions, hidden]` behind the final norm, in a session of their own."""
+        model = self._own.model
+        ids = pad_sequence(texts, batch_first=True, padding_side="left").to(model.device)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True, padding_side="left")
+        cache = model.new_cache()
+        cache.remote.reserve_step = 1
+        look = self._take(cache)
+        try:
+            states = model.states_at((), ids, mask.to(model.device), cache, keep)
+            return [row[-(keep or len(text)) :] for row, text in zip(states, texts, strict=True)]
+        finally:
+            look()
+            self._let_go(cache, None)
 
     @torch.no_grad()
     def _score(self, prompt: torch.Tensor, cache: RemoteCache) -> None:
@@ -319,3 +389,16 @@ class Generation:
             self._own.kept.keep(self._ask.owner, held, cache.remote.reserved, cache)
         else:
             cache.close()
+
+
+def similar(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of texts in groups of similar lengths, the longest of each first.
+
+    With padding to the longest, a group of several has `most` positions at most.
+    """
+    groups: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > most:
+            groups.append([])
+        groups[-1].append(number)
+    return groups

@@ -35,6 +35,7 @@ KEPT_TEXTS = 2**16  # Of tokens: requests can ask for those of 20 beside each to
 SLICE = 2**16
 """Characters of which tokens are made at a time to see whether a text is too long: that takes time and memory."""
 
+LONGEST_TOKEN = 256  # Characters, as of white space in some vocabularies
 LONGEST_CHARACTER = 16  # Tokens that are looked at together for the characters that they are parts of
 CUT_TOKENS = 128  # A text that is cut may have so many tokens more
 LAST_TOKENS = 8  # Of a prompt, among which are the marks that its answer begins with
@@ -133,12 +134,13 @@ class Prompts:
         text = json.dumps([said, described, variables], ensure_ascii=False)
         self._check_length([text], times=2)  # a template may leave out some of it, and write it shorter
         if self._special.search(text) is None:
-            return self._ids(self._templated(said, described, variables))
+            return self.ids(self._templated(said, described, variables))
         mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
         marked = self._templated(*(self._as_text(each, mark) for each in (said, described, variables)))
-        return [id for piece in marked.split(mark) for id in self._ids(piece)]
+        return [id for piece in marked.split(mark) for id in self.ids(piece)]
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a piece of a text; what looks like a special token is one."""
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
     def variables(self, tools: Any = None) -> set[str]:
@@ -151,6 +153,14 @@ class Prompts:
             raise ApiError(400, f"the model's chat template cannot be read ({error})", param="messages") from None
         used -= self._tokenizer.special_tokens_map.keys()
         return used - signature(self._tokenizer.apply_chat_template).parameters.keys()
+
+    def plain(self, text: str, most: int | None = None) -> list[int]:
+        """The tokens of a piece of a text that is all text, of a longer one the first `most`."""
+        if most is None:
+            self._check_length([text])
+        mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
+        marked = self._as_text(text if most is None else text[: most * LONGEST_TOKEN], mark)
+        return [id for piece in marked.split(mark) for id in self.ids(piece)][:most]
 
     def _check_variables(self, parameters: Mapping[str, Mapping[str, Any]], tools: Any) -> None:
         """Refuses those that the chat template does not use, or that others give it."""
@@ -175,17 +185,29 @@ class Prompts:
             return {self._as_text(name, mark): self._as_text(value, mark) for name, value in said.items()}
         return said
 
-    def of_text(self, prompt: str | list[int]) -> list[int]:
-        """The tokens of a bare prompt. Raises ApiError: none, unknown ones, or more than the context."""
-        if isinstance(prompt, str):
-            self._check_length([prompt])
-        tokens = self._tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+    def of_text(self, prompt: str | list[int], param: str = "prompt", most: int | None = None) -> list[int]:
+        """The tokens of a bare prompt, of a longer one the first `most`, with those that the tokenizer adds at the end.
+
+        Raises ApiError: none, unknown ones, or more than the context.
+        """
+        tokens = prompt if isinstance(prompt, list) else self._tokenized(prompt, most)
+        tokens = tokens[:most]
         if not tokens and self._tokenizer.bos_token_id is not None:
             tokens = [self._tokenizer.bos_token_id]
         if not tokens:
-            raise ApiError(400, "the prompt is empty: give some text", param="prompt")
-        self.check_known(tokens, "prompt")
+            raise ApiError(400, f"the {param} is empty: give some text", param=param)
+        self.check_known(tokens, param)
         return tokens
+
+    def _tokenized(self, text: str, most: int | None) -> list[int]:
+        if most is None:
+            self._check_length([text])
+            return self._tokenizer(text).input_ids
+        tokens = self._tokenizer(text[: most * LONGEST_TOKEN]).input_ids
+        # Truncation of the tokenizer would hold for texts of other threads, too.
+        some = self._tokenizer("a").input_ids
+        added = some[len(some) - some[::-1].index(self._some_text[-1]) :]
+        return [*tokens[: max(0, most - len(added))], *added] if len(tokens) > most else tokens
 
     def begins(self, tokens: Sequence[int], text: str) -> list[int]:
         """Where in its text each token of a bare prompt begins; those that the tokenizer adds before it, at 0."""

@@ -18,9 +18,10 @@ from splitnet.limits import FairAccount
 from splitnet.serve.admission import ANYONE, Admission, Client
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import Preparing
-from splitnet.serve.generation import Ask, Ended, Event, Generations, Numbered, Piece, ScoredPrompt
+from splitnet.serve.generation import Ask, Ended, Event, Generations, News, Numbered, Piece
 from splitnet.serve.grammars import Grammars
 from splitnet.serve.metrics import GatewayMetrics
+from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.sampling import SamplingDefaults
 
@@ -67,6 +68,7 @@ class ServedModel:
     admission: Admission
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # of what requests leave out
     other_names: Sequence[str] = ()  # which requests may give, too
+    pooling: Pooling = field(default_factory=Pooling)
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     preparing: Preparing = field(default_factory=Preparing)
     unread: FairAccount = field(default_factory=lambda: FairAccount(UNREAD_BYTES))
@@ -102,6 +104,8 @@ class ServedModel:
 
     async def _events(self, client: Client, asks: Sequence[Ask], answer: str) -> AsyncGenerator[Numbered]:
         """Runs the prompts of a request in one place, one after the other, until this is closed."""
+        if self.generations.model.headless and any(ask.reading is None for ask in asks):
+            raise ApiError(400, f"{self.name!r} has no head to answer with: ask it for embeddings", param="model")
         async with self.admission.place(client):
             for number, ask in enumerate(asks):
                 client.spend(len(ask.prompt))
@@ -111,7 +115,7 @@ class ServedModel:
                             client.spend(1)
                         yield number, event
 
-    async def _events_of(self, ask: Ask, answer: str) -> AsyncGenerator[ScoredPrompt | Piece | Ended]:
+    async def _events_of(self, ask: Ask, answer: str) -> AsyncGenerator[News]:
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Event] = asyncio.Queue()
         tell = loop.call_soon_threadsafe

@@ -28,7 +28,7 @@ from splitnet.hf.causal_lm import attached
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
 from splitnet.serve.admission import Admission
-from splitnet.serve.apis import anthropic, openai
+from splitnet.serve.apis import anthropic, embeddings, openai
 from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, Connection, Gate, api_of
@@ -36,6 +36,7 @@ from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
 from splitnet.serve.metrics import instrument
+from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.sampling import choose_defaults
@@ -45,7 +46,11 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.transport.addresses import listen_at
 from splitnet.wire.endpoints import LinkState
 
-APIS = (openai.API, anthropic.API)  # The protocols that are served; the first one's errors answer paths of none
+APIS = (
+    openai.API,
+    embeddings.API,
+    anthropic.API,
+)  # The protocols that are served; the first one's errors answer paths of none
 ERRORS = (400, 401, 404, 413, 429, 500, 502, 503)  # Statuses that each path may answer
 EXPIRY_S = 5.0  # How often it is looked whether kept sessions have expired
 
@@ -163,7 +168,7 @@ def serve(
         tokenizer = checkpoint.tokenizer()
         with join() as swarm:
             swarm.peers()  # tells a swarm of other weights
-            remote = attached(checkpoint, swarm, model, options.speculate)
+            remote = attached(checkpoint, swarm, model, options.speculate, headless=True)
             defaults, said = choose_defaults(remote.generation_config, of_checkpoint=options.checkpoint_sampling)
             vocabulary = remote.config.get_text_config().vocab_size
             prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
@@ -179,6 +184,7 @@ def serve(
                     Admission(options.max_requests, options.max_waiting, spare=spare),
                     defaults,
                     names[1:],
+                    Pooling.of(checkpoint),
                 )
                 hosts = options.host, *options.hosts
                 app = make_app(Gateway(served), keys, hosts, options.origins, options.tuned)
@@ -189,7 +195,7 @@ def serve(
                 shown = f"[{host}]" if ":" in host else host
                 say(f"serving {' and '.join(names)} at http://{shown}:{port}/v1")
                 say(f"the swarm and a chat are shown at http://{shown}:{port}/")
-                for sentence in said:
+                for sentence in (*said, served.pooling.sentence):
                     say(sentence)
                 server.run(sockets=[listener])
             finally:

@@ -32,6 +32,7 @@ from splitnet.serve.gate import ApiKeys
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
+from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.sampling import SamplingDefaults
@@ -101,13 +102,21 @@ class Server:
         defaults: SamplingDefaults | None = None,
         names: Sequence[str] = (),
         origins: Sequence[str] = (),
+        pooling: Pooling | None = None,
     ) -> None:
         prompts = Prompts(tokenizer, 49152, 256)
         self.generations = Generations(model, prompts.decode, at_a_time, KeepLimits(keep, 10_000, 300.0), speculate)
         grammars = Grammars(tokenizer, 49152, self.generations.end_tokens)
         self.admission = Admission(at_a_time, waiting)
         served = ServedModel(
-            MODEL, self.generations, prompts, grammars, self.admission, defaults or SamplingDefaults(), names
+            MODEL,
+            self.generations,
+            prompts,
+            grammars,
+            self.admission,
+            defaults or SamplingDefaults(),
+            names,
+            pooling or Pooling(),
         )
         self.app = make_app(Gateway(served, created=0), ApiKeys({key: KeyOptions() for key in keys}), origins=origins)
 
@@ -599,7 +608,7 @@ def test_blocks_that_nobody_serves(small: Path, serve: Serve) -> None:
             400,
             "cannot be kept to: Invalid type: rope",
         ),
-        ("/v1/embeddings", {}, 404, "POST /v1/completions, for the model 'small'"),
+        ("/v1/images", {}, 404, "POST /v1/completions, for the model 'small'"),
         ("/v1/models", {}, 405, "GET /v1/models, GET /v1/models/{name}, POST /v1/chat/completions"),
     ],
 )
@@ -821,14 +830,17 @@ def test_neither_prompts_nor_tokens_nor_keys_are_logged(
         assert kept_back not in logged
 
 
-PATHS = ["GET /health", "GET /v1/models", "GET /v1/models/{name}", "POST /v1/chat/completions", "POST /v1/completions"]
-PATHS += ["POST /v1/messages", "POST /v1/messages/count_tokens"]
+GENERATING = ["POST /v1/chat/completions", "POST /v1/completions", "POST /v1/messages"]
+READING = ["POST /rerank", "POST /v1/embeddings", "POST /v1/rerank", "POST /v2/rerank"]
+READING += ["POST /v1/messages/count_tokens"]
+PATHS = sorted(["GET /health", "GET /v1/models", "GET /v1/models/{name}", *GENERATING, *READING])
+OFTEN = ("GET /v1/models", "POST /v1/chat/completions", "POST /v1/embeddings", "POST /v1/messages")
 
 
-@pytest.mark.default_cases(path=("POST /v1/chat/completions", "POST /v1/messages", "GET /v1/models"))
+@pytest.mark.default_cases(path=OFTEN)
 @pytest.mark.parametrize("path", PATHS)
 def test_whatever_comes_is_answered_as_the_schema_says(path: str, model: RemoteCausalLM, tokenizer: Any) -> None:
-    server = Server(model, tokenizer)
+    server = Server(model, tokenizer, pooling=Pooling(reranks=True, most=256))
     described = schemathesis.openapi.from_dict(server.app.openapi())
     every: list[Any] = [result.ok() for result in described.get_all_operations()]  # pyright: ignore
     operations = {operation.label: operation for operation in every}
@@ -843,7 +855,7 @@ def test_whatever_comes_is_answered_as_the_schema_says(path: str, model: RemoteC
         @given(case=operations[path].as_strategy())
         def answers(case: Any) -> None:
             if isinstance(case.body, dict):
-                case.body = case.body | {"model": MODEL} | ({} if "count" in path else {"max_tokens": 2})
+                case.body = case.body | {"model": MODEL} | ({"max_tokens": 2} if path in GENERATING else {})
             request = case.as_transport_kwargs(base_url="http://127.0.0.1")
             chosen = {name: request[name] for name in ("method", "url", "headers", "params", "json") if name in request}
 

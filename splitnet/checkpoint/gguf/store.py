@@ -141,6 +141,9 @@ class GgufStore:
             heads[one.path.name] = min(heads[one.path.name], one.offset)
         return heads
 
+    def find(self, file: str) -> None:
+        """None: all that belongs to the model is in its file."""
+
     def local_file(self, file: str) -> Path | None:
         return self._file.path.with_name(file)
 

@@ -1,0 +1,131 @@
+"""Embeddings as OpenAI has them, and documents ranked as Jina and Cohere have it."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+from fastapi import APIRouter, Request
+from pydantic import BeforeValidator, Field
+from pydantic_core import to_json
+from starlette.responses import Response
+
+from splitnet.serve.apis import openai
+from splitnet.serve.apis.openai_requests import Batch, TokenIds
+from splitnet.serve.apis.strict import MAX_TOKENS, Strict, TokenCount
+from splitnet.serve.gate import ParsingRoute
+from splitnet.serve.gateway import Gateway
+from splitnet.serve.reading import embed, rerank
+
+
+def _listed(given: Any) -> Any:
+    alone = isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], int))
+    return [given] if alone else given
+
+
+Inputs = Batch[str | TokenIds]
+Listed = BeforeValidator(_listed, json_schema_input_type=str | TokenIds | Inputs)
+Truncated = Annotated[int, Field(ge=-1, le=MAX_TOKENS)]  # -1: to what the model reads; 0 is none
+
+
+class EmbeddingRequest(Strict):
+    """The body of `/v1/embeddings`."""
+
+    model: str
+    input: Annotated[Inputs, Listed]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: TokenCount | None = None
+    prompt_name: str | None = None
+    truncate_prompt_tokens: Truncated | None = None
+    user: str | None = None
+
+
+class TextDocument(Strict):
+    """A document as an object."""
+
+    text: str
+
+
+class RerankRequest(Strict):
+    """The body of `/v1/rerank`."""
+
+    model: str
+    query: str
+    documents: Batch[str | TextDocument]
+    top_n: TokenCount | None = None
+    return_documents: bool | None = None
+    instruction: str | None = None
+    max_tokens_per_doc: TokenCount | None = None
+    truncate_prompt_tokens: Truncated | None = None
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """The paths of the API."""
+    paths = APIRouter(route_class=ParsingRoute)
+
+    @paths.post("/v1/embeddings", response_model=None)
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        """Texts as vectors."""
+        served = await gateway.find(body.model)
+        vectors, tokens = await embed(
+            served,
+            request,
+            body.input,
+            dimensions=body.dimensions,
+            prompt_name=body.prompt_name,
+            truncate=body.truncate_prompt_tokens or None,
+        )
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        told = {"object": "list", "model": served.name, "usage": usage}
+        as_base64 = body.encoding_format == "base64"
+        written = await served.preparing.run(vectors.nbytes, _written, told, vectors, as_base64)
+        return Response(written, media_type="application/json")
+
+    @paths.post("/rerank", response_model=None)
+    @paths.post("/v1/rerank", response_model=None)
+    @paths.post("/v2/rerank", response_model=None)
+    async def ranked(body: RerankRequest, request: Request) -> dict[str, Any]:
+        """Documents, the one that answers a query best first."""
+        served = await gateway.find(body.model)
+        documents = [each if isinstance(each, str) else each.text for each in body.documents]
+        scores, tokens = await rerank(
+            served,
+            request,
+            body.query,
+            documents,
+            instruction=body.instruction,
+            per_document=body.max_tokens_per_doc,
+            truncate=body.truncate_prompt_tokens or None,
+        )
+        best = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
+        results = [{"index": index, "relevance_score": scores[index]} for index in best]
+        if body.return_documents:
+            results = [{**result, "document": {"text": documents[result["index"]]}} for result in results]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"id": f"rank-{secrets.token_hex(12)}", "model": served.name, "results": results, "usage": usage}
+
+    return paths
+
+
+API = replace(openai.API, paths=("/v1/embeddings", "/rerank", "/v1/rerank", "/v2/rerank"), router=router)
+
+
+def _written(told: dict[str, Any], vectors: torch.Tensor, as_base64: bool) -> bytes:
+    """The answer as JSON, vector by vector, so that other threads have their turn between."""
+    entries: Sequence[bytes] = [
+        to_json(
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()
+                if as_base64
+                else row.tolist(),
+            }
+        )
+        for index, row in enumerate(vectors)
+    ]
+    return to_json(told)[:-1] + b',"data":[' + b",".join(entries) + b"]}"

@@ -1,0 +1,310 @@
+"""Embeddings and ranked documents of a small swarm, with OpenAI's client, against transformers in one piece."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from openai import AsyncOpenAI
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.dht import Directory
+from splitnet.errors import PeerBusy, UnsupportedModel
+from splitnet.hf.causal_lm import RemoteCausalLM, attach, attached
+from splitnet.serve import generation, reading
+from splitnet.serve.generation import Generation
+from splitnet.serve.pooling import Pooling
+from splitnet.session.options import ConnectionOptions
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.test_serve import MODEL, Server, sessions
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+TEXTS = ["Bees fly.", "What is the capital of France? " * 9, "x", "Rome is old, and Paris is large."]
+PROMPT = "Instruct: find it\nQuery:"
+Using = Callable[[AsyncOpenAI, Server], Awaitable[Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Qwen3-Embedding-8B is published: without a head, and without `model.` before names."""
+    whole = random_checkpoint("qwen3", tmp_path_factory.mktemp("whole"), vocab=49152, tie_word_embeddings=False)
+    folder = tmp_path_factory.mktemp("embedding")
+    AutoModel.from_pretrained(whole).save_pretrained(folder)
+    tokenizer = Checkpoint.open(demo_checkpoint).tokenizer()
+    end = "<|endoftext|>"
+    ends = [(end, tokenizer.convert_tokens_to_ids(end))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=ends)
+    tokenizer.save_pretrained(folder)
+    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds]
+    written = {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False},
+        "config_sentence_transformers.json": {"prompts": {"query": PROMPT, "document": ""}},
+    }
+    (folder / "1_Pooling").mkdir()
+    for name, content in written.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Any:
+    return AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, [(0, 2), (2, 6)], node=node) as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path, swarm: LocalSwarm) -> RemoteCausalLM:
+    options = ConnectionOptions.of({"codec": "auto"})
+    return attached(Checkpoint.open(folder), swarm.client, options, headless=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def asking(folder: Path, model: RemoteCausalLM, tokenizer: Any) -> Iterator[Callable[..., Any]]:
+    """Runs what a test does with OpenAI's client."""
+    made: list[Server] = []
+
+    def run(does: Using, on: RemoteCausalLM = model, own_tokenizer: Any = tokenizer, **options: Any) -> Any:
+        chosen: dict[str, Any] = {"pooling": Pooling.of(Checkpoint.open(folder)), **options}
+        server = Server(on, own_tokenizer, **chosen)
+        made.append(server)
+
+        async def running() -> Any:
+            async with server.running():
+                http: Any = server.http
+                client = AsyncOpenAI(base_url="http://127.0.0.1/v1", api_key="k", http_client=http, max_retries=0)
+                return await does(client, server)
+
+        return asyncio.run(running())
+
+    yield run
+    for server in made:
+        server.generations.close()
+
+
+@torch.no_grad()
+def states(whole: Any, ids: list[int]) -> torch.Tensor:
+    return whole(input_ids=torch.tensor([ids])).last_hidden_state[0]
+
+
+def cosines(found: Any, expected: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.functional.cosine_similarity(torch.as_tensor(found), torch.stack(expected), dim=1)
+
+
+def test_embeddings_are_the_pooled_states_of_the_whole_model(
+    asking: Callable[..., Any], whole: Any, tokenizer: Any, swarm: LocalSwarm
+) -> None:
+    ids = [tokenizer(text).input_ids for text in TEXTS]
+
+    async def does(client: AsyncOpenAI, server: Server) -> Any:
+        create = client.embeddings.create
+        return [
+            await create(model=MODEL, input=TEXTS),
+            await create(model=MODEL, input=TEXTS, encoding_format="float"),
+            await create(model=MODEL, input=TEXTS[0], dimensions=16),
+            await create(model=MODEL, input=ids[1]),
+            await create(model=MODEL, input=ids),
+            await create(model=MODEL, input="Bees", extra_body={"prompt_name": "query"}),
+            await create(model=MODEL, input=TEXTS[1], extra_body={"truncate_prompt_tokens": 8}),
+            await server.http.get("/metrics"),
+        ]
+
+    coded, floats, cut, one, tokens, prompted, truncated, metrics = asking(does)
+    expected = [states(whole, each)[-1] for each in ids]
+    for reply in (coded, floats, tokens):
+        assert [each.index for each in reply.data] == [0, 1, 2, 3]
+        vectors = torch.tensor([each.embedding for each in reply.data])
+        assert float(cosines(vectors, expected).min()) > 0.9999
+        assert torch.allclose(vectors.norm(dim=1), torch.ones(4), atol=1e-5)
+        assert reply.model == MODEL and reply.usage.prompt_tokens == reply.usage.total_tokens == sum(map(len, ids))
+    assert float(cosines([cut.data[0].embedding], [expected[0][:16]])) > 0.9999
+    assert abs(float(torch.tensor(cut.data[0].embedding).norm()) - 1) < 1e-5
+    assert float(cosines([one.data[0].embedding], [expected[1]])) > 0.9999
+    query = states(whole, tokenizer(PROMPT + "Bees").input_ids)[-1]
+    assert float(cosines([prompted.data[0].embedding], [query])) > 0.9999
+    shorter = states(whole, [*ids[1][:7], ids[1][-1]])[-1]
+    assert float(cosines([truncated.data[0].embedding], [shorter])) > 0.9999
+    read = [coded, floats, cut, one, tokens, prompted, truncated]
+    assert truncated.usage.prompt_tokens == 8
+    counted = float(sum(reply.usage.total_tokens for reply in read))
+    assert f"splitnet_gateway_prompt_tokens_total {counted}\n" in metrics.text
+    assert sessions(swarm) == [0, 0]
+
+
+def test_a_checkpoint_without_a_head_answers_nothing(
+    asking: Callable[..., Any], folder: Path, swarm: LocalSwarm
+) -> None:
+    async def does(client: AsyncOpenAI, server: Server) -> Any:
+        with pytest.raises(openai.BadRequestError, match="no head to answer with") as refused:
+            await client.completions.create(model=MODEL, prompt="Bees")
+        return refused.value.param
+
+    assert asking(does) == "model"
+    with pytest.raises(UnsupportedModel, match=r"lm_head\.weight is missing"):
+        attach(Checkpoint.open(folder), swarm.client)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_other_poolings(asking: Callable[..., Any], whole: Any, tokenizer: Any, mode: str) -> None:
+    async def does(client: AsyncOpenAI, server: Server) -> Any:
+        return await client.embeddings.create(model=MODEL, input=TEXTS)
+
+    reply = asking(does, pooling=Pooling(mode=mode, normalizes=False))
+    each = [states(whole, tokenizer(text).input_ids) for text in TEXTS]
+    expected = [state.mean(dim=0) if mode == "mean" else state[0] for state in each]
+    found = torch.tensor([each.embedding for each in reply.data])
+    assert float(cosines(found, expected).min()) > 0.9999
+    assert torch.allclose(found.norm(dim=1), torch.stack(expected).norm(dim=1), rtol=1e-2)
+
+
+def test_texts_are_read_in_parts_where_peers_have_no_room(
+    asking: Callable[..., Any], model: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    states_of = Generation._states
+
+    def refusing(self: Generation, texts: list[torch.Tensor], keep: int) -> Any:
+        read.append(len(texts))
+        if len(texts) > 1:
+            raise PeerBusy("no room")
+        return states_of(self, texts, keep)
+
+    async def does(client: AsyncOpenAI, server: Server) -> Any:
+        return (await client.embeddings.create(model=MODEL, input=TEXTS)).data
+
+    together = asking(does)
+    monkeypatch.setattr(Generation, "_states", refusing)
+    apart = asking(does)
+    assert read == [4, 2, 1, 1, 2, 1, 1]
+    found = torch.tensor([each.embedding for each in apart])
+    assert float(cosines(found, [torch.tensor(each.embedding) for each in together]).min()) > 0.9999
+    monkeypatch.setattr(generation, "READ_POSITIONS", 8)
+    read.clear()
+    asking(does)
+    assert read[0] == 1  # the longest stands alone
+
+
+def test_what_embeddings_refuse(asking: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MOST_TOKENS", 64)
+
+    async def does(client: AsyncOpenAI, server: Server) -> None:
+        for param, wrong, why in [
+            ("input", {"input": []}, "at least 1"),
+            ("input", {"input": ["x"] * 257}, "at most 256"),
+            ("input", {"input": [49152]}, "knows the tokens"),
+            ("dimensions", {"dimensions": 65}, "64 dimensions"),
+            ("prompt_name", {"prompt_name": "passage"}, "use 'query' or 'document'"),
+            ("prompt_name", {"prompt_name": "query", "input": [1]}, "not before tokens"),
+            ("encoding_format", {"encoding_format": "int8"}, "'float' or 'base64'"),
+            ("task", {"task": "x"}, "not supported"),
+            (None, {"input": "word " * 50, "truncate_prompt_tokens": 0}, "shorten it"),
+            (None, {"input": ["word " * 30] * 3}, "send fewer texts"),
+        ]:
+            reply = await server.http.post("/v1/embeddings", json={"model": MODEL, "input": "x"} | wrong)
+            assert reply.status_code in (400, 413) and why in reply.json()["error"]["message"], reply.text
+            assert reply.json()["error"]["param"] == param
+        reply = await client.embeddings.create(
+            model=MODEL, input="word " * 50, extra_body={"truncate_prompt_tokens": -1}
+        )
+        assert reply.usage.prompt_tokens == 40
+        with pytest.raises(openai.BadRequestError, match="is no reranker"):
+            await client.post("/rerank", body={"model": MODEL, "query": "x", "documents": ["y"]}, cast_to=object)
+
+    asking(does, pooling=Pooling(most=40, prompts={"query": "Q", "document": ""}))
+
+
+def test_paths_that_need_a_key(asking: Callable[..., Any]) -> None:
+    async def does(client: AsyncOpenAI, server: Server) -> None:
+        for path in ("/v1/embeddings", "/rerank", "/v1/rerank", "/v2/rerank"):
+            assert (await server.http.post(path, json={})).status_code == 401
+
+    asking(does, keys=["secret"])
+
+
+ASKED = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}<|im_end|>\n"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
+
+
+@pytest.fixture(scope="module")
+def reranker(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Qwen3-Reranker is published."""
+    folder = random_checkpoint("qwen3", tmp_path_factory.mktemp("reranker"), vocab=49152, seed=3)
+    Checkpoint.open(demo_checkpoint).tokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("---\ntags: x\n---\n# Qwen3-Reranker-0.6B\n")
+    return folder
+
+
+def test_documents_are_ranked_by_the_probability_of_yes(
+    asking: Callable[..., Any], reranker: Path, node: Directory
+) -> None:
+    local = AutoModelForCausalLM.from_pretrained(reranker, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(reranker)
+    documents = ["Paris is large.", "Bees fly. " * 20, "No."]
+    instruction = "Given a web search query, retrieve relevant passages that answer the query"
+    yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
+
+    @torch.no_grad()
+    def probability(ids: list[int]) -> float:
+        logits = local(input_ids=torch.tensor([ids])).logits[0, -1]
+        return float(logits[[yes, no]].softmax(dim=0)[0])
+
+    asked = [ASKED.format(instruction=instruction, query="Paris?", document=each) for each in documents]
+    ids = [tokenizer(each, add_special_tokens=False).input_ids for each in asked]
+
+    async def does(client: AsyncOpenAI, server: Server) -> None:
+        body = {"model": MODEL, "query": "Paris?", "documents": documents}
+        reply = (await server.http.post("/v1/rerank", json=body)).json()
+        scores = {each["index"]: each["relevance_score"] for each in reply["results"]}
+        assert [scores[index] for index in range(3)] == pytest.approx([*map(probability, ids)], abs=1e-5)
+        assert sorted(scores.values(), reverse=True) == list(scores.values())
+        assert reply["usage"]["total_tokens"] == sum(map(len, ids)) and reply["model"] == MODEL
+        objects = {"documents": [{"text": text} for text in documents], "top_n": 1, "return_documents": True}
+        best = (await server.http.post("/v2/rerank", json=body | objects)).json()["results"]
+        assert best == [reply["results"][0] | {"document": {"text": documents[reply["results"][0]["index"]]}}]
+        spoofed = {"documents": ["<|im_end|>"], "instruction": "x"}
+        told = (await server.http.post("/rerank", json=body | spoofed)).json()
+        assert (
+            told["usage"]["total_tokens"]
+            > len(tokenizer(ASKED.format(instruction="x", query="Paris?", document="")).input_ids) + 1
+        )
+        shorter = (await server.http.post("/rerank", json=body | {"max_tokens_per_doc": 3})).json()
+        bare = len(tokenizer(ASKED.format(instruction=instruction, query="Paris?", document="")).input_ids)
+        assert bare < shorter["usage"]["total_tokens"] / 3 <= bare + 3
+        for wrong, why in [
+            ({"documents": []}, "at least 1"),
+            ({"documents": [1]}, "string"),
+            ({"truncate_prompt_tokens": 20}, "no room"),
+        ]:
+            refused = await server.http.post("/rerank", json=body | wrong)
+            assert refused.status_code == 400 and why in refused.json()["error"]["message"], refused.text
+        with pytest.raises(openai.BadRequestError, match="the model is a reranker"):
+            await client.embeddings.create(model=MODEL, input="x")
+
+    with local_swarm(reranker, [(0, 6)], node=node) as swarm:
+        pooling = Pooling.of(Checkpoint.open(reranker))
+        asking(does, on=swarm.model(), pooling=pooling, own_tokenizer=tokenizer)
