@@ -87,7 +87,7 @@ class DirectoryService:
     def __init__(self, directory: SwarmDirectory, model: str, outbox: Answering, swarm: OpenSwarm = OPEN) -> None:
         self._directory = directory
         self._swarm = swarm
-        self._home = {swarm.place(""): "", swarm.place(model): model}  # by how questions name them
+        self._home: dict[str, str] = {}  # models by how questions name them
         self._outbox = outbox
         self._readings: OrderedDict[tuple[str, int], _Reading] = OrderedDict()  # by model and depth, latest last
         self._known: dict[int, tuple[float, dict[str, str]]] = {}
@@ -104,6 +104,7 @@ class DirectoryService:
         self._threads: set[threading.Thread] = set()
         self._closed = False
         self._lock = threading.Lock()
+        self.serve(model)
 
     def receive(self, source: Connection, message: LookUp | Announce, now: float) -> None:
         with self._lock:
@@ -119,6 +120,11 @@ class DirectoryService:
                 self._announce(source, message, now)
             if not self._waiting[payer]:
                 del self._waiting[payer]
+
+    def serve(self, model: str) -> None:
+        """From now on this is the own model."""
+        with self._lock:
+            self._home = {self._swarm.place(""): "", self._swarm.place(model): model}
 
     def close(self) -> None:
         with self._lock:

@@ -65,6 +65,11 @@ class LanPresence:
             on_failure.pop_all()
         return presence
 
+    def of_model(self, checkpoint: Checkpoint) -> LanPresence | None:
+        """The same for another model, in the place of this one."""
+        self.close()
+        return LanPresence.start(self._directory, checkpoint, has_joined=True, report=lambda *_: None)
+
     def look(self) -> None:
         """Announces the addresses of the node if they have changed; may take seconds."""
         addresses = self._directory.addresses
@@ -116,11 +121,17 @@ class Joined:
 
 
 def join_swarm(
-    options: PeerOptions, model: str | Path, checkpoint: Checkpoint | None, identity: Identity, report: Report
+    options: PeerOptions,
+    model: str | Path | None,
+    checkpoint: Checkpoint | None,
+    identity: Identity,
+    report: Report,
+    choose: Callable[[SwarmDirectory], Found] | None = None,
 ) -> Joined:
     """Joins as `options` say, and finds out what the model is where not all of it is here.
 
-    model: as the user calls it. checkpoint: what there is of it; None: nothing, neither here nor at the hub.
+    model: as the user calls it; None: one that `choose` finds. checkpoint: what there is of it; None: nothing, neither
+    here nor at the hub.
 
     Raises SplitnetError as `join` does, and if there is no `options.join_file`, or options of the DHT are given without
     one; ModelNotFound if the model is not here, and no peer of the swarm gives it.
@@ -131,24 +142,13 @@ def join_swarm(
     with ExitStack() as on_failure:
         directory = _join(options, identity, report)
         on_failure.callback(directory.close)
-        fetcher = None
         if checkpoint is None or not checkpoint.is_whole:
             _meet_local_network(options, directory, report)
-            checkpoint, fetcher = _find_model(options, model, checkpoint, directory, identity, report)
-        elif options.invited and options.model_id is None:
-            # A model that an invitation names is not served to a swarm that does not know it.
-            own, joined = checkpoint.fingerprint, options.initial_peers
-
-            def accept(one: Manifest, heads: Sequence[bytes]) -> str:
-                return "" if one.fingerprint == own else f"{model} on this machine is another model"
-
-            with Asking(identity, options.swarm_key or OPEN) as asking:
-                told = find_manifest(directory, asking, model, joined=joined, accept=accept, report=report)
-            if told is None:
-                raise ModelNotFound(
-                    f"the invitation names {model}, which is on this machine and not in the swarm: give it as MODEL, "
-                    "beside --invite, if you mean to serve it there"
-                )
+        if model is None:
+            assert choose is not None
+            checkpoint, fetcher = choose(directory)
+        else:
+            checkpoint, fetcher = find_model(options, model, checkpoint, directory, identity, report)
         node = part_of(directory, Directory)
         lan = None
         if node is not None and options.lan:
@@ -156,6 +156,38 @@ def join_swarm(
             lan = LanPresence.start(node, checkpoint, has_joined=has_joined, report=report)
         on_failure.pop_all()
     return Joined(checkpoint, directory, lan, fetcher)
+
+
+Found = tuple[Checkpoint, Fetcher | None]
+"""A model, and what gets its missing weights; None: all are here."""
+
+
+def find_model(
+    options: PeerOptions,
+    model: str | Path,
+    checkpoint: Checkpoint | None,
+    directory: SwarmDirectory,
+    identity: Identity,
+    report: Report,
+) -> Found:
+    """What the model is, where not all of it is here. Arguments and errors as of `join_swarm`."""
+    if checkpoint is None or not checkpoint.is_whole:
+        return _find_missing(options, model, checkpoint, directory, identity, report)
+    if options.invited and options.model_id is None:
+        # A model that an invitation names is not served to a swarm that does not know it.
+        own, joined = checkpoint.fingerprint, options.initial_peers
+
+        def accept(one: Manifest, heads: Sequence[bytes]) -> str:
+            return "" if one.fingerprint == own else f"{model} on this machine is another model"
+
+        with Asking(identity, options.swarm_key or OPEN) as asking:
+            told = find_manifest(directory, asking, model, joined=joined, accept=accept, report=report)
+        if told is None:
+            raise ModelNotFound(
+                f"the invitation names {model}, which is on this machine and not in the swarm: give it as MODEL, "
+                "beside --invite, if you mean to serve it there"
+            )
+    return checkpoint, None
 
 
 def _join(options: PeerOptions, identity: Identity, report: Report) -> SwarmDirectory:
@@ -199,7 +231,7 @@ def _meet_local_network(options: PeerOptions, directory: SwarmDirectory, report:
         node.meet([address for one in nodes for address in one.addresses])
 
 
-def _find_model(
+def _find_missing(
     options: PeerOptions,
     model: str | Path,
     checkpoint: Checkpoint | None,

@@ -59,11 +59,14 @@ class PeerOptions:
     # Others have named the model: it counts if a peer of the swarm tells the same as the local files, or `model_id`
     # does, and local files are given to others only if `share_weights` says so.
     invited: bool = False
+    # Models that the peer may leave its own for, when they are wanted more: folders, files and hub ids; empty: any of
+    # the swarm; None: it stays with its model.
+    any_model: Sequence[str] | None = None
 
     def shares_weights(self, authorized: AuthorizedKeys | None) -> bool:
         """Whether it gives weights to others; `authorized`: the list in `authorized_keys` as it is now."""
         if self.share_weights is not None:
             return self.share_weights
-        if self.invited:
+        if self.invited or (self.any_model is not None and not self.any_model):  # others name what it serves
             return False
         return self.swarm_key is not None or (authorized is not None and not authorized.lets_in_strangers)

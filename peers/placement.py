@@ -15,7 +15,7 @@ import torch
 
 from peers.links import NextHops
 from peers.options import SpanWish
-from scheduler.facts import Coordinate, missing_blocks
+from scheduler.facts import PASS_SIZES, Coordinate, Peer, Speed, missing_blocks
 from scheduler.liveness import ANSWER_S, HOLDER_LOST_S, HOLDER_SILENT_S
 from scheduler.peer_moves import Move, Willingness, best_move
 from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span, work_ms
@@ -142,16 +142,23 @@ def choose_blocks(
         size = position_bytes(checkpoint)
         peers = [expected_facts_of(record, size) for record in present.records]
         if own_ms is not None and peers:
-            # Arithmetic takes what it takes at the peer that is most like this one.
-            nearness = [abs(math.log(_positive(peer.speed.at(1)) / _positive(own_ms))) for peer in peers]
-            alike = peers[nearness.index(min(nearness))].speed
-            own_ms *= work_ms(alike) / _positive(alike.at(1))
+            own_ms = work_ms(expected_speed(own_ms, peers))
             own_ms = float(block_ms(own_ms, fitting, size / present.bytes_per_ms if present.bytes_per_ms else 0.0))
         return choose_span(peers, count, fitting, own_ms, present.away_ms)
     start, end = wish.blocks
     if not 0 <= start < end <= count:
         raise SplitnetError(f"{checkpoint.name} has blocks 0..{count - 1}: use --blocks START:END within 0:{count}")
     return start, end
+
+
+def expected_speed(own_ms: float, peers: Sequence[Peer]) -> Speed:
+    """Of a peer that takes so many ms for a token: arithmetic takes what it takes at the peer that is most like it."""
+    if not peers:
+        return Speed.of(own_ms, own_ms / PASS_SIZES[1])
+    alike = min(
+        (peer.speed for peer in peers), key=lambda speed: abs(math.log(_positive(speed.at(1)) / _positive(own_ms)))
+    )
+    return Speed(tuple(ms * own_ms / _positive(alike.at(1)) for ms in alike.block_ms))
 
 
 def position_bytes(checkpoint: Checkpoint) -> int:
@@ -285,6 +292,8 @@ class Relocation:
     others: Callable[[], Sequence[PeerRecord]]  # looks up all other records
     publish: Callable[[], None]  # announces this peer's record beside the regular refreshes
     move: Callable[[Blocks, bool], None]  # makes the peer serve other blocks; True: in haste, as some have no server
+    leave: Callable[[PeerRecord, Sequence[PeerRecord]], bool | None] = lambda own, others: False
+    """Leaves the model for another one, if that is wanted more; tells whether it has, None: it is about to."""
 
     def __post_init__(self) -> None:
         self._gone: frozenset[PublicKey] = frozenset()
@@ -312,6 +321,9 @@ class Relocation:
             if span is not None:
                 self.move(span, self.mover.lacking)
                 return True
+            leaves = self.mover.intended is None and self.leave(own, present)
+            if leaves:
+                return True
             lost = [record for record in others if record.key in self._gone]
             # Where peers are few all watch all: the one to move may be lost with those that it was to replace.
             rest = others if len(others) <= MAX_WATCHED else ()
@@ -323,7 +335,7 @@ class Relocation:
             least_s, per_peer_s = (
                 (URGENT_LOOK_S, URGENT_LOOK_PER_PEER_S) if self.mover.lacking else (QUICK_LOOK_S, LOOK_PER_PEER_S)
             )
-            self._pause_s = min(LOOK_S, max(least_s, per_peer_s * len(others)))
+            self._pause_s = min(LOOK_S, max(least_s, per_peer_s * len(others))) if leaves is not None else QUICK_LOOK_S
             self._heard_of = announced
             return False
 

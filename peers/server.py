@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
+from peers.any_model import ChosenModel, ModelChoice
 from peers.counters import Counters
 from peers.directory import Announcer, DirectoryService
 from peers.engine import Engine, KnownSpeeds, ObservedSpeed, speed_of
 from peers.joining import Joined, join_swarm
 from peers.links import Neighbours, NextHops, Outbox
-from peers.options import PeerOptions, Report
+from peers.options import PeerOptions, Report, SpanWish
 from peers.placement import (
     NOBODY,
     HolderWatch,
@@ -38,9 +39,11 @@ from peers.reach import PeerWays
 from peers.service import ServedBlocks, SessionService
 from peers.sessions import AHEAD, TENSOR_BYTES, KeyPolicy, SessionTable
 from peers.weights import DEFAULT_RATE, WeightService
+from scheduler.placement import BLOCKS_SHARE
 from splitnet.blocks.device import find_device
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.transfer.fetching import Fetcher
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import ModelNotFound, OutOfMemory, ProtocolError, SplitnetError
 from splitnet.nat.tunnel import Tunnels
@@ -192,7 +195,9 @@ class Peer:
         identity: Identity,
         counters: Counters,
         max_blocks: int,
+        choice: ModelChoice | None = None,
     ) -> None:
+        self._choice = choice
         self.checkpoint = checkpoint = joined.checkpoint
         self.identity = identity
         self.counters = counters
@@ -246,14 +251,7 @@ class Peer:
         self._neighbours = Neighbours(self._others, self._next_hops, self._outbox.prober, self.record)
         swarm = options.swarm_key or OPEN
         self._directory_service = DirectoryService(directory, checkpoint.fingerprint, self._outbox, swarm)
-        self.weights = WeightService(
-            checkpoint.held(),
-            self._outbox,
-            shares=partial(options.shares_weights, self._authorized),
-            rate=options.share_rate or DEFAULT_RATE,
-            swarm=swarm,
-            serving=lambda: self.service.in_use(time.monotonic()),
-        )
+        self.weights = self._weights_of(checkpoint)
         self._announcer = Announcer(directory, identity, self.record, self._look_around)
         self.relocation = Relocation(
             self._mover,
@@ -263,11 +261,23 @@ class Peer:
             others=lambda: self._neighbours.answering(self._others()),
             publish=self._announcer.publish,
             move=self._move,
+            leave=self._leave_model,
+        )
+
+    def _weights_of(self, checkpoint: Checkpoint) -> WeightService:
+        return WeightService(
+            checkpoint.held(),
+            self._outbox,
+            shares=partial(self._options.shares_weights, self._authorized),
+            rate=self._options.share_rate or DEFAULT_RATE,
+            swarm=self._options.swarm_key or OPEN,
+            serving=lambda: self.service.in_use(time.monotonic()),
         )
 
     @classmethod
-    def start(cls, model: str | Path, options: PeerOptions, *, progress: Report | None = None) -> Peer:
-        """Joins or starts a swarm, loads blocks and serves them. model: hub id or checkpoint folder.
+    def start(cls, model: str | Path | None, options: PeerOptions, *, progress: Report | None = None) -> Peer:
+        """Joins or starts a swarm, loads blocks and serves them. model: hub id or checkpoint folder; None: the one that
+        is wanted most, of those that `options` allow.
 
         progress: called with a stage, bytes done and bytes in all, again and again while it waits for others. An error
         that it raises ends the start.
@@ -277,15 +287,15 @@ class Peer:
         checkpoint: Checkpoint | None = None
         absent: ModelNotFound | None = None
         try:
-            checkpoint = Checkpoint.open(model)
-            _ = checkpoint.is_whole
+            if model is not None:
+                checkpoint = Checkpoint.open(model)
+                _ = checkpoint.is_whole
         except ModelNotFound as error:
             if not (options.initial_peers or options.join_file or options.model_id):
                 raise
             checkpoint, absent = None, error
         # Mistakes that can be seen before anything slow are told at once.
-        if options.authorized_keys is not None:
-            AuthorizedKeys(options.authorized_keys)
+        authorized = AuthorizedKeys(options.authorized_keys) if options.authorized_keys is not None else None
         if options.public_host is not None:
             reach = Reach.direct if options.reach is Reach.auto else options.reach
             options = replace(options, public_host=with_literal_host(options.public_host), reach=reach)
@@ -297,8 +307,14 @@ class Peer:
         identity = options.identity or (
             Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
         )
+        choice: ModelChoice | None = None
+        if options.any_model is not None:
+            if options.wish.memory is None:  # what is free changes with the model
+                memory = int(free_memory(torch.device(options.device)) * BLOCKS_SHARE)
+                options = replace(options, wish=SpanWish(memory=memory))
+            choice = ModelChoice(options, identity, report, authorized)
         try:
-            joined = join_swarm(options, model, checkpoint, identity, report)
+            joined = join_swarm(options, model, checkpoint, identity, report, choice.first if choice else None)
         except ModelNotFound as error:
             raise error if absent is None else ModelNotFound(f"{absent}. From peers: {error}") from error
         checkpoint = joined.checkpoint
@@ -318,12 +334,15 @@ class Peer:
                 EnergyMeter(partial(find_sources, torch.device(options.device), options.sysfs), options.watts)
             )
             speed = speed_of(span, checkpoint.fingerprint, options.speeds_file, counters.energy)
-            peer = cls(joined, span, speed, options, identity, counters, fitting)
+            peer = cls(joined, span, speed, options, identity, counters, fitting, choice)
         except BaseException:
             joined.close()
             raise
         if joined.fetcher is not None:
             joined.fetcher.report = peer._go_on
+        if choice is not None:
+            choice.go_on = peer._go_on
+            choice.serves((checkpoint, joined.fetcher))
         try:
             peer._serve()
         except BaseException:
@@ -400,6 +419,8 @@ class Peer:
         with self.relocation.lock:
             self.service.leave()  # before the directory, which may take a second
             self._announcer.close()
+            if self._choice is not None:
+                self._choice.stay(self.directory)
             if self._lan is not None:
                 self._lan.close()
             if self._server is not None:
@@ -446,6 +467,8 @@ class Peer:
         self.ways.look()
         if self._lan is not None:
             self._lan.look()
+        if self._choice is not None:
+            self._choice.renew(self.directory)
         self._neighbours.hear_used()
         self._neighbours.look_around()
         self._prove_work()
@@ -469,53 +492,112 @@ class Peer:
         is_friend = self._authorized is not None and self._authorized.names(PublicKey(relay.key).curve_raw)
         return is_friend or relay.address.removeprefix("tcp://").rpartition(":")[0] in self._joined_at
 
-    def _move(self, span: tuple[int, int], urgent: bool = False) -> None:
+    def _leave_model(self, own: PeerRecord, others: Sequence[PeerRecord]) -> bool | None:
+        """See `Relocation.leave`."""
+        if self._choice is None:
+            return False
+        in_use = self.service.in_use(time.monotonic())
+        try:
+            chosen = self._choice.better(self.directory, own, others, in_use=in_use)
+        except IsLeaving:
+            return False
+        except SplitnetError as error:
+            log.warning("could not look for models that are wanted more: %s", error)
+            return False
+        if chosen is not None:
+            try:
+                self._move(chosen.span, chosen=chosen)
+            except SplitnetError as error:
+                log.warning("%s is not served here: %s", chosen.checkpoint.name, error)
+                self._choice.give_up(self.directory, chosen)
+            return True
+        return None if self._choice.is_leaving else False
+
+    def _move(self, span: tuple[int, int], urgent: bool = False, chosen: ChosenModel | None = None) -> None:
         """Hands its sessions over, then serves other blocks under the same key and address.
 
-        urgent: some blocks have no server, so that sessions cannot go on anyway, and are not waited for.
+        urgent: some blocks have no server, so that sessions cannot go on anyway, and are not waited for. chosen: the
+        model whose blocks they are, if it is another one.
         """
         try:
-            self.checkpoint.get_blocks(*span)  # while the old ones are still served
+            (chosen or self).checkpoint.get_blocks(*span)  # while the old ones are still served
         except IsLeaving:
             return
-        self._last_record = replace(self.record(), moving_to=span, serves=False)
+        self._last_record = replace(self.record(), moving_to=None if chosen else span, serves=False)
         try:
             self._announcer.publish()
         except SplitnetError as error:  # as when the nodes of the DHT were lost together with the blocks
             log.warning("the swarm is not told of the move: %s", error)
-        if self._change_to(*span, drain_s=0.0 if urgent else MOVE_DRAIN_S):
+        if self._change_to(*span, 0.0 if urgent else MOVE_DRAIN_S, chosen):
             self._last_record = None
             self._announcer.publish()
             start, end = self.span.start, self.span.end
-            log.warning("serving blocks %d..%d", start, end - 1, extra={"blocks": f"{start}:{end}"})
+            of = f" of {self.checkpoint.name}" if chosen else ""
+            log.warning("serving blocks %d..%d%s", start, end - 1, of, extra={"blocks": f"{start}:{end}"})
 
-    def _change_to(self, start: int, end: int, drain_s: float) -> bool:
+    def _change_to(self, start: int, end: int, drain_s: float, chosen: ChosenModel | None) -> bool:
         """Hands the sessions over, then serves other blocks, or the old ones on errors; False: the peer ends before."""
-        server = self.server
+        server, leaves = self.server, self._last_record
         old, speed = (server.span.start, server.span.end), server.speed
+        former = self.checkpoint, self._fetcher, self._max_blocks
         blocks = {"former_blocks": "{}:{}".format(*old), "blocks": f"{start}:{end}"}
-        log.warning("moving from blocks %d..%d to %d..%d", old[0], old[1] - 1, start, end - 1, extra=blocks)
+        of = f" of {chosen.checkpoint.name}" if chosen else ""
+        log.warning("moving from blocks %d..%d to %d..%d%s", old[0], old[1] - 1, start, end - 1, of, extra=blocks)
         server.drain(drain_s)
         server.close()
         # The memory of the old blocks is needed for the new ones. Meanwhile the old service answers.
         self._server = server = None
         give_back_memory()
         try:
-            self._load_and_serve(start, end, speed)
+            if chosen is not None and leaves is not None:
+                self._serve_model(chosen.checkpoint, chosen.fetcher, chosen.max_blocks, chosen.arriving(leaves))
+            self._load_and_serve(start, end, None if chosen else speed)
         except IsLeaving:
             return False
         except Exception:
             log.exception("could not load blocks %d..%d, going back", start, end - 1)
+            if chosen is not None:
+                self._serve_model(*former, leaves)
+                if self._choice is not None:
+                    self._choice.give_up(self.directory, chosen)
             self._load_and_serve(*old, speed)
         else:
             self.counters.moves += 1
         return True
 
-    def _load_and_serve(self, start: int, end: int, speed: ObservedSpeed) -> None:
+    def _serve_model(
+        self, checkpoint: Checkpoint, fetcher: Fetcher | None, max_blocks: int, record: PeerRecord | None
+    ) -> None:
+        """Changes all that depends on the model; record: what is announced until its blocks are served."""
+        former, self._last_record = self._last_record, record
+        self.checkpoint, self._fetcher, self._max_blocks = checkpoint, fetcher, max_blocks
+        if fetcher is not None:
+            fetcher.report = self._go_on
+        self._mover = self.relocation.mover = Mover(checkpoint.num_blocks, position_bytes(checkpoint))
+        self._directory_service.serve(checkpoint.fingerprint)
+        weights, self.weights = self.weights, self._weights_of(checkpoint)
+        self.weights.sent = weights.sent
+        self.weights.start()
+        weights.close()
+        if self._lan is not None:
+            self._lan = self._lan.of_model(checkpoint)
+        if self._choice is not None:
+            self._choice.serves((checkpoint, fetcher))
+        try:
+            if former is not None:
+                self.directory.withdraw(former, self.identity)
+            self._announcer.publish()
+        except SplitnetError as error:
+            log.warning("the swarm is not told of the move: %s", error)
+
+    def _load_and_serve(self, start: int, end: int, speed: ObservedSpeed | None) -> None:
+        """speed: of other blocks of the model; None: it is measured."""
         options = self._options
         span = _load(self.checkpoint, start, end, options, self._go_on)
+        if speed is None:
+            speed = speed_of(span, self.checkpoint.fingerprint, options.speeds_file, self.counters.energy)
         # All blocks of a model are about as fast. Timing these takes seconds, so it waits until the peer is idle.
-        if options.speeds_file is not None:
+        elif options.speeds_file is not None:
             KnownSpeeds(options.speeds_file).follow(span, self.checkpoint.fingerprint, speed)
         server = self._server_of(span, speed)
         server.engine.start()

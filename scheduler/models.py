@@ -4,11 +4,11 @@ Each peer decides for itself, by how much models are asked for and by the cost m
 
 - A model is worth the tokens per second that are asked of it, if peers serve all of its blocks. One that lacks blocks
   is worth half of that, times the share that is served: peers that fill it one after the other each gain.
-- Between models that are served alike the ms count that its tokens wait: a token waits for the weakest block of its
-  model (`scheduler.placement.rates`). A move must take a share of them away, and make up for the time that it costs.
+- Where that stays the same the ms count that tokens wait: each waits for the weakest block of its model
+  (`scheduler.placement.rates`). A move to a model that is busy must take a share of them away, and make up for the time
+  that it costs.
 - A peer never leaves a block of a model in use, unless others serve it of which one has a lower id: as within a model,
   with however stale views, every block keeps the lowest of those that leave it at once (`scheduler.peer_moves`).
-- Where leaving uncovers a model that nobody uses, the other one must lack blocks, or be busy.
 
 Each move raises what the models are worth, or at the same worth takes a share of the waiting away. So peers that move
 one after the other do not go back and forth while the demand stays the same.
@@ -124,7 +124,7 @@ def better_model(
             found.append((worth, 0.0, model.id))
             continue
         waits_ms = model.demand * model.wait_ms(with_own=False)
-        if worth < 0 or not waits_ms or settled_s < SETTLE_S * here.in_use or not (can_spare or waits_ms > BUSY * 1000):
+        if worth < 0 or waits_ms < BUSY * 1000 or settled_s < SETTLE_S * here.in_use:
             continue
         gain_ms = waits_ms - model.demand * model.wait_ms(with_own=True) - slowed_ms
         least_ms = MIN_GAIN * (waits_ms + demand * here.wait_ms(with_own=True))

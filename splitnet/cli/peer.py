@@ -61,6 +61,20 @@ def peer(
     ] = None,
     memory: Annotated[str | None, in_memory(metavar="4GiB", help="Memory for blocks; as many as fit.")] = None,
     kv_memory: Annotated[str | None, in_memory(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,
+    any_model: Annotated[
+        bool,
+        in_memory(
+            "--any-model",
+            help="Serve what is wanted most, beginning with MODEL if it is given; leave a model that nobody asks for.",
+        ),
+    ] = False,
+    allow: Annotated[
+        Path | None,
+        in_memory(
+            metavar="FILE",
+            help="With --any-model: the models that may be served, one a line; those of the swarm if not given.",
+        ),
+    ] = None,
     training_memory: Annotated[
         str | None, in_memory(metavar="1GiB", help="Memory to keep for clients that train; one key gets half at most.")
     ] = None,
@@ -160,6 +174,10 @@ def peer(
         raise SplitnetError(sentence)
     if blocks and memory:
         raise typer.BadParameter("give --blocks or --memory, not both")
+    if any_model and (blocks or model_id):
+        raise typer.BadParameter("--any-model chooses model and blocks: leave --blocks and --model-id out")
+    if allow is not None and not any_model:
+        raise typer.BadParameter("--allow is for --any-model, which is not given")
     wanted_blocks = parse_blocks(blocks) if blocks else None
     sizes = [parse_bytes(text) if text else None for text in (memory, kv_memory, training_memory, share_rate)]
     wanted_memory, wanted_kv_memory, wanted_training_memory, wanted_share = sizes
@@ -175,7 +193,9 @@ def peer(
     if relay_port:
         refuse_taken(f"{listen.rpartition(':')[0]}:{relay_port}")
     forget_address(address_file)
-    checkpoint = resolve_model(model_or_invited(model, invite))
+    allowed = read_models(allow) if allow is not None else []
+    chooses = any_model and model is None  # also the first one
+    checkpoint = None if chooses else resolve_model(model_or_invited(model, invite))
     connecting = ConnectionOptions(initial_peers=join or (), swarm_key=swarm_key, invite=invite, model_id=model_id)
     given = with_invitation(connecting)
 
@@ -241,6 +261,7 @@ def peer(
         share_rate=wanted_share,
         model_id=given.model_id,
         invited=model is None,
+        any_model=allowed if any_model else None,
         speeds_file=cache_folder() / "speeds.json",
     )
     metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None
@@ -275,6 +296,18 @@ def peer(
         serving.close()
         if metrics is not None:
             metrics.close()
+
+
+def read_models(file: Path) -> list[str]:
+    """The models in a file: one a line, without what stands behind a #. Raises SplitnetError: there are none."""
+    try:
+        lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SplitnetError(f"{file} cannot be read ({error}): give --allow a file with one model a line") from None
+    models = [resolve_model(line) for line in lines if line]
+    if not models:
+        raise SplitnetError(f"{file} names no model: write one a line, or leave --allow out")
+    return models
 
 
 def _what_it_serves(peer: Peer) -> str:

@@ -51,6 +51,24 @@ def options_of(*arguments: str) -> tuple[PeerOptions, str]:
     return ran.exception.args[0], ran.output
 
 
+def test_models_that_a_peer_may_serve(tmp_path: Path) -> None:
+    file = tmp_path / "models"
+    file.write_text("# mine\n\n./llama  # a folder\nQwen/Qwen3-8B\n")
+    assert options_of("m", "--listen", "tcp://127.0.0.1:0")[0].any_model is None
+    chosen = options_of("--any-model", "--listen", "tcp://127.0.0.1:0")[0]
+    assert chosen.any_model == [] and not chosen.shares_weights(None)
+    chosen = options_of("m", "--any-model", "--allow", str(file), "--listen", "tcp://127.0.0.1:0")[0]
+    assert chosen.any_model == ["./llama", "Qwen/Qwen3-8B"]
+    for wrong, fault in {
+        ("m", "--allow", str(file)): "--allow is for --any-model",
+        ("--any-model", "--blocks", "0:2"): "leave --blocks and --model-id out",
+        ("--any-model", "--allow", str(tmp_path / "none")): "cannot be read",
+        ("--any-model", "--allow", "/dev/null"): "names no model",
+    }.items():
+        ran = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["peer", *wrong])
+        assert ran.exit_code and fault in f"{ran.output}{ran.exception}"
+
+
 def invitation(folder: Path, *authorized: str) -> Path:
     file = folder / "anna.invite"
     address = f"tcp://192.0.2.7:31331?key={KEYS[0].public.text}"

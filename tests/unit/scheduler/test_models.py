@@ -46,15 +46,14 @@ def test_an_idle_peer_goes_where_blocks_lack_and_not_back() -> None:
     assert better_model(replace(there, demand=0.0, in_use=False), [replace(here, demand=0.02)]) == "a"
 
 
-def test_an_idle_peer_leaves_a_model_uncovered_only_for_one_that_is_busy() -> None:
+@pytest.mark.parametrize("left", [[], [peer("d", 0, 6)]])
+def test_an_idle_peer_helps_a_model_that_is_busy(left: list[Peer]) -> None:
     own = peer("m", 0, 6)
-    here = offered("a", own=own)
+    here = offered("a", *left, own=own)
     others = peer("c", 0, 6, 20.0)
     slow_ms = offered("b", others, own=own).wait_ms(with_own=False)
     assert better_model(here, [offered("b", others, own=own, demand=200.0 / slow_ms)]) is None
     assert better_model(here, [offered("b", others, own=own, demand=400.0 / slow_ms)]) == "b"
-    spare = offered("a", peer("d", 0, 6), own=own)
-    assert better_model(spare, [offered("b", others, own=own, demand=200.0 / slow_ms)]) == "b"
 
 
 def test_a_peer_leaves_a_model_in_use_only_if_it_can_be_spared() -> None:
@@ -66,7 +65,9 @@ def test_a_peer_leaves_a_model_in_use_only_if_it_can_be_spared() -> None:
 
 def test_a_peer_that_has_just_moved_stays_where_all_blocks_are_served() -> None:
     own = peer("m", 0, 6)
-    here, there = (offered(name, peer("c", 0, 6), own=own, demand=demand) for name, demand in (("a", 1.0), ("b", 90.0)))
+    here, there = (
+        offered(name, peer("c", 0, 6), own=own, demand=demand) for name, demand in (("a", 1.0), ("b", 290.0))
+    )
     assert better_model(here, [there]) == "b"
     assert better_model(here, [there], settled_s=SETTLE_S - 1) is None
     assert better_model(here, [there], sessions=10_000_000) is None

@@ -1,0 +1,274 @@
+"""A peer that may serve any model: which one its swarm wants most, by `scheduler.models`.
+
+A peer that means to leave announces itself where it goes, as one that is on its way, and looks again a moment later: so
+of several that would go there at once only as many do as are needed. Then it moves as to other blocks of its model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from peers.joining import Found, find_model
+from peers.options import PeerOptions, Report
+from peers.placement import (
+    answering,
+    choose_blocks,
+    expected_block_ms,
+    expected_speed,
+    fitting_blocks,
+    position_bytes,
+)
+from scheduler.facts import Peer
+from scheduler.models import Offered, better_model, first_model
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.transfer.fetching import Fetcher
+from splitnet.checkpoint.transfer.matching import names_of
+from splitnet.directory.demand import Demand, demand_of
+from splitnet.directory.interface import SwarmDirectory
+from splitnet.directory.record import PeerRecord, expected_facts_of, facts_of
+from splitnet.errors import ModelNotFound, SplitnetError
+from splitnet.limits import keep_latest
+from splitnet.security.identity import AuthorizedKeys, Identity
+
+log = logging.getLogger(__name__)
+
+LOOK_S: Final = 10.0  # between two looks at other models
+HOLD_S: Final = 3.0  # from the announcement that the peer leaves until it looks again, and goes
+ASKED_S: Final = 180.0  # after the last demand for a model nobody uses it
+RETRY_S: Final = 300.0  # until a model that could not be opened is tried again
+MAX_CONSIDERED: Final = 8  # models at one look, the most wanted ones
+MAX_REMEMBERED: Final = 256  # models of which it is known when they were wanted, or could not be opened
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ChosenModel:
+    """A model that the peer can serve, and how it would."""
+
+    checkpoint: Checkpoint
+    fetcher: Fetcher | None
+    max_blocks: int
+    offered: Offered
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return self.offered.own.start, self.offered.own.end
+
+    def arriving(self, own: PeerRecord) -> PeerRecord:
+        """The record of the peer there, while it is on its way; own: its present one."""
+        start, end = self.span
+        return replace(
+            own,
+            model=self.checkpoint.fingerprint,
+            model_name=self.checkpoint.name,
+            start=start,
+            end=end,
+            num_blocks=self.checkpoint.num_blocks,
+            block_ms=self.offered.own.speed.block_ms,
+            max_blocks=self.max_blocks,
+            kv_free_positions=0,
+            sessions=0,
+            placed_at=time.time(),
+            moving_to=(start, end),
+            serves=False,
+            issued_at=time.time(),
+        )
+
+
+class ModelChoice:
+    """Chooses for one peer among the models that its options allow. Not thread-safe.
+
+    go_on: is called while something slow is done; an error that it raises ends that. authorized: the keys whose demand
+    counts, if strangers may not connect.
+    """
+
+    def __init__(
+        self, options: PeerOptions, identity: Identity, go_on: Report, authorized: AuthorizedKeys | None = None
+    ) -> None:
+        self._options = replace(options, invited=False)
+        self._allowed = options.any_model or ()
+        self._identity = identity
+        self._authorized = authorized
+        self.go_on = go_on
+        self._opened: dict[str, Found] = {}  # by fingerprint
+        self._retry_at: dict[str, float] = {}  # of models that could not be opened
+        self._asked_at: dict[str, float] = {}  # when there was demand for a model, or a session of the own one
+        self._leaving_for: PeerRecord | None = None  # the record where the peer means to go
+        self._look_at = -math.inf
+
+    def first(self, directory: SwarmDirectory) -> Found:
+        """The model that is wanted most; of FILE the first that is there if the swarm has none. Raises SplitnetError as
+        `join_swarm`, and ModelNotFound: there is none."""
+        demand, listed = self._demand(directory), directory.models()
+        names = {model: one.name for model, one in demand.items()} | listed  # what a peer claims counts more
+        found = {one.offered.id: one for one in self._destinations(directory, names, demand)}
+        while found:
+            chosen = found.pop(first_model([one.offered for one in found.values()]))
+            try:
+                chosen.checkpoint.get_blocks(*chosen.span)
+                return self._opened[chosen.offered.id]
+            except ModelNotFound as error:  # nobody gives its weights
+                log.warning("%s is not served here: %s", chosen.checkpoint.name, error)
+        for model in self._allowed:
+            try:
+                return find_model(self._options, model, _open(model), directory, self._identity, self.go_on)
+            except ModelNotFound as error:
+                log.warning("%s", error)
+        raise ModelNotFound("this swarm serves no model that this peer may and can serve: give MODEL, or --allow FILE")
+
+    def serves(self, found: Found) -> None:
+        """Tells what the peer serves now: it may come back to it."""
+        self._leaving_for = None
+        self._keep(found)
+
+    def better(
+        self, directory: SwarmDirectory, own: PeerRecord, others: Sequence[PeerRecord], *, in_use: bool
+    ) -> ChosenModel | None:
+        """The model to leave for now, see `serves` and `give_up`; None: the peer stays, or has announced that it leaves
+        (`is_leaving`). in_use: whether sessions of the peer are in use."""
+        now = time.monotonic()
+        if in_use:
+            self._asked_at[own.model] = now
+        if now < self._look_at:
+            return None
+        self._look_at = now + LOOK_S
+        demand = self._demand(directory)
+        for model in reversed(demand):
+            keep_latest(self._asked_at, model, now, MAX_REMEMBERED)
+        here = Offered(
+            own.model,
+            own.num_blocks,
+            [facts_of(record) for record in others if record.serves],  # it relies on no promise
+            facts_of(own),
+            demand[own.model].tokens_per_s if own.model in demand else 0.0,
+            in_use=now - self._asked_at.get(own.model, -math.inf) < ASKED_S,
+        )
+        found: list[ChosenModel] = []
+        if not here.in_use or here.can_spare_own:
+            listed = directory.models()
+            names = {model: listed.get(model, one.name) for model, one in demand.items() if model != own.model}
+            found = self._destinations(directory, names, demand)
+        settled_s = time.time() - own.placed_at
+        best = better_model(here, [one.offered for one in found], settled_s=settled_s, sessions=own.sessions)
+        if best is None or (self._leaving_for is not None and self._leaving_for.model != best):
+            self.stay(directory)
+        if best is None:
+            return None
+        chosen = next(one for one in found if one.offered.id == best)
+        if self._leaving_for is None:
+            self._leaving_for = chosen.arriving(own)
+            directory.announce(self._leaving_for, self._identity)
+            self._look_at = time.monotonic() + HOLD_S
+            return None
+        return chosen
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it has announced that it leaves, and will look again soon."""
+        return self._leaving_for is not None
+
+    def renew(self, directory: SwarmDirectory) -> None:
+        """Announces again that the peer leaves, if it does: to get blocks takes long. May be called in any thread."""
+        if (record := self._leaving_for) is not None:
+            directory.announce(replace(record, issued_at=time.time()), self._identity)
+
+    def give_up(self, directory: SwarmDirectory, chosen: ChosenModel) -> None:
+        """Stays, as the chosen model cannot be served."""
+        keep_latest(self._retry_at, chosen.offered.id, time.monotonic() + RETRY_S, MAX_REMEMBERED)
+        self.stay(directory)
+
+    def stay(self, directory: SwarmDirectory) -> None:
+        """Takes back that the peer leaves."""
+        record, self._leaving_for = self._leaving_for, None
+        if record is not None:
+            with suppress(SplitnetError):  # it expires by itself
+                directory.withdraw(record, self._identity)
+
+    def _demand(self, directory: SwarmDirectory) -> dict[str, Demand]:
+        authorized = self._authorized
+        if authorized is None or authorized.lets_in_strangers:
+            return demand_of(directory)
+        return demand_of(directory, lambda key: authorized.allows(key.curve_raw))
+
+    def _destinations(
+        self, directory: SwarmDirectory, names: dict[str, str], demand: dict[str, Demand]
+    ) -> list[ChosenModel]:
+        """Those of these models, by fingerprint and name, that the peer may and can serve."""
+        found: list[ChosenModel] = []
+        considered = [
+            (model, name, sources)
+            for model, name in names.items()
+            if (sources := self._sources(name)) and self._retry_at.get(model, 0.0) <= time.monotonic()
+        ]
+        for model, name, sources in considered[:MAX_CONSIDERED]:
+            try:
+                checkpoint, fetcher = self._open_one(directory, model, name, sources)
+                tokens = demand[model].tokens_per_s if model in demand else 0.0
+                found.append(self._destination(directory, checkpoint, fetcher, tokens))
+            except SplitnetError as error:
+                log.info("%s is not served here: %s", name, error)
+                keep_latest(self._retry_at, model, time.monotonic() + RETRY_S, MAX_REMEMBERED)
+        return found
+
+    def _sources(self, name: str) -> list[str]:
+        """What may be opened for a model of this name."""
+        return [one for one in self._allowed if name in names_of(one)] if self._allowed else [name]
+
+    def _open_one(self, directory: SwarmDirectory, model: str, name: str, sources: Sequence[str]) -> Found:
+        if model not in self._opened:
+            options = replace(self._options, model_id=model)
+            for source in sources:
+                # Strangers name no files of this machine.
+                is_named = bool(self._allowed) or (_HUB_ID.fullmatch(name) and not Path(name).exists())
+                checkpoint = _open(source) if is_named else None
+                if checkpoint is not None and checkpoint.is_whole and checkpoint.fingerprint != model:
+                    continue
+                self._keep(find_model(options, source, checkpoint, directory, self._identity, self.go_on))
+                break
+            else:
+                raise ModelNotFound("what is here under this name is another model")
+        return self._opened[model]
+
+    def _keep(self, found: Found) -> None:
+        keep_latest(self._opened, found[0].fingerprint, found, MAX_CONSIDERED + 1)
+
+    def _destination(
+        self, directory: SwarmDirectory, checkpoint: Checkpoint, fetcher: Fetcher | None, tokens: float
+    ) -> ChosenModel:
+        options = self._options
+        held = options.device, options.dtype, options.weights
+        fitting = fitting_blocks(checkpoint, options.wish, *held)
+        there = filter(self._counts, directory.peers(checkpoint.fingerprint))
+        present = answering(list(there), self._identity)
+        own_ms = expected_block_ms(checkpoint, *held)
+        size = position_bytes(checkpoint)
+        peers = [expected_facts_of(one, size) for one in present.records if one.serves or one.moving_to]
+        start, end = choose_blocks(checkpoint, options.wish, fitting, present, own_ms)
+        own = Peer(self._identity.public.text, start, end, expected_speed(own_ms, peers))
+        offered = Offered(checkpoint.fingerprint, checkpoint.num_blocks, peers, own, tokens, in_use=tokens > 0)
+        return ChosenModel(checkpoint, fetcher, fitting, offered)
+
+    def _counts(self, record: PeerRecord) -> bool:
+        """Whether this peer counts on another one: of those that have just announced that they come, as it has itself,
+        on those with lower ids, so that not all of them turn back."""
+        mine = self._leaving_for
+        if mine is None or record.serves or record.placed_at < mine.placed_at - HOLD_S:
+            return True
+        return record.key.text < mine.key.text
+
+
+def _open(model: str) -> Checkpoint | None:
+    try:
+        checkpoint = Checkpoint.open(model)
+        _ = checkpoint.is_whole
+        return checkpoint
+    except ModelNotFound:
+        return None

@@ -1,0 +1,185 @@
+"""Peers that serve any model go to the one that is wanted, stay there, and uncover none that is in use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from peers import any_model, placement
+from peers.options import SpanWish
+from peers.server import Peer
+from splitnet.blocks.span import block_bytes
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.demand import DemandPublisher, demand_of
+from splitnet.directory.dht import Directory
+from splitnet.directory.record import DEMAND, MAX_WANTED_TOKENS, Wanted
+from splitnet.errors import ModelNotFound
+from splitnet.security.identity import Identity
+from splitnet.swarm.models import models_of
+from splitnet.swarm.swarm import ModelFacts
+from tests.attacks.directory import flood_records
+from tests.swarm.generation import GREEDY, prompt
+from tests.swarm.harness import LocalSwarm, dht_node, local_swarm, wait_until
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+
+@pytest.fixture
+def node() -> Iterator[Directory]:
+    """Of its own for each test: the models of all tests are alike."""
+    with dht_node() as directory:
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint("llama", tmp_path_factory.mktemp("other"), blocks=4, seed=7)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All looks come ten times as often."""
+    monkeypatch.setattr(any_model, "LOOK_S", any_model.LOOK_S / 10)
+    monkeypatch.setattr(any_model, "HOLD_S", any_model.HOLD_S / 10)
+    monkeypatch.setattr(placement, "QUICK_LOOK_S", placement.QUICK_LOOK_S / 10)
+
+
+def memory_for(folder: Path, blocks: int) -> SpanWish:
+    return SpanWish(memory=blocks * block_bytes(Checkpoint.open(folder), None))
+
+
+def any_peer(swarm: LocalSwarm, folder: Path | None, allowed: list[Path], blocks: int) -> Peer:
+    options: dict[str, Any] = {"wish": memory_for(swarm.folder, blocks), "any_model": [str(each) for each in allowed]}
+    return swarm.add(0, 0, folder=folder, **options)
+
+
+def serves(peer: Peer, folder: Path) -> bool:
+    return peer._server is not None and peer.checkpoint.fingerprint == Checkpoint.open(folder).fingerprint
+
+
+def answer(swarm: LocalSwarm, folder: Path) -> torch.Tensor:
+    client = LocalSwarm(folder, swarm.peers, swarm.node)
+    with client._stack:
+        return client.model().generate(**prompt(), **GREEDY)
+
+
+def whole_answer(folder: Path) -> torch.Tensor:
+    whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return whole.generate(**prompt(), **GREEDY)
+
+
+def test_demand_moves_an_idle_peer_and_it_stays(node: Directory, folder: Path, other: Path) -> None:
+    facts = {each: ModelFacts.of(Checkpoint.open(each)) for each in (folder, other)}
+    with local_swarm(folder, [(0, 6)], node=node) as swarm:
+        swarm.add(0, 2, folder=other)
+        idle = any_peer(swarm, folder, [folder, other], 6)
+        port, key = idle.endpoint.address, idle.identity.public
+        time.sleep(2.0)
+        assert serves(idle, folder), "nobody has asked for the other one"
+        gateway = swarm._stack.enter_context(closing(DemandPublisher(node, Identity.generate())))
+        gateway.asked(facts[other], 100)
+        wait_until(lambda: serves(idle, other))
+        wait_until(lambda: [one.key for one in node.peers(facts[other].fingerprint) if one.serves].count(key))
+        assert (idle.endpoint.address, idle.counters.moves) == (port, 1)
+        assert torch.equal(answer(swarm, other), whole_answer(other))
+        assert torch.equal(answer(swarm, folder), whole_answer(folder))
+        listed = {model.fingerprint: model for model in models_of(node)}
+        assert not any(model.missing for model in listed.values())
+        assert listed[facts[other].fingerprint].demand > 0
+        assert len(listed[facts[folder].fingerprint].records) == 1, "its record there is withdrawn"
+        gateway.asked(facts[folder], 50_000)  # much, and the peer there does it; the idle one is needed where it is
+        time.sleep(3.0)
+        assert serves(idle, other) and idle.counters.moves == 1
+        gateway.close()
+        time.sleep(2.0)
+        assert serves(idle, other) and idle.counters.moves == 1, "without demand nothing moves"
+
+
+def test_of_two_idle_peers_one_goes_where_one_is_needed(node: Directory, folder: Path, other: Path) -> None:
+    with local_swarm(folder, [(0, 6)], node=node) as swarm:
+        idle = [any_peer(swarm, folder, [], 6) for _ in range(2)]
+        for peer in idle:  # weights come from a peer of the model: nobody here has named its files
+            peer.relocation.leave = lambda own, others: False
+        swarm.add(0, 2, folder=other, share_weights=True)
+        swarm.add(2, 4, folder=other, share_weights=True)
+        gateway = swarm._stack.enter_context(closing(DemandPublisher(node, Identity.generate())))
+        ends = swarm.peers.pop()
+        ends.close()
+        for peer in idle:
+            peer.relocation.leave = peer._leave_model
+        gateway.asked(ModelFacts.of(Checkpoint.open(other)), 100)
+        wait_until(lambda: any(serves(peer, other) for peer in idle))
+        time.sleep(3.0)
+        assert sum(serves(peer, other) for peer in idle) == 1
+        assert sorted(peer.counters.moves for peer in idle) == [0, 1]
+
+
+def test_a_peer_in_use_stays_until_it_can_be_spared(node: Directory, folder: Path, other: Path) -> None:
+    facts = {each: ModelFacts.of(Checkpoint.open(each)) for each in (folder, other)}
+    with local_swarm(other, [(0, 4)], node=node) as swarm:
+        alone = any_peer(swarm, folder, [folder, other], 6)
+        gateway = swarm._stack.enter_context(closing(DemandPublisher(node, Identity.generate())))
+        gateway.asked(facts[folder], 100)
+        wait_until(lambda: demand_of(node))
+        swarm.peers.pop(0).close()
+        gateway.asked(facts[other], 50_000)
+        wait_until(lambda: len(demand_of(node)) == 2)
+        time.sleep(3.0)
+        assert serves(alone, folder)
+
+
+def test_a_peer_without_a_model_begins_with_the_one_that_lacks_blocks(
+    node: Directory, folder: Path, other: Path, tmp_path: Path
+) -> None:
+    with local_swarm(folder, [(0, 6)], node=node) as swarm:
+        swarm.add(0, 2, folder=other)
+        newcomer = any_peer(swarm, None, [tmp_path / "absent", folder, other], 6)
+        assert serves(newcomer, other) and newcomer.span.end == 4
+        with pytest.raises(ModelNotFound, match="give MODEL, or --allow"):
+            any_peer(swarm, None, [tmp_path / "absent"], 6)
+
+
+def test_a_peer_stays_if_nobody_gives_the_weights(node: Directory, folder: Path, own_folder: Path) -> None:
+    with local_swarm(folder, [(0, 6)], node=node) as swarm:
+        swarm.add(0, 2, folder=own_folder)
+        idle = any_peer(swarm, folder, [], 6)
+        gateway = swarm._stack.enter_context(closing(DemandPublisher(node, Identity.generate())))
+        gateway.asked(ModelFacts.of(Checkpoint.open(own_folder)), 100)
+        choice = idle._choice
+        assert choice is not None
+        unserved = Checkpoint.open(own_folder).fingerprint
+        wait_until(lambda: unserved in choice._opened)
+        fetcher = choice._opened[unserved][1]
+        assert fetcher is not None
+        fetcher.wait_limit_s = 1.0
+        wait_until(lambda: choice._retry_at)
+        assert serves(idle, folder) and not choice.is_leaving and idle.record().serves
+        there = node.peers(unserved)
+        assert idle.identity.public not in {record.key for record in there}
+        assert torch.equal(answer(swarm, folder), whole_answer(folder))
+
+
+def test_strangers_that_claim_demand_are_bounded(node: Directory, folder: Path, other: Path) -> None:
+    """And a gateway beside them is heard."""
+    served, wanted = (Checkpoint.open(each) for each in (folder, other))
+    with local_swarm(folder, [(0, 6)], node=node) as swarm:
+        gateway = swarm._stack.enter_context(closing(DemandPublisher(node, Identity.generate())))
+        gateway.asked(ModelFacts.of(served), 600)
+        wait_until(lambda: demand_of(node))
+        claims = (Wanted(bytes.fromhex(wanted.fingerprint), "other", 4, MAX_WANTED_TOKENS),)
+        assert flood_records(node.addresses, DEMAND, count=600, demand=claims)
+        found = demand_of(node)
+        assert found[wanted.fingerprint].tokens_per_s <= MAX_WANTED_TOKENS
+        assert found[served.fingerprint].tokens_per_s == pytest.approx(10.0, rel=0.2)
+        assert set(node.models()) == {served.fingerprint}
+        idle = any_peer(swarm, folder, [folder], 6)  # it may serve no other model, whatever they claim
+        time.sleep(2.0)
+        assert serves(idle, folder)
