@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from splitnet.serve.forms import Forms
+from splitnet.serve.failures import ApiError
+from splitnet.serve.forms import PLAIN, Forms
 from splitnet.serve.generation import Ask, Ended, Finish, Numbered, Piece
 from splitnet.serve.grammars import Bounds, Function
 from splitnet.serve.responses import Answer, ServedModel
@@ -37,6 +38,7 @@ class Chat:
     variables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)  # see `sampling_of`
     max_tokens: int | None = None  # of each answer; None: as many as there is room for
+    is_text: bool = False  # the last message is a bare text, of which the answer goes on: nothing is looked for in it
     fits: bool = True  # whether there must be room for them; otherwise an answer ends where the context does
     choices: int = 1
     stop_strings: Sequence[str] = ()
@@ -77,10 +79,29 @@ def sampling_of(served: ServedModel, given: Mapping[str, Any]) -> Sampling:
 
 async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> list[int]:
     """The tokens of a chat, ready for the next answer. Raises ApiError for what cannot be honoured."""
+    prompts, size = served.prompts, len(await request.body())
+    if chat.is_text:
+        return await served.preparing.run(size, prompts.of_text, chat.messages[-1]["content"])
     described = [_described(function) for function in chat.functions]
-    return await served.preparing.run(
-        len(await request.body()), lambda: served.prompts.of_chat(chat.messages, described, chat.variables)
+    return await served.preparing.run(size, lambda: prompts.of_chat(chat.messages, described, chat.variables))
+
+
+async def with_thinking(served: ServedModel, chat: Chat, param: str, on: bool | None, effort: str | None) -> Chat:
+    """With what the chat template takes of whether the model is to think, and how much, as `param` says; None: nothing.
+
+    Raises ApiError if the model is not to think, and always does.
+    """
+    if on is None and effort is None:
+        return chat
+    prompts = served.prompts
+    has, reasoning = await served.preparing.run(
+        0, lambda: (prompts.variables(chat.functions or None), prompts.forms.reasoning)
     )
+    wanted = {"enable_thinking": on, "thinking": on, "reasoning_effort": effort}
+    variables = {name: value for name, value in wanted.items() if name in has and value is not None}
+    if on is False and reasoning is not None and not variables:
+        raise ApiError(400, f"{param}: this model always thinks: do not ask it not to", param=param)
+    return replace(chat, variables={param: variables})
 
 
 async def answer_chat(
@@ -99,7 +120,8 @@ async def answer_chat(
     prompts, size = served.prompts, len(await request.body())
     if prompt is None:
         prompt = await prompt_of(served, request, chat)
-    forms, begun, bounds, grammar = prompts.forms, prompts.begun(prompt), _bounds_of(chat), None
+    forms, begun = (PLAIN, "") if chat.is_text else (prompts.forms, prompts.begun(prompt))
+    bounds, grammar = _bounds_of(chat), None
     if bounds is not None:
         thinks = forms.reasoning is not None and begun == forms.reasoning.opening
         grammar = await served.preparing.run(size, lambda: served.grammars.of_answer(bounds, forms, thinks=thinks))
@@ -111,6 +133,7 @@ async def answer_chat(
         stop_strings=chat.stop_strings,
         top_logprobs=chat.top_logprobs,
         grammar=grammar,
+        goes_on=chat.is_text,
         owner=request.state.client.name,
     )
     events = _deltas(served.running(request.state.client, [ask], answer.id), chat, forms, begun)

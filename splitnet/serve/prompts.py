@@ -76,6 +76,12 @@ class Prompts:
         return Forms(form_of_marks(tokens, template) or FORMS["hermes"], reasoning, shows_calls=shows_calls)
 
     @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the chat template has a place for tools."""
+        tokenizer = self._tokenizer
+        return bool(tokenizer.chat_template) and "tools" in tokenizer.get_chat_template(tools=[PROBE_TOOL])
+
+    @cached_property
     def _ends(self) -> list[str]:
         ends = self._tokenizer.special_tokens_map.values()
         return [*filter(None, (end for end in ends if isinstance(end, str))), "<|eot_id|>"]
@@ -122,7 +128,7 @@ class Prompts:
         if not self._tokenizer.chat_template:
             raise ApiError(400, "this model has no chat template: have it continue a bare text", param="messages")
         described = list(tools) or None
-        if described and "tools" not in self._tokenizer.get_chat_template(tools=described):
+        if described and not self.takes_tools:
             raise ApiError(400, "this model's chat template has no place for tools: leave them out", param="tools")
         variables = {name: value for given in parameters.values() for name, value in given.items()}
         if variables:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from splitnet.limits import FairAccount
 from splitnet.serve.admission import ANYONE, Admission, Client
-from splitnet.serve.failures import ApiError
+from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import Preparing
 from splitnet.serve.generation import Ask, Ended, Event, Generations, News, Numbered, Piece
 from splitnet.serve.grammars import Grammars
@@ -44,8 +44,8 @@ def framed(document: dict[str, Any]) -> str:
 class Answer(Protocol[Taken]):
     """Writes the events of a request as a protocol has them; clients know the answer by its `id`.
 
-    `whole` gives the body of an answer that is not streamed, and `chunks` the parts of a stream; an error is the last
-    of them, as `failed` writes it. `alive` is what a client is sent while there is nothing to tell.
+    `whole` gives the body of an answer that is not streamed, and `chunks` the parts of a stream; an error is written by
+    `failed` as the last of them. `alive` is what a client is sent while there is nothing to tell.
     """
 
     id: str
@@ -98,7 +98,7 @@ class ServedModel:
         except BaseException:
             await resumed.aclose()
             raise
-        chunks, evicted = answer.chunks(resumed), answer.failed(UNREAD)
+        chunks, evicted = told(answer, resumed), answer.failed(UNREAD)
         client: Client = request.state.client
         return EventStream(chunks, resumed, self.unread, client, evicted, answer.alive, answer.media_type)
 
@@ -130,6 +130,16 @@ class ServedModel:
                     return
         finally:
             generation.cancel()
+
+
+async def told(answer: Answer[Told], events: AsyncIterator[Told]) -> AsyncGenerator[str]:
+    """The parts of a stream, of which an error is the last."""
+    try:
+        async with aclosing(answer.chunks(events)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+    except Exception as error:
+        yield answer.failed(failure_of(error))
 
 
 class _Resumed(AsyncIterator[Told]):

@@ -28,7 +28,7 @@ from splitnet.hf.causal_lm import attached
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
 from splitnet.serve.admission import Admission
-from splitnet.serve.apis import anthropic, embeddings, openai
+from splitnet.serve.apis import anthropic, embeddings, ollama, openai
 from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, Connection, Gate, api_of
@@ -50,6 +50,7 @@ APIS = (
     openai.API,
     embeddings.API,
     anthropic.API,
+    ollama.API,
 )  # The protocols that are served; the first one's errors answer paths of none
 ERRORS = (400, 401, 404, 413, 429, 500, 502, 503)  # Statuses that each path may answer
 EXPIRY_S = 5.0  # How often it is looked whether kept sessions have expired

@@ -12,10 +12,12 @@ from typing import Any
 
 import anthropic
 import httpx
+import ollama
 import pytest
 import uvicorn
 from anthropic import Anthropic
 from anthropic.types import ErrorResponse, Message, MessageTokensCount, ModelInfo, RawMessageStreamEvent
+from ollama import ChatResponse, Client, GenerateResponse
 from pydantic import TypeAdapter
 from transformers import AutoTokenizer
 
@@ -41,9 +43,11 @@ MODEL, ALIAS, KEY = "small", "claude-sonnet-5", "sk-protocols"
 POSITIONS, VOCABULARY = 1024, 49152
 TEMPLATE = (
     "{{ tools or '' }}{% for m in messages %}{{ m.role }}: {{ m.reasoning_content or '' }}{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.city }}{% endfor %}\n{% endfor %}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.city }}{% endfor %}"
+    "{{ m.tool_call_id }}\n{% endfor %}"
     "assistant:{{ '' if enable_thinking else ' -' }}"
 )
+THINKING = TEMPLATE.replace("{{ '' if enable_thinking else ' -' }}", "<think>")  # it always does
 CITY = {"enum": ["Paris", "Rome"]}
 SCHEMA = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
 COLD = {"temperature": 0}
@@ -55,7 +59,6 @@ def small(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("protocols") / MODEL
     random_checkpoint("llama", folder, vocab=VOCABULARY, seed=3, max_position_embeddings=POSITIONS)
     Checkpoint.open(demo_checkpoint).tokenizer().save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 
@@ -86,9 +89,10 @@ def listening(app: Any) -> Iterator[str]:
 
 
 @contextmanager
-def gateway(model: RemoteCausalLM, small: Path, keys: Sequence[str] = ()) -> Iterator[str]:
+def gateway(model: RemoteCausalLM, small: Path, keys: Sequence[str] = (), template: str = TEMPLATE) -> Iterator[str]:
     """The URL of a gateway."""
     tokenizer = AutoTokenizer.from_pretrained(small)
+    tokenizer.chat_template = template
     prompts = Prompts(tokenizer, VOCABULARY, POSITIONS)
     generations = Generations(model, prompts.decode, 4, KeepLimits(4, 10_000, 300.0))
     grammars = Grammars(tokenizer, VOCABULARY, generations.end_tokens)
@@ -103,6 +107,13 @@ def gateway(model: RemoteCausalLM, small: Path, keys: Sequence[str] = ()) -> Ite
 @pytest.fixture
 def url(model: RemoteCausalLM, small: Path) -> Iterator[str]:
     with gateway(model, small, [KEY]) as url:
+        yield url
+
+
+@pytest.fixture
+def thinking(model: RemoteCausalLM, small: Path) -> Iterator[str]:
+    """The URL of a gateway whose model thinks, without end."""
+    with gateway(model, small, template=THINKING) as url:
         yield url
 
 
@@ -221,6 +232,19 @@ class TestAnthropic:
             other = of_openai(url, chat_template_kwargs={"enable_thinking": on})
             assert answer.content[0].text == other["content"]  # pyright: ignore
 
+    def test_thinking_stands_in_a_block_of_its_own(self, thinking: str) -> None:
+        with Anthropic(base_url=thinking, api_key="none", max_retries=0) as client:
+            (block,) = self.ask(client).content
+            assert block.type == "thinking" and block.thinking and block.signature
+            assert block.thinking.strip() == of_openai(thinking)["reasoning_content"].strip()
+            with client.messages.stream(model=MODEL, max_tokens=12, messages=SAID, extra_body=COLD) as stream:
+                kinds = [event.type for event in stream]
+                assert stream.get_final_message().content == [block] and "signature" in kinds
+            omitted: Any = {"type": "adaptive", "display": "omitted"}
+            assert self.ask(client, thinking=omitted).content[0].type == "text"
+            with pytest.raises(anthropic.BadRequestError, match="thinking: this model always thinks"):
+                self.ask(client, thinking={"type": "disabled"})
+
     def test_what_agents_send_is_accepted(self, client: Anthropic) -> None:
         ephemeral = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
         schema = SCHEMA | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
@@ -255,7 +279,7 @@ class TestAnthropic:
             ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'image' is not supported, only 'text'"),
             ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "only 'custom' is supported"),
             ({"tool_choice": {"type": "any"}}, "tool_choice asks for a tool that is not there"),
-            ({"messages": [*SAID, {"role": "assistant", "content": "So"}]}, "which cannot be continued"),
+            ({"messages": [*SAID, {"role": "assistant", "content": "So"}]}, "end with the user's"),
             ({"messages": [{"role": "user", "content": "and " * 2000}]}, "model's context of 1024"),
         ],
     )
@@ -279,3 +303,166 @@ class TestAnthropic:
                 assert wrong.value.type == "authentication_error"
         with Anthropic(base_url=url, api_key=None, auth_token=KEY, max_retries=0) as bearer:
             assert self.ask(bearer, max_tokens=1).usage.output_tokens == 1
+
+
+class TestOllama:
+    @pytest.fixture
+    def client(self, url: str) -> Iterator[Client]:
+        with Client(url, headers={"Authorization": f"Bearer {KEY}"}) as client:
+            yield client
+
+    def ask(self, client: Client, **body: Any) -> ChatResponse:
+        options = {"temperature": 0, "num_predict": 12} | body.pop("options", {})
+        return client.chat(**{"model": MODEL, "messages": SAID, "options": options} | body)
+
+    def test_a_chat_is_that_of_the_other_api(self, client: Client, url: str) -> None:
+        for name in (MODEL, f"{MODEL}:latest", ALIAS):
+            answer = self.ask(client, model=name)
+            assert answer.message.content == of_openai(url)["content"]
+            assert (answer.model, answer.done, answer.done_reason, answer.eval_count) == (name, True, "length", 12)
+        assert answer.prompt_eval_count and answer.prompt_eval_count > 3
+        durations = [answer.load_duration, answer.prompt_eval_duration, answer.eval_duration]
+        assert all(duration is not None and duration >= 0 for duration in durations)
+        assert sum(filter(None, durations)) == answer.total_duration
+
+    def test_a_stream_tells_the_same(self, client: Client, url: str) -> None:
+        whole = self.ask(client)
+        parts: list[ChatResponse] = list(self.ask(client, stream=True))  # pyright: ignore
+        assert "".join(part.message.content or "" for part in parts) == whole.message.content and len(parts) > 2
+        assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+        assert (parts[-1].done_reason, parts[-1].eval_count) == ("length", 12)
+        # Without a word on it, answers are streams of lines.
+        headers, body = {"Authorization": f"Bearer {KEY}"}, {"model": MODEL, "messages": SAID}
+        reply = httpx.post(f"{url}/api/chat", json=body | {"options": {"num_predict": 3}}, headers=headers)
+        assert reply.headers["content-type"] == "application/x-ndjson"
+        assert [ChatResponse(**json.loads(line)).done for line in reply.text.splitlines()][-1]
+
+    def test_a_text_is_answered_or_goes_on(self, client: Client, url: str) -> None:
+        options = {"temperature": 0, "num_predict": 12}
+        answer = client.generate(MODEL, "Bees fly", system="Be brief.", options=options)
+        said = [{"role": "system", "content": "Be brief."}, *SAID]
+        assert answer.response == of_openai(url, said)["content"] and answer.context is None
+        parts: list[GenerateResponse] = list(client.generate(MODEL, "Bees fly", raw=True, stream=True, options=options))
+        given = {"model": MODEL, "prompt": "Bees fly", "temperature": 0, "max_tokens": 12}
+        other = httpx.post(f"{url}/v1/completions", json=given, headers={"Authorization": f"Bearer {KEY}"}).json()
+        assert "".join(part.response or "" for part in parts) == other["choices"][0]["text"]
+
+    def test_tools_are_functions_and_results_find_their_calls(self, client: Client, url: str) -> None:
+        def weather(city: str) -> str:
+            """Tells it.
+
+            Args:
+                city: where
+            """
+            return city
+
+        call = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
+        turns = [
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_name": "weather", "content": "Hail"},
+        ]
+        answer = self.ask(client, messages=SAID + turns, tools=[weather])
+        function = {"name": "weather", "arguments": '{"city": "Rome"}'}
+        said = [*SAID, {"role": "assistant", "tool_calls": [{"id": "call_1_0", "function": function}]}]
+        said += [{"role": "tool", "tool_call_id": "call_1_0", "name": "weather", "content": "Hail"}]
+        described = ollama._utils.convert_function_to_tool(weather).model_dump(exclude_none=True)  # pyright: ignore
+        assert answer.message.content == of_openai(url, said, tools=[described])["content"]
+
+    def test_answers_keep_to_a_format(self, client: Client) -> None:
+        answer = self.ask(client, format=SCHEMA, options={"num_predict": 60})
+        assert json.loads(answer.message.content or "")["city"] in CITY["enum"] and answer.done_reason == "stop"
+        text = client.generate(MODEL, "Bees", format="json", options={"num_predict": 8, "temperature": 0}).response
+        assert text.startswith("{")
+
+    def test_options_are_those_of_the_other_api(self, client: Client, url: str) -> None:
+        drawn = {"temperature": 1.5, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 7, "presence_penalty": 0.5}
+        more = {"repeat_penalty": 1.2, "frequency_penalty": 0.3}
+        answer = self.ask(client, options=drawn | more | {"num_ctx": POSITIONS, "mirostat": 0, "num_gpu": 99})
+        other = of_openai(url, **drawn, repetition_penalty=1.2, frequency_penalty=0.3)
+        assert answer.message.content == other["content"] != of_openai(url)["content"]
+        text: str = self.ask(client).message.content or ""
+        stopped = self.ask(client, options={"stop": [text[4:8]]})
+        assert stopped.message.content == text[: text.index(text[4:8])] and stopped.done_reason == "stop"
+        full = self.ask(client, options={"num_predict": -1}, messages=[{"role": "user", "content": "a " * 990}])
+        assert (full.prompt_eval_count or 0) + (full.eval_count or 0) == POSITIONS and full.done_reason == "length"
+
+    def test_tokens_are_scored(self, client: Client, url: str) -> None:
+        answer = self.ask(client, logprobs=True, top_logprobs=2, options={"num_predict": 3})
+        given = {
+            "model": MODEL,
+            "messages": SAID,
+            "temperature": 0,
+            "max_tokens": 3,
+            "logprobs": True,
+            "top_logprobs": 2,
+        }
+        reply = httpx.post(f"{url}/v1/chat/completions", json=given, headers={"Authorization": f"Bearer {KEY}"})
+        expected = reply.json()["choices"][0]["logprobs"]["content"]
+        assert answer.logprobs is not None and len(answer.logprobs) == 3
+        for scored, other in zip(answer.logprobs, expected, strict=True):
+            assert (scored.token, scored.logprob) == (other["token"], other["logprob"])
+            assert [each.token for each in scored.top_logprobs or ()] == [
+                each["token"] for each in other["top_logprobs"]
+            ]
+
+    def test_thinking_is_what_the_chat_template_takes_of_it(self, client: Client, url: str) -> None:
+        for think in (True, False, "low"):
+            other = of_openai(url, chat_template_kwargs={"enable_thinking": bool(think)})
+            assert self.ask(client, think=think).message.content == other["content"]
+
+    def test_thinking_is_apart(self, client: Client, thinking: str, url: str) -> None:
+        with Client(thinking) as thinks:
+            for think in (None, True):
+                message = self.ask(thinks, think=think).message
+                assert message.thinking == of_openai(thinking)["reasoning_content"] and not message.content
+            parts: list[ChatResponse] = list(self.ask(thinks, stream=True))  # pyright: ignore
+            assert "".join(part.message.thinking or "" for part in parts) == message.thinking
+            with pytest.raises(ollama.ResponseError, match="think: this model always thinks"):
+                self.ask(thinks, think=False)
+            assert thinks.show(MODEL).capabilities == ["completion", "tools", "thinking"]
+            raw = thinks.generate(MODEL, "Bees<think>", raw=True, options={"num_predict": 4, "temperature": 0})
+            assert raw.response and not raw.thinking
+            assert thinks.generate(MODEL, "Bees", options={"num_predict": 4}).thinking
+
+    def test_models_and_what_is_known_of_them(self, client: Client, url: str) -> None:
+        assert [model.model for model in client.list().models] == [f"{MODEL}:latest", f"{ALIAS}:latest"]
+        (loaded,) = client.ps().models
+        assert (loaded.name, loaded.context_length) == (f"{MODEL}:latest", POSITIONS)
+        shown = client.show(f"{ALIAS}:latest")
+        assert shown.capabilities == ["completion", "tools"] and shown.details
+        assert (shown.details.family, (shown.modelinfo or {})["llama.context_length"]) == ("llama", POSITIONS)
+        assert client.chat(MODEL, []).done_reason == "load" == client.generate(MODEL).done_reason
+        assert "version" in httpx.get(f"{url}/api/version", headers={"Authorization": f"Bearer {KEY}"}).json()
+        assert httpx.head(url).status_code == 200 and "<html" in httpx.get(url).text
+
+    @pytest.mark.parametrize(
+        ("body", "status", "said"),
+        [
+            ({"model": "other"}, 404, "no model 'other': use 'small' or"),
+            ({"options": {"mirostat": 2}}, 400, "options.mirostat is not supported: leave it out"),
+            ({"options": {"num_ctx": 4096}}, 400, "options.num_ctx: the model's context is 1024"),
+            ({"options": {"repeat_last_n": 64}}, 400, "options.repeat_last_n is not supported"),
+            ({"messages": [{"role": "user", "content": "a", "images": [b"a"]}]}, 400, "images"),
+            ({"messages": [], "keep_alive": 0}, 400, "keep_alive: this server keeps its models loaded"),
+            ({"messages": [{"role": "user", "content": "and " * 2000}]}, 400, "model's context of 1024"),
+        ],
+    )
+    def test_what_cannot_be_honoured_is_refused_by_name(
+        self, client: Client, body: dict[str, Any], status: int, said: str
+    ) -> None:
+        for stream in (False, True):
+            with pytest.raises(ollama.ResponseError, match=said) as refused:
+                list(self.ask(client, **body, stream=stream))
+            assert refused.value.status_code == status
+
+    def test_what_is_the_operators_is_refused(self, client: Client, url: str) -> None:
+        for change in (client.pull, client.push, client.delete):
+            with pytest.raises(ollama.ResponseError, match="models are chosen where this server is started") as refused:
+                change(MODEL)
+            assert refused.value.status_code == 403
+        for wrong in ({"suffix": "a"}, {"context": [1]}, {"template": "a"}, {"raw": True, "system": "a"}):
+            with pytest.raises(ollama.ResponseError, match=next(iter(wrong))):
+                client.generate(MODEL, "a", **wrong)  # pyright: ignore
+        with Client(url) as stranger, pytest.raises(ollama.ResponseError, match="wrong API key") as refused:
+            stranger.list()
+        assert refused.value.status_code == 401

@@ -831,10 +831,12 @@ def test_neither_prompts_nor_tokens_nor_keys_are_logged(
 
 
 GENERATING = ["POST /v1/chat/completions", "POST /v1/completions", "POST /v1/messages"]
+GENERATING += ["POST /api/chat", "POST /api/generate"]
 READING = ["POST /rerank", "POST /v1/embeddings", "POST /v1/rerank", "POST /v2/rerank"]
 READING += ["POST /v1/messages/count_tokens"]
+READING += ["GET /api/ps", "GET /api/tags", "GET /api/version", "POST /api/show"]
 PATHS = sorted(["GET /health", "GET /v1/models", "GET /v1/models/{name}", *GENERATING, *READING])
-OFTEN = ("GET /v1/models", "POST /v1/chat/completions", "POST /v1/embeddings", "POST /v1/messages")
+OFTEN = ("GET /v1/models", "POST /v1/chat/completions", "POST /v1/embeddings", "POST /v1/messages", "POST /api/chat")
 
 
 @pytest.mark.default_cases(path=OFTEN)
@@ -855,7 +857,8 @@ def test_whatever_comes_is_answered_as_the_schema_says(path: str, model: RemoteC
         @given(case=operations[path].as_strategy())
         def answers(case: Any) -> None:
             if isinstance(case.body, dict):
-                case.body = case.body | {"model": MODEL} | ({"max_tokens": 2} if path in GENERATING else {})
+                short = {"options": {"num_predict": 2}} if "/api/" in path else {"max_tokens": 2}
+                case.body = case.body | {"model": MODEL} | (short if path in GENERATING else {})
             request = case.as_transport_kwargs(base_url="http://127.0.0.1")
             chosen = {name: request[name] for name in ("method", "url", "headers", "params", "json") if name in request}
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.routing import Match
@@ -18,8 +18,8 @@ from starlette.types import Scope
 
 from splitnet.serve.apis import openai
 from splitnet.serve.apis.strict import MESSAGES, TOOLS, Share, StopStrings, Strict, Temperature, TokenCount
-from splitnet.serve.chat import Chat, Delta, answer_chat, prompt_of
-from splitnet.serve.failures import ApiError, failure_of
+from splitnet.serve.chat import Chat, Delta, answer_chat, prompt_of, with_thinking
+from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import Api, ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
@@ -87,36 +87,32 @@ class AssistantMessage(Strict):
     content: Content[Annotated[TextBlock | ThinkingBlock | ToolUse, Field(discriminator="type")]]
 
 
+Message = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
+
+
 def _for_template(messages: Sequence[UserMessage | AssistantMessage]) -> list[dict[str, Any]]:
     """Messages as chat templates expect them; what a user says in a row is one message."""
     said: list[dict[str, Any]] = []
-    names: dict[str, str] = {}  # of tools, by the ids of their calls
     for message in messages:
         if isinstance(message, AssistantMessage):
-            said.append(_of_assistant(message))
-            names |= {block.id: block.name for block in message.content if isinstance(block, ToolUse)}
+            said.append({"role": "assistant", "content": _joined(message.content)})
+            thoughts = [block.thinking for block in message.content if isinstance(block, ThinkingBlock)]
+            if any(thoughts):
+                said[-1]["reasoning_content"] = "\n".join(thoughts)
+            for call in message.content:
+                if isinstance(call, ToolUse):
+                    function = {"name": call.name, "arguments": call.input}
+                    one = {"id": call.id, "type": "function", "function": function}
+                    said[-1].setdefault("tool_calls", []).append(one)
             continue
         for block in message.content:
             if isinstance(block, ToolResult):
                 text = ("Error: " if block.is_error else "") + _joined(block.content or [])
-                called = {"name": name} if (name := names.get(block.tool_use_id)) else {}
-                said.append({"role": "tool", "content": text, "tool_call_id": block.tool_use_id, **called})
+                said.append({"role": "tool", "content": text, "tool_call_id": block.tool_use_id})
             elif said and said[-1]["role"] == message.role:
                 said[-1]["content"] += f"\n{block.text}"
             else:
                 said.append({"role": message.role, "content": block.text})
-    return said
-
-
-def _of_assistant(message: AssistantMessage) -> dict[str, Any]:
-    said: dict[str, Any] = {"role": "assistant", "content": _joined(message.content)}
-    thinking = [block.thinking for block in message.content if isinstance(block, ThinkingBlock)]
-    if any(thinking):
-        said["reasoning_content"] = "\n".join(thinking)
-    calls = [block for block in message.content if isinstance(block, ToolUse)]
-    if calls:
-        called = ((call.id, {"name": call.name, "arguments": call.input}) for call in calls)
-        said["tool_calls"] = [{"id": id, "type": "function", "function": function} for id, function in called]
     return said
 
 
@@ -173,10 +169,7 @@ class CountRequest(Strict):
     """The body of `/v1/messages/count_tokens`."""
 
     model: str
-    messages: Annotated[
-        list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]],
-        Field(fail_fast=True, min_length=1, max_length=MESSAGES),
-    ]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES)]
     system: Content[TextBlock] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
@@ -188,40 +181,23 @@ class CountRequest(Strict):
     context_management: dict[Literal["edits"], list[ContextEdit]] | None = None
     speed: Literal["standard"] | None = None
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> CountRequest:
-        if isinstance(self.messages[-1], AssistantMessage):
-            raise ValueError("the last of messages is the assistant's, which cannot be continued: end with the user's")
-        if self.tools and self.schema_of_answer is not None:
-            raise ValueError("an answer cannot both be JSON and call tools: leave out tools or output_config.format")
-        if self.tool_choice is not None and self.tool_choice.type in ("any", "tool") and not self.tools_to_call:
-            raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
-        return self
-
-    @property
-    def tools_to_call(self) -> list[Tool]:
-        """One of these must be called; empty: the model may do as it likes."""
-        choice = self.tool_choice
-        if choice is None or choice.type not in ("any", "tool"):
-            return []
-        return [tool for tool in self.tools or [] if choice.type == "any" or tool.name == choice.name]
-
-    @property
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        wanted = (self.output_config and self.output_config.format) or self.output_format
-        return wanted.schema_ if wanted else None
-
     @property
     def chat(self) -> Chat:
-        """What is wanted, without what of thinking is for the chat template."""
+        """What is wanted, without what of thinking is for the chat template. Raises ApiError if it cannot be."""
+        if isinstance(self.messages[-1], AssistantMessage):
+            raise ApiError(400, "the last of messages is the assistant's: end with the user's", param="messages")
+        choice, tools = self.tool_choice or ToolChoice(type="auto"), self.tools or []
+        to_call = [tool for tool in tools if choice.type == "any" or tool.name == choice.name]
+        if choice.type in ("any", "tool") and not to_call:
+            raise ApiError(400, "tool_choice asks for a tool that is not there: give it in tools", param="tool_choice")
         system = _joined([block for block in self.system or [] if not block.text.startswith(NO_PART)])
-        choice = self.tool_choice
+        schema = (self.output_config and self.output_config.format) or self.output_format
         return Chat(
             messages=[*([{"role": "system", "content": system}] if system else []), *_for_template(self.messages)],
-            functions=self.tools or [] if choice is None or choice.type != "none" else [],
-            to_call=self.tools_to_call,
-            several_calls=not (choice and choice.disable_parallel_tool_use),
-            answer_schema=self.schema_of_answer,
+            functions=tools if choice.type != "none" else [],
+            to_call=to_call,
+            several_calls=not choice.disable_parallel_tool_use,
+            answer_schema=schema.schema_ if schema else None,
             schema_param="output_config",
         )
 
@@ -239,45 +215,20 @@ class MessagesRequest(CountRequest):
     metadata: dict[Literal["user_id"], str | None] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 
-    @model_validator(mode="after")
-    def _calls_are_not_stopped(self) -> MessagesRequest:
-        if self.stop_sequences and self.tools_to_call:
-            raise ValueError("stop_sequences end texts, and the answer is to be a call: leave them or tool_choice out")
-        return self
-
     @property
     def chat(self) -> Chat:
-        return replace(
-            super().chat,
-            sampling={"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k},
-            max_tokens=self.max_tokens,
-            fits=False,
-            stop_strings=self.stop_sequences or [],
-        )
-
-
-async def thinking_variables(
-    served: ServedModel, chat: Chat, *, on: bool | None, effort: str | None
-) -> dict[str, bool | str]:
-    """What the chat template takes of whether the model is to think, and with how much effort; None: not said."""
-    if on is None and effort is None:
-        return {}
-    has = await served.preparing.run(0, served.prompts.variables, chat.functions or None)
-    wanted = {"enable_thinking": on, "thinking": on, "reasoning_effort": effort}
-    return {name: value for name, value in wanted.items() if name in has and value is not None}
+        chat, stops = super().chat, self.stop_sequences or []
+        if stops and chat.to_call:
+            raise ApiError(400, "stop_sequences end texts, and the answer is to be a call: leave out one of them")
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return replace(chat, sampling=sampling, max_tokens=self.max_tokens, fits=False, stop_strings=stops)
 
 
 async def _prompted(served: ServedModel, request: Request, body: CountRequest) -> tuple[Chat, list[int]]:
     """What is wanted of a chat, and its tokens."""
-    chat = body.chat
-    effort = body.output_config and body.output_config.effort
-    variables = await thinking_variables(
-        served,
-        chat,
-        on=body.thinking.type != "disabled" if body.thinking else None,
-        effort={"xhigh": "high", "max": "high"}.get(effort, effort) if effort else None,
-    )
-    chat = replace(chat, variables={"thinking": variables})
+    on = None if body.thinking is None else body.thinking.type != "disabled"
+    effort = body.output_config.effort if body.output_config else None
+    chat = await with_thinking(served, body.chat, "thinking", on, "high" if effort in ("xhigh", "max") else effort)
     return chat, await prompt_of(served, request, chat)
 
 
@@ -394,13 +345,9 @@ class Answer:
 
     async def chunks(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
         yield _framed({"type": "message_start", "message": self._message()})
-        try:
-            async for event in events:
-                for told in self._take(event):
-                    yield _framed(told)
-        except Exception as error:
-            yield self.failed(failure_of(error))
-            return
+        async for event in events:
+            for told in self._take(event):
+                yield _framed(told)
         yield _framed({"type": "message_delta", "delta": self._stopped(), "usage": self._usage()})
         yield _framed({"type": "message_stop"})
 

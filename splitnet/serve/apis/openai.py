@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest
 from splitnet.serve.chat import Delta, answer_chat, sampling_of
-from splitnet.serve.failures import ApiError, failure_of
+from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import Api, ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ask, Ended, Numbered, Piece, ScoredPrompt
@@ -183,13 +183,9 @@ class Answer:
     async def chunks(self, events: AsyncIterator[Event]) -> AsyncGenerator[str]:
         head = self._head(self.kind.chunk)
         usage = {"usage": None} if self.with_usage else {}
-        try:
-            async for event in events:
-                for choice in self._take(event):
-                    yield framed({**head, "choices": [choice], **usage})
-        except Exception as error:
-            yield self.failed(failure_of(error))
-            return
+        async for event in events:
+            for choice in self._take(event):
+                yield framed({**head, "choices": [choice], **usage})
         if self.with_usage:
             yield framed({**head, "choices": [], "usage": self._usage()})
         yield DONE

@@ -11,6 +11,8 @@ from splitnet.serve.apis.strict import (
     MAX_TOKENS,
     MESSAGES,
     TOOLS,
+    Penalty,
+    RepetitionPenalty,
     Seed,
     Share,
     StopStrings,
@@ -68,15 +70,15 @@ class SamplingRequest(Strict):
     top_p: Share | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
     min_p: Share | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
     seed: Seed | None = None
     stop: Text | StopStrings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(few)] | None = None
 
     @property

@@ -16,6 +16,8 @@ Text = Annotated[str, Field(min_length=1)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+RepetitionPenalty = Annotated[float, Field(ge=0.01, le=100)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopStrings = Annotated[list[Text], Field(fail_fast=True, max_length=STOP_STRINGS)]
 

@@ -1,0 +1,397 @@
+"""Ollama's API: its requests, paths, answers and errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field, model_validator
+from starlette.responses import Response
+
+from splitnet.serve.apis import openai
+from splitnet.serve.apis.openai_requests import TOP_LOGPROBS, Tool
+from splitnet.serve.apis.strict import (
+    MAX_TOKENS,
+    MESSAGES,
+    TOOLS,
+    Penalty,
+    RepetitionPenalty,
+    Seed,
+    Share,
+    StopStrings,
+    Strict,
+    Temperature,
+    Text,
+)
+from splitnet.serve.chat import Chat, Delta, answer_chat, with_thinking
+from splitnet.serve.failures import ApiError
+from splitnet.serve.gate import Api, ParsingRoute
+from splitnet.serve.gateway import Gateway
+from splitnet.serve.generation import Ended
+from splitnet.serve.responses import ServedModel
+from splitnet.serve.sampling import ScoredToken
+
+VERSION = "0.12.6"  # Of Ollama, whose API this is: programs ask whether it is new enough
+LINES = "application/x-ndjson"
+LATEST = ":latest"  # The end of a name that clients may add, or leave out
+FOREVER = "9999-12-31T23:59:59Z"
+Nothing = Annotated[list[Any], Field(max_length=0)]
+
+_NEUTRAL = {"mirostat": 0, "tfs_z": 1, "typical_p": 1, "repeat_last_n": -1}
+_NEUTRAL |= dict.fromkeys(("logits_all", "vocab_only", "embedding_only"), False)
+_UNUSED = {"mirostat_tau", "mirostat_eta", "penalize_newline", "num_keep", "num_batch", "num_gpu", "main_gpu"}
+_UNUSED |= {"num_thread", "numa", "low_vram", "f16_kv", "use_mmap", "use_mlock"}
+
+
+def _used(options: Any) -> Any:
+    """Without what changes no answer: where a model runs, what other options need, and values that say nothing."""
+    given = options.items() if isinstance(options, dict) else ()
+    used = {name: value for name, value in given if name not in _UNUSED and _NEUTRAL.get(name, ...) != value}
+    return used if isinstance(options, dict) else options
+
+
+class Options(Strict):
+    """How tokens are chosen."""
+
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    min_p: Share | None = None
+    seed: Seed | None = None
+    num_predict: Annotated[int, Field(ge=-2, le=MAX_TOKENS)] | None = None
+    stop: Text | StopStrings | None = None
+    repeat_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    num_ctx: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+
+    _only_used = model_validator(mode="before")(_used)
+
+
+class Generating(Strict):
+    """What both kinds of generation take."""
+
+    model: str
+    stream: bool | None = None
+    format: Literal["", "json"] | dict[str, Any] | None = None
+    options: Options | None = None
+    think: bool | Literal["low", "medium", "high"] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    keep_alive: float | str | None = None
+    truncate: Literal[False] | None = None
+    shift: Literal[False] | None = None
+
+    @property
+    def chat(self) -> Chat:
+        """What is wanted of a chat, without its messages."""
+        options = self.options or Options()
+        names = "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"
+        seed = options.seed if options.seed != -1 else None
+        sampling = {name: getattr(options, name) for name in names}
+        stop, most = options.stop, options.num_predict or 0
+        return Chat(
+            messages=(),
+            answer_schema={"type": "object"} if self.format == "json" else self.format or None,
+            schema_param="format",
+            sampling=sampling | {"seed": seed, "repetition_penalty": options.repeat_penalty},
+            max_tokens=most if most > 0 else None,
+            fits=False,
+            stop_strings=[stop] if isinstance(stop, str) else stop or [],
+            top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+
+class CalledFunction(Strict):
+    name: str
+    arguments: dict[str, Any]
+    index: int | None = None
+
+
+class MadeCall(Strict):
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
+class Message(Strict):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    thinking: str | None = None
+    images: Nothing | None = None
+    tool_calls: Annotated[list[MadeCall], Field(fail_fast=True)] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+
+def _for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them; calls and results without an id get one, as many clients leave it out."""
+    said: list[dict[str, Any]] = []
+    waiting: list[tuple[str, str]] = []  # the names and ids of calls without a result
+    for message in messages:
+        one: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+        if message.thinking:
+            one["reasoning_content"] = message.thinking
+        for number, call in enumerate(message.tool_calls or []):
+            id, function = call.id or f"call_{len(said)}_{number}", call.function
+            waiting.append((function.name, id))
+            called = {"name": function.name, "arguments": function.arguments}
+            one.setdefault("tool_calls", []).append({"id": id, "type": "function", "function": called})
+        if message.role == "tool":
+            fitting = [id for name, id in waiting if message.tool_name in (None, name)]
+            one["tool_call_id"] = message.tool_call_id or next(iter(fitting), "")
+            waiting = [each for each in waiting if each[1] != one["tool_call_id"]]
+            one |= {"name": message.tool_name} if message.tool_name else {}
+        said.append(one)
+    return said
+
+
+class ChatRequest(Generating):
+    """The body of `/api/chat`."""
+
+    messages: Annotated[list[Message], Field(fail_fast=True, max_length=MESSAGES)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=TOOLS)] | None = None
+
+    @property
+    def chat(self) -> Chat:
+        functions = [tool.function for tool in self.tools or []]
+        return replace(super().chat, messages=_for_template(self.messages or []), functions=functions)
+
+
+class GenerateRequest(Generating):
+    """The body of `/api/generate`."""
+
+    prompt: str | None = None
+    system: str | None = None
+    raw: bool | None = None
+    suffix: Literal[""] | None = None
+    template: Literal[""] | None = None
+    context: Nothing | None = None
+    images: Nothing | None = None
+
+    @model_validator(mode="after")
+    def _raw_is_all(self) -> GenerateRequest:
+        if self.raw and (self.system or self.think is not None):
+            raise ValueError("a raw prompt is all that the model reads: leave out system and think, or raw")
+        return self
+
+    @property
+    def chat(self) -> Chat:
+        said = [("system", self.system), ("user", self.prompt)] if self.prompt else []
+        messages = [{"role": role, "content": text} for role, text in said if text]
+        return replace(super().chat, messages=messages, is_text=bool(self.raw))
+
+
+class ShowRequest(Strict):
+    """The body of `/api/show`; `name` is how it was called before."""
+
+    model: str | None = None
+    name: str | None = None
+    verbose: bool | None = None
+
+
+class ErrorReply(BaseModel):
+    """The body of every error."""
+
+    error: str
+
+
+def error_body(failure: ApiError) -> dict[str, Any]:
+    return {"error": str(failure)}
+
+
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, whole or in lines.", "content": {LINES: {}}}
+}
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """The paths of the API."""
+    paths = APIRouter(route_class=ParsingRoute)
+
+    async def find(name: str) -> ServedModel:
+        return await gateway.find(name if name in gateway.names else name.removesuffix(LATEST))
+
+    async def answered(body: Generating, request: Request) -> Response | dict[str, Any]:
+        times = [time.perf_counter_ns()]
+        served, chat = await find(body.model), body.chat
+        times.append(time.perf_counter_ns())
+        positions, wanted = served.generations.model.swarm.facts.max_positions, body.options and body.options.num_ctx
+        if positions is not None and wanted is not None and wanted > positions:
+            raise ApiError(
+                400, f"options.num_ctx: the model's context is {positions}: ask for no more", param="options"
+            )
+        answer = Answer(body.model, isinstance(body, ChatRequest), served.prompts.text_of, times)
+        if not chat.messages:  # that is how clients have a model loaded
+            if body.keep_alive in (0, "0", "0s"):
+                raise ApiError(400, "keep_alive: this server keeps its models loaded", param="keep_alive")
+            return answer.part(done=True, done_reason="load")
+        on, effort = (True, body.think) if isinstance(body.think, str) else (body.think, None)
+        chat = await with_thinking(served, chat, "think", on, effort)
+        if on and not chat.variables["think"] and served.prompts.forms.reasoning is None:
+            raise ApiError(400, f"{body.model!r} does not support thinking: leave out think", param="think")
+        return await answer_chat(served, request, chat, answer, stream=body.stream is not False)
+
+    @paths.post("/api/chat", response_model=None, responses=STREAMED)
+    async def chat(body: ChatRequest, request: Request) -> Response | dict[str, Any]:
+        """The next message of a chat, as Ollama's API has it."""
+        return await answered(body, request)
+
+    @paths.post("/api/generate", response_model=None, responses=STREAMED)
+    async def generate(body: GenerateRequest, request: Request) -> Response | dict[str, Any]:
+        """The answer to a text, or how it goes on if it is raw."""
+        return await answered(body, request)
+
+    def entry(name: str, family: str = "") -> dict[str, Any]:
+        """What is told of every model; its size is not known, and its digest is that of its name."""
+        named = name if ":" in name else name + LATEST
+        digest, modified = hashlib.sha256(name.encode()).hexdigest(), datetime.fromtimestamp(gateway.created, UTC)
+        known = {"digest": digest, "modified_at": modified.isoformat(), "size": 0, "details": _details(family)}
+        return {"name": named, "model": named, **known}
+
+    @paths.get("/api/tags")
+    def tags() -> dict[str, Any]:
+        """The models that are served, once for each of their names."""
+        return {"models": [*map(entry, gateway.names)]}
+
+    @paths.get("/api/ps")
+    def running() -> dict[str, Any]:
+        """The models that are loaded."""
+        served = gateway.served
+        facts = served.generations.model.swarm.facts
+        more = {"expires_at": FOREVER, "size_vram": 0, "context_length": facts.max_positions}
+        return {"models": [entry(served.name, _family(served)) | more]}
+
+    @paths.post("/api/show")
+    async def show(body: ShowRequest) -> dict[str, Any]:
+        """What is known of a model."""
+        served = await find(body.model or body.name or "")
+        facts, family = served.generations.model.swarm.facts, _family(served)
+        sizes = {"context": facts.max_positions, "embedding": facts.hidden_size}
+        known = {f"{family}.{name}_length": size for name, size in sizes.items()}
+        return {
+            "details": _details(family),
+            "model_info": {"general.architecture": family, f"{family}.block_count": facts.num_blocks, **known},
+            "capabilities": await served.preparing.run(0, _capabilities, served),
+        }
+
+    @paths.get("/api/version")
+    def version() -> dict[str, str]:
+        """The version of Ollama whose API this is."""
+        return {"version": VERSION}
+
+    @paths.head("/", include_in_schema=False)
+    def alive() -> None:
+        """Clients look whether there is a server."""
+
+    def refuse() -> None:
+        raise ApiError(403, "models are chosen where this server is started, with `splitnet serve`")
+
+    for method, name in (*(("POST", name) for name in ("pull", "push", "create", "copy")), ("DELETE", "delete")):
+        paths.add_api_route(f"/api/{name}", refuse, methods=[method], include_in_schema=False)
+    return paths
+
+
+API = Api(("/api",), router, error_body, openai.key_of, "Authorization: Bearer KEY", "Bearer", ErrorReply)
+
+
+def _family(served: ServedModel) -> str:
+    return served.generations.model.config.model_type
+
+
+def _details(family: str) -> dict[str, Any]:
+    families = [family] if family else []
+    return {"format": "", "family": family, "families": families, "parameter_size": "", "quantization_level": ""}
+
+
+def _capabilities(served: ServedModel) -> list[str]:
+    prompts = served.prompts
+    has = {"completion": True, "tools": prompts.takes_tools, "thinking": prompts.forms.reasoning is not None}
+    return [name for name, has_it in has.items() if has_it]
+
+
+@dataclass(eq=False)
+class Answer:
+    """Writes the events of a request as Ollama does, see `splitnet.serve.responses.Answer`."""
+
+    model: str
+    is_chat: bool
+    text_of: Callable[[int], str]  # the text of a token
+    times: list[int]  # when the request came, when its model was loaded, and soon when its answer begins; ns
+
+    media_type = LINES
+
+    def __post_init__(self) -> None:
+        self.id = f"ollama-{secrets.token_hex(12)}"
+        self.alive = self._line(self.part())  # nothing is new: clients read each line as a part of the answer
+        self._finish: str | None = None
+        self._ended = Ended(0, 0, 0)
+
+    async def whole(self, events: AsyncIterator[Delta | Ended]) -> dict[str, Any]:
+        said = [new async for event in events if (new := self._take(event)) is not None]
+        text, reasoning = "".join(new.text for new in said), "".join(new.reasoning for new in said)
+        calls, scored = [call for new in said for call in new.calls], [each for new in said for each in new.scored]
+        return self.part(Delta(0, text, reasoning, calls, tuple(scored)), **self._last())
+
+    async def chunks(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
+        async for event in events:
+            new = self._take(event)
+            if new is not None and (new.text or new.reasoning or new.calls or new.scored):
+                yield self._line(self.part(new))
+        yield self._line(self.part(**self._last()))
+
+    def failed(self, failure: ApiError) -> str:
+        return self._line(error_body(failure))
+
+    def part(self, new: Delta | None = None, *, done: bool = False, **more: Any) -> dict[str, Any]:
+        """An answer as far as it is new."""
+        new = new or Delta(0)
+        said: dict[str, Any] = {"content" if self.is_chat else "response": new.text}
+        if new.reasoning:
+            said["thinking"] = new.reasoning
+        if new.calls:
+            called = [(call.id, {"name": call.name, "arguments": json.loads(call.arguments)}) for call in new.calls]
+            said["tool_calls"] = [{"id": id, "function": function} for id, function in called]
+        if self.is_chat:
+            said = {"message": {"role": "assistant", **said}}
+        if new.scored:
+            said["logprobs"] = [self._scored(each) for each in new.scored]
+        return {"model": self.model, "created_at": datetime.now(UTC).isoformat(), **said, "done": done, **more}
+
+    def _take(self, event: Delta | Ended) -> Delta | None:
+        if len(self.times) == 2:
+            self.times.append(time.perf_counter_ns())
+        if isinstance(event, Ended):
+            self._ended = event
+            return None
+        self._finish = event.finish
+        return event
+
+    def _last(self) -> dict[str, Any]:
+        """What the last part tells; the time of the prompt includes that of waiting for a place."""
+        came, loaded, began, ended = *self.times, time.perf_counter_ns()
+        return {
+            "done": True,
+            "done_reason": "length" if self._finish == "length" else "stop",
+            "total_duration": ended - came,
+            "load_duration": loaded - came,
+            "prompt_eval_count": self._ended.prompt_tokens,
+            "prompt_eval_duration": began - loaded,
+            "eval_count": self._ended.answer_tokens,
+            "eval_duration": ended - began,
+        }
+
+    def _scored(self, scored: ScoredToken) -> dict[str, Any]:
+        each = [{"token": self.text_of(token), "logprob": logprob} for token, logprob in scored.top]
+        return {"token": self.text_of(scored.token), "logprob": scored.logprob, "top_logprobs": each}
+
+    @staticmethod
+    def _line(document: dict[str, Any]) -> str:
+        return json.dumps(document, ensure_ascii=False) + "\n"
