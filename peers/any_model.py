@@ -18,22 +18,15 @@ from typing import Final
 
 from peers.joining import Found, find_model
 from peers.options import PeerOptions, Report
-from peers.placement import (
-    answering,
-    choose_blocks,
-    expected_block_ms,
-    expected_speed,
-    fitting_blocks,
-    position_bytes,
-)
+from peers.placement import answering, choose_blocks, expected_block_ms, expected_speed, fitting_blocks, position_bytes
 from scheduler.facts import Peer
 from scheduler.models import Offered, better_model, first_model
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.transfer.fetching import Fetcher
 from splitnet.checkpoint.transfer.matching import names_of
-from splitnet.directory.demand import Demand, demand_of
+from splitnet.directory.demand import demand_of
 from splitnet.directory.interface import SwarmDirectory
-from splitnet.directory.record import PeerRecord, expected_facts_of, facts_of
+from splitnet.directory.record import PeerRecord, Wanted, expected_facts_of, facts_of
 from splitnet.errors import ModelNotFound, SplitnetError
 from splitnet.limits import keep_latest
 from splitnet.security.identity import AuthorizedKeys, Identity
@@ -64,23 +57,11 @@ class ChosenModel:
 
     def arriving(self, own: PeerRecord) -> PeerRecord:
         """The record of the peer there, while it is on its way; own: its present one."""
-        start, end = self.span
-        return replace(
-            own,
-            model=self.checkpoint.fingerprint,
-            model_name=self.checkpoint.name,
-            start=start,
-            end=end,
-            num_blocks=self.checkpoint.num_blocks,
-            block_ms=self.offered.own.speed.block_ms,
-            max_blocks=self.max_blocks,
-            kv_free_positions=0,
-            sessions=0,
-            placed_at=time.time(),
-            moving_to=(start, end),
-            serves=False,
-            issued_at=time.time(),
-        )
+        (start, end), now = self.span, time.time()
+        there = {"model": self.checkpoint.fingerprint, "model_name": self.checkpoint.name, "start": start, "end": end}
+        there |= {"num_blocks": self.checkpoint.num_blocks, "max_blocks": self.max_blocks, "moving_to": (start, end)}
+        there |= {"block_ms": self.offered.own.speed.block_ms, "sessions": 0, "kv_free_positions": 0, "serves": False}
+        return replace(own, **there, placed_at=now, issued_at=now)
 
 
 class ModelChoice:
@@ -127,13 +108,13 @@ class ModelChoice:
     def serves(self, found: Found) -> None:
         """Tells what the peer serves now: it may come back to it."""
         self._leaving_for = None
-        self._keep(found)
+        keep_latest(self._opened, found[0].fingerprint, found, MAX_CONSIDERED + 1)
 
     def better(
-        self, directory: SwarmDirectory, own: PeerRecord, others: Sequence[PeerRecord], *, in_use: bool
+        self, directory: SwarmDirectory, own: PeerRecord, others: Sequence[PeerRecord], *, size: float, in_use: bool
     ) -> ChosenModel | None:
         """The model to leave for now, see `serves` and `give_up`; None: the peer stays, or has announced that it leaves
-        (`is_leaving`). in_use: whether sessions of the peer are in use."""
+        (`is_leaving`). size: of a position on links, in bytes. in_use: whether sessions of the peer are in use."""
         now = time.monotonic()
         if in_use:
             self._asked_at[own.model] = now
@@ -146,8 +127,8 @@ class ModelChoice:
         here = Offered(
             own.model,
             own.num_blocks,
-            [facts_of(record) for record in others if record.serves],  # it relies on no promise
-            facts_of(own),
+            [facts_of(record, size) for record in others if record.serves],  # it relies on no promise
+            facts_of(own, size),
             demand[own.model].tokens_per_s if own.model in demand else 0.0,
             in_use=now - self._asked_at.get(own.model, -math.inf) < ASKED_S,
         )
@@ -192,25 +173,23 @@ class ModelChoice:
             with suppress(SplitnetError):  # it expires by itself
                 directory.withdraw(record, self._identity)
 
-    def _demand(self, directory: SwarmDirectory) -> dict[str, Demand]:
+    def _demand(self, directory: SwarmDirectory) -> dict[str, Wanted]:
         authorized = self._authorized
         if authorized is None or authorized.lets_in_strangers:
             return demand_of(directory)
         return demand_of(directory, lambda key: authorized.allows(key.curve_raw))
 
     def _destinations(
-        self, directory: SwarmDirectory, names: dict[str, str], demand: dict[str, Demand]
+        self, directory: SwarmDirectory, names: dict[str, str], demand: dict[str, Wanted]
     ) -> list[ChosenModel]:
         """Those of these models, by fingerprint and name, that the peer may and can serve."""
         found: list[ChosenModel] = []
-        considered = [
-            (model, name, sources)
-            for model, name in names.items()
-            if (sources := self._sources(name)) and self._retry_at.get(model, 0.0) <= time.monotonic()
-        ]
-        for model, name, sources in considered[:MAX_CONSIDERED]:
+        now = time.monotonic()
+        considered = [model for model in names if self._sources(names[model]) and self._retry_at.get(model, 0.0) <= now]
+        for model in considered[:MAX_CONSIDERED]:
+            name = names[model]
             try:
-                checkpoint, fetcher = self._open_one(directory, model, name, sources)
+                checkpoint, fetcher = self._open_one(directory, model, name)
                 tokens = demand[model].tokens_per_s if model in demand else 0.0
                 found.append(self._destination(directory, checkpoint, fetcher, tokens))
             except SplitnetError as error:
@@ -222,23 +201,19 @@ class ModelChoice:
         """What may be opened for a model of this name."""
         return [one for one in self._allowed if name in names_of(one)] if self._allowed else [name]
 
-    def _open_one(self, directory: SwarmDirectory, model: str, name: str, sources: Sequence[str]) -> Found:
-        if model not in self._opened:
-            options = replace(self._options, model_id=model)
-            for source in sources:
-                # Strangers name no files of this machine.
-                is_named = bool(self._allowed) or (_HUB_ID.fullmatch(name) and not Path(name).exists())
-                checkpoint = _open(source) if is_named else None
-                if checkpoint is not None and checkpoint.is_whole and checkpoint.fingerprint != model:
-                    continue
-                self._keep(find_model(options, source, checkpoint, directory, self._identity, self.go_on))
-                break
-            else:
-                raise ModelNotFound("what is here under this name is another model")
-        return self._opened[model]
-
-    def _keep(self, found: Found) -> None:
-        keep_latest(self._opened, found[0].fingerprint, found, MAX_CONSIDERED + 1)
+    def _open_one(self, directory: SwarmDirectory, model: str, name: str) -> Found:
+        if model in self._opened:
+            return self._opened[model]
+        options = replace(self._options, model_id=model)
+        # Strangers name no files of this machine.
+        is_named = bool(self._allowed) or (_HUB_ID.fullmatch(name) and not Path(name).exists())
+        for source in self._sources(name):
+            checkpoint = _open(source) if is_named else None
+            if checkpoint is None or not checkpoint.is_whole or checkpoint.fingerprint == model:
+                found = find_model(options, source, checkpoint, directory, self._identity, self.go_on)
+                keep_latest(self._opened, model, found, MAX_CONSIDERED + 1)
+                return found
+        raise ModelNotFound("what is here under this name is another model")
 
     def _destination(
         self, directory: SwarmDirectory, checkpoint: Checkpoint, fetcher: Fetcher | None, tokens: float
@@ -252,8 +227,9 @@ class ModelChoice:
         size = position_bytes(checkpoint)
         peers = [expected_facts_of(one, size) for one in present.records if one.serves or one.moving_to]
         start, end = choose_blocks(checkpoint, options.wish, fitting, present, own_ms)
-        own = Peer(self._identity.public.text, start, end, expected_speed(own_ms, peers))
-        offered = Offered(checkpoint.fingerprint, checkpoint.num_blocks, peers, own, tokens, in_use=tokens > 0)
+        sending_ms = size / present.bytes_per_ms if present.bytes_per_ms else 0.0
+        own = Peer(self._identity.public.text, start, end, expected_speed(own_ms, peers), sending_ms=sending_ms)
+        offered = Offered(checkpoint.fingerprint, checkpoint.num_blocks, peers, own, tokens)
         return ChosenModel(checkpoint, fetcher, fitting, offered)
 
     def _counts(self, record: PeerRecord) -> bool:

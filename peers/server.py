@@ -496,22 +496,22 @@ class Peer:
         """See `Relocation.leave`."""
         if self._choice is None:
             return False
-        in_use = self.service.in_use(time.monotonic())
+        chosen: ChosenModel | None = None
         try:
-            chosen = self._choice.better(self.directory, own, others, in_use=in_use)
+            in_use = self.service.in_use(time.monotonic())
+            size = position_bytes(self.checkpoint)
+            chosen = self._choice.better(self.directory, own, others, size=size, in_use=in_use)
+            if chosen is None:
+                return None if self._choice.is_leaving else False
+            self._move(chosen.span, chosen=chosen)
         except IsLeaving:
             return False
         except SplitnetError as error:
-            log.warning("could not look for models that are wanted more: %s", error)
-            return False
-        if chosen is not None:
-            try:
-                self._move(chosen.span, chosen=chosen)
-            except SplitnetError as error:
-                log.warning("%s is not served here: %s", chosen.checkpoint.name, error)
-                self._choice.give_up(self.directory, chosen)
-            return True
-        return None if self._choice.is_leaving else False
+            log.warning("this peer cannot serve a model that is wanted more: %s", error)
+            if chosen is None:
+                return False
+            self._choice.give_up(self.directory, chosen)
+        return True
 
     def _move(self, span: tuple[int, int], urgent: bool = False, chosen: ChosenModel | None = None) -> None:
         """Hands its sessions over, then serves other blocks under the same key and address.

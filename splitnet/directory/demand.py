@@ -7,8 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from scheduler.models import LEAST_DEMAND, DecayingRate
 from splitnet.directory.interface import SwarmDirectory
@@ -19,19 +18,6 @@ from splitnet.security.identity import Identity, PublicKey
 REQUEST_TOKENS: Final = 16  # a request counts as so many tokens at least
 MAX_GATEWAYS: Final = 256  # whose records are read
 _NOWHERE = "tcp://127.0.0.1:1"  # nobody connects to a gateway
-
-
-class Model(Protocol):
-    """What a gateway tells of a model: its fingerprint, its name, and how many blocks it has."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def num_blocks(self) -> int: ...
 
 
 class DemandPublisher:
@@ -51,15 +37,15 @@ class DemandPublisher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock, self._proof = clock, proof
-        self._rates: dict[str, tuple[Model, DecayingRate]] = {}
+        self._rates: dict[str, tuple[Any, DecayingRate]] = {}
         self._lock = threading.Lock()
         self._changed = threading.Event()
         self._stack = ExitStack()
         self._stack.enter_context(published(directory, identity, self._told, self._changed))
         self.close = self._stack.close
 
-    def asked(self, model: Model, tokens: int) -> None:
-        """Counts a request for a model, of a prompt and an answer with so many tokens in all."""
+    def asked(self, model: Any, tokens: int) -> None:
+        """Counts a request of so many tokens in all; model: `ModelFacts` of `splitnet.swarm`, or a checkpoint."""
         with self._lock:
             _, rate = self._rates.setdefault(model.fingerprint, (model, DecayingRate()))
             is_new = rate.at(self._clock()) < LEAST_DEMAND
@@ -70,9 +56,8 @@ class DemandPublisher:
     def _told(self) -> dict[str, Any] | None:
         with self._lock:
             now = self._clock()
-            rates = {name: one for name, one in self._rates.items() if one[1].at(now) >= LEAST_DEMAND}
-            self._rates = rates
-            most = sorted(rates.values(), key=lambda one: -one[1].at(now))[:MAX_WANTED]
+            self._rates = {name: one for name, one in self._rates.items() if one[1].at(now) >= LEAST_DEMAND}
+            most = sorted(self._rates.values(), key=lambda one: -one[1].at(now))[:MAX_WANTED]
             wanted = tuple(
                 Wanted(
                     bytes.fromhex(model.fingerprint),
@@ -86,17 +71,8 @@ class DemandPublisher:
         return about if wanted else None
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """How much all gateways together are asked for a model, as they claim. tokens_per_s: at least 0.01."""
-
-    name: str
-    num_blocks: int
-    tokens_per_s: float
-
-
-def demand_of(directory: SwarmDirectory, allows: Callable[[PublicKey], bool] = lambda key: True) -> dict[str, Demand]:
-    """The demand of each model by its fingerprint, the most wanted first.
+def demand_of(directory: SwarmDirectory, allows: Callable[[PublicKey], bool] = lambda key: True) -> dict[str, Wanted]:
+    """How much all gateways together are asked for each model, by its fingerprint, the most wanted first.
 
     Anybody can make keys, and claim anything: a key counts 1,000 tokens per second at most, over all that it names, and
     keys that have cost no work count so much for a model all together. allows: the keys that count at all. Raises
@@ -112,7 +88,7 @@ def demand_of(directory: SwarmDirectory, allows: Callable[[PublicKey], bool] = l
             claimed[one.model.hex(), record.is_proven] += one.tokens_per_s * share
     wanted = {name: claimed[name, True] + min(claimed[name, False], MAX_WANTED_TOKENS) for name in names}
     return {
-        name: Demand(names[name].name, names[name].num_blocks, tokens)
+        name: names[name]._replace(tokens_per_s=tokens)
         for name, tokens in sorted(wanted.items(), key=lambda item: -item[1])
         if tokens >= LEAST_DEMAND
     }
