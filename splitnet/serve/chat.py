@@ -99,7 +99,7 @@ async def with_thinking(served: ServedModel, chat: Chat, param: str, on: bool | 
     )
     wanted = {"enable_thinking": on, "thinking": on, "reasoning_effort": effort}
     variables = {name: value for name, value in wanted.items() if name in has and value is not None}
-    if on is False and reasoning is not None and not variables:
+    if on is False and reasoning is not None and not has & {"enable_thinking", "thinking"}:
         raise ApiError(400, f"{param}: this model always thinks: do not ask it not to", param=param)
     return replace(chat, variables={param: variables})
 

@@ -371,8 +371,8 @@ class TestOllama:
     def test_answers_keep_to_a_format(self, client: Client) -> None:
         answer = self.ask(client, format=SCHEMA, options={"num_predict": 60})
         assert json.loads(answer.message.content or "")["city"] in CITY["enum"] and answer.done_reason == "stop"
-        text = client.generate(MODEL, "Bees", format="json", options={"num_predict": 8, "temperature": 0}).response
-        assert text.startswith("{")
+        answer = client.generate(MODEL, "Bees", format="json", options={"num_predict": 8, "temperature": 0})
+        assert (answer.response or "").startswith("{")
 
     def test_options_are_those_of_the_other_api(self, client: Client, url: str) -> None:
         drawn = {"temperature": 1.5, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 7, "presence_penalty": 0.5}

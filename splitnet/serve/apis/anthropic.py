@@ -27,10 +27,7 @@ from splitnet.serve.responses import EVENTS, ServedModel, framed
 
 VERSION = "anthropic-version"  # The header that all clients of this API send, and no others
 SIGNATURE = "splitnet"  # Of thinking: some clients send it back only if it has one; none is checked
-NO_PART = (
-    "x-anthropic-billing-header"  # Text of a system prompt that begins so is no instruction, and changes each time
-)
-
+NO_PART = "x-anthropic-billing-header"  # A text of a system prompt that begins so is none, and changes each time
 
 Each = TypeVar("Each")
 CacheControl = dict[Literal["type", "ttl"], Literal["ephemeral", "5m", "1h"]]  # Has no effect: all prompts are cached
@@ -96,22 +93,18 @@ def _for_template(messages: Sequence[UserMessage | AssistantMessage]) -> list[di
     for message in messages:
         if isinstance(message, AssistantMessage):
             said.append({"role": "assistant", "content": _joined(message.content)})
-            thoughts = [block.thinking for block in message.content if isinstance(block, ThinkingBlock)]
-            if any(thoughts):
-                said[-1]["reasoning_content"] = "\n".join(thoughts)
-            for call in message.content:
-                if isinstance(call, ToolUse):
-                    function = {"name": call.name, "arguments": call.input}
-                    one = {"id": call.id, "type": "function", "function": function}
-                    said[-1].setdefault("tool_calls", []).append(one)
-            continue
         for block in message.content:
-            if isinstance(block, ToolResult):
+            if isinstance(block, ThinkingBlock):
+                said[-1]["reasoning_content"] = said[-1].get("reasoning_content", "") + block.thinking
+            elif isinstance(block, ToolUse):
+                call = {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.input}}
+                said[-1].setdefault("tool_calls", []).append(call)
+            elif isinstance(block, ToolResult):
                 text = ("Error: " if block.is_error else "") + _joined(block.content or [])
                 said.append({"role": "tool", "content": text, "tool_call_id": block.tool_use_id})
-            elif said and said[-1]["role"] == message.role:
+            elif message.role != "assistant" and said and said[-1]["role"] == message.role:
                 said[-1]["content"] += f"\n{block.text}"
-            else:
+            elif message.role != "assistant":
                 said.append({"role": message.role, "content": block.text})
     return said
 
@@ -232,32 +225,20 @@ async def _prompted(served: ServedModel, request: Request, body: CountRequest) -
     return chat, await prompt_of(served, request, chat)
 
 
-class ErrorDetails(BaseModel):
-    type: str
-    message: str
-
-
 class ErrorReply(BaseModel):
     """The body of every error."""
 
     type: Literal["error"] = "error"
-    error: ErrorDetails
+    error: dict[Literal["type", "message"], str]
 
 
-_ERROR_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
+_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ERROR_TYPES |= {408: "timeout_error", 413: "request_too_large", 503: "overloaded_error"}
 
 
 def error_body(failure: ApiError) -> dict[str, Any]:
     kind = _ERROR_TYPES.get(failure.status, "invalid_request_error" if failure.status < 500 else "api_error")
-    return ErrorReply(error=ErrorDetails(type=kind, message=str(failure))).model_dump()
+    return {"type": "error", "error": {"type": kind, "message": str(failure)}}
 
 
 def key_of(headers: Headers) -> str:
@@ -378,8 +359,7 @@ class Answer:
     def _begin(self, kind: str, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Begins a block, after the end of the one before it."""
         yield from self._end()
-        signature = {"signature": ""} if kind == "thinking" else {}
-        self._content.append({"type": kind, **block, **signature})
+        self._content.append({"type": kind, **block, **({"signature": ""} if kind == "thinking" else {})})
         # A copy, as the block grows before it is written.
         yield {"type": "content_block_start", "index": len(self._content) - 1, "content_block": {**self._content[-1]}}
 

@@ -207,9 +207,7 @@ def error_body(failure: ApiError) -> dict[str, Any]:
     return {"error": str(failure)}
 
 
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer, whole or in lines.", "content": {LINES: {}}}
-}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"description": "In lines or whole.", "content": {LINES: {}}}}
 
 
 def router(gateway: Gateway) -> APIRouter:

@@ -203,7 +203,7 @@ class Answer:
         elif isinstance(said, ScoredPrompt):
             for choice in choices:
                 choice.scored_prompt = said.scored
-        else:
+        elif isinstance(said, Delta | Piece):
             return choices[said.choice].take(said)
         return []
 
