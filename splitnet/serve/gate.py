@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import ipaddress
 import re
+import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -231,6 +232,11 @@ class Connection(H11Protocol):
 
 
 ON_THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # Origins whose pages may always use the server
+REQUEST_ID = r"[\w.:-]{1,128}"  # What a request may call itself; others get a name
+REQUEST_ID_HEADERS = (
+    b"x-request-id",
+    b"request-id",
+)  # Of answers: clients of OpenAI read the first, Anthropic's the other
 PROTECTED = ("/dashboard/", "/metrics")  # Paths that need a key begin with one of these, or are those of a protocol
 
 
@@ -286,11 +292,16 @@ class Gate:
             return
         headers = Headers(scope=scope)
         api = api_of(scope["path"], headers, self.apis)
+        given = headers.get("x-request-id", "")
+        own_id = given if re.fullmatch(REQUEST_ID, given) else f"req_{secrets.token_hex(12)}"
         begun = False
 
         async def noting_send(message: Message) -> None:
             nonlocal begun
             begun = True
+            if message["type"] == "http.response.start":
+                told = ((name, own_id.encode()) for name in REQUEST_ID_HEADERS)
+                message = {**message, "headers": [*message["headers"], *told]}
             await send(message)
 
         try:
@@ -304,7 +315,8 @@ class Gate:
         except Exception as error:
             failure = failure_of(error)
             if not begun:
-                await JSONResponse(api.error_body(failure), failure.status, failure.headers)(scope, receive, send)
+                response = JSONResponse(api.error_body(failure), failure.status, failure.headers)
+                await response(scope, receive, noting_send)
 
     def _check_host(self, headers: Headers) -> None:
         given = headers.get("host")

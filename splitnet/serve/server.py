@@ -89,7 +89,7 @@ def make_app(
         allow_origin_regex=ON_THIS_MACHINE,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=["Retry-After"],
+        expose_headers=["Retry-After", "X-Request-Id", "Request-Id"],
     )
     app.include_router(dashboard_router(Dashboard(served.generations, served.admission, served.name, tuned)))
     app.state.gateway = gateway

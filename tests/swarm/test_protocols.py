@@ -294,6 +294,8 @@ class TestAnthropic:
     def test_errors_have_the_types_of_this_api(self, client: Anthropic, url: str) -> None:
         with pytest.raises(anthropic.NotFoundError) as unknown:
             self.ask(client, model="claude-opus-9")
+        assert (unknown.value.request_id or "").startswith("req_")
+        assert client.models.list()._request_id != unknown.value.request_id  # pyright: ignore
         assert unknown.value.type == "not_found_error" and "'small' or 'claude-sonnet-5'" in str(unknown.value)
         for path in (client.messages.create, client.messages.stream):
             with Anthropic(base_url=url, api_key="sk-wrong", max_retries=0) as stranger:

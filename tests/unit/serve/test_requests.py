@@ -446,7 +446,13 @@ def test_each_protocol_says_how_it_takes_a_key() -> None:
             assert taken.json() == "key 1"
             # On paths of several protocols a header tells them apart; it opens none.
             theirs = {"other-version": "1"}
-            refused = await client.get("/v1/models", headers=theirs | {"Authorization": "Bearer secret"})
+            refused = await client.get(
+                "/v1/models", headers=theirs | {"Authorization": "Bearer secret", "x-request-id": "a b"}
+            )
+            assert refused.headers["request-id"] == refused.headers["x-request-id"]
+            assert refused.headers["request-id"].startswith("req_"), "a name that could be anything is not told again"
+            named = await client.get("/other/a", headers={"x-api-key": "secret", "x-request-id": "mine-1"})
+            assert named.headers["x-request-id"] == "mine-1"
             assert refused.status_code == 401 and refused.json()["said"].endswith("as `x-api-key: KEY`")
             assert (await client.get("/v1/models", headers=theirs | {"x-api-key": "secret"})).json() == "key 1"
 
