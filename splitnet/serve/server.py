@@ -28,7 +28,7 @@ from splitnet.hf.causal_lm import attached
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
 from splitnet.serve.admission import Admission
-from splitnet.serve.apis import anthropic, embeddings, ollama, openai
+from splitnet.serve.apis import anthropic, embeddings, ollama, openai, openai_responses
 from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, Connection, Gate, api_of
@@ -46,12 +46,8 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.transport.addresses import listen_at
 from splitnet.wire.endpoints import LinkState
 
-APIS = (
-    openai.API,
-    embeddings.API,
-    anthropic.API,
-    ollama.API,
-)  # The protocols that are served; the first one's errors answer paths of none
+# The protocols that are served; the first one's errors answer paths of none
+APIS = (openai.API, openai_responses.API, embeddings.API, anthropic.API, ollama.API)
 ERRORS = (400, 401, 404, 413, 429, 500, 502, 503)  # Statuses that each path may answer
 EXPIRY_S = 5.0  # How often it is looked whether kept sessions have expired
 
@@ -87,7 +83,7 @@ def make_app(
         CORSMiddleware,
         allow_origins=origins,
         allow_origin_regex=ON_THIS_MACHINE,
-        allow_methods=["GET", "POST"],
+        allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=["Retry-After", "X-Request-Id", "Request-Id"],
     )

@@ -1,0 +1,446 @@
+"""OpenAI's Responses API: its requests, paths and events, and the responses that later ones go on from."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+from pydantic_core import from_json, to_json
+from starlette.responses import Response
+
+from splitnet.serve.apis import openai
+from splitnet.serve.apis.anthropic import thinking_variables
+from splitnet.serve.apis.openai_requests import FunctionDefinition, NamedSchema, PlainFormat
+from splitnet.serve.apis.strict import MESSAGES, TOOLS, Share, Strict, Temperature, TokenCount, few
+from splitnet.serve.chat import Chat, Delta, answer_chat
+from splitnet.serve.failures import ApiError, failure_of
+from splitnet.serve.gate import ParsingRoute
+from splitnet.serve.gateway import Gateway
+from splitnet.serve.generation import Ended
+from splitnet.serve.responses import EVENTS, KEEP_ALIVE, framed
+
+KEPT_BYTES = 64 * 2**20  # of responses that may be gone on from, half of it for one client
+Status = Literal["in_progress", "completed", "incomplete"]
+
+
+def _texts(content: Any) -> Any:
+    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+
+
+class TextPart(Strict):
+    type: Literal["input_text", "output_text", "reasoning_text", "summary_text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+Texts = Annotated[
+    list[TextPart], Field(fail_fast=True), BeforeValidator(_texts, json_schema_input_type=str | list[TextPart])
+]
+
+
+class _Item(Strict):
+    id: str | None = None
+    status: Status | None = None
+
+
+class Message(_Item):
+    type: Literal["message"]
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Texts
+    phase: str | None = None
+
+
+class ReasoningItem(_Item):
+    """What the model has thought: its content, or else the summary."""
+
+    type: Literal["reasoning"]
+    summary: Texts | None = None
+    content: Texts | None = None
+
+
+class CallItem(_Item):
+    """What the assistant has called; `arguments` is JSON."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class OutputItem(_Item):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Texts
+
+
+def _given(value: Any) -> Any:
+    """An object without what is null, as clients' own types have it when they are sent back."""
+    return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
+
+
+def _typed(item: Any) -> Any:
+    return {"type": "message", **_given(item)} if isinstance(item, dict) else item
+
+
+def _items(given: Any) -> Any:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+Known = Annotated[Message | ReasoningItem | CallItem | OutputItem, Field(discriminator="type")]
+Item = Annotated[Known, BeforeValidator(_typed)]
+Items = Annotated[
+    list[Item],
+    Field(fail_fast=True, min_length=1, max_length=MESSAGES),
+    BeforeValidator(_items, json_schema_input_type=str | list[Known]),
+]
+
+
+_OUTPUT: TypeAdapter[Sequence[Item]] = TypeAdapter(Items)
+
+
+class FunctionTool(FunctionDefinition):
+    type: Literal["function"]
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    name: str
+
+
+class SchemaFormat(NamedSchema):
+    type: Literal["json_schema"]
+
+
+class TextConfig(Strict):
+    format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] = PlainFormat(type="text")
+    verbosity: Literal["medium"] | None = None
+
+
+class Reasoning(Strict):
+    """How much is thought; reasoning comes whole, so no kind of `summary` has an effect."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class ResponseRequest(Strict):
+    """The body of `/v1/responses`."""
+
+    model: str
+    input: Items
+    instructions: str | None = None
+    tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=TOOLS), Field(default_factory=list)]
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+    text: TextConfig = TextConfig()
+    reasoning: Reasoning | None = None
+    max_output_tokens: TokenCount | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    previous_response_id: str | None = None
+    store: bool = True
+    stream: bool | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16), BeforeValidator(few), Field(default_factory=dict)]
+    # What clients send that changes no answer.
+    stream_options: dict[Literal["include_obfuscation"], Literal[False]] | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    truncation: Literal["disabled"] = "disabled"
+    background: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+
+    _without_null = model_validator(mode="before")(_given)
+
+    @model_validator(mode="after")
+    def _tool_is_there(self) -> ResponseRequest:
+        if self.tool_choice not in ("none", "auto") and not self.tools_to_call:
+            raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
+        return self
+
+    @property
+    def tools_to_call(self) -> list[FunctionTool]:
+        """One of these must be called; empty: the model may do as it likes."""
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool):
+            return [tool for tool in self.tools if tool.name == choice.name]
+        return self.tools if choice == "required" else []
+
+    def chat(self, messages: Sequence[dict[str, Any]]) -> Chat:
+        """What is wanted, without what of reasoning is for the chat template."""
+        wanted = self.text.format
+        plain = None if wanted.type == "text" else {"type": "object"}
+        return Chat(
+            messages=messages,
+            functions=self.tools if self.tool_choice != "none" else [],
+            to_call=self.tools_to_call,
+            several_calls=self.parallel_tool_calls,
+            answer_schema=wanted.schema_ if isinstance(wanted, SchemaFormat) else plain,
+            schema_param="text",
+            sampling={"temperature": self.temperature, "top_p": self.top_p},
+            max_tokens=self.max_output_tokens,
+            fits=False,
+        )
+
+
+def _joined(parts: Sequence[TextPart] | None) -> str:
+    return "".join(part.text for part in parts or ())
+
+
+def for_template(items: Sequence[Item]) -> list[dict[str, Any]]:
+    """Items as messages that chat templates expect: what the assistant thinks, says and calls in a row is one."""
+    said: list[dict[str, Any]] = []
+    for item in items:
+        if isinstance(item, OutputItem):
+            said.append({"role": "tool", "content": _joined(item.output), "tool_call_id": item.call_id})
+            continue
+        if isinstance(item, Message) and item.role != "assistant":
+            role = "system" if item.role == "developer" else item.role
+            said.append({"role": role, "content": _joined(item.content)})
+            continue
+        if not said or said[-1]["role"] != "assistant":
+            said.append({"role": "assistant", "content": ""})
+        message = said[-1]
+        if isinstance(item, Message):
+            message["content"] += _joined(item.content)
+        elif isinstance(item, ReasoningItem):
+            thought = _joined(item.content) or _joined(item.summary)
+            message["reasoning_content"] = message.get("reasoning_content", "") + thought
+        else:
+            try:
+                function = {"name": item.name, "arguments": json.loads(item.arguments)}
+            except (ValueError, RecursionError):
+                raise ApiError(400, "the arguments of a function_call are not valid JSON", param="input") from None
+            call = {"id": item.call_id, "type": "function", "function": function}
+            message.setdefault("tool_calls", []).append(call)
+    return said
+
+
+class KeptResponses:
+    """Responses as JSON, each for the client that made it alone; the oldest of the client with most go first."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[str, bytes]] = {}  # by id: the owner and what it has
+        self._held: Counter[str] = Counter()
+
+    def keep(self, owner: str, response: dict[str, Any], messages: Sequence[dict[str, Any]]) -> None:
+        """Keeps a response with all messages up to its end, without instructions."""
+        self._kept[response["id"]] = owner, (text := to_json([response, messages]))
+        self._held[owner] += len(text)
+        while self._held[owner] > KEPT_BYTES // 2 or self._held.total() > KEPT_BYTES:
+            full = owner if self._held[owner] > KEPT_BYTES // 2 else max(self._held, key=self._held.__getitem__)
+            self.drop(full, next(id for id, (holder, _) in self._kept.items() if holder == full))
+
+    def find(self, owner: str, id: str, param: str | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """A response and its messages. Raises ApiError: the client has none of this id."""
+        holder, text = self._kept.get(id, ("", b""))
+        if holder != owner or not text:
+            gone = f"there is no response {id!r}: it was not stored, or others took its room; send all items again"
+            raise ApiError(404, gone, param=param, code="response_not_found")
+        response, messages = from_json(text)
+        return response, messages
+
+    def drop(self, owner: str, id: str) -> None:
+        """Raises ApiError as `find`."""
+        self.find(owner, id)
+        self._held[owner] -= len(self._kept.pop(id)[1])
+        self._held += Counter()  # without those that hold nothing
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """The paths of the API."""
+    paths, kept = APIRouter(route_class=ParsingRoute), KeptResponses()
+
+    @paths.post("/v1/responses", response_model=None, responses=openai.STREAMED)
+    async def respond(body: ResponseRequest, request: Request) -> Response:
+        """The next items of a conversation."""
+        served = await gateway.find(body.model)
+        owner, before = request.state.client.name, list[dict[str, Any]]()
+        if body.previous_response_id is not None:
+            _, before = kept.find(owner, body.previous_response_id, "previous_response_id")
+        messages = [*before, *for_template(body.input)]
+        said = [*([{"role": "system", "content": body.instructions}] if body.instructions else []), *messages]
+        while len(said) > 1 and said[0]["role"] == said[1]["role"] == "system":  # many templates take one
+            said[:2] = [{"role": "system", "content": f"{said[0]['content']}\n\n{said[1]['content']}"}]
+        chat, effort = body.chat(said), body.reasoning.effort if body.reasoning else None
+        variables = await thinking_variables(served, chat, on=effort != "none" if effort else None, effort=effort)
+        if effort and not variables:
+            raise ApiError(400, "this model's chat template knows no effort: leave it out", param="reasoning")
+
+        def keep(response: dict[str, Any]) -> None:
+            if body.store:
+                kept.keep(owner, response, [*messages, *for_template(_OUTPUT.validate_python(response["output"]))])
+
+        chat = replace(chat, variables={"reasoning": variables})
+        return await answer_chat(served, request, chat, Answer(served.name, body, keep), stream=bool(body.stream))
+
+    @paths.get("/v1/responses/{id}")
+    async def stored(id: str, request: Request) -> dict[str, Any]:
+        """A response that is stored."""
+        return kept.find(request.state.client.name, id)[0]
+
+    @paths.delete("/v1/responses/{id}")
+    async def forget(id: str, request: Request) -> dict[str, Any]:
+        """Forgets a response."""
+        kept.drop(request.state.client.name, id)
+        return {"id": id, "object": "response", "deleted": True}
+
+    return paths
+
+
+API = replace(openai.API, paths=("/v1/responses",), router=router)
+
+_ECHOED = {"instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "previous_response_id", "reasoning"}
+_ECHOED |= {"store", "temperature", "text", "tool_choice", "tools", "top_p", "truncation", "user"}
+
+
+@dataclass(eq=False)
+class Answer:
+    """Writes the events of a request as OpenAI does, see `splitnet.serve.responses.Answer`.
+
+    keep: called with a response that has ended.
+    """
+
+    model: str
+    body: ResponseRequest
+    keep: Callable[[dict[str, Any]], None]
+
+    media_type = EVENTS
+    alive = KEEP_ALIVE
+
+    def __post_init__(self) -> None:
+        self.id = f"resp_{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        self._output: list[dict[str, Any]] = []
+        self._told = 0
+        self._usage: dict[str, Any] | None = None
+
+    async def whole(self, events: AsyncIterator[Delta | Ended]) -> dict[str, Any]:
+        async for event in events:
+            for _ in self._take(event):
+                pass
+        return self._last()
+
+    async def chunks(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
+        for kind in ("created", "in_progress"):
+            yield self._framed(f"response.{kind}", response=self._response("in_progress"))
+        try:
+            async for event in events:
+                for kind, told in self._take(event):
+                    yield self._framed(kind, **told)
+        except Exception as error:
+            yield self.failed(failure_of(error))
+            return
+        last = self._last()
+        yield self._framed(f"response.{last['status']}", response=last)
+
+    def failed(self, failure: ApiError) -> str:
+        code = "rate_limit_exceeded" if failure.status == 429 else "server_error"
+        error = {"code": code, "message": str(failure)}
+        return self._framed("response.failed", response=self._response("failed") | {"error": error})
+
+    def _framed(self, kind: str, **told: Any) -> str:
+        event = {"type": kind, "sequence_number": self._told, **told}
+        self._told += 1
+        return f"event: {kind}\n{framed(event)}"
+
+    def _take(self, event: Delta | Ended) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Takes an event; gives those of a stream that tell what is new, each before the next changes its items."""
+        if isinstance(event, Ended):
+            self._usage = {
+                "input_tokens": event.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": event.cached_tokens, "cache_write_tokens": 0},
+                "output_tokens": event.answer_tokens,
+                "output_tokens_details": {"reasoning_tokens": 0},  # not known
+                "total_tokens": event.prompt_tokens + event.answer_tokens,
+            }
+            return
+        for kind, text in (("reasoning", event.reasoning), ("message", event.text)):
+            if text:
+                yield from self._texts(kind, text)
+        for call in event.calls:
+            yield from self._end("completed")
+            function = {"call_id": call.id, "name": call.name, "arguments": ""}
+            yield from self._begin({"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", **function})
+            self._output[-1]["arguments"] = call.arguments
+            yield self._of_item("response.function_call_arguments.delta", delta=call.arguments)
+            yield self._of_item("response.function_call_arguments.done", name=call.name, arguments=call.arguments)
+        if event.finish:
+            if not self._output:
+                yield from self._texts("message", "")
+            yield from self._end("incomplete" if event.finish == "length" else "completed")
+
+    def _texts(self, kind: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """New text of a message, or of reasoning."""
+        if not self._output or self._output[-1]["type"] != kind:
+            yield from self._end("completed")
+            own = {"role": "assistant"} if kind == "message" else {"summary": []}
+            yield from self._begin({"id": f"{kind[:3]}_{secrets.token_hex(12)}", "type": kind, **own, "content": []})
+            thought = {"type": "reasoning_text", "text": ""}
+            part = {"type": "output_text", "text": "", "annotations": []} if kind == "message" else thought
+            self._output[-1]["content"].append(part)
+            yield self._of_part("response.content_part.added", part=part)
+        part = self._output[-1]["content"][0]
+        part["text"] += text
+        if text:
+            yield self._of_part(f"response.{part['type']}.delta", delta=text, **_logprobs(kind))
+
+    def _begin(self, item: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        self._output.append({**item, "status": "in_progress"})
+        yield "response.output_item.added", {"output_index": len(self._output) - 1, "item": self._output[-1]}
+
+    def _end(self, status: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Ends the last item, if there is one that is open."""
+        if not self._output or self._output[-1]["status"] != "in_progress":
+            return
+        item = self._output[-1]
+        for part in item.get("content", ()):
+            yield self._of_part(f"response.{part['type']}.done", text=part["text"], **_logprobs(item["type"]))
+            yield self._of_part("response.content_part.done", part=part)
+        item["status"] = status
+        yield "response.output_item.done", {"output_index": len(self._output) - 1, "item": item}
+
+    def _of_item(self, kind: str, **told: Any) -> tuple[str, dict[str, Any]]:
+        return kind, {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1, **told}
+
+    def _of_part(self, kind: str, **told: Any) -> tuple[str, dict[str, Any]]:
+        return self._of_item(kind, content_index=0, **told)
+
+    def _last(self) -> dict[str, Any]:
+        """The response that has ended."""
+        response = self._response(self._output[-1]["status"])
+        self.keep(response)
+        return response
+
+    def _response(self, status: str) -> dict[str, Any]:
+        return {
+            **self.body.model_dump(mode="json", by_alias=True, include=_ECHOED),
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "model": self.model,
+            "output": self._output,
+            "usage": self._usage,
+        }
+
+
+def _logprobs(kind: str) -> dict[str, list[Any]]:
+    """What events of a message must have."""
+    return {"logprobs": []} if kind == "message" else {}
