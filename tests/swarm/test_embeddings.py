@@ -8,9 +8,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
+from ollama import AsyncClient, ResponseError
 from openai import AsyncOpenAI
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -150,6 +152,26 @@ def test_embeddings_are_the_pooled_states_of_the_whole_model(
     counted = float(sum(reply.usage.total_tokens for reply in read))
     assert f"splitnet_gateway_prompt_tokens_total {counted}\n" in metrics.text
     assert sessions(swarm) == [0, 0]
+
+
+def test_ollamas_paths(asking: Callable[..., Any], whole: Any, tokenizer: Any) -> None:
+    async def does(client: AsyncOpenAI, server: Server) -> None:
+        transport = httpx.ASGITransport(server.app)
+        ollama = AsyncClient(host="http://127.0.0.1", transport=transport)
+        several = await ollama.embed(MODEL, TEXTS)
+        ids = [tokenizer(text).input_ids for text in TEXTS]
+        assert float(cosines(several.embeddings, [states(whole, each)[-1] for each in ids]).min()) > 0.9999
+        assert several.prompt_eval_count == sum(map(len, ids)) and several.model == MODEL
+        one = await ollama.embeddings(MODEL, TEXTS[0])
+        assert list(one.embedding) == pytest.approx(list(several.embeddings[0]), abs=1e-3)
+        short = await ollama.embed(MODEL, "Bees " * 300, dimensions=8)  # cut to the context
+        assert len(short.embeddings[0]) == 8 and short.prompt_eval_count == 256
+        with pytest.raises(ResponseError, match="shorten it"):
+            await ollama.embed(MODEL, "Bees " * 300, truncate=False)
+        shown = await ollama.show(MODEL)
+        assert shown.capabilities == ["embedding"]
+
+    asking(does, pooling=Pooling(most=256, told=True))
 
 
 def test_a_checkpoint_without_a_head_answers_nothing(

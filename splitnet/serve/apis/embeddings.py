@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -22,13 +22,14 @@ from splitnet.serve.gateway import Gateway
 from splitnet.serve.reading import embed, rerank
 
 
-def _listed(given: Any) -> Any:
+def listed(given: Any) -> Any:
     alone = isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], int))
     return [given] if alone else given
 
 
 Inputs = Batch[str | TokenIds]
-Listed = BeforeValidator(_listed, json_schema_input_type=str | TokenIds | Inputs)
+Listed = BeforeValidator(listed, json_schema_input_type=str | TokenIds | Inputs)
+JSON = "application/json"
 Truncated = Annotated[int, Field(ge=-1, le=MAX_TOKENS)]  # -1: to what the model reads; 0 is none
 
 
@@ -81,9 +82,10 @@ def router(gateway: Gateway) -> APIRouter:
         )
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         told = {"object": "list", "model": served.name, "usage": usage}
-        as_base64 = body.encoding_format == "base64"
-        written = await served.preparing.run(vectors.nbytes, _written, told, vectors, as_base64)
-        return Response(written, media_type="application/json")
+        coded = _base64 if body.encoding_format == "base64" else torch.Tensor.tolist
+        rows = enumerate(map(coded, vectors))
+        entries = ({"object": "embedding", "index": index, "embedding": row} for index, row in rows)
+        return Response(await served.preparing.run(vectors.nbytes, written, told, "data", entries), media_type=JSON)
 
     @paths.post("/rerank", response_model=None)
     @paths.post("/v1/rerank", response_model=None)
@@ -114,18 +116,10 @@ def router(gateway: Gateway) -> APIRouter:
 API = replace(openai.API, paths=("/v1/embeddings", "/rerank", "/v1/rerank", "/v2/rerank"), router=router)
 
 
-def _written(told: dict[str, Any], vectors: torch.Tensor, as_base64: bool) -> bytes:
-    """The answer as JSON, vector by vector, so that other threads have their turn between."""
-    entries: Sequence[bytes] = [
-        to_json(
-            {
-                "object": "embedding",
-                "index": index,
-                "embedding": base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()
-                if as_base64
-                else row.tolist(),
-            }
-        )
-        for index, row in enumerate(vectors)
-    ]
-    return to_json(told)[:-1] + b',"data":[' + b",".join(entries) + b"]}"
+def _base64(row: torch.Tensor) -> str:
+    return base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()
+
+
+def written(told: dict[str, Any], name: str, entries: Iterable[Any]) -> bytes:
+    """JSON of an object with a long list, entry by entry, so that other threads have their turn between."""
+    return to_json(told)[:-1] + f',"{name}":['.encode() + b",".join(map(to_json, entries)) + b"]}"

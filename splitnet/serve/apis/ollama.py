@@ -12,11 +12,13 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from starlette.responses import Response
+from torch import Tensor
 
 from splitnet.serve.apis import openai
-from splitnet.serve.apis.openai_requests import TOP_LOGPROBS, Tool
+from splitnet.serve.apis.embeddings import JSON, listed, written
+from splitnet.serve.apis.openai_requests import TOP_LOGPROBS, Batch, Tool
 from splitnet.serve.apis.strict import (
     MAX_TOKENS,
     MESSAGES,
@@ -29,12 +31,14 @@ from splitnet.serve.apis.strict import (
     Strict,
     Temperature,
     Text,
+    TokenCount,
 )
 from splitnet.serve.chat import Chat, Delta, answer_chat, with_thinking
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import Api, ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
+from splitnet.serve.reading import CONTEXT, embed
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.sampling import ScoredToken
 
@@ -189,6 +193,26 @@ class GenerateRequest(Generating):
         return replace(super().chat, messages=messages, is_text=bool(self.raw))
 
 
+class EmbedOneRequest(Strict):
+    """The body of `/api/embeddings`."""
+
+    model: str
+    prompt: str
+    options: Options | None = None
+    keep_alive: float | str | None = None
+
+
+class EmbedRequest(Strict):
+    """The body of `/api/embed`."""
+
+    model: str
+    input: Annotated[Batch[str], BeforeValidator(listed, json_schema_input_type=str | Batch[str])]
+    truncate: bool | None = None
+    dimensions: TokenCount | None = None
+    options: Options | None = None
+    keep_alive: float | str | None = None
+
+
 class ShowRequest(Strict):
     """The body of `/api/show`; `name` is how it was called before."""
 
@@ -292,6 +316,22 @@ def router(gateway: Gateway) -> APIRouter:
     def refuse() -> None:
         raise ApiError(403, "models are chosen where this server is started, with `splitnet serve`")
 
+    @paths.post("/api/embed", response_model=None)
+    async def embedded(body: EmbedRequest, request: Request) -> Response:
+        """Texts as vectors."""
+        began, served = time.perf_counter_ns(), await find(body.model)
+        truncate = None if body.truncate is False else CONTEXT
+        vectors, tokens = await embed(served, request, body.input, dimensions=body.dimensions, truncate=truncate)
+        times = {"total_duration": time.perf_counter_ns() - began, "load_duration": 0}
+        told, rows = {"model": body.model, "prompt_eval_count": tokens, **times}, map(Tensor.tolist, vectors)
+        return Response(await served.preparing.run(vectors.nbytes, written, told, "embeddings", rows), media_type=JSON)
+
+    @paths.post("/api/embeddings")
+    async def embedded_one(body: EmbedOneRequest, request: Request) -> dict[str, list[float]]:
+        """A text as a vector, as it was asked for before."""
+        vectors, _ = await embed(await find(body.model), request, [body.prompt], truncate=CONTEXT)
+        return {"embedding": vectors[0].tolist()}
+
     for method, name in (*(("POST", name) for name in ("pull", "push", "create", "copy")), ("DELETE", "delete")):
         paths.add_api_route(f"/api/{name}", refuse, methods=[method], include_in_schema=False)
     return paths
@@ -311,7 +351,8 @@ def _details(family: str) -> dict[str, Any]:
 
 def _capabilities(served: ServedModel) -> list[str]:
     prompts = served.prompts
-    has = {"completion": True, "tools": prompts.takes_tools, "thinking": prompts.forms.reasoning is not None}
+    has = {"completion": not served.generations.model.headless, "embedding": served.pooling.told}
+    has |= {"tools": prompts.takes_tools, "thinking": prompts.forms.reasoning is not None}
     return [name for name, has_it in has.items() if has_it]
 
 

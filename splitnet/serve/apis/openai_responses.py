@@ -16,10 +16,9 @@ from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
 from splitnet.serve.apis import openai
-from splitnet.serve.apis.anthropic import thinking_variables
-from splitnet.serve.apis.openai_requests import FunctionDefinition, NamedSchema, PlainFormat
+from splitnet.serve.apis.openai_requests import FunctionDefinition, NamedFunction, NamedSchema, PlainFormat
 from splitnet.serve.apis.strict import MESSAGES, TOOLS, Share, Strict, Temperature, TokenCount, few
-from splitnet.serve.chat import Chat, Delta, answer_chat
+from splitnet.serve.chat import Chat, Delta, answer_chat, with_thinking
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import ParsingRoute
 from splitnet.serve.gateway import Gateway
@@ -27,28 +26,35 @@ from splitnet.serve.generation import Ended
 from splitnet.serve.responses import EVENTS, KEEP_ALIVE, framed
 
 KEPT_BYTES = 64 * 2**20  # of responses that may be gone on from, half of it for one client
-Status = Literal["in_progress", "completed", "incomplete"]
 
 
-def _texts(content: Any) -> Any:
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+class Sent(Strict):
+    """An object in which what is null is not there, as clients' own types have it when they are sent back."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, sent: Any) -> Any:
+        return {name: each for name, each in sent.items() if each is not None} if isinstance(sent, dict) else sent
 
 
-class TextPart(Strict):
+class TextPart(Sent):
     type: Literal["input_text", "output_text", "reasoning_text", "summary_text"]
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
 
 
-Texts = Annotated[
-    list[TextPart], Field(fail_fast=True), BeforeValidator(_texts, json_schema_input_type=str | list[TextPart])
-]
+def _parts(text: Any) -> Any:
+    return [{"type": "input_text", "text": text}] if isinstance(text, str) else text
 
 
-class _Item(Strict):
+Parts = Annotated[list[TextPart], Field(fail_fast=True)]
+Texts = Annotated[Parts, BeforeValidator(_parts, json_schema_input_type=str | Parts)]
+
+
+class _Item(Sent):
     id: str | None = None
-    status: Status | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
 class Message(_Item):
@@ -58,90 +64,75 @@ class Message(_Item):
     phase: str | None = None
 
 
-class ReasoningItem(_Item):
-    """What the model has thought: its content, or else the summary."""
-
+class Thought(_Item):
     type: Literal["reasoning"]
     summary: Texts | None = None
     content: Texts | None = None
 
 
-class CallItem(_Item):
-    """What the assistant has called; `arguments` is JSON."""
-
+class MadeCall(_Item):
     type: Literal["function_call"]
     call_id: str
     name: str
     arguments: str
 
 
-class OutputItem(_Item):
-    """What a call gave."""
-
+class CallOutput(_Item):
     type: Literal["function_call_output"]
     call_id: str
     output: Texts
 
 
-def _given(value: Any) -> Any:
-    """An object without what is null, as clients' own types have it when they are sent back."""
-    return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
-
-
 def _typed(item: Any) -> Any:
-    return {"type": "message", **_given(item)} if isinstance(item, dict) else item
+    return {"type": "message", **item} if isinstance(item, dict) else item
 
 
-def _items(given: Any) -> Any:
-    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+def _listed(text: Any) -> Any:
+    return [{"role": "user", "content": text}] if isinstance(text, str) else text
 
 
-Known = Annotated[Message | ReasoningItem | CallItem | OutputItem, Field(discriminator="type")]
-Item = Annotated[Known, BeforeValidator(_typed)]
+Item = Annotated[Message | Thought | MadeCall | CallOutput, Field(discriminator="type")]
 Items = Annotated[
-    list[Item],
-    Field(fail_fast=True, min_length=1, max_length=MESSAGES),
-    BeforeValidator(_items, json_schema_input_type=str | list[Known]),
+    list[Annotated[Item, BeforeValidator(_typed)]], Field(fail_fast=True, min_length=1, max_length=MESSAGES)
 ]
-
-
-_OUTPUT: TypeAdapter[Sequence[Item]] = TypeAdapter(Items)
+Input = Annotated[Items, BeforeValidator(_listed, json_schema_input_type=str | Items)]
+OUTPUT: TypeAdapter[list[Item]] = TypeAdapter(Items)
 
 
 class FunctionTool(FunctionDefinition):
     type: Literal["function"]
 
 
-class NamedTool(Strict):
+class ChosenTool(NamedFunction):
     type: Literal["function"]
-    name: str
 
 
 class SchemaFormat(NamedSchema):
     type: Literal["json_schema"]
 
 
-class TextConfig(Strict):
+class TextConfig(Sent):
     format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] = PlainFormat(type="text")
     verbosity: Literal["medium"] | None = None
 
 
-class Reasoning(Strict):
-    """How much is thought; reasoning comes whole, so no kind of `summary` has an effect."""
+Summary = Literal["auto", "concise", "detailed"]  # Has no effect: reasoning comes as it is
 
+
+class Reasoning(Sent):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    summary: Literal["auto", "concise", "detailed"] | None = None
-    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    summary: Summary | None = None
+    generate_summary: Summary | None = None
 
 
-class ResponseRequest(Strict):
+class ResponseRequest(Sent):
     """The body of `/v1/responses`."""
 
     model: str
-    input: Items
+    input: Input
     instructions: str | None = None
     tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=TOOLS), Field(default_factory=list)]
-    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
     parallel_tool_calls: bool = True
     text: TextConfig = TextConfig()
     reasoning: Reasoning | None = None
@@ -164,8 +155,6 @@ class ResponseRequest(Strict):
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
 
-    _without_null = model_validator(mode="before")(_given)
-
     @model_validator(mode="after")
     def _tool_is_there(self) -> ResponseRequest:
         if self.tool_choice not in ("none", "auto") and not self.tools_to_call:
@@ -175,21 +164,20 @@ class ResponseRequest(Strict):
     @property
     def tools_to_call(self) -> list[FunctionTool]:
         """One of these must be called; empty: the model may do as it likes."""
-        choice = self.tool_choice
-        if isinstance(choice, NamedTool):
-            return [tool for tool in self.tools if tool.name == choice.name]
-        return self.tools if choice == "required" else []
+        if isinstance(self.tool_choice, ChosenTool):
+            return [tool for tool in self.tools if tool.name == self.tool_choice.name]
+        return self.tools if self.tool_choice == "required" else []
 
     def chat(self, messages: Sequence[dict[str, Any]]) -> Chat:
         """What is wanted, without what of reasoning is for the chat template."""
         wanted = self.text.format
-        plain = None if wanted.type == "text" else {"type": "object"}
+        schema = wanted.schema_ if isinstance(wanted, SchemaFormat) else {"type": "object"}
         return Chat(
             messages=messages,
             functions=self.tools if self.tool_choice != "none" else [],
             to_call=self.tools_to_call,
             several_calls=self.parallel_tool_calls,
-            answer_schema=wanted.schema_ if isinstance(wanted, SchemaFormat) else plain,
+            answer_schema=None if wanted.type == "text" else schema,
             schema_param="text",
             sampling={"temperature": self.temperature, "top_p": self.top_p},
             max_tokens=self.max_output_tokens,
@@ -205,19 +193,16 @@ def for_template(items: Sequence[Item]) -> list[dict[str, Any]]:
     """Items as messages that chat templates expect: what the assistant thinks, says and calls in a row is one."""
     said: list[dict[str, Any]] = []
     for item in items:
-        if isinstance(item, OutputItem):
+        if isinstance(item, CallOutput):
             said.append({"role": "tool", "content": _joined(item.output), "tool_call_id": item.call_id})
             continue
-        if isinstance(item, Message) and item.role != "assistant":
-            role = "system" if item.role == "developer" else item.role
-            said.append({"role": role, "content": _joined(item.content)})
-            continue
-        if not said or said[-1]["role"] != "assistant":
-            said.append({"role": "assistant", "content": ""})
+        role = item.role.replace("developer", "system") if isinstance(item, Message) else "assistant"
+        if role != "assistant" or not said or said[-1]["role"] != role:
+            said.append({"role": role, "content": ""})
         message = said[-1]
         if isinstance(item, Message):
             message["content"] += _joined(item.content)
-        elif isinstance(item, ReasoningItem):
+        elif isinstance(item, Thought):
             thought = _joined(item.content) or _joined(item.summary)
             message["reasoning_content"] = message.get("reasoning_content", "") + thought
         else:
@@ -277,15 +262,15 @@ def router(gateway: Gateway) -> APIRouter:
         while len(said) > 1 and said[0]["role"] == said[1]["role"] == "system":  # many templates take one
             said[:2] = [{"role": "system", "content": f"{said[0]['content']}\n\n{said[1]['content']}"}]
         chat, effort = body.chat(said), body.reasoning.effort if body.reasoning else None
-        variables = await thinking_variables(served, chat, on=effort != "none" if effort else None, effort=effort)
-        if effort and not variables:
-            raise ApiError(400, "this model's chat template knows no effort: leave it out", param="reasoning")
+        on, effort = effort and effort != "none", {"minimal": "low", "xhigh": "high"}.get(effort or "", effort)
+        chat = await with_thinking(served, chat, "reasoning", on, effort)
+        if on and not chat.variables["reasoning"]:
+            raise ApiError(400, "this model's chat template has no place for effort: leave it out", param="reasoning")
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
-                kept.keep(owner, response, [*messages, *for_template(_OUTPUT.validate_python(response["output"]))])
+                kept.keep(owner, response, [*messages, *for_template(OUTPUT.validate_python(response["output"]))])
 
-        chat = replace(chat, variables={"reasoning": variables})
         return await answer_chat(served, request, chat, Answer(served.name, body, keep), stream=bool(body.stream))
 
     @paths.get("/v1/responses/{id}")
