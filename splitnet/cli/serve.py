@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import suppress
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, box, connects, require
+from splitnet.cli.arguments import box, connects, require
 from splitnet.cli.generate import Speculate, connection_to
 from splitnet.errors import SplitnetError
 from splitnet.logs import tell
 from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import listen_at
 
+if TYPE_CHECKING:
+    from splitnet.directory.interface import SwarmDirectory
+    from splitnet.serve.server import Way
+
 in_http = box("HTTP")
+in_models = box("Models")
 in_limits = box("How much at a time")
 
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 SamplingDefaults = StrEnum("SamplingDefaults", ["openai", "checkpoint"])  # where a request does not say
 
@@ -40,7 +49,15 @@ def _checked_names(names: list[str] | None) -> list[str] | None:
 
 @connects()
 def serve(
-    model: ModelOrInvite = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="Hugging Face ids, checkpoint folders or GGUF files, of which the first is loaded at once and stays; "
+            "`demo` is SmolLM2-135M-Instruct; with --invite, that of the invitation if none is given.",
+            show_default=False,
+        ),
+    ] = None,
     *,
     connecting: ConnectionOptions,
     host: Annotated[str, in_http(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
@@ -78,6 +95,19 @@ def serve(
             "given several times; answers have the first.",
         ),
     ] = None,
+    serve_all: Annotated[
+        bool, in_models("--all", help="Serve all models of the swarm that are on the hub, too.")
+    ] = False,
+    adapter: Annotated[
+        list[str] | None,
+        in_models(
+            metavar="NAME=DIR",
+            help="Adapter for the first model, served as MODEL:NAME. Can be given several times.",
+        ),
+    ] = None,
+    keep_models: Annotated[
+        int, in_models(min=1, help="Models that are loaded at a time; the least recently used one gives way.")
+    ] = 4,
     max_requests: Annotated[int, in_limits(min=1, max=1024, help="Requests that run at a time.")] = 16,
     max_waiting: Annotated[int, in_limits(min=0, help="Requests that wait; more are told to come again.")] = 64,
     keep_sessions: Annotated[
@@ -99,7 +129,7 @@ def serve(
     ] = None,
     speculate: Speculate = "auto",
 ) -> None:
-    """Serve MODEL over HTTP as OpenAI's API does, until interrupted (SIGINT or SIGTERM).
+    """Serve models over HTTP as OpenAI's, Anthropic's and Ollama's APIs do, until interrupted (SIGINT or SIGTERM).
 
     Chats, completions, streaming and tools; docs/serve.md lists what is supported. A page at / shows the swarm, with a
     chat.
@@ -111,13 +141,13 @@ def serve(
     ApiKeys.read(api_key_file)
     if "*" in (allow_origin or ()) and api_key_file is None:
         raise SplitnetError("--allow-origin * opens the server to the pages of all sites: give --api-key-file, too")
-    connection = connection_to(model, connecting)
+    connection = connection_to(models[0] if models else None, connecting)
     from splitnet.cli.generation import drafts_of
-    from splitnet.serve.server import ServeOptions
+    from splitnet.serve.server import ServeOptions, Way
     from splitnet.serve.server import serve as serve_until_told
     from splitnet.serve.session_cache import KeepLimits
+    from splitnet.swarm.models import models_of
 
-    checkpoint = connection.checkpoint()
     options = ServeOptions(
         host=host,
         port=port,
@@ -126,12 +156,51 @@ def serve(
         max_waiting=max_waiting,
         keep=KeepLimits(keep_sessions, keep_positions, keep_for),
         drain_s=drain_s,
-        speculate=drafts_of(speculate, connection),
         hosts=allow_host or (),
         origins=allow_origin or (),
-        names=served_name or (),
         tuned=show_tuning,
         checkpoint_sampling=sampling_defaults is SamplingDefaults.checkpoint,
+        keep_models=keep_models,
     )
-    join, warn = partial(connection.swarm, checkpoint), partial(tell, logging.WARNING)
-    serve_until_told(checkpoint, join, connection.options, options, say=typer.echo, warn=warn)
+    opened = connection.checkpoint()
+    first = Way(
+        served_name or [opened.name],
+        opened,
+        opened.tokenizer(),
+        connection.swarm,
+        connection.options,
+        drafts_of(speculate, connection),
+    )
+
+    def named(model: str, model_id: str | None = None) -> Way:
+        way = connection_to(model, replace(connecting, model_id=model_id or connecting.model_id))
+        checkpoint = way.checkpoint()
+        names, drafts = [checkpoint.name], drafts_of(speculate, way)
+        return Way(names, checkpoint, checkpoint.tokenizer(), way.swarm, way.options, drafts)
+
+    here: dict[str, list[Way]] = {}
+
+    def search(directory: SwarmDirectory) -> list[Way]:
+        """The models of a swarm that are on the hub, or were: strangers name no files of this machine."""
+        for model in models_of(directory):
+            is_on_hub = _HUB_ID.fullmatch(model.name) and not Path(model.name).exists()
+            if is_on_hub and model.fingerprint not in here and not model.missing:
+                here[model.fingerprint] = []
+                with suppress(SplitnetError):
+                    here[model.fingerprint] = [named(model.name, model.fingerprint)]
+        return [way for ways in here.values() for way in ways]
+
+    others = [*map(named, (models or [])[1:])]
+    for name, folder in map(_named_folder, adapter or ()):
+        others.append(replace(first, names=[f"{one}:{name}" for one in first.names], adapter=folder))
+    found = search if serve_all else None
+    serve_until_told(first, others, found, options, say=typer.echo, warn=partial(tell, logging.WARNING))
+
+
+def _named_folder(given: str) -> tuple[str, Path]:
+    name, is_named, folder = given.partition("=")
+    if not is_named or not name or not Path(folder).is_dir():
+        raise SplitnetError(
+            f"--adapter {given!r} is none: give NAME=DIR with the folder that `splitnet tune` has written"
+        )
+    return name, Path(folder)

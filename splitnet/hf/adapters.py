@@ -441,6 +441,13 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise AdapterError(f"the adapter in {folder} does not fit this model ({reason}): {_OTHER}") from error
 
 
+def check_served(model: Any, folder: Path) -> None:
+    """Raises AdapterError if what `load_adapter` returned does more than the model alone does with its adapter."""
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        raise AdapterError(f"the adapter in {folder} puts vectors before prompts, which servers do not: use LoRA")
+
+
 def _load(model: Any, folder: Path) -> Any:
     values = _values(folder / CONFIG_FILE)
     if values.get("peft_type") == KIND:

@@ -1,25 +1,66 @@
-"""The models that a server answers requests with, by their names."""
+"""The models that a server answers requests with, by their names: loaded when they are asked for, given up unused."""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from splitnet.serve.failures import ApiError
+from anyio import to_thread
+
+from splitnet.errors import SplitnetError
+from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.responses import ServedModel
+
+KEPT_MODELS = 4
+REFRESH_S = 10.0  # Between two looks for models
+PREPARING_S = 10.0  # For so long after a request has found its model, that is not given up
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A model that can be served; `load` may take long, and raises SplitnetError."""
+
+    names: Sequence[str]
+    load: Callable[[], ServedModel]
 
 
 @dataclass(eq=False)
 class Gateway:
-    """Finds the model of a request; `created`: seconds since 1970 that are told of the models."""
+    """Finds the model of a request.
+
+    `served` is there from the beginning, and stays; of `offers` and what `search` finds, `keep` minus one are loaded at
+    most. created: seconds since 1970 that are told of the models.
+    """
 
     served: ServedModel
+    offers: Sequence[Offer] = ()
+    search: Callable[[], Sequence[Offer]] | None = None  # may take long; raises SplitnetError
+    keep: int = KEPT_MODELS
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self._found: Sequence[Offer] = ()
+        self._searched_at = float("-inf")
+        self._loaded: dict[str, ServedModel] = {}  # by the first name of their offer; the least recently used first
+        self._used_at: dict[str, float] = {}
+        self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._places = asyncio.Lock()
+
+    @property
+    def loaded(self) -> list[ServedModel]:
+        return [self.served, *self._loaded.values()]
 
     @property
     def names(self) -> list[str]:
         """Those that requests may give."""
-        return self.served.names
+        return list(dict.fromkeys([*self.served.names, *(name for offer in self._all for name in offer.names)]))
+
+    @property
+    def _all(self) -> list[Offer]:
+        return [*self.offers, *self._found]
 
     def check_name(self, name: str) -> None:
         """Raises ApiError if no model has it."""
@@ -27,7 +68,60 @@ class Gateway:
             use = " or ".join(map(repr, self.names))
             raise ApiError(404, f"this server has no model {name!r}: use {use}", param="model", code="model_not_found")
 
+    async def refresh(self) -> None:
+        """Looks for models, if that was not done lately."""
+        if self.search is None or time.monotonic() - self._searched_at < REFRESH_S:
+            return
+        self._searched_at = time.monotonic()
+        try:
+            self._found = await to_thread.run_sync(self.search)
+        except SplitnetError:  # the directory does not answer now
+            return
+
     async def find(self, name: str) -> ServedModel:
-        """The model of this name, ready to answer. Raises ApiError if there is none."""
+        """The model of this name, ready to answer. Raises ApiError if there is none, or it cannot be loaded now."""
+        if name in self.served.names:
+            return self.served
+        if name not in self.names:
+            await self.refresh()
         self.check_name(name)
-        return self.served
+        offer = next(offer for offer in self._all if name in offer.names)
+        key = offer.names[0]
+        async with self._loading[key]:
+            if key not in self._loaded:
+                async with self._places:
+                    await self._make_room()
+                    try:
+                        self._loaded[key] = await to_thread.run_sync(offer.load)
+                    except SplitnetError as error:
+                        status = failure_of(error).status
+                        raise ApiError(max(status, 502), f"{key!r} cannot be served: {error}", param="model") from None
+            self._used_at[key] = time.monotonic()
+            self._loaded[key] = served = self._loaded.pop(key)
+            return served
+
+    async def _make_room(self) -> None:
+        """Gives up models that nobody uses. Raises ApiError if all are in use."""
+        for key, served in list(self._loaded.items()):
+            if len(self._loaded) < self.keep - 1:
+                return
+            waits = served.admission.running + served.admission.waiting
+            if not waits and time.monotonic() - self._used_at[key] > PREPARING_S:
+                del self._loaded[key]
+                await to_thread.run_sync(served.close)
+        if len(self._loaded) >= self.keep - 1:
+            raise ApiError(429, f"{self.keep} models are in use: try again in a moment", code="overloaded")
+
+    def drain(self) -> None:
+        """What would go on for ever ends now, see `Generations`."""
+        for served in self.loaded:
+            served.generations.draining = True
+
+    def end(self) -> None:
+        """Ends all requests; returns at once."""
+        for served in self.loaded:
+            served.generations.end()
+
+    def close(self) -> None:
+        for served in self.loaded:
+            served.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -72,6 +72,13 @@ class ServedModel:
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     preparing: Preparing = field(default_factory=Preparing)
     unread: FairAccount = field(default_factory=lambda: FairAccount(UNREAD_BYTES))
+    asked: Callable[[int], None] = lambda tokens: None  # told of the tokens of each request, for the swarm
+    leave: Callable[[], None] = lambda: None  # its swarm
+
+    def close(self) -> None:
+        """Ends its requests and leaves the swarm; returns when that is done."""
+        self.generations.close()
+        self.leave()
 
     @property
     def names(self) -> list[str]:
@@ -109,6 +116,7 @@ class ServedModel:
         async with self.admission.place(client):
             for number, ask in enumerate(asks):
                 client.spend(len(ask.prompt))
+                self.asked(len(ask.prompt) + ask.max_tokens)
                 async with aclosing(self._events_of(ask, answer)) as of_one:
                     async for event in of_one:
                         if isinstance(event, Piece) and ask.max_tokens:

@@ -22,8 +22,11 @@ from starlette.responses import JSONResponse, Response
 
 from scheduler.facts import missing_blocks
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.demand import DemandPublisher
+from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import facts_of
 from splitnet.errors import CoverageError, SplitnetError
+from splitnet.hf.adapters import check_served, load_adapter
 from splitnet.hf.causal_lm import attached
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
@@ -32,7 +35,7 @@ from splitnet.serve.apis import anthropic, embeddings, ollama, openai, openai_re
 from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, Connection, Gate, api_of
-from splitnet.serve.gateway import Gateway
+from splitnet.serve.gateway import KEPT_MODELS, Gateway, Offer
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
 from splitnet.serve.metrics import instrument
@@ -65,7 +68,9 @@ def make_app(
     async def expire_regularly() -> None:
         while True:
             await asyncio.sleep(EXPIRY_S)
-            served.generations.kept.expire()
+            for each in gateway.loaded:
+                each.generations.kept.expire()
+            await gateway.refresh()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -123,7 +128,7 @@ async def _told(request: Request, error: Exception) -> Response:
         paths = request.app.openapi()["paths"]
         has = ", ".join(f"{method.upper()} {path}" for path, methods in paths.items() for method in methods)
         names = " or ".join(map(repr, request.app.state.gateway.names))
-        failure = ApiError(failure.status, f"{error.detail}: this server has {has}, for the model {names}")
+        failure = ApiError(failure.status, f"{error.detail}: this server has {has}, for the models {names}")
     api = api_of(request.url.path, request.headers, APIS)
     return JSONResponse(api.error_body(failure), failure.status, failure.headers)
 
@@ -139,70 +144,125 @@ class ServeOptions:
     max_waiting: int
     keep: KeepLimits
     drain_s: float
-    speculate: Any = None
     checkpoint_sampling: bool = False
     hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
-    names: Sequence[str] = ()
     tuned: Path | None = None
+    keep_models: int = KEPT_MODELS
+
+
+@dataclass(frozen=True)
+class Way:
+    """The way to a model: what loads the client's part, and joins its swarm."""
+
+    names: Sequence[str]  # that requests may give; answers have the first
+    checkpoint: Checkpoint
+    tokenizer: Any  # made beforehand: that stops all threads for some 0.2 s
+    join: Callable[[Checkpoint], Swarm]
+    options: ConnectionOptions
+    speculate: Any = None
+    adapter: Path | None = None
 
 
 def serve(
-    checkpoint: Checkpoint,
-    join: Callable[[], Swarm],
-    model: ConnectionOptions,
+    first: Way,
+    others: Sequence[Way],
+    search: Callable[[SwarmDirectory], Sequence[Way]] | None,  # finds more of them
     options: ServeOptions,
     say: Callable[[str], None],  # told where, and what is taken from the checkpoint, once requests are answered
     warn: Callable[[str], None],  # told what is dangerous
 ) -> None:
-    """Serves a model until SIGINT or SIGTERM. Raises AddressInUse, or SplitnetError if it cannot answer requests."""
+    """Serves models until SIGINT or SIGTERM. Raises AddressInUse, or SplitnetError if the first cannot be served."""
     keys = ApiKeys.read(options.api_key_file)
-    names = options.names or [checkpoint.name]
     with listen_at(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
         if not keys and not ipaddress.ip_address(host).is_loopback:
             warn(f"anyone who reaches {host}:{port} can use this server: give --api-key-file, or --host 127.0.0.1")
-        tokenizer = checkpoint.tokenizer()
-        with join() as swarm:
+        loading = _Loading(options, len(keys))
+        served = loading.load(first)
+        gateway = Gateway(
+            served,
+            [*map(loading.offer, others)],
+            None if search is None else lambda: [*map(loading.offer, search(served.generations.model.swarm.directory))],
+            options.keep_models,
+        )
+        try:
+            hosts = options.host, *options.hosts
+            app = make_app(gateway, keys, hosts, options.origins, options.tuned)
+            server = _Server(app, gateway, options.drain_s)
+            # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, server.handle_exit)
+            shown = f"[{host}]" if ":" in host else host
+            say(f"serving {' and '.join(gateway.names)} at http://{shown}:{port}/v1")
+            say(f"the swarm and a chat are shown at http://{shown}:{port}/")
+            for sentence in (*loading.said, served.pooling.sentence):
+                say(sentence)
+            server.run(sockets=[listener])
+        finally:
+            loading.close()
+            gateway.close()
+
+
+class _Loading:
+    """Loads models, which share what a server has once."""
+
+    def __init__(self, options: ServeOptions, keys: int) -> None:
+        self._options = options
+        # The holder of one of several keys finds a place soon, however many requests the others send.
+        self._spare = options.max_requests // 4 if keys > 1 else 0
+        self._shared: dict[str, Any] = {}
+        self._demand: DemandPublisher | None = None
+        self.said: list[str] = []  # on what of the first checkpoint is used
+
+    def offer(self, way: Way) -> Offer:
+        return Offer(way.names, partial(self.load, way))
+
+    def load(self, way: Way) -> ServedModel:
+        """The model, once its part is loaded. Raises SplitnetError."""
+        options, checkpoint, tokenizer = self._options, way.checkpoint, way.tokenizer
+        swarm = way.join(checkpoint)
+        try:
             swarm.peers()  # tells a swarm of other weights
-            remote = attached(checkpoint, swarm, model, options.speculate, headless=True)
-            defaults, said = choose_defaults(remote.generation_config, of_checkpoint=options.checkpoint_sampling)
-            vocabulary = remote.config.get_text_config().vocab_size
-            prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
-            # The holder of one of several keys finds a place soon, however many requests the others send.
-            spare = options.max_requests // 4 if len(keys) > 1 else 0
-            generations = Generations(remote, prompts.decode, options.max_requests, options.keep, options.speculate)
-            try:
-                served = ServedModel(
-                    names[0],
-                    generations,
-                    prompts,
-                    Grammars(tokenizer, vocabulary, generations.end_tokens),
-                    Admission(options.max_requests, options.max_waiting, spare=spare),
-                    defaults,
-                    names[1:],
-                    Pooling.of(checkpoint),
-                )
-                hosts = options.host, *options.hosts
-                app = make_app(Gateway(served), keys, hosts, options.origins, options.tuned)
-                server = _Server(app, generations, options.drain_s)
-                # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, server.handle_exit)
-                shown = f"[{host}]" if ":" in host else host
-                say(f"serving {' and '.join(names)} at http://{shown}:{port}/v1")
-                say(f"the swarm and a chat are shown at http://{shown}:{port}/")
-                for sentence in (*said, served.pooling.sentence):
-                    say(sentence)
-                server.run(sockets=[listener])
-            finally:
-                generations.close()
+            remote = attached(checkpoint, swarm, way.options, way.speculate, headless=True)
+            if way.adapter is not None:
+                check_served(load_adapter(remote, way.adapter), way.adapter)
+        except BaseException:
+            swarm.close()
+            raise
+        defaults, said = choose_defaults(remote.generation_config, of_checkpoint=options.checkpoint_sampling)
+        vocabulary = remote.config.get_text_config().vocab_size
+        prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
+        generations = Generations(remote, prompts.decode, options.max_requests, options.keep, way.speculate)
+        if self._demand is None:
+            self.said = said
+            self._demand = DemandPublisher(swarm.directory, swarm.identity)
+        served = ServedModel(
+            way.names[0],
+            generations,
+            prompts,
+            Grammars(tokenizer, vocabulary, generations.end_tokens),
+            Admission(options.max_requests, options.max_waiting, spare=self._spare),
+            defaults,
+            way.names[1:],
+            Pooling.of(checkpoint),
+            asked=partial(self._demand.asked, swarm.facts),
+            leave=swarm.close,
+            **self._shared,
+        )
+        self._shared = {name: getattr(served, name) for name in ("metrics", "preparing", "unread")}
+        return served
+
+    def close(self) -> None:
+        """Tells nobody any more what was asked for."""
+        if self._demand is not None:
+            self._demand.close()
 
 
 class _Server(uvicorn.Server):
     """Lets running requests finish when it is told to end, for a while; then they get an error."""
 
-    def __init__(self, app: object, generations: Generations, drain_s: float) -> None:
+    def __init__(self, app: object, gateway: Gateway, drain_s: float) -> None:
         super().__init__(
             uvicorn.Config(
                 app,  # pyright: ignore[reportArgumentType]
@@ -215,7 +275,7 @@ class _Server(uvicorn.Server):
                 timeout_notify=1,
             )
         )
-        self._generations = generations
+        self._gateway = gateway
         self._drain_s = drain_s
         self._watchdog = Watchdog()
 
@@ -223,7 +283,7 @@ class _Server(uvicorn.Server):
         self._watchdog.alive()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._generations.draining = True
-        ending = asyncio.get_running_loop().call_later(self._drain_s, self._generations.end)
+        self._gateway.drain()
+        ending = asyncio.get_running_loop().call_later(self._drain_s, self._gateway.end)
         await super().shutdown(sockets)
         ending.cancel()

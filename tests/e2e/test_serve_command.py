@@ -19,7 +19,7 @@ from openai import AsyncOpenAI, OpenAI
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import DirectoryError
 from splitnet.serve.sampling import Sampling, TokenChooser
-from splitnet.serve.server import ServeOptions, serve
+from splitnet.serve.server import ServeOptions, Way, serve
 from splitnet.serve.session_cache import KeepLimits
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
@@ -301,12 +301,6 @@ def test_a_server_that_is_open_to_others_says_so(served: Path, host: str, warned
     checkpoint = Checkpoint.open(served, tokenizer=str(served.parent))
     warnings: list[str] = []
     with pytest.raises(DirectoryError):
-        serve(
-            checkpoint,
-            lambda: Swarm(ModelFacts.of(checkpoint), [NOBODY]),
-            ConnectionOptions(),
-            options,
-            say=pytest.fail,
-            warn=warnings.append,
-        )
+        way = Way([MODEL], checkpoint, None, lambda _: Swarm(ModelFacts.of(checkpoint), [NOBODY]), ConnectionOptions())
+        serve(way, [], None, options, say=pytest.fail, warn=warnings.append)
     assert [("--api-key-file" in warning) for warning in warnings] == [True] * warned

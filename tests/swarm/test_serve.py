@@ -610,7 +610,7 @@ def test_blocks_that_nobody_serves(small: Path, serve: Serve) -> None:
             400,
             "cannot be kept to: Invalid type: rope",
         ),
-        ("/v1/images", {}, 404, "POST /v1/completions, for the model 'small'"),
+        ("/v1/images", {}, 404, "POST /v1/completions, for the models 'small'"),
         ("/v1/models", {}, 405, "GET /v1/models, GET /v1/models/{name}, POST /v1/chat/completions"),
     ],
 )

@@ -1,0 +1,88 @@
+"""One gateway with two models and an adapter, in a swarm of five daemons."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+import torch
+from openai import OpenAI
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from splitnet.checkpoint.checkpoint import Checkpoint
+from tests.e2e.daemons import Background, background, starting
+from tests.e2e.small_model import small_model
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+MIB = 2**20
+PARTS = {"alpha": ("0:2", "2:4", "4:6"), "beta": ("0:3", "3:6")}
+
+
+@pytest.fixture(scope="module")
+def folders(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("models")
+    found = {name: small_model(home / name, demo_checkpoint, seed=seed) for seed, name in enumerate(PARTS)}
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(found["alpha"]), lora)
+    tuned.save_pretrained(str(home / "adapter"))
+    return found | {"adapter": home / "adapter"}
+
+
+@pytest.fixture
+def gateway(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Background, OpenAI]]:
+    with ExitStack() as stack:
+        join: list[str] = []
+        for name, parts in PARTS.items():
+            for number, blocks in enumerate(parts):
+                place = tmp_path_factory.mktemp(f"{name}{number}")
+                daemon = stack.enter_context(starting(place, folders[name], "--blocks", blocks, *join))
+                join = join or ["--join", daemon.address()]
+                daemon.address()
+        models = [str(folders[name]) for name in PARTS]
+        options = ("--adapter", f"tuned={folders['adapter']}", "--codec", "none", "--port", "0", *join)
+        server = stack.enter_context(background(tmp_path_factory.mktemp("home"), "serve", *models, *options))
+        assert server.process.stdout is not None
+        line = server.process.stdout.readline().decode()
+        assert line.startswith("serving alpha and beta and alpha:tuned at "), line
+        yield server, stack.enter_context(OpenAI(base_url=line.split()[-1], api_key="-", max_retries=0))
+        assert server.stop(signal.SIGTERM).code == 0
+
+
+def test_each_model_and_its_adapter_answers_as_in_one_piece(
+    gateway: tuple[Background, OpenAI], folders: dict[str, Path], demo_checkpoint: Path
+) -> None:
+    server, client = gateway
+    assert [model.id for model in client.models.list()] == ["alpha", "beta", "alpha:tuned"]
+    tokenizer = Checkpoint.open(demo_checkpoint).tokenizer()
+    ids = tokenizer("Bees fly", return_tensors="pt").input_ids
+    wanted: dict[str, str] = {}
+    for name in ("alpha", "beta", "alpha:tuned"):
+        whole = AutoModelForCausalLM.from_pretrained(folders[name.partition(":")[0]], dtype=torch.float32)
+        if ":" in name:
+            whole.load_adapter(str(folders["adapter"]))
+        answer = whole.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        wanted[name] = tokenizer.decode(answer)
+    assert len(set(wanted.values())) == 3
+    asked = [*wanted] * 4
+    sizes: list[int] = []
+    for name in asked:
+        told = client.completions.create(model=name, prompt="Bees fly", max_tokens=8, temperature=0)
+        assert (told.model, told.choices[0].text) == (name, wanted[name])
+        sizes.append(psutil.Process(server.process.pid).memory_info().rss)
+    assert sizes[-1] - sizes[2] < 64 * MIB, "models stay loaded, and nothing is loaded again"
+    with pytest.raises(openai.NotFoundError, match="has no model 'gamma': use 'alpha' or 'beta' or 'alpha:tuned'"):
+        client.completions.create(model="gamma", prompt="Bees fly")
+
+
+def test_what_an_adapter_cannot_be_is_told_at_the_start(folders: dict[str, Path], tmp_path: Path) -> None:
+    with background(tmp_path, "serve", str(folders["alpha"]), "--adapter", "tuned=nowhere") as server:
+        finished = server.finish()
+    assert finished.code == 1 and "give NAME=DIR with the folder" in finished.errors
