@@ -87,9 +87,12 @@ class AssistantMessage(Strict):
 Message = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
-def _for_template(messages: Sequence[UserMessage | AssistantMessage]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them; what a user says in a row is one message."""
-    said: list[dict[str, Any]] = []
+def _for_template(system: str, messages: Sequence[UserMessage | AssistantMessage]) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them; what a user says in a row is one message.
+
+    Instructions behind the first messages are read as the user's: many templates refuse others, or leave them out.
+    """
+    said: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for message in messages:
         if isinstance(message, AssistantMessage):
             said.append({"role": "assistant", "content": _joined(message.content)})
@@ -102,10 +105,12 @@ def _for_template(messages: Sequence[UserMessage | AssistantMessage]) -> list[di
             elif isinstance(block, ToolResult):
                 text = ("Error: " if block.is_error else "") + _joined(block.content or [])
                 said.append({"role": "tool", "content": text, "tool_call_id": block.tool_use_id})
-            elif message.role != "assistant" and said and said[-1]["role"] == message.role:
-                said[-1]["content"] += f"\n{block.text}"
             elif message.role != "assistant":
-                said.append({"role": message.role, "content": block.text})
+                role = message.role if not said or said[-1]["role"] == "system" else "user"
+                if said and said[-1]["role"] == role:
+                    said[-1]["content"] += f"\n{block.text}"
+                else:
+                    said.append({"role": role, "content": block.text})
     return said
 
 
@@ -186,7 +191,7 @@ class CountRequest(Strict):
         system = _joined([block for block in self.system or [] if not block.text.startswith(NO_PART)])
         schema = (self.output_config and self.output_config.format) or self.output_format
         return Chat(
-            messages=[*([{"role": "system", "content": system}] if system else []), *_for_template(self.messages)],
+            messages=_for_template(system, self.messages),
             functions=tools if choice.type != "none" else [],
             to_call=to_call,
             several_calls=not choice.disable_parallel_tool_use,

@@ -43,13 +43,13 @@ def test_messages_are_those_of_chat_templates() -> None:
         USER,
         {"role": "assistant", "content": blocks},
         {"role": "user", "content": results},
+        {"role": "system", "content": "<note/>"},
         {"role": "user", "content": "please"},
         system="Be brief.",
     ).chat
     calls = [("a", "f", {"b": [1]}), ("c", "g", {})]
     assert chat.messages == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "system", "content": "Now."},
+        {"role": "system", "content": "Be brief.\nNow."},
         {"role": "user", "content": "hi"},
         {
             "role": "assistant",
@@ -63,7 +63,7 @@ def test_messages_are_those_of_chat_templates() -> None:
         {"role": "tool", "content": "Error: no", "tool_call_id": "c"},
         {"role": "tool", "content": "x\ny", "tool_call_id": "a"},
         {"role": "tool", "content": "", "tool_call_id": "z"},
-        {"role": "user", "content": "Go on\nplease"},
+        {"role": "user", "content": "Go on\n<note/>\nplease"},
     ]
 
 
