@@ -90,15 +90,15 @@ READ_POSITIONS = 2**13  # Of texts that are read together at most, padding inclu
 
 @dataclass(frozen=True)
 class Reading:
-    """What is wanted of texts that are read and not answered.
+    """What is wanted of texts that are read and not answered; the prompt is all of them, one after the other.
 
-    keep: how many last positions of a text are looked at; 0: all. pool: `[positions, hidden]` of each of some texts,
-    behind the final norm -> `[texts, size]`.
+    keep: how many last positions of a text are looked at; 0: all. take: is given the numbers of some texts, and of each
+    `[positions, hidden]` behind the final norm.
     """
 
-    lengths: Sequence[int]  # of the texts, whose tokens are the prompt, one after the other
+    lengths: Sequence[int]
     keep: int
-    pool: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    take: Callable[[Sequence[int], Sequence[torch.Tensor]], object]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Ask:
     # the answers go on from the text of the prompt, as completions do; a message of a chat stands alone
     goes_on: bool = False
     owner: str = ""  # whose kept sessions may be used
-    reading: Reading | None = None  # with 0 `max_tokens`: what is wanted of the prompt, in the place of its scores
+    reading: Reading | None = None  # with 0 `max_tokens`: the prompt is read, and not scored
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,6 @@ class ScoredPrompt:
     """The tokens of a prompt with their scores."""
 
     scored: tuple[ScoredToken, ...]
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """What was made of the states of texts, `[texts, size]`."""
-
-    rows: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -142,9 +135,8 @@ class Ended:
     answer_tokens: int
 
 
-News = ScoredPrompt | Pooled | Piece | Ended
-Event = News | BaseException
-Numbered = tuple[int, News]  # an event, and the number of the prompt that it belongs to
+Event = ScoredPrompt | Piece | Ended | BaseException
+Numbered = tuple[int, ScoredPrompt | Piece | Ended]  # an event, and the number of the prompt that it belongs to
 Listener = Callable[[Event], object]
 
 
@@ -280,21 +272,15 @@ class Generation:
         """Reads texts of similar lengths together, fewer where the peers have no room for so many."""
         texts = torch.tensor(self._ask.prompt).split(list(reading.lengths))
         groups = similar(reading.lengths, READ_POSITIONS)
-        rows: dict[int, torch.Tensor] = {}
         while groups:
             group = groups.pop()
             try:
-                states = self._states([texts[number] for number in group], reading.keep)
+                reading.take(group, self._states([texts[number] for number in group], reading.keep))
             except PeerBusy:
-                if self._own.kept.clear():
-                    groups.append(group)
-                elif len(group) > 1:
-                    groups += [group[len(group) // 2 :], group[: len(group) // 2]]
-                else:
+                half = len(group) if self._own.kept.clear() else len(group) // 2
+                if not half:
                     raise
-                continue
-            rows |= zip(group, reading.pool(states), strict=True)
-        self._listener(Pooled(torch.stack([rows[number] for number in range(len(texts))])))
+                groups += filter(None, [group[half:], group[:half]])
         return Ended(len(self._ask.prompt), 0, 0)
 
     def _states(self, texts: list[torch.Tensor], keep: int) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -18,7 +19,7 @@ from splitnet.limits import FairAccount
 from splitnet.serve.admission import ANYONE, Admission, Client
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import Preparing
-from splitnet.serve.generation import Ask, Ended, Event, Generations, News, Numbered, Piece
+from splitnet.serve.generation import Ask, Ended, Event, Generations, Numbered, Piece, ScoredPrompt
 from splitnet.serve.grammars import Grammars
 from splitnet.serve.metrics import GatewayMetrics
 from splitnet.serve.pooling import Pooling
@@ -105,7 +106,7 @@ class ServedModel:
         except BaseException:
             await resumed.aclose()
             raise
-        chunks, evicted = told(answer, resumed), answer.failed(UNREAD)
+        chunks, evicted = told(answer, resumed), partial(answer.failed, UNREAD)
         client: Client = request.state.client
         return EventStream(chunks, resumed, self.unread, client, evicted, answer.alive, answer.media_type)
 
@@ -123,7 +124,7 @@ class ServedModel:
                             client.spend(1)
                         yield number, event
 
-    async def _events_of(self, ask: Ask, answer: str) -> AsyncGenerator[News]:
+    async def _events_of(self, ask: Ask, answer: str) -> AsyncGenerator[ScoredPrompt | Piece | Ended]:
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Event] = asyncio.Queue()
         tell = loop.call_soon_threadsafe
@@ -208,7 +209,7 @@ class EventStream(StreamingResponse):
         source: Closable,
         unread: FairAccount | None = None,
         client: Client = ANYONE,
-        evicted: str = "",
+        evicted: Callable[[], str] = str,
         alive: str = "",
         media_type: str = EVENTS,
     ) -> None:
@@ -228,7 +229,7 @@ class EventStream(StreamingResponse):
 
 
 async def _read_ahead(
-    source: AsyncGenerator[str], unread: FairAccount, client: Client, evicted: str, alive: str
+    source: AsyncGenerator[str], unread: FairAccount, client: Client, evicted: Callable[[], str], alive: str
 ) -> AsyncGenerator[bytes]:
     kept: deque[bytes] = deque()
     more = asyncio.Event()
@@ -242,7 +243,7 @@ async def _read_ahead(
     def evict() -> None:
         reading.cancel()
         kept.clear()
-        kept.append(evicted.encode())
+        kept.append(evicted().encode())
 
     holding = unread.hold(client, evict)
     reading = asyncio.create_task(read())

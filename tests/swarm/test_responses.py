@@ -102,6 +102,7 @@ def test_a_stream_says_what_a_whole_response_does(asking: Callable[..., Any]) ->
         async with client.responses.stream(**asked()) as stream:
             events = [event async for event in stream]
         kinds, last = [event.type for event in events], events[-1]
+        assert [event.sequence_number for event in events] == [*range(len(events))]
         assert kinds[:2] == ["response.created", "response.in_progress"] and kinds[-1] == "response.incomplete"
         assert last.type == "response.incomplete" and last.response.output_text == whole.output_text
         chat = await client.chat.completions.create(

@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import APIRouter, Request
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 from pydantic_core import to_json
 from starlette.responses import Response
 
 from splitnet.serve.apis import openai
 from splitnet.serve.apis.openai_requests import Batch, TokenIds
-from splitnet.serve.apis.strict import MAX_TOKENS, Strict, TokenCount
+from splitnet.serve.apis.strict import Strict, TokenCount
 from splitnet.serve.gate import ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.reading import embed, rerank
@@ -27,10 +27,9 @@ def listed(given: Any) -> Any:
     return [given] if alone else given
 
 
+JSON = "application/json"
 Inputs = Batch[str | TokenIds]
 Listed = BeforeValidator(listed, json_schema_input_type=str | TokenIds | Inputs)
-JSON = "application/json"
-Truncated = Annotated[int, Field(ge=-1, le=MAX_TOKENS)]  # -1: to what the model reads; 0 is none
 
 
 class EmbeddingRequest(Strict):
@@ -41,13 +40,11 @@ class EmbeddingRequest(Strict):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: TokenCount | None = None
     prompt_name: str | None = None
-    truncate_prompt_tokens: Truncated | None = None
+    truncate_prompt_tokens: Literal[-1] | TokenCount | None = None  # -1: to what the model reads
     user: str | None = None
 
 
 class TextDocument(Strict):
-    """A document as an object."""
-
     text: str
 
 
@@ -61,7 +58,6 @@ class RerankRequest(Strict):
     return_documents: bool | None = None
     instruction: str | None = None
     max_tokens_per_doc: TokenCount | None = None
-    truncate_prompt_tokens: Truncated | None = None
 
 
 def router(gateway: Gateway) -> APIRouter:
@@ -78,7 +74,7 @@ def router(gateway: Gateway) -> APIRouter:
             body.input,
             dimensions=body.dimensions,
             prompt_name=body.prompt_name,
-            truncate=body.truncate_prompt_tokens or None,
+            truncate=body.truncate_prompt_tokens,
         )
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         told = {"object": "list", "model": served.name, "usage": usage}
@@ -101,7 +97,6 @@ def router(gateway: Gateway) -> APIRouter:
             documents,
             instruction=body.instruction,
             per_document=body.max_tokens_per_doc,
-            truncate=body.truncate_prompt_tokens or None,
         )
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
         results = [{"index": index, "relevance_score": scores[index]} for index in best]

@@ -19,7 +19,7 @@ from splitnet.serve.apis import openai
 from splitnet.serve.apis.openai_requests import FunctionDefinition, NamedFunction, NamedSchema, PlainFormat
 from splitnet.serve.apis.strict import MESSAGES, TOOLS, Share, Strict, Temperature, TokenCount, few
 from splitnet.serve.chat import Chat, Delta, answer_chat, with_thinking
-from splitnet.serve.failures import ApiError, failure_of
+from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
@@ -293,6 +293,9 @@ _ECHOED = {"instructions", "max_output_tokens", "metadata", "parallel_tool_calls
 _ECHOED |= {"store", "temperature", "text", "tool_choice", "tools", "top_p", "truncation", "user"}
 
 
+Told = Iterator[dict[str, Any]]
+
+
 @dataclass(eq=False)
 class Answer:
     """Writes the events of a request as OpenAI does, see `splitnet.serve.responses.Answer`.
@@ -311,8 +314,9 @@ class Answer:
         self.id = f"resp_{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._output: list[dict[str, Any]] = []
-        self._told = 0
+        self._finish = ""
         self._usage: dict[str, Any] | None = None
+        self._number = 0  # of the next event
 
     async def whole(self, events: AsyncIterator[Delta | Ended]) -> dict[str, Any]:
         async for event in events:
@@ -322,92 +326,95 @@ class Answer:
 
     async def chunks(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
         for kind in ("created", "in_progress"):
-            yield self._framed(f"response.{kind}", response=self._response("in_progress"))
-        try:
-            async for event in events:
-                for kind, told in self._take(event):
-                    yield self._framed(kind, **told)
-        except Exception as error:
-            yield self.failed(failure_of(error))
-            return
+            yield self._framed(kind, {"response": self._response("in_progress")})
+        async for event in events:
+            for told in self._take(event):
+                yield self._framed(**told)
         last = self._last()
-        yield self._framed(f"response.{last['status']}", response=last)
+        yield self._framed(last["status"], {"response": last})
 
     def failed(self, failure: ApiError) -> str:
-        code = "rate_limit_exceeded" if failure.status == 429 else "server_error"
-        error = {"code": code, "message": str(failure)}
-        return self._framed("response.failed", response=self._response("failed") | {"error": error})
+        error = {"code": "rate_limit_exceeded" if failure.status == 429 else "server_error", "message": str(failure)}
+        return self._framed("failed", {"response": self._response("failed") | {"error": error}})
 
-    def _framed(self, kind: str, **told: Any) -> str:
-        event = {"type": kind, "sequence_number": self._told, **told}
-        self._told += 1
-        return f"event: {kind}\n{framed(event)}"
+    def _framed(self, kind: str, told: dict[str, Any]) -> str:
+        event = {"type": f"response.{kind}", "sequence_number": self._number, **told}
+        self._number += 1
+        return f"event: {event['type']}\n{framed(event)}"
 
-    def _take(self, event: Delta | Ended) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Takes an event; gives those of a stream that tell what is new, each before the next changes its items."""
+    def _take(self, event: Delta | Ended) -> Told:
+        """Takes an event; gives those of a stream that tell what is new, each to be written before the next."""
         if isinstance(event, Ended):
             self._usage = {
                 "input_tokens": event.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": event.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": event.answer_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},  # not known
+                "output_tokens_details": {"reasoning_tokens": 0},  # they are not counted apart
                 "total_tokens": event.prompt_tokens + event.answer_tokens,
             }
             return
+        self._finish = event.finish or ""
         for kind, text in (("reasoning", event.reasoning), ("message", event.text)):
-            if text:
-                yield from self._texts(kind, text)
+            if text or (kind == "message" and event.finish and not self._output):
+                yield from self._write(kind, text)
         for call in event.calls:
             yield from self._end("completed")
-            function = {"call_id": call.id, "name": call.name, "arguments": ""}
-            yield from self._begin({"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", **function})
+            named = {"call_id": call.id, "name": call.name}
+            yield from self._begin("fc", {"type": "function_call", **named, "arguments": ""})
             self._output[-1]["arguments"] = call.arguments
-            yield self._of_item("response.function_call_arguments.delta", delta=call.arguments)
-            yield self._of_item("response.function_call_arguments.done", name=call.name, arguments=call.arguments)
+            yield self._of_item("function_call_arguments.delta", delta=call.arguments)
+            yield self._of_item("function_call_arguments.done", name=call.name, arguments=call.arguments)
+            yield from self._end("completed")
         if event.finish:
-            if not self._output:
-                yield from self._texts("message", "")
-            yield from self._end("incomplete" if event.finish == "length" else "completed")
+            yield from self._end(self._status)
 
-    def _texts(self, kind: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _write(self, kind: str, text: str) -> Told:
         """New text of a message, or of reasoning."""
         if not self._output or self._output[-1]["type"] != kind:
             yield from self._end("completed")
-            own = {"role": "assistant"} if kind == "message" else {"summary": []}
-            yield from self._begin({"id": f"{kind[:3]}_{secrets.token_hex(12)}", "type": kind, **own, "content": []})
-            thought = {"type": "reasoning_text", "text": ""}
-            part = {"type": "output_text", "text": "", "annotations": []} if kind == "message" else thought
+            if kind == "message":
+                yield from self._begin("msg", {"type": kind, "role": "assistant", "content": []})
+                part = {"type": "output_text", "text": "", "annotations": []}
+            else:
+                yield from self._begin("rs", {"type": kind, "summary": [], "content": []})
+                part = {"type": "reasoning_text", "text": ""}
             self._output[-1]["content"].append(part)
-            yield self._of_part("response.content_part.added", part=part)
+            yield self._of_item("content_part.added", content_index=0, part=part)
         part = self._output[-1]["content"][0]
         part["text"] += text
         if text:
-            yield self._of_part(f"response.{part['type']}.delta", delta=text, **_logprobs(kind))
+            yield self._of_text(part, "delta", text)
 
-    def _begin(self, item: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        self._output.append({**item, "status": "in_progress"})
-        yield "response.output_item.added", {"output_index": len(self._output) - 1, "item": self._output[-1]}
+    def _begin(self, prefix: str, item: dict[str, Any]) -> Told:
+        self._output.append({"id": f"{prefix}_{secrets.token_hex(12)}", **item, "status": "in_progress"})
+        yield self._of_item("output_item.added", item=self._output[-1])
 
-    def _end(self, status: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _end(self, status: str) -> Told:
         """Ends the last item, if there is one that is open."""
-        if not self._output or self._output[-1]["status"] != "in_progress":
-            return
-        item = self._output[-1]
-        for part in item.get("content", ()):
-            yield self._of_part(f"response.{part['type']}.done", text=part["text"], **_logprobs(item["type"]))
-            yield self._of_part("response.content_part.done", part=part)
-        item["status"] = status
-        yield "response.output_item.done", {"output_index": len(self._output) - 1, "item": item}
+        if self._output and self._output[-1]["status"] == "in_progress":
+            item = self._output[-1]
+            for part in item.get("content", ()):
+                yield self._of_text(part, "done", part["text"])
+                yield self._of_item("content_part.done", content_index=0, part=part)
+            item["status"] = status
+            yield self._of_item("output_item.done", item=item)
 
-    def _of_item(self, kind: str, **told: Any) -> tuple[str, dict[str, Any]]:
-        return kind, {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1, **told}
+    def _of_text(self, part: dict[str, Any], kind: str, text: str) -> dict[str, Any]:
+        own: dict[str, Any] = {"logprobs": []} if part["type"] == "output_text" else {}
+        told = {"delta" if kind == "delta" else "text": text, **own}
+        return self._of_item(f"{part['type']}.{kind}", content_index=0, **told)
 
-    def _of_part(self, kind: str, **told: Any) -> tuple[str, dict[str, Any]]:
-        return self._of_item(kind, content_index=0, **told)
+    def _of_item(self, kind: str, **told: Any) -> dict[str, Any]:
+        id = {} if "item" in told else {"item_id": self._output[-1]["id"]}
+        return {"kind": kind, "told": {"output_index": len(self._output) - 1, **id, **told}}
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self._finish == "length" else "completed"
 
     def _last(self) -> dict[str, Any]:
         """The response that has ended."""
-        response = self._response(self._output[-1]["status"])
+        response = self._response(self._status)
         self.keep(response)
         return response
 
@@ -424,8 +431,3 @@ class Answer:
             "output": self._output,
             "usage": self._usage,
         }
-
-
-def _logprobs(kind: str) -> dict[str, list[Any]]:
-    """What events of a message must have."""
-    return {"logprobs": []} if kind == "message" else {}

@@ -17,6 +17,7 @@ from splitnet.serve.apis.openai_responses import Answer, KeptResponses, Response
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ended
+from splitnet.serve.responses import told as streamed_by
 from splitnet.serve.text import ToolCall
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -50,7 +51,7 @@ def streamed(events: Sequence[Any], **given: Any) -> tuple[list[Any], list[dict[
     answer = Answer("m", body(**given), kept.append)
 
     async def read() -> list[str]:
-        return [chunk async for chunk in answer.chunks(told(events))]
+        return [chunk async for chunk in streamed_by(answer, told(events))]
 
     found: list[Any] = []
     for number, chunk in enumerate(asyncio.run(read())):
@@ -101,6 +102,11 @@ def test_an_answer_that_is_cut(text: str) -> None:
     last = events[-1]
     assert last.type == "response.incomplete" and last.response.incomplete_details.reason == "max_output_tokens"
     assert last.response.output[0].status == "incomplete" and last.response.output_text == text and kept
+
+
+def test_an_answer_that_is_cut_behind_a_call() -> None:
+    events, _ = streamed([Delta(0, calls=[PARIS], finish="length"), Ended(1, 0, 2)])
+    assert events[-1].type == "response.incomplete" and events[-1].response.output[0].status == "completed"
 
 
 def test_a_stream_that_fails() -> None:

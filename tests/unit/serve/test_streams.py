@@ -45,7 +45,7 @@ def test_a_source_ends_while_nobody_reads_and_too_much_is_dropped() -> None:
             async def receive() -> Any:
                 await asyncio.Event().wait()
 
-            stream = EventStream(body, body, unread, Client(name), framed(error_body(UNREAD)))
+            stream = EventStream(body, body, unread, Client(name), lambda: framed(error_body(UNREAD)))
             await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
             return b"".join(sent)
 
