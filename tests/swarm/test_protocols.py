@@ -25,6 +25,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.security.identity import KeyOptions
+from splitnet.serve import responses
 from splitnet.serve.admission import Admission
 from splitnet.serve.gate import ApiKeys
 from splitnet.serve.gateway import Gateway
@@ -122,6 +123,23 @@ def of_openai(url: str, messages: list[Any] = SAID, **body: Any) -> Any:
     given = {"model": MODEL, "temperature": 0, "max_tokens": 12, "messages": messages} | body
     reply = httpx.post(f"{url}/v1/chat/completions", json=given, headers={"Authorization": f"Bearer {KEY}"})
     return reply.json()["choices"][0]["message"]
+
+
+def test_clients_read_what_keeps_a_stream_alive(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "FIRST_S", 0.0)
+    monkeypatch.setattr(responses, "ALIVE_S", 0.001)
+    body: Any = {"model": MODEL, "messages": [{"role": "user", "content": "and " * 900}]}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    reply = httpx.post(f"{url}/v1/messages", json=body | {"max_tokens": 8, "stream": True}, headers=headers)
+    assert "event: ping\n" in reply.text.partition("content_block")[0]
+    with Anthropic(base_url=url, api_key=KEY) as asking, asking.messages.stream(**body, max_tokens=8) as stream:
+        assert stream.get_final_message().usage.output_tokens == 8
+    reply = httpx.post(f"{url}/api/chat", json=body | {"options": {"num_predict": 8}}, headers=headers)
+    lines = [json.loads(line) for line in reply.text.splitlines()]
+    assert not lines[0]["message"]["content"] and not lines[0]["done"]
+    with Client(url, headers=headers) as client:
+        parts = list(client.chat(**body, stream=True, options={"num_predict": 8}))
+        assert parts[-1].eval_count == 8
 
 
 class TestAnthropic:
