@@ -296,6 +296,7 @@ class TestAnthropic:
         ("body", "said"),
         [
             ({"top_k": -1}, "top_k: Input should be greater"),
+            ({"max_tokens": 0}, "max_tokens: Input should be greater"),
             ({"container": "c"}, "container is not supported: leave it out"),
             ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'image' is not supported, only 'text'"),
             ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "only 'custom' is supported"),
@@ -324,6 +325,8 @@ class TestAnthropic:
                 with pytest.raises(anthropic.AuthenticationError) as wrong:
                     path(model=MODEL, max_tokens=1, messages=SAID).__enter__()
                 assert wrong.value.type == "authentication_error"
+        reply = httpx.post(f"{url}/v1/messages", json={"model": MODEL, "messages": SAID}, headers={"x-api-key": KEY})
+        assert reply.status_code == 400 and "max_tokens is missing" in reply.json()["error"]["message"]
         with Anthropic(base_url=url, api_key=None, auth_token=KEY, max_retries=0) as bearer:
             assert self.ask(bearer, max_tokens=1).usage.output_tokens == 1
 
@@ -409,25 +412,6 @@ class TestOllama:
         full = self.ask(client, options={"num_predict": -1}, messages=[{"role": "user", "content": "a " * 990}])
         assert (full.prompt_eval_count or 0) + (full.eval_count or 0) == POSITIONS and full.done_reason == "length"
 
-    def test_tokens_are_scored(self, client: Client, url: str) -> None:
-        answer = self.ask(client, logprobs=True, top_logprobs=2, options={"num_predict": 3})
-        given = {
-            "model": MODEL,
-            "messages": SAID,
-            "temperature": 0,
-            "max_tokens": 3,
-            "logprobs": True,
-            "top_logprobs": 2,
-        }
-        reply = httpx.post(f"{url}/v1/chat/completions", json=given, headers={"Authorization": f"Bearer {KEY}"})
-        expected = reply.json()["choices"][0]["logprobs"]["content"]
-        assert answer.logprobs is not None and len(answer.logprobs) == 3
-        for scored, other in zip(answer.logprobs, expected, strict=True):
-            assert (scored.token, scored.logprob) == (other["token"], other["logprob"])
-            assert [each.token for each in scored.top_logprobs or ()] == [
-                each["token"] for each in other["top_logprobs"]
-            ]
-
     def test_thinking_is_what_the_chat_template_takes_of_it(self, client: Client, url: str) -> None:
         for think in (True, False, "low"):
             other = of_openai(url, chat_template_kwargs={"enable_thinking": bool(think)})
@@ -450,11 +434,13 @@ class TestOllama:
     def test_models_and_what_is_known_of_them(self, client: Client, url: str) -> None:
         assert [model.model for model in client.list().models] == [f"{MODEL}:latest", f"{ALIAS}:latest"]
         (loaded,) = client.ps().models
-        assert (loaded.name, loaded.context_length) == (f"{MODEL}:latest", POSITIONS)
+        assert loaded.name == f"{MODEL}:latest" and loaded.details and loaded.details.family == "llama"
         shown = client.show(f"{ALIAS}:latest")
         assert shown.capabilities == ["completion", "tools"] and shown.details
         assert (shown.details.family, (shown.modelinfo or {})["llama.context_length"]) == ("llama", POSITIONS)
         assert client.chat(MODEL, []).done_reason == "load" == client.generate(MODEL).done_reason
+        with pytest.raises(ollama.ResponseError, match="logprobs is not supported"):
+            client.chat(MODEL, SAID, logprobs=True)
         assert "version" in httpx.get(f"{url}/api/version", headers={"Authorization": f"Bearer {KEY}"}).json()
         assert httpx.head(url).status_code == 200 and "<html" in httpx.get(url).text
 
@@ -466,7 +452,7 @@ class TestOllama:
             ({"options": {"num_ctx": 4096}}, 400, "options.num_ctx: the model's context is 1024"),
             ({"options": {"repeat_last_n": 64}}, 400, "options.repeat_last_n is not supported"),
             ({"messages": [{"role": "user", "content": "a", "images": [b"a"]}]}, 400, "images"),
-            ({"messages": [], "keep_alive": 0}, 400, "keep_alive: this server keeps its models loaded"),
+            ({"messages": [], "keep_alive": 0}, 400, "keep_alive: this server itself gives up models"),
             ({"messages": [{"role": "user", "content": "and " * 2000}]}, 400, "model's context of 1024"),
         ],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -163,8 +163,8 @@ class ContextEdit(Strict):
     keep: Any = None
 
 
-class CountRequest(Strict):
-    """The body of `/v1/messages/count_tokens`."""
+class MessagesRequest(Strict):
+    """The body of `/v1/messages`; to count tokens, `max_tokens` and what is only for answers are not needed."""
 
     model: str
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES)]
@@ -174,7 +174,15 @@ class CountRequest(Strict):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # as it was called before
+    max_tokens: TokenCount | None = None
+    stream: bool | None = None
+    stop_sequences: StopStrings | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
     # What clients send that changes no answer.
+    metadata: dict[Literal["user_id"], str | None] | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
     cache_control: CacheControl | None = None
     context_management: dict[Literal["edits"], list[ContextEdit]] | None = None
     speed: Literal["standard"] | None = None
@@ -188,6 +196,8 @@ class CountRequest(Strict):
         to_call = [tool for tool in tools if choice.type == "any" or tool.name == choice.name]
         if choice.type in ("any", "tool") and not to_call:
             raise ApiError(400, "tool_choice asks for a tool that is not there: give it in tools", param="tool_choice")
+        if self.stop_sequences and to_call:
+            raise ApiError(400, "stop_sequences end texts, and the answer is to be a call: leave out one of them")
         system = _joined([block for block in self.system or [] if not block.text.startswith(NO_PART)])
         schema = (self.output_config and self.output_config.format) or self.output_format
         return Chat(
@@ -197,32 +207,14 @@ class CountRequest(Strict):
             several_calls=not choice.disable_parallel_tool_use,
             answer_schema=schema.schema_ if schema else None,
             schema_param="output_config",
+            sampling={"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k},
+            max_tokens=self.max_tokens,
+            fits=False,
+            stop_strings=self.stop_sequences or [],
         )
 
 
-class MessagesRequest(CountRequest):
-    """The body of `/v1/messages`."""
-
-    max_tokens: TokenCount
-    stream: bool | None = None
-    stop_sequences: StopStrings | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    # What clients send that changes no answer.
-    metadata: dict[Literal["user_id"], str | None] | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
-
-    @property
-    def chat(self) -> Chat:
-        chat, stops = super().chat, self.stop_sequences or []
-        if stops and chat.to_call:
-            raise ApiError(400, "stop_sequences end texts, and the answer is to be a call: leave out one of them")
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return replace(chat, sampling=sampling, max_tokens=self.max_tokens, fits=False, stop_strings=stops)
-
-
-async def _prompted(served: ServedModel, request: Request, body: CountRequest) -> tuple[Chat, list[int]]:
+async def _prompted(served: ServedModel, request: Request, body: MessagesRequest) -> tuple[Chat, list[int]]:
     """What is wanted of a chat, and its tokens."""
     on = None if body.thinking is None else body.thinking.type != "disabled"
     effort = body.output_config.effort if body.output_config else None
@@ -279,6 +271,8 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.post("/v1/messages", response_model=None, responses=openai.STREAMED)
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """The next message of a chat, as Anthropic's API has it."""
+        if body.max_tokens is None:
+            raise ApiError(400, "max_tokens is missing: say how long the answer may be", param="max_tokens")
         served = await gateway.find(body.model)
         chat, prompt = await _prompted(served, request, body)
         shows = body.thinking is None or body.thinking.display != "omitted"
@@ -286,7 +280,7 @@ def router(gateway: Gateway) -> APIRouter:
         return await answer_chat(served, request, chat, answer, stream=bool(body.stream), prompt=prompt)
 
     @paths.post("/v1/messages/count_tokens")
-    async def count(body: CountRequest, request: Request) -> dict[str, int]:
+    async def count(body: MessagesRequest, request: Request) -> dict[str, int]:
         """How many tokens the model would read."""
         served = await gateway.find(body.model)
         _, prompt = await _prompted(served, request, body)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from splitnet.serve.apis import openai
 from splitnet.serve.apis.embeddings import JSON, listed, written
-from splitnet.serve.apis.openai_requests import TOP_LOGPROBS, Batch, Tool
+from splitnet.serve.apis.openai_requests import Batch, Tool
 from splitnet.serve.apis.strict import (
     MAX_TOKENS,
     MESSAGES,
@@ -40,12 +40,10 @@ from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
 from splitnet.serve.reading import CONTEXT, embed
 from splitnet.serve.responses import ServedModel
-from splitnet.serve.sampling import ScoredToken
 
 VERSION = "0.12.6"  # Of Ollama, whose API this is: programs ask whether it is new enough
 LINES = "application/x-ndjson"
 LATEST = ":latest"  # The end of a name that clients may add, or leave out
-FOREVER = "9999-12-31T23:59:59Z"
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 _NEUTRAL = {"mirostat": 0, "tfs_z": 1, "typical_p": 1, "repeat_last_n": -1}
@@ -87,8 +85,6 @@ class Generating(Strict):
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: Options | None = None
     think: bool | Literal["low", "medium", "high"] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     keep_alive: float | str | None = None
     truncate: Literal[False] | None = None
     shift: Literal[False] | None = None
@@ -97,19 +93,17 @@ class Generating(Strict):
     def chat(self) -> Chat:
         """What is wanted of a chat, without its messages."""
         options = self.options or Options()
-        names = "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"
-        seed = options.seed if options.seed != -1 else None
-        sampling = {name: getattr(options, name) for name in names}
+        sampling = options.model_dump(exclude={"num_predict", "stop", "repeat_penalty", "num_ctx"})
+        sampling |= {"repetition_penalty": options.repeat_penalty, "seed": None if options.seed == -1 else options.seed}
         stop, most = options.stop, options.num_predict or 0
         return Chat(
             messages=(),
             answer_schema={"type": "object"} if self.format == "json" else self.format or None,
             schema_param="format",
-            sampling=sampling | {"seed": seed, "repetition_penalty": options.repeat_penalty},
+            sampling=sampling,
             max_tokens=most if most > 0 else None,
             fits=False,
             stop_strings=[stop] if isinstance(stop, str) else stop or [],
-            top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
 
@@ -247,13 +241,11 @@ def router(gateway: Gateway) -> APIRouter:
         times.append(time.perf_counter_ns())
         positions, wanted = served.generations.model.swarm.facts.max_positions, body.options and body.options.num_ctx
         if positions is not None and wanted is not None and wanted > positions:
-            raise ApiError(
-                400, f"options.num_ctx: the model's context is {positions}: ask for no more", param="options"
-            )
-        answer = Answer(body.model, isinstance(body, ChatRequest), served.prompts.text_of, times)
+            raise ApiError(400, f"options.num_ctx: the model's context is {positions}: give less", param="options")
+        answer = Answer(body.model, isinstance(body, ChatRequest), times)
         if not chat.messages:  # that is how clients have a model loaded
             if body.keep_alive in (0, "0", "0s"):
-                raise ApiError(400, "keep_alive: this server keeps its models loaded", param="keep_alive")
+                raise ApiError(400, "keep_alive: this server itself gives up models", param="keep_alive")
             return answer.part(done=True, done_reason="load")
         on, effort = (True, body.think) if isinstance(body.think, str) else (body.think, None)
         chat = await with_thinking(served, chat, "think", on, effort)
@@ -275,7 +267,8 @@ def router(gateway: Gateway) -> APIRouter:
         """What is told of every model; its size is not known, and its digest is that of its name."""
         named = name if ":" in name else name + LATEST
         digest, modified = hashlib.sha256(name.encode()).hexdigest(), datetime.fromtimestamp(gateway.created, UTC)
-        known = {"digest": digest, "modified_at": modified.isoformat(), "size": 0, "details": _details(family)}
+        details = {"format": "", "family": family, "families": [family], "parameter_size": "", "quantization_level": ""}
+        known = {"digest": digest, "modified_at": modified.isoformat(), "size": 0, "details": details}
         return {"name": named, "model": named, **known}
 
     @paths.get("/api/tags")
@@ -286,21 +279,19 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.get("/api/ps")
     def running() -> dict[str, Any]:
         """The models that are loaded."""
-        served = gateway.served
-        facts = served.generations.model.swarm.facts
-        more = {"expires_at": FOREVER, "size_vram": 0, "context_length": facts.max_positions}
-        return {"models": [entry(served.name, _family(served)) | more]}
+        more = {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}  # by use, not by time
+        return {"models": [entry(served.name, _family(served)) | more for served in gateway.loaded]}
 
     @paths.post("/api/show")
     async def show(body: ShowRequest) -> dict[str, Any]:
         """What is known of a model."""
         served = await find(body.model or body.name or "")
         facts, family = served.generations.model.swarm.facts, _family(served)
-        sizes = {"context": facts.max_positions, "embedding": facts.hidden_size}
-        known = {f"{family}.{name}_length": size for name, size in sizes.items()}
+        sizes = {"context_length": facts.max_positions, "embedding_length": facts.hidden_size}
+        known = {f"{family}.{name}": size for name, size in (sizes | {"block_count": facts.num_blocks}).items()}
         return {
-            "details": _details(family),
-            "model_info": {"general.architecture": family, f"{family}.block_count": facts.num_blocks, **known},
+            "details": entry(served.name, family)["details"],
+            "model_info": {"general.architecture": family, **known},
             "capabilities": await served.preparing.run(0, _capabilities, served),
         }
 
@@ -344,16 +335,15 @@ def _family(served: ServedModel) -> str:
     return served.generations.model.config.model_type
 
 
-def _details(family: str) -> dict[str, Any]:
-    families = [family] if family else []
-    return {"format": "", "family": family, "families": families, "parameter_size": "", "quantization_level": ""}
-
-
 def _capabilities(served: ServedModel) -> list[str]:
     prompts = served.prompts
     has = {"completion": not served.generations.model.headless, "embedding": served.pooling.told}
     has |= {"tools": prompts.takes_tools, "thinking": prompts.forms.reasoning is not None}
     return [name for name, has_it in has.items() if has_it]
+
+
+def _line(document: dict[str, Any]) -> str:
+    return json.dumps(document, ensure_ascii=False) + "\n"
 
 
 @dataclass(eq=False)
@@ -362,32 +352,30 @@ class Answer:
 
     model: str
     is_chat: bool
-    text_of: Callable[[int], str]  # the text of a token
     times: list[int]  # when the request came, when its model was loaded, and soon when its answer begins; ns
 
     media_type = LINES
 
     def __post_init__(self) -> None:
         self.id = f"ollama-{secrets.token_hex(12)}"
-        self.alive = self._line(self.part())  # nothing is new: clients read each line as a part of the answer
+        self.alive = _line(self.part())  # nothing is new: clients read each line as a part of the answer
         self._finish: str | None = None
         self._ended = Ended(0, 0, 0)
 
     async def whole(self, events: AsyncIterator[Delta | Ended]) -> dict[str, Any]:
         said = [new async for event in events if (new := self._take(event)) is not None]
         text, reasoning = "".join(new.text for new in said), "".join(new.reasoning for new in said)
-        calls, scored = [call for new in said for call in new.calls], [each for new in said for each in new.scored]
-        return self.part(Delta(0, text, reasoning, calls, tuple(scored)), **self._last())
+        return self.part(Delta(0, text, reasoning, [call for new in said for call in new.calls]), **self._last())
 
     async def chunks(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
         async for event in events:
             new = self._take(event)
-            if new is not None and (new.text or new.reasoning or new.calls or new.scored):
-                yield self._line(self.part(new))
-        yield self._line(self.part(**self._last()))
+            if new is not None and (new.text or new.reasoning or new.calls):
+                yield _line(self.part(new))
+        yield _line(self.part(**self._last()))
 
     def failed(self, failure: ApiError) -> str:
-        return self._line(error_body(failure))
+        return _line(error_body(failure))
 
     def part(self, new: Delta | None = None, *, done: bool = False, **more: Any) -> dict[str, Any]:
         """An answer as far as it is new."""
@@ -400,8 +388,6 @@ class Answer:
             said["tool_calls"] = [{"id": id, "function": function} for id, function in called]
         if self.is_chat:
             said = {"message": {"role": "assistant", **said}}
-        if new.scored:
-            said["logprobs"] = [self._scored(each) for each in new.scored]
         return {"model": self.model, "created_at": datetime.now(UTC).isoformat(), **said, "done": done, **more}
 
     def _take(self, event: Delta | Ended) -> Delta | None:
@@ -426,11 +412,3 @@ class Answer:
             "eval_count": self._ended.answer_tokens,
             "eval_duration": ended - began,
         }
-
-    def _scored(self, scored: ScoredToken) -> dict[str, Any]:
-        each = [{"token": self.text_of(token), "logprob": logprob} for token, logprob in scored.top]
-        return {"token": self.text_of(scored.token), "logprob": scored.logprob, "top_logprobs": each}
-
-    @staticmethod
-    def _line(document: dict[str, Any]) -> str:
-        return json.dumps(document, ensure_ascii=False) + "\n"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from splitnet.serve.apis.anthropic import Answer, CountRequest, MessagesRequest, error_body
+from splitnet.serve.apis.anthropic import Answer, MessagesRequest, error_body
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ended
@@ -108,10 +108,6 @@ def test_both_places_of_a_schema_are_known() -> None:
 def test_what_cannot_be_honoured_is_refused(more: dict[str, Any], wrong: str) -> None:
     with pytest.raises((ValidationError, ApiError), match=wrong):
         _ = request(**more).chat
-
-
-def test_tokens_are_counted_without_a_bound_of_the_answer() -> None:
-    assert CountRequest.model_validate({"model": "m", "messages": [USER]}).chat.max_tokens is None
 
 
 async def happening(events: Sequence[Delta | Ended | Exception]) -> AsyncIterator[Delta | Ended]:

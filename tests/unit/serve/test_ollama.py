@@ -108,7 +108,7 @@ async def happening(events: Sequence[Delta | Ended | Exception]) -> AsyncIterato
 
 def streamed(*events: Delta | Ended | Exception, is_chat: bool = True) -> list[Any]:
     async def write() -> list[Any]:
-        answer = Answer("m", is_chat, str, [time.perf_counter_ns()] * 2)
+        answer = Answer("m", is_chat, [time.perf_counter_ns()] * 2)
         assert json.loads(answer.alive)["done"] is False, "clients read every line as a part of the answer"
         return [json.loads(chunk) async for chunk in told(answer, happening(events)) if chunk.endswith("}\n")]
 
@@ -129,7 +129,7 @@ def test_a_stream_adds_up_to_the_answer_in_one_piece() -> None:
     assert [part["message"].get("thinking") for part in parts] == ["I ", "see.", None, None]
     assert "".join(part["message"]["content"] for part in parts) == "So: " and not last["message"]["content"]
     assert (last["done"], last["done_reason"], last["prompt_eval_count"], last["eval_count"]) == (True, "stop", 7, 9)
-    whole = asyncio.run(Answer("m", True, str, [0, 0]).whole(happening(events)))
+    whole = asyncio.run(Answer("m", True, [0, 0]).whole(happening(events)))
     functions = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
     assert [call["function"] for call in whole["message"]["tool_calls"]] == functions
     assert (whole["message"]["content"], whole["message"]["thinking"]) == ("So: ", "I see.")
