@@ -143,6 +143,26 @@ def test_a_chat_of_two_turns(client: OpenAI, local: Any, tokenizer: Any) -> None
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens  # pyright: ignore
 
 
+def test_embeddings(client: OpenAI, local: Any, tokenizer: Any) -> None:
+    texts = ["Bees fly.", "What is the capital of France?"]
+    reply = client.embeddings.create(model=MODEL, input=texts)
+    for text, found in zip(texts, reply.data, strict=True):
+        with torch.no_grad():
+            state = local.model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
+        assert float(torch.cosine_similarity(torch.tensor(found.embedding), state, dim=0)) > 0.9999
+
+
+def test_a_conversation_of_responses(client: OpenAI, local: Any, tokenizer: Any) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 12}
+    first = client.responses.create(input="What is the capital of France?", **asked)
+    messages = user("What is the capital of France?")
+    assert first.output_text == expected(local, tokenizer, messages, 12)
+    messages += [{"role": "assistant", "content": first.output_text}, {"role": "user", "content": "And of Italy?"}]
+    with client.responses.stream(input="And of Italy?", previous_response_id=first.id, **asked) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+    assert text == expected(local, tokenizer, messages, 12)
+
+
 def test_a_stream(client: OpenAI, local: Any, tokenizer: Any) -> None:
     messages = user("Name three colours.")
     stream = client.chat.completions.create(
