@@ -276,6 +276,20 @@ def test_a_client_that_goes_frees_the_peers_at_once(
     until(lambda: free_positions() == before)
 
 
+def test_a_client_that_goes_ends_the_reading_of_its_texts(url: str, free_positions: Callable[[], list[int]]) -> None:
+    before = free_positions()
+
+    async def go_in_the_middle() -> None:
+        async with AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+            asking = asyncio.ensure_future(client.embeddings.create(model=MODEL, input=[[17] * 1000] * 16))
+            await asyncio.to_thread(until, lambda: all(map(int.__lt__, free_positions(), before)))
+            assert not asking.done()
+            asking.cancel()
+
+    asyncio.run(go_in_the_middle())
+    until(lambda: free_positions() == before)
+
+
 @pytest.mark.parametrize(
     ("key", "options", "kind"),
     [
