@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from splitnet.checkpoint.families import RopeLengths
 from splitnet.errors import PeerBusy, SessionClosed
 from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import RemoteCausalLM
@@ -271,7 +272,9 @@ class Generation:
     def _read(self, reading: Reading) -> Ended:
         """Reads texts of similar lengths together, fewer where the peers have no room for so many."""
         texts = torch.tensor(self._ask.prompt).split(list(reading.lengths))
-        groups = similar(reading.lengths, READ_POSITIONS)
+        # All rows of a step have the rotary frequencies of the longest.
+        alone = RopeLengths(self._own.model.config.get_text_config()).matter
+        groups = similar(reading.lengths, 0 if alone else READ_POSITIONS)
         while groups:
             group = groups.pop()
             try:

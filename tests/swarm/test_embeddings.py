@@ -187,6 +187,30 @@ def test_a_checkpoint_without_a_head_answers_nothing(
         attach(Checkpoint.open(folder), swarm.client)
 
 
+def test_lengths_of_other_texts_change_no_frequencies(tmp_path: Path, node: Directory, tokenizer: Any) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [32.0] * 8}
+    folder = random_checkpoint("llama", tmp_path / "long", vocab=49152, rope_parameters=rope, seed=9)
+    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().model
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
+    assert max(map(len, ids)) > 32
+
+    async def does(server: Server) -> Any:
+        reply = await server.http.post("/v1/embeddings", json={"model": MODEL, "input": ids})
+        return torch.tensor([each["embedding"] for each in reply.json()["data"]])
+
+    with local_swarm(folder, [(0, 6)], node=node) as swarm:
+        server = Server(swarm.model(), tokenizer)
+
+        async def running() -> Any:
+            async with server.running():
+                return await does(server)
+
+        found = asyncio.run(running())
+        server.generations.close()
+    assert float(cosines(found, [states(local, each)[-1] for each in ids]).min()) > 0.9999
+
+
 @pytest.mark.parametrize("mode", ["mean", "cls"])
 def test_other_poolings(asking: Callable[..., Any], whole: Any, tokenizer: Any, mode: str) -> None:
     async def does(client: AsyncOpenAI, server: Server) -> Any:
