@@ -69,7 +69,7 @@ class Admission:
     """
 
     def __init__(self, at_a_time: int, waiting: int, *, spare: int = 0) -> None:
-        self._at_a_time = at_a_time
+        self.at_a_time = at_a_time
         self._most = max(1, at_a_time - spare)
         self._waiting = FairAccount(waiting, newest_first=True)
         self._turns: dict[Holding, asyncio.Future[None]] = {}
@@ -100,7 +100,7 @@ class Admission:
 
     async def _turn(self, client: Client) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        refusal = Overloaded(f"{self._at_a_time} requests are running and others wait: try again in a moment")
+        refusal = Overloaded(f"{self.at_a_time} requests are running and others wait: try again in a moment")
         waits = self._waiting.hold(client, lambda: turn.done() or turn.set_exception(refusal))
         self._turns[waits] = turn
         self._taken.setdefault(client, self._now)
@@ -119,7 +119,7 @@ class Admission:
             self._let_in()
 
     def _let_in(self) -> None:
-        while self.running < self._at_a_time:
+        while self.running < self.at_a_time:
             first: dict[Client, Holding] = {}
             for waits in self._waiting.holdings:
                 if not self._turns[waits].done() and self._places[waits.holder] < self._most:

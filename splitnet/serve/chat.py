@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from splitnet.serve.failures import ApiError
 from splitnet.serve.forms import PLAIN, Forms
-from splitnet.serve.generation import Ask, Ended, Finish, Numbered, Piece
+from splitnet.serve.generation import Ask, Ended, Finish, Numbered, Piece, ScoredPrompt
 from splitnet.serve.grammars import Bounds, Function
 from splitnet.serve.responses import Answer, ServedModel
 from splitnet.serve.sampling import Sampling, ScoredToken
@@ -33,7 +33,8 @@ class Chat:
     to_call: Sequence[Function] = ()  # one of these must be called; none: the model may do as it likes
     several_calls: bool = True
     answer_schema: Mapping[str, Any] | None = None  # the JSON schema that the answer keeps to; None: it is text
-    schema_param: str = "response_format"  # the parameter that gives it
+    rule: str | None = None  # a grammar that the answer keeps to, see `Bounds`
+    schema_param: str = "response_format"  # the parameter that gives the schema or the grammar
     # what the chat template is given besides messages and tools, by the parameter that gives it
     variables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)  # see `sampling_of`
@@ -43,6 +44,13 @@ class Chat:
     choices: int = 1
     stop_strings: Sequence[str] = ()
     top_logprobs: int | None = None  # see `Ask`
+    stop_tokens: Collection[int] = ()
+    ignores_ends: bool = False
+    scores_prompt: bool = False
+    last_tokens: int | None = None  # of the prompt, that are read; None: all of them
+    begins_answer: bool = True  # the prompt ends with what begins an answer
+    goes_on: bool = False  # the answer goes on from the last message, which is the assistant's
+    echoes: bool = False  # and that is told before it
 
     @property
     def binds_calls(self) -> bool:
@@ -61,6 +69,8 @@ class Delta:
     scored: tuple[ScoredToken, ...] = ()
     finish: Finish | Literal["tool_calls"] | None = None  # why the answer ends here; None: it goes on
     stopped: str | None = None  # the stop string that ended it
+    tokens: tuple[int, ...] = ()  # the new ones
+    scored_prompt: tuple[ScoredToken, ...] = ()
 
 
 def sampling_of(served: ServedModel, given: Mapping[str, Any]) -> Sampling:
@@ -79,11 +89,14 @@ def sampling_of(served: ServedModel, given: Mapping[str, Any]) -> Sampling:
 
 async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> list[int]:
     """The tokens of a chat, ready for the next answer. Raises ApiError for what cannot be honoured."""
-    prompts, size = served.prompts, len(await request.body())
+    prompts, size, last = served.prompts, len(await request.body()), served.prompts.last(chat.last_tokens)
     if chat.is_text:
-        return await served.preparing.run(size, prompts.of_text, chat.messages[-1]["content"])
+        return await served.preparing.run(size, lambda: prompts.of_text(chat.messages[-1]["content"], last=last))
     described = [_described(function) for function in chat.functions]
-    return await served.preparing.run(size, lambda: prompts.of_chat(chat.messages, described, chat.variables))
+    options: Any = {"answer": chat.begins_answer, "goes_on": chat.goes_on, "last": last}
+    return await served.preparing.run(
+        size, lambda: prompts.of_chat(chat.messages, described, chat.variables, **options)
+    )
 
 
 async def with_thinking(served: ServedModel, chat: Chat, param: str, on: bool | None, effort: str | None) -> Chat:
@@ -133,7 +146,10 @@ async def answer_chat(
         stop_strings=chat.stop_strings,
         top_logprobs=chat.top_logprobs,
         grammar=grammar,
-        goes_on=chat.is_text,
+        goes_on=chat.is_text or chat.goes_on,
+        stop_tokens=chat.stop_tokens,
+        ignores_ends=chat.ignores_ends,
+        score_prompt=chat.scores_prompt,
         owner=request.state.client.name,
     )
     events = _deltas(served.running(request.state.client, [ask], answer.id), chat, forms, begun)
@@ -149,10 +165,11 @@ def _described(function: Function) -> dict[str, Any]:
 def _bounds_of(chat: Chat) -> Bounds | None:
     if chat.to_call:
         return Bounds(chat.to_call, required=True)
-    functions = chat.functions if chat.answer_schema is not None or chat.binds_calls else ()
-    if not functions and chat.answer_schema is None:
+    text_is_bound = chat.answer_schema is not None or chat.rule is not None
+    functions = chat.functions if text_is_bound or chat.binds_calls else ()
+    if not functions and not text_is_bound:
         return None
-    return Bounds(functions, several=chat.several_calls, schema=chat.answer_schema, schema_param=chat.schema_param)
+    return Bounds(functions, False, chat.several_calls, chat.answer_schema, chat.rule, chat.schema_param)
 
 
 async def _deltas(
@@ -161,6 +178,7 @@ async def _deltas(
     schemas = {one.name: one.parameters or {} for one in chat.functions} if chat.functions else None
     parsers = [AnswerParser(forms, schemas, begun) for _ in range(chat.choices)]
     called = [False] * chat.choices
+    echoed = [chat.messages[-1]["content"] if chat.echoes else ""] * chat.choices
     async with aclosing(running):
         async for _, event in running:
             if isinstance(event, Piece):
@@ -170,7 +188,10 @@ async def _deltas(
                 calls = said.calls + last.calls
                 called[number] |= bool(calls)
                 finish = "tool_calls" if event.finish == "stop" and called[number] else event.finish
-                text, reasoning = said.text + last.text, said.reasoning + last.reasoning
-                yield Delta(number, text, reasoning, calls, event.scored, finish, event.stopped)
+                text, reasoning = echoed[number] + said.text + last.text, said.reasoning + last.reasoning
+                echoed[number] = ""
+                yield Delta(number, text, reasoning, calls, event.scored, finish, event.stopped, event.tokens)
+            elif isinstance(event, ScoredPrompt):
+                yield Delta(0, scored_prompt=event.scored)
             elif isinstance(event, Ended):
                 yield event

@@ -218,14 +218,15 @@ def reasoning_of(tokens: Collection[str], template: str) -> Reasoning | None:
 
 def with_ids(messages: Sequence[dict[str, Any]], forms: Forms) -> list[dict[str, Any]]:
     """A history as the chat template of a model takes it: ids of calls, arguments, names of tools, reasoning."""
+    has_noise = forms.calls is not None and bool(forms.calls.noise)
     names: dict[str, str] = {}
     ids: dict[str, str] = {}
     said: list[dict[str, Any]] = []
     for message in _apart(messages) if forms.calls is not None and forms.calls.one_call else messages:
         message = dict(message)
-        reasoning = message.get("reasoning_content")
-        if reasoning and not (message.get("content") and message.get("tool_calls")):
-            message["thinking"] = reasoning  # as gpt-oss has it
+        if message.get("reasoning_content") and message.get("content") and message.get("tool_calls") and has_noise:
+            # gpt-oss's template takes one of them, for the same channel.
+            message["content"] = f"{message.pop('reasoning_content')}\n\n{message['content']}"
         if message.get("tool_calls"):
             calls: list[dict[str, Any]] = []
             for call in message["tool_calls"]:

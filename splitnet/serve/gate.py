@@ -237,6 +237,8 @@ REQUEST_ID_HEADERS = (
     b"x-request-id",
     b"request-id",
 )  # Of answers: clients of OpenAI read the first, Anthropic's the other
+WITHOUT_VERSION = ("/chat/completions", "/completions", "/models", "/embeddings", "/responses", "/messages")
+"""Paths that stand for those of `/v1`: some programs take the address of the server alone."""
 PROTECTED = ("/dashboard/", "/metrics")  # Paths that need a key begin with one of these, or are those of a protocol
 
 
@@ -291,6 +293,8 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        if scope["path"].startswith(WITHOUT_VERSION):
+            scope["path"] = "/v1" + scope["path"]
         api = api_of(scope["path"], headers, self.apis)
         given = headers.get("x-request-id", "")
         own_id = given if re.fullmatch(REQUEST_ID, given) else f"req_{secrets.token_hex(12)}"
@@ -351,6 +355,7 @@ class Gate:
 
 
 Result = TypeVar("Result")
+Model = TypeVar("Model", bound=BaseModel)
 
 LARGE_BYTES = 2**16  # A request of more is prepared after others of that kind, so that small ones find a free core
 
@@ -374,6 +379,11 @@ def parsed(kind: type[BaseModel], body: bytes) -> BaseModel:
     except ValueError as error:
         deep = "recursion limit" in str(error)
         raise ApiError(400, "the body is nested too deep" if deep else "the body is not valid JSON") from None
+    return validated(kind, document)
+
+
+def validated(kind: type[Model], document: Any) -> Model:
+    """The request that a document of JSON is. Raises ApiError if it is none."""
     try:
         return kind.model_validate(document)
     except ValidationError as error:

@@ -36,6 +36,7 @@ class Piece:
     finish: Finish | None  # why the answer ends here; None: it goes on
     begins: int = 0  # characters of the answer before those tokens
     stopped: str | None = None  # the stop string that ended it
+    tokens: tuple[int, ...] = ()  # the new ones
 
 
 @dataclass(eq=False)
@@ -61,7 +62,8 @@ class Choice:
         begins = self._characters
         text, finish = self._text_of(token)
         self.finished = finish is not None
-        return Piece(self.index, text, (scored,) if scored is not None else (), finish, begins, self._stops.found)
+        score = () if scored is None else (scored,)
+        return Piece(self.index, text, score, finish, begins, self._stops.found, (token,))
 
     def _text_of(self, token: int) -> tuple[str, Finish | None]:
         if token in self.end_tokens:
@@ -114,6 +116,8 @@ class Ask:
     top_logprobs: int | None = None  # how many of the likeliest tokens to score beside each token; None: score nothing
     score_prompt: bool = False  # also the tokens of the prompt
     grammar: Grammar | None = None  # what the answers must keep to
+    stop_tokens: Collection[int] = ()  # with which an answer ends, besides those of the model
+    ignores_ends: bool = False  # those of the model end nothing
     # the answers go on from the text of the prompt, as completions do; a message of a chat stands alone
     goes_on: bool = False
     owner: str = ""  # whose kept sessions may be used
@@ -134,6 +138,7 @@ class Ended:
     prompt_tokens: int
     cached_tokens: int
     answer_tokens: int
+    prompt: Sequence[int] = ()  # its tokens
 
 
 Event = ScoredPrompt | Piece | Ended | BaseException
@@ -254,7 +259,7 @@ class Generation:
                 self._begun = True
                 for choice in range(ask.choices):
                     self._listener(Piece(choice, "", (), "length"))
-            return Ended(len(ask.prompt), cached, answer_tokens)
+            return Ended(len(ask.prompt), cached, answer_tokens, ask.prompt)
         finally:
             look()
             self._let_go(cache, held)
@@ -323,11 +328,11 @@ class Generation:
             cache.remote.batch_repeat_interleave(ask.choices)
             prompt = prompt.expand(ask.choices, -1)
         allowed = [AllowedTokens(ask.grammar) for _ in range(ask.choices)] if ask.grammar is not None else []
-        chooser = TokenChooser(ask.sampling, ask.top_logprobs, prompt.shape[1], allowed)
+        ends = {*ask.stop_tokens, *(() if ask.ignores_ends else own.end_tokens)}
+        chooser = TokenChooser(ask.sampling, ask.top_logprobs, prompt.shape[1], allowed, ends)
         before = ask.prompt if ask.goes_on else ()
         choices = [
-            Choice(index, own.decode, ask.max_tokens, own.end_tokens, ask.stop_strings, before)
-            for index in range(ask.choices)
+            Choice(index, own.decode, ask.max_tokens, ends, ask.stop_strings, before) for index in range(ask.choices)
         ]
         seen = prompt.shape[1]
 

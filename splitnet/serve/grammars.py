@@ -44,7 +44,12 @@ class Bounds:
     required: bool = False  # one of them is called, and nothing else is said
     several: bool = True  # it may go on after a call
     schema: Mapping[str, Any] | None = None  # what is no call is JSON that fits this
-    schema_param: str = "response_format"  # the parameter of a request that gives it
+    rule: str | None = None  # what is no call matches this grammar, in llguidance's Lark
+    param: str = "response_format"  # the parameter of a request that gives one of these
+
+    @property
+    def text_is_bound(self) -> bool:
+        return self.schema is not None or self.rule is not None
 
 
 class Grammars:
@@ -60,14 +65,17 @@ class Grammars:
 
         Raises ApiError if a schema is not supported, or the parameters of a function are no schema of an object.
         """
+        if bounds.rule is not None and bounds.functions and forms.calls is not None and forms.calls.is_answer:
+            raise ApiError(400, f"with this model, tools and {bounds.param} cannot go together", param="tools")
         rules = Rules(self._literal)
-        form, param = forms.calls or FORMS["hermes"], "tools" if bounds.functions else bounds.schema_param
+        form, param = forms.calls or FORMS["hermes"], "tools" if bounds.functions else bounds.param
         try:
             says = [self._calls(rules, bounds, form)] if bounds.functions else []
             if bounds.schema is not None and form.is_answer and bounds.functions:
                 says = [rules.json({"anyOf": [bounds.schema, *map(_call_as_json, bounds.functions)]})]
-            elif bounds.schema is not None:
-                says.append(f"{rules.literal(form.lead) if form.lead else ''} {rules.json(bounds.schema)}")
+            elif bounds.text_is_bound:
+                text = rules.json(bounds.schema) if bounds.schema is not None else f"%lark {{\n{bounds.rule}\n}}"
+                says.append(f"{rules.literal(form.lead) if form.lead else ''} {text}")
             start = f"start: {self._thought(rules, forms, thinks)} ({' | '.join(says)})"
             text = llguidance.LLMatcher.grammar_from_lark("\n".join([*rules.lines, start]))
         except (ValueError, RecursionError) as error:  # it is nested too deep
@@ -91,7 +99,7 @@ class Grammars:
         call = rules.add(f"({' | '.join(names)}) {self._closing(rules, form)}")
         opening = "" if form.is_answer else rules.literal(form.opening)
         begin, end = (rules.literal(mark) if mark else '""' for mark in form.around)
-        if bounds.required or bounds.schema is not None:
+        if bounds.required or bounds.text_is_bound:
             between = rules.literal(form.between) if form.between else ""
             more = f"({between} {opening} {call})*" if bounds.several and not bounds.required and opening else ""
             return f"{begin} {opening} {call} {more} {end}"
@@ -154,10 +162,17 @@ def _call_as_json(function: Function) -> dict[str, Any]:
     return {"type": "object", "properties": named, "required": [*named], "additionalProperties": False}
 
 
+_SCHEMAS = ("tools", "response_format", None)
+
+
 def _not_kept_to(why: object, param: str | None) -> ApiError:
     # Below the first line it shows the grammar.
     reason = str(why).partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
-    return ApiError(400, f"the JSON schema cannot be kept to: {reason}: use a simpler one", param=param)
+    return ApiError(
+        400,
+        f"{'the JSON schema' if param in _SCHEMAS else param} cannot be kept to: {reason}: use a simpler one",
+        param=param,
+    )
 
 
 def _other_than(opening: str) -> str:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from inspect import signature
 from types import MappingProxyType
 from typing import Any
@@ -50,7 +50,7 @@ class Prompts:
         if tokenizer.chat_template:
             begin()
         self._vocabulary = vocabulary
-        self._max_positions = max_positions
+        self.max_positions = max_positions
         self._some_text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
         self.text_of = lru_cache(KEPT_TEXTS)(self._text_of)
         """The text of one token within a text; at the start of one, some tokenizers drop its space."""
@@ -61,9 +61,9 @@ class Prompts:
     def forms(self) -> Forms:
         """How the model writes calls and reasoning, as its chat template and its tokens tell."""
         tokenizer = self._tokenizer
-        if not tokenizer.chat_template:
+        template = self.template
+        if not template:
             return PLAIN
-        template = tokenizer.get_chat_template(tools=[PROBE_TOOL])
         tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
         reasoning = reasoning_of(tokens, template)
         shows_calls = False
@@ -75,11 +75,15 @@ class Prompts:
                 shows_calls |= PROBE[0] in shown.rpartition(PROBE_TEXT)[2]
         return Forms(form_of_marks(tokens, template) or FORMS["hermes"], reasoning, shows_calls=shows_calls)
 
+    @property
+    def template(self) -> str:
+        """The chat template; empty: there is none."""
+        return self._tokenizer.get_chat_template(tools=[PROBE_TOOL]) if self._tokenizer.chat_template else ""
+
     @cached_property
     def takes_tools(self) -> bool:
         """Whether the chat template has a place for tools."""
-        tokenizer = self._tokenizer
-        return bool(tokenizer.chat_template) and "tools" in tokenizer.get_chat_template(tools=[PROBE_TOOL])
+        return "tools" in self.template
 
     @cached_property
     def _ends(self) -> list[str]:
@@ -114,8 +118,14 @@ class Prompts:
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]],
         parameters: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        *,
+        answer: bool = True,
+        goes_on: bool = False,
+        last: int | None = None,
     ) -> list[int]:
-        """The tokens of a conversation, ready for the next answer.
+        """The tokens of a conversation, ready for the next answer, if it ends with what begins an `answer`.
+
+        goes_on: the answer goes on from the last message. last: how many tokens are left of a longer one.
 
         Messages and tools are as chat templates expect them: text in one piece, arguments of calls as objects. Some
         `parameters` of the request give the template variables besides these; a later one counts.
@@ -136,14 +146,17 @@ class Prompts:
         if not self.forms.shows_calls and any(message.get("tool_calls") for message in messages):
             raise ApiError(400, "this model's chat template shows no calls of earlier messages", param="messages")
         said = with_ids(messages, self.forms)
-        self._check_length([message["content"] for message in said])
         text = json.dumps([said, described, variables], ensure_ascii=False)
-        self._check_length([text], times=2)  # a template may leave out some of it, and write it shorter
+        if last is None:
+            self._check_length([message["content"] for message in said])
+            self._check_length([text], times=2)  # a template may leave out some of it, and write it shorter
+        templated = partial(self._templated, answer=answer and not goes_on, goes_on=goes_on)
+        first = -last if last else None
         if self._special.search(text) is None:
-            return self.ids(self._templated(said, described, variables))
+            return self.ids(templated(said, described, variables))[first:]
         mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
-        marked = self._templated(*(self._as_text(each, mark) for each in (said, described, variables)))
-        return [id for piece in marked.split(mark) for id in self.ids(piece)]
+        marked = templated(*(self._as_text(each, mark) for each in (said, described, variables)))
+        return [id for piece in marked.split(mark) for id in self.ids(piece)][first:]
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a piece of a text; what looks like a special token is one."""
@@ -174,7 +187,10 @@ class Prompts:
         for param, name in ((param, name) for param, given in parameters.items() for name in given if name not in used):
             raise ApiError(400, f"this model's chat template has no place for {name!r}: leave it out", param=param)
 
-    def _templated(self, said: Any, tools: Any, variables: Mapping[str, Any], *, answer: bool = True) -> str:
+    def _templated(
+        self, said: Any, tools: Any, variables: Mapping[str, Any], *, answer: bool = True, goes_on: bool = False
+    ) -> str:
+        variables = {**variables, "continue_final_message": True} if goes_on else variables
         try:
             return render(self._tokenizer, said, answer=answer, tools=tools, variables=variables)
         except TemplateError as error:
@@ -191,13 +207,19 @@ class Prompts:
             return {self._as_text(name, mark): self._as_text(value, mark) for name, value in said.items()}
         return said
 
-    def of_text(self, prompt: str | list[int], param: str = "prompt", most: int | None = None) -> list[int]:
-        """The tokens of a bare prompt, of a longer one the first `most`, with those that the tokenizer adds at the end.
+    def of_text(
+        self, prompt: str | list[int], param: str = "prompt", most: int | None = None, last: int | None = None
+    ) -> list[int]:
+        """The tokens of a bare prompt, of a longer one the first `most`, with those that the tokenizer adds at the end,
+        or the `last`.
 
         Raises ApiError: none, unknown ones, or more than the context.
         """
-        tokens = prompt if isinstance(prompt, list) else self._tokenized(prompt, most)
-        tokens = tokens[:most]
+        if isinstance(prompt, str) and last:
+            tokens = self._tokenizer(prompt[-last * LONGEST_TOKEN :]).input_ids
+        else:
+            tokens = prompt if isinstance(prompt, list) else self._tokenized(prompt, most)
+        tokens = tokens[:most] if last is None else tokens[-last:]
         if not tokens and self._tokenizer.bos_token_id is not None:
             tokens = [self._tokenizer.bos_token_id]
         if not tokens:
@@ -230,27 +252,31 @@ class Prompts:
 
     def _check_length(self, texts: Sequence[str], times: int = 1) -> None:
         """Refuses texts that are longer than the context, or so many times that, as soon as it is certain."""
-        if self._max_positions is None or sum(map(len, texts)) <= SLICE:
+        if self.max_positions is None or sum(map(len, texts)) <= SLICE:
             return
         tokens = 0
         for text in texts:
             for start in range(0, len(text), SLICE):
                 tokens += len(self._tokenizer(text[start : start + SLICE], add_special_tokens=False).input_ids)
-                if tokens > times * self._max_positions + CUT_TOKENS * (start // SLICE):
+                if tokens > times * self.max_positions + CUT_TOKENS * (start // SLICE):
                     raise self._too_long("the prompt has more tokens than", "shorten the prompt")
 
     def check_known(self, tokens: Iterable[int], param: str) -> None:
         if any(token >= self._vocabulary for token in tokens):
             raise ApiError(400, f"the model knows the tokens 0 to {self._vocabulary - 1} only", param=param)
 
+    def last(self, count: int | None) -> int | None:
+        """How many last tokens of a prompt a request asks for; -1: as many as the context has."""
+        return self.max_positions if count == -1 else count
+
     def room_for(self, prompt: list[int], max_tokens: int | None, *, fits: bool = True) -> int:
         """How many tokens an answer may have; None asks for all that have room, and more than that does without `fits`.
 
         Raises ApiError if there is no room.
         """
-        if self._max_positions is None:
+        if self.max_positions is None:
             return max_tokens if max_tokens is not None else DEFAULT_MAX_TOKENS
-        room = self._max_positions - len(prompt)
+        room = self.max_positions - len(prompt)
         if room < (max_tokens if max_tokens is not None and fits else 1):
             answer = f" and an answer of {max_tokens}" if max_tokens is not None else ""
             what = f"a prompt of {len(prompt)} tokens{answer} is more than"
@@ -258,5 +284,5 @@ class Prompts:
         return room if max_tokens is None else min(room, max_tokens)
 
     def _too_long(self, what: str, fix: str) -> ApiError:
-        message = f"{what} the model's context of {self._max_positions}: {fix}"
+        message = f"{what} the model's context of {self.max_positions}: {fix}"
         return ApiError(400, message, code="context_length_exceeded")

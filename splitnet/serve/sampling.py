@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,12 +42,13 @@ class Sampling(SamplingDefaults):
     frequency_penalty: float = 0.0  # taken off the logit of a token for every time that it is in the answer
     presence_penalty: float = 0.0  # the same once, if it is there
     bias: tuple[tuple[int, float], ...] = ()  # added to the logits of some tokens
+    min_tokens: int = 0  # before which no token ends an answer
     prompt: int = 0  # which of the prompts that have this seed; each has choices of its own
 
     @property
     def changes_logits(self) -> bool:
         penalties = self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1
-        return bool(penalties or self.bias)
+        return bool(penalties or self.bias or self.min_tokens)
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,18 @@ class TokenChooser(LogitsProcessor):
     neither other requests nor how many positions are looked at in one step can change it.
 
     So many of the likeliest tokens as `top` says are scored beside the chosen one, in `scored`; None: nothing is. The
-    answers begin at position `begins`; each keeps to one of `allowed`, or none does.
+    answers begin at position `begins`; each keeps to one of `allowed`, or none does. `ends`: the tokens that end them.
     """
 
     def __init__(
-        self, sampling: Sampling, top: int | None, begins: int = 0, allowed: Sequence[AllowedTokens] = ()
+        self,
+        sampling: Sampling,
+        top: int | None,
+        begins: int = 0,
+        allowed: Sequence[AllowedTokens] = (),
+        ends: Collection[int] = (),
     ) -> None:
+        self._ends = sorted(ends)
         self._begins = begins
         self._allowed = allowed
         self.scored: dict[tuple[int, int], ScoredToken] = {}  # by row and position
@@ -112,6 +119,8 @@ class TokenChooser(LogitsProcessor):
                 scores[row] -= self._sampling.presence_penalty * (counts > 0)
             for token, bias in self._sampling.bias:
                 scores[:, token] += bias
+            if answers.shape[1] < self._sampling.min_tokens:
+                scores[:, self._ends] = -torch.inf
         for row, allowed in enumerate(self._allowed):
             allowed.forbid_others(answers[row].tolist(), scores[row])
         return scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import ipaddress
 import signal
 import socket
@@ -18,7 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from scheduler.facts import missing_blocks
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -31,8 +32,8 @@ from splitnet.hf.causal_lm import attached
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
 from splitnet.serve.admission import Admission
-from splitnet.serve.apis import anthropic, embeddings, ollama, openai, openai_responses
-from splitnet.serve.dashboard import Dashboard, dashboard_router
+from splitnet.serve.apis import anthropic, embeddings, ollama, openai, openai_responses, tokens
+from splitnet.serve.dashboard import HEADERS, Dashboard, dashboard_router
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, Connection, Gate, api_of
 from splitnet.serve.gateway import KEPT_MODELS, Gateway, Offer
@@ -50,7 +51,7 @@ from splitnet.transport.addresses import listen_at
 from splitnet.wire.endpoints import LinkState
 
 # The protocols that are served; the first one's errors answer paths of none
-APIS = (openai.API, openai_responses.API, embeddings.API, anthropic.API, ollama.API)
+APIS = (openai.API, openai_responses.API, embeddings.API, anthropic.API, ollama.API, tokens.API)
 ERRORS = (400, 401, 404, 413, 429, 500, 502, 503)  # Statuses that each path may answer
 EXPIRY_S = 5.0  # How often it is looked whether kept sessions have expired
 
@@ -113,6 +114,17 @@ def make_app(
             raise CoverageError(f"blocks {missing} are served by nobody: start peers for them")
         return {"status": "ok"}
 
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> Response:
+        """A page with the paths."""
+        rows = [
+            f"<li><code>{method.upper()} {path}</code> {html.escape(operation.get('description', ''))}"
+            for path, methods in app.openapi()["paths"].items()
+            for method, operation in methods.items()
+        ]
+        page = f"<!doctype html><meta charset=utf-8><title>splitnet</title><h1>Paths</h1><ul>{''.join(rows)}</ul>"
+        return HTMLResponse(f'{page}<p>For programs: <a href="openapi.json">openapi.json</a>', headers=HEADERS)
+
     for api in reversed(APIS):  # those of the first one take the paths that others have for some requests only
         app.include_router(api.router(gateway), responses=_errors(api))
     return app
@@ -128,7 +140,8 @@ async def _told(request: Request, error: Exception) -> Response:
         paths = request.app.openapi()["paths"]
         has = ", ".join(f"{method.upper()} {path}" for path, methods in paths.items() for method in methods)
         names = " or ".join(map(repr, request.app.state.gateway.names))
-        failure = ApiError(failure.status, f"{error.detail}: this server has {has}, for the models {names}")
+        told = f"{error.detail}: this server has {has}, for the models {names}; see {request.base_url}docs"
+        failure = ApiError(failure.status, told)
     api = api_of(request.url.path, request.headers, APIS)
     return JSONResponse(api.error_body(failure), failure.status, failure.headers)
 

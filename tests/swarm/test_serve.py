@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -352,6 +353,103 @@ def test_a_stream_says_what_the_whole_answer_says(serve: Serve) -> None:
             tokens = [token for part in parts for token in part["logprobs"]["content"]]
             assert tokens == choice["logprobs"]["content"] and len(tokens) == 10
             assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
+
+    serve(does)
+
+
+def test_parameters_of_other_servers(serve: Serve, tokenizer: Any) -> None:
+    async def does(server: Server) -> None:
+        plain = await server.complete(prompt="Bees fly", max_tokens=6, return_token_ids=True)
+        (choice,) = plain["choices"]
+        assert choice["prompt_token_ids"] == tokenizer("Bees fly").input_ids and len(choice["token_ids"]) == 6
+        third = choice["token_ids"][2]
+        stopped = await server.complete(prompt="Bees fly", max_tokens=6, stop_token_ids=[third], return_token_ids=True)
+        assert stopped["choices"][0]["finish_reason"] == "stop"
+        assert stopped["choices"][0]["token_ids"] == choice["token_ids"][:3]
+        longer = await server.complete(
+            prompt="Bees fly", max_tokens=6, stop_token_ids=[third], min_tokens=4, return_token_ids=True
+        )
+        assert len(longer["choices"][0]["token_ids"]) >= 4
+        assert third not in longer["choices"][0]["token_ids"][:4]
+        cut = await server.complete(
+            prompt="One two three Bees fly", truncate_prompt_tokens=len(tokenizer("Bees fly").input_ids)
+        )
+        assert cut["usage"]["prompt_tokens"] == len(tokenizer("Bees fly").input_ids)
+        timed = await server.complete(prompt="Bees fly", max_tokens=2, timings_per_token=True)
+        assert timed["timings"]["predicted_n"] == 2 and timed["timings"]["prompt_ms"] > 0
+
+    serve(does)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "fits"),
+    [
+        ({"structured_outputs": {"choice": ["red", "blue"]}}, "red|blue"),
+        ({"guided_choice": ["red"]}, "red"),
+        ({"structured_outputs": {"regex": "[ab]{3}/x"}}, "[ab]{3}/x"),
+        ({"guided_regex": "\\d\\d"}, r"\d\d"),
+        ({"grammar": 'root ::= "y" ("es" | "ep")'}, "yes|yep"),
+        ({"structured_outputs": {"grammar": 'start: "no" DIGIT\nDIGIT: /[0-9]/'}}, r"no\d"),
+        ({"guided_json": '{"enum": ["a"]}'}, '"a"'),
+        ({"json_schema": {"const": 7}}, "7"),
+        ({"structured_outputs": {"json": {"type": "boolean"}}}, "true|false"),
+    ],
+)
+def test_answers_keep_to_what_vllm_and_llama_cpp_name(serve: Serve, constraint: dict[str, Any], fits: str) -> None:
+    async def does(server: Server) -> None:
+        text = (await server.complete(prompt="Well", max_tokens=20, **constraint))["choices"][0]["text"]
+        assert re.fullmatch(fits, text)
+        told = (await server.chat("Well", max_tokens=20, **constraint))["choices"][0]["message"]["content"]
+        assert re.fullmatch(fits, told)
+
+    serve(does)
+
+
+def test_a_message_that_is_begun_is_continued(serve: Serve, tokenizer: Any) -> None:
+    async def does(server: Server) -> None:
+        said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bees fly"}]
+        body = GREEDY | {"messages": said, "continue_final_message": True, "max_tokens": 3}
+        told = (await server.http.post("/v1/chat/completions", json=body)).json()
+        bare = await server.complete(prompt="user: Hi\nassistant: Bees fly", max_tokens=3)
+        assert told["choices"][0]["message"]["content"] == bare["choices"][0]["text"]
+        echoed = (await server.http.post("/v1/chat/completions", json=body | {"echo": True})).json()
+        assert echoed["choices"][0]["message"]["content"] == "Bees fly" + bare["choices"][0]["text"]
+
+    serve(does)
+
+
+def test_scores_of_prompts_as_vllm_has_them(serve: Serve, tokenizer: Any) -> None:
+    async def does(server: Server) -> None:
+        text = await server.complete(prompt="Bees fly", max_tokens=1, prompt_logprobs=1)
+        scores = text["choices"][0]["prompt_logprobs"]
+        ids = tokenizer("Bees fly").input_ids
+        assert scores[0] is None and [str(token) in score for token, score in zip(ids[1:], scores[1:], strict=True)]
+        assert text["choices"][0]["logprobs"] is None
+        told = await server.chat("Hi", max_tokens=1, prompt_logprobs=0)
+        assert len(told["prompt_logprobs"]) == told["usage"]["prompt_tokens"]
+
+    serve(does)
+
+
+def test_tokens_of_texts_and_texts_of_tokens(serve: Serve, tokenizer: Any) -> None:
+    async def does(server: Server) -> None:
+        ids = tokenizer("Bees fly").input_ids
+        post = server.http.post
+        told = (await post("/tokenize", json={"model": MODEL, "prompt": "Bees fly", "return_token_strs": True})).json()
+        assert told == {"tokens": ids, "count": len(ids), "max_model_len": 256, "token_strs": ["B", "ees", " fly"]}
+        assert (await post("/tokenize", json={"content": "Bees fly"})).json() == {"tokens": ids}
+        pieces = (await post("/tokenize", json={"content": "Bees", "with_pieces": True})).json()["tokens"]
+        assert [piece["piece"] for piece in pieces] == ["B", "ees"]
+        chat = (await post("/tokenize", json={"messages": [{"role": "user", "content": "Hi"}]})).json()
+        assert chat["tokens"] == tokenizer("user: Hi\nassistant:").input_ids
+        assert (await post("/detokenize", json={"tokens": ids})).json()["content"] == "Bees fly"
+        refused = await post("/detokenize", json={"tokens": [10**9]})
+        assert refused.status_code == 400 and "knows the tokens" in refused.json()["error"]["message"]
+        props = (await server.http.get("/props")).json()
+        assert props["default_generation_settings"]["n_ctx"] == 256 and props["chat_template"] == TEMPLATE
+        assert "POST /v1/chat/completions" in (await server.http.get("/docs")).text
+        unversioned = await post("/chat/completions", json=GREEDY | {"messages": [{"role": "user", "content": "Hi"}]})
+        assert unversioned.status_code == 200
 
     serve(does)
 
@@ -837,6 +935,7 @@ GENERATING += ["POST /api/chat", "POST /api/generate"]
 READING = ["POST /rerank", "POST /v1/embeddings", "POST /v1/rerank", "POST /v2/rerank"]
 READING += ["POST /v1/messages/count_tokens", "POST /api/embed", "POST /api/embeddings"]
 READING += ["GET /api/ps", "GET /api/tags", "GET /api/version", "POST /api/show"]
+READING += ["POST /tokenize", "POST /detokenize", "GET /props", "GET /version"]
 NAMED = ["GET /v1/models/{name}", "GET /v1/responses/{id}", "DELETE /v1/responses/{id}"]
 PATHS = sorted(["GET /health", "GET /v1/models", *NAMED, *GENERATING, *READING])
 MOST = {"POST /api/chat": "options", "POST /api/generate": "options", "POST /v1/responses": "max_output_tokens"}

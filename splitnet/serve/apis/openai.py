@@ -12,15 +12,17 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest
+from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest, SamplingRequest
 from splitnet.serve.chat import Delta, answer_chat, sampling_of
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import Api, ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ask, Ended, Numbered, Piece, ScoredPrompt
+from splitnet.serve.grammars import Bounds
 from splitnet.serve.responses import EVENTS, KEEP_ALIVE, framed
 from splitnet.serve.sampling import ScoredToken
 from splitnet.serve.text import ToolCall
+from splitnet.version import __version__
 
 DONE = "data: [DONE]\n\n"  # The last event of a stream
 COMPLETION_TOKENS = 16  # Of a completion that does not say how many it wants; OpenAI's default
@@ -84,8 +86,9 @@ def router(gateway: Gateway) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next message of a chat."""
         served = await gateway.find(body.model)
-        choices = [_ChatChoice(index, bool(body.logprobs), served.prompts.text_of) for index in range(body.n or 1)]
-        answer = Answer(CHAT, served.name, choices, with_usage=body.wants_usage)
+        text_of = served.prompts.text_of
+        choices = [_ChatChoice(index, bool(body.logprobs), text_of, body) for index in range(body.n or 1)]
+        answer = Answer(CHAT, served.name, choices, body)
         return await answer_chat(served, request, body.chat, answer, stream=bool(body.stream))
 
     @paths.post("/v1/completions", response_model=None, responses=STREAMED)
@@ -94,12 +97,17 @@ def router(gateway: Gateway) -> APIRouter:
         served = await gateway.find(body.model)
         prompts, size = served.prompts, len(await request.body())
         texts = body.prompts
-        tokenized = await served.preparing.run(size, lambda: [prompts.of_text(text) for text in texts])
-        echoes_scores = bool(body.echo) and body.logprobs is not None
-        scores = sum(map(len, tokenized)) * (1 + (body.logprobs or 0))
-        if echoes_scores and scores > MAX_SCORES:
+        last, top = prompts.last(body.truncate_prompt_tokens), body.logprobs
+        tokenized = await served.preparing.run(size, lambda: [prompts.of_text(text, last=last) for text in texts])
+        echoes_scores = bool(body.echo) and top is not None
+        top = body.prompt_logprobs if top is None else top
+        scores = sum(map(len, tokenized)) * (1 + (top or 0))
+        if (echoes_scores or body.prompt_logprobs is not None) and scores > MAX_SCORES:
             many = f"{scores} scores of prompts are more than {MAX_SCORES}"
             raise ApiError(400, f"{many}: ask for fewer logprobs or fewer prompts at once", param="logprobs")
+        grammar = None
+        if bounds := body.bounds:
+            grammar = await served.preparing.run(size, served.grammars.of_answer, Bounds(**bounds))
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         sampling = sampling_of(served, body.sampling)
         asks = [
@@ -109,8 +117,11 @@ def router(gateway: Gateway) -> APIRouter:
                 sampling=replace(sampling, prompt=number),
                 choices=body.n or 1,
                 stop_strings=body.stop_strings,
-                top_logprobs=body.logprobs,
-                score_prompt=echoes_scores,
+                top_logprobs=top,
+                score_prompt=echoes_scores or body.prompt_logprobs is not None,
+                grammar=grammar,
+                stop_tokens=body.stop_token_ids or (),
+                ignores_ends=bool(body.ignore_eos),
                 goes_on=True,
                 owner=request.state.client.name,
             )
@@ -123,10 +134,10 @@ def router(gateway: Gateway) -> APIRouter:
             begins = await served.preparing.run(size, lambda: [*map(prompts.begins, tokenized, echoed)])
         each = [(text, offsets) for text, offsets in zip(echoed, begins, strict=True) for _ in range(body.n or 1)]
         choices = [
-            _CompletionChoice(index, body.logprobs is not None, prompts.text_of, text, offsets)
+            _CompletionChoice(index, body.logprobs is not None, prompts.text_of, body, text, offsets)
             for index, (text, offsets) in enumerate(each)
         ]
-        answer = Answer(COMPLETION, served.name, choices, with_usage=body.wants_usage, prompts=len(asks))
+        answer = Answer(COMPLETION, served.name, choices, body, prompts=len(asks))
         running = served.running(request.state.client, asks, answer.id)
         return await served.respond(request, running, answer, stream=bool(body.stream))
 
@@ -156,14 +167,14 @@ Event = Delta | Ended | Numbered  # of a chat the first two, of completions the 
 class Answer:
     """Writes the events of a request as OpenAI does, see `splitnet.serve.responses.Answer`.
 
-    It has the choices of the first prompt first; `with_usage` ends a stream.
+    It has the choices of the first prompt first.
     """
 
     kind: Kind
     model: str
     choices: Sequence[_ChatChoice] | Sequence[_CompletionChoice]
+    body: SamplingRequest
     _: KW_ONLY
-    with_usage: bool
     prompts: int = 1  # of which each has equally many choices
 
     media_type = EVENTS
@@ -173,21 +184,28 @@ class Answer:
         self.id = f"{self.kind.id_prefix}-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._ended: list[Ended] = []
+        self._began, self._first_at, self._tokens = time.perf_counter(), 0.0, 0
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
         async for event in events:
             self._take(event)
         choices = [choice.whole() for choice in self.choices]
-        return {**self._head(self.kind.whole), "choices": choices, "usage": self._usage()}
+        more = self.choices[0].of_prompt() if self.kind is CHAT else {}
+        if self.body.return_token_ids and self.kind is CHAT:
+            more["prompt_token_ids"] = list(self._ended[0].prompt)
+        elif self.body.return_token_ids:
+            for number, choice in enumerate(choices):
+                choice["prompt_token_ids"] = list(self._ended[number * self.prompts // len(choices)].prompt)
+        return {**self._head(self.kind.whole), "choices": choices, "usage": self._usage(), **more, **self._timings()}
 
     async def chunks(self, events: AsyncIterator[Event]) -> AsyncGenerator[str]:
         head = self._head(self.kind.chunk)
-        usage = {"usage": None} if self.with_usage else {}
+        usage = {"usage": None} if self.body.wants_usage else {}
         async for event in events:
             for choice in self._take(event):
-                yield framed({**head, "choices": [choice], **usage})
-        if self.with_usage:
-            yield framed({**head, "choices": [], "usage": self._usage()})
+                yield framed({**head, "choices": [choice], **usage, **self._timings()})
+        if self.body.wants_usage:
+            yield framed({**head, "choices": [], "usage": self._usage(), **self._timings()})
         yield DONE
 
     def failed(self, failure: ApiError) -> str:
@@ -204,11 +222,27 @@ class Answer:
             for choice in choices:
                 choice.scored_prompt = said.scored
         elif isinstance(said, Delta | Piece):
+            self._first_at = self._first_at or time.perf_counter()
+            self._tokens += len(said.tokens)
             return choices[said.choice].take(said)
         return []
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
+        fingerprint = f"splitnet-{__version__}"
+        head = {"id": self.id, "object": kind, "created": self._created, "model": self.model}
+        return head | {"system_fingerprint": fingerprint}
+
+    def _timings(self) -> dict[str, Any]:
+        """Times so far, as llama.cpp's server names them; a prompt is read until its first token is there."""
+        if not self.body.timings_per_token:
+            return {}
+        first, now = self._first_at or time.perf_counter(), time.perf_counter()
+        parts = {"prompt": sum(ended.prompt_tokens for ended in self._ended), "predicted": self._tokens}
+        told: dict[str, Any] = {"cache_n": sum(ended.cached_tokens for ended in self._ended)}
+        for (name, count), seconds in zip(parts.items(), (first - self._began, now - first), strict=True):
+            told |= {f"{name}_n": count, f"{name}_ms": seconds * 1000}
+            told[f"{name}_per_second"] = count / seconds if seconds else 0.0
+        return {"timings": told}
 
     def _usage(self) -> dict[str, Any]:
         prompt_tokens = sum(ended.prompt_tokens for ended in self._ended)
@@ -227,7 +261,9 @@ class _Choice:
     `take` takes what is new and returns the choices of chunks that tell it; `whole` returns all of it.
     """
 
-    def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str]) -> None:
+    def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str], body: SamplingRequest) -> None:
+        self.body = body
+        self._tokens: list[int] = []
         self.scored_prompt: tuple[ScoredToken, ...] = ()
         self._index = index
         self._with_logprobs = with_logprobs
@@ -237,21 +273,36 @@ class _Choice:
         self._scored: list[ScoredToken] = []
         self._finish: str | None = None
 
-    def _with(self, name: str, content: Any, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def _with(
+        self, name: str, content: Any, logprobs: dict[str, Any] | None, tokens: Sequence[int] = ()
+    ) -> dict[str, Any]:
         logprobs = logprobs if self._with_logprobs else None
-        return {"index": self._index, name: content, "logprobs": logprobs, "finish_reason": self._finish}
+        told = {"index": self._index, name: content, "logprobs": logprobs, "finish_reason": self._finish}
+        return told | ({"token_ids": list(tokens)} if self.body.return_token_ids else {})
+
+    def of_prompt(self) -> dict[str, Any]:
+        """The scores of the prompt's tokens as vLLM has them, if they are wanted."""
+        if self.body.prompt_logprobs is None:
+            return {}
+        scores: list[Any] = []
+        for each in self.scored_prompt:
+            scored = dict(((each.token, each.logprob), *each.top))
+            told = {str(one): {"logprob": of, "decoded_token": self._text_of(one)} for one, of in scored.items()}
+            scores.append(None if each.logprob is None else told)
+        return {"prompt_logprobs": scores}
 
 
 class _ChatChoice(_Choice):
     """A message of the assistant."""
 
-    def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str]) -> None:
-        super().__init__(index, with_logprobs, text_of)
+    def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str], body: ChatRequest) -> None:
+        super().__init__(index, with_logprobs, text_of, body)
         self._reasoning = ""
         self._calls: list[ToolCall] = []
 
     def take(self, new: Delta) -> list[dict[str, Any]]:
         told: list[dict[str, Any]] = []
+        self.scored_prompt += new.scored_prompt
         if not self._begun:
             self._begun = True
             told.append(self._with("delta", {"role": "assistant", "content": ""}, None))
@@ -265,9 +316,10 @@ class _ChatChoice(_Choice):
         self._reasoning += new.reasoning
         self._calls += new.calls
         self._scored += new.scored
+        self._tokens += new.tokens
         self._finish = new.finish
-        if delta or new.scored or new.finish:
-            told.append(self._with("delta", delta, self._logprobs(new.scored)))
+        if delta or new.scored or new.finish or (new.tokens and self.body.return_token_ids):
+            told.append(self._with("delta", delta, self._logprobs(new.scored), new.tokens))
         return told
 
     def whole(self) -> dict[str, Any]:
@@ -276,7 +328,7 @@ class _ChatChoice(_Choice):
         message |= _reasoned(self._reasoning)
         if self._calls:
             message["tool_calls"] = [_call(call) for call in self._calls]
-        return self._with("message", message, self._logprobs(self._scored))
+        return self._with("message", message, self._logprobs(self._scored), self._tokens)
 
     def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
         content = [self._scored_token(each.token, each.logprob) for each in scored]
@@ -303,9 +355,16 @@ class _CompletionChoice(_Choice):
     """A text that goes on from `prompt`, which is told first (empty: it is not), with scored tokens at `begins`."""
 
     def __init__(
-        self, index: int, with_logprobs: bool, text_of: Callable[[int], str], prompt: str, begins: Sequence[int]
+        self,
+        index: int,
+        with_logprobs: bool,
+        text_of: Callable[[int], str],
+        body: CompletionRequest,
+        prompt: str,
+        begins: Sequence[int],
     ) -> None:
-        super().__init__(index, with_logprobs, text_of)
+        super().__init__(index, with_logprobs, text_of, body)
+        self._echoed = bool(body.echo)
         self._prompt = prompt
         self._begins = list(begins)
 
@@ -313,17 +372,18 @@ class _CompletionChoice(_Choice):
         told, text, scored = len(self._scored), piece.text, piece.scored
         if not self._begun:
             self._begun = True
-            text, scored = self._prompt + text, self.scored_prompt + scored
+            text, scored = self._prompt + text, (self.scored_prompt if self._echoed else ()) + scored
         self._text += text
         self._scored += scored
         self._begins += [len(self._prompt) + piece.begins] * len(piece.scored)
         self._finish = piece.finish
-        if not text and not scored and not piece.finish:
+        self._tokens += piece.tokens
+        if not text and not scored and not piece.finish and not (piece.tokens and self.body.return_token_ids):
             return []
-        return [self._with("text", text, self._logprobs(told))]
+        return [self._with("text", text, self._logprobs(told), piece.tokens)]
 
     def whole(self) -> dict[str, Any]:
-        return self._with("text", self._text, self._logprobs(0))
+        return self._with("text", self._text, self._logprobs(0), self._tokens) | self.of_prompt()
 
     def _logprobs(self, first: int) -> dict[str, Any]:
         """The scores from the one with number `first` on."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
+from llguidance.gbnf_to_lark import any_to_lark
 from pydantic import BeforeValidator, Field, StrictInt, model_validator
 
 from splitnet.serve.apis.strict import (
     MAX_TOKENS,
     MESSAGES,
+    NAMES,
+    STOP_STRINGS,
     TOOLS,
     Penalty,
     RepetitionPenalty,
@@ -32,6 +35,9 @@ PROMPTS = 256
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+KnownToken = Annotated[StrictInt, Field(ge=0)]
+Rule = Annotated[str, Field(min_length=1, max_length=2**16)]
+Choices = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=NAMES)]
 
 
 class StreamOptions(Strict):
@@ -62,6 +68,50 @@ class SchemaFormat(Strict):
 ResponseFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
 
 
+def _schema(given: Any, param: str) -> dict[str, Any]:
+    """A JSON schema, which may be written as a text. Raises ApiError if it is none."""
+    try:
+        schema = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError):
+        schema = None
+    if not isinstance(schema, dict):
+        raise ApiError(400, f"{param} is no JSON schema: give an object", param=param)
+    return schema
+
+
+class StructuredOutputs(Strict):
+    """What an answer keeps to, as vLLM has it: one of these."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: Rule | None = None
+    choice: Choices | None = None
+    grammar: Rule | None = None
+    json_object: Literal[True] | None = None
+    # What says how it is done, and not what.
+    disable_fallback: bool | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: Literal[False] | None = None
+    whitespace_pattern: None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        found = {"json": self.json_, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
+        return {name: each for name, each in (found | {"json_object": self.json_object}).items() if each is not None}
+
+
+def _lark(kind: str, given: Any) -> str:
+    """A grammar in Lark of what `StructuredOutputs` names so. Raises ApiError if it is none."""
+    if kind == "regex":
+        escaped = given.replace("/", "\\/")
+        return f"start: /{escaped}/"
+    if kind == "choice":
+        return f"start: {' | '.join(map(json.dumps, given))}"
+    try:
+        return any_to_lark(given)
+    except Exception as error:  # the converter raises what it stumbles over
+        raise ApiError(400, f"the grammar cannot be read: {error}", param="grammar") from None
+
+
 class SamplingRequest(Strict):
     """What both kinds of generation take."""
 
@@ -80,6 +130,67 @@ class SamplingRequest(Strict):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(few)] | None = None
+    # As vLLM and llama.cpp have them.
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    stop_token_ids: Annotated[list[KnownToken], Field(fail_fast=True, max_length=STOP_STRINGS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: Rule | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Rule | None = None
+    json_schema: dict[str, Any] | None = None
+    grammar: Rule | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    return_token_ids: bool | None = None
+    timings_per_token: bool | None = None
+    # What clients send that changes no answer.
+    metadata: Annotated[dict[str, Any], BeforeValidator(few)] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    cache_prompt: bool | None = None
+    add_special_tokens: Literal[True] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    include_stop_str_in_output: Literal[False] | None = None
+    use_beam_search: Literal[False] | None = None
+    length_penalty: Literal[1] | None = None
+
+    @property
+    def constraints(self) -> dict[str, dict[str, Any]]:
+        """What an answer keeps to, by the parameter that says so: `schema` or `rule`, see `Bounds`. Raises ApiError."""
+        given: dict[str, tuple[str, Any]] = {
+            "guided_json": ("json", self.guided_json),
+            "guided_regex": ("regex", self.guided_regex),
+            "guided_choice": ("choice", self.guided_choice),
+            "guided_grammar": ("grammar", self.guided_grammar),
+            "json_schema": ("json", self.json_schema),
+            "grammar": ("grammar", self.grammar),
+        }
+        if self.structured_outputs is not None:
+            given |= {
+                f"structured_outputs.{kind}": (kind, each) for kind, each in self.structured_outputs.given.items()
+            }
+        found: dict[str, dict[str, Any]] = {}
+        for param, (kind, value) in given.items():
+            if value is not None and kind in ("json", "json_object"):
+                found[param] = {"schema": {"type": "object"} if value is True else _schema(value, param)}
+            elif value is not None:
+                found[param] = {"rule": _lark(kind, value)}
+        return found
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        """The same with `param`; empty: nothing. Raises ApiError if there are several."""
+        found = self.constraints
+        if len(found) > 1:
+            raise ApiError(400, f"an answer keeps to one of {' and '.join(found)}: leave out the others")
+        if found and (self.ignore_eos or self.min_tokens):
+            raise ApiError(400, f"{next(iter(found))} says where an answer ends: leave out ignore_eos and min_tokens")
+        return {name: each | {"param": name} for name, each in found.items()}.popitem()[1] if found else {}
 
     @property
     def stop_strings(self) -> list[str]:
@@ -92,7 +203,7 @@ class SamplingRequest(Strict):
     @property
     def sampling(self) -> dict[str, Any]:
         """See `splitnet.serve.chat.sampling_of`."""
-        names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"
+        names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "min_tokens"
         penalties = {name: getattr(self, name) or 0.0 for name in ("frequency_penalty", "presence_penalty")}
         bias = tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items())
         return {name: getattr(self, name) for name in names} | penalties | {"bias": bias}
@@ -138,6 +249,8 @@ class AssistantMessage(Strict):
     content: Content | None = None
     name: str | None = None
     tool_calls: Annotated[list[MadeCall], Field(fail_fast=True)] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     # What clients send back with the answers that they got.
     refusal: str | None = None
     annotations: list[Any] | None = None
@@ -165,6 +278,8 @@ def _for_template(message: Message) -> dict[str, Any]:
         said["name"] = message.name
     if isinstance(message, ToolMessage):
         said["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage) and (reasoning := message.reasoning_content or message.reasoning):
+        said["reasoning_content"] = reasoning
     if isinstance(message, AssistantMessage) and message.tool_calls:
         said["tool_calls"] = [call.model_dump() for call in message.tool_calls]
         for call in said["tool_calls"]:
@@ -212,13 +327,15 @@ class ChatRequest(SamplingRequest):
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(few)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    echo: bool | None = None
     # What clients send that changes no answer.
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: str | None = None
+    reasoning_format: Literal["auto", "deepseek"] | None = None
+    include_reasoning: Literal[True] | None = None
+    parse_tool_calls: Literal[True] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
@@ -228,24 +345,45 @@ class ChatRequest(SamplingRequest):
             raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
         if self.stop_strings and self.tools_to_call:
             raise ValueError("stop ends texts, and the answer is to be a call: leave out stop, or tool_choice")
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise ValueError(
+                    "add_generation_prompt begins an answer, which continue_final_message has: leave it out"
+                )
+            if self.messages[-1].role != "assistant":
+                raise ValueError("continue_final_message continues the assistant's: end messages with one of it")
+        elif self.echo:
+            raise ValueError("echo tells what an answer goes on from: set continue_final_message, too")
+        if self.tools_to_call and self.constraints:
+            raise ValueError(f"the answer is to be a call: leave out {next(iter(self.constraints))}, or tool_choice")
         return self
 
     @property
     def chat(self) -> Chat:
         """What is wanted. Raises ApiError if the arguments of a call are no JSON."""
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        bounds, top = self.bounds, (self.top_logprobs or 0) if self.logprobs else None
         return Chat(
             messages=[_for_template(message) for message in self.messages],
             functions=[tool.function for tool in self.offered_tools],
             to_call=[tool.function for tool in self.tools_to_call],
             several_calls=self.parallel_tool_calls is not False,
-            answer_schema=self.schema_of_answer,
+            answer_schema=bounds.get("schema"),
+            rule=bounds.get("rule"),
+            schema_param=bounds.get("param", "response_format"),
             variables={"chat_template_kwargs": self.chat_template_kwargs or {}, "reasoning_effort": effort},
             sampling=self.sampling,
             max_tokens=self.max_completion_tokens or self.max_tokens,
             choices=self.n or 1,
             stop_strings=self.stop_strings,
-            top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            top_logprobs=self.prompt_logprobs if top is None else top,
+            stop_tokens=self.stop_token_ids or (),
+            ignores_ends=bool(self.ignore_eos),
+            scores_prompt=self.prompt_logprobs is not None,
+            last_tokens=self.truncate_prompt_tokens,
+            begins_answer=self.add_generation_prompt is not False,
+            goes_on=bool(self.continue_final_message),
+            echoes=bool(self.echo),
         )
 
     @property
@@ -263,12 +401,13 @@ class ChatRequest(SamplingRequest):
         return []
 
     @property
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer keeps to; None: it is text."""
-        wanted = self.response_format
+    def constraints(self) -> dict[str, dict[str, Any]]:
+        wanted, found = self.response_format, super().constraints
         if isinstance(wanted, SchemaFormat):
-            return wanted.json_schema.schema_
-        return {"type": "object"} if wanted is not None and wanted.type == "json_object" else None
+            found["response_format"] = {"schema": wanted.json_schema.schema_}
+        elif wanted is not None and wanted.type == "json_object":
+            found["response_format"] = {"schema": {"type": "object"}}
+        return found
 
 
 Each = TypeVar("Each")

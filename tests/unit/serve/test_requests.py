@@ -90,6 +90,20 @@ def test_calls_are_bound_where_a_request_asks_for_it(more: dict[str, Any], binds
     assert ChatRequest.model_validate(CHAT | tools | more).chat.binds_calls == binds
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "one of guided_regex and response_format"),
+        ({"guided_regex": "a", "min_tokens": 4}, "guided_regex says where an answer ends"),
+        ({"grammar": "root ::= ("}, "the grammar cannot be read"),
+        ({"guided_json": "[1]"}, "guided_json is no JSON schema"),
+    ],
+)
+def test_constraints_that_cannot_be(more: dict[str, Any], says: str) -> None:
+    with pytest.raises(ApiError, match=says):
+        _ = ChatRequest.model_validate(CHAT | more).chat
+
+
 @pytest.mark.parametrize("prompt", ["", "a", ["a", "b"], [1, 2], [[1], [2, 3]]])
 def test_prompts(prompt: Any) -> None:
     assert CompletionRequest.model_validate(TEXT | {"prompt": prompt}).prompt == prompt
@@ -101,7 +115,10 @@ def test_prompts(prompt: Any) -> None:
         ({"foo": 1}, "foo", "foo is not supported: leave it out"),
         ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "pattern"),
-        ({"store": True}, "store", "only False is supported"),
+        ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "only False is supported"),
+        ({"continue_final_message": True}, None, "end messages with one of it"),
+        ({"echo": True}, None, "set continue_final_message"),
+        ({"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, None, "leave out guided_regex"),
         ({"modalities": ["audio"]}, "modalities", "only 'text' is supported"),
         ({"top_k": -2}, "top_k", "greater than or equal to -1"),
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
