@@ -113,9 +113,13 @@ async def _read(
     keep: int,
     pool: Callable[[Sequence[torch.Tensor]], torch.Tensor],
 ) -> tuple[torch.Tensor, int]:
-    texts = await served.preparing.run(len(await request.body()), tokenized)
-    _check_amount(sum(map(len, texts)))
-    longest, most = max(map(len, texts)), served.pooling.most
+    def prepared() -> tuple[list[int], list[int]]:
+        texts = tokenized()
+        _check_amount(sum(map(len, texts)))
+        return [*map(len, texts)], [token for text in texts for token in text]
+
+    lengths, prompt = await served.preparing.run(len(await request.body()), prepared)
+    longest, most = max(lengths), served.pooling.most
     if most is not None and longest > most:
         too_long = f"a text of {longest} tokens is more than the {most} that the model reads: shorten or cut it"
         raise ApiError(400, too_long, code="context_length_exceeded")
@@ -124,8 +128,7 @@ async def _read(
     def take(numbers: Sequence[int], states: Sequence[torch.Tensor]) -> None:
         rows.update(zip(numbers, pool(states), strict=True))
 
-    prompt = [token for text in texts for token in text]
-    ask = Ask(prompt, 0, Sampling(seed=0), reading=Reading([*map(len, texts)], keep, take))
+    ask = Ask(prompt, 0, Sampling(seed=0), reading=Reading(lengths, keep, take))
 
     async def run() -> None:
         async with aclosing(served.running(request.state.client, [ask], f"read-{secrets.token_hex(12)}")) as events:
@@ -133,4 +136,4 @@ async def _read(
                 pass
 
     await unless_gone(request, run())
-    return torch.stack([rows[number] for number in range(len(texts))]), len(prompt)
+    return torch.stack([rows[number] for number in range(len(lengths))]), len(prompt)

@@ -116,6 +116,7 @@ class TextConfig(Sent):
     verbosity: Literal["medium"] | None = None
 
 
+Note = Annotated[str, Field(max_length=512)]
 Summary = Literal["auto", "concise", "detailed"]  # Has no effect: reasoning comes as it is
 
 
@@ -142,7 +143,7 @@ class ResponseRequest(Sent):
     previous_response_id: str | None = None
     store: bool = True
     stream: bool | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16), BeforeValidator(few), Field(default_factory=dict)]
+    metadata: Annotated[dict[str, Note], Field(max_length=16), BeforeValidator(few), Field(default_factory=dict)]
     # What clients send that changes no answer.
     stream_options: dict[Literal["include_obfuscation"], Literal[False]] | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
@@ -290,7 +291,7 @@ def router(gateway: Gateway) -> APIRouter:
 API = replace(openai.API, paths=("/v1/responses",), router=router)
 
 _ECHOED = {"instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "previous_response_id", "reasoning"}
-_ECHOED |= {"store", "temperature", "text", "tool_choice", "tools", "top_p", "truncation", "user"}
+_ECHOED |= {"store", "temperature", "text", "tool_choice", "tools", "top_p", "truncation"}
 
 
 Told = Iterator[dict[str, Any]]

@@ -162,6 +162,7 @@ def test_items_as_templates_expect_them() -> None:
         {"include": ["message.output_text.logprobs"]},
         {"conversation": "x"},
         {"metadata": dict.fromkeys(map(str, range(17)), "")},
+        {"metadata": {"a": "x" * 513}},
     ],
 )
 def test_what_is_refused(wrong: dict[str, Any]) -> None:
