@@ -651,7 +651,7 @@ SERVE = [
     ),
     Fault(
         "all answers to a prompt are the same",
-        "splitnet/serve/sampling.py",
+        "splitnet/serve/answers/sampling.py",
         "np.array([self._sampling.seed, row], np.uint64)",
         "np.array([self._sampling.seed, 0], np.uint64)",
         (
@@ -661,7 +661,7 @@ SERVE = [
     ),
     Fault(
         "the penalty for presence counts each time",
-        "splitnet/serve/sampling.py",
+        "splitnet/serve/answers/sampling.py",
         "self._sampling.presence_penalty * (counts > 0)",
         "self._sampling.presence_penalty * counts",
         (
@@ -671,14 +671,14 @@ SERVE = [
     ),
     Fault(
         "the first character of a stop string is told",
-        "splitnet/serve/text.py",
+        "splitnet/serve/answers/text.py",
         "range(min(len(text), longest), 0, -1)",
         "range(min(len(text), longest), 1, -1)",
         ("tests/unit/serve/test_text.py",),
     ),
     Fault(
         "half a character is told",
-        "splitnet/serve/text.py",
+        "splitnet/serve/answers/text.py",
         "if not text or text.endswith(INCOMPLETE):",
         "if not text:",
         ("tests/unit/serve/test_text.py",),

@@ -11,13 +11,13 @@ from typing import Any, Literal
 from starlette.requests import Request
 from starlette.responses import Response
 
+from splitnet.serve.answers.forms import PLAIN, Forms
+from splitnet.serve.answers.grammars import Bounds, Function
+from splitnet.serve.answers.parser import AnswerParser, Said, ToolCall
+from splitnet.serve.answers.sampling import Sampling, ScoredToken
 from splitnet.serve.failures import ApiError
-from splitnet.serve.forms import PLAIN, Forms
 from splitnet.serve.generation import Ask, Ended, Finish, Numbered, Piece, ScoredPrompt
-from splitnet.serve.grammars import Bounds, Function
 from splitnet.serve.responses import Answer, ServedModel
-from splitnet.serve.sampling import Sampling, ScoredToken
-from splitnet.serve.text import AnswerParser, Said, ToolCall
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ from splitnet.errors import PeerBusy, SessionClosed
 from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.quant.device import end_threads
-from splitnet.serve.grammars import AllowedTokens, Grammar
+from splitnet.serve.answers.grammars import AllowedTokens, Grammar
+from splitnet.serve.answers.sampling import Sampling, ScoredToken, TokenChooser, score_tokens
+from splitnet.serve.answers.text import Detokenizer, StopStrings
 from splitnet.serve.progress import Progress, ProgressLog, routes_of
-from splitnet.serve.sampling import Sampling, ScoredToken, TokenChooser, score_tokens
 from splitnet.serve.session_cache import KeepLimits, SessionCache
-from splitnet.serve.text import Detokenizer, StopStrings
 
 Finish = Literal["stop", "length"]
 

@@ -14,8 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from splitnet.checkpoint.chat_template import begin, render, variables_of
-from splitnet.serve.failures import ApiError
-from splitnet.serve.forms import (
+from splitnet.serve.answers.forms import (
     FORMS,
     PLAIN,
     PROBE,
@@ -28,7 +27,8 @@ from splitnet.serve.forms import (
     reasoning_of,
     with_ids,
 )
-from splitnet.serve.text import INCOMPLETE
+from splitnet.serve.answers.text import INCOMPLETE
+from splitnet.serve.failures import ApiError
 
 KEPT_TEXTS = 2**16  # Of tokens: requests can ask for those of 20 beside each token
 

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from starlette.requests import Request
 
+from splitnet.serve.answers.sampling import Sampling
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ask, Reading
 from splitnet.serve.responses import ServedModel, unless_gone
-from splitnet.serve.sampling import Sampling
 
 CONTEXT = -1  # Of `truncate`: as many tokens as the model reads
 MOST_TOKENS = 2**21  # Of all texts of a request

@@ -17,14 +17,14 @@ from starlette.types import Receive, Scope, Send
 
 from splitnet.limits import FairAccount
 from splitnet.serve.admission import ANYONE, Admission, Client
+from splitnet.serve.answers.grammars import Grammars
+from splitnet.serve.answers.sampling import SamplingDefaults
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import Preparing
 from splitnet.serve.generation import Ask, Ended, Event, Generations, Numbered, Piece, ScoredPrompt
-from splitnet.serve.grammars import Grammars
 from splitnet.serve.metrics import GatewayMetrics
 from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
-from splitnet.serve.sampling import SamplingDefaults
 
 UNREAD = ApiError(429, "too much of this answer was not read: read faster")
 UNREAD_BYTES = 64 * 2**20  # of streams, whose clients read more slowly than the model answers

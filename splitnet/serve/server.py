@@ -32,18 +32,18 @@ from splitnet.hf.causal_lm import attached
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
 from splitnet.serve.admission import Admission
+from splitnet.serve.answers.grammars import Grammars
+from splitnet.serve.answers.sampling import choose_defaults
 from splitnet.serve.apis import anthropic, embeddings, ollama, openai, openai_responses, tokens
 from splitnet.serve.dashboard import HEADERS, Dashboard, dashboard_router
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, Connection, Gate, api_of
 from splitnet.serve.gateway import KEPT_MODELS, Gateway, Offer
 from splitnet.serve.generation import Generations
-from splitnet.serve.grammars import Grammars
 from splitnet.serve.metrics import instrument
 from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import ServedModel
-from splitnet.serve.sampling import choose_defaults
 from splitnet.serve.session_cache import KeepLimits
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm

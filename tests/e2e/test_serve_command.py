@@ -18,7 +18,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import DirectoryError
-from splitnet.serve.sampling import Sampling, TokenChooser
+from splitnet.serve.answers.sampling import Sampling, TokenChooser
 from splitnet.serve.server import ServeOptions, Way, serve
 from splitnet.serve.session_cache import KeepLimits
 from splitnet.session.options import ConnectionOptions

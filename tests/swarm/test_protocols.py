@@ -27,10 +27,10 @@ from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.security.identity import KeyOptions
 from splitnet.serve import responses
 from splitnet.serve.admission import Admission
+from splitnet.serve.answers.grammars import Grammars
 from splitnet.serve.gate import ApiKeys
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Generations
-from splitnet.serve.grammars import Grammars
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.server import make_app

@@ -29,15 +29,15 @@ from splitnet.logs import JsonFormatter
 from splitnet.security.identity import KeyOptions
 from splitnet.serve import generation
 from splitnet.serve.admission import Admission
+from splitnet.serve.answers.grammars import Grammars
+from splitnet.serve.answers.sampling import SamplingDefaults
 from splitnet.serve.apis.openai_requests import ChatRequest
 from splitnet.serve.gate import ApiKeys
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Generations
-from splitnet.serve.grammars import Grammars
 from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import ServedModel
-from splitnet.serve.sampling import SamplingDefaults
 from splitnet.serve.server import make_app
 from splitnet.serve.session_cache import KeepLimits
 from tests.e2e.small_model import small_model

@@ -12,16 +12,16 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from splitnet.serve.answers.grammars import Bounds
+from splitnet.serve.answers.parser import ToolCall
+from splitnet.serve.answers.sampling import ScoredToken
 from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest, SamplingRequest
 from splitnet.serve.chat import Delta, answer_chat, sampling_of
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import Api, ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ask, Ended, Numbered, Piece, ScoredPrompt
-from splitnet.serve.grammars import Bounds
 from splitnet.serve.responses import EVENTS, KEEP_ALIVE, framed
-from splitnet.serve.sampling import ScoredToken
-from splitnet.serve.text import ToolCall
 from splitnet.version import __version__
 
 DONE = "data: [DONE]\n\n"  # The last event of a stream

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from splitnet.serve.answers.parser import ToolCall
 from splitnet.serve.apis.anthropic import Answer, MessagesRequest, error_body
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ended
 from splitnet.serve.responses import told
-from splitnet.serve.text import ToolCall
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"name": "f", "input_schema": {"type": "object"}}

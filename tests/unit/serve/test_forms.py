@@ -18,11 +18,21 @@ from tokenizers import AddedToken
 
 import splitnet
 from splitnet.checkpoint.chat_template import render
+from splitnet.serve.answers.forms import (
+    FORMS,
+    REASONING,
+    Form,
+    Forms,
+    Reasoning,
+    form_in,
+    form_of_marks,
+    probe,
+    with_ids,
+)
+from splitnet.serve.answers.forms import PROBE_TOOL as TOOL
+from splitnet.serve.answers.grammars import AllowedTokens, Bounds, Grammars
+from splitnet.serve.answers.parser import AnswerParser, Said
 from splitnet.serve.apis.openai_requests import FunctionDefinition
-from splitnet.serve.forms import FORMS, REASONING, Form, Forms, Reasoning, form_in, form_of_marks, probe, with_ids
-from splitnet.serve.forms import PROBE_TOOL as TOOL
-from splitnet.serve.grammars import AllowedTokens, Bounds, Grammars
-from splitnet.serve.text import AnswerParser, Said
 
 WEATHER = {
     "type": "object",

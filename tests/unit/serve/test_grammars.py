@@ -11,12 +11,12 @@ import torch
 from tokenizers import AddedToken
 
 import splitnet
+from splitnet.serve.answers.forms import FORMS
+from splitnet.serve.answers.grammars import AllowedTokens, Bounds, Grammar, Grammars
+from splitnet.serve.answers.sampling import Sampling, TokenChooser
 from splitnet.serve.apis.openai_requests import FunctionDefinition
 from splitnet.serve.failures import ApiError
-from splitnet.serve.forms import FORMS
-from splitnet.serve.grammars import AllowedTokens, Bounds, Grammar, Grammars
 from splitnet.serve.prompts import Prompts
-from splitnet.serve.sampling import Sampling, TokenChooser
 
 HERMES = FORMS["hermes"]
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from splitnet.serve.answers.parser import ToolCall
 from splitnet.serve.apis.ollama import Answer, ChatRequest, GenerateRequest
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ended
 from splitnet.serve.responses import told
-from splitnet.serve.text import ToolCall
 
 
 def chat(*messages: dict[str, Any], **more: Any) -> ChatRequest:

@@ -12,13 +12,13 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter, ValidationError
 
 from splitnet.errors import PeerLost
+from splitnet.serve.answers.parser import ToolCall
 from splitnet.serve.apis import openai_responses
 from splitnet.serve.apis.openai_responses import Answer, KeptResponses, ResponseRequest, for_template
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ended
 from splitnet.serve.responses import told as streamed_by
-from splitnet.serve.text import ToolCall
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 PARIS = ToolCall("weather", '{"city": "Paris"}', "call_1")

@@ -33,10 +33,10 @@ from splitnet.errors import (
 from splitnet.limits import FairAccount, Holding
 from splitnet.security.identity import KeyOptions
 from splitnet.serve.admission import Admission, Client, Overloaded, QuotaUsed
+from splitnet.serve.answers.forms import PROBE, probe
 from splitnet.serve.apis.openai import API, error_body
 from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest
 from splitnet.serve.failures import ApiError, failure_of
-from splitnet.serve.forms import PROBE, probe
 from splitnet.serve.gate import Api, ApiKeys, Gate
 from splitnet.serve.prompts import Prompts
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from splitnet.serve.sampling import Sampling, SamplingDefaults, TokenChooser, choose_defaults, score_tokens
+from splitnet.serve.answers.sampling import Sampling, SamplingDefaults, TokenChooser, choose_defaults, score_tokens
 
 LOGITS = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])
 

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from splitnet.serve.answers.forms import FORMS, Forms
+from splitnet.serve.answers.parser import AnswerParser
+from splitnet.serve.answers.sampling import ScoredToken
+from splitnet.serve.answers.text import Detokenizer, StopStrings
 from splitnet.serve.apis.openai import DONE
-from splitnet.serve.forms import FORMS, Forms
 from splitnet.serve.generation import Choice
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import framed
-from splitnet.serve.sampling import ScoredToken
-from splitnet.serve.text import AnswerParser, Detokenizer, StopStrings
 
 WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 CLOCK = '<tool_call>{"name": "clock"}</tool_call>'

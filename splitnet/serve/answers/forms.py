@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from splitnet.serve.calls import Gemma, JsonCalls, NamedJson, NoCall, Python, Syntax, Tagged
+from splitnet.serve.answers.calls import Gemma, JsonCalls, NamedJson, NoCall, Python, Syntax, Tagged
 
 
 @dataclass(frozen=True)

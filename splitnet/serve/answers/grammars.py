@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from splitnet.drafts.drafter import shared
-from splitnet.serve.calls import Rules
+from splitnet.serve.answers.calls import Rules
+from splitnet.serve.answers.forms import FORMS, PLAIN, Form, Forms
 from splitnet.serve.failures import ApiError
-from splitnet.serve.forms import FORMS, PLAIN, Form, Forms
 
 
 @dataclass(frozen=True)

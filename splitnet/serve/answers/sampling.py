@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from splitnet.serve.grammars import AllowedTokens
+from splitnet.serve.answers.grammars import AllowedTokens
 
 GREEDY_BELOW = 1e-3  # Temperatures below that always take the likeliest token
 
