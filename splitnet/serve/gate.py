@@ -237,7 +237,7 @@ REQUEST_ID_HEADERS = (
     b"x-request-id",
     b"request-id",
 )  # Of answers: clients of OpenAI read the first, Anthropic's the other
-WITHOUT_VERSION = ("/chat/completions", "/completions", "/models", "/embeddings", "/responses", "/messages")
+WITHOUT_VERSION = ("/chat/completions", "/completions", "/models", "/embeddings", "/responses", "/messages", "/rerank")
 """Paths that stand for those of `/v1`: some programs take the address of the server alone."""
 PROTECTED = ("/dashboard/", "/metrics")  # Paths that need a key begin with one of these, or are those of a protocol
 

@@ -932,7 +932,7 @@ def test_neither_prompts_nor_tokens_nor_keys_are_logged(
 
 GENERATING = ["POST /v1/chat/completions", "POST /v1/completions", "POST /v1/messages", "POST /v1/responses"]
 GENERATING += ["POST /api/chat", "POST /api/generate"]
-READING = ["POST /rerank", "POST /v1/embeddings", "POST /v1/rerank", "POST /v2/rerank"]
+READING = ["POST /v1/embeddings", "POST /v1/rerank", "POST /v2/rerank"]
 READING += ["POST /v1/messages/count_tokens", "POST /api/embed", "POST /api/embeddings"]
 READING += ["GET /api/ps", "GET /api/tags", "GET /api/version", "POST /api/show"]
 READING += ["POST /tokenize", "POST /detokenize", "GET /props", "GET /version"]

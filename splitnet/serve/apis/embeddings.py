@@ -83,7 +83,6 @@ def router(gateway: Gateway) -> APIRouter:
         entries = ({"object": "embedding", "index": index, "embedding": row} for index, row in rows)
         return Response(await served.preparing.run(vectors.nbytes, written, told, "data", entries), media_type=JSON)
 
-    @paths.post("/rerank", response_model=None)
     @paths.post("/v1/rerank", response_model=None)
     @paths.post("/v2/rerank", response_model=None)
     async def ranked(body: RerankRequest, request: Request) -> dict[str, Any]:
@@ -108,7 +107,7 @@ def router(gateway: Gateway) -> APIRouter:
     return paths
 
 
-API = replace(openai.API, paths=("/v1/embeddings", "/rerank", "/v1/rerank", "/v2/rerank"), router=router)
+API = replace(openai.API, paths=("/v1/embeddings", "/v1/rerank", "/v2/rerank"), router=router)
 
 
 def _base64(row: torch.Tensor) -> str:
