@@ -223,6 +223,21 @@ def test_a_template_that_shows_no_calls_tells_the_form_by_its_marks(name: str) -
     assert form_of_marks((), "no marks") is None
 
 
+def test_the_documents_name_the_forms_of_the_whole_catalogue() -> None:
+    root = Path(__file__).parents[3]
+    rows = [
+        row.split(" | ")
+        for row in (root / "docs" / "serve.md").read_text(encoding="utf-8").splitlines()
+        if "| read |" in row
+    ]
+    assert {name for row in rows for name in row[0].strip("| ").split(", ")} == set(FORMS)
+    named = [name for row in rows for name in row[2].split(", ") if not row[2].startswith("(")]
+    models = (root / "docs" / "models.md").read_text(encoding="utf-8")
+    listed = models[models.index("| models | family |") : models.index("## Families")]
+    catalogue = [name for row in listed.splitlines()[2:] if row for name in row.split(" | ")[0].strip("| ").split(", ")]
+    assert sorted(named) == sorted(catalogue) and len(named) == 49
+
+
 def test_a_history_is_told_as_templates_take_it() -> None:
     def told(form: str, id: str) -> tuple[str, str]:
         call = {"id": id, "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
