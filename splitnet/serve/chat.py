@@ -136,8 +136,12 @@ async def answer_chat(
     forms, begun = (PLAIN, "") if chat.is_text else (prompts.forms, prompts.begun(prompt))
     bounds, grammar = _bounds_of(chat), None
     if bounds is not None:
-        thinks = forms.reasoning is not None and begun == forms.reasoning.opening
-        grammar = await served.preparing.run(size, lambda: served.grammars.of_answer(bounds, forms, thinks=thinks))
+        reasoning = forms.reasoning
+        thinks = reasoning is not None and begun == reasoning.opening
+        # Where the prompt has no thought in it already, a model may think before what it is bound to.
+        thinks_no_more = reasoning is not None and prompts.ends_with(prompt, reasoning.closing)
+        bound = replace(forms, reasoning=None) if thinks_no_more else forms
+        grammar = await served.preparing.run(size, lambda: served.grammars.of_answer(bounds, bound, thinks=thinks))
     ask = Ask(
         prompt=prompt,
         max_tokens=prompts.room_for(prompt, chat.max_tokens, fits=chat.fits),

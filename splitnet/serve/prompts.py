@@ -98,10 +98,13 @@ class Prompts:
 
     def begun(self, prompt: Sequence[int]) -> str:
         """The marks of an answer that a prompt ends with."""
-        end, forms = self.decode_all(list(prompt[-LAST_TOKENS:])).rstrip(), self.forms
+        forms = self.forms
         noise = forms.calls.noise if forms.calls is not None else ()
         marks = [*noise, *([forms.reasoning.opening] if forms.reasoning is not None else ())]
-        return next((mark for mark in marks if end.endswith(mark.rstrip())), "")
+        return next((mark for mark in marks if self.ends_with(prompt, mark)), "")
+
+    def ends_with(self, prompt: Sequence[int], mark: str) -> bool:
+        return self.decode_all(list(prompt[-LAST_TOKENS:])).rstrip().endswith(mark.rstrip())
 
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer."""

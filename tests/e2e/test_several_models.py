@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
@@ -65,7 +66,7 @@ def test_each_model_and_its_adapter_answers_as_in_one_piece(
     ids = tokenizer("Bees fly", return_tensors="pt").input_ids
     wanted: dict[str, str] = {}
     for name in ("alpha", "beta", "alpha:tuned"):
-        whole = AutoModelForCausalLM.from_pretrained(folders[name.partition(":")[0]], dtype=torch.float32)
+        whole: Any = AutoModelForCausalLM.from_pretrained(folders[name.partition(":")[0]], dtype=torch.float32)
         if ":" in name:
             whole.load_adapter(str(folders["adapter"]))
         answer = whole.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -57,23 +57,36 @@ class Rules:
         return first
 
 
+def _all(schema: Schema, name: str) -> list[Any]:
+    """The items of a list in a schema, which nobody has checked; none, if it is no list."""
+    given = schema.get(name)
+    return given if isinstance(given, list) else []
+
+
+def choices_of(schema: Schema) -> list[Any]:
+    """The values that a schema names; none: it names no values."""
+    return [schema["const"]] if "const" in schema else _all(schema, "enum")
+
+
+def either_of(schema: Schema) -> list[Schema]:
+    return [each for each in _all(schema, "anyOf") + _all(schema, "oneOf") if isinstance(each, Mapping)]
+
+
 def kinds_of(schema: Schema) -> set[str]:
     """The JSON types that a schema names; none: it may be any."""
     given = schema.get("type")
-    kinds: set[str] = {given} if isinstance(given, str) else set(given or ())
-    for choice in [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]:
-        kinds |= kinds_of(choice) if isinstance(choice, Mapping) else set()
-    for value in schema.get("enum") or ([schema["const"]] if "const" in schema else []):
-        kinds.add("string" if isinstance(value, str) else "other")
-    return kinds
+    kinds = {each for each in ([given] if isinstance(given, str) else _all(schema, "type")) if isinstance(each, str)}
+    for choice in either_of(schema):
+        kinds |= kinds_of(choice)
+    return kinds | {"string" if isinstance(value, str) else "other" for value in choices_of(schema)}
 
 
 def properties_of(schema: Schema) -> list[tuple[str, Schema, bool]]:
     """Names, schemas and whether they are required; each schema stands alone, with what it refers to."""
-    required = schema.get("required") or ()
+    required, given = _all(schema, "required"), schema.get("properties")
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-    given = (schema.get("properties") or {}).items()
-    return [(name, {**shared, **each} if isinstance(each, Mapping) else {}, name in required) for name, each in given]
+    named = given.items() if isinstance(given, Mapping) else ()
+    return [(name, {**shared, **each} if isinstance(each, Mapping) else {}, name in required) for name, each in named]
 
 
 def is_text(schema: Schema) -> bool:
@@ -246,7 +259,7 @@ class Tagged:
             else:
                 item = f"{begins} {rules.json(each)} {literal(self.after_value)}"
             items.append((rules.add(item), required))
-        if not schema.get("properties"):
+        if not items:
             names = f"{literal(self.before_key)} /[a-zA-Z0-9_-]+/ {literal(self.after_key)}"
             items.append((rules.add(f"({names} {rules.text_until(self.after_value)})*"), True))
         begins = literal(self.before_name + name + self.after_name)
@@ -265,7 +278,7 @@ def _typed(value: str, schema: Schema | None, is_string: bool | None) -> Any:
 
 def _raw_text(rules: Rules, schema: Schema, end: str) -> str:
     """A string that is written as it is, and `end` behind it."""
-    choices = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+    choices = choices_of(schema)
     if choices:
         texts = (each if isinstance(each, str) else _dumped(each) for each in choices)
         return f"({' | '.join(map(rules.literal, texts))}) {rules.literal(end)}"
@@ -381,10 +394,9 @@ class Gemma:
                 rules.lines[at] = f"{name}: {self._bound(rules, _found(root, reference), root, known)}"
             return known[reference]
         literal, kinds = rules.literal, kinds_of(schema)
-        choices = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
-        if choices:
+        if choices := choices_of(schema):
             return f"({' | '.join(literal(self._value(each)) for each in choices)})"
-        if several := schema.get("anyOf") or schema.get("oneOf"):
+        if several := either_of(schema):
             return f"({' | '.join(self._bound(rules, each, root, known) for each in several)})"
         if len(kinds) > 1:
             return (
@@ -393,9 +405,10 @@ class Gemma:
         if kinds == {"string"}:
             return f"{literal(QUOTE)} {_raw_text(rules, schema, QUOTE)}"
         if kinds == {"array"}:
-            item = rules.add(self._bound(rules, schema.get("items") or {}, root, known))
+            of_item = schema.get("items")
+            item = rules.add(self._bound(rules, of_item if isinstance(of_item, Mapping) else {}, root, known))
             return f'"[" ({item} ("," {item})*)? "]"'
-        if kinds == {"object"} and schema.get("properties"):
+        if kinds == {"object"} and properties_of(schema):
             items = [
                 (rules.add(f"{literal(key + ':')} {self._bound(rules, each, root, known)}"), required)
                 for key, each, required in properties_of(schema)
@@ -421,8 +434,4 @@ def _found(root: Schema, reference: str) -> Schema:
     place: Any = root
     for part in reference.removeprefix("#").strip("/").split("/") if reference not in ("#", "#/") else ():
         place = place.get(part.replace("~1", "/").replace("~0", "~"), {}) if isinstance(place, Mapping) else {}
-    return place
-
-
-def alternatives(rules: Rules, expressions: Iterable[str]) -> str:
-    return f"({' | '.join(rules.add(expression) for expression in expressions)})"
+    return place if isinstance(place, Mapping) else {}

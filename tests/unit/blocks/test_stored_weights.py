@@ -73,6 +73,9 @@ class CodedStore:
     def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
         return {name: _facts(self.tensors[name]) for name in names}
 
+    def find(self, file: str) -> Path | None:
+        return None
+
     def load_tensors(
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
     ) -> AbstractContextManager[dict[str, Any]]:

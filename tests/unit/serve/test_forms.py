@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from splitnet.serve.answers.forms import PROBE_TOOL as TOOL
 from splitnet.serve.answers.grammars import AllowedTokens, Bounds, Grammars
 from splitnet.serve.answers.parser import AnswerParser, Said
 from splitnet.serve.apis.openai_requests import FunctionDefinition
+from splitnet.serve.failures import ApiError
 
 WEATHER = {
     "type": "object",
@@ -334,6 +336,30 @@ def test_required_calls_are_bound_in_the_form_of_the_model(name: str, bound: Bou
     for call in BAD:
         assert not is_kept_to(required, Forms(form), bound, form.write([call])), call
     assert not is_kept_to(required, Forms(form), bound, "Hello")
+
+
+WORDS = ["type", "properties", "required", "enum", "const", "anyOf", "oneOf", "items", "$ref", "$defs", "a", "city"]
+WORDS += ["pattern", "minLength", "maxLength"]
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 3)
+    | st.sampled_from(["string", "object", "array", "#/$defs/a", "a", "^["]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@settings(max_examples=60, deadline=None)
+@given(schema=st.dictionaries(st.sampled_from(WORDS), JSON, max_size=5))
+def test_whatever_a_schema_is_it_is_kept_to_or_refused(name: str, bound: Bound, schema: dict[str, Any]) -> None:
+    form = FORMS[name]
+    function = FunctionDefinition(name="weather", parameters=schema)
+    with suppress(ApiError):
+        bound[1].of_answer(Bounds([function], required=True), Forms(form))
+    answer = read([form.write(CALLS[:1])], Forms(form), schemas={"weather": schema})
+    assert [call.name for call in answer.calls] == ["weather"]
 
 
 @pytest.mark.parametrize("name", FORMS)
