@@ -221,6 +221,8 @@ def _answer(progress: Progress, now: float) -> dict[str, Any]:
         "id": progress.answer,
         "ended": progress.ended is not None,
         "began_s": now - progress.began,
+        "prompt": progress.prompt,
+        "read": progress.read(),
         "first_token_s": None if first is None else first - progress.began,
         "tokens": progress.tokens,
         "tokens_per_s": (progress.tokens - 1) / seconds if seconds > 0 else None,

@@ -173,7 +173,7 @@ class Generations:
 
     def start(self, ask: Ask, listener: Listener, answer: str = "") -> Generation:
         """Begins a part of an answer; `listener` is called from another thread, at last with `Ended` or an error."""
-        generation = Generation(self, ask, listener, self.progress.begin(answer))
+        generation = Generation(self, ask, listener, self.progress.begin(answer, len(ask.prompt)))
         self._running.add(generation)
         self._threads.submit(generation.run).add_done_callback(lambda _: self._running.discard(generation))
         if self._ending:
@@ -246,6 +246,7 @@ class Generation:
             prompt = torch.tensor([ask.prompt])
             # The model must see one token at least, to tell what comes after it.
             cached = min(shared, len(ask.prompt) - 1, self._own.model.fitting(cache, len(ask.prompt)))
+            self._progress.cached = cached
             cache.remote.crop(cached - cache.remote.columns)
             cache.remote.reserve(len(ask.prompt) + min(ask.max_tokens, RESERVED_ANSWER))
             if ask.score_prompt:
@@ -266,7 +267,8 @@ class Generation:
 
     def _take(self, cache: RemoteCache) -> Callable[[], None]:
         """Uses a cache until `_let_go`; what it returns notes the news of its session."""
-        self._progress.follow(lambda: routes_of(self._own.model.swarm, cache.session))
+        before = _passed(cache)
+        self._progress.follow(lambda: routes_of(self._own.model.swarm, cache.session), lambda: _passed(cache) - before)
         with self._lock:
             self._cache = cache
             if self._cancelled:
@@ -383,6 +385,10 @@ class Generation:
             self._own.kept.keep(self._ask.owner, held, cache.remote.reserved, cache)
         else:
             cache.close()
+
+
+def _passed(cache: RemoteCache) -> int:
+    return cache.session.passed if cache.session is not None else 0
 
 
 def similar(lengths: Sequence[int], most: int) -> list[list[int]]:

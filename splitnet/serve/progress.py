@@ -82,17 +82,28 @@ class Progress:
 
     answer: str
     began: float
+    prompt: int = 0  # positions
+    cached: int = 0  # of them, that peers had read for another answer
     tokens: int = 0
     first_token: float | None = None
     ended: float | None = None
     _routes: Callable[[], Routes] | None = field(default=None, repr=False)
+    _passed: Callable[[], int] | None = field(default=None, repr=False)
     _last_routes: Routes = ()
 
-    def follow(self, routes: Callable[[], Routes] | None) -> None:
-        """From now on `routes` tells through which peers it goes; None: they will be those of others, and stay."""
+    def follow(self, routes: Callable[[], Routes] | None, passed: Callable[[], int] | None = None) -> None:
+        """From now on `routes` tells through which peers it goes, and `passed` how many of its positions have gone
+        through them; None: they will be those of others, and the routes stay."""
         if routes is None:
             self._last_routes = self.routes()
-        self._routes = routes
+        self._routes, self._passed = routes, passed
+
+    def read(self) -> int:
+        """How many positions of the prompt have gone through all blocks."""
+        if self.first_token is not None:
+            return self.prompt
+        passed = self._passed
+        return min(self.prompt, self.cached + passed()) if passed is not None else 0
 
     def routes(self) -> Routes:
         routes = self._routes
@@ -110,8 +121,8 @@ class ProgressLog:
         self._second = int(clock())
         self._lock = threading.Lock()
 
-    def begin(self, answer: str) -> Progress:
-        progress = Progress(answer, self.clock())
+    def begin(self, answer: str, prompt: int = 0) -> Progress:
+        progress = Progress(answer, self.clock(), prompt)
         with self._lock:
             self._running.append(progress)
         return progress

@@ -108,7 +108,9 @@ class ServedModel:
             raise
         chunks, evicted = told(answer, resumed), partial(answer.failed, UNREAD)
         client: Client = request.state.client
-        return EventStream(chunks, resumed, self.unread, client, evicted, answer.alive, answer.media_type)
+        reply = EventStream(chunks, resumed, self.unread, client, evicted, answer.alive, answer.media_type)
+        reply.headers["X-Answer-Id"] = answer.id  # also before the first event, for the dashboard
+        return reply
 
     async def _events(self, client: Client, asks: Sequence[Ask], answer: str) -> AsyncGenerator[Numbered]:
         """Runs the prompts of a request in one place, one after the other, until this is closed."""

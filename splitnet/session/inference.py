@@ -85,6 +85,7 @@ class Session(SessionDriver):
             progress_timeout_s=progress_timeout_s,
         )
         self._asked_at = 0.0
+        self.passed = 0  # positions whose outputs were awaited and have come
 
     @property
     def timings(self) -> tuple[Timing, ...]:
@@ -187,6 +188,7 @@ class Session(SessionDriver):
                 self._wait_for([request])
                 output = self._decoded(request)
             outputs.append(output)
+            self.passed += request.message.positions
             if not request.decodes:
                 self.count_energy([request.result])
         if len(sent.requests) == 1 and sent.requests[0].decodes and len(self.recoveries) == sent.repairs:

@@ -209,6 +209,11 @@ class MixedSession:
         steps, joules = sum(each.steps for each in moved), sum(each.joules for each in moved)
         return Traffic(steps, self._positions, sent, received, joules)
 
+    @property
+    def passed(self) -> int:
+        """As of a `Session`, of the last route; 0: all blocks are here."""
+        return self.sessions[-1].passed if self.sessions else 0
+
     def links(self) -> list[LinkUse]:
         return [link for session in self.sessions for link in session.links()]
 

@@ -18,6 +18,7 @@ from splitnet.directory.dht import Directory
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve.admission import ANYONE, Admission
 from splitnet.serve.dashboard import Dashboard
+from splitnet.session.inference import Session
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.swarm.test_serve import GREEDY, MODEL, TEMPLATE, Server, until
@@ -77,6 +78,7 @@ def test_a_snapshot_tells_of_the_peers_and_of_answers_with_their_routes(server: 
         ]
         (answer,) = snapshot["answers"]
         assert (answer["id"], answer["ended"], answer["tokens"]) == (reply["id"], True, 6)
+        assert answer["prompt"] == answer["read"] == reply["usage"]["prompt_tokens"]
         (route,) = answer["routes"]
         assert [hop["peer"] for hop in route["hops"]] == [peer["key"] for peer in peers]
         assert [link["codec"] for link in route["links"]] == ["none"] * 3
@@ -100,6 +102,41 @@ def test_peers_are_shown_for_as_long_as_the_swarm_knows_them(
         assert snapshot["holes"] == []
 
     asyncio.run(does())
+
+
+@pytest.mark.parametrize("local_blocks", [None, "2:4"])
+def test_it_is_told_how_far_a_prompt_is_read(
+    swarm: LocalSwarm, local_blocks: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a second turn as well, of which the peers hold the beginning. A stream has the id of its answer from the
+    beginning."""
+    model = swarm.model(local_blocks=local_blocks)
+    server = Server(model, AutoTokenizer.from_pretrained(swarm.folder), keys=[KEY])
+    read: list[int] = []
+    decoded = Session._decoded
+
+    def noted(self: Session, request: Any) -> Any:
+        read.append(server.generations.progress.answers()[-1].read())
+        return decoded(self, request)
+
+    monkeypatch.setattr(Session, "_decoded", noted)
+    monkeypatch.setattr(Session, "step_positions", lambda *_: 8)
+
+    async def does() -> None:
+        async with server.running():
+            server.http.headers["Authorization"] = f"Bearer {KEY}"
+            body = GREEDY | {"prompt": list(range(100, 140)), "max_tokens": 2, "stream": True}
+            reply = await server.http.post("/v1/completions", json=body)
+            (answer,) = server.generations.progress.answers()
+            assert reply.headers["x-answer-id"] == answer.answer and answer.answer in reply.text
+            first = sorted(set(read))
+            assert first == [0, 8, 16, 24, 32, 40] and read == sorted(read)
+            read.clear()
+            await server.complete(prompt=list(range(100, 160)), max_tokens=2)
+            assert sorted(set(read)) == [40, 48, 56, 60] and read == sorted(read)
+
+    asyncio.run(does())
+    server.generations.close()
 
 
 def test_requests_that_run_and_wait_are_counted(server: Server) -> None:

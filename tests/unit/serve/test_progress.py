@@ -42,6 +42,20 @@ def test_an_answer_keeps_the_route_that_it_had_at_last() -> None:
     assert answer.routes() == (ROUTE,) and answer.ended == 3.0 and log.answers() == [answer]
 
 
+def test_the_positions_of_the_prompt_that_are_read_are_told() -> None:
+    log = ProgressLog()
+    answer = log.begin("answer", 100)
+    assert answer.read() == 0
+    answer.cached = 40
+    passed = iter([0, 32, 60, 70])  # with several choices more positions than those of the prompt
+    answer.follow(lambda: (), lambda: next(passed))
+    assert [answer.read() for _ in range(4)] == [40, 72, 100, 100]
+    answer.follow(None)
+    assert answer.read() == 0
+    log.token(answer)
+    assert answer.read() == 100
+
+
 def test_the_last_answers_are_kept() -> None:
     log = ProgressLog()
     running = log.begin("running")
