@@ -6,7 +6,6 @@ Every test fails if the page logs an error or asks anybody but its server. Scree
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,30 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
+from tests.browser import NEEDED, browsing, photograph
 from tests.e2e.daemons import Daemon, background, daemons
 from tests.e2e.test_serve_command import KEY, ready
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-OPTIONS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-SCREENSHOTS = Path(__file__).resolve().parents[2] / "test-output"
 SPANS = [(0, 15), (15, 30), (15, 30)]
-PATIENCE_MS = 20_000
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.full,
     pytest.mark.timeout(240),
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium"),
+    NEEDED,
 ]
 
 
@@ -90,10 +78,6 @@ class Visitor:
         self.page.fill("#question", text)
         self.page.keyboard.press("Enter")
 
-    def photograph(self, name: str) -> None:
-        SCREENSHOTS.mkdir(exist_ok=True)
-        self.page.screenshot(path=SCREENSHOTS / f"dashboard-{name}.png", animations="disabled")
-
 
 Visit = Callable[..., Visitor]
 
@@ -101,25 +85,9 @@ Visit = Callable[..., Visitor]
 @pytest.fixture
 def visit(server: str) -> Iterator[Visit]:
     """Makes visitors of the server's page, with a screen of some size and a preference."""
-    assert CHROMIUM is not None
-    wrong: list[str] = []
-    expect.set_options(timeout=PATIENCE_MS)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
-
-        def come(width: int = 1440, height: int = 900, theme: Any = "light") -> Visitor:
-            context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
-            context.set_default_timeout(PATIENCE_MS)
-            page = context.new_page()
-            page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-            page.on("console", lambda told: wrong.append(told.text) if told.type in ("error", "warning") else None)
-            page.on("request", lambda asked: None if asked.url.startswith(server) else wrong.append(asked.url))
-            return Visitor(page, server)
-
-        yield come
-        browser.close()
     # A browser itself tells of replies like this one, which is how the page learns that it needs a key.
-    assert [text for text in wrong if "401 (Unauthorized)" not in text] == []
+    with browsing(server, "401 (Unauthorized)") as new:
+        yield lambda **options: Visitor(new(**options), server)
 
 
 def background_of(page: Page) -> str:
@@ -175,7 +143,7 @@ def test_a_chat_shows_its_route_and_its_speed_and_can_be_stopped(visit: Visit) -
     expect(page.locator("#routes .hop").nth(1)).to_be_visible()
     expect(page.locator("#running")).to_have_text("1")
     expect(page.locator("#map .busy").nth(1)).to_be_visible()
-    visitor.photograph("chat-dark")
+    photograph(page, "chat-dark")
     page.click("#stop")
     expect(second).to_contain_text("stopped")
     expect(page.locator("#running")).to_have_text("0")
@@ -188,11 +156,11 @@ def test_a_phone_and_both_themes(visit: Visit) -> None:
     expect(page.locator("#map .span")).to_have_count(3)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     dark = background_of(page)
-    visitor.photograph("phone-dark")
+    photograph(page, "phone-dark")
     page.click("#theme-button")
     assert page.get_attribute("html", "data-theme") == "light"
     light = background_of(page)
-    visitor.photograph("phone-light")
+    photograph(page, "phone-light")
     page.click("#theme-button")
     page.reload()
     assert page.get_attribute("html", "data-theme") == "dark"
@@ -292,4 +260,4 @@ def test_killed_peers_are_seen_at_once_and_what_they_leave_is_told(visit: Visit,
     expect(page.locator(".hole code")).to_contain_text("--blocks 15:30 --join /ip4/")
     expect(page.locator("#map .hole-band")).to_have_count(1)
     expect(page.locator("#peer-count")).to_have_text("1")
-    visitor.photograph("hole-light")
+    photograph(page, "hole-light")
