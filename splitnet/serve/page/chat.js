@@ -1,120 +1,181 @@
-// The chat: streams answers of the swarm, and tells which way each of them went.
+// The chat: turns of a question and its answer, which stay while the page is open.
 
-import { byId, element } from "./dom.js";
-import { figure, plural, seconds } from "./format.js";
+import { AnswerView, grow, newAnswer, timingText } from "./answer.js";
+import { button, byId, element } from "./dom.js";
 import { askForKey } from "./key.js";
+import { chosenModel, showModels } from "./models.js";
 import { routeLine } from "./routes.js";
 import { documents, RequestError } from "./stream.js";
 
+const STORED = "chat";
 const messages = byId("messages");
 const question = byId("question");
-const said = [];
-let model = "";
+const nothing = messages.firstElementChild;
+const turns = []; // {asked, answer, view, node, id}; id: the server's, until it has told of the answer's end
 let running = null;
-let unrouted = [];
 
-/** Takes in what the server tells of answers: their routes belong to the answers here by id. */
+/** Takes in what the server tells of answers: it belongs to the answers here by their ids. */
 export function showInChat(snapshot) {
-  model = snapshot.model;
-  unrouted = unrouted.filter(({ id, route }) => {
-    const told = snapshot.answers.find((answer) => answer.id === id);
-    if (told?.routes.length) route.replaceChildren(routeLine(told.routes));
-    return !told?.ended;
-  });
-}
-
-async function ask(text) {
-  const began = performance.now();
-  const bubble = element("div", "message answer", element("p", "text"), element("p", "route-of"), element("p", "timing"));
-  const [body, route, timing] = bubble.children;
-  const isAtEnd = () => messages.scrollHeight - messages.scrollTop - messages.clientHeight < 40;
-  const scrollToEnd = () => (messages.scrollTop = messages.scrollHeight);
-  messages.querySelector(".empty")?.remove();
-  messages.append(element("div", "message asked", element("p", "text", text)), bubble);
-  scrollToEnd();
-  said.push({ role: "user", content: text });
-  let answer = "";
-  let first = null;
-  let last = null;
-  let tokens = null;
-  const entry = { id: null, route };
-  running = new AbortController();
-  setRunning(true);
-  bubble.classList.add("growing");
-  timing.textContent = "waiting for the first token";
-  try {
-    // Greedy, as `splitnet chat` is.
-    const request = { model, messages: said, temperature: 0, stream: true, stream_options: { include_usage: true } };
-    const options = {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(request),
-      signal: running.signal,
-    };
-    for await (const chunk of documents("/v1/chat/completions", options)) {
-      if (chunk.error) throw new RequestError(502, chunk.error.message);
-      if (entry.id === null) {
-        entry.id = chunk.id;
-        unrouted.push(entry);
-      }
-      tokens = chunk.usage?.completion_tokens ?? tokens;
-      const piece = chunk.choices[0]?.delta.content;
-      if (!piece) continue;
-      last = performance.now();
-      first ??= last;
-      const follow = isAtEnd();
-      answer += piece;
-      body.append(piece);
-      timing.textContent = `first token after ${seconds((first - began) / 1000)}`;
-      if (follow) scrollToEnd();
-    }
-  } catch (error) {
-    if (error.status === 401) askForKey();
-    const stopped = error.name === "AbortError";
-    bubble.append(element("p", stopped ? "note" : "problem", stopped ? "stopped" : error.message));
-  } finally {
-    running = null;
-    setRunning(false);
-    bubble.classList.remove("growing");
-    timing.textContent = timingText(began, first, last, tokens);
-    if (answer) said.push({ role: "assistant", content: answer });
-    else said.pop();
-    scrollToEnd();
+  showModels(snapshot.model);
+  for (const turn of turns) {
+    const told = turn.id && snapshot.answers.find((answer) => answer.id === turn.id);
+    if (!told) continue;
+    if (told.routes.length) turn.view.route.replaceChildren(routeLine(told.routes));
+    if (told.ended) turn.id = "";
+    else if (told.first_token_s === null) turn.view.showReading(told.read, told.prompt);
   }
 }
 
-function timingText(began, first, last, tokens) {
-  if (first === null) return "";
-  const parts = [`first token after ${seconds((first - began) / 1000)}`];
-  if (tokens > 1) parts.push(`${figure((tokens - 1) / ((last - first) / 1000))} tokens/s`);
-  if (tokens) parts.push(plural(tokens, "token"));
-  return parts.join(" · ");
+/** Adds a turn to the page. */
+function add(asked, answer) {
+  const view = new AnswerView(answer, () => {
+    goBack(turn);
+    ask(asked);
+  });
+  const edit = button("Edit", "your message", () => editTurn(turn));
+  const node = element("article", "message asked", element("p", "text", asked), edit);
+  node.setAttribute("aria-label", "Your message");
+  const turn = { asked, answer, view, node };
+  nothing.remove();
+  messages.append(node, view.node);
+  turns.push(turn);
+  return turn;
 }
 
-function setRunning(runs) {
-  byId("send").hidden = runs;
-  byId("stop").hidden = !runs;
-  byId("new-chat").hidden = runs || !said.length;
-  messages.setAttribute("aria-busy", runs);
+/** Forgets a turn and all after it. */
+function goBack(turn) {
+  running?.abort();
+  for (const gone of turns.splice(turns.indexOf(turn))) for (const each of [gone.node, gone.view.node]) each.remove();
+  if (!turns.length) messages.append(nothing);
+}
+
+async function ask(text) {
+  // A turn without an answer is no part of what the model is told: chat templates want both sides in turns.
+  const said = turns.filter(({ answer }) => answer.text.trim()).flatMap(({ asked, answer }) => [
+    { role: "user", content: asked },
+    { role: "assistant", content: answer.text },
+  ]);
+  const model = chosenModel();
+  const turn = add(text, newAnswer(model));
+  const [{ answer, view }, own, began] = [turn, new AbortController(), performance.now()];
+  let [first, last, tokens, frame] = [null, null, null, 0];
+  const show = () => {
+    const follows = messages.scrollHeight - messages.scrollTop - messages.clientHeight < 40;
+    frame = 0;
+    view.show();
+    if (follows) scrollToEnd();
+  };
+  setRunning(own);
+  view.node.classList.add("growing");
+  view.timing.textContent = "waiting for the first token";
+  scrollToEnd();
+  try {
+    // Greedy, as `splitnet chat` is.
+    const sent = [...said, { role: "user", content: text }];
+    const request = { model, messages: sent, temperature: 0, stream: true, stream_options: { include_usage: true } };
+    const headers = { "Content-Type": "application/json" };
+    const options = { method: "POST", headers, body: JSON.stringify(request), signal: own.signal };
+    const takeId = (told) => (turn.id = told.get("x-answer-id"));
+    for await (const chunk of documents("/v1/chat/completions", options, takeId)) {
+      if (chunk.error) throw new RequestError(502, chunk.error.message);
+      tokens = chunk.usage?.completion_tokens ?? tokens;
+      const choice = chunk.choices[0];
+      if (choice?.finish_reason === "length") answer.note = "cut off: there is no room for more tokens";
+      if (!choice || !grow(answer, choice.delta)) continue;
+      last = performance.now();
+      first ??= last;
+      answer.timing = timingText(began, first, last, null);
+      frame ||= requestAnimationFrame(show);
+    }
+  } catch (error) {
+    if (error.status === 401) askForKey();
+    if (error.name === "AbortError") answer.note = "stopped";
+    else answer.problem = error.message;
+  } finally {
+    cancelAnimationFrame(frame);
+    if (running === own) setRunning(null);
+    answer.timing = timingText(began, first, last, tokens);
+    view.node.classList.remove("growing");
+    show();
+  }
+}
+
+/** Puts a form in the place of a question, of which a changed one takes the place of the turn and all after it. */
+function editTurn(turn) {
+  const kept = [...turn.node.childNodes];
+  const field = element("textarea");
+  field.value = turn.asked;
+  field.setAttribute("aria-label", "Your message");
+  const leave = () => {
+    turn.node.replaceChildren(...kept);
+    kept.at(-1).focus();
+  };
+  const send = () => {
+    if (!field.value.trim()) return;
+    goBack(turn);
+    ask(field.value.trim());
+    question.focus();
+  };
+  const actions = element("div", "actions", button("Cancel", "the change", leave), button("Send again", "", send));
+  turn.node.replaceChildren(field, actions);
+  field.addEventListener("keydown", (event) => {
+    if (isKey(event, "Escape")) leave();
+    else if (isSending(event)) send();
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  field.focus();
+}
+
+const isKey = (event, name) => event.key === name && !event.isComposing;
+
+/** Whether a key sends. Fingers have no Shift with Enter: there the button sends. */
+const isSending = (event) => isKey(event, "Enter") && !event.shiftKey && !matchMedia("(pointer: coarse)").matches;
+
+const scrollToEnd = () => (messages.scrollTop = messages.scrollHeight);
+
+function setRunning(controller) {
+  running = controller;
+  byId("send").hidden = Boolean(running);
+  byId("stop").hidden = !running;
+  byId("new-chat").hidden = !turns.length;
+  messages.setAttribute("aria-busy", Boolean(running));
 }
 
 byId("chat-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = question.value.trim();
-  if (!text || running || !model) return;
+  if (!text || running || !chosenModel()) return;
   question.value = "";
   ask(text);
 });
 question.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    byId("chat-form").requestSubmit();
-  }
+  if (!isSending(event)) return;
+  event.preventDefault();
+  byId("chat-form").requestSubmit();
 });
-byId("stop").addEventListener("click", () => running?.abort());
+addEventListener("keydown", (event) => {
+  if (isKey(event, "Escape") && !document.querySelector("dialog[open]")) running?.abort();
+});
+byId("stop").addEventListener("click", () => {
+  running?.abort();
+  question.focus();
+});
 byId("new-chat").addEventListener("click", () => {
-  said.length = 0;
-  messages.replaceChildren(element("p", "empty", "Ask something."));
+  if (turns.length) goBack(turns[0]);
   byId("new-chat").hidden = true;
   question.focus();
 });
+byId("expand").addEventListener("click", ({ target }) => {
+  target.setAttribute("aria-pressed", document.querySelector(".chat").classList.toggle("wide"));
+});
+
+// Kept as the key is: in the tab, also when it is loaded again.
+const store = () => sessionStorage.setItem(STORED, JSON.stringify(turns.map(({ asked, answer }) => ({ asked, answer }))));
+for (const name of ["pagehide", "visibilitychange"]) addEventListener(name, store);
+for (const { asked, answer } of JSON.parse(sessionStorage.getItem(STORED) ?? "[]")) {
+  add(asked, { ...newAnswer(), ...answer });
+}
+setRunning(null);
+scrollToEnd();

@@ -10,6 +10,14 @@ export function element(tag, className = "", ...children) {
   return made;
 }
 
+/** A button with a text, of which `more` is for screen readers only. */
+export function button(text, more, act) {
+  const made = element("button", "quiet", text, element("span", "visually-hidden", ` ${more}`));
+  made.type = "button";
+  made.addEventListener("click", act);
+  return made;
+}
+
 /** An SVG element with attributes. */
 export function svgElement(tag, attributes) {
   const made = document.createElementNS(SVG, tag);

@@ -10,13 +10,14 @@ export class RequestError extends Error {
   }
 }
 
-/** The JSON documents of a stream, one by one, until it ends. */
-export async function* documents(url, options = {}) {
+/** The JSON documents of a stream, one by one, until it ends; `onHeaders` is called with the reply's before. */
+export async function* documents(url, options = {}, onHeaders = () => {}) {
   const reply = await fetch(url, { ...options, headers: { ...options.headers, ...authorized() } });
   if (!reply.ok) {
     const body = await reply.json().catch(() => null);
     throw new RequestError(reply.status, body?.error?.message ?? `the server answers with status ${reply.status}`);
   }
+  onHeaders(reply.headers);
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   let pending = "";
   try {
@@ -26,8 +27,8 @@ export async function* documents(url, options = {}) {
       const events = (pending + value).split("\n\n");
       pending = events.pop();
       for (const event of events) {
-        const data = event.replace(/^data: /, "");
-        if (data !== "[DONE]") yield JSON.parse(data);
+        // Comments keep the connection while there is nothing to tell.
+        if (event.startsWith("data: ") && event !== "data: [DONE]") yield JSON.parse(event.slice(6));
       }
     }
   } finally {

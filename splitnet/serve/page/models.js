@@ -1,0 +1,28 @@
+// Which model is asked: one of those that the server has.
+
+import { byId, element } from "./dom.js";
+import { authorized } from "./key.js";
+
+const REFRESH_MS = 30_000;
+const choice = byId("model-choice");
+let askedAt = -REFRESH_MS;
+
+export const chosenModel = () => choice.value;
+export const hasChoice = () => choice.options.length > 1;
+
+/** Asks for the models now and then; `own` is that of the dashboard, which is there in any case. */
+export async function showModels(own) {
+  if (performance.now() - askedAt < REFRESH_MS) return;
+  askedAt = performance.now();
+  if (!choice.value) offer([own]);
+  const reply = await fetch("/v1/models", { headers: authorized() }).catch(() => null);
+  if (reply?.ok) offer((await reply.json()).data.map((each) => each.id));
+}
+
+function offer(names) {
+  const chosen = names.includes(choice.value) ? choice.value : names[0];
+  if (names.join("\n") === [...choice.options].map((option) => option.value).join("\n")) return;
+  choice.replaceChildren(...names.map((name) => Object.assign(element("option", "", name), { value: name })));
+  choice.value = chosen;
+  choice.hidden = !hasChoice();
+}
