@@ -26,8 +26,8 @@ from scheduler.liveness import LOST_S
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import SplitnetError
 from splitnet.limits import FairAccount
-from splitnet.serve.admission import Admission, Client
-from splitnet.serve.generation import Generations
+from splitnet.serve.admission import Client
+from splitnet.serve.gateway import Gateway
 from splitnet.serve.progress import Progress
 from splitnet.serve.responses import EventStream, framed
 from splitnet.swarm.plan import blocks_text
@@ -158,20 +158,20 @@ RATE_S = 5  # Rates are means of so many seconds
 SHOWN_S = 60.0  # An answer that has ended is shown for this time
 
 
-def snapshot(
-    name: str, generations: Generations, admission: Admission, seen: Sequence[Seen], problem: str | None
-) -> Any:
-    """The swarm and the answers as they are now; `name`: of the model; `problem`: why its peers may not be known."""
-    model, log = generations.model, generations.progress
+def snapshot(gateway: Gateway, seen: Sequence[Seen], problem: str | None) -> Any:
+    """The swarm of the first model, and the answers of all as they are now; `problem`: why peers may not be known."""
+    model, loaded = gateway.served.generations.model, gateway.loaded
+    logs, admissions = [each.generations.progress for each in loaded], [each.admission for each in loaded]
+    answers = [(log.clock(), each) for log in logs for each in log.answers()]
     there = [each.record for each in seen if each.state not in (State.GONE, State.REFUSES)]
     overview = Overview.of(model.swarm, there, model.local_spans)
-    per_second = log.tokens_per_second()
+    per_second = [sum(tokens) for tokens in zip(*(log.tokens_per_second() for log in logs), strict=True)]
     rates = [sum(per_second[end - RATE_S : end]) / RATE_S for end in range(len(per_second), RATE_S - 1, -RATE_S)][::-1]
-    now, counts = log.clock(), model.speculator.counts
+    now, counts = logs[0].clock(), model.speculator.counts
     return {
         "at": time.time(),
         "version": __version__,
-        "model": name,
+        "model": gateway.served.name,
         "num_blocks": overview.facts.num_blocks,
         "problem": problem,
         "holes": [
@@ -180,11 +180,11 @@ def snapshot(
         ],
         "local_spans": model.local_spans,
         "peers": sorted((_peer(model.swarm, each, now) for each in seen), key=itemgetter("start", "end", "key")),
-        "requests": {"running": admission.running, "waiting": admission.waiting},
+        "requests": {name: sum(getattr(each, name) for each in admissions) for name in ("running", "waiting")},
         "tokens_per_s": rates[-1],
         "tokens_per_round_trip": counts.tokens / counts.round_trips if counts.round_trips else None,
         "history": rates,
-        "answers": [_answer(each, now) for each in log.answers() if each.ended is None or now - each.ended < SHOWN_S],
+        "answers": [_answer(each, now) for now, each in answers if each.ended is None or now - each.ended < SHOWN_S],
     }
 
 
@@ -281,15 +281,13 @@ HEADERS = {
 
 
 class Dashboard:
-    """Watches swarm and answers while a page is open; all show the same. `name`: that of the model in the chat.
+    """Watches answers, and the swarm of the first model, while a page is open; all show the same.
     tuned: the folder of a run of `splitnet tune` that is shown, too."""
 
-    def __init__(self, generations: Generations, admission: Admission, name: str, tuned: Path | None = None) -> None:
+    def __init__(self, gateway: Gateway, tuned: Path | None = None) -> None:
         self._tuned = TunedRun(tuned) if tuned is not None else None
-        self._name = name
-        self._generations = generations
-        self._admission = admission
-        self._swarm = generations.model.swarm
+        self._gateway = gateway
+        self._swarm = gateway.served.generations.model.swarm
         self._presence = Presence(self._swarm)
         self._records: list[PeerRecord] = []
         self._problem: str | None = None
@@ -318,7 +316,7 @@ class Dashboard:
                 if events or number < 0:
                     yield framed({"type": "events", "events": [asdict(event) for event in events]})
                     number = events[-1].number if events else 0
-                if self._generations.draining or over.is_set():
+                if self._gateway.served.generations.draining or over.is_set():
                     return
                 await asyncio.sleep(TICK_S)
         finally:
@@ -351,9 +349,10 @@ class Dashboard:
             self._records, self._problem = [], str(error)
 
     def _look(self) -> Any:
-        seen = self._presence.look(self._records, self._generations.progress.working_peers())
+        working = set[str]().union(*(each.generations.progress.working_peers() for each in self._gateway.loaded))
+        seen = self._presence.look(self._records, working)
         tuned = self._tuned.look() if self._tuned is not None else None
-        return {**snapshot(self._name, self._generations, self._admission, seen, self._problem), "tuning": tuned}
+        return {**snapshot(self._gateway, seen, self._problem), "tuning": tuned}
 
 
 def dashboard_router(dashboard: Dashboard) -> APIRouter:

@@ -93,7 +93,7 @@ def make_app(
         allow_headers=["*"],
         expose_headers=["Retry-After", "X-Request-Id", "Request-Id"],
     )
-    app.include_router(dashboard_router(Dashboard(served.generations, served.admission, served.name, tuned)))
+    app.include_router(dashboard_router(Dashboard(gateway, tuned)))
     app.state.gateway = gateway
     for kind in (SplitnetError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from splitnet import __version__
 from splitnet.directory.dht import Directory
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.serve.admission import ANYONE, Admission
+from splitnet.serve.admission import ANYONE
 from splitnet.serve.dashboard import Dashboard
+from splitnet.serve.gateway import Offer
 from splitnet.session.inference import Session
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm
@@ -139,6 +140,35 @@ def test_it_is_told_how_far_a_prompt_is_read(
     server.generations.close()
 
 
+def test_the_answers_of_all_models_are_told(swarm: LocalSwarm, server: Server, model: RemoteCausalLM) -> None:
+    other = Server(model, AutoTokenizer.from_pretrained(swarm.folder))
+    loaded = dataclasses.replace(other.app.state.gateway.served, name="other")
+    server.app.state.gateway.offers = [Offer(["other"], lambda: loaded)]
+
+    async def does() -> None:
+        async with server.running():
+            server.http.headers["Authorization"] = f"Bearer {KEY}"
+            ids = [(await server.complete(prompt="Bees", max_tokens=3))["id"]]
+            ids.append((await server.complete(model="other", prompt="Bees", max_tokens=5))["id"])
+            await until(lambda: all(log.answers()[0].ended is not None for log in logs))
+            body = GREEDY | {"model": "other", "prompt": "Bees", "max_tokens": 200}
+            asked = [asyncio.create_task(server.http.post("/v1/completions", json=body)) for _ in range(5)]
+            await until(lambda: len(logs[1].answers()) == 5 and other.admission.waiting == 1)
+            snapshot, _ = await shown(server)
+            other.generations.end()
+            await asyncio.gather(*asked)
+        assert [(answer["id"], answer["tokens"]) for answer in snapshot["answers"] if answer["ended"]] == [
+            (ids[0], 3),
+            (ids[1], 5),
+        ]
+        assert all(answer["routes"] for answer in snapshot["answers"] if answer["ended"])
+        assert snapshot["requests"] == {"running": 4, "waiting": 1}
+
+    logs = [each.generations.progress for each in (server, other)]
+    asyncio.run(does())
+    other.generations.close()
+
+
 def test_requests_that_run_and_wait_are_counted(server: Server) -> None:
     async def does() -> None:
         async with server.running():
@@ -176,7 +206,7 @@ def test_the_page_is_free_and_its_data_needs_a_key(server: Server) -> None:
 
 def test_a_stream_that_is_open_ends_with_the_server(server: Server) -> None:
     async def does() -> None:
-        stream = Dashboard(server.generations, Admission(1, 1), MODEL).stream(ANYONE)
+        stream = Dashboard(server.app.state.gateway).stream(ANYONE)
         assert json.loads((await anext(stream)).removeprefix("data: "))["type"] == "snapshot"
         server.generations.draining = True
         async with asyncio.timeout(10):

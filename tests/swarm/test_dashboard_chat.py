@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from splitnet.directory.dht import Directory
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve import responses
+from splitnet.serve.gateway import Offer
 from splitnet.session.inference import Session
 from tests.browser import NEEDED, NewPage, browsing, photograph
 from tests.e2e.small_model import small_model
@@ -73,7 +74,9 @@ def model(swarm: LocalSwarm) -> RemoteCausalLM:
 
 @contextmanager
 def served(swarm: LocalSwarm, model: RemoteCausalLM, names: Sequence[str] = ()) -> Iterator[NewPage]:
-    server = Server(model, AutoTokenizer.from_pretrained(swarm.folder), names=names)
+    """Opens the page of a server; it loads other models when they are asked for."""
+    server, other = (Server(model, AutoTokenizer.from_pretrained(swarm.folder)) for _ in range(2))
+    server.app.state.gateway.offers = [Offer([name], lambda: other.app.state.gateway.served) for name in names]
     with listening(server.app) as url, browsing(url) as new:
 
         def opened(**options: Any) -> Page:
@@ -86,6 +89,7 @@ def served(swarm: LocalSwarm, model: RemoteCausalLM, names: Sequence[str] = ()) 
         yield opened
         server.generations.draining = True
     server.generations.close()
+    other.generations.close()
 
 
 @pytest.fixture
@@ -248,7 +252,7 @@ def test_the_chat_stays_when_the_page_is_loaded_again(visit: NewPage) -> None:
     assert page.evaluate("localStorage.getItem('chat')") is None
 
 
-def test_the_model_is_chosen(swarm: LocalSwarm, model: RemoteCausalLM) -> None:
+def test_the_model_is_chosen(swarm: LocalSwarm, model: RemoteCausalLM, slow: None) -> None:
     with served(swarm, model, [OTHER]) as opened:
         page = opened()
         sent = listed(page)
@@ -257,6 +261,7 @@ def test_the_model_is_chosen(swarm: LocalSwarm, model: RemoteCausalLM) -> None:
         choice.select_option(OTHER)
         answer = ask(page, "Tell me of bees")
         expect(answer.locator(".text")).not_to_be_empty()
+        expect(answer.locator(".chip").last).to_contain_text("2..5")
         page.keyboard.press("Escape")
         expect(answer.locator(".timing")).to_contain_text(f"{OTHER} · first token")
         photograph(page, "chat-models")
