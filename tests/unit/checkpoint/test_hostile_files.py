@@ -14,6 +14,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -655,6 +656,7 @@ def test_a_chat_template_is_not_computed_here_to_know_its_variables() -> None:
     tokenizer = with_template("{{ 'a' * 150000000 }}{{ mine }}")
     tokenizer.apply_chat_template = lambda messages: None
     prompts: Any = SimpleNamespace(_tokenizer=tokenizer)
+    prompts.variables = partial(Prompts.variables, prompts)
     tracemalloc.start()
     try:
         Prompts._check_variables(prompts, {"variables": {"mine": 1}}, None)
