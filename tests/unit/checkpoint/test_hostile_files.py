@@ -655,6 +655,7 @@ def test_a_process_for_templates_that_was_ended_meanwhile_is_begun_again() -> No
 def test_a_chat_template_is_not_computed_here_to_know_its_variables() -> None:
     tokenizer = with_template("{{ 'a' * 150000000 }}{{ mine }}")
     tokenizer.apply_chat_template = lambda messages: None
+    tokenizer.chat_template = "there is one"
     prompts: Any = SimpleNamespace(_tokenizer=tokenizer)
     prompts.variables = partial(Prompts.variables, prompts)
     tracemalloc.start()
