@@ -88,7 +88,7 @@ def refused(errors: Sequence[Any]) -> ApiError:
     # Where there are several ways to write something, the one that was followed furthest says most.
     first = max(errors, key=lambda each: len(each["loc"]))
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "model_type"):
-        return ApiError(400, "the body must be a JSON object: send it with the content type application/json")
+        return ApiError(400, "the body must be a JSON object")
     place = ".".join(str(part) for part in first["loc"][1:])
     if first["type"] == "extra_forbidden":
         message = f"{place} is not supported: leave it out"

@@ -404,6 +404,9 @@ class ParsingRoute(APIRoute):
                 return await self.app.state.preparing.run(len(body), parsed, kind, body)
 
         async def handle(request: Request) -> Response:
-            return await handler(Parsed(request.scope, request.receive))
+            # All bodies are JSON; `curl -d` and some clients of Ollama say something else, or nothing.
+            others = [header for header in request.scope["headers"] if header[0] != b"content-type"]
+            headers = [*others, (b"content-type", b"application/json")]
+            return await handler(Parsed({**request.scope, "headers": headers}, request.receive))
 
         return handle

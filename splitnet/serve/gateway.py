@@ -78,9 +78,9 @@ class Gateway:
         except SplitnetError:  # the directory does not answer now
             return
 
-    async def find(self, name: str) -> ServedModel:
-        """The model of this name, ready to answer. Raises ApiError if there is none, or it cannot be loaded now."""
-        if name in self.served.names:
+    async def find(self, name: str | None) -> ServedModel:
+        """The model of this name (None: the first), ready to answer. Raises ApiError if there is none now."""
+        if name is None or name in self.served.names:
             return self.served
         if name not in self.names:
             await self.refresh()

@@ -332,6 +332,10 @@ def test_documents_are_ranked_by_the_probability_of_yes(
         objects = {"documents": [{"text": text} for text in documents], "top_n": 1, "return_documents": True}
         best = (await server.http.post("/v2/rerank", json=body | objects)).json()["results"]
         assert best == [reply["results"][0] | {"document": {"text": documents[reply["results"][0]["index"]]}}]
+        texts = {"query": "Paris?", "texts": documents, "top_n": 1, "return_text": True}
+        first = reply["results"][0]
+        told = {"index": first["index"], "score": first["relevance_score"], "text": documents[first["index"]]}
+        assert (await server.http.post("/rerank", json=texts)).json() == [told]
         spoofed = {"documents": ["<|im_end|>"], "instruction": "x"}
         told = (await server.http.post("/rerank", json=body | spoofed)).json()
         assert (
@@ -344,6 +348,7 @@ def test_documents_are_ranked_by_the_probability_of_yes(
         for wrong, why in [
             ({"documents": []}, "at least 1"),
             ({"documents": [1]}, "string"),
+            ({"texts": ["Rome"]}, "give one of documents and texts"),
             ({"query": "word " * 300}, "shorten"),
         ]:
             refused = await server.http.post("/rerank", json=body | wrong)

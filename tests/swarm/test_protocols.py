@@ -196,6 +196,15 @@ class TestAnthropic:
         assert kinds[:2] == ["message_start", "content_block_start"]
         assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
 
+    def test_a_client_that_would_have_its_threads_kept_sends_them_whole(self, client: Anthropic) -> None:
+        @anthropic.beta_tool
+        def weather(city: str) -> str:
+            """Weather in a city."""
+            return city
+
+        runner = client.beta.messages.tool_runner(model=ALIAS, max_tokens=4, tools=[weather], messages=SAID)
+        assert runner.until_done().stop_reason == "max_tokens"
+
     def test_required_calls_fit_their_tools(self, client: Anthropic, url: str) -> None:
         tools: list[Any] = [{"name": "weather", "description": "Tells it.", "input_schema": SCHEMA}]
         choice: Any = {"type": "any", "disable_parallel_tool_use": True}

@@ -454,6 +454,31 @@ def test_tokens_of_texts_and_texts_of_tokens(serve: Serve, tokenizer: Any) -> No
     serve(does)
 
 
+def test_what_clients_leave_out_or_say_otherwise(serve: Serve) -> None:
+    async def does(server: Server) -> None:
+        server.http.headers["x-api-key"] = "sk-a"
+        chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+        post = server.http.post
+        assert (await post("/apply-template", json=chat)).json() == {"prompt": "user: Hi\nassistant:"}
+        curl = {"content-type": "application/x-www-form-urlencoded"}
+        answer = await post("/v1/chat/completions", content=json.dumps(chat | {"max_tokens": 2}), headers=curl)
+        told = answer.json()
+        assert answer.status_code == 200 and told["model"] == MODEL, answer.text
+        for path, body in (("chat/completions", chat), ("responses", {"input": "Hi"})):
+            counted = (await post(f"/v1/{path}/input_tokens", json=body)).json()
+            assert counted == {"object": "response.input_tokens", "input_tokens": told["usage"]["prompt_tokens"]}
+        wanted = {"type": "json_object", "schema": SCHEMA}
+        for kind in (wanted, {"type": "json_schema", "json_schema": {"schema": SCHEMA}}):
+            kept = (await post("/v1/chat/completions", json=chat | {"response_format": kind, "max_tokens": 99})).json()
+            assert set(json.loads(kept["choices"][0]["message"]["content"])) == {"count", "colour"}
+        streamed = await post("/v1/chat/completions", json=chat | {"stream": True, "max_tokens": 2})
+        begun, *_, last = (json.loads(event[6:]) for event in streamed.text.split("\n\n")[:-2])
+        assert begun["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert last["choices"][0]["delta"] == {} and last["choices"][0]["finish_reason"] == "length"
+
+    serve(does, keys=["sk-a"])
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 99}, "colour": {"enum": ["red", "blue"]}},
@@ -935,7 +960,8 @@ GENERATING += ["POST /api/chat", "POST /api/generate"]
 READING = ["POST /v1/embeddings", "POST /v1/rerank", "POST /v2/rerank"]
 READING += ["POST /v1/messages/count_tokens", "POST /api/embed", "POST /api/embeddings"]
 READING += ["GET /api/ps", "GET /api/tags", "GET /api/version", "POST /api/show"]
-READING += ["POST /tokenize", "POST /detokenize", "GET /props", "GET /version"]
+READING += ["POST /tokenize", "POST /detokenize", "GET /props", "GET /version", "POST /apply-template"]
+READING += ["POST /v1/chat/completions/input_tokens", "POST /v1/responses/input_tokens"]
 NAMED = ["GET /v1/models/{name}", "GET /v1/responses/{id}", "DELETE /v1/responses/{id}"]
 PATHS = sorted(["GET /health", "GET /v1/models", *NAMED, *GENERATING, *READING])
 MOST = {"POST /api/chat": "options", "POST /api/generate": "options", "POST /v1/responses": "max_output_tokens"}

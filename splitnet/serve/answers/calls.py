@@ -40,7 +40,10 @@ class Rules:
         return name
 
     def json(self, schema: Schema) -> str:
-        return f"%json {json.dumps({**schema, 'x-guidance': ONE_LINE})}"
+        kept = (
+            schema if '"allOf"' in json.dumps(schema) else closed(schema)
+        )  # parts of an object would exclude each other
+        return f"%json {json.dumps({**kept, 'x-guidance': ONE_LINE})}"
 
     def text_until(self, end: str) -> str:
         """Any text up to the first `end`, and that."""
@@ -70,6 +73,29 @@ def choices_of(schema: Schema) -> list[Any]:
 
 def either_of(schema: Schema) -> list[Schema]:
     return [each for each in _all(schema, "anyOf") + _all(schema, "oneOf") if isinstance(each, Mapping)]
+
+
+_OPEN = {"patternProperties", "anyOf", "oneOf", "not", "if", "$ref", "unevaluatedProperties", "minProperties"}
+
+
+def closed(schema: Any) -> Any:
+    """The same, where objects that name properties, and say nothing of others, have no others.
+
+    Such answers fit the schema, too; small models would not find an end, and programs expect no other names.
+    """
+    if isinstance(schema, list):
+        return [*map(closed, schema)]
+    if not isinstance(schema, Mapping):
+        return schema
+    made, named = {**schema}, schema.get("properties")
+    for name in {"properties", "$defs", "definitions"} & made.keys():
+        if isinstance(made[name], Mapping):
+            made[name] = {key: closed(each) for key, each in made[name].items()}
+    for name in ({"items", "prefixItems"} if named else {"items", "prefixItems", "anyOf", "oneOf"}) & made.keys():
+        made[name] = closed(made[name])
+    if isinstance(named, Mapping) and not _OPEN & made.keys() and named.keys() >= set(map(str, _all(made, "required"))):
+        made.setdefault("additionalProperties", False)
+    return made
 
 
 def kinds_of(schema: Schema) -> set[str]:

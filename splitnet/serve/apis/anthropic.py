@@ -235,12 +235,10 @@ _ERROR_TYPES |= {408: "timeout_error", 413: "request_too_large", 503: "overloade
 
 def error_body(failure: ApiError) -> dict[str, Any]:
     kind = _ERROR_TYPES.get(failure.status, "invalid_request_error" if failure.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": str(failure)}}
-
-
-def key_of(headers: Headers) -> str:
-    """The key that a request gives; empty: none."""
-    return headers.get("x-api-key") or openai.key_of(headers)
+    error: dict[str, Any] = {"type": kind, "message": str(failure)}
+    if failure.param == "thread":  # whereupon clients send whole conversations
+        error["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return {"type": "error", "error": error}
 
 
 class _OfItsClients(ParsingRoute):
@@ -290,7 +288,7 @@ def router(gateway: Gateway) -> APIRouter:
     return paths
 
 
-API = Api(("/v1/messages",), router, error_body, key_of, "x-api-key: KEY", "Bearer", ErrorReply, VERSION)
+API = Api(("/v1/messages",), router, error_body, openai.key_of, "x-api-key: KEY", "Bearer", ErrorReply, VERSION)
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 

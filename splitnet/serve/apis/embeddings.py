@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import APIRouter, Request
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 from pydantic_core import to_json
 from starlette.responses import Response
 
@@ -35,7 +35,7 @@ Listed = BeforeValidator(listed, json_schema_input_type=str | TokenIds | Inputs)
 class EmbeddingRequest(Strict):
     """The body of `/v1/embeddings`."""
 
-    model: str
+    model: str | None = None
     input: Annotated[Inputs, Listed]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: TokenCount | None = None
@@ -49,15 +49,23 @@ class TextDocument(Strict):
 
 
 class RerankRequest(Strict):
-    """The body of `/v1/rerank`."""
+    """The body of `/v1/rerank`; with `texts` in place of documents, that of text-embeddings-inference."""
 
-    model: str
+    model: str | None = None
     query: str
-    documents: Batch[str | TextDocument]
+    documents: Batch[str | TextDocument] | None = None
+    texts: Batch[str] | None = None
     top_n: TokenCount | None = None
     return_documents: bool | None = None
+    return_text: bool | None = None
     instruction: str | None = None
     max_tokens_per_doc: TokenCount | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> RerankRequest:
+        if (self.documents is None) == (self.texts is None):
+            raise ValueError("give one of documents and texts")
+        return self
 
 
 def router(gateway: Gateway) -> APIRouter:
@@ -85,10 +93,10 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.post("/v1/rerank", response_model=None)
     @paths.post("/v2/rerank", response_model=None)
-    async def ranked(body: RerankRequest, request: Request) -> dict[str, Any]:
+    async def ranked(body: RerankRequest, request: Request) -> dict[str, Any] | list[dict[str, Any]]:
         """Documents, the one that answers a query best first."""
         served = await gateway.find(body.model)
-        documents = [each if isinstance(each, str) else each.text for each in body.documents]
+        documents = [each if isinstance(each, str) else each.text for each in body.documents or body.texts or ()]
         scores, tokens = await rerank(
             served,
             request,
@@ -98,6 +106,11 @@ def router(gateway: Gateway) -> APIRouter:
             per_document=body.max_tokens_per_doc,
         )
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
+        if body.texts:
+            return [
+                {"index": index, "score": scores[index]} | ({"text": documents[index]} if body.return_text else {})
+                for index in best
+            ]
         results = [{"index": index, "relevance_score": scores[index]} for index in best]
         if body.return_documents:
             results = [{**result, "document": {"text": documents[result["index"]]}} for result in results]

@@ -55,7 +55,8 @@ _UNUSED |= {"num_thread", "numa", "low_vram", "f16_kv", "use_mmap", "use_mlock"}
 def _used(options: Any) -> Any:
     """Without what changes no answer: where a model runs, what other options need, and values that say nothing."""
     given = options.items() if isinstance(options, dict) else ()
-    used = {name: value for name, value in given if name not in _UNUSED and _NEUTRAL.get(name, ...) != value}
+    neutral = {name: (None, value) for name, value in _NEUTRAL.items()}
+    used = {name: value for name, value in given if name not in _UNUSED and value not in neutral.get(name, ())}
     return used if isinstance(options, dict) else options
 
 

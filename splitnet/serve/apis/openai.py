@@ -54,9 +54,9 @@ def error_body(failure: ApiError) -> dict[str, Any]:
 
 
 def key_of(headers: Mapping[str, str]) -> str:
-    """The key that a request gives; empty: none."""
+    """The key that a request gives, also as Anthropic's clients do; empty: none."""
     kind, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip() if kind.lower() == "bearer" else ""
+    return headers.get("x-api-key") or (key.strip() if kind.lower() == "bearer" else "")
 
 
 STREAMED: dict[int | str, dict[str, Any]] = {
@@ -317,9 +317,11 @@ class _ChatChoice(_Choice):
         self._calls += new.calls
         self._scored += new.scored
         self._tokens += new.tokens
-        self._finish = new.finish
-        if delta or new.scored or new.finish or (new.tokens and self.body.return_token_ids):
+        if delta or new.scored or (new.tokens and self.body.return_token_ids):
             told.append(self._with("delta", delta, self._logprobs(new.scored), new.tokens))
+        self._finish = new.finish
+        if new.finish:  # alone, as from OpenAI: some clients read nothing else of the chunk that ends an answer
+            told.append(self._with("delta", {}, self._logprobs(())))
         return told
 
     def whole(self) -> dict[str, Any]:

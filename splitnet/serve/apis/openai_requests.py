@@ -46,15 +46,22 @@ class StreamOptions(Strict):
 
 
 class PlainFormat(Strict):
-    """Any text, or any JSON object."""
+    """Any text."""
 
-    type: Literal["text", "json_object"]
+    type: Literal["text"]
+
+
+class ObjectFormat(Strict):
+    """Any JSON object, or JSON of a schema, as llama.cpp has it."""
+
+    type: Literal["json_object"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema", default_factory=lambda: {"type": "object"})]
 
 
 class NamedSchema(Strict):
     """A JSON schema; the answer keeps to it, strict or not."""
 
-    name: str
+    name: str | None = None
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
@@ -65,7 +72,7 @@ class SchemaFormat(Strict):
     json_schema: NamedSchema
 
 
-ResponseFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
+ResponseFormat = Annotated[PlainFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
 def _schema(given: Any, param: str) -> dict[str, Any]:
@@ -115,7 +122,7 @@ def _lark(kind: str, given: Any) -> str:
 class SamplingRequest(Strict):
     """What both kinds of generation take."""
 
-    model: str
+    model: str | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
@@ -405,8 +412,8 @@ class ChatRequest(SamplingRequest):
         wanted, found = self.response_format, super().constraints
         if isinstance(wanted, SchemaFormat):
             found["response_format"] = {"schema": wanted.json_schema.schema_}
-        elif wanted is not None and wanted.type == "json_object":
-            found["response_format"] = {"schema": {"type": "object"}}
+        elif isinstance(wanted, ObjectFormat):
+            found["response_format"] = {"schema": wanted.schema_}
         return found
 
 

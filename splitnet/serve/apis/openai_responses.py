@@ -16,14 +16,20 @@ from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
 from splitnet.serve.apis import openai
-from splitnet.serve.apis.openai_requests import FunctionDefinition, NamedFunction, NamedSchema, PlainFormat
+from splitnet.serve.apis.openai_requests import (
+    FunctionDefinition,
+    NamedFunction,
+    NamedSchema,
+    ObjectFormat,
+    PlainFormat,
+)
 from splitnet.serve.apis.strict import MESSAGES, TOOLS, Share, Strict, Temperature, TokenCount, few
-from splitnet.serve.chat import Chat, Delta, answer_chat, with_thinking
+from splitnet.serve.chat import Chat, Delta, answer_chat, prompt_of, with_thinking
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
-from splitnet.serve.responses import EVENTS, KEEP_ALIVE, framed
+from splitnet.serve.responses import EVENTS, KEEP_ALIVE, ServedModel, framed
 
 KEPT_BYTES = 64 * 2**20  # of responses that may be gone on from, half of it for one client
 
@@ -112,7 +118,7 @@ class SchemaFormat(NamedSchema):
 
 
 class TextConfig(Sent):
-    format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] = PlainFormat(type="text")
+    format: Annotated[PlainFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] = PlainFormat(type="text")
     verbosity: Literal["medium"] | None = None
 
 
@@ -129,7 +135,7 @@ class Reasoning(Sent):
 class ResponseRequest(Sent):
     """The body of `/v1/responses`."""
 
-    model: str
+    model: str | None = None
     input: Input
     instructions: str | None = None
     tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=TOOLS), Field(default_factory=list)]
@@ -172,13 +178,12 @@ class ResponseRequest(Sent):
     def chat(self, messages: Sequence[dict[str, Any]]) -> Chat:
         """What is wanted, without what of reasoning is for the chat template."""
         wanted = self.text.format
-        schema = wanted.schema_ if isinstance(wanted, SchemaFormat) else {"type": "object"}
         return Chat(
             messages=messages,
             functions=self.tools if self.tool_choice != "none" else [],
             to_call=self.tools_to_call,
             several_calls=self.parallel_tool_calls,
-            answer_schema=None if wanted.type == "text" else schema,
+            answer_schema=None if isinstance(wanted, PlainFormat) else wanted.schema_,
             schema_param="text",
             sampling={"temperature": self.temperature, "top_p": self.top_p},
             max_tokens=self.max_output_tokens,
@@ -251,11 +256,9 @@ def router(gateway: Gateway) -> APIRouter:
     """The paths of the API."""
     paths, kept = APIRouter(route_class=ParsingRoute), KeptResponses()
 
-    @paths.post("/v1/responses", response_model=None, responses=openai.STREAMED)
-    async def respond(body: ResponseRequest, request: Request) -> Response:
-        """The next items of a conversation."""
-        served = await gateway.find(body.model)
-        owner, before = request.state.client.name, list[dict[str, Any]]()
+    async def wanted(body: ResponseRequest, owner: str) -> tuple[ServedModel, list[dict[str, Any]], Chat]:
+        """The model, the messages of the conversation, and what is wanted of it."""
+        served, before = await gateway.find(body.model), list[dict[str, Any]]()
         if body.previous_response_id is not None:
             _, before = kept.find(owner, body.previous_response_id, "previous_response_id")
         messages = [*before, *for_template(body.input)]
@@ -267,12 +270,25 @@ def router(gateway: Gateway) -> APIRouter:
         chat = await with_thinking(served, chat, "reasoning", on, effort)
         if on and not chat.variables["reasoning"]:
             raise ApiError(400, "this model's chat template has no place for effort: leave it out", param="reasoning")
+        return served, messages, chat
+
+    @paths.post("/v1/responses", response_model=None, responses=openai.STREAMED)
+    async def respond(body: ResponseRequest, request: Request) -> Response:
+        """The next items of a conversation."""
+        owner = request.state.client.name
+        served, messages, chat = await wanted(body, owner)
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
                 kept.keep(owner, response, [*messages, *for_template(OUTPUT.validate_python(response["output"]))])
 
         return await answer_chat(served, request, chat, Answer(served.name, body, keep), stream=bool(body.stream))
+
+    @paths.post("/v1/responses/input_tokens")
+    async def count(body: ResponseRequest, request: Request) -> dict[str, Any]:
+        """How many tokens the model reads of a conversation."""
+        served, _, chat = await wanted(body, request.state.client.name)
+        return {"object": "response.input_tokens", "input_tokens": len(await prompt_of(served, request, chat))}
 
     @paths.get("/v1/responses/{id}")
     async def stored(id: str, request: Request) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from splitnet.serve.apis.strict import Strict
 from splitnet.serve.chat import prompt_of
 from splitnet.serve.gate import ParsingRoute, validated
 from splitnet.serve.gateway import Gateway
-from splitnet.serve.responses import ServedModel
 from splitnet.version import __version__
 
 
@@ -50,13 +49,10 @@ def router(gateway: Gateway) -> APIRouter:
     """The paths of the API."""
     paths = APIRouter(route_class=ParsingRoute)
 
-    async def found(name: str | None) -> ServedModel:
-        return gateway.served if name is None else await gateway.find(name)
-
     @paths.post("/tokenize")
     async def tokenize(body: Tokenize, request: Request) -> dict[str, Any]:
         """The tokens of a text or of a chat."""
-        served = await found(body.model)
+        served = await gateway.find(body.model)
         prompts, size = served.prompts, len(await request.body())
         if body.messages is not None:
             names = "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"
@@ -74,10 +70,24 @@ def router(gateway: Gateway) -> APIRouter:
         told: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": prompts.max_positions}
         return told | ({"token_strs": [*map(prompts.text_of, tokens)]} if body.return_token_strs else {})
 
+    @paths.post("/apply-template")
+    async def apply_template(body: ChatRequest, request: Request) -> dict[str, str]:
+        """The text that the model reads of a chat."""
+        served = await gateway.find(body.model)
+        prompt = await prompt_of(served, request, body.chat)
+        return {"prompt": await served.preparing.run(len(prompt), served.prompts.decode_all, prompt)}
+
+    @paths.post("/v1/chat/completions/input_tokens")
+    async def count(body: ChatRequest, request: Request) -> dict[str, Any]:
+        """How many tokens the model reads of a chat."""
+        served = await gateway.find(body.model)
+        prompt = await prompt_of(served, request, body.chat)
+        return {"object": "response.input_tokens", "input_tokens": len(prompt)}
+
     @paths.post("/detokenize")
     async def detokenize(body: Detokenize, request: Request) -> dict[str, str]:
         """The text of tokens."""
-        served = await found(body.model)
+        served = await gateway.find(body.model)
         served.prompts.check_known(body.tokens, "tokens")
         text = await served.preparing.run(len(await request.body()), served.prompts.decode_all, body.tokens)
         return {"prompt": text, "content": text}
@@ -103,4 +113,4 @@ def router(gateway: Gateway) -> APIRouter:
     return paths
 
 
-API = replace(OPENAI, paths=("/tokenize", "/detokenize", "/props"), router=router)
+API = replace(OPENAI, paths=("/tokenize", "/detokenize", "/apply-template", "/props"), router=router)

@@ -70,6 +70,34 @@ TRIP = {"$defs": {"Town": TOWN}, "properties": {"to": {"$ref": "#/$defs/Town"}},
 LIST = {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["next"]}
 
 
+CITY = {"type": "object", "properties": {"name": {"const": "Rome"}}, "required": ["name"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer", "kept"),
+    [
+        (CITY, {"name": "Rome"}, True),
+        (CITY, {"name": "Rome", "x": 1}, False),
+        (CITY | {"additionalProperties": True}, {"name": "Rome", "x": 1}, True),
+        (CITY | {"required": ["x"]}, {"name": "Rome", "x": 1}, True),
+        (CITY | {"patternProperties": {"x": {"type": "integer"}}}, {"name": "Rome", "x": 1}, True),
+        ({"type": "object"}, {"x": 1}, True),
+        ({"type": "array", "items": CITY}, [{"name": "Rome"}, {"name": "Rome", "x": 1}], False),
+        ({"$defs": {"city": CITY}, "anyOf": [{"$ref": "#/$defs/city"}]}, {"name": "Rome", "x": 1}, False),
+        (
+            {"allOf": [CITY, {"properties": {"x": {"type": "integer"}}, "required": ["x"]}]},
+            {"name": "Rome", "x": 1},
+            True,
+        ),
+        (CITY | {"anyOf": [{"properties": {"x": {"type": "integer"}}}]}, {"name": "Rome", "x": 1}, True),
+    ],
+)
+def test_objects_have_the_properties_that_a_schema_names(
+    grammars: Grammars, tokenizer: Any, schema: Any, answer: Any, kept: bool
+) -> None:
+    assert is_kept_to(grammars.of_answer(Bounds(schema=schema)), tokenizer, json.dumps(answer)) == kept
+
+
 def tools(**parameters: Any) -> list[FunctionDefinition]:
     return [
         FunctionDefinition(name=name, parameters=schema, strict=name != "any") for name, schema in parameters.items()

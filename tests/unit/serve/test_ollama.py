@@ -69,6 +69,7 @@ def test_a_prompt_is_a_chat_or_a_bare_text() -> None:
 def test_options_are_what_they_mean() -> None:
     unused = {"num_keep": 4, "num_gpu": 1, "use_mmap": True, "penalize_newline": False, "numa": True}
     neutral = {"mirostat": 0, "tfs_z": 1.0, "typical_p": 1, "repeat_last_n": -1, "vocab_only": False}
+    assert chat(options=dict.fromkeys(neutral)).chat == chat(options={}).chat
     options = {"seed": 5, "repeat_penalty": 1.1, "stop": "a", "num_predict": 7} | unused | neutral
     asked = chat(options=options, format="json").chat
     assert asked.sampling["seed"] == 5 and asked.sampling["repetition_penalty"] == 1.1

@@ -440,8 +440,8 @@ def test_each_protocol_says_how_it_takes_a_key() -> None:
         paths=("/other",),
         router=lambda *_: pytest.fail("the paths are not asked for"),
         error_body=lambda failure: {"said": str(failure)},
-        key_of=lambda headers: headers.get("x-api-key", ""),
-        key_header="x-api-key: KEY",
+        key_of=lambda headers: headers.get("x-other-key", ""),
+        key_header="x-other-key: KEY",
         challenge="Key",
         error=BaseModel,
         header="other-version",
@@ -453,13 +453,13 @@ def test_each_protocol_says_how_it_takes_a_key() -> None:
     async def ask() -> None:
         gate = Gate(inside, (API, other), ApiKeys({"secret": KeyOptions()}))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as client:
-            refused = await client.get("/v1/models", headers={"x-api-key": "secret"})
+            refused = await client.get("/v1/models", headers={"x-other-key": "secret"})
             assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Bearer"
             assert "as `Authorization: Bearer KEY`" in refused.json()["error"]["message"]
             refused = await client.get("/other/models", headers={"Authorization": "Bearer secret"})
             assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Key"
-            assert refused.json()["said"].endswith("as `x-api-key: KEY`")
-            taken = await client.get("/other/models", headers={"x-api-key": "secret"})
+            assert refused.json()["said"].endswith("as `x-other-key: KEY`")
+            taken = await client.get("/other/models", headers={"x-other-key": "secret"})
             assert taken.json() == "key 1"
             # On paths of several protocols a header tells them apart; it opens none.
             theirs = {"other-version": "1"}
@@ -468,10 +468,10 @@ def test_each_protocol_says_how_it_takes_a_key() -> None:
             )
             assert refused.headers["request-id"] == refused.headers["x-request-id"]
             assert refused.headers["request-id"].startswith("req_"), "a name that could be anything is not told again"
-            named = await client.get("/other/a", headers={"x-api-key": "secret", "x-request-id": "mine-1"})
+            named = await client.get("/other/a", headers={"x-other-key": "secret", "x-request-id": "mine-1"})
             assert named.headers["x-request-id"] == "mine-1"
-            assert refused.status_code == 401 and refused.json()["said"].endswith("as `x-api-key: KEY`")
-            assert (await client.get("/v1/models", headers=theirs | {"x-api-key": "secret"})).json() == "key 1"
+            assert refused.status_code == 401 and refused.json()["said"].endswith("as `x-other-key: KEY`")
+            assert (await client.get("/v1/models", headers=theirs | {"x-other-key": "secret"})).json() == "key 1"
 
     asyncio.run(ask())
 
