@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -29,6 +31,8 @@ in_models = box("Models")
 in_limits = box("How much at a time")
 
 
+AGAIN_S = 600.0  # After which a model of the swarm that could not be read is looked at again
+MOST_FOUND = 64  # Models of the swarm that are looked at
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 SamplingDefaults = StrEnum("SamplingDefaults", ["openai", "checkpoint"])  # where a request does not say
@@ -146,7 +150,6 @@ def serve(
     from splitnet.serve.server import ServeOptions, Way
     from splitnet.serve.server import serve as serve_until_told
     from splitnet.serve.session_cache import KeepLimits
-    from splitnet.swarm.models import models_of
 
     options = ServeOptions(
         host=host,
@@ -178,22 +181,10 @@ def serve(
         names, drafts = [checkpoint.name], drafts_of(speculate, way)
         return Way(names, checkpoint, checkpoint.tokenizer(), way.swarm, way.options, drafts)
 
-    here: dict[str, list[Way]] = {}
-
-    def search(directory: SwarmDirectory) -> list[Way]:
-        """The models of a swarm that are on the hub, or were: strangers name no files of this machine."""
-        for model in models_of(directory):
-            is_on_hub = _HUB_ID.fullmatch(model.name) and not Path(model.name).exists()
-            if is_on_hub and model.fingerprint not in here and not model.missing:
-                here[model.fingerprint] = []
-                with suppress(SplitnetError):
-                    here[model.fingerprint] = [named(model.name, model.fingerprint)]
-        return [way for ways in here.values() for way in ways]
-
     others = [*map(named, (models or [])[1:])]
     for name, folder in map(_named_folder, adapter or ()):
         others.append(replace(first, names=[f"{one}:{name}" for one in first.names], adapter=folder))
-    found = search if serve_all else None
+    found = Found(named) if serve_all else None
     serve_until_told(first, others, found, options, say=typer.echo, warn=partial(tell, logging.WARNING))
 
 
@@ -204,3 +195,30 @@ def _named_folder(given: str) -> tuple[str, Path]:
             f"--adapter {given!r} is none: give NAME=DIR with the folder that `splitnet tune` has written"
         )
     return name, Path(folder)
+
+
+class Found:
+    """Finds the models of a swarm that are on the hub, or were: strangers name no files of this machine.
+
+    named: the way to a model of a name and a fingerprint; raises SplitnetError, and is tried again after `AGAIN_S`.
+    """
+
+    def __init__(self, named: Callable[[str, str], Way], clock: Callable[[], float] = time.monotonic) -> None:
+        self._named = named
+        self._clock = clock
+        self._looked: dict[str, tuple[float, Way | None]] = {}  # by fingerprint: when, and what came of it
+
+    def __call__(self, directory: SwarmDirectory) -> list[Way]:
+        from splitnet.swarm.models import models_of
+
+        for id, (at, way) in list(self._looked.items()):
+            if way is None and self._clock() - at > AGAIN_S:
+                del self._looked[id]
+        for model in models_of(directory):
+            is_on_hub = _HUB_ID.fullmatch(model.name) and not Path(model.name).exists()
+            is_new = model.fingerprint not in self._looked and len(self._looked) < MOST_FOUND
+            if is_on_hub and is_new and not model.missing:
+                self._looked[model.fingerprint] = self._clock(), None
+                with suppress(SplitnetError):
+                    self._looked[model.fingerprint] = self._clock(), self._named(model.name, model.fingerprint)
+        return [way for _, way in self._looked.values() if way is not None]

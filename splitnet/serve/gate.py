@@ -8,7 +8,8 @@ import ipaddress
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -266,6 +267,9 @@ def api_of(path: str, headers: Headers, apis: Sequence[Api]) -> Api:
     return max(apis, key=fits)
 
 
+ENDS: ContextVar[ExitStack] = ContextVar("ENDS")  # What is to be done once a request has its answer, in its task
+
+
 @dataclass(eq=False)
 class Gate:
     """ASGI middleware; paths of protocols and those that are `PROTECTED` need a key, if there are keys.
@@ -314,8 +318,10 @@ class Gate:
                 self._check_origin(headers)
             client = self._client_of(scope, api, headers)
             scope.setdefault("state", {})["client"] = client
-            async with Body(self._parsed, client, receive).whole() as received:
-                await self.app(scope, received, noting_send)
+            with ExitStack() as ends:
+                ends.callback(ENDS.reset, ENDS.set(ends))
+                async with Body(self._parsed, client, receive).whole() as received:
+                    await self.app(scope, received, noting_send)
         except Exception as error:
             failure = failure_of(error)
             if not begun:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,11 +13,13 @@ from anyio import to_thread
 
 from splitnet.errors import SplitnetError
 from splitnet.serve.failures import ApiError, failure_of
+from splitnet.serve.gate import ENDS
 from splitnet.serve.responses import ServedModel
+
+log = logging.getLogger(__name__)
 
 KEPT_MODELS = 4
 REFRESH_S = 10.0  # Between two looks for models
-PREPARING_S = 10.0  # For so long after a request has found its model, that is not given up
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ class Gateway:
     def __post_init__(self) -> None:
         self._found: Sequence[Offer] = ()
         self._searched_at = float("-inf")
+        self._searching: asyncio.Task[None] | None = None
         self._loaded: dict[str, ServedModel] = {}  # by the first name of their offer; the least recently used first
-        self._used_at: dict[str, float] = {}
+        self._uses: Counter[str] = Counter()  # requests that are not answered yet, by the same name
         self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._places = asyncio.Lock()
 
@@ -69,17 +73,27 @@ class Gateway:
             raise ApiError(404, f"this server has no model {name!r}: use {use}", param="model", code="model_not_found")
 
     async def refresh(self) -> None:
-        """Looks for models, if that was not done lately."""
-        if self.search is None or time.monotonic() - self._searched_at < REFRESH_S:
-            return
-        self._searched_at = time.monotonic()
+        """Looks for models, if that was not done lately; requests that come meanwhile wait for the same look."""
+        searches = self._searching is not None and not self._searching.done()
+        if self.search is not None and not searches and time.monotonic() - self._searched_at >= REFRESH_S:
+            self._searched_at = time.monotonic()
+            self._searching = asyncio.create_task(self._search(self.search))
+        if self._searching is not None:
+            await asyncio.shield(self._searching)
+
+    async def _search(self, search: Callable[[], Sequence[Offer]]) -> None:
         try:
-            self._found = await to_thread.run_sync(self.search)
+            self._found = await to_thread.run_sync(search)
         except SplitnetError:  # the directory does not answer now
             return
+        except Exception:
+            log.exception("models of the swarm could not be looked for")
 
     async def find(self, name: str | None) -> ServedModel:
-        """The model of this name (None: the first), ready to answer. Raises ApiError if there is none now."""
+        """The model of this name (None: the first), ready to answer, which stays until the request has its answer.
+
+        Raises ApiError if there is none now.
+        """
         if name is None or name in self.served.names:
             return self.served
         if name not in self.names:
@@ -96,7 +110,8 @@ class Gateway:
                     except SplitnetError as error:
                         status = failure_of(error).status
                         raise ApiError(max(status, 502), f"{key!r} cannot be served: {error}", param="model") from None
-            self._used_at[key] = time.monotonic()
+            self._uses[key] += 1
+            ENDS.get().callback(self._uses.subtract, [key])
             self._loaded[key] = served = self._loaded.pop(key)
             return served
 
@@ -105,8 +120,7 @@ class Gateway:
         for key, served in list(self._loaded.items()):
             if len(self._loaded) < self.keep - 1:
                 return
-            waits = served.admission.running + served.admission.waiting
-            if not waits and time.monotonic() - self._used_at[key] > PREPARING_S:
+            if not self._uses[key]:
                 del self._loaded[key]
                 await to_thread.run_sync(served.close)
         if len(self._loaded) >= self.keep - 1:

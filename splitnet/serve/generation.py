@@ -172,10 +172,19 @@ class Generations:
         self.draining = False  # the server is to end once the requests have: what would go on for ever ends now
 
     def start(self, ask: Ask, listener: Listener, answer: str = "") -> Generation:
-        """Begins a part of an answer; `listener` is called from another thread, at last with `Ended` or an error."""
-        generation = Generation(self, ask, listener, self.progress.begin(answer, len(ask.prompt)))
+        """Begins a part of an answer; `listener` is called from another thread, at last with `Ended` or an error.
+
+        Raises SessionClosed after `close`.
+        """
+        progress = self.progress.begin(answer, len(ask.prompt))
+        generation = Generation(self, ask, listener, progress)
+        try:
+            running = self._threads.submit(generation.run)
+        except RuntimeError:
+            self.progress.end(progress)
+            raise SessionClosed("the model is closed") from None
         self._running.add(generation)
-        self._threads.submit(generation.run).add_done_callback(lambda _: self._running.discard(generation))
+        running.add_done_callback(lambda _: self._running.discard(generation))
         if self._ending:
             generation.cancel()
         return generation

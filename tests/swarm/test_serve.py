@@ -651,6 +651,11 @@ def test_an_end_in_the_middle_is_told_in_the_stream(serve: Serve, swarm: LocalSw
         later = await server.http.post("/v1/completions", json=GREEDY | {"prompt": "Bees"})
         assert later.status_code == 503 and "Retry-After" in later.headers
         await until(lambda: sessions(swarm) == [0, 0])
+        server.generations.close()
+        closed = await server.http.post("/v1/completions", json=GREEDY | {"prompt": "Bees"})
+        assert closed.status_code == 503 and closed.json()["error"]["code"] == "server_ending"
+        assert not server.generations.progress.working_peers()
+        assert all(answer.ended for answer in server.generations.progress.answers()), "nothing stays counted"
 
     serve(does)
 

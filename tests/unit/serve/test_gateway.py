@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from splitnet.errors import DirectoryError, PeerLost
+from splitnet.cli import serve as command
+from splitnet.errors import DirectoryError, PeerLost, SplitnetError
 from splitnet.serve import gateway as module
 from splitnet.serve.failures import ApiError
+from splitnet.serve.gate import ENDS
 from splitnet.serve.gateway import Gateway, Offer
 
 
 class World:
-    """Models that are loaded and closed; all of them are used long ago."""
+    """Models that are loaded and closed."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "PREPARING_S", -1.0)
+    def __init__(self) -> None:
         self.loads: list[str] = []
         self.open: list[str] = []
 
     def model(self, name: str) -> Any:
-        served = SimpleNamespace(names=[name], admission=SimpleNamespace(running=0, waiting=0))
+        served = SimpleNamespace(names=[name])
         self.open.append(name)
         served.close = lambda: self.open.remove(name)
         return served
@@ -38,8 +41,21 @@ class World:
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    return World(monkeypatch)
+def world() -> World:
+    return World()
+
+
+async def find(gateway: Gateway, name: str) -> Any:
+    """The model that a request finds, which has its answer at once."""
+    with request():
+        return await gateway.find(name)
+
+
+@contextmanager
+def request() -> Iterator[None]:
+    with ExitStack() as ends:
+        ends.callback(ENDS.reset, ENDS.set(ends))
+        yield
 
 
 def test_models_are_loaded_once_when_they_are_asked_for_and_the_least_used_gives_way(world: World) -> None:
@@ -47,39 +63,28 @@ def test_models_are_loaded_once_when_they_are_asked_for_and_the_least_used_gives
     assert gateway.names == ["first", "a", "a-too", "b", "b-too", "c", "c-too"]
 
     async def come() -> None:
-        assert (await gateway.find("first")).names == ["first"]
+        assert (await find(gateway, "first")).names == ["first"]
         assert not world.loads
-        both = await asyncio.gather(gateway.find("a"), gateway.find("a-too"))
+        both = await asyncio.gather(find(gateway, "a"), find(gateway, "a-too"))
         assert both[0] is both[1] and world.loads == ["a"]
-        await gateway.find("b")
-        await gateway.find("a")
-        await gateway.find("c")
+        await find(gateway, "b")
+        await find(gateway, "a")
+        await find(gateway, "c")
         assert world.open == ["first", "a", "c"]
-        (a,) = [served for served in gateway.loaded if served.names == ["a"]]
-        a.admission.running = 1
-        await gateway.find("b")
-        assert world.open == ["first", "a", "b"], "what is in use stays"
-        (b,) = [served for served in gateway.loaded if served.names == ["b"]]
-        b.admission.running = 1
-        with pytest.raises(ApiError, match="3 models are in use") as refused:
-            await gateway.find("c")
+        with request():
+            await gateway.find("a")
+            await find(gateway, "b")
+            assert world.open == ["first", "a", "b"], "what is in use stays"
+            await gateway.find("b")
+            with pytest.raises(ApiError, match="3 models are in use") as refused:
+                await find(gateway, "c")
         assert refused.value.status == 429
+        await find(gateway, "c")
+        assert world.open == ["first", "b", "c"], "a request that has its answer uses none"
 
     asyncio.run(come())
     gateway.close()
     assert not world.open
-
-
-def test_what_a_request_has_just_found_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PREPARING_S", 60.0)
-    gateway = Gateway(world.model("first"), [world.offer(name) for name in "ab"], keep=2)
-
-    async def come() -> None:
-        await gateway.find("a")
-        with pytest.raises(ApiError, match="in use"):
-            await gateway.find("b")
-
-    asyncio.run(come())
 
 
 def test_a_model_that_cannot_be_loaded_ends_no_other(world: World) -> None:
@@ -95,9 +100,9 @@ def test_a_model_that_cannot_be_loaded_ends_no_other(world: World) -> None:
     async def come() -> None:
         for name, status in (("far", 502), ("bad", 503)):
             with pytest.raises(ApiError, match=f"'{name}' cannot be served: ") as refused:
-                await gateway.find(name)
+                await find(gateway, name)
             assert refused.value.status == status
-        assert (await gateway.find("a")).names == ["a"]
+        assert (await find(gateway, "a")).names == ["a"]
 
     asyncio.run(come())
 
@@ -117,12 +122,57 @@ def test_models_of_the_swarm_are_looked_for_where_a_name_is_not_known(
     gateway = Gateway(world.model("first"), search=search)
 
     async def come() -> None:
-        assert (await gateway.find("new")).names == ["new"]
+        assert (await find(gateway, "new")).names == ["new"]
         with pytest.raises(ApiError, match="has no model 'other': use 'first' or 'new' or 'new-too'"):
-            await gateway.find("other")
+            await find(gateway, "other")
         assert searches == 1, "not again so soon"
         monkeypatch.setattr(module, "REFRESH_S", 0.0)
         await gateway.refresh()
         assert searches == 2 and "new" in gateway.names
 
     asyncio.run(come())
+
+
+def test_requests_share_a_search_which_no_error_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REFRESH_S", 0.0)
+    searches = 0
+
+    def search() -> list[Offer]:
+        nonlocal searches
+        searches += 1
+        time.sleep(0.05)
+        if searches == 2:
+            raise ValueError("no SplitnetError")
+        return [world.offer("new")]
+
+    gateway = Gateway(world.model("first"), search=search)
+
+    async def come() -> None:
+        both = await asyncio.gather(find(gateway, "new"), find(gateway, "new"))
+        assert both[0] is both[1] and searches == 1
+        await gateway.refresh()
+        assert searches == 2 and "new" in gateway.names
+        await gateway.refresh()
+        assert searches == 3
+
+    asyncio.run(come())
+
+
+def test_models_of_the_swarm_are_looked_at_again_and_not_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, fails, tried = 0.0, True, list[str]()
+    monkeypatch.setattr(
+        "splitnet.swarm.models.models_of",
+        lambda swarm: [SimpleNamespace(name=f"of/{id}", fingerprint=id, missing=()) for id in swarm],
+    )
+
+    def named(name: str, id: str) -> Any:
+        tried.append(id)
+        if fails:
+            raise SplitnetError("the hub does not answer")
+        return name
+
+    found: Any = command.Found(named, lambda: now)
+    assert found(["a"]) == found(["a"]) == [] and tried == ["a"]
+    now, fails = command.AGAIN_S + 1, False
+    assert found(["a"]) == ["of/a"] and tried == ["a", "a"]
+    assert len(found([str(number) for number in range(100)])) == command.MOST_FOUND
