@@ -267,7 +267,7 @@ class _Choice:
         self.scored_prompt: tuple[ScoredToken, ...] = ()
         self._index = index
         self._with_logprobs = with_logprobs
-        self._text_of = text_of
+        self._text_of = "token_id:{}".format if body.return_tokens_as_token_ids else text_of
         self._begun = False
         self._text = ""
         self._scored: list[ScoredToken] = []

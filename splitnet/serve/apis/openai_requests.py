@@ -43,6 +43,7 @@ Choices = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=N
 class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class PlainFormat(Strict):
@@ -151,6 +152,7 @@ class SamplingRequest(Strict):
     grammar: Rule | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     timings_per_token: bool | None = None
     # What clients send that changes no answer.
     metadata: Annotated[dict[str, Any], BeforeValidator(few)] | None = None
@@ -165,6 +167,7 @@ class SamplingRequest(Strict):
     include_stop_str_in_output: Literal[False] | None = None
     use_beam_search: Literal[False] | None = None
     length_penalty: Literal[1] | None = None
+    truncation_side: Literal["left"] | None = None
 
     @property
     def constraints(self) -> dict[str, dict[str, Any]]:
@@ -291,7 +294,7 @@ def _for_template(message: Message) -> dict[str, Any]:
         said["tool_calls"] = [call.model_dump() for call in message.tool_calls]
         for call in said["tool_calls"]:
             try:
-                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
             except (ValueError, RecursionError):
                 raise ApiError(400, "the arguments of a tool call are not valid JSON", param="messages") from None
     return said
