@@ -427,6 +427,9 @@ def test_scores_of_prompts_as_vllm_has_them(serve: Serve, tokenizer: Any) -> Non
         assert text["choices"][0]["logprobs"] is None
         told = await server.chat("Hi", max_tokens=1, prompt_logprobs=0)
         assert len(told["prompt_logprobs"]) == told["usage"]["prompt_tokens"]
+        named = await server.complete(prompt="Bees fly", max_tokens=1, logprobs=0, return_tokens_as_token_ids=True)
+        [token] = named["choices"][0]["logprobs"]["tokens"]
+        assert text["choices"][0]["text"] == tokenizer.decode(int(token.removeprefix("token_id:")))
 
     serve(does)
 

@@ -541,6 +541,8 @@ def test_messages_as_templates_expect_them() -> None:
         },
         {"role": "tool", "content": "2", "tool_call_id": "c", "name": "f"},
     ]
+    said[1]["tool_calls"][0]["function"]["arguments"] = ""
+    assert messages(said)[1]["tool_calls"][0]["function"]["arguments"] == {}, "as some send calls without arguments"
     said[1]["tool_calls"][0]["function"]["arguments"] = "{"
     with pytest.raises(ApiError, match="not valid JSON"):
         prompts.of_chat(messages(said), [])
