@@ -147,7 +147,7 @@ def demo(
         if serve:
             address = swarm.wait()
             typer.secho(f"others reach this swarm with --join {address}", err=True)
-            run_server(model=checkpoint, initial_peers=[address], port=port, codec=codec, device=device)
+            run_server(models=[str(checkpoint)], initial_peers=[address], port=port, codec=codec, device=device)
         else:
             _ask(checkpoint, swarm, prompt, max_new_tokens, codec, device)
     typer.secho("all daemons have left; nothing is running any more", err=True)
