@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import html
 import ipaddress
 import signal
@@ -211,6 +212,8 @@ def serve(
             say(f"the swarm and a chat are shown at http://{shown}:{port}/")
             for sentence in (*loading.said, served.pooling.sentence):
                 say(sentence)
+            # A collection that looks at all of torch stops every answer for 100 ms.
+            gc.freeze()
             server.run(sockets=[listener])
         finally:
             loading.close()
