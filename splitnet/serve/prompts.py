@@ -73,7 +73,8 @@ class Prompts:
                 if (form := form_in(shown, self._ends)) is not None:
                     return Forms(form, reasoning, arguments_as_text=as_text)
                 shows_calls |= PROBE[0] in shown.rpartition(PROBE_TEXT)[2]
-        return Forms(form_of_marks(tokens, template) or FORMS["hermes"], reasoning, shows_calls=shows_calls)
+        form = form_of_marks(tokens, template) or (None if shows_calls else FORMS["hermes"])
+        return Forms(form, reasoning, shows_calls=shows_calls)
 
     @property
     def template(self) -> str:
@@ -143,6 +144,8 @@ class Prompts:
         described = list(tools) or None
         if described and not self.takes_tools:
             raise ApiError(400, "this model's chat template has no place for tools: leave them out", param="tools")
+        if described and self.forms.calls is None:
+            raise ApiError(400, "it is not known here how this model writes calls: leave out tools", param="tools")
         variables = {name: value for given in parameters.values() for name, value in given.items()}
         if variables:
             self._check_variables(parameters, described)

@@ -44,7 +44,8 @@ MODEL, ALIAS, KEY = "small", "claude-sonnet-5", "sk-protocols"
 POSITIONS, VOCABULARY = 1024, 49152
 TEMPLATE = (
     "{{ tools or '' }}{% for m in messages %}{{ m.role }}: {{ m.reasoning_content or '' }}{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.city }}{% endfor %}"
+    '{% for c in m.tool_calls or [] %}<tool_call>\n{"name": "{{ c.function.name }}", "arguments": '
+    "{{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}"
     "{{ m.tool_call_id }}\n{% endfor %}"
     "assistant:{{ '' if enable_thinking else ' -' }}"
 )

@@ -8,12 +8,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any, Protocol
 
 ONE_LINE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """How JSON is written: where white space is free, small models write nothing else until their context is full."""
 
 _ANY = r"(.|\n)*"
+
+# llguidance follows references and rules by recursion, and ends the process where they go too deep.
+MOST_RULES, MOST_SIZE = 1000, 2**20
+MOST_REFERENCES, MOST_PROPERTIES, MOST_SCHEMA = 256, 256, 2**18
 
 Schema = Mapping[str, Any]
 Read = list[tuple[str, dict[str, Any]]]  # names and arguments
@@ -33,16 +38,20 @@ class Rules:
     def __init__(self, literal: Callable[[str], str]) -> None:
         self.literal = literal
         self.lines = [r"TEXT: /(.|\n)*/"]
+        self._size = 0
 
     def add(self, expression: str, attributes: str = "") -> str:
+        """Adds a rule, and returns its name. Raises ValueError if the grammar becomes too large."""
         name = f"rule_{len(self.lines)}"
         self.lines.append(f"{name}{attributes}: {expression}")
+        self._size += len(expression)
+        if self._size > MOST_SIZE or len(self.lines) > MOST_RULES:
+            raise ValueError("it is too large")
         return name
 
     def json(self, schema: Schema) -> str:
-        kept = (
-            schema if '"allOf"' in json.dumps(schema) else closed(schema)
-        )  # parts of an object would exclude each other
+        # Parts of an object that all hold would exclude each other.
+        kept = schema if '"allOf"' in json.dumps(schema) else closed(schema)
         return f"%json {json.dumps({**kept, 'x-guidance': ONE_LINE})}"
 
     def text_until(self, end: str) -> str:
@@ -58,6 +67,21 @@ class Rules:
             first = self.add(head if required else f"{head} | {first}")
             after = self.add(tail if required else f"{tail} | {after}")
         return first
+
+
+def check_schema(schema: Any) -> None:
+    """Raises ValueError: it is larger than a grammar can be made of."""
+    text = json.dumps(schema)
+    references = set(re.findall(r'"\$ref": *("(?:[^"\\]|\\.)*")', text))
+    if len(text) > MOST_SCHEMA or len(references) > MOST_REFERENCES:
+        raise ValueError(f"it has more than {MOST_SCHEMA} characters or {MOST_REFERENCES} references")
+
+    def widest(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return max(len(inner), *map(widest, inner)) if inner else 0
+
+    if widest(schema) > MOST_PROPERTIES:
+        raise ValueError(f"something in it has more than {MOST_PROPERTIES} parts")
 
 
 def _all(schema: Schema, name: str) -> list[Any]:
@@ -98,13 +122,43 @@ def closed(schema: Any) -> Any:
     return made
 
 
-def kinds_of(schema: Schema) -> set[str]:
-    """The JSON types that a schema names; none: it may be any."""
+def resolved(schema: Schema, root: Schema) -> Schema:
+    """The same without a reference, or parts of which all hold, at its top; `root` has what it refers to."""
+    for _ in range(MOST_REFERENCES):
+        if isinstance(reference := schema.get("$ref"), str):
+            schema = {**{name: each for name, each in schema.items() if name != "$ref"}, **_found(root, reference)}
+        elif parts := [each for each in _all(schema, "allOf") if isinstance(each, Mapping)]:
+            merged: dict[str, Any] = {name: each for name, each in schema.items() if name != "allOf"}
+            for part in parts:
+                merged |= part
+            schema = merged
+        else:
+            break
+    return schema
+
+
+def _kind_of(value: Any) -> set[str]:
+    if isinstance(value, bool):
+        return {"boolean"}
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return {"integer", "number"}
+    kinds = {str: "string", float: "number", list: "array", dict: "object", type(None): "null"}
+    return {kinds.get(type(value), "")}
+
+
+def kinds_of(schema: Schema, root: Schema, depth: int = 0) -> set[str]:
+    """The JSON types that a schema allows; none: it may be any."""
+    schema = resolved(schema, root)
+    if choices := choices_of(schema):
+        return set().union(*map(_kind_of, choices))
     given = schema.get("type")
     kinds = {each for each in ([given] if isinstance(given, str) else _all(schema, "type")) if isinstance(each, str)}
-    for choice in either_of(schema):
-        kinds |= kinds_of(choice)
-    return kinds | {"string" if isinstance(value, str) else "other" for value in choices_of(schema)}
+    for choice in either_of(schema) if depth < _DEEPEST else ():
+        kinds |= kinds_of(choice, root, depth + 1)
+    return kinds
+
+
+_DEEPEST = 8
 
 
 def properties_of(schema: Schema) -> list[tuple[str, Schema, bool]]:
@@ -112,11 +166,19 @@ def properties_of(schema: Schema) -> list[tuple[str, Schema, bool]]:
     required, given = _all(schema, "required"), schema.get("properties")
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     named = given.items() if isinstance(given, Mapping) else ()
-    return [(name, {**shared, **each} if isinstance(each, Mapping) else {}, name in required) for name, each in named]
+    found: list[tuple[str, Schema, bool]] = []
+    for name, each in named:
+        alone = dict(each) if isinstance(each, Mapping) else {}
+        if shared and '"$ref"' in json.dumps(alone):
+            alone |= shared
+        found.append((name, alone, name in required))
+    return found
 
 
-def is_text(schema: Schema) -> bool:
-    return "string" in kinds_of(schema)
+def _check_references(schema: Schema) -> None:
+    """Raises ValueError where a part of a schema cannot stand alone."""
+    if re.search(r'"\$ref": *"(?!#/(\$defs|definitions)/)', json.dumps(schema)):
+        raise ValueError("with this model, references are to $defs alone")
 
 
 class Syntax(Protocol):
@@ -163,6 +225,7 @@ class JsonCalls:
     before: str = "\n"
     after: str = "\n"
     arguments: str = "arguments"
+    has_arguments: bool = False  # an object without them is no call
 
     @property
     def pattern(self) -> str:
@@ -177,7 +240,10 @@ class JsonCalls:
         for each in found if isinstance(found, list) else [found]:
             if not isinstance(each, dict) or not isinstance(each.get("name"), str):
                 raise NoCall
-            arguments = next((each[key] for key in ("arguments", "parameters") if key in each), {})
+            arguments = next((each[key] for key in ("arguments", "parameters") if key in each), None)
+            if arguments is None and self.has_arguments:
+                raise NoCall
+            arguments = {} if arguments is None else arguments
             calls.append((each["name"], _object(arguments)))
         if not calls:
             raise NoCall
@@ -279,44 +345,71 @@ class Tagged:
     def rule(self, rules: Rules, name: str, schema: Schema) -> str:
         literal, items = rules.literal, list[tuple[str, bool]]()
         for key, each, required in properties_of(schema):
-            begins = literal(f"{self.before_key}{key}{self._after_key(not is_text(each))}")
-            if is_text(each):
-                item = f"{begins} {_raw_text(rules, each, self.after_value)}"
-            else:
-                item = f"{begins} {rules.json(each)} {literal(self.after_value)}"
-            items.append((rules.add(item), required))
-        if not items:
-            names = f"{literal(self.before_key)} /[a-zA-Z0-9_-]+/ {literal(self.after_key)}"
-            items.append((rules.add(f"({names} {rules.text_until(self.after_value)})*"), True))
+            _check_references(each)
+            begins, is_json = literal(f"{self.before_key}{key}"), literal(self._after_key(True))
+            texts, others = _told_apart(each)
+            values = [f"{literal(self.after_key)} {_raw_text(rules, one, self.after_value)}" for one in texts]
+            values += [f"{is_json} {rules.json(one)} {literal(self.after_value)}" for one in others]
+            items.append((rules.add(f"{begins} ({' | '.join(values)})"), required))
+        if "properties" not in schema:
+            values = [f"{literal(self.after_key)} {rules.text_until(self.after_value)}"]
+            if self.before_json:
+                values.append(f"{literal(self.before_json)} {rules.json({})} {literal(self.after_value)}")
+            one = f'{literal(self.before_key)} /[^<>"\\n]+/ ({" | ".join(values)})'
+            items.append((rules.add(f"({one})*"), True))
         begins = literal(self.before_name + name + self.after_name)
         return f"{begins} {rules.some_of(items, '')} {literal(self.last) if self.last else ''}"
 
 
+def _told_apart(schema: Schema) -> tuple[list[Schema], list[Schema]]:
+    """The alternatives of a schema that are strings, which are written as they are, and all others."""
+    flat = resolved(schema, schema)
+    shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    if choices := choices_of(flat):
+        texts = [each for each in choices if isinstance(each, str)]
+        others = [each for each in choices if not isinstance(each, str)]
+        return [{"enum": texts}] if texts else [], [{"enum": others}] if others else []
+    if several := either_of(flat):
+        apart = [_told_apart({**shared, **each}) for each in several]
+        return [one for texts, _ in apart for one in texts], [one for _, others in apart for one in others]
+    kinds = kinds_of(flat, schema)
+    others: list[Schema] = [] if kinds else [schema]
+    if kinds - {"string"}:
+        others.append({**shared, **flat, "type": sorted(kinds - {"string"})})
+    return [flat] if "string" in kinds else [], others
+
+
 def _typed(value: str, schema: Schema | None, is_string: bool | None) -> Any:
     """The value of an argument; `is_string`: whether its tag says so."""
-    if is_string or (is_string is None and schema is not None and is_text(schema)):
-        may_be_null = schema is not None and "null" in kinds_of(schema)
-        return None if value == "null" and may_be_null and not is_string else value
+    kinds = kinds_of(schema, schema) if schema is not None else set[str]()
+    if is_string or (is_string is None and kinds == {"string"}):
+        return value
+    choices = choices_of(resolved(schema, schema)) if schema is not None else []
+    if value in choices:
+        return value
+    read: Any = {"True": True, "False": False, "None": None}.get(value, value)
     with suppress(ValueError, RecursionError):
-        return json.loads(value)
-    return {"True": True, "False": False, "None": None}.get(value, value)
+        read = json.loads(value)
+    return read if "string" not in kinds or _kind_of(read) & (kinds - {"string"}) else value
 
 
 def _raw_text(rules: Rules, schema: Schema, end: str) -> str:
     """A string that is written as it is, and `end` behind it."""
-    choices = choices_of(schema)
-    if choices:
+    if choices := choices_of(schema):
         texts = (each if isinstance(each, str) else _dumped(each) for each in choices)
         return f"({' | '.join(map(rules.literal, texts))}) {rules.literal(end)}"
+    is_long = "minLength" in schema or "maxLength" in schema
     if "pattern" in schema:
+        if is_long:
+            raise ValueError("with this model, a string has a pattern or a length")
         given = str(schema["pattern"])
         before, after = "" if given.startswith("^") else _ANY, "" if given.endswith("$") else _ANY
         pattern = before + given.removeprefix("^").removesuffix("$") + after
-    elif "minLength" in schema or "maxLength" in schema:
+    elif is_long:
         pattern = rf"(.|\n){{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"
     else:
         return rules.text_until(end)
-    escaped = pattern.replace("/", "\\/")
+    escaped = re.sub(r"(?<!\\)/", r"\\/", pattern)
     return f"/{escaped}/ {rules.literal(end)}"
 
 
@@ -330,6 +423,10 @@ class Python:
 
     def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         names = {"true": True, "false": False, "null": None}
+        # Names of functions may have hyphens, which Python's have not.
+        known = {f"function_{number}_": name for number, name in enumerate(schemas) if not name.isidentifier()}
+        for placeholder, name in known.items():
+            body = re.sub(rf"(?<![\w-]){re.escape(name)}\(", f"{placeholder}(", body)
 
         def value_of(node: ast.expr) -> Any:
             match node:
@@ -350,9 +447,11 @@ class Python:
             calls = parsed.elts if isinstance(parsed, ast.List) else [parsed]
             read: Read = []
             for call in calls:
-                if not isinstance(call, ast.Call) or call.args:
+                if not isinstance(call, ast.Call) or call.args or any(each.arg is None for each in call.keywords):
                     raise NoCall
-                read.append((ast.unparse(call.func), {each.arg or "": value_of(each.value) for each in call.keywords}))
+                name = ast.unparse(call.func)
+                arguments = {each.arg or "": value_of(each.value) for each in call.keywords}
+                read.append((known.get(name, name), arguments))
         except SyntaxError as error:
             raise NoCall(goes_on="unterminated" in str(error)) from None
         except (ValueError, TypeError, RecursionError, MemoryError):
@@ -369,8 +468,14 @@ class Python:
     def rule(self, rules: Rules, name: str, schema: Schema) -> str:
         items: list[tuple[str, bool]] = []
         for key, each, required in properties_of(schema):
-            value = '("True" | "False")' if kinds_of(each) == {"boolean"} else rules.json(each)
+            _check_references(each)
+            if not key.isidentifier() or iskeyword(key):
+                raise ValueError(f"with this model, {key!r} cannot be the name of an argument")
+            value = '("True" | "False")' if kinds_of(each, each) == {"boolean"} else rules.json(each)
             items.append((rules.add(f"{rules.literal(key + '=')} {value}"), required))
+        if "properties" not in schema:
+            one = rules.add(f'/[a-zA-Z_][a-zA-Z0-9_]*/ "=" ("True" | "False" | "None" | {rules.json({})})')
+            items.append((rules.add(f'({one} (", " {one})*)?'), True))
         return f"{rules.literal(f'[{name}(')} {rules.some_of(items, rules.literal(', '))} {rules.literal(')]')}"
 
 
@@ -394,7 +499,9 @@ class Gemma:
             raise NoCall(goes_on=True)
         # Every other part is a string; what is between them has the keys.
         parts[1::2] = map(json.dumps, parts[1::2])
-        parts[::2] = (re.sub(r"([{,]\s*)([^{}\[\],:\"\s]+)\s*:", r'\1"\2":', part) for part in parts[::2])
+        parts[::2] = (re.sub(r"([{,]\s*)([^{}\[\],:\"\s][^{}\[\],:\"]*?)\s*:", r'\1"\2":', part) for part in parts[::2])
+        for word, plain in (("None", "null"), ("True", "true"), ("False", "false")):
+            parts[::2] = (re.sub(rf"(?<=[:,\[])\s*{word}\b", plain, part) for part in parts[::2])
         return [(found[1], _object("".join(parts)))]
 
     def write(self, name: str, arguments: Mapping[str, Any]) -> str:
@@ -419,7 +526,7 @@ class Gemma:
                 at = len(rules.lines) - 1
                 rules.lines[at] = f"{name}: {self._bound(rules, _found(root, reference), root, known)}"
             return known[reference]
-        literal, kinds = rules.literal, kinds_of(schema)
+        literal, kinds = rules.literal, kinds_of(schema, root)
         if choices := choices_of(schema):
             return f"({' | '.join(literal(self._value(each)) for each in choices)})"
         if several := either_of(schema):
@@ -433,11 +540,21 @@ class Gemma:
         if kinds == {"array"}:
             of_item = schema.get("items")
             item = rules.add(self._bound(rules, of_item if isinstance(of_item, Mapping) else {}, root, known))
-            return f'"[" ({item} ("," {item})*)? "]"'
+            least, most = schema.get("minItems", 0), schema.get("maxItems")
+            if not least and most is None:
+                return f'"[" ({item} ("," {item})*)? "]"'
+            if not isinstance(least, int) or not isinstance(most or 0, int) or max(least, most or 0) > MOST_PROPERTIES:
+                raise ValueError("minItems and maxItems are small numbers")
+            items = [(item, number < least) for number in range(most if most is not None else least)]
+            rest = f'("," {item})*' if most is None else ""
+            return f'"[" {rules.some_of(items, json.dumps(","))} {rest} "]"'
         if kinds == {"object"} and properties_of(schema):
+            properties = properties_of(schema)
+            if wrong := [key for key, _, _ in properties if re.search(r'[{}\[\],:"]', key)]:
+                raise ValueError(f"with this model, {wrong[0]!r} cannot be the name of an argument")
             items = [
                 (rules.add(f"{literal(key + ':')} {self._bound(rules, each, root, known)}"), required)
-                for key, each, required in properties_of(schema)
+                for key, each, required in properties
             ]
             return f'"{{" {rules.some_of(items, json.dumps(","))} "}}"'
         if kinds and kinds != {"object"}:
@@ -449,7 +566,7 @@ class Gemma:
             known["any"], known["object"] = rules.add(""), rules.add("")
             at = len(rules.lines) - 1
             each, text = known["any"], f"{rules.literal(QUOTE)} {rules.text_until(QUOTE)}"
-            key = f'/[a-zA-Z0-9_-]+/ ":" {each}'
+            key = f'/[^{{}}\\[\\],:"\\n]+/ ":" {each}'
             plain = rules.json({"type": ["number", "boolean", "null"]})
             rules.lines[at - 1] = f'{each}: {text} | {plain} | {known["object"]} | "[" ({each} ("," {each})*)? "]"'
             rules.lines[at] = f'{known["object"]}: "{{" ({key} ("," {key})*)? "}}"'

@@ -27,6 +27,7 @@ class Form:
     between: str = ""  # of two calls
     noise: tuple[str, ...] = ()  # marks of a message that are no text
     lead: str = ""  # the mark before a text that is neither reasoning nor a call
+    aside: tuple[str, str] = ("", "")  # marks around a text before that, or before a call
     # a call begins the answer, and what it begins with is a part of it
     is_answer: bool = False
     one_call: bool = False  # of a message; a template refuses more, or leaves them out
@@ -114,6 +115,7 @@ FORMS = {
         also=("<|start|>assistant to=functions.", "<|channel|>analysis to=functions."),
         noise=("<|start|>assistant", "<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|end|>"),
         lead="<|channel|>final<|message|>",
+        aside=("<|channel|>commentary<|message|>", "<|end|><|start|>assistant"),
         one_call=True,
         between="<|start|>assistant",
     ),
@@ -125,7 +127,7 @@ FORMS = {
     "llama": Form(
         '{"name"',
         "",
-        JsonCalls("", "", "parameters"),
+        JsonCalls("", "", "parameters", has_arguments=True),
         also=('{"type": "function"', "<|python_tag|>"),
         is_answer=True,
         one_call=True,

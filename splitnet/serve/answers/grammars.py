@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from splitnet.drafts.drafter import shared
-from splitnet.serve.answers.calls import Rules
+from splitnet.serve.answers.calls import Rules, check_schema
 from splitnet.serve.answers.forms import FORMS, PLAIN, Form, Forms
 from splitnet.serve.failures import ApiError
 
@@ -70,6 +70,7 @@ class Grammars:
         rules = Rules(self._literal)
         form, param = forms.calls or FORMS["hermes"], "tools" if bounds.functions else bounds.param
         try:
+            check_schema(bounds.schema)
             says = [self._calls(rules, bounds, form)] if bounds.functions else []
             if bounds.schema is not None and form.is_answer and bounds.functions:
                 says = [rules.json({"anyOf": [bounds.schema, *map(_call_as_json, bounds.functions)]})]
@@ -104,14 +105,14 @@ class Grammars:
             more = f"({between} {opening} {call})*" if bounds.several and not bounds.required and opening else ""
             return f"{begin} {opening} {call} {more} {end}"
         if form.is_answer:
-            return f"{call} | {rules.add(_other_than(form.opening))}"
-        parts = [r"/(.|\n)+/", *map(rules.literal, form.noise)]
-        text = rules.add(f"({' | '.join(parts)})*") if form.noise else "TEXT"
+            return f"{call} | {rules.add(_other_than(form.openings))}"
+        if form.lead:
+            asides = " ".join(["(", rules.literal(form.aside[0]), rules.text_until(form.aside[1]), ")*"])
+            return f"{asides} ({rules.literal(form.lead)} TEXT | {opening} {call})"
         # A model may spell the mark although it has a token for it.
         spelled = rules.add(f"TEXT {json.dumps(form.opening)}", "[lazy]")
-        begins = rules.add(f"{spelled} | {text} ({begin})? {opening}")
-        rest = f"({end})? {text}"
-        return f"{text} | ({begins} {call})+ {rest}" if bounds.several else f"{begins} {call} ({end})? | {text}"
+        begins = rules.add(f"{spelled} | TEXT ({begin})? {opening}")
+        return f"TEXT | ({begins} {call})+ ({end})? TEXT" if bounds.several else f"{begins} {call} ({end})? | TEXT"
 
     def _closing(self, rules: Rules, form: Form) -> str:
         ids = self._tokenizer(form.closing, add_special_tokens=False).input_ids if form.closing else []
@@ -149,6 +150,7 @@ def _of_arguments(tool: Function, *, bound: bool) -> dict[str, Any]:
     if schema["type"] != "object":
         wrong = f"the arguments of {tool.name} are an object: give its parameters that type"
         raise ApiError(400, wrong, param="tools")
+    check_schema(schema)
     return schema
 
 
@@ -175,10 +177,19 @@ def _not_kept_to(why: object, param: str | None) -> ApiError:
     )
 
 
-def _other_than(opening: str) -> str:
-    """Any text that does not begin so."""
-    begins = (f"{re.escape(opening[:at])}([^{re.escape(opening[at])}](.|\\n)*)?" for at in range(len(opening)))
-    return " | ".join(f"/{each}/" for each in begins)
+def _other_than(openings: Collection[str]) -> str:
+    """Any text that does not begin with one of these, behind white space or not."""
+
+    def rest(endings: Collection[str], but: str) -> str:
+        heads = dict.fromkeys(ending[0] for ending in endings)
+        parts = [f"[^{but}{''.join(map(re.escape, heads))}](.|\\n)*"]
+        for head in heads:
+            tails = [ending[1:] for ending in endings if ending[0] == head]
+            parts += [] if "" in tails else [re.escape(head) + rest(tails, "")]
+        return f"({'|'.join(parts)})?"
+
+    space = r" \n"
+    return f"/[{space}]*{rest(openings, space)}/"
 
 
 class AllowedTokens:

@@ -30,6 +30,9 @@ class Said:
     calls: list[ToolCall] = field(default_factory=list)
 
 
+MOST_TRIES = 16  # Closing marks that may be inside of a call
+
+
 class AnswerParser:
     """Takes reasoning and calls out of an answer that comes in pieces. What looks like a call and is none stays text.
 
@@ -47,8 +50,10 @@ class AnswerParser:
         self._thinks = False
         self._strips = False  # white space until there is something else
         self._has_text = False
+        self._begins = True  # nothing but white space came since the beginning, a call, or a mark of a message
         self._called = self._behind_call = False
         self._lead: str | None = None  # what begins the call that is read, as it was written
+        self._tries = 0
         self._ignored = 0  # characters of that call whose marks are inside of strings
 
     def push(self, piece: str) -> Said:
@@ -80,7 +85,8 @@ class AnswerParser:
     def _tell(self, said: Said, length: int) -> None:
         """Tells so many characters of what is held as text."""
         text = self._stripped(self._held[:length])
-        self._has_text |= bool(text.strip())
+        if text.strip():
+            self._has_text, self._begins = True, False
         said.text += text
         self._held = self._held[length:]
 
@@ -100,7 +106,8 @@ class AnswerParser:
 
     def _marks(self) -> list[str]:
         form, reasoning = self._form, self._reasoning
-        marks = [*self._noise, *([reasoning.opening] if reasoning is not None else ())]
+        # Elsewhere a text may speak of the mark.
+        marks = [*self._noise, *([reasoning.opening] if reasoning is not None and self._begins else ())]
         return marks + list(form.openings if form is not None and not (form.is_answer and self._has_text) else ())
 
     def _talk(self, said: Said, ended: bool) -> bool:
@@ -118,7 +125,7 @@ class AnswerParser:
             return False
         if mark in self._noise:
             self._tell(said, at)
-            self._held = self._held[len(mark) :]
+            self._held, self._begins = self._held[len(mark) :], True
         elif self._form is not None and mark in self._form.openings:
             if self._form.is_answer and held[:at].strip():
                 self._tell(said, at)  # a text in which something looks like the beginning of an answer
@@ -129,7 +136,9 @@ class AnswerParser:
             kept = at - len(before) + (0 if self._form.is_answer else len(mark))
             self._lead, self._held = self._held[:kept], self._held[kept:]
         else:
-            self._tell(said, len(held[:at].rstrip()))
+            if held[:at].strip():
+                self._tell(said, at)  # a text in which something looks like a thought
+                return True
             self._held, self._thinks, self._strips = held[at + len(mark) :], True, True
         return True
 
@@ -161,15 +170,29 @@ class AnswerParser:
         if not closing and not self._form.is_answer:
             bodies = bodies[0].split(self._form.opening)
         try:
-            read = [call for body in bodies for call in self._form.syntax.read(body, self._schemas)]
-            said.calls += [ToolCall(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in read]
+            said.calls += [call for body in bodies for call in self._calls_of(body)]
             self._held = self._held[end + len(closing) :]
-            self._called = self._behind_call = True
+            self._called = self._behind_call = self._begins = True
         except NoCall as none:
-            if none.goes_on and at >= 0:
+            self._tries += 1
+            if none.goes_on and at >= 0 and self._tries < MOST_TRIES:
                 self._ignored = at + len(closing)
                 return True
             said.text += self._lead
-            self._has_text = True
+            self._has_text, self._begins = True, False
+        self._tries = 0
         self._lead, self._ignored = None, 0
         return True
+
+    def _calls_of(self, body: str) -> list[ToolCall]:
+        assert self._form is not None
+        read = self._form.syntax.read(body, self._schemas)
+        if self._form.is_answer and any(name not in self._schemas for name, _ in read):
+            raise NoCall  # an answer in JSON
+        try:
+            calls = [ToolCall(name, json.dumps(each, ensure_ascii=False, allow_nan=False)) for name, each in read]
+            for call in calls:
+                (call.name + call.arguments).encode()
+        except (ValueError, TypeError, RecursionError):  # what no JSON can have
+            raise NoCall from None
+        return calls

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,74 @@ def test_without_functions_calls_are_text_and_reasoning_is_not() -> None:
     answer = read(list(text), Forms(FORMS["hermes"], THINK), schemas=None)
     assert answer.reasoning == "Is it\n\n1 < 2?" and not answer.calls
     assert answer.text == text.partition("</think>")[2].lstrip()
+
+
+def test_marks_that_a_text_speaks_of_are_text() -> None:
+    forms = Forms(FORMS["hermes"], THINK)
+    for text in ('{"a": "<think>x", "b": 1}', "Use `<think>` for thoughts.\n\nThen answer.", "a <think>b</think> c"):
+        assert read(list(text), forms) == Said(text)
+    llama = Forms(FORMS["llama"])
+    for text in ('{"name": "Bob", "age": 3}', '{"name": "clock"}', '{"name": "Bob", "parameters": {}}'):
+        assert read(list(text), llama) == Said(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": "\\ud83d"}}\n</tool_call>'),
+        ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": NaN}}\n</tool_call>'),
+        ("lfm2", "<|tool_call_start|>[f(a={1,2})]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[f(a=...)]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[f(**{'a': 1})]<|tool_call_end|>"),
+    ],
+)
+def test_what_no_json_can_have_is_no_call(name: str, text: str) -> None:
+    assert read([text], Forms(FORMS[name])) == Said(text)
+
+
+def test_a_text_full_of_marks_is_read_soon() -> None:
+    """Each opening is tried against a few closings only."""
+    reads = 0
+
+    class Counting:
+        def read(self, body: str, schemas: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            return FORMS["qwen-coder"].syntax.read(body, schemas)
+
+    form = replace(FORMS["qwen-coder"], syntax=Counting())
+    text = "<tool_call>\n<function=f>\n<parameter=a>\nx</tool_call>" * 200
+    assert re.sub(r"\s", "", read([text], Forms(form)).text) == re.sub(r"\s", "", text)
+    assert reads <= 16 * 201
+
+
+@pytest.mark.parametrize(
+    ("schema", "written", "value"),
+    [
+        ({"anyOf": [{"type": "array"}, {"type": "string"}]}, '["x", "y"]', ["x", "y"]),
+        ({"type": ["object", "string"]}, '{"x": 1}', {"x": 1}),
+        ({"anyOf": [{"type": "integer"}, {"enum": ["all"]}]}, "5", 5),
+        ({"enum": [1, "a"]}, "1", 1),
+        ({"enum": ["a", None]}, "null", None),
+        ({"$ref": "#/$defs/text"}, "123", "123"),
+        ({"allOf": [{"type": "string"}]}, "123", "123"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "None", None),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "12", "12"),
+        ({}, "12", 12),
+    ],
+)
+def test_values_in_tags_have_the_kind_that_their_schema_allows(schema: Any, written: str, value: Any) -> None:
+    text = f"<tool_call>\n<function=f>\n<parameter=a>\n{written}\n</parameter>\n</function>\n</tool_call>"
+    schemas = {"f": {"properties": {"a": schema}, "$defs": {"text": {"type": "string"}}}}
+    assert named(read([text], Forms(FORMS["qwen-coder"]), schemas=schemas)) == [("f", {"a": value})]
+
+
+def test_names_that_are_none_in_the_language_of_a_form() -> None:
+    lfm2, gemma = Forms(FORMS["lfm2"]), Forms(FORMS["gemma-4"])
+    text = '<|tool_call_start|>[get-it(a="b")]<|tool_call_end|>'
+    assert named(read([text], lfm2, schemas={"get-it": {}})) == [("get-it", {"a": "b"})]
+    text = '<|tool_call>call:f{first name:<|"|>None<|"|>,b:None,c:[True,False]}<tool_call|>'
+    assert named(read([text], gemma)) == [("f", {"first name": "None", "b": None, "c": [True, False]})]
 
 
 def test_reasoning_that_the_prompt_begins() -> None:
@@ -350,6 +419,61 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {
+            "$ref": "#/$defs/a0",
+            "$defs": {f"a{n}": {"type": "array", "items": {"$ref": f"#/$defs/a{n + 1}"}} for n in range(3000)},
+        },
+        {"properties": {f"a{n}": {"type": "integer"} for n in range(3000)}},
+        {
+            "$defs": {"big": {"description": "x" * 200_000}},
+            "properties": {f"a{n}": {"$ref": "#/$defs/big"} for n in range(200)},
+        },
+    ],
+)
+def test_schemas_that_are_too_large_are_refused(schema: Any, bound: Bound) -> None:
+    for name in ("qwen-coder", "minimax"):
+        function = FunctionDefinition(name="f", parameters={"type": "object"} | schema)
+        with pytest.raises(ApiError, match="cannot be kept to"):
+            bound[1].of_answer(Bounds([function], required=True), Forms(FORMS[name]))
+    if "properties" not in schema:
+        with pytest.raises(ApiError, match="references"):
+            bound[1].of_answer(Bounds(schema=schema))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("llama", '{"type": "function", "name": "weather", "parameters": {"city": 1}}'),
+        ("llama", '\n{"name": "weather", "parameters": {"city": 1}}'),
+        ("harmony", '<|start|>assistant to=functions.weather<|channel|>commentary<|message|>{"city": 1}'),
+        ("harmony", ' to=functions.weather<|channel|>commentary<|message|>{"city": 1}'),
+    ],
+)
+def test_strict_arguments_are_bound_however_a_call_begins(name: str, text: str, bound: Bound) -> None:
+    assert not is_kept_to(Bounds(FUNCTIONS), Forms(FORMS[name]), bound, text)
+
+
+def test_calls_of_functions_that_are_not_strict_are_free(bound: Bound) -> None:
+    free = [FunctionDefinition(name="g", parameters={"type": "object", "properties": {"n": {"type": "integer"}}})]
+    for name, form in FORMS.items():
+        for arguments in ({"n": 3}, {"n": "x", "more": [1]}, {}):
+            assert is_kept_to(Bounds(free, several=False), Forms(form), bound, form.write([("g", arguments)])), name
+
+
+def test_lists_of_gemma_have_as_many_items_as_they_may(bound: Bound) -> None:
+    form = FORMS["gemma-4"]
+    items = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3}
+    function = FunctionDefinition(name="g", parameters={"properties": {"a": items}, "required": ["a"]})
+    fits = [
+        is_kept_to(Bounds([function], required=True), Forms(form), bound, form.write([("g", {"a": [7] * count})]))
+        for count in range(5)
+    ]
+    assert fits == [False, False, True, True, False]
+
+
 @pytest.mark.parametrize("name", FORMS)
 @settings(max_examples=60, deadline=None)
 @given(schema=st.dictionaries(st.sampled_from(WORDS), JSON, max_size=5))
@@ -365,7 +489,7 @@ def test_whatever_a_schema_is_it_is_kept_to_or_refused(name: str, bound: Bound, 
 @pytest.mark.parametrize("name", FORMS)
 def test_calls_that_may_be_made_are_bound_where_they_are_strict(name: str, bound: Bound) -> None:
     form, free = FORMS[name], Bounds(FUNCTIONS)
-    assert is_kept_to(free, Forms(form), bound, "Hello")
+    assert is_kept_to(free, Forms(form), bound, form.lead + "Hello")
     assert is_kept_to(free, Forms(form), bound, form.write([GOOD]))
     assert not is_kept_to(free, Forms(form), bound, form.write(BAD[:1]))
     both = Bounds(FUNCTIONS, schema={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
