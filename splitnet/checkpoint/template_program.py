@@ -49,12 +49,14 @@ def main() -> None:
 
 
 def _variables(template: str) -> list[str]:
-    """Those that it uses and does not set; jinja2 computes constants to find them."""
-    from jinja2 import Environment
+    """Those that it uses and does not set, in a loop at least; jinja2 computes constants to find them."""
+    from jinja2 import Environment, nodes
     from jinja2.meta import find_undeclared_variables
 
     syntax = Environment(extensions=["jinja2.ext.loopcontrols"])
-    used = find_undeclared_variables(syntax.parse(_GENERATION_TAG.sub("", template)))
+    parsed = syntax.parse(_GENERATION_TAG.sub("", template))
+    names = (name for loop in parsed.find_all(nodes.For) for name in loop.find_all(nodes.Name))
+    used = find_undeclared_variables(parsed) - {name.name for name in names if name.ctx == "store"}
     return sorted(used - {*syntax.globals, "messages", "raise_exception", "strftime_now"})
 
 

@@ -19,6 +19,8 @@ from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ask, Ended, Finish, Numbered, Piece, ScoredPrompt
 from splitnet.serve.responses import Answer, ServedModel
 
+MAX_SCORES = 2**19  # Of the tokens of the prompts of one request, with those of the likeliest tokens beside them
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
@@ -87,16 +89,22 @@ def sampling_of(served: ServedModel, given: Mapping[str, Any]) -> Sampling:
     return Sampling(**chosen)
 
 
+def check_scores(prompts: Sequence[Sequence[int]], top: int | None) -> None:
+    """Raises ApiError if prompts have more tokens than are scored, each with so many of the likeliest ones."""
+    scores = sum(map(len, prompts)) * (1 + (top or 0))
+    if scores > MAX_SCORES:
+        many = f"{scores} scores of prompts are more than {MAX_SCORES}"
+        raise ApiError(400, f"{many}: ask for fewer logprobs or fewer prompts at once", param="logprobs")
+
+
 async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> list[int]:
     """The tokens of a chat, ready for the next answer. Raises ApiError for what cannot be honoured."""
-    prompts, size, last = served.prompts, len(await request.body()), served.prompts.last(chat.last_tokens)
+    prompts, last = served.prompts, served.prompts.last(chat.last_tokens, chat.max_tokens)
     if chat.is_text:
-        return await served.preparing.run(size, lambda: prompts.of_text(chat.messages[-1]["content"], last=last))
+        return await served.prepare(request, lambda: prompts.of_text(chat.messages[-1]["content"], last=last))
     described = [_described(function) for function in chat.functions]
     options: Any = {"answer": chat.begins_answer, "goes_on": chat.goes_on, "last": last}
-    return await served.preparing.run(
-        size, lambda: prompts.of_chat(chat.messages, described, chat.variables, **options)
-    )
+    return await served.prepare(request, lambda: prompts.of_chat(chat.messages, described, chat.variables, **options))
 
 
 async def with_thinking(served: ServedModel, chat: Chat, param: str, on: bool | None, effort: str | None) -> Chat:
@@ -130,18 +138,23 @@ async def answer_chat(
 
     prompt: its tokens; None: those of its messages. Raises ApiError for what cannot be honoured.
     """
-    prompts, size = served.prompts, len(await request.body())
+    prompts = served.prompts
+    prompts.check_known(chat.stop_tokens, "stop_token_ids")
     if prompt is None:
         prompt = await prompt_of(served, request, chat)
+    if chat.scores_prompt:
+        check_scores([prompt], chat.top_logprobs)
     forms, begun = (PLAIN, "") if chat.is_text else (prompts.forms, prompts.begun(prompt))
     bounds, grammar = _bounds_of(chat), None
     if bounds is not None:
+        if chat.ignores_ends or chat.sampling.get("min_tokens"):
+            raise ApiError(400, "calls say where an answer ends: leave out ignore_eos and min_tokens", param="tools")
         reasoning = forms.reasoning
         thinks = reasoning is not None and begun == reasoning.opening
         # Where the prompt has no thought in it already, a model may think before what it is bound to.
         thinks_no_more = reasoning is not None and prompts.ends_with(prompt, reasoning.closing)
         bound = replace(forms, reasoning=None) if thinks_no_more else forms
-        grammar = await served.preparing.run(size, lambda: served.grammars.of_answer(bounds, bound, thinks=thinks))
+        grammar = await served.prepare(request, lambda: served.grammars.of_answer(bounds, bound, thinks=thinks))
     ask = Ask(
         prompt=prompt,
         max_tokens=prompts.room_for(prompt, chat.max_tokens, fits=chat.fits),

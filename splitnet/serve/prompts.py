@@ -37,6 +37,7 @@ SLICE = 2**16
 
 LONGEST_TOKEN = 256  # Characters, as of white space in some vocabularies
 LONGEST_CHARACTER = 16  # Tokens that are looked at together for the characters that they are parts of
+CUT_TIMES = 16  # So many contexts a text may have of which the last tokens are wanted
 CUT_TOKENS = 128  # A text that is cut may have so many tokens more
 LAST_TOKENS = 8  # Of a prompt, among which are the marks that its answer begins with
 DEFAULT_MAX_TOKENS = 4096  # Of an answer, where neither the request nor the model has a bound
@@ -153,9 +154,9 @@ class Prompts:
             raise ApiError(400, "this model's chat template shows no calls of earlier messages", param="messages")
         said = with_ids(messages, self.forms)
         text = json.dumps([said, described, variables], ensure_ascii=False)
-        if last is None:
-            self._check_length([message["content"] for message in said])
-            self._check_length([text], times=2)  # a template may leave out some of it, and write it shorter
+        times = 1 if last is None else CUT_TIMES
+        self._check_length([message["content"] for message in said], times)
+        self._check_length([text], 2 * times)  # a template may leave out some of it, and write it shorter
         templated = partial(self._templated, answer=answer and not goes_on, goes_on=goes_on)
         first = -last if last else None
         if self._special.search(text) is None:
@@ -163,6 +164,11 @@ class Prompts:
         mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
         marked = templated(*(self._as_text(each, mark) for each in (said, described, variables)))
         return [id for piece in marked.split(mark) for id in self.ids(piece)][first:]
+
+    def checked_ids(self, text: str) -> list[int]:
+        """The same of a text. Raises ApiError if it is longer than the context."""
+        self._check_length([text])
+        return self.ids(text)
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a piece of a text; what looks like a special token is one."""
@@ -222,7 +228,9 @@ class Prompts:
         Raises ApiError: none, unknown ones, or more than the context.
         """
         if isinstance(prompt, str) and last:
-            tokens = self._tokenizer(prompt[-last * LONGEST_TOKEN :]).input_ids
+            end = prompt[-last * LONGEST_TOKEN :]
+            self._check_length([end], CUT_TIMES)
+            tokens = self._tokenizer(end).input_ids
         else:
             tokens = prompt if isinstance(prompt, list) else self._tokenized(prompt, most)
         tokens = tokens[:most] if last is None else tokens[-last:]
@@ -271,9 +279,11 @@ class Prompts:
         if any(token >= self._vocabulary for token in tokens):
             raise ApiError(400, f"the model knows the tokens 0 to {self._vocabulary - 1} only", param=param)
 
-    def last(self, count: int | None) -> int | None:
-        """How many last tokens of a prompt a request asks for; -1: as many as the context has."""
-        return self.max_positions if count == -1 else count
+    def last(self, count: int | None, max_tokens: int | None) -> int | None:
+        """How many last tokens of a prompt a request asks for; -1: as many as leave room for an answer."""
+        if count != -1 or self.max_positions is None:
+            return None if count == -1 else count
+        return max(1, self.max_positions - (1 if max_tokens is None else max_tokens))
 
     def room_for(self, prompt: list[int], max_tokens: int | None, *, fits: bool = True) -> int:
         """How many tokens an answer may have; None asks for all that have room, and more than that does without `fits`.

@@ -39,7 +39,7 @@ Taken = TypeVar("Taken", contravariant=True)
 
 def framed(document: dict[str, Any]) -> str:
     """One server-sent event; JSON has no line breaks of its own, so one line is enough."""
-    return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n"
 
 
 class Answer(Protocol[Taken]):
@@ -89,13 +89,21 @@ class ServedModel:
         """Runs the prompts of a request, once it has a place, until this is closed; `answer`: its id."""
         return self.metrics.watch(self._events(client, asks, answer), asks)
 
+    async def prepare(self, request: Request, work: Callable[[], Result]) -> Result:
+        """What `work` returns, which is done beside the event loop."""
+        return await self.preparing.run(len(await request.body()), work)
+
     async def respond(
         self, request: Request, events: AsyncGenerator[Told], answer: Answer[Told], *, stream: bool
     ) -> Response:
         """Answers with the events of a request, which end when the client goes."""
         if not stream:
             async with aclosing(events):
-                return JSONResponse(await unless_gone(request, answer.whole(events)))
+                whole = await unless_gone(request, answer.whole(events))
+            try:
+                return JSONResponse(whole)
+            except ValueError:
+                raise ApiError(502, "the answer has numbers or characters that JSON has not: ask again") from None
         # For a while an error still has a status of its own.
         first = asyncio.ensure_future(anext(events))
         resumed = _Resumed(first, events)
@@ -148,6 +156,7 @@ async def told(answer: Answer[Told], events: AsyncIterator[Told]) -> AsyncGenera
     try:
         async with aclosing(answer.chunks(events)) as chunks:
             async for chunk in chunks:
+                chunk.encode()  # where that cannot be, it is an error to be told
                 yield chunk
     except Exception as error:
         yield answer.failed(failure_of(error))

@@ -18,6 +18,7 @@ import pytest
 import schemathesis
 import torch
 from hypothesis import HealthCheck, given, settings
+from llguidance.gbnf_to_lark import any_to_lark
 from prometheus_client.parser import text_string_to_metric_families
 from schemathesis.checks import CHECKS
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -31,6 +32,7 @@ from splitnet.serve import generation
 from splitnet.serve.admission import Admission
 from splitnet.serve.answers.grammars import Grammars
 from splitnet.serve.answers.sampling import SamplingDefaults
+from splitnet.serve.apis import openai_requests
 from splitnet.serve.apis.openai_requests import ChatRequest
 from splitnet.serve.gate import ApiKeys
 from splitnet.serve.gateway import Gateway
@@ -375,6 +377,14 @@ def test_parameters_of_other_servers(serve: Serve, tokenizer: Any) -> None:
             prompt="One two three Bees fly", truncate_prompt_tokens=len(tokenizer("Bees fly").input_ids)
         )
         assert cut["usage"]["prompt_tokens"] == len(tokenizer("Bees fly").input_ids)
+        echoed = await server.complete(
+            prompt="One two three Bees fly", truncate_prompt_tokens=2, echo=True, logprobs=0, max_tokens=1
+        )
+        (choice,) = echoed["choices"]
+        assert choice["logprobs"]["tokens"][:2] == [" Bees", " fly"] and choice["text"].startswith(" Bees fly")
+        assert choice["logprobs"]["text_offset"] == [0, 5, 9]
+        fitted = await server.complete(prompt="Bees fly " * 200, truncate_prompt_tokens=-1, max_tokens=5)
+        assert fitted["usage"]["prompt_tokens"] == 251
         timed = await server.complete(prompt="Bees fly", max_tokens=2, timings_per_token=True)
         assert timed["timings"]["predicted_n"] == 2 and timed["timings"]["prompt_ms"] > 0
 
@@ -388,6 +398,7 @@ def test_parameters_of_other_servers(serve: Serve, tokenizer: Any) -> None:
         ({"guided_choice": ["red"]}, "red"),
         ({"structured_outputs": {"regex": "[ab]{3}/x"}}, "[ab]{3}/x"),
         ({"guided_regex": "\\d\\d"}, r"\d\d"),
+        ({"guided_regex": "a\\/b"}, "a/b"),
         ({"grammar": 'root ::= "y" ("es" | "ep")'}, "yes|yep"),
         ({"structured_outputs": {"grammar": 'start: "no" DIGIT\nDIGIT: /[0-9]/'}}, r"no\d"),
         ({"guided_json": '{"enum": ["a"]}'}, '"a"'),
@@ -430,8 +441,33 @@ def test_scores_of_prompts_as_vllm_has_them(serve: Serve, tokenizer: Any) -> Non
         named = await server.complete(prompt="Bees fly", max_tokens=1, logprobs=0, return_tokens_as_token_ids=True)
         [token] = named["choices"][0]["logprobs"]["tokens"]
         assert text["choices"][0]["text"] == tokenizer.decode(int(token.removeprefix("token_id:")))
+        both = await server.chat("Hi", max_tokens=1, prompt_logprobs=4, logprobs=True, top_logprobs=1)
+        assert all(len(scores) >= 4 for scores in both["prompt_logprobs"][1:])
+        assert len(both["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 1
+        text = await server.complete(prompt="Bees fly", max_tokens=1, prompt_logprobs=1, logprobs=3, echo=True)
+        assert {len(scores) for scores in text["choices"][0]["prompt_logprobs"][1:]} <= {1, 2}
+        assert all(len(top) >= 3 for top in text["choices"][0]["logprobs"]["top_logprobs"][1:])
 
     serve(does)
+
+
+def test_requests_are_prepared_beside_the_event_loop(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def noting(grammar: str) -> str:
+        threads.append(threading.current_thread())
+        return any_to_lark(grammar)
+
+    monkeypatch.setattr(openai_requests, "any_to_lark", noting)
+
+    async def does(server: Server) -> None:
+        grammar = {"grammar": 'root ::= "yes"'}
+        await server.complete(prompt="Well", max_tokens=2, **grammar)
+        await server.chat("Well", max_tokens=2, **grammar)
+        await server.http.post("/apply-template", json={"messages": [{"role": "user", "content": "Hi"}], **grammar})
+
+    serve(does)
+    assert threads and threading.main_thread() not in threads
 
 
 def test_tokens_of_texts_and_texts_of_tokens(serve: Serve, tokenizer: Any) -> None:
@@ -446,6 +482,15 @@ def test_tokens_of_texts_and_texts_of_tokens(serve: Serve, tokenizer: Any) -> No
         chat = (await post("/tokenize", json={"messages": [{"role": "user", "content": "Hi"}]})).json()
         assert chat["tokens"] == tokenizer("user: Hi\nassistant:").input_ids
         assert (await post("/detokenize", json={"tokens": ids})).json()["content"] == "Bees fly"
+        for body, wrong in (
+            (
+                {"messages": [{"role": "user", "content": "Hi"}], "add_special_tokens": True},
+                "add_special_tokens is for",
+            ),
+            ({"content": "Bees " * 20_000}, "shorten the prompt"),
+        ):
+            refused = await post("/tokenize", json=body)
+            assert refused.status_code == 400 and wrong in refused.json()["error"]["message"]
         refused = await post("/detokenize", json={"tokens": [10**9]})
         assert refused.status_code == 400 and "knows the tokens" in refused.json()["error"]["message"]
         props = (await server.http.get("/props")).json()
@@ -712,6 +757,10 @@ def test_blocks_that_nobody_serves(small: Path, serve: Serve) -> None:
         model.close()
 
 
+HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
+CALLS = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
@@ -720,6 +769,17 @@ def test_blocks_that_nobody_serves(small: Path, serve: Serve) -> None:
         ("/v1/completions", {"prompt": [49152]}, 400, "0 to 49151"),
         ("/v1/completions", {"prompt": "a", "logit_bias": {"49152": 1}}, 400, "0 to 49151"),
         ("/v1/completions", {"prompt": "a", "best_of": 2}, 400, "best_of: only 1"),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [49152], "min_tokens": 1}, 400, "0 to 49151"),
+        ("/v1/chat/completions", HELLO | {"stop_token_ids": [49152]}, 400, "0 to 49151"),
+        ("/v1/chat/completions", HELLO | CALLS | {"min_tokens": 9}, 400, "calls say where an answer ends"),
+        ("/v1/chat/completions", HELLO | CALLS | {"ignore_eos": True}, 400, "calls say where an answer ends"),
+        ("/v1/completions", b'{"model": "small", "prompt": "\\ud800"}', 400, "not valid JSON"),
+        (
+            "/api/embed",
+            b'{"model": "small", "input": "a", "options": {"num_ctx": 4096}}',
+            400,
+            "options.num_ctx: the model's context",
+        ),
         ("/v1/completions", b"{", 400, "not valid JSON"),
         (
             "/v1/completions",
@@ -750,7 +810,8 @@ def test_errors(serve: Serve, path: str, body: Any, status: int, message: str) -
         content = body if isinstance(body, bytes) else json.dumps(GREEDY | body)
         reply = await server.http.post(path, content=content, headers={"content-type": "application/json"})
         assert reply.status_code == status, reply.text
-        assert message in reply.json()["error"]["message"]
+        told = reply.json()["error"]
+        assert message in (told["message"] if isinstance(told, dict) else told)
 
     serve(does)
 

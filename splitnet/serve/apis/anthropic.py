@@ -193,6 +193,8 @@ class MessagesRequest(Strict):
         if isinstance(self.messages[-1], AssistantMessage):
             raise ApiError(400, "the last of messages is the assistant's: end with the user's", param="messages")
         choice, tools = self.tool_choice or ToolChoice(type="auto"), self.tools or []
+        if choice.name is not None and choice.type != "tool":
+            raise ApiError(400, "tool_choice.name is for the type tool: leave it out", param="tool_choice")
         to_call = [tool for tool in tools if choice.type == "any" or tool.name == choice.name]
         if choice.type in ("any", "tool") and not to_call:
             raise ApiError(400, "tool_choice asks for a tool that is not there: give it in tools", param="tool_choice")
@@ -218,7 +220,8 @@ async def _prompted(served: ServedModel, request: Request, body: MessagesRequest
     """What is wanted of a chat, and its tokens."""
     on = None if body.thinking is None else body.thinking.type != "disabled"
     effort = body.output_config.effort if body.output_config else None
-    chat = await with_thinking(served, body.chat, "thinking", on, "high" if effort in ("xhigh", "max") else effort)
+    chat = await served.prepare(request, lambda: body.chat)
+    chat = await with_thinking(served, chat, "thinking", on, "high" if effort in ("xhigh", "max") else effort)
     return chat, await prompt_of(served, request, chat)
 
 

@@ -99,7 +99,7 @@ class Generating(Strict):
         stop, most = options.stop, options.num_predict or 0
         return Chat(
             messages=(),
-            answer_schema={"type": "object"} if self.format == "json" else self.format or None,
+            answer_schema={"type": "object"} if self.format in ("json", {}) else self.format or None,
             schema_param="format",
             sampling=sampling,
             max_tokens=most if most > 0 else None,
@@ -238,11 +238,10 @@ def router(gateway: Gateway) -> APIRouter:
 
     async def answered(body: Generating, request: Request) -> Response | dict[str, Any]:
         times = [time.perf_counter_ns()]
-        served, chat = await find(body.model), body.chat
+        served = await find(body.model)
+        chat = await served.prepare(request, lambda: body.chat)
         times.append(time.perf_counter_ns())
-        positions, wanted = served.generations.model.swarm.facts.max_positions, body.options and body.options.num_ctx
-        if positions is not None and wanted is not None and wanted > positions:
-            raise ApiError(400, f"options.num_ctx: the model's context is {positions}: give less", param="options")
+        _check_context(served, body.options)
         answer = Answer(body.model, isinstance(body, ChatRequest), times)
         if not chat.messages:  # that is how clients have a model loaded
             if body.keep_alive in (0, "0", "0s"):
@@ -312,6 +311,7 @@ def router(gateway: Gateway) -> APIRouter:
     async def embedded(body: EmbedRequest, request: Request) -> Response:
         """Texts as vectors."""
         began, served = time.perf_counter_ns(), await find(body.model)
+        _check_context(served, body.options)
         truncate = None if body.truncate is False else CONTEXT
         vectors, tokens = await embed(served, request, body.input, dimensions=body.dimensions, truncate=truncate)
         times = {"total_duration": time.perf_counter_ns() - began, "load_duration": 0}
@@ -321,7 +321,9 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.post("/api/embeddings")
     async def embedded_one(body: EmbedOneRequest, request: Request) -> dict[str, list[float]]:
         """A text as a vector, as it was asked for before."""
-        vectors, _ = await embed(await find(body.model), request, [body.prompt], truncate=CONTEXT)
+        served = await find(body.model)
+        _check_context(served, body.options)
+        vectors, _ = await embed(served, request, [body.prompt], truncate=CONTEXT)
         return {"embedding": vectors[0].tolist()}
 
     for method, name in (*(("POST", name) for name in ("pull", "push", "create", "copy")), ("DELETE", "delete")):
@@ -330,6 +332,12 @@ def router(gateway: Gateway) -> APIRouter:
 
 
 API = Api(("/api",), router, error_body, openai.key_of, "Authorization: Bearer KEY", "Bearer", ErrorReply)
+
+
+def _check_context(served: ServedModel, options: Options | None) -> None:
+    positions, wanted = served.generations.model.swarm.facts.max_positions, options and options.num_ctx
+    if positions is not None and wanted is not None and wanted > positions:
+        raise ApiError(400, f"options.num_ctx: the model's context is {positions}: give less", param="options")
 
 
 def _family(served: ServedModel) -> str:
@@ -344,7 +352,7 @@ def _capabilities(served: ServedModel) -> list[str]:
 
 
 def _line(document: dict[str, Any]) -> str:
-    return json.dumps(document, ensure_ascii=False) + "\n"
+    return json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @dataclass(eq=False)

@@ -15,8 +15,8 @@ from starlette.responses import Response
 from splitnet.serve.answers.grammars import Bounds
 from splitnet.serve.answers.parser import ToolCall
 from splitnet.serve.answers.sampling import ScoredToken
-from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest, SamplingRequest
-from splitnet.serve.chat import Delta, answer_chat, sampling_of
+from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest, SamplingRequest, most
+from splitnet.serve.chat import Delta, answer_chat, check_scores, sampling_of
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import Api, ParsingRoute
 from splitnet.serve.gateway import Gateway
@@ -26,7 +26,6 @@ from splitnet.version import __version__
 
 DONE = "data: [DONE]\n\n"  # The last event of a stream
 COMPLETION_TOKENS = 16  # Of a completion that does not say how many it wants; OpenAI's default
-MAX_SCORES = 2**19  # Of the tokens of the prompts of one request, with those of the likeliest tokens beside them
 
 
 class ErrorDetails(BaseModel):
@@ -89,26 +88,30 @@ def router(gateway: Gateway) -> APIRouter:
         text_of = served.prompts.text_of
         choices = [_ChatChoice(index, bool(body.logprobs), text_of, body) for index in range(body.n or 1)]
         answer = Answer(CHAT, served.name, choices, body)
-        return await answer_chat(served, request, body.chat, answer, stream=bool(body.stream))
+        wanted = await served.prepare(request, lambda: body.chat)
+        return await answer_chat(served, request, wanted, answer, stream=bool(body.stream))
 
     @paths.post("/v1/completions", response_model=None, responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """How texts go on."""
         served = await gateway.find(body.model)
-        prompts, size = served.prompts, len(await request.body())
-        texts = body.prompts
-        last, top = prompts.last(body.truncate_prompt_tokens), body.logprobs
-        tokenized = await served.preparing.run(size, lambda: [prompts.of_text(text, last=last) for text in texts])
-        echoes_scores = bool(body.echo) and top is not None
-        top = body.prompt_logprobs if top is None else top
-        scores = sum(map(len, tokenized)) * (1 + (top or 0))
-        if (echoes_scores or body.prompt_logprobs is not None) and scores > MAX_SCORES:
-            many = f"{scores} scores of prompts are more than {MAX_SCORES}"
-            raise ApiError(400, f"{many}: ask for fewer logprobs or fewer prompts at once", param="logprobs")
-        grammar = None
-        if bounds := body.bounds:
-            grammar = await served.preparing.run(size, served.grammars.of_answer, Bounds(**bounds))
+        prompts, texts = served.prompts, body.prompts
+        prompts.check_known(body.stop_token_ids or (), "stop_token_ids")
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        last, top = prompts.last(body.truncate_prompt_tokens, max_tokens), most(body.logprobs, body.prompt_logprobs)
+        tokenized = await served.prepare(request, lambda: [prompts.of_text(text, last=last) for text in texts])
+        echoes_scores = bool(body.echo) and body.logprobs is not None
+        if echoes_scores or body.prompt_logprobs is not None:
+            check_scores(tokenized, top)
+
+        def told(prompt: str | list[int], tokens: list[int]) -> str:
+            """The text of what is left of a prompt."""
+            whole = prompt if isinstance(prompt, str) else prompts.decode_all(prompt)
+            return whole if last is None else min(whole, prompts.decode_all(tokens), key=len)
+
+        grammar = None
+        if bounds := await served.prepare(request, lambda: body.bounds):
+            grammar = await served.prepare(request, lambda: served.grammars.of_answer(Bounds(**bounds)))
         sampling = sampling_of(served, body.sampling)
         asks = [
             Ask(
@@ -129,9 +132,9 @@ def router(gateway: Gateway) -> APIRouter:
         ]
         echoed, begins = [""] * len(texts), [list[int]()] * len(texts)
         if body.echo:
-            echoed = [text if isinstance(text, str) else prompts.decode_all(text) for text in texts]
+            echoed = await served.prepare(request, lambda: [*map(told, texts, tokenized)])
         if echoes_scores:
-            begins = await served.preparing.run(size, lambda: [*map(prompts.begins, tokenized, echoed)])
+            begins = await served.prepare(request, lambda: [*map(prompts.begins, tokenized, echoed)])
         each = [(text, offsets) for text, offsets in zip(echoed, begins, strict=True) for _ in range(body.n or 1)]
         choices = [
             _CompletionChoice(index, body.logprobs is not None, prompts.text_of, body, text, offsets)
@@ -286,7 +289,7 @@ class _Choice:
             return {}
         scores: list[Any] = []
         for each in self.scored_prompt:
-            scored = dict(((each.token, each.logprob), *each.top))
+            scored = dict(((each.token, each.logprob), *each.top[: self.body.prompt_logprobs]))
             told = {str(one): {"logprob": of, "decoded_token": self._text_of(one)} for one, of in scored.items()}
             scores.append(None if each.logprob is None else told)
         return {"prompt_logprobs": scores}
@@ -297,6 +300,7 @@ class _ChatChoice(_Choice):
 
     def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str], body: ChatRequest) -> None:
         super().__init__(index, with_logprobs, text_of, body)
+        self._likeliest = body.top_logprobs or 0
         self._reasoning = ""
         self._calls: list[ToolCall] = []
 
@@ -335,7 +339,9 @@ class _ChatChoice(_Choice):
     def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
         content = [self._scored_token(each.token, each.logprob) for each in scored]
         for told, each in zip(content, scored, strict=True):
-            told["top_logprobs"] = [self._scored_token(token, logprob) for token, logprob in each.top]
+            told["top_logprobs"] = [
+                self._scored_token(token, logprob) for token, logprob in each.top[: self._likeliest]
+            ]
         return {"content": content, "refusal": None}
 
     def _scored_token(self, token: int, logprob: float | None) -> dict[str, Any]:
@@ -367,6 +373,7 @@ class _CompletionChoice(_Choice):
     ) -> None:
         super().__init__(index, with_logprobs, text_of, body)
         self._echoed = bool(body.echo)
+        self._likeliest = body.logprobs
         self._prompt = prompt
         self._begins = list(begins)
 
@@ -402,6 +409,6 @@ class _CompletionChoice(_Choice):
             return None
         top: dict[str, float] = {}
         # Of tokens that look the same, the likeliest counts; the chosen one is always there.
-        for token, logprob in (*scored.top, (scored.token, scored.logprob)):
+        for token, logprob in (*scored.top[: self._likeliest], (scored.token, scored.logprob)):
             top.setdefault(self._text_of(token), logprob)
         return top

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from llguidance.gbnf_to_lark import any_to_lark
 from pydantic import BeforeValidator, Field, StrictInt, model_validator
+from pydantic_core import from_json
 
 from splitnet.serve.apis.strict import (
     MAX_TOKENS,
@@ -76,11 +78,19 @@ class SchemaFormat(Strict):
 ResponseFormat = Annotated[PlainFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
+RULES = 256  # Of a grammar
+
+
+def most(*counts: int | None) -> int | None:
+    """The largest of those that are given."""
+    return max((count for count in counts if count is not None), default=None)
+
+
 def _schema(given: Any, param: str) -> dict[str, Any]:
     """A JSON schema, which may be written as a text. Raises ApiError if it is none."""
     try:
-        schema = json.loads(given) if isinstance(given, str) else given
-    except (ValueError, RecursionError):
+        schema = from_json(given, allow_inf_nan=False) if isinstance(given, str) else given
+    except ValueError:
         schema = None
     if not isinstance(schema, dict):
         raise ApiError(400, f"{param} is no JSON schema: give an object", param=param)
@@ -110,10 +120,12 @@ class StructuredOutputs(Strict):
 def _lark(kind: str, given: Any) -> str:
     """A grammar in Lark of what `StructuredOutputs` names so. Raises ApiError if it is none."""
     if kind == "regex":
-        escaped = given.replace("/", "\\/")
+        escaped = re.sub(r"\\.|/", lambda match: "\\/" if match[0] == "/" else match[0], given, flags=re.DOTALL)
         return f"start: /{escaped}/"
     if kind == "choice":
         return f"start: {' | '.join(map(json.dumps, given))}"
+    if sum(":" in line for line in given.splitlines()) > RULES:
+        raise ApiError(400, f"the grammar has more than {RULES} rules: use a simpler one", param="grammar")
     try:
         return any_to_lark(given)
     except Exception as error:  # the converter raises what it stumbles over
@@ -142,7 +154,7 @@ class SamplingRequest(Strict):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     stop_token_ids: Annotated[list[KnownToken], Field(fail_fast=True, max_length=STOP_STRINGS)] | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    truncate_prompt_tokens: TokenCount | Literal[-1] | None = None  # -1: to what leaves room for the answer
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: Rule | None = None
@@ -222,6 +234,8 @@ class SamplingRequest(Strict):
     def _options_need_a_stream(self) -> SamplingRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only for streams: leave it out, or set stream to true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs is for whole answers only: leave it out, or stream")
         return self
 
 
@@ -294,8 +308,8 @@ def _for_template(message: Message) -> dict[str, Any]:
         said["tool_calls"] = [call.model_dump() for call in message.tool_calls]
         for call in said["tool_calls"]:
             try:
-                call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
-            except (ValueError, RecursionError):
+                call["function"]["arguments"] = from_json(call["function"]["arguments"] or "{}", allow_inf_nan=False)
+            except ValueError:
                 raise ApiError(400, "the arguments of a tool call are not valid JSON", param="messages") from None
     return said
 
@@ -386,7 +400,7 @@ class ChatRequest(SamplingRequest):
             max_tokens=self.max_completion_tokens or self.max_tokens,
             choices=self.n or 1,
             stop_strings=self.stop_strings,
-            top_logprobs=self.prompt_logprobs if top is None else top,
+            top_logprobs=most(self.prompt_logprobs, top),
             stop_tokens=self.stop_token_ids or (),
             ignores_ends=bool(self.ignore_eos),
             scores_prompt=self.prompt_logprobs is not None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections import Counter
@@ -213,8 +212,8 @@ def for_template(items: Sequence[Item]) -> list[dict[str, Any]]:
             message["reasoning_content"] = message.get("reasoning_content", "") + thought
         else:
             try:
-                function = {"name": item.name, "arguments": json.loads(item.arguments)}
-            except (ValueError, RecursionError):
+                function = {"name": item.name, "arguments": from_json(item.arguments, allow_inf_nan=False)}
+            except ValueError:
                 raise ApiError(400, "the arguments of a function_call are not valid JSON", param="input") from None
             call = {"id": item.call_id, "type": "function", "function": function}
             message.setdefault("tool_calls", []).append(call)
@@ -256,12 +255,13 @@ def router(gateway: Gateway) -> APIRouter:
     """The paths of the API."""
     paths, kept = APIRouter(route_class=ParsingRoute), KeptResponses()
 
-    async def wanted(body: ResponseRequest, owner: str) -> tuple[ServedModel, list[dict[str, Any]], Chat]:
+    async def wanted(body: ResponseRequest, request: Request) -> tuple[ServedModel, list[dict[str, Any]], Chat]:
         """The model, the messages of the conversation, and what is wanted of it."""
+        owner = request.state.client.name
         served, before = await gateway.find(body.model), list[dict[str, Any]]()
         if body.previous_response_id is not None:
             _, before = kept.find(owner, body.previous_response_id, "previous_response_id")
-        messages = [*before, *for_template(body.input)]
+        messages = [*before, *await served.prepare(request, lambda: for_template(body.input))]
         said = [*([{"role": "system", "content": body.instructions}] if body.instructions else []), *messages]
         while len(said) > 1 and said[0]["role"] == said[1]["role"] == "system":  # many templates take one
             said[:2] = [{"role": "system", "content": f"{said[0]['content']}\n\n{said[1]['content']}"}]
@@ -276,7 +276,7 @@ def router(gateway: Gateway) -> APIRouter:
     async def respond(body: ResponseRequest, request: Request) -> Response:
         """The next items of a conversation."""
         owner = request.state.client.name
-        served, messages, chat = await wanted(body, owner)
+        served, messages, chat = await wanted(body, request)
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
@@ -287,7 +287,7 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.post("/v1/responses/input_tokens")
     async def count(body: ResponseRequest, request: Request) -> dict[str, Any]:
         """How many tokens the model reads of a conversation."""
-        served, _, chat = await wanted(body, request.state.client.name)
+        served, _, chat = await wanted(body, request)
         return {"object": "response.input_tokens", "input_tokens": len(await prompt_of(served, request, chat))}
 
     @paths.get("/v1/responses/{id}")

@@ -37,6 +37,8 @@ class Tokenize(Strict):
     def _one(self) -> Tokenize:
         if sum(each is not None for each in (self.prompt, self.content, self.messages)) != 1:
             raise ValueError("give one of prompt, content and messages")
+        if self.messages is not None and (self.add_special_tokens or self.add_special):
+            raise ValueError("add_special_tokens is for texts: a chat has those of its template")
         return self
 
 
@@ -53,35 +55,38 @@ def router(gateway: Gateway) -> APIRouter:
     async def tokenize(body: Tokenize, request: Request) -> dict[str, Any]:
         """The tokens of a text or of a chat."""
         served = await gateway.find(body.model)
-        prompts, size = served.prompts, len(await request.body())
+        prompts = served.prompts
         if body.messages is not None:
             names = "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"
             asked = {name: getattr(body, name) for name in names}
-            chat = validated(ChatRequest, {"model": served.name, "messages": body.messages} | asked)
-            tokens = await prompt_of(served, request, chat.chat)
+            document = {"model": served.name, "messages": body.messages} | asked
+            chat = await served.prepare(request, lambda: validated(ChatRequest, document).chat)
+            tokens = await prompt_of(served, request, chat)
         else:
             text = body.prompt if body.content is None else body.content
             adds = body.add_special_tokens is not False if body.content is None else bool(body.add_special)
-            make = prompts.of_text if adds and text else prompts.ids
-            tokens = await served.preparing.run(size, make, text or "")
+            make = prompts.of_text if adds and text else prompts.checked_ids
+            tokens = await served.prepare(request, lambda: make(text or ""))
+        shown = body.return_token_strs if body.content is None else body.with_pieces
+        texts = await served.prepare(request, lambda: [*map(prompts.text_of, tokens if shown else ())])
         if body.content is not None:
-            pieces = [{"id": token, "piece": prompts.text_of(token)} for token in tokens] if body.with_pieces else None
+            pieces = [{"id": token, "piece": text} for token, text in zip(tokens, texts, strict=False)]
             return {"tokens": pieces or tokens}
         told: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": prompts.max_positions}
-        return told | ({"token_strs": [*map(prompts.text_of, tokens)]} if body.return_token_strs else {})
+        return told | ({"token_strs": texts} if shown else {})
 
     @paths.post("/apply-template")
     async def apply_template(body: ChatRequest, request: Request) -> dict[str, str]:
         """The text that the model reads of a chat."""
         served = await gateway.find(body.model)
-        prompt = await prompt_of(served, request, body.chat)
-        return {"prompt": await served.preparing.run(len(prompt), served.prompts.decode_all, prompt)}
+        prompt = await prompt_of(served, request, await served.prepare(request, lambda: body.chat))
+        return {"prompt": await served.prepare(request, lambda: served.prompts.decode_all(prompt))}
 
     @paths.post("/v1/chat/completions/input_tokens")
     async def count(body: ChatRequest, request: Request) -> dict[str, Any]:
         """How many tokens the model reads of a chat."""
         served = await gateway.find(body.model)
-        prompt = await prompt_of(served, request, body.chat)
+        prompt = await prompt_of(served, request, await served.prepare(request, lambda: body.chat))
         return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
     @paths.post("/detokenize")
@@ -89,7 +94,7 @@ def router(gateway: Gateway) -> APIRouter:
         """The text of tokens."""
         served = await gateway.find(body.model)
         served.prompts.check_known(body.tokens, "tokens")
-        text = await served.preparing.run(len(await request.body()), served.prompts.decode_all, body.tokens)
+        text = await served.prepare(request, lambda: served.prompts.decode_all(body.tokens))
         return {"prompt": text, "content": text}
 
     @paths.get("/props")

@@ -96,6 +96,7 @@ def test_both_places_of_a_schema_are_known() -> None:
     [
         ({"stop_sequences": ["a"], "tools": [TOOL], "tool_choice": {"type": "any"}}, "stop_sequences end texts"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "h"}}, "give it in tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "auto", "name": TOOL["name"]}}, "tool_choice.name"),
         ({"tools": [TOOL | {"defer_loading": True}]}, "defer_loading"),
         ({"thinking": {"type": "between_tools"}}, "thinking"),
         ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),

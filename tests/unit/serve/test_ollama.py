@@ -75,6 +75,7 @@ def test_options_are_what_they_mean() -> None:
     assert asked.sampling["seed"] == 5 and asked.sampling["repetition_penalty"] == 1.1
     assert (asked.stop_strings, asked.max_tokens, asked.fits) == (["a"], 7, False)
     assert (asked.answer_schema, asked.schema_param) == ({"type": "object"}, "format")
+    assert chat(format={}).chat.answer_schema == {"type": "object"}
     free = chat(options={"seed": -1, "num_predict": -1, "stop": ["a", "b"]}, format="").chat
     assert free.sampling["seed"] is free.max_tokens is free.answer_schema is None and free.stop_strings == ["a", "b"]
 

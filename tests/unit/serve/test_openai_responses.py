@@ -143,8 +143,9 @@ def test_items_as_templates_expect_them() -> None:
         {"role": "tool", "content": "rain", "tool_call_id": "c"},
         {"role": "assistant", "content": "It rains.", "reasoning_content": "wet"},
     ]
-    with pytest.raises(ApiError, match="not valid JSON"):
-        for_template(body(input=[items[4] | {"arguments": "{"}]).input)
+    for wrong in ("{", '{"a": "\\ud800"}'):
+        with pytest.raises(ApiError, match="not valid JSON"):
+            for_template(body(input=[items[4] | {"arguments": wrong}]).input)
 
 
 @pytest.mark.parametrize(

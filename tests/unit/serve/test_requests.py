@@ -97,6 +97,9 @@ def test_calls_are_bound_where_a_request_asks_for_it(more: dict[str, Any], binds
         ({"guided_regex": "a", "min_tokens": 4}, "guided_regex says where an answer ends"),
         ({"grammar": "root ::= ("}, "the grammar cannot be read"),
         ({"guided_json": "[1]"}, "guided_json is no JSON schema"),
+        ({"guided_json": '{"title": "\\ud800"}'}, "guided_json is no JSON schema"),
+        ({"grammar": 'root ::= "a"\n' * 257}, "more than 256 rules"),
+        ({"guided_grammar": 'start: "a"\n' * 257}, "more than 256 rules"),
     ],
 )
 def test_constraints_that_cannot_be(more: dict[str, Any], says: str) -> None:
@@ -144,6 +147,8 @@ def test_prompts(prompt: Any) -> None:
         ({"messages": []}, "messages", "at least 1 item"),
         ({"top_logprobs": 2}, None, "top_logprobs needs logprobs"),
         ({"stream_options": {"include_usage": True}}, None, "stream_options is only for streams"),
+        ({"prompt_logprobs": 0, "stream": True}, None, "prompt_logprobs is for whole answers only"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "greater than or equal to 1"),
         ({"messages": [{"role": "user"}]}, "messages", "Field required"),
         ({"messages": [{"role": "pope"}]}, "messages", "'user'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "only 'text' is supported"),
@@ -543,9 +548,10 @@ def test_messages_as_templates_expect_them() -> None:
     ]
     said[1]["tool_calls"][0]["function"]["arguments"] = ""
     assert messages(said)[1]["tool_calls"][0]["function"]["arguments"] == {}, "as some send calls without arguments"
-    said[1]["tool_calls"][0]["function"]["arguments"] = "{"
-    with pytest.raises(ApiError, match="not valid JSON"):
-        prompts.of_chat(messages(said), [])
+    for wrong in ("{", '{"a": "\\ud800"}', '{"a": NaN}', "[" * 1000 + "]" * 1000):
+        said[1]["tool_calls"][0]["function"]["arguments"] = wrong
+        with pytest.raises(ApiError, match="not valid JSON"):
+            prompts.of_chat(messages(said), [])
 
 
 class WithVariables(Tokenizer):
@@ -559,6 +565,8 @@ class WithVariables(Tokenizer):
             "{{ enable_thinking }}{{ reasoning_effort }}{% generation %}{% set content = namespace(a=1) %}"
             "{% for message in messages %}{{ message.role }}{{ message['content'] }}{% break %}{% endfor %}"
             "{%- endgeneration -%}{{ content }}"
+            "{% for message in messages %}{% if message.a %}"
+            "{% set inner = message.a %}{% endif %}{{ inner }}{% endfor %}"
         )
         self.variables: dict[str, Any] = {}
 
@@ -586,6 +594,7 @@ def test_a_template_is_given_the_variables_that_it_has() -> None:
         "raise_exception",
         "namespace",
         "message",
+        "inner",
     ],
 )
 def test_a_template_is_not_given_what_it_does_not_use(name: str) -> None:
@@ -622,10 +631,23 @@ def test_tokens_are_not_made_of_all_of_a_text_that_is_too_long() -> None:
     with pytest.raises(ApiError, match="shorten the prompt"):
         prompts.of_chat(messages([{"role": "user", "content": "A" * 60_000}] * 100), [])
     assert tokenizer.made < 400_000
+    with pytest.raises(ApiError, match="shorten the prompt"):
+        prompts.checked_ids("A" * 10_000_000)
+    # What is cut may be longer, and not without bound.
+    assert len(prompts.of_chat(messages([{"role": "user", "content": "A" * 1_000_000}]), [], last=2)) == 2
+    tokenizer.made = 0
+    with pytest.raises(ApiError, match="shorten the prompt"):
+        prompts.of_chat(messages([{"role": "user", "content": "A" * 10_000_000}]), [], last=5)
+    with pytest.raises(ApiError, match="shorten the prompt"):
+        prompts.of_text("A" * 10_000_000, last=100_000)
+    assert tokenizer.made < 4_000_000
 
 
 def test_room_for_an_answer() -> None:
     prompts = Prompts(Tokenizer(None), 100, 8)
+    assert [prompts.last(-1, most) for most in (None, 0, 3, 8)] == [7, 8, 5, 1]
+    assert [prompts.last(count, 3) for count in (None, 20)] == [None, 20]
+    assert Prompts(Tokenizer(None), 100, None).last(-1, 3) is None
     assert prompts.room_for([1] * 5, None) == 3
     assert prompts.room_for([1] * 5, 2) == 2
     assert prompts.room_for([1] * 8, 0) == 0

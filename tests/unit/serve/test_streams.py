@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import uvicorn
+from starlette.requests import Request
 
 from splitnet.limits import FairAccount
 from splitnet.serve import gate
 from splitnet.serve.admission import Client
 from splitnet.serve.apis.openai import error_body
+from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import Connection
-from splitnet.serve.responses import UNREAD, EventStream, framed
+from splitnet.serve.responses import UNREAD, EventStream, ServedModel, framed, told
 
 
 def test_a_source_ends_while_nobody_reads_and_too_much_is_dropped() -> None:
@@ -61,6 +63,44 @@ def test_a_source_ends_while_nobody_reads_and_too_much_is_dropped() -> None:
         assert await modest == b"x" * 500
         assert b"read faster" in await greedy
         assert not unread.holdings
+
+    asyncio.run(come())
+
+
+class Written:
+    """An answer that is what its events say."""
+
+    id, media_type, alive = "1", "text/event-stream", ""
+
+    async def whole(self, events: AsyncIterator[Any]) -> dict[str, Any]:
+        return {"said": [event async for event in events]}
+
+    async def chunks(self, events: AsyncIterator[Any]) -> AsyncGenerator[str]:
+        async for event in events:
+            yield framed({"said": event})
+
+    def failed(self, failure: ApiError) -> str:
+        return framed(error_body(failure))
+
+
+@pytest.mark.parametrize("wrong", ["\ud800", float("nan")])
+def test_what_json_cannot_say_is_an_error_that_is_told(wrong: Any) -> None:
+    async def source() -> AsyncGenerator[Any]:
+        yield "a"
+        yield wrong
+        yield "b"
+
+    async def come() -> None:
+        chunks = [chunk async for chunk in told(Written(), source())]
+        assert chunks[0] == framed({"said": "a"}) and '"server_error"' in chunks[1] and len(chunks) == 2
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        own: Any = None
+        with pytest.raises(ApiError, match="JSON has not") as refused:
+            await ServedModel.respond(own, Request({"type": "http"}, receive), source(), Written(), stream=False)
+        assert refused.value.status == 502
 
     asyncio.run(come())
 
