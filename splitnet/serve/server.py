@@ -239,7 +239,9 @@ class _Loading:
         options, checkpoint, tokenizer = self._options, way.checkpoint, way.tokenizer
         swarm = way.join(checkpoint)
         try:
-            swarm.peers()  # tells a swarm of other weights
+            if self._demand is None:
+                # Tells a swarm of other weights; other models than the first may be served once they are asked for.
+                swarm.peers()
             remote = attached(checkpoint, swarm, way.options, way.speculate, headless=True)
             if way.adapter is not None:
                 check_served(load_adapter(remote, way.adapter), way.adapter)

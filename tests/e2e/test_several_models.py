@@ -83,6 +83,34 @@ def test_each_model_and_its_adapter_answers_as_in_one_piece(
         client.completions.create(model="gamma", prompt="Bees fly")
 
 
+def test_a_peer_without_a_fixed_model_serves_what_a_gateway_is_asked_for(
+    folders: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    models = [str(folders[name]) for name in PARTS]
+    (tmp_path / "allowed").write_text("\n".join(models), encoding="utf-8")
+    with ExitStack() as stack:
+        first = stack.enter_context(starting(tmp_path_factory.mktemp("first"), models[0], "--blocks", "0:6"))
+        join = ["--join", first.address()]
+        any_model = ["--any-model", "--allow", str(tmp_path / "allowed"), *join]
+        idle = stack.enter_context(starting(tmp_path_factory.mktemp("idle"), *any_model))
+        idle.address()
+        server = stack.enter_context(background(tmp_path, "serve", *models, "--port", "0", *join))
+        assert server.process.stdout is not None
+        url = server.process.stdout.readline().decode().split()[-1]
+        client = stack.enter_context(OpenAI(base_url=url, api_key="-", max_retries=0))
+
+        def is_answered() -> bool:
+            try:
+                return bool(client.completions.create(model="beta", prompt="Bees fly", max_tokens=2).choices)
+            except openai.InternalServerError:  # its blocks are served by nobody
+                return False
+
+        assert not is_answered()
+        idle.wait_for(is_answered)
+        assert client.completions.create(model="alpha", prompt="Bees fly", max_tokens=2).choices
+        assert server.stop(signal.SIGTERM).code == 0
+
+
 def test_what_an_adapter_cannot_be_is_told_at_the_start(folders: dict[str, Path], tmp_path: Path) -> None:
     with background(tmp_path, "serve", str(folders["alpha"]), "--adapter", "tuned=nowhere") as server:
         finished = server.finish()
