@@ -28,7 +28,7 @@ from splitnet.directory.dht import Directory
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.logs import JsonFormatter
 from splitnet.security.identity import KeyOptions
-from splitnet.serve import generation
+from splitnet.serve import chat, generation
 from splitnet.serve.admission import Admission
 from splitnet.serve.answers.grammars import Grammars
 from splitnet.serve.answers.sampling import SamplingDefaults
@@ -429,7 +429,7 @@ def test_a_message_that_is_begun_is_continued(serve: Serve, tokenizer: Any) -> N
     serve(does)
 
 
-def test_scores_of_prompts_as_vllm_has_them(serve: Serve, tokenizer: Any) -> None:
+def test_scores_of_prompts_as_vllm_has_them(serve: Serve, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def does(server: Server) -> None:
         text = await server.complete(prompt="Bees fly", max_tokens=1, prompt_logprobs=1)
         scores = text["choices"][0]["prompt_logprobs"]
@@ -447,6 +447,10 @@ def test_scores_of_prompts_as_vllm_has_them(serve: Serve, tokenizer: Any) -> Non
         text = await server.complete(prompt="Bees fly", max_tokens=1, prompt_logprobs=1, logprobs=3, echo=True)
         assert {len(scores) for scores in text["choices"][0]["prompt_logprobs"][1:]} <= {1, 2}
         assert all(len(top) >= 3 for top in text["choices"][0]["logprobs"]["top_logprobs"][1:])
+        monkeypatch.setattr(chat, "MAX_SCORES", 2)
+        body = {"messages": [{"role": "user", "content": "Hi"}], "prompt_logprobs": 0}
+        refused = await server.http.post("/v1/chat/completions", json=GREEDY | body)
+        assert refused.status_code == 400 and "more than 2: ask for fewer" in refused.json()["error"]["message"]
 
     serve(does)
 

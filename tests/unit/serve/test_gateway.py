@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
+from starlette.responses import StreamingResponse
 
 from splitnet.cli import serve as command
 from splitnet.errors import DirectoryError, PeerLost, SplitnetError
 from splitnet.serve import gateway as module
+from splitnet.serve.apis.openai import API
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import ENDS
+from splitnet.serve.gate import ENDS, ApiKeys, Gate
 from splitnet.serve.gateway import Gateway, Offer
 
 
@@ -85,6 +88,30 @@ def test_models_are_loaded_once_when_they_are_asked_for_and_the_least_used_gives
     asyncio.run(come())
     gateway.close()
     assert not world.open
+
+
+def test_a_model_is_in_use_until_its_request_has_the_last_of_its_answer(world: World) -> None:
+    gateway = Gateway(world.model("first"), [world.offer(name) for name in "ab"], keep=2)
+    statuses: list[int] = []
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        async def answer() -> AsyncIterator[bytes]:
+            yield b"begun"
+            with pytest.raises(ApiError, match="in use") as refused:
+                await find(gateway, "b")
+            statuses.append(refused.value.status)
+
+        await gateway.find("a")
+        await StreamingResponse(answer())(scope, receive, send)
+
+    async def come() -> None:
+        transport = httpx.ASGITransport(Gate(inside, (API,), ApiKeys({})))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            assert (await client.get("/v1/a")).text == "begun" and statuses == [429]
+        await find(gateway, "b")
+        assert world.open == ["first", "b"]
+
+    asyncio.run(come())
 
 
 def test_a_model_that_cannot_be_loaded_ends_no_other(world: World) -> None:
