@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import html
+import importlib
 import ipaddress
 import signal
 import socket
@@ -232,6 +233,8 @@ class _Loading:
         self.said: list[str] = []  # on what of the first checkpoint is used
 
     def offer(self, way: Way) -> Offer:
+        if way.adapter is not None:
+            importlib.import_module("peft")  # later that would stop all answers for a while
         return Offer(way.names, partial(self.load, way))
 
     def load(self, way: Way) -> ServedModel:
