@@ -213,7 +213,7 @@ def serve(
             say(f"the swarm and a chat are shown at http://{shown}:{port}/")
             for sentence in (*loading.said, served.pooling.sentence):
                 say(sentence)
-            # A collection that looks at all of torch stops every answer for 100 ms.
+            # A collection that looks at all of torch and transformers stops every answer for half a second.
             gc.freeze()
             server.run(sockets=[listener])
         finally:

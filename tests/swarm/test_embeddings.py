@@ -91,14 +91,7 @@ def asking(folder: Path, model: RemoteCausalLM, tokenizer: Any) -> Iterator[Call
         chosen: dict[str, Any] = {"pooling": Pooling.of(Checkpoint.open(folder)), **options}
         server = Server(on, own_tokenizer, **chosen)
         made.append(server)
-
-        async def running() -> Any:
-            async with server.running():
-                http: Any = server.http
-                client = AsyncOpenAI(base_url="http://127.0.0.1/v1", api_key="k", http_client=http, max_retries=0)
-                return await does(client, server)
-
-        return asyncio.run(running())
+        return server.with_openai(does)
 
     yield run
     for server in made:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -75,14 +74,7 @@ def asking(folder: Path, model: RemoteCausalLM) -> Iterator[Callable[..., Any]]:
         tokenizer.chat_template = template
         server = Server(model, tokenizer, **options)
         made.append(server)
-
-        async def running() -> Any:
-            async with server.running():
-                http: Any = server.http
-                client = AsyncOpenAI(base_url="http://127.0.0.1/v1", api_key="a", http_client=http, max_retries=0)
-                return await does(client, server)
-
-        return asyncio.run(running())
+        return server.with_openai(does)
 
     yield run
     for server in made:

@@ -19,6 +19,7 @@ import schemathesis
 import torch
 from hypothesis import HealthCheck, given, settings
 from llguidance.gbnf_to_lark import any_to_lark
+from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from schemathesis.checks import CHECKS
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -49,6 +50,7 @@ from tests.swarm.harness import LocalSwarm, local_swarm
 pytestmark = pytest.mark.swarm
 
 MODEL = "small"
+URL = "http://127.0.0.1/v1"
 GREEDY = {"model": MODEL, "temperature": 0}
 TEMPLATE = "{{ tools or '' }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -130,6 +132,16 @@ class Server:
         transport = httpx.ASGITransport(self.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as self.http:
             yield self
+
+    def with_openai(self, does: Callable[[AsyncOpenAI, Server], Awaitable[Any]]) -> Any:
+        """Runs what a test does with OpenAI's client."""
+
+        async def running() -> Any:
+            async with self.running():
+                http: Any = self.http
+                return await does(AsyncOpenAI(base_url=URL, api_key="a", http_client=http, max_retries=0), self)
+
+        return asyncio.run(running())
 
     async def complete(self, **body: Any) -> Any:
         """The reply to a completion that succeeds."""

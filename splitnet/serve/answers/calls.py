@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from keyword import iskeyword
 from typing import Any, Protocol
 
@@ -227,9 +227,7 @@ class JsonCalls:
     arguments: str = "arguments"
     has_arguments: bool = False  # an object without them is no call
 
-    @property
-    def pattern(self) -> str:
-        return ""
+    pattern: str = field(default="", init=False)
 
     def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         text = body.strip()
@@ -417,9 +415,7 @@ def _raw_text(rules: Rules, schema: Schema, end: str) -> str:
 class Python:
     """A list of calls as Python has them, with keywords."""
 
-    @property
-    def pattern(self) -> str:
-        return ""
+    pattern: str = field(default="", init=False)
 
     def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         names = {"true": True, "false": False, "null": None}
@@ -486,9 +482,7 @@ QUOTE = '<|"|>'
 class Gemma:
     """A name and an object whose keys are bare, and whose strings stand between tokens."""
 
-    @property
-    def pattern(self) -> str:
-        return ""
+    pattern: str = field(default="", init=False)
 
     def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         found = re.match(r"\s*([\w.-]+)\s*(\{.*)$", body, re.DOTALL)
