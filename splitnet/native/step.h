@@ -191,67 +191,150 @@ typedef struct {
     int64_t first;                  /* where the sequence begins in them, in positions */
 } Seen;
 
-/* What one position sees with the `group` heads of queries from `head` on. `scores`: [heads, reach]. */
-INLINE VNNI void attend(const Block *block, const Seen *seen, const Step *step, int64_t position, int64_t head, int64_t group,
-                        const float *queries, float *mixed, float *scores, int floats) {
-    int64_t size = seen->size, rest = seen->rest, end = step->indices[position] + 1;
-    int64_t begin = block->window && end > block->window ? end - block->window : 0, reach = end - begin;
-    int64_t first = seen->first + begin;
+/* Positions that are read at a time. */
+#define LINES 16
+
+/* `count` rows of `size` numbers from `first` on, LINES at most; with zeros for those that lack. `room`: for all of them. */
+INLINE VNNI const float *read_lines(const void *from, int64_t first, int64_t count, int64_t size, float *room, int floats) {
+    fetch((const char *)from + first * size * (floats ? 4 : 2) + ahead, parts_of(LINES * size * (floats ? 4 : 2), VECTOR), VECTOR);
+    if (floats && count == LINES) return (const float *)from + first * size;
+    for (int64_t i = 0; i < count * size; i += 16) _mm512_storeu_ps(room + i, stored(from, first * size + i, floats));
+    memset(room + count * size, 0, (LINES - count) * size * sizeof(float));
+    return room;
+}
+
+/* The sums of the numbers of 16 vectors. */
+INLINE VNNI __m512 sum_each(__m512 *sums) {
+    const __m512i evens = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    const __m512i odds = _mm512_setr_epi32(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    __m512 fours[4];
+    for (int64_t i = 0; i < 4; i++) { /* of each four vectors, one number of each in every lane */
+        __m512 *of = sums + 4 * i;
+        __m512 one = _mm512_add_ps(_mm512_unpacklo_ps(of[0], of[1]), _mm512_unpackhi_ps(of[0], of[1]));
+        __m512 two = _mm512_add_ps(_mm512_unpacklo_ps(of[2], of[3]), _mm512_unpackhi_ps(of[2], of[3]));
+        fours[i] = _mm512_add_ps(_mm512_shuffle_ps(one, two, 0x44), _mm512_shuffle_ps(one, two, 0xee));
+    }
+    for (int64_t i = 0; i < 4; i += 2)
+        fours[i] = _mm512_add_ps(_mm512_permutex2var_ps(fours[i], evens, fours[i + 1]),
+                                 _mm512_permutex2var_ps(fours[i], odds, fours[i + 1]));
+    return _mm512_add_ps(_mm512_permutex2var_ps(fours[0], evens, fours[2]), _mm512_permutex2var_ps(fours[0], odds, fours[2]));
+}
+
+/* A part of what a position sees. The results of all are put together as in Dao et al., "Flash-Decoding". */
+typedef struct {
+    int64_t begin, end, from; /* positions; the last: the one that sees them */
+} Reach;
+
+#define PARTS 16     /* at most, of what a position sees, */
+#define LEAST_PART 1024
+
+/* Positions of a part of so many: as many whatever the number of threads is, so that sums are the same. */
+INLINE int64_t part_of(int64_t reach) {
+    int64_t part = LEAST_PART;
+    while (part * PARTS < reach) part *= 2;
+    return part;
+}
+
+/* What the `group` heads of queries from `head` on make of a part: `mixed`, whose weights are relative to the largest logit.
+`found`: [heads, 2]: this one and the sum of the weights. `scores`: [heads, positions of the part in whole LINES], behind room
+for LINES keys or values. */
+INLINE VNNI void attend(const Block *block, const Seen *seen, const Reach *reach, int64_t head, int64_t group,
+                        const float *queries, float *mixed, float *found, float *room, int floats) {
+    int64_t size = seen->size, rest = seen->rest, width = seen->value_size, count = reach->end - reach->begin;
+    int64_t first = seen->first + reach->begin, pitch = parts_of(count, LINES) * LINES;
+    float *more = room + LINES * size, *scores = room + LINES * (size + rest > width ? size + rest : width);
     __m512 scale = _mm512_set1_ps((float)block->scale), cap = _mm512_set1_ps((float)block->cap);
-    for (int64_t index = 0; index < reach; index++)
+    for (int64_t index = 0; index < count; index += LINES) {
+        int64_t lines = count - index < LINES ? count - index : LINES;
+        const float *keys = read_lines(seen->keys, first + index, lines, size, room, floats), *rests = NULL;
+        if (rest) rests = read_lines(seen->rests, first + index, lines, rest, more, floats);
         for (int64_t query = 0; query < group; query++) {
             const float *own = queries + query * (size + rest);
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t i = 0; i < size; i += 16)
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(own + i), stored(seen->keys, (first + index) * size + i, floats), sum);
-            for (int64_t i = 0; i < rest; i += 16)
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(own + size + i), stored(seen->rests, (first + index) * rest + i, floats),
-                                      sum);
-            scores[query * reach + index] = _mm512_reduce_add_ps(sum);
+            __m512 sums[LINES];
+            for (int64_t line = 0; line < LINES; line++) sums[line] = _mm512_setzero_ps();
+            for (int64_t i = 0; i < size; i += 16) {
+                __m512 part = _mm512_loadu_ps(own + i);
+                _Pragma("GCC unroll 16") for (int64_t line = 0; line < LINES; line++)
+                    sums[line] = _mm512_fmadd_ps(part, _mm512_loadu_ps(keys + line * size + i), sums[line]);
+            }
+            for (int64_t i = 0; i < rest; i += 16) {
+                __m512 part = _mm512_loadu_ps(own + size + i);
+                _Pragma("GCC unroll 16") for (int64_t line = 0; line < LINES; line++)
+                    sums[line] = _mm512_fmadd_ps(part, _mm512_loadu_ps(rests + line * rest + i), sums[line]);
+            }
+            _mm512_storeu_ps(scores + query * pitch + index, sum_each(sums));
         }
+    }
     for (int64_t query = 0; query < group; query++) {
-        float *score = scores + query * reach;
+        float *score = scores + query * pitch;
         if (block->cap > 0)
-            for (int64_t i = 0; i < reach; i += 16) {
-                __mmask16 mask = some_of(reach - i);
-                __m512 part = _mm512_div_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, score + i), scale), cap);
-                _mm512_mask_storeu_ps(score + i, mask, _mm512_div_ps(_mm512_mul_ps(tangent(part), cap), scale));
+            for (int64_t i = 0; i < count; i += 16) {
+                __m512 part = _mm512_div_ps(_mm512_mul_ps(_mm512_loadu_ps(score + i), scale), cap);
+                _mm512_storeu_ps(score + i, _mm512_div_ps(_mm512_mul_ps(tangent(part), cap), scale));
             }
         if (block->slopes)
-            for (int64_t i = 0; i < reach; i++)
-                score[i] += block->slopes[head + query] / (float)block->scale * (float)(i - reach + 1);
+            for (int64_t i = 0; i < count; i++)
+                score[i] += block->slopes[head + query] / (float)block->scale * (float)(reach->begin + i - reach->from);
         __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-        for (int64_t i = 0; i < reach; i += 16) {
-            __mmask16 mask = some_of(reach - i);
-            most = _mm512_mask_max_ps(most, mask, most, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, score + i), scale));
-        }
-        float sink = block->sinks ? block->sinks[head + query] : -INFINITY;
-        __m512 largest = _mm512_max_ps(_mm512_set1_ps(sink), _mm512_set1_ps(_mm512_reduce_max_ps(most)));
-        for (int64_t i = 0; i < reach; i += 16) {
-            __mmask16 mask = some_of(reach - i);
-            __m512 weight = _mm512_maskz_loadu_ps(mask, score + i);
-            weight = _mm512_maskz_mov_ps(mask, exponential(_mm512_fmsub_ps(weight, scale, largest)));
+        for (int64_t i = 0; i < count; i += 16)
+            most = _mm512_mask_max_ps(most, some_of(count - i), most, _mm512_mul_ps(_mm512_loadu_ps(score + i), scale));
+        __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+        for (int64_t i = 0; i < count; i += 16) {
+            __m512 weight = exponential(_mm512_fmsub_ps(_mm512_loadu_ps(score + i), scale, largest));
+            weight = _mm512_maskz_mov_ps(some_of(count - i), weight);
             total = _mm512_add_ps(total, weight);
-            _mm512_mask_storeu_ps(score + i, mask, weight);
+            _mm512_storeu_ps(score + i, weight);
         }
-        if (block->sinks) {
-            __m512 weight = exponential(_mm512_sub_ps(_mm512_set1_ps(sink), largest));
-            total = _mm512_add_ps(total, _mm512_maskz_mov_ps(1, weight));
-        }
-        __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-        for (int64_t i = 0, width = seen->value_size; i < width; i += 64) {
-            __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-            int64_t vectors = width - i >= 64 ? 4 : (width - i) / 16;
-            for (int64_t index = 0; index < reach; index++) {
-                __m512 weight = _mm512_set1_ps(score[index]);
+        found[2 * query] = _mm512_cvtss_f32(largest);
+        found[2 * query + 1] = _mm512_reduce_add_ps(total);
+    }
+    memset(mixed, 0, group * width * sizeof(float));
+    for (int64_t index = 0; index < count; index += LINES) {
+        int64_t lines = count - index < LINES ? count - index : LINES;
+        const float *values = read_lines(seen->values, first + index, lines, width, room, floats);
+        for (int64_t query = 0; query < group; query++)
+            for (int64_t i = 0; i < width; i += 64) {
+                __m512 sums[4];
+                float *to = mixed + query * width + i;
+                int64_t vectors = width - i >= 64 ? 4 : (width - i) / 16;
+                if (vectors == 4) {
+                    for (int64_t vector = 0; vector < 4; vector++) sums[vector] = _mm512_loadu_ps(to + vector * 16);
+                    _Pragma("GCC unroll 16") for (int64_t line = 0; line < LINES; line++) {
+                        __m512 weight = _mm512_set1_ps(scores[query * pitch + index + line]);
+                        _Pragma("GCC unroll 4") for (int64_t vector = 0; vector < 4; vector++)
+                            sums[vector] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(values + line * width + i + vector * 16), sums[vector]);
+                    }
+                    for (int64_t vector = 0; vector < 4; vector++) _mm512_storeu_ps(to + vector * 16, sums[vector]);
+                    continue;
+                }
                 for (int64_t vector = 0; vector < vectors; vector++) {
-                    __m512 values = stored(seen->values, (first + index) * width + i + vector * 16, floats);
-                    sums[vector] = _mm512_fmadd_ps(weight, values, sums[vector]);
+                    __m512 sum = _mm512_loadu_ps(to + vector * 16);
+                    for (int64_t line = 0; line < LINES; line++)
+                        sum = _mm512_fmadd_ps(_mm512_set1_ps(scores[query * pitch + index + line]),
+                                              _mm512_loadu_ps(values + line * width + i + vector * 16), sum);
+                    _mm512_storeu_ps(to + vector * 16, sum);
                 }
             }
-            for (int64_t vector = 0; vector < vectors; vector++)
-                _mm512_storeu_ps(mixed + query * width + i + vector * 16, _mm512_mul_ps(sums[vector], share));
-        }
+    }
+}
+
+/* Puts the parts of what a head of queries has seen together, in the place of the first; from part to part there are `stride`
+numbers of `mixed` and `pairs` of `found`. */
+VNNI static void join_parts(const Block *block, int64_t head, int64_t parts, int64_t width, float *mixed, int64_t stride,
+                            const float *found, int64_t pairs) {
+    float sink = block->sinks ? block->sinks[head] : -INFINITY, largest = sink, total = 0;
+    for (int64_t part = 0; part < parts; part++) largest = found[part * pairs] > largest ? found[part * pairs] : largest;
+    float factors[PARTS];
+    for (int64_t part = 0; part < parts; part++) {
+        factors[part] = expf(found[part * pairs] - largest);
+        total += factors[part] * found[part * pairs + 1];
+    }
+    if (block->sinks) total += expf(sink - largest);
+    for (int64_t i = 0; i < width; i += 16) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t part = 0; part < parts; part++)
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(factors[part] / total), _mm512_loadu_ps(mixed + part * stride + i), sum);
+        _mm512_storeu_ps(mixed + i, sum);
     }
 }
 
@@ -566,12 +649,12 @@ static int64_t room_to_absorb(const Block *block) {
 }
 
 /* As `attend`, where latents are stored: queries become ones for these, and what is seen of them becomes values. */
-VNNI static void attend_to_latents(const Block *block, const Store *where, const Step *step, int64_t position, int64_t head,
-                                   int64_t group, const float *queries, float *mixed, float *scores, float *room) {
+VNNI static void attend_to_latents(const Block *block, const Store *where, const Step *step, const Reach *reach, int64_t head,
+                                   int64_t group, const float *queries, float *mixed, float *found, float *scores, float *room) {
     int64_t rank = block->rank, rest = block->latent.outputs - rank, plain = block->size - rest, width = block->value_size;
     int wide = block->expand.kind == FLOAT32;
     const void *expand = block->expand.weights;
-    float *own = room, *found = room + group * (rank + rest);
+    float *own = room, *made = room + group * (rank + rest);
     for (int64_t query = 0; query < group; query++) {
         const float *from = queries + query * block->size;
         float *to = own + query * (rank + rest);
@@ -581,12 +664,12 @@ VNNI static void attend_to_latents(const Block *block, const Store *where, const
         memcpy(to + rank, from + plain, rest * sizeof(float));
     }
     Seen seen = {.keys = where->keys, .rests = where->values, .values = where->keys, .size = rank, .rest = rest, .value_size = rank};
-    if (step->stores_floats) attend(block, &seen, step, position, head, group, own, found, scores, 1);
-    else attend(block, &seen, step, position, head, group, own, found, scores, 0);
+    if (step->stores_floats) attend(block, &seen, reach, head, group, own, made, found, scores, 1);
+    else attend(block, &seen, reach, head, group, own, made, found, scores, 0);
     for (int64_t query = 0; query < group; query++) {
         int64_t at = ((head + query) * (plain + width) + plain) * rank;
-        if (wide) multiply_rows(expand, at, width, rank, found + query * rank, mixed + query * width, 1);
-        else multiply_rows(expand, at, width, rank, found + query * rank, mixed + query * width, 0);
+        if (wide) multiply_rows(expand, at, width, rank, made + query * rank, mixed + query * width, 1);
+        else multiply_rows(expand, at, width, rank, made + query * rank, mixed + query * width, 0);
     }
 }
 
@@ -595,39 +678,53 @@ typedef struct {
     const Store *stores;
     const Step *step;
     const float *queries;
-    float *mixed, *scores; /* for each thread `room` numbers */
-    int64_t room, threads;
+    float *mixed, *found, *scores; /* of each part [count, heads, ...]; the last: for each thread `room` numbers */
+    int64_t room, threads, parts;
 } Attention;
 
+
+INLINE Reach reach_of(const Block *block, int64_t from) {
+    return (Reach){.begin = block->window && from >= block->window ? from + 1 - block->window : 0, .end = from + 1, .from = from};
+}
+
+/* A thread takes neighbours, so that positions of one sequence find what they see in caches. */
 VNNI static void attend_some(const void *given, int64_t thread) {
     const Attention *all = given;
     const Block *block = all->block;
     const Step *step = all->step;
     int64_t size = block->size, width = block->value_size;
     int64_t group = block->absorbed ? TOGETHER : block->heads / block->stored_heads;
-    int64_t units = step->count * ((block->heads + group - 1) / group);
+    int64_t units = step->count * all->parts * parts_of(block->heads, group);
     float *own = all->scores + thread * all->room;
-    for (int64_t unit = thread; unit < units; unit += all->threads) {
-        int64_t position = unit % step->count, shared = unit / step->count, head = shared * group;
-        int64_t at = position * block->heads + head;
+    for (int64_t unit = units * thread / all->threads; unit < units * (thread + 1) / all->threads; unit++) {
+        int64_t position = unit % step->count, part = unit / step->count % all->parts, shared = unit / step->count / all->parts;
+        Reach reach = reach_of(block, step->indices[position]);
+        if (!block->absorbed) {
+            int64_t some = part_of(reach.end - reach.begin);
+            reach.begin += part * some;
+            reach.end = reach.end - reach.begin < some ? reach.end : reach.begin + some;
+        }
+        if (reach.begin >= reach.end) continue;
+        int64_t head = shared * group, at = position * block->heads + head;
         const Store *where = all->stores + position;
         const float *queries = all->queries + at * size;
-        float *mixed = all->mixed + at * width;
+        at += part * step->count * block->heads;
+        float *mixed = all->mixed + at * width, *found = all->found + 2 * at;
         if (block->absorbed) {
             int64_t many = block->heads - head < group ? block->heads - head : group;
-            attend_to_latents(block, where, step, position, head, many, queries, mixed, own + room_to_absorb(block), own);
+            attend_to_latents(block, where, step, &reach, head, many, queries, mixed, found, own + room_to_absorb(block), own);
             continue;
         }
         Seen seen = {.keys = where->keys, .values = where->values, .size = size, .value_size = width,
                      .first = shared * where->capacity};
-        if (step->stores_floats) attend(block, &seen, step, position, head, group, queries, mixed, own, 1);
-        else attend(block, &seen, step, position, head, group, queries, mixed, own, 0);
+        if (step->stores_floats) attend(block, &seen, &reach, head, group, queries, mixed, found, own, 1);
+        else attend(block, &seen, &reach, head, group, queries, mixed, found, own, 0);
     }
 }
 
-/* `scores`: for each thread `room` numbers. */
+/* `mixed`, `found`: of so many parts. `scores`: for each thread `room` numbers. */
 VNNI static void attend_all(const Block *block, const Store *stores, const Step *step, float *queries, float *keys,
-                            float *values, float *mixed, float *scores, int64_t room) {
+                            float *values, float *mixed, float *found, float *scores, int64_t room, int64_t parts) {
     static const Norm none = {.kind = NO_NORM};
     int64_t size = block->size, width = block->value_size;
     int64_t key_size = block->absorbed ? block->rank : size;
@@ -647,8 +744,14 @@ VNNI static void attend_all(const Block *block, const Store *stores, const Step 
             store(stores[position].values, at * value_size, value + head * value_size, value_size, step->stores_floats);
         }
     }
-    Attention all = {block, stores, step, queries, mixed, scores, room, step->threads < 1 ? 1 : step->threads};
+    Attention all = {block, stores, step, queries, mixed, found, scores, room, step->threads < 1 ? 1 : step->threads, parts};
     run_parts(attend_some, &all, all.threads, all.threads);
+    for (int64_t at = 0; at < step->count * block->heads; at++) {
+        Reach reach = reach_of(block, step->indices[at / block->heads]);
+        int64_t seen = reach.end - reach.begin, many = block->absorbed ? 1 : parts_of(seen, part_of(seen));
+        join_parts(block, at % block->heads, many, width, mixed + at * width,
+                   step->count * block->heads * width, found + 2 * at, 2 * step->count * block->heads);
+    }
 }
 
 /* Query, key and value of normed positions, in a block with latents. Where these are stored, they are the keys, and the values what is turned of a key.
@@ -727,6 +830,7 @@ VNNI static void run_mlp(const Block *block, const Step *step, const float *norm
 /* Runs the positions through the blocks. `stores`: [blocks, positions]. Gives 0 where there is no memory for it. */
 VNNI static int run_blocks(const Block *blocks, int64_t many, const Store *stores, const Step *step) {
     int64_t count = step->count, most = 1, widest = 0, attention = 0, between = 0, rows = count, of_expert = 0, own = 0;
+    int64_t parts = 1, heads_most = 0;
     size_t of_experts = 0;
     for (int64_t i = 0; i < count; i++) most = step->indices[i] + 1 > most ? step->indices[i] + 1 : most;
     for (int64_t i = 0; i < many; i++) {
@@ -739,7 +843,12 @@ VNNI static int run_blocks(const Block *blocks, int64_t many, const Store *store
         widest = fused > widest ? fused : widest;
         int64_t latent[] = {block->out.outputs, block->lowered.outputs, block->latent.outputs, block->expand.outputs};
         for (int64_t one = 0; one < 4; one++) widest = latent[one] > widest ? latent[one] : widest;
-        int64_t needed_here = (block->absorbed ? TOGETHER : block->heads / block->stored_heads) * most + room_to_absorb(block);
+        int64_t lines = block->absorbed ? block->latent.outputs : block->size > block->value_size ? block->size : block->value_size;
+        int64_t together = block->absorbed ? TOGETHER : block->heads / block->stored_heads;
+        int64_t seen = block->absorbed ? most : part_of(most);
+        int64_t needed_here = together * parts_of(seen, LINES) * LINES + LINES * lines + room_to_absorb(block);
+        if (!block->absorbed) parts = most > PARTS * LEAST_PART ? PARTS : parts_of(most, LEAST_PART);
+        heads_most = block->heads > heads_most ? block->heads : heads_most;
         own = needed_here > own ? needed_here : own;
         if (!block->experts) continue;
         size_t needed = memory_of_experts(block, count);
@@ -754,7 +863,7 @@ VNNI static int run_blocks(const Block *blocks, int64_t many, const Store *store
     Quantised room;
     if (!prepare(&largest, &room)) return 0;
     int64_t threads = step->threads < 1 ? 1 : step->threads;
-    float *memory = malloc(sizeof(float) * (count * (2 * widest + 4 * attention + 2 * between + 1) + threads * own));
+    float *memory = malloc(sizeof(float) * (count * (2 * widest + (3 + parts) * attention + 2 * parts * heads_most + 2 * between + 1) + threads * own));
     char *more = malloc(of_experts + 1);
     if (memory == NULL || more == NULL) {
         free(memory);
@@ -764,7 +873,8 @@ VNNI static int run_blocks(const Block *blocks, int64_t many, const Store *store
     }
     float *normed = memory, *product = normed + count * widest, *queries = product + count * widest;
     float *keys = queries + count * attention, *values = keys + count * attention, *mixed = values + count * attention;
-    float *inner = mixed + count * attention, *scores = inner + count * (2 * between + 1);
+    float *found = mixed + parts * count * attention, *inner = found + 2 * parts * count * heads_most;
+    float *scores = inner + count * (2 * between + 1);
     for (int64_t index = 0; index < many; index++) {
         const Block *block = blocks + index;
         int64_t width = block->out.outputs;
@@ -772,7 +882,7 @@ VNNI static int run_blocks(const Block *blocks, int64_t many, const Store *store
         normalise_rows(&block->before, step->hidden, normed, count, width);
         if (block->rank) make_latent_heads(block, step, normed, product, mixed, queries, keys, values, &room);
         else make_heads(block, step, normed, product, queries, keys, values, &room);
-        attend_all(block, stores + index * count, step, queries, keys, values, mixed, scores, own);
+        attend_all(block, stores + index * count, step, queries, keys, values, mixed, found, scores, own, parts);
         multiply((const Matrix *[]){&block->out}, (float *[]){product}, 1, mixed, &room, step);
         normalise_rows(&block->after, product, product, count, width);
         if (block->parallel && block->between.kind != NO_NORM)

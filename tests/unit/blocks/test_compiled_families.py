@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from splitnet.blocks.fast import describe
 from splitnet.blocks.fast.describe import Activation, Norm, UnknownPart
 from splitnet.blocks.fast.native_step import NativeStep
-from splitnet.blocks.span import Span
+from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import FAMILIES
 from splitnet.quant import native
@@ -258,3 +258,48 @@ def test_an_mlp_with_the_names_of_another(tmp_path: Path, monkeypatch: pytest.Mo
     own = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: own(self, 0.5 * x))
     assert load("llama", tmp_path, {})._lean is None
+
+
+LONG = (
+    1022,
+    1024,
+    2049,
+    17_000,
+)  # positions before: about the borders of the parts that are seen apart, and longer parts
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("llama", {"num_key_value_heads": 2}),
+        ("gemma2", {"sliding_window": 1100, "attn_logit_softcapping": 3.0}),
+        pytest.param("bloom", {}, marks=pytest.mark.full),
+        pytest.param("youtu", LATENTS, marks=pytest.mark.full),
+    ],
+)
+def test_long_sequences_are_seen_in_parts(family: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    folder = random_checkpoint(family, tmp_path, blocks=2, max_position_embeddings=20_000, **sizes)
+    span = Span.load(Checkpoint.open(folder), 0, 2, dtype="float32")
+    assert isinstance(span._lean, NativeStep)
+    noise = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3 * len(LONG), span.hidden_size, generator=noise, dtype=torch.float32)
+
+    def run(fast: Any, *, alone: int | None = None) -> torch.Tensor:
+        span._lean = fast
+        rows = [span.new_row() for _ in LONG]
+        for row, length in zip(rows, LONG, strict=True):
+            span.forward(hidden[:1], [Chunk(row, 0, 1)])
+            seen = torch.Generator().manual_seed(length)
+            for block, shapes in row.shapes().items():
+                sizes = [(1, heads, length - 1, size) for heads, size in shapes]
+                row.append(block, *(2 * torch.randn(size, generator=seen, dtype=torch.float32) for size in sizes))
+            row.advance(length - 1)
+        if alone is not None:
+            return span.forward(hidden[3 * alone : 3 * alone + 3], [Chunk(rows[alone], rows[alone].length, 3)])
+        return span.forward(hidden, [Chunk(row, row.length, 3) for row in rows])
+
+    compiled, step = run(span._lean), span._lean
+    expected = run(None)
+    assert (compiled - expected).norm() < 1e-4 * expected.norm()
+    for index in range(len(LONG)):  # the same bits, whatever others are with it
+        assert torch.equal(run(step, alone=index), compiled[3 * index : 3 * index + 3])
