@@ -61,6 +61,7 @@ class ChosenModel:
         there = {"model": self.checkpoint.fingerprint, "model_name": self.checkpoint.name, "start": start, "end": end}
         there |= {"num_blocks": self.checkpoint.num_blocks, "max_blocks": self.max_blocks, "moving_to": (start, end)}
         there |= {"block_ms": self.offered.own.speed.block_ms, "sessions": 0, "kv_free_positions": 0, "serves": False}
+        there |= {"kv_capacity": 0, "past_ms": ()}
         return replace(own, **there, placed_at=now, issued_at=now)
 
 

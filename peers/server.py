@@ -79,6 +79,13 @@ class IsLeaving(Exception):
     """The peer was told to end while it was getting or loading blocks."""
 
 
+def _row_positions(checkpoint: Checkpoint, span: Span, options: PeerOptions) -> int:
+    """About how many positions one row may have here at most."""
+    memory = options.kv_memory if options.kv_memory is not None else free_memory(span.device) // 4
+    held = int(memory / (1 + AHEAD)) // max(1, span.kv_bytes_per_position)
+    return min(held, checkpoint.max_positions or held)
+
+
 def _load(
     checkpoint: Checkpoint, start: int, end: int, options: PeerOptions, progress: Callable[[int, int], None]
 ) -> Span:
@@ -333,7 +340,8 @@ class Peer:
             counters = Counters(
                 EnergyMeter(partial(find_sources, torch.device(options.device), options.sysfs), options.watts)
             )
-            speed = speed_of(span, checkpoint.fingerprint, options.speeds_file, counters.energy)
+            most = _row_positions(checkpoint, span, options)
+            speed = speed_of(span, checkpoint.fingerprint, options.speeds_file, counters.energy, most)
             peer = cls(joined, span, speed, options, identity, counters, fitting, choice)
         except BaseException:
             joined.close()
@@ -411,6 +419,8 @@ class Peer:
             watts=self.counters.energy.watts,
             relays=self.ways.hidden.relays,
             relay_port=self.ways.relay_port,
+            kv_capacity=server.service.sessions.capacity,
+            past_ms=server.speed.past.ms,
         )
 
     def drain(self, timeout_s: float) -> None:
@@ -595,7 +605,8 @@ class Peer:
         options = self._options
         span = _load(self.checkpoint, start, end, options, self._go_on)
         if speed is None:
-            speed = speed_of(span, self.checkpoint.fingerprint, options.speeds_file, self.counters.energy)
+            most = _row_positions(self.checkpoint, span, options)
+            speed = speed_of(span, self.checkpoint.fingerprint, options.speeds_file, self.counters.energy, most)
         # All blocks of a model are about as fast. Timing these takes seconds, so it waits until the peer is idle.
         elif options.speeds_file is not None:
             KnownSpeeds(options.speeds_file).follow(span, self.checkpoint.fingerprint, speed)

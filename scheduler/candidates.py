@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from scheduler.batching import PASS_POSITIONS
-from scheduler.cost import PROMPT_SHARE, Encoding
+from scheduler.cost import PROMPT_SHARE, Encoding, past_ms
 from scheduler.facts import DIMENSIONS, PASS_SIZES, Coordinate, Flags, Floats, Integers, Network, Peer, Place
 
 LIMIT: Final = 300  # searched in some 5 ms on one CPU core; what more peers would add: docs/simulation.md
@@ -78,6 +78,7 @@ class CandidateIndex:
         kv_needed: int,
         positions: int = 1,
         prompt: int = 0,
+        context: int = 0,
         exclude: Collection[str] = frozenset(),
         limit: int = LIMIT,
         everywhere: bool = True,
@@ -101,6 +102,8 @@ class CandidateIndex:
         if int(present.sum()) > limit:
             queue, batch, kv_free = self._load.T
             block = _block_ms(self._speed, batch, positions, prompt)
+            if context:
+                block += np.array([past_ms(peer, positions, prompt, context) for peer in self._peers])
             fixed = queue + _sending_ms(self._rates, positions, encodings, prompt)
             fixed += np.where(kv_free < kv_needed, FULL_MS, 0.0)
             fixed[~present] = np.inf

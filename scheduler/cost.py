@@ -97,29 +97,39 @@ token comes a seventh sooner, and each token 2% later (docs/simulation.md)."""
 UNKNOWN_WATTS: Final = 300.0  # of a peer that does not say; more than most devices draw, as nothing unknown is free
 
 
-def block_ms(peer: Peer, positions: int, prompt: int = 0) -> float:
+def block_ms(peer: Peer, positions: int, prompt: int = 0, context: int = 0) -> float:
     """Ms for `positions` new positions through one block of `peer`, in a pass that other sessions share.
 
-    prompt: positions before, in passes of their own, of which `PROMPT_SHARE` counts.
+    prompt: positions before, in passes of their own, of which `PROMPT_SHARE` counts. context: that the session holds
+    then, the prompt among them.
     """
     token_ms = peer.speed.at(positions + peer.batch)
+    if prompt:
+        passes = ceil(prompt / PASS_POSITIONS)
+        token_ms += PROMPT_SHARE * passes * peer.speed.at(prompt / passes)
+    return token_ms + past_ms(peer, positions, prompt, context) if context else token_ms
+
+
+def past_ms(peer: Peer, positions: int, prompt: int, context: int) -> float:
+    """The part of `block_ms` for reading what the session holds; passes of the prompt have half of that before them."""
+    token_ms = peer.past.at(positions, context)
     if not prompt:
         return token_ms
     passes = ceil(prompt / PASS_POSITIONS)
-    return token_ms + PROMPT_SHARE * passes * peer.speed.at(prompt / passes)
+    return token_ms + PROMPT_SHARE * passes * peer.past.at(prompt / passes, context - prompt / 2)
 
 
-def hop_ms(peer: Peer, blocks: int, positions: int, prompt: int = 0) -> float:
+def hop_ms(peer: Peer, blocks: int, positions: int, prompt: int = 0, context: int = 0) -> float:
     """Ms from the arrival of a step at a hop until its blocks are done."""
-    return peer.queue_ms + blocks * block_ms(peer, positions, prompt)
+    return peer.queue_ms + blocks * block_ms(peer, positions, prompt, context)
 
 
-def block_joules(peer: Peer, positions: int, prompt: int = 0) -> float:
+def block_joules(peer: Peer, positions: int, prompt: int = 0, context: int = 0) -> float:
     """Joules for `positions` new positions through one block of `peer`: their part of a pass that others share."""
     watts = peer.watts or UNKNOWN_WATTS
     alone_ms = block_ms(peer, positions)
     share = positions / (positions + peer.batch)
-    return watts * (alone_ms * share + block_ms(peer, positions, prompt) - alone_ms) / 1000
+    return watts * (alone_ms * share + block_ms(peer, positions, prompt, context) - alone_ms) / 1000
 
 
 def hop_joules(peer: Peer, blocks: int, positions: int = 1) -> float | None:
@@ -146,6 +156,7 @@ def route_ms(
     positions: int,
     encodings: Sequence[Encoding],
     prompt: int = 0,
+    context: int = 0,
     in_flight: int = 1,
     source: str = CLIENT,
     target: str = CLIENT,
@@ -153,13 +164,14 @@ def route_ms(
     """Ms until `in_flight` steps of `positions` positions, sent at the same time, came back to the client.
 
     The first takes the sum of all hops and links. Each further one is behind it by the slowest stage: a hop, or a link.
-    With a `prompt` of so many positions its share counts, see `PROMPT_SHARE`.
+    With a `prompt` of so many positions its share counts, see `PROMPT_SHARE`; with a `context`, what reading it takes,
+    see `block_ms`.
 
     encodings: the codecs that a link may use. source, target: peers in place of the client, for a part of a route.
     """
     names = [source, *(hop.peer for hop in hops), target]
     links = [network.link(sender, receiver) for sender, receiver in pairwise(names)]
-    passes = [hop_ms(peers[hop.peer], hop.end - hop.start, positions, prompt) for hop in hops]
+    passes = [hop_ms(peers[hop.peer], hop.end - hop.start, positions, prompt, context) for hop in hops]
     total = sum(transfer_ms(link, positions, encodings, prompt) for link in links) + sum(passes)
     slowest = max(*passes, *(occupied_ms(link, positions, encodings, prompt) for link in links))
     return total + (in_flight - 1) * slowest
@@ -181,7 +193,7 @@ def move_ms(
     chunks = max(1, ceil(cached / PASS_POSITIONS))
     positions = ceil(cached / chunks)
     names = [source, *(hop.peer for hop in hops)]
-    stages = [hop_ms(peers[hop.peer], hop.end - hop.start, positions) for hop in hops]
+    stages = [hop_ms(peers[hop.peer], hop.end - hop.start, positions, context=cached // 2) for hop in hops]
     stages += [occupied_ms(network.link(*pair), positions, encodings) for pair in pairwise(names)]
     latency_ms = sum(network.link(*pair).latency_ms for pair in pairwise([*names, CLIENT]))
     return latency_ms + sum(stages) + (chunks - 1) * max(stages)

@@ -14,6 +14,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler.batching import PASS_POSITIONS
+
 PASS_SIZES: Final = (1, 4, 16, 64, 256)  # positions in a pass through the blocks at which a peer's speed is stated
 MAX_WATTS: Final = 1e5  # that a peer may say it draws
 
@@ -47,6 +49,34 @@ class Speed:
         return self.block_ms[above - 1] * (1 - share) + self.block_ms[above] * share
 
 
+CONTEXTS: Final = (1024, 8192, 32768)  # positions that a row holds, at which it is stated what reading them takes
+
+
+@dataclass(frozen=True, slots=True)
+class PastCost:
+    """How much longer a pass through one block takes because it reads the keys and values of positions before it.
+
+    ms: of one position and of `PASS_POSITIONS`, behind as many positions as `CONTEXTS` says, as far as that is known.
+    Linear between two, beyond the last in proportion; if nothing is known, nothing.
+    """
+
+    ms: tuple[tuple[float, float], ...] = ()
+
+    def at(self, positions: float, context: float) -> float:
+        """Of a pass of `positions` behind `context` positions, all of one row."""
+        if not self.ms or context <= 0:
+            return 0.0
+        above = min(bisect_left(CONTEXTS, context), len(self.ms) - 1)
+        high = CONTEXTS[above]
+        low, before = (CONTEXTS[above - 1], self.ms[above - 1]) if above and context < high else (0, (0.0, 0.0))
+        share = (context - low) / (high - low)
+        step_ms, chunk_ms = (a + share * (b - a) for a, b in zip(before, self.ms[above], strict=True))
+        return max(0.0, step_ms + (chunk_ms - step_ms) * (positions - 1) / (PASS_POSITIONS - 1))
+
+
+UNKNOWN_PAST: Final = PastCost()
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
     """A peer that serves the blocks [start, end)."""
@@ -60,6 +90,8 @@ class Peer:
     kv_free: int = 0  # positions that new sessions may still take
     watts: float = 0.0  # drawn while it computes; 0: not known
     sending_ms: float = 0.0  # for which the output of a position occupies its way up; 0: not known
+    past: PastCost = UNKNOWN_PAST
+    kv_capacity: int = 0  # positions that one session may take if there are no others; 0: not known
 
 
 @dataclass(frozen=True, slots=True)

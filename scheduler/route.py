@@ -293,6 +293,7 @@ def best_route(
     kv_needed: int,
     positions: int = 1,
     prompt: int = 0,
+    context: int = 0,
     in_flight: int = 1,
     source: str = CLIENT,
     target: str = CLIENT,
@@ -310,6 +311,7 @@ def best_route(
 
     encodings: the codecs that a link may use. source, target: the sender to the first hop, and the last receiver.
     prompt: positions that come before the first token, which count with `PROMPT_SHARE`.
+    context: positions that the session then holds, see `scheduler.cost.block_ms`.
 
     Raises NoRoute, and ValueError if two peers have the same id, or for energy with several steps in flight.
     """
@@ -338,7 +340,7 @@ def best_route(
     costs = Costs(
         start=np.array([peer.start for peer in usable]) - first,
         end=np.array([peer.end for peer in usable]) - first,
-        block=np.array([block_ms(peer, positions, prompt) for peer in usable]) * noise,
+        block=np.array([block_ms(peer, positions, prompt, context) for peer in usable]) * noise,
         queue=np.array([peer.queue_ms for peer in usable]) * noise,
         links=LinkCosts(transfer, *ends),
         busy=LinkCosts(occupied, *ends),
@@ -346,7 +348,7 @@ def best_route(
     if energy_slowdown is None:
         path = cheapest_chain(costs, end - first, in_flight)
     else:
-        joules = np.array([block_joules(peer, positions, prompt) for peer in usable]) * raised
+        joules = np.array([block_joules(peer, positions, prompt, context) for peer in usable]) * raised
         path = thriftiest_chain(costs, joules, end - first, energy_slowdown)
     hops: list[Hop] = []
     for position, run in groupby(path):
@@ -359,6 +361,7 @@ def best_route(
         positions=positions,
         encodings=encodings,
         prompt=prompt,
+        context=context,
         in_flight=in_flight,
         source=source,
         target=target,

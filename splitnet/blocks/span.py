@@ -361,6 +361,15 @@ class Span:
         own = {"weights": self.weights, "windows": self._windows, "packs": self._packs, "whole": self._whole}
         return Span(backbone, self._container, start, end, **own)
 
+    def kinds(self, row: SequenceCache) -> dict[int, int]:
+        """How many blocks keep alike what `row` holds of every position, by the first one of each kind."""
+        first: dict[Any, int] = {}
+        counts: dict[int, int] = {}
+        for index, shapes in sorted(row.shapes().items()):
+            block = first.setdefault((tuple(shapes), self._windows[index] if self._windows else None), index)
+            counts[self.start + block] = counts.get(self.start + block, 0) + 1
+        return counts
+
     def storages(self) -> frozenset[int]:
         """Addresses of the memory of the weights."""
         tensors = (*self._backbone.parameters(), *self._backbone.buffers())

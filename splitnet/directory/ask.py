@@ -35,7 +35,18 @@ _ENTRY = struct.Struct(f">{KEY_PREFIX_BYTES}s3sI4B")
 """A key, the digest of the exact fields, when the record was issued, and four measured amounts in steps."""
 assert _ENTRY.size == ENTRY_BYTES
 
-_MEASURED: Final = {"block_ms", "queue_ms", "batch", "kv_free_positions", "sessions", "bytes_per_ms", "links", "watts"}
+_MEASURED: Final = {
+    "block_ms",
+    "queue_ms",
+    "batch",
+    "kv_free_positions",
+    "kv_capacity",
+    "past_ms",
+    "sessions",
+    "bytes_per_ms",
+    "links",
+    "watts",
+}
 _NOT_IN_DIGEST: Final = _MEASURED | {
     "coordinate",
     "coordinate_error",

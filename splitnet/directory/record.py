@@ -16,7 +16,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Final, NamedTuple, cast
 
-from scheduler.facts import CLIENT, DIMENSIONS, MAX_WATTS, PASS_SIZES, Coordinate, Link, Network, Peer, Place, Speed
+from scheduler.facts import (
+    CLIENT,
+    CONTEXTS,
+    DIMENSIONS,
+    MAX_WATTS,
+    PASS_SIZES,
+    Coordinate,
+    Link,
+    Network,
+    PastCost,
+    Peer,
+    Place,
+    Speed,
+)
 from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, ProtocolVersionError
 from splitnet.security.identity import MAX_PROOF, Identity, PublicKey, has_worked
 from splitnet.wire.endpoints import Endpoint, Relay, is_address
@@ -139,6 +152,9 @@ class PeerRecord:
     state_bytes: of a sequence in all blocks besides its positions. proof: of work, see `splitnet.security.identity`.
     watts: of the device while it computes; 0: not known. relay_port: on the host of its address; 0: it is no relay.
     relays: through which the peer is reached, at most 3; none: at its address. demand: of a gateway, see `DEMAND`.
+    kv_capacity: positions that one session of one row may take if there are no others; 0: not known. past_ms: by how
+    many ms more a pass of one position, and one of 512, takes per block behind 1,024, 8,192 and 32,768 positions, as
+    far as the peer holds so many, see `scheduler.facts.PastCost`.
     """
 
     signed: ClassVar[bytes] = b""  # the signed bytes that this record was read from; none if it was made here
@@ -176,6 +192,8 @@ class PeerRecord:
     relays: tuple[Relay, ...] = appended(several(_relay, most=MAX_RELAYS), ())
     relay_port: int = appended(uint(65535), 0)
     demand: tuple[Wanted, ...] = appended(several(_wanted, most=MAX_WANTED), ())
+    kv_capacity: int = appended(_COUNT, 0)
+    past_ms: tuple[tuple[float, float], ...] = appended(several(row(_floats, _MS, _MS), most=len(CONTEXTS)), ())
 
     def __post_init__(self) -> None:
         for name, value in _LAYOUT.read([getattr(self, name) for name in _LAYOUT.names]).items():
@@ -356,6 +374,8 @@ def facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:
         kv_free=record.kv_free_positions,
         watts=record.watts,
         sending_ms=position_bytes / record.bytes_per_ms if record.bytes_per_ms else 0.0,
+        past=PastCost(record.past_ms),
+        kv_capacity=record.kv_capacity,
     )
 
 

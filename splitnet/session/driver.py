@@ -300,7 +300,8 @@ class SessionDriver:
         state, encodings = self.state, self._codecs.encodings
         positions, prompt = (1, prompt) if self._in_flight == 1 else (USUAL_POSITIONS, 0)
         steps = positions, self._in_flight, self._energy_slowdown, prompt
-        return Needs(state.reservation, encodings, state.blocks, *steps, state.held)
+        context = prompt + (state.log.positions if state.log is not None else 0)
+        return Needs(state.reservation, encodings, state.blocks, *steps, state.held, context)
 
     def predictions(self) -> Callable[[int], Prediction]:
         """What steps are expected to take on the route, by their positions."""

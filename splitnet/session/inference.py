@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from scheduler.batching import DECODE_POSITIONS, SIZES, best_step
+from scheduler.facts import PastCost
 from scheduler.liveness import PROGRESS_TIMEOUT_S
 from scheduler.route import ENERGY_SLOWDOWN
 from splitnet.blocks.adapters import Adapter, read_tensors
@@ -324,7 +325,10 @@ class Session(SessionDriver):
             return
         measurements = self._swarm.measurements
         blocks = hop.planned.end - hop.planned.start
-        measurements.hop_seen(hop.name, positions, timing.compute_us / 1000 / blocks, timing.wait_us / 1000)
+        # The cost model adds what reading so many positions takes.
+        held = self.state.log.positions if self.state.log is not None else 0
+        block_ms = timing.compute_us / 1000 / blocks - PastCost(hop.planned.record.past_ms).at(positions, held)
+        measurements.hop_seen(hop.name, positions, max(0.0, block_ms), timing.wait_us / 1000)
         if timing.next_rtt_us and following is not None:
             measurements.link_seen(hop.name, following.name, timing.next_rtt_us / 1000)
 

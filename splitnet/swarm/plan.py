@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scheduler.candidates import LIMIT, CandidateIndex
 from scheduler.cost import Encoding, hop_joules, move_ms, route_ms
@@ -99,7 +99,7 @@ class Needs:
     positions: of a usual step. in_flight: steps under way at the same time; 1 asks for the least latency.
     energy_slowdown: asks for the least energy on routes that take at most so many times as long as the fastest; None:
     asks for the fastest. prompt: positions before the first token. held: formats that weights must be held in; other
-    blocks may have any.
+    blocks may have any. context: positions that the session holds then, the prompt among them.
     """
 
     kv_positions: int
@@ -110,6 +110,7 @@ class Needs:
     energy_slowdown: float | None = None
     prompt: int = 0
     held: tuple[HeldBlocks, ...] = ()
+    context: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,7 @@ class Planner:
                 kv_needed=needs.kv_positions,
                 positions=needs.positions,
                 prompt=needs.prompt,
+                context=needs.context,
                 in_flight=needs.in_flight,
                 source=source,
                 target=target,
@@ -243,6 +245,7 @@ class Planner:
             kv_needed=needs.kv_positions,
             positions=needs.positions,
             prompt=needs.prompt,
+            context=needs.context,
             exclude=exclude,
             limit=limit,
             everywhere=everywhere,
@@ -273,8 +276,9 @@ class Planner:
     def _costs(self, needs: Needs, hops: Sequence[PlannedHop], prompt: int = 0) -> Callable[[int, int], float]:
         """Ms of steps through `hops`, by their positions and by how many are under way."""
         named, peers, network = self._facts(hops)
+        given: dict[str, Any] = {"encodings": needs.encodings, "prompt": prompt, "context": needs.context}
         return lambda positions, in_flight: route_ms(
-            named, peers, network, positions=positions, encodings=needs.encodings, prompt=prompt, in_flight=in_flight
+            named, peers, network, positions=positions, in_flight=in_flight, **given
         )
 
     def move_ms(self, needs: Needs, before: PlannedHop | None, hops: Sequence[PlannedHop], cached: int) -> float:

@@ -95,6 +95,8 @@ def records(draw: st.DrawFn) -> PeerRecord:
         watts=draw(st.sampled_from([0.0, 15.0]) | st.floats(0, MAX_WATTS)),
         relays=tuple(draw(st.lists(relays, max_size=3))),
         relay_port=draw(st.integers(0, 65535)),
+        kv_capacity=draw(st.integers(0, 1 << 48)),
+        past_ms=tuple(draw(st.lists(st.tuples(milliseconds, milliseconds), max_size=3))),
     )
 
 

@@ -14,11 +14,13 @@ import torch
 from peers import engine
 from peers.engine import KnownSpeeds, ObservedSpeed, speed_of
 from peers.power import EnergyMeter
+from scheduler.facts import PastCost
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.paths import MAX_KNOWN, KnownFigures
 from tests.unit.random_models import random_checkpoint
 
+PAST = PastCost(((0.1, 10.0), (0.8, 80.0)))
 SPEED = ObservedSpeed((1.0, 2.0, 3.0, 4.0, 5.0))
 
 
@@ -32,6 +34,15 @@ def test_a_speed_is_found_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
     KnownSpeeds(file).keep(Span.load(checkpoint, 0, 2), "model", SPEED)
     found = KnownSpeeds(file).find(Span.load(checkpoint, 0, 2), "model")
     assert found is not None and found.block_ms == SPEED.block_ms
+
+
+def test_what_reading_takes_is_kept_with_it_as_far_as_rows_may_be_long(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    known, span = KnownSpeeds(tmp_path / "speeds.json"), Span.load(checkpoint, 0, 2)
+    known.keep(span, "model", ObservedSpeed(SPEED.block_ms, PAST))
+    for most, kept in ((0, PastCost()), (1024, PastCost(PAST.ms[:1])), (8192, PAST)):
+        found = known.find(span, "model", most)
+        assert found is not None and found.past == kept and found.block_ms == SPEED.block_ms
+    assert known.find(span, "model", 32768) is None, "a longer one is to be measured"
 
 
 def test_another_device_model_or_way_to_compute_has_its_own(

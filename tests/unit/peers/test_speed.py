@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from peers import engine
-from peers.engine import measure_speed
-from scheduler.facts import PASS_SIZES
+from peers.engine import ObservedSpeed, measure_past, measure_speed
+from scheduler.facts import CONTEXTS, PASS_SIZES, PastCost
+from splitnet.blocks.span import Chunk, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from tests.unit.random_models import random_checkpoint
 
 BLOCKS = 2
 
@@ -62,3 +65,61 @@ def test_a_size_that_is_slow_by_itself_costs_two_more_passes() -> None:
     assert measured is not None
     assert measured.block_ms[3:] == pytest.approx((160.0, 64.0))
     assert span.sizes.count(64) == 3
+
+
+class Timeline:
+    """The clock of a span whose blocks take time for nothing but pairs of a new position and one that it sees."""
+
+    def __init__(self) -> None:
+        self.pairs = 0
+        self.longest = 0
+        self.ms_per_pair = 1e-3
+
+    def of(self, span: Span, monkeypatch: pytest.MonkeyPatch) -> None:
+        forward = Span.forward
+
+        def timed(this: Span, hidden: torch.Tensor, parts: list[Chunk], *taps: Any) -> torch.Tensor:
+            if this is not span:
+                self.pairs += sum(part.count * part.row.length for part in parts)
+                self.longest = max(self.longest, *(part.row.length + part.count for part in parts))
+            return forward(this, hidden, parts, *taps)
+
+        monkeypatch.setattr(Span, "forward", timed)
+        monkeypatch.setattr(engine, "seconds_after_work", lambda device: self.pairs * self.ms_per_pair / 1000)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Span:
+    return Span.load(Checkpoint.open(random_checkpoint("llama", tmp_path_factory.mktemp("models") / "llama")), 0, 2)
+
+
+@pytest.mark.parametrize(("most", "count"), [(1023, 0), (1024, 1), (8192, 2), (10_000, 2)])
+def test_what_reading_takes_is_measured_at_the_lengths_that_a_row_may_have(
+    llama: Span, most: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeline = Timeline()
+    timeline.of(llama, monkeypatch)
+    past = measure_past(llama, most)
+    assert len(past.ms) == count and timeline.longest <= most
+    for context, (step_ms, chunk_ms) in zip(CONTEXTS, past.ms, strict=False):
+        assert step_ms == pytest.approx(context * 1e-3, rel=0.15)
+        assert chunk_ms == pytest.approx(512 * context * 1e-3, rel=0.15)
+
+
+def test_a_pass_that_would_take_long_is_derived_from_a_shorter_one(
+    llama: Span, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeline = Timeline()
+    timeline.ms_per_pair = 1.0  # 64 positions behind 1,024 take a minute
+    timeline.of(llama, monkeypatch)
+    (_, first), (_, second) = measure_past(llama, 8192).ms
+    assert second == pytest.approx(8 * first)
+    assert timeline.pairs < 64 * 8192
+
+
+def test_a_pass_behind_a_long_context_does_not_make_the_device_look_slow() -> None:
+    speed = ObservedSpeed((1.0,) * 5, PastCost(((3.0, 3.0),)))
+    speed.observe(1, BLOCKS, 4.0 * BLOCKS, past_ms=3.0)
+    assert speed.block_ms == (1.0,) * 5
+    speed.observe(1, BLOCKS, 4.0 * BLOCKS)
+    assert speed.block_ms[0] > 1.0

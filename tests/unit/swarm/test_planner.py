@@ -49,6 +49,22 @@ def test_a_long_prompt_takes_the_route_that_is_good_at_prompts() -> None:
     assert plan([decodes, prefills], long, measurements) == [prefills]
 
 
+def test_a_long_context_takes_the_route_that_reads_it_soonest() -> None:
+    decodes = record(0, 6, block_ms=(10.0,) * 5, past_ms=((1.0, 9.0), (8.0, 70.0)))
+    reads = record(0, 6, block_ms=(12.0,) * 5, past_ms=((0.1, 1.0), (0.8, 7.0)))
+    measurements = Measurements()
+    for peer in (decodes, reads):
+        measurements.network_coordinates.measured(peer, Link(1.0, 10_000.0))
+    assert plan([decodes, reads], replace(NEEDS, context=1024), measurements) == [decodes]
+    assert plan([decodes, reads], replace(NEEDS, context=16384), measurements) == [reads]
+    planner = Planner(measurements, "a-model")
+    step_ms = [
+        planner.predictions(replace(NEEDS, context=context), [PlannedHop(decodes, 0, 6)])(1).latency_ms
+        for context in (0, 8192)
+    ]
+    assert step_ms[1] - step_ms[0] == pytest.approx(6 * 8.0)
+
+
 def held(*blocks: tuple[int, int, str]) -> Needs:
     return replace(NEEDS, held=tuple(HeldBlocks(*each) for each in blocks))
 

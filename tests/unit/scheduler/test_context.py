@@ -1,0 +1,79 @@
+"""What reading a long context costs, as the cost model has it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from scheduler.cost import PROMPT_SHARE, Encoding, block_ms, move_ms, route_ms
+from scheduler.facts import CONTEXTS, Hop, Link, Network, PastCost, Peer, Speed
+from scheduler.route import best_route
+
+PAST = PastCost(((1.0, 100.0), (8.0, 800.0), (40.0, 3200.0)))
+NETWORK = Network(unmeasured=Link(1.0, 1e5))
+PLAIN = (Encoding("plain", 100),)
+
+
+def peer(name: str, past: PastCost, decode_ms: float = 1.0) -> Peer:
+    return Peer(name, 0, 4, Speed.of(decode_ms, 0.1), kv_free=100_000, past=past)
+
+
+@pytest.mark.parametrize(
+    ("positions", "context", "ms"),
+    [
+        (1, 0, 0.0),
+        (1, 512, 0.5),
+        (1, 1024, 1.0),
+        (1, (1024 + 8192) // 2, 4.5),
+        (1, 65536, 80.0),
+        (512, 8192, 800.0),
+        (1 + 511 / 2, 8192, 404.0),
+    ],
+)
+def test_reading_is_linear_between_what_is_stated(positions: float, context: int, ms: float) -> None:
+    assert PAST.at(positions, context) == pytest.approx(ms)
+
+
+def test_beyond_the_longest_stated_context_it_is_in_proportion() -> None:
+    assert PastCost(PAST.ms[:1]).at(1, 4 * CONTEXTS[0]) == pytest.approx(4.0)
+    assert PastCost(PAST.ms[:2]).at(512, 2 * CONTEXTS[1]) == pytest.approx(1600.0)
+    assert PastCost().at(512, 10**6) == 0.0
+
+
+def test_a_step_and_its_prompt_cost_what_they_read() -> None:
+    reads, none = peer("reads", PAST), peer("none", PastCost())
+    assert block_ms(reads, 1, context=8192) == pytest.approx(block_ms(none, 1) + 8.0)
+    prompt = 8192
+    passes = prompt / 512
+    more = block_ms(reads, 1, prompt, prompt) - block_ms(none, 1, prompt, prompt)
+    assert more == pytest.approx(8.0 + PROMPT_SHARE * passes * PAST.at(512, prompt / 2))
+
+
+def test_moving_a_long_context_costs_what_the_replay_reads() -> None:
+    hops = [Hop("a", 0, 4)]
+    ms = [move_ms(hops, {"a": peer("a", past)}, NETWORK, cached=8192, encodings=PLAIN) for past in (PastCost(), PAST)]
+    assert ms[1] - ms[0] == pytest.approx(16 * 4 * PAST.at(512, 4096))
+
+
+def test_a_long_context_goes_to_the_peer_that_reads_it_sooner() -> None:
+    slow = peer("reads slowly", PAST)
+    fast = peer("reads fast", PastCost(tuple((a / 10, b / 10) for a, b in PAST.ms)), decode_ms=2.0)
+    for context, chosen in ((0, slow), (512, slow), (8192, fast), (32768, fast)):
+        route = best_route([slow, fast], (0, 4), NETWORK, encodings=PLAIN, kv_needed=1, context=context)
+        assert [hop.peer for hop in route.hops] == [chosen.id], context
+        expected = route_ms(route.hops, {chosen.id: chosen}, NETWORK, positions=1, encodings=PLAIN, context=context)
+        assert route.cost_ms == expected
+
+
+def test_of_a_crowd_the_peers_that_read_a_long_context_sooner_are_kept() -> None:
+    from scheduler.candidates import CandidateIndex
+
+    crowd = [replace(peer(f"{number}", PAST), end=1) for number in range(20)]
+    crowd[7] = replace(crowd[7], past=PastCost(), speed=Speed.of(3.0, 0.1))
+    index = CandidateIndex(crowd, NETWORK)
+    kept = {
+        context: index.near([], (0, 1), encodings=PLAIN, kv_needed=1, context=context, limit=1)
+        for context in (0, 32768)
+    }
+    assert crowd[7] not in kept[0] and kept[32768] == [crowd[7]]
