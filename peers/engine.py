@@ -23,7 +23,7 @@ import torch
 from peers.counters import PassKind
 from peers.power import EnergyMeter
 from peers.service import SessionService
-from peers.sessions import GradientSum, PassWork, Session, SessionTooLong, Work
+from peers.sessions import GradientSum, PassWork, Session, SessionTooLong, Work, room_for, shared_room
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, MovingAverage
 from scheduler.facts import CONTEXTS, PASS_SIZES, UNKNOWN_PAST, PastCost, Speed
 from splitnet.blocks.adapters import Adapter, read_tensors, write_groups
@@ -37,6 +37,7 @@ from splitnet.quant.device import Stopwatch, end_threads, seconds_after_work, to
 from splitnet.version import __version__
 from splitnet.wire.codecs import codec_by_code, kept_rows
 from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient
+from splitnet.wire.sent_log import PAGE
 
 log = logging.getLogger(__name__)
 
@@ -396,6 +397,7 @@ class Engine:
         try:
             if not work.done:
                 work.adapter = work.session.adapter
+                self._recall(work)
                 self._service.prepare(work)
             codec = codec_by_code(work.step.codec)
             size = codec.bytes_per_position(self._span.hidden_size)
@@ -405,6 +407,18 @@ class Engine:
         except Exception as error:
             self._give_up(work, *_refusal(error, "step"))
         return False
+
+    def _recall(self, work: Work) -> None:
+        """Begins a row with the pages that were found for it when the session was opened, if a step goes on there."""
+        session, part = work.session, work.step.parts[0]
+        recalled, session.recalled = session.recalled, None
+        if recalled is None or part.row != recalled.row or not part.start:
+            return
+        recalled = recalled._replace(pages=recalled.pages[: -(-part.start // PAGE)])
+        end = max(recalled.positions, part.start + part.length) + session.prefix_length
+        room = shared_room({part.row: end}, {}, room_for(session.reservation))[part.row] - session.prefix_length
+        row = self._view(session.start, session.end).new_row(room, work.adapter)
+        self._service.fill(work, row, recalled, self._span.device)
 
     def _catches_up(self, work: Work) -> bool:
         """After a rewind far back, computes some positions again; False: few are left, so the step can run.
@@ -486,6 +500,8 @@ class Engine:
             self._counters.step_began(work)
         for work, count in computed:
             self._counters.step_computed(work, count)
+            if work.step.labels and not work.remaining:
+                self._service.keep_pages(work)
         self._counters.step_passes.observe(elapsed_ms / 1000, len(hidden), len(parts))
 
     def _hand_on(

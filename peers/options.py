@@ -40,6 +40,9 @@ class PeerOptions:
     dtype: str | None = None  # that blocks compute in; None: as goes with `weights`, else as the checkpoint stores them
     weights: str | None = "auto"  # of linear layers, see `splitnet.quant.choose`; "auto": fast, precise; None: dtype
     kv_memory: int | None = None  # bytes for KV caches; None: a quarter of the free memory
+    prefixes: bool = True  # store keys and values of texts for later ones that begin alike, see `peers.prefixes`
+    prefix_folder: Path | None = None  # also on disk; None: in memory alone
+    prefix_disk: int | None = None  # bytes there; None: see `peers.prefixes.PageFiles`
     training_memory: int | None = None  # bytes to keep for clients that train; None: an eighth of the free memory
     authorized_keys: Path | None = None  # the keys that may connect; None: any
     speeds_file: Path | None = None  # keeps measured speeds for the next start; None: nowhere

@@ -34,6 +34,7 @@ from peers.placement import (
     position_bytes,
 )
 from peers.power import EnergyMeter, find_sources
+from peers.prefixes import PageFiles, PrefixStore
 from peers.queue import WorkQueue
 from peers.reach import PeerWays
 from peers.service import ServedBlocks, SessionService
@@ -133,6 +134,18 @@ class SpanServer:
             num_blocks=checkpoint.num_blocks,
             keys=policy.keys,
         )
+        on_cpu = span.device.type == "cpu"
+        beside = 0 if on_cpu else min(kv_memory, free_memory(torch.device("cpu")) // 4)
+        self.prefixes = None
+        if options.prefixes:
+            folder = options.prefix_folder
+            self.prefixes = sessions.prefixes = PrefixStore(
+                f"{__version__} {checkpoint.fingerprint} {span.start}:{span.end} {span.weights.text} {span.dtype}",
+                (lambda: sessions.memory.free) if on_cpu else (lambda: beside),
+                lambda owner: 1.0 if owner.startswith(b"group ") else policy.weight(owner),
+                PageFiles(folder, options.prefix_disk) if folder is not None and options.prefix_disk != 0 else None,
+                keeps_states=span.state_bytes > 0,
+            )
         pass_s = partial(speed.pass_s, blocks=span.end - span.start)
         queue = WorkQueue(pass_s, policy.weight, max(LEAST_STEP_MEMORY, kv_memory // 2), outbox.unsent)
         served = ServedBlocks(
@@ -185,6 +198,8 @@ class SpanServer:
     def close(self) -> None:
         self.engine.close()
         self.service.forget_all()
+        if self.prefixes is not None:
+            self.prefixes.close()
 
 
 class Peer:

@@ -10,16 +10,19 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peers.counters import Counters, SessionEnd
 from peers.links import NextHops, Outbox, timing_of
+from peers.prefixes import STATES, Page
 from peers.queue import WorkQueue
 from peers.sessions import (
     REVOKED,
     KeyPolicy,
     MemoryAccount,
+    Recalled,
     Session,
     SessionTable,
     SessionTooLong,
@@ -60,7 +63,12 @@ from splitnet.wire.messages import (
     Step,
     Tapped,
 )
-from splitnet.wire.sent_log import SentLog
+from splitnet.wire.sent_log import PAGE, SentLog, page_ends
+
+if TYPE_CHECKING:
+    import torch
+
+    from splitnet.blocks.kv_cache import SequenceCache
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +124,8 @@ class ServedBlocks:
             raise ProtocolError("a step has no parts")
         if len(rows) != len(message.parts):
             raise ProtocolError("a step names a row twice")
+        if message.labels and len(message.labels) != sum(map(page_ends, message.parts)):
+            raise ProtocolError("a step does not label each of its pages")
         check_size(message.codec, message.payload, total, self.hidden_size)
         if self.max_positions is not None and longest > self.max_positions:
             raise SessionTooLong(f"position {longest} is beyond the model's context of {self.max_positions}")
@@ -227,9 +237,19 @@ class NextHopOpening:
             self._set_next(session, None)
         self._say_opened(session, next_reachable=reachable)
 
+    def recalled(self, session: Session) -> None:
+        """Pages were looked for, and it is known how many there are."""
+        session.recalling = False
+        if session.reachable is not None:
+            self._say_opened(session, next_reachable=session.reachable)
+
     def _say_opened(self, session: Session, *, next_reachable: bool) -> None:
-        cached = sum(row.length for row in list(session.rows.values()))
-        told = session.weights, session.taps is not None
+        session.reachable = next_reachable
+        if session.recalling:
+            return
+        recalled = session.recalled
+        cached = recalled.positions if recalled else sum(row.length for row in list(session.rows.values()))
+        told = session.weights, session.taps is not None, recalled is not None
         self._outbox.send(session.reply_to, Opened(session.id, session.epoch, next_reachable, cached, *told))
 
 
@@ -400,6 +420,42 @@ class SessionService:
             with self._lock:
                 session.log.prepare(step.parts, step.forks)
 
+    def fill(self, work: Work, row: SequenceCache, recalled: Recalled, device: torch.device) -> None:
+        """Begins a row with pages that were found for it, in the place of all others; called by the engine. If that
+        fails, the pages are forgotten."""
+        pages = recalled.pages
+        try:
+            row.fill([page.positions for page in pages], pages[-1].states, device)
+        except Exception:
+            if self.sessions.prefixes is not None:
+                self.sessions.prefixes.forget(pages)
+            raise
+        work.session.rows = {recalled.row: row}
+
+    def keep_pages(self, work: Work) -> None:
+        """Stores the pages of rows that a finished step has completed; called by the engine."""
+        session, step, store = work.session, work.step, self.sessions.prefixes
+        if store is None or not session.space.name or session.closed:
+            return
+        labels, cost_ms = iter(step.labels), work.compute_ms * PAGE / work.total
+        for part in step.parts:
+            row, first = session.rows.get(part.row), part.start // PAGE
+            for index, label in zip(range(first, first + page_ends(part)), labels, strict=False):
+                # States are as they are behind the last position of a pass.
+                ends = row is not None and row.length == row.computed == (index + 1) * PAGE
+                if row is None or row.length < (index + 1) * PAGE:
+                    continue
+                store.put(session.space, label, partial(self._page, session, part.row, row, index, ends), cost_ms)
+
+    def _page(self, session: Session, row_id: int, row: SequenceCache, index: int, ends: bool, name: bytes) -> Page:
+        tensors = row.page(index * PAGE, (index + 1) * PAGE)
+        if ends:
+            tensors |= {STATES + state: tensor for state, tensor in row.states().items()}
+        if session.end == self.served.num_blocks:
+            return Page(name, tensors)
+        with self._lock:
+            return Page(name, tensors, *session.log.page(row_id, index))
+
     def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         """Sends on what the engine has computed, encoded with the session's codec, and logs it.
 
@@ -414,7 +470,7 @@ class SessionService:
                 session.last = max(session.last, 0 if step.replay_until else step.number)
                 self._send_on(work, payload, result_payload)
             if session.end != self.served.num_blocks:
-                session.log.record(step.parts, step.forks, payload, step.reach)
+                session.log.record(step.parts, step.forks, payload, step.reach, step.labels)
 
     def tapped(self, work: Work, taps: Taps) -> None:
         """Sends the client the hidden states of a step that was `finished`."""
@@ -443,7 +499,8 @@ class SessionService:
         if session.next is not None and not replayed:
             session.sent_on = True
             kept = step.epoch, step.number, step.parts, step.forks, step.replay_until
-            onward = Step(session.id, *kept, code, payload, session.end, timings, step.reach)
+            labels = step.labels if session.labelled else ()
+            onward = Step(session.id, *kept, code, payload, session.end, timings, step.reach, labels)
             self.outbox.send(session.next, onward)
         elif not replayed or step.number:  # of a replay only the last step is answered
             at_tail = session.end == self.served.num_blocks
@@ -522,7 +579,37 @@ class SessionService:
         session.used_at = now
         session.weights = self.served.weights if message.asks_weights else ""
         session.taps = Taps(message.taps, codec_by_code(message.tap_codec)) if message.taps else None
+        self._look_for_pages(session, message)
         self._opening.reach(session, next_hop_of(message), now, again=again)
+
+    def _look_for_pages(self, session: Session, message: Open) -> None:
+        """Finds pages for a row that the session does not have yet."""
+        store = self.sessions.prefixes
+        session.labelled, session.reachable, session.recalling = bool(message.context), None, False
+        if store is None:
+            return
+        group = self._policy.keys.options_of(session.owner).share if message.shared else None
+        owner = session.owner if group is None else b"group " + group.encode()
+        space = store.space(owner, message.context, session.start, session.end)
+        if space != session.space or message.labels:
+            session.space, session.recalled = space, None
+        if not message.labels or message.row in session.rows:
+            return
+        session.recalling = True
+        labels, epoch = message.labels[: session.reservation // PAGE], session.epoch
+
+        def found(pages: list[Page]) -> None:
+            with self._lock:
+                if not session.recalling or session.epoch != epoch or session.closed:
+                    return
+                if pages:
+                    session.recalled = Recalled(message.row, pages)
+                    # The next hop may lack more of them than this one.
+                    logged = [(page.output, page.reach, label) for page, label in zip(pages, labels, strict=False)]
+                    session.log.restore(message.row, logged)
+                self._opening.recalled(session)
+
+        store.recall(space, labels, found)
 
     def _refusal(self, source: Connection, message: Open, session: Session | None) -> tuple[FailureCode, str] | None:
         """Why this peer does not open a session, or a newer epoch of one that it has."""
@@ -643,15 +730,16 @@ class SessionService:
         except PeerBusy as error:
             self._refuse(source, message, FailureCode.BUSY, str(error))
             return
-        steps, codec = list(session.log.replay()), session.log.codec
+        steps, codec = list(session.log.replay(since=message.since)), session.log.codec
         if not steps:
             result = Result(session.id, session.epoch, message.number, message.until, session.codec.code, ())
             self.outbox.send(source, result)
         session.sent_on = True
-        for index, (parts, payload, reach) in enumerate(steps):
+        for index, (parts, payload, reach, labels) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
             again = session.id, session.epoch, number, parts, None, message.until, codec, payload
-            self.outbox.send(session.next, Step(*again, session.end, (), reach))
+            labels = labels if session.labelled else ()
+            self.outbox.send(session.next, Step(*again, session.end, (), reach, labels))
 
     def _refuse(self, destination: Connection, message: Message, code: FailureCode, text: str) -> None:
         """Answers a message of a session with a failure, about the number of its step or pass if it has one."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+from peers.prefixes import NOWHERE, Page, PrefixStore, Space
 from splitnet.blocks.kv_cache import FIRST_CAPACITY, SequenceCache
 from splitnet.errors import PeerBusy, ProtocolError
 from splitnet.limits import MINUTE_S, Budget, TokenBucket
@@ -23,7 +24,7 @@ from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.messages import Adapter as AdapterMessage
 from splitnet.wire.messages import Chunk, FetchKV, Forward, Gradient, Step, Timing
-from splitnet.wire.sent_log import SentLog, fork_rows
+from splitnet.wire.sent_log import PAGE, SentLog, fork_rows
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,17 @@ class Taps(NamedTuple):
     codec: Codec
 
 
+class Recalled(NamedTuple):
+    """Pages from before with which a row begins."""
+
+    row: int
+    pages: Sequence[Page]
+
+    @property
+    def positions(self) -> int:
+        return PAGE * len(self.pages)
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """One client's rows along this hop. Steps are accepted from the CURVE keys `owner` and `previous` alone."""
@@ -88,6 +100,11 @@ class Session:
     used_at: float  # seconds of the peer's clock
     weights: str = ""  # what `Opened` says that they are held as
     taps: Taps | None = None
+    space: Space = NOWHERE  # where pages of its rows are stored
+    labelled: bool = False  # its steps have labels of pages
+    reachable: bool | None = None  # its next hop, once that is known, while pages are looked for
+    recalling: bool = False  # pages are looked for, and it is not said to be open before they are found
+    recalled: Recalled | None = None  # taken by the engine with the first step
     opened_at: float = 0.0
     stepped_at: float = 0.0  # when its last step or pass came
     last: int = 0  # highest number of a step or pass of the present epoch that is finished
@@ -403,6 +420,7 @@ class SessionTable:
     ahead: float = 0.0  # share of its reservation that a session's rows and logs may take beyond it, as allocated ahead
     num_blocks: int = 0  # of the model; sessions that end there keep no log
     keys: AuthorizedKeys = field(default_factory=lambda: AuthorizedKeys(None))
+    prefixes: PrefixStore | None = None  # which has the memory that no session has reserved
 
     def __post_init__(self) -> None:
         # What a key may have is found by this class, not by `Budget`.
@@ -549,6 +567,8 @@ class SessionTable:
             self.memory.take(session, purpose, nbytes)
         except PeerBusy as error:
             raise PeerBusy(f"{error}; {self._note_refused(session.owner, nbytes, session.used_at)}") from None
+        if self.prefixes is not None:
+            self.prefixes.shrink()
 
     def _wanting(self, now: float) -> dict[bytes, float]:
         """The keys that want memory, and when they were refused."""

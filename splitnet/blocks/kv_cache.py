@@ -109,6 +109,32 @@ class SequenceStates:
         start, self._layers = self._copies[-1]
         return start
 
+    def tensors(self) -> dict[str, Tensor]:
+        """See `SequenceCache.states`."""
+        found: dict[str, Tensor] = {}
+        for block, layer in self._layers.items():
+            for kind, states in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
+                found |= {
+                    f"{block}.{kind}.{index}": state.cpu() for index, state in states.items() if state is not None
+                }
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor], length: int, device: torch.device) -> None:
+        """Makes `tensors` the present states, of a row of `length` positions. Raises ValueError: they are no states."""
+        self._layers = {}
+        for name, tensor in tensors.items():
+            block, kind, index = name.split(".")
+            layer = self._layers.setdefault(int(block), StateLayer(self._per_block))
+            if kind == "conv":
+                layer.conv_states[int(index)] = state = tensor.to(device)
+                layer.conv_kernel_size[int(index)] = state.shape[-1]
+                layer.dtype, layer.device = state.dtype, state.device
+                layer.is_conv_states_initialized[int(index)] = layer.has_previous_state[int(index)] = True
+            else:
+                layer.recurrent_states[int(index)] = tensor.to(device)
+                layer.is_recurrent_states_initialized[int(index)] = True
+        self._copies, self._working = [(length, self._layers)], {}
+
     def fork(self) -> SequenceStates:
         """Independent of these from now on; what both have is in memory once."""
         other = SequenceStates(self._per_block)
@@ -235,6 +261,44 @@ class SequenceCache:
         for index in sorted(self.shapes()):
             block, before = self._blocks[index], self._before(index)
             yield index, block.keys[:, :, before : before + length], block.values[:, :, before : before + length]
+
+    def page(self, start: int, end: int) -> dict[str, Tensor]:
+        """A copy of what positions `[start, end)` behind the prefix have left, on the CPU: for each block, and whatever
+        else is stored by position, `NAME.keys` and `NAME.values`, `[1, kv heads, positions, head size]`."""
+        found: dict[str, Tensor] = {}
+        for key, block in self._blocks.items():
+            before = self._before(key)
+            for name, tensor in (("keys", block.keys), ("values", block.values)):
+                found[f"{key}.{name}"] = tensor[:, :, before + start : before + end].cpu().contiguous().clone()
+        return found
+
+    def states(self) -> dict[str, Tensor]:
+        """The present states, `BLOCK.KIND.INDEX`, on the CPU; empty where blocks keep none. Not while a pass runs."""
+        return self._states.tensors() if self._states is not None else {}
+
+    def fill(self, pages: Sequence[Mapping[str, Tensor]], states: Mapping[str, Tensor], device: torch.device) -> None:
+        """Begins an empty row with pages in a row, as `page` gave them, and the states behind the last of them.
+
+        Raises ValueError: the row is not empty, or the pages are not of such a row.
+        """
+        if self.length or not pages:
+            raise ValueError("pages fill an empty row")
+        if bool(states) != self.has_states:
+            raise ValueError("the states of these pages are missing, or the row keeps none")
+        position = 0
+        for page in pages:
+            count = 0
+            for name, keys in page.items():
+                kind, _, part = name.rpartition(".")
+                if part != "keys":
+                    continue
+                key = int(kind) if kind.isdecimal() else kind
+                count = keys.shape[2]
+                self.store(key, position, keys.to(device), page[f"{kind}.values"].to(device))
+            position += count
+        if self._states is not None:
+            self._states.restore(states, position, device)
+        self.length = self.computed = position
 
     def append(self, block_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new positions after `computed`, `[1, kv heads, new positions, head size]` of a block of the span.

@@ -25,7 +25,7 @@ import typer
 from splitnet.blocks.device import DEVICE_NAME
 from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
-from splitnet.session.options import ConnectionOptions, Preference
+from splitnet.session.options import ConnectionOptions, Preference, Prefixes
 
 Command = Callable[..., None]
 
@@ -249,6 +249,15 @@ CONNECTING: dict[str, Any] = {
             "--prefer",
             envvar="SPLITNET_PREFER",
             help="Routes with the next token soonest, the most tokens per second, or the least energy per token.",
+        ),
+    ],
+    "prefixes": Annotated[
+        StrEnum("Prefixes", get_args(Prefixes)),
+        in_route(
+            "--prefixes",
+            envvar="SPLITNET_PREFIXES",
+            help="Peers store keys and values of prompts for later ones that begin alike: of this key, also of keys "
+            "that the owner of a peer has put in one group with it, or not at all.",
         ),
     ],
     "energy_slowdown": Annotated[

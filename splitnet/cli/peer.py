@@ -61,6 +61,14 @@ def peer(
     ] = None,
     memory: Annotated[str | None, in_memory(metavar="4GiB", help="Memory for blocks; as many as fit.")] = None,
     kv_memory: Annotated[str | None, in_memory(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,
+    prefix_store: Annotated[
+        str | None,
+        in_memory(
+            metavar="off|memory|SIZE",
+            help="Store prompts' keys and values for later ones that begin alike: not, in free KV memory, or there and "
+            "in so much disk; a tenth of the free disk, 8 GiB at most, if not given.",
+        ),
+    ] = None,
     any_model: Annotated[
         bool,
         in_memory(
@@ -181,6 +189,7 @@ def peer(
     wanted_blocks = parse_blocks(blocks) if blocks else None
     sizes = [parse_bytes(text) if text else None for text in (memory, kv_memory, training_memory, share_rate)]
     wanted_memory, wanted_kv_memory, wanted_training_memory, wanted_share = sizes
+    wanted_disk = parse_bytes(prefix_store) if prefix_store not in (None, "off", "memory") else None
     wanted_metrics = parse_host_port(metrics_port) if metrics_port else None
     if watts is not None and not 0 < watts <= MAX_WATTS:
         raise SplitnetError(f"--watts {watts:g} is no power of a device: give more than 0 and at most {MAX_WATTS:g}")
@@ -248,6 +257,9 @@ def peer(
         weights=str(weights),
         kv_memory=wanted_kv_memory,
         training_memory=wanted_training_memory,
+        prefixes=prefix_store != "off",
+        prefix_folder=cache_folder() / "prefixes" if prefix_store not in ("off", "memory") else None,
+        prefix_disk=wanted_disk,
         authorized_keys=authorized_keys,
         key_file=key_file,
         watts=watts,

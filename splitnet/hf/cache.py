@@ -30,7 +30,7 @@ RESERVE_STEP = 256  # positions per row by which a reservation grows
 class RemoteLayer(CacheLayerMixin):
     """The one layer of a `RemoteCache`: rows of a batch with their left padding, and the session that holds them.
 
-    open_session: makes a session for a reservation of positions.
+    open_session: makes a session for a reservation of positions. scope: see `Session.use_scope`.
     """
 
     is_sliding = False
@@ -38,8 +38,9 @@ class RemoteLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, open_session: Callable[[int], ModelSession]) -> None:
+    def __init__(self, open_session: Callable[[int], ModelSession], scope: str = "") -> None:
         super().__init__()
+        self._scope = scope
         self.columns = 0  # length of the padded batch
         self.taps: tuple[int, ...] = ()  # see `use_taps`
         self.adapter: Adapter | None = None  # of the blocks, for the positions that are held
@@ -251,6 +252,7 @@ class RemoteLayer(CacheLayerMixin):
         positions = self.reserved * batch
         if self.session is None:
             self.session = self._open_session(positions)
+            self.session.use_scope(self._scope)
             if self.adapter is not None:
                 self.session.use_adapter(self.adapter)
             if self.taps:
@@ -269,8 +271,8 @@ class RemoteLayer(CacheLayerMixin):
 class RemoteCache(Cache):
     """What `generate()` gets as its cache: see `RemoteLayer`."""
 
-    def __init__(self, open_session: Callable[[int], ModelSession]) -> None:
-        self.remote = RemoteLayer(open_session)
+    def __init__(self, open_session: Callable[[int], ModelSession], scope: str = "") -> None:
+        self.remote = RemoteLayer(open_session, scope)
         self.side: SideCache | None = None
         super().__init__(layers=[self.remote])
 

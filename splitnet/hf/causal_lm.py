@@ -77,6 +77,8 @@ class AutoModelForCausalLM:
                 who holds them as the session had them; else that raises OtherWeights. None: with the codec "auto" only.
             prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches; "energy":
                 the least energy per token, as far as peers tell (docs/energy.md).
+            prefixes: "own": peers store keys and values of texts for later ones of the same key that begin alike;
+                "shared": also for keys that the owner of a peer has put in one group with it; "off": they store none.
             energy_slowdown: with "energy", how many times as long as on the fastest route a token may take; None: 1.5.
             gradient_codec: how gradients travel; "auto": exact where the activations are, else "bf16".
             local_blocks: blocks that this process runs itself, such as "0:10" or "0:2,28:30"; "auto": as many of the
@@ -258,9 +260,10 @@ class RemoteCausalLM(RemoteModel):
         """Whether the checkpoint has no head: the model reads texts, and what it generates has no meaning."""
         return isinstance(self.get_output_embeddings(), nn.Identity)
 
-    def new_cache(self) -> RemoteCache:
-        """An empty cache on the peers, for callers that pass `cache=` themselves."""
-        return RemoteCache(self._open_session)
+    def new_cache(self, scope: str = "") -> RemoteCache:
+        """An empty cache on the peers, for callers that pass `cache=` themselves. scope: a name for those whose texts
+        it is for: it goes on from stored prefixes of the same scope alone."""
+        return RemoteCache(self._open_session, scope)
 
     def can_draft(self, prompt: int, new: int) -> bool:
         """Whether `speculate` goes together with so many tokens and so many new ones: some families' texts do not."""

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import logging
 import os
+import re
 import stat
 import tempfile
 import threading
@@ -158,6 +159,10 @@ class Identity:
         """The Ed25519 signature of `message`, 64 bytes."""
         return self._signing_key.sign(message).signature
 
+    def derive(self, purpose: str) -> bytes:
+        """32 bytes that only this key's owner can make, others for each purpose (keyed BLAKE2b, RFC 7693)."""
+        return hashlib.blake2b(purpose.encode(), key=bytes(self._signing_key), digest_size=32).digest()
+
     def __repr__(self) -> str:
         return f"Identity({self.public.text})"
 
@@ -171,13 +176,15 @@ class KeyOptions:
 
     weight: in proportion to it keys share the device and the KV memory. kv: bytes of KV memory that its sessions may
     reserve; None: any. train: whether gradients, and passes kept for them, are computed for it. tokens_per_minute:
-    positions that the peer computes for it in a minute; None: any.
+    positions that the peer computes for it in a minute; None: any. share: name of a group whose keys use each other's
+    stored prefixes where their clients ask for that; None: none does.
     """
 
     weight: float = 1.0
     kv: int | None = None
     train: bool = True
     tokens_per_minute: int | None = None
+    share: str | None = None
 
 
 STRANGER_WEIGHT: Final = 0.01  # of a key that is not listed where others are, unless the line of these has another
@@ -212,11 +219,18 @@ def _kv(text: str) -> int:
         raise KeyFileError(f"kv={text}: {error}") from error
 
 
+def _share(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", text):
+        raise KeyFileError(f"share={text}: name a group with up to 32 letters, digits, - or _")
+    return text
+
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "weight": _weight,
     "kv": _kv,
     "train": _train,
     "tokens-per-minute": _tokens,
+    "share": _share,
 }
 
 

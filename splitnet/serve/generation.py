@@ -248,7 +248,7 @@ class Generation:
     def _run_in(self, taken: tuple[RemoteCache, int] | None) -> Ended:
         """Runs in a session that was kept, with the tokens that it shares with the prompt, or in a new one."""
         ask = self._ask
-        cache, shared = taken or (self._own.model.new_cache(), 0)
+        cache, shared = taken or (self._own.model.new_cache(ask.owner), 0)
         held: list[int] | None = None
         look = self._take(cache)
         try:
@@ -263,6 +263,7 @@ class Generation:
             answer_tokens = 0
             if ask.max_tokens:
                 answer_tokens, tokens = self._answer(prompt, cache, look)
+                cached = cached or (cache.session.recalled if cache.session is not None else 0)
                 if ask.choices == 1:
                     held = tokens[: cache.remote.columns]
             else:
@@ -397,7 +398,7 @@ class Generation:
 
 
 def _passed(cache: RemoteCache) -> int:
-    return cache.session.passed if cache.session is not None else 0
+    return cache.session.passed + cache.session.recalled if cache.session is not None else 0
 
 
 def similar(lengths: Sequence[int], most: int) -> list[list[int]]:

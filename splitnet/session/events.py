@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from splitnet.swarm.plan import PlannedHop
 from splitnet.swarm.swarm import Kind
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import Message
+from splitnet.wire.messages import Chunk, Message
 
 if TYPE_CHECKING:
     from splitnet.blocks.adapters import Adapter
@@ -54,6 +55,20 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 @dataclass(frozen=True, slots=True)
 class Use:
     """The caller wants an open route. Does nothing if there is one, or one is being made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """The caller is about to begin a text, whose first positions hops may have stored before, and wants no other row.
+
+    part: those that it can do without the outputs of. encoded: gives them as the first link takes them. reach: of them.
+    `SessionState.recalled` says how many of them it need not submit, once the route is open. Ignored while something is
+    under way.
+    """
+
+    part: Chunk
+    encoded: Callable[[Codec], bytes]
+    reach: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +173,7 @@ class Tick:
     """The time of `SessionState.wake_at` has come."""
 
 
-Wish = Use | Submit | Backward | Abandon | Resize | UseAdapter | Move | Distrust | Close  # of the caller
+Wish = Use | Recall | Submit | Backward | Abandon | Resize | UseAdapter | Move | Distrust | Close  # of the caller
 Event = Wish | Received | LinkFailed | Alive[Endpoint] | Planned | NoRoute | Tick
 
 

@@ -40,6 +40,8 @@ class RouteHop:
         relayed: it does not reach its next hop, so the client relays its output.
         relay_log: what the client has relayed; None if that is not all of it.
         cached_positions: that it held of the session when it was opened last.
+        recalled: they are of pages that it had stored before.
+        context: that it was opened with, see `Open`.
         filled: it holds the KV cache that the session wants.
         weights: what its blocks are held as, as its record or itself has said last.
         adapter_version: of the adapter that it has taken over; 0: none.
@@ -51,6 +53,8 @@ class RouteHop:
     relayed: bool = False
     relay_log: SentLog | None = None
     cached_positions: int = 0
+    recalled: bool = False
+    context: bytes = b""
     filled: bool = False
     weights: str = ""
     adapter_version: int = 0
@@ -68,11 +72,11 @@ class RouteHop:
         """What it holds of the session counts no more."""
         self.filled, self.adapter_version, self.relay_log = False, 0, None
 
-    def opened(self, *, wants_cache: bool) -> None:
-        """The route is open; the hop may have lost the session since. wants_cache: positions were sent before."""
-        if not self.cached_positions:
+    def opened(self, wanted: int) -> None:
+        """The route is open; the hop may have lost the session since. wanted: positions that were sent before."""
+        if self.recalled or not self.cached_positions:
             self.filled, self.adapter_version = False, 0
-        if not wants_cache:
+        if not wanted or (self.recalled and self.cached_positions >= wanted):
             self.filled = True
         if not self.relayed:
             self.relay_log = None  # what the hop pushes itself would be missing in it
@@ -84,7 +88,7 @@ class RouteHop:
             self.relay_log = SentLog(result.codec, len(result.payload) // step.positions)
         if self.relay_log is not None:
             try:
-                self.relay_log.record(step.parts, step.forks, result.payload, step.reach)
+                self.relay_log.record(step.parts, step.forks, result.payload, step.reach, step.labels)
             except ProtocolError:  # its rows were filled by a replay that did not come this way
                 self.relay_log = None
 
@@ -105,6 +109,7 @@ class RouteSetup:
         question: number of the route that is being planned; 0: none is.
         retry_at: when to plan again, as no route was found.
         opened_at: when all hops had opened the session.
+        renamed: hops were told once more what their pages depend on, see `Open.context`.
     """
 
     began: float
@@ -116,6 +121,7 @@ class RouteSetup:
     question: int = 0
     retry_at: float = math.inf
     opened_at: float | None = None
+    renamed: bool = False
 
     @property
     def silent(self) -> set[str]:
@@ -175,7 +181,8 @@ def next_refill(
         # The client cannot relay what a hop replays, as it does not know its parts.
         direct = len(list(takewhile(lambda hop: not hop.relayed, group[:-1])))
         group = group[: direct + 1]
-        message = Replay(session, epoch, next_number(), group[-1].blocks[1])
+        since = min(hop.cached_positions if hop.recalled else 0 for hop in group)
+        message = Replay(session, epoch, next_number(), group[-1].blocks[1], since)
         return group, [ReplayRequest(message, before.endpoint, group[-1].endpoint)]
     if before is not None and before.relay_log is not None:
         log, to = before.relay_log, group[0].endpoint
@@ -183,8 +190,9 @@ def next_refill(
         # The client begins; if its steps pass hops that are filled, those compute them once more.
         log, to = sent, hops[0].endpoint
     until = group[-1].blocks[1]
+    since = min(hop.cached_positions if hop.recalled else 0 for hop in group)
     steps = (
-        Step(session, epoch, next_number(), parts, None, until, log.codec, payload, reach=reach)
-        for parts, payload, reach in log.replay()
+        Step(session, epoch, next_number(), parts, None, until, log.codec, payload, reach=reach, labels=labels)
+        for parts, payload, reach, labels in log.replay(since=since)
     )
     return group, [ReplayRequest(step, to, group[-1].endpoint) for step in steps]

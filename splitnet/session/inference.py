@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -18,14 +18,26 @@ from scheduler.route import ENERGY_SLOWDOWN
 from splitnet.blocks.adapters import Adapter, read_tensors
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.session.driver import LinkCodecs, SessionDriver
-from splitnet.session.events import Abandon, Distrust, Resize, Submit, UseAdapter
+from splitnet.session.events import Abandon, Distrust, Recall, Resize, Submit, UseAdapter
 from splitnet.session.failover import RouteHop
 from splitnet.session.options import ConnectionOptions
 from splitnet.session.requests import FetchRequest, StepRequest
 from splitnet.swarm.plan import Prediction
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import codec_by_code
-from splitnet.wire.messages import MAX_PAYLOAD_BYTES, MAX_TAPS, Chunk, FetchKV, Fork, Result, Step, Timing, encode
+from splitnet.wire.messages import (
+    MAX_LABELS,
+    MAX_PAYLOAD_BYTES,
+    MAX_TAPS,
+    Chunk,
+    FetchKV,
+    Fork,
+    Result,
+    Step,
+    Timing,
+    encode,
+)
+from splitnet.wire.sent_log import PAGE
 
 ASK_S = 2.0  # after so many seconds hops are asked for the times of decode steps
 THROUGHPUT_STEPS = 8  # how many steps a session that asks for throughput has under way
@@ -86,6 +98,7 @@ class Session(SessionDriver):
             progress_timeout_s=progress_timeout_s,
         )
         self._asked_at = 0.0
+        self._prefixes = options.prefixes
         self.passed = 0  # positions whose outputs were awaited and have come
 
     @property
@@ -156,7 +169,11 @@ class Session(SessionDriver):
             reach: see `splitnet.wire.messages.Step`.
         """
         state = self.state
-        self.open(len(hidden))
+        recalled = self._recall(hidden, parts, reach) if state.log is None or (forks is not None and not forks) else 0
+        self.open(len(hidden) - recalled)
+        if recalled:
+            hidden, forks = hidden[recalled:], None
+            parts = [Chunk(parts[0].row, recalled, len(hidden), parts[0].keep)]
         if not state.under_way and state.log is not None:
             self._improve_route()
         began, alone, repairs = time.perf_counter(), not state.under_way, len(self.recoveries)
@@ -179,6 +196,18 @@ class Session(SessionDriver):
         self.traffic.steps += len(requests)
         self.traffic.positions += offset
         return UnderWay(tuple(requests), began, repairs, alone)
+
+    def _recall(self, hidden: torch.Tensor, parts: Sequence[Chunk], reach: int) -> int:
+        """Opens the route for a text that begins, and returns how many of its first positions the hops had stored."""
+        state, part = self.state, parts[0]
+        most = min((part.length - part.keep) // PAGE, MAX_LABELS) * PAGE
+        if state.salt is None or state.under_way or len(parts) > 1 or part.start or most <= 0 or not part.keep:
+            state.recalled = 0
+            return 0
+        encoded = cache(lambda codec: codec.encode(hidden[:most]))
+        self.feed(Recall(Chunk(part.row, 0, most, 0), encoded, reach))
+        self.open(len(hidden))
+        return state.recalled
 
     def finish(self, sent: UnderWay) -> torch.Tensor:
         """Waits for what was sent; returns and raises what `step` does. In the order of sending."""
@@ -225,6 +254,19 @@ class Session(SessionDriver):
         if len(inner) > MAX_TAPS:
             raise SplitnetError(f"the hidden states of {len(inner)} depths are wanted: {MAX_TAPS} are the most")
         self.state.taps, self.state.tap_codec = tuple(inner), self._codecs.of_taps
+
+    def use_scope(self, scope: str) -> None:
+        """Has hops store keys and values of this session under names that sessions of another scope do not find;
+        before the first step. Not with `prefixes="off"`; with "shared" there is one scope."""
+        identity = self._swarm.identity
+        self.state.shared = self._prefixes == "shared"
+        salt = b"shared" if self.state.shared else identity.derive(f"splitnet prefixes {scope}")
+        self.state.salt = None if self._prefixes == "off" else salt
+
+    @property
+    def recalled(self) -> int:
+        """Positions of the present text that hops had stored before."""
+        return self.state.recalled
 
     def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
         """The keys and values that the peers hold of the first `length` positions of a row, without its prefix.

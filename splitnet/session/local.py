@@ -214,6 +214,16 @@ class MixedSession:
         """As of a `Session`, of the last route; 0: all blocks are here."""
         return self.sessions[-1].passed if self.sessions else 0
 
+    @property
+    def recalled(self) -> int:
+        """As of a `Session`, of the last route."""
+        return self.sessions[-1].recalled if self.sessions else 0
+
+    def use_scope(self, scope: str) -> None:
+        """As `Session.use_scope`."""
+        for session in self.sessions:
+            session.use_scope(scope)
+
     def links(self) -> list[LinkUse]:
         return [link for session in self.sessions for link in session.links()]
 

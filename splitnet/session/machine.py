@@ -60,8 +60,8 @@ from splitnet.swarm.swarm import Kind, short_key
 from splitnet.wire.codecs import Codec, check_size, codec_by_name
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.fields import STRICT_VERSIONS
-from splitnet.wire.messages import Adapter as AdapterMessage
 from splitnet.wire.messages import (
+    MAX_LABELS,
     AdapterLoaded,
     Close,
     Failure,
@@ -75,7 +75,8 @@ from splitnet.wire.messages import (
     Step,
     Timing,
 )
-from splitnet.wire.sent_log import SentLog
+from splitnet.wire.messages import Adapter as AdapterMessage
+from splitnet.wire.sent_log import PAGE, SentLog, digest
 
 POLL_S = 0.5  # between two plans where no peer serves some blocks
 MAX_ATTEMPTS = 8  # routes that may fail before an answer comes on one
@@ -135,6 +136,9 @@ class SessionState:
         timings: of the last step, hop by hop, as the tail says.
         chunk_ms: predicted time of a chunk of a replay, set by the driver during one; 0: not known.
         usual_ms: usual time of a decode step, set by the driver; 0: not known.
+        salt: of the labels of pages, set before the first use; None: hops store none.
+        shared: pages are shared with other keys, where the owners of peers let them.
+        recalled: positions of the text that the hops had stored before, so that it goes on behind them.
     """
 
     def __init__(
@@ -170,6 +174,9 @@ class SessionState:
         self.tap_codec: Codec = codec_by_name("none")
         self.timings: tuple[Timing, ...] = ()
         self.chunk_ms = self.usual_ms = 0.0
+        self.salt: bytes | None = None
+        self.shared = False
+        self.recalled = 0
         self._model = model
         self._max_positions = max_positions
         self._progress_timeout_s = progress_timeout_s
@@ -199,6 +206,8 @@ class SessionState:
         # Names of peers that do not send hidden states where this session wants them.
         self._too_old: set[str] = set()
         self._for_passes = False
+        self._recall: events.Recall | None = None  # whose positions the log has, although they were not submitted
+        self._adapter_label: tuple[int, bytes] = 0, b""  # with the version that it is of
         self._opened_reservation = 0  # what the hops were asked to reserve when the route was opened
         self._former_reservation = 0  # before a resize that no route stands with yet; 0: there is none
 
@@ -284,6 +293,8 @@ class SessionState:
                     self._in_flight.pop(number, None)
             case events.Use():
                 self._use()
+            case events.Recall():
+                self._begin_text(event)
             case events.Tick():
                 self._tick()
             case Alive():
@@ -327,7 +338,8 @@ class SessionState:
         for request in requests:
             if isinstance(request, StepRequest):
                 try:
-                    self._record(request.message)
+                    labels = self._record(request.message)
+                    request.message = replace(request.message, labels=labels if self._has_pages else ())
                 except SplitnetError as error:
                     request.error = error
                     continue
@@ -337,19 +349,53 @@ class SessionState:
         if self._in_flight:
             self._use()  # a hop may have left since the caller found the route open
 
-    def _record(self, step: Step) -> None:
-        """Logs a step. Steps that hops would rightly refuse are refused here, so a hop that refuses others is wrong."""
+    def _begin_text(self, event: events.Recall) -> None:
+        if self.salt is None or self._in_flight or self.phase not in (Phase.NEW, Phase.OPEN, Phase.BROKEN):
+            return
+        self._recall, self.log, self.recalled = event, None, 0
+        if self.is_open:
+            self._go_on()
+
+    def _expect(self, recall: events.Recall) -> None:
+        """Logs what hops may have stored before, so that its labels are known, and hops that lack it can be filled."""
+        self.log = self._new_log()
+        try:
+            self.log.record((recall.part,), None, recall.encoded(self.first_codec), recall.reach)
+        except SplitnetError:  # the step has the same fault, and says so to the caller
+            self._recall = self.log = None
+
+    def _settle_recall(self, recall: events.Recall) -> None:
+        """All hops have said what they hold of a text: the log keeps the most that one has, and fills the others."""
+        assert self.log is not None
+        self._recall = None
+        for hop in self.hops:
+            if not hop.recalled:
+                hop.cached_positions = 0
+        most = len(self.log.labels(recall.part.row)) * PAGE
+        self.recalled = min(most, max(hop.cached_positions for hop in self.hops)) // PAGE * PAGE
+        if self.recalled:
+            self.log.crop(recall.part.row, self.recalled)
+        else:
+            self.log = None
+
+    def _new_log(self) -> SentLog:
+        return SentLog(self.first_codec.code, self.first_codec.bytes_per_position(self.hidden_size), self.salt)
+
+    def _record(self, step: Step) -> tuple[bytes, ...]:
+        """Logs a step, and returns the labels of its pages. Steps that hops would rightly refuse are refused here, so a
+        hop that refuses others is wrong."""
         if self.log is None:
-            self.log = SentLog(self.first_codec.code, self.first_codec.bytes_per_position(self.hidden_size))
+            self.log = self._new_log()
         longest = max((part.start + part.length for part in step.parts), default=0)
         if self._max_positions is not None and longest > self._max_positions:
             raise ContextTooLong(f"position {longest} is beyond the model's context of {self._max_positions}")
         under_way = [each for each in self._in_flight.values() if isinstance(each, StepRequest)]
         check_beside(step, under_way)
-        self.log.record(step.parts, step.forks, step.payload, step.reach)
+        labels = self.log.record(step.parts, step.forks, step.payload, step.reach)
         for request in undone_by(step, under_way):
             request.error = SplitnetError("a later step of the session began before the end of this one")
             self._in_flight.pop(request.number)
+        return labels
 
     def _put_under_way(self, request: Request[Any]) -> None:
         if not self._in_flight:
@@ -486,8 +532,12 @@ class SessionState:
         for index, planned in enumerate(route):
             hop = before.get((planned.record.endpoint, (planned.start, planned.end)))
             hops.append(hop if hop is not None else RouteHop(planned, codecs[index + 1]))
+        if self._recall is not None:
+            self.log = None
         if self.log is None and codecs:
             self.first_codec = codecs[0]
+        if self._recall is not None:
+            self._expect(self._recall)
         self.hops, self.chunk_ms = hops, 0.0
         wanted = {hop.endpoint: hop.blocks for hop in hops}
         for endpoint, blocks in list(self._members.items()):
@@ -513,6 +563,9 @@ class SessionState:
         following = self.hops[index + 1] if index + 1 < len(self.hops) and not hop.relayed else None
         is_strict = hop.planned.record.version in STRICT_VERSIONS
         taps = self._taps_of(hop) if not is_strict else ()
+        hop.context = self._context(index) if self._has_pages else b""
+        row = self.log.only_row if self.log is not None and (self._recall is not None or not hop.filled) else None
+        asks = row is not None and bool(hop.context)
         message = Open(
             session=self.session,
             epoch=self.epoch,
@@ -528,10 +581,31 @@ class SessionState:
             asks_weights=not is_strict,
             taps=taps,
             tap_codec=self.tap_codec.code if taps else 0,
+            context=hop.context,
+            row=row if asks and row is not None else 0,
+            labels=self.log.labels(row)[:MAX_LABELS] if asks and self.log is not None and row is not None else (),
+            shared=self.shared and bool(hop.context),
         )
         self._members[hop.endpoint] = hop.blocks
         self._asked[hop.endpoint] = self._now + self._open_timeout_s(hop.endpoint)
         self.send(hop.endpoint, message)
+
+    @property
+    def _has_pages(self) -> bool:
+        """Whether hops are told labels: not those that refuse messages with fields that they do not know."""
+        return self.salt is not None and not any(hop.planned.record.version in STRICT_VERSIONS for hop in self.hops)
+
+    def _context(self, index: int) -> bytes:
+        """All that the keys and values of a hop depend on besides the text."""
+        if self.adapter is not None and self._adapter_label[0] != self.adapter_version:
+            parts = write_groups(self.adapter.within(*self.blocks))
+            self._adapter_label = self.adapter_version, digest(*parts)
+        codecs = [self.first_codec, *(hop.codec for hop in self.hops)]
+        hops = [
+            f"{hop.blocks} {hop.weights} {codec.name}"
+            for hop, codec in zip(self.hops[: index + 1], codecs, strict=False)
+        ]
+        return digest(self._model.encode(), self._adapter_label[1], *(hop.encode() for hop in hops))
 
     def _taps_of(self, hop: RouteHop) -> tuple[int, ...]:
         return tuple(tap for tap in self.taps if hop.planned.start < tap <= hop.planned.end)
@@ -543,7 +617,7 @@ class SessionState:
     def _opened(self, hop: RouteHop, message: Opened) -> None:
         if self.phase is Phase.OPENING and self._asked.pop(hop.endpoint, None) is not None:
             hop.relayed |= not message.next_reachable
-            hop.cached_positions = message.cached_positions
+            hop.cached_positions, hop.recalled = message.cached_positions, message.recalled
             hop.weights = message.weights or hop.weights
             if not self._any_weights and (changes := self._changes_of_weights(hop)):
                 what = " and ".join(changes)
@@ -582,9 +656,22 @@ class SessionState:
         if self._relays != {hop.endpoint for hop in self.hops if hop.relayed}:
             self._open_hops()
             return
-        self._begin_setup().opened_at = self._now
+        setup = self._begin_setup()
+        if any(hop.context and hop.context != self._context(index) for index, hop in enumerate(self.hops)):
+            # A hop holds its weights otherwise than its record said. One that says something else each time is not
+            # believed.
+            if not setup.renamed:
+                setup.renamed = True
+                self._open_hops()
+                return
+            self.salt = None
+            for hop in self.hops:
+                hop.cached_positions = 0 if hop.recalled else hop.cached_positions
+        setup.opened_at = self._now
+        if self._recall is not None:
+            self._settle_recall(self._recall)
         for hop in self.hops:
-            hop.opened(wants_cache=self.log is not None and bool(self.log.nbytes))
+            hop.opened(self.log.positions if self.log is not None else 0)
         self._load_adapter()
 
     def _changes_of_weights(self, hop: RouteHop) -> list[str]:
@@ -699,6 +786,8 @@ class SessionState:
         for request in self._in_flight.values():
             request.error = error
         self._in_flight, self._setup = {}, None
+        if self._recall is not None:
+            self._recall = self.log = None
         if self._former_reservation:
             self.reservation, self._former_reservation = self._former_reservation, 0
         self._faults = _Faults()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from splitnet.security.swarm_key import SwarmKey
 
 Preference = Literal["latency", "throughput", "energy"]
+Prefixes = Literal["own", "shared", "off"]
 
 JOINING = ("initial_peers", "identity", "revision", "swarm_key", "trusted_peers")
 """Keywords of every `from_pretrained` that say which swarm, which client, and which model."""
@@ -35,7 +36,7 @@ RUNNING = (
     "local_weights",
 )
 """Keywords of every `from_pretrained` and `attach` that say how the model runs."""
-GENERATING = (*RUNNING, "prefer", "energy_slowdown")  # the same for a causal LM
+GENERATING = (*RUNNING, "prefer", "energy_slowdown", "prefixes")  # the same for a causal LM
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -56,7 +57,7 @@ class ConnectionOptions:
         revision: of the model on the hub.
         tokenizer: hub id or folder, in place of the checkpoint's own.
         codec, dtype, device, recovery_timeout_s, any_weights, gradient_codec, local_blocks, local_weights, prefer,
-            energy_slowdown: see `splitnet.AutoModelForCausalLM.from_pretrained`.
+            energy_slowdown, prefixes: see `splitnet.AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         SplitnetError: a preference that cannot be.
@@ -82,11 +83,14 @@ class ConnectionOptions:
     local_weights: str | None = None
     prefer: Preference = "latency"
     energy_slowdown: float | None = None
+    prefixes: Prefixes = "own"
 
     def __post_init__(self) -> None:
         slowdown = self.energy_slowdown
         if self.prefer not in get_args(Preference):
             raise SplitnetError(f"a session prefers latency, throughput or energy, not {self.prefer!r}")
+        if self.prefixes not in get_args(Prefixes):
+            raise SplitnetError(f"prefixes are stored as own, shared or off, not {self.prefixes!r}")
         if slowdown is None:
             return
         if self.prefer != "energy":

@@ -61,6 +61,8 @@ FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")  # of a model's weights
 SESSION_BYTES = 16
 KEY_BYTES = 32
 DIGEST_BYTES = 32
+LABEL_BYTES = 16
+MAX_LABELS = MAX_ROWS  # of pages, in one message
 
 MAX_PART_BYTES = 1 << 20  # of weights in one message, such as a piece
 MAX_WEIGHTS_BYTES = 256 << 20  # of weights of one name, such as a manifest
@@ -196,6 +198,12 @@ class Open(_OfSession):
     taps: tuple[int, ...] = appended(several(uint(MAX_BLOCKS), most=MAX_TAPS), ())
     """Boundaries behind blocks of this hop, in rising order, at which the client wants hidden states, see `Tapped`."""
     tap_codec: int = appended(uint(255), 0)
+    context: bytes = appended(blob(0, LABEL_BYTES), b"")
+    """All that keys and values depend on besides the text, as the client names it: the hops before, their weights and
+    codecs, the adapter. Pages of the session are stored under it, see `Step.labels`; empty: none is."""
+    row: int = appended(uint(_ROW_ID), 0)  # of which the hop may hold pages from before
+    labels: tuple[bytes, ...] = appended(several(blob(LABEL_BYTES), most=MAX_LABELS), ())  # of its first pages
+    shared: bool = appended(flag, default=False)  # with other keys that the owner of the peer lets share
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +215,8 @@ class Opened(_OfSession):
     cached_positions: int = wire(_NUMBER)  # over all rows; 0 tells the client that this hop begins with nothing
     weights: str = appended(text(64), "")  # what they are held as, as in `PeerRecord.dtype`; empty: it was not asked
     taps: bool = appended(flag, default=False)  # the hop sends a `Tapped` for each of `Open.taps`
+    recalled: bool = appended(flag, default=False)
+    """The hop held nothing of the session: `cached_positions` are those of pages that it has stored before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +250,8 @@ class Step(_Numbered):
     reach: int = appended(uint(MAX_POSITIONS), 0)
     """Where rotary frequencies depend on the length of a text, a position has those of the longer one: a text that ends
     with it, or one of so many positions (with the prefix of an adapter). Version 0.1.0 refuses it."""
+    labels: tuple[bytes, ...] = appended(several(blob(LABEL_BYTES), most=MAX_LABELS), ())
+    """Of the pages of each part that end within it, see `splitnet.wire.sent_log`; empty: none is stored."""
 
     @property
     def positions(self) -> int:
@@ -276,6 +288,7 @@ class Replay(_Numbered):
 
     TAG: ClassVar[int] = 9
     until: int = wire(uint(MAX_BLOCKS))
+    since: int = appended(uint(MAX_POSITIONS), 0)  # the first position of each row that is wanted
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,20 +2,41 @@
 
 About `hidden` bytes per position with an int8 codec, far less than the KV cache. The same bytes give the next hop the
 same KV cache, so a replacement continues the text token for token.
+
+Rows are cut into pages of `PAGE` positions. The client labels each: a digest of all positions up to its end, as they
+are encoded, with a salt that peers do not know. Hops that are asked for the same labels later, by another session, may
+go on from the keys and values that they have stored under them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import pairwise
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from scheduler.batching import PASS_POSITIONS
 from splitnet.errors import ProtocolError
-from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Chunk, Fork, Payload
+from splitnet.wire.messages import LABEL_BYTES, MAX_PAYLOAD_BYTES, Chunk, Fork, Payload
 
 Row = TypeVar("Row")
+
+PAGE = 128  # positions
+
+
+def digest(*parts: bytes | memoryview) -> bytes:
+    """A label: BLAKE2b (RFC 7693) of parts, each behind its length."""
+    state = blake2b(digest_size=LABEL_BYTES)
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+    return state.digest()
+
+
+def page_ends(part: Chunk) -> int:
+    """How many pages of its row end within a part of a step."""
+    return (part.start + part.length) // PAGE - part.start // PAGE
 
 
 def fork_rows(rows: Mapping[int, Row], forks: Sequence[Fork], copy: Callable[[Row], Row]) -> dict[int, Row]:
@@ -41,22 +62,39 @@ def fork_rows(rows: Mapping[int, Row], forks: Sequence[Fork], copy: Callable[[Ro
 REPLAY_POSITIONS = PASS_POSITIONS  # per step of a replay
 
 
+class Replayed(NamedTuple):
+    """A step that rebuilds a part of a row, see `Step`."""
+
+    parts: tuple[Chunk, ...]
+    payload: bytes
+    reach: int
+    labels: tuple[bytes, ...]
+
+
 @dataclass(slots=True)
 class _Row:
     data: bytearray = field(default_factory=bytearray)
     reaches: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """Positions from which on steps had another `reach`; before the first one they had none."""
+    labels: list[bytes] = field(default_factory=list[bytes])  # of its first pages, as far as they are known
 
     def copy(self) -> _Row:
-        return _Row(bytearray(self.data), list(self.reaches))
+        return _Row(bytearray(self.data), list(self.reaches), list(self.labels))
+
+    def reach_at(self, position: int) -> int:
+        return next((reach for start, reach in reversed(self.reaches) if start <= position), 0)
 
 
 class SentLog:
-    """Encoded positions by row. Every codec writes one self-contained record per position, so bytes can be cut."""
+    """Encoded positions by row. Every codec writes one self-contained record per position, so bytes can be cut.
 
-    def __init__(self, codec: int, bytes_per_position: int) -> None:
+    salt: of labels that are made here, by the client; None: they come with the steps.
+    """
+
+    def __init__(self, codec: int, bytes_per_position: int, salt: bytes | None = None) -> None:
         self.codec = codec
         self.bytes_per_position = bytes_per_position
+        self._salt = salt
         self._rows: dict[int, _Row] = {}
 
     @property
@@ -68,9 +106,45 @@ class SentLog:
         """Logged over all rows."""
         return self.nbytes // self.bytes_per_position
 
+    @property
+    def only_row(self) -> int | None:
+        """The row, where there is just one."""
+        return next(iter(self._rows)) if len(self._rows) == 1 else None
+
     def length(self, row: int) -> int:
         """Positions logged for `row`."""
         return len(self._rows[row].data) // self.bytes_per_position if row in self._rows else 0
+
+    def labels(self, row: int) -> tuple[bytes, ...]:
+        """Of the pages of `row`, as far as they are known."""
+        return tuple(self._rows[row].labels) if row in self._rows else ()
+
+    def page(self, row: int, index: int) -> tuple[bytes, int]:
+        """Positions of a page of `row`, and their `reach`. Raises ValueError: there is no such page of one reach."""
+        held, size = self._rows[row], PAGE * self.bytes_per_position
+        data = bytes(held.data[index * size : (index + 1) * size])
+        reach = held.reach_at(index * PAGE)
+        if len(data) < size or any(index * PAGE < start < (index + 1) * PAGE for start, _ in held.reaches):
+            raise ValueError(f"row {row} has no page {index} of one reach")
+        return data, reach
+
+    def crop(self, row: int, length: int) -> None:
+        """Forgets the positions of `row` from `length` on."""
+        held = self._rows[row]
+        del held.data[length * self.bytes_per_position :]
+        del held.labels[length // PAGE :]
+        while held.reaches and held.reaches[-1][0] >= length:
+            held.reaches.pop()
+
+    def restore(self, row: int, pages: Sequence[tuple[bytes, int, bytes]]) -> None:
+        """Begins `row`, and has it alone, with pages: the encoded positions of each, their reach and its label."""
+        held = _Row()
+        for index, (data, reach, label) in enumerate(pages):
+            if reach != (held.reaches[-1][1] if held.reaches else 0):
+                held.reaches.append((index * PAGE, reach))
+            held.data += data
+            held.labels.append(label)
+        self._rows = {row: held}
 
     def prepare(self, parts: Sequence[Chunk], forks: Sequence[Fork] | None) -> None:
         """Forgets what a step replaces, and makes its forks: positions at or after a part's start are no more. Raises
@@ -83,31 +157,61 @@ class SentLog:
         self._rows = rows
         for part in parts:
             if part.row in rows:
-                row = rows[part.row]
-                del row.data[part.start * size :]
-                while row.reaches and row.reaches[-1][0] >= part.start:
-                    row.reaches.pop()
+                self.crop(part.row, part.start)
 
-    def record(self, parts: Sequence[Chunk], forks: Sequence[Fork] | None, payload: Payload, reach: int = 0) -> None:
-        """Takes in the payload of a step. Raises ProtocolError as `prepare`."""
+    def record(
+        self,
+        parts: Sequence[Chunk],
+        forks: Sequence[Fork] | None,
+        payload: Payload,
+        reach: int = 0,
+        labels: Sequence[bytes] = (),
+    ) -> tuple[bytes, ...]:
+        """Takes in the payload of a step, and returns the labels of the pages that end within it: those that are given,
+        or made here. Raises ProtocolError as `prepare`."""
         self.prepare(parts, forks)
         size = self.bytes_per_position
         view = memoryview(payload)
-        offset = 0
+        offset, came = 0, iter(labels)
+        made: list[bytes] = []
         for part in parts:
             row = self._rows.setdefault(part.row, _Row())
             row.data += view[offset : offset + part.length * size]
             if reach != (row.reaches[-1][1] if row.reaches else 0):
                 row.reaches.append((part.start, reach))
             offset += part.length * size
+            first, count = part.start // PAGE, page_ends(part)
+            if self._salt is not None:
+                self._label(row, first + count)
+                made += row.labels[first : first + count]
+            else:
+                own = [label for label, _ in zip(came, range(count), strict=False)]
+                if len(row.labels) == first and len(own) == count:
+                    row.labels += own
+        return tuple(made) if self._salt is not None else tuple(labels)
 
-    def replay(self, positions_per_step: int = REPLAY_POSITIONS) -> Iterator[tuple[tuple[Chunk, ...], bytes, int]]:
-        """Yields parts, payload and reach of steps that rebuild every row, each at most `positions_per_step`."""
+    def replay(self, positions_per_step: int = REPLAY_POSITIONS, since: int = 0) -> Iterator[Replayed]:
+        """Steps that rebuild every row from its position `since` on, each of at most `positions_per_step`."""
         size = self.bytes_per_position
         step = max(1, min(positions_per_step, MAX_PAYLOAD_BYTES // size))
         for number, row in self._rows.items():
             changes = [(0, 0), *row.reaches, (len(row.data) // size, 0)]
             for (begin, reach), (end, _) in pairwise(changes):
-                for start in range(begin, end, step):
+                for start in range(max(begin, since), end, step):
                     chunk = bytes(row.data[start * size : min(start + step, end) * size])
-                    yield (Chunk(number, start, len(chunk) // size, 0),), chunk, reach
+                    part = Chunk(number, start, len(chunk) // size, 0)
+                    first, count = start // PAGE, page_ends(part)
+                    labels = tuple(row.labels[first : first + count])
+                    yield Replayed((part,), chunk, reach, labels if len(labels) == count else ())
+
+    def _label(self, row: _Row, pages: int) -> None:
+        """Labels pages of a row that have none."""
+        assert self._salt is not None
+        size = PAGE * self.bytes_per_position
+        with memoryview(row.data) as data:
+            while (index := len(row.labels)) < pages:
+                before = row.labels[-1] if row.labels else self._salt
+                marks = [start for start, _ in row.reaches if index * PAGE < start < (index + 1) * PAGE]
+                reach = repr((row.reach_at(index * PAGE), marks)).encode()
+                with data[index * size : (index + 1) * size] as page:
+                    row.labels.append(digest(before, reach, page))

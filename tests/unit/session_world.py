@@ -468,13 +468,13 @@ class PeerModel:
         self.world.post(self.name, source, onward)
 
     def _replay(self, held: Held, message: Replay) -> None:
-        steps = list(held.log.replay(2))
+        steps = list(held.log.replay(2, message.since))
         if held.next is None:
             self.fail(message.epoch, message.number, FailureCode.STALE_EPOCH)
             return
         if not steps:
             self.to_client(Result(self.id, held.epoch, message.number, message.until, held.codec, ()))
-        for index, (parts, payload, reach) in enumerate(steps):
+        for index, (parts, payload, reach, _) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
             step = Step(
                 self.id, held.epoch, number, parts, None, message.until, held.log.codec, payload, held.end, (), reach

@@ -72,7 +72,7 @@ class Model:
 def contents(log: SentLog, positions_per_step: int = 1000) -> dict[int, list[bytes]]:
     """The rows that a hop would hold after a replay into nothing."""
     receiver: dict[int, list[bytes]] = {}
-    for parts, payload, reach in log.replay(positions_per_step):
+    for parts, payload, reach, _ in log.replay(positions_per_step):
         assert 1 <= sum(part.length for part in parts) <= positions_per_step
         offset = 0
         for part in parts:
@@ -115,7 +115,7 @@ def test_a_fork_goes_its_own_way() -> None:
     log.record([Chunk(1, 0, 3, 0)], None, b"abc")
     log.record([Chunk(1, 3, 1, 0), Chunk(2, 3, 1, 0)], [Fork(1, 1), Fork(2, 1)], b"de")
     log.record([Chunk(2, 1, 1, 0)], None, b"x")
-    assert {parts[0].row: payload for parts, payload, _ in log.replay(10)} == {1: b"abcd", 2: b"ax"}
+    assert {parts[0].row: payload for parts, payload, *_ in log.replay(10)} == {1: b"abcd", 2: b"ax"}
 
 
 def test_no_forks_keep_the_rows_and_an_empty_list_drops_them() -> None:
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(parts: list[Chunk], fo
     log.record([Chunk(9, 0, 1, 0)], None, b"c")
     with pytest.raises(ProtocolError):
         log.record(parts, forks, b"xy")
-    assert {parts[0].row: payload for parts, payload, _ in log.replay(10)} == {1: b"ab", 9: b"c"}
+    assert {parts[0].row: payload for parts, payload, *_ in log.replay(10)} == {1: b"ab", 9: b"c"}
 
 
 def test_a_replayed_step_never_exceeds_a_payload() -> None:
@@ -151,7 +151,7 @@ def test_a_replayed_step_never_exceeds_a_payload() -> None:
     log = SentLog(codec=0, bytes_per_position=size)
     payload = bytearray(6 * size)  # pages that are never touched take no memory
     log.record([Chunk(1, 0, 6, 0)], None, memoryview(payload))
-    assert [parts[0].length for parts, _, _ in log.replay(512)] == [4, 2]
+    assert [parts[0].length for parts, *_ in log.replay(512)] == [4, 2]
 
 
 forks_of = st.lists(st.builds(Fork, st.integers(1, 8), st.integers(1, 4)), max_size=6, unique_by=lambda fork: fork.row)

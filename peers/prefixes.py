@@ -1,0 +1,413 @@
+"""Pages of keys and values that sessions have left: a later session whose text begins alike goes on from them.
+
+A page is named by a digest of all that it depends on: the client's label, which covers the text up to its end (see
+`splitnet.wire.sent_log`), what the client says of the hops before (`Open.context`), the blocks and how they are held,
+and the key that it was computed for. So what is found is right, and nobody finds pages of others.
+
+Pages are held in the part of the KV memory that no session has reserved. There the least valuable go first, by use and
+by what it costs to compute them again (GreedyDual-Size-Frequency; Cherkasova, HPL-98-69R1, 1998), of the key with the
+most by its weight. Pages that were used again, or are there at the end, are written to `PageFiles` by a thread of its
+own. A store that fails loses pages, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from shutil import disk_usage
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from splitnet.wire.sent_log import digest
+
+log = logging.getLogger(__name__)
+
+STATES = "states."  # begins the names of what blocks keep besides keys and values, as it is behind a page
+READ_S = 2.0  # a session waits no longer for pages from the disk
+CLOSE_S = 5.0  # nor the end of a peer for pages that are written
+MOST_QUEUED = 64  # pages that wait to be written
+SHRINK = 1 / 16  # of its limit that the store frees beyond what is needed, so that it looks for victims less often
+FREE_DISK = 1 << 30  # bytes that are left to others in any case
+MOST_DISK = 8 << 30  # bytes, if nothing else is said
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What the positions of a page have left at a hop: `SequenceCache.page`, and states behind `STATES`; and what the
+    hop sent on for them, with their `Step.reach`."""
+
+    name: bytes
+    tensors: dict[str, Tensor]
+    output: bytes = b""
+    reach: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.output) + sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def states(self) -> dict[str, Tensor]:
+        return {name.removeprefix(STATES): tensor for name, tensor in self.tensors.items() if name.startswith(STATES)}
+
+    @property
+    def positions(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(STATES)}
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    page: Page
+    owner: bytes
+    cost_ms: float
+    value: float
+    uses: int = 1
+
+
+@dataclass(slots=True)
+class Counts:
+    """Pages since the start. broken: files that were damaged, or could not be read or written."""
+
+    stored: int = 0
+    found: int = 0
+    read: int = 0
+    written: int = 0
+    evicted: int = 0
+    broken: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Where the pages of a session are: those of the same owner, with the same context. Empty `name`: nowhere."""
+
+    name: bytes = b""
+    owner: bytes = b""
+
+
+NOWHERE = Space()
+
+
+class PrefixStore:
+    """Pages in memory and on disk. Thread-safe.
+
+    facts: all that pages of this peer depend on besides. limit: bytes in memory, as of now. weight: of an owner. files:
+    None: none are written. keeps_states: a text goes on only behind pages with states.
+    """
+
+    def __init__(
+        self,
+        facts: str,
+        limit: Callable[[], int],
+        weight: Callable[[bytes], float] = lambda _: 1.0,
+        files: PageFiles | None = None,
+        *,
+        keeps_states: bool = False,
+    ) -> None:
+        self.counts = Counts()
+        self._facts = facts.encode()
+        self._limit = limit
+        self._weight = weight
+        self._files = files
+        self._keeps_states = keeps_states
+        self._lock = threading.Lock()
+        self._held: dict[bytes, _Held] = {}
+        self._bytes: dict[bytes, int] = {}  # by owner
+        self._floor = 0.0  # value of the page that was evicted last
+        self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self._queued: set[bytes] = set()  # pages that are to be written
+        self._thread = threading.Thread(target=self._work, name="splitnet-prefixes", daemon=True) if files else None
+        if self._thread is not None:
+            self._thread.start()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._bytes.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        return self._files.nbytes if self._files is not None else 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def space(self, owner: bytes, context: bytes, start: int, end: int) -> Space:
+        """Where pages of blocks `[start, end)` are. owner: a key, or the name of a group of keys that share pages."""
+        return Space(digest(self._facts, owner, context, f"{start}:{end}".encode()), owner) if context else NOWHERE
+
+    def has(self, space: Space, label: bytes) -> bool:
+        """Whether a page is in memory."""
+        return digest(space.name, label) in self._held
+
+    def put(self, space: Space, label: bytes, page: Callable[[bytes], Page], cost_ms: float) -> None:
+        """Takes in a page that is not there yet, if there is room. page: makes it. cost_ms: what it took to compute."""
+        name = digest(space.name, label)
+        if not space.name or name in self._held or self._limit() <= 0:
+            return
+        made = page(name)
+        with self._lock:
+            if self._make_room(made.nbytes) and name not in self._held:
+                self._held[name] = _Held(made, space.owner, cost_ms, self._floor + cost_ms)
+                self._bytes[space.owner] = self._bytes.get(space.owner, 0) + made.nbytes
+                self.counts.stored += 1
+
+    def recall(self, space: Space, labels: Sequence[bytes], then: Callable[[list[Page]], None]) -> None:
+        """Finds the pages of a text, as many in a row from its beginning as there are, and gives them to `then`: at
+        once, or from another thread if some are on disk."""
+        names = [digest(space.name, label) for label in labels] if space.name else []
+        pages = self._in_memory(names)
+        following = names[len(pages) : len(pages) + 1]
+        if self._files is not None and following and self._files.has(space.owner, following[0]):
+            self._jobs.put(lambda: then(self._finish(self._read(space, names, pages))))
+        else:
+            then(self._finish(pages))
+
+    def forget(self, pages: Sequence[Page]) -> None:
+        """Drops pages that were of no use."""
+        self.counts.broken += len(pages)
+        with self._lock:
+            for page in pages:
+                self._drop(page.name)
+        for page in pages if self._files is not None else ():
+            self._jobs.put(lambda name=page.name: self._files and self._files.remove(name))
+
+    def shrink(self) -> None:
+        """Frees memory that is wanted for sessions."""
+        with self._lock:
+            self._make_room(0)
+
+    def close(self) -> None:
+        """Writes pages, the most valuable first, for some seconds, and ends."""
+        if self._thread is None:
+            return
+        with self._lock:
+            left = sorted(self._held.values(), key=lambda held: -held.value)
+        until = time.monotonic() + CLOSE_S
+        for held in left:
+            self._jobs.put(lambda held=held: time.monotonic() < until and self._write(held.page, held.owner))
+        self._jobs.put(None)
+        self._thread.join(2 * CLOSE_S)
+
+    def _in_memory(self, names: Sequence[bytes]) -> list[Page]:
+        """The first pages, as many as are there, which are worth more from now on; none less than those behind it."""
+        with self._lock:
+            found: list[_Held] = []
+            for name in names:
+                held = self._held.get(name)
+                if held is None:
+                    break
+                found.append(held)
+            value = 0.0
+            for held in reversed(found):
+                held.uses += 1
+                value = held.value = max(value, self._floor + held.uses * held.cost_ms)
+                self._write_later(held)
+            return [held.page for held in found]
+
+    def _finish(self, pages: list[Page]) -> list[Page]:
+        while self._keeps_states and pages and not pages[-1].states:
+            pages = pages[:-1]
+        self.counts.found += len(pages)
+        return pages
+
+    def _read(self, space: Space, names: Sequence[bytes], pages: list[Page]) -> list[Page]:
+        """Goes on behind `pages`, with those on disk and in memory."""
+        assert self._files is not None
+        until, found = time.monotonic() + READ_S, list(pages)
+        for name in names[len(pages) :]:
+            with self._lock:
+                held = self._held.get(name)
+            page = held.page if held is not None else None
+            if page is None and time.monotonic() < until and self._files.has(space.owner, name):
+                page = self._files.read(space.owner, name)
+                self.counts.read += page is not None
+                self.counts.broken += page is None
+                if page is not None:
+                    # It was used before; what it took to compute is not known any more, but worth the space on disk.
+                    cost_ms = max((each.cost_ms for each in list(self._held.values())), default=1.0)
+                    self.put_again(space, page, cost_ms)
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def put_again(self, space: Space, page: Page, cost_ms: float) -> None:
+        """Takes in a page that was read or fetched."""
+        with self._lock:
+            if self._make_room(page.nbytes) and page.name not in self._held:
+                self._held[page.name] = _Held(page, space.owner, cost_ms, self._floor + cost_ms, uses=2)
+                self._bytes[space.owner] = self._bytes.get(space.owner, 0) + page.nbytes
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Evicts pages until so many bytes more are within the limit; False: they are more than that."""
+        limit = max(0, self._limit())
+        if nbytes > limit:
+            return False
+        if self.nbytes + nbytes <= limit:
+            return True
+        most = limit - nbytes - int(limit * SHRINK)
+        while self._held and self.nbytes > max(0, most):
+            owner = max(self._bytes, key=lambda each: self._bytes[each] / self._weight(each))
+            others = sum(held for each, held in self._bytes.items() if each != owner)
+            own = sorted((held.value, name) for name, held in self._held.items() if held.owner == owner)
+            for value, name in own:
+                held = self._held[name]
+                if held.uses > 1:
+                    self._write_later(held)
+                self._drop(name)
+                self._floor = max(self._floor, value)
+                self.counts.evicted += 1
+                left = self._bytes.get(owner, 0)
+                if left + others <= max(0, most) or left / self._weight(owner) < others / 2:
+                    break
+        return True
+
+    def _drop(self, name: bytes) -> None:
+        held = self._held.pop(name, None)
+        if held is not None:
+            self._bytes[held.owner] -= held.page.nbytes
+            if not self._bytes[held.owner]:
+                del self._bytes[held.owner]
+
+    def _write_later(self, held: _Held) -> None:
+        if self._files is None or held.page.name in self._queued or len(self._queued) >= MOST_QUEUED:
+            return
+        if not self._files.has(held.owner, held.page.name):
+            self._queued.add(held.page.name)
+            self._jobs.put(lambda: self._write(held.page, held.owner))
+
+    def _write(self, page: Page, owner: bytes) -> None:
+        assert self._files is not None
+        self._queued.discard(page.name)
+        if not self._files.has(owner, page.name):
+            written = self._files.write(owner, page)
+            self.counts.written += written
+            self.counts.broken += not written
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except Exception:
+                log.exception("the store of prefixes failed")
+
+
+@dataclass
+class PageFiles:
+    """Pages in a folder that its owner alone can read: a file each, written at once, with its digest, checked when it
+    is read. All peers of this machine share a folder and its limit; what was used longest ago goes first.
+
+    limit: bytes; None: a tenth of the free disk, at most `MOST_DISK`.
+    """
+
+    folder: Path
+    limit: int | None = None
+    nbytes: int = 0
+    _sizes: dict[Path, int] = field(default_factory=dict[Path, int])
+    _told_at: float = -1e9
+
+    def __post_init__(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.folder.chmod(0o700)
+            if self.limit is None:
+                self.limit = min(MOST_DISK, disk_usage(self.folder).free // 10)
+            self._look()
+        except OSError as error:
+            self._tell(error)
+            self.limit = 0
+
+    def has(self, owner: bytes, name: bytes) -> bool:
+        return self._file(owner, name) in self._sizes
+
+    def read(self, owner: bytes, name: bytes) -> Page | None:
+        """A page; None: it is not there, or damaged, and is removed."""
+        file = self._file(owner, name)
+        try:
+            data = file.read_bytes()
+            if blake2b(data[_DIGEST_BYTES:], digest_size=_DIGEST_BYTES).digest() != data[:_DIGEST_BYTES]:
+                raise ValueError("its digest is another")
+            tensors = load(data[_DIGEST_BYTES:])
+            output, reach = tensors.pop("output"), tensors.pop("reach")
+            with suppress(OSError):
+                os.utime(file)
+            return Page(name, tensors, output.numpy().tobytes(), int(reach))
+        except Exception as error:  # of a damaged file anything
+            self._tell(error)
+            self._remove(file)
+            return None
+
+    def write(self, owner: bytes, page: Page) -> bool:
+        """Keeps a page; False: it could not be written."""
+        output = torch.frombuffer(bytearray(page.output), dtype=torch.uint8) if page.output else torch.empty(0).byte()
+        data = save({**page.tensors, "output": output, "reach": torch.tensor(page.reach)})
+        file = self._file(owner, page.name)
+        partial = file.with_suffix(f".{os.getpid()}")
+        try:
+            if not self._make_room(_DIGEST_BYTES + len(data)):
+                return False
+            file.parent.mkdir(exist_ok=True, mode=0o700)
+            with partial.open("wb") as stream:
+                stream.write(blake2b(data, digest_size=_DIGEST_BYTES).digest())
+                stream.write(data)
+            partial.replace(file)
+        except OSError as error:
+            self._tell(error)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            return False
+        self._sizes[file] = _DIGEST_BYTES + len(data)
+        self.nbytes += self._sizes[file]
+        return True
+
+    def remove(self, name: bytes) -> None:
+        """Removes the files of a page."""
+        for file in [file for file in self._sizes if file.stem == name.hex()]:
+            self._remove(file)
+
+    def _file(self, owner: bytes, name: bytes) -> Path:
+        return self.folder / digest(owner).hex() / f"{name.hex()}.page"
+
+    def _look(self) -> None:
+        """Finds out what is in the folder, and removes what was not written to its end."""
+        self._sizes = {}
+        for file in self.folder.glob("*/*"):
+            with suppress(OSError):
+                if file.suffix == ".page":
+                    self._sizes[file] = file.stat().st_size
+                elif time.time() - file.stat().st_mtime > 60:
+                    file.unlink()
+        self.nbytes = sum(self._sizes.values())
+
+    def _make_room(self, nbytes: int) -> bool:
+        limit = self.limit or 0
+        if nbytes > limit:
+            return False
+        if self.nbytes + nbytes > limit or disk_usage(self.folder).free < nbytes + FREE_DISK:
+            self._look()
+            used = {file: file.stat().st_mtime for file in self._sizes if file.exists()}
+            for file in sorted(used, key=used.__getitem__):
+                fits = self.nbytes + nbytes <= limit * (1 - SHRINK)
+                if fits and disk_usage(self.folder).free >= nbytes + FREE_DISK:
+                    break
+                self._remove(file)
+        return self.nbytes + nbytes <= limit and disk_usage(self.folder).free >= nbytes + FREE_DISK
+
+    def _remove(self, file: Path) -> None:
+        self.nbytes -= self._sizes.pop(file, 0)
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+
+    def _tell(self, error: Exception) -> None:
+        if time.monotonic() > self._told_at + 60:
+            self._told_at = time.monotonic()
+            log.warning("a stored prefix in %s cannot be used: %s", self.folder, error)

@@ -1,0 +1,100 @@
+"""Texts that begin alike: peers go on from the keys and values that earlier sessions have left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peers.counters import WorkKind
+from peers.server import Peer
+from splitnet.directory.dht import Directory
+from splitnet.hf.causal_lm import RemoteCausalLM
+from splitnet.security.identity import Identity
+from splitnet.wire.sent_log import PAGE
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint("llama", tmp_path_factory.mktemp("llama"), max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, SPANS, node=node) as swarm:
+        yield swarm
+
+
+def text(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 300, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    own = {"speculate": None} if isinstance(model, RemoteCausalLM) else {}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **{**own, **GREEDY, **options})
+
+
+def computed(peer: Peer) -> int:
+    """Positions of steps that a peer has computed so far."""
+    kinds = WorkKind.DECODE, WorkKind.PREFILL, WorkKind.REPLAY
+    return sum(peer.counters.work[kind].positions for kind in kinds)
+
+
+@pytest.fixture
+def swarm(running: LocalSwarm) -> Iterator[LocalSwarm]:
+    with running.newcomer() as visitor:
+        yield visitor
+
+
+def test_a_second_text_computes_only_what_is_new(swarm: LocalSwarm, local: Any) -> None:
+    model = swarm.model()
+    tools = text(3 * PAGE + 5, seed=1)
+    for question, known in ((2, 0), (3, 3 * PAGE)):
+        ids = torch.cat((tools, text(20, seed=question)), dim=1)
+        before = [computed(peer) for peer in swarm.peers]
+        with model.session() as cache:
+            assert torch.equal(generate(model, ids), generate(local, ids))
+            assert cache.session is not None and cache.session.recalled == known
+        new = [computed(peer) - each for peer, each in zip(swarm.peers, before, strict=True)]
+        assert new == [ids.shape[1] - known + GREEDY["max_new_tokens"] - 1] * len(new)
+
+
+def test_what_a_hop_lacks_comes_from_the_hop_before(swarm: LocalSwarm, local: Any) -> None:
+    model, ids = swarm.model(), text(4 * PAGE + 9, seed=4)
+    generate(model, ids)
+    store = swarm.peers[1].service.sessions.prefixes
+    assert store is not None
+    store.forget([held.page for held in list(store._held.values())])
+    before = [computed(peer) for peer in swarm.peers]
+    with model.session() as cache:
+        assert torch.equal(generate(model, ids), generate(local, ids))
+        assert cache.session is not None and cache.session.recalled == 4 * PAGE
+    first, second, third = (computed(peer) - each for peer, each in zip(swarm.peers, before, strict=True))
+    assert first == third == 9 + GREEDY["max_new_tokens"] - 1
+    assert second == first + 4 * PAGE
+
+
+def test_keys_do_not_find_pages_of_others(swarm: LocalSwarm) -> None:
+    ids = text(2 * PAGE + 9, seed=5)
+    for _ in range(2):
+        model = swarm.model(identity=Identity.generate())
+        with model.session() as cache:
+            generate(model, ids)
+            assert cache.session is not None and cache.session.recalled == 0
+
+
+def test_a_text_that_is_not_to_be_stored_is_not(swarm: LocalSwarm) -> None:
+    ids, model = text(2 * PAGE + 9, seed=6), swarm.model(prefixes="off")
+    for _ in range(2):
+        with model.session() as cache:
+            generate(model, ids)
+            assert cache.session is not None and cache.session.recalled == 0
