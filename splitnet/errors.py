@@ -127,6 +127,10 @@ class ContextTooLong(SplitnetError):
     """The sequence is longer than the model or the session allows."""
 
 
+class TooLongForPeers(ContextTooLong, PeerBusy):
+    """No chain of the peers that are there holds so many positions, not even without other sessions."""
+
+
 class OutOfMemory(SplitnetError):
     """The blocks do not fit in the memory of the device."""
 

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 in_answer = box("Answer")
 
-MaxNewTokens = Annotated[int, in_answer(min=1, help="Tokens to generate at most.")]
+GENERATED, ANSWERED = 256, 512  # tokens at most if nothing is said
+MaxNewTokens = Annotated[
+    int | None,
+    in_answer(min=1, help=f"Tokens to generate at most; {GENERATED} ({ANSWERED} in a chat), or as many as have room."),
+]
 Temperature = Annotated[float, in_answer(min=0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, in_answer(min=0, max=1, help="Sample from the likeliest tokens of this total probability.")]
 Seed = Annotated[int | None, in_answer(help="Makes sampling repeatable.")]
@@ -72,7 +76,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False)] = None,
     *,
     connecting: ConnectionOptions,
-    max_new_tokens: MaxNewTokens = 256,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
@@ -99,7 +103,8 @@ def generate(
     with closing(client.model):
         ids = client.encode_prompt(text, chat=chat, system=system)
         with client.model.session() as cache:
-            answer = client.answer(ids, Sampling(max_new_tokens, temperature, top_p, seed))
+            new_tokens = client.new_tokens(ids, max_new_tokens, GENERATED)
+            answer = client.answer(ids, Sampling(new_tokens, temperature, top_p, seed))
             if stats and cache.session is not None:
                 print_summary(answer, cache.session)
 
@@ -110,7 +115,7 @@ def chat(
     *,
     connecting: ConnectionOptions,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
-    max_new_tokens: MaxNewTokens = 512,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
@@ -123,7 +128,6 @@ def chat(
     from splitnet.cli.generation import Client, Sampling, print_summary
 
     client = Client.connect(connection, adapter, speculate)
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     if sys.stdin.isatty():
@@ -135,7 +139,9 @@ def chat(
                 continue
             asked = [*messages, {"role": "user", "content": line}]
             try:
-                answer = client.answer(client.encode_chat(asked), sampling)
+                ids = client.encode_chat(asked)
+                new_tokens = client.new_tokens(ids, max_new_tokens, ANSWERED)
+                answer = client.answer(ids, Sampling(new_tokens, temperature, top_p, seed))
             except KeyboardInterrupt:
                 typer.echo("\n(stopped)", err=True)
             except SplitnetError as error:

@@ -90,6 +90,11 @@ class Client:
             ) from None
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
+    def new_tokens(self, ids: torch.Tensor, wanted: int | None, usual: int) -> int:
+        """How many tokens an answer after `ids` may have: those that are wanted, or the usual number if they fit."""
+        most = self.model.swarm.facts.max_positions
+        return wanted or (usual if most is None else max(1, min(usual, most - ids.shape[1])))
+
     def answer(self, ids: torch.Tensor, sampling: Sampling) -> Answer:
         """Generates after `ids`, printing text as it comes."""
         streamer = _TimedStreamer(self.tokenizer)

@@ -52,7 +52,8 @@ class RemoteLayer(CacheLayerMixin):
         self._rows: list[int] = []
         self._sources: list[int] | None = None
         self._ids = count(1)
-        self._reserved_columns = 0
+        self._reserved_columns = self._reserved_rows = 0
+        self.bound: int | None = None  # columns that a text must stay within; None: more memory is asked for as needed
         self._restart = True
         self.closed = False
         self.changes = 0  # of the held positions
@@ -147,9 +148,36 @@ class RemoteLayer(CacheLayerMixin):
         columns = torch.arange(self.columns + new)
         return columns[None] >= torch.tensor(self._padding)[:, None]
 
-    def reserve(self, columns: int) -> None:
-        """With the next step, asks the peers for memory up to a length that is known in advance."""
+    def reserve(self, columns: int, rows: int = 1, *, bounded: bool = False) -> None:
+        """With the next step, asks the peers for memory up to a length, and for rows, that are known in advance.
+
+        bounded: the text stays within it until `grow` has got more.
+        """
         self._reserved_columns = max(self._reserved_columns, columns)
+        self._reserved_rows = max(self._reserved_rows, rows)
+        self.bound = self._reserved_columns if bounded else None
+
+    def grow(self, columns: int) -> bool:
+        """Asks the peers for memory up to a length now, in the middle of a text; False: they have none.
+
+        Raises as `Session.reserve`, but no PeerBusy.
+        """
+        assert self.session is not None
+        try:
+            self.session.reserve((self.prefix_length + columns) * self._rows_to_hold(self.batch))
+        except PeerBusy:
+            return False
+        self._reserved_columns = self.bound = columns
+        return True
+
+    def give_up_room(self) -> None:
+        """After the peers did not take a session: a later call may need less."""
+        if self.session is not None and not self.session.hops:
+            self.session.close()
+            self.session, self._reserved_columns, self._reserved_rows = None, 0, 0
+
+    def _rows_to_hold(self, batch: int) -> int:
+        return max(batch, self._reserved_rows)
 
     @property
     def reserved(self) -> int:
@@ -249,7 +277,7 @@ class RemoteLayer(CacheLayerMixin):
     def _reserve(self, columns: int, batch: int) -> ModelSession:
         if columns > self._reserved_columns:
             self._reserved_columns = -(-columns // self.reserve_step) * self.reserve_step
-        positions = self.reserved * batch
+        positions = self.reserved * self._rows_to_hold(batch)
         if self.session is None:
             self.session = self._open_session(positions)
             self.session.use_scope(self._scope)
@@ -263,7 +291,7 @@ class RemoteLayer(CacheLayerMixin):
             try:
                 self.session.reserve(positions)
             except PeerBusy:
-                self._reserved_columns = 0  # a later call may need less
+                self._reserved_columns = self._reserved_rows = 0  # a later call may need less
                 raise
         return self.session
 

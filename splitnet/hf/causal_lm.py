@@ -25,7 +25,7 @@ from splitnet.errors import AdapterError, SplitnetError, UnsupportedModel, Unsup
 from splitnet.hf.adapters import Prefixes, prompt_wrapper, with_trained_prompt
 from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
 from splitnet.hf.decoding import AUTO, OFF, Decoding, Drafts, FamilyLoop, Outputs, Speculator, Text
-from splitnet.hf.parameters import Request, refuse
+from splitnet.hf.parameters import Request, refuse, too_long
 from splitnet.hf.remote_blocks import Exchange
 from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks
 from splitnet.hf.side import SideCache, SideNetwork
@@ -184,6 +184,7 @@ class RemoteCausalLM(RemoteModel):
         given = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in given.items()}
         request = Request(given, self.generation_config)
         request.check()
+        length = self._wanted_length(given)
         caches = request.value("use_cache") is not False or given.get("inputs_embeds") is not None
         if not caches and given.get("cache") is not None:
             raise refuse("use_cache", "=False and a cache exclude each other: leave out one of them")
@@ -204,12 +205,32 @@ class RemoteCausalLM(RemoteModel):
             kept_session = None
         if isinstance(own := given.get("cache"), RemoteCache):
             self._use_taps(own, drafts)
+            if own.remote.bound is None:
+                own.remote.reserve(length)
         with self._local.within(drafts=drafts, kept_session=None, resumed=kept_session, prefix=()):
             own_cache = caches and given.get("cache") is None
-            return self._generate_with_own_cache(given, kept_session) if own_cache else self._generate(given)
+            return self._generate_with_own_cache(given, kept_session, length) if own_cache else self._generate(given)
 
-    def _generate_with_own_cache(self, given: dict[str, Any], kept_session: CachedSession | None) -> Any:
-        """`generate()` in the cache of the session, or in one that lives as long as this call and its output."""
+    def _wanted_length(self, given: Mapping[str, Any]) -> int:
+        """How long a text with as many new tokens as are wanted is; 0: they are not said.
+
+        Raises ContextTooLong if it ends beyond the model's context.
+        """
+        prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
+        new_tokens, most = given.get("max_new_tokens"), self._blocks.max_positions
+        # The last token is not given to the model.
+        if not torch.is_tensor(prompt) or not isinstance(new_tokens, int):
+            return 0
+        length = prompt.shape[1] + new_tokens
+        if most is not None and length - 1 > most:
+            raise too_long(length, most)
+        return length
+
+    def _generate_with_own_cache(self, given: dict[str, Any], kept_session: CachedSession | None, length: int) -> Any:
+        """`generate()` in the cache of the session, or in one that lives as long as this call and its output.
+
+        length: that the text has at last, if that is known.
+        """
         cache = kept_session.cache if kept_session else self.new_cache()
         self._use_taps(cache, self._local.drafts)
         given["cache"] = cache
@@ -217,9 +238,7 @@ class RemoteCausalLM(RemoteModel):
             kept_session.remember(None)  # such a loop does not ask what is held
             cache.remote.reset()
         prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
-        new_tokens = given.get("max_new_tokens")
-        if prompt is not None and isinstance(new_tokens, int):
-            cache.remote.reserve(prompt.shape[1] + new_tokens)
+        cache.remote.reserve(length)
         progress = _Progress()
         given["stopping_criteria"] = [*(given.get("stopping_criteria") or ()), progress]
         tokens: torch.Tensor | None = None

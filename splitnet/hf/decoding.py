@@ -518,7 +518,9 @@ class Decoding:
         """Of tokens behind the text and what is under way; fewer near the end: the model itself adds one at least."""
         if self._drafts is None:
             return
-        room = None if self._most is None else max(0, self._most - len(self._text.tokens) - 1 - len(self._drafted))
+        bound = None if self._layer.bound is None else self._layer.bound - self._offset
+        most = min((limit for limit in (self._most, bound) if limit is not None), default=None)
+        room = None if most is None else max(0, most - len(self._text.tokens) - 1 - len(self._drafted))
         guesses = self._drafts.drafter.draft([drafted.token for drafted in self._drafted])
         timed = self._drafts.experience.timed(guesses, catches_up=self._begins)
         self._begins = False

@@ -18,7 +18,7 @@ from torch import nn
 
 from splitnet.blocks.adapters import Adapter, block_of
 from splitnet.checkpoint.families import RopeLengths
-from splitnet.errors import AdapterError, SplitnetError
+from splitnet.errors import AdapterError, PeerBusy, SplitnetError
 from splitnet.hf.adapters import LocalAdapters, Prefixes
 from splitnet.hf.cache import ModelSession, RemoteCache, RemoteLayer
 from splitnet.hf.parameters import check_positions, mask_of, reach_of, too_long
@@ -217,8 +217,10 @@ class RemoteBlocks(nn.Module):
             if reach and all(part.length == 1 and layer.prefix_length + part.start + 1 >= reach for part in parts):
                 reach = 0  # that is their own, so a replay may send many of them together
             under_way = session.begin(packed.detach(), parts, forks, reach=reach) if parts else None
-        except BaseException:
+        except BaseException as error:
             layer.columns = past
+            if isinstance(error, PeerBusy):
+                layer.give_up_room()
             raise
         return Exchange(layer, session, under_way, parts, hidden, new_mask, past)
 

@@ -168,6 +168,7 @@ async def answer_chat(
         ignores_ends=chat.ignores_ends,
         score_prompt=chat.scores_prompt,
         owner=request.state.client.name,
+        reserves_all=chat.max_tokens is not None and chat.fits,
     )
     events = _deltas(served.running(request.state.client, [ask], answer.id), chat, forms, begun)
     return await served.respond(request, events, answer, stream=stream)

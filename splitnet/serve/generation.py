@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from splitnet.checkpoint.families import RopeLengths
-from splitnet.errors import PeerBusy, SessionClosed
-from splitnet.hf.cache import RemoteCache
+from splitnet.errors import ContextTooLong, PeerBusy, SessionClosed
+from splitnet.hf.cache import RemoteCache, RemoteLayer
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.quant.device import end_threads
 from splitnet.serve.answers.grammars import AllowedTokens, Grammar
@@ -83,7 +83,10 @@ class Choice:
 
 
 RESERVED_ANSWER = 512
-"""Positions of an answer that peers keep free from its start; a longer one asks for more on its way."""
+"""Positions of an answer of no certain length that peers keep free from its start; it asks for as many on its way."""
+
+LEAST_ANSWER = 64
+"""And so many where they have no more; before that many are left, more are asked for."""
 
 SCORED_LOGITS = 2**24  # How many logits are looked at in one step when a prompt is scored
 
@@ -121,6 +124,8 @@ class Ask:
     # the answers go on from the text of the prompt, as completions do; a message of a chat stands alone
     goes_on: bool = False
     owner: str = ""  # whose kept sessions may be used
+    # there is memory for `max_tokens` from the start; otherwise for some, and an answer ends where there is no more
+    reserves_all: bool = True
     reading: Reading | None = None  # with 0 `max_tokens`: the prompt is read, and not scored
 
 
@@ -230,14 +235,23 @@ class Generation:
                 return
             needs_all = self._ask.score_prompt or not self._ask.max_tokens
             taken = None if needs_all else kept.take(self._ask.owner, self._ask.prompt)
-            try:
-                ended = self._run_in(taken)
-            except PeerBusy:
-                # What is kept for others takes the memory that is needed now, or what was kept for this one is bound
-                # to a route that has none.
-                if self._begun or not (kept.clear() or taken):
-                    raise
-                ended = self._run_in(None)
+            rooms = [self._ask.max_tokens]
+            if not self._ask.reserves_all:
+                rooms = sorted({min(most, self._ask.max_tokens) for most in (RESERVED_ANSWER, LEAST_ANSWER)})[::-1]
+            attempts = [(taken, rooms[0]), *((None, room) for room in rooms)]
+            while True:
+                session, room = attempts.pop(0)
+                try:
+                    ended = self._run_in(session, room)
+                    break
+                except PeerBusy as error:
+                    # What is kept for others takes the memory that is needed now, or what was kept for this one is
+                    # bound to a route that has none.
+                    freed = not isinstance(error, ContextTooLong) and kept.clear()
+                    if not freed and session is None and attempts and attempts[0] == (None, room):
+                        attempts.pop(0)
+                    if self._begun or not attempts:
+                        raise
             self._listener(ended)
         except BaseException as error:
             self._listener(error)
@@ -245,8 +259,11 @@ class Generation:
             self._own.progress.end(self._progress)
             end_threads()  # the next request may be another thread's
 
-    def _run_in(self, taken: tuple[RemoteCache, int] | None) -> Ended:
-        """Runs in a session that was kept, with the tokens that it shares with the prompt, or in a new one."""
+    def _run_in(self, taken: tuple[RemoteCache, int] | None, room: int) -> Ended:
+        """Runs in a session that was kept, with the tokens that it shares with the prompt, or in a new one.
+
+        room: tokens of each answer that the peers have memory for from the start.
+        """
         ask = self._ask
         cache, shared = taken or (self._own.model.new_cache(ask.owner), 0)
         held: list[int] | None = None
@@ -257,7 +274,7 @@ class Generation:
             cached = min(shared, len(ask.prompt) - 1, self._own.model.fitting(cache, len(ask.prompt)))
             self._progress.cached = cached
             cache.remote.crop(cached - cache.remote.columns)
-            cache.remote.reserve(len(ask.prompt) + min(ask.max_tokens, RESERVED_ANSWER))
+            cache.remote.reserve(len(ask.prompt) + room, ask.choices, bounded=room < ask.max_tokens)
             if ask.score_prompt:
                 self._score(prompt, cache)
             answer_tokens = 0
@@ -362,6 +379,7 @@ class Generation:
                         scored = chooser.scored.pop((row, position), None)
                         self._listener(choice.push(int(input_ids[row, position]), scored))
             seen = input_ids.shape[1]
+            self._get_room(cache.remote, choices)
             return torch.tensor([choice.finished for choice in choices], device=input_ids.device)
 
         drafts = ask.choices == 1 and own.model.can_draft(prompt.shape[1], ask.max_tokens)
@@ -379,6 +397,16 @@ class Generation:
             pad_token_id=0,
         )
         return sum(choice.tokens for choice in choices), output[0].tolist()
+
+    def _get_room(self, layer: RemoteLayer, choices: Sequence[Choice]) -> None:
+        """Before memory for the answers runs out asks for more; where there is none, they end with what they have."""
+        tokens, prompt = max(choice.tokens for choice in choices), len(self._ask.prompt)
+        most = max(choice.max_tokens for choice in choices)
+        if layer.bound is None or layer.bound >= prompt + most or prompt + tokens + LEAST_ANSWER // 2 < layer.bound:
+            return
+        if not layer.grow(min(layer.bound + RESERVED_ANSWER, prompt + most)):
+            for choice in choices:
+                choice.max_tokens = layer.bound - prompt
 
     def _forward(self, ids: torch.Tensor, cache: RemoteCache, **options: Any) -> Any:
         mask = torch.ones(1, cache.remote.columns + ids.shape[1], dtype=torch.long)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from scheduler.candidates import LIMIT, CandidateIndex
 from scheduler.cost import Encoding, hop_joules, move_ms, route_ms
-from scheduler.facts import CLIENT, Hop, Network, Peer
+from scheduler.facts import CLIENT, Hop, Network, Peer, missing_blocks
 from scheduler.route import NoRoute, best_route
 from splitnet.directory.record import PeerRecord, facts_of, places_of
-from splitnet.errors import CoverageError, OtherWeights, PeerBusy, SplitnetError
+from splitnet.errors import CoverageError, OtherWeights, PeerBusy, SplitnetError, TooLongForPeers
 from splitnet.swarm.measure import Latest, Measurements
 
 EXACT_PEERS = LIMIT  # among more peers than this the search is over the likeliest ones
@@ -161,7 +161,8 @@ class Planner:
         Raises:
             CoverageError: no usable peer serves some blocks; names them.
             OtherWeights: no peer holds them as they must be.
-            PeerBusy: they are served, but no peer has memory for the session.
+            PeerBusy: they are served, but no peer has memory for the session; TooLongForPeers: nor would one without
+                other sessions.
         """
         source, target = _names(ends)
         everyone, alike = records, _held_alike(records, needs.held, blocks)
@@ -196,6 +197,8 @@ class Planner:
             )
         except NoRoute as error:
             otherwise = _held_otherwise(error.missing, needs.held, everyone, self.model_name)
+            if error.full and (too_long := _too_long(everyone, needs.kv_positions, blocks, self.model_name)):
+                raise too_long from None
             raise otherwise or no_route_error(error, self.model_name, self._start_peer, restricted=restricted) from None
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
@@ -331,6 +334,22 @@ def _held_otherwise(
                 f"serve them, and were held as {' and '.join(sorted(wanted))} in this session: {ALIKE_AGAIN}"
             )
     return None
+
+
+def _too_long(
+    records: Sequence[PeerRecord], positions: int, blocks: tuple[int, int], model_name: str
+) -> TooLongForPeers | None:
+    """The error if some blocks are served only by peers that could not hold so many positions without others."""
+    able = [facts_of(record) for record in records if not 0 < record.kv_capacity < positions]
+    short = missing_blocks(able, blocks[1], blocks[0])
+    if not short:
+        return None
+    most = max(record.kv_capacity for record in records if record.start <= short[0][0] < record.end)
+    return TooLongForPeers(
+        f"a session of {positions} positions (prompt and answer) fits into no peer of blocks {_ranges(short)} of "
+        f"{model_name}, which hold {most} at most: ask for fewer tokens, or start a peer for them with more memory "
+        "(--kv-memory)"
+    )
 
 
 def _with_room(peer: Peer, needs: Needs, holders: Collection[str]) -> Peer:

@@ -747,10 +747,11 @@ def test_what_is_kept_makes_room_for_what_is_asked(small: Path, serve: Serve) ->
             assert sessions(swarm) == [1]
             await server.complete(prompt="Something else entirely", max_tokens=160)
             assert sessions(swarm) == [1]
-            busy = await server.http.post(
+            refused = await server.http.post(
                 "/v1/completions", json=GREEDY | {"prompt": "Bees", "max_tokens": 200, "n": 4, "temperature": 1}
             )
-            assert busy.status_code == 429 and busy.json()["error"]["code"] == "peers_busy", busy.text
+            assert refused.status_code == 400, "it fits no peer"
+            assert refused.json()["error"]["code"] == "context_length_exceeded", refused.text
 
         serve(does, on=model)
         model.close()
