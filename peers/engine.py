@@ -37,7 +37,6 @@ from splitnet.quant.device import Stopwatch, end_threads, seconds_after_work, to
 from splitnet.version import __version__
 from splitnet.wire.codecs import codec_by_code, kept_rows
 from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient
-from splitnet.wire.sent_log import PAGE
 
 log = logging.getLogger(__name__)
 
@@ -411,10 +410,9 @@ class Engine:
     def _recall(self, work: Work) -> None:
         """Begins a row with the pages that were found for it when the session was opened, if a step goes on there."""
         session, part = work.session, work.step.parts[0]
-        recalled, session.recalled = session.recalled, None
-        if recalled is None or part.row != recalled.row or not part.start:
+        recalled = self._service.take_recalled(work) if session.recalled is not None else None
+        if recalled is None:
             return
-        recalled = recalled._replace(pages=recalled.pages[: -(-part.start // PAGE)])
         end = max(recalled.positions, part.start + part.length) + session.prefix_length
         room = shared_room({part.row: end}, {}, room_for(session.reservation))[part.row] - session.prefix_length
         row = self._view(session.start, session.end).new_row(room, work.adapter)

@@ -12,6 +12,7 @@ own. A store that fails loses pages, and nothing else.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import queue
@@ -70,7 +71,8 @@ class _Held:
     page: Page
     owner: bytes
     cost_ms: float
-    value: float
+    depth: int  # pages before it in its text
+    value: float  # never more than that of those
     uses: int = 1
 
 
@@ -97,11 +99,15 @@ class Space:
 NOWHERE = Space()
 
 
+def page_name(space: Space, label: bytes) -> bytes:
+    return digest(space.name, label)
+
+
 class PrefixStore:
     """Pages in memory and on disk. Thread-safe.
 
     facts: all that pages of this peer depend on besides. limit: bytes in memory, as of now. weight: of an owner. files:
-    None: none are written. keeps_states: a text goes on only behind pages with states.
+    None: none are written.
     """
 
     def __init__(
@@ -110,20 +116,18 @@ class PrefixStore:
         limit: Callable[[], int],
         weight: Callable[[bytes], float] = lambda _: 1.0,
         files: PageFiles | None = None,
-        *,
-        keeps_states: bool = False,
     ) -> None:
         self.counts = Counts()
         self._facts = facts.encode()
         self._limit = limit
         self._weight = weight
         self._files = files
-        self._keeps_states = keeps_states
         self._lock = threading.Lock()
         self._held: dict[bytes, _Held] = {}
         self._bytes: dict[bytes, int] = {}  # by owner
         self._floor = 0.0  # value of the page that was evicted last
-        self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], object] | None]] = queue.PriorityQueue()
+        self._next_job = itertools.count().__next__
         self._queued: set[bytes] = set()  # pages that are to be written
         self._thread = threading.Thread(target=self._work, name="splitnet-prefixes", daemon=True) if files else None
         if self._thread is not None:
@@ -140,36 +144,39 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._held)
 
-    def space(self, owner: bytes, context: bytes, start: int, end: int) -> Space:
-        """Where pages of blocks `[start, end)` are. owner: a key, or the name of a group of keys that share pages."""
-        return Space(digest(self._facts, owner, context, f"{start}:{end}".encode()), owner) if context else NOWHERE
+    def space(self, owner: bytes, context: bytes, start: int, end: int, codec: int) -> Space:
+        """Where pages of blocks `[start, end)` are, with outputs in `codec`. owner: a key, or the name of a group of
+        keys that share pages."""
+        hop = f"{start}:{end} {codec}".encode()
+        return Space(digest(self._facts, owner, context, hop), owner) if context else NOWHERE
 
     def has(self, space: Space, label: bytes) -> bool:
         """Whether a page is in memory."""
-        return digest(space.name, label) in self._held
+        return page_name(space, label) in self._held
 
-    def put(self, space: Space, label: bytes, page: Callable[[bytes], Page], cost_ms: float) -> None:
-        """Takes in a page that is not there yet, if there is room. page: makes it. cost_ms: what it took to compute."""
-        name = digest(space.name, label)
+    def put(
+        self, space: Space, label: bytes, page: Callable[[bytes], Page], cost_ms: float, before: Sequence[bytes] = ()
+    ) -> None:
+        """Takes in a page that is not there yet, if there is room. page: makes it. cost_ms: what it took to compute.
+        before: names of the pages before it in its text, which stay as long as it does."""
+        name = page_name(space, label)
         if not space.name or name in self._held or self._limit() <= 0:
             return
         made = page(name)
-        with self._lock:
-            if self._make_room(made.nbytes) and name not in self._held:
-                self._held[name] = _Held(made, space.owner, cost_ms, self._floor + cost_ms)
-                self._bytes[space.owner] = self._bytes.get(space.owner, 0) + made.nbytes
-                self.counts.stored += 1
+        self.counts.stored += self._take_in(made, space.owner, cost_ms, before, uses=1)
 
     def recall(self, space: Space, labels: Sequence[bytes], then: Callable[[list[Page]], None]) -> None:
         """Finds the pages of a text, as many in a row from its beginning as there are, and gives them to `then`: at
         once, or from another thread if some are on disk."""
-        names = [digest(space.name, label) for label in labels] if space.name else []
-        pages = self._in_memory(names)
+        names = [page_name(space, label) for label in labels] if space.name else []
+        pages, until = self._in_memory(names), time.monotonic() + READ_S
         following = names[len(pages) : len(pages) + 1]
-        if self._files is not None and following and self._files.has(space.owner, following[0]):
-            self._jobs.put(lambda: then(self._finish(self._read(space, names, pages))))
+        on_disk = self._files is not None and following and self._files.has(space.owner, following[0])
+        if on_disk and self._jobs.qsize() < 2 * MOST_QUEUED:
+            self._put_job(0, lambda: then(self._read(space, names, pages, until)))
         else:
-            then(self._finish(pages))
+            self.counts.found += len(pages)
+            then(pages)
 
     def forget(self, pages: Sequence[Page]) -> None:
         """Drops pages that were of no use."""
@@ -178,7 +185,7 @@ class PrefixStore:
             for page in pages:
                 self._drop(page.name)
         for page in pages if self._files is not None else ():
-            self._jobs.put(lambda name=page.name: self._files and self._files.remove(name))
+            self._put_job(1, lambda name=page.name: self._files and self._files.remove(name))
 
     def shrink(self) -> None:
         """Frees memory that is wanted for sessions."""
@@ -190,11 +197,11 @@ class PrefixStore:
         if self._thread is None:
             return
         with self._lock:
-            left = sorted(self._held.values(), key=lambda held: -held.value)
+            left = sorted(self._held.values(), key=lambda held: (-held.value, held.depth))
         until = time.monotonic() + CLOSE_S
         for held in left:
-            self._jobs.put(lambda held=held: time.monotonic() < until and self._write(held.page, held.owner))
-        self._jobs.put(None)
+            self._put_job(1, lambda held=held: time.monotonic() < until and self._write(held.page, held.owner))
+        self._put_job(2, None)
         self._thread.join(2 * CLOSE_S)
 
     def _in_memory(self, names: Sequence[bytes]) -> list[Page]:
@@ -209,20 +216,15 @@ class PrefixStore:
             value = 0.0
             for held in reversed(found):
                 held.uses += 1
-                value = held.value = max(value, self._floor + held.uses * held.cost_ms)
+                value = held.value = max(value, held.value, self._floor + held.uses * held.cost_ms)
+            for held in found:
                 self._write_later(held)
             return [held.page for held in found]
 
-    def _finish(self, pages: list[Page]) -> list[Page]:
-        while self._keeps_states and pages and not pages[-1].states:
-            pages = pages[:-1]
-        self.counts.found += len(pages)
-        return pages
-
-    def _read(self, space: Space, names: Sequence[bytes], pages: list[Page]) -> list[Page]:
+    def _read(self, space: Space, names: Sequence[bytes], pages: list[Page], until: float) -> list[Page]:
         """Goes on behind `pages`, with those on disk and in memory."""
         assert self._files is not None
-        until, found = time.monotonic() + READ_S, list(pages)
+        found = list(pages)
         for name in names[len(pages) :]:
             with self._lock:
                 held = self._held.get(name)
@@ -234,18 +236,23 @@ class PrefixStore:
                 if page is not None:
                     # It was used before; what it took to compute is not known any more, but worth the space on disk.
                     cost_ms = max((each.cost_ms for each in list(self._held.values())), default=1.0)
-                    self.put_again(space, page, cost_ms)
+                    self._take_in(page, space.owner, cost_ms, names[: len(found)], uses=2)
             if page is None:
                 break
             found.append(page)
+        self.counts.found += len(found)
         return found
 
-    def put_again(self, space: Space, page: Page, cost_ms: float) -> None:
-        """Takes in a page that was read or fetched."""
+    def _take_in(self, page: Page, owner: bytes, cost_ms: float, before: Sequence[bytes], uses: int) -> bool:
         with self._lock:
-            if self._make_room(page.nbytes) and page.name not in self._held:
-                self._held[page.name] = _Held(page, space.owner, cost_ms, self._floor + cost_ms, uses=2)
-                self._bytes[space.owner] = self._bytes.get(space.owner, 0) + page.nbytes
+            if not page.nbytes or not self._make_room(page.nbytes) or page.name in self._held:
+                return False
+            held = self._held[page.name] = _Held(page, owner, cost_ms, len(before), self._floor + cost_ms, uses)
+            self._bytes[owner] = self._bytes.get(owner, 0) + page.nbytes
+            for name in before:
+                if name in self._held:
+                    self._held[name].value = max(self._held[name].value, held.value)
+            return True
 
     def _make_room(self, nbytes: int) -> bool:
         """Evicts pages until so many bytes more are within the limit; False: they are more than that."""
@@ -258,8 +265,8 @@ class PrefixStore:
         while self._held and self.nbytes > max(0, most):
             owner = max(self._bytes, key=lambda each: self._bytes[each] / self._weight(each))
             others = sum(held for each, held in self._bytes.items() if each != owner)
-            own = sorted((held.value, name) for name, held in self._held.items() if held.owner == owner)
-            for value, name in own:
+            own = sorted((held.value, -held.depth, name) for name, held in self._held.items() if held.owner == owner)
+            for value, _, name in own:
                 held = self._held[name]
                 if held.uses > 1:
                     self._write_later(held)
@@ -283,7 +290,11 @@ class PrefixStore:
             return
         if not self._files.has(held.owner, held.page.name):
             self._queued.add(held.page.name)
-            self._jobs.put(lambda: self._write(held.page, held.owner))
+            self._put_job(1, lambda: self._write(held.page, held.owner))
+
+    def _put_job(self, order: int, job: Callable[[], object] | None) -> None:
+        """Has the thread do a job, or end; what sessions wait for goes first."""
+        self._jobs.put((order, self._next_job(), job))
 
     def _write(self, page: Page, owner: bytes) -> None:
         assert self._files is not None
@@ -294,7 +305,7 @@ class PrefixStore:
             self.counts.broken += not written
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()[2]) is not None:
             try:
                 job()
             except Exception:
@@ -312,6 +323,7 @@ class PageFiles:
     folder: Path
     limit: int | None = None
     nbytes: int = 0
+    _unseen: float = 0.0  # bytes that were written since the folder was looked at; other peers write there too
     _sizes: dict[Path, int] = field(default_factory=dict[Path, int])
     _told_at: float = -1e9
 
@@ -342,7 +354,8 @@ class PageFiles:
                 os.utime(file)
             return Page(name, tensors, output.numpy().tobytes(), int(reach))
         except Exception as error:  # of a damaged file anything
-            self._tell(error)
+            if not isinstance(error, FileNotFoundError):  # another peer may have removed it
+                self._tell(error)
             self._remove(file)
             return None
 
@@ -367,6 +380,7 @@ class PageFiles:
             return False
         self._sizes[file] = _DIGEST_BYTES + len(data)
         self.nbytes += self._sizes[file]
+        self._unseen += self._sizes[file]
         return True
 
     def remove(self, name: bytes) -> None:
@@ -379,7 +393,7 @@ class PageFiles:
 
     def _look(self) -> None:
         """Finds out what is in the folder, and removes what was not written to its end."""
-        self._sizes = {}
+        self._sizes, self._unseen = {}, 0.0
         for file in self.folder.glob("*/*"):
             with suppress(OSError):
                 if file.suffix == ".page":
@@ -392,6 +406,8 @@ class PageFiles:
         limit = self.limit or 0
         if nbytes > limit:
             return False
+        if self._unseen + nbytes > limit * SHRINK / 2:
+            self._look()
         if self.nbytes + nbytes > limit or disk_usage(self.folder).free < nbytes + FREE_DISK:
             self._look()
             used = {file: file.stat().st_mtime for file in self._sizes if file.exists()}

@@ -144,7 +144,6 @@ class SpanServer:
                 (lambda: sessions.memory.free) if on_cpu else (lambda: beside),
                 lambda owner: 1.0 if owner.startswith(b"group ") else policy.weight(owner),
                 PageFiles(folder, options.prefix_disk) if folder is not None and options.prefix_disk != 0 else None,
-                keeps_states=span.state_bytes > 0,
             )
         pass_s = partial(speed.pass_s, blocks=span.end - span.start)
         queue = WorkQueue(pass_s, policy.weight, max(LEAST_STEP_MEMORY, kv_memory // 2), outbox.unsent)

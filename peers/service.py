@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from peers.counters import Counters, SessionEnd
 from peers.links import NextHops, Outbox, timing_of
-from peers.prefixes import STATES, Page
+from peers.prefixes import NOWHERE, READ_S, STATES, Page, page_name
 from peers.queue import WorkQueue
 from peers.sessions import (
     REVOKED,
     KeyPolicy,
     MemoryAccount,
     Recalled,
+    RowPages,
     Session,
     SessionTable,
     SessionTooLong,
@@ -239,13 +241,13 @@ class NextHopOpening:
 
     def recalled(self, session: Session) -> None:
         """Pages were looked for, and it is known how many there are."""
-        session.recalling = False
+        session.recall_until = None
         if session.reachable is not None:
             self._say_opened(session, next_reachable=session.reachable)
 
     def _say_opened(self, session: Session, *, next_reachable: bool) -> None:
         session.reachable = next_reachable
-        if session.recalling:
+        if session.recall_until is not None:
             return
         recalled = session.recalled
         cached = recalled.positions if recalled else sum(row.length for row in list(session.rows.values()))
@@ -392,6 +394,9 @@ class SessionService:
         """Gives up on links, ends sessions that are idle or whose keys are revoked, and probes silent clients."""
         with self._lock:
             self._opening.tick(now)
+            for session in self.sessions:
+                if session.recall_until is not None and now >= session.recall_until:
+                    self._opening.recalled(session)
             for session in self.sessions.expire(now):
                 self._ended(session, SessionEnd.EXPIRED)
             # The hop before would send on steps of a key whose own connection has ended.
@@ -419,36 +424,84 @@ class SessionService:
         if session.end != self.served.num_blocks:
             with self._lock:
                 session.log.prepare(step.parts, step.forks)
+        if self.sessions.prefixes is not None:
+            self._follow_pages(work)
+
+    def _follow_pages(self, work: Work) -> None:
+        """Notes what the rows of a step depend on: one that goes on otherwise than it began leaves no pages."""
+        pages, forks = work.session.pages, work.step.forks
+        if forks is not None:
+            held = {fork.row: pages.get(fork.row) or pages.get(fork.source) for fork in forks}
+            pages = {row: RowPages(each.space, list(each.names)) for row, each in held.items() if each is not None}
+            work.session.pages = pages
+        for part in work.step.parts:
+            if not part.start:
+                pages[part.row] = RowPages(work.space, [])
+            elif part.row not in pages or pages[part.row].space != work.space:
+                pages[part.row] = RowPages(NOWHERE, [])
+
+    def take_recalled(self, work: Work) -> Recalled | None:
+        """Pages that were found for the row of a step, if it goes on there; called by the engine."""
+        with self._lock:
+            session, part, recalled = work.session, work.step.parts[0], work.session.recalled
+            if recalled is None or work.step.epoch != session.epoch:
+                return None
+            session.recalled = None
+            if part.row != recalled.row or not part.start:
+                return None
+            recalled = recalled._replace(pages=recalled.pages[: -(-part.start // PAGE)])
+            self._log_recalled(session, recalled)
+            return recalled
+
+    def _log_recalled(self, session: Session, recalled: Recalled) -> None:
+        if session.end != self.served.num_blocks:
+            pages = zip(recalled.pages, recalled.labels, strict=False)
+            session.log.restore(recalled.row, [(page.output, page.reach, label) for page, label in pages])
 
     def fill(self, work: Work, row: SequenceCache, recalled: Recalled, device: torch.device) -> None:
         """Begins a row with pages that were found for it, in the place of all others; called by the engine. If that
-        fails, the pages are forgotten."""
+        fails, the pages are forgotten, and the step is refused as that of a row that is not there."""
         pages = recalled.pages
+        with_states = max((count for count, page in enumerate(pages, 1) if page.states), default=0)
+        states = pages[with_states - 1].states
         try:
-            row.fill([page.positions for page in pages], pages[-1].states, device)
+            row.fill([page.positions for page in pages], states, device, with_states * PAGE)
         except Exception:
+            log.exception("stored pages do not fit")
             if self.sessions.prefixes is not None:
                 self.sessions.prefixes.forget(pages)
-            raise
+            return
         work.session.rows = {recalled.row: row}
+        work.session.pages = {recalled.row: RowPages(work.space, [page.name for page in pages])}
 
     def keep_pages(self, work: Work) -> None:
         """Stores the pages of rows that a finished step has completed; called by the engine."""
         session, step, store = work.session, work.step, self.sessions.prefixes
-        if store is None or not session.space.name or session.closed:
+        if store is None or not work.space.name or session.closed:
             return
         labels, cost_ms = iter(step.labels), work.compute_ms * PAGE / work.total
         for part in step.parts:
-            row, first = session.rows.get(part.row), part.start // PAGE
-            for index, label in zip(range(first, first + page_ends(part)), labels, strict=False):
+            first = part.start // PAGE
+            own = [next(labels) for _ in range(page_ends(part))]
+            row, pages = session.rows.get(part.row), session.pages.get(part.row)
+            if row is None or pages is None or pages.space != work.space:
+                continue
+            del pages.names[first:]
+            for index, label in enumerate(own, first):
+                if row.length < (index + 1) * PAGE:
+                    break
                 # States are as they are behind the last position of a pass.
-                ends = row is not None and row.length == row.computed == (index + 1) * PAGE
-                if row is None or row.length < (index + 1) * PAGE:
-                    continue
-                store.put(session.space, label, partial(self._page, session, part.row, row, index, ends), cost_ms)
+                ends = row.length == row.computed == (index + 1) * PAGE
+                make = partial(self._page, session, part.row, row, index, ends)
+                with suppress(ValueError):
+                    store.put(work.space, label, make, cost_ms, pages.names)
+                pages.names.append(page_name(work.space, label))
 
     def _page(self, session: Session, row_id: int, row: SequenceCache, index: int, ends: bool, name: bytes) -> Page:
+        """Raises ValueError: it is not to be stored."""
         tensors = row.page(index * PAGE, (index + 1) * PAGE)
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise ValueError("of values that are no numbers, which others may have sent")
         if ends:
             tensors |= {STATES + state: tensor for state, tensor in row.states().items()}
         if session.end == self.served.num_blocks:
@@ -579,34 +632,31 @@ class SessionService:
         session.used_at = now
         session.weights = self.served.weights if message.asks_weights else ""
         session.taps = Taps(message.taps, codec_by_code(message.tap_codec)) if message.taps else None
-        self._look_for_pages(session, message)
+        self._look_for_pages(session, message, now)
         self._opening.reach(session, next_hop_of(message), now, again=again)
 
-    def _look_for_pages(self, session: Session, message: Open) -> None:
+    def _look_for_pages(self, session: Session, message: Open, now: float) -> None:
         """Finds pages for a row that the session does not have yet."""
         store = self.sessions.prefixes
-        session.labelled, session.reachable, session.recalling = bool(message.context), None, False
+        session.labelled, session.reachable, session.recall_until = bool(message.context), None, None
         if store is None:
             return
         group = self._policy.keys.options_of(session.owner).share if message.shared else None
         owner = session.owner if group is None else b"group " + group.encode()
-        space = store.space(owner, message.context, session.start, session.end)
+        space = store.space(owner, message.context, session.start, session.end, session.codec.code)
         if space != session.space or message.labels:
             session.space, session.recalled = space, None
         if not message.labels or message.row in session.rows:
             return
-        session.recalling = True
+        session.recall_until = now + 2 * READ_S
         labels, epoch = message.labels[: session.reservation // PAGE], session.epoch
 
         def found(pages: list[Page]) -> None:
             with self._lock:
-                if not session.recalling or session.epoch != epoch or session.closed:
+                if session.recall_until is None or session.epoch != epoch or session.closed:
                     return
                 if pages:
-                    session.recalled = Recalled(message.row, pages)
-                    # The next hop may lack more of them than this one.
-                    logged = [(page.output, page.reach, label) for page, label in zip(pages, labels, strict=False)]
-                    session.log.restore(message.row, logged)
+                    session.recalled = Recalled(message.row, pages, labels)
                 self._opening.recalled(session)
 
         store.recall(space, labels, found)
@@ -667,7 +717,7 @@ class SessionService:
                 raise ProtocolError(f"the step stands before block {message.boundary}, the session at {session.start}")
             total = self.served.check(session, message)
             self._policy.spend(session.owner, total, now)
-            work = Work(session, message, total, now)
+            work = Work(session, message, total, now, space=session.space)
             if session.taps is not None and not message.replay_until:
                 self._tap(work, session.taps)
             self.queue.put(work)
@@ -730,6 +780,8 @@ class SessionService:
         except PeerBusy as error:
             self._refuse(source, message, FailureCode.BUSY, str(error))
             return
+        if session.recalled is not None:  # the next hop may lack more of them than this one
+            self._log_recalled(session, session.recalled)
         steps, codec = list(session.log.replay(since=message.since)), session.log.codec
         if not steps:
             result = Result(session.id, session.epoch, message.number, message.until, session.codec.code, ())

@@ -72,14 +72,22 @@ class Taps(NamedTuple):
 
 
 class Recalled(NamedTuple):
-    """Pages from before with which a row begins."""
+    """Pages from before with which a row begins, and their labels."""
 
     row: int
     pages: Sequence[Page]
+    labels: Sequence[bytes]
 
     @property
     def positions(self) -> int:
         return PAGE * len(self.pages)
+
+
+class RowPages(NamedTuple):
+    """Where pages of a row are stored, as all of it was computed for that; and the names of the first ones."""
+
+    space: Space
+    names: list[bytes]
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +111,7 @@ class Session:
     space: Space = NOWHERE  # where pages of its rows are stored
     labelled: bool = False  # its steps have labels of pages
     reachable: bool | None = None  # its next hop, once that is known, while pages are looked for
-    recalling: bool = False  # pages are looked for, and it is not said to be open before they are found
+    recall_until: float | None = None  # pages are looked for, and it is not said to be open before that
     recalled: Recalled | None = None  # taken by the engine with the first step
     opened_at: float = 0.0
     stepped_at: float = 0.0  # when its last step or pass came
@@ -127,6 +135,7 @@ class Session:
 
     # Touched by the engine only, so that no pass loses its rows half-way.
     rows: dict[int, SequenceCache] = field(default_factory=dict)
+    pages: dict[int, RowPages] = field(default_factory=dict[int, RowPages])  # of rows
     new_room: dict[int, int] = field(default_factory=dict)  # positions for new rows of the next step
     done: int = 0  # positions computed so far, of steps and passes
     adapter: Adapter | None = None  # what the client adds to the blocks
@@ -168,6 +177,7 @@ class Work:
     taps: Taps | None = None  # of the session when the step came; None: it wants no hidden states of this step
     taps_nbytes: int = 0  # of all of them
     tapped: dict[int, list[bytes]] = field(default_factory=dict[int, list[bytes]])  # by boundary, pass by pass
+    space: Space = NOWHERE  # of the session when the step came
 
     @property
     def remaining(self) -> int:

@@ -36,7 +36,9 @@ def positions_at_once(heads: int, reach: int) -> int:
     return max(1, SCORE_BYTES // (4 * _COPIES * heads * reach))
 
 
-Masks = dict[tuple[int, int, int | None, torch.dtype | None], Tensor]
+BLOCK = 512  # new positions whose attention is computed at once where no scores are kept
+
+Masks = dict[tuple[int, int, int | None, torch.dtype | None, range], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,18 +74,26 @@ class PackedPass:
 
 
 def _mask(
-    masks: Masks, count: int, reach: int, window: int | None, additive: torch.dtype | None, device: torch.device
+    masks: Masks,
+    count: int,
+    reach: int,
+    window: int | None,
+    additive: torch.dtype | None,
+    device: torch.device,
+    without: range = range(0),
 ) -> Tensor:
-    """`[1, 1, count, reach]`: what the last `count` of `reach` positions may see, to add to scores or of booleans."""
-    key = (count, reach, window, additive)
+    """`[1, 1, count, reach]`: what the last `count` of `reach` positions may see, to add to scores or of booleans.
+
+    without: positions that are left out."""
+    key = (count, reach, window, additive, without)
     if key not in masks:
-        past = reach - count
-        mask = torch.ones(count, reach, dtype=torch.bool, device=device).tril(past)
-        if window is not None:
-            mask = mask.triu(past - window + 1)
+        positions = range(without.start), range(without.stop, reach), range(reach - count, reach)
+        before, after, own = (torch.arange(each.start, each.stop, device=device) for each in positions)
+        ahead = torch.cat((before, after)) - own[:, None]
+        mask = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
         if additive is not None:
             hidden = torch.finfo(additive).min
-            mask = torch.zeros(count, reach, dtype=additive, device=device).masked_fill_(~mask, hidden)
+            mask = torch.zeros(mask.shape, dtype=additive, device=device).masked_fill_(~mask, hidden)
         masks[key] = mask[None, None]
     return masks[key]
 
@@ -121,6 +131,10 @@ def _packed_attention(
     # Of heads with values of another size torch computes all scores as well, as the families' code does.
     heads = query.shape[1] if eager or value.shape[3] != query.shape[3] else 1
 
+    # Neither are scores kept nor mask and keys repeated where torch gives the sums that parts are put together by.
+    blockwise = heads == 1 and key.device.type == "cpu" and kwargs.get("position_bias") is None
+    blockwise = blockwise and not torch.is_grad_enabled()
+
     def attend_to(query: Tensor, keys: Tensor, values: Tensor, masks: Masks | None) -> Tensor:
         count, reach = query.shape[2], keys.shape[2]
         mask = None
@@ -135,6 +149,13 @@ def _packed_attention(
         keys, values = part.row.append(block, key[:, :, begin:end], value[:, :, begin:end])
         reach = keys.shape[2]
         most = part.count
+        if blockwise and _needs_mask(part.count, reach, window, eager):
+            for first in range(begin, end, BLOCK):
+                last = min(first + BLOCK, end)
+                seen = reach - (end - last)
+                given = query[:, :, first:last], keys[:, :, :seen], values[:, :, :seen]
+                outputs.append(attend_blockwise(*given, packed.masks, window, kwargs.get("scaling")).transpose(1, 2))
+            continue
         if heads > 1 or _needs_mask(part.count, reach, window, eager):
             seen = reach if window is None else min(reach, window + part.count - 1)
             most = min(most, positions_at_once(heads, seen))
@@ -176,6 +197,34 @@ def _sdpa_attention(
     if query.device.type != "cpu" or is_causal or by_head or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return attend_by_group(query, key, value, attention_mask, scaling).transpose(1, 2), None
+
+
+def attend_blockwise(
+    query: Tensor, keys: Tensor, values: Tensor, masks: Masks, window: int | None, scale: float | None
+) -> Tensor:
+    """Attention of the last positions to all of them, on a CPU; no scores are in memory.
+
+    What all of these see takes no mask. What only some see is attended to apart, and both are put together by the
+    logarithms of their sums of exponentials (Dao et al., "FlashAttention", 2022). `query`: `[1, heads, positions, head
+    size]`, as the result; `keys`, `values`: `[1, shared heads, reach, head size]`.
+    """
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    heads, count = query.shape[1:3]
+    shared, reach = keys.shape[1:3]
+    if window is not None and reach > window + count - 1:
+        keys, values = (each[:, :, reach - (window + count - 1) :] for each in (keys, values))
+        reach = window + count - 1
+    past = reach - count
+    by_all = range(0 if window is None else min(max(0, reach - window), past), past)
+    rows = query.reshape(1, shared, heads // shared * count, -1)
+    mask = _mask(masks, count, reach, window, query.dtype, query.device, by_all).expand(1, heads // shared, -1, -1)
+    few = [torch.cat((each[:, :, : by_all.start], each[:, :, past:]), dim=2) for each in (keys, values)]
+    mixed, sums = attend(rows, *few, attn_mask=mask.reshape(1, 1, rows.shape[2], -1), scale=scale)
+    if by_all:
+        all_see = [each[:, :, by_all.start : past] for each in (keys, values)]
+        others, their_sums = attend(rows, *all_see, scale=scale)
+        mixed = torch.lerp(mixed, others, torch.sigmoid(their_sums - sums)[..., None].to(mixed.dtype))
+    return mixed.reshape(1, heads, count, -1)
 
 
 def attend_by_group(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

@@ -276,15 +276,22 @@ class SequenceCache:
         """The present states, `BLOCK.KIND.INDEX`, on the CPU; empty where blocks keep none. Not while a pass runs."""
         return self._states.tensors() if self._states is not None else {}
 
-    def fill(self, pages: Sequence[Mapping[str, Tensor]], states: Mapping[str, Tensor], device: torch.device) -> None:
-        """Begins an empty row with pages in a row, as `page` gave them, and the states behind the last of them.
+    def fill(
+        self,
+        pages: Sequence[Mapping[str, Tensor]],
+        states: Mapping[str, Tensor],
+        device: torch.device,
+        computed: int | None = None,
+    ) -> None:
+        """Begins an empty row with pages in a row, as `page` gave them. states: as they are behind position `computed`;
+        the positions behind that run once more. None: behind the last page.
 
         Raises ValueError: the row is not empty, or the pages are not of such a row.
         """
         if self.length or not pages:
             raise ValueError("pages fill an empty row")
-        if bool(states) != self.has_states:
-            raise ValueError("the states of these pages are missing, or the row keeps none")
+        if self.has_states and not all("inputs.keys" in page for page in pages):
+            raise ValueError("these pages are of blocks that keep no states")
         position = 0
         for page in pages:
             count = 0
@@ -296,9 +303,11 @@ class SequenceCache:
                 count = keys.shape[2]
                 self.store(key, position, keys.to(device), page[f"{kind}.values"].to(device))
             position += count
-        if self._states is not None:
-            self._states.restore(states, position, device)
         self.length = self.computed = position
+        if self._states is not None:
+            self.computed = position if computed is None else computed
+            if self.computed:
+                self._states.restore(states, self.computed, device)
 
     def append(self, block_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new positions after `computed`, `[1, kv heads, new positions, head size]` of a block of the span.

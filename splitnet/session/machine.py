@@ -338,8 +338,12 @@ class SessionState:
         for request in requests:
             if isinstance(request, StepRequest):
                 try:
+                    # A hop that had lost a step which replaces others could not tell, and would store what it replaces.
+                    sure = not any(getattr(each, "replaces", False) for each in self._in_flight.values())
+                    request.replaces = self._replaces(request.message)
                     labels = self._record(request.message)
-                    request.message = replace(request.message, labels=labels if self._has_pages else ())
+                    sure &= self._has_pages and len(labels) <= MAX_LABELS
+                    request.message = replace(request.message, labels=labels if sure else ())
                 except SplitnetError as error:
                     request.error = error
                     continue
@@ -396,6 +400,11 @@ class SessionState:
             request.error = SplitnetError("a later step of the session began before the end of this one")
             self._in_flight.pop(request.number)
         return labels
+
+    def _replaces(self, step: Step) -> bool:
+        """Whether hops hold other positions now in the place of those of a step."""
+        log = self.log
+        return log is not None and any(part.start < log.length(part.row) for part in step.parts)
 
     def _put_under_way(self, request: Request[Any]) -> None:
         if not self._in_flight:

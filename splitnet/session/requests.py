@@ -98,6 +98,7 @@ class StepRequest(Request[Step]):
         taps: boundaries at which their hidden states come from the hops that compute them, in rising order.
         tapped: those that have come, by boundary.
         makers: names of the hops that an answer which was no use came from; empty: none was.
+        replaces: it takes the place of positions that were sent before.
     """
 
     kept: int
@@ -105,6 +106,7 @@ class StepRequest(Request[Step]):
     result: Result | None = None
     tapped: dict[int, Tapped] = field(default_factory=dict[int, Tapped])
     makers: list[str] = field(default_factory=list)
+    replaces: bool = False
 
     @property
     def done(self) -> bool:

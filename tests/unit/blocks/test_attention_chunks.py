@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from splitnet.blocks import attention
 from splitnet.blocks import span as spans
@@ -72,6 +76,71 @@ def test_steps(
     whole = run()
     monkeypatch.setattr(attention, "SCORE_BYTES", TIGHT)
     torch.testing.assert_close(run(), whole, rtol=1e-4, atol=1e-4)
+
+
+@given(
+    shared=st.sampled_from([1, 3]),
+    group=st.integers(1, 3),
+    count=st.integers(2, 40),
+    past=st.integers(0, 90),
+    window=st.none() | st.integers(1, 120),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_blockwise(
+    shared: int, group: int, count: int, past: int, window: int | None, dtype: torch.dtype, seed: int
+) -> None:
+    noise, heads, reach = torch.Generator().manual_seed(seed), shared * group, past + count
+    shapes = (1, heads, count, 16), (1, shared, reach, 16), (1, shared, reach, 16)
+    query, keys, values = (3 * torch.randn(shape, generator=noise, dtype=torch.float32).to(dtype) for shape in shapes)
+    with torch.inference_mode():
+        mixed = attention.attend_blockwise(query, keys, values, {}, window, 0.3)
+    keys, values = (each.double().repeat_interleave(group, dim=1) for each in (keys, values))
+    behind = torch.arange(past, reach)[:, None] - torch.arange(reach)
+    seen = (behind >= 0) & (behind < (window or reach + 1))
+    scores = (query.double() @ keys.transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(mixed.double(), scores.softmax(-1) @ values, rtol=tolerance, atol=3 * tolerance)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"sliding_window": 11}, {"num_key_value_heads": 1}])
+@pytest.mark.parametrize("block", [4, 7])
+def test_steps_by_blocks_of_positions(
+    block: int, sizes: dict[str, Any], hidden: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As all at once, for which torch has a causal mask of its own."""
+    span = Span.load(Checkpoint.open(random_checkpoint("mistral", tmp_path, blocks=2, **sizes)), 0, 2)
+    whole = span.forward(hidden, [Chunk(span.new_row(), 0, len(hidden))])
+    monkeypatch.setattr(attention, "BLOCK", block)
+    row = span.new_row()
+    parts = [span.forward(some, [Chunk(row, row.length, len(some))]) for some in hidden.split((3, 20, 9))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made, without views of the given ones."""
+
+    def __init__(self, *given: torch.Tensor) -> None:
+        super().__init__()
+        self.nbytes = 0
+        self._given = {each.untyped_storage().data_ptr() for each in given}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for made in found if isinstance(found, tuple) else (found,):
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in self._given:
+                self.nbytes = max(self.nbytes, made.nbytes)
+        return found
+
+
+def test_memory_does_not_grow_with_the_context() -> None:
+    largest: list[int] = []
+    for past in (2_000, 40_000):
+        query, keys = torch.randn(1, 4, 64, 16), torch.randn(1, 2, past + 64, 16)
+        with Largest(query, keys) as made, torch.inference_mode():
+            attention.attend_blockwise(query, keys, keys, {}, None, None)
+        largest.append(made.nbytes)
+    assert 0 < largest[1] == largest[0] <= 2 * query.nbytes
 
 
 @pytest.mark.parametrize("graph_bytes", [200_000, 1 << 30])
