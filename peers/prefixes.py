@@ -125,6 +125,7 @@ class PrefixStore:
         self._lock = threading.Lock()
         self._held: dict[bytes, _Held] = {}
         self._bytes: dict[bytes, int] = {}  # by owner
+        self._packed: tuple[bytes, bytes] = b"", b""  # the page that was given last
         self._floor = 0.0  # value of the page that was evicted last
         self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], object] | None]] = queue.PriorityQueue()
         self._next_job = itertools.count().__next__
@@ -150,6 +151,15 @@ class PrefixStore:
         hop = f"{start}:{end} {codec}".encode()
         return Space(digest(self._facts, owner, context, hop), owner) if context else NOWHERE
 
+    def packed(self, name: bytes) -> bytes | None:
+        """A page with its digest, as `unpack` takes it; None: it is not in memory."""
+        held = self._held.get(name)
+        if held is None:
+            return None
+        if self._packed[0] != name:
+            self._packed = name, pack(held.page)
+        return self._packed[1]
+
     def has(self, space: Space, label: bytes) -> bool:
         """Whether a page is in memory."""
         return page_name(space, label) in self._held
@@ -164,6 +174,11 @@ class PrefixStore:
             return
         made = page(name)
         self.counts.stored += self._take_in(made, space.owner, cost_ms, before, uses=1)
+
+    def put_copied(self, space: Space, page: Page, before: Sequence[bytes]) -> None:
+        """Takes in a page that is copied from another peer; before: as of `put`."""
+        cost_ms = max((each.cost_ms for each in list(self._held.values())), default=1.0)
+        self._take_in(page, space.owner, cost_ms, before, uses=2)
 
     def recall(self, space: Space, labels: Sequence[bytes], then: Callable[[list[Page]], None]) -> None:
         """Finds the pages of a text, as many in a row from its beginning as there are, and gives them to `then`: at
@@ -312,6 +327,23 @@ class PrefixStore:
                 log.exception("the store of prefixes failed")
 
 
+def pack(page: Page) -> bytes:
+    """A page in the safetensors format, behind its digest."""
+    output = torch.frombuffer(bytearray(page.output), dtype=torch.uint8) if page.output else torch.empty(0).byte()
+    data = save({**page.tensors, "output": output, "reach": torch.tensor(page.reach)})
+    return blake2b(data, digest_size=_DIGEST_BYTES).digest() + data
+
+
+def unpack(name: bytes, data: bytes | bytearray) -> Page:
+    """The page in `data`. Raises ValueError: it is damaged; and whatever the reader of the format does."""
+    body = bytes(data[_DIGEST_BYTES:])
+    if blake2b(body, digest_size=_DIGEST_BYTES).digest() != data[:_DIGEST_BYTES]:
+        raise ValueError("its digest is another")
+    tensors = load(body)
+    output, reach = tensors.pop("output"), tensors.pop("reach")
+    return Page(name, tensors, output.numpy().tobytes(), int(reach))
+
+
 @dataclass
 class PageFiles:
     """Pages in a folder that its owner alone can read: a file each, written at once, with its digest, checked when it
@@ -345,14 +377,10 @@ class PageFiles:
         """A page; None: it is not there, or damaged, and is removed."""
         file = self._file(owner, name)
         try:
-            data = file.read_bytes()
-            if blake2b(data[_DIGEST_BYTES:], digest_size=_DIGEST_BYTES).digest() != data[:_DIGEST_BYTES]:
-                raise ValueError("its digest is another")
-            tensors = load(data[_DIGEST_BYTES:])
-            output, reach = tensors.pop("output"), tensors.pop("reach")
+            page = unpack(name, file.read_bytes())
             with suppress(OSError):
                 os.utime(file)
-            return Page(name, tensors, output.numpy().tobytes(), int(reach))
+            return page
         except Exception as error:  # of a damaged file anything
             if not isinstance(error, FileNotFoundError):  # another peer may have removed it
                 self._tell(error)
@@ -361,24 +389,21 @@ class PageFiles:
 
     def write(self, owner: bytes, page: Page) -> bool:
         """Keeps a page; False: it could not be written."""
-        output = torch.frombuffer(bytearray(page.output), dtype=torch.uint8) if page.output else torch.empty(0).byte()
-        data = save({**page.tensors, "output": output, "reach": torch.tensor(page.reach)})
+        data = pack(page)
         file = self._file(owner, page.name)
         partial = file.with_suffix(f".{os.getpid()}")
         try:
-            if not self._make_room(_DIGEST_BYTES + len(data)):
+            if not self._make_room(len(data)):
                 return False
             file.parent.mkdir(exist_ok=True, mode=0o700)
-            with partial.open("wb") as stream:
-                stream.write(blake2b(data, digest_size=_DIGEST_BYTES).digest())
-                stream.write(data)
+            partial.write_bytes(data)
             partial.replace(file)
         except OSError as error:
             self._tell(error)
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             return False
-        self._sizes[file] = _DIGEST_BYTES + len(data)
+        self._sizes[file] = len(data)
         self.nbytes += self._sizes[file]
         self._unseen += self._sizes[file]
         return True

@@ -22,6 +22,7 @@ from peers.engine import Engine, KnownSpeeds, ObservedSpeed, speed_of
 from peers.joining import Joined, join_swarm
 from peers.links import Neighbours, NextHops, Outbox
 from peers.options import PeerOptions, Report, SpanWish
+from peers.page_copies import PageCopies
 from peers.placement import (
     NOBODY,
     HolderWatch,
@@ -65,7 +66,7 @@ from splitnet.transport.transport import Transport
 from splitnet.version import __version__
 from splitnet.wire.codecs import CODECS, DEFAULT_INT8, codec_by_name
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, Relay
-from splitnet.wire.messages import PROTOCOL_VERSION, Announce, AskWeights, LookUp, Payload, Pong, decode
+from splitnet.wire.messages import PROTOCOL_VERSION, Announce, AskWeights, CopyPages, LookUp, Payload, Pong, decode
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class SpanServer:
         if options.prefixes:
             folder = options.prefix_folder
             self.prefixes = sessions.prefixes = PrefixStore(
-                f"{__version__} {checkpoint.fingerprint} {span.start}:{span.end} {span.weights.text} {span.dtype}",
+                f"{__version__} {checkpoint.fingerprint} {span.weights.text} {span.dtype}",
                 (lambda: sessions.memory.free) if on_cpu else (lambda: beside),
                 lambda owner: 1.0 if owner.startswith(b"group ") else policy.weight(owner),
                 PageFiles(folder, options.prefix_disk) if folder is not None and options.prefix_disk != 0 else None,
@@ -273,6 +274,7 @@ class Peer:
         swarm = options.swarm_key or OPEN
         self._directory_service = DirectoryService(directory, checkpoint.fingerprint, self._outbox, swarm)
         self.weights = self._weights_of(checkpoint)
+        self._copies = PageCopies(lambda: self.service, self._outbox, identity, swarm)
         self._announcer = Announcer(directory, identity, self.record, self._look_around)
         self.relocation = Relocation(
             self._mover,
@@ -293,6 +295,7 @@ class Peer:
             rate=self._options.share_rate or DEFAULT_RATE,
             swarm=self._options.swarm_key or OPEN,
             serving=lambda: self.service.in_use(time.monotonic()),
+            page=lambda name: store.packed(name) if (store := self.service.sessions.prefixes) is not None else None,
         )
 
     @classmethod
@@ -457,6 +460,7 @@ class Peer:
             self.transport.close()
             self._directory_service.close()
             self.weights.close()
+            self._copies.close()
             self.ways.close()
             if self._server is not None:
                 self._server.close()
@@ -654,5 +658,7 @@ class Peer:
             self._directory_service.receive(source, message, time.monotonic())
         elif isinstance(message, AskWeights) and isinstance(source, Connection):
             self.weights.receive(source, message)
+        elif isinstance(message, CopyPages) and isinstance(source, Connection):
+            self._copies.receive(source, message)
         else:
             self.service.receive(source, message, time.monotonic())

@@ -7,8 +7,10 @@ that a misbehaving sender can provoke is a `Failure` or silence.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from peers.counters import Counters, SessionEnd
 from peers.links import NextHops, Outbox, timing_of
-from peers.prefixes import NOWHERE, READ_S, STATES, Page, page_name
+from peers.prefixes import NOWHERE, READ_S, STATES, Page, Space, page_name
 from peers.queue import WorkQueue
 from peers.sessions import (
     REVOKED,
@@ -47,6 +49,7 @@ from splitnet.wire.messages import (
     Adapter,
     AdapterGradient,
     Close,
+    CopyPages,
     Failure,
     FailureCode,
     FetchedKV,
@@ -78,6 +81,7 @@ PROBE_S = 15.0  # a client silent for this long gets a `Pong` that it ignores, w
 IN_USE_S = 3.0  # a session without a step for this long waits for its user to type
 REMEMBERED_HOPS = 4096
 FAR_TIMES = 3.0  # limit where round trips are long, times the usual one: clients wait for the answer to `Open`
+PAGE_BYTES = 1 << 20  # of a page besides its numbers, at most
 _CODES = {PeerBusy: FailureCode.BUSY, SessionTooLong: FailureCode.TOO_LONG, MissingPass: FailureCode.OUT_OF_ORDER}
 
 
@@ -262,6 +266,15 @@ def _code_of(error: ProtocolError | PeerBusy) -> FailureCode:
 def _is_known(state: LinkState, proven: bool) -> bool:
     """Whether the state of a link may be told: the next hop itself refuses, not something in its place."""
     return state in (LinkState.UP, LinkState.REFUSED) or (proven and state is not LinkState.CONNECTING)
+
+
+def renumbered(tensors: Mapping[str, torch.Tensor], first: int) -> dict[str, torch.Tensor]:
+    """The tensors of a page with `first` added to the numbers of their blocks, which stand first in their names: rows
+    count from the span's first block, pages from the model's."""
+    return {
+        re.sub(r"\d+(?=\.)", lambda number: str(int(number[0]) + first), name, count=1): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 class SessionService:
@@ -465,7 +478,9 @@ class SessionService:
         with_states = max((count for count, page in enumerate(pages, 1) if page.states), default=0)
         states = pages[with_states - 1].states
         try:
-            row.fill([page.positions for page in pages], states, device, with_states * PAGE)
+            first = -self.served.start
+            positions = [renumbered(page.positions, first) for page in pages]
+            row.fill(positions, renumbered(states, first), device, with_states * PAGE)
         except Exception:
             log.exception("stored pages do not fit")
             if self.sessions.prefixes is not None:
@@ -504,6 +519,7 @@ class SessionService:
             raise ValueError("of values that are no numbers, which others may have sent")
         if ends:
             tensors |= {STATES + state: tensor for state, tensor in row.states().items()}
+        tensors = renumbered(tensors, self.served.start)
         if session.end == self.served.num_blocks:
             return Page(name, tensors)
         with self._lock:
@@ -635,15 +651,27 @@ class SessionService:
         self._look_for_pages(session, message, now)
         self._opening.reach(session, next_hop_of(message), now, again=again)
 
+    @property
+    def most_page_bytes(self) -> int:
+        """What a page of a session takes at most, as it is sent to another peer."""
+        sessions = self.sessions
+        return int(PAGE * (sessions.position_bytes + 4 * self.served.hidden_size)) + sessions.row_bytes + PAGE_BYTES
+
+    def space(self, owner: bytes, message: Open | CopyPages) -> Space:
+        """Where pages of a session are, of the key `owner`."""
+        group = self._policy.keys.options_of(owner).share if message.shared else None
+        whose = owner if group is None else b"group " + group.encode()
+        if (store := self.sessions.prefixes) is None:
+            return NOWHERE
+        return store.space(whose, message.context, message.start, message.end, message.codec)
+
     def _look_for_pages(self, session: Session, message: Open, now: float) -> None:
         """Finds pages for a row that the session does not have yet."""
         store = self.sessions.prefixes
         session.labelled, session.reachable, session.recall_until = bool(message.context), None, None
         if store is None:
             return
-        group = self._policy.keys.options_of(session.owner).share if message.shared else None
-        owner = session.owner if group is None else b"group " + group.encode()
-        space = store.space(owner, message.context, session.start, session.end, session.codec.code)
+        space = self.space(session.owner, message)
         if space != session.space or message.labels:
             session.space, session.recalled = space, None
         if not message.labels or message.row in session.rows:

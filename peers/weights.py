@@ -16,7 +16,7 @@ from splitnet.checkpoint.transfer.held import HeldPieces
 from splitnet.limits import MINUTE_S, TokenBucket
 from splitnet.security.swarm_key import OPEN, OpenSwarm
 from splitnet.wire.endpoints import Connection
-from splitnet.wire.messages import AskWeights, Failure, FailureCode, WeightsKind, WeightsPart
+from splitnet.wire.messages import LABEL_BYTES, AskWeights, Failure, FailureCode, WeightsKind, WeightsPart
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class WeightService:
     rate: float = DEFAULT_RATE  # bytes per second
     swarm: OpenSwarm = OPEN  # the key of a closed one
     serving: Callable[[], bool] = lambda: False  # whether sessions are being served
+    page: Callable[[bytes], bytes | None] = lambda _: None  # a stored page, by its name, see `peers.prefixes`
 
     def __post_init__(self) -> None:
         self.sent = 0  # bytes of pieces
@@ -103,6 +104,8 @@ class WeightService:
             if time.monotonic() - self._bits_at > BITS_S:
                 self._bits, self._bits_at = self.held.bits(), time.monotonic()
             data = self._bits
+        elif message.kind == WeightsKind.PAGE:
+            data = self.page(message.name[:LABEL_BYTES])
         if data is None:
             code = FailureCode.WRONG_BLOCKS if message.kind == WeightsKind.PIECE else FailureCode.WRONG_MODEL
             self._refuse(source, message, code, "this peer gives no such weights")

@@ -104,6 +104,7 @@ def block_ms(peer: Peer, positions: int, prompt: int = 0, context: int = 0) -> f
     then, the prompt among them.
     """
     token_ms = peer.speed.at(positions + peer.batch)
+    prompt = max(0, prompt - peer.stored)
     if prompt:
         passes = ceil(prompt / PASS_POSITIONS)
         token_ms += PROMPT_SHARE * passes * peer.speed.at(prompt / passes)

@@ -92,6 +92,7 @@ class Peer:
     sending_ms: float = 0.0  # for which the output of a position occupies its way up; 0: not known
     past: PastCost = UNKNOWN_PAST
     kv_capacity: int = 0  # positions that one session may take if there are no others; 0: not known
+    stored: int = 0  # positions of the session's prompt that it need not compute
 
 
 @dataclass(frozen=True, slots=True)

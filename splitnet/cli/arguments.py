@@ -260,6 +260,16 @@ CONNECTING: dict[str, Any] = {
             "that the owner of a peer has put in one group with it, or not at all.",
         ),
     ],
+    "standby": Annotated[
+        str | None,
+        in_route(
+            "--standby",
+            metavar="8MiB",
+            envvar="SPLITNET_STANDBY",
+            help="Replicas copy the keys and values of sessions, so many bytes per second; one that takes the place of "
+            "a hop then computes only the rest.",
+        ),
+    ],
     "energy_slowdown": Annotated[
         float | None,
         in_route(

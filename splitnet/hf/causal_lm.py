@@ -79,6 +79,8 @@ class AutoModelForCausalLM:
                 the least energy per token, as far as peers tell (docs/energy.md).
             prefixes: "own": peers store keys and values of texts for later ones of the same key that begin alike;
                 "shared": also for keys that the owner of a peer has put in one group with it; "off": they store none.
+            standby: bytes per second, or such as "8MiB", with which replicas copy the keys and values of sessions, so
+                that one that takes the place of a hop need not compute them; None: none are copied.
             energy_slowdown: with "energy", how many times as long as on the fastest route a token may take; None: 1.5.
             gradient_codec: how gradients travel; "auto": exact where the activations are, else "bf16".
             local_blocks: blocks that this process runs itself, such as "0:10" or "0:2,28:30"; "auto": as many of the

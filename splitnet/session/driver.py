@@ -270,6 +270,7 @@ class SessionDriver:
         self._in_flight = in_flight
         self._energy_slowdown = energy_slowdown
         self._prompt = 0
+        self._stored: dict[str, int] = {}  # positions that peers have of a text that is about to begin
         self._routes = Routes(swarm, codecs, self.state.blocks, any_weights=any_weights)
         self._events: deque[events.Event] = deque()
         self._asked: deque[events.AskRoute] = deque(maxlen=1)  # filled by any thread, emptied by the one that waits
@@ -302,6 +303,16 @@ class SessionDriver:
         steps = positions, self._in_flight, self._energy_slowdown, prompt
         context = prompt + (state.log.positions if state.log is not None else 0)
         return Needs(state.reservation, encodings, state.blocks, *steps, state.held, context)
+
+    def _needs_of_new(self) -> Needs:
+        """What the session wants of a route that is planned now, whose peers may have stored some of its text."""
+        log = self.state.log
+        row = log.only_row if log is not None else None
+        if log is None or row is None or not self.state.hops:
+            return replace(self.needs(self._prompt), stored=self._stored)
+        stored = self._swarm.stored.positions(log.labels(row))
+        needs = self.needs(self._prompt)
+        return replace(needs, prompt=log.length(row), stored=stored) if stored and self._in_flight == 1 else needs
 
     def predictions(self) -> Callable[[int], Prediction]:
         """What steps are expected to take on the route, by their positions."""
@@ -414,7 +425,7 @@ class SessionDriver:
                 if done:
                     return
                 if self._asked:
-                    self.feed(self._routes.answer(self._asked.popleft(), self.needs(self._prompt)))
+                    self.feed(self._routes.answer(self._asked.popleft(), self._needs_of_new()))
                     continue
                 if self._wants_prediction():
                     self.state.chunk_ms = self.predictions()(REPLAY_POSITIONS).latency_ms

@@ -14,6 +14,7 @@ from splitnet.swarm.swarm import Kind
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import Chunk, Message
+from splitnet.wire.sent_log import SentLog
 
 if TYPE_CHECKING:
     from splitnet.blocks.adapters import Adapter
@@ -69,6 +70,12 @@ class Recall:
     part: Chunk
     encoded: Callable[[Codec], bytes]
     reach: int = 0
+
+    def log(self, codec: Codec, hidden_size: int, salt: bytes | None) -> SentLog:
+        """The log of these positions, with their labels. Raises CodecError: they cannot be encoded."""
+        log = SentLog(codec.code, codec.bytes_per_position(hidden_size), salt)
+        log.record((self.part,), None, self.encoded(codec), self.reach)
+        return log
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -22,16 +23,20 @@ from splitnet.session.events import Abandon, Distrust, Recall, Resize, Submit, U
 from splitnet.session.failover import RouteHop
 from splitnet.session.options import ConnectionOptions
 from splitnet.session.requests import FetchRequest, StepRequest
+from splitnet.session.standby import Present, Standby
 from splitnet.swarm.plan import Prediction
 from splitnet.swarm.swarm import Swarm
-from splitnet.wire.codecs import codec_by_code
+from splitnet.wire.codecs import Codec, codec_by_code, codec_by_name
+from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import (
     MAX_LABELS,
     MAX_PAYLOAD_BYTES,
     MAX_TAPS,
     Chunk,
+    CopiedPages,
     FetchKV,
     Fork,
+    Message,
     Result,
     Step,
     Timing,
@@ -99,6 +104,8 @@ class Session(SessionDriver):
         )
         self._asked_at = 0.0
         self._prefixes = options.prefixes
+        self._standby_rate = options.standby_rate
+        self.standby: Standby | None = None
         self.passed = 0  # positions whose outputs were awaited and have come
 
     @property
@@ -204,8 +211,14 @@ class Session(SessionDriver):
         if state.salt is None or state.under_way or len(parts) > 1 or part.start or most <= 0 or not part.keep:
             state.recalled = 0
             return 0
-        encoded = cache(lambda codec: codec.encode(hidden[:most]))
-        self.feed(Recall(Chunk(part.row, 0, most, 0), encoded, reach))
+        encoded: Callable[[Codec], bytes] = cache(lambda codec: codec.encode(hidden[:most]))
+        recall, stored = Recall(Chunk(part.row, 0, most, 0), encoded, reach), self._swarm.stored
+        self._stored = {}
+        for name in stored.codecs if not self.hops else ():
+            with suppress(SplitnetError):
+                log = recall.log(codec_by_name(name), state.hidden_size, state.salt)
+                self._stored |= stored.positions(log.labels(part.row))
+        self.feed(recall)
         self.open(len(hidden))
         return state.recalled
 
@@ -219,6 +232,8 @@ class Session(SessionDriver):
                 output = self._decoded(request)
             outputs.append(output)
             self.passed += request.message.positions
+            if request.message.labels:
+                self._note_stored(request.message)
             if not request.decodes:
                 self.count_energy([request.result])
         if len(sent.requests) == 1 and sent.requests[0].decodes and len(self.recoveries) == sent.repairs:
@@ -227,6 +242,38 @@ class Session(SessionDriver):
                 self.state.usual_ms = self._routes.watch.usual.value
             self._learn_timings(sent.requests[0].message.positions, at_once=sent.alone and self._routes.watch.surprised)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _note_stored(self, step: Step) -> None:
+        """The hops have stored the pages that end within a step."""
+        state = self.state
+        row = state.log.only_row if state.log is not None else None
+        if state.log is None or row is None:
+            return
+        labels = state.log.labels(row)
+        for hop in self.hops:
+            self._swarm.stored.note(labels, hop.name, len(labels), state.first_codec.name)
+        if self._standby_rate and self.standby is None:
+            self.standby = Standby(self._swarm, self.id, self._standby_rate, self._present, state.next_number)
+
+    def _present(self) -> Present | None:
+        with self._handling:
+            state = self.state
+            row = state.log.only_row if state.log is not None and state.is_open else None
+            if state.log is None or row is None:
+                return None
+            return Present(tuple(state.hops), state.log.labels(row), self.needs(), state.first_codec.name, state.shared)
+
+    def deliver(self, source: Endpoint, message: Message) -> None:
+        if isinstance(message, CopiedPages):
+            if self.standby is not None:
+                self.standby.took(message)
+            return
+        super().deliver(source, message)
+
+    def close(self) -> None:
+        if self.standby is not None:
+            self.standby.close()
+        super().close()
 
     def abandon(self, sent: UnderWay) -> None:
         """Awaits it no longer: what it has done at the hops, the next positions that are sent undo."""

@@ -362,9 +362,8 @@ class SessionState:
 
     def _expect(self, recall: events.Recall) -> None:
         """Logs what hops may have stored before, so that its labels are known, and hops that lack it can be filled."""
-        self.log = self._new_log()
         try:
-            self.log.record((recall.part,), None, recall.encoded(self.first_codec), recall.reach)
+            self.log = recall.log(self.first_codec, self.hidden_size, self.salt)
         except SplitnetError:  # the step has the same fault, and says so to the caller
             self._recall = self.log = None
 

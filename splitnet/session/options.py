@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from scheduler.liveness import RECOVERY_TIMEOUT_S
 from splitnet.blocks.device import AUTO, find_device
 from splitnet.errors import SplitnetError
+from splitnet.limits import parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ RUNNING = (
     "local_weights",
 )
 """Keywords of every `from_pretrained` and `attach` that say how the model runs."""
-GENERATING = (*RUNNING, "prefer", "energy_slowdown", "prefixes")  # the same for a causal LM
+GENERATING = (*RUNNING, "prefer", "energy_slowdown", "prefixes", "standby")  # the same for a causal LM
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -57,7 +58,7 @@ class ConnectionOptions:
         revision: of the model on the hub.
         tokenizer: hub id or folder, in place of the checkpoint's own.
         codec, dtype, device, recovery_timeout_s, any_weights, gradient_codec, local_blocks, local_weights, prefer,
-            energy_slowdown, prefixes: see `splitnet.AutoModelForCausalLM.from_pretrained`.
+            energy_slowdown, prefixes, standby: see `splitnet.AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         SplitnetError: a preference that cannot be.
@@ -84,6 +85,7 @@ class ConnectionOptions:
     prefer: Preference = "latency"
     energy_slowdown: float | None = None
     prefixes: Prefixes = "own"
+    standby: str | float | None = None
 
     def __post_init__(self) -> None:
         slowdown = self.energy_slowdown
@@ -91,6 +93,8 @@ class ConnectionOptions:
             raise SplitnetError(f"a session prefers latency, throughput or energy, not {self.prefer!r}")
         if self.prefixes not in get_args(Prefixes):
             raise SplitnetError(f"prefixes are stored as own, shared or off, not {self.prefixes!r}")
+        if self.standby is not None and (self.prefixes == "off" or not 0 < self.standby_rate < math.inf):
+            raise SplitnetError("a standby copies stored prefixes: give bytes per second, such as 8MiB, and prefixes")
         if slowdown is None:
             return
         if self.prefer != "energy":
@@ -100,6 +104,11 @@ class ConnectionOptions:
         is_number = isinstance(slowdown, int | float) and not isinstance(slowdown, bool)
         if not is_number or not 1 <= slowdown < math.inf:
             raise SplitnetError(f"an energy slowdown of {slowdown!r} is none: give 1 or more")
+
+    @property
+    def standby_rate(self) -> float:
+        """Bytes per second that replicas copy; 0: none do."""
+        return float(parse_bytes(self.standby) if isinstance(self.standby, str) else self.standby or 0)
 
     @property
     def held_as(self) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -100,6 +100,7 @@ class Needs:
     energy_slowdown: asks for the least energy on routes that take at most so many times as long as the fastest; None:
     asks for the fastest. prompt: positions before the first token. held: formats that weights must be held in; other
     blocks may have any. context: positions that the session holds then, the prompt among them.
+    stored: positions of the prompt that peers need not compute, by name.
     """
 
     kv_positions: int
@@ -111,6 +112,7 @@ class Needs:
     prompt: int = 0
     held: tuple[HeldBlocks, ...] = ()
     context: int = 0
+    stored: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,8 @@ class Planner:
             by_name = {record.key.text: record for record in records if record.key.text not in exclude}
             records = list(by_name.values())
             peers = [_with_room(peer, needs, holders) for peer in self.measurements.peers(records)]
+        if needs.stored:
+            peers = [replace(peer, stored=needs.stored.get(peer.id, 0)) for peer in peers]
         if alike:
             peers = [replace(peer, start=alike[peer.id][0], end=alike[peer.id][1]) for peer in peers]
         names = {record.key.text for record in records}
@@ -237,7 +241,7 @@ class Planner:
         """The peers to plan with, holders in any case, and all records by name."""
         crowd, by_name = self._crowd(tuple(records))
         corrected = self.measurements.corrected(by_name)
-        present = [name for name in dict.fromkeys(holders) if name in by_name and name not in exclude]
+        present = [name for name in dict.fromkeys((*holders, *needs.stored)) if name in by_name and name not in exclude]
         for name in present:
             corrected[name] = _with_room(corrected.get(name) or facts_of(by_name[name]), needs, holders)
         places = self.measurements.network([end for end in ends if end is not None]).places

@@ -437,6 +437,7 @@ class WeightsKind(IntEnum):
     MANIFEST = 0  # of the model that is named
     HELD = 1  # which pieces of it the peer has: a bit for each in the order of the manifest, the lowest of a byte first
     PIECE = 2  # the piece that is named, by its digest
+    PAGE = 3  # a page of keys and values, by its name and as many zeros; the client of the session has told it
 
 
 @dataclass(frozen=True, slots=True)
@@ -535,11 +536,42 @@ class RoundNumbers:
     payload: Payload = b""
 
 
+@dataclass(frozen=True, slots=True)
+class CopyPages:
+    """Asks a peer to hold pages of a session of the sender, copied from the hop that has them; see `Open`."""
+
+    TAG: ClassVar[int] = 28
+    session: bytes = wire(blob(SESSION_BYTES))
+    rate: float = wire(number(1, 1e12))  # bytes per second at most
+    number: int = wire(_NUMBER)
+    start: int = wire(uint(MAX_BLOCKS))
+    end: int = wire(uint(MAX_BLOCKS))
+    codec: int = wire(uint(255))  # as in `Open`
+    context: bytes = wire(blob(LABEL_BYTES))
+    shared: bool = wire(flag)
+    labels: tuple[bytes, ...] = wire(several(blob(LABEL_BYTES), least=1, most=MAX_LABELS))
+    source_key: bytes = wire(blob(KEY_BYTES))
+    source_address: str = wire(text(256))
+    source_relays: tuple[Relay, ...] = wire(several(row(Relay, text(64), blob(KEY_BYTES)), most=3))
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedPages:
+    """Answers `CopyPages`: how many of the pages, from the first one on, the peer holds now, and bytes that it got."""
+
+    TAG: ClassVar[int] = 29
+    session: bytes = wire(blob(SESSION_BYTES))
+    number: int = wire(_NUMBER)
+    pages: int = wire(uint(MAX_LABELS))
+    nbytes: int = wire(_NUMBER)
+
+
 _Passing = Open | Opened | Close | Step | Result | Failure | Replay | Forward | Gradient
 _Tensors = Adapter | AdapterLoaded | AdapterGradient | FetchKV | FetchedKV
 _Asking = LookUp | Found | Announce | Announced | AskWeights | WeightsPart
 _Rounds = AskRound | RoundState | WantGradient | RoundNumbers
-Message = Ping | Pong | _Passing | _Tensors | _Asking | Tapped | _Rounds
+_Pages = CopyPages | CopiedPages
+Message = Ping | Pong | _Passing | _Tensors | _Asking | Tapped | _Rounds | _Pages
 MESSAGES: tuple[type[Message], ...] = get_args(Message)
 
 _BY_TAG: dict[int, type[Message]] = {kind.TAG: kind for kind in MESSAGES}

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from peers.counters import WorkKind
 from peers.server import Peer
 from splitnet.directory.dht import Directory
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.security.identity import Identity
+from splitnet.session.inference import Session
 from splitnet.wire.sent_log import PAGE
-from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, wait_until
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -26,6 +28,11 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_checkpoint("llama", tmp_path_factory.mktemp("llama"), max_position_embeddings=2048)
+
+
+@pytest.fixture
+def own_long(tmp_path: Path) -> Path:
+    return random_checkpoint("llama", tmp_path / "own", seed=11, max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +105,25 @@ def test_a_text_that_is_not_to_be_stored_is_not(swarm: LocalSwarm) -> None:
         with model.session() as cache:
             generate(model, ids)
             assert cache.session is not None and cache.session.recalled == 0
+
+
+def test_a_replica_takes_over_with_the_pages_that_it_has_copied(own_long: Path) -> None:
+    local = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
+    with local_swarm(own_long, [*SPANS, SPANS[1]]) as swarm:
+        model, ids = swarm.model(standby=1e9), text(3 * PAGE + 9, seed=7)
+        expected = local.generate(ids, attention_mask=torch.ones_like(ids), **{**GREEDY, "max_new_tokens": 24})
+        with model.session() as cache:
+            first = generate(model, ids)
+            assert torch.equal(first, expected[:, : first.shape[1]])
+            session = cache.session
+            assert isinstance(session, Session) and session.standby is not None
+            middle = session.hops[1].endpoint
+            lost = next(peer for peer in swarm.peers if peer.transport.port == int(middle.address.rpartition(":")[2]))
+            replica = next(peer for peer in swarm.peers if peer.span.start == 2 and peer is not lost)
+            store = replica.service.sessions.prefixes
+            assert store is not None
+            wait_until(lambda: len(store) == 3)
+            lost.close()
+            assert torch.equal(generate(model, first, max_new_tokens=16), expected)
+            assert session.recoveries
+        assert replica.counters.work[WorkKind.REPLAY].positions < PAGE

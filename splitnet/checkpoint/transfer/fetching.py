@@ -313,7 +313,7 @@ class Asking:
         """Sends a question; returns its number."""
         number = next(self._numbers)
         self._open[number] = peer
-        placed = bytes.fromhex(self.swarm.place(name.hex()))
+        placed = name if kind is WeightsKind.PAGE else bytes.fromhex(self.swarm.place(name.hex()))
         self._links.send(peer, AskWeights(number, kind, placed, offset, MAX_PART_BYTES))
         return number
 

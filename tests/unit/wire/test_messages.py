@@ -47,6 +47,8 @@ from splitnet.wire.messages import (
     AskWeights,
     Chunk,
     Close,
+    CopiedPages,
+    CopyPages,
     Failure,
     FetchedKV,
     FetchKV,
@@ -228,6 +230,8 @@ STEP = Step(SESSION, 1, 7, (Chunk(1, 0, 3, 1),), (Fork(2, 1),), 0, 0, b"payload"
 RESULT = Result(SESSION, 1, 7, 2, 0, (Timing(0, 1500, 250),), b"payload")
 FAILURE = Failure(SESSION, 1, 7, 3, "busy")
 FORWARD = Forward(SESSION, 1, 7, 5, (3, 1), True, 2, 0, 0, b"payload")
+LABEL = bytes(LABEL_BYTES)
+COPY = CopyPages(SESSION, 1e6, 7, 0, 2, 0, LABEL, False, (LABEL,), bytes(KEY_BYTES), "tcp://127.0.0.1:1", ())
 EXAMPLES: list[Message] = [
     Ping(1, b"padding"),
     Pong(1, 2.5, 100),
@@ -256,6 +260,8 @@ EXAMPLES: list[Message] = [
     RoundState(3, 20, 5, 2, True, "", b"settings"),
     WantGradient(3, 7, 0.25, 1.0, 0.5, (bytes(KEY_BYTES), b"k" * KEY_BYTES)),
     RoundNumbers(3, 7, b"numbers"),
+    COPY,
+    CopiedPages(SESSION, 7, 1, 4096),
 ]
 
 
@@ -419,6 +425,19 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (OPEN, "taps", [], [MAX_BLOCKS + 1]),
     (OPEN, "taps", [1], [True]),
     (OPEN, "tap_codec", 255, 256),
+    (COPY, "start", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (COPY, "end", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (COPY, "rate", 1e12, 1e13),
+    (COPY, "rate", 1.0, 0.5),
+    (COPY, "context", LABEL, b""),
+    (COPY, "shared", True, 1),
+    (COPY, "labels", [LABEL] * MAX_LABELS, [LABEL] * (MAX_LABELS + 1)),
+    (COPY, "labels", [LABEL], []),
+    (COPY, "source_key", bytes(KEY_BYTES), b""),
+    (COPY, "source_address", "a" * 256, "a" * 257),
+    (COPY, "source_relays", [["a" * 64, bytes(KEY_BYTES)]] * 3, [["a" * 64, bytes(KEY_BYTES)]] * 4),
+    (CopiedPages(SESSION, 7, 1, 2), "pages", MAX_LABELS, MAX_LABELS + 1),
+    (CopiedPages(SESSION, 7, 1, 2), "nbytes", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (OPEN, "context", bytes(LABEL_BYTES), bytes(LABEL_BYTES + 1)),
     (OPEN, "row", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (OPEN, "labels", [bytes(LABEL_BYTES)] * MAX_LABELS, [bytes(LABEL_BYTES)] * (MAX_LABELS + 1)),

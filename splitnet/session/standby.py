@@ -1,0 +1,153 @@
+"""Copies of a session's keys and values at replicas, made in the background: one of them takes the place of a hop that
+dies, and computes only what was not copied yet.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from splitnet.errors import SplitnetError
+from splitnet.session.failover import RouteHop
+from splitnet.swarm.plan import Needs, PlannedHop
+from splitnet.swarm.swarm import Swarm
+from splitnet.wire.messages import CopiedPages, CopyPages
+
+log = logging.getLogger(__name__)
+
+LOOK_S: Final = 1.0  # how often hops are compared with their replicas
+ASK_AGAIN_S: Final = 15.0  # a replica that has not answered is asked again
+PLAN_S: Final = 30.0  # for this time a replica is kept, or none is looked for again
+PAGES_AT_ONCE: Final = 64  # that a replica is asked for, beyond those that it has
+
+
+@dataclass(slots=True)
+class _Copy:
+    """What a replica of a hop has. replica: None: there is none."""
+
+    replica: PlannedHop | None
+    planned_at: float
+    pages: int = 0
+    number: int = 0  # of the request that is open; 0: none is
+    asked_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """The route of a session now, and the labels of the pages of its text."""
+
+    hops: Sequence[RouteHop]
+    labels: tuple[bytes, ...]
+    needs: Needs
+    codec: str  # of the first link
+    shared: bool
+
+
+class Standby:
+    """Has replicas copy the pages of each hop, `rate` bytes per second in all; close it when done.
+
+    present: how the session is now; None: there is nothing to copy. It is called from a thread of this object.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        session: bytes,
+        rate: float,
+        present: Callable[[], Present | None],
+        number: Callable[[], int],
+    ) -> None:
+        self.copied_bytes = 0
+        self._swarm = swarm
+        self._session = session
+        self._rate = rate
+        self._present = present
+        self._number = number
+        self._copies: dict[str, _Copy] = {}  # by the name of the hop
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="splitnet-standby", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends it without waiting; from any thread."""
+        self._closed.set()
+
+    def took(self, message: CopiedPages) -> None:
+        """Takes in the answer of a replica."""
+        with self._lock:
+            for copy in self._copies.values():
+                if copy.number == message.number:
+                    copy.number, copy.pages = 0, message.pages
+                    self.copied_bytes += message.nbytes
+
+    def _run(self) -> None:
+        while not self._closed.wait(LOOK_S):
+            try:
+                present = self._present()
+                if present is not None:
+                    self._look(present)
+            except SplitnetError as error:
+                log.debug("no standby: %s", error)
+            except Exception:
+                log.exception("the standby of a session failed")
+                return
+
+    def _look(self, present: Present) -> None:
+        now, labels = time.monotonic(), present.labels
+        names = {hop.name for hop in present.hops}
+        self._copies = {name: copy for name, copy in self._copies.items() if name in names}
+        for index, hop in enumerate(present.hops):
+            copy = self._copies.get(hop.name)
+            if copy is None or (now - copy.planned_at > PLAN_S and not copy.number):
+                replica = self._replica(present, index)
+                if copy is None or copy.replica is None or replica is None or replica.name != copy.replica.name:
+                    copy = _Copy(replica, now)
+                copy.planned_at = now
+                with self._lock:
+                    self._copies[hop.name] = copy
+            replica = copy.replica
+            if replica is None or not hop.context or copy.pages >= len(labels):
+                continue
+            if copy.pages:
+                self._swarm.stored.note(labels, replica.name, copy.pages, present.codec)
+            if copy.number and now - copy.asked_at < ASK_AGAIN_S:
+                continue
+            with self._lock:
+                copy.number, copy.asked_at = self._number(), now
+            source = hop.endpoint
+            message = CopyPages(
+                session=self._session,
+                rate=max(1.0, self._rate / len(present.hops)),
+                number=copy.number,
+                start=hop.planned.start,
+                end=hop.planned.end,
+                codec=hop.codec.code,
+                context=hop.context,
+                shared=present.shared,
+                labels=labels[: copy.pages + PAGES_AT_ONCE],
+                source_key=source.key.raw,
+                source_address=source.address,
+                source_relays=source.relays,
+            )
+            self._swarm.links.send(replica.record.endpoint, message)
+
+    def _replica(self, present: Present, index: int) -> PlannedHop | None:
+        """The peer that a repair would take for a hop, if it is one for all of its blocks, held alike."""
+        hops = present.hops
+        before = hops[index - 1].planned.record if index else None
+        behind = hops[index + 1].planned.record if index + 1 < len(hops) else None
+        try:
+            route = self._swarm.plan(
+                present.needs,
+                blocks=hops[index].blocks,
+                ends=(before, behind),
+                exclude={hop.name for hop in hops},
+            )
+        except SplitnetError:
+            return None
+        return route[0] if len(route) == 1 and route[0].record.dtype == hops[index].weights else None
