@@ -103,6 +103,11 @@ def page_name(space: Space, label: bytes) -> bytes:
     return digest(space.name, label)
 
 
+def _checked(name: bytes, data: bytes) -> bytes:
+    """Digest of a page as it is packed."""
+    return blake2b(data, digest_size=_DIGEST_BYTES, key=name).digest()
+
+
 class PrefixStore:
     """Pages in memory and on disk. Thread-safe.
 
@@ -168,7 +173,7 @@ class PrefixStore:
         self, space: Space, label: bytes, page: Callable[[bytes], Page], cost_ms: float, before: Sequence[bytes] = ()
     ) -> None:
         """Takes in a page that is not there yet, if there is room. page: makes it. cost_ms: what it took to compute.
-        before: names of the pages before it in its text, which stay as long as it does."""
+        before: names of the pages before it in its text: without them it is of no use, so they stay as long."""
         name = page_name(space, label)
         if not space.name or name in self._held or self._limit() <= 0:
             return
@@ -260,14 +265,25 @@ class PrefixStore:
 
     def _take_in(self, page: Page, owner: bytes, cost_ms: float, before: Sequence[bytes], uses: int) -> bool:
         with self._lock:
-            if not page.nbytes or not self._make_room(page.nbytes) or page.name in self._held:
+            if not page.nbytes or page.name in self._held:
                 return False
-            held = self._held[page.name] = _Held(page, owner, cost_ms, len(before), self._floor + cost_ms, uses)
+            if not self._hold(before, owner, cost_ms) or not self._make_room(page.nbytes):
+                return False
+            if not self._hold(before, owner, cost_ms):
+                return False
+            self._held[page.name] = _Held(page, owner, cost_ms, len(before), self._floor + cost_ms, uses)
             self._bytes[owner] = self._bytes.get(owner, 0) + page.nbytes
-            for name in before:
-                if name in self._held:
-                    self._held[name].value = max(self._held[name].value, held.value)
             return True
+
+    def _hold(self, names: Sequence[bytes], owner: bytes, cost_ms: float) -> bool:
+        """Makes pages worth what a new one behind them is; False: some are not there any more."""
+        for name in names:
+            held = self._held.get(name)
+            if held is not None:
+                held.value = max(held.value, self._floor + cost_ms)
+            elif self._files is None or not self._files.has(owner, name):
+                return False
+        return True
 
     def _make_room(self, nbytes: int) -> bool:
         """Evicts pages until so many bytes more are within the limit; False: they are more than that."""
@@ -331,13 +347,13 @@ def pack(page: Page) -> bytes:
     """A page in the safetensors format, behind its digest."""
     output = torch.frombuffer(bytearray(page.output), dtype=torch.uint8) if page.output else torch.empty(0).byte()
     data = save({**page.tensors, "output": output, "reach": torch.tensor(page.reach)})
-    return blake2b(data, digest_size=_DIGEST_BYTES).digest() + data
+    return _checked(page.name, data) + data
 
 
 def unpack(name: bytes, data: bytes | bytearray) -> Page:
     """The page in `data`. Raises ValueError: it is damaged; and whatever the reader of the format does."""
     body = bytes(data[_DIGEST_BYTES:])
-    if blake2b(body, digest_size=_DIGEST_BYTES).digest() != data[:_DIGEST_BYTES]:
+    if _checked(name, body) != data[:_DIGEST_BYTES]:
         raise ValueError("its digest is another")
     tensors = load(body)
     output, reach = tensors.pop("output"), tensors.pop("reach")
