@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import re
 import signal
 import statistics
@@ -65,14 +66,22 @@ class Peer:
     address_file: Path
     log: Path
 
+    @property
+    def port(self) -> str:
+        """Where it takes activations."""
+        return self._said(r" at tcp://[^:]+:(\d+)")
+
     def metric(self, name: str) -> float:
-        """A figure that it tells without labels."""
-        port = re.search(r"http://[^/]+/metrics", self.log.read_text())
-        assert port is not None, self.log.read_text()
-        with urllib.request.urlopen(port.group()) as reply:
-            found = re.search(rf"^{name} (\S+)$", reply.read().decode(), re.MULTILINE)
+        """A figure that it tells; `name` with its labels."""
+        with urllib.request.urlopen(self._said(r"(http://[^/]+/metrics)")) as reply:
+            found = re.search(rf"^{re.escape(name)} (\S+)$", reply.read().decode(), re.MULTILINE)
         assert found is not None, f"no metric {name}"
         return float(found.group(1))
+
+    def _said(self, pattern: str) -> str:
+        found = re.search(pattern, self.log.read_text())
+        assert found is not None, self.log.read_text()
+        return found.group(1)
 
 
 def main() -> int:
@@ -100,8 +109,15 @@ def main() -> int:
 
 
 @contextmanager
-def peer(folder: Path, arguments: argparse.Namespace, span: tuple[int, int], before: Sequence[Peer]) -> Iterator[Peer]:
-    """A daemon, once it serves."""
+def peer(
+    folder: Path,
+    arguments: argparse.Namespace,
+    span: tuple[int, int],
+    before: Sequence[Peer],
+    options: Sequence[str] = (),
+    cache: Path | None = None,
+) -> Iterator[Peer]:
+    """A daemon, once it serves; with more `options`, and a cache folder of its own."""
     number = len(before)
     address_file, log = folder / f"address{number}", folder / f"log{number}"
     command = [sys.executable, "-m", "splitnet", "peer", arguments.checkpoint, "--blocks", f"{span[0]}:{span[1]}"]
@@ -109,8 +125,9 @@ def peer(folder: Path, arguments: argparse.Namespace, span: tuple[int, int], bef
     command += ["--address-file", str(address_file), "--metrics-port", "0"]
     for other in before[:1]:
         command += ["--join", other.address_file.read_text().strip()]
+    environment = {**os.environ, "SPLITNET_CACHE": str(cache)} if cache is not None else None
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*command, *options], stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         deadline = time.monotonic() + START_S
         while not address_file.exists():

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
 from socketserver import ThreadingTCPServer
@@ -121,6 +122,12 @@ class PeerMetrics(Collector):
         yield _gauge("kv_bytes", help, {"reserved": kv.used, "free": kv.free}, "state")
         help = "Keys and values that sessions hold of what they reserved."
         yield _gauge("kv_cached_bytes", help, _cached_bytes(service, server))
+        store = service.sessions.prefixes
+        help = "Keys and values of texts that are stored for later ones that begin alike."
+        held = {"memory": store.nbytes, "disk": store.disk_bytes} if store is not None else dict[str, int]()
+        yield _gauge("prefix_bytes", help, held, "where")
+        help = "Pages of such keys and values, of 128 positions, by what became of them; broken: of no use."
+        yield _counter("prefix_pages", help, asdict(store.counts) if store is not None else dict[str, int](), "event")
         help = "Memory for clients that train."
         yield _gauge("training_bytes", help, {"used": training.used, "free": training.free}, "state")
         accounts = kv, service.queue.memory, training

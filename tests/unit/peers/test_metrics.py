@@ -29,6 +29,7 @@ from peers.counters import Counters, Histogram
 from peers.engine import ObservedSpeed
 from peers.metrics import MetricsServer, registry_of
 from peers.power import EnergyMeter
+from peers.prefixes import PrefixStore
 from peers.queue import WorkQueue
 from peers.sessions import MemoryAccount, SessionTable
 from scheduler.batching import Load
@@ -59,6 +60,7 @@ def peer_of(counters: Counters) -> Any:
         sessions=SessionTable(1000), queue=WorkQueue(), training_memory=MemoryAccount(1000, "", ""), load=Load()
     )
     service.leaving = False
+    service.sessions.prefixes = PrefixStore("", lambda: 1000)
     helper = SimpleNamespace(reservations=4, streams=SimpleNamespace(taken=5), passed_bytes=6)
     hidden = SimpleNamespace(relays=("a", "b"), streams=SimpleNamespace(taken=3))
     return SimpleNamespace(
