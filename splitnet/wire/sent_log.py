@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple, TypeVar
 
 from scheduler.batching import PASS_POSITIONS
@@ -185,7 +185,7 @@ class SentLog:
                 self._label(row, first + count)
                 made += row.labels[first : first + count]
             else:
-                own = [label for label, _ in zip(came, range(count), strict=False)]
+                own = list(islice(came, count))
                 if len(row.labels) == first and len(own) == count:
                     row.labels += own
         return tuple(made) if self._salt is not None else tuple(labels)

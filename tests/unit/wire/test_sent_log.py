@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitnet.errors import ProtocolError
+from splitnet.wire import sent_log
 from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Chunk, Fork
-from splitnet.wire.sent_log import SentLog, fork_rows
+from splitnet.wire.sent_log import SentLog, fork_rows, page_ends
 from tests.tiers import examples
 
 SIZE = 3
@@ -176,3 +180,128 @@ def test_forks_made_twice_change_nothing(rows: dict[int, list[int]], forks: list
     for fork in forks:
         assert once[fork.row] == rows[fork.row if fork.row in rows else fork.source]
     assert len({id(row) for row in once.values()}) == len(once), "no two forks are one row"
+
+
+@contextmanager
+def pages_of(positions: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sent_log, "PAGE", positions)
+        yield
+
+
+def labelled(positions: Sequence[tuple[bytes, int]], cuts: Sequence[int], salt: bytes = b"salt") -> SentLog:
+    """A client's log of a row of positions with their reach, in steps that end at `cuts` and where reach changes."""
+    log = SentLog(codec=0, bytes_per_position=SIZE, salt=salt)
+    changes = {index for index in range(1, len(positions)) if positions[index][1] != positions[index - 1][1]}
+    ends = sorted({*(cut for cut in cuts if 0 < cut < len(positions)), *changes, len(positions)})
+    for start, end in pairwise((0, *ends)):
+        payload = b"".join(position for position, _ in positions[start:end])
+        log.record([Chunk(1, start, end - start, 0)], None, payload, positions[start][1])
+    return log
+
+
+texts = st.lists(
+    st.tuples(st.binary(min_size=SIZE - 1, max_size=SIZE - 1), st.integers(0, 1)).map(
+        lambda drawn: (drawn[0] + bytes([drawn[1]]), drawn[1])
+    ),
+    min_size=1,
+    max_size=24,
+)
+cut_lists = st.lists(st.integers(1, 24), max_size=6)
+
+
+@given(text=texts, cuts=cut_lists, others=cut_lists, page=st.integers(1, 5))
+def test_labels_follow_from_the_text_alone(
+    text: list[tuple[bytes, int]], cuts: list[int], others: list[int], page: int
+) -> None:
+    with pages_of(page):
+        labels = labelled(text, cuts).labels(1)
+        assert len(labels) == len(text) // page == len(set(labels))
+        assert labelled(text, others).labels(1) == labels
+        assert not set(labels) & set(labelled(text, cuts, salt=b"another").labels(1))
+
+
+@given(text=texts, cuts=cut_lists, page=st.integers(1, 5), at=st.integers(0, 23), what=st.booleans())
+def test_another_position_or_reach_changes_all_labels_behind_it(
+    text: list[tuple[bytes, int]], cuts: list[int], page: int, at: int, what: bool
+) -> None:
+    at %= len(text)
+    data, reach = text[at]
+    other = [*text]
+    other[at] = (bytes((data[0] ^ 1, *data[1:])), reach) if what else (data, 1 - reach)
+    with pages_of(page):
+        pairs = list(zip(labelled(text, cuts).labels(1), labelled(other, cuts).labels(1), strict=True))
+        same = [one == another for one, another in pairs]
+        assert same == [index < at // page for index in range(len(same))]
+
+
+@given(data=st.data(), page=st.integers(1, 4))
+def test_a_hop_knows_the_labels_of_what_it_holds(data: st.DataObject, page: int) -> None:
+    """After any steps, rewinds and forks; what is replayed to the next one has them too, and so has a new client."""
+    model = Model()
+    client, hop = SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
+    with pages_of(page):
+        for _ in range(data.draw(st.integers(1, 10), "steps")):
+            sent = model.step(data)
+            labels = client.record(sent.parts, sent.forks, sent.payload, sent.reach)
+            assert len(labels) == sum(map(page_ends, sent.parts))
+            assert hop.record(sent.parts, sent.forks, sent.payload, sent.reach, labels) == labels
+        again, following = SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
+        for parts, payload, reach, labels in hop.replay(data.draw(st.integers(1, 7), "positions per step")):
+            assert again.record(parts, None, payload, reach) == labels
+            following.record(parts, None, payload, reach, labels)
+        for row, positions in model.rows.items():
+            assert len(client.labels(row)) == len(positions) // page
+            assert client.labels(row) == hop.labels(row) == following.labels(row) == again.labels(row)
+
+
+@given(data=st.data(), page=st.integers(1, 4))
+def test_a_hop_that_misses_labels_has_none_behind(data: st.DataObject, page: int) -> None:
+    """Steps without labels leave gaps; what follows them is not labelled wrongly."""
+    model = Model()
+    client, hop = SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
+    with pages_of(page):
+        for _ in range(data.draw(st.integers(1, 10), "steps")):
+            sent = model.step(data)
+            labels = client.record(sent.parts, sent.forks, sent.payload, sent.reach)
+            kept = labels if data.draw(st.booleans(), "labelled") else ()
+            hop.record(sent.parts, sent.forks, sent.payload, sent.reach, kept)
+            for row in model.rows:
+                known = hop.labels(row)
+                assert known == client.labels(row)[: len(known)]
+
+
+@given(text=texts, cuts=cut_lists, page=st.integers(1, 4), kept=st.integers(0, 24), step=st.integers(1, 7))
+def test_pages_and_what_is_replayed_since_make_the_whole_row(
+    text: list[tuple[bytes, int]], cuts: list[int], page: int, kept: int, step: int
+) -> None:
+    with pages_of(page):
+        log, hop = labelled(text, cuts), SentLog(0, SIZE)
+        pages: list[tuple[bytes, int, bytes]] = []
+        for index, label in enumerate(log.labels(1)[: kept // page]):
+            reaches = {reach for _, reach in text[index * page : (index + 1) * page]}
+            if len(reaches) > 1:
+                with pytest.raises(ValueError, match="no page"):
+                    log.page(1, index)
+                break
+            data, reach = log.page(1, index)
+            assert data == b"".join(each for each, _ in text[index * page : (index + 1) * page])
+            assert {reach} == reaches
+            pages.append((data, reach, label))
+        hop.record([Chunk(9, 0, 1, 0)], None, bytes(SIZE))
+        hop.restore(1, pages)
+        since = len(pages) * page
+        for parts, payload, reach, labels in log.replay(step, since):
+            assert parts[0].start >= since and parts[0].length <= step
+            hop.record(parts, None, payload, reach, labels)
+        assert contents(hop) == contents(log)
+        assert hop.labels(1) == log.labels(1)
+        assert [(each.payload, each.reach) for each in hop.replay()] == [(e.payload, e.reach) for e in log.replay()]
+
+
+def test_what_a_log_lacks_is_no_page() -> None:
+    with pages_of(2):
+        log = labelled([(b"abc", 0)] * 5, [])
+        assert log.page(1, 1) == (b"abcabc", 0)
+        with pytest.raises(ValueError, match="no page 2"):
+            log.page(1, 2)
