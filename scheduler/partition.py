@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Final
 
@@ -355,10 +356,14 @@ def first_token_ms(
     step_positions: int,
     client_ms: float = 0.0,
 ) -> float:
-    """Ms until the first token of a prompt that is cut into equal steps of at most `step_positions` positions."""
+    """Ms until the first token of a prompt that is cut into equal steps of at most `step_positions` positions.
+
+    On average they have half of it before them, which they read.
+    """
     steps = -(-prompt // step_positions)
     positions = -(-prompt // steps)
-    return client_ms + route_ms(hops, peers, network, positions=positions, encodings=encodings, in_flight=steps)
+    route = partial(route_ms, hops, peers, network, encodings=encodings, in_flight=steps, context=prompt // 2)
+    return client_ms + route(positions=positions)
 
 
 def _problem(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Final
 
 from rich.table import Table
 
-from scheduler.batching import SIZES
+from scheduler.batching import PASS_POSITIONS, SIZES
 from scheduler.cost import BlockWork, Encoding, encodings_of, hop_joules, hop_ms, roofline, transfer_ms
-from scheduler.facts import CLIENT, Hop, Peer, Speed
+from scheduler.facts import CLIENT, CONTEXTS, PASS_SIZES, Hop, PastCost, Peer, Speed
 from scheduler.partition import (
     EXACT_DEVICES,
     Device,
@@ -24,7 +24,7 @@ from scheduler.partition import (
 )
 from splitnet.blocks.sizes import ModelSizes
 from splitnet.errors import OutOfMemory
-from splitnet.tools.plan.devices_file import DevicesFile, KnownDevice
+from splitnet.tools.plan.devices_file import DevicesFile, KnownDevice, MachineSpeed
 from splitnet.wire.codecs import CODECS
 
 MOST_SESSIONS: Final = 16
@@ -50,6 +50,8 @@ class PlannedSpan:
     end: int
     memory_used: int
     kv_memory: int  # what its blocks leave for KV caches
+    kv_needed: int  # what those of the sessions take, of the context's length
+    max_blocks: int  # for which it would have memory, with such caches
     ms_per_token: float  # its part of a decode step
     joules_per_token: float | None  # None if it is not known what the device draws
 
@@ -76,6 +78,8 @@ class Plan:
     links: tuple[UsedLink, ...]
     tokens_per_s: float  # of one session while it decodes
     first_token_ms: float  # after the prompt was sent, with the session open
+    longest_first_token_ms: float  # of a prompt that fills the context
+    left_out: Mapping[str, int]  # devices without blocks, and for how many they have memory
     sessions: int
     all_tokens_per_s: float  # of so many sessions together
     # By device that could hold all blocks: tokens/s of one session, or for throughput of all together.
@@ -124,6 +128,11 @@ class _Planning:
             for device in file.devices
         ]
         self._peers: dict[str, Peer] = {device.id: device.peer(0, 1) for device in self._devices}
+        # A step of a prefill reads its own row alone, and what is before it at that time.
+        self._reading: dict[str, Peer] = {
+            name: replace(peer, speed=self._speed(self._known[name], cached=False), past=self._past(self._known[name]))
+            for name, peer in self._peers.items()
+        }
         self._client_ms = self._head_ms()
 
     def plan(self) -> Plan:
@@ -137,15 +146,7 @@ class _Planning:
         if len(hops) < len(usable) <= self._sizes.num_blocks:
             everyone = self._worth(self._fastest(everyone=True))
         sessions = demand.sessions if demand.sessions > 1 else min(MOST_SESSIONS, self._sessions_with_room(hops))
-        first_ms = partial(
-            first_token_ms,
-            hops,
-            self._peers,
-            self._file.network,
-            encodings=self._encodings,
-            prompt=demand.prompt,
-            client_ms=self._client_ms or 0.0,
-        )
+        used = {hop.peer for hop in hops}
         return Plan(
             sizes=self._sizes,
             demand=demand,
@@ -154,7 +155,13 @@ class _Planning:
             spans=tuple(self._span(hop) for hop in hops),
             links=self._links(hops),
             tokens_per_s=self._tokens_per_s(hops, 1),
-            first_token_ms=min(first_ms(step_positions=size) for size in SIZES),
+            first_token_ms=self._first_token_ms(hops, demand.prompt),
+            longest_first_token_ms=self._first_token_ms(hops, demand.context),
+            left_out={
+                device.id: min(device.max_blocks, self._sizes.num_blocks)
+                for device in self._devices
+                if device.id not in used
+            },
             sessions=sessions,
             all_tokens_per_s=self._tokens_per_s(hops, sessions),
             alone={
@@ -170,15 +177,35 @@ class _Planning:
         """Bytes for blocks and KV caches; the client's part of the model stays on the client's host."""
         return device.memory - (self._sizes.client_part_bytes if device.name == self._file.client_host else 0)
 
-    def _speed(self, device: KnownDevice) -> Speed:
-        if isinstance(device.speed, Speed):
+    def _machine(self, device: KnownDevice) -> MachineSpeed:
+        """As given, or as it follows from the times of a block."""
+        if isinstance(device.speed, MachineSpeed):
             return device.speed
+        most, sizes = PASS_SIZES[-1], self._sizes
+        return MachineSpeed(
+            sizes.block_bytes / device.speed.at(1), sizes.flops_per_position * most / device.speed.at(most)
+        )
+
+    def _past(self, device: KnownDevice) -> PastCost:
+        """Reading keys and values, or the arithmetic of attention: as if its heads were as wide as hidden states."""
+        machine, sizes = self._machine(device), self._sizes
+        ms = [(context * sizes.kv_bytes / machine.bytes_per_ms, context / machine.flops_per_ms) for context in CONTEXTS]
+        arithmetic = 4 * PASS_POSITIONS * sizes.hidden_size  # two products, of two operations each
+        return PastCost(tuple((reading, max(reading, arithmetic * each)) for reading, each in ms))
+
+    def _speed(self, device: KnownDevice, *, cached: bool = True) -> Speed:
+        """cached: each position of a pass is of a session of its own, and its cache is read."""
+        cache_bytes, sessions = self._kv_bytes if cached else 0, max(self._demand.sessions, MOST_SESSIONS)
+        if isinstance(device.speed, Speed):
+            cache_ms = cache_bytes / self._machine(device).bytes_per_ms
+            pairs = zip(PASS_SIZES, device.speed.block_ms, strict=True)
+            return Speed(tuple(ms + min(size, sessions) * cache_ms for size, ms in pairs))
         work = BlockWork(
             dense_bytes=self._sizes.block_bytes - self._sizes.expert_bytes,
             expert_bytes=self._sizes.expert_bytes,
             expert_share=self._sizes.expert_share,
-            cache_bytes=self._kv_bytes,
-            sessions=max(self._demand.sessions, MOST_SESSIONS),
+            cache_bytes=cache_bytes,
+            sessions=sessions,
             flops=self._sizes.flops_per_position,
         )
         return roofline(work, bytes_per_ms=device.speed.bytes_per_ms, flops_per_ms=device.speed.flops_per_ms)
@@ -218,6 +245,10 @@ class _Planning:
             client_ms=self._client_ms or 0.0,
         )
 
+    def _first_token_ms(self, hops: Sequence[Hop], prompt: int) -> float:
+        first_ms = partial(first_token_ms, hops, self._reading, self._file.network, encodings=self._encodings)
+        return min(first_ms(prompt=prompt, step_positions=size, client_ms=self._client_ms or 0.0) for size in SIZES)
+
     def _sessions_with_room(self, hops: Sequence[Hop]) -> int:
         return min(
             (self._room(self._known[hop.peer]) // (hop.end - hop.start) - self._sizes.block_bytes) // self._kv_bytes
@@ -227,13 +258,15 @@ class _Planning:
     def _span(self, hop: Hop) -> PlannedSpan:
         device, blocks = self._known[hop.peer], hop.end - hop.start
         room = self._room(device)
-        weights = blocks * self._sizes.block_bytes
+        weights, caches = blocks * self._sizes.block_bytes, blocks * self._demand.sessions * self._kv_bytes
         return PlannedSpan(
             device,
             hop.start,
             hop.end,
-            memory_used=device.memory - room + weights + blocks * self._demand.sessions * self._kv_bytes,
+            memory_used=device.memory - room + weights + caches,
             kv_memory=room - weights,
+            kv_needed=caches,
+            max_blocks=min(self._sizes.num_blocks, room // (self._sizes.block_bytes + caches // blocks)),
             ms_per_token=hop_ms(self._peers[hop.peer], blocks, 1),
             joules_per_token=hop_joules(self._peers[hop.peer], blocks),
         )
@@ -280,19 +313,24 @@ def _table(names: Sequence[str], figures: Sequence[str]) -> Table:
 def device_table(plan: Plan) -> Table:
     """The devices in the order of the chain, and what they hold."""
     shows_energy = any(span.device.watts for span in plan.spans)
-    table = _table(["device", "blocks"], ["memory used of available", "ms/token", *["J/token"] * shows_energy])
+    figures = ["at most", "memory used", "KV caches", "ms/token", *["J/token"] * shows_energy]
+    table = _table(["device", "blocks"], figures)
     for span in plan.spans:
         table.add_row(
             span.device.name,
             f"{span.start}..{span.end - 1}" if span.end - span.start > 1 else str(span.start),
+            str(span.max_blocks),
             f"{amount(span.memory_used)} of {amount(span.device.memory)}",
+            amount(span.kv_needed),
             f"{span.ms_per_token:.1f}",
             *(["?" if span.joules_per_token is None else f"{span.joules_per_token:.3g}"] * shows_energy),
         )
+    for name, blocks in plan.left_out.items():
+        table.add_row(name, "none", str(blocks), "", "", "")
     if plan.client_ms is None:
-        table.add_row("client", "head", "", "?")
+        table.add_row("client", "head", "", "", "", "?")
     else:
-        table.add_row(f"client on {plan.client}", "head", "", f"{plan.client_ms:.1f}")
+        table.add_row(f"client on {plan.client}", "head", "", "", "", f"{plan.client_ms:.1f}")
     return table
 
 
@@ -310,6 +348,10 @@ def summary(plan: Plan) -> Iterator[str]:
     yield (
         f"Expect {plan.tokens_per_s:.1f} tokens/s for one session{together}, and {plan.first_token_ms / 1000:.2f} s to "
         f"the first token of a prompt of {plan.demand.prompt}."
+    )
+    yield (
+        f"These are tokens of a text of {plan.demand.context}; a prompt that long gets its first token in "
+        f"{plan.longest_first_token_ms / 1000:.2f} s."
     )
     if plan.sessions <= 1:
         yield f"There is memory for one session of {plan.demand.context} tokens; --sessions makes room for more."

@@ -89,7 +89,7 @@ def test_fewer_devices_are_recommended_where_they_are_faster_than_all() -> None:
     assert "No device has memory for the model alone" in text
     assert "name the device that it runs on" in text
     slow = DevicesFile((*file.devices[:2], device("slow", 200, 90.0)), None, NEAR)
-    assert "slow alone would give 1.4 tokens/s" in " ".join(summary(make_plan(SIZES, slow, DEMAND)))
+    assert "slow alone would give 1.3 tokens/s" in " ".join(summary(make_plan(SIZES, slow, DEMAND)))
 
 
 def test_many_sessions_get_most_from_stages_of_equal_pace() -> None:
@@ -121,6 +121,26 @@ def test_the_clients_head_and_the_block_times_follow_from_the_machine() -> None:
     assert measured.client_ms == pytest.approx(2.0)  # a head as big as two blocks
     parts = sum(span.ms_per_token for span in plan.spans) + sum(link.ms_per_token for link in plan.links)
     assert 1000 / plan.tokens_per_s == pytest.approx(parts + 2.0)
+
+
+def test_a_longer_context_takes_memory_and_time() -> None:
+    machine = MachineSpeed(bytes_per_ms=10.0 * MIB, flops_per_ms=1e9)
+    devices = (KnownDevice("a", 60 * MIB, machine), KnownDevice("b", 60 * MIB, machine), device("c", 30))
+    file = DevicesFile(devices, None, NEAR)
+    short, long = (make_plan(SIZES, file, replace(DEMAND, context=context)) for context in (1024, 4096))
+    assert [span.max_blocks for span in short.spans] == [5, 5] and short.left_out == {"c": 2}
+    assert {span.device.name: span.max_blocks for span in long.spans} == {"a": 4, "b": 4}
+    for plan, tokens in ((short, 1), (long, 4)):
+        assert sum(span.kv_needed for span in plan.spans) == 8 * tokens * MIB
+        on_devices_ms = sum(span.ms_per_token for span in plan.spans) - HOP_MS * len(plan.spans)
+        assert on_devices_ms == pytest.approx(8 * (1.0 + tokens * 0.1)), "weights, and the cache"
+    assert long.first_token_ms == pytest.approx(short.first_token_ms, rel=0.2), "of a prompt of 512"
+    # The chunks go one after the other through both devices, with half of the prompt before them on average.
+    arithmetic_ms = 4 * 4096 * 2048 * SIZES.hidden_size / machine.flops_per_ms
+    plain_ms = 4096 * SIZES.flops_per_position / machine.flops_per_ms
+    slowest_stage_ms = 4 * (arithmetic_ms + plain_ms)
+    assert long.longest_first_token_ms == pytest.approx(slowest_stage_ms * 9 / 8, rel=0.1)
+    assert "a prompt that long gets its first token in" in " ".join(summary(long))
 
 
 def test_measured_chains_are_foretold() -> None:
@@ -195,7 +215,7 @@ def test_energy_is_told_where_it_is_known(model: Path) -> None:
     plan = json.loads(run(model, one, "--json").output)
     by_name = {span["name"]: span for span in plan["devices"]}
     desk = by_name["desk"]
-    assert desk["joules_per_token"] == pytest.approx(100 * (desk["end"] - desk["start"]) * 1.0 / 1000)
+    assert desk["joules_per_token"] == pytest.approx(100 * (desk["ms_per_token"] - HOP_MS) / 1000)
     assert "--watts 100 " in desk["command"] + " "
     assert by_name["lap"]["joules_per_token"] is None and "--watts" not in by_name["lap"]["command"]
     assert plan["joules_per_token"] is None
@@ -204,7 +224,7 @@ def test_energy_is_told_where_it_is_known(model: Path) -> None:
     plan = json.loads(run(model, both, "--json").output)
     by_name = {span["name"]: span for span in plan["devices"]}
     lap = by_name["lap"]
-    assert lap["joules_per_token"] == pytest.approx(7.5 * (lap["end"] - lap["start"]) * 2.0 / 1000)
+    assert lap["joules_per_token"] == pytest.approx(7.5 * (lap["ms_per_token"] - HOP_MS) / 1000)
     assert plan["joules_per_token"] == pytest.approx(desk["joules_per_token"] + lap["joules_per_token"])
     assert f"A token takes {plan['joules_per_token']:.3g} J" in run(model, both).output
     assert "J/token" not in run(model, TWO).output
