@@ -124,16 +124,19 @@ def _packed_attention(
         raise RuntimeError("packed attention runs only inside Span.forward")
     block: int = module.layer_idx  # type: ignore[assignment]
     window = packed.windows[block] if packed.windows else kwargs.get("sliding_window")
-    eager = not packed.sdpa or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    sinks = kwargs.get("s_aux")
+    eager = not packed.sdpa or kwargs.get("softcap") is not None or sinks is not None
     # What is written out in the family's own code has soft caps, sinks and whatever else it has.
     attend = sys.modules[type(module).__module__].eager_attention_forward if eager else _sdpa_attention
     additive = query.dtype if eager else None
     # Of heads with values of another size torch computes all scores as well, as the families' code does.
     heads = query.shape[1] if eager or value.shape[3] != query.shape[3] else 1
 
-    # Neither are scores kept nor mask and keys repeated where torch gives the sums that parts are put together by.
-    blockwise = heads == 1 and key.device.type == "cpu" and kwargs.get("position_bias") is None
-    blockwise = blockwise and not torch.is_grad_enabled()
+    # Neither are scores kept nor masks and keys repeated where torch gives the sums that parts are put together by.
+    blockwise = key.device.type == "cpu" and kwargs.get("position_bias") is None and not torch.is_grad_enabled()
+    blockwise = blockwise and value.shape[3] <= key.shape[3]
+    if blockwise and eager:
+        blockwise = sinks is not None and _has_sinks_alone(module, attend, query, key, value, kwargs)
 
     def attend_to(query: Tensor, keys: Tensor, values: Tensor, masks: Masks | None) -> Tensor:
         count, reach = query.shape[2], keys.shape[2]
@@ -149,12 +152,13 @@ def _packed_attention(
         keys, values = part.row.append(block, key[:, :, begin:end], value[:, :, begin:end])
         reach = keys.shape[2]
         most = part.count
-        if blockwise and _needs_mask(part.count, reach, window, eager):
+        if blockwise and part.count > 1 and (heads > 1 or _needs_mask(part.count, reach, window, eager)):
             for first in range(begin, end, BLOCK):
                 last = min(first + BLOCK, end)
                 seen = reach - (end - last)
                 given = query[:, :, first:last], keys[:, :, :seen], values[:, :, :seen]
-                outputs.append(attend_blockwise(*given, packed.masks, window, kwargs.get("scaling")).transpose(1, 2))
+                mixed = attend_blockwise(*given, packed.masks, window, kwargs.get("scaling"), sinks)
+                outputs.append(mixed.transpose(1, 2))
             continue
         if heads > 1 or _needs_mask(part.count, reach, window, eager):
             seen = reach if window is None else min(reach, window + part.count - 1)
@@ -200,17 +204,29 @@ def _sdpa_attention(
 
 
 def attend_blockwise(
-    query: Tensor, keys: Tensor, values: Tensor, masks: Masks, window: int | None, scale: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    masks: Masks,
+    window: int | None,
+    scale: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last positions to all of them, on a CPU; no scores are in memory.
 
     What all of these see takes no mask. What only some see is attended to apart, and both are put together by the
     logarithms of their sums of exponentials (Dao et al., "FlashAttention", 2022). `query`: `[1, heads, positions, head
-    size]`, as the result; `keys`, `values`: `[1, shared heads, reach, head size]`.
+    size]`, as the result; `keys`, `values`: `[1, shared heads, reach, head size]`; `sinks`: `[heads]`, logits that take
+    part in the softmax and see nothing.
     """
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    heads, count = query.shape[1:3]
+    heads, count, size = query.shape[1:]
     shared, reach = keys.shape[1:3]
+    if (lacks := size - values.shape[3]) and sinks is None:  # it takes values of the size of keys: head by head
+        each = zip(query.chunk(shared, 1), keys.split(1, 1), values.split(1, 1), strict=True)
+        alike = ((one, own, nn.functional.pad(seen, (0, lacks))) for one, own, seen in each)
+        mixed = torch.cat([attend_blockwise(*some, masks, window, scale) for some in alike], dim=1)
+        return mixed[..., : values.shape[3]]
     if window is not None and reach > window + count - 1:
         keys, values = (each[:, :, reach - (window + count - 1) :] for each in (keys, values))
         reach = window + count - 1
@@ -224,7 +240,33 @@ def attend_blockwise(
         all_see = [each[:, :, by_all.start : past] for each in (keys, values)]
         others, their_sums = attend(rows, *all_see, scale=scale)
         mixed = torch.lerp(mixed, others, torch.sigmoid(their_sums - sums)[..., None].to(mixed.dtype))
-    return mixed.reshape(1, heads, count, -1)
+        sums = torch.logaddexp(sums, their_sums)
+    mixed = mixed.reshape(1, heads, count, -1)
+    if sinks is None:
+        return mixed
+    return mixed * torch.sigmoid(sums.reshape(1, heads, count, 1) - sinks.view(1, heads, 1, 1)).to(mixed.dtype)
+
+
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+_sinks_alone: dict[tuple[type, torch.dtype], bool] = {}
+
+
+def _has_sinks_alone(
+    module: nn.Module, eager: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+) -> bool:
+    """Whether the family's own code does nothing but what is usual, and has sinks: it is tried once for each type."""
+    kind = type(module), query.dtype
+    if kwargs.get("softcap") is not None or query.dtype not in _TOLERANCES or key.shape[3] != value.shape[3]:
+        return False
+    if kind not in _sinks_alone:
+        noise, (heads, size) = torch.Generator().manual_seed(0), query.shape[1::2]
+        shapes = (1, heads, 3, size), *((1, key.shape[1], 9, size),) * 2
+        query, key, value = (torch.randn(some, generator=noise, dtype=torch.float32).to(kind[1]) for some in shapes)
+        expected = eager(module, query, key, value, _mask({}, 3, 9, None, kind[1], query.device), **kwargs)[0]
+        found = attend_blockwise(query, key, value, {}, None, kwargs.get("scaling"), kwargs["s_aux"]).transpose(1, 2)
+        wrong = (found - expected).float().norm() / expected.float().norm()
+        _sinks_alone[kind] = bool(wrong < _TOLERANCES[kind[1]])
+    return _sinks_alone[kind]
 
 
 def attend_by_group(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -84,37 +85,61 @@ def test_steps(
     count=st.integers(2, 40),
     past=st.integers(0, 90),
     window=st.none() | st.integers(1, 120),
+    extra=st.sampled_from(["", "sinks", "values of another size"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
 def test_blockwise(
-    shared: int, group: int, count: int, past: int, window: int | None, dtype: torch.dtype, seed: int
+    shared: int, group: int, count: int, past: int, window: int | None, extra: str, dtype: torch.dtype, seed: int
 ) -> None:
     noise, heads, reach = torch.Generator().manual_seed(seed), shared * group, past + count
-    shapes = (1, heads, count, 16), (1, shared, reach, 16), (1, shared, reach, 16)
+    shapes = (1, heads, count, 16), (1, shared, reach, 16), (1, shared, reach, 12 if extra.startswith("values") else 16)
+    sinks = torch.randn(heads, generator=noise, dtype=torch.float32) if extra == "sinks" else None
     query, keys, values = (3 * torch.randn(shape, generator=noise, dtype=torch.float32).to(dtype) for shape in shapes)
     with torch.inference_mode():
-        mixed = attention.attend_blockwise(query, keys, values, {}, window, 0.3)
+        mixed = attention.attend_blockwise(query, keys, values, {}, window, 0.3, sinks)
     keys, values = (each.double().repeat_interleave(group, dim=1) for each in (keys, values))
     behind = torch.arange(past, reach)[:, None] - torch.arange(reach)
     seen = (behind >= 0) & (behind < (window or reach + 1))
     scores = (query.double() @ keys.transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double().view(1, -1, 1, 1).expand(-1, -1, count, -1)), dim=3)
+    expected = scores.softmax(-1)[..., :reach] @ values
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
-    torch.testing.assert_close(mixed.double(), scores.softmax(-1) @ values, rtol=tolerance, atol=3 * tolerance)
+    torch.testing.assert_close(mixed.double(), expected, rtol=tolerance, atol=3 * tolerance)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"sliding_window": 11}, {"num_key_value_heads": 1}])
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("mistral", {}),
+        ("mistral", {"sliding_window": 11}),
+        ("mistral", {"num_key_value_heads": 1}),
+        ("gpt_oss", {"sliding_window": 9}),
+        ("deepseek_v3", {}),
+    ],
+)
 @pytest.mark.parametrize("block", [4, 7])
 def test_steps_by_blocks_of_positions(
-    block: int, sizes: dict[str, Any], hidden: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block: int,
+    family: str,
+    sizes: dict[str, Any],
+    hidden: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As all at once, for which torch has a causal mask of its own."""
-    span = Span.load(Checkpoint.open(random_checkpoint("mistral", tmp_path, blocks=2, **sizes)), 0, 2)
-    whole = span.forward(hidden, [Chunk(span.new_row(), 0, len(hidden))])
+    """As all at once, which gradients are recorded for by the family's own code."""
+    sizes = OPTIONS.get(family, {}) | sizes
+    span = Span.load(Checkpoint.open(random_checkpoint(family, tmp_path, blocks=2, **sizes)), 0, 2)
+    with torch.enable_grad():
+        whole = span.sequences(hidden, [len(hidden)]).detach()
+    blockwise = mock.Mock(wraps=attention.attend_blockwise)
+    monkeypatch.setattr(attention, "attend_blockwise", blockwise)
     monkeypatch.setattr(attention, "BLOCK", block)
     row = span.new_row()
     parts = [span.forward(some, [Chunk(row, row.length, len(some))]) for some in hidden.split((3, 20, 9))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
+    assert blockwise.called
 
 
 class Largest(TorchDispatchMode):
