@@ -169,7 +169,7 @@ def _cached_bytes(service: SessionService, server: SpanServer | None) -> int:
     # Lists at once, as other threads add sessions and rows meanwhile.
     return round(
         sum(
-            (session.end - session.start) * row.length * block_bytes + row.state_bytes
+            (session.end - session.start) * row.length * block_bytes + row.near_bytes + row.state_bytes
             for session in list(service.sessions)
             for row in list(session.rows.values())
         )

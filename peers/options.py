@@ -39,6 +39,7 @@ class PeerOptions:
     device: str = "auto"  # as torch names it; "auto": the best that works, see `splitnet.blocks.device`
     dtype: str | None = None  # that blocks compute in; None: as goes with `weights`, else as the checkpoint stores them
     weights: str | None = "auto"  # of linear layers, see `splitnet.quant.choose`; "auto": fast, precise; None: dtype
+    kv: str = "auto"  # what KV caches are held as, see `splitnet.blocks.kv_form`; "auto": as blocks compute
     kv_memory: int | None = None  # bytes for KV caches; None: a quarter of the free memory
     prefixes: bool = True  # store keys and values of texts for later ones that begin alike, see `peers.prefixes`
     prefix_folder: Path | None = None  # also on disk; None: in memory alone

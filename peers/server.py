@@ -91,8 +91,8 @@ def _row_positions(checkpoint: Checkpoint, span: Span, options: PeerOptions) -> 
 def _load(
     checkpoint: Checkpoint, start: int, end: int, options: PeerOptions, progress: Callable[[int, int], None]
 ) -> Span:
-    device, dtype, weights = options.device, options.dtype, options.weights
-    return Span.load(checkpoint, start, end, device=device, dtype=dtype, weights=weights, progress=progress)
+    device, dtype, weights, kv = options.device, options.dtype, options.weights, options.kv
+    return Span.load(checkpoint, start, end, device=device, dtype=dtype, weights=weights, kv=kv, progress=progress)
 
 
 class SpanServer:
@@ -113,9 +113,10 @@ class SpanServer:
         policy: KeyPolicy | None = None,
     ) -> None:
         kv_memory, training_memory = options.kv_memory, options.training_memory
-        if kv_memory is not None and kv_memory <= span.state_bytes != 0:
+        if kv_memory is not None and kv_memory <= span.row_bytes != 0:
+            what = "states" if span.row_bytes == span.state_bytes else "states and the positions in full"
             raise OutOfMemory(
-                f"the states of a sequence in blocks {span.start}:{span.end} take {span.state_bytes / 2**20:.1f} MiB, "
+                f"the {what} of a sequence in blocks {span.start}:{span.end} take {span.row_bytes / 2**20:.1f} MiB, "
                 f"{kv_memory / 2**20:.1f} MiB are given for KV caches: use --kv-memory with more, or fewer blocks"
             )
         self.span = span
@@ -129,7 +130,7 @@ class SpanServer:
             kv_memory,
             idle_s=options.idle_s,
             position_bytes=span.kv_bytes_per_position,
-            row_bytes=span.state_bytes + 2 * TENSOR_BYTES * (span.end - span.start),
+            row_bytes=span.row_bytes + 2 * TENSOR_BYTES * (span.end - span.start),
             usual_log_bytes=usual if keeps_logs else 0,
             ahead=AHEAD,
             num_blocks=checkpoint.num_blocks,
@@ -141,7 +142,7 @@ class SpanServer:
         if options.prefixes:
             folder = options.prefix_folder
             self.prefixes = sessions.prefixes = PrefixStore(
-                f"{__version__} {checkpoint.fingerprint} {span.weights.text} {span.dtype}",
+                f"{__version__} {checkpoint.fingerprint} {span.weights.text} {span.dtype} {span.kv}",
                 (lambda: sessions.memory.free) if on_cpu else (lambda: beside),
                 lambda owner: 1.0 if owner.startswith(b"group ") else policy.weight(owner),
                 PageFiles(folder, options.prefix_disk) if folder is not None and options.prefix_disk != 0 else None,
@@ -431,13 +432,14 @@ class Peer:
             links=self._neighbours.seen_links,
             version=__version__,
             issued_at=time.time(),
-            state_bytes=server.span.state_bytes,
+            state_bytes=server.span.row_bytes,
             proof=self._proof,
             watts=self.counters.energy.watts,
             relays=self.ways.hidden.relays,
             relay_port=self.ways.relay_port,
             kv_capacity=server.service.sessions.capacity,
             past_ms=server.speed.past.ms,
+            kv=server.span.kv,
         )
 
     def drain(self, timeout_s: float) -> None:

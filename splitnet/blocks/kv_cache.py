@@ -13,6 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
 from splitnet.blocks.adapters import Prefix
+from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm
 
 COPIES = 4  # earlier states that a row keeps: two of the last steps, and two that are farther apart
 REACH = 64  # positions that the oldest copy stays behind at least, if there are so many: drafts lie within
@@ -146,6 +147,22 @@ class SequenceStates:
 class _Block:
     keys: Tensor
     values: Tensor
+    near: tuple[Tensor | None, Tensor | None] = None, None  # where these are codes: some positions in full
+    near_from: int = 0  # of these, the last ones begin here
+
+    def wrote(self, start: int, end: int) -> None:
+        """Positions have come into the ring, in the place of others; a row that was cropped goes on at `start`."""
+        self.near_from = max(min(self.near_from, start), end - RING)
+
+    @property
+    def places(self) -> list[int]:
+        """As `SequenceCache.reserve` gives them."""
+        near = [0 if tensor is None else tensor.data_ptr() for tensor in self.near]
+        return [self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[2], *near, self.near_from]
+
+    @property
+    def both(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        return zip((self.keys, self.values), self.near, strict=True)
 
 
 class SequenceCache:
@@ -155,6 +172,9 @@ class SequenceCache:
     appending a token copies only the token. All positions are kept, also for blocks with a sliding window: a rewind is
     then exact.
 
+    With a form, keys and values of blocks are held as that says. Where these are codes, the first `SINKS` positions and
+    the last `WINDOW` are in full besides, in a ring that has `RING` of them: a crop within it changes nothing.
+
     Where blocks keep states, the row keeps what came into the span as well. After a rewind to where no copy of the
     states was made, some positions are to run once more before the next ones: those from `computed` to `length`.
 
@@ -162,13 +182,19 @@ class SequenceCache:
         room: positions behind the prefix that memory is allocated for; None, or more than that arrive: as it doubles.
         prefix: of an adapter, by block of the span: keys and values that stand before the first position.
         states: where blocks keep them: none yet.
+        form: what keys and values are held as; None: as they come.
     """
 
     def __init__(
-        self, room: int | None = None, prefix: Mapping[int, Prefix] | None = None, states: SequenceStates | None = None
+        self,
+        room: int | None = None,
+        prefix: Mapping[int, Prefix] | None = None,
+        states: SequenceStates | None = None,
+        form: KVForm | None = None,
     ) -> None:
         self.length = 0  # positions that are stored, without the prefix
         self.computed = 0  # positions that keys, values and states stand for
+        self.form = form
         self._states = states
         self.prefix_length = next(iter(prefix.values())).keys.shape[2] if prefix else 0
         self._room = room
@@ -199,7 +225,14 @@ class SequenceCache:
     @property
     def nbytes(self) -> int:
         """Bytes that the row's tensors occupy, without copies of states."""
-        return sum(block.keys.nbytes + block.values.nbytes for block in self._blocks.values()) + self.state_bytes
+        held = sum(block.keys.nbytes + block.values.nbytes for block in self._blocks.values())
+        return held + self.near_bytes + self.state_bytes
+
+    @property
+    def near_bytes(self) -> int:
+        """Bytes of the positions that are in full besides their codes, however long the row is."""
+        near = (tensor for block in self._blocks.values() for tensor in block.near)
+        return sum(tensor.nbytes for tensor in near if tensor is not None)
 
     @property
     def state_bytes(self) -> int:
@@ -224,7 +257,7 @@ class SequenceCache:
     def shapes(self) -> dict[int, list[tuple[int, int]]]:
         """Heads and head size of the keys and of the values, by block that keeps them."""
         return {
-            index: [(tensor.shape[1], tensor.shape[3]) for tensor in (block.keys, block.values)]
+            index: [(held.shape[1], (held if near is None else near).shape[3]) for held, near in block.both]
             for index, block in self._blocks.items()
             if isinstance(index, int)
         }
@@ -240,7 +273,7 @@ class SequenceCache:
     def fork(self, length: int | None = None, room: int | None = None) -> SequenceCache:
         """An independent copy of the first `length` positions, or of all; `room`: None: as much as this row has."""
         states = self._states.fork() if self._states is not None else None
-        copy = SequenceCache(self._room if room is None else room, None, states)
+        copy = SequenceCache(self._room if room is None else room, None, states, self.form)
         copy.prefix_length, copy._prefix = self.prefix_length, dict(self._prefix)
         copy.length, copy.computed = self.length, self.computed
         copy.crop(self.length if length is None else length)
@@ -248,7 +281,9 @@ class SequenceCache:
             before = self._before(index)
             capacity = block.keys.shape[2] if room is None else before + room
             held = before + copy.length
-            copy._blocks[index] = _Block(_grown(block.keys, capacity, held), _grown(block.values, capacity, held))
+            keys, values = _grown(block.keys, capacity, held), _grown(block.values, capacity, held)
+            near = [None if tensor is None else tensor.clone() for tensor in block.near]
+            copy._blocks[index] = _Block(keys, values, (near[0], near[1]), block.near_from)
         return copy
 
     def held(self, length: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -260,16 +295,23 @@ class SequenceCache:
             raise ValueError(f"the row has {self.length} positions, not {length}")
         for index in sorted(self.shapes()):
             block, before = self._blocks[index], self._before(index)
-            yield index, block.keys[:, :, before : before + length], block.values[:, :, before : before + length]
+            end = before + length
+            none = [(held if near is None else near)[:, :, :0] for held, near in block.both]
+            keys, values = self._seen(index, block, end, none, block.near_from)
+            yield index, keys[:, :, before:end], values[:, :, before:end]
 
     def page(self, start: int, end: int) -> dict[str, Tensor]:
         """A copy of what positions `[start, end)` behind the prefix have left, on the CPU: for each block, and whatever
-        else is stored by position, `NAME.keys` and `NAME.values`, `[1, kv heads, positions, head size]`."""
+        else is stored by position, `NAME.keys` and `NAME.values`, `[1, kv heads, positions, head size]`, or codes. With
+        these the page of the first positions has `NAME.first_keys` and `NAME.first_values`: those in full."""
         found: dict[str, Tensor] = {}
         for key, block in self._blocks.items():
             before = self._before(key)
             for name, tensor in (("keys", block.keys), ("values", block.values)):
                 found[f"{key}.{name}"] = tensor[:, :, before + start : before + end].cpu().contiguous().clone()
+            for name, near in zip(("first_keys", "first_values"), block.near, strict=True):
+                if near is not None and not start:
+                    found[f"{key}.{name}"] = near[:, :, :SINKS].cpu().clone()
         return found
 
     def states(self) -> dict[str, Tensor]:
@@ -301,13 +343,37 @@ class SequenceCache:
                     continue
                 key = int(kind) if kind.isdecimal() else kind
                 count = keys.shape[2]
-                self.store(key, position, keys.to(device), page[f"{kind}.values"].to(device))
+                both = keys.to(device), page[f"{kind}.values"].to(device)
+                if self.form is None or not self.form.coded or isinstance(key, str):
+                    self.store(key, position, *both)
+                    continue
+                first = [
+                    page[name].to(device) for name in (f"{kind}.first_keys", f"{kind}.first_values") if name in page
+                ]
+                self._store_codes(key, position, both, first)
             position += count
         self.length = self.computed = position
         if self._states is not None:
             self.computed = position if computed is None else computed
             if self.computed:
                 self._states.restore(states, self.computed, device)
+
+    def _store_codes(self, key: int, position: int, codes: Sequence[Tensor], first: Sequence[Tensor]) -> None:
+        """Stores what a page has of a block; `first`: the first positions in full, for a row that has none yet."""
+        start = self._before(key) + position
+        end = start + codes[0].shape[2]
+        if not position and len(first) < len(codes):
+            raise ValueError("a page of keys and values that are held in another way")
+        keys, values = first or codes
+        block = self._with_room(key, keys, values, end)
+        for held, new in zip((block.keys, block.values), codes, strict=True):
+            if new.dtype != held.dtype or new.shape[3] != held.shape[3]:
+                raise ValueError("a page of keys and values that are held in another way")
+            held[:, :, start:end] = new
+        for near, new in zip(block.near, first, strict=False):
+            assert near is not None
+            near[:, :, :SINKS] = new
+        block.near_from = end  # the others are in codes alone
 
     def append(self, block_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new positions after `computed`, `[1, kv heads, new positions, head size]` of a block of the span.
@@ -349,31 +415,57 @@ class SequenceCache:
         start = self._before(key) + position
         end = start + keys.shape[2]
         block = self._with_room(key, keys, values, end)
-        block.keys[:, :, start:end] = keys
-        block.values[:, :, start:end] = values
-        return block.keys[:, :, :end], block.values[:, :, :end]
+        if self.form is None or isinstance(key, str):
+            block.keys[:, :, start:end] = keys
+            block.values[:, :, start:end] = values
+            return block.keys[:, :, :end], block.values[:, :, :end]
+        seen = self._seen(key, block, start, (keys, values), max(block.near_from, start - WINDOW + 1))
+        self._write(block, start, keys, values)
+        return seen
+
+    def _seen(
+        self, key: int | str, block: _Block, start: int, new: Sequence[Tensor], since: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the positions before `start`, of `since` and later ones in full, and `new` behind them."""
+        if self.form is None or isinstance(key, str):
+            return block.keys[:, :, :start], block.values[:, :, :start]
+        form = self.form
+        keys, values = (form.read(*pair, since, start, own) for pair, own in zip(block.both, new, strict=True))
+        return keys, values
+
+    def _write(self, block: _Block, start: int, keys: Tensor, values: Tensor) -> None:
+        assert self.form is not None
+        self.form.write(block.keys, block.near[0], start, keys)
+        self.form.write(block.values, block.near[1], start, values)
+        block.wrote(start, start + keys.shape[2])
 
     def reserve(
         self, indices: tuple[int, ...], count: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype
     ) -> Tensor:
         """Makes room for `count` new positions in blocks, for code that writes to their memory.
 
-        `shapes`: heads and head size of keys and of values. Returns int64 `[blocks, 3]`: the addresses of a block's
-        keys and of its values, and its capacity; they hold until the next call.
+        `shapes`: heads and head size of keys and of values. Returns int64 `[blocks, 6]`: the addresses of a block's
+        keys and of its values, their capacity, and where these are codes: the addresses of those in full, and from
+        where on the last ones are. They hold until the next call.
         """
+        end = self.prefix_length + self.length + count
         known = self._places.get(indices)
-        if known is not None and known[0] >= self.prefix_length + self.length + count:
-            return known[1]
-        keys, values = (torch.empty(1, heads, 0, size, dtype=dtype) for heads, size in shapes)
-        blocks = [self._with_room(index, keys, values, self._before(index) + self.length + count) for index in indices]
-        for block in blocks:
-            for tensor, shape in zip((block.keys, block.values), shapes, strict=True):
-                if tensor.dtype != dtype or (tensor.shape[1], tensor.shape[3]) != shape:
-                    raise RuntimeError("keys and values of this row have another type or shape")
-        places = [(block.keys.data_ptr(), block.values.data_ptr(), block.keys.shape[2]) for block in blocks]
-        stores = torch.tensor(places)
-        self._places[indices] = min(capacity for _, _, capacity in places), stores
-        return stores
+        if known is None or known[0] < end:
+            keys, values = (torch.empty(1, heads, 0, size, dtype=dtype) for heads, size in shapes)
+            blocks = [self._with_room(index, keys, values, end) for index in indices]
+            for block in blocks:
+                held = [pair[0] if pair[1] is None else pair[1] for pair in block.both]
+                expected = torch.float16 if self.form is not None and not self.form.coded else dtype
+                for tensor, shape in zip(held, shapes, strict=True):
+                    if tensor.dtype != expected or (tensor.shape[1], tensor.shape[3]) != shape:
+                        raise RuntimeError("keys and values of this row have another type or shape")
+            stores = torch.tensor([block.places for block in blocks])
+            known = self._places[indices] = int(stores[:, 2].min()), stores
+        if self.form is not None and self.form.coded:
+            for index in indices:
+                self._blocks[index].wrote(end - count, end)
+            known[1][:, 5] = torch.tensor([self._blocks[index].near_from for index in indices])
+        return known[1]
 
     def advance(self, count: int) -> None:
         """Counts `count` positions that all blocks have stored, and those that ran once more before them."""
@@ -392,15 +484,28 @@ class SequenceCache:
         block = self._blocks.get(block_index)
         if block is None:
             capacity = self._capacity(block_index, end, 0)
-            block = self._blocks[block_index] = _Block(_grown(keys, capacity, 0), _grown(values, capacity, 0))
+            block = self._blocks[block_index] = self._new_block(block_index, keys, values, capacity)
             prefix = self._prefix.get(block_index)
             if prefix is not None:
-                block.keys[:, :, :before], block.values[:, :, :before] = prefix.keys, prefix.values
+                if self.form is None:
+                    block.keys[:, :, :before], block.values[:, :, :before] = prefix.keys, prefix.values
+                else:
+                    self._write(block, 0, prefix.keys, prefix.values)
                 self._prefix[block_index] = None
         elif end > block.keys.shape[2]:
             held = max(self.length, self.computed)  # the second while a pass runs position by position
             self._move(block, self._capacity(block_index, end, block.keys.shape[2]), before + held)
         return block
+
+    def _new_block(self, key: int | str, keys: Tensor, values: Tensor, capacity: int) -> _Block:
+        """One without positions, for keys and values like these."""
+        if self.form is None or isinstance(key, str):
+            return _Block(_grown(keys, capacity, 0), _grown(values, capacity, 0))
+        held = [_grown(self.form.encode(tensor[:, :, :0]), capacity, 0) for tensor in (keys, values)]
+        if not self.form.coded:
+            return _Block(held[0], held[1])
+        near = [_grown(tensor, SINKS + RING, 0) for tensor in (keys, values)]
+        return _Block(held[0], held[1], (near[0], near[1]))
 
     def _move(self, block: _Block, capacity: int, held: int) -> None:
         block.keys = _grown(block.keys, capacity, held)

@@ -41,6 +41,8 @@ from splitnet.blocks.kv_cache import (
     SequenceStates,
     TracedSequence,
 )
+from splitnet.blocks.kv_form import AUTO as AS_COMPUTED
+from splitnet.blocks.kv_form import RING, SINKS, KVForm
 from splitnet.blocks.rotary import LengthDependentRopes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import (
@@ -86,6 +88,7 @@ class Span:
         hidden_size: values per position of a boundary activation.
         kv_bytes_per_position: bytes that one position of one row takes in all blocks of the span.
         state_bytes: bytes that one row takes besides, however long it is, for states and copies of them.
+        row_bytes: the same with those of positions that it has in full beside codes.
     """
 
     _lean: FastStep | None = None
@@ -101,6 +104,7 @@ class Span:
         windows: Sequence[int | None],
         packs: bool,
         whole: Span | None = None,
+        kv: str = AS_COMPUTED,
     ) -> None:
         self.start = start
         self.end = end
@@ -126,7 +130,14 @@ class Span:
         self.dtype = weights.dtype  # not that of any parameter: some families keep their norms in float32
         self.hidden_size: int = backbone.config.hidden_size
         self.weight_bytes = sum(tensor.nbytes for tensor in (*backbone.parameters(), *backbone.buffers()))
+        # Latents, of which keys and values are made, are few numbers already.
+        latents = not packs and getattr(backbone.config, "kv_lora_rank", None)
+        form = KVForm.of(kv, self.dtype)
+        self._kv_form: KVForm | None = None
         self.kv_bytes_per_position, self.state_bytes = self._probe()
+        self.row_bytes = self.state_bytes
+        if form is not None and not latents:
+            self._hold_as(form)
         self._lean = self._fast_step(list(blocks), getattr(parent, "rotary_emb", None))
 
     @classmethod
@@ -140,6 +151,7 @@ class Span:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | str | None = None,
         weights: str | None = None,
+        kv: str = AS_COMPUTED,
         progress: Callable[[int, int], None] | None = None,
     ) -> Span:
         """Reads the weights of blocks `[start, end)`, and no others.
@@ -148,6 +160,8 @@ class Span:
             dtype: that they compute in, such as "bfloat16"; None: what goes with `weights`, else as they are stored.
             weights: what those of linear layers are held as, see `splitnet.quant.choose`; None: as `dtype`, or in the
                 codes of the checkpoint.
+            kv: what keys and values are held as, see `splitnet.blocks.kv_form`; latents, states and keys of indexers
+                stay as they are computed.
             progress: called with (bytes read, bytes to read).
 
         Raises:
@@ -214,13 +228,18 @@ class Span:
             prove_grouped_product(backbone)
             check_neutral(backbone, container, wanted)
             windows = sliding_windows(checkpoint.config)[start:end]
-            return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs)
+            return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs, kv=kv)
 
     def new_row(self, room: int | None = None, adapter: Adapter | None = None) -> SequenceCache:
         """What one sequence leaves in the blocks: nothing yet, or the prefix of an adapter; `room`: positions that its
         memory is allocated for; None: it grows by doubling."""
         states = SequenceStates(states_per_block(self._backbone.config)) if self._keeps_states else None
-        return SequenceCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states)
+        return SequenceCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states, self._kv_form)
+
+    @property
+    def kv(self) -> str:
+        """What keys and values are held as: the name of a form, or `AS_COMPUTED`."""
+        return AS_COMPUTED if self._kv_form is None else self._kv_form.name
 
     def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
@@ -359,7 +378,7 @@ class Span:
             raise ValueError(f"blocks {start}:{end} are not within {self.start}:{self.end}")
         backbone = share_blocks(self._backbone, self._container, start - self.start, end - self.start)
         own = {"weights": self.weights, "windows": self._windows, "packs": self._packs, "whole": self._whole}
-        return Span(backbone, self._container, start, end, **own)
+        return Span(backbone, self._container, start, end, **own, kv=self.kv)
 
     def kinds(self, row: SequenceCache) -> dict[int, int]:
         """How many blocks keep alike what `row` holds of every position, by the first one of each kind."""
@@ -500,7 +519,7 @@ class Span:
 
         def native(some: Sequence[nn.Module]) -> NativeStep | None:
             with suppress(Exception):  # whatever another structure leads to: there is the family's own code
-                return NativeStep.of(some, rope, windows, self.dtype)
+                return NativeStep.of(some, rope, windows, self.dtype, self._kv_form)
             return None
 
         in_torch = partial(TorchStep.of, rope=rope, windows=windows)
@@ -529,6 +548,16 @@ class Span:
             if step is None or not _gives_the_same(self.view(index, index + 1), step, alone=True):
                 return False
         return True
+
+    def _hold_as(self, form: KVForm) -> None:
+        """Rows have this form from now on. Raises WeightsError: heads do not fit it."""
+        shapes, first = self._adapters.kv_shapes, self._whole.start
+        for index in range(self.start - first, self.end - first):
+            for heads, size in shapes.get(index, ()):
+                self._kv_form = form
+                plain = heads * size * self.dtype.itemsize
+                self.kv_bytes_per_position -= plain - heads * form.bytes_of(size)
+                self.row_bytes += (SINKS + RING) * plain if form.coded else 0
 
     def _probe(self) -> tuple[int, int]:
         """Runs one position: proves that the blocks run on their own, and measures what it leaves.

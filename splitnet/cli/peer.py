@@ -51,6 +51,7 @@ in_sharing = box("Weights for others")
 
 
 Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])  # that blocks compute in
+KVKind = StrEnum("KVKind", ["auto", "float16", "int8", "int4"])
 WeightKind = StrEnum("WeightKind", ["auto", "float32", "bfloat16", "float16", "int8", "int4"])  # of linear layers
 
 
@@ -61,6 +62,13 @@ def peer(
     ] = None,
     memory: Annotated[str | None, in_memory(metavar="4GiB", help="Memory for blocks; as many as fit.")] = None,
     kv_memory: Annotated[str | None, in_memory(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,
+    kv: Annotated[
+        KVKind,
+        in_memory(
+            help="What KV caches are held as; auto: exactly as blocks compute. Fewer bits hold longer texts; states, "
+            "latents and keys of indexers stay as computed."
+        ),
+    ] = KVKind.auto,
     prefix_store: Annotated[
         str | None,
         in_memory(
@@ -255,6 +263,7 @@ def peer(
         device=computes_on.device,
         dtype=str(dtype) if dtype else None,
         weights=str(weights),
+        kv=str(kv),
         kv_memory=wanted_kv_memory,
         training_memory=wanted_training_memory,
         prefixes=prefix_store != "off",
@@ -292,6 +301,8 @@ def peer(
         typer.echo(_what_it_serves(serving))
         if weights is WeightKind.auto and (other_weights := _other_weights(serving)):
             typer.echo(other_weights)
+        if kv is not KVKind.auto and serving.span.kv != kv:
+            typer.echo(f"KV caches stay as blocks compute: {_why_not_held_so(serving)}")
         if serving.counters.energy.origin:
             typer.echo(f"power: {serving.counters.energy.origin}")
         if serving.ways.relay_port:
@@ -328,10 +339,18 @@ def _what_it_serves(peer: Peer) -> str:
     computes = str(span.dtype).removeprefix("torch.")
     exactly = "exactly " if span.weights.exact else ""
     held = "" if span.weights.kind == computes else f" with weights {exactly}as {span.weights.kind}"
+    kv = "" if span.kv == KVKind.auto else f", KV caches as {span.kv}"
     return (
         f"serving blocks {span.start}..{span.end - 1} of {peer.checkpoint.name} "
-        f"({computes}{held} on {span.device}) at {peer.endpoint.address}"
+        f"({computes}{held}{kv} on {span.device}) at {peer.endpoint.address}"
     )
+
+
+def _why_not_held_so(peer: Peer) -> str:
+    config, computes = peer.checkpoint.config, peer.span.dtype.itemsize
+    if getattr(config, "kv_lora_rank", None):
+        return f"blocks of the family {config.model_type!r} keep latents, which stay as they are computed"
+    return "that is as small" if computes == 2 else f"blocks of the family {config.model_type!r} keep states alone"
 
 
 def _other_weights(peer: Peer) -> str | None:

@@ -154,7 +154,8 @@ class PeerRecord:
     relays: through which the peer is reached, at most 3; none: at its address. demand: of a gateway, see `DEMAND`.
     kv_capacity: positions that one session of one row may take if there are no others; 0: not known. past_ms: by how
     many ms more a pass of one position, and one of 512, takes per block behind 1,024, 8,192 and 32,768 positions, as
-    far as the peer holds so many, see `scheduler.facts.PastCost`.
+    far as the peer holds so many, see `scheduler.facts.PastCost`. kv: what keys and values are held as: the name of a
+    `splitnet.blocks.kv_form.KVForm`; auto: as blocks compute, as latents, states and keys of indexers are in any case.
     """
 
     signed: ClassVar[bytes] = b""  # the signed bytes that this record was read from; none if it was made here
@@ -194,6 +195,7 @@ class PeerRecord:
     demand: tuple[Wanted, ...] = appended(several(_wanted, most=MAX_WANTED), ())
     kv_capacity: int = appended(_COUNT, 0)
     past_ms: tuple[tuple[float, float], ...] = appended(several(row(_floats, _MS, _MS), most=len(CONTEXTS)), ())
+    kv: str = appended(_WORD, "auto")
 
     def __post_init__(self) -> None:
         for name, value in _LAYOUT.read([getattr(self, name) for name in _LAYOUT.names]).items():

@@ -167,10 +167,11 @@ static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t coun
 }
 
 /* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, half of the numbers of a head that they turn,
-the order of those that are turned together, bytes of a stored number, threads). */
+the order of those that are turned together, bytes of a number that blocks compute with, threads, bits of a stored number if it
+is another). */
 static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    long long numbers[12];
-    if (!read_numbers(given, count, numbers, 12)) return NULL;
+    long long numbers[13];
+    if (!read_numbers(given, count, numbers, 13)) return NULL;
 #ifdef HAVE_VNNI
     if (has_vnni()) {
         Step step = {
@@ -183,6 +184,7 @@ static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) 
             .order = (int)numbers[9],
             .stores_floats = numbers[10] == 4,
             .threads = (int)numbers[11],
+            .coded_bits = (int)numbers[12],
         };
         int enough;
         Py_BEGIN_ALLOW_THREADS
@@ -251,7 +253,7 @@ static PyMethodDef methods[] = {
     {"float32", (PyCFunction)(void (*)(void))float32, METH_FASTCALL, "Rows times float32 weights."},
     {"bfloat16", (PyCFunction)(void (*)(void))bfloat16, METH_FASTCALL, "Rows times bfloat16 weights."},
     {"float16", (PyCFunction)(void (*)(void))float16, METH_FASTCALL, "Rows times float16 weights."},
-    {"step", (PyCFunction)(void (*)(void))step, METH_FASTCALL, "New positions through blocks."},
+    {"run_blocks", (PyCFunction)(void (*)(void))step, METH_FASTCALL, "New positions through blocks."},
     {"paths", list_paths, METH_NOARGS, "Names of all paths, best first, and whether this CPU has each."},
     {"use", use, METH_O, "Chooses the path of this name."},
     {"in_use", in_use, METH_NOARGS, "The name of the path that is used."},

@@ -1,6 +1,7 @@
 /* New positions through blocks of the usual parts; see splitnet/blocks/fast/native_step.py.
 
-Numbers are float32 throughout; keys and values are stored as the span computes, in float32 or bfloat16. */
+Numbers are float32 throughout; keys and values are stored as the span computes, in float32 or bfloat16, or as float16, or
+as splitnet/blocks/kv_form.py has them in codes. */
 
 #ifndef SPLITNET_STEP_H
 #define SPLITNET_STEP_H
@@ -69,11 +70,19 @@ too, or without gate: there is none */
     Matrix router, inner, outer; /* biases of the last two: [experts, outputs] */
 } Block;
 
-/* Where a block keeps keys and values of the sequence of a position: [stored heads, capacity, size of one] each. */
+/* Where a block keeps keys and values of the sequence of a position: [stored heads, capacity, size of one] each. Where these
+are codes, [stored heads, SINKS + RING, size of one] are in_full, as the span computes: the first positions, and behind them
+those from `near_from` on, if they are among the last WINDOW that a position sees. */
 typedef struct {
     void *keys, *values;
     int64_t capacity;
+    void *near_keys, *near_values;
+    int64_t near_from;
 } Store;
+
+#define SINKS 4
+#define WINDOW 64
+#define RING 128
 
 typedef struct {
     float *hidden; /* [count, width], replaced by what comes out */
@@ -84,8 +93,17 @@ typedef struct {
     enum { APART, ADJACENT, PARTED } order; /* of those that are turned together: half of the others lie between them, or they
 stand side by side, and after they are turned, too, or apart */
     int stores_floats; /* float32, else bfloat16 */
+    int coded_bits;    /* 16: stores have float16 instead; 8, 4: codes; 0: as above */
     int threads;
 } Step;
+
+/* How numbers are stored; codes of a head have their scales behind them. */
+enum stored { KV_BFLOAT16, KV_FLOAT32, KV_FLOAT16, KV_BYTES, KV_NIBBLES };
+
+static enum stored stored_by(const Step *step) {
+    enum stored plain = step->stores_floats ? KV_FLOAT32 : KV_BFLOAT16;
+    return step->coded_bits == 16 ? KV_FLOAT16 : step->coded_bits == 8 ? KV_BYTES : step->coded_bits ? KV_NIBBLES : plain;
+}
 
 /* Cephes' exponential function: error of a unit in the last place. */
 INLINE VNNI __m512 exponential(__m512 x) {
@@ -165,22 +183,143 @@ INLINE VNNI void turn(float *head, const float *cosines, const float *sines, con
     }
 }
 
-INLINE VNNI __m512 stored(const void *from, int64_t at, int floats) {
-    if (floats) return _mm512_loadu_ps((const float *)from + at);
+INLINE VNNI __m512 stored(const void *from, int64_t at, enum stored kind) {
+    if (kind == KV_FLOAT32) return _mm512_loadu_ps((const float *)from + at);
     __m256i halves = _mm256_loadu_si256((const __m256i *)((const uint16_t *)from + at));
+    if (kind == KV_FLOAT16) return _mm512_cvtph_ps(halves);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-INLINE VNNI void store(void *to, int64_t at, const float *values, int64_t size, int floats) {
-    if (floats) {
+INLINE VNNI void store(void *to, int64_t at, const float *values, int64_t size, enum stored kind) {
+    if (kind == KV_FLOAT32) {
         memcpy((float *)to + at, values, size * sizeof(float));
         return;
     }
-    for (int64_t i = 0; i < size; i++) {
+    for (int64_t i = 0; kind == KV_FLOAT16 && i < size; i += 16) {
+        __m256i halves = _mm512_cvtps_ph(_mm512_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm256_storeu_si256((__m256i *)((uint16_t *)to + at + i), halves);
+    }
+    for (int64_t i = 0; kind == KV_BFLOAT16 && i < size; i++) {
         uint32_t bits;
         memcpy(&bits, values + i, sizeof bits);
         int special = (bits & 0x7f800000) == 0x7f800000; /* which rounding could make a number of */
         ((uint16_t *)to)[at + i] = (bits + (special ? 0 : 0x7fff + (bits >> 16 & 1))) >> 16;
+    }
+}
+
+/* ---- codes of keys and values: see splitnet/blocks/kv_form.py ---- */
+
+static const float kv_levels[16] = {-2.7326f, -2.0690f, -1.6180f, -1.2562f, -0.9424f, -0.6568f, -0.3881f, -0.1284f,
+                                    0.1284f,  0.3881f,  0.6568f,  0.9424f,  1.2562f,  1.6180f,  2.0690f,  2.7326f};
+
+static int64_t kv_group(int64_t size, enum stored kind) {
+    int64_t block = size & -size, most = kind == KV_BYTES ? 64 : 32;
+    return block < most ? block : most;
+}
+
+static int64_t kv_code_bytes(int64_t size, enum stored kind) { return kind == KV_BYTES ? size : size / 2; }
+
+static int is_coded(enum stored kind) { return kind >= KV_BYTES; }
+
+/* Of a head. */
+static int64_t kv_bytes(int64_t size, enum stored kind) {
+    if (!is_coded(kind)) return size * (kind == KV_FLOAT32 ? 4 : 2);
+    return kv_code_bytes(size, kind) + 2 * (size / kv_group(size, kind));
+}
+
+/* Times a Hadamard matrix, by blocks of a power of two. */
+INLINE VNNI void turn_by_hadamard(float *numbers, int64_t size) {
+    int64_t block = size & -size;
+    for (int64_t half = 1; half < block; half *= 2)
+        for (int64_t begin = 0; begin < size; begin += 2 * half)
+            for (int64_t i = begin; i < begin + half; i++) {
+                float first = numbers[i], second = numbers[i + half];
+                numbers[i] = first + second, numbers[i + half] = first - second;
+            }
+    __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)block));
+    for (int64_t i = 0; i < size; i += 16)
+        _mm512_storeu_ps(numbers + i, _mm512_mul_ps(_mm512_loadu_ps(numbers + i), scale));
+}
+
+INLINE VNNI float half_at(const uint8_t *at) {
+    uint16_t half;
+    memcpy(&half, at, sizeof half);
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
+}
+
+INLINE VNNI void set_half(uint8_t *at, float value) {
+    uint16_t half = (uint16_t)_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT));
+    memcpy(at, &half, sizeof half);
+}
+
+/* Of turned numbers. A scale that is infinite or no number makes all that it is of no number: an error is seen. */
+VNNI static void encode(const float *numbers, int64_t size, enum stored kind, uint8_t *to) {
+    int64_t group = kv_group(size, kind), half = size / 2;
+    uint8_t *scales = to + kv_code_bytes(size, kind);
+    if (kind == KV_NIBBLES) memset(to, 0, half);
+    for (int64_t begin = 0; begin < size; begin += group, scales += 2) {
+        const float *from = numbers + begin;
+        __m512 most = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+        for (int64_t i = 0; i < group; i += 16) {
+            __m512 values = _mm512_loadu_ps(from + i);
+            most = _mm512_max_ps(most, _mm512_abs_ps(values));
+            squares = _mm512_fmadd_ps(values, values, squares);
+        }
+        float sum = _mm512_reduce_add_ps(squares);
+        if (kind == KV_BYTES) {
+            set_half(scales, sum - sum != 0 ? NAN : _mm512_reduce_max_ps(most) / 127); /* the largest heeds no NaN */
+            float scale = half_at(scales);
+            __m512 unit = _mm512_set1_ps(scale > 0x1p-24f ? scale : 0x1p-24f);
+            const __m512i limit = _mm512_set1_epi32(127), least = _mm512_set1_epi32(-127);
+            for (int64_t i = 0; i < group; i += 16) {
+                __m512i codes = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_loadu_ps(from + i), unit));
+                codes = _mm512_max_epi32(least, _mm512_min_epi32(limit, codes));
+                _mm_storeu_si128((__m128i *)(to + begin + i), _mm512_cvtepi32_epi8(codes));
+            }
+            continue;
+        }
+        float root = sqrtf(sum / (float)group);
+        __m512 unit = _mm512_set1_ps(root > 1e-30f ? root : 1e-30f);
+        __m512 products = _mm512_setzero_ps(), chosen = _mm512_setzero_ps(), levels = _mm512_loadu_ps(kv_levels);
+        for (int64_t i = 0; i < group; i += 16) {
+            __m512 values = _mm512_loadu_ps(from + i), scaled = _mm512_div_ps(values, unit);
+            __m512i codes = _mm512_setzero_si512();
+            for (int level = 0; level < 15; level++) {
+                __m512 edge = _mm512_set1_ps((kv_levels[level] + kv_levels[level + 1]) / 2);
+                codes = _mm512_mask_add_epi32(codes, _mm512_cmp_ps_mask(scaled, edge, _CMP_GT_OQ), codes, _mm512_set1_epi32(1));
+            }
+            __m512 level = _mm512_permutexvar_ps(codes, levels);
+            products = _mm512_fmadd_ps(values, level, products), chosen = _mm512_fmadd_ps(level, level, chosen);
+            int64_t at = begin + i, upper = at >= half;
+            uint8_t *place = to + at - (upper ? half : 0);
+            __m128i bytes = _mm512_cvtepi32_epi8(upper ? _mm512_slli_epi32(codes, 4) : codes);
+            _mm_storeu_si128((__m128i *)place, _mm_or_si128(bytes, _mm_loadu_si128((const __m128i *)place)));
+        }
+        set_half(scales, _mm512_reduce_add_ps(products) / _mm512_reduce_add_ps(chosen));
+    }
+}
+
+/* The other way; they stay turned. */
+INLINE VNNI void decode(const uint8_t *codes, int64_t size, enum stored kind, float *to) {
+    int64_t group = kv_group(size, kind), half = size / 2;
+    const uint8_t *scales = codes + kv_code_bytes(size, kind);
+    if (kind == KV_BYTES) {
+        for (int64_t begin = 0; begin < size; begin += group, scales += 2) {
+            __m512 scale = _mm512_set1_ps(half_at(scales));
+            for (int64_t i = begin; i < begin + group; i += 16) {
+                __m512i numbers = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
+                _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_cvtepi32_ps(numbers), scale));
+            }
+        }
+        return;
+    }
+    __m512 levels = _mm512_loadu_ps(kv_levels);
+    for (int64_t i = 0; i < half; i += 16) {
+        __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
+        __m512 lower = _mm512_set1_ps(half_at(scales + i / group * 2));
+        __m512 upper = _mm512_set1_ps(half_at(scales + (half + i) / group * 2));
+        _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_permutexvar_ps(both, levels), lower)); /* four bits count */
+        _mm512_storeu_ps(to + half + i, _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), levels), upper));
     }
 }
 
@@ -189,18 +328,37 @@ typedef struct {
     const void *keys, *rests, *values; /* the second or NULL */
     int64_t size, rest, value_size; /* numbers of each */
     int64_t first;                  /* where the sequence begins in them, in positions */
+    const void *near_keys, *near_values; /* where these are codes: of this head, as in `Store` */
+    int64_t near_from;
+    enum stored near_kind;
 } Seen;
 
 /* Positions that are read at a time. */
 #define LINES 16
 
 /* `count` rows of `size` numbers from `first` on, LINES at most; with zeros for those that lack. `room`: for all of them. */
-INLINE VNNI const float *read_lines(const void *from, int64_t first, int64_t count, int64_t size, float *room, int floats) {
-    fetch((const char *)from + first * size * (floats ? 4 : 2) + ahead, parts_of(LINES * size * (floats ? 4 : 2), VECTOR), VECTOR);
-    if (floats && count == LINES) return (const float *)from + first * size;
-    for (int64_t i = 0; i < count * size; i += 16) _mm512_storeu_ps(room + i, stored(from, first * size + i, floats));
+INLINE VNNI const float *read_lines(const void *from, int64_t first, int64_t count, int64_t size, float *room, enum stored kind) {
+    int64_t bytes = kv_bytes(size, kind);
+    fetch((const char *)from + first * bytes + ahead, parts_of(LINES * bytes, VECTOR), VECTOR);
+    if (kind == KV_FLOAT32 && count == LINES) return (const float *)from + first * size;
+    for (int64_t line = 0; is_coded(kind) && line < count; line++)
+        decode((const uint8_t *)from + (first + line) * bytes, size, kind, room + line * size);
+    for (int64_t i = 0; !is_coded(kind) && i < count * size; i += 16)
+        _mm512_storeu_ps(room + i, stored(from, first * size + i, kind));
     memset(room + count * size, 0, (LINES - count) * size * sizeof(float));
     return room;
+}
+
+/* Puts what is near in its place, where `room` has what was read of positions from `first` on. */
+INLINE VNNI void read_near(const Seen *seen, const void *in_full, int64_t first, int64_t count, int64_t size, int64_t from,
+                           float *room) {
+    int64_t since = from + 1 - WINDOW > seen->near_from ? from + 1 - WINDOW : seen->near_from;
+    if (first >= SINKS && first + count <= since) return;
+    for (int64_t index = first; index < first + count; index++) {
+        int64_t place = index < SINKS ? index : SINKS + index % RING;
+        for (int64_t i = 0; (index < SINKS || index >= since) && i < size; i += 16)
+            _mm512_storeu_ps(room + (index - first) * size + i, stored(in_full, place * size + i, seen->near_kind));
+    }
 }
 
 /* The sums of the numbers of 16 vectors. */
@@ -239,15 +397,16 @@ INLINE int64_t part_of(int64_t reach) {
 `found`: [heads, 2]: this one and the sum of the weights. `scores`: [heads, positions of the part in whole LINES], behind room
 for LINES keys or values. */
 INLINE VNNI void attend(const Block *block, const Seen *seen, const Reach *reach, int64_t head, int64_t group,
-                        const float *queries, float *mixed, float *found, float *room, int floats) {
+                        const float *queries, float *mixed, float *found, float *room, enum stored kind) {
     int64_t size = seen->size, rest = seen->rest, width = seen->value_size, count = reach->end - reach->begin;
     int64_t first = seen->first + reach->begin, pitch = parts_of(count, LINES) * LINES;
     float *more = room + LINES * size, *scores = room + LINES * (size + rest > width ? size + rest : width);
     __m512 scale = _mm512_set1_ps((float)block->scale), cap = _mm512_set1_ps((float)block->cap);
     for (int64_t index = 0; index < count; index += LINES) {
         int64_t lines = count - index < LINES ? count - index : LINES;
-        const float *keys = read_lines(seen->keys, first + index, lines, size, room, floats), *rests = NULL;
-        if (rest) rests = read_lines(seen->rests, first + index, lines, rest, more, floats);
+        const float *keys = read_lines(seen->keys, first + index, lines, size, room, kind), *rests = NULL;
+        if (is_coded(kind)) read_near(seen, seen->near_keys, reach->begin + index, lines, size, reach->from, room);
+        if (rest) rests = read_lines(seen->rests, first + index, lines, rest, more, kind);
         for (int64_t query = 0; query < group; query++) {
             const float *own = queries + query * (size + rest);
             __m512 sums[LINES];
@@ -291,7 +450,8 @@ INLINE VNNI void attend(const Block *block, const Seen *seen, const Reach *reach
     memset(mixed, 0, group * width * sizeof(float));
     for (int64_t index = 0; index < count; index += LINES) {
         int64_t lines = count - index < LINES ? count - index : LINES;
-        const float *values = read_lines(seen->values, first + index, lines, width, room, floats);
+        const float *values = read_lines(seen->values, first + index, lines, width, room, kind);
+        if (is_coded(kind)) read_near(seen, seen->near_values, reach->begin + index, lines, width, reach->from, room);
         for (int64_t query = 0; query < group; query++)
             for (int64_t i = 0; i < width; i += 64) {
                 __m512 sums[4];
@@ -716,16 +876,40 @@ VNNI static void attend_some(const void *given, int64_t thread) {
             continue;
         }
         Seen seen = {.keys = where->keys, .values = where->values, .size = size, .value_size = width,
-                     .first = shared * where->capacity};
-        if (step->stores_floats) attend(block, &seen, &reach, head, group, queries, mixed, found, own, 1);
-        else attend(block, &seen, &reach, head, group, queries, mixed, found, own, 0);
+                     .first = shared * where->capacity, .near_from = where->near_from};
+        seen.near_kind = step->stores_floats ? KV_FLOAT32 : KV_BFLOAT16;
+        seen.near_keys = (const char *)where->near_keys + shared * (SINKS + RING) * kv_bytes(size, seen.near_kind);
+        seen.near_values = (const char *)where->near_values + shared * (SINKS + RING) * kv_bytes(width, seen.near_kind);
+        switch (stored_by(step)) { /* so that it is known where it is compiled */
+        case KV_FLOAT32: attend(block, &seen, &reach, head, group, queries, mixed, found, own, KV_FLOAT32); break;
+        case KV_FLOAT16: attend(block, &seen, &reach, head, group, queries, mixed, found, own, KV_FLOAT16); break;
+        case KV_BYTES: attend(block, &seen, &reach, head, group, queries, mixed, found, own, KV_BYTES); break;
+        case KV_NIBBLES: attend(block, &seen, &reach, head, group, queries, mixed, found, own, KV_NIBBLES); break;
+        default: attend(block, &seen, &reach, head, group, queries, mixed, found, own, KV_BFLOAT16);
+        }
     }
+}
+
+/* Stores the key or the value of a head at a position; codes and what is near are of turned numbers. */
+VNNI static void keep(void *to, void *in_full, int64_t capacity, int64_t head, int64_t index, float *numbers, int64_t size,
+                      const Step *step) {
+    enum stored kind = stored_by(step), plain = step->stores_floats ? KV_FLOAT32 : KV_BFLOAT16;
+    int64_t at = head * capacity + index;
+    if (!is_coded(kind)) {
+        store(to, at * size, numbers, size, kind);
+        return;
+    }
+    turn_by_hadamard(numbers, size);
+    encode(numbers, size, kind, (uint8_t *)to + at * kv_bytes(size, kind));
+    store(in_full, (head * (SINKS + RING) + SINKS + index % RING) * size, numbers, size, plain);
+    if (index < SINKS) store(in_full, (head * (SINKS + RING) + index) * size, numbers, size, plain);
 }
 
 /* `mixed`, `found`: of so many parts. `scores`: for each thread `room` numbers. */
 VNNI static void attend_all(const Block *block, const Store *stores, const Step *step, float *queries, float *keys,
                             float *values, float *mixed, float *found, float *scores, int64_t room, int64_t parts) {
     static const Norm none = {.kind = NO_NORM};
+    int coded = is_coded(stored_by(step));
     int64_t size = block->size, width = block->value_size;
     int64_t key_size = block->absorbed ? block->rank : size;
     int64_t value_size = block->absorbed ? block->latent.outputs - block->rank : width;
@@ -738,10 +922,12 @@ VNNI static void attend_all(const Block *block, const Store *stores, const Step 
         turn_heads(block, &block->query_norm, query, block->heads, size, position, step);
         if (block->absorbed) turn_heads(block, &none, value, 1, value_size, position, step);
         else turn_heads(block, &block->key_norm, key, block->stored_heads, size, position, step);
+        for (int64_t head = 0; coded && head < block->heads; head++) turn_by_hadamard(query + head * size, size);
         for (int64_t head = 0; head < block->stored_heads; head++) {
-            int64_t at = head * stores[position].capacity + step->indices[position];
-            store(stores[position].keys, at * key_size, key + head * key_size, key_size, step->stores_floats);
-            store(stores[position].values, at * value_size, value + head * value_size, value_size, step->stores_floats);
+            const Store *to = stores + position;
+            keep(to->keys, to->near_keys, to->capacity, head, step->indices[position], key + head * key_size, key_size, step);
+            keep(to->values, to->near_values, to->capacity, head, step->indices[position], value + head * value_size, value_size,
+                 step);
         }
     }
     Attention all = {block, stores, step, queries, mixed, found, scores, room, step->threads < 1 ? 1 : step->threads, parts};
@@ -751,6 +937,7 @@ VNNI static void attend_all(const Block *block, const Store *stores, const Step 
         int64_t seen = reach.end - reach.begin, many = block->absorbed ? 1 : parts_of(seen, part_of(seen));
         join_parts(block, at % block->heads, many, width, mixed + at * width,
                    step->count * block->heads * width, found + 2 * at, 2 * step->count * block->heads);
+        if (coded) turn_by_hadamard(mixed + at * width, width);
     }
 }
 

@@ -46,7 +46,7 @@ def _load() -> tuple[Any, str]:
         return None, "not compiled"
     except ImportError as error:
         return None, f"compiled, but not loaded ({error})"
-    if not hasattr(loaded, "prefetch"):
+    if not hasattr(loaded, "run_blocks"):
         return None, f"compiled, but from older sources ({loaded.__file__})"
     try:
         torchs = linked_with_torch()
@@ -311,23 +311,25 @@ def step(
     sines: Tensor,
     order: int,
     stored_bytes: int,
+    coded_bits: int,
 ) -> None:
     """Runs positions through blocks: `hidden`, float32 `[positions, hidden]`, becomes what comes out.
 
     Args:
         blocks: `count` of them, as `Block` in `native/step.h`.
-        stores: int64 `[count, positions, 3]`: addresses of keys and of values, and their capacity.
+        stores: int64 `[count, positions, 6]`, as `splitnet.blocks.kv_cache.SequenceCache.reserve` gives them.
         indices: int64 `[positions]`, of each in its stores.
         cosines, sines: float32 `[ropes, positions, half of the numbers of a head that are turned]`.
         order: of numbers that are turned together, as `splitnet.blocks.rotary.Order`.
-        stored_bytes: of a number in the stores: 4, or 2 for bfloat16.
+        stored_bytes: of a number that blocks compute with: 4, or 2 for bfloat16.
+        coded_bits: of a number in the stores if these are float16 (16) or codes (8, 4); else 0.
     """
     if _prefetch is None:
         prefetch_in_use()
     tensors = (hidden, stores, indices, cosines, sines)
     at, stores_at, indices_at, cosines_at, sines_at = (tensor.data_ptr() for tensor in tensors)
-    sizes = (cosines.shape[-1], order, stored_bytes, torch.get_num_threads())
-    _kernels.step(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)
+    sizes = (cosines.shape[-1], order, stored_bytes, torch.get_num_threads(), coded_bits)
+    _kernels.run_blocks(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)
 
 
 def use_as_named(names: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from splitnet.blocks.attention import Chunk, positions_of
 from splitnet.blocks.fast.describe import Attention, BlockDescription, KnownExperts, Norm, Turned, UnknownPart
+from splitnet.blocks.kv_form import KVForm
 from splitnet.blocks.rotary import Order, Turning
 from splitnet.quant import native
 from splitnet.quant.forms import FloatForm
@@ -44,6 +45,7 @@ class NativeStep:
         rope, turning: gives the cosines and sines of positions, and what is done with them; None: no block is turned.
         windows: sliding windows in positions, by the index that blocks have in their caches.
         dtype: what the span computes in, and keeps in its caches.
+        form: what it keeps in these instead; None: nothing else.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class NativeStep:
         turning: Turning | None,
         windows: Sequence[int | None],
         dtype: torch.dtype,
+        form: KVForm | None,
     ) -> None:
         self._rope: Any = rope
         self._turning = turning
         self._ropes = _ropes_of(blocks, rope)
         self._dtype = dtype
+        self._stored = dtype.itemsize, 0 if form is None else form.bits
         self._kept = blocks[0].attention.kept
         self._indices = tuple(block.attention.index for block in blocks)
         self._alive: list[Tensor] = []
@@ -68,7 +72,12 @@ class NativeStep:
 
     @classmethod
     def of(
-        cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None], dtype: torch.dtype
+        cls,
+        blocks: Sequence[nn.Module],
+        rope: nn.Module | None,
+        windows: Sequence[int | None],
+        dtype: torch.dtype,
+        form: KVForm | None = None,
     ) -> NativeStep | None:
         """For these blocks; None if nothing is compiled for this CPU. Raises UnknownPart if their parts are not the
         usual ones. As they may be anything, so may be what is raised."""
@@ -79,7 +88,9 @@ class NativeStep:
             _check(block)
         if len({block.attention.kept for block in described}) > 1:
             raise UnknownPart("blocks with other heads")
-        return cls(described, rope, _turning_of(blocks, described, rope), windows, dtype)
+        if form is not None and form.bits == 4 and any(size % (2 * _VECTOR) for _, size in described[0].attention.kept):
+            raise UnknownPart("heads whose halves are not whole vectors")
+        return cls(described, rope, _turning_of(blocks, described, rope), windows, dtype, form)
 
     def takes(self, parts: Sequence[Chunk]) -> bool:
         """Whether a pass is small enough, and without adapters."""
@@ -92,16 +103,17 @@ class NativeStep:
         cosines, sines = self._turns(hidden, positions)
         result = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         kept = self._kept, self._dtype
-        rows = [part.row.reserve(self._indices, part.count, *kept) for part in parts for _ in range(part.count)]
+        reserved = [(part.row.reserve(self._indices, part.count, *kept), part.count) for part in parts]
+        rows = [stores for stores, count in reserved for _ in range(count)]
         stores = rows[0] if len(rows) == 1 else torch.stack(rows, dim=1)
         turns = (cosines, sines, Order.APART if self._turning is None else self._turning.order)
         count, described, tapped = len(self._indices), self._blocks, list[Tensor]()
         for begin, end in pairwise((0, *taps)):
-            native.step(described, end - begin, result, stores, positions, *turns, self._dtype.itemsize)
+            native.step(described, end - begin, result, stores, positions, *turns, *self._stored)
             tapped.append(result.clone())
             described, stores = described[(end - begin) * self._fields_each :], stores[end - begin :]
         left = count - (taps[-1] if taps else 0)
-        native.step(described, left, result, stores, positions, *turns, self._dtype.itemsize)
+        native.step(described, left, result, stores, positions, *turns, *self._stored)
         return (torch.cat((*tapped, result), dim=1) if tapped else result).to(hidden.dtype)
 
     def _turns(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

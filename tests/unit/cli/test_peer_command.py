@@ -129,7 +129,7 @@ def test_a_rate_of_what_is_not_given_is_refused(tmp_path: Path) -> None:
 def test_a_start_says_what_weights_are_held_as_and_what_else_there_is(
     weights: Weights, serves: str, others: str | None
 ) -> None:
-    span = SimpleNamespace(start=0, end=2, dtype=weights.dtype, weights=weights, device=torch.device("cpu"))
+    span = SimpleNamespace(start=0, end=2, dtype=weights.dtype, weights=weights, device=torch.device("cpu"), kv="auto")
     peer: Any = SimpleNamespace(
         span=span, checkpoint=SimpleNamespace(name="m"), endpoint=SimpleNamespace(address="tcp://127.0.0.1:1")
     )

@@ -100,9 +100,9 @@ def test_a_record_may_lack_fields_that_have_defaults_and_no_others() -> None:
 
     assert values[0] == RECORD_LAYOUT
     assert PeerRecord.unpack(signed(values[:-1])) == PeerRecord.unpack(OLD_RECORD)
-    assert PeerRecord.unpack(signed([*values, 0, 0, 0.0, [], 0, [], 0, [], "a later field", 7])) == PeerRecord.unpack(
-        OLD_RECORD
-    )
+    assert PeerRecord.unpack(
+        signed([*values, 0, 0, 0.0, [], 0, [], 0, [], "auto", "a later field", 7])
+    ) == PeerRecord.unpack(OLD_RECORD)
     with pytest.raises(ProtocolError, match="lacks the field issued_at"):
         PeerRecord.unpack(signed(values[:-2]))
 

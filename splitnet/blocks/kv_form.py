@@ -1,0 +1,163 @@
+"""Keys and values in fewer bits than blocks compute in: as float16, or as codes with a scale for each few numbers.
+
+Before they become codes, the numbers of a head are turned by a Hadamard matrix, which spreads the few large ones that
+keys have (Ashkboos et al., "QuaRot", arXiv:2404.00456). Queries turned alike give the same products, and a sum of
+turned values is turned back once. Codes of four bits stand for the best 16 levels of a normal distribution (Max,
+"Quantizing for minimum distortion", 1960), which turned numbers nearly have.
+
+The first positions, to which heads attend whatever the text says (Xiao et al., "StreamingLLM", arXiv:2309.17453), and
+the last ones are held in full besides: see `SequenceCache`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from splitnet.errors import WeightsError
+
+# As in `native/step.h`.
+SINKS = 4  # first positions of a row that are in full besides their codes
+WINDOW = 64  # and last ones: so many a position sees in full, with itself
+RING = 128  # places of these: a window, and what drafts and steps overwrite that may be taken back
+
+AUTO = "auto"
+KINDS = (AUTO, "float16", "int8", "int4")
+_VECTOR = 16  # numbers of a head come in so many
+_PIECE = 4096  # positions that are decoded at once
+_LEVELS = (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326)  # and the same below zero
+
+
+@dataclass(frozen=True)
+class KVForm:
+    """What keys and values of a row are held as; `bits`: 16 for float16, 8 or 4 for codes."""
+
+    name: str
+    bits: int
+
+    @classmethod
+    def of(cls, kind: str, dtype: torch.dtype) -> KVForm | None:
+        """For one of `KINDS`, in blocks that compute in `dtype`; None: as they compute. Raises WeightsError: there is
+        no such kind."""
+        if kind not in KINDS:
+            raise WeightsError(f"KV caches cannot be held as {kind!r}: use {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        bits = {"float16": 16, "int8": 8, "int4": 4}.get(kind, 0)
+        return cls(kind, bits) if bits and bits < 8 * dtype.itemsize else None
+
+    @property
+    def coded(self) -> bool:
+        return self.bits < 16
+
+    def group(self, size: int) -> int:
+        """So many numbers of a head of `size` have a scale together."""
+        return min(_turned_together(size), 64 if self.bits == 8 else 32)
+
+    def bytes_of(self, size: int) -> int:
+        """Bytes of the key or the value of a head in one position. Raises WeightsError: there are no codes for it."""
+        if not self.coded:
+            return 2 * size
+        if size % _VECTOR:
+            raise WeightsError(
+                f"keys and values of {size} numbers cannot be held as {self.name}, which takes a multiple of {_VECTOR}:"
+                " use --kv float16"
+            )
+        return size * self.bits // 8 + 2 * (size // self.group(size))
+
+    def encode(self, numbers: Tensor) -> Tensor:
+        """`[..., size]` -> float16 of the same shape, or for turned numbers uint8 `[..., bytes_of(size)]`: the codes of
+        a head, and behind them its scales."""
+        if not self.coded:
+            return numbers.to(torch.float16)
+        groups = numbers.float().unflatten(-1, (-1, self.group(numbers.shape[-1])))
+        if self.bits == 8:
+            scales = (groups.abs().amax(-1, keepdim=True) / 127).half()
+            # A scale that is infinite or no number makes all that it is of no number: an error is seen.
+            codes = (groups / scales.float().clamp_(min=2.0**-24)).round_().clamp_(-127, 127).to(torch.int8).flatten(-2)
+        else:
+            levels, edges = _levels(groups.device)
+            places = torch.bucketize(groups / groups.square().mean(-1, keepdim=True).sqrt_().clamp_(min=1e-30), edges)
+            chosen = levels[places]
+            scales = ((groups * chosen).sum(-1, keepdim=True) / chosen.square().sum(-1, keepdim=True)).half()
+            lower, upper = places.to(torch.uint8).flatten(-2).chunk(2, dim=-1)
+            codes = lower | (upper << 4)
+        return torch.cat((codes.view(torch.uint8), scales.flatten(-2).view(torch.uint8)), -1)
+
+    def decode(self, held: Tensor, size: int) -> Tensor:
+        """float32 `[..., size]` of what `encode` gave, still turned."""
+        if not self.coded:
+            return held.float()
+        width = size * self.bits // 8
+        scales = held[..., width:].contiguous().view(torch.float16).float()
+        if self.bits == 8:
+            numbers = held[..., :width].view(torch.int8).float()
+        else:
+            codes = held[..., :width]
+            numbers = _levels(held.device)[0][torch.cat((codes & 15, codes >> 4), -1).int()]
+        return (numbers.unflatten(-1, (-1, self.group(size))) * scales[..., None]).flatten(-2)
+
+    def read(self, held: Tensor, near: Tensor | None, since: int, start: int, new: Tensor) -> Tensor:
+        """The first `start` positions as blocks take them, and `new` ones behind them, `[1, heads, positions, size]` in
+        the type of these; decoded piece by piece.
+
+        held: `[1, heads, capacity, ...]` of codes or float16. near: `[1, heads, SINKS + RING, size]`, turned, of the
+        first positions and of those from `since` on, in full; None: of float16.
+        """
+        read = new.new_empty((*new.shape[:2], start + new.shape[2], new.shape[3]))
+        read[:, :, start:] = new
+        if near is None:
+            read[:, :, :start] = held[:, :, :start]
+            return read
+        for begin in range(0, start, _PIECE):
+            last = min(begin + _PIECE, start)
+            numbers = self.decode(held[:, :, begin:last], new.shape[3])
+            if not begin:
+                sinks = min(SINKS, last)
+                numbers[:, :, :sinks] = near[:, :, :sinks]
+            if (first := max(since, begin)) < last:
+                numbers[:, :, first - begin :] = near[:, :, places_in_ring(first, last, near.device)]
+            read[:, :, begin:last] = turned(numbers)
+        return read
+
+    def write(self, held: Tensor, near: Tensor | None, start: int, numbers: Tensor) -> None:
+        """Stores positions from `start` on, `[1, heads, positions, size]`, where `read` finds them."""
+        end = start + numbers.shape[2]
+        if near is not None:
+            numbers = turned(numbers.float())
+            first = max(start, end - RING)
+            near[:, :, places_in_ring(first, end, near.device)] = numbers[:, :, first - start :].to(near.dtype)
+            if start < SINKS:
+                near[:, :, start : min(SINKS, end)] = numbers[:, :, : SINKS - start].to(near.dtype)
+        held[:, :, start:end] = self.encode(numbers)
+
+
+def places_in_ring(first: int, last: int, device: torch.device) -> Tensor:
+    """Where positions are in full behind the sinks."""
+    return torch.arange(first, last, device=device) % RING + SINKS
+
+
+def turned(numbers: Tensor) -> Tensor:
+    """`[..., size]`, float32, times a Hadamard matrix, by blocks of a power of two; twice: as they were."""
+    block = _turned_together(numbers.shape[-1])
+    return (numbers.unflatten(-1, (-1, block)) @ _hadamard(block, numbers.device)).flatten(-2)
+
+
+def _turned_together(size: int) -> int:
+    return size & -size  # the largest power of two that divides it
+
+
+@cache
+def _hadamard(size: int, device: torch.device) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float32)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return (matrix * size**-0.5).to(device)
+
+
+@cache
+def _levels(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What codes of four bits stand for, and where one ends and the next begins."""
+    levels = torch.tensor([*(-level for level in reversed(_LEVELS)), *_LEVELS], dtype=torch.float32, device=device)
+    return levels, (levels[1:] + levels[:-1]) / 2

@@ -1,0 +1,210 @@
+"""Keys and values in fewer bits: what is kept in full, that rows stay right, and how far outputs are off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splitnet.blocks.fast.native_step import NativeStep
+from splitnet.blocks.kv_cache import SequenceCache
+from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm, turned
+from splitnet.blocks.span import Chunk, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.errors import WeightsError
+from splitnet.quant import native
+from tests.tiers import examples
+from tests.unit.blocks.test_torch_step import LATENTS
+from tests.unit.random_models import HYBRIDS, random_checkpoint
+
+HEADS, SIZE = 2, 48
+FORMS = {kind: KVForm.of(kind, torch.float32) for kind in ("float16", "int8", "int4")}
+ERRORS = {"float16": 0.0005, "int8": 0.02, "int4": 0.25}  # of a vector, as a part of it
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden": 128, "num_attention_heads": 4, "num_key_value_heads": 2},  # grouped heads
+    "mistral": {"hidden": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 90},
+    "gemma2": {"head_dim": 32, "attn_logit_softcapping": 5.0},
+    "gpt_oss": {"head_dim": 32},  # sinks of its own
+    "bloom": {"hidden": 128, "num_attention_heads": 4},  # slopes, one sequence at a time
+    "deepseek_v3": {
+        **LATENTS,
+        "qk_nope_head_dim": 48,
+        "v_head_dim": 32,
+        "first_k_dense_replace": 6,
+    },  # latents that become keys and values before they are kept
+    "bamba": HYBRIDS["bamba"],  # states beside them
+}
+
+
+def new(count: int, seed: int) -> torch.Tensor:
+    """With some large numbers, as keys have them."""
+    numbers = torch.randn(1, HEADS, count, SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    numbers[..., 5] += 8
+    return numbers
+
+
+def away(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Of each position and head, as a part of what is expected."""
+    return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("size", [16, 48, 64, 80, 96, 128, 192])
+def test_codes_stand_for_the_numbers(kind: str, size: int) -> None:
+    form = FORMS[kind]
+    assert form is not None
+    numbers = torch.randn(3, 40, size, generator=torch.Generator().manual_seed(size), dtype=torch.float32)
+    held = form.encode(numbers)
+    assert held[0, 0].nbytes == form.bytes_of(size) < 4 * size
+    assert away(form.decode(held, size), numbers).max() < ERRORS[kind]
+    torch.testing.assert_close(turned(turned(numbers)), numbers)
+    assert form.decode(form.encode(torch.zeros(1, size)), size).abs().sum() == 0
+    assert not form.decode(form.encode(torch.full((1, size), torch.nan)), size).isfinite().any()
+
+
+def test_what_cannot_be_held_so_is_refused_by_name() -> None:
+    with pytest.raises(WeightsError, match="use auto, float16, int8 or int4"):
+        KVForm.of("int2", torch.float32)
+    form = FORMS["int8"]
+    assert form is not None
+    with pytest.raises(WeightsError, match="--kv float16"):
+        form.bytes_of(24)
+    assert KVForm.of("float16", torch.bfloat16) is None
+
+
+actions = st.lists(
+    st.one_of(st.tuples(st.just("append"), st.integers(1, 200)), st.tuples(st.just("crop"), st.floats(0, 1))),
+    max_size=8,
+)
+
+
+@settings(max_examples=examples(40))
+@given(actions, st.sampled_from(["int8", "int4"]), st.booleans())
+def test_rows_are_right_after_any_crops(steps: list[tuple[str, float]], kind: str, forks: bool) -> None:
+    row = SequenceCache(form=FORMS[kind])
+    expected = new(0, 0), new(0, 0)
+    for number, (action, amount) in enumerate(steps):
+        if action == "crop":
+            length = int(row.length * amount)
+            row.crop(length)
+            row = row.fork() if forks else row
+            expected = expected[0][:, :, :length], expected[1][:, :, :length]
+            continue
+        count, start = int(amount), row.length
+        pair = new(count, 2 * number), new(count, 2 * number + 1)
+        expected = torch.cat((expected[0], pair[0]), 2), torch.cat((expected[1], pair[1]), 2)
+        stored = row.append(0, *pair)
+        row.advance(count)
+        for found, exact in zip(stored, expected, strict=True):
+            assert away(found, exact).amax() < ERRORS[kind]
+            torch.testing.assert_close(found[:, :, start:], exact[:, :, start:])
+            torch.testing.assert_close(found[:, :, :SINKS], exact[:, :, :SINKS])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_last_positions_are_in_full_also_after_drafts_were_taken_back(kind: str) -> None:
+    keys, values = new(400, 1), new(400, 2)
+    rows = SequenceCache(form=FORMS[kind]), SequenceCache(form=FORMS[kind])
+    for row in rows:
+        row.append(0, keys[:, :, :300], values[:, :, :300])
+        row.advance(300)
+    drafts = RING - WINDOW
+    rows[0].append(0, new(drafts, 3), new(drafts, 4))
+    rows[0].advance(drafts)
+    rows[0].crop(300)
+    found, undisturbed = (row.append(0, keys[:, :, 300:301], values[:, :, 300:301])[0] for row in rows)
+    assert torch.equal(found, undisturbed)
+    error = away(found, keys[:, :, :301])[0, 0]
+    assert error[301 - WINDOW :].max() < 1e-6 < error[SINKS : 301 - WINDOW].min()
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_a_row_goes_on_from_pages(kind: str) -> None:
+    keys, values = new(301, 1), new(301, 2)
+    first, second = SequenceCache(form=FORMS[kind]), SequenceCache(form=FORMS[kind])
+    first.append(3, keys[:, :, :300], values[:, :, :300])
+    first.advance(300)
+    pages = [first.page(0, 128), first.page(128, 256)]
+    second.fill(pages, {}, torch.device("cpu"))
+    assert second.length == 256
+    for row in (first, second):
+        row.crop(256)
+    for found, exact in zip(second.append(3, keys[:, :, 256:], values[:, :, 256:]), (keys, values), strict=True):
+        assert away(found, exact).max() < ERRORS[kind]
+        torch.testing.assert_close(found[:, :, 256:], exact[:, :, 256:], rtol=1e-3, atol=1e-2)
+    assert torch.equal(second.page(0, 128)["3.keys"], pages[0]["3.keys"])
+    with pytest.raises(ValueError, match="another way"):
+        SequenceCache(form=FORMS["int8"]).fill([{**pages[0], "3.keys": keys, "3.values": values}], {}, keys.device)
+
+
+def load(family: str, folder: Path, kv: str) -> Span:
+    return Span.load(Checkpoint.open(folder), 0, 6, dtype="float32", weights="float32", kv=kv)
+
+
+def decoded(span: Span, hidden: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Outputs of a prompt, of single steps, and of drafts of which some are taken back."""
+    row = span.new_row(len(hidden))
+    found = [span.forward(hidden[:prompt], [Chunk(row, 0, prompt)])]
+    for index in range(prompt, prompt + 12):
+        found.append(span.forward(hidden[index : index + 1], [Chunk(row, index, 1)]))
+    start = prompt + 12
+    span.forward(hidden[start + 5 : start + 14], [Chunk(row, start, 9)])
+    row.crop(start)
+    found.append(span.forward(hidden[start : start + 9], [Chunk(row, start, 9)]))
+    return torch.cat(found)
+
+
+@pytest.mark.default_cases(family=("llama", "gemma2", "bloom"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_are_near_exact_ones_and_compiled_steps_read_the_same_codes(family: str, tmp_path: Path) -> None:
+    """Divergences of what a random head makes of outputs: each form has its bound, and fewer bits are farther away."""
+    folder = random_checkpoint(family, tmp_path, **FAMILIES[family])
+    exact = load(family, folder, "auto")
+    noise = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, exact.hidden_size, generator=noise, dtype=torch.float32)
+    head = torch.randn(exact.hidden_size, 300, generator=noise, dtype=torch.float32)
+
+    def divergence(found: torch.Tensor, expected: torch.Tensor) -> float:
+        logits = [3 * (each / each.std() @ head / each.shape[1] ** 0.5).double() for each in (expected, found)]
+        wanted, got = (each.log_softmax(-1) for each in logits)
+        return float((wanted.exp() * (wanted - got)).sum(-1).mean())
+
+    prompt = 260
+    expected = decoded(exact, hidden, prompt)[prompt:]
+    divergences, sizes = [0.0], [exact.kv_bytes_per_position]
+    for kind, bound in (("float16", 1e-6), ("int8", 1e-4), ("int4", 3e-2)):
+        span = load(family, folder, kind)
+        assert span.kv == kind
+        found = decoded(span, hidden, prompt)[prompt:]
+        divergences.append(divergence(found, expected))
+        sizes.append(span.kv_bytes_per_position)
+        assert divergences[-2] < divergences[-1] < bound
+        if isinstance(exact._lean, NativeStep) and native.has_fast_kernels():
+            assert isinstance(span._lean, NativeStep)
+            span._lean = None
+            in_torch = decoded(span, hidden, prompt)[prompt:]
+            assert divergence(found, in_torch) < divergences[-1] / 2
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_latents_stay_as_they_are_computed(tmp_path: Path) -> None:
+    folder = random_checkpoint("deepseek_v2", tmp_path, **LATENTS, first_k_dense_replace=6)
+    exact, asked = (load("deepseek_v2", folder, kv) for kv in ("auto", "int8"))
+    assert (asked.kv, asked.kv_bytes_per_position) == ("auto", exact.kv_bytes_per_position)
+    assert torch.equal(*(decoded(span, torch.ones(100, span.hidden_size), 60) for span in (exact, asked)))
+
+
+def test_the_bytes_that_are_told_are_those_of_rows(tmp_path: Path) -> None:
+    folder = random_checkpoint("llama", tmp_path, **FAMILIES["llama"])
+    for kind in ("auto", "float16", "int8", "int4"):
+        span = load("llama", folder, kind)
+        for part in (span, span.view(2, 5)):
+            row = part.new_row(1000)
+            part.forward(torch.ones(1, part.hidden_size), [Chunk(row, 0, 1)])
+            assert row.nbytes == 1000 * part.kv_bytes_per_position + part.row_bytes
+            assert row.bytes_per_position == part.kv_bytes_per_position
