@@ -84,7 +84,7 @@ class PageCopies:
             raise ProtocolError("the source's address is not tcp://IP:PORT: names of others are not looked up")
         hop = Endpoint(message.source_address, PublicKey(message.source_key), message.source_relays)
         most = service.most_page_bytes
-        began, nbytes = time.monotonic(), 0
+        began, nbytes, copied = time.monotonic(), 0, 0
         names = [page_name(space, label) for label in message.labels]
         for index, (name, label) in enumerate(zip(names, message.labels, strict=True)):
             if store.has(space, label):
@@ -102,6 +102,9 @@ class PageCopies:
                 data += part.payload
                 nbytes += len(part.payload)
             store.put_copied(space, unpack(name, data), names[:index])
+            took_ms = (time.monotonic() - began) * 1000
+            if message.if_faster and took_ms / (copied := copied + 1) > service.page_ms(message.end - message.start):
+                return _held(store, space, message), nbytes
         return _held(store, space, message), nbytes
 
     def _ask(self, asking: Asking, hop: Endpoint, name: bytes, offset: int) -> WeightsPart | None:

@@ -657,6 +657,10 @@ class SessionService:
         sessions = self.sessions
         return int(PAGE * (sessions.position_bytes + 4 * self.served.hidden_size)) + sessions.row_bytes + PAGE_BYTES
 
+    def page_ms(self, blocks: int) -> float:
+        """Ms that the device takes for a page of a session with so many blocks."""
+        return PAGE * self.ms_per_position * blocks / (self.served.end - self.served.start)
+
     def space(self, owner: bytes, message: Open | CopyPages) -> Space:
         """Where pages of a session are, of the key `owner`."""
         group = self._policy.keys.options_of(owner).share if message.shared else None

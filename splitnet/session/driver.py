@@ -23,7 +23,7 @@ from scheduler.replan import RouteWatch, changed_hops
 from splitnet.errors import CoverageError, NotAuthorized, PeerBusy, SessionClosed, SplitnetError
 from splitnet.session import events
 from splitnet.session.events import Phase, Recovered
-from splitnet.session.failover import RouteHop
+from splitnet.session.failover import RouteHop, Source
 from splitnet.session.machine import SessionState
 from splitnet.session.options import ConnectionOptions
 from splitnet.session.requests import Request
@@ -306,12 +306,18 @@ class SessionDriver:
 
     def _needs_of_new(self) -> Needs:
         """What the session wants of a route that is planned now, whose peers may have stored some of its text."""
-        log = self.state.log
+        log, needs, stored = self.state.log, self.needs(self._prompt), self._stored
         row = log.only_row if log is not None else None
+        if log is not None and row is not None:
+            stored = self._swarm.stored.positions(log.labels(row))
+        records = {record.key.text: record for record in self._swarm.peers()} if stored else {}
+        self.state.sources = tuple(
+            Source(name, record.endpoint, (record.start, record.end), stored[name])
+            for name, record in records.items()
+            if name in stored
+        )
         if log is None or row is None or not self.state.hops:
-            return replace(self.needs(self._prompt), stored=self._stored)
-        stored = self._swarm.stored.positions(log.labels(row))
-        needs = self.needs(self._prompt)
+            return replace(needs, stored=stored)
         return replace(needs, prompt=log.length(row), stored=stored) if stored and self._in_flight == 1 else needs
 
     def predictions(self) -> Callable[[int], Prediction]:

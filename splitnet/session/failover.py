@@ -93,6 +93,21 @@ class RouteHop:
                 self.relay_log = None
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A peer that had stored so many of the first positions of a text, for all or some of its blocks."""
+
+    name: str
+    endpoint: Endpoint
+    blocks: tuple[int, int]
+    positions: int
+
+    def has_more(self, hop: RouteHop, positions: int) -> bool:
+        """Whether it may have so many positions of the blocks of another peer."""
+        covers = self.blocks[0] <= hop.blocks[0] and hop.blocks[1] <= self.blocks[1]
+        return covers and self.name != hop.name and self.positions >= positions
+
+
 class PeerSilent(PeerLost):
     """A hop has not answered in time; if it does later, it was only far away."""
 
@@ -109,6 +124,7 @@ class RouteSetup:
         question: number of the route that is being planned; 0: none is.
         retry_at: when to plan again, as no route was found.
         opened_at: when all hops had opened the session.
+        copies: hops that copy pages from others, which have them; None: that was not looked at.
         renamed: hops were told once more what their pages depend on, see `Open.context`.
     """
 
@@ -121,6 +137,7 @@ class RouteSetup:
     question: int = 0
     retry_at: float = math.inf
     opened_at: float | None = None
+    copies: int | None = None
     renamed: bool = False
 
     @property

@@ -264,11 +264,9 @@ class Session(SessionDriver):
             return Present(tuple(state.hops), state.log.labels(row), self.needs(), state.first_codec.name, state.shared)
 
     def deliver(self, source: Endpoint, message: Message) -> None:
-        if isinstance(message, CopiedPages):
-            if self.standby is not None:
-                self.standby.took(message)
-            return
-        super().deliver(source, message)
+        standby = self.standby
+        if not isinstance(message, CopiedPages) or standby is None or not standby.took(message):
+            super().deliver(source, message)
 
     def close(self) -> None:
         if self.standby is not None:

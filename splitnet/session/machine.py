@@ -53,7 +53,7 @@ from splitnet.errors import (
 )
 from splitnet.session import events
 from splitnet.session.events import TRANSITIONS, Cause, Phase, Recovered
-from splitnet.session.failover import PeerSilent, RouteHop, RouteSetup, cause_of, next_refill
+from splitnet.session.failover import PeerSilent, RouteHop, RouteSetup, Source, cause_of, next_refill
 from splitnet.session.requests import ReplayRequest, Request, StepRequest, check_beside, most_bytes, undone_by
 from splitnet.swarm.plan import ALIKE_AGAIN, HeldBlocks, PlannedHop, blocks_text
 from splitnet.swarm.swarm import Kind, short_key
@@ -64,6 +64,8 @@ from splitnet.wire.messages import (
     MAX_LABELS,
     AdapterLoaded,
     Close,
+    CopiedPages,
+    CopyPages,
     Failure,
     FailureCode,
     Forward,
@@ -79,6 +81,8 @@ from splitnet.wire.messages import Adapter as AdapterMessage
 from splitnet.wire.sent_log import PAGE, SentLog, digest
 
 POLL_S = 0.5  # between two plans where no peer serves some blocks
+COPY_S = 20.0  # hops get pages from others for this time at most
+WORTH_COPYING = 4 * PAGE  # positions that another peer must have beyond those of a hop
 MAX_ATTEMPTS = 8  # routes that may fail before an answer comes on one
 _NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights, PeerTooOld)
 """Errors of peers that are not at fault, but of no use for this session."""
@@ -139,6 +143,7 @@ class SessionState:
         salt: of the labels of pages, set before the first use; None: hops store none.
         shared: pages are shared with other keys, where the owners of peers let them.
         recalled: positions of the text that the hops had stored before, so that it goes on behind them.
+        sources: peers that may have stored pages of the text, set by the driver.
     """
 
     def __init__(
@@ -177,6 +182,7 @@ class SessionState:
         self.salt: bytes | None = None
         self.shared = False
         self.recalled = 0
+        self.sources: tuple[Source, ...] = ()
         self._model = model
         self._max_positions = max_positions
         self._progress_timeout_s = progress_timeout_s
@@ -559,6 +565,7 @@ class SessionState:
     def _open_hops(self) -> None:
         """Asks all hops, in an epoch of its own: so no answer is taken for that to another question."""
         self.epoch += 1
+        self._begin_setup().copies = None if self._begin_setup().copies is None else 0
         self._opened_reservation = self.reservation
         self._relays = {hop.endpoint for hop in self.hops if hop.relayed}
         self._liveness.heard(self._now)
@@ -675,12 +682,56 @@ class SessionState:
             self.salt = None
             for hop in self.hops:
                 hop.cached_positions = 0 if hop.recalled else hop.cached_positions
+        if setup.copies is None:
+            setup.copies = self._ask_copies()
+            if setup.copies:
+                return
+        elif setup.copies:  # they have answered: how much they hold now, they say when they are opened again
+            self._open_hops()
+            return
         setup.opened_at = self._now
         if self._recall is not None:
             self._settle_recall(self._recall)
         for hop in self.hops:
             hop.opened(self.log.positions if self.log is not None else 0)
         self._load_adapter()
+
+    def _ask_copies(self) -> int:
+        """Has hops copy pages that they lack from other peers; returns how many hops were asked."""
+        log = self.log
+        row = log.only_row if log is not None and self._has_pages else None
+        if log is None or row is None:
+            return 0
+        labels = log.labels(row)[:MAX_LABELS]
+        for hop in self.hops:
+            held = hop.cached_positions if hop.recalled else 0
+            lacks = hop.recalled or not hop.cached_positions
+            if not hop.context or not lacks or (self._recall is None and hop.filled):
+                continue
+            covering = [each for each in self.sources if each.has_more(hop, held + WORTH_COPYING)]
+            if covering:
+                source = max(covering, key=lambda each: each.positions)
+                self._asked[hop.endpoint] = self._now + COPY_S
+                self.send(hop.endpoint, self._copy_of(hop, source, labels[: source.positions // PAGE]))
+        return len(self._asked)
+
+    def _copy_of(self, hop: RouteHop, source: Source, labels: tuple[bytes, ...]) -> CopyPages:
+        where = source.endpoint
+        return CopyPages(
+            session=self.session,
+            rate=1e12,
+            if_faster=True,
+            number=self.next_number(),
+            start=hop.planned.start,
+            end=hop.planned.end,
+            codec=hop.codec.code,
+            context=hop.context,
+            shared=self.shared,
+            labels=labels,
+            source_key=where.key.raw,
+            source_address=where.address,
+            source_relays=where.relays,
+        )
 
     def _changes_of_weights(self, hop: RouteHop) -> list[str]:
         """Which blocks a hop holds otherwise than the session had them, for people."""
@@ -824,6 +875,11 @@ class SessionState:
 
     def _received(self, source: Endpoint, message: Message) -> None:
         hop = self._hop_at(source)
+        if isinstance(message, CopiedPages):
+            copies = self._setup is not None and bool(self._setup.copies)
+            if hop is not None and copies and self._asked.pop(source, None) is not None:
+                self._if_all_answered()
+            return
         if hop is None or getattr(message, "epoch", None) != self.epoch:
             return  # of a hop that is no longer on the route, or of an epoch that is no more
         match message:
@@ -1035,8 +1091,9 @@ class SessionState:
 
     def _unanswered(self, hops: Sequence[Endpoint]) -> None:
         """Hops have not answered an `Open` or an adapter."""
+        copies = self._setup is not None and bool(self._setup.copies)
         for endpoint in hops:
-            if self._asked.pop(endpoint, None) is not None:
+            if self._asked.pop(endpoint, None) is not None and not copies:
                 text = f"the peer at {endpoint.address} does not answer: check its network and firewall"
                 self._failed[endpoint] = PeerSilent(text)
         self._if_all_answered()

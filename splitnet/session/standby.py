@@ -77,13 +77,15 @@ class Standby:
         """Ends it without waiting; from any thread."""
         self._closed.set()
 
-    def took(self, message: CopiedPages) -> None:
-        """Takes in the answer of a replica."""
+    def took(self, message: CopiedPages) -> bool:
+        """Takes in the answer of a replica; False: it answers something else."""
         with self._lock:
             for copy in self._copies.values():
                 if copy.number == message.number:
                     copy.number, copy.pages = 0, message.pages
                     self.copied_bytes += message.nbytes
+                    return True
+        return False
 
     def _run(self) -> None:
         while not self._closed.wait(LOOK_S):
@@ -123,6 +125,7 @@ class Standby:
             message = CopyPages(
                 session=self._session,
                 rate=max(1.0, self._rate / len(present.hops)),
+                if_faster=False,
                 number=copy.number,
                 start=hop.planned.start,
                 end=hop.planned.end,

@@ -543,6 +543,7 @@ class CopyPages:
     TAG: ClassVar[int] = 28
     session: bytes = wire(blob(SESSION_BYTES))
     rate: float = wire(number(1, 1e12))  # bytes per second at most
+    if_faster: bool = wire(flag)  # the session waits: only as long as to compute them takes longer
     number: int = wire(_NUMBER)
     start: int = wire(uint(MAX_BLOCKS))
     end: int = wire(uint(MAX_BLOCKS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from peers.counters import WorkKind
 from peers.server import Peer
+from peers.service import SessionService
 from splitnet.directory.dht import Directory
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.security.identity import Identity
@@ -127,3 +129,26 @@ def test_a_replica_takes_over_with_the_pages_that_it_has_copied(own_long: Path) 
             assert torch.equal(generate(model, first, max_new_tokens=16), expected)
             assert session.recoveries
         assert replica.counters.work[WorkKind.REPLAY].positions < PAGE
+
+
+def test_pages_come_from_a_replica_where_that_is_faster(own_long: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
+    monkeypatch.setattr(SessionService, "page_ms", lambda *_: math.inf)
+    with local_swarm(own_long, [*SPANS, SPANS[1]]) as swarm:
+        model, ids = swarm.model(), text(5 * PAGE + 9, seed=8)
+        with model.session() as cache:
+            first = generate(model, ids)
+            assert isinstance(cache.session, Session)
+            middle = cache.session.hops[1]
+        swarm.client.ban(middle.name)
+        replica = next(each for each in swarm.peers if each.span.start == 2 and _name(each) != middle.name)
+        with model.session() as cache:
+            again = generate(model, ids)
+            assert isinstance(cache.session, Session) and cache.session.hops[1].name == _name(replica)
+            assert cache.session.recalled == 5 * PAGE
+        assert torch.equal(first, again) and torch.equal(first, generate(local, ids))
+        assert computed(replica) == 9 + GREEDY["max_new_tokens"] - 1
+
+
+def _name(peer: Peer) -> str:
+    return peer.identity.public.text
