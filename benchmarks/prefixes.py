@@ -9,11 +9,11 @@ the same ports. Then the same is asked of daemons with `--prefix-store off`: eve
 of which must have the same greedy text. Links have no codec. Last, one at a time and in turns, questions behind a known
 prefix and alone.
 
-    python -m benchmarks.prefixes CHECKPOINT --kill 1000 8000 [--rounds 3] [--peer-options ...]
+    python -m benchmarks.prefixes CHECKPOINT --kill 1000 8000 [--rounds 3] [--standby 16MiB]
 
 Instead, kill -9 of the middle hop of three, of which there is a second one, at so many positions: how long text stands
-still, with the keys and values of the prompt at the second one (warm) and without (cold); another text is generated
-meanwhile. Tokens must be those of the same text undisturbed.
+still, with the keys and values of the prompt at the second one (warm) and without (cold), and, with `--standby SIZE`,
+where it copies them meanwhile; another text is generated beside it. Tokens must be those of the text undisturbed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ VERBS = ("read", "list", "find", "move", "copy", "open", "close", "send", "count
 NOUNS = ("file", "table", "invoice", "letter", "ticket", "order", "branch", "photo", "sensor", "route", "account")
 KINDS = ("string", "number", "boolean", "array")
 AFTER = 24  # tokens before a hop is killed
-NEW_TOKENS = 48
+COPYING = 120  # the same, while its keys and values are copied
+MORE = 16  # tokens behind that
 Messages = list[Any]
 
 
@@ -107,7 +108,8 @@ def main() -> int:
     parser.add_argument("--disk", default="2GiB", help="of the store of each peer, see `splitnet peer --prefix-store`")
     parser.add_argument("--kill", type=int, nargs="+", help="positions at which a hop dies")
     parser.add_argument("--rounds", type=int, default=3, help="with --kill")
-    parser.add_argument("--peer-options", nargs=argparse.REMAINDER, default=[], help="more for each peer; the last")
+    parser.add_argument("--kinds", nargs="+", default=["cold", "warm"], help="with --kill")
+    parser.add_argument("--standby", help="with --kill: bytes per second that the second peer copies")
     arguments = parser.parse_args()
     arguments.streams = arguments.in_flight
     torch.set_num_threads(1)
@@ -142,7 +144,7 @@ def daemon(
     home.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(dir=home))
     port = home / "port"
-    more = ["--key-file", str(home / "key"), "--kv-memory", arguments.kv_memory, *options, *arguments.peer_options]
+    more = ["--key-file", str(home / "key"), "--kv-memory", arguments.kv_memory, *options]
     more += ["--listen", f"tcp://127.0.0.1:{port.read_text() if port.exists() else 0}"]
     with peer(own, arguments, span, before, more, home / "cache") as started:
         port.write_text(started.port)
@@ -193,7 +195,7 @@ def running(folder: Path, arguments: argparse.Namespace, store: str) -> Iterator
             yield list(peers.values()), url
 
 
-def tool_set(number: int, tokens: int, tokenizer: Any) -> str:
+def tool_set(number: int | str, tokens: int, tokenizer: Any) -> str:
     """Descriptions of tools, of about so many tokens."""
     draw, text = random.Random(f"tools {number}"), f"You are assistant {number}. You may call these tools:\n"
     while len(tokenizer(text).input_ids) < tokens:
@@ -314,6 +316,7 @@ class Death:
     other: float
     opened: float
     filled: float
+    copied: int
     same: bool
 
 
@@ -321,17 +324,17 @@ def kill(folder: Path, arguments: argparse.Namespace) -> int:
     """Has the middle hop die in answers behind prompts of given lengths, and prints what that cost."""
     tokenizer, wrong = Checkpoint.open(arguments.checkpoint).tokenizer(), 0
     columns = ["positions", "the other peer is", "ms to the next token, median (range)", "planned, opened", "filled"]
-    columns += ["ms per token before", "of the other text", "same tokens"]
+    columns += ["ms per token before", "of the other text", "copied, MiB", "same tokens"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     with daemons(folder, arguments, ("0", "1", "1b", "2"), ("--prefix-store", "memory")) as peers, ExitStack() as again:
         client, span = Identity.generate(), even_spans(Checkpoint.open(arguments.checkpoint).num_blocks, "012")["1"]
         for positions in arguments.kill:
-            for kind in ("cold", "warm"):
+            for kind in (*arguments.kinds, *(["standby"] if arguments.standby else [])):
                 deaths: list[Death] = []
                 for number in range(arguments.rounds):
-                    text = tool_set(number + 100 * positions + len(kind) * (kind == "warm"), positions, tokenizer)
+                    text = tool_set(f"{number} {positions} {kind}", positions, tokenizer)
                     ids = torch.tensor([tokenizer(text).input_ids[: positions - AFTER]])
-                    deaths.append(death(peers, arguments, client, ids, warm=kind == "warm"))
+                    deaths.append(death(peers, arguments, client, ids, kind))
                     start = daemon(folder / "1", arguments, span, [peers["0"]], ("--prefix-store", "memory"))
                     peers["1"] = again.enter_context(start)
                 wrong += sum(not each.same for each in deaths)
@@ -347,15 +350,17 @@ def report(positions: int, kind: str, deaths: Sequence[Death]) -> None:
     print(
         f"| {positions} | {kind} | {statistics.median(pauses):,.0f} ({min(pauses):,.0f}-{max(pauses):,.0f}) "
         f"| {opened:,.0f} | {filled:,.0f} | {usual:.1f} | {other:.1f} "
+        f"| {statistics.median(each.copied for each in deaths) / 2**20:,.0f} "
         f"| {sum(each.same for each in deaths)} of {len(deaths)} |",
         flush=True,
     )
 
 
 def death(
-    peers: dict[str, Peer], arguments: argparse.Namespace, client: Identity, prompt: torch.Tensor, *, warm: bool
+    peers: dict[str, Peer], arguments: argparse.Namespace, client: Identity, prompt: torch.Tensor, kind: str
 ) -> Death:
     """Generates undisturbed, through the peer that takes over if it is to be warm, and once more with a death."""
+    after = AFTER if kind != "standby" else COPYING
     checkpoint = Checkpoint.open(arguments.checkpoint)
     facts, join = ModelFacts.of(checkpoint), [peers["0"].address_file.read_text().strip()]
     with GuidedSwarm(facts, join, identity=client) as swarm, GuidedSwarm(facts, join) as others:
@@ -368,12 +373,13 @@ def death(
             hops = [records[peers[name].port] for name in ("0", middle, "2")]
             return [PlannedHop(record, record.start, record.end) for record in hops]
 
-        model, other = (
-            attach(checkpoint, one, codec="none", local_weights=arguments.weights) for one in (swarm, others)
-        )
-        swarm.route, others.route = route("1b" if warm else "1"), route("1b")
-        expected = generate(model, prompt, NEW_TOKENS, Clock())
+        how: dict[str, Any] = {"codec": "none", "local_weights": arguments.weights}
+        model, other = attach(checkpoint, swarm, **how), attach(checkpoint, others, **how)
+        swarm.route, others.route = route("1b" if kind == "warm" else "1"), route("1b")
+        expected = generate(model, prompt, after + MORE, Clock())
         swarm.route = route("1")
+        if kind == "standby":
+            model = attach(checkpoint, swarm, **how, standby=arguments.standby)
         began: list[float] = []
         beside, ended = Clock(), threading.Event()
         text = threading.Thread(target=generate, args=(other, prompt[:, :32], 10_000, beside, ended.is_set))
@@ -382,15 +388,15 @@ def death(
             def happen(tokens: int) -> None:
                 if tokens == 1:
                     text.start()
-                if tokens == AFTER:
                     swarm.route = None
+                if tokens == after:
                     began.append(time.perf_counter())
                     peers["1"].process.kill()
 
             clock = Clock(happen)
-            got = generate(model, prompt, NEW_TOKENS, clock)
-            assert cache.session is not None
-            repairs = list(cache.session.recoveries)
+            got = generate(model, prompt, after + MORE, clock)
+            session: Any = cache.session
+            repairs, copies = list(session.recoveries), session.standby
         ended.set()
         text.join()
     assert repairs, "no hop was replaced"
@@ -400,6 +406,7 @@ def death(
         other=1000 * statistics.median(gaps_s([each for each in beside.times if each < began[0]])),
         opened=sum(each.opened_ms for each in repairs),
         filled=sum(each.total_ms - each.opened_ms for each in repairs),
+        copied=copies.copied_bytes if copies is not None else 0,
         same=torch.equal(got, expected),
     )
 

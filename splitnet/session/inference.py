@@ -232,7 +232,7 @@ class Session(SessionDriver):
                 output = self._decoded(request)
             outputs.append(output)
             self.passed += request.message.positions
-            if request.message.labels:
+            if request.message.labels or (self._standby_rate and self.standby is None):
                 self._note_stored(request.message)
             if not request.decodes:
                 self.count_energy([request.result])

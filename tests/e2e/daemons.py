@@ -108,15 +108,19 @@ def daemon(folder: Path, *arguments: str) -> Iterator[Daemon]:
 
 @contextmanager
 def daemons(
-    folder: Path, model: str | Path, spans: Sequence[tuple[int, int]], *arguments: str
+    folder: Path,
+    model: str | Path,
+    spans: Sequence[tuple[int, int]],
+    *arguments: str,
+    each: Sequence[Sequence[str]] | None = None,
 ) -> Iterator[list[Daemon]]:
-    """Daemons that serve `spans` of a model in one swarm; the first began it."""
+    """Daemons that serve `spans` of a model in one swarm; the first began it. each: more arguments of each."""
     with ExitStack() as stack:
         running: list[Daemon] = []
-        for start, end in spans:
+        for (start, end), own in zip(spans, each or [()] * len(spans), strict=True):
             join = ("--join", running[0].address()) if running else ()
             blocks = ("--blocks", f"{start}:{end}")
-            running.append(stack.enter_context(starting(folder, model, *blocks, *join, *arguments)))
+            running.append(stack.enter_context(starting(folder, model, *blocks, *join, *arguments, *own)))
         for started in running:
             started.address()
         yield running
