@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import median
@@ -135,6 +135,14 @@ def missing_blocks(peers: Iterable[Peer], num_blocks: int, first: int = 0) -> li
         else:
             ranges.append((block, block + 1))
     return ranges
+
+
+def most_positions(peers: Sequence[Peer], blocks: tuple[int, int], held: Callable[[Peer], int]) -> int:
+    """The longest session that fits into a peer for each of the blocks [start, end), of which all are served.
+
+    held: for how many positions a peer has memory.
+    """
+    return min(max(held(peer) for peer in peers if peer.start <= block < peer.end) for block in range(*blocks))
 
 
 Floats = NDArray[np.float64]

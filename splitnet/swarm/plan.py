@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from scheduler.candidates import LIMIT, CandidateIndex
 from scheduler.cost import Encoding, hop_joules, move_ms, route_ms
-from scheduler.facts import CLIENT, Hop, Network, Peer, missing_blocks
+from scheduler.facts import CLIENT, Hop, Network, Peer, missing_blocks, most_positions
 from scheduler.route import NoRoute, best_route
 from splitnet.directory.record import PeerRecord, facts_of, places_of
 from splitnet.errors import CoverageError, OtherWeights, PeerBusy, SplitnetError, TooLongForPeers
@@ -344,11 +345,11 @@ def _too_long(
     records: Sequence[PeerRecord], positions: int, blocks: tuple[int, int], model_name: str
 ) -> TooLongForPeers | None:
     """The error if some blocks are served only by peers that could not hold so many positions without others."""
-    able = [facts_of(record) for record in records if not 0 < record.kv_capacity < positions]
-    short = missing_blocks(able, blocks[1], blocks[0])
+    peers = [facts_of(record) for record in records]
+    short = missing_blocks([peer for peer in peers if not 0 < peer.kv_capacity < positions], blocks[1], blocks[0])
     if not short:
         return None
-    most = max(record.kv_capacity for record in records if record.start <= short[0][0] < record.end)
+    most = min(most_positions(peers, each, attrgetter("kv_capacity")) for each in short)
     return TooLongForPeers(
         f"a session of {positions} positions (prompt and answer) fits into no peer of blocks {_ranges(short)} of "
         f"{model_name}, which hold {most} at most: ask for fewer tokens, or start a peer for them with more memory "

@@ -30,6 +30,17 @@ def test_a_sound_swarm(duo: str, small: Path, here: Here) -> None:
         )
 
 
+def test_a_session_of_a_length(duo: str, small: Path, here: Here) -> None:
+    told = here("doctor", str(small), "--join", duo, "--context", "200", "--json")
+    by_check = {finding["check"]: finding for finding in json.loads(told.output)["findings"]}
+    assert by_check["context"]["status"] == "pass"
+    assert re.fullmatch(
+        r"a session of 200 positions fits: [\d.]+ s to the first token of a prompt that long, then [\d.]+ tokens/s",
+        by_check["context"]["text"],
+    )
+    assert here("doctor", "--context", "200").error == "--context is about a model: give MODEL, too"
+
+
 def test_a_swarm_of_other_weights_in_json(
     duo: str, small: Path, demo_checkpoint: Path, here: Here, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from peers.sessions import SessionTable
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory
 from splitnet.directory.mdns import LocalNetwork
@@ -94,6 +95,25 @@ def test_a_sound_set_up_passes_every_check(sound: Setup, folder: Path) -> None:
     assert len(found["peer"]) == 2
     assert "2 of 2 peers reach this machine at tcp://127.0.0.1:" in found["reach"][0].text
     assert folder.name in found["swarm"][0].text
+
+
+def test_a_session_of_a_length_fits_or_not(sound: Setup, swarm: LocalSwarm) -> None:
+    fits, too_long = (examined(dataclasses.replace(sound, context=positions)) for positions in (256, 257))
+    assert wrong(fits) == {}
+    assert "a session of 256 positions fits: " in fits["context"][0].text
+    assert "made for 256 positions" in wrong(too_long)["context"].text
+    small = swarm.peers[1].service.sessions
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SessionTable, "capacity", property(lambda self: 100 if self is small else 200))
+        patch.setattr(SessionTable, "free_positions", property(lambda self: 90))
+        for each in swarm.peers:
+            each._announcer.publish()
+        found = wrong(examined(dataclasses.replace(sound, context=95)))["context"]
+        assert found.status is Status.warned and "blocks 0..5 have room for 90 at most now" in found.text
+        found = wrong(examined(dataclasses.replace(sound, context=101)))["context"]
+        assert found.status is Status.failed and "blocks 3..5 hold 100 at most" in found.text
+    for each in swarm.peers:
+        each._announcer.publish()
 
 
 def test_what_was_reached_once_is_reached_again_at_the_same_port(sound: Setup) -> None:

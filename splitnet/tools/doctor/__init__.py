@@ -12,6 +12,7 @@ import typer
 
 from splitnet.cli.arguments import Device, InviteFile, JoinToExamine, KeyFile, Lan, SwarmKeyFile, resolve_model
 from splitnet.cli.invite import model_or_invited, with_invitation
+from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.session.options import ConnectionOptions
 
@@ -35,6 +36,15 @@ def doctor(
     public_host: Annotated[
         str | None, typer.Option(metavar="HOST[:PORT]", help="How others would reach it, if by another name or port.")
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Length of a session: whether it fits, and how fast it is.",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = "auto",
     key_file: KeyFile = None,
     swarm_key: SwarmKeyFile = None,
@@ -50,12 +60,15 @@ def doctor(
     )
     options = with_invitation(given)
     source = resolve_model(model_or_invited(model, invite)) if model or invite else None
+    if context is not None and source is None:
+        raise SplitnetError("--context is about a model: give MODEL, too")
 
     import_models()
     from splitnet.tools.doctor.examination import Setup, examine
 
+    setup = Setup(model=source, options=options, listen=listen, public_host=public_host, context=context)
     findings: list[Finding] = []
-    for finding in examine(Setup(model=source, options=options, listen=listen, public_host=public_host)):
+    for finding in examine(setup):
         findings.append(finding)
         if not as_json:
             typer.secho(f"{finding.status:<5}", fg=_COLORS[finding.status], nl=False)

@@ -6,10 +6,16 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 from statistics import median
 
-from scheduler.facts import missing_blocks
+from scheduler.batching import SIZES
+from scheduler.cost import encodings_of, route_ms
+from scheduler.facts import CLIENT, CONTEXTS, UNMEASURED, Link, missing_blocks, most_positions
+from scheduler.partition import first_token_ms
+from scheduler.route import best_route
 from splitnet.blocks.device import AUTO
 from splitnet.blocks.sizes import ModelSizes
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -17,7 +23,7 @@ from splitnet.directory.hivemind_node import NO_HIVEMIND, NodeAnswer, allowed_sk
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.joining import join as join_swarm
 from splitnet.directory.mdns import LocalNetwork, what_was_found
-from splitnet.directory.record import MAX_CLOCK_SKEW_S, PeerRecord, facts_of
+from splitnet.directory.record import MAX_CLOCK_SKEW_S, PeerRecord, facts_of, network_of
 from splitnet.errors import AddressInUse, LanError, SplitnetError
 from splitnet.nat.port_mapping import MappingError, look_for_router
 from splitnet.nat.punch import Way
@@ -26,11 +32,13 @@ from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import OPEN, OpenSwarm
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.links import Links, refusal
+from splitnet.swarm.plan import blocks_text
 from splitnet.swarm.trial import PeerAnswer, PeerLinks
 from splitnet.tools.doctor import hardware
 from splitnet.tools.doctor.hardware import SHOWN_DIGITS, Finding, Status, failed, passed, warned
 from splitnet.transport.addresses import endpoint_of, is_reachable, public_address, refuse_taken, split_addresses
 from splitnet.transport.transport import Transport
+from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Endpoint, LinkState, is_address
 from splitnet.wire.messages import PROTOCOL_VERSION
 
@@ -149,6 +157,48 @@ def coverage(name: str, count: int, silent: Sequence[PeerRecord], others: Sequen
             f"blocks {blocks} of {name} are served only by peers that do not answer: {fix}, or see to the peers above",
         )
     return failed("coverage", f"blocks {blocks} of {name} are served by nobody: {fix}")
+
+
+def context(
+    checkpoint: Checkpoint, positions: int, records: Sequence[PeerRecord], rtt_ms: Mapping[str, float]
+) -> Finding:
+    """Whether a session of so many positions fits now, which blocks lack memory, and how fast it would be.
+
+    records: of peers that together serve all blocks. rtt_ms: round trips to those that were tried, by name.
+    """
+    count, most = checkpoint.num_blocks, checkpoint.max_positions
+    if most is not None and positions > most:
+        return failed("context", f"{checkpoint.name} was made for {most} positions, not {positions}: ask for fewer")
+    peers = [facts_of(record) for record in records if record.serves]
+    able = [replace(peer, kv_free=positions) for peer in peers if not 0 < peer.kv_capacity < positions]
+    too_small = missing_blocks(able, count)
+    full = too_small or missing_blocks([peer for peer in peers if peer.kv_free >= positions], count)
+    what = f"a session of {positions} positions"
+    held = attrgetter("kv_capacity" if too_small else "kv_free")
+    verb = "hold" if too_small else "have room for"
+    lacking = [f"blocks {blocks_text(*each)} {verb} {most_positions(peers, each, held)}" for each in full]
+    lack = f"{' and '.join(lacking)} at most{'' if too_small else ' now'}"
+    if too_small:
+        fix = "start peers for them with more --kv-memory, or ask for fewer"
+        return failed("context", f"{what} fits into no chain of peers: {lack}: {fix}")
+    rates = {record.key.text: record.bytes_per_ms or UNMEASURED.bytes_per_ms for record in records}
+    ways = ((name, Link(ms / 2, rates[name])) for name, ms in rtt_ms.items())
+    links = {pair: link for name, link in ways for pair in ((CLIENT, name), (name, CLIENT))}
+    network, by_name = network_of(records, links, {}), {peer.id: peer for peer in able}
+    encodings = encodings_of({name: codec.bytes_per_position(checkpoint.hidden_size) for name, codec in CODECS.items()})
+    plan = partial(best_route, able, (0, count), network, encodings=encodings, kv_needed=positions)
+    hops = plan(prompt=positions, context=positions).hops
+    token_ms = route_ms(hops, by_name, network, positions=1, encodings=encodings, context=positions)
+    first_s = min(
+        first_token_ms(hops, by_name, network, encodings=encodings, prompt=positions, step_positions=size) / 1000
+        for size in SIZES
+    )
+    unknown = positions >= CONTEXTS[0] and any(not by_name[hop.peer].past.ms for hop in hops)
+    least = ", without what some peers take to read so many, which they do not tell" if unknown else ""
+    speed = f"{first_s:.1f} s to the first token of a prompt that long, then {1000 / token_ms:.1f} tokens/s{least}"
+    if full:
+        return warned("context", f"{what} does not fit now: {lack}: try again later, or start peers for them ({speed})")
+    return passed("context", f"{what} fits: {speed}")
 
 
 _SHOWN_KEY = 9
@@ -303,6 +353,7 @@ class Setup:
     options: ConnectionOptions
     listen: str | None = None
     public_host: str | None = None
+    context: int | None = None  # positions of a session that should fit; None: any
 
 
 def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
@@ -333,8 +384,10 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         found, join = local_network(checkpoint)
         yield found
     if join:
-        yield from _way_to(join, checkpoint, reach, clock, swarm)
+        yield from _way_to(join, checkpoint, reach, clock, swarm, setup.context)
     else:
+        if setup.context is not None:
+            yield warned("context", "no swarm was found that could hold such a session: give --join")
         yield reach.port()
 
 
@@ -350,7 +403,12 @@ def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[Finding]:
 
 
 def _way_to(
-    join: Sequence[str], checkpoint: Checkpoint | None, reach: Reach, clock: Callable[[], float], swarm: OpenSwarm
+    join: Sequence[str],
+    checkpoint: Checkpoint | None,
+    reach: Reach,
+    clock: Callable[[], float],
+    swarm: OpenSwarm,
+    positions: int | None,
 ) -> Iterator[Finding]:
     multiaddrs, addresses = split_addresses(join)
     answers = ask_nodes(multiaddrs, clock=clock) if multiaddrs else []
@@ -373,7 +431,7 @@ def _way_to(
     with closing(Links(reach.identity)) as links:
         try:
             with join_swarm(joined, lambda: links, swarm=swarm) as directory:
-                yield from _swarm(directory, checkpoint, reach, clock, allowed_s)
+                yield from _swarm(directory, checkpoint, reach, clock, allowed_s, positions)
         except SplitnetError as error:
             yield failed("swarm", str(error))
 
@@ -404,6 +462,7 @@ def _swarm(
     reach: Reach,
     clock: Callable[[], float],
     allowed_s: float,
+    positions: int | None,
 ) -> Iterator[Finding]:
     models = directory.models()
     yield served_model(models, checkpoint)
@@ -423,8 +482,12 @@ def _swarm(
         for model in wanted:
             told = max((record.num_blocks for record in records if record.model == model), default=0)
             if count := checkpoint.num_blocks if checkpoint else told:
-                of_model = ([one for one in some if one.model == model] for some in (silent, counted))
-                yield coverage(models[model], count, *of_model)
+                gone, there = ([one for one in some if one.model == model] for some in (silent, counted))
+                covered = coverage(models[model], count, gone, there)
+                yield covered
+                if positions is not None and checkpoint is not None and covered.status is Status.passed:
+                    rtts = ((record.key.text, answers[record.endpoint].rtt_ms) for record in there if record in tried)
+                    yield context(checkpoint, positions, there, {name: ms for name, ms in rtts if ms is not None})
         own = next((record for record in records if record.key == reach.identity.public), None)
         found = reach.port(own)
         yield found

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from splitnet.blocks.sizes import ModelSizes
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.hivemind_node import NodeAnswer
+from splitnet.directory.record import PeerRecord
 from splitnet.quant.native import Kernels
 from splitnet.security.identity import Identity
 from splitnet.tools.doctor import document, examination, hardware, has_failed, summary
-from splitnet.tools.doctor.hardware import Status, failed, memory, open_model, passed, warned
+from splitnet.tools.doctor.hardware import Finding, Status, failed, memory, open_model, passed, warned
 from tests.unit.random_models import random_checkpoint
+from tests.unit.swarm.test_client_swarm import RECORD
 
 ALLOWED_S = 3.0
 SIZES = ModelSizes(
@@ -128,6 +134,37 @@ def test_the_clock_fails_only_if_most_others_disagree_with_it(nodes: list[NodeAn
 def test_every_fault_of_a_node_comes_with_something_to_do(fault: str) -> None:
     (found,) = examination.join_addresses([NodeAnswer("/ip4/192.0.2.1/tcp/1/p2p/x", fault=f"!{fault}")])
     assert found.status is Status.failed and ("check" in found.text or "copy" in found.text)
+
+
+def test_a_context_fits_or_what_lacks_memory_is_named(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path / "llama", blocks=6, max_position_embeddings=8192))
+
+    def peer(start: int, end: int, free: int, capacity: int = 8192, **facts: Any) -> PeerRecord:
+        facts |= {"start": start, "end": end, "kv_free_positions": free, "kv_capacity": capacity, "bytes_per_ms": 1e5}
+        return replace(RECORD, key=Identity.generate().public, **facts)
+
+    def told(positions: int, *records: PeerRecord) -> Finding:
+        return examination.context(checkpoint, positions, records, {record.key.text: 2.0 for record in records})
+
+    head, tail = peer(0, 3, 8000), peer(3, 6, 3000)
+    reads = {"past_ms": ((1.0, 100.0), (10.0, 900.0))}
+    assert told(3000, head, tail).status is Status.passed
+    busy = told(4096, head, tail)
+    assert busy.status is Status.warned and "blocks 3..5 have room for 3000 at most now" in busy.text
+    assert told(4096, head, tail, peer(2, 6, 5000)).status is Status.passed
+    small = told(4096, head, peer(3, 6, 3000, 3500))
+    assert small.status is Status.failed and "blocks 3..5 hold 3500 at most: start peers" in small.text
+    assert "made for 8192 positions" in told(10_000, head, tail).text
+    # The blocks take 6 ms for a token and the links 2 ms; behind 8,192 positions each block reads for 10 ms more.
+    whole = peer(0, 6, 8192)
+    speeds = [
+        float(found[1])
+        for record in (whole, replace(whole, **reads))
+        if (found := re.search(r"then ([\d.]+) tokens/s", told(8192, record).text))
+    ]
+    assert speeds == pytest.approx([1000 / 8, 1000 / 68], rel=0.02)
+    assert "which they do not tell" in told(2000, head, tail).text
+    assert "which they do not tell" not in told(2000, replace(head, **reads), replace(tail, **reads)).text
 
 
 def test_a_swarm_without_peers() -> None:
