@@ -142,7 +142,7 @@ class SpanServer:
         if options.prefixes:
             folder = options.prefix_folder
             self.prefixes = sessions.prefixes = PrefixStore(
-                f"{__version__} {checkpoint.fingerprint} {span.weights.text} {span.dtype} {span.kv}",
+                f"{__version__} {checkpoint.fingerprint} {span.held_as} {span.dtype}",
                 (lambda: sessions.memory.free) if on_cpu else (lambda: beside),
                 lambda owner: 1.0 if owner.startswith(b"group ") else policy.weight(owner),
                 PageFiles(folder, options.prefix_disk) if folder is not None and options.prefix_disk != 0 else None,
@@ -156,7 +156,7 @@ class SpanServer:
             num_blocks=checkpoint.num_blocks,
             hidden_size=checkpoint.hidden_size,
             max_positions=checkpoint.max_positions,
-            weights=span.weights.text,
+            weights=span.held_as,
         )
         if training_memory is None:
             training_memory = free_memory(span.device) // 8
@@ -416,7 +416,7 @@ class Peer:
             protocol=PROTOCOL_VERSION,
             codecs=tuple(CODECS),
             device=str(server.span.device),
-            dtype=server.span.weights.text,
+            dtype=server.span.held_as,
             block_ms=server.speed.block_ms,
             queue_ms=wait_ms,
             batch=batch,

@@ -65,7 +65,7 @@ def _print_table(overview: Overview) -> None:
             f"{blocks} -> {blocks_text(*record.moving_to)}" if record.moving_to else blocks,
             record.address.removeprefix("tcp://"),
             reached(record),
-            f"{record.device} {record.dtype}" + (f", KV {record.kv}" if record.kv != "auto" else ""),
+            f"{record.device} {record.dtype}",
             f"{token_ms(record):.1f}",
             *(["?" if joules is None else f"{joules:.3g}"] * shows_energy),
             str(record.kv_free_positions),
