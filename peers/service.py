@@ -821,7 +821,9 @@ class SessionService:
         session.sent_on = True
         for index, (parts, payload, reach, labels) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
-            again = session.id, session.epoch, number, parts, None, message.until, codec, payload
+            # The next hop may hold rows of a text before.
+            forks = None if index or message.since else ()
+            again = session.id, session.epoch, number, parts, forks, message.until, codec, payload
             labels = labels if session.labelled else ()
             self.outbox.send(session.next, Step(*again, session.end, (), reach, labels))
 

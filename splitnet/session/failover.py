@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain, repeat, takewhile
 
 from splitnet.errors import (
     CoverageError,
@@ -41,6 +41,7 @@ class RouteHop:
         relay_log: what the client has relayed; None if that is not all of it.
         cached_positions: that it held of the session when it was opened last.
         recalled: they are of pages that it had stored before.
+        asked: for such pages, when it was opened last.
         context: that it was opened with, see `Open`.
         filled: it holds the KV cache that the session wants.
         weights: what its blocks are held as, as its record or itself has said last.
@@ -54,6 +55,7 @@ class RouteHop:
     relay_log: SentLog | None = None
     cached_positions: int = 0
     recalled: bool = False
+    asked: bool = False
     context: bytes = b""
     filled: bool = False
     weights: str = ""
@@ -74,7 +76,7 @@ class RouteHop:
 
     def opened(self, wanted: int) -> None:
         """The route is open; the hop may have lost the session since. wanted: positions that were sent before."""
-        if self.recalled or not self.cached_positions:
+        if not self.cached_positions:
             self.filled, self.adapter_version = False, 0
         if not wanted or (self.recalled and self.cached_positions >= wanted):
             self.filled = True
@@ -208,8 +210,11 @@ def next_refill(
         log, to = sent, hops[0].endpoint
     until = group[-1].blocks[1]
     since = min(hop.cached_positions if hop.recalled else 0 for hop in group)
+    # A hop may hold rows of a text before; all that are wanted are sent.
     steps = (
-        Step(session, epoch, next_number(), parts, None, until, log.codec, payload, reach=reach, labels=labels)
-        for parts, payload, reach, labels in log.replay(since=since)
+        Step(session, epoch, next_number(), parts, forks, until, log.codec, payload, reach=reach, labels=labels)
+        for forks, (parts, payload, reach, labels) in zip(
+            chain([None if since else ()], repeat(None)), log.replay(since=since), strict=False
+        )
     )
     return group, [ReplayRequest(step, to, group[-1].endpoint) for step in steps]

@@ -580,7 +580,7 @@ class SessionState:
         taps = self._taps_of(hop) if not is_strict else ()
         hop.context = self._context(index) if self._has_pages else b""
         row = self.log.only_row if self.log is not None and (self._recall is not None or not hop.filled) else None
-        asks = row is not None and bool(hop.context)
+        asks = hop.asked = row is not None and bool(hop.context)
         message = Open(
             session=self.session,
             epoch=self.epoch,
@@ -632,7 +632,9 @@ class SessionState:
     def _opened(self, hop: RouteHop, message: Opened) -> None:
         if self.phase is Phase.OPENING and self._asked.pop(hop.endpoint, None) is not None:
             hop.relayed |= not message.next_reachable
-            hop.cached_positions, hop.recalled = message.cached_positions, message.recalled
+            hop.cached_positions, hop.recalled = message.cached_positions, message.recalled and hop.asked
+            if hop.recalled:  # unasked, it would still hold what it was asked for before
+                hop.filled, hop.adapter_version = False, 0
             hop.weights = message.weights or hop.weights
             if not self._any_weights and (changes := self._changes_of_weights(hop)):
                 what = " and ".join(changes)
@@ -763,6 +765,10 @@ class SessionState:
         replays: list[ReplayRequest] = []
         if self.log is not None:
             filling, replays = next_refill(self.hops, self.log, self.session, self.epoch, self.next_number)
+            while filling and not replays:  # they hold all that was sent to them
+                for each in filling:
+                    each.filled = True
+                filling, replays = next_refill(self.hops, self.log, self.session, self.epoch, self.next_number)
         if not filling:
             self._stands()
             return

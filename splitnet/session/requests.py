@@ -184,7 +184,9 @@ class ReplayRequest(Request[Step | Replay]):
         if isinstance(message, Result) and source == self.last:
             self.ended = True
         elif isinstance(message, Result) and source == self.to:
-            raise ProtocolError("it has nothing to replay")
+            if not getattr(self.message, "since", 0):
+                raise ProtocolError("it has nothing to replay")
+            self.ended = True  # nothing but what the next hops hold already
         return self.ended
 
 

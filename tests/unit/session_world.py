@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,11 +37,13 @@ from splitnet.session.events import (
     Note,
     Phase,
     Planned,
+    Recall,
     Received,
     Send,
     Submit,
     Tick,
     Unban,
+    Use,
 )
 from splitnet.session.machine import SessionState
 from splitnet.session.requests import BackwardState, Batch, PassRequest, StepRequest
@@ -67,7 +69,7 @@ from splitnet.wire.messages import (
     Tapped,
 )
 from splitnet.wire.messages import Close as CloseMessage
-from splitnet.wire.sent_log import SentLog, fork_rows
+from splitnet.wire.sent_log import SentLog, fork_rows, page_ends
 
 SID = b"s" * 16
 BLOCKS = 4
@@ -77,6 +79,8 @@ SIZE = PLAIN.bytes_per_position(1)
 NOT_FINITE = b"\xff" * SIZE
 """A value that any client can tell from a right one."""
 CLIENT = "client"
+PAGE = 3
+"""Positions of a page in these worlds."""
 
 _KEYS = [Identity.generate().public for _ in SPANS]
 
@@ -157,6 +161,15 @@ class Kind(Enum):
     """As calm, but all peers stay, and one of them begins to lie."""
 
 
+class StoredPage(NamedTuple):
+    """What a peer keeps of a page: all values that came in up to its end, and what it sent on for its own."""
+
+    values: Values
+    output: bytes
+    reach: int
+    label: bytes
+
+
 @dataclass
 class Held:
     """A session at a peer."""
@@ -170,6 +183,10 @@ class Held:
     next: Endpoint | None
     log: SentLog
     taps: tuple[int, ...] = ()
+    context: bytes = b""
+    recalled: tuple[int, list[StoredPage]] | None = None
+    contexts: dict[int, bytes] = field(default_factory=dict)
+    """By row: in which all of it was computed; empty: in several."""
     rows: dict[int, Values] = field(default_factory=dict)
     tags: Tags = (0,) * BLOCKS
     version: int = 0
@@ -196,7 +213,15 @@ class Faulty:
         "other end",
         "for the tail",
     )
-    WITH_STEPS = ("not finite", "pushes short", "pushes gaps", "keeps taps", "short taps", "other codec of taps")
+    WITH_STEPS = (
+        "not finite",
+        "pushes short",
+        "pushes gaps",
+        "keeps taps",
+        "short taps",
+        "other codec of taps",
+        "claims pages",
+    )
     OTHERS = ("refuses adapters", "fails replays", "forgets in replays")
 
 
@@ -220,6 +245,7 @@ class PeerModel:
         self.weights = "float32"
         self.name = self.record.key.text
         self.sessions: dict[bytes, Held] = {}
+        self.pages: dict[tuple[bytes, bytes, int, int, int], StoredPage] = {}
         self.id = SID
         """Of the session that the message at hand is about."""
         self.alive = True
@@ -317,10 +343,54 @@ class PeerModel:
             reachable = following is None or (self.name, following.name) not in self.world.apart
             held.next = following.endpoint if following is not None and reachable else None
             held.previous = message.previous
-            cached = sum(map(len, held.rows.values()))
+            self._find_pages(held, message)
+            pages = held.recalled[1] if held.recalled is not None else []
+            cached = PAGE * len(pages) or sum(map(len, held.rows.values()))
+            if self.fault == "claims pages" and message.labels:
+                pages, cached = [None], 1000
             weights = self.weights if message.asks_weights else ""
             held.taps = () if self.is_old else message.taps
-            self.to_client(Opened(self.id, held.epoch, reachable, cached, weights, bool(held.taps)))
+            self.to_client(Opened(self.id, held.epoch, reachable, cached, weights, bool(held.taps), bool(pages)))
+
+    def _key(self, held: Held, label: bytes) -> tuple[bytes, bytes, int, int, int]:
+        return held.context, label, held.start, held.end, held.codec
+
+    def _find_pages(self, held: Held, message: Open) -> None:
+        if message.context != held.context or message.labels:
+            held.recalled = None
+        held.context = message.context
+        if not message.context or not message.labels or message.row in held.rows:
+            return
+        pages: list[StoredPage] = []
+        while len(pages) < len(message.labels) and len(pages) < held.reservation // PAGE:
+            page = self.pages.get(self._key(held, message.labels[len(pages)]))
+            if page is None:
+                break
+            pages.append(page)
+        held.recalled = (message.row, pages) if pages else None
+
+    def _recall(self, held: Held, step: Step) -> None:
+        """A row begins with the pages that were found for it."""
+        recalled, held.recalled = held.recalled, None
+        part = step.parts[0]
+        if recalled is not None and part.row == recalled[0] and part.start:
+            pages = recalled[1][: -(-part.start // PAGE)]
+            held.rows = {part.row: pages[-1].values}
+            held.contexts = {part.row: held.context}
+            held.log.restore(part.row, [(page.output, page.reach, page.label) for page in pages])
+
+    def _keep_pages(self, held: Held, step: Step) -> None:
+        labels = iter(step.labels)
+        for part in step.parts:
+            first = part.start // PAGE
+            for index in range(first, first + page_ends(part)):
+                label = next(labels, None)
+                if label is None or not held.context or held.contexts.get(part.row) != held.context:
+                    continue
+                output, reach = held.log.page(part.row, index) if held.end != BLOCKS else (b"", 0)
+                values = held.rows[part.row][: (index + 1) * PAGE]
+                if NOT_FINITE not in (*values, *run_blocks(held.start, held.end, held.tags, values)):
+                    self.pages.setdefault(self._key(held, label), StoredPage(values, output, reach, label))
 
     def _step(self, source: str, step: Step) -> None:
         held = self.held
@@ -345,8 +415,11 @@ class PeerModel:
                 )
                 self.held = None
                 return
+        self._recall(held, step)
         try:
             rows = dict(held.rows) if step.forks is None else fork_rows(held.rows, step.forks, lambda row: row)
+            if step.forks is not None:
+                held.contexts = {each.row: held.contexts.get(each.source, b"") for each in step.forks}
         except ProtocolError:
             self.fail(step.epoch, step.number, FailureCode.OUT_OF_ORDER)
             return
@@ -359,6 +432,10 @@ class PeerModel:
                 self.fail(step.epoch, step.number, FailureCode.OUT_OF_ORDER)
                 return
             rows[part.row] = before[: part.start] + tuple(values[: part.length])
+            if not part.start:
+                held.contexts[part.row] = held.context
+            elif held.contexts.get(part.row) != held.context:
+                held.contexts[part.row] = b""
             values = values[part.length :]
             made = run_blocks(held.start, held.end, held.tags, rows[part.row])[part.start :]
             outputs += made
@@ -372,7 +449,8 @@ class PeerModel:
         held.done += step.positions
         held.last = max(held.last, 0 if step.replay_until else step.number)
         if held.end != BLOCKS:
-            held.log.record(step.parts, step.forks, b"".join(outputs), step.reach)
+            held.log.record(step.parts, step.forks, b"".join(outputs), step.reach, step.labels)
+        self._keep_pages(held, step)
         self._send_on(held, step, outputs, kept)
         if kept and not step.replay_until and self.fault != "keeps taps":
             for tap in held.taps:
@@ -468,17 +546,20 @@ class PeerModel:
         self.world.post(self.name, source, onward)
 
     def _replay(self, held: Held, message: Replay) -> None:
+        if held.recalled is not None:
+            row, pages = held.recalled
+            held.log.restore(row, [(page.output, page.reach, page.label) for page in pages])
         steps = list(held.log.replay(2, message.since))
         if held.next is None:
             self.fail(message.epoch, message.number, FailureCode.STALE_EPOCH)
             return
         if not steps:
             self.to_client(Result(self.id, held.epoch, message.number, message.until, held.codec, ()))
-        for index, (parts, payload, reach, _) in enumerate(steps):
+        for index, (parts, payload, reach, labels) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
-            step = Step(
-                self.id, held.epoch, number, parts, None, message.until, held.log.codec, payload, held.end, (), reach
-            )
+            forks = () if not index and not message.since else None
+            again = self.id, held.epoch, number, parts, forks, message.until, held.log.codec, payload
+            step = Step(*again, held.end, (), reach, labels if held.context else ())
             self.world.post(self.name, self.world.at(held.next).name, step)
 
 
@@ -540,6 +621,7 @@ class World:
         kind: Kind = Kind.ROUGH,
         any_weights: bool = False,
         taps: tuple[int, ...] = (),
+        stores: bool = True,
     ) -> None:
         self.kind = kind
         self.now = 0.0
@@ -568,6 +650,11 @@ class World:
             SID, model="m", blocks=(0, BLOCKS), hidden_size=1, reservation=reservation, any_weights=any_weights
         )
         self.state.seen = self.seen
+        self.state.salt = b"salt" if stores else None
+        self.text: tuple[int, Values] | None = None
+        """Of the caller, which has asked for what the hops hold of it: its row, its positions."""
+        self.recalled = 0
+        """Texts that went on behind what hops held."""
         self.state.taps = taps
 
     # The outside of the machine.
@@ -698,10 +785,16 @@ class World:
 
     @property
     def ready(self) -> bool:
-        return self.state.is_open and self.state.is_settled
+        return self.state.is_open and self.state.is_settled and self.text is None
 
-    def submit(self, new: Sequence[tuple[int | None, int, int, int]], forks: tuple[Fork, ...] | None = None) -> None:
-        """Sends new positions: (row or None for a new one, start, length, keep) of each."""
+    def submit(
+        self,
+        new: Sequence[tuple[int | None, int, int, int]],
+        forks: tuple[Fork, ...] | None = None,
+        tokens: Values = (),
+    ) -> None:
+        """Sends new positions: (row or None for a new one, start, length, keep) of each. tokens: of the first one."""
+        given = tokens
         parts: list[Chunk] = []
         payload: list[bytes] = []
         wanted: dict[int, list[bytes]] = {boundary: [] for boundary in (*self.state.taps, BLOCKS)}
@@ -711,7 +804,7 @@ class World:
             forks, self.rows, self.restarts = (), {}, False
         for row, start, length, keep in new:
             row_id = row if row is not None else next(self._row_ids)
-            tokens = tuple(self._new_token() for _ in range(length))
+            tokens, given = given or tuple(self._new_token() for _ in range(length)), ()
             self.rows[row_id] = self.rows.get(row_id, ())[:start] + tokens
             parts.append(Chunk(row_id, start, length, keep))
             payload += tokens
@@ -725,6 +818,25 @@ class World:
         output, *tapped = (b"".join(wanted.pop(boundary)) for boundary in (BLOCKS, *self.state.taps))
         self.asked.append(Asked(request, output, dict(zip(self.state.taps, tapped, strict=True))))
         self.feed(Submit((request,)))
+
+    def begin_text(self, tokens: Values) -> None:
+        """Asks for what the hops hold of a text, and wants a route."""
+        self.text, self.rows = (self.new_row_id(), tokens), {}
+        most = (len(tokens) - 1) // PAGE * PAGE
+        if most and self.state.salt is not None:
+            self.feed(Recall(Chunk(self.text[0], 0, most, 0), lambda codec: b"".join(tokens[:most])))
+        self.feed(Use())
+
+    def send_text(self, keep: int = 1) -> int:
+        """Sends what the hops do not hold of it, once the route is open; returns how much they do."""
+        assert self.text is not None and self.state.is_open
+        (row, tokens), self.text = self.text, None
+        recalled = self.state.recalled if (len(tokens) - 1) // PAGE and self.state.salt is not None else 0
+        self.rows = {row: tokens[:recalled]} if recalled else {}
+        self.restarts = not recalled
+        self.recalled += recalled > 0
+        self.submit([(row, recalled, len(tokens) - recalled, keep)], tokens=tokens[recalled:])
+        return recalled
 
     def _new_token(self) -> bytes:
         self._token += 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -15,13 +16,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from scheduler.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S, OPEN_TIMEOUT_S, Alive
 from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, PeerTooOld, SplitnetError, WrongKey
+from splitnet.session import machine
 from splitnet.session.events import TRANSITIONS, Distrust, LinkFailed, Move, Phase, Received, Resize, Use, UseAdapter
 from splitnet.session.machine import POLL_S
 from splitnet.swarm.plan import PlannedHop
+from splitnet.wire import sent_log
 from splitnet.wire.endpoints import Endpoint, Relay
 from splitnet.wire.messages import Failure, FailureCode, Fork
 from tests.tiers import examples
-from tests.unit.session_world import CLIENT, PLAIN, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
+from tests.unit.session_world import CLIENT, PAGE, PLAIN, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
 
 index = st.integers(0, 1 << 16)
 peer = st.integers(0, len(SPANS) - 1)
@@ -29,6 +32,19 @@ ADAPTERS = [None, adapter(1), adapter(2)]
 
 SLOW = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 MANY = settings(deadline=None, suppress_health_check=SLOW)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pages() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (machine, sent_log):
+            patch.setattr(module, "PAGE", PAGE)
+        yield
+
+
+def text_of(which: int, length: int) -> tuple[bytes, ...]:
+    """Texts that begin alike: each has the first `which` positions of the first one."""
+    return tuple(bytes((1, 1 if at < which else 2 + which, at, 0)) for at in range(length))
 
 
 class Trouble(RuleBasedStateMachine):
@@ -199,6 +215,37 @@ class Steps(Trouble):
         if (log.positions if log is not None else 0) + length <= self.world.state.reservation:
             self.world.submit([(None, 0, length, min(keep, length))])
 
+    @precondition(lambda self: not self.world.state.under_way and len(self.world.asked) < 12)
+    @precondition(lambda self: self.world.ready or self.world.state.phase in (Phase.NEW, Phase.BROKEN))
+    @rule(which=st.integers(0, 12), length=st.integers(1, 14), at_once=st.booleans())
+    def begin_text(self, which: int, length: int, at_once: bool) -> None:
+        if length > self.world.state.reservation:
+            return
+        self.world.begin_text(text_of(which, length))
+        if at_once:
+            self.world.settle()
+            self.send_text()
+
+    @precondition(lambda self: self.world.text is not None and not self.world.state.under_way)
+    @rule()
+    def send_text(self) -> None:
+        if self.world.state.is_open and self.world.state.is_settled:
+            self.world.send_text()
+        elif self.world.state.is_settled:  # the caller has had its error
+            self.world.text, self.world.restarts = None, True
+
+    @rule(at=index, some=st.integers(0, 15))
+    def lose_pages(self, at: int, some: int) -> None:
+        """A peer needs the memory."""
+        peer = self._peer(at)
+        peer.pages = {name: page for index, (name, page) in enumerate(peer.pages.items()) if some >> index % 4 & 1}
+
+    @precondition(lambda self: not self.world.state.hops)
+    @rule(at=peer)
+    def hold_otherwise(self, at: int) -> None:
+        """Than its record says."""
+        self.world.peers[at].record.dtype = "int8"
+
     @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
     @rule(at=index, length=st.integers(1, 2))
     def go_on(self, at: int, length: int) -> None:
@@ -277,7 +324,7 @@ class Steps(Trouble):
         self.world.abandon_from(first)
 
     def check_that_it_works(self) -> None:
-        self.world.restarts = True
+        self.world.restarts, self.world.text = True, None
         self.world.submit([(None, 0, 2, 1)])
         self.world.settle()
         assert self.world.asked[-1].request.done, self.world.asked[-1].request.error
@@ -322,6 +369,63 @@ TestSteps = Steps.TestCase
 TestSteps.settings = settings(MANY, max_examples=examples(400), stateful_step_count=40, derandomize=True)
 TestPasses = Passes.TestCase
 TestPasses.settings = settings(MANY, max_examples=examples(200), stateful_step_count=40, derandomize=True)
+
+
+TROUBLES = ["kill", "forget", "leave", "fill up", "start", "start"]
+FAULTS = [None, *Faulty.KINDS, *Faulty.WITH_STEPS, *Faulty.OTHERS]
+
+
+def wander(seed: int, kind: Kind, turns: int = 60) -> World:
+    """Texts one after the other, most of which begin as one before, with all that may happen meanwhile."""
+    chance, run = random.Random(seed), Steps()
+    run.begin(kind=kind, seed=seed, opens=chance.random() < 0.5, which=chance.choice(ADAPTERS), taps=())
+    world, state = run.world, run.world.state
+    for _ in range(turns):
+        some, at = chance.randrange(16), chance.randrange(1 << 16)
+        rests, pending = world.is_at_rest, world.text is not None
+        can_go_on = world.ready and bool(world.rows) and not world.restarts
+        actions: list[Callable[[], object]] = [run.settle] * 2
+        if world.busy_links():
+            actions += [lambda some=some, at=at: run.deliver(some, at)] * 2
+            if kind is Kind.ROUGH:
+                actions.append(lambda at=at: run.lose_or_repeat(at, chance.choice(["oldest", "newest"])))
+        if (kind is Kind.ROUGH or not world.busy_links()) and (world.questions or state.wake_at < math.inf):
+            actions.append(run.answer_or_wait)
+        if not state.under_way and (world.ready or state.phase in (Phase.NEW, Phase.BROKEN)):
+            which, length = chance.randrange(13), chance.randrange(1, 15)
+            actions += [lambda which=which, length=length: run.begin_text(which, length, chance.random() < 0.5)] * 4
+        if pending and not state.under_way:
+            actions += [run.send_text] * 3
+        if can_go_on:
+            actions += [lambda at=at, some=some: run.go_on(at, 1 + some % 2)] * 2
+            actions += [lambda at=at, some=some: run.rewind(at, 1 + some % 3), lambda at=at: run.window(at, 3)]
+            if not state.under_way:
+                actions.append(lambda at=at: run.fork(at))
+            if kind is Kind.ROUGH:
+                actions.append(lambda at=at: run.rewind_and_lose(at, 2))
+        if world.ready:
+            actions.append(lambda: run.resize(8))
+        if any(not each.request.done for each in world.asked) and world.ready:
+            actions.append(run.abandon)
+        actions += [lambda at=at, some=some: run.lose_pages(at, some), lambda at=at: run.part_or_join(at)]
+        if kind is Kind.ROUGH or rests:
+            actions.append(lambda at=at: run.part_or_join_and_reopen(at, behind=at % 2 > 0, restarts=1 + at % 3))
+        if kind is Kind.CALM:
+            actions.append(lambda at=at: run.go_away(at, chance.choice(["kill", "leave"])))
+        elif kind is Kind.ROUGH:
+            actions.append(lambda at=at: run.trouble(at, chance.choice(TROUBLES)))
+            actions.append(lambda at=at: run.misbehave(at, chance.choice(FAULTS)))
+        elif all(each.fault is None for each in world.peers):
+            actions.append(lambda at=at: run.begin_to_lie(at, at))
+        chance.choice(actions)()
+    run.teardown()
+    return world
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_texts_that_begin_alike_are_as_computed_anew(kind: Kind) -> None:
+    worlds = [wander(seed, kind) for seed in range(examples(200))]
+    assert sum(world.recalled for world in worlds) > len(worlds) // 4, "hardly any text was recalled"
 
 
 @pytest.mark.parametrize("fault", [*Faulty.KINDS, *Faulty.WITH_STEPS])
