@@ -301,25 +301,24 @@ VNNI static void encode(const float *numbers, int64_t size, enum stored kind, ui
 
 /* The other way; they stay turned. */
 INLINE VNNI void decode(const uint8_t *codes, int64_t size, enum stored kind, float *to) {
-    int64_t group = kv_group(size, kind), half = size / 2;
-    const uint8_t *scales = codes + kv_code_bytes(size, kind);
+    int64_t shift = __builtin_ctzll(kv_group(size, kind)), groups = size >> shift, half = size / 2;
+    const uint8_t *halves = codes + kv_code_bytes(size, kind);
+    float scales[groups + 15];
+    for (int64_t i = 0; i < groups; i += 16)
+        _mm512_storeu_ps(scales + i, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some_of(groups - i), halves + 2 * i)));
     if (kind == KV_BYTES) {
-        for (int64_t begin = 0; begin < size; begin += group, scales += 2) {
-            __m512 scale = _mm512_set1_ps(half_at(scales));
-            for (int64_t i = begin; i < begin + group; i += 16) {
-                __m512i numbers = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
-                _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_cvtepi32_ps(numbers), scale));
-            }
+        for (int64_t i = 0; i < size; i += 16) {
+            __m512i numbers = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
+            _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_cvtepi32_ps(numbers), _mm512_set1_ps(scales[i >> shift])));
         }
         return;
     }
     __m512 levels = _mm512_loadu_ps(kv_levels);
     for (int64_t i = 0; i < half; i += 16) {
         __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
-        __m512 lower = _mm512_set1_ps(half_at(scales + i / group * 2));
-        __m512 upper = _mm512_set1_ps(half_at(scales + (half + i) / group * 2));
-        _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_permutexvar_ps(both, levels), lower)); /* four bits count */
-        _mm512_storeu_ps(to + half + i, _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), levels), upper));
+        __m512 lower = _mm512_permutexvar_ps(both, levels), upper = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), levels);
+        _mm512_storeu_ps(to + i, _mm512_mul_ps(lower, _mm512_set1_ps(scales[i >> shift]))); /* four bits of a code count */
+        _mm512_storeu_ps(to + half + i, _mm512_mul_ps(upper, _mm512_set1_ps(scales[(half + i) >> shift])));
     }
 }
 
