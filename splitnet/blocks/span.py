@@ -246,6 +246,12 @@ class Span:
         """What keys and values are held as: the name of a form, or `AS_COMPUTED`."""
         return AS_COMPUTED if self._kv_form is None else self._kv_form.name
 
+    @property
+    def held_as(self) -> str:
+        """What weights are held as and blocks compute in, and keys and values if not as that: a session goes on only
+        with blocks of the same."""
+        return self.weights.text if self._kv_form is None else f"{self.weights.text} KV {self._kv_form.name}"
+
     def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
 

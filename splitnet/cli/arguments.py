@@ -25,7 +25,7 @@ import typer
 from splitnet.blocks.device import DEVICE_NAME
 from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
-from splitnet.session.options import ConnectionOptions, Preference, Prefixes
+from splitnet.session.options import ConnectionOptions, KVForms, Preference, Prefixes
 
 Command = Callable[..., None]
 
@@ -212,6 +212,14 @@ CONNECTING: dict[str, Any] = {
             help="Whether a text may go on with weights held otherwise (int4 after float32) if nobody else is left; "
             "if not given, it may with --codec auto.",
             show_default=False,
+        ),
+    ],
+    "kv_at_least": Annotated[
+        StrEnum("KVForms", get_args(KVForms)),
+        in_computing(
+            "--kv-at-least",
+            envvar="SPLITNET_KV_AT_LEAST",
+            help="Use no peers that hold KV caches in fewer bits than this.",
         ),
     ],
     "device": Device,

@@ -269,6 +269,7 @@ class SessionDriver:
         self._codecs = codecs
         self._in_flight = in_flight
         self._energy_slowdown = energy_slowdown
+        self._kv_at_least = options.kv_at_least
         self._prompt = 0
         self._stored: dict[str, int] = {}  # positions that peers have of a text that is about to begin
         self._routes = Routes(swarm, codecs, self.state.blocks, any_weights=any_weights)
@@ -302,7 +303,8 @@ class SessionDriver:
         positions, prompt = (1, prompt) if self._in_flight == 1 else (USUAL_POSITIONS, 0)
         steps = positions, self._in_flight, self._energy_slowdown, prompt
         context = prompt + (state.log.positions if state.log is not None else 0)
-        return Needs(state.reservation, encodings, state.blocks, *steps, state.held, context)
+        kv = self._kv_at_least
+        return Needs(state.reservation, encodings, state.blocks, *steps, state.held, context, kv_at_least=kv)
 
     def _needs_of_new(self) -> Needs:
         """What the session wants of a route that is planned now, whose peers may have stored some of its text."""

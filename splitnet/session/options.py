@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Preference = Literal["latency", "throughput", "energy"]
 Prefixes = Literal["own", "shared", "off"]
+KVForms = Literal["float16", "int8", "int4"]
 
 JOINING = ("initial_peers", "identity", "revision", "swarm_key", "trusted_peers")
 """Keywords of every `from_pretrained` that say which swarm, which client, and which model."""
@@ -37,7 +38,7 @@ RUNNING = (
     "local_weights",
 )
 """Keywords of every `from_pretrained` and `attach` that say how the model runs."""
-GENERATING = (*RUNNING, "prefer", "energy_slowdown", "prefixes", "standby")  # the same for a causal LM
+GENERATING = (*RUNNING, "prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby")  # the same for a causal LM
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -58,7 +59,7 @@ class ConnectionOptions:
         revision: of the model on the hub.
         tokenizer: hub id or folder, in place of the checkpoint's own.
         codec, dtype, device, recovery_timeout_s, any_weights, gradient_codec, local_blocks, local_weights, prefer,
-            energy_slowdown, prefixes, standby: see `splitnet.AutoModelForCausalLM.from_pretrained`.
+            energy_slowdown, kv_at_least, prefixes, standby: see `splitnet.AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         SplitnetError: a preference that cannot be.
@@ -84,6 +85,7 @@ class ConnectionOptions:
     local_weights: str | None = None
     prefer: Preference = "latency"
     energy_slowdown: float | None = None
+    kv_at_least: KVForms = "int4"
     prefixes: Prefixes = "own"
     standby: str | float | None = None
 
@@ -91,6 +93,8 @@ class ConnectionOptions:
         slowdown = self.energy_slowdown
         if self.prefer not in get_args(Preference):
             raise SplitnetError(f"a session prefers latency, throughput or energy, not {self.prefer!r}")
+        if self.kv_at_least not in get_args(KVForms):
+            raise SplitnetError(f"KV caches are held as float16, int8 or int4 at least, not {self.kv_at_least!r}")
         if self.prefixes not in get_args(Prefixes):
             raise SplitnetError(f"prefixes are stored as own, shared or off, not {self.prefixes!r}")
         if self.standby is not None and (self.prefixes == "off" or not 0 < self.standby_rate < math.inf):

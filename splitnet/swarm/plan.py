@@ -22,8 +22,12 @@ EXACT_PEERS = LIMIT  # among more peers than this the search is over the likelie
 KEPT_CROWDS = 2  # of the records that were read last, and of those before, with which another thread may still plan
 StartPeer = Callable[[int, int], str]  # gives the command that starts a peer for the blocks `[start, end)`
 
+KV_BITS = {"auto": 16, "float16": 16, "int8": 8, "int4": 4}  # or more, of what `PeerRecord.kv` names
+
 # What to do if nobody holds blocks as a session had them.
-ALIKE_AGAIN = "start a peer that holds them so (--weights, --dtype), or allow others, and other tokens (--any-weights)"
+ALIKE_AGAIN = (
+    "start a peer that holds them so (--weights, --dtype, --kv), or allow others, and other tokens (--any-weights)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,8 @@ class Needs:
     energy_slowdown: asks for the least energy on routes that take at most so many times as long as the fastest; None:
     asks for the fastest. prompt: positions before the first token. held: formats that weights must be held in; other
     blocks may have any. context: positions that the session holds then, the prompt among them.
-    stored: positions of the prompt that peers need not compute, by name.
+    stored: positions of the prompt that peers need not compute, by name. kv_at_least: of `KV_BITS`: what keys and
+    values are held as at least.
     """
 
     kv_positions: int
@@ -114,6 +119,7 @@ class Needs:
     held: tuple[HeldBlocks, ...] = ()
     context: int = 0
     stored: Mapping[str, int] = field(default_factory=dict[str, int])
+    kv_at_least: str = "int4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +176,8 @@ class Planner:
         source, target = _names(ends)
         everyone, alike = records, _held_alike(records, needs.held, blocks)
         exclude = {*exclude, *(name for name, (start, end) in alike.items() if start == end)}
+        coarser = [record for record in records if KV_BITS.get(record.kv, 0) < KV_BITS[needs.kv_at_least]]
+        exclude |= {record.key.text for record in coarser}
         if len(records) > EXACT_PEERS:
             peers, by_name = self._likely(records, needs, blocks, EXACT_PEERS, exclude, ends, holders)
             records = [by_name[peer.id] for peer in peers]
@@ -204,6 +212,7 @@ class Planner:
             otherwise = _held_otherwise(error.missing, needs.held, everyone, self.model_name)
             if error.full and (too_long := _too_long(everyone, needs.kv_positions, blocks, self.model_name)):
                 raise too_long from None
+            otherwise = otherwise or _held_coarser(error.missing, needs.kv_at_least, coarser, self.model_name)
             raise otherwise or no_route_error(error, self.model_name, self._start_peer, restricted=restricted) from None
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
@@ -355,6 +364,20 @@ def _too_long(
         f"{model_name}, which hold {most} at most: ask for fewer tokens, or start a peer for them with more memory "
         "(--kv-memory)"
     )
+
+
+def _held_coarser(
+    missing: Sequence[tuple[int, int]], wanted: str, coarser: Sequence[PeerRecord], model_name: str
+) -> CoverageError | None:
+    """The error if peers serve the missing blocks, but hold keys and values in fewer bits; None: that is not why."""
+    for start, end in missing:
+        if held := {record.kv for record in coarser if record.start < end and record.end > start}:
+            least = min(held, key=lambda kv: KV_BITS.get(kv, 0))
+            return CoverageError(
+                f"blocks {blocks_text(start, end)} of {model_name} are served with KV caches held as "
+                f"{' or '.join(sorted(held))} alone: start a peer with --kv {wanted}, or ask for --kv-at-least {least}"
+            )
+    return None
 
 
 def _with_room(peer: Peer, needs: Needs, holders: Collection[str]) -> Peer:

@@ -32,7 +32,7 @@ _NOT_PLANNED = {"join_round", "output", "resume", "method", "learning_rate", "ev
 _OF_STATES = {"states_limit"}  # of draft heads and side networks
 
 
-@connects(without=("prefer", "energy_slowdown", "prefixes", "standby"))
+@connects(without=("prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby"))
 def tune(
     context: typer.Context,
     model: ModelOrInvite = None,

@@ -90,6 +90,22 @@ def test_who_holds_blocks_otherwise_is_named_where_nobody_holds_them_so() -> Non
         plan(others[2:], held((0, 6, "float32")))
 
 
+@pytest.mark.parametrize("crowd", [planner_module.EXACT_PEERS, 1])
+def test_peers_with_coarser_keys_and_values_than_asked_for_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, crowd: int
+) -> None:
+    monkeypatch.setattr(planner_module, "EXACT_PEERS", crowd)
+    exact, eight, four = record(0, 6, block_ms=SLOW), record(0, 3, kv="int8"), record(3, 6, kv="int4")
+    everybody = [exact, eight, four, record(0, 6, kv="unknown")]
+    assert plan(everybody) == [eight, four]
+    assert plan(everybody, replace(NEEDS, kv_at_least="int8")) == [eight, exact]
+    assert plan(everybody, replace(NEEDS, kv_at_least="float16")) == [exact]
+    with pytest.raises(CoverageError, match=r"3\.\.5 .* held as int4 alone.*--kv int8.*--kv-at-least int4"):
+        plan([eight, four], replace(NEEDS, kv_at_least="int8"))
+    with pytest.raises(CoverageError, match="served by nobody"):
+        plan([eight], replace(NEEDS, kv_at_least="int8"))
+
+
 def test_energy_of_a_route_is_that_of_its_hops_as_they_are_seen() -> None:
     told, silent = record(0, 2, watts=15.0), record(2, 6)
     measurements = Measurements()
