@@ -308,7 +308,8 @@ class SequenceCache:
         for key, block in self._blocks.items():
             before = self._before(key)
             for name, tensor in (("keys", block.keys), ("values", block.values)):
-                found[f"{key}.{name}"] = tensor[:, :, before + start : before + end].cpu().contiguous().clone()
+                own = tensor[:, :, before + start : before + end]
+                found[f"{key}.{name}"] = own.to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, near in zip(("first_keys", "first_values"), block.near, strict=True):
                 if near is not None and not start:
                     found[f"{key}.{name}"] = near[:, :, :SINKS].cpu().clone()
