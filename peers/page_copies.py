@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 PER_KEY: Final = 2  # requests of a key that wait or run
 WAITING: Final = 64
-ANSWER_S: Final = 10.0  # a hop that does not answer for this time has nothing more
+ANSWER_S: Final = 3.0  # a hop that does not answer for this time has nothing more
+TICK_S: Final = 0.1
 JOB_S: Final = 60.0  # a request ends then, with what has come
 
 
@@ -113,8 +114,10 @@ class PageCopies:
         until = time.monotonic() + ANSWER_S
         while (left := until - time.monotonic()) > 0 and not self._closed.is_set():
             try:
-                _, message = asking.answers.get(timeout=min(left, 1.0))
+                _, message = asking.answers.get(timeout=min(left, TICK_S))
             except queue.Empty:
+                if asking.is_gone(hop):
+                    break
                 continue
             if getattr(message, "number", 0) == number:
                 return message if isinstance(message, WeightsPart) else None

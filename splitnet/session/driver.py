@@ -316,7 +316,7 @@ class SessionDriver:
         self.state.sources = tuple(
             Source(name, record.endpoint, (record.start, record.end), stored[name])
             for name, record in records.items()
-            if name in stored
+            if name in stored and name not in self._swarm.bans.keys()
         )
         if log is None or row is None or not self.state.hops:
             return replace(needs, stored=stored)

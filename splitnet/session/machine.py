@@ -704,13 +704,14 @@ class SessionState:
         row = log.only_row if log is not None and self._has_pages else None
         if log is None or row is None:
             return 0
-        labels = log.labels(row)[:MAX_LABELS]
+        labels, excluded = log.labels(row)[:MAX_LABELS], self._begin_setup().excluded
         for hop in self.hops:
             held = hop.cached_positions if hop.recalled else 0
             lacks = hop.recalled or not hop.cached_positions
             if not hop.context or not lacks or (self._recall is None and hop.filled):
                 continue
-            covering = [each for each in self.sources if each.has_more(hop, held + WORTH_COPYING)]
+            living = (each for each in self.sources if each.name not in excluded)
+            covering = [each for each in living if each.has_more(hop, held + WORTH_COPYING)]
             if covering:
                 source = max(covering, key=lambda each: each.positions)
                 self._asked[hop.endpoint] = self._now + COPY_S
