@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -112,6 +113,7 @@ def main() -> int:
     parser.add_argument("--standby", help="with --kill: bytes per second that the second peer copies")
     arguments = parser.parse_args()
     arguments.streams = arguments.in_flight
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the daemons end with it
     torch.set_num_threads(1)
     print(f"{processor()}, weights {arguments.weights}, codec none\n")
     with tempfile.TemporaryDirectory(prefix="splitnet-prefixes-") as folder:
@@ -175,7 +177,6 @@ def trace(folder: Path, arguments: argparse.Namespace) -> int:
         began = work_of(peers)
         again = asyncio.run(repeat(url, seen[:: arguments.off_every], arguments))
         show("without the store", again, peers, began)
-        asyncio.run(compare(url, tools[0], arguments))
     wrong = [
         (one.stream.text, other.stream.text)
         for one, other in zip(seen[:: arguments.off_every], again, strict=True)
@@ -382,7 +383,7 @@ def death(
             model = attach(checkpoint, swarm, **how, standby=arguments.standby)
         began: list[float] = []
         beside, ended = Clock(), threading.Event()
-        text = threading.Thread(target=generate, args=(other, prompt[:, :32], 10_000, beside, ended.is_set))
+        text = threading.Thread(target=generate, args=(other, prompt[:, :32], 4000, beside, ended.is_set))
         with model.session() as cache:
 
             def happen(tokens: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +70,14 @@ class Recall:
     part: Chunk
     encoded: Callable[[Codec], bytes]
     reach: int = 0
+    logs: dict[int, SentLog] = field(default_factory=dict[int, SentLog])  # by codec, what `log` need not make again
 
     def log(self, codec: Codec, hidden_size: int, salt: bytes | None) -> SentLog:
         """The log of these positions, with their labels. Raises CodecError: they cannot be encoded."""
-        log = SentLog(codec.code, codec.bytes_per_position(hidden_size), salt)
-        log.record((self.part,), None, self.encoded(codec), self.reach)
+        log = self.logs.pop(codec.code, None)
+        if log is None:
+            log = SentLog(codec.code, codec.bytes_per_position(hidden_size), salt)
+            log.record((self.part,), None, self.encoded(codec), self.reach)
         return log
 
 

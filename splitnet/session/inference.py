@@ -217,6 +217,7 @@ class Session(SessionDriver):
         for name in stored.codecs if not self.hops else ():
             with suppress(SplitnetError):
                 log = recall.log(codec_by_name(name), state.hidden_size, state.salt)
+                recall.logs[log.codec] = log
                 self._stored |= stored.positions(log.labels(part.row))
         self.feed(recall)
         self.open(len(hidden))
