@@ -230,11 +230,6 @@ class Span:
             windows = sliding_windows(checkpoint.config)[start:end]
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs, kv=kv)
 
-    @property
-    def held_as(self) -> str:
-        """What weights, keys and values are held as: sessions that are to go on alike need the same."""
-        return self.weights.text if self.kv == "auto" else f"{self.weights.text} with {self.kv} KV"
-
     def new_row(self, room: int | None = None, adapter: Adapter | None = None) -> SequenceCache:
         """What one sequence leaves in the blocks: nothing yet, or the prefix of an adapter; `room`: positions that its
         memory is allocated for; None: it grows by doubling."""
