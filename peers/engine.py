@@ -109,7 +109,8 @@ class ObservedSpeed:
         return blocks * self._speed.at(positions) / 1000
 
     def replace(self, measured: ObservedSpeed) -> None:
-        self.block_ms, self._speed = measured.block_ms, measured._speed  # what reading takes stays as it was
+        self.block_ms, self._speed = measured.block_ms, measured._speed
+        self.past = measured.past if measured.past.ms else self.past
         self.on_measured()
 
     def observe(self, positions: int, blocks: int, elapsed_ms: float, past_ms: float = 0.0) -> None:
@@ -155,13 +156,14 @@ def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -
     return ObservedSpeed(tuple(block_ms))
 
 
-def measure_past(span: Span, most: int) -> PastCost:
+def measure_past(span: Span, most: int, interrupted: Callable[[], bool] = lambda: False) -> PastCost:
     """Times passes of single blocks behind rows full of noise, and without them: the difference is what reading takes.
 
     Of the blocks that keep alike what they keep, one is timed for all. A pass of a prefill is derived from one of
     `PAST_POSITIONS`, as attention takes a time in proportion to both numbers of positions.
 
-    most: positions that a row may have; longer contexts are left out. Call it from the thread that uses the span.
+    most: positions that a row may have; longer contexts are left out, and all if it was interrupted. Call it from the
+    thread that uses the span.
     """
     contexts = [context for context in CONTEXTS if context <= most]
     if not contexts:
@@ -171,14 +173,16 @@ def measure_past(span: Span, most: int) -> PastCost:
     total = [(0.0, 0.0)] * len(contexts)
     for block, count in span.kinds(row).items():
         share = count / (span.end - span.start)
-        found = _past_of(span.view(block, block + 1), contexts)
+        found = _past_of(span.view(block, block + 1), contexts, interrupted)
+        if len(found) < len(contexts):
+            return UNKNOWN_PAST
         total = [(a + share * x, b + share * y) for (a, b), (x, y) in zip(total, found, strict=True)]
     trim_memory()
     return PastCost(tuple(total))
 
 
 @torch.inference_mode()
-def _past_of(block: Span, contexts: Sequence[int]) -> list[tuple[float, float]]:
+def _past_of(block: Span, contexts: Sequence[int], interrupted: Callable[[], bool]) -> list[tuple[float, float]]:
     timed = PAST_STEPS + PAST_CHUNKS * PAST_POSITIONS
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(PAST_POSITIONS, block.hidden_size, generator=generator)
@@ -203,11 +207,13 @@ def _past_of(block: Span, contexts: Sequence[int]) -> list[tuple[float, float]]:
         noise.append(to_device(drawn, each.device, each.dtype))
     found: list[tuple[float, float]] = []
     for number, context in enumerate(contexts):
+        if interrupted():
+            break
         while (missing := context - timed - row.length) > 0:
             some = [each[:, :, :missing] for each in noise]
             row.store(index, row.length, *some)
             row.advance(some[0].shape[2])
-        step_ms = max(0.0, steps_ms() - none[0])
+        step_ms = max(found[-1][0] if found else 0.0, steps_ms() - none[0])
         more_ms = found[-1][1] * context / contexts[number - 1] if number else 0.0
         if none[1] + more_ms * PAST_POSITIONS / PASS_POSITIONS <= 1000 * PAST_S or not number:
             more_ms = (chunk_ms() - none[1]) * PASS_POSITIONS / PAST_POSITIONS
@@ -367,9 +373,18 @@ class Engine:
         return not self._queue.closed
 
     def _measure(self) -> None:
+        contexts = CONTEXTS[: len(self._speed.past.ms)]
+
+        def interrupted() -> bool:
+            return self._queue.has_work or self._queue.closed
+
         try:
             with self._counters.energy.computing():
-                measured = measure_speed(self._span, lambda: self._queue.has_work or self._queue.closed)
+                measured = measure_speed(self._span, interrupted)
+                # Of one block, so of as many positions as the memory of all has room for.
+                most = self._service.sessions.free_positions * (self._span.end - self._span.start)
+                if measured is not None and contexts and contexts[-1] <= most:
+                    measured.past = measure_past(self._span, contexts[-1], interrupted)
         except Exception:
             log.exception("could not measure the device again")
             return

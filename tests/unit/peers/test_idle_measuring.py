@@ -10,13 +10,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from peers import server
+from peers import engine, server
 from peers.counters import Counters
 from peers.engine import ObservedSpeed
 from peers.links import NextHops
 from peers.options import PeerOptions
+from peers.queue import WorkQueue
 from peers.server import SpanServer
-from peers.sessions import PassWork
+from peers.sessions import PassWork, SessionTable
+from scheduler.facts import CONTEXTS, PastCost
 from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.wire.messages import FetchKV
@@ -68,6 +70,22 @@ def test_an_idle_span_is_measured_by_the_thread_that_uses_it(
     finally:
         peer.close()
     assert threads == {"splitnet-engine"}
+
+
+@pytest.mark.parametrize(("interrupted", "room"), [(False, True), (True, True), (False, False)])
+def test_what_reading_takes_is_measured_again_if_nobody_waits_and_there_is_memory(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, interrupted: bool, room: bool
+) -> None:
+    peer = server_of(checkpoint, Span.load(checkpoint, 0, 1))
+    before = peer.speed.past = PastCost(((1.0, 2.0),))
+    monkeypatch.setattr(SessionTable, "free_positions", property(lambda self: CONTEXTS[0] - (not room)))
+    monkeypatch.setattr(engine, "measure_speed", lambda *_: ObservedSpeed((1.0,) * 5))
+    # Work comes as soon as the first length is to be timed.
+    monkeypatch.setattr(WorkQueue, "has_work", property(lambda self: interrupted))
+    peer.engine._measure()
+    peer.close()
+    assert (peer.speed.past is before) == (interrupted or not room)
+    assert len(peer.speed.past.ms) == 1
 
 
 def test_memory_that_a_pass_has_left_is_given_back_before_the_device_is_idle_for_long(
