@@ -304,9 +304,9 @@ class Session(SessionDriver):
     def use_scope(self, scope: str) -> None:
         """Has hops store keys and values of this session under names that sessions of another scope do not find;
         before the first step. Not with `prefixes="off"`; with "shared" there is one scope."""
-        identity = self._swarm.identity
+        identity, generation = self._swarm.identity, self._swarm.stored.generation
         self.state.shared = self._prefixes == "shared"
-        salt = b"shared" if self.state.shared else identity.derive(f"splitnet prefixes {scope}")
+        salt = b"shared" if self.state.shared else identity.derive(f"splitnet prefixes {generation} {scope}")
         self.state.salt = None if self._prefixes == "off" else salt
 
     @property
@@ -385,6 +385,7 @@ class Session(SessionDriver):
                 why = "answered with values that are not finite"
             except ProtocolError as error:
                 why = f"answered nonsense: {error}"
+            self._swarm.stored.distrust()
             self.feed(Distrust(request, self.state.maker_of(tap), why))
             return None
         return states[0] if len(states) == 1 else torch.cat(states, dim=1)

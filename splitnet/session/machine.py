@@ -419,7 +419,7 @@ class SessionState:
     def _distrust(self, event: events.Distrust) -> None:
         """Replaces the sender of a useless answer; on a second one all hops involved; on a third the error is real."""
         request, where = event.request, event.source
-        request.result = None
+        request.result, self.salt = None, None  # pages may have been computed from what was wrong
         self._put_under_way(request)
         error = PeerFailed(f"the peer at {where.address} {event.why}")
         hop = self._hop_at(where)

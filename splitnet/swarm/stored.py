@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ class StoredPages:
     def __init__(self) -> None:
         self._peers: OrderedDict[bytes, set[str]] = OrderedDict()
         self._lock = threading.Lock()
+        self.generation = 0  # a part of the salt of labels: with another, no page of before is found
         self.codecs: set[str] = set()  # of the first link of sessions whose pages are known: labels depend on it
 
     def note(self, labels: Sequence[bytes], peer: str, pages: int, codec: str) -> None:
@@ -32,6 +34,12 @@ class StoredPages:
                     self._peers[label].discard(peer)
             while len(self._peers) > MOST_LABELS:
                 self._peers.popitem(last=False)
+
+    def distrust(self) -> None:
+        """A hop has lied. What others have computed from its outputs, and stored, is not used any more."""
+        with self._lock:
+            self.generation = secrets.randbits(64)
+            self._peers.clear()
 
     def positions(self, labels: Sequence[bytes]) -> dict[str, int]:
         """How many of the first positions of a text each peer has stored."""

@@ -20,6 +20,7 @@ from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
 from splitnet.wire.sent_log import PAGE
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, wait_until
+from tests.swarm.test_lying_hops import LIES, lying
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -154,3 +155,19 @@ def test_pages_come_from_a_replica_where_that_is_faster(own_long: Path, monkeypa
 
 def _name(peer: Peer) -> str:
     return peer.identity.public.text
+
+
+def test_what_was_stored_beside_a_hop_that_lied_is_not_used(own_long: Path) -> None:
+    with local_swarm(own_long, [*SPANS, SPANS[2]]) as swarm:
+        model, ids = swarm.model(), text(2 * PAGE + 9, seed=9)
+        with model.session() as cache:
+            expected = generate(model, ids)
+            assert isinstance(cache.session, Session)
+            tail = cache.session.hops[2].name
+        liar = next(each for each in swarm.peers if _name(each) == tail)
+        with lying(liar, LIES["nan"]), model.session() as cache:
+            assert torch.equal(generate(model, ids), expected)
+            assert isinstance(cache.session, Session) and cache.session.recoveries
+        with model.session() as cache:
+            assert torch.equal(generate(model, ids), expected)
+            assert isinstance(cache.session, Session) and cache.session.recalled == 0
