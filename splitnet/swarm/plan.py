@@ -362,7 +362,7 @@ def _too_long(
     return TooLongForPeers(
         f"a session of {positions} positions (prompt and answer) fits into no peer of blocks {_ranges(short)} of "
         f"{model_name}, which hold {most} at most: ask for fewer tokens, or start a peer for them with more memory "
-        "(--kv-memory)"
+        "(--kv-memory) or fewer bits for keys and values (--kv)"
     )
 
 

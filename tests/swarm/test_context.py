@@ -17,7 +17,7 @@ from splitnet.errors import ContextTooLong, PeerBusy, TooLongForPeers
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve import generation
 from tests.e2e.small_model import small_model
-from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.harness import LocalSwarm, local_swarm, wait_until
 from tests.swarm.test_serve import GREEDY, TEMPLATE, Server
 
 pytestmark = pytest.mark.swarm
@@ -42,6 +42,8 @@ def swarm(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, node:
 
 @pytest.fixture
 def model(swarm: LocalSwarm) -> Iterator[RemoteCausalLM]:
+    wait_until(lambda: not len(swarm.peers[0].service.sessions))
+    swarm.peers[0]._announcer.publish()  # or what others tested stands in its record for seconds
     with swarm.newcomer() as visitor:
         yield visitor.model()
 

@@ -179,7 +179,7 @@ def context(
     lacking = [f"blocks {blocks_text(*each)} {verb} {most_positions(peers, each, held)}" for each in full]
     lack = f"{' and '.join(lacking)} at most{'' if too_small else ' now'}"
     if too_small:
-        fix = "start peers for them with more --kv-memory, or ask for fewer"
+        fix = "start peers for them with more --kv-memory or fewer bits (--kv), or ask for fewer"
         return failed("context", f"{what} fits into no chain of peers: {lack}: {fix}")
     rates = {record.key.text: record.bytes_per_ms or UNMEASURED.bytes_per_ms for record in records}
     ways = ((name, Link(ms / 2, rates[name])) for name, ms in rtt_ms.items())
