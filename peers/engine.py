@@ -288,7 +288,7 @@ def _key(span: Span, model: str) -> str:
     device = torch.cuda.get_device_name(span.device) if span.device.type == "cuda" else native.processor()
     software = f"splitnet-{__version__} torch-{torch.__version__} kernels-{native.version()}"
     hardware = f"{platform.node()}/{span.device}/{device} threads-{torch.get_num_threads()}"
-    return f"{software} {hardware} {model} {span.start}:{span.end} {span.weights.kind} {span.dtype}"
+    return f"{software} {hardware} {model} {span.start}:{span.end} {span.weights.kind} {span.dtype} kv-{span.kv}"
 
 
 class Engine:

@@ -151,7 +151,8 @@ def test_generate_has_memory_for_all_its_tokens_or_refuses(swarm: LocalSwarm, mo
     assert computed(swarm) == before
     with model.session():
         assert model.generate(PROMPT, max_new_tokens=130, eos_token_id=None).shape == (1, 150)
-        between = computed(swarm)
+        between = before + 20 + 129  # counted a moment after their results are sent
+        wait_until(lambda: computed(swarm) == between)
         with pytest.raises(PeerBusy) as busy:
             model.generate(PROMPT, max_new_tokens=130, cache=model.new_cache())
         assert not isinstance(busy.value, ContextTooLong)
