@@ -147,7 +147,7 @@ class SequenceStates:
 class _Block:
     keys: Tensor
     values: Tensor
-    near: tuple[Tensor | None, Tensor | None] = None, None  # where these are codes: some positions in full
+    near: tuple[Tensor, ...] = ()  # where these are codes: some positions of both in full
     near_from: int = 0  # of these, the last ones begin here
 
     def wrote(self, start: int, end: int) -> None:
@@ -157,12 +157,13 @@ class _Block:
     @property
     def places(self) -> list[int]:
         """As `SequenceCache.reserve` gives them."""
-        near = [0 if tensor is None else tensor.data_ptr() for tensor in self.near]
+        near = [tensor.data_ptr() for tensor in self.near] or [0, 0]
         return [self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[2], *near, self.near_from]
 
     @property
-    def both(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        return zip((self.keys, self.values), self.near, strict=True)
+    def numbers(self) -> tuple[Tensor, ...]:
+        """Keys and values of some positions as numbers, not codes."""
+        return self.near or (self.keys, self.values)
 
 
 class SequenceCache:
@@ -231,8 +232,7 @@ class SequenceCache:
     @property
     def near_bytes(self) -> int:
         """Bytes of the positions that are in full besides their codes, however long the row is."""
-        near = (tensor for block in self._blocks.values() for tensor in block.near)
-        return sum(tensor.nbytes for tensor in near if tensor is not None)
+        return sum(tensor.nbytes for block in self._blocks.values() for tensor in block.near)
 
     @property
     def state_bytes(self) -> int:
@@ -257,7 +257,7 @@ class SequenceCache:
     def shapes(self) -> dict[int, list[tuple[int, int]]]:
         """Heads and head size of the keys and of the values, by block that keeps them."""
         return {
-            index: [(held.shape[1], (held if near is None else near).shape[3]) for held, near in block.both]
+            index: [(tensor.shape[1], tensor.shape[3]) for tensor in block.numbers]
             for index, block in self._blocks.items()
             if isinstance(index, int)
         }
@@ -282,8 +282,8 @@ class SequenceCache:
             capacity = block.keys.shape[2] if room is None else before + room
             held = before + copy.length
             keys, values = _grown(block.keys, capacity, held), _grown(block.values, capacity, held)
-            near = [None if tensor is None else tensor.clone() for tensor in block.near]
-            copy._blocks[index] = _Block(keys, values, (near[0], near[1]), block.near_from)
+            near = tuple(tensor.clone() for tensor in block.near)
+            copy._blocks[index] = _Block(keys, values, near, block.near_from)
         return copy
 
     def held(self, length: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -296,7 +296,7 @@ class SequenceCache:
         for index in sorted(self.shapes()):
             block, before = self._blocks[index], self._before(index)
             end = before + length
-            none = [(held if near is None else near)[:, :, :0] for held, near in block.both]
+            none = [tensor[:, :, :0] for tensor in block.numbers]
             keys, values = self._seen(index, block, end, none, block.near_from)
             yield index, keys[:, :, before:end], values[:, :, before:end]
 
@@ -310,8 +310,8 @@ class SequenceCache:
             for name, tensor in (("keys", block.keys), ("values", block.values)):
                 own = tensor[:, :, before + start : before + end]
                 found[f"{key}.{name}"] = own.to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, near in zip(("first_keys", "first_values"), block.near, strict=True):
-                if near is not None and not start:
+            for name, near in zip(("first_keys", "first_values"), block.near, strict=False):
+                if not start:
                     found[f"{key}.{name}"] = near[:, :, :SINKS].cpu().clone()
         return found
 
@@ -345,7 +345,7 @@ class SequenceCache:
                 key = int(kind) if kind.isdecimal() else kind
                 count = keys.shape[2]
                 both = keys.to(device), page[f"{kind}.values"].to(device)
-                if self.form is None or not self.form.coded or isinstance(key, str):
+                if not self._has_codes(key):
                     self.store(key, position, *both)
                     continue
                 first = [
@@ -368,11 +368,10 @@ class SequenceCache:
         keys, values = first or codes
         block = self._with_room(key, keys, values, end)
         for held, new in zip((block.keys, block.values), codes, strict=True):
-            if new.dtype != held.dtype or new.shape[3] != held.shape[3]:
+            if new.dtype != held.dtype or new.shape != held[:, :, start:end].shape:
                 raise ValueError("a page of keys and values that are held in another way")
             held[:, :, start:end] = new
         for near, new in zip(block.near, first, strict=False):
-            assert near is not None
             near[:, :, :SINKS] = new
         block.near_from = end  # the others are in codes alone
 
@@ -416,22 +415,27 @@ class SequenceCache:
         start = self._before(key) + position
         end = start + keys.shape[2]
         block = self._with_room(key, keys, values, end)
-        if self.form is None or isinstance(key, str):
+        if not self._has_codes(key):
             block.keys[:, :, start:end] = keys
             block.values[:, :, start:end] = values
-            return block.keys[:, :, :end], block.values[:, :, :end]
+            return block.keys[:, :, :end].to(keys.dtype), block.values[:, :, :end].to(values.dtype)
         seen = self._seen(key, block, start, (keys, values), max(block.near_from, start - WINDOW + 1))
         self._write(block, start, keys, values)
         return seen
+
+    def _has_codes(self, key: int | str) -> bool:
+        """Whether this is a block whose keys and values are codes."""
+        return self.form is not None and self.form.coded and not isinstance(key, str)
 
     def _seen(
         self, key: int | str, block: _Block, start: int, new: Sequence[Tensor], since: int
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of the positions before `start`, of `since` and later ones in full, and `new` behind them."""
-        if self.form is None or isinstance(key, str):
+        if not self._has_codes(key):
             return block.keys[:, :, :start], block.values[:, :, :start]
-        form = self.form
-        keys, values = (form.read(*pair, since, start, own) for pair, own in zip(block.both, new, strict=True))
+        assert self.form is not None
+        pairs = zip((block.keys, block.values), block.near, new, strict=True)
+        keys, values = (self.form.read(held, near, since, start, own) for held, near, own in pairs)
         return keys, values
 
     def _write(self, block: _Block, start: int, keys: Tensor, values: Tensor) -> None:
@@ -454,10 +458,9 @@ class SequenceCache:
         if known is None or known[0] < end:
             keys, values = (torch.empty(1, heads, 0, size, dtype=dtype) for heads, size in shapes)
             blocks = [self._with_room(index, keys, values, end) for index in indices]
+            expected = torch.float16 if self.form is not None and not self.form.coded else dtype
             for block in blocks:
-                held = [pair[0] if pair[1] is None else pair[1] for pair in block.both]
-                expected = torch.float16 if self.form is not None and not self.form.coded else dtype
-                for tensor, shape in zip(held, shapes, strict=True):
+                for tensor, shape in zip(block.numbers, shapes, strict=True):
                     if tensor.dtype != expected or (tensor.shape[1], tensor.shape[3]) != shape:
                         raise RuntimeError("keys and values of this row have another type or shape")
             stores = torch.tensor([block.places for block in blocks])
@@ -488,7 +491,7 @@ class SequenceCache:
             block = self._blocks[block_index] = self._new_block(block_index, keys, values, capacity)
             prefix = self._prefix.get(block_index)
             if prefix is not None:
-                if self.form is None:
+                if not self._has_codes(block_index):
                     block.keys[:, :, :before], block.values[:, :, :before] = prefix.keys, prefix.values
                 else:
                     self._write(block, 0, prefix.keys, prefix.values)
@@ -505,8 +508,7 @@ class SequenceCache:
         held = [_grown(self.form.encode(tensor[:, :, :0]), capacity, 0) for tensor in (keys, values)]
         if not self.form.coded:
             return _Block(held[0], held[1])
-        near = [_grown(tensor, SINKS + RING, 0) for tensor in (keys, values)]
-        return _Block(held[0], held[1], (near[0], near[1]))
+        return _Block(held[0], held[1], tuple(_grown(tensor, SINKS + RING, 0) for tensor in (keys, values)))
 
     def _move(self, block: _Block, capacity: int, held: int) -> None:
         block.keys = _grown(block.keys, capacity, held)

@@ -98,18 +98,15 @@ class KVForm:
             numbers = _levels(held.device)[0][torch.cat((codes & 15, codes >> 4), -1).int()]
         return (numbers.unflatten(-1, (-1, self.group(size))) * scales[..., None]).flatten(-2)
 
-    def read(self, held: Tensor, near: Tensor | None, since: int, start: int, new: Tensor) -> Tensor:
+    def read(self, held: Tensor, near: Tensor, since: int, start: int, new: Tensor) -> Tensor:
         """The first `start` positions as blocks take them, and `new` ones behind them, `[1, heads, positions, size]` in
         the type of these; decoded piece by piece.
 
         held: `[1, heads, capacity, ...]` of codes or float16. near: `[1, heads, SINKS + RING, size]`, turned, of the
-        first positions and of those from `since` on, in full; None: of float16.
+        first positions and of those from `since` on, in full.
         """
         read = new.new_empty((*new.shape[:2], start + new.shape[2], new.shape[3]))
         read[:, :, start:] = new
-        if near is None:
-            read[:, :, :start] = held[:, :, :start]
-            return read
         for begin in range(0, start, _PIECE):
             last = min(begin + _PIECE, start)
             numbers = self.decode(held[:, :, begin:last], new.shape[3])
@@ -121,15 +118,14 @@ class KVForm:
             read[:, :, begin:last] = turned(numbers)
         return read
 
-    def write(self, held: Tensor, near: Tensor | None, start: int, numbers: Tensor) -> None:
+    def write(self, held: Tensor, near: Tensor, start: int, numbers: Tensor) -> None:
         """Stores positions from `start` on, `[1, heads, positions, size]`, where `read` finds them."""
         end = start + numbers.shape[2]
-        if near is not None:
-            numbers = turned(numbers.float())
-            first = max(start, end - RING)
-            near[:, :, places_in_ring(first, end, near.device)] = numbers[:, :, first - start :].to(near.dtype)
-            if start < SINKS:
-                near[:, :, start : min(SINKS, end)] = numbers[:, :, : SINKS - start].to(near.dtype)
+        numbers = turned(numbers.float())
+        first = max(start, end - RING)
+        near[:, :, places_in_ring(first, end, near.device)] = numbers[:, :, first - start :].to(near.dtype)
+        if start < SINKS:
+            near[:, :, start : min(SINKS, end)] = numbers[:, :, : SINKS - start].to(near.dtype)
         held[:, :, start:end] = self.encode(numbers)
 
 

@@ -1,0 +1,129 @@
+"""What each form of KV caches costs and gives on a real model: bytes, speed, and how far answers are off, in Markdown.
+
+    python -m benchmarks.kv_forms CHECKPOINT [--text FILE] [--behind 512 8192] [--speed 8192 32768] [--threads 2]
+                                             [--save FILE]
+
+Quality: a text runs as a prompt in passes of 512 positions, and its last 256 positions as decode steps of 16. Their
+next-token distributions are compared with those of the same steps with float32 KV caches. Speed: decode steps through
+all blocks, forms by turns, behind so many positions that are filled with noise, not computed; the median of their
+times. --save writes the text of the longest comparison, for other programs: `llama-perplexity -f` with `-ctk`, `-ctv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitnet.blocks.backbone import load_whole, share_blocks
+from splitnet.blocks.kv_cache import SequenceCache
+from splitnet.blocks.kv_form import KINDS
+from splitnet.blocks.span import Chunk, Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+
+ROOT = Path(__file__).parent.parent
+COMPARED, PASS, STEP = 256, 512, 16
+FILLED_AT_ONCE = 2048
+
+
+def with_form(span: Span, kv: str) -> Span:
+    """The same blocks, with the same weights in memory, and rows of another form."""
+    backbone = share_blocks(span._backbone, span._container, span.start, span.end)
+    own = {"weights": span.weights, "windows": span._windows, "packs": span._packs, "whole": span}
+    return Span(backbone, span._container, span.start, span.end, **own, kv=kv)
+
+
+@torch.inference_mode()
+def log_probabilities(span: Span, model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Of the last `COMPARED` positions, `[positions, words]`."""
+    hidden = model.get_input_embeddings()(ids)
+    row, outputs = span.new_row(len(ids)), list[torch.Tensor]()
+    while row.length < len(ids):
+        begin, until = row.length, len(ids) - COMPARED
+        end = min(begin + PASS, until) if begin < until else min(begin + STEP, len(ids))
+        output = span.forward(hidden[begin:end], [Chunk(row, begin, end - begin)])
+        if begin >= until:
+            outputs.append(output)
+    return model.lm_head(model.get_decoder().norm(torch.cat(outputs))).float().log_softmax(-1)
+
+
+@torch.inference_mode()
+def filled_row(span: Span, positions: int, room: int) -> SequenceCache:
+    """A row with noise of so many positions."""
+    row = span.new_row(room)
+    span.forward(torch.zeros(1, span.hidden_size), [Chunk(row, 0, 1)])
+    shapes = row.shapes()
+    row.crop(0)
+    noise = torch.Generator().manual_seed(0)
+    for block, ((heads, size), (value_heads, value_size)) in shapes.items():
+        for start in range(0, positions, FILLED_AT_ONCE):
+            count = min(FILLED_AT_ONCE, positions - start)
+            keys = torch.randn(1, heads, count, size, generator=noise, dtype=span.dtype)
+            values = torch.randn(1, value_heads, count, value_size, generator=noise, dtype=span.dtype)
+            row.store(block, start, keys, values)
+    row.advance(positions)
+    return row
+
+
+def milliseconds(spans: dict[str, Span], positions: int, steps: int) -> dict[str, float]:
+    """Medians of decode steps, which forms make by turns."""
+    rows = {kv: filled_row(span, positions, positions + steps) for kv, span in spans.items()}
+    times: dict[str, list[float]] = {kv: [] for kv in spans}
+    for index in range(steps):
+        for kv, span in spans.items():
+            given = torch.randn(1, span.hidden_size, generator=torch.Generator().manual_seed(index))
+            began = time.perf_counter()
+            span.forward(given, [Chunk(rows[kv], positions + index, 1)])
+            times[kv].append(1000 * (time.perf_counter() - began))
+    return {kv: statistics.median(each[2:]) for kv, each in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--text", type=Path, nargs="+", default=sorted((ROOT / "docs").glob("*.md")))
+    parser.add_argument("--behind", type=int, nargs="*", default=[512, 8192])
+    parser.add_argument("--speed", type=int, nargs="*", default=[8192, 32768])
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    checkpoint = Checkpoint.open(arguments.checkpoint)
+    exact = Span.load(checkpoint, 0, checkpoint.num_blocks, dtype="float32", weights="auto")
+    spans = {kv: with_form(exact, kv) for kv in KINDS}
+    plain = spans[KINDS[0]].kv_bytes_per_position
+    print("| form | bytes per position | of float32 | KiB of a row besides |\n|---|---|---|---|")
+    for kv, span in spans.items():
+        size = span.kv_bytes_per_position
+        print(f"| {kv} | {size} | 1 / {plain / size:.2f} | {span.row_bytes / 1024:.0f} |", flush=True)
+    if arguments.behind:
+        model, tokenizer = load_whole(checkpoint, torch.float32), checkpoint.tokenizer()
+        text = "\n".join(file.read_text(encoding="utf-8") for file in arguments.text)
+        ids = tokenizer(text, return_tensors="pt").input_ids[0, : max(arguments.behind)]
+        if arguments.save:
+            arguments.save.write_text(tokenizer.decode(ids), encoding="utf-8")
+        print("\n| positions | form | KL (nats) | top-1 |\n|---|---|---|---|")
+        for positions in arguments.behind:
+            expected = log_probabilities(spans[KINDS[0]], model, ids[:positions])
+            for kv in KINDS[1:]:
+                found = log_probabilities(spans[kv], model, ids[:positions])
+                divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
+                top1 = float((expected.argmax(-1) == found.argmax(-1)).float().mean())
+                print(f"| {positions} | {kv} | {divergence:.1e} | {top1:.4f} |", flush=True)
+        del model
+    if arguments.speed:
+        print("\n| positions | form | ms per token | tokens/s | times float32 |\n|---|---|---|---|---|")
+    for positions in arguments.speed:
+        medians = milliseconds(spans, positions, arguments.steps)
+        for kv, ms in medians.items():
+            times = medians[KINDS[0]] / ms
+            print(f"| {positions} | {kv} | {ms:.1f} | {1000 / ms:.1f} | {times:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
