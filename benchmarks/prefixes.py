@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,25 +131,28 @@ def daemons(
     """Daemons by name, such as `0` and `1b`, each with a third of the blocks and a folder of its own, which has its
     key, its cache and its port of the last time."""
     spans = list(even_spans(Checkpoint.open(arguments.checkpoint).num_blocks, ("0", "1", "2")).values())
-    with ExitStack() as stack:
-        running: dict[str, Peer] = {}
-        for name in names:
-            running[name] = stack.enter_context(
-                daemon(folder / name, arguments, spans[int(name[0])], list(running.values()), options)
-            )
-        yield running
+    folders: dict[str, Path] = {}
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        folders[name] = Path(tempfile.mkdtemp(dir=folder / name))
+    first = folders[names[0]] / "address0"
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:  # they start at the same time
+
+        def start(name: str) -> Peer:
+            own = options if name == names[0] else (*options, "--join-file", str(first))
+            return stack.enter_context(daemon(folders[name], arguments, spans[int(name[0])], own))
+
+        yield dict(zip(names, pool.map(start, names), strict=True))
 
 
 @contextmanager
-def daemon(
-    home: Path, arguments: argparse.Namespace, span: tuple[int, int], before: Sequence[Peer], options: Sequence[str]
-) -> Iterator[Peer]:
-    home.mkdir(parents=True, exist_ok=True)
-    own = Path(tempfile.mkdtemp(dir=home))
+def daemon(own: Path, arguments: argparse.Namespace, span: tuple[int, int], options: Sequence[str]) -> Iterator[Peer]:
+    """A daemon, with a folder for this run in that of all its runs."""
+    home = own.parent
     port = home / "port"
     more = ["--key-file", str(home / "key"), "--kv-memory", arguments.kv_memory, *options]
     more += ["--listen", f"tcp://127.0.0.1:{port.read_text() if port.exists() else 0}"]
-    with peer(own, arguments, span, before, more, home / "cache") as started:
+    with peer(own, arguments, span, [], more, home / "cache") as started:
         port.write_text(started.port)
         yield started
 
@@ -336,8 +340,9 @@ def kill(folder: Path, arguments: argparse.Namespace) -> int:
                     text = tool_set(f"{number} {positions} {kind}", positions, tokenizer)
                     ids = torch.tensor([tokenizer(text).input_ids[: positions - AFTER]])
                     deaths.append(death(peers, arguments, client, ids, kind))
-                    start = daemon(folder / "1", arguments, span, [peers["0"]], ("--prefix-store", "memory"))
-                    peers["1"] = again.enter_context(start)
+                    own = Path(tempfile.mkdtemp(dir=folder / "1"))
+                    options = ("--prefix-store", "memory", "--join-file", str(peers["0"].address_file))
+                    peers["1"] = again.enter_context(daemon(own, arguments, span, options))
                 wrong += sum(not each.same for each in deaths)
                 report(positions, kind, deaths)
     return int(bool(wrong))

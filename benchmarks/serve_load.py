@@ -43,7 +43,7 @@ TOPICS = (
     "tides", "bread", "volcanoes", "chess", "bees", "rainbows", "bridges", "glaciers",
     "violins", "maps", "coffee", "comets", "paper", "owls", "lighthouses", "clocks",
 )  # fmt: skip
-START_S = 120.0
+START_S = 300.0
 FREED_S = 30.0
 
 
