@@ -19,6 +19,7 @@ import torch
 from peers import service
 from peers.engine import Engine, ObservedSpeed, measure_speed
 from peers.links import KEEP_S, MAX_NEXT_HOPS, NextHops
+from peers.prefixes import READ_S, Page, PrefixStore, Space
 from peers.queue import WorkQueue
 from peers.service import CLIENT_LOST_S, FAR_TIMES, PROBE_S, ServedBlocks, SessionService
 from peers.sessions import (
@@ -41,6 +42,7 @@ from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.wire.messages import (
+    MAX_LABELS,
     Chunk,
     Close,
     Failure,
@@ -60,7 +62,7 @@ from splitnet.wire.messages import (
     decode,
     encode,
 )
-from splitnet.wire.sent_log import REPLAY_POSITIONS
+from splitnet.wire.sent_log import PAGE, REPLAY_POSITIONS
 
 HIDDEN = 8
 MODEL = "fingerprint"
@@ -1444,3 +1446,89 @@ class TestOthers:
         work = opened.begin()
         opened.service.failed(work, FailureCode.INTERNAL, "x" * 9999)
         assert code_of(opened.heard()) is FailureCode.INTERNAL
+
+
+class SlowStore(PrefixStore):
+    """Finds pages when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__("facts", lambda: 1 << 30)
+        self.asked: list[tuple[Sequence[bytes], Callable[[list[Page]], None]]] = []
+
+    def recall(self, space: Space, labels: Sequence[bytes], then: Callable[[list[Page]], None]) -> None:
+        self.asked.append((labels, then))
+
+
+class TestPages:
+    """Pages that are looked for while a session is opened."""
+
+    LABELS = tuple(bytes((number % 256, number // 256, *bytes(14))) for number in range(MAX_LABELS))
+
+    @pytest.fixture
+    def slow(self, peer: Peer) -> Peer:
+        peer.table.prefixes = SlowStore()
+        return peer
+
+    def asks(self, **changes: Any) -> Open:
+        return to_client(context=bytes(16), row=1, labels=self.LABELS, **changes)
+
+    def found(self, peer: Peer, which: int, pages: int) -> list[tuple[Destination, Message]]:
+        assert isinstance(peer.table.prefixes, SlowStore)
+        labels, then = peer.table.prefixes.asked[which]
+        then([Page(label, {"0.keys": torch.zeros(1)}) for label in labels[:pages]])
+        return peer.heard()
+
+    def test_it_is_said_to_be_open_once_they_are_found(self, slow: Peer) -> None:
+        assert slow.says(self.asks()) == []
+        [(_, message)] = self.found(slow, 0, 2)
+        assert isinstance(message, Opened)
+        assert (message.recalled, message.cached_positions) == (True, 2 * PAGE)
+
+    def test_no_more_are_looked_for_than_are_reserved(self, slow: Peer) -> None:
+        slow.says(self.asks(reservation=1000))
+        assert isinstance(slow.table.prefixes, SlowStore)
+        assert len(slow.table.prefixes.asked[0][0]) == 1000 // PAGE
+
+    def test_a_disk_that_hangs_does_not_hold_it_up(self, slow: Peer) -> None:
+        slow.says(self.asks())
+        assert slow.passes(READ_S) == []
+        [(_, message)] = slow.passes(READ_S)
+        assert isinstance(message, Opened) and not message.recalled
+        assert self.found(slow, 0, 2) == [] and slow.session().recalled is None
+
+    @pytest.mark.parametrize("then", ["closed", "a newer epoch", "without labels"])
+    def test_what_is_found_too_late_counts_no_more(self, slow: Peer, then: str) -> None:
+        slow.says(self.asks())
+        if then == "closed":
+            assert slow.says(Close(SID)) == []
+        elif then == "a newer epoch":
+            assert slow.says(self.asks(epoch=2)) == []
+        else:
+            assert is_opened(slow.says(to_client(context=bytes(16), epoch=2)), reachable=True, epoch=2)
+        assert self.found(slow, 0, 3) == []
+        if then == "a newer epoch":
+            [(_, message)] = self.found(slow, 1, 1)
+            assert isinstance(message, Opened)
+            assert (message.epoch, message.cached_positions) == (2, PAGE)
+
+    def test_asking_again_and_again_holds_no_more_memory(self, slow: Peer) -> None:
+        for epoch in range(1, 50):
+            slow.says(self.asks(epoch=epoch))
+            self.found(slow, epoch - 1, 7)
+        assert slow.session().log.nbytes == 0, "nothing is logged before a step goes on there"
+        assert len(slow.table) == 1
+
+    def test_labels_of_wrong_count_are_refused(self, slow: Peer) -> None:
+        slow.says(self.asks())
+        self.found(slow, 0, 0)
+        assert code_of(slow.says(step(labels=self.LABELS[:1]))) is FailureCode.BAD_MESSAGE
+        assert code_of(slow.says(step(Chunk(1, 0, 2 * PAGE, 1), labels=self.LABELS[:1]))) is FailureCode.BAD_MESSAGE
+
+    def test_a_stranger_learns_nothing_of_them(self, slow: Peer) -> None:
+        slow.says(self.asks())
+        self.found(slow, 0, 2)
+        assert code_of(slow.says(self.asks(epoch=2), STRANGER), STRANGER) is FailureCode.UNKNOWN_SESSION
+        own = replace(self.asks(), session=bytes(16))
+        slow.says(own, STRANGER)
+        held = slow.table.get(bytes(16))
+        assert held is not None and held.space != slow.session().space
