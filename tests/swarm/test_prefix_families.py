@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from peers import server
 from peers.server import Peer
 from splitnet.directory.dht import Directory
 from splitnet.security.identity import Identity
@@ -41,6 +42,10 @@ def texts(count: int, pages: int = 3, first: int = 100) -> list[torch.Tensor]:
     """Texts that begin with the same pages, and then differ."""
     tools = text(pages * PAGE + 3, seed=first)
     return [torch.cat((tools, text(5 + index, seed=first + 1 + index)), dim=1) for index in range(count)]
+
+
+def model_of(swarm: LocalSwarm, **options: Any) -> Any:
+    return swarm.model(**options)
 
 
 def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -80,7 +85,7 @@ def test_texts_that_begin_alike(family: str, node: Directory, tmp_path: Path) ->
     local, asks = plain(folder), texts(5)
     expected = [generate(local, ids) for ids in asks]
     with local_swarm(folder, SPANS, node=node) as swarm:
-        model = swarm.model()
+        model = model_of(swarm)
         assert recalled(model, asks[0], expected[0], speculate=None) == 0
         assert recalled(model, asks[1], expected[1], speculate=None) == 3 * PAGE
         forget(swarm.peers[1])
@@ -101,7 +106,7 @@ def test_restarted_peers_go_on_from_their_disks(family: str, damage: str, node: 
     me = Identity.generate()
     for turn, (ids, tokens) in enumerate(zip(asks, expected, strict=True)):
         with local_swarm(folder, SPANS, node=node, prefix_folder=disk, prefix_disk=1 << 30) as swarm:
-            known = recalled(swarm.model(identity=me), ids, tokens, speculate=None)
+            known = recalled(model_of(swarm, identity=me), ids, tokens, speculate=None)
             stores = [peer.service.sessions.prefixes for peer in swarm.peers]
         files = list(disk.rglob("*.page"))
         assert len(files) >= 3 * len(SPANS)
@@ -136,7 +141,7 @@ def of_session(swarm: LocalSwarm, session: Session, index: int) -> Peer:
 @pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_hop_that_dies_after_a_recall_is_replaced(index: int, swarm: LocalSwarm, local: Any) -> None:
     """The hop before it replays what it had stored, too."""
-    model, (one, two) = swarm.model(), texts(2, first=200 + 10 * index)
+    model, (one, two) = model_of(swarm), texts(2, first=200 + 10 * index)
     recalled(model, one, generate(local, one), speculate=None)
     expected = generate(local, two, max_new_tokens=12)
     with model.session() as cache:
@@ -149,7 +154,7 @@ def test_a_hop_that_dies_after_a_recall_is_replaced(index: int, swarm: LocalSwar
 
 def test_a_new_text_in_an_open_session(swarm: LocalSwarm, local: Any) -> None:
     """Also where a hop lacks it, which holds another."""
-    model, asks, other = swarm.model(), texts(3, first=300), text(5 * PAGE, seed=301)
+    model, asks, other = model_of(swarm), texts(3, first=300), text(5 * PAGE, seed=301)
     recalled(model, asks[0], generate(local, asks[0]), speculate=None)
     with model.session() as cache:
         for number, ids in enumerate((other, asks[1], other, asks[2])):
@@ -162,7 +167,7 @@ def test_a_new_text_in_an_open_session(swarm: LocalSwarm, local: Any) -> None:
 
 
 def test_what_a_batch_has_left_serves_each_of_its_rows(swarm: LocalSwarm, local: Any) -> None:
-    model, asks = swarm.model(), texts(2, first=400)
+    model, asks = model_of(swarm), texts(2, first=400)
     batch = torch.cat((asks[0][:, :50], asks[1][:, :50]))
     assert torch.equal(generate(model, batch, speculate=None), generate(local, batch))
     for ids in asks:
@@ -171,7 +176,7 @@ def test_what_a_batch_has_left_serves_each_of_its_rows(swarm: LocalSwarm, local:
 
 @pytest.mark.parametrize("options", [{"num_return_sequences": 2, "num_beams": 2}, {"num_beams": 3}], ids=str)
 def test_beams_go_on_behind_a_recalled_text(options: dict[str, int], swarm: LocalSwarm, local: Any) -> None:
-    model, asks = swarm.model(), texts(2, first=500 + options["num_beams"])
+    model, asks = model_of(swarm), texts(2, first=500 + options["num_beams"])
     recalled(model, asks[0], generate(local, asks[0]), speculate=None)
     expected = generate(local, asks[1], **options)
     assert torch.equal(generate(model, asks[1], speculate=None, **options), expected)
@@ -187,7 +192,7 @@ def test_drafts_of_a_small_model_and_of_the_text(
         for number, ids in enumerate(texts(4, first=600)):
             options = {"speculate": "prompt-lookup"} if number % 2 else {"assistant_model": draft}
             expected = generate(own_local, ids, max_new_tokens=10)
-            known = recalled(swarm.model(), ids, expected, max_new_tokens=10, **options)
+            known = recalled(model_of(swarm), ids, expected, max_new_tokens=10, **options)
             assert known == (3 * PAGE if number else 0)
 
 
@@ -201,10 +206,10 @@ def computed(swarm: LocalSwarm) -> int:
 def test_each_adapter_has_pages_of_its_own(method: str, node: Directory, own_folder: Path, own_local: Any) -> None:
     asks = texts(3, first=700)
     with local_swarm(own_folder, SPANS, node=node) as swarm:
-        assert recalled(swarm.model(), asks[0], generate(own_local, asks[0]), speculate=None) == 0
+        assert recalled(model_of(swarm), asks[0], generate(own_local, asks[0]), speculate=None) == 0
         for seed in (1, 2):
             stored, plainly = (
-                wrapped(swarm.model(prefixes=prefixes), METHODS[method]("llama", CAUSAL), seed)
+                wrapped(model_of(swarm, prefixes=prefixes), METHODS[method]("llama", CAUSAL), seed)
                 for prefixes in ("own", "off")
             )
             for number, ids in enumerate(asks[1:]):
@@ -217,7 +222,7 @@ def test_each_adapter_has_pages_of_its_own(method: str, node: Directory, own_fol
 
 def test_blocks_that_run_here_are_beside_peers_with_pages(swarm: LocalSwarm, local: Any) -> None:
     for blocks in ("0:2", "4:6", "2:4"):
-        model, asks = swarm.model(local_blocks=blocks), texts(3, first=900 + int(blocks[0]))
+        model, asks = model_of(swarm, local_blocks=blocks), texts(3, first=900 + int(blocks[0]))
         for ids in asks:
             assert torch.equal(generate(model, ids, speculate=None), generate(local, ids))
 
@@ -227,17 +232,14 @@ def test_peers_without_a_store_are_in_the_chain(
     odd: str, node: Directory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asks = texts(3, first=1000)
-    if odd == "0.1.0":
-        from peers import server
-
-        assert odd in fields.STRICT_VERSIONS
+    assert odd == "off" or odd in fields.STRICT_VERSIONS
     with local_swarm(own_folder, SPANS[:1], node=node) as swarm:
         with monkeypatch.context() as patch:
             if odd == "0.1.0":
                 patch.setattr(server, "__version__", odd)
             swarm.add(*SPANS[1], prefixes=odd != "off")
         swarm.add(*SPANS[2])
-        model = swarm.model()
+        model = model_of(swarm)
         for number, ids in enumerate(asks):
             known = recalled(model, ids, generate(own_local, ids), speculate=None)
             assert known == (3 * PAGE if number and odd == "off" else 0)
@@ -251,7 +253,7 @@ def test_hops_that_do_not_reach_each_other(
     monkeypatch.setattr(NextHopOpening, "_set_next", lambda opening, session, following: following is None)
     asks = texts(3, first=1100)
     with local_swarm(own_folder, SPANS, node=node) as swarm:
-        model = swarm.model()
+        model = model_of(swarm)
         for number, ids in enumerate(asks):
             if number == 2:
                 forget(swarm.peers[1])
@@ -289,7 +291,7 @@ def test_keys_share_pages_where_the_owner_and_both_clients_want_it(
     assert len(peers) == len(SPANS)
     with local_swarm(own_folder, SPANS, node=node, authorized_keys=listed) as swarm:
         known = [
-            recalled(swarm.model(identity=key, prefixes=scope), ids, generate(own_local, ids), speculate=None)
+            recalled(model_of(swarm, identity=key, prefixes=scope), ids, generate(own_local, ids), speculate=None)
             for key, scope, ids in zip(keys, scopes, asks, strict=True)
         ]
         assert known == [0, 3 * PAGE if finds else 0]
