@@ -23,7 +23,7 @@ import torch
 from peers.counters import PassKind
 from peers.power import EnergyMeter
 from peers.service import SessionService
-from peers.sessions import GradientSum, PassWork, Session, SessionTooLong, Work, room_for, shared_room
+from peers.sessions import Filling, GradientSum, PassWork, Session, SessionTooLong, Work, room_for, shared_room
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, MovingAverage
 from scheduler.facts import CONTEXTS, PASS_SIZES, UNKNOWN_PAST, PastCost, Speed
 from splitnet.blocks.adapters import Adapter, read_tensors, write_groups
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 SHORT_S = 0.02  # a step that takes no longer may run in the thread that received it: nothing else is received meanwhile
 TELL_S = 60.0  # how often the same error is logged at most: a client may cause it a thousand times a second
+FILLED_AT_ONCE = 16  # pages that are put into a row before steps of others run
 SHARE = 0.1  # weight of the latest pass in the average
 PAST_POSITIONS = 64  # of the pass from which it is derived what one of a prefill takes to read the positions before it
 PAST_STEPS = 4  # passes of one position before that, the first as a warm-up
@@ -411,7 +412,8 @@ class Engine:
         try:
             if not work.done:
                 work.adapter = work.session.adapter
-                self._recall(work)
+                if self._recalls(work):
+                    return False
                 self._service.prepare(work)
             codec = codec_by_code(work.step.codec)
             size = codec.bytes_per_position(self._span.hidden_size)
@@ -422,16 +424,21 @@ class Engine:
             self._give_up(work, *_refusal(error, "step"))
         return False
 
-    def _recall(self, work: Work) -> None:
-        """Begins a row with the pages that were found for it when the session was opened, if a step goes on there."""
-        session, part = work.session, work.step.parts[0]
-        recalled = self._service.take_recalled(work) if session.recalled is not None else None
-        if recalled is None:
-            return
-        end = max(recalled.positions, part.start + part.length) + session.prefix_length
-        room = shared_room({part.row: end}, {}, room_for(session.reservation))[part.row] - session.prefix_length
-        row = self._view(session.start, session.end).new_row(room, work.adapter)
-        self._service.fill(work, row, recalled, self._span.device)
+    def _recalls(self, work: Work) -> bool:
+        """Begins a row with the pages that were found for it when the session was opened, if a step goes on there; some
+        pages at a time, so that steps of others run meanwhile. True: there are more."""
+        session, part, began = work.session, work.step.parts[0], time.perf_counter()
+        if work.filling is None:
+            recalled = self._service.take_recalled(work) if session.recalled is not None else None
+            if recalled is None:
+                return False
+            end = max(recalled.positions, part.start + part.length) + session.prefix_length
+            room = shared_room({part.row: end}, {}, room_for(session.reservation))[part.row] - session.prefix_length
+            row = self._view(session.start, session.end).new_row(room, work.adapter)
+            work.filling = Filling(row, recalled)
+        more = self._service.fill(work, work.filling, self._span.device, FILLED_AT_ONCE)
+        self._queue.charge(session, seconds_after_work(self._span.device) - began)
+        return more
 
     def _catches_up(self, work: Work) -> bool:
         """After a rewind far back, computes some positions again; False: few are left, so the step can run.
@@ -514,7 +521,10 @@ class Engine:
         for work, count in computed:
             self._counters.step_computed(work, count)
             if work.step.labels and not work.remaining:
-                self._service.keep_pages(work)
+                try:
+                    self._service.keep_pages(work)
+                except Exception as error:  # the step is done
+                    failure_of(error, "stored page")
         self._counters.step_passes.observe(elapsed_ms / 1000, len(hidden), len(parts))
 
     def _hand_on(

@@ -18,7 +18,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -29,12 +30,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from splitnet.limits import keep_latest
 from splitnet.wire.sent_log import digest
 
 log = logging.getLogger(__name__)
 
 STATES = "states."  # begins the names of what blocks keep besides keys and values, as it is behind a page
 READ_S = 2.0  # a session waits no longer for pages from the disk
+PACKED = 8  # pages that are kept as they were given to other peers, which ask for them in parts
 CLOSE_S = 5.0  # nor the end of a peer for pages that are written
 MOST_QUEUED = 64  # pages that wait to be written
 SHRINK = 1 / 16  # of its limit that the store frees beyond what is needed, so that it looks for victims less often
@@ -73,6 +76,7 @@ class _Held:
     cost_ms: float
     depth: int  # pages before it in its text
     value: float  # never more than that of those
+    secret: bool  # as of its `Space`
     uses: int = 1
 
 
@@ -90,10 +94,14 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Where the pages of a session are: those of the same owner, with the same context. Empty `name`: nowhere."""
+    """Where the pages of a session are: those of the same owner, with the same context. Empty `name`: nowhere.
+
+    secret: only the client of the session, and peers that it tells, can name them.
+    """
 
     name: bytes = b""
     owner: bytes = b""
+    secret: bool = True
 
 
 NOWHERE = Space()
@@ -101,6 +109,10 @@ NOWHERE = Space()
 
 def page_name(space: Space, label: bytes) -> bytes:
     return digest(space.name, label)
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _checked(name: bytes, data: bytes) -> bytes:
@@ -130,7 +142,7 @@ class PrefixStore:
         self._lock = threading.Lock()
         self._held: dict[bytes, _Held] = {}
         self._bytes: dict[bytes, int] = {}  # by owner
-        self._packed: tuple[bytes, bytes] = b"", b""  # the page that was given last
+        self._packed: dict[bytes, bytes] = {}  # the pages that were given last
         self._floor = 0.0  # value of the page that was evicted last
         self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], object] | None]] = queue.PriorityQueue()
         self._next_job = itertools.count().__next__
@@ -150,20 +162,22 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._held)
 
-    def space(self, owner: bytes, context: bytes, start: int, end: int, codec: int) -> Space:
+    def space(self, owner: bytes, context: bytes, start: int, end: int, codec: int, *, secret: bool = True) -> Space:
         """Where pages of blocks `[start, end)` are, with outputs in `codec`. owner: a key, or the name of a group of
-        keys that share pages."""
-        hop = f"{start}:{end} {codec}".encode()
-        return Space(digest(self._facts, owner, context, hop), owner) if context else NOWHERE
+        keys that share pages. secret: see `Space`."""
+        hop = f"{start}:{end} {codec} {secret}".encode()
+        return Space(digest(self._facts, owner, context, hop), owner, secret) if context else NOWHERE
 
-    def packed(self, name: bytes) -> bytes | None:
-        """A page with its digest, as `unpack` takes it; None: it is not in memory."""
-        held = self._held.get(name)
-        if held is None:
+    def packed(self, name: bytes) -> tuple[bytes, bool] | None:
+        """A page with its digest, as `unpack` takes it, and whether it was packed now; None: it is not in memory, or
+        others could guess its name."""
+        held, known = self._held.get(name), self._packed.get(name)
+        if held is None or not held.secret:
             return None
-        if self._packed[0] != name:
-            self._packed = name, pack(held.page)
-        return self._packed[1]
+        if known is not None:
+            return known, False
+        keep_latest(self._packed, name, pack(held.page), PACKED)
+        return self._packed[name], True
 
     def has(self, space: Space, label: bytes) -> bool:
         """Whether a page is in memory."""
@@ -178,12 +192,13 @@ class PrefixStore:
         if not space.name or name in self._held or self._limit() <= 0:
             return
         made = page(name)
-        self.counts.stored += self._take_in(made, space.owner, cost_ms, before, uses=1)
+        self.counts.stored += self._take_in(made, space, cost_ms, before, uses=1)
 
-    def put_copied(self, space: Space, page: Page, before: Sequence[bytes]) -> None:
-        """Takes in a page that is copied from another peer; before: as of `put`."""
+    def put_copied(self, space: Space, page: Page, before: Sequence[bytes]) -> bool:
+        """Takes in a page that is copied from another peer, if there is room; before: as of `put`. It is not written to
+        disk before a session has used it: others could fill that."""
         cost_ms = max((each.cost_ms for each in list(self._held.values())), default=1.0)
-        self._take_in(page, space.owner, cost_ms, before, uses=2)
+        return self._take_in(page, space, cost_ms, before, uses=0)
 
     def recall(self, space: Space, labels: Sequence[bytes], then: Callable[[list[Page]], None]) -> None:
         """Finds the pages of a text, as many in a row from its beginning as there are, and gives them to `then`: at
@@ -217,7 +232,8 @@ class PrefixStore:
         if self._thread is None:
             return
         with self._lock:
-            left = sorted(self._held.values(), key=lambda held: (-held.value, held.depth))
+            used = [held for held in self._held.values() if held.uses]
+            left = sorted(used, key=lambda held: (-held.value, held.depth))
         until = time.monotonic() + CLOSE_S
         for held in left:
             self._put_job(1, lambda held=held: time.monotonic() < until and self._write(held.page, held.owner))
@@ -256,14 +272,15 @@ class PrefixStore:
                 if page is not None:
                     # It was used before; what it took to compute is not known any more, but worth the space on disk.
                     cost_ms = max((each.cost_ms for each in list(self._held.values())), default=1.0)
-                    self._take_in(page, space.owner, cost_ms, names[: len(found)], uses=2)
+                    self._take_in(page, space, cost_ms, names[: len(found)], uses=2)
             if page is None:
                 break
             found.append(page)
         self.counts.found += len(found)
         return found
 
-    def _take_in(self, page: Page, owner: bytes, cost_ms: float, before: Sequence[bytes], uses: int) -> bool:
+    def _take_in(self, page: Page, space: Space, cost_ms: float, before: Sequence[bytes], uses: int) -> bool:
+        owner = space.owner
         with self._lock:
             if not page.nbytes or page.name in self._held:
                 return False
@@ -271,7 +288,7 @@ class PrefixStore:
                 return False
             if not self._hold(before, owner, cost_ms):
                 return False
-            self._held[page.name] = _Held(page, owner, cost_ms, len(before), self._floor + cost_ms, uses)
+            self._held[page.name] = _Held(page, owner, cost_ms, len(before), self._floor + cost_ms, space.secret, uses)
             self._bytes[owner] = self._bytes.get(owner, 0) + page.nbytes
             return True
 
@@ -363,7 +380,8 @@ def unpack(name: bytes, data: bytes | bytearray) -> Page:
 @dataclass
 class PageFiles:
     """Pages in a folder that its owner alone can read: a file each, written at once, with its digest, checked when it
-    is read. All peers of this machine share a folder and its limit; what was used longest ago goes first.
+    is read. All peers of this machine share a folder and its limit; of the key with most bytes, what was used longest
+    ago goes first.
 
     limit: bytes; None: a tenth of the free disk, at most `MOST_DISK`.
     """
@@ -452,10 +470,17 @@ class PageFiles:
         if self.nbytes + nbytes > limit or disk_usage(self.folder).free < nbytes + FREE_DISK:
             self._look()
             used = {file: file.stat().st_mtime for file in self._sizes if file.exists()}
-            for file in sorted(used, key=used.__getitem__):
+            by_owner = Counter[Path]()
+            for file in used:
+                by_owner[file.parent] += self._sizes[file]
+            while used:
+                most = max(by_owner, key=by_owner.__getitem__)
+                file = min((file for file in used if file.parent == most), key=used.__getitem__)
                 fits = self.nbytes + nbytes <= limit * (1 - SHRINK)
                 if fits and disk_usage(self.folder).free >= nbytes + FREE_DISK:
                     break
+                by_owner[most] -= self._sizes[file]
+                del used[file]
                 self._remove(file)
         return self.nbytes + nbytes <= limit and disk_usage(self.folder).free >= nbytes + FREE_DISK
 

@@ -35,10 +35,10 @@ from peers.placement import (
     position_bytes,
 )
 from peers.power import EnergyMeter, find_sources
-from peers.prefixes import PageFiles, PrefixStore
+from peers.prefixes import STATES, PageFiles, PrefixStore
 from peers.queue import WorkQueue
 from peers.reach import PeerWays
-from peers.service import ServedBlocks, SessionService
+from peers.service import ServedBlocks, SessionService, renumbered
 from peers.sessions import AHEAD, TENSOR_BYTES, KeyPolicy, SessionTable
 from peers.weights import DEFAULT_RATE, WeightService
 from scheduler.placement import BLOCKS_SHARE
@@ -67,6 +67,7 @@ from splitnet.version import __version__
 from splitnet.wire.codecs import CODECS, DEFAULT_INT8, codec_by_name
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, Relay
 from splitnet.wire.messages import PROTOCOL_VERSION, Announce, AskWeights, CopyPages, LookUp, Payload, Pong, decode
+from splitnet.wire.sent_log import PAGE
 
 log = logging.getLogger(__name__)
 
@@ -136,19 +137,21 @@ class SpanServer:
             num_blocks=checkpoint.num_blocks,
             keys=policy.keys,
         )
-        on_cpu = span.device.type == "cpu"
+        where = span.device.type
+        on_cpu = where == "cpu"
         beside = 0 if on_cpu else min(kv_memory, free_memory(torch.device("cpu")) // 4)
         self.prefixes = None
         if options.prefixes:
             folder = options.prefix_folder
             self.prefixes = sessions.prefixes = PrefixStore(
-                f"{__version__} {checkpoint.fingerprint} {span.held_as} {span.dtype}",
+                f"{__version__} {torch.__version__} {where} {checkpoint.fingerprint} {span.held_as} {span.dtype}",
                 (lambda: sessions.memory.free) if on_cpu else (lambda: beside),
                 lambda owner: 1.0 if owner.startswith(b"group ") else policy.weight(owner),
                 PageFiles(folder, options.prefix_disk) if folder is not None and options.prefix_disk != 0 else None,
             )
         pass_s = partial(speed.pass_s, blocks=span.end - span.start)
         queue = WorkQueue(pass_s, policy.weight, max(LEAST_STEP_MEMORY, kv_memory // 2), outbox.unsent)
+        page, states = span.page_layout(PAGE) if options.prefixes else ({}, {})
         served = ServedBlocks(
             model=checkpoint.fingerprint,
             start=span.start,
@@ -157,6 +160,7 @@ class SpanServer:
             hidden_size=checkpoint.hidden_size,
             max_positions=checkpoint.max_positions,
             weights=span.held_as,
+            page=renumbered(page | {STATES + name: each for name, each in states.items()}, span.start),
         )
         if training_memory is None:
             training_memory = free_memory(span.device) // 8

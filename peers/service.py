@@ -12,17 +12,18 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from peers.counters import Counters, SessionEnd
 from peers.links import NextHops, Outbox, timing_of
-from peers.prefixes import NOWHERE, READ_S, STATES, Page, Space, page_name
+from peers.prefixes import NOWHERE, READ_S, STATES, Page, Space, are_finite, page_name
 from peers.queue import WorkQueue
 from peers.sessions import (
     REVOKED,
+    Filling,
     KeyPolicy,
     MemoryAccount,
     Recalled,
@@ -46,6 +47,7 @@ from splitnet.wire.codecs import check_size, codec_by_code
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState, is_address
 from splitnet.wire.messages import (
     MAX_PAYLOAD_BYTES,
+    MAX_POSITIONS,
     Adapter,
     AdapterGradient,
     Close,
@@ -77,6 +79,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
+
 PROBE_S = 15.0  # a client silent for this long gets a `Pong` that it ignores, which shows whether it is connected
 IN_USE_S = 3.0  # a session without a step for this long waits for its user to type
 REMEMBERED_HOPS = 4096
@@ -96,6 +100,8 @@ class ServedBlocks:
     hidden_size: int
     max_positions: int | None
     weights: str = ""  # what they are held as, see `Weights.text`
+    # Types and shapes of what a page of the blocks has, by the names that pages have; see `Span.page_layout`.
+    page: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict[str, Any])
 
     def refusal(self, message: Open) -> tuple[FailureCode, str] | None:
         """Why an `Open` cannot be served by this peer at all."""
@@ -255,7 +261,7 @@ class NextHopOpening:
             return
         recalled = session.recalled
         cached = recalled.positions if recalled else sum(row.length for row in list(session.rows.values()))
-        told = session.weights, session.taps is not None, recalled is not None
+        told = session.weights, session.taps is not None, recalled is not None, bool(session.space.name)
         self._outbox.send(session.reply_to, Opened(session.id, session.epoch, next_reachable, cached, *told))
 
 
@@ -268,12 +274,12 @@ def _is_known(state: LinkState, proven: bool) -> bool:
     return state in (LinkState.UP, LinkState.REFUSED) or (proven and state is not LinkState.CONNECTING)
 
 
-def renumbered(tensors: Mapping[str, torch.Tensor], first: int) -> dict[str, torch.Tensor]:
-    """The tensors of a page with `first` added to the numbers of their blocks, which stand first in their names: rows
-    count from the span's first block, pages from the model's."""
+def renumbered(page: Mapping[str, Value], first: int) -> dict[str, Value]:
+    """What a page has, with `first` added to the numbers of blocks, which stand first in the names: rows count from the
+    span's first block, pages from the model's."""
     return {
-        re.sub(r"\d+(?=\.)", lambda number: str(int(number[0]) + first), name, count=1): tensor
-        for name, tensor in tensors.items()
+        re.sub(r"\d+(?=\.)", lambda number: str(int(number[0]) + first), name, count=1): each
+        for name, each in page.items()
     }
 
 
@@ -471,23 +477,31 @@ class SessionService:
             pages = zip(recalled.pages, recalled.labels, strict=False)
             session.log.restore(recalled.row, [(page.output, page.reach, label) for page, label in pages])
 
-    def fill(self, work: Work, row: SequenceCache, recalled: Recalled, device: torch.device) -> None:
-        """Begins a row with pages that were found for it, in the place of all others; called by the engine. If that
-        fails, the pages are forgotten, and the step is refused as that of a row that is not there."""
-        pages = recalled.pages
-        with_states = max((count for count, page in enumerate(pages, 1) if page.states), default=0)
-        states = pages[with_states - 1].states
+    def fill(self, work: Work, filling: Filling, device: torch.device, most: int) -> bool:
+        """Fills a row with the next pages that were found for it, `most` at most; called by the engine. Once all are
+        there, the row takes the place of all others. If that fails, the pages are forgotten, and the step is refused as
+        that of a row that is not there. Returns whether more are to come."""
+        session, pages, first = work.session, filling.recalled.pages, -self.served.start
         try:
-            first = -self.served.start
-            positions = [renumbered(page.positions, first) for page in pages]
-            row.fill(positions, renumbered(states, first), device, with_states * PAGE)
+            some = pages[filling.done : filling.done + most]
+            for index, page in enumerate(some, filling.done):
+                self.check_page(page, session.start, session.end, session.codec.code, first=not index)
+            filling.row.fill([renumbered(page.positions, first) for page in some], device)
+            filling.done += len(some)
+            if filling.done < len(pages):
+                return True
+            with_states = max((count for count, page in enumerate(pages, 1) if page.states), default=0)
+            filling.row.restore(renumbered(pages[with_states - 1].states, first), with_states * PAGE, device)
         except Exception:
             log.exception("stored pages do not fit")
             if self.sessions.prefixes is not None:
                 self.sessions.prefixes.forget(pages)
-            return
-        work.session.rows = {recalled.row: row}
-        work.session.pages = {recalled.row: RowPages(work.space, [page.name for page in pages])}
+        else:
+            row = filling.recalled.row
+            session.rows = {row: filling.row}
+            session.pages = {row: RowPages(work.space, [page.name for page in pages])}
+        work.filling = None
+        return False
 
     def keep_pages(self, work: Work) -> None:
         """Stores the pages of rows that a finished step has completed; called by the engine."""
@@ -515,7 +529,7 @@ class SessionService:
     def _page(self, session: Session, row_id: int, row: SequenceCache, index: int, ends: bool, name: bytes) -> Page:
         """Raises ValueError: it is not to be stored."""
         tensors = row.page(index * PAGE, (index + 1) * PAGE)
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        if not are_finite(tensors.values()):
             raise ValueError("of values that are no numbers, which others may have sent")
         if ends:
             tensors |= {STATES + state: tensor for state, tensor in row.states().items()}
@@ -667,7 +681,26 @@ class SessionService:
         whose = owner if group is None else b"group " + group.encode()
         if (store := self.sessions.prefixes) is None:
             return NOWHERE
-        return store.space(whose, message.context, message.start, message.end, message.codec)
+        hop = message.context, message.start, message.end, message.codec
+        return store.space(whose, *hop, secret=not message.shared)
+
+    def check_page(self, page: Page, start: int, end: int, codec: int, *, first: bool) -> None:
+        """Whether a page has what blocks `[start, end)` leave, and nothing else; `first`: of its text. What is not in
+        it, rows would have of others, as memory is not cleared. Raises ProtocolError: it has not."""
+        served, tensors = self.served, page.tensors
+        blocks = {name: re.search(r"\d+(?=\.)", name) for name in served.page}
+        wanted = {name for name, number in blocks.items() if number is None or start <= int(number[0]) < end}
+        states = {name for name in wanted if name.startswith(STATES)}
+        sinks = {name for name in wanted if ".first_" in name}
+        due = wanted - states - sinks | (sinks if first else set[str]())
+        given = {name for name in tensors if not name.startswith(STATES)}
+        if given != due or tensors.keys() - given not in (set[str](), states):
+            raise ProtocolError("a page is not of these blocks")
+        if any((tensor.dtype, tuple(tensor.shape)) != served.page[name] for name, tensor in tensors.items()):
+            raise ProtocolError("a page has other types or shapes than these blocks leave")
+        size = 0 if end == served.num_blocks else PAGE * codec_by_code(codec).bytes_per_position(served.hidden_size)
+        if len(page.output) != size or not 0 <= page.reach <= MAX_POSITIONS:
+            raise ProtocolError("a page has other outputs than these blocks give")
 
     def _look_for_pages(self, session: Session, message: Open, now: float) -> None:
         """Finds pages for a row that the session does not have yet."""

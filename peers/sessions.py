@@ -83,6 +83,15 @@ class Recalled(NamedTuple):
         return PAGE * len(self.pages)
 
 
+@dataclass(slots=True)
+class Filling:
+    """A row that is being filled with pages. done: how many are in it."""
+
+    row: SequenceCache
+    recalled: Recalled
+    done: int = 0
+
+
 class RowPages(NamedTuple):
     """Where pages of a row are stored, as all of it was computed for that; and the names of the first ones."""
 
@@ -172,6 +181,7 @@ class Work:
     wait_ms: float = 0.0  # from its arrival until its first pass
     compute_ms: float = 0.0
     adapter: Adapter | None = None  # what it runs with: its rows were given room for that one's prefix
+    filling: Filling | None = None  # the row that it goes on in, while that is not whole
     hidden: torch.Tensor | None = None  # decoded input of the present pass, `[positions, hidden]`
     outputs: list[bytes] = field(default_factory=list)  # encoded, pass by pass, for the next hop or the client
     taps: Taps | None = None  # of the session when the step came; None: it wants no hidden states of this step

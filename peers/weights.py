@@ -38,7 +38,8 @@ class WeightService:
     rate: float = DEFAULT_RATE  # bytes per second
     swarm: OpenSwarm = OPEN  # the key of a closed one
     serving: Callable[[], bool] = lambda: False  # whether sessions are being served
-    page: Callable[[bytes], bytes | None] = lambda _: None  # a stored page, by its name, see `peers.prefixes`
+    # A stored page, by its name, and whether it was packed for that; see `peers.prefixes`.
+    page: Callable[[bytes], tuple[bytes, bool] | None] = lambda _: None
 
     def __post_init__(self) -> None:
         self.sent = 0  # bytes of pieces
@@ -94,6 +95,7 @@ class WeightService:
     def _answer(self, source: Connection, message: AskWeights) -> int:
         """Returns how many bytes were sent, or read for it."""
         data: bytes | None = None
+        whole = message.kind == WeightsKind.PIECE  # it is read and hashed, whatever part of it is asked for
         if message.kind == WeightsKind.PIECE:
             data = self._piece(message.name) if self.shares() else None
         elif message.name == self._model and message.kind == WeightsKind.MANIFEST:
@@ -105,7 +107,7 @@ class WeightService:
                 self._bits, self._bits_at = self.held.bits(), time.monotonic()
             data = self._bits
         elif message.kind == WeightsKind.PAGE:
-            data = self.page(message.name[:LABEL_BYTES])
+            data, whole = self.page(message.name[:LABEL_BYTES]) or (None, False)
         if data is None:
             code = FailureCode.WRONG_BLOCKS if message.kind == WeightsKind.PIECE else FailureCode.WRONG_MODEL
             self._refuse(source, message, code, "this peer gives no such weights")
@@ -113,8 +115,7 @@ class WeightService:
         part = memoryview(data)[message.offset : message.offset + message.length]
         self.outbox.send(source, WeightsPart(message.number, len(data), part))
         self.sent += len(part)
-        # A piece is read and hashed whole, whatever part of it is asked for.
-        return len(data) if message.kind == WeightsKind.PIECE else len(part)
+        return len(data) if whole else len(part)
 
     def _piece(self, name: bytes) -> bytes | None:
         if self.swarm.is_closed:

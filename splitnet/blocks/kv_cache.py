@@ -319,23 +319,14 @@ class SequenceCache:
         """The present states, `BLOCK.KIND.INDEX`, on the CPU; empty where blocks keep none. Not while a pass runs."""
         return self._states.tensors() if self._states is not None else {}
 
-    def fill(
-        self,
-        pages: Sequence[Mapping[str, Tensor]],
-        states: Mapping[str, Tensor],
-        device: torch.device,
-        computed: int | None = None,
-    ) -> None:
-        """Begins an empty row with pages in a row, as `page` gave them. states: as they are behind position `computed`;
-        the positions behind that run once more. None: behind the last page.
-
-        Raises ValueError: the row is not empty, or the pages are not of such a row.
+    def fill(self, pages: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
+        """Goes on with pages in a row, as `page` gave them, in a row that was begun so. Where blocks keep states, these
+        positions run once more before new ones, unless `restore` follows. Raises ValueError: the pages are not of such
+        a row.
         """
-        if self.length or not pages:
-            raise ValueError("pages fill an empty row")
         if self.has_states and not all("inputs.keys" in page for page in pages):
             raise ValueError("these pages are of blocks that keep no states")
-        position = 0
+        position = self.length
         for page in pages:
             count = 0
             for name, keys in page.items():
@@ -345,7 +336,7 @@ class SequenceCache:
                 key = int(kind) if kind.isdecimal() else kind
                 count = keys.shape[2]
                 both = keys.to(device), page[f"{kind}.values"].to(device)
-                if not self._has_codes(key):
+                if isinstance(key, str) or not self._has_codes(key):
                     self.store(key, position, *both)
                     continue
                 first = [
@@ -353,11 +344,13 @@ class SequenceCache:
                 ]
                 self._store_codes(key, position, both, first)
             position += count
-        self.length = self.computed = position
-        if self._states is not None:
-            self.computed = position if computed is None else computed
-            if self.computed:
-                self._states.restore(states, self.computed, device)
+        self.length, self.computed = position, 0 if self._states is not None else position
+
+    def restore(self, states: Mapping[str, Tensor], computed: int, device: torch.device) -> None:
+        """After `fill`: the states as they are behind position `computed`."""
+        if self._states is not None and computed:
+            self.computed = computed
+            self._states.restore(states, computed, device)
 
     def _store_codes(self, key: int, position: int, codes: Sequence[Tensor], first: Sequence[Tensor]) -> None:
         """Stores what a page has of a block; `first`: the first positions in full, for a row that has none yet."""

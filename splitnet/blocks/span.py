@@ -65,6 +65,7 @@ from splitnet.quant.linear import hold_weights
 
 __all__ = ["Chunk", "Span", "block_bytes", "free_memory"]
 
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # types and shapes of tensors, by name
 FastStep = TorchStep | GraphStep | NativeStep
 
 LEAN_PROMPT, LEAN_TRIALS = 5, 3
@@ -385,6 +386,19 @@ class Span:
         backbone = share_blocks(self._backbone, self._container, start - self.start, end - self.start)
         own = {"weights": self.weights, "windows": self._windows, "packs": self._packs, "whole": self._whole}
         return Span(backbone, self._container, start, end, **own, kv=self.kv)
+
+    def page_layout(self, positions: int) -> tuple[Layout, Layout]:
+        """What so many positions leave: see `SequenceCache.page`, and its `states`."""
+        row = self.new_row()
+        self.forward(torch.zeros(1, self.hidden_size), [Chunk(row, 0, 1)])
+        page, states = (
+            {name: (each.dtype, tuple(each.shape)) for name, each in tensors.items()}
+            for tensors in (row.page(0, 1), row.states())
+        )
+        for name, (dtype, shape) in page.items():
+            if shape[2] == 1:
+                page[name] = dtype, (*shape[:2], positions, *shape[3:])
+        return page, states
 
     def kinds(self, row: SequenceCache) -> dict[int, int]:
         """How many blocks keep alike what `row` holds of every position, by the first one of each kind."""

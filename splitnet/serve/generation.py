@@ -280,7 +280,7 @@ class Generation:
             answer_tokens = 0
             if ask.max_tokens:
                 answer_tokens, tokens = self._answer(prompt, cache, look)
-                cached = cached or (cache.session.recalled if cache.session is not None else 0)
+                cached = cached or (cache.session.reused if cache.session is not None else 0)
                 if ask.choices == 1:
                     held = tokens[: cache.remote.columns]
             else:

@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from splitnet.wire.sent_log import PAGE
+
 Handle = TypeVar("Handle")
 
 WORTH_TAKING = 0.5
@@ -65,7 +67,9 @@ class SessionCache(Generic[Handle]):
         with self._lock:
             shared = [_shared(kept.tokens, wanted) if kept.owner == owner else 0 for kept in self._kept]
             for index, kept in enumerate(self._kept):
-                if shared[index] < WORTH_TAKING * len(kept.tokens):
+                # Peers may have stored far more of a long prompt.
+                little = shared[index] < PAGE and len(prompt) > shared[index] + PAGE
+                if little or shared[index] < WORTH_TAKING * len(kept.tokens):
                     shared[index] = 0
             best = max(range(len(shared)), key=shared.__getitem__, default=0)
             return (self._kept.pop(best).handle, shared[best]) if any(shared) else None

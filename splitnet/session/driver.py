@@ -313,11 +313,11 @@ class SessionDriver:
         if log is not None and row is not None:
             stored = self._swarm.stored.positions(log.labels(row))
         records = {record.key.text: record for record in self._swarm.peers()} if stored else {}
-        banned = self._swarm.bans.keys()
+        unusable = self._swarm.bans.unusable(records.values(), self._swarm.links)
         self.state.sources = tuple(
             Source(name, record.endpoint, (record.start, record.end), stored[name])
             for name, record in records.items()
-            if name in stored and name not in banned
+            if name in stored and name not in unusable
         )
         if log is None or row is None or not self.state.hops:
             return replace(needs, stored=stored)

@@ -41,6 +41,7 @@ class RouteHop:
         relay_log: what the client has relayed; None if that is not all of it.
         cached_positions: that it held of the session when it was opened last.
         recalled: they are of pages that it had stored before.
+        stores: it stores pages of the session.
         asked: for such pages, when it was opened last.
         context: that it was opened with, see `Open`.
         filled: it holds the KV cache that the session wants.
@@ -55,6 +56,7 @@ class RouteHop:
     relay_log: SentLog | None = None
     cached_positions: int = 0
     recalled: bool = False
+    stores: bool = False
     asked: bool = False
     context: bytes = b""
     filled: bool = False

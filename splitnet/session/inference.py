@@ -209,12 +209,12 @@ class Session(SessionDriver):
         state, part = self.state, parts[0]
         most = min((part.length - part.keep) // PAGE, MAX_LABELS) * PAGE
         if state.salt is None or state.under_way or len(parts) > 1 or part.start or most <= 0 or not part.keep:
-            state.recalled = 0
+            state.recalled = state.reused = 0
             return 0
         encoded: Callable[[Codec], bytes] = cache(lambda codec: codec.encode(hidden[:most]))
         recall, stored = Recall(Chunk(part.row, 0, most, 0), encoded, reach), self._swarm.stored
         self._stored = {}
-        for name in stored.codecs if not self.hops else ():
+        for name in tuple(stored.codecs) if not self.hops else ():
             with suppress(SplitnetError):
                 log = recall.log(codec_by_name(name), state.hidden_size, state.salt)
                 recall.logs[log.codec] = log
@@ -252,7 +252,8 @@ class Session(SessionDriver):
             return
         labels = state.log.labels(row)
         for hop in self.hops:
-            self._swarm.stored.note(labels, hop.name, len(labels), state.first_codec.name)
+            pages = len(labels) if hop.stores else 0
+            self._swarm.stored.note(labels, hop.name, pages, state.first_codec.name)
         if self._standby_rate and self.standby is None:
             self.standby = Standby(self._swarm, self.id, self._standby_rate, self._present, state.next_number)
 
@@ -311,8 +312,13 @@ class Session(SessionDriver):
 
     @property
     def recalled(self) -> int:
-        """Positions of the present text that hops had stored before."""
+        """Positions of the present text that a hop had stored before, so that the client did not send them."""
         return self.state.recalled
+
+    @property
+    def reused(self) -> int:
+        """Positions of the present text that no hop has computed for it."""
+        return self.state.reused
 
     def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
         """The keys and values that the peers hold of the first `length` positions of a row, without its prefix.

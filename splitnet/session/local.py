@@ -219,6 +219,11 @@ class MixedSession:
         """As of a `Session`, of the last route."""
         return self.sessions[-1].recalled if self.sessions else 0
 
+    @property
+    def reused(self) -> int:
+        """As of a `Session`, of the last route."""
+        return self.sessions[-1].reused if self.sessions else 0
+
     def use_scope(self, scope: str) -> None:
         """As `Session.use_scope`."""
         for session in self.sessions:

@@ -142,7 +142,8 @@ class SessionState:
         usual_ms: usual time of a decode step, set by the driver; 0: not known.
         salt: of the labels of pages, set before the first use; None: hops store none.
         shared: pages are shared with other keys, where the owners of peers let them.
-        recalled: positions of the text that the hops had stored before, so that it goes on behind them.
+        recalled: positions of the text that a hop had stored before, so that it goes on behind them.
+        reused: those that all hops had stored.
         sources: peers that may have stored pages of the text, set by the driver.
     """
 
@@ -181,7 +182,7 @@ class SessionState:
         self.chunk_ms = self.usual_ms = 0.0
         self.salt: bytes | None = None
         self.shared = False
-        self.recalled = 0
+        self.recalled = self.reused = 0
         self.sources: tuple[Source, ...] = ()
         self._model = model
         self._max_positions = max_positions
@@ -276,6 +277,8 @@ class SessionState:
 
     def send(self, endpoint: Endpoint, message: Message) -> None:
         """Has a message sent; for requests."""
+        if isinstance(message, Step) and message.labels and not self._has_pages:
+            message = replace(message, labels=())
         self._effects.append(events.Send(endpoint, message))
 
     def handle(self, event: events.Event, now: float) -> list[events.Effect]:
@@ -362,7 +365,7 @@ class SessionState:
     def _begin_text(self, event: events.Recall) -> None:
         if self.salt is None or self._in_flight or self.phase not in (Phase.NEW, Phase.OPEN, Phase.BROKEN):
             return
-        self._recall, self.log, self.recalled = event, None, 0
+        self._recall, self.log, self.recalled, self.reused = event, None, 0, 0
         if self.is_open:
             self._go_on()
 
@@ -382,6 +385,7 @@ class SessionState:
                 hop.cached_positions = 0
         most = len(self.log.labels(recall.part.row)) * PAGE
         self.recalled = min(most, max(hop.cached_positions for hop in self.hops)) // PAGE * PAGE
+        self.reused = min(self.recalled, min(hop.cached_positions for hop in self.hops))
         if self.recalled:
             self.log.crop(recall.part.row, self.recalled)
         else:
@@ -635,6 +639,7 @@ class SessionState:
             hop.cached_positions, hop.recalled = message.cached_positions, message.recalled and hop.asked
             if hop.recalled:  # unasked, it would still hold what it was asked for before
                 hop.filled, hop.adapter_version = False, 0
+            hop.stores = message.stores
             hop.weights = message.weights or hop.weights
             if not self._any_weights and (changes := self._changes_of_weights(hop)):
                 what = " and ".join(changes)

@@ -32,8 +32,11 @@ class _Copy:
     replica: PlannedHop | None
     planned_at: float
     pages: int = 0
+    last: bytes = b""  # label of the last of them
+    stuck: bool = False  # the last request has brought nothing
     number: int = 0  # of the request that is open; 0: none is
     asked_at: float = 0.0
+    asked: tuple[bytes, ...] = ()  # the labels of its pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,9 @@ class Standby:
         with self._lock:
             for copy in self._copies.values():
                 if copy.number == message.number:
-                    copy.number, copy.pages = 0, message.pages
+                    copy.number, copy.stuck = 0, message.pages <= copy.pages
+                    copy.pages = min(message.pages, len(copy.asked))
+                    copy.last = copy.asked[copy.pages - 1] if copy.pages else b""
                     self.copied_bytes += message.nbytes
                     return True
         return False
@@ -113,14 +118,17 @@ class Standby:
                 with self._lock:
                     self._copies[hop.name] = copy
             replica = copy.replica
+            if copy.last not in labels[copy.pages - 1 : copy.pages]:  # another text
+                copy.pages, copy.last = 0, b""
             if replica is None or not hop.context or copy.pages >= len(labels):
                 continue
             if copy.pages:
                 self._swarm.stored.note(labels, replica.name, copy.pages, present.codec)
-            if copy.number and now - copy.asked_at < ASK_AGAIN_S:
+            if (copy.number or copy.stuck) and now - copy.asked_at < ASK_AGAIN_S:
                 continue
             with self._lock:
                 copy.number, copy.asked_at = self._number(), now
+                copy.asked = labels[: copy.pages + PAGES_AT_ONCE]
             source = hop.endpoint
             message = CopyPages(
                 session=self._session,
@@ -132,7 +140,7 @@ class Standby:
                 codec=hop.codec.code,
                 context=hop.context,
                 shared=present.shared,
-                labels=labels[: copy.pages + PAGES_AT_ONCE],
+                labels=copy.asked,
                 source_key=source.key.raw,
                 source_address=source.address,
                 source_relays=source.relays,

@@ -217,6 +217,7 @@ class Opened(_OfSession):
     taps: bool = appended(flag, default=False)  # the hop sends a `Tapped` for each of `Open.taps`
     recalled: bool = appended(flag, default=False)
     """The hop held nothing of the session: `cached_positions` are those of pages that it has stored before."""
+    stores: bool = appended(flag, default=False)  # it stores pages of the session
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,9 +141,8 @@ def test_pages_come_from_a_replica_where_that_is_faster(own_long: Path, monkeypa
             first = generate(model, ids)
             assert isinstance(cache.session, Session)
             middle = cache.session.hops[1]
-        monkeypatch.setattr(
-            swarm.client.bans, "unusable", lambda *_: {middle.name}
-        )  # it lives, but is not planned with
+        # It lives, but is not planned with.
+        monkeypatch.setattr(swarm.client, "_look", lambda *_, **__: (swarm.client.peers(), {middle.name}))
         replica = next(each for each in swarm.peers if each.span.start == 2 and _name(each) != middle.name)
         with model.session() as cache:
             again = generate(model, ids)

@@ -130,7 +130,7 @@ def test_a_row_goes_on_from_pages(kind: str) -> None:
     first.append(3, keys[:, :, :300], values[:, :, :300])
     first.advance(300)
     pages = [first.page(0, 128), first.page(128, 256)]
-    second.fill(pages, {}, torch.device("cpu"))
+    second.fill(pages, torch.device("cpu"))
     assert second.length == 256
     for row in (first, second):
         row.crop(256)
@@ -139,7 +139,7 @@ def test_a_row_goes_on_from_pages(kind: str) -> None:
         torch.testing.assert_close(found[:, :, 256:], exact[:, :, 256:], rtol=1e-3, atol=1e-2)
     assert torch.equal(second.page(0, 128)["3.keys"], pages[0]["3.keys"])
     with pytest.raises(ValueError, match="another way"):
-        SequenceCache(form=FORMS["int8"]).fill([{**pages[0], "3.keys": keys, "3.values": values}], {}, keys.device)
+        SequenceCache(form=FORMS["int8"]).fill([{**pages[0], "3.keys": keys, "3.values": values}], keys.device)
 
 
 def load(family: str, folder: Path, kv: str) -> Span:

@@ -139,7 +139,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
         labels=st.lists(labels, max_size=3).map(tuple),
         shared=st.booleans(),
     ),
-    st.builds(Opened, sessions, epochs, st.booleans(), numbers, texts(64), st.booleans(), st.booleans()),
+    st.builds(Opened, sessions, epochs, st.booleans(), numbers, texts(64), st.booleans(), st.booleans(), st.booleans()),
     st.builds(Close, sessions),
     st.builds(
         Step,
@@ -454,6 +454,7 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (STEP, "labels", [], [bytes(LABEL_BYTES - 1)]),
     (Replay(SESSION, 1, 7, 2), "since", MAX_POSITIONS, MAX_POSITIONS + 1),
     (Opened(SESSION, 1, True, 0), "recalled", True, 1),
+    (Opened(SESSION, 1, True, 0), "stores", True, 1),
     (STEP, "parts", [[1, 0, 1, 0]] * MAX_ROWS, [[1, 0, 1, 0]] * (MAX_ROWS + 1)),
     (STEP, "parts", [], None),
     (STEP, "parts", [[LARGEST_NUMBER, MAX_POSITIONS, MAX_POSITIONS, MAX_POSITIONS]], [[LARGEST_NUMBER + 1, 0, 1, 0]]),
