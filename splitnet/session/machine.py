@@ -706,7 +706,7 @@ class SessionState:
     def _ask_copies(self) -> int:
         """Has hops copy pages that they lack from other peers; returns how many hops were asked."""
         log = self.log
-        row = log.only_row if log is not None and self._has_pages else None
+        row = log.only_row if log is not None and self._has_pages and not self.shared else None
         if log is None or row is None:
             return 0
         labels, excluded = log.labels(row)[:MAX_LABELS], self._begin_setup().excluded

@@ -97,8 +97,11 @@ class ConnectionOptions:
             raise SplitnetError(f"KV caches are held as float16, int8 or int4 at least, not {self.kv_at_least!r}")
         if self.prefixes not in get_args(Prefixes):
             raise SplitnetError(f"prefixes are stored as own, shared or off, not {self.prefixes!r}")
-        if self.standby is not None and (self.prefixes == "off" or not 0 < self.standby_rate < math.inf):
-            raise SplitnetError("a standby copies stored prefixes: give bytes per second, such as 8MiB, and prefixes")
+        if self.standby is not None and (self.prefixes != "own" or not 0 < self.standby_rate < math.inf):
+            raise SplitnetError(
+                "a standby copies stored prefixes that no other key shares: give bytes per second, such as 8MiB, and "
+                "prefixes own"
+            )
         if slowdown is None:
             return
         if self.prefer != "energy":

@@ -15,9 +15,11 @@ from peers.counters import WorkKind
 from peers.server import Peer
 from peers.service import SessionService
 from splitnet.directory.dht import Directory
+from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
+from splitnet.session.options import ConnectionOptions
 from splitnet.wire.sent_log import PAGE
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, wait_until
 from tests.swarm.test_lying_hops import LIES, lying
@@ -170,3 +172,9 @@ def test_what_was_stored_beside_a_hop_that_lied_is_not_used(own_long: Path) -> N
         with model.session() as cache:
             assert torch.equal(generate(model, ids), expected)
             assert isinstance(cache.session, Session) and cache.session.recalled == 0
+
+
+@pytest.mark.parametrize("options", [{"prefixes": "off"}, {"prefixes": "shared"}, {"standby": 0}, {"standby": "much"}])
+def test_a_standby_that_could_copy_nothing_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(SplitnetError, match=r"standby copies|amount of memory"):
+        ConnectionOptions(**{"standby": "8MiB", **options})
