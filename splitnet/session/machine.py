@@ -713,7 +713,7 @@ class SessionState:
         for hop in self.hops:
             held = hop.cached_positions if hop.recalled else 0
             lacks = hop.recalled or not hop.cached_positions
-            if not hop.context or not lacks or (self._recall is None and hop.filled):
+            if not hop.stores or not hop.context or not lacks or (self._recall is None and hop.filled):
                 continue
             living = (each for each in self.sources if each.name not in excluded)
             covering = [each for each in living if each.has_more(hop, held + WORTH_COPYING)]
