@@ -113,7 +113,7 @@ def test_a_text_that_is_not_to_be_stored_is_not(swarm: LocalSwarm) -> None:
 
 
 def test_a_replica_takes_over_with_the_pages_that_it_has_copied(own_long: Path) -> None:
-    local = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
+    local: Any = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
     with local_swarm(own_long, [*SPANS, SPANS[1]]) as swarm:
         model, ids = swarm.model(standby=1e9), text(3 * PAGE + 9, seed=7)
         expected = local.generate(ids, attention_mask=torch.ones_like(ids), **{**GREEDY, "max_new_tokens": 24})
@@ -135,7 +135,7 @@ def test_a_replica_takes_over_with_the_pages_that_it_has_copied(own_long: Path) 
 
 
 def test_pages_come_from_a_replica_where_that_is_faster(own_long: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    local = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
+    local: Any = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
     monkeypatch.setattr(SessionService, "page_ms", lambda *_: math.inf)
     with local_swarm(own_long, [*SPANS, SPANS[1]]) as swarm:
         model, ids = swarm.model(), text(5 * PAGE + 9, seed=8)
