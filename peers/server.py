@@ -67,7 +67,6 @@ from splitnet.version import __version__
 from splitnet.wire.codecs import CODECS, DEFAULT_INT8, codec_by_name
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, Relay
 from splitnet.wire.messages import PROTOCOL_VERSION, Announce, AskWeights, CopyPages, LookUp, Payload, Pong, decode
-from splitnet.wire.sent_log import PAGE
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ class SpanServer:
             )
         pass_s = partial(speed.pass_s, blocks=span.end - span.start)
         queue = WorkQueue(pass_s, policy.weight, max(LEAST_STEP_MEMORY, kv_memory // 2), outbox.unsent)
-        page, states = span.page_layout(PAGE) if options.prefixes else ({}, {})
+        page, states = span.page_layout() if options.prefixes else ({}, {})
         served = ServedBlocks(
             model=checkpoint.fingerprint,
             start=span.start,

@@ -100,7 +100,7 @@ class ServedBlocks:
     hidden_size: int
     max_positions: int | None
     weights: str = ""  # what they are held as, see `Weights.text`
-    # Types and shapes of what a page of the blocks has, by the names that pages have; see `Span.page_layout`.
+    # Types and shapes of what a position leaves in the blocks, by the names that pages have; see `Span.page_layout`.
     page: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict[str, Any])
 
     def refusal(self, message: Open) -> tuple[FailureCode, str] | None:
@@ -696,8 +696,12 @@ class SessionService:
         given = {name for name in tensors if not name.startswith(STATES)}
         if given != due or tensors.keys() - given not in (set[str](), states):
             raise ProtocolError("a page is not of these blocks")
-        if any((tensor.dtype, tuple(tensor.shape)) != served.page[name] for name, tensor in tensors.items()):
-            raise ProtocolError("a page has other types or shapes than these blocks leave")
+        for name, tensor in tensors.items():
+            dtype, shape = served.page[name]
+            if name not in states and shape[2] == 1:  # one position
+                shape = (*shape[:2], PAGE, *shape[3:])
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+                raise ProtocolError("a page has other types or shapes than these blocks leave")
         size = 0 if end == served.num_blocks else PAGE * codec_by_code(codec).bytes_per_position(served.hidden_size)
         if len(page.output) != size or not 0 <= page.reach <= MAX_POSITIONS:
             raise ProtocolError("a page has other outputs than these blocks give")

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from splitnet.blocks.adapters import Adapter
-from splitnet.blocks.kv_cache import SequenceCache
+from splitnet.blocks.kv_cache import SequenceCache, TracedSequence
 
 PACKED = "splitnet_packed"  # name of the attention function; transformers makes no masks for it
 GROUPED = "splitnet_sdpa"  # as "sdpa", masks included, for families that run sequence by sequence
@@ -134,7 +134,9 @@ def _packed_attention(
 
     # Neither are scores kept nor masks and keys repeated where torch gives the sums that parts are put together by.
     blockwise = key.device.type == "cpu" and kwargs.get("position_bias") is None and not torch.is_grad_enabled()
-    blockwise = blockwise and value.shape[3] <= key.shape[3]
+    # Whole sequences are to give the same with a graph for gradients and without.
+    traced = any(isinstance(part.row, TracedSequence) for part in packed.parts)
+    blockwise = blockwise and not traced and value.shape[3] <= key.shape[3]
     if blockwise and eager:
         blockwise = sinks is not None and _has_sinks_alone(module, attend, query, key, value, kwargs)
 

@@ -387,17 +387,14 @@ class Span:
         own = {"weights": self.weights, "windows": self._windows, "packs": self._packs, "whole": self._whole}
         return Span(backbone, self._container, start, end, **own, kv=self.kv)
 
-    def page_layout(self, positions: int) -> tuple[Layout, Layout]:
-        """What so many positions leave: see `SequenceCache.page`, and its `states`."""
+    def page_layout(self) -> tuple[Layout, Layout]:
+        """What a position leaves: see `SequenceCache.page`, and its `states`."""
         row = self.new_row()
         self.forward(torch.zeros(1, self.hidden_size), [Chunk(row, 0, 1)])
         page, states = (
             {name: (each.dtype, tuple(each.shape)) for name, each in tensors.items()}
             for tensors in (row.page(0, 1), row.states())
         )
-        for name, (dtype, shape) in page.items():
-            if shape[2] == 1:
-                page[name] = dtype, (*shape[:2], positions, *shape[3:])
         return page, states
 
     def kinds(self, row: SequenceCache) -> dict[int, int]:

@@ -52,6 +52,7 @@ _NOT_IN_DIGEST: Final = _MEASURED | {
     "coordinate_error",
     "demand",
     "key",
+    "kv",
     "model",
     "proof",
     "placed_at",

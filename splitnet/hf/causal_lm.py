@@ -226,6 +226,8 @@ class RemoteCausalLM(RemoteModel):
             return 0
         length = prompt.shape[1] + new_tokens
         if most is not None and length - 1 > most:
+            if given.get("stopping_criteria"):  # which may end it before
+                return 0
             raise too_long(length, most)
         return length
 

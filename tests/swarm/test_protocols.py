@@ -248,7 +248,8 @@ class TestAnthropic:
         # Programs ask for as many tokens as Anthropic's models give.
         full = self.ask(client, max_tokens=16000, messages=[{"role": "user", "content": "and " * (POSITIONS - 24)}])
         assert full.stop_reason == "model_context_window_exceeded"
-        assert full.usage.input_tokens + full.usage.output_tokens == POSITIONS
+        read = full.usage.cache_read_input_tokens or 0
+        assert full.usage.input_tokens + read + full.usage.output_tokens == POSITIONS
 
     def test_thinking_is_what_the_chat_template_takes_of_it(self, client: Anthropic, url: str) -> None:
         for thinking, on in (
