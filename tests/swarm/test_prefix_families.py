@@ -124,13 +124,13 @@ def test_restarted_peers_go_on_from_their_disks(family: str, damage: str, node: 
 
 @pytest.fixture(scope="module")
 def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
-    with local_swarm(folder, SPANS * 2, node=node) as swarm:
+    with local_swarm(folder, SPANS, node=node) as swarm:
         yield swarm
 
 
 @pytest.fixture
 def swarm(running: LocalSwarm) -> Iterator[LocalSwarm]:
-    with running.mended() as visitor:
+    with running.newcomer() as visitor:
         yield visitor
 
 
@@ -139,17 +139,21 @@ def of_session(swarm: LocalSwarm, session: Session, index: int) -> Peer:
 
 
 @pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.full), 2])
-def test_a_hop_that_dies_after_a_recall_is_replaced(index: int, swarm: LocalSwarm, local: Any) -> None:
+def test_a_hop_that_dies_after_a_recall_is_replaced(
+    index: int, own_folder: Path, own_local: Any, node: Directory
+) -> None:
     """The hop before it replays what it had stored, too."""
-    model, (one, two) = model_of(swarm), texts(2, first=200 + 10 * index)
-    recalled(model, one, generate(local, one), speculate=None)
-    expected = generate(local, two, max_new_tokens=12)
-    with model.session() as cache:
-        first = generate(model, two, max_new_tokens=4, speculate=None)
-        assert cache.session.recalled == 3 * PAGE
-        of_session(swarm, cache.session, index).close()
-        assert torch.equal(generate(model, first, max_new_tokens=8, speculate=None), expected)
-        assert len(repairs(cache.session)) == 1
+    one, two = texts(2, first=200 + 10 * index)
+    expected = generate(own_local, two, max_new_tokens=12)
+    with local_swarm(own_folder, [*SPANS, SPANS[index]], node=node) as swarm:
+        model = model_of(swarm)
+        recalled(model, one, generate(own_local, one), speculate=None)
+        with model.session() as cache:
+            first = generate(model, two, max_new_tokens=4, speculate=None)
+            assert cache.session.recalled == 3 * PAGE
+            of_session(swarm, cache.session, index).close()
+            assert torch.equal(generate(model, first, max_new_tokens=8, speculate=None), expected)
+            assert len(repairs(cache.session)) == 1
 
 
 def test_a_new_text_in_an_open_session(swarm: LocalSwarm, local: Any) -> None:
