@@ -425,6 +425,8 @@ def test_a_slow_disk_holds_up_nothing_but_what_waits_for_it(
         store.recall(mine, labels, found.put)
     assert asked - found.qsize() <= 2 * prefixes.MOST_QUEUED + 1
     assert len(recalled(store, other, labels)) == DEPTH, "it is in memory"
+    while not disk.reads:
+        threading.Event().wait(0.01)
     monkeypatch.setattr(prefixes.time, "monotonic", lambda: float("inf"))
     disk.go.set()
     pages = [found.get(timeout=SOON_S) for _ in range(asked)]
