@@ -14,12 +14,12 @@ from typing import Final
 
 from peers.links import Answering
 from peers.prefixes import PrefixStore, Space, are_finite, page_name, unpack
-from peers.service import SessionService
+from peers.service import SessionService, endpoint_of
 from splitnet.checkpoint.transfer.fetching import Asking
 from splitnet.errors import ProtocolError
-from splitnet.security.identity import Identity, PublicKey
+from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import OpenSwarm
-from splitnet.wire.endpoints import Connection, Endpoint, is_address
+from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.messages import CopiedPages, CopyPages, WeightsKind, WeightsPart
 
 log = logging.getLogger(__name__)
@@ -93,9 +93,7 @@ class PageCopies:
         store, space = service.sessions.prefixes, service.space(source.curve, message)
         if store is None or not space.name:
             return None
-        if not all(map(is_address, (message.source_address, *(each.address for each in message.source_relays)))):
-            raise ProtocolError("the source's address is not tcp://IP:PORT: names of others are not looked up")
-        hop = Endpoint(message.source_address, PublicKey(message.source_key), message.source_relays)
+        hop = endpoint_of(message.source_key, message.source_address, message.source_relays, "the source")
         names = [page_name(space, label) for label in message.labels]
         return _Job(source, message, service, store, space, hop, names)
 

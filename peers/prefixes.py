@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 STATES = "states."  # begins the names of what blocks keep besides keys and values, as it is behind a page
 READ_S = 2.0  # a session waits no longer for pages from the disk
-PACKED = 8  # pages that are kept as they were given to other peers, which ask for them in parts
 CLOSE_S = 5.0  # nor the end of a peer for pages that are written
+PACKED = 8  # pages that are kept as they were given to other peers, which ask for them in parts
 MOST_QUEUED = 64  # pages that wait to be written
 SHRINK = 1 / 16  # of its limit that the store frees beyond what is needed, so that it looks for victims less often
 FREE_DISK = 1 << 30  # bytes that are left to others in any case
@@ -197,8 +197,11 @@ class PrefixStore:
     def put_copied(self, space: Space, page: Page, before: Sequence[bytes]) -> bool:
         """Takes in a page that is copied from another peer, if there is room; before: as of `put`. It is not written to
         disk before a session has used it: others could fill that."""
-        cost_ms = max((each.cost_ms for each in list(self._held.values())), default=1.0)
-        return self._take_in(page, space, cost_ms, before, uses=0)
+        return self._take_in(page, space, self._most_cost_ms(), before, uses=0)
+
+    def _most_cost_ms(self) -> float:
+        """What a page counts for of which it is not known what it took to compute."""
+        return max((each.cost_ms for each in list(self._held.values())), default=1.0)
 
     def recall(self, space: Space, labels: Sequence[bytes], then: Callable[[list[Page]], None]) -> None:
         """Finds the pages of a text, as many in a row from its beginning as there are, and gives them to `then`: at
@@ -270,9 +273,7 @@ class PrefixStore:
                 self.counts.read += page is not None
                 self.counts.broken += page is None
                 if page is not None:
-                    # It was used before; what it took to compute is not known any more, but worth the space on disk.
-                    cost_ms = max((each.cost_ms for each in list(self._held.values())), default=1.0)
-                    self._take_in(page, space, cost_ms, names[: len(found)], uses=2)
+                    self._take_in(page, space, self._most_cost_ms(), names[: len(found)], uses=2)
             if page is None:
                 break
             found.append(page)

@@ -44,7 +44,7 @@ from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.limits import keep_latest
 from splitnet.security.identity import PublicKey
 from splitnet.wire.codecs import check_size, codec_by_code
-from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState, is_address
+from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState, Relay, is_address
 from splitnet.wire.messages import (
     MAX_PAYLOAD_BYTES,
     MAX_POSITIONS,
@@ -152,12 +152,16 @@ def next_hop_of(message: Open) -> Endpoint | None:
     """The next hop that an `Open` names. Raises ProtocolError and KeyFileError if that is malformed."""
     if not message.next_key:
         return None
-    key = PublicKey(message.next_key)
-    if not all(map(is_address, (message.next_address, *(relay.address for relay in message.next_relays)))):
-        raise ProtocolError("the next hop's address is not tcp://IP:PORT: names of others are not looked up")
-    for relay in message.next_relays:
+    return endpoint_of(message.next_key, message.next_address, message.next_relays, "the next hop")
+
+
+def endpoint_of(key: bytes, address: str, relays: tuple[Relay, ...], what: str) -> Endpoint:
+    """A peer that a client names. Raises ProtocolError and KeyFileError if that is malformed."""
+    if not all(map(is_address, (address, *(relay.address for relay in relays)))):
+        raise ProtocolError(f"{what}'s address is not tcp://IP:PORT: names of others are not looked up")
+    for relay in relays:
         PublicKey(relay.key)
-    return Endpoint(message.next_address, key, message.next_relays)
+    return Endpoint(address, PublicKey(key), relays)
 
 
 @dataclass(frozen=True, slots=True)
