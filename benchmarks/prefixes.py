@@ -39,6 +39,7 @@ import psutil
 import torch
 from openai import AsyncOpenAI
 
+from benchmarks.long_prefill import with_room
 from benchmarks.netlab.generation import generate
 from benchmarks.netlab.peers import GuidedSwarm, even_spans
 from benchmarks.serve_load import START_S, Peer, Stream, at, client_of, gateway, peer
@@ -53,8 +54,7 @@ from splitnet.tools.bench.backends import Clock, gaps_s
 VERBS = ("read", "list", "find", "move", "copy", "open", "close", "send", "count", "merge", "check", "print")
 NOUNS = ("file", "table", "invoice", "letter", "ticket", "order", "branch", "photo", "sensor", "route", "account")
 KINDS = ("string", "number", "boolean", "array")
-AFTER = 24  # tokens before a hop is killed
-COPYING = 120  # the same, while its keys and values are copied
+AFTER = 120  # tokens before a hop is killed, while its keys and values are copied
 MORE = 16  # tokens behind that
 Messages = list[Any]
 
@@ -327,6 +327,7 @@ class Death:
 
 def kill(folder: Path, arguments: argparse.Namespace) -> int:
     """Has the middle hop die in answers behind prompts of given lengths, and prints what that cost."""
+    arguments.checkpoint = with_room(arguments.checkpoint, max(arguments.kill) + AFTER + MORE, folder)
     tokenizer, wrong = Checkpoint.open(arguments.checkpoint).tokenizer(), 0
     columns = ["positions", "the other peer is", "ms to the next token, median (range)", "planned, opened", "filled"]
     columns += ["ms per token before", "of the other text", "copied, MiB", "same tokens"]
@@ -334,17 +335,18 @@ def kill(folder: Path, arguments: argparse.Namespace) -> int:
     with daemons(folder, arguments, ("0", "1", "1b", "2"), ("--prefix-store", "memory")) as peers, ExitStack() as again:
         client, span = Identity.generate(), even_spans(Checkpoint.open(arguments.checkpoint).num_blocks, "012")["1"]
         for positions in arguments.kill:
-            for kind in (*arguments.kinds, *(["standby"] if arguments.standby else [])):
-                deaths: list[Death] = []
-                for number in range(arguments.rounds):
+            deaths = {kind: list[Death]() for kind in (*arguments.kinds, *(["standby"] if arguments.standby else []))}
+            for number in range(arguments.rounds):
+                for kind, own_deaths in deaths.items():
                     text = tool_set(f"{number} {positions} {kind}", positions, tokenizer)
                     ids = torch.tensor([tokenizer(text).input_ids[: positions - AFTER]])
-                    deaths.append(death(peers, arguments, client, ids, kind))
+                    own_deaths.append(death(peers, arguments, client, ids, kind))
                     own = Path(tempfile.mkdtemp(dir=folder / "1"))
                     options = ("--prefix-store", "memory", "--join-file", str(peers["0"].address_file))
                     peers["1"] = again.enter_context(daemon(own, arguments, span, options))
-                wrong += sum(not each.same for each in deaths)
-                report(positions, kind, deaths)
+            for kind, own_deaths in deaths.items():
+                wrong += sum(not each.same for each in own_deaths)
+                report(positions, kind, own_deaths)
     return int(bool(wrong))
 
 
@@ -366,7 +368,6 @@ def death(
     peers: dict[str, Peer], arguments: argparse.Namespace, client: Identity, prompt: torch.Tensor, kind: str
 ) -> Death:
     """Generates undisturbed, through the peer that takes over if it is to be warm, and once more with a death."""
-    after = AFTER if kind != "standby" else COPYING
     checkpoint = Checkpoint.open(arguments.checkpoint)
     facts, join = ModelFacts.of(checkpoint), [peers["0"].address_file.read_text().strip()]
     with GuidedSwarm(facts, join, identity=client) as swarm, GuidedSwarm(facts, join) as others:
@@ -382,7 +383,7 @@ def death(
         how: dict[str, Any] = {"codec": "none", "local_weights": arguments.weights}
         model, other = attach(checkpoint, swarm, **how), attach(checkpoint, others, **how)
         swarm.route, others.route = route("1b" if kind == "warm" else "1"), route("1b")
-        expected = generate(model, prompt, after + MORE, Clock())
+        expected = generate(model, prompt, AFTER + MORE, Clock())
         swarm.route = route("1")
         if kind == "standby":
             model = attach(checkpoint, swarm, **how, standby=arguments.standby)
@@ -395,12 +396,12 @@ def death(
                 if tokens == 1:
                     text.start()
                     swarm.route = None
-                if tokens == after:
+                if tokens == AFTER:
                     began.append(time.perf_counter())
                     peers["1"].process.kill()
 
             clock = Clock(happen)
-            got = generate(model, prompt, after + MORE, clock)
+            got = generate(model, prompt, AFTER + MORE, clock)
             session: Any = cache.session
             repairs, copies = list(session.recoveries), session.standby
         ended.set()

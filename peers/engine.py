@@ -23,7 +23,17 @@ import torch
 from peers.counters import PassKind
 from peers.power import EnergyMeter
 from peers.service import SessionService
-from peers.sessions import Filling, GradientSum, PassWork, Session, SessionTooLong, Work, room_for, shared_room
+from peers.sessions import (
+    Filling,
+    GradientSum,
+    PassWork,
+    Recalled,
+    Session,
+    SessionTooLong,
+    Work,
+    room_for,
+    shared_room,
+)
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, MovingAverage
 from scheduler.facts import CONTEXTS, PASS_SIZES, UNKNOWN_PAST, PastCost, Speed
 from splitnet.blocks.adapters import Adapter, read_tensors, write_groups
@@ -42,7 +52,7 @@ log = logging.getLogger(__name__)
 
 SHORT_S = 0.02  # a step that takes no longer may run in the thread that received it: nothing else is received meanwhile
 TELL_S = 60.0  # how often the same error is logged at most: a client may cause it a thousand times a second
-FILLED_AT_ONCE = 16  # pages that are put into a row before steps of others run
+FILLED_AT_ONCE = 64  # pages that are put into a row before steps of others run
 SHARE = 0.1  # weight of the latest pass in the average
 PAST_POSITIONS = 64  # of the pass from which it is derived what one of a prefill takes to read the positions before it
 PAST_STEPS = 4  # passes of one position before that, the first as a warm-up
@@ -369,6 +379,8 @@ class Engine:
                 self._run_pass(work)
                 self._queue.release_pass(work)
                 self.passed_at = time.monotonic()
+            elif (session := self._queue.take_recalled()) is not None:
+                self._fill_ahead(session)
             elif (job := self._queue.take_idle_job()) is not None:
                 job()
         return not self._queue.closed
@@ -427,18 +439,48 @@ class Engine:
     def _recalls(self, work: Work) -> bool:
         """Begins a row with the pages that were found for it when the session was opened, if a step goes on there; some
         pages at a time, so that steps of others run meanwhile. True: there are more."""
-        session, part, began = work.session, work.step.parts[0], time.perf_counter()
-        if work.filling is None:
+        session, part = work.session, work.step.parts[0]
+        if session.filling is None or session.filling.work is not work:
             recalled = self._service.take_recalled(work) if session.recalled is not None else None
             if recalled is None:
+                session.filling = None
                 return False
-            end = max(recalled.positions, part.start + part.length) + session.prefix_length
-            room = shared_room({part.row: end}, {}, room_for(session.reservation))[part.row] - session.prefix_length
-            row = self._view(session.start, session.end).new_row(room, work.adapter)
-            work.filling = Filling(row, recalled)
-        more = self._service.fill(work, work.filling, self._span.device, FILLED_AT_ONCE)
+            self._fill(session, recalled, part.start + part.length)
+            assert session.filling is not None
+            session.filling.work = work
+        elif session.filling.goes_on:
+            self._fill(session, session.filling.recalled, part.start + part.length)
+        if session.filling.goes_on:
+            return True
+        self._service.begin_row(work, session.filling, self._span.device)
+        session.filling = None
+        return False
+
+    def _fill_ahead(self, session: Session) -> None:
+        """Puts some of the pages that were found for a session into a row, before its step comes: all hops of a route
+        do so at the same time."""
+        recalled = session.recalled
+        if recalled is None or session.closed:
+            return
+        try:
+            self._fill(session, recalled, recalled.positions)
+        except Exception as error:  # it is tried again with the step, and refused
+            failure_of(error, "stored page")
+            return
+        if session.filling is not None and session.filling.goes_on:
+            self._queue.put_recalled(session)
+
+    def _fill(self, session: Session, recalled: Recalled, end: int) -> None:
+        """Puts some pages into the row that has the first of them, or a new one, with room for `end` positions."""
+        began, filling, adapter = time.perf_counter(), session.filling, session.adapter
+        if filling is None or filling.adapter is not adapter or not filling.begins(recalled):
+            end = max(recalled.positions, end) + session.prefix_length
+            room = shared_room({recalled.row: end}, {}, room_for(session.reservation))[recalled.row]
+            row = self._view(session.start, session.end).new_row(room - session.prefix_length, adapter)
+            filling = session.filling = Filling(row, adapter, recalled)
+        filling.recalled = recalled
+        self._service.fill(session, filling, self._span.device, FILLED_AT_ONCE)
         self._queue.charge(session, seconds_after_work(self._span.device) - began)
-        return more
 
     def _catches_up(self, work: Work) -> bool:
         """After a rewind far back, computes some positions again; False: few are left, so the step can run.

@@ -126,7 +126,7 @@ class PeerMetrics(Collector):
         help = "Keys and values of texts that are stored for later ones that begin alike."
         held = (store.nbytes, store.disk_bytes) if store is not None else (0, 0)
         yield _gauge("prefix_bytes", help, dict(zip(("memory", "disk"), held, strict=True)), "where")
-        help = "Pages of such keys and values, of 128 positions, by what became of them; broken: of no use."
+        help = "Pages of such keys and values, of 32 positions, by what became of them; broken: of no use."
         yield _counter("prefix_pages", help, asdict(store.counts) if store is not None else dict[str, int](), "event")
         help = "Memory for clients that train."
         yield _gauge("training_bytes", help, {"used": training.used, "free": training.free}, "state")

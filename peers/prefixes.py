@@ -470,18 +470,22 @@ class PageFiles:
             self._look()
         if self.nbytes + nbytes > limit or disk_usage(self.folder).free < nbytes + FREE_DISK:
             self._look()
-            used = {file: file.stat().st_mtime for file in self._sizes if file.exists()}
-            by_owner = Counter[Path]()
-            for file in used:
-                by_owner[file.parent] += self._sizes[file]
-            while used:
-                most = max(by_owner, key=by_owner.__getitem__)
-                file = min((file for file in used if file.parent == most), key=used.__getitem__)
+            used, held = dict[Path, list[tuple[float, Path]]](), Counter[Path]()
+            for file, size in self._sizes.items():
+                with suppress(OSError):
+                    used.setdefault(file.parent, []).append((file.stat().st_mtime, file))
+                    held[file.parent] += size
+            for files in used.values():
+                files.sort(reverse=True)  # the one that was used longest ago is the last
+            while held:
                 fits = self.nbytes + nbytes <= limit * (1 - SHRINK)
                 if fits and disk_usage(self.folder).free >= nbytes + FREE_DISK:
                     break
-                by_owner[most] -= self._sizes[file]
-                del used[file]
+                most = max(held, key=held.__getitem__)
+                _, file = used[most].pop()
+                held[most] -= self._sizes[file]
+                if not used[most]:
+                    del held[most]
                 self._remove(file)
         return self.nbytes + nbytes <= limit and disk_usage(self.folder).free >= nbytes + FREE_DISK
 

@@ -49,6 +49,7 @@ class WorkQueue:
         self._passes: OrderedDict[bytes, dict[PassWork, None]] = OrderedDict()  # by key
         self._next_pass_of: bytes | None = None
         self._idle_job: Callable[[], None] | None = None
+        self._recalled: dict[Session, None] = {}  # whose rows can be begun before their steps come
         self.defers = False  # `put` leaves it to the caller to wake the engine, by `Engine.run_here`
         self._turns_without_pass = 0
         self.queued_positions = 0
@@ -165,6 +166,21 @@ class WorkQueue:
             job, self._idle_job = self._idle_job, None
             return job
 
+    def put_recalled(self, session: Session) -> None:
+        """Pages were found for a session: its row can be filled while nothing else waits."""
+        with self._changed:
+            self._recalled[session] = None
+            self._changed.notify()
+
+    def take_recalled(self) -> Session | None:
+        """A session of `put_recalled`, if nothing else waits."""
+        with self._changed:
+            if self.has_work or self.closed or not self._recalled:
+                return None
+            session = next(iter(self._recalled))
+            del self._recalled[session]
+            return session
+
     def gather(self) -> None:
         """Waits for work, and then for steps that are expected, while they keep coming."""
         with self._changed:
@@ -178,8 +194,8 @@ class WorkQueue:
     def take(self, max_positions: int) -> list[tuple[Work, int]]:
         """Waits for work and returns what runs in the next pass: steps with how many positions of each.
 
-        Empty when the queue is closed, or it is the turn of `take_pass`, or of `take_idle_job`. Of one key alone,
-        passes over whole sequences come when no step is ready, or after `MAX_PASSED_OVER` turns.
+        Empty when the queue is closed, or it is the turn of `take_pass`, or of what runs if nothing waits. Of one key
+        alone, passes over whole sequences come when no step is ready, or after `MAX_PASSED_OVER` turns.
         """
         with self._changed:
             self._wait_for_work()
@@ -254,6 +270,7 @@ class WorkQueue:
             while session.waiting:
                 self._drop(session.waiting.pop())
             self._ready.pop(session, None)
+            self._recalled.pop(session, None)
             self.delay.left(session.id)
             self.memory.end(session)
 
@@ -349,7 +366,7 @@ class WorkQueue:
         self._shares.left(work.session.owner, time.monotonic())
 
     def _wait_for_work(self) -> None:
-        while not self.has_work and self._idle_job is None and not self.closed:
+        while not (self.has_work or self._idle_job or self._recalled or self.closed):
             self._changed.wait()
 
     def _begun(self, session: Session) -> int:

@@ -10,8 +10,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -481,31 +481,38 @@ class SessionService:
             pages = zip(recalled.pages, recalled.labels, strict=False)
             session.log.restore(recalled.row, [(page.output, page.reach, label) for page, label in pages])
 
-    def fill(self, work: Work, filling: Filling, device: torch.device, most: int) -> bool:
-        """Fills a row with the next pages that were found for it, `most` at most; called by the engine. Once all are
-        there, the row takes the place of all others. If that fails, the pages are forgotten, and the step is refused as
-        that of a row that is not there. Returns whether more are to come."""
-        session, pages, first = work.session, filling.recalled.pages, -self.served.start
-        try:
-            some = pages[filling.done : filling.done + most]
+    def fill(self, session: Session, filling: Filling, device: torch.device, most: int) -> None:
+        """Fills a row with the next pages that were found for it, `most` at most; called by the engine. If that fails,
+        they are forgotten."""
+        some = filling.recalled.pages[filling.done : filling.done + most]
+        with self._may_break(filling):
             for index, page in enumerate(some, filling.done):
                 self.check_page(page, session.start, session.end, session.codec.code, first=not index)
-            filling.row.fill([renumbered(page.positions, first) for page in some], device)
+            filling.row.fill([renumbered(page.positions, -self.served.start) for page in some], device)
             filling.done += len(some)
-            if filling.done < len(pages):
-                return True
-            with_states = max((count for count, page in enumerate(pages, 1) if page.states), default=0)
-            filling.row.restore(renumbered(pages[with_states - 1].states, first), with_states * PAGE, device)
-        except Exception:
-            log.exception("stored pages do not fit")
-            if self.sessions.prefixes is not None:
-                self.sessions.prefixes.forget(pages)
-        else:
-            row = filling.recalled.row
+
+    def begin_row(self, work: Work, filling: Filling, device: torch.device) -> None:
+        """Has a row with all of its pages take the place of all others; called by the engine. If they did not fit, the
+        step is refused as that of a row that is not there."""
+        session, pages, row = work.session, filling.recalled.pages, filling.recalled.row
+        with_states = max((count for count, page in enumerate(pages, 1) if page.states), default=0)
+        with self._may_break(filling):
+            states = renumbered(pages[with_states - 1].states, -self.served.start)
+            filling.row.restore(states, with_states * PAGE, device)
+        if not filling.broken:
             session.rows = {row: filling.row}
             session.pages = {row: RowPages(work.space, [page.name for page in pages])}
-        work.filling = None
-        return False
+
+    @contextmanager
+    def _may_break(self, filling: Filling) -> Iterator[None]:
+        """For what is done with stored pages: an error breaks the row, and the pages are forgotten."""
+        try:
+            yield
+        except Exception:
+            log.exception("stored pages do not fit")
+            filling.broken = True
+            if self.sessions.prefixes is not None:
+                self.sessions.prefixes.forget(filling.recalled.pages)
 
     def keep_pages(self, work: Work) -> None:
         """Stores the pages of rows that a finished step has completed; called by the engine."""
@@ -730,6 +737,7 @@ class SessionService:
                     return
                 if pages:
                     session.recalled = Recalled(message.row, pages, labels)
+                    self.queue.put_recalled(session)
                 self._opening.recalled(session)
 
         store.recall(space, labels, found)

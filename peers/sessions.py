@@ -85,11 +85,24 @@ class Recalled(NamedTuple):
 
 @dataclass(slots=True)
 class Filling:
-    """A row that is being filled with pages. done: how many are in it."""
+    """A row that is being filled with pages. done: how many are in it. work: the step that waits for it, once that has
+    come. broken: a page did not fit."""
 
     row: SequenceCache
+    adapter: Adapter | None
     recalled: Recalled
     done: int = 0
+    work: Work | None = None
+    broken: bool = False
+
+    @property
+    def goes_on(self) -> bool:
+        return not self.broken and self.done < len(self.recalled.pages)
+
+    def begins(self, recalled: Recalled) -> bool:
+        """Whether the row has nothing but the first of these pages."""
+        pages = zip(self.recalled.pages[: self.done], recalled.pages, strict=False)
+        return self.done <= len(recalled.pages) and all(own.name == other.name for own, other in pages)
 
 
 class RowPages(NamedTuple):
@@ -145,6 +158,7 @@ class Session:
     # Touched by the engine only, so that no pass loses its rows half-way.
     rows: dict[int, SequenceCache] = field(default_factory=dict)
     pages: dict[int, RowPages] = field(default_factory=dict[int, RowPages])  # of rows
+    filling: Filling | None = None  # the row that is to take the place of all others
     new_room: dict[int, int] = field(default_factory=dict)  # positions for new rows of the next step
     done: int = 0  # positions computed so far, of steps and passes
     adapter: Adapter | None = None  # what the client adds to the blocks
@@ -181,7 +195,6 @@ class Work:
     wait_ms: float = 0.0  # from its arrival until its first pass
     compute_ms: float = 0.0
     adapter: Adapter | None = None  # what it runs with: its rows were given room for that one's prefix
-    filling: Filling | None = None  # the row that it goes on in, while that is not whole
     hidden: torch.Tensor | None = None  # decoded input of the present pass, `[positions, hidden]`
     outputs: list[bytes] = field(default_factory=list)  # encoded, pass by pass, for the next hop or the client
     taps: Taps | None = None  # of the session when the step came; None: it wants no hidden states of this step

@@ -326,25 +326,20 @@ class SequenceCache:
         """
         if self.has_states and not all("inputs.keys" in page for page in pages):
             raise ValueError("these pages are of blocks that keep no states")
-        position = self.length
-        for page in pages:
-            count = 0
-            for name, keys in page.items():
-                kind, _, part = name.rpartition(".")
-                if part != "keys":
-                    continue
-                key = int(kind) if kind.isdecimal() else kind
-                count = keys.shape[2]
-                both = keys.to(device), page[f"{kind}.values"].to(device)
-                if isinstance(key, str) or not self._has_codes(key):
-                    self.store(key, position, *both)
-                    continue
+        end, begin = self.length, pages[0] if pages else {}
+        for kind in [name.removesuffix(".keys") for name in begin if name.endswith(".keys")]:
+            key = int(kind) if kind.isdecimal() else kind
+            # Joined first: many small copies take longer, to another device by far.
+            keys, values = (torch.cat([page[f"{kind}.{part}"] for page in pages], 2) for part in ("keys", "values"))
+            both, end = (keys.to(device), values.to(device)), self.length + keys.shape[2]
+            if self._has_codes(key):
                 first = [
-                    page[name].to(device) for name in (f"{kind}.first_keys", f"{kind}.first_values") if name in page
+                    begin[name].to(device) for name in (f"{kind}.first_keys", f"{kind}.first_values") if name in begin
                 ]
-                self._store_codes(key, position, both, first)
-            position += count
-        self.length, self.computed = position, 0 if self._states is not None else position
+                self._store_codes(int(kind), self.length, both, first)
+            else:
+                self.store(key, self.length, *both)
+        self.length, self.computed = end, 0 if self._states is not None else end
 
     def restore(self, states: Mapping[str, Tensor], computed: int, device: torch.device) -> None:
         """After `fill`: the states as they are behind position `computed`."""

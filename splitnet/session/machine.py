@@ -82,7 +82,7 @@ from splitnet.wire.sent_log import PAGE, SentLog, digest
 
 POLL_S = 0.5  # between two plans where no peer serves some blocks
 COPY_S = 20.0  # hops get pages from others for this time at most
-WORTH_COPYING = 4 * PAGE  # positions that another peer must have beyond those of a hop
+WORTH_COPYING = 16 * PAGE  # positions that another peer must have beyond those of a hop
 MAX_ATTEMPTS = 8  # routes that may fail before an answer comes on one
 _NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights, PeerTooOld)
 """Errors of peers that are not at fault, but of no use for this session."""

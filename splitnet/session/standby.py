@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 LOOK_S: Final = 1.0  # how often hops are compared with their replicas
 ASK_AGAIN_S: Final = 15.0  # a replica that has not answered is asked again
 PLAN_S: Final = 30.0  # for this time a replica is kept, or none is looked for again
-PAGES_AT_ONCE: Final = 64  # that a replica is asked for, beyond those that it has
+PAGES_AT_ONCE: Final = 256  # that a replica is asked for, beyond those that it has
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from splitnet.wire.messages import LABEL_BYTES, MAX_PAYLOAD_BYTES, Chunk, Fork, 
 
 Row = TypeVar("Row")
 
-PAGE = 128  # positions
+PAGE = 32  # positions
 
 
 def digest(*parts: bytes | memoryview) -> bytes:

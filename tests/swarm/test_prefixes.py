@@ -138,7 +138,7 @@ def test_pages_come_from_a_replica_where_that_is_faster(own_long: Path, monkeypa
     local: Any = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
     monkeypatch.setattr(SessionService, "page_ms", lambda *_: math.inf)
     with local_swarm(own_long, [*SPANS, SPANS[1]]) as swarm:
-        model, ids = swarm.model(), text(5 * PAGE + 9, seed=8)
+        model, ids = swarm.model(), text(20 * PAGE + 9, seed=8)
         with model.session() as cache:
             first = generate(model, ids)
             assert isinstance(cache.session, Session)
@@ -149,7 +149,7 @@ def test_pages_come_from_a_replica_where_that_is_faster(own_long: Path, monkeypa
         with model.session() as cache:
             again = generate(model, ids)
             assert isinstance(cache.session, Session) and cache.session.hops[1].name == _name(replica)
-            assert cache.session.recalled == 5 * PAGE
+            assert cache.session.recalled == 20 * PAGE
         assert torch.equal(first, again) and torch.equal(first, generate(local, ids))
         assert computed(replica) == 9 + GREEDY["max_new_tokens"] - 1
 
