@@ -11,10 +11,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from splitnet.wire.sent_log import PAGE
-
 Handle = TypeVar("Handle")
 
+LITTLE = 128  # tokens that many chats begin with
 WORTH_TAKING = 0.5
 """Part of its tokens that a session must share with a prompt to be used for it: the rest is lost with that."""
 
@@ -68,7 +67,7 @@ class SessionCache(Generic[Handle]):
             shared = [_shared(kept.tokens, wanted) if kept.owner == owner else 0 for kept in self._kept]
             for index, kept in enumerate(self._kept):
                 # Peers may have stored far more of a long prompt.
-                little = shared[index] < PAGE and len(prompt) > shared[index] + PAGE
+                little = shared[index] < LITTLE < len(prompt) - shared[index]
                 if little or shared[index] < WORTH_TAKING * len(kept.tokens):
                     shared[index] = 0
             best = max(range(len(shared)), key=shared.__getitem__, default=0)

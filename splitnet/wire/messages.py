@@ -62,7 +62,7 @@ SESSION_BYTES = 16
 KEY_BYTES = 32
 DIGEST_BYTES = 32
 LABEL_BYTES = 16
-MAX_LABELS = 4096  # of pages, in one message
+MAX_LABELS = 3072  # of pages, in one message
 
 MAX_PART_BYTES = 1 << 20  # of weights in one message, such as a piece
 MAX_WEIGHTS_BYTES = 256 << 20  # of weights of one name, such as a manifest
