@@ -612,7 +612,7 @@ def decode(frames: Sequence[Payload]) -> Message:
     kind = _BY_TAG.get(header[3])
     if kind is None:
         raise ProtocolError(f"unknown message tag {header[3]}")
-    body = unpack_array(header[4:], most_items=MAX_ROWS, most_text=MAX_TEXT * 4, most_bytes=256)
+    body = unpack_array(header[4:], most_items=MAX_LABELS, most_text=MAX_TEXT * 4, most_bytes=256)
     values = _LAYOUTS[kind].read(body)
     if kind in _HAS_PAYLOAD:
         values["payload"] = _payload(frames)

@@ -80,6 +80,28 @@ def test_a_second_text_computes_only_what_is_new(swarm: LocalSwarm, local: Any) 
         assert new == [ids.shape[1] - known + GREEDY["max_new_tokens"] - 1] * len(new)
 
 
+def test_rows_are_filled_before_a_step_comes(swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = swarm.model(), text(3 * PAGE + 9, seed=10)
+    generate(model, ids)
+    recall, waited = Session._recall, list[int]()
+
+    def is_filled(peer: Peer, session: Session) -> bool:
+        held = peer.service.sessions.get(session.id)
+        return held is not None and held.filling is not None and held.filling.done == 3
+
+    def recall_and_wait(session: Session, *given: Any) -> int:
+        waited.append(recall(session, *given))
+        for peer in swarm.peers:
+            wait_until(lambda peer=peer: is_filled(peer, session))
+        return waited[-1]
+
+    monkeypatch.setattr(Session, "_recall", recall_and_wait)
+    assert torch.equal(
+        model.generate(ids, speculate=None, **{**GREEDY, "max_new_tokens": 1}), generate(local, ids, max_new_tokens=1)
+    )
+    assert waited == [3 * PAGE]
+
+
 def test_what_a_hop_lacks_comes_from_the_hop_before(swarm: LocalSwarm, local: Any) -> None:
     model, ids = swarm.model(), text(4 * PAGE + 9, seed=4)
     generate(model, ids)
