@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 TOOLS = "You may call:\n" + "\n".join(
     json.dumps({"name": f"tool_{number}", "parameters": {"path": "string", "lines": number}}) for number in range(24)
 )
-SPARE = 2 * PAGE  # of a prompt, with what differs and what the last page lacks
+SPARE = PAGE + 64  # of a prompt: the last page, and what differs
 
 
 @contextmanager
