@@ -479,7 +479,8 @@ class Engine:
             row = self._view(session.start, session.end).new_row(room - session.prefix_length, adapter)
             filling = session.filling = Filling(row, adapter, recalled)
         filling.recalled = recalled
-        self._service.fill(session, filling, self._span.device, FILLED_AT_ONCE)
+        if filling.goes_on:
+            self._service.fill(session, filling, self._span.device, FILLED_AT_ONCE)
         self._queue.charge(session, seconds_after_work(self._span.device) - began)
 
     def _catches_up(self, work: Work) -> bool:
