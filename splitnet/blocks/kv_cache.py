@@ -14,6 +14,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from splitnet.blocks.adapters import Prefix
 from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm
+from splitnet.quant.device import new_empty
 
 COPIES = 4  # earlier states that a row keeps: two of the last steps, and two that are farther apart
 REACH = 64  # positions that the oldest copy stays behind at least, if there are so many: drafts lie within
@@ -527,7 +528,7 @@ class TracedSequence(SequenceCache):
 
 def _grown(tensor: Tensor, capacity: int, kept: int) -> Tensor:
     """A tensor like `tensor` with room for `capacity` positions that starts with its first `kept` ones."""
-    grown = tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[3]))
+    grown = new_empty(tensor, (*tensor.shape[:2], capacity, tensor.shape[3]))
     if kept:
         grown[:, :, :kept] = tensor[:, :, :kept]
     return grown

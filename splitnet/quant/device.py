@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import math
 import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -201,6 +202,7 @@ def free_memory(device: str | torch.device) -> int:
 
 
 _LARGE_PAGE = 2**21
+WORTH_LARGE_PAGES = 2 * _LARGE_PAGE  # bytes
 _ROOM = 32 * _LARGE_PAGE  # bytes of address space that small weights share; written pages alone take memory
 _sharing = threading.Lock()
 _shared = torch.empty(0, dtype=torch.uint8)  # what is left of the room for small weights
@@ -226,6 +228,15 @@ def in_large_pages(rows: int, row_bytes: int) -> Tensor:
         return found
 
 
+def new_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """As `like.new_empty(shape)`, on a CPU in large pages where that is many of them: first use of a small page takes
+    about as long as copying into it."""
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size < WORTH_LARGE_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(shape)
+    return _mapped(size)[:size].view(like.dtype).view(*shape)
+
+
 def move_to_large_pages(block: nn.Module) -> None:
     """Moves the parameters of a block that are on a CPU."""
     for parameter in block.parameters():
@@ -241,10 +252,10 @@ def _mapped(size: int) -> Tensor:
         memory = mmap.mmap(-1, size + 2 * _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise MemoryError(f"the system has no {size} bytes") from error
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
     mapped = torch.frombuffer(memory, dtype=torch.uint8)
     begin = -mapped.data_ptr() % _LARGE_PAGE
+    with suppress(OSError):  # a kernel without them; a last page that is not full stays small
+        memory.madvise(mmap.MADV_HUGEPAGE, begin, size // _LARGE_PAGE * _LARGE_PAGE)
     return mapped[begin : begin + -(-size // _LARGE_PAGE) * _LARGE_PAGE]
 
 

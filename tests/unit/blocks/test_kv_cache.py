@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitnet.blocks.kv_cache import FIRST_CAPACITY, SequenceCache
+from splitnet.quant.device import WORTH_LARGE_PAGES
 from tests.tiers import examples
 
 HEADS, KEY_SIZE, VALUE_SIZE, BLOCKS = 2, 4, 3, 2
@@ -88,6 +91,16 @@ def test_appending_a_token_does_not_move_the_others() -> None:
         row.advance(1)
         places.add(keys.data_ptr())
     assert len(places) <= 3  # 256, 512 and 1024 positions
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no large pages")
+def test_a_long_row_lies_in_large_pages() -> None:
+    keys, values = torch.randn(1, HEADS, 600, 256), torch.randn(1, HEADS, 600, 3)
+    row = SequenceCache(WORTH_LARGE_PAGES // (4 * HEADS * 256))
+    long, short = row.append(0, keys, values)
+    assert torch.equal(long, keys) and torch.equal(short, values)
+    assert long.data_ptr() % (1 << 21) == 0 and not long.is_contiguous()
+    assert row.nbytes == row.room * 4 * HEADS * (256 + 3)
 
 
 def test_memory_follows_the_positions_or_the_room() -> None:
