@@ -20,6 +20,7 @@ from splitnet.errors import (
     ProtocolError,
     SessionLost,
     SplitnetError,
+    TooLongForPeers,
     WrongKey,
 )
 from splitnet.session.events import Cause, NoRoute
@@ -161,6 +162,8 @@ class RouteSetup:
         grows: the session has a route, which only has too little memory.
         """
         if not isinstance(answer.error, CoverageError | PeerBusy):
+            return False
+        if isinstance(answer.error, TooLongForPeers) and not self.repairs:  # no peer that is there will ever have room
             return False
         silent = self.silent
         if silent == self.refused.keys() and (silent or answer.was_covered):

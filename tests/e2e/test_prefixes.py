@@ -20,7 +20,7 @@ from tests.e2e.daemons import Daemon, background, daemons
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 TOOLS = "You may call:\n" + "\n".join(
-    json.dumps({"name": f"tool_{number}", "parameters": {"path": "string", "lines": number}}) for number in range(24)
+    json.dumps({"name": f"tool_{number}", "parameters": {"path": "string", "lines": number}}) for number in range(12)
 )
 SPARE = PAGE + 64  # of a prompt: the last page, and what differs
 

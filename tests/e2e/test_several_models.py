@@ -1,4 +1,4 @@
-"""One gateway with two models and an adapter, in a swarm of five daemons."""
+"""One gateway with two models and an adapter, in a swarm of five peers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM
 from splitnet.checkpoint.checkpoint import Checkpoint
 from tests.e2e.daemons import Background, background, starting
 from tests.e2e.small_model import small_model
+from tests.swarm.harness import local_swarm
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 MIB = 2**20
-PARTS = {"alpha": ("0:2", "2:4", "4:6"), "beta": ("0:3", "3:6")}
+PARTS = {"alpha": [(0, 2), (2, 4), (4, 6)], "beta": [(0, 3), (3, 6)]}
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +41,13 @@ def folders(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def gateway(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Background, OpenAI]]:
     with ExitStack() as stack:
-        join: list[str] = []
-        for name, parts in PARTS.items():
-            for number, blocks in enumerate(parts):
-                place = tmp_path_factory.mktemp(f"{name}{number}")
-                daemon = stack.enter_context(starting(place, folders[name], "--blocks", blocks, *join))
-                join = join or ["--join", daemon.address()]
-                daemon.address()
+        swarm = stack.enter_context(local_swarm(folders["alpha"], PARTS["alpha"]))
+        for blocks in PARTS["beta"]:
+            swarm.add(*blocks, folder=folders["beta"])
         models = [str(folders[name]) for name in PARTS]
-        options = ("--adapter", f"tuned={folders['adapter']}", "--codec", "none", "--port", "0", *join)
-        server = stack.enter_context(background(tmp_path_factory.mktemp("home"), "serve", *models, *options))
+        options = ("--adapter", f"tuned={folders['adapter']}", "--codec", "none", "--port", "0")
+        home = tmp_path_factory.mktemp("home")
+        server = stack.enter_context(background(home, "serve", *models, "--join", swarm.addresses[0], *options))
         assert server.process.stdout is not None
         line = server.process.stdout.readline().decode()
         assert line.startswith("serving alpha and beta and alpha:tuned at "), line
@@ -83,18 +81,19 @@ def test_each_model_and_its_adapter_answers_as_in_one_piece(
         client.completions.create(model="gamma", prompt="Bees fly")
 
 
+@pytest.mark.full
 def test_a_peer_without_a_fixed_model_serves_what_a_gateway_is_asked_for(
     folders: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     models = [str(folders[name]) for name in PARTS]
     (tmp_path / "allowed").write_text("\n".join(models), encoding="utf-8")
     with ExitStack() as stack:
-        first = stack.enter_context(starting(tmp_path_factory.mktemp("first"), models[0], "--blocks", "0:6"))
-        join = ["--join", first.address()]
+        swarm = stack.enter_context(local_swarm(folders["alpha"], [(0, 6)]))
+        join = ["--join", swarm.addresses[0]]
         any_model = ["--any-model", "--allow", str(tmp_path / "allowed"), *join]
         idle = stack.enter_context(starting(tmp_path_factory.mktemp("idle"), *any_model))
-        idle.address()
         server = stack.enter_context(background(tmp_path, "serve", *models, "--port", "0", *join))
+        idle.address()
         assert server.process.stdout is not None
         url = server.process.stdout.readline().decode().split()[-1]
         client = stack.enter_context(OpenAI(base_url=url, api_key="-", max_retries=0))

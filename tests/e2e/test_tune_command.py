@@ -111,9 +111,9 @@ def test_a_side_network_is_trained_on_states_that_come_once(
     assert told
     question = TEMPLATE.replace("{text}", "play a song")
     words_of = [question if word == TEMPLATE.replace("{text}", "...") else word for word in shlex.split(told[1])]
-    generated = run(tmp_path, *words_of, "--max-new-tokens", "1")
+    generated = here(*words_of, "--max-new-tokens", "1")
     assert generated.output.strip() == "music", (generated.output, generated.errors)
-    plain = run(tmp_path, "generate", str(small), "--join", duo, "--raw", question, "--max-new-tokens", "1")
+    plain = here("generate", str(small), "--join", duo, "--raw", question, "--max-new-tokens", "1")
     assert plain.output.strip() != "music"
 
 
@@ -132,8 +132,10 @@ def test_prompts_are_trained_on_a_gguf_file(
     assert generated.code == 0 and len(generated.output) > 1, generated.errors
 
 
-def test_two_owners_train_one_adapter_together(words: Words, small: Path, duo: str, data: Path, tmp_path: Path) -> None:
-    """The coordinator's owner says what is trained; the other has other examples, and a key of its own."""
+def test_two_owners_train_one_adapter_together(
+    words: Words, here: Here, small: Path, duo: str, data: Path, tmp_path: Path
+) -> None:
+    """The coordinator's owner says what is trained; the other has other examples, and a key of its own, here."""
     coordinator, guest = tmp_path / "coordinator", tmp_path / "guest"
     for folder in (coordinator, guest):
         folder.mkdir()
@@ -146,25 +148,25 @@ def test_two_owners_train_one_adapter_together(words: Words, small: Path, duo: s
         arguments = words(folder / "adapter", *options)
         return arguments if folder is coordinator else [str(few) if each == str(data) else each for each in arguments]
 
-    refused = run(guest, *owner(guest, "--join-round", "birds"))
+    refused = here(*owner(guest, "--join-round", "birds"))
     assert refused.code == 1 and "nobody coordinates a round birds" in refused.errors
-    refused = run(guest, *owner(guest, "--join-round", "birds", "--head"))
+    refused = here(*owner(guest, "--join-round", "birds", "--head"))
     assert refused.code == 1 and "leave out --head" in refused.errors
-    refused = run(guest, "round", "status", "birds", *at, "--owners", "3")
+    refused = here("round", "status", "birds", *at, "--owners", "3")
     assert refused.code == 1 and "--owners is for `splitnet round start`" in refused.errors
     with background(coordinator, "round", "start", "birds", *at, "--output", str(tmp_path / "kept"), *listen) as rounds:
         assert rounds.process.stdout
         direct = shlex.split(rounds.process.stdout.readline().decode())[-2:]
-        told = run(guest, "round", "status", direct[-1], *at)
+        told = here("round", "status", direct[-1], *at)
         assert "0 of ? rounds are over" in told.output, told.errors
         with background(coordinator, *owner(coordinator, *direct, "--steps", "8", "--lr", "0.01")) as first:
-            wrong = run(guest, *owner(guest, *direct, "--steps", "9"))
+            wrong = here(*owner(guest, *direct, "--steps", "9"))
             assert wrong.code == 1 and "--steps is 9, and 8 in this round: leave it out" in wrong.errors, wrong.errors
-            told = run(guest, "round", "status", "birds", *at)
+            told = here("round", "status", "birds", *at)
             assert "0 of 8 rounds are over" in told.output, told.errors
-            ended = run(guest, "round", "end", "birds", *at)
+            ended = here("round", "end", "birds", *at)
             assert ended.code == 1 and "the key of the coordinator alone ends a round" in ended.errors
-            second = run(guest, *owner(guest, "--join-round", "birds"))
+            second = here(*owner(guest, "--join-round", "birds"))
             others = first.finish()
         coordinated = rounds.finish()
     for finished in (others, second):
@@ -178,7 +180,7 @@ def test_two_owners_train_one_adapter_together(words: Words, small: Path, duo: s
     assert any(each.any() for name, each in adapters[0].items() if "lora_B" in name)
     told_use = re.search(r"Use it: splitnet (.*)", second.output)
     assert told_use
-    generated = run(guest, *shlex.split(told_use[1]), "--max-new-tokens", "2")
+    generated = here(*shlex.split(told_use[1]), "--max-new-tokens", "2")
     assert generated.code == 0, generated.errors
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +16,7 @@ from peers.options import SpanWish
 from peers.server import Peer
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.transfer import fetching
 from splitnet.directory.demand import DemandPublisher, demand_of
 from splitnet.directory.dht import Directory
 from splitnet.directory.record import DEMAND, MAX_WANTED_TOKENS, Wanted
@@ -46,10 +46,10 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All looks come ten times as often."""
-    monkeypatch.setattr(any_model, "LOOK_S", any_model.LOOK_S / 10)
-    monkeypatch.setattr(any_model, "HOLD_S", any_model.HOLD_S / 10)
-    monkeypatch.setattr(placement, "QUICK_LOOK_S", placement.QUICK_LOOK_S / 10)
+    """All looks come more often."""
+    for module, name, times in ((any_model, "LOOK_S", 40), (any_model, "HOLD_S", 10), (placement, "QUICK_LOOK_S", 10)):
+        monkeypatch.setattr(module, name, getattr(module, name) / times)
+    monkeypatch.setattr(placement, "CHECK_S", 0.05)
 
 
 def memory_for(folder: Path, blocks: int) -> SpanWish:
@@ -63,6 +63,14 @@ def any_peer(swarm: LocalSwarm, folder: Path | None, allowed: list[Path], blocks
 
 def serves(peer: Peer, folder: Path) -> bool:
     return peer._server is not None and peer.checkpoint.fingerprint == Checkpoint.open(folder).fingerprint
+
+
+def look(*peers: Peer) -> None:
+    """Waits until these peers have begun to look at other models three times more: two looks are over then."""
+    for choice in [peer._choice for peer in peers] * 3:
+        assert choice is not None
+        before = choice._look_at
+        wait_until(lambda choice=choice, before=before: choice._look_at != before)
 
 
 def answer(swarm: LocalSwarm, folder: Path) -> torch.Tensor:
@@ -82,7 +90,7 @@ def test_demand_moves_an_idle_peer_and_it_stays(node: Directory, folder: Path, o
         swarm.add(0, 2, folder=other)
         idle = any_peer(swarm, folder, [folder, other], 6)
         port, key = idle.endpoint.address, idle.identity.public
-        time.sleep(2.0)
+        look(idle)
         assert serves(idle, folder), "nobody has asked for the other one"
         gateway = swarm._stack.enter_context(closing(DemandPublisher(node, Identity.generate())))
         gateway.asked(facts[other], 100)
@@ -96,10 +104,11 @@ def test_demand_moves_an_idle_peer_and_it_stays(node: Directory, folder: Path, o
         assert listed[facts[other].fingerprint].demand > 0
         assert len(listed[facts[folder].fingerprint].records) == 1, "its record there is withdrawn"
         gateway.asked(facts[folder], 50_000)  # much, and the peer there does it; the idle one is needed where it is
-        time.sleep(3.0)
+        wait_until(lambda: facts[folder].fingerprint in demand_of(node))
+        look(idle)
         assert serves(idle, other) and idle.counters.moves == 1
         gateway.close()
-        time.sleep(2.0)
+        look(idle)
         assert serves(idle, other) and idle.counters.moves == 1, "without demand nothing moves"
 
 
@@ -117,7 +126,7 @@ def test_of_two_idle_peers_one_goes_where_one_is_needed(node: Directory, folder:
             peer.relocation.leave = peer._leave_model
         gateway.asked(ModelFacts.of(Checkpoint.open(other)), 100)
         wait_until(lambda: any(serves(peer, other) for peer in idle))
-        time.sleep(3.0)
+        look(*idle)
         assert sum(serves(peer, other) for peer in idle) == 1
         assert sorted(peer.counters.moves for peer in idle) == [0, 1]
 
@@ -132,7 +141,7 @@ def test_a_peer_in_use_stays_until_it_can_be_spared(node: Directory, folder: Pat
         swarm.peers.pop(0).close()
         gateway.asked(facts[other], 50_000)
         wait_until(lambda: len(demand_of(node)) == 2)
-        time.sleep(3.0)
+        look(alone)
         assert serves(alone, folder)
 
 
@@ -147,7 +156,10 @@ def test_a_peer_without_a_model_begins_with_the_one_that_lacks_blocks(
             any_peer(swarm, None, [tmp_path / "absent"], 6)
 
 
-def test_a_peer_stays_if_nobody_gives_the_weights(node: Directory, folder: Path, own_folder: Path) -> None:
+def test_a_peer_stays_if_nobody_gives_the_weights(
+    node: Directory, folder: Path, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "WAIT_LIMIT_S", 0.5)
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
         swarm.add(0, 2, folder=own_folder)
         idle = any_peer(swarm, folder, [], 6)
@@ -156,10 +168,6 @@ def test_a_peer_stays_if_nobody_gives_the_weights(node: Directory, folder: Path,
         choice = idle._choice
         assert choice is not None
         unserved = Checkpoint.open(own_folder).fingerprint
-        wait_until(lambda: unserved in choice._opened)
-        fetcher = choice._opened[unserved][1]
-        assert fetcher is not None
-        fetcher.wait_limit_s = 1.0
         wait_until(lambda: choice._retry_at)
         assert serves(idle, folder) and not choice.is_leaving and idle.record().serves
         there = node.peers(unserved)
@@ -181,5 +189,5 @@ def test_strangers_that_claim_demand_are_bounded(node: Directory, folder: Path, 
         assert found[served.fingerprint].tokens_per_s == pytest.approx(10.0, rel=0.2)
         assert set(node.models()) == {served.fingerprint}
         idle = any_peer(swarm, folder, [folder], 6)  # it may serve no other model, whatever they claim
-        time.sleep(2.0)
+        look(idle)
         assert serves(idle, folder)

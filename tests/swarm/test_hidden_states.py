@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from peers.server import Peer
 from peers.service import SessionService
+from splitnet.directory.dht import Directory
 from splitnet.errors import PeerTooOld
 from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import RemoteCausalLM
@@ -31,9 +32,11 @@ CLOSE: Any = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
-def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
-    folder = random_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
-    with shared_swarm(folder, SPANS) as swarm:
+def chain(
+    request: pytest.FixtureRequest, node: Directory, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalSwarm]:
+    folder = random_checkpoint(request.param, tmp_path_factory.mktemp(request.param), seed=1)
+    with shared_swarm(folder, SPANS, node=node) as swarm:
         yield swarm
 
 
@@ -259,10 +262,12 @@ def make_old(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "receive", ignoring)
 
 
-def test_peers_of_an_older_version_are_left_out_or_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_of_an_older_version_are_left_out_or_named(
+    node: Directory, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = tokens(8)
-    states = states_of(folder, ids)
-    with local_swarm(folder, SPANS) as swarm:
+    states = states_of(own_folder, ids)
+    with local_swarm(own_folder, SPANS, node=node) as swarm:
         make_old(swarm.peers[1], monkeypatch)
         model = swarm.model()
         for taps in ((1, 5), (1, 2, 5)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own_long(tmp_path: Path) -> Path:
-    return random_checkpoint("llama", tmp_path / "own", seed=11, max_position_embeddings=2048)
+def own_long(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    seed = zlib.crc32(request.node.nodeid.encode())
+    return random_checkpoint("llama", tmp_path / "own", seed=seed, max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +136,9 @@ def test_a_text_that_is_not_to_be_stored_is_not(swarm: LocalSwarm) -> None:
             assert cache.session is not None and cache.session.recalled == 0
 
 
-def test_a_replica_takes_over_with_the_pages_that_it_has_copied(own_long: Path) -> None:
+def test_a_replica_takes_over_with_the_pages_that_it_has_copied(node: Directory, own_long: Path) -> None:
     local: Any = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
-    with local_swarm(own_long, [*SPANS, SPANS[1]]) as swarm:
+    with local_swarm(own_long, [*SPANS, SPANS[1]], node=node) as swarm:
         model, ids = swarm.model(standby=1e9), text(3 * PAGE + 9, seed=7)
         expected = local.generate(ids, attention_mask=torch.ones_like(ids), **{**GREEDY, "max_new_tokens": 24})
         with model.session() as cache:
@@ -156,10 +158,12 @@ def test_a_replica_takes_over_with_the_pages_that_it_has_copied(own_long: Path) 
         assert replica.counters.work[WorkKind.REPLAY].positions < PAGE
 
 
-def test_pages_come_from_a_replica_where_that_is_faster(own_long: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_come_from_a_replica_where_that_is_faster(
+    node: Directory, own_long: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     local: Any = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
     monkeypatch.setattr(SessionService, "page_ms", lambda *_: math.inf)
-    with local_swarm(own_long, [*SPANS, SPANS[1]]) as swarm:
+    with local_swarm(own_long, [*SPANS, SPANS[1]], node=node) as swarm:
         model, ids = swarm.model(), text(20 * PAGE + 9, seed=8)
         with model.session() as cache:
             first = generate(model, ids)
@@ -180,8 +184,8 @@ def _name(peer: Peer) -> str:
     return peer.identity.public.text
 
 
-def test_what_was_stored_beside_a_hop_that_lied_is_not_used(own_long: Path) -> None:
-    with local_swarm(own_long, [*SPANS, SPANS[2]]) as swarm:
+def test_what_was_stored_beside_a_hop_that_lied_is_not_used(node: Directory, own_long: Path) -> None:
+    with local_swarm(own_long, [*SPANS, SPANS[2]], node=node) as swarm:
         model, ids = swarm.model(), text(2 * PAGE + 9, seed=9)
         with model.session() as cache:
             expected = generate(model, ids)

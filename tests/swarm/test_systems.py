@@ -89,7 +89,7 @@ print("done")
 """
 
 
-@pytest.mark.default_cases(system=("here",))
+@pytest.mark.full
 @pytest.mark.parametrize("system", ["here", "win32", "darwin", "android"])
 def test_peers_and_clients_without_hivemind(system: str, folder: Path) -> None:
     ended = subprocess.run(

@@ -354,7 +354,6 @@ class Fetcher:
     hub: HubPieces | None = None  # where the model is there too
     report: Report = lambda stage, done, total: None  # told what is going on; what it raises ends a fetch
     fetched: Fetched = field(default_factory=Fetched)  # what has come
-    wait_limit_s: float = WAIT_LIMIT_S
 
     def fetch(self, missing: Mapping[bytes, int]) -> None:
         """Gets these pieces: digest -> bytes. Raises ModelNotFound: nobody has some of them; WrongSwarm: the hub has
@@ -426,7 +425,7 @@ class _Fetch:
                 stuck_since = None
             elif stuck_since is None:
                 stuck_since = now
-            elif now - stuck_since > self._fetcher.wait_limit_s:
+            elif now - stuck_since > WAIT_LIMIT_S:
                 raise ModelNotFound(self._explanation())
         self._report()
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from scheduler.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S, OPEN_TIMEOUT_S, Alive
+from splitnet import errors
 from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, PeerTooOld, SplitnetError, WrongKey
-from splitnet.session import machine
+from splitnet.session import events, failover, machine
 from splitnet.session.events import TRANSITIONS, Distrust, LinkFailed, Move, Phase, Received, Resize, Use, UseAdapter
 from splitnet.session.machine import POLL_S
 from splitnet.swarm.plan import PlannedHop
@@ -626,6 +627,13 @@ def test_what_is_sent_just_after_a_hop_has_left_waits_for_another(then: str) -> 
     world.settle()
     assert world.state.is_open and not world.state.under_way
     assert all(each.request.done for each in world.asked)
+
+
+@pytest.mark.parametrize("repairs", [False, True])
+def test_a_new_session_that_fits_no_peer_waits_for_none(repairs: bool) -> None:
+    setup, kinds = failover.RouteSetup(0.0, repairs), (errors.TooLongForPeers, PeerBusy)
+    waits = [setup.may_wait(events.NoRoute(1, kind(""), frozenset(), True), grows=False) for kind in kinds]
+    assert waits == [repairs, True]
 
 
 def test_a_step_that_a_later_one_undid_is_not_sent_again() -> None:

@@ -235,15 +235,19 @@ def test_another_position_or_reach_changes_all_labels_behind_it(
         assert same == [index < at // page for index in range(len(same))]
 
 
+def recorded(data: st.DataObject, model: Model, client: SentLog) -> Iterator[tuple[Sent, Sequence[bytes]]]:
+    """Some steps that a client logs, each with its labels."""
+    for _ in range(data.draw(st.integers(1, 10), "steps")):
+        sent = model.step(data)
+        yield sent, client.record(sent.parts, sent.forks, sent.payload, sent.reach)
+
+
 @given(data=st.data(), page=st.integers(1, 4))
 def test_a_hop_knows_the_labels_of_what_it_holds(data: st.DataObject, page: int) -> None:
     """After any steps, rewinds and forks; what is replayed to the next one has them too, and so has a new client."""
-    model = Model()
-    client, hop = SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
+    model, client, hop = Model(), SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
     with pages_of(page):
-        for _ in range(data.draw(st.integers(1, 10), "steps")):
-            sent = model.step(data)
-            labels = client.record(sent.parts, sent.forks, sent.payload, sent.reach)
+        for sent, labels in recorded(data, model, client):
             assert len(labels) == sum(map(page_ends, sent.parts))
             assert hop.record(sent.parts, sent.forks, sent.payload, sent.reach, labels) == labels
         again, following = SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
@@ -258,12 +262,9 @@ def test_a_hop_knows_the_labels_of_what_it_holds(data: st.DataObject, page: int)
 @given(data=st.data(), page=st.integers(1, 4))
 def test_a_hop_that_misses_labels_has_none_behind(data: st.DataObject, page: int) -> None:
     """Steps without labels leave gaps; what follows them is not labelled wrongly."""
-    model = Model()
-    client, hop = SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
+    model, client, hop = Model(), SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
     with pages_of(page):
-        for _ in range(data.draw(st.integers(1, 10), "steps")):
-            sent = model.step(data)
-            labels = client.record(sent.parts, sent.forks, sent.payload, sent.reach)
+        for sent, labels in recorded(data, model, client):
             kept = labels if data.draw(st.booleans(), "labelled") else ()
             hop.record(sent.parts, sent.forks, sent.payload, sent.reach, kept)
             for row in model.rows:
