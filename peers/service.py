@@ -688,12 +688,13 @@ class SessionService:
 
     def space(self, owner: bytes, message: Open | CopyPages) -> Space:
         """Where pages of a session are, of the key `owner`."""
-        group = self._policy.keys.options_of(owner).share if message.shared else None
+        shared = isinstance(message, Open) and message.shared
+        group = self._policy.keys.options_of(owner).share if shared else None
         whose = owner if group is None else b"group " + group.encode()
         if (store := self.sessions.prefixes) is None:
             return NOWHERE
         hop = message.context, message.start, message.end, message.codec
-        return store.space(whose, *hop, secret=not message.shared)
+        return store.space(whose, *hop, secret=not shared)
 
     def check_page(self, page: Page, start: int, end: int, codec: int, *, first: bool) -> None:
         """Whether a page has what blocks `[start, end)` leave, and nothing else; `first`: of its text. What is not in

@@ -28,7 +28,7 @@ from splitnet.session.requests import ReplayRequest
 from splitnet.swarm.plan import PlannedHop
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import Replay, Result, Step
+from splitnet.wire.messages import CopyPages, Replay, Result, Step
 from splitnet.wire.sent_log import SentLog
 
 
@@ -85,6 +85,26 @@ class RouteHop:
             self.filled = True
         if not self.relayed:
             self.relay_log = None  # what the hop pushes itself would be missing in it
+
+    def copy_of(
+        self, session: bytes, number: int, source: Endpoint, labels: tuple[bytes, ...], *, rate: float | None
+    ) -> CopyPages:
+        """Asks for its pages, copied from a peer. rate: bytes per second; None: as fast as it comes, as long as to
+        compute them takes longer."""
+        return CopyPages(
+            session=session,
+            rate=rate or 1e12,
+            if_faster=rate is None,
+            number=number,
+            start=self.planned.start,
+            end=self.planned.end,
+            codec=self.codec.code,
+            context=self.context,
+            labels=labels,
+            source_key=source.key.raw,
+            source_address=source.address,
+            source_relays=source.relays,
+        )
 
     def log_relayed(self, step: Step, result: Result) -> None:
         """Takes in what the client relays; a log is of use only from where the session holds nothing else."""

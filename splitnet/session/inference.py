@@ -263,7 +263,7 @@ class Session(SessionDriver):
             row = state.log.only_row if state.log is not None and state.is_open else None
             if state.log is None or row is None:
                 return None
-            return Present(tuple(state.hops), state.log.labels(row), self.needs(), state.first_codec.name, state.shared)
+            return Present(tuple(state.hops), state.log.labels(row), self.needs(), state.first_codec.name)
 
     def deliver(self, source: Endpoint, message: Message) -> None:
         standby = self.standby

@@ -65,7 +65,6 @@ from splitnet.wire.messages import (
     AdapterLoaded,
     Close,
     CopiedPages,
-    CopyPages,
     Failure,
     FailureCode,
     Forward,
@@ -720,26 +719,10 @@ class SessionState:
             if covering:
                 source = max(covering, key=lambda each: each.positions)
                 self._asked[hop.endpoint] = self._now + COPY_S
-                self.send(hop.endpoint, self._copy_of(hop, source, labels[: source.positions // PAGE]))
+                wanted = labels[: source.positions // PAGE]
+                message = hop.copy_of(self.session, self.next_number(), source.endpoint, wanted, rate=None)
+                self.send(hop.endpoint, message)
         return len(self._asked)
-
-    def _copy_of(self, hop: RouteHop, source: Source, labels: tuple[bytes, ...]) -> CopyPages:
-        where = source.endpoint
-        return CopyPages(
-            session=self.session,
-            rate=1e12,
-            if_faster=True,
-            number=self.next_number(),
-            start=hop.planned.start,
-            end=hop.planned.end,
-            codec=hop.codec.code,
-            context=hop.context,
-            shared=self.shared,
-            labels=labels,
-            source_key=where.key.raw,
-            source_address=where.address,
-            source_relays=where.relays,
-        )
 
     def _changes_of_weights(self, hop: RouteHop) -> list[str]:
         """Which blocks a hop holds otherwise than the session had them, for people."""

@@ -15,7 +15,7 @@ from splitnet.errors import SplitnetError
 from splitnet.session.failover import RouteHop
 from splitnet.swarm.plan import Needs, PlannedHop
 from splitnet.swarm.swarm import Swarm
-from splitnet.wire.messages import CopiedPages, CopyPages
+from splitnet.wire.messages import CopiedPages
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,6 @@ class Present:
     labels: tuple[bytes, ...]
     needs: Needs
     codec: str  # of the first link
-    shared: bool
 
 
 class Standby:
@@ -129,22 +128,8 @@ class Standby:
             with self._lock:
                 copy.number, copy.asked_at = self._number(), now
                 copy.asked = labels[: copy.pages + PAGES_AT_ONCE]
-            source = hop.endpoint
-            message = CopyPages(
-                session=self._session,
-                rate=max(1.0, self._rate / len(present.hops)),
-                if_faster=False,
-                number=copy.number,
-                start=hop.planned.start,
-                end=hop.planned.end,
-                codec=hop.codec.code,
-                context=hop.context,
-                shared=present.shared,
-                labels=copy.asked,
-                source_key=source.key.raw,
-                source_address=source.address,
-                source_relays=source.relays,
-            )
+            rate = max(1.0, self._rate / len(present.hops))
+            message = hop.copy_of(self._session, copy.number, hop.endpoint, copy.asked, rate=rate)
             self._swarm.links.send(replica.record.endpoint, message)
 
     def _replica(self, present: Present, index: int) -> PlannedHop | None:

@@ -550,7 +550,6 @@ class CopyPages:
     end: int = wire(uint(MAX_BLOCKS))
     codec: int = wire(uint(255))  # as in `Open`
     context: bytes = wire(blob(LABEL_BYTES))
-    shared: bool = wire(flag)
     labels: tuple[bytes, ...] = wire(several(blob(LABEL_BYTES), least=1, most=MAX_LABELS))
     source_key: bytes = wire(blob(KEY_BYTES))
     source_address: str = wire(text(256))

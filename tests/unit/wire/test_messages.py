@@ -231,7 +231,7 @@ RESULT = Result(SESSION, 1, 7, 2, 0, (Timing(0, 1500, 250),), b"payload")
 FAILURE = Failure(SESSION, 1, 7, 3, "busy")
 FORWARD = Forward(SESSION, 1, 7, 5, (3, 1), True, 2, 0, 0, b"payload")
 LABEL = bytes(LABEL_BYTES)
-COPY = CopyPages(SESSION, 1e6, False, 7, 0, 2, 0, LABEL, False, (LABEL,), bytes(KEY_BYTES), "tcp://127.0.0.1:1", ())
+COPY = CopyPages(SESSION, 1e6, False, 7, 0, 2, 0, LABEL, (LABEL,), bytes(KEY_BYTES), "tcp://127.0.0.1:1", ())
 EXAMPLES: list[Message] = [
     Ping(1, b"padding"),
     Pong(1, 2.5, 100),
@@ -431,7 +431,6 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (COPY, "if_faster", True, 1),
     (COPY, "rate", 1.0, 0.5),
     (COPY, "context", LABEL, b""),
-    (COPY, "shared", True, 1),
     (COPY, "labels", [LABEL] * MAX_LABELS, [LABEL] * (MAX_LABELS + 1)),
     (COPY, "labels", [LABEL], []),
     (COPY, "source_key", bytes(KEY_BYTES), b""),
