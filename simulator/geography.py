@@ -169,25 +169,6 @@ def read_latencies(path: Path) -> Floats:
     return rtt_ms
 
 
-class GivenGeography(Geography):
-    """Latencies and bandwidths that are given.
-
-    Args:
-        one_way_ms: between all devices, `[devices, devices]`, the same both ways.
-        bytes_per_ms: of each device's link, up and down.
-    """
-
-    def __init__(self, one_way_ms: Floats, bytes_per_ms: Floats) -> None:
-        self.up = self.down = bytes_per_ms
-        self._table = one_way_ms
-
-    def one_way_ms(self, sender: int, receiver: int) -> float:
-        return float(self._table[sender, receiver])
-
-    def latencies(self, senders: NDArray[np.int64], receivers: NDArray[np.int64]) -> Floats:
-        return self._table[np.ix_(senders, receivers)]
-
-
 class TrueNetwork(Network):
     """A network in which every link is known as it is, which no real client has. number_of: devices by their names."""
 

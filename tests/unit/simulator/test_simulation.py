@@ -20,7 +20,7 @@ from scheduler.route import NoRoute, best_route
 from simulator.clients import Plan, Planned
 from simulator.command import chart
 from simulator.engine import Simulation
-from simulator.geography import Access, Geography, GivenGeography, TrueNetwork, read_latencies
+from simulator.geography import Access, Geography, MeasuredGeography, TrueNetwork, read_latencies
 from simulator.membership import Placing
 from simulator.outcome import Outcome, coordinate_error, differences, outcome_of, plan_qualities, pooled, simulate
 from simulator.policies import ABLATIONS, AGAINST, BASELINES, POLICIES
@@ -331,7 +331,8 @@ def given_world(speed: Speed, *requests: tuple[float, int, int]) -> World:
         sessions_per_peer_hour=len(requests) * 36,
     )  # fmt: skip
     count = 1 + len(requests)
-    geography = GivenGeography(np.full((count, count), 10.0), np.full(count, 1e6))
+    accesses = [Access(0.0, 1e6, 1e6)] * count
+    geography = MeasuredGeography(np.random.default_rng(0), accesses, np.full((count, count), 20.0))
     device = Device(0, device_id(0), KINDS[0], speed, 5, 10_000, 0.0, float("inf"), crashes=False)
     asked = [Request(1 + number, at_s, prompt, output) for number, (at_s, prompt, output) in enumerate(requests)]
     return World.given(settings, geography, [device], asked)
