@@ -1,4 +1,4 @@
-"""A peer's part in the directory: it announces itself, and answers others that ask it instead of the DHT.
+"""A peer's part in the directory: it answers others that ask it instead of the DHT.
 
 All that may connect may ask. An answer is kept for all that ask within the next moment, so that a flood of questions
 does not become one of the DHT; and the answers to a key are bounded in bytes per minute.
@@ -22,9 +22,8 @@ from peers.links import Answering
 from splitnet.directory.ask import DirectoryDelta, parts_of
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import MAX_RECORD_BYTES, PeerRecord, verified_record
-from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError, SplitnetError
+from splitnet.errors import NotAuthorized, ProtocolError, SplitnetError
 from splitnet.limits import TokenBucket, keep_latest
-from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import OPEN, SEAL_BYTES, OpenSwarm
 from splitnet.wire.endpoints import Connection
 from splitnet.wire.messages import ENTRY_BYTES, Announce, Announced, Failure, FailureCode, Found, LookUp
@@ -45,9 +44,6 @@ WAITING_PER_KEY: Final = 4
 MAX_WAITING: Final = 1024  # of all keys: half of it about the own model and announcements, the rest for other kinds
 MAX_MODELS: Final = 16  # answers that are kept, or being made
 MAX_KEYS: Final = 4096  # of which it is known what they have used
-REFRESH_S: Final = 15.0  # how often a peer announces itself
-SOON: Final = 3  # changes that are told at once within one `refresh_s`; more wait until the first is that old
-FIRST_TRIES: Final = 3  # of the first announcement: just after nodes of the DHT were lost it answers late
 
 
 class _About(StrEnum):
@@ -359,95 +355,3 @@ K = TypeVar("K", bytes, _Payer)
 def _bucket_of(buckets: dict[K, TokenBucket], key: K) -> TokenBucket:
     keep_latest(buckets, key, buckets.get(key) or TokenBucket(), MAX_KEYS)
     return buckets[key]
-
-
-@dataclass(eq=False)
-class Announcer:
-    """Publishes `describe()` now and every `refresh_s` seconds, until closed."""
-
-    directory: SwarmDirectory
-    identity: Identity
-    describe: Callable[[], PeerRecord]
-    look_around: Callable[[], None]  # called before each refresh; brings up to date what `describe` tells of others
-    refresh_s: float = REFRESH_S
-
-    def __post_init__(self) -> None:
-        self._leaving = threading.Event()
-        self._soon = threading.Event()
-        self._soon_at: deque[float] = deque(maxlen=SOON)  # when changes were told that were not waited for
-        self._moved = False
-        self._publishing = threading.Lock()
-        self._withdrawn = False
-        self._thread = threading.Thread(target=self._run, name="splitnet-announce", daemon=True)
-
-    def start(self) -> None:
-        """Publishes the first record before returning, then keeps it fresh. Raises DirectoryError without an answer."""
-        for tries_left in reversed(range(FIRST_TRIES)):
-            try:
-                self.publish()
-                break
-            except DirectoryError as error:
-                if not tries_left or self._leaving.is_set():
-                    raise
-                log.warning("the first announcement failed, trying again: %s", error)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Withdraws the record. May be called more than once."""
-        if self._withdrawn:
-            return
-        self._withdrawn = True
-        self._leaving.set()
-        self._soon.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-        record = self.describe()
-        try:
-            self.directory.withdraw(record, self.identity)
-        except SplitnetError as error:
-            log.warning("could not leave the DHT cleanly, the record expires by itself: %s", error)
-
-    def _run(self) -> None:
-        look_at = time.monotonic()  # peers that are there already are measured at once
-        while not self._leaving.is_set():
-            self._wait(look_at)
-            if self._leaving.is_set():
-                return
-            self._soon.clear()
-            try:
-                if self._moved:
-                    self._moved, look_at = False, 0.0
-                    self.directory.moved()
-                    self.publish()
-                if time.monotonic() >= look_at:
-                    look_at = time.monotonic() + self.refresh_s
-                    self.look_around()
-                else:
-                    self._soon_at.append(time.monotonic())
-                self.publish()
-            except SplitnetError as error:
-                log.warning("announcement failed, next try in %.0f s: %s", self.refresh_s, error)
-
-    def _wait(self, look_at: float) -> None:
-        """Waits until `look_at`, or until something has changed, but allows `SOON` changes per refresh only."""
-        if len(self._soon_at) == SOON:
-            free_at = min(self._soon_at[0] + self.refresh_s, look_at)
-            self._leaving.wait(max(0.0, free_at - time.monotonic()))
-        self._soon.wait(max(0.0, look_at - time.monotonic()))
-
-    def publish_soon(self, *, moved: bool = False) -> None:
-        """Publishes a changed record in the thread of this announcer. May be called from any thread.
-
-        moved: the machine is in another place, so that others are measured anew, too.
-        """
-        self._moved |= moved
-        self._soon.set()
-
-    def publish(self) -> None:
-        with self._publishing:  # a record that was made before another and published after it would be refused
-            taken = self.directory.announce(self.describe(), self.identity)
-        if not taken:
-            log.warning(
-                "the DHT did not take this peer's record: check that the clock of this machine is right, and give "
-                "--key-file if others fill the directory"
-            )

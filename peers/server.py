@@ -17,7 +17,7 @@ import torch
 
 from peers.any_model import ChosenModel, ModelChoice
 from peers.counters import Counters
-from peers.directory import Announcer, DirectoryService
+from peers.directory import DirectoryService
 from peers.engine import Engine, KnownSpeeds, ObservedSpeed, speed_of
 from peers.joining import Joined, join_swarm
 from peers.links import Neighbours, NextHops, Outbox
@@ -46,6 +46,7 @@ from splitnet.blocks.device import find_device
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.transfer.fetching import Fetcher
+from splitnet.directory.offers import Announcer
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import ModelNotFound, OutOfMemory, ProtocolError, SplitnetError
 from splitnet.nat.tunnel import Tunnels

@@ -6,13 +6,12 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, Final
 
 from scheduler.models import LEAST_DEMAND, DecayingRate
 from splitnet.directory.interface import SwarmDirectory
-from splitnet.directory.offers import published
-from splitnet.directory.record import DEMAND, MAX_WANTED, MAX_WANTED_TOKENS, WANTED_NAME, Wanted
+from splitnet.directory.offers import Announcer, record_of
+from splitnet.directory.record import DEMAND, MAX_WANTED, MAX_WANTED_TOKENS, WANTED_NAME, PeerRecord, Wanted
 from splitnet.security.identity import Identity, PublicKey
 
 REQUEST_TOKENS: Final = 16  # a request counts as so many tokens at least
@@ -36,13 +35,12 @@ class DemandPublisher:
         proof: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._clock, self._proof = clock, proof
+        self._clock, self._proof, self._identity = clock, proof, identity
         self._rates: dict[str, tuple[Any, DecayingRate]] = {}
         self._lock = threading.Lock()
-        self._changed = threading.Event()
-        self._stack = ExitStack()
-        self._stack.enter_context(published(directory, identity, self._told, self._changed))
-        self.close = self._stack.close
+        self._announcer = Announcer(directory, identity, self._told)
+        self._announcer.begin()
+        self.close = self._announcer.close
 
     def asked(self, model: Any, tokens: int) -> None:
         """Counts a request of so many tokens in all; model: `ModelFacts` of `splitnet.swarm`, or a checkpoint."""
@@ -51,9 +49,9 @@ class DemandPublisher:
             is_new = rate.at(self._clock()) < LEAST_DEMAND
             rate.add(max(tokens, REQUEST_TOKENS), self._clock())
         if is_new:
-            self._changed.set()
+            self._announcer.publish_soon()
 
-    def _told(self) -> dict[str, Any] | None:
+    def _told(self) -> PeerRecord | None:
         with self._lock:
             now = self._clock()
             self._rates = {name: one for name, one in self._rates.items() if one[1].at(now) >= LEAST_DEMAND}
@@ -68,7 +66,7 @@ class DemandPublisher:
                 for model, rate in most
             )
         about = {"model": DEMAND, "model_name": "demand", "address": _NOWHERE, "proof": self._proof, "demand": wanted}
-        return about if wanted else None
+        return record_of(self._identity, about) if wanted else None
 
 
 def demand_of(directory: SwarmDirectory, allows: Callable[[PublicKey], bool] = lambda key: True) -> dict[str, Wanted]:

@@ -1,17 +1,19 @@
-"""Tells the directory of what is no peer, such as a relay that serves no blocks."""
+"""Tells the directory of this process: of a peer, or of what is none, such as a relay that serves no blocks."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import HELPERS, PeerRecord
-from splitnet.errors import SplitnetError
+from splitnet.errors import DirectoryError, SplitnetError
 from splitnet.nat.relay import RelayBounds, RelayServer
 from splitnet.nat.stream import WaysLoop
 from splitnet.security.identity import AuthorizedKeys, Identity
@@ -21,7 +23,9 @@ from splitnet.wire.endpoints import Relay, host_and_port
 
 log = logging.getLogger(__name__)
 
-REFRESH_S = 15.0
+REFRESH_S: Final = 15.0  # how often a process announces itself
+SOON: Final = 3  # changes that are told at once within one `refresh_s`; more wait until the first is that old
+FIRST_TRIES: Final = 3  # of the first announcement: just after nodes of the DHT were lost it answers late
 
 
 def find_helpers(directory: SwarmDirectory) -> list[Relay]:
@@ -62,49 +66,116 @@ def offered(directory: SwarmDirectory, identity: Identity, relay: Relay) -> Abst
     return announced(directory, identity, model=HELPERS, model_name="helpers", address=relay.address, relay_port=port)
 
 
-def announced(directory: SwarmDirectory, identity: Identity, **about: Any) -> AbstractContextManager[None]:
-    """Publishes a record of something that is no peer with this identity now and every 15 s, and withdraws it at the
-    end. about: fields of the record."""
-    return published(directory, identity, lambda: about)
-
-
 @contextmanager
-def published(
-    directory: SwarmDirectory,
-    identity: Identity,
-    about: Callable[[], Mapping[str, Any] | None],
-    changed: threading.Event | None = None,
-) -> Generator[None]:
-    """The same with fields that change; None: there is nothing to tell. changed: set where that cannot wait."""
-    leaving = threading.Event()
-    soon = changed or threading.Event()
-    last: PeerRecord | None = None
-
-    def publish() -> None:
-        nonlocal last
-        pause_s = 0.0
-        while not (soon.wait(pause_s) and leaving.is_set()):
-            soon.clear()
-            pause_s = REFRESH_S
-            if (told := about()) is None:
-                continue
-            facts = {"key": identity.public, "num_blocks": 1, "version": __version__, "issued_at": time.time()}
-            last = PeerRecord.idle(**facts | dict(told))
-            try:
-                directory.announce(last, identity)
-            except SplitnetError as error:
-                log.warning("the directory was not told of this process, next try in %.0f s: %s", REFRESH_S, error)
-
-    thread = threading.Thread(target=publish, name="splitnet-offer", daemon=True)
-    thread.start()
-    try:
+def announced(directory: SwarmDirectory, identity: Identity, **about: Any) -> Generator[None]:
+    """Publishes a record of something that is no peer with this identity, and withdraws it at the end. about: fields
+    of the record."""
+    announcer = Announcer(directory, identity, lambda: record_of(identity, about))
+    announcer.begin()
+    with closing(announcer):
         yield
-    finally:
-        leaving.set()
-        soon.set()
-        thread.join()
+
+
+def record_of(identity: Identity, about: Mapping[str, Any]) -> PeerRecord:
+    """As of now, of something that is no peer. about: fields of the record."""
+    facts = {"key": identity.public, "num_blocks": 1, "version": __version__, "issued_at": time.time()}
+    return PeerRecord.idle(**facts | dict(about))
+
+
+@dataclass(eq=False)
+class Announcer:
+    """Publishes `describe()` now and every `refresh_s` seconds, until closed; None: there is nothing to tell."""
+
+    directory: SwarmDirectory
+    identity: Identity
+    describe: Callable[[], PeerRecord | None]
+    look_around: Callable[[], None] = lambda: None
+    """Called before each refresh; brings up to date what `describe` tells of others."""
+    refresh_s: float = REFRESH_S
+
+    def __post_init__(self) -> None:
+        self._leaving = threading.Event()
+        self._soon = threading.Event()
+        self._soon_at: deque[float] = deque(maxlen=SOON)  # when changes were told that were not waited for
+        self._moved = False
+        self._publishing = threading.Lock()
+        self._last: PeerRecord | None = None
+        self._withdrawn = False
+        self._thread = threading.Thread(target=self._run, name="splitnet-announce", daemon=True)
+        self.begin = self._thread.start
+
+    def start(self) -> None:
+        """Publishes the first record before returning, then keeps it fresh. Raises DirectoryError without an answer."""
+        for tries_left in reversed(range(FIRST_TRIES)):
+            try:
+                self.publish()
+                break
+            except DirectoryError as error:
+                if not tries_left or self._leaving.is_set():
+                    raise
+                log.warning("the first announcement failed, trying again: %s", error)
+        self.begin()
+
+    def close(self) -> None:
+        """Withdraws the record. May be called more than once."""
+        if self._withdrawn:
+            return
+        self._withdrawn = True
+        self._leaving.set()
+        self._soon.set()
+        if self._thread.ident is not None:
+            self._thread.join()
         try:
-            if last is not None:
-                directory.withdraw(last, identity)
+            if self._last is not None:
+                self.directory.withdraw(self._last, self.identity)
         except SplitnetError as error:
-            log.info("the record of this process expires by itself: %s", error)
+            log.warning("could not leave the DHT cleanly, the record expires by itself: %s", error)
+
+    def _run(self) -> None:
+        look_at = time.monotonic()  # peers that are there already are measured at once
+        while not self._leaving.is_set():
+            self._wait(look_at)
+            if self._leaving.is_set():
+                return
+            self._soon.clear()
+            try:
+                if self._moved:
+                    self._moved, look_at = False, 0.0
+                    self.directory.moved()
+                    self.publish()
+                if time.monotonic() >= look_at:
+                    look_at = time.monotonic() + self.refresh_s
+                    self.look_around()
+                else:
+                    self._soon_at.append(time.monotonic())
+                self.publish()
+            except SplitnetError as error:
+                log.warning("announcement failed, next try in %.0f s: %s", self.refresh_s, error)
+
+    def _wait(self, look_at: float) -> None:
+        """Waits until `look_at`, or until something has changed, but allows `SOON` changes per refresh only."""
+        if len(self._soon_at) == SOON:
+            free_at = min(self._soon_at[0] + self.refresh_s, look_at)
+            self._leaving.wait(max(0.0, free_at - time.monotonic()))
+        self._soon.wait(max(0.0, look_at - time.monotonic()))
+
+    def publish_soon(self, *, moved: bool = False) -> None:
+        """Publishes a changed record in the thread of this announcer. May be called from any thread.
+
+        moved: the machine is in another place, so that others are measured anew, too.
+        """
+        self._moved |= moved
+        self._soon.set()
+
+    def publish(self) -> None:
+        with self._publishing:  # a record that was made before another and published after it would be refused
+            record = self.describe()
+            if record is None:
+                return
+            self._last = record
+            taken = self.directory.announce(record, self.identity)
+        if not taken:
+            log.warning(
+                "the DHT did not take this peer's record: check that the clock of this machine is right, and give "
+                "--key-file if others fill the directory"
+            )

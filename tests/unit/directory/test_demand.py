@@ -71,7 +71,8 @@ def test_a_gateway_tells_what_it_is_asked_for_until_it_closes() -> None:
     assert found[FIRST].tokens_per_s == pytest.approx(10)
     assert found[SECOND].tokens_per_s == pytest.approx(REQUEST_TOKENS / 60)
     now[0] += 120.0
-    assert (publisher._told() or {})["demand"][0].tokens_per_s == pytest.approx(10 / math.e**2)
+    later = publisher._told()
+    assert later is not None and later.demand[0].tokens_per_s == pytest.approx(10 / math.e**2)
     now[0] += 600.0
     assert publisher._told() is None  # the record expires by itself
     publisher.close()

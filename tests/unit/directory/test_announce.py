@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from peers.directory import FIRST_TRIES, SOON, Announcer
+from splitnet.directory.offers import FIRST_TRIES, SOON, Announcer
 from splitnet.errors import DirectoryError
 
 
@@ -114,9 +114,7 @@ class LateDirectory:
 @pytest.mark.parametrize("failures", [0, FIRST_TRIES - 1, FIRST_TRIES])
 def test_a_directory_that_is_late_is_asked_again(failures: int) -> None:
     directory = LateDirectory(failures)
-    announcer = Announcer(
-        cast(Any, directory), cast(Any, None), lambda: cast(Any, None), lambda: None, refresh_s=1000.0
-    )
+    announcer = Announcer(cast(Any, directory), cast(Any, None), lambda: cast(Any, 1.0), lambda: None, refresh_s=1000.0)
     if failures < FIRST_TRIES:
         announcer.start()
         assert directory.asked >= failures + 1
