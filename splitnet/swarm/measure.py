@@ -370,12 +370,7 @@ class Measurer:
 
     def look_at(self, records: Sequence[PeerRecord]) -> None:
         """Measures the round trips to the first of these peers, as far as a minute has pings for that."""
-        chosen = {record.endpoint: record for record in records[: max(0, self._pings_left() - ENDS_PINGS) // 2]}
-        if chosen:
-            round_trips = self.links.prober.round_trips(chosen, ANSWER_S, loads=_that_tell(chosen))
-            self._pinged(2 * len(round_trips))
-            links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
-            self._take_in(chosen, links)
+        self.measure((), records[: max(0, self._pings_left() - ENDS_PINGS) // 2])
 
     def measure(
         self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = (), again_s: float = PROBE_AGAIN_S

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shlex
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from operator import attrgetter
@@ -145,7 +145,7 @@ class Planner:
     def __post_init__(self) -> None:
         self._start_peer = self.start_peer or partial(peer_command, self.model_name, ())
         self._random = random.Random()
-        self._crowd = Latest(_crowd_of, KEPT_CROWDS)
+        self.crowd = Latest(_crowd_of, KEPT_CROWDS)  # the index of many records, and these by name
 
     def plan(
         self,
@@ -179,7 +179,7 @@ class Planner:
         coarser = [record for record in records if KV_BITS.get(record.kv, 0) < KV_BITS[needs.kv_at_least]]
         exclude |= {record.key.text for record in coarser}
         if len(records) > EXACT_PEERS:
-            peers, by_name = self._likely(records, needs, blocks, EXACT_PEERS, exclude, ends, holders)
+            peers, by_name = self.likely(records, needs, blocks, EXACT_PEERS, exclude, ends, holders)
             records = [by_name[peer.id] for peer in peers]
         else:
             by_name = {record.key.text: record for record in records if record.key.text not in exclude}
@@ -219,26 +219,6 @@ class Planner:
     def likely(
         self,
         records: Sequence[PeerRecord],
-        among: Iterable[PeerRecord],
-        needs: Needs,
-        count: int,
-        *,
-        everywhere: bool = False,
-    ) -> list[PeerRecord]:
-        """So many of the peers `among` all that routes most likely go through; `everywhere`: at least one per block."""
-        others = {record.key.text for record in records}.difference(record.key.text for record in among)
-        peers, by_name = self._likely(records, needs, needs.blocks, count, others, everywhere=everywhere)
-        return [by_name[peer.id] for peer in peers]
-
-    def beside_silent(
-        self, records: Sequence[PeerRecord], silent: Collection[str], answered: Collection[str]
-    ) -> set[str]:
-        """See `CandidateIndex.beside_silent`."""
-        return self._crowd(tuple(records))[0].beside_silent(silent, answered)
-
-    def _likely(
-        self,
-        records: Sequence[PeerRecord],
         needs: Needs,
         blocks: tuple[int, int],
         limit: int,
@@ -248,8 +228,8 @@ class Planner:
         *,
         everywhere: bool = True,
     ) -> tuple[list[Peer], Mapping[str, PeerRecord]]:
-        """The peers to plan with, holders in any case, and all records by name."""
-        crowd, by_name = self._crowd(tuple(records))
+        """The peers to plan with, holders in any case, and all records by name; see `CandidateIndex.near`."""
+        crowd, by_name = self.crowd(tuple(records))
         corrected = self.measurements.corrected(by_name)
         present = [name for name in dict.fromkeys((*holders, *needs.stored)) if name in by_name and name not in exclude]
         for name in present:

@@ -244,11 +244,13 @@ class Swarm:
     def likely(
         self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], count: int, everywhere: bool = False
     ) -> Sequence[PeerRecord]:
-        """See `Planner.likely`."""
+        """So many of the peers `among` all that routes most likely go through; `everywhere`: at least one per block."""
         hidden = self.facts.hidden_size
         encodings = encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS})
         needs = Needs(1, encodings, (0, self.facts.num_blocks))
-        return self.planner.likely(records, among, needs, count, everywhere=everywhere)
+        others = {record.key.text for record in records}.difference(_names(among))
+        peers, by_name = self.planner.likely(records, needs, needs.blocks, count, others, everywhere=everywhere)
+        return [by_name[peer.id] for peer in peers]
 
     def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
         """The peers, and the names of those that a route must not go through."""
@@ -302,7 +304,8 @@ class _Searcher:
         return {*ends}.difference(_names(self.swarm.measurements.unprobed(own)))
 
     def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
-        return self.swarm.planner.beside_silent(self.records, silent, answered)
+        crowd, _ = self.swarm.planner.crowd(tuple(self.records))
+        return crowd.beside_silent(silent, answered)
 
     def chosen(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
         if likely:

@@ -146,7 +146,7 @@ def test_routes_are_those_of_a_client_that_keeps_nothing(seed: int, changes: lis
 def test_what_is_kept_is_used_for_the_same_facts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner_module, "EXACT_PEERS", FEW)
     world, made = World(1), list[int]()
-    world.planner._crowd = Latest(lambda records: made.append(1) or planner_module._crowd_of(records), 2)
+    world.planner.crowd = Latest(lambda records: made.append(1) or planner_module._crowd_of(records), 2)
 
     def plan(missing: int = 0) -> int:
         world.route(world.planner, 0, exclude=world.not_needed(missing), holders=[], inner=False)
