@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final
 
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, UNSENT_BYTES, BatchingDelay, Load, next_pass
-from scheduler.cost import Encoding, soonest
+from scheduler.cost import Encoding
 from scheduler.facts import Coordinate, Link, Peer, Place, Speed
 from scheduler.fairness import FairPasses
 from simulator.directory import Record
-from simulator.geography import Geography
 from simulator.world import Device
 from splitnet.wire.messages import FailureCode
 
@@ -366,24 +364,3 @@ class Node:
             len(self.sessions),
             self.served_since_ms / 1000,
         )
-
-
-def wires_of(
-    hops: Hops, client: int, geography: Geography, encodings: Sequence[Encoding], *, through_client: bool
-) -> list[Wire]:
-    """The wires along some hops.
-
-    through_client: whether the client carries everything between two hops.
-    """
-    wires: list[Wire] = []
-    stations: list[Node | None] = [None, *(node for node, _, _ in hops), None]
-    for sender, receiver in pairwise(stations):
-        passed = [sender.number if sender else client, receiver.number if receiver else client]
-        if through_client and sender and receiver:
-            passed.insert(1, client)
-        links = tuple(geography.link(here, there) for here, there in pairwise(passed))
-        chosen = tuple(soonest(encodings, link.bytes_per_ms) for link in links)
-        token_ms = sum(encoding.ms(1, link.bytes_per_ms) for encoding, link in zip(chosen, links, strict=True))
-        latency_ms, last_ms = sum(link.latency_ms for link in links), [0.0] * len(links)
-        wires.append(Wire(latency_ms, token_ms, tuple(passed), links, chosen, last_ms))
-    return wires

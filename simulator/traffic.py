@@ -9,11 +9,11 @@ from itertools import pairwise
 from typing import Any, Final
 
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
-from scheduler.cost import Encoding
+from scheduler.cost import Encoding, soonest
 from scheduler.facts import Link
 from scheduler.liveness import Alive
 from simulator.clients import CONNECT_TRIPS
-from simulator.node import Awaited, Held, Hops, Node, Parcel, Route, Wire, wires_of
+from simulator.node import Awaited, Held, Hops, Node, Parcel, Route, Wire
 from simulator.session import RUNNING, Session
 from simulator.world import Events, World
 from splitnet.errors import PeerLost
@@ -78,7 +78,18 @@ class Traffic:
 
     def wires(self, hops: Hops, client: int) -> list[Wire]:
         """The wires along a client's hops."""
-        return wires_of(hops, client, self._geography, self._encodings, through_client=self.through_client)
+        wires: list[Wire] = []
+        stations: list[Node | None] = [None, *(node for node, _, _ in hops), None]
+        for sender, receiver in pairwise(stations):
+            passed = [sender.number if sender else client, receiver.number if receiver else client]
+            if self.through_client and sender and receiver:
+                passed.insert(1, client)
+            links = tuple(self._geography.link(here, there) for here, there in pairwise(passed))
+            chosen = tuple(soonest(self._encodings, link.bytes_per_ms) for link in links)
+            token_ms = sum(encoding.ms(1, link.bytes_per_ms) for encoding, link in zip(chosen, links, strict=True))
+            latency_ms, last_ms = sum(link.latency_ms for link in links), [0.0] * len(links)
+            wires.append(Wire(latency_ms, token_ms, tuple(passed), links, chosen, last_ms))
+        return wires
 
     def replay(self, route: Route, first: int, last: int, positions: int, number: int) -> None:
         """Has the hop before hop `first` send so many positions again, in steps that fit a pass."""
