@@ -9,13 +9,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import typer
 
+from splitnet.cli.arguments import box, require
 from splitnet.errors import SplitnetError
 
 if TYPE_CHECKING:
@@ -23,30 +23,23 @@ if TYPE_CHECKING:
     from simulator.world import Settings, World
 
 RESULTS = "results.json"
-_WORLD = "World"
+in_world = box("World")
 PLANNED_CLIENTS = 50
 """With --coordinates; each is planned for in every way."""
 
 
 def simulate(
-    peers: Annotated[
-        int, typer.Option(min=1, help="Peers that are there at any time, on average.", rich_help_panel=_WORLD)
-    ] = 1000,
-    clients: Annotated[
-        int, typer.Option(min=1, help="Clients that come one after the other.", rich_help_panel=_WORLD)
-    ] = 1000,
+    peers: Annotated[int, in_world(min=1, help="Peers that are there at any time, on average.")] = 1000,
+    clients: Annotated[int, in_world(min=1, help="Clients that come one after the other.")] = 1000,
     rate: Annotated[
         float | None,
-        typer.Option(
-            min=0.01, max=1e6, help="Clients per peer and hour; 10, or the scenario's.", rich_help_panel=_WORLD
-        ),
+        in_world(min=0.01, max=1e6, help="Clients per peer and hour; 10, or the scenario's."),
     ] = None,
     scenario: Annotated[
         str | None,
-        typer.Option(
+        in_world(
             help="light (10 clients per peer and hour), heavy (30), burst (all within a second), or dark (all peers of "
-            "a continent vanish half way).",
-            rich_help_panel=_WORLD,
+            "a continent vanish half way)."
         ),
     ] = None,
     against: Annotated[
@@ -59,17 +52,12 @@ def simulate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first world.")] = 1,
     worlds: Annotated[int, typer.Option(min=1, help="How many worlds; their sessions are taken together.")] = 1,
-    blocks: Annotated[int, typer.Option(min=1, help="Blocks of the model.", rich_help_panel=_WORLD)] = 80,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the model.", rich_help_panel=_WORLD)] = 8192,
-    uptime: Annotated[
-        float, typer.Option(min=0.01, help="Factor to the time for which peers stay.", rich_help_panel=_WORLD)
-    ] = 1.0,
+    blocks: Annotated[int, in_world(min=1, help="Blocks of the model.")] = 80,
+    hidden: Annotated[int, in_world(min=1, help="Hidden size of the model.")] = 8192,
+    uptime: Annotated[float, in_world(min=0.01, help="Factor to the time for which peers stay.")] = 1.0,
     latencies: Annotated[
         Path | None,
-        typer.Option(
-            help="A file of round trips in ms, measured between the nodes of some network: a square table.",
-            rich_help_panel=_WORLD,
-        ),
+        in_world(help="A file of round trips in ms, measured between the nodes of some network: a square table."),
     ] = None,
     coordinates: Annotated[
         bool, typer.Option("--coordinates", help="Say what network coordinates and candidates cost, instead.")
@@ -82,6 +70,8 @@ def simulate(
     from simulator.policies import AGAINST
     from simulator.world import SCENARIOS, Settings, World
 
+    if plot:
+        require("plot", "splitnet simulate --plot")
     if coordinates:
         unused = {
             "--rate": rate, "--scenario": scenario, "--against": against, "--policy": policy, "--output": output,
@@ -262,104 +252,51 @@ def _print_coordinates(world: World) -> None:
     console.print(table)
 
 
-LABEL: Final = 230
-PANEL: Final = 250
-GAP: Final = 24
-ROW: Final = 26
-HEAD: Final = 64
 OWN: Final = "#1f6f8b"
 OTHER: Final = "#9aa5ab"
-INK: Final = "#222222"
 
-
-Figures = Mapping[str, float]
-"""Of one policy, as `Outcome.figures` gives them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One quantity: from the figure `low` to the figure `high`; only a bar of `low` where `high` is empty."""
-
-    title: str
-    low: str
-    high: str = ""
-
-
-PANELS: Final[Sequence[Panel]] = (
-    Panel("time to first token, s: p50 | p95 (log)", "ttft_p50_s", "ttft_p95_s"),
-    Panel("time per token, ms: p50 | p95 (log)", "token_p50_ms", "token_p95_ms"),
-    Panel("failed sessions", "failed"),
+PANELS: Final[Sequence[tuple[str, Sequence[str]]]] = (
+    ("time to first token, s: p50 | p95 (log)", ("ttft_p50_s", "ttft_p95_s")),
+    ("time per token, ms: p50 | p95 (log)", ("token_p50_ms", "token_p95_ms")),
+    ("failed sessions", ("failed",)),
 )
+"""Titles, and the two figures from and to which a line goes, or the one that a bar shows."""
 
 
-def chart(figures: Mapping[str, Figures], title: str) -> str:
+def chart(figures: Mapping[str, Mapping[str, float]], title: str) -> str:
     """An SVG document: a row for each policy, a panel for each quantity, the policies of splitnet in a colour."""
-    width = LABEL + len(PANELS) * (PANEL + GAP)
-    height = HEAD + len(figures) * ROW + 16
+    from matplotlib import rc_context  # pyright: ignore[reportUnknownVariableType]
+    from matplotlib.figure import Figure  # without pyplot there is no window, and no global state
+
     from simulator.policies import POLICIES
 
     labels = [POLICIES[name].label for name in figures]
-    rows = [
-        (OWN if label.startswith("own") else OTHER, figures[name]) for name, label in zip(figures, labels, strict=True)
-    ]
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'font-family="sans-serif" font-size="12" fill="{INK}">',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<text x="12" y="22" font-size="15" font-weight="bold">{escape(title)}</text>',
-    ]
-    parts += [_text(LABEL - 10, _middle(row), label, "end") for row, label in enumerate(labels)]
-    for number, panel in enumerate(PANELS):
-        left = LABEL + number * (PANEL + GAP)
-        parts.append(_text(left, HEAD - 10, panel.title, "start"))
-        parts += (_ranges if panel.high else _bars)(panel, rows, left)
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def _middle(row: int) -> float:
-    return HEAD + row * ROW + ROW / 2 + 4
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    drawing: Any = Figure(figsize=(12.0, 1.2 + 0.3 * len(labels)), layout="constrained")
+    drawing.suptitle(title)
+    panels = drawing.subplots(1, len(PANELS), sharey=True)
+    for axes, (quantity, shown) in zip(panels, PANELS, strict=True):
+        axes.set_title(quantity, fontsize="medium")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.margins(x=0.4)  # for the numbers behind
+        if len(shown) > 1:
+            axes.set_xscale("log")
+        for row, (label, values) in enumerate(zip(labels, figures.values(), strict=True)):
+            colour, (low, *high) = OWN if label.startswith("own") else OTHER, [values[figure] for figure in shown]
+            if math.isnan(low):
+                axes.text(0.02, row, "nobody got one", va="center", transform=axes.get_yaxis_transform())
+                continue
+            if high:
+                axes.plot([low, *high], [row, row], marker="|", color=colour)
+                axes.plot(low, row, marker="o", color=colour)
+            else:
+                axes.barh(row, low, color=colour)
+            told, at = " | ".join(map(_told, (low, *high))), (max([low, *high]), row)
+            axes.annotate(told, at, (6, 0), textcoords="offset points", va="center")
+    panels[0].invert_yaxis()
+    with StringIO() as file, rc_context({"svg.fonttype": "none"}):
+        drawing.savefig(file, format="svg")
+        return file.getvalue()
 
 
 def _told(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-
-
-Rows = Sequence[tuple[str, Figures]]
-"""The colour and the figures of each policy."""
-
-
-def _ranges(panel: Panel, rows: Rows, left: float) -> list[str]:
-    """From one figure to another on a logarithmic scale."""
-    low = min((figures[panel.low] for _, figures in rows if figures[panel.low] > 0), default=1.0)
-    high = max((figures[panel.high] for _, figures in rows if figures[panel.high] > 0), default=low)
-    scale = (PANEL - 120) / max(math.log(high / low), 1e-9)
-    parts: list[str] = []
-    for row, (colour, values) in enumerate(rows):
-        begin, end = values[panel.low], values[panel.high]
-        if math.isnan(begin):
-            parts.append(_text(left, _middle(row), "nobody got one", "start"))
-            continue
-        middle = HEAD + row * ROW + ROW / 2
-        at, to = (left + 5 + scale * math.log(max(value, low) / low) for value in (begin, end))
-        parts.append(f'<circle cx="{at:.1f}" cy="{middle}" r="5" fill="{colour}"/>')
-        parts.append(
-            f'<path d="M{at:.1f} {middle}H{to:.1f}M{to:.1f} {middle - 6}v12" stroke="{colour}" stroke-width="2"/>'
-        )
-        parts.append(_text(to + 6, _middle(row), f"{_told(begin)} | {_told(end)}", "start"))
-    return parts
-
-
-def _bars(panel: Panel, rows: Rows, left: float) -> list[str]:
-    longest = max((figures[panel.low] for _, figures in rows), default=0.0) or 1.0
-    parts: list[str] = []
-    for row, (colour, values) in enumerate(rows):
-        value = values[panel.low]
-        length = (PANEL - 120) * value / longest
-        top = HEAD + row * ROW + 5
-        parts.append(f'<rect x="{left}" y="{top}" width="{length:.1f}" height="{ROW - 10}" fill="{colour}"/>')
-        parts.append(_text(left + length + 6, _middle(row), _told(value), "start"))
-    return parts

@@ -35,7 +35,7 @@ def test_it_prints_a_row_for_each_policy_and_writes_results_and_chart(tmp_path: 
     assert list(results["policies"]) == ["own", "fewest-hops"]
     assert all(row["sessions"] == 40 for row in results["policies"].values())
     assert results["policies"]["own"]["token_p50_ms"] > 0
-    assert (tmp_path / "a.svg").read_text().startswith("<svg")
+    assert "<svg" in (tmp_path / "a.svg").read_text()
 
 
 def test_it_tells_what_coordinates_cost() -> None:
