@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final
 
 from peers.joining import Found, find_model
@@ -29,6 +27,7 @@ from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import PeerRecord, Wanted, expected_facts_of, facts_of
 from splitnet.errors import ModelNotFound, SplitnetError
 from splitnet.limits import keep_latest
+from splitnet.paths import is_on_hub
 from splitnet.security.identity import AuthorizedKeys, Identity
 
 log = logging.getLogger(__name__)
@@ -39,7 +38,6 @@ ASKED_S: Final = 180.0  # after the last demand for a model nobody uses it
 RETRY_S: Final = 300.0  # until a model that could not be opened is tried again
 MAX_CONSIDERED: Final = 8  # models at one look, the most wanted ones
 MAX_REMEMBERED: Final = 256  # models of which it is known when they were wanted, or could not be opened
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -206,8 +204,7 @@ class ModelChoice:
         if model in self._opened:
             return self._opened[model]
         options = replace(self._options, model_id=model)
-        # Strangers name no files of this machine.
-        is_named = bool(self._allowed) or (_HUB_ID.fullmatch(name) and not Path(name).exists())
+        is_named = bool(self._allowed) or is_on_hub(name)
         for source in self._sources(name):
             checkpoint = _open(source) if is_named else None
             if checkpoint is None or not checkpoint.is_whole or checkpoint.fingerprint == model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Final
 log = logging.getLogger(__name__)
 
 MAX_KNOWN: Final = 64  # the latest figures, that a file of `KnownFigures` keeps
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def cache_folder() -> Path:
@@ -29,6 +31,11 @@ def public_name(source: str) -> str:
     """A checkpoint's hub id or path, as files name it: no path of a file that only this package knows."""
     path = Path(source)
     return path.name.removesuffix(".gguf") if cache_folder() in path.parents else source
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name that strangers give may be of a model on the hub: they name no files of this machine."""
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def keep_file(file: Path, data: bytes, what: str) -> None:

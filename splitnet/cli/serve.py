@@ -19,6 +19,7 @@ from splitnet.cli.arguments import box, connects, require
 from splitnet.cli.generate import Speculate, connection_to
 from splitnet.errors import SplitnetError
 from splitnet.logs import tell
+from splitnet.paths import is_on_hub
 from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import listen_at
 
@@ -33,7 +34,6 @@ in_limits = box("How much at a time")
 
 AGAIN_S = 600.0  # After which a model of the swarm that could not be read is looked at again
 MOST_FOUND = 64  # Models of the swarm that are looked at
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 SamplingDefaults = StrEnum("SamplingDefaults", ["openai", "checkpoint"])  # where a request does not say
 
@@ -215,9 +215,8 @@ class Found:
             if way is None and self._clock() - at > AGAIN_S:
                 del self._looked[id]
         for model in models_of(directory):
-            is_on_hub = _HUB_ID.fullmatch(model.name) and not Path(model.name).exists()
             is_new = model.fingerprint not in self._looked and len(self._looked) < MOST_FOUND
-            if is_on_hub and is_new and not model.missing:
+            if is_on_hub(model.name) and is_new and not model.missing:
                 self._looked[model.fingerprint] = self._clock(), None
                 with suppress(SplitnetError):
                     self._looked[model.fingerprint] = self._clock(), self._named(model.name, model.fingerprint)

@@ -23,11 +23,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from scheduler.facts import missing_blocks
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.demand import DemandPublisher
 from splitnet.directory.interface import SwarmDirectory
-from splitnet.directory.record import facts_of
 from splitnet.errors import CoverageError, SplitnetError
 from splitnet.hf.adapters import check_served, load_adapter
 from splitnet.hf.causal_lm import attached
@@ -48,7 +46,8 @@ from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.session_cache import KeepLimits
 from splitnet.session.options import ConnectionOptions
-from splitnet.swarm.swarm import Swarm
+from splitnet.swarm.plan import blocks_text
+from splitnet.swarm.swarm import Overview, Swarm
 from splitnet.transport.addresses import listen_at
 from splitnet.wire.endpoints import LinkState
 
@@ -103,16 +102,11 @@ def make_app(
     @app.get("/health")
     def health() -> dict[str, str]:
         """Whether every block of the model is served; needs no key."""
-        swarm = served.generations.model.swarm
+        model = served.generations.model
         # A record outlives a peer that was killed; a peer that cannot be connected to does not serve.
-        present = [
-            facts_of(record)
-            for record in swarm.peers()
-            if record.serves and swarm.links.state(record.endpoint) is not LinkState.DOWN
-        ]
-        holes = missing_blocks(present, swarm.facts.num_blocks)
-        if holes:
-            missing = ", ".join(f"{start}..{end - 1}" for start, end in holes)
+        present = (each for each in model.swarm.peers() if model.swarm.links.state(each.endpoint) is not LinkState.DOWN)
+        if holes := Overview.of(model.swarm, present, model.local_spans).missing:
+            missing = ", ".join(blocks_text(*hole) for hole in holes)
             raise CoverageError(f"blocks {missing} are served by nobody: start peers for them")
         return {"status": "ok"}
 
