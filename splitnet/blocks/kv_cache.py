@@ -423,14 +423,13 @@ class SequenceCache:
         if not self._has_codes(key):
             return block.keys[:, :, :start], block.values[:, :, :start]
         assert self.form is not None
-        pairs = zip((block.keys, block.values), block.near, new, strict=True)
-        keys, values = (self.form.read(held, near, since, start, own) for held, near, own in pairs)
-        return keys, values
+        keys = self.form.read(block.keys, block.near[0], since, start, new[0])
+        return keys, self.form.values.read(block.values, block.near[1], since, start, new[1])
 
     def _write(self, block: _Block, start: int, keys: Tensor, values: Tensor) -> None:
         assert self.form is not None
         self.form.write(block.keys, block.near[0], start, keys)
-        self.form.write(block.values, block.near[1], start, values)
+        self.form.values.write(block.values, block.near[1], start, values)
         block.wrote(start, start + keys.shape[2])
 
     def reserve(
@@ -494,7 +493,8 @@ class SequenceCache:
         """One without positions, for keys and values like these."""
         if self.form is None or isinstance(key, str):
             return _Block(_grown(keys, capacity, 0), _grown(values, capacity, 0))
-        held = [_grown(self.form.encode(tensor[:, :, :0]), capacity, 0) for tensor in (keys, values)]
+        own = self.form.encode(keys[:, :, :0]), self.form.values.encode(values[:, :, :0])
+        held = [_grown(tensor, capacity, 0) for tensor in own]
         if not self.form.coded:
             return _Block(held[0], held[1])
         return _Block(held[0], held[1], tuple(_grown(tensor, SINKS + RING, 0) for tensor in (keys, values)))

@@ -25,7 +25,8 @@ WINDOW = 64  # and last ones: so many a position sees in full, with itself
 RING = 128  # places of these: a window, and what drafts and steps overwrite that may be taken back
 
 AUTO = "auto"
-KINDS = (AUTO, "float16", "int8", "int4")
+_BITS = {"float16": (16, 16), "int8": (8, 8), "int8-int4": (8, 4), "int4": (4, 4)}  # of keys and of values
+KINDS = (AUTO, *_BITS)
 _VECTOR = 16  # numbers of a head come in so many
 _PIECE = 4096  # positions that are decoded at once
 _LEVELS = (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326)  # and the same below zero
@@ -33,10 +34,14 @@ _LEVELS = (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326)  # an
 
 @dataclass(frozen=True)
 class KVForm:
-    """What keys and values of a row are held as; `bits`: 16 for float16, 8 or 4 for codes."""
+    """What keys of a row are held as, and by `values` its values; `bits`: 16 for float16, 8 or 4 for codes.
+
+    Errors of keys cost more: they change by how much a position counts.
+    """
 
     name: str
     bits: int
+    value_bits: int
 
     @classmethod
     def of(cls, kind: str, dtype: torch.dtype) -> KVForm | None:
@@ -44,8 +49,12 @@ class KVForm:
         no such kind."""
         if kind not in KINDS:
             raise WeightsError(f"KV caches cannot be held as {kind!r}: use {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-        bits = {"float16": 16, "int8": 8, "int4": 4}.get(kind, 0)
-        return cls(kind, bits) if bits and bits < 8 * dtype.itemsize else None
+        bits = _BITS.get(kind, (32, 32))
+        return cls(kind, *bits) if bits[0] < 8 * dtype.itemsize else None
+
+    @property
+    def values(self) -> KVForm:
+        return self if self.bits == self.value_bits else KVForm(self.name, self.value_bits, self.value_bits)
 
     @property
     def coded(self) -> bool:
@@ -56,7 +65,7 @@ class KVForm:
         return min(_turned_together(size), 64 if self.bits == 8 else 32)
 
     def bytes_of(self, size: int) -> int:
-        """Bytes of the key or the value of a head in one position. Raises WeightsError: there are no codes for it."""
+        """Bytes of the key of a head in one position. Raises WeightsError: there are no codes for it."""
         if not self.coded:
             return 2 * size
         if size % _VECTOR:

@@ -570,10 +570,10 @@ class Span:
         """Rows have this form from now on. Raises WeightsError: heads do not fit it."""
         shapes, first = self._adapters.kv_shapes, self._whole.start
         for index in range(self.start - first, self.end - first):
-            for heads, size in shapes.get(index, ()):
+            for (heads, size), own in zip(shapes.get(index, ()), (form, form.values), strict=False):
                 self._kv_form = form
                 plain = heads * size * self.dtype.itemsize
-                self.kv_bytes_per_position -= plain - heads * form.bytes_of(size)
+                self.kv_bytes_per_position -= plain - heads * own.bytes_of(size)
                 self.row_bytes += (SINKS + RING) * plain if form.coded else 0
 
     def _probe(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import logging
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -39,7 +39,7 @@ from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.limits import allow_open_files, parse_bytes
 from splitnet.logs import tell
-from splitnet.session.options import ConnectionOptions
+from splitnet.session.options import ConnectionOptions, KVForms
 from splitnet.transport.addresses import Reach, is_reachable, refuse_taken
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ in_sharing = box("Weights for others")
 
 
 Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])  # that blocks compute in
-KVKind = StrEnum("KVKind", ["auto", "float16", "int8", "int4"])
+KVKind = StrEnum("KVKind", ["auto", *get_args(KVForms)])
 WeightKind = StrEnum("WeightKind", ["auto", "float32", "bfloat16", "float16", "int8", "int4"])  # of linear layers
 
 
@@ -65,8 +65,8 @@ def peer(
     kv: Annotated[
         KVKind,
         in_memory(
-            help="What KV caches are held as; auto: exactly as blocks compute. Fewer bits hold longer texts; states, "
-            "latents and keys of indexers stay as computed."
+            help="What KV caches are held as; auto: exactly as blocks compute; int8-int4: keys in 8 bits, values in 4. "
+            "Fewer bits hold longer texts; states, latents and keys of indexers stay as computed."
         ),
     ] = KVKind.auto,
     prefix_store: Annotated[

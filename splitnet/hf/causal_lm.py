@@ -77,7 +77,8 @@ class AutoModelForCausalLM:
                 who holds them as the session had them; else that raises OtherWeights. None: with the codec "auto" only.
             prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches; "energy":
                 the least energy per token, as far as peers tell (docs/energy.md).
-            kv_at_least: "float16", "int8" or "int4": peers that hold keys and values in fewer bits are not used.
+            kv_at_least: "float16", "int8", "int8-int4" or "int4": peers that hold keys and values in fewer bits are not
+                used.
             prefixes: "own": peers store keys and values of texts for later ones of the same key that begin alike;
                 "shared": also for keys that the owner of a peer has put in one group with it; "off": they store none.
             standby: bytes per second, or such as "8MiB", with which replicas copy the keys and values of sessions, so

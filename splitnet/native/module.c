@@ -167,11 +167,11 @@ static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t coun
 }
 
 /* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, half of the numbers of a head that they turn,
-the order of those that are turned together, bytes of a number that blocks compute with, threads, bits of a stored number if it
-is another). */
+the order of those that are turned together, bytes of a number that blocks compute with, threads, bits of a stored number of
+keys and of values if it is another). */
 static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    long long numbers[13];
-    if (!read_numbers(given, count, numbers, 13)) return NULL;
+    long long numbers[14];
+    if (!read_numbers(given, count, numbers, 14)) return NULL;
 #ifdef HAVE_VNNI
     if (has_vnni()) {
         Step step = {
@@ -184,7 +184,8 @@ static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) 
             .order = (int)numbers[9],
             .stores_floats = numbers[10] == 4,
             .threads = (int)numbers[11],
-            .coded_bits = (int)numbers[12],
+            .keys_as = stored_by(numbers[12], numbers[10] == 4),
+            .values_as = stored_by(numbers[13], numbers[10] == 4),
         };
         int enough;
         Py_BEGIN_ALLOW_THREADS

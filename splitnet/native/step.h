@@ -80,6 +80,9 @@ typedef struct {
     int64_t near_from;
 } Store;
 
+/* How numbers are stored; codes of a head have their scales behind them. */
+enum stored { KV_BFLOAT16, KV_FLOAT32, KV_FLOAT16, KV_BYTES, KV_NIBBLES };
+
 #define SINKS 4
 #define WINDOW 64
 #define RING 128
@@ -93,16 +96,13 @@ typedef struct {
     enum { APART, ADJACENT, PARTED } order; /* of those that are turned together: half of the others lie between them, or they
 stand side by side, and after they are turned, too, or apart */
     int stores_floats; /* float32, else bfloat16 */
-    int coded_bits;    /* 16: stores have float16 instead; 8, 4: codes; 0: as above */
+    enum stored keys_as, values_as; /* both codes, or neither is */
     int threads;
 } Step;
 
-/* How numbers are stored; codes of a head have their scales behind them. */
-enum stored { KV_BFLOAT16, KV_FLOAT32, KV_FLOAT16, KV_BYTES, KV_NIBBLES };
-
-static enum stored stored_by(const Step *step) {
-    enum stored plain = step->stores_floats ? KV_FLOAT32 : KV_BFLOAT16;
-    return step->coded_bits == 16 ? KV_FLOAT16 : step->coded_bits == 8 ? KV_BYTES : step->coded_bits ? KV_NIBBLES : plain;
+/* bits: 16: float16; 8, 4: codes; 0: as blocks compute. */
+static enum stored stored_by(long long bits, int floats) {
+    return bits == 16 ? KV_FLOAT16 : bits == 8 ? KV_BYTES : bits ? KV_NIBBLES : floats ? KV_FLOAT32 : KV_BFLOAT16;
 }
 
 /* Cephes' exponential function: error of a unit in the last place. */
@@ -396,16 +396,17 @@ INLINE int64_t part_of(int64_t reach) {
 `found`: [heads, 2]: this one and the sum of the weights. `scores`: [heads, positions of the part in whole LINES], behind room
 for LINES keys or values. */
 INLINE VNNI void attend(const Block *block, const Seen *seen, const Reach *reach, int64_t head, int64_t group,
-                        const float *queries, float *mixed, float *found, float *room, enum stored kind) {
+                        const float *queries, float *mixed, float *found, float *room, enum stored keys_as,
+                        enum stored values_as) {
     int64_t size = seen->size, rest = seen->rest, width = seen->value_size, count = reach->end - reach->begin;
     int64_t first = seen->first + reach->begin, pitch = parts_of(count, LINES) * LINES;
     float *more = room + LINES * size, *scores = room + LINES * (size + rest > width ? size + rest : width);
     __m512 scale = _mm512_set1_ps((float)block->scale), cap = _mm512_set1_ps((float)block->cap);
     for (int64_t index = 0; index < count; index += LINES) {
         int64_t lines = count - index < LINES ? count - index : LINES;
-        const float *keys = read_lines(seen->keys, first + index, lines, size, room, kind), *rests = NULL;
-        if (is_coded(kind)) read_near(seen, seen->near_keys, reach->begin + index, lines, size, reach->from, room);
-        if (rest) rests = read_lines(seen->rests, first + index, lines, rest, more, kind);
+        const float *keys = read_lines(seen->keys, first + index, lines, size, room, keys_as), *rests = NULL;
+        if (is_coded(keys_as)) read_near(seen, seen->near_keys, reach->begin + index, lines, size, reach->from, room);
+        if (rest) rests = read_lines(seen->rests, first + index, lines, rest, more, keys_as);
         for (int64_t query = 0; query < group; query++) {
             const float *own = queries + query * (size + rest);
             __m512 sums[LINES];
@@ -449,8 +450,8 @@ INLINE VNNI void attend(const Block *block, const Seen *seen, const Reach *reach
     memset(mixed, 0, group * width * sizeof(float));
     for (int64_t index = 0; index < count; index += LINES) {
         int64_t lines = count - index < LINES ? count - index : LINES;
-        const float *values = read_lines(seen->values, first + index, lines, width, room, kind);
-        if (is_coded(kind)) read_near(seen, seen->near_values, reach->begin + index, lines, width, reach->from, room);
+        const float *values = read_lines(seen->values, first + index, lines, width, room, values_as);
+        if (is_coded(values_as)) read_near(seen, seen->near_values, reach->begin + index, lines, width, reach->from, room);
         for (int64_t query = 0; query < group; query++)
             for (int64_t i = 0; i < width; i += 64) {
                 __m512 sums[4];
@@ -823,8 +824,8 @@ VNNI static void attend_to_latents(const Block *block, const Store *where, const
         memcpy(to + rank, from + plain, rest * sizeof(float));
     }
     Seen seen = {.keys = where->keys, .rests = where->values, .values = where->keys, .size = rank, .rest = rest, .value_size = rank};
-    if (step->stores_floats) attend(block, &seen, reach, head, group, own, made, found, scores, 1);
-    else attend(block, &seen, reach, head, group, own, made, found, scores, 0);
+    if (step->stores_floats) attend(block, &seen, reach, head, group, own, made, found, scores, KV_FLOAT32, KV_FLOAT32);
+    else attend(block, &seen, reach, head, group, own, made, found, scores, KV_BFLOAT16, KV_BFLOAT16);
     for (int64_t query = 0; query < group; query++) {
         int64_t at = ((head + query) * (plain + width) + plain) * rank;
         if (wide) multiply_rows(expand, at, width, rank, made + query * rank, mixed + query * width, 1);
@@ -879,20 +880,24 @@ VNNI static void attend_some(const void *given, int64_t thread) {
         seen.near_kind = step->stores_floats ? KV_FLOAT32 : KV_BFLOAT16;
         seen.near_keys = (const char *)where->near_keys + shared * (SINKS + RING) * kv_bytes(size, seen.near_kind);
         seen.near_values = (const char *)where->near_values + shared * (SINKS + RING) * kv_bytes(width, seen.near_kind);
-        switch (stored_by(step)) { /* so that it is known where it is compiled */
-        case KV_FLOAT32: attend(block, &seen, &reach, head, group, queries, mixed, found, own, KV_FLOAT32); break;
-        case KV_FLOAT16: attend(block, &seen, &reach, head, group, queries, mixed, found, own, KV_FLOAT16); break;
-        case KV_BYTES: attend(block, &seen, &reach, head, group, queries, mixed, found, own, KV_BYTES); break;
-        case KV_NIBBLES: attend(block, &seen, &reach, head, group, queries, mixed, found, own, KV_NIBBLES); break;
-        default: attend(block, &seen, &reach, head, group, queries, mixed, found, own, KV_BFLOAT16);
+#define ATTEND(keys, values) attend(block, &seen, &reach, head, group, queries, mixed, found, own, keys, values)
+        switch (step->keys_as) { /* so that it is known where it is compiled */
+        case KV_FLOAT32: ATTEND(KV_FLOAT32, KV_FLOAT32); break;
+        case KV_FLOAT16: ATTEND(KV_FLOAT16, KV_FLOAT16); break;
+        case KV_NIBBLES: ATTEND(KV_NIBBLES, KV_NIBBLES); break;
+        case KV_BYTES:
+            if (step->values_as == KV_BYTES) ATTEND(KV_BYTES, KV_BYTES);
+            else ATTEND(KV_BYTES, KV_NIBBLES);
+            break;
+        default: ATTEND(KV_BFLOAT16, KV_BFLOAT16);
         }
     }
 }
 
 /* Stores the key or the value of a head at a position; codes and what is near are of turned numbers. */
 VNNI static void keep(void *to, void *in_full, int64_t capacity, int64_t head, int64_t index, float *numbers, int64_t size,
-                      const Step *step) {
-    enum stored kind = stored_by(step), plain = step->stores_floats ? KV_FLOAT32 : KV_BFLOAT16;
+                      enum stored kind, const Step *step) {
+    enum stored plain = step->stores_floats ? KV_FLOAT32 : KV_BFLOAT16;
     int64_t at = head * capacity + index;
     if (!is_coded(kind)) {
         store(to, at * size, numbers, size, kind);
@@ -908,7 +913,7 @@ VNNI static void keep(void *to, void *in_full, int64_t capacity, int64_t head, i
 VNNI static void attend_all(const Block *block, const Store *stores, const Step *step, float *queries, float *keys,
                             float *values, float *mixed, float *found, float *scores, int64_t room, int64_t parts) {
     static const Norm none = {.kind = NO_NORM};
-    int coded = is_coded(stored_by(step));
+    int coded = is_coded(step->keys_as);
     int64_t size = block->size, width = block->value_size;
     int64_t key_size = block->absorbed ? block->rank : size;
     int64_t value_size = block->absorbed ? block->latent.outputs - block->rank : width;
@@ -924,9 +929,10 @@ VNNI static void attend_all(const Block *block, const Store *stores, const Step 
         for (int64_t head = 0; coded && head < block->heads; head++) turn_by_hadamard(query + head * size, size);
         for (int64_t head = 0; head < block->stored_heads; head++) {
             const Store *to = stores + position;
-            keep(to->keys, to->near_keys, to->capacity, head, step->indices[position], key + head * key_size, key_size, step);
+            keep(to->keys, to->near_keys, to->capacity, head, step->indices[position], key + head * key_size, key_size,
+                 step->keys_as, step);
             keep(to->values, to->near_values, to->capacity, head, step->indices[position], value + head * value_size, value_size,
-                 step);
+                 step->values_as, step);
         }
     }
     Attention all = {block, stores, step, queries, mixed, found, scores, room, step->threads < 1 ? 1 : step->threads, parts};

@@ -311,7 +311,8 @@ def step(
     sines: Tensor,
     order: int,
     stored_bytes: int,
-    coded_bits: int,
+    key_bits: int,
+    value_bits: int,
 ) -> None:
     """Runs positions through blocks: `hidden`, float32 `[positions, hidden]`, becomes what comes out.
 
@@ -322,13 +323,13 @@ def step(
         cosines, sines: float32 `[ropes, positions, half of the numbers of a head that are turned]`.
         order: of numbers that are turned together, as `splitnet.blocks.rotary.Order`.
         stored_bytes: of a number that blocks compute with: 4, or 2 for bfloat16.
-        coded_bits: of a number in the stores if these are float16 (16) or codes (8, 4); else 0.
+        key_bits, value_bits: of a number in the stores if these are float16 (16) or codes (8, 4); else 0.
     """
     if _prefetch is None:
         prefetch_in_use()
     tensors = (hidden, stores, indices, cosines, sines)
     at, stores_at, indices_at, cosines_at, sines_at = (tensor.data_ptr() for tensor in tensors)
-    sizes = (cosines.shape[-1], order, stored_bytes, torch.get_num_threads(), coded_bits)
+    sizes = (cosines.shape[-1], order, stored_bytes, torch.get_num_threads(), key_bits, value_bits)
     _kernels.run_blocks(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)
 
 

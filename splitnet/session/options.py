@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Preference = Literal["latency", "throughput", "energy"]
 Prefixes = Literal["own", "shared", "off"]
-KVForms = Literal["float16", "int8", "int4"]
+KVForms = Literal["float16", "int8", "int8-int4", "int4"]
 
 JOINING = ("initial_peers", "identity", "revision", "swarm_key", "trusted_peers")
 """Keywords of every `from_pretrained` that say which swarm, which client, and which model."""
@@ -94,7 +94,9 @@ class ConnectionOptions:
         if self.prefer not in get_args(Preference):
             raise SplitnetError(f"a session prefers latency, throughput or energy, not {self.prefer!r}")
         if self.kv_at_least not in get_args(KVForms):
-            raise SplitnetError(f"KV caches are held as float16, int8 or int4 at least, not {self.kv_at_least!r}")
+            raise SplitnetError(
+                f"KV caches are held as {', '.join(get_args(KVForms))} at least, not {self.kv_at_least!r}"
+            )
         if self.prefixes not in get_args(Prefixes):
             raise SplitnetError(f"prefixes are stored as own, shared or off, not {self.prefixes!r}")
         if self.standby is not None and (self.prefixes != "own" or not 0 < self.standby_rate < math.inf):

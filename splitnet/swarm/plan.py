@@ -22,7 +22,7 @@ EXACT_PEERS = LIMIT  # among more peers than this the search is over the likelie
 KEPT_CROWDS = 2  # of the records that were read last, and of those before, with which another thread may still plan
 StartPeer = Callable[[int, int], str]  # gives the command that starts a peer for the blocks `[start, end)`
 
-KV_BITS = {"auto": 16, "float16": 16, "int8": 8, "int4": 4}  # or more, of what `PeerRecord.kv` names
+KV_BITS = {"auto": 16, "float16": 16, "int8": 8, "int8-int4": 6, "int4": 4}  # or more, of what `PeerRecord.kv` names
 
 # What to do if nobody holds blocks as a session had them.
 ALIKE_AGAIN = (

@@ -61,7 +61,7 @@ class NativeStep:
         self._turning = turning
         self._ropes = _ropes_of(blocks, rope)
         self._dtype = dtype
-        self._stored = dtype.itemsize, 0 if form is None else form.bits
+        self._stored = (dtype.itemsize, *((0, 0) if form is None else (form.bits, form.value_bits)))
         self._kept = blocks[0].attention.kept
         self._indices = tuple(block.attention.index for block in blocks)
         self._alive: list[Tensor] = []
@@ -88,7 +88,8 @@ class NativeStep:
             _check(block)
         if len({block.attention.kept for block in described}) > 1:
             raise UnknownPart("blocks with other heads")
-        if form is not None and form.bits == 4 and any(size % (2 * _VECTOR) for _, size in described[0].attention.kept):
+        halved = form is not None and form.value_bits == 4
+        if halved and any(size % (2 * _VECTOR) for _, size in described[0].attention.kept):
             raise UnknownPart("heads whose halves are not whole vectors")
         return cls(described, rope, _turning_of(blocks, described, rope), windows, dtype, form)
 

@@ -22,8 +22,8 @@ from tests.unit.blocks.test_torch_step import LATENTS
 from tests.unit.random_models import HYBRIDS, random_checkpoint
 
 HEADS, SIZE = 2, 48
-FORMS = {kind: KVForm.of(kind, torch.float32) for kind in ("float16", "int8", "int4")}
-ERRORS = {"float16": 0.0005, "int8": 0.02, "int4": 0.25}  # of a vector, as a part of it
+FORMS = {kind: KVForm.of(kind, torch.float32) for kind in ("float16", "int8", "int8-int4", "int4")}
+ERRORS = {"float16": 0.0005, "int8": 0.02, "int8-int4": 0.25, "int4": 0.25}  # of a vector, as a part of it
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"hidden": 128, "num_attention_heads": 4, "num_key_value_heads": 2},  # grouped heads
@@ -68,7 +68,7 @@ def test_codes_stand_for_the_numbers(kind: str, size: int) -> None:
 
 
 def test_what_cannot_be_held_so_is_refused_by_name() -> None:
-    with pytest.raises(WeightsError, match="use auto, float16, int8 or int4"):
+    with pytest.raises(WeightsError, match="use auto, float16, int8, int8-int4 or int4"):
         KVForm.of("int2", torch.float32)
     form = FORMS["int8"]
     assert form is not None
@@ -84,7 +84,7 @@ actions = st.lists(
 
 
 @settings(max_examples=examples(40))
-@given(actions, st.sampled_from(["int8", "int4"]), st.booleans())
+@given(actions, st.sampled_from(["int8", "int8-int4", "int4"]), st.booleans())
 def test_rows_are_right_after_any_crops(steps: list[tuple[str, float]], kind: str, forks: bool) -> None:
     row = SequenceCache(form=FORMS[kind])
     expected = new(0, 0), new(0, 0)
@@ -106,7 +106,7 @@ def test_rows_are_right_after_any_crops(steps: list[tuple[str, float]], kind: st
             torch.testing.assert_close(found[:, :, :SINKS], exact[:, :, :SINKS])
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int8-int4", "int4"])
 def test_the_last_positions_are_in_full_also_after_drafts_were_taken_back(kind: str) -> None:
     keys, values = new(400, 1), new(400, 2)
     rows = SequenceCache(form=FORMS[kind]), SequenceCache(form=FORMS[kind])
@@ -177,7 +177,7 @@ def test_outputs_are_near_exact_ones_and_compiled_steps_read_the_same_codes(fami
     prompt = 260
     expected = decoded(exact, hidden, prompt)[prompt:]
     divergences, sizes = [0.0], [exact.kv_bytes_per_position]
-    for kind, bound in (("float16", 1e-6), ("int8", 1e-4), ("int4", 3e-2)):
+    for kind, bound in (("float16", 1e-6), ("int8", 1e-4), ("int8-int4", 1e-2), ("int4", 3e-2)):
         span = load(family, folder, kind)
         assert span.kv == kind
         found = decoded(span, hidden, prompt)[prompt:]
@@ -201,7 +201,7 @@ def test_latents_stay_as_they_are_computed(tmp_path: Path) -> None:
 
 def test_the_bytes_that_are_told_are_those_of_rows(tmp_path: Path) -> None:
     folder = random_checkpoint("llama", tmp_path, **FAMILIES["llama"])
-    for kind in ("auto", "float16", "int8", "int4"):
+    for kind in ("auto", *FORMS):
         span = load("llama", folder, kind)
         for part in (span, span.view(2, 5)):
             row = part.new_row(1000)

@@ -97,7 +97,7 @@ def records(draw: st.DrawFn) -> PeerRecord:
         relay_port=draw(st.integers(0, 65535)),
         kv_capacity=draw(st.integers(0, 1 << 48)),
         past_ms=tuple(draw(st.lists(st.tuples(milliseconds, milliseconds), max_size=3))),
-        kv=draw(st.sampled_from(("auto", "float16", "int8", "int4"))),
+        kv=draw(st.sampled_from(("auto", "float16", "int8", "int8-int4", "int4"))),
     )
 
 
