@@ -7,7 +7,7 @@ import logging
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -39,7 +39,7 @@ from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.limits import allow_open_files, parse_bytes
 from splitnet.logs import tell
-from splitnet.session.options import ConnectionOptions, KVForms
+from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import Reach, is_reachable, refuse_taken
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ in_sharing = box("Weights for others")
 
 
 Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])  # that blocks compute in
-KVKind = StrEnum("KVKind", ["auto", *get_args(KVForms)])
+KVKind = StrEnum("KVKind", ["auto", "float16", "int8", "int8-int4", "int4"])
 WeightKind = StrEnum("WeightKind", ["auto", "float32", "bfloat16", "float16", "int8", "int4"])  # of linear layers
 
 
