@@ -114,7 +114,8 @@ def cpu_s(processes: Sequence[psutil.Process]) -> float:
 
 def measure_llama(path: str, arguments: argparse.Namespace) -> None:
     """The prompt, and decode steps behind it, with llama-bench."""
-    command = [f"{arguments.llama}/llama-bench", "-m", path, "-t", "1", "-fa", "1", "-r", "1", "-o", "json"]
+    command = [f"{arguments.llama}/llama-bench", "-m", path, "-t", "1", "-fa", "1"]
+    command += ["-r", "1", "-o", "json", "--no-warmup"]
     with ExitStack() as stack:
         addresses: list[str] = []
         servers: list[psutil.Process] = []

@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("--disk", default="2GiB", help="of the store of each peer, see `splitnet peer --prefix-store`")
     parser.add_argument("--kill", type=int, nargs="+", help="positions at which a hop dies")
     parser.add_argument("--rounds", type=int, default=3, help="with --kill")
-    parser.add_argument("--kinds", nargs="+", default=["cold", "warm"], help="with --kill")
+    parser.add_argument("--kinds", nargs="*", default=["cold", "warm"], help="with --kill")
     parser.add_argument("--standby", help="with --kill: bytes per second that the second peer copies")
     arguments = parser.parse_args()
     arguments.streams = arguments.in_flight
