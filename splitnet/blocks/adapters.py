@@ -101,10 +101,6 @@ class Adapter:
             raise AdapterError("the prefixes of an adapter differ in length")
         self.prefix_length = lengths.pop() if lengths else 0
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
     def outside(self, start: int, end: int) -> bool:
         """Whether it has tensors of other blocks than `[start, end)`."""
         return len(self.within(start, end)) < len(self.tensors)

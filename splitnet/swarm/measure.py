@@ -90,12 +90,6 @@ class NetworkCoordinates:
         with self._lock:
             return {key: link for key, (at, link, _) in self._links.items() if at >= oldest}
 
-    def age_s(self, key: str) -> float:
-        """How long ago the link to a peer was measured; infinite: never."""
-        with self._lock:
-            at, *_ = self._links.get(key, (float("-inf"),))
-        return self._clock() - at
-
     def measured(self, record: PeerRecord, link: Link) -> None:
         """Takes in a link to a peer; of one whose bandwidth was not measured this time (0) the former one counts."""
         other = place_of(record).coordinate

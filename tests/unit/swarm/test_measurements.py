@@ -208,10 +208,8 @@ class TestWhereabouts:
         network_coordinates = NetworkCoordinates(clock)
         network_coordinates.measured(peer, Link(3.0, 100.0))
         assert network_coordinates.links == {peer.key.text: Link(3.0, 100.0)}
-        assert network_coordinates.age_s(peer.key.text) == 0.0
         clock.now += MAX_AGE_S + 1
         assert network_coordinates.links == {}
-        assert network_coordinates.age_s("nobody") == float("inf")
 
     def test_the_latest_link_stands_last_and_the_best_bandwidth_counts(self) -> None:
         first, second = record(), record()
