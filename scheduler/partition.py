@@ -14,6 +14,7 @@ from typing import Final
 
 import numpy as np
 
+from scheduler.batching import SIZES
 from scheduler.cost import Encoding, block_ms, occupied_ms, route_ms, transfer_ms
 from scheduler.facts import CLIENT, Flags, Floats, Hop, Integers, Network, Peer, Route, Speed
 
@@ -353,17 +354,15 @@ def first_token_ms(
     *,
     encodings: Sequence[Encoding],
     prompt: int,
-    step_positions: int,
     client_ms: float = 0.0,
 ) -> float:
-    """Ms until the first token of a prompt that is cut into equal steps of at most `step_positions` positions.
+    """Ms until the first token of a prompt that is cut into equal steps, of the size among `SIZES` that is best.
 
     On average they have half of it before them, which they read.
     """
-    steps = -(-prompt // step_positions)
-    positions = -(-prompt // steps)
-    route = partial(route_ms, hops, peers, network, encodings=encodings, in_flight=steps, context=prompt // 2)
-    return client_ms + route(positions=positions)
+    route = partial(route_ms, hops, peers, network, encodings=encodings, context=prompt // 2)
+    counts = {-(-prompt // size) for size in SIZES}
+    return client_ms + min(route(positions=-(-prompt // steps), in_flight=steps) for steps in counts)
 
 
 def _problem(

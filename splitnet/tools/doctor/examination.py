@@ -11,7 +11,6 @@ from functools import partial
 from operator import attrgetter
 from statistics import median
 
-from scheduler.batching import SIZES
 from scheduler.cost import encodings_of, route_ms
 from scheduler.facts import CLIENT, CONTEXTS, UNMEASURED, Link, missing_blocks, most_positions
 from scheduler.partition import first_token_ms
@@ -33,6 +32,7 @@ from splitnet.security.swarm_key import OPEN, OpenSwarm
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.links import Links, refusal
 from splitnet.swarm.plan import blocks_text
+from splitnet.swarm.swarm import short_key
 from splitnet.swarm.trial import PeerAnswer, PeerLinks
 from splitnet.tools.doctor import hardware
 from splitnet.tools.doctor.hardware import SHOWN_DIGITS, Finding, Status, failed, passed, warned
@@ -189,10 +189,7 @@ def context(
     plan = partial(best_route, able, (0, count), network, encodings=encodings, kv_needed=positions)
     hops = plan(prompt=positions, context=positions).hops
     token_ms = route_ms(hops, by_name, network, positions=1, encodings=encodings, context=positions)
-    first_s = min(
-        first_token_ms(hops, by_name, network, encodings=encodings, prompt=positions, step_positions=size) / 1000
-        for size in SIZES
-    )
+    first_s = first_token_ms(hops, by_name, network, encodings=encodings, prompt=positions) / 1000
     unknown = positions >= CONTEXTS[0] and any(not by_name[hop.peer].past.ms for hop in hops)
     least = ", without what some peers take to read so many, which they do not tell" if unknown else ""
     speed = f"{first_s:.1f} s to the first token of a prompt that long, then {1000 / token_ms:.1f} tokens/s{least}"
@@ -201,7 +198,6 @@ def context(
     return passed("context", f"{what} fits: {speed}")
 
 
-_SHOWN_KEY = 9
 _HIDDEN_SILENCE = (
     "it is not reached through any of its helpers: it or they have ended, or have no room; its record expires within a "
     "minute, or names others then"
@@ -211,9 +207,9 @@ _HIDDEN_SILENCE = (
 def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: float) -> Finding:
     """What there is to say of one peer, whose record was signed `ahead_s` seconds later than now."""
     blocks = f"blocks {record.start}..{record.end - 1}"
-    name = f"{record.key.text[:_SHOWN_KEY]} at {record.address}, {blocks}"
+    name = f"{short_key(record.key.text)} at {record.address}, {blocks}"
     if record.relays:
-        name = f"{record.key.text[:_SHOWN_KEY]} behind a router, {blocks}"
+        name = f"{short_key(record.key.text)} behind a router, {blocks}"
     if record.protocol != PROTOCOL_VERSION:
         older = "this machine" if record.protocol > PROTOCOL_VERSION else "it"
         return failed("peer", f"{name}: speaks protocol {record.protocol}, this is {PROTOCOL_VERSION}: upgrade {older}")

@@ -10,7 +10,7 @@ from typing import Final
 
 from rich.table import Table
 
-from scheduler.batching import PASS_POSITIONS, SIZES
+from scheduler.batching import PASS_POSITIONS
 from scheduler.cost import BlockWork, Encoding, encodings_of, hop_joules, hop_ms, roofline, transfer_ms
 from scheduler.facts import CLIENT, CONTEXTS, PASS_SIZES, Hop, PastCost, Peer, Speed
 from scheduler.partition import (
@@ -247,7 +247,7 @@ class _Planning:
 
     def _first_token_ms(self, hops: Sequence[Hop], prompt: int) -> float:
         first_ms = partial(first_token_ms, hops, self._reading, self._file.network, encodings=self._encodings)
-        return min(first_ms(prompt=prompt, step_positions=size, client_ms=self._client_ms or 0.0) for size in SIZES)
+        return first_ms(prompt=prompt, client_ms=self._client_ms or 0.0)
 
     def _sessions_with_room(self, hops: Sequence[Hop]) -> int:
         return min(

@@ -230,11 +230,11 @@ def test_the_steps_of_a_prompt_follow_each_other() -> None:
     peers = {name: Device(name, 4, Speed.of(1.0, 1.0), hop_ms=0.0).peer(0, 1) for name in "ab"}
 
     def first(prompt: int) -> float:
-        return first_token_ms(HOPS, peers, network, encodings=FREE, prompt=prompt, step_positions=100, client_ms=5.0)
+        return first_token_ms(HOPS, peers, network, encodings=FREE, prompt=prompt, client_ms=5.0)
 
     assert first(1) == pytest.approx(5 + 30 + 2 * 4)
-    assert first(100) == pytest.approx(5 + 30 + 2 * 400)
-    assert first(200) == pytest.approx(5 + 30 + 3 * 400)
+    assert first(64) == pytest.approx(5 + 30 + 2 * 256)
+    assert first(128) == pytest.approx(5 + 30 + 3 * 256)
 
 
 def test_a_device_is_bound_by_its_memory_or_by_its_arithmetic() -> None:
