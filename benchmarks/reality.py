@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 from benchmarks.netlab import Lab, LabError
 from benchmarks.netlab.asking import Answer, Question, ask
@@ -44,7 +45,7 @@ from scheduler.facts import Coordinate, Peer, Speed
 from scheduler.placement import choose_span
 from simulator.directory import View
 from simulator.engine import Simulation
-from simulator.geography import GivenGeography
+from simulator.geography import Floats, Geography
 from simulator.node import Node
 from simulator.policies import POLICIES
 from simulator.session import FINISHED
@@ -528,6 +529,25 @@ class GivenPlacing:
 
     def move(self, node: Node, view: View) -> tuple[int, int] | None:
         return None
+
+
+class GivenGeography(Geography):
+    """Latencies and bandwidths that are given.
+
+    Args:
+        one_way_ms: between all devices, `[devices, devices]`, the same both ways.
+        bytes_per_ms: of each device's link, up and down.
+    """
+
+    def __init__(self, one_way_ms: Floats, bytes_per_ms: Floats) -> None:
+        self.up = self.down = bytes_per_ms
+        self._table = one_way_ms
+
+    def one_way_ms(self, sender: int, receiver: int) -> float:
+        return float(self._table[sender, receiver])
+
+    def latencies(self, senders: NDArray[np.int64], receivers: NDArray[np.int64]) -> Floats:
+        return self._table[np.ix_(senders, receivers)]
 
 
 def simulate(swarm: Swarm, lives: Sequence[Life], seed: int) -> tuple[list[Seen], list[float]]:
