@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from splitnet.checkpoint.checkpoint import Checkpoint
+from tests.e2e.conftest import Here
 from tests.e2e.daemons import Background, background, starting
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import local_swarm
@@ -110,7 +111,6 @@ def test_a_peer_without_a_fixed_model_serves_what_a_gateway_is_asked_for(
         assert server.stop(signal.SIGTERM).code == 0
 
 
-def test_what_an_adapter_cannot_be_is_told_at_the_start(folders: dict[str, Path], tmp_path: Path) -> None:
-    with background(tmp_path, "serve", str(folders["alpha"]), "--adapter", "tuned=nowhere") as server:
-        finished = server.finish()
+def test_what_an_adapter_cannot_be_is_told_at_the_start(folders: dict[str, Path], here: Here) -> None:
+    finished = here("serve", str(folders["alpha"]), "--adapter", "tuned=nowhere")
     assert finished.code == 1 and "give NAME=DIR with the folder" in finished.errors

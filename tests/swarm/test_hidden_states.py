@@ -72,7 +72,8 @@ def joined(states: Sequence[torch.Tensor], taps: Sequence[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("taps", TAPS, ids=str)
 @pytest.mark.parametrize("local_blocks", [None, "0:1", "3:4", "1:3,5:6", "0:6"])
-@pytest.mark.default_cases(local_blocks=(None, "1:3,5:6"))
+@pytest.mark.default_cases(local_blocks=(None,), chain=("llama",))
+@pytest.mark.default_cases(local_blocks=("1:3,5:6",), chain=("gpt2",))
 def test_they_are_those_of_transformers(
     chain: LocalSwarm, taps: tuple[int, ...], local_blocks: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -282,6 +282,7 @@ def test_a_mapped_port_is_announced_once_others_reach_it(
     assert not lab._gateways[0]._leases
 
 
+@pytest.mark.full
 def test_a_port_that_nobody_reaches_is_not_announced(
     stack: ExitStack, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -460,6 +460,7 @@ def test_a_head_of_its_own_counts_more_than_what_a_wrapper_says_by_default(tmp_p
     assert_close(client_part(ids).logits, whole(ids).logits, 3e-5)
 
 
+@pytest.mark.default_cases(family=("qwen3_next",))
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba", "nemotron_h"])
 @torch.inference_mode()
 def test_a_rewind_far_back_runs_once_more_what_came_before(family: str, made: Callable[[Case], Path]) -> None:

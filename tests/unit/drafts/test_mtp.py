@@ -148,6 +148,7 @@ def described(family: str, folder: Path, longer: Path, tokens: Tensor) -> tuple[
 DESCRIBED = ("deepseek_v32", "ernie4_5_moe", "glm_moe_dsa", "mimo_v2_flash", "nemotron_h", "qwen2")
 
 
+@pytest.mark.default_cases(family=("deepseek_v32", "nemotron_h"))
 @pytest.mark.parametrize("family", DESCRIBED)
 def test_as_described(family: str, tmp_path: Path) -> None:
     folder, longer = mtp_checkpoint(family, tmp_path)
@@ -168,6 +169,7 @@ def outputs_of(head: MtpHead, states: Tensor) -> Tensor:
 STATES = torch.randn(12, 64, generator=torch.Generator().manual_seed(7))
 
 
+@pytest.mark.default_cases(family=("glm4_moe",))
 @pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "qwen3_5_moe_text"])
 def test_gguf_files(family: str, tmp_path: Path) -> None:
     folder, longer = mtp_checkpoint(family, tmp_path, behind=True)
@@ -193,6 +195,7 @@ def test_gguf_files(family: str, tmp_path: Path) -> None:
         mtp_head(checkpoint, ends_of_checkpoint(checkpoint))
 
 
+@pytest.mark.default_cases(scheme=("awq",))
 @pytest.mark.parametrize("scheme", ["fp8", "awq", "int4-group"])
 def test_quantized_checkpoints(scheme: str, tmp_path: Path) -> None:
     folder, _ = mtp_checkpoint("glm4_moe", tmp_path, num_local_experts=32)
