@@ -123,6 +123,7 @@ def test_what_was_reached_once_is_reached_again_at_the_same_port(sound: Setup) -
         assert wrong(examined(dataclasses.replace(sound, model=None, listen=listen))) == {}
 
 
+@pytest.mark.full
 def test_a_client_without_an_open_port_is_only_warned(sound: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitnet.tools.doctor.examination.public_address", lambda *_: "tcp://127.0.0.1:9")
     bad = wrong(examined(dataclasses.replace(sound, model=None, listen=None)))
@@ -151,6 +152,7 @@ class TestPort:
             "port", f"{listen} is taken: choose another port with --listen, or 0 for any free one", Status.failed
         )
 
+    @pytest.mark.full
     def test_that_is_taken_by_the_peer_with_our_key(self, sound: Setup, swarm: LocalSwarm, key_file: Path) -> None:
         own = Identity.load_or_create(key_file)
         peer = swarm.peers[0]
