@@ -52,7 +52,8 @@ log = logging.getLogger(__name__)
 
 SHORT_S = 0.02  # a step that takes no longer may run in the thread that received it: nothing else is received meanwhile
 TELL_S = 60.0  # how often the same error is logged at most: a client may cause it a thousand times a second
-FILLED_AT_ONCE = 64  # pages that are put into a row before steps of others run
+FILLED_AT_ONCE = 64  # pages that are put into a row before other steps run
+FILLED_BESIDE = 8  # the same, where several keys are active
 SHARE = 0.1  # weight of the latest pass in the average
 PAST_POSITIONS = 64  # of the pass from which it is derived what one of a prefill takes to read the positions before it
 PAST_STEPS = 4  # passes of one position before that, the first as a warm-up
@@ -439,49 +440,58 @@ class Engine:
     def _recalls(self, work: Work) -> bool:
         """Begins a row with the pages that were found for it when the session was opened, if a step goes on there; some
         pages at a time, so that steps of others run meanwhile. True: there are more."""
-        session, part = work.session, work.step.parts[0]
-        if session.filling is None or session.filling.work is not work:
+        session, part, filling = work.session, work.step.parts[0], work.session.filling
+        if filling is None and session.recalled is None:
+            return False
+        if filling is None or filling.work is not work:
+            self._queue.release_recalled(session)
             recalled = self._service.take_recalled(work) if session.recalled is not None else None
             if recalled is None:
                 session.filling = None
                 return False
-            self._fill(session, recalled, part.start + part.length)
-            assert session.filling is not None
-            session.filling.work = work
-        elif session.filling.goes_on:
-            self._fill(session, session.filling.recalled, part.start + part.length)
-        if session.filling.goes_on:
+            # A row depends on an adapter by its prefix alone.
+            if filling is None or not filling.begins(recalled) or filling.row.prefix_length or session.prefix_length:
+                filling = session.filling = self._new_filling(session, recalled, part.start + part.length)
+            filling.recalled, filling.work = recalled, work
+        self._fill(session, filling)
+        if filling.goes_on:
             return True
-        self._service.begin_row(work, session.filling, self._span.device)
+        self._service.begin_row(work, filling, self._span.device)
         session.filling = None
         return False
 
     def _fill_ahead(self, session: Session) -> None:
         """Puts some of the pages that were found for a session into a row, before its step comes: all hops of a route
         do so at the same time."""
-        recalled = session.recalled
-        if recalled is None or session.closed:
+        recalled, filling = session.recalled, session.filling
+        # With the rows that it has it would hold more than it has reserved; texts by turns would be work for nothing.
+        waits = recalled is None or session.closed or bool(session.rows) or session.prefix_length > 0
+        if waits or recalled is None or (filling is not None and not filling.begins(recalled)):
+            self._queue.release_recalled(session)
             return
         try:
-            self._fill(session, recalled, recalled.positions)
+            filling = session.filling = filling or self._new_filling(session, recalled, recalled.positions)
+            self._fill(session, filling)
+            goes_on = filling.goes_on
         except Exception as error:  # it is tried again with the step, and refused
             failure_of(error, "stored page")
-            return
-        if session.filling is not None and session.filling.goes_on:
-            self._queue.put_recalled(session)
+            goes_on = False
+        if not goes_on:
+            self._queue.release_recalled(session)
 
-    def _fill(self, session: Session, recalled: Recalled, end: int) -> None:
-        """Puts some pages into the row that has the first of them, or a new one, with room for `end` positions."""
-        began, filling, adapter = time.perf_counter(), session.filling, session.adapter
-        if filling is None or filling.adapter is not adapter or not filling.begins(recalled):
-            end = max(recalled.positions, end) + session.prefix_length
-            room = shared_room({recalled.row: end}, {}, room_for(session.reservation))[recalled.row]
-            row = self._view(session.start, session.end).new_row(room - session.prefix_length, adapter)
-            filling = session.filling = Filling(row, adapter, recalled)
-        filling.recalled = recalled
+    def _new_filling(self, session: Session, recalled: Recalled, end: int) -> Filling:
+        """A row with room for these pages, and for `end` positions."""
+        end = max(recalled.positions, end) + session.prefix_length
+        room = shared_room({recalled.row: end}, {}, room_for(session.reservation))[recalled.row]
+        row = self._view(session.start, session.end).new_row(room - session.prefix_length, session.adapter)
+        return Filling(row, recalled)
+
+    def _fill(self, session: Session, filling: Filling) -> None:
+        began = time.perf_counter()
         if filling.goes_on:
-            self._service.fill(session, filling, self._span.device, FILLED_AT_ONCE)
-        self._queue.charge(session, seconds_after_work(self._span.device) - began)
+            most = FILLED_BESIDE if self._queue.is_contended else FILLED_AT_ONCE
+            self._service.fill(session, filling, self._span.device, most)
+            self._queue.charge(session, seconds_after_work(self._span.device) - began)
 
     def _catches_up(self, work: Work) -> bool:
         """After a rewind far back, computes some positions again; False: few are left, so the step can run.

@@ -28,6 +28,7 @@ PER_KEY: Final = 8  # requests of a key that wait or run
 WAITING: Final = 64
 ANSWER_S: Final = 1.0  # a hop that does not answer for this time has nothing more
 TICK_S: Final = 0.1
+TRIED: Final = 4  # pages, before it is known whether copying is faster
 JOB_S: Final = 60.0  # a request ends then, with what has come
 
 
@@ -187,7 +188,7 @@ class _Copier:
         took_s = time.monotonic() - job.began
         job.due = job.began + min(JOB_S, job.nbytes / message.rate)
         page_ms = job.service.page_ms(message.end - message.start)
-        return not message.if_faster or took_s * 1000 / job.copied <= page_ms
+        return not message.if_faster or job.copied < TRIED or took_s * 1000 / job.copied <= page_ms
 
     def _ask(self, asking: Asking, hop: Endpoint, name: bytes, offset: int) -> WeightsPart | None:
         """A part of a page; None: the hop does not have it, or does not answer."""

@@ -166,20 +166,28 @@ class WorkQueue:
             job, self._idle_job = self._idle_job, None
             return job
 
+    @property
+    def is_contended(self) -> bool:
+        """Whether several keys are active."""
+        with self._changed:
+            return self._shares.contended(time.monotonic())
+
     def put_recalled(self, session: Session) -> None:
         """Pages were found for a session: its row can be filled while nothing else waits."""
         with self._changed:
-            self._recalled[session] = None
-            self._changed.notify()
+            if session not in self._recalled:
+                self._shares.came(session.owner, time.monotonic())
+                self._recalled[session] = None
+                self._changed.notify()
 
     def take_recalled(self) -> Session | None:
-        """A session of `put_recalled`, if nothing else waits."""
+        """A session of `put_recalled`, if nothing else waits, until `release_recalled`."""
         with self._changed:
-            if self.has_work or self.closed or not self._recalled:
-                return None
-            session = next(iter(self._recalled))
-            del self._recalled[session]
-            return session
+            return None if self.has_work or self.closed else next(iter(self._recalled), None)
+
+    def release_recalled(self, session: Session) -> None:
+        with self._changed:
+            self._drop_recalled(session)
 
     def gather(self) -> None:
         """Waits for work, and then for steps that are expected, while they keep coming."""
@@ -270,7 +278,7 @@ class WorkQueue:
             while session.waiting:
                 self._drop(session.waiting.pop())
             self._ready.pop(session, None)
-            self._recalled.pop(session, None)
+            self._drop_recalled(session)
             self.delay.left(session.id)
             self.memory.end(session)
 
@@ -372,6 +380,11 @@ class WorkQueue:
     def _begun(self, session: Session) -> int:
         """How many of the waiting steps a pass has begun: one or none."""
         return int(bool(session.waiting) and (session not in self._ready or session.waiting[0].done > 0))
+
+    def _drop_recalled(self, session: Session) -> None:
+        if session in self._recalled:
+            del self._recalled[session]
+            self._shares.left(session.owner, time.monotonic())
 
     def _drop(self, work: Work) -> None:
         work.session.waiting_size -= work.size

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -281,10 +281,18 @@ def _is_known(state: LinkState, proven: bool) -> bool:
 def renumbered(page: Mapping[str, Value], first: int) -> dict[str, Value]:
     """What a page has, with `first` added to the numbers of blocks, which stand first in the names: rows count from the
     span's first block, pages from the model's."""
-    return {
-        re.sub(r"\d+(?=\.)", lambda number: str(int(number[0]) + first), name, count=1): each
-        for name, each in page.items()
-    }
+    return {_renumbered(name, first): each for name, each in page.items()}
+
+
+@lru_cache(1 << 13)
+def _renumbered(name: str, first: int) -> str:
+    return re.sub(r"\d+(?=\.)", lambda number: str(int(number[0]) + first), name, count=1)
+
+
+@lru_cache(1 << 13)
+def _block_of(name: str) -> int | None:
+    number = re.search(r"\d+(?=\.)", name)
+    return int(number[0]) if number is not None else None
 
 
 class SessionService:
@@ -700,8 +708,8 @@ class SessionService:
         """Whether a page has what blocks `[start, end)` leave, and nothing else; `first`: of its text. What is not in
         it, rows would have of others, as memory is not cleared. Raises ProtocolError: it has not."""
         served, tensors = self.served, page.tensors
-        blocks = {name: re.search(r"\d+(?=\.)", name) for name in served.page}
-        wanted = {name for name, number in blocks.items() if number is None or start <= int(number[0]) < end}
+        blocks = {name: _block_of(name) for name in served.page}
+        wanted = {name for name, block in blocks.items() if block is None or start <= block < end}
         states = {name for name in wanted if name.startswith(STATES)}
         sinks = {name for name in wanted if ".first_" in name}
         due = wanted - states - sinks | (sinks if first else set[str]())

@@ -89,7 +89,6 @@ class Filling:
     come. broken: a page did not fit."""
 
     row: SequenceCache
-    adapter: Adapter | None
     recalled: Recalled
     done: int = 0
     work: Work | None = None
@@ -102,7 +101,8 @@ class Filling:
     def begins(self, recalled: Recalled) -> bool:
         """Whether the row has nothing but the first of these pages."""
         pages = zip(self.recalled.pages[: self.done], recalled.pages, strict=False)
-        return self.done <= len(recalled.pages) and all(own.name == other.name for own, other in pages)
+        fits = not self.broken and self.done <= len(recalled.pages)
+        return fits and all(own.name == other.name for own, other in pages)
 
 
 class RowPages(NamedTuple):

@@ -293,8 +293,8 @@ def chart(figures: Mapping[str, Mapping[str, float]], title: str) -> str:
             told, at = " | ".join(map(_told, (low, *high))), (max([low, *high]), row)
             axes.annotate(told, at, (6, 0), textcoords="offset points", va="center")
     panels[0].invert_yaxis()
-    with StringIO() as file, rc_context({"svg.fonttype": "none"}):
-        drawing.savefig(file, format="svg")
+    with StringIO() as file, rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        drawing.savefig(file, format="svg", metadata={"Date": None})
         return file.getvalue()
 
 

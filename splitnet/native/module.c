@@ -254,7 +254,7 @@ static PyMethodDef methods[] = {
     {"float32", (PyCFunction)(void (*)(void))float32, METH_FASTCALL, "Rows times float32 weights."},
     {"bfloat16", (PyCFunction)(void (*)(void))bfloat16, METH_FASTCALL, "Rows times bfloat16 weights."},
     {"float16", (PyCFunction)(void (*)(void))float16, METH_FASTCALL, "Rows times float16 weights."},
-    {"run_blocks", (PyCFunction)(void (*)(void))step, METH_FASTCALL, "New positions through blocks."},
+    {"run_steps", (PyCFunction)(void (*)(void))step, METH_FASTCALL, "New positions through blocks."},
     {"paths", list_paths, METH_NOARGS, "Names of all paths, best first, and whether this CPU has each."},
     {"use", use, METH_O, "Chooses the path of this name."},
     {"in_use", in_use, METH_NOARGS, "The name of the path that is used."},

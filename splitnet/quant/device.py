@@ -202,7 +202,7 @@ def free_memory(device: str | torch.device) -> int:
 
 
 _LARGE_PAGE = 2**21
-WORTH_LARGE_PAGES = 2 * _LARGE_PAGE  # bytes
+WORTH_LARGE_PAGES = 8 * _LARGE_PAGE  # bytes; of less, the C library has pieces that were used before
 _ROOM = 32 * _LARGE_PAGE  # bytes of address space that small weights share; written pages alone take memory
 _sharing = threading.Lock()
 _shared = torch.empty(0, dtype=torch.uint8)  # what is left of the room for small weights
@@ -234,7 +234,10 @@ def new_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     size = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or size < WORTH_LARGE_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape)
-    return _mapped(size)[:size].view(like.dtype).view(*shape)
+    try:
+        return _mapped(size)[:size].view(like.dtype).view(*shape)
+    except MemoryError:  # or too many pieces of it
+        return like.new_empty(shape)
 
 
 def move_to_large_pages(block: nn.Module) -> None:

@@ -46,7 +46,7 @@ def _load() -> tuple[Any, str]:
         return None, "not compiled"
     except ImportError as error:
         return None, f"compiled, but not loaded ({error})"
-    if not hasattr(loaded, "run_blocks"):
+    if not hasattr(loaded, "run_steps"):
         return None, f"compiled, but from older sources ({loaded.__file__})"
     try:
         torchs = linked_with_torch()
@@ -330,7 +330,7 @@ def step(
     tensors = (hidden, stores, indices, cosines, sines)
     at, stores_at, indices_at, cosines_at, sines_at = (tensor.data_ptr() for tensor in tensors)
     sizes = (cosines.shape[-1], order, stored_bytes, torch.get_num_threads(), key_bits, value_bits)
-    _kernels.run_blocks(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)
+    _kernels.run_steps(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)
 
 
 def use_as_named(names: str) -> None:

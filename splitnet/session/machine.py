@@ -350,7 +350,7 @@ class SessionState:
                     sure = not any(getattr(each, "replaces", False) for each in self._in_flight.values())
                     request.replaces = self._replaces(request.message)
                     labels = self._record(request.message)
-                    sure &= self._has_pages and len(labels) <= MAX_LABELS
+                    sure &= self._has_pages and len(labels) + len(request.message.parts) <= MAX_LABELS
                     request.message = replace(request.message, labels=labels if sure else ())
                 except SplitnetError as error:
                     request.error = error

@@ -15,7 +15,7 @@ from splitnet.errors import SplitnetError
 from splitnet.session.failover import RouteHop
 from splitnet.swarm.plan import Needs, PlannedHop
 from splitnet.swarm.swarm import Swarm
-from splitnet.wire.messages import CopiedPages
+from splitnet.wire.messages import MAX_LABELS, CopiedPages
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Standby:
                 return
 
     def _look(self, present: Present) -> None:
-        now, labels = time.monotonic(), present.labels
+        now, labels = time.monotonic(), present.labels[:MAX_LABELS]
         names = {hop.name for hop in present.hops}
         self._copies = {name: copy for name, copy in self._copies.items() if name in names}
         for index, hop in enumerate(present.hops):

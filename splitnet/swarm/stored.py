@@ -10,7 +10,7 @@ from typing import Final
 
 from splitnet.wire.sent_log import PAGE
 
-MOST_LABELS: Final = 1 << 16  # those used last
+MOST_LABELS: Final = 1 << 18  # those used last
 
 
 class StoredPages:

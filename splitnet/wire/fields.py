@@ -77,14 +77,14 @@ class Values:
             raise ProtocolError(f"not the msgpack that was expected: {error}") from None
 
 
-def wire(check: Check, **options: Any) -> Any:
-    """A field of a dataclass that travels; version 0.1.0 has it."""
-    return dataclasses.field(metadata={"check": check}, **options)
+def wire(check: Check, write: Check | None = None, **options: Any) -> Any:
+    """A field of a dataclass that travels; version 0.1.0 has it. write: makes what `check` takes; None: it is that."""
+    return dataclasses.field(metadata={"check": check, "write": write}, **options)
 
 
-def appended(check: Check, default: Any) -> Any:
+def appended(check: Check, default: Any, write: Check | None = None) -> Any:
     """A field of a dataclass that travels, and that version 0.1.0 does not have: behind all that it has."""
-    return dataclasses.field(default=default, metadata={"check": check, "appended": True})
+    return dataclasses.field(default=default, metadata={"check": check, "write": write, "appended": True})
 
 
 class Layout:
@@ -98,12 +98,16 @@ class Layout:
         self._required = sum(field.default is dataclasses.MISSING for field in fields)
         self._defaults = [field.default for field in fields]
         self._always_written = sum("appended" not in field.metadata for field in fields)
+        self._writes = [(at, write) for at, field in enumerate(fields) if (write := field.metadata["write"])]
 
     def write(self, message: Any) -> list[Any]:
         """The values that travel."""
         values = [getattr(message, name) for name in self.names]
         while len(values) > self._always_written and values[-1] == self._defaults[len(values) - 1]:
             values.pop()
+        for at, write in self._writes:
+            if at < len(values):
+                values[at] = write(values[at])
         return values
 
     def read(self, values: Sequence[Any]) -> dict[str, Any]:
@@ -152,6 +156,17 @@ def blob(*lengths: int) -> Check:
         if type(value) is not bytes or len(value) not in lengths:
             raise ProtocolError(f"expected {' or '.join(map(str, lengths))} bytes")
         return value
+
+    return check
+
+
+def joined(length: int, *, least: int = 0, most: int) -> Check:
+    """`least` to `most` byte strings of `length`, one behind the other, as a tuple."""
+
+    def check(value: Any) -> tuple[bytes, ...]:
+        if type(value) is not bytes or len(value) % length or not least <= len(value) // length <= most:
+            raise ProtocolError(f"expected {least} to {most} times {length} bytes")
+        return tuple(value[at : at + length] for at in range(0, len(value), length))
 
     return check
 

@@ -25,6 +25,7 @@ from splitnet.wire.fields import (
     appended,
     blob,
     flag,
+    joined,
     matching,
     milliseconds,
     number,
@@ -202,7 +203,7 @@ class Open(_OfSession):
     """All that keys and values depend on besides the text, as the client names it: the hops before, their weights and
     codecs, the adapter. Pages of the session are stored under it, see `Step.labels`; empty: none is."""
     row: int = appended(uint(_ROW_ID), 0)  # of which the hop may hold pages from before
-    labels: tuple[bytes, ...] = appended(several(blob(LABEL_BYTES), most=MAX_LABELS), ())  # of its first pages
+    labels: tuple[bytes, ...] = appended(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)  # of its first pages
     shared: bool = appended(flag, default=False)  # with other keys that the owner of the peer lets share
 
 
@@ -251,7 +252,7 @@ class Step(_Numbered):
     reach: int = appended(uint(MAX_POSITIONS), 0)
     """Where rotary frequencies depend on the length of a text, a position has those of the longer one: a text that ends
     with it, or one of so many positions (with the prefix of an adapter). Version 0.1.0 refuses it."""
-    labels: tuple[bytes, ...] = appended(several(blob(LABEL_BYTES), most=MAX_LABELS), ())
+    labels: tuple[bytes, ...] = appended(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)
     """Of the pages of each part that end within it, see `splitnet.wire.sent_log`; empty: none is stored."""
 
     @property
@@ -550,7 +551,7 @@ class CopyPages:
     end: int = wire(uint(MAX_BLOCKS))
     codec: int = wire(uint(255))  # as in `Open`
     context: bytes = wire(blob(LABEL_BYTES))
-    labels: tuple[bytes, ...] = wire(several(blob(LABEL_BYTES), least=1, most=MAX_LABELS))
+    labels: tuple[bytes, ...] = wire(joined(LABEL_BYTES, least=1, most=MAX_LABELS), b"".join)
     source_key: bytes = wire(blob(KEY_BYTES))
     source_address: str = wire(text(256))
     source_relays: tuple[Relay, ...] = wire(several(row(Relay, text(64), blob(KEY_BYTES)), most=3))
@@ -611,7 +612,7 @@ def decode(frames: Sequence[Payload]) -> Message:
     kind = _BY_TAG.get(header[3])
     if kind is None:
         raise ProtocolError(f"unknown message tag {header[3]}")
-    body = unpack_array(header[4:], most_items=MAX_LABELS, most_text=MAX_TEXT * 4, most_bytes=256)
+    body = unpack_array(header[4:], most_items=MAX_ROWS, most_text=MAX_TEXT * 4, most_bytes=MAX_LABELS * LABEL_BYTES)
     values = _LAYOUTS[kind].read(body)
     if kind in _HAS_PAYLOAD:
         values["payload"] = _payload(frames)

@@ -270,8 +270,10 @@ def frames_of(tag: int, fields: Any, *payload: bytes) -> list[bytes]:
 
 
 def fields_of(message: Message) -> list[Any]:
-    fields = [getattr(message, item.name) for item in dataclasses.fields(message) if item.name != "payload"]
-    return msgpack.unpackb(msgpack.packb(fields))
+    fields = {item.name: getattr(message, item.name) for item in dataclasses.fields(message) if item.name != "payload"}
+    if "labels" in fields:
+        fields["labels"] = b"".join(fields["labels"])
+    return msgpack.unpackb(msgpack.packb([*fields.values()]))
 
 
 def decode_or_refuse(frames: list[Any]) -> Message | None:
@@ -431,8 +433,8 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (COPY, "if_faster", True, 1),
     (COPY, "rate", 1.0, 0.5),
     (COPY, "context", LABEL, b""),
-    (COPY, "labels", [LABEL] * MAX_LABELS, [LABEL] * (MAX_LABELS + 1)),
-    (COPY, "labels", [LABEL], []),
+    (COPY, "labels", LABEL * MAX_LABELS, LABEL * (MAX_LABELS + 1)),
+    (COPY, "labels", LABEL, b""),
     (COPY, "source_key", bytes(KEY_BYTES), b""),
     (COPY, "source_address", "a" * 256, "a" * 257),
     (COPY, "source_relays", [["a" * 64, bytes(KEY_BYTES)]] * 3, [["a" * 64, bytes(KEY_BYTES)]] * 4),
@@ -440,8 +442,8 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (CopiedPages(SESSION, 7, 1, 2), "nbytes", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (OPEN, "context", bytes(LABEL_BYTES), bytes(LABEL_BYTES + 1)),
     (OPEN, "row", LARGEST_NUMBER, LARGEST_NUMBER + 1),
-    (OPEN, "labels", [bytes(LABEL_BYTES)] * MAX_LABELS, [bytes(LABEL_BYTES)] * (MAX_LABELS + 1)),
-    (OPEN, "labels", [], [b""]),
+    (OPEN, "labels", LABEL * MAX_LABELS, LABEL * (MAX_LABELS + 1)),
+    (OPEN, "labels", b"", [LABEL]),
     (OPEN, "shared", True, 1),
     (Opened(SESSION, 1, True, 0), "taps", True, 1),
     (Tapped(SESSION, 1, 7, 2, 0), "boundary", MAX_BLOCKS, MAX_BLOCKS + 1),
@@ -449,8 +451,8 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (Opened(SESSION, 1, True, 0), "weights", "w" * 64, "w" * 65),
     (STEP, "number", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (STEP, "reach", MAX_POSITIONS, MAX_POSITIONS + 1),
-    (STEP, "labels", [bytes(LABEL_BYTES)] * MAX_LABELS, [bytes(LABEL_BYTES)] * (MAX_LABELS + 1)),
-    (STEP, "labels", [], [bytes(LABEL_BYTES - 1)]),
+    (STEP, "labels", LABEL * MAX_LABELS, LABEL * (MAX_LABELS + 1)),
+    (STEP, "labels", b"", bytes(LABEL_BYTES - 1)),
     (Replay(SESSION, 1, 7, 2), "since", MAX_POSITIONS, MAX_POSITIONS + 1),
     (Opened(SESSION, 1, True, 0), "recalled", True, 1),
     (Opened(SESSION, 1, True, 0), "stores", True, 1),

@@ -116,7 +116,8 @@ def test_fields_of_later_versions_are_ignored(old: dict[str, Any]) -> None:
 
 def _all_values(message: Any) -> list[Any]:
     """Everything that travels, without leaving out a default."""
-    return [getattr(message, field.name) for field in dataclasses.fields(message) if "check" in field.metadata]
+    fields = [field for field in dataclasses.fields(message) if "check" in field.metadata]
+    return [(field.metadata["write"] or (lambda value: value))(getattr(message, field.name)) for field in fields]
 
 
 @old_messages
