@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 LOOK_S: Final = 1.0  # how often hops are compared with their replicas
 ASK_AGAIN_S: Final = 15.0  # a replica that has not answered is asked again
 PLAN_S: Final = 30.0  # for this time a replica is kept, or none is looked for again
-PAGES_AT_ONCE: Final = 256  # that a replica is asked for, beyond those that it has
+PAGES_AT_ONCE: Final = 128  # that a replica is asked for, beyond those that it has
 
 
 @dataclass(slots=True)
@@ -71,13 +71,15 @@ class Standby:
         self._number = number
         self._copies: dict[str, _Copy] = {}  # by the name of the hop
         self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._closed = False
+        self._changed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="splitnet-standby", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Ends it without waiting; from any thread."""
-        self._closed.set()
+        self._closed = True
+        self._changed.set()
 
     def took(self, message: CopiedPages) -> bool:
         """Takes in the answer of a replica; False: it answers something else."""
@@ -88,11 +90,14 @@ class Standby:
                     copy.pages = min(message.pages, len(copy.asked))
                     copy.last = copy.asked[copy.pages - 1] if copy.pages else b""
                     self.copied_bytes += message.nbytes
+                    self._changed.set()
                     return True
         return False
 
     def _run(self) -> None:
-        while not self._closed.wait(LOOK_S):
+        while not self._closed:
+            self._changed.wait(LOOK_S)
+            self._changed.clear()
             try:
                 present = self._present()
                 if present is not None:
@@ -105,7 +110,7 @@ class Standby:
 
     def _look(self, present: Present) -> None:
         now, labels = time.monotonic(), present.labels[:MAX_LABELS]
-        names = {hop.name for hop in present.hops}
+        names, behind = {hop.name for hop in present.hops}, list[tuple[RouteHop, _Copy, PlannedHop]]()
         self._copies = {name: copy for name, copy in self._copies.items() if name in names}
         for index, hop in enumerate(present.hops):
             copy = self._copies.get(hop.name)
@@ -119,8 +124,9 @@ class Standby:
             replica = copy.replica
             if copy.last not in labels[copy.pages - 1 : copy.pages]:  # another text
                 copy.pages, copy.last = 0, b""
-            if replica is None or not hop.context or copy.pages >= len(labels):
-                continue
+            if replica is not None and hop.context and copy.pages < len(labels):
+                behind.append((hop, copy, replica))
+        for hop, copy, replica in behind:
             if copy.pages:
                 self._swarm.stored.note(labels, replica.name, copy.pages, present.codec)
             if (copy.number or copy.stuck) and now - copy.asked_at < ASK_AGAIN_S:
@@ -128,7 +134,7 @@ class Standby:
             with self._lock:
                 copy.number, copy.asked_at = self._number(), now
                 copy.asked = labels[: copy.pages + PAGES_AT_ONCE]
-            rate = max(1.0, self._rate / len(present.hops))
+            rate = max(1.0, self._rate / len(behind))
             message = hop.copy_of(self._session, copy.number, hop.endpoint, copy.asked, rate=rate)
             self._swarm.links.send(replica.record.endpoint, message)
 
