@@ -87,7 +87,9 @@ class WeightService:
                 log.exception("weights could not be given")
                 nbytes = 0
                 self._refuse(source, message, FailureCode.INTERNAL, "an error at this peer")
-            rate = self.rate * (SERVING_SHARE if self.serving() else 1.0)
+            # Pages are of sessions that are being served.
+            is_page = message.kind == WeightsKind.PAGE
+            rate = self.rate * (SERVING_SHARE if self.serving() and not is_page else 1.0)
             # Evenly: what was not used is not saved.
             owed = self._spent.spend(nbytes + QUESTION_BYTES, rate * MINUTE_S, time.monotonic())
             self._closed.wait(owed / rate)
