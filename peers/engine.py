@@ -52,8 +52,8 @@ log = logging.getLogger(__name__)
 
 SHORT_S = 0.02  # a step that takes no longer may run in the thread that received it: nothing else is received meanwhile
 TELL_S = 60.0  # how often the same error is logged at most: a client may cause it a thousand times a second
-FILLED_AT_ONCE = 64  # pages that are put into a row before other steps run
-FILLED_BESIDE = 8  # the same, where several keys are active
+FILLED_AT_ONCE = 1 << 27  # bytes of pages that are put into a row before other steps run
+FILLED_BESIDE = 1 << 25  # the same, where several keys are active
 SHARE = 0.1  # weight of the latest pass in the average
 PAST_POSITIONS = 64  # of the pass from which it is derived what one of a prefill takes to read the positions before it
 PAST_STEPS = 4  # passes of one position before that, the first as a warm-up
@@ -489,7 +489,8 @@ class Engine:
     def _fill(self, session: Session, filling: Filling) -> None:
         began = time.perf_counter()
         if filling.goes_on:
-            most = FILLED_BESIDE if self._queue.is_contended else FILLED_AT_ONCE
+            nbytes = FILLED_BESIDE if self._queue.is_contended else FILLED_AT_ONCE
+            most = max(1, nbytes // filling.recalled.pages[0].nbytes)
             self._service.fill(session, filling, self._span.device, most)
             self._queue.charge(session, seconds_after_work(self._span.device) - began)
 
