@@ -332,6 +332,8 @@ def tiny_passes(
             for number in range(sent + 1, sent + AT_ONCE, 2):
                 stranger.say(Forward(session, 1, number, 0, (1,), True, 0, PLAIN, code, payload))
                 stranger.say(FetchKV(session, 1, number + 1, 1, 1))
+            while not sent and not isinstance(stranger.wait_for(session, Result), Result):
+                pass  # keys and values are refused meanwhile
             sent += AT_ONCE
             stranger.settle()
             began()

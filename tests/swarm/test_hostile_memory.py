@@ -72,12 +72,12 @@ class Watched:
     def look(self) -> None:
         for peer in self.peers:
             sessions = list(peer.service.sessions)
+            self.kept = max(self.kept, *(len(each.kept) for each in sessions), 0)
             try:
                 held = sum(row.nbytes for each in sessions for row in list(each.rows.values()))
                 held += sum(each.log.nbytes for each in sessions)
             except RuntimeError:  # they change meanwhile
                 continue
-            self.kept = max(self.kept, *(len(each.kept) for each in sessions), 0)
             self.rows = max(self.rows, held)
             self.accounted = max(self.accounted, peer.service.sessions.memory.used)
             self.training = max(self.training, peer.service.training_memory.used)
