@@ -465,19 +465,16 @@ class Engine:
         do so at the same time."""
         recalled, filling = session.recalled, session.filling
         # With the rows that it has it would hold more than it has reserved; texts by turns would be work for nothing.
-        waits = recalled is None or session.closed or bool(session.rows) or session.prefix_length > 0
-        if waits or recalled is None or (filling is not None and not filling.begins(recalled)):
-            self._queue.release_recalled(session)
-            return
-        try:
-            filling = session.filling = filling or self._new_filling(session, recalled, recalled.positions)
-            self._fill(session, filling)
-            goes_on = filling.goes_on
-        except Exception as error:  # it is tried again with the step, and refused
-            failure_of(error, "stored page")
-            goes_on = False
-        if not goes_on:
-            self._queue.release_recalled(session)
+        waits = session.closed or session.rows or session.prefix_length
+        if not waits and recalled is not None and (filling is None or filling.begins(recalled)):
+            try:
+                filling = session.filling = filling or self._new_filling(session, recalled, recalled.positions)
+                self._fill(session, filling)
+                if filling.goes_on:
+                    return
+            except Exception as error:  # it is tried again with the step, and refused
+                failure_of(error, "stored page")
+        self._queue.release_recalled(session)
 
     def _new_filling(self, session: Session, recalled: Recalled, end: int) -> Filling:
         """A row with room for these pages, and for `end` positions."""

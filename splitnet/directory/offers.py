@@ -176,6 +176,6 @@ class Announcer:
             taken = self.directory.announce(record, self.identity)
         if not taken:
             log.warning(
-                "the DHT did not take this peer's record: check that the clock of this machine is right, and give "
-                "--key-file if others fill the directory"
+                "the DHT did not take the record of this process: check that the clock of this machine is right, and "
+                "give --key-file if others fill the directory"
             )

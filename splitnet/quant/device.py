@@ -229,8 +229,7 @@ def in_large_pages(rows: int, row_bytes: int) -> Tensor:
 
 
 def new_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """As `like.new_empty(shape)`, on a CPU in large pages where that is many of them: first use of a small page takes
-    about as long as copying into it."""
+    """As `like.new_empty(shape)`, on a CPU in large pages where that is many of them: see `in_large_pages`."""
     size = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or size < WORTH_LARGE_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape)
