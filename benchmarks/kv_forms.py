@@ -1,33 +1,54 @@
-"""What each form of KV caches costs and gives on a real model: bytes, speed, and how far answers are off, in Markdown.
+"""What each form of KV caches costs and gives on a model: bytes, speed, and how far answers are off, in Markdown.
 
     python -m benchmarks.kv_forms CHECKPOINT [--text FILE] [--behind 512 8192] [--speed 8192 32768] [--threads 2]
                                              [--save FILE]
+    python -m benchmarks.kv_forms --families gpt2 falcon bloom qwen3 gemma2 gpt_oss [--behind 512 8192] [--threads 2]
 
 Quality: a text runs as a prompt in passes of 512 positions, and its last 256 positions as decode steps of 16. Their
 next-token distributions are compared with those of the same steps with float32 KV caches. Speed: decode steps through
 all blocks, forms by turns, behind so many positions that are filled with noise, not computed; the median of their
 times. --save writes the text of the longest comparison, for other programs: `llama-perplexity -f` with `-ctk`, `-ctv`.
+
+With --families, quality alone, of small models of these families (3 blocks, 4 heads of 64 numbers, a word is a byte),
+which are trained first on the rest of the text, some minutes each. "Bits per byte" is what they know of the compared
+positions; 8 is nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
+import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from splitnet.blocks.backbone import load_whole, share_blocks
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.blocks.kv_form import KINDS
 from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
+from tests.unit.random_models import random_config
 
 ROOT = Path(__file__).parent.parent
 COMPARED, PASS, STEP = 256, 512, 16
 FILLED_AT_ONCE = 2048
+HEAD = 64
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {},  # each head has keys and values of its own, learned positions
+    "falcon": {"multi_query": True, "new_decoder_architecture": False, "alibi": False},  # one head of keys and values
+    "bloom": {},  # slopes
+    "qwen3": {},  # groups of heads, keys are normed
+    "gemma2": {"query_pre_attn_scalar": HEAD, "sliding_window": 512},  # windows in turn, capped scores
+    "gpt_oss": {"sliding_window": 128},  # windows in turn, sinks, experts
+}
+TRAINED = ((300, 8, 512), (30, 2, 2048))  # steps, texts, positions
 
 
 def with_form(span: Span, kv: str) -> Span:
@@ -35,6 +56,60 @@ def with_form(span: Span, kv: str) -> Span:
     backbone = share_blocks(span._backbone, span._container, span.start, span.end)
     own = {"weights": span.weights, "windows": span._windows, "packs": span._packs, "whole": span}
     return Span(backbone, span._container, span.start, span.end, **own, kv=kv)
+
+
+def trained(family: str, folder: Path, text: torch.Tensor, positions: int) -> None:
+    """Saves a small model of the family in `folder` that has been trained on `text`, at all of so many positions."""
+    torch.manual_seed(0)
+    sizes = {"max_position_embeddings": positions, "n_positions": positions, "num_key_value_heads": 2}
+    own = {"head_dim": HEAD} if family not in ("gpt2", "bloom", "falcon") else {}
+    config = random_config(family, blocks=3, hidden=4 * HEAD, vocab=256, **(sizes | own | FAMILIES[family]))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    began = time.perf_counter()
+    for steps, texts, length in TRAINED:
+        for step in range(steps):
+            starts = torch.randint(len(text) - length, (texts,)).tolist()
+            ids = torch.stack([text[start : start + length] for start in starts])
+            # Learned positions are trained wherever they are.
+            offset = int(torch.randint(positions - length + 1, ())) if family == "gpt2" else 0
+            given = {"position_ids": torch.arange(offset, offset + length)[None]} if offset else {}
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids, use_cache=False, **given).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if step % 50 == 49 or step + 1 == steps:
+                told = f"{family}: step {step + 1} of {steps}, {float(loss.detach()) / math.log(2):.2f} bits per byte"
+                print(f"{told}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    model.eval().save_pretrained(folder)
+
+
+def compare(spans: dict[str, Span], model: Any, ids: torch.Tensor, before: str) -> None:
+    """Prints how far the answers of each form are from those of the first."""
+    expected = log_probabilities(spans[KINDS[0]], model, ids)
+    told = -float(expected[:-1].gather(1, ids[1 - COMPARED :, None]).mean()) / math.log(2)
+    for kv in KINDS[1:]:
+        found = log_probabilities(spans[kv], model, ids)
+        divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
+        top1 = float((expected.argmax(-1) == found.argmax(-1)).float().mean())
+        print(f"| {before}{len(ids)} | {kv} | {divergence:.1e} | {top1:.4f} | {told:.2f} |", flush=True)
+
+
+def compare_families(families: Sequence[str], text: bytes, behind: Sequence[int]) -> None:
+    """Trains each, and prints how far its answers are off with each form."""
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    ids, rest = data[: max(behind)], data[max(behind) :]
+    print("| family | positions | form | KL (nats) | top-1 | bits per byte |\n|---|---|---|---|---|---|", flush=True)
+    for family in families:
+        with tempfile.TemporaryDirectory() as folder:
+            trained(family, Path(folder), rest, max(behind))
+            checkpoint = Checkpoint.open(folder)
+            exact = Span.load(checkpoint, 0, checkpoint.num_blocks, dtype="float32", weights="auto")
+            spans, model = {kv: with_form(exact, kv) for kv in KINDS}, load_whole(checkpoint, torch.float32)
+            for positions in behind:
+                compare(spans, model, ids[:positions], f"{family} | ")
 
 
 @torch.inference_mode()
@@ -84,7 +159,8 @@ def milliseconds(spans: dict[str, Span], positions: int, steps: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[])
     parser.add_argument("--text", type=Path, nargs="+", default=sorted((ROOT / "docs").glob("*.md")))
     parser.add_argument("--behind", type=int, nargs="*", default=[512, 8192])
     parser.add_argument("--speed", type=int, nargs="*", default=[8192, 32768])
@@ -93,6 +169,12 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if bool(arguments.checkpoint) == bool(arguments.families):
+        parser.error("name a checkpoint, or families with --families")
+    text = "\n".join(file.read_text(encoding="utf-8") for file in arguments.text)
+    if arguments.families:
+        compare_families(arguments.families, text.encode(), arguments.behind)
+        return
     checkpoint = Checkpoint.open(arguments.checkpoint)
     exact = Span.load(checkpoint, 0, checkpoint.num_blocks, dtype="float32", weights="auto")
     spans = {kv: with_form(exact, kv) for kv in KINDS}
@@ -103,18 +185,12 @@ def main() -> None:
         print(f"| {kv} | {size} | 1 / {plain / size:.2f} | {span.row_bytes / 1024:.0f} |", flush=True)
     if arguments.behind:
         model, tokenizer = load_whole(checkpoint, torch.float32), checkpoint.tokenizer()
-        text = "\n".join(file.read_text(encoding="utf-8") for file in arguments.text)
         ids = tokenizer(text, return_tensors="pt").input_ids[0, : max(arguments.behind)]
         if arguments.save:
             arguments.save.write_text(tokenizer.decode(ids), encoding="utf-8")
-        print("\n| positions | form | KL (nats) | top-1 |\n|---|---|---|---|")
+        print("\n| positions | form | KL (nats) | top-1 | bits per token |\n|---|---|---|---|---|")
         for positions in arguments.behind:
-            expected = log_probabilities(spans[KINDS[0]], model, ids[:positions])
-            for kv in KINDS[1:]:
-                found = log_probabilities(spans[kv], model, ids[:positions])
-                divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
-                top1 = float((expected.argmax(-1) == found.argmax(-1)).float().mean())
-                print(f"| {positions} | {kv} | {divergence:.1e} | {top1:.4f} |", flush=True)
+            compare(spans, model, ids[:positions], "")
         del model
     if arguments.speed:
         print("\n| positions | form | ms per token | tokens/s | times float32 |\n|---|---|---|---|---|")

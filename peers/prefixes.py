@@ -216,6 +216,13 @@ class PrefixStore:
             self.counts.found += len(pages)
             then(pages)
 
+    def used(self, pages: Sequence[Page]) -> None:
+        """Writes pages with which a row was begun; not sooner, as that takes time from those who fill the row."""
+        with self._lock:
+            for page in pages:
+                if (held := self._held.get(page.name)) is not None:
+                    self._write_later(held)
+
     def forget(self, pages: Sequence[Page]) -> None:
         """Drops pages that were of no use."""
         self.counts.broken += len(pages)
@@ -256,8 +263,6 @@ class PrefixStore:
             for held in reversed(found):
                 held.uses += 1
                 value = held.value = max(value, held.value, self._floor + held.uses * held.cost_ms)
-            for held in found:
-                self._write_later(held)
             return [held.page for held in found]
 
     def _read(self, space: Space, names: Sequence[bytes], pages: list[Page], until: float) -> list[Page]:

@@ -510,6 +510,8 @@ class SessionService:
         if not filling.broken:
             session.rows = {row: filling.row}
             session.pages = {row: RowPages(work.space, [page.name for page in pages])}
+            if self.sessions.prefixes is not None:
+                self.sessions.prefixes.used(pages)
 
     @contextmanager
     def _may_break(self, filling: Filling) -> Iterator[None]:

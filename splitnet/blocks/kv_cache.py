@@ -330,16 +330,24 @@ class SequenceCache:
         end, begin = self.length, pages[0] if pages else {}
         for kind in [name.removesuffix(".keys") for name in begin if name.endswith(".keys")]:
             key = int(kind) if kind.isdecimal() else kind
-            # Joined first: many small copies take longer, to another device by far.
-            keys, values = (torch.cat([page[f"{kind}.{part}"] for page in pages], 2) for part in ("keys", "values"))
-            both, end = (keys.to(device), values.to(device)), self.length + keys.shape[2]
+            numbers = [[page[f"{kind}.{part}"] for page in pages] for part in ("keys", "values")]
+            start, end = self.length, self.length + sum(keys.shape[2] for keys in numbers[0])
+            if device.type == "cpu" and not self._has_codes(key):
+                before = self._before(key)
+                block = self._with_room(key, numbers[0][0], numbers[1][0], before + end)
+                for held, own in zip(block.numbers, numbers, strict=True):
+                    room = held[:, :, before + start : before + end].split([each.shape[2] for each in own], 2)
+                    torch._foreach_copy_(room, own)
+                continue
+            # To another device many small copies take longer by far.
+            both = (torch.cat(numbers[0], 2).to(device), torch.cat(numbers[1], 2).to(device))
             if self._has_codes(key):
                 first = [
                     begin[name].to(device) for name in (f"{kind}.first_keys", f"{kind}.first_values") if name in begin
                 ]
-                self._store_codes(int(kind), self.length, both, first)
+                self._store_codes(int(kind), start, both, first)
             else:
-                self.store(key, self.length, *both)
+                self.store(key, start, *both)
         self.length, self.computed = end, 0 if self._states is not None else end
 
     def restore(self, states: Mapping[str, Tensor], computed: int, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 
 from splitnet.blocks.fast.native_step import NativeStep
 from splitnet.blocks.kv_cache import SequenceCache
-from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm, turned
+from splitnet.blocks.kv_form import KINDS, RING, SINKS, WINDOW, KVForm, turned
 from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.peer import KVKind
 from splitnet.errors import WeightsError
 from splitnet.quant import native
+from splitnet.session.options import KVForms
+from splitnet.swarm.plan import KV_BITS
 from tests.tiers import examples
 from tests.unit.blocks.test_torch_step import LATENTS
 from tests.unit.random_models import HYBRIDS, random_checkpoint
@@ -75,6 +78,10 @@ def test_what_cannot_be_held_so_is_refused_by_name() -> None:
     with pytest.raises(WeightsError, match="--kv float16"):
         form.bytes_of(24)
     assert KVForm.of("float16", torch.bfloat16) is None
+
+
+def test_every_part_knows_the_same_forms() -> None:
+    assert KINDS == ("auto", *get_args(KVForms)) == tuple(KVKind) == tuple(KV_BITS)
 
 
 actions = st.lists(

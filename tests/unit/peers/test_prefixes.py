@@ -56,9 +56,12 @@ def same(one: Page, other: Page) -> bool:
 
 
 def recalled(store: PrefixStore, space: Space, labels: list[bytes]) -> list[Page]:
+    """Pages of a text, with which a row is begun."""
     found: Queue[list[Page]] = Queue()
     store.recall(space, labels, found.put)
-    return found.get(timeout=SOON_S)
+    pages = found.get(timeout=SOON_S)
+    store.used(pages)
+    return pages
 
 
 def put_text(store: PrefixStore, space: Space, text: int = 0, depth: int = DEPTH, cost_ms: float = 1.0) -> list[bytes]:
