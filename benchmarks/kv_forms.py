@@ -67,7 +67,8 @@ def trained(family: str, folder: Path, text: torch.Tensor, positions: int) -> No
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     began = time.perf_counter()
-    for steps, texts, length in TRAINED:
+    for steps, texts, most in TRAINED:
+        length = min(most, positions)
         for step in range(steps):
             starts = torch.randint(len(text) - length, (texts,)).tolist()
             ids = torch.stack([text[start : start + length] for start in starts])

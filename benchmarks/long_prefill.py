@@ -159,6 +159,7 @@ def measure(swarm: Swarm, arguments: argparse.Namespace) -> None:
         "times the least (range)",
         "tokens/s",
         "ms a step",
+        "CPU s of the peers",
     )
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for size, rounds in seen.items():
