@@ -23,10 +23,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from splitnet.blocks.backbone import load_whole, share_blocks
@@ -46,9 +48,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {},  # slopes
     "qwen3": {},  # groups of heads, keys are normed
     "gemma2": {"query_pre_attn_scalar": HEAD, "sliding_window": 512},  # windows in turn, capped scores
-    "gpt_oss": {"sliding_window": 128},  # windows in turn, sinks, experts
+    # windows in turn, sinks, experts
+    "gpt_oss": {"sliding_window": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
 }
-TRAINED = ((300, 8, 512), (30, 2, 2048))  # steps, texts, positions
+TRAINED = ((1000, 4, 256), (20, 1, 2048))  # steps, texts, positions
 
 
 def with_form(span: Span, kv: str) -> Span:
@@ -66,6 +69,8 @@ def trained(family: str, folder: Path, text: torch.Tensor, positions: int) -> No
     config = random_config(family, blocks=3, hidden=4 * HEAD, vocab=256, **(sizes | own | FAMILIES[family]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    steps_in_all = sum(steps for steps, *_ in TRAINED)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps_in_all, pct_start=0.1)
     began = time.perf_counter()
     for steps, texts, most in TRAINED:
         length = min(most, positions)
@@ -81,7 +86,8 @@ def trained(family: str, folder: Path, text: torch.Tensor, positions: int) -> No
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            if step % 50 == 49 or step + 1 == steps:
+            schedule.step()
+            if step % 100 == 99 or step + 1 == steps:
                 told = f"{family}: step {step + 1} of {steps}, {float(loss.detach()) / math.log(2):.2f} bits per byte"
                 print(f"{told}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     model.eval().save_pretrained(folder)
@@ -113,10 +119,29 @@ def compare_families(families: Sequence[str], text: bytes, behind: Sequence[int]
                 compare(spans, model, ids[:positions], f"{family} | ")
 
 
+class _Seen(Exception):
+    """The first block is reached."""
+
+
+@torch.inference_mode()
+def before_blocks(blocks: nn.ModuleList, model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What comes into the first block, `[positions, hidden]`."""
+    seen: list[torch.Tensor] = []
+
+    def see(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(given[0] if given else named["hidden_states"])
+        raise _Seen
+
+    with blocks[0].register_forward_pre_hook(see, with_kwargs=True), suppress(_Seen):
+        model(input_ids=ids[None], use_cache=False)
+    return seen[0][0]
+
+
 @torch.inference_mode()
 def log_probabilities(span: Span, model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Of the last `COMPARED` positions, `[positions, words]`."""
-    hidden = model.get_input_embeddings()(ids)
+    blocks: Any = model.base_model.get_submodule(span._container)
+    hidden = before_blocks(blocks, model, ids)
     row, outputs = span.new_row(len(ids)), list[torch.Tensor]()
     while row.length < len(ids):
         begin, until = row.length, len(ids) - COMPARED
@@ -124,7 +149,9 @@ def log_probabilities(span: Span, model: Any, ids: torch.Tensor) -> torch.Tensor
         output = span.forward(hidden[begin:end], [Chunk(row, begin, end - begin)])
         if begin >= until:
             outputs.append(output)
-    return model.lm_head(model.get_decoder().norm(torch.cat(outputs))).float().log_softmax(-1)
+    own = torch.cat(outputs)[None]
+    with blocks[-1].register_forward_hook(lambda _, __, given: (own, *given[1:]) if type(given) is tuple else own):
+        return model(input_ids=ids[None, -COMPARED:], use_cache=False).logits[0].float().log_softmax(-1)
 
 
 @torch.inference_mode()
