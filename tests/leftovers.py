@@ -15,7 +15,7 @@ import psutil
 
 RUN_MARK = "TESTS_OF_SPLITNET"
 """The variable that marks all processes of a run of tests."""
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 30.0
 """How long what a test started may take to end after the test."""
 
 SHARED_THREADS = ("tqdm", "TMonitor", "Thread-auto_conversion", "GarbageCollectorThread")
