@@ -2,7 +2,7 @@
 
     python -m benchmarks.kv_forms CHECKPOINT [--text FILE] [--behind 512 8192] [--speed 8192 32768] [--threads 2]
                                              [--save FILE]
-    python -m benchmarks.kv_forms --families gpt2 falcon bloom qwen3 gemma2 gpt_oss [--behind 512 8192] [--threads 2]
+    python -m benchmarks.kv_forms --families gpt_neox falcon bloom qwen3 gemma2 gpt_oss [--behind 512 8192]
 
 Quality: a text runs as a prompt in passes of 512 positions, and its last 256 positions as decode steps of 16. Their
 next-token distributions are compared with those of the same steps with float32 KV caches. Speed: decode steps through
@@ -43,7 +43,7 @@ COMPARED, PASS, STEP = 256, 512, 16
 FILLED_AT_ONCE = 2048
 HEAD = 64
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {},  # each head has keys and values of its own, learned positions
+    "gpt_neox": {},  # each head has keys and values of its own
     "falcon": {"multi_query": True, "new_decoder_architecture": False, "alibi": False},  # one head of keys and values
     "bloom": {},  # slopes
     "qwen3": {},  # groups of heads, keys are normed
@@ -62,10 +62,10 @@ def with_form(span: Span, kv: str) -> Span:
 
 
 def trained(family: str, folder: Path, text: torch.Tensor, positions: int) -> None:
-    """Saves a small model of the family in `folder` that has been trained on `text`, at all of so many positions."""
+    """Saves a small model of the family for so many positions in `folder`, trained on `text`."""
     torch.manual_seed(0)
-    sizes = {"max_position_embeddings": positions, "n_positions": positions, "num_key_value_heads": 2}
-    own = {"head_dim": HEAD} if family not in ("gpt2", "bloom", "falcon") else {}
+    sizes = {"max_position_embeddings": positions, "num_key_value_heads": 2}
+    own = {"head_dim": HEAD} if family in ("qwen3", "gemma2", "gpt_oss") else {}
     config = random_config(family, blocks=3, hidden=4 * HEAD, vocab=256, **(sizes | own | FAMILIES[family]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
@@ -77,11 +77,8 @@ def trained(family: str, folder: Path, text: torch.Tensor, positions: int) -> No
         for step in range(steps):
             starts = torch.randint(len(text) - length, (texts,)).tolist()
             ids = torch.stack([text[start : start + length] for start in starts])
-            # Learned positions are trained wherever they are.
-            offset = int(torch.randint(positions - length + 1, ())) if family == "gpt2" else 0
-            given = {"position_ids": torch.arange(offset, offset + length)[None]} if offset else {}
             with torch.autocast("cpu", torch.bfloat16):
-                loss = model(input_ids=ids, labels=ids, use_cache=False, **given).loss
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
