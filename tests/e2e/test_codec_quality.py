@@ -31,7 +31,7 @@ def test_default_int8_stays_below_5e_4(comparison: Comparison, cuts: tuple[int, 
     assert quality.top1 > 0.98
 
 
-@pytest.mark.default_cases(name=("none", "int4"))
+@pytest.mark.full
 @pytest.mark.parametrize("name", LARGEST_DIVERGENCE)
 def test_no_other_codec_got_worse(comparison: Comparison, name: str) -> None:
     assert comparison.quality(CODECS[name], CUTS[0]).divergence <= LARGEST_DIVERGENCE[name]

@@ -250,6 +250,16 @@ FAILURES: dict[str, tuple[str, str]] = {
     "bench: a hole": ("bench {small} --join {holed} --prefill 8", "blocks 4..5 of .* are served by nobody: start a"),
     "tune: no such layer": (f"{TUNE} {{plain}} --join {{private}} --targets wing", "LoRA does not fit .* --targets"),
 }
+SAID_BY_OTHERS = {
+    "bench: a hole",
+    "bench: no such codec",
+    "serve: no head for drafts",
+    "serve: no layer for drafts",
+    "serve: nobody to join",
+    "serve: other weights",
+    "status: other weights",
+}
+"""Other commands say the same."""
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +293,7 @@ def words(
         }
 
 
+@pytest.mark.default_cases(name=tuple(FAILURES.keys() - SAID_BY_OTHERS))
 @pytest.mark.parametrize("name", FAILURES)
 def test_one_sentence_says_what_is_wrong_and_the_fix(words: dict[str, str], here: Here, name: str) -> None:
     arguments, sentence = FAILURES[name]
@@ -379,7 +390,7 @@ def imports_torch(daemon: Daemon) -> bool:
     return any("libtorch_cpu" in region.path for region in psutil.Process(daemon.process.pid).memory_maps())
 
 
-@pytest.mark.default_cases(moment=("load blocks",), number=(signal.SIGINT,))
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     "moment",
@@ -546,7 +557,7 @@ def test_generate_with_statistics(address: str, demo_checkpoint: Path, here: Her
     assert re.search(r"\d+ prompt tokens, \d+ new; time to first token \d+ ms, then [\d.]+ tokens/s", answer.errors)
 
 
-@pytest.mark.default_cases(by_themselves=(False,))
+@pytest.mark.full
 @pytest.mark.parametrize("by_themselves", [False, True], ids=["here", "as processes"])
 def test_generate_samples_by_seed_reads_stdin_and_takes_a_raw_prompt(
     private: str, small: Path, home: Path, here: Here, by_themselves: bool
@@ -568,6 +579,7 @@ def test_generate_samples_by_seed_reads_stdin_and_takes_a_raw_prompt(
     assert texts["piped"] == texts["raw"] != texts["chat"]
 
 
+@pytest.mark.full
 def test_a_stranger_is_told_so_at_once(
     private: str, small: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

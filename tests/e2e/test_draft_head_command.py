@@ -29,6 +29,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.full
 def test_a_head_is_trained_from_what_the_model_writes_and_drafts(
     here: Here, small: Path, duo: str, prompts: Path, tmp_path: Path
 ) -> None:

@@ -60,7 +60,7 @@ def same(local: PreTrainedModel, remote: RemoteCausalLM, inputs: Any, **options:
     assert torch.equal(got, expected)
 
 
-@pytest.mark.default_cases(prompt=PROMPTS[:1])
+@pytest.mark.full
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any, prompt: str) -> None:
     same(local, remote, tokenizer(prompt, return_tensors="pt"))
@@ -84,6 +84,7 @@ def test_sampling_with_a_seed(local: PreTrainedModel, remote: RemoteCausalLM, to
     same(local, remote, inputs, do_sample=True, temperature=0.9, top_p=0.95)
 
 
+@pytest.mark.full
 def test_drafts_and_local_blocks(demo_checkpoint: Path, address: str, local: PreTrainedModel, tokenizer: Any) -> None:
     rows = "\n".join(f"| {city} | {country} |" for city, country in CITIES)
     inputs = tokenizer(f"{rows}\n\nThe same table once more:\n\n| Vienna |", return_tensors="pt")
@@ -101,6 +102,7 @@ def test_drafts_and_local_blocks(demo_checkpoint: Path, address: str, local: Pre
     assert torch.equal(got, generate(local, inputs))
 
 
+@pytest.mark.full
 def test_a_chat_over_int8_makes_sense(demo_checkpoint: Path, address: str, tokenizer: Any) -> None:
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],

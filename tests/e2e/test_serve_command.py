@@ -130,6 +130,7 @@ def expected(local: Any, tokenizer: Any, messages: list[Any], tokens: int) -> st
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.full
 def test_a_chat_of_two_turns(client: OpenAI, local: Any, tokenizer: Any) -> None:
     messages = user("What is the capital of France?")
     first = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=16)
@@ -152,6 +153,7 @@ def test_embeddings(client: OpenAI, local: Any, tokenizer: Any) -> None:
         assert float(torch.cosine_similarity(torch.tensor(found.embedding), state, dim=0)) > 0.9999
 
 
+@pytest.mark.full
 def test_a_conversation_of_responses(client: OpenAI, local: Any, tokenizer: Any) -> None:
     asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 12}
     first = client.responses.create(input="What is the capital of France?", **asked)
@@ -184,6 +186,7 @@ def test_a_stream(client: OpenAI, local: Any, tokenizer: Any) -> None:
     assert all(token.logprob == token.top_logprobs[0].logprob for token in tokens)
 
 
+@pytest.mark.full
 def test_completions(client: OpenAI, local: Any, tokenizer: Any) -> None:
     counted = client.completions.create(model=MODEL, prompt="1, 2, 3,", temperature=0, max_tokens=40, stop=[" 7"])
     assert (counted.choices[0].text, counted.choices[0].finish_reason) == (" 4, 5, 6,", "stop")

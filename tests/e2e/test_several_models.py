@@ -56,6 +56,7 @@ def gateway(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         assert server.stop(signal.SIGTERM).code == 0
 
 
+@pytest.mark.full
 def test_each_model_and_its_adapter_answers_as_in_one_piece(
     gateway: tuple[Background, OpenAI], folders: dict[str, Path], demo_checkpoint: Path
 ) -> None:

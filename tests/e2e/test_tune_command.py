@@ -117,7 +117,8 @@ def test_a_side_network_is_trained_on_states_that_come_once(
     assert plain.output.strip() != "music"
 
 
-@pytest.mark.parametrize("method", ["prompt", pytest.param("p-tuning", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["prompt", "p-tuning"])
 def test_prompts_are_trained_on_a_gguf_file(
     method: str, here: Here, demo_checkpoint: Path, address: str, data: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ def test_prompts_are_trained_on_a_gguf_file(
     assert generated.code == 0 and len(generated.output) > 1, generated.errors
 
 
+@pytest.mark.full
 def test_two_owners_train_one_adapter_together(
     words: Words, here: Here, small: Path, duo: str, data: Path, tmp_path: Path
 ) -> None:
@@ -206,6 +208,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, here: Her
     assert (folder / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
 
 
+@pytest.mark.full
 def test_small_differences_of_losses_do_not_travel_as_integers(words: Words, here: Here, tmp_path: Path) -> None:
     """Without gradients `--codec auto` is fp16; all directions of a step go together."""
     sent: dict[str, int] = {}

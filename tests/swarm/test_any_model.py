@@ -112,6 +112,7 @@ def test_demand_moves_an_idle_peer_and_it_stays(node: Directory, folder: Path, o
         assert serves(idle, other) and idle.counters.moves == 1, "without demand nothing moves"
 
 
+@pytest.mark.full
 def test_of_two_idle_peers_one_goes_where_one_is_needed(node: Directory, folder: Path, other: Path) -> None:
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
         idle = [any_peer(swarm, folder, [], 6) for _ in range(2)]
@@ -175,6 +176,7 @@ def test_a_peer_stays_if_nobody_gives_the_weights(
         assert torch.equal(answer(swarm, folder), whole_answer(folder))
 
 
+@pytest.mark.full
 def test_strangers_that_claim_demand_are_bounded(node: Directory, folder: Path, other: Path) -> None:
     """And a gateway beside them is heard."""
     served, wanted = (Checkpoint.open(each) for each in (folder, other))

@@ -158,6 +158,7 @@ def test_a_peer_that_leaves_is_missed_at_once(swarm: LocalSwarm) -> None:
     wait_until_missed(swarm, (0, 6))
 
 
+@pytest.mark.default_cases(through_dht=(False,))
 @pytest.mark.parametrize("through_dht", [True, False])
 def test_a_running_client_hears_of_who_comes_and_leaves_without_reading_all_again(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, through_dht: bool

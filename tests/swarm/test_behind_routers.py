@@ -121,6 +121,7 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
         yield stack
 
 
+@pytest.mark.full
 def test_peers_none_of_which_is_reached_learn_that_from_a_helper(stack: ExitStack, folder: Path, local: Any) -> None:
     """As in docs/routers.md: nothing is said of routers, and no peer of the model could try to connect to another."""
     kinds = dict.fromkeys(("a", "b"), netlab.NAMED["port-restricted"])

@@ -89,6 +89,7 @@ def test_a_span_is_entered_and_left_in_the_middle(node: Directory, own_folder: P
             assert hops[0].planned.end == hops[1].planned.start
 
 
+@pytest.mark.full
 def test_clients_at_once_get_what_each_gets_alone(shared: LocalSwarm) -> None:
     work = [("none", 5), ("int8", 40), ("fp16", 17), ("none", 90), ("int8", 9), ("bf16", 23)]
     models = [shared.model(codec, identity=Identity.generate()) for codec, _ in work]
@@ -152,6 +153,7 @@ def test_a_step_beyond_what_is_cached_is_refused(shared: LocalSwarm) -> None:
     session.close()
 
 
+@pytest.mark.full
 def test_memory_that_is_not_there_is_refused(node: Directory, shared: LocalSwarm, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6)], kv_memory=100 * 6 * 2 * 2 * 16 * 4, node=node) as small:
         model = small.model()
@@ -170,12 +172,14 @@ def test_a_hole_is_named(node: Directory, own_folder: Path) -> None:
         generate(swarm.model(), prompt())
 
 
+@pytest.mark.full
 def test_other_weights_are_named(shared: LocalSwarm, tmp_path: Path) -> None:
     other = LocalSwarm(random_checkpoint("llama", tmp_path, seed=9), peers=shared.peers)
     with other.newcomer() as visitor, pytest.raises(WrongSwarm, match="other weights"):
         generate(visitor.model(), prompt())
 
 
+@pytest.mark.full
 def test_a_peer_that_leaves_is_noticed_and_named(node: Directory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 3), (3, 6)], node=node) as swarm:
         model = swarm.model(recovery_timeout_s=0.5)

@@ -37,6 +37,7 @@ def swarm(running: LocalSwarm) -> Iterator[LocalSwarm]:
         yield swarm
 
 
+@pytest.mark.default_cases(speculate=(None,))
 @pytest.mark.parametrize("speculate", [None, "prompt-lookup"])
 def test_a_silent_directory_ends_no_generation_and_forbids_none(
     swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch, speculate: str | None
@@ -131,6 +132,7 @@ def test_a_thousand_peers_that_come_and_go_leave_room_for_the_others(swarm: Loca
     assert len(os.listdir("/proc/self/fd")) - before <= 4 * MAX_LINKS
 
 
+@pytest.mark.full
 def test_a_cache_that_the_collector_frees_gives_back_the_memory_of_peers(swarm: LocalSwarm) -> None:
     model = swarm.model()
     output = model(**prompt(), use_cache=True)

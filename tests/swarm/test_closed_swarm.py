@@ -94,6 +94,7 @@ def test_a_model_that_nobody_serves_is_no_wrong_key(swarm: LocalSwarm) -> None:
         client.peers()
 
 
+@pytest.mark.full
 def test_the_first_peer_is_missed_at_once_when_it_leaves(folder: Path) -> None:
     with local_swarm(folder, [(0, 6)], swarm_key=KEY) as swarm:
         first = swarm.peers[0]
@@ -165,6 +166,7 @@ def test_what_members_say_is_sealed(swarm: LocalSwarm) -> None:
         assert known not in payload and known in KEY.unseal(payload)
 
 
+@pytest.mark.full
 def test_an_invitation_that_is_revoked_is_over_within_seconds(folder: Path, tmp_path: Path) -> None:
     owner, friend = Identity.generate(), Identity.generate()
     keys = tmp_path / "keys"

@@ -105,6 +105,7 @@ def test_what_fits_no_peer_is_refused_before_it_is_computed(swarm: LocalSwarm, s
     assert computed(swarm) == before
 
 
+@pytest.mark.full
 def test_answers_side_by_side_have_memory_from_the_start(swarm: LocalSwarm, server: Server) -> None:
     async def does() -> None:
         async with server.running():
@@ -117,6 +118,7 @@ def test_answers_side_by_side_have_memory_from_the_start(swarm: LocalSwarm, serv
     asyncio.run(does())
 
 
+@pytest.mark.default_cases(alone=(False,))
 @pytest.mark.parametrize("alone", [True, False])
 def test_an_answer_of_no_certain_length_ends_where_there_is_no_more_memory(
     swarm: LocalSwarm, server: Server, model: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch, alone: bool

@@ -105,6 +105,7 @@ def test_peers_are_shown_for_as_long_as_the_swarm_knows_them(
     asyncio.run(does())
 
 
+@pytest.mark.default_cases(local_blocks=("2:4",))
 @pytest.mark.parametrize("local_blocks", [None, "2:4"])
 def test_it_is_told_how_far_a_prompt_is_read(
     swarm: LocalSwarm, local_blocks: str | None, monkeypatch: pytest.MonkeyPatch

@@ -174,6 +174,7 @@ def test_an_answer_of_the_swarm_is_stopped_and_the_chat_goes_on(visit: NewPage, 
     assert answered[1].strip() and sent[0]["model"] == MODEL and sent[0]["temperature"] == 0
 
 
+@pytest.mark.full
 def test_the_prompt_is_told_as_it_is_read(visit: NewPage, slow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses, "FIRST_S", 0.1)
     monkeypatch.setattr(Session, "step_positions", lambda *_: 2)
@@ -217,6 +218,7 @@ def test_a_question_is_changed_and_an_answer_made_anew(visit: NewPage) -> None:
     expect(page.locator(".message")).to_have_count(4)
 
 
+@pytest.mark.full
 def test_a_change_while_an_answer_comes_ends_it(visit: NewPage, slow: None) -> None:
     page = visit()
     expect(ask(page, "Tell me of bees").locator(".text")).not_to_be_empty()
@@ -414,7 +416,7 @@ LONG = {
 }
 
 
-@pytest.mark.default_cases(name=("line", "openers", "quotes", "links"))
+@pytest.mark.default_cases(name=("openers",))
 @pytest.mark.parametrize("name", LONG)
 def test_long_and_deep_texts_do_not_stop_the_page(visit: NewPage, name: str) -> None:
     page, text = visit(), LONG[name]
@@ -454,7 +456,7 @@ def test_a_keyboard_is_enough(visit: NewPage) -> None:
     expect(page.locator(".message")).to_have_count(2)
 
 
-@pytest.mark.default_cases(theme=("light",))
+@pytest.mark.full
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_phone_shows_the_chat(visit: NewPage, theme: str) -> None:
     page = visit(width=390, height=844, theme=theme)
@@ -477,6 +479,7 @@ def test_a_phone_shows_the_chat(visit: NewPage, theme: str) -> None:
     expect(chat).to_have_css("position", "static")
 
 
+@pytest.mark.full
 def test_fingers_break_lines_with_enter(visit: NewPage) -> None:
     page = visit(width=390, height=844, has_touch=True, is_mobile=True)
     say(page, {"content": "one"})

@@ -97,6 +97,7 @@ def test_a_sound_set_up_passes_every_check(sound: Setup, folder: Path) -> None:
     assert folder.name in found["swarm"][0].text
 
 
+@pytest.mark.full
 def test_a_session_of_a_length_fits_or_not(sound: Setup, swarm: LocalSwarm) -> None:
     fits, too_long = (examined(dataclasses.replace(sound, context=positions)) for positions in (256, 257))
     assert wrong(fits) == {}
@@ -130,6 +131,7 @@ def test_a_client_without_an_open_port_is_only_warned(sound: Setup, monkeypatch:
     assert bad["reach"].status is Status.warned and "a client needs no open port" in bad["reach"].text
 
 
+@pytest.mark.full
 def test_a_swarm_on_the_local_network_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
     setup = Setup(model=str(folder), options=ConnectionOptions())
@@ -162,6 +164,7 @@ class TestPort:
             found = examined(dataclasses.replace(sound, listen=peer.endpoint.address))
         assert "is taken by the peer that has the key of this machine" in found["port"][0].text
 
+    @pytest.mark.full
     def test_that_is_blocked(self, sound: Setup) -> None:
         bad = wrong(examined(dataclasses.replace(sound, public_host="127.0.0.1:9")))
         assert list(bad) == ["reach"] and bad["reach"].status is Status.failed
@@ -243,6 +246,7 @@ class TestNoRoute:
         assert list(bad) == ["peer"], "another peer serves the same blocks"
         assert bad["peer"].status is Status.warned and "nothing listens there" in bad["peer"].text
 
+    @pytest.mark.full
     def test_to_the_only_peer_of_some_blocks(self, sound: Setup, tmp_path: Path) -> None:
         model = random_checkpoint("llama", tmp_path / "holed", seed=4)
         gone = Identity.generate()
@@ -262,6 +266,7 @@ class TestModel:
         assert list(bad) == ["swarm"] and bad["swarm"].status is Status.failed
         assert bad["swarm"].text.startswith(f"serves {folder.name}, not your mine: use that model")
 
+    @pytest.mark.full
     def test_in_another_revision(self, sound: Setup, folder: Path, tmp_path: Path) -> None:
         revised = random_checkpoint("llama", tmp_path / folder.name, seed=5)
         bad = wrong(examined(dataclasses.replace(sound, model=str(revised))))
@@ -269,6 +274,7 @@ class TestModel:
         assert bad["swarm"].text.startswith(f"serves another revision of {folder.name}: its fingerprint is")
 
 
+@pytest.mark.default_cases(seconds=(600,))
 @pytest.mark.parametrize(("seconds", "direction"), [(600, "ahead of"), (-600, "behind")])
 def test_a_clock_that_is_off(sound: Setup, seconds: int, direction: str) -> None:
     bad = wrong(examined(sound, clock=lambda: time.time() + seconds))

@@ -124,6 +124,7 @@ def test_a_sensor_that_vanishes_and_comes_back(peers: list[Peer], sensor: Path) 
     assert peer.record().watts == pytest.approx(7.0)
 
 
+@pytest.mark.default_cases(watts=((200.0, None),))
 @pytest.mark.parametrize("watts", [(200.0, 10.0), (200.0, None)])
 def test_training_tells_what_peers_have_spent(
     folder: Path, node: Directory, tmp_path: Path, watts: tuple[float | None, ...]

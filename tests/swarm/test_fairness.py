@@ -83,7 +83,9 @@ def equal_ms(peer: Peer, facts: ModelFacts) -> float:
         (fairness.decodes, {"sessions": 64, "reservation": 200}),
         (fairness.prefills, {"sessions": 8, "length": 200}),
         (fairness.trains, {"lengths": (256,) * 16, "waiting": 2}),
-        (fairness.trains, {"lengths": (256,) * 16, "waiting": 6, "backward": False}),
+        pytest.param(
+            fairness.trains, {"lengths": (256,) * 16, "waiting": 6, "backward": False}, marks=pytest.mark.full
+        ),
     ],
     ids=["64 sessions", "prompts", "training", "passes"],
 )

@@ -44,7 +44,7 @@ FAMILIES = (
 )
 
 
-@pytest.mark.default_cases(family=("gemma2", "gpt2", "gpt_oss", "jamba"))
+@pytest.mark.default_cases(family=("gemma2", "gpt2"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generates_as_transformers_does(
     family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,7 +136,7 @@ PHI = {"rope_parameters": LONG, "original_max_position_embeddings": 32, "sliding
 GROWING = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
-@pytest.mark.default_cases(config=({"rope_parameters": LONG},))
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "config"),
     [

@@ -83,6 +83,7 @@ def test_hidden_peers_serve_through_a_helper(swarm: LocalSwarm, local: Any) -> N
     assert first.ways.hidden.streams.taken and second.ways.hidden.streams.taken
 
 
+@pytest.mark.full
 def test_better_ways_are_found_meanwhile(swarm: LocalSwarm, local: Any) -> None:
     swarm.add(0, 2, relay_port=0)
     add_hidden(swarm, 2, 4)

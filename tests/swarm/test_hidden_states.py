@@ -72,8 +72,7 @@ def joined(states: Sequence[torch.Tensor], taps: Sequence[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("taps", TAPS, ids=str)
 @pytest.mark.parametrize("local_blocks", [None, "0:1", "3:4", "1:3,5:6", "0:6"])
-@pytest.mark.default_cases(local_blocks=(None,), chain=("llama",))
-@pytest.mark.default_cases(local_blocks=("1:3,5:6",), chain=("gpt2",))
+@pytest.mark.default_cases(local_blocks=(None, "1:3,5:6"), chain=("llama",))
 def test_they_are_those_of_transformers(
     chain: LocalSwarm, taps: tuple[int, ...], local_blocks: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +174,7 @@ def test_sessions_with_and_without_share_passes(chain: LocalSwarm) -> None:
             cache.close()
 
 
+@pytest.mark.default_cases(at=(1,))
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_hop_that_is_lost_in_mid_text_is_replaced_and_they_go_on(folder: Path, twins: LocalSwarm, at: int) -> None:
     """A replay brings none, and what comes of a step that is made again is that of the step."""

@@ -62,6 +62,7 @@ def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitnet.directory.interface.RECORDS_PER_KEY", 16)
 
 
+@pytest.mark.full
 def test_a_peer_that_has_worked_comes_into_a_full_directory(
     few_places: None, swarm: LocalSwarm, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ def test_a_hidden_peer_is_reached_beside_hostile_helpers(kind: str, monkeypatch:
     assert attacks.hostile_helpers(kind, seconds=SECONDS) > 10
 
 
-@pytest.mark.default_cases(name=("strangers", "flood"))
+@pytest.mark.default_cases(name=("flood",))
 @pytest.mark.parametrize("name", attacks.ATTACKS)
 def test_members_are_served_beside_strangers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(punch, "PUNCH_S", 0.0)

@@ -265,6 +265,7 @@ def test_rounds_are_steps_with_the_mean_of_the_gradients_of_owners(
         assert moved > 0 and float((found[0][name] - value).norm()) < 0.01 * moved, name
 
 
+@pytest.mark.default_cases(clip=(0.0,))
 @pytest.mark.parametrize("clip", [0.0, 0.1])
 def test_rounds_of_one_owner_are_the_steps_that_it_takes_alone(
     clip: float, visitor: LocalSwarm, adapted: Callable[..., Any], tmp_path: Path
@@ -480,6 +481,7 @@ def test_two_processes_with_one_key_are_told_so(
             first.result(60)
 
 
+@pytest.mark.default_cases(key=(None,))
 @pytest.mark.parametrize("key", [None, SwarmKey.generate()], ids=["open", "closed"])
 def test_a_round_is_found_without_a_dht(
     key: SwarmKey | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -88,6 +88,7 @@ def test_idle_sessions_do_not_hold_a_leaving_peer_up(
             assert time.monotonic() - began < 30.0
 
 
+@pytest.mark.full
 def test_a_hop_that_has_become_slow_is_left(twins: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**GREEDY, "max_new_tokens": 60}
 

@@ -140,9 +140,9 @@ LIES: dict[str, Answer] = {
 }
 
 
-@pytest.mark.default_cases(index=(1,), lie=("internal", "no session", "short", "nan", "swallows"))
-@pytest.mark.default_cases(index=(0,), lie=("bad message", "codec"))
-@pytest.mark.default_cases(index=(2,), lie=("inf", "too long", "wrong model"))
+@pytest.mark.default_cases(index=(1,), lie=("internal", "nan"))
+@pytest.mark.default_cases(index=(0,), lie=("codec",))
+@pytest.mark.default_cases(index=(2,), lie=("too long",))
 @pytest.mark.parametrize("index", range(3), ids=["head", "middle", "tail"])
 @pytest.mark.parametrize("lie", LIES)
 def test_a_liar_beside_honest_peers(
@@ -183,6 +183,7 @@ def test_a_liar_that_pretends_to_work(company: LocalSwarm, local: Any, monkeypat
         assert model.swarm.bans.keys() >= {company.peers[7].identity.public.text}
 
 
+@pytest.mark.default_cases(index=(1,))
 @pytest.mark.parametrize("index", range(3), ids=["head", "middle", "tail"])
 def test_what_a_hop_says_after_it_was_replaced_changes_nothing(company: LocalSwarm, local: Any, index: int) -> None:
     liar = company.peers[6 + index]

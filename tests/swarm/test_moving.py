@@ -75,7 +75,7 @@ def die(peer: Peer) -> None:
     peer.transport.close()
 
 
-@pytest.mark.default_cases(fixed=([(0, 2), (2, 4), (4, 6)],))
+@pytest.mark.full
 @pytest.mark.parametrize("fixed", [[(0, 2), (2, 4), (4, 6)], [(0, 2), (2, 4), (4, 6), (4, 6)]], ids=len)
 def test_blocks_whose_servers_die_without_a_word_are_soon_served_again(
     node: Directory, own_folder: Path, own_local: Any, fixed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
@@ -110,6 +110,7 @@ def test_blocks_whose_servers_die_without_a_word_are_soon_served_again(
         assert torch.equal(model.generate(**prompt(), **GREEDY), own_local.generate(**prompt(), **GREEDY))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
 def test_what_a_peer_has_moved_from_takes_no_memory(node: Directory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6), (0, 2)], node=node) as swarm:
@@ -164,6 +165,7 @@ def test_a_session_waits_for_the_blocks_that_are_moved_to(node: Directory, own_f
         assert torch.equal(got, own_local.generate(**prompt(), **GREEDY))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
 def test_a_peer_that_moves_hands_its_session_over(node: Directory, own_folder: Path, own_local: Any) -> None:
     with local_swarm(own_folder, [(0, 2), (2, 4), (4, 6), (2, 4)], node=node) as swarm:

@@ -82,7 +82,7 @@ class Then:
         pass
 
 
-@pytest.mark.default_cases(index=(1,))
+@pytest.mark.full
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_what_a_lost_hop_says_late_changes_nothing(network: Network, local: Any, index: int) -> None:
     held: list[Proxy] = []
@@ -132,6 +132,7 @@ def test_a_network_that_stops_is_found_out_in_time(
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
+@pytest.mark.full
 def test_a_route_through_a_part_of_the_network_that_has_stopped_is_left_before_it_is_opened_again(
     network: Network, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +220,7 @@ def test_a_prompt_on_a_slow_way_is_not_taken_for_lost(
     assert torch.equal(got, local.generate(longer, attention_mask=torch.ones_like(longer), **options))
 
 
+@pytest.mark.full
 def test_a_peer_that_nobody_can_replace_is_used_again_once_it_answers(folder: Path, local: Any) -> None:
     with proxies(1) as (proxy,), local_swarm(folder, [SPANS[0]]) as swarm:
         middle = swarm.add(*SPANS[1], public_host=f"127.0.0.1:{proxy.port}")

@@ -227,7 +227,6 @@ def test_the_page_shows_the_tables() -> None:
 
 
 @pytest.mark.default_cases(family=("llama",), name=SOME)
-@pytest.mark.default_cases(family=("gpt2",), name=("num_beams",))
 @pytest.mark.parametrize("name", GIVEN)
 def test_of_generation(local: Any, remote: Any, assistant: Any, tokenizer: Any, name: str) -> None:
     ids = prompt()
@@ -282,7 +281,6 @@ def forward_values(local: Any) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.default_cases(family=("llama",))
-@pytest.mark.default_cases(family=("gpt2",), name=("position_ids", "inputs_embeds"))
 @pytest.mark.parametrize("name", FORWARD)
 def test_of_forward(folder: Path, local: Any, remote: Any, name: str) -> None:
     if name not in forward_parameters(folder) | {"return_dict"}:

@@ -99,7 +99,9 @@ def test_texts_that_begin_alike(family: str, node: Directory, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_next", marks=pytest.mark.full)])
-@pytest.mark.parametrize("damage", ["none", pytest.param("cut", marks=pytest.mark.full), "flipped"])
+@pytest.mark.parametrize(
+    "damage", ["none", *(pytest.param(damage, marks=pytest.mark.full) for damage in ("cut", "flipped"))]
+)
 def test_restarted_peers_go_on_from_their_disks(family: str, damage: str, node: Directory, tmp_path: Path) -> None:
     folder = random_checkpoint(family, tmp_path / "model", seed=len(damage), **FAMILIES.get(family, {}))
     local, asks = plain(folder), texts(2)
@@ -139,7 +141,8 @@ def of_session(swarm: LocalSwarm, session: Session, index: int) -> Peer:
     return next(peer for peer in swarm.peers if peer.identity.public.text == session.hops[index].name)
 
 
-@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_hop_that_dies_after_a_recall_is_replaced(
     index: int, own_folder: Path, own_local: Any, node: Directory
 ) -> None:
@@ -179,6 +182,7 @@ def test_what_a_batch_has_left_serves_each_of_its_rows(swarm: LocalSwarm, local:
         assert recalled(model, ids, generate(local, ids), speculate=None) == 3 * PAGE
 
 
+@pytest.mark.default_cases(options=({"num_beams": 3},))
 @pytest.mark.parametrize("options", [{"num_return_sequences": 2, "num_beams": 2}, {"num_beams": 3}], ids=str)
 def test_beams_go_on_behind_a_recalled_text(options: dict[str, int], swarm: LocalSwarm, local: Any) -> None:
     model, asks = model_of(swarm), texts(2, first=500 + options["num_beams"])
@@ -225,6 +229,7 @@ def test_each_adapter_has_pages_of_its_own(method: str, node: Directory, own_fol
                 assert (computed(swarm) - before < len(SPANS) * ids.shape[1]) == (number > 0)
 
 
+@pytest.mark.full
 def test_blocks_that_run_here_are_beside_peers_with_pages(swarm: LocalSwarm, local: Any) -> None:
     for blocks in ("0:2", "4:6", "2:4"):
         model, asks = model_of(swarm, local_blocks=blocks), texts(3, first=900 + int(blocks[0]))
@@ -232,6 +237,7 @@ def test_blocks_that_run_here_are_beside_peers_with_pages(swarm: LocalSwarm, loc
             assert torch.equal(generate(model, ids, speculate=None), generate(local, ids))
 
 
+@pytest.mark.default_cases(odd=("0.1.0",))
 @pytest.mark.parametrize("odd", ["off", "0.1.0"])
 def test_peers_without_a_store_are_in_the_chain(
     odd: str, node: Directory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch

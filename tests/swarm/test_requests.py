@@ -67,6 +67,7 @@ def sent(cache: Any) -> int:
     return cache.session.traffic.positions if cache.session is not None else 0
 
 
+@pytest.mark.default_cases(rows=(2,))
 @pytest.mark.parametrize(
     "more",
     [

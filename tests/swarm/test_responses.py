@@ -126,6 +126,7 @@ def test_calls_and_what_they_gave(asking: Callable[..., Any]) -> None:
     asking(does, TEMPLATE.partition("{% if enable_thinking")[0])  # or a random model thinks until there is no room
 
 
+@pytest.mark.full
 def test_formats_and_reasoning(asking: Callable[..., Any]) -> None:
     async def does(client: AsyncOpenAI, server: Server) -> None:
         parsed = await client.responses.parse(**asked(text_format=Place, max_output_tokens=60))

@@ -80,7 +80,7 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
         yield stack
 
 
-@pytest.mark.default_cases(peer=("port-restricted",), caller=(PUBLIC, SAME))
+@pytest.mark.default_cases(peer=("port-restricted",), caller=(SAME,))
 @pytest.mark.default_cases(peer=("symmetric",), caller=("restricted",))
 @pytest.mark.parametrize(
     ("peer", "caller"),

@@ -84,7 +84,7 @@ def takes_prefixes(model: Any) -> Any:
     return model
 
 
-@pytest.mark.default_cases(swarm=("llama", "gpt2"))
+@pytest.mark.default_cases(swarm=("llama",))
 def test_a_new_head_is_the_one_that_transformers_makes(swarm: LocalSwarm) -> None:
     expected = local_model(swarm.folder)
     with swarm.visit() as visit:
@@ -99,8 +99,7 @@ def test_a_new_head_is_the_one_that_transformers_makes(swarm: LocalSwarm) -> Non
             assert float(found.loss) == pytest.approx(float(wanted.loss), rel=1e-5)
 
 
-@pytest.mark.default_cases(swarm=("llama",))
-@pytest.mark.default_cases(swarm=("gpt2",), method=("lora",))
+@pytest.mark.default_cases(swarm=("llama",), method=("lora", "prompt"))
 @of_each_method
 def test_gradients_are_those_of_local_training(method: str, swarm: LocalSwarm) -> None:
     """With padding on either side, of all parameters of the adapter and of the head."""
@@ -131,8 +130,7 @@ def counts_padding(method: str, side: str, family: str) -> bool:
     return method in ("prompt", "p-tuning-mlp")
 
 
-@pytest.mark.default_cases(swarm=("llama",))
-@pytest.mark.default_cases(swarm=("gpt2",), method=("lora",))
+@pytest.mark.default_cases(swarm=("llama",), method=("lora", "prompt"))
 @of_each_method
 def test_an_adapter_gives_the_same_on_both_sides(method: str, swarm: LocalSwarm, tmp_path: Path) -> None:
     """Saved from a remote model and loaded on a local one, and the other way round, with its head."""

@@ -199,7 +199,7 @@ def greedy(whole: Any, ids: list[int], tokens: int) -> list[int]:
     return output[0, len(ids) :].tolist()
 
 
-@pytest.mark.default_cases(temperature=(0.9,))
+@pytest.mark.full
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_drafts_change_neither_answers_nor_scores(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, temperature: float
@@ -320,6 +320,7 @@ def test_several_prompts_and_choices(serve: Serve, swarm: LocalSwarm) -> None:
     serve(does, keep=0)
 
 
+@pytest.mark.default_cases(choices=(8,))
 @pytest.mark.parametrize("choices", [5, 8, 16])
 def test_many_answers_to_a_short_prompt_fit(serve: Serve, choices: int) -> None:
     async def does(server: Server) -> None:
@@ -403,6 +404,7 @@ def test_parameters_of_other_servers(serve: Serve, tokenizer: Any) -> None:
     serve(does)
 
 
+@pytest.mark.default_cases(fits=("red|blue", "[ab]{3}/x", r"no\d", '"a"'))
 @pytest.mark.parametrize(
     ("constraint", "fits"),
     [
@@ -567,6 +569,7 @@ def test_a_model_that_knows_nothing_keeps_to_a_schema(serve: Serve) -> None:
     serve(does)
 
 
+@pytest.mark.full
 def test_a_model_that_knows_nothing_calls_the_tools_that_it_must(serve: Serve) -> None:
     tools = [
         {"type": "function", "function": {"name": "count", "parameters": SCHEMA}},
@@ -1051,7 +1054,7 @@ READING += ["POST /v1/chat/completions/input_tokens", "POST /v1/responses/input_
 NAMED = ["GET /v1/models/{name}", "GET /v1/responses/{id}", "DELETE /v1/responses/{id}"]
 PATHS = sorted(["GET /health", "GET /v1/models", *NAMED, *GENERATING, *READING])
 MOST = {"POST /api/chat": "options", "POST /api/generate": "options", "POST /v1/responses": "max_output_tokens"}
-OFTEN = ("GET /v1/models", "POST /v1/chat/completions", "POST /v1/embeddings", "POST /v1/messages", "POST /api/chat")
+OFTEN = ("POST /v1/chat/completions", "POST /v1/embeddings")
 
 
 @pytest.mark.default_cases(path=OFTEN)

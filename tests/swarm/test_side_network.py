@@ -87,6 +87,7 @@ def continued(logits: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor,
     return ids
 
 
+@pytest.mark.default_cases(folder=("llama",))
 def test_it_adds_the_same_as_on_the_whole_model(swarm: LocalSwarm, whole: Any, adapter: Path) -> None:
     """Token by token, in a session that goes on, and in a batch with padding on the left."""
     logits = beside(whole, adapter)
@@ -108,6 +109,7 @@ def test_it_adds_the_same_as_on_the_whole_model(swarm: LocalSwarm, whole: Any, a
             assert whole_row[int((mask == 0).sum()) :].equal(alone[0])
 
 
+@pytest.mark.default_cases(folder=("llama",))
 def test_its_own_cache_keeps_step_with_that_of_the_peers(swarm: LocalSwarm, whole: Any, adapter: Path) -> None:
     logits = beside(whole, adapter)
     options = {**GREEDY, "max_new_tokens": 4}
@@ -140,6 +142,7 @@ def test_its_own_cache_keeps_step_with_that_of_the_peers(swarm: LocalSwarm, whol
         cache.close()
 
 
+@pytest.mark.default_cases(folder=("llama",))
 def test_the_loss_is_that_of_the_whole_model(swarm: LocalSwarm, whole: Any, adapter: Path, tmp_path: Path) -> None:
     """On states that lie on the disk, with 16 bits each; and it goes down, with no peer left."""
     rows = batch()

@@ -51,6 +51,7 @@ def model(lab: netlab.Lab, folder: Path) -> Iterator[RemoteCausalLM]:
             yield attach(checkpoint, client, codec="none")
 
 
+@pytest.mark.full
 def test_prompts_that_wait_for_each_other_are_not_taken_for_lost(
     lab: netlab.Lab, model: RemoteCausalLM, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

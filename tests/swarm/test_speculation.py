@@ -89,9 +89,11 @@ def random_head(folder: Path, target: Path, taps: tuple[int, ...]) -> Path:
     return target
 
 
-@pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,))
-@pytest.mark.default_cases(window=(Window(15, 2),), remote=("0:2,5:6",), kind=("same model",))
-@pytest.mark.default_cases(window=(Window(3, 1),), remote=("0:2,5:6",), kind=("prompt-lookup",))
+@pytest.mark.default_cases(
+    window=(Window(2, 3),), remote=(None,), sample=(False,), kind=("prompt-lookup", "head of three depths")
+)
+@pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,), sample=(True,), kind=("other model",))
+@pytest.mark.default_cases(window=(Window(15, 2),), remote=("0:2,5:6",), sample=(False,), kind=("same model",))
 @pytest.mark.parametrize("kind", ["prompt-lookup", "same model", "other model", "head", "head of three depths"])
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
 def test_the_text_is_the_same(

@@ -126,6 +126,7 @@ def parameters(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in named if tensor.requires_grad}
 
 
+@pytest.mark.full
 def test_a_classifier_trains_as_a_local_one(swarm: LocalSwarm, folder: Path, tmp_path: Path) -> None:
     def train(model: PreTrainedModel, name: str) -> tuple[list[float], torch.Tensor]:
         training = trainer(with_lora(model, TaskType.SEQ_CLS), for_class, tmp_path / name)
@@ -143,6 +144,7 @@ def test_a_classifier_trains_as_a_local_one(swarm: LocalSwarm, folder: Path, tmp
     assert torch.allclose(remotely, predicted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.full
 def test_training_goes_on_from_a_checkpoint(swarm: LocalSwarm, folder: Path, tmp_path: Path) -> None:
     """What the Trainer saved after the second step continues to the same third, and loads on a local model."""
 

@@ -28,6 +28,9 @@ from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
 
+OFTEN = ("lora", "prompt", "prefix-mlp", "p-tuning-lstm")
+"""Methods of the default tier."""
+
 Config = Callable[[str], Any]
 Trained = tuple[float, dict[str, torch.Tensor]]
 
@@ -69,7 +72,7 @@ def train_locally(local_model: Callable[[], Any], config: Config) -> Callable[[s
     return cache(lambda method: gradients(wrapped(local_model(), config(method)), batch()))
 
 
-@pytest.mark.default_cases(folder=("llama",))
+@pytest.mark.default_cases(folder=("llama",), method=OFTEN)
 @pytest.mark.default_cases(folder=("gpt2",), method=("lora",))
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_are_those_of_local_training(
@@ -157,8 +160,7 @@ def test_a_prefix_begins_as_a_text(swarm: LocalSwarm, local_model: Callable[[], 
             begin_prefix(remote, model.keys_and_values(text)[:-1])
 
 
-@pytest.mark.default_cases(folder=("llama",))
-@pytest.mark.default_cases(folder=("gpt2",), method=("lora",))
+@pytest.mark.default_cases(folder=("llama",), method=OFTEN)
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_gives_the_same_on_both_sides(
     method: str, swarm: LocalSwarm, local_model: Callable[[], Any], config: Config, tmp_path: Path
@@ -220,6 +222,8 @@ def test_training_by_forward_passes_alone(
     assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
+@pytest.mark.default_cases(method=("prompt", "lora"), room=(2**26,))
+@pytest.mark.default_cases(method=("p-tuning-lstm",), room=(1,))
 @pytest.mark.parametrize("room", [2**26, 1], ids=["one call", "a call for each"])
 @pytest.mark.parametrize("method", ["prompt", "p-tuning-lstm", "lora"])
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
@@ -280,6 +284,7 @@ def test_what_peers_do_not_apply_is_refused_when_a_model_is_wrapped(
         get_peft_model(visit.model(), lora_with(**fields))
 
 
+@pytest.mark.full
 @on_one_family
 def test_other_methods_of_peft_are_refused_when_a_model_is_wrapped(swarm: LocalSwarm) -> None:
     applied = {*PROMPTS, "LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR"}

@@ -112,6 +112,7 @@ def test_what_the_hub_client_logs_is_written_once() -> None:
     assert ended.stderr.count("Retrying") == 1
 
 
+@pytest.mark.default_cases(bars=("0",))
 @pytest.mark.parametrize("bars", [None, "0", "1"])
 def test_nothing_is_warned_of_where_transformers_hides_a_bar(bars: str | None) -> None:
     """The hub client warns if the environment says something else, and on terminals that stood above every answer."""

@@ -300,6 +300,7 @@ def test_a_router_behind_a_router(lab: Lab) -> None:
         assert calling.recv(100) == b"down"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "opens"), [("port-restricted", True), ("symmetric", False)])
 def test_simultaneous_open(lab: Lab, kind: str, opens: bool) -> None:
     for router in ("home", "other"):
@@ -330,6 +331,7 @@ def test_nat_pmp(lab: Lab) -> None:
     assert ask_nat_pmp(lab, bytes([0, 9]))[3] == 5
 
 
+@pytest.mark.full
 def test_a_lease_of_nat_pmp_ends(lab: Lab) -> None:
     lab.configure("home", Router(reset=True))
     with inside(lab, "a", lambda: socket.create_server((lab.address("a"), 0))) as listening:

@@ -387,6 +387,7 @@ def test_sizes_of_quantized_files_are_those_of_what_a_peer_loads(scheme: str, tm
         ModelSizes.of(alone)
 
 
+@pytest.mark.default_cases(family=("llama", "phi3", "gemma3_text"))
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen3_moe", "gemma3_text"])
 @torch.no_grad()
 def test_a_gguf_file_is_held_in_the_bytes_that_it_has(family: str, tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def test_codes_are_kept_and_stand_for_what_gguf_dequantises(case: str, tmp_path:
     torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.default_cases(stored=(Type.Q4_K,))
 @pytest.mark.parametrize("stored", [Type.Q4_K, Type.Q6_K])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_next"])
 def test_k_quants(family: str, stored: Type, tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_only_what_others_can_reach_is_announced(monkeypatch: pytest.MonkeyPatch
         LocalNetwork(MODEL)
 
 
+@pytest.mark.full
 def test_nodes_of_a_model_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
     seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
@@ -156,6 +157,7 @@ def test_fakes_on_the_network_block_nobody_who_comes_later(monkeypatch: pytest.M
             pass
 
 
+@pytest.mark.full
 def test_a_flood_hides_nobody_who_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
     monkeypatch.setattr(mdns, "LOOK_S", 0.05)

@@ -317,6 +317,7 @@ def test_a_drafter_makes_the_drafts_of_the_layer(family: str, tmp_path: Path) ->
         assert drafted == expected and again == expected[1:]
 
 
+@pytest.mark.default_cases(coded=(True,))
 @pytest.mark.parametrize("coded", [False, True])
 def test_pieces_of_the_layer_alone_are_fetched(coded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))

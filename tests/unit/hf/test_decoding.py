@@ -220,7 +220,7 @@ def test_drafts_of_known_acceptance_are_as_fast_as_foretold(
         assert measured > 3 * plain
 
 
-@pytest.mark.default_cases(delay_ms=(0.1,), share=(0.0,))
+@pytest.mark.default_cases(delay_ms=(0.1,), share=(0.0,), pass_ms=(quick,))
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.2])
 @pytest.mark.parametrize("delay_ms", [0.1, 20.0])
 @pytest.mark.parametrize("pass_ms", [slow, quick])

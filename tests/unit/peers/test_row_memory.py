@@ -127,6 +127,7 @@ def test_every_step_within_the_budget_is_taken(data: st.DataObject, reservation:
         check(rows)
 
 
+@pytest.mark.default_cases(batch=(2, 6, 64))
 @pytest.mark.parametrize("batch", [1, 2, 5, 6, 8, 64])
 def test_a_batch_that_fills_its_budget_is_seldom_moved(batch: int) -> None:
     columns = 4096 // batch

@@ -32,6 +32,7 @@ from splitnet.session.events import Cause, Phase
 
 SMALL = Settings(peers=40, clients=50, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.03, load_s=0.1)
 """A world in which peers come and go all the time."""
+FEW = replace(SMALL, clients=10)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,7 @@ def ran(world: World, policy: str) -> Simulation:
     return simulation
 
 
+@pytest.mark.default_cases(policy=("own", "petals", "random", "stale"))
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_session_ends_and_gives_back_what_it_took(small_world: World, policy: str) -> None:
     simulation = ran(small_world, policy)
@@ -73,13 +75,14 @@ def test_peers_that_leave_are_replaced_in_mid_session(small_world: World) -> Non
     assert sum(session.repairs for session in sessions if session.state == FINISHED) > 0
 
 
+@pytest.mark.default_cases(policy=("own",))
 @pytest.mark.parametrize("policy", ["own", "random", "petals-push"])
 def test_the_same_seed_gives_the_same_result(small_world: World, policy: str) -> None:
     assert simulate(World(SMALL), policy) == outcome_of(ran(small_world, policy))
 
 
-def test_another_seed_gives_another_result(small_world: World) -> None:
-    assert simulate(World(replace(SMALL, seed=2)), "random") != outcome_of(ran(small_world, "random"))
+def test_another_seed_gives_another_result() -> None:
+    assert simulate(World(replace(FEW, seed=2)), "random") != simulate(World(FEW), "random")
 
 
 def test_policies_meet_the_same_world(small_world: World) -> None:
@@ -94,9 +97,9 @@ def test_policies_meet_the_same_world(small_world: World) -> None:
         small_world.under(seed=2)
 
 
-def test_progress_grows_to_the_end(small_world: World) -> None:
+def test_progress_grows_to_the_end() -> None:
     told: list[float] = []
-    simulate(small_world, "own", told.append)
+    simulate(World(FEW), "own", told.append)
     assert told == sorted(told)
     assert all(0 < share <= 1 for share in told)
 
@@ -350,7 +353,7 @@ def test_measured_latencies_stand_in_for_made_up_ones(tmp_path: Path) -> None:
     table.write_text("0 10 0\n14 0 30\n-1 20 0\n")  # of the first and the third nobody has measured the way
     rtt_ms = read_latencies(table)
     assert rtt_ms.tolist() == [[0, 12, 37], [12, 0, 25], [37, 25, 0]]
-    world = World(replace(SMALL, latencies=table))
+    world = World(replace(FEW, latencies=table))
     geography, count = world.geography, len(world.devices)
     everyone = np.arange(count)
     assert geography.latencies(everyone, everyone) == pytest.approx(

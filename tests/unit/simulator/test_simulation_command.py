@@ -50,6 +50,7 @@ def test_an_unknown_policy_is_an_error_that_names_the_known_ones() -> None:
         run("--policy", "best")
 
 
+@pytest.mark.full
 def test_against_all_is_one_table_with_intervals() -> None:
     output = run("--against", "all", "--scenario", "burst", "--worlds", "2", given=FEW, columns=250)
     assert "30 peers, 2 x 5 sessions, all within a second" in output

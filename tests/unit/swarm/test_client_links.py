@@ -140,6 +140,7 @@ def test_a_link_that_was_lost_is_closed_and_remembered(links: Links, monkeypatch
     assert links.state(peer()) is LinkState.DOWN
 
 
+@pytest.mark.full
 def test_a_thousand_peers_that_come_and_go_take_few_descriptors() -> None:
     links = Links(Identity.generate())
     try:

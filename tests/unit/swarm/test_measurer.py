@@ -231,6 +231,7 @@ def test_where_a_region_is_silent_routes_go_elsewhere() -> None:
         assert swarm.plan(NEEDS), "where all are silent some route is tried"
 
 
+@pytest.mark.default_cases(strangers=(4,))
 @pytest.mark.parametrize("strangers", [4, 20])
 def test_who_lives_beside_silent_peers_is_used_all_the_same(strangers: int) -> None:
     """Two machines of a site are lost; or somebody puts peers that do not exist beside those of others."""
@@ -249,6 +250,7 @@ def test_who_lives_beside_silent_peers_is_used_all_the_same(strangers: int) -> N
         assert endpoints([hop.record for hop in others]) <= endpoints(near)
 
 
+@pytest.mark.default_cases(known=("it holds the session",))
 @pytest.mark.parametrize("known", ["it holds the session", "it was heard a moment ago"])
 def test_who_is_known_to_live_is_not_left_out_for_those_beside_it(known: str) -> None:
     clock, echo = Clock(), Echo()
