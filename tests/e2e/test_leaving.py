@@ -20,7 +20,6 @@ pytestmark = pytest.mark.e2e
 TOKENS = 40
 
 
-@pytest.mark.full
 def test_sigterm_hands_the_session_over(
     trio: list[Daemon], demo_checkpoint: Path, local: Any, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -60,7 +60,6 @@ def ports(running: Sequence[Daemon]) -> list[str]:
     return [re.findall(r" at tcp://127\.0\.0\.1:(\d+)", daemon.log)[0] for daemon in running]
 
 
-@pytest.mark.full
 def test_the_second_request_goes_on_behind_the_tools(
     trio: list[Daemon], demo_checkpoint: Path, local: Any, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -60,7 +60,7 @@ def same(local: PreTrainedModel, remote: RemoteCausalLM, inputs: Any, **options:
     assert torch.equal(got, expected)
 
 
-@pytest.mark.full
+@pytest.mark.default_cases(prompt=PROMPTS[:1])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any, prompt: str) -> None:
     same(local, remote, tokenizer(prompt, return_tensors="pt"))

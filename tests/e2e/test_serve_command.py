@@ -130,7 +130,6 @@ def expected(local: Any, tokenizer: Any, messages: list[Any], tokens: int) -> st
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.full
 def test_a_chat_of_two_turns(client: OpenAI, local: Any, tokenizer: Any) -> None:
     messages = user("What is the capital of France?")
     first = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=16)

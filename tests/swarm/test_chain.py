@@ -153,7 +153,6 @@ def test_a_step_beyond_what_is_cached_is_refused(shared: LocalSwarm) -> None:
     session.close()
 
 
-@pytest.mark.full
 def test_memory_that_is_not_there_is_refused(node: Directory, shared: LocalSwarm, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6)], kv_memory=100 * 6 * 2 * 2 * 16 * 4, node=node) as small:
         model = small.model()
@@ -179,7 +178,6 @@ def test_other_weights_are_named(shared: LocalSwarm, tmp_path: Path) -> None:
         generate(visitor.model(), prompt())
 
 
-@pytest.mark.full
 def test_a_peer_that_leaves_is_noticed_and_named(node: Directory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 3), (3, 6)], node=node) as swarm:
         model = swarm.model(recovery_timeout_s=0.5)

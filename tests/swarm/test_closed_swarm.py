@@ -166,7 +166,6 @@ def test_what_members_say_is_sealed(swarm: LocalSwarm) -> None:
         assert known not in payload and known in KEY.unseal(payload)
 
 
-@pytest.mark.full
 def test_an_invitation_that_is_revoked_is_over_within_seconds(folder: Path, tmp_path: Path) -> None:
     owner, friend = Identity.generate(), Identity.generate()
     keys = tmp_path / "keys"

@@ -39,7 +39,7 @@ IN_SAFETENSORS = {
 IN_GGUF = (Type.Q8_0, Type.Q5_1, Type.Q4_0, Type.Q4_1)
 
 
-@pytest.mark.default_cases(scheme=("Q4_0",))
+@pytest.mark.default_cases(scheme=("fp8", "gptq", "Q4_0"))
 @pytest.mark.parametrize("scheme", [*IN_SAFETENSORS, *(kind.name for kind in IN_GGUF)])
 def test_generates_as_transformers_does(
     scheme: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -145,7 +145,6 @@ def keyed(swarm: LocalSwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running
 
 
-@pytest.mark.full
 def test_bodies_full_of_errors(public: Gateway) -> None:
     with public.under(lambda: attacks.wrong_values(public.url, seconds=0, count=300_000)) as beside:
         assert set(beside.outcomes) <= {"400", "413"} and beside.outcomes["400"] >= 10, beside.outcomes

@@ -161,7 +161,6 @@ def serving(
         yield Victims(swarm, ModelFacts.of(Checkpoint.open(folder)), local)
 
 
-@pytest.mark.full
 def test_rows_take_no_more_than_was_reserved(victims: Victims) -> None:
     options: dict[str, Any] = {"seconds": SECONDS, "reservation": BUDGET, "blocks": (0, 3)}
 

@@ -115,7 +115,6 @@ def reached_within(seconds: float, endpoint: Endpoint) -> bool:
     return False
 
 
-@pytest.mark.full
 def test_a_key_that_is_taken_away_is_served_no_longer(node: Directory, own_folder: Path, tmp_path: Path) -> None:
     removed, kept = Identity.generate(), Identity.generate()
     keys = tmp_path / "authorized_keys"

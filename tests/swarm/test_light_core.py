@@ -62,7 +62,6 @@ assert torch.equal(remote, whole), (remote, whole)
 """
 
 
-@pytest.mark.full
 @pytest.mark.swarm
 def test_without_extras_every_module_but_the_servers_is_imported_and_a_swarm_generates(tmp_path: Path) -> None:
     folder = random_checkpoint("llama", tmp_path / "model")

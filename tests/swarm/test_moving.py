@@ -75,7 +75,7 @@ def die(peer: Peer) -> None:
     peer.transport.close()
 
 
-@pytest.mark.full
+@pytest.mark.default_cases(fixed=([(0, 2), (2, 4), (4, 6)],))
 @pytest.mark.parametrize("fixed", [[(0, 2), (2, 4), (4, 6)], [(0, 2), (2, 4), (4, 6), (4, 6)]], ids=len)
 def test_blocks_whose_servers_die_without_a_word_are_soon_served_again(
     node: Directory, own_folder: Path, own_local: Any, fixed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch

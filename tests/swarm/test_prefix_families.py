@@ -141,7 +141,6 @@ def of_session(swarm: LocalSwarm, session: Session, index: int) -> Peer:
     return next(peer for peer in swarm.peers if peer.identity.public.text == session.hops[index].name)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_hop_that_dies_after_a_recall_is_replaced(
     index: int, own_folder: Path, own_local: Any, node: Directory

@@ -59,7 +59,6 @@ def test_a_key_that_is_not_listed_gets_nothing(
     assert heard
 
 
-@pytest.mark.full
 def test_a_key_that_is_added_later_is_let_in(private: tuple[LocalSwarm, Identity], tmp_path: Path) -> None:
     swarm, friend = private
     newcomer = Identity.generate()
