@@ -557,7 +557,7 @@ def test_generate_with_statistics(address: str, demo_checkpoint: Path, here: Her
     assert re.search(r"\d+ prompt tokens, \d+ new; time to first token \d+ ms, then [\d.]+ tokens/s", answer.errors)
 
 
-@pytest.mark.full
+@pytest.mark.default_cases(by_themselves=(False,))
 @pytest.mark.parametrize("by_themselves", [False, True], ids=["here", "as processes"])
 def test_generate_samples_by_seed_reads_stdin_and_takes_a_raw_prompt(
     private: str, small: Path, home: Path, here: Here, by_themselves: bool
