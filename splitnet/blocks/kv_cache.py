@@ -337,7 +337,8 @@ class SequenceCache:
                 block = self._with_room(key, numbers[0][0], numbers[1][0], before + end)
                 for held, own in zip(block.numbers, numbers, strict=True):
                     room = held[:, :, before + start : before + end].split([each.shape[2] for each in own], 2)
-                    torch._foreach_copy_(room, own)
+                    for place, numbers_of_page in zip(room, own, strict=True):
+                        place.copy_(numbers_of_page)
                 continue
             # To another device many small copies take longer by far.
             both = (torch.cat(numbers[0], 2).to(device), torch.cat(numbers[1], 2).to(device))
