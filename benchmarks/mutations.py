@@ -197,8 +197,8 @@ SCHEDULER = [
     Fault(
         "energy is in millijoules",
         "scheduler/cost.py",
-        "prompt) - alone_ms) / 1000",
-        "prompt) - alone_ms)",
+        "context) - alone_ms) / 1000",
+        "context) - alone_ms)",
         ("tests/unit/scheduler/test_route.py",),
     ),
     Fault(
