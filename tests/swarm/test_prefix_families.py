@@ -99,9 +99,7 @@ def test_texts_that_begin_alike(family: str, node: Directory, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_next", marks=pytest.mark.full)])
-@pytest.mark.parametrize(
-    "damage", ["none", *(pytest.param(damage, marks=pytest.mark.full) for damage in ("cut", "flipped"))]
-)
+@pytest.mark.parametrize("damage", ["none", pytest.param("cut", marks=pytest.mark.full), "flipped"])
 def test_restarted_peers_go_on_from_their_disks(family: str, damage: str, node: Directory, tmp_path: Path) -> None:
     folder = random_checkpoint(family, tmp_path / "model", seed=len(damage), **FAMILIES.get(family, {}))
     local, asks = plain(folder), texts(2)
