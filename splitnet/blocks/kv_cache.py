@@ -337,8 +337,10 @@ class SequenceCache:
                 block = self._with_room(key, numbers[0][0], numbers[1][0], before + end)
                 for held, own in zip(block.numbers, numbers, strict=True):
                     room = held[:, :, before + start : before + end].split([each.shape[2] for each in own], 2)
-                    for place, numbers_of_page in zip(room, own, strict=True):
-                        place.copy_(numbers_of_page)
+                    for place, page in zip(room, own, strict=True):
+                        if place.shape != page.shape:
+                            raise ValueError(f"a page of {tuple(page.shape)} is not of a row of {tuple(place.shape)}")
+                        place.copy_(page)
                 continue
             # To another device many small copies take longer by far.
             both = (torch.cat(numbers[0], 2).to(device), torch.cat(numbers[1], 2).to(device))

@@ -19,7 +19,7 @@ from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
 from splitnet.wire import fields
 from tests.swarm.adapters import CAUSAL, METHODS, wrapped
-from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs, wait_until
 from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -255,6 +255,16 @@ def test_peers_without_a_store_are_in_the_chain(
         for number, ids in enumerate(asks):
             known = recalled(model, ids, generate(own_local, ids), speculate=None)
             assert known == (3 * PAGE if number and odd == "off" else 0)
+
+
+def test_pages_with_which_a_row_was_begun_are_written(
+    node: Directory, own_folder: Path, own_local: Any, tmp_path: Path
+) -> None:
+    with local_swarm(own_folder, SPANS, node=node, prefix_folder=tmp_path, prefix_disk=1 << 30) as swarm:
+        model, stores = model_of(swarm), [peer.service.sessions.prefixes for peer in swarm.peers]
+        for ids, written in zip(texts(2, first=1200), (0, 3), strict=True):
+            recalled(model, ids, generate(own_local, ids), speculate=None)
+            wait_until(lambda written=written: all(store and store.counts.written == written for store in stores))
 
 
 def test_hops_that_do_not_reach_each_other(

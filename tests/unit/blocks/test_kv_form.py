@@ -147,6 +147,9 @@ def test_a_row_goes_on_from_pages(kind: str) -> None:
     assert torch.equal(second.page(0, 128)["3.keys"], pages[0]["3.keys"])
     with pytest.raises(ValueError, match="another way"):
         SequenceCache(form=FORMS["int8"]).fill([{**pages[0], "3.keys": keys, "3.values": values}], keys.device)
+    fewer_heads = {name: each[:, :1] for name, each in pages[1].items()}
+    with pytest.raises((ValueError, RuntimeError), match=r"is not of a row|must match"):
+        SequenceCache(form=FORMS[kind]).fill([pages[0], fewer_heads], keys.device)
 
 
 def load(family: str, folder: Path, kv: str) -> Span:

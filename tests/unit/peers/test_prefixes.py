@@ -389,6 +389,19 @@ def test_files_that_were_not_written_to_their_end_are_removed(tmp_path: Path) ->
     assert [file.name for file in folder.iterdir()] == ["new.456"]
 
 
+def test_pages_are_written_once_a_row_was_begun_with_them(store: PrefixStore) -> None:
+    space, found = store.space(OWNERS[0], b"context", 0, 2, 0), Queue[list[Page]]()
+    put_text(store, space)
+    store.recall(space, [label(0, index) for index in range(DEPTH)], found.put)
+    pages = found.get(timeout=SOON_S)
+    assert not store._queued
+    with store._lock:
+        store._drop(pages[-1].name)  # one is not there any more
+    store.used(pages)
+    while store.counts.written < DEPTH - 1:
+        threading.Event().wait(0.01)
+
+
 class Stuck:
     """A disk that reads nothing until it is let go."""
 
