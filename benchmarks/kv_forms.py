@@ -196,6 +196,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if bool(arguments.checkpoint) == bool(arguments.families):
         parser.error("name a checkpoint, or families with --families")
+    if arguments.families and (arguments.save or not arguments.behind):
+        parser.error("--families compares quality alone: name positions with --behind, and no file with --save")
     text = "\n".join(file.read_text(encoding="utf-8") for file in arguments.text)
     if arguments.families:
         compare_families(arguments.families, text.encode(), arguments.behind)
