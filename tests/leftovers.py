@@ -55,7 +55,8 @@ def end_leftovers(before: Running) -> list[str]:
     # Not joined: one that is about to start is among them already, and cannot be.
     while (threads := _unexpected(expected)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    children = [child for child in _children() if child not in before.children | _owned_children]
+    owned = before.children | _owned_children
+    children = [child for child in _children() if not owned.intersection(_with_ancestors(child))]
     _, alive = psutil.wait_procs(children, timeout=max(0.0, deadline - time.monotonic()))
     left = [f"thread {thread.name}" for thread in threads]
     for child in alive:
@@ -96,6 +97,14 @@ def _children() -> list[psutil.Process]:
             return []
     children = psutil.Process().children(recursive=True)
     return [child for child in children if not any(shared in _command_line(child) for shared in SHARED_CHILDREN)]
+
+
+def _with_ancestors(process: psutil.Process) -> list[psutil.Process]:
+    """The process and its ancestors: a daemon of a wider scope may start processes of its own at any time."""
+    try:
+        return [process, *process.parents()]
+    except psutil.Error:
+        return [process]
 
 
 def _command_line(process: psutil.Process) -> str:

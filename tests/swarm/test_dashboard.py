@@ -21,7 +21,7 @@ from splitnet.serve.dashboard import Dashboard
 from splitnet.serve.gateway import Offer
 from splitnet.session.inference import Session
 from tests.e2e.small_model import small_model
-from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.harness import LocalSwarm, local_swarm, shared_swarm
 from tests.swarm.test_serve import GREEDY, MODEL, TEMPLATE, Server, until
 
 pytestmark = pytest.mark.swarm
@@ -34,7 +34,7 @@ WATTS = 10.0
 def swarm(demo_checkpoint: Path, node: Directory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     folder = small_model(tmp_path_factory.mktemp("dashboard") / MODEL, demo_checkpoint, seed=0)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    with local_swarm(folder, [(0, 2), (2, 6)], node=node, watts=WATTS) as swarm:
+    with shared_swarm(folder, [(0, 2), (2, 6)], node=node, watts=WATTS) as swarm:
         yield swarm
 
 
