@@ -22,7 +22,7 @@ SHARED_THREADS = ("tqdm", "TMonitor", "Thread-auto_conversion", "GarbageCollecto
 SHARED_CHILDREN = (
     "multiprocessing.resource_tracker",
     "multiprocessing.forkserver",
-    "template_program.py",
+    "bounded_program.py",
 )
 """Helpers that are started once and kept for the life of the process."""
 

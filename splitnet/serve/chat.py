@@ -107,7 +107,9 @@ async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> list[i
     return await served.prepare(request, lambda: prompts.of_chat(chat.messages, described, chat.variables, **options))
 
 
-async def with_thinking(served: ServedModel, chat: Chat, param: str, on: bool | None, effort: str | None) -> Chat:
+async def with_thinking(
+    served: ServedModel, request: Request, chat: Chat, param: str, on: bool | None, effort: str | None
+) -> Chat:
     """With what the chat template takes of whether the model is to think, and how much, as `param` says; None: nothing.
 
     Raises ApiError if the model is not to think, and always does.
@@ -115,8 +117,8 @@ async def with_thinking(served: ServedModel, chat: Chat, param: str, on: bool | 
     if on is None and effort is None:
         return chat
     prompts = served.prompts
-    has, reasoning = await served.preparing.run(
-        0, lambda: (prompts.variables(chat.functions or None), prompts.forms.reasoning)
+    has, reasoning = await served.prepare(
+        request, lambda: (prompts.variables(chat.functions or None), prompts.forms.reasoning)
     )
     wanted = {"enable_thinking": on, "thinking": on, "reasoning_effort": effort}
     variables = {name: value for name, value in wanted.items() if name in has and value is not None}

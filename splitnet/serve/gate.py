@@ -7,7 +7,7 @@ import hmac
 import ipaddress
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from splitnet.errors import KeyFileError
 from splitnet.limits import FairAccount, Holding
 from splitnet.security.identity import KeyOptions, is_options, parse_options
-from splitnet.serve.admission import Client, client_at
+from splitnet.serve.admission import Admission, Client, client_at
 from splitnet.serve.failures import ApiError, failure_of, refused
 
 
@@ -366,16 +366,48 @@ Model = TypeVar("Model", bound=BaseModel)
 LARGE_BYTES = 2**16  # A request of more is prepared after others of that kind, so that small ones find a free core
 
 
+MOST_PREPARING = 1024  # requests that wait until they are prepared
+
+
 class Preparing:
-    """Does what a request needs before it runs in other threads: parsing, templates, tokens, grammars."""
+    """Does what a request needs before it runs in other threads: parsing, templates, tokens, grammars.
+
+    One request of a client is prepared at a time, so that no client holds up the others.
+    """
 
     def __init__(self) -> None:
-        self._small, self._large = CapacityLimiter(4), CapacityLimiter(1)
+        self._small, self._large = Admission(4, MOST_PREPARING, spare=3), Admission(1, MOST_PREPARING)
+        self._threads = CapacityLimiter(5)
 
-    async def run(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
-        """What `work` returns; `size`: bytes of the request."""
-        limiter = self._large if size > LARGE_BYTES else self._small
-        return await to_thread.run_sync(work, *arguments, limiter=limiter)
+    async def run(self, request: Request, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+        """What `work` returns; `size`: bytes of the request. Raises ApiError if the client is gone before its turn."""
+        client = request.state.client
+        places = self._large if size > LARGE_BYTES else self._small
+
+        async def prepared() -> Result:
+            async with places.place(Client(client.name, client.weight)):  # without its quota of tokens
+                return await to_thread.run_sync(work, *arguments, limiter=self._threads)
+
+        return await unless_gone(request, prepared())
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """Waits for `work`, and cancels it when the client has disconnected; its body must have been read."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(400, "the client has disconnected")
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
 
 
 def parsed(kind: type[BaseModel], body: bytes) -> BaseModel:
@@ -407,7 +439,7 @@ class ParsingRoute(APIRoute):
         class Parsed(Request):
             async def json(self) -> Any:
                 body = await self.body()
-                return await self.app.state.preparing.run(len(body), parsed, kind, body)
+                return await self.app.state.preparing.run(self, len(body), parsed, kind, body)
 
         async def handle(request: Request) -> Response:
             # All bodies are JSON; `curl -d` and some clients of Ollama say something else, or nothing.

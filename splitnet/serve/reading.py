@@ -12,8 +12,9 @@ from starlette.requests import Request
 
 from splitnet.serve.answers.sampling import Sampling
 from splitnet.serve.failures import ApiError
+from splitnet.serve.gate import unless_gone
 from splitnet.serve.generation import Ask, Reading
-from splitnet.serve.responses import ServedModel, unless_gone
+from splitnet.serve.responses import ServedModel
 
 CONTEXT = -1  # Of `truncate`: as many tokens as the model reads
 MOST_TOKENS = 2**21  # Of all texts of a request
@@ -118,7 +119,7 @@ async def _read(
         _check_amount(sum(map(len, texts)))
         return [*map(len, texts)], [token for text in texts for token in text]
 
-    lengths, prompt = await served.preparing.run(len(await request.body()), prepared)
+    lengths, prompt = await served.prepare(request, prepared)
     longest, most = max(lengths), served.pooling.most
     if most is not None and longest > most:
         too_long = f"a text of {longest} tokens is more than the {most} that the model reads: shorten or cut it"

@@ -20,7 +20,7 @@ from splitnet.serve.admission import ANYONE, Admission, Client
 from splitnet.serve.answers.grammars import Grammars
 from splitnet.serve.answers.sampling import SamplingDefaults
 from splitnet.serve.failures import ApiError, failure_of
-from splitnet.serve.gate import Preparing
+from splitnet.serve.gate import Preparing, unless_gone
 from splitnet.serve.generation import Ask, Ended, Event, Generations, Numbered, Piece, ScoredPrompt
 from splitnet.serve.metrics import GatewayMetrics
 from splitnet.serve.pooling import Pooling
@@ -79,6 +79,7 @@ class ServedModel:
     def close(self) -> None:
         """Ends its requests and leaves the swarm; returns when that is done."""
         self.generations.close()
+        self.grammars.close()
         self.leave()
 
     @property
@@ -89,9 +90,9 @@ class ServedModel:
         """Runs the prompts of a request, once it has a place, until this is closed; `answer`: its id."""
         return self.metrics.watch(self._events(client, asks, answer), asks)
 
-    async def prepare(self, request: Request, work: Callable[[], Result]) -> Result:
-        """What `work` returns, which is done beside the event loop."""
-        return await self.preparing.run(len(await request.body()), work)
+    async def prepare(self, request: Request, work: Callable[[], Result], size: int | None = None) -> Result:
+        """What `work` returns, which is done beside the event loop; `size`: bytes that it reads, those of the body."""
+        return await self.preparing.run(request, len(await request.body()) if size is None else size, work)
 
     async def respond(
         self, request: Request, events: AsyncGenerator[Told], answer: Answer[Told], *, stream: bool
@@ -181,25 +182,6 @@ class _Resumed(AsyncIterator[Told]):
             self._first.cancel()
             await asyncio.gather(self._first, return_exceptions=True)
         await self._events.aclose()
-
-
-async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
-    """Waits for `work`, and cancels it when the client has disconnected; its body must have been read."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ApiError(400, "the client has disconnected")
-        return working.result()
-    finally:
-        working.cancel()
-        watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
 
 
 class Closable(Protocol):

@@ -16,9 +16,8 @@ ONE_LINE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_sepa
 
 _ANY = r"(.|\n)*"
 
-# llguidance follows references and rules by recursion, and ends the process where they go too deep.
-MOST_RULES, MOST_SIZE = 1000, 2**20
-MOST_REFERENCES, MOST_PROPERTIES, MOST_SCHEMA = 256, 256, 2**18
+MOST_RULES, MOST_SIZE = 1000, 2**20  # of a grammar; `MOST_SIZE`: characters
+MOST_REFERENCES, MOST_PROPERTIES = 256, 256  # that are followed one after the other; of one object in calls
 
 Schema = Mapping[str, Any]
 Read = list[tuple[str, dict[str, Any]]]  # names and arguments
@@ -67,21 +66,6 @@ class Rules:
             first = self.add(head if required else f"{head} | {first}")
             after = self.add(tail if required else f"{tail} | {after}")
         return first
-
-
-def check_schema(schema: Any) -> None:
-    """Raises ValueError: it is larger than a grammar can be made of."""
-    text = json.dumps(schema)
-    references = set(re.findall(r'"\$ref": *("(?:[^"\\]|\\.)*")', text))
-    if len(text) > MOST_SCHEMA or len(references) > MOST_REFERENCES:
-        raise ValueError(f"it has more than {MOST_SCHEMA} characters or {MOST_REFERENCES} references")
-
-    def widest(value: Any) -> int:
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        return max(len(inner), *map(widest, inner)) if inner else 0
-
-    if widest(schema) > MOST_PROPERTIES:
-        raise ValueError(f"something in it has more than {MOST_PROPERTIES} parts")
 
 
 def _all(schema: Schema, name: str) -> list[Any]:

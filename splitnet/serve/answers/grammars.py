@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -13,18 +14,20 @@ import llguidance.hf
 import numpy as np
 import torch
 
+from splitnet.bounded import BoundedProcess
+from splitnet.bounded_program import GRAMMAR_LIMITS
 from splitnet.drafts.drafter import shared
-from splitnet.serve.answers.calls import Rules, check_schema
+from splitnet.serve.answers.calls import Rules
 from splitnet.serve.answers.forms import FORMS, PLAIN, Form, Forms
 from splitnet.serve.failures import ApiError
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must keep to; checked already."""
+    """A checked grammar of an answer; `param`: the parameter of the request that gives it."""
 
-    text: str
-    tokens: llguidance.LLTokenizer
+    matcher: llguidance.LLMatcher  # before the first token
+    param: str | None
 
 
 class Function(Protocol):
@@ -53,12 +56,13 @@ class Bounds:
 
 
 class Grammars:
-    """Makes grammars for a tokenizer, whose model knows so many tokens and ends answers with some."""
+    """Makes grammars for a tokenizer, whose model knows `vocabulary` tokens and ends answers with `end_tokens`."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: Collection[int]) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._end_tokens = end_tokens
+        self._process = BoundedProcess("grammar", self._setup)
 
     def of_answer(self, bounds: Bounds, forms: Forms = PLAIN, *, thinks: bool = False) -> Grammar:
         """The grammar of an answer in the forms of a model; `thinks`: the prompt ends within its reasoning.
@@ -70,7 +74,6 @@ class Grammars:
         rules = Rules(self._literal)
         form, param = forms.calls or FORMS["hermes"], "tools" if bounds.functions else bounds.param
         try:
-            check_schema(bounds.schema)
             says = [self._calls(rules, bounds, form)] if bounds.functions else []
             if bounds.schema is not None and form.is_answer and bounds.functions:
                 says = [rules.json({"anyOf": [bounds.schema, *map(_call_as_json, bounds.functions)]})]
@@ -81,10 +84,25 @@ class Grammars:
             text = llguidance.LLMatcher.grammar_from_lark("\n".join([*rules.lines, start]))
         except (ValueError, RecursionError) as error:  # it is nested too deep
             raise _not_kept_to(error, param) from None
-        wrong = llguidance.LLMatcher.validate_grammar(text, self._tokens)
+        tokens = self._tokens
+        wrong = self._process.ask(text)[1]
         if wrong:
             raise _not_kept_to(wrong, param)
-        return Grammar(text, self._tokens)
+        limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
+        return Grammar(llguidance.LLMatcher(tokens, text, log_level=0, limits=limits), param)
+
+    def close(self) -> None:
+        self._process.end()
+
+    def _setup(self) -> dict[str, Any]:
+        fast = copy(self._tokenizer.backend_tokenizer)
+        fast.no_padding()
+        fast.no_truncation()
+        return {
+            "tokenizer": fast.to_str(),
+            "vocabulary": self._vocabulary,
+            "end_tokens": sorted(self._end_tokens),
+        }
 
     def _thought(self, rules: Rules, forms: Forms, thinks: bool) -> str:
         reasoning = forms.reasoning
@@ -150,7 +168,6 @@ def _of_arguments(tool: Function, *, bound: bool) -> dict[str, Any]:
     if schema["type"] != "object":
         wrong = f"the arguments of {tool.name} are an object: give its parameters that type"
         raise ApiError(400, wrong, param="tools")
-    check_schema(schema)
     return schema
 
 
@@ -192,15 +209,22 @@ def _other_than(openings: Collection[str]) -> str:
     return f"/[{space}]*{rest(openings, space)}/"
 
 
+_NO_TOKEN = "doesn't satisfy the grammar"  # in the error of llguidance; its other errors are of bounds
+
+
 class AllowedTokens:
     """What may come next in one answer."""
 
     def __init__(self, grammar: Grammar) -> None:
-        self._matcher = llguidance.LLMatcher(grammar.tokens, grammar.text)
+        self._matcher = grammar.matcher.deep_copy()
+        self._param = grammar.param
         self._taken: list[int] = []
 
     def forbid_others(self, answer: list[int], scores: torch.Tensor) -> None:
-        """Sets the scores `[vocabulary]` of all tokens that cannot follow to -inf; `answer`: the tokens so far."""
+        """Sets the scores `[vocabulary]` of all tokens that cannot follow to -inf; `answer`: the tokens so far.
+
+        Raises ApiError if the grammar takes too much time or memory with this answer.
+        """
         # Where several positions are looked at in one step, an answer may be shorter or another one than before.
         same = shared(answer, self._taken)
         self._matcher.rollback(len(self._taken) - same)
@@ -208,9 +232,12 @@ class AllowedTokens:
         for token in answer[same:]:
             if self._matcher.is_stopped():  # the answer has ended, others of its batch have not
                 break
-            if not self._matcher.consume_token(token):
-                raise RuntimeError("a token that was allowed is none of the grammar")
-            self._taken.append(token)
+            if self._matcher.consume_token(token):
+                self._taken.append(token)
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if error := self._matcher.get_error():
+            if _NO_TOKEN in error:
+                raise RuntimeError("a token that was allowed is none of the grammar")
+            raise _not_kept_to(error, self._param)
         possible = torch.from_numpy(np.unpackbits(mask, count=len(scores), bitorder="little"))
         scores.masked_fill_(possible.to(scores.device) == 0, -torch.inf)

@@ -221,7 +221,7 @@ async def _prompted(served: ServedModel, request: Request, body: MessagesRequest
     on = None if body.thinking is None else body.thinking.type != "disabled"
     effort = body.output_config.effort if body.output_config else None
     chat = await served.prepare(request, lambda: body.chat)
-    chat = await with_thinking(served, chat, "thinking", on, "high" if effort in ("xhigh", "max") else effort)
+    chat = await with_thinking(served, request, chat, "thinking", on, "high" if effort in ("xhigh", "max") else effort)
     return chat, await prompt_of(served, request, chat)
 
 

@@ -6,6 +6,7 @@ import base64
 import secrets
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -89,7 +90,8 @@ def router(gateway: Gateway) -> APIRouter:
         coded = _base64 if body.encoding_format == "base64" else torch.Tensor.tolist
         rows = enumerate(map(coded, vectors))
         entries = ({"object": "embedding", "index": index, "embedding": row} for index, row in rows)
-        return Response(await served.preparing.run(vectors.nbytes, written, told, "data", entries), media_type=JSON)
+        work = partial(written, told, "data", entries)
+        return Response(await served.prepare(request, work, vectors.nbytes), media_type=JSON)
 
     @paths.post("/v1/rerank", response_model=None)
     @paths.post("/v2/rerank", response_model=None)

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -248,7 +249,7 @@ def router(gateway: Gateway) -> APIRouter:
                 raise ApiError(400, "keep_alive: this server itself gives up models", param="keep_alive")
             return answer.part(done=True, done_reason="load")
         on, effort = (True, body.think) if isinstance(body.think, str) else (body.think, None)
-        chat = await with_thinking(served, chat, "think", on, effort)
+        chat = await with_thinking(served, request, chat, "think", on, effort)
         if on and not chat.variables["think"] and served.prompts.forms.reasoning is None:
             raise ApiError(400, f"{body.model!r} does not support thinking: leave out think", param="think")
         return await answer_chat(served, request, chat, answer, stream=body.stream is not False)
@@ -283,7 +284,7 @@ def router(gateway: Gateway) -> APIRouter:
         return {"models": [entry(served.name, _family(served)) | more for served in gateway.loaded]}
 
     @paths.post("/api/show")
-    async def show(body: ShowRequest) -> dict[str, Any]:
+    async def show(body: ShowRequest, request: Request) -> dict[str, Any]:
         """What is known of a model."""
         served = await find(body.model or body.name or "")
         facts, family = served.generations.model.swarm.facts, _family(served)
@@ -292,7 +293,7 @@ def router(gateway: Gateway) -> APIRouter:
         return {
             "details": entry(served.name, family)["details"],
             "model_info": {"general.architecture": family, **known},
-            "capabilities": await served.preparing.run(0, _capabilities, served),
+            "capabilities": await served.prepare(request, lambda: _capabilities(served)),
         }
 
     @paths.get("/api/version")
@@ -316,7 +317,8 @@ def router(gateway: Gateway) -> APIRouter:
         vectors, tokens = await embed(served, request, body.input, dimensions=body.dimensions, truncate=truncate)
         times = {"total_duration": time.perf_counter_ns() - began, "load_duration": 0}
         told, rows = {"model": body.model, "prompt_eval_count": tokens, **times}, map(Tensor.tolist, vectors)
-        return Response(await served.preparing.run(vectors.nbytes, written, told, "embeddings", rows), media_type=JSON)
+        work = partial(written, told, "embeddings", rows)
+        return Response(await served.prepare(request, work, vectors.nbytes), media_type=JSON)
 
     @paths.post("/api/embeddings")
     async def embedded_one(body: EmbedOneRequest, request: Request) -> dict[str, list[float]]:

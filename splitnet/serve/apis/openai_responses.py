@@ -267,7 +267,7 @@ def router(gateway: Gateway) -> APIRouter:
             said[:2] = [{"role": "system", "content": f"{said[0]['content']}\n\n{said[1]['content']}"}]
         chat, effort = body.chat(said), body.reasoning.effort if body.reasoning else None
         on, effort = effort and effort != "none", {"minimal": "low", "xhigh": "high"}.get(effort or "", effort)
-        chat = await with_thinking(served, chat, "reasoning", on, effort)
+        chat = await with_thinking(served, request, chat, "reasoning", on, effort)
         if on and not chat.variables["reasoning"]:
             raise ApiError(400, "this model's chat template has no place for effort: leave it out", param="reasoning")
         return served, messages, chat

@@ -34,6 +34,7 @@ from tokenizers.models import BPE
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from splitnet import bounded
 from splitnet.blocks.span import Span
 from splitnet.checkpoint import chat_template
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -635,8 +636,8 @@ def test_a_chat_template_makes_what_transformers_makes_of_it() -> None:
 def test_a_chat_template_without_end_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory, its time and what it makes are bounded; the next one is rendered as ever."""
     assert chat_template.render(with_template("ok"), SAID, answer=True) == "ok"
-    monkeypatch.setattr(chat_template, "RENDER_S", 1.0)
-    monkeypatch.setattr(chat_template, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(bounded, "ANSWER_S", 1.0)
+    monkeypatch.setattr(bounded, "MOST_BYTES", 1 << 20)
     before = psutil.Process().memory_info().rss
     with pytest.raises(TemplateError, match="it takes more than"):
         chat_template.render(with_template(template), SAID, answer=True)

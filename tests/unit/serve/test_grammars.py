@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tokenizers import AddedToken
@@ -63,6 +64,43 @@ def test_a_choice_is_one_that_is_possible(grammars: Grammars, tokenizer: Any) ->
 def test_schemas_that_cannot_be_kept_to(grammars: Grammars, schema: dict[str, Any]) -> None:
     with pytest.raises(ApiError, match="cannot be kept to"):
         grammars.of_answer(Bounds(schema=schema))
+
+
+def unfolding(kind: str, depth: int) -> dict[str, Any]:
+    """Two references at each level, so that the whole has `2 ** depth` parts."""
+    parts = {f"d{n}": {kind: [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(depth)}
+    return {"$ref": "#/$defs/d0", "$defs": parts | {f"d{depth}": {"type": "string", "pattern": "a+"}}}
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        Bounds(schema=unfolding("allOf", 24)),
+        Bounds(schema={"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(40)]}),
+        Bounds(rule=f"start: %json {json.dumps(unfolding('allOf', 24))}", param="guided_grammar"),
+        Bounds(rule="start: /(a{1000}){1000}/", param="guided_grammar"),
+        Bounds(rule="\n".join(["start: r0", *(f"r{n}: r{n + 1} r{n + 1}" for n in range(255)), 'r255: "a"'])),
+        Bounds(schema={"properties": {f"p{n}": {"type": "integer"} for n in range(3000)}, "type": "object"}),
+    ],
+    ids=["references", "patterns", "schema in a grammar", "repeats", "rules", "properties"],
+)
+def test_what_takes_too_much_is_refused_and_costs_this_process_nothing(grammars: Grammars, bounds: Bounds) -> None:
+    assert grammars.of_answer(Bounds(schema={"const": 7}))
+    process, before = grammars._process._running, psutil.Process().memory_info().rss
+    with pytest.raises(ApiError, match="cannot be kept to") as refused:
+        grammars.of_answer(bounds)
+    assert refused.value.status == 400
+    assert psutil.Process().memory_info().rss - before < 32 << 20
+    assert grammars.of_answer(Bounds(schema={"const": 7}))
+    assert grammars._process._running is process, "what one question takes ends no other"
+
+
+def test_an_answer_that_takes_a_grammar_too_far_ends_with_an_error(grammars: Grammars, tokenizer: Any) -> None:
+    allowed = AllowedTokens(grammars.of_answer(Bounds(schema={"type": "string", "pattern": ".*a.{400}"})))
+    answer = tokenizer('"' + "ab " * 300, add_special_tokens=False).input_ids
+    with pytest.raises(ApiError, match="the JSON schema cannot be kept to: lexer error"):
+        for length in range(len(answer)):
+            possible(allowed, answer[:length])
 
 
 TOWN = {"properties": {"name": {"enum": ["Paris", "Rome"]}}, "required": ["name"], "type": "object"}

@@ -1,0 +1,134 @@
+"""Bounds of time and memory for libraries that read what strangers wrote: chat templates, grammars, schemas.
+
+The library runs in a process of its own (`bounded_program.py`), which is ended where a question takes too much.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Final
+
+from splitnet.bounded_program import LENGTH_BYTES, too_much
+from splitnet.errors import SplitnetError
+
+_PROGRAM: Final = Path(__file__).with_name("bounded_program.py")
+START_S: Final = 60.0  # in which the process is ready
+ANSWER_S: Final = 15.0  # of a question, on a machine that is busy with other work, too
+MOST_BYTES: Final = 64 << 20  # of an answer
+
+
+class BoundedProcess:
+    """A process for the questions of one job. Thread-safe; it starts with the first question, or before that.
+
+    Args:
+        job: a key of `bounded_program.JOBS`.
+        setup: makes what the process is told once, before its first question.
+    """
+
+    def __init__(self, job: str, setup: Callable[[], Any] = lambda: None) -> None:
+        self._job, self._setup = job, setup
+        self._lock = threading.Lock()
+        self._running: subprocess.Popen[bytes] | None = None
+        self._is_ready = False
+
+    def begin(self) -> None:
+        """Starts the process, and waits for nothing."""
+        with self._lock:
+            if self._running is None:
+                self._running = self._start()
+
+    def ask(self, question: Any) -> tuple[Any, str | None]:
+        """The answer to a question in JSON, or what is wrong with the question, such as that it takes too much.
+
+        Raises SplitnetError if the process does not start.
+        """
+        with self._lock:
+            if self._running is not None and self._running.poll() is not None:  # others, or the system, have ended it
+                self._stop(self._running)
+            process = self._running = self._running or self._start()
+            if not self._is_ready:
+                if self._answer(process, self._setup(), START_S) is None:
+                    self._stop(process)
+                    command = f"{sys.executable} {_PROGRAM} {self._job}"
+                    raise SplitnetError(f"no {self._job} can be read: run `{command}` to see why")
+                self._is_ready = True
+            try:
+                answer = self._answer(process, question, ANSWER_S)
+            except BaseException:  # an answer that nobody reads would be taken for the next one's
+                self._stop(process)
+                raise
+            if answer is None:
+                self._stop(process)
+                return None, too_much(self._job)
+            found, error = json.loads(answer)
+            return found, error
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        atexit.register(self.end)
+        # In a session of its own, as an interrupt at the terminal is not meant for it.
+        return subprocess.Popen(
+            [sys.executable, "-P", str(_PROGRAM), self._job],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    @staticmethod
+    def _answer(process: subprocess.Popen[bytes], question: Any, seconds: float) -> bytes | None:
+        """A frame; None: the process has ended, or is ended as it takes too long."""
+        asked, told = process.stdin, process.stdout
+        assert asked is not None and told is not None
+        timer = threading.Timer(seconds, _kill, [process])
+        timer.daemon = True
+        timer.start()
+        try:
+            frame = json.dumps(question, default=str).encode()
+            asked.write(len(frame).to_bytes(LENGTH_BYTES, "big") + frame)
+            asked.flush()
+            return _read(told)
+        except OSError:
+            return None
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def end(self) -> None:
+        """Ends the process, if it runs: one that is about to be ready would outlive this one for a moment."""
+        if self._running is not None:
+            _kill(self._running)
+            self._running.wait()
+        atexit.unregister(self.end)
+
+    def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        self._running, self._is_ready = None, False
+        atexit.unregister(self.end)
+        _kill(process)
+        with suppress(OSError), process:  # closes its pipes, into which nothing can be written any more, and waits
+            pass
+
+
+def _read(told: IO[bytes]) -> bytes | None:
+    head = told.read(LENGTH_BYTES)
+    size = int.from_bytes(head, "big")
+    if len(head) < LENGTH_BYTES or size > MOST_BYTES:
+        return None
+    data = told.read(size)
+    return data if len(data) == size else None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process, and those that it has forked."""
+    if process.poll() is None and hasattr(os, "killpg"):
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()

@@ -1,0 +1,168 @@
+"""Jobs of libraries on what strangers wrote, with bounds of time and memory: a process of its own, see `bounded.py`.
+
+    python -P bounded_program.py JOB
+
+Reads frames (8 bytes with the length, then JSON) from stdin. The first frame is the setup of the job; its answer, an
+empty frame, says that the process is ready. Each further frame is a question, answered on stdout with `[answer, error]`,
+one of which is null. Where the system can fork, every question has a process of its own, so that a question that takes
+too much ends nothing else. The program runs without the modules of splitnet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+LENGTH_BYTES = 8
+STACK_BYTES = 4 << 20  # of the thread that does the jobs: half of what threads have elsewhere
+NICENESS = 10  # so that steps of answers run first
+
+BOUNDS = {"template": (10, 512 << 20), "grammar": (1, 128 << 20)}
+"""Seconds of processor time, and bytes of memory beside the setup, for a question of each job."""
+
+GRAMMAR_LIMITS: dict[str, Any] = {"max_lexer_states": 2**15, "verbose_errors": False}
+"""What llguidance may take for an answer beyond its own defaults: states take up to 2 kB each."""
+
+FIRST_TOKENS = 8  # of an answer, that a grammar is tried with
+
+_GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own, around the answers in a template
+
+Job = Callable[[Any], Any]  # the answer to a question; raises an error with what is wrong
+
+
+def templates(_setup: None) -> Job:
+    """Renders chat templates; of a template without messages, the answer is the list of its variables."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def answer(question: dict[str, Any]) -> str | list[str]:
+        if "messages" not in question:
+            return _variables(question["template"])
+        texts, _ = render_jinja_template(
+            conversations=[question["messages"]],
+            tools=question["tools"],
+            chat_template=question["template"],
+            add_generation_prompt=question["answer"],
+            **question["variables"],
+        )
+        return texts[0]
+
+    return answer
+
+
+def _variables(template: str) -> list[str]:
+    """Those that it uses and does not set, in a loop at least; jinja2 computes constants to find them."""
+    from jinja2 import Environment, nodes
+    from jinja2.meta import find_undeclared_variables
+
+    syntax = Environment(extensions=["jinja2.ext.loopcontrols"])
+    parsed = syntax.parse(_GENERATION_TAG.sub("", template))
+    names = (name for loop in parsed.find_all(nodes.For) for name in loop.find_all(nodes.Name))
+    used = find_undeclared_variables(parsed) - {name.name for name in names if name.ctx == "store"}
+    return sorted(used - {*syntax.globals, "messages", "raise_exception", "strftime_now"})
+
+
+def grammars(setup: dict[str, Any]) -> Job:
+    """Checks a grammar (llguidance's Lark): compiles it, and takes the first tokens of an answer."""
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+    tokens = LLTokenizer(setup["tokenizer"], n_vocab=setup["vocabulary"], eos_token=setup["end_tokens"])
+
+    def answer(grammar: str) -> None:
+        matcher = LLMatcher(tokens, grammar, log_level=0, limits=LLParserLimits(**GRAMMAR_LIMITS))
+        for _ in range(FIRST_TOKENS):
+            if matcher.is_stopped():
+                break
+            mask = matcher.compute_bitmask()
+            lowest = next((8 * at + (byte & -byte).bit_length() - 1 for at, byte in enumerate(mask) if byte), None)
+            forced = matcher.compute_ff_tokens()
+            matcher.consume_tokens(forced or ([] if lowest is None else [lowest]))
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+
+    return answer
+
+
+JOBS: dict[str, Callable[[Any], Job]] = {"template": templates, "grammar": grammars}
+
+
+def main(name: str) -> None:
+    given, told = sys.stdin.buffer, sys.stdout.buffer
+    with suppress(AttributeError, OSError):  # Windows
+        os.nice(NICENESS)
+    job = JOBS[name](json.loads(_read(given)))
+    seconds, memory = BOUNDS[name]
+    _write(told, b"")
+
+    def answered(question: bytes) -> bytes:
+        _bound(seconds, memory)
+        try:
+            answer = [job(json.loads(question)), None]
+        except MemoryError:
+            answer = [None, too_much(name)]
+        except Exception as error:
+            answer = [None, str(error) or type(error).__name__]
+        return json.dumps(answer).encode()
+
+    while question := _read(given):
+        if hasattr(os, "fork"):
+            _write(told, _forked(lambda asked=question: answered(asked)) or json.dumps([None, too_much(name)]).encode())
+        else:
+            _write(told, answered(question))
+
+
+def too_much(name: str) -> str:
+    """The error of a question that exceeds the bounds of its job."""
+    seconds, memory = BOUNDS[name]
+    return f"it takes more than {seconds} s or {memory >> 20} MiB"
+
+
+def _forked(work: Callable[[], bytes]) -> bytes | None:
+    """What `work` returns in a process of its own; None: the process was ended."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with open(write, "wb") as made:
+                made.write(work())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(write)
+    with open(read, "rb") as made:
+        answer = made.read()
+    return answer if os.waitpid(child, 0)[1] == 0 else None
+
+
+def _read(given: BinaryIO) -> bytes:
+    return given.read(int.from_bytes(given.read(LENGTH_BYTES), "big"))
+
+
+def _write(told: BinaryIO, data: bytes) -> None:
+    told.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
+    told.flush()
+
+
+def _bound(seconds: int, memory: int) -> None:
+    """The process that asks ends this one in time, unless it has been killed itself."""
+    with suppress(ImportError, ValueError, OSError):  # Windows; a system that does not bound these
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            taken = int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+if __name__ == "__main__":
+    threading.stack_size(STACK_BYTES)
+    worker = threading.Thread(target=main, args=sys.argv[1:])
+    worker.start()
+    worker.join()
