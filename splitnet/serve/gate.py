@@ -92,8 +92,9 @@ def _key_of(line: str) -> tuple[str, KeyOptions]:
 
 MAX_BODY_BYTES = 16 * 2**20
 
-# What a value of JSON takes once it is parsed, without the text of strings: two bytes of a body can hold one.
-VALUE_BYTES = 64
+# Memory of a value of JSON once it is parsed, without the text of strings, and of an object, which takes the event loop
+# longest, too: two bytes of a body can hold one.
+VALUE_BYTES, OBJECT_BYTES = 64, 512
 MAX_PARSED_BYTES = 48 * 2**20  # what a body takes when it is parsed
 ALL_PARSED_BYTES = 128 * 2**20  # the same of all requests, until they are answered
 BODY_S = 60.0  # Time for a body to arrive
@@ -138,7 +139,8 @@ class Body:
                     new = message.get("body", b"")
                     more = message.get("more_body", False)
                     body += new
-                    self._holding.grow(len(new) + VALUE_BYTES * sum(map(new.count, (b",", b"[", b"{"))))
+                    values = new.count(b",") + new.count(b"[")
+                    self._holding.grow(len(new) + VALUE_BYTES * values + OBJECT_BYTES * new.count(b"{"))
                     if len(body) > MAX_BODY_BYTES:
                         raise ApiError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
                     if self._holding.amount > MAX_PARSED_BYTES:

@@ -170,6 +170,13 @@ class Prompts:
         self._check_length([text])
         return self.ids(text)
 
+    def text_of_ids(self, tokens: list[int]) -> str:
+        """The text of tokens. Raises ApiError if the model does not know one, or they are more than the context."""
+        if self.max_positions is not None and len(tokens) > self.max_positions:
+            raise self._too_long(f"{len(tokens)} tokens are more than", "send fewer at once")
+        self.check_known(tokens, "tokens")
+        return self.decode_all(tokens)
+
     def ids(self, text: str) -> list[int]:
         """The tokens of a piece of a text; what looks like a special token is one."""
         return self._tokenizer(text, add_special_tokens=False).input_ids

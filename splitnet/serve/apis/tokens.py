@@ -93,8 +93,7 @@ def router(gateway: Gateway) -> APIRouter:
     async def detokenize(body: Detokenize, request: Request) -> dict[str, str]:
         """The text of tokens."""
         served = await gateway.find(body.model)
-        served.prompts.check_known(body.tokens, "tokens")
-        text = await served.prepare(request, lambda: served.prompts.decode_all(body.tokens))
+        text = await served.prepare(request, lambda: served.prompts.text_of_ids(body.tokens))
         return {"prompt": text, "content": text}
 
     @paths.get("/props")
