@@ -395,7 +395,12 @@ def guarded(model: str, start: int, end: int, block_bytes: int, device: torch.de
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if by_type or "allocate memory" in str(error):  # what torch's CPU allocator says
+        if is_out_of_memory(error):
             raise OutOfMemory(message) from error
         raise
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed. Torch has a type for some of these errors alone."""
+    by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return by_type or any(text in str(error) for text in ("allocate memory", "out of memory"))
