@@ -43,7 +43,7 @@ class _Client:
 
 @dataclass(eq=False)
 class _Job:
-    """A request, and how far it is. turn: when its last page came."""
+    """A request, and how far it is. turn: when its last page came. run: goes on with it."""
 
     source: Connection
     message: CopyPages
@@ -55,16 +55,12 @@ class _Job:
     turn: float = field(default_factory=time.monotonic)
     copied: int = 0
     nbytes: int = 0
-    refused: bool = False
     run: Generator[None] | None = None
 
     @property
     def held(self) -> int:
         """Pages in a row, from the first one on, that are here now."""
         return len(list(takewhile(lambda label: self.store.has(self.space, label), self.message.labels)))
-
-    def refuse(self) -> None:
-        self.refused = True
 
 
 class PageCopies:
@@ -97,8 +93,8 @@ class PageCopies:
             log.debug("pages cannot be copied: %s", error)
             job = None
         with self._changed:
-            place = self._waiting.hold(_Client(source.curve), job.refuse, 1) if job is not None else None
-            if job is not None and place is not None and not job.refused:
+            client, taken = _Client(source.curve), self._waiting.holdings
+            if job is not None and (place := self._waiting.hold(client, lambda: None, 1)) in taken:
                 self._jobs[job] = place
                 self._changed.notify()
                 if self._thread is None and not self._closed:
@@ -143,7 +139,7 @@ class PageCopies:
 
     def _go_on(self, job: _Job, run: Generator[None]) -> None:
         try:
-            if not job.refused and time.monotonic() < job.began + JOB_S:
+            if self._jobs[job] in self._waiting.holdings and time.monotonic() < job.began + JOB_S:
                 return next(run)
         except StopIteration:
             pass

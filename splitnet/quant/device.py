@@ -348,31 +348,28 @@ def _control_groups(root: Path) -> Iterator[Path]:
             _, controllers, path = line.split(":", 2)
             if not controllers or "memory" in controllers.split(","):
                 paths["cgroup" if controllers else "cgroup2"] = path
-        mounts = (root / "proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    except (OSError, ValueError):
+        for line in (root / "proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+            where, _, what = line.partition(" - ")
+            kind, *_, options = what.split()
+            if kind in paths and (kind == "cgroup2" or "memory" in options.split(",")):
+                # A space stands there as \040.
+                top, point = (re.sub(r"\\(\d{3})", lambda n: chr(int(n[1], 8)), each) for each in where.split()[3:5])
+                folder, own = root / point.lstrip("/"), PurePosixPath(paths[kind])
+                # Another namespace than that of the mount shows paths that do not lead there.
+                is_below = own.is_relative_to(top) and ".." not in own.parts
+                yield from accumulate(own.relative_to(top).parts if is_below else (), Path.joinpath, initial=folder)
+    except (OSError, ValueError):  # a system that does not tell, or not so
         return
-    for line in mounts:
-        where, _, what = line.partition(" - ")
-        kind, options = what.split()[0], what.split()[-1].split(",")
-        if kind not in paths or (kind == "cgroup" and "memory" not in options):
-            continue
-        top, point = (_OCTAL.sub(lambda code: chr(int(code[1], 8)), each) for each in where.split()[3:5])
-        folder, own = root / point.lstrip("/"), PurePosixPath(paths[kind])
-        # Another namespace than that of the mount shows paths that do not lead there.
-        is_below = own.is_relative_to(top) and ".." not in own.parts
-        yield from accumulate(own.relative_to(top).parts if is_below else (), Path.joinpath, initial=folder)
 
 
 def _left_in(group: Path) -> Iterator[int]:
     """Bytes that each limit of a control group leaves; the kernel takes back the cache of files that are not in use."""
     for limit, used, reclaimed in _LIMITS:
         with suppress(OSError, ValueError):  # of the other version, or without a limit ("max")
-            most = int((group / limit).read_text())
             statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            yield most - int((group / used).read_text()) + int(statistics.get(reclaimed, 0))
+            yield int((group / limit).read_text()) - int((group / used).read_text()) + int(statistics.get(reclaimed, 0))
 
 
-_OCTAL = re.compile(r"\\(\d{3})")  # a space in mountinfo, for example
 _LIMITS = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.high", "memory.current", "inactive_file"),
