@@ -43,7 +43,7 @@ class _Client:
 
 @dataclass(eq=False)
 class _Job:
-    """A request, and how far it is. turn: when its last page came. run: goes on with it."""
+    """A request, and how far it is. turn: when its last page came. run: the generator that copies."""
 
     source: Connection
     message: CopyPages
@@ -131,7 +131,7 @@ class PageCopies:
                         self._answers[getattr(answer, "number", 0)] = answer
 
     def _next(self) -> list[_Job]:
-        """All requests, in the order in which they go on; none: closed."""
+        """All requests in the order of their turns; none: closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closed)
             jobs = [] if self._closed else list(self._jobs)
@@ -182,8 +182,8 @@ class PageCopies:
             names.append(name)
 
     def _bytes_of(self, asking: Asking, job: _Job, name: bytes) -> Generator[None, None, bytearray | None]:
-        """The bytes of a page; None: the hop does not have it, or does not answer. Each answer has all that was asked
-        for: with single bytes a page would take days."""
+        """The bytes of a page; None: the hop does not have it, or does not answer. A short answer is an error: with
+        single bytes a page would take days."""
         data, total = bytearray(), 1
         while len(data) < total:
             number = asking.ask(job.hop, WeightsKind.PAGE, name + bytes(len(name)), len(data))

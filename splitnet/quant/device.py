@@ -398,6 +398,6 @@ def guarded(model: str, start: int, end: int, block_bytes: int, device: torch.de
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed. Torch has a type for some of these errors alone."""
+    """Whether an allocation failed. Torch raises some of these errors as a bare RuntimeError."""
     by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return by_type or any(text in str(error) for text in ("allocate memory", "out of memory"))

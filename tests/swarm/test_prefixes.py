@@ -272,7 +272,7 @@ def test_the_key_with_most_requests_makes_place_for_another_key(
         for client in clients:
             for number in range(page_copies.PER_KEY):
                 client.say(source.request(number, if_faster=False))
-            client.ping()  # the peer has all of them
+            client.ping()  # the peer has taken the requests
         newcomer = stack.enter_context(Client(victim))
         newcomer.say(last.request(9, if_faster=True))
         assert newcomer.hear(CopiedPages).number == 9 and len(last.asked) == 1

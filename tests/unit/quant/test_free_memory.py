@@ -90,10 +90,10 @@ def test_both_versions_beside_each_other(tmp_path: Path) -> None:
     ("own", "top"),
     [
         ("0::/\n", "/"),  # a container with a namespace of its own
-        ("0::/docker/0f/peer\n", "/docker/0f"),  # one without
+        ("0::/docker/0f/peer\n", "/docker/0f"),  # a container without a namespace
         ("0::/docker/0f\n", "/docker/0f"),
-        ("0::/\n", "/../.."),  # what is mounted stands above the namespace
-        ("0::/../else\n", "/"),  # the process was moved out of its namespace
+        ("0::/\n", "/../.."),  # the mount stands above the namespace
+        ("0::/../else\n", "/"),  # the process has left the namespace
         ("0::/docker/else\n", "/docker/0f"),
     ],
 )
