@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
+from huggingface_hub import try_to_load_from_cache
+
 from peers.joining import Found, find_model
 from peers.options import PeerOptions, Report
 from peers.placement import answering, choose_blocks, expected_block_ms, expected_speed, fitting_blocks, position_bytes
@@ -204,7 +206,9 @@ class ModelChoice:
         if model in self._opened:
             return self._opened[model]
         options = replace(self._options, model_id=model)
-        is_named = bool(self._allowed) or is_on_hub(name)
+        # Without a list of the owner others give the names: these bring nothing from the hub that was not here before.
+        cached = is_on_hub(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+        is_named = bool(self._allowed) or cached
         for source in self._sources(name):
             checkpoint = _open(source) if is_named else None
             if checkpoint is None or not checkpoint.is_whole or checkpoint.fingerprint == model:

@@ -43,7 +43,15 @@ from splitnet.blocks.span import Span
 from splitnet.errors import AdapterError, CodecError, PeerBusy, ProtocolError
 from splitnet.paths import KnownFigures
 from splitnet.quant import native
-from splitnet.quant.device import Stopwatch, end_threads, seconds_after_work, to_device, to_host, trim_memory
+from splitnet.quant.device import (
+    Stopwatch,
+    end_threads,
+    is_out_of_memory,
+    seconds_after_work,
+    to_device,
+    to_host,
+    trim_memory,
+)
 from splitnet.version import __version__
 from splitnet.wire.codecs import codec_by_code, kept_rows
 from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient
@@ -70,8 +78,6 @@ def failure_of(error: Exception, what: str) -> tuple[FailureCode, str]:
 
     Some layers show only when they run that an adapter does not fit.
     """
-    if isinstance(error, torch.OutOfMemoryError):
-        return FailureCode.BUSY, "the device ran out of memory"
     if isinstance(error, PeerBusy):
         return FailureCode.BUSY, str(error)
     if isinstance(error, AdapterError):
@@ -83,6 +89,9 @@ def failure_of(error: Exception, what: str) -> tuple[FailureCode, str]:
     if now >= _told.get(place, 0.0):
         _told[place] = now + TELL_S
         log.error("a %s failed", what, exc_info=error)
+    if is_out_of_memory(error):
+        text = f"memory is short at this peer, which could not compute this {what}: send fewer positions at a time"
+        return FailureCode.BUSY, f"{text}, or use other peers"
     return FailureCode.INTERNAL, f"the peer could not compute this {what}; see its log"
 
 
@@ -434,6 +443,7 @@ class Engine:
             work.hidden = codec.decode(payload, count, self._span.hidden_size)
             return bool(work.done) or not self._catches_up(work)
         except Exception as error:
+            self._offer_less(work.session, error)
             self._give_up(work, *_refusal(error, "step"))
         return False
 
@@ -516,6 +526,8 @@ class Engine:
         except Exception as error:
             # A pass that fails leaves all rows as they were.
             failure = failure_of(error, "step")
+            if len(ready) == 1:
+                self._offer_less(ready[0][0].session, error)
         finally:
             self._queue.ran(ready, time.monotonic() - began)
         if len(ready) == 1:
@@ -765,6 +777,12 @@ class Engine:
         if view is None:
             view = self._views[start, end] = self._span.view(start, end)
         return view
+
+    def _offer_less(self, session: Session, error: Exception) -> None:
+        """Where an allocation for a session failed, the peer takes back memory that it offers."""
+        if is_out_of_memory(error):
+            self._service.fell_short(session, time.monotonic())
+            trim_memory()
 
     def _give_up(self, work: Work, code: FailureCode, text: str) -> None:
         work.done = work.total

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 from shutil import disk_usage
 
@@ -135,6 +136,7 @@ class PrefixStore:
         files: PageFiles | None = None,
     ) -> None:
         self.counts = Counts()
+        self.nbytes = 0  # of the pages in memory
         self._facts = facts.encode()
         self._limit = limit
         self._weight = weight
@@ -150,10 +152,6 @@ class PrefixStore:
         self._thread = threading.Thread(target=self._work, name="splitnet-prefixes", daemon=True) if files else None
         if self._thread is not None:
             self._thread.start()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self._bytes.values())
 
     @property
     def disk_bytes(self) -> int:
@@ -296,6 +294,7 @@ class PrefixStore:
                 return False
             self._held[page.name] = _Held(page, owner, cost_ms, len(before), self._floor + cost_ms, space.secret, uses)
             self._bytes[owner] = self._bytes.get(owner, 0) + page.nbytes
+            self.nbytes += page.nbytes
             return True
 
     def _hold(self, names: Sequence[bytes], owner: bytes, cost_ms: float) -> bool:
@@ -315,26 +314,36 @@ class PrefixStore:
             return False
         if self.nbytes + nbytes <= limit:
             return True
-        most = limit - nbytes - int(limit * SHRINK)
-        while self._held and self.nbytes > max(0, most):
-            owner = max(self._bytes, key=lambda each: self._bytes[each] / self._weight(each))
-            others = sum(held for each, held in self._bytes.items() if each != owner)
-            own = sorted((held.value, -held.depth, name) for name, held in self._held.items() if held.owner == owner)
-            for value, _, name in own:
+        most = max(0, limit - nbytes - int(limit * SHRINK))
+        # Heaps, as a turn of an owner may end after one page: a sort for each would take quadratic time in all.
+        weights = {owner: self._weight(owner) for owner in self._bytes}
+        owners = [(-held / weights[owner], index, owner) for index, (owner, held) in enumerate(self._bytes.items())]
+        pages = {owner: list[tuple[float, int, bytes]]() for owner in weights}
+        for name, held in self._held.items():
+            pages[held.owner].append((held.value, -held.depth, name))
+        for heap in (owners, *pages.values()):
+            heapify(heap)
+        while self.nbytes > most:
+            _, index, owner = heappop(owners)
+            own, others = pages[owner], self.nbytes - self._bytes[owner]
+            while own:
+                value, _, name = heappop(own)
                 held = self._held[name]
                 if held.uses > 1:
                     self._write_later(held)
                 self._drop(name)
                 self._floor = max(self._floor, value)
                 self.counts.evicted += 1
-                left = self._bytes.get(owner, 0)
-                if left + others <= max(0, most) or left / self._weight(owner) < others / 2:
+                if self.nbytes <= most or (self.nbytes - others) / weights[owner] < others / 2:
                     break
+            if own:
+                heappush(owners, (-self._bytes[owner] / weights[owner], index, owner))
         return True
 
     def _drop(self, name: bytes) -> None:
         held = self._held.pop(name, None)
         if held is not None:
+            self.nbytes -= held.page.nbytes
             self._bytes[held.owner] -= held.page.nbytes
             if not self._bytes[held.owner]:
                 del self._bytes[held.owner]
@@ -457,7 +466,7 @@ class PageFiles:
         return self.folder / digest(owner).hex() / f"{name.hex()}.page"
 
     def _look(self) -> None:
-        """Finds out what is in the folder, and removes what was not written to its end."""
+        """Lists the pages in the folder, and removes partial files and empty folders of keys."""
         self._sizes, self._unseen = {}, 0.0
         for file in self.folder.glob("*/*"):
             with suppress(OSError):
@@ -465,6 +474,9 @@ class PageFiles:
                     self._sizes[file] = file.stat().st_size
                 elif time.time() - file.stat().st_mtime > 60:
                     file.unlink()
+        for folder in list(self.folder.iterdir()):
+            with suppress(OSError):  # there are pages in it
+                folder.rmdir()
         self.nbytes = sum(self._sizes.values())
 
     def _make_room(self, nbytes: int) -> bool:
@@ -482,15 +494,14 @@ class PageFiles:
                     held[file.parent] += size
             for files in used.values():
                 files.sort(reverse=True)  # the one that was used longest ago is the last
-            while held:
-                fits = self.nbytes + nbytes <= limit * (1 - SHRINK)
-                if fits and disk_usage(self.folder).free >= nbytes + FREE_DISK:
-                    break
-                most = max(held, key=held.__getitem__)
-                _, file = used[most].pop()
-                held[most] -= self._sizes[file]
-                if not used[most]:
-                    del held[most]
+            folders = [(-size, index, folder) for index, (folder, size) in enumerate(held.items())]
+            heapify(folders)
+            free = nbytes + FREE_DISK + limit * SHRINK
+            while folders and (self.nbytes + nbytes > limit * (1 - SHRINK) or disk_usage(self.folder).free < free):
+                size, index, folder = heappop(folders)
+                _, file = used[folder].pop()
+                if used[folder]:
+                    heappush(folders, (size + self._sizes[file], index, folder))
                 self._remove(file)
         return self.nbytes + nbytes <= limit and disk_usage(self.folder).free >= nbytes + FREE_DISK
 
@@ -498,6 +509,7 @@ class PageFiles:
         self.nbytes -= self._sizes.pop(file, 0)
         with suppress(OSError):
             file.unlink(missing_ok=True)
+            file.parent.rmdir()  # fails while there are pages in it
 
     def _tell(self, error: Exception) -> None:
         if time.monotonic() > self._told_at + 60:

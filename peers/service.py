@@ -23,6 +23,7 @@ from peers.prefixes import NOWHERE, READ_S, STATES, Page, Space, are_finite, pag
 from peers.queue import WorkQueue
 from peers.sessions import (
     REVOKED,
+    SHORTAGE_S,
     Filling,
     KeyPolicy,
     MemoryAccount,
@@ -591,6 +592,14 @@ class SessionService:
         with self._lock:
             if not work.session.closed:
                 self._refuse(work.session.reply_to, work.step, code, text)
+
+    def fell_short(self, session: Session, now: float) -> None:
+        """The system had no memory for a step of a session, although the peer had offered it."""
+        with self._lock:
+            self.sessions.offer_less(session, now)
+            limit = self.sessions.memory.limit
+        text = "memory is short: the peer offers %.0f MiB of KV memory for the next %.0f s; give --kv-memory with less"
+        log.warning(text, limit / 2**20, SHORTAGE_S)
 
     def _send_on(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         session, step = work.session, work.step

@@ -48,6 +48,7 @@ LEASE_S = 10.0  # after its last step a session of a key beyond its share ends i
 LONGEST_LEASE_S = 60.0  # and this long after it was opened, even if it makes steps
 WANTED_S = 15.0  # a refused key counts as wanting memory: keys beyond their share get no more meanwhile
 LOOK_AGAIN_S = 0.25  # a key that was refused this recently is refused without a look at the sessions
+SHORTAGE_S = 60.0  # after an allocation failed, less memory is offered
 REVOKED = "the owner of this peer does not accept your key any more: use other peers"
 
 
@@ -433,7 +434,7 @@ class MemoryAccount(Budget):
 
     def end(self, session: Session) -> None:
         for purpose in Purpose:
-            self.give_back(session, purpose, self.limit)
+            self.give_back(session, purpose, self.used)
 
 
 @dataclass(eq=False)
@@ -465,6 +466,7 @@ class SessionTable:
         self._count: dict[bytes, int] = {}  # sessions by key
         self._wanted: dict[bytes, float] = {}  # by key: when it was refused
         self._ended = threading.Condition()
+        self._short_until = 0.0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -569,6 +571,15 @@ class SessionTable:
             with self._ended:
                 self._ended.notify_all()
 
+    def offer_less(self, session: Session, now: float) -> None:
+        """For `SHORTAGE_S` the table offers no more than what other sessions have and half of what this one has: its
+        memory is promised, and the system has none."""
+        held = self.memory.held(session.owner, session)
+        self.memory.limit = min(self.memory.limit, self.memory.used - held + held // 2)
+        self._short_until = now + SHORTAGE_S
+        if self.prefixes is not None:
+            self.prefixes.shrink()
+
     def wait_for_end(self, timeout_s: float) -> bool:
         with self._ended:
             return self._ended.wait(timeout_s)
@@ -578,6 +589,8 @@ class SessionTable:
         for session in idle:
             self.remove(session)
         self._wanted = self._wanting(now)
+        if now > self._short_until:
+            self.memory.limit = self.kv_bytes
         return idle
 
     def _reservation(self, session: Session) -> int:

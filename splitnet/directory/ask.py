@@ -197,6 +197,7 @@ class _Answer:
     taken: bool = False
     refusal: str = ""
     records: list[PeerRecord] | None = None  # of the payloads, once they were read
+    asked_at: float = field(default_factory=time.time)
 
     def add(self, message: Found, swarm: OpenSwarm, model: str) -> None:
         expected = message.remaining if self.remaining is None else self.remaining - 1
@@ -310,6 +311,14 @@ class PeerDirectory(SwarmDirectory):
                 raise
             return True
         return any(answer.taken for answer in question.said().values()) or (taken and depth < OWN_DEPTH)
+
+    def clocks(self) -> dict[str, float]:
+        """How many seconds the clock of each peer is ahead of the clock of this machine, by address: what the latest
+        answers tell by their records, which are a minute old at most."""
+        with self._heard:
+            answers = [answer for question in self._last.values() for answer in question.best().values()]
+        told = [(record, record.issued_at - answer.asked_at) for answer in answers for record in _records(answer)]
+        return {one.address: ahead_s for one, ahead_s in told if one.is_of_model and one.key not in self._own}
 
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
         found = [self._kept.records(model)] if self._kept is not None else []

@@ -11,8 +11,10 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+from splitnet.directory.ask import PeerDirectory
 from splitnet.directory.interface import SwarmDirectory
-from splitnet.directory.record import HELPERS, PeerRecord
+from splitnet.directory.joining import part_of
+from splitnet.directory.record import HELPERS, MAX_CLOCK_SKEW_S, PeerRecord
 from splitnet.errors import DirectoryError, SplitnetError
 from splitnet.nat.relay import RelayBounds, RelayServer
 from splitnet.nat.stream import WaysLoop
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 REFRESH_S: Final = 15.0  # how often a process announces itself
 SOON: Final = 3  # changes that are told at once within one `refresh_s`; more wait until the first is that old
+WARN_AGAIN_S: Final = 3600.0  # while a record is refused
 FIRST_TRIES: Final = 3  # of the first announcement: just after nodes of the DHT were lost it answers late
 
 
@@ -101,6 +104,7 @@ class Announcer:
         self._publishing = threading.Lock()
         self._last: PeerRecord | None = None
         self._withdrawn = False
+        self._warn_at = 0.0
         self._thread = threading.Thread(target=self._run, name="splitnet-announce", daemon=True)
         self.begin = self._thread.start
 
@@ -174,8 +178,21 @@ class Announcer:
                 return
             self._last = record
             taken = self.directory.announce(record, self.identity)
-        if not taken:
-            log.warning(
-                "the DHT did not take the record of this process: check that the clock of this machine is right, and "
-                "give --key-file if others fill the directory"
-            )
+        if not taken and time.monotonic() >= self._warn_at:
+            self._warn_at = time.monotonic() + WARN_AGAIN_S
+            asked = part_of(self.directory, PeerDirectory)
+            ahead_s = asked.clocks() if asked is not None else {}
+            log.warning("the directory did not take the record of this process: %s", why_refused(ahead_s))
+
+
+def why_refused(ahead_s: Mapping[str, float]) -> str:
+    """Why a directory may have refused a record, and what to do. ahead_s: as of `PeerDirectory.clocks`."""
+    off = {address: seconds for address, seconds in ahead_s.items() if abs(seconds) > MAX_CLOCK_SKEW_S}
+    if not off:
+        return "compare the clocks with `splitnet doctor --join ADDR`, and give --key-file if others fill the directory"
+    address, seconds = max(off.items(), key=lambda each: abs(each[1]))
+    differs = f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} the clock of this machine"
+    if 1 < len(off) == len(ahead_s) and max(off.values()) - min(off.values()) < MAX_CLOCK_SKEW_S:
+        return f"the clocks of {len(off)} other peers are {differs}: set the clock of this machine (NTP)"
+    advice = "that clock, as others agree with this machine" if len(ahead_s) > len(off) else "the one that is wrong"
+    return f"the clock of the peer at {address} is {differs}: set {advice} (NTP)"

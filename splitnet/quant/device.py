@@ -8,12 +8,14 @@ import logging
 import math
 import mmap
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from pathlib import Path
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -324,23 +326,55 @@ def _available_on_windows() -> int | None:
     return status.available
 
 
-def _available_on_linux() -> int | None:
-    """What the kernel says is available, or less if a control group (a container's limit) leaves less."""
+def _available_on_linux(root: Path = Path("/")) -> int | None:
+    """What the kernel says is available, or less if a control group (of a container or a unit) leaves less. root: where
+    the files of the system are."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
     if kib is None:
         return None
+    return max(0, min([kib * 1024, *(left for group in _control_groups(root) for left in _left_in(group))]))
+
+
+def _control_groups(root: Path) -> Iterator[Path]:
+    """Folders of the groups that bound the memory of this process, in both versions: its own group and the groups above
+    it, as far as they are mounted."""
+    paths: dict[str, str] = {}  # of the own group, by the type of the mount
     try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text(encoding="utf-8"))
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-        used = int((group / "memory.current").read_text(encoding="utf-8")) - int(statistics.get("inactive_file", 0))
-    except (OSError, ValueError):
-        return kib * 1024  # no control group, or one without a limit ("max")
-    return max(0, min(kib * 1024, limit - used))
+        for line in (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or "memory" in controllers.split(","):
+                paths["cgroup" if controllers else "cgroup2"] = path
+        for line in (root / "proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+            where, _, what = line.partition(" - ")
+            kind, *_, options = what.split()
+            if kind in paths and (kind == "cgroup2" or "memory" in options.split(",")):
+                # A space stands there as \040.
+                top, point = (re.sub(r"\\(\d{3})", lambda n: chr(int(n[1], 8)), each) for each in where.split()[3:5])
+                folder, own = root / point.lstrip("/"), PurePosixPath(paths[kind])
+                # Another namespace than that of the mount shows paths that do not lead there.
+                is_below = own.is_relative_to(top) and ".." not in own.parts
+                yield from accumulate(own.relative_to(top).parts if is_below else (), Path.joinpath, initial=folder)
+    except (OSError, ValueError):  # a system that does not tell, or not so
+        return
+
+
+def _left_in(group: Path) -> Iterator[int]:
+    """Bytes that each limit of a control group leaves; the kernel takes back the cache of files that are not in use."""
+    for limit, used, reclaimed in _LIMITS:
+        with suppress(OSError, ValueError):  # of the other version, or without a limit ("max")
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            yield int((group / limit).read_text()) - int((group / used).read_text()) + int(statistics.get(reclaimed, 0))
+
+
+_LIMITS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.high", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 @contextmanager
@@ -358,7 +392,12 @@ def guarded(model: str, start: int, end: int, block_bytes: int, device: torch.de
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if by_type or "allocate memory" in str(error):  # what torch's CPU allocator says
+        if is_out_of_memory(error):
             raise OutOfMemory(message) from error
         raise
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed. Torch raises some of these errors as a bare RuntimeError."""
+    by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return by_type or any(text in str(error) for text in ("allocate memory", "out of memory"))

@@ -176,6 +176,25 @@ def test_a_peer_stays_if_nobody_gives_the_weights(
         assert torch.equal(answer(swarm, folder), whole_answer(folder))
 
 
+def test_without_a_list_nothing_is_got_from_the_hub_for_a_name_of_strangers(
+    node: Directory, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, cached = list[str](), list[str]()
+    monkeypatch.setattr(any_model, "_open", opened.append)
+    monkeypatch.setattr(any_model, "try_to_load_from_cache", lambda *_: next(iter(cached), None))
+    with local_swarm(folder, [(0, 6)], node=node) as swarm:
+        claims = (Wanted(bytes(32), "stranger/model", 4, MAX_WANTED_TOKENS),)
+        assert flood_records(node.addresses, DEMAND, count=1, demand=claims)
+        choice = any_peer(swarm, folder, [], 6)._choice
+        assert choice is not None
+        wait_until(lambda: bytes(32).hex() in choice._retry_at)
+        assert not opened
+        cached.append("/cache/config.json")
+        choice._retry_at.clear()
+        wait_until(lambda: bytes(32).hex() in choice._retry_at)
+        assert set(opened) == {"stranger/model"}
+
+
 @pytest.mark.full
 def test_strangers_that_claim_demand_are_bounded(node: Directory, folder: Path, other: Path) -> None:
     """And a gateway beside them is heard."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import zmq
 from transformers import AutoModelForCausalLM
 
+from peers import page_copies
 from peers.counters import WorkKind
 from peers.server import Peer
 from peers.service import SessionService
@@ -21,7 +26,9 @@ from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
+from splitnet.wire.messages import AskWeights, CopiedPages, CopyPages, WeightsPart, decode, encode
 from splitnet.wire.sent_log import PAGE
+from tests.attacks.transport import Client
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, wait_until
 from tests.swarm.test_lying_hops import LIES, lying
 from tests.unit.random_models import random_checkpoint
@@ -178,6 +185,97 @@ def test_pages_come_from_a_replica_where_that_is_faster(
             assert cache.session.recalled == 20 * PAGE
         assert torch.equal(first, again) and torch.equal(first, generate(local, ids))
         assert computed(replica) == 9 + GREEDY["max_new_tokens"] - 1
+
+
+class Source:
+    """What a client names as the source of pages: a socket that answers each question with `part` bytes of a page, or
+    never. asked: the questions."""
+
+    def __init__(self, part: int | None) -> None:
+        self.identity, self.asked, self._part = Identity.generate(), list[AskWeights](), part
+        self._ended = threading.Event()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.curve_server, self._socket.linger = 1, 0
+        self._socket.curve_publickey = self.identity.curve_public
+        self._socket.curve_secretkey = self.identity.curve_secret
+        self.address = f"tcp://127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
+        self._thread = threading.Thread(target=self._serve)
+
+    def _serve(self) -> None:
+        while not self._ended.is_set():
+            if self._socket.poll(20):
+                who, *frames = self._socket.recv_multipart()
+                message = decode(frames)
+                if isinstance(message, AskWeights):
+                    self.asked.append(message)
+                    if self._part is not None:
+                        part = encode(WeightsPart(message.number, 1 << 20, bytes(self._part)))
+                        self._socket.send_multipart([who, *map(bytes, part)])
+
+    def __enter__(self) -> Source:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._context.destroy(linger=0)
+
+    def request(self, number: int, *, if_faster: bool) -> CopyPages:
+        """Has a peer of the second span copy a page from here."""
+        place = self.identity.public.raw, self.address, ()
+        ids = os.urandom(16), 1e9, if_faster, number
+        return CopyPages(*ids, *SPANS[1], 0, bytes(16), (os.urandom(16),), *place)
+
+
+def test_a_source_that_gives_single_bytes_is_asked_once(node: Directory, folder: Path) -> None:
+    with (
+        local_swarm(folder, [SPANS[1]], node=node) as swarm,
+        Source(part=1) as source,
+        Client(swarm.peers[0].record().endpoint) as client,
+    ):
+        for if_faster in (False, True):
+            client.say(source.request(7, if_faster=if_faster))
+            answer = client.hear(CopiedPages)
+            assert (answer.number, answer.pages) == (7, 0)
+        assert len(source.asked) == 2
+
+
+def test_pages_are_copied_while_the_source_of_another_client_is_silent(
+    node: Directory, own_long: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_copies, "ANSWER_S", math.inf)
+    with local_swarm(own_long, [*SPANS, SPANS[1]], node=node) as swarm, ExitStack() as stack:
+        source = stack.enter_context(Source(part=None))
+        replicas = [peer for peer in swarm.peers if (peer.span.start, peer.span.end) == SPANS[1]]
+        for peer in replicas:
+            liar = stack.enter_context(Client(peer.record().endpoint))
+            for number in range(page_copies.PER_KEY):
+                liar.say(source.request(number, if_faster=bool(number % 2)))
+        wait_until(lambda: len(source.asked) == page_copies.AT_ONCE_OF_KEY * len(replicas))
+        model, ids = swarm.model(standby=1e9), text(3 * PAGE + 9, seed=12)
+        with model.session():
+            generate(model, ids)
+            wait_until(lambda: all(len(peer.service.sessions.prefixes or ()) == 3 for peer in replicas))
+        assert len(source.asked) == page_copies.AT_ONCE_OF_KEY * len(replicas)
+
+
+def test_the_key_with_most_requests_makes_place_for_another_key(
+    node: Directory, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_copies, "ANSWER_S", math.inf)
+    with local_swarm(folder, [SPANS[1]], node=node) as swarm, ExitStack() as stack:
+        source, last = stack.enter_context(Source(part=None)), stack.enter_context(Source(part=1))
+        victim = swarm.peers[0].record().endpoint
+        clients = [stack.enter_context(Client(victim)) for _ in range(page_copies.WAITING // page_copies.PER_KEY)]
+        for client in clients:
+            for number in range(page_copies.PER_KEY):
+                client.say(source.request(number, if_faster=False))
+            client.ping()  # the peer has taken the requests
+        newcomer = stack.enter_context(Client(victim))
+        newcomer.say(last.request(9, if_faster=True))
+        assert newcomer.hear(CopiedPages).number == 9 and len(last.asked) == 1
 
 
 def _name(peer: Peer) -> str:

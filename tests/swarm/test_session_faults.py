@@ -279,3 +279,24 @@ def test_a_text_that_finds_no_memory_says_so_each_time(long_folder: Path, long_l
             # What fits goes on from what is held.
             shorter = longer[:, :200]
             assert torch.equal(generated(model, shorter), generated(long_local, shorter))
+
+
+def test_a_peer_that_finds_no_memory_for_a_long_text_serves_short_ones(
+    long_folder: Path, long_local: Any, node: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with local_swarm(long_folder, [(0, 2)], node=node) as swarm:
+        peer = swarm.peers[0]
+        model, sessions = swarm.model(recovery_timeout_s=1.0), peer.service.sessions
+        span, forward, free = peer.span, peer.span.forward, sessions.free_positions
+
+        def short(hidden: torch.Tensor, parts: Sequence[Any], *given: Any) -> torch.Tensor:
+            if any(part.start + part.count > 64 for part in parts):
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+            return forward(hidden, parts, *given)
+
+        monkeypatch.setattr(span, "forward", short)
+        with pytest.raises(PeerBusy, match="memory"):
+            generated(model, prompt(400)["input_ids"])
+        assert 0 < sessions.free_positions < free
+        ids = prompt(20)["input_ids"]
+        assert torch.equal(generated(model, ids), generated(long_local, ids))

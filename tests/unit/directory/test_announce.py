@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from splitnet.directory.ask import PeerDirectory
 from splitnet.directory.offers import FIRST_TRIES, SOON, Announcer
 from splitnet.errors import DirectoryError
 
@@ -123,3 +124,35 @@ def test_a_directory_that_is_late_is_asked_again(failures: int) -> None:
             announcer.start()
         assert directory.asked == FIRST_TRIES
     announcer.close()
+
+
+class RefusingPeers(PeerDirectory):
+    """Takes no record, and knows these clocks."""
+
+    def __init__(self, ahead_s: dict[str, float]) -> None:
+        self.clocks = lambda: ahead_s
+
+    def announce(self, record: Any, identity: Any) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "says", "own"),
+    [
+        ({"a": 7200.0}, "the clock of the peer at a is 7200 s ahead of the clock of this machine", False),
+        ({"a": -7200.0, "b": 1.0, "c": -50.0}, "at a is 7200 s behind the clock of this machine: set that", False),
+        ({"a": -7200.0, "b": -7209.0}, "the clocks of 2 other peers are 7209 s behind", True),
+        ({"a": -7200.0, "b": 900.0}, "set the one that is wrong", False),
+        ({"a": -50.0, "b": 2.0}, "give --key-file if others fill the directory", False),
+        ({}, "give --key-file if others fill the directory", False),
+    ],
+)
+def test_a_refused_record_blames_the_clock_that_is_known_to_be_wrong_and_once(
+    ahead_s: dict[str, float], says: str, own: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = RefusingPeers(ahead_s)
+    announcer = Announcer(directory, cast(Any, None), lambda: cast(Any, 1.0))
+    for _ in range(3):
+        announcer.publish()
+    assert len(caplog.messages) == 1
+    assert says in caplog.text and ("set the clock of this machine" in caplog.text) == own

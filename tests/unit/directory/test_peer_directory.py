@@ -388,3 +388,15 @@ def test_what_is_no_address_of_a_peer_is_refused_by_name(change: Callable[[str],
     address = change(peer_address(Endpoint("tcp://127.0.0.1:31331", Identity.generate().public)))
     with pytest.raises(DirectoryError, match=reason):
         check_peer_address(address)
+
+
+def test_clocks_are_known_by_the_records_of_answers(links: ScriptedPeers) -> None:
+    own, now = Identity.generate(), time.time()
+    ahead, right = (signed(address=f"tcp://127.0.0.1:{port}", issued_at=now + by) for port, by in ((7, 7200), (8, -9)))
+    mine = signed(own, issued_at=now - 8000)
+    asked = PeerDirectory([links.add(tells(ahead, right, mine))], links)
+    asked._own.add(own.public)
+    assert not asked.clocks()
+    assert asked.peers(MODEL) == [right]
+    clocks = asked.clocks()
+    assert clocks == {ahead.address: pytest.approx(7200, abs=60), right.address: pytest.approx(-9, abs=60)}

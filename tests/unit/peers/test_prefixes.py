@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from queue import Queue
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,6 +244,99 @@ def test_each_owner_has_a_share_by_its_weight() -> None:
     assert store._bytes[OWNERS[0]] <= store._limit() - store._bytes[OWNERS[1]]
 
 
+class Sorted(PrefixStore):
+    """A store that sorts all pages of an owner for each turn of that owner: what the order of evictions means."""
+
+    def _make_room(self, nbytes: int) -> bool:
+        limit = max(0, self._limit())
+        if nbytes > limit or self.nbytes + nbytes <= limit:
+            return nbytes <= limit
+        most = max(0, limit - nbytes - int(limit * prefixes.SHRINK))
+        while self._held and self.nbytes > most:
+            owner = max(self._bytes, key=lambda each: self._bytes[each] / self._weight(each))
+            others = sum(held for each, held in self._bytes.items() if each != owner)
+            own = sorted((held.value, -held.depth, name) for name, held in self._held.items() if held.owner == owner)
+            for value, _, name in own:
+                self._drop(name)
+                self._floor = max(self._floor, value)
+                left = self._bytes.get(owner, 0)
+                if left + others <= most or left / self._weight(owner) < others / 2:
+                    break
+        return True
+
+
+def recording(kind: type[PrefixStore], limit: Callable[[], int]) -> tuple[PrefixStore, list[bytes]]:
+    """A store, and the names of the pages that it drops, in their order."""
+    store, dropped = kind("facts", limit, WEIGHTS.__getitem__), list[bytes]()
+    drop = store._drop
+    store._drop = lambda name: (dropped.append(name), drop(name))[1]
+    return store, dropped
+
+
+@given(st.integers(0, 1 << 32))
+@settings(deadline=None, max_examples=examples(50))
+def test_pages_are_evicted_in_the_order_of_sorting_them_each_time(seed: int) -> None:
+    random, now = Random(seed), [40_000]
+    stores = [recording(kind, lambda: now[0]) for kind in (PrefixStore, Sorted)]
+    for _ in range(60):
+        what = random.choices(["put", "recall", "shrink"], (6, 3, 1))[0]
+        owner, text, depth = random.randrange(3), random.randrange(12), random.randint(1, DEPTH)
+        cost_ms, now[0] = random.choice([0.5, 1.0, 4.0]), random.randrange(60_000) if what == "shrink" else now[0]
+        for store, _ in stores:
+            space = store.space(OWNERS[owner], b"context", 0, 2, 0)
+            if what == "put":
+                put_text(store, space, text, depth, cost_ms)
+            elif what == "recall":
+                recalled(store, space, [label(text, index) for index in range(depth)])
+            else:
+                store.shrink()
+        (one, dropped), (other, expected) = stores
+        assert dropped == expected and one._floor == other._floor
+        assert one._bytes == other._bytes and one.nbytes == other.nbytes == sum(other._bytes.values())
+    assert stores[1][1]
+
+
+class CountedCost(float):
+    """A cost that counts comparisons, also of the values that are computed from the cost."""
+
+    compared = 0
+
+    def __radd__(self, other: float) -> CountedCost:
+        return CountedCost(other + float(self))
+
+    def __lt__(self, other: float) -> bool:
+        CountedCost.compared += 1
+        return float(self) < float(other)
+
+
+@pytest.mark.parametrize("owners", [1, 4, 64, 2048])
+def test_the_work_of_evictions_grows_as_the_pages_do(owners: int) -> None:
+    pages, weighed = 2048, Counter[bytes]()
+
+    def weight(owner: bytes) -> float:
+        weighed[owner] += 1
+        return 1.0
+
+    tensors = {"0.k": torch.zeros(16)}
+    store = PrefixStore("facts", lambda: pages * 64, weight)
+    spaces = [store.space(index.to_bytes(32, "big"), b"context", 0, 1, 0) for index in range(owners)]
+
+    def put(index: int) -> None:
+        cost_ms = CountedCost(index * 7919 % pages)  # in no order
+        store.put(spaces[index % owners], index.to_bytes(16, "big"), lambda name: Page(name, tensors), cost_ms)
+
+    for index in range(pages):
+        put(index)
+    assert len(store) == pages and not weighed
+    CountedCost.compared = 0
+    put(pages)
+    evicted = pages * prefixes.SHRINK + 1
+    assert store.counts.evicted == evicted
+    # A heap of n takes 2 n comparisons, and one with an item less 2 log n of them.
+    assert CountedCost.compared <= 2 * pages + evicted * 2 * math.log2(pages)
+    assert weighed.total() <= owners
+
+
 def test_a_store_without_memory_takes_nothing_in() -> None:
     store = in_memory(0)
     space = store.space(OWNERS[0], b"context", 0, 2, 0)
@@ -346,6 +443,46 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     assert files.read(OWNERS[0], pages[0].name) is not None
     assert files.write(OWNERS[0], pages[5])
     assert [files.has(OWNERS[0], page.name) for page in pages] == [True, False, True, True, True, True]
+
+
+def test_a_disk_that_others_fill_is_not_looked_through_for_each_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = [made_page(digest(str(index).encode())) for index in range(96)]
+    size = max(len(_bytes_of(tmp_path, page)) for page in pages)
+    files = PageFiles(tmp_path / "pages", 64 * size * 2)
+    room = 64 * size  # less than the limit
+    looks, look = [0], PageFiles._look
+
+    def usage(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=prefixes.FREE_DISK + room - files.nbytes)
+
+    def counted(self: PageFiles) -> None:
+        looks[0] += 1
+        look(self)
+
+    monkeypatch.setattr(prefixes, "disk_usage", usage)
+    monkeypatch.setattr(PageFiles, "_look", counted)
+    for index, page in enumerate(pages):
+        assert files.write(OWNERS[index % 3], page)
+        assert files.nbytes <= room
+    # A look belongs to each 4 pages that are written, and one to the 8 or more that go at once.
+    assert looks[0] <= 96 / 4 + 32 / 8 + 1
+
+
+def test_no_empty_folders_of_keys_stay(tmp_path: Path) -> None:
+    pages = [made_page(digest(str(index).encode())) for index in range(40)]
+    size = max(len(_bytes_of(tmp_path, page)) for page in pages)
+    folder = tmp_path / "pages"
+    (folder / "left by a peer that was killed").mkdir(parents=True)
+    files = PageFiles(folder, 4 * size)
+    assert not list(folder.iterdir())
+    for index, page in enumerate(pages):
+        assert files.write(b"%32d" % index, page)
+        assert all(list(each.iterdir()) for each in folder.iterdir())
+    assert len(list(folder.iterdir())) <= 4
+    files.remove(pages[-1].name)
+    assert not files._file(b"%32d" % 39, pages[-1].name).parent.exists()
 
 
 @pytest.mark.parametrize("fault", ["full", "reserve", "error", "not a folder", "no folder"])

@@ -28,6 +28,7 @@ from peers.sessions import (
     MIN_RESERVATION,
     MOST_RESENT,
     RESEND_S,
+    SHORTAGE_S,
     KeyPolicy,
     Session,
     SessionTable,
@@ -1232,11 +1233,50 @@ class TestEngine:
         engine._turn()
         assert set(self.answers(peer)) == {1}
 
-    def test_memory_that_is_used_up_is_told_as_such(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
-        span.error = torch.OutOfMemoryError()
-        self.send(peer, 1, value=POISON)
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError(),
+            MemoryError(),
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError("CUDA error: out of memory"),
+        ],
+    )
+    def test_memory_that_is_used_up_is_told_and_not_offered_again(
+        self, error: Exception, peer: Peer, engine: Engine, span: FakeSpan
+    ) -> None:
+        span.error = error
+        session = peer.table.get(bytes([1]) * 16)
+        assert session is not None
+        memory, limit = peer.table.memory, peer.table.memory.limit
+        for name in (1, 2):
+            self.send(peer, name, value=POISON if name == 1 else 0.0)
+        engine._turn()
+        answers = self.answers(peer)
+        assert isinstance(answers[2], Result)
+        assert answers[1].code == FailureCode.BUSY and "memory is short" in answers[1].text
+        held, used = memory.held(session.owner, session), memory.used
+        assert memory.limit == used - held + held // 2 and peer.table.free_positions == 0
+        peer.table.remove(session)
+        assert memory.used == used - held and memory.free == held // 2, "others keep what they have"
+        peer.service.tick(time.monotonic() + SHORTAGE_S)
+        assert memory.limit == limit
+
+    def test_rows_for_which_there_is_no_memory_are_not_offered_again(
+        self, peer: Peer, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_memory(row: FakeRow, *_: object) -> FakeRow:
+            raise MemoryError
+
+        self.send(peer, 1)
+        engine._turn()
+        peer.heard()
+        monkeypatch.setattr(FakeRow, "fork", no_memory)
+        limit = peer.table.memory.limit
+        self.send(peer, 1, forks=(Fork(1, 1), Fork(2, 1)))
         engine._turn()
         assert self.answers(peer)[1].code == FailureCode.BUSY
+        assert peer.table.memory.limit < limit
 
     def test_refused_steps_fail_alone(self, peer: Peer, engine: Engine) -> None:
         self.send(peer, 1, start=9)
