@@ -809,6 +809,13 @@ CALLS = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choic
         ),
         ("/v1/completions", b'{"a":' * 500 + b"1" + b"}" * 500, 400, "nested too deep"),
         ("/v1/completions", b'{"model": "small", "prompt": [' + b"1," * 800_000 + b"1]}", 413, "too many values"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}] * 100_000}, 413, "too many values"),
+        (
+            "/detokenize",
+            json.dumps({"tokens": [5] * 257}).encode(),
+            400,
+            "257 tokens are more than the model's context of 256",
+        ),
         ("/v1/completions", b" " * (16 * 2**20 + 1), 413, "longer than"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a " * 300}]}, 400, "shorten the prompt"),
         ("/v1/completions", b'"prompt"', 400, "a JSON object"),

@@ -1,0 +1,84 @@
+"""Requests are prepared beside the event loop, in turns of their clients."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from splitnet.serve.admission import Client
+from splitnet.serve.failures import ApiError
+from splitnet.serve.gate import LARGE_BYTES, Preparing
+
+SMALL, LARGE = 10, LARGE_BYTES + 1
+
+
+class Caller:
+    """A request of a client, which may disconnect."""
+
+    def __init__(self, client: str) -> None:
+        self.state = SimpleNamespace(client=Client(client, tokens_per_minute=1))
+        self.state.client.spend(100)
+        self.gone = asyncio.Event()
+
+    async def receive(self) -> dict[str, Any]:
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+
+class Work:
+    """Notes what is done, and goes on when it may."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.may_end = threading.Event()
+
+    def __call__(self, name: str) -> str:
+        self.begun.append(name)
+        assert self.may_end.wait(10)
+        return name
+
+    async def has_begun(self, *names: str) -> None:
+        async with asyncio.timeout(10):
+            while self.begun != [*names]:
+                await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_a_client_with_many_requests_holds_up_no_other(size: int) -> None:
+    async def does() -> None:
+        preparing, work = Preparing(), Work()
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(16):
+                tasks.create_task(preparing.run(Caller("many"), size, work, f"many {number}"))  # pyright: ignore[reportArgumentType]
+            await work.has_begun("many 0")
+            one = tasks.create_task(preparing.run(Caller("one"), size, work, "one"))  # pyright: ignore[reportArgumentType]
+            if size == SMALL:
+                await work.has_begun("many 0", "one")
+            work.may_end.set()
+            assert await one == "one"
+        assert work.begun.index("one") == 1 and len(work.begun) == 17
+
+    asyncio.run(does())
+
+
+def test_the_request_of_a_client_that_is_gone_is_not_prepared() -> None:
+    async def does() -> None:
+        preparing, work = Preparing(), Work()
+        callers = [Caller("a") for _ in range(3)]
+        tasks = [
+            asyncio.create_task(preparing.run(caller, SMALL, work, f"{number}"))  # pyright: ignore[reportArgumentType]
+            for number, caller in enumerate(callers)
+        ]
+        await work.has_begun("0")
+        callers[1].gone.set()
+        with pytest.raises(ApiError, match="has disconnected"):
+            await tasks[1]
+        work.may_end.set()
+        assert (await tasks[0], await tasks[2]) == ("0", "2")
+        assert work.begun == ["0", "2"]
+
+    asyncio.run(does())
