@@ -157,7 +157,8 @@ class Liveness(Generic[Hop]):
 
     @property
     def _due_at(self) -> float:
-        waiting = (self._until[hop] for hop, answer in self._answers.items() if answer is None)
+        # Another thread may end the round meanwhile.
+        waiting = (self._until.get(hop, math.inf) for hop, answer in self._answers.items() if answer is None)
         return min(waiting, default=math.inf)
 
     def verdict(self, number: int, parts: int, progress_s: float, now: float) -> Verdict[Hop] | None:

@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from splitnet.blocks.adapters import Adapter
 from splitnet.blocks.kv_cache import SequenceCache, TracedSequence
+from splitnet.blocks.kv_form import WINDOW
 
 PACKED = "splitnet_packed"  # name of the attention function; transformers makes no masks for it
 GROUPED = "splitnet_sdpa"  # as "sdpa", masks included, for families that run sequence by sequence
@@ -38,7 +39,7 @@ def positions_at_once(heads: int, reach: int) -> int:
 
 BLOCK = 512  # new positions whose attention is computed at once where no scores are kept
 
-Masks = dict[tuple[int, int, int | None, torch.dtype | None, range], Tensor]
+Masks = dict[tuple[int, int, int | None, torch.dtype | None, range, range], Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,24 @@ def _mask(
     window: int | None,
     additive: torch.dtype | None,
     device: torch.device,
+    twice: range = range(0),
     without: range = range(0),
 ) -> Tensor:
-    """`[1, 1, count, reach]`: what the last `count` of `reach` positions may see, to add to scores or of booleans.
+    """`[1, 1, count, columns]`: what the last `count` of `reach` positions may see, to add to scores or of booleans.
 
-    without: positions that are left out."""
-    key = (count, reach, window, additive, without)
+    twice: positions with a column in codes and one in full, see `SequenceCache.append_apart`. without: columns that are
+    left out."""
+    key = (count, reach, window, additive, twice, without)
     if key not in masks:
-        positions = range(without.start), range(without.stop, reach), range(reach - count, reach)
-        before, after, own = (torch.arange(each.start, each.stop, device=device) for each in positions)
-        ahead = torch.cat((before, after)) - own[:, None]
+        columns = range(without.start), range(without.stop, reach + len(twice)), range(reach - count, reach)
+        before, after, own = (torch.arange(each.start, each.stop, device=device) for each in columns)
+        column = torch.cat((before, after))
+        in_codes = column < twice.stop
+        position = torch.where(in_codes, column, column - len(twice))
+        ahead = position - own[:, None]
         mask = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
+        if twice:
+            mask &= (position < twice.start) | (position >= twice.stop) | (in_codes == (ahead <= -WINDOW))
         if additive is not None:
             hidden = torch.finfo(additive).min
             mask = torch.zeros(mask.shape, dtype=additive, device=device).masked_fill_(~mask, hidden)
@@ -140,44 +148,57 @@ def _packed_attention(
     if blockwise and eager:
         blockwise = sinks is not None and _has_sinks_alone(module, attend, query, key, value, kwargs)
 
-    def attend_to(query: Tensor, keys: Tensor, values: Tensor, masks: Masks | None) -> Tensor:
-        count, reach = query.shape[2], keys.shape[2]
+    def attend_to(query: Tensor, keys: Tensor, values: Tensor, twice: range, masks: Masks | None) -> Tensor:
+        count, reach = query.shape[2], keys.shape[2] - len(twice)
         mask = None
-        if _needs_mask(count, reach, window, eager):
-            mask = _mask({} if masks is None else masks, count, reach, window, additive, keys.device)
+        if twice or _needs_mask(count, reach, window, eager):
+            mask = _mask({} if masks is None else masks, count, reach, window, additive, keys.device, twice)
         return attend(module, query, keys, values, mask, **kwargs)[0]
 
     outputs: list[Tensor] = []
     end = 0
     for part in packed.parts:
         begin, end = end, end + part.count
-        keys, values = part.row.append(block, key[:, :, begin:end], value[:, :, begin:end])
-        reach = keys.shape[2]
-        most = part.count
-        if blockwise and part.count > 1 and (heads > 1 or _needs_mask(part.count, reach, window, eager)):
-            for first in range(begin, end, BLOCK):
-                last = min(first + BLOCK, end)
-                seen = reach - (end - last)
-                given = query[:, :, first:last], keys[:, :, :seen], values[:, :, :seen]
-                mixed = attend_blockwise(*given, packed.masks, window, kwargs.get("scaling"), sinks)
-                outputs.append(mixed.transpose(1, 2))
-            continue
-        if heads > 1 or _needs_mask(part.count, reach, window, eager):
+        keys, values, twice = part.row.append_apart(block, key[:, :, begin:end], value[:, :, begin:end])
+        reach = keys.shape[2] - len(twice)
+        most, in_blocks = part.count, False
+        if twice or heads > 1 or _needs_mask(part.count, reach, window, eager):
             seen = reach if window is None else min(reach, window + part.count - 1)
-            most = min(most, positions_at_once(heads, seen))
+            in_blocks = blockwise and part.count > 1
+            most = min(most, BLOCK if in_blocks else positions_at_once(heads, seen))
         for first in range(begin, end, most):
             last = min(first + most, end)
             seen = reach - (end - last)
             since = max(0, seen - (window + last - first - 1)) if window is not None else 0
-            given = query[:, :, first:last], keys[:, :, since:seen], values[:, :, since:seen]
-            if most == part.count:
-                outputs.append(attend_to(*given, packed.masks))
+            own_keys, own_values, both = _seen(keys, values, twice, last - first, range(since, seen))
+            given = query[:, :, first:last], own_keys, own_values
+            if in_blocks:
+                mixed = attend_blockwise(*given, packed.masks, window, kwargs.get("scaling"), sinks, both)
+                outputs.append(mixed.transpose(1, 2))
+            elif most == part.count:
+                outputs.append(attend_to(*given, both, packed.masks))
             elif torch.is_grad_enabled():
                 # What comes of a chunk is computed again on the way back, so that it is in memory once at a time.
-                outputs.append(checkpoint(attend_to, *given, None, use_reentrant=False, preserve_rng_state=False))
+                outputs.append(checkpoint(attend_to, *given, both, None, use_reentrant=False, preserve_rng_state=False))
             else:
-                outputs.append(attend_to(*given, None))
+                outputs.append(attend_to(*given, both, None))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
+
+
+def _seen(keys: Tensor, values: Tensor, twice: range, count: int, seen: range) -> tuple[Tensor, Tensor, range]:
+    """The part of what `SequenceCache.append_apart` gives for `count` new positions, the last ones of `seen`."""
+    # Where the first of these positions begins to see in full, and the last.
+    begin, end = (
+        max(seen.start, twice.start, min(stop - WINDOW, twice.stop)) for stop in (seen.stop + 1 - count, seen.stop)
+    )
+    codes, full = slice(seen.start, end), slice(begin + len(twice), seen.stop + len(twice))
+    if codes.stop == full.start:
+        codes, full = slice(0), slice(codes.start, full.stop)  # views, not copies
+    keys, values = (
+        torch.cat((each[:, :, codes], each[:, :, full]), 2) if codes.stop else each[:, :, full]
+        for each in (keys, values)
+    )
+    return keys, values, range(begin - seen.start, end - seen.start)
 
 
 def _needs_mask(count: int, reach: int, window: int | None, eager: bool) -> bool:
@@ -213,29 +234,28 @@ def attend_blockwise(
     window: int | None,
     scale: float | None,
     sinks: Tensor | None = None,
+    twice: range = range(0),
 ) -> Tensor:
     """Attention of the last positions to all of them, on a CPU; no scores are in memory.
 
     What all of these see takes no mask. What only some see is attended to apart, and both are put together by the
     logarithms of their sums of exponentials (Dao et al., "FlashAttention", 2022). `query`: `[1, heads, positions, head
-    size]`, as the result; `keys`, `values`: `[1, shared heads, reach, head size]`; `sinks`: `[heads]`, logits that take
-    part in the softmax and see nothing.
+    size]`, as the result; `keys`, `values`: `[1, shared heads, columns, head size]`; `sinks`: `[heads]`, logits that
+    take part in the softmax and see nothing; `twice`: see `_mask`.
     """
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     heads, count, size = query.shape[1:]
-    shared, reach = keys.shape[1:3]
+    shared, reach = keys.shape[1], keys.shape[2] - len(twice)
     if (lacks := size - values.shape[3]) and sinks is None:  # it takes values of the size of keys: head by head
         each = zip(query.chunk(shared, 1), keys.split(1, 1), values.split(1, 1), strict=True)
         alike = ((one, own, nn.functional.pad(seen, (0, lacks))) for one, own, seen in each)
-        mixed = torch.cat([attend_blockwise(*some, masks, window, scale) for some in alike], dim=1)
+        mixed = torch.cat([attend_blockwise(*some, masks, window, scale, twice=twice) for some in alike], dim=1)
         return mixed[..., : values.shape[3]]
-    if window is not None and reach > window + count - 1:
-        keys, values = (each[:, :, reach - (window + count - 1) :] for each in (keys, values))
-        reach = window + count - 1
-    past = reach - count
+    past = twice.start if twice else reach - count
     by_all = range(0 if window is None else min(max(0, reach - window), past), past)
     rows = query.reshape(1, shared, heads // shared * count, -1)
-    mask = _mask(masks, count, reach, window, query.dtype, query.device, by_all).expand(1, heads // shared, -1, -1)
+    mask = _mask(masks, count, reach, window, query.dtype, query.device, twice, by_all)
+    mask = mask.expand(1, heads // shared, -1, -1)
     few = [torch.cat((each[:, :, : by_all.start], each[:, :, past:]), dim=2) for each in (keys, values)]
     mixed, sums = attend(rows, *few, attn_mask=mask.reshape(1, 1, rows.shape[2], -1), scale=scale)
     if by_all:

@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
 from splitnet.blocks.adapters import Prefix
-from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm
+from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm, in_full
 from splitnet.quant.device import new_empty
 
 COPIES = 4  # earlier states that a row keeps: two of the last steps, and two that are farther apart
@@ -255,6 +255,14 @@ class SequenceCache:
         pairs = ((block.keys, block.values) for block in self._blocks.values())
         return sum(tensor.nbytes // tensor.shape[2] for pair in pairs for tensor in pair)
 
+    def alike(self, count: int) -> int:
+        """How many of the next `count` positions see the same positions in codes, at least 1."""
+        if self.form is None or not self.form.coded:
+            return count
+        start = self.prefix_length + self.computed
+        held = min((block.near_from for block in self._blocks.values() if block.near), default=0)
+        return max(1, min(count, max(SINKS, min(held, start)) + WINDOW - start))
+
     def shapes(self) -> dict[int, list[tuple[int, int]]]:
         """Heads and head size of the keys and of the values, by block that keeps them."""
         return {
@@ -382,6 +390,27 @@ class SequenceCache:
         `advance`, when all blocks have stored theirs: a pass that fails half-way leaves the row as it was.
         """
         return self.store(block_index, self.computed, keys, values)
+
+    def append_apart(self, block_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, range]:
+        """As `append`, but each new position may see the last `WINDOW` positions in full and codes of all others.
+
+        So the result does not depend on the step that brings a position. The range has the positions that some new ones
+        see in codes and others in full: keys and values have these twice, at their places in codes, then in full.
+        """
+        if not self._has_codes(block_index):
+            return *self.append(block_index, keys, values), range(0)
+        start = self._before(block_index) + self.computed
+        end = start + keys.shape[2]
+        block = self._with_room(block_index, keys, values, end)
+        held = min(block.near_from, start)
+        since, until = max(held, start + 1 - WINDOW), max(held, end - WINDOW)
+        # Before the new positions take the places of others in the ring.
+        full = [
+            torch.cat((in_full(near, since, start), new), 2)
+            for near, new in zip(block.near, (keys, values), strict=True)
+        ]
+        self._write(block, start, keys, values)
+        return *self._seen(block_index, block, until, full, until), range(since, until)
 
     def begin_pass(self, hidden: Tensor) -> Tensor:
         """New positions, `[positions, hidden]`, behind those that are to run once more: what is to run now. What the

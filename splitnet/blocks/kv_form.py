@@ -138,6 +138,11 @@ class KVForm:
         held[:, :, start:end] = self.encode(numbers)
 
 
+def in_full(near: Tensor, first: int, last: int) -> Tensor:
+    """Positions `[first, last)` of the ring as blocks take them, `[1, heads, positions, size]`."""
+    return turned(near[:, :, places_in_ring(first, last, near.device)].float()).to(near.dtype)
+
+
 def places_in_ring(first: int, last: int, device: torch.device) -> Tensor:
     """Where positions are in full behind the sinks."""
     return torch.arange(first, last, device=device) % RING + SINKS

@@ -42,7 +42,7 @@ from splitnet.blocks.kv_cache import (
     TracedSequence,
 )
 from splitnet.blocks.kv_form import AUTO as AS_COMPUTED
-from splitnet.blocks.kv_form import RING, SINKS, KVForm
+from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm
 from splitnet.blocks.rotary import LengthDependentRopes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import (
@@ -231,11 +231,12 @@ class Span:
             windows = sliding_windows(checkpoint.config)[start:end]
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs, kv=kv)
 
-    def new_row(self, room: int | None = None, adapter: Adapter | None = None) -> SequenceCache:
+    def new_row(self, room: int | None = None, adapter: Adapter | None = None, *, exact: bool = False) -> SequenceCache:
         """What one sequence leaves in the blocks: nothing yet, or the prefix of an adapter; `room`: positions that its
-        memory is allocated for; None: it grows by doubling."""
+        memory is allocated for; None: it grows by doubling; `exact`: keys and values are held as they are computed."""
         states = SequenceStates(states_per_block(self._backbone.config)) if self._keeps_states else None
-        return SequenceCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states, self._kv_form)
+        form = None if exact else self._kv_form
+        return SequenceCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states, form)
 
     @property
     def kv(self) -> str:
@@ -346,7 +347,7 @@ class Span:
             reach = parts[0].row.prefix_length + longest
             fitting = positions_at_once(self._score_heads, reach)
             if not torch.is_grad_enabled() and longest > fitting:
-                parts = [replace(part, row=self.new_row(part.count, adapter)) for part in parts]
+                parts = [replace(part, row=self.new_row(part.count, adapter, exact=True)) for part in parts]
             elif longest > WAY_BACK * fitting:
                 raise PeerBusy(
                     f"there is no memory for the way back through {reach} positions in blocks of the family "
@@ -479,7 +480,7 @@ class Span:
         parts: list[Chunk] = []
         begin = end = 0
         for length in lengths:
-            row, start = self.new_row(length, adapter), 0
+            row, start = self.new_row(length, adapter, exact=True), 0
             while start < length:
                 count = min(length - start, begin + PASS - end)
                 parts.append(Chunk(row, start, count, adapter))
@@ -509,6 +510,8 @@ class Span:
             start = part.start + done
             most = positions_at_once(self._score_heads, part.row.prefix_length + part.start + part.count)
             count = 1 if self._one_by_one and start else min(part.count - done, most)
+            if part.count <= WINDOW:
+                count = part.row.alike(count)
             if self._ropes.any:
                 count = min(count, self._ropes.alike(part.row.prefix_length + start, part.reach))
             outputs.append(self._call(hidden[done : done + count], replace(part, start=start, count=count)))

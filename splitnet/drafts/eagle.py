@@ -392,7 +392,7 @@ def _layer_of(told: Mapping[str, Any], model: Ends, *, own_embeddings: bool) -> 
         "mlp_bias",
         "initializer_range",
     )
-    return LlamaConfig(
+    config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=_number(told, "intermediate_size"),
         num_hidden_layers=_number(told, "num_hidden_layers", MOST_LAYERS),
@@ -403,6 +403,11 @@ def _layer_of(told: Mapping[str, Any], model: Ends, *, own_embeddings: bool) -> 
         rope_parameters=rope,
         **{name: told[name] for name in others if told.get(name) is not None},
     )
+    try:
+        LlamaRotaryEmbedding(config)(torch.empty(0), torch.zeros(1, 1))
+    except Exception as error:
+        raise ValueError(f"no rotary embedding comes of {str(rope)[:500]}: {error}") from error
+    return config
 
 
 def _number(values: Mapping[str, Any], name: str, most: int = _MOST_SIZE) -> int:

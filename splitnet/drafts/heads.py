@@ -69,7 +69,8 @@ class HeadDrafter:
     def begin(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         self._cache, self._length = SequenceCache(), 0
         self._drafted, self._outputs = [], []
-        count = 0 if features is None else min(len(features), len(tokens) - 1)
+        # Of embeddings in the place of a prompt no token is known: such positions are left out.
+        count = 0 if features is None else max(0, min(len(features), len(tokens) - 1))
         self._known = [] if features is None or not count else [*zip(tokens[-count:], features[-count:], strict=True)]
 
     def observe(self, token: int, features: Tensor | None = None) -> None:

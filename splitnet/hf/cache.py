@@ -17,7 +17,7 @@ from splitnet.checkpoint.families import RopeLengths
 from splitnet.errors import AdapterError, PeerBusy
 from splitnet.hf.adapters import LocalAdapters
 from splitnet.hf.parameters import refuse
-from splitnet.hf.side import SideCache
+from splitnet.hf.side import Arrangement, SideCache
 from splitnet.session.inference import Session
 from splitnet.session.local import MixedSession
 from splitnet.wire.messages import Chunk, Fork
@@ -58,6 +58,7 @@ class RemoteLayer(CacheLayerMixin):
         self.closed = False
         self.changes = 0  # of the held positions
         self.reach = self.alike = 0  # that of the first step, see its message, and how many columns have it
+        self.side: SideCache | None = None  # of the side network, for the same positions
 
     @property
     def batch(self) -> int:
@@ -70,7 +71,7 @@ class RemoteLayer(CacheLayerMixin):
         return self._rows if self._sources is None else self._sources
 
     @property
-    def arrangement(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def arrangement(self) -> Arrangement:
         """What its rows are, and their padding: with others, columns mean something else."""
         return tuple(self._current), tuple(self._padding)
 
@@ -254,8 +255,10 @@ class RemoteLayer(CacheLayerMixin):
     def _select(self, chosen: Sequence[int]) -> None:
         self.changes += 1
         if self._rows:
+            side = self.side if self.side is not None and self.side.arrangement == self.arrangement else None
             self._sources = [self._current[index] for index in chosen]
             self._padding = [self._padding[index] for index in chosen]
+            self.side = None if side is None else side.selected(chosen, self.arrangement)
 
     def _take_forks(self) -> list[Fork] | None:
         """Rows as the peers must have them; the first that continues a row keeps its id, so nothing is copied."""
@@ -301,7 +304,6 @@ class RemoteCache(Cache):
 
     def __init__(self, open_session: Callable[[int], ModelSession], scope: str = "") -> None:
         self.remote = RemoteLayer(open_session, scope)
-        self.side: SideCache | None = None
         super().__init__(layers=[self.remote])
 
     @property

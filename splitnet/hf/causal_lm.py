@@ -352,6 +352,18 @@ class RemoteCausalLM(RemoteModel):
         with self._local.within(without_side=True):
             return self._seen_by(taps, cache, lambda: backbone_of(self)(**given), keep)[1]
 
+    @torch.no_grad()
+    def states_for_head(
+        self, input_ids: torch.Tensor, mask: torch.Tensor, cache: RemoteCache, keep: int = 0
+    ) -> torch.Tensor:
+        """The states of whole texts as the head takes them, a side network's addition included: `[batch, seq, hidden]`,
+        or the last `keep` positions. Arguments and errors are the same as in `states_at`."""
+        if (side := self.side) is None:
+            return self.states_at((), input_ids, mask, cache, keep)
+        states = self.states_at(side.taps, input_ids, mask, cache)
+        added = side(states, None if bool(mask.all()) else mask)
+        return (states[..., -side.hidden_size :] + added)[:, -keep:]
+
     def use_side(self, side: SideNetwork) -> None:
         """Has a side network add to what stands behind the final norm, from now on."""
         object.__setattr__(self, "side", side.to(self.device))  # no part of the model, whose layers PEFT looks through
@@ -379,12 +391,12 @@ class RemoteCausalLM(RemoteModel):
                 raise AdapterError("the cache holds what the side network has not seen so: begin with a new cache")
             run = functools.partial(super()._run_backbone, forward, given | {"cache": cache, "use_cache": True})
             past = cache.remote.columns
-            own = cache.side.of_layers(past) if cache.side is not None and past else side.new_cache()
-            cache.side = None  # until the step is whole
+            own = cache.remote.side.of_layers(past) if cache.remote.side is not None and past else side.new_cache()
+            cache.remote.side = None  # until the step is whole
             output, states = self._seen_by(side.taps, cache, run)
             mask = cache.remote.mask(0).to(states.device)
             hidden = output[0] + side(states, None if bool(mask.all()) else mask.long(), own)
-            cache.side = SideCache(side, own, cache.remote.arrangement)
+            cache.remote.side = SideCache(side, own, cache.remote.arrangement)
             return _with_hidden(output, hidden, without=cache if kept is None else None)
         finally:
             if kept is None:
@@ -392,7 +404,7 @@ class RemoteCausalLM(RemoteModel):
 
     def _side_fits(self, cache: RemoteCache) -> bool:
         """Whether the side network has seen what a cache holds."""
-        held = cache.side
+        held = cache.remote.side
         if held is None or held.network is not self.side or cache.remote.taps != held.network.taps:
             return False
         return held.arrangement == cache.remote.arrangement and held.layers.get_seq_length() >= cache.remote.columns
@@ -537,8 +549,6 @@ class RemoteCausalLM(RemoteModel):
         )
 
     def _beam_search(self, input_ids: torch.Tensor, **given: Any) -> Any:
-        if self.side is not None:
-            raise refuse("num_beams", "does not go together with a side network: leave it out")
         self._resume(input_ids, given, follows=False)  # a row of the cache is one of the beams
         return super()._beam_search(input_ids, **given)  # pyright: ignore[reportAttributeAccessIssue]
 

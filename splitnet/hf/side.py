@@ -28,6 +28,7 @@ HEAD_SIZE = 32
 LARGEST = 4096  # width at most
 MOST_LAYERS = 32
 ROPE_THETA = 10000.0
+Arrangement = tuple[tuple[int, ...], tuple[int, ...]]  # see `RemoteLayer.arrangement`
 
 
 class SideNetwork(nn.Module):
@@ -123,10 +124,15 @@ class SideCache:
 
     network: SideNetwork
     layers: DynamicCache
-    arrangement: tuple[tuple[int, ...], tuple[int, ...]]
+    arrangement: Arrangement
 
     def of_layers(self, columns: int) -> DynamicCache:
         """Cropped to its first columns."""
         if (more := self.layers.get_seq_length() - columns) > 0:
             self.layers.crop(-more)
         return self.layers
+
+    def selected(self, rows: Sequence[int], arrangement: Arrangement) -> SideCache:
+        """For a `RemoteCache` after a selection of rows, which gave them `arrangement`."""
+        self.layers.batch_select_indices(torch.tensor(rows, device=self.network.write.weight.device))
+        return SideCache(self.network, self.layers, arrangement)

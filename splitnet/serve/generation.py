@@ -329,7 +329,7 @@ class Generation:
         cache.remote.reserve_step = 1
         look = self._take(cache)
         try:
-            states = model.states_at((), ids, mask.to(model.device), cache, keep)
+            states = model.states_for_head(ids, mask.to(model.device), cache, keep)
             return [row[-(keep or len(text)) :] for row, text in zip(states, texts, strict=True)]
         finally:
             look()

@@ -370,7 +370,9 @@ class SessionDriver:
         self.feed(events.LinkFailed(endpoint, error))
 
     def feed(self, event: events.Event) -> None:
-        """Has the machine handle an event, and does what follows from it; from any thread."""
+        """Has the machine handle an event, and performs all effects of it; from any thread. Raises the first error of
+        an effect."""
+        failure: Exception | None = None
         self._events.append(event)
         with self._handling:
             if self._is_handling:
@@ -379,15 +381,19 @@ class SessionDriver:
             try:
                 while self._events:
                     for effect in self.state.handle(self._events.popleft(), time.monotonic()):
-                        self._perform(effect)
+                        # Nobody else asks for a route again, so an error keeps no later effect from its turn.
+                        try:
+                            self._perform(effect)
+                        except Exception as error:
+                            failure = failure or error
             finally:
                 self._is_handling = False
         state, until = self.state, self._until
-        if until is None:
-            return
         has_work = self._asked or state.phase is Phase.CLOSED or state.wake_at < self._wakes_at
-        if has_work or self._wants_prediction() or until():
+        if until is not None and (has_work or self._wants_prediction() or until()):
             self._changed.put(None)
+        if failure is not None:
+            raise failure
 
     def _wants_prediction(self) -> bool:
         return self.state.phase is Phase.REPLAYING and not self.state.chunk_ms

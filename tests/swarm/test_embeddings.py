@@ -21,6 +21,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory
 from splitnet.errors import PeerBusy, UnsupportedModel
 from splitnet.hf.causal_lm import RemoteCausalLM, attach, attached
+from splitnet.hf.side import SideNetwork
 from splitnet.serve import generation, reading
 from splitnet.serve.generation import Generation
 from splitnet.serve.pooling import Pooling
@@ -145,6 +146,31 @@ def test_embeddings_are_the_pooled_states_of_the_whole_model(
     counted = float(sum(reply.usage.total_tokens for reply in read))
     assert f"splitnet_gateway_prompt_tokens_total {counted}\n" in metrics.text
     assert sessions(swarm) == [0, 0]
+
+
+def test_a_side_network_adds_to_embeddings(
+    asking: Callable[..., Any], folder: Path, swarm: LocalSwarm, whole: Any, tokenizer: Any
+) -> None:
+    """Of texts of several lengths, which are read together with padding."""
+    torch.manual_seed(0)
+    side = SideNetwork.beside(whole.config.hidden_size, whole.config.num_hidden_layers)
+    torch.nn.init.normal_(side.write.weight, std=0.5)
+    options = ConnectionOptions.of({"codec": "none"})
+    tuned = attached(Checkpoint.open(folder), swarm.client, options, headless=True)
+    tuned.use_side(side.eval())
+
+    async def does(client: AsyncOpenAI, server: Server) -> Any:
+        return await client.embeddings.create(model=MODEL, input=TEXTS)
+
+    vectors = [each.embedding for each in asking(does, tuned).data]
+    expected: list[torch.Tensor] = []
+    with torch.no_grad():
+        for text in TEXTS:
+            ids = torch.tensor([tokenizer(text).input_ids])
+            each = whole(input_ids=ids, output_hidden_states=True).hidden_states
+            read = torch.cat([each[tap] for tap in (*side.taps, -1)], dim=-1)
+            expected.append((each[-1] + side(read))[0, -1])
+    assert float(cosines(vectors, expected).min()) > 0.9999
 
 
 def test_ollamas_paths(asking: Callable[..., Any], whole: Any, tokenizer: Any) -> None:

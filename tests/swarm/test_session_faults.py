@@ -18,7 +18,7 @@ from peers.server import Peer
 from scheduler import liveness
 from scheduler.speculation import Window
 from splitnet.directory.dht import Directory
-from splitnet.errors import PeerBusy
+from splitnet.errors import PeerBusy, PeerLost
 from splitnet.session.inference import Session
 from splitnet.wire.endpoints import LinkState
 from splitnet.wire.messages import Step, decode
@@ -53,6 +53,29 @@ def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def long_local(long_folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(long_folder, dtype=torch.float32).eval()
+
+
+def test_an_effect_that_fails_takes_no_other_with_it(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The route is planned again though the ban of its lost hop fails: nobody else would end the wait for a plan."""
+    model, ids = swarm.model(), prompt()["input_ids"]
+    cache = model.new_cache()
+    expected = model.step(ids, cache).logits
+    cache.remote.crop(-1)
+    session = cache.session
+    assert isinstance(session, Session)
+    sent = model.send(ids[:, -1:], cache)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(swarm.client, "ban", fails)
+        with pytest.raises(OSError, match="no room"):
+            session.link_failed(session.hops[1].endpoint, PeerLost("the link is lost"))
+    assert session._asked, "no route is asked for"
+    logits = model.receive(sent, ids[:, -1:], cache).logits
+    assert torch.allclose(logits[-1], expected[-1], atol=1e-4) and len(session.recoveries) == 1
+    cache.close()
 
 
 def forget(peers: Sequence[Peer]) -> None:

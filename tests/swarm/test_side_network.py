@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from splitnet.directory.dht import Directory
 from splitnet.errors import AdapterError, SplitnetError, UnsupportedParameter
@@ -143,6 +145,35 @@ def test_its_own_cache_keeps_step_with_that_of_the_peers(swarm: LocalSwarm, whol
 
 
 @pytest.mark.default_cases(folder=("llama",))
+def test_its_own_cache_follows_rows_that_are_repeated_and_reordered(
+    swarm: LocalSwarm, whole: Any, adapter: Path
+) -> None:
+    """As `n` answers of one prompt, and as beams."""
+    logits, ids = beside(whole, adapter), prompt()["input_ids"]
+
+    def forward(input_ids: torch.Tensor, **_: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=logits(input_ids))
+
+    with swarm.visit() as visit:
+        model: RemoteCausalLM = load_adapter(visit.model(), adapter)
+        cache = model.new_cache()
+        with torch.no_grad():
+            model(ids[:, :-1], cache=cache)
+            cache.remote.batch_repeat_interleave(2)
+            two = torch.stack((ids[0, -1:], ids[0, :1]))
+            found = model(two, cache=cache).logits
+            expected = logits(torch.cat((ids[:, :-1].repeat(2, 1), two), dim=1))[:, -1:]
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+        cache.close()
+        beams = {**GREEDY, "max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 3}
+        found = model.generate(**prompt(), **beams)
+        tuned = copy.copy(whole)
+        tuned.forward = forward
+        assert found.equal(tuned.generate(**prompt(), **beams, use_cache=False))
+        assert not found.equal(whole.generate(**prompt(), **beams))
+
+
+@pytest.mark.default_cases(folder=("llama",))
 def test_the_loss_is_that_of_the_whole_model(swarm: LocalSwarm, whole: Any, adapter: Path, tmp_path: Path) -> None:
     """On states that lie on the disk, with 16 bits each; and it goes down, with no peer left."""
     rows = batch()
@@ -187,8 +218,6 @@ def test_what_does_not_go_together_is_refused(swarm: LocalSwarm, adapter: Path, 
         model: RemoteCausalLM = load_adapter(visit.model(), adapter)
         with pytest.raises(UnsupportedParameter, match="side network"):
             model.generate(**prompt(), **GREEDY, speculate="prompt-lookup")
-        with pytest.raises(UnsupportedParameter, match="num_beams"):
-            model.generate(**prompt(), **GREEDY, num_beams=2)
         config = json.loads((adapter / "adapter_config.json").read_text())
         (tmp_path / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
         wrong = [{"taps": [1, 99]}, {"taps": "1"}, {"width": 33}, {"width": 64}, {"layers": 10**6}, {"hidden_size": 7}]

@@ -108,6 +108,20 @@ def test_the_text_is_the_same(
     assert torch.equal(got, expected)
 
 
+@pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,), kind=("head",))
+@pytest.mark.parametrize("kind", ["prompt-lookup", "other model", "head", "head of three depths"])
+def test_embeddings_in_the_place_of_a_prompt(
+    local: Any, remote: RemoteCausalLM, window: Window, kind: str, folder: Path, tmp_path: Path
+) -> None:
+    """No token of them is known, so drafts are made of the tokens behind them."""
+    embeddings = local.get_input_embeddings()(repeating()).detach()
+    drafter, drafted = drafter_of(kind, folder, tmp_path), remote.speculator.counts.drafted
+    for also in ({}, {"input_ids": repeating()}):
+        expected = local.generate(inputs_embeds=embeddings, **options(), **also)
+        assert torch.equal(remote.generate(inputs_embeds=embeddings, **options(), **also, speculate=drafter), expected)
+    assert remote.speculator.counts.drafted > drafted
+
+
 @pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,))
 def test_right_drafts_save_round_trips(remote: RemoteCausalLM, folder: Path, window: Window) -> None:
     with remote.session() as cache:
