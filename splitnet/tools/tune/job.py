@@ -399,12 +399,13 @@ class Tuning:
 
     def _encoder(self, checkpoint: Checkpoint, tokenizer: Any) -> Encoder:
         virtual = self.options.virtual_tokens(self.method)
-        room = checkpoint.max_positions - virtual if checkpoint.max_positions else None
-        wanted = self.max_length or min(LONGEST_ROW, room or LONGEST_ROW)
-        if room is not None and wanted > room:
+        room = (checkpoint.max_positions or math.inf) - virtual
+        wanted = self.max_length or int(min(LONGEST_ROW, max(room, 2)))  # two tokens are the shortest row
+        if wanted > room:
+            lower = f"--max-length to {room:,}" if room >= 2 else "--tokens"
             raise SplitnetError(
                 f"{wanted:,} tokens and {virtual} virtual ones are more than the model's context of "
-                f"{checkpoint.max_positions:,}: lower --max-length to {room:,}"
+                f"{checkpoint.max_positions:,}: lower {lower}"
             )
         return Encoder(tokenizer, wanted, template=self.template, labels=self._labels, head=self.head)
 
