@@ -190,6 +190,8 @@ def tune(
     from splitnet.tools.tune.job import Tuning
 
     named = tuple(name.strip() for name in (targets or "").split(",") if name.strip())
+    if targets is not None and not named:
+        raise SplitnetError("--targets names no layer: leave it out, or give some as q_proj,v_proj")
     options = AdapterOptions(tokens, init_text, projection, network, rank, alpha, named, width)
     settings = Settings(
         steps=steps,

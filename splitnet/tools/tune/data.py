@@ -22,12 +22,8 @@ FIELDS: dict[Form, tuple[str, ...]] = {
 """What an example of each form has; the first form whose fields a file's first example has is that of the file."""
 
 _TEXTS = {"role": str, "content": str, "name": str}
-_OF_ROLES: dict[str, dict[str, Any]] = {
-    "system": _TEXTS,
-    "user": _TEXTS,
-    "assistant": {**_TEXTS, "reasoning_content": str, "tool_calls": list, "weight": int},
-    "tool": {**_TEXTS, "tool_call_id": str},
-}
+_OF_ROLES: dict[str, dict[str, Any]] = {"system": _TEXTS, "user": _TEXTS, "tool": {**_TEXTS, "tool_call_id": str}}
+_OF_ROLES["assistant"] = {**_TEXTS, "reasoning_content": str, "tool_calls": list, "weight": int}
 """What the messages of each role may have, as OpenAI names it."""
 
 _TOOL = {"name": str, "description": str, "parameters": dict, "strict": bool}
@@ -61,7 +57,7 @@ class Examples:
 
 
 def read_examples(path: Path, form: Form | None = None, *, answered: bool = True) -> Examples:
-    """Reads a file with one JSON object per line; empty lines are skipped, other fields are left alone.
+    """Reads a file with one JSON object per line; empty lines are skipped, and other fields, which chats do not have.
 
     The examples must be of a form; None: that of the first one. answered: chats without an answer are refused.
     Raises DataError if the file or a line cannot be read.
@@ -92,15 +88,13 @@ def read_examples(path: Path, form: Form | None = None, *, answered: bool = True
     return Examples(path, form, rows)
 
 
-def _read_json(text: str) -> Any:
+def _read_json(text: str, what: str = "the line") -> Any:
     try:
         return json.loads(text, parse_constant=int)  # which refuses NaN and Infinity
     except json.JSONDecodeError as error:
-        whole = "every line must be one whole object, as the arguments of a call"
-        raise ValueError(f"no JSON at character {error.pos + 1} ({error.msg}); {whole}") from None
+        raise ValueError(f"no JSON at character {error.pos + 1} of {what} ({error.msg}): give a whole object") from None
     except ValueError:
-        wrong = "a number is NaN, infinite, or has thousands of digits"
-        raise ValueError(f"{wrong}: write another one, or a text in quotes") from None
+        raise ValueError(f"a number in {what} is NaN, infinite or too long: write it as a text in quotes") from None
 
 
 def _form_of(fields: dict[str, Any]) -> Form:
@@ -171,8 +165,8 @@ def _checked_message(where: str, message: Any, waiting: dict[str, bool]) -> dict
 
 def _checked_call(where: str, given: Any, waiting: dict[str, bool]) -> dict[str, Any]:
     call = {"id": f"call_{len(waiting)}", **_function(where, given, {"name": str, "arguments": object})}
-    arguments = call["function"].get("arguments", {})
-    call["function"]["arguments"] = _read_json(arguments or "{}") if isinstance(arguments, str) else arguments
+    given = call["function"].get("arguments", {})
+    call["function"]["arguments"] = _read_json(given or "{}", where) if isinstance(given, str) else given
     _known(where, call["function"], {"name": str, "arguments": dict})
     if call["id"] in waiting:
         raise ValueError(f"{where} has the id {call['id']!r}, as an earlier call: give each its own")
@@ -183,8 +177,6 @@ def _checked_call(where: str, given: Any, waiting: dict[str, bool]) -> dict[str,
 def _function(where: str, given: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """A tool, or a call of one, with its function. Raises ValueError: it is something else."""
     outer = {"type": "function", **_known(where, given, {"id": str, "type": str, "function": dict}, ("function",))}
-    if outer["type"] != "function":
-        raise ValueError(f"{where} has the type {outer['type']!r}: functions alone are told to the model")
     return outer | {"function": _known(where, outer["function"], kinds, ("name",))}
 
 

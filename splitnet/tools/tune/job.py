@@ -286,10 +286,8 @@ class Tuning:
                     raise SplitnetError(
                         f"{self.named[name]} is {own[name]!r}, and {value!r} in this round: leave it out"
                     )
-            method, options = (
-                Method(theirs["method"]),
-                {each.name: theirs[each.name] for each in fields(AdapterOptions)},
-            )
+            method = Method(theirs["method"])
+            options = {each.name: theirs[each.name] for each in fields(AdapterOptions)}
             options |= {"network": PromptNetwork(options["network"]), "targets": tuple(options["targets"])}
             training = {each.name: theirs[each.name] for each in fields(Settings) if each.name in theirs}
             training |= {"schedule": Schedule(training["schedule"]), "accumulate": self.settings.accumulate}

@@ -73,8 +73,12 @@ def with_new_adapter(
     """
     from peft import TaskType, get_peft_model
 
-    if method is Method.LORA:
-        _check_targets(model, options.targets)
+    # PEFT takes names that no layer has, if others have one.
+    layers = [f".{path}" for path, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    for name in options.targets if method is Method.LORA else ():
+        if name != ALL_LINEAR and not any(layer.endswith(f".{name}") for layer in layers):
+            known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+            raise AdapterError(f"this model has no layer {name!r} for --targets: take some of {known}, or {ALL_LINEAR}")
     task = TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -88,15 +92,6 @@ def with_new_adapter(
     if method is Method.PROMPT and options.init_text:
         wrapped.active_peft_config.tokenizer_name_or_path = public_name(tokenizer_source)
     return wrapped
-
-
-def _check_targets(model: Any, targets: Sequence[str]) -> None:
-    # PEFT leaves names without a layer alone, if others have one.
-    paths = [f".{path}" for path, module in model.named_modules() if hasattr(module, "weight")]
-    for name in targets:
-        if name != ALL_LINEAR and not any(path.endswith(f".{name}") for path in paths):
-            known = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
-            raise AdapterError(f"this model has no layer {name!r} for --targets: take some of {known}, or {ALL_LINEAR}")
 
 
 def begin_prefix(wrapped: Any, pairs: Prefixes) -> None:

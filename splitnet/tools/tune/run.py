@@ -126,19 +126,18 @@ class Encoder:
             before = self.rendered(examples, example, messages[: end - 1], True)
             after = self.rendered(examples, example, messages[:end], False)
             if not after.startswith(before):
-                asked = f"the model's chat template asks for an answer with {before[-20:]!r}"
-                examples.fail(example, f"{asked}, and writes this one otherwise: change the messages, or the model")
+                fix = "give its reasoning, or tune another model"
+                examples.fail(example, f"the chat template asks with {before[-20:]!r}, and writes no answer so: {fix}")
             answer = after.removeprefix(before)
             calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
             said = [message["content"], message.get("reasoning_content") or "", *calls]
             read = [one["content"] for one in messages[: end - 1] if one["role"] != "assistant"] + tools
             left_out = _left_out(before, read) or _left_out(answer, said)
             if left_out is not None:
-                fix = "remove that, or tune a model whose template has it"
-                examples.fail(example, f"the model's chat template leaves out {left_out[:40]!r}: {fix}")
+                lost = f"the model's chat template leaves out {left_out[:40]!r}"
+                examples.fail(example, f"{lost}: remove it, or tune a model whose template has it")
             if not rows or not before.startswith(done):
-                rows.append([])
-                done = ""
+                rows, done = [*rows, []], ""
             rows[-1] += [(self.ids_of(before.removeprefix(done)), False), (self.ids_of(answer), True)]
             done = after
         return [_row(pieces) for pieces in rows]
