@@ -313,7 +313,7 @@ def peer(
             metrics.serve(registry_of(serving))
             typer.echo(f"metrics at {metrics.url}")
         with told([*serving.directory.addresses, serving.join_address], address_file):
-            if elsewhere := _from_elsewhere(serving.endpoint.address, given.initial_peers, reach):
+            if elsewhere := from_elsewhere(serving.endpoint.address, given.initial_peers, reach):
                 typer.echo(elsewhere)
             stop.wait()
             typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")
@@ -337,7 +337,7 @@ def read_models(file: Path) -> list[str]:
     return models
 
 
-def _from_elsewhere(address: str, joined: Sequence[str], reach: Reach) -> str | None:
+def from_elsewhere(address: str, joined: Sequence[str], reach: Reach) -> str | None:
     """How others join from networks that do not reach this peer's own address; None: all reach it, or it is a test."""
     if not is_reachable(address) or (is_global(address) and reach is not Reach.helpers):
         return None
