@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -40,7 +41,8 @@ from splitnet.import_shims import import_models
 from splitnet.limits import allow_open_files, parse_bytes
 from splitnet.logs import tell
 from splitnet.session.options import ConnectionOptions
-from splitnet.transport.addresses import Reach, is_reachable, refuse_taken
+from splitnet.transport.addresses import Reach, hosts_of, is_reachable, refuse_taken
+from splitnet.wire.endpoints import is_global
 
 if TYPE_CHECKING:
     from peers.server import Peer
@@ -311,6 +313,8 @@ def peer(
             metrics.serve(registry_of(serving))
             typer.echo(f"metrics at {metrics.url}")
         with told([*serving.directory.addresses, serving.join_address], address_file):
+            if elsewhere := from_elsewhere(serving.endpoint.address, given.initial_peers, reach):
+                typer.echo(elsewhere)
             stop.wait()
             typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")
             with suppress(KeyboardInterrupt):
@@ -331,6 +335,16 @@ def read_models(file: Path) -> list[str]:
     if not models:
         raise SplitnetError(f"{file} names no model: write one a line, or leave --allow out")
     return models
+
+
+def from_elsewhere(address: str, joined: Sequence[str], reach: Reach) -> str | None:
+    """How others join from networks that do not reach this peer's own address; None: all reach it, or it is a test."""
+    if not is_reachable(address) or (is_global(address) and reach is not Reach.helpers):
+        return None
+    if reached := [one for one in joined if any(is_global(f"tcp://{host}:1") for host in hosts_of([one]))]:
+        return "\n  --join ".join(("from other networks with", *reached))
+    fix = "--join a peer that they reach, or forward a port and give --public-host"
+    return f"other networks cannot join with these addresses: {fix}"
 
 
 def _what_it_serves(peer: Peer) -> str:

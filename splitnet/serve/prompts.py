@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property, lru_cache, partial
 from inspect import signature
 from types import MappingProxyType
@@ -14,19 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from splitnet.checkpoint.chat_template import begin, render, variables_of
-from splitnet.serve.answers.forms import (
-    FORMS,
-    PLAIN,
-    PROBE,
-    PROBE_TEXT,
-    PROBE_TOOL,
-    Forms,
-    form_in,
-    form_of_marks,
-    probe,
-    reasoning_of,
-    with_ids,
-)
+from splitnet.serve.answers.forms import PROBE_TOOL, Forms, forms_of, with_ids
 from splitnet.serve.answers.text import INCOMPLETE
 from splitnet.serve.failures import ApiError
 
@@ -61,21 +48,7 @@ class Prompts:
     @cached_property
     def forms(self) -> Forms:
         """How the model writes calls and reasoning, as its chat template and its tokens tell."""
-        tokenizer = self._tokenizer
-        template = self.template
-        if not template:
-            return PLAIN
-        tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
-        reasoning = reasoning_of(tokens, template)
-        shows_calls = False
-        for as_text in (False, True):
-            with suppress(ApiError):
-                shown = self._templated(probe(as_text=as_text), [PROBE_TOOL], {}, answer=False)
-                if (form := form_in(shown, self._ends)) is not None:
-                    return Forms(form, reasoning, arguments_as_text=as_text)
-                shows_calls |= PROBE[0] in shown.rpartition(PROBE_TEXT)[2]
-        form = form_of_marks(tokens, template) or (None if shows_calls else FORMS["hermes"])
-        return Forms(form, reasoning, shows_calls=shows_calls)
+        return forms_of(self._tokenizer)
 
     @property
     def template(self) -> str:
@@ -86,11 +59,6 @@ class Prompts:
     def takes_tools(self) -> bool:
         """Whether the chat template has a place for tools."""
         return "tools" in self.template
-
-    @cached_property
-    def _ends(self) -> list[str]:
-        ends = self._tokenizer.special_tokens_map.values()
-        return [*filter(None, (end for end in ends if isinstance(end, str))), "<|eot_id|>"]
 
     @cached_property
     def _hidden(self) -> set[int]:

@@ -224,11 +224,15 @@ FAILURES: dict[str, tuple[str, str]] = {
         "there is no folder /no/head: give",
     ),
     "tune: no data": (f"{TUNE} {{home}}/none", "none cannot be read .No such file or directory.: give a file of JSON"),
-    "tune: a bad line": (f"{TUNE} {{bad_line}}", "line 2: no JSON at character 13 .*; every line must be one whole"),
+    "tune: a bad line": (f"{TUNE} {{bad_line}}", "line 2: no JSON at character 13 of the line .*: give a whole"),
     "tune: too long": (f"{TUNE} {{good}} --max-length 3", "line 1: \\d tokens are more than 3: shorten it or raise"),
     "tune: longer than the context": (
         f"{TUNE} {{good}} --method prompt --max-length 250",
         "250 tokens and 16 virtual ones are more than the model's context of 256: lower --max-length to 240",
+    ),
+    "tune: more virtual tokens than the context": (
+        f"{TUNE} {{good}} --method prompt --tokens 512",
+        "2 tokens and 512 virtual ones are more than the model's context of 256: lower --tokens",
     ),
     "tune: nowhere to put the text": (f"{TUNE} {{good}} --template x", "the template has no {{text}}: write it where"),
     "tune: a head without labels": (f"{TUNE} {{plain}} --head", "--head tells labels, and the data has none: give"),
@@ -248,7 +252,10 @@ FAILURES: dict[str, tuple[str, str]] = {
     ),
     "bench: no such codec": ("bench {small} --join {holed} --codec zip", "there is no codec 'zip'; use one of"),
     "bench: a hole": ("bench {small} --join {holed} --prefill 8", "blocks 4..5 of .* are served by nobody: start a"),
-    "tune: no such layer": (f"{TUNE} {{plain}} --join {{private}} --targets wing", "LoRA does not fit .* --targets"),
+    "tune: no such layer": (
+        f"{TUNE} {{plain}} --join {{private}} --targets wing",
+        "no layer 'wing' for --targets: take",
+    ),
 }
 SAID_BY_OTHERS = {
     "bench: a hole",

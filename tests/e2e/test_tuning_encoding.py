@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from splitnet.errors import DataError
+from splitnet.serve.answers.forms import FORMS, Forms
+from splitnet.serve.answers.parser import AnswerParser
 from splitnet.tools.tune.data import read_examples
 from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, collate
+from tests.unit.serve.test_forms import TEMPLATES
 
 pytestmark = pytest.mark.e2e
 
@@ -50,7 +53,7 @@ def test_answers_of_a_chat_are_learned_and_nothing_else(tmp_path: Path, tokenize
     assert row.ids[: len(asked)] == asked
 
 
-def test_a_template_that_rewrites_earlier_answers_is_told(
+def test_an_answer_whose_history_changes_later_has_a_row_of_its_own(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = (
@@ -58,14 +61,139 @@ def test_a_template_that_rewrites_earlier_answers_is_told(
         "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    turns = [{"role": role, "content": "text"} for role in ("user", "assistant")]
-    (row,) = encode(tmp_path, tokenizer, {"messages": turns})
-    assert learned(tokenizer, row) == ["text;"]
-    with pytest.raises(DataError, match=r"line 1: .*give one answer only"):
-        encode(tmp_path, tokenizer, {"messages": turns * 2})
+    turns = [{"role": role, "content": f"{role} text {n}"} for n in (1, 2) for role in ("user", "assistant")]
+    rows = encode(tmp_path, tokenizer, {"messages": turns})
+    assert [learned(tokenizer, row) for row in rows] == [["assistant text 1;"], ["assistant text 2;"]]
+    assert tokenizer.decode(rows[1].ids) == "user:user text 1;user:user text 2;assistant:assistant text 2;"
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(DataError, match="line 1: this model has no chat template"):
         encode(tmp_path, tokenizer, {"messages": turns})
+
+
+def call(name: str, id: str, /, **arguments: Any) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tells it.", "parameters": PARAMETERS}}]
+CALLED: list[dict[str, Any]] = [
+    {"role": "user", "content": "Is it dry in Rome?"},
+    {"role": "assistant", "content": None, "tool_calls": [call("weather", "a", city="Rome", days=3)]},
+    {"role": "tool", "tool_call_id": "a", "content": '{"sky": "grey"}'},
+    {"role": "assistant", "content": "It rains."},
+    {"role": "user", "content": "And in Oslo?"},
+    {"role": "assistant", "content": "", "tool_calls": [call("weather", "b", city="Oslo", days=1)]},
+]
+FAMILY = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{% set f = call.function %}CALL{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_calls_are_learned_in_the_form_of_the_family(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", FAMILY.replace("CALL", TEMPLATES[name]))
+    (row,) = encode(tmp_path, tokenizer, {"messages": CALLED, "tools": TOOLS}, max_length=2048)
+    end = "<|im_end|>\n"
+    asked, answered, again = learned(tokenizer, row)
+    assert answered == "It rains." + end
+    for text, arguments in ((asked, {"city": "Rome", "days": 3}), (again, {"city": "Oslo", "days": 1})):
+        assert text.endswith(end)
+        parser = AnswerParser(Forms(FORMS[name]), {"weather": PARAMETERS}, "")
+        read = [parser.push(text.removesuffix(end).removesuffix("</s>").removesuffix("<|eot_id|>")), parser.rest()]
+        assert [(one.name, json.loads(one.arguments)) for said in read for one in said.calls] == [
+            ("weather", arguments)
+        ]
+        assert not "".join(said.text for said in read).strip()
+    unlearned = tokenizer.decode([id for id, target in zip(row.ids, row.targets, strict=True) if target == IGNORED])
+    assert "Tells it." in unlearned and "grey" in unlearned and "Oslo?" in unlearned
+
+
+def test_reasoning_is_learned_once_and_left_out_of_later_histories(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Qwen3's template does: only what stands behind the last message of the user keeps its reasoning."""
+    last = "{% set ns = namespace(at=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.at = loop.index0 %}"
+    thinks = "{% if m.role == 'assistant' and loop.index0 > ns.at and (loop.last or m.reasoning_content) %}"
+    thinks += "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}"
+    family = FAMILY.replace("CALL", TEMPLATES["hermes"]).replace("{{ m.content }}", thinks)
+    monkeypatch.setattr(tokenizer, "chat_template", last + "{% endif %}{% endfor %}" + family)
+    said = [dict(one) for one in CALLED]
+    said[1]["reasoning_content"], said[3]["reasoning_content"] = "I ask.", "Grey is wet."
+    first, second = encode(tmp_path, tokenizer, {"messages": said, "tools": TOOLS}, max_length=2048)
+    asked, answered = learned(tokenizer, first)
+    assert asked.startswith("<think>\nI ask.\n</think>\n\n<tool_call>\n") and '"Rome"' in asked
+    assert answered == "<think>\nGrey is wet.\n</think>\n\nIt rains.<|im_end|>\n"
+    (again,) = learned(tokenizer, second)
+    assert again.startswith("<think>\n\n</think>\n\n<tool_call>\n") and '"Oslo"' in again
+    history = tokenizer.decode(second.ids).removesuffix(again)
+    assert "I ask." not in history and "Grey is wet." not in history and "It rains." in history
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learned(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [call("weather", "a", city="Rome"), call("weather", "b", city="Oslo")]
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": "Where is it dry?"},
+        {"role": "assistant", "content": "BAD", "weight": 0},
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "tool_calls": both, "weight": 0},
+        {"role": "tool", "tool_call_id": "b", "content": "snow"},
+        {"role": "tool", "tool_call_id": "a", "content": "sun"},
+        {"role": "assistant", "content": "GOOD", "weight": 1},
+    ]
+    for name in ("hermes", "llama"):  # the second takes one call a message
+        monkeypatch.setattr(tokenizer, "chat_template", FAMILY.replace("CALL", TEMPLATES[name]))
+        (row,) = encode(tmp_path, tokenizer, {"messages": chat}, max_length=2048)
+        assert learned(tokenizer, row) == ["GOOD<|im_end|>\n"]
+        text = tokenizer.decode(row.ids)
+        order = ["BAD", "Rome", "Oslo", "snow", "sun"] if name == "hermes" else ["BAD", "Rome", "sun", "Oslo", "snow"]
+        assert sorted(order, key=text.index) == order
+
+
+def test_results_of_calls_that_stand_in_texts_are_all_read(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", FAMILY.replace("CALL", TEMPLATES["llama"]))
+    texts = [("user", "?"), ("assistant", "ask(1)"), ("tool", "one"), ("assistant", "ask(2)"), ("tool", "two")]
+    chat = [{"role": role, "content": text} for role, text in (*texts, ("assistant", "three"))]
+    (row,) = encode(tmp_path, tokenizer, {"messages": chat})
+    assert learned(tokenizer, row) == [f"{text}<|im_end|>\n" for text in ("ask(1)", "ask(2)", "three")]
+    assert "one" in tokenizer.decode(row.ids) and "two" in tokenizer.decode(row.ids)
+
+
+PLAIN = FAMILY.replace("CALL", "").replace("{{ tools | tojson }}", "")
+HERMES = FAMILY.replace("CALL", TEMPLATES["hermes"])
+THOUGHT = {"messages": [*CALLED[:1], {"role": "assistant", "content": "Yes.", "reasoning_content": "It may be."}]}
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "said"),
+    [
+        (PLAIN, {"messages": CALLED}, "leaves out 'weather'"),
+        (PLAIN, {"messages": [CALLED[0], {**CALLED[1], "content": "I call weather."}]}, "leaves out 'weather'"),
+        (PLAIN, {"messages": [CALLED[0], CALLED[3]], "tools": TOOLS}, "leaves out 'weather'"),
+        (HERMES.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}"), {}, "leaves out 'One moment.'"),
+        (HERMES.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}"), {}, 'leaves out \'{"sky": '),
+        (HERMES, THOUGHT, "leaves out 'It may be.'"),
+        (HERMES.replace("assistant\n{% endif", "assistant\n<think>{% endif"), THOUGHT, "asks with '.*<think>', and"),
+        ("{{ raise_exception('no roles') }}", {}, "refuses the messages .no roles."),
+    ],
+)
+def test_what_a_template_leaves_out_is_refused(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str, chat: Any, said: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    spoken = [CALLED[0], {**CALLED[1], "content": "One moment.", "weight": 1}, *CALLED[2:]]
+    if "sky" in said:
+        spoken[1]["content"] = ""
+    with pytest.raises(DataError, match=f"line 1: .*{said}"):
+        encode(tmp_path, tokenizer, {"messages": spoken, **chat}, max_length=2048)
 
 
 def test_completions_end(tmp_path: Path, tokenizer: Any) -> None:

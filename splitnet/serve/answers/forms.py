@@ -12,6 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
+from splitnet.checkpoint.chat_template import render
 from splitnet.serve.answers.calls import Gemma, JsonCalls, NamedJson, NoCall, Python, Syntax, Tagged
 
 
@@ -185,6 +188,25 @@ def probe(*, as_text: bool) -> list[dict[str, Any]]:
     return [{"role": "user", "content": PROBE_TEXT}, {"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
+def forms_of(tokenizer: Any) -> Forms:
+    """How a model writes calls and reasoning, as its chat template and its tokens tell."""
+    if not tokenizer.chat_template:
+        return PLAIN
+    template = tokenizer.get_chat_template(tools=[PROBE_TOOL])
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    ends = [*filter(None, (each for each in tokenizer.special_tokens_map.values() if isinstance(each, str)))]
+    reasoning = reasoning_of(tokens, template)
+    shows_calls = False
+    for as_text in (False, True):
+        with suppress(TemplateError):
+            shown = render(tokenizer, probe(as_text=as_text), answer=False, tools=[PROBE_TOOL])
+            if (form := form_in(shown, [*ends, "<|eot_id|>"])) is not None:
+                return Forms(form, reasoning, arguments_as_text=as_text)
+            shows_calls |= PROBE[0] in shown.rpartition(PROBE_TEXT)[2]
+    form = form_of_marks(tokens, template) or (None if shows_calls else FORMS["hermes"])
+    return Forms(form, reasoning, shows_calls=shows_calls)
+
+
 def form_in(rendered: str, ends: Collection[str] = ()) -> Form | None:
     """The form in which a rendered conversation has the call of `PROBE`, read back; `ends`: what messages end with."""
     rendered = rendered[: rendered.rfind(PROBE[0]) + 1000]
@@ -252,14 +274,16 @@ def _apart(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each call in a message of its own, with its answer behind it."""
     said: list[dict[str, Any]] = []
     answers = {one.get("tool_call_id"): one for one in messages if one["role"] == "tool"}
+    moved: set[str] = set()
     for message in messages:
         calls = message.get("tool_calls") or []
         if len(calls) > 1:
             for number, call in enumerate(calls):
-                alone = {"role": "assistant", "content": ""} if number else message
+                alone = {**message, "content": "", "reasoning_content": None} if number else message
                 said.append({**alone, "tool_calls": [call]})
-                said += [answers.pop(call["id"])] if call["id"] in answers else []
-        elif message["role"] != "tool" or answers.get(message.get("tool_call_id")) is message:
+                said += [answers[call["id"]]] if call["id"] in answers else []
+                moved.add(call["id"])
+        elif message["role"] != "tool" or message.get("tool_call_id") not in moved:
             said.append(message)
     return said
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from enum import StrEnum
@@ -26,10 +27,22 @@ in_adapter = box("Adapter")
 in_gradients = box("Gradients")
 
 
-_OF_BOTH = {"data", "output", "model", "resume", "max_length", "learning_rate", "seed", "draft_head"}
-_OF_DRAFT_HEADS = {"generate", "epochs", "draft_vocabulary"}
+_OF_DRAFT_HEADS = {"data", "output", "model", "resume", "max_length", "learning_rate", "seed", "draft_head"}
+_OF_DRAFT_HEADS |= {"generate", "epochs", "draft_vocabulary", "states_limit", *CONNECTING}
 _NOT_PLANNED = {"join_round", "output", "resume", "method", "learning_rate", "eval_every", "save_every"}
-_OF_STATES = {"states_limit"}  # of draft heads and side networks
+_NEEDS = {
+    **dict.fromkeys(("rank", "alpha", "targets"), ("--method lora",)),
+    "tokens": ("--method prompt", "--method prefix", "--method p-tuning"),
+    "init_text": ("--method prompt", "--method prefix without --projection"),
+    "projection": ("--method prefix", "--method p-tuning"),
+    "network": ("--method p-tuning",),
+    "width": ("--method side",),
+    "states_limit": ("--method side", "--draft-head"),
+    **dict.fromkeys(("generate", "epochs", "draft_vocabulary"), ("--draft-head",)),
+    "directions": ("--zeroth-order",),
+    "eval_every": ("--eval",),
+}
+"""The options that do something in some runs only, by parameter, and what a run needs for them: one of these."""
 
 
 @connects(without=("prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby"))
@@ -108,16 +121,12 @@ def tune(
     With --draft-head, what is trained drafts tokens for --speculate, and the peers run forward only. With --generate,
     examples are prompts, {"prompt": "..."} or chats that end with the user; without any, the model writes them.
     """
-    _check_options(context, draft_head, draft_head or method is Method.SIDE)
+    _check_options(context)
     if data is None and not generate:
         more = ", or have N texts written with --generate N" if draft_head else ""
         raise SplitnetError(f"there is nothing to learn from: give examples with --data FILE.jsonl{more}")
     if learning_rate == 0:
         raise SplitnetError("with --lr 0 nothing is learned: leave it out, or give a step size such as 1e-3")
-    if plan:
-        _refuse_with_plan(context)
-    if plan and draft_head:
-        raise SplitnetError("--plan is for adapters, and does not go with --draft-head: leave out one of them")
     if output is None and not plan:
         raise SplitnetError("there is no place for what is trained: give --output DIR, or ask for the cost with --plan")
     output = output or Path()
@@ -159,6 +168,9 @@ def tune(
         TuningFolder(output).check_place(resume=resume)
     if "{text}" not in template:
         raise SplitnetError("the template has no {text}: write it where the text goes, as in '{text} Topic:'")
+    parts = 1 if zeroth_order and not head and method in (Method.PROMPT, Method.P_TUNING) else batch_size
+    if accumulate > parts:
+        raise SplitnetError(f"a step is cut into {parts} parts at most with these options: lower --accumulate")
     if warmup_steps >= steps:
         raise SplitnetError(f"{warmup_steps} steps of warm-up leave none of {steps}: lower --warmup or raise --steps")
     train = read_examples(data)
@@ -169,14 +181,17 @@ def tune(
         raise SplitnetError("--method side has the model's words tell labels: leave out --head")
     if head and join_round is not None:
         raise SplitnetError("owners that train together have the model's words tell labels: leave out --head")
-    if head and train.form != "classification":
-        raise SplitnetError('--head tells labels, and the data has none: give {"text": "...", "label": "..."}')
+    given_options = dict(_given(context))
+    if train.form != "classification" and (option := given_options.get("head") or given_options.get("template")):
+        raise SplitnetError(f'{option} tells labels, and the data has none: give {{"text": "...", "label": "..."}}')
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     from splitnet.cli.connection import Connection
     from splitnet.tools.tune.job import Tuning
 
     named = tuple(name.strip() for name in (targets or "").split(",") if name.strip())
+    if targets is not None and not named:
+        raise SplitnetError("--targets names no layer: leave it out, or give some as q_proj,v_proj")
     options = AdapterOptions(tokens, init_text, projection, network, rank, alpha, named, width)
     settings = Settings(
         steps=steps,
@@ -202,7 +217,7 @@ def tune(
         eval_every=eval_every,
         save_every=save_every,
         join_round=join_round,
-        named=dict(_given(context)),
+        named=given_options,
         **given,
     )
     if zeroth_order and connecting.codec == "auto":
@@ -282,25 +297,23 @@ def round(
         typer.echo(f"{told}; {state.owners} owners take part, {state.ready} are ready with the next")
 
 
-def _refuse_with_plan(context: typer.Context) -> None:
-    """Raises SplitnetError: an option was given that says nothing of what a run costs, or of which method."""
+def _check_options(context: typer.Context) -> None:
+    """Raises SplitnetError: an option was given that does nothing in such a run, or a number that is none."""
+    given = context.params
+    methods = Method if given["plan"] else [] if given["draft_head"] else [given["method"]]
+    run = {f"--method {method}" for method in methods}
+    run |= set() if given["projection"] else {f"{each} without --projection" for each in run}
+    flags = {"--draft-head": "draft_head", "--zeroth-order": "zeroth_order", "--eval": "evaluation"}
+    run |= {flag for flag, name in flags.items() if given[name]}
     for name, option in _given(context):
-        if name in _NOT_PLANNED:
+        if given["draft_head"] and name not in _OF_DRAFT_HEADS:
+            raise SplitnetError(f"{option} does not go with --draft-head: leave it out")
+        if given["plan"] and name in _NOT_PLANNED:
             raise SplitnetError(f"{option} does not go with --plan, which is for all methods: leave it out")
-
-
-def _check_options(context: typer.Context, draft_head: bool, states: bool) -> None:
-    """Raises SplitnetError: an option was given that does not go with --draft-head, or only with that, or with states
-    on the disk."""
-    both = _OF_BOTH | _OF_STATES
-    for name, option in _given(context):
-        if name in _OF_STATES and not states:
-            raise SplitnetError(f"{option} is for --method side and --draft-head: leave it out, or add one of them")
-        if name not in both and name not in CONNECTING and (name in _OF_DRAFT_HEADS) != draft_head:
-            way = "does not go with" if draft_head else "is for"
-            raise SplitnetError(
-                f"{option} {way} --draft-head: leave it out" + (", or add that" if not draft_head else "")
-            )
+        if run.isdisjoint(needed := _NEEDS.get(name, run)):
+            raise SplitnetError(f"{option} is for {' and '.join(needed)}: leave it out, or add what it is for")
+        if isinstance(given[name], float) and not math.isfinite(given[name]):
+            raise SplitnetError(f"{option} is {given[name]}: give a finite number")
 
 
 def _given(context: typer.Context) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -21,7 +21,13 @@ FIELDS: dict[Form, tuple[str, ...]] = {
 }
 """What an example of each form has; the first form whose fields a file's first example has is that of the file."""
 
-ROLES = ("system", "user", "assistant", "tool")
+_TEXTS = {"role": str, "content": str, "name": str}
+_OF_ROLES: dict[str, dict[str, Any]] = {"system": _TEXTS, "user": _TEXTS, "tool": {**_TEXTS, "tool_call_id": str}}
+_OF_ROLES["assistant"] = {**_TEXTS, "reasoning_content": str, "tool_calls": list, "weight": int}
+"""What the messages of each role may have, as OpenAI names it."""
+
+_TOOL = {"name": str, "description": str, "parameters": dict, "strict": bool}
+_KINDS = {str: "a text in quotes", list: "a list", dict: "an object", bool: "true or false", int: "a number"}
 
 TEMPLATE = "{text} Label:"  # What a model reads of a text before its label comes
 
@@ -51,7 +57,7 @@ class Examples:
 
 
 def read_examples(path: Path, form: Form | None = None, *, answered: bool = True) -> Examples:
-    """Reads a file with one JSON object per line; empty lines are skipped, other fields are left alone.
+    """Reads a file with one JSON object per line; empty lines are skipped, and other fields, which chats do not have.
 
     The examples must be of a form; None: that of the first one. answered: chats without an answer are refused.
     Raises DataError if the file or a line cannot be read.
@@ -63,10 +69,18 @@ def read_examples(path: Path, form: Form | None = None, *, answered: bool = True
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): give a file of JSON lines") from None
     rows: list[Example] = []
-    for number, fields in _objects(path, text):
+    # Not splitlines(): it also splits at characters that may stand within JSON strings.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
+            fields = _read_json(line)
+            if not isinstance(fields, dict):
+                raise ValueError(f"an example is an object in braces, such as {_SAMPLES}")
             form = form or _form_of(fields)
             rows.append(Example(number, _checked(fields, form, answered)))
+        except RecursionError:
+            raise DataError(f"{path}, line {number}: nested too deep for an example") from None
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
     if form is None:
@@ -74,23 +88,13 @@ def read_examples(path: Path, form: Form | None = None, *, answered: bool = True
     return Examples(path, form, rows)
 
 
-def _objects(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Not splitlines(): it also splits at characters that may stand within JSON strings.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: no JSON at character {error.pos + 1} ({error.msg}); every line must be one "
-                "whole object"
-            ) from None
-        except RecursionError:
-            raise DataError(f"{path}, line {number}: nested too deep for an example") from None
-        if not isinstance(value, dict):
-            raise DataError(f"{path}, line {number}: an example is an object in braces, such as {_SAMPLES}")
-        yield number, value
+def _read_json(text: str, what: str = "the line") -> Any:
+    try:
+        return json.loads(text, parse_constant=int)  # which refuses NaN and Infinity
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON at character {error.pos + 1} of {what} ({error.msg}): give a whole object") from None
+    except ValueError:
+        raise ValueError(f"a number in {what} is NaN, infinite or too long: write it as a text in quotes") from None
 
 
 def _form_of(fields: dict[str, Any]) -> Form:
@@ -105,7 +109,7 @@ def _checked(fields: dict[str, Any], form: Form, answered: bool) -> dict[str, An
     if missing:
         raise ValueError(f"{missing[0]!r} is missing; all examples of a file have the same form")
     if form == "chat":
-        return {"messages": _checked_messages(fields["messages"], answered)}
+        return _checked_chat(fields, answered)
     if form == "classification" and isinstance(fields["label"], int):
         fields = {**fields, "label": str(fields["label"])}
     for name in FIELDS[form]:
@@ -114,21 +118,78 @@ def _checked(fields: dict[str, Any], form: Form, answered: bool) -> dict[str, An
         if not fields[name].strip() and name != "prompt":
             raise ValueError(f"{name!r} is empty: fill it or remove the line")
         _refuse_surrogates(name, fields[name])
-    return {name: fields[name] for name in FIELDS[form]}
+    # A label is written behind one space; white space around it makes no other class.
+    return {name: fields[name].strip() if name == "label" else fields[name] for name in FIELDS[form]}
 
 
-def _checked_messages(messages: Any, answered: bool) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or not messages:
+def _checked_chat(given: dict[str, Any], answered: bool) -> dict[str, Any]:
+    chat = _known("the chat", given, {"messages": list, "tools": list, "parallel_tool_calls": bool})
+    waiting: dict[str, bool] = {}  # the id of each call so far, and whether no tool has answered it
+    numbered = enumerate(chat.get("messages", ()), start=1)
+    chat["messages"] = messages = [_checked_message(f"message {number}", one, waiting) for number, one in numbered]
+    if not messages:
         raise ValueError("'messages' must be a list of messages")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f'message {number} must be an object as {{"role": "user", "content": "..."}}')
-        if message.get("role") not in ROLES:
-            raise ValueError(f"message {number} has the role {message.get('role')!r}: take one of {', '.join(ROLES)}")
-        _refuse_surrogates(f"message {number}", message["content"])
-    if answered and not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        raise ValueError("no message of the assistant, so there is nothing to learn: add the answer")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    if messages[0]["role"] == "assistant":
+        raise ValueError("the chat begins with the assistant, which answers nothing: begin with the user or the system")
+    learned = [one for one in messages if one["role"] == "assistant" and one.get("weight", 1)]
+    if answered and not any(one["content"].strip() or "tool_calls" in one for one in learned):
+        raise ValueError("no message of the assistant of weight 1, so there is nothing to learn: add the answer")
+    if not chat.pop("parallel_tool_calls", True) and any(len(one.get("tool_calls", ())) > 1 for one in messages):
+        raise ValueError("'parallel_tool_calls' is false, and a message has several calls: leave out one of them")
+    for number, tool in enumerate(chat.get("tools", ()), start=1):
+        chat["tools"][number - 1] = function = _function(f"tool {number}", tool, _TOOL)
+        function["function"].pop("strict", None)  # bounds answers, and is not told to the model
+    _refuse_surrogates("messages", json.dumps(chat, ensure_ascii=False))
+    return chat
+
+
+def _checked_message(where: str, message: Any, waiting: dict[str, bool]) -> dict[str, Any]:
+    """A message as chat templates take it, see `splitnet.serve.chat.Chat`."""
+    role = message.get("role") if isinstance(message, dict) else "user"
+    if role not in tuple(_OF_ROLES):
+        raise ValueError(f"{where} has the role {role!r}: take one of {', '.join(_OF_ROLES)}")
+    if role == "assistant" and message.get("tool_calls") and message.get("content") is None:
+        message = {**message, "content": ""}
+    said = _known(where, message, _OF_ROLES[role], ("role", "content"))
+    if said.get("weight", 1) not in (0, 1):
+        raise ValueError(f"{where} has the weight {said['weight']}: give 1 to learn it, or 0")
+    if "tool_calls" in said:
+        said["tool_calls"] = [_checked_call(f"a call of {where}", call, waiting) for call in said["tool_calls"]]
+    if role == "tool" and (waiting or "tool_call_id" in said):
+        id = said.setdefault("tool_call_id", next((id for id, waits in waiting.items() if waits), ""))
+        if not waiting.get(id):
+            raise ValueError(f"{where} answers the call {id!r}, which is not there or has an answer: give another")
+        waiting[id] = False
+    return said
+
+
+def _checked_call(where: str, given: Any, waiting: dict[str, bool]) -> dict[str, Any]:
+    call = {"id": f"call_{len(waiting)}", **_function(where, given, {"name": str, "arguments": object})}
+    given = call["function"].get("arguments", {})
+    call["function"]["arguments"] = _read_json(given or "{}", where) if isinstance(given, str) else given
+    _known(where, call["function"], {"name": str, "arguments": dict})
+    if call["id"] in waiting:
+        raise ValueError(f"{where} has the id {call['id']!r}, as an earlier call: give each its own")
+    waiting[call["id"]] = True
+    return call
+
+
+def _function(where: str, given: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool, or a call of one, with its function. Raises ValueError: it is something else."""
+    outer = {"type": "function", **_known(where, given, {"id": str, "type": str, "function": dict}, ("function",))}
+    return outer | {"function": _known(where, outer["function"], kinds, ("name",))}
+
+
+def _known(where: str, given: Any, kinds: Mapping[str, Any], needed: Sequence[str] = ()) -> dict[str, Any]:
+    """What an object has that says something, in the order of `kinds`. Raises ValueError: it has something else."""
+    if not isinstance(given, dict) or any(given.get(name) is None for name in needed):
+        raise ValueError(f"{where} must be an object with {' and '.join(needed)}, as in OpenAI's format")
+    for name, value in given.items():
+        if value is not None and name not in kinds:
+            raise ValueError(f"{where} has the key {name!r}: remove it (known are {', '.join(kinds)})")
+        if value is not None and not isinstance(value, kinds[name]):
+            raise ValueError(f"{where}: {name!r} must be {_KINDS[kinds[name]]}")
+    return {name: given[name] for name in kinds if given.get(name) not in (None, [])}
 
 
 def _refuse_surrogates(name: str, text: str) -> None:

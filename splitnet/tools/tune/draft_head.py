@@ -577,15 +577,14 @@ class _Writer:
         return {self._tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])} - {None}
 
     def _prompt(self, texts: Examples, row: Any) -> list[int]:
-        messages = row.fields.get("messages") or [{"role": "user", "content": row.fields["prompt"]}]
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if self._tokenizer.chat_template:
-            ids = self._encoder.ids_of(self._encoder.rendered(texts, row, messages, True))
-        elif "messages" in row.fields:
-            texts.fail(row, 'this model has no chat template: use "prompt", not "messages"')
-        else:
+        if texts.form != "chat" and not self._tokenizer.chat_template:
             ids = self._tokenizer(row.fields["prompt"])["input_ids"]
+        else:
+            prompt = [{"role": "user", "content": row.fields.get("prompt")}]
+            messages = self._encoder.turns(texts, row) if texts.form == "chat" else prompt
+            while messages[-1]["role"] == "assistant":
+                messages.pop()
+            ids = self._encoder.ids_of(self._encoder.rendered(texts, row, messages, True))
         if not 0 < len(ids) <= self._longest // 2:
             half = self._longest // 2
             texts.fail(row, f"{len(ids):,} tokens leave no room for an answer, {half:,} would: raise --max-length")

@@ -286,10 +286,8 @@ class Tuning:
                     raise SplitnetError(
                         f"{self.named[name]} is {own[name]!r}, and {value!r} in this round: leave it out"
                     )
-            method, options = (
-                Method(theirs["method"]),
-                {each.name: theirs[each.name] for each in fields(AdapterOptions)},
-            )
+            method = Method(theirs["method"])
+            options = {each.name: theirs[each.name] for each in fields(AdapterOptions)}
             options |= {"network": PromptNetwork(options["network"]), "targets": tuple(options["targets"])}
             training = {each.name: theirs[each.name] for each in fields(Settings) if each.name in theirs}
             training |= {"schedule": Schedule(training["schedule"]), "accumulate": self.settings.accumulate}
@@ -399,12 +397,13 @@ class Tuning:
 
     def _encoder(self, checkpoint: Checkpoint, tokenizer: Any) -> Encoder:
         virtual = self.options.virtual_tokens(self.method)
-        room = checkpoint.max_positions - virtual if checkpoint.max_positions else None
-        wanted = self.max_length or min(LONGEST_ROW, room or LONGEST_ROW)
-        if room is not None and wanted > room:
+        room = (checkpoint.max_positions or math.inf) - virtual
+        wanted = self.max_length or int(min(LONGEST_ROW, max(room, 2)))  # two tokens are the shortest row
+        if wanted > room:
+            lower = f"--max-length to {room:,}" if room >= 2 else "--tokens"
             raise SplitnetError(
                 f"{wanted:,} tokens and {virtual} virtual ones are more than the model's context of "
-                f"{checkpoint.max_positions:,}: lower --max-length to {room:,}"
+                f"{checkpoint.max_positions:,}: lower {lower}"
             )
         return Encoder(tokenizer, wanted, template=self.template, labels=self._labels, head=self.head)
 

@@ -73,6 +73,12 @@ def with_new_adapter(
     """
     from peft import TaskType, get_peft_model
 
+    # PEFT takes names that no layer has, if others have one.
+    sizes = {f".{path}": getattr(getattr(one, "weight", None), "ndim", 0) for path, one in model.named_modules()}
+    for name in options.targets if method is Method.LORA else ():
+        if name != ALL_LINEAR and not any(path.endswith(f".{name}") for path in sizes):
+            known = ", ".join(sorted({path.rpartition(".")[2] for path, size in sizes.items() if size == 2}))
+            raise AdapterError(f"this model has no layer {name!r} for --targets: take some of {known}, or {ALL_LINEAR}")
     task = TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch
 from splitnet.blocks.head import IGNORED
 from splitnet.checkpoint.chat_template import render
 from splitnet.errors import DataError, SplitnetError
+from splitnet.serve.answers.forms import Forms, forms_of, with_ids
 from splitnet.tools.tune.data import Example, Examples
 from splitnet.tools.tune.methods import Settings
 
@@ -58,7 +61,7 @@ class Encoder:
                 case "completion":
                     made = [self._completion(example.fields["prompt"], example.fields["completion"])]
                 case "chat":
-                    made = [self._chat(examples, example)]
+                    made = self._chat(examples, example)
                 case "classification":
                     made = [self._classified(examples, example)]
                 case "prompt":
@@ -106,40 +109,74 @@ class Encoder:
         row = self._completion(prompt, " " + label)
         return Encoded(row.ids, row.targets, choice)
 
-    def _chat(self, examples: Examples, example: Example) -> Encoded:
+    def _chat(self, examples: Examples, example: Example) -> list[Encoded]:
         """The chat as the model's template writes it, with loss on the answers and on what ends them.
 
-        Answers are encoded apart from what is before them, as when they are generated.
+        Answers are encoded apart from what is before them, as when they are generated. Each stands behind the history
+        that the model is asked with: where the template writes that in another way than before, as without earlier
+        reasoning, a row of its own begins.
         """
-        if not self.tokenizer.chat_template:
-            examples.fail(example, 'this model has no chat template: use "prompt" and "completion", not "messages"')
-        messages = example.fields["messages"]
-        pieces: list[tuple[list[int], bool]] = []
+        messages = self.turns(examples, example)
+        tools = [tool["function"]["name"] for tool in example.fields.get("tools", ())]
+        rows: list[list[tuple[list[int], bool]]] = []
         done = ""
         for end, message in enumerate(messages, start=1):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not message.get("weight", 1):
                 continue
             before = self.rendered(examples, example, messages[: end - 1], True)
             after = self.rendered(examples, example, messages[:end], False)
-            if not before.startswith(done) or not after.startswith(before):
-                changes = "the model's chat template changes earlier messages when later ones come"
-                examples.fail(example, f"{changes}: give one answer only")
-            pieces += [(self.ids_of(before[len(done) :]), False), (self.ids_of(after[len(before) :]), True)]
+            if not after.startswith(before):
+                fix = "give its reasoning, or tune another model"
+                examples.fail(example, f"the chat template asks with {before[-20:]!r}, and writes no answer so: {fix}")
+            answer = after.removeprefix(before)
+            calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+            said = [message["content"], message.get("reasoning_content") or "", *calls]
+            read = [one["content"] for one in messages[: end - 1] if one["role"] != "assistant"] + tools
+            left_out = _left_out(before, read) or _left_out(answer, said)
+            if left_out is not None:
+                lost = f"the model's chat template leaves out {left_out[:40]!r}"
+                examples.fail(example, f"{lost}: remove it, or tune a model whose template has it")
+            if not rows or not before.startswith(done):
+                rows, done = [*rows, []], ""
+            rows[-1] += [(self.ids_of(before.removeprefix(done)), False), (self.ids_of(answer), True)]
             done = after
-        return _row(pieces)
+        return [_row(pieces) for pieces in rows]
 
-    def rendered(self, examples: Examples, example: Example, messages: list[dict[str, str]], answer: bool) -> str:
+    def turns(self, examples: Examples, example: Example) -> list[dict[str, Any]]:
+        """The messages of a chat as the model's template takes them. Raises DataError: the model has none."""
+        if not self.tokenizer.chat_template:
+            examples.fail(example, 'this model has no chat template: use "prompt" and "completion", not "messages"')
+        return with_ids(example.fields["messages"], self._forms)
+
+    @cached_property
+    def _forms(self) -> Forms:
+        return forms_of(self.tokenizer)
+
+    def rendered(self, examples: Examples, example: Example, messages: list[dict[str, Any]], answer: bool) -> str:
         """The text of messages. Raises DataError: the model's chat template refuses them."""
         from jinja2 import TemplateError
 
+        shown = [{name: value for name, value in one.items() if name != "weight"} for one in messages]
         try:
-            return render(self.tokenizer, messages, answer=answer)
-        except TemplateError as error:
+            return render(self.tokenizer, shown, answer=answer, tools=example.fields.get("tools"))
+        except (TemplateError, RecursionError) as error:
             examples.fail(example, f"the model's chat template refuses the messages ({error})")
 
     def ids_of(self, text: str) -> list[int]:
         """Of a text that stands within others."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _left_out(text: str, parts: Sequence[str]) -> str | None:
+    """The part that a template has left out of its text; it may change white space, or write parts as JSON."""
+    left = "".join(text.split())
+    for part in sorted(parts, key=len, reverse=True):  # so that no part is found within a longer one
+        forms = ("".join(form.split()) for form in (part, json.dumps(part, ensure_ascii=False)[1:-1]))
+        found = next((form for form in forms if form in left), None)
+        if found is None:
+            return part
+        left = left.replace(found, "", 1)
+    return None
 
 
 def _row(pieces: list[tuple[list[int], bool]]) -> Encoded:

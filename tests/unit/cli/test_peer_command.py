@@ -20,6 +20,7 @@ from splitnet.quant.choose import Weights
 from splitnet.quant.native import has_integer_kernels
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import SwarmKey
+from splitnet.transport.addresses import Reach
 
 KEYS = [Identity.generate() for _ in range(2)]
 
@@ -99,6 +100,27 @@ def test_a_peer_without_hivemind_says_that_it_is_not_found(monkeypatch: pytest.M
     assert not options.lan and "others do not find this peer" in said
     options, said = options_of("m", "--listen", "tcp://127.0.0.1:0")
     assert not options.lan and "hivemind" not in said
+
+
+def test_a_peer_of_a_private_network_says_how_others_join() -> None:
+    private, key = "tcp://192.168.1.5:31331", "?key=x"
+    node = "/ip4/203.0.113.7/tcp/31330/p2p/Qm"
+    known = [
+        f"tcp://10.0.0.9:31331{key}",
+        f"tcp://198.18.0.1:1{key}",
+        f"tcp://8.8.8.8:31331{key}",
+        "/ip6/2600::1/tcp/1",
+    ]
+
+    def told(address: str, *joined: str, reach: Reach = Reach.auto) -> str | None:
+        return command.from_elsewhere(address, joined, reach)
+
+    assert told("tcp://8.8.8.8:31331") is None and told("tcp://127.0.0.1:31331") is None
+    assert told(private, *known) == f"from other networks with\n  --join {known[2]}\n  --join {known[3]}"
+    for joined in ((), known[:1], [node]):
+        said = told(private, *joined)
+        assert said is not None and "other networks cannot join with these addresses: --join a peer that they" in said
+    assert "--join" in (told("tcp://8.8.8.8:31331", reach=Reach.helpers) or ""), "nobody connects to its own address"
 
 
 def test_a_rate_of_what_is_not_given_is_refused(tmp_path: Path) -> None:

@@ -512,7 +512,7 @@ class Tokenizer:
 def templated(monkeypatch: pytest.MonkeyPatch) -> None:
     """What templates are given, and nothing of what they would make of it."""
 
-    def render(tokenizer: Any, messages: Any, *, variables: Mapping[str, Any], **options: Any) -> str:
+    def render(tokenizer: Any, messages: Any, *, variables: Mapping[str, Any] = {}, **options: Any) -> str:
         if messages[:1] == probe(as_text=False)[:1]:
             return PROBE[0]
         tokenizer.given, tokenizer.variables = messages, variables
@@ -521,6 +521,7 @@ def templated(monkeypatch: pytest.MonkeyPatch) -> None:
         return "\x01\x02\x03"
 
     monkeypatch.setattr("splitnet.serve.prompts.render", render)
+    monkeypatch.setattr("splitnet.serve.answers.forms.render", render)
     monkeypatch.setattr("splitnet.serve.prompts.begin", lambda: None)
 
 

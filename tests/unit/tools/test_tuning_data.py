@@ -35,7 +35,8 @@ def write(file: Path, *examples: Any) -> Path:
 
 @pytest.mark.parametrize("form", SAMPLES)
 def test_the_first_example_tells_the_form(file: Path, form: Form) -> None:
-    examples = read_examples(write(file, {**SAMPLES[form], "source": 7}, SAMPLES[form]))
+    others = {} if form == "chat" else {"source": 7}
+    examples = read_examples(write(file, {**SAMPLES[form], **others}, SAMPLES[form]))
     assert examples.form == form
     assert [row.fields for row in examples.rows] == [SAMPLES[form]] * 2
 
@@ -51,6 +52,11 @@ def test_labels_may_be_numbers(file: Path) -> None:
     assert examples.labels == ["0", "1"]
 
 
+def test_white_space_around_a_label_makes_no_other_class(file: Path) -> None:
+    examples = read_examples(write(file, {"text": " a", "label": "cat"}, {"text": "b", "label": " cat\n"}))
+    assert examples.labels == ["cat"] and examples.rows[0].fields["text"] == " a"
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
@@ -61,6 +67,8 @@ def test_labels_may_be_numbers(file: Path) -> None:
         ('{"text": " "}', "line 2: 'text' is empty"),
         ('{"text": "\\ud800"}', "line 2: 'text' holds half a character"),
         ("[" * 100_000, "line 2"),
+        (f'{{"text": "a", "n": {"7" * 6000}}}', "line 2: a number in the line is NaN, infinite or too long"),
+        ('{"text": "a", "n": NaN}', "line 2: a number in the line is NaN"),
     ],
 )
 def test_a_bad_line_is_named(file: Path, bad: str, said: str) -> None:
@@ -78,11 +86,89 @@ def test_a_bad_line_is_named(file: Path, bad: str, said: str) -> None:
         ([{"role": "user", "content": None}], "message 1 must be an object"),
         ([{"role": "human", "content": "a"}], "role 'human': take one of system, user"),
         ([{"role": "user", "content": "a"}], "no message of the assistant"),
+        (CHAT["messages"][1:], "the chat begins with the assistant, which answers nothing: begin with the user"),
+        ([CHAT["messages"][0], {**CHAT["messages"][1], "weight": 0}], "no message of the assistant of weight 1"),
+        ([{**CHAT["messages"][0], "weight": 1}], "message 1 has the key 'weight'"),
+        ([CHAT["messages"][0], {**CHAT["messages"][1], "weight": 0.5}], "message 2: 'weight' must be a number"),
+        ([CHAT["messages"][0], {**CHAT["messages"][1], "weight": 2}], "message 2 has the weight 2"),
+        ([CHAT["messages"][0], {**CHAT["messages"][1], "function_call": {}}], "message 2 has the key 'function_call'"),
     ],
 )
 def test_a_bad_chat_is_told_why(file: Path, messages: Any, said: str) -> None:
     with pytest.raises(DataError, match=f"line 1: .*{said}"):
         read_examples(write(file, {"messages": messages}))
+
+
+USER = CHAT["messages"][0]
+
+
+def calling(*calls: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [*calls], **more}
+
+
+def call(arguments: Any = "{}", **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "arguments": arguments}, **more}
+
+
+def answer(content: str = "rain", **more: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": content, **more}
+
+
+def test_calls_are_read_as_templates_take_them(file: Path) -> None:
+    function = {"parameters": {"type": "object"}, "name": "f", "strict": True, "description": None}
+    told = {"id": "x", "type": "function", "function": {"name": "f", "arguments": {"a": [1]}}}
+    as_text = calling(call('{"a": [1]}', id="x"), content=None, refusal=None)
+    as_object = calling(call({"a": [1]}, id="x"), call("", id="y"), content="Wait.", weight=0)
+    answers = [answer("2", tool_call_id="y"), answer("1")]
+    chat = {"messages": [USER, as_text, answer(tool_call_id="x"), CHAT["messages"][1]], "parallel_tool_calls": False}
+    both = {"messages": [USER, as_object, *answers, CHAT["messages"][1]], "tools": []}
+    tools = [{"type": "function", "function": function}]
+    first, second = read_examples(write(file, {**chat, "tools": tools}, both)).rows
+    assert first.fields == {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [told]},
+            {"role": "tool", "content": "rain", "tool_call_id": "x"},
+            CHAT["messages"][1],
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+    }
+    assert list(first.fields["tools"][0]["function"]) == ["name", "parameters"], "as the gateway tells them"
+    said = second.fields["messages"]
+    assert "tools" not in second.fields and said[1]["weight"] == 0
+    assert [one["function"]["arguments"] for one in said[1]["tool_calls"]] == [{"a": [1]}, {}]
+    assert [one["tool_call_id"] for one in said[2:4]] == ["y", "x"], "a result without an id is of the first open call"
+
+
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [
+        ({"functions": []}, "the chat has the key 'functions': remove it"),
+        ({"tools": "f"}, "the chat: 'tools' must be a list"),
+        ({"tools": [{"type": "function"}]}, "tool 1 must be an object with function"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tool 1 must be an object with name"),
+        ({"tools": [{"function": {"name": "f", "returns": 1}}]}, "tool 1 has the key 'returns'"),
+        ({"parallel_tool_calls": "no"}, "'parallel_tool_calls' must be true or false"),
+        (
+            {"messages": [USER, calling(call(), call())], "parallel_tool_calls": False},
+            "'parallel_tool_calls' is false, and a message has several calls",
+        ),
+        ({"messages": [USER, {**USER, "tool_calls": [call()]}]}, "message 2 has the key 'tool_calls'"),
+        ({"messages": [USER, calling("f")]}, "a call of message 2 must be an object with function"),
+        ({"messages": [USER, calling(call("{"))]}, "no JSON at character 2 of a call of message 2"),
+        ({"messages": [USER, calling(call("[]"))]}, "a call of message 2: 'arguments' must be an object"),
+        ({"messages": [USER, calling(call('{"a": NaN}'))]}, "a number in a call of message 2 is NaN"),
+        ({"messages": [USER, calling(call("[" * 10**5))]}, "nested too deep"),
+        ({"messages": [USER, calling(call('{"a": "\\ud800"}'))]}, "'messages' holds half a character"),
+        ({"messages": [USER, calling(call(index=0))]}, "a call of message 2 has the key 'index'"),
+        ({"messages": [USER, calling(call(id="x"), call(id="x"))]}, "has the id 'x', as an earlier call"),
+        ({"messages": [USER, calling(call()), answer(tool_call_id="z")]}, "message 3 answers the call 'z'"),
+        ({"messages": [USER, calling(call()), answer(), answer()]}, "message 4 answers the call ''"),
+    ],
+)
+def test_a_key_of_a_chat_is_honoured_or_refused(file: Path, chat: Any, said: str) -> None:
+    with pytest.raises(DataError, match=f"line 2: .*{said}"):
+        read_examples(write(file, CHAT, {**CHAT, **chat}))
 
 
 def test_a_first_line_of_no_form_lists_the_forms(file: Path) -> None:
