@@ -3,9 +3,9 @@
     python -P bounded_program.py JOB
 
 Reads frames (8 bytes with the length, then JSON) from stdin. The first frame is the setup of the job; its answer, an
-empty frame, says that the process is ready. Each further frame is a question, answered on stdout with `[answer, error]`,
-one of which is null. Where the system can fork, every question has a process of its own, so that a question that takes
-too much ends nothing else. The program runs without the modules of splitnet.
+empty frame, says that the process is ready. Each further frame is a question, answered on stdout with
+`[answer, error]`, one of which is null. Where the system can fork, every question has a process of its own, so that a
+question that takes too much ends nothing else. The program runs without the modules of splitnet.
 """
 
 from __future__ import annotations
