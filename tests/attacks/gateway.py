@@ -49,6 +49,60 @@ def deep_schemas(url: str, *, seconds: float, key: str | None = None) -> Outcome
     return _repeated(url, bodies, seconds, key)
 
 
+def bombs(url: str, *, seconds: float, key: str | None = None, count: int = 16) -> Outcomes:
+    """Asks through all APIs for what is small, and large once it is unfolded, `count` requests at a time."""
+    bodies = [(path, body) for _, path, body in bombs_of(model_of(url, key))]
+    outcomes: Outcomes = Counter()
+    with ThreadPoolExecutor(count) as threads:
+        starts = [at % len(bodies) for at in range(count)]
+        turns = threads.map(lambda at: _repeated(url, bodies[at:] + bodies[:at], seconds, key), starts)
+        for each in turns:
+            outcomes += each
+    return outcomes
+
+
+def bombs_of(model: str) -> list[tuple[str, str, str]]:
+    """Kinds of small requests that unfold: name, path and body of each."""
+    user = {"model": model, "messages": [{"role": "user", "content": "a"}]}
+    text: Any = {"type": "string", "pattern": "a+"}
+
+    def unfolding(kind: str, depth: int = 24) -> dict[str, Any]:
+        levels = {f"d{at}": {kind: [{"$ref": f"#/$defs/d{at + 1}"}] * 2} for at in range(depth)}
+        return {"$ref": "#/$defs/d0", "$defs": levels | {f"d{depth}": text}}
+
+    def formatted(schema: dict[str, Any]) -> dict[str, Any]:
+        wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        return user | {"max_tokens": 2, "response_format": wanted}
+
+    def ruled(grammar: str) -> dict[str, Any]:
+        return {"model": model, "prompt": "a", "max_tokens": 2, "guided_grammar": grammar}
+
+    wanted = {"type": "json_schema", "schema": unfolding("allOf")}
+    tools = [{"name": f"f{at}", "input_schema": unfolding("allOf") | {"type": "object"}} for at in range(8)]
+    chain = {f"d{at}": {"type": "array", "items": {"$ref": f"#/$defs/d{at + 1}"}} for at in range(20_000)}
+    numbers = [{"type": "string", "pattern": f".*{at}.*"} for at in range(200)]
+    doubling = "\n".join(["start: r0", *(f"r{at}: r{at + 1} r{at + 1}" for at in range(255)), 'r255: "a"'])
+    parts = [{"type": "text", "text": "a"}] * 10
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "references": (CHAT, formatted(unfolding("allOf"))),
+        "references of choices": (CHAT, formatted(unfolding("anyOf", 200))),
+        "patterns": (CHAT, formatted({"allOf": numbers})),
+        "a chain of references": (CHAT, formatted({"$ref": "#/$defs/d0", "$defs": chain | {"d20000": text}})),
+        "words": (CHAT, formatted({"enum": [f"word {at}" for at in range(100_000)]})),
+        "repeats": (COMPLETION, {**ruled(""), "guided_grammar": None, "guided_regex": "((a{1000}){1000}){1000}"}),
+        "states": (COMPLETION, ruled("start: /.*a.{400}/ /.*b.{400}/")),
+        "rules": (COMPLETION, ruled(doubling)),
+        "a schema in a grammar": (COMPLETION, ruled(f"start: %json {json.dumps(unfolding('allOf'))}")),
+        "Responses": ("/v1/responses", {"model": model, "input": "a", "text": {"format": wanted | {"name": "a"}}}),
+        "Anthropic": ("/v1/messages", user | {"max_tokens": 4, "output_config": {"format": wanted}}),
+        "Anthropic's tools": ("/v1/messages", user | {"max_tokens": 4, "tools": tools, "tool_choice": {"type": "any"}}),
+        "Ollama": ("/api/chat", user | {"stream": False, "format": unfolding("allOf")}),
+        "parts of messages": (CHAT, user | {"messages": [{"role": "user", "content": parts}] * 16_000}),
+        "tokens": ("/detokenize", {"model": model, "tokens": [5] * 700_000}),
+    }
+    return [(name, path, json.dumps(body)) for name, (path, body) in kinds.items()]
+
+
 def unfinished_bodies(
     url: str, *, seconds: float, key: str | None = None, count: int = 40, sent: int = 15 * 2**20
 ) -> Outcomes:
