@@ -2,9 +2,9 @@
 
     python -m benchmarks.bombs CHECKPOINT [--bombs 64] [--at-once 16] [--streams 8]
 
-Two daemons with half of the blocks each and a gateway with two API keys. One key has `--streams` answers streamed at all
-times; the other sends `--bombs` requests of all kinds in `tests/attacks/gateway.py:bombs_of` through all APIs, `--at-once`
-at a time. The gaps are between two events of a stream, in ms, first without the bombs and then beside them.
+Two daemons with half of the blocks each and a gateway with two API keys. One key has `--streams` answers streamed at
+all times; the other sends `--bombs` requests of all kinds in `tests/attacks/gateway.py:bombs_of` through all APIs,
+`--at-once` at a time. The gaps are between two events of a stream, in ms, first without the bombs, then beside them.
 """
 
 from __future__ import annotations

@@ -249,14 +249,16 @@ class _Loading:
         vocabulary = remote.config.get_text_config().vocab_size
         prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
         generations = Generations(remote, prompts.decode, options.max_requests, options.keep, way.speculate)
+        grammars = Grammars(tokenizer, vocabulary, generations.end_tokens)
         if self._demand is None:
+            grammars.begin()
             self.said = said
             self._demand = DemandPublisher(swarm.directory, swarm.identity)
         served = ServedModel(
             way.names[0],
             generations,
             prompts,
-            Grammars(tokenizer, vocabulary, generations.end_tokens),
+            grammars,
             Admission(options.max_requests, options.max_waiting, spare=self._spare),
             defaults,
             way.names[1:],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,6 +91,11 @@ class Grammars:
             raise _not_kept_to(wrong, param)
         limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
         return Grammar(llguidance.LLMatcher(tokens, text, log_level=0, limits=limits), param)
+
+    def begin(self) -> None:
+        """Reads the tokenizer, which stops all other threads for a second."""
+        with suppress(ApiError):  # requests are told
+            _ = self._tokens
 
     def close(self) -> None:
         self._process.end()
