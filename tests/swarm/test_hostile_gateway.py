@@ -162,12 +162,13 @@ def test_schemas_nested_too_deep(public: Gateway) -> None:
     assert outcomes == {"200": 1, "400": 3, "413": 1}, outcomes
 
 
+@pytest.mark.timeout(300)
 def test_requests_that_unfold(keyed: Gateway) -> None:
     """Through all APIs; the answers beside them are the same, and the gateway neither ends nor grows."""
     kinds = len(attacks.bombs_of("small"))
-    with keyed.under(lambda: attacks.bombs(keyed.url, seconds=0, key=BOB, count=4)) as beside:
-        assert beside.outcomes.keys() <= {"200", "400", "413"} and beside.outcomes.total() == 4 * kinds, beside.outcomes
-        assert beside.outcomes["400"] >= 4 * (kinds - 4), beside.outcomes
+    with keyed.under(lambda: attacks.bombs(keyed.url, seconds=0, key=BOB, count=2)) as beside:
+        assert beside.outcomes.keys() <= {"200", "400", "413"} and beside.outcomes.total() == 2 * kinds, beside.outcomes
+        assert beside.outcomes["400"] >= 2 * (kinds - 4), beside.outcomes
         assert beside.grown_mib < 200, beside.grown_mib
 
 
