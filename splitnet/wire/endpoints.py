@@ -103,9 +103,7 @@ class LinkState(Enum):
     UP = "up"
     DOWN = "down"  # it was up and is lost, nobody listens there, or it does not answer; ZeroMQ keeps trying
     REFUSED = "refused"  # the other side does not accept our key
-    WRONG_KEY = (
-        "wrong key"  # what answers there ends the handshake: it has another key than the endpoint's, or is no peer
-    )
+    WRONG_KEY = "wrong key"  # what answers there ends the handshake: it has another key, or is no peer
 
     @property
     def is_final(self) -> bool:

@@ -143,7 +143,7 @@ def test_a_loss_that_is_no_number_changes_nothing(zeroth_order: bool) -> None:
     with torch.no_grad():
         tuning.model.table[3, 3] = float("inf")
     before = tuning.model.table.detach().clone()
-    with pytest.raises(SplitnetError, match=r"loss of step 1 is .*--lr"):
+    with pytest.raises(SplitnetError, match="step 1 has overflowed"):
         tuning.step()
     assert torch.equal(tuning.model.table, before)
     assert tuning.done == 0
