@@ -306,8 +306,10 @@ class Fault:
 
     def sent(self, peer: Peer, message: Any) -> Any:
         """What is sent in the place of a message; None: nothing."""
+        if self.change is silence and self.victim is peer:
+            return None  # also no answers to pings
         concerned = self.armed and peer.span.start == self.start and self.victim in (None, peer)
-        if not concerned or not isinstance(message, self.kinds) or not len(message.payload):
+        if not concerned or not isinstance(message, self.kinds) or not len(getattr(message, "payload", b"")):
             return message
         self.victim, self.hits = peer, self.hits + 1
         if self.change is death:
@@ -462,3 +464,56 @@ def test_a_fault_that_nobody_can_replace_ends_the_run_which_goes_on_from_what_is
             assert saved is not None and saved[1]["step"] == 1
     with swarm.newcomer() as visit:
         assert torch.equal(tuned(method, visit, path, resume=True), expected)
+
+
+@pytest.mark.default_cases(codec=("none",))
+@pytest.mark.parametrize("codec", ["none", "bf16"])
+def test_numbers_of_the_client_that_are_not_finite_are_its_own_fault(codec: str, swarm: LocalSwarm) -> None:
+    with swarm.newcomer() as visit:
+        model = wrapped(visit.model(codec=codec), lora())
+        loss = model(**batch()).loss
+        with pytest.raises(NotFinite, match="inf, NaN or values too large"):
+            (loss * float("inf")).backward()
+        weight = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+        before = weight.detach().clone()
+        weight.data.fill_(float("nan"))
+        with pytest.raises(NotFinite, match="the adapter holds inf or NaN"):
+            model(**batch())
+        weight.data.copy_(before)
+        assert torch.isfinite(model(**batch()).loss)
+        assert not visit.client.bans.keys()
+
+
+def test_blocks_that_overflow_at_every_peer_are_the_fault_of_the_adapter(twins: LocalSwarm) -> None:
+    """An adapter that is finite, and far too large."""
+    model = wrapped(twins.model(), lora())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.fill_(1e30)
+    with pytest.raises(NotFinite, match="another peer says the same"):
+        model(**batch())
+
+
+@pytest.mark.default_cases(way=("backward",))
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_peer_that_computes_what_is_not_finite_is_replaced(
+    way: str, twins: LocalSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one with bad memory does: it finds that out itself."""
+    undisturbed = train(wrapped(twins.model(), lora()), 3)
+    model = wrapped(twins.model(), lora())
+    victims: list[Peer] = []
+
+    def damaged(original: Any, *given: Any, **named: Any) -> Any:
+        found = original(*given, **named)
+        return found * torch.nan if isinstance(found, torch.Tensor) else (found[0] * torch.nan, *found[1:])
+
+    def damage(step: int) -> None:
+        if not step:
+            victims.append(used(twins, model, 1))
+            passes: Any = victims[0].server.engine._passes
+            for name in ("forward", "forward_kept") if way == "forward" else ("go_back",):
+                monkeypatch.setattr(passes, name, partial(damaged, getattr(passes, name)))
+
+    assert torch.equal(train(model, 3, damage), undisturbed)
+    assert twins.client.bans.keys() == {victims[0].identity.public.text}
