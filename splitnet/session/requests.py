@@ -293,8 +293,8 @@ class Batch:
     Hops add up their gradients by the adapter in the order of the passes, so all are done, or repeated, as one.
 
     Attributes:
-        sums: the gradients by the adapter as they come; what is whole and sound goes from there to `by_adapter`.
-        by_adapter: by the name of the tensor.
+        sums: parts of the gradients by the adapter, until all parts of a hop are here and sound.
+        by_adapter: the gradients by the adapter, by the name of the tensor.
     """
 
     passes: list[PassRequest]

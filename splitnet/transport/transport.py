@@ -46,7 +46,7 @@ _QUEUED_MESSAGES = 1000
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 10_000, 10_000
 _HANDSHAKE_MS = 10_000
 _REFUSES_S = _HANDSHAKE_MS / 2000
-"""What has another key ends a handshake within this time; what stands still does not end it."""
+"""A peer with another key ends a handshake within this time; a frozen process never ends it."""
 _CURVE_BYTES = 64  # more than encryption adds to a frame (RFC 26: 33 bytes)
 _HELD_BYTES = 128  # what ZeroMQ allocates for a frame that waits, besides its content
 _SHORT_FRAME, _SHORT_EXTRA, _LONG_EXTRA = 222, 35, 42

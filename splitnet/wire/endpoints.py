@@ -101,7 +101,7 @@ class LinkState(Enum):
 
     CONNECTING = "connecting"
     UP = "up"
-    DOWN = "down"  # it was up and is lost, nobody listens there, or it does not answer; ZeroMQ keeps trying
+    DOWN = "down"  # the link is lost, no process listens there, or the handshake timed out; ZeroMQ keeps trying
     REFUSED = "refused"  # the other side does not accept our key
     WRONG_KEY = "wrong key"  # what answers there ends the handshake: it has another key, or is no peer
 

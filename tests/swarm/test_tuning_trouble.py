@@ -305,7 +305,7 @@ class Fault:
     hits: int = 0
 
     def sent(self, peer: Peer, message: Any) -> Any:
-        """What is sent in the place of a message; None: nothing."""
+        """Returns the message that the peer sends in the place of another; None: it sends nothing."""
         if self.change is silence and self.victim is peer:
             return None  # also no answers to pings
         concerned = self.armed and peer.span.start == self.start and self.victim in (None, peer)

@@ -499,7 +499,7 @@ def take_steps(
         saved: the checkpoint to go on from; None: the run begins.
         told: what is trained, for people.
         look: called before the first step and after each; evaluates and saves where that is due.
-        keep: saves everything; called at the end, whatever that is, unless numbers of the run are not finite.
+        keep: saves everything; called at the end of the run and after an error, but not after an overflow.
     """
     if saved:
         run.restore(*saved)
@@ -514,7 +514,7 @@ def take_steps(
                 _take_step(run, folder, progress)
                 look()
         except NotFinite:
-            raise  # what was trained has grown too large: what was saved before is of more use
+            raise  # the present parameters overflow, and the last checkpoint does not
         except BaseException as error:
             if run.done:
                 keep()

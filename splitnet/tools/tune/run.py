@@ -285,7 +285,7 @@ class TuningRun:
         return NotFinite(f"step {self.done + 1} has overflowed: {advice} ({what})")
 
     def _gradient(self, rows: Sequence[Encoded]) -> tuple[float, float]:
-        """Sets `grad` of what is trained; returns the loss and the norm of the gradient. Raises NotFinite."""
+        """Sets `grad` of the trained parameters; returns the loss and the norm of the gradient. Raises NotFinite."""
         number, settings = self.done, self.settings
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(number)
