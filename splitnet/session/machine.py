@@ -435,7 +435,8 @@ class SessionState:
             lost = [hop] if hop is not None else []
         else:
             lost = [each for each in self.hops if each.name in request.makers]
-            if not lost:
+            request.useless += 1
+            if not lost or request.useless > 1:  # where no other peer serves their blocks, the same ones come again
                 self._believe(0, error)
                 return
             for each in self.hops:  # what those that stay have computed was made of what these sent on

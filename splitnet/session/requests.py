@@ -101,7 +101,8 @@ class StepRequest(Request[Step]):
     Attributes:
         taps: boundaries at which their hidden states come from the hops that compute them, in rising order.
         tapped: those that have come, by boundary.
-        makers: names of the hops that an answer which was no use came from; empty: none was.
+        makers: names of the hops of the route when an answer was useless for the first time; empty: no answer was.
+        useless: number of useless answers after the first.
         replaces: it takes the place of positions that were sent before.
     """
 
@@ -110,6 +111,7 @@ class StepRequest(Request[Step]):
     result: Result | None = None
     tapped: dict[int, Tapped] = field(default_factory=dict[int, Tapped])
     makers: list[str] = field(default_factory=list)
+    useless: int = 0
     replaces: bool = False
 
     @property
