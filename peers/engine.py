@@ -40,7 +40,7 @@ from splitnet.blocks.adapters import Adapter, read_tensors, write_groups
 from splitnet.blocks.passes import GRAPH_BYTES, SpanPasses
 from splitnet.blocks.span import Chunk as SpanChunk
 from splitnet.blocks.span import Span
-from splitnet.errors import AdapterError, CodecError, PeerBusy, ProtocolError
+from splitnet.errors import AdapterError, CodecError, NotFinite, PeerBusy, ProtocolError
 from splitnet.paths import KnownFigures
 from splitnet.quant import native
 from splitnet.quant.device import (
@@ -53,7 +53,7 @@ from splitnet.quant.device import (
     trim_memory,
 )
 from splitnet.version import __version__
-from splitnet.wire.codecs import codec_by_code, kept_rows
+from splitnet.wire.codecs import are_finite, check_values, codec_by_code, encode_finite, kept_rows
 from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def failure_of(error: Exception, what: str) -> tuple[FailureCode, str]:
 
 _CODES = {  # special kinds first
     SessionTooLong: FailureCode.TOO_LONG,
+    NotFinite: FailureCode.NOT_FINITE,
     CodecError: FailureCode.BAD_MESSAGE,
     ProtocolError: FailureCode.OUT_OF_ORDER,
 }
@@ -699,7 +700,7 @@ class Engine:
             del way
         else:
             output = self._passes.forward(*run, reach=message.reach)
-        payload = session.codec.encode(to_host(output))
+        payload = encode_finite(session.codec, to_host(output))
         work.compute_ms = self._ms_since(began)
         session.done += message.positions
         self._counters.sequences_passed(PassKind.FORWARD, work, message.lengths, work.compute_ms / 1000)
@@ -719,7 +720,9 @@ class Engine:
             gradient, by_adapter = self._passes.backward(
                 hidden, forward.lengths, gradient, adapter, session.start, session.end, reach=forward.reach
             )
-        payload = codec_by_code(forward.gradient_codec).encode(to_host(gradient))
+        payload = encode_finite(codec_by_code(forward.gradient_codec), to_host(gradient))
+        if not are_finite(by_adapter.values()):
+            raise NotFinite("the gradients by the adapter hold inf or NaN")
         by_adapter = self._added_up(session, message, by_adapter)
         parts = write_groups(by_adapter) if by_adapter else []
         session.done += forward.positions
@@ -769,6 +772,7 @@ class Engine:
         return (seconds_after_work(self._span.device) - began) * 1000
 
     def _decode(self, codec: int, payload: bytes | memoryview, positions: int) -> torch.Tensor:
+        check_values(codec, payload, positions, self._span.hidden_size)
         values = codec_by_code(codec).decode(payload, positions, self._span.hidden_size)
         return to_device(values, self._span.device, values.dtype)
 

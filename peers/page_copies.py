@@ -13,13 +13,14 @@ from itertools import takewhile
 from typing import Final
 
 from peers.links import Answering
-from peers.prefixes import PrefixStore, Space, are_finite, page_name, unpack
+from peers.prefixes import PrefixStore, Space, page_name, unpack
 from peers.service import SessionService, endpoint_of
 from splitnet.checkpoint.transfer.fetching import Asking
 from splitnet.errors import ProtocolError
 from splitnet.limits import FairAccount, Holding, Places
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import OpenSwarm
+from splitnet.wire.codecs import are_finite
 from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.messages import MAX_PART_BYTES, CopiedPages, CopyPages, WeightsKind, WeightsPart
 

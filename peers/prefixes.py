@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -110,10 +110,6 @@ NOWHERE = Space()
 
 def page_name(space: Space, label: bytes) -> bytes:
     return digest(space.name, label)
-
-
-def are_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _checked(name: bytes, data: bytes) -> bytes:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from peers.counters import Counters, SessionEnd
 from peers.links import NextHops, Outbox, timing_of
-from peers.prefixes import NOWHERE, READ_S, STATES, Page, Space, are_finite, page_name
+from peers.prefixes import NOWHERE, READ_S, STATES, Page, Space, page_name
 from peers.queue import WorkQueue
 from peers.sessions import (
     REVOKED,
@@ -44,7 +44,7 @@ from scheduler.liveness import CLIENT_LOST_S
 from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.limits import keep_latest
 from splitnet.security.identity import PublicKey
-from splitnet.wire.codecs import check_size, codec_by_code
+from splitnet.wire.codecs import are_finite, check_size, codec_by_code
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState, Relay, is_address
 from splitnet.wire.messages import (
     MAX_PAYLOAD_BYTES,

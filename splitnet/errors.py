@@ -51,6 +51,10 @@ class CodecError(ProtocolError):
     """A tensor payload does not fit its codec, shape or bounds."""
 
 
+class NotFinite(CodecError):
+    """Numbers are inf, NaN or too large to be sent, and no single peer is at fault."""
+
+
 class AdapterError(SplitnetError):
     """Parameters that a client wants to add to blocks do not fit them."""
 

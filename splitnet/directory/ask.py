@@ -505,7 +505,7 @@ class PeerDirectory(SwarmDirectory):
             case LinkState.REFUSED:
                 return "does not accept this key: have the output of `splitnet key` added to its --authorized-keys"
             case LinkState.WRONG_KEY:
-                return "is somebody else: copy the address that the peer prints now"
+                return "ends the handshake as if it has another key: copy the address that the peer prints now"
             case LinkState.UP:
                 return "does not answer: it is older than version 0.2, or hangs"
             case _:

@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from scheduler.liveness import (
     ANSWER_S,
     DECODE_PROGRESS_S,
@@ -37,8 +39,10 @@ from scheduler.liveness import (
 )
 from splitnet.blocks.adapters import Adapter, counted_down, write_groups
 from splitnet.errors import (
+    AdapterError,
     ContextTooLong,
     NotAuthorized,
+    NotFinite,
     OtherWeights,
     PeerBusy,
     PeerFailed,
@@ -54,10 +58,10 @@ from splitnet.errors import (
 from splitnet.session import events
 from splitnet.session.events import TRANSITIONS, Cause, Phase, Recovered
 from splitnet.session.failover import PeerSilent, RouteHop, RouteSetup, Source, cause_of, next_refill
-from splitnet.session.requests import ReplayRequest, Request, StepRequest, check_beside, most_bytes, undone_by
+from splitnet.session.requests import PassRequest, ReplayRequest, Request, StepRequest, check_beside, undone_by
 from splitnet.swarm.plan import ALIKE_AGAIN, HeldBlocks, PlannedHop, blocks_text
 from splitnet.swarm.swarm import Kind, short_key
-from splitnet.wire.codecs import Codec, check_size, codec_by_name
+from splitnet.wire.codecs import Codec, check_values, codec_by_name
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.fields import STRICT_VERSIONS
 from splitnet.wire.messages import (
@@ -87,8 +91,8 @@ _NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights, PeerTooOld)
 """Errors of peers that are not at fault, but of no use for this session."""
 _FORGETFUL = (FailureCode.UNKNOWN_SESSION, FailureCode.OUT_OF_ORDER, FailureCode.STALE_EPOCH, FailureCode.TOO_LONG)
 """A hop that says so once may be right: it restarted, or has work of an older epoch to do."""
-_OF_WHAT_CAME = (FailureCode.BAD_MESSAGE, FailureCode.OUT_OF_ORDER, FailureCode.TOO_LONG)
-"""A hop says so rightly if the hop before it sends on something else than it should."""
+_OF_WHAT_CAME = (FailureCode.BAD_MESSAGE, FailureCode.OUT_OF_ORDER, FailureCode.TOO_LONG, FailureCode.NOT_FINITE)
+"""A hop says so rightly if its feeder sends on something else than it should."""
 _ERROR_OF_CODE: dict[int, type[SplitnetError]] = {
     FailureCode.BUSY: PeerBusy,
     FailureCode.WRONG_MODEL: WrongSwarm,
@@ -106,14 +110,14 @@ class _Faults:
 
     attempts: routes that have failed. suspects: hops that may lose requests. strikes: how often peers had forgotten the
     session, by name. complaints: peers by the failure that they have answered with; 0: an answer that cannot be used.
-    refusing: peers that have refused the output of a hop that pushes, by its name.
+    refusing: peers that have refused what a hop sent on, by its name.
     """
 
     attempts: int = 0
     suspects: list[Endpoint] = field(default_factory=list[Endpoint])
     strikes: dict[str, int] = field(default_factory=dict[str, int])
     complaints: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
-    refusing: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
+    refusing: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
 
 class SessionState:
@@ -258,10 +262,10 @@ class SessionState:
         """The hop that runs the block before a boundary."""
         return next(hop.endpoint for hop in self.hops if hop.blocks[0] < boundary <= hop.blocks[1])
 
-    def adapted_hops(self) -> dict[Endpoint, int]:
-        """Hops with a part of the adapter, and what that takes in messages, in bytes at most."""
+    def adapted_hops(self) -> dict[Endpoint, dict[str, Tensor]]:
+        """Hops with a part of the adapter, and that part."""
         parts = {hop.endpoint: self.adapter.within(*hop.blocks) for hop in self.hops} if self.adapter else {}
-        return {each: most_bytes(tensor.nbytes for tensor in part.values()) for each, part in parts.items() if part}
+        return {each: part for each, part in parts.items() if part}
 
     @property
     def wake_at(self) -> float:
@@ -431,7 +435,8 @@ class SessionState:
             lost = [hop] if hop is not None else []
         else:
             lost = [each for each in self.hops if each.name in request.makers]
-            if not lost:
+            request.useless += 1
+            if not lost or request.useless > 1:  # where no other peer serves their blocks, the same ones come again
                 self._believe(0, error)
                 return
             for each in self.hops:  # what those that stay have computed was made of what these sent on
@@ -907,7 +912,7 @@ class SessionState:
             return
         try:
             taken = request.take(hop.endpoint, message, self)
-        except ProtocolError as error:
+        except (ProtocolError, AdapterError) as error:
             self._blame(hop, 0, PeerFailed(f"the peer at {hop.endpoint.address} answered nonsense: {error}"))
             return
         if not taken:
@@ -945,15 +950,20 @@ class SessionState:
         elif self.phase not in (Phase.OPEN, Phase.REPLAYING):
             pass  # nothing was sent yet in this epoch that it could be about, or the route that it is about is no more
         elif failure.number in self._in_flight or failure.number in self._replays:
-            self._request_failed(hop, failure.code, error)
+            self._request_failed(hop, failure.code, error, self._in_flight.get(failure.number))
 
-    def _request_failed(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
-        feeder = self._feeder(hop)
+    def _request_failed(
+        self, hop: RouteHop, code: int, error: SplitnetError, request: Request[Any] | None = None
+    ) -> None:
+        feeder = self._feeder(hop, request)
         if feeder is not None and code in _OF_WHAT_CAME:
-            refusing = self._faults.refusing.setdefault(feeder.name, set())
-            refusing.add(hop.name)
-            if len(refusing) > 1:
-                text = f"what the peer at {feeder.endpoint.address} sends on is refused by two others: {error}"
+            refusing = self._faults.refusing.setdefault(feeder.name, [])
+            if code not in _FORGETFUL or hop.name not in refusing:
+                refusing.append(hop.name)
+            if len(refusing) == 2:  # if another takes its place and is refused as well, the hop that refuses is wrong
+                self._faults.complaints.setdefault(code, []).append(hop.name)
+                self._effects += [events.Unban(name) for name in refusing]
+                text = f"what the peer at {feeder.endpoint.address} sends on is refused twice: {error}"
                 self._lose(feeder, PeerFailed(text))
                 return
         if code == FailureCode.BUSY:
@@ -976,9 +986,11 @@ class SessionState:
         may_be_next = code == FailureCode.UNKNOWN_SESSION and strikes == 2 and self._feeder(hop) is not None
         self._lose(following[0] if may_be_next and following else hop, PeerFailed(str(error)))
 
-    def _feeder(self, hop: RouteHop) -> RouteHop | None:
-        """The hop that pushes steps to another; None: the client sends them."""
+    def _feeder(self, hop: RouteHop, request: Request[Any] | None = None) -> RouteHop | None:
+        """The hop that pushes to another what a request needs; None: the client sends it."""
         index = self.hops.index(hop)
+        if isinstance(request, PassRequest) and request.is_on_way_back:
+            return self.hops[index + 1] if index + 1 < len(self.hops) and not hop.relayed else None
         before = self.hops[index - 1] if index else None
         return before if before is not None and not before.relayed else None
 
@@ -993,7 +1005,9 @@ class SessionState:
         self._lose(hop, error)
 
     def _believe(self, code: int, error: SplitnetError) -> None:
-        self._faults.complaints.pop(code, None)
+        names = self._faults.complaints.pop(code, [])
+        if code == FailureCode.NOT_FINITE and len(set(names)) > 1:
+            error = NotFinite(f"{error}; another peer says the same")
         self._begin_setup()
         self._fail(error)
 
@@ -1022,7 +1036,7 @@ class SessionState:
         try:
             if result.codec != hop.codec.code:
                 raise ProtocolError(f"codec {result.codec} was not agreed upon")
-            check_size(result.codec, result.payload, message.positions, self.hidden_size)
+            check_values(result.codec, result.payload, message.positions, self.hidden_size)
         except ProtocolError as error:
             self._blame(hop, 0, PeerFailed(f"the peer at {hop.endpoint.address} answered nonsense: {error}"))
             return
@@ -1034,11 +1048,17 @@ class SessionState:
         self.send(following.endpoint, replace(relayed, timings=result.timings))
 
     def _relay_back(self, hop: RouteHop, gradient: Gradient) -> None:
-        index = self.hops.index(hop)
+        index, request = self.hops.index(hop), self._in_flight.get(gradient.number)
         before = self.hops[index - 1] if index else None
-        if before is not None and before.relayed and before.planned.end == gradient.boundary:
-            self._liveness.heard(self._now)
-            self.send(before.endpoint, gradient)
+        if before is None or not before.relayed or before.planned.end != gradient.boundary or request is None:
+            return
+        try:
+            check_values(gradient.codec, gradient.payload, request.message.positions, self.hidden_size)
+        except ProtocolError as error:
+            self._blame(hop, 0, PeerFailed(f"the peer at {hop.endpoint.address} answered nonsense: {error}"))
+            return
+        self._liveness.heard(self._now)
+        self.send(before.endpoint, gradient)
 
     # What does not come.
 

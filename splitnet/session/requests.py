@@ -7,9 +7,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
+from torch import Tensor
+
 from scheduler.batching import DECODE_POSITIONS
+from splitnet.blocks.adapters import read_tensors
 from splitnet.errors import ProtocolError, SplitnetError
-from splitnet.wire.codecs import check_size
+from splitnet.wire.codecs import are_finite, check_size, check_values
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import (
     MAX_POSITIONS,
@@ -46,7 +49,7 @@ class Route(Protocol):
 
     def maker_of(self, boundary: int) -> Endpoint: ...
 
-    def adapted_hops(self) -> dict[Endpoint, int]: ...
+    def adapted_hops(self) -> dict[Endpoint, dict[str, Tensor]]: ...
 
 
 Sent = TypeVar("Sent", Step, Forward, Step | Replay, FetchKV)
@@ -87,7 +90,8 @@ class Request(ABC, Generic[Sent]):
 
     @abstractmethod
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
-        """Takes an answer in; tells whether it was one. Raises ProtocolError: it is not what was asked for."""
+        """Takes an answer in; tells whether it was one. Raises ProtocolError, AdapterError: it is not what was asked
+        for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -97,7 +101,8 @@ class StepRequest(Request[Step]):
     Attributes:
         taps: boundaries at which their hidden states come from the hops that compute them, in rising order.
         tapped: those that have come, by boundary.
-        makers: names of the hops that an answer which was no use came from; empty: none was.
+        makers: names of the hops of the route when an answer was useless for the first time; empty: no answer was.
+        useless: number of useless answers after the first.
         replaces: it takes the place of positions that were sent before.
     """
 
@@ -106,6 +111,7 @@ class StepRequest(Request[Step]):
     result: Result | None = None
     tapped: dict[int, Tapped] = field(default_factory=dict[int, Tapped])
     makers: list[str] = field(default_factory=list)
+    useless: int = 0
     replaces: bool = False
 
     @property
@@ -244,6 +250,11 @@ class PassRequest(Request[Forward]):
     def done(self) -> bool:
         return self.result is not None if self.back is None else self.back.batch.done
 
+    @property
+    def is_on_way_back(self) -> bool:
+        """Whether all hops have done the pass forward, and a gradient may be under way."""
+        return self.back is not None and self.result is not None
+
     def send(self, route: Route) -> None:
         self.result, self.gradient = None, None
         if self.back is not None:
@@ -254,15 +265,15 @@ class PassRequest(Request[Forward]):
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
         match message:
             case Result() if self.result is None and source == route.tail and message.end == route.blocks[1]:
-                check_size(message.codec, message.payload, self.message.positions, route.hidden_size)
+                check_values(message.codec, message.payload, self.message.positions, route.hidden_size)
                 self.result = message
                 if self.back is not None:
                     self.back.batch.send_ready(route)
             case Gradient() if self.gradient is None and source == route.first and message.boundary == route.blocks[0]:
-                check_size(message.codec, message.payload, self.message.positions, route.hidden_size)
+                check_values(message.codec, message.payload, self.message.positions, route.hidden_size)
                 self.gradient = message
             case AdapterGradient() if self.back is not None:
-                return self.back.batch.sums.take(source, message)
+                return self.back.batch.take_part(source, message)
             case _:
                 return False
         return True
@@ -282,15 +293,39 @@ class Batch:
     """Passes that go back together.
 
     Hops add up their gradients by the adapter in the order of the passes, so all are done, or repeated, as one.
+
+    Attributes:
+        sums: parts of the gradients by the adapter, until all parts of a hop are here and sound.
+        by_adapter: the gradients by the adapter, by the name of the tensor.
     """
 
     passes: list[PassRequest]
-    sums: FromHops = field(default_factory=FromHops)  # the gradients by the adapter
+    sums: FromHops = field(default_factory=FromHops)
+    by_adapter: dict[str, Tensor] = field(default_factory=dict)
     sent: int = 0  # how many of the passes have been sent back, in order; 0 again when they are repeated
+    _adapted: dict[Endpoint, dict[str, Tensor]] = field(default_factory=dict)  # hops with their parts of the adapter
 
     @property
     def done(self) -> bool:
-        return all(each.gradient is not None for each in self.passes) and self.sums.whole
+        came = all(each.gradient is not None for each in self.passes) and self.sums.whole
+        return came and not self.sums.parts
+
+    def take_part(self, source: Endpoint, message: AdapterGradient) -> bool:
+        """As `Request.take`: a part of the gradients by the adapter."""
+        if not self.sums.take(source, message):
+            return False
+        if not message.remaining:
+            found: dict[str, Tensor] = {}
+            for payload in self.sums.parts[source]:
+                found.update(read_tensors(payload))
+            shapes = {name: tensor.shape for name, tensor in self._adapted[source].items()}
+            if {name: tensor.shape for name, tensor in found.items() if tensor.is_floating_point()} != shapes:
+                raise ProtocolError("its gradients are of other parameters than the adapter has")
+            if not are_finite(found.values()):
+                raise ProtocolError("its gradients are not finite")
+            self.by_adapter.update(found)
+            del self.sums.parts[source]
+        return True
 
     def go_back(self, adapter: int, route: Route) -> None:
         """Sends the gradients by the output up the route; on another route, or with another adapter meanwhile, the
@@ -309,7 +344,9 @@ class Batch:
         while self.sent < len(self.passes) and (result := self.passes[self.sent].result) is not None:
             forward, back, since = self.passes[self.sent].message, self.passes[self.sent].back, self.passes[0].number
             if not self.sent:
-                self.sums.begin(route.adapted_hops() if forward.adapter else {})
+                self._adapted, self.by_adapter = route.adapted_hops() if forward.adapter else {}, {}
+                sizes = {hop: (each.nbytes for each in part.values()) for hop, part in self._adapted.items()}
+                self.sums.begin({hop: most_bytes(nbytes) for hop, nbytes in sizes.items()})
             assert back is not None
             ids, held = (forward.session, forward.epoch, forward.number), forward.number != last.number
             route.send(route.tail, Gradient(*ids, result.end, since, held, back.codec, back.payload))

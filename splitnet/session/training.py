@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from scheduler.liveness import PASS_PROGRESS_S
-from splitnet.blocks.adapters import Adapter, read_tensors
-from splitnet.errors import PeerFailed, SplitnetError
+from splitnet.blocks.adapters import Adapter
+from splitnet.errors import NotFinite, SplitnetError
 from splitnet.session.driver import LinkCodecs, SessionDriver
 from splitnet.session.events import Backward, Submit, UseAdapter
 from splitnet.session.options import ConnectionOptions
 from splitnet.session.requests import BackwardState, Batch, PassRequest
 from splitnet.swarm.swarm import Swarm
-from splitnet.wire.codecs import Codec, codec_by_code, codec_by_name
+from splitnet.wire.codecs import Codec, are_finite, codec_by_code, codec_by_name, encode_finite
 from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward, Gradient, Result
 
 MICRO_BATCHES_PER_HOP = 2  # that a batch is cut into, so that all hops have something to do most of the time
@@ -74,24 +74,24 @@ class PassSession(SessionDriver):
         Raises:
             PeerLost, CoverageError, PeerFailed, PeerBusy, ContextTooLong: as in `Session.step`.
             AdapterError: the adapter does not fit the blocks.
+            NotFinite: `hidden` or the adapter holds inf or NaN, or two peers of the same blocks find that the output
+                does, though all else is finite.
         """
         self._use(adapter)
         while self._forgotten:
             self._kept.difference_update(self._forgotten.popleft())
         state, codec, batch = self.state, self.state.first_codec, Passed([], adapter)
-        offset = 0
-        for group in self._micro_batches(lengths):
-            positions = sum(group)
+        groups = self._micro_batches(lengths)
+        payloads = [encode_finite(codec, part) for part in hidden.split([sum(group) for group in groups])]
+        for group, payload in zip(groups, payloads, strict=True):
             number = state.next_number()
             if keep:
                 self._kept.add(number)
-            payload = codec.encode(hidden[offset : offset + positions])
-            offset += positions
             ids, since = (self.id, state.epoch, number), min(self._kept, default=number)
             how = keep, self._version(adapter), self._codec_of_gradients().code, codec.code
             batch.passes.append(PassRequest(Forward(*ids, since, tuple(group), *how, payload, reach=reach)))
         self.traffic.steps += len(batch.passes)
-        self.traffic.positions += offset
+        self.traffic.positions += len(hidden)
         self.feed(Submit(tuple(batch.passes)))
         self._wait_for_batch(batch)
         self.count_energy(request.result for request in batch.passes)
@@ -106,28 +106,19 @@ class PassSession(SessionDriver):
         Returns:
             The gradient by `hidden`, `[positions, hidden]` float32, and those by the tensors of the adapter.
         """
+        self.forget(batch)
         self._use(batch.adapter)
         codec = self._codec_of_gradients()
         together = Batch(batch.passes)
-        offset = 0
-        for request in batch.passes:
-            positions = request.message.positions
-            payload = codec.encode(gradient[offset : offset + positions])
-            offset += positions
+        parts = gradient.split([request.message.positions for request in batch.passes])
+        payloads = [encode_finite(codec, part) for part in parts]
+        for request, payload in zip(batch.passes, payloads, strict=True):
             request.back = BackwardState(together, codec.code, payload)
         self.feed(Backward(together, self._version(batch.adapter)))
         self._wait_for_batch(batch)
         self.count_energy(request.gradient for request in batch.passes)
-        self.forget(batch)
         by_input = torch.cat([self._decode(request.gradient, request) for request in batch.passes])
-        by_adapter: dict[str, torch.Tensor] = {}
-        for payloads in together.sums.parts.values():
-            for payload in payloads:
-                by_adapter.update(read_tensors(payload))
-        wanted = batch.adapter.tensors if batch.adapter is not None else {}
-        if {name: tensor.shape for name, tensor in by_adapter.items()} != {n: t.shape for n, t in wanted.items()}:
-            raise PeerFailed("the peers sent gradients of other parameters than the adapter has")
-        return by_input, by_adapter
+        return by_input, together.by_adapter
 
     def forget(self, batch: Passed) -> None:
         """The batch will not go back; the peers drop what they keep for it with the next pass. For any thread."""
@@ -139,6 +130,8 @@ class PassSession(SessionDriver):
     def _use(self, adapter: Adapter | None) -> None:
         """Has a route open whose blocks run with an adapter; nothing is sent if they do already."""
         if adapter is not None and adapter is not self.state.adapter:
+            if not are_finite(adapter.tensors.values()):
+                raise NotFinite("the adapter holds inf or NaN: go back to an earlier state of it")
             self.feed(UseAdapter(adapter, for_passes=True))
         self.open()
 

@@ -237,8 +237,9 @@ def refusal(endpoint: Endpoint, state: LinkState) -> NotAuthorized:
     """The error of a link whose keys do not fit."""
     if state is LinkState.WRONG_KEY:
         return WrongKey(
-            f"what answers at {endpoint.address} has another key than the record of the peer there: if the peer was "
-            "started anew, wait a minute until its old record has expired; otherwise do not trust that address"
+            f"what answers at {endpoint.address} ends the handshake as if it has another key than the record of the "
+            "peer there: if the peer was started anew, wait a minute until its record has expired; otherwise find out "
+            "what listens there"
         )
     return NotAuthorized(
         f"the peer at {endpoint.address} does not accept this client's key: ask its owner to add the output of "

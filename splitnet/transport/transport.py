@@ -45,6 +45,8 @@ _RECEIVE_BURST = 64
 _QUEUED_MESSAGES = 1000
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 10_000, 10_000
 _HANDSHAKE_MS = 10_000
+_REFUSES_S = _HANDSHAKE_MS / 2000
+"""A peer with another key ends a handshake within this time; a frozen process never ends it."""
 _CURVE_BYTES = 64  # more than encryption adds to a frame (RFC 26: 33 bytes)
 _HELD_BYTES = 128  # what ZeroMQ allocates for a frame that waits, besides its content
 _SHORT_FRAME, _SHORT_EXTRA, _LONG_EXTRA = 222, 35, 42
@@ -75,6 +77,7 @@ class _Link:
     monitor: zmq.Socket[bytes]
     state: LinkState = LinkState.CONNECTING
     tcp: TcpConnection | None = None
+    connected_at: float = 0.0
 
 
 _Item = tuple[Destination, Sequence[Payload] | None]
@@ -531,12 +534,15 @@ class Transport:
             event = message["event"]
             if event == zmq.Event.CONNECTED:
                 link.tcp = self.connections.opened(message["value"], link.endpoint)
+                link.connected_at = time.monotonic()
             elif event == zmq.Event.DISCONNECTED and link.tcp is not None:
                 self.connections.closed(link.tcp.descriptor, link.tcp)
                 link.tcp = None
             state = _STATE_OF_EVENT.get(zmq.Event(event), link.state)
-            if event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL and link.endpoint.hidden:
-                state = LinkState.DOWN  # a tunnel that leads nowhere ends so, too
+            # ZeroMQ tells of a time-out in the same way as of an end, and a tunnel that leads nowhere ends so, too.
+            took_s = time.monotonic() - link.connected_at
+            if event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL and (link.endpoint.hidden or took_s > _REFUSES_S):
+                state = LinkState.DOWN
             # A refused handshake also ends in a disconnection: keep the cause until the link is up.
             if state is LinkState.DOWN and link.state.is_final:
                 continue

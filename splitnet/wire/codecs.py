@@ -13,7 +13,7 @@ the block (QuaRot, arXiv:2404.00456). `docs/codecs.md` has the measured quality 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Protocol
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from splitnet.errors import CodecError
+from splitnet.errors import CodecError, NotFinite
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -180,13 +180,17 @@ class Codec(ABC):
     @abstractmethod
     def encode(self, hidden: torch.Tensor) -> bytes:
         """Write `hidden`, `[positions, hidden]` of any float type on any device. Raises CodecError: the tensor has
-        another shape or type, or (all codecs but `none`) holds inf or NaN."""
+        another shape or type; NotFinite: it holds inf or NaN (all codecs but `none`)."""
 
     @abstractmethod
     def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
         """Read what `encode` wrote: float32 `[positions, hidden]` on the CPU, in memory of its own. Raises CodecError
         if the payload has another size than the shape implies (found before anything is allocated), or an integer
         codec's scale is one that no sender writes."""
+
+    @abstractmethod
+    def is_finite(self, payload: bytes | memoryview, hidden: int) -> bool:
+        """Whether a payload of the right size holds neither inf nor NaN, nor a scale that no sender writes."""
 
     def _check_payload(self, payload: bytes | memoryview, positions: int, hidden: int) -> None:
         if positions < 0 or not 1 <= hidden <= _LARGEST_HIDDEN:
@@ -217,6 +221,9 @@ class _Float32(Codec):
         self._check_payload(payload, positions, hidden)
         return _tensor(np.frombuffer(payload, "<f4").astype(np.float32).reshape(positions, hidden))
 
+    def is_finite(self, payload: bytes | memoryview, hidden: int) -> bool:
+        return bool(np.isfinite(np.frombuffer(payload, "<f4")).all())
+
 
 class _Half(Codec):
     """Two bytes a value, rounded to nearest. bf16 is exact for models that compute in bfloat16; fp16 saturates at
@@ -246,6 +253,10 @@ class _Half(Codec):
         if self._dtype is torch.bfloat16:
             return _tensor(from_bfloat16(bits).reshape(positions, hidden))
         return _tensor(bits.view("<f2").astype(np.float16).reshape(positions, hidden)).float()
+
+    def is_finite(self, payload: bytes | memoryview, hidden: int) -> bool:
+        exponent = 0x7F80 if self._dtype is torch.bfloat16 else 0x7C00
+        return not bool((np.frombuffer(payload, "<u2") & exponent == exponent).any())
 
 
 class _BlockInteger(Codec):
@@ -283,6 +294,10 @@ class _BlockInteger(Codec):
         for start in range(0, positions, step):
             values[start : start + step] = self._decode(records[start : start + step], blocks)[:, :hidden]
         return _tensor(values)
+
+    def is_finite(self, payload: bytes | memoryview, hidden: int) -> bool:
+        records = np.frombuffer(payload, np.uint8).reshape(-1, self.bytes_per_position(hidden))
+        return int(records[:, : _blocks(hidden) * SCALE_BYTES].view("<u2").max(initial=0)) <= LARGEST_SCALE
 
     # A decode token is on the critical path right after the device has flushed the caches, where every call costs
     # several microseconds: so these two make few.
@@ -324,10 +339,10 @@ def _tensor(values: npt.NDArray[np.float32] | npt.NDArray[np.float16]) -> torch.
     return torch.from_numpy(values)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _not_finite(name: str) -> CodecError:
-    return CodecError(
+def _not_finite(name: str) -> NotFinite:
+    return NotFinite(
         f"the activations hold inf, NaN or values too large for the {name} codec: the model overflowed; "
-        "run its blocks in bfloat16 or float32."
+        "run its blocks in bfloat16 or float32"
     )
 
 
@@ -382,3 +397,22 @@ def check_size(code: int, payload: bytes | memoryview, positions: int, hidden_si
     expected = positions * codec_by_code(code).bytes_per_position(hidden_size)
     if len(payload) != expected:
         raise CodecError(f"{positions} positions take {expected} bytes, got {len(payload)}")
+
+
+def check_values(code: int, payload: bytes | memoryview, positions: int, hidden_size: int) -> None:
+    """Raises CodecError as `check_size`, or if the payload holds values that are not finite."""
+    check_size(code, payload, positions, hidden_size)
+    if not codec_by_code(code).is_finite(payload, hidden_size):
+        raise CodecError("the values are not finite")
+
+
+def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether tensors of any type hold neither inf nor NaN."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def encode_finite(codec: Codec, hidden: torch.Tensor) -> bytes:
+    """What `codec.encode` gives. Raises what that does, and NotFinite with every codec."""
+    if not are_finite([hidden]):
+        raise _not_finite(codec.name)
+    return codec.encode(hidden)

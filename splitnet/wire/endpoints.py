@@ -101,9 +101,9 @@ class LinkState(Enum):
 
     CONNECTING = "connecting"
     UP = "up"
-    DOWN = "down"  # it was up and is lost, or nobody listens there; ZeroMQ keeps trying
+    DOWN = "down"  # the link is lost, no process listens there, or the handshake timed out; ZeroMQ keeps trying
     REFUSED = "refused"  # the other side does not accept our key
-    WRONG_KEY = "wrong key"  # what answers there has another key than the endpoint's, or is no peer
+    WRONG_KEY = "wrong key"  # what answers there ends the handshake: it has another key, or is no peer
 
     @property
     def is_final(self) -> bool:

@@ -88,6 +88,7 @@ class FailureCode(IntEnum):
     TOO_LONG = 8
     STALE_EPOCH = 9
     LEAVING = 10  # not about a request: the peer is about to end, and serves the session until it is replaced
+    NOT_FINITE = 11  # the blocks of the hop make values of finite ones that are inf, NaN or too large
 
 
 class Chunk(NamedTuple):

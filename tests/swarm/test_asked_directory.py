@@ -217,7 +217,7 @@ def test_if_nobody_answers_it_is_an_error(swarm: LocalSwarm) -> None:
     facts = ModelFacts.of(Checkpoint.open(swarm.folder))
     other = Identity.generate().public
     wrong = peer_address(Endpoint(swarm.peers[0].endpoint.address, other))
-    with pytest.raises(DirectoryError, match="is somebody else"):
+    with pytest.raises(DirectoryError, match="ends the handshake as if it has another key"):
         Swarm(facts, [wrong])
     with pytest.raises(DirectoryError, match="is not reached"):
         Swarm(facts, [peer_address(Endpoint("tcp://127.0.0.1:9", other))])

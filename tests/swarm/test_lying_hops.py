@@ -17,6 +17,7 @@ from peers.server import Peer
 from peers.sessions import Session as Held
 from scheduler import liveness
 from splitnet.directory.dht import Directory
+from splitnet.errors import PeerFailed
 from splitnet.session import machine
 from splitnet.session.inference import Session
 from splitnet.wire.messages import Failure, FailureCode, Ping, Pong, Result, Step, Timing
@@ -259,3 +260,10 @@ def test_a_tail_tells_nothing_of_other_hops(company: LocalSwarm, local: Any, mon
         for seen in measurements._hops.values():
             assert max(seen.wait_ms) < 10_000 and max(seen.block_ms) < 10_000
         assert all(rtt_ms < 10_000 for _, rtt_ms in measurements._links.values())
+
+
+def test_a_liar_that_nobody_can_replace_ends_the_answer(own_folder: Path, node: Directory) -> None:
+    with local_swarm(own_folder, SPANS, node=node) as swarm, lying(swarm.peers[1], LIES["nan"]) as met:
+        with pytest.raises(PeerFailed, match="not finite"):
+            swarm.model().generate(**prompt(), **OPTIONS)
+        assert met.count(met[0]) == 3

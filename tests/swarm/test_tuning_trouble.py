@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from peers.server import Peer
+from scheduler import liveness
+from splitnet.blocks.adapters import read_tensors, write_tensors
 from splitnet.directory.dht import Directory
-from splitnet.errors import SplitnetError
+from splitnet.errors import NotFinite, SplitnetError
+from splitnet.security.identity import Identity
+from splitnet.tools.tune.folder import ADAPTER, CHECKPOINT, WORK, TuningFolder
+from splitnet.tools.tune.job import TuningProgress, take_steps
+from splitnet.tools.tune.owner import JointRun
+from splitnet.tools.tune.rounds import Rules
+from splitnet.tools.tune.run import TuningRun
+from splitnet.tools.tune.side import SideTuner
+from splitnet.tools.tune.states import States
+from splitnet.wire.messages import AdapterGradient, Forward, Gradient, Message, Result, RoundWish, Step
 from tests.swarm.adapters import CAUSAL, METHODS, batch, flat, gradients, lora, wrapped
 from tests.swarm.harness import SPANS, LocalSwarm, dht_node, local_swarm, shared_swarm
+from tests.swarm.test_joint_tuning import ROWS, SETTINGS, coordinated, linked, told
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -234,3 +249,271 @@ def test_a_peer_without_memory_for_training_says_so(node: Directory, own_folder:
         model = wrapped(swarm.model(recovery_timeout_s=1.0), lora())
         with pytest.raises(SplitnetError, match="train with fewer positions"):
             model(**batch())
+
+
+def all_of(value: float) -> Callable[[Any], Any]:
+    def made(message: Any) -> Any:
+        if isinstance(message, AdapterGradient):
+            tensors = {name: torch.full_like(each, value) for name, each in read_tensors(message.payload).items()}
+            return replace(message, payload=write_tensors(tensors))
+        return replace(message, payload=np.full(len(message.payload) // 4, value, "<f4").tobytes())
+
+    return made
+
+
+def misshapen(message: Any) -> Any:
+    if isinstance(message, AdapterGradient):
+        tensors = {name: each.flatten() for name, each in read_tensors(message.payload).items()}
+        return replace(message, payload=write_tensors(tensors))
+    return replace(message, payload=bytes(message.payload[:-4]))
+
+
+def silence(message: Any) -> None:
+    pass
+
+
+def death(message: Any) -> None:
+    pass
+
+
+FAULTS: dict[str, Callable[[Any], Any]] = {
+    "nan": all_of(float("nan")),
+    "inf": all_of(float("inf")),
+    "shape": misshapen,
+    "silence": silence,
+    "death": death,
+}
+WAYS: dict[str, tuple[type[Message], ...]] = {
+    "forward": (Forward, Step, Result),
+    "backward": (Gradient,),
+    "by the adapter": (AdapterGradient,),
+}
+
+
+@dataclass
+class Fault:
+    """What the first peer of a span that has something to send does instead, from when it is armed.
+
+    hits: how many messages it has changed.
+    """
+
+    start: int
+    kinds: tuple[type[Message], ...]
+    change: Callable[[Any], Any]
+    armed: bool = False
+    victim: Peer | None = None
+    hits: int = 0
+
+    def sent(self, peer: Peer, message: Any) -> Any:
+        """Returns the message that the peer sends in the place of another; None: it sends nothing."""
+        if self.change is silence and self.victim is peer:
+            return None  # also no answers to pings
+        concerned = self.armed and peer.span.start == self.start and self.victim in (None, peer)
+        if not concerned or not isinstance(message, self.kinds) or not len(getattr(message, "payload", b"")):
+            return message
+        self.victim, self.hits = peer, self.hits + 1
+        if self.change is death:
+            peer.transport.close()
+        return self.change(message)
+
+
+class Faulty:
+    """The outbox of a peer that may have a fault."""
+
+    def __init__(self, outbox: Any, peer: Peer, fault: Fault) -> None:
+        self._outbox, self._peer, self._fault = outbox, peer, fault
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._outbox, name)
+
+    def send(self, destination: Any, message: Any) -> None:
+        sent = self._fault.sent(self._peer, message)
+        if sent is not None:
+            self._outbox.send(destination, sent)
+
+
+@contextmanager
+def failing(swarm: LocalSwarm, index: int, way: str, name: str) -> Iterator[Fault]:
+    """A fault of one of the peers that run the hop at `index`."""
+    fault = Fault(SPANS[index][0], WAYS[way], FAULTS[name])
+    with pytest.MonkeyPatch.context() as patch:
+        for peer in swarm.peers:
+            outbox = Faulty(peer.service.outbox, peer, fault)
+            patch.setattr(peer.service, "outbox", outbox)
+            patch.setattr(peer.service.training, "outbox", outbox)
+        yield fault
+
+
+def tuned(
+    method: str,
+    swarm: LocalSwarm,
+    path: Path,
+    look: Callable[[int], None] = lambda done: None,
+    *,
+    resume: bool = False,
+    **options: Any,
+) -> torch.Tensor:
+    """What `splitnet tune` trains, in a folder; the steps are `SETTINGS`.
+
+    method: prompt, lora, side, or joint: of an owner that is alone in a round. look: called before the first step and
+    after each, with the number of steps.
+    """
+    folder, model = TuningFolder(path), swarm.model(**options)
+    saved = folder.load_checkpoint() if resume else None
+    folder.begin({})
+    with ExitStack() as stack:
+        if method == "side":
+            torch.manual_seed(0)
+            adapted: Any = SideTuner(model, 32, States(TuningFolder(path / WORK)), ROWS, 1 << 20)
+            look(0)
+            adapted.fill(0, lambda _: None, [])
+        else:
+            adapted = wrapped(model, METHODS["lora" if method == "joint" else method]("llama", CAUSAL))
+        joint: dict[str, Any] = {}
+        if method == "joint":
+            key = Identity.generate()
+            stack.enter_context(coordinated(swarm.connect(key), Rules(owners=1), path / "round", resume=resume))
+            link = stack.enter_context(linked(swarm.connect(key), len(ROWS)))
+            joint = {"link": link, "say": lambda _: None, "joined": link.ask(RoundWish.JOIN, payload=told(SETTINGS))}
+        run = (JointRun if joint else TuningRun)(adapted, ROWS, SETTINGS, pad=0, **joint)
+
+        def keep() -> None:
+            folder.save_checkpoint(*run.state())
+            folder.save_adapter(adapted)
+
+        progress = TuningProgress(SETTINGS.steps)
+        take_steps(run, folder, progress, saved, "training", look=lambda: look(run.done), keep=keep)
+        return torch.cat([each.detach().flatten() for each in run.trained.values()])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(swarm: LocalSwarm, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], torch.Tensor]:
+    """What a run gives without a fault, by the method; computed once."""
+
+    @cache
+    def of(method: str) -> torch.Tensor:
+        with swarm.newcomer() as visit:
+            return tuned(method, visit, tmp_path_factory.mktemp(method))
+
+    return of
+
+
+TROUBLES = [
+    *((method, way, 1) for method in ("prompt", "joint") for way in ("forward", "backward")),
+    *(("lora", way, index) for way in WAYS for index in range(3)),
+    *(("side", "forward", index) for index in range(3)),
+]
+OFTEN = [("lora", "backward", 1)]
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.5)
+
+
+@pytest.mark.default_cases(fault=("nan",), trouble=OFTEN)
+@pytest.mark.default_cases(fault=("shape",), trouble=[("lora", "by the adapter", 0)])
+@pytest.mark.parametrize("trouble", TROUBLES, ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_peer_with_a_fault_is_replaced_and_the_adapter_is_the_same(
+    fault: str,
+    trouble: tuple[str, str, int],
+    twins: LocalSwarm,
+    undisturbed: Callable[[str], torch.Tensor],
+    soon: None,
+    tmp_path: Path,
+) -> None:
+    method, way, index = trouble
+
+    def arm(done: int) -> None:
+        failure.armed = done == 1 or method == "side"
+
+    expected = undisturbed(method)
+    with failing(twins, index, way, fault) as failure:
+        found = tuned(method, twins, tmp_path / "run", arm)
+    assert failure.hits
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.default_cases(fault=("nan",), trouble=OFTEN)
+@pytest.mark.parametrize("trouble", TROUBLES, ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_nobody_can_replace_ends_the_run_which_goes_on_from_what_is_saved(
+    fault: str,
+    trouble: tuple[str, str, int],
+    swarm: LocalSwarm,
+    undisturbed: Callable[[str], torch.Tensor],
+    soon: None,
+    tmp_path: Path,
+) -> None:
+    method, way, index = trouble
+
+    def arm(done: int) -> None:
+        failure.armed = done >= 1 or method == "side"
+
+    expected, path = undisturbed(method), tmp_path / "run"
+    with swarm.mended() as visit:
+        with failing(visit, index, way, fault) as failure, pytest.raises(SplitnetError) as raised:
+            tuned(method, visit, path, arm, recovery_timeout_s=1.0)
+        assert failure.hits
+        assert not isinstance(raised.value, NotFinite) and "--lr" not in str(raised.value)
+        if method != "side":
+            for name in (CHECKPOINT, ADAPTER[1]):
+                assert all(bool(each.isfinite().all()) for each in load_file(path / name).values())
+            saved = TuningFolder(path).load_checkpoint()
+            assert saved is not None and saved[1]["step"] == 1
+    with swarm.newcomer() as visit:
+        assert torch.equal(tuned(method, visit, path, resume=True), expected)
+
+
+@pytest.mark.default_cases(codec=("none",))
+@pytest.mark.parametrize("codec", ["none", "bf16"])
+def test_numbers_of_the_client_that_are_not_finite_are_its_own_fault(codec: str, swarm: LocalSwarm) -> None:
+    with swarm.newcomer() as visit:
+        model = wrapped(visit.model(codec=codec), lora())
+        loss = model(**batch()).loss
+        with pytest.raises(NotFinite, match="inf, NaN or values too large"):
+            (loss * float("inf")).backward()
+        weight = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+        before = weight.detach().clone()
+        weight.data.fill_(float("nan"))
+        with pytest.raises(NotFinite, match="the adapter holds inf or NaN"):
+            model(**batch())
+        weight.data.copy_(before)
+        assert torch.isfinite(model(**batch()).loss)
+        assert not visit.client.bans.keys()
+
+
+def test_blocks_that_overflow_at_every_peer_are_the_fault_of_the_adapter(twins: LocalSwarm) -> None:
+    """An adapter that is finite, and far too large."""
+    model = wrapped(twins.model(), lora())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.fill_(1e30)
+    with pytest.raises(NotFinite, match="another peer says the same"):
+        model(**batch())
+
+
+@pytest.mark.default_cases(way=("backward",))
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_peer_that_computes_what_is_not_finite_is_replaced(
+    way: str, twins: LocalSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one with bad memory does: it finds that out itself."""
+    undisturbed = train(wrapped(twins.model(), lora()), 3)
+    model = wrapped(twins.model(), lora())
+    victims: list[Peer] = []
+
+    def damaged(original: Any, *given: Any, **named: Any) -> Any:
+        found = original(*given, **named)
+        return found * torch.nan if isinstance(found, torch.Tensor) else (found[0] * torch.nan, *found[1:])
+
+    def damage(step: int) -> None:
+        if not step:
+            victims.append(used(twins, model, 1))
+            passes: Any = victims[0].server.engine._passes
+            for name in ("forward", "forward_kept") if way == "forward" else ("go_back",):
+                monkeypatch.setattr(passes, name, partial(damaged, getattr(passes, name)))
+
+    assert torch.equal(train(model, 3, damage), undisturbed)
+    assert twins.client.bans.keys() == {victims[0].identity.public.text}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from scheduler.liveness import BAN_S, Alive
-from splitnet.blocks.adapters import Adapter, read_tensors
+from splitnet.blocks.adapters import Adapter, read_tensors, write_tensors
 from splitnet.errors import CoverageError, PeerLost, ProtocolError, SplitnetError
 from splitnet.security.identity import Identity
 from splitnet.session.events import (
@@ -94,7 +94,7 @@ def run_block(block: int, tag: int, values: Values) -> bytes:
     """What a block makes of the last of the values at its input."""
     if NOT_FINITE in values:
         return NOT_FINITE
-    return hashlib.blake2b(b"".join((bytes((block, tag)), *values)), digest_size=SIZE).digest()
+    return _digest(bytes((block, tag)), *values)
 
 
 def run_blocks(start: int, end: int, tags: Tags, values: Values) -> Values:
@@ -131,7 +131,8 @@ def go_back(
 
 
 def _digest(*parts: bytes) -> bytes:
-    return hashlib.blake2b(b"".join(parts), digest_size=SIZE).digest()
+    """A value that is finite."""
+    return hashlib.blake2b(b"".join(parts), digest_size=SIZE - 1).digest() + b"\0"
 
 
 def adapter(tag: int) -> Adapter:
@@ -540,7 +541,10 @@ class PeerModel:
         sums = held.sums.setdefault(message.since, {})
         gradient = go_back(held.start, held.end, tags, sequences_of(forward), bytes(message.payload), sums)
         if not message.held and forward.adapter and any(held.tags[held.start : held.end]):
-            payload = b"".join(bytes((block,)) + value for block, value in sorted(sums.items()))
+            values = {block: torch.frombuffer(bytearray(value), dtype=torch.float32) for block, value in sums.items()}
+            payload = write_tensors(
+                {f"{block}.q.lora_{side}": value.view(1, 1).clone() for block, value in values.items() for side in "AB"}
+            )
             self.to_client(AdapterGradient(self.id, message.epoch, message.number, 0, payload))
         onward = replace(message, boundary=held.start, payload=gradient)
         self.world.post(self.name, source, onward)
@@ -936,11 +940,8 @@ class World:
             for each, gradient in zip(asked.batch.passes, asked.gradients, strict=True):
                 assert each.gradient is not None
                 assert bytes(each.gradient.payload) == gradient, "a wrong gradient was delivered"
-            told: dict[int, bytes] = {}
-            for payloads in asked.batch.sums.parts.values():
-                for payload in payloads:
-                    for at in range(0, len(payload), SIZE + 1):
-                        told[payload[at]] = bytes(payload[at + 1 : at + 1 + SIZE])
+            found = asked.batch.by_adapter.items()
+            told = {int(name.partition(".")[0]): tensor.numpy().tobytes() for name, tensor in found}
             assert told == asked.sums, "a wrong sum of gradients was delivered"
 
     @property

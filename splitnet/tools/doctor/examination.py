@@ -226,7 +226,8 @@ def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: floa
 def peer_to_join(address: str, endpoint: Endpoint, answer: PeerAnswer, wrong: Callable[[str, str], Finding]) -> Finding:
     """Whether a peer to join through answers, with the key that its address names; else a finding that is `wrong`."""
     if answer.state is LinkState.WRONG_KEY:
-        return wrong("join", f"{address}: what answers there has another key: copy the address that it prints now")
+        text = "what answers there ends the handshake as if it has another key"
+        return wrong("join", f"{address}: {text}: copy the address that the peer prints now")
     if answer.state is LinkState.REFUSED:
         return wrong("join", f"{address}: {refusal(endpoint, answer.state)}")
     if answer.rtt_ms is None:

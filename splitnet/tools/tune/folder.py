@@ -85,7 +85,7 @@ class TuningFolder:
         try:
             with safe_open(self._checkpoint, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})["facts"])
-                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+            return _finite_tensors(self._checkpoint), facts
         except (SafetensorError, KeyError, OSError, ValueError) as error:
             raise DataError(f"{self._checkpoint} is damaged ({error}): train again with another --output") from error
 
@@ -94,7 +94,8 @@ class TuningFolder:
             # "auto" asks the hub for the base model, whether embeddings were resized; here they never are.
             model.save_pretrained(folder, save_embedding_layers=False)
             for name in ADAPTER:
-                (Path(folder) / name).replace(self.path / name)
+                with self._replacing(self.path / name) as partial:
+                    (Path(folder) / name).replace(partial)
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         with self._writing(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
@@ -125,13 +126,19 @@ class TuningFolder:
 
     @contextmanager
     def _replacing(self, path: Path) -> Iterator[Path]:
-        """Gives a file to write, which takes the place of `path` once it is whole and on the disk."""
+        """Gives a file to write, which takes the place of `path` once it is on the disk, and its tensors were read and
+        are finite. Raises DataError: `path` is as before then."""
         partial = path.with_name(f".{os.getpid()}.{path.name}")
         try:
             with self._writing(path):
                 yield partial
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
+                if path.suffix == ".safetensors":
+                    try:
+                        _finite_tensors(partial)
+                    except ValueError as error:
+                        raise DataError(f"{path} is as before, as {error}: start again with smaller steps") from error
                 partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -144,3 +151,13 @@ class TuningFolder:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"cannot write {path} ({reason}): make room, then go on with --resume") from error
+
+
+def _finite_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file. Raises OSError and SafetensorError, and ValueError if one is not finite."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} is not finite")
+    return tensors

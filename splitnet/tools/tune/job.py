@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.arguments import has
 from splitnet.cli.connection import Connection
-from splitnet.errors import SplitnetError
+from splitnet.errors import NotFinite, SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
 from splitnet.hf.classifier import attached_classifier
 from splitnet.session.options import ConnectionOptions
@@ -371,6 +371,8 @@ class Tuning:
             with progress.evaluating(len(held_out)) as advance:
                 how: dict[str, Any] = {"words": words, "head": self.head, "advance": advance, "device": device}
                 result = evaluate(run.model, held_out, batch_size=size, pad=pad, **how)
+            if not math.isfinite(result.loss):
+                raise run.overflow(f"the loss on held-out examples is {result.loss}")
             folder.add_metrics({"step": done, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
             progress.say(f"step {done}: {_told(result)}")
 
@@ -496,7 +498,7 @@ def take_steps(
         saved: the checkpoint to go on from; None: the run begins.
         told: what is trained, for people.
         look: called before the first step and after each; evaluates and saves where that is due.
-        keep: saves everything; called at the end, whatever that is.
+        keep: saves everything; called at the end of the run and after an error, but not after an overflow.
     """
     if saved:
         run.restore(*saved)
@@ -510,13 +512,16 @@ def take_steps(
             while run.done < run.settings.steps and not stopped:
                 _take_step(run, folder, progress)
                 look()
-        except SplitnetError:
-            if run.done:
-                typer.echo(f"{run.done} steps are saved; the same command with --resume goes on.", err=True)
-            raise
-        finally:
+        except NotFinite:
+            raise  # the present parameters overflow, and the last checkpoint does not
+        except BaseException as error:
             if run.done:
                 keep()
+                if isinstance(error, SplitnetError):
+                    typer.echo(f"{run.done} steps are saved; the same command with --resume goes on.", err=True)
+            raise
+        if run.done:
+            keep()
     end_if(stopped, f"Stopped after step {run.done}")
 
 

@@ -132,6 +132,8 @@ class RoundLink:
                     if len(message.payload) % 4:
                         raise ProtocolError("the coordinator has sent no float32 numbers")
                     parameters = np.frombuffer(message.payload, "<f4")
+                    if not np.isfinite(parameters).all():
+                        raise ProtocolError("the coordinator has sent numbers that are not finite: end this round")
                     self.moved = self.moved[0], self.moved[1] + len(message.payload)
                 case WantGradient() if message.attempt in answered:
                     pass  # the same masks on another share would show the gradient
@@ -166,7 +168,8 @@ class RoundLink:
 
     def _link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
         if state.is_final:
-            known = "does not let this key in: have it listed" if state is LinkState.REFUSED else "has another key"
+            ends = "ends the handshake as if it has another key: copy its address anew"
+            known = "does not let this key in: have it listed" if state is LinkState.REFUSED else ends
             with suppress(queue.Full):
                 self._answers.put_nowait(SplitnetError(f"the coordinator at {endpoint.address} {known}"))
 

@@ -14,7 +14,7 @@ import torch
 
 from splitnet.blocks.head import IGNORED
 from splitnet.checkpoint.chat_template import render
-from splitnet.errors import DataError, SplitnetError
+from splitnet.errors import DataError, NotFinite
 from splitnet.serve.answers.forms import Forms, forms_of, with_ids
 from splitnet.tools.tune.data import Example, Examples
 from splitnet.tools.tune.methods import Settings
@@ -303,9 +303,27 @@ class TuningRun:
         return sum(parameter.numel() for parameter in self.trained.values())
 
     def step(self) -> Step:
-        """Takes the next step. Raises SplitnetError if the loss is not a number any more; nothing has changed then."""
+        """Takes the next step. Raises NotFinite if the loss or the gradient is not finite though the peers are sound,
+        and what the model raises; nothing has changed then."""
         number, settings = self.done, self.settings
         rows = self._rows_of(number)
+        try:
+            loss, norm = self._gradient(rows)
+        except NotFinite as error:
+            raise self.overflow(str(error)) from error
+        self._descend()
+        tokens = sum(len(row.ids) for row in rows)
+        return Step(number + 1, loss, settings.learning_rate_at(number), norm, tokens)
+
+    def overflow(self, what: str) -> NotFinite:
+        """The error of numbers of the run itself that are not finite."""
+        # Before the first step no step size has changed anything.
+        advice = "start again with a lower --lr" if self.done else "serve the model with --weights float32"
+        return NotFinite(f"step {self.done + 1} has overflowed: {advice} ({what})")
+
+    def _gradient(self, rows: Sequence[Encoded]) -> tuple[float, float]:
+        """Sets `grad` of the trained parameters; returns the loss and the norm of the gradient. Raises NotFinite."""
+        number, settings = self.done, self.settings
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(number)
         self.model.train()
@@ -327,9 +345,7 @@ class TuningRun:
         norm = float(
             torch.nn.utils.get_total_norm([each.grad for each in self.trained.values() if each.grad is not None])
         )
-        self._descend()
-        tokens = sum(len(row.ids) for row in rows)
-        return Step(number + 1, loss, settings.learning_rate_at(number), norm, tokens)
+        return loss, self._finite(norm, "norm of the gradient")
 
     def _descend(self) -> None:
         """Takes the step with the gradients that are there."""
@@ -408,10 +424,11 @@ class TuningRun:
             total += value
         return total
 
-    def _finite(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            raise SplitnetError(f"the loss of step {self.done + 1} is {loss}: start again with a lower --lr")
-        return loss
+    @staticmethod
+    def _finite(value: float, what: str = "loss") -> float:
+        if not math.isfinite(value):
+            raise NotFinite(f"the {what} is {value}, though all that came from the peers is finite")
+        return value
 
     @property
     def _packs(self) -> bool:

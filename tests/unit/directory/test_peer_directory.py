@@ -208,7 +208,7 @@ def test_what_comes_late_counts_from_the_next_question_on(links: ScriptedPeers) 
 def test_if_nobody_answers_it_is_said_why_of_each(links: ScriptedPeers) -> None:
     states = {
         LinkState.REFUSED: "does not accept this key",
-        LinkState.WRONG_KEY: "is somebody else",
+        LinkState.WRONG_KEY: "ends the handshake as if it has another key",
         LinkState.UP: "does not answer",
         LinkState.DOWN: "is not reached",
         LinkState.CONNECTING: "is not reached",

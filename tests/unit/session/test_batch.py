@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
+import torch
 
+from splitnet.blocks.adapters import write_tensors
 from splitnet.errors import ProtocolError
 from splitnet.security.identity import Identity
-from splitnet.session.requests import BackwardState, Batch, PassRequest, ReplayRequest, most_bytes
+from splitnet.session.requests import BackwardState, Batch, PassRequest, ReplayRequest
+from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import AdapterGradient, Forward, Gradient, Message, Replay, Result
 
 SID = b"s" * 16
 PAYLOAD = bytes(32)
 """Two positions of four values, uncompressed."""
+SUMS = {"1.q.lora_A": [1.0] * 25, "4.q.lora_A": [2.0] * 25}
 HEAD, TAIL = (Endpoint(f"tcp://127.0.0.1:{port}", Identity.generate().public) for port in (1, 2))
 
 
@@ -38,8 +43,8 @@ class FakeRoute:
     def maker_of(self, boundary: int) -> Endpoint:
         return HEAD if boundary <= 3 else TAIL
 
-    def adapted_hops(self) -> dict[Endpoint, int]:
-        return {HEAD: most_bytes([100]), TAIL: most_bytes([100])}
+    def adapted_hops(self) -> dict[Endpoint, dict[str, torch.Tensor]]:
+        return {HEAD: {"1.q.lora_A": torch.ones(25)}, TAIL: {"4.q.lora_A": torch.full((25,), 2.0)}}
 
     def heard(self) -> list[Message]:
         messages = [message for _, message in self.sent]
@@ -72,7 +77,8 @@ def answer(made: list[PassRequest], route: FakeRoute) -> None:
     for each in made:
         each.take(HEAD, Gradient(SID, route.epoch, each.message.number, 0, 10, each is not made[-1], 0, PAYLOAD), route)
     for hop in (HEAD, TAIL):
-        made[-1].take(hop, AdapterGradient(SID, route.epoch, made[-1].message.number, 0, hop.address.encode()), route)
+        payload = write_tensors(route.adapted_hops()[hop])
+        made[-1].take(hop, AdapterGradient(SID, route.epoch, made[-1].message.number, 0, payload), route)
 
 
 def sent_back(route: FakeRoute) -> list[tuple[int, int, bool]]:
@@ -93,7 +99,7 @@ def test_the_sum_is_asked_for_with_the_last_pass() -> None:
     assert not batch.done
     answer(made, route)
     assert all(each.done for each in made)
-    assert batch.sums.parts == {hop: [hop.address.encode()] for hop in (HEAD, TAIL)}
+    assert {name: tensor.tolist() for name, tensor in batch.by_adapter.items()} == SUMS
 
 
 def test_a_pass_of_an_older_route_has_all_repeated_and_sent_back_in_order() -> None:
@@ -133,7 +139,7 @@ def test_a_batch_is_repeated_as_one() -> None:
     assert not batch.done
     answer(made, route)
     assert batch.done
-    assert batch.sums.parts[HEAD] == [HEAD.address.encode()]
+    assert {name: tensor.tolist() for name, tensor in batch.by_adapter.items()} == SUMS
 
 
 def of_the_adapter(remaining: int, payload: bytes = b"part") -> AdapterGradient:
@@ -178,3 +184,41 @@ def test_a_replay_ends_only_where_it_was_to_end() -> None:
     stranger = replace(TAIL, address="tcp://127.0.0.1:3")
     assert not replay.take(stranger, Result(SID, 1, 9, 6, 0, ()), route) and not replay.done
     assert replay.take(TAIL, Result(SID, 1, 9, 6, 0, ()), route) and replay.done
+
+
+WRONG = {
+    "not finite": {"1.q.lora_A": torch.full((25,), float("nan"))},
+    "of another shape": {"1.q.lora_A": torch.ones(5, 5)},
+    "of other parameters": {"1.q.lora_B": torch.ones(25)},
+    "numbers of another kind": {"1.q.lora_A": torch.ones(25, dtype=torch.int32)},
+    "missing": {},
+}
+
+
+@pytest.mark.parametrize("tensors", WRONG.values(), ids=WRONG)
+def test_gradients_of_another_adapter_or_not_finite_are_refused(tensors: dict[str, torch.Tensor]) -> None:
+    route = FakeRoute()
+    made = passes(route)
+    for each in made:
+        each.take(TAIL, result(each), route)
+    batch = goes_back(made, route)
+    with pytest.raises(ProtocolError, match="its gradients are"):
+        made[-1].take(HEAD, of_the_adapter(0, write_tensors(tensors)), route)
+    assert not batch.by_adapter
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("codec", ["none", "fp16", "bf16"])
+def test_an_answer_that_is_not_finite_is_refused(codec: str, value: float) -> None:
+    route = FakeRoute()
+    (made,) = passes(route, 1)
+    numbers = np.full(8, value, "<f4")
+    payload = {"none": numbers, "fp16": numbers.astype("<f2"), "bf16": numbers.view("<u2")[1::2]}[codec].tobytes()
+    with pytest.raises(ProtocolError, match="not finite"):
+        made.take(TAIL, replace(result(made), codec=codec_by_name(codec).code, payload=payload), route)
+    made.take(TAIL, result(made), route)
+    goes_back([made], route)
+    gradient = Gradient(SID, 1, made.message.number, 0, 10, False, codec_by_name(codec).code, payload)
+    with pytest.raises(ProtocolError, match="not finite"):
+        made.take(HEAD, gradient, route)
+    assert made.result is not None and made.gradient is None

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
-from splitnet.errors import DataError, SplitnetError
-from splitnet.tools.tune.folder import TuningFolder
-from splitnet.tools.tune.job import evaluate
+from splitnet.errors import DataError, NotFinite, PeerLost, SplitnetError
+from splitnet.tools.tune.folder import ADAPTER, TuningFolder
+from splitnet.tools.tune.job import TuningProgress, evaluate, take_steps
 from splitnet.tools.tune.methods import Schedule, Settings
 from splitnet.tools.tune.run import IGNORED, Encoded, TuningRun
 
@@ -143,7 +144,7 @@ def test_a_loss_that_is_no_number_changes_nothing(zeroth_order: bool) -> None:
     with torch.no_grad():
         tuning.model.table[3, 3] = float("inf")
     before = tuning.model.table.detach().clone()
-    with pytest.raises(SplitnetError, match=r"loss of step 1 is .*--lr"):
+    with pytest.raises(SplitnetError, match="step 1 has overflowed"):
         tuning.step()
     assert torch.equal(tuning.model.table, before)
     assert tuning.done == 0
@@ -210,6 +211,71 @@ class TestFolder:
         saved = folder.load_checkpoint()
         assert saved is not None and saved[1] == {"step": 1} and saved[0]["a"].tolist() == [1, 1]
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_what_is_not_finite_leaves_the_last_checkpoint_and_adapter(self, value: float, tmp_path: Path) -> None:
+        class Adapted:
+            def __init__(self, weight: float) -> None:
+                self.weight = weight
+
+            def save_pretrained(self, folder: str, **options: Any) -> None:
+                (Path(folder) / ADAPTER[0]).write_text("{}")
+                save_file({"w": torch.full((2,), self.weight)}, Path(folder) / ADAPTER[1])
+
+        folder = TuningFolder(tmp_path)
+        folder.save_checkpoint({"parameter.w": torch.ones(2)}, {"step": 1})
+        folder.save_adapter(Adapted(1.0))
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(DataError, match=r"is as before, as parameter\.w is not finite"):
+            folder.save_checkpoint({"parameter.w": torch.full((2,), value)}, {"step": 2})
+        with pytest.raises(DataError, match="is as before, as w is not finite"):
+            folder.save_adapter(Adapted(value))
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def test_what_was_not_written_whole_leaves_the_last_checkpoint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = TuningFolder(tmp_path)
+        folder.save_checkpoint({"a": torch.ones(2)}, {"step": 1})
+        monkeypatch.setattr("safetensors.torch.save_file", lambda *given, **_: Path(given[1]).write_bytes(b"half"))
+        with pytest.raises(DataError, match="cannot write"):
+            folder.save_checkpoint({"a": torch.zeros(2)}, {"step": 2})
+        saved = folder.load_checkpoint()
+        assert saved is not None and saved[1] == {"step": 1}
+
+    def test_a_run_that_overflows_leaves_what_was_saved(self, tmp_path: Path) -> None:
+        folder, tuning = TuningFolder(tmp_path), run()
+        folder.begin({})
+
+        def look() -> None:
+            if tuning.done == 1:
+                folder.save_checkpoint(*tuning.state())
+            if tuning.done == 2:
+                with torch.no_grad():
+                    tuning.model.table[:] = float("inf")
+
+        def keep() -> None:
+            raise AssertionError("what has overflowed is not saved")
+
+        with pytest.raises(NotFinite, match="step 3 has overflowed: start again with a lower --lr"):
+            take_steps(tuning, folder, TuningProgress(4), None, "training", look=look, keep=keep)
+        saved = folder.load_checkpoint()
+        assert saved is not None and saved[1]["step"] == 1
+
+    def test_steps_are_said_to_be_saved_once_they_are(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder, tuning = TuningFolder(tmp_path), run()
+        folder.begin({})
+
+        def look() -> None:
+            if tuning.done:
+                raise PeerLost("gone")
+
+        def full() -> None:
+            raise DataError("no room")
+
+        with pytest.raises(DataError, match="no room"):
+            take_steps(tuning, folder, TuningProgress(4), None, "training", look=look, keep=full)
+        assert "saved" not in capsys.readouterr().err
 
     def test_an_adapter_and_metrics_that_cannot_be_written_are_told(self, tmp_path: Path) -> None:
         class Full:

@@ -34,9 +34,13 @@ class Node:
     """A transport that records what happens to it, and lets a test wait for that."""
 
     def __init__(
-        self, listen: str | None = None, authorized: AuthorizedKeys | None = None, max_backlog: int | None = 1 << 30
+        self,
+        listen: str | None = None,
+        authorized: AuthorizedKeys | None = None,
+        max_backlog: int | None = 1 << 30,
+        identity: Identity | None = None,
     ) -> None:
-        self.identity = Identity.generate()
+        self.identity = identity or Identity.generate()
         self.received: list[tuple[Destination, list[bytes]]] = []
         self.states: list[tuple[Endpoint, LinkState]] = []
         self.lost: list[Connection] = []
@@ -212,6 +216,24 @@ def test_a_server_with_another_key_is_not_talked_to(node: Start) -> None:
     client.wait_for_state(expected, LinkState.WRONG_KEY)
     assert (expected, LinkState.UP) not in client.states
     assert not server.received
+
+
+def test_a_server_that_stands_still_is_not_taken_for_another_and_is_found_when_it_goes_on(
+    node: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system takes the connections of a process that stands still, and ZeroMQ tells of a time-out as of an end."""
+    monkeypatch.setattr("splitnet.transport.transport._HANDSHAKE_MS", 300)
+    monkeypatch.setattr("splitnet.transport.transport._REFUSES_S", 0.15)
+    client = node()
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as still:
+        address = f"tcp://127.0.0.1:{still.getsockname()[1]}"
+        identity = Identity.generate()
+        expected = Endpoint(address, identity.public)
+        client.transport.connect(expected)
+        client.wait_for_state(expected, LinkState.DOWN)
+    node(address, identity=identity)
+    client.wait_for_state(expected, LinkState.UP)
+    assert (expected, LinkState.WRONG_KEY) not in client.states
 
 
 def test_a_server_that_ends_is_noticed_and_one_that_comes_back_is_found(node: Start) -> None:
