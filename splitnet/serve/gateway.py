@@ -35,7 +35,7 @@ class Offer:
 class Gateway:
     """Finds the model of a request.
 
-    `served` is there from the beginning, and stays. Of `offers` and what `search` finds, requests use `keep` at a time;
+    `served` is loaded at the start, and stays. Of `offers` and what `search` finds, requests use `keep` at a time;
     another model is loaded before an unused one gives way, so a load that fails costs none of the others.
     created: seconds since 1970 that are told of the models.
     """
