@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ from typing import Any, Final
 log = logging.getLogger(__name__)
 
 MAX_KNOWN: Final = 64  # the latest figures, that a file of `KnownFigures` keeps
+_COMMENT = re.compile(r"(?:^|\s)#.*", re.DOTALL)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -36,6 +38,14 @@ def public_name(source: str) -> str:
 def is_on_hub(name: str) -> bool:
     """Whether a name that strangers give may be of a model on the hub: they name no files of this machine."""
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of a list that people write, with their numbers from 1, without blank lines, comments (from a # at the
+    beginning of a line or behind white space) and the byte order mark of some editors."""
+    for number, line in enumerate(re.split(r"\r\n?|\n", text.removeprefix("\ufeff")), start=1):
+        if kept := _COMMENT.sub("", line).strip():
+            yield number, kept
 
 
 def keep_file(file: Path, data: bytes, what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
@@ -40,6 +41,7 @@ from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.limits import allow_open_files, parse_bytes
 from splitnet.logs import tell
+from splitnet.paths import lines_of
 from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import Reach, hosts_of, is_reachable, refuse_taken
 from splitnet.wire.endpoints import is_global
@@ -326,12 +328,15 @@ def peer(
 
 
 def read_models(file: Path) -> list[str]:
-    """The models in a file: one a line, without what stands behind a #. Raises SplitnetError: there are none."""
+    """The models in a file, one a line. Raises SplitnetError: there are none, or a line is no name of a model."""
     try:
-        lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
+        lines = list(lines_of(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise SplitnetError(f"{file} cannot be read ({error}): give --allow a file with one model a line") from None
-    models = [resolve_model(line) for line in lines if line]
+    for number, line in lines:
+        if not line.isprintable() or (re.search(r"[\s*?]", line) and not Path(line).exists()):
+            raise SplitnetError(f"{file}, line {number}: {line!r} is no model: write one folder, file or hub id a line")
+    models = [resolve_model(line) for _, line in lines]
     if not models:
         raise SplitnetError(f"{file} names no model: write one a line, or leave --allow out")
     return models

@@ -110,7 +110,7 @@ def serve(
         ),
     ] = None,
     keep_models: Annotated[
-        int, in_models(min=1, help="Models that are loaded at a time; the least recently used one gives way.")
+        int, in_models(min=1, help="Models that stay loaded beside the first; the least recently used one gives way.")
     ] = 4,
     max_requests: Annotated[int, in_limits(min=1, max=1024, help="Requests that run at a time.")] = 16,
     max_waiting: Annotated[int, in_limits(min=0, help="Requests that wait; more are told to come again.")] = 64,

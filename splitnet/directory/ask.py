@@ -403,11 +403,14 @@ class PeerDirectory(SwarmDirectory):
         others = [other for other in self._others if other not in self._joined and other.key not in self._own]
         rounds = [[*self._joined, *others]] if self._alone or everybody else [self._joined, others]
         rounds = [asked for asked in rounds if asked]
-        for asked in rounds:
-            question = self._ask_these(asked, model, message, limit_s / len(rounds))
-            self._alone = not any(endpoint in question.said() for endpoint in self._joined)
+        question = self._ask_these((), model, message, 0.0)
+        for asked in rounds:  # answers of an earlier round count in the next one: a handshake may take many seconds
+            self._ask_also(question, asked, message, limit_s / len(rounds))
             if question.said():
-                return question
+                break
+        self._alone = not any(endpoint in question.said() for endpoint in self._joined)
+        if question.said():
+            return question
         raise DirectoryError(self._explanation())
 
     def _ask_these(

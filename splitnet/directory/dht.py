@@ -28,7 +28,7 @@ from splitnet.errors import AddressInUse, DirectoryError
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S: Final = 10.0
+START_TIMEOUT_S: Final = 20.0
 CALL_TIMEOUT_S: Final = 10.0
 RPC_TIMEOUT_S: Final = 3.0
 WAITING_S: Final = 0.1  # between two calls of `waiting`
@@ -78,7 +78,7 @@ class Directory(SwarmDirectory):
         public: multiaddrs that others reach this node by, if not by those of this machine (NAT, containers).
         identity_path: libp2p key that keeps the address of this node the same over restarts; made if absent.
         waiting: called again and again until the node has started; an error that it raises ends the start.
-        Raises DirectoryError if none of `initial_peers` answers within 10 s, AddressInUse if `listen` is taken.
+        Raises DirectoryError if none of `initial_peers` answers within 20 s, AddressInUse if `listen` is taken.
         """
         for address in initial_peers:
             if not address.startswith("/") or "/p2p/" not in address:

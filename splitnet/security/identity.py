@@ -29,6 +29,7 @@ from zmq.utils import z85
 
 from splitnet.errors import KeyFileError, SplitnetError
 from splitnet.limits import parse_bytes
+from splitnet.paths import lines_of
 
 logger = logging.getLogger(__name__)
 
@@ -381,12 +382,9 @@ def _read_authorized_keys(path: Path) -> dict[bytes | None, KeyOptions]:
     if len(content) > MAX_KEY_FILE_BYTES:
         raise KeyFileError(f"{path} is longer than {MAX_KEY_FILE_BYTES} bytes; is it a list of keys?")
     listed: dict[bytes | None, KeyOptions] = {}
-    for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), start=1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
+    for number, line in lines_of(content.decode("utf-8", errors="replace")):
         try:
-            key, options = _listed_key(words)
+            key, options = _listed_key(line.split())
         except KeyFileError as error:
             raise KeyFileError(f"{path}, line {number}: {error}") from error
         if listed.setdefault(key, options) != options:
@@ -397,11 +395,10 @@ def _read_authorized_keys(path: Path) -> dict[bytes | None, KeyOptions]:
 def without_names(text: str) -> list[str]:
     """The lines of a list of authorized keys, without names and comments."""
     lines = list[str]()
-    for words in (line.partition("#")[0].split() for line in text.splitlines()):
-        if words:
-            key = 1 if "=" in words[0] else 0
-            has_options = len(words) > key + 1 and "=" in words[key + 1]
-            lines.append(" ".join(words[: key + 1 + has_options]))
+    for words in (line.split() for _, line in lines_of(text)):
+        key = 1 if "=" in words[0] else 0
+        has_options = len(words) > key + 1 and "=" in words[key + 1]
+        lines.append(" ".join(words[: key + 1 + has_options]))
     return lines
 
 

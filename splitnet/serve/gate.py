@@ -27,6 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from splitnet.errors import KeyFileError
 from splitnet.limits import FairAccount, Holding
+from splitnet.paths import lines_of
 from splitnet.security.identity import KeyOptions, is_options, parse_options
 from splitnet.serve.admission import Admission, Client, client_at
 from splitnet.serve.failures import ApiError, failure_of, refused
@@ -50,20 +51,19 @@ class ApiKeys:
         if file is None:
             return cls({})
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not a text file"
             refusal = f"the API keys in {file} cannot be read ({reason}): give a file with one key per line"
             raise KeyFileError(refusal) from None
         keys: dict[str, KeyOptions] = {}
-        for number, line in enumerate(lines, start=1):
-            if line.strip() and not line.lstrip().startswith("#"):
-                try:
-                    key, options = _key_of(line)
-                    if keys.setdefault(key, options) is not options:
-                        raise KeyFileError("this key is there already: leave it out")
-                except KeyFileError as error:
-                    raise KeyFileError(f"{file}, line {number}: {error}") from None
+        for number, line in lines_of(text):
+            try:
+                key, options = _key_of(line.split())
+                if keys.setdefault(key, options) is not options:
+                    raise KeyFileError("this key is there already: leave it out")
+            except KeyFileError as error:
+                raise KeyFileError(f"{file}, line {number}: {error}") from None
         if not keys:
             raise KeyFileError(f"{file} holds no API key: write one per line, or leave out --api-key-file")
         return cls(keys)
@@ -77,11 +77,9 @@ class ApiKeys:
         return next(iter(matching), None)
 
 
-def _key_of(line: str) -> tuple[str, KeyOptions]:
-    words = line.split()
-    comment = next((index for index, word in enumerate(words) if word.startswith("#")), len(words))
-    keys = [word for word in words[:comment] if not is_options(word)]
-    options = [word for word in words[:comment] if is_options(word)]
+def _key_of(words: Sequence[str]) -> tuple[str, KeyOptions]:
+    keys = [word for word in words if not is_options(word)]
+    options = [word for word in words if is_options(word)]
     if len(keys) != 1 or len(options) > 1:
         raise KeyFileError("write one key, its options before or after it without spaces, and a comment after #")
     read = parse_options(options[0]) if options else KeyOptions()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +18,8 @@ from splitnet.serve.responses import ServedModel
 
 log = logging.getLogger(__name__)
 
-KEPT_MODELS = 4
+KEPT_MODELS = 4  # beside the first
+WAIT_S = 30.0  # that a request waits while other models are in use, until it is refused
 REFRESH_S = 10.0  # Between two looks for models
 
 
@@ -34,8 +35,9 @@ class Offer:
 class Gateway:
     """Finds the model of a request.
 
-    `served` is there from the beginning, and stays; of `offers` and what `search` finds, `keep` minus one are loaded at
-    most. created: seconds since 1970 that are told of the models.
+    `served` is loaded at the start, and stays. Of `offers` and what `search` finds, requests use `keep` at a time;
+    another model is loaded before an unused one gives way, so a load that fails costs none of the others.
+    created: seconds since 1970 that are told of the models.
     """
 
     served: ServedModel
@@ -50,8 +52,8 @@ class Gateway:
         self._searching: asyncio.Task[None] | None = None
         self._loaded: dict[str, ServedModel] = {}  # by the first name of their offer; the least recently used first
         self._uses: Counter[str] = Counter()  # requests that are not answered yet, by the same name
-        self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._places = asyncio.Lock()
+        self._loads: dict[str, asyncio.Task[None]] = {}  # under way, by the same name
+        self._freed = asyncio.Event()
 
     @property
     def loaded(self) -> list[ServedModel]:
@@ -101,30 +103,44 @@ class Gateway:
         self.check_name(name)
         offer = next(offer for offer in self._all if name in offer.names)
         key = offer.names[0]
-        async with self._loading[key]:
-            if key not in self._loaded:
-                async with self._places:
-                    await self._make_room()
-                    try:
-                        self._loaded[key] = await to_thread.run_sync(offer.load)
-                    except SplitnetError as error:
-                        status = failure_of(error).status
-                        raise ApiError(max(status, 502), f"{key!r} cannot be served: {error}", param="model") from None
-            self._uses[key] += 1
-            ENDS.get().callback(self._uses.subtract, [key])
-            self._loaded[key] = served = self._loaded.pop(key)
-            return served
+        try:
+            async with asyncio.timeout(WAIT_S):
+                while key not in self._loaded and not self._uses[key] and len(+self._uses) >= self.keep:
+                    self._freed.clear()
+                    await self._freed.wait()
+        except TimeoutError:
+            busy = f"{self.keep} other models are in use for {WAIT_S:g} s: try again later, or raise --keep-models"
+            raise ApiError(429, busy, code="overloaded") from None
+        self._uses[key] += 1
+        ENDS.get().callback(self._leave, key)
+        if key not in self._loaded:
+            if key not in self._loads:
+                self._loads[key] = asyncio.create_task(self._load(key, offer))
+            await asyncio.shield(self._loads[key])
+        self._loaded[key] = served = self._loaded.pop(key)
+        return served
 
-    async def _make_room(self) -> None:
-        """Gives up models that nobody uses. Raises ApiError if all are in use."""
-        for key, served in list(self._loaded.items()):
-            if len(self._loaded) < self.keep - 1:
-                return
-            if not self._uses[key]:
-                del self._loaded[key]
-                await to_thread.run_sync(served.close)
-        if len(self._loaded) >= self.keep - 1:
-            raise ApiError(429, f"{self.keep} models are in use: try again in a moment", code="overloaded")
+    async def _load(self, key: str, offer: Offer) -> None:
+        try:
+            self._loaded[key] = await to_thread.run_sync(offer.load)
+        except SplitnetError as error:
+            status = failure_of(error).status
+            raise ApiError(max(status, 502), f"{key!r} cannot be served: {error}", param="model") from None
+        finally:
+            del self._loads[key]
+        self._make_room()
+
+    def _leave(self, key: str) -> None:
+        """A request for this model has its answer."""
+        self._uses[key] -= 1
+        self._freed.set()
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Gives up models that no request uses, the least recently used first, where more than `keep` are loaded."""
+        idle = [key for key in self._loaded if not self._uses[key]]
+        for key in idle[: max(0, len(self._loaded) - self.keep)]:
+            asyncio.get_running_loop().run_in_executor(None, self._loaded.pop(key).close)
 
     def drain(self) -> None:
         """What would go on for ever ends now, see `Generations`."""

@@ -213,7 +213,9 @@ class Links:
                 session.deliver(source, message)
 
     def _link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
-        if state.is_final:
+        if state is LinkState.UP:
+            self.pool.came_up(endpoint)
+        elif state.is_final:
             self._tell_all(endpoint, refusal(endpoint, state))
         elif state is LinkState.DOWN:
             self._tell_all(endpoint, PeerLost(f"the peer at {endpoint.address} is gone"))

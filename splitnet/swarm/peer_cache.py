@@ -15,9 +15,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from scheduler.liveness import BAN_S
+from scheduler.liveness import BAN_S, DIRECTORY_ANSWER_S
 from splitnet.directory.ask import Changes, PeerDirectory
 from splitnet.directory.interface import SwarmDirectory
+from splitnet.directory.offers import REFRESH_S
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError, NotAuthorized, ProtocolVersionError, WrongSwarm
 from splitnet.security.identity import AuthorizedKeys, PublicKey
@@ -41,6 +42,8 @@ LISTED_LIKELY: Final = 192  # of these are for routes most likely; the others we
 CLOCKS_S: Final = 60.0  # by which the clocks of peers may differ
 UNHEARD_S: Final = 1800.0  # an expired record that no peer confirms does not count after that
 NEVER: Final = 1e11
+ARRIVE_S: Final = REFRESH_S + DIRECTORY_ANSWER_S  # a peer that serves has announced itself in this time
+ARRIVE_LOOK_S: Final = 1.0
 
 Likely = Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int], Sequence[PeerRecord]]
 
@@ -81,6 +84,7 @@ class PeerCache:
         self._asks_linked = False
         self._silent = False  # nobody answered the last time, though there are peers to go on with
         self._asking = threading.Lock()
+        self._awaited_until: float | None = None  # the first record, where the swarm has other models only
 
     def look(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:
         """Peers that serve this model and speak this protocol; asked for again after 20 to 30 s, or at once if `fresh`.
@@ -90,29 +94,26 @@ class PeerCache:
 
         Raises:
             DirectoryError: the directory does not answer, and no peer is known.
-            WrongSwarm: the swarm serves other weights only.
+            WrongSwarm: the swarm serves other weights only, after `ARRIVE_S` too.
             ProtocolVersionError: all peers speak another protocol.
             NotAuthorized: there are peers, of which none is trusted.
         """
         if self._is_due(fresh or whole):
-            asked_at = self._asked_at
-            # An answer that does not come takes seconds: of all threads only one waits for it.
-            if self._asking.acquire(blocking=not self._silent):
-                try:
-                    if self._asked_at == asked_at:  # and no other thread has just asked
-                        self._ask(whole)
-                finally:
-                    self._asking.release()
+            self._ask_once(whole)
+        while not self._records and self._may_arrive():
+            time.sleep(ARRIVE_LOOK_S)
+            self._ask_once(whole)
+        if not self._records:
+            return []
+        self._awaited_until = None
         trusted = [record for record in self._records if self.trusts(record.key)]
         speaking = [record for record in trusted if record.protocol == PROTOCOL_VERSION]
-        if not self._records:
-            self._explain_none()
-        elif not trusted:
+        if not trusted:
             raise NotAuthorized(
                 f"{len(self._records)} peers serve {self.model_name}, and none of them is one that you trust: add "
                 "its key to your --trusted-peers file if you do"
             )
-        elif not speaking:
+        if not speaking:
             spoken = max(record.protocol for record in trusted)
             older = "this client" if spoken > PROTOCOL_VERSION else "the peers"
             raise ProtocolVersionError(
@@ -143,6 +144,17 @@ class PeerCache:
         if not self._records or age_s > (LOOK_S if self._silent else RECORDS_MAX_AGE_S + self.look_s - LOOK_S):
             return True
         return fresh and not self._silent
+
+    def _ask_once(self, whole: bool) -> None:
+        """Asks, unless another thread has just asked."""
+        asked_at = self._asked_at
+        # An answer that does not come takes seconds: only one of all threads waits for the answer.
+        if self._asking.acquire(blocking=not self._silent):
+            try:
+                if self._asked_at == asked_at:
+                    self._ask(whole)
+            finally:
+                self._asking.release()
 
     def _ask(self, whole: bool) -> None:
         try:
@@ -279,13 +291,22 @@ class PeerCache:
         """Until when a record counts, by itself or by later confirmations of its peer; Unix time in seconds."""
         return max(record.expires_at, self._heard_at.get(record.key, 0.0) + record.ttl_s)
 
-    def _explain_none(self) -> None:
-        others = sorted({name for key, name in self.directory.models().items() if key != self.fingerprint})
-        if others:
+    def _may_arrive(self) -> bool:
+        """Whether to wait for the first record of this model, where the swarm has other models: a peer that has just
+        started announces itself later than others see its swarm. Raises WrongSwarm: no record came in `ARRIVE_S`."""
+        models = self.directory.models()
+        others = ", ".join(sorted({name for key, name in models.items() if key != self.fingerprint}))
+        now = time.monotonic()
+        if others and self._awaited_until is None:
+            self._awaited_until = now + ARRIVE_S
+            log.warning("No peer of %s is found yet, only of %s: waiting %d s.", self.model_name, others, ARRIVE_S)
+        waits = self._awaited_until is not None and now < self._awaited_until
+        if others and not waits and self.fingerprint not in models:
             raise WrongSwarm(
-                f"this swarm serves other weights than your {self.model_name}: it has {', '.join(others)}. "
+                f"this swarm serves other weights than your {self.model_name}: it has {others}. "
                 "Use that model, or the address of a swarm of yours"
             )
+        return bool(others) and waits
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,12 @@ class LinkPool:
                 self._unused[endpoint] = math.inf
             return True
 
+    def came_up(self, endpoint: Endpoint) -> None:
+        """Counts the time without use anew: messages that waited for a handshake of seconds are sent only now."""
+        with self._lock:
+            if endpoint in self._unused:
+                self._unused[endpoint] = math.inf
+
     def state(self, endpoint: Endpoint) -> LinkState:
         """State of a link; of one that was closed after it had failed, for `SILENT_S` the state then."""
         state = self.linking.state(endpoint)

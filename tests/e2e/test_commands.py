@@ -30,6 +30,7 @@ from splitnet.cli.main import app
 from splitnet.directory.dht import Directory
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import SwarmKey
+from splitnet.swarm import peer_cache
 from tests.e2e.conftest import DUO_SPANS, SPANS, Here
 from tests.e2e.daemons import LOOPBACK, Daemon, daemon, run, starting
 from tests.e2e.small_model import small_model
@@ -302,7 +303,10 @@ def words(
 
 @pytest.mark.default_cases(name=tuple(FAILURES.keys() - SAID_BY_OTHERS))
 @pytest.mark.parametrize("name", FAILURES)
-def test_one_sentence_says_what_is_wrong_and_the_fix(words: dict[str, str], here: Here, name: str) -> None:
+def test_one_sentence_says_what_is_wrong_and_the_fix(
+    words: dict[str, str], here: Here, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_cache, "ARRIVE_S", 0.0)
     arguments, sentence = FAILURES[name]
     finished = here(*arguments.format_map(words).split())
     assert re.search(sentence.format_map(words), finished.error), finished.error

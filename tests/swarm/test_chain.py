@@ -17,6 +17,7 @@ from splitnet.security.identity import Identity
 from splitnet.session.events import Cause
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
+from splitnet.swarm import peer_cache
 from splitnet.wire.endpoints import Destination
 from splitnet.wire.messages import Chunk, Result
 from tests.swarm.harness import LocalSwarm, local_swarm
@@ -172,7 +173,8 @@ def test_a_hole_is_named(node: Directory, own_folder: Path) -> None:
 
 
 @pytest.mark.full
-def test_other_weights_are_named(shared: LocalSwarm, tmp_path: Path) -> None:
+def test_other_weights_are_named(shared: LocalSwarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_cache, "ARRIVE_S", 0.0)
     other = LocalSwarm(random_checkpoint("llama", tmp_path, seed=9), peers=shared.peers)
     with other.newcomer() as visitor, pytest.raises(WrongSwarm, match="other weights"):
         generate(visitor.model(), prompt())

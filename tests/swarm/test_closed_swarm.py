@@ -23,6 +23,7 @@ from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import SwarmKey, write_secret_file
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
+from splitnet.swarm import peer_cache
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.messages import Announce, Announced, Chunk, Found, LookUp
 from tests.attacks.directory import ask_of_nothing
@@ -85,7 +86,8 @@ def test_from_pretrained_takes_the_swarm_key_and_whom_it_trusts(swarm: LocalSwar
         AutoModelForCausalLM.from_pretrained(swarm.folder, swarm_key=tmp_path / "none", **connection)
 
 
-def test_a_model_that_nobody_serves_is_no_wrong_key(swarm: LocalSwarm) -> None:
+def test_a_model_that_nobody_serves_is_no_wrong_key(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_cache, "ARRIVE_S", 0.0)
     facts = dataclasses.replace(ModelFacts.of(swarm.peers[0].checkpoint), fingerprint="ab" * 32)
     with (
         Swarm(facts, [swarm.peers[0].join_address], swarm_key=KEY) as client,

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory
 from splitnet.errors import DirectoryError, SplitnetError
 from splitnet.hf.causal_lm import attach
-from splitnet.security.identity import Identity
+from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import SwarmKey
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.tools.tune import coordinator as coordinator_module
@@ -33,6 +34,7 @@ from splitnet.tools.tune.methods import Schedule, Settings
 from splitnet.tools.tune.owner import JointRun, RoundLink, Stopped
 from splitnet.tools.tune.rounds import Numbers, Rules
 from splitnet.tools.tune.run import Encoded, TuningRun
+from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import MAX_ROUNDS, RoundState, RoundWish
 from tests.swarm.adapters import lora, wrapped
 from tests.swarm.harness import LOOPBACK, SPANS, LocalSwarm, local_swarm, shared_swarm, wait_until
@@ -479,6 +481,31 @@ def test_two_processes_with_one_key_are_told_so(
         links[1].ask(RoundWish.JOIN)
         with pytest.raises(SplitnetError, match="give each its --key-file"):
             first.result(60)
+
+
+def test_of_coordinators_of_one_name_that_of_a_listed_key_is_joined(
+    visitor: LocalSwarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, stranger = Identity.generate(), Identity.generate()
+    client = visitor.connect(Identity.generate())
+    records = [
+        SimpleNamespace(endpoint=Endpoint("tcp://127.0.0.1:9", each.public), has_left=False)
+        for each in (stranger, right)
+    ]
+    monkeypatch.setattr(client.directory, "peers", lambda place: records)
+    with pytest.raises(DirectoryError, match="2 coordinators call their round birds") as refused:
+        RoundLink(client, NAME)
+    assert all(f"'{NAME}@tcp://127.0.0.1:9?key={each.public.text}'" in str(refused.value) for each in (right, stranger))
+    (tmp_path / "trusted").write_text(right.public.text)
+    monkeypatch.setattr(client, "trusted", AuthorizedKeys(tmp_path / "trusted"))
+    with RoundLink(client, NAME) as link:
+        assert link._endpoint.key == right.public
+    records.pop()
+    with pytest.raises(DirectoryError, match=f"{stranger.public.text}, which --trusted-peers does not list"):
+        RoundLink(client, NAME)
+    monkeypatch.setattr(client, "identity", stranger)
+    with RoundLink(client, NAME) as link:
+        assert link._endpoint.key == stranger.public
 
 
 @pytest.mark.default_cases(key=(None,))

@@ -168,6 +168,8 @@ class Coordinator:
             return self._send(source, self._state())
         if ask.wish == RoundWish.JOIN or key not in rounds.owners:
             rounds.join(key, ask.examples, time.monotonic())
+            self._connections = {each: way for each, way in self._connections.items() if each in rounds.owners}
+            self._informed &= rounds.owners.keys()
         before = self._connections.get(key)
         if before not in (None, source):
             self._send(
@@ -179,6 +181,8 @@ class Coordinator:
             self._informed.add(key)
         elif current:
             rounds.offer(key, ask.size)
+        elif ask.wish == RoundWish.READY:
+            rounds.tries(key)
         self._send(source, *([self._state()] if current else self._latest()))
 
     def _advance(self) -> None:

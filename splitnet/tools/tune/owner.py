@@ -62,12 +62,21 @@ class RoundLink:
         self._transport.start()
 
     def _found(self, swarm: Swarm) -> Endpoint:
-        found = [record.endpoint for record in swarm.directory.peers(round_place(self._model, self.name))]
+        named = [record.endpoint for record in swarm.directory.peers(round_place(self._model, self.name))]
+        own = [each for each in named if each.key == self._identity.public]
+        found = own or [each for each in named if swarm.trusted is None or swarm.trusted.allows(each.key.curve_raw)]
+        if named and not found:
+            raise DirectoryError(
+                f"a round {self.name} is coordinated by {named[0].key.text}, which --trusted-peers does not list: list "
+                f"it if you trust it, or give '{self.name}@tcp://HOST:PORT?key=...' as the coordinator prints it"
+            )
         if not found:
             raise DirectoryError(f"nobody coordinates a round {self.name} of this model: `splitnet round start` does")
         if len(found) > 1:
             ways = " or ".join(f"'{self.name}@{peer_address(each)}'" for each in found[:SHOWN])
-            raise DirectoryError(f"{len(found)} coordinators call their round {self.name}: give {ways}")
+            raise DirectoryError(
+                f"{len(found)} coordinators call their round {self.name}: ask whose key is right, give {ways}"
+            )
         return found[0]
 
     def ask(

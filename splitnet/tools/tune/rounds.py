@@ -26,7 +26,8 @@ from splitnet.wire.messages import MAX_ATTEMPT, MAX_OWNERS, MAX_ROUNDS, RoundNum
 LEAST_MASKED = 3  # owners: of two, each would learn the other's gradient
 STRAGGLE = 2.0  # a round waits for stragglers until so many times the time after which enough owners were ready,
 LEAST_WAIT_S = 5.0  # and at least so long
-LOST_S = 600.0  # until owners that do not send their gradients count as gone, where not even half of them do
+LOST_S = 600.0  # until owners that do not send their gradients count as gone, where not even half of them do:
+LOST_TIMES, LEAST_LOST_S = 10.0, 60.0  # or after this many times what the last round took, and this time at least
 FORGIVEN = 2  # rounds that an owner may miss before the others wait for it no more
 MAX_GRADIENTS_BYTES = 4 << 30  # that the coordinator holds at once
 OUTWEIGHS = 4  # times the median of examples: an owner that claims more counts as so many
@@ -72,11 +73,23 @@ class Rules:
 
 @dataclass(slots=True)
 class Owner:
+    """tried: it has been ready with a gradient. delivered: the last wanted gradient has come. failed: wanted gradients
+    in a row that never came. back_at: the number of the round from which gradients are wanted again. missed: rounds in
+    a row without a gradient of this owner."""
+
     examples: int
     ready: bool = False
+    tried: bool = False
+    delivered: bool = False
+    failed: int = 0
+    back_at: int = 0
     missed: int = 0
     share: float = 0.0  # of its gradient in the average
     gradient: bytes | None = None
+
+    @property
+    def is_awaited(self) -> bool:
+        return self.tried and self.missed < FORGIVEN
 
 
 @dataclass(eq=False)
@@ -99,6 +112,7 @@ class Rounds:
     _attempt: int = 0
     _began: float | None = None  # this round, or this attempt
     _enough_at: float | None = None
+    _took_s: float = LOST_S  # the gradients of the last round, from when they were wanted
 
     @property
     def is_over(self) -> bool:
@@ -111,7 +125,11 @@ class Rounds:
     @property
     def present(self) -> int:
         """Owners that a round waits for."""
-        return sum(owner.missed < FORGIVEN for owner in self.owners.values())
+        return max(self._needed, sum(owner.is_awaited for owner in self.owners.values())) if self.owners else 0
+
+    @property
+    def _needed(self) -> int:
+        return self.rules.quorum if self.number else max(self.rules.quorum, self.rules.owners)
 
     def begin(self, settings: Settings) -> None:
         """Takes the settings of the owner that starts the rounds, unless they are known. Raises SplitnetError: they
@@ -122,24 +140,44 @@ class Rounds:
             self.settings, self.rounds = settings, settings.steps
 
     def join(self, key: bytes, examples: int, now: float) -> None:
-        """Raises SplitnetError: there is no place."""
+        """Where all places are taken, an owner that has delivered no gradient lately gives up its place; ready with
+        a gradient, it joins again. Raises SplitnetError: all places are of owners that deliver."""
         if key not in self.owners and len(self.owners) >= MAX_OWNERS:
-            raise SplitnetError(f"{MAX_OWNERS} owners take part already")
+            works = {each for each, owner in self.owners.items() if owner.delivered and owner.missed < FORGIVEN}
+            idle = [each for each in self.owners if each not in works and each not in self.members]
+            if not idle:
+                raise SplitnetError(f"{MAX_OWNERS} owners take part already: join again later")
+            del self.owners[min(idle, key=lambda each: self.owners[each].ready)]
         owner = self.owners.setdefault(key, Owner(0))
-        owner.examples, owner.ready, owner.missed, owner.gradient = max(1, examples), False, 0, None
+        owner.examples, owner.ready, owner.gradient = max(1, examples), False, None
+        owner.missed = 0 if owner.delivered else owner.missed
         self._began = now if self._began is None else self._began
+
+    def tries(self, key: bytes) -> None:
+        """Rounds wait for an owner that has joined from its first gradient on, be it one of an earlier round."""
+        owner = self.owners[key]
+        owner.missed, owner.tried = owner.missed if owner.tried else 0, True
 
     def offer(self, key: bytes, size: int) -> None:
         """An owner that has joined is ready with a gradient; nothing happens before the parameters are known. Raises
-        SplitnetError: it is of another size, or too large."""
+        SplitnetError: it is of another size, or too large, or owners that deliver have all the memory."""
         if self.parameters is None:
             return
-        most = MAX_GRADIENTS_BYTES // (4 * max(self.rules.owners, len(self.owners)))
+        most = MAX_GRADIENTS_BYTES // (4 * self.rules.owners)
         if size != self.parameters.size:
             raise SplitnetError(f"the round trains {self.parameters.size:,} numbers, this adapter {size:,}")
         if size > most:
-            raise SplitnetError(f"{size:,} numbers of so many owners are too many: train {most:,} at most")
-        self.owners[key].ready, self.owners[key].missed = True, 0
+            raise SplitnetError(f"{size:,} numbers of {self.rules.owners} owners are too many: train {most:,} at most")
+        if sum(owner.delivered for each, owner in self.owners.items() if each != key) >= self._places:
+            raise SplitnetError(f"the coordinator has memory for {self._places} owners of {size:,} numbers: come later")
+        self.tries(key)
+        self.owners[key].ready = True
+
+    @property
+    def _places(self) -> int:
+        """Gradients that the coordinator holds at once."""
+        assert self.parameters is not None
+        return MAX_GRADIENTS_BYTES // max(1, self.parameters.nbytes)
 
     def take(self, key: bytes, numbers: RoundNumbers) -> None:
         """Takes a wanted gradient; anything else is dropped."""
@@ -156,12 +194,15 @@ class Rounds:
         if self.members:
             return self._collect(now)
         ready = [key for key, owner in self.owners.items() if owner.ready]
-        if len(ready) < (self.rules.quorum if self.number else max(self.rules.quorum, self.rules.owners)):
+        trusted = [key for key in ready if self.owners[key].back_at <= self.number]
+        ready = trusted if len(trusted) >= self._needed else ready
+        if len(ready) < self._needed:
             self._enough_at = None
             return {}
-        if len(ready) < self.present and not self._is_late(now):
+        waits = any(owner.is_awaited and not owner.ready for owner in self.owners.values())
+        if waits and not self._is_late(now):
             return {}
-        return self._want(ready, now)
+        return self._want(sorted(ready, key=lambda key: not self.owners[key].delivered)[: self._places], now)
 
     def _is_late(self, now: float) -> bool:
         assert self._began is not None
@@ -193,19 +234,29 @@ class Rounds:
         assert self._began is not None
         sent = [key for key in self.members if self.owners[key].gradient is not None]
         if len(sent) < len(self.members):
-            half = 2 * len(sent) >= len(self.members)
-            if not (self._is_late(now) if half else now - self._began > LOST_S):
+            # Of owners that delivered before, as anybody can make keys; in the first round of as many as begin.
+            proven = {key for key in self.members if self.owners[key].delivered}
+            expected = len(proven) or min(len(self.members), self.rules.owners)
+            half = 2 * len(proven.intersection(sent) if proven else sent) >= expected
+            lost_s = min(LOST_S, max(LEAST_LOST_S, LOST_TIMES * self._took_s))
+            if not (self._is_late(now) if half else now - self._began > lost_s):
                 return {}
             for key in set(self.members) - set(sent):
-                self.owners[key].ready = False
-                self.owners[key].missed += 1
+                owner = self.owners[key]
+                owner.ready, owner.delivered, owner.missed, owner.failed = (
+                    False,
+                    False,
+                    owner.missed + 1,
+                    owner.failed + 1,
+                )
+                owner.back_at = self.number + 1 + 2**owner.failed
             self._say(f"{len(self.members) - len(sent)} owners did not send their gradients")
             enough = len(sent) >= self.rules.quorum
             if not enough or self.rules.masked or self.rules.noise:  # masks do not cancel out, noise is missing
                 self.members, self._began, self._enough_at = (), now, None
                 return self._want(sent, now) if enough else {}
         self._average(sent)
-        self._began, self._enough_at = now, None
+        self._began, self._enough_at, self._took_s = now, None, now - self._began
         return {}
 
     def _average(self, keys: Sequence[bytes]) -> None:
@@ -218,7 +269,10 @@ class Rounds:
         self.number += 1
         self._say(f"round {self.number} of {self.rounds}: {len(keys)} owners")
         for key, owner in self.owners.items():
-            owner.missed = 0 if key in keys else owner.missed + (key not in self.members)
+            if key in keys:
+                owner.delivered, owner.failed, owner.missed = True, 0, 0
+            elif key not in self.members:
+                owner.missed += 1
             owner.ready, owner.gradient = owner.ready and key not in keys, None
         self.members = ()
 

@@ -16,6 +16,7 @@ from splitnet.cli import peer as command
 from splitnet.cli.invite import Invite
 from splitnet.cli.main import app
 from splitnet.directory import hivemind_node
+from splitnet.errors import SplitnetError
 from splitnet.quant.choose import Weights
 from splitnet.quant.native import has_integer_kernels
 from splitnet.security.identity import Identity
@@ -68,6 +69,17 @@ def test_models_that_a_peer_may_serve(tmp_path: Path) -> None:
     }.items():
         ran = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["peer", *wrong])
         assert ran.exit_code and fault in f"{ran.output}{ran.exception}"
+
+
+def test_a_list_of_models_is_read_as_editors_write_it_and_a_line_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    file, spaced = tmp_path / "models", tmp_path / "my model"
+    spaced.mkdir()
+    file.write_bytes(f"\ufefforg/a\r\n/m/C#-coder\t# a folder\r\n{spaced}\n".encode())
+    assert command.read_models(file) == ["org/a", "/m/C#-coder", str(spaced)]
+    for line in ("*", "org/a\0b", "org/a org/b", "org/a\u2028org/b"):
+        file.write_text(f"# mine\norg/a\n{line}\n", encoding="utf-8")
+        with pytest.raises(SplitnetError, match="line 3: "):
+            command.read_models(file)
 
 
 def invitation(folder: Path, *authorized: str) -> Path:

@@ -236,6 +236,28 @@ def test_others_are_asked_when_those_joined_through_are_gone(links: ScriptedPeer
     assert record.endpoint in [endpoint for endpoint, message in links.asked if isinstance(message, Announce)]
 
 
+def test_an_answer_that_comes_while_others_are_asked_counts(links: ScriptedPeers) -> None:
+    record = signed()
+    far = links.add(tells(record))
+    asked = PeerDirectory([far], links)
+    assert asked.peers(MODEL) == [record]
+    questions: list[LookUp | Announce] = []
+    found_later = signed()
+
+    def answers_late(question: LookUp | Announce) -> Sequence[Message]:
+        questions.append(question)
+        return []
+
+    def lets_the_late_answer_come(_: LookUp | Announce) -> Sequence[Message]:
+        for answer in tells(found_later)(questions[0]):
+            links.say(far, answer)
+        return []
+
+    links.scripts |= {far: answers_late, record.endpoint: lets_the_late_answer_come}
+    assert asked.peers(MODEL) == [found_later]
+    assert len(questions) == 1
+
+
 def test_a_question_goes_on_over_a_bounded_number_of_peers(links: ScriptedPeers) -> None:
     asked = PeerDirectory([links.add(tells(signed()))], links, serving=True)
     for depth in range(MAX_DEPTH + 2):

@@ -22,6 +22,7 @@ from splitnet.security.identity import (
     Identity,
     KeyOptions,
     PublicKey,
+    without_names,
 )
 
 HANDSHAKE_TIMEOUT_MS = 5000
@@ -177,7 +178,9 @@ class _Clock:
 def test_authorized_keys_with_comments(tmp_path: Path) -> None:
     first, second, stranger = (Identity.generate().public for _ in range(3))
     path = tmp_path / "authorized_keys"
-    path.write_text(f"# friends\n\n{first.text} anna@laptop\n  {second.text}  # the other\n")
+    text = f"\ufeff# friends\n\n{first.text} anna@laptop\n  {second.text}  # the other\n"
+    path.write_text(text, encoding="utf-8")
+    assert without_names(text) == [first.text, second.text]
     keys = AuthorizedKeys(path)
     assert keys.allows(first.curve_raw) and keys.allows(second.curve_raw)
     assert not keys.allows(stranger.curve_raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -61,8 +62,15 @@ def request() -> Iterator[None]:
         yield
 
 
+async def wait_until_open(world: World, *names: str) -> None:
+    """A model that gives way is closed beside the event loop."""
+    async with asyncio.timeout(10):
+        while sorted(world.open) != sorted(names):
+            await asyncio.sleep(0.001)
+
+
 def test_models_are_loaded_once_when_they_are_asked_for_and_the_least_used_gives_way(world: World) -> None:
-    gateway = Gateway(world.model("first"), [world.offer(name) for name in "abc"], keep=3)
+    gateway = Gateway(world.model("first"), [world.offer(name) for name in "abc"], keep=2)
     assert gateway.names == ["first", "a", "a-too", "b", "b-too", "c", "c-too"]
 
     async def come() -> None:
@@ -73,45 +81,96 @@ def test_models_are_loaded_once_when_they_are_asked_for_and_the_least_used_gives
         await find(gateway, "b")
         await find(gateway, "a")
         await find(gateway, "c")
-        assert world.open == ["first", "a", "c"]
+        await wait_until_open(world, "first", "a", "c")
         with request():
             await gateway.find("a")
             await find(gateway, "b")
-            assert world.open == ["first", "a", "b"], "what is in use stays"
-            await gateway.find("b")
-            with pytest.raises(ApiError, match="3 models are in use") as refused:
-                await find(gateway, "c")
-        assert refused.value.status == 429
-        await find(gateway, "c")
-        assert world.open == ["first", "b", "c"], "a request that has its answer uses none"
+            await wait_until_open(world, "first", "a", "b")
 
     asyncio.run(come())
     gateway.close()
     assert not world.open
 
 
-def test_a_model_is_in_use_until_its_request_has_the_last_of_its_answer(world: World) -> None:
-    gateway = Gateway(world.model("first"), [world.offer(name) for name in "ab"], keep=2)
-    statuses: list[int] = []
+def test_one_kept_model_is_another_one_for_each_of_requests_that_alternate(world: World) -> None:
+    gateway = Gateway(world.model("first"), [world.offer(name) for name in "ab"], keep=1)
+
+    async def come() -> None:
+        for name in "aabba":
+            assert (await find(gateway, name)).names == [name]
+            await wait_until_open(world, "first", name)
+
+    asyncio.run(come())
+    assert world.loads == ["a", "b", "a"]
+
+
+def test_a_model_is_in_use_until_its_request_has_the_last_of_its_answer_and_others_wait_for_that(world: World) -> None:
+    gateway = Gateway(world.model("first"), [world.offer(name) for name in "ab"], keep=1)
+    waiting: list[asyncio.Task[Any]] = []
 
     async def inside(scope: Any, receive: Any, send: Any) -> None:
         async def answer() -> AsyncIterator[bytes]:
             yield b"begun"
-            with pytest.raises(ApiError, match="in use") as refused:
-                await find(gateway, "b")
-            statuses.append(refused.value.status)
+            waiting.append(asyncio.create_task(find(gateway, "b")))
+            while gateway._freed.is_set():
+                await asyncio.sleep(0)
+            assert world.loads == ["a"]
 
         await gateway.find("a")
         await StreamingResponse(answer())(scope, receive, send)
 
     async def come() -> None:
+        gateway._freed.set()
         transport = httpx.ASGITransport(Gate(inside, (API,), ApiKeys({})))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            assert (await client.get("/v1/a")).text == "begun" and statuses == [429]
-        await find(gateway, "b")
-        assert world.open == ["first", "b"]
+            assert (await client.get("/v1/a")).text == "begun"
+        assert (await waiting[0]).names == ["b"]
+        await wait_until_open(world, "first", "b")
 
     asyncio.run(come())
+
+
+def test_a_request_is_refused_after_it_has_waited_for_a_model_in_use(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WAIT_S", 0.0)
+    gateway = Gateway(world.model("first"), [world.offer(name) for name in "ab"], keep=1)
+
+    async def come() -> None:
+        with request():
+            await gateway.find("a")
+            with pytest.raises(ApiError, match="1 other models are in use") as refused:
+                await find(gateway, "b")
+            assert refused.value.status == 429
+            assert (await find(gateway, "a-too")).names == ["a"]
+        await find(gateway, "b")
+
+    asyncio.run(come())
+    assert world.loads == ["a", "b"]
+
+
+def test_a_model_that_loads_holds_up_no_other_and_loads_once_for_all_its_requests(world: World) -> None:
+    may_end = threading.Event()
+
+    def load() -> Any:
+        world.loads.append("slow")
+        assert may_end.wait(10)
+        return world.model("slow")
+
+    gateway = Gateway(world.model("first"), [Offer(["slow"], load), world.offer("a"), world.offer("b")])
+
+    async def come() -> None:
+        slow = [asyncio.create_task(find(gateway, "slow")) for _ in range(3)]
+        while not world.loads:
+            await asyncio.sleep(0.001)
+        slow[0].cancel()
+        for name in "ab":
+            assert (await find(gateway, name)).names == [name]
+        may_end.set()
+        assert [served.names for served in await asyncio.gather(*slow[1:])] == [["slow"]] * 2
+
+    asyncio.run(come())
+    assert world.loads == ["slow", "a", "b"]
 
 
 def test_a_model_that_cannot_be_loaded_ends_no_other(world: World) -> None:
@@ -122,14 +181,16 @@ def test_a_model_that_cannot_be_loaded_ends_no_other(world: World) -> None:
         return load
 
     broken = [Offer(["far"], fails(PeerLost("the peer has gone"))), Offer(["bad"], fails(DirectoryError("no swarm")))]
-    gateway = Gateway(world.model("first"), [*broken, world.offer("a")])
+    gateway = Gateway(world.model("first"), [*broken, world.offer("a")], keep=1)
 
     async def come() -> None:
+        await find(gateway, "a")
         for name, status in (("far", 502), ("bad", 503)):
             with pytest.raises(ApiError, match=f"'{name}' cannot be served: ") as refused:
                 await find(gateway, name)
             assert refused.value.status == status
         assert (await find(gateway, "a")).names == ["a"]
+        assert world.loads == ["a"] and world.open == ["first", "a"]
 
     asyncio.run(come())
 

@@ -193,7 +193,9 @@ def test_errors_have_the_shape_that_clients_read(
 
 def test_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text("# mine\n one \n\ntwo\n")
+    file.write_text("\ufeff# mine\n one \n\ntwo\n", encoding="utf-8")
+    assert len(ApiKeys.read(file)) == 2
+    file.write_text("\ufeffone\n# mine\ntwo\n", encoding="utf-8")
     keys = ApiKeys.read(file)
     assert keys and not ApiKeys.read(None)
     owners = [keys.client_of(key) for key in (b"one", b"two", b"# mine", b"", b"on")]

@@ -90,6 +90,13 @@ def test_what_a_session_opened_is_in_use_until_it_closes_it(links: Links) -> Non
     assert open_links(links) == {peer()}, "the next session finds it open"
 
 
+def test_the_pool_is_told_that_a_link_has_come_up(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Endpoint] = []
+    monkeypatch.setattr(links.pool, "came_up", told.append)
+    links._link_changed(peer(), LinkState.UP)
+    assert told == [peer()]
+
+
 def test_a_session_that_is_over_uses_no_link(links: Links) -> None:
     session = FakeSession(links)
     session.close()

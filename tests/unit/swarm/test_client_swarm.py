@@ -150,10 +150,27 @@ def test_peers_of_another_version_are_left_out(swarm: Swarm, directory: FakeDire
     assert swarm.peers() == [spoken]
 
 
-def test_a_swarm_of_other_weights_is_named(swarm: Swarm, directory: FakeDirectory) -> None:
+def test_a_swarm_of_other_weights_is_named_once_no_record_has_arrived(
+    swarm: Swarm, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_cache, "ARRIVE_S", 0.0)
     directory.names = {"cd" * 32: "another-model"}
     with pytest.raises(WrongSwarm, match="another-model"):
         swarm.peers()
+    directory.names[FACTS.fingerprint] = FACTS.name
+    assert swarm.peers() == [], "then the missing blocks are named"
+
+
+def test_a_record_that_arrives_after_those_of_other_models_is_waited_for(
+    swarm: Swarm, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(peer_cache, "ARRIVE_LOOK_S", 0.0)
+    directory.names = {"cd" * 32: "another-model"}
+    record = served()
+    monkeypatch.setattr(directory, "peers", lambda model: [record] if len(asked) > 2 else asked.append(model) or [])
+    asked: list[str] = []
+    assert swarm.peers() == [record]
+    assert sum("only of another-model: waiting" in each.message for each in caplog.records) == 1
 
 
 def test_records_are_looked_up_once_for_a_while(swarm: Swarm, directory: FakeDirectory) -> None:

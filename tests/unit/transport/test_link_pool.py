@@ -228,3 +228,20 @@ def test_links_that_had_no_users_are_closed_sooner() -> None:
     pool.tick(200.0)
     pool.tick(200.1 + BRIEF_S)
     assert linking.open.keys() == set(), "it had users before it was closed"
+
+
+def test_a_link_is_not_closed_unused_while_the_answer_to_what_waited_for_its_handshake_comes() -> None:
+    linking, handshake_s = FakeLinking(), 3 * BRIEF_S
+    pool = LinkPool(linking, most=10, keep_s=KEEP_S, keep_unreached_s=handshake_s, keep_unused_s=BRIEF_S)
+    assert pool.touch(peer(1))
+    linking.open[peer(1)] = LinkState.CONNECTING
+    pool.tick(100.0)
+    linking.open[peer(1)] = LinkState.UP
+    pool.came_up(peer(1))
+    pool.tick(100.0 + handshake_s)
+    pool.tick(100.0 + handshake_s + BRIEF_S)
+    assert linking.open.keys() == {peer(1)}
+    pool.tick(100.1 + handshake_s + BRIEF_S)
+    assert linking.open.keys() == set()
+    pool.came_up(peer(1))
+    assert not len(pool)
