@@ -145,7 +145,7 @@ async def answer_chat(
     if chat.scores_prompt:
         check_scores([prompt], chat.top_logprobs)
     forms, begun = (PLAIN, "") if chat.is_text else (prompts.forms, prompts.begun(prompt))
-    bounds, grammar = _bounds_of(chat), None
+    bounds, grammar, calls = _bounds_of(chat), None, forms.calls if chat.functions else None
     if bounds is not None:
         if chat.ignores_ends or chat.sampling.get("min_tokens"):
             raise ApiError(400, "calls say where an answer ends: leave out ignore_eos and min_tokens", param="tools")
@@ -160,7 +160,9 @@ async def answer_chat(
         max_tokens=prompts.room_for(prompt, chat.max_tokens, fits=chat.fits),
         sampling=sampling_of(served, chat.sampling),
         choices=chat.choices,
-        stop_strings=chat.stop_strings,
+        # An answer that must be a call has no text to be ended, and calls that are bound are whole.
+        stop_strings=() if chat.to_call else chat.stop_strings,
+        stops_apart=(calls.openings, calls.closing) if calls and chat.binds_calls and chat.stop_strings else ((), ""),
         top_logprobs=chat.top_logprobs,
         grammar=grammar,
         goes_on=chat.is_text or chat.goes_on,
@@ -194,7 +196,8 @@ async def _deltas(
     running: AsyncGenerator[Numbered], chat: Chat, forms: Forms, begun: str
 ) -> AsyncGenerator[Delta | Ended]:
     schemas = {one.name: one.parameters or {} for one in chat.functions} if chat.functions else None
-    parsers = [AnswerParser(forms, schemas, begun) for _ in range(chat.choices)]
+    bare = chat.answer_schema is None and chat.rule is None
+    parsers = [AnswerParser(forms, schemas, begun, bare=bare) for _ in range(chat.choices)]
     called = [False] * chat.choices
     echoed = [chat.messages[-1]["content"] if chat.echoes else ""] * chat.choices
     async with aclosing(running):
@@ -203,7 +206,7 @@ async def _deltas(
                 number = event.choice
                 said = parsers[number].push(event.text)
                 last = parsers[number].rest() if event.finish else Said()
-                calls = said.calls + last.calls
+                calls = (said.calls + last.calls)[: None if chat.several_calls else 1]
                 called[number] |= bool(calls)
                 finish = "tool_calls" if event.finish == "stop" and called[number] else event.finish
                 text, reasoning = echoed[number] + said.text + last.text, said.reasoning + last.reasoning

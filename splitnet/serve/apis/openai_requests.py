@@ -367,8 +367,6 @@ class ChatRequest(SamplingRequest):
             raise ValueError("top_logprobs needs logprobs: set logprobs to true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools_to_call:
             raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
-        if self.stop_strings and self.tools_to_call:
-            raise ValueError("stop ends texts, and the answer is to be a call: leave out stop, or tool_choice")
         if self.continue_final_message:
             if self.add_generation_prompt:
                 raise ValueError(
