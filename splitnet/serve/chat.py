@@ -41,6 +41,7 @@ class Chat:
     variables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)  # see `sampling_of`
     max_tokens: int | None = None  # of each answer; None: as many as there is room for
+    suffix: str | None = None  # what is behind the text that is wanted, of a bare text
     is_text: bool = False  # the last message is a bare text, of which the answer goes on: nothing is looked for in it
     fits: bool = True  # whether there must be room for them; otherwise an answer ends where the context does
     choices: int = 1
@@ -100,6 +101,9 @@ def check_scores(prompts: Sequence[Sequence[int]], top: int | None) -> None:
 async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> list[int]:
     """The tokens of a chat, ready for the next answer. Raises ApiError for what cannot be honoured."""
     prompts, last = served.prompts, served.prompts.last(chat.last_tokens, chat.max_tokens)
+    if chat.suffix is not None:
+        text, behind, most = chat.messages[-1]["content"], chat.suffix, chat.max_tokens
+        return await served.prepare(request, lambda: prompts.of_gap(text, behind, (), most))
     if chat.is_text:
         return await served.prepare(request, lambda: prompts.of_text(chat.messages[-1]["content"], last=last))
     described = [_described(function) for function in chat.functions]
@@ -166,7 +170,7 @@ async def answer_chat(
         top_logprobs=chat.top_logprobs,
         grammar=grammar,
         goes_on=chat.is_text or chat.goes_on,
-        stop_tokens=chat.stop_tokens,
+        stop_tokens=chat.stop_tokens if chat.suffix is None else prompts.infill_ends,
         ignores_ends=chat.ignores_ends,
         score_prompt=chat.scores_prompt,
         owner=request.state.client.name,

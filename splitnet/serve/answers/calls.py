@@ -202,19 +202,15 @@ def fits(value: Any, schema: Schema, root: Schema | None = None, checks: Iterato
         return False
     if several and not any(fits(value, each, root, checks) for each in several):
         return False
+    parts: list[tuple[Any, Any]] = []
     if isinstance(value, list):
-        item = schema.get("items")
-        return not isinstance(item, Mapping) or all(fits(each, item, root, checks) for each in value)
-    if not isinstance(value, dict):
-        return True
-    named = schema.get("properties")
-    named = named if isinstance(named, Mapping) else {}
-    if schema.get("additionalProperties") is False and not value.keys() <= named.keys():
-        return False
-    parts = [(each, named[name]) for name, each in value.items() if isinstance(named.get(name), Mapping)]
-    return all(name in value for name in _all(schema, "required")) and all(
-        fits(each, part, root, checks) for each, part in parts
-    )
+        parts = [(each, schema.get("items")) for each in value]
+    elif isinstance(value, dict):
+        named = schema.get("properties")
+        parts = [(each, named.get(name)) for name, each in value.items()] if isinstance(named, Mapping) else []
+        if any(name not in value for name in _all(schema, "required")):
+            return False
+    return all(fits(each, part, root, checks) for each, part in parts if isinstance(part, Mapping))
 
 
 class Syntax(Protocol):

@@ -170,7 +170,7 @@ class GenerateRequest(Generating):
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
-    suffix: Literal[""] | None = None
+    suffix: str | None = None
     template: Literal[""] | None = None
     context: Nothing | None = None
     images: Nothing | None = None
@@ -179,13 +179,21 @@ class GenerateRequest(Generating):
     def _raw_is_all(self) -> GenerateRequest:
         if self.raw and (self.system or self.think is not None):
             raise ValueError("a raw prompt is all that the model reads: leave out system and think, or raw")
+        if self.suffix and (self.raw or self.system or self.think is not None):
+            raise ValueError(
+                "prompt and suffix are all that the model reads: leave out raw, system and think, or suffix"
+            )
         return self
 
     @property
     def chat(self) -> Chat:
         said = [("system", self.system), ("user", self.prompt)] if self.prompt else []
         messages = [{"role": role, "content": text} for role, text in said if text]
-        return replace(super().chat, messages=messages, is_text=bool(self.raw))
+        if self.suffix:
+            messages = [{"role": "user", "content": self.prompt or ""}]
+        return replace(
+            super().chat, messages=messages, is_text=bool(self.raw or self.suffix), suffix=self.suffix or None
+        )
 
 
 class EmbedOneRequest(Strict):
@@ -347,7 +355,11 @@ def _family(served: ServedModel) -> str:
 def _capabilities(served: ServedModel) -> list[str]:
     prompts = served.prompts
     has = {"completion": not served.generations.model.headless, "embedding": served.pooling.told}
-    has |= {"tools": prompts.takes_tools, "thinking": prompts.forms.reasoning is not None}
+    has |= {
+        "insert": prompts.marks is not None,
+        "tools": prompts.takes_tools,
+        "thinking": prompts.forms.reasoning is not None,
+    }
     return [name for name, has_it in has.items() if has_it]
 
 
