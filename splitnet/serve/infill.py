@@ -34,7 +34,7 @@ OTHERS = "<|fim_pad|>", "<fim_pad>", "<fim-pad>", "▁<EOT>", "<|EOT|>", "<|file
 """Other tokens that end what models write into a gap."""
 
 SNIPPET = "\n\n--- snippet ---\n\n"
-"""Before a text of another file, where a model has no token for that."""
+"""Before a text of another file, for models without a token for files."""
 
 KNOWN = {*REPOSITORIES, *FILES, *OTHERS, *(text for each in MARKS for text in (each.prefix, each.suffix, each.middle))}
 

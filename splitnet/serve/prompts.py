@@ -198,9 +198,10 @@ class Prompts:
         return [id for piece in marked.split(mark) for id in self.ids(piece)][:most]
 
     def token_of(self, text: str) -> int | None:
-        """The token that is all of a text, if there is one."""
+        """The number of a token that the model knows; None: a text is no token."""
         token = self._tokenizer.convert_tokens_to_ids(text)
-        return token if token is not None and self._tokenizer.convert_ids_to_tokens(token) == text else None
+        is_known = token is not None and token < self._vocabulary
+        return token if is_known and self._tokenizer.convert_ids_to_tokens(token) == text else None
 
     @cached_property
     def marks(self) -> Marks | None:
@@ -218,14 +219,12 @@ class Prompts:
     ) -> list[int]:
         """The tokens with which a model is asked for the text between two others, in which marks are text.
 
-        `files`: names and texts of others, of which as many last tokens are read as leave room for `max_tokens`.
+        `files`: names and texts of other files; their last tokens are read, as far as `max_tokens` leaves room.
 
-        Raises ApiError: the model has no marks for it, or a text is longer than the context.
+        Raises ApiError: the model has no marks for gaps, or a text is longer than the context.
         """
         if self.marks is None:
-            raise ApiError(
-                400, "this model has no marks for the text between two others: leave out suffix", param="suffix"
-            )
+            raise ApiError(400, "this model has no marks for a text between two others: ask for a text to go on")
         self._check_length([text for _, text in files], CUT_TIMES)
         parts = [self._marked(self.marks.prefix, prefix), self._marked(self.marks.suffix, suffix, behind=True)]
         if self.marks.suffix_first:

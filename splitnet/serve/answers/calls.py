@@ -186,7 +186,7 @@ MOST_CHECKS = 1000  # Of parts of a schema, in one call
 
 
 def fits(value: Any, schema: Schema, root: Schema | None = None, checks: Iterator[int] | None = None) -> bool:
-    """Whether a value has the types, the choices and the required names of a schema; `root` has what it refers to.
+    """Whether a value has the types, the choices and the required names of a schema; references are to `root`.
 
     Raises ValueError or RecursionError where that takes too long to tell.
     """

@@ -52,13 +52,13 @@ def _heads(names: Iterable[str]) -> list[str]:
 
 
 def _may_be_bare(text: str, heads: Sequence[str]) -> bool:
-    """Whether a text is the beginning of calls without marks, or all of them, and nothing else."""
+    """Whether a text is calls without marks, or may become such calls."""
     begin = re.sub(r"\s", "", text[:_MOST_HEAD])
     if not any(head.startswith(begin) or begin.startswith(head) for head in heads):
         return False
     fenced, rest = text.lstrip().startswith(_FENCE), _LEAD.sub("", text, count=1)
     if not rest.startswith("{"):
-        return True  # nothing but a part of what it begins with
+        return True  # the text is a part of a lead
     while rest.startswith("{"):
         try:
             _, end = json.JSONDecoder().raw_decode(rest)

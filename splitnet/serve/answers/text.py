@@ -62,11 +62,11 @@ def held_back(text: str, strings: Sequence[str]) -> int:
     return next((one for one in lengths if any(string.startswith(text[-one:]) for string in strings)), 0)
 
 
-_ENDED, _OPEN = "\ud800", "\ud801"  # Stand for the characters of a part without stop strings; no request has these
+_ENDED, _OPEN = "\ud800", "\ud801"  # In place of each character of a part without stop strings; no request has these
 
 
 class StopStrings:
-    """Ends a text before the first of some strings; what may become one of them is held back.
+    """Ends a text before the first of some strings; the beginning of a string is held back.
 
     `apart`: marks that begin a part without stop strings, and the mark that ends it (empty: the end of the text).
     A part that has no end yet is held back.

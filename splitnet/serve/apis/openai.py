@@ -104,8 +104,8 @@ def router(gateway: Gateway) -> APIRouter:
 async def completed(
     gateway: Gateway, body: CompletionRequest, request: Request, written: type[Answer], max_tokens: int | None, gap: Gap
 ) -> Response:
-    """How texts go on. `gap`: what is behind the text that is wanted, and the names and texts of other files; None: the
-    end. `max_tokens` of an answer; None: as many as there is room for. Raises ApiError for what cannot be honoured.
+    """How texts go on. `gap`: the text behind the answer, and the names and texts of other files; None: texts end with
+    the answer. `max_tokens` of an answer; None: as many as there is room for. Raises ApiError for what cannot be honoured.
     """
     served = await gateway.find(body.model)
     prompts, texts = served.prompts, body.prompts
@@ -275,7 +275,7 @@ class Answer:
 
 
 class Infilled(Answer):
-    """Writes what is in the gap of a text as llama.cpp's server does."""
+    """Writes the text of a gap as llama.cpp's server does."""
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
         return self._told((await super().whole(events))["choices"][0]["text"], stop=True)

@@ -476,7 +476,9 @@ class InfillRequest(CompletionRequest):
     input_suffix: str = ""
     input_extra: Annotated[list[OtherFile], Field(fail_fast=True, max_length=NAMES), Field(default_factory=list)]
     n_predict: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] = -1
+    timings_per_token: bool | None = True
     # What editors send that changes no answer.
+    id_slot: int | None = None
     samplers: list[str] | None = None
     n_indent: int | None = None
     t_max_prompt_ms: int | None = None
@@ -488,5 +490,8 @@ class InfillRequest(CompletionRequest):
         wrong = sorted(others & self.model_fields_set)
         if wrong or self.truncate_prompt_tokens or not isinstance(self.prompt, str):
             raise ValueError(f"{(*wrong, 'a prompt of tokens or one that is cut')[0]} is not for gaps: leave it out")
-        self.prompt, self.timings_per_token = self.input_prefix + self.prompt, True
         return self
+
+    @property
+    def prompts(self) -> list[str]:
+        return [f"{self.input_prefix}{self.prompt}"]

@@ -33,7 +33,7 @@ Writes = Callable[[str], Sequence[str]]
 
 
 class Writer(Generations):
-    """Answers what `writes` says; notes what it was asked in `asked`."""
+    """Answers what `writes` says; notes requests in `asked`."""
 
     def __init__(self, tokenizer: Any, prompts: Prompts, writes: Writes) -> None:
         config = SimpleNamespace(model_type="llama", get_text_config=lambda: SimpleNamespace(vocab_size=len(tokenizer)))
@@ -61,7 +61,7 @@ class Writer(Generations):
         return self._prompts.decode_all(self.asked[number].prompt)
 
     def _allowed(self, ask: Ask) -> Iterator[list[int]]:
-        """Answers that the grammar of a request allows, as tokens with one that ends them."""
+        """Answers that the grammar of a request allows, as tokens with an end token."""
         for text in self._writes(self._prompts.decode_all(ask.prompt)):
             tokens = [*self._tokenizer(text, add_special_tokens=False).input_ids, min(self.end_tokens)]
             with suppress(RuntimeError):  # a token that the grammar excludes

@@ -1,6 +1,4 @@
-"""The text between two others, asked for with the marks of each family: of which tokens a prompt is, and what ends it."""
-
-# ruff: noqa: RUF001 (marks have such characters)
+"""The text between two others, asked for with the marks of each family: the tokens of its prompts and its ends."""
 
 from __future__ import annotations
 
@@ -92,12 +90,13 @@ def test_the_marks_that_a_file_of_the_model_names_are_used(demo_checkpoint: Path
 
 
 def test_a_model_without_marks_is_named(demo_checkpoint: Path) -> None:
-    with pytest.raises(ApiError, match="no marks for the text between two others"):
+    with pytest.raises(ApiError, match="no marks for a text between two others"):
         prompts_of(with_marks(demo_checkpoint)).of_gap("a", "b")
 
 
 MIDDLE = "total = a + b"
 VSCODE = {
+    "id_slot": 0,
     "input_prefix": "def add(a, b):\n",
     "input_suffix": AFTER,
     "input_extra": [{"text": "A = 1\n", "time": 1, "filename": "a.py"}],
@@ -129,7 +128,7 @@ def test_the_request_of_an_editor_gets_the_middle(coder: Any) -> None:
     assert said["content"] == MIDDLE and said["stop"] is True and said["truncated"] is False
     assert said["timings"]["predicted_n"] == said["tokens_predicted"] > 0 and "tokens_cached" in said
     prompt = writer.decode_prompt(0)
-    assert prompt.endswith(f"A = 1\n<|fim_prefix|>{BEFORE}<|fim_suffix|>{AFTER}<|fim_middle|>")
+    assert prompt.endswith(f"A = 1\n<file_sep>filename\n<|fim_prefix|>{BEFORE}<|fim_suffix|>{AFTER}<|fim_middle|>")
     events = [line for line in http.post("/infill", json=VSCODE | {"stream": True}).text.split("\n\n") if line]
     assert len(events) > 2 and '"stop":true' in events[-1]
     assert http.post("/infill", json=WARM).json()["content"] == ""
@@ -157,7 +156,7 @@ def test_suffix_is_honoured_or_refused_by_its_name(coder: Any) -> None:
         assert refused.status_code == 400 and "suffix goes with a text" in refused.json()["error"]["message"]
     for more in ({"raw": True}, {"system": "Be brief."}, {"think": True}):
         refused = http.post("/api/generate", json=asked | more)
-        assert refused.status_code == 400 and "leave out raw, system and think, or suffix" in refused.json()["error"]
+        assert refused.status_code == 400 and "raw and suffix each say what the model reads" in refused.json()["error"]
     ignored = http.post("/v1/completions", json=body | {"ignore_eos": True}).json()["choices"][0]
     assert AFTER in ignored["text"], "ignore_eos holds for marks, too"
 
