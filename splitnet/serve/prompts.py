@@ -224,7 +224,7 @@ class Prompts:
         Raises ApiError: the model has no marks for gaps, or a text is longer than the context.
         """
         if self.marks is None:
-            raise ApiError(400, "this model has no marks for a text between two others: ask for a text to go on")
+            raise ApiError(400, "this model has no marks for a text before a suffix: leave out suffix", param="suffix")
         self._check_length([text for _, text in files], CUT_TIMES)
         parts = [self._marked(self.marks.prefix, prefix), self._marked(self.marks.suffix, suffix, behind=True)]
         if self.marks.suffix_first:

@@ -105,7 +105,7 @@ async def completed(
     gateway: Gateway, body: CompletionRequest, request: Request, written: type[Answer], max_tokens: int | None, gap: Gap
 ) -> Response:
     """How texts go on. `gap`: the text behind the answer, and the names and texts of other files; None: texts end with
-    the answer. `max_tokens` of an answer; None: as many as there is room for. Raises ApiError for what cannot be honoured.
+    the answer. `max_tokens` of an answer; None: as many as there is room for. Raises ApiError.
     """
     served = await gateway.find(body.model)
     prompts, texts = served.prompts, body.prompts

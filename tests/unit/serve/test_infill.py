@@ -90,7 +90,7 @@ def test_the_marks_that_a_file_of_the_model_names_are_used(demo_checkpoint: Path
 
 
 def test_a_model_without_marks_is_named(demo_checkpoint: Path) -> None:
-    with pytest.raises(ApiError, match="no marks for a text between two others"):
+    with pytest.raises(ApiError, match="no marks for a text before a suffix"):
         prompts_of(with_marks(demo_checkpoint)).of_gap("a", "b")
 
 
