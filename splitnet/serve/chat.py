@@ -41,6 +41,7 @@ class Chat:
     variables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)  # see `sampling_of`
     max_tokens: int | None = None  # of each answer; None: as many as there is room for
+    suffix: str | None = None  # what is behind the text that is wanted, of a bare text
     is_text: bool = False  # the last message is a bare text, of which the answer goes on: nothing is looked for in it
     fits: bool = True  # whether there must be room for them; otherwise an answer ends where the context does
     choices: int = 1
@@ -100,6 +101,9 @@ def check_scores(prompts: Sequence[Sequence[int]], top: int | None) -> None:
 async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> list[int]:
     """The tokens of a chat, ready for the next answer. Raises ApiError for what cannot be honoured."""
     prompts, last = served.prompts, served.prompts.last(chat.last_tokens, chat.max_tokens)
+    if chat.suffix is not None:
+        text, behind, most = chat.messages[-1]["content"], chat.suffix, chat.max_tokens
+        return await served.prepare(request, lambda: prompts.of_gap(text, behind, (), most))
     if chat.is_text:
         return await served.prepare(request, lambda: prompts.of_text(chat.messages[-1]["content"], last=last))
     described = [_described(function) for function in chat.functions]
@@ -147,7 +151,7 @@ async def answer_chat(
     if chat.scores_prompt:
         check_scores([prompt], chat.top_logprobs)
     forms, begun = (PLAIN, "") if chat.is_text else (prompts.forms, prompts.begun(prompt))
-    bounds, grammar = _bounds_of(chat), None
+    bounds, grammar, calls = _bounds_of(chat), None, forms.calls if chat.functions else None
     if bounds is not None:
         if chat.ignores_ends or chat.sampling.get("min_tokens"):
             raise ApiError(400, "calls say where an answer ends: leave out ignore_eos and min_tokens", param="tools")
@@ -162,11 +166,13 @@ async def answer_chat(
         max_tokens=prompts.room_for(prompt, chat.max_tokens, fits=chat.fits),
         sampling=sampling_of(served, chat.sampling),
         choices=chat.choices,
-        stop_strings=chat.stop_strings,
+        # An answer that must be a call has no text to be ended, and calls that are bound are whole.
+        stop_strings=() if chat.to_call else chat.stop_strings,
+        stops_apart=(calls.openings, calls.closing) if calls and chat.binds_calls and chat.stop_strings else ((), ""),
         top_logprobs=chat.top_logprobs,
         grammar=grammar,
         goes_on=chat.is_text or chat.goes_on,
-        stop_tokens=chat.stop_tokens,
+        stop_tokens=chat.stop_tokens if chat.suffix is None else prompts.infill_ends,
         ignores_ends=chat.ignores_ends,
         score_prompt=chat.scores_prompt,
         owner=request.state.client.name,
@@ -196,7 +202,8 @@ async def _deltas(
     running: AsyncGenerator[Numbered], chat: Chat, forms: Forms, begun: str
 ) -> AsyncGenerator[Delta | Ended]:
     schemas = {one.name: one.parameters or {} for one in chat.functions} if chat.functions else None
-    parsers = [AnswerParser(forms, schemas, begun) for _ in range(chat.choices)]
+    bare = chat.answer_schema is None and chat.rule is None
+    parsers = [AnswerParser(forms, schemas, begun, bare=bare) for _ in range(chat.choices)]
     called = [False] * chat.choices
     echoed = [chat.messages[-1]["content"] if chat.echoes else ""] * chat.choices
     async with aclosing(running):
@@ -205,7 +212,7 @@ async def _deltas(
                 number = event.choice
                 said = parsers[number].push(event.text)
                 last = parsers[number].rest() if event.finish else Said()
-                calls = said.calls + last.calls
+                calls = (said.calls + last.calls)[: None if chat.several_calls else 1]
                 called[number] |= bool(calls)
                 finish = "tool_calls" if event.finish == "stop" and called[number] else event.finish
                 text, reasoning = echoed[number] + said.text + last.text, said.reasoning + last.reasoning

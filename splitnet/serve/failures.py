@@ -26,6 +26,8 @@ from splitnet.serve.admission import Overloaded, QuotaUsed
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2
+IMAGES = "image", "image_url", "input_image"  # How parts of messages are called that are images
+NAMED = 64  # Characters of a value that a refusal names
 
 
 class ApiError(SplitnetError):
@@ -85,18 +87,24 @@ def failure_of(error: BaseException) -> ApiError:
 
 def refused(errors: Sequence[Any]) -> ApiError:
     """What is told of a body that pydantic does not accept; `errors`: as pydantic has them, from `body` on."""
+
+    def named(error: Any) -> str:
+        given = error.get("ctx", {}).get("tag", error.get("input"))
+        return given if isinstance(given, str) and len(given) <= NAMED else ""
+
     # Where there are several ways to write something, the one that was followed furthest says most.
-    first = max(errors, key=lambda each: len(each["loc"]))
+    # In one object an unknown name says most: `type` decides which other values belong into it.
+    first = max(errors, key=lambda each: (len(each["loc"]), each["type"] == "literal_error" and named(each) != ""))
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "model_type"):
         return ApiError(400, "the body must be a JSON object")
-    place = ".".join(str(part) for part in first["loc"][1:])
+    place, context = ".".join(str(part) for part in first["loc"][1:]), first.get("ctx", {})
     if first["type"] == "extra_forbidden":
         message = f"{place} is not supported: leave it out"
-    elif first["type"] == "union_tag_invalid":
-        tag, known = first["ctx"]["tag"], first["ctx"]["expected_tags"]
-        message = f"{place}: {tag!r} is not supported, only {known}"
-    elif first["type"] == "literal_error":
-        message = f"{place}: only {first['ctx']['expected']} is supported"
+    elif "images" in first["loc"] or (name := named(first)) in IMAGES:
+        message = f"{place}: images are not supported: send text alone"
+    elif first["type"] in ("literal_error", "union_tag_invalid"):
+        known = context.get("expected_tags") or context["expected"]
+        message = f"{place}: {f'{name!r} is not supported, only {known}' if name else f'only {known} is supported'}"
     elif first["type"] == "value_error":
         message = str(first["ctx"]["error"])
     else:

@@ -425,7 +425,7 @@ def validated(kind: type[Model], document: Any) -> Model:
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_input=False)
+        errors = error.errors(include_url=False)
         raise refused([{**each, "loc": ("body", *each["loc"])} for each in errors]) from None
 
 

@@ -49,13 +49,14 @@ class Choice:
     end_tokens: Collection[int]  # with which it ends; they are not text
     stop_strings: Sequence[str]  # before which it ends
     prompt: Sequence[int] = ()  # the tokens whose text it goes on from; empty: it stands alone
+    stops_apart: tuple[Sequence[str], str] = ((), "")  # see `StopStrings`
 
     def __post_init__(self) -> None:
         self.tokens = 0
         self.finished = False
         self._characters = 0
         self._detokenizer = Detokenizer(self.decode, self.prompt)
-        self._stops = StopStrings(self.stop_strings)
+        self._stops = StopStrings(self.stop_strings, self.stops_apart)
 
     def push(self, token: int, scored: ScoredToken | None) -> Piece:
         self.tokens += 1
@@ -116,6 +117,7 @@ class Ask:
     sampling: Sampling
     choices: int = 1  # how many answers
     stop_strings: Sequence[str] = ()
+    stops_apart: tuple[Sequence[str], str] = ((), "")  # see `StopStrings`
     top_logprobs: int | None = None  # how many of the likeliest tokens to score beside each token; None: score nothing
     score_prompt: bool = False  # also the tokens of the prompt
     grammar: Grammar | None = None  # what the answers must keep to
@@ -361,7 +363,8 @@ class Generation:
         chooser = TokenChooser(ask.sampling, ask.top_logprobs, prompt.shape[1], allowed, ends)
         before = ask.prompt if ask.goes_on else ()
         choices = [
-            Choice(index, own.decode, ask.max_tokens, ends, ask.stop_strings, before) for index in range(ask.choices)
+            Choice(index, own.decode, ask.max_tokens, ends, ask.stop_strings, before, ask.stops_apart)
+            for index in range(ask.choices)
         ]
         seen = prompt.shape[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from inspect import signature
@@ -13,9 +14,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from splitnet.checkpoint.chat_template import begin, render, variables_of
+from splitnet.serve import infill
 from splitnet.serve.answers.forms import PROBE_TOOL, Forms, forms_of, with_ids
 from splitnet.serve.answers.text import INCOMPLETE
 from splitnet.serve.failures import ApiError
+from splitnet.serve.infill import Marks
 
 KEPT_TEXTS = 2**16  # Of tokens: requests can ask for those of 20 beside each token
 
@@ -42,7 +45,8 @@ class Prompts:
         self._some_text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
         self.text_of = lru_cache(KEPT_TEXTS)(self._text_of)
         """The text of one token within a text; at the start of one, some tokenizers drop its space."""
-        special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        added = tokenizer.added_tokens_decoder.values()
+        special = [re.escape(token.content) for token in added if token.special or token.content in infill.KNOWN]
         self._special = re.compile("|".join(sorted(special, key=len, reverse=True)) or r"(?!)")
 
     @cached_property
@@ -167,6 +171,59 @@ class Prompts:
         mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
         marked = self._as_text(text if most is None else text[: most * LONGEST_TOKEN], mark)
         return [id for piece in marked.split(mark) for id in self.ids(piece)][:most]
+
+    def token_of(self, text: str) -> int | None:
+        """The number of a token that the model knows; None: a text is no token."""
+        token = self._tokenizer.convert_tokens_to_ids(text)
+        is_known = token is not None and token < self._vocabulary
+        return token if is_known and self._tokenizer.convert_ids_to_tokens(token) == text else None
+
+    @cached_property
+    def marks(self) -> Marks | None:
+        """With which the model is asked for the text between two others, as its file or its tokens tell."""
+        return infill.marks_of(self.token_of, getattr(self._tokenizer, "infill_marks", ()))
+
+    @cached_property
+    def infill_ends(self) -> set[int]:
+        """Tokens that end what the model writes into a gap."""
+        own = getattr(self._tokenizer, "infill_marks", ())
+        return {token for text in {*infill.KNOWN, *own} if (token := self.token_of(text)) is not None}
+
+    def of_gap(
+        self, prefix: str, suffix: str, files: Sequence[tuple[str, str]] = (), max_tokens: int | None = None
+    ) -> list[int]:
+        """The tokens with which a model is asked for the text between two others, in which marks are text.
+
+        `files`: names and texts of other files; their last tokens are read, as far as `max_tokens` leaves room.
+
+        Raises ApiError: the model has no marks for gaps, or a text is longer than the context.
+        """
+        if self.marks is None:
+            raise ApiError(400, "this model has no marks for a text before a suffix: leave out suffix", param="suffix")
+        self._check_length([text for _, text in files], CUT_TIMES)
+        parts = [self._marked(self.marks.prefix, prefix), self._marked(self.marks.suffix, suffix, behind=True)]
+        if self.marks.suffix_first:
+            parts.reverse()
+        repository, file = (next(filter(self.token_of, names), "") for names in (infill.REPOSITORIES, infill.FILES))
+        others = self._marked(repository, "myproject\n") if files and repository else []
+        for name, text in [*files, ("filename", "")] if files and file else files:
+            others += self._marked(file, f"{name}\n{text}") if file else self.plain(infill.SNIPPET + text)
+        begin = self._tokenizer("a").input_ids
+        begin, asked = (
+            begin[: begin.index(self._some_text[0])],
+            [*parts[0], *parts[1], *self._marked(self.marks.middle)],
+        )
+        room = (self.max_positions or sys.maxsize) - len(begin) - len(asked) - (max_tokens or 1)
+        return [*begin, *others[max(0, len(others) - max(0, room)) :], *asked]
+
+    def _marked(self, mark: str, text: str = "", *, behind: bool = False) -> list[int]:
+        """A mark and a text, which is `behind` others."""
+        tokens = self.plain(text)
+        if behind and self._tokenizer.convert_ids_to_tokens(self._some_text[0]).startswith("\u2581"):
+            # This tokenizer begins each text with a space.
+            tokens = self.plain(f"\u263a{text}")[len(self.ids("\u263a")) :]
+        token = self.token_of(mark)
+        return tokens if token is None else [token, *tokens]
 
     def _check_variables(self, parameters: Mapping[str, Mapping[str, Any]], tools: Any) -> None:
         """Refuses those that the chat template does not use, or that others give it."""

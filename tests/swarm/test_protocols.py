@@ -309,8 +309,11 @@ class TestAnthropic:
             ({"top_k": -1}, "top_k: Input should be greater"),
             ({"max_tokens": 0}, "max_tokens: Input should be greater"),
             ({"container": "c"}, "container is not supported: leave it out"),
-            ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'image' is not supported, only 'text'"),
-            ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "only 'custom' is supported"),
+            ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "images are not supported"),
+            (
+                {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+                "'web_search_20250305' is not supported, only 'custom'",
+            ),
             ({"tool_choice": {"type": "any"}}, "tool_choice asks for a tool that is not there"),
             ({"messages": [*SAID, {"role": "assistant", "content": "So"}]}, "end with the user's"),
             ({"messages": [{"role": "user", "content": "and " * 2000}]}, "model's context of 1024"),

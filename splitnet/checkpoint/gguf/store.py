@@ -25,6 +25,7 @@ from splitnet.checkpoint.transfer.held import Place, WeightFolder
 from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
 from splitnet.quant.stored import PackedTensor
 
+_TOKEN = "tokenizer.ggml.{}_token_id"
 _ARCHITECTURE = "general.architecture"
 _MAX_ROPE_BYTES = 1 << 20  # of the factors of rotary embeddings, which are read with the config
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
@@ -161,7 +162,12 @@ class GgufStore:
                 f"Hugging Face id of the original model ({why})"
             )
         ):
-            return read_tokenizer(self._file.path, says("tokenizer.ggml.model"), says("tokenizer.ggml.pre"), **options)
+            made = read_tokenizer(self._file.path, says("tokenizer.ggml.model"), says("tokenizer.ggml.pre"), **options)
+            names = [(f"fim_{name[:3]}", name) for name in ("prefix", "suffix", "middle")]
+            ids = [says(_TOKEN.format(new), says(_TOKEN.format(old))) for new, old in names]
+            # For what asks a model for the text between two others.
+            made.infill_marks = [made.convert_ids_to_tokens(id) or "" if id is not None else "" for id in ids]
+            return made
 
     def generation_config(self) -> GenerationConfig | None:
         return None  # a file has none but the tokens at which generation ends

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from keyword import iskeyword
 from typing import Any, Protocol
 
@@ -163,6 +164,37 @@ def _check_references(schema: Schema) -> None:
     """Raises ValueError where a part of a schema cannot stand alone."""
     if re.search(r'"\$ref": *"(?!#/(\$defs|definitions)/)', json.dumps(schema)):
         raise ValueError("with this model, references are to $defs alone")
+
+
+MOST_CHECKS = 1000  # Of parts of a schema, in one call
+
+
+def fits(value: Any, schema: Schema, root: Schema | None = None, checks: Iterator[int] | None = None) -> bool:
+    """Whether a value has the types, the choices and the required names of a schema; references are to `root`.
+
+    Raises ValueError or RecursionError where that takes too long to tell.
+    """
+    if root is None or checks is None:
+        check_schema(schema)
+        root, checks = schema, count()
+    schema = resolved(schema, root)
+    if "$ref" in schema or next(checks) >= MOST_CHECKS:
+        raise ValueError("it refers to itself, or has too many parts")
+    given, choices, several = schema.get("type"), choices_of(schema), either_of(schema)
+    kinds = [given] if isinstance(given, str) else _all(schema, "type")
+    if (kinds and not any(kind in kinds for kind in _kind_of(value))) or (choices and value not in choices):
+        return False
+    if several and not any(fits(value, each, root, checks) for each in several):
+        return False
+    parts: list[tuple[Any, Any]] = []
+    if isinstance(value, list):
+        parts = [(each, schema.get("items")) for each in value]
+    elif isinstance(value, dict):
+        named = schema.get("properties")
+        parts = [(each, named.get(name)) for name, each in value.items()] if isinstance(named, Mapping) else []
+        if any(name not in value for name in _all(schema, "required")):
+            return False
+    return all(fits(each, part, root, checks) for each, part in parts if isinstance(part, Mapping))
 
 
 class Syntax(Protocol):

@@ -31,8 +31,9 @@ class Form:
     noise: tuple[str, ...] = ()  # marks of a message that are no text
     lead: str = ""  # the mark before a text that is neither reasoning nor a call
     aside: tuple[str, str] = ("", "")  # marks around a text before that, or before a call
-    # a call begins the answer, and what it begins with is a part of it
-    is_answer: bool = False
+    is_answer: bool = False  # a call is all of the answer, and has no marks that are not a part of it
+    # small models of this form leave out the marks: a call that is all of the answer is read without them
+    also_bare: bool = False
     one_call: bool = False  # of a message; a template refuses more, or leaves them out
     ids: str = ""  # of calls in a history; "nine": so many letters and digits, "numbered": functions.NAME:NUMBER
 
@@ -70,7 +71,7 @@ _MINIMAX = Tagged('">\n', '<parameter name="', '">', "</parameter>\n")
 _HARMONY = r"(?:<\|channel\|>\w+)?\s*(?:<\|constrain\|>)?\s*\w*\s*<\|message\|>"
 
 FORMS = {
-    "hermes": Form(*_TOOL_CALL, JsonCalls(), between="\n"),
+    "hermes": Form(*_TOOL_CALL, JsonCalls(), between="\n", also_bare=True),
     "qwen-coder": Form(
         *_TOOL_CALL,
         Tagged(">\n", "<parameter=", ">\n", "\n</parameter>\n", "\n<function=", "</function>\n"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from splitnet.serve.answers.calls import NoCall, Schema
+from splitnet.serve.answers.calls import JsonCalls, NoCall, Schema, Syntax, fits
 from splitnet.serve.answers.forms import Forms
 from splitnet.serve.answers.text import held_back
 
@@ -32,17 +34,61 @@ class Said:
 
 MOST_TRIES = 16  # Closing marks that may be inside of a call
 
+_BARE = JsonCalls(has_arguments=True)
+_FENCE = "```"
+_LEADS = "", _FENCE, f"{_FENCE}json", "<|python_tag|>"  # What calls without marks may begin with
+_LEAD = re.compile(rf"\s*({_FENCE}\s*(?:json)?|<\|python_tag\|>)?\s*")
+_MOST_HEAD = 512  # Characters of such a call that are compared, white space included
+_UNCERTAIN = (
+    12  # Characters at the end of unfinished JSON that may be a part of a value, as `false` or two of `\\u0000`
+)
+
+
+def _heads(names: Iterable[str]) -> list[str]:
+    """What calls without marks begin with, without white space."""
+    kinds = "", '"type":"function",'
+    keys = [f'{kind}"name":"{name}"' for name in names for kind in kinds] + ['"arguments":{', '"parameters":{']
+    return [f"{lead}{{{key}" for lead in _LEADS for key in keys]
+
+
+def _may_be_bare(text: str, heads: Sequence[str]) -> bool:
+    """Whether a text is calls without marks, or may become such calls."""
+    begin = re.sub(r"\s", "", text[:_MOST_HEAD])
+    if not any(head.startswith(begin) or begin.startswith(head) for head in heads):
+        return False
+    fenced, rest = text.lstrip().startswith(_FENCE), _LEAD.sub("", text, count=1)
+    if not rest.startswith("{"):
+        return True  # the text is a part of a lead
+    while rest.startswith("{"):
+        try:
+            _, end = json.JSONDecoder().raw_decode(rest)
+        except json.JSONDecodeError as error:
+            return error.msg.startswith("Unterminated string") or error.pos + _UNCERTAIN >= len(rest)
+        except (ValueError, RecursionError):
+            return False
+        rest = rest[end:].lstrip("; \n\r\t")
+        if fenced and _FENCE.startswith(rest[: len(_FENCE)]):
+            return not rest[len(_FENCE) :].strip()
+    return not rest
+
 
 class AnswerParser:
     """Takes reasoning and calls out of an answer that comes in pieces. What looks like a call and is none stays text.
 
     White space next to marks belongs to them. `begun`: marks that the prompt ends with. Calls that no mark ends are
     read when the answer has ended. `schemas`: of the arguments of the functions that may be called; None: none may.
+    `bare`: a model that leaves out its marks may mean a call with JSON.
+
+    What may become a call without marks is held back as long as it may.
     """
 
-    def __init__(self, forms: Forms, schemas: Mapping[str, Schema] | None = None, begun: str = "") -> None:
+    def __init__(
+        self, forms: Forms, schemas: Mapping[str, Schema] | None = None, begun: str = "", *, bare: bool = True
+    ) -> None:
         self._form = forms.calls if schemas is not None else None
         self._schemas = schemas or {}
+        may_be_bare = self._form is not None and (self._form.is_answer or (self._form.also_bare and bare))
+        self._heads = _heads(self._schemas) if may_be_bare else []
         self._reasoning = forms.reasoning
         self._noise = forms.calls.noise if forms.calls is not None else ()
         self._section = tuple(mark.strip() for mark in self._form.around) if self._form is not None else ("", "")
@@ -108,12 +154,21 @@ class AnswerParser:
         form, reasoning = self._form, self._reasoning
         # Elsewhere a text may speak of the mark.
         marks = [*self._noise, *([reasoning.opening] if reasoning is not None and self._begins else ())]
-        return marks + list(form.openings if form is not None and not (form.is_answer and self._has_text) else ())
+        return marks + list(form.openings if form is not None and not form.is_answer else ())
 
     def _talk(self, said: Said, ended: bool) -> bool:
         if self._behind_call and self._is_behind_call(ended):
             return False
         marks, held = self._marks(), self._held
+        if self._heads and not self._has_text and not self._called and _may_be_bare(held, self._heads):
+            if not ended:
+                return False
+            with suppress(NoCall):
+                said.calls += self._calls_of(
+                    _LEAD.sub("", held, count=1).rstrip().removesuffix(_FENCE), _BARE, bare=True
+                )
+                self._held = ""
+                return False
         found = min(((at, -len(mark), mark) for mark in marks if (at := held.find(mark)) >= 0), default=None)
         if found is None:
             if ended and self._called and not held.strip():
@@ -127,13 +182,10 @@ class AnswerParser:
             self._tell(said, at)
             self._held, self._begins = self._held[len(mark) :], True
         elif self._form is not None and mark in self._form.openings:
-            if self._form.is_answer and held[:at].strip():
-                self._tell(said, at)  # a text in which something looks like the beginning of an answer
-                return True
             before = held[:at].rstrip()
             before = before.removesuffix(self._section[0]).rstrip() if self._section[0] else before
             self._tell(said, len(before))
-            kept = at - len(before) + (0 if self._form.is_answer else len(mark))
+            kept = at - len(before) + len(mark)
             self._lead, self._held = self._held[:kept], self._held[kept:]
         else:
             if held[:at].strip():
@@ -167,10 +219,10 @@ class AnswerParser:
             return False
         end = at if at >= 0 else len(self._held)
         bodies = [self._held[:end]]
-        if not closing and not self._form.is_answer:
+        if not closing:
             bodies = bodies[0].split(self._form.opening)
         try:
-            said.calls += [call for body in bodies for call in self._calls_of(body)]
+            said.calls += [call for body in bodies for call in self._calls_of(body, self._form.syntax)]
             self._held = self._held[end + len(closing) :]
             self._called = self._behind_call = self._begins = True
         except NoCall as none:
@@ -184,12 +236,14 @@ class AnswerParser:
         self._lead, self._ignored = None, 0
         return True
 
-    def _calls_of(self, body: str) -> list[ToolCall]:
+    def _calls_of(self, body: str, syntax: Syntax, *, bare: bool = False) -> list[ToolCall]:
         assert self._form is not None
-        read = self._form.syntax.read(body, self._schemas)
-        if self._form.is_answer and any(name not in self._schemas for name, _ in read):
-            raise NoCall  # an answer in JSON
+        read = syntax.read(body, self._schemas)
         try:
+            for name, arguments in read if bare else ():
+                schema = self._schemas.get(name)
+                if schema is None or not (self._form.is_answer or fits(arguments, schema)):
+                    raise NoCall  # an answer in JSON
             calls = [ToolCall(name, json.dumps(each, ensure_ascii=False, allow_nan=False)) for name, each in read]
             for call in calls:
                 (call.name + call.arguments).encode()

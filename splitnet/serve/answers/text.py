@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from splitnet.drafts.drafter import shared
@@ -61,11 +62,21 @@ def held_back(text: str, strings: Sequence[str]) -> int:
     return next((one for one in lengths if any(string.startswith(text[-one:]) for string in strings)), 0)
 
 
-class StopStrings:
-    """Ends a text before the first of some strings; what may become one of them is held back."""
+_ENDED, _OPEN = "\ud800", "\ud801"  # In place of each character of a part without stop strings; no request has these
 
-    def __init__(self, strings: Sequence[str]) -> None:
+
+class StopStrings:
+    """Ends a text before the first of some strings; the beginning of a string is held back.
+
+    `apart`: marks that begin a part without stop strings, and the mark that ends it (empty: the end of the text).
+    A part that has no end yet is held back.
+    """
+
+    def __init__(self, strings: Sequence[str], apart: tuple[Sequence[str], str] = ((), "")) -> None:
         self._strings = strings
+        begins, end = "|".join(map(re.escape, apart[0])) or "(?!)", re.escape(apart[1]) or "(?!)"
+        self._apart = re.compile(f"(?:{begins})(?:.*?(?P<end>{end})|.*)", re.DOTALL)
+        self._marks = [*strings, *apart[0]]
         self._held = ""
         self.found: str | None = None  # the string that ended it
 
@@ -73,12 +84,13 @@ class StopStrings:
         """Takes the next piece; gives the text that is certain, and whether it has ended."""
         text = self._held + piece
         # The one that is complete first, so that it does not matter how the text was cut.
-        found = [(at + len(string), at, string) for string in self._strings if (at := text.find(string)) >= 0]
+        seen = self._apart.sub(lambda part: (_ENDED if part["end"] else _OPEN) * len(part[0]), text)
+        found = [(at + len(string), at, string) for string in self._strings if (at := seen.find(string)) >= 0]
         if found:
             self._held = ""
             _, at, self.found = min(found)
             return text[:at], True
-        certain = len(text) - held_back(text, self._strings)
+        certain = len(seen[: len(seen) - held_back(seen, self._marks)].rstrip(_OPEN))
         self._held = text[certain:]
         return text[:certain], False
 

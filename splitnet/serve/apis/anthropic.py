@@ -198,8 +198,6 @@ class MessagesRequest(Strict):
         to_call = [tool for tool in tools if choice.type == "any" or tool.name == choice.name]
         if choice.type in ("any", "tool") and not to_call:
             raise ApiError(400, "tool_choice asks for a tool that is not there: give it in tools", param="tool_choice")
-        if self.stop_sequences and to_call:
-            raise ApiError(400, "stop_sequences end texts, and the answer is to be a call: leave out one of them")
         system = _joined([block for block in self.system or [] if not block.text.startswith(NO_PART)])
         schema = (self.output_config and self.output_config.format) or self.output_format
         return Chat(

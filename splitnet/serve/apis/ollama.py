@@ -171,22 +171,23 @@ class GenerateRequest(Generating):
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
-    suffix: Literal[""] | None = None
+    suffix: str | None = None
     template: Literal[""] | None = None
     context: Nothing | None = None
     images: Nothing | None = None
 
     @model_validator(mode="after")
     def _raw_is_all(self) -> GenerateRequest:
-        if self.raw and (self.system or self.think is not None):
-            raise ValueError("a raw prompt is all that the model reads: leave out system and think, or raw")
+        if bool(self.raw) + bool(self.suffix) + bool(self.system or self.think is not None) > 1:
+            raise ValueError("raw and suffix each say what the model reads: leave out system and think, or these")
         return self
 
     @property
     def chat(self) -> Chat:
-        said = [("system", self.system), ("user", self.prompt)] if self.prompt else []
-        messages = [{"role": role, "content": text} for role, text in said if text]
-        return replace(super().chat, messages=messages, is_text=bool(self.raw))
+        said = [("system", self.system or None), ("user", self.prompt or "")] if self.prompt or self.suffix else []
+        messages = [{"role": role, "content": text} for role, text in said if text is not None]
+        wanted = replace(super().chat, messages=messages, is_text=bool(self.raw or self.suffix))
+        return replace(wanted, suffix=self.suffix or None)
 
 
 class EmbedOneRequest(Strict):
@@ -349,7 +350,8 @@ def _family(served: ServedModel) -> str:
 def _capabilities(served: ServedModel) -> list[str]:
     prompts = served.prompts
     has = {"completion": not served.generations.model.headless, "embedding": served.pooling.told}
-    has |= {"tools": prompts.takes_tools, "thinking": prompts.forms.reasoning is not None}
+    has |= {"insert": prompts.marks is not None, "tools": prompts.takes_tools}
+    has["thinking"] = prompts.forms.reasoning is not None
     return [name for name, has_it in has.items() if has_it]
 
 

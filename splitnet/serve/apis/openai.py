@@ -24,8 +24,9 @@ from splitnet.serve.generation import Ask, Ended, Numbered, Piece, ScoredPrompt
 from splitnet.serve.responses import EVENTS, KEEP_ALIVE, framed
 from splitnet.version import __version__
 
-DONE = "data: [DONE]\n\n"  # The last event of a stream
 COMPLETION_TOKENS = 16  # Of a completion that does not say how many it wants; OpenAI's default
+Gap = tuple[str, Sequence[tuple[str, str]]] | None
+DONE = "data: [DONE]\n\n"  # The last event of a stream
 
 
 class ErrorDetails(BaseModel):
@@ -94,57 +95,72 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.post("/v1/completions", response_model=None, responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """How texts go on."""
-        served = await gateway.find(body.model)
-        prompts, texts = served.prompts, body.prompts
-        prompts.check_known(body.stop_token_ids or (), "stop_token_ids")
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        last, top = prompts.last(body.truncate_prompt_tokens, max_tokens), most(body.logprobs, body.prompt_logprobs)
-        tokenized = await served.prepare(request, lambda: [prompts.of_text(text, last=last) for text in texts])
-        echoes_scores = bool(body.echo) and body.logprobs is not None
-        if echoes_scores or body.prompt_logprobs is not None:
-            check_scores(tokenized, top)
-
-        def told(prompt: str | list[int], tokens: list[int]) -> str:
-            """The text of what is left of a prompt."""
-            whole = prompt if isinstance(prompt, str) else prompts.decode_all(prompt)
-            return whole if last is None else min(whole, prompts.decode_all(tokens), key=len)
-
-        grammar = None
-        if bounds := await served.prepare(request, lambda: body.bounds):
-            grammar = await served.prepare(request, lambda: served.grammars.of_answer(Bounds(**bounds)))
-        sampling = sampling_of(served, body.sampling)
-        asks = [
-            Ask(
-                prompt=prompt,
-                max_tokens=prompts.room_for(prompt, max_tokens),
-                sampling=replace(sampling, prompt=number),
-                choices=body.n or 1,
-                stop_strings=body.stop_strings,
-                top_logprobs=top,
-                score_prompt=echoes_scores or body.prompt_logprobs is not None,
-                grammar=grammar,
-                stop_tokens=body.stop_token_ids or (),
-                ignores_ends=bool(body.ignore_eos),
-                goes_on=True,
-                owner=request.state.client.name,
-            )
-            for number, prompt in enumerate(tokenized)
-        ]
-        echoed, begins = [""] * len(texts), [list[int]()] * len(texts)
-        if body.echo:
-            echoed = await served.prepare(request, lambda: [*map(told, texts, tokenized)])
-        if echoes_scores:
-            begins = await served.prepare(request, lambda: [*map(prompts.begins, tokenized, echoed)])
-        each = [(text, offsets) for text, offsets in zip(echoed, begins, strict=True) for _ in range(body.n or 1)]
-        choices = [
-            _CompletionChoice(index, body.logprobs is not None, prompts.text_of, body, text, offsets)
-            for index, (text, offsets) in enumerate(each)
-        ]
-        answer = Answer(COMPLETION, served.name, choices, body, prompts=len(asks))
-        running = served.running(request.state.client, asks, answer.id)
-        return await served.respond(request, running, answer, stream=bool(body.stream))
+        return await completed(gateway, body, request, Answer, max_tokens, (body.suffix, ()) if body.suffix else None)
 
     return paths
+
+
+async def completed(
+    gateway: Gateway, body: CompletionRequest, request: Request, written: type[Answer], max_tokens: int | None, gap: Gap
+) -> Response:
+    """How texts go on. `gap`: the text behind the answer, and the names and texts of other files; None: texts end with
+    the answer. `max_tokens` of an answer; None: as many as there is room for. Raises ApiError.
+    """
+    served = await gateway.find(body.model)
+    prompts, texts = served.prompts, body.prompts
+    prompts.check_known(body.stop_token_ids or (), "stop_token_ids")
+    stops = set(body.stop_token_ids or ())
+    last, top = prompts.last(body.truncate_prompt_tokens, max_tokens), most(body.logprobs, body.prompt_logprobs)
+
+    def read(text: Any) -> list[int]:
+        return prompts.of_text(text, last=last) if gap is None else prompts.of_gap(text, *gap, max_tokens)
+
+    tokenized = await served.prepare(request, lambda: [*map(read, texts)])
+    echoes_scores = bool(body.echo) and body.logprobs is not None
+    if echoes_scores or body.prompt_logprobs is not None:
+        check_scores(tokenized, top)
+
+    def told(prompt: str | list[int], tokens: list[int]) -> str:
+        """The text of what is left of a prompt."""
+        whole = prompt if isinstance(prompt, str) else prompts.decode_all(prompt)
+        return whole if last is None else min(whole, prompts.decode_all(tokens), key=len)
+
+    grammar = None
+    if bounds := await served.prepare(request, lambda: body.bounds):
+        grammar = await served.prepare(request, lambda: served.grammars.of_answer(Bounds(**bounds)))
+    sampling = sampling_of(served, body.sampling)
+    asks = [
+        Ask(
+            prompt=prompt,
+            max_tokens=prompts.room_for(prompt, max_tokens),
+            sampling=replace(sampling, prompt=number),
+            choices=body.n or 1,
+            stop_strings=body.stop_strings,
+            top_logprobs=top,
+            score_prompt=echoes_scores or body.prompt_logprobs is not None,
+            grammar=grammar,
+            stop_tokens=stops if gap is None or body.ignore_eos else stops | prompts.infill_ends,
+            ignores_ends=bool(body.ignore_eos),
+            goes_on=True,
+            owner=request.state.client.name,
+            reserves_all=max_tokens is not None,
+        )
+        for number, prompt in enumerate(tokenized)
+    ]
+    echoed, begins = [""] * len(texts), [list[int]()] * len(texts)
+    if body.echo:
+        echoed = await served.prepare(request, lambda: [*map(told, texts, tokenized)])
+    if echoes_scores:
+        begins = await served.prepare(request, lambda: [*map(prompts.begins, tokenized, echoed)])
+    each = [(text, offsets) for text, offsets in zip(echoed, begins, strict=True) for _ in range(body.n or 1)]
+    choices = [
+        _CompletionChoice(index, body.logprobs is not None, prompts.text_of, body, text, offsets)
+        for index, (text, offsets) in enumerate(each)
+    ]
+    answer = written(COMPLETION, served.name, choices, body, prompts=len(asks))
+    running = served.running(request.state.client, asks, answer.id)
+    return await served.respond(request, running, answer, stream=bool(body.stream))
 
 
 API = Api(("/v1",), router, error_body, key_of, "Authorization: Bearer KEY", "Bearer", ErrorReply)
@@ -256,6 +272,26 @@ class Answer:
             "total_tokens": prompt_tokens + answer_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(ended.cached_tokens for ended in self._ended)},
         }
+
+
+class Infilled(Answer):
+    """Writes the text of a gap as llama.cpp's server does."""
+
+    async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
+        return self._told((await super().whole(events))["choices"][0]["text"], stop=True)
+
+    async def chunks(self, events: AsyncIterator[Event]) -> AsyncGenerator[str]:
+        async for event in events:
+            for choice in self._take(event):
+                yield framed(self._told(choice["text"], stop=False))
+        yield framed(self._told("", stop=True))
+
+    def _told(self, text: str, *, stop: bool) -> dict[str, Any]:
+        usage = self._usage()
+        counted = {"tokens_predicted": self._tokens, "tokens_evaluated": usage["prompt_tokens"], "truncated": False}
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        told = {"index": 0, "content": text, "stop": stop, "id_slot": -1, "model": self.model}
+        return {**told, **counted, "tokens_cached": cached, **self._timings()}
 
 
 class _Choice:

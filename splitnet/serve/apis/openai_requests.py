@@ -367,8 +367,6 @@ class ChatRequest(SamplingRequest):
             raise ValueError("top_logprobs needs logprobs: set logprobs to true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools_to_call:
             raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
-        if self.stop_strings and self.tools_to_call:
-            raise ValueError("stop ends texts, and the answer is to be a call: leave out stop, or tool_choice")
         if self.continue_final_message:
             if self.add_generation_prompt:
                 raise ValueError(
@@ -446,7 +444,13 @@ class CompletionRequest(SamplingRequest):
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
+    suffix: str | None = None
+
+    @model_validator(mode="after")
+    def _marks_are_the_servers(self) -> CompletionRequest:
+        if self.suffix and (self.echo or self.truncate_prompt_tokens or not isinstance(self.prompts[0], str)):
+            raise ValueError("suffix goes with a text: leave out echo, truncate_prompt_tokens and tokens, or suffix")
+        return self
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -456,3 +460,38 @@ class CompletionRequest(SamplingRequest):
         if isinstance(self.prompt[0], int):
             return [self.prompt]  # pyright: ignore[reportReturnType]
         return self.prompt  # pyright: ignore[reportReturnType]
+
+
+class OtherFile(Strict):
+    text: str
+    filename: str = "tmp"
+    time: Any = None  # which editors send, and changes no answer
+
+
+class InfillRequest(CompletionRequest):
+    """The body of `/infill`, as llama.cpp's server has it."""
+
+    prompt: str | TokenIds | Batch[str] | Batch[TokenIds] = ""
+    input_prefix: str = ""
+    input_suffix: str = ""
+    input_extra: Annotated[list[OtherFile], Field(fail_fast=True, max_length=NAMES), Field(default_factory=list)]
+    n_predict: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] = -1
+    timings_per_token: bool | None = True
+    # What editors send that changes no answer.
+    id_slot: int | None = None
+    samplers: list[str] | None = None
+    n_indent: int | None = None
+    t_max_prompt_ms: int | None = None
+    t_max_predict_ms: int | None = None
+
+    @model_validator(mode="after")
+    def _is_one_text(self) -> InfillRequest:
+        others = {"n", "echo", "logprobs", "prompt_logprobs", "return_token_ids", "suffix", "max_tokens"}
+        wrong = sorted(others & self.model_fields_set)
+        if wrong or self.truncate_prompt_tokens or not isinstance(self.prompt, str):
+            raise ValueError(f"{(*wrong, 'a prompt of tokens or one that is cut')[0]} is not for gaps: leave it out")
+        return self
+
+    @property
+    def prompts(self) -> list[str]:
+        return [f"{self.input_prefix}{self.prompt}"]

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
+from starlette.responses import Response
 
 from splitnet.serve.apis.openai import API as OPENAI
-from splitnet.serve.apis.openai_requests import ChatRequest, TokenIds
+from splitnet.serve.apis.openai import Infilled, completed
+from splitnet.serve.apis.openai_requests import ChatRequest, InfillRequest, TokenIds
 from splitnet.serve.apis.strict import Strict
 from splitnet.serve.chat import prompt_of
 from splitnet.serve.gate import ParsingRoute, validated
@@ -89,6 +91,13 @@ def router(gateway: Gateway) -> APIRouter:
         prompt = await prompt_of(served, request, await served.prepare(request, lambda: body.chat))
         return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
+    @paths.post("/infill", response_model=None)
+    async def infill(body: InfillRequest, request: Request) -> Response:
+        """The text between two others."""
+        files = [(file.filename, file.text) for file in body.input_extra]
+        max_tokens = None if body.n_predict < 0 else body.n_predict
+        return await completed(gateway, body, request, Infilled, max_tokens, (body.input_suffix, files))
+
     @paths.post("/detokenize")
     async def detokenize(body: Detokenize, request: Request) -> dict[str, str]:
         """The text of tokens."""
@@ -117,4 +126,4 @@ def router(gateway: Gateway) -> APIRouter:
     return paths
 
 
-API = replace(OPENAI, paths=("/tokenize", "/detokenize", "/apply-template", "/props"), router=router)
+API = replace(OPENAI, paths=("/tokenize", "/detokenize", "/apply-template", "/infill", "/props"), router=router)

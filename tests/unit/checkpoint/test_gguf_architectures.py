@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from splitnet.checkpoint.gguf.file import GgufFile
 from splitnet.checkpoint.gguf.store import GgufStore
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.quant.stored import PackedTensor
+from splitnet.serve.prompts import Prompts
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
 
@@ -299,6 +301,25 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
     cut.write_bytes(whole.read_bytes()[:-4096])
     with pytest.raises(UnsupportedModel, match=r"cut\.gguf is not a complete GGUF file"):
         Checkpoint.open(cut)
+
+
+@pytest.mark.parametrize("names", [("fim_pre", "fim_suf", "fim_mid"), ("prefix", "suffix", "middle")])
+def test_the_marks_around_a_gap_that_a_file_names(names: Sequence[str], tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen2")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["<end>", "a", "b", "<p>", "<s>", "<m>", "bb"])
+    writer.add_token_types([3, 1, 1, 3, 3, 3, 1])
+    writer.add_token_merges(["b b"])
+    for token, name in enumerate(names, start=3):
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+    writer.add_tensor("token_embd.weight", torch.ones(7, 64).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    prompts = Prompts(GgufStore(tmp_path / "model.gguf").tokenizer(), 7, 64)
+    assert prompts.of_gap("ab", "bb") == [3, 1, 2, 4, 6, 5] and prompts.infill_ends == {3, 4, 5}
 
 
 def test_the_tokenizer_of_a_file_and_another(tmp_path: Path) -> None:

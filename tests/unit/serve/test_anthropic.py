@@ -14,6 +14,7 @@ from splitnet.serve.answers.parser import ToolCall
 from splitnet.serve.apis.anthropic import Answer, MessagesRequest, error_body
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
+from splitnet.serve.gate import validated
 from splitnet.serve.generation import Ended
 from splitnet.serve.responses import told
 
@@ -94,7 +95,6 @@ def test_both_places_of_a_schema_are_known() -> None:
 @pytest.mark.parametrize(
     ("more", "wrong"),
     [
-        ({"stop_sequences": ["a"], "tools": [TOOL], "tool_choice": {"type": "any"}}, "stop_sequences end texts"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "h"}}, "give it in tools"),
         ({"tools": [TOOL], "tool_choice": {"type": "auto", "name": TOOL["name"]}}, "tool_choice.name"),
         ({"tools": [TOOL | {"defer_loading": True}]}, "defer_loading"),
@@ -109,6 +109,20 @@ def test_both_places_of_a_schema_are_known() -> None:
 def test_what_cannot_be_honoured_is_refused(more: dict[str, Any], wrong: str) -> None:
     with pytest.raises((ValidationError, ApiError), match=wrong):
         _ = request(**more).chat
+
+
+def test_what_is_refused_is_named() -> None:
+    hosted = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [image]}
+    given = {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}]}
+    for more, says in (
+        ({"tools": [hosted]}, "'web_search_20250305' is not supported, only 'custom'"),
+        ({"messages": [{"role": "user", "content": [image]}]}, "images are not supported"),
+        ({"messages": [{"role": "user", "content": [result]}]}, "images are not supported"),
+    ):
+        with pytest.raises(ApiError, match=says):
+            validated(MessagesRequest, given | more)
 
 
 async def happening(events: Sequence[Delta | Ended | Exception]) -> AsyncIterator[Delta | Ended]:

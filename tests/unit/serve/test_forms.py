@@ -137,6 +137,109 @@ def test_a_call_behind_one_that_is_none_is_found() -> None:
     assert (answer.text, named(answer)) == (bad.rstrip(), CALLS[1:])
 
 
+BARE = '{"name": "weather", "arguments": {"city": "Rome \\"}\\" ```", "days": 3}}'
+SPACED = '\n{\n  "name": "weather",\n  "parameters": {"city": "Rome", "days": 3}\n}\n'
+ROME: list[tuple[str, Any]] = [("weather", {"city": "Rome", "days": 3})]
+QUOTED: list[tuple[str, Any]] = [("weather", {"city": 'Rome "}" ```', "days": 3})]
+CLOCK_CALL = '{"name": "clock", "arguments": {}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        (BARE, QUOTED),
+        (SPACED, ROME),
+        (f"```json\n{BARE}\n```", QUOTED),
+        (f" ```\n{SPACED}```\n", ROME),
+        (f"```json\n{BARE}", QUOTED),
+        ('{"type": "function", "name": "weather", "parameters": {"city": "Rome", "days": 3}}', ROME),
+        ('{"arguments": {"city": "Rome", "days": 3}, "name": "weather"}', ROME),
+        (f"{BARE}\n{CLOCK_CALL}", [*QUOTED, ("clock", {})]),
+        (f"{BARE}; {CLOCK_CALL}", [*QUOTED, ("clock", {})]),
+    ],
+)
+@pytest.mark.parametrize("name", ["hermes", "llama"])
+def test_a_call_without_marks_that_is_all_of_an_answer_is_read(
+    name: str, text: str, calls: list[tuple[str, Any]]
+) -> None:
+    forms = Forms(FORMS[name], THINK)
+    for pieces in [[text[:at], text[at:]] for at in range(len(text) + 1)] + [list(text)]:
+        answer = read(pieces, forms)
+        assert (answer.text, named(answer)) == ("", calls)
+    thought = read(list(f"<think>Hm.</think>\n\n{text}"), forms)
+    assert (thought.reasoning, thought.text, named(thought)) == ("Hm.", "", calls)
+
+
+NOT_ALL = [
+    f"So: {BARE}",
+    f"{BARE} is the call.",
+    f"```json\n{BARE}\n```\nThat is the call.",
+    f"```python\n{BARE}\n```",
+    '{"name": "other", "arguments": {}}',
+    '{"name": "weather"}',
+    '{"city": "Rome", "days": 3}',
+    '{"name": "weather", "arguments": {"city": "Rome", "days": 3}',
+    '{"name": "weather", "arguments": "Rome"}',
+    "{'name': 'weather', 'arguments': {}}",
+    '{"name": "weather", "arguments": {"city": NaN, "days": 3}}',
+    "```js\n",
+    "{",
+    "```",
+]
+NOT_FITTING = [
+    '{"name": "weather", "arguments": {"city": "Rome"}}',
+    '{"name": "weather", "arguments": {"city": 7, "days": 3}}',
+    '{"name": "weather", "arguments": {"city": "Rome", "days": true}}',
+    '{"name": "weather", "arguments": {"city": "Rome", "days": 3, "units": "k"}}',
+    '{"name": "weather", "arguments": {"city": "Rome", "days": 3, "more": {"deep": [true, "no"]}}}',
+    f'[{{"name": "clock", "arguments": {{}}}}, {BARE}]',
+]
+
+
+@pytest.mark.parametrize("text", [*NOT_ALL, *NOT_FITTING])
+def test_a_text_that_merely_has_such_json_stays_text(text: str) -> None:
+    for pieces in [[text[:at], text[at:]] for at in range(len(text) + 1)] + [list(text)]:
+        answer = read(pieces, Forms(FORMS["hermes"]))
+        assert (answer.text, answer.calls) == (text, [])
+
+
+def test_where_no_call_may_be_without_marks_json_is_text() -> None:
+    others = [form for form in FORMS.values() if not form.also_bare and not form.is_answer]
+    assert others
+    for form in others:
+        answer = read(list(BARE), Forms(form))
+        assert (answer.text, answer.calls) == (BARE, [])
+    parser = AnswerParser(Forms(FORMS["hermes"]), SCHEMAS, bare=False)
+    said = [parser.push(BARE), parser.rest()]
+    assert "".join(each.text for each in said) == BARE and not any(each.calls for each in said)
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ('{"name": "weather", "arguments": {"city": "Ro', True),
+        ('```json\n{"name": "wea', True),
+        ("``", True),
+        ('{"name": "wet', False),
+        ('{"city"', False),
+        ("```python", False),
+        (BARE, True),
+        (f"{BARE} i", False),
+        ('{"name": "weather", "arguments": oh, no}, so I say', False),
+    ],
+)
+def test_what_may_become_a_call_without_marks_is_held_back_as_long_as_it_may(text: str, held: bool) -> None:
+    told = AnswerParser(Forms(FORMS["hermes"]), SCHEMAS).push(text)
+    assert (told.text, told.calls) == ("" if held else text, [])
+
+
+@pytest.mark.parametrize("deep", [{"$ref": "#"}, {"anyOf": [{"$ref": "#/properties/n"}] * 200}])
+def test_schemas_that_lead_nowhere_make_no_call(deep: Any) -> None:
+    schemas = {"weather": {"type": "object", "properties": {"n": deep, "a": {"$ref": "#/$defs/n"}}}}
+    answer = read(['{"name": "weather", "arguments": {"n": 1}}'], Forms(FORMS["hermes"]), schemas=schemas)
+    assert not answer.calls and answer.text
+
+
 def test_without_functions_calls_are_text_and_reasoning_is_not() -> None:
     text, _ = written(FORMS["hermes"], THINK, CALLS)
     answer = read(list(text), Forms(FORMS["hermes"], THINK), schemas=None)

@@ -15,6 +15,7 @@ from splitnet.serve.answers.parser import ToolCall
 from splitnet.serve.apis.ollama import Answer, ChatRequest, GenerateRequest
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
+from splitnet.serve.gate import validated
 from splitnet.serve.generation import Ended
 from splitnet.serve.responses import told
 
@@ -80,6 +81,13 @@ def test_options_are_what_they_mean() -> None:
     assert free.sampling["seed"] is free.max_tokens is free.answer_schema is None and free.stop_strings == ["a", "b"]
 
 
+def test_images_are_refused_by_their_name() -> None:
+    for images in ("aaaa", ["aaaa"]):
+        document = {"model": "m", "messages": [{"role": "user", "content": "a", "images": images}]}
+        with pytest.raises(ApiError, match="images are not supported: send text alone"):
+            validated(ChatRequest, document)
+
+
 @pytest.mark.parametrize(
     ("more", "wrong"),
     [
@@ -93,7 +101,6 @@ def test_options_are_what_they_mean() -> None:
         ({"think": "a lot"}, "think"),
         ({"truncate": True}, "truncate"),
         ({"format": "yaml"}, "format"),
-        ({"messages": [{"role": "user", "images": ["aaaa"]}]}, "images"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(more: dict[str, Any], wrong: str) -> None:

@@ -17,6 +17,7 @@ from splitnet.serve.apis import openai_responses
 from splitnet.serve.apis.openai_responses import Answer, KeptResponses, ResponseRequest, for_template
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
+from splitnet.serve.gate import validated
 from splitnet.serve.generation import Ended
 from splitnet.serve.responses import told as streamed_by
 
@@ -169,6 +170,17 @@ def test_items_as_templates_expect_them() -> None:
 def test_what_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         body(**wrong)
+
+
+def test_what_is_refused_is_named() -> None:
+    image = {"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,AA=="}]}
+    for more, says in (
+        ({"tools": [{"type": "web_search"}]}, "'web_search' is not supported, only 'function'"),
+        ({"tools": [TOOL, {"type": "image_generation"}]}, "'image_generation' is not supported"),
+        ({"input": [image]}, "images are not supported: send text alone"),
+    ):
+        with pytest.raises(ApiError, match=says):
+            validated(ResponseRequest, {"model": "m", "input": "Hi"} | more)
 
 
 def test_what_official_clients_send() -> None:

@@ -122,14 +122,9 @@ def test_prompts(prompt: Any) -> None:
         ({"continue_final_message": True}, None, "end messages with one of it"),
         ({"echo": True}, None, "set continue_final_message"),
         ({"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, None, "leave out guided_regex"),
-        ({"modalities": ["audio"]}, "modalities", "only 'text' is supported"),
+        ({"modalities": ["audio"]}, "modalities", "'audio' is not supported, only 'text'"),
         ({"top_k": -2}, "top_k", "greater than or equal to -1"),
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
-        (
-            {"stop": "a", "tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f"}}]},
-            None,
-            "stop ends texts, and the answer is to be a call",
-        ),
         ({"response_format": {"type": "xml"}}, "response_format", "'json_schema'"),
         ({"tools": [TOOL] * 257}, "tools", "at most 256 items"),
         ({"tool_choice": "required"}, None, "tool_choice asks for a tool that is not there"),
@@ -151,7 +146,13 @@ def test_prompts(prompt: Any) -> None:
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "greater than or equal to 1"),
         ({"messages": [{"role": "user"}]}, "messages", "Field required"),
         ({"messages": [{"role": "pope"}]}, "messages", "'user'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "only 'text' is supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "images are not supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "messages", "'file' is not supported"),
+        (
+            {"tools": [{"type": "custom", "custom": {"name": "f"}}]},
+            "tools",
+            "'custom' is not supported, only 'function'",
+        ),
     ],
 )
 def test_what_is_refused_says_why(more: dict[str, Any], param: str | None, message: str) -> None:

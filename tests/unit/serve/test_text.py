@@ -36,8 +36,8 @@ def decode(tokens: list[int]) -> str:
     return bytes(tokens).decode(errors="replace")
 
 
-def before_stop(pieces: list[str], strings: list[str]) -> tuple[str, bool]:
-    stops = StopStrings(strings)
+def before_stop(pieces: list[str], strings: list[str], apart: tuple[list[str], str] = ([], "")) -> tuple[str, bool]:
+    stops = StopStrings(strings, apart)
     text = ""
     for piece in pieces:
         certain, stopped = stops.push(piece)
@@ -181,6 +181,25 @@ def test_an_answer_ends_at_its_end_token_with_what_was_held_back() -> None:
 
 def test_an_answer_ends_before_a_stop_string() -> None:
     assert answer("one two", stops=("e t",)) == ("on", [None] * 4 + ["stop"], 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("So<c>a END b</c>, and END more", ("So<c>a END b</c>, and ", True)),
+        ("an END <c>x</c>", ("an ", True)),
+        ("<c>END</c><c>END", ("<c>END</c><c>END", False)),
+        ("EN<c>D</c>EN", ("EN<c>D</c>EN", False)),
+        ("<c END", ("<c ", True)),
+    ],
+)
+@given(places=st.lists(st.integers(0), max_size=8))
+def test_a_part_that_is_apart_holds_no_stop_string(text: str, said: tuple[str, bool], places: list[int]) -> None:
+    assert before_stop(cut(text, places), ["END"], (["<c>"], "</c>")) == said
+
+
+def test_a_part_that_nothing_ends_goes_on_to_the_end_of_the_text() -> None:
+    assert before_stop(list("So [C] END"), ["END"], (["[C]"], "")) == ("So [C] END", False)
 
 
 def test_an_answer_ends_at_its_length_with_what_was_held_back() -> None:

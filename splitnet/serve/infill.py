@@ -1,0 +1,49 @@
+"""How models are asked for a text between two others: the marks of each family, in one table."""
+
+# ruff: noqa: RUF001 (marks have such characters)
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Tokens before the text in front of a gap, before the text behind the gap, and at the gap (empty: none)."""
+
+    prefix: str
+    suffix: str
+    middle: str = ""
+    suffix_first: bool = False
+
+
+MARKS = (
+    Marks("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma, Granite 4
+    Marks("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite Code, StableCode
+    Marks("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    Marks("▁<PRE>", "▁<SUF>", "▁<MID>"),  # CodeLlama
+    Marks("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
+    Marks("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),  # GLM-4.5
+    Marks("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>", suffix_first=True),  # Seed-Coder
+    Marks("[PREFIX]", "[SUFFIX]", suffix_first=True),  # Codestral
+)
+REPOSITORIES = "<|repo_name|>", "<repo_name>", "<reponame>"
+FILES = "<|file_sep|>", "<file_sep>", "<filename>"
+OTHERS = "<|fim_pad|>", "<fim_pad>", "<fim-pad>", "▁<EOT>", "<|EOT|>", "<|file_separator|>", "<|endoftext|>"
+"""Other tokens that end what models write into a gap."""
+
+SNIPPET = "\n\n--- snippet ---\n\n"
+"""Before a text of another file, for models without a token for files."""
+
+KNOWN = {*REPOSITORIES, *FILES, *OTHERS, *(text for each in MARKS for text in (each.prefix, each.suffix, each.middle))}
+
+
+def marks_of(token_of: Callable[[str], int | None], named: Sequence[str]) -> Marks | None:
+    """The marks of a model; None: it has none. `token_of`: the number of a token; `named`: what its file says that they
+    are, the middle last."""
+    prefix, suffix, middle = named or ("", "", "")
+    own = [row for row in MARKS if row.prefix == prefix] or [Marks(prefix, suffix, middle)]
+    rows = own if prefix and suffix else MARKS
+    texts = {row: filter(None, (row.prefix, row.suffix, row.middle)) for row in rows}
+    return next((row for row in rows if all(token_of(text) is not None for text in texts[row])), None)

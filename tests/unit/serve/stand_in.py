@@ -1,0 +1,95 @@
+"""A stand-in for what calls the model (`splitnet/serve/generation.py`): it answers what a function writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from starlette.testclient import TestClient
+
+from splitnet.serve.admission import Admission
+from splitnet.serve.answers.grammars import AllowedTokens, Grammars
+from splitnet.serve.gate import ApiKeys
+from splitnet.serve.gateway import Gateway
+from splitnet.serve.generation import Ask, Choice, Ended, Generations, Listener, Piece
+from splitnet.serve.progress import ProgressLog
+from splitnet.serve.prompts import Prompts
+from splitnet.serve.responses import ServedModel
+from splitnet.serve.server import make_app
+
+MODEL = "small"
+POSITIONS = 4096
+TEMPLATE = (
+    "{{ tools or '' }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    '{% for c in m.tool_calls or [] %}<tool_call>\n{"name": "{{ c.function.name }}", "arguments": '
+    "{{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+Writes = Callable[[str], Sequence[str]]
+"""Of a prompt the answers that a model may write, the likeliest first; a grammar may exclude some."""
+
+
+class Writer(Generations):
+    """Answers what `writes` says; notes requests in `asked`."""
+
+    def __init__(self, tokenizer: Any, prompts: Prompts, writes: Writes) -> None:
+        config = SimpleNamespace(model_type="llama", get_text_config=lambda: SimpleNamespace(vocab_size=len(tokenizer)))
+        facts = SimpleNamespace(max_positions=POSITIONS, hidden_size=8, num_blocks=2)
+        self.model: Any = SimpleNamespace(headless=False, config=config, swarm=SimpleNamespace(facts=facts))
+        self.decode, self.progress, self.draining = prompts.decode, ProgressLog(), False
+        self.end_tokens = {tokenizer.eos_token_id}
+        self.asked: list[Ask] = []
+        self._tokenizer, self._prompts, self._writes = tokenizer, prompts, writes
+
+    def start(self, ask: Ask, listener: Listener, answer: str = "") -> Any:
+        self.asked.append(ask)
+        ends = {*ask.stop_tokens, *(() if ask.ignores_ends else self.end_tokens)}
+        choice = Choice(0, self.decode, ask.max_tokens, ends, ask.stop_strings, (), ask.stops_apart)
+        for token in next(self._allowed(ask)) if ask.max_tokens else ():
+            if not choice.finished:
+                listener(choice.push(token, None))
+        if not ask.max_tokens:
+            listener(Piece(0, "", (), "length"))
+        listener(Ended(len(ask.prompt), 0, choice.tokens, ask.prompt))
+        return SimpleNamespace(cancel=lambda: None)
+
+    def decode_prompt(self, number: int) -> str:
+        """The prompt of a request, with its special tokens."""
+        return self._prompts.decode_all(self.asked[number].prompt)
+
+    def _allowed(self, ask: Ask) -> Iterator[list[int]]:
+        """Answers that the grammar of a request allows, as tokens with an end token."""
+        for text in self._writes(self._prompts.decode_all(ask.prompt)):
+            tokens = [*self._tokenizer(text, add_special_tokens=False).input_ids, min(self.end_tokens)]
+            with suppress(RuntimeError):  # a token that the grammar excludes
+                allowed = AllowedTokens(ask.grammar) if ask.grammar is not None else None
+                for length, token in enumerate(tokens if allowed else ()):
+                    scores = torch.zeros(len(self._tokenizer), dtype=torch.float32)
+                    allowed.forbid_others(tokens[:length], scores)  # pyright: ignore[reportOptionalMemberAccess]
+                    if not scores[token].isfinite():
+                        raise RuntimeError
+                yield tokens
+
+    def end(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def served(tokenizer: Any, writes: Writes, template: str = TEMPLATE) -> tuple[Any, Writer]:
+    """The app of a gateway to such a model, and the stand-in."""
+    tokenizer.chat_template = template
+    prompts = Prompts(tokenizer, len(tokenizer), POSITIONS)
+    writer = Writer(tokenizer, prompts, writes)
+    grammars = Grammars(tokenizer, len(tokenizer), writer.end_tokens)
+    return make_app(Gateway(ServedModel(MODEL, writer, prompts, grammars, Admission(4, 4))), ApiKeys({})), writer
+
+
+def client(tokenizer: Any, writes: Writes, template: str = TEMPLATE) -> tuple[TestClient, Writer]:
+    """A client of it, within this process."""
+    app, writer = served(tokenizer, writes, template)
+    return TestClient(app, base_url="http://localhost"), writer
