@@ -139,9 +139,10 @@ def demo(
         require("serve", "--serve")
         listen_at("127.0.0.1", port).close()  # to tell it now
     checkpoint = resolve_model(model)
-    typer.secho(f"starting {peers} peers, which load and measure their blocks ...", err=True)
+    local = LocalSwarm(checkpoint, peers, (*ONE_THREAD, "--device", device))
+    typer.secho(f"starting {len(local.spans)} peers, which load and measure their blocks ...", err=True)
 
-    with LocalSwarm(checkpoint, peers, (*ONE_THREAD, "--device", device)) as swarm:
+    with local as swarm:
         for index, blocks in enumerate(swarm.spans):
             typer.secho(f"  daemon {index + 1}: blocks {blocks[0]}..{blocks[1] - 1}", err=True)
         if serve:
