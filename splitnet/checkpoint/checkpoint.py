@@ -231,7 +231,7 @@ class Checkpoint:
 
 def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
     """The files of a checkpoint: a GGUF file, a local folder or, if there is none of that name, a hub id. A folder
-    without a config stands for the only GGUF file in it. Raises ModelNotFound: there is no such file or folder, or the
+    without a config means the only GGUF file in it. Raises ModelNotFound: there is no such file or folder, or the
     folder has several GGUF files."""
     folder = Path(model).expanduser()
     if folder.is_dir() and not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):

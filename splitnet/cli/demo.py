@@ -147,7 +147,7 @@ def demo(
             typer.secho(f"  daemon {index + 1}: blocks {blocks[0]}..{blocks[1] - 1}", err=True)
         if serve:
             address = swarm.wait()
-            typer.secho(f"others reach this swarm with --join {address}", err=True)
+            typer.secho(f"others on this machine join with --join {address}", err=True)
             run_server(models=[str(checkpoint)], initial_peers=[address], port=port, codec=codec, device=device)
         else:
             _ask(checkpoint, swarm, prompt, max_new_tokens, codec, device)

@@ -61,11 +61,11 @@ def _print_table(overview: Overview) -> None:
                 *(["?" if spent is None else f"{spent:.3g}"] * len(joules)),
                 str(record.kv_free_positions),
                 str(record.sessions),
-                f"{record.device} {record.dtype}",
                 short_key(record.key.text),
+                f"{record.device} {record.dtype}",
             ]
         )
-    heads = ["blocks", "address", "reached", *figures, "device", "key"]
+    heads = ["blocks", "address", "reached", *figures, "key", "device"]
     typer.echo(table(heads, rows, figures, title=f"{facts.name}, {facts.num_blocks} blocks"))
     for sentence in overview.advice() or ["every block is served"]:
         typer.echo(sentence)

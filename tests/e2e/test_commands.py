@@ -324,6 +324,11 @@ def test_nothing_is_started_before_a_mistake_is_told(
     assert sentence in finished.error and not re.search("start|swarm", finished.errors), finished.errors
 
 
+def test_a_server_says_what_it_does_before_it_serves(words: dict[str, str], here: Here) -> None:
+    told = here(*"serve {small} --join {nobody} --port 0".format_map(words).split()).errors.splitlines()
+    assert told[0] == "opening the checkpoint ..." and "joining the swarm and loading the client part ..." in told
+
+
 def test_nobody_to_join_is_told_without_a_sentence_of_the_library(words: dict[str, str], here: Here) -> None:
     assert "bootstrap" not in here(*"status {small} --join {nobody}".format_map(words).split()).error
 
@@ -494,20 +499,20 @@ def test_peers_and_clients_that_join_through_a_peers_own_port(
     generate = ("generate", str(small), "bees", "--max-new-tokens", "4", "--codec", "none", "--join")
     with starting(tmp_path, small, *KV, "--blocks", "0:2") as first:
         multiaddr = first.address()
-        printed = re.findall(r"--join (\S+)", first.log)
-        assert printed[0] == multiaddr and printed[-1].startswith("tcp://127.0.0.1:")
-        with starting(tmp_path, small, *KV, "--blocks", "2:6", "--join", printed[-1]) as second:
+        own, node = re.findall(r'--join "?([^\s"]+)', first.log)
+        assert node == multiaddr and own.startswith("tcp://127.0.0.1:")
+        with starting(tmp_path, small, *KV, "--blocks", "2:6", "--join", own) as second:
             address = second.address()
-            assert re.findall(r"--join (\S+)", second.log) == [address]
+            assert re.findall(r'--join "(\S+)"', second.log) == [address]
             told = run(home, *generate, address)
             assert told.code == 0 and told.output == here(*generate, multiaddr).output != ""
             shown = here("status", str(small), "--join", address).output
-            assert {f"  --join {printed[-1]}", f"  --join {address}"} <= set(shown.splitlines())
+            assert f'--join "{own}"' in shown and f'--join "{address}"' in shown
             found = here("doctor", str(small), "--join", address, "--join", multiaddr, "--json")
             findings = json.loads(found.output)["findings"]
             assert [one["status"] for one in findings if one["check"] == "join"] == ["pass", "pass"]
             assert second.stop() < 10
-        missing = here("generate", str(small), "bees", "--join", printed[-1])
+        missing = here("generate", str(small), "bees", "--join", own)
         assert "blocks 2..5" in missing.error
 
 
