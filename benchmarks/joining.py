@@ -44,8 +44,8 @@ def main() -> None:
             while not address_file.exists():
                 assert peer.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.05)
-            addresses = re.findall(r"--join (\S+)", log.read_text())
-            ways = {"node of the DHT": addresses[0], "peer's own port": addresses[-1]}
+            addresses = re.findall(r'--join "?([^\s"]+)', log.read_text())
+            ways = {"node of the DHT": addresses[-1], "peer's own port": addresses[0]}
             took: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
             for turn in range(arguments.rounds + 1):
                 for way, address in ways.items():

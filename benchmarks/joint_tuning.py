@@ -64,7 +64,7 @@ def main() -> None:
         LabPeers(lab, arguments.checkpoint, spans) as peers,
     ):
         # Ten more nodes of the DHT would have two cores to share with what is measured.
-        address = re.findall(r"--join (tcp://\S+)", peers.log(PEERS[0]))[0]
+        address = re.findall(r'--join "(tcp://[^\s"]+)', peers.log(PEERS[0]))[0]
         trial = Trial(arguments, lab, output, ["--join", address, "--no-lan"])
         trial.joint(names, parts, "")
         size = arguments.all_batch_size

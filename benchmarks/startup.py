@@ -175,7 +175,7 @@ def ways_to_join(checkpoint: str, lean: str, rounds: int) -> dict[str, list[floa
     times: dict[str, list[float]] = {}
     with LocalSwarm(checkpoint, 3, (*ONE_THREAD, "--device", "cpu")) as swarm:
         swarm.wait()
-        node, peer = re.findall(r"--join (\S+)", swarm.log(0))
+        peer, node = re.findall(r'--join "?([^\s"]+)', swarm.log(0))
         for number in range(rounds + 1):
             for name, python, address in (
                 ("hivemind, `/ip4/...`", sys.executable, node),

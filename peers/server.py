@@ -333,6 +333,8 @@ class Peer:
         options = replace(options, device=find_device(options.device).device)
         if checkpoint is not None:
             choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
+            if options.wish.blocks is not None:
+                choose_blocks(checkpoint, options.wish, 0, NOBODY)
         identity = options.identity or (
             Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
         )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 import typer
 
 from splitnet.cli.arguments import box, require
+from splitnet.cli.tables import table
 from splitnet.errors import SplitnetError
 
 if TYPE_CHECKING:
@@ -192,9 +193,6 @@ def _print_table(
     outcomes: dict[str, list[Outcome]], figures: dict[str, dict[str, float]], title: str, *, against: bool
 ) -> None:
     """A row for each policy; `against`: with differences to our own."""
-    from rich.console import Console
-    from rich.table import Table
-
     from simulator.outcome import differences
     from simulator.policies import POLICIES
 
@@ -202,11 +200,8 @@ def _print_table(
     if against:
         title += "; in brackets the difference to own in the same worlds"
         title += ", with 95% intervals" if several else ": of one world, which is luck"
-    table = Table(title=title)
-    table.add_column("policy")
     columns = COMPARED if against else COLUMNS
-    for heading, _, _ in columns:
-        table.add_column(heading, justify="right")
+    rows: list[list[str]] = []
     for name, row in figures.items():
         cells: list[str] = []
         for _, figure, form in columns:
@@ -215,41 +210,32 @@ def _print_table(
                 share, low, high = differences(outcomes[name], outcomes["own"], figure)
                 cell += f" ({share:+.0%}: {low:+.0%} to {high:+.0%})" if several else f" ({share:+.0%})"
             cells.append(cell)
-        table.add_row(POLICIES[name].label, *cells)
-    console = Console()
-    needed = console.measure(table, options=console.options.update(width=1000)).maximum
-    # However narrow the terminal is: what it breaks can be read, what is left out cannot.
-    Console(width=max(console.width, needed)).print(table)
+        rows.append([POLICIES[name].label, *cells])
+    figured = [heading for heading, _, _ in columns]
+    typer.echo(table(["policy", *figured], rows, figured, title=title))
 
 
 def _print_coordinates(world: World) -> None:
     from time import perf_counter
 
-    from rich.console import Console
-    from rich.table import Table
-
     from simulator.outcome import coordinate_error, percentile, plan_qualities
     from splitnet.cli.progress import StageProgress
 
-    console = Console()
     error = coordinate_error(world)
-    console.print(
+    typer.echo(
         f"round trips between {world.settings.peers:,} peers, predicted from coordinates: relative error "
         f"{error.median:.0%} at the median, {error.p90:.0%} at p90; {error.fell_short:.0%} are predicted too short"
     )
     asking = min(PLANNED_CLIENTS, len(world.requests))
-    table = Table(title=f"routes of {asking} clients, no peer is busy")
-    table.add_column("planned with")
-    for heading in ("longer than the best\nmean", "\np90", "plan ms"):
-        table.add_column(heading, justify="right")
+    figured = ["longer than the best\nmean", "\np90", "plan ms"]
+    rows: list[list[str]] = []
     with StageProgress() as progress:
         for number, quality in enumerate(plan_qualities(world, asking, perf_counter)):
             progress.update("planning", number + 1, 0)
             mean = sum(quality.excess) / len(quality.excess)
-            table.add_row(
-                quality.name, f"{mean:.1%}", f"{percentile(quality.excess, 90):.1%}", f"{quality.plan_ms:.0f}"
-            )
-    console.print(table)
+            p90 = percentile(quality.excess, 90)
+            rows.append([quality.name, f"{mean:.1%}", f"{p90:.1%}", f"{quality.plan_ms:.0f}"])
+    typer.echo(table(["planned with", *figured], rows, figured, title=f"routes of {asking} clients, no peer is busy"))
 
 
 OWN: Final = "#1f6f8b"

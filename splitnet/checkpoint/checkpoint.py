@@ -230,8 +230,14 @@ class Checkpoint:
 
 
 def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
-    """The files of a checkpoint: a GGUF file, a local folder or, if there is none of that name, a hub id. Raises
-    ModelNotFound: there is no such file or folder."""
+    """The files of a checkpoint: a GGUF file, a local folder or, if there is none of that name, a hub id. A folder
+    without a config means the only GGUF file in it. Raises ModelNotFound: there is no such file or folder, or the
+    folder has several GGUF files."""
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
+        if len(files) > 1:
+            raise ModelNotFound(f"{model} holds {len(files)} GGUF files: give one of them, such as {files[0]}")
+        model = files[0]
     if str(model).endswith(".gguf"):
         from splitnet.checkpoint.gguf.store import GgufStore
 
@@ -239,7 +245,6 @@ def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
         folder = Path(model).expanduser().parent
     else:
         store = SafetensorsStore.open(model, revision)
-        folder = Path(model).expanduser()
     manifest = read_manifest(folder)
     if manifest is not None:
         store.folder = WeightFolder(folder, manifest, store)

@@ -131,6 +131,11 @@ class SafetensorsStore:
         path = Path(model).expanduser()
         if path.is_dir():
             return cls(path.resolve().name, path, None)
+        if path.is_file():
+            raise ModelNotFound(
+                f"{model} is a file that is no checkpoint: give a GGUF file, whose name ends with .gguf, a checkpoint "
+                "folder or a Hugging Face id"
+            )
         if isinstance(model, Path) or _is_path(model):
             raise ModelNotFound(f"there is no folder {model}: give a checkpoint folder or a Hugging Face id")
         return cls(model, None, revision)

@@ -29,6 +29,13 @@ COMMON = "common"
 CONFIG_VARIABLE = "SPLITNET_CONFIG"
 _PREFIX = "SPLITNET"
 _GIVEN = "splitnet.given"
+_MEANT = {
+    "run": "'generate', 'chat', 'serve' or 'demo'",
+    "list": "'models'",
+    "ps": "'status'",
+    "train": "'tune'",
+}
+"""What commands of other programs are called here; the most alike word would be another command."""
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a text in quotes"}
 
 
@@ -111,7 +118,10 @@ class ConfigurableGroup(TyperGroup):
             setting.parameter.show_envvar = False  # they follow from the flags; help would be twice as long
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As click does; now that the command is known, what the file says of it is checked, which may load much."""
+        """As click does; words of other programs are answered with the commands that do the same here. When the command
+        is known, what the file says of it is checked, which may load much."""
+        if (word := args[0]) not in self.commands and word in _MEANT:
+            ctx.fail(f"No such command {word!r}. Did you mean {_MEANT[word]}?")
         resolved = super().resolve_command(ctx, args)
         for given in ctx.meta.get(_GIVEN, ()):
             if given.setting.command in (resolved[0], COMMON):

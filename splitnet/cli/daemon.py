@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,17 +16,34 @@ import typer
 from splitnet import process
 from splitnet.errors import SplitnetError
 from splitnet.process import ENDING, HANG_UP
+from splitnet.transport.addresses import is_peer_address
+
+_ON_THIS_MACHINE = re.compile(r"(tcp:/|/ip4)/127\.|(tcp://\[|/ip6/)::1\b")
 
 
 def tell_addresses(addresses: Sequence[str]) -> None:
-    typer.echo("others join with")
-    for address in addresses:
-        typer.echo(f"  --join {address}")
+    """Prints the address that other machines join with, by the port that they need anyway; the other addresses
+    quietly."""
+
+    def is_local(address: str) -> bool:
+        return _ON_THIS_MACHINE.match(address) is not None
+
+    first, *more = sorted(addresses, key=lambda address: (is_local(address), not is_peer_address(address)))
+    typer.echo(f"others{' on this machine' * is_local(first)} join with\n  --join {quoted(first)}")
+    for address in more:
+        where = "on this machine" if is_local(address) else "or"
+        node = "" if is_peer_address(address) else ", through the DHT"
+        typer.secho(f"  {where}{node}: --join {quoted(address)}", dim=True)
+
+
+def quoted(address: str) -> str:
+    """An address as shells of all systems take it: some look for files where there is a question mark."""
+    return f'"{address}"' if "?" in address else address
 
 
 @contextmanager
 def told(addresses: Sequence[str], file: Path | None) -> Iterator[None]:
-    """Prints the addresses, and has the first in a file, at once and whole, until the end of the `with`."""
+    """Tells the addresses, and has the first of them in a file, at once and whole, until the end of the `with`."""
     tell_addresses(addresses)
     try:
         if file is not None:

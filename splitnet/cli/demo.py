@@ -139,14 +139,15 @@ def demo(
         require("serve", "--serve")
         listen_at("127.0.0.1", port).close()  # to tell it now
     checkpoint = resolve_model(model)
-    typer.secho(f"starting {peers} peers, which load and measure their blocks ...", err=True)
+    local = LocalSwarm(checkpoint, peers, (*ONE_THREAD, "--device", device))
+    typer.secho(f"starting {len(local.spans)} peers, which load and measure their blocks ...", err=True)
 
-    with LocalSwarm(checkpoint, peers, (*ONE_THREAD, "--device", device)) as swarm:
+    with local as swarm:
         for index, blocks in enumerate(swarm.spans):
             typer.secho(f"  daemon {index + 1}: blocks {blocks[0]}..{blocks[1] - 1}", err=True)
         if serve:
             address = swarm.wait()
-            typer.secho(f"others reach this swarm with --join {address}", err=True)
+            typer.secho(f"others on this machine join with --join {address}", err=True)
             run_server(models=[str(checkpoint)], initial_peers=[address], port=port, codec=codec, device=device)
         else:
             _ask(checkpoint, swarm, prompt, max_new_tokens, codec, device)

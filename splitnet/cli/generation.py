@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Column, Table
+import typer
 from transformers import TextStreamer
 
 from splitnet.checkpoint.chat_template import render
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.connection import Connection
+from splitnet.cli.tables import table
 from splitnet.errors import SplitnetError
 from splitnet.hf.adapters import load_adapter
 from splitnet.hf.cache import ModelSession
@@ -169,18 +169,17 @@ class _TimedStreamer(TextStreamer):
 
 
 def print_summary(answer: Answer, session: ModelSession) -> None:
-    console = Console(stderr=True)
-    amount = Column("bytes per token", justify="right")
-    table = Table("from", "to", "codec", amount, title="route", title_justify="left")
-    for link in session.links():
-        table.add_row(link.sender, link.receiver, link.codec, str(link.bytes_per_token))
-    console.print(table)
-    console.print(
+    links = [(link.sender, link.receiver, link.codec, str(link.bytes_per_token)) for link in session.links()]
+    heads = ["from", "to", "codec", "bytes per token"]
+    typer.echo(table(heads, links, heads[-1:], title="route"), err=True)
+    typer.echo(
         f"{answer.prompt_tokens} prompt tokens, {answer.new_tokens} new; "
-        f"time to first token {answer.first_token_s * 1000:.0f} ms, then {answer.tokens_per_s:.1f} tokens/s"
+        f"time to first token {answer.first_token_s * 1000:.0f} ms, then {answer.tokens_per_s:.1f} tokens/s",
+        err=True,
     )
     if answer.drafts.round_trips:
-        console.print(
+        typer.echo(
             f"{answer.drafts.tokens / answer.drafts.round_trips:.2f} tokens per round trip: of "
-            f"{answer.drafts.drafted} drafted tokens {answer.drafts.accepted} were accepted"
+            f"{answer.drafts.drafted} drafted tokens {answer.drafts.accepted} were accepted",
+            err=True,
         )

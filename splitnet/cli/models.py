@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from splitnet.cli.arguments import connects
+from splitnet.cli.tables import table
 from splitnet.session.options import ConnectionOptions
 
 
@@ -28,24 +29,21 @@ def models(
     if as_json:
         typer.echo(json.dumps([model.as_json(connection.way) for model in found]))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("model", overflow="fold")
-    for column in ("blocks", "peers", "replicas", "tokens/s"):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows: list[list[str]] = []
     for model in found:
         replicas = model.replicas
         covered, least, most = sum(map(bool, replicas)), min(replicas), max(replicas)
-        table.add_row(
-            model.name,
-            f"{covered} of {model.num_blocks}",
-            str(len(model.records)),
-            str(least) if least == most else f"{least} to {most}",
-            f"{model.demand:.2f}" if model.demand else "-",
+        rows.append(
+            [
+                model.name,
+                f"{covered} of {model.num_blocks}",
+                str(len(model.records)),
+                str(least) if least == most else f"{least} to {most}",
+                f"{model.demand:.2f} tokens/s" if model.demand else "-",
+            ]
         )
-    Console().print(table)
+    figures = ["blocks", "peers", "replicas", "demand"]
+    typer.echo(table(["model", *figures], rows, figures))
     for model in found:
         for hole, command in zip(model.missing, model.commands(connection.way), strict=True):
             typer.echo(

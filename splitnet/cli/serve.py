@@ -145,6 +145,7 @@ def serve(
     ApiKeys.read(api_key_file)
     if "*" in (allow_origin or ()) and api_key_file is None:
         raise SplitnetError("--allow-origin * opens the server to the pages of all sites: give --api-key-file, too")
+    tell(logging.INFO, "opening the checkpoint ...")
     connection = connection_to(models[0] if models else None, connecting)
     from splitnet.cli.generation import drafts_of
     from splitnet.serve.server import ServeOptions, Way
@@ -185,6 +186,7 @@ def serve(
     for name, folder in map(_named_folder, adapter or ()):
         others.append(replace(first, names=[f"{one}:{name}" for one in first.names], adapter=folder))
     found = Found(named) if serve_all else None
+    tell(logging.INFO, "joining the swarm and loading the client part ...")
     serve_until_told(first, others, found, options, say=typer.echo, warn=partial(tell, logging.WARNING))
 
 

@@ -10,6 +10,7 @@ import typer
 from splitnet.cli.arguments import ModelOrInvite, connects
 from splitnet.cli.daemon import tell_addresses
 from splitnet.cli.generate import connection_to
+from splitnet.cli.tables import table
 from splitnet.session.options import ConnectionOptions
 
 SHOWN_ADDRESSES = 3  # To join with; all are in the JSON
@@ -40,39 +41,32 @@ def status(
 
 
 def _print_table(overview: Overview) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from splitnet.swarm.plan import blocks_text
     from splitnet.swarm.swarm import reached, short_key, token_joules, token_ms
     from splitnet.transport.addresses import peer_address
     from splitnet.wire.fields import STRICT_VERSIONS
 
-    console = Console()
     facts = overview.facts
-    table = Table(
-        title=f"{facts.name}, {facts.num_blocks} blocks", title_justify="left", box=None, padding=(0, 2, 0, 0)
-    )
-    for column in ("blocks", "address", "reached", "device"):
-        table.add_column(column, no_wrap=column != "device")
-    shows_energy = any(record.watts for record in overview.records)
-    for column in ("ms/token", *(["J/token"] * shows_energy), "free KV", "sessions"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("key", no_wrap=True)
+    joules = ["J/token"] * any(record.watts for record in overview.records)
+    figures = ["ms/token", *joules, "free KV", "sessions"]
+    rows: list[list[str]] = []
     for record in overview.records:
-        blocks, joules = blocks_text(record.start, record.end), token_joules(record)
-        table.add_row(
-            f"{blocks} -> {blocks_text(*record.moving_to)}" if record.moving_to else blocks,
-            record.address.removeprefix("tcp://"),
-            reached(record),
-            f"{record.device} {record.dtype}",
-            f"{token_ms(record):.1f}",
-            *(["?" if joules is None else f"{joules:.3g}"] * shows_energy),
-            str(record.kv_free_positions),
-            str(record.sessions),
-            short_key(record.key.text),
+        blocks, spent = blocks_text(record.start, record.end), token_joules(record)
+        rows.append(
+            [
+                f"{blocks} -> {blocks_text(*record.moving_to)}" if record.moving_to else blocks,
+                record.address.removeprefix("tcp://"),
+                reached(record),
+                f"{token_ms(record):.1f}",
+                *(["?" if spent is None else f"{spent:.3g}"] * len(joules)),
+                str(record.kv_free_positions),
+                str(record.sessions),
+                short_key(record.key.text),
+                f"{record.device} {record.dtype}",
+            ]
         )
-    console.print(table)
+    heads = ["blocks", "address", "reached", *figures, "key", "device"]
+    typer.echo(table(heads, rows, figures, title=f"{facts.name}, {facts.num_blocks} blocks"))
     for sentence in overview.advice() or ["every block is served"]:
         typer.echo(sentence)
     if answering := [record for record in overview.records if record.version not in STRICT_VERSIONS]:

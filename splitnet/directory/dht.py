@@ -36,6 +36,7 @@ READS: Final = 2  # of keys that look empty while all nodes joined through are s
 MAX_INITIAL_PEERS: Final = 16  # nodes that are asked whatever others say, as far as `meet` adds them
 SEARCHES_AT_ONCE: Final = 16  # nodes that a search asks at the same time, so that silent ones delay it little
 
+_NOBODY_ANSWERS = "failed to connect to bootstrap peers"  # as p2pd says it
 _REAP_TIMEOUT_S = 2.0
 _EXAMPLE_ADDRESS = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW..."
 
@@ -107,9 +108,12 @@ class Directory(SwarmDirectory):
                     waiting()
                 opening.result()
             except Exception as error:
-                cause, peers = str(error) or "it took too long", ", ".join(initial_peers)
-                said = f"No peer answers at {peers} ({cause}); check that it runs and that its port is open."
-                raise DirectoryError(said if peers else f"The DHT node did not start ({cause}).") from error
+                cause, peers = str(error), ", ".join(initial_peers)
+                if peers and (not cause or _NOBODY_ANSWERS in cause):
+                    said = f"No peer answers at {peers}: check that it runs and that its port is open."
+                else:
+                    said = f"The DHT node did not start ({cause or 'it took too long'})."
+                raise DirectoryError(said) from error
             on_failure.pop_all()
         return directory
 

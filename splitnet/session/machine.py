@@ -820,7 +820,8 @@ class SessionState:
             self._effects.append(events.Ban(hop.name, isinstance(error, PeerLeaving)))
         if setup.repairs:
             setup.reasons.append(str(error))
-            self._note("lost", f"{error}: another peer takes its place", hop.name)
+            kind = "leaving" if isinstance(error, PeerLeaving) else "lost"
+            self._note(kind, f"{error}: another peer takes its place", hop.name)
         else:
             self._note("refused", f"{short_key(hop.name)} is left out of a new route: {error}", hop.name)
 

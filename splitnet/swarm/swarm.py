@@ -40,11 +40,11 @@ SHORT_KEY = 9  # characters of a key that are enough for people to tell peers ap
 KEPT_EVENTS = 256
 
 Kind = Literal[
-    "lost", "repaired", "rerouted", "failed", "refused", "weights", "joined", "gone", "back", "left", "moved"
+    "lost", "leaving", "repaired", "rerouted", "failed", "refused", "weights", "joined", "gone", "back", "left", "moved"
 ]
-"""Of routes: a hop was lost, the route is repaired, or changed for a better one; a repair failed; a peer did not take a
-session; weights are held otherwise. Of peers: they joined, stopped answering, answer again, left, serve other
-blocks.
+"""Of routes: a hop was lost, or hands the session over; the route is repaired, or changed for a better one; a repair
+failed; a peer did not take a session; weights are held otherwise. Of peers: they joined, stopped answering, answer
+again, left, serve other blocks.
 """
 
 

@@ -114,6 +114,11 @@ TUNE = "tune {small} --join {nobody} --output {home}/adapter --data"
 FAILURES: dict[str, tuple[str, str]] = {
     # name: (arguments, expected sentence); {words} are filled in
     "no such folder": ("peer /no/such/folder", "there is no folder /no/such/folder: give"),
+    "a file that is no checkpoint": (
+        "peer {good}",
+        "good is a file that is no checkpoint: give a GGUF file, whose name",
+    ),
+    "several GGUF files": ("peer {ggufs}", "ggufs holds 2 GGUF files: give one of them, such as .*/ggufs/a.gguf"),
     "blocks that are not there": ("peer {small} --blocks 4:9", "has blocks 0..5: use --blocks"),
     "blocks written wrongly": ("peer {small} --blocks 4-9", "'4-9' is not a range of blocks: write START:END"),
     "memory without a unit": (
@@ -150,8 +155,8 @@ FAILURES: dict[str, tuple[str, str]] = {
     ),
     "no list of keys": ("peer {small} --authorized-keys /no/keys", "authorized keys in /no/keys cannot be read"),
     "no address to join": ("peer {small} --join 127.0.0.1:80", "'127.0.0.1:80' is no address to join with: copy"),
-    "nobody to join": ("peer {small} --join {nobody}", "No peer answers at {nobody} .*; check that it runs"),
-    "client: nobody to join": ("generate {small} hi --join {nobody}", "No peer answers at {nobody} .*; check that it"),
+    "nobody to join": ("peer {small} --join {nobody}", "No peer answers at {nobody}: check that it runs"),
+    "client: nobody to join": ("generate {small} hi --join {nobody}", "No peer answers at {nobody}: check that it"),
     "client: no peer to join through": (
         "generate {small} hi --join {no_peer}",
         "No peer tells of others: {no_peer_text} is not reached: check that it runs and that its port is open",
@@ -168,7 +173,7 @@ FAILURES: dict[str, tuple[str, str]] = {
     "status: no swarm": ("status {small}", "no swarm is given: give --join with the address .* with --lan"),
     "dht: nobody to join": (
         "dht --listen /ip4/127.0.0.1/tcp/0 --key-file {home}/dht --join {nobody}",
-        "No peer answers at {nobody} .*; check that it",
+        "No peer answers at {nobody}: check that it",
     ),
     "dht: port taken": (
         "dht --listen {taken_dht} --key-file {home}/dht",
@@ -211,7 +216,7 @@ FAILURES: dict[str, tuple[str, str]] = {
         "serve {small} --join {nobody} --port 0 --api-key-file /no/keys",
         "the API keys in /no/keys cannot be read .No such file or directory.: give a file with one key per line",
     ),
-    "serve: nobody to join": ("serve {small} --join {nobody} --port 0", "No peer answers at {nobody} .*; check that"),
+    "serve: nobody to join": ("serve {small} --join {nobody} --port 0", "No peer answers at {nobody}: check that"),
     "serve: other weights": (
         "serve {fine_tuned} --join {holed} --port 0",
         "this swarm serves other weights than your",
@@ -280,6 +285,9 @@ def words(
         '{"text": "it is dark in here", "label": "lights"}\n{"text": "sing", "label": "music"}'
     )
     (folder / "one_label").write_text('{"text": "it is dark in here", "label": "lights"}')
+    (folder / "ggufs").mkdir()
+    for name in ("a", "b"):
+        (folder / "ggufs" / f"{name}.gguf").touch()
     (folder / "plain").write_text('{"text": "it is dark in here"}')
     (folder / "bad_line").write_text('{"text": "a"}\n{"text": "b"')
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -293,7 +301,7 @@ def words(
             "no_peer": NO_PEER,
             "no_peer_text": re.escape(NO_PEER),
             "home": str(folder / "home"),
-            **{name: str(folder / name) for name in ("good", "plain", "bad_line", "one_label")},
+            **{name: str(folder / name) for name in ("good", "ggufs", "plain", "bad_line", "one_label")},
             "taken": f"tcp://127.0.0.1:{port}",
             "taken_port": str(port),
             "taken_dht": f"/ip4/127.0.0.1/tcp/{port}",
@@ -311,6 +319,39 @@ def test_one_sentence_says_what_is_wrong_and_the_fix(
     finished = here(*arguments.format_map(words).split())
     assert re.search(sentence.format_map(words), finished.error), finished.error
     assert not finished.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("demo /no/such/folder", "there is no folder /no/such/folder: give"),
+        ("peer {small} --blocks 4:9", "has blocks 0..5: use --blocks"),
+    ],
+)
+def test_nothing_is_started_before_a_mistake_is_told(
+    words: dict[str, str], here: Here, arguments: str, sentence: str
+) -> None:
+    finished = here(*arguments.format_map(words).split())
+    assert sentence in finished.error and not re.search("start|swarm", finished.errors), finished.errors
+
+
+def test_a_server_says_what_it_does_before_it_serves(words: dict[str, str], here: Here) -> None:
+    told = here(*"serve {small} --join {nobody} --port 0".format_map(words).split()).errors.splitlines()
+    assert told[0] == "opening the checkpoint ..." and "joining the swarm and loading the client part ..." in told
+
+
+def test_nobody_to_join_is_told_without_a_sentence_of_the_library(words: dict[str, str], here: Here) -> None:
+    assert "bootstrap" not in here(*"status {small} --join {nobody}".format_map(words).split()).error
+
+
+def test_a_word_of_other_programs_is_answered_with_commands_that_do_the_same(here: Here) -> None:
+    told = " ".join(here("run", "demo").errors.split())
+    assert "Did you mean 'generate', 'chat', 'serve' or 'demo'?" in told and "round" not in told
+
+
+def test_every_command_that_takes_a_model_takes_a_gguf_file(here: Here) -> None:
+    for command in ("peer", "generate", "status", "doctor", "demo"):
+        assert "GGUF file" in " ".join(here(command, "--help").output.replace("│", " ").split()), command
 
 
 @pytest.mark.full
@@ -469,20 +510,20 @@ def test_peers_and_clients_that_join_through_a_peers_own_port(
     generate = ("generate", str(small), "bees", "--max-new-tokens", "4", "--codec", "none", "--join")
     with starting(tmp_path, small, *KV, "--blocks", "0:2") as first:
         multiaddr = first.address()
-        printed = re.findall(r"--join (\S+)", first.log)
-        assert printed[0] == multiaddr and printed[-1].startswith("tcp://127.0.0.1:")
-        with starting(tmp_path, small, *KV, "--blocks", "2:6", "--join", printed[-1]) as second:
+        own, node = re.findall(r'--join "?([^\s"]+)', first.log)
+        assert node == multiaddr and own.startswith("tcp://127.0.0.1:")
+        with starting(tmp_path, small, *KV, "--blocks", "2:6", "--join", own) as second:
             address = second.address()
-            assert re.findall(r"--join (\S+)", second.log) == [address]
+            assert re.findall(r'--join "(\S+)"', second.log) == [address]
             told = run(home, *generate, address)
             assert told.code == 0 and told.output == here(*generate, multiaddr).output != ""
             shown = here("status", str(small), "--join", address).output
-            assert {f"  --join {printed[-1]}", f"  --join {address}"} <= set(shown.splitlines())
+            assert f'--join "{own}"' in shown and f'--join "{address}"' in shown
             found = here("doctor", str(small), "--join", address, "--join", multiaddr, "--json")
             findings = json.loads(found.output)["findings"]
             assert [one["status"] for one in findings if one["check"] == "join"] == ["pass", "pass"]
             assert second.stop() < 10
-        missing = here("generate", str(small), "bees", "--join", printed[-1])
+        missing = here("generate", str(small), "bees", "--join", own)
         assert "blocks 2..5" in missing.error
 
 

@@ -109,7 +109,7 @@ def test_a_key_opens_the_page_and_stays_in_the_tab(visit: Visit) -> None:
     expect(page.locator("#verdict-detail")).to_contain_text("Blocks 15..29 have more than one")
     expect(page.locator("#map .span")).to_have_count(3)
     expect(page.locator("#peers tr")).to_have_count(3)
-    expect(page.locator("#peers")).to_contain_text("float32")
+    expect(page.locator("#peers")).to_contain_text("cpu, 32 bits")
     assert page.evaluate("[sessionStorage.getItem('api-key'), localStorage.getItem('api-key')]") == [KEY, None]
     page.reload()
     expect(page.locator("#map .span")).to_have_count(3)
@@ -135,6 +135,7 @@ def test_a_chat_shows_its_route_and_its_speed_and_can_be_stopped(visit: Visit) -
     answer = page.locator(".answer")
     expect(answer.locator(".text")).to_contain_text("Paris")
     expect(answer.locator(".timing")).to_contain_text("tokens/s")
+    expect(page.locator("#send")).to_be_visible()
     expect(answer.locator(".chip").first).to_contain_text("0..14")
     expect(answer.locator(".chip").last).to_contain_text("..29")
     visitor.ask("Write a very long story about the sea.")

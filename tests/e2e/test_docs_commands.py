@@ -235,7 +235,7 @@ def chat_server(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield said[1]
         finished = server.stop(signal.SIGINT)
     assert finished.code == 0
-    assert "others reach this swarm with --join /ip4/127.0.0.1/tcp/" in finished.errors
+    assert "others on this machine join with --join /ip4/127.0.0.1/tcp/" in finished.errors
     assert finished.errors.endswith("nothing is running any more\n")
 
 

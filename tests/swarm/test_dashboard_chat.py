@@ -6,6 +6,7 @@ What a random model does not write, prepared events say in its place.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -119,7 +120,7 @@ def ask(page: Page, text: str) -> Locator:
 
 
 def ended(answer: Locator) -> Locator:
-    expect(answer).not_to_have_class("growing")
+    expect(answer).not_to_have_class(re.compile("growing"))
     expect(answer.locator(".timing")).to_contain_text("tokens")
     return answer
 
@@ -163,7 +164,7 @@ def test_an_answer_of_the_swarm_is_stopped_and_the_chat_goes_on(visit: NewPage, 
     page.keyboard.press("Escape")
     expect(first.locator(".note")).to_have_text("stopped")
     expect(page.locator("#running")).to_have_text("0")
-    expect(first.locator(".timing")).to_contain_text("first token after")
+    expect(first.locator(".timing")).to_have_text(re.compile(r"first token after .* tokens/s · \d+ tokens"))
     second = ask(page, "Go on")
     expect(second.locator(".text")).not_to_be_empty()
     page.click("#stop")
@@ -475,8 +476,173 @@ def test_a_phone_shows_the_chat(visit: NewPage, theme: str) -> None:
     page.get_by_role("button", name="Edit").click()
     photograph(page, f"chat-phone-edit-{theme}")
     page.keyboard.press("Escape")
-    page.get_by_role("button", name="Full page").click()
+    page.get_by_role("button", name="Back to the swarm").click()
     expect(chat).to_have_css("position", "static")
+
+
+def test_the_full_page_is_the_chat_alone(visit: NewPage) -> None:
+    page = visit(width=1280, height=600)
+    scrolls = (
+        "document.documentElement.scrollHeight > innerHeight && getComputedStyle(document.documentElement).overflowY"
+    )
+    assert page.evaluate(scrolls) == "visible", "the page is longer than the window"
+    page.get_by_role("button", name="Full page").click()
+    assert page.locator(".chat").bounding_box() == {"x": 0, "y": 0, "width": 1280, "height": 600}
+    assert page.evaluate(scrolls) == "hidden"
+    expect(page.get_by_role("button", name="Full page")).to_have_count(0)
+    expect(page.locator("#theme-button")).to_be_visible()
+    page.locator("#theme-button").focus()
+    expect(page.locator("#theme-button")).not_to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Full page")).to_be_visible()
+    assert page.evaluate(scrolls) == "visible"
+
+
+def test_settings_are_sent_and_kept_in_the_browser(visit: NewPage) -> None:
+    page = visit()
+    sent = say(page, {"content": "one"}, finish="length")
+    ended(ask(page, "first"))
+    assert (sent[0]["temperature"], "max_tokens" in sent[0]) == (0, False)
+    page.get_by_role("button", name="Settings").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("System prompt")).to_be_focused()
+    page.keyboard.type("Be short.")
+    page.keyboard.press("Tab")
+    for _ in range(7):
+        page.keyboard.press("ArrowRight")
+    expect(page.locator("#temperature-told")).to_have_text("0.7")
+    page.get_by_label("Longest answer").fill("20")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Settings")).to_be_focused()
+    expect(page.get_by_label("System prompt")).to_be_hidden()
+    page.reload()
+    expect(page.locator("#connection")).to_have_text("live")
+    expect(page.get_by_role("button", name="Settings")).to_have_class(re.compile("changed"))
+    answer = ended(ask(page, "second"))
+    expect(answer.locator(".note")).to_have_text("cut off: the settings allow 20 tokens")
+    assert (sent[1]["temperature"], sent[1]["max_tokens"]) == (0.7, 20)
+    assert said(sent[1])[:2] == [("system", "Be short."), ("user", "first")]
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Longest answer").fill("-3")
+    ended(ask(page, "third"))
+    assert "max_tokens" not in sent[2]
+    page.get_by_role("button", name="Reset").click()
+    expect(page.get_by_label("System prompt")).to_have_value("")
+    ended(ask(page, "fourth"))
+    assert sent[3]["temperature"] == 0 and said(sent[3])[0] == ("user", "first")
+
+
+@pytest.mark.full
+def test_settings_on_a_phone(visit: NewPage) -> None:
+    page = visit(width=390, height=844, has_touch=True, is_mobile=True, theme="dark")
+    page.get_by_role("button", name="Settings").tap()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    photograph(page, "chat-settings-phone")
+    page.get_by_role("button", name="Done").tap()
+    expect(page.get_by_label("System prompt")).to_be_hidden()
+
+
+def test_settings_of_another_kind_are_left_alone(visit: NewPage) -> None:
+    page = visit()
+    page.evaluate("localStorage.setItem('chat-settings', '{')")
+    page.reload()
+    sent = say(page, {"content": "one"})
+    ended(ask(page, "first"))
+    assert sent[0]["temperature"] == 0
+
+
+def test_code_without_a_language_has_no_empty_header(visit: NewPage) -> None:
+    page = visit()
+    say(page, {"content": "```\nhive\n```\n\n```js\nlet a\n```"})
+    ended(ask(page, "bees?"))
+    bare, named = (
+        block.bounding_box()["height"] - block.locator("pre").bounding_box()["height"]  # pyright: ignore[reportOptionalSubscript]
+        for block in page.locator(".code-block").all()
+    )
+    assert bare <= 2 < 10 < named
+    expect(page.locator(".code-block").first.get_by_role("button", name="Copy the code")).to_be_visible()
+
+
+def looked_at(visit: NewPage, spans: dict[str, tuple[int, int]], **options: Any) -> Page:
+    """A page that is told of these peers, and of an answer that goes through them in turn."""
+    peer = {"state": "here", "state_s": 1.0, "serves": True, "address": "192.0.2.7:31331", "moving_to": None}
+    peer |= {
+        "device": "cpu",
+        "weights": "stored/float32 KV int8",
+        "token_ms": 1.0,
+        "token_joules": None,
+        "queue_ms": 0.0,
+    }
+    peer |= {"sessions": 1, "kv_free": 5, "delay_ms": 0.5, "version": "0"}
+    peers = [peer | {"key": key, "short": key[:9], "start": span[0], "end": span[1]} for key, span in spans.items()]
+    link = {"codec": "int8", "bytes_per_token": 600, "delay_ms": 12.5, "via_client": False}
+    hops = [{"peer": key, "start": span[0], "end": span[1]} for key, span in spans.items()]
+    answer = {"id": "a", "ended": False, "began_s": 1.0, "first_token_s": 0.5, "tokens": 2, "tokens_per_s": 2.0}
+    answer["routes"] = [{"hops": hops, "links": [link] * (len(hops) + 1)}]
+    told = {
+        "type": "snapshot",
+        "at": 0.0,
+        "version": "0",
+        "model": MODEL,
+        "num_blocks": 30,
+        "problem": None,
+        "holes": [],
+    }
+    told |= {"local_spans": [], "peers": peers, "requests": {"running": 1, "waiting": 0}, "tokens_per_s": 2.0}
+    told |= {"history": [0.0, 2.0], "answers": [answer]}
+    page = visit(**options)
+    stream = f"data: {json.dumps(told)}\n\n"
+    page.route("**/dashboard/events", lambda asked: asked.fulfill(body=stream, content_type="text/event-stream"))
+    page.reload()
+    expect(page.locator("#peers tr")).to_have_count(len(spans))
+    return page
+
+
+THREE = {"sn1xfgzqtaa": (0, 12), "sn1iq3okjbb": (12, 20), "sn1ah6rcdcc": (20, 30)}
+
+
+def test_a_peer_has_the_colour_of_its_key_whoever_else_is_there(visit: NewPage) -> None:
+    def colours(spans: dict[str, tuple[int, int]]) -> dict[str, set[str]]:
+        page = looked_at(visit, spans)
+        places = {"#map .span": ".span-name", "#routes .hop": "b", "#peers tr": "b"}
+        seen: dict[str, set[str]] = {}
+        for place, name in places.items():
+            for node in page.locator(place).all():
+                coloured = node.locator(".dot") if place == "#peers tr" else node
+                hue = coloured.evaluate("each => getComputedStyle(each).getPropertyValue('--hue')")
+                seen.setdefault(node.locator(name).first.inner_text(), set()).add(hue)
+        return seen
+
+    alone, together = colours({"sn1ah6rcdcc": (0, 30)}), colours(THREE)
+    assert together["sn1ah6rcd"] == alone["sn1ah6rcd"]
+    assert len(set.union(*together.values())) == 3 and all(len(hues) == 1 for hues in together.values())
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_no_end_of_a_route_stands_alone(visit: NewPage, count: int) -> None:
+    edges = [30 * index // count for index in range(count + 1)]
+    spans = {f"sn1{chr(97 + index) * 8}": (edges[index], edges[index + 1]) for index in range(count)}
+    page = looked_at(visit, spans, width=1280)
+    first, *_, last = page.locator("#routes .stop").all()
+    arrow = page.locator("#routes .link").last
+    tops = [place.bounding_box()["y"] for place in (first, last, arrow)]  # pyright: ignore[reportOptionalSubscript]
+    assert tops[1] == tops[2] and (count > 3 or tops[0] == tops[1])
+    photograph(page, f"route-{count}")
+
+
+def test_the_page_says_in_plain_words_how_weights_are_held(visit: NewPage) -> None:
+    page = looked_at(visit, THREE)
+    cell = page.locator("#peers td.wraps").first
+    expect(cell).to_have_text("cpu, as in the files")
+    expect(cell).to_have_attribute(
+        "title",
+        "Weights are held in the codes of the model's files; blocks compute in float32; "
+        "keys and values are held as int8",
+    )
+    theme = page.locator("#theme-button")
+    expect(theme).to_have_text("Theme: system")
+    theme.click()
+    expect(theme).to_have_text("Theme: light")
 
 
 @pytest.mark.full

@@ -29,7 +29,7 @@ def peer_at(swarm: LocalSwarm, cache: Any, index: int) -> Peer:
 @pytest.mark.default_cases(index=(1,))
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_peer_that_leaves_hands_its_session_over(
-    twins: LocalSwarm, local: Any, index: int, monkeypatch: pytest.MonkeyPatch
+    twins: LocalSwarm, local: Any, index: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # On a slow machine the session may find a better route before that.
     monkeypatch.setattr("splitnet.session.driver.Routes.better", lambda *_: None)
@@ -58,6 +58,8 @@ def test_a_peer_that_leaves_hands_its_session_over(
         causes = [cause for recovery in cache.session.recoveries for cause in recovery.lost]
         assert Cause.LEAVING in [recovery.cause for recovery in cache.session.recoveries]
     assert any("leaving" in cause for cause in causes), causes
+    assert "leaving" in [event.kind for event in model.swarm.events.since(0)]
+    assert not [record for record in caplog.records if record.name == "splitnet.session.driver"], "nothing is wrong"
     assert leavers[0].counters.ended[SessionEnd.HANDED_OVER] == 1
     assert drained[0] < 10.0
     expected = local.generate(**prompt(), **{**GREEDY, "max_new_tokens": GREEDY["max_new_tokens"] + 1})

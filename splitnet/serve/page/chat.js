@@ -5,13 +5,15 @@ import { button, byId, element } from "./dom.js";
 import { askForKey } from "./key.js";
 import { chosenModel, showModels } from "./models.js";
 import { routeLine } from "./routes.js";
+import { settings } from "./settings.js";
 import { documents, RequestError } from "./stream.js";
 
 const STORED = "chat";
 const messages = byId("messages");
 const question = byId("question");
+const chat = document.querySelector(".chat");
 const nothing = messages.firstElementChild;
-const turns = []; // {asked, answer, view, node, id}; id: the server's, until it has told of the answer's end
+const turns = []; // {asked, answer, view, node, id, counted}; id: the server's, until it has told of the answer's end
 let running = null;
 
 /** Takes in what the server tells of answers: it belongs to the answers here by their ids. */
@@ -22,7 +24,8 @@ export function showInChat(snapshot) {
     if (!told) continue;
     if (told.routes.length) turn.view.route.replaceChildren(routeLine(told.routes));
     if (told.ended) turn.id = "";
-    else if (told.first_token_s === null) turn.view.showReading(told.read, told.prompt);
+    if (told.first_token_s !== null) turn.counted(told.tokens);
+    else if (!told.ended) turn.view.showReading(told.read, told.prompt);
   }
 }
 
@@ -58,7 +61,15 @@ async function ask(text) {
   const model = chosenModel();
   const turn = add(text, newAnswer(model));
   const [{ answer, view }, own, began] = [turn, new AbortController(), performance.now()];
+  const { before, parameters } = settings();
   let [first, last, tokens, frame] = [null, null, null, 0];
+  // The server counts also where an answer is stopped; what the end of an answer says counts more.
+  let known = null;
+  turn.counted = (count) => {
+    known = count;
+    answer.timing = timingText(began, first, last, tokens ?? known);
+    frame ||= requestAnimationFrame(show);
+  };
   const show = () => {
     const follows = messages.scrollHeight - messages.scrollTop - messages.clientHeight < 40;
     frame = 0;
@@ -70,9 +81,8 @@ async function ask(text) {
   view.timing.textContent = "waiting for the first token";
   scrollToEnd();
   try {
-    // Greedy, as `splitnet chat` is.
-    const sent = [...said, { role: "user", content: text }];
-    const request = { model, messages: sent, temperature: 0, stream: true, stream_options: { include_usage: true } };
+    const sent = [...before, ...said, { role: "user", content: text }];
+    const request = { model, messages: sent, ...parameters, stream: true, stream_options: { include_usage: true } };
     const headers = { "Content-Type": "application/json" };
     const options = { method: "POST", headers, body: JSON.stringify(request), signal: own.signal };
     const takeId = (told) => (turn.id = told.get("x-answer-id"));
@@ -80,11 +90,11 @@ async function ask(text) {
       if (chunk.error) throw new RequestError(502, chunk.error.message);
       tokens = chunk.usage?.completion_tokens ?? tokens;
       const choice = chunk.choices[0];
-      if (choice?.finish_reason === "length") answer.note = "cut off: there is no room for more tokens";
+      if (choice?.finish_reason === "length") answer.note = cutOff(parameters.max_tokens);
       if (!choice || !grow(answer, choice.delta)) continue;
       last = performance.now();
       first ??= last;
-      answer.timing = timingText(began, first, last, null);
+      answer.timing = timingText(began, first, last, known);
       frame ||= requestAnimationFrame(show);
     }
   } catch (error) {
@@ -94,7 +104,7 @@ async function ask(text) {
   } finally {
     cancelAnimationFrame(frame);
     if (running === own) setRunning(null);
-    answer.timing = timingText(began, first, last, tokens);
+    answer.timing = timingText(began, first, last, tokens ?? known);
     view.node.classList.remove("growing");
     show();
   }
@@ -128,6 +138,8 @@ function editTurn(turn) {
   field.focus();
 }
 
+const cutOff = (longest) => `cut off: ${longest ? `the settings allow ${longest} tokens` : "there is no room for more tokens"}`;
+
 const isKey = (event, name) => event.key === name && !event.isComposing;
 
 /** Whether a key sends. Fingers have no Shift with Enter: there the button sends. */
@@ -156,7 +168,9 @@ question.addEventListener("keydown", (event) => {
   byId("chat-form").requestSubmit();
 });
 addEventListener("keydown", (event) => {
-  if (isKey(event, "Escape") && !document.querySelector("dialog[open]")) running?.abort();
+  if (!isKey(event, "Escape") || document.querySelector("dialog[open]")) return;
+  if (running) running.abort();
+  else expand(false);
 });
 byId("stop").addEventListener("click", () => {
   running?.abort();
@@ -167,9 +181,15 @@ byId("new-chat").addEventListener("click", () => {
   byId("new-chat").hidden = true;
   question.focus();
 });
-byId("expand").addEventListener("click", ({ target }) => {
-  target.setAttribute("aria-pressed", document.querySelector(".chat").classList.toggle("wide"));
-});
+byId("expand").addEventListener("click", () => expand(!chat.classList.contains("wide")));
+
+/** The chat alone, and the rest of the page out of reach of keys and readers; or all. */
+function expand(wide) {
+  chat.classList.toggle("wide", wide);
+  byId("expand").textContent = wide ? "Back to the swarm" : "Full page";
+  for (const rest of document.querySelectorAll("header, main > :not(.chat)")) rest.inert = wide;
+  scrollToEnd();
+}
 
 // Kept as the key is: in the tab, also when it is loaded again.
 const store = () => sessionStorage.setItem(STORED, JSON.stringify(turns.map(({ asked, answer }) => ({ asked, answer }))));

@@ -2,7 +2,7 @@
 
 import { byId, element, keyed, setText } from "./dom.js";
 import { blocks, plural } from "./format.js";
-import { hueOf } from "./hues.js";
+import { coloured } from "./hues.js";
 import { isThere, replicas, runs } from "./coverage.js";
 
 const MAX_LANES = 16;
@@ -58,14 +58,9 @@ function answersByPeer(answers) {
 
 function createSpan(span) {
   if (span.hole) return element("div", "hole-band", element("span", "hole-label"));
-  const hue = span.local ? "" : hueOf(span.key);
-  return element(
-    "div",
-    `span ${hue}`,
-    element("span", "span-name"),
-    element("span", "span-blocks"),
-    element("span", "span-load"),
-  );
+  const parts = ["span-name", "span-blocks", "span-load"].map((name) => element("span", name));
+  const node = element("div", "span", ...parts);
+  return span.local ? node : coloured(node, span.key);
 }
 
 function updateSpan(node, span, total) {

@@ -108,7 +108,8 @@ function codeBlock(lines) {
   const [, fence, info] = FENCE.exec(lines[0]);
   const whole = lines.length > 1 && closes(lines.at(-1), fence);
   const [code, language] = [lines.slice(1, whole ? -1 : undefined).join("\n"), info.trim().split(/\s/)[0].slice(0, 30)];
-  const head = element("div", "code-head", element("span", "", language), copyButton("the code", () => code));
+  const copy = copyButton("the code", () => code);
+  const head = language ? element("div", "code-head", element("span", "", language), copy) : element("div", "code-head bare", copy);
   const shown = element("pre", "", element("code", "", ...highlighted(code, language.toLowerCase())));
   shown.tabIndex = 0; // it scrolls
   return element("div", "code-block", head, shown);

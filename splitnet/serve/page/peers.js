@@ -2,12 +2,12 @@
 
 import { byId, element, keyed, setText } from "./dom.js";
 import { blocks, count, figure, ms, small } from "./format.js";
-import { hueOf } from "./hues.js";
+import { coloured } from "./hues.js";
 import { isThere } from "./coverage.js";
 
 const COLUMNS = [
   ["Blocks", blocksOf],
-  ["Device, weights", (peer) => `${peer.device}, ${peer.weights}`, "wraps"],
+  ["Device, weights", (peer) => `${peer.device}, ${heldAs(peer.weights)}`, "wraps"],
   ["ms/token", (peer) => figure(peer.token_ms), "number"],
   ["J/token", (peer) => small(peer.token_joules), "number"],
   ["Queue", (peer) => ms(peer.queue_ms), "number"],
@@ -16,6 +16,14 @@ const COLUMNS = [
   ["Delay", (peer) => ms(peer.delay_ms), "number"],
   ["Version", (peer) => peer.version],
 ];
+
+const WORDS = {
+  float32: "32 bits",
+  bfloat16: "16 bits",
+  float16: "16 bits",
+  int8: "8 bits",
+  int4: "4 bits",
+};
 
 export function showPeers(snapshot) {
   keyed(byId("peers"), snapshot.peers, (peer) => peer.key, createRow, updateRow);
@@ -28,7 +36,7 @@ function createRow(peer) {
     element(
       "div",
       "peer-name",
-      element("span", `dot ${hueOf(peer.key)}`),
+      coloured(element("span", "dot"), peer.key),
       element("b", "", peer.short),
       element("span", "address"),
       element("span", "state"),
@@ -49,10 +57,29 @@ function updateRow(row, peer) {
   row.classList.toggle("gone", !isThere(peer));
   setText(row.querySelector(".address"), addressOf(peer));
   setText(row.querySelector(".state"), stateOf(peer));
+  row.querySelector(".wraps").title = exactly(peer.weights);
   // What was measured of a peer says nothing any more once it is gone.
   COLUMNS.forEach(([, text, kind], index) => {
     setText(row.children[index + 1], kind === "number" && !isThere(peer) ? "–" : text(peer));
   });
+}
+
+/** `HELD/COMPUTED KV FORM`, of which only HELD is always there. */
+function partsOf(weights) {
+  const [types, form] = weights.split(" KV ");
+  const [held, computed] = types.split("/");
+  return { held, computed: computed ?? held, form };
+}
+
+function heldAs(weights) {
+  const { held } = partsOf(weights);
+  return held.startsWith("stored") ? "as in the files" : (WORDS[held] ?? held);
+}
+
+function exactly(weights) {
+  const { held, computed, form } = partsOf(weights);
+  const as = held.startsWith("stored") ? "in the codes of the model's files" : `as ${held}`;
+  return `Weights are held ${as}; blocks compute in ${computed}${form ? `; keys and values are held as ${form}` : ""}`;
 }
 
 function blocksOf(peer) {

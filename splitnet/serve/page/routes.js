@@ -3,7 +3,7 @@
 import { byId, element, keyed, setText } from "./dom.js";
 import { blocks, count, figure, ms, plural } from "./format.js";
 import { isThere } from "./coverage.js";
-import { hueOf } from "./hues.js";
+import { coloured } from "./hues.js";
 
 const HERE = "this server";
 const short = (key) => key.slice(0, 9);
@@ -39,39 +39,39 @@ function updateGroup(node, answers, title, gone) {
   setText(node.firstElementChild, title);
   keyed(node.lastElementChild, stopsOf(answers.at(-1).routes), (stop) => stop.key, createStop, (each, stop) => {
     updateStop(each, stop);
-    each.classList.toggle("gone", Boolean(stop.hop) && gone.has(stop.hop.peer));
+    each.lastElementChild.classList.toggle("gone", Boolean(stop.hop) && gone.has(stop.hop.peer));
   });
 }
 
-/** What stands in a row: ends, links and hops. */
+/** Ends and hops in a row, each with the link that leads there. */
 function stopsOf(routes) {
-  const stops = [{ key: "start", here: true }];
+  const stops = [{ key: "start" }];
   routes.forEach((route, number) => {
     route.links.forEach((link, index) => {
-      stops.push({ key: `link ${number} ${index}`, link });
       const hop = route.hops[index];
-      stops.push(hop ? { key: `${hop.peer} ${hop.start}-${hop.end}`, hop } : { key: `end ${number}`, here: true });
+      stops.push({ key: hop ? `${hop.peer} ${hop.start}-${hop.end}` : `end ${number}`, link, hop });
     });
   });
   return stops;
 }
 
-function createStop(stop) {
-  if (stop.here) return element("li", "stop here", HERE);
-  if (stop.hop) return element("li", `stop hop ${hueOf(stop.hop.peer)}`, element("b"), element("span"));
-  return element("li", "link", element("b"), element("span"));
+/** A link stays in the line of the stop that it leads to. */
+function createStop({ link, hop }) {
+  const stop = hop ? coloured(element("div", "stop hop", element("b"), element("span")), hop.peer) : element("div", "stop here", HERE);
+  return element("li", "", ...(link ? [element("div", "link", element("b"), element("span"))] : []), stop);
 }
 
-function updateStop(node, stop) {
-  if (stop.hop) {
-    setText(node.firstElementChild, short(stop.hop.peer));
-    setText(node.lastElementChild, blocks(stop.hop.start, stop.hop.end));
-  } else if (stop.link) {
-    const { delay_ms: delay, codec, bytes_per_token: bytes, via_client: carried } = stop.link;
-    setText(node.firstElementChild, ms(delay));
-    setText(node.lastElementChild, `codec ${codec}${carried ? ", through this server" : ""}`);
-    node.title = `${ms(delay)} one way, codec ${codec}, ${count(bytes)} bytes per token`;
+function updateStop(node, { link, hop }) {
+  const [arrow, stop] = [node.firstElementChild, node.lastElementChild];
+  if (hop) {
+    setText(stop.firstElementChild, short(hop.peer));
+    setText(stop.lastElementChild, blocks(hop.start, hop.end));
   }
+  if (!link) return;
+  const { delay_ms: delay, codec, bytes_per_token: bytes, via_client: carried } = link;
+  setText(arrow.firstElementChild, ms(delay));
+  setText(arrow.lastElementChild, `codec ${codec}${carried ? ", through this server" : ""}`);
+  arrow.title = `${ms(delay)} one way, codec ${codec}, ${count(bytes)} bytes per token`;
 }
 
 /** One line that names the hops of an answer. */
@@ -79,7 +79,7 @@ export function routeLine(routes) {
   const line = element("span", "route-line");
   for (const hop of routes.flatMap((route) => route.hops)) {
     const name = element("b", "", short(hop.peer));
-    const chip = element("span", `chip ${hueOf(hop.peer)}`, name, ` ${blocks(hop.start, hop.end)}`);
+    const chip = coloured(element("span", "chip", name, ` ${blocks(hop.start, hop.end)}`), hop.peer);
     line.append(element("span", "route-step", line.childElementCount ? "→ " : "", chip));
   }
   return line;

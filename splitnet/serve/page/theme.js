@@ -8,8 +8,7 @@
     root.dataset.theme = theme;
     const button = document.getElementById("theme-button");
     if (button) {
-      button.textContent = { system: "Auto", light: "Light", dark: "Dark" }[theme];
-      button.setAttribute("aria-label", `${button.textContent} theme`);
+      button.textContent = `Theme: ${theme}`;
     }
   }
 

@@ -71,10 +71,5 @@ def bench(
     if as_json:
         typer.echo(json.dumps(report.document()))
         return
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a file has room for all columns
-    console.print(report.table())
+    typer.echo(report.table())
     typer.echo(report.sentence())

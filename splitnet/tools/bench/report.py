@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from splitnet.cli.tables import table
 from splitnet.errors import ContextTooLong, SplitnetError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from splitnet.session.inference import LinkUse
 
 
@@ -268,21 +267,16 @@ class Report:
             "tests": [self._test(measured, routes) for measured in self.measured],
         }
 
-    def table(self) -> Table:
+    def table(self) -> str:
         """A row per case; where both arms were measured, the first columns are the swarm's."""
-        from rich.table import Table
-
         first = self.arms[0]
         cases = [measured.case for measured in self.measured]
-        table = Table(title=self._title(), title_justify="left", box=None, padding=(0, 2, 0, 0))
-        table.add_column("test", no_wrap=True)
+        rows: list[list[str]] = []
         columns = ["context"] * any(case.context for case in cases)
         columns += ["clients"] * any(case.clients > 1 for case in cases)
         columns += ["tokens/s", _FIRST_TOKEN, "ms/token", "p95"]
         columns += ["J/token"] * any(JOULES in measured.spreads(first) for measured in self.measured)
         columns += [_LOCAL_SPEED, _RATIO] * (len(self.arms) > 1)
-        for column in columns:
-            table.add_column(column, justify="right")
         for measured in self.measured:
             case, spreads = measured.case, measured.spreads(first)
             cells = {
@@ -297,8 +291,8 @@ class Report:
             if len(self.arms) > 1:
                 cells[_LOCAL_SPEED] = with_range(measured.spreads(LOCAL)[TOKENS_PER_S])
                 cells[_RATIO] = f"{measured.ratio(SWARM, LOCAL).median:.2f}"
-            table.add_row(case.name, *(cells[column] for column in columns))
-        return table
+            rows.append([case.name, *(cells[column] for column in columns)])
+        return table(["test", *columns], rows, columns, title=self._title())
 
     def sentence(self) -> str:
         local = f"plain transformers in this process, with {counted(self.environment['threads'], 'thread')}"

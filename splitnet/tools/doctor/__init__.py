@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitnet.cli.arguments import Device, InviteFile, JoinToExamine, KeyFile, Lan, SwarmKeyFile, resolve_model
+from splitnet.cli.arguments import (
+    Device,
+    InviteFile,
+    JoinToExamine,
+    KeyFile,
+    Lan,
+    ModelOrInvite,
+    SwarmKeyFile,
+    resolve_model,
+)
 from splitnet.cli.invite import model_or_invited, with_invitation
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
@@ -24,9 +33,7 @@ _CHECK_WIDTH = 10
 
 
 def doctor(
-    model: Annotated[
-        str | None, typer.Argument(help="Hugging Face id or checkpoint folder, to check whether it can be used here.")
-    ] = None,
+    model: ModelOrInvite = None,
     join: JoinToExamine = None,
     lan: Lan = True,
     listen: Annotated[

@@ -170,19 +170,15 @@ def _as_json(plan: Plan, commands: list[str]) -> dict[str, Any]:
 
 
 def _print(plan: Plan, commands: list[str]) -> None:
-    from rich.console import Console
-
     from splitnet.tools.plan.planning import device_table, link_table, summary, title
 
-    console = Console(highlight=False)
-    console.print(title(plan), soft_wrap=True, markup=False)
-    for table in (device_table(plan), link_table(plan)):
-        console.print()
-        console.print(table)
-    console.print()
+    typer.echo(title(plan))
+    for text in (device_table(plan), link_table(plan)):
+        typer.echo(f"\n{text}")
+    typer.echo()
     for sentence in summary(plan):
-        console.print(sentence, soft_wrap=True, markup=False)
-    console.print("\nRun on each device (ADDR is what the first one prints):")
+        typer.echo(sentence)
+    typer.echo("\nRun on each device (ADDR is what the first one prints):")
     for span, command in zip(plan.spans, commands, strict=True):
-        console.print(f"  {span.device.name}:", style="bold")
-        console.print(f"    {command}", soft_wrap=True, markup=False)
+        typer.secho(f"  {span.device.name}:", bold=True)
+        typer.echo(f"    {command}")

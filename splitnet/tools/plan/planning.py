@@ -8,8 +8,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Final
 
-from rich.table import Table
-
 from scheduler.batching import PASS_POSITIONS
 from scheduler.cost import BlockWork, Encoding, encodings_of, hop_joules, hop_ms, roofline, transfer_ms
 from scheduler.facts import CLIENT, CONTEXTS, PASS_SIZES, Hop, PastCost, Peer, Speed
@@ -23,6 +21,7 @@ from scheduler.partition import (
     widest_partition,
 )
 from splitnet.blocks.sizes import ModelSizes
+from splitnet.cli.tables import table
 from splitnet.errors import OutOfMemory
 from splitnet.tools.plan.devices_file import DevicesFile, KnownDevice, MachineSpeed
 from splitnet.wire.codecs import CODECS
@@ -303,43 +302,37 @@ def title(plan: Plan) -> str:
     return f"{sizes.name}, {sizes.num_blocks} blocks in {sizes.held_as}, with {caches}"
 
 
-def _table(names: Sequence[str], figures: Sequence[str]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in (*names, *figures):
-        table.add_column(column, justify="right" if column in figures else "left", no_wrap=True)
-    return table
-
-
-def device_table(plan: Plan) -> Table:
+def device_table(plan: Plan) -> str:
     """The devices in the order of the chain, and what they hold."""
-    shows_energy = any(span.device.watts for span in plan.spans)
-    figures = ["at most", "memory used", "KV caches", "ms/token", *["J/token"] * shows_energy]
-    table = _table(["device", "blocks"], figures)
+    energy = ["J/token"] * any(span.device.watts for span in plan.spans)
+    figures = ["at most", "memory used", "KV caches", "ms/token", *energy]
+    rows: list[list[str]] = []
     for span in plan.spans:
-        table.add_row(
-            span.device.name,
-            f"{span.start}..{span.end - 1}" if span.end - span.start > 1 else str(span.start),
-            str(span.max_blocks),
-            f"{amount(span.memory_used)} of {amount(span.device.memory)}",
-            amount(span.kv_needed),
-            f"{span.ms_per_token:.1f}",
-            *(["?" if span.joules_per_token is None else f"{span.joules_per_token:.3g}"] * shows_energy),
+        rows.append(
+            [
+                span.device.name,
+                f"{span.start}..{span.end - 1}" if span.end - span.start > 1 else str(span.start),
+                str(span.max_blocks),
+                f"{amount(span.memory_used)} of {amount(span.device.memory)}",
+                amount(span.kv_needed),
+                f"{span.ms_per_token:.1f}",
+                *(["?" if span.joules_per_token is None else f"{span.joules_per_token:.3g}"] * len(energy)),
+            ]
         )
-    for name, blocks in plan.left_out.items():
-        table.add_row(name, "none", str(blocks), "", "", "")
-    if plan.client_ms is None:
-        table.add_row("client", "head", "", "", "", "?")
-    else:
-        table.add_row(f"client on {plan.client}", "head", "", "", "", f"{plan.client_ms:.1f}")
-    return table
+    rows += [[name, "none", str(blocks), "", "", "", *[""] * len(energy)] for name, blocks in plan.left_out.items()]
+    name, head_ms = ("client", "?") if plan.client_ms is None else (f"client on {plan.client}", f"{plan.client_ms:.1f}")
+    rows.append([name, "head", "", "", "", head_ms, *[""] * len(energy)])
+    return table(["device", "blocks", *figures], rows, figures)
 
 
-def link_table(plan: Plan) -> Table:
+def link_table(plan: Plan) -> str:
     """The links in the order of the chain, from the client and back to it."""
-    table = _table(["link"], ["latency ms", "ms/token"])
-    for link in plan.links:
-        table.add_row(f"{link.sender} -> {link.receiver}", f"{link.latency_ms:.1f}", f"{link.ms_per_token:.1f}")
-    return table
+    figures = ["latency ms", "ms/token"]
+    rows = [
+        (f"{link.sender} -> {link.receiver}", f"{link.latency_ms:.1f}", f"{link.ms_per_token:.1f}")
+        for link in plan.links
+    ]
+    return table(["link", *figures], rows, figures)
 
 
 def summary(plan: Plan) -> Iterator[str]:

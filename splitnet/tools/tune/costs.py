@@ -10,10 +10,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Column, Table
+import typer
 
+from splitnet.cli.tables import table
 from splitnet.tools.tune.methods import Settings
 from splitnet.tools.tune.run import Encoded, TuningRun
 from splitnet.tools.tune.side import SideTuner
@@ -104,21 +103,22 @@ def print_costs(costs: Sequence[Cost], settings: Settings) -> None:
     joules = {cost.method: cost.states_joules + settings.steps * cost.step_joules for cost in costs}
     told = any(map(math.isfinite, joules.values()))
     heads += ["peers\nkJ"] if told else []
-    table = Table("method", *(Column(head, justify="right", no_wrap=True) for head in heads), title=title, box=SIMPLE)
+    rows: list[list[str]] = []
     for cost in sorted(costs, key=lambda cost: cost.seconds(settings.steps)):
         seconds = [cost.seconds(1) + (steps - 1) * cost.step_s, steps * cost.step_s, cost.seconds(settings.steps)]
-        table.add_row(
-            cost.method,
-            f"{cost.trained:,}",
-            *(f"{each:,.1f}" for each in seconds),
-            *(f"{each / 1e6:,.1f}" for each in cost.moved(settings.steps)),
-            "?" if cost.client_bytes is None else f"{cost.client_bytes / 2**20:,.0f}",
-            f"{cost.disk_bytes / 2**20:,.0f}",
-            *([f"{joules[cost.method] / 1000:,.2f}"] if told else ()),
+        rows.append(
+            [
+                cost.method,
+                f"{cost.trained:,}",
+                *(f"{each:,.1f}" for each in seconds),
+                *(f"{each / 1e6:,.1f}" for each in cost.moved(settings.steps)),
+                "?" if cost.client_bytes is None else f"{cost.client_bytes / 2**20:,.0f}",
+                f"{cost.disk_bytes / 2**20:,.0f}",
+                *([f"{joules[cost.method] / 1000:,.2f}"] if told else ()),
+            ]
         )
-    console = Console()
-    console.print(table)
-    console.print(
+    typer.echo(table(["method", *heads], rows, heads, title=title))
+    typer.echo(
         "Epochs and run in seconds, without evaluations; sent and received by the client in the whole run; client: by "
         "how much its memory grew."
     )

@@ -224,6 +224,20 @@ def test_a_split_file_is_one_checkpoint(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / name)
 
 
+def test_a_folder_without_a_config_stands_for_the_only_file_in_it(tmp_path: Path) -> None:
+    checkpoint, folder = random_checkpoint("llama", tmp_path / "checkpoint", blocks=1), tmp_path / "folder"
+    folder.mkdir()
+    file = write_gguf(checkpoint, folder / "model.gguf", Type.Q8_0)
+    opened = Checkpoint.open(folder)
+    assert (opened.source, opened.name) == (str(file), Checkpoint.open(file).name)
+    (folder / "other.gguf").hardlink_to(file)
+    with pytest.raises(ModelNotFound, match=f"holds 2 GGUF files: give one of them, such as {file}"):
+        Checkpoint.open(folder)
+    shutil.copy(checkpoint / "config.json", folder)
+    with pytest.raises(ModelNotFound, match="holds no safetensors"):
+        assert Checkpoint.open(folder)
+
+
 def test_a_rotary_embedding_that_is_scaled_twice_is_refused(tmp_path: Path) -> None:
     folder = random_checkpoint("llama", tmp_path / "checkpoint", blocks=1, rope_parameters=LLAMA_3)
     twice = {"rope__scaling__type": "linear", "rope__scaling__factor": 2.0}

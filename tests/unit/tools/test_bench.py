@@ -9,7 +9,6 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from splitnet.errors import ContextTooLong, PeerLost, SplitnetError
 from splitnet.session.inference import LinkUse
@@ -184,10 +183,8 @@ ENVIRONMENT = {"threads": 2, "kernels": "avx2"}
 
 def printed(report: Report) -> list[list[str]]:
     """Cells of the table that are not empty, line by line."""
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(report.table())
-    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in capture.get().splitlines()]
+    lines = report.table().splitlines()
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
 
 
 def test_the_table_has_both_arms_and_the_ratio() -> None:

@@ -1,0 +1,72 @@
+"""Tables of commands: nothing is cut in a terminal of any width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+import splitnet
+from splitnet.cli.tables import table
+
+HEADS = ("blocks", "address", "ms/\ntoken", "device", "key")
+ROWS = (
+    ("0..11", "192.0.2.7:31331", "12.3", "cuda:1 bfloat16, int4 of groups", "sn17jfxqw"),
+    ("12..29 -> 8..25", "[2001:db8::7]:40677", "7.0", "cpu stored/float32", "sn1hs76a3"),
+)
+words = st.text(st.characters(categories=("L", "N", "P", "S")), min_size=1, max_size=12)
+cells = st.lists(words, min_size=1, max_size=4).map(" ".join)
+
+
+def shown(width: int, monkeypatch: pytest.MonkeyPatch, rows: Sequence[Sequence[str]] = ROWS) -> list[str]:
+    monkeypatch.setenv("COLUMNS", str(width))
+    return table(HEADS, rows, ("ms/\ntoken",), title="small, 30 blocks").splitlines()
+
+
+def test_columns_that_do_not_fit_stand_below_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(200, monkeypatch) == [
+        "small, 30 blocks",
+        "                                        ms/",
+        "blocks           address              token  device                           key",
+        "0..11            192.0.2.7:31331       12.3  cuda:1 bfloat16, int4 of groups  sn17jfxqw",
+        "12..29 -> 8..25  [2001:db8::7]:40677    7.0  cpu stored/float32               sn1hs76a3",
+    ]
+    assert shown(80, monkeypatch)[2:5] == [
+        "blocks           address              token  device",
+        "0..11            192.0.2.7:31331       12.3  cuda:1 bfloat16, int4 of groups",
+        "  key sn17jfxqw",
+    ]
+    assert shown(45, monkeypatch)[2:6] == [
+        "blocks           address              token",
+        "0..11            192.0.2.7:31331       12.3",
+        "  device cuda:1 bfloat16, int4 of groups,",
+        "  key sn17jfxqw",
+    ]
+
+
+@given(st.lists(st.tuples(*[cells] * len(HEADS)), min_size=1, max_size=4), st.integers(1, 200))
+def test_no_cell_is_cut_and_no_line_is_too_long(rows: list[tuple[str, ...]], width: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        lines = shown(width, patch, rows)
+    text = "\n".join(lines)
+    assert all(" ".join(cell.split()) in text for row in rows for cell in row)
+    longest = max(
+        cell_len(f"  {head} {cell},".replace("\n", " ")) for row in rows for head, cell in zip(HEADS, row, strict=True)
+    )
+    assert all(cell_len(line) <= max(width, longest) for line in lines[1:])
+
+
+def test_what_strangers_call_themselves_stays_in_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = shown(80, monkeypatch, [("0..1", "a\n0..1  b", "\x1b[2J", "[bold]cpu[/bold]", "k")])
+    assert len(told) <= 5 and "a 0..1 b" in told[3] and "\x1b[2J" not in "\n".join(told)
+    assert "[bold]cpu[/bold]" in "\n".join(told)
+
+
+def test_all_commands_print_their_tables_so() -> None:
+    root = Path(splitnet.__file__).parents[1]
+    files = [file for folder in ("splitnet", "peers", "simulator") for file in (root / folder).rglob("*.py")]
+    assert [file for file in files if "rich.table" in file.read_text(encoding="utf-8")] == []
