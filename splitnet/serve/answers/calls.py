@@ -131,19 +131,19 @@ def _kind_of(value: Any) -> set[str]:
     return {kinds.get(type(value), "")}
 
 
-def kinds_of(schema: Schema, root: Schema, depth: int = 0) -> set[str]:
-    """The JSON types that a schema allows; none: it may be any."""
+def kinds_of(schema: Schema, root: Schema, seen: set[int] | None = None) -> set[str]:
+    """The JSON types that a schema allows; none: it may be any. seen: choices of `root` that need no second look."""
     schema = resolved(schema, root)
     if choices := choices_of(schema):
         return set().union(*map(_kind_of, choices))
     given = schema.get("type")
     kinds = {each for each in ([given] if isinstance(given, str) else _all(schema, "type")) if isinstance(each, str)}
-    for choice in either_of(schema) if depth < _DEEPEST else ():
-        kinds |= kinds_of(choice, root, depth + 1)
+    seen = set[int]() if seen is None else seen
+    for choice in either_of(schema):
+        if id(choice) not in seen and len(seen) < MOST_REFERENCES:
+            seen.add(id(choice))
+            kinds |= kinds_of(choice, root, seen)
     return kinds
-
-
-_DEEPEST = 8
 
 
 def properties_of(schema: Schema) -> list[tuple[str, Schema, bool]]:
@@ -166,7 +166,7 @@ def _check_references(schema: Schema) -> None:
         raise ValueError("with this model, references are to $defs alone")
 
 
-MOST_CHECKS = 1000  # Of parts of a schema, in one call
+MOST_CHECKS, MOST_CHECKED = 1000, 2**18  # parts of a schema in one call, and characters of the schema
 
 
 def fits(value: Any, schema: Schema, root: Schema | None = None, checks: Iterator[int] | None = None) -> bool:
@@ -175,7 +175,8 @@ def fits(value: Any, schema: Schema, root: Schema | None = None, checks: Iterato
     Raises ValueError or RecursionError where that takes too long to tell.
     """
     if root is None or checks is None:
-        check_schema(schema)
+        if len(json.dumps(schema)) > MOST_CHECKED:
+            raise ValueError("it is too large")
         root, checks = schema, count()
     schema = resolved(schema, root)
     if "$ref" in schema or next(checks) >= MOST_CHECKS:

@@ -20,6 +20,7 @@ from tokenizers import AddedToken
 
 import splitnet
 from splitnet.checkpoint.chat_template import render
+from splitnet.serve.answers.calls import kinds_of
 from splitnet.serve.answers.forms import (
     FORMS,
     REASONING,
@@ -537,6 +538,12 @@ def test_schemas_that_are_too_large_are_refused(schema: Any, bound: Bound) -> No
         function = FunctionDefinition(name="f", parameters={"type": "object"} | schema)
         with pytest.raises(ApiError, match="cannot be kept to"):
             bound[1].of_answer(Bounds([function], required=True), Forms(FORMS[name]))
+
+
+def test_the_types_of_choices_that_unfold_are_found_at_once() -> None:
+    levels = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"} for _ in range(200)]} for n in range(8)}
+    schema = {"$ref": "#/$defs/d0", "$defs": levels | {"d8": {"type": "integer"}}}
+    assert kinds_of(schema, schema) == {"integer"}
 
 
 def test_a_schema_of_many_levels_is_refused(bound: Bound) -> None:
