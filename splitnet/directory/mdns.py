@@ -300,7 +300,7 @@ def _is_local(host: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def _own_addresses() -> list[str]:
     """IPv4 addresses of this machine on local networks. Raises LanError."""
     try:
-        return [str(host) for host in own_hosts() if host.version == 4 and _is_local(host)]
+        return [str(host) for _, host in own_hosts() if host.version == 4 and _is_local(host)]
     except OSError as error:
         raise LanError(f"the system does not tell its addresses ({error})") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import queue
 import re
 import socket
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
+from pathlib import Path
 
 import ifaddr
 
@@ -20,6 +22,10 @@ from splitnet.wire.endpoints import Endpoint, is_address
 
 RESOLVE_S = 5.0
 _SCHEME, _KEY = "tcp://", "?key="
+_INTERFACES = Path("/sys/class/net")
+_INSIDE = "docker|br-|virbr|veth|cni|podman|lxcbr|lxdbr"  # names that programs for containers give to interfaces
+
+log = logging.getLogger(__name__)
 
 
 class Reach(StrEnum):
@@ -71,13 +77,15 @@ def public_address(listen: str, port: int, public_host: str | None) -> str:
     """`tcp://IP:port` to announce. `listen`, `port`: where the peer listens, and the port that it got. `public_host`:
     `HOST` or `HOST:PORT` that the user gave. Raises SplitnetError: the host is a name, and has no address."""
     host = with_literal_host(public_host or reachable_host(listen))
+    if not public_host and is_wildcard(listen) and host == "127.0.0.1":
+        log.warning("No other machine reaches 127.0.0.1: give --public-host, or --listen tcp://[::]:0 for IPv6.")
     has_port = host.rpartition(":")[2].isdecimal() and not host.endswith("]")
     return f"tcp://{host}" if has_port else f"tcp://{host}:{port}"
 
 
 def reachable_host(listen: str) -> str:
-    """The host of `listen`; for a wildcard, this machine's address on its default route, or any if it has none. IPv4
-    comes first, as more can connect to it; the address of loopback only if there is no other."""
+    """The host of `listen`; for a wildcard, this machine's address on its default route, or else on a network that has
+    other machines. IPv4 comes first, as more can connect to it; the address of loopback only if there is no other."""
     if not is_wildcard(listen):
         return _host_of(listen)
     families = [socket.AF_INET, socket.AF_INET6] if "[::]" in listen else [socket.AF_INET]
@@ -107,18 +115,33 @@ def _on_default_route(family: socket.AddressFamily) -> str:
         return ""
 
 
-def own_hosts() -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """Addresses of this machine. Raises OSError: Android does not tell programs."""
-    ips = [ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips]
-    return [ipaddress.ip_address(ip if isinstance(ip, str) else ip[0]) for ip in ips]
+def own_hosts() -> list[tuple[str, ipaddress.IPv4Address | ipaddress.IPv6Address]]:
+    """Addresses of this machine, behind names of interfaces. Raises OSError: Android does not tell programs."""
+    ips = [(str(adapter.name), ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips]
+    return [(name, ipaddress.ip_address(ip if isinstance(ip, str) else ip[0])) for name, ip in ips]
 
 
 def _on_any_network(family: socket.AddressFamily) -> str:
+    """Of an interface with a carrier, if any has one, and a global address, if there are any."""
     with suppress(OSError):
-        for host in own_hosts():
-            if (host.version == 4) == (family == socket.AF_INET) and not (host.is_loopback or host.is_link_local):
-                return str(host)
+        found = [each for each in own_hosts() if (each[1].version == 4) == (family == socket.AF_INET)]
+        usable = [one for one in found if not (one[1].is_loopback or one[1].is_link_local or _leads_inside(one[0]))]
+        if usable:
+            return str(min(usable, key=lambda each: (not _has_carrier(each[0]), not each[1].is_global))[1])
     return ""
+
+
+def _has_carrier(name: str) -> bool:
+    with suppress(OSError):  # the interface is down, or the system does not tell
+        return (_INTERFACES / name / "carrier").read_text(encoding="ascii").strip() == "1"
+    return False
+
+
+def _leads_inside(name: str) -> bool:
+    """Whether an interface leads to containers and virtual machines only: a bridge without a card of this machine."""
+    interface = _INTERFACES / name
+    is_made = (interface / "bridge").exists() or re.match(_INSIDE, name) is not None
+    return is_made and not any(interface.glob("brif/*/device"))
 
 
 def dht_addresses(listen: str) -> tuple[str, ...]:

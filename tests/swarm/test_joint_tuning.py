@@ -501,7 +501,7 @@ def test_of_coordinators_of_one_name_that_of_a_listed_key_is_joined(
     with RoundLink(client, NAME) as link:
         assert link._endpoint.key == right.public
     records.pop()
-    with pytest.raises(DirectoryError, match=f"{stranger.public.text}, which --trusted-peers does not list"):
+    with pytest.raises(DirectoryError, match=f"{stranger.public.text} coordinates birds: list it"):
         RoundLink(client, NAME)
     monkeypatch.setattr(client, "identity", stranger)
     with RoundLink(client, NAME) as link:

@@ -66,17 +66,13 @@ class RoundLink:
         own = [each for each in named if each.key == self._identity.public]
         found = own or [each for each in named if swarm.trusted is None or swarm.trusted.allows(each.key.curve_raw)]
         if named and not found:
-            raise DirectoryError(
-                f"a round {self.name} is coordinated by {named[0].key.text}, which --trusted-peers does not list: list "
-                f"it if you trust it, or give '{self.name}@tcp://HOST:PORT?key=...' as the coordinator prints it"
-            )
+            key = named[0].key.text
+            raise DirectoryError(f"{key} coordinates {self.name}: list it in --trusted-peers if it is right")
         if not found:
             raise DirectoryError(f"nobody coordinates a round {self.name} of this model: `splitnet round start` does")
         if len(found) > 1:
             ways = " or ".join(f"'{self.name}@{peer_address(each)}'" for each in found[:SHOWN])
-            raise DirectoryError(
-                f"{len(found)} coordinators call their round {self.name}: ask whose key is right, give {ways}"
-            )
+            raise DirectoryError(f"{len(found)} coordinators call their round {self.name}: give {ways}")
         return found[0]
 
     def ask(

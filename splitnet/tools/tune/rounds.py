@@ -243,12 +243,8 @@ class Rounds:
                 return {}
             for key in set(self.members) - set(sent):
                 owner = self.owners[key]
-                owner.ready, owner.delivered, owner.missed, owner.failed = (
-                    False,
-                    False,
-                    owner.missed + 1,
-                    owner.failed + 1,
-                )
+                owner.ready = owner.delivered = False
+                owner.missed, owner.failed = owner.missed + 1, owner.failed + 1
                 owner.back_at = self.number + 1 + 2**owner.failed
             self._say(f"{len(self.members) - len(sent)} owners did not send their gradients")
             enough = len(sent) >= self.rules.quorum

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 import ifaddr
@@ -90,6 +91,34 @@ def test_a_network_without_a_router_has_addresses_too(monkeypatch: pytest.Monkey
     adapter = ifaddr.Adapter("eth0", "eth0", [ifaddr.IP(ip, prefix, "eth0") for ip, prefix in ips])
     monkeypatch.setattr(ifaddr, "get_adapters", lambda: [adapter])
     assert (addresses._on_any_network(V4), addresses._on_any_network(V6)) == ("10.7.0.7", "fd00::7")
+
+
+def test_without_a_router_the_address_is_of_an_interface_that_is_up_and_leads_to_other_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {
+        "docker0": ["172.17.0.1"],  # of no kind that the kernel tells
+        "inner": ["172.18.0.1", ("2001:4860::5", 0, 0)],  # a bridge of containers
+        "off": ["10.9.9.9"],
+        "br-lan": ["10.1.1.5", ("fd00::5", 0, 0), ("2001:4860::1", 0, 0)],  # a bridge with a card
+    }
+    for name, carrier in (("docker0", "1"), ("inner", "1"), ("br-lan", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "carrier").write_text(f"{carrier}\n")
+    for port in ("inner/brif/veth1", "inner/bridge", "br-lan/brif/eth0/device", "br-lan/bridge"):
+        (tmp_path / port).mkdir(parents=True)
+    adapters = [ifaddr.Adapter(name, name, [ifaddr.IP(ip, 24, name) for ip in ips]) for name, ips in given.items()]
+    monkeypatch.setattr(addresses, "_INTERFACES", tmp_path)
+    monkeypatch.setattr(addresses, "_on_default_route", lambda family: "")
+    monkeypatch.setattr(ifaddr, "get_adapters", lambda: adapters)
+    assert public_address("tcp://0.0.0.0:0", 7, None) == "tcp://10.1.1.5:7"
+    assert addresses._on_any_network(V6) == "2001:4860::1"
+    adapters.pop()
+    assert public_address("tcp://0.0.0.0:0", 7, None) == "tcp://10.9.9.9:7"
+    adapters.pop()
+    assert not caplog.records
+    assert public_address("tcp://0.0.0.0:0", 7, None) == "tcp://127.0.0.1:7"
+    assert "No other machine reaches 127.0.0.1: give --public-host" in caplog.text
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.168.1.1", "8.8.8.8", "0.0.0.0"])
