@@ -22,7 +22,7 @@ ANSWERED = 40  # characters of an answer that a picture shows at least
 
 
 def main(checkpoint: Path, images: Path) -> None:
-    """Writes the pictures of four peers, of which two serve the same blocks and are killed at the end."""
+    """Writes the pictures of four peers; the two that serve the same blocks are killed at the end."""
     from splitnet.checkpoint.checkpoint import Checkpoint
 
     blocks = Checkpoint.open(checkpoint).num_blocks
