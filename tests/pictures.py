@@ -5,6 +5,7 @@ The pictures show daemons of a real chat model, a server in front of them, and C
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import tempfile
@@ -21,7 +22,7 @@ ANSWERED = 40  # characters of an answer that a picture shows at least
 
 
 def main(checkpoint: Path, images: Path) -> None:
-    """Writes the pictures of four peers, of which two serve the same blocks and are killed at the end."""
+    """Writes the pictures of four peers; the two that serve the same blocks are killed at the end."""
     from splitnet.checkpoint.checkpoint import Checkpoint
 
     blocks = Checkpoint.open(checkpoint).num_blocks
@@ -70,9 +71,9 @@ def ask(page: Page, text: str) -> None:
 
 def under_way(page: Page, text: str) -> None:
     ask(page, text)
-    last = ".answer:last-child"
-    expect(page.locator(f"{last} .chip").first).to_be_visible()
-    page.wait_for_function(f"document.querySelector('{last} .text').textContent.length > {ANSWERED}")
+    last = page.locator(".answer").last
+    expect(last.locator(".chip").first).to_be_visible()
+    expect(last.locator(".text")).to_have_text(re.compile(f".{{{ANSWERED}}}", re.DOTALL))
     expect(page.locator("#map .busy").first).to_be_visible()
 
 

@@ -395,7 +395,9 @@ def test_a_process_ends_with_the_exit_code(home: Path) -> None:
 
 @pytest.mark.default_cases(number=(signal.SIGTERM,))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: str, here: Here, tmp_path: Path) -> None:
+def test_a_peer_leaves_cleanly(
+    number: signal.Signals, small: Path, holed: str, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fingerprint = Checkpoint.open(small).fingerprint
     with Directory.start(initial_peers=[holed]) as directory:
 
@@ -417,6 +419,10 @@ def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: str, 
     assert said is not None, "on one line, whatever the width of the terminal"
     copied = get_command(app).commands["peer"].make_context("peer", shlex.split(said[1])).params  # type: ignore[attr-defined]
     assert (copied["model"], copied["blocks"], copied["join"]) == (str(small), "4:6", [holed])
+    monkeypatch.setenv("COLUMNS", "80")
+    (peer,) = json.loads(here("status", str(small), "--json", "--join", holed).output)["peers"]
+    narrow = here("status", str(small), "--join", holed).output
+    assert f"{peer['device']} {peer['dtype']}" in narrow and peer["key"][:9] in narrow
     command = f"splitnet peer {small.name} --blocks 4:6 --join {holed}"
     listed = here("models", "--join", holed).output
     assert re.search(rf"^{small.name} +4 of 6 +1 +0 to 1 +- *$", listed, re.MULTILINE)

@@ -542,6 +542,7 @@ def test_settings_on_a_phone(visit: NewPage) -> None:
     expect(page.get_by_label("System prompt")).to_be_hidden()
 
 
+@pytest.mark.full
 def test_settings_of_another_kind_are_left_alone(visit: NewPage) -> None:
     page = visit()
     page.evaluate("localStorage.setItem('chat-settings', '{')")
@@ -618,6 +619,7 @@ def test_a_peer_has_the_colour_of_its_key_whoever_else_is_there(visit: NewPage) 
     assert len(set.union(*together.values())) == 3 and all(len(hues) == 1 for hues in together.values())
 
 
+@pytest.mark.default_cases(count=(3,))
 @pytest.mark.parametrize("count", [3, 9])
 def test_no_end_of_a_route_stands_alone(visit: NewPage, count: int) -> None:
     edges = [30 * index // count for index in range(count + 1)]

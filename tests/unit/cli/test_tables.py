@@ -12,6 +12,8 @@ from rich.cells import cell_len
 
 import splitnet
 from splitnet.cli.tables import table
+from splitnet.tools.tune.costs import Cost, print_costs
+from splitnet.tools.tune.methods import Settings
 
 HEADS = ("blocks", "address", "ms/\ntoken", "device", "key")
 ROWS = (
@@ -64,6 +66,19 @@ def test_what_strangers_call_themselves_stays_in_its_cell(monkeypatch: pytest.Mo
     told = shown(80, monkeypatch, [("0..1", "a\n0..1  b", "\x1b[2J", "[bold]cpu[/bold]", "k")])
     assert len(told) <= 5 and "a 0..1 b" in told[3] and "\x1b[2J" not in "\n".join(told)
     assert "[bold]cpu[/bold]" in "\n".join(told)
+
+
+def test_costs_of_tuning_name_their_methods_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    method = "gradients from forward passes alone"
+    cost = Cost(method, 12_345, 1_234_567, 99.0, (9 << 30, 9 << 30), 5 << 30, 12.0, 30.0, (1e9, 2e9), 1e5, 2e5, 9 << 30)
+    print_costs([cost], Settings(1000, 1e-4))
+    told = capsys.readouterr().out
+    row = told[told.index(method) :].partition("Epochs and")[0]
+    assert "…" not in told and all(f"{head} " in row for head in ("disk MiB", "peers kJ"))
+    assert all(len(line) <= 80 for line in row.splitlines()) and "1,234,567" in row
 
 
 def test_all_commands_print_their_tables_so() -> None:
