@@ -1,6 +1,6 @@
 """Bounds of time and memory for libraries that read what strangers wrote: chat templates, grammars, schemas.
 
-The library runs in a process of its own (`bounded_program.py`), which is ended where a question takes too much.
+The library runs in a separate process (`bounded_program.py`) that is killed when a question exceeds its bounds.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class BoundedProcess:
                 self._running = self._start()
 
     def ask(self, question: Any) -> tuple[Any, str | None]:
-        """The answer to a question in JSON, or what is wrong with the question, such as that it takes too much.
+        """The answer to a question in JSON, or the error of the question, such as exceeded bounds.
 
         Raises SplitnetError if the process does not start.
         """
         with self._lock:
-            if self._running is not None and self._running.poll() is not None:  # others, or the system, have ended it
+            if self._running is not None and self._running.poll() is not None:  # killed by the system or by a user
                 self._stop(self._running)
             process = self._running = self._running or self._start()
             if not self._is_ready:
@@ -63,7 +63,7 @@ class BoundedProcess:
                 self._is_ready = True
             try:
                 answer = self._answer(process, question, ANSWER_S)
-            except BaseException:  # an answer that nobody reads would be taken for the next one's
+            except BaseException:  # the unread answer would be taken for the answer to the next question
                 self._stop(process)
                 raise
             if answer is None:
@@ -74,7 +74,7 @@ class BoundedProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         atexit.register(self.end)
-        # In a session of its own, as an interrupt at the terminal is not meant for it.
+        # In a separate session, so that an interrupt at the terminal does not reach the process.
         return subprocess.Popen(
             [sys.executable, "-P", str(_PROGRAM), self._job],
             stdin=subprocess.PIPE,
@@ -103,7 +103,7 @@ class BoundedProcess:
             timer.join()
 
     def end(self) -> None:
-        """Ends the process, if it runs: one that is about to be ready would outlive this one for a moment."""
+        """Kills the process, if there is one: a process that still starts would outlive the interpreter."""
         if self._running is not None:
             _kill(self._running)
             self._running.wait()
@@ -127,7 +127,7 @@ def _read(told: IO[bytes]) -> bytes | None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process, and those that it has forked."""
+    """Kills the process and its children."""
     if process.poll() is None and hasattr(os, "killpg"):
         with suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,11 +1,11 @@
-"""Jobs of libraries on what strangers wrote, with bounds of time and memory: a process of its own, see `bounded.py`.
+"""Jobs of libraries on text of strangers, with bounds of time and memory; `bounded.py` starts this program.
 
     python -P bounded_program.py JOB
 
 Reads frames (8 bytes with the length, then JSON) from stdin. The first frame is the setup of the job; its answer, an
-empty frame, says that the process is ready. Each further frame is a question, answered on stdout with
-`[answer, error]`, one of which is null. Where the system can fork, every question has a process of its own, so that a
-question that takes too much ends nothing else. The program runs without the modules of splitnet.
+empty frame, says that the process is ready. Each further frame is a question; the answer on stdout is
+`[answer, error]`, with null for the answer or the error. Where the system can fork, each question runs in a child
+process, so that exceeded bounds end one question only. The program does not import splitnet.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIRST_TOKENS = 8  # of an answer, that a grammar is tried with
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own, around the answers in a template
 
-Job = Callable[[Any], Any]  # the answer to a question; raises an error with what is wrong
+Job = Callable[[Any], Any]  # gives the answer to a question, or raises an error that describes the fault
 
 
 def templates(_setup: None) -> Job:
@@ -56,7 +56,7 @@ def templates(_setup: None) -> Job:
 
 
 def _variables(template: str) -> list[str]:
-    """Those that it uses and does not set, in a loop at least; jinja2 computes constants to find them."""
+    """The variables that a template reads and sets in no loop; jinja2 computes constants to find them."""
     from jinja2 import Environment, nodes
     from jinja2.meta import find_undeclared_variables
 
@@ -123,7 +123,7 @@ def too_much(name: str) -> str:
 
 
 def _forked(work: Callable[[], bytes]) -> bytes | None:
-    """What `work` returns in a process of its own; None: the process was ended."""
+    """The result of `work`, which runs in a child process; None: the child was killed."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

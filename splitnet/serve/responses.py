@@ -91,7 +91,7 @@ class ServedModel:
         return self.metrics.watch(self._events(client, asks, answer), asks)
 
     async def prepare(self, request: Request, work: Callable[[], Result], size: int | None = None) -> Result:
-        """What `work` returns, which is done beside the event loop; `size`: bytes that it reads, those of the body."""
+        """The result of `work`, which runs beside the event loop; `size`: bytes to read, by default the body's."""
         return await self.preparing.run(request, len(await request.body()) if size is None else size, work)
 
     async def respond(

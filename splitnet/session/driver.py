@@ -381,7 +381,7 @@ class SessionDriver:
             try:
                 while self._events:
                     for effect in self.state.handle(self._events.popleft(), time.monotonic()):
-                        # Nobody else asks for a route again, so an error keeps no later effect from its turn.
+                        # A lost effect, such as a request for a route, would never be repeated: an error must not skip later effects.
                         try:
                             self._perform(effect)
                         except Exception as error:

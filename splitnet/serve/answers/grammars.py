@@ -227,7 +227,7 @@ class AllowedTokens:
         self._taken: list[int] = []
 
     def forbid_others(self, answer: list[int], scores: torch.Tensor) -> None:
-        """Sets the scores `[vocabulary]` of all tokens that cannot follow to -inf; `answer`: the tokens so far.
+        """Sets the scores `[vocabulary]` of all tokens that cannot follow to -inf; `answer`: its tokens.
 
         Raises ApiError if the grammar takes too much time or memory with this answer.
         """
