@@ -381,7 +381,7 @@ class SessionDriver:
             try:
                 while self._events:
                     for effect in self.state.handle(self._events.popleft(), time.monotonic()):
-                        # A lost effect, such as a request for a route, would never be repeated: an error must not skip later effects.
+                        # An error must not skip later effects: a skipped request for a route is never repeated.
                         try:
                             self._perform(effect)
                         except Exception as error:
