@@ -39,9 +39,8 @@ _FENCE = "```"
 _LEADS = "", _FENCE, f"{_FENCE}json", "<|python_tag|>"  # What calls without marks may begin with
 _LEAD = re.compile(rf"\s*({_FENCE}\s*(?:json)?|<\|python_tag\|>)?\s*")
 _MOST_HEAD = 512  # Characters of such a call that are compared, white space included
-_UNCERTAIN = (
-    12  # Characters at the end of unfinished JSON that may be a part of a value, as `false` or two of `\\u0000`
-)
+_UNCERTAIN = 12
+"""Characters at the end of unfinished JSON that may be a part of a value, such as `false` or two of `\\u0000`."""
 
 
 def _heads(names: Iterable[str]) -> list[str]:
