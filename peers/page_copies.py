@@ -122,13 +122,15 @@ class PageCopies:
     def _work(self) -> None:
         with Asking(self._identity, self._swarm) as asking:
             while jobs := self._next():
+                copied = sum(job.copied for job in jobs)
                 for job in jobs:
                     job.run = job.run or self._copy(asking, job)
                     self._go_on(job, job.run)
+                goes_on = sum(job.copied for job in jobs) > copied  # with another page
                 self._answers.clear()
                 with suppress(queue.Empty):
                     while True:
-                        _, answer = asking.answers.get(timeout=0 if self._answers else TICK_S)
+                        _, answer = asking.answers.get(timeout=0 if goes_on or self._answers else TICK_S)
                         self._answers[getattr(answer, "number", 0)] = answer
 
     def _next(self) -> list[_Job]:

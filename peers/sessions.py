@@ -572,10 +572,10 @@ class SessionTable:
                 self._ended.notify_all()
 
     def offer_less(self, session: Session, now: float) -> None:
-        """For `SHORTAGE_S` the table offers no more than what other sessions have and half of what this one has: its
-        memory is promised, and the system has none."""
-        held = self.memory.held(session.owner, session)
-        self.memory.limit = min(self.memory.limit, self.memory.used - held + held // 2)
+        """For `SHORTAGE_S` the table offers the memory of other sessions and half of the rest, as the system has less
+        memory than it promised to this session."""
+        others = self.memory.used - self.memory.held(session.owner, session)
+        self.memory.limit = others + (self.memory.limit - others) // 2
         self._short_until = now + SHORTAGE_S
         if self.prefixes is not None:
             self.prefixes.shrink()

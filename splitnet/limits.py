@@ -106,7 +106,7 @@ class Budget:
 
     @property
     def free(self) -> int:
-        return self.limit - self.used
+        return max(0, self.limit - self.used)
 
     def accounts(self) -> list[tuple[tuple[Hashable, ...], int]]:
         """All accounts of all levels, with the bytes that each holds."""

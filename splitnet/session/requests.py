@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from scheduler.batching import DECODE_POSITIONS
-from splitnet.blocks.adapters import read_tensors
+from splitnet.blocks.adapters import DTYPES, read_tensors
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.wire.codecs import are_finite, check_size, check_values
 from splitnet.wire.endpoints import Endpoint
@@ -318,8 +318,8 @@ class Batch:
             found: dict[str, Tensor] = {}
             for payload in self.sums.parts[source]:
                 found.update(read_tensors(payload))
-            shapes = {name: tensor.shape for name, tensor in self._adapted[source].items()}
-            if {name: tensor.shape for name, tensor in found.items() if tensor.is_floating_point()} != shapes:
+            own, given = ({name: each.shape for name, each in part.items()} for part in (self._adapted[source], found))
+            if given != own or any(each.dtype not in DTYPES for each in found.values()):
                 raise ProtocolError("its gradients are of other parameters than the adapter has")
             if not are_finite(found.values()):
                 raise ProtocolError("its gradients are not finite")

@@ -182,7 +182,8 @@ def tune(
     if head and join_round is not None:
         raise SplitnetError("owners that train together have the model's words tell labels: leave out --head")
     given_options = dict(_given(context))
-    if train.form != "classification" and (option := given_options.get("head") or given_options.get("template")):
+    option = "--head" if head else given_options.get("template")
+    if train.form != "classification" and option:
         raise SplitnetError(f'{option} tells labels, and the data has none: give {{"text": "...", "label": "..."}}')
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
@@ -305,6 +306,10 @@ def _check_options(context: typer.Context) -> None:
     run |= set() if given["projection"] else {f"{each} without --projection" for each in run}
     flags = {"--draft-head": "draft_head", "--zeroth-order": "zeroth_order", "--eval": "evaluation"}
     run |= {flag for flag, name in flags.items() if given[name]}
+    for parameter in context.command.params:
+        value = given.get(parameter.name or "")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SplitnetError(f"{parameter.opts[0]} is {value}: give a finite number")
     for name, option in _given(context):
         if given["draft_head"] and name not in _OF_DRAFT_HEADS:
             raise SplitnetError(f"{option} does not go with --draft-head: leave it out")
@@ -312,8 +317,6 @@ def _check_options(context: typer.Context) -> None:
             raise SplitnetError(f"{option} does not go with --plan, which is for all methods: leave it out")
         if run.isdisjoint(needed := _NEEDS.get(name, run)):
             raise SplitnetError(f"{option} is for {' and '.join(needed)}: leave it out, or add what it is for")
-        if isinstance(given[name], float) and not math.isfinite(given[name]):
-            raise SplitnetError(f"{option} is {given[name]}: give a finite number")
 
 
 def _given(context: typer.Context) -> Iterator[tuple[str, str]]:

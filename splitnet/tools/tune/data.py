@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -23,11 +24,14 @@ FIELDS: dict[Form, tuple[str, ...]] = {
 
 _TEXTS = {"role": str, "content": str, "name": str}
 _OF_ROLES: dict[str, dict[str, Any]] = {"system": _TEXTS, "user": _TEXTS, "tool": {**_TEXTS, "tool_call_id": str}}
-_OF_ROLES["assistant"] = {**_TEXTS, "reasoning_content": str, "tool_calls": list, "weight": int}
+_OF_ROLES["assistant"] = {**_TEXTS, "reasoning_content": str, "tool_calls": list, "weight": int | float}
 """What the messages of each role may have, as OpenAI names it."""
 
 _TOOL = {"name": str, "description": str, "parameters": dict, "strict": bool}
-_KINDS = {str: "a text in quotes", list: "a list", dict: "an object", bool: "true or false", int: "a number"}
+_KINDS = {str: "a text in quotes", list: "a list", dict: "an object", bool: "true or false", int: "a whole number"}
+_KINDS |= {int | float: "a number"}
+_OF_REQUESTS = "functions", "function_call", "tool_choice", "response_format", "system"
+"""Keys beside `messages` that change what a model answers, and that no chat template takes."""
 
 TEMPLATE = "{text} Label:"  # What a model reads of a text before its label comes
 
@@ -57,7 +61,7 @@ class Examples:
 
 
 def read_examples(path: Path, form: Form | None = None, *, answered: bool = True) -> Examples:
-    """Reads a file with one JSON object per line; empty lines are skipped, and other fields, which chats do not have.
+    """Reads a file with one JSON object per line; empty lines and other fields are skipped.
 
     The examples must be of a form; None: that of the first one. answered: chats without an answer are refused.
     Raises DataError if the file or a line cannot be read.
@@ -123,7 +127,9 @@ def _checked(fields: dict[str, Any], form: Form, answered: bool) -> dict[str, An
 
 
 def _checked_chat(given: dict[str, Any], answered: bool) -> dict[str, Any]:
-    chat = _known("the chat", given, {"messages": list, "tools": list, "parallel_tool_calls": bool})
+    kinds = {"messages": list, "tools": list, "parallel_tool_calls": bool}
+    named = {name: value for name, value in given.items() if name in (*kinds, *_OF_REQUESTS)}
+    chat = _known("the chat", named, kinds)
     waiting: dict[str, bool] = {}  # the id of each call so far, and whether no tool has answered it
     numbered = enumerate(chat.get("messages", ()), start=1)
     chat["messages"] = messages = [_checked_message(f"message {number}", one, waiting) for number, one in numbered]
@@ -164,19 +170,22 @@ def _checked_message(where: str, message: Any, waiting: dict[str, bool]) -> dict
 
 
 def _checked_call(where: str, given: Any, waiting: dict[str, bool]) -> dict[str, Any]:
-    call = {"id": f"call_{len(waiting)}", **_function(where, given, {"name": str, "arguments": object})}
+    free = next(name for name in map("call_{}".format, count()) if name not in waiting)
+    call = {"id": free, **_function(where, given, {"name": str, "arguments": object})}
     given = call["function"].get("arguments", {})
     call["function"]["arguments"] = _read_json(given or "{}", where) if isinstance(given, str) else given
     _known(where, call["function"], {"name": str, "arguments": dict})
-    if call["id"] in waiting:
-        raise ValueError(f"{where} has the id {call['id']!r}, as an earlier call: give each its own")
+    if waiting.pop(call["id"], False):
+        raise ValueError(f"{where} has the id {call['id']!r} of another call without an answer: give each its own")
     waiting[call["id"]] = True
     return call
 
 
 def _function(where: str, given: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """A tool, or a call of one, with its function. Raises ValueError: it is something else."""
-    outer = {"type": "function", **_known(where, given, {"id": str, "type": str, "function": dict}, ("function",))}
+    kinds_outside = {"id": str, "index": int, "type": str, "function": dict}
+    outer = {"type": "function", **_known(where, given, kinds_outside, ("function",))}
+    outer.pop("index", None)  # of a stream; the list has the order, too
     return outer | {"function": _known(where, outer["function"], kinds, ("name",))}
 
 
@@ -185,9 +194,9 @@ def _known(where: str, given: Any, kinds: Mapping[str, Any], needed: Sequence[st
     if not isinstance(given, dict) or any(given.get(name) is None for name in needed):
         raise ValueError(f"{where} must be an object with {' and '.join(needed)}, as in OpenAI's format")
     for name, value in given.items():
-        if value is not None and name not in kinds:
+        if value not in (None, [], {}, "") and name not in kinds:
             raise ValueError(f"{where} has the key {name!r}: remove it (known are {', '.join(kinds)})")
-        if value is not None and not isinstance(value, kinds[name]):
+        if value is not None and name in kinds and not isinstance(value, kinds[name]):
             raise ValueError(f"{where}: {name!r} must be {_KINDS[kinds[name]]}")
     return {name: given[name] for name in kinds if given.get(name) not in (None, [])}
 

@@ -195,9 +195,7 @@ class HeadRun(TuningRun):
                 if backward and loss.requires_grad:
                     (loss / len(rows)).backward()
             total += float(loss.detach()) / len(rows)
-        if not math.isfinite(total):
-            raise SplitnetError(f"the loss of step {self.done + 1} is {total}: start again with a lower --lr")
-        return total
+        return self._finite(total)
 
     def _loss_of(self, pack: Pack, generator: torch.Generator) -> Tensor:
         states = pack.read().to(self._unembedding.device)

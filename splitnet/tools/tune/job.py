@@ -358,10 +358,16 @@ class Tuning:
     ) -> None:
         steps = self.settings.steps
 
+        def save() -> None:
+            folder.save_checkpoint(*run.state())
+            folder.save_adapter(run.model)
+
+        def save_if_due() -> None:
+            if run.done and run.done % self.save_every == 0:
+                save()
+
         def look() -> None:
             done = run.done
-            if done and done % self.save_every == 0:
-                folder.save_checkpoint(*run.state())
             due = done in (0, steps) or (self.eval_every and done % self.eval_every == 0)
             if not held_out or not due:
                 return
@@ -377,12 +383,12 @@ class Tuning:
             progress.say(f"step {done}: {_told(result)}")
 
         def keep() -> None:
-            folder.save_checkpoint(*run.state())
-            folder.save_adapter(run.model)
+            save()
             if has("plot"):
                 metrics, title = folder.metrics(), f"{self.method}, {self.train.path.name}"
                 folder.save_chart(lambda path: draw_loss_curve(metrics, title, path))
 
+        run.sound = save_if_due  # parameters that overflow replace no checkpoint
         saved = folder.load_checkpoint() if self.resume else None
         told = f"{self.method}: {len(self.train.rows):,} examples"
         take_steps(run, folder, progress, saved, told, look=look, keep=keep)
@@ -513,7 +519,7 @@ def take_steps(
                 _take_step(run, folder, progress)
                 look()
         except NotFinite:
-            raise  # the present parameters overflow, and the last checkpoint does not
+            raise  # what was saved has passed a step without an overflow
         except BaseException as error:
             if run.done:
                 keep()

@@ -169,7 +169,8 @@ class Encoder:
 def _left_out(text: str, parts: Sequence[str]) -> str | None:
     """The part that a template has left out of its text; it may change white space, or write parts as JSON."""
     left = "".join(text.split())
-    for part in sorted(parts, key=len, reverse=True):  # so that no part is found within a longer one
+    # The longest first, so that none is found within a longer one.
+    for part in sorted(parts, key=lambda each: len("".join(each.split())), reverse=True):
         forms = ("".join(form.split()) for form in (part, json.dumps(part, ensure_ascii=False)[1:-1]))
         found = next((form for form in forms if form in left), None)
         if found is None:
@@ -288,6 +289,7 @@ class TuningRun:
         self.settings = settings
         self.done = 0
         self.stopped: Sequence[int] = ()  # signals to stop, once there are any
+        self.sound: Callable[[], None] = lambda: None  # called in a step when the loss and the gradient are finite
         self._rows = rows
         self._pad = pad
         self._head = head
@@ -296,6 +298,7 @@ class TuningRun:
         self._optimizer = torch.optim.AdamW(
             self.trained.values(), settings.learning_rate, weight_decay=settings.weight_decay
         )
+        self._random = torch.get_rng_state()  # after the last step
 
     @property
     def trained_parameters(self) -> int:
@@ -310,7 +313,9 @@ class TuningRun:
             loss, norm = self._gradient(rows)
         except NotFinite as error:
             raise self.overflow(str(error)) from error
+        self.sound()
         self._descend()
+        self._random = torch.get_rng_state()
         tokens = sum(len(row.ids) for row in rows)
         return Step(number + 1, loss, settings.learning_rate_at(number), norm, tokens)
 
@@ -363,7 +368,7 @@ class TuningRun:
                     tensors[f"optimizer.{index}.{key}"] = value
                 else:
                     numbers.setdefault(str(index), {})[key] = value
-        tensors["random"] = torch.get_rng_state()
+        tensors["random"] = self._random
         groups = optimizer["param_groups"]
         return tensors, {"step": self.done, "optimizer": {"numbers": numbers, "groups": groups}}
 
@@ -386,7 +391,8 @@ class TuningRun:
             with torch.no_grad():
                 for name, parameter in self.trained.items():
                     parameter.copy_(tensors[f"parameter.{name}"])
-            torch.set_rng_state(tensors["random"])
+            self._random = tensors["random"]
+            torch.set_rng_state(self._random)
             self.done = int(facts["step"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise DataError(f"the checkpoint is not of this run ({error}): give another --output") from error

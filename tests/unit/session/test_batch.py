@@ -191,6 +191,8 @@ WRONG = {
     "of another shape": {"1.q.lora_A": torch.ones(5, 5)},
     "of other parameters": {"1.q.lora_B": torch.ones(25)},
     "numbers of another kind": {"1.q.lora_A": torch.ones(25, dtype=torch.int32)},
+    "of another hop, too": {"1.q.lora_A": torch.ones(25), "3.q.lora_A": torch.full((25,), 7, dtype=torch.int32)},
+    "of another kind of floats": {"1.q.lora_A": torch.ones(25, dtype=torch.float8_e4m3fn)},
     "missing": {},
 }
 

@@ -35,8 +35,7 @@ def write(file: Path, *examples: Any) -> Path:
 
 @pytest.mark.parametrize("form", SAMPLES)
 def test_the_first_example_tells_the_form(file: Path, form: Form) -> None:
-    others = {} if form == "chat" else {"source": 7}
-    examples = read_examples(write(file, {**SAMPLES[form], **others}, SAMPLES[form]))
+    examples = read_examples(write(file, {**SAMPLES[form], "source": 7, "id": "a"}, SAMPLES[form]))
     assert examples.form == form
     assert [row.fields for row in examples.rows] == [SAMPLES[form]] * 2
 
@@ -89,9 +88,12 @@ def test_a_bad_line_is_named(file: Path, bad: str, said: str) -> None:
         (CHAT["messages"][1:], "the chat begins with the assistant, which answers nothing: begin with the user"),
         ([CHAT["messages"][0], {**CHAT["messages"][1], "weight": 0}], "no message of the assistant of weight 1"),
         ([{**CHAT["messages"][0], "weight": 1}], "message 1 has the key 'weight'"),
-        ([CHAT["messages"][0], {**CHAT["messages"][1], "weight": 0.5}], "message 2: 'weight' must be a number"),
+        ([CHAT["messages"][0], {**CHAT["messages"][1], "weight": 0.5}], "message 2 has the weight 0.5"),
         ([CHAT["messages"][0], {**CHAT["messages"][1], "weight": 2}], "message 2 has the weight 2"),
-        ([CHAT["messages"][0], {**CHAT["messages"][1], "function_call": {}}], "message 2 has the key 'function_call'"),
+        (
+            [CHAT["messages"][0], {**CHAT["messages"][1], "function_call": {"name": "f"}}],
+            "message 2 has the key 'function_call'",
+        ),
     ],
 )
 def test_a_bad_chat_is_told_why(file: Path, messages: Any, said: str) -> None:
@@ -143,7 +145,7 @@ def test_calls_are_read_as_templates_take_them(file: Path) -> None:
 @pytest.mark.parametrize(
     ("chat", "said"),
     [
-        ({"functions": []}, "the chat has the key 'functions': remove it"),
+        ({"functions": [{"name": "f"}]}, "the chat has the key 'functions': remove it"),
         ({"tools": "f"}, "the chat: 'tools' must be a list"),
         ({"tools": [{"type": "function"}]}, "tool 1 must be an object with function"),
         ({"tools": [{"type": "function", "function": {}}]}, "tool 1 must be an object with name"),
@@ -160,8 +162,8 @@ def test_calls_are_read_as_templates_take_them(file: Path) -> None:
         ({"messages": [USER, calling(call('{"a": NaN}'))]}, "a number in a call of message 2 is NaN"),
         ({"messages": [USER, calling(call("[" * 10**5))]}, "nested too deep"),
         ({"messages": [USER, calling(call('{"a": "\\ud800"}'))]}, "'messages' holds half a character"),
-        ({"messages": [USER, calling(call(index=0))]}, "a call of message 2 has the key 'index'"),
-        ({"messages": [USER, calling(call(id="x"), call(id="x"))]}, "has the id 'x', as an earlier call"),
+        ({"messages": [USER, calling(call(index="0"))]}, "a call of message 2: 'index' must be a whole number"),
+        ({"messages": [USER, calling(call(id="x"), call(id="x"))]}, "has the id 'x' of another call without an answer"),
         ({"messages": [USER, calling(call()), answer(tool_call_id="z")]}, "message 3 answers the call 'z'"),
         ({"messages": [USER, calling(call()), answer(), answer()]}, "message 4 answers the call ''"),
     ],
@@ -169,6 +171,15 @@ def test_calls_are_read_as_templates_take_them(file: Path) -> None:
 def test_a_key_of_a_chat_is_honoured_or_refused(file: Path, chat: Any, said: str) -> None:
     with pytest.raises(DataError, match=f"line 2: .*{said}"):
         read_examples(write(file, CHAT, {**CHAT, **chat}))
+
+
+def test_ids_may_come_again_in_later_turns_and_are_made_where_there_are_none(file: Path) -> None:
+    turns = [USER, calling(call(id="call_1"), call()), answer(), answer(), USER, calling(call(id="call_1", index=0))]
+    last = {**CHAT["messages"][1], "weight": 1.0, "annotations": []}
+    (example,) = read_examples(write(file, {"messages": [*turns, answer(), last]})).rows
+    said = example.fields["messages"]
+    assert [one["id"] for one in said[1]["tool_calls"]] == ["call_1", "call_0"]
+    assert [one["tool_call_id"] for one in said if one["role"] == "tool"] == ["call_1", "call_0", "call_1"]
 
 
 def test_a_first_line_of_no_form_lists_the_forms(file: Path) -> None:
