@@ -124,7 +124,7 @@ def _checked(fields: dict[str, Any], form: Form, answered: bool) -> dict[str, An
 
 def _checked_chat(given: dict[str, Any], answered: bool) -> dict[str, Any]:
     chat = _known("the chat", given, {"messages": list, "tools": list, "parallel_tool_calls": bool})
-    waiting: dict[str, bool] = {}  # the id of each call so far, and whether no tool has answered it
+    waiting: dict[str, bool] = {}  # the id of each call so far, and whether a result is missing
     numbered = enumerate(chat.get("messages", ()), start=1)
     chat["messages"] = messages = [_checked_message(f"message {number}", one, waiting) for number, one in numbered]
     if not messages:

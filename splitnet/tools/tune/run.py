@@ -112,9 +112,8 @@ class Encoder:
     def _chat(self, examples: Examples, example: Example) -> list[Encoded]:
         """The chat as the model's template writes it, with loss on the answers and on what ends them.
 
-        Answers are encoded apart from what is before them, as when they are generated. Each stands behind the history
-        that the model is asked with: where the template writes that in another way than before, as without earlier
-        reasoning, a row of its own begins.
+        Answers are encoded apart from their prompts, as in generation. Each answer stands behind the history that the
+        model is asked with. Where the template changes the history, as it leaves out earlier reasoning, a row begins.
         """
         messages = self.turns(examples, example)
         tools = [tool["function"]["name"] for tool in example.fields.get("tools", ())]
