@@ -116,7 +116,7 @@ def test_calls_are_learned_in_the_form_of_the_family(
 def test_reasoning_is_learned_once_and_left_out_of_later_histories(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Qwen3's template does: only what stands behind the last message of the user keeps its reasoning."""
+    """As Qwen3's template does: only answers after the last message of the user keep their reasoning."""
     last = "{% set ns = namespace(at=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.at = loop.index0 %}"
     thinks = "{% if m.role == 'assistant' and loop.index0 > ns.at and (loop.last or m.reasoning_content) %}"
     thinks += "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}"

@@ -130,7 +130,7 @@ def _checked_chat(given: dict[str, Any], answered: bool) -> dict[str, Any]:
     kinds = {"messages": list, "tools": list, "parallel_tool_calls": bool}
     named = {name: value for name, value in given.items() if name in (*kinds, *_OF_REQUESTS)}
     chat = _known("the chat", named, kinds)
-    waiting: dict[str, bool] = {}  # the id of each call so far, and whether no tool has answered it
+    waiting: dict[str, bool] = {}  # the id of each call so far, and whether a result is missing
     numbered = enumerate(chat.get("messages", ()), start=1)
     chat["messages"] = messages = [_checked_message(f"message {number}", one, waiting) for number, one in numbered]
     if not messages:

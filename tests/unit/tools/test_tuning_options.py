@@ -14,7 +14,7 @@ from splitnet.errors import AdapterError, SplitnetError
 from splitnet.tools.tune.methods import AdapterOptions, Method, with_new_adapter
 from tests.unit.random_models import random_checkpoint
 
-TAKEN = "there is nothing to learn from"  # what is said next, as no examples are given
+TAKEN = "there is nothing to learn from"  # the next check
 
 
 def said(*options: str) -> str:
