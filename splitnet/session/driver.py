@@ -381,7 +381,7 @@ class SessionDriver:
             try:
                 while self._events:
                     for effect in self.state.handle(self._events.popleft(), time.monotonic()):
-                        # Nobody else asks for a route again, so an error keeps no later effect from its turn.
+                        # An error stops no later effect: a route that is not asked for never comes.
                         try:
                             self._perform(effect)
                         except Exception as error:
