@@ -404,7 +404,7 @@ class SequenceCache:
         block = self._with_room(block_index, keys, values, end)
         held = min(block.near_from, start)
         since, until = max(held, start + 1 - WINDOW), max(held, end - WINDOW)
-        # Before the new positions take the places of others in the ring.
+        # The ring is read first, as the new positions overwrite it.
         full = [
             torch.cat((in_full(near, since, start), new), 2)
             for near, new in zip(block.near, (keys, values), strict=True)

@@ -344,11 +344,11 @@ def _control_groups(root: Path) -> Iterator[Path]:
     it, as far as they are mounted."""
     paths: dict[str, str] = {}  # of the own group, by the type of the mount
     try:
-        for line in (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines():
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers or "memory" in controllers.split(","):
                 paths["cgroup" if controllers else "cgroup2"] = path
-        for line in (root / "proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        for line in (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             where, _, what = line.partition(" - ")
             kind, *_, options = what.split()
             if kind in paths and (kind == "cgroup2" or "memory" in options.split(",")):
@@ -366,8 +366,8 @@ def _left_in(group: Path) -> Iterator[int]:
     """Bytes that each limit of a control group leaves; the kernel takes back the cache of files that are not in use."""
     for limit, used, reclaimed in _LIMITS:
         with suppress(OSError, ValueError):  # of the other version, or without a limit ("max")
-            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            yield int((group / limit).read_text()) - int((group / used).read_text()) + int(statistics.get(reclaimed, 0))
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+            yield int((group / limit).read_text(encoding="ascii")) - int((group / used).read_text(encoding="ascii")) + int(statistics.get(reclaimed, 0))
 
 
 _LIMITS = (

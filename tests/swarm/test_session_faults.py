@@ -56,7 +56,7 @@ def long_local(long_folder: Path) -> Any:
 
 
 def test_an_effect_that_fails_takes_no_other_with_it(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The route is planned again though the ban of its lost hop fails: nobody else would end the wait for a plan."""
+    """The route is planned again though the ban of the lost hop fails, so the wait ends."""
     model, ids = swarm.model(), prompt()["input_ids"]
     cache = model.new_cache()
     expected = model.step(ids, cache).logits

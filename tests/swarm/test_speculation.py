@@ -113,7 +113,7 @@ def test_the_text_is_the_same(
 def test_embeddings_in_the_place_of_a_prompt(
     local: Any, remote: RemoteCausalLM, window: Window, kind: str, folder: Path, tmp_path: Path
 ) -> None:
-    """No token of them is known, so drafts are made of the tokens behind them."""
+    """Embeddings have no tokens, so a head drafts from the generated tokens on."""
     embeddings = local.get_input_embeddings()(repeating()).detach()
     drafter, drafted = drafter_of(kind, folder, tmp_path), remote.speculator.counts.drafted
     for also in ({}, {"input_ids": repeating()}):
