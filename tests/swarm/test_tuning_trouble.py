@@ -303,17 +303,19 @@ class Fault:
     armed: bool = False
     victim: Peer | None = None
     hits: int = 0
+    closing: threading.Thread | None = None
 
     def sent(self, peer: Peer, message: Any) -> Any:
         """Returns the message that the peer sends in the place of another; None: it sends nothing."""
-        if self.change is silence and self.victim is peer:
+        if self.change in (silence, death) and self.victim is peer:
             return None  # also no answers to pings
         concerned = self.armed and peer.span.start == self.start and self.victim in (None, peer)
         if not concerned or not isinstance(message, self.kinds) or not len(getattr(message, "payload", b"")):
             return message
         self.victim, self.hits = peer, self.hits + 1
-        if self.change is death:
-            peer.transport.close()
+        if self.change is death:  # in a thread of its own: the transport waits for the lock of the thread that sends
+            self.closing = threading.Thread(target=peer.transport.close)
+            self.closing.start()
         return self.change(message)
 
 
@@ -341,7 +343,11 @@ def failing(swarm: LocalSwarm, index: int, way: str, name: str) -> Iterator[Faul
             outbox = Faulty(peer.service.outbox, peer, fault)
             patch.setattr(peer.service, "outbox", outbox)
             patch.setattr(peer.service.training, "outbox", outbox)
-        yield fault
+        try:
+            yield fault
+        finally:
+            if fault.closing is not None:
+                fault.closing.join()
 
 
 def tuned(
