@@ -1052,7 +1052,7 @@ def test_neither_prompts_nor_tokens_nor_keys_are_logged(
 
 
 GENERATING = ["POST /v1/chat/completions", "POST /v1/completions", "POST /v1/messages", "POST /v1/responses"]
-GENERATING += ["POST /api/chat", "POST /api/generate"]
+GENERATING += ["POST /api/chat", "POST /api/generate", "POST /infill"]
 READING = ["POST /v1/embeddings", "POST /v1/rerank", "POST /v2/rerank"]
 READING += ["POST /v1/messages/count_tokens", "POST /api/embed", "POST /api/embeddings"]
 READING += ["GET /api/ps", "GET /api/tags", "GET /api/version", "POST /api/show"]
@@ -1061,12 +1061,18 @@ READING += ["POST /v1/chat/completions/input_tokens", "POST /v1/responses/input_
 NAMED = ["GET /v1/models/{name}", "GET /v1/responses/{id}", "DELETE /v1/responses/{id}"]
 PATHS = sorted(["GET /health", "GET /v1/models", *NAMED, *GENERATING, *READING])
 MOST = {"POST /api/chat": "options", "POST /api/generate": "options", "POST /v1/responses": "max_output_tokens"}
+MOST |= {"POST /infill": "n_predict"}
 OFTEN = ("POST /v1/chat/completions", "POST /v1/embeddings")
 
 
 @pytest.mark.default_cases(path=OFTEN)
 @pytest.mark.parametrize("path", PATHS)
-def test_whatever_comes_is_answered_as_the_schema_says(path: str, model: RemoteCausalLM, tokenizer: Any) -> None:
+def test_whatever_comes_is_answered_as_the_schema_says(
+    path: str, model: RemoteCausalLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        tokenizer, "infill_marks", ["<issue_start>", "<issue_comment>", "<issue_closed>"], raising=False
+    )
     server = Server(model, tokenizer, pooling=Pooling(reranks=True, most=256))
     described = schemathesis.openapi.from_dict(server.app.openapi())
     every: list[Any] = [result.ok() for result in described.get_all_operations()]  # pyright: ignore
