@@ -231,8 +231,8 @@ class Checkpoint:
 
 def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
     """The files of a checkpoint: a GGUF file, a local folder or, if there is none of that name, a hub id. A folder
-    without a config and a tokenizer means the only GGUF file in it. Raises ModelNotFound: there is no such file or folder, or the
-    folder has several GGUF files."""
+    without a config and a tokenizer means the only GGUF file in it. Raises ModelNotFound: there is no such file or
+    folder, or the folder has several GGUF files."""
     folder, own = Path(model).expanduser(), ("config.json", "tokenizer.json", "tokenizer_config.json")
     alone = folder.is_dir() and not any((folder / name).exists() for name in own)
     if alone and (files := sorted(folder.glob("*.gguf"))):

@@ -367,7 +367,11 @@ def _left_in(group: Path) -> Iterator[int]:
     for limit, used, reclaimed in _LIMITS:
         with suppress(OSError, ValueError):  # of the other version, or without a limit ("max")
             statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-            yield int((group / limit).read_text(encoding="ascii")) - int((group / used).read_text(encoding="ascii")) + int(statistics.get(reclaimed, 0))
+            yield (
+                int((group / limit).read_text(encoding="ascii"))
+                - int((group / used).read_text(encoding="ascii"))
+                + int(statistics.get(reclaimed, 0))
+            )
 
 
 _LIMITS = (

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 2
 IMAGES = "image", "image_url", "input_image"  # How parts of messages are called that are images
 NAMED = 64  # Characters of a value that a refusal names
+MOST_MESSAGE = 2000  # Characters of a sentence, which may quote what a client has sent
 
 
 class ApiError(SplitnetError):
@@ -42,7 +43,7 @@ class ApiError(SplitnetError):
         code: str | None = None,  # by which a program can tell errors apart
         headers: dict[str, str] | None = None,  # a 429 or 503 says when to come again if not given
     ) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= MOST_MESSAGE else f"{message[:MOST_MESSAGE]} ...")
         self.status = status
         self.param = param
         self.code = code

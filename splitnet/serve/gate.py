@@ -386,7 +386,11 @@ class Preparing:
 
         async def prepared() -> Result:
             async with places.place(Client(client.name, client.weight)):  # without its quota of tokens
-                return await to_thread.run_sync(work, *arguments, limiter=self._threads)
+                working = asyncio.ensure_future(to_thread.run_sync(work, *arguments, limiter=self._threads))
+                try:
+                    return await asyncio.shield(working)
+                finally:  # a thread cannot be ended, so it keeps its place after its client is gone
+                    await asyncio.wait([working])
 
         return await unless_gone(request, prepared())
 

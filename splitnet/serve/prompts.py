@@ -30,6 +30,7 @@ LONGEST_CHARACTER = 16  # Tokens that are looked at together for the characters 
 CUT_TIMES = 16  # So many contexts a text may have of which the last tokens are wanted
 CUT_TOKENS = 128  # A text that is cut may have so many tokens more
 LAST_TOKENS = 8  # Of a prompt, among which are the marks that its answer begins with
+GAP_TOKENS = 256  # Of the text of a gap, that other files leave room for where a request has no bound
 DEFAULT_MAX_TOKENS = 4096  # Of an answer, where neither the request nor the model has a bound
 
 
@@ -132,9 +133,12 @@ class Prompts:
         templated = partial(self._templated, answer=answer and not goes_on, goes_on=goes_on)
         first = -last if last else None
         if self._special.search(text) is None:
-            return self.ids(templated(said, described, variables))[first:]
+            rendered = templated(said, described, variables)
+            self._check_length([rendered], times)
+            return self.ids(rendered)[first:]
         mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
         marked = templated(*(self._as_text(each, mark) for each in (said, described, variables)))
+        self._check_length([marked], 2 * times)  # with marks
         return [id for piece in marked.split(mark) for id in self.ids(piece)][first:]
 
     def checked_ids(self, text: str) -> list[int]:
@@ -213,7 +217,7 @@ class Prompts:
             begin[: begin.index(self._some_text[0])],
             [*parts[0], *parts[1], *self._marked(self.marks.middle)],
         )
-        room = (self.max_positions or sys.maxsize) - len(begin) - len(asked) - (max_tokens or 1)
+        room = (self.max_positions or sys.maxsize) - len(begin) - len(asked) - (max_tokens or GAP_TOKENS)
         return [*begin, *others[max(0, len(others) - max(0, room)) :], *asked]
 
     def _marked(self, mark: str, text: str = "", *, behind: bool = False) -> list[int]:

@@ -19,6 +19,7 @@ _ANY = r"(.|\n)*"
 
 MOST_RULES, MOST_SIZE = 1000, 2**20  # of a grammar; `MOST_SIZE`: characters
 MOST_REFERENCES, MOST_PROPERTIES = 256, 256  # that are followed one after the other; of one object in calls
+MOST_NAMES = 2**13  # of schemas that are merged
 
 Schema = Mapping[str, Any]
 Read = list[tuple[str, dict[str, Any]]]  # names and arguments
@@ -108,8 +109,12 @@ def closed(schema: Any) -> Any:
 
 
 def resolved(schema: Schema, root: Schema) -> Schema:
-    """The same without a reference, or parts of which all hold, at its top; `root` has what it refers to."""
+    """The same without a reference, or parts of which all hold, at its top; `root` has what it refers to. A schema that
+    takes more than `MOST_NAMES` names on the way keeps its reference."""
+    names = 0
     for _ in range(MOST_REFERENCES):
+        if (names := names + len(schema)) > MOST_NAMES:
+            break
         if isinstance(reference := schema.get("$ref"), str):
             schema = {**{name: each for name, each in schema.items() if name != "$ref"}, **_found(root, reference)}
         elif parts := [each for each in _all(schema, "allOf") if isinstance(each, Mapping)]:
@@ -148,7 +153,8 @@ def kinds_of(schema: Schema, root: Schema, seen: set[int] | None = None) -> set[
 
 def properties_of(schema: Schema) -> list[tuple[str, Schema, bool]]:
     """Names, schemas and whether they are required; each schema stands alone, with what it refers to."""
-    required, given = _all(schema, "required"), schema.get("properties")
+    required = {each for each in _all(schema, "required") if isinstance(each, str)}
+    given = schema.get("properties")
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     named = given.items() if isinstance(given, Mapping) else ()
     found: list[tuple[str, Schema, bool]] = []
@@ -193,6 +199,8 @@ def fits(value: Any, schema: Schema, root: Schema | None = None, checks: Iterato
     elif isinstance(value, dict):
         named = schema.get("properties")
         parts = [(each, named.get(name)) for name, each in value.items()] if isinstance(named, Mapping) else []
+        if isinstance(named, Mapping) and not schema.get("additionalProperties") and value.keys() - named.keys():
+            return False
         if any(name not in value for name in _all(schema, "required")):
             return False
     return all(fits(each, part, root, checks) for each, part in parts if isinstance(part, Mapping))
@@ -235,6 +243,9 @@ def _dumped(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+_OF_CALLS = {"type", "id", "name", "arguments", "parameters"}
+
+
 @dataclass(frozen=True)
 class JsonCalls:
     """Objects with a name and arguments: one, a list, or several in a row."""
@@ -249,15 +260,15 @@ class JsonCalls:
     def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         text = body.strip()
         if text.startswith("{"):
-            text = "[" + re.sub(r"\}\s*;?\s*\{\s*(?=\"(?:name|type)\")", "}, {", text) + "]"
+            text = "[" + re.sub(r"\}\s*+(?:;\s*+)?\{\s*+(?=\"(?:name|type)\")", "}, {", text) + "]"
         calls: Read = []
         found = _loads(text)
         for each in found if isinstance(found, list) else [found]:
             if not isinstance(each, dict) or not isinstance(each.get("name"), str):
                 raise NoCall
             arguments = next((each[key] for key in ("arguments", "parameters") if key in each), None)
-            if arguments is None and self.has_arguments:
-                raise NoCall
+            if self.has_arguments and (arguments is None or each.keys() - _OF_CALLS):
+                raise NoCall  # a tool's definition has parameters, too
             arguments = {} if arguments is None else arguments
             calls.append((each["name"], _object(arguments)))
         if not calls:
@@ -285,7 +296,7 @@ class NamedJson:
         return self.also or re.escape(self.separator.strip())
 
     def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
-        found = re.match(rf"\s*([\w.-]+)\s*(?:{self.pattern})(.*)$", body, re.DOTALL)
+        found = re.match(rf"\s*+([\w.-]++)\s*+(?:{self.pattern})(.*)$", body, re.DOTALL)
         if found is None:
             raise NoCall
         return [(found[1], _object(found[2].strip().removesuffix(self.after.strip())))]
@@ -324,7 +335,7 @@ class Tagged:
         key, end, last = (re.escape(piece.strip()) for piece in (self.before_key, self.after_value, self.last))
         texts, others = (re.escape(self._after_key(is_json).strip()) for is_json in (False, True))
         one = re.compile(
-            rf"\s*{key}(?P<key>[^<>\"]*?)(?:(?P<text>{texts})|{others})(?P<value>.*?){end}(?=\s*(?:{key}|{last}\s*$))",
+            rf"\s*{key}(?P<key>[^<>\"]*?)(?:(?P<text>{texts})|{others})(?P<value>.*?){end}(?=\s*+(?:{key}|{last}\s*+$))",
             re.DOTALL,
         )
         at = head.end()
@@ -376,8 +387,14 @@ class Tagged:
         return f"{begins} {rules.some_of(items, '')} {literal(self.last) if self.last else ''}"
 
 
-def _told_apart(schema: Schema) -> tuple[list[Schema], list[Schema]]:
-    """The alternatives of a schema that are strings, which are written as they are, and all others."""
+def _told_apart(schema: Schema, looks: Iterator[int] | None = None) -> tuple[list[Schema], list[Schema]]:
+    """The alternatives of a schema that are strings, which are written as they are, and all others.
+
+    Raises ValueError: there are more than `MOST_REFERENCES`; `looks` counts them.
+    """
+    looks = looks or count()
+    if next(looks) > MOST_REFERENCES:
+        raise ValueError("a schema has too many choices")
     flat = resolved(schema, schema)
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     if choices := choices_of(flat):
@@ -385,7 +402,7 @@ def _told_apart(schema: Schema) -> tuple[list[Schema], list[Schema]]:
         others = [each for each in choices if not isinstance(each, str)]
         return [{"enum": texts}] if texts else [], [{"enum": others}] if others else []
     if several := either_of(flat):
-        apart = [_told_apart({**shared, **each}) for each in several]
+        apart = [_told_apart({**shared, **each}, looks) for each in several]
         return [one for texts, _ in apart for one in texts], [one for _, others in apart for one in others]
     kinds = kinds_of(flat, schema)
     others: list[Schema] = [] if kinds else [schema]
@@ -493,6 +510,9 @@ class Python:
 
 
 QUOTE = '<|"|>'
+_WORD = r"[^{}\[\],:\"\s]++"
+_KEY = re.compile(rf"([{{,]\s*+)({_WORD}(?:\s++{_WORD})*+)\s*+:")
+"""A bare key of an object. Possessive, so that a hostile text is read in linear time."""
 
 
 @dataclass(frozen=True)
@@ -510,7 +530,7 @@ class Gemma:
             raise NoCall(goes_on=True)
         # Every other part is a string; what is between them has the keys.
         parts[1::2] = map(json.dumps, parts[1::2])
-        parts[::2] = (re.sub(r"([{,]\s*)([^{}\[\],:\"\s][^{}\[\],:\"]*?)\s*:", r'\1"\2":', part) for part in parts[::2])
+        parts[::2] = (_KEY.sub(r'\1"\2":', part) for part in parts[::2])
         for word, plain in (("None", "null"), ("True", "true"), ("False", "false")):
             parts[::2] = (re.sub(rf"(?<=[:,\[])\s*{word}\b", plain, part) for part in parts[::2])
         return [(found[1], _object("".join(parts)))]

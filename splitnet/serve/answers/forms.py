@@ -68,7 +68,7 @@ _DSML = Tagged(
 _DSML_MARKS = '<｜DSML｜invoke name="', "</｜DSML｜invoke>"
 _DEEPSEEK: Any = {"around": ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")}
 _MINIMAX = Tagged('">\n', '<parameter name="', '">', "</parameter>\n")
-_HARMONY = r"(?:<\|channel\|>\w+)?\s*(?:<\|constrain\|>)?\s*\w*\s*<\|message\|>"
+_HARMONY = r"(?:<\|channel\|>\w++\s*+)?(?:<\|constrain\|>\s*+)?(?:\w++\s*+)?<\|message\|>"
 
 FORMS = {
     "hermes": Form(*_TOOL_CALL, JsonCalls(), between="\n", also_bare=True),
@@ -93,7 +93,7 @@ FORMS = {
     "deepseek-v3": Form(
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
         "<｜tool▁call▁end｜>",
-        NamedJson("\n```json\n", "\n```", r"\s*```(?:json)?\s*"),
+        NamedJson("\n```json\n", "\n```", r"```(?:json)?\s*+"),
         between="\n",
         **_DEEPSEEK,
     ),
@@ -107,7 +107,7 @@ FORMS = {
     "kimi": Form(
         "<|tool_call_begin|>functions.",
         "<|tool_call_end|>",
-        NamedJson(":0<|tool_call_argument_begin|>", also=r"(?::\d+)?\s*<\|tool_call_argument_begin\|>"),
+        NamedJson(":0<|tool_call_argument_begin|>", also=r"(?::\d++)?\s*+<\|tool_call_argument_begin\|>"),
         also=("<|tool_call_begin|>",),
         around=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
         ids="numbered",
@@ -210,7 +210,8 @@ def forms_of(tokenizer: Any) -> Forms:
 
 def form_in(rendered: str, ends: Collection[str] = ()) -> Form | None:
     """The form in which a rendered conversation has the call of `PROBE`, read back; `ends`: what messages end with."""
-    rendered = rendered[: rendered.rfind(PROBE[0]) + 1000]
+    at = rendered.rfind(PROBE[0])
+    rendered = rendered[max(0, at - 2**14) : at + 1000]
     readable: list[Form] = []
     for form in FORMS.values():
         if form.write([PROBE]) in rendered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
@@ -83,7 +84,7 @@ class Grammars:
                 says.append(f"{rules.literal(form.lead) if form.lead else ''} {text}")
             start = f"start: {self._thought(rules, forms, thinks)} ({' | '.join(says)})"
             text = llguidance.LLMatcher.grammar_from_lark("\n".join([*rules.lines, start]))
-        except (ValueError, RecursionError) as error:  # it is nested too deep
+        except (ValueError, TypeError, RecursionError) as error:  # it is nested too deep, or has values of wrong types
             raise _not_kept_to(error, param) from None
         tokens = self._tokens
         wrong = self._process.ask(text)[1]
@@ -215,6 +216,7 @@ def _other_than(openings: Collection[str]) -> str:
     return f"/[{space}]*{rest(openings, space)}/"
 
 
+MASKS_S, MASK_S = 10.0, 0.02  # of processor time for the masks of an answer, and for each of its tokens besides
 _NO_TOKEN = "doesn't satisfy the grammar"  # in the error of llguidance; its other errors are of bounds
 
 
@@ -225,12 +227,14 @@ class AllowedTokens:
         self._matcher = grammar.matcher.deep_copy()
         self._param = grammar.param
         self._taken: list[int] = []
+        self._spent_s = 0.0
 
     def forbid_others(self, answer: list[int], scores: torch.Tensor) -> None:
         """Sets the scores `[vocabulary]` of all tokens that cannot follow to -inf; `answer`: its tokens.
 
         Raises ApiError if the grammar takes too much time or memory with this answer.
         """
+        began = time.thread_time()
         # Where several positions are looked at in one step, an answer may be shorter or another one than before.
         same = shared(answer, self._taken)
         self._matcher.rollback(len(self._taken) - same)
@@ -245,5 +249,8 @@ class AllowedTokens:
             if _NO_TOKEN in error:
                 raise RuntimeError("a token that was allowed is none of the grammar")
             raise _not_kept_to(error, self._param)
+        self._spent_s += time.thread_time() - began
+        if self._spent_s > MASKS_S + MASK_S * len(answer):
+            raise _not_kept_to(f"the tokens of this answer take {self._spent_s:.0f} s to find", self._param)
         possible = torch.from_numpy(np.unpackbits(mask, count=len(scores), bitorder="little"))
         scores.masked_fill_(possible.to(scores.device) == 0, -torch.inf)

@@ -39,6 +39,7 @@ _FENCE = "```"
 _LEADS = "", _FENCE, f"{_FENCE}json", "<|python_tag|>"  # What calls without marks may begin with
 _LEAD = re.compile(rf"\s*({_FENCE}\s*(?:json)?|<\|python_tag\|>)?\s*")
 _MOST_HEAD = 512  # Characters of such a call that are compared, white space included
+_MOST_BARE = 2**15  # Characters of such calls, which are read again with each token
 _UNCERTAIN = 12
 """Characters at the end of unfinished JSON that may be a part of a value, such as `false` or two of `\\u0000`."""
 
@@ -53,7 +54,7 @@ def _heads(names: Iterable[str]) -> list[str]:
 def _may_be_bare(text: str, heads: Sequence[str]) -> bool:
     """Whether a text is calls without marks, or may become such calls."""
     begin = re.sub(r"\s", "", text[:_MOST_HEAD])
-    if not any(head.startswith(begin) or begin.startswith(head) for head in heads):
+    if len(text) > _MOST_BARE or not any(head.startswith(begin) or begin.startswith(head) for head in heads):
         return False
     fenced, rest = text.lstrip().startswith(_FENCE), _LEAD.sub("", text, count=1)
     if not rest.startswith("{"):

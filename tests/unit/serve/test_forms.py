@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +21,7 @@ from tokenizers import AddedToken
 
 import splitnet
 from splitnet.checkpoint.chat_template import render
-from splitnet.serve.answers.calls import kinds_of
+from splitnet.serve.answers.calls import NoCall, kinds_of
 from splitnet.serve.answers.forms import (
     FORMS,
     REASONING,
@@ -544,6 +545,50 @@ def test_the_types_of_choices_that_unfold_are_found_at_once() -> None:
     levels = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"} for _ in range(200)]} for n in range(8)}
     schema = {"$ref": "#/$defs/d0", "$defs": levels | {"d8": {"type": "integer"}}}
     assert kinds_of(schema, schema) == {"integer"}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "f{}x",
+        "{{}}{}",
+        "commentary to=functions.f{}",
+        "f{{a b{}c",
+        "f\n<arg_key>a</arg_key>\n<arg_value>{}</arg_value>{}x",
+    ],
+)
+def test_a_text_full_of_white_space_is_read_in_linear_time(name: str, text: str) -> None:
+    def took_s(given: str) -> float:
+        began = time.process_time()
+        with suppress(NoCall):
+            FORMS[name].syntax.read(given, {"f": {}})
+        return time.process_time() - began
+
+    short, long = (min(took_s(text.format(*[" " * length] * 2)) for _ in range(3)) for length in (4_000, 40_000))
+    assert long < 30 * short + 0.05
+
+
+def test_choices_that_unfold_are_refused_where_tags_tell_strings_apart(bound: Bound) -> None:
+    levels = {f"a{n}": {"anyOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(27)}
+    parameter = {"$ref": "#/$defs/a0"}
+    schema = {"type": "object", "$defs": levels | {"a27": {"type": "string"}}, "properties": {"p": parameter}}
+    function = FunctionDefinition(name="f", parameters=schema)
+    with pytest.raises(ApiError, match="too many choices"):
+        bound[1].of_answer(Bounds([function], required=True), Forms(FORMS["qwen-coder"]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "f", "description": "finds", "parameters": {"type": "object", "properties": {}}}',
+        '{"name": "f", "arguments": {"other": 1}}',
+    ],
+)
+def test_the_definition_of_a_tool_and_unknown_arguments_are_no_call(text: str) -> None:
+    parser = AnswerParser(Forms(FORMS["hermes"]), {"f": {"type": "object", "properties": {"a": {}}}})
+    said = [parser.push(text), parser.rest()]
+    assert "".join(each.text for each in said) == text and not any(each.calls for each in said)
 
 
 def test_a_schema_of_many_levels_is_refused(bound: Bound) -> None:

@@ -82,3 +82,24 @@ def test_the_request_of_a_client_that_is_gone_is_not_prepared() -> None:
         assert work.begun == ["0", "2"]
 
     asyncio.run(does())
+
+
+def test_a_thread_keeps_its_place_after_its_client_is_gone() -> None:
+    async def does() -> None:
+        preparing, work = Preparing(), Work()
+        callers = [Caller("a") for _ in range(3)]
+        tasks = [
+            asyncio.create_task(preparing.run(caller, SMALL, work, f"{number}"))  # pyright: ignore[reportArgumentType]
+            for number, caller in enumerate(callers)
+        ]
+        await work.has_begun("0")
+        callers[0].gone.set()
+        for _ in range(20):  # turns of the loop, in which a free place would be taken
+            await asyncio.sleep(0.001)
+        assert work.begun == ["0"], "one thread for each client"
+        work.may_end.set()
+        with pytest.raises(ApiError, match="has disconnected"):
+            await tasks[0]
+        assert [await task for task in tasks[1:]] == ["1", "2"]
+
+    asyncio.run(does())

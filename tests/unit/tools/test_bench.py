@@ -187,6 +187,12 @@ def printed(report: Report) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal with room for all columns."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
 def test_the_table_has_both_arms_and_the_ratio() -> None:
     report = Report("small", {}, ENVIRONMENT, measured())
     title, *head, first, second = printed(report)
