@@ -595,8 +595,8 @@ WEIGHTS = [
     Fault(
         "weights are given faster while sessions are served",
         "peers/weights.py",
-        "SERVING_SHARE if self.serving() else 1.0",
-        "1.0 if self.serving() else SERVING_SHARE",
+        "SERVING_SHARE if self.serving() and not is_page else 1.0",
+        "1.0 if self.serving() and not is_page else SERVING_SHARE",
         ("tests/unit/peers/test_weight_service.py",),
     ),
     Fault(
