@@ -634,10 +634,21 @@ def test_the_next_turn_computes_only_what_is_new(serve: Serve, swarm: LocalSwarm
     serve(does)
 
 
-def test_two_requests_never_share_a_kept_session(serve: Serve, swarm: LocalSwarm) -> None:
+def test_two_requests_never_share_a_kept_session(
+    serve: Serve, swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def does(server: Server) -> None:
-        first = await server.chat("Who are you?", max_tokens=64)
-        twins = await asyncio.gather(*(server.chat("Who are you?", max_tokens=64) for _ in range(3)))
+        first = await server.chat("Who are you?", max_tokens=8)
+        kept, all_here = server.generations.kept, threading.Barrier(3)
+        take = kept.take
+
+        def take_together(*given: Any) -> Any:
+            taken = take(*given)
+            all_here.wait(30)
+            return taken
+
+        monkeypatch.setattr(kept, "take", take_together)
+        twins = await asyncio.gather(*(server.chat("Who are you?", max_tokens=8) for _ in range(3)))
         assert all(twin["choices"] == first["choices"] for twin in twins)
         cached = sorted(twin["usage"]["prompt_tokens_details"]["cached_tokens"] for twin in twins)
         assert cached[0] == 0 and cached[-1] > 0
