@@ -140,8 +140,7 @@ class PeerRecord:
     start, end, num_blocks: serves blocks [start, end) of num_blocks; start == end says that the peer has left.
     protocol: version of the wire protocol. codecs: names, at most 32. device, version: for people. dtype: what weights
     are held as, and behind a slash what blocks compute in if that is another type, such as float16/float32, and behind
-    KV what `kv` says if it is not auto; version
-    0.1.0 names the former alone.
+    KV what `kv` says if it is not auto.
     block_ms: ms per block of a pass with as many positions as `scheduler.facts.PASS_SIZES` says, observed.
     queue_ms: wait of a decode step for its pass. batch: positions of others that share the pass of a decode step.
     kv_free_positions: positions that new sessions may still take. sessions: open sessions.
