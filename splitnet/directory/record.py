@@ -154,8 +154,8 @@ class PeerRecord:
     relays: through which the peer is reached, at most 3; none: at its address. demand: of a gateway, see `DEMAND`.
     kv_capacity: positions that one session of one row may take if there are no others; 0: not known. past_ms: by how
     many ms more a pass of one position, and one of 512, takes per block behind 1,024, 8,192 and 32,768 positions, as
-    far as the peer holds so many, see `scheduler.facts.PastCost`. kv: what keys and values are held as: the name of a
-    `splitnet.blocks.kv_form.KVForm`; auto: as blocks compute, as latents, states and keys of indexers are in any case.
+    far as the peer holds so many, see `scheduler.facts.PastCost`. kv: what keys and values are held as, of
+    `splitnet.wire.kv_forms.KV_BITS`; auto: as blocks compute, as latents, states and keys of indexers are in any case.
     """
 
     signed: ClassVar[bytes] = b""  # the signed bytes that this record was read from; none if it was made here
