@@ -119,10 +119,6 @@ class PeerLeaving(PeerLost):
     """A peer is about to end; it serves the session until it is replaced."""
 
 
-class PeerTooOld(SplitnetError):
-    """A peer runs a version of splitnet that lacks what a session needs."""
-
-
 class PeerFailed(SplitnetError):
     """A peer answered with an error."""
 

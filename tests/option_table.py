@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 
@@ -47,16 +46,10 @@ def _row(setting: Setting) -> tuple[str, ...]:
         "(before it)" if setting.command == COMMON else setting.command,
         ", ".join(f"`{flag}`" for flag in flags),
         " or ".join(f"`{variable}`" for variable in setting.variables),
-        " or ".join(f"`{name}`" for name in _keys(setting)),
+        " or ".join(f"`{table}.{setting.key}`" for table in setting.tables),
         _default(setting),
         parameter.help or "",
     )
-
-
-def _keys(setting: Setting) -> Iterator[str]:
-    yield f"{setting.command}.{setting.key}"
-    if setting.shared:
-        yield f"{COMMON}.{setting.key}"
 
 
 def _default(setting: Setting) -> str:

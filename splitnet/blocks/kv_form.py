@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from splitnet.errors import WeightsError
+from splitnet.wire.kv_forms import KV_BITS
 
 # As in `native/step.h`.
 SINKS = 4  # first positions of a row that are in full besides their codes
@@ -25,8 +26,7 @@ WINDOW = 64  # and last ones: so many a position sees in full, with itself
 RING = 128  # places of these: a window, and what drafts and steps overwrite that may be taken back
 
 AUTO = "auto"
-_BITS = {"float16": (16, 16), "int8": (8, 8), "int8-int4": (8, 4), "int4": (4, 4)}  # of keys and of values
-KINDS = (AUTO, *_BITS)
+KINDS = tuple(KV_BITS)
 _VECTOR = 16  # numbers of a head come in so many
 _PIECE = 4096  # positions that are decoded at once
 _LEVELS = (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326)  # and the same below zero
@@ -49,8 +49,7 @@ class KVForm:
         no such kind."""
         if kind not in KINDS:
             raise WeightsError(f"KV caches cannot be held as {kind!r}: use {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-        bits = _BITS.get(kind, (32, 32))
-        return cls(kind, *bits) if bits[0] < 8 * dtype.itemsize else None
+        return cls(kind, *KV_BITS[kind]) if KV_BITS[kind][0] < 8 * dtype.itemsize else None
 
     @property
     def values(self) -> KVForm:

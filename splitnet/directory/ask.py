@@ -220,12 +220,11 @@ class Changes:
     """What has changed, as a peer says.
 
     present: of each record that it was told of, whether the peer is still there. records: the verified ones of its
-    answer, of peers that have left, too. whole: that is all it knows, as of a peer that does not tell changes.
+    answer, of peers that have left, too.
     """
 
     present: Sequence[bool]
     records: Sequence[PeerRecord]
-    whole: bool
 
 
 @dataclass
@@ -366,7 +365,7 @@ class PeerDirectory(SwarmDirectory):
         Args:
             known: the records that are held, the most needed first.
             since: of other peers only those are told that have their span since then, Unix time in seconds.
-            most: bytes of records that each may tell; an older peer tells more, of which as much counts.
+            most: bytes of records that each may tell; of more, as much counts.
             asked: the peers to ask.
             others: they are asked if none of those answers soon.
 
@@ -384,8 +383,9 @@ class PeerDirectory(SwarmDirectory):
         with self._heard:
             self._forget(question)
             answers = question.said()
-        told = {endpoint: _changes(answer, model, known, most) for endpoint, answer in answers.items()}
-        return {endpoint: changes for endpoint, changes in told.items() if changes.records or not changes.whole}
+        # A peer that does not know the model answers without bits.
+        told = {endpoint: answer for endpoint, answer in answers.items() if answer.present}
+        return {endpoint: _changes(answer, model, known, most) for endpoint, answer in told.items()}
 
     def close(self) -> None:
         self._closed = True
@@ -510,7 +510,7 @@ class PeerDirectory(SwarmDirectory):
             case LinkState.WRONG_KEY:
                 return "ends the handshake as if it has another key: copy the address that the peer prints now"
             case LinkState.UP:
-                return "does not answer: it is older than version 0.2, or hangs"
+                return "does not answer: it hangs"
             case _:
                 return "is not reached: check that it runs and that its port is open"
 
@@ -551,10 +551,7 @@ def _changes(answer: _Answer, model: str, known: Sequence[PeerRecord], most: int
     keys = {record.key for record in known}
     sizes = accumulate(0 if record.key in keys else len(record.signed) + RECORD_OVERHEAD for record in told)
     records = [record for record, size in zip(told, sizes, strict=True) if record.key in keys or size <= most]
-    if answer.present:
-        return Changes(still_there(answer.present, len(known)), records, whole=False)
-    there = {record.key for record in told if not record.has_left}
-    return Changes([record.key in there for record in known], records, whole=True)
+    return Changes(still_there(answer.present, len(known)), records)
 
 
 def _packed(payload: Payload) -> list[bytes]:

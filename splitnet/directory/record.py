@@ -140,8 +140,7 @@ class PeerRecord:
     start, end, num_blocks: serves blocks [start, end) of num_blocks; start == end says that the peer has left.
     protocol: version of the wire protocol. codecs: names, at most 32. device, version: for people. dtype: what weights
     are held as, and behind a slash what blocks compute in if that is another type, such as float16/float32, and behind
-    KV what `kv` says if it is not auto; version
-    0.1.0 names the former alone.
+    KV what `kv` says if it is not auto.
     block_ms: ms per block of a pass with as many positions as `scheduler.facts.PASS_SIZES` says, observed.
     queue_ms: wait of a decode step for its pass. batch: positions of others that share the pass of a decode step.
     kv_free_positions: positions that new sessions may still take. sessions: open sessions.
@@ -155,8 +154,8 @@ class PeerRecord:
     relays: through which the peer is reached, at most 3; none: at its address. demand: of a gateway, see `DEMAND`.
     kv_capacity: positions that one session of one row may take if there are no others; 0: not known. past_ms: by how
     many ms more a pass of one position, and one of 512, takes per block behind 1,024, 8,192 and 32,768 positions, as
-    far as the peer holds so many, see `scheduler.facts.PastCost`. kv: what keys and values are held as: the name of a
-    `splitnet.blocks.kv_form.KVForm`; auto: as blocks compute, as latents, states and keys of indexers are in any case.
+    far as the peer holds so many, see `scheduler.facts.PastCost`. kv: what keys and values are held as, of
+    `splitnet.wire.kv_forms.KV_BITS`; auto: as blocks compute, as latents, states and keys of indexers are in any case.
     """
 
     signed: ClassVar[bytes] = b""  # the signed bytes that this record was read from; none if it was made here

@@ -39,8 +39,7 @@ class Answer:
     rtt_ms: float
     queue_ms: float  # how long a new step would wait for the peer's device
     kv_free_positions: int  # positions that new sessions may take
-    holds: bool | None = None
-    """Whether the peer holds the session asked about; None: not asked, or the peer is too old to say."""
+    holds: bool = False  # the peer holds the session asked about
     waiting: int = 0  # of that session, like the next two: see `Pong`
     done: int = 0
     last: int = 0
@@ -53,7 +52,6 @@ class _Sent:
     endpoint: Endpoint
     at: float
     padding: int
-    session: bytes
     future: Future[Answer]
 
 
@@ -79,8 +77,7 @@ class Prober:
 
     def ping(self, endpoint: Endpoint, padding: int = 0, session: bytes = b"", *, load: bool = False) -> Future[Answer]:
         """Asks a peer for a sign of life; the future stays undone if none comes. padding: bytes to send with it.
-        session: id of a session to ask about, 16 bytes. load: asks how busy the peer is, too, see `loads`. A peer of
-        version 0.1.0 drops a ping with either."""
+        session: id of a session to ask about, 16 bytes. load: asks how busy the peer is, too, see `loads`."""
         return self._ping(endpoint, padding, session, load)[1]
 
     def probe(self, endpoint: Endpoint) -> int:
@@ -94,7 +91,7 @@ class Prober:
         with self._lock:
             while self._sent and now - next(iter(self._sent.values())).at > FORGET_S:
                 del self._sent[next(iter(self._sent))]
-            self._sent[nonce] = _Sent(endpoint, now, padding, session, future)
+            self._sent[nonce] = _Sent(endpoint, now, padding, future)
         self._send(endpoint, Ping(nonce, bytes(padding), session, load))
         return nonce, future
 
@@ -117,9 +114,8 @@ class Prober:
                 round_trips = self._round_trips.get(source, deque[float](maxlen=KEPT_ROUND_TRIPS))
                 round_trips.append(rtt_ms)
                 keep_latest(self._round_trips, source, round_trips, KEPT_ENDPOINTS)
-        holds, queue = message.holds if sent.session else None, (message.queue_ms, message.kv_free_positions)
-        timing = message.timing[0] if message.timing else None
-        sent.future.set_result(Answer(rtt_ms, *queue, holds, message.waiting, message.done, message.last, timing))
+        said = message.queue_ms, message.kv_free_positions, message.holds, message.waiting, message.done, message.last
+        sent.future.set_result(Answer(rtt_ms, *said, message.timing[0] if message.timing else None))
 
     def rtt_ms(self, endpoint: Endpoint) -> float:
         """The round trip to a peer as measured lately; 0: not measured."""

@@ -3,8 +3,7 @@
 A check returns the value to use, or raises `ProtocolError`.
 
 Later versions append fields, each with a default. A reader ignores fields behind those that it knows, and takes the
-default of one that is missing. A writer leaves out appended fields at the end that hold their defaults, so that version
-0.1.0, which refuses messages with more fields than it knows, reads whatever makes no use of them.
+default of one that is missing. A writer leaves out appended fields at the end that hold their defaults.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from splitnet.errors import ProtocolError
 from splitnet.logs import printable
 
 Check = Callable[[Any], Any]
-
-STRICT_VERSIONS = frozenset({"0.1.0"})  # versions of splitnet that refuse a message with more fields than they know
 
 # msgpack comes without types.
 packb = cast("Callable[[list[Any]], bytes]", msgpack.packb)  # pyright: ignore[reportUnknownMemberType]
@@ -78,12 +75,12 @@ class Values:
 
 
 def wire(check: Check, write: Check | None = None, **options: Any) -> Any:
-    """A field of a dataclass that travels; version 0.1.0 has it. write: makes what `check` takes; None: it is that."""
+    """A field of a dataclass that travels and is always written. write: makes what `check` takes; None: it is that."""
     return dataclasses.field(metadata={"check": check, "write": write}, **options)
 
 
 def appended(check: Check, default: Any, write: Check | None = None) -> Any:
-    """A field of a dataclass that travels, and that version 0.1.0 does not have: behind all that it has."""
+    """A field of a dataclass that travels, behind those made by `wire`; its default is left out at the end."""
     return dataclasses.field(default=default, metadata={"check": check, "write": write, "appended": True})
 
 

@@ -153,8 +153,8 @@ class Ping:
     nonce: int = wire(_NUMBER)
     payload: Payload = b""
     session: bytes = appended(blob(0, SESSION_BYTES), b"")
-    """Asks also about this session of the sender; empty: about none. Version 0.1.0 refuses it."""
-    load: bool = appended(flag, False)  # Asks also how busy the device is. Version 0.1.0 refuses it.
+    """Asks also about this session of the sender; empty: about none."""
+    load: bool = appended(flag, False)  # Asks also how busy the device is.
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ class Open(_OfSession):
     next_address: str = wire(text(256))
     next_relays: tuple[Relay, ...] = appended(several(row(Relay, text(64), blob(KEY_BYTES)), most=3), ())
     """Through which the next hop is reached; none: at its address."""
-    asks_weights: bool = appended(flag, default=False)  # `Opened` shall have `weights`
+    asks_weights: bool = appended(flag, default=False)  # `Opened` shall have `weights`; clients always ask
     taps: tuple[int, ...] = appended(several(uint(MAX_BLOCKS), most=MAX_TAPS), ())
     """Boundaries behind blocks of this hop, in rising order, at which the client wants hidden states, see `Tapped`."""
     tap_codec: int = appended(uint(255), 0)
@@ -252,7 +252,7 @@ class Step(_Numbered):
     """Of the hops before, in order."""
     reach: int = appended(uint(MAX_POSITIONS), 0)
     """Where rotary frequencies depend on the length of a text, a position has those of the longer one: a text that ends
-    with it, or one of so many positions (with the prefix of an adapter). Version 0.1.0 refuses it."""
+    with it, or one of so many positions (with the prefix of an adapter)."""
     labels: tuple[bytes, ...] = appended(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)
     """Of the pages of each part that end within it, see `splitnet.wire.sent_log`; empty: none is stored."""
 

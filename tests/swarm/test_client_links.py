@@ -105,7 +105,7 @@ def test_peers_tell_how_far_a_session_has_come(swarm: LocalSwarm) -> None:
             assert (answer.holds, answer.done) == (True, cache.get_seq_length())
             answer = stranger.ping(hop.endpoint, cache.session.id).result(20.0)
             assert (answer.holds, answer.waiting, answer.done) == (False, 0, 0)
-            assert model.swarm.ping(hop.endpoint).result(20.0).holds is None
+            assert not model.swarm.ping(hop.endpoint).result(20.0).holds
 
 
 def test_peers_tell_how_far_training_has_come(swarm: LocalSwarm) -> None:

@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 from splitnet.blocks.attention import _mask
 from splitnet.blocks.fast.native_step import NativeStep
 from splitnet.blocks.kv_cache import SequenceCache
-from splitnet.blocks.kv_form import KINDS, RING, SINKS, WINDOW, KVForm, turned
+from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm, turned
 from splitnet.blocks.span import PASS, Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.cli.peer import KVKind
 from splitnet.errors import WeightsError
 from splitnet.quant import native
-from splitnet.session.options import KVForms
-from splitnet.swarm.plan import KV_BITS
+from splitnet.wire.kv_forms import KV_BITS, KVForms
 from tests.tiers import examples
 from tests.unit.blocks.test_torch_step import LATENTS
 from tests.unit.random_models import HYBRIDS, random_checkpoint
@@ -82,8 +80,8 @@ def test_what_cannot_be_held_so_is_refused_by_name() -> None:
     assert KVForm.of("float16", torch.bfloat16) is None
 
 
-def test_every_part_knows_the_same_forms() -> None:
-    assert KINDS == ("auto", *get_args(KVForms)) == tuple(KVKind) == tuple(KV_BITS)
+def test_the_type_of_forms_is_that_of_the_table() -> None:
+    assert ("auto", *get_args(KVForms)) == tuple(KV_BITS)
 
 
 actions = st.lists(

@@ -71,7 +71,7 @@ def record_of(identity: Identity, **changes: Any) -> PeerRecord:
         "coordinate_error": 1.0,
         "bytes_per_ms": 0.0,
         "links": (),
-        "version": "0.1.0",
+        "version": "0.2.0",
         "issued_at": time.time(),
     }
     return PeerRecord(**{**facts, **changes})

@@ -41,7 +41,7 @@ RECORD = PeerRecord(
     coordinate_error=0.25,
     bytes_per_ms=1250.0,
     links=(SeenLink(b"8 bytes!", 20.5, 1000.0), SeenLink(bytes(8), 0.5, 9e5)),
-    version="0.1.0",
+    version="0.2.0",
     issued_at=1_750_000_000.25,
 )
 PACKED = RECORD.pack(IDENTITY)
