@@ -32,7 +32,7 @@ def load_client_part(
     weights: str | None = None,
     headless: bool = False,
 ) -> PreTrainedModel:
-    """The causal language model of a checkpoint with `blocks` in place of the model's blocks; only the other weights are read.
+    """Loads the causal language model of a checkpoint with `blocks` in place of its blocks, whose weights are not read.
 
     transformers' code sees one block, with one layer of cache; `model.config` is the config of the whole model. The
     list of blocks holds an outline of their linear layers, see `BlockList`.

@@ -72,7 +72,7 @@ class SpanPasses:
     Args:
         between: called between two pieces, so that more urgent work need not wait for the end of a pass.
         most_positions: maximum positions of whole sequences that go through a block at once; a longer sequence is a
-            piece of its own; None: no limit.
+            separate piece; None: no limit.
         graph_bytes: bytes that torch may keep for the backward pass. Blocks for which they do not suffice are computed
             again in the backward pass.
     """

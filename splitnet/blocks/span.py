@@ -470,7 +470,7 @@ class Span:
 
     @contextmanager
     def _tapping(self, taps: Sequence[int]) -> Iterator[None]:
-        """Within the context, keeps the hidden states at these boundaries when the family's own code runs the blocks."""
+        """Within the context, keeps the hidden states at these boundaries while the family's own code runs."""
 
         def keep(tap: int, _: nn.Module, __: Any, output: Any) -> None:
             self._tapped[tap] = (output[0] if isinstance(output, tuple) else output)[0]
