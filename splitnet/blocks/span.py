@@ -260,7 +260,7 @@ class Span:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
 
         `[positions, hidden]`, the parts concatenated -> the same shape, on the span's device and in its dtype. Each
-        part has a row of its own, with exactly the positions before `start`. With `taps`, boundaries within the span in
+        part has a different row, with exactly the positions before `start`. With `taps`, boundaries within the span in
         rising order, the result is `[positions, (taps + 1) * hidden]`: the hidden states at the boundaries, and the
         output last. Raises ValueError, without changing anything, if the parts do not fit `hidden` or their rows.
         """
