@@ -93,8 +93,8 @@ class BlockQuantWeight(WeightForm):
     def multiply_into(self, products: Tensor, rows: Tensor, experts: Tensor | None = None, held: int = 0) -> None:
         """Sets `products`, `[rows, outputs]`, which may be columns of a wider tensor, in the type of the rows.
 
-        `experts`: the expert of each row, int64, where `tiles` has the weights of `held` experts. Raises IndexError for an
-        unknown expert.
+        `experts`: the expert of each row, int64, where `tiles` has the weights of `held` experts. Raises IndexError for
+        an unknown expert.
         """
         # The caller that sorts rows by expert has already chosen between the kernel and `multiply_many`.
         by_kernel = len(rows) < self.many_from(rows.dtype) or (experts is not None and self.has_fast_kernel)
