@@ -276,7 +276,7 @@ def _has_head(store: TensorStore) -> bool:
 
 
 def ignored(names: Iterable[str], model_class: Any) -> set[str]:
-    """The names that models ignore on purpose: those that the family's class lists, old tables, further predictions."""
+    """The names that models ignore on purpose: names in the family's class, old tables, further predictions."""
     own = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
     known = re.compile("|".join(f"({pattern})" for pattern in (*own, _NOT_WEIGHTS, _NEXT_TOKENS)))
     return {name for name in names if known.search(name)}

@@ -54,7 +54,7 @@ class Family:
             same; `text_values` are values for its config.
         heads_share_hidden: the size of a head is the size of hidden states divided by the number of heads, even if the
             config says otherwise.
-        attention: a kind of blocks with an attention of their own, whose positions are all kept.
+        attention: a kind of blocks with special attention, whose positions are all kept.
         refused: why the family cannot be cut, where the config does not show it.
     """
 

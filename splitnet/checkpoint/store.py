@@ -84,10 +84,10 @@ class TensorStore(TensorFiles, Protocol):
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
     ) -> AbstractContextManager[dict[str, Any]]:
         """Opens tensors for reading; from the hub, downloads the files that hold them. names: name to give a tensor ->
-        its name in the checkpoint. dtype: the type that they will be converted to by the reader.
+        its name in the checkpoint. dtype: the type to which the reader will convert the tensors.
 
-        Returns a context: given name -> what reads the tensor when it is indexed with `[...]`, and gives a tensor that
-        needs the files no more, or a `PackedTensor` whose matrices keep them mapped.
+        Returns a context: given name -> an object whose `[...]` reads the tensor. The result does not need the files,
+        or is a `PackedTensor` whose matrices keep them mapped.
         """
         ...
 
