@@ -88,15 +88,15 @@ class Adapter:
                 self.low_ranks[block, path] = _low_rank(name, tensor, self._partner(f"{block}.{path}{LORA_B}"))
             elif rest.endswith((SCALE_IN, SCALE_OUT)):
                 if tensor.ndim != 1:
-                    raise AdapterError(f"{name} is {list(tensor.shape)}: factors are one for each input or output")
+                    raise AdapterError(f"{name} is {list(tensor.shape)}: factors are one number per input or output")
                 factors += 1
                 path = rest.rpartition(".")[0]
                 both = (self.tensors.get(f"{block}.{path}{end}") for end in (SCALE_IN, SCALE_OUT))
                 self.scales[block, path] = Scales(*both)
         if twice := self.low_ranks.keys() & self.scales.keys():
-            raise AdapterError(f"the layer {min(twice)} has both low ranks and factors: one of them is possible")
+            raise AdapterError(f"the layer {min(twice)} has both low ranks and factors: it can have only one of them")
         if 2 * (len(self.prefixes) + len(self.low_ranks)) + factors != len(self.tensors):
-            raise AdapterError("the adapter has a tensor without the one that belongs to it")
+            raise AdapterError("the adapter has a tensor without its partner")
         lengths = {prefix.keys.shape[2] for prefix in self.prefixes.values()}
         if len(lengths) > 1:
             raise AdapterError("the prefixes of an adapter differ in length")
@@ -135,7 +135,7 @@ def read_tensors(payload: bytes | memoryview) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(bytes(payload))
     except Exception as error:  # the library raises exceptions of many types
-        raise AdapterError(f"these are no tensors: {error}") from None
+        raise AdapterError(f"the bytes are no safetensors: {error}") from None
 
 
 def write_groups(tensors: Mapping[str, Tensor]) -> list[bytes]:
@@ -223,7 +223,7 @@ class Changes:
         self, given: Tensor, values: Tensor, changes: Sequence[tuple[slice, Callable[[Tensor], Tensor]]]
     ) -> Tensor:
         if given.shape[:2] != (1, _applied.positions):
-            raise AdapterError(f"{self._at[1]} does not see every position, so nothing can be added to it")
+            raise AdapterError(f"{self._at[1]} does not run on every position, so an adapter cannot change it")
         pieces: list[Tensor] = []
         done = 0
         for positions, change in changes:
@@ -271,18 +271,18 @@ class SpanAdapters:
                 raise AdapterError(f"block {block} has no linear layer {path!r}")
             if path.rpartition(".")[2] in TAKEN_WEIGHTS:
                 raise AdapterError(
-                    f"nothing can be added to {path} of block {block}, as the family's code takes its weight alone: "
+                    f"an adapter cannot change {path} of block {block}, as the family's code uses only its weight: "
                     "leave it out of target_modules"
                 )
             if not _fits(adapter, (block, path), sizes):
-                raise AdapterError(f"{path} of block {block} maps {sizes[0]} values to {sizes[1]}, the adapter not")
+                raise AdapterError(f"{path} of block {block} maps {sizes[0]} values to {sizes[1]}, unlike the adapter")
             if (block, path) not in self._adapted:
                 self._adapted.add((block, path))
                 Changes(block, path).watch(module.get_submodule(path))
         for block, prefix in adapter.prefixes.items():
             shapes = self.kv_shapes.get(self._index(block, start, end))
             if [(tensor.shape[1], tensor.shape[3]) for tensor in prefix] != shapes:
-                raise AdapterError(f"keys and values of block {block} have (heads, size) {shapes}, the prefix has not")
+                raise AdapterError(f"keys and values of block {block} have (heads, size) {shapes}, unlike the prefix")
 
     def prefix_of(self, adapter: Adapter | None, start: int, end: int) -> dict[int, Prefix]:
         """The prefix of a row in the blocks `[start, end)`, by index of the block in the span."""

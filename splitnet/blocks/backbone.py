@@ -156,7 +156,7 @@ class _LightMeta(TorchFunctionMode):
     def _check(self, count: float) -> None:
         if not count <= self._left:
             raise UnsupportedModel(
-                "the numbers of the config have its family compute tables that no model has: download it again, or "
+                "the numbers of the config make its family compute tables that are too large: download it again, or "
                 "mend it"
             )
 
@@ -465,7 +465,7 @@ def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: Layout) -> Laz
         codes = integer_codes(lies, layout)
         if codes is None:
             raise WeightsError(
-                f"{name} has values that are no numbers, which fit no code: use --weights with a type of floats"
+                f"{name} has infinite or NaN values, which integers cannot hold: use --weights with a float type"
             )
         return codes
 

@@ -158,7 +158,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if any(isinstance(child, BlockList) for child in module.children()):
             return module
-    raise ValueError("this model has no place where its blocks were: load it with load_client_part")
+    raise ValueError("this model is no client part: load it with load_client_part")
 
 
 def outline_in(model: nn.Module) -> BlockList:
@@ -314,7 +314,7 @@ def check_neutral(backbone: PreTrainedModel, container: str, dtype: torch.dtype)
             return
     raise UnsupportedModel(
         f"models of the family {backbone.config.model_type!r} cannot be cut into spans: they change the hidden state "
-        "outside their blocks in a way that is not known here"
+        "outside their blocks in an unknown way"
     )
 
 
@@ -410,7 +410,7 @@ def outline_of(block: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _absent() -> AdapterError:
     return AdapterError(
-        "this needs weights of the blocks, as PiSSA, OLoRA, DoRA, AdaptionPrompt, modules_to_save and merging do, and "
-        "they are on the peers: use LoRA that begins without them (init_lora_weights=True), a prompt or a prefix, and "
+        "PiSSA, OLoRA, DoRA, AdaptionPrompt, modules_to_save and merging need the weights of the blocks, and "
+        "these are on the peers: use LoRA that starts without them (init_lora_weights=True), a prompt or a prefix, and "
         "load the model again"
     )

@@ -61,7 +61,7 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
             self.nbytes += tensor.untyped_storage().nbytes()
             if self.nbytes > self._most:
                 raise PeerBusy(
-                    f"the way back takes more than {self._most} bytes in a block: train with fewer positions"
+                    f"the backward pass takes more than {self._most} bytes in a block: train with fewer positions"
                 )
         return tensor
 

@@ -21,7 +21,7 @@ from splitnet.checkpoint.families import RopeLengths
 class Given(Enum):
     """How a family gives the cosines and sines of pairs of numbers."""
 
-    TWICE = "those of all pairs, and the same once more"
+    TWICE = "one of each pair, and the same numbers again"
     ONCE = "one of each pair"
     SIDE_BY_SIDE = "two of each pair"
 

@@ -358,7 +358,7 @@ class Span:
                 parts = [replace(part, row=self.new_row(part.count, adapter, exact=True)) for part in parts]
             elif longest > WAY_BACK * fitting:
                 raise PeerBusy(
-                    f"there is no memory for the way back through {reach} positions in blocks of the family "
+                    f"there is no memory for a backward pass through {reach} positions in blocks of the family "
                     f"{self._backbone.config.model_type!r}: train with shorter sequences"
                 )
         hidden = hidden.to(device=self.device, dtype=self.dtype)

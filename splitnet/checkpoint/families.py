@@ -314,7 +314,7 @@ def keeps_states(config: PreTrainedConfig) -> bool:
 def why_no_prefix(config: PreTrainedConfig) -> str:
     """Why an adapter can have no keys and values before the first position, as a clause; empty: it can."""
     if keeps_states(config):
-        return "keep states, before which no prefix can stand"
+        return "keep states, which cannot have a prefix"
     if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
         return "choose positions by keys of another kind, which a prefix lacks"
     return ""
@@ -361,14 +361,14 @@ def check_values(values: Mapping[str, Any], file: object) -> None:
             most = MAX_LAYERS if counts else MAX_LABELS if key == "num_labels" else None
             if key in _BASES and isinstance(value, (int, float)) and not 0 < value < math.inf:
                 raise UnsupportedModel(
-                    f"{file} says {key}: {value}, which turns nothing: mend it, or download it again"
+                    f"{file} says {key}: {value}, which is no base of a rotary embedding: mend it, or download it again"
                 )
             many = most is not None and isinstance(value, int) and value > most
             foreign = str(key).endswith("_implementation") and "/" in str(value)
             if many or foreign:
                 raise UnsupportedModel(
                     f"{file} says {key}: {value}, and "
-                    + (f"at most {most} are taken" if many else "no code of others is run")
+                    + (f"at most {most} are taken" if many else "code of hub repositories is not run")
                     + ": mend it, or download it again"
                 )
 
@@ -395,7 +395,7 @@ def _reason_against(config: PreTrainedConfig) -> str:
     if hasattr(config, "type_vocab_size"):
         return "it is a bidirectional encoder"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
-        return "its positions see those behind them"
+        return "its positions attend to later positions"
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         return "its config does not say how many blocks it has"
     if keeps_states(config):
@@ -404,7 +404,7 @@ def _reason_against(config: PreTrainedConfig) -> str:
     if not has_attention(config):
         return "its blocks keep a recurrent state instead of a KV cache"
     if getattr(config, "hidden_size_per_layer_input", 0):
-        return "its blocks take an input of their own for every token besides the hidden state"
+        return "its blocks have a second input for every token besides the hidden state"
     if getattr(config, "num_kv_shared_layers", 0):
         return "its blocks share KV caches with each other"
     if "shared" in (getattr(config, "indexer_types", None) or ()):

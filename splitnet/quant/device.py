@@ -98,7 +98,7 @@ def _events_tell(device: torch.device) -> bool:
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError if built without the backend
         fault = first_line(error)
     if fault is not None:
-        log.warning("compute times on %s are those of the clock, as its events do not tell them: %s", device, fault)
+        log.warning("compute times on %s are measured by the clock, as its events are wrong: %s", device, fault)
     return fault is None
 
 
@@ -176,7 +176,7 @@ def _pins(device: torch.device) -> bool:
         there.copy_(_allocated(given.shape, given.dtype).copy_(given), non_blocking=True)
         back.copy_(there, non_blocking=True)
         _wait(device)
-        fault = None if torch.equal(back, given) else "what was copied came back otherwise"
+        fault = None if torch.equal(back, given) else "a copy came back changed"
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError if built without the backend
         fault = first_line(error)
     if fault is not None:

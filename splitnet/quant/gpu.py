@@ -84,7 +84,7 @@ class DeviceInt4(WeightForm):
         for even_first in (True, False):
             blocks = _Blocks.of(device, width, even_first)
             if blocks is None:
-                raise RuntimeError("its kernel orders weights in a way that is not known")
+                raise RuntimeError("its kernel orders weights in an unknown way")
             if outputs % blocks.outputs == 0 and inputs % blocks.inputs == 0:
                 yield cls(_pack_int4(codes.codes, width, even_first), both, blocks)
 
@@ -283,7 +283,7 @@ def _is_faster(made: WeightForm, held: WeightForm, inputs: int, device: torch.de
         row = torch.ones(1, inputs, device=device, dtype=dtype)
         after, before = _ms(made, row), _ms(held, row)
         _faster[shape] = after < before
-        text = "%s on %s, a row of %d inputs: %.3f ms, %.3f ms if made anew"
+        text = "%s on %s, a row of %d inputs: %.3f ms, %.3f ms if converted at every call"
         log.info(text, type(made).__name__, device, inputs, after, before)
     return _faster[shape]
 
@@ -297,4 +297,4 @@ def _ms(form: WeightForm, row: Tensor) -> float:
 
 @cache
 def _warn(kind: str, device: torch.device, fault: str) -> None:
-    log.warning("%s on %s is made anew at every call, as torch's kernel cannot be used: %s", kind, device, fault)
+    log.warning("%s on %s is converted at every call, as torch's kernel cannot be used: %s", kind, device, fault)

@@ -113,7 +113,7 @@ class BlockQuantWeight(WeightForm):
             return
         for index, of in [(0, slice(None))] if experts is None else runs(experts):
             if experts is not None and not 0 <= index < held:
-                raise IndexError(f"there are {held} experts, and a row is for another")
+                raise IndexError(f"there are {held} experts, and a row is for an unknown one")
             products[of] = self.multiply_many(rows[of], index)
 
     def _multiply_gathered(self, products: Tensor, rows: Tensor, experts: Tensor) -> None:

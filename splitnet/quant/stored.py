@@ -154,7 +154,7 @@ def spread(values: Tensor, length: int, count: int, dim: int = 1) -> Tensor:
     length = max(1, min(length, count))
     if values.shape[dim] != -(-count // length):
         raise UnsupportedModel(
-            f"{values.shape[dim]} scales are not those of {count} numbers, {length} to each: download the model again"
+            f"{values.shape[dim]} scales do not fit {count} numbers, {length} per scale: download the model again"
         )
     return values.repeat_interleave(length, dim).narrow(dim, 0, count)
 

@@ -170,7 +170,7 @@ class Recorded:
         for passed, block in enumerate(blocks, 1):
             piece = self._pieces[block.index]
             if piece.weights_at != block.weights_at:
-                raise RuntimeError("weights are not where they were")
+                raise RuntimeError("weights have moved")
             piece.before.replay()
             piece.mixed[:count].copy_(block.attend(*piece.before.result, parts))
             piece.behind.replay()
@@ -276,7 +276,7 @@ def _compared(
         away = (found.float() - exact.float()).norm(dim=1)
         if not bool((away <= allowed).all()):  # also true if the difference is NaN
             most = f"{float(away.max()):.3g}, where {float(allowed.max()):.3g} is allowed"
-            return f"{name} something else: it is off by {most}", right
+            return f"{name} a wrong result: the error is {most}", right
     return None, right
 
 

@@ -89,7 +89,7 @@ class NativeStep:
         for block in described:
             _check(block)
         if len({block.attention.kept for block in described}) > 1:
-            raise UnknownPart("blocks with other heads")
+            raise UnknownPart("blocks with different heads")
         halved = form is not None and form.value_bits == 4
         if halved and any(size % (2 * _VECTOR) for _, size in described[0].attention.kept):
             raise UnknownPart("heads whose halves are not whole vectors")
@@ -235,7 +235,7 @@ def _check(block: BlockDescription) -> None:
         layer = latents.expand
         floats = type(layer) is nn.Linear and layer.weight.dtype in (torch.float32, torch.bfloat16)
         if not floats or layer.bias is not None:
-            raise UnknownPart("codes of what makes keys and values of latents")
+            raise UnknownPart("codes in the layer that expands latents")
     if experts is not None and not _experts_fit(experts, block.width):
         raise UnknownPart("experts")
 

@@ -98,14 +98,14 @@ def rope_parameters(metadata: Metadata, *, head_dim: int, partial: bool = False)
     if partial:
         parameters["partial_rotary_factor"] = turned / head_dim
     elif turned != head_dim:
-        raise _odd(metadata, f"turns {turned} of the {head_dim} numbers of a head, which its family does not")
+        raise _odd(metadata, f"rotates {turned} of the {head_dim} numbers of a head, unlike its family")
     kind = metadata.get("rope.scaling.type", "none")
     if kind == "linear":
         parameters |= {"rope_type": "linear", "factor": metadata["rope.scaling.factor"]}
     elif kind == "yarn":
         parameters |= _yarn(metadata)
     elif kind not in ("none", "longrope"):
-        raise _odd(metadata, f"scales its rotary embedding in a way that is not known ({kind})")
+        raise _odd(metadata, f"scales its rotary embedding in an unknown way ({kind})")
     metadata.used |= {"rope.scaling.factor", "rope.scaling.original_context_length"}
     tensors = metadata.file.tensors
     if kind in ("linear", "yarn") and ROPE_TENSORS & tensors.keys():
@@ -144,7 +144,7 @@ def _scaled_frequencies(factors: torch.Tensor, theta: float, turned: int) -> dic
     if bool((factors == 1).all()):
         return {}
     if turned != 2 * len(factors):
-        raise ValueError(f"{turned} numbers of a head are turned by {len(factors)} frequencies")
+        raise ValueError(f"{turned} rotated numbers of a head do not fit {len(factors)} frequencies")
     frequencies = 1 / theta ** (torch.arange(0, turned, 2, dtype=torch.float64) / turned)
     factor = float(factors.max())
     low, high = _LLAMA_3["low_freq_factor"], _LLAMA_3["high_freq_factor"]

@@ -226,7 +226,7 @@ def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int
         raise UnsupportedModel(f"{path} does not say which part of a model it is: {_AGAIN}")
     if says != (number, count):
         raise UnsupportedModel(
-            f"{path} is part {says[0] + 1} of {says[1]} by what is in it, and {number + 1} of {count} by its name: "
+            f"{path} is part {says[0] + 1} of {says[1]} by its contents, and {number + 1} of {count} by its name: "
             "give all parts of a model the names that they were published with, or download them again"
         )
 

@@ -158,7 +158,7 @@ class GgufStore:
         says = self._file.metadata.get
         with stumbling(
             lambda why: ModelNotFound(
-                f"no tokenizer can be made of what {self.name} says of it: give --tokenizer with the folder or the "
+                f"no tokenizer can be made from the metadata of {self.name}: give --tokenizer with the folder or the "
                 f"Hugging Face id of the original model ({why})"
             )
         ):

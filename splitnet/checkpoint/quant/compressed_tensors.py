@@ -109,7 +109,7 @@ class CompressedTensors(QuantizedFormat):
         weights = [group.get("weights") or {} for group in found]
         if not weights or not weights[0] or any(other != weights[0] for other in weights):
             raise UnsupportedModel(
-                f"the config does not say clearly how {module} is quantized ({len(found)} groups are about it): take "
+                f"the config does not say clearly how {module} is quantized ({len(found)} groups apply to it): take "
                 "another checkpoint of this model"
             )
         return weights[0]

@@ -100,7 +100,7 @@ class QuantizedFormat(ABC):
             lacking = self.needed - roles.keys()
             if roles.keys() != {WEIGHT} and lacking:
                 raise UnsupportedModel(
-                    f"{next(iter(roles.values()))} is in the checkpoint without what belongs to it ({weight}: "
+                    f"{next(iter(roles.values()))} is in the checkpoint without its other tensors ({weight}: "
                     f"{', '.join(sorted(lacking))}): download it again, or take another checkpoint of this model"
                 )
         return groups
@@ -124,7 +124,7 @@ class Weights:
             plain = part(name)
             # Tensors with four dimensions are masks of attention in old checkpoints.
             if plain.dtype in (torch.int8, torch.uint8, torch.uint32) and len(plain.shape) in (2, 3):
-                raise misfit(plain, "is stored in integers, and the config does not say what they stand for")
+                raise misfit(plain, "is stored in integers, and the config does not say what they encode")
             stem = name.removesuffix(".weight")
             if plain.dtype.itemsize == 1 and any(f"{stem}{scale}" in self.groups for scale in _SCALES):
                 raise UnsupportedModel(
@@ -135,7 +135,7 @@ class Weights:
         parts = {role: part(stored) for role, stored in self.groups[name].items()}
         if parts.keys() != {WEIGHT}:
             if empty := next((one for one in parts.values() if 0 in one.shape), None):
-                raise misfit(empty, "holds nothing")
+                raise misfit(empty, "is empty, with no numbers")
             try:
                 return self._format.tensor(name, parts, self.dtype)
             except MALFORMED as error:

@@ -211,7 +211,7 @@ class Nf4(QuantizedFormat):
             many = -(-maxima.shape[0] // wide)
             shapes = [parts[role].shape for role in ("nested_maxima", "nested_table")]
             if maxima.dtype != torch.uint8 or shapes != [(many,), (256,)]:
-                raise misfit(maxima, "does not fit what its own scales are made of ('nested')")
+                raise misfit(maxima, "does not fit its own scales ('nested')")
 
         def scales() -> torch.Tensor:
             stored = maxima.read(...)
@@ -239,7 +239,7 @@ class Nf4(QuantizedFormat):
             of_each = spread(scales(), block, count, dim=0)
             return (TABLES["nf4"][codes().long()] * of_each).view(outputs, inputs)
 
-        return Numbers((outputs, inputs), dtype, numbers, "its blocks go beyond an output")
+        return Numbers((outputs, inputs), dtype, numbers, "its blocks extend beyond one output")
 
 
 class Int8(QuantizedFormat):
@@ -257,7 +257,7 @@ class Int8(QuantizedFormat):
 
         def read() -> Codes:
             if "order" in parts and int(parts["order"].read(...)):
-                raise misfit(parts["order"], "says that rows are not one after the other")
+                raise misfit(parts["order"], "says that rows are not in order")
             return Codes(signed_codes(weight.read(...), 8), maxima.read(...).float().view(outputs, 1) / 127)
 
         return PackedTensor.of(StoredMatrix(Layout(8, 0, Kind.FLOAT32, offset=128), (outputs, inputs), read), dtype)
@@ -281,7 +281,7 @@ class Mlx(QuantizedFormat):
     def __init__(self, settings: Mapping[str, Any], family: str) -> None:
         if not FAMILIES.get(family, Family()).mlx:
             raise UnsupportedModel(
-                f"what MLX changes in checkpoints of the family {family!r} is not known here: take the original of "
+                f"the changes that MLX makes to the family {family!r} are not known here: take the original of "
                 "this model, or a GGUF file"
             )
         self._settings = settings

@@ -513,8 +513,8 @@ class _Fetch:
                 assert self._fetcher.hub is not None
                 forget_manifest(self._fetcher.hub.store.commit)  # so the next start does not trust this manifest
                 raise WrongSwarm(
-                    "the hub has other weights of this model than the peers of this swarm say: they serve another "
-                    "model by its name; join another swarm, or give --model-id"
+                    "the hub has other weights of this model than the peers of this swarm: they serve another "
+                    "model with its name; join another swarm, or give --model-id"
                 )
             log.warning("%s has sent a corrupt piece of weights: it is left out", called)
             fetched.left_out.append(called)
@@ -531,7 +531,7 @@ class _Fetch:
     def _drop_gone(self) -> None:
         for source in list(self._plan.sources):
             if isinstance(source, Endpoint) and self._asking.is_gone(source):
-                log.info("%s is gone, which gave weights", source.address)
+                log.info("%s, a source of weights, is gone", source.address)
                 self._plan.lost(source)
                 self._known.discard(source)
 
@@ -549,6 +549,6 @@ class _Fetch:
             f"{len(self._known)} peers were asked" if self._known else "no other peer is known"
         )
         return (
-            f"{lacking / 2**20:.1f} MiB of the weights are at nobody who gives them ({asked}): wait for peers that "
+            f"{lacking / 2**20:.1f} MiB of the weights are at no source ({asked}): wait for peers that "
             "serve these blocks with --share-weights, or download the model"
         )

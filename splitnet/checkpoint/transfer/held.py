@@ -88,7 +88,7 @@ class HeldPieces:
                 sizes[first + last] = nbytes - last * PIECE_BYTES
         sizes = sizes[self._order]
         if ((self._sorted[1:] == self._sorted[:-1]) & (sizes[1:] != sizes[:-1])).any():
-            raise ProtocolError("a manifest has pieces of two sizes that are said to be the same")
+            raise ProtocolError("a manifest has pieces of two sizes with the same digest")
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -205,7 +205,7 @@ class WeightFolder(HeldPieces):
             return
         if self.fetch is None:
             raise ModelNotFound(
-                f"{len(wanted)} pieces of the weights in {self.path} are missing: they come from peers, give the "
+                f"{len(wanted)} pieces of the weights in {self.path} are missing: to fetch them from peers, give the "
                 "model and --join instead of this folder"
             )
         self._wanted |= wanted
@@ -262,7 +262,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         return Manifest.unpack(file.read_bytes())
     except (OSError, ProtocolError) as error:
-        raise ModelNotFound(f"{file} cannot be read: remove the folder, it is fetched again ({error})") from error
+        raise ModelNotFound(f"{file} cannot be read: remove the folder, and it is fetched again ({error})") from error
 
 
 def make_folder(manifest: Manifest, heads: Sequence[bytes], check: Callable[[Path], None]) -> Path:
@@ -305,8 +305,7 @@ def check_room(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise SplitnetError(
-            f"{nbytes / 2**30:.1f} GiB of weights are to be kept in {folder}, where {free / 2**30:.1f} GiB are free: "
-            f"{_FIX}"
+            f"{nbytes / 2**30:.1f} GiB of weights do not fit in {folder}, where {free / 2**30:.1f} GiB are free: {_FIX}"
         )
 
 

@@ -137,7 +137,7 @@ class Manifest:
         heads = tuple(_head(values) for _ in range(values.array(_MAX_FILES)))
         values.check_end()
         if sum(head.pieces.nbytes for head in heads) > MAX_HEAD_BYTES:
-            raise ProtocolError("more stands before the tensors than metadata take")
+            raise ProtocolError("there are more bytes before the tensors than metadata take")
         manifest = cls(config, tensors, heads)
         names = [tensor.name for tensor in manifest.tensors]
         if names != sorted(set(names)):

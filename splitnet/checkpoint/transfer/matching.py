@@ -40,9 +40,9 @@ def headers_differ(manifest: Manifest, store: TensorStore) -> str:
     here = {name: (place.stored, place.shape, place.nbytes) for name, place in store.places().items()}
     told = {one.name: (one.stored, one.shape, one.pieces.nbytes) for one in manifest.tensors}
     if here != told:
-        return f"{len(here.items() ^ told.items())} tensors are others"
+        return f"{len(here.items() ^ told.items())} tensors differ"
     if manifest.config != store.told_config():
-        return "the config is another"
+        return "the config differs"
     return ""
 
 
@@ -133,10 +133,10 @@ def find_manifest(
                 f"({', '.join(found)})"
             )
         log.warning(
-            "%d models of this swarm are called %s: that of the peer joined through is taken", len(found), model
+            "%d models of this swarm are called %s: the one of the peer joined through is taken", len(found), model
         )
     if race.manifest is None:
-        raise ModelNotFound(f"no peer tells what {model} is ({'; '.join(race.reasons) or 'none answers'})")
+        raise ModelNotFound(f"no peer sends the manifest of {model} ({'; '.join(race.reasons) or 'none answers'})")
     return race.manifest, called[race.manifest.fingerprint]
 
 
@@ -165,17 +165,17 @@ def tell(fingerprint: str, with_heads: bool) -> Telling:
     try:
         manifest = Manifest.unpack(data)
     except ProtocolError as error:
-        raise ModelNotFound(f"what it gives is no manifest ({error})") from error
+        raise ModelNotFound(f"it sends no valid manifest ({error})") from error
     del data
     if manifest.fingerprint != fingerprint:
-        raise ModelNotFound("it gives the manifest of another model")
+        raise ModelNotFound("it sends the manifest of another model")
     heads: list[bytes] = []
     for head in manifest.heads if with_heads else ():
         joined = bytearray()
         for name, _, size in head.pieces.each():
             piece = yield from whole(WeightsKind.PIECE, name)
             if len(piece) != size or digest(piece) != name:
-                raise ModelNotFound("it gives a corrupt piece")
+                raise ModelNotFound("it sends a corrupt piece")
             joined += piece
         heads.append(bytes(joined))
     return manifest, heads
@@ -188,11 +188,11 @@ def whole(kind: WeightsKind, name: bytes) -> Generator[Question, Message, memory
         if isinstance(message, Failure):
             raise ModelNotFound(message.text)
         if not isinstance(message, WeightsPart):
-            raise ModelNotFound("it answers what cannot be")
+            raise ModelNotFound("its answer is invalid")
         part = message.payload
         left = message.total - len(data)
         if message.total > MAX_MANIFEST_BYTES or len(part) != min(left, MAX_PART_BYTES):
-            raise ModelNotFound("it answers what cannot be")
+            raise ModelNotFound("its answer is invalid")
         data += part
         if len(part) == left:
             return memoryview(data)
@@ -295,13 +295,13 @@ class _Race:
     def _bound(self) -> None:
         """Drops the peers that have sent most while all together have sent more than the limit."""
         while sum(one.nbytes for one in self._asked.values()) > MAX_TOLD_BYTES:
-            self._drop(max(self._asked, key=lambda number: self._asked[number].nbytes), "it tells more than others")
+            self._drop(max(self._asked, key=lambda number: self._asked[number].nbytes), "it has sent too many bytes")
 
     def _end_slow(self) -> None:
         now = time.monotonic()
         for number, one in list(self._asked.items()):
             if self.asking.is_gone(one.peer):
-                self._drop(number, "it is not reached, or does not accept this key")
+                self._drop(number, "it cannot be reached, or does not accept this key")
             elif now - one.began > WHOLE_S:
                 self._drop(number, "it takes too long")
             elif now - one.heard > ANSWER_S:

@@ -688,9 +688,9 @@ def test_families_that_cannot_be_cut_are_refused_by_name(tmp_path: Path) -> None
     ("case", "reason"),
     [
         (Case("zamba2", {"layers_block_type": ["linear_attention", "hybrid"] * 3}), "the same weights"),
-        (Case("gemma4_text"), "an input of their own for every token"),
-        (Case("gemma3_text", {"use_bidirectional_attention": True}), "see those behind them"),
-        (Case("gemma4_text", SPARSE["gemma4_text"] | {"use_bidirectional_attention": "all"}), "see those behind them"),
+        (Case("gemma4_text"), "a second input for every token"),
+        (Case("gemma3_text", {"use_bidirectional_attention": True}), "to later positions"),
+        (Case("gemma4_text", SPARSE["gemma4_text"] | {"use_bidirectional_attention": "all"}), "to later positions"),
         (Case("deepseek_v4"), "several hidden states"),
         (
             Case("glm_moe_dsa", SPARSE["glm_moe_dsa"] | {"indexer_types": ["full", "full", "shared"] * 2}),

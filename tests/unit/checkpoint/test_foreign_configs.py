@@ -30,7 +30,7 @@ def config_of(folder: Path, **values: Any) -> Any:
     ],
 )
 def test_lists_without_end_and_code_of_others_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match=r"are taken|no code of others"):
+    with pytest.raises(UnsupportedModel, match=r"are taken|code of hub repositories is not run"):
         config_of(tmp_path, **values)
 
 

@@ -210,13 +210,13 @@ def test_a_split_file_is_one_checkpoint(tmp_path: Path) -> None:
     assert parts.fingerprint == whole.fingerprint and set(parts.store.names) == set(whole.store.names)
     third = tmp_path / "split-00003-of-00004.gguf"
     shutil.copy(third, tmp_path / "alone.gguf")
-    with pytest.raises(UnsupportedModel, match=r"alone\.gguf is part 3 of 4 by what is in it"):
+    with pytest.raises(UnsupportedModel, match=r"alone\.gguf is part 3 of 4 by its contents"):
         Checkpoint.open(tmp_path / "alone.gguf")
     third.unlink()
     with pytest.raises(ModelNotFound, match=r"split-00003-of-00004\.gguf is missing"):
         Checkpoint.open(first)
     shutil.copy(first, third)
-    with pytest.raises(UnsupportedModel, match=r"split-00003-of-00004\.gguf is part 1 of 4 by what is in it"):
+    with pytest.raises(UnsupportedModel, match=r"split-00003-of-00004\.gguf is part 1 of 4 by its contents"):
         Checkpoint.open(first)
     for name in ("twice-00001-of-00002.gguf", "twice-00002-of-00002.gguf"):
         shutil.copy(tmp_path / "model.gguf", tmp_path / name)

@@ -324,7 +324,7 @@ def test_a_piece_that_stands_in_many_places_is_kept_where_it_is_needed(
     with monkeypatch.context() as patch:
         free = PIECE_BYTES * (times - 1)
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2 * free, free, free))
-        with pytest.raises(SplitnetError, match=r"0\.1 GiB of weights are to be kept"):
+        with pytest.raises(SplitnetError, match=r"0\.1 GiB of weights do not fit"):
             held.supply(["filler"])
     held.supply(["filler"])
     assert fetched == [PIECE_BYTES], "it is here already"
@@ -399,6 +399,6 @@ def test_a_head_that_says_something_else_is_noticed(folder: Path, tmp_path: Path
     path = write_gguf(folder, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0)
     other = write_gguf(folder, tmp_path / "other.gguf", GGMLQuantizationType.Q8_0, attention__head_count_kv=1)
     manifest = Checkpoint.open(path).manifest()
-    assert headers_differ(manifest, open_store(other)) == "the config is another"
+    assert headers_differ(manifest, open_store(other)) == "the config differs"
     config = json.loads(open_store(path).told_config())
     assert config["general.architecture"] == "llama"

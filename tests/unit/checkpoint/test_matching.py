@@ -173,7 +173,7 @@ def test_peers_share_a_slow_link_only_where_one_would_take_long(asked: Any, seco
         return Failure(bytes(16), 0, number, 0, "")
 
     asked.peers = {first.address: steady, second.address: other}
-    with pytest.raises(ModelNotFound, match="no manifest"):
+    with pytest.raises(ModelNotFound, match="no valid manifest"):
         find_manifest(Known(first, second), asked, "llama")
     assert others and (others[0] < seconds) == also
 
@@ -232,7 +232,7 @@ def test_parts_are_joined(size: int) -> None:
     ],
 )
 def test_who_answers_less_or_more_than_it_says_is_not_asked_on(answer: Callable[[int], Message]) -> None:
-    with pytest.raises(ModelNotFound, match="what cannot be"):
+    with pytest.raises(ModelNotFound, match="its answer is invalid"):
         answered(answer)
 
 

@@ -100,7 +100,7 @@ def test_a_device_without_pinned_memory_and_events_is_named(caplog: pytest.LogCa
         proof.cache_clear()
         assert not proof(torch.device("cuda")) and not proof(torch.device("cuda"))
     assert ["pageable memory" in record.getMessage() for record in caplog.records] == [True, False]
-    assert "are those of the clock" in caplog.records[1].getMessage()
+    assert "are measured by the clock" in caplog.records[1].getMessage()
 
 
 @pytest.mark.parametrize("by_events", [True, False])

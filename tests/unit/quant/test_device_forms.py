@@ -121,7 +121,7 @@ def test_a_kernel_that_does_not_prove_itself_is_named_once_and_left(
         assert device_form(held, torch.bfloat16) is None
         assert device_form(held, torch.bfloat16) is None
     (record,) = caplog.records
-    assert sentence in record.getMessage() and "is made anew at every call" in record.getMessage()
+    assert sentence in record.getMessage() and "is converted at every call" in record.getMessage()
     assert "\n" not in record.getMessage()
 
 
