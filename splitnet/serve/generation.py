@@ -48,7 +48,7 @@ class Choice:
     max_tokens: int  # the answer ends after so many tokens
     end_tokens: Collection[int]  # tokens that end the answer and are not part of its text
     stop_strings: Sequence[str]  # strings before which the answer ends
-    prompt: Sequence[int] = ()  # tokens whose text the answer continues; empty: the answer is a text of its own
+    prompt: Sequence[int] = ()  # tokens whose text the answer continues; empty: the answer is a separate text
     stops_apart: tuple[Sequence[str], str] = ((), "")  # see `StopStrings`
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class Ask:
     grammar: Grammar | None = None  # what the answers must match
     stop_tokens: Collection[int] = ()  # tokens that end an answer, besides the model's end tokens
     ignores_ends: bool = False  # the model's end tokens do not end an answer
-    # The answers continue the text of the prompt, as completions do; a message of a chat is a text of its own.
+    # The answers continue the text of the prompt, as completions do; a message of a chat is a separate text.
     goes_on: bool = False
     owner: str = ""  # the client whose kept sessions may be used
     # Peers reserve memory for `max_tokens` at the start; otherwise for fewer, and an answer ends when memory runs out.

@@ -149,7 +149,7 @@ class ProgressLog:
             return [*self._ended, *self._running]
 
     def working_peers(self) -> set[str]:
-        """Names of the peers on the routes of running answers, without lost hops."""
+        """Keys of the peers on the routes of running answers, without lost hops."""
         with self._lock:
             running = list(self._running)
         hops = (hop for each in running for route in each.routes() for hop in route.hops)
