@@ -32,7 +32,7 @@ class Client:
 
     name: str  # identifies the client; not the secret key
     weight: float = 1.0  # of the client's share of the places
-    # Tokens of prompts and answers; after a minute without requests, all of them may be used at once. None: no bound.
+    # Tokens of prompts and answers; after a minute without requests, a client may use them at once. None: no bound.
     # A running answer may exceed the bound; the client's next request then waits for longer.
     tokens_per_minute: int | None = None
     clock: Callable[[], float] = field(default=time.monotonic, compare=False)

@@ -19,7 +19,7 @@ from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ask, Ended, Finish, Numbered, Piece, ScoredPrompt
 from splitnet.serve.responses import Answer, ServedModel
 
-MAX_SCORES = 2**19  # Scores of one request's prompt tokens, including those of the likeliest alternatives
+MAX_SCORES = 2**19  # Scores of one request's prompt tokens, including scores of the likeliest alternatives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Chat:
 
     messages: Sequence[dict[str, Any]]
     functions: Sequence[Function] = ()  # that the model may call
-    to_call: Sequence[Function] = ()  # functions of which the model must call one; empty: no call is required
+    to_call: Sequence[Function] = ()  # the model must call one; empty: no call is required
     several_calls: bool = True
     answer_schema: Mapping[str, Any] | None = None  # the JSON schema that the answer must fit; None: the answer is text
     rule: str | None = None  # a grammar that the answer must match, see `Bounds`

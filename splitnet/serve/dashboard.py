@@ -41,7 +41,7 @@ PAUSE_S = 10.0  # Changes during a longer pause between looks are not noted as e
 
 
 class State(Enum):
-    """What is known of a peer."""
+    """The state of a peer as far as the client knows."""
 
     HERE = "here"
     UNKNOWN = "unknown"  # it was not pinged, or has had no time to answer
@@ -243,7 +243,7 @@ class TunedRun:
         self._lines: list[dict[str, Any]] = []
 
     def look(self) -> dict[str, Any]:
-        """Losses of at most `POINTS` steps, all evaluations, and sums over all steps so far."""
+        """Losses of at most `POINTS` steps, all evaluations, and sums over all steps."""
         with suppress(OSError, ValueError), (self._folder / "metrics.jsonl").open("rb") as file:
             if file.seek(0, os.SEEK_END) < self._read:  # the run continues from an earlier step
                 self._read, self._lines = 0, []

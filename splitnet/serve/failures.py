@@ -37,7 +37,7 @@ class ApiError(SplitnetError):
     def __init__(
         self,
         status: int,  # of HTTP
-        message: str,  # one sentence that says what is wrong and how to fix it
+        message: str,  # one sentence that describes the error and its fix
         *,
         param: str | None = None,  # the parameter that is wrong
         code: str | None = None,  # identifies the kind of error for programs
@@ -87,7 +87,7 @@ def failure_of(error: BaseException) -> ApiError:
 
 
 def refused(errors: Sequence[Any]) -> ApiError:
-    """The error for a body that pydantic rejects. `errors`: those of pydantic, their `loc` beginning with `body`."""
+    """The error for a body that pydantic rejects. `errors`: pydantic's, whose `loc` begins with `body`."""
 
     def named(error: Any) -> str:
         given = error.get("ctx", {}).get("tag", error.get("input"))

@@ -373,7 +373,7 @@ MOST_PREPARING = 1024  # Requests that may wait for their preparation
 
 
 class Preparing:
-    """Prepares requests in threads of its own before the model runs: parsing, templates, tokens, grammars.
+    """Prepares requests in separate threads before the model runs: parsing, templates, tokens, grammars.
 
     One small request per client, and one large request in all, is prepared at a time, so that no client delays others.
     """

@@ -45,7 +45,7 @@ class Choice:
 
     index: int  # which answer of the request
     decode: Callable[[list[int]], str]
-    max_tokens: int  # the answer ends after so many tokens
+    max_tokens: int  # most tokens of the answer
     end_tokens: Collection[int]  # tokens that end the answer and are not part of its text
     stop_strings: Sequence[str]  # strings before which the answer ends
     prompt: Sequence[int] = ()  # tokens whose text the answer continues; empty: the answer is a separate text

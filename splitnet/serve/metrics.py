@@ -36,7 +36,7 @@ GONE_STATUS = "499"  # for a client that disconnected before the answer, as in n
 
 
 class GatewayMetrics:
-    """The metrics of one app, in a registry of its own."""
+    """The metrics of one app, in a separate registry."""
 
     def __init__(self) -> None:
         # Creation times of the series, which Prometheus does not use in the text format.
@@ -217,7 +217,7 @@ class _RequestWatch:
             self._metrics.answered(self._path_of(scope), status or GONE_STATUS, time.perf_counter() - began)
 
     def _path_of(self, scope: Scope) -> str:
-        """The declared path of the route: a label of few values, whatever paths clients request."""
+        """The declared path of the route: a label with few values, independent of the paths that clients request."""
         routed = scope.get("route")
         if routed is None:  # the request was refused before routing
             routed = next((route for route in self._routes if route.matches(scope)[0] is not Match.NONE), None)

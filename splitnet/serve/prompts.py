@@ -20,14 +20,14 @@ from splitnet.serve.answers.text import INCOMPLETE
 from splitnet.serve.failures import ApiError
 from splitnet.serve.infill import Marks
 
-KEPT_TEXTS = 2**16  # Token texts that are cached: logprobs ask for those of 20 alternatives beside each token
+KEPT_TEXTS = 2**16  # Cached texts of tokens: logprobs need the texts of 20 alternatives to each token
 
 SLICE = 2**16
 """Characters that are tokenized at a time to check a text's length, so that a too long text costs little memory."""
 
 LONGEST_TOKEN = 256  # Characters of the longest token, such as white space in some vocabularies
 LONGEST_CHARACTER = 16  # Most tokens that are joined until they make a whole character
-CUT_TIMES = 16  # Longest text, in contexts of the model, of which only the last tokens are wanted
+CUT_TIMES = 16  # Length limit, in contexts of the model, for texts that are cut to their last tokens
 CUT_TOKENS = 128  # Tokens that each cut between slices may add to the length of a text
 LAST_TOKENS = 8  # Last tokens of a prompt that are searched for the marks that begin its answer
 GAP_TOKENS = 256  # Tokens that other files leave free for the text of a gap, where a request sets no bound
@@ -159,7 +159,7 @@ class Prompts:
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
     def variables(self, tools: Any = None) -> set[str]:
-        """Names of the chat template's variables that requests may give; `tools`: those of the request, if any."""
+        """Names of the chat template's variables that requests may give; `tools`: the request's tools, if any."""
         if not self._tokenizer.chat_template:
             return set()
         try:
@@ -261,9 +261,9 @@ class Prompts:
     def of_text(
         self, prompt: str | list[int], param: str = "prompt", most: int | None = None, last: int | None = None
     ) -> list[int]:
-        """The tokens of a bare prompt, with those that the tokenizer adds.
+        """The tokens of a bare prompt, including special tokens that the tokenizer adds.
 
-        most: keeps the first tokens, and those that the tokenizer adds at the end. last: keeps the last tokens.
+        most: keeps the first tokens, and special tokens that the tokenizer adds at the end. last: keeps last tokens.
         Raises ApiError: there are no tokens, a token is unknown, or the text is longer than the context.
         """
         if isinstance(prompt, str) and last:
@@ -325,7 +325,7 @@ class Prompts:
         return max(1, self.max_positions - (1 if max_tokens is None else max_tokens))
 
     def room_for(self, prompt: list[int], max_tokens: int | None, *, fits: bool = True) -> int:
-        """How many tokens an answer may have. max_tokens: as the request says; None: all that the context has room for.
+        """How many tokens an answer may have. max_tokens: as the request says; None: as many as fit into the context.
 
         fits: `max_tokens` must fit into the context; otherwise fewer are given. Raises ApiError if there is no room.
         """

@@ -91,7 +91,7 @@ class ServedModel:
         return self.metrics.watch(self._events(client, asks, answer), asks)
 
     async def prepare(self, request: Request, work: Callable[[], Result], size: int | None = None) -> Result:
-        """The result of `work`, run in another thread; `size`: bytes of its input, by default those of the body."""
+        """The result of `work`, run in another thread; `size`: bytes of its input, by default the body's."""
         return await self.preparing.run(request, len(await request.body()) if size is None else size, work)
 
     async def respond(

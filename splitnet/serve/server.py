@@ -162,7 +162,7 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class Way:
-    """A model to serve: its names, and what is needed to load the client part and join the swarm."""
+    """A model to serve: its names, and how to load its client part and join its swarm."""
 
     names: Sequence[str]  # names that requests may give; answers have the first
     checkpoint: Checkpoint

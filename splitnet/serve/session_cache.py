@@ -74,9 +74,9 @@ class SessionCache(Generic[Handle]):
             return (self._kept.pop(best).handle, shared[best]) if any(shared) else None
 
     def keep(self, owner: str, tokens: list[int], positions: int, handle: Handle) -> None:
-        """Keeps a session if the limits allow it; older sessions may be closed for it.
+        """Keeps a session if the limits allow it; closes older sessions where the limits require it.
 
-        tokens: those whose keys and values the peers hold. positions: how many the session reserves there.
+        tokens: with keys and values at the peers. positions: how many positions the session reserves there.
         """
         with self._lock:
             self._kept.append(_Kept(owner, np.asarray(tokens), positions, handle, self._clock()))

@@ -58,7 +58,7 @@ class Bounds:
 
 
 class Grammars:
-    """Makes grammars for a tokenizer. vocabulary: number of tokens of the model. end_tokens: tokens that end answers."""
+    """Makes grammars for a tokenizer. vocabulary: number of the model's tokens. end_tokens: tokens that end answers."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: Collection[int]) -> None:
         self._tokenizer = tokenizer

@@ -41,7 +41,7 @@ class Sampling(SamplingDefaults):
     seed: int  # 64 bits
     frequency_penalty: float = 0.0  # subtracted from the logit of a token for each occurrence in the answer
     presence_penalty: float = 0.0  # subtracted once from the logit of a token that occurs in the answer
-    bias: tuple[tuple[int, float], ...] = ()  # tokens, and what is added to their logits
+    bias: tuple[tuple[int, float], ...] = ()  # tokens, and values that are added to their logits
     min_tokens: int = 0  # an answer with fewer tokens does not end
     prompt: int = 0  # the number of the prompt in its request: prompts with the same seed have different noise
 
