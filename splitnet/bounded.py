@@ -59,7 +59,7 @@ class BoundedProcess:
                 if self._answer(process, self._setup(), START_S) is None:
                     self._stop(process)
                     command = f"{sys.executable} {_PROGRAM} {self._job}"
-                    raise SplitnetError(f"no {self._job} can be read: run `{command}` to see why")
+                    raise SplitnetError(f"the reader of {self._job}s does not start: run `{command}` to see why")
                 self._is_ready = True
             try:
                 answer = self._answer(process, question, ANSWER_S)

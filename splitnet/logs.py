@@ -122,4 +122,4 @@ def tell(level: int, text: str) -> None:
 
 def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
     if not isinstance(error, SystemExit | None):  # SystemExit ends a thread silently
-        log.critical("an error that nobody expected", exc_info=(kind, error, traceback))
+        log.critical("unexpected error", exc_info=(kind, error, traceback))

@@ -128,7 +128,7 @@ async def with_thinking(
     wanted = {"enable_thinking": on, "thinking": on, "reasoning_effort": effort}
     variables = {name: value for name, value in wanted.items() if name in has and value is not None}
     if on is False and reasoning is not None and not has & {"enable_thinking", "thinking"}:
-        raise ApiError(400, f"{param}: this model always thinks: do not ask it not to", param=param)
+        raise ApiError(400, f"{param}: this model always thinks: do not turn thinking off", param=param)
     return replace(chat, variables={param: variables})
 
 
@@ -155,7 +155,7 @@ async def answer_chat(
     bounds, grammar, calls = _bounds_of(chat), None, forms.calls if chat.functions else None
     if bounds is not None:
         if chat.ignores_ends or chat.sampling.get("min_tokens"):
-            raise ApiError(400, "calls say where an answer ends: leave out ignore_eos and min_tokens", param="tools")
+            raise ApiError(400, "calls set where an answer ends: leave out ignore_eos and min_tokens", param="tools")
         reasoning = forms.reasoning
         thinks = reasoning is not None and begun == reasoning.opening
         # The model may reason before the part that the grammar restricts, unless the prompt has closed the reasoning.

@@ -68,7 +68,7 @@ def failure_of(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, SessionClosed):
-        return ApiError(503, "the server is ending: send the request to another, or again later", code="server_ending")
+        return ApiError(503, "the server is ending: use another server, or try again later", code="server_ending")
     for kind, status, code in _STATUS_OF:
         if isinstance(error, kind):
             headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, QuotaUsed) else None
@@ -83,7 +83,7 @@ def failure_of(error: BaseException) -> ApiError:
         return ApiError(error.status_code, error.detail)
     # The traceback alone: the message of the error may hold a part of a prompt.
     log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-    return ApiError(500, "the server met an error that it did not expect: its log tells where")
+    return ApiError(500, "unexpected error in the server: its log has the details")
 
 
 def refused(errors: Sequence[Any]) -> ApiError:

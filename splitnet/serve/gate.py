@@ -61,7 +61,7 @@ class ApiKeys:
             try:
                 key, options = _key_of(line.split())
                 if keys.setdefault(key, options) is not options:
-                    raise KeyFileError("this key is there already: leave it out")
+                    raise KeyFileError("this key is listed twice: leave one out")
             except KeyFileError as error:
                 raise KeyFileError(f"{file}, line {number}: {error}") from None
         if not keys:
@@ -149,7 +149,7 @@ class Body:
             if not self._given_up:
                 raise ApiError(408, f"the body did not arrive within {BODY_S:.0f} s: send it faster") from None
         if self._given_up:
-            raise ApiError(429, "there is no room for this body now: try again in a moment", code="overloaded")
+            raise ApiError(429, "the server has no memory left for this body: try again in a moment", code="overloaded")
         return {"type": "http.request", "body": bytes(body), "more_body": False}
 
 
@@ -358,7 +358,7 @@ class Gate:
             return client_at(scope["client"][0] if scope.get("client") else "")
         client = self.keys.client_of(api.key_of(headers).encode())
         if client is None:
-            wrong = f"wrong API key: send one of the server's as `{api.key_header}`"
+            wrong = f"wrong API key: send one of the server's keys as `{api.key_header}`"
             raise ApiError(401, wrong, code="wrong_key", headers={"WWW-Authenticate": api.challenge})
         return client
 

@@ -40,7 +40,7 @@ class Pooling:
     def of(cls, checkpoint: Checkpoint) -> Pooling:
         """Reads the files of sentence-transformers in the checkpoint, or the metadata of a GGUF file."""
         try:
-            with stumbling(lambda why: UnsupportedModel(f"the files that tell how to make them are damaged ({why})")):
+            with stumbling(lambda why: UnsupportedModel(f"the files that describe them are damaged ({why})")):
                 return _described(checkpoint)
         except SplitnetError as error:
             return cls(refused=str(error), most=checkpoint.max_positions)
@@ -91,7 +91,7 @@ def _described(checkpoint: Checkpoint) -> Pooling:
     if pooled.get("include_prompt") is False and modes != ["lasttoken"] and any(prompts.values()):
         unknown.add("include_prompt")
     if unknown:
-        raise UnsupportedModel(f"the checkpoint asks for {' and '.join(sorted(unknown))}, which is not known here")
+        raise UnsupportedModel(f"the checkpoint asks for {' and '.join(sorted(unknown))}, which splitnet does not know")
     longest = [each for each in (transformer.get("max_seq_length"), most) if isinstance(each, int)]
     return Pooling(
         mode=modes[0],

@@ -120,7 +120,7 @@ class Prompts:
         if described and not self.takes_tools:
             raise ApiError(400, "this model's chat template has no place for tools: leave them out", param="tools")
         if described and self.forms.calls is None:
-            raise ApiError(400, "it is not known here how this model writes calls: leave out tools", param="tools")
+            raise ApiError(400, "splitnet does not know how this model writes calls: leave out tools", param="tools")
         variables = {name: value for given in parameters.values() for name, value in given.items()}
         if variables:
             self._check_variables(parameters, described)

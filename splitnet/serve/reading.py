@@ -54,7 +54,7 @@ async def embed(
         known = " or ".join(map(repr, pooling.prompts)) or "none"
         raise ApiError(400, f"the model has no prompt {named!r}: use {known}", param="prompt_name")
     if prompt_name and any(isinstance(text, list) for text in texts):
-        raise ApiError(400, "a prompt goes before text, not before tokens: leave it out", param="prompt_name")
+        raise ApiError(400, "prompt_name needs text, not tokens: leave it out, or send text", param="prompt_name")
     before = pooling.prompts[named] if named else ""
     most = pooling.most if truncate == CONTEXT else truncate
 
@@ -81,7 +81,7 @@ async def rerank(
     """
     prompts, model = served.prompts, served.generations.model
     if not served.pooling.reranks:
-        refusal = "is no reranker that is known here: use one in the form of Qwen3-Reranker"
+        refusal = "is not a reranker that splitnet knows: use one in the form of Qwen3-Reranker"
         raise ApiError(400, f"{served.name!r} {refusal}", param="model")
 
     def tokenized() -> list[list[int]]:

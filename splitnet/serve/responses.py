@@ -104,7 +104,7 @@ class ServedModel:
             try:
                 return JSONResponse(whole)
             except ValueError:
-                raise ApiError(502, "the answer has numbers or characters that JSON has not: ask again") from None
+                raise ApiError(502, "the answer has numbers or characters that JSON cannot have: ask again") from None
         # An error before the first event, and within FIRST_S, still gets its own HTTP status.
         first = asyncio.ensure_future(anext(events))
         resumed = _Resumed(first, events)

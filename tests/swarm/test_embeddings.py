@@ -280,7 +280,7 @@ def test_what_embeddings_refuse(asking: Callable[..., Any], monkeypatch: pytest.
             ("input", {"input": [49152]}, "knows the tokens"),
             ("dimensions", {"dimensions": 65}, "64 dimensions"),
             ("prompt_name", {"prompt_name": "passage"}, "use 'query' or 'document'"),
-            ("prompt_name", {"prompt_name": "query", "input": [1]}, "not before tokens"),
+            ("prompt_name", {"prompt_name": "query", "input": [1]}, "not tokens"),
             ("encoding_format", {"encoding_format": "int8"}, "'float' or 'base64'"),
             ("task", {"task": "x"}, "not supported"),
             (None, {"input": "word " * 50}, "shorten"),
@@ -293,7 +293,7 @@ def test_what_embeddings_refuse(asking: Callable[..., Any], monkeypatch: pytest.
             model=MODEL, input="word " * 50, extra_body={"truncate_prompt_tokens": -1}
         )
         assert reply.usage.prompt_tokens == 40
-        with pytest.raises(openai.BadRequestError, match="is no reranker"):
+        with pytest.raises(openai.BadRequestError, match="is not a reranker"):
             await client.post("/rerank", body={"model": MODEL, "query": "x", "documents": ["y"]}, cast_to=object)
 
     asking(does, pooling=Pooling(most=40, prompts={"query": "Q", "document": ""}))

@@ -314,8 +314,8 @@ class TestAnthropic:
                 {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
                 "'web_search_20250305' is not supported, only 'custom'",
             ),
-            ({"tool_choice": {"type": "any"}}, "tool_choice asks for a tool that is not there"),
-            ({"messages": [*SAID, {"role": "assistant", "content": "So"}]}, "end with the user's"),
+            ({"tool_choice": {"type": "any"}}, "tool_choice asks for a tool that is not in tools"),
+            ({"messages": [*SAID, {"role": "assistant", "content": "So"}]}, "end with a message of the user"),
             ({"messages": [{"role": "user", "content": "and " * 2000}]}, "model's context of 1024"),
         ],
     )
@@ -466,7 +466,7 @@ class TestOllama:
             ({"options": {"num_ctx": 4096}}, 400, "options.num_ctx: the model's context is 1024"),
             ({"options": {"repeat_last_n": 64}}, 400, "options.repeat_last_n is not supported"),
             ({"messages": [{"role": "user", "content": "a", "images": [b"a"]}]}, 400, "images"),
-            ({"messages": [], "keep_alive": 0}, 400, "keep_alive: this server itself gives up models"),
+            ({"messages": [], "keep_alive": 0}, 400, "keep_alive: the server itself closes models"),
             ({"messages": [{"role": "user", "content": "and " * 2000}]}, 400, "model's context of 1024"),
         ],
     )

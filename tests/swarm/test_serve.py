@@ -802,8 +802,8 @@ CALLS = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choic
         ("/v1/completions", {"prompt": "a", "best_of": 2}, 400, "best_of: only 1"),
         ("/v1/completions", {"prompt": "a", "stop_token_ids": [49152], "min_tokens": 1}, 400, "0 to 49151"),
         ("/v1/chat/completions", HELLO | {"stop_token_ids": [49152]}, 400, "0 to 49151"),
-        ("/v1/chat/completions", HELLO | CALLS | {"min_tokens": 9}, 400, "calls say where an answer ends"),
-        ("/v1/chat/completions", HELLO | CALLS | {"ignore_eos": True}, 400, "calls say where an answer ends"),
+        ("/v1/chat/completions", HELLO | CALLS | {"min_tokens": 9}, 400, "calls set where an answer ends"),
+        ("/v1/chat/completions", HELLO | CALLS | {"ignore_eos": True}, 400, "calls set where an answer ends"),
         ("/v1/completions", b'{"model": "small", "prompt": "\\ud800"}', 400, "not valid JSON"),
         (
             "/api/embed",

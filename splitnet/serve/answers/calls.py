@@ -170,7 +170,7 @@ def properties_of(schema: Schema) -> list[tuple[str, Schema, bool]]:
 def _check_references(schema: Schema) -> None:
     """Raises ValueError if a part of a schema refers to anything but definitions."""
     if re.search(r'"\$ref": *"(?!#/(\$defs|definitions)/)', json.dumps(schema)):
-        raise ValueError("with this model, references are to $defs alone")
+        raise ValueError("with this model, references can only be to $defs")
 
 
 MOST_CHECKS, MOST_CHECKED = 1000, 2**18  # Parts of a schema that one `fits` checks, and characters of the schema
@@ -434,7 +434,7 @@ def _raw_text(rules: Rules, schema: Schema, end: str) -> str:
     is_long = "minLength" in schema or "maxLength" in schema
     if "pattern" in schema:
         if is_long:
-            raise ValueError("with this model, a string has a pattern or a length")
+            raise ValueError("with this model, a string cannot have both a pattern and a length")
         given = str(schema["pattern"])
         before, after = "" if given.startswith("^") else _ANY, "" if given.endswith("$") else _ANY
         pattern = before + given.removeprefix("^").removesuffix("$") + after
@@ -576,7 +576,7 @@ class Gemma:
             if not least and most is None:
                 return f'"[" ({item} ("," {item})*)? "]"'
             if not isinstance(least, int) or not isinstance(most or 0, int) or max(least, most or 0) > MOST_PROPERTIES:
-                raise ValueError("minItems and maxItems are small numbers")
+                raise ValueError("minItems or maxItems is too large")
             items = [(item, number < least) for number in range(most if most is not None else least)]
             rest = f'("," {item})*' if most is None else ""
             return f'"[" {rules.some_of(items, json.dumps(","))} {rest} "]"'

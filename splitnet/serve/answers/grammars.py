@@ -173,7 +173,7 @@ def _of_arguments(tool: Function, *, bound: bool) -> dict[str, Any]:
     given = tool.parameters if bound or tool.strict else None
     schema: dict[str, Any] = {"type": "object"} | (given or {})
     if schema["type"] != "object":
-        wrong = f"the arguments of {tool.name} are an object: give its parameters that type"
+        wrong = f"the arguments of {tool.name} must be an object: give its parameters the type object"
         raise ApiError(400, wrong, param="tools")
     return schema
 
@@ -182,7 +182,7 @@ def _call_as_json(function: Function) -> dict[str, Any]:
     """The schema of a call that is written as a JSON object."""
     schema = _of_arguments(function, bound=False)
     if '"$ref"' in json.dumps(schema):
-        wrong = f"with this model, {function.name} cannot refer to definitions where there is a response_format, too"
+        wrong = f"with this model, parameters of {function.name} cannot have a $ref beside a response_format"
         raise ApiError(400, wrong, param="tools")
     named = {"name": {"const": function.name}, "parameters": schema}
     return {"type": "object", "properties": named, "required": [*named], "additionalProperties": False}

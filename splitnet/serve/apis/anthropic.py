@@ -192,13 +192,13 @@ class MessagesRequest(Strict):
     def chat(self) -> Chat:
         """The chat without the template's variables for thinking. Raises ApiError if parameters contradict others."""
         if isinstance(self.messages[-1], AssistantMessage):
-            raise ApiError(400, "the last of messages is the assistant's: end with the user's", param="messages")
+            raise ApiError(400, "the last message is the assistant's: end with a message of the user", param="messages")
         choice, tools = self.tool_choice or ToolChoice(type="auto"), self.tools or []
         if choice.name is not None and choice.type != "tool":
             raise ApiError(400, "tool_choice.name is for the type tool: leave it out", param="tool_choice")
         to_call = [tool for tool in tools if choice.type == "any" or tool.name == choice.name]
         if choice.type in ("any", "tool") and not to_call:
-            raise ApiError(400, "tool_choice asks for a tool that is not there: give it in tools", param="tool_choice")
+            raise ApiError(400, "tool_choice asks for a tool that is not in tools: add it there", param="tool_choice")
         system = _joined([block for block in self.system or [] if not block.text.startswith(NO_PART)])
         schema = (self.output_config and self.output_config.format) or self.output_format
         return Chat(

@@ -179,7 +179,7 @@ class GenerateRequest(Generating):
     @model_validator(mode="after")
     def _raw_is_all(self) -> GenerateRequest:
         if bool(self.raw) + bool(self.suffix) + bool(self.system or self.think is not None) > 1:
-            raise ValueError("raw and suffix each say what the model reads: leave out system and think, or these")
+            raise ValueError("raw, suffix and (system or think) exclude each other: give only one of the three")
         return self
 
     @property
@@ -228,7 +228,7 @@ def error_body(failure: ApiError) -> dict[str, Any]:
     return {"error": str(failure)}
 
 
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"description": "In lines or whole.", "content": {LINES: {}}}}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"description": "A stream or whole.", "content": {LINES: {}}}}
 
 
 def router(gateway: Gateway) -> APIRouter:
@@ -247,7 +247,7 @@ def router(gateway: Gateway) -> APIRouter:
         answer = Answer(body.model, isinstance(body, ChatRequest), times)
         if not chat.messages:  # clients load a model in this way
             if body.keep_alive in (0, "0", "0s"):
-                raise ApiError(400, "keep_alive: this server itself gives up models", param="keep_alive")
+                raise ApiError(400, "keep_alive: the server itself closes models: leave it out", param="keep_alive")
             return answer.part(done=True, done_reason="load")
         on, effort = (True, body.think) if isinstance(body.think, str) else (body.think, None)
         chat = await with_thinking(served, request, chat, "think", on, effort)

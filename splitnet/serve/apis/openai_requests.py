@@ -93,7 +93,7 @@ def _schema(given: Any, param: str) -> dict[str, Any]:
     except ValueError:
         schema = None
     if not isinstance(schema, dict):
-        raise ApiError(400, f"{param} is no JSON schema: give an object", param=param)
+        raise ApiError(400, f"{param} is not a JSON schema: give an object", param=param)
     return schema
 
 
@@ -209,9 +209,9 @@ class SamplingRequest(Strict):
         """The only constraint, with its `param`; empty: there is none. Raises ApiError if there are several."""
         found = self.constraints
         if len(found) > 1:
-            raise ApiError(400, f"an answer keeps to one of {' and '.join(found)}: leave out the others")
+            raise ApiError(400, f"an answer can have only one of {' and '.join(found)}: leave out the others")
         if found and (self.ignore_eos or self.min_tokens):
-            raise ApiError(400, f"{next(iter(found))} says where an answer ends: leave out ignore_eos and min_tokens")
+            raise ApiError(400, f"{next(iter(found))} sets where an answer ends: leave out ignore_eos and min_tokens")
         return {name: each | {"param": name} for name, each in found.items()}.popitem()[1] if found else {}
 
     @property
@@ -366,18 +366,18 @@ class ChatRequest(SamplingRequest):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: set logprobs to true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools_to_call:
-            raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
+            raise ValueError("tool_choice asks for a tool that is not in tools: add it there")
         if self.continue_final_message:
             if self.add_generation_prompt:
                 raise ValueError(
-                    "add_generation_prompt begins an answer, which continue_final_message has: leave it out"
+                    "add_generation_prompt begins an answer, continue_final_message continues one: leave one out"
                 )
             if self.messages[-1].role != "assistant":
-                raise ValueError("continue_final_message continues the assistant's: end messages with one of it")
+                raise ValueError("continue_final_message continues a message of the assistant: end messages with one")
         elif self.echo:
-            raise ValueError("echo tells what an answer goes on from: set continue_final_message, too")
+            raise ValueError("echo repeats the message that an answer continues: set continue_final_message, too")
         if self.tools_to_call and self.constraints:
-            raise ValueError(f"the answer is to be a call: leave out {next(iter(self.constraints))}, or tool_choice")
+            raise ValueError(f"tool_choice requires a call: leave out {next(iter(self.constraints))}, or tool_choice")
         return self
 
     @property
@@ -449,7 +449,7 @@ class CompletionRequest(SamplingRequest):
     @model_validator(mode="after")
     def _marks_are_the_servers(self) -> CompletionRequest:
         if self.suffix and (self.echo or self.truncate_prompt_tokens or not isinstance(self.prompts[0], str)):
-            raise ValueError("suffix goes with a text: leave out echo, truncate_prompt_tokens and tokens, or suffix")
+            raise ValueError("suffix needs a text: leave out echo, truncate_prompt_tokens and tokens, or suffix")
         return self
 
     @property
@@ -489,7 +489,7 @@ class InfillRequest(CompletionRequest):
         others = {"n", "echo", "logprobs", "prompt_logprobs", "return_token_ids", "suffix", "max_tokens"}
         wrong = sorted(others & self.model_fields_set)
         if wrong or self.truncate_prompt_tokens or not isinstance(self.prompt, str):
-            raise ValueError(f"{(*wrong, 'a prompt of tokens or one that is cut')[0]} is not for gaps: leave it out")
+            raise ValueError(f"{(*wrong, 'a prompt of tokens or one that is cut')[0]} is not for /infill: leave it out")
         return self
 
     @property

@@ -164,7 +164,7 @@ class ResponseRequest(Sent):
     @model_validator(mode="after")
     def _tool_is_there(self) -> ResponseRequest:
         if self.tool_choice not in ("none", "auto") and not self.tools_to_call:
-            raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
+            raise ValueError("tool_choice asks for a tool that is not in tools: add it there")
         return self
 
     @property
@@ -239,7 +239,7 @@ class KeptResponses:
         """A response and its messages. Raises ApiError if the client has no response with this id."""
         holder, text = self._kept.get(id, ("", b""))
         if holder != owner or not text:
-            gone = f"there is no response {id!r}: it was not stored, or others took its room; send all items again"
+            gone = f"there is no response {id!r}: it was not stored, or newer ones replaced it; send all items again"
             raise ApiError(404, gone, param=param, code="response_not_found")
         response, messages = from_json(text)
         return response, messages

@@ -95,7 +95,7 @@ def test_both_places_of_a_schema_are_known() -> None:
 @pytest.mark.parametrize(
     ("more", "wrong"),
     [
-        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "h"}}, "give it in tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "h"}}, "not in tools: add it"),
         ({"tools": [TOOL], "tool_choice": {"type": "auto", "name": TOOL["name"]}}, "tool_choice.name"),
         ({"tools": [TOOL | {"defer_loading": True}]}, "defer_loading"),
         ({"thinking": {"type": "between_tools"}}, "thinking"),

@@ -238,7 +238,7 @@ def test_calls_are_found_where_their_tags_are_special_tokens(tags: tuple[Grammar
 
 
 def test_arguments_are_an_object(grammars: Grammars) -> None:
-    with pytest.raises(ApiError, match="the arguments of f are an object"):
+    with pytest.raises(ApiError, match="the arguments of f must be an object"):
         grammars.of_answer(Bounds(tools(f={"type": "integer"}), required=True))
 
 

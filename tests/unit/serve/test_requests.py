@@ -94,10 +94,10 @@ def test_calls_are_bound_where_a_request_asks_for_it(more: dict[str, Any], binds
     ("more", "says"),
     [
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "one of guided_regex and response_format"),
-        ({"guided_regex": "a", "min_tokens": 4}, "guided_regex says where an answer ends"),
+        ({"guided_regex": "a", "min_tokens": 4}, "guided_regex sets where an answer ends"),
         ({"grammar": "root ::= ("}, "the grammar cannot be read"),
-        ({"guided_json": "[1]"}, "guided_json is no JSON schema"),
-        ({"guided_json": '{"title": "\\ud800"}'}, "guided_json is no JSON schema"),
+        ({"guided_json": "[1]"}, "guided_json is not a JSON schema"),
+        ({"guided_json": '{"title": "\\ud800"}'}, "guided_json is not a JSON schema"),
         ({"grammar": 'root ::= "a"\n' * 257}, "more than 256 rules"),
         ({"guided_grammar": 'start: "a"\n' * 257}, "more than 256 rules"),
     ],
@@ -119,7 +119,7 @@ def test_prompts(prompt: Any) -> None:
         ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "pattern"),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "only False is supported"),
-        ({"continue_final_message": True}, None, "end messages with one of it"),
+        ({"continue_final_message": True}, None, "end messages with one"),
         ({"echo": True}, None, "set continue_final_message"),
         ({"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, None, "leave out guided_regex"),
         ({"modalities": ["audio"]}, "modalities", "'audio' is not supported, only 'text'"),
@@ -127,14 +127,14 @@ def test_prompts(prompt: Any) -> None:
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"response_format": {"type": "xml"}}, "response_format", "'json_schema'"),
         ({"tools": [TOOL] * 257}, "tools", "at most 256 items"),
-        ({"tool_choice": "required"}, None, "tool_choice asks for a tool that is not there"),
+        ({"tool_choice": "required"}, None, "tool_choice asks for a tool that is not in tools"),
         (
             {
                 "tool_choice": {"type": "function", "function": {"name": "g"}},
                 "tools": [{"type": "function", "function": {"name": "f"}}],
             },
             None,
-            "tool_choice asks for a tool that is not there",
+            "tool_choice asks for a tool that is not in tools",
         ),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": float("nan")}, "temperature", "finite number"),
@@ -237,7 +237,7 @@ def test_options_of_keys(tmp_path: Path) -> None:
         ("one train=no", "leave them out"),
         ("one two", "write one key"),
         ("weight=4", "write one key"),
-        ("first", "there already"),
+        ("first", "listed twice"),
     ],
 )
 def test_a_line_that_is_wrong_is_named(tmp_path: Path, line: str, message: str) -> None:

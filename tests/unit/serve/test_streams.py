@@ -98,7 +98,7 @@ def test_what_json_cannot_say_is_an_error_that_is_told(wrong: Any) -> None:
             await asyncio.Event().wait()
 
         own: Any = None
-        with pytest.raises(ApiError, match="JSON has not") as refused:
+        with pytest.raises(ApiError, match="JSON cannot have") as refused:
             await ServedModel.respond(own, Request({"type": "http"}, receive), source(), Written(), stream=False)
         assert refused.value.status == 502
 
