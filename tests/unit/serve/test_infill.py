@@ -1,4 +1,4 @@
-"""The text between two others, asked for with the marks of each family: the tokens of its prompts and its ends."""
+"""Prompts for the text between a prefix and a suffix with the marks of each family, and the ends of such answers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_prompt_has_the_marks_of_the_family_in_its_order(marks: Marks, special
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_what_a_user_writes_is_never_a_mark(special: bool, demo_checkpoint: Path) -> None:
+def test_marks_in_texts_of_users_stay_text(special: bool, demo_checkpoint: Path) -> None:
     marks = MARKS[0]
     tokenizer = with_marks(
         demo_checkpoint, marks.prefix, marks.suffix, marks.middle, "<|repo_name|>", "<|file_sep|>", special=special
