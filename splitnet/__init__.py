@@ -1,4 +1,4 @@
-"""splitnet: run a model that is too big for any one device across many, and tune prompts for it."""
+"""splitnet: run a model that is too big for one device across many devices, and tune its prompts."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ class SharedRate:
 class Budget:
     """Allocated bytes, in all and by account. Thread-safe; every call is O(number of levels).
 
-    An account is given as its levels, the widest first: `reserve(size, key, connection)` counts for the key, for that
-    connection of the key, and in all. Count allocated bytes, not announced ones.
+    An account is given as its levels, the widest first: `reserve(size, key, connection)` counts for the key, for the
+    connection of this key, and in all. Count allocated bytes, not announced ones.
 
     Args:
         limit: bytes in all.
@@ -236,7 +236,7 @@ class Holding:
 
 
 class FairAccount:
-    """Bounds the sizes of all holdings together, and those of each holder, by evicting the largest. For one thread.
+    """Bounds the sizes of all holdings together and of each holder's holdings, by evicting the largest. For one thread.
 
     Args:
         limit: bound of all holders together.
@@ -267,7 +267,7 @@ class FairAccount:
             largest.evict()
 
     def _candidates(self, grown: Holder) -> list[Holding]:
-        """Holdings of which one must be evicted: of `grown` if it exceeds its bound, else of the largest holder.
+        """Candidates for an eviction: holdings of `grown` if it exceeds its bound, else those of the largest holder.
 
         Empty: no bound is exceeded. Holders are compared by the size of their holdings, divided by their weight.
         """
@@ -291,7 +291,7 @@ _LEAST_BYTES = 10**6
 
 def parse_bytes(text: str) -> int:
     """Bytes in a text such as `4GiB` or `500M`; a number alone means bytes, and must be 0 or at least a megabyte.
-    Raises SplitnetError: the text is not an amount, or means so few bytes that the unit must have been forgotten."""
+    Raises SplitnetError: the text is not an amount, or is a small number whose unit must have been forgotten."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if match is None or match[2] not in _UNITS:
         raise SplitnetError(f"{text!r} is not an amount of memory: write it as 4GiB or 500MB")
