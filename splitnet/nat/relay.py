@@ -101,7 +101,7 @@ class RelayServer:
     `start` on. Close it before its loop. Raises AddressInUse, SplitnetError: it cannot listen at `listen`.
 
     authorized: the keys that may reserve and call; None: all keys. port: the port, also if `listen` asks for any (0).
-    streams: places of callers that are joined to a peer or wait for it. passed_bytes: bytes copied so far. events:
+    streams: places of callers, which wait for a peer or are joined to one. passed_bytes: bytes copied so far. events:
     counts of `reserved`, `joined`, `refused`, `failed` and `revoked`.
     """
 
@@ -245,7 +245,7 @@ class RelayServer:
                     task.cancel()
 
     async def _try(self, sock: socket.socket, host: str, address: str) -> None:
-        """Connects to a port of the asking host, and to no other host, so that nobody can use the relay to send
+        """Connects to a port of the asking host, and to no other host, so that no peer can use the relay to send
         connections to other machines or to learn their open ports."""
         asked = ipaddress.ip_address(host_and_port(address)[0]) if address else None
         own = ipaddress.ip_address(host)

@@ -38,8 +38,8 @@ _DIALER, _LISTENER = b"d", b"l"
 
 
 class Dialing:
-    """The handshake of the side that connects. expected: the key that the other side must prove. token: of the call to
-    which the stream belongs; empty: none."""
+    """The handshake of the side that connects. expected: the key that the other side must prove. token: the token of
+    the call to which the stream belongs; empty: none."""
 
     def __init__(self, identity: Identity, expected: PublicKey, purpose: Purpose, token: bytes = b"") -> None:
         self._identity = identity

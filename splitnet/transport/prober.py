@@ -40,7 +40,7 @@ class Answer:
     kv_free_positions: int  # positions that new sessions may take
     holds: bool | None = None
     """Whether the peer holds the session (`Ping.session`); None: the ping named no session."""
-    waiting: int = 0  # `waiting`, `done` and `last` are those of the session, see `Pong`
+    waiting: int = 0  # `waiting`, `done` and `last` refer to the session, see `Pong`
     done: int = 0
     last: int = 0
     timing: Timing | None = None
