@@ -474,8 +474,8 @@ class WeightsPart:
 
 @dataclass(frozen=True, slots=True)
 class Tapped(_Numbered):
-    """Hidden states at a boundary of `Open.taps`, sent to the client by the hop that computes them. They are those of
-    the positions that a step returns (`Chunk.keep`). A step of a replay gives none."""
+    """Hidden states at a boundary of `Open.taps`, sent to the client by the hop that computes them: for the positions
+    that a step returns (`Chunk.keep`), and for no step of a replay."""
 
     TAG: ClassVar[int] = 23
     boundary: int = wire(uint(MAX_BLOCKS))
