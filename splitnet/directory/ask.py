@@ -266,7 +266,7 @@ class PeerDirectory(SwarmDirectory):
     ) -> None:
         if len(joined) > MAX_JOINED:
             raise DirectoryError(
-                f"at most {MAX_JOINED} peers are asked for others, not {len(joined)}: give fewer --join"
+                f"a process asks at most {MAX_JOINED} peers for records, not {len(joined)}: give fewer --join"
             )
         self.addresses = []
         self._joined = list(dict.fromkeys(joined))
@@ -508,7 +508,7 @@ class PeerDirectory(SwarmDirectory):
 
     def _explanation(self) -> str:
         reasons = [f"{peer_address(endpoint)} {self._reason(endpoint)}" for endpoint in self._joined]
-        return f"No peer tells of others: {'; '.join(reasons)}."
+        return f"No peer answers with records: {'; '.join(reasons)}."
 
     def _reason(self, endpoint: Endpoint) -> str:
         with self._heard:

@@ -92,9 +92,8 @@ class Directory(SwarmDirectory):
             import_hivemind()
         except ModuleNotFoundError as error:
             raise DirectoryError(
-                f"There is no {error.name} here, which the DHT needs: join through a peer, with "
-                "--join tcp://HOST:PORT?key=... as it prints. Every peer can be joined through so; `splitnet peer` "
-                "without --join begins a swarm without a DHT."
+                f"The DHT needs {error.name}, which is not installed. Join through the address that any peer prints, "
+                "--join tcp://HOST:PORT?key=..., or begin a swarm without a DHT (`splitnet peer` without --join)."
             ) from None
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)
         directory = cls()
@@ -169,8 +168,8 @@ class Directory(SwarmDirectory):
             if reading.vouched or not reading.is_empty:
                 return reading
         raise DirectoryError(
-            "The nodes of the DHT that were joined through did not answer, and others know of nobody; try again, or "
-            "join through another peer."
+            "The nodes of the DHT that were joined through did not answer, and other nodes know no peers; try again, "
+            "or join through another peer."
         )
 
     async def _store(

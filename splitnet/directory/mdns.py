@@ -232,7 +232,7 @@ class LocalNetwork:
             info.load_from_cache(zeroconf)
             node = LanNode.of(info.properties)
         except Exception as error:  # the record may be hostile
-            log.debug("left out what was found on the local network: %s", error)
+            log.debug("ignored an invalid node on the local network: %s", error)
             return
         if self._model and node.model != self._model:
             return
@@ -267,7 +267,7 @@ class LocalNetwork:
             is_again = self._is_lost or time.monotonic() - flooded_at < MOST_PAUSE_S
             pause_s = min(2 * pause_s, MOST_PAUSE_S) if is_again else FIRST_PAUSE_S
             if not self._is_lost:
-                log.warning("the local network is flooded with multicast DNS: it is not heard for %.0f s", pause_s)
+                log.warning("the local network is flooded with multicast DNS: it is ignored for %.0f s", pause_s)
             try:
                 self.begin_again(pause_s=pause_s)
             except LanError as error:
@@ -305,7 +305,7 @@ def _own_addresses() -> list[str]:
     try:
         return [str(host) for _, host in own_hosts() if host.version == 4 and _is_local(host)]
     except OSError as error:
-        raise LanError(f"the system does not tell its addresses ({error})") from error
+        raise LanError(f"the system does not give its addresses ({error})") from error
 
 
 def _node_id(multiaddr: str) -> str:

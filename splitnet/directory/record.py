@@ -117,7 +117,7 @@ def _name(value: Any) -> str:
 
 def _address(value: Any) -> str:
     if type(value) is not str or not is_address(value):
-        raise ProtocolError("expected tcp://IP:PORT: names of others are not looked up")
+        raise ProtocolError("expected tcp://IP:PORT, not the name of a host")
     return value
 
 

@@ -178,9 +178,9 @@ def pack(message: Message) -> bytes:
 def unpack(body: bytes) -> Message:
     """The message in `body`, which may be hostile. Raises ProtocolError: it is not a valid message."""
     if len(body) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"a message about ways has at most {MAX_MESSAGE_BYTES} bytes, not {len(body)}")
+        raise ProtocolError(f"a message of a stream has at most {MAX_MESSAGE_BYTES} bytes, not {len(body)}")
     values = unpack_array(body, most_items=16, most_text=MAX_MESSAGE_BYTES, most_bytes=MAX_MESSAGE_BYTES)
     if not values or type(values[0]) is not int or values[0] not in _BY_TAG:
-        raise ProtocolError("not a message about ways")
+        raise ProtocolError("not a message of a stream")
     kind, layout = _BY_TAG[values[0]]
     return kind(**layout.read(values[1:]))

@@ -106,13 +106,13 @@ def _ask(port: int, wanted: int) -> tuple[Mapped, float]:
         answer = _nat_pmp(gateway, 2, struct.pack("!HHHI", 0, port, wanted, LEASE_S))
         inside, outside, seconds = struct.unpack("!HHI", answer[8:])
         if inside != port or not outside or not seconds:
-            raise MappingError("it gives something else than it was asked for")
+            raise MappingError("the router gives another port than requested")
         return Mapped(f"tcp://{host}:{outside}", NAT_PMP, gateway), min(seconds, LEASE_S)
 
     def by_upnp() -> tuple[Mapped, float]:
         host, outside = _upnp("open", port, wanted, LEASE_S)
         if not 0 < outside < 65536:
-            raise MappingError(f"it gives the port {outside}")
+            raise MappingError(f"the router gives the invalid port {outside}")
         return Mapped(f"tcp://{host}:{outside}", UPNP), LEASE_S
 
     return _either(by_nat_pmp, by_upnp)
@@ -131,7 +131,7 @@ def _either(by_nat_pmp: Callable[[], Thing], by_upnp: Callable[[], Thing]) -> Th
 def _host(raw: bytes) -> str:
     host = ipaddress.IPv4Address(raw)
     if host.is_unspecified or host.is_loopback or host.is_multicast:
-        raise MappingError(f"it says that its address is {host}")
+        raise MappingError(f"the router gives {host} as its public address")
     return str(host)
 
 
@@ -149,7 +149,7 @@ def _nat_pmp(gateway: str, operation: int, rest: bytes = b"") -> bytes:
                 except TimeoutError:
                     break
                 except ConnectionError:
-                    raise MappingError("the router does not speak it") from None
+                    raise MappingError("the router does not support it") from None
                 if len(answer) < 4 or answer[1] != 128 + operation:
                     continue  # an answer to an earlier request
                 if result := int.from_bytes(answer[2:4], "big"):

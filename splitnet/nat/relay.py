@@ -212,7 +212,7 @@ class RelayServer:
                     try:
                         self._check_key(key)
                     except NotAuthorized:
-                        await send(sock, Refused("this helper does not know your key"))
+                        await send(sock, Refused("this relay does not accept your key"))
                         raise
                     request = await _request(sock, answering.purpose)
             finally:
@@ -250,11 +250,11 @@ class RelayServer:
         asked = ipaddress.ip_address(host_and_port(address)[0]) if address else None
         own = ipaddress.ip_address(host)
         if asked is None or asked.version != own.version:
-            await self._refuse(sock, f"this helper sees you at {host}, and tries no other host")
+            await self._refuse(sock, f"this relay sees your host as {host}, and connects to no other host")
         elif asked != own:
             await send(sock, Tried(False))
         elif not self._trying.take(host=host):
-            await self._refuse(sock, "too many are tried at the moment")
+            await self._refuse(sock, "this relay has too many attempts under way")
         else:
             try:
                 await self._connect_back(sock, address)
@@ -291,7 +291,7 @@ class RelayServer:
                     await receive(sock, Beat)
                 beats += 1
                 if beats > self.bounds.beats + time.monotonic() - began:
-                    raise ProtocolError("signs of life come too fast")
+                    raise ProtocolError("messages of the kind Beat come too fast")
                 self._check_key(key)
                 await self._tell(reservation, Beat())
         finally:
@@ -327,7 +327,7 @@ class RelayServer:
                 async with asyncio.timeout(self.bounds.join_s):
                     other, other_seen, other_here = await waiting.joined
             except TimeoutError:
-                await self._refuse(sock, "that peer does not take calls")
+                await self._refuse(sock, "that peer does not answer calls")
                 return
             self.events["joined"] += 1
             await send(sock, Joined(token, seen, other_seen, other_here))
@@ -341,7 +341,7 @@ class RelayServer:
     async def _join(self, sock: socket.socket, seen: str, key: PublicKey, join: Join) -> None:
         waiting = self._waiting.get(join.token)
         if waiting is None or waiting.target != key or waiting.joined.done():
-            await self._refuse(sock, "nobody waits for that any more")
+            await self._refuse(sock, "no caller waits for this answer")
             return
         waiting.joined.set_result((sock, seen, join.here))
         await waiting.over.wait()
@@ -370,7 +370,7 @@ class RelayServer:
                 limit_s = self.bounds.idle_s if len(left) == 2 else self.bounds.half_open_s
                 idle_s = time.monotonic() - at
                 if idle_s > limit_s:
-                    raise TimeoutError("nothing was said for too long")
+                    raise TimeoutError("no bytes were received for too long")
                 done, left = await asyncio.wait(
                     left, timeout=limit_s - idle_s + 0.01, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -394,5 +394,5 @@ _REQUESTS: dict[Purpose, type[_Request]] = dict(
 
 async def _request(sock: socket.socket, purpose: Purpose) -> _Request:
     if purpose not in _REQUESTS:
-        raise ProtocolError("a helper is not the end of a tunnel")
+        raise ProtocolError("a relay only accepts streams to reserve, call, join or try")
     return await receive(sock, _REQUESTS[purpose])

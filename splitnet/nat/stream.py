@@ -63,11 +63,11 @@ class Answering:
 
     def __init__(self, identity: Identity, hello: Hello, token: bytes = b"") -> None:
         if hello.version != VERSION:
-            raise ProtocolError(f"streams of version {hello.version} are not spoken here, only {VERSION}")
+            raise ProtocolError(f"streams of version {hello.version} are not supported, only {VERSION}")
         try:
             self.key, self.purpose = PublicKey(hello.key), Purpose(hello.purpose)
         except (KeyFileError, ValueError) as error:
-            raise ProtocolError(f"a stream begins with nonsense: {error}") from None
+            raise ProtocolError(f"the first message of a stream is not valid: {error}") from None
         self._hello = hello
         self._token = token
         unsigned = Welcome(identity.public.raw, secrets.token_bytes(NONCE_BYTES), b"")
@@ -146,7 +146,7 @@ async def receive(sock: socket.socket, *kinds: type[T]) -> T:
     ended; RefusedError: the other side refuses; ProtocolError: the message is of another kind, or malformed."""
     size = int.from_bytes(await _exactly(sock, LENGTH_BYTES), "big")
     if not 0 < size <= MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"a message about ways has at most {MAX_MESSAGE_BYTES} bytes, not {size}")
+        raise ProtocolError(f"a message of a stream has at most {MAX_MESSAGE_BYTES} bytes, not {size}")
     message = unpack(await _exactly(sock, size))
     await asyncio.sleep(0)  # reads of received bytes do not yield, so a flood would block the event loop
     if isinstance(message, kinds):

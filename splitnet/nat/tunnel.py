@@ -217,7 +217,7 @@ class _Tunnel:
                 try:
                     outer, better = await self._call(relay)
                 except STREAM_ERRORS as error:
-                    log.info("%s is not reached through %s: %s", self._key, relay.address, error or "it is silent")
+                    log.info("%s is not reached through %s: %s", self._key, relay.address, error or "no answer")
                     self._relays[relay] = time.monotonic()
                     continue
                 self._relays[relay] = 0.0
@@ -267,4 +267,4 @@ class _Tunnel:
 
     def _moved(self, way: Way) -> None:
         self.way = way
-        log.info("%s is reached without a helper now: %s", self._key, way.value)
+        log.info("%s is reached without a relay: %s", self._key, way.value)

@@ -191,7 +191,7 @@ class UnreachablePeer:
                 self._used_at[relay] = time.monotonic()
                 await _until_one_ends(_beat(sock), self._hear(relay, sock), self._test(relay))
         except STREAM_ERRORS as error:
-            log.info("the helper at %s is lost: %s", relay.address, error or "it is silent")
+            log.info("the relay at %s is lost: %s", relay.address, error or "no answer")
             before_s = self._pauses.get(relay, (0.0, 0.0))[1] if time.monotonic() - began < HELD_S else 0.0
             pause_s = min(max(2 * before_s, FIRST_PAUSE_S), MOST_PAUSE_S)
             self._pauses[relay] = time.monotonic() + pause_s, pause_s
@@ -267,7 +267,7 @@ class UnreachablePeer:
                 await asyncio.sleep(SEEN_S * said)
                 return said
         except STREAM_ERRORS as error:
-            log.info("the helper at %s does not try: %s", relay.address, error or "it is silent")
+            log.info("the relay at %s does not try to connect: %s", relay.address, error or "no answer")
             return None
 
     async def _answer(self, relay: Relay, called: Called) -> None:
@@ -298,7 +298,7 @@ class UnreachablePeer:
                     )
                     inside = host_and_port(self.inside)
                     with bound((inside[0], 0), again=False) as inner:
-                        self.behind[name := inner.getsockname()[:2]] = f"{host}, through a helper"
+                        self.behind[name := inner.getsockname()[:2]] = f"{host}, through a relay"
                         await asyncio.get_running_loop().sock_connect(inner, inside)
                         await tunnel.join(inner, outer, better, lambda _: None)
                 finally:

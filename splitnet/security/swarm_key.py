@@ -129,7 +129,7 @@ def read_secret_file(path: Path) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
-        raise KeyFileError(f"{path} is no text: it is no file of splitnet's secrets") from None
+        raise KeyFileError(f"{path} does not hold text: it is no file of splitnet's secrets") from None
 
 
 def write_secret_file(path: Path, text: str) -> None:

@@ -239,7 +239,7 @@ def endpoint_of(address: str) -> Endpoint:
     key = check_peer_address(address)
     endpoint = Endpoint(_SCHEME + with_literal_host(address.removeprefix(_SCHEME).partition(_KEY)[0]), key)
     if not is_address(endpoint.address):
-        raise DirectoryError(f"nobody can be reached at {endpoint.address}: give the host of the peer")
+        raise DirectoryError(f"no peer can be reached at {endpoint.address}: give the host of the peer")
     return endpoint
 
 

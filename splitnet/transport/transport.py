@@ -349,7 +349,7 @@ class Transport:
         if not endpoint.hidden:
             return endpoint.address
         if self.tunnels is None:
-            raise zmq.ZMQError(zmq.EINVAL, f"{endpoint.address} is hidden, and this process has no tunnels")
+            raise zmq.ZMQError(zmq.EINVAL, f"{endpoint.address} is unreachable, and this process has no tunnels")
         return self.tunnels.open(endpoint)
 
     def _close_tunnel(self, endpoint: Endpoint) -> None:

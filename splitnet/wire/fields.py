@@ -73,13 +73,13 @@ class Values:
     def check_end(self) -> None:
         """Raises ProtocolError: values are left."""
         if self._unpacker.tell() != self._end:
-            raise ProtocolError("more than was expected")
+            raise ProtocolError("more values than expected")
 
     def _read(self, how: str) -> Any:
         try:
             return getattr(self._unpacker, how)()
         except Exception as error:  # see `unpack_array`
-            raise ProtocolError(f"not the msgpack that was expected: {error}") from None
+            raise ProtocolError(f"unexpected msgpack: {error}") from None
 
 
 def wire(check: Check, write: Check | None = None, **options: Any) -> Any:

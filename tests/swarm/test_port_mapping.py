@@ -92,7 +92,7 @@ def test_a_port_is_opened_renewed_and_given_back(
 
 def test_without_such_a_router_it_is_said_what_was_tried(stack: ExitStack) -> None:
     lab = opened(stack)
-    with lab.inside("home"), pytest.raises(MappingError, match="NAT-PMP: the router does not speak it; UPnP: "):
+    with lab.inside("home"), pytest.raises(MappingError, match="NAT-PMP: the router does not support it; UPnP: "):
         PortMapping(PORT).open()
     lab = opened(stack, "nat-pmp")
     with lab.inside("home"):

@@ -335,7 +335,7 @@ def test_a_client_keeps_nothing_and_its_links_are_its_own(links: ScriptedPeers) 
     record = signed()
     asked = PeerDirectory([links.add(says_nothing)], links)
     assert not asked.store(record, record.signed, depth=0)
-    with pytest.raises(DirectoryError, match="No peer tells of others"):
+    with pytest.raises(DirectoryError, match="No peer answers with records"):
         asked.announce(*_of_mine())
     asked.close()
     assert not links.closed

@@ -256,7 +256,7 @@ def test_who_comes_through_a_helper_does_not_count_as_this_machine(
     node, hidden = world.hidden()
     ask(world.node(), to(node, hidden.relays), b"relayed")
     ask(world.node(), node.endpoint, b"direct")
-    assert counted == [f"{HOST}, through a helper", HOST]
+    assert counted == [f"{HOST}, through a relay", HOST]
 
 
 @pytest.mark.usefixtures("no_holes")
@@ -556,7 +556,7 @@ def test_calls_are_bounded_by_key_and_nobody_joins_for_another(world: World, str
     assert isinstance(stranger(helper, hidden.identity).ask(Purpose.JOIN, Join(b"?" * 16, "")), Refused)
     for thread in threads:
         thread.join()
-    assert [answer.text for answer in answers] == ["that peer does not take calls"] * 2
+    assert [answer.text for answer in answers] == ["that peer does not answer calls"] * 2
     wait_until(lambda: not helper.streams.taken and not helper._waiting)
     nobody = stranger(helper).ask(Purpose.CALL, Call(Identity.generate().public.raw, ""))
     assert isinstance(nobody, Refused)
