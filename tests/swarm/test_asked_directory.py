@@ -1,4 +1,4 @@
-"""Peers that answer for the directory: who joins through a peer's own port needs no DHT, and finds and is found."""
+"""Peers that answer for the directory: a process that joins through a peer's own port needs no DHT."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
-    """A peer in a DHT, one that has joined through it alone, and one that has joined through that one."""
+    """A peer in a DHT, a second peer that has joined through the first, and a third that has joined through the
+    second."""
     with local_swarm(folder, [(0, 2)], node=node) as swarm:
         swarm.add(2, 4, join=[swarm.peers[0].join_address])
         swarm.add(4, 6, join=[swarm.peers[1].join_address])
@@ -103,7 +104,7 @@ def spans(found: list[PeerRecord]) -> list[tuple[int, int]]:
 
 
 def wait_until_missed(swarm: LocalSwarm, span: tuple[int, int]) -> None:
-    """By every peer, so that the next test does not see it: what a peer tells may be a moment old."""
+    """Waits until no peer returns the record, so that the next test does not see it: answers may be a moment old."""
     deadline = time.monotonic() + 20
     for peer in swarm.peers:
         with connect(swarm, peer) as client:
@@ -154,7 +155,7 @@ def test_a_peer_that_leaves_is_missed_at_once(swarm: LocalSwarm) -> None:
         swarm.peers.remove(leaving)
         deadline = time.monotonic() + 20
         while (0, 6) in spans(client.directory.peers(client.facts.fingerprint)):
-            assert time.monotonic() < deadline  # sooner than its record expires
+            assert time.monotonic() < deadline  # before the record expires
     wait_until_missed(swarm, (0, 6))
 
 
@@ -191,8 +192,8 @@ def test_peers_that_ask_each_other_wait_for_no_circle(swarm: LocalSwarm, monkeyp
     first, second = swarm.peers[1:]
     directory = first.directory
     assert isinstance(directory, PeerDirectory)
-    monkeypatch.setattr(directory, "_joined", [*directory._joined, second.endpoint])  # second asks first already
-    monkeypatch.setattr(ask, "DIRECTORY_ANSWER_S", 60.0)  # so that whoever waits for itself would be late
+    monkeypatch.setattr(directory, "_joined", [*directory._joined, second.endpoint])  # a circle
+    monkeypatch.setattr(ask, "DIRECTORY_ANSWER_S", 60.0)  # so that a peer that waits for itself would be late
     monkeypatch.setattr(ask, "DIRECTORY_OTHERS_S", 60.0)
     began = time.monotonic()
     with connect(swarm, first, second) as client:
@@ -247,7 +248,7 @@ def test_a_swarm_whose_first_peer_is_gone_goes_on(folder: Path) -> None:
             second.directory.peers(second.checkpoint.fingerprint)
             third.directory.peers(second.checkpoint.fingerprint)
             first.close()
-            third._announcer.publish()  # which it does every 15 s
+            third._announcer.publish()  # a peer does this every 15 s
             second._announcer.publish()
             found = directory.peers(second.checkpoint.fingerprint)
             assert {record.key for record in found} >= {second.identity.public, third.identity.public}
@@ -290,4 +291,4 @@ def test_a_flood_of_questions_neither_floods_the_dht_nor_keeps_others_waiting(
         attacker.ping()
         waited_s = time.monotonic() - began
     assert refused > 5000
-    assert len(asked) <= MAX_MODELS + 70 + 2 * waited_s  # of what one key may have read in a minute
+    assert len(asked) <= MAX_MODELS + 70 + 2 * waited_s  # reads that one key may cause in a minute

@@ -39,7 +39,7 @@ KEY, OTHER = SwarmKey.generate(), SwarmKey.generate()
 
 @pytest.fixture(scope="module")
 def swarm(folder: Path) -> Iterator[LocalSwarm]:
-    """Two peers of a closed swarm, which accept any key: so what an outsider does comes as far as it can."""
+    """Two peers of a closed swarm that accept any key, so that outsiders can connect."""
     with local_swarm(folder, [(0, 6)], swarm_key=KEY) as swarm:
         swarm.add(0, 6, swarm_key=KEY, join=[swarm.peers[0].join_address])
         yield swarm
@@ -203,7 +203,7 @@ def test_a_client_routes_through_peers_that_it_trusts_alone(swarm: LocalSwarm, t
     with connect(swarm.peers[0], trusted=AuthorizedKeys(trusted)) as client:
         assert [record.key for record in client.peers()] == [second]
         assert [hop.record.key for hop in client.plan(NEEDS)] == [second]
-        trusted.write_text(f"{first.text}\n")  # it is read again
+        trusted.write_text(f"{first.text}\n")  # the client reads the file again
         deadline = time.monotonic() + 10
         while [hop.record.key for hop in client.plan(NEEDS)] != [first]:
             assert time.monotonic() < deadline

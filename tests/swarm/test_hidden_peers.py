@@ -1,4 +1,4 @@
-"""Peers that nobody can connect to serve through helpers, and the tokens are those of the whole model."""
+"""Unreachable peers serve through relays, and the tokens are those of the whole model."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from tests.swarm.harness import LocalSwarm, local_swarm, wait_until
 pytestmark = pytest.mark.swarm
 
 NOWHERE = "127.0.0.1:9"
-"""Nobody listens there: who is announced at it is reached through helpers, or not at all."""
+"""An address without a listener: a peer announced at it can only be reached through relays."""
 
 
 @pytest.fixture
 def no_holes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On loopback everybody reaches everybody, so there is always a better way than a helper."""
+    """Disables hole punching. On loopback every node reaches every other, so a direct way would always be found."""
     monkeypatch.setattr(punch, "PUNCH_S", 0.0)
 
 
@@ -49,7 +49,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
-    """A helper that serves nothing the others do not, and two hidden peers."""
+    """A swarm without peers; each test adds relays and unreachable peers."""
     with local_swarm(folder, [], node=node) as swarm:
         yield swarm
 
@@ -76,7 +76,7 @@ def test_hidden_peers_serve_through_a_helper(swarm: LocalSwarm, local: Any) -> N
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY)
         assert cache.session is not None
-        assert not any(hop.relayed for hop in cache.session.hops)  # hidden peers reach each other, too
+        assert not any(hop.relayed for hop in cache.session.hops)  # unreachable peers reach each other, too
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
     assert ways_of(swarm) == {(0, 2): Way.DIRECT, (2, 4): Way.RELAYED, (4, 6): Way.RELAYED}
     assert helper.ways.helper is not None and helper.ways.helper.passed_bytes
@@ -144,7 +144,7 @@ def test_a_node_of_the_dht_helps_and_people_are_told(
 def test_a_peer_asks_others_and_looks_for_helpers(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, node: Directory
 ) -> None:
-    """On loopback nobody is asked; here all are taken for peers on the internet."""
+    """Peers on loopback ask no other peers, so in this test all addresses count as addresses on the internet."""
     monkeypatch.setattr("peers.reach.is_global", lambda address: True)
     monkeypatch.setattr("peers.reach.is_reachable", lambda listen: True)
     swarm.add(0, 3, relay_port=0)

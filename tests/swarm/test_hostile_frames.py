@@ -1,4 +1,4 @@
-"""Changed bytes of honest traffic reach a live peer, and are decoded by whoever reads them."""
+"""Mutated frames of honest traffic reach live peers, clients and nodes of the directory."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_node_of_the_directory_answers_on_and_keeps_its_memory() -> None:
 
 
 def test_frames_that_are_no_messages_are_protocol_errors() -> None:
-    """Clients decode by the same code."""
+    """Clients use the same decoder."""
     facts = ModelFacts(fingerprint=bytes(32).hex(), name="a model", num_blocks=4, hidden_size=64, max_positions=512)
     messages = [message for session in SESSIONS for message in said(facts, (0, 4), session)]
     decoded = 0

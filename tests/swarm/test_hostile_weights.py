@@ -1,4 +1,4 @@
-"""Strangers that lie about weights: what a newcomer keeps of it is bounded."""
+"""Strangers send false weights: the memory and files of a starting peer are bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peers behind emulated routers are reached, and not only through helpers; where no lab can be opened, tests skip."""
+"""Peers behind emulated routers are reached through relays and directly. Skipped where the system has no lab."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PUBLIC, SAME = "public", "same router"
 
 
 class Lab:
-    """A helper, a hidden peer behind one router, and a caller behind another, behind the same or behind none."""
+    """A relay, an unreachable peer behind a router, and a caller behind another router, the same router, or none."""
 
     def __init__(self, stack: ExitStack, peer: str, caller: str) -> None:
         self.stack = stack
@@ -42,7 +42,7 @@ class Lab:
             self.net = stack.enter_context(netlab.Lab(hosts, delay_ms=5.0, routers=routers, behind=behind))
         except netlab.LabError as error:
             pytest.skip(str(error))
-        with self.net.inside("helper"):  # threads stay where they begin
+        with self.net.inside("helper"):  # a thread stays in the network in which it starts
             loop = WaysLoop()
             stack.callback(loop.close)
             self.helper = RelayServer(loop, Identity.generate(), f"tcp://{self.net.address('helper')}:0")

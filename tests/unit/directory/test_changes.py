@@ -1,4 +1,4 @@
-"""What of the directory has changed for somebody who knows some of it."""
+"""The changes of a directory for a process that knows some of its records."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_who_says_the_same_is_still_there() -> None:
         {"queue_ms": 90.0},
         {"queue_ms": 0.0},
         {"kv_free_positions": 5000},
-        {"kv_free_positions": 6900},  # two steps: just as much as matters
+        {"kv_free_positions": 6900},  # two steps, the smallest change that counts
         {"batch": 9.0},
         {"block_ms": (9.0,) * 5},
     ],
@@ -107,13 +107,13 @@ def test_changes_and_others_have_their_turns_in_what_there_is_room_for() -> None
 
 
 def test_nobody_stands_for_another_with_the_same_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.directory.ask.KEY_PREFIX_BYTES", 0)  # all keys begin alike
+    monkeypatch.setattr("splitnet.directory.ask.KEY_PREFIX_BYTES", 0)  # so that all keys have the same prefix
     other = signed()
     assert told([later(), other], [HELD]) == ([True], [other])
 
 
 def test_versions_agree_on_what_is_said_of_a_record() -> None:
-    """Recorded with version 0.2 before the digest was derived from the fields of the record."""
+    """The expected digest was written by version 0.2, whose code listed the fields of the digest."""
     key = PublicKey(bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"))
     facts: dict[str, Any] = {"key": key, "model": "0123456789abcdef", "model_name": "model", "num_blocks": 4}
     facts["address"] = "tcp://192.0.2.7:5"

@@ -1,4 +1,4 @@
-"""What gateways tell of the demand for models, and how little a stranger can do with it."""
+"""The demand for models that gateways publish, and the bounds on false claims of strangers."""
 
 from __future__ import annotations
 

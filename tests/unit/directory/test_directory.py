@@ -45,7 +45,7 @@ CHILD_EXIT_TIMEOUT_S = 20
 
 
 def record_of(identity: Identity, **changes: Any) -> PeerRecord:
-    """A valid record of a peer, of a model that no other record names."""
+    """A valid record of a peer, of a model that is in no other record."""
     facts: dict[str, Any] = {
         "key": identity.public,
         "model": os.urandom(16).hex(),
@@ -97,7 +97,7 @@ def client(bootstrap: Directory, member: Directory) -> Iterator[Directory]:
 
 @pytest.fixture(scope="module")
 def attacker(bootstrap: Directory) -> Iterator[Directory]:
-    """A full node that checks nothing of what it stores and returns."""
+    """A full node that stores and returns values without checks."""
     with Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as directory:
         directory._node.protocol.record_validator = None
         directory._node.protocol.storage = import_hivemind().DHTLocalStorage()
@@ -315,7 +315,7 @@ def test_a_node_is_asked_for_few_keys_at_once(bootstrap: Directory, client: Dire
 @pytest.mark.default_cases(kind=("\x50",))
 @pytest.mark.parametrize("kind", ["\x40", "\x50"])
 def test_values_nested_deep_end_no_process(kind: str) -> None:
-    """Neither of a node that is told to store one, nor of whoever reads it."""
+    """Neither the process of a node that is asked to store such a value, nor the process of a reader."""
     code = """
 import asyncio, sys, threading
 from splitnet.directory.hivemind_node import import_hivemind
@@ -374,7 +374,7 @@ def test_nodes_that_keep_nothing_cannot_hide_a_peer(bootstrap: Directory) -> Non
     record = record_of(anna)
     with ExitStack() as stack:
         for key in (peers_key(record.model), shard_key(record.model, record.key)):
-            for _ in range(5):  # as many as a record is given to
+            for _ in range(5):  # the number of nodes at which a record is stored
                 stack.enter_context(withholding_node(bootstrap.addresses, key))
         with (
             Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as publisher,
@@ -502,7 +502,7 @@ def test_what_is_asked_while_a_client_is_closed_begins_no_node(member: Directory
     waiting = threading.Event()
 
     async def late() -> None:
-        """Is asked just before it is closed, and comes to its turn after that."""
+        """A request that is made just before the directory is closed, and runs after that."""
         await client._waking.acquire()
         waiting.set()
         while not client._closed:

@@ -173,7 +173,7 @@ def test_a_flood_hides_nobody_who_comes_after_it(monkeypatch: pytest.MonkeyPatch
         assert victim._records() <= mdns.MOST_RECORDS
         with LocalNetwork(MODEL) as newcomer:
             newcomer.watch(seen.put)
-            while node_at(6) not in seen.get(timeout=FOUND_S):  # it goes on to announce itself
+            while node_at(6) not in seen.get(timeout=FOUND_S):  # the node announces itself repeatedly
                 pass
 
 
@@ -192,12 +192,12 @@ def test_who_has_another_address_is_found_there(monkeypatch: pytest.MonkeyPatch)
             patch.setattr(mdns, "_own_addresses", list)
             with pytest.raises(LanError, match="no address on a local network"):
                 network.begin_again(addresses=moved.addresses)
-        while moved not in seen.get(timeout=FOUND_S):  # once the network is there
+        while moved not in seen.get(timeout=FOUND_S):  # after the network has come up
             pass
 
 
 def test_a_node_is_announced_anew_once_its_addresses_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whenever the directory notices that: what has seen the move may look before, and again after."""
+    """Also if the directory notices the new addresses late: the peer may look before that, and again later."""
     use_network_of_its_own(monkeypatch)
     moved = LanNode(MODEL, PROTOCOL_VERSION, (node_at(8).addresses[0].replace("192.168.7.8", "192.168.9.9"),))
     seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()

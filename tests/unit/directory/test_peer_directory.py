@@ -1,4 +1,4 @@
-"""The directory as peers tell it: what is put together of their answers, and what none of them can do."""
+"""The directory without a DHT: how the answers of peers are merged, and what a malicious peer cannot do."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Script = Callable[[LookUp | Announce], Sequence[Message]]
 
 
 def signed(identity: Identity | None = None, **changes: Any) -> PeerRecord:
-    """A record of a peer of the model, as others read it."""
+    """A record of a peer of the model, in the form in which other processes read it."""
     identity = identity or Identity.generate()
     return PeerRecord.unpack(record_of(identity, **({"model": MODEL} | changes)).pack(identity))
 
@@ -65,7 +65,7 @@ def says_nothing(asked: LookUp | Announce) -> Sequence[Message]:
 
 
 class ScriptedPeers:
-    """Links to peers that do what a test says; all messages pass through their frames."""
+    """Links to peers that answer by scripts of the test. All messages are encoded to frames and decoded."""
 
     def __init__(self) -> None:
         self.on_answer: Callable[[Endpoint, Message], None] | None = None
@@ -202,7 +202,7 @@ def test_what_comes_late_counts_from_the_next_question_on(links: ScriptedPeers) 
     assert isinstance(question, LookUp)
     links.say(slow, Found(question.number, 0, packb([late.signed])))
     assert asked.peers(MODEL) == [early, late]
-    assert asked.peers(MODEL) == [early, late]  # though it has not answered these questions
+    assert asked.peers(MODEL) == [early, late]  # although the late peer has not answered these questions
 
 
 def test_if_nobody_answers_it_is_said_why_of_each(links: ScriptedPeers) -> None:
@@ -297,7 +297,7 @@ def test_a_serving_peer_keeps_what_others_announce_to_it(links: ScriptedPeers) -
     upstream = links.add(says_nothing)
     asked = PeerDirectory([upstream], links, serving=True)
     record = signed()
-    assert asked.store(record, record.signed, depth=1)  # also while those that it has joined through are gone
+    assert asked.store(record, record.signed, depth=1)  # also while the joined peers are gone
     assert asked.peers(MODEL) == [record]
     assert asked.models() == {MODEL: "tiny"}
     asked.close()
@@ -310,7 +310,7 @@ def test_a_serving_peer_that_is_refused_does_not_forget_whom_it_was_told_of(link
     own = Identity.generate()
     asked.announce(record_of(own, model=MODEL), own)
     assert {record.key for record in asked.peers(MODEL)} == {own.public, told.key}
-    for others in range(REMEMBERED_MODELS + 1):  # strangers ask it about other models meanwhile
+    for others in range(REMEMBERED_MODELS + 1):  # meanwhile strangers ask about other models
         asked.records(f"{others:032x}", MAX_DEPTH)
     links.scripts[upstream] = refuses
     assert {record.key for record in asked.peers(MODEL)} == {own.public, told.key}

@@ -233,7 +233,7 @@ def test_watts_that_cannot_be_are_refused_on_both_sides(watts: Any) -> None:
         dataclasses.replace(RECORD, watts=watts)
     with pytest.raises(ProtocolError, match="watts"):
         PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, RECORD.proof, watts]))
-    assert PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, RECORD.proof])).watts == 0.0  # of an earlier version
+    assert PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, RECORD.proof])).watts == 0.0  # an earlier version
 
 
 def test_a_record_of_another_key_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Ways to hidden peers, without sockets: messages, proofs of keys, places and shares."""
+"""Ways to unreachable peers, without sockets: messages, proofs of keys, places and shares."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_nobody_shows_the_key_of_another() -> None:
 
 
 def test_what_was_signed_for_one_helper_serves_for_no_other() -> None:
-    """A helper passes on what it is told, so as to appear as somebody else at another one."""
+    """A malicious relay passes on messages of a peer, to impersonate this peer at another relay."""
     dialing = Dialing(DIALER, STRANGER.public, Purpose.CALL)
     elsewhere = Answering(LISTENER, dialing.hello)
     own = Answering(STRANGER, dialing.hello).welcome
@@ -170,7 +170,7 @@ def test_no_name_holds_more_places_than_it_may(steps: list[tuple[bool, int, int]
 
 
 def passed(shares: SharedRate, names: list[str], seconds: float, chunk: int) -> dict[str, int]:
-    """What each name gets through in so long, if it wants as much as it can."""
+    """The bytes that each name passes in `seconds` if all names send as fast as they may."""
     free_at, total = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     while (now := min(free_at.values())) < seconds:
         name = min(free_at, key=lambda each: free_at[each])

@@ -1,4 +1,4 @@
-"""Ways to hidden peers over real sockets: a helper joins two, ZeroMQ passes through, and better ways take over."""
+"""Ways to unreachable peers over real sockets: a relay joins two streams, ZeroMQ connects, better ways take over."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ HOST = "127.0.0.1"
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
-    """Other threads change what is looked at, and tell nobody."""
+    """Polls a condition, because other threads change it without a notification."""
     until = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < until
@@ -55,7 +55,7 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 
 class World:
-    """Helpers, and nodes that are reached through them or want to."""
+    """Relays, and nodes that are reached through relays or use them."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.stack = stack
@@ -84,7 +84,7 @@ class World:
     def hidden(
         self, *, helpers: int | None = None, vouched: Callable[[Relay], bool] = lambda _: False, **options: Any
     ) -> tuple[Node, UnreachablePeer]:
-        """A node that answers what comes through the helpers."""
+        """A node that answers messages which arrive through the relays."""
         node = self.node(ANY_PORT, **options)
         node.answer = echo
         return node, self.hidden_at(node, helpers=helpers, vouched=vouched)
@@ -104,7 +104,7 @@ class World:
         hidden.start()
         self.stack.callback(hidden.stop)
         wait_until(lambda: len(hidden.relays) == (len(self.helpers) if helpers is None else helpers))
-        wait_until(lambda: not any(helper.streams.taken for helper in self.helpers))  # calls of its own have ended
+        wait_until(lambda: not any(helper.streams.taken for helper in self.helpers))  # its test calls have ended
         return hidden
 
 
@@ -118,17 +118,17 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 @pytest.fixture
 def no_holes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On loopback everybody reaches everybody, so there is always a better way than a helper."""
+    """Disables hole punching. On loopback every node reaches every other, so a direct way would always be found."""
     monkeypatch.setattr(punch, "PUNCH_S", 0.0)
 
 
 def to(node: Node, relays: tuple[Relay, ...]) -> Endpoint:
-    """The hidden node; nothing listens at its address."""
+    """The endpoint of an unreachable node; nothing listens at its address."""
     return Endpoint("tcp://127.0.0.1:9", node.identity.public, relays)
 
 
 def ask(client: Node, endpoint: Endpoint, *texts: bytes) -> None:
-    """Sends messages, and waits until all have come back in their order."""
+    """Sends messages, and waits until all have come back in order."""
     before = len(client.received)
     for each in texts:
         client.transport.send(endpoint, [each, each])
@@ -191,7 +191,7 @@ def test_a_better_way_takes_over_without_a_gap(world: World) -> None:
     before = helper.passed_bytes
     ask(client, endpoint, *(bytes(size) for size in range(0, 300_000, 20_000)))
     assert helper.passed_bytes == before
-    assert client.states == [(endpoint, LinkState.UP)]  # ZeroMQ was told of nothing
+    assert client.states == [(endpoint, LinkState.UP)]  # ZeroMQ has not noticed the change
     world.helpers[0].close()
     ask(client, endpoint, b"without it")
 
@@ -241,7 +241,7 @@ def test_a_helper_that_knows_its_members_alone_lets_a_hidden_peer_try_it(world: 
 def test_who_comes_through_a_helper_does_not_count_as_this_machine(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Connections without a name are bounded by host, and all that are relayed come from loopback."""
+    """Connections without a key are bounded by host, and all relayed connections come from loopback."""
     counted: list[str] = []
     named = Connections.named
 
@@ -327,7 +327,7 @@ def test_every_helper_is_tried_before_one_that_has_failed_is_tried_again(
         world.helper(Noted)
     world.hidden(helpers=0)
     wait_until(lambda: len(order) >= 12)
-    before = 12 - hidden_module.WANTED + 1  # the others may be on their way yet
+    before = 12 - hidden_module.WANTED + 1  # attempts at the other relays may be under way
     assert len(set(order[:before])) == before
 
 
@@ -444,7 +444,7 @@ def test_few_are_tried_at_once() -> None:
 
 
 class Stranger:
-    """Speaks to a helper as it likes."""
+    """Sends any messages to a relay."""
 
     def __init__(self, helper: RelayServer, identity: Identity | None = None) -> None:
         self.identity = identity or Identity.generate()
@@ -455,7 +455,7 @@ class Stranger:
         self.sock.sendall(b"".join(map(pack, messages)))
 
     def hear(self) -> Any:
-        """What it says; None: it has ended the stream."""
+        """The next message of the relay; None: it has ended the stream."""
         with suppress(ConnectionError):
             size = self.sock.recv(2, socket.MSG_WAITALL)
             return unpack(self.sock.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)) if size else None
@@ -552,7 +552,7 @@ def test_calls_are_bounded_by_key_and_nobody_joins_for_another(world: World, str
     tokens = [hidden.hear().token for _ in waiting]
     third = stranger(helper, caller).ask(Purpose.CALL, call)
     assert isinstance(third, Refused) and "no room" in third.text
-    assert isinstance(stranger(helper).ask(Purpose.JOIN, Join(tokens[0], "")), Refused)  # it is not the one called
+    assert isinstance(stranger(helper).ask(Purpose.JOIN, Join(tokens[0], "")), Refused)  # another peer was called
     assert isinstance(stranger(helper, hidden.identity).ask(Purpose.JOIN, Join(b"?" * 16, "")), Refused)
     for thread in threads:
         thread.join()
@@ -563,7 +563,7 @@ def test_calls_are_bounded_by_key_and_nobody_joins_for_another(world: World, str
 
 
 def joined(helper: RelayServer, stranger: Connect) -> tuple[Stranger, Stranger]:
-    """Two that the helper has joined."""
+    """Both sides of a stream that the relay has joined."""
     hidden, caller = stranger(helper), stranger(helper)
     assert hidden.ask(Purpose.RESERVE, Reserve()) == Reserved()
     dialing = Dialing(caller.identity, helper.identity.public, Purpose.CALL)
@@ -589,7 +589,7 @@ def test_a_receiver_that_does_not_read_takes_no_memory(world: World, stranger: C
     with suppress(TimeoutError):
         while sent < 1 << 30:
             sent += caller.sock.send(bytes(1 << 20))
-    assert sent < 64 << 20  # what the kernel holds in its buffers, and no more
+    assert sent < 64 << 20  # only the kernel's buffers fill
 
 
 def test_idle_and_half_open_streams_end(world: World, stranger: Connect) -> None:
@@ -615,7 +615,7 @@ def test_bytes_per_second_are_bounded(world: World, stranger: Connect) -> None:
     while size:
         size -= len(other.sock.recv(1 << 20))
     sending.join()
-    assert time.monotonic() - begin > 0.8  # a MiB at once, and four more in a second
+    assert time.monotonic() - begin > 0.8  # a burst of 1 MiB, then 4 MiB/s
 
 
 def test_a_helper_tells_that_its_port_is_taken(world: World) -> None:
@@ -633,7 +633,7 @@ def test_a_flood_of_connections_is_taken_one_after_the_other(world: World, monke
     connected = threading.Event()
 
     async def wait() -> None:
-        connected.wait(WAIT_S)  # the loop does nothing else meanwhile
+        connected.wait(WAIT_S)  # blocks the event loop
 
     waiting = helper.loop.run(wait())
     with ExitStack() as stack:
@@ -676,7 +676,7 @@ def test_who_sends_much_keeps_no_other_stream_waiting() -> None:
 
 
 def test_who_ends_something_waits_for_no_loop_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer announces itself in the thread that does."""
+    """The thread that ends a task is the one that announces the peer, so it must not hang."""
     monkeypatch.setattr(stream, "END_S", 0.05)
     over, loop = threading.Event(), WaysLoop()
 

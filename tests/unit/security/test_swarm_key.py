@@ -1,4 +1,4 @@
-"""What closes a swarm: who lacks its key can name nothing, read nothing and write nothing."""
+"""The swarm key: a process without it can name no model, read no record and write no record."""
 
 from __future__ import annotations
 

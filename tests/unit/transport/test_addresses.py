@@ -97,7 +97,7 @@ def test_without_a_router_the_address_is_of_an_interface_that_is_up_and_leads_to
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {
-        "docker0": ["172.17.0.1"],  # of no kind that the kernel tells
+        "docker0": ["172.17.0.1"],  # recognised by its name only
         "inner": ["172.18.0.1", ("2001:4860::5", 0, 0)],  # a bridge of containers
         "off": ["10.9.9.9"],
         "br-lan": ["10.1.1.5", ("fd00::5", 0, 0), ("2001:4860::1", 0, 0)],  # a bridge with a card

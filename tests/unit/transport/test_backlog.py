@@ -1,4 +1,4 @@
-"""What waits to be sent is counted by receiver, without asking for every message what has become of it."""
+"""Waiting bytes are counted by receiver, without tracking every message."""
 
 from __future__ import annotations
 

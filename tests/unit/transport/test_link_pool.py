@@ -1,4 +1,4 @@
-"""Which links stay open, whoever wants how many."""
+"""The pool of links: which links stay open, and how many."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def peer(number: int) -> Endpoint:
 
 
 class FakeLinking:
-    """Links that are as the test says; one that is opened is connecting."""
+    """Links whose states the test sets; an opened link is connecting."""
 
     def __init__(self) -> None:
         self.open: dict[Endpoint, LinkState] = {}
@@ -49,7 +49,7 @@ class Fixture:
         self.pool = LinkPool(self.linking, most=MOST, keep_s=KEEP_S, keep_unreached_s=keep_unreached_s)
 
     def touch(self, number: int, state: LinkState | None = None) -> bool:
-        """Sends something, as the transport does."""
+        """Counts a message and opens its link, as the transport does."""
         allowed = self.pool.touch(peer(number))
         if allowed:
             self.linking.connect(peer(number))
@@ -163,7 +163,7 @@ def test_without_patience_a_link_that_is_not_up_is_closed_with_its_last_user() -
 
 
 class Machine(RuleBasedStateMachine):
-    """Whatever is wanted in whatever order: what is in use is open, and there are never too many."""
+    """For any order of calls: links in use are open, and the number of links is bounded."""
 
     def __init__(self) -> None:
         super().__init__()

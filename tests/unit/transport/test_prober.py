@@ -1,4 +1,4 @@
-"""What pings tell of links."""
+"""Pings, and their measurements of links."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PEER, OTHER, THIRD = (Endpoint(f"tcp://127.0.0.1:{port}", Identity.generate().pu
 
 
 class Clock:
-    """Stands in for the time: every ping takes what `rtt_ms` says, and is answered at once."""
+    """A simulated clock: every ping takes the time that `rtt_ms` gives, and is answered without a real delay."""
 
     def __init__(self, rtt_ms: Callable[[int, int], float]) -> None:
         self.now = 0.0
@@ -42,7 +42,7 @@ class Clock:
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, rtt_ms: Callable[[int, int], float]) -> tuple[float, float, int]:
-    """Latency in ms and bandwidth in bytes/ms that are found, and how many pings it took."""
+    """The measured latency in ms and bandwidth in bytes/ms, and the number of pings."""
     clock = Clock(rtt_ms)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     link = clock.prober.measure([PEER])[PEER]
@@ -81,7 +81,7 @@ def test_a_probe_that_takes_no_time_at_all_is_no_infinite_bandwidth(monkeypatch:
 def test_a_far_peer_is_waited_for_once_it_has_taken_the_connection(
     monkeypatch: pytest.MonkeyPatch, taken: bool
 ) -> None:
-    """The first ping of a link pays for its handshake."""
+    """The first ping of a link includes its handshake."""
     monkeypatch.setattr(prober_module, "ANSWER_S", 0.2)
     with answering([0.0, 0.3, 0.0], lambda asked: taken and asked > 1) as prober:
         assert prober.answering([OTHER]) == {OTHER}, "who is near tells how long it takes here"
@@ -90,7 +90,8 @@ def test_a_far_peer_is_waited_for_once_it_has_taken_the_connection(
 
 @contextmanager
 def answering(late_s: list[float], is_taken: Callable[[int], bool]) -> Iterator[Prober]:
-    """Pings are answered so late, one after the other. is_taken: whether a connection is, after so many were sent."""
+    """A prober whose pings are answered after `late_s`, in order. is_taken: whether a connection is accepted, by the
+    number of pings sent."""
     timers: list[threading.Timer] = []
 
     def answer(endpoint: Endpoint, ping: Ping) -> None:
@@ -98,7 +99,7 @@ def answering(late_s: list[float], is_taken: Callable[[int], bool]) -> Iterator[
         timers.append(threading.Timer(late, prober.pong, (endpoint, pong)))
         if late:
             timers[-1].start()
-        else:  # however busy the machine is: what the round trip took decides how long others are waited for
+        else:  # an exact round trip even on a busy machine, because it decides how long other peers are waited for
             prober.pong(endpoint, pong)
 
     prober = Prober(answer, lambda _: is_taken(len(timers)))
@@ -112,7 +113,7 @@ def answering(late_s: list[float], is_taken: Callable[[int], bool]) -> Iterator[
 def test_where_all_are_far_the_first_answers_are_waited_for_longer(
     monkeypatch: pytest.MonkeyPatch, somebody_is_near: bool
 ) -> None:
-    """Over satellites a connection alone takes more than a second: as long as it took, so long the rest may take."""
+    """Over a satellite a connection takes more than a second, and the rest of the handshake may take as long again."""
     for name, value in {"ANSWER_S": 0.1, "FIRST_ANSWER_S": 0.4}.items():
         monkeypatch.setattr(prober_module, name, value)
     began = time.monotonic()

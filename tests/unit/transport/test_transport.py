@@ -1,4 +1,4 @@
-"""Sockets: frames arrive whole and in order from those who may send them, and links tell how they are."""
+"""The transport: frames from authorized keys arrive complete and in order, and the states of links are reported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WAIT_S = 20.0
 
 
 class Node:
-    """A transport that records what happens to it, and lets a test wait for that."""
+    """A transport that records its events, so that a test can wait for them."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ def echo(source: Destination, frames: list[bytes]) -> list[bytes]:
 
 
 def until(event: threading.Event, timeout_s: float = WAIT_S) -> Callable[[Destination, list[bytes]], None]:
-    """An answer that keeps the transport from reading."""
+    """A handler that blocks the transport's thread until an event."""
 
     def wait(source: Destination, frames: list[bytes]) -> None:
         event.wait(timeout_s)
@@ -221,7 +221,8 @@ def test_a_server_with_another_key_is_not_talked_to(node: Start) -> None:
 def test_a_server_that_stands_still_is_not_taken_for_another_and_is_found_when_it_goes_on(
     node: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system takes the connections of a process that stands still, and ZeroMQ tells of a time-out as of an end."""
+    """The system accepts connections for a suspended process, and ZeroMQ reports the timeout of a handshake like its
+    end."""
     monkeypatch.setattr("splitnet.transport.transport._HANDSHAKE_MS", 300)
     monkeypatch.setattr("splitnet.transport.transport._REFUSES_S", 0.15)
     client = node()
@@ -262,7 +263,7 @@ def test_a_client_that_is_gone_is_reported_when_something_is_sent_to_it(node: St
     connection = server.received[0][0]
     assert isinstance(connection, Connection)
     client.transport.close()
-    # Until the socket's end has arrived, a message is still taken.
+    # Messages are accepted until the end of the socket has arrived.
     server.on_tick = lambda: server.transport.send(connection, [b"are you there?"])
     server.wait(lambda: bool(server.lost))
     assert set(server.lost) == {connection}
@@ -476,7 +477,7 @@ def test_what_a_link_carries_is_told(node: Start) -> None:
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         passed = sender.transport.traffic(sleeper.endpoint)
-        # What zmq has handed over may have come before it hands over the rest.
+        # The bytes handed to the kernel may arrive before ZeroMQ hands over the rest.
         if passed is None or (not passed.unsent and passed.acked - before.acked > 100 << 20):
             break
         sender.transport.tick_soon()
@@ -507,13 +508,13 @@ def test_small_messages_to_a_receiver_that_does_not_read_are_counted(node: Start
 
 
 def test_small_messages_to_a_receiver_that_reads_late_all_arrive(node: Start) -> None:
-    """They are counted in bytes, so that no number of them makes a peer drop what answers a ping."""
+    """The bound is on bytes, so that a large number of small messages does not make a peer drop answers to pings."""
     server, sleeper = node(ANY_PORT), node()
     asleep = threading.Event()
     sleeper.answer = until(asleep)
     sleeper.transport.send(server.endpoint, [b"hello"])
     server.wait(lambda: bool(server.received))
-    count = 30_000  # more than both ends' buffers in the kernel hold
+    count = 30_000  # more than the kernel's buffers at both ends hold
     try:
         for number in range(count):
             server.transport.send(server.received[0][0], [b"%d" % number, bytes(200)])
@@ -669,7 +670,8 @@ def test_a_key_that_is_taken_away_loses_its_connections(node: Start, tmp_path: P
 
 @pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="connections are looked at on Linux")
 def test_links_from_an_address_that_is_gone_are_made_anew(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would hang for half a minute: nobody tells that what is sent from there arrives nowhere."""
+    """Otherwise they would hang for half a minute, because no error reports that packets from the lost address
+    vanish."""
     monkeypatch.setattr("splitnet.transport.connections._MOVED_S", 0.05)
     server, client = node(ANY_PORT), node()
     server.answer = echo

@@ -1,4 +1,4 @@
-"""The codecs of boundary activations: exact sizes and bytes, bounded errors, nothing that crashes on bad input."""
+"""The codecs of boundary activations: exact sizes and bytes, bounded errors, no crash on bad input."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_integer_errors_are_bounded_by_the_block(
     padding = -hidden % 64
     exact = torch.nn.functional.pad(rows.double(), (0, padding)).reshape(-1, 64)
     error = torch.nn.functional.pad((decoded.double() - rows), (0, padding)).reshape(-1, 64).norm(dim=1)
-    # Half a step per value, steps up to 1/64 too wide (bfloat16 scales), and the grid of the rotation.
+    # The bound: half a step per value, with steps up to 1/64 too wide (bfloat16 scales), plus the grid of the rotation.
     rotated = exact if name == "int8-block" else exact @ torch.from_numpy(rotation())
     levels = 127 if name == "int8-block" else 2 ** (INTEGER_BITS[name] - 1)
     step = rotated.abs().amax(1) / levels * (1 + 2**-6)
@@ -186,7 +186,8 @@ def test_rotation_protects_the_neighbours_of_a_massive_value() -> None:
 
 
 def rotation() -> np.ndarray:
-    """The matrix of docs/codecs.md, made another way: Sylvester's construction, signs from x0 x1 + x2 x3 + x4 x5."""
+    """The matrix of docs/codecs.md, computed independently: Sylvester's construction, signs from x0 x1 + x2 x3 + x4
+    x5."""
     matrix = np.ones((1, 1))
     while len(matrix) < 64:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
@@ -202,7 +203,7 @@ def test_rotation_is_orthonormal_and_spreads_equal_values_evenly() -> None:
 
 @given(seeds, st.sampled_from([64, 576]))
 def test_int8_agrees_bit_for_bit_with_its_definition(seed: int, hidden: int) -> None:
-    """Written again from docs/codecs.md in float64, where no sum can round."""
+    """Compares with an implementation of docs/codecs.md in float64, in which no sum rounds."""
     row = activations(1, hidden, seed)
     blocks = row.double().numpy().reshape(-1, 64)
     peak = np.abs(blocks).max(axis=1, keepdims=True)
@@ -233,7 +234,7 @@ def test_int8_agrees_bit_for_bit_with_its_definition(seed: int, hidden: int) -> 
     ],
 )
 def test_bytes_on_the_wire_are_stable(name: str, digest: str) -> None:
-    """A failure means that old and new peers no longer understand each other: give the new format a new number."""
+    """A failure means that old and new peers cannot decode each other's payloads: give the new format a new number."""
     rows = (torch.arange(3 * 100).reshape(3, 100) * 37 % 101 - 50.0) / 16
     rows[:, 9] *= 1000
     assert hashlib.sha256(CODECS[name].encode(rows)).hexdigest()[:16] == digest

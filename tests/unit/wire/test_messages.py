@@ -1,4 +1,4 @@
-"""Messages and frames: what goes in comes out, and whatever else arrives is a `ProtocolError`."""
+"""Messages and frames: a message is decoded as it was encoded, and invalid frames raise `ProtocolError`."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ attempts = st.integers(0, MAX_ATTEMPT)
 
 
 def texts(limit: int) -> st.SearchStrategy[str]:
-    # What steers a terminal comes back escaped, see tests/unit/test_printable.py.
+    # Control characters are escaped when decoded, see tests/unit/test_printable.py.
     return st.text(st.characters(codec="utf-8"), max_size=min(limit, 80)).map(lambda text: printable(text)[:limit])
 
 
@@ -277,7 +277,7 @@ def fields_of(message: Message) -> list[Any]:
 
 
 def decode_or_refuse(frames: list[Any]) -> Message | None:
-    """None if the frames were refused in the one way that the protocol allows."""
+    """The message; None: the frames were refused with a `ProtocolError`."""
     try:
         return decode(frames)
     except ProtocolError:
@@ -525,7 +525,7 @@ def test_every_bound_is_kept(message: Message, name: str, allowed: Any, refused:
 
 def test_the_bounds_name_every_field_that_has_one() -> None:
     bounded = {(type(message), name) for message, name, _, _ in BOUNDS}
-    # These share a check with a field that is listed.
+    # These fields share their check with a listed field.
     same = {"session", "epoch", "nonce", "number", "codec", "until"}
     for message in EXAMPLES:
         for item in dataclasses.fields(message):
@@ -560,7 +560,7 @@ def test_no_frames_are_refused() -> None:
 def test_frames_that_are_too_large_are_refused() -> None:
     with pytest.raises(ProtocolError, match="header"):
         decode([bytes(encode(Close(SESSION))[0]) + bytes(MAX_HEADER_BYTES)])
-    zeros = bytearray(MAX_PAYLOAD_BYTES + 1)  # pages that are never touched take no memory
+    zeros = bytearray(MAX_PAYLOAD_BYTES + 1)  # memory pages that are never written are not allocated
     with pytest.raises(ProtocolError, match="payload"):
         decode([*encode(Ping(1)), memoryview(zeros)])
     assert isinstance(decode([*encode(Ping(1)), memoryview(zeros)[:-1]]), Ping)

@@ -1,4 +1,4 @@
-"""Logs of sent activations and the forks of rows: a replay gives exactly what was last sent."""
+"""Logs of sent activations and the forks of rows: a replay gives exactly the rows that were sent last."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZE = 3
 
 @dataclass(frozen=True)
 class Sent:
-    """One step as a sender logs it."""
+    """The arguments with which a sender logs a step."""
 
     parts: tuple[Chunk, ...]
     forks: tuple[Fork, ...] | None
@@ -33,19 +33,19 @@ class Sent:
 
 @dataclass
 class Model:
-    """What a log must hold: per row the list of its positions' bytes, which end with the reach of their step."""
+    """The expected content of a log: per row, the bytes of each position, which end with the reach of its step."""
 
     rows: dict[int, list[bytes]] = field(default_factory=dict)
     next_row: int = 1
     written: int = 0
 
     def fresh(self, reach: int) -> bytes:
-        """Bytes that no other position has."""
+        """Bytes of a new position, different from those of all other positions."""
         self.written += 1
         return self.written.to_bytes(SIZE - 1, "big") + bytes([reach])
 
     def step(self, data: st.DataObject) -> Sent:
-        """Draws a step that a client could send next, and takes it in."""
+        """Draws a step that a client could send next, and applies it to the model."""
         forks = self._forks(data) if self.rows and data.draw(st.booleans(), "with forks") else None
         candidates = [*self.rows, self.next_row]
         chosen = data.draw(st.lists(st.sampled_from(candidates), min_size=1, max_size=3, unique=True), "rows")
@@ -74,7 +74,7 @@ class Model:
 
 
 def contents(log: SentLog, positions_per_step: int = 1000) -> dict[int, list[bytes]]:
-    """The rows that a hop would hold after a replay into nothing."""
+    """The rows that an empty hop would hold after a replay."""
     receiver: dict[int, list[bytes]] = {}
     for parts, payload, reach, _ in log.replay(positions_per_step):
         assert 1 <= sum(part.length for part in parts) <= positions_per_step
@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(parts: list[Chunk], fo
 def test_a_replayed_step_never_exceeds_a_payload() -> None:
     size = MAX_PAYLOAD_BYTES // 4
     log = SentLog(codec=0, bytes_per_position=size)
-    payload = bytearray(6 * size)  # pages that are never touched take no memory
+    payload = bytearray(6 * size)  # memory pages that are never written are not allocated
     log.record([Chunk(1, 0, 6, 0)], None, memoryview(payload))
     assert [parts[0].length for parts, *_ in log.replay(512)] == [4, 2]
 
@@ -173,7 +173,7 @@ def test_forks_made_twice_change_nothing(rows: dict[int, list[int]], forks: list
     finally:
         assert rows == before
     assert list(once) == [fork.row for fork in forks]
-    # Once made, a source may be gone: the rows are there, so nothing is looked up.
+    # The second time a source may be gone: the forked rows exist, so no source is needed.
     again = fork_rows(once, forks, list)
     assert again == once
     assert all(again[row] is once[row] for row in once)
@@ -190,7 +190,7 @@ def pages_of(positions: int) -> Iterator[None]:
 
 
 def labelled(positions: Sequence[tuple[bytes, int]], cuts: Sequence[int], salt: bytes = b"salt") -> SentLog:
-    """A client's log of a row of positions with their reach, in steps that end at `cuts` and where reach changes."""
+    """A client's log of one row. Steps end at `cuts`, and at positions where the reach changes."""
     log = SentLog(codec=0, bytes_per_position=SIZE, salt=salt)
     changes = {index for index in range(1, len(positions)) if positions[index][1] != positions[index - 1][1]}
     ends = sorted({*(cut for cut in cuts if 0 < cut < len(positions)), *changes, len(positions)})
@@ -236,7 +236,7 @@ def test_another_position_or_reach_changes_all_labels_behind_it(
 
 
 def recorded(data: st.DataObject, model: Model, client: SentLog) -> Iterator[tuple[Sent, Sequence[bytes]]]:
-    """Some steps that a client logs, each with its labels."""
+    """Draws steps that a client logs, each with its labels."""
     for _ in range(data.draw(st.integers(1, 10), "steps")):
         sent = model.step(data)
         yield sent, client.record(sent.parts, sent.forks, sent.payload, sent.reach)
@@ -244,7 +244,7 @@ def recorded(data: st.DataObject, model: Model, client: SentLog) -> Iterator[tup
 
 @given(data=st.data(), page=st.integers(1, 4))
 def test_a_hop_knows_the_labels_of_what_it_holds(data: st.DataObject, page: int) -> None:
-    """After any steps, rewinds and forks; what is replayed to the next one has them too, and so has a new client."""
+    """After any steps, rewinds and forks. The next hop after a replay has the same labels, and so has a new client."""
     model, client, hop = Model(), SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
     with pages_of(page):
         for sent, labels in recorded(data, model, client):
@@ -261,7 +261,7 @@ def test_a_hop_knows_the_labels_of_what_it_holds(data: st.DataObject, page: int)
 
 @given(data=st.data(), page=st.integers(1, 4))
 def test_a_hop_that_misses_labels_has_none_behind(data: st.DataObject, page: int) -> None:
-    """Steps without labels leave gaps; what follows them is not labelled wrongly."""
+    """Steps without labels leave gaps; later pages get no wrong labels."""
     model, client, hop = Model(), SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
     with pages_of(page):
         for sent, labels in recorded(data, model, client):

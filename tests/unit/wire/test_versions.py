@@ -1,4 +1,4 @@
-"""Versions of splitnet that read each other: bytes that version 0.1.0 has written, and fields that came later.
+"""Compatibility of versions of splitnet: bytes written by version 0.1.0, and fields that were appended later.
 
 `data/wire_0_1_0.json` was written by version 0.1.0 and never changes.
 """
@@ -37,7 +37,7 @@ from splitnet.wire.messages import (
 )
 
 RENAMED = {"Recall": "FetchKV", "Recalled": "FetchedKV", "Adopted": "AdapterLoaded"}
-"""Messages that had another name in version 0.1.0: names do not travel."""
+"""Messages that had another name in version 0.1.0; names are not on the wire."""
 
 OLD = json.loads((Path(__file__).parents[1] / "data" / "wire_0_1_0.json").read_text())
 IDENTITY = Identity(SigningKey(bytes.fromhex(OLD["record"]["seed"])))
@@ -51,7 +51,7 @@ def frames_of(old: dict[str, Any]) -> list[bytes]:
 
 
 def plain(value: Any) -> Any:
-    """A value as the recording has it."""
+    """A value in the form of the recording."""
     if isinstance(value, bytes | memoryview):
         return bytes(value).hex()
     return [plain(item) for item in value] if isinstance(value, tuple) else value
@@ -115,7 +115,7 @@ def test_fields_of_later_versions_are_ignored(old: dict[str, Any]) -> None:
 
 
 def _all_values(message: Any) -> list[Any]:
-    """Everything that travels, without leaving out a default."""
+    """All fields on the wire, defaults included."""
     fields = [field for field in dataclasses.fields(message) if "check" in field.metadata]
     return [(field.metadata["write"] or (lambda value: value))(getattr(message, field.name)) for field in fields]
 
@@ -139,7 +139,7 @@ def test_what_a_ping_asks_for_and_its_answer_travel() -> None:
 
 
 def test_what_asks_for_hidden_states_is_left_out_where_none_are_wanted() -> None:
-    """So that version 0.1.0 reads it."""
+    """Version 0.1.0 then reads the message."""
     opening = Open(bytes(16), 1, "model", 0, 2, 128, 0, b"", b"", "")
     opened = Opened(bytes(16), 1, True, 0)
     for message, fields in ((opening, {"taps": (1, 2), "tap_codec": 3}), (opened, {"taps": True})):
