@@ -134,7 +134,7 @@ def test_a_client_needs_one_connection_with_the_peer_that_it_joins_through(swarm
         assert [link for link in client.links._transport._links if link.key == endpoint.key] == [endpoint]
 
 
-def test_who_joins_through_the_dht_finds_those_that_have_not(swarm: LocalSwarm) -> None:
+def test_a_client_of_the_dht_finds_peers_that_joined_through_a_peer(swarm: LocalSwarm) -> None:
     with swarm.newcomer() as visitor:
         assert spans(visitor.connect().peers()) == [(0, 2), (2, 4), (4, 6)]
 
@@ -147,7 +147,7 @@ def test_addresses_of_both_kinds_go_together(swarm: LocalSwarm, node: Directory)
             assert spans(client.peers()) == [(0, 2), (2, 4), (4, 6)]
 
 
-def test_a_peer_that_leaves_is_missed_at_once(swarm: LocalSwarm) -> None:
+def test_a_peer_that_leaves_is_gone_at_once(swarm: LocalSwarm) -> None:
     with connect(swarm, swarm.peers[1]) as client:
         leaving = swarm.add(0, 6, join=[swarm.peers[2].join_address])
         assert (0, 6) in spans(client.directory.peers(client.facts.fingerprint))
@@ -161,7 +161,7 @@ def test_a_peer_that_leaves_is_missed_at_once(swarm: LocalSwarm) -> None:
 
 @pytest.mark.default_cases(through_dht=(False,))
 @pytest.mark.parametrize("through_dht", [True, False])
-def test_a_running_client_hears_of_who_comes_and_leaves_without_reading_all_again(
+def test_a_running_client_learns_of_changes_without_reading_all_records(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, through_dht: bool
 ) -> None:
     facts = ModelFacts.of(Checkpoint.open(swarm.folder))
@@ -188,7 +188,7 @@ def test_a_running_client_hears_of_who_comes_and_leaves_without_reading_all_agai
     wait_until_missed(swarm, (0, 6))
 
 
-def test_peers_that_ask_each_other_wait_for_no_circle(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_that_ask_each_other_do_not_wait_in_a_circle(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = swarm.peers[1:]
     directory = first.directory
     assert isinstance(directory, PeerDirectory)
@@ -202,7 +202,7 @@ def test_peers_that_ask_each_other_wait_for_no_circle(swarm: LocalSwarm, monkeyp
     assert time.monotonic() - began < 30
 
 
-def test_a_silent_peer_hides_nobody(swarm: LocalSwarm) -> None:
+def test_a_silent_peer_hides_no_record(swarm: LocalSwarm) -> None:
     stranger = Identity.generate()
     silent = Transport(stranger, on_message=lambda *_: None, listen="tcp://127.0.0.1:0")
     silent.start()
@@ -214,7 +214,7 @@ def test_a_silent_peer_hides_nobody(swarm: LocalSwarm) -> None:
         silent.close()
 
 
-def test_if_nobody_answers_it_is_an_error(swarm: LocalSwarm) -> None:
+def test_without_any_answer_there_is_an_error(swarm: LocalSwarm) -> None:
     facts = ModelFacts.of(Checkpoint.open(swarm.folder))
     other = Identity.generate().public
     wrong = peer_address(Endpoint(swarm.peers[0].endpoint.address, other))

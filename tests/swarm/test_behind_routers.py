@@ -122,7 +122,9 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
 
 
 @pytest.mark.full
-def test_peers_none_of_which_is_reached_learn_that_from_a_helper(stack: ExitStack, folder: Path, local: Any) -> None:
+def test_unreachable_peers_learn_from_a_relay_that_they_are_unreachable(
+    stack: ExitStack, folder: Path, local: Any
+) -> None:
     """As in docs/routers.md: no options about routers are given, and no peer of the model can connect to another."""
     kinds = dict.fromkeys(("a", "b"), netlab.NAMED["port-restricted"])
     behind = {host: f"router of {host}" for host in kinds}
@@ -148,7 +150,7 @@ def test_peers_none_of_which_is_reached_learn_that_from_a_helper(stack: ExitStac
 
 
 @pytest.mark.full
-def test_all_go_on_without_the_helper_that_has_introduced_them(stack: ExitStack, folder: Path, local: Any) -> None:
+def test_direct_ways_continue_after_the_relay_has_died(stack: ExitStack, folder: Path, local: Any) -> None:
     behind = Behind(stack, folder, netlab.NAMED[KINDS["client"]], helpers=1)
     wanted = local.generate(**prompt(), **GREEDY)
     with behind.lab.inside("client"):
@@ -171,7 +173,7 @@ def test_all_go_on_without_the_helper_that_has_introduced_them(stack: ExitStack,
 
 
 @pytest.mark.full
-def test_an_answer_goes_on_through_another_helper(stack: ExitStack, folder: Path, local: Any) -> None:
+def test_an_answer_continues_through_another_relay(stack: ExitStack, folder: Path, local: Any) -> None:
     behind = Behind(stack, folder, ANY_PORT, helpers=2)
     wanted = local.generate(**prompt(), **GREEDY)
     killed: list[str] = []

@@ -61,7 +61,7 @@ def test_a_silent_directory_ends_no_generation_and_forbids_none(
         directory.peers(model.swarm.facts.fingerprint)
 
 
-def test_peers_that_are_measured_tell_how_busy_they_are(swarm: LocalSwarm) -> None:
+def test_measured_peers_report_their_load(swarm: LocalSwarm) -> None:
     model = swarm.model()
     model.generate(**prompt(), **GREEDY)
     records = model.swarm.peers()
@@ -92,7 +92,7 @@ def test_a_hop_is_replaced_while_the_directory_is_silent(
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
-def test_peers_tell_how_far_a_session_has_come(swarm: LocalSwarm) -> None:
+def test_peers_report_the_progress_of_a_session(swarm: LocalSwarm) -> None:
     model = swarm.model()
     stranger = swarm.connect(Identity.generate())
     stranger.peers()
@@ -108,7 +108,7 @@ def test_peers_tell_how_far_a_session_has_come(swarm: LocalSwarm) -> None:
             assert model.swarm.ping(hop.endpoint).result(20.0).holds is None
 
 
-def test_peers_tell_how_far_training_has_come(swarm: LocalSwarm) -> None:
+def test_peers_report_the_progress_of_training(swarm: LocalSwarm) -> None:
     model = swarm.model()
     ids = prompt()["input_ids"]
     model(

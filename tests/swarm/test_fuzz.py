@@ -536,7 +536,7 @@ def test_a_fork_bomb_copies_nothing(running: LocalSwarm, attacker: Attacker) -> 
 
 
 @pytest.mark.full
-def test_an_endless_queue_of_small_steps(attacker: Attacker) -> None:
+def test_the_queue_of_small_steps_is_bounded(attacker: Attacker) -> None:
     attacker.say(attacker.open(SESSIONS[0], reservation=2000))
     forks = tuple(Fork(1, 1) for _ in range(900))
     slowest = 0.0

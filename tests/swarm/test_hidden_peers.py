@@ -100,7 +100,7 @@ def test_better_ways_are_found_meanwhile(swarm: LocalSwarm, local: Any) -> None:
 
 
 @pytest.mark.usefixtures("no_holes")
-def test_a_helper_dies_in_the_middle_and_the_answer_goes_on(swarm: LocalSwarm, local: Any) -> None:
+def test_an_answer_continues_when_a_relay_dies(swarm: LocalSwarm, local: Any) -> None:
     swarm.add(0, 3, relay_port=0)
     swarm.add(0, 3, relay_port=0)
     add_hidden(swarm, 3, 6, relays=2)
@@ -118,7 +118,7 @@ def test_a_helper_dies_in_the_middle_and_the_answer_goes_on(swarm: LocalSwarm, l
 
 
 @pytest.mark.usefixtures("no_holes")
-def test_a_node_of_the_dht_helps_and_people_are_told(
+def test_a_bootstrap_node_is_a_relay_and_prints_that(
     swarm: LocalSwarm, node: Directory, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     identity = Identity.generate()
@@ -141,7 +141,7 @@ def test_a_node_of_the_dht_helps_and_people_are_told(
     assert relay not in find_helpers(node)
 
 
-def test_a_peer_asks_others_and_looks_for_helpers(
+def test_a_peer_asks_whether_it_is_reachable_and_looks_for_relays(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, node: Directory
 ) -> None:
     """Peers on loopback ask no other peers, so in this test all addresses count as addresses on the internet."""
@@ -212,7 +212,9 @@ def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_he
 
 
 @pytest.mark.usefixtures("no_holes")
-def test_who_joins_through_a_peer_finds_helpers_of_the_dht(swarm: LocalSwarm, node: Directory, local: Any) -> None:
+def test_a_process_that_joins_through_a_peer_finds_relays_of_the_dht(
+    swarm: LocalSwarm, node: Directory, local: Any
+) -> None:
     with relaying(node, Identity.generate(), "127.0.0.1", 0, None) as relay:
         wait_until(lambda: relay in find_helpers(node))
         first = swarm.add(0, 3)

@@ -63,7 +63,7 @@ def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.full
-def test_a_peer_that_has_worked_comes_into_a_full_directory(
+def test_a_peer_with_a_proof_of_work_enters_a_full_directory(
     few_places: None, swarm: LocalSwarm, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("splitnet.security.identity.WORK_BITS", 5)
@@ -93,7 +93,7 @@ def test_a_client_opens_nothing_at_peers_that_are_silent(swarm: LocalSwarm, loca
         client.close()
 
 
-def test_one_key_lists_few_models(swarm: LocalSwarm) -> None:
+def test_models_of_one_key_are_bounded(swarm: LocalSwarm) -> None:
     model = swarm.peers[0].checkpoint.fingerprint
     list_models(swarm.addresses, model, count=500)
     with Directory.start(initial_peers=swarm.addresses) as reader:
@@ -119,7 +119,7 @@ def test_readers_find_the_peers_while_strangers_hide_them(swarm: LocalSwarm) -> 
         assert all(attack.result() for attack in attacks)
 
 
-def test_a_peer_that_tells_of_nobody_hides_nobody(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_returns_no_records_hides_none(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client asks another peer for changes each time."""
     liar = swarm.peers[0]
     client = swarm.join()
@@ -146,7 +146,7 @@ def test_blocks_that_only_fakes_serve_are_chosen_by_a_peer_that_joins(folder: Pa
 
 
 @pytest.mark.full
-def test_fakes_make_no_peer_move_and_keep_none_from_moving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fake_peers_neither_cause_nor_prevent_moves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "QUICK_LOOK_S", 1e6)  # peers only look when the test tells them to
     with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as swarm:
         spare = swarm.add(0, 2, wish=memory_for(folder, 2))

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.swarm
 MEMORY_BOUND = 192 * 2**20
 
 
-def test_a_peer_answers_on_and_keeps_its_memory(tmp_path: Path, node: Directory) -> None:
+def test_a_peer_keeps_answering_with_bounded_memory(tmp_path: Path, node: Directory) -> None:
     folder = random_checkpoint("llama", tmp_path, blocks=4, hidden=64)
     ids = torch.arange(9)[None] + 3
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
@@ -56,7 +56,7 @@ def announce(node: Directory, hop: HostileHop, facts: ModelFacts) -> None:
 
 
 @pytest.mark.full
-def test_a_client_goes_on_and_keeps_its_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_keeps_working_with_bounded_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = random_checkpoint("llama", tmp_path, blocks=4, hidden=64)
     checkpoint = Checkpoint.open(folder)
     facts = ModelFacts.of(checkpoint)
@@ -79,7 +79,7 @@ def test_a_client_goes_on_and_keeps_its_memory(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.full
-def test_a_node_of_the_directory_answers_on_and_keeps_its_memory() -> None:
+def test_a_node_of_the_directory_keeps_answering_with_bounded_memory() -> None:
     identity = Identity.generate()
     record = fake_record(identity, requests.MODEL)
     with dht_node() as node, Directory.start(initial_peers=node.addresses) as reader:

@@ -23,7 +23,7 @@ MOST_MIB = 64
 
 @pytest.mark.default_cases(kind=("Floods",))
 @pytest.mark.parametrize("kind", attacks.HOSTILE)
-def test_a_hidden_peer_is_reached_beside_hostile_helpers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_peer_is_reached_despite_hostile_relays(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also asserts bounds on the memory and descriptors of the process."""
     monkeypatch.setattr(unreachable, "JOIN_S", 1.5)  # wait for a silent relay; three are tried at a time
     attacks.hostile_helpers(kind, seconds=SECONDS)
@@ -31,7 +31,7 @@ def test_a_hidden_peer_is_reached_beside_hostile_helpers(kind: str, monkeypatch:
 
 @pytest.mark.default_cases(name=("flood",))
 @pytest.mark.parametrize("name", attacks.ATTACKS)
-def test_members_are_served_beside_strangers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_are_served_despite_strangers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(punch, "PUNCH_S", 0.0)
     bounds, attack = RelayBounds(), attacks.ATTACKS[name]
     with ExitStack() as stack:

@@ -116,7 +116,7 @@ def reached_within(seconds: float, endpoint: Endpoint) -> bool:
     return False
 
 
-def test_a_key_that_is_taken_away_is_served_no_longer(node: Directory, own_folder: Path, tmp_path: Path) -> None:
+def test_a_removed_key_is_not_served(node: Directory, own_folder: Path, tmp_path: Path) -> None:
     removed, kept = Identity.generate(), Identity.generate()
     keys = tmp_path / "authorized_keys"
     keys.write_text(f"{removed.public.text}\n{kept.public.text}\n")
@@ -155,7 +155,7 @@ class TakenAway(BaseStreamer):
         pass
 
 
-def test_a_session_whose_key_is_taken_away_ends_at_that_hop_and_says_so_at_once(
+def test_a_session_of_a_removed_key_ends_at_once_with_an_error(
     node: Directory, own_folder: Path, tmp_path: Path
 ) -> None:
     client, keys = Identity.generate(), tmp_path / "authorized_keys"
@@ -176,7 +176,7 @@ def test_a_session_whose_key_is_taken_away_ends_at_that_hop_and_says_so_at_once(
         assert peer.counters.ended[SessionEnd.REVOKED] == 1
 
 
-def test_next_hops_by_name_are_refused_and_stall_nobody(running: LocalSwarm, local: Any) -> None:
+def test_next_hops_with_host_names_are_refused_and_stall_no_session(running: LocalSwarm, local: Any) -> None:
     peer = running.peers[0]
     with honest(running, local):
         answers = attacks.hosts_by_name(peer.endpoint, seconds=1, model=peer.checkpoint.fingerprint, blocks=BLOCKS)
@@ -186,7 +186,7 @@ def test_next_hops_by_name_are_refused_and_stall_nobody(running: LocalSwarm, loc
         assert "IP" in answer.text
 
 
-def test_a_peer_does_not_tell_what_listens_where(running: LocalSwarm) -> None:
+def test_a_peer_does_not_reveal_open_ports(running: LocalSwarm) -> None:
     peer = running.peers[0]
     with _listener(b"") as silent, _listener(b"SSH-2.0-OpenSSH_9.6\r\n") as talking, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

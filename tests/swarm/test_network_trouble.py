@@ -84,7 +84,7 @@ class Then:
 
 @pytest.mark.full
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_what_a_lost_hop_says_late_changes_nothing(network: Network, local: Any, index: int) -> None:
+def test_late_messages_of_a_lost_hop_change_nothing(network: Network, local: Any, index: int) -> None:
     held: list[Proxy] = []
 
     def hold() -> None:
@@ -108,7 +108,7 @@ def test_what_a_lost_hop_says_late_changes_nothing(network: Network, local: Any,
 
 @pytest.mark.default_cases(index=(0,))
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_network_that_stops_is_found_out_in_time(
+def test_a_stopped_network_is_detected_in_time(
     network: Network, local: Any, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(liveness, "MAX_SILENCE_S", LONG_S)
@@ -201,7 +201,7 @@ def test_a_hop_that_is_lost_during_a_prefill(
     assert torch.equal(got, local.generate(longer, attention_mask=torch.ones_like(longer), **options))
 
 
-def test_a_prompt_on_a_slow_way_is_not_taken_for_lost(
+def test_a_prompt_on_a_slow_uplink_does_not_count_as_lost(
     network: Network, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.3)
@@ -221,7 +221,7 @@ def test_a_prompt_on_a_slow_way_is_not_taken_for_lost(
 
 
 @pytest.mark.full
-def test_a_peer_that_nobody_can_replace_is_used_again_once_it_answers(folder: Path, local: Any) -> None:
+def test_a_peer_without_a_replacement_is_used_again_when_it_answers(folder: Path, local: Any) -> None:
     with proxies(1) as (proxy,), local_swarm(folder, [SPANS[0]]) as swarm:
         middle = swarm.add(*SPANS[1], public_host=f"127.0.0.1:{proxy.port}")
         proxy.target = middle.transport.port

@@ -90,7 +90,7 @@ def test_a_port_is_opened_renewed_and_given_back(
         kept.close()
 
 
-def test_without_such_a_router_it_is_said_what_was_tried(stack: ExitStack) -> None:
+def test_without_a_router_that_maps_ports_the_error_names_the_attempts(stack: ExitStack) -> None:
     lab = opened(stack)
     with lab.inside("home"), pytest.raises(MappingError, match="NAT-PMP: the router does not support it; UPnP: "):
         PortMapping(PORT).open()
@@ -154,7 +154,7 @@ def test_a_router_that_lies_or_refuses(first: bytes, second: bytes, monkeypatch:
 
 
 @pytest.mark.parametrize("told", [b"", b"[]", b'["x", 1]', b'["0.0.0.0", 1]', b"{}", b'["44.77.0.1", 65536]', None])
-def test_a_router_that_lies_by_upnp_or_takes_for_ever(told: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_that_lies_by_upnp_or_hangs(told: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> str:
         raise MappingError("none")
 
@@ -171,7 +171,7 @@ def test_a_router_that_lies_by_upnp_or_takes_for_ever(told: bytes | None, monkey
         PortMapping(PORT).open()
 
 
-def test_nothing_but_the_router_has_requests_sent_by_upnp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upnp_requests_are_sent_only_to_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request to another address could reach services that only listen for this machine."""
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as router, ExitStack() as others:
         router.bind(("127.0.0.1", 0))
@@ -283,7 +283,7 @@ def test_a_mapped_port_is_announced_once_others_reach_it(
 
 
 @pytest.mark.full
-def test_a_port_that_nobody_reaches_is_not_announced(
+def test_a_port_that_is_not_reached_is_not_announced(
     stack: ExitStack, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lies: list[str] = []

@@ -99,9 +99,7 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
         ("symmetric", "symmetric"),
     ],
 )
-def test_a_peer_behind_a_router_is_reached_without_a_helper_in_the_end(
-    stack: ExitStack, peer: str, caller: str
-) -> None:
+def test_a_peer_behind_a_router_is_finally_reached_without_a_relay(stack: ExitStack, peer: str, caller: str) -> None:
     lab = Lab(stack, peer, caller)
     endpoint = lab.endpoint()
     ask(lab.caller, endpoint, b"first")
@@ -112,7 +110,7 @@ def test_a_peer_behind_a_router_is_reached_without_a_helper_in_the_end(
     assert lab.caller.states == [(endpoint, LinkState.UP)]
 
 
-def test_helpers_stay_where_routers_give_every_connection_any_port(
+def test_streams_stay_relayed_where_routers_give_connections_random_ports(
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(punch, "PUNCH_S", 1.5)
@@ -126,7 +124,7 @@ def test_helpers_stay_where_routers_give_every_connection_any_port(
     assert lab.caller.tunnels.way(endpoint) is Way.RELAYED
 
 
-def test_nothing_comes_through_a_router_unasked(stack: ExitStack) -> None:
+def test_a_router_blocks_unrequested_packets(stack: ExitStack) -> None:
     lab = Lab(stack, "port-restricted", PUBLIC)
     direct = lab.endpoint(relayed=False)
     lab.caller.transport.send(direct, [b"x"])

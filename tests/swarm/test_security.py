@@ -125,7 +125,7 @@ def test_a_session_belongs_to_the_key_that_opened_it(node: Directory, own_folder
         session.close()
 
 
-def test_an_endpoint_with_a_wrong_key_is_never_spoken_to(node: Directory, own_folder: Path) -> None:
+def test_an_endpoint_with_a_wrong_key_gets_no_messages(node: Directory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6)], node=node) as swarm:
         client = swarm.connect()
         wrong = Endpoint(swarm.peers[0].endpoint.address, Identity.generate().public)

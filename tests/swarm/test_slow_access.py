@@ -52,7 +52,7 @@ def model(lab: netlab.Lab, folder: Path) -> Iterator[RemoteCausalLM]:
 
 
 @pytest.mark.full
-def test_prompts_that_wait_for_each_other_are_not_taken_for_lost(
+def test_prompts_that_wait_for_each_other_do_not_count_as_lost(
     lab: netlab.Lab, model: RemoteCausalLM, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pings and the messages that open the next session wait behind the prompts, too."""

@@ -55,7 +55,7 @@ def slow_announcer(directory: Slow, refresh_s: float = 1000.0) -> tuple[Announce
     return announcer, looked
 
 
-def test_two_that_publish_at_once_do_not_overtake_each_other(caplog: pytest.LogCaptureFixture) -> None:
+def test_two_threads_that_publish_keep_the_order_of_records(caplog: pytest.LogCaptureFixture) -> None:
     """Otherwise the record that was made first could arrive last and be refused, and the warning would blame the
     clock."""
     directory = Slow()
@@ -73,7 +73,7 @@ def test_two_that_publish_at_once_do_not_overtake_each_other(caplog: pytest.LogC
     assert directory.taken == sorted(directory.taken) and not caplog.records
 
 
-def test_changes_are_told_at_once_but_not_without_end() -> None:
+def test_changes_are_published_at_once_up_to_a_bound() -> None:
     directory = Slow()
     announcer, looked = slow_announcer(directory)
     directory.go_on.release(1000)
@@ -87,7 +87,7 @@ def test_changes_are_told_at_once_but_not_without_end() -> None:
     assert len(looked) == 1
 
 
-def test_who_has_moved_says_so_and_looks_around_again() -> None:
+def test_a_moved_machine_is_announced_and_measures_peers_again() -> None:
     directory = Slow()
     announcer, looked = slow_announcer(directory)
     directory.go_on.release(1000)

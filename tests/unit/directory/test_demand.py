@@ -59,7 +59,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_gateway_tells_what_it_is_asked_for_until_it_closes() -> None:
+def test_a_gateway_publishes_its_demand_until_it_closes() -> None:
     directory, now = Kept(), [0.0]
     publisher = DemandPublisher(directory, IDENTITY, clock=lambda: now[0])
     assert demand_of(directory) == {}

@@ -36,7 +36,7 @@ def pieces(codec: Codec, payload: bytes, hidden: int) -> list[bytes]:
     return [payload[start : start + size] for start in range(0, len(payload), size)]
 
 
-def test_names_and_numbers_lead_to_the_same_codec() -> None:
+def test_a_codec_is_found_by_name_and_by_number() -> None:
     assert {codec_by_name(name) for name in CODECS} == {codec_by_code(codec.code) for codec in CODECS.values()}
     assert all(CODECS[name].name == name for name in CODECS)
     assert DEFAULT_INT8 in CODECS
@@ -273,7 +273,7 @@ def test_only_matrices_of_floats_are_encoded(name: str, rows: torch.Tensor) -> N
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_views_and_gradients_do_not_matter_and_the_input_is_untouched(name: str) -> None:
+def test_views_and_gradients_are_encoded_alike_and_the_input_is_unchanged(name: str) -> None:
     codec, rows = CODECS[name], activations(5, 576, seed=7)
     before = rows.clone()
     payload = codec.encode(rows)
@@ -284,7 +284,7 @@ def test_views_and_gradients_do_not_matter_and_the_input_is_untouched(name: str)
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.filterwarnings("error")
-def test_decoded_memory_is_its_own(name: str) -> None:
+def test_decoded_tensors_own_their_memory(name: str) -> None:
     codec = CODECS[name]
     payload = codec.encode(activations(2, 100, seed=8))
     first = codec.decode(payload, 2, 100)

@@ -91,7 +91,7 @@ def contents(log: SentLog, positions_per_step: int = 1000) -> dict[int, list[byt
 
 
 @given(st.data())
-def test_a_replay_gives_what_was_last_sent(data: st.DataObject) -> None:
+def test_a_replay_gives_the_rows_that_were_sent_last(data: st.DataObject) -> None:
     model, log = Model(), SentLog(codec=0, bytes_per_position=SIZE)
     for _ in range(data.draw(st.integers(1, 12), "steps")):
         sent = model.step(data)
@@ -114,7 +114,7 @@ def test_a_step_that_is_logged_twice_changes_nothing(data: st.DataObject) -> Non
         assert contents(log) == once
 
 
-def test_a_fork_goes_its_own_way() -> None:
+def test_a_fork_does_not_change_its_source() -> None:
     log = SentLog(codec=0, bytes_per_position=1)
     log.record([Chunk(1, 0, 3, 0)], None, b"abc")
     log.record([Chunk(1, 3, 1, 0), Chunk(2, 3, 1, 0)], [Fork(1, 1), Fork(2, 1)], b"de")
@@ -141,7 +141,7 @@ def test_no_forks_keep_the_rows_and_an_empty_list_drops_them() -> None:
     ],
     ids=["gap", "gap in a new row", "fork of nothing", "gap in the second part"],
 )
-def test_what_does_not_fit_is_refused_and_changes_nothing(parts: list[Chunk], forks: list[Fork] | None) -> None:
+def test_invalid_steps_are_refused_and_change_nothing(parts: list[Chunk], forks: list[Fork] | None) -> None:
     log = SentLog(codec=0, bytes_per_position=1)
     log.record([Chunk(1, 0, 2, 0)], None, b"ab")
     log.record([Chunk(9, 0, 1, 0)], None, b"c")
@@ -211,7 +211,7 @@ cut_lists = st.lists(st.integers(1, 24), max_size=6)
 
 
 @given(text=texts, cuts=cut_lists, others=cut_lists, page=st.integers(1, 5))
-def test_labels_follow_from_the_text_alone(
+def test_labels_depend_only_on_the_text(
     text: list[tuple[bytes, int]], cuts: list[int], others: list[int], page: int
 ) -> None:
     with pages_of(page):
@@ -222,7 +222,7 @@ def test_labels_follow_from_the_text_alone(
 
 
 @given(text=texts, cuts=cut_lists, page=st.integers(1, 5), at=st.integers(0, 23), what=st.booleans())
-def test_another_position_or_reach_changes_all_labels_behind_it(
+def test_another_position_or_reach_changes_all_later_labels(
     text: list[tuple[bytes, int]], cuts: list[int], page: int, at: int, what: bool
 ) -> None:
     at %= len(text)
@@ -243,7 +243,7 @@ def recorded(data: st.DataObject, model: Model, client: SentLog) -> Iterator[tup
 
 
 @given(data=st.data(), page=st.integers(1, 4))
-def test_a_hop_knows_the_labels_of_what_it_holds(data: st.DataObject, page: int) -> None:
+def test_a_hop_knows_the_labels_of_its_pages(data: st.DataObject, page: int) -> None:
     """After any steps, rewinds and forks. The next hop after a replay has the same labels, and so has a new client."""
     model, client, hop = Model(), SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
     with pages_of(page):
@@ -260,7 +260,7 @@ def test_a_hop_knows_the_labels_of_what_it_holds(data: st.DataObject, page: int)
 
 
 @given(data=st.data(), page=st.integers(1, 4))
-def test_a_hop_that_misses_labels_has_none_behind(data: st.DataObject, page: int) -> None:
+def test_a_hop_that_misses_labels_has_no_later_ones(data: st.DataObject, page: int) -> None:
     """Steps without labels leave gaps; later pages get no wrong labels."""
     model, client, hop = Model(), SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
     with pages_of(page):
@@ -273,7 +273,7 @@ def test_a_hop_that_misses_labels_has_none_behind(data: st.DataObject, page: int
 
 
 @given(text=texts, cuts=cut_lists, page=st.integers(1, 4), kept=st.integers(0, 24), step=st.integers(1, 7))
-def test_pages_and_what_is_replayed_since_make_the_whole_row(
+def test_pages_and_a_replay_of_the_rest_make_the_whole_row(
     text: list[tuple[bytes, int]], cuts: list[int], page: int, kept: int, step: int
 ) -> None:
     with pages_of(page):
@@ -300,7 +300,7 @@ def test_pages_and_what_is_replayed_since_make_the_whole_row(
         assert [(each.payload, each.reach) for each in hop.replay()] == [(e.payload, e.reach) for e in log.replay()]
 
 
-def test_what_a_log_lacks_is_no_page() -> None:
+def test_a_page_that_is_not_logged_is_an_error() -> None:
     with pages_of(2):
         log = labelled([(b"abc", 0)] * 5, [])
         assert log.page(1, 1) == (b"abcabc", 0)

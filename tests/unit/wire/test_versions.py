@@ -132,13 +132,13 @@ def test_a_message_without_a_required_field_names_it(old: dict[str, Any]) -> Non
     decode(changed_frames(message, lambda values: values[: len(required)]))
 
 
-def test_what_a_ping_asks_for_and_its_answer_travel() -> None:
+def test_questions_of_a_ping_and_their_answers_are_on_the_wire() -> None:
     ping = Ping(1, b"padding", bytes(range(16)), load=True)
     pong = Pong(1, 2.5, 100, 3, 4, True, 5, (Timing(6, 7, 8),), (LoadReport(9.5, 0.25, 1.5e9),))
     assert (decode(encode(ping)), decode(encode(pong))) == (ping, pong)
 
 
-def test_what_asks_for_hidden_states_is_left_out_where_none_are_wanted() -> None:
+def test_fields_of_hidden_states_are_omitted_where_none_are_wanted() -> None:
     """Version 0.1.0 then reads the message."""
     opening = Open(bytes(16), 1, "model", 0, 2, 128, 0, b"", b"", "")
     opened = Opened(bytes(16), 1, True, 0)
@@ -153,7 +153,7 @@ def _written(message: Any) -> int:
     return len(msgpack.unpackb(bytes(encode(message)[0])[4:]))
 
 
-def test_appended_fields_stand_behind_those_of_version_0_1_0() -> None:
+def test_appended_fields_come_after_those_of_version_0_1_0() -> None:
     for kind in (*MESSAGES, PeerRecord):
         later = ["appended" in field.metadata for field in dataclasses.fields(kind) if "check" in field.metadata]
         assert later == sorted(later), f"{kind.__name__} has a field of version 0.1.0 behind an appended one"
@@ -181,7 +181,7 @@ class Late(Early):
         (Late(3, 2, 5, True), [3, 2, 5, True]),
     ],
 )
-def test_a_writer_leaves_out_appended_defaults_at_the_end_only(late: Late, written: list[Any]) -> None:
+def test_a_writer_omits_only_trailing_appended_defaults(late: Late, written: list[Any]) -> None:
     assert Layout(Late).write(late) == written
     assert Late(**Layout(Late).read(written)) == late
     assert Early(**Layout(Early).read(written)) == Early(late.first, late.known)
