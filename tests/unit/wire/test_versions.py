@@ -1,4 +1,4 @@
-"""Versions of splitnet that read each other: bytes of an earlier version, and fields that were appended.
+"""Compatibility of versions of splitnet: bytes written by an earlier version, and appended fields.
 
 `data/wire_0968ef07.json` was written by the code of that commit (version 0.2.0.dev0), with a value in every field of
 every message and of a record; it never changes.
@@ -47,7 +47,7 @@ def frames_of(old: dict[str, Any]) -> list[bytes]:
 
 
 def plain(value: Any) -> Any:
-    """A value as the recording has it."""
+    """A value in the form of the recording."""
     if isinstance(value, bytes | memoryview):
         return bytes(value).hex()
     return [plain(item) for item in value] if isinstance(value, tuple) else value
@@ -112,7 +112,7 @@ def test_fields_of_later_versions_are_ignored(old: dict[str, Any]) -> None:
 
 
 def _all_values(message: Any) -> list[Any]:
-    """Everything that travels, without leaving out a default."""
+    """All fields on the wire, defaults included."""
     fields = [field for field in dataclasses.fields(message) if "check" in field.metadata]
     return [(field.metadata["write"] or (lambda value: value))(getattr(message, field.name)) for field in fields]
 
@@ -129,13 +129,13 @@ def test_a_message_without_a_required_field_names_it(old: dict[str, Any]) -> Non
     decode(changed_frames(message, lambda values: values[: len(required)]))
 
 
-def test_what_a_ping_asks_for_and_its_answer_travel() -> None:
+def test_questions_of_a_ping_and_their_answers_are_on_the_wire() -> None:
     ping = Ping(1, b"padding", bytes(range(16)), load=True)
     pong = Pong(1, 2.5, 100, 3, 4, True, 5, (Timing(6, 7, 8),), (LoadReport(9.5, 0.25, 1.5e9),))
     assert (decode(encode(ping)), decode(encode(pong))) == (ping, pong)
 
 
-def test_what_asks_for_hidden_states_is_left_out_where_none_are_wanted() -> None:
+def test_fields_of_hidden_states_are_omitted_where_none_are_wanted() -> None:
     opening = Open(bytes(16), 1, "model", 0, 2, 128, 0, b"", b"", "")
     opened = Opened(bytes(16), 1, True, 0)
     for message, fields in ((opening, {"taps": (1, 2), "tap_codec": 3}), (opened, {"taps": True})):
@@ -149,7 +149,7 @@ def _written(message: Any) -> int:
     return len(msgpack.unpackb(bytes(encode(message)[0])[4:]))
 
 
-def test_appended_fields_stand_behind_the_others() -> None:
+def test_appended_fields_come_last() -> None:
     for kind in (*MESSAGES, PeerRecord):
         later = ["appended" in field.metadata for field in dataclasses.fields(kind) if "check" in field.metadata]
         assert later == sorted(later), f"{kind.__name__} has a field that is always written behind an appended one"
@@ -176,7 +176,7 @@ class Late(Early):
         (Late(3, 2, 5, True), [3, 2, 5, True]),
     ],
 )
-def test_a_writer_leaves_out_appended_defaults_at_the_end_only(late: Late, written: list[Any]) -> None:
+def test_a_writer_omits_only_trailing_appended_defaults(late: Late, written: list[Any]) -> None:
     assert Layout(Late).write(late) == written
     assert Late(**Layout(Late).read(written)) == late
     assert Early(**Layout(Early).read(written)) == Early(late.first, late.known)
