@@ -1,6 +1,6 @@
-"""`splitnet simulate`: a swarm that exists only in numbers; tables and a chart of what became of its clients.
+"""`splitnet simulate`: simulates a swarm and shows its clients' results in tables and a chart.
 
-What is heavy is imported when it is used: `splitnet --help` reads this file.
+Heavy modules are imported where they are used, because `splitnet --help` imports this file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 RESULTS = "results.json"
 in_world = box("World")
 PLANNED_CLIENTS = 50
-"""With --coordinates; each is planned for in every way."""
+"""For --coordinates; routes of each client are planned with every method."""
 
 
 def simulate(
@@ -117,14 +117,14 @@ def simulate(
     _print_table(outcomes, figures, title, against=bool(against))
     if results:
         told = {"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": figures}
-        text = json.dumps(_for_json(told), indent=1, default=str, allow_nan=False)  # a path is one
+        text = json.dumps(_for_json(told), indent=1, default=str, allow_nan=False)  # `Path` is written as text
         results.write_text(text + "\n", encoding="utf-8")
     if plot:
         plot.write_text(chart(figures, f"{peers:,} peers, {worlds * clients:,} sessions"), encoding="utf-8")
 
 
 def _make_way_for(*files: Path | None) -> None:
-    """Makes folders, and sees whether files can be written, before anything is computed for them."""
+    """Makes folders, and checks that files can be written, before the computation."""
     for file in files:
         if file is None:
             continue
@@ -139,7 +139,7 @@ def _make_way_for(*files: Path | None) -> None:
 
 
 def _for_json(value: Any) -> Any:
-    """JSON has no infinity, and no value that is not a number."""
+    """Replaces infinity and NaN, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _for_json(item) for key, item in cast("dict[str, Any]", value).items()}
     if isinstance(value, float) and not math.isfinite(value):
@@ -159,7 +159,7 @@ def _policies(wanted: list[str]) -> list[str]:
 
 
 def _run(all_settings: list[Settings], names: list[str]) -> dict[str, list[Outcome]]:
-    """What became of each policy in each world. One world after the other, so that only one is in memory."""
+    """The results of each policy in each world. One world after the other, so that only one is in memory."""
     from simulator.outcome import simulate as simulate_policy
     from simulator.policies import POLICIES
     from simulator.world import World
@@ -185,14 +185,14 @@ COLUMNS: Final[Sequence[tuple[str, str, str]]] = (
     ("hops", "hops_mean", ".1f"), ("load\nGini", "utilisation_gini", ".2f"), ("\nmax", "utilisation_max", ".2f"),
     ("peer\nmoves", "peer_moves", ".0f"), ("session\nmoves", "session_moves", ".0f"), ("repairs", "repairs", ".0f"),
 )  # fmt: skip
-"""Heading, figure and form of each column."""
+"""Heading, figure and format of each column."""
 COMPARED: Final = COLUMNS[:6]
 
 
 def _print_table(
     outcomes: dict[str, list[Outcome]], figures: dict[str, dict[str, float]], title: str, *, against: bool
 ) -> None:
-    """A row for each policy; `against`: with differences to our own."""
+    """One row per policy; `against`: with differences to our own."""
     from simulator.outcome import differences
     from simulator.policies import POLICIES
 
@@ -246,13 +246,13 @@ PANELS: Final[Sequence[tuple[str, Sequence[str]]]] = (
     ("time per token, ms: p50 | p95 (log)", ("token_p50_ms", "token_p95_ms")),
     ("failed sessions", ("failed",)),
 )
-"""Titles, and the two figures from and to which a line goes, or the one that a bar shows."""
+"""Titles, and the two figures between which a line is drawn, or the one figure of a bar."""
 
 
 def chart(figures: Mapping[str, Mapping[str, float]], title: str) -> str:
-    """An SVG document: a row for each policy, a panel for each quantity, the policies of splitnet in a colour."""
+    """An SVG document: a row for each policy, a panel for each quantity, splitnet's policies coloured."""
     from matplotlib import rc_context  # pyright: ignore[reportUnknownVariableType]
-    from matplotlib.figure import Figure  # without pyplot there is no window, and no global state
+    from matplotlib.figure import Figure  # without pyplot there is no window and no global state
 
     from simulator.policies import POLICIES
 
@@ -263,7 +263,7 @@ def chart(figures: Mapping[str, Mapping[str, float]], title: str) -> str:
     for axes, (quantity, shown) in zip(panels, PANELS, strict=True):
         axes.set_title(quantity, fontsize="medium")
         axes.set_yticks(range(len(labels)), labels)
-        axes.margins(x=0.4)  # for the numbers behind
+        axes.margins(x=0.4)  # room for the numbers
         if len(shown) > 1:
             axes.set_xscale("log")
         for row, (label, values) in enumerate(zip(labels, figures.values(), strict=True)):
