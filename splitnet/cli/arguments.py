@@ -1,7 +1,7 @@
-"""Arguments that several commands share, and how their texts are read.
+"""Arguments that several commands share, and the parsers of their texts.
 
-An option with `envvar` means the same in all of its commands, so that it can be set for all at once: by that variable,
-or under `[common]` in the configuration file, see `splitnet/cli/configuration.py`.
+An option with `envvar` has the same meaning in all of its commands. That variable, or `[common]` in the configuration
+file, sets the option for all its commands, see `splitnet/cli/configuration.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ in_network = box("Network")
 
 
 def checked_addresses(addresses: list[str] | None) -> list[str] | None:
-    """Refuses what is not even written as an address before anything slow begins."""
+    """Refuses malformed addresses before slow work begins."""
     for address in addresses or ():
         if address.startswith("tcp://"):
             from splitnet.transport.addresses import check_peer_address
@@ -65,7 +65,7 @@ def _checked_codec(name: str) -> str:
 
 
 def _checked_device(name: str) -> str:
-    """Refuses what is no name of a device before anything slow begins; whether it is there is seen later."""
+    """Refuses malformed names of devices before slow work begins; `find_device` later checks that it exists."""
     if not DEVICE_NAME.fullmatch(name):
         raise SplitnetError(f"there is no device {name!r}: use --device auto, cpu, cuda, cuda:1, mps or xpu")
     return name
@@ -119,9 +119,9 @@ Device = Annotated[
 
 
 def one_identity(context: typer.Context, value: Path | None) -> Path | None:
-    """Refuses keys of the command line beside an invitation, which takes the place of those set elsewhere.
+    """Refuses keys on the command line together with an invitation, which replaces keys that are set elsewhere.
 
-    A callback of each of these options, as they are read in any order.
+    The callback of all three options, because click may process these options in any order.
     """
     names = ("invite", "swarm_key", "key_file")
     invited, *keys = (getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in names)
@@ -306,9 +306,9 @@ CONNECTING: dict[str, Any] = {
 
 
 def connects(*, only: Collection[str] = (), without: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Gives a command these options in the place of its parameter `connecting`, which stands behind a `*`.
+    """Replaces a command's keyword-only parameter `connecting` by these options.
 
-    It has those of the fields `only` (none: all), `without` some.
+    only: names of fields of `ConnectionOptions`; empty: all. without: fields to leave out.
     """
     options: dict[str, inspect.Parameter] = {}
     for name, annotation in CONNECTING.items():
@@ -331,7 +331,7 @@ def connects(*, only: Collection[str] = (), without: Collection[str] = ()) -> Ca
             command(**given, connecting=chosen)
 
         with_options.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
-        del with_options.__wrapped__  # its signature is that of the command
+        del with_options.__wrapped__  # `__signature__` applies instead of the command's signature
         with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return with_options
 
@@ -339,14 +339,14 @@ def connects(*, only: Collection[str] = (), without: Collection[str] = ()) -> Ca
 
 
 def as_arguments(options: ConnectionOptions) -> list[str]:
-    """What these options differ from the defaults in, as another command takes it."""
+    """The options that differ from the defaults, as arguments of another command."""
     arguments: list[str] = []
     for name, annotation in CONNECTING.items():
         value = getattr(options, name)
         if value == getattr(ConnectionOptions, name) or (options.invite and name in ("key_file", "swarm_key")):
             continue
         (option,) = annotation.__metadata__
-        flag, _, opposite = option.default.partition("/")  # where typer keeps the flags
+        flag, _, opposite = option.default.partition("/")  # typer keeps the flags here
         if isinstance(value, bool):
             arguments.append(flag if value else opposite)
             continue
@@ -356,7 +356,7 @@ def as_arguments(options: ConnectionOptions) -> list[str]:
 
 
 EXTRAS = {"plot": ("matplotlib",), "serve": ("fastapi", "llguidance", "uvicorn"), "tune": ("peft",)}
-"""The packages of each extra in pyproject.toml, which `pip install splitnet` does not bring."""
+"""The packages of each extra in pyproject.toml, which `pip install splitnet` does not install."""
 
 
 def has(extra: str) -> bool:
@@ -364,27 +364,30 @@ def has(extra: str) -> bool:
 
 
 def require(extra: str, what: str) -> None:
-    """Raises SplitnetError if `what` needs the packages of an extra that are not installed; it says how to install."""
+    """Raises SplitnetError with the installation command if `what` needs packages of an extra that are not
+    installed.
+    """
     if not has(extra):
         raise SplitnetError(f"{what} needs packages that are not installed: run `pip install 'splitnet[{extra}]'`")
 
 
 def quiet_libraries() -> None:
-    """Keeps progress bars and advice of transformers and the hub client out of what the commands print, and has the
-    client's log written once, as all others."""
+    """Keeps progress bars and advice of transformers and the hub client out of the commands' output, and has the
+    client's log written once, like all other logs.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Where that is set, the client warns of transformers, which hides bars and shows them again.
+    # If that variable is set, the client warns about transformers, which hides and shows progress bars.
     warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars", module="huggingface_hub")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    importlib.import_module("huggingface_hub.utils.logging")  # which adds a handler of its own
+    importlib.import_module("huggingface_hub.utils.logging")  # adds a handler
     logging.getLogger("huggingface_hub").handlers.clear()
 
 
 def resolve_model(model: str) -> str:
-    """The checkpoint that a model argument stands for; prepares the demo model if it is asked for."""
+    """The checkpoint that a model argument names; prepares the demo model on request."""
     from splitnet.checkpoint.demo import DEMO_NAME, demo_checkpoint
 
     quiet_libraries()
@@ -397,7 +400,7 @@ def resolve_model(model: str) -> str:
 
 
 def parse_blocks(text: str) -> tuple[int, int]:
-    """Start and end of a text such as `0:10`, blocks 0 to 9."""
+    """Start and end of a range such as `0:10`, blocks 0 to 9."""
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
     if match is None or int(match[1]) >= int(match[2]):
         raise SplitnetError(f"{text!r} is not a range of blocks: write START:END, as 0:10 for blocks 0 to 9")
@@ -405,7 +408,7 @@ def parse_blocks(text: str) -> tuple[int, int]:
 
 
 def parse_host_port(text: str) -> tuple[str, int]:
-    """Host and port of a text such as `9100`, which is on this machine alone, `0.0.0.0:9100` or `[::]:9100`."""
+    """Host and port of a text such as `9100` (this machine only), `0.0.0.0:9100` or `[::]:9100`."""
     match = re.fullmatch(r"(?:(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):)?(\d{1,5})", text.strip())
     if match is None or int(match[2]) > 65535:
         raise SplitnetError(f"{text!r} is no place to listen: write PORT or HOST:PORT, with port 0 for any free one")

@@ -1,8 +1,8 @@
-"""Options from elsewhere than the command line: environment variables, then one TOML file.
+"""Options from environment variables, then from one TOML file.
 
 `splitnet peer --kv-memory` is `SPLITNET_PEER_KV_MEMORY`, and `kv-memory` in the table `[peer]` of the file. An option
-that means the same in several commands is declared with `envvar` (`splitnet/cli/arguments.py`): it can be set for all
-of them by that variable and in the table `[common]`, which also holds the options before the command.
+with the same meaning in several commands is declared with `envvar` (`splitnet/cli/arguments.py`): that variable and the
+table `[common]` set it for all its commands. `[common]` also contains the options before the command.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _MEANT = {
     "ps": "'status'",
     "train": "'tune'",
 }
-"""What commands of other programs are called here; the most alike word would be another command."""
+"""Commands of other programs, with the commands that do the same here, which spelling alone would not suggest."""
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a text in quotes"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An option under all of its names."""
+    """An option with all of its names."""
 
-    command: str  # that has it; `common` for the options before the command
+    command: str  # of the option; `common` for the options before the command
     parameter: Any  # click's
-    kind: type  # type of the value, or of each value of an option that is repeatable
+    kind: type  # type of the value, or of each value of a repeatable option
     repeatable: bool
     shared: str  # name of the variable that sets it in several commands; "" if there is none
 
@@ -55,18 +55,18 @@ class Setting:
 
     @property
     def variables(self) -> list[str]:
-        """Environment variables that set it; the first that is set counts."""
+        """Environment variables that set the option; the first set variable counts."""
         path = [_PREFIX, self.key] if self.command == COMMON else [_PREFIX, self.command, self.key]
         own = "_".join(path).upper().replace("-", "_")
         return [own, self.shared] if self.shared else [own]
 
     @property
     def is_common(self) -> bool:
-        """Whether the table `[common]` may hold it."""
+        """Whether the table `[common]` may contain the option."""
         return bool(self.shared) or self.command == COMMON
 
     def taken(self, value: Any) -> Any:
-        """What click is to take for a value from the file. Raises ConfigurationError: it is of another type."""
+        """A value from the file, converted for click. Raises ConfigurationError if it is of another type."""
         if not self.repeatable:
             return self._of_kind(value)
         if not isinstance(value, list):
@@ -74,7 +74,7 @@ class Setting:
         return [self._of_kind(item) for item in value]
 
     def check(self, value: Any, context: typer.Context) -> None:
-        """Raises ConfigurationError if the option does not allow what was `taken`."""
+        """Raises ConfigurationError if the option refuses a value of `taken`."""
         try:
             self.parameter.process_value(context, value)
         except (typer.BadParameter, SplitnetError) as error:
@@ -92,7 +92,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class _Given:
-    """A value from the file, and where it stands."""
+    """A value from the file, and its place there."""
 
     setting: Setting
     value: Any
@@ -115,11 +115,13 @@ class ConfigurableGroup(TyperGroup):
         self.settings = list(_settings(self))
         for setting in self.settings:
             setting.parameter.envvar = setting.variables
-            setting.parameter.show_envvar = False  # they follow from the flags; help would be twice as long
+            # Users can derive the names from the flags; help would be twice as long.
+            setting.parameter.show_envvar = False
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As click does; words of other programs are answered with the commands that do the same here. When the command
-        is known, what the file says of it is checked, which may load much."""
+        """Resolves a command as click does. For commands of other programs, the error names the equivalent commands of
+        splitnet. Then checks the file's values for the command, which may load large modules.
+        """
         if (word := args[0]) not in self.commands and word in _MEANT:
             ctx.fail(f"No such command {word!r}. Did you mean {_MEANT[word]}?")
         resolved = super().resolve_command(ctx, args)
@@ -131,9 +133,9 @@ class ConfigurableGroup(TyperGroup):
 
 
 def read_configuration(context: typer.Context, path: Path | None) -> Path | None:
-    """Callback of --config: takes the file as defaults of all options; without a path, the user's if there is one.
+    """Callback of --config: uses the file as defaults of all options; without a path, the user's file if it exists.
 
-    Raises ConfigurationError if the file cannot be read, or holds what no option takes.
+    Raises ConfigurationError if the file cannot be read, or contains a value that no option accepts.
     """
     file = path or platformdirs.user_config_path("splitnet") / "config.toml"
     if context.resilient_parsing or (path is None and not file.is_file()):
@@ -166,14 +168,14 @@ def _settings(group: Any) -> Iterator[Setting]:
     for name, command in ((COMMON, group), *group.commands.items()):
         types_of = typing.get_type_hints(inspect.unwrap(command.callback)) if command.callback else {}
         for parameter in command.params:
-            # Eager ones, such as --version, say what to do instead of how.
+            # Eager options, such as --version, are actions.
             if parameter.param_type_name == "option" and not parameter.is_eager and parameter.name in types_of:
                 kind, repeatable = _kind(types_of[parameter.name])
                 yield Setting(name, parameter, kind, repeatable, parameter.envvar or "")
 
 
 def _kind(annotation: Any) -> tuple[type, bool]:
-    """The type behind an annotation such as `int | None`, and whether it is that of a list's items."""
+    """The type in an annotation such as `int | None`, and whether it is the type of a list's items."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
     if typing.get_origin(annotation) is list:

@@ -1,4 +1,4 @@
-"""How a command reaches a model: the swarm, what of the model is here, and the key."""
+"""The connection of a command to a model: the swarm, the local part of the model, and the key."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _FIX = "give --join with the address that a peer of the swarm prints"
 
 
 def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
-    """Addresses to join a model's swarm with, as its peers on this network announce them; says so on stderr.
+    """Addresses to join a model's swarm, as its peers on this network announce them. Prints its finds to stderr.
 
-    Raises DirectoryError if there is none, or `lan` says that the user does not let us look.
+    Raises DirectoryError if there is none, or if `lan` forbids the search.
     """
     if not lan:
         raise DirectoryError(f"no swarm is given: {_FIX}, or look for one on this network with --lan")
@@ -63,8 +63,7 @@ def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
 
 
 def ask_network(model: str, *, lan: bool) -> list[str]:
-    """Addresses to ask what a model is, of whatever is served on this network; `model` may be empty. Errors as of
-    `find_swarm`."""
+    """Addresses of peers of any model on this network; `model` may be empty. Raises DirectoryError as `find_swarm`."""
     nodes: list[LanNode] = []
     if lan:
         with suppress(LanError), LocalNetwork("") as network:
@@ -79,9 +78,9 @@ def ask_network(model: str, *, lan: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Connection:
-    """A model (hub id, checkpoint folder or GGUF file) and the swarm that serves it, as the options of a command say.
+    """A model (hub id, checkpoint folder or GGUF file) and its swarm, by the options of a command.
 
-    Without addresses, the swarm is looked for on the local network, if the options let us.
+    Without addresses, the swarm is searched on the local network, if the options allow that.
     """
 
     model: str
@@ -89,9 +88,9 @@ class Connection:
 
     @cached_property
     def options(self) -> ConnectionOptions:
-        """Those given, with the device that was found; the user is told of one that is not the CPU, the log of all.
+        """The given options, with the device that was found. Tells the user about a device other than the CPU.
 
-        Raises SplitnetError if the device asked for is not here, or does not work.
+        Raises SplitnetError if the requested device does not exist, or does not work.
         """
         choice = find_device(self.given.device)
         if choice.device != "cpu":
@@ -99,16 +98,16 @@ class Connection:
         return replace(self.given, device=choice.device)
 
     def checkpoint(self) -> Checkpoint:
-        """The model's; errors as `Checkpoint.open`, after those of `options` and of files with keys."""
+        """The model's checkpoint. Raises errors of `options` and key files before those of `Checkpoint.open`."""
         _ = self.options, self._keys
         return Checkpoint.open(self.model, tokenizer=self.given.tokenizer)
 
     def facts_of(self, checkpoint: Checkpoint) -> ModelFacts:
-        """What is known of the model; where not all of it is here, peers are asked.
+        """The facts of the model. If parts of the model are not on this machine, peers are asked.
 
-        Raises DirectoryError if no address of the swarm answers, or none is given or found, KeyFileError if a file with
-        keys cannot be used, ModelNotFound if not all of the model is here, and no peer tells what it is, WrongSwarm if
-        it is not the one that `model_id` names.
+        Raises DirectoryError if no address of the swarm answers, or none is given or found; KeyFileError if a key file
+        cannot be used; ModelNotFound if not all of the model is here and no peer knows its facts; WrongSwarm if the
+        fingerprint is not `model_id`.
         """
         expected = self._reached.model_id
         with StageProgress() as progress:
@@ -132,7 +131,7 @@ class Connection:
         """Joins the swarm of a model. Errors as of `facts_of`."""
         identity, swarm_key, trusted = self._keys
         addresses = self._reached.initial_peers or (() if swarm_key else find_swarm(facts, lan=self.given.lan))
-        way = self.way if self.given.invite or self.given.swarm_key else None  # None: with the addresses
+        way = self.way if self.given.invite or self.given.swarm_key else None  # None: the addresses
         return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=trusted, way=way)
 
     def swarm(self, checkpoint: Checkpoint) -> Swarm:
@@ -141,7 +140,7 @@ class Connection:
 
     @contextmanager
     def directory(self) -> Generator[SwarmDirectory]:
-        """That of the swarm, whatever it serves. Raises DirectoryError as `facts_of`, KeyFileError."""
+        """The swarm's directory, for all models. Raises DirectoryError as `facts_of`, KeyFileError."""
         identity, swarm_key, _ = self._keys
         with closing(Links(identity)) as links:
             addresses = self._reached.initial_peers or ask_network("", lan=self.given.lan and swarm_key is None)
@@ -150,7 +149,7 @@ class Connection:
 
     @property
     def way(self) -> list[str]:
-        """The arguments with which commands join the swarm; of one that was found on the network there are none."""
+        """The arguments with which other commands join the swarm; empty for a swarm that was found on the network."""
         way = [part for address in self.given.initial_peers for part in ("--join", address)]
         if self.given.invite:
             return [*way, "--invite", str(self.given.invite)]

@@ -14,7 +14,7 @@ from splitnet.cli.arguments import RelayPort, RelayRate, checked_addresses, pars
 from splitnet.cli.daemon import StopSignals, forget_address, told
 from splitnet.errors import KeyFileError, SplitnetError
 
-_FIRST_BYTE = b"\x08"  # Of a private key as libp2p writes it: the number of the field that names its kind
+_FIRST_BYTE = b"\x08"  # of a private key in libp2p's format: the number of the field with the key's type
 
 
 def _checked_multiaddrs(addresses: list[str] | None) -> list[str] | None:
@@ -94,7 +94,7 @@ def dht(
 
 
 def _multiaddr(public_host: str, listen: str) -> str:
-    """The multiaddr for a text such as `example.org:31330`; the port of `listen` if it names none."""
+    """The multiaddr for a text such as `example.org:31330`; without a port, with that of `listen`."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::(\d{1,5}))?", public_host)
     if match is None:
         raise SplitnetError(f"{public_host!r} is no host: write HOST or HOST:PORT, as in example.org:31330")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 in_answer = box("Answer")
 
-GENERATED, ANSWERED = 256, 512  # tokens at most if nothing is said
+GENERATED, ANSWERED = 256, 512  # most tokens by default
 MaxNewTokens = Annotated[
     int | None,
     in_answer(min=1, help=f"Tokens to generate at most; {GENERATED} ({ANSWERED} in a chat), or as many as have room."),
@@ -61,7 +61,7 @@ Stats = Annotated[bool, typer.Option("--stats", help="Print route, speed, bytes 
 
 
 def connection_to(model: str | None, connecting: ConnectionOptions) -> Connection:
-    """The way to a model that is given or invited to; from then on libraries for models are imported."""
+    """The connection to a given model or the invitation's. Imports the libraries for models."""
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()
@@ -90,7 +90,7 @@ def generate(
 ) -> None:
     """Generate text after PROMPT through the peers of a swarm, streaming to stdout."""
     if prompt is None and connecting.invite is not None:
-        model, prompt = None, model  # the only argument
+        model, prompt = None, model  # the only argument is the prompt
     if prompt is None:
         raise typer.BadParameter("give MODEL and PROMPT; MODEL may be left out with --invite")
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -1,4 +1,4 @@
-"""`splitnet invite`: one file with all that a friend's machine needs to be in a closed swarm, and how it is read."""
+"""`splitnet invite`: writes and reads one file with which a friend's machine joins a closed swarm."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _ABOUT = """\
 
 @dataclass(frozen=True)
 class Invite:
-    """What an invitation holds."""
+    """The content of an invitation."""
 
     model: str  # hub id, folder or file
     join: tuple[str, ...]  # addresses of peers
     swarm_key: SwarmKey  # of the swarm
-    identity: Identity  # the key of who was invited
-    # lines of a list of keys: who may use a peer of whom was invited; none: it does not say
+    identity: Identity  # the key of the invited person
+    # Lines of a list of keys: the clients of a peer that the invited person runs; empty: not stated.
     authorized: tuple[str, ...] = ()
     model_id: str | None = None  # the fingerprint of the model; None: it is found by its name
 
     @classmethod
     def load(cls, path: Path) -> Invite:
-        """The one in a file. Raises KeyFileError: it is none, or others can read it; DirectoryError: wrong address."""
+        """Reads an invitation. Raises KeyFileError: invalid, or others can read it; DirectoryError: bad address."""
         from splitnet.security.identity import Identity
         from splitnet.security.swarm_key import SwarmKey, read_secret_file
 
@@ -61,7 +61,7 @@ class Invite:
         return cls(model, tuple(join), swarm_key, identity, tuple(authorized), model_id)
 
     def save(self, path: Path) -> None:
-        """Writes a new file that its owner alone can read. Raises KeyFileError if it cannot, or one is there."""
+        """Writes a new file that only its owner can read. Raises KeyFileError if that fails, or the file exists."""
         from splitnet.security.swarm_key import write_secret_file
 
         fields = {"model": self.model, "swarm-key": self.swarm_key.secret_text, "key": self.identity.secret_text}
@@ -73,10 +73,10 @@ class Invite:
         write_secret_file(path, _ABOUT + "".join(lines))
 
     def list_of_keys(self, path: Path) -> Path | None:
-        """The list of who may use a peer with the invitation in `path`, beside it; made if it is not there.
+        """The list of clients for a peer with the invitation in `path`, in a file next to it; created if missing.
 
-        Who is not listed may come, too, and comes last: somebody may have been invited later. None: the invitation does
-        not say. Raises SplitnetError if it cannot be written.
+        Clients that are not listed may connect, too, with the lowest priority, because some may be invited later. None:
+        the invitation lists no clients. Raises SplitnetError if the file cannot be written.
         """
         file = path.with_name(f"{path.name}.keys")
         if file.exists() or not self.authorized:
@@ -155,7 +155,7 @@ def invite(
     except (OSError, UnicodeDecodeError) as error:
         raise SplitnetError(refusal.format(error)) from None
     listed = without_names(f"{before}\n{line}")
-    # Peers connect to each other, so those who are joined through may come, too.
+    # Peers connect to each other, so the peers of `--join` are listed, too.
     peers = dict.fromkeys(check_peer_address(address).text for address in join)
     listed += [peer for peer in peers if not any(peer in one.split() for one in listed)]
     Invite(model, tuple(join), SwarmKey.load(swarm_key), identity, tuple(listed), model_id).save(output)

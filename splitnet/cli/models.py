@@ -1,4 +1,4 @@
-"""`splitnet models`: what a swarm serves, and what it lacks."""
+"""`splitnet models`: the models of a swarm, and their missing blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`splitnet peer`: serve blocks of a model. The only file outside `peers` that may import it."""
+"""`splitnet peer`: serve blocks of a model. The only file outside `peers` that may import `peers`."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def peer(
         refuse_taken(f"{listen.rpartition(':')[0]}:{relay_port}")
     forget_address(address_file)
     allowed = read_models(allow) if allow is not None else []
-    chooses = any_model and model is None  # also the first one
+    chooses = any_model and model is None  # also the first model
     checkpoint = None if chooses else resolve_model(model_or_invited(model, invite))
     connecting = ConnectionOptions(initial_peers=join or (), swarm_key=swarm_key, invite=invite, model_id=model_id)
     given = with_invitation(connecting)
@@ -298,7 +298,7 @@ def peer(
 
         serving = Peer.start(checkpoint, options, progress=report)
     try:
-        # What is loaded by now stays: the collector need not walk over it between two tokens.
+        # Loaded objects stay, so the garbage collector need not traverse them between two tokens.
         gc.collect()
         gc.freeze()
         typer.echo(f"computes on {computes_on}")
@@ -328,7 +328,7 @@ def peer(
 
 
 def read_models(file: Path) -> list[str]:
-    """The models in a file, one a line. Raises SplitnetError: there are none, or a line is no name of a model."""
+    """The models in a file, one per line. Raises SplitnetError if there are none, or a line is no name of a model."""
     try:
         lines = list(lines_of(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
@@ -343,7 +343,7 @@ def read_models(file: Path) -> list[str]:
 
 
 def from_elsewhere(address: str, joined: Sequence[str], reach: Reach) -> str | None:
-    """How others join from networks that do not reach this peer's own address; None: all reach it, or it is a test."""
+    """How machines in other networks join if they cannot reach this peer's address; None: they can, or it is a test."""
     if not is_reachable(address) or (is_global(address) and reach is not Reach.helpers):
         return None
     if reached := [one for one in joined if any(is_global(f"tcp://{host}:1") for host in hosts_of([one]))]:
@@ -353,7 +353,7 @@ def from_elsewhere(address: str, joined: Sequence[str], reach: Reach) -> str | N
 
 
 def _what_it_serves(peer: Peer) -> str:
-    # In a function of its own: who keeps the span keeps its memory, also when the peer has moved to other blocks.
+    # A separate function: a variable of the caller would keep the memory of a span after the peer has moved.
     span = peer.span
     computes = str(span.dtype).removeprefix("torch.")
     exactly = "exactly " if span.weights.exact else ""
@@ -373,7 +373,7 @@ def _why_not_held_so(peer: Peer) -> str:
 
 
 def _other_weights(peer: Peer) -> str | None:
-    """What else the weights could be held as; None: nothing that is known to be better in some way."""
+    """Other formats for the weights; None: none is known to be better in some respect."""
     from splitnet.quant.choose import STORED
     from splitnet.quant.native import has_integer_kernels
 

@@ -32,10 +32,10 @@ in_models = box("Models")
 in_limits = box("How much at a time")
 
 
-AGAIN_S = 600.0  # After which a model of the swarm that could not be read is looked at again
-MOST_FOUND = 64  # Models of the swarm that are looked at
+AGAIN_S = 600.0  # seconds until an unreadable model of the swarm is tried again
+MOST_FOUND = 64  # most models of the swarm that are tried
 
-SamplingDefaults = StrEnum("SamplingDefaults", ["openai", "checkpoint"])  # where a request does not say
+SamplingDefaults = StrEnum("SamplingDefaults", ["openai", "checkpoint"])  # for values that a request leaves out
 
 
 def _checked_origins(origins: list[str] | None) -> list[str] | None:
@@ -139,7 +139,7 @@ def serve(
     chat.
     """
     require("serve", "splitnet serve")
-    listen_at(host, port).close()  # to tell it now
+    listen_at(host, port).close()  # fails at once if the port is taken
     from splitnet.serve.gate import ApiKeys
 
     ApiKeys.read(api_key_file)
@@ -200,15 +200,15 @@ def _named_folder(given: str) -> tuple[str, Path]:
 
 
 class Found:
-    """Finds the models of a swarm that are on the hub, or were: strangers name no files of this machine.
+    """Finds the models of a swarm that are on the hub, or were; peers cannot name files of this machine.
 
-    named: the way to a model of a name and a fingerprint; raises SplitnetError, and is tried again after `AGAIN_S`.
+    named: returns a model by name and fingerprint. After a SplitnetError the model is tried again after `AGAIN_S`.
     """
 
     def __init__(self, named: Callable[[str, str], Way], clock: Callable[[], float] = time.monotonic) -> None:
         self._named = named
         self._clock = clock
-        self._looked: dict[str, tuple[float, Way | None]] = {}  # by fingerprint: when, and what came of it
+        self._looked: dict[str, tuple[float, Way | None]] = {}  # by fingerprint: time and result of the attempt
 
     def __call__(self, directory: SwarmDirectory) -> list[Way]:
         from splitnet.swarm.models import models_of
