@@ -30,11 +30,11 @@ PLANNED_CLIENTS = 50
 
 
 def simulate(
-    peers: Annotated[int, in_world(min=1, help="Peers that are there at any time, on average.")] = 1000,
-    clients: Annotated[int, in_world(min=1, help="Clients that come one after the other.")] = 1000,
+    peers: Annotated[int, in_world(min=1, help="Mean number of live peers.")] = 1000,
+    clients: Annotated[int, in_world(min=1, help="Clients that arrive one after the other.")] = 1000,
     rate: Annotated[
         float | None,
-        in_world(min=0.01, max=1e6, help="Clients per peer and hour; 10, or the scenario's."),
+        in_world(min=0.01, max=1e6, help="Clients per peer and hour; by default 10, or the scenario's."),
     ] = None,
     scenario: Annotated[
         str | None,
@@ -45,25 +45,28 @@ def simulate(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="`all`: compare splitnet with every rule of others and with an oracle, world by world."),
+        typer.Option(help="`all`: compare splitnet with all other policies and with an oracle, world by world."),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="A policy, `baselines` (as without this option), or `ablations`; may be given often."),
+        typer.Option(help="A policy, `baselines` (the default), or `ablations`; repeat for several."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first world.")] = 1,
-    worlds: Annotated[int, typer.Option(min=1, help="How many worlds; their sessions are taken together.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first world.")] = 1,
+    worlds: Annotated[int, typer.Option(min=1, help="Number of worlds; their sessions are pooled.")] = 1,
     blocks: Annotated[int, in_world(min=1, help="Blocks of the model.")] = 80,
     hidden: Annotated[int, in_world(min=1, help="Hidden size of the model.")] = 8192,
     uptime: Annotated[float, in_world(min=0.01, help="Factor to the time for which peers stay.")] = 1.0,
     latencies: Annotated[
         Path | None,
-        in_world(help="A file of round trips in ms, measured between the nodes of some network: a square table."),
+        in_world(help="A file with a square table of round trips in ms between the nodes of a network."),
     ] = None,
     coordinates: Annotated[
-        bool, typer.Option("--coordinates", help="Say what network coordinates and candidates cost, instead.")
+        bool,
+        typer.Option(
+            "--coordinates", help="Instead, print the errors of network coordinates and the costs of candidates."
+        ),
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="A folder for results.json, made if it is not there.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A folder for results.json, created if missing.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A file for a chart (SVG).")] = None,
 ) -> None:
     """Simulate a swarm of thousands of peers and compare ways to route and to place blocks."""
@@ -79,16 +82,16 @@ def simulate(
             "--plot": plot, "--worlds": worlds > 1,
         }  # fmt: skip
         if given := [option for option, value in unused.items() if value]:
-            raise SplitnetError(f"--coordinates says nothing of sessions: leave out {', '.join(given)}")
+            raise SplitnetError(f"--coordinates simulates no sessions: leave out {', '.join(given)}")
     if against not in (None, "all") or (against and policy):
-        raise SplitnetError("--against takes `all`, and no --policy beside it")
+        raise SplitnetError("--against takes only `all`, without --policy")
     if scenario is not None and scenario not in SCENARIOS:
         raise SplitnetError(f"unknown scenario {scenario}: use {', '.join(SCENARIOS)}")
     names: list[str] = [*AGAINST] if against else _policies(policy or ["baselines"])
     chosen: dict[str, Any] = {"sessions_per_peer_hour": 10.0, **(SCENARIOS[scenario] if scenario else {})}
     if rate is not None:
         if chosen.get("burst"):
-            raise SplitnetError("in a burst all clients come at once: --rate says nothing")
+            raise SplitnetError("in a burst all clients arrive at once: leave out --rate")
         chosen["sessions_per_peer_hour"] = rate
     settings = Settings(
         peers=peers,
@@ -199,7 +202,7 @@ def _print_table(
     several = len(next(iter(outcomes.values()))) > 1
     if against:
         title += "; in brackets the difference to own in the same worlds"
-        title += ", with 95% intervals" if several else ": of one world, which is luck"
+        title += ", with 95% intervals" if several else ", from a single world"
     columns = COMPARED if against else COLUMNS
     rows: list[list[str]] = []
     for name, row in figures.items():

@@ -127,7 +127,7 @@ class MeasuredGeography(Geography):
         self._way_ms = rtt_ms / 2
 
     def is_european(self, device: int) -> bool:
-        raise SplitnetError("of measured latencies it is not known where the devices are: leave the scenario dark out")
+        raise SplitnetError("measured latencies do not show where the devices are: leave out the scenario dark")
 
     def one_way_ms(self, sender: int, receiver: int) -> float:
         way = self._way_ms[self._node_of[sender], self._node_of[receiver]]
@@ -154,9 +154,9 @@ def read_latencies(path: Path) -> Floats:
             raise ValueError(f"{len(rows)} lines, one of them with {len(odd)} numbers")
         rtt_ms = np.array(rows, dtype=np.float64)
         if not rows or not np.isfinite(rtt_ms).all():
-            raise ValueError("something in it is infinite or no number" if rows else "it is empty")
+            raise ValueError("a value is infinite or no number" if rows else "it is empty")
     except (OSError, ValueError) as error:
-        raise SplitnetError(f"{path} has no table of round trips, as many lines as numbers in each: {error}") from error
+        raise SplitnetError(f"{path} has no square table of round trips: {error}") from error
     rtt_ms = np.where(rtt_ms > 0, rtt_ms, np.inf)
     rtt_ms = np.where(np.isinf(rtt_ms + rtt_ms.T), np.minimum(rtt_ms, rtt_ms.T), (rtt_ms + rtt_ms.T) / 2)
     np.fill_diagonal(rtt_ms, 0.0)
@@ -164,7 +164,7 @@ def read_latencies(path: Path) -> Floats:
     by_others = [(rtt_ms[here] + rtt_ms[:, there]).min() for here, there in missing]
     for (here, there), way_ms in zip(missing, by_others, strict=True):
         if math.isinf(way_ms):
-            raise SplitnetError(f"{path} does not tell how far nodes {here + 1} and {there + 1} are apart")
+            raise SplitnetError(f"{path} has no path between the nodes {here + 1} and {there + 1}")
         rtt_ms[here, there] = way_ms
     return rtt_ms
 

@@ -211,7 +211,7 @@ class PlanQuality:
 def coordinate_error(world: World) -> CoordinateError:
     """Errors over random pairs of the initial peers. Raises SplitnetError if there are fewer than two peers."""
     if len(world.coordinates) < 2:
-        raise SplitnetError("one peer is nowhere: simulate two and more")
+        raise SplitnetError("a single peer has no distances: simulate at least two")
     rng = np.random.default_rng([world.settings.seed, 4])
     here, there = rng.integers(0, len(world.coordinates), (2, PAIRS))
     here, there = here[here != there], there[here != there]

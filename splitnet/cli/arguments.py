@@ -75,7 +75,7 @@ _MODEL = "Hugging Face id, checkpoint folder or GGUF file; `demo` is SmolLM2-135
 Model = Annotated[str, typer.Argument(help=f"{_MODEL}.", show_default=False)]
 ModelOrInvite = Annotated[
     str | None,
-    typer.Argument(help=f"{_MODEL}; with --invite, that of the invitation if not given.", show_default=False),
+    typer.Argument(help=f"{_MODEL}; if not given, the model of --invite.", show_default=False),
 ]
 
 
@@ -85,17 +85,19 @@ def _join(help: str) -> Any:
 
 Join = Annotated[
     list[str] | None,
-    _join("Address that a peer of the swarm prints, repeat for several; found on this network if not given."),
+    _join("Address that a peer of the swarm prints; repeat for several. By default this network is searched."),
 ]
 JoinIfAny = Annotated[
     list[str] | None,
-    _join("Address of a swarm to join; without it, one on this network is joined or a new one starts."),
+    _join("Address of a swarm to join; by default a swarm on this network is joined, or a new one starts."),
 ]
 Lan = Annotated[
-    bool, in_swarm("--lan/--no-lan", envvar="SPLITNET_LAN", help="Look for the swarm on this network without --join.")
+    bool,
+    in_swarm("--lan/--no-lan", envvar="SPLITNET_LAN", help="Search this network for the swarm if --join is not given."),
 ]
 JoinToExamine = Annotated[
-    list[str] | None, _join("Address of a swarm, to check the way to it; repeat for several of one swarm.")
+    list[str] | None,
+    _join("Address of a swarm, to check the connection to it; repeat for several addresses of one swarm."),
 ]
 CodecName = Annotated[
     str,
@@ -103,7 +105,7 @@ CodecName = Annotated[
         "--codec",
         envvar="SPLITNET_CODEC",
         callback=_checked_codec,
-        help="How activations travel: auto, or a name from docs/codecs.md such as int8.",
+        help="Encoding of activations on links: auto, or a name from docs/codecs.md such as int8.",
     ),
 ]
 Device = Annotated[
@@ -127,7 +129,7 @@ def one_identity(context: typer.Context, value: Path | None) -> Path | None:
     invited, *keys = (getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in names)
     for option, source in zip(("--swarm-key", "--key-file"), keys, strict=True):
         if invited != "DEFAULT" and source == "COMMANDLINE":
-            raise SplitnetError(f"an invitation brings keys of its own: leave {option} out, or --invite")
+            raise SplitnetError(f"an invitation contains keys already: leave out {option} or --invite")
     return value
 
 
@@ -148,7 +150,7 @@ InviteFile = Annotated[
         metavar="FILE",
         envvar="SPLITNET_INVITE",
         callback=one_identity,
-        help="File of `splitnet invite`: model, addresses, swarm key and key in place of those options.",
+        help="File from `splitnet invite`, with model, addresses, swarm key and key; it replaces these options.",
     ),
 ]
 RelayPort = Annotated[
@@ -158,11 +160,11 @@ RelayPort = Annotated[
         metavar="PORT",
         min=0,
         max=65535,
-        help="Let peers behind routers be reached through this machine, at a port of its own; 0 is any free one.",
+        help="Port at which this machine relays connections to peers behind routers; 0: any free port.",
     ),
 ]
 RelayRate = Annotated[
-    str | None, in_network("--relay-rate", metavar="32MiB", help="Bytes per second to pass on for them, in all.")
+    str | None, in_network("--relay-rate", metavar="32MiB", help="Most bytes per second to relay, in total.")
 ]
 
 
@@ -173,7 +175,7 @@ def parse_relay_rate(rate: str | None, port: int | None) -> int | None:
         raise typer.BadParameter("--relay-rate is for --relay-port, which is not given")
     parsed = parse_bytes(rate)
     if not parsed:
-        raise typer.BadParameter("--relay-rate passes nothing on: give more, or leave --relay-port out")
+        raise typer.BadParameter("--relay-rate 0 relays nothing: give more, or leave out --relay-port")
     return parsed
 
 
@@ -189,7 +191,8 @@ ModelId = Annotated[
         "--model-id",
         metavar="ID",
         callback=_checked_model_id,
-        help="Fingerprint that the model must have, where not all of it is here; `splitnet status --json` shows it.",
+        help="Fingerprint that the model must have, if parts of it are not on this machine; `splitnet status "
+        "--json` shows it.",
     ),
 ]
 KeyFile = Annotated[
@@ -203,14 +206,17 @@ CONNECTING: dict[str, Any] = {
     "lan": Lan,
     "codec": CodecName,
     "recovery_timeout_s": Annotated[
-        float, in_route("--wait", min=0, metavar="SECONDS", help="Time to wait for blocks that suddenly nobody serves.")
+        float,
+        in_route(
+            "--wait", min=0, metavar="SECONDS", help="How long to wait for other peers when some blocks have none."
+        ),
     ],
     "any_weights": Annotated[
         bool | None,
         in_computing(
             "--any-weights/--same-weights",
-            help="Whether a text may go on with weights held otherwise (int4 after float32) if nobody else is left; "
-            "if not given, it may with --codec auto.",
+            help="Whether a text may continue on peers that hold the weights in another format (int4 after "
+            "float32) if no other peers are left; by default only with --codec auto.",
             show_default=False,
         ),
     ],
@@ -229,7 +235,7 @@ CONNECTING: dict[str, Any] = {
             "--local-blocks",
             metavar="START:END",
             envvar="SPLITNET_LOCAL_BLOCKS",
-            help="Blocks to run here, without peers; several as 0:2,28:30, or auto.",
+            help="Blocks to run on this machine, without peers: ranges as in 0:2,28:30, or auto.",
         ),
     ],
     "local_weights": Annotated[
@@ -238,8 +244,8 @@ CONNECTING: dict[str, Any] = {
             "--local-weights",
             metavar="KIND",
             envvar="SPLITNET_LOCAL_WEIGHTS",
-            help="Hold those blocks and the head as auto, float32, float16, int8 or int4; auto if not given, but as "
-            "stored with --codec none.",
+            help="Format of the weights of local blocks and the head: auto, float32, float16, int8 or int4; by "
+            "default auto, or as stored with --codec none.",
         ),
     ],
     "tokenizer": Annotated[
@@ -248,7 +254,7 @@ CONNECTING: dict[str, Any] = {
             "--tokenizer",
             metavar="MODEL",
             envvar="SPLITNET_TOKENIZER",
-            help="Hugging Face id or folder with the tokenizer, if the model comes without a usable one.",
+            help="Hugging Face id or folder with the tokenizer, if the model has no usable one.",
         ),
     ],
     "prefer": Annotated[
@@ -256,7 +262,7 @@ CONNECTING: dict[str, Any] = {
         in_route(
             "--prefer",
             envvar="SPLITNET_PREFER",
-            help="Routes with the next token soonest, the most tokens per second, or the least energy per token.",
+            help="Prefer routes with the lowest latency, the most tokens per second, or the least energy per token.",
         ),
     ],
     "prefixes": Annotated[
@@ -264,8 +270,8 @@ CONNECTING: dict[str, Any] = {
         in_route(
             "--prefixes",
             envvar="SPLITNET_PREFIXES",
-            help="Peers store keys and values of prompts for later ones that begin alike: of this key, also of keys "
-            "that the owner of a peer has put in one group with it, or not at all.",
+            help="Peers store keys and values of prompts, for later prompts with the same beginning: of this key "
+            "only, also of other keys in its group (set by the owner of a peer), or not at all.",
         ),
     ],
     "standby": Annotated[
@@ -274,8 +280,8 @@ CONNECTING: dict[str, Any] = {
             "--standby",
             metavar="8MiB",
             envvar="SPLITNET_STANDBY",
-            help="Replicas copy the keys and values of sessions, so many bytes per second; one that takes the place of "
-            "a hop then computes only the rest.",
+            help="Replicas copy the keys and values of sessions, at this many bytes per second; a replica that "
+            "replaces a hop then computes only the rest.",
         ),
     ],
     "energy_slowdown": Annotated[
@@ -284,8 +290,8 @@ CONNECTING: dict[str, Any] = {
             "--energy-slowdown",
             metavar="FACTOR",
             envvar="SPLITNET_ENERGY_SLOWDOWN",
-            help="With --prefer energy: how many times as long as on the fastest route a token may take; 1.5 if not "
-            "given.",
+            help="With --prefer energy: how many times as long as on the fastest route a token may take; by "
+            "default 1.5.",
         ),
     ],
     "key_file": KeyFile,
@@ -296,7 +302,7 @@ CONNECTING: dict[str, Any] = {
             "--trusted-peers",
             metavar="FILE",
             envvar="SPLITNET_TRUSTED_PEERS",
-            help="File with the keys of the peers that may be used, as --authorized-keys; any peer if not given.",
+            help="File with the keys of the peers to use, in the format of --authorized-keys; by default any peer.",
         ),
     ],
     "invite": InviteFile,

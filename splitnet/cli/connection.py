@@ -37,17 +37,17 @@ def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
     Raises DirectoryError if there is none, or if `lan` forbids the search.
     """
     if not lan:
-        raise DirectoryError(f"no swarm is given: {_FIX}, or look for one on this network with --lan")
+        raise DirectoryError(f"no swarm is given: {_FIX}, or search this network with --lan")
     if not have_hivemind():
         raise DirectoryError(
-            "no swarm is given, and to join one that is found on this network takes hivemind, which is not installed: "
+            "no swarm is given, and joining one on this network needs hivemind, which is not installed: "
             "give --join tcp://HOST:PORT?key=..., as a peer prints"
         )
     try:
         with LocalNetwork(facts.fingerprint) as network:
             nodes = network.search()
     except LanError as error:
-        raise DirectoryError(f"no swarm is given, and none can be looked for: {error}; {_FIX}") from error
+        raise DirectoryError(f"no swarm is given, and this network cannot be searched: {error}; {_FIX}") from error
     if not nodes:
         if network.foreign_protocols:
             spoken = max(network.foreign_protocols)
@@ -69,10 +69,8 @@ def ask_network(model: str, *, lan: bool) -> list[str]:
         with suppress(LanError), LocalNetwork("") as network:
             nodes = network.search()
     if not nodes:
-        lacks = (
-            f"not all of {model} is on this machine, and nobody here tells what it is" if model else "no swarm is here"
-        )
-        raise DirectoryError(f"{lacks}: {_FIX}")
+        lacks = f"parts of {model} are not on this machine, and no swarm" if model else "no swarm"
+        raise DirectoryError(f"{lacks} is given or found on this network: {_FIX}")
     return [address for node in nodes for address in node.addresses]
 
 
@@ -122,7 +120,7 @@ class Connection:
                 learn(checkpoint, addresses, identity, expected=expected)
         if expected not in (None, checkpoint.fingerprint):
             raise WrongSwarm(
-                f"the model is to be {expected}, and {checkpoint.name} here is {checkpoint.fingerprint}: use the same "
+                f"the model must be {expected}, but {checkpoint.name} here is {checkpoint.fingerprint}: use the same "
                 "files on all machines"
             )
         return ModelFacts.of(checkpoint)

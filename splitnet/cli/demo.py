@@ -124,15 +124,16 @@ def demo(
     model: Annotated[
         str, typer.Argument(help="Hugging Face id, checkpoint folder or GGUF file instead of SmolLM2-135M-Instruct.")
     ] = DEMO_NAME,
-    prompt: Annotated[str, typer.Option(help="What to ask.")] = PROMPT,
+    prompt: Annotated[str, typer.Option(help="The question.")] = PROMPT,
     peers: Annotated[int, typer.Option(min=1, max=16, help="How many daemons to start.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     codec: CodecName = "int8",
     device: Device = "auto",
     serve: Annotated[
-        bool, typer.Option("--serve", help="Do not ask: run `splitnet serve` in front of the peers until interrupted.")
+        bool,
+        typer.Option("--serve", help="Instead of asking, run `splitnet serve` with these peers until interrupted."),
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0 is any free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0: any free port.")] = 8000,
 ) -> None:
     """Start peers as separate processes, each with its own blocks only, and generate an answer through them."""
     if serve:

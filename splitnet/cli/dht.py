@@ -26,12 +26,13 @@ def _checked_multiaddrs(addresses: list[str] | None) -> list[str] | None:
 
 def dht(
     listen: Annotated[
-        str, typer.Option(metavar="/ip4/HOST/tcp/PORT", help="Where to listen; a fixed port keeps the address valid.")
+        str, typer.Option(metavar="/ip4/HOST/tcp/PORT", help="Address to listen at; a fixed port keeps it valid.")
     ] = "/ip4/0.0.0.0/tcp/31330",
     public_host: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST[:PORT]", help="How others reach this machine, if by another name or port (NAT, containers)."
+            metavar="HOST[:PORT]",
+            help="Name and port at which others reach this machine, if they differ (NAT, containers).",
         ),
     ] = None,
     join: Annotated[
@@ -43,19 +44,20 @@ def dht(
     key_file: Annotated[
         Path | None,
         typer.Option(
-            help="Key that keeps the address the same, made if absent; dht-key in your folder for data if not given."
+            help="File with the key that keeps the address the same, created if missing; by default dht-key in "
+            "your data folder."
         ),
     ] = None,
     address_file: Annotated[
-        Path | None, typer.Option(help="Write the address to join with here, once this node answers.")
+        Path | None, typer.Option(help="File for the address to join with, written once this node answers.")
     ] = None,
     relay_port: RelayPort = None,
     relay_rate: RelayRate = None,
     authorized_keys: Annotated[
-        Path | None, typer.Option(help="File with the keys that may use the relay; anyone if not given.")
+        Path | None, typer.Option(help="File with the keys that may use the relay; by default anyone may.")
     ] = None,
 ) -> None:
-    """Be a node that peers and clients of any model can join through, until interrupted (SIGINT or SIGTERM).
+    """Run a node of the DHT until interrupted (SIGINT or SIGTERM); peers and clients of any model can join through it.
 
     It loads no model. It stores the records by which others find each other, and with --relay-port carries activations
     between those that cannot connect to each other, encrypted.

@@ -31,7 +31,7 @@ from splitnet.logs import LogFormat, set_up, tell
 from splitnet.process import ENDING
 from splitnet.version import __version__
 
-_ABSENT = "Not installed: says how to install it."
+_ABSENT = "Not installed; prints how to install it."
 _OURS = ("peers", "scheduler", "simulator", "splitnet")
 
 
@@ -133,7 +133,7 @@ def common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log events to stderr.")] = False,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -182,9 +182,9 @@ def main() -> None:
         sys.exit(1)
 
 
-_ROOM = "free some space, or name a folder elsewhere (SPLITNET_CACHE, HF_HUB_CACHE and TMPDIR move what is kept)"
-_FILES = "end others that have some open, or raise the limit (`ulimit -n 4096`)"
-_MEMORY = "end other programs, or give less to this one, as by --memory and --kv-memory"
+_ROOM = "free some space, or name a folder on another disk (SPLITNET_CACHE, HF_HUB_CACHE, TMPDIR)"
+_FILES = "end programs with many open files, or raise the limit (`ulimit -n 4096`)"
+_MEMORY = "end other programs, or give this one less, as with --memory and --kv-memory"
 _OF_THE_MACHINE = {
     errno.ENOSPC: ("the disk is full", _ROOM),
     errno.EDQUOT: ("your share of the disk is used up", _ROOM),

@@ -26,7 +26,7 @@ def status(
     connecting: ConnectionOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show the peers of MODEL's swarm, their blocks, speed and load, and which blocks nobody serves."""
+    """Show the peers of MODEL's swarm, their blocks, speed and load, and the blocks without a peer."""
     connection = connection_to(model, connecting)
     from splitnet.checkpoint.checkpoint import Checkpoint
     from splitnet.swarm.swarm import Overview
