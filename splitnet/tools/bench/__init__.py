@@ -1,4 +1,4 @@
-"""`splitnet bench`: what a swarm does, in numbers."""
+"""`splitnet bench`: measures the speed of a swarm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`splitnet doctor`: what is wrong with this machine, and with its way to a swarm."""
+"""`splitnet doctor`: checks this machine, and its connection to a swarm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`splitnet plan`: how to cut a model over devices that are known, and what to expect of it."""
+"""`splitnet plan`: how to cut a model over known devices, and its expected speed."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def plan(
         typer.echo(json.dumps({"fits": False, "message": str(error), **missing}))
         raise typer.Exit(1) from None
     if weights is None and sizes.dtype == "float16":
-        dtype = Dtype.float16  # or CPUs would compute in float32, with caches of twice the size
+        dtype = Dtype.float16  # otherwise CPUs would compute in float32, with caches of twice the size
     commands = [_command(model, span, dtype, weights, joins=index > 0) for index, span in enumerate(made.spans)]
     if as_json:
         typer.echo(json.dumps(_as_json(made, commands)))
@@ -108,7 +108,8 @@ def plan(
 
 
 def _command(model: str, span: PlannedSpan, dtype: Dtype | None, weights: WeightKind | None, *, joins: bool) -> str:
-    needed = span.memory_used - (span.device.memory - span.kv_memory)  # of all memory, what is not weights
+    # The part of all memory that does not hold weights.
+    needed = span.memory_used - (span.device.memory - span.kv_memory)
     whole_mib = span.kv_memory // 2**20
     kv_memory = f"{whole_mib}MiB" if whole_mib * 2**20 >= needed else f"{span.kv_memory}B"
     words = ["splitnet", "peer", model, "--blocks", f"{span.start}:{span.end}", "--kv-memory", kv_memory]

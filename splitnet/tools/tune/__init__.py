@@ -1,4 +1,4 @@
-"""`splitnet tune`: fine-tune a model on one's own examples."""
+"""`splitnet tune`: fine-tune a model on the user's examples."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _NEEDS = {
     "directions": ("--zeroth-order",),
     "eval_every": ("--eval",),
 }
-"""The options that do something in some runs only, by parameter, and what a run needs for them: one of these."""
+"""Options that matter in some runs only, by parameter, and the options that a run needs for them: one of these."""
 
 
 @connects(without=("prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby"))
@@ -222,7 +222,7 @@ def tune(
         **given,
     )
     if zeroth_order and connecting.codec == "auto":
-        connecting = replace(connecting, codec="fp16")  # in the errors of int8, small differences of losses drown
+        connecting = replace(connecting, codec="fp16")  # Int8's errors would hide small differences of losses
     (tuning.plan if plan else tuning.run)(Connection(checkpoint, connecting))
 
 
@@ -299,7 +299,7 @@ def round(
 
 
 def _check_options(context: typer.Context) -> None:
-    """Raises SplitnetError: an option was given that does nothing in such a run, or a number that is none."""
+    """Raises SplitnetError if a given option has no effect in such a run, or a number is not finite."""
     given = context.params
     methods = Method if given["plan"] else [] if given["draft_head"] else [given["method"]]
     run = {f"--method {method}" for method in methods}
@@ -320,7 +320,7 @@ def _check_options(context: typer.Context) -> None:
 
 
 def _given(context: typer.Context) -> Iterator[tuple[str, str]]:
-    """What the command line has: the names of parameters, and of their options."""
+    """The parameters that are given on the command line, with their options."""
     for parameter in context.command.params if context.command else ():
         name = parameter.name or ""
         if getattr(context.get_parameter_source(name), "name", "DEFAULT") == "COMMANDLINE":
