@@ -64,7 +64,7 @@ def local_network(checkpoint: Checkpoint) -> tuple[Finding, list[str]]:
         with LocalNetwork(checkpoint.fingerprint if checkpoint.knows_manifest else "") as lan:
             nodes = lan.search()
     except LanError as error:
-        return warned("lan", f"no swarm can be looked for on this network ({error}): give --join"), []
+        return warned("lan", f"this network cannot be searched for a swarm ({error}): give --join"), []
     if not nodes:
         return warned(
             "lan",
@@ -130,7 +130,11 @@ def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Fi
     if checkpoint is None:
         return passed("swarm", f"serves {names}")
     if served_marks(models, checkpoint):
-        same = "with the same weights" if checkpoint.knows_manifest else "by its name: not all of it is here to compare"
+        same = (
+            "with the same weights"
+            if checkpoint.knows_manifest
+            else "by its name: parts of it are not on this machine to compare"
+        )
         return passed("swarm", f"serves {checkpoint.name}, {same}")
     revisions = [mark[:SHOWN_DIGITS] for mark, name in models.items() if name == checkpoint.name]
     if revisions and checkpoint.knows_manifest:
@@ -154,7 +158,7 @@ def coverage(name: str, count: int, silent: Sequence[PeerRecord], others: Sequen
     if any(record.start < end and start < record.end for record in silent for start, end in holes):
         return failed(
             "coverage",
-            f"blocks {blocks} of {name} are served only by peers that do not answer: {fix}, or see to the peers above",
+            f"blocks {blocks} of {name} are served only by peers that do not answer: {fix}, or repair the peers above",
         )
     return failed("coverage", f"blocks {blocks} of {name} are served by nobody: {fix}")
 
@@ -191,7 +195,9 @@ def context(
     token_ms = route_ms(hops, by_name, network, positions=1, encodings=encodings, context=positions)
     first_s = first_token_ms(hops, by_name, network, encodings=encodings, prompt=positions) / 1000
     unknown = positions >= CONTEXTS[0] and any(not by_name[hop.peer].past.ms for hop in hops)
-    least = ", without what some peers take to read so many, which they do not tell" if unknown else ""
+    least = (
+        ", without the time that some peers need to read such a context, which they do not report" if unknown else ""
+    )
     speed = f"{first_s:.1f} s to the first token of a prompt that long, then {1000 / token_ms:.1f} tokens/s{least}"
     if full:
         return warned("context", f"{what} does not fit now: {lack}: try again later, or start peers for them ({speed})")
@@ -199,8 +205,8 @@ def context(
 
 
 _HIDDEN_SILENCE = (
-    "it is not reached through any of its helpers: it or they have ended, or have no room; its record expires within a "
-    "minute, or names others then"
+    "it is not reached through any of its helpers: the peer or its helpers have ended, or are full; its record "
+    "expires within a minute, or then names other helpers"
 )
 
 
@@ -301,7 +307,9 @@ class Reach:
         try:
             yield passed("router", f"{look_for_router()} gives ports, and a peer here asks it for one")
         except MappingError as error:
-            yield warned("router", f"it gives no ports ({error}): switch NAT-PMP or UPnP on there, or forward a port")
+            yield warned(
+                "router", f"it gives no ports ({error}): enable NAT-PMP or UPnP in the router, or forward a port"
+            )
 
     def _ask(self, links: PeerLinks, answering: Sequence[PeerRecord], address: str) -> Finding:
         self._address = address
@@ -310,7 +318,7 @@ class Reach:
             return failed("reach", f"peers cannot connect to {address}: give --public-host as HOST or HOST:PORT")
         others = [record for record in answering if record.key != self.identity.public][:ASKED_PEERS]
         if not others:
-            return warned("reach", "there is no peer that answers and could try to reach this machine: see above")
+            return warned("reach", "no answering peer could try to reach this machine: see above")
         here = Endpoint(address, self.identity.public)
         reached = dict(links.ask_back(others, here))
         # A peer that remembers this address waits a while before it tries again, but opens a new link at once.
@@ -320,7 +328,7 @@ class Reach:
         if not reached:
             return warned("reach", f"no peer had room to try whether it reaches {address}: try again later")
         if count == len(reached):
-            note = ", which is only for this machine" if not is_reachable(address) else ""
+            note = ", which only this machine can use" if not is_reachable(address) else ""
             return passed("reach", f"{count} of {count} peers reach this machine at {address}{note}")
         who = f"only {count} of {len(reached)} peers reach" if count else "no peer reaches"
         helpers = sum(record.helper is not None for record in answering)
@@ -328,7 +336,7 @@ class Reach:
             return warned(
                 "reach",
                 f"{who} this machine at {address}: a peer here is reached through helpers ({helpers} peers help); "
-                "straighter is to open the port, forward it in the router, and name it with --public-host",
+                "for direct connections, open the port, forward it in the router, and name it with --public-host",
             )
         purpose = "" if self.needed else "a client needs no open port, but to serve here "
         return wrong(
@@ -384,7 +392,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         yield from _way_to(join, checkpoint, reach, clock, swarm, setup.context)
     else:
         if setup.context is not None:
-            yield warned("context", "no swarm was found that could hold such a session: give --join")
+            yield warned("context", "no swarm was found for such a session: give --join")
         yield reach.port()
 
 
@@ -474,7 +482,9 @@ def _swarm(
             yield peer(record, answer, record.issued_at - clock(), allowed_s)
             (silent if answer.rtt_ms is None else answering).append(record)
         if len(tried) < len(records):
-            yield passed("peer", f"the other {len(records) - len(tried)} peers are not tried, and taken to answer")
+            yield passed(
+                "peer", f"the other {len(records) - len(tried)} peers are not tried, and are assumed to answer"
+            )
         counted = [*answering, *records[MAX_PEERS:]]
         for model in wanted:
             told = max((record.num_blocks for record in records if record.model == model), default=0)

@@ -57,7 +57,9 @@ def software() -> Iterator[Finding]:
     try:
         package = metadata.distribution("splitnet")
     except metadata.PackageNotFoundError:
-        yield warned("python", "splitnet is not installed, so what it needs is not known: run `pip install .` in it")
+        yield warned(
+            "python", "splitnet is not installed, so its requirements are unknown: run `pip install .` in its folder"
+        )
         return
     yield python_version(package.metadata["Requires-Python"], platform.python_version())
     yield from libraries(package.requires or (), _installed_version)
@@ -83,7 +85,7 @@ def libraries(requirements: Sequence[str], installed: Callable[[str], str | None
         state = "is not installed" if version is None else f"is {version}, splitnet needs {one.specifier}"
         yield failed("libraries", f"{one.name} {state}: run `pip install '{one.name}{one.specifier}'`")
     if not wrong:
-        yield passed("libraries", f"{len(needed)} are there, in versions that fit")
+        yield passed("libraries", f"{len(needed)} are installed, in versions that fit")
 
 
 def devices(asked: str = AUTO) -> Finding:
@@ -101,7 +103,8 @@ def devices(asked: str = AUTO) -> Finding:
         return failed("devices", f"{text}; {error}")
     if _NVIDIA_DRIVER.exists() and not torch.cuda.is_available():
         return warned(
-            "devices", f"{text}; there is an NVIDIA driver, but not for this torch: install a build of it with CUDA"
+            "devices",
+            f"{text}; there is an NVIDIA driver, but this torch cannot use it: install a build of torch with CUDA",
         )
     return passed("devices", text)
 
@@ -160,7 +163,7 @@ def key_of(path: Path | None) -> tuple[Finding, Identity | None]:
     except KeyFileError as error:
         return failed("key", str(error)), None
     except OSError as error:
-        return failed("key", f"{path} cannot be looked for ({error.strerror}): change the owner of its folder"), None
+        return failed("key", f"{path} cannot be searched ({error.strerror}): change the owner of its folder"), None
     folder = nearest_folder(path.parent)
     if not os.access(folder, os.W_OK):
         return failed("key", f"{path} cannot be made: change the owner of {folder}, or give --key-file"), None
@@ -224,7 +227,7 @@ def room_on_disk(model: str, sizes: ModelSizes | None) -> Finding:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if Path(model).expanduser().exists():
-        return passed("disk", "the model is read from where it lies, nothing is downloaded")
+        return passed("disk", "the model is read from its present place, nothing is downloaded")
     whole = 0
     if sizes:
         plain = sizes.num_blocks * (sizes.block_bytes + sizes.saved_bytes) + sizes.client_part_bytes

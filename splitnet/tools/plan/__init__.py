@@ -36,39 +36,37 @@ def plan(
     ],
     objective: Annotated[
         Objective,
-        typer.Option("--for", help="latency: one session gets its tokens soonest. throughput: many get most together."),
+        typer.Option("--for", help="latency: fastest tokens of one session. throughput: most tokens of many sessions."),
     ] = Objective.latency,
     context: Annotated[
         int | None,
         tokens(
-            help=f"Length of a session that each device has memory for; {DEFAULT_CONTEXT}, or the model's if shorter."
+            help=f"Length of a session that fits in each device; by default {DEFAULT_CONTEXT}, at most the model's."
         ),
     ] = None,
     prompt: Annotated[
         int | None,
-        tokens(help=f"Length of the prompt that the first token answers; {DEFAULT_PROMPT}, or the context if shorter."),
+        tokens(help=f"Length of the prompt before the first token; by default {DEFAULT_PROMPT}, at most the context."),
     ] = None,
     sessions: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=256,
-            help=f"How many each device has memory for; 1, or {DEFAULT_SESSIONS} with --for throughput.",
+            help=f"Sessions that fit in each device; by default 1, or {DEFAULT_SESSIONS} with --for throughput.",
             show_default=False,
         ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="What blocks compute in; the checkpoint's own if not given.")
+        Dtype | None, typer.Option(help="Type that blocks compute in; by default the checkpoint's.")
     ] = None,
-    weights: Annotated[
-        WeightKind | None, typer.Option(help="What weights are held as; as stored if not given.")
-    ] = None,
+    weights: Annotated[WeightKind | None, typer.Option(help="Format of the weights; by default as stored.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show the best partition of MODEL over known devices, its speed, and the command for each device.
 
-    Only the model's config is read, and headers of its files if it is quantized. What FILE may say and how the figures
-    come about: docs/placement.md.
+    Only the model's config is read, and headers of its files if it is quantized. docs/placement.md describes FILE and
+    the computation of the figures.
     """
     import_models()
     from splitnet.tools.plan.devices_file import read_devices

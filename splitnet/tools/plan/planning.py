@@ -343,7 +343,7 @@ def summary(plan: Plan) -> Iterator[str]:
         f"the first token of a prompt of {plan.demand.prompt}."
     )
     yield (
-        f"These are tokens of a text of {plan.demand.context}; a prompt that long gets its first token in "
+        f"These are tokens in a text of {plan.demand.context}; a prompt of this length gets its first token in "
         f"{plan.longest_first_token_ms / 1000:.2f} s."
     )
     if plan.sessions <= 1:

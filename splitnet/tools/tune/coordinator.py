@@ -155,7 +155,7 @@ class Coordinator:
     def _answer(self, source: Connection, ask: AskRound) -> None:
         rounds, key = self._rounds, source.curve
         if (ask.name, ask.model) != (self._name, self._model):
-            raise SplitnetError(f"here is the round {self._name} of another name or model: check both")
+            raise SplitnetError(f"this coordinator has the round {self._name}, or another model: check both")
         if ask.wish == RoundWish.END:
             if key != self._own:
                 raise SplitnetError("the key of the coordinator alone ends a round: give its --key-file")

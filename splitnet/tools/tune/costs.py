@@ -120,8 +120,8 @@ def print_costs(costs: Sequence[Cost], settings: Settings) -> None:
         )
     typer.echo(table(["method", *heads], rows, heads, title=title))
     typer.echo(
-        "Epochs and run in seconds, without evaluations; sent and received by the client in the whole run; client: by "
-        "how much its memory grew."
+        "Epochs and run in seconds, without evaluations; sent and received by the client in the whole run; client: "
+        "growth of its memory."
     )
 
 

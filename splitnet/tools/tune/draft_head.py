@@ -376,7 +376,7 @@ def client_part(checkpoint: Checkpoint, device: str) -> Ends:
     told = part.logits(shown[0][0]).argmax(dim=-1) if known else None
     if told is None or int((told != chosen).sum()) > len(told) // 20:
         raise SplitnetError(
-            f"models of the family {checkpoint.model_type!r} do more to the last hidden state than is known here, so "
+            f"models of the family {checkpoint.model_type!r} process the last hidden state in unknown ways, so "
             "no draft head can be trained for them: draft from the prompt (--speculate prompt-lookup)"
         )
     return part
@@ -513,7 +513,7 @@ class _Writer:
     def fill(self, states: States, model: RemoteCausalLM, progress: TuningProgress, stopped: Sequence[int]) -> None:
         """Writes files of states until all texts, or as many as fit, are done, or it is stopped."""
         began, before = time.monotonic(), states.texts
-        progress.say(f"{self.wanted - before:,} texts, {TOGETHER} at a time, whose states come from the peers ...")
+        progress.say(f"{self.wanted - before:,} texts, {TOGETHER} at a time: peers compute their states ...")
         while not self.has_all(states) and not stopped:
             number = len(states.files)
             if self._tuning.generate:

@@ -141,7 +141,9 @@ class TuningFolder:
                     try:
                         _finite_tensors(partial)
                     except ValueError as error:
-                        raise DataError(f"{path} is as before, as {error}: start again with smaller steps") from error
+                        raise DataError(
+                            f"{path} is unchanged, because {error}: start again with smaller steps"
+                        ) from error
                 partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

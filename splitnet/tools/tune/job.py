@@ -325,7 +325,7 @@ class Tuning:
 
     def _cost(self, method: Method, checkpoint: Checkpoint, swarm: Swarm, running: ConnectionOptions) -> Cost:
         if self.head and method is Method.SIDE:
-            raise SplitnetError("side networks have the model's words tell labels: leave out --head")
+            raise SplitnetError("side networks predict labels with the model's words: leave out --head")
         tokenizer = checkpoint.tokenizer()
         pad = pad_of(tokenizer)
         with tempfile.TemporaryDirectory() as folder:
@@ -562,7 +562,7 @@ def stop_signals(what: str) -> Iterator[list[int]]:
         if stopped:
             raise KeyboardInterrupt
         stopped.append(number)
-        typer.echo(f"Stopping after this {what}; once more to stop at once.", err=True)
+        typer.echo(f"Stopping after this {what}; interrupt again to stop at once.", err=True)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

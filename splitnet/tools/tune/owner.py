@@ -68,7 +68,7 @@ class RoundLink:
         found = own or [each for each in named if swarm.trusted is None or swarm.trusted.allows(each.key.curve_raw)]
         if named and not found:
             key = named[0].key.text
-            raise DirectoryError(f"{key} coordinates {self.name}: list it in --trusted-peers if it is right")
+            raise DirectoryError(f"{key} coordinates {self.name}: list it in --trusted-peers if you trust it")
         if not found:
             raise DirectoryError(f"nobody coordinates a round {self.name} of this model: `splitnet round start` does")
         if len(found) > 1:

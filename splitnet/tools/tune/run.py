@@ -126,7 +126,9 @@ class Encoder:
             after = self.rendered(examples, example, messages[:end], False)
             if not after.startswith(before):
                 fix = "give its reasoning, or tune another model"
-                examples.fail(example, f"the chat template asks with {before[-20:]!r}, and writes no answer so: {fix}")
+                examples.fail(
+                    example, f"the chat template asks with {before[-20:]!r}, but does not write answers this way: {fix}"
+                )
             answer = after.removeprefix(before)
             calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
             said = [message["content"], message.get("reasoning_content") or "", *calls]
@@ -434,7 +436,7 @@ class TuningRun:
     @staticmethod
     def _finite(value: float, what: str = "loss") -> float:
         if not math.isfinite(value):
-            raise NotFinite(f"the {what} is {value}, though all that came from the peers is finite")
+            raise NotFinite(f"the {what} is {value}, although all values from the peers are finite")
         return value
 
     @property

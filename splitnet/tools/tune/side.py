@@ -62,7 +62,7 @@ class SideTuner(nn.Module):
         there = {ids for ids, _, _ in states.places()}
         left = [row for row in self._rows if tuple(row.ids) not in there]
         if left:
-            say(f"hidden states of {count:,} examples, {self.disk_bytes / 2**20:,.0f} MiB, come from the peers ...")
+            say(f"peers compute the hidden states of {count:,} examples, {self.disk_bytes / 2**20:,.0f} MiB ...")
         for some in parts_of(sorted(left, key=lambda row: len(row.ids)), positions):
             if stopped:
                 return

@@ -31,7 +31,7 @@ class States:
             self.files.append(path)
         for path in sorted(folder.path.glob("*.safetensors")) if self._next.exists() else ():
             if path.name != CHECKPOINT and path not in self.files:
-                log.warning("%s is damaged, or behind one that is: its states are computed again", path)
+                log.warning("%s is damaged, or follows a damaged file: its states are computed again", path)
                 path.unlink()
 
     @property
@@ -49,7 +49,7 @@ class States:
     @property
     def told_size(self) -> str:
         """A sentence for the user at the end of a run."""
-        return f"{self.folder.path} holds {self.nbytes / 2**20:,.0f} MiB that it does not need any more."
+        return f"{self.folder.path} holds {self.nbytes / 2**20:,.0f} MiB that are not needed any more."
 
     def add(self, rows: Sequence[Encoded], states: Sequence[Tensor]) -> None:
         """Writes texts with their states, `[len(ids), size]` each, in 16 bits. Raises DataError if there is no room."""
