@@ -1,4 +1,4 @@
-"""How many greedy tokens through three peers equal those of plain transformers; prints Markdown.
+"""Greedy tokens through three peers, compared with plain transformers; prints Markdown.
 
     python -m benchmarks.agreement CHECKPOINT [--tokens 64] [--peers 3] [--codec NAME ...]
 

@@ -520,7 +520,7 @@ def main() -> int:
                 except subprocess.TimeoutExpired:
                     one.kill()
                     said = "ended, as it did not end by itself"
-            if one.returncode > 0:  # not one that was ended here, while it waited for its last answers
+            if one.returncode > 0:  # negative for a process that was ended here while it waited for its last answers
                 phases[-1].errors.append(said.strip().splitlines()[-1][:200] if said.strip() else "it ended early")
             phases[-1].attacker_cores = (children_cpu_s() - computed_s) / (time.monotonic() - began)
             report(phases[-1], calm)

@@ -1,8 +1,8 @@
 """The effect of one client's load on another client's tokens: one daemon of one thread, clients in separate processes.
 
-The measured client has one session, which decodes one token after the other. In turns it runs alone, and next to
-another such client, one with 64 sessions, one that sends long prompts, and one that trains. The last column is a
-multiple of the time next to an equal client.
+The measured client has one session, which decodes one token after the other. In turns it runs alone, next to an equal
+client, a client with 64 sessions, a client with long prompts, and a client that trains. The last column is a multiple
+of the time next to an equal client.
 
     python -m benchmarks.fairness CHECKPOINT [--seconds 10] [--think 0 10] [--rounds 2]
 """

@@ -5,9 +5,9 @@
     python -m benchmarks.kv_forms --families gpt_neox falcon bloom qwen3 gemma2 gpt_oss [--behind 512 8192]
 
 Quality: a text runs as a prompt in passes of 512 positions, and its last 256 positions as decode steps of 16. Their
-next-token distributions are compared with those of the same steps with float32 KV caches. Speed: decode steps through
-all blocks, formats in turns, after this many positions of noise; the median of their times. --save writes the text of
-the longest comparison, for other programs: `llama-perplexity -f` with `-ctk`, `-ctv`.
+next-token distributions are compared with the distributions of the same steps with float32 KV caches. Speed: decode
+steps through all blocks, formats in turns, after this many positions of noise; the median of their times. --save writes
+the text of the longest comparison, for other programs: `llama-perplexity -f` with `-ctk`, `-ctv`.
 
 With --families, only the quality of small models of these families (3 blocks, 4 heads of 64 numbers, a token is a
 byte), which are first trained on the rest of the text, some minutes each. "Bits per byte" measures their prediction of
