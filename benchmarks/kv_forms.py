@@ -51,7 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Alternating windows, sinks, experts.
     "gpt_oss": {"sliding_window": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
 }
-TRAINED = ((600, 4, 256), (10, 1, 2048))  # Steps, texts, positions
+TRAINED = ((600, 4, 256), (10, 1, 2048))  # steps, texts, positions
 
 
 def with_form(span: Span, kv: str) -> Span:

@@ -144,7 +144,7 @@ def _call(lab: Lab, side: Side, listen: bool) -> bool:
                     connection, _ = listening.accept()
                 elif decided and not calling.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                     connection = calling
-                else:  # Refused: the other has not begun, or its router refuses
+                else:  # refused: the other has not begun, or its router refuses
                     time.sleep(_AGAIN_S)
                     continue
                 with connection:

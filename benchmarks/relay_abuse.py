@@ -92,7 +92,7 @@ def measure(seconds: float) -> None:
                 figures = times(member, endpoint, seconds)
             else:
                 with in_background(attack, relay, seconds=seconds + 5):
-                    time.sleep(2.0)  # Imports, and begins
+                    time.sleep(2.0)  # the attacker imports modules, and begins
                     figures = times(member, endpoint, seconds)
         median, slow, first = figures
         figures = f"{median:.2f} | {slow:.1f} | {first:.0f} | {watch.most_mib:.0f} | {watch.most_fds}"

@@ -57,7 +57,7 @@ OPTIONS = {ZEROTH: ["--method", "prompt", "--tokens", "2", "--zeroth-order", "--
 PARTS = ["runs", "alone", "seconds", "table"]
 CLASSES = {4: "act", 5: "animal", 6: "artifact", 8: "body", 13: "food", 15: "location", 18: "person", 20: "plant"}
 """Lexicographer files of WordNet's nouns, by their numbers: lexnames(5WN)."""
-PER_CLASS = 300  # Glosses; the last 50 are held out
+PER_CLASS = 300  # glosses; the last 50 are held out
 HELD_OUT = 50
 LENGTHS = range(20, 121)  # characters of a gloss
 

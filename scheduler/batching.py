@@ -111,9 +111,7 @@ class BatchingDelay:
         self._seen: dict[Hashable, float] = {}
 
     def ran(self, sources: Iterable[Hashable], took_s: float, computed_s: float, now: float) -> None:
-        """Records work of these sources in one pass of `took_s` seconds, in which the thread had a processor for
-        `computed_s`.
-        """
+        """Records a pass of these sources that took `took_s`; its thread had a processor for `computed_s`."""
         self._took_s.add(took_s)
         self._delayed_s.add(max(0.0, took_s - computed_s))
         self._seen.update(dict.fromkeys(sources, now))

@@ -55,9 +55,7 @@ class CandidateIndex:
         self._serving: dict[tuple[int, int], tuple[Integers, Integers]] = {}
 
     def corrected(self, peers: Iterable[Peer]) -> CandidateIndex:
-        """A copy of the index with new facts about some peers. Raises ValueError if a peer serves other blocks than
-        before.
-        """
+        """A copy of the index with new facts about some peers. Raises ValueError if a peer's blocks differ."""
         crowd = copy(self)
         crowd._peers, crowd._load, crowd._speed = list(self._peers), self._load.copy(), self._speed.copy()
         indices: list[int] = []

@@ -36,9 +36,7 @@ Measured on one CPU core with 576 values: between two passes, with cold caches, 
 
 
 def encodings_of(bytes_per_position: Mapping[str, float]) -> tuple[Encoding, ...]:
-    """The encodings among these sizes that may be chosen automatically. Raises ValueError if there are
-    none.
-    """
+    """The encodings that may be chosen automatically, with these sizes. Raises ValueError: there are none."""
     known = [Encoding(name, size, *CODING_MS[name]) for name, size in bytes_per_position.items() if name in CODING_MS]
     if not known:
         raise ValueError(f"no codec to choose from: {', '.join(bytes_per_position) or 'none'}")

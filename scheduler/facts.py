@@ -140,8 +140,7 @@ def missing_blocks(peers: Iterable[Peer], num_blocks: int, first: int = 0) -> li
 
 
 def most_positions(peers: Sequence[Peer], blocks: tuple[int, int], held: Callable[[Peer], int]) -> int:
-    """The longest session that every block of [start, end) can hold at one of its peers. Each of these blocks has a
-    peer.
+    """The longest session that fits into a peer for each of the blocks [start, end). Every block needs a peer.
 
     held: the number of positions for which a peer has memory.
     """
@@ -242,9 +241,7 @@ def place_among(measured: Sequence[tuple[Coordinate, float]], direction: tuple[f
 
 
 def _believable(measured: Sequence[tuple[Coordinate, float]]) -> Sequence[tuple[Coordinate, float]]:
-    """The devices whose stated coordinates agree with the round trips to most of the other devices; all, if none
-    agrees.
-    """
+    """Devices whose stated coordinates agree with the round trips to most other devices; all, if none does."""
     vectors = np.array([other.vector for other, _ in measured])
     heights = np.array([other.height_ms for other, _ in measured])
     rtt_ms = np.array([rtt_ms for _, rtt_ms in measured])
@@ -256,9 +253,7 @@ def _believable(measured: Sequence[tuple[Coordinate, float]]) -> Sequence[tuple[
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What one device states about all its links at once. bytes_per_ms: its highest measured bandwidth; 0: none
-    measured.
-    """
+    """A device's statement about all its links. bytes_per_ms: its highest measured bandwidth; 0: none measured."""
 
     coordinate: Coordinate
     bytes_per_ms: float

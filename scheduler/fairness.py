@@ -30,7 +30,7 @@ AHEAD_S: Final = 2.0
 """Seconds of device time, per weight and `FORGET_S`, that a key's prefill may borrow from the turns of other keys. Each
 key lends the same amount of its turns, and half of them afterwards."""
 
-LATELY_S: Final = (1.0, 5.0)  # Seconds; a key without work is active for twice its usual absence, within these bounds.
+LATELY_S: Final = (1.0, 5.0)  # s; a key without work is active for twice its usual absence, within these bounds
 FORGET_S: Final = 60.0  # a key without work for this time loses its account
 _ROUND_S: Final = 0.001
 _LEARNING: Final = 0.2
@@ -144,9 +144,7 @@ class FairShares(Generic[K]):
         return sorted(keys, key=lambda key: -self._balance(self._accounts[key]))
 
     def may_join(self, key: K) -> bool:
-        """Whether a decode step of `key` may join the next pass: the key has used hardly more than the keys that may
-        begin.
-        """
+        """Whether a decode step of `key` may join the next pass: its use hardly exceeds that of keys that may begin."""
         return self._balance(self._accounts[key]) > -CREDIT_S
 
     def begin_rounds(self, first: K) -> None:
@@ -237,8 +235,7 @@ class FairPasses(Generic[W]):
         return low
 
     def prefill_turn(self, waiting: Sequence[W], first: Hashable, now: float) -> list[W]:
-        """The steps whose prefill runs in a turn of `first`: its own steps, or a step of another key with a shorter
-        prompt.
+        """Steps whose prefill runs in a turn of `first`: its own, or a step of another key with a shorter prompt.
 
         If prompts share a device in turns, all prompts are done late. With the shortest first (Schrage 1968), half of
         them are done in a fraction of the time, and hardly one later. Decoding gains as much: `first` pays, no key
@@ -292,9 +289,7 @@ class FairPasses(Generic[W]):
         return counts
 
     def ran(self, chosen: Sequence[tuple[W, int]], seconds: float, now: float) -> None:
-        """Charges a pass to the keys of its positions. Prefill that joined decode costs as much as in a pass without
-        decode.
-        """
+        """Charges a pass to the keys of its positions. Prefill that joined decode costs as much as without decode."""
         decode = [(step, count) for step, count in chosen if step.total <= DECODE_POSITIONS]
         bulk = [(step, count) for step, count in chosen if step.total > DECODE_POSITIONS]
         bulk_s = seconds if bulk else 0.0

@@ -61,7 +61,7 @@ DIRECTORY_DOWN_S: Final = 0.5  # a peer whose link is not up in this time is not
 
 # A watched peer that has not answered for this time, and whose link is lost, counts as gone.
 HOLDER_LOST_S: Final = 2.5
-HOLDER_SILENT_S: Final = 6.0  # the same, whatever the state of its link
+HOLDER_SILENT_S: Final = 6.0  # the same, for any state of its link
 CLIENT_LOST_S: Final = 30.0  # the sessions of a client whose connection has ended are kept for this time
 STUCK_S: Final = 60.0  # passes do not wait for a link that accepted no bytes for this time; clients wait `MAX_QUEUE_S`
 STALLED_S: Final = 30.0  # a connection ends if bytes wait on it and the other side has accepted none for this time

@@ -89,8 +89,9 @@ class Offered:
 
 
 def first_model(offered: Sequence[Offered]) -> str:
-    """The model that a new peer should serve; without demand, a model that lacks blocks or is slow. Raises ValueError
-    if there is none.
+    """The model that a new peer should serve; without demand, a model that lacks blocks or is slow.
+
+    Raises ValueError if there is none.
     """
 
     def gain(model: Offered) -> tuple[float, float, str]:

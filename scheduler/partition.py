@@ -83,8 +83,7 @@ def cheapest_order(problem: Problem, *, everyone: bool = False, exact_devices: i
 
 
 def _shared_out(problem: Problem, members: Flags) -> tuple[Integers, Integers]:
-    """The blocks of each device `[cases, devices]` and the remaining blocks `[cases]`, for sets of devices `[cases,
-    devices]`.
+    """The blocks of each device `[cases, devices]` and the remaining blocks `[cases]`, for sets of devices.
 
     Remaining blocks have no room. Their number is negative if a set has more devices than there are blocks.
     """

@@ -126,9 +126,7 @@ class _View:
 
 
 def _fill(view: _View) -> Move | None:
-    """Moves a peer that is nowhere the lowest to where it fills most blocks; among equals, the one with the most
-    replicas.
-    """
+    """Moves a peer that is nowhere the lowest to where it fills most blocks; of equals, the one with most replicas."""
     free = np.flatnonzero(~view.lowest & (view.length > 0))
     if not len(free):
         return None

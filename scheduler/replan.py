@@ -107,9 +107,7 @@ class RouteWatch:
         self._is_unexplained = False
 
     def begin(self, predicted_ms: float, *, lost: bool = False) -> None:
-        """Steps use another route from here on. lost: because hops of the former route are gone, not because it is
-        better.
-        """
+        """Steps use another route from here on. lost: because hops of the former route are gone."""
         best_ms = self._ratio * self._predicted_ms if self._ratio < math.inf else 0.0
         former_ms = self.former_ms or max(self.expected_ms, best_ms)
         self.former_ms = former_ms if lost and former_ms < predicted_ms else 0.0
@@ -119,8 +117,7 @@ class RouteWatch:
         self._recent_ms.clear()
 
     def present_ms(self, cost_ms: float) -> float:
-        """Ms of a step on the present route: measured recently, or else by the facts (`cost_ms`); 0: the route is too
-        new.
+        """Ms of a step on the present route: measured recently, or else by the facts (`cost_ms`); 0: too new.
 
         Facts alone do not move a session from a route that it has just taken: the moves of other sessions make devices
         busy, too.
@@ -130,9 +127,7 @@ class RouteWatch:
         return cost_ms if self._is_tried else 0.0
 
     def is_slow(self, step_ms: float) -> bool:
-        """Whether a session may leave a route with steps of this duration: it has become slow, or it replaced a faster
-        one after a loss.
-        """
+        """Whether a session may leave a route with such steps: it is slow, or replaced a faster one after a loss."""
         return has_become_slow(step_ms, self.expected_ms) or has_become_slow(step_ms, self.former_ms or math.inf)
 
     def may_look(self, now_s: float, *, news: bool) -> bool:
@@ -169,8 +164,8 @@ class RouteWatch:
     ) -> float | None:
         """Ms of a step on another route, if leaving the present route pays; else None.
 
-        Facts about the present route were observed; facts about the other were reported, and may be too good. A session
-        leaves a route that it took after a loss for one that is as good as the lost one.
+        Facts about the present route were observed; facts about the other were reported, and may be too good. After a
+        loss, a session leaves its new route for a route as good as the lost one.
 
         known_ms: of a step on the present route, by the facts; predicted_ms: on the other. error: see
         `PredictionErrors`. move_ms, steps_left: see `move_pays`. shares_links: whether the routes have a common link,
@@ -188,8 +183,7 @@ class RouteWatch:
             self._recent_ms.clear()
 
     def step_took(self, elapsed_ms: float, positions: int = 1, now_s: float = 0.0) -> float | None:
-        """Records a step. Returns how many times as slow as predicted the route is, when that is first known or
-        decreases.
+        """Records a step. Returns the route's slowdown against the prediction, when first known or when it decreases.
 
         A route may be slow at first, while its hops compute the contexts of other moved sessions: its best value
         counts.

@@ -18,7 +18,7 @@ from scheduler.facts import CLIENT, Flags, Floats, Hop, Integers, LinkTable, Net
 MAX_PROGRAMMES: Final = 256
 MAX_TRANSITIONS: Final = 2_000_000_000
 """Runs of the dynamic programme, and (block, peer, peer) triples that it examines in all those runs: a few seconds at
-most. At these limits the best route found so far is used, which may not be the optimum."""
+most. At these limits the search ends with the best route found, which may not be the optimum."""
 
 MAX_STAGES: Final = 64
 EXACT_STAGES_PEERS: Final = 64

@@ -120,8 +120,7 @@ class Searcher(Protocol[Route]):
         ...
 
     def measure(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
-        """Pings peers, as many as the client still may; `ends` and `others` may overlap. None: no more pings are
-        allowed.
+        """Pings as many peers as the client still may; `ends` and `others` may overlap. None: no pings are left.
 
         Returns the ends whose links are measured then.
         """

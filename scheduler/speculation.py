@@ -52,8 +52,7 @@ class Pace:
 
 
 def best_window(first: Guessed, pace: Pace) -> Window:
-    """The window that promises most tokens per second. first: its first token, whose `following` holds for all later
-    ones.
+    """The window that promises most tokens per second. first: its first token; `following` holds for all later ones.
 
     More windows under way must promise `WORTHWHILE` times as much as fewer: the windows after a wrong guess are wasted,
     at the expense of other sessions.

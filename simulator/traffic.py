@@ -109,9 +109,7 @@ class Traffic:
         self._send_over((parcel, 0))
 
     def _send_over(self, item: tuple[Parcel, int]) -> None:
-        """Sends a parcel over a link of its wire. A device sends long parcels one by one; decode steps need not
-        wait.
-        """
+        """Sends a parcel over a link of its wire. Long parcels of a device queue up; decode steps need not wait."""
         parcel, index = item
         wire, positions, now = parcel.route.wires[parcel.hop], parcel.positions, self._events.now
         link, encoding = wire.links[index], wire.encodings[index]
@@ -299,9 +297,7 @@ class Calls:
         return others
 
     def say_leaving(self, node: Node, held: Iterable[tuple[Session, int]]) -> None:
-        """A leaving peer notifies the clients of these sessions (each with its epoch), or its machine ends the
-        links.
-        """
+        """A leaving peer notifies the clients of these sessions, each with its epoch, or its links end."""
         for session, epoch in held:
             if node.gone and node.device.crashes:
                 endpoint = session.endpoint(node)

@@ -226,9 +226,7 @@ class World:
     def given(
         cls, settings: Settings, geography: Geography, devices: Sequence[Device], requests: Sequence[Request]
     ) -> World:
-        """A world with these devices and requests; only coordinates are drawn. Devices are numbered from 0, in
-        order.
-        """
+        """A world with these devices, numbered from 0 in order, and requests; only coordinates are drawn."""
         world = cls.__new__(cls)
         world.settings, world.geography = settings, geography
         world.devices, world.requests = list(devices), list(requests)

@@ -370,9 +370,7 @@ def has(extra: str) -> bool:
 
 
 def require(extra: str, what: str) -> None:
-    """Raises SplitnetError with the installation command if `what` needs packages of an extra that are not
-    installed.
-    """
+    """Raises SplitnetError with the installation command if packages of the extra are not installed."""
     if not has(extra):
         raise SplitnetError(f"{what} needs packages that are not installed: run `pip install 'splitnet[{extra}]'`")
 

@@ -129,7 +129,7 @@ class Connection:
         """Joins the swarm of a model. Errors as of `facts_of`."""
         identity, swarm_key, trusted = self._keys
         addresses = self._reached.initial_peers or (() if swarm_key else find_swarm(facts, lan=self.given.lan))
-        way = self.way if self.given.invite or self.given.swarm_key else None  # None: the addresses
+        way = self.way if self.given.invite or self.given.swarm_key else None  # None: join with the addresses
         return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=trusted, way=way)
 
     def swarm(self, checkpoint: Checkpoint) -> Swarm:

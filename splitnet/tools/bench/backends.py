@@ -43,9 +43,7 @@ from splitnet.version import __version__
 
 
 class Clock(BaseStreamer):
-    """Records the time of each new token, in seconds of `time.perf_counter`. after: called with the number of
-    tokens.
-    """
+    """Records the time of each new token, by `time.perf_counter`. after: called with the number of tokens."""
 
     def __init__(self, after: Callable[[int], None] | None = None) -> None:
         self.times: list[float] = []

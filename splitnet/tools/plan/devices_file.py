@@ -162,7 +162,7 @@ def _network(content: Any, names: Sequence[str], host: str | None) -> Network:
 
 
 def _with_client(network: Network, names: Sequence[str], host: str | None) -> Network:
-    """The network with the client's links: its own, or those of its device."""
+    """The network with the client's links, which are the links of its device if it has one."""
     to_client = {(name, CLIENT): network.link(name, host or CLIENT_NAME) for name in names if name != host}
     from_client = {(CLIENT, name): network.link(host or CLIENT_NAME, name) for name in names if name != host}
     same = {(CLIENT, host): SAME_MACHINE, (host, CLIENT): SAME_MACHINE} if host else {}

@@ -37,7 +37,7 @@ from splitnet.tools.tune.methods import Schedule, Settings
 from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, collate, pad_of
 from splitnet.tools.tune.states import States, parts_of, read, states_of
 
-LONGEST_TEXT = 512  # Tokens, by default
+LONGEST_TEXT = 512  # tokens; the default of --max-length
 TOGETHER = 32  # texts that are generated together, and stored in one file
 PASS_POSITIONS = 4096  # positions of texts in one pass through the blocks
 ROWS = 64  # rows of logits at a time
@@ -132,8 +132,7 @@ class _Attention:
 
 
 def unrolled(head: EagleHead, pack: Pack, states: Tensor, followed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs of the head, `[m, hidden]`, for the first to the last drafted token, with the positions that they
-    continue.
+    """Outputs of the head, `[m, hidden]`, for the first to the last drafted token, with their positions.
 
     The model's states at these positions `[m]` give the right token.
 
@@ -487,7 +486,7 @@ class DraftHeadTuning:
 
 
 class _Writer:
-    """Provides the texts of a run, file by file: those of the data, or texts that the model writes."""
+    """Provides the texts of a run, file by file: texts of the data, or texts that the model writes."""
 
     def __init__(self, tuning: DraftHeadTuning, tokenizer: Any, longest: int) -> None:
         self._tuning = tuning

@@ -450,7 +450,7 @@ class Tuning:
         options, source = replace(self.options, init_text=beginning), checkpoint.tokenizer_source
         adapted = with_new_adapter(model, self.method, options, tokenizer, tokenizer_source=source, head=self.head)
         if self.method is Method.PREFIX and options.projection is None:
-            # A classifier uses no caches, but the keys and values of a causal model are those of the same blocks.
+            # A classifier uses no caches, but the keys and values of a causal model come from the same blocks.
             causal = model if isinstance(model, RemoteCausalLM) else attached(checkpoint, swarm, running)
             ids = tokenizer(beginning, return_tensors="pt").input_ids[:, : options.tokens]
             begin_prefix(adapted, causal.keys_and_values(ids))

@@ -51,7 +51,7 @@ class AdapterOptions:
     network: PromptNetwork = PromptNetwork.MLP  # of p-tuning
     rank: int = 8  # of LoRA, as the next two
     alpha: int = 16
-    targets: Sequence[str] = ()  # Empty: PEFT's default for the family; ALL_LINEAR: all linear layers
+    targets: Sequence[str] = ()  # empty: PEFT's default for the family; ALL_LINEAR: all linear layers
     width: int | None = None  # of a side network; None: a quarter of the model's
 
     def virtual_tokens(self, method: Method) -> int:

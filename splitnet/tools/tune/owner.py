@@ -89,7 +89,7 @@ class RoundLink:
         """The state of the rounds and the parameters, float32 `[n]`; None: not known yet.
 
         A JOIN returns when the round has settings, and parameters unless this owner provides them. A READY with a
-        gradient returns when the round is over; the coordinator receives the gradient when it asks for it. Raises
+        gradient returns when the round is over; the gradient is sent when the coordinator requests it. Raises
         SplitnetError if the coordinator refuses or is gone; Stopped once `stopped` is not empty.
         """
         size = 0 if gradient is None else gradient.size

@@ -23,7 +23,7 @@ from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.tools.tune.methods import Settings
 from splitnet.wire.messages import MAX_ATTEMPT, MAX_OWNERS, MAX_ROUNDS, RoundNumbers, WantGradient
 
-LEAST_MASKED = 3  # Owners: of two, each would learn the other's gradient
+LEAST_MASKED = 3  # owners: of two, each would learn the other's gradient
 STRAGGLE = 2.0
 LEAST_WAIT_S = 5.0
 """A round waits for stragglers until `STRAGGLE` times the time after which enough owners were ready, and at least
@@ -46,10 +46,10 @@ Numbers = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """owners: required to begin; later half of them are enough. norm: the longest gradient, to which longer ones are
-    shortened; 0: twice the median. noise: standard deviation of the noise in the sum of gradients, as a multiple of
-    `norm`. masked: owners add masks that cancel out, so that the coordinator sees only sums. liars: number of owners
-    that may send anything: gradients are averaged in 2 * liars + 1 groups, and the median of the groups counts.
+    """owners: required to begin; later half of them are enough. norm: the longest gradient, longer ones are shortened;
+    0: twice the median. noise: standard deviation of the noise in the sum of gradients, as a multiple of `norm`.
+    masked: owners add masks that cancel out, so that the coordinator sees only sums. liars: number of owners that may
+    send anything: gradients are averaged in 2 * liars + 1 groups, and the median of the groups counts.
     """
 
     owners: int = 2
@@ -101,7 +101,7 @@ class Owner:
 @dataclass(eq=False)
 class Rounds:
     """The coordinator's state. settings: of the owner that starts the rounds; None: it has not joined. number: finished
-    rounds, of `rounds`. parameters: the trained numbers, float32 `[n]`, initially those of that owner. moments: of the
+    rounds, of `rounds`. parameters: the trained numbers, float32 `[n]`, which that owner initializes. moments: of the
     optimizer, `[2, n]`. releases: sums with contributions of owners, which the privacy budget counts. told: messages
     for the user.
     """
@@ -161,7 +161,7 @@ class Rounds:
         self._began = now if self._began is None else self._began
 
     def tries(self, key: bytes) -> None:
-        """Marks an owner that has computed a gradient, even for an earlier round: from then on rounds wait for it."""
+        """Marks an owner that has computed a gradient, even for an earlier round: later rounds wait for this owner."""
         owner = self.owners[key]
         owner.missed, owner.tried = owner.missed if owner.tried else 0, True
 

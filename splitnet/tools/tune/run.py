@@ -216,7 +216,7 @@ PACKED = 2**26  # most logits, or numbers of hidden states, for many prompts in 
 
 @torch.no_grad()
 def estimate_gradients(
-    parameters: Iterable[torch.nn.Parameter],  # those without gradients stay unchanged
+    parameters: Iterable[torch.nn.Parameter],  # parameters without gradients stay unchanged
     loss: Callable[[], Any],  # of the model with its present parameters
     *,
     seed: int,  # of the directions; different for every step
