@@ -1,9 +1,9 @@
-"""Counts the house: files, lines, forwarders, modules with one importer, namesakes, and what one token passes.
+"""Code metrics: files, lines, forwarders, modules with one importer, namesakes, and the path of one token.
 
     .venv/bin/python -m benchmarks.size [ROOT] [--trace] [--list]
 
-ROOT: another checkout to count, e.g. of `git worktree add /tmp/before COMMIT`. Its packages are those that its
-pyproject.toml names, and the simulator, which is told apart. No figure makes it fail.
+ROOT: another checkout to measure, e.g. of `git worktree add /tmp/before COMMIT`. Its packages are those in its
+pyproject.toml, and the simulator, which has a separate row. No figure makes it fail.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Module:
-    """A module of the product; `importers`: the modules of the product that import it, in functions, too."""
+    """A module of the product; `importers`: modules of the product that import it, including imports in functions."""
 
     def __init__(self, root: Path, file: Path) -> None:
         self.file, self.path = file, file.relative_to(root)
@@ -56,7 +56,9 @@ class Module:
                 self.code.difference_update(range(node.lineno, (node.end_lineno or 0) + 1))
 
     def imports(self) -> Iterable[tuple[str, str]]:
-        """For `from a import b` a.b, which may be a module, and a, which is one otherwise; no import is relative."""
+        """For `from a import b`: a.b, which may be a module, and a, which is the module otherwise; no import is
+        relative.
+        """
         for node in self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((alias.name, "") for alias in node.names)
@@ -72,8 +74,9 @@ def is_text(node: ast.AST) -> TypeGuard[ast.Expr]:
 
 
 def is_forwarder(function: Function) -> bool:
-    """Whether a method only passes on: its body, a docstring aside, is one statement that returns or calls
-    `self.part.name`, with nothing but its own parameters (`self` may be among them; some may be left out)."""
+    """Whether a method only forwards: its body, without a docstring, is one statement that returns or calls
+    `self.part.name` with only its own parameters (`self` may be among them; some may be left out).
+    """
     body = [statement for statement in function.body if not is_text(statement)]
     if len(body) != 1 or not isinstance(body[0], ast.Return | ast.Expr):
         return False
@@ -123,7 +126,7 @@ def row(modules: list[Module]) -> list[str]:
 
 
 def print_table(root: Path, with_list: bool) -> None:
-    """Markdown: a row per folder, then sums, then what only the whole has."""
+    """Prints Markdown: a row per folder, then sums, then figures of the whole."""
     modules = read(root)
     rows: dict[str, list[Module]] = defaultdict(list)
     for module in modules:
@@ -150,9 +153,10 @@ def print_table(root: Path, with_list: bool) -> None:
 
 
 def print_trace(root: Path) -> None:
-    """What of the product one token of `generate()` passes on the client and three peers, all in this process.
+    """The product's code that one token of `generate()` runs on the client and three peers, all in this process.
 
-    Of thirty tokens the one with the fewest files: what runs now and then is no part of it."""
+    Uses the token with the fewest files out of thirty, because occasional code does not count.
+    """
     os.environ |= {"SPLITNET_CONFIG": os.devnull, "SPLITNET_LAN": "false", "SPLITNET_DEVICE": "cpu"}
     os.environ |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     sys.path[0] = str(root)

@@ -1,8 +1,8 @@
-"""Options from elsewhere than the command line: environment variables, then one TOML file.
+"""Options from environment variables, then from one TOML file.
 
 `splitnet peer --kv-memory` is `SPLITNET_PEER_KV_MEMORY`, and `kv-memory` in the table `[peer]` of the file. An option
-that means the same in several commands is declared with `envvar` (`splitnet/cli/arguments.py`): it can be set for all
-of them by that variable and in the table `[common]`, which also holds the options before the command.
+with the same meaning in several commands is declared with `envvar` (`splitnet/cli/arguments.py`): that variable and the
+table `[common]` set it for all its commands. `[common]` also contains the options before the command.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _MEANT = {
     "ps": "'status'",
     "train": "'tune'",
 }
-"""What commands of other programs are called here; the most alike word would be another command."""
+"""Commands of other programs, with the commands that do the same here, which spelling alone would not suggest."""
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a text in quotes"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An option under all of its names."""
+    """An option with all of its names."""
 
-    command: str  # that has it; `common` for the options before the command
+    command: str  # of the option; `common` for the options before the command
     parameter: Any  # click's
-    kind: type  # type of the value, or of each value of an option that is repeatable
+    kind: type  # type of the value, or of each value of a repeatable option
     shared: str  # name of the variable that sets it in several commands; "" if there is none
 
     @property
@@ -53,18 +53,18 @@ class Setting:
 
     @property
     def variables(self) -> list[str]:
-        """Environment variables that set it; the first that is set counts."""
+        """Environment variables that set the option; the first set variable counts."""
         path = [_PREFIX, self.key] if self.command == COMMON else [_PREFIX, self.command, self.key]
         own = "_".join(path).upper().replace("-", "_")
         return [own, self.shared] if self.shared else [own]
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """Tables of the file that may hold it; the first that does counts."""
+        """Tables of the file that may contain the option; the first that contains it counts."""
         return (self.command, COMMON) if self.shared else (self.command,)
 
     def taken(self, value: Any) -> Any:
-        """What click is to take for a value from the file. Raises ConfigurationError: it is of another type."""
+        """A value from the file, converted for click. Raises ConfigurationError: it is of another type."""
         if not self.parameter.multiple:
             return self._of_kind(value)
         if not isinstance(value, list):
@@ -72,7 +72,7 @@ class Setting:
         return [self._of_kind(item) for item in value]
 
     def check(self, value: Any, context: typer.Context) -> None:
-        """Raises ConfigurationError if the option does not allow what was `taken`."""
+        """Raises ConfigurationError if the option refuses a value of `taken`."""
         try:
             self.parameter.process_value(context, value)
         except (typer.BadParameter, SplitnetError) as error:
@@ -104,11 +104,13 @@ class ConfigurableGroup(TyperGroup):
         self.settings = list(_settings(self))
         for setting in self.settings:
             setting.parameter.envvar = setting.variables
-            setting.parameter.show_envvar = False  # they follow from the flags; help would be twice as long
+            # Users can derive the names from the flags; help would be twice as long.
+            setting.parameter.show_envvar = False
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As click does; words of other programs are answered with the commands that do the same here. When the command
-        is known, what the file says of it is checked, which may load much."""
+        """Resolves a command as click does. For commands of other programs, the error names the equivalent commands of
+        splitnet. Then checks the file's values for the command, which may load large modules.
+        """
         if (word := args[0]) not in self.commands and word in _MEANT:
             ctx.fail(f"No such command {word!r}. Did you mean {_MEANT[word]}?")
         resolved = super().resolve_command(ctx, args)
@@ -120,9 +122,9 @@ class ConfigurableGroup(TyperGroup):
 
 
 def read_configuration(context: typer.Context, path: Path | None) -> Path | None:
-    """Callback of --config: takes the file as defaults of all options; without a path, the user's if there is one.
+    """Callback of --config: uses the file as defaults of all options; without a path, the user's file if it exists.
 
-    Raises ConfigurationError if the file cannot be read, or holds what no option takes.
+    Raises ConfigurationError if the file cannot be read, or contains a value that no option accepts.
     """
     file = path or platformdirs.user_config_path("splitnet") / "config.toml"
     if context.resilient_parsing or (path is None and not file.is_file()):
@@ -153,7 +155,7 @@ def _settings(group: Any) -> Iterator[Setting]:
     for name, command in ((COMMON, group), *group.commands.items()):
         types_of = typing.get_type_hints(inspect.unwrap(command.callback)) if command.callback else {}
         for parameter in command.params:
-            # Eager ones, such as --version, say what to do instead of how.
+            # Eager options, such as --version, are actions.
             if parameter.param_type_name == "option" and not parameter.is_eager and parameter.name in types_of:
                 yield Setting(name, parameter, _kind(types_of[parameter.name]), parameter.envvar or "")
 
@@ -165,7 +167,7 @@ def _kind(annotation: Any) -> type:
 
 
 def _given(file: Path, content: dict[str, Any], settings: list[Setting]) -> Iterator[tuple[Setting, Any, str]]:
-    """The options that the file sets, their values, and where they stand."""
+    """The options that the file sets, their values, and their places in the file."""
     tables = {setting.command for setting in settings}
     for name, table in content.items():
         if not isinstance(table, dict):

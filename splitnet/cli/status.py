@@ -1,4 +1,4 @@
-"""`splitnet status`: who serves what."""
+"""`splitnet status`: the peers of a model and their blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from splitnet.cli.generate import connection_to
 from splitnet.cli.tables import table
 from splitnet.session.options import ConnectionOptions
 
-SHOWN_ADDRESSES = 3  # To join with; all are in the JSON
+SHOWN_ADDRESSES = 3  # to join with; the JSON contains all
 
 if TYPE_CHECKING:
     from splitnet.swarm.swarm import Overview
@@ -26,7 +26,7 @@ def status(
     connecting: ConnectionOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show the peers of MODEL's swarm, their blocks, speed and load, and which blocks nobody serves."""
+    """Show the peers of MODEL's swarm, their blocks, speed and load, and the blocks without a peer."""
     connection = connection_to(model, connecting)
     from splitnet.checkpoint.checkpoint import Checkpoint
     from splitnet.swarm.swarm import Overview
