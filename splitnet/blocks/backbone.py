@@ -431,7 +431,7 @@ def with_coded_experts(
     weights: Weights,
 ) -> dict[str, Any]:
     """Replaces the experts' tensors by lazy codes in the layout that `weights` holds experts in. Unchanged if `weights`
-    holds no integers. The names are those of a model of these blocks alone."""
+    holds no integers. Names are as in a model of these blocks alone."""
     if weights.kind not in INTEGERS:
         return dict(tensors)
     whole = on_meta(model_class, checkpoint.config)

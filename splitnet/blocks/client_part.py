@@ -169,7 +169,7 @@ def outline_in(model: nn.Module) -> BlockList:
 def client_part_names(checkpoint: Checkpoint, model_class: type[PreTrainedModel], container: str) -> dict[str, str]:
     """Name in the model -> name in the checkpoint, of the model's tensors outside the blocks.
 
-    The names differ where the checkpoint is of a multimodal model, whose text model has a prefix of its own. Tensors of
+    The names differ where the checkpoint is of a multimodal model, whose text model has a different prefix. Tensors of
     that model's other parts are left out, and so are tensors that models of the family ignore on purpose. Raises
     UnsupportedModel if a multimodal checkpoint has tensors that belong to none of its parts.
     """
@@ -359,7 +359,7 @@ class AbsentWeight(Tensor):
 
 
 class RemotePart(nn.Module):
-    """A module without weights on this machine; its submodules have none either, except those of an adapter."""
+    """A module without weights on this machine; its submodules have none either, except an adapter's modules."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Raises AdapterError if there are none, because code that asks for parameters needs some."""

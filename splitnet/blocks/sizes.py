@@ -87,7 +87,7 @@ class ModelSizes:
                 of the checkpoint.
 
         Raises:
-            ModelNotFound: the model does not exist, or its weights are quantized and only its config is there.
+            ModelNotFound: the model does not exist, or its weights are quantized and it has only a config.
             UnsupportedModel: the model cannot be cut into spans.
             WeightsError: weights cannot be held in this format.
         """

@@ -53,7 +53,7 @@ class TensorFiles(Protocol):
         ...
 
     def heads(self) -> Mapping[str, int]:
-        """Files of which more than the tensors is needed: name -> bytes before the first tensor."""
+        """Files that are needed beyond their tensors: name -> bytes before the first tensor."""
         ...
 
     def local_file(self, file: str) -> Path | None:
