@@ -176,7 +176,7 @@ def test_an_invitation_beside_another_swarm_key_or_key_is_refused_by_name(comman
     more = {"generate": ["hello"], "tune": ["--data", str(data), "--output", str(tmp_path / "out")]}.get(command, [])
     for option in ("--swarm-key", "--key-file"):
         done = CliRunner().invoke(app, [command, *more, "--invite", str(file), option, key])
-        assert isinstance(done.exception, SplitnetError) and f"leave {option} out" in str(done.exception)
+        assert isinstance(done.exception, SplitnetError) and f"leave out {option}" in str(done.exception)
 
 
 def test_bench_measures_the_swarm_of_an_invitation_beside_the_model_here(tmp_path: Path) -> None:
