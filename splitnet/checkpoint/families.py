@@ -23,11 +23,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from splitnet.checkpoint.rope_lengths import RopeLengths
 from splitnet.errors import UnsupportedModel
 
 MAX_LAYERS = 4096  # messages and records can number no more
 MAX_LABELS = 1 << 13  # transformers creates a name for each label
-MAX_LENGTH = 1 << 48  # longer than every sequence
 _BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "swa_rope_theta")
 
 
@@ -261,40 +261,6 @@ def check_can_be_cut(config: PreTrainedConfig) -> None:
         )
 
 
-class RopeLengths:
-    """The lengths of a sequence for which a model has the same rotary frequencies. In transformers, all positions of a
-    call get the frequencies of the sequence's length after the call, and cached keys keep theirs."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        kinds = _kinds(config)
-        originals = [kind.get("original_max_position_embeddings") for kind in kinds if kind["rope_type"] == "longrope"]
-        self._long = [end for end in originals if isinstance(end, int)]
-        dynamic = any(kind["rope_type"] == "dynamic" for kind in kinds)
-        most = getattr(config, "max_position_embeddings", None) if dynamic else None
-        self._dynamic = most if isinstance(most, int) else None
-
-    @property
-    def matter(self) -> bool:
-        """Whether frequencies depend on the length."""
-        return self.grow or bool(self._long)
-
-    @property
-    def grow(self) -> bool:
-        """Whether frequencies continue to change beyond the length in the config."""
-        return self._dynamic is not None
-
-    def last(self, length: int) -> int:
-        """The largest length with the frequencies of `length`."""
-        ends = [end for end in (*self._long, self._dynamic) if end is not None and end >= length]
-        return min(ends) if ends else length if self.grow else MAX_LENGTH
-
-    def shortest(self, length: int) -> int:
-        """The smallest length with the frequencies of `length`; 0 if every shorter length has them."""
-        if self.grow and length > (self._dynamic or 0):
-            return length
-        return max((end + 1 for end in (*self._long, self._dynamic) if end is not None and end < length), default=0)
-
-
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Positions that a model was made for; None if its config does not say, or its rotary embedding adapts to any
     length."""
@@ -378,15 +344,6 @@ def _with_inner(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for value in values.values():
         if isinstance(value, Mapping):
             yield from _with_inner(cast("Mapping[str, Any]", value))
-
-
-def _kinds(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The rotary embeddings of a model: each kind of blocks may have one."""
-    parameters = getattr(config, "rope_parameters", None)
-    if not isinstance(parameters, dict):
-        return []
-    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return [kind for kind in kinds if "rope_type" in kind]
 
 
 def _reason_against(config: PreTrainedConfig) -> str:

@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import accumulate, chain, count, zip_longest
 from operator import itemgetter
@@ -35,33 +35,12 @@ _ENTRY = struct.Struct(f">{KEY_PREFIX_BYTES}s3sI4B")
 """First bytes of the key, digest of the exact fields, time of issue, and four measured amounts in steps."""
 assert _ENTRY.size == ENTRY_BYTES
 
-_MEASURED: Final = {
-    "block_ms",
-    "queue_ms",
-    "batch",
-    "kv_free_positions",
-    "kv_capacity",
-    "past_ms",
-    "sessions",
-    "bytes_per_ms",
-    "links",
-    "watts",
-}
-_NOT_IN_DIGEST: Final = _MEASURED | {
-    "coordinate",
-    "coordinate_error",
-    "demand",
-    "key",
-    "kv",
-    "model",
-    "proof",
-    "placed_at",
-    "issued_at",
-    "ttl_s",
-}
-"""All other fields are exact. Peers of different versions compare digests, so a digest must omit an added field that
-holds its default."""
-_EXACT_FIELDS: Final = [field.name for field in fields(PeerRecord) if field.name not in _NOT_IN_DIGEST]
+_EXACT_FIELDS: Final = (
+    *("model_name", "address", "start", "end", "num_blocks", "protocol", "codecs", "device", "dtype", "max_blocks"),
+    *("moving_to", "serves", "version", "state_bytes", "relays", "relay_port"),
+)
+"""Fields of a record in the digest. Peers of different versions compare digests, so a digest must omit an added field
+that holds its default."""
 
 RECORD_OVERHEAD: Final = 3  # bytes that an answer takes for a record besides the record itself
 
