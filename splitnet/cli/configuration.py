@@ -1,7 +1,7 @@
 """Options from environment variables, then from one TOML file.
 
 `splitnet peer --kv-memory` is `SPLITNET_PEER_KV_MEMORY`, and `kv-memory` in the table `[peer]` of the file. An option
-with the same meaning in several commands is declared with `envvar` (`splitnet/cli/arguments.py`): that variable and the
+with the same meaning in several commands is declared as shared (`splitnet/cli/arguments.py`): one variable and the
 table `[common]` set it for all its commands. `[common]` also contains the options before the command.
 """
 

@@ -106,9 +106,8 @@ def peer(
     join: JoinIfAny = None,
     lan: Annotated[
         bool | None,
-        in_swarm(
+        in_swarm.shared(
             "--lan/--no-lan",
-            envvar="SPLITNET_LAN",
             help="Find peers on this network, and be found; by default on without --join, unless --listen is on "
             "loopback.",
             show_default=False,
