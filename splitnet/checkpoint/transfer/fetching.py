@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final, Generic, TypeVar
@@ -292,7 +293,7 @@ class HubAnswer:
     error: str = ""
 
 
-class Asking:
+class Asking(AbstractContextManager["Asking"]):
     """Sends questions to peers and receives their answers; use it in a `with`. `answers`: one answer to each open
     question; unsolicited answers are dropped."""
 
@@ -303,9 +304,6 @@ class Asking:
         self._open: dict[int, Endpoint] = {}  # the peer that was asked, by the number of the question
         self._links = Links(identity)
         self._links.on_answer = self._answered
-
-    def __enter__(self) -> Asking:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._links.close()

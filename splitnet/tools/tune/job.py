@@ -307,8 +307,8 @@ class Tuning:
         Raises SplitnetError if no method is possible.
         """
         checkpoint = connection.checkpoint()
-        swarm, costs = connection.swarm(checkpoint), list[Cost]()
-        try:
+        costs: list[Cost] = []
+        with connection.swarm(checkpoint) as swarm:
             for method in Method:
                 typer.echo(f"{method}: {1 + MEASURED} steps ...", err=True)
                 try:
@@ -317,8 +317,6 @@ class Tuning:
                     typer.echo(f"{method} is not possible: {error}", err=True)
                 # Models with remote blocks have reference cycles, and would count in the next model's memory.
                 gc.collect()
-        finally:
-            swarm.close()
         if not costs:
             raise SplitnetError("no method is possible for this model and these options: see above")
         print_costs(costs, self.settings)
