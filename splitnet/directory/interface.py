@@ -139,7 +139,7 @@ def latest(model: str, found: Iterable[Sequence[PeerRecord]]) -> list[PeerRecord
 # The records of a node are bounded, because keys and records are cheap to make.
 RECORDS_PER_KEY: Final = 256
 """Records under one key of the DHT. A record has at most 3 KiB, so a message has room for several times as many."""
-RECORDS_PER_IDENTITY: Final = 16  # records of one peer's key; a peer of one model needs three
+RECORDS_PER_IDENTITY: Final = 16  # records of one peer's key; a peer of one model needs two
 MAX_RECORDS: Final = 16384  # records of a node: 48 MiB
 
 Place = tuple[bytes, str]  # a key of the DHT, and a subkey

@@ -320,8 +320,7 @@ class RecordValidator:
                 return False
             if record.key == self._models_id:
                 return subkey == peer.model and not peer.has_left
-            places = (peers_key(peer.model), shard_key(peer.model, peer.key))
-            return subkey == peer.key.text and record.key in map(self._key_id, places)
+            return subkey == peer.key.text and record.key == self._key_id(shard_key(peer.model, peer.key))
         except (ProtocolError, NotAuthorized):
             return False
 
@@ -331,19 +330,14 @@ class RecordValidator:
     strip_value = sign_value  # the signature stays part of the value
 
 
-def peers_key(model: str) -> str:
-    """The DHT key of the records of all peers of a model (fingerprint). Earlier versions only use this key."""
-    return f"splitnet.peers.{model}"
-
-
 def shard_key(model: str, key: PublicKey) -> str:
     """The DHT key of a peer's record."""
     return shard_keys(model)[key.raw[0] % SHARDS]
 
 
 def shard_keys(model: str) -> list[str]:
-    """The DHT keys over which the records of a model's peers are spread."""
-    return [f"{peers_key(model)}.{shard}" for shard in range(SHARDS)]
+    """The DHT keys over which the records of a model's peers are spread. model: fingerprint."""
+    return [f"splitnet.peers.{model}.{shard}" for shard in range(SHARDS)]
 
 
 @lru_cache(maxsize=4096)
