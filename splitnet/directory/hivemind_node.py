@@ -216,7 +216,7 @@ def _is_not_about_reaped_children(record: logging.LogRecord) -> bool:
 
 SEARCH_S: Final = 5.0  # a search ends after this time with the answers so far, so that silent nodes cannot delay it
 MOST_PER_KEY: Final = 4 * RECORDS_PER_KEY
-"""Records that are read under one key. A node of an earlier version, or a malicious node, may return any number."""
+"""Records that are read under one key. A malicious node may return any number."""
 
 
 @dataclass(frozen=True)
