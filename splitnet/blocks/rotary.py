@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from splitnet.checkpoint.families import RopeLengths
+from splitnet.checkpoint.rope_lengths import RopeLengths
 
 
 class Given(Enum):

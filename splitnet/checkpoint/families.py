@@ -23,11 +23,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from splitnet.checkpoint.rope_lengths import RopeLengths
 from splitnet.errors import UnsupportedModel
 
 MAX_LAYERS = 4096  # as many as messages and records can number
 MAX_LABELS = 1 << 13  # of which transformers makes a name each
-MAX_LENGTH = 1 << 48  # longer than all sequences
 _BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "swa_rope_theta")
 
 
@@ -258,40 +258,6 @@ def check_can_be_cut(config: PreTrainedConfig) -> None:
         )
 
 
-class RopeLengths:
-    """Which lengths of a sequence give a model the same frequencies. In transformers, all positions of a call get those
-    of the length that the sequence then has, and keys that are cached keep theirs."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        kinds = _kinds(config)
-        originals = [kind.get("original_max_position_embeddings") for kind in kinds if kind["rope_type"] == "longrope"]
-        self._long = [end for end in originals if isinstance(end, int)]
-        dynamic = any(kind["rope_type"] == "dynamic" for kind in kinds)
-        most = getattr(config, "max_position_embeddings", None) if dynamic else None
-        self._dynamic = most if isinstance(most, int) else None
-
-    @property
-    def matter(self) -> bool:
-        """Whether frequencies depend on the length."""
-        return self.grow or bool(self._long)
-
-    @property
-    def grow(self) -> bool:
-        """Whether they are made for sequences longer than the config says."""
-        return self._dynamic is not None
-
-    def last(self, length: int) -> int:
-        """The largest length with the frequencies of `length`."""
-        ends = [end for end in (*self._long, self._dynamic) if end is not None and end >= length]
-        return min(ends) if ends else length if self.grow else MAX_LENGTH
-
-    def shortest(self, length: int) -> int:
-        """The smallest length with the frequencies of `length`; 0 where the smallest of all has them."""
-        if self.grow and length > (self._dynamic or 0):
-            return length
-        return max((end + 1 for end in (*self._long, self._dynamic) if end is not None and end < length), default=0)
-
-
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Positions that a model was made for; None if its config does not say, or its rotary embedding grows with them."""
     return None if RopeLengths(config).grow else getattr(config, "max_position_embeddings", None)
@@ -374,15 +340,6 @@ def _with_inner(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for value in values.values():
         if isinstance(value, Mapping):
             yield from _with_inner(cast("Mapping[str, Any]", value))
-
-
-def _kinds(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The rotary embeddings of a model: blocks of several kinds may have one each."""
-    parameters = getattr(config, "rope_parameters", None)
-    if not isinstance(parameters, dict):
-        return []
-    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return [kind for kind in kinds if "rope_type" in kind]
 
 
 def _reason_against(config: PreTrainedConfig) -> str:

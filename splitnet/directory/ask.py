@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import accumulate, chain, count, zip_longest
 from operator import itemgetter
@@ -35,32 +35,12 @@ _ENTRY = struct.Struct(f">{KEY_PREFIX_BYTES}s3sI4B")
 """A key, the digest of the exact fields, when the record was issued, and four measured amounts in steps."""
 assert _ENTRY.size == ENTRY_BYTES
 
-_MEASURED: Final = {
-    "block_ms",
-    "queue_ms",
-    "batch",
-    "kv_free_positions",
-    "kv_capacity",
-    "past_ms",
-    "sessions",
-    "bytes_per_ms",
-    "links",
-    "watts",
-}
-_NOT_IN_DIGEST: Final = _MEASURED | {
-    "coordinate",
-    "coordinate_error",
-    "demand",
-    "key",
-    "kv",
-    "model",
-    "proof",
-    "placed_at",
-    "issued_at",
-    "ttl_s",
-}
-"""All other fields are exact. Versions compare digests: one that is added must be left out while it has its default."""
-_EXACT_FIELDS: Final = [field.name for field in fields(PeerRecord) if field.name not in _NOT_IN_DIGEST]
+_EXACT_FIELDS: Final = (
+    *("model_name", "address", "start", "end", "num_blocks", "protocol", "codecs", "device", "dtype", "max_blocks"),
+    *("moving_to", "serves", "version", "state_bytes", "relays", "relay_port"),
+)
+"""Fields of a record in the digest. Versions compare digests: a field that is added here counts as a change between two
+versions, unless it is left out while it has its default."""
 
 RECORD_OVERHEAD: Final = 3  # bytes that a record takes in an answer besides its own
 

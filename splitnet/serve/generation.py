@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from splitnet.checkpoint.families import RopeLengths
+from splitnet.checkpoint.rope_lengths import RopeLengths
 from splitnet.errors import ContextTooLong, PeerBusy, SessionClosed
 from splitnet.hf.cache import RemoteCache, RemoteLayer
 from splitnet.hf.causal_lm import RemoteCausalLM

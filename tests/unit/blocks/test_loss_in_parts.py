@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from splitnet.blocks.client_part import load_client_part
 from splitnet.blocks.head import IGNORED, QuantizedHead, loss_in_parts
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.families import RopeLengths
+from splitnet.checkpoint.rope_lengths import RopeLengths
 from splitnet.errors import UnsupportedParameter
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.hf.remote_blocks import RemoteBlocks
