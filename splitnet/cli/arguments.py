@@ -1,7 +1,7 @@
 """Arguments that several commands share, and how their texts are read.
 
-An option with `envvar` means the same in all of its commands, so that it can be set for all at once: by that variable,
-or under `[common]` in the configuration file, see `splitnet/cli/configuration.py`.
+A shared option means the same in all of its commands, so that it can be set for all at once: by a variable, or under
+`[common]` in the configuration file, see `splitnet/cli/configuration.py`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,16 @@ from splitnet.wire.kv_forms import KVForms
 Command = Callable[..., None]
 
 
-def box(title: str) -> Callable[..., Any]:
-    """Declares options as `typer.Option` does, in one box of `--help`."""
-    return functools.partial(typer.Option, rich_help_panel=title)
+def box(title: str) -> Any:
+    """Declares options as `typer.Option` does, in one box of `--help`; `.shared` declares one of several commands."""
+    option: Any = functools.partial(typer.Option, rich_help_panel=title)
+    option.shared = functools.partial(_shared, option)
+    return option
+
+
+def _shared(declare: Callable[..., Any], flags: str, **options: Any) -> Any:
+    """An option that means the same in all of its commands, and that a variable named by its flag sets in all."""
+    return declare(flags, envvar=f"SPLITNET_{flags.partition('/')[0][2:].upper().replace('-', '_')}", **options)
 
 
 in_swarm = box("Swarm")
@@ -81,7 +88,7 @@ ModelOrInvite = Annotated[
 
 
 def _join(help: str) -> Any:
-    return in_swarm("--join", metavar="ADDR", envvar="SPLITNET_JOIN", callback=checked_addresses, help=help)
+    return in_swarm.shared("--join", metavar="ADDR", callback=checked_addresses, help=help)
 
 
 Join = Annotated[
@@ -92,27 +99,23 @@ JoinIfAny = Annotated[
     list[str] | None,
     _join("Address of a swarm to join; without it, one on this network is joined or a new one starts."),
 ]
-Lan = Annotated[
-    bool, in_swarm("--lan/--no-lan", envvar="SPLITNET_LAN", help="Look for the swarm on this network without --join.")
-]
+Lan = Annotated[bool, in_swarm.shared("--lan/--no-lan", help="Look for the swarm on this network without --join.")]
 JoinToExamine = Annotated[
     list[str] | None, _join("Address of a swarm, to check the way to it; repeat for several of one swarm.")
 ]
 CodecName = Annotated[
     str,
-    in_route(
+    in_route.shared(
         "--codec",
-        envvar="SPLITNET_CODEC",
         callback=_checked_codec,
         help="How activations travel: auto, or a name from docs/codecs.md such as int8.",
     ),
 ]
 Device = Annotated[
     str,
-    in_computing(
+    in_computing.shared(
         "--device",
         metavar="DEVICE",
-        envvar="SPLITNET_DEVICE",
         callback=_checked_device,
         help="Where to compute: auto (CUDA or ROCm, else MPS, else XPU, else the CPU), cpu, cuda, cuda:1, mps or xpu.",
     ),
@@ -134,20 +137,18 @@ def one_identity(context: typer.Context, value: Path | None) -> Path | None:
 
 SwarmKeyFile = Annotated[
     Path | None,
-    in_keys(
+    in_keys.shared(
         "--swarm-key",
         metavar="FILE",
-        envvar="SPLITNET_SWARM_KEY",
         callback=one_identity,
         help="File with the key of a closed swarm, see `splitnet key --swarm-key`.",
     ),
 ]
 InviteFile = Annotated[
     Path | None,
-    in_keys(
+    in_keys.shared(
         "--invite",
         metavar="FILE",
-        envvar="SPLITNET_INVITE",
         callback=one_identity,
         help="File of `splitnet invite`: model, addresses, swarm key and key in place of those options.",
     ),
@@ -195,7 +196,7 @@ ModelId = Annotated[
 ]
 KeyFile = Annotated[
     Path | None,
-    in_keys("--key-file", envvar="SPLITNET_KEY_FILE", callback=one_identity, help="File with the key of this machine."),
+    in_keys.shared("--key-file", callback=one_identity, help="File with the key of this machine."),
 ]
 
 
@@ -217,74 +218,64 @@ CONNECTING: dict[str, Any] = {
     ],
     "kv_at_least": Annotated[
         StrEnum("KVForms", get_args(KVForms)),
-        in_computing(
-            "--kv-at-least",
-            envvar="SPLITNET_KV_AT_LEAST",
-            help="Use no peers that hold KV caches in fewer bits than this.",
-        ),
+        in_computing.shared("--kv-at-least", help="Use no peers that hold KV caches in fewer bits than this."),
     ],
     "device": Device,
     "local_blocks": Annotated[
         str | None,
-        in_computing(
+        in_computing.shared(
             "--local-blocks",
             metavar="START:END",
-            envvar="SPLITNET_LOCAL_BLOCKS",
             help="Blocks to run here, without peers; several as 0:2,28:30, or auto.",
         ),
     ],
     "local_weights": Annotated[
         str | None,
-        in_computing(
+        in_computing.shared(
             "--local-weights",
             metavar="KIND",
-            envvar="SPLITNET_LOCAL_WEIGHTS",
             help="Hold those blocks and the head as auto, float32, float16, int8 or int4; auto if not given, but as "
             "stored with --codec none.",
         ),
     ],
     "tokenizer": Annotated[
         str | None,
-        typer.Option(
+        _shared(
+            typer.Option,
             "--tokenizer",
             metavar="MODEL",
-            envvar="SPLITNET_TOKENIZER",
             help="Hugging Face id or folder with the tokenizer, if the model comes without a usable one.",
         ),
     ],
     "prefer": Annotated[
         StrEnum("Preferred", get_args(Preference)),
-        in_route(
+        in_route.shared(
             "--prefer",
-            envvar="SPLITNET_PREFER",
             help="Routes with the next token soonest, the most tokens per second, or the least energy per token.",
         ),
     ],
     "prefixes": Annotated[
         StrEnum("Prefixes", get_args(Prefixes)),
-        in_route(
+        in_route.shared(
             "--prefixes",
-            envvar="SPLITNET_PREFIXES",
             help="Peers store keys and values of prompts for later ones that begin alike: of this key, also of keys "
             "that the owner of a peer has put in one group with it, or not at all.",
         ),
     ],
     "standby": Annotated[
         str | None,
-        in_route(
+        in_route.shared(
             "--standby",
             metavar="8MiB",
-            envvar="SPLITNET_STANDBY",
             help="Replicas copy the keys and values of sessions, so many bytes per second; one that takes the place of "
             "a hop then computes only the rest.",
         ),
     ],
     "energy_slowdown": Annotated[
         float | None,
-        in_route(
+        in_route.shared(
             "--energy-slowdown",
             metavar="FACTOR",
-            envvar="SPLITNET_ENERGY_SLOWDOWN",
             help="With --prefer energy: how many times as long as on the fastest route a token may take; 1.5 if not "
             "given.",
         ),
@@ -293,10 +284,9 @@ CONNECTING: dict[str, Any] = {
     "swarm_key": SwarmKeyFile,
     "trusted_peers": Annotated[
         Path | None,
-        in_keys(
+        in_keys.shared(
             "--trusted-peers",
             metavar="FILE",
-            envvar="SPLITNET_TRUSTED_PEERS",
             help="File with the keys of the peers that may be used, as --authorized-keys; any peer if not given.",
         ),
     ],

@@ -1,7 +1,7 @@
 """Options from elsewhere than the command line: environment variables, then one TOML file.
 
 `splitnet peer --kv-memory` is `SPLITNET_PEER_KV_MEMORY`, and `kv-memory` in the table `[peer]` of the file. An option
-that means the same in several commands is declared with `envvar` (`splitnet/cli/arguments.py`): it can be set for all
+that means the same in several commands is declared as shared (`splitnet/cli/arguments.py`): it can be set for all
 of them by that variable and in the table `[common]`, which also holds the options before the command.
 """
 

@@ -103,9 +103,8 @@ def peer(
     join: JoinIfAny = None,
     lan: Annotated[
         bool | None,
-        in_swarm(
+        in_swarm.shared(
             "--lan/--no-lan",
-            envvar="SPLITNET_LAN",
             help="Find others on this network and be found; on without --join, unless --listen is on loopback.",
             show_default=False,
         ),
