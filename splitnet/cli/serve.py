@@ -24,6 +24,7 @@ from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import listen_at
 
 if TYPE_CHECKING:
+    from splitnet.cli.connection import Connection
     from splitnet.directory.interface import SwarmDirectory
     from splitnet.serve.server import Way
 
@@ -166,22 +167,15 @@ def serve(
         checkpoint_sampling=sampling_defaults is SamplingDefaults.checkpoint,
         keep_models=keep_models,
     )
-    opened = connection.checkpoint()
-    first = Way(
-        served_name or [opened.name],
-        opened,
-        opened.tokenizer(),
-        connection.swarm,
-        connection.options,
-        drafts_of(speculate, connection),
-    )
+
+    def through(way: Connection, names: list[str] | None = None) -> Way:
+        checkpoint, drafts = way.checkpoint(), drafts_of(speculate, way)
+        return Way(names or [checkpoint.name], checkpoint, checkpoint.tokenizer(), way.swarm, way.options, drafts)
 
     def named(model: str, model_id: str | None = None) -> Way:
-        way = connection_to(model, replace(connecting, model_id=model_id or connecting.model_id))
-        checkpoint = way.checkpoint()
-        names, drafts = [checkpoint.name], drafts_of(speculate, way)
-        return Way(names, checkpoint, checkpoint.tokenizer(), way.swarm, way.options, drafts)
+        return through(connection_to(model, replace(connecting, model_id=model_id or connecting.model_id)))
 
+    first = through(connection, served_name)
     others = [*map(named, (models or [])[1:])]
     for name, folder in map(_named_folder, adapter or ()):
         others.append(replace(first, names=[f"{one}:{name}" for one in first.names], adapter=folder))

@@ -184,18 +184,13 @@ class SamplingRequest(Strict):
     @property
     def constraints(self) -> dict[str, dict[str, Any]]:
         """What an answer keeps to, by the parameter that says so: `schema` or `rule`, see `Bounds`. Raises ApiError."""
+        guided = ("json", "regex", "choice", "grammar")
         given: dict[str, tuple[str, Any]] = {
-            "guided_json": ("json", self.guided_json),
-            "guided_regex": ("regex", self.guided_regex),
-            "guided_choice": ("choice", self.guided_choice),
-            "guided_grammar": ("grammar", self.guided_grammar),
-            "json_schema": ("json", self.json_schema),
-            "grammar": ("grammar", self.grammar),
+            f"guided_{kind}": (kind, getattr(self, f"guided_{kind}")) for kind in guided
         }
-        if self.structured_outputs is not None:
-            given |= {
-                f"structured_outputs.{kind}": (kind, each) for kind, each in self.structured_outputs.given.items()
-            }
+        given |= {"json_schema": ("json", self.json_schema), "grammar": ("grammar", self.grammar)}
+        if (wanted := self.structured_outputs) is not None:
+            given |= {f"structured_outputs.{kind}": (kind, each) for kind, each in wanted.given.items()}
         found: dict[str, dict[str, Any]] = {}
         for param, (kind, value) in given.items():
             if value is not None and kind in ("json", "json_object"):
