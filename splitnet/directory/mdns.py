@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
@@ -94,7 +95,7 @@ class LanNode:
         return cls(model, int(protocol), tuple(filter(is_lan_address, addresses)))
 
 
-class LocalNetwork:
+class LocalNetwork(AbstractContextManager["LocalNetwork"]):
     """The nodes of one model's swarm on the networks of this machine. Thread-safe; close it when done. Raises LanError
     if multicast DNS cannot be used here.
 
@@ -148,9 +149,6 @@ class LocalNetwork:
             self._changing.notify_all()
         if self._watcher is not None:
             self._watcher.join(_END_S)
-
-    def __enter__(self) -> LocalNetwork:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final, Generic, TypeVar
@@ -291,7 +292,7 @@ class HubAnswer:
     error: str = ""
 
 
-class Asking:
+class Asking(AbstractContextManager["Asking"]):
     """Questions to peers, and their answers; use it in a `with`. `answers`: those to questions that are open, one to
     each; what nobody asked for is dropped as it comes."""
 
@@ -302,9 +303,6 @@ class Asking:
         self._open: dict[int, Endpoint] = {}  # the peer that was asked, by the number of the question
         self._links = Links(identity)
         self._links.on_answer = self._answered
-
-    def __enter__(self) -> Asking:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._links.close()

@@ -306,19 +306,18 @@ def device_table(plan: Plan) -> str:
     """The devices in the order of the chain, and what they hold."""
     energy = ["J/token"] * any(span.device.watts for span in plan.spans)
     figures = ["at most", "memory used", "KV caches", "ms/token", *energy]
-    rows: list[list[str]] = []
-    for span in plan.spans:
-        rows.append(
-            [
-                span.device.name,
-                f"{span.start}..{span.end - 1}" if span.end - span.start > 1 else str(span.start),
-                str(span.max_blocks),
-                f"{amount(span.memory_used)} of {amount(span.device.memory)}",
-                amount(span.kv_needed),
-                f"{span.ms_per_token:.1f}",
-                *(["?" if span.joules_per_token is None else f"{span.joules_per_token:.3g}"] * len(energy)),
-            ]
-        )
+    rows = [
+        [
+            span.device.name,
+            f"{span.start}..{span.end - 1}" if span.end - span.start > 1 else str(span.start),
+            str(span.max_blocks),
+            f"{amount(span.memory_used)} of {amount(span.device.memory)}",
+            amount(span.kv_needed),
+            f"{span.ms_per_token:.1f}",
+            *(["?" if span.joules_per_token is None else f"{span.joules_per_token:.3g}"] * len(energy)),
+        ]
+        for span in plan.spans
+    ]
     rows += [[name, "none", str(blocks), "", "", "", *[""] * len(energy)] for name, blocks in plan.left_out.items()]
     name, head_ms = ("client", "?") if plan.client_ms is None else (f"client on {plan.client}", f"{plan.client_ms:.1f}")
     rows.append([name, "head", "", "", "", head_ms, *[""] * len(energy)])

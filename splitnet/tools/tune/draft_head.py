@@ -408,11 +408,8 @@ class DraftHeadTuning:
         states, progress = States(folder), TuningProgress(0)
         with stop_signals("file of states") as stopped:
             if not writer.has_all(states):
-                swarm = connection.swarm_of(facts)
-                try:
+                with connection.swarm_of(facts) as swarm:
                     writer.fill(states, attached(checkpoint, swarm, connection.options), progress, stopped)
-                finally:
-                    swarm.close()
         end_if(stopped, "Stopped")
         self._train(part, checkpoint, states, folder, torch.device(device))
 

@@ -305,8 +305,8 @@ class Tuning:
         Raises SplitnetError: none of them is possible.
         """
         checkpoint = connection.checkpoint()
-        swarm, costs = connection.swarm(checkpoint), list[Cost]()
-        try:
+        costs: list[Cost] = []
+        with connection.swarm(checkpoint) as swarm:
             for method in Method:
                 typer.echo(f"{method}: {1 + MEASURED} steps ...", err=True)
                 try:
@@ -314,8 +314,6 @@ class Tuning:
                 except SplitnetError as error:
                     typer.echo(f"{method} is not possible: {error}", err=True)
                 gc.collect()  # models with remote blocks hold themselves; the next one's memory is counted
-        finally:
-            swarm.close()
         if not costs:
             raise SplitnetError("no method is possible for this model and these options: see above")
         print_costs(costs, self.settings)

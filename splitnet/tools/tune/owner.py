@@ -6,9 +6,9 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ WAITING_MESSAGES = 8  # of up to 64 MiB each
 SHOWN = 3  # coordinators of the same name
 
 
-class RoundLink:
+class RoundLink(AbstractContextManager["RoundLink"]):
     """The way to the coordinator of a round of the swarm's model; close it when done.
 
     name: of the round, or NAME@tcp://HOST:PORT?key=... of its coordinator, where several have that name.
@@ -177,9 +177,6 @@ class RoundLink:
             known = "does not let this key in: have it listed" if state is LinkState.REFUSED else ends
             with suppress(queue.Full):
                 self._answers.put_nowait(SplitnetError(f"the coordinator at {endpoint.address} {known}"))
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._transport.close()
