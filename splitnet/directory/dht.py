@@ -1,9 +1,9 @@
 """The directory of peers: signed records in a Kademlia DHT (hivemind's `DHTNode` over libp2p).
 
 The node runs in an event loop on a thread of its own, beside the one child process (`p2pd`) that speaks libp2p.
-DHT keys: `splitnet.peers.<fingerprint>.<shard>` holds one record per peer, under the text of its key, and
-`splitnet.peers.<fingerprint>` does so for earlier versions; `splitnet.models` holds one record per model, under its
-fingerprint. Every node of the DHT checks the signatures of records, and holds a bounded number (`RecordTable`).
+DHT keys: `splitnet.peers.<fingerprint>.<shard>` holds one record per peer, under the text of its key;
+`splitnet.models` holds one record per model, under its fingerprint. Every node of the DHT checks the signatures of
+records, and holds a bounded number (`RecordTable`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Final, TypeVar
 
 from splitnet.directory.hivemind_node import NodeLoop, Reading, import_hivemind, overhear, read
 from splitnet.directory.interface import OWN_DEPTH, SwarmDirectory, latest
-from splitnet.directory.record import MODELS_KEY, PeerRecord, RecordValidator, peers_key, shard_key, shard_keys
+from splitnet.directory.record import MODELS_KEY, PeerRecord, RecordValidator, shard_key, shard_keys
 from splitnet.errors import AddressInUse, DirectoryError
 
 logger = logging.getLogger(__name__)
@@ -118,14 +118,14 @@ class Directory(SwarmDirectory):
         return directory
 
     def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
-        keys, subkeys = [peers_key(record.model), shard_key(record.model, record.key)], [record.key.text] * 2
+        keys, subkeys = [shard_key(record.model, record.key)], [record.key.text]
         if not record.has_left and record.is_of_model:
             keys.append(MODELS_KEY)
             subkeys.append(record.model)
         return self._request(lambda node: self._store(node, keys, subkeys, packed, record.expires_at))
 
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
-        found = self._read([*shard_keys(model), peers_key(model)] if model else [MODELS_KEY]).records.values()
+        found = self._read(shard_keys(model) if model else [MODELS_KEY]).records.values()
         return latest(
             model,
             [
@@ -173,7 +173,7 @@ class Directory(SwarmDirectory):
     async def _store(
         self, node: Any, keys: Sequence[str], subkeys: Sequence[str], packed: bytes, expires_at: float
     ) -> bool:
-        """Whether some node holds the record under the keys of peers."""
+        """Whether some node holds the record under the first key, that of the peer."""
         stored = await node.store_many(
             list(keys),
             [packed] * len(keys),
@@ -199,7 +199,7 @@ class Directory(SwarmDirectory):
                     for key_id, subkey in zip(ids, subkeys, strict=True)
                 ]
             )
-        return any(stored[keys[at], subkeys[at]] or any(answer[at] for answer in answers) for at in (0, 1))
+        return stored[keys[0], subkeys[0]] or any(answer[0] for answer in answers)
 
     def _request(self, request: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         self._check_open()

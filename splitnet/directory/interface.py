@@ -133,7 +133,7 @@ def latest(model: str, found: Iterable[Sequence[PeerRecord]]) -> list[PeerRecord
 # What a node holds is bounded, as anybody can make keys and records.
 RECORDS_PER_KEY: Final = 256
 """Under one key of the DHT; a record has at most 3 KiB, so a message has room for all of them several times."""
-RECORDS_PER_IDENTITY: Final = 16  # a peer of one model needs three
+RECORDS_PER_IDENTITY: Final = 16  # a peer of one model needs two
 MAX_RECORDS: Final = 16384  # of a node in all: 48 MiB
 
 Place = tuple[bytes, str]  # a key of the DHT and a subkey

@@ -316,8 +316,7 @@ class RecordValidator:
                 return False
             if record.key == self._models_id:
                 return subkey == peer.model and not peer.has_left
-            places = (peers_key(peer.model), shard_key(peer.model, peer.key))
-            return subkey == peer.key.text and record.key in map(self._key_id, places)
+            return subkey == peer.key.text and record.key == self._key_id(shard_key(peer.model, peer.key))
         except (ProtocolError, NotAuthorized):
             return False
 
@@ -327,19 +326,14 @@ class RecordValidator:
     strip_value = sign_value  # the signature stays part of it
 
 
-def peers_key(model: str) -> str:
-    """The DHT key of the records of all peers that serve a model (its fingerprint); earlier versions know no other."""
-    return f"splitnet.peers.{model}"
-
-
 def shard_key(model: str, key: PublicKey) -> str:
     """The DHT key of a peer's record."""
     return shard_keys(model)[key.raw[0] % SHARDS]
 
 
 def shard_keys(model: str) -> list[str]:
-    """The DHT keys that the records of the peers of a model are spread over."""
-    return [f"{peers_key(model)}.{shard}" for shard in range(SHARDS)]
+    """The DHT keys that the records of the peers of a model (its fingerprint) are spread over."""
+    return [f"splitnet.peers.{model}.{shard}" for shard in range(SHARDS)]
 
 
 @lru_cache(maxsize=4096)

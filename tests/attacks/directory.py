@@ -22,7 +22,7 @@ from splitnet.directory import mdns as lan
 from splitnet.directory.dht import Directory
 from splitnet.directory.hivemind_node import import_hivemind
 from splitnet.directory.mdns import LanNode
-from splitnet.directory.record import MAX_TTL_S, MODELS_KEY, PeerRecord, SeenLink, peers_key, shard_key
+from splitnet.directory.record import MAX_TTL_S, MODELS_KEY, PeerRecord, SeenLink, shard_key, shard_keys
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import PROTOCOL_VERSION, Found, LookUp
@@ -93,8 +93,8 @@ def flood_records(
             fakes = [Identity.generate() for _ in range(min(_BATCH, count))]
             records = [(long_record(fake, model, **claims), fake) for fake in fakes]
             count -= len(records)
-            for key_of in (lambda record: peers_key(model), lambda record: shard_key(model, record.key)):
-                taken += _store(node, [(key_of(record), record.key.text, record, fake) for record, fake in records])
+            places = [(shard_key(model, record.key), record.key.text, record, fake) for record, fake in records]
+            taken += _store(node, places)
             time.sleep(pause_s)
     return taken
 
@@ -118,8 +118,8 @@ def hide_in_caches(addresses: Sequence[str], model: str, *, seconds: float = 600
         ends = time.monotonic() + seconds
         while done < count and time.monotonic() < ends:
             record = fake_record(mallory, model)
-            for key in (peers_key(model), shard_key(model, record.key)):
-                node._request(lambda own, record=record, key=key: _store_cached(own, key, record, mallory))
+            key = shard_key(model, record.key)
+            node._request(lambda own, record=record, key=key: _store_cached(own, key, record, mallory))
             done += 1
     return done
 
@@ -129,7 +129,7 @@ def repeat_keys(addresses: Sequence[str], model: str, *, seconds: float = 600.0,
     done = 0
     with Directory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
-        keys = [import_hivemind().dht_id(peers_key(model))] * 1000
+        keys = [import_hivemind().dht_id(shard_keys(model)[0])] * 1000
         while done < count and time.monotonic() < ends:
             for peer in list(node._initial_peer_ids):
                 node._request(lambda own, peer=peer: own.protocol.call_find(peer, keys))
@@ -140,7 +140,7 @@ def repeat_keys(addresses: Sequence[str], model: str, *, seconds: float = 600.0,
 def withhold(addresses: Sequence[str], model: str, *, seconds: float = 600.0) -> int:
     """Nodes with ids next to the keys of the model, which say that they store all, and know of nobody."""
     with ExitStack() as stack:
-        fakes = [stack.enter_context(withholding_node(addresses, peers_key(model))) for _ in range(5)]
+        fakes = [stack.enter_context(withholding_node(addresses, shard_keys(model)[0])) for _ in range(5)]
         time.sleep(seconds)
         return len(fakes)
 

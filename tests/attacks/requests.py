@@ -12,7 +12,7 @@ from typing import Any
 
 from splitnet.directory.dht import Directory
 from splitnet.directory.hivemind_node import import_hivemind
-from splitnet.directory.record import MODELS_KEY, peers_key, shard_key
+from splitnet.directory.record import MODELS_KEY, shard_key
 from splitnet.security.identity import Identity
 from tests.attacks.directory import NODE, fake_record
 from tests.attacks.frames import mutated
@@ -33,7 +33,6 @@ def asked(node: Directory, seed: int) -> Iterator[tuple[str, bytes]]:
     places = [
         (hivemind.dht_id(key).to_bytes(), dumps(subkey))
         for key, subkey in (
-            (peers_key(MODEL), mallory.public.text),
             (shard_key(MODEL, mallory.public), mallory.public.text),
             (MODELS_KEY, MODEL),
         )

@@ -31,7 +31,6 @@ from splitnet.directory.record import (
     MODELS_KEY,
     PeerRecord,
     RecordValidator,
-    peers_key,
     shard_key,
     shard_keys,
 )
@@ -201,7 +200,7 @@ def test_a_forged_record_neither_counts_nor_hides_the_peer(
     anna, mallory = Identity.generate(), Identity.generate()
     record = record_of(anna)
     assert member.announce(record, anna)
-    key, late = peers_key(record.model), time.time() + 3000
+    key, late = shard_key(record.model, record.key), time.time() + 3000
     own = record_of(mallory, model=record.model, address="tcp://192.0.2.66:1")
     genuine = record.pack(anna)
     forged = bytearray(genuine)
@@ -235,7 +234,7 @@ def test_lookups_drop_forgeries_even_without_the_validator(attacker: Directory) 
     elsewhere = record_of(anna)
     assert attacker.announce(record, anna)
     for subkey, value in enumerate([own.pack(mallory), elsewhere.pack(anna), b"garbage", "text", [], 5]):
-        store_raw(attacker, peers_key(record.model), value, time.time() + 3000, str(subkey))
+        store_raw(attacker, shard_key(record.model, record.key), value, time.time() + 3000, str(subkey))
     assert attacker.peers(record.model) == [record]
 
 
@@ -262,15 +261,17 @@ def test_of_what_nodes_hold_of_a_peer_the_latest_counts() -> None:
 def test_a_record_in_the_cache_of_a_node_hides_nothing(
     bootstrap: Directory, member: Directory, client: Directory
 ) -> None:
-    anna, mallory = Identity.generate(), Identity.generate()
+    anna = Identity.generate()
     record = record_of(anna)
+    key = shard_key(record.model, record.key)
+    mallory = next(each for each in iter(Identity.generate, None) if shard_key(record.model, each.public) == key)
     assert member.announce(record, anna)
     late = record_of(mallory, model=record.model, ttl_s=MAX_TTL_S)
     for node in (bootstrap, member):
         client._request(
             lambda own, node=node: own.protocol.call_store(
                 node._p2p.peer_id,
-                [import_hivemind().dht_id(peers_key(record.model))],
+                [import_hivemind().dht_id(key)],
                 [own.protocol.serializer.dumps(late.pack(mallory))],
                 late.expires_at,
                 subkeys=[late.key.text],
@@ -290,19 +291,6 @@ def test_a_record_that_is_valid_by_some_clocks_only_hides_no_other(
     assert client.announce(early, mallory)
     monkeypatch.setattr(client._node.protocol.record_validator, "_clock", lambda: time.time() - 20)
     assert client.peers(record.model) == [record]
-
-
-def test_records_stand_where_earlier_versions_look_and_are_found_where_they_put_them(
-    member: Directory, client: Directory
-) -> None:
-    anna, bert = Identity.generate(), Identity.generate()
-    late = record_of(anna)
-    early = record_of(bert, model=late.model)
-    store_raw(member, peers_key(early.model), early.pack(bert), early.expires_at, early.key.text)
-    assert member.announce(late, anna)
-    assert {record.key for record in client.peers(late.model)} == {anna.public, bert.public}
-    found = client._request(lambda node: node.get(peers_key(late.model), latest=True))
-    assert set(found.value) == {anna.public.text, bert.public.text}
 
 
 def test_a_node_is_asked_for_few_keys_at_once(bootstrap: Directory, client: Directory) -> None:
@@ -373,9 +361,8 @@ def test_nodes_that_keep_nothing_cannot_hide_a_peer(bootstrap: Directory) -> Non
     anna = Identity.generate()
     record = record_of(anna)
     with ExitStack() as stack:
-        for key in (peers_key(record.model), shard_key(record.model, record.key)):
-            for _ in range(5):  # as many as a record is given to
-                stack.enter_context(withholding_node(bootstrap.addresses, key))
+        for _ in range(5):  # as many as a record is given to
+            stack.enter_context(withholding_node(bootstrap.addresses, shard_key(record.model, record.key)))
         with (
             Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as publisher,
             Directory.start(initial_peers=bootstrap.addresses) as reader,
@@ -397,7 +384,7 @@ def test_an_answer_that_does_not_come_is_no_empty_directory(
 def _dht_record(record: PeerRecord, identity: Identity, **changes: Any) -> Any:
     packed = record.pack(identity)
     fields: dict[str, Any] = {
-        "key": peers_key(record.model).encode(),
+        "key": shard_key(record.model, record.key).encode(),
         "subkey": b"\xd9" + bytes([len(record.key.text)]) + record.key.text.encode(),
         "value": b"\xc5" + len(packed).to_bytes(2, "big") + packed,
         "expiration_time": record.expires_at,
@@ -410,11 +397,10 @@ def test_validator_ties_a_record_to_its_place_and_expiration() -> None:
     record = record_of(anna)
     validator = RecordValidator(str.encode, clock=lambda: record.issued_at)
     assert validator.validate(_dht_record(record, anna))
-    assert validator.validate(_dht_record(record, anna, key=shard_key(record.model, record.key).encode()))
     elsewhere = next(key for key in shard_keys(record.model) if key != shard_key(record.model, record.key))
     for changes in (
         {"key": elsewhere.encode()},
-        {"key": peers_key("00" * 16).encode()},
+        {"key": shard_key("00" * 16, record.key).encode()},
         {"key": MODELS_KEY.encode()},
         {"subkey": b""},
         {"subkey": b"\xa0"},
