@@ -213,7 +213,7 @@ def _is_not_about_reaped_children(record: logging.LogRecord) -> bool:
 
 SEARCH_S: Final = 5.0  # a search ends after so long, with the answers until then: silent nodes cannot hold it up
 MOST_PER_KEY: Final = 4 * RECORDS_PER_KEY
-"""Records read under one key. A node of an earlier version, or one that lies, may hold any number."""
+"""Records read under one key: a node that lies may hold any number."""
 
 
 @dataclass(frozen=True)

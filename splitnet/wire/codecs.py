@@ -354,24 +354,19 @@ def _positions_per_chunk(blocks: int) -> int:
     return max(1, _BLOCKS_PER_CHUNK // blocks)
 
 
-def _by_name(codecs: Sequence[Codec]) -> Mapping[str, Codec]:
-    codes = {codec.code for codec in codecs}
-    names = {codec.name: codec for codec in codecs}
-    if len(codes) != len(codecs) or len(names) != len(codecs) or not codes <= set(range(256)):
-        raise ValueError("codecs must have different names and different one-byte codes")
-    return MappingProxyType(names)
-
-
-CODECS: Mapping[str, Codec] = _by_name(
-    [
-        _Float32(),
-        _Half("fp16", 1, torch.float16),
-        _Half("bf16", 2, torch.bfloat16),
-        _BlockInteger("int8", 3, bits=8, rotate=True),
-        _BlockInteger("int8-block", 4, bits=8, rotate=False),
-        _BlockInteger("int6", 5, bits=6, rotate=True),
-        _BlockInteger("int4", 6, bits=4, rotate=True),
-    ]
+CODECS: Mapping[str, Codec] = MappingProxyType(
+    {
+        codec.name: codec
+        for codec in (
+            _Float32(),
+            _Half("fp16", 1, torch.float16),
+            _Half("bf16", 2, torch.bfloat16),
+            _BlockInteger("int8", 3, bits=8, rotate=True),
+            _BlockInteger("int8-block", 4, bits=8, rotate=False),
+            _BlockInteger("int6", 5, bits=6, rotate=True),
+            _BlockInteger("int4", 6, bits=4, rotate=True),
+        )
+    }
 )
 _CODECS_BY_CODE = {codec.code: codec for codec in CODECS.values()}
 

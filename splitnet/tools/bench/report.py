@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import numpy as np
+
 from splitnet.cli.tables import table
 from splitnet.errors import ContextTooLong, SplitnetError
 
@@ -136,15 +138,6 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` (0 to 1) of at least one value are not above, interpolated between neighbours."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = ordered[int(place)]
-    above = ordered[min(int(place) + 1, len(ordered) - 1)]
-    return min(above, below + (above - below) * (place - int(place)))
-
-
 def figures_of(case: Case, seen: Round) -> dict[str, float]:
     """The figures of one round: tokens per second of all clients together, and ms and bytes of their tokens."""
     first_token_s = statistics.median(answer.first_token_s for answer in seen)
@@ -152,8 +145,7 @@ def figures_of(case: Case, seen: Round) -> dict[str, float]:
     if case.decodes:
         gaps = [gap for answer in seen for gap in answer.token_s]
         figures[TOKENS_PER_S] = len(gaps) / max(sum(answer.token_s) for answer in seen)
-        figures[TOKEN_MS_P50] = percentile(gaps, 0.5) * 1000
-        figures[TOKEN_MS_P95] = percentile(gaps, 0.95) * 1000
+        figures[TOKEN_MS_P50], figures[TOKEN_MS_P95] = (1000 * np.quantile(gaps, (0.5, 0.95))).tolist()
     else:
         figures[TOKENS_PER_S] = case.tokens / first_token_s
     traffics = [answer.traffic for answer in seen if answer.traffic is not None]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitnet.errors import CodecError
-from splitnet.wire.codecs import CODECS, DEFAULT_INT8, Codec, _by_name, codec_by_code, codec_by_name
+from splitnet.wire.codecs import CODECS, DEFAULT_INT8, Codec, codec_by_code, codec_by_name
 
 INTEGER_BITS = {"int8": 8, "int8-block": 8, "int6": 6, "int4": 4}
 LOSSY = [name for name in CODECS if name != "none"]
@@ -60,11 +60,6 @@ def test_every_codec_has_its_rows_in_the_documentation() -> None:
         assert f"\n| `{codec.name}` | {codec.code} |" in page
         assert page.count(f"\n| {codec.name} | ") == 3
         assert f"\n| {codec.name} | {codec.bytes_per_position(576)} | " in page
-
-
-def test_two_codecs_cannot_share_a_number_or_a_name() -> None:
-    with pytest.raises(ValueError, match="different"):
-        _by_name([CODECS["none"], CODECS["none"]])
 
 
 @given(names, st.integers(0, 5), hidden_sizes, seeds, st.sampled_from([torch.float16, torch.bfloat16, torch.float64]))
