@@ -47,12 +47,12 @@ class Module:
         self.functions = [node for node in self.nodes if isinstance(node, Function)]
         self.classes = [node.name for node in self.nodes if isinstance(node, ast.ClassDef)]
         self.forwarders = [function.name for function in self.functions if is_forwarder(function)]
-        self.code: set[int] = set()  # lines with more than blanks, comments and docstrings
+        self.code: set[int] = set()  # numbers of lines, without blank lines, comments, docstrings and imports
         for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
             if token.type not in NO_CODE:
                 self.code.update(range(token.start[0], token.end[0] + 1))
         for node in self.nodes:
-            if is_text(node):
+            if is_text(node) or isinstance(node, ast.Import | ast.ImportFrom):
                 self.code.difference_update(range(node.lineno, (node.end_lineno or 0) + 1))
 
     def imports(self) -> Iterable[tuple[str, str]]:
@@ -184,7 +184,9 @@ def print_trace(root: Path) -> None:
         with tests[0].local_swarm(made, tests[0].SPANS) as swarm:
             sys.setprofile(on_event)
             ids = torch.arange(5, 13)[None]
-            swarm.model().generate(ids, max_new_tokens=40, eos_token_id=None, logits_processor=[end_token])
+            swarm.model().generate(
+                ids, max_new_tokens=40, eos_token_id=None, speculate="off", logits_processor=[end_token]
+            )
             sys.setprofile(None)
     token = min(tokens[10:], key=lambda each: (len({call[0] for call in each}), each.total()))
     functions = [name for _, _, name in token if name.isidentifier() or name == "<lambda>"]

@@ -76,7 +76,7 @@ class Alive(Generic[Hop]):
 
     endpoint: Hop
     queue_ms: float  # how long its device has work, for any session
-    holds: bool | None = None  # it knows the session; None: a peer of version 0.1.0, which does not say
+    holds: bool = True  # it knows the session
     waiting: int = 0  # steps and passes of the session that wait or run there; 1 for all in transit to the next hop
     done: int = 0  # positions of the session computed there so far; only grows
     last: int = 0  # highest number of a finished step or pass of the session's epoch
@@ -178,7 +178,7 @@ class Liveness(Generic[Hop]):
         if silent:
             return Verdict(Finding.SILENT, silent)
         told = [answer for answer in answers.values() if answer is not None]
-        forgotten = tuple(answer.endpoint for answer in told if answer.holds is False)
+        forgotten = tuple(answer.endpoint for answer in told if not answer.holds)
         if forgotten:
             return Verdict(Finding.FORGOTTEN, forgotten)
         in_time = {answer.endpoint: (answer.done, answer.last) for answer in told if not answer.late}
@@ -189,14 +189,9 @@ class Liveness(Generic[Hop]):
         self._moves += moved
         if moved and self._moves <= len(told) * (parts + 1):
             self._progress_at = now
-        # A peer of version 0.1.0 reports only whether its device is busy, for any session.
-        works = [
-            answer.late or (answer.waiting > 0 if answer.holds is not None else answer.queue_ms > 0) for answer in told
-        ]
+        works = [answer.late or answer.waiting > 0 for answer in told]
         self._idle_checks = 0 if any(works) else 1 if moved else self._idle_checks + 1
-        behind = [
-            answer.endpoint for answer in told if answer.late or (answer.holds is not None and answer.last < number)
-        ]
+        behind = [answer.endpoint for answer in told if answer.late or answer.last < number]
         if self._idle_checks == IDLE_CHECKS:
             self._idle_checks = 0
             # First the hop that did not receive the step or keeps it, then the hops that should have sent it, then

@@ -25,7 +25,8 @@ import typer
 from splitnet.blocks.device import DEVICE_NAME
 from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
-from splitnet.session.options import ConnectionOptions, KVForms, Preference, Prefixes
+from splitnet.session.options import ConnectionOptions, Preference, Prefixes
+from splitnet.wire.kv_forms import KVForms
 
 Command = Callable[..., None]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import os
 import tomllib
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,7 +45,6 @@ class Setting:
     command: str  # of the option; `common` for the options before the command
     parameter: Any  # click's
     kind: type  # type of the value, or of each value of a repeatable option
-    repeatable: bool
     shared: str  # name of the variable that sets it in several commands; "" if there is none
 
     @property
@@ -61,13 +59,13 @@ class Setting:
         return [own, self.shared] if self.shared else [own]
 
     @property
-    def is_common(self) -> bool:
-        """Whether the table `[common]` may contain the option."""
-        return bool(self.shared) or self.command == COMMON
+    def tables(self) -> tuple[str, ...]:
+        """Tables of the file that may contain the option; the first that contains it counts."""
+        return (self.command, COMMON) if self.shared else (self.command,)
 
     def taken(self, value: Any) -> Any:
-        """A value from the file, converted for click. Raises ConfigurationError if it is of another type."""
-        if not self.repeatable:
+        """A value from the file, converted for click. Raises ConfigurationError: it is of another type."""
+        if not self.parameter.multiple:
             return self._of_kind(value)
         if not isinstance(value, list):
             raise ConfigurationError("expected an array, as in [...]")
@@ -88,15 +86,6 @@ class Setting:
         if type(value) is not kind:
             raise ConfigurationError(f"expected {_EXPECTED[kind]}")
         return str(Path(value).expanduser()) if issubclass(self.kind, Path) else value
-
-
-@dataclass(frozen=True)
-class _Given:
-    """A value from the file, and its place there."""
-
-    setting: Setting
-    value: Any
-    place: str
 
 
 @contextmanager
@@ -125,10 +114,10 @@ class ConfigurableGroup(TyperGroup):
         if (word := args[0]) not in self.commands and word in _MEANT:
             ctx.fail(f"No such command {word!r}. Did you mean {_MEANT[word]}?")
         resolved = super().resolve_command(ctx, args)
-        for given in ctx.meta.get(_GIVEN, ()):
-            if given.setting.command in (resolved[0], COMMON):
-                with _at(given.place):
-                    given.setting.check(given.value, ctx)
+        for setting, value, place in ctx.meta.get(_GIVEN, ()):
+            if setting.command in (resolved[0], COMMON):
+                with _at(place):
+                    setting.check(value, ctx)
         return resolved
 
 
@@ -147,13 +136,11 @@ def read_configuration(context: typer.Context, path: Path | None) -> Path | None
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{file} is not TOML: {error}") from None
     group: Any = context.command
-    given = list(_given(file, content, group.settings))
+    context.meta[_GIVEN] = given = list(_given(file, content, group.settings))
     context.default_map = defaults = dict[str, Any]()
-    for one in given:
-        command = one.setting.command
-        place = defaults if command == COMMON else defaults.setdefault(command, {})
-        place[one.setting.parameter.name] = one.value
-    context.meta[_GIVEN] = given
+    for setting, value, _ in given:
+        place = defaults if setting.command == COMMON else defaults.setdefault(setting.command, {})
+        place[setting.parameter.name] = value
     return path
 
 
@@ -170,43 +157,35 @@ def _settings(group: Any) -> Iterator[Setting]:
         for parameter in command.params:
             # Eager options, such as --version, are actions.
             if parameter.param_type_name == "option" and not parameter.is_eager and parameter.name in types_of:
-                kind, repeatable = _kind(types_of[parameter.name])
-                yield Setting(name, parameter, kind, repeatable, parameter.envvar or "")
+                yield Setting(name, parameter, _kind(types_of[parameter.name]), parameter.envvar or "")
 
 
-def _kind(annotation: Any) -> tuple[type, bool]:
-    """The type in an annotation such as `int | None`, and whether it is the type of a list's items."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
-    if typing.get_origin(annotation) is list:
-        return typing.get_args(annotation)[0], True
-    return annotation, False
+def _kind(annotation: Any) -> type:
+    """The type within an annotation such as `int | None` or `list[int]`."""
+    parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+    return _kind(parts[0]) if parts else annotation
 
 
-def _given(file: Path, content: dict[str, Any], settings: list[Setting]) -> Iterator[_Given]:
+def _given(file: Path, content: dict[str, Any], settings: list[Setting]) -> Iterator[tuple[Setting, Any, str]]:
+    """The options that the file sets, their values, and their places in the file."""
     tables = {setting.command for setting in settings}
     for name, table in content.items():
         if not isinstance(table, dict):
             raise ConfigurationError(f"{file}: {name!r} stands in no table: write it under [{COMMON}] or a command's")
         if name not in tables:
             raise ConfigurationError(f"{file}: there is no command [{name}]; {_nearest(name, tables)}")
-        known = {
-            setting.key for setting in settings if name == setting.command or (name == COMMON and setting.is_common)
-        }
+        known = {setting.key for setting in settings if name in setting.tables}
         for key in table:
             if key not in known:
                 elsewhere = sorted({setting.command for setting in settings if setting.key == key})
                 fix = f"it goes in [{'] or ['.join(elsewhere)}]" if elsewhere else _nearest(key, known)
                 raise ConfigurationError(f"{file}: [{name}] has no key {key!r}; {fix}")
     for setting in settings:
-        names = (setting.command, COMMON) if setting.is_common else (setting.command,)
-        table = next((name for name in names if setting.key in content.get(name, {})), None)
-        if table is None:
-            continue
-        place = f"{file}: {setting.key} in [{table}]"
-        with _at(place):
-            value = setting.taken(content[table][setting.key])
-        yield _Given(setting, value, place)
+        table = next((name for name in setting.tables if setting.key in content.get(name, {})), None)
+        if table is not None:
+            with _at(place := f"{file}: {setting.key} in [{table}]"):
+                value = setting.taken(content[table][setting.key])
+            yield setting, value, place
 
 
 def _nearest(word: str, known: set[str]) -> str:

@@ -45,6 +45,7 @@ from splitnet.paths import lines_of
 from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import Reach, hosts_of, is_reachable, refuse_taken
 from splitnet.wire.endpoints import is_global
+from splitnet.wire.kv_forms import KV_BITS
 
 if TYPE_CHECKING:
     from peers.server import Peer
@@ -55,7 +56,8 @@ in_sharing = box("Weights for others")
 
 
 Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])  # that blocks compute in
-KVKind = StrEnum("KVKind", ["auto", "float16", "int8", "int8-int4", "int4"])
+KVKind = StrEnum("KVKind", list(KV_BITS))
+AS_COMPUTED = KVKind("auto")
 WeightKind = StrEnum("WeightKind", ["auto", "float32", "bfloat16", "float16", "int8", "int4"])  # of linear layers
 
 
@@ -72,7 +74,7 @@ def peer(
             help="Format of KV caches; auto: the type that blocks compute in; int8-int4: keys in 8 bits, values in "
             "4. Fewer bits hold longer texts; states, latents and keys of indexers stay as computed."
         ),
-    ] = KVKind.auto,
+    ] = AS_COMPUTED,
     prefix_store: Annotated[
         str | None,
         in_memory(
@@ -303,7 +305,7 @@ def peer(
         typer.echo(_what_it_serves(serving))
         if weights is WeightKind.auto and (other_weights := _other_weights(serving)):
             typer.echo(other_weights)
-        if kv is not KVKind.auto and serving.span.kv != kv:
+        if kv is not AS_COMPUTED and serving.span.kv != kv:
             typer.echo(f"KV caches keep the type that blocks compute in: {_why_not_held_so(serving)}")
         if serving.counters.energy.origin:
             typer.echo(f"power: {serving.counters.energy.origin}")
@@ -356,7 +358,7 @@ def _what_it_serves(peer: Peer) -> str:
     computes = str(span.dtype).removeprefix("torch.")
     exactly = "exactly " if span.weights.exact else ""
     held = "" if span.weights.kind == computes else f" with weights {exactly}as {span.weights.kind}"
-    kv = "" if span.kv == KVKind.auto else f", KV caches as {span.kv}"
+    kv = "" if span.kv == AS_COMPUTED else f", KV caches as {span.kv}"
     return (
         f"serving blocks {span.start}..{span.end - 1} of {peer.checkpoint.name} "
         f"({computes}{held}{kv} on {span.device}) at {peer.endpoint.address}"

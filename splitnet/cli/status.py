@@ -44,7 +44,6 @@ def _print_table(overview: Overview) -> None:
     from splitnet.swarm.plan import blocks_text
     from splitnet.swarm.swarm import reached, short_key, token_joules, token_ms
     from splitnet.transport.addresses import peer_address
-    from splitnet.wire.fields import STRICT_VERSIONS
 
     facts = overview.facts
     joules = ["J/token"] * any(record.watts for record in overview.records)
@@ -69,5 +68,5 @@ def _print_table(overview: Overview) -> None:
     typer.echo(table(heads, rows, figures, title=f"{facts.name}, {facts.num_blocks} blocks"))
     for sentence in overview.advice() or ["every block is served"]:
         typer.echo(sentence)
-    if answering := [record for record in overview.records if record.version not in STRICT_VERSIONS]:
-        tell_addresses([peer_address(record.endpoint) for record in answering[:SHOWN_ADDRESSES]])
+    if overview.records:
+        tell_addresses([peer_address(record.endpoint) for record in overview.records[:SHOWN_ADDRESSES]])

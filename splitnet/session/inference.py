@@ -293,8 +293,7 @@ class Session(SessionDriver):
     def use_taps(self, taps: Sequence[int]) -> None:
         """Has the hidden states at some boundaries come with the outputs: those within the blocks, in rising order.
 
-        Before the first step. Raises SplitnetError if they are too many. A later `open` raises PeerTooOld if peers of
-        some blocks do not send them.
+        Before the first step. Raises SplitnetError if they are too many.
         """
         start, end = self.state.blocks
         inner = sorted({tap for tap in taps if start < tap < end})

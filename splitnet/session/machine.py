@@ -48,7 +48,6 @@ from splitnet.errors import (
     PeerFailed,
     PeerLeaving,
     PeerLost,
-    PeerTooOld,
     ProtocolError,
     SessionClosed,
     SessionLost,
@@ -63,7 +62,6 @@ from splitnet.swarm.plan import ALIKE_AGAIN, HeldBlocks, PlannedHop, blocks_text
 from splitnet.swarm.swarm import Kind, short_key
 from splitnet.wire.codecs import Codec, check_values, codec_by_name
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.fields import STRICT_VERSIONS
 from splitnet.wire.messages import (
     MAX_LABELS,
     AdapterLoaded,
@@ -87,7 +85,7 @@ POLL_S = 0.5  # between two plans where no peer serves some blocks
 COPY_S = 20.0  # hops get pages from others for this time at most
 WORTH_COPYING = 16 * PAGE  # positions that another peer must have beyond those of a hop
 MAX_ATTEMPTS = 8  # routes that may fail before an answer comes on one
-_NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights, PeerTooOld)
+_NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights)
 """Errors of peers that are not at fault, but of no use for this session."""
 _FORGETFUL = (FailureCode.UNKNOWN_SESSION, FailureCode.OUT_OF_ORDER, FailureCode.STALE_EPOCH, FailureCode.TOO_LONG)
 """A hop that says so once may be right: it restarted, or has work of an older epoch to do."""
@@ -214,7 +212,6 @@ class SessionState:
         # The names of hops that were given up as they did not answer in time.
         self._silenced: dict[Endpoint, str] = {}
         # Names of peers that do not send hidden states where this session wants them.
-        self._too_old: set[str] = set()
         self._for_passes = False
         self._recall: events.Recall | None = None  # whose positions the log has, although they were not submitted
         self._adapter_label: tuple[int, bytes] = 0, b""  # with the version that it is of
@@ -280,7 +277,7 @@ class SessionState:
 
     def send(self, endpoint: Endpoint, message: Message) -> None:
         """Has a message sent; for requests."""
-        if isinstance(message, Step) and message.labels and not self._has_pages:
+        if isinstance(message, Step) and message.labels and self.salt is None:
             message = replace(message, labels=())
         self._effects.append(events.Send(endpoint, message))
 
@@ -354,7 +351,7 @@ class SessionState:
                     sure = not any(getattr(each, "replaces", False) for each in self._in_flight.values())
                     request.replaces = self._replaces(request.message)
                     labels = self._record(request.message)
-                    sure &= self._has_pages and len(labels) + len(request.message.parts) <= MAX_LABELS
+                    sure &= self.salt is not None and len(labels) + len(request.message.parts) <= MAX_LABELS
                     request.message = replace(request.message, labels=labels if sure else ())
                 except SplitnetError as error:
                     request.error = error
@@ -455,7 +452,7 @@ class SessionState:
                 self._go_on()
 
     def _move(self, event: events.Move) -> None:
-        if self.is_open and not self._in_flight and not any(hop.name in self._too_old for hop in event.route):
+        if self.is_open and not self._in_flight:
             setup = self._begin_setup()
             setup.cause = Cause.BETTER_ROUTE
             setup.reasons.append("there is a better route")
@@ -584,9 +581,8 @@ class SessionState:
         hop = self.hops[index]
         previous = self.hops[index - 1] if index else None
         following = self.hops[index + 1] if index + 1 < len(self.hops) and not hop.relayed else None
-        is_strict = hop.planned.record.version in STRICT_VERSIONS
-        taps = self._taps_of(hop) if not is_strict else ()
-        hop.context = self._context(index) if self._has_pages else b""
+        taps = self._taps_of(hop)
+        hop.context = self._context(index) if self.salt is not None else b""
         row = self.log.only_row if self.log is not None and (self._recall is not None or not hop.filled) else None
         asks = hop.asked = row is not None and bool(hop.context)
         message = Open(
@@ -600,8 +596,8 @@ class SessionState:
             previous=previous.planned.record.key.raw if previous is not None and not previous.relayed else b"",
             next_key=following.planned.record.key.raw if following is not None else b"",
             next_address=following.planned.record.address if following is not None else "",
-            next_relays=following.endpoint.relays if following is not None and not is_strict else (),
-            asks_weights=not is_strict,
+            next_relays=following.endpoint.relays if following is not None else (),
+            asks_weights=True,
             taps=taps,
             tap_codec=self.tap_codec.code if taps else 0,
             context=hop.context,
@@ -612,11 +608,6 @@ class SessionState:
         self._members[hop.endpoint] = hop.blocks
         self._asked[hop.endpoint] = self._now + self._open_timeout_s(hop.endpoint)
         self.send(hop.endpoint, message)
-
-    @property
-    def _has_pages(self) -> bool:
-        """Whether hops are told labels: not those that refuse messages with fields that they do not know."""
-        return self.salt is not None and not any(hop.planned.record.version in STRICT_VERSIONS for hop in self.hops)
 
     def _context(self, index: int) -> bytes:
         """All that the keys and values of a hop depend on besides the text."""
@@ -649,11 +640,6 @@ class SessionState:
                 what = " and ".join(changes)
                 text = f"the peer at {hop.endpoint.address} holds {what} in this session: {ALIKE_AGAIN}"
                 self._failed[hop.endpoint] = OtherWeights(text)
-            if self._taps_of(hop) and not message.taps:
-                text = f"the peer at {hop.endpoint.address} runs splitnet {hop.planned.record.version}, which does not "
-                text += "send the hidden states that the draft head needs: update it, or speculate without this head"
-                self._too_old.add(hop.name)
-                self._failed[hop.endpoint] = PeerTooOld(text)
             self._if_all_answered()
 
     def _if_all_answered(self) -> None:
@@ -710,7 +696,7 @@ class SessionState:
     def _ask_copies(self) -> int:
         """Has hops copy pages that they lack from other peers; returns how many hops were asked."""
         log = self.log
-        row = log.only_row if log is not None and self._has_pages and not self.shared else None
+        row = log.only_row if log is not None and self.salt is not None and not self.shared else None
         if log is None or row is None:
             return 0
         labels, excluded = log.labels(row)[:MAX_LABELS], self._begin_setup().excluded

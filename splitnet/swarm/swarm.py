@@ -33,7 +33,6 @@ from splitnet.transport.pool import BRIEF_S
 from splitnet.transport.prober import Answer
 from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
-from splitnet.wire.fields import STRICT_VERSIONS
 
 SHOWN_ADDRESSES = 2  # with which a command that people copy joins a swarm
 SHORT_KEY = 9  # characters of a key that are enough for people to tell peers apart
@@ -234,12 +233,9 @@ class Swarm:
     def ping(self, endpoint: Endpoint, session: bytes = b"") -> Future[Answer]:
         """Asks a peer for a sign of life; the future stays undone if none comes.
 
-        session: id of a session to ask about. A peer without a record, or of a version that does not know this
-        question, is asked without: `Answer.holds` is None then.
+        session: id of a session to ask about.
         """
-        record = self._known.find(endpoint.key)
-        asked = session if record is not None and record.version not in STRICT_VERSIONS else b""
-        return self.links.prober.ping(endpoint, session=asked)
+        return self.links.prober.ping(endpoint, session=session)
 
     def likely(
         self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], count: int, everywhere: bool = False

@@ -159,7 +159,7 @@ FAILURES: dict[str, tuple[str, str]] = {
     "client: nobody to join": ("generate {small} hi --join {nobody}", "No peer answers at {nobody}: check that it"),
     "client: no peer to join through": (
         "generate {small} hi --join {no_peer}",
-        "No peer tells of others: {no_peer_text} is not reached: check that it runs and that its port is open",
+        "No peer answers with records: {no_peer_text} is not reached: check that it runs and that its port is open",
     ),
     "client: an address without a key": (
         "generate {small} hi --join tcp://127.0.0.1:80",
