@@ -61,10 +61,7 @@ def simulate(
         in_world(help="A file with a square table of round trips in ms between the nodes of a network."),
     ] = None,
     coordinates: Annotated[
-        bool,
-        typer.Option(
-            "--coordinates", help="Instead, print the errors of network coordinates and the costs of candidates."
-        ),
+        bool, typer.Option("--coordinates", help="Print errors of coordinates and costs of candidates, instead.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="A folder for results.json, created if missing.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A file for a chart (SVG).")] = None,

@@ -99,13 +99,9 @@ JoinIfAny = Annotated[
     list[str] | None,
     _join("Address of a swarm to join; by default a swarm on this network is joined, or a new one starts."),
 ]
-Lan = Annotated[
-    bool,
-    in_swarm.shared("--lan/--no-lan", help="Search this network for the swarm if --join is not given."),
-]
+Lan = Annotated[bool, in_swarm.shared("--lan/--no-lan", help="Search this network for the swarm without --join.")]
 JoinToExamine = Annotated[
-    list[str] | None,
-    _join("Address of a swarm, to check the connection to it; repeat for several addresses of one swarm."),
+    list[str] | None, _join("Address of a swarm, to check the connection; repeat for several of one swarm.")
 ]
 CodecName = Annotated[
     str,
@@ -195,8 +191,7 @@ ModelId = Annotated[
         "--model-id",
         metavar="ID",
         callback=_checked_model_id,
-        help="Fingerprint that the model must have, if parts of it are not on this machine; `splitnet status "
-        "--json` shows it.",
+        help="Required fingerprint of a model with missing files; `splitnet status --json` shows it.",
     ),
 ]
 KeyFile = Annotated[
@@ -210,17 +205,14 @@ CONNECTING: dict[str, Any] = {
     "lan": Lan,
     "codec": CodecName,
     "recovery_timeout_s": Annotated[
-        float,
-        in_route(
-            "--wait", min=0, metavar="SECONDS", help="How long to wait for other peers when some blocks have none."
-        ),
+        float, in_route("--wait", min=0, metavar="SECONDS", help="Time to wait for peers when blocks have none.")
     ],
     "any_weights": Annotated[
         bool | None,
         in_computing(
             "--any-weights/--same-weights",
-            help="Whether a text may continue on peers that hold the weights in another format (int4 after "
-            "float32) if no other peers are left; by default only with --codec auto.",
+            help="Whether a text may continue on peers that hold the weights in another format (int4 after float32) "
+            "if no other peers are left; by default only with --codec auto.",
             show_default=False,
         ),
     ],
@@ -284,8 +276,8 @@ CONNECTING: dict[str, Any] = {
         in_route.shared(
             "--energy-slowdown",
             metavar="FACTOR",
-            help="With --prefer energy: how many times as long as on the fastest route a token may take; by "
-            "default 1.5.",
+            help="With --prefer energy: how many times as long as on the fastest route a token may take; by default "
+            "1.5.",
         ),
     ],
     "key_file": KeyFile,

@@ -130,8 +130,7 @@ def demo(
     codec: CodecName = "int8",
     device: Device = "auto",
     serve: Annotated[
-        bool,
-        typer.Option("--serve", help="Instead of asking, run `splitnet serve` with these peers until interrupted."),
+        bool, typer.Option("--serve", help="Run `splitnet serve` with these peers until interrupted, instead.")
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0: any free port.")] = 8000,
 ) -> None:

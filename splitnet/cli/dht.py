@@ -31,8 +31,7 @@ def dht(
     public_host: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST[:PORT]",
-            help="Name and port at which others reach this machine, if they differ (NAT, containers).",
+            metavar="HOST[:PORT]", help="How others reach this machine, if at another name or port (NAT, containers)."
         ),
     ] = None,
     join: Annotated[
@@ -44,8 +43,7 @@ def dht(
     key_file: Annotated[
         Path | None,
         typer.Option(
-            help="File with the key that keeps the address the same, created if missing; by default dht-key in "
-            "your data folder."
+            help="File with the key behind the address, created if missing; by default dht-key in your data folder."
         ),
     ] = None,
     address_file: Annotated[

@@ -24,9 +24,7 @@ in_answer = box("Answer")
 GENERATED, ANSWERED = 256, 512  # most tokens by default
 MaxNewTokens = Annotated[
     int | None,
-    in_answer(
-        min=1, help=f"Most tokens to generate; by default {GENERATED} ({ANSWERED} in a chat), or as many as fit."
-    ),
+    in_answer(min=1, help=f"Most tokens to generate; by default {GENERATED} ({ANSWERED} in a chat), or all that fit."),
 ]
 Temperature = Annotated[float, in_answer(min=0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, in_answer(min=0, max=1, help="Sample from the likeliest tokens of this total probability.")]
@@ -55,9 +53,8 @@ Speculate = Annotated[
     in_answer(
         "--speculate",
         metavar="HOW",
-        help="Source of drafts, which peers verify together: auto, prompt-lookup, mtp (blocks of the "
-        "checkpoint), eagle=DIR (a head, see tune --draft-head), a small model with the same tokenizer, or "
-        "off.",
+        help="Source of drafts, which peers verify together: auto, prompt-lookup, mtp (blocks of the checkpoint), "
+        "eagle=DIR (a head, see tune --draft-head), a small model with the same tokenizer, or off.",
     ),
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="Print route, speed, bytes and tokens per round trip, to stderr.")]

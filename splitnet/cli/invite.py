@@ -83,9 +83,7 @@ class Invite:
             return file if file.exists() else None
         lines = [*self.authorized]
         if not any("anyone" in line.split() for line in lines):
-            lines.append(
-                "anyone # clients that are invited later; without this line only the clients above may connect"
-            )
+            lines.append("anyone # clients invited later; without this line only the clients above")
         try:
             file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         except OSError as error:
@@ -119,9 +117,7 @@ def model_or_invited(model: str | None, invite: Path | None) -> str:
 
 def invite(
     model: Annotated[str, typer.Argument(help="The model that the swarm serves, as for `splitnet peer`.")],
-    output: Annotated[
-        Path, typer.Option(help="The invitation file; give it to the invited person over a safe channel.")
-    ],
+    output: Annotated[Path, typer.Option(help="The file to give to the invited person over a safe channel.")],
     join: Annotated[
         list[str],
         typer.Option(metavar="ADDR", callback=checked_addresses, help="Address of a peer, tcp://..., or several."),
@@ -130,9 +126,7 @@ def invite(
     authorized_keys: Annotated[
         Path, typer.Option(help="The --authorized-keys file of your peers; the new key is added, with --name.")
     ],
-    name: Annotated[
-        str, typer.Option(help="Name of the invited person, written after the key in that file.")
-    ] = "invited",
+    name: Annotated[str, typer.Option(help="Name of the invited person, after the key in that file.")] = "invited",
     model_id: ModelId = None,
     options: Annotated[
         str, typer.Option(metavar="kv=8GiB,...", help="Options of the key, see docs/network.md#who-may-take-part.")

@@ -66,15 +66,13 @@ def peer(
     blocks: Annotated[
         str | None, in_memory(metavar="START:END", help="Blocks to serve; by default chosen by the needs of the swarm.")
     ] = None,
-    memory: Annotated[
-        str | None, in_memory(metavar="4GiB", help="Memory for blocks; the peer serves as many as fit.")
-    ] = None,
+    memory: Annotated[str | None, in_memory(metavar="4GiB", help="Memory for blocks; as many as fit.")] = None,
     kv_memory: Annotated[str | None, in_memory(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,
     kv: Annotated[
         KVKind,
         in_memory(
-            help="Format of KV caches; auto: the type that blocks compute in; int8-int4: keys in 8 bits, values "
-            "in 4. Fewer bits hold longer texts; states, latents and keys of indexers stay as computed."
+            help="Format of KV caches; auto: the type that blocks compute in; int8-int4: keys in 8 bits, values in "
+            "4. Fewer bits hold longer texts; states, latents and keys of indexers stay as computed."
         ),
     ] = AS_COMPUTED,
     prefix_store: Annotated[
@@ -96,8 +94,7 @@ def peer(
         Path | None,
         in_memory(
             metavar="FILE",
-            help="With --any-model: file with the models that may be served, one per line; by default all models "
-            "of the swarm.",
+            help="With --any-model: file of allowed models, one per line; by default all models of the swarm.",
         ),
     ] = None,
     training_memory: Annotated[
@@ -108,8 +105,7 @@ def peer(
         bool | None,
         in_swarm.shared(
             "--lan/--no-lan",
-            help="Find peers on this network, and be found; by default on without --join, unless --listen is on "
-            "loopback.",
+            help="Find peers on this network and be found; on without --join, unless --listen is on loopback.",
             show_default=False,
         ),
     ] = None,
@@ -122,15 +118,14 @@ def peer(
     public_host: Annotated[
         str | None,
         in_network(
-            metavar="HOST[:PORT]",
-            help="Name and port at which others reach this machine, if they differ (NAT, containers).",
+            metavar="HOST[:PORT]", help="How others reach this machine, if at another name or port (NAT, containers)."
         ),
     ] = None,
     reach: Annotated[
         Reach,
         in_network(
-            help="How others reach this peer: at its address, through helpers, or auto: as other peers test, or "
-            "at its address with --public-host."
+            help="How others reach this peer: at its address, through helpers, or auto: as other peers test, or at "
+            "its address with --public-host."
         ),
     ] = Reach.auto,
     port_mapping: Annotated[
@@ -164,17 +159,13 @@ def peer(
         bool | None,
         in_sharing(
             "--share-weights/--no-share-weights",
-            help="Send weights to all who may connect; by default on with --authorized-keys without `anyone`, or "
-            "in a closed swarm.",
+            help="Send weights to permitted keys; on with --authorized-keys without `anyone`, or in a closed swarm.",
             show_default=False,
         ),
     ] = None,
     share_rate: Annotated[
         str | None,
-        in_sharing(
-            metavar="64MiB",
-            help="Most bytes of weights per second to send, in total; a quarter of this while sessions are served.",
-        ),
+        in_sharing(metavar="64MiB", help="Bytes of weights per second, in total; a quarter while sessions are served."),
     ] = None,
     metrics_port: Annotated[
         str | None,
@@ -190,8 +181,7 @@ def peer(
         ),
     ] = None,
     drain_s: Annotated[
-        float,
-        typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over after a signal to end."),
+        float, typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over at the end.")
     ] = 15.0,
     address_file: Annotated[
         Path | None, in_swarm(help="File for the address to join with, written once this peer serves.")
@@ -252,17 +242,12 @@ def peer(
                 f"{authorized_keys} lists clients with priority; only they may connect, unless it has a line `anyone`"
             )
     if closed is not None and authorized_keys is None:
-        tell(
-            logging.WARNING, "anyone who knows this peer's address may use it: give --authorized-keys to restrict this"
-        )
+        tell(logging.WARNING, "anyone who knows this peer's address may use it: restrict this with --authorized-keys")
     if lan is None:
         lan = is_reachable(listen) and not (given.initial_peers or join_file) and closed is None
         if lan and not have_hivemind():
             lan = False
-            tell(
-                logging.WARNING,
-                "hivemind is not installed, so others cannot find this peer: they need its address to join",
-            )
+            tell(logging.WARNING, "hivemind is not installed, so others cannot find this peer: they need its address")
     if wanted_share is not None and not share_weights and authorized_keys is None and closed is None:
         raise typer.BadParameter("--share-rate needs --share-weights if --authorized-keys is not given")
     keep_freed_memory()
@@ -383,11 +368,7 @@ def _why_not_held_so(peer: Peer) -> str:
     config, computes = peer.checkpoint.config, peer.span.dtype.itemsize
     if getattr(config, "kv_lora_rank", None):
         return f"blocks of the family {config.model_type!r} keep latents, which stay as they are computed"
-    return (
-        "--kv would not make them smaller"
-        if computes == 2
-        else f"blocks of the family {config.model_type!r} keep only states"
-    )
+    return "--kv saves no memory" if computes == 2 else f"blocks of the family {config.model_type!r} keep only states"
 
 
 def _other_weights(peer: Peer) -> str | None:

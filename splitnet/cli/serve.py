@@ -58,16 +58,14 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="Hugging Face ids, checkpoint folders or GGUF files; the first is loaded at once and stays "
-            "loaded. `demo` is SmolLM2-135M-Instruct. If none is given, the model of --invite.",
+            help="Hugging Face ids, checkpoint folders or GGUF files; the first is loaded at once and stays loaded. "
+            "`demo` is SmolLM2-135M-Instruct. If none is given, the model of --invite.",
             show_default=False,
         ),
     ] = None,
     *,
     connecting: ConnectionOptions,
-    host: Annotated[
-        str, in_http(help="Address to listen on; 0.0.0.0 for all addresses of this machine.")
-    ] = "127.0.0.1",
+    host: Annotated[str, in_http(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, in_http(min=0, max=65535, help="Port to listen on; 0: any free port.")] = 8000,
     api_key_file: Annotated[
         Path | None,
@@ -80,8 +78,8 @@ def serve(
         list[str] | None,
         in_http(
             metavar="NAME",
-            help="Host name that requests may use if there are no API keys, besides localhost and IP addresses. "
-            "Can be given several times.",
+            help="Host name that requests may use if there are no API keys, besides localhost and IP addresses. Can "
+            "be given several times.",
         ),
     ] = None,
     allow_origin: Annotated[
@@ -113,31 +111,22 @@ def serve(
         ),
     ] = None,
     keep_models: Annotated[
-        int,
-        in_models(min=1, help="Models that stay loaded besides the first; the least recently used one is unloaded."),
+        int, in_models(min=1, help="Models that stay loaded besides the first; the least recently used is unloaded.")
     ] = 4,
     max_requests: Annotated[int, in_limits(min=1, max=1024, help="Requests that run at the same time.")] = 16,
-    max_waiting: Annotated[
-        int, in_limits(min=0, help="Requests that wait; further requests are refused, to be sent again later.")
-    ] = 64,
+    max_waiting: Annotated[int, in_limits(min=0, help="Requests that wait; further ones are refused for now.")] = 64,
     keep_sessions: Annotated[
         int, in_limits(min=0, help="Chats whose KV caches stay on the peers between turns; 0: none.")
     ] = 16,
     keep_positions: Annotated[int, in_limits(min=0, help="Most positions of KV cache for these chats.")] = 16384,
-    keep_for: Annotated[
-        float, in_limits(min=0, metavar="SECONDS", help="How long the KV caches of unused chats stay.")
-    ] = 300.0,
+    keep_for: Annotated[float, in_limits(min=0, metavar="SECONDS", help="How long unused chats stay.")] = 300.0,
     drain_s: Annotated[
         float,
-        in_limits(
-            "--drain", min=0, metavar="SECONDS", help="Time for running requests to finish after a signal to end."
-        ),
+        in_limits("--drain", min=0, metavar="SECONDS", help="Time for running requests to finish at the end."),
     ] = 10.0,
     sampling_defaults: Annotated[
         SamplingDefaults,
-        typer.Option(
-            help="Temperature and other values that a request leaves out: OpenAI's defaults, or the checkpoint's."
-        ),
+        typer.Option(help="Defaults of temperature and other values of requests: OpenAI's, or the checkpoint's."),
     ] = SamplingDefaults.openai,
     show_tuning: Annotated[
         Path | None,

@@ -38,14 +38,10 @@ def doctor(
     lan: Lan = True,
     listen: Annotated[
         str | None,
-        typer.Option(
-            metavar="tcp://HOST:PORT",
-            help="Address at which a peer on this machine would listen; others must reach it.",
-        ),
+        typer.Option(metavar="tcp://HOST:PORT", help="Address of a peer on this machine, which others must reach."),
     ] = None,
     public_host: Annotated[
-        str | None,
-        typer.Option(metavar="HOST[:PORT]", help="Name and port at which others would reach it, if they differ."),
+        str | None, typer.Option(metavar="HOST[:PORT]", help="Name and port for others to reach it, if they differ.")
     ] = None,
     context: Annotated[
         int | None,

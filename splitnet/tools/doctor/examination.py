@@ -130,11 +130,7 @@ def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Fi
     if checkpoint is None:
         return passed("swarm", f"serves {names}")
     if served_marks(models, checkpoint):
-        same = (
-            "with the same weights"
-            if checkpoint.knows_manifest
-            else "by its name: parts of it are not on this machine to compare"
-        )
+        same = "with the same weights" if checkpoint.knows_manifest else "by name: some files to compare are missing"
         return passed("swarm", f"serves {checkpoint.name}, {same}")
     revisions = [mark[:SHOWN_DIGITS] for mark, name in models.items() if name == checkpoint.name]
     if revisions and checkpoint.knows_manifest:
@@ -195,9 +191,7 @@ def context(
     token_ms = route_ms(hops, by_name, network, positions=1, encodings=encodings, context=positions)
     first_s = first_token_ms(hops, by_name, network, encodings=encodings, prompt=positions) / 1000
     unknown = positions >= CONTEXTS[0] and any(not by_name[hop.peer].past.ms for hop in hops)
-    least = (
-        ", without the time that some peers need to read such a context, which they do not report" if unknown else ""
-    )
+    least = ", without the time to read such a context, which some peers do not report" if unknown else ""
     speed = f"{first_s:.1f} s to the first token of a prompt that long, then {1000 / token_ms:.1f} tokens/s{least}"
     if full:
         return warned("context", f"{what} does not fit now: {lack}: try again later, or start peers for them ({speed})")
@@ -205,8 +199,8 @@ def context(
 
 
 _HIDDEN_SILENCE = (
-    "it is not reached through any of its helpers: the peer or its helpers have ended, or are full; its record "
-    "expires within a minute, or then names other helpers"
+    "it is not reached through any of its helpers: it or they have ended, or are full; its record expires within a "
+    "minute, or then names other helpers"
 )
 
 
@@ -307,9 +301,7 @@ class Reach:
         try:
             yield passed("router", f"{look_for_router()} gives ports, and a peer here asks it for one")
         except MappingError as error:
-            yield warned(
-                "router", f"it gives no ports ({error}): enable NAT-PMP or UPnP in the router, or forward a port"
-            )
+            yield warned("router", f"it gives no ports ({error}): enable its NAT-PMP or UPnP, or forward a port")
 
     def _ask(self, links: PeerLinks, answering: Sequence[PeerRecord], address: str) -> Finding:
         self._address = address
@@ -482,9 +474,7 @@ def _swarm(
             yield peer(record, answer, record.issued_at - clock(), allowed_s)
             (silent if answer.rtt_ms is None else answering).append(record)
         if len(tried) < len(records):
-            yield passed(
-                "peer", f"the other {len(records) - len(tried)} peers are not tried, and are assumed to answer"
-            )
+            yield passed("peer", f"the other {len(records) - len(tried)} peers are not tried, and assumed to answer")
         counted = [*answering, *records[MAX_PEERS:]]
         for model in wanted:
             told = max((record.num_blocks for record in records if record.model == model), default=0)

@@ -57,9 +57,7 @@ def software() -> Iterator[Finding]:
     try:
         package = metadata.distribution("splitnet")
     except metadata.PackageNotFoundError:
-        yield warned(
-            "python", "splitnet is not installed, so its requirements are unknown: run `pip install .` in its folder"
-        )
+        yield warned("python", "splitnet is not installed, so its requirements are unknown: run `pip install .` there")
         return
     yield python_version(package.metadata["Requires-Python"], platform.python_version())
     yield from libraries(package.requires or (), _installed_version)
@@ -103,8 +101,7 @@ def devices(asked: str = AUTO) -> Finding:
         return failed("devices", f"{text}; {error}")
     if _NVIDIA_DRIVER.exists() and not torch.cuda.is_available():
         return warned(
-            "devices",
-            f"{text}; there is an NVIDIA driver, but this torch cannot use it: install a build of torch with CUDA",
+            "devices", f"{text}; there is an NVIDIA driver, but this torch cannot use it: install one with CUDA"
         )
     return passed("devices", text)
 

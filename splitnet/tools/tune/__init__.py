@@ -59,8 +59,7 @@ def tune(
     method: Annotated[Method, typer.Option(help="What to train.")] = Method.LORA,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     join_round: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Train together with other owners of examples, see `splitnet round`."),
+        str | None, typer.Option(metavar="NAME", help="Train together with other owners, see `splitnet round`.")
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Measure some steps of every method, print the cost of a run, and exit.")
@@ -77,9 +76,7 @@ def tune(
         float | None, in_training("--lr", min=0, help="Largest step size; depends on the method.")
     ] = None,
     batch_size: Annotated[int, in_training(min=1, help="Examples per step.")] = 8,
-    accumulate: Annotated[
-        int, in_training(min=1, help="Parts to cut a step into, to save memory on this machine.")
-    ] = 1,
+    accumulate: Annotated[int, in_training(min=1, help="Parts to cut a step into, to save local memory.")] = 1,
     schedule: Annotated[Schedule, in_training(help="Schedule of the learning rate.")] = Schedule.LINEAR,
     warmup_steps: Annotated[int, in_training("--warmup", min=0, help="Steps in which the learning rate rises.")] = 0,
     clip: Annotated[float, in_training(min=0, help="Largest norm of a gradient; 0: no limit.")] = 1.0,
@@ -89,9 +86,7 @@ def tune(
         int, in_training(min=1, help="Directions of --zeroth-order; a step takes one pass more than directions.")
     ] = 4,
     seed: Annotated[int, in_training(min=0, max=2**31, help="Makes training repeatable.")] = 0,
-    eval_every: Annotated[
-        int, in_training(min=0, help="Steps between evaluations; 0: only at the beginning and the end.")
-    ] = 0,
+    eval_every: Annotated[int, in_training(min=0, help="Steps between evaluations; 0: only at both ends.")] = 0,
     save_every: Annotated[int, in_training(min=1, help="Steps between checkpoints.")] = 25,
     rank: Annotated[int, in_adapter(min=1, help="Rank of LoRA.")] = 8,
     alpha: Annotated[int, in_adapter(min=1, help="Alpha of LoRA: scale times rank.")] = 16,
@@ -104,24 +99,16 @@ def tune(
         int | None, in_adapter(min=1, help="Width of the network that generates the prefix or the p-tuning prompt.")
     ] = None,
     network: Annotated[PromptNetwork, in_adapter(help="Network of p-tuning.")] = PromptNetwork.MLP,
-    width: Annotated[
-        int | None, in_adapter(min=32, help="Width of a side network; by default a quarter of the model's.")
-    ] = None,
+    width: Annotated[int | None, in_adapter(min=32, help="Width of a side network; default: model's / 4.")] = None,
     draft_head: Annotated[
         bool, in_drafts("--draft-head", help="Train an EAGLE head, for --speculate eagle=DIR, instead of an adapter.")
     ] = False,
     generate: Annotated[
         int | None,
-        in_drafts(
-            min=1,
-            metavar="N",
-            help="Learn from N texts that the model generates: answers to the data, or to its own prompts.",
-        ),
+        in_drafts(min=1, metavar="N", help="Learn from N texts of the model: answers to the data, or to its prompts."),
     ] = None,
     epochs: Annotated[int, in_drafts(min=1, help="Passes over the texts.")] = 8,
-    draft_vocabulary: Annotated[
-        int, in_drafts(min=16, help="Number of tokens, the most frequent ones, that the head can draft.")
-    ] = 8192,
+    draft_vocabulary: Annotated[int, in_drafts(min=16, help="Most frequent tokens, which the head can draft.")] = 8192,
     states_limit: Annotated[
         str, in_drafts(metavar="4GiB", help="Disk space for hidden states, also of --method side.")
     ] = "4GiB",
@@ -131,9 +118,8 @@ def tune(
     Examples are chats {"messages": [{"role": "user", "content": "..."}, ...]}, {"prompt": "...", "completion": "..."},
     classified texts {"text": "...", "label": "..."}, or plain {"text": "..."}; all of a file are of one form.
 
-    With --draft-head, a head that drafts tokens for --speculate is trained, and peers run only forward passes. With
-    --generate, examples are prompts, {"prompt": "..."} or chats that end with the user; without any, the model writes
-    them.
+    With --draft-head, a head that drafts tokens for --speculate is trained, with forward passes only. With --generate,
+    examples are prompts, {"prompt": "..."} or chats that end with the user; without any, the model writes them.
     """
     _check_options(context)
     if data is None and not generate:
@@ -258,10 +244,7 @@ def round(
         Path | None, typer.Option(metavar="DIR", help="New folder for the state from which --resume continues.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the rounds in the output folder.")] = False,
-    owners: Annotated[
-        int,
-        typer.Option(min=1, max=256, help="Owners that the first round requires; later rounds require half of them."),
-    ] = 2,
+    owners: Annotated[int, typer.Option(min=1, max=256, help="Owners of the first round; later ones need half.")] = 2,
     listen: Annotated[
         str, typer.Option(metavar="tcp://HOST:PORT", help="Address at which owners connect.")
     ] = "tcp://0.0.0.0:0",
@@ -272,12 +255,8 @@ def round(
     authorized_keys: Annotated[
         Path | None, typer.Option(help="File with the keys of the owners; by default anyone may take part.")
     ] = None,
-    norm: Annotated[
-        float, in_gradients(min=0, help="Longest gradient; longer ones are shortened. 0: twice the median.")
-    ] = 0.0,
-    liars: Annotated[
-        int, in_gradients(min=0, help="Number of dishonest owners to tolerate, by a median of means.")
-    ] = 0,
+    norm: Annotated[float, in_gradients(min=0, help="Length to which gradients are cut; 0: twice the median.")] = 0.0,
+    liars: Annotated[int, in_gradients(min=0, help="Dishonest owners to tolerate, by a median of means.")] = 0,
     noise: Annotated[
         float, in_gradients(min=0, help="Noise that owners add for privacy, as a multiple of --norm.")
     ] = 0.0,
